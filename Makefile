@@ -1,0 +1,44 @@
+# make demo    train, evaluate and plot a tiny model in minutes          (no GPU needed)
+# make test    lint, types and the whole CPU test suite
+# make gpu     build with CUDA into the Python at hand and run the GPU tests (offline)
+# make setup   the virtual environment alone
+
+PYTHON ?= python3
+OUT ?= runs/gpu
+BIN := .venv/bin
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+
+.PHONY: demo test lint setup gpu clean
+
+setup: .venv/.ready
+
+# The environment is rebuilt when what it is made from changed; an interrupted set-up starts over.
+.venv/.ready: $(SOURCES)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/tokenflex train configs/demo.yaml
+	@echo
+	@echo 'Ask the model something:'
+	@echo "  $(BIN)/tokenflex generate --model runs/demo/checkpoint --image examples/digits.png --prompt 'read r2c2' --tokens 4,9,16"
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# For an environment that already has torch, triton, pybind11, ninja, setuptools and pytest.
+gpu:
+	mkdir -p $(OUT)
+	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "make gpu needs a CUDA device"'
+	TOKENFLEX_CUDA=1 $(PYTHON) -m pip install --no-build-isolation --no-deps --no-index --editable .
+	$(PYTHON) -m pytest -m gpu --junitxml=$(OUT)/gpu-tests.xml
+
+clean:
+	rm -rf .venv build *.egg-info tokenflex_kernels/*.so
