@@ -1,0 +1,157 @@
+// The Python face of the extension. Tensors arrive as addresses, sizes and byte strides, so that one
+// binary serves every torch version and no torch is needed to build it; the Python callers in
+// tokenflex_kernels check shapes, dtypes and devices and keep the tensors alive. Every function gives
+// up the GIL while it works. std::invalid_argument becomes ValueError, std::runtime_error RuntimeError.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "bin_packing.h"
+#include "pack_plan.h"
+#include "row_map.h"
+#include "row_movers.h"
+
+namespace py = pybind11;
+
+namespace tokenflex {
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// ---- planning
+
+PlanInput plan_input(Address ids, Address offsets, int64_t num_samples, Address counts,
+                     int64_t num_images, int64_t image_token_id, bool expanded) {
+  return {at<const int64_t>(ids),
+          at<const int64_t>(offsets),
+          num_samples,
+          at<const int64_t>(counts),
+          num_images,
+          image_token_id,
+          expanded};
+}
+
+py::tuple plan_count(Address ids, Address offsets, int64_t num_samples, Address counts,
+                     int64_t num_images, int64_t image_token_id, bool expanded) {
+  const PlanInput input =
+      plan_input(ids, offsets, num_samples, counts, num_images, image_token_id, expanded);
+  PlanTotals totals;
+  {
+    const py::gil_scoped_release release;
+    totals = check_and_count(input);
+  }
+  return py::make_tuple(totals.rows, totals.vision_rows, totals.max_token_id);
+}
+
+void plan_fill(Address ids, Address offsets, int64_t num_samples, Address counts,
+               int64_t num_images, int64_t image_token_id, bool expanded, Address given_labels,
+               int64_t ignore_index, Address input_ids, Address position_ids, Address labels,
+               Address source, Address vision_rows, Address cu_seqlens) {
+  const py::gil_scoped_release release;
+  fill_plan(plan_input(ids, offsets, num_samples, counts, num_images, image_token_id, expanded),
+            {at<const int64_t>(given_labels), ignore_index},
+            {at<int64_t>(input_ids), at<int64_t>(position_ids), at<int64_t>(labels),
+             at<int32_t>(source), at<int32_t>(vision_rows), at<int32_t>(cu_seqlens)});
+}
+
+std::vector<std::vector<int64_t>> bin_pack(Address lengths, int64_t num_samples, int64_t capacity) {
+  const py::gil_scoped_release release;
+  return first_fit_decreasing(at<const int64_t>(lengths), num_samples, capacity);
+}
+
+// ---- moving rows
+
+PackMap pack_map(Address table, int64_t table_stride, Address vision, int64_t vision_stride,
+                 Address packed, int64_t packed_stride, Address source) {
+  return {{at<const char>(table), table_stride},
+          {at<const char>(vision), vision_stride},
+          {at<char>(packed), packed_stride},
+          at<const int32_t>(source)};
+}
+
+// GatherMap or ScatterMap: both read `from`, write `to` and have one index.
+template <class Map>
+Map index_map(Address from, int64_t from_stride, Address to, int64_t to_stride, Address index) {
+  return {{at<const char>(from), from_stride}, {at<char>(to), to_stride}, at<const int32_t>(index)};
+}
+
+void pack_rows(Address table, int64_t table_stride, Address vision, int64_t vision_stride,
+               Address packed, int64_t packed_stride, Address source, int64_t rows,
+               int64_t row_bytes, int threads) {
+  const py::gil_scoped_release release;
+  move_rows(pack_map(table, table_stride, vision, vision_stride, packed, packed_stride, source),
+            rows, row_bytes, threads);
+}
+
+template <class Map>
+void index_rows(Address from, int64_t from_stride, Address to, int64_t to_stride, Address index,
+                int64_t rows, int64_t row_bytes, int threads) {
+  const py::gil_scoped_release release;
+  move_rows(index_map<Map>(from, from_stride, to, to_stride, index), rows, row_bytes, threads);
+}
+
+#ifdef TOKENFLEX_CUDA
+void pack_rows_cuda(Address table, int64_t table_stride, Address vision, int64_t vision_stride,
+                    Address packed, int64_t packed_stride, Address source, int64_t rows,
+                    int64_t row_bytes, int device, Address stream) {
+  const py::gil_scoped_release release;
+  move_rows_cuda(
+      pack_map(table, table_stride, vision, vision_stride, packed, packed_stride, source), rows,
+      row_bytes, device, stream);
+}
+
+template <class Map>
+void index_rows_cuda(Address from, int64_t from_stride, Address to, int64_t to_stride,
+                     Address index, int64_t rows, int64_t row_bytes, int device, Address stream) {
+  const py::gil_scoped_release release;
+  move_rows_cuda(index_map<Map>(from, from_stride, to, to_stride, index), rows, row_bytes, device,
+                 stream);
+}
+#endif
+
+// What the extension was built for, e.g. {"sm_80", "sm_90", "compute_90"}.
+std::vector<std::string> cuda_architectures() {
+  std::vector<std::string> names;
+#ifdef TOKENFLEX_CUDA
+  std::istringstream words(TOKENFLEX_CUDA);
+  for (std::string name; words >> name;) names.push_back(name);
+#endif
+  return names;
+}
+
+}  // namespace
+}  // namespace tokenflex
+
+PYBIND11_MODULE(_C, module) {
+  using namespace tokenflex;
+  module.doc() = "Packing on the host and the device. Private: use tokenflex_kernels.";
+
+  module.def("plan_count", &plan_count);
+  module.def("plan_fill", &plan_fill);
+  module.def("bin_pack", &bin_pack);
+
+  module.def("access_bytes", &access_bytes);
+  module.def("pack_rows", &pack_rows);
+  module.def("gather_rows", &index_rows<GatherMap>);
+  module.def("scatter_rows", &index_rows<ScatterMap>);
+
+  module.attr("cuda_architectures") = cuda_architectures();
+#ifdef TOKENFLEX_CUDA
+  module.attr("has_cuda") = true;
+  module.def("pack_rows_cuda", &pack_rows_cuda);
+  module.def("gather_rows_cuda", &index_rows_cuda<GatherMap>);
+  module.def("scatter_rows_cuda", &index_rows_cuda<ScatterMap>);
+  module.def("cuda_device_count", &cuda_device_count);
+#else
+  module.attr("has_cuda") = false;
+  module.def("cuda_device_count", [] { return 0; });
+#endif
+}

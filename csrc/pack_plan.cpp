@@ -1,0 +1,173 @@
+// The host planner. Time and memory O(tokens + rows); a handful of microseconds for a batch, so it is
+// single-threaded. The checks run one after another rather than in one clever loop: each reads the
+// tokens once, from cache, and says one thing. `reference/packing.py` has the same checks in the same
+// order and words.
+#include "pack_plan.h"
+
+#include <algorithm>
+#include <limits>
+#include <sstream>
+#include <stdexcept>
+
+#include "row_map.h"
+
+namespace tokenflex {
+namespace {
+
+// Rows, vision rows and token ids are int32 on the device.
+constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
+
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+int64_t check_counts(const PlanInput& in) {
+  // A compact placeholder with no tokens just vanishes. An expanded image of none would appear nowhere,
+  // so nothing could tell which sample it belongs to.
+  const int64_t least = in.expanded ? 1 : 0;
+  int64_t sum = 0;
+  for (int64_t image = 0; image < in.num_images; ++image) {
+    const int64_t count = in.counts[image];
+    if (count < least) {
+      refuse("token_counts[", image, "] must be at least ", least,
+             in.expanded ? " when expanded=True" : "", ", got ", count);
+    }
+    // Checked one by one: neither operand passes 2^31, so the int64 sum cannot wrap.
+    if (count > kMaxInt32 || (sum += count) > kMaxInt32) {
+      refuse("token_counts must add up to at most ", kMaxInt32, " rows, but token_counts[", image,
+             "] = ", count, " goes beyond");
+    }
+  }
+  return sum;
+}
+
+struct TokenScan {
+  int64_t placeholders = 0;
+  int64_t max_token_id = -1;
+};
+
+TokenScan check_tokens(const PlanInput& in) {
+  TokenScan scan;
+  for (int64_t sample = 0; sample < in.num_samples; ++sample) {
+    for (int64_t at = in.offsets[sample]; at < in.offsets[sample + 1]; ++at) {
+      const int64_t token = in.ids[at];
+      if (token == in.image_token_id) {
+        ++scan.placeholders;
+        continue;
+      }
+      if (token < 0 || token > kMaxInt32) {
+        refuse("input_ids[", sample, "][", at - in.offsets[sample], "] must be in [0, ", kMaxInt32,
+               "] or the image_token_id ", in.image_token_id, ", got ", token);
+      }
+      scan.max_token_id = std::max(scan.max_token_id, token);
+    }
+  }
+  return scan;
+}
+
+// The sample that holds placeholder number `wanted`, which is known to exist.
+int64_t sample_of_placeholder(const PlanInput& in, int64_t wanted) {
+  int64_t sample = 0;
+  for (int64_t at = 0;; ++at) {
+    while (at >= in.offsets[sample + 1]) ++sample;
+    if (in.ids[at] == in.image_token_id && wanted-- == 0) return sample;
+  }
+}
+
+void check_compact(const PlanInput& in, int64_t placeholders) {
+  if (placeholders == in.num_images) return;
+  std::ostringstream first;
+  if (placeholders > in.num_images) {
+    first << "; the counts run out in sample " << sample_of_placeholder(in, in.num_images);
+  }
+  refuse("token_counts has ", in.num_images, " counts, but input_ids has ", placeholders,
+         " placeholders (token ", in.image_token_id, ")", first.str());
+}
+
+// Every run of neighbouring placeholders must hold a whole number of images. A run ends with its
+// sample, so no image straddles two samples.
+void check_expanded(const PlanInput& in, int64_t placeholders, int64_t sum) {
+  int64_t image = 0;
+  for (int64_t sample = 0; sample < in.num_samples; ++sample) {
+    const int64_t end = in.offsets[sample + 1];
+    for (int64_t at = in.offsets[sample]; at < end; ++at) {
+      int64_t run = 0;
+      for (; at < end && in.ids[at] == in.image_token_id; ++at) ++run;
+      for (; run > 0; run -= in.counts[image++]) {
+        if (image == in.num_images) {
+          refuse("token_counts adds up to ", sum, " over ", in.num_images,
+                 " images, but input_ids has ", placeholders, " placeholders (token ",
+                 in.image_token_id, "); the counts run out in sample ", sample);
+        }
+        if (run < in.counts[image]) {
+          refuse("token_counts[", image, "] = ", in.counts[image], ", but input_ids[", sample,
+                 "] has a run of placeholders that leaves ", run, " for image ", image);
+        }
+      }
+    }
+  }
+  if (image < in.num_images) {
+    refuse("token_counts adds up to ", sum, " over ", in.num_images, " images, but input_ids has ",
+           placeholders, " placeholders (token ", in.image_token_id, ")");
+  }
+}
+
+}  // namespace
+
+PlanTotals check_and_count(const PlanInput& in) {
+  const int64_t vision_rows = check_counts(in);
+  const TokenScan scan = check_tokens(in);
+  if (in.expanded) {
+    check_expanded(in, scan.placeholders, vision_rows);
+  } else {
+    check_compact(in, scan.placeholders);
+  }
+  const int64_t text_rows = in.offsets[in.num_samples] - scan.placeholders;
+  if (text_rows > kMaxInt32 - vision_rows) {
+    refuse("input_ids and token_counts make ", text_rows, " text and ", vision_rows,
+           " vision rows, but at most ", kMaxInt32, " rows can be packed");
+  }
+  return {text_rows + vision_rows, vision_rows, scan.max_token_id};
+}
+
+void fill_plan(const PlanInput& in, const PlanLabels& given, const PlanBuffers& out) {
+  const int64_t* labels = given.labels ? given.labels : in.ids;
+  int64_t row = 0;
+  int64_t image = 0;
+  int64_t vision = 0;
+
+  out.cu_seqlens[0] = 0;
+  for (int64_t sample = 0; sample < in.num_samples; ++sample) {
+    const int64_t first_row = row;
+    const auto write = [&](int64_t token, int64_t label, int32_t source) {
+      out.input_ids[row] = token;
+      out.position_ids[row] = row - first_row;
+      out.labels[row] = label;
+      out.source[row] = source;
+      ++row;
+    };
+
+    for (int64_t at = in.offsets[sample]; at < in.offsets[sample + 1]; ++at) {
+      const int64_t token = in.ids[at];
+      if (token != in.image_token_id) {
+        write(token, labels[at], int32_t(token));
+        continue;
+      }
+      for (int64_t left = in.expanded ? 1 : in.counts[image++]; left > 0; --left) {
+        out.vision_rows[vision] = int32_t(row);
+        write(token, given.ignore_index, vision_entry(int32_t(vision)));
+        ++vision;
+      }
+    }
+
+    // Labels are unshifted: a row is predicted by the row before it, and the first row of a sample
+    // must not be predicted by the last row of its neighbour.
+    if (row > first_row) out.labels[first_row] = given.ignore_index;
+    out.cu_seqlens[sample + 1] = int32_t(row);
+  }
+}
+
+}  // namespace tokenflex
