@@ -1,0 +1,32 @@
+"""TokenFLEX kernels: patch grids to vision tokens, and tokens and text into one packed sequence.
+
+A grid is a (height, width) pair of host ints. Flat features hold images one after another,
+row-major. Every op has a plain-PyTorch reference that runs on the CPU; ``TOKENFLEX_BACKEND``
+chooses between implementations (see ``tokenflex_kernels._backend``). Importing never touches CUDA.
+"""
+
+from tokenflex_kernels.bin_packing import bin_pack
+from tokenflex_kernels.gated_unit import swiglu
+from tokenflex_kernels.information import info
+from tokenflex_kernels.packing import (
+    PackPlan,
+    merge_vision,
+    pack_embeddings,
+    plan_packing,
+    unpack_vision,
+)
+from tokenflex_kernels.pooling import pool_norm
+from tokenflex_kernels.projection import project_tokens
+
+__all__ = [
+    "PackPlan",
+    "bin_pack",
+    "info",
+    "merge_vision",
+    "pack_embeddings",
+    "plan_packing",
+    "pool_norm",
+    "project_tokens",
+    "swiglu",
+    "unpack_vision",
+]

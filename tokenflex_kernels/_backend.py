@@ -1,0 +1,108 @@
+"""Which implementation an op runs: decided per call, from device and ``TOKENFLEX_BACKEND``.
+
+Every op has a ``reference``, its meaning in plain PyTorch (or plain Python for the host ops), which
+runs anywhere. Faster implementations stand beside it:
+
+* ``cpp``: the compiled extension on host memory;
+* ``cuda``: the compiled extension on CUDA tensors;
+* ``triton``: Triton kernels on CUDA tensors.
+
+``TOKENFLEX_BACKEND=auto`` (the default) takes the fastest implementation that runs on the tensors'
+device. ``reference`` takes the reference for every op. ``triton`` and ``cuda`` take that
+implementation for every op that has one, leave the other ops at their automatic choice, and refuse
+tensors that it cannot run on: what was asked for explicitly is never replaced in silence.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("auto", "reference", "triton", "cuda")
+
+# Fastest first; `reference` is implied as the last of each row.
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    "pool_norm": (),
+    "swiglu": (),
+    "project_tokens": (),
+    "plan_packing": ("cpp",),
+    "pack_embeddings": ("cuda", "cpp"),
+    "unpack_vision": ("cuda", "cpp"),
+    "merge_vision": ("cuda", "cpp"),
+    "bin_pack": ("cpp",),
+}
+
+
+@cache
+def extension() -> ModuleType | None:
+    """The compiled extension ``tokenflex_kernels._C``, or None where it was not built."""
+    try:
+        return importlib.import_module("tokenflex_kernels._C")
+    except ModuleNotFoundError as error:
+        # Only "there is no such module" means "not built"; a broken build must not hide.
+        if error.name != "tokenflex_kernels._C":
+            raise
+        return None
+
+
+def requested_backend() -> str:
+    """The value of ``TOKENFLEX_BACKEND``, checked.
+
+    Raises:
+        ValueError: the variable holds anything but one of ``BACKENDS``.
+    """
+    value = os.environ.get("TOKENFLEX_BACKEND", "auto")
+    if value not in BACKENDS:
+        raise ValueError(
+            f"TOKENFLEX_BACKEND must be one of {', '.join(BACKENDS)}, but is {value!r}"
+        )
+    return value
+
+
+def _runs_on(implementation: str, device_type: str) -> bool:
+    compiled = extension()
+    if implementation == "cpp":
+        return compiled is not None and device_type == "cpu"
+    if implementation == "cuda":
+        return compiled is not None and compiled.has_cuda and device_type == "cuda"
+    if implementation == "triton":
+        return device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return True
+
+
+def select_backend(op: str, device: torch.device | str = "cpu") -> str:
+    """The implementation of ``op`` to run on tensors of ``device``.
+
+    Returns:
+        One of "triton", "cuda", "cpp", "reference".
+
+    Raises:
+        ValueError: ``TOKENFLEX_BACKEND`` is not a known value, or names an implementation that
+            this op has but that cannot run on ``device``.
+    """
+    requested = requested_backend()
+    if requested == "reference":
+        return "reference"
+    device_type = torch.device(device).type
+    candidates = IMPLEMENTATIONS[op]
+    if requested in candidates:
+        if not _runs_on(requested, device_type):
+            raise ValueError(
+                f"TOKENFLEX_BACKEND={requested} was asked for, but {op} cannot run it on "
+                f"{device_type} tensors here; expected {_requirement(requested)}"
+            )
+        return requested
+    for implementation in candidates:
+        if _runs_on(implementation, device_type):
+            return implementation
+    return "reference"
+
+
+def _requirement(implementation: str) -> str:
+    if implementation == "cuda":
+        return "CUDA tensors and an extension built with nvcc"
+    return "CUDA tensors, or TRITON_INTERPRET=1"

@@ -1,0 +1,138 @@
+"""Argument checks shared by the ops: messages name the argument, what came, what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+import numpy as np
+import torch
+
+Grid = tuple[int, int]
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(name: str, value: object, *, ndim: int | None = None) -> torch.Tensor:
+    """``value`` itself, once it is known to be a tensor of ``ndim`` dimensions."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if ndim is not None and value.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(value.shape)}")
+    return value
+
+
+def check_float(name: str, value: torch.Tensor) -> None:
+    """Refuse dtypes that the ops do not compute in."""
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+
+
+def check_like(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Refuse a tensor on another device than its partner."""
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name}, {other.device}, got {value.device}"
+        )
+
+
+def check_shape(name: str, value: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    """Refuse a tensor of another shape; ``meaning`` spells the shape in symbols, e.g. "[H, C]"."""
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must have shape {meaning} = {shape}, got {tuple(value.shape)}")
+
+
+def check_grids(name: str, grids: object) -> list[Grid]:
+    """``grids`` as a list of (height, width) pairs of positive host integers."""
+    if isinstance(grids, torch.Tensor) or not isinstance(grids, Sequence):
+        raise TypeError(
+            f"{name} must be a sequence of (height, width) pairs of ints, one per image, "
+            f"got {type(grids).__name__}"
+        )
+    checked: list[Grid] = []
+    for index, grid in enumerate(grids):
+        if (
+            isinstance(grid, str)
+            or not isinstance(grid, Sequence)
+            or len(grid) != 2
+            or not all(isinstance(side, Integral) and not isinstance(side, bool) for side in grid)
+        ):
+            raise TypeError(f"{name}[{index}] must be a (height, width) pair of ints, got {grid!r}")
+        height, width = int(grid[0]), int(grid[1])
+        if height < 1 or width < 1:
+            raise ValueError(f"{name}[{index}] must have sides of at least 1, got {grid!r}")
+        checked.append((height, width))
+    return checked
+
+
+def check_count(name: str, value: object) -> int:
+    """``value`` as a host int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
+
+
+def check_eps(eps: object) -> float:
+    """``eps`` as a positive float."""
+    if isinstance(eps, bool) or not isinstance(eps, Real):
+        raise TypeError(f"eps must be a float, got {eps!r}")
+    value = float(eps)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"eps must be positive and finite, got {eps}")
+    return value
+
+
+def match_weight(name: str, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``weight`` in the dtype that a matrix product with ``x`` needs.
+
+    Under autocast the product chooses the dtype itself. Outside it, float32 (master) weights
+    serve float16 and bfloat16 activations; any other mixture is refused.
+    """
+    check_float(name, weight)
+    if weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+        return weight
+    if weight.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16):
+        return weight.to(x.dtype)
+    raise TypeError(
+        f"{name} must be {x.dtype} like x (or float32 where x is float16 or bfloat16, or any "
+        f"float type under torch.autocast), got {weight.dtype}"
+    )
+
+
+def check_int(name: str, value: object) -> int:
+    """``value`` as a host int that fits int64."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    number = int(value)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name} must fit int64, got {number}")
+    return number
+
+
+def check_ints(name: str, values: object) -> np.ndarray:
+    """``values``, a 1-D sequence, array or CPU tensor of ints, as a contiguous int64 array.
+
+    What is one already is returned as it is: copy what must not change.
+    """
+    if isinstance(values, torch.Tensor):
+        if values.device.type != "cpu":
+            raise ValueError(f"{name} is read on the host: expected the CPU, got {values.device}")
+        values = values.numpy()
+    elif not isinstance(values, (np.ndarray, Sequence)) or isinstance(values, (str, bytes)):
+        raise TypeError(f"{name} must be a 1-D sequence of ints, got {type(values).__name__}")
+    try:
+        array = np.asarray(values)
+    except ValueError:  # rows of different lengths
+        raise TypeError(f"{name} must be a 1-D sequence of ints, got nested sequences") from None
+    if array.ndim != 1:
+        raise ValueError(f"{name} must have 1 dimension, got shape {array.shape}")
+    if array.dtype.kind not in "iu" and array.size > 0:
+        # numpy's own word for ints beyond 64 bits is object
+        for index, value in enumerate(array if array.dtype.kind == "O" else ()):
+            check_int(f"{name}[{index}]", value)
+        raise TypeError(f"{name} must hold ints, got {array.dtype}")
+    if array.dtype == np.uint64 and array.size > 0 and int(array.max()) >= 2**63:
+        index = int(array.argmax())
+        raise ValueError(f"{name}[{index}] must fit int64, got {array[index]}")
+    return np.ascontiguousarray(array, dtype=np.int64)

@@ -1,0 +1,211 @@
+"""`plan_packing`: where every row of a packed batch comes from, settled on the host.
+
+Token counts are host ints from the moment they are chosen, so the whole layout of a batch is known
+before anything reaches the device: the collator plans, the device only moves rows, and nothing ever
+waits to read a length back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from tokenflex_kernels._backend import extension, select_backend
+from tokenflex_kernels._checks import check_int, check_ints
+from tokenflex_kernels.reference import packing as reference
+from tokenflex_kernels.reference.packing import PlanRows
+
+Ints: TypeAlias = "Sequence[int] | np.ndarray | torch.Tensor"
+
+_TENSORS = ("input_ids", "position_ids", "labels", "source", "vision_rows", "cu_seqlens")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PackPlan:
+    """The layout of one padding-free batch; made by :func:`plan_packing`.
+
+    ``total`` is the number of rows of the batch, ``vision`` that of its vision rows. The tensors
+    move with :meth:`to`; the other fields are facts for the host, which need no look at a tensor.
+    """
+
+    input_ids: torch.Tensor
+    """int64 [total]: token ids, ``image_token_id`` on vision rows."""
+    position_ids: torch.Tensor
+    """int64 [total]: 0, 1, 2, .. within each sample."""
+    labels: torch.Tensor
+    """int64 [total], unshifted: ``ignore_index`` on vision rows and on each sample's first row."""
+    source: torch.Tensor
+    """int32 [total]: the token id of a text row, ~v on the row of vision token v."""
+    vision_rows: torch.Tensor
+    """int32 [vision]: the row of each vision token, ascending."""
+    cu_seqlens: torch.Tensor
+    """int32 [samples + 1]: sample s is rows cu_seqlens[s] to cu_seqlens[s + 1]."""
+    lengths: tuple[int, ...]
+    """Rows per sample."""
+    max_token_id: int
+    """The largest token id of a text row, -1 if there is no text."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the batch, text and vision."""
+        return self.source.shape[0]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the batch, those of no rows included."""
+        return len(self.lengths)
+
+    @property
+    def max_seqlen(self) -> int:
+        """Rows of the longest sample, 0 in an empty batch."""
+        return max(self.lengths, default=0)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PackPlan:
+        """The plan with its tensors on ``device``."""
+        return replace(
+            self,
+            **{
+                name: getattr(self, name).to(device, non_blocking=non_blocking) for name in _TENSORS
+            },
+        )
+
+    def pin_memory(self) -> PackPlan:
+        """The plan in pinned memory, for ``to(device, non_blocking=True)``; DataLoader calls it."""
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
+
+
+def plan_packing(
+    input_ids: Sequence[Ints],
+    token_counts: Ints,
+    image_token_id: int,
+    *,
+    labels: Sequence[Ints] | None = None,
+    ignore_index: int = -100,
+    expanded: bool = False,
+) -> PackPlan:
+    """Plan one padding-free batch in which every image has its own number of vision tokens.
+
+    Runs on the host in O(tokens + rows), in the collator or a DataLoader worker; needs no device.
+
+    Args:
+        input_ids: one 1-D sequence of token ids per sample: ints, a numpy array or a CPU tensor. A
+            token equal to ``image_token_id`` is a placeholder; any other is text, in [0, 2^31).
+        token_counts: vision tokens per image, one int for each image of the batch in order of
+            appearance. At 0 the placeholder vanishes; with ``expanded`` it must be at least 1.
+        image_token_id: the placeholder's id, any int64 (LLaVA's is -200).
+        labels: one 1-D sequence per sample, aligned with ``input_ids`` and unshifted, as Hugging
+            Face models expect; None supervises every text token. Placeholders' labels are not read.
+        ignore_index: the label of rows without loss.
+        expanded: False for one placeholder per image; True where placeholders are repeated already,
+            once per vision token. Neighbouring placeholders may then belong to several images, but
+            text never splits an image and no image straddles two samples.
+
+    Returns:
+        The :class:`PackPlan`, in CPU memory.
+
+    Raises:
+        ValueError: a text token outside [0, 2^31), a negative count, counts that do not match the
+            placeholders, labels that do not match ``input_ids``, more than 2^31 - 1 rows, or a
+            tensor that is not on the CPU.
+        TypeError: an argument is not made of ints.
+    """
+    samples = _check_samples("input_ids", input_ids)
+    counts = check_ints("token_counts", token_counts)
+    given = None if labels is None else _check_labels(labels, samples)
+    image_token_id = check_int("image_token_id", image_token_id)
+    ignore_index = check_int("ignore_index", ignore_index)
+
+    if select_backend("plan_packing") == "reference":
+        rows = reference.plan_packing(
+            [sample.tolist() for sample in samples],
+            counts.tolist(),
+            image_token_id,
+            None if given is None else [sample.tolist() for sample in given],
+            ignore_index,
+            expanded,
+        )
+    else:
+        rows = _plan_compiled(samples, counts, image_token_id, given, ignore_index, expanded)
+    return PackPlan(**rows._asdict(), lengths=tuple(np.diff(rows.cu_seqlens.numpy()).tolist()))
+
+
+def _check_samples(name: str, samples: Sequence[Ints]) -> list[np.ndarray]:
+    if not isinstance(samples, (Sequence, np.ndarray, torch.Tensor)) or isinstance(samples, str):
+        raise TypeError(
+            f"{name} must have one 1-D sequence of ints per sample, got {type(samples).__name__}"
+        )
+    return [check_ints(f"{name}[{index}]", sample) for index, sample in enumerate(samples)]
+
+
+def _check_labels(labels: Sequence[Ints], samples: list[np.ndarray]) -> list[np.ndarray]:
+    checked = _check_samples("labels", labels)
+    if len(checked) != len(samples):
+        raise ValueError(
+            f"labels must have one sequence per sample of input_ids, {len(samples)}, "
+            f"but has {len(checked)}"
+        )
+    for index, (sample, label) in enumerate(zip(samples, checked, strict=True)):
+        if label.size != sample.size:
+            raise ValueError(
+                f"labels[{index}] must be as long as input_ids[{index}], {sample.size}, "
+                f"but has {label.size}"
+            )
+    return checked
+
+
+def _plan_compiled(
+    samples: list[np.ndarray],
+    counts: np.ndarray,
+    image_token_id: int,
+    labels: list[np.ndarray] | None,
+    ignore_index: int,
+    expanded: bool,
+) -> PlanRows:
+    """Check and count, allocate, fill: two passes of the extension over memory of our own."""
+    compiled = extension()
+    assert compiled is not None, "select_backend chose an extension that is not built"
+    offsets = np.zeros(len(samples) + 1, np.int64)
+    np.cumsum([sample.size for sample in samples], out=offsets[1:])
+    # Copies, so that nobody can change what the first pass checked before the second has read it.
+    ids, counts = _joined(samples), counts.copy()
+    given = None if labels is None else _joined(labels)
+
+    batch = (
+        ids.ctypes.data,
+        offsets.ctypes.data,
+        len(samples),
+        counts.ctypes.data,
+        counts.size,
+        image_token_id,
+        expanded,
+    )
+    total, vision, max_token_id = compiled.plan_count(*batch)
+    rows = PlanRows(
+        input_ids=torch.empty(total, dtype=torch.int64),
+        position_ids=torch.empty(total, dtype=torch.int64),
+        labels=torch.empty(total, dtype=torch.int64),
+        source=torch.empty(total, dtype=torch.int32),
+        vision_rows=torch.empty(vision, dtype=torch.int32),
+        cu_seqlens=torch.empty(len(samples) + 1, dtype=torch.int32),
+        max_token_id=max_token_id,
+    )
+    compiled.plan_fill(
+        *batch,
+        0 if given is None else given.ctypes.data,
+        ignore_index,
+        rows.input_ids.data_ptr(),
+        rows.position_ids.data_ptr(),
+        rows.labels.data_ptr(),
+        rows.source.data_ptr(),
+        rows.vision_rows.data_ptr(),
+        rows.cu_seqlens.data_ptr(),
+    )
+    return rows
+
+
+def _joined(samples: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(samples) if samples else np.empty(0, np.int64)

@@ -1,0 +1,103 @@
+"""`pool_norm`: pool patch grids to any other grids and normalise, a mixed batch in one call.
+
+Maths, per image and with one small map per axis (see ``axis_weights``):
+
+    pooled = P_h X P_w^T                  X: [H, W, C] patches -> [h, w, C] cells
+    out = (pooled - mean) / sqrt(var + eps) * weight + bias          over C, if weight is given
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tokenflex_kernels._backend import select_backend
+from tokenflex_kernels._checks import (
+    Grid,
+    check_eps,
+    check_float,
+    check_grids,
+    check_like,
+    check_shape,
+    check_tensor,
+)
+from tokenflex_kernels.axis_weights import check_mode
+from tokenflex_kernels.reference import pooling as reference
+
+
+def pool_norm(
+    x: torch.Tensor,
+    in_grids: Sequence[Grid],
+    out_grids: Sequence[Grid],
+    *,
+    mode: str = "adaptive",
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """Pool each image's patch grid to its own output grid, then LayerNorm if ``weight`` is given.
+
+    Images may differ in both grids. Pooling and normalisation are computed in float32 (float64
+    for float64 inputs) and rounded once, to the dtype of ``x``.
+
+    Args:
+        x: float [sum of H*W, C], the images' patches one image after another, row-major.
+        in_grids: one (H, W) per image, host ints.
+        out_grids: one (h, w) per image, host ints.
+        mode: "adaptive" is PyTorch's adaptive average pooling (the paper, arXiv 2504.03154);
+            "resize" is the released model's: bilinear with aligned corners to the next multiple,
+            then average.
+        weight: LayerNorm scale, float [C]; None skips the normalisation.
+        bias: LayerNorm shift, float [C]; needs ``weight``.
+        eps: added to the variance.
+
+    Returns:
+        [sum of h*w, C] in the dtype of ``x``, one image after another, row-major.
+
+    Raises:
+        TypeError: an argument is not a tensor, not of a float dtype, or not (height, width) pairs.
+        ValueError: shapes, devices, grids or ``mode`` do not fit together.
+    """
+    check_tensor("x", x, ndim=2)
+    check_float("x", x)
+    in_grids, out_grids = check_grid_lists(x, in_grids, out_grids)
+    mode = check_mode(mode)
+    eps = check_eps(eps)
+    check_norm(x, weight, bias, prefix="")
+    select_backend("pool_norm", x.device)
+    return reference.pool_norm(x, in_grids, out_grids, mode=mode, weight=weight, bias=bias, eps=eps)
+
+
+def check_grid_lists(
+    x: torch.Tensor, in_grids: Sequence[Grid], out_grids: Sequence[Grid]
+) -> tuple[list[Grid], list[Grid]]:
+    """Both lists, checked against each other and against the rows of ``x``."""
+    in_list = check_grids("in_grids", in_grids)
+    out_list = check_grids("out_grids", out_grids)
+    if len(in_list) != len(out_list):
+        raise ValueError(
+            "in_grids and out_grids must have one entry per image each, got "
+            f"{len(in_list)} and {len(out_list)}"
+        )
+    patches = sum(height * width for height, width in in_list)
+    if x.shape[0] != patches:
+        raise ValueError(
+            f"x must have one row per patch: in_grids of {len(in_list)} images hold {patches} "
+            f"patches, but x has {x.shape[0]} rows"
+        )
+    return in_list, out_list
+
+
+def check_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, *, prefix: str
+) -> None:
+    """Check LayerNorm's parameters against the width of ``x``."""
+    if weight is None and bias is not None:
+        raise ValueError(f"{prefix}bias needs {prefix}weight: got a bias and no weight")
+    for name, parameter in ((f"{prefix}weight", weight), (f"{prefix}bias", bias)):
+        if parameter is not None:
+            check_tensor(name, parameter)
+            check_float(name, parameter)
+            check_shape(name, parameter, (x.shape[1],), "[C]")
+            check_like(name, parameter, "x", x)

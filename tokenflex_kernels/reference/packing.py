@@ -1,0 +1,181 @@
+"""What planning and packing mean, in plain Python and PyTorch.
+
+The planner is one loop over the tokens; the movers are compositions of indexing ops, differentiable
+by PyTorch's own autograd. Tests hold every other implementation to these.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+MAX_INT32 = 2**31 - 1  # rows, vision rows and token ids are int32 on the device
+
+
+class PlanRows(NamedTuple):
+    """The tensors of a ``PackPlan``, and the largest text token (-1 where there is no text)."""
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    labels: torch.Tensor
+    source: torch.Tensor
+    vision_rows: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_token_id: int
+
+
+def plan_packing(
+    samples: list[list[int]],
+    counts: list[int],
+    image_token_id: int,
+    labels: list[list[int]] | None,
+    ignore_index: int,
+    expanded: bool,
+) -> PlanRows:
+    """The plan of a batch; see ``tokenflex_kernels.plan_packing`` for what it holds."""
+    _check_counts(counts, expanded)
+    _check_tokens(samples, image_token_id)
+    placeholders = sum(token == image_token_id for sample in samples for token in sample)
+    if expanded:
+        _check_expanded(samples, counts, image_token_id, placeholders)
+    else:
+        _check_compact(samples, counts, image_token_id, placeholders)
+    text = sum(len(sample) for sample in samples) - placeholders
+    if text + sum(counts) > MAX_INT32:
+        raise ValueError(
+            f"input_ids and token_counts make {text} text and {sum(counts)} vision rows, but at "
+            f"most {MAX_INT32} rows can be packed"
+        )
+
+    rows: list[tuple[int, int, int, int]] = []  # token, position, label, source
+    vision_rows: list[int] = []
+    cu_seqlens = [0]
+    images = iter(counts)
+    for index, sample in enumerate(samples):
+        first = len(rows)
+        for at, token in enumerate(sample):
+            if token != image_token_id:
+                label = token if labels is None else labels[index][at]
+                rows.append((token, len(rows) - first, label, token))
+                continue
+            for _ in range(1 if expanded else next(images)):
+                source = ~len(vision_rows)
+                vision_rows.append(len(rows))
+                rows.append((token, len(rows) - first, ignore_index, source))
+        if len(rows) > first:  # the row before it belongs to another sample
+            token, position, _, source = rows[first]
+            rows[first] = (token, position, ignore_index, source)
+        cu_seqlens.append(len(rows))
+
+    columns = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4).T.contiguous()
+    return PlanRows(
+        input_ids=columns[0],
+        position_ids=columns[1],
+        labels=columns[2],
+        source=columns[3].to(torch.int32),
+        vision_rows=torch.tensor(vision_rows, dtype=torch.int32),
+        cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
+        max_token_id=max((source for _, _, _, source in rows if source >= 0), default=-1),
+    )
+
+
+def _check_counts(counts: list[int], expanded: bool) -> None:
+    least = 1 if expanded else 0
+    total = 0
+    for image, count in enumerate(counts):
+        if count < least:
+            when = " when expanded=True" if expanded else ""
+            raise ValueError(f"token_counts[{image}] must be at least {least}{when}, got {count}")
+        total += count
+        if total > MAX_INT32:
+            raise ValueError(
+                f"token_counts must add up to at most {MAX_INT32} rows, but token_counts[{image}] "
+                f"= {count} goes beyond"
+            )
+
+
+def _check_tokens(samples: list[list[int]], image_token_id: int) -> None:
+    for index, sample in enumerate(samples):
+        for at, token in enumerate(sample):
+            if token != image_token_id and not 0 <= token <= MAX_INT32:
+                raise ValueError(
+                    f"input_ids[{index}][{at}] must be in [0, {MAX_INT32}] or the image_token_id "
+                    f"{image_token_id}, got {token}"
+                )
+
+
+def _check_compact(
+    samples: list[list[int]], counts: list[int], image_token_id: int, placeholders: int
+) -> None:
+    if placeholders == len(counts):
+        return
+    where = ""
+    left = len(counts)
+    for index, sample in enumerate(samples):
+        left -= sample.count(image_token_id)
+        if left < 0:
+            where = f"; the counts run out in sample {index}"
+            break
+    raise ValueError(
+        f"token_counts has {len(counts)} counts, but input_ids has {placeholders} placeholders "
+        f"(token {image_token_id}){where}"
+    )
+
+
+def _check_expanded(
+    samples: list[list[int]], counts: list[int], image_token_id: int, placeholders: int
+) -> None:
+    mismatch = (
+        f"token_counts adds up to {sum(counts)} over {len(counts)} images, but input_ids has "
+        f"{placeholders} placeholders (token {image_token_id})"
+    )
+    image = 0
+    for index, sample in enumerate(samples):
+        for run in _runs(sample, image_token_id):
+            while run > 0:
+                if image == len(counts):
+                    raise ValueError(f"{mismatch}; the counts run out in sample {index}")
+                if run < counts[image]:
+                    raise ValueError(
+                        f"token_counts[{image}] = {counts[image]}, but input_ids[{index}] has a "
+                        f"run of placeholders that leaves {run} for image {image}"
+                    )
+                run -= counts[image]
+                image += 1
+    if image < len(counts):
+        raise ValueError(mismatch)
+
+
+def _runs(sample: list[int], image_token_id: int) -> list[int]:
+    """The lengths of the runs of neighbouring placeholders."""
+    runs = [0]
+    for token in sample:
+        if token == image_token_id:
+            runs[-1] += 1
+        else:
+            runs.append(0)
+    return runs
+
+
+def pack_embeddings(
+    embedding: torch.Tensor, vision: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor
+) -> torch.Tensor:
+    """[V, D], [vision, D] -> [total, D]: text rows from the table, vision rows from ``vision``."""
+    text_rows = (source >= 0).nonzero().squeeze(1)
+    packed = embedding.new_zeros(source.shape[0], embedding.shape[1])
+    packed = packed.index_copy(0, text_rows, F.embedding(source[text_rows], embedding))
+    return packed.index_copy(0, vision_rows.long(), vision)
+
+
+def unpack_vision(packed: torch.Tensor, vision_rows: torch.Tensor) -> torch.Tensor:
+    """[total, D] -> [vision, D]."""
+    return packed.index_select(0, vision_rows)
+
+
+def merge_vision(
+    inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor
+) -> torch.Tensor:
+    """[rows, D] with the rows ``vision_rows`` replaced by those of ``vision`` [n, D]."""
+    return inputs_embeds.index_copy(0, vision_rows.long(), vision)

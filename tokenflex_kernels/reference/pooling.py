@@ -1,0 +1,55 @@
+"""Pooling and LayerNorm in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+
+from tokenflex_kernels._checks import Grid
+from tokenflex_kernels.axis_weights import axis_map
+
+
+def pool_norm(
+    x: torch.Tensor,
+    in_grids: list[Grid],
+    out_grids: list[Grid],
+    *,
+    mode: str,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    """See :func:`tokenflex_kernels.pool_norm`. One pair of small products per kind of image."""
+    width = x.shape[1]
+    compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with torch.autocast(x.device.type, enabled=False):
+        pooled = _pool(x.to(compute_dtype), in_grids, out_grids, mode)
+        if weight is not None:
+            scale = weight.to(compute_dtype)
+            shift = None if bias is None else bias.to(compute_dtype)
+            pooled = F.layer_norm(pooled, (width,), scale, shift, eps)
+    return pooled.to(x.dtype)
+
+
+def _pool(x: torch.Tensor, in_grids: list[Grid], out_grids: list[Grid], mode: str) -> torch.Tensor:
+    """out = P_h X P_w^T for every image, images of the same two grids together."""
+    if not in_grids:
+        return x
+    starts = [0, *accumulate(height * width for height, width in in_grids)]
+    alike: dict[tuple[Grid, Grid], list[int]] = defaultdict(list)
+    for image, grids in enumerate(zip(in_grids, out_grids, strict=True)):
+        alike[grids].append(image)
+
+    pooled: list[torch.Tensor] = [x] * len(in_grids)
+    for ((in_h, in_w), (out_h, out_w)), images in alike.items():
+        rows = torch.stack([x[starts[i] : starts[i + 1]] for i in images])
+        patches = rows.unflatten(1, (in_h, in_w))
+        map_h = axis_map(in_h, out_h, mode).to(x)
+        map_w = axis_map(in_w, out_w, mode).to(x)
+        cells = torch.einsum("ih,bhwc,jw->bijc", map_h, patches, map_w)
+        for image, tokens in zip(images, cells.flatten(1, 2), strict=True):
+            pooled[image] = tokens
+    return torch.cat(pooled)
