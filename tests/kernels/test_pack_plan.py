@@ -1,0 +1,291 @@
+"""`plan_packing`: both planners against ten lines of Python, and everything they must refuse."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from tokenflex_kernels import PackPlan, plan_packing
+
+IMAGE = -200
+TENSORS = ("input_ids", "position_ids", "labels", "source", "vision_rows", "cu_seqlens")
+BACKENDS = ("reference", "auto")
+
+
+def plan_with(backend: str, *args, **kwargs) -> PackPlan:
+    with patch.dict("os.environ", TOKENFLEX_BACKEND=backend):
+        return plan_packing(*args, **kwargs)
+
+
+def naive_rows(samples, counts, labels, ignore_index):
+    """The packed batch as a list of (token, position, label, source) per sample."""
+    counts, vision = iter(counts), 0
+    for tokens, targets in zip(samples, labels, strict=True):
+        rows = []
+        for token, target in zip(tokens, targets, strict=True):
+            for _ in range(next(counts) if token == IMAGE else 1):
+                is_vision = token == IMAGE
+                target = ignore_index if is_vision or not rows else target
+                rows.append((token, len(rows), target, ~vision if is_vision else token))
+                vision += is_vision
+        yield rows
+
+
+@st.composite
+def batches(draw, least_count=0):
+    """Prompts of text and placeholders, and a count for each placeholder."""
+    token = st.one_of(st.just(IMAGE), st.integers(0, 5), st.just(2**31 - 1))
+    samples = draw(st.lists(st.lists(token, max_size=8), max_size=5))
+    images = sum(sample.count(IMAGE) for sample in samples)
+    counts = draw(st.lists(st.integers(least_count, 5), min_size=images, max_size=images))
+    return samples, counts
+
+
+def assert_same_plan(plan: PackPlan, expected: PackPlan) -> None:
+    for name in TENSORS:
+        actual, wanted = getattr(plan, name), getattr(expected, name)
+        assert actual.dtype == wanted.dtype, name
+        assert actual.tolist() == wanted.tolist(), name
+    assert (plan.lengths, plan.max_token_id) == (expected.lengths, expected.max_token_id)
+
+
+# ---- what a plan says
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(batch=batches(), with_labels=st.booleans(), ignore_index=st.sampled_from([-100, -1]))
+@settings(deadline=None, max_examples=60)
+def test_plan_is_what_the_naive_loop_writes(backend, batch, with_labels, ignore_index):
+    samples, counts = batch
+    given_labels = [[token + 7 for token in sample] for sample in samples]
+    plan = plan_with(
+        backend,
+        samples,
+        counts,
+        IMAGE,
+        labels=given_labels if with_labels else None,
+        ignore_index=ignore_index,
+    )
+
+    by_sample = list(
+        naive_rows(samples, counts, given_labels if with_labels else samples, ignore_index)
+    )
+    rows = [row for sample in by_sample for row in sample]
+    assert plan.input_ids.tolist() == [row[0] for row in rows]
+    assert plan.position_ids.tolist() == [row[1] for row in rows]
+    assert plan.labels.tolist() == [row[2] for row in rows]
+    assert plan.source.tolist() == [row[3] for row in rows]
+    assert plan.vision_rows.tolist() == [at for at, row in enumerate(rows) if row[3] < 0]
+    assert plan.lengths == tuple(len(sample) for sample in by_sample)
+    assert plan.cu_seqlens.tolist() == [0, *np.cumsum(plan.lengths, dtype=int)]
+    assert plan.max_token_id == max((row[3] for row in rows if row[3] >= 0), default=-1)
+    assert plan.num_tokens == len(rows)
+    assert plan.num_samples == len(samples)
+    assert plan.max_seqlen == max(plan.lengths, default=0)
+    assert {name: getattr(plan, name).dtype for name in TENSORS} == {
+        "input_ids": torch.int64,
+        "position_ids": torch.int64,
+        "labels": torch.int64,
+        "source": torch.int32,
+        "vision_rows": torch.int32,
+        "cu_seqlens": torch.int32,
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(batch=batches(least_count=1))
+@settings(deadline=None, max_examples=60)
+def test_expanded_prompts_plan_like_compact_ones(backend, batch):
+    samples, counts = batch
+    images = iter(counts)
+    repeated = [
+        [copy for token in sample for copy in [token] * (next(images) if token == IMAGE else 1)]
+        for sample in samples
+    ]
+    assert_same_plan(
+        plan_with(backend, repeated, counts, IMAGE, expanded=True),
+        plan_with(backend, samples, counts, IMAGE),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["list", "tuple", "int32 tensor", "uint8 array", "2-D tensor"])
+def test_inputs_may_be_sequences_arrays_or_tensors(backend, kind):
+    samples, counts = [[1, 9, 2], [3, 4, 9]], [2, 1]
+    convert = {
+        "list": lambda rows: rows,
+        "tuple": lambda rows: tuple(tuple(row) for row in rows),
+        "int32 tensor": lambda rows: [torch.tensor(row, dtype=torch.int32) for row in rows],
+        "uint8 array": lambda rows: [np.array(row, np.uint8)[::-1][::-1] for row in rows],
+        "2-D tensor": torch.tensor,
+    }[kind]
+    wanted = plan_with("reference", samples, counts, 9, labels=samples)
+    (counts,) = convert([counts])
+    assert_same_plan(
+        plan_with(backend, convert(samples), counts, 9, labels=convert(samples)), wanted
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_are_left_as_they_were(backend):
+    samples, counts = [torch.tensor([1, IMAGE, 2])], torch.tensor([3])
+    plan = plan_with(backend, samples, counts, IMAGE, labels=samples)
+    plan.input_ids.fill_(0)
+    assert samples[0].tolist() == [1, IMAGE, 2]
+    assert counts.tolist() == [3]
+
+
+# ---- what a plan is
+
+
+def test_plan_survives_pickling():
+    plan = plan_packing([[1, IMAGE, 2], []], [3], IMAGE)
+    assert_same_plan(pickle.loads(pickle.dumps(plan)), plan)
+
+
+def test_plan_is_frozen_and_moves_whole():
+    plan = plan_packing([[1, IMAGE, 2]], [3], IMAGE)
+    with pytest.raises(AttributeError):
+        plan.source = plan.source
+    moved = plan.to("meta")
+    assert all(getattr(moved, name).is_meta for name in TENSORS)
+    assert (moved.lengths, moved.max_token_id) == (plan.lengths, plan.max_token_id)
+
+
+def collate(samples):
+    return plan_packing(samples, [2] * len(samples), IMAGE)
+
+
+def test_plan_can_be_made_in_a_dataloader_worker():
+    loader = DataLoader(
+        [[1, IMAGE], [IMAGE, 2, 3]], batch_size=2, num_workers=1, collate_fn=collate
+    )
+    (plan,) = loader
+    assert_same_plan(plan, collate([[1, IMAGE], [IMAGE, 2, 3]]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned_plan_reaches_the_device_without_waiting():
+    pinned = plan_packing([[1, IMAGE, 2]], [3], IMAGE).pin_memory()
+    assert all(getattr(pinned, name).is_pinned() for name in TENSORS)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moved = pinned.to("cuda", non_blocking=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same_plan(moved.to("cpu"), pinned)
+
+
+# ---- what is refused
+
+TOO_LONG = 2**31
+REFUSED = {
+    "fewer counts than placeholders": (
+        ([[1, IMAGE], [IMAGE, IMAGE]], [4, 4], False),
+        "token_counts has 2 counts, but input_ids has 3 placeholders .*run out in sample 1",
+    ),
+    "more counts than placeholders": (
+        ([[1, IMAGE], [2]], [4, 4], False),
+        "token_counts has 2 counts, but input_ids has 1 placeholders",
+    ),
+    "negative count": (([[IMAGE]], [-3], False), r"token_counts\[0\] .* at least 0, got -3"),
+    "expanded count of 0": (([[IMAGE]], [1, 0], True), r"token_counts\[1\] .* at least 1 .* got 0"),
+    "count beyond int32": (([[IMAGE]], [2**40], False), f"{2**31 - 1} rows, .*= {2**40} goes"),
+    "counts that add up beyond int32": (
+        ([[IMAGE, IMAGE]], [2**30, 2**30], False),
+        rf"at most {2**31 - 1} rows, but token_counts\[1\] = {2**30}",
+    ),
+    "text that tips the rows beyond int32": (
+        ([[IMAGE, 7]], [2**31 - 1], False),
+        f"1 text and {2**31 - 1} vision rows, but at most {2**31 - 1}",
+    ),
+    "negative text token": (
+        ([[1], [2, -1]], [], False),
+        rf"input_ids\[1\]\[1\] must be in \[0, {2**31 - 1}\] .* {IMAGE}, got -1",
+    ),
+    "text token beyond int32": (([[TOO_LONG]], [], False), rf"input_ids\[0\]\[0\] .* {TOO_LONG}"),
+    "run shorter than its image": (
+        ([[1, IMAGE, IMAGE, 2]], [3], True),
+        r"token_counts\[0\] = 3, but input_ids\[0\] has a run .* leaves 2 for image 0",
+    ),
+    "image cut by text": (
+        ([[IMAGE, 1, IMAGE]], [2], True),
+        r"token_counts\[0\] = 2, but input_ids\[0\] .* leaves 1 for image 0",
+    ),
+    "image across two samples": (
+        ([[1, IMAGE, IMAGE, IMAGE], [IMAGE]], [2, 2], True),
+        r"token_counts\[1\] = 2, but input_ids\[0\] .* leaves 1 for image 1",
+    ),
+    "more expanded placeholders than counted": (
+        ([[IMAGE], [IMAGE, IMAGE]], [1, 1], True),
+        "adds up to 2 over 2 images, but input_ids has 3 placeholders .*run out in sample 1",
+    ),
+    "fewer expanded placeholders than counted": (
+        ([[IMAGE, 5]], [1, 4], True),
+        "adds up to 5 over 2 images, but input_ids has 1 placeholders",
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses_with_both_numbers(backend, case):
+    (samples, counts, expanded), message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        plan_with(backend, samples, counts, IMAGE, expanded=expanded)
+
+
+@given(
+    samples=st.lists(st.lists(st.sampled_from([IMAGE, IMAGE, 3, 4, -1, 2**31]), max_size=5)),
+    counts=st.lists(st.sampled_from([1, 1, 2, 3, 0, -1, 2**31]), max_size=6),
+    expanded=st.booleans(),
+)
+@settings(deadline=None, max_examples=300)
+def test_both_planners_refuse_the_same_batches_in_the_same_words(samples, counts, expanded):
+    try:
+        wanted = plan_with("reference", samples, counts, IMAGE, expanded=expanded)
+    except ValueError as error:
+        with pytest.raises(ValueError, match=f"^{re.escape(str(error))}$"):
+            plan_with("auto", samples, counts, IMAGE, expanded=expanded)
+    else:
+        assert_same_plan(plan_with("auto", samples, counts, IMAGE, expanded=expanded), wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"labels": [[1]]}, ValueError, "labels must have one sequence per sample .* 2, but has 1"),
+        ({"labels": [[1, 2], [3, 4]]}, ValueError, r"labels\[1\] must be as long .* 1, but has 2"),
+        ({"input_ids": [1, 2]}, TypeError, r"input_ids\[0\] must be a 1-D sequence of ints.* int"),
+        ({"input_ids": [[1.0], [2]]}, TypeError, r"input_ids\[0\] must hold ints, got float64"),
+        ({"input_ids": [[True], [2]]}, TypeError, r"input_ids\[0\] must hold ints, got bool"),
+        ({"input_ids": [[[1]], [2]]}, ValueError, r"input_ids\[0\] must have 1 dim.*\(1, 1\)"),
+        ({"input_ids": ["ab", [2]]}, TypeError, r"input_ids\[0\] must be a 1-D sequence.* str"),
+        ({"input_ids": [[2**64], [2]]}, ValueError, rf"input_ids\[0\]\[0\] .* int64, got {2**64}"),
+        ({"input_ids": [[2**63], [2]]}, ValueError, rf"input_ids\[0\]\[0\] .* int64, got {2**63}"),
+        ({"token_counts": 4}, TypeError, "token_counts must be a 1-D sequence of ints, got int"),
+        ({"token_counts": [4.0]}, TypeError, "token_counts must hold ints, got float64"),
+        ({"image_token_id": 2**63}, ValueError, f"image_token_id must fit int64, got {2**63}"),
+        ({"image_token_id": None}, TypeError, "image_token_id must be an int, got None"),
+        ({"ignore_index": 0.5}, TypeError, "ignore_index must be an int, got 0.5"),
+    ],
+)
+def test_refuses_what_is_not_ints(backend, changed, error, message):
+    arguments = {"input_ids": [[1, 2], [3]], "token_counts": [], "image_token_id": IMAGE, **changed}
+    with pytest.raises(error, match=message):
+        plan_with(backend, **arguments)
+
+
+def test_refuses_tensors_that_are_not_on_the_host():
+    with pytest.raises(ValueError, match=r"input_ids\[0\] is read on the host: .*CPU, got meta"):
+        plan_packing([torch.empty(3, dtype=torch.int64, device="meta")], [], IMAGE)

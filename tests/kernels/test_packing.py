@@ -1,0 +1,465 @@
+"""The row movers: both backends against a naive loop, gradients against autograd in float64."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from tokenflex_kernels import merge_vision, pack_embeddings, plan_packing, unpack_vision
+
+IMAGE = -200
+BACKENDS = ("reference", "auto")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+
+
+@contextmanager
+def backend_set_to(backend: str):
+    with patch.dict("os.environ", TOKENFLEX_BACKEND=backend):
+        yield
+
+
+# Ways for [rows, width] to lie in memory; all hold random numbers.
+def contiguous(rows, width, dtype, device):
+    return torch.randn(rows, width, dtype=dtype, device=device)
+
+
+def row_strided(rows, width, dtype, device):
+    return torch.randn(rows, width + 3, dtype=dtype, device=device)[:, :width]
+
+
+def unaligned(rows, width, dtype, device):
+    return torch.randn(rows * width + 1, dtype=dtype, device=device)[1:].view(rows, width)
+
+
+def every_other_row(rows, width, dtype, device):
+    return torch.randn(2 * rows, width, dtype=dtype, device=device)[::2]
+
+
+def transposed(rows, width, dtype, device):
+    return torch.randn(width, rows, dtype=dtype, device=device).T
+
+
+def one_row_expanded(rows, width, dtype, device):
+    return torch.randn(1, width, dtype=dtype, device=device).expand(rows, width)
+
+
+def one_number_expanded(rows, width, dtype, device):
+    return torch.randn((), dtype=dtype, device=device).expand(rows, width)
+
+
+LAYOUTS = (
+    contiguous,
+    row_strided,
+    unaligned,
+    every_other_row,
+    transposed,
+    one_row_expanded,
+    one_number_expanded,
+)
+
+
+@st.composite
+def batches(draw):
+    """A plan of up to 4 samples whose text uses the ids 0 .. 5."""
+    token = st.one_of(st.just(IMAGE), st.integers(0, 5))
+    samples = draw(st.lists(st.lists(token, max_size=6), max_size=4))
+    images = sum(sample.count(IMAGE) for sample in samples)
+    counts = draw(st.lists(st.integers(0, 5), min_size=images, max_size=images))
+    return plan_packing(samples, counts, IMAGE)
+
+
+def naive_pack(table, vision, source):
+    rows = [table[entry] if entry >= 0 else vision[~entry] for entry in source.tolist()]
+    return torch.stack(rows) if rows else table.new_empty(0, table.shape[1])
+
+
+EXAMPLE = plan_packing([[1, IMAGE, 2, 2], [], [IMAGE, 5, IMAGE], [3]], [3, 0, 4], IMAGE)
+
+
+# ---- forward
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(
+    plan=batches(),
+    dtype=st.sampled_from(DTYPES),
+    width=st.sampled_from([0, 1, 2, 3, 7, 8, 17, 64, 123]),
+    layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
+)
+@settings(deadline=None, max_examples=80)
+def test_packing_unpacking_and_merging_are_exact(backend, device, plan, dtype, width, layouts):
+    table = layouts[0](6, width, dtype, device)
+    vision = layouts[1](plan.vision_rows.shape[0], width, dtype, device)
+    source = plan.source
+    plan = plan.to(device)
+    with backend_set_to(backend):
+        packed = pack_embeddings(table, vision, plan)
+        assert packed.dtype == dtype
+        assert packed.is_contiguous()
+        assert torch.equal(packed, naive_pack(table, vision, source))
+        assert torch.equal(unpack_vision(packed, plan), vision)
+
+        base = layouts[0](plan.num_tokens, width, dtype, device)
+        before = base.clone()
+        merged = merge_vision(base, vision, plan.vision_rows)
+        wanted = base.clone()
+        wanted[plan.vision_rows.long()] = vision
+        assert torch.equal(merged, wanted)
+        assert torch.equal(base, before)
+        assert torch.equal(unpack_vision(merged, plan), vision)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_unpacking_reads_any_layout(backend, layout):
+    packed = layout(EXAMPLE.num_tokens, 5, torch.float32, "cpu")
+    with backend_set_to(backend):
+        assert torch.equal(unpack_vision(packed, EXAMPLE), packed[EXAMPLE.vision_rows.long()])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_merging_takes_batched_embeddings_and_rows_in_any_order(backend, index_dtype):
+    inputs_embeds = torch.randn(2, 3, 4, 8)[:, :, 1:]
+    vision = torch.randn(4, 8)
+    rows = torch.tensor([17, 0, 9, 4], dtype=index_dtype)
+    with backend_set_to(backend):
+        merged = merge_vision(inputs_embeds, vision, rows)
+    wanted = inputs_embeds.reshape(18, 8).clone()
+    for row, token in zip(rows.tolist(), vision, strict=True):
+        wanted[row] = token
+    assert torch.equal(merged, wanted.view(2, 3, 3, 8))
+
+
+def test_packing_is_an_embedding_lookup_and_a_masked_scatter():
+    table, vision = torch.randn(6, 8), torch.randn(EXAMPLE.vision_rows.shape[0], 8)
+    text = F.embedding(EXAMPLE.input_ids.clamp(min=0), table)
+    is_image = (EXAMPLE.input_ids == IMAGE).unsqueeze(1)
+    assert torch.equal(
+        pack_embeddings(table, vision, EXAMPLE), text.masked_scatter(is_image, vision)
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_large_moves_are_shared_between_threads(threads):
+    """5 MB and more: enough for several threads, in a number of rows that they do not divide."""
+    plan = plan_packing([[1, IMAGE, 2, IMAGE]] * 11, [113, 118] * 11, IMAGE)
+    table = torch.randn(6, 517, requires_grad=True)
+    vision = torch.randn(plan.vision_rows.shape[0], 517, requires_grad=True)
+    with patch("torch.get_num_threads", lambda: threads):
+        packed = pack_embeddings(table, vision, plan)
+        assert torch.equal(packed, naive_pack(table, vision, plan.source))
+        unpacked = unpack_vision(packed, plan)
+        assert torch.equal(unpacked, vision)
+        grad = torch.randn_like(unpacked)
+        (grad_packed,) = torch.autograd.grad(unpacked, packed, grad, retain_graph=True)
+        assert torch.equal(
+            grad_packed, torch.zeros_like(packed).index_copy(0, plan.vision_rows.long(), grad)
+        )
+        (grad_vision,) = torch.autograd.grad(unpacked, vision, grad)
+        assert torch.equal(grad_vision, grad)
+
+
+# ---- backward
+
+
+def gradients(function, inputs, needs, grad):
+    """The gradients of those ``inputs`` of ``function`` that need one."""
+    leaves = [
+        value.detach().requires_grad_(need) for value, need in zip(inputs, needs, strict=True)
+    ]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    return torch.autograd.grad(function(*leaves), wanted, grad)
+
+
+def assert_gradients_are_the_references(function, inputs, needs, grad):
+    before = grad.clone()
+    actual = gradients(function, inputs, needs, grad)
+    assert torch.equal(grad, before)
+    with backend_set_to("reference"):
+        wanted = gradients(function, inputs, needs, grad)
+    for ours, theirs in zip(actual, wanted, strict=True):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(
+    plan=batches(),
+    width=st.sampled_from([0, 1, 3, 8]),
+    needs=st.sampled_from([(True, True), (True, False), (False, True)]),
+    layout=st.sampled_from(LAYOUTS),
+)
+@settings(deadline=None, max_examples=80)
+def test_gradients_are_those_of_autograd(device, plan, width, needs, layout):
+    """In float64, for any inputs that need one, from incoming gradients of any layout."""
+    plan = plan.to(device)
+    vision_tokens = plan.vision_rows.shape[0]
+    table = contiguous(6, width, torch.float64, device)
+    base = contiguous(plan.num_tokens, width, torch.float64, device)
+    vision = contiguous(vision_tokens, width, torch.float64, device)
+    grad = layout(plan.num_tokens, width, torch.float64, device)
+    vision_grad = layout(vision_tokens, width, torch.float64, device)
+
+    def pack(table, vision):
+        return pack_embeddings(table, vision, plan)
+
+    def merge(base, vision):
+        return merge_vision(base, vision, plan.vision_rows)
+
+    def unpack(packed):
+        return unpack_vision(packed, plan)
+
+    assert_gradients_are_the_references(pack, (table, vision), needs, grad)
+    assert_gradients_are_the_references(merge, (base, vision), needs, grad)
+    assert_gradients_are_the_references(unpack, (base,), (True,), vision_grad)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_keep_the_dtype_and_repeat_bit_by_bit(dtype, device):
+    plan = plan_packing([[1, 2, IMAGE, 1] * 40] * 3, [5] * 120, IMAGE).to(device)
+    inputs = (
+        torch.randn(6, 9, dtype=dtype, device=device),
+        torch.randn(600, 9, dtype=dtype, device=device),
+    )
+    grad = torch.randn(plan.num_tokens, 9, dtype=dtype, device=device)
+
+    def pack(table, vision):
+        return pack_embeddings(table, vision, plan)
+
+    first = gradients(pack, inputs, (True, True), grad)
+    again = gradients(pack, inputs, (True, True), grad)
+    assert [value.dtype for value in first] == [dtype, dtype]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_saved_tensors_and_plan_outlive_backward():
+    """retain_graph, the same inputs used twice, and checkpointing all give the same gradients."""
+    table = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    vision = torch.randn(EXAMPLE.vision_rows.shape[0], 4, dtype=torch.float64, requires_grad=True)
+    source = EXAMPLE.source.clone()
+
+    def loss(table, vision):
+        packed = pack_embeddings(table, vision, EXAMPLE)
+        merged = merge_vision(packed, vision.sin(), EXAMPLE.vision_rows)
+        return (merged * packed).cos().sum() + unpack_vision(merged, EXAMPLE).square().sum()
+
+    value = loss(table, vision)
+    once = torch.autograd.grad(value, (table, vision), retain_graph=True)
+    twice = torch.autograd.grad(value, (table, vision))
+    recomputed = torch.autograd.grad(
+        checkpoint(loss, table, vision, use_reentrant=False), (table, vision)
+    )
+    with backend_set_to("reference"):
+        wanted = torch.autograd.grad(loss(table, vision), (table, vision))
+    for grads in (twice, recomputed):
+        assert all(torch.equal(a, b) for a, b in zip(grads, once, strict=True))
+    torch.testing.assert_close(once, wanted)
+    assert torch.equal(EXAMPLE.source, source)
+
+
+def test_a_frozen_table_costs_no_table_gradient():
+    table = torch.randn(6, 4)
+    vision = torch.randn(EXAMPLE.vision_rows.shape[0], 4, requires_grad=True)
+    packed = pack_embeddings(table, vision, EXAMPLE)
+    with patch("tokenflex_kernels.packing._table_gradient") as table_gradient:
+        packed.sum().backward()
+    table_gradient.assert_not_called()
+    assert torch.equal(vision.grad, torch.ones_like(vision))
+
+
+@pytest.mark.parametrize("op", ["pack", "unpack", "merge"])
+def test_differentiating_twice_is_refused(op):
+    table = torch.randn(6, 4, requires_grad=True)
+    base = torch.randn(EXAMPLE.num_tokens, 4, requires_grad=True)
+    vision = torch.randn(EXAMPLE.vision_rows.shape[0], 4, requires_grad=True)
+    output, leaf = {
+        "pack": lambda: (pack_embeddings(table, vision, EXAMPLE), table),
+        "unpack": lambda: (unpack_vision(base, EXAMPLE), base),
+        "merge": lambda: (merge_vision(base, vision, EXAMPLE.vision_rows), base),
+    }[op]()
+    (grad,) = torch.autograd.grad(output.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+# ---- empty cases
+
+EMPTY = {
+    "no samples": ([], []),
+    "samples of no rows": ([[], []], []),
+    "text only": ([[1, 2], [3]], []),
+    "vision only": ([[IMAGE], [IMAGE, IMAGE]], [2, 1, 3]),
+    "images of no tokens": ([[1, IMAGE], [IMAGE]], [0, 0]),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", EMPTY)
+def test_empty_cases_have_right_shapes_and_zero_gradients(case, backend, device):
+    plan = plan_packing(*EMPTY[case], IMAGE).to(device)
+    vision_tokens = plan.vision_rows.shape[0]
+    table = torch.randn(5, 3, device=device, requires_grad=True)
+    vision = torch.randn(vision_tokens, 3, device=device, requires_grad=True)
+    with backend_set_to(backend):
+        packed = pack_embeddings(table, vision, plan)
+        merged = merge_vision(packed, vision, plan.vision_rows)
+        unpacked = unpack_vision(merged, plan)
+    assert packed.shape == merged.shape == (plan.num_tokens, 3)
+    assert unpacked.shape == (vision_tokens, 3)
+    (merged.sum() + unpacked.sum()).backward()
+    text_ids = plan.input_ids[plan.input_ids != IMAGE]
+    assert torch.equal(
+        table.grad,
+        torch.zeros_like(table).index_add(0, text_ids, torch.ones(len(text_ids), 3, device=device)),
+    )
+    assert torch.equal(vision.grad, torch.full_like(vision, 2.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vision_only_needs_no_table_rows(backend):
+    plan = plan_packing([[IMAGE]], [2], IMAGE)
+    table, vision = torch.randn(0, 3, requires_grad=True), torch.randn(2, 3)
+    with backend_set_to(backend):
+        packed = pack_embeddings(table, vision, plan)
+    packed.sum().backward()
+    assert torch.equal(packed, vision)
+    assert table.grad.shape == (0, 3)
+
+
+# ---- dtypes
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_casts_vision_to_the_embedding_dtype(backend):
+    table = torch.randn(6, 4)
+    vision = torch.randn(EXAMPLE.vision_rows.shape[0], 4).bfloat16().requires_grad_()
+    with backend_set_to(backend), torch.autocast("cpu", torch.bfloat16):
+        packed = pack_embeddings(table, vision, EXAMPLE)
+        merged = merge_vision(packed, vision, EXAMPLE.vision_rows)
+    assert packed.dtype == merged.dtype == torch.float32
+    assert torch.equal(unpack_vision(packed, EXAMPLE), vision.float())
+    merged.sum().backward()
+    assert torch.equal(vision.grad, torch.ones_like(vision))
+
+
+# ---- what is refused
+
+VISION = EXAMPLE.vision_rows.shape[0]
+TOTAL = EXAMPLE.num_tokens
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("embedding", "vision", "error", "message"),
+    [
+        (torch.randn(5, 4), torch.randn(VISION, 4), ValueError, "largest id is 5, .* has 5 rows"),
+        (torch.randn(6, 4), torch.randn(8, 4), ValueError, "plan.vision_rows, 7, but has 8"),
+        (torch.randn(6, 4), torch.randn(VISION, 3), ValueError, "as wide as .* 4, but is 3"),
+        (torch.randn(6), torch.randn(VISION, 4), ValueError, r"embedding .* 2 dim.*\(6,\)"),
+        (torch.randn(6, 4), torch.randn(4), ValueError, r"vision must have 2 dimensions.*\(4,\)"),
+        (
+            torch.randn(6, 4),
+            torch.randn(VISION, 4).half(),
+            TypeError,
+            "dtype of embedding, torch.float32, but has torch.float16",
+        ),
+        (torch.ones(6, 4).int(), torch.randn(VISION, 4), TypeError, "embedding .* torch.int32"),
+        (torch.randn(6, 4), None, TypeError, "vision must be a torch.Tensor, got NoneType"),
+        (
+            torch.randn(6, 4),
+            torch.randn(VISION, 4, device="meta"),
+            ValueError,
+            "vision must be on the device of embedding, cpu, .*meta",
+        ),
+        (
+            torch.randn(6, 4, device="meta"),
+            torch.randn(VISION, 4),
+            ValueError,
+            r"plan .* device of embedding, meta, but is on cpu; .*plan.to\('meta'\)",
+        ),
+    ],
+)
+def test_packing_refuses(backend, embedding, vision, error, message):
+    with backend_set_to(backend), pytest.raises(error, match=message):
+        pack_embeddings(embedding, vision, EXAMPLE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unpacking_refuses_another_number_of_rows(backend):
+    with backend_set_to(backend):
+        with pytest.raises(ValueError, match=f"plan's {TOTAL} rows, but has {TOTAL + 1}"):
+            unpack_vision(torch.randn(TOTAL + 1, 4), EXAMPLE)
+        with pytest.raises(TypeError, match="plan must be a PackPlan, got list"):
+            unpack_vision(torch.randn(TOTAL, 4), [])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("vision_rows", "error", "message"),
+    [
+        (torch.tensor([0, 6]), ValueError, r"\[0, 6\), got 6"),
+        (torch.tensor([-1, 2]), ValueError, r"\[0, 6\), got -1"),
+        (torch.tensor([2**32, 2]), ValueError, rf"\[0, 6\), got {2**32}"),
+        (torch.tensor([1]), ValueError, "vision must have one row .* vision_rows, 1, but has 2"),
+        (torch.tensor([[1, 2]]), ValueError, r"vision_rows must have 1 dimensions.*\(1, 2\)"),
+        (torch.tensor([1.0, 2.0]), TypeError, "vision_rows must be int32 or int64.*torch.float32"),
+    ],
+)
+def test_merging_refuses(backend, vision_rows, error, message):
+    with backend_set_to(backend), pytest.raises(error, match=message):
+        merge_vision(torch.randn(2, 3, 4), torch.randn(2, 4), vision_rows)
+
+
+# ---- CUDA only
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_training_step_never_synchronises_and_follows_the_stream():
+    plan = plan_packing([[1, IMAGE, 2] * 300] * 4, [7] * 1200, IMAGE).to("cuda")
+    table = torch.randn(6, 2048, device="cuda", requires_grad=True)
+    vision = torch.randn(8400, 2048, device="cuda", requires_grad=True)
+    grad = torch.randn(plan.num_tokens, 2048, device="cuda")
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)  # work on another stream would overtake this
+            late = vision * 2
+            packed = pack_embeddings(table, late, plan)
+            merged = merge_vision(packed, unpack_vision(packed, plan), plan.vision_rows)
+            grads = torch.autograd.grad(merged, (table, vision), grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert torch.equal(unpack_vision(packed, plan), 2 * vision)
+    assert torch.equal(grads[1], 2 * grad[plan.vision_rows.long()])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "width"), list(itertools.product(DTYPES, (2048, 1155, 2))))
+def test_cuda_moves_rows_of_every_access_width(dtype, width):
+    plan = plan_packing([[1, IMAGE, 2]] * 9, [64, 144, 256] * 3, IMAGE)
+    table = torch.randn(6, width, dtype=dtype)
+    vision = torch.randn(plan.vision_rows.shape[0], width, dtype=dtype)
+    packed = pack_embeddings(table.cuda(), vision.cuda(), plan.to("cuda"))
+    assert torch.equal(packed.cpu(), naive_pack(table, vision, plan.source))
