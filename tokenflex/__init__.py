@@ -1,0 +1,54 @@
+"""TokenFLEX: vision-language models whose vision-token count is chosen per image.
+
+The names below are loaded when first used: the projector and the counts need PyTorch only, the rest
+needs an extra, and says which one when it is missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tokenflex._auto_classes import register_with_transformers
+from tokenflex.counts import TokenCounts
+from tokenflex.projector import TokenAdaptiveProjector
+
+if TYPE_CHECKING:
+    from tokenflex.models.configuration import TokenFlexConfig
+    from tokenflex.models.modeling import TokenFlexForConditionalGeneration
+    from tokenflex.models.processing import TokenFlexProcessor
+
+__version__ = "0.1.0"
+
+# name -> (module that defines it, extra that brings what the module imports)
+_LAZY = {
+    "TokenFlexConfig": ("tokenflex.models.configuration", "hf"),
+    "TokenFlexForConditionalGeneration": ("tokenflex.models.modeling", "hf"),
+    "TokenFlexProcessor": ("tokenflex.models.processing", "hf"),
+}
+
+__all__ = [
+    "TokenAdaptiveProjector",
+    "TokenCounts",
+    "TokenFlexConfig",
+    "TokenFlexForConditionalGeneration",
+    "TokenFlexProcessor",
+]
+
+
+register_with_transformers()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'tokenflex' has no attribute {name!r}")
+    module_name, extra = _LAZY[name]
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("tokenflex"):
+            raise
+        raise ImportError(
+            f"tokenflex.{name} needs {error.name}: pip install 'tokenflex[{extra}]'"
+        ) from error
+    return getattr(module, name)

@@ -1,0 +1,62 @@
+"""Make transformers' Auto classes know our model, without importing transformers ourselves.
+
+``import tokenflex`` must stay light and work where transformers is not installed; yet after it,
+``AutoModelForImageTextToText.from_pretrained`` must know a saved model. So ours is registered at the
+moment transformers loads its own registries.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+# transformers' registry -> our module that registers itself there when it is imported
+_REGISTRARS = {
+    "transformers.models.auto.configuration_auto": "tokenflex.models.configuration",
+    "transformers.models.auto.modeling_auto": "tokenflex.models.modeling",
+    "transformers.models.auto.processing_auto": "tokenflex.models.processing",
+}
+
+
+class _RegisterAfterImport(MetaPathFinder):
+    """Finds nothing itself; adds our registration to the end of a registry's own import."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name not in _REGISTRARS:
+            return None
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(name, path, target)
+            if spec is not None and spec.loader is not None:
+                execute = spec.loader.exec_module
+
+                def exec_module(module: ModuleType) -> None:
+                    execute(module)
+                    _register(name)
+
+                spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+                return spec
+        return None
+
+
+def _register(registry: str) -> None:
+    try:
+        importlib.import_module(_REGISTRARS[registry])
+    except ImportError as error:  # another transformers than ours: it must work on without us
+        warnings.warn(f"tokenflex is not registered with transformers: {error}", stacklevel=2)
+
+
+def register_with_transformers() -> None:
+    """Register now with what transformers has loaded, and later with what it has not."""
+    sys.meta_path.insert(0, _RegisterAfterImport())
+    for registry in _REGISTRARS:
+        if registry in sys.modules:
+            _register(registry)

@@ -1,0 +1,167 @@
+"""Token counts: from what a user may write to the grid it stands for, and the stochastic draw."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import isqrt
+from numbers import Integral, Real
+from typing import TypeAlias
+
+import torch
+
+Grid: TypeAlias = tuple[int, int]
+TokenCount: TypeAlias = "int | Grid"  # a perfect square, or (height, width)
+ImageTokenCounts: TypeAlias = "TokenCount | Sequence[TokenCount] | torch.Tensor"
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def token_grid(count: object, *, name: str = "num_tokens") -> Grid:
+    """The (height, width) grid of tokens that ``count`` stands for.
+
+    Args:
+        count: a perfect square n*n, or a (height, width) pair, of host ints.
+        name: the argument that errors name.
+
+    Raises:
+        TypeError: ``count`` is neither an int nor a pair of ints.
+        ValueError: a side is below 1, or an int is not a perfect square (the message names the
+            nearest squares).
+    """
+    if _is_int(count):
+        number = int(count)  # type: ignore[call-overload]
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+        side = isqrt(number)
+        if side * side != number:
+            raise ValueError(
+                f"{name} must be a perfect square or a (height, width) pair, got {number}; "
+                f"the nearest squares are {side * side} and {(side + 1) ** 2}"
+            )
+        return side, side
+    if isinstance(count, Sequence) and len(count) == 2 and all(_is_int(side) for side in count):
+        height, width = int(count[0]), int(count[1])
+        if height < 1 or width < 1:
+            raise ValueError(f"{name} must have sides of at least 1, got {(height, width)}")
+        return height, width
+    raise TypeError(
+        f"{name} must be an int (a perfect square) or a (height, width) pair, got {count!r}"
+    )
+
+
+def is_one_count(counts: object) -> bool:
+    """Whether ``counts`` is one count for all images: an int, or a tuple of two ints (a grid).
+
+    A list is always one entry per image, a tuple of two ints always a grid.
+    """
+    return _is_int(counts) or (
+        isinstance(counts, tuple) and len(counts) == 2 and all(_is_int(side) for side in counts)
+    )
+
+
+def token_grids(counts: object, num_images: int, *, name: str = "num_tokens") -> list[Grid]:
+    """One grid per image, from one count for all or one per image.
+
+    Args:
+        counts: an int or a (height, width) tuple for all images, or a list, 1-D tensor or other
+            sequence with one of those per image. A tuple of two ints is a grid.
+        num_images: images that the counts are for.
+        name: the argument that errors name.
+
+    Raises:
+        TypeError: an entry is not a count.
+        ValueError: the number of entries is not ``num_images``, or an entry is no valid count.
+    """
+    if is_one_count(counts):
+        return [token_grid(counts, name=name)] * num_images
+    if isinstance(counts, torch.Tensor):
+        counts = counts.tolist() if counts.ndim else [counts.item()]
+    if isinstance(counts, str) or not hasattr(counts, "__len__"):
+        raise TypeError(
+            f"{name} must be an int, a (height, width) tuple, or one of those per image, "
+            f"got {counts!r}"
+        )
+    entries = list(counts)  # type: ignore[call-overload]
+    if len(entries) != num_images:
+        raise ValueError(
+            f"{name} must have one entry per image: got {len(entries)} entries for "
+            f"{num_images} images"
+        )
+    return [token_grid(entry, name=f"{name}[{i}]") for i, entry in enumerate(entries)]
+
+
+_MASK = (1 << 64) - 1
+
+
+def stateless_random(*key: int) -> float:
+    """A number in [0, 1) that depends on nothing but the integers of ``key``.
+
+    The finaliser of SplitMix64 (Steele, Lea & Flood, 2014), chained over the key.
+    """
+    state = 0
+    for part in key:
+        state = (state + (part & _MASK) + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return (state >> 11) / (1 << 53)
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """The stochastic vision-token count of training (arXiv 2504.03154: 64, 144, 256 at 2:3:5).
+
+    Args:
+        counts: the counts to draw from, perfect squares.
+        weights: their odds, non-negative, in any scale.
+        seed: another seed gives other draws.
+
+    Raises:
+        TypeError: a count is not an int or a weight not a number.
+        ValueError: no counts, a count that is not a perfect square, a negative weight, all weights
+            zero, or as many weights as counts are not given.
+    """
+
+    counts: tuple[int, ...] = (64, 144, 256)
+    weights: tuple[float, ...] = (0.2, 0.3, 0.5)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "counts", tuple(self.counts))
+        object.__setattr__(self, "weights", tuple(self.weights))
+        if not self.counts or len(self.counts) != len(self.weights):
+            raise ValueError(
+                "counts and weights must have one entry each per choice, got "
+                f"{len(self.counts)} counts and {len(self.weights)} weights"
+            )
+        for i, count in enumerate(self.counts):
+            if not _is_int(count):
+                raise TypeError(f"counts[{i}] must be an int, got {count!r}")
+            token_grid(count, name=f"counts[{i}]")
+        for i, weight in enumerate(self.weights):
+            if isinstance(weight, bool) or not isinstance(weight, Real):
+                raise TypeError(f"weights[{i}] must be a number, got {weight!r}")
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"weights[{i}] must be finite and at least 0, got {weight}")
+        if sum(self.weights) <= 0:
+            raise ValueError(f"weights must not all be zero, got {self.weights}")
+
+    def draw(self, sample_index: int, epoch: int = 0) -> int:
+        """The count of a sample: a pure function of (seed, epoch, sample_index).
+
+        So it is the same whatever worker, rank or resumed run asks.
+        """
+        point = stateless_random(self.seed, epoch, sample_index) * sum(self.weights)
+        choice = bisect_right(list(accumulate(self.weights)), point)
+        return self.counts[min(choice, len(self.counts) - 1)]
+
+    @property
+    def expected(self) -> float:
+        """The mean count under the odds."""
+        pairs = zip(self.counts, self.weights, strict=True)
+        return sum(count * weight for count, weight in pairs) / sum(self.weights)

@@ -1,0 +1,1 @@
+"""The vision-language model on transformers' own encoder and language-model classes."""

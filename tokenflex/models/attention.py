@@ -1,0 +1,180 @@
+"""Attention over packed sequences, under the name ``tokenflex_varlen`` in transformers.
+
+A packed row holds many samples; each must attend to itself only. transformers recognises packed
+rows from ``position_ids``, but not when a cache or a mask is present, and then leaks between
+samples without a word. This implementation takes the boundaries themselves (``cu_seq_lens_q``,
+``max_length_q``, the names of transformers' flash attention), needs no mask of T x T entries, and
+does for an ordinary padded batch exactly what "sdpa" does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from functools import cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+PACKED_ATTENTION = "tokenflex_varlen"
+
+
+def packed_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    sequence_lengths: tuple[int, ...] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' attention function: causal within each sequence of a packed row.
+
+    Args:
+        query: [1, heads, T, head width]; key and value likewise with the key-value heads.
+        attention_mask: used only for calls that are not packed.
+        dropout: probability; packed calls support 0 only.
+        scaling: of the scores; 1/sqrt(head width) if None.
+        cu_seq_lens_q: int32 [sequences + 1] on the device, the rows where sequences start; given
+            exactly when the call is packed.
+        max_length_q: the longest sequence, a host int.
+        sequence_lengths: the rows of each sequence, host ints.
+
+    Returns:
+        ([1, T, heads, head width], None).
+
+    Raises:
+        ValueError: packed with a batch of more than one row, dropout, or a sliding window.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if sequence_lengths is None or max_length_q is None:
+        raise ValueError(
+            "packed attention needs sequence_lengths and max_length_q beside cu_seq_lens_q, got "
+            f"sequence_lengths={sequence_lengths} and max_length_q={max_length_q}"
+        )
+    if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
+        raise ValueError(
+            "packed attention takes one packed row and no cache, got a batch of "
+            f"{query.shape[0]} rows, {query.shape[2]} queries and {key.shape[2]} keys"
+        )
+    if dropout:
+        raise ValueError(f"packed attention supports no dropout, got dropout={dropout}")
+    window = kwargs.get("sliding_window")
+    if window is not None and max_length_q > window:
+        raise ValueError(
+            f"packed attention supports no sliding window, got sliding_window={window} for "
+            f"sequences of up to {max_length_q} rows"
+        )
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _has_varlen_attention():
+        output = _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling)
+    else:
+        output = _by_length(query, key, value, sequence_lengths, scaling)
+    return output, None
+
+
+def _by_length(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: tuple[int, ...],
+    scaling: float | None,
+) -> torch.Tensor:
+    """One causal attention call per distinct length, over all sequences of that length."""
+    starts = [0, *accumulate(lengths)]
+    alike: dict[int, list[int]] = defaultdict(list)
+    for start, length in zip(starts, lengths, strict=False):
+        if length:
+            alike[length].append(start)
+
+    order, outputs = [], []
+    for length, firsts in alike.items():
+        rows = torch.tensor(firsts)[:, None] + torch.arange(length)
+        rows = rows.flatten().to(query.device, non_blocking=True)
+        order.append(rows)
+
+        def sequences(x: torch.Tensor, rows: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+            # [1, heads, T, width] -> [sequences, heads, length, width]
+            return x[0].index_select(1, rows).unflatten(1, shape).transpose(0, 1)
+
+        shape = (len(firsts), length)
+        attended = F.scaled_dot_product_attention(
+            sequences(query, rows, shape),
+            sequences(key, rows, shape),
+            sequences(value, rows, shape),
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+    if not outputs:
+        return query.transpose(1, 2)
+    place = torch.empty_like(all_rows := torch.cat(order))
+    place[all_rows] = torch.arange(len(all_rows), device=all_rows.device)
+    return torch.cat(outputs).index_select(0, place).unsqueeze(0)
+
+
+def _flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    max_length: int,
+    scaling: float | None,
+) -> torch.Tensor:
+    """PyTorch's own variable-length flash attention."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # The function grew: 2.9 has is_causal; later releases a window, a scale and grouped queries.
+    parameters = _varlen_parameters()
+    options: dict[str, Any] = {}
+    if "window_size" in parameters:
+        options["window_size"] = (-1, 0)
+    else:
+        options["is_causal"] = True
+    if scaling is not None:
+        if "scale" in parameters:
+            options["scale"] = scaling
+        else:
+            query = query * (scaling * query.shape[-1] ** 0.5)
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in parameters:
+            options["enable_gqa"] = True
+        else:
+            groups = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    output = varlen_attn(q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, **options)
+    assert isinstance(output, torch.Tensor)  # a tuple only where auxiliary outputs are asked for
+    return output.unsqueeze(0)
+
+
+@cache
+def _varlen_parameters() -> frozenset[str]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+@cache
+def _has_varlen_attention() -> bool:
+    try:
+        from torch.nn.attention import varlen  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
+AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)

@@ -1,0 +1,76 @@
+"""What a TokenFLEX model is made of: a vision encoder, a projector and a language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+from tokenflex.counts import TokenCount, token_grid
+from tokenflex_kernels.axis_weights import check_mode
+
+
+class TokenFlexConfig(PretrainedConfig):
+    """Configuration of :class:`TokenFlexForConditionalGeneration`.
+
+    The tiny demo model and SigLIP-400M + Qwen2.5 differ in nothing but these values.
+
+    Args:
+        vision_config: config, or dict with a ``model_type``, of any transformers vision encoder
+            that returns patch features as ``last_hidden_state``; SigLIP by default.
+        text_config: config, or dict with a ``model_type``, of any transformers causal language
+            model; Qwen2 by default.
+        image_token_id: the placeholder that stands for one vision token in ``input_ids``.
+        num_image_tokens: vision tokens per image where a call names no count.
+        pooling: "adaptive" (the paper) or "resize" (the released model).
+        projector_hidden_width: width of the gated unit; 3 * vision width if None.
+        projector_eps: of the projector's LayerNorm.
+
+    Raises:
+        ValueError: an unknown ``model_type`` or ``pooling``, a count that is no square grid.
+    """
+
+    model_type = "tokenflex"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+
+    def __init__(
+        self,
+        vision_config: dict[str, Any] | PretrainedConfig | None = None,
+        text_config: dict[str, Any] | PretrainedConfig | None = None,
+        image_token_id: int = 151655,
+        num_image_tokens: TokenCount = 256,
+        pooling: str = "adaptive",
+        projector_hidden_width: int | None = None,
+        projector_eps: float = 1e-5,
+        **kwargs: Any,
+    ) -> None:
+        self.vision_config = _sub_config("vision_config", vision_config, "siglip_vision_model")
+        self.text_config = _sub_config("text_config", text_config, "qwen2")
+        self.image_token_id = image_token_id
+        token_grid(
+            tuple(num_image_tokens) if isinstance(num_image_tokens, list) else num_image_tokens,
+            name="num_image_tokens",
+        )
+        self.num_image_tokens = num_image_tokens
+        self.pooling = check_mode(pooling)
+        self.projector_hidden_width = projector_hidden_width
+        self.projector_eps = projector_eps
+        kwargs.setdefault("tie_word_embeddings", bool(self.text_config.tie_word_embeddings))
+        super().__init__(**kwargs)
+
+
+def _sub_config(
+    name: str, value: dict[str, Any] | PretrainedConfig | None, default_type: str
+) -> PretrainedConfig:
+    if isinstance(value, PretrainedConfig):
+        return value
+    if value is not None and not isinstance(value, dict):
+        raise TypeError(f"{name} must be a config or a dict, got {type(value).__name__}")
+    fields = dict(value or {})
+    model_type = fields.pop("model_type", default_type)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"{name} has model_type {model_type!r}, which transformers does not know")
+    return CONFIG_MAPPING[model_type](**fields)
+
+
+AutoConfig.register("tokenflex", TokenFlexConfig)

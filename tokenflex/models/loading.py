@@ -1,0 +1,66 @@
+"""Load a saved model and its processor, or say in one line what is wrong with the folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.models.modeling import TokenFlexForConditionalGeneration
+from tokenflex.models.processing import TokenFlexProcessor
+
+
+def load_checkpoint(
+    path: str | Path,
+) -> tuple[TokenFlexForConditionalGeneration, TokenFlexProcessor]:
+    """The model, in evaluation mode, and the processor saved in ``path``.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is not there.
+        ValueError: a file is cut off, or the weights do not fit the config.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
+    config = _read_config(folder / "config.json")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise FileNotFoundError(f"checkpoint folder {folder} holds no *.safetensors file")
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):
+                pass  # opening checks the header and the length
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"checkpoint file {file} cannot be read: {error}") from error
+    try:
+        model, loading = TokenFlexForConditionalGeneration.from_pretrained(
+            folder, config=config, output_loading_info=True
+        )
+        processor = TokenFlexProcessor.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise ValueError(f"checkpoint {folder} cannot be loaded: {error}") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loading[problem]:
+            names = sorted(str(name) for name in loading[problem])
+            raise ValueError(
+                f"checkpoint {folder} has {len(names)} {problem.replace('_', ' ')}, "
+                f"the first is {names[0]}"
+            )
+    return model.eval(), processor
+
+
+def _read_config(path: Path) -> TokenFlexConfig:
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint file {path} does not exist")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"checkpoint file {path} is not JSON: {error}") from error
+    model_type = values.get("model_type") if isinstance(values, dict) else None
+    if model_type != TokenFlexConfig.model_type:
+        raise ValueError(
+            f"checkpoint file {path} must have model_type 'tokenflex', got {model_type!r}"
+        )
+    return TokenFlexConfig.from_dict(values)

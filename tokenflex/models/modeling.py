@@ -1,0 +1,401 @@
+"""The model: image -> encoder -> projector -> vision tokens; with the text, one sequence -> logits.
+
+Two ways in, through one ``forward``:
+
+* ``input_ids`` [B, L], padded, one placeholder per vision token: what ``generate`` and other
+  libraries call;
+* ``plan``, a :class:`tokenflex_kernels.PackPlan`: every sample of a batch in one row without
+  padding, for training and evaluation.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
+
+from tokenflex.counts import ImageTokenCounts, token_grids
+from tokenflex.models.attention import PACKED_ATTENTION
+from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.projector import TokenAdaptiveProjector
+from tokenflex_kernels import PackPlan, merge_vision, pack_embeddings
+
+
+class TokenFlexPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know about both models."""
+
+    config_class = TokenFlexConfig
+    config: TokenFlexConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, TokenAdaptiveProjector):
+            # PyTorch's own initialisation: its scale follows the width, transformers' does not.
+            module.reset_parameters()
+
+
+class TokenFlexModel(TokenFlexPreTrainedModel):
+    """Encoder, projector and language model, without the language model's head."""
+
+    def __init__(self, config: TokenFlexConfig) -> None:
+        super().__init__(config)
+        self.vision_model = AutoModel.from_config(config.vision_config)
+        self.projector = TokenAdaptiveProjector(
+            config.vision_config.hidden_size,
+            config.text_config.hidden_size,
+            hidden_width=config.projector_hidden_width,
+            num_tokens=_as_count(config.num_image_tokens),
+            pooling=config.pooling,
+            eps=config.projector_eps,
+        )
+        self.language_model = AutoModel.from_config(config.text_config)
+        use_packed_attention(self.language_model)
+        self.post_init()
+
+    def get_input_embeddings(self) -> Any:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        num_image_tokens: ImageTokenCounts | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Encode tiles once and project each to its own number of vision tokens.
+
+        Args:
+            pixel_values: [tiles, 3, height, width].
+            num_image_tokens: one count for all tiles or one per tile; the config's if None.
+
+        Returns:
+            ``last_hidden_state`` [tiles, patches, C] and ``pooler_output``, a list with
+            [count, D] vision tokens for each tile.
+
+        Raises:
+            ValueError: counts and tiles do not fit together.
+        """
+        features = self.encode_images(pixel_values)
+        counts = self.projector.num_tokens if num_image_tokens is None else num_image_tokens
+        grids = token_grids(counts, len(features), name="num_image_tokens")
+        patches = patch_grid(self.config, pixel_values)
+        tokens = self.projector(features, grids, grids=[patches] * len(grids))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features,
+            pooler_output=list(tokens.split([height * width for height, width in grids])),
+        )
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Patch features [tiles, H*W, C] of the encoder's last layer, without special tokens."""
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                "pixel_values must be [tiles, channels, height, width], got shape "
+                f"{tuple(pixel_values.shape)}"
+            )
+        if not len(pixel_values):
+            width = self.config.vision_config.hidden_size
+            return pixel_values.new_zeros((0, 1, width), dtype=self.dtype)
+        features = self.vision_model(pixel_values=pixel_values.to(self.dtype)).last_hidden_state
+        height, width = patch_grid(self.config, pixel_values)
+        # Class and register tokens, where an encoder has them, come before the patches.
+        return features[:, features.shape[1] - height * width :]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        num_image_tokens: ImageTokenCounts | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        plan: PackPlan | None = None,
+        vision_index: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of a padded batch, or of a packed row when ``plan`` is given.
+
+        The arguments are those of :meth:`TokenFlexForConditionalGeneration.forward`.
+        """
+        images = (mm_encoder_outputs or {}).get("image")
+        if images is None and pixel_values is not None:
+            images = self.get_image_features(pixel_values, num_image_tokens)
+        if plan is not None:
+            if input_ids is not None or inputs_embeds is not None:
+                raise ValueError(
+                    "plan holds the tokens: give no input_ids or inputs_embeds with it"
+                )
+            return self._forward_packed(plan, images, vision_index)
+
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids, inputs_embeds and plan")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if images is not None:
+            if input_ids is None:
+                raise ValueError("input_ids must say where the images stand, got inputs_embeds")
+            counts = [len(tokens) for tokens in images.pooler_output]
+            rows = placeholder_rows(input_ids, counts, self.config.image_token_id)
+            vision = torch.cat(list(images.pooler_output)).to(inputs_embeds)
+            inputs_embeds = merge_vision(inputs_embeds, vision, rows)
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+    def _forward_packed(
+        self,
+        plan: PackPlan,
+        images: BaseModelOutputWithPooling | None,
+        vision_index: torch.Tensor | None,
+    ) -> BaseModelOutputWithPast:
+        embedding = self.get_input_embeddings()
+        table: torch.Tensor = embedding.weight
+        if images is None or not images.pooler_output:
+            vision = table.new_zeros(0, table.shape[1])
+        else:
+            vision = torch.cat(list(images.pooler_output)).to(table.dtype)
+        if vision_index is not None:
+            vision = vision.index_select(0, vision_index)
+        if type(embedding) is nn.Embedding:
+            packed = pack_embeddings(table, vision, plan)
+        else:  # scaled, adapted or sharded: more than its table
+            packed = merge_vision(embedding(plan.input_ids), vision, plan.vision_rows)
+        boundaries: dict[str, Any] = {
+            "cu_seq_lens_q": plan.cu_seqlens,
+            "cu_seq_lens_k": plan.cu_seqlens,
+            "max_length_q": plan.max_seqlen,
+            "max_length_k": plan.max_seqlen,
+        }
+        attention_mask = None
+        implementation = self.language_model.config._attn_implementation
+        if implementation == PACKED_ATTENTION:
+            boundaries["sequence_lengths"] = plan.lengths
+            # transformers leaves a mask of four dimensions alone; ours reads the boundaries.
+            attention_mask = packed.new_empty(1, 1, 0, 0)
+        elif not implementation.startswith("flash"):
+            boundaries = {}  # sdpa, eager, flex: transformers masks by position_ids
+        return self.language_model(
+            inputs_embeds=packed[None],
+            position_ids=plan.position_ids[None],
+            attention_mask=attention_mask,
+            use_cache=False,
+            **boundaries,
+        )
+
+
+class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixin):
+    """A vision-language model whose vision-token count is an argument of the call."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: TokenFlexConfig) -> None:
+        super().__init__(config)
+        self.model = TokenFlexModel(config)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_parts(
+        cls,
+        config: TokenFlexConfig,
+        vision_model: PreTrainedModel,
+        causal_language_model: PreTrainedModel,
+    ) -> TokenFlexForConditionalGeneration:
+        """A model around an encoder and a language model that are there, with their weights.
+
+        Args:
+            config: its ``vision_config`` and ``text_config`` must be those of the parts.
+            vision_model: the encoder.
+            causal_language_model: the language model with its head.
+        """
+        with torch.device("meta"):  # a frame: both big parts are at hand, do not fill them twice
+            model = cls(config)
+        model.model.vision_model = vision_model
+        model.model.language_model = causal_language_model.base_model
+        use_packed_attention(model.model.language_model)
+        model.lm_head = causal_language_model.get_output_embeddings()
+        reference = model.lm_head.weight
+        projector = model.model.projector.to_empty(device=reference.device)
+        projector.to(reference.dtype).reset_parameters()
+        return model
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        num_image_tokens: ImageTokenCounts | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """See :meth:`TokenFlexModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, num_image_tokens, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        num_image_tokens: ImageTokenCounts | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        plan: PackPlan | None = None,
+        vision_index: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss where ``labels`` are given.
+
+        Args:
+            input_ids: int64 [B, L] with one ``image_token_id`` per vision token.
+            pixel_values: [tiles, 3, height, width], all tiles of the batch in order of appearance.
+            num_image_tokens: an int (a perfect square) or (h, w) for all tiles, or one per tile;
+                the config's ``num_image_tokens`` if None.
+            attention_mask: [B, L], 0 on padding.
+            position_ids: int64 [B, L].
+            past_key_values: transformers' cache.
+            inputs_embeds: [B, L, D] in place of ``input_ids``.
+            labels: int64 like ``input_ids`` (for a packed row [1, total]), -100 where there is no
+                loss; the mean over the others is taken.
+            mm_encoder_outputs: ``{"image": get_image_features(...)}`` in place of ``pixel_values``:
+                images encoded once serve any number of calls.
+            plan: a packed batch in place of ``input_ids``; sequences do not see each other.
+            vision_index: int64 [vision rows of the plan], with ``plan``: which row of the
+                projected vision tokens stands at each vision row; row v at vision row v if None.
+                It lets several sequences show one image that is encoded once.
+            logits_to_keep: the last so many positions, or the positions of a 1-D index; 0 is all.
+
+        Returns:
+            ``logits`` [B, L, V] ([1, total, V] for a packed row), ``loss``, ``past_key_values``.
+
+        Raises:
+            ValueError: placeholders, counts and tiles do not fit together; both numbers are named.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            num_image_tokens=num_image_tokens,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            plan=plan,
+            vision_index=vision_index,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        if isinstance(logits_to_keep, torch.Tensor):
+            hidden = hidden.index_select(1, logits_to_keep)
+        elif logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:]
+        logits = self.lm_head(hidden)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.text_config.vocab_size,
+                **kwargs,
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def use_packed_attention(language_model: PreTrainedModel) -> None:
+    """Replace "sdpa" by the same attention that also takes packed rows; keep other choices."""
+    if language_model.config._attn_implementation == "sdpa":
+        language_model.set_attn_implementation(PACKED_ATTENTION)
+
+
+def patch_grid(config: TokenFlexConfig, pixel_values: torch.Tensor) -> tuple[int, int]:
+    """The (height, width) in patches of one tile."""
+    patch = config.vision_config.patch_size
+    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
+    return pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width
+
+
+def placeholder_rows(
+    input_ids: torch.Tensor, counts: list[int], image_token_id: int
+) -> torch.Tensor:
+    """The rows of the flattened ``input_ids`` that hold placeholders, once they fit ``counts``.
+
+    Totals alone would let two images of swapped counts through, so images must also end where runs
+    of placeholders end. Reads ``input_ids`` back from the device, once a prompt.
+
+    Raises:
+        ValueError: a run of placeholders does not end where an image's vision tokens end.
+    """
+    rows = (input_ids.reshape(-1) == image_token_id).nonzero().squeeze(1)
+    ends = [0, *accumulate(counts)]
+    if len(rows) != ends[-1]:
+        per_row = (input_ids == image_token_id).sum(-1).tolist()
+        raise ValueError(
+            f"input_ids hold {len(rows)} image placeholders (per row {per_row}), but "
+            f"num_image_tokens gives {ends[-1]} vision tokens (per image {counts})"
+        )
+    length = input_ids.shape[-1]
+    # A run ends before a placeholder that is not the next token, or is the first of a row.
+    starts_run = (rows[1:] != rows[:-1] + 1) | (rows[1:] % length == 0)
+    run_ends = [*(starts_run.nonzero().squeeze(1) + 1).tolist(), *ends[-1:]]
+    boundaries = set(ends)
+    for run_end in run_ends:
+        if run_end not in boundaries:
+            image = bisect_right(ends, run_end) - 1
+            raise ValueError(
+                f"row {int(rows[run_end - 1]) // length} of input_ids ends a run of placeholders "
+                f"inside image {image}, after {run_end - ends[image]} of its {counts[image]} "
+                f"vision tokens (num_image_tokens per image {counts}, placeholders per row "
+                f"{(input_ids == image_token_id).sum(-1).tolist()})"
+            )
+    return rows
+
+
+def _as_count(count: Any) -> Any:
+    # JSON has no tuples: a grid comes back from config.json as a list.
+    return tuple(count) if isinstance(count, list) else count
+
+
+AutoModel.register(TokenFlexConfig, TokenFlexModel)
+AutoModelForImageTextToText.register(TokenFlexConfig, TokenFlexForConditionalGeneration)

@@ -1,0 +1,228 @@
+"""The token-adaptive projector: any patch grid in, any number of vision tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, is_one_count, token_grid
+from tokenflex.counts import token_grids as grids_of_counts
+from tokenflex_kernels import pool_norm, project_tokens
+from tokenflex_kernels._checks import check_count, check_eps, check_float, check_tensor
+from tokenflex_kernels.axis_weights import check_mode
+from tokenflex_kernels.projection import check_save
+
+
+class TokenAdaptiveProjector(nn.Module):
+    """Pool, normalise and project patch features to as many vision tokens as asked for.
+
+    Adaptive average pooling + LayerNorm + SwiGLU, as in TokenFLEX (arXiv 2504.03154). Its
+    parameters do not depend on the count, so one projector serves every budget and a batch may mix
+    counts. The four submodules are a plain LayerNorm and three plain Linears with bias.
+
+    Args:
+        vision_width: C, width of the patch features.
+        text_width: D, width of the language model.
+        hidden_width: H of the gated unit; 3 * vision_width if None, as in the paper.
+        num_tokens: the count used when ``forward`` is given none.
+        pooling: "adaptive" (the paper) or "resize" (the released model).
+        eps: of the LayerNorm.
+        save: "preactivation" or "input": what training keeps for backward, see
+            :func:`tokenflex_kernels.project_tokens`.
+
+    Raises:
+        TypeError, ValueError: an argument is not of the kind or range described above.
+
+    Example:
+        >>> projector = TokenAdaptiveProjector(vision_width=1152, text_width=2048)
+        >>> patches = torch.randn(2, 27 * 27, 1152)
+        >>> projector(patches, 64).shape
+        torch.Size([2, 64, 2048])
+        >>> projector(patches, [64, 256]).shape  # mixed counts: flat, 64 + 256 rows
+        torch.Size([320, 2048])
+    """
+
+    def __init__(
+        self,
+        vision_width: int,
+        text_width: int,
+        *,
+        hidden_width: int | None = None,
+        num_tokens: TokenCount = 256,
+        pooling: str = "adaptive",
+        eps: float = 1e-5,
+        save: str = "preactivation",
+    ) -> None:
+        super().__init__()
+        self.vision_width = check_count("vision_width", vision_width)
+        self.text_width = check_count("text_width", text_width)
+        hidden_width = 3 * vision_width if hidden_width is None else hidden_width
+        self.hidden_width = check_count("hidden_width", hidden_width)
+        token_grid(num_tokens)
+        self.num_tokens = num_tokens
+        self.pooling = check_mode(pooling)
+        self.save = check_save(save)
+        self.layernorm = nn.LayerNorm(vision_width, eps=check_eps(eps))
+        self.gate = nn.Linear(vision_width, self.hidden_width)
+        self.up = nn.Linear(vision_width, self.hidden_width)
+        self.down = nn.Linear(self.hidden_width, text_width)
+
+    def reset_parameters(self) -> None:
+        """Fresh weights: PyTorch's initialisation of a LayerNorm and of Linears."""
+        for module in (self.layernorm, self.gate, self.up, self.down):
+            module.reset_parameters()
+
+    def forward(
+        self,
+        features: torch.Tensor,
+        num_tokens: ImageTokenCounts | None = None,
+        grids: Grid | Sequence[Grid] | None = None,
+    ) -> torch.Tensor:
+        """Vision tokens for every image.
+
+        Args:
+            features: float [B, L, C], L patches per image; or flat [sum of L, C] with ``grids``.
+            num_tokens: an int (a perfect square) or an (h, w) tuple for all images, or a list
+                with one of those per image; the projector's own ``num_tokens`` if None.
+            grids: the images' patch grids: an (H, W) tuple for all images of a batch, or one per
+                image; None for a batch of square grids.
+
+        Returns:
+            [B, N, D] for one count; flat [sum of N, D] for a sequence of counts.
+
+        Raises:
+            TypeError: ``features`` is not a float tensor, or a count or grid is not made of ints.
+            ValueError: counts, grids and features do not fit together.
+        """
+        check_tensor("features", features)
+        check_float("features", features)
+        if features.ndim not in (2, 3):
+            raise ValueError(
+                "features must be [B, L, C] or flat [sum of L, C], got shape "
+                f"{tuple(features.shape)}"
+            )
+        if features.shape[-1] != self.vision_width:
+            raise ValueError(
+                f"features must have width vision_width={self.vision_width}, got "
+                f"{features.shape[-1]}"
+            )
+        in_grids = _patch_grids(features, grids)
+        counts = self.num_tokens if num_tokens is None else num_tokens
+        out_grids = grids_of_counts(counts, len(in_grids))
+        tokens = self._project(features.reshape(-1, self.vision_width), in_grids, out_grids)
+        if is_one_count(counts):
+            height, width = token_grid(counts)
+            return tokens.view(len(in_grids), height * width, self.text_width)
+        return tokens
+
+    def _project(
+        self, rows: torch.Tensor, in_grids: Sequence[Grid], out_grids: Sequence[Grid]
+    ) -> torch.Tensor:
+        if not self._is_plain():
+            return self._project_by_modules(rows, in_grids, out_grids)
+        return project_tokens(
+            rows,
+            in_grids,
+            out_grids,
+            norm_weight=self.layernorm.weight,
+            norm_bias=self.layernorm.bias,
+            gate_weight=self.gate.weight,
+            gate_bias=self.gate.bias,
+            up_weight=self.up.weight,
+            up_bias=self.up.bias,
+            down_weight=self.down.weight,
+            down_bias=self.down.bias,
+            mode=self.pooling,
+            eps=self.layernorm.eps,
+            save=self.save,
+        )
+
+    def _is_plain(self) -> bool:
+        """Whether the submodules are what the fused op assumes: their weights and nothing else.
+
+        Adapters (LoRA), quantised layers, sharded layers and hooks replace or extend them.
+        """
+        linears = (self.gate, self.up, self.down)
+        return (
+            type(self.layernorm) is nn.LayerNorm
+            and all(type(linear) is nn.Linear for linear in linears)
+            and not any(
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+                for module in (self.layernorm, *linears)
+            )
+        )
+
+    def _project_by_modules(
+        self, rows: torch.Tensor, in_grids: Sequence[Grid], out_grids: Sequence[Grid]
+    ) -> torch.Tensor:
+        """The same maths through the submodules' own forward."""
+        pooled = pool_norm(rows, in_grids, out_grids, mode=self.pooling)
+        if self.save == "input":
+            return checkpoint(self._feed_forward, pooled, use_reentrant=False)
+        return self._feed_forward(pooled)
+
+    def _feed_forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        tokens = self.layernorm(pooled)
+        return self.down(F.silu(self.gate(tokens)) * self.up(tokens))
+
+    def extra_repr(self) -> str:
+        return f"num_tokens={self.num_tokens}, pooling={self.pooling!r}, save={self.save!r}"
+
+
+def _patch_grids(features: torch.Tensor, grids: Grid | Sequence[Grid] | None) -> list[Grid]:
+    """One patch grid per image, checked against the patches there are."""
+    if grids is None:
+        if features.ndim == 2:
+            raise ValueError(
+                f"grids must name each image's (H, W) when features are flat, got None for "
+                f"features of shape {tuple(features.shape)}"
+            )
+        batch, patches, _ = features.shape
+        try:
+            square = token_grid(patches, name="grids")
+        except ValueError:
+            raise ValueError(
+                f"grids must be given when an image's {patches} patches are no square grid"
+            ) from None
+        return [square] * batch
+    if is_one_count(grids):
+        one = token_grid(grids, name="grids")
+        patches = one[0] * one[1]
+        if features.ndim == 3:
+            per_image = [one] * features.shape[0]
+        elif features.shape[0] % patches:
+            raise ValueError(
+                f"grids={one} holds {patches} patches an image, but the {features.shape[0]} rows "
+                "of features are no multiple of that"
+            )
+        else:
+            per_image = [one] * (features.shape[0] // patches)
+    else:
+        per_image = [token_grid(tuple(grid), name=f"grids[{i}]") for i, grid in enumerate(grids)]  # type: ignore[arg-type]
+    if features.ndim == 3:
+        batch, patches, _ = features.shape
+        if len(per_image) != batch:
+            raise ValueError(
+                f"grids must have one entry per image: got {len(per_image)} for {batch} images"
+            )
+        for i, (height, width) in enumerate(per_image):
+            if height * width != patches:
+                raise ValueError(
+                    f"grids[{i}] = {(height, width)} holds {height * width} patches, but features "
+                    f"have {patches} per image"
+                )
+        return per_image
+    patches = sum(height * width for height, width in per_image)
+    if patches != features.shape[0]:
+        raise ValueError(
+            f"grids of {len(per_image)} images hold {patches} patches, but features have "
+            f"{features.shape[0]} rows"
+        )
+    return per_image
