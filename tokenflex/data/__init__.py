@@ -1,0 +1,1 @@
+"""Training and evaluation data: samples in, packed batches out."""

@@ -1,0 +1,100 @@
+"""Conversations to token ids and labels: only what the assistant says is learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tokenflex.data.samples import IMAGE_MARK, Conversation
+
+IGNORE = -100
+CACHED_CONVERSATIONS = 4096
+
+
+class ConversationEncoder:
+    """Turns conversations into ids and labels with a tokenizer's chat template.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template.
+        image_token: the tokenizer's placeholder for an image.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: Any, image_token: str) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("tokenizer must have a chat_template to train on conversations")
+        self.tokenizer = tokenizer
+        self.image_token = image_token
+        # Questions repeat (the digits task has a few hundred with their answers). A plain dict, so
+        # that a collator can travel to worker processes.
+        self._cache: dict[tuple[Conversation, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(
+        self, conversation: Conversation, num_images: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids and labels, int64 [length] each, with one placeholder per image.
+
+        Labels are aligned with the ids and -100 outside the assistant's turns.
+
+        Raises:
+            ValueError: the template does not build a conversation turn by turn.
+        """
+        key = (conversation, num_images)
+        if key not in self._cache:
+            if len(self._cache) >= CACHED_CONVERSATIONS:
+                self._cache.clear()
+            self._cache[key] = self._encode(conversation, num_images)
+        return self._cache[key]
+
+    def prompt(self, conversation: Conversation, num_images: int) -> str:
+        """The text that asks for the next turn of the assistant."""
+        return self._render(self._messages(conversation, num_images), ask=True)
+
+    def _encode(
+        self, conversation: Conversation, num_images: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ids: list[int] = []
+        labels: list[int] = []
+        for text, learned in self._segments(conversation, num_images):
+            tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids += tokens
+            labels += tokens if learned else [IGNORE] * len(tokens)
+        return torch.tensor(ids, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64)
+
+    def _segments(self, conversation: Conversation, num_images: int) -> list[tuple[str, bool]]:
+        """The rendered text in pieces, each with whether it is learned."""
+        messages = self._messages(conversation, num_images)
+        segments: list[tuple[str, bool]] = []
+        done = ""
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            asked = self._render(messages[:i], ask=True)
+            answered = self._render(messages[: i + 1], ask=False)
+            if not asked.startswith(done) or not answered.startswith(asked):
+                raise ValueError(
+                    "chat_template must build a conversation turn by turn, but it rewrites "
+                    f"earlier text when turn {i} is added"
+                )
+            segments += [(asked[len(done) :], False), (answered[len(asked) :], True)]
+            done = answered
+        return segments
+
+    def _messages(self, conversation: Conversation, num_images: int) -> list[dict[str, str]]:
+        messages = [
+            {"role": turn.role, "content": turn.text.replace(IMAGE_MARK, self.image_token)}
+            for turn in conversation.turns
+        ]
+        marked = any(IMAGE_MARK in turn.text for turn in conversation.turns)
+        if num_images and not marked:
+            first = next(message for message in messages if message["role"] == "user")
+            first["content"] = self.image_token * num_images + first["content"]
+        return messages
+
+    def _render(self, messages: list[dict[str, str]], *, ask: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=ask
+        )

@@ -1,0 +1,137 @@
+"""Samples to one packed batch: counts drawn, pixels stacked, everything planned on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+
+from tokenflex.counts import TokenCounts
+from tokenflex.data.encoding import IGNORE, ConversationEncoder
+from tokenflex.data.samples import Sample
+from tokenflex_kernels import PackPlan, plan_packing
+
+
+@dataclass(frozen=True)
+class DrawnSample:
+    """A sample with what its count is drawn from."""
+
+    index: int
+    epoch: int
+    sample: Sample
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One forward pass of training or evaluation.
+
+    Attributes:
+        pixel_values: float32 [tiles, 3, height, width].
+        num_image_tokens: vision tokens of each tile, host ints.
+        plan: where every text token and vision token stands in the packed row.
+        vision_index: int64 [vision rows]; the projected vision token that stands there.
+        target_rows: int64 [targets]; packed rows whose logits predict a target.
+        targets: int64 [targets]; answer tokens.
+        answers: for each conversation its ``kind`` and how many targets are its.
+        sample_ids: for messages about this batch.
+    """
+
+    pixel_values: torch.Tensor
+    num_image_tokens: list[int]
+    plan: PackPlan
+    vision_index: torch.Tensor
+    target_rows: torch.Tensor
+    targets: torch.Tensor
+    answers: list[tuple[str, int]] = field(default_factory=list)
+    sample_ids: list[str] = field(default_factory=list)
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The batch with its tensors on ``device``."""
+        moved: dict[str, Any] = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), (torch.Tensor, PackPlan))
+        }
+        return replace(self, **moved)
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Keyword arguments for the model: logits come out at the target rows only."""
+        return {
+            "pixel_values": self.pixel_values,
+            "num_image_tokens": self.num_image_tokens,
+            "plan": self.plan,
+            "vision_index": self.vision_index,
+            "logits_to_keep": self.target_rows,
+        }
+
+
+class PackingCollator:
+    """Packs samples without padding, each at the count drawn for it. Runs in data-loader workers.
+
+    Args:
+        processor: a :class:`tokenflex.TokenFlexProcessor`.
+        counts: draws the count of each sample.
+    """
+
+    def __init__(self, processor: Any, counts: TokenCounts) -> None:
+        self.processor = processor
+        self.counts = counts
+        self.encode = ConversationEncoder(processor.tokenizer, processor.image_token)
+
+    def __call__(self, drawn: Sequence[DrawnSample]) -> PackedBatch:
+        """One batch.
+
+        Raises:
+            ValueError: a sample cannot be encoded; the message names it.
+        """
+        images: list[Any] = []
+        tile_counts, sequences, labels, kinds = [], [], [], []
+        placeholder_counts: list[int] = []
+        vision_rows: list[torch.Tensor] = []
+        vision_tokens = 0
+        for item in drawn:
+            sample = item.sample
+            count = self.counts.draw(item.index, item.epoch)
+            num_images = len(sample.images)
+            # Every conversation shows the same projected rows: encoded once, repeated here.
+            shown = torch.arange(vision_tokens, vision_tokens + count * num_images)
+            vision_tokens += count * num_images
+            images += sample.images
+            tile_counts += [count] * num_images
+            for conversation in sample.conversations:
+                try:
+                    ids, answer = self.encode(conversation, num_images)
+                except ValueError as error:
+                    raise ValueError(f"sample {sample.id}: {error}") from error
+                sequences.append(ids)
+                labels.append(answer)
+                kinds.append(conversation.kind)
+                placeholder_counts += [count] * num_images
+                vision_rows.append(shown)
+        plan = plan_packing(
+            sequences, placeholder_counts, self.processor.image_token_id, labels=labels
+        )
+        # Row t predicts the label of row t + 1; each sequence's first row carries no label.
+        target_rows = (plan.labels[1:] != IGNORE).nonzero().squeeze(1)
+        return PackedBatch(
+            pixel_values=self._pixels(images),
+            num_image_tokens=tile_counts,
+            plan=plan,
+            vision_index=torch.cat(vision_rows)
+            if vision_rows
+            else torch.zeros(0, dtype=torch.int64),
+            target_rows=target_rows,
+            targets=plan.labels[target_rows + 1],
+            answers=[
+                (kind, int((answer[1:] != IGNORE).sum()))
+                for kind, answer in zip(kinds, labels, strict=True)
+            ],
+            sample_ids=[item.sample.id for item in drawn],
+        )
+
+    def _pixels(self, images: list[Any]) -> torch.Tensor:
+        if images:
+            return self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        return torch.zeros(0, 3, 1, 1)

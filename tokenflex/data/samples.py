@@ -1,0 +1,49 @@
+"""What a data set gives: images and what is said about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from PIL import Image
+
+IMAGE_MARK = "<image>"
+"""Where an image stands in a turn's text, whatever the tokenizer's own placeholder is."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message. The answers of the assistant are what training learns."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns that see the sample's images and each other. ``kind`` groups accuracies in reports."""
+
+    turns: tuple[Turn, ...]
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Images and the conversations about them; conversations do not see each other.
+
+    The turns of a conversation hold :data:`IMAGE_MARK` once per image, or not at all, in which case
+    the images stand before its first user turn. Images of a sample are encoded once, however many
+    conversations there are, and share the sample's vision-token count.
+    """
+
+    id: str
+    images: tuple[Image.Image, ...]
+    conversations: tuple[Conversation, ...]
+
+
+class SampleDataset(Protocol):
+    """A data set: any object with a length whose items are samples, the same at every asking."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...

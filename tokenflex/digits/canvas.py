@@ -1,0 +1,117 @@
+"""Canvases of coloured handwritten digits, and what can be asked about them.
+
+The digits are real scans (scikit-learn's ``load_digits``, from the UCI optical recognition set).
+4 x 4 cells of 8 x 8 pixels hold 3 to 9 digits; one is yellow, the others red, green or blue with
+one colour more frequent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+CELLS = 4  # per side
+CELL_PIXELS = 8
+CANVAS_PIXELS = CELLS * CELL_PIXELS
+COLOURS = ("red", "green", "blue", "yellow")
+YELLOW = 3
+BLANK = -1
+QUADRANTS = ("top-left", "top-right", "bottom-left", "bottom-right")
+QUESTIONS = ("read", "colour", "odd", "majority", "where", "count")
+# How often each is asked: reading a digit takes the most learning.
+QUESTION_ODDS = (0.4, 0.15, 0.15, 0.1, 0.1, 0.1)
+# Scans of one split are never drawn for another.
+SPLITS = {"train": (0, 1297), "validation": (1297, 1497), "test": (1497, 1797)}
+
+_INK = np.array([[1.0, 0.25, 0.25], [0.25, 1.0, 0.25], [0.3, 0.4, 1.0], [1.0, 0.9, 0.1]])
+_NOISE = 0.05
+_DOMINANT_SHARE = 0.55
+_ASK_FILLED_SHARE = 0.85  # of `read` and `colour` questions
+
+
+@cache
+def _scans() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    return digits.images[order] / 16.0, digits.target[order]
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """One picture and the truth about it.
+
+    Attributes:
+        pixels: uint8 [32, 32, 3].
+        digits: int [16], the digit of each cell, BLANK where there is none.
+        colours: int [16], index into COLOURS, BLANK where there is no digit.
+    """
+
+    pixels: NDArray[np.uint8]
+    digits: NDArray[np.int64]
+    colours: NDArray[np.int64]
+
+    def answer(self, question: str, cell: int | None = None) -> str:
+        """The right answer; ``cell`` (0..15, row by row) is needed by "read" and "colour"."""
+        if question in ("read", "colour"):
+            if cell is None:
+                raise ValueError(f"cell must be 0..{CELLS * CELLS - 1} for {question!r}, got None")
+            if self.digits[cell] == BLANK:
+                return "blank"
+            return str(self.digits[cell]) if question == "read" else COLOURS[self.colours[cell]]
+        odd = int(np.flatnonzero(self.colours == YELLOW)[0])
+        if question == "odd":
+            return str(self.digits[odd])
+        if question == "where":
+            row, column = divmod(odd, CELLS)
+            return QUADRANTS[2 * (row >= CELLS // 2) + (column >= CELLS // 2)]
+        if question == "majority":
+            plain = self.colours[(self.colours != BLANK) & (self.colours != YELLOW)]
+            return COLOURS[int(np.bincount(plain, minlength=YELLOW).argmax())]
+        if question == "count":
+            return str(int((self.digits != BLANK).sum()))
+        raise ValueError(f"question must be one of {', '.join(QUESTIONS)}, got {question!r}")
+
+
+def draw_canvas(rng: np.random.Generator, split: str) -> Canvas:
+    """A random canvas with scans of ``split`` ("train", "validation" or "test")."""
+    scans, labels = _scans()
+    cells = CELLS * CELLS
+    filled = rng.permutation(cells)[: rng.integers(3, 10)]
+    chosen = rng.integers(*SPLITS[split], size=len(filled))
+
+    dominant = rng.integers(YELLOW)
+    ink = np.where(
+        rng.random(len(filled)) < _DOMINANT_SHARE, dominant, rng.integers(YELLOW, size=len(filled))
+    )
+    ink[0] = YELLOW
+    digits = np.full(cells, BLANK)
+    colours = np.full(cells, BLANK)
+    digits[filled], colours[filled] = labels[chosen], ink
+
+    tiles = np.zeros((cells, CELL_PIXELS, CELL_PIXELS, 3))
+    tiles[filled] = scans[chosen][..., None] * _INK[ink][:, None, None, :]
+    rows = tiles.reshape(CELLS, CELLS, CELL_PIXELS, CELL_PIXELS, 3).swapaxes(1, 2)
+    image = rows.reshape(CANVAS_PIXELS, CANVAS_PIXELS, 3)
+    noisy = image + _NOISE * rng.standard_normal(image.shape)
+    return Canvas((noisy.clip(0, 1) * 255).round().astype(np.uint8), digits, colours)
+
+
+def draw_question(rng: np.random.Generator, canvas: Canvas) -> tuple[str, str, str]:
+    """A random question about ``canvas``: (kind, prompt, answer)."""
+    kind = QUESTIONS[int(rng.choice(len(QUESTIONS), p=QUESTION_ODDS))]
+    if kind not in ("read", "colour"):
+        return kind, kind, canvas.answer(kind)
+    filled = np.flatnonzero(canvas.digits != BLANK)
+    from_filled = rng.random() < _ASK_FILLED_SHARE
+    cell = int(rng.choice(filled) if from_filled else rng.integers(CELLS * CELLS))
+    return kind, f"{kind} {cell_name(cell)}", canvas.answer(kind, cell)
+
+
+def cell_name(cell: int) -> str:
+    """The word for a cell, one token: "r1c1" is the top-left one, "r4c4" the bottom-right one."""
+    return f"r{cell // CELLS + 1}c{cell % CELLS + 1}"

@@ -1,0 +1,94 @@
+"""A short warm-up of the vision encoder, in place of the pretrained weights of a real model.
+
+SigLIP arrives knowing what it looks at; a random encoder does not, and a language model cannot
+teach it in a few minutes. So it first learns which digit and colour each cell holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from transformers import PreTrainedModel
+
+from tokenflex.digits.canvas import BLANK, CELLS, COLOURS, Canvas, draw_canvas
+from tokenflex.models.processing import TokenFlexProcessor
+
+NUM_DIGITS = 10
+
+
+def warm_up_encoder(
+    vision_model: PreTrainedModel,
+    processor: TokenFlexProcessor,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    on_step: Callable[[float], None] = lambda loss: None,
+) -> None:
+    """Train ``vision_model`` in place to tell the digit and colour of each cell.
+
+    Args:
+        vision_model: returns ``last_hidden_state`` [B, patches, C], patches a multiple of the cells
+            per side on each axis.
+        processor: makes ``pixel_values`` of canvases.
+        steps: optimiser steps, with a linear warm-up and a cosine to zero.
+        batch_size: canvases a step.
+        learning_rate: the highest.
+        seed: of the canvases and the two heads, which are thrown away.
+        on_step: called with each step's loss.
+    """
+    device = next(vision_model.parameters()).device
+    width = vision_model.config.hidden_size
+    generator = torch.Generator().manual_seed(seed)
+    head = nn.Linear(width, NUM_DIGITS + 1 + len(COLOURS) + 1)
+    nn.init.normal_(head.weight, std=width**-0.5, generator=generator)
+    nn.init.zeros_(head.bias)
+    head.to(device)
+    parameters = [*vision_model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    vision_model.train()
+    for step in range(steps):
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = learning_rate * min(1, (step + 1) / 50) * cosine
+        canvases = [
+            draw_canvas(np.random.default_rng((seed, step, i)), "train") for i in range(batch_size)
+        ]
+        images = [Image.fromarray(canvas.pixels) for canvas in canvases]
+        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        features = vision_model(pixel_values=pixels.to(device)).last_hidden_state
+        loss = _cell_loss(head(_mean_of_cells(features)), canvases)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        on_step(loss.item())
+
+
+def _mean_of_cells(features: torch.Tensor) -> torch.Tensor:
+    """[B, patches, C] -> [B, cells, C], the mean over each cell's patches."""
+    side = math.isqrt(features.shape[1])
+    per_cell = side // CELLS
+    grid = features.unflatten(1, (CELLS, per_cell, CELLS, per_cell))
+    return grid.mean(dim=(2, 4)).flatten(1, 2)
+
+
+def _cell_loss(logits: torch.Tensor, canvases: list[Canvas]) -> torch.Tensor:
+    """Cross entropy of each cell's digit and colour; blank is a class of its own."""
+
+    def classes(values: list[np.ndarray], blank: int) -> torch.Tensor:
+        stacked = np.stack(values)
+        return torch.from_numpy(np.where(stacked == BLANK, blank, stacked)).to(logits.device)
+
+    digits = classes([canvas.digits for canvas in canvases], NUM_DIGITS)
+    colours = classes([canvas.colours for canvas in canvases], len(COLOURS))
+    digit_logits, colour_logits = logits.split([NUM_DIGITS + 1, len(COLOURS) + 1], dim=-1)
+    return F.cross_entropy(digit_logits.flatten(0, 1), digits.flatten()) + F.cross_entropy(
+        colour_logits.flatten(0, 1), colours.flatten()
+    )

@@ -1,0 +1,54 @@
+"""The tokenizer and image processor of the digits task: one token a word."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast, SiglipImageProcessorPil
+
+from tokenflex.counts import TokenCount
+from tokenflex.digits.canvas import (
+    CANVAS_PIXELS,
+    CELLS,
+    COLOURS,
+    QUADRANTS,
+    QUESTIONS,
+    cell_name,
+)
+from tokenflex.models.processing import TokenFlexProcessor
+
+SPECIAL_TOKENS = ("<pad>", "<unk>", "<eos>", "<image>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['content'] }}{{ '<eos>' if message['role'] == 'assistant' else ' ' }}"
+    "{% endfor %}"
+)
+
+
+def digits_vocabulary() -> dict[str, int]:
+    """Word -> token id: special tokens, digits, colours, places, questions and cells."""
+    words = [*SPECIAL_TOKENS, *map(str, range(10)), *COLOURS, "blank", *QUADRANTS, *QUESTIONS]
+    words += [cell_name(cell) for cell in range(CELLS * CELLS)]
+    return {word: token_id for token_id, word in enumerate(words)}
+
+
+def digits_processor(num_image_tokens: TokenCount = 16) -> TokenFlexProcessor:
+    """A processor for the digits task, made from nothing but this file."""
+    model = WordLevel(digits_vocabulary(), unk_token="<unk>")
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="<eos>",
+        additional_special_tokens=["<image>"],
+        chat_template=CHAT_TEMPLATE,
+    )
+    image_processor = SiglipImageProcessorPil(
+        size={"height": CANVAS_PIXELS, "width": CANVAS_PIXELS},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return TokenFlexProcessor(image_processor, tokenizer, num_image_tokens=num_image_tokens)

@@ -1,0 +1,1 @@
+"""Training: a configuration, a loop, and checkpoints that survive a killed run."""

@@ -1,0 +1,196 @@
+"""The training configuration: a YAML file, checked whole before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tokenflex.counts import TokenCounts, token_grid
+
+MODULES = ("vision", "projector", "text")
+
+
+class _Strict(BaseModel):
+    """Unknown keys are errors, and nothing changes after the file is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PartConfig(_Strict):
+    """The vision encoder or language model: pretrained from ``path``, or fresh from ``config``."""
+
+    path: str | None = None
+    config: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> PartConfig:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give exactly one of path and config")
+        return self
+
+
+class ModelConfig(_Strict):
+    """What is trained.
+
+    ``processor`` is "digits", or None to take the image processor of ``vision.path`` and the
+    tokenizer of ``text.path``; ``image_token`` is added to the tokenizer if it is not there.
+    """
+
+    vision: PartConfig
+    text: PartConfig
+    processor: Literal["digits"] | None = None
+    image_token: str = "<image>"
+    pooling: Literal["adaptive", "resize"] = "adaptive"
+    projector_hidden_width: int | None = Field(default=None, ge=1)
+    num_image_tokens: int = 256
+
+    @model_validator(mode="after")
+    def _processor_has_a_source(self) -> ModelConfig:
+        token_grid(self.num_image_tokens, name="num_image_tokens")
+        if self.processor is None and (self.vision.path is None or self.text.path is None):
+            raise ValueError("processor must be 'digits' unless vision and text both have a path")
+        return self
+
+
+class DataConfig(_Strict):
+    """A data set: the digits task, or a JSONL file of messages (see ``MessagesDataset``)."""
+
+    name: Literal["digits", "messages"]
+    path: Path | None = None
+    split: Literal["train", "validation", "test"] = "train"
+    size: int = Field(default=100_000, ge=1)
+    questions: int = Field(default=8, ge=1)
+
+    @model_validator(mode="after")
+    def _messages_have_a_path(self) -> DataConfig:
+        if (self.name == "messages") != (self.path is not None):
+            raise ValueError("path must be given with name: messages, and only there")
+        return self
+
+
+class EncoderWarmUpConfig(_Strict):
+    """The digits encoder's warm-up, in place of pretrained weights."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    learning_rate: float = Field(default=3e-3, gt=0)
+
+
+class StageConfig(_Strict):
+    """One stage of training.
+
+    ``learning_rate`` names the modules that learn; a module that is not named is frozen.
+    ``counts`` and ``weights`` are the token counts and their odds.
+    """
+
+    name: str
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    learning_rate: dict[Literal["vision", "projector", "text"], float]
+    counts: tuple[int, ...] = (64, 144, 256)
+    weights: tuple[float, ...] = (0.2, 0.3, 0.5)
+    warmup_steps: int = Field(default=0, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: float = Field(default=0.02, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _values_make_sense(self) -> StageConfig:
+        TokenCounts(self.counts, self.weights)
+        if not any(rate > 0 for rate in self.learning_rate.values()):
+            raise ValueError("learning_rate must be above 0 for at least one module")
+        if any(rate < 0 for rate in self.learning_rate.values()):
+            raise ValueError(f"learning_rate must not be negative, got {self.learning_rate}")
+        return self
+
+
+class EvaluationConfig(_Strict):
+    """After training: the data set and the counts to report accuracy at."""
+
+    data: DataConfig
+    counts: tuple[int, ...]
+    batch_size: int = Field(default=64, ge=1)
+
+    @model_validator(mode="after")
+    def _counts_are_grids(self) -> EvaluationConfig:
+        if not self.counts:
+            raise ValueError("counts must name at least one count")
+        for count in self.counts:
+            token_grid(count, name="counts")
+        return self
+
+
+class TrainConfig(_Strict):
+    """A whole run. ``output`` is relative to the working directory."""
+
+    output: Path
+    model: ModelConfig
+    data: DataConfig
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    encoder_warm_up: EncoderWarmUpConfig | None = None
+    evaluation: EvaluationConfig | None = None
+    seed: int = Field(default=0, ge=0)
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    workers: int = Field(default=1, ge=0)
+    threads: int | None = Field(default=None, ge=1)
+    log_every: int = Field(default=10, ge=1)
+    save_every: int = Field(default=200, ge=1)
+
+    @model_validator(mode="after")
+    def _warm_up_is_for_digits(self) -> TrainConfig:
+        if self.encoder_warm_up is not None and self.model.processor != "digits":
+            raise ValueError("encoder_warm_up needs model.processor: digits")
+        return self
+
+
+def load_config(path: str | Path) -> TrainConfig:
+    """Read and check a YAML configuration.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not YAML, has an unknown key or a value that is not allowed; one line
+            names the key, what came and what was expected.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config file {path} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"config file {path} is not YAML: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config file {path} must hold keys and values, got {values!r}")
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"config file {path}: {_one_line(error)}") from error
+
+
+def _one_line(error: ValidationError) -> str:
+    first, *others = error.errors()
+    key = ".".join(str(part) for part in first["loc"] if part != "[key]") or "the file"
+    if first["type"] == "extra_forbidden":
+        allowed = _keys_beside(first["loc"])
+        message = f"{key} is no known key (got {first['input']!r}; expected one of {allowed})"
+    elif first["type"] == "missing":
+        message = f"{key} is missing"
+    else:
+        message = f"{key}: {first['msg']} (got {first['input']!r})"
+    return message + (f"; and {len(others)} more" if others else "")
+
+
+def _keys_beside(location: tuple[int | str, ...]) -> str:
+    """The keys that are known where an unknown one was found."""
+    model: Any = TrainConfig
+    for part in location[:-1]:
+        if isinstance(part, str):
+            annotation = model.model_fields[part].annotation
+            candidates = [annotation, *getattr(annotation, "__args__", ())]
+            model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return ", ".join(model.model_fields)

@@ -1,0 +1,347 @@
+"""The training loop: stages, stochastic counts, packed batches, exact resume.
+
+Every batch is a pure function of (seed, stage, step), so a run that was killed continues from its
+last state with the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
+from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
+
+from tokenflex.counts import TokenCounts
+from tokenflex.data.order import EpochOrder, StepSampler, packed_batches
+from tokenflex.data.packing import PackedBatch, PackingCollator
+from tokenflex.digits.encoder import warm_up_encoder
+from tokenflex.evaluation import evaluate
+from tokenflex.training.build import build_dataset, build_model, build_processor
+from tokenflex.training.checkpoint import (
+    load_state,
+    remove_leftovers,
+    save_model,
+    save_state,
+    write_json,
+)
+from tokenflex.training.config import StageConfig, TrainConfig
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the message names the step and its samples."""
+
+
+class Trainer:
+    """One run of a configuration, in ``config.output``:
+
+    ``metrics.jsonl`` (a line every ``log_every`` steps), ``state.pt`` (while it runs),
+    ``checkpoint/`` (the model and processor, at the end), ``report.json`` (with ``evaluation``).
+
+    Args:
+        config: what to do.
+        fresh: begin anew even if a state is there.
+
+    Raises:
+        ValueError: the output folder holds the state of another configuration, or a state that
+            cannot be read.
+    """
+
+    def __init__(self, config: TrainConfig, *, fresh: bool = False) -> None:
+        self.config = config
+        self.accelerator = Accelerator(mixed_precision=config.precision)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        set_seed(config.seed)
+        self.output = config.output
+        self.output.mkdir(parents=True, exist_ok=True)
+        if self.accelerator.is_main_process:
+            remove_leftovers(self.output)
+        self.state_path = self.output / "state.pt"
+        self.metrics_path = self.output / "metrics.jsonl"
+        self.resumed = None if fresh else self._read_state()
+        self.processor = build_processor(config.model)
+        self.model = build_model(config.model, self.processor).to(self.accelerator.device)
+        self.dataset = build_dataset(config.data)
+        self.order = EpochOrder(len(self.dataset), config.seed)
+        # One record a stage, the encoder's warm-up first: what the report says about training.
+        self.records: list[dict[str, Any]] = []
+
+    def run(self) -> dict[str, Any]:
+        """Train every stage, save the model, evaluate. Returns the report."""
+        first_stage = 0
+        if self.resumed is not None:
+            first_stage = self.resumed["stage"]
+            self.model.load_state_dict(self.resumed["model"])
+            self.records = self.resumed["records"]
+            torch.set_rng_state(self.resumed["rng"])
+            self._cut_metrics(self.resumed["stage"], self.resumed["step"])
+        else:
+            self.metrics_path.unlink(missing_ok=True)
+            self._warm_up_encoder()
+        for stage_index in range(first_stage, len(self.config.stages)):
+            self._run_stage(stage_index)
+        return self._finish()
+
+    # ------------------------------------------------------------------ stages
+
+    def _warm_up_encoder(self) -> None:
+        warm_up = self.config.encoder_warm_up
+        if warm_up is None:
+            return
+        started = time.perf_counter()
+        with self._progress("encoder warm-up", warm_up.steps) as bar:
+
+            def on_step(loss: float) -> None:
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                bar.update()
+
+            warm_up_encoder(
+                self.model.model.vision_model,
+                self.processor,
+                steps=warm_up.steps,
+                batch_size=warm_up.batch_size,
+                learning_rate=warm_up.learning_rate,
+                seed=self.config.seed,
+                on_step=on_step,
+            )
+        self.records.append(_record("encoder warm-up", warm_up.steps))
+        self.records[-1]["seconds"] = time.perf_counter() - started
+
+    def _run_stage(self, stage_index: int) -> None:
+        stage = self.config.stages[stage_index]
+        optimizer = torch.optim.AdamW(
+            self._learning_modules(stage), betas=stage.betas, weight_decay=stage.weight_decay
+        )
+        make_schedule = {
+            "cosine": lambda: get_cosine_schedule_with_warmup(
+                optimizer, stage.warmup_steps, stage.steps
+            ),
+            "constant": lambda: get_constant_schedule_with_warmup(optimizer, stage.warmup_steps),
+        }
+        scheduler = make_schedule[stage.schedule]()
+        first_step = 0
+        if self.resumed is not None:
+            first_step = self.resumed["step"]
+            optimizer.load_state_dict(self.resumed["optimizer"])
+            scheduler.load_state_dict(self.resumed["scheduler"])
+            self.resumed = None
+        else:
+            self.records.append(_record(stage.name, stage.steps))
+        record = self.records[-1]
+        clock = time.perf_counter() - record["seconds"]
+        model, optimizer = self.accelerator.prepare(self.model, optimizer)
+        model.train()
+        with self._progress(stage.name, stage.steps, first_step) as bar:
+            for step, batch in enumerate(self._batches(stage_index, first_step), first_step + 1):
+                loss = self._step(model, optimizer, batch, stage)
+                scheduler.step()
+                record["vision_tokens"] += sum(batch.num_image_tokens)
+                record["images"] += len(batch.num_image_tokens)
+                record["seconds"] = time.perf_counter() - clock
+                logs = step % self.config.log_every == 0 or step == stage.steps
+                saves = step % self.config.save_every == 0 or step == stage.steps
+                if logs or saves:
+                    self._check_loss(loss, stage, step, batch)
+                if logs:
+                    self._log(stage_index, step, loss.item(), scheduler, bar)
+                if saves:
+                    self._save_state(stage_index, step, optimizer, scheduler)
+                bar.update()
+        self.accelerator.free_memory()
+
+    def _learning_modules(self, stage: StageConfig) -> list[dict[str, Any]]:
+        """Optimiser groups of the modules that learn in this stage; the others are frozen."""
+        inner = self.model.model
+        modules = {
+            "vision": [inner.vision_model],
+            "projector": [inner.projector],
+            "text": [inner.language_model, self.model.lm_head],
+        }
+        self.model.requires_grad_(False)
+        groups = []
+        for name, rate in stage.learning_rate.items():
+            if rate > 0:
+                # The head may share its weight with the embedding: each tensor once.
+                parameters = {p for module in modules[name] for p in module.parameters()}
+                ordered = [p for p in self.model.parameters() if p in parameters]
+                for parameter in ordered:
+                    parameter.requires_grad_(True)
+                groups.append({"params": ordered, "lr": rate})
+        return groups
+
+    def _batches(self, stage_index: int, first_step: int) -> Iterator[PackedBatch]:
+        stage = self.config.stages[stage_index]
+        before = sum(s.steps * s.batch_size for s in self.config.stages[:stage_index])
+        counts = TokenCounts(stage.counts, stage.weights, seed=self.config.seed)
+        sampler = StepSampler(
+            self.order,
+            first_position=before + first_step * stage.batch_size,
+            steps=stage.steps - first_step,
+            batch_size=stage.batch_size,
+            rank=self.accelerator.process_index,
+            num_ranks=self.accelerator.num_processes,
+        )
+        collator = PackingCollator(self.processor, counts)
+        # Not prepared by accelerate: the sampler already gives each rank its own share.
+        loader = packed_batches(self.dataset, collator, sampler, workers=self.config.workers)
+        for batch in loader:
+            yield batch.to(self.accelerator.device)
+
+    def _step(
+        self, model: Any, optimizer: Any, batch: PackedBatch, stage: StageConfig
+    ) -> torch.Tensor:
+        """One optimiser step; returns the mean loss per answer token over all ranks."""
+        with self.accelerator.autocast():
+            logits = model(**batch.model_inputs()).logits[0]
+        total = F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+        sums = torch.stack([total.detach(), total.new_tensor(len(batch.targets))])
+        total_everywhere, targets_everywhere = self.accelerator.reduce(sums, "sum")
+        # Gradients are averaged over ranks; weigh every answer token of the global batch the same.
+        loss = total * (self.accelerator.num_processes / targets_everywhere)
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), stage.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total_everywhere / targets_everywhere
+
+    # ------------------------------------------------------------------ records
+
+    def _check_loss(
+        self, loss: torch.Tensor, stage: StageConfig, step: int, batch: PackedBatch
+    ) -> None:
+        """Stop before a broken model is logged as a result or saved over a good state."""
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"loss must be finite, got {loss.item()} at step {step} of stage {stage.name!r}, "
+                f"samples {', '.join(batch.sample_ids[:4])}, ..."
+            )
+
+    def _log(self, stage_index: int, step: int, loss: float, scheduler: Any, bar: tqdm) -> None:
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        if not self.accelerator.is_main_process:
+            return
+        line = {
+            "stage": stage_index,
+            "step": step,
+            "loss": loss,
+            "learning_rate": scheduler.get_last_lr()[0],
+            "tokens_per_image": _tokens_per_image(self.records[-1:]),
+            "seconds": round(self.records[-1]["seconds"], 3),
+        }
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _cut_metrics(self, stage: int, step: int) -> None:
+        """Drop what was logged after the state that the run resumes from."""
+        if not self.metrics_path.exists():
+            return
+        kept = []
+        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the line that the killed run was writing
+            if (record["stage"], record["step"]) <= (stage, step):
+                kept.append(line + "\n")
+        self.metrics_path.write_text("".join(kept), encoding="utf-8")
+
+    def _progress(self, name: str, steps: int, done: int = 0) -> tqdm:
+        return tqdm(
+            total=steps,
+            initial=done,
+            desc=name,
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+        )
+
+    # ------------------------------------------------------------------ state
+
+    def _fingerprint(self) -> str:
+        """What must be the same for a state to be continued: all but where and how fast."""
+        free = {"output", "workers", "threads", "log_every", "save_every", "evaluation"}
+        return self.config.model_dump_json(exclude=free)
+
+    def _save_state(self, stage: int, step: int, optimizer: Any, scheduler: Any) -> None:
+        if self.accelerator.is_main_process:
+            save_state(
+                self.state_path,
+                {
+                    "config": self._fingerprint(),
+                    "stage": stage,
+                    "step": step,
+                    "model": self.model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scheduler": scheduler.state_dict(),
+                    "rng": torch.get_rng_state(),
+                    "records": self.records,
+                },
+            )
+
+    def _read_state(self) -> dict[str, Any] | None:
+        if not self.state_path.exists():
+            return None
+        state = load_state(self.state_path)
+        if state.get("config") != self._fingerprint():
+            raise ValueError(
+                f"{self.state_path} holds an unfinished run of another configuration; give another "
+                "output, or --fresh to begin anew"
+            )
+        return state
+
+    def _finish(self) -> dict[str, Any]:
+        report: dict[str, Any] = {
+            "tokens_per_image": _tokens_per_image(self.records),
+            "seconds": sum(record["seconds"] for record in self.records),
+            "stages": [
+                {
+                    "name": record["name"],
+                    "steps": record["steps"],
+                    "seconds": record["seconds"],
+                    "tokens_per_image": _tokens_per_image([record]),
+                }
+                for record in self.records
+            ],
+        }
+        if not self.accelerator.is_main_process:
+            return report
+        save_model(self.output / "checkpoint", self.model, self.processor)
+        if self.config.evaluation is not None:
+            report = {**self._evaluate(), **report}
+            write_json(self.output / "report.json", report)
+        self.state_path.unlink(missing_ok=True)
+        return report
+
+    def _evaluate(self) -> dict[str, Any]:
+        assert self.config.evaluation is not None
+        settings = self.config.evaluation
+        dataset = build_dataset(settings.data)
+        batches = -(len(dataset) // -settings.batch_size) * len(settings.counts)
+        with self._progress("evaluation", batches) as bar:
+            return evaluate(
+                self.model,
+                self.processor,
+                dataset,
+                settings.counts,
+                batch_size=settings.batch_size,
+                workers=self.config.workers,
+                on_batch=bar.update,
+            )
+
+
+def _record(name: str, steps: int) -> dict[str, Any]:
+    """What is counted during a stage; plain numbers, so that it travels in a state."""
+    return {"name": name, "steps": steps, "seconds": 0.0, "images": 0, "vision_tokens": 0}
+
+
+def _tokens_per_image(records: list[dict[str, Any]]) -> float | None:
+    """Mean vision tokens of the images trained on; None before there are any."""
+    images = sum(record["images"] for record in records)
+    return sum(record["vision_tokens"] for record in records) / images if images else None
