@@ -1,8 +1,8 @@
 """Make transformers' Auto classes know our model, without importing transformers ourselves.
 
 ``import tokenflex`` must stay light and work where transformers is not installed; yet after it,
-``AutoModelForImageTextToText.from_pretrained`` must know a saved model. So ours is registered at the
-moment transformers loads its own registries.
+``AutoModelForImageTextToText.from_pretrained`` must know a saved model. So ours is registered at
+the moment transformers loads its own registries.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -36,15 +36,19 @@ class _RegisterAfterImport(MetaPathFinder):
                 continue
             spec = finder.find_spec(name, path, target)
             if spec is not None and spec.loader is not None:
-                execute = spec.loader.exec_module
-
-                def exec_module(module: ModuleType) -> None:
-                    execute(module)
-                    _register(name)
-
-                spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+                _register_at_the_end_of(spec.loader, name)
                 return spec
         return None
+
+
+def _register_at_the_end_of(loader: Loader, registry: str) -> None:
+    execute = loader.exec_module
+
+    def execute_and_register(module: ModuleType) -> None:
+        execute(module)
+        _register(registry)
+
+    loader.exec_module = execute_and_register  # type: ignore[method-assign]
 
 
 def _register(registry: str) -> None:
