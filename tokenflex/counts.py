@@ -10,6 +10,7 @@ from math import isqrt
 from numbers import Integral, Real
 from typing import TypeAlias
 
+import numpy as np
 import torch
 
 Grid: TypeAlias = tuple[int, int]
@@ -19,6 +20,11 @@ ImageTokenCounts: TypeAlias = "TokenCount | Sequence[TokenCount] | torch.Tensor"
 
 def _is_int(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _check_int(name: str, value: object) -> None:
+    if not _is_int(value):
+        raise TypeError(f"{name} must be an int, got {value!r}")
 
 
 def token_grid(count: object, *, name: str = "num_tokens") -> Grid:
@@ -80,13 +86,17 @@ def token_grids(counts: object, num_images: int, *, name: str = "num_tokens") ->
     if is_one_count(counts):
         return [token_grid(counts, name=name)] * num_images
     if isinstance(counts, torch.Tensor):
-        counts = counts.tolist() if counts.ndim else [counts.item()]
-    if isinstance(counts, str) or not hasattr(counts, "__len__"):
+        counts = counts.tolist() if counts.ndim else counts.item()
+        if is_one_count(counts):
+            return [token_grid(counts, name=name)] * num_images
+    if isinstance(counts, np.ndarray) and counts.ndim:
+        counts = counts.tolist()
+    if isinstance(counts, str) or not isinstance(counts, Sequence):
         raise TypeError(
             f"{name} must be an int, a (height, width) tuple, or one of those per image, "
             f"got {counts!r}"
         )
-    entries = list(counts)  # type: ignore[call-overload]
+    entries = list(counts)
     if len(entries) != num_images:
         raise ValueError(
             f"{name} must have one entry per image: got {len(entries)} entries for "
@@ -105,7 +115,7 @@ def stateless_random(*key: int) -> float:
     """
     state = 0
     for part in key:
-        state = (state + (part & _MASK) + 0x9E3779B97F4A7C15) & _MASK
+        state = (state + (int(part) & _MASK) + 0x9E3779B97F4A7C15) & _MASK
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
         state ^= state >> 31
@@ -132,30 +142,40 @@ class TokenCounts:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "counts", tuple(self.counts))
-        object.__setattr__(self, "weights", tuple(self.weights))
+        for name in ("counts", "weights"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise TypeError(f"{name} must be a sequence of numbers, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        _check_int("seed", self.seed)
         if not self.counts or len(self.counts) != len(self.weights):
             raise ValueError(
                 "counts and weights must have one entry each per choice, got "
                 f"{len(self.counts)} counts and {len(self.weights)} weights"
             )
         for i, count in enumerate(self.counts):
-            if not _is_int(count):
-                raise TypeError(f"counts[{i}] must be an int, got {count!r}")
+            _check_int(f"counts[{i}]", count)
             token_grid(count, name=f"counts[{i}]")
         for i, weight in enumerate(self.weights):
             if isinstance(weight, bool) or not isinstance(weight, Real):
                 raise TypeError(f"weights[{i}] must be a number, got {weight!r}")
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"weights[{i}] must be finite and at least 0, got {weight}")
-        if sum(self.weights) <= 0:
-            raise ValueError(f"weights must not all be zero, got {self.weights}")
+        if not 0 < sum(self.weights) < float("inf"):
+            raise ValueError(
+                f"weights must not all be zero, and have a finite sum, got {self.weights}"
+            )
 
     def draw(self, sample_index: int, epoch: int = 0) -> int:
         """The count of a sample: a pure function of (seed, epoch, sample_index).
 
         So it is the same whatever worker, rank or resumed run asks.
+
+        Raises:
+            TypeError: ``sample_index`` or ``epoch`` is not an int.
         """
+        _check_int("sample_index", sample_index)
+        _check_int("epoch", epoch)
         point = stateless_random(self.seed, epoch, sample_index) * sum(self.weights)
         choice = bisect_right(list(accumulate(self.weights)), point)
         return self.counts[min(choice, len(self.counts) - 1)]

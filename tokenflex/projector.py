@@ -12,7 +12,13 @@ from torch.utils.checkpoint import checkpoint
 from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, is_one_count, token_grid
 from tokenflex.counts import token_grids as grids_of_counts
 from tokenflex_kernels import pool_norm, project_tokens
-from tokenflex_kernels._checks import check_count, check_eps, check_float, check_tensor
+from tokenflex_kernels._checks import (
+    check_count,
+    check_eps,
+    check_float,
+    check_grids,
+    check_tensor,
+)
 from tokenflex_kernels.axis_weights import check_mode
 from tokenflex_kernels.projection import check_save
 
@@ -62,9 +68,10 @@ class TokenAdaptiveProjector(nn.Module):
         self.text_width = check_count("text_width", text_width)
         hidden_width = 3 * vision_width if hidden_width is None else hidden_width
         self.hidden_width = check_count("hidden_width", hidden_width)
-        token_grid(num_tokens)
-        self.num_tokens = num_tokens
-        self.pooling = check_mode(pooling)
+        grid = token_grid(num_tokens)
+        # A pair may come as a list (JSON has no tuples), but a list means one count per image.
+        self.num_tokens: TokenCount = grid if isinstance(num_tokens, Sequence) else num_tokens
+        self.pooling = check_mode(pooling, name="pooling")
         self.save = check_save(save)
         self.layernorm = nn.LayerNorm(vision_width, eps=check_eps(eps))
         self.gate = nn.Linear(vision_width, self.hidden_width)
@@ -151,7 +158,8 @@ class TokenAdaptiveProjector(nn.Module):
             type(self.layernorm) is nn.LayerNorm
             and all(type(linear) is nn.Linear for linear in linears)
             and not any(
-                module._forward_hooks
+                "forward" in vars(module)  # replaced on the instance, as accelerate does
+                or module._forward_hooks
                 or module._forward_pre_hooks
                 or module._backward_hooks
                 or module._backward_pre_hooks
@@ -205,7 +213,7 @@ def _patch_grids(features: torch.Tensor, grids: Grid | Sequence[Grid] | None) ->
         else:
             per_image = [one] * (features.shape[0] // patches)
     else:
-        per_image = [token_grid(tuple(grid), name=f"grids[{i}]") for i, grid in enumerate(grids)]  # type: ignore[arg-type]
+        per_image = check_grids("grids", grids)
     if features.ndim == 3:
         batch, patches, _ = features.shape
         if len(per_image) != batch:

@@ -90,13 +90,15 @@ def match_weight(name: str, weight: torch.Tensor, x: torch.Tensor) -> torch.Tens
     serve float16 and bfloat16 activations; any other mixture is refused.
     """
     check_float(name, weight)
-    if weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+    if weight.dtype == x.dtype:
+        return weight
+    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (weight.dtype, x.dtype):
         return weight
     if weight.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16):
         return weight.to(x.dtype)
     raise TypeError(
         f"{name} must be {x.dtype} like x (or float32 where x is float16 or bfloat16, or any "
-        f"float type under torch.autocast), got {weight.dtype}"
+        f"float type but float64 under torch.autocast), got {weight.dtype}"
     )
 
 

@@ -90,7 +90,10 @@ class ConversationEncoder:
         ]
         marked = any(IMAGE_MARK in turn.text for turn in conversation.turns)
         if num_images and not marked:
-            first = next(message for message in messages if message["role"] == "user")
+            asked = [message for message in messages if message["role"] == "user"]
+            if not asked:
+                raise ValueError(f"{num_images} images need a user turn to stand in, got none")
+            first = asked[0]
             first["content"] = self.image_token * num_images + first["content"]
         return messages
 

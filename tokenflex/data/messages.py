@@ -36,7 +36,7 @@ class MessagesDataset:
         if not self.path.is_file():
             raise FileNotFoundError(f"data file {self.path} does not exist")
         self._records = []
-        with self.path.open(encoding="utf-8") as lines:
+        with self.path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     self._records.append(_parse(line, f"{self.path}:{number}"))
@@ -69,11 +69,11 @@ def open_image(path: str | Path) -> Image.Image:
         raise ValueError(f"image file {path} cannot be read as an image: {error}") from error
 
 
-def _parse(line: str, where: str) -> tuple[str, list[str], Conversation]:
+def _parse(line: bytes, where: str) -> tuple[str, list[str], Conversation]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where}: not JSON in UTF-8: {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
     images = record.get("images", [])
@@ -88,8 +88,11 @@ def _parse(line: str, where: str) -> tuple[str, list[str], Conversation]:
         raise ValueError(
             f"{where}: messages hold {IMAGE_MARK} {marks} times for {len(images)} images"
         )
-    if not any(turn.role == "assistant" for turn in turns):
+    roles = [turn.role for turn in turns]
+    if "assistant" not in roles:
         raise ValueError(f"{where}: messages hold no assistant turn to learn from")
+    if "user" not in roles or roles.index("assistant") < roles.index("user"):
+        raise ValueError(f"{where}: a user turn must come before the assistant's, got {roles}")
     conversation = Conversation(turns, kind=str(record.get("kind", "")))
     return str(record.get("id", where)), images, conversation
 

@@ -124,10 +124,7 @@ class PackingCollator:
             else torch.zeros(0, dtype=torch.int64),
             target_rows=target_rows,
             targets=plan.labels[target_rows + 1],
-            answers=[
-                (kind, int((answer[1:] != IGNORE).sum()))
-                for kind, answer in zip(kinds, labels, strict=True)
-            ],
+            answers=list(zip(kinds, _targets_per_sequence(plan), strict=True)),
             sample_ids=[item.sample.id for item in drawn],
         )
 
@@ -135,3 +132,8 @@ class PackingCollator:
         if images:
             return self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
         return torch.zeros(0, 3, 1, 1)
+
+
+def _targets_per_sequence(plan: PackPlan) -> list[int]:
+    before = torch.cat([torch.zeros(1, dtype=torch.int64), (plan.labels != IGNORE).cumsum(0)])
+    return before[plan.cu_seqlens.long()].diff().tolist()

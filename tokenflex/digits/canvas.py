@@ -84,11 +84,7 @@ def draw_canvas(rng: np.random.Generator, split: str) -> Canvas:
     filled = rng.permutation(cells)[: rng.integers(3, 10)]
     chosen = rng.integers(*SPLITS[split], size=len(filled))
 
-    dominant = rng.integers(YELLOW)
-    ink = np.where(
-        rng.random(len(filled)) < _DOMINANT_SHARE, dominant, rng.integers(YELLOW, size=len(filled))
-    )
-    ink[0] = YELLOW
+    ink = np.concatenate([[YELLOW], _draw_colours(rng, len(filled) - 1)])
     digits = np.full(cells, BLANK)
     colours = np.full(cells, BLANK)
     digits[filled], colours[filled] = labels[chosen], ink
@@ -99,6 +95,17 @@ def draw_canvas(rng: np.random.Generator, split: str) -> Canvas:
     image = rows.reshape(CANVAS_PIXELS, CANVAS_PIXELS, 3)
     noisy = image + _NOISE * rng.standard_normal(image.shape)
     return Canvas((noisy.clip(0, 1) * 255).round().astype(np.uint8), digits, colours)
+
+
+def _draw_colours(rng: np.random.Generator, number: int) -> NDArray[np.int64]:
+    """Red, green or blue for ``number`` digits, one of them more often than each other one."""
+    while True:
+        dominant = rng.integers(YELLOW)
+        others = rng.integers(YELLOW, size=number)
+        colours = np.where(rng.random(number) < _DOMINANT_SHARE, dominant, others)
+        most, second = np.sort(np.bincount(colours, minlength=YELLOW))[:0:-1]
+        if most > second:
+            return colours
 
 
 def draw_question(rng: np.random.Generator, canvas: Canvas) -> tuple[str, str, str]:

@@ -40,6 +40,8 @@ class DigitsDataset:
         return self.size
 
     def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.size:
+            raise IndexError(f"index must be in 0..{self.size - 1}, got {index}")
         rng = np.random.default_rng((self.seed, list(SPLITS).index(self.split), index))
         canvas = draw_canvas(rng, self.split)
         conversations = []

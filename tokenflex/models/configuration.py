@@ -47,12 +47,9 @@ class TokenFlexConfig(PretrainedConfig):
         self.vision_config = _sub_config("vision_config", vision_config, "siglip_vision_model")
         self.text_config = _sub_config("text_config", text_config, "qwen2")
         self.image_token_id = image_token_id
-        token_grid(
-            tuple(num_image_tokens) if isinstance(num_image_tokens, list) else num_image_tokens,
-            name="num_image_tokens",
-        )
+        token_grid(num_image_tokens, name="num_image_tokens")
         self.num_image_tokens = num_image_tokens
-        self.pooling = check_mode(pooling)
+        self.pooling = check_mode(pooling, name="pooling")
         self.projector_hidden_width = projector_hidden_width
         self.projector_eps = projector_eps
         kwargs.setdefault("tie_word_embeddings", bool(self.text_config.tie_word_embeddings))

@@ -49,12 +49,6 @@ class TokenFlexPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, TokenAdaptiveProjector):
-            # PyTorch's own initialisation: its scale follows the width, transformers' does not.
-            module.reset_parameters()
-
 
 class TokenFlexModel(TokenFlexPreTrainedModel):
     """Encoder, projector and language model, without the language model's head."""
@@ -66,13 +60,21 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             config.vision_config.hidden_size,
             config.text_config.hidden_size,
             hidden_width=config.projector_hidden_width,
-            num_tokens=_as_count(config.num_image_tokens),
+            num_tokens=config.num_image_tokens,
             pooling=config.pooling,
             eps=config.projector_eps,
         )
         self.language_model = AutoModel.from_config(config.text_config)
         use_packed_attention(self.language_model)
         self.post_init()
+
+    def _init_weights(self, module: Any) -> None:
+        linears = (self.projector.gate, self.projector.up, self.projector.down)
+        if any(module is linear for linear in linears):
+            # PyTorch's own initialisation: its scale follows the width, transformers' does not.
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
 
     def get_input_embeddings(self) -> Any:
         return self.language_model.get_input_embeddings()
@@ -255,6 +257,17 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' ``generate``; images may come as ``mm_encoder_outputs`` too."""
+        encoded = kwargs.get("mm_encoder_outputs")
+        if encoded is not None:
+            # Beam search repeats images inside the object it is given: let it have a copy.
+            kwargs["mm_encoder_outputs"] = {
+                modality: BaseModelOutputWithPooling(**outputs)
+                for modality, outputs in encoded.items()
+            }
+        return super().generate(*args, **kwargs)
+
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
@@ -390,11 +403,6 @@ def placeholder_rows(
                 f"{(input_ids == image_token_id).sum(-1).tolist()})"
             )
     return rows
-
-
-def _as_count(count: Any) -> Any:
-    # JSON has no tuples: a grid comes back from config.json as a list.
-    return tuple(count) if isinstance(count, list) else count
 
 
 AutoModel.register(TokenFlexConfig, TokenFlexModel)

@@ -98,6 +98,12 @@ class TokenFlexProcessor(ProcessorMixin):
                 raise TypeError(f"text[{i}] must be a string, got {type(prompt).__name__}")
         flat_images = [] if images is None else _flatten(images)
         placeholders = [prompt.count(self.image_token) for prompt in prompts]
+        nested = _images_per_prompt(images)
+        if nested is not None and nested != placeholders:
+            raise ValueError(
+                f"text must hold {self.image_token!r} once per image of its prompt: got "
+                f"{placeholders} per prompt for {nested} images per prompt"
+            )
         if sum(placeholders) != len(flat_images):
             raise ValueError(
                 f"text must hold {self.image_token!r} once per image: got {sum(placeholders)} "
@@ -140,6 +146,13 @@ class TokenFlexProcessor(ProcessorMixin):
             *self.image_processor.model_input_names,
             "num_image_tokens",
         ]
+
+
+def _images_per_prompt(images: Any) -> list[int] | None:
+    """How many images each prompt has, where they come as a list per prompt; else None."""
+    if isinstance(images, (list, tuple)) and any(isinstance(i, (list, tuple)) for i in images):
+        return [len(entry) if isinstance(entry, (list, tuple)) else 1 for entry in images]
+    return None
 
 
 def _flatten(images: Any) -> list[Any]:

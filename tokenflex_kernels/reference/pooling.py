@@ -35,7 +35,7 @@ def pool_norm(
 
 
 def _pool(x: torch.Tensor, in_grids: list[Grid], out_grids: list[Grid], mode: str) -> torch.Tensor:
-    """out = P_h X P_w^T for every image, images of the same two grids together."""
+    """P_h X P_w^T for every image, images of the same two grids together."""
     if not in_grids:
         return x
     starts = [0, *accumulate(height * width for height, width in in_grids)]
@@ -47,9 +47,12 @@ def _pool(x: torch.Tensor, in_grids: list[Grid], out_grids: list[Grid], mode: st
     for ((in_h, in_w), (out_h, out_w)), images in alike.items():
         rows = torch.stack([x[starts[i] : starts[i + 1]] for i in images])
         patches = rows.unflatten(1, (in_h, in_w))
-        map_h = axis_map(in_h, out_h, mode).to(x)
-        map_w = axis_map(in_w, out_w, mode).to(x)
-        cells = torch.einsum("ih,bhwc,jw->bijc", map_h, patches, map_w)
-        for image, tokens in zip(images, cells.flatten(1, 2), strict=True):
+        map_h, map_w = axis_map(in_h, out_h, mode), axis_map(in_w, out_w, mode)
+        sums = torch.einsum(
+            "ih,bhwc,jw->bijc", x.new_tensor(map_h.weights), patches, x.new_tensor(map_w.weights)
+        )
+        areas = torch.outer(x.new_tensor(map_h.divisors), x.new_tensor(map_w.divisors))
+        cells = (sums / areas[..., None]).flatten(1, 2)
+        for image, tokens in zip(images, cells, strict=True):
             pooled[image] = tokens
     return torch.cat(pooled)
