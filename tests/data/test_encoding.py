@@ -1,0 +1,134 @@
+"""Conversations to ids and labels: the assistant's words and its end-of-turn, nothing else."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from tokenflex.data.encoding import CACHED_CONVERSATIONS, IGNORE, ConversationEncoder
+from tokenflex.data.samples import Conversation, Turn
+from tokenflex.digits.processor import digits_processor
+
+ROLE_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }} : {{ message['content'] }} <eos> "
+    "{% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
+)
+# Like templates that drop the reasoning of earlier answers: the past changes as turns are added.
+REWRITING_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' and not loop.last %}dropped {% else %}"
+    "{{ message['content'] }} {% endif %}{% endfor %}"
+)
+
+
+def conversation(*texts: str, system: str | None = None) -> Conversation:
+    """User and assistant in turn."""
+    roles = ["user", "assistant"] * len(texts)
+    turns = [Turn(role, text) for role, text in zip(roles, texts)]
+    return Conversation(tuple(([Turn("system", system)] if system else []) + turns))
+
+
+def encoder_with(template: str | None = None) -> ConversationEncoder:
+    tokenizer = copy.deepcopy(digits_processor().tokenizer)
+    if template is not None:
+        tokenizer.add_tokens(["system", "user", "assistant", ":", "short", "dropped"])
+        tokenizer.chat_template = template
+    return ConversationEncoder(tokenizer, "<image>")
+
+
+def words(encoder, ids) -> list[str]:
+    return encoder.tokenizer.convert_ids_to_tokens([int(i) for i in ids])
+
+
+def learned(encoder, ids, labels) -> list[str]:
+    kept = labels != IGNORE
+    assert labels[kept].tolist() == ids[kept].tolist()  # aligned, not shifted
+    return words(encoder, ids[kept])
+
+
+def test_the_answer_and_its_end_are_learned():
+    encoder = encoder_with()
+    ids, labels = encoder(conversation("read r1c1", "7"), num_images=1)
+    assert words(encoder, ids) == ["<image>", "read", "r1c1", "7", "<eos>"]
+    assert labels.tolist() == [IGNORE] * 3 + ids[3:].tolist()
+    assert ids.dtype == labels.dtype
+
+
+def test_several_turns_learn_each_answer():
+    encoder = encoder_with(ROLE_TEMPLATE)
+    talk = conversation("odd", "3", "count", "5", "where", "top-left", system="short")
+    ids, labels = encoder(talk, num_images=0)
+    assert words(encoder, ids) == (
+        "system : short <eos> user : odd <eos> assistant : 3 <eos> "
+        "user : count <eos> assistant : 5 <eos> user : where <eos> assistant : top-left <eos>"
+    ).split()
+    assert learned(encoder, ids, labels) == ["3", "<eos>", "5", "<eos>", "top-left", "<eos>"]
+
+
+def test_a_last_question_without_an_answer_is_not_learned():
+    encoder = encoder_with(ROLE_TEMPLATE)
+    ids, labels = encoder(conversation("odd", "3", "count"), num_images=0)
+    assert learned(encoder, ids, labels) == ["3", "<eos>"]
+
+
+def test_images_stand_before_the_first_user_turn_unless_marked():
+    encoder = encoder_with(ROLE_TEMPLATE)
+    talk = conversation("odd", "3", "count", "5", system="short")
+    ids, _ = encoder(talk, num_images=2)
+    assert words(encoder, ids)[3:9] == ["<eos>", "user", ":", "<image>", "<image>", "odd"]
+    marked = conversation("odd", "3", "count <image> where", "5")
+    ids, _ = encoder(marked, num_images=1)
+    assert words(encoder, ids).count("<image>") == 1
+    assert words(encoder, ids)[8:13] == ["user", ":", "count", "<image>", "where"]
+
+
+def test_the_tokenizers_own_placeholder_replaces_the_mark():
+    tokenizer = copy.deepcopy(digits_processor().tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<picture>"]})
+    encoder = ConversationEncoder(tokenizer, "<picture>")
+    ids, _ = encoder(conversation("read <image> odd", "7"), num_images=1)
+    assert words(encoder, ids)[:3] == ["read", "<picture>", "odd"]
+
+
+def test_the_number_of_images_is_part_of_the_question():
+    """The encoder remembers conversations; the same words about other images are another one."""
+    encoder, talk = encoder_with(), conversation("odd", "7")
+    lengths = [len(encoder(talk, n)[0]) for n in (0, 1, 2, 1, 0)]
+    assert lengths == [3, 4, 5, 4, 3]
+
+
+def test_memory_is_bounded():
+    encoder = encoder_with()
+    for n in range(CACHED_CONVERSATIONS + 5):
+        encoder(Conversation((Turn("user", "odd"), Turn("assistant", "7")), kind=str(n)), 0)
+    assert len(encoder._cache) <= CACHED_CONVERSATIONS
+
+
+def test_a_prompt_is_the_beginning_of_what_was_trained():
+    encoder = encoder_with(ROLE_TEMPLATE)
+    ids, labels = encoder(conversation("odd", "3"), num_images=1)
+    prompt = encoder.prompt(Conversation((Turn("user", "odd"),)), num_images=1)
+    asked = encoder.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert asked == ids[labels == IGNORE].tolist()
+
+
+def test_a_template_that_rewrites_the_past_is_refused():
+    encoder = encoder_with(REWRITING_TEMPLATE)
+    encoder(conversation("odd", "3"), num_images=0)  # one turn has no past
+    with pytest.raises(ValueError, match="turn by turn.*turn 3"):
+        encoder(conversation("odd", "3", "count", "5"), num_images=0)
+
+
+def test_a_tokenizer_without_a_template_is_refused():
+    tokenizer = copy.deepcopy(digits_processor().tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="chat_template"):
+        ConversationEncoder(tokenizer, "<image>")
+
+
+def test_images_without_a_user_turn_are_refused():
+    """Not StopIteration: a data loader takes that for the end of the data."""
+    only_answer = Conversation((Turn("assistant", "7"),))
+    with pytest.raises(ValueError, match="user"):
+        encoder_with()(only_answer, num_images=1)

@@ -1,0 +1,512 @@
+"""The model through its padded path: batches, generation, saving, and everything it must refuse."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from tests.models.tiny import (
+    IMAGE,
+    PAD,
+    PATCH,
+    PIXELS,
+    WIDTH,
+    padded_batch,
+    pixels,
+    prompt,
+    prompts,
+    text_config,
+    tiny_config,
+    tiny_model,
+    vision_config,
+)
+from tokenflex import TokenFlexConfig, TokenFlexForConditionalGeneration
+from tokenflex.models.modeling import TokenFlexModel
+from tokenflex_kernels import plan_packing
+
+GENERATION = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": PAD}
+SEARCHES = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "two answers": {"num_beams": 3, "num_return_sequences": 2},
+}
+
+
+class CallCounter:
+    """How often a module runs."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.calls = 0
+        module.register_forward_hook(self._count)
+
+    def _count(self, *_) -> None:
+        self.calls += 1
+
+
+def one_image(count, grid_rows: int, seed: int = 1) -> dict:
+    """A prompt with one image at ``count``, which stands for ``grid_rows`` vision tokens."""
+    one = prompt([5, IMAGE, 6, 7], [grid_rows], seed)
+    return {**one.inputs(), "num_image_tokens": count}
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize(("text", "vision"), [("qwen2", "siglip"), ("llama", "clip")])
+@pytest.mark.parametrize("implementation", ["tokenflex_varlen", "sdpa", "eager"])
+def test_a_padded_batch_of_mixed_counts_gives_what_each_prompt_gives_alone(
+    text, vision, implementation
+):
+    model = tiny_model(text, vision)
+    model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        batch = model(**padded_batch(prompts())).logits
+        for row, one in zip(batch, prompts(), strict=True):
+            alone = model(**one.inputs()).logits[0]
+            assert float((row[-len(alone) :] - alone).abs().max()) < 1e-5
+
+
+def test_pictures_matter_and_so_does_their_order():
+    model, inputs = tiny_model(), prompt([5, IMAGE, 6, IMAGE, 7], [9, 9]).inputs()
+    with torch.no_grad():
+        straight = model(**inputs).logits
+        swapped = model(**{**inputs, "pixel_values": inputs["pixel_values"].flip(0)}).logits
+    assert float((straight - swapped).abs().max()) > 1e-2
+
+
+def test_class_token_of_an_encoder_is_no_patch():
+    model, pixel_values = tiny_model(vision="clip"), pixels(2)
+    with torch.no_grad():
+        features = model.model.encode_images(pixel_values)
+        everything = model.model.vision_model(pixel_values=pixel_values).last_hidden_state
+    assert everything.shape[1] == (PIXELS // PATCH) ** 2 + 1
+    assert torch.equal(features, everything[:, 1:])
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (1, 5), (4, 1)])
+def test_a_grid_of_unequal_sides_is_pooled_to_that_grid(grid):
+    model, (height, width) = tiny_model(), grid
+    with torch.no_grad():
+        features = model.model.encode_images(pixels(1, seed=1))
+        expected = model.model.projector(features, grid)[0]
+        images = model.get_image_features(pixels(1, seed=1), grid)
+        logits = model(**one_image(grid, height * width)).logits
+        listed = model(**one_image([grid], height * width)).logits
+    assert torch.equal(images.pooler_output[0], expected)
+    assert logits.shape[1] == height * width + 3
+    assert torch.equal(logits, listed)
+
+
+def test_unequal_grids_are_not_transposed():
+    model = tiny_model()
+    with torch.no_grad():
+        wide = model(**one_image((2, 8), 16)).logits
+        tall = model(**one_image((8, 2), 16)).logits
+    assert float((wide - tall).abs().max()) > 1e-3
+
+
+def test_count_defaults_to_the_configuration():
+    model = tiny_model(num_image_tokens=9)
+    with torch.no_grad():
+        default = model(**one_image(None, 9)).logits
+        named = model(**one_image(9, 9)).logits
+    assert torch.equal(default, named)
+
+
+# ---- what must be refused
+
+
+def test_swapped_counts_of_two_rows_name_row_placeholders_and_counts():
+    batch = [prompt([5, IMAGE, 6], [4], 1), prompt([5, IMAGE, 6], [9], 2)]
+    inputs = {**padded_batch(batch), "num_image_tokens": [9, 4]}
+    with pytest.raises(ValueError, match=r"row 0 .*image 0.* 4 of its 9") as error:
+        tiny_model()(**inputs)
+    assert "[9, 4]" in str(error.value)  # the counts
+    assert "[4, 9]" in str(error.value)  # the placeholders
+
+
+def test_swapped_counts_inside_one_row_are_seen_where_text_separates_them():
+    inputs = prompt([5, IMAGE, 6, IMAGE, 7], [4, 9]).inputs()
+    with pytest.raises(ValueError, match=r"row 0 .*image 0.* 4 of its 9"):
+        tiny_model()(**{**inputs, "num_image_tokens": [9, 4]})
+
+
+@pytest.mark.parametrize("count", [4, 16])
+def test_wrong_total_names_both_numbers(count):
+    with pytest.raises(ValueError, match=rf"9 image placeholders .*\[9\].* {count} vision tokens"):
+        tiny_model()(**one_image(count, 9))
+
+
+def test_placeholders_of_a_row_are_counted_apart():
+    batch = [prompt([5, IMAGE, 6], [4], 1), prompt([5, IMAGE, 6], [9], 2)]
+    inputs = {**padded_batch(batch), "num_image_tokens": [9, 9]}
+    with pytest.raises(ValueError, match=r"13 image placeholders \(per row \[4, 9\]\)"):
+        tiny_model()(**inputs)
+
+
+def test_non_square_count_names_its_neighbours():
+    with pytest.raises(ValueError, match=r"got 10; the nearest squares are 9 and 16"):
+        tiny_model()(**one_image(10, 10))
+
+
+def test_as_many_counts_as_tiles():
+    with pytest.raises(ValueError, match="2 entries for 1 images"):
+        tiny_model()(**one_image([4, 4], 8))
+
+
+def test_pixels_without_a_batch_dimension_are_refused():
+    with pytest.raises(ValueError, match=r"\(3, 32, 32\)"):
+        tiny_model()(**{**one_image(4, 4), "pixel_values": pixels(1)[0]})
+
+
+def test_nothing_to_read_is_refused():
+    with pytest.raises(ValueError, match="input_ids"):
+        tiny_model()()
+
+
+# ---- generation
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_batch_generates_what_each_prompt_generates_alone(search):
+    model, options = tiny_model(), {**GENERATION, **SEARCHES[search]}
+    together = model.generate(**padded_batch(prompts()), **options)
+    answers = options.get("num_return_sequences", 1)
+    length = padded_batch(prompts())["input_ids"].shape[1]
+    for i, one in enumerate(prompts()):
+        inputs = one.inputs()
+        alone = model.generate(**inputs, **options)
+        assert (
+            together[i * answers : (i + 1) * answers, length:].tolist()
+            == alone[:, inputs["input_ids"].shape[1] :].tolist()
+        )
+    assert len({tuple(row) for row in together[:, length:].tolist()}) > 1
+
+
+def test_greedy_generation_is_the_argmax_of_the_whole_sequence():
+    model, inputs = tiny_model(), prompts()[1].inputs()
+    generated = model.generate(**inputs, **GENERATION)
+    start = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        logits = model(**{**inputs, "input_ids": generated}).logits[0]
+    assert logits[start - 1 : -1].argmax(-1).tolist() == generated[0, start:].tolist()
+
+
+def test_text_only_generation():
+    model = tiny_model()
+    ids = torch.tensor([[5, 6, 7]])
+    generated = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **GENERATION)
+    with torch.no_grad():
+        logits = model(input_ids=generated).logits[0]
+    assert logits[2:-1].argmax(-1).tolist() == generated[0, 3:].tolist()
+
+
+def test_count_changes_the_answer_of_generate():
+    model = tiny_model()
+    answers = set()
+    for count in (1, 4, 9, 16):
+        inputs = one_image(count, count)
+        output = model.generate(**inputs, **GENERATION)
+        answers.add(tuple(output[0, inputs["input_ids"].shape[1] :].tolist()))
+    assert len(answers) > 1
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_one_generation_encodes_once(search):
+    model = tiny_model()
+    encoder = CallCounter(model.model.vision_model)
+    model.generate(**padded_batch(prompts()), **{**GENERATION, **SEARCHES[search]})
+    assert encoder.calls == 1
+
+
+def test_images_encoded_once_serve_several_generations():
+    model, inputs = tiny_model(), padded_batch(prompts())
+    expected = {
+        name: model.generate(**inputs, **{**GENERATION, **options}).tolist()
+        for name, options in SEARCHES.items()
+    }
+    pixel_values, counts = inputs.pop("pixel_values"), inputs.pop("num_image_tokens")
+    images = model.get_image_features(pixel_values, counts)
+    encoder = CallCounter(model.model.vision_model)
+
+    for name in ("greedy", "beams", "two answers", "greedy"):
+        options = {**GENERATION, **SEARCHES[name]}
+        output = model.generate(**inputs, mm_encoder_outputs={"image": images}, **options)
+        assert output.tolist() == expected[name], name
+    assert encoder.calls == 0
+    assert [len(tokens) for tokens in images.pooler_output] == counts
+
+
+def test_images_encoded_once_give_the_same_logits():
+    model, inputs = tiny_model(), padded_batch(prompts())
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        images = model.get_image_features(
+            inputs.pop("pixel_values"), inputs.pop("num_image_tokens")
+        )
+        logits = model(**inputs, mm_encoder_outputs={"image": images}).logits
+    assert torch.equal(logits, expected)
+
+
+# ---- one image in several sequences
+
+
+def test_vision_index_shows_one_image_to_two_sequences():
+    model = tiny_model().train()
+    plan = plan_packing([[5, IMAGE, 6, 7], [8, 9, IMAGE, 10]], [9, 9], IMAGE)
+    image, index = pixels(1, seed=1), torch.arange(9).repeat(2)
+    encoder = CallCounter(model.model.vision_model)
+
+    def gradients_and_logits(**inputs):
+        model.zero_grad()
+        output = model(plan=plan, labels=plan.labels[None], **inputs)
+        output.loss.backward()
+        return output.logits.detach(), [
+            p.grad.clone() for p in model.model.parameters() if p.grad is not None
+        ]
+
+    shared, shared_gradients = gradients_and_logits(
+        pixel_values=image, num_image_tokens=[9], vision_index=index
+    )
+    assert encoder.calls == 1
+    twice, twice_gradients = gradients_and_logits(
+        pixel_values=image.repeat(2, 1, 1, 1), num_image_tokens=[9, 9]
+    )
+
+    assert float((shared - twice).abs().max()) < 1e-6
+    for a, b in zip(shared_gradients, twice_gradients, strict=True):
+        assert float((a - b).abs().max()) < 1e-5 * max(1.0, float(b.abs().max()))
+
+
+def test_vision_index_chooses_the_rows():
+    model = tiny_model()
+    plan = plan_packing([[5, IMAGE, 6], [7, IMAGE, 8]], [4, 4], IMAGE)
+    images = pixels(2, seed=4)
+    crossed = torch.tensor([4, 5, 6, 7, 0, 1, 2, 3])
+    with torch.no_grad():
+        by_index = model(
+            plan=plan, pixel_values=images, num_image_tokens=4, vision_index=crossed
+        ).logits
+        by_pixels = model(plan=plan, pixel_values=images.flip(0), num_image_tokens=4).logits
+        plain = model(plan=plan, pixel_values=images, num_image_tokens=4).logits
+    assert float((by_index - by_pixels).abs().max()) < 1e-6
+    assert float((by_index - plain).abs().max()) > 1e-2
+
+
+# ---- the loss and the logits asked for
+
+
+def test_logits_to_keep_are_rows_of_all_logits():
+    model, inputs = tiny_model(), padded_batch(prompts())
+    with torch.no_grad():
+        everything = model(**inputs).logits
+        rows = torch.tensor([30, 2, 17])
+        last, chosen = model(**inputs, logits_to_keep=3), model(**inputs, logits_to_keep=rows)
+    assert torch.allclose(last.logits, everything[:, -3:], atol=1e-6)
+    assert torch.allclose(chosen.logits, everything[:, rows], atol=1e-6)
+
+
+def test_loss_is_the_mean_over_labels_that_are_not_ignored():
+    model, inputs = tiny_model(), prompts()[1].inputs()
+    labels = inputs["input_ids"].clone()
+    labels[labels == IMAGE] = -100
+    with torch.no_grad():
+        output = model(**inputs, labels=labels)
+    scores = output.logits[0, :-1].log_softmax(-1)
+    expected = [-scores[t, label] for t, label in enumerate(labels[0, 1:]) if label >= 0]
+    assert len(expected) == 6
+    assert float(output.loss) == pytest.approx(float(torch.stack(expected).mean()), abs=1e-5)
+
+
+# ---- saving and loading
+
+
+@pytest.mark.parametrize(("text", "vision"), [("qwen2", "siglip"), ("llama", "clip")])
+@pytest.mark.parametrize("tied", [True, False])
+def test_save_and_load_is_exact(tmp_path, text, vision, tied):
+    config = TokenFlexConfig(
+        vision_config(vision),
+        text_config(text, tie_word_embeddings=tied),
+        image_token_id=IMAGE,
+        num_image_tokens=(2, 3),
+        pooling="resize",
+        projector_hidden_width=40,
+    )
+    model = TokenFlexForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    loaded, info = TokenFlexForConditionalGeneration.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
+    assert loaded.model.language_model.config._attn_implementation == "tokenflex_varlen"
+    assert loaded.model.projector.pooling == "resize"
+    assert loaded.model.projector.hidden_width == 40
+    inputs = one_image(None, 6)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**inputs).logits, model(**inputs).logits)
+    for (name, saved), again in zip(
+        model.state_dict().items(), loaded.state_dict().values(), strict=True
+    ):
+        assert torch.equal(saved, again), name
+
+
+def test_auto_classes_find_the_model(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is TokenFlexConfig
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert type(loaded) is TokenFlexForConditionalGeneration
+    base = AutoModel.from_pretrained(tmp_path)
+    assert type(base) is TokenFlexModel
+    inputs = one_image(9, 9)
+    with torch.no_grad():
+        hidden = base.eval()(**inputs).last_hidden_state
+        assert torch.equal(loaded.eval().lm_head(hidden), model(**inputs).logits)
+
+
+def test_bfloat16_is_kept_by_saving(tmp_path):
+    model = tiny_model().to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = TokenFlexForConditionalGeneration.from_pretrained(tmp_path).eval()
+    for name, weight in loaded.state_dict().items():
+        assert weight.dtype == torch.bfloat16, name
+        assert torch.equal(weight, model.state_dict()[name]), name
+
+
+def test_bfloat16_forward_backward_and_generate():
+    exact = tiny_model()
+    model, inputs = copy.deepcopy(exact).to(torch.bfloat16).train(), padded_batch(prompts())
+    with torch.no_grad():
+        difference = (model(**inputs).logits.float() - exact(**inputs).logits).abs()
+        scale = float(exact(**inputs).logits.abs().max())
+    assert float(difference[inputs["attention_mask"].bool()].max()) < 0.05 * scale
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert float(model.model.projector.down.weight.grad.float().abs().max()) > 0
+    assert model.eval().generate(**inputs, **GENERATION).shape[0] == 4
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model, inputs = tiny_model().train(), padded_batch(prompts())
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(**inputs, labels=labels).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    plain, checkpointed = gradients
+    for name, gradient in plain.items():
+        assert torch.allclose(gradient, checkpointed[name], atol=1e-6), name
+
+
+# ---- a model around parts that exist
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_from_parts_keeps_the_weights_of_the_parts(tied):
+    vision = AutoModel.from_config(vision_config())
+    language = AutoModelForCausalLM.from_config(text_config(tie_word_embeddings=tied)).eval()
+    vision_weights = copy.deepcopy(vision.state_dict())
+    text_weights = copy.deepcopy(language.state_dict())
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = language(input_ids=ids).logits
+
+    config = TokenFlexConfig(vision.config, language.config, image_token_id=IMAGE)
+    model = TokenFlexForConditionalGeneration.from_parts(config, vision, language).eval()
+
+    for name, weight in model.model.vision_model.state_dict().items():
+        assert torch.equal(weight, vision_weights[name]), name
+    for name, weight in model.model.language_model.state_dict().items():
+        assert torch.equal(weight, text_weights[f"model.{name}"]), name
+    assert torch.equal(model.lm_head.weight, text_weights["lm_head.weight"])
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-6)
+        assert torch.isfinite(model(**one_image(9, 9)).logits).all()
+
+
+def test_from_parts_survives_saving(tmp_path):
+    vision = AutoModel.from_config(vision_config())
+    language = AutoModelForCausalLM.from_config(text_config())
+    config = TokenFlexConfig(vision.config, language.config, image_token_id=IMAGE)
+    model = TokenFlexForConditionalGeneration.from_parts(config, vision, language).eval()
+    model.save_pretrained(tmp_path)
+    loaded = TokenFlexForConditionalGeneration.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**one_image(9, 9)).logits, model(**one_image(9, 9)).logits)
+
+
+def test_from_parts_follows_the_dtype_of_the_language_model():
+    vision = AutoModel.from_config(vision_config()).to(torch.bfloat16)
+    language = AutoModelForCausalLM.from_config(text_config()).to(torch.bfloat16)
+    config = TokenFlexConfig(vision.config, language.config, image_token_id=IMAGE)
+    model = TokenFlexForConditionalGeneration.from_parts(config, vision, language)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def build_fresh():
+    return TokenFlexForConditionalGeneration(tiny_config())
+
+
+def build_from_parts():
+    vision = AutoModel.from_config(vision_config())
+    language = AutoModelForCausalLM.from_config(text_config())
+    config = TokenFlexConfig(vision.config, language.config, image_token_id=IMAGE)
+    return TokenFlexForConditionalGeneration.from_parts(config, vision, language)
+
+
+@pytest.mark.parametrize("build", [build_fresh, build_from_parts])
+def test_projector_starts_at_the_scale_of_its_width(build):
+    """PyTorch's uniform(+-1/sqrt(width)), not the 0.02 that transformers gives every Linear."""
+    projector = build().model.projector
+    for linear in (projector.gate, projector.up, projector.down):
+        bound = 1 / math.sqrt(linear.in_features)
+        assert float(linear.weight.abs().max()) <= bound
+        assert float(linear.weight.std()) == pytest.approx(bound / math.sqrt(3), rel=0.1)
+        assert float(linear.bias.abs().max()) > 0.5 * bound
+    assert torch.equal(projector.layernorm.weight, torch.ones(WIDTH))
+    assert torch.equal(projector.layernorm.bias, torch.zeros(WIDTH))
+
+
+# ---- configuration
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"num_image_tokens": 10}, "nearest squares are 9 and 16"),
+        ({"pooling": "max"}, "max"),
+        ({"vision_config": {"model_type": "no-such-model"}}, "vision_config.*no-such-model"),
+        ({"text_config": {"model_type": "no-such-model"}}, "text_config.*no-such-model"),
+    ],
+)
+def test_configuration_refuses(changes, match):
+    with pytest.raises(ValueError, match=match):
+        TokenFlexConfig(**changes)
+
+
+def test_configuration_refuses_a_part_that_is_no_config():
+    with pytest.raises(TypeError, match="vision_config"):
+        TokenFlexConfig(vision_config="siglip")
+
+
+def test_configuration_round_trip(tmp_path):
+    config = tiny_config("llama", "clip", num_image_tokens=(2, 3), projector_eps=1e-3)
+    config.save_pretrained(tmp_path)
+    loaded = TokenFlexConfig.from_pretrained(tmp_path)
+    assert type(loaded.vision_config) is type(config.vision_config)
+    assert type(loaded.text_config) is type(config.text_config)
+    assert tuple(loaded.num_image_tokens) == (2, 3)
+    assert loaded.image_token_id == IMAGE
+    assert loaded.projector_eps == 1e-3
+    assert loaded.text_config.num_key_value_heads == 2
