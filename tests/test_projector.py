@@ -165,6 +165,10 @@ class TestForward:
             tokens = projector_of(num_tokens=num_tokens)(features)
             assert tokens.shape == (2, num_tokens[0] * num_tokens[1], D)
 
+    def test_a_tensor_of_no_dimensions_is_one_count_or_refused(self, features):
+        with suppress(TypeError, ValueError):
+            assert projector_of()(features, torch.tensor(16)).shape == (3, 16, D)
+
     def test_hidden_width_defaults_to_three_times_the_vision_width(self):
         projector = TokenAdaptiveProjector(4, 5)
         assert projector.gate.weight.shape == projector.up.weight.shape == (12, 4)

@@ -86,9 +86,9 @@ def token_grids(counts: object, num_images: int, *, name: str = "num_tokens") ->
     if is_one_count(counts):
         return [token_grid(counts, name=name)] * num_images
     if isinstance(counts, torch.Tensor):
-        counts = counts.tolist() if counts.ndim else counts.item()
-        if is_one_count(counts):
-            return [token_grid(counts, name=name)] * num_images
+        if not counts.ndim:
+            raise TypeError(f"{name} must be a host int for all images, got {counts!r}")
+        counts = counts.tolist()
     if isinstance(counts, np.ndarray) and counts.ndim:
         counts = counts.tolist()
     if isinstance(counts, str) or not isinstance(counts, Sequence):

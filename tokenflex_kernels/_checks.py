@@ -83,6 +83,12 @@ def check_eps(eps: object) -> float:
     return value
 
 
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast chooses dtypes on ``device``; False where there is no autocast (meta)."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def match_weight(name: str, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """``weight`` in the dtype that a matrix product with ``x`` needs.
 
@@ -92,7 +98,7 @@ def match_weight(name: str, weight: torch.Tensor, x: torch.Tensor) -> torch.Tens
     check_float(name, weight)
     if weight.dtype == x.dtype:
         return weight
-    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (weight.dtype, x.dtype):
+    if autocast_enabled(x.device) and torch.float64 not in (weight.dtype, x.dtype):
         return weight
     if weight.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16):
         return weight.to(x.dtype)

@@ -190,6 +190,15 @@ class TestAxisMaps:
     def test_divisors_are_whole_and_the_weights_sum_to_them(self):
         assert axis_map(27, 8, "adaptive").divisors == (4, 4, 5, 4, 4, 5, 4, 4)
         assert axis_map(27, 12, "resize").divisors == (3,) * 12
+        for size, cells, mode in product(self.SIZES, self.CELLS, MODES):
+            axis = axis_map(size, cells, mode)
+            assert [sum(row) for row in axis.weights] == pytest.approx(axis.divisors, rel=1e-12)
+
+
+def test_meta_tensors_give_shapes():
+    x = torch.empty(4 * 9, 5, device="meta", dtype=torch.bfloat16)
+    pooled = pool_norm(x, [(4, 9)], [(2, 3)], weight=torch.empty(5, device="meta"))
+    assert (pooled.shape, pooled.dtype, pooled.device.type) == ((6, 5), torch.bfloat16, "meta")
 
 
 class TestCallOrder:

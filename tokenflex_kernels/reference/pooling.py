@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import nullcontext
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 
-from tokenflex_kernels._checks import Grid
+from tokenflex_kernels._checks import Grid, autocast_enabled
 from tokenflex_kernels.axis_weights import axis_map
+
+_AS_IS = nullcontext()
 
 
 def pool_norm(
@@ -25,7 +28,8 @@ def pool_norm(
     """See :func:`tokenflex_kernels.pool_norm`. One pair of small products per kind of image."""
     width = x.shape[1]
     compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with torch.autocast(x.device.type, enabled=False):
+    # Autocast would round the sums to its own dtype.
+    with torch.autocast(x.device.type, enabled=False) if autocast_enabled(x.device) else _AS_IS:
         pooled = _pool(x.to(compute_dtype), in_grids, out_grids, mode)
         if weight is not None:
             scale = weight.to(compute_dtype)
