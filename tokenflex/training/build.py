@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -74,13 +75,13 @@ def _build_vision(part: PartConfig) -> tuple[PreTrainedModel, PretrainedConfig]:
     config = AutoConfig.from_pretrained(part.path)
     # A checkpoint of an image-text pair (SigLIP, CLIP) holds the encoder's config inside its own.
     config = getattr(config, "vision_config", config)
-    return AutoModel.from_pretrained(part.path, config=config), config
+    return AutoModel.from_pretrained(part.path, config=config, dtype=torch.float32), config
 
 
 def _build_language_model(part: PartConfig) -> PreTrainedModel:
     if part.path is None:
         return AutoModelForCausalLM.from_config(_fresh_config(part))
-    return AutoModelForCausalLM.from_pretrained(part.path)
+    return AutoModelForCausalLM.from_pretrained(part.path, dtype=torch.float32)
 
 
 def _fresh_config(part: PartConfig) -> PretrainedConfig:

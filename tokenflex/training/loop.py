@@ -65,10 +65,12 @@ class Trainer:
             remove_leftovers(self.output)
         self.state_path = self.output / "state.pt"
         self.metrics_path = self.output / "metrics.jsonl"
-        self.resumed = None if fresh else self._read_state()
+        if fresh:
+            self.state_path.unlink(missing_ok=True)
+        self.resumed = self._read_state()
+        self.dataset = build_dataset(config.data)  # first: its errors should not wait for a model
         self.processor = build_processor(config.model)
         self.model = build_model(config.model, self.processor).to(self.accelerator.device)
-        self.dataset = build_dataset(config.data)
         self.order = EpochOrder(len(self.dataset), config.seed)
         # One record a stage, the encoder's warm-up first: what the report says about training.
         self.records: list[dict[str, Any]] = []

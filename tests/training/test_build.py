@@ -1,0 +1,141 @@
+"""Pretrained parts from disk: what separates SigLIP-400M + Qwen2.5 from the demo model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Qwen2Config,
+    SiglipConfig,
+    SiglipModel,
+)
+
+from tokenflex.cli import main
+from tokenflex.digits.processor import digits_processor
+from tokenflex.training.build import build_model, build_processor
+from tokenflex.training.config import ModelConfig
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders as transformers writes them: `siglip`, `clip` (with a class token) and `text`."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("parts")
+    processor = digits_processor()
+    text = {**VISION, "vocab_size": 64, "max_position_embeddings": 8}
+    SiglipModel(SiglipConfig(text_config=text, vision_config=VISION)).save_pretrained(
+        root / "siglip"
+    )
+    CLIPVisionModel(CLIPVisionConfig(**VISION)).save_pretrained(root / "clip")
+    for name in ("siglip", "clip"):
+        processor.image_processor.save_pretrained(root / name)
+    language_model = AutoModelForCausalLM.from_config(
+        Qwen2Config(
+            vocab_size=len(processor.tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
+    language_model.to(torch.bfloat16).save_pretrained(root / "text")
+    processor.tokenizer.save_pretrained(root / "text")
+    return root
+
+
+def config_of(parts: Path, vision: str = "siglip", **options: object) -> ModelConfig:
+    paths = {"vision": {"path": str(parts / vision)}, "text": {"path": str(parts / "text")}}
+    return ModelConfig.model_validate({**paths, "num_image_tokens": 4, **options})
+
+
+@pytest.mark.parametrize("vision", ["siglip", "clip"])
+def test_weights_are_those_on_disk_in_float32(parts: Path, vision: str) -> None:
+    config = config_of(parts, vision)
+    model = build_model(config, build_processor(config))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    language_model = AutoModelForCausalLM.from_pretrained(parts / "text", dtype=torch.float32)
+    expected = language_model.base_model.state_dict()
+    actual = model.model.language_model.state_dict()
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+    assert torch.equal(model.lm_head.weight, language_model.lm_head.weight)
+    whole = SiglipModel if vision == "siglip" else CLIPVisionModel
+    on_disk = dict(whole.from_pretrained(parts / vision).named_parameters())
+    name = next(name for name in on_disk if name.endswith("patch_embedding.weight"))
+    patch_embedding = next(
+        value
+        for name, value in model.model.vision_model.named_parameters()
+        if name.endswith("patch_embedding.weight")
+    )
+    assert torch.equal(patch_embedding, on_disk[name])
+
+
+def test_a_new_image_token_grows_the_vocabulary(parts: Path) -> None:
+    config = config_of(parts, image_token="<picture>")
+    processor = build_processor(config)
+    model = build_model(config, processor)
+    assert processor.image_token_id == len(digits_processor().tokenizer)
+    assert model.get_input_embeddings().num_embeddings == len(processor.tokenizer)
+    assert model.lm_head.out_features == len(processor.tokenizer)
+
+
+def test_own_data_trains_evaluates_and_generates(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The README's way for a user's own data, from files to an answer."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for index in range(6):
+        pixels = rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+        messages = [{"role": "user", "content": "odd"}, {"role": "assistant", "content": "3"}]
+        lines.append(json.dumps({"images": [f"{index}.png"], "messages": messages}))
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(lines), encoding="utf-8")
+    config = {
+        "output": str(tmp_path / "run"),
+        "workers": 0,
+        "model": config_of(parts, "clip").model_dump(exclude_none=True),
+        "data": {"name": "messages", "path": str(data)},
+        "stages": [
+            {
+                "name": "alignment",
+                "steps": 60,
+                "batch_size": 4,
+                "learning_rate": {"projector": 0.01, "text": 0.01},
+                "counts": [1, 4, 9],
+                "weights": [1, 1, 1],
+            }
+        ],
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    assert main(["train", str(path)]) == 0
+    checkpoint = str(tmp_path / "run" / "checkpoint")
+    report = tmp_path / "report.json"
+    evaluate = ["evaluate", "--model", checkpoint, "--data", str(data), "--counts", "1,4,9,16"]
+    assert main([*evaluate, "--output", str(report)]) == 0
+    accuracy = json.loads(report.read_text(encoding="utf-8"))["accuracy"]
+    assert accuracy == {"1": 1.0, "4": 1.0, "9": 1.0, "16": 1.0}
+    capsys.readouterr()
+    ask = ["generate", "--model", checkpoint, "--image", str(tmp_path / "0.png")]
+    assert main([*ask, "--prompt", "odd", "--tokens", "1,4"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [(tokens, answer) for tokens, _, answer in rows] == [("1", "3"), ("4", "3")]
