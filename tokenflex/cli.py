@@ -152,7 +152,10 @@ def _generate(options: argparse.Namespace) -> int:
     prompt = encoder.prompt(conversation, len(images))
     print(f"{'tokens':>7}  {'seconds':>7}  answer")
     for count in options.tokens or [processor.num_image_tokens]:
-        inputs = processor(images=images or None, text=prompt, num_image_tokens=count)
+        # As in training: the chat template writes whatever special tokens there are.
+        inputs = processor(
+            images=images or None, text=prompt, num_image_tokens=count, add_special_tokens=False
+        )
         started = time.perf_counter()
         with torch.no_grad():
             output = model.generate(

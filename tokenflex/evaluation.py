@@ -46,6 +46,21 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
+    try:
+        return _evaluate(model, processor, dataset, counts, batch_size, workers, on_batch)
+    finally:
+        model.train(was_training)
+
+
+def _evaluate(
+    model: Any,
+    processor: Any,
+    dataset: SampleDataset,
+    counts: Sequence[int],
+    batch_size: int,
+    workers: int,
+    on_batch: Callable[[], None],
+) -> dict[str, Any]:
     accuracy: dict[str, float] = {}
     by_kind: dict[str, dict[str, float]] = defaultdict(dict)
     questions: dict[str, int] = {}
@@ -67,7 +82,6 @@ def evaluate(
             by_kind[kind][str(count)] = right[kind] / asked[kind]
         accuracy[str(count)] = sum(right[kind] / asked[kind] for kind in asked) / len(asked)
         questions = dict(sorted(asked.items()))
-    model.train(was_training)
     return {"accuracy": accuracy, "accuracy_by_kind": dict(by_kind), "questions": questions}
 
 

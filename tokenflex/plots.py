@@ -28,11 +28,8 @@ def plot_accuracy(report: dict[str, Any], path: Path) -> None:
     Raises:
         ValueError: ``report`` holds no accuracies.
     """
-    accuracy = report.get("accuracy")
-    if not isinstance(accuracy, dict) or not accuracy:
-        raise ValueError(f"report must hold accuracy (count -> share), got {accuracy!r}")
+    accuracy, kinds = _checked(report)
     counts = sorted(int(count) for count in accuracy)
-    kinds = {kind: row for kind, row in report.get("accuracy_by_kind", {}).items() if kind}
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     overall = [accuracy[str(count)] for count in counts]
@@ -56,6 +53,21 @@ def plot_accuracy(report: dict[str, Any], path: Path) -> None:
     left.set_ylim(top=1.05)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
     plt.close(figure)
+
+
+def _checked(report: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """The report's accuracies, and those of its named kinds of question."""
+    accuracy = report.get("accuracy") if isinstance(report, dict) else None
+    if not isinstance(accuracy, dict) or not accuracy:
+        raise ValueError(f"report must hold accuracy (count -> share), got {accuracy!r}")
+    kinds = {kind: row for kind, row in report.get("accuracy_by_kind", {}).items() if kind}
+    for kind, row in kinds.items():
+        if not isinstance(row, dict) or row.keys() != accuracy.keys():
+            raise ValueError(
+                f"report must hold accuracy_by_kind of {kind!r} at counts {', '.join(accuracy)}, "
+                f"got {row!r}"
+            )
+    return accuracy, kinds
 
 
 def _label_ends(axes: Axes, counts: list[int], kinds: dict[str, dict[str, float]]) -> None:

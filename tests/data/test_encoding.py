@@ -24,8 +24,7 @@ REWRITING_TEMPLATE = (
 
 def conversation(*texts: str, system: str | None = None) -> Conversation:
     """User and assistant in turn."""
-    roles = ["user", "assistant"] * len(texts)
-    turns = [Turn(role, text) for role, text in zip(roles, texts)]
+    turns = [Turn("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
     return Conversation(tuple(([Turn("system", system)] if system else []) + turns))
 
 
@@ -59,10 +58,10 @@ def test_several_turns_learn_each_answer():
     encoder = encoder_with(ROLE_TEMPLATE)
     talk = conversation("odd", "3", "count", "5", "where", "top-left", system="short")
     ids, labels = encoder(talk, num_images=0)
-    assert words(encoder, ids) == (
+    assert " ".join(words(encoder, ids)) == (
         "system : short <eos> user : odd <eos> assistant : 3 <eos> "
         "user : count <eos> assistant : 5 <eos> user : where <eos> assistant : top-left <eos>"
-    ).split()
+    )
     assert learned(encoder, ids, labels) == ["3", "<eos>", "5", "<eos>", "top-left", "<eos>"]
 
 
@@ -116,7 +115,7 @@ def test_a_prompt_is_the_beginning_of_what_was_trained():
 def test_a_template_that_rewrites_the_past_is_refused():
     encoder = encoder_with(REWRITING_TEMPLATE)
     encoder(conversation("odd", "3"), num_images=0)  # one turn has no past
-    with pytest.raises(ValueError, match="turn by turn.*turn 3"):
+    with pytest.raises(ValueError, match=r"turn by turn.*turn 3"):
         encoder(conversation("odd", "3", "count", "5"), num_images=0)
 
 

@@ -1,4 +1,4 @@
-"""The order of training: every sample once an epoch, every position the same wherever one starts."""
+"""The order of training: each sample once an epoch, the same positions wherever one starts."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
@@ -19,8 +17,8 @@ COUNTS = TokenCounts((4, 9, 16), (0.2, 0.3, 0.5), seed=7)
 
 
 def talk(*texts: str, kind: str = "") -> Conversation:
-    roles = itertools.cycle(["user", "assistant"])
-    return Conversation(tuple(Turn(role, text) for role, text in zip(roles, texts)), kind)
+    turns = (Turn("assistant" if i % 2 else "user", text) for i, text in enumerate(texts))
+    return Conversation(tuple(turns), kind)
 
 
 def sample(name: str, images: int, *conversations: Conversation) -> Sample:
@@ -85,10 +83,12 @@ def test_batch_is_what_the_written_out_rows_say(processor, epoch):
     shown = batch.vision_index.tolist()
     source = batch.plan.source.tolist()
     assert [shown[~s] if s < 0 else None for s in source] == [token for *_, token in rows]
-    assert batch.plan.vision_rows.tolist() == [r for r, row in enumerate(rows) if row[3] is not None]
+    assert batch.plan.vision_rows.tolist() == [
+        r for r, row in enumerate(rows) if row[3] is not None
+    ]
     # The row before a learned row predicts it.
-    targets = [(r - 1, ids[r]) for r, row in enumerate(rows) if row[2] and row[1] > 0]
-    assert list(zip(batch.target_rows.tolist(), batch.targets.tolist())) == targets
+    targets = [[r - 1, ids[r]] for r, row in enumerate(rows) if row[2] and row[1] > 0]
+    assert torch.stack([batch.target_rows, batch.targets], 1).tolist() == targets
     assert batch.answers == [
         (kind, sum(row[2] for row in sequence)) for _, kind, sequence in sequences
     ]
@@ -156,7 +156,7 @@ def test_model_gives_logits_at_the_target_rows(processor):
 
 
 def test_packed_answers_score_as_they_do_alone(processor):
-    """Targets, vision rows and counts together: each conversation alone, through the padded path."""
+    """Targets, vision rows and counts together, against each conversation alone and padded."""
     model, batch = tiny_model(), PackingCollator(processor, COUNTS)(drawn())
     with torch.no_grad():
         packed = model(**batch.model_inputs()).logits[0].log_softmax(-1)

@@ -55,9 +55,8 @@ def scans() -> tuple[np.ndarray, np.ndarray]:
 
 def cells_of(pixels: np.ndarray) -> np.ndarray:
     """uint8 [32, 32, 3] -> float [16, 8, 8, 3], cell by cell, written out."""
-    rows, columns = divmod(np.arange(16), 4)
     return np.stack(
-        [pixels[8 * r : 8 * r + 8, 8 * c : 8 * c + 8] for r, c in zip(rows, columns)]
+        [pixels[r : r + 8, c : c + 8] for r in range(0, 32, 8) for c in range(0, 32, 8)]
     ) / np.float64(255)
 
 
@@ -177,7 +176,7 @@ def test_questions_about_a_cell_need_one(kind):
 
 
 def test_unknown_question_names_the_known_ones():
-    with pytest.raises(ValueError, match="read, colour, odd.*'colour of'"):
+    with pytest.raises(ValueError, match=r"read, colour, odd.*'colour of'"):
         canvases(number=1)[0].answer("colour of")
 
 
@@ -209,7 +208,11 @@ def test_questions_about_cells_reach_all_cells_and_mostly_filled_ones():
 
 def test_a_prompt_and_its_answer_belong_together():
     rng = np.random.default_rng(1)
-    names = {f"r{row}c{column}": 4 * (row - 1) + column - 1 for row in range(1, 5) for column in range(1, 5)}
+    names = {
+        f"r{row}c{column}": 4 * (row - 1) + column - 1
+        for row in range(1, 5)
+        for column in range(1, 5)
+    }
     for canvas in canvases(number=60):
         kind, prompt, answer = draw_question(rng, canvas)
         first, *rest = prompt.split()

@@ -469,6 +469,7 @@ def build_from_parts():
 def test_projector_starts_at_the_scale_of_its_width(build):
     """PyTorch's uniform(+-1/sqrt(width)), not the 0.02 that transformers gives every Linear."""
     projector = build().model.projector
+    projector.requires_grad_(False)
     for linear in (projector.gate, projector.up, projector.down):
         bound = 1 / math.sqrt(linear.in_features)
         assert float(linear.weight.abs().max()) <= bound

@@ -1,4 +1,4 @@
-"""The processor: placeholders, counts and pixels that agree, or an error that says what does not."""
+"""The processor: placeholders, counts and pixels agree, or an error says what does not."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_images_nested_by_prompt_must_agree_prompt_by_prompt(processor):
 
 
 def test_non_square_count_names_its_neighbours(processor):
-    with pytest.raises(ValueError, match="num_image_tokens.*10.*nearest squares are 9 and 16"):
+    with pytest.raises(ValueError, match=r"num_image_tokens.*10.*nearest squares are 9 and 16"):
         processor(images=A, text="<image> odd", num_image_tokens=10)
     with pytest.raises(ValueError, match=r"num_image_tokens\[1\].*10.*9 and 16"):
         processor(images=[A, B], text="<image> <image> odd", num_image_tokens=[4, 10])
@@ -168,7 +168,7 @@ def test_other_arguments_it_refuses(processor, arguments, error, match):
 
 
 def test_tokenizer_without_the_image_token_is_refused(processor):
-    with pytest.raises(ValueError, match="<picture>.*special token"):
+    with pytest.raises(ValueError, match=r"<picture>.*special token"):
         TokenFlexProcessor(processor.image_processor, processor.tokenizer, image_token="<picture>")
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
 from tokenflex.data.samples import SampleDataset
+from tokenflex.interruption import ignore_interrupts
 
 
 class EpochOrder:
@@ -74,13 +75,29 @@ class StepSampler:
             yield [self.order[position] for position in positions]
 
 
-class _ByEpochAndIndex(Dataset[DrawnSample]):
-    def __init__(self, dataset: SampleDataset) -> None:
-        self.dataset = dataset
+class _Keys(Dataset[tuple[int, int]]):
+    """The sampler's keys as they are; samples are read in :class:`_ReadAndPack`."""
 
-    def __getitem__(self, key: tuple[int, int]) -> DrawnSample:
-        epoch, index = key
-        return DrawnSample(index, epoch, self.dataset[index])
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, int]:
+        return key
+
+
+class _ReadAndPack:
+    """From a step's keys to its batch, or to the error that stopped it.
+
+    A loader would wrap a worker's error in the text of its traceback; as a value it arrives whole.
+    """
+
+    def __init__(self, dataset: SampleDataset, collator: PackingCollator) -> None:
+        self.dataset = dataset
+        self.collator = collator
+
+    def __call__(self, keys: list[tuple[int, int]]) -> PackedBatch | Exception:
+        try:
+            drawn = [DrawnSample(index, epoch, self.dataset[index]) for epoch, index in keys]
+            return self.collator(drawn)
+        except Exception as error:
+            return error
 
 
 def packed_batches(
@@ -89,12 +106,21 @@ def packed_batches(
     sampler: StepSampler | list[list[tuple[int, int]]],
     *,
     workers: int = 0,
-) -> Iterable[PackedBatch]:
-    """A loader that draws, encodes and packs in ``workers`` processes, in the sampler's order."""
-    return DataLoader(
-        _ByEpochAndIndex(dataset),
+) -> Iterator[PackedBatch]:
+    """Draw, read, encode and pack in ``workers`` processes, in the sampler's order.
+
+    Raises:
+        Exception: whatever reading or packing a sample raised, in a worker or here.
+    """
+    loader = DataLoader(
+        _Keys(),
         batch_sampler=sampler,
-        collate_fn=collator,
+        collate_fn=_ReadAndPack(dataset, collator),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=ignore_interrupts,
     )
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch

@@ -69,6 +69,8 @@ def warm_up_encoder(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         on_step(loss.item())
+    # Or the training that follows would find these gradients and take them for its own.
+    vision_model.zero_grad(set_to_none=True)
 
 
 def _mean_of_cells(features: torch.Tensor) -> torch.Tensor:

@@ -246,6 +246,7 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
         model.model.language_model = causal_language_model.base_model
         use_packed_attention(model.model.language_model)
         model.lm_head = causal_language_model.get_output_embeddings()
+        model.generation_config = causal_language_model.generation_config
         reference = model.lm_head.weight
         projector = model.model.projector.to_empty(device=reference.device)
         projector.to(reference.dtype).reset_parameters()

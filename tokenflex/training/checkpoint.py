@@ -26,12 +26,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of a process that was killed while it wrote."""
+    """Clear up after a process that was killed while it wrote into ``folder``."""
     for leftover in folder.glob(".*.tmp"):
         if leftover.is_dir():
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
+    for previous in folder.glob(".*.old"):
+        # Killed between the two renames of `save_model`: the old folder is all there is.
+        directory = folder / previous.name.split(".")[1]
+        if directory.exists():
+            shutil.rmtree(previous)
+        else:
+            previous.rename(directory)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -52,11 +59,14 @@ def load_state(path: Path) -> dict[str, Any]:
         ValueError: the file is cut off or not such a state.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError) as error:
         raise ValueError(f"training state {path} cannot be read: {error}") from error
     except Exception as error:  # the unpickler raises its own kinds
         raise ValueError(f"training state {path} is not one of ours: {error}") from error
+    if not isinstance(state, dict) or "config" not in state:
+        raise ValueError(f"training state {path} is not one of ours: it names no configuration")
+    return state
 
 
 def save_model(directory: Path, model: Any, processor: Any) -> None:

@@ -101,10 +101,12 @@ class StageConfig(_Strict):
     @model_validator(mode="after")
     def _values_make_sense(self) -> StageConfig:
         TokenCounts(self.counts, self.weights)
-        if not any(rate > 0 for rate in self.learning_rate.values()):
+        if not all(0 <= rate < float("inf") for rate in self.learning_rate.values()):
+            raise ValueError(
+                f"learning_rate must not be negative, and be finite, got {self.learning_rate}"
+            )
+        if not any(self.learning_rate.values()):
             raise ValueError("learning_rate must be above 0 for at least one module")
-        if any(rate < 0 for rate in self.learning_rate.values()):
-            raise ValueError(f"learning_rate must not be negative, got {self.learning_rate}")
         return self
 
 
@@ -180,6 +182,8 @@ def _one_line(error: ValidationError) -> str:
         message = f"{key} is no known key (got {first['input']!r}; expected one of {allowed})"
     elif first["type"] == "missing":
         message = f"{key} is missing"
+    elif first["type"] == "value_error":  # one of ours: it says itself what came
+        message = f"{key}: {first['ctx']['error']}"
     else:
         message = f"{key}: {first['msg']} (got {first['input']!r})"
     return message + (f"; and {len(others)} more" if others else "")

@@ -23,12 +23,14 @@ from tokenflex.data.order import EpochOrder, StepSampler, packed_batches
 from tokenflex.data.packing import PackedBatch, PackingCollator
 from tokenflex.digits.encoder import warm_up_encoder
 from tokenflex.evaluation import evaluate
+from tokenflex.interruption import Interruption
 from tokenflex.training.build import build_dataset, build_model, build_processor
 from tokenflex.training.checkpoint import (
     load_state,
     remove_leftovers,
     save_model,
     save_state,
+    write_atomically,
     write_json,
 )
 from tokenflex.training.config import StageConfig, TrainConfig
@@ -50,7 +52,7 @@ class Trainer:
 
     Raises:
         ValueError: the output folder holds the state of another configuration, or a state that
-            cannot be read.
+            cannot be read; or a stage has fewer samples a step than there are processes.
     """
 
     def __init__(self, config: TrainConfig, *, fresh: bool = False) -> None:
@@ -59,6 +61,14 @@ class Trainer:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         set_seed(config.seed)
+        ranks = self.accelerator.num_processes
+        for stage in config.stages:
+            if stage.batch_size < ranks:
+                raise ValueError(
+                    f"batch_size of stage {stage.name!r} must be at least one sample a process, "
+                    f"{ranks}, got {stage.batch_size}"
+                )
+        self.interruption = Interruption()
         self.output = config.output
         self.output.mkdir(parents=True, exist_ok=True)
         if self.accelerator.is_main_process:
@@ -76,7 +86,16 @@ class Trainer:
         self.records: list[dict[str, Any]] = []
 
     def run(self) -> dict[str, Any]:
-        """Train every stage, save the model, evaluate. Returns the report."""
+        """Train every stage, save the model, evaluate. Returns the report.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C or SIGTERM came; the state of the last whole step is saved.
+            NonFiniteLossError: the loss or the gradients are NaN or infinite.
+        """
+        with self.interruption:
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         first_stage = 0
         if self.resumed is not None:
             first_stage = self.resumed["stage"]
@@ -103,6 +122,7 @@ class Trainer:
             def on_step(loss: float) -> None:
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
+                self.interruption.check()
 
             warm_up_encoder(
                 self.model.model.vision_model,
@@ -142,20 +162,22 @@ class Trainer:
         model.train()
         with self._progress(stage.name, stage.steps, first_step) as bar:
             for step, batch in enumerate(self._batches(stage_index, first_step), first_step + 1):
-                loss = self._step(model, optimizer, batch, stage)
+                loss, norm = self._step(model, optimizer, batch, stage)
                 scheduler.step()
                 record["vision_tokens"] += sum(batch.num_image_tokens)
                 record["images"] += len(batch.num_image_tokens)
                 record["seconds"] = time.perf_counter() - clock
                 logs = step % self.config.log_every == 0 or step == stage.steps
-                saves = step % self.config.save_every == 0 or step == stage.steps
+                stops = self.interruption.requested or step == stage.steps
+                saves = step % self.config.save_every == 0 or stops
                 if logs or saves:
-                    self._check_loss(loss, stage, step, batch)
+                    self._check_finite(loss, norm, stage, step, batch)
                 if logs:
                     self._log(stage_index, step, loss.item(), scheduler, bar)
                 if saves:
                     self._save_state(stage_index, step, optimizer, scheduler)
                 bar.update()
+                self.interruption.check()
         self.accelerator.free_memory()
 
     def _learning_modules(self, stage: StageConfig) -> list[dict[str, Any]]:
@@ -198,8 +220,8 @@ class Trainer:
 
     def _step(
         self, model: Any, optimizer: Any, batch: PackedBatch, stage: StageConfig
-    ) -> torch.Tensor:
-        """One optimiser step; returns the mean loss per answer token over all ranks."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimiser step: the mean loss per answer token over all ranks, the gradient norm."""
         with self.accelerator.autocast():
             logits = model(**batch.model_inputs()).logits[0]
         total = F.cross_entropy(logits.float(), batch.targets, reduction="sum")
@@ -208,21 +230,29 @@ class Trainer:
         # Gradients are averaged over ranks; weigh every answer token of the global batch the same.
         loss = total * (self.accelerator.num_processes / targets_everywhere)
         self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), stage.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), stage.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return total_everywhere / targets_everywhere
+        return total_everywhere / targets_everywhere, norm
 
     # ------------------------------------------------------------------ records
 
-    def _check_loss(
-        self, loss: torch.Tensor, stage: StageConfig, step: int, batch: PackedBatch
+    def _check_finite(
+        self,
+        loss: torch.Tensor,
+        norm: torch.Tensor,
+        stage: StageConfig,
+        step: int,
+        batch: PackedBatch,
     ) -> None:
         """Stop before a broken model is logged as a result or saved over a good state."""
-        if not torch.isfinite(loss):
+        # In float16 the loss scaler skips steps whose gradients overflowed, and goes on.
+        norm_counts = self.config.precision != "fp16"
+        if not torch.isfinite(loss) or (norm_counts and not torch.isfinite(norm)):
             raise NonFiniteLossError(
-                f"loss must be finite, got {loss.item()} at step {step} of stage {stage.name!r}, "
-                f"samples {', '.join(batch.sample_ids[:4])}, ..."
+                f"loss and gradient norm must be finite, got {loss.item()} and {norm.item()} at "
+                f"step {step} of stage {stage.name!r}, samples {', '.join(batch.sample_ids[:4])}, "
+                "..."
             )
 
     def _log(self, stage_index: int, step: int, loss: float, scheduler: Any, bar: tqdm) -> None:
@@ -252,7 +282,8 @@ class Trainer:
                 continue  # the line that the killed run was writing
             if (record["stage"], record["step"]) <= (stage, step):
                 kept.append(line + "\n")
-        self.metrics_path.write_text("".join(kept), encoding="utf-8")
+        text = "".join(kept)
+        write_atomically(self.metrics_path, lambda path: path.write_text(text, encoding="utf-8"))
 
     def _progress(self, name: str, steps: int, done: int = 0) -> tqdm:
         return tqdm(
@@ -327,6 +358,11 @@ class Trainer:
         dataset = build_dataset(settings.data)
         batches = -(len(dataset) // -settings.batch_size) * len(settings.counts)
         with self._progress("evaluation", batches) as bar:
+
+            def on_batch() -> None:
+                bar.update()
+                self.interruption.check()
+
             return evaluate(
                 self.model,
                 self.processor,
@@ -334,7 +370,7 @@ class Trainer:
                 settings.counts,
                 batch_size=settings.batch_size,
                 workers=self.config.workers,
-                on_batch=bar.update,
+                on_batch=on_batch,
             )
 
 

@@ -1,0 +1,462 @@
+"""The command line: what it prints, what it writes, and one line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from tokenizers.processors import TemplateProcessing
+
+from tests.models.tiny import picture, tiny_model
+from tests.training.runs import ROOT, metrics, temporary_files, tiny_values, write_config
+from tokenflex import TokenFlexForConditionalGeneration, TokenFlexProcessor
+from tokenflex.cli import main
+from tokenflex.digits.dataset import DigitsDataset
+from tokenflex.digits.processor import digits_processor
+from tokenflex.evaluation import evaluate
+from tokenflex.training.checkpoint import save_model
+from tokenflex_kernels import info
+
+COMMANDS = ("info", "train", "evaluate", "generate", "plot")
+BAR = re.compile(r"\d+%\||\| \d+/\d+ \[")
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerator_and_threads():
+    threads = torch.get_num_threads()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs a command: (exit code, stdout, lines of stderr without progress bars)."""
+
+    def run(*arguments) -> tuple[int, str, list[str]]:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, errors = capsys.readouterr()
+        parts = [part for part in re.split(r"[\r\n]", errors) if part.strip()]
+        return code, out, [part for part in parts if not BAR.search(part)]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "checkpoint"
+    save_model(folder, tiny_model(), digits_processor(9))
+    return folder
+
+
+@pytest.fixture
+def image(tmp_path) -> Path:
+    picture(1).save(tmp_path / "image.png")
+    return tmp_path / "image.png"
+
+
+# ---- help
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example_that_is_a_command(command, name, tmp_path, monkeypatch):
+    code, out, _ = command(name, "--help")
+    assert code == 0
+    example = out.split("example:", 1)[1]
+    assert f"tokenflex {name}" in example
+    monkeypatch.chdir(tmp_path)  # where none of its files are
+    words = re.findall(r"'[^']*'|\S+", example)[1:]
+    _, _, errors = command(*(word.strip("'") for word in words))
+    assert all("usage:" not in line for line in errors)
+
+
+def test_help_lists_the_commands(command):
+    code, out, _ = command("--help")
+    assert code == 0
+    assert all(name in out for name in COMMANDS)
+
+
+# ---- info
+
+
+def test_info_as_json_is_what_the_kernels_say(command):
+    code, out, errors = command("info", "--json")
+    assert (code, errors) == (0, [])
+    assert json.loads(out) == json.loads(json.dumps(info()))
+
+
+def test_info_as_text_names_versions_device_and_ops(command):
+    code, out, errors = command("info")
+    assert (code, errors) == (0, [])
+    for name, version in info()["versions"].items():
+        assert re.search(rf"^{name}\s+{re.escape(version or 'not installed')}$", out, re.MULTILINE)
+    for op, backend in info()["ops"].items():
+        assert re.search(rf"^{op}\s+{backend}$", out, re.MULTILINE)
+    assert info()["device"]["name"] in out
+
+
+# ---- generate
+
+
+def answers(out: str) -> dict[int, str]:
+    """Vision tokens -> answer, from the table."""
+    header, *rows = out.splitlines()
+    assert header.split() == ["tokens", "seconds", "answer"]
+    table = {}
+    for row in rows:
+        tokens, seconds, *answer = row.split(maxsplit=2)
+        assert float(seconds) >= 0
+        table[int(tokens)] = answer[0] if answer else ""
+    return table
+
+
+def test_generate_answers_once_a_count(command, checkpoint, image):
+    model, processor = tiny_model(), digits_processor()
+    code, out, errors = command(
+        *("generate", "--model", checkpoint, "--image", image, "--prompt", "read r1c1"),
+        *("--tokens", "4,9,16", "--max-new-tokens", 5),
+    )
+    assert (code, errors) == (0, [])
+    expected = {}
+    for count in (4, 9, 16):
+        inputs = processor(
+            images=[Image.open(image)], text="<image> read r1c1", num_image_tokens=count
+        )
+        output = model.generate(
+            **inputs,
+            max_new_tokens=5,
+            do_sample=False,
+            eos_token_id=processor.tokenizer.eos_token_id,
+            pad_token_id=processor.tokenizer.pad_token_id,
+        )
+        text = processor.tokenizer.decode(
+            output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        expected[count] = " ".join(text.split())
+    assert {count: " ".join(answer.split()) for count, answer in answers(out).items()} == expected
+
+
+def test_generate_uses_the_checkpoints_count_and_counts_all_images(command, checkpoint, image):
+    base = ("generate", "--model", checkpoint, "--prompt", "odd", "--max-new-tokens", 1)
+    assert list(answers(command(*base, "--image", image)[1])) == [9]
+    two = command(*base, "--image", image, "--image", image, "--tokens", "4")
+    assert list(answers(two[1])) == [8]
+    assert list(answers(command(*base)[1])) == [0]
+
+
+def test_generate_asks_with_the_tokens_that_training_saw(command, tmp_path, image, monkeypatch):
+    """A template that writes <bos> and a tokenizer that adds one: still one."""
+    base = digits_processor()
+    tokenizer = base.tokenizer
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    bos = tokenizer.convert_tokens_to_ids("<bos>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", bos)]
+    )
+    tokenizer.chat_template = "<bos> " + tokenizer.chat_template
+    processor = TokenFlexProcessor(base.image_processor, tokenizer, num_image_tokens=1)
+    save_model(tmp_path / "checkpoint", tiny_model(), processor)
+    asked = []
+
+    def generate(self, input_ids, **_):
+        asked.append(input_ids[0].tolist())
+        return input_ids
+
+    monkeypatch.setattr(TokenFlexForConditionalGeneration, "generate", generate)
+    code, _, errors = command(
+        "generate", "--model", tmp_path / "checkpoint", "--image", image, "--prompt", "odd"
+    )
+    assert (code, errors) == (0, [])
+    assert tokenizer.convert_ids_to_tokens(asked[0]) == ["<bos>", "<image>", "odd"]
+
+
+# ---- evaluate and plot
+
+
+def test_evaluate_prints_and_writes_the_report(command, checkpoint, tmp_path):
+    path = tmp_path / "new" / "report.json"
+    code, out, errors = command(
+        *("evaluate", "--model", checkpoint, "--data", "digits", "--size", 5),
+        *("--counts", "4,9", "--batch-size", 2, "--output", path),
+    )
+    assert (code, errors) == (0, [])
+    expected = evaluate(tiny_model(), digits_processor(), DigitsDataset("test", size=5), [4, 9])
+    assert json.loads(path.read_text()) == expected
+    for kind, row in expected["accuracy_by_kind"].items():
+        assert re.search(rf"^{kind}\s+{row['4']:.3f}\s+{row['9']:.3f}$", out, re.MULTILINE)
+    mean = expected["accuracy"]
+    assert re.search(rf"^mean\s+{mean['4']:.3f}\s+{mean['9']:.3f}$", out, re.MULTILINE)
+
+
+def test_evaluate_on_own_data(command, checkpoint, image):
+    turns = [{"role": "user", "content": "odd"}, {"role": "assistant", "content": "3"}]
+    data = image.parent / "data.jsonl"
+    data.write_text(json.dumps({"images": [image.name], "messages": turns}))
+    code, out, errors = command("evaluate", "--model", checkpoint, "--data", data, "--counts", "4")
+    assert (code, errors) == (0, [])
+    assert re.search(r"^mean\s+[01]\.000$", out, re.MULTILINE)
+
+
+REPORT = {
+    "accuracy": {"4": 0.25, "9": 0.5, "16": 0.75},
+    "accuracy_by_kind": {
+        "read": {"4": 0.1, "9": 0.4, "16": 0.7},
+        "odd": {"4": 0.4, "9": 0.6, "16": 0.8},
+    },
+}
+
+
+@pytest.mark.parametrize("counts", [["4"], ["4", "16"], ["4", "9", "16"]])
+def test_plot_draws_the_report(command, tmp_path, counts):
+    report = {
+        "accuracy": {c: REPORT["accuracy"][c] for c in counts},
+        "accuracy_by_kind": {
+            kind: {c: row[c] for c in counts} for kind, row in REPORT["accuracy_by_kind"].items()
+        },
+    }
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    code, out, errors = command("plot", tmp_path)
+    assert (code, errors) == (0, [])
+    assert out.strip() == str(tmp_path / "accuracy.png")
+    with Image.open(tmp_path / "accuracy.png") as drawn:
+        assert len(np.unique(np.asarray(drawn.convert("RGB")).reshape(-1, 3), axis=0)) > 20
+    assert temporary_files(tmp_path) == []
+
+
+def test_plot_without_kinds(command, tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps({"accuracy": {"4": 0.5}}))
+    assert command("plot", tmp_path)[0] == 0
+
+
+# ---- train
+
+
+def test_train_writes_everything_to_the_output_it_was_given(command, tmp_path):
+    config = write_config(tmp_path / "run.yaml", tiny_values(tmp_path / "unused"))
+    code, out, errors = command("train", config, "--output", tmp_path / "there")
+    assert (code, errors) == (0, [])
+    assert not (tmp_path / "unused").exists()
+    assert {path.name for path in (tmp_path / "there").iterdir()} == {
+        "accuracy.png",
+        "checkpoint",
+        "metrics.jsonl",
+        "report.json",
+    }
+    assert len(metrics(tmp_path / "there")) == 10
+    assert "mean" in out
+    assert str(tmp_path / "there") in out
+
+
+# ---- mistakes
+
+
+def broken_checkpoint(checkpoint: Path, tmp_path: Path, name: str, content: bytes | None) -> Path:
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoint, folder)
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def assert_one_line(result: tuple[int, str, list[str]], *words: str) -> None:
+    code, out, errors = result
+    assert len(errors) == 1, errors
+    assert code == 2
+    assert errors[0].startswith("tokenflex")
+    assert "Traceback" not in errors[0]
+    assert 'File "' not in errors[0]
+    for word in words:
+        assert word in errors[0]
+    assert "Traceback" not in out
+
+
+def test_missing_configuration(command, tmp_path):
+    assert_one_line(command("train", tmp_path / "none.yaml"), "none.yaml", "does not exist")
+
+
+def test_unknown_key(command, tmp_path):
+    config = write_config(tmp_path / "run.yaml", tiny_values(tmp_path / "run", sede=3))
+    assert_one_line(command("train", config), "run.yaml", "sede", "3", "seed")
+    assert not (tmp_path / "run").exists()
+
+
+def test_model_type_that_is_unknown(command, tmp_path):
+    values = tiny_values(tmp_path / "run")
+    values["model"]["vision"]["config"]["model_type"] = "no-such-encoder"
+    config = write_config(tmp_path / "run.yaml", values)
+    assert_one_line(command("train", config), "no-such-encoder")
+
+
+def test_state_of_another_run(command, tmp_path):
+    (tmp_path / "run").mkdir()
+    torch.save({"config": "another"}, tmp_path / "run" / "state.pt")
+    config = write_config(tmp_path / "run.yaml", tiny_values(tmp_path / "run"))
+    assert_one_line(command("train", config), "state.pt", "--fresh")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_in_the_data(command, tmp_path, workers):
+    turns = [{"role": "user", "content": "odd"}, {"role": "assistant", "content": "3"}]
+    (tmp_path / "data.jsonl").write_text(json.dumps({"images": ["bad.png"], "messages": turns}))
+    (tmp_path / "bad.png").write_text("not an image")
+    values = tiny_values(
+        tmp_path / "run",
+        data={"name": "messages", "path": str(tmp_path / "data.jsonl")},
+        encoder_warm_up=None,
+        evaluation=None,
+        workers=workers,
+    )
+    result = command("train", write_config(tmp_path / "run.yaml", values))
+    assert_one_line(result, "bad.png")
+
+
+@pytest.mark.parametrize("name", ["evaluate", "generate"])
+def test_missing_checkpoint_folder(command, tmp_path, name):
+    rest = {
+        "evaluate": ("--data", "digits", "--counts", "4"),
+        "generate": ("--prompt", "odd"),
+    }[name]
+    assert_one_line(command(name, "--model", tmp_path / "none", *rest), "none", "does not exist")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", b'{"model_type": "llava"}', ["config.json", "'llava'", "'tokenflex'"]),
+        ("config.json", b"[1]", ["config.json", "None"]),
+        ("config.json", b"{", ["config.json", "JSON"]),
+        ("config.json", b'{"model_type": "tokenflex", "num_image_tokens": 10}', ["9 and 16"]),
+        ("config.json", None, ["config.json", "does not exist"]),
+        ("model.safetensors", b"", ["model.safetensors"]),
+        ("model.safetensors", b"hello", ["model.safetensors"]),
+        ("model.safetensors", None, ["safetensors"]),
+        ("tokenizer.json", b"{", ["broken"]),
+    ],
+)
+def test_a_broken_checkpoint(command, checkpoint, tmp_path, name, content, words):
+    folder = broken_checkpoint(checkpoint, tmp_path, name, content)
+    assert_one_line(command("generate", "--model", folder, "--prompt", "odd"), *words)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
+def test_truncated_weights(command, checkpoint, tmp_path, share):
+    content = (checkpoint / "model.safetensors").read_bytes()
+    folder = broken_checkpoint(
+        checkpoint, tmp_path, "model.safetensors", content[: int(share * len(content))]
+    )
+    result = command("generate", "--model", folder, "--prompt", "odd")
+    assert_one_line(result, "model.safetensors")
+
+
+def test_weights_of_another_architecture(command, checkpoint, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoint, folder)
+    other = tiny_model("llama", "clip")
+    other.save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", folder / "model.safetensors")
+    result = command("generate", "--model", folder, "--prompt", "odd")
+    assert_one_line(result, "broken")
+    assert "above" not in result[2][0]  # transformers points to a report that is not shown
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("text.png", b"hello"), ("empty.png", b""), ("none.png", None)]
+)
+def test_an_image_that_is_none(command, checkpoint, tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    result = command(
+        "generate", "--model", checkpoint, "--image", tmp_path / name, "--prompt", "odd"
+    )
+    assert_one_line(result, name)
+
+
+def test_more_marks_than_images(command, checkpoint):
+    result = command("generate", "--model", checkpoint, "--prompt", "<image> odd")
+    assert_one_line(result, "1", "0 images")
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "words"),
+    [
+        ("generate", "--tokens", "10", ["10", "9 and 16"]),
+        ("generate", "--tokens", "4,many", ["4,many"]),
+        ("generate", "--tokens", "0", ["0"]),
+        ("generate", "--max-new-tokens", "0", ["0"]),
+        ("evaluate", "--counts", "4,12", ["12", "9 and 16"]),
+        ("evaluate", "--batch-size", "none", ["none"]),
+    ],
+)
+def test_an_option_that_is_not_allowed(command, checkpoint, name, option, value, words):
+    rest = {
+        "evaluate": ("--data", "digits", *(() if option == "--counts" else ("--counts", "4"))),
+        "generate": ("--prompt", "odd"),
+    }[name]
+    assert_one_line(command(name, "--model", checkpoint, *rest, option, value), *words)
+
+
+def test_missing_data_file(command, checkpoint, tmp_path):
+    result = command(
+        "evaluate", "--model", checkpoint, "--data", tmp_path / "none.jsonl", "--counts", "4"
+    )
+    assert_one_line(result, "none.jsonl", "does not exist")
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (None, "does not exist"),
+        ("{", "not JSON"),
+        ("{}", "accuracy"),
+        ("[1]", "report"),
+        ('{"accuracy": {"many": 0.5}}', "many"),
+        ('{"accuracy": {"4": "high"}}', ""),
+        ('{"accuracy": {"4": 0.5, "9": 0.5}, "accuracy_by_kind": {"read": {"4": 1}}}', "read"),
+    ],
+)
+def test_a_report_that_is_none(command, tmp_path, content, word):
+    if content is not None:
+        (tmp_path / "report.json").write_text(content)
+    assert_one_line(command("plot", tmp_path), word)
+    assert not (tmp_path / "accuracy.png").exists()
+
+
+def test_debug_shows_the_error_itself(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"report\.json"):
+        main(["plot", str(tmp_path), "--debug"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("debug", [False, True])
+def test_as_a_process(tmp_path, debug):
+    result = subprocess.run(
+        [sys.executable, "-m", "tokenflex.cli", "plot", str(tmp_path), *["--debug"] * debug],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert result.stdout == ""
+    assert ("Traceback" in result.stderr) == debug
+    if not debug:
+        assert result.returncode == 2
+        assert result.stderr.count("\n") == 1
+    assert "report.json" in result.stderr

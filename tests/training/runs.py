@@ -1,0 +1,79 @@
+"""configs/demo.yaml cut down to a run of a second or two."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "configs" / "demo.yaml"
+
+
+def demo_values() -> dict[str, Any]:
+    return yaml.safe_load(DEMO.read_text(encoding="utf-8"))
+
+
+def stage(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": "all",
+        "steps": 4,
+        "batch_size": 3,
+        "learning_rate": {"vision": 0.002, "projector": 0.002, "text": 0.002},
+        "counts": [4, 9, 16],
+        "weights": [0.2, 0.3, 0.5],
+        "warmup_steps": 2,
+        **changes,
+    }
+
+
+def tiny_values(output: Path, **changes: Any) -> dict[str, Any]:
+    """The demo's model and data with fewer and narrower layers; two short stages."""
+    values = copy.deepcopy(demo_values())
+    values["model"]["projector_hidden_width"] = 24
+    for part in ("vision", "text"):
+        values["model"][part]["config"] |= {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
+    values["model"]["text"]["config"]["num_key_value_heads"] = 1
+    values |= {
+        "output": str(output),
+        "threads": 1,
+        "workers": 0,
+        "log_every": 1,
+        "save_every": 3,
+        "data": {"name": "digits", "split": "train", "size": 20, "questions": 2},
+        "encoder_warm_up": {"steps": 2, "batch_size": 2, "learning_rate": 0.003},
+        "stages": [
+            stage(name="projector", learning_rate={"projector": 0.002}, counts=[16], weights=[1]),
+            stage(name="all", steps=6),
+        ],
+        "evaluation": {
+            "data": {"name": "digits", "split": "test", "size": 6, "questions": 2},
+            "counts": [4, 9],
+            "batch_size": 4,
+        },
+    }
+    return {**values, **changes}
+
+
+def write_config(path: Path, values: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    """What was logged, without how long it took."""
+    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def temporary_files(output: Path) -> list[str]:
+    return [str(path) for path in output.rglob(".*")]

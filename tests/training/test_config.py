@@ -1,0 +1,213 @@
+"""The configuration: each mistake is one line that names the key, the value and the way out."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from tests.training.runs import DEMO, demo_values, write_config
+from tokenflex.training.config import TrainConfig, load_config
+
+REMOVED = object()
+
+
+def changed(key: str, value: Any) -> dict[str, Any]:
+    """The demo's values with one of them replaced; "stages.0.steps" is one inside."""
+    values: Any = copy.deepcopy(demo_values())
+    whole = values
+    *outer, last = [int(part) if part.isdigit() else part for part in key.split(".")]
+    for part in outer:
+        values = values[part]
+    if value is REMOVED:
+        del values[last]
+    else:
+        values[last] = value
+    return whole
+
+
+def error_of(tmp_path: Path, values: Any) -> str:
+    path = write_config(tmp_path / "run.yaml", values)
+    with pytest.raises(ValueError, match=r"run\.yaml") as error:
+        load_config(path)
+    message = str(error.value)
+    assert "\n" not in message
+    assert "errors.pydantic.dev" not in message
+    return message
+
+
+def test_the_demo_loads_with_its_values():
+    config, values = load_config(DEMO), demo_values()
+    assert config.output == Path(values["output"])
+    assert config.model.processor == "digits"
+    assert (
+        config.model.text.config["hidden_size"] == values["model"]["text"]["config"]["hidden_size"]
+    )
+    assert [stage.steps for stage in config.stages] == [s["steps"] for s in values["stages"]]
+    assert config.stages[1].counts == (4, 9, 16)
+    assert config.stages[1].weights == (0.2, 0.3, 0.5)
+    assert config.evaluation.counts == (4, 9, 16)
+    assert config.encoder_warm_up.steps == values["encoder_warm_up"]["steps"]
+
+
+def test_defaults_are_the_papers():
+    values = changed("stages.0.counts", REMOVED)
+    del values["stages"][0]["weights"]
+    stage = TrainConfig.model_validate(values).stages[0]
+    assert stage.counts == (64, 144, 256)
+    assert stage.weights == (0.2, 0.3, 0.5)
+
+
+def test_nothing_changes_after_loading():
+    with pytest.raises(ValidationError, match="frozen"):
+        load_config(DEMO).seed = 1
+
+
+@pytest.mark.parametrize(
+    ("key", "neighbour"),
+    [
+        ("sede", "seed"),
+        ("model.pulling", "pooling"),
+        ("model.vision.paht", "path"),
+        ("data.shards", "split"),
+        ("stages.1.lr", "learning_rate"),
+        ("encoder_warm_up.epochs", "steps"),
+        ("evaluation.size", "counts"),
+        ("evaluation.data.sizes", "size"),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_value_and_those_that_are_known(tmp_path, key, neighbour):
+    message = error_of(tmp_path, changed(key, "xyz"))
+    assert key in message
+    assert "'xyz'" in message
+    assert neighbour in message.split("expected", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("seed", -1, "greater than or equal to 0"),
+        ("seed", "one", "integer"),
+        ("precision", "fp8", "'bf16'"),
+        ("workers", -1, "greater than or equal to 0"),
+        ("log_every", 0, "greater than or equal to 1"),
+        ("threads", 0, "greater than or equal to 1"),
+        ("stages", [], "at least 1"),
+        ("stages.0.steps", 0, "greater than or equal to 1"),
+        ("stages.0.steps", 2.5, "integer"),
+        ("stages.0.batch_size", 0, "greater than or equal to 1"),
+        ("stages.1.schedule", "linear", "'cosine'"),
+        ("stages.1.weight_decay", -0.1, "greater than or equal to 0"),
+        ("stages.1.max_grad_norm", 0, "greater than 0"),
+        ("stages.1.learning_rate.lora", 0.1, "'projector'"),
+        ("stages.1.learning_rate", {"text": 0, "vision": 0}, "above 0"),
+        ("stages.1.learning_rate", {"text": -0.1, "vision": 1}, "must not be negative"),
+        ("stages.1.learning_rate.text", float("inf"), "finite"),
+        ("stages.1.learning_rate.text", float("nan"), "finite"),
+        ("stages.1.counts", [4, 9], "2 counts and 3 weights"),
+        ("stages.1.counts", [4, 9, 17], "nearest squares are 16 and 25"),
+        ("stages.1.weights", [1, -1, 1], "at least 0"),
+        ("stages.1.weights", [0, 0, 0], "must not all be zero"),
+        ("data.name", "imagenet", "'digits'"),
+        ("data.name", "messages", "path must be given"),
+        ("data.path", "data.jsonl", "path must be given"),
+        ("data.split", "dev", "'validation'"),
+        ("data.size", 0, "greater than or equal to 1"),
+        ("model.pooling", "max", "'adaptive'"),
+        ("model.num_image_tokens", 15, "nearest squares are 9 and 16"),
+        ("model.projector_hidden_width", 0, "greater than or equal to 1"),
+        ("model.processor", None, "processor must be 'digits' unless"),
+        ("model.vision.path", "some/checkpoint", "exactly one of path and config"),
+        ("model.vision", {}, "exactly one of path and config"),
+        ("encoder_warm_up.learning_rate", 0, "greater than 0"),
+        ("evaluation.counts", [], "at least one count"),
+        ("evaluation.counts", [4, 10], "nearest squares are 9 and 16"),
+        ("evaluation.batch_size", 0, "greater than or equal to 1"),
+    ],
+)
+def test_a_value_that_is_not_allowed(tmp_path, key, value, expected):
+    message = error_of(tmp_path, changed(key, value))
+    assert key.split(".")[0] in message
+    assert expected in message
+    assert "got" in message
+
+
+@pytest.mark.parametrize(
+    "key", ["output", "model", "data", "stages", "stages.0.steps", "model.text"]
+)
+def test_a_missing_key_is_named(tmp_path, key):
+    assert f"{key} is missing" in error_of(tmp_path, changed(key, REMOVED))
+
+
+def test_warm_up_needs_the_digits_processor(tmp_path):
+    values = changed("model.processor", None)
+    values["model"]["vision"] = {"path": "a"}
+    values["model"]["text"] = {"path": "b"}
+    assert "encoder_warm_up needs model.processor: digits" in error_of(tmp_path, values)
+    del values["encoder_warm_up"]
+    assert load_config(write_config(tmp_path / "run.yaml", values)).model.text.path == "b"
+
+
+def test_several_mistakes_are_counted(tmp_path):
+    values = changed("seed", -1)
+    values["workers"] = -1
+    assert "and 1 more" in error_of(tmp_path, values)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("a: [1, 2", "not YAML"),
+        ("a: b: c", "not YAML"),
+        ("\ta: 1", "not YAML"),
+        ("", "must hold keys and values, got None"),
+        ("# nothing\n", "must hold keys and values, got None"),
+        ("- 1\n- 2\n", r"must hold keys and values, got \[1, 2\]"),
+        ("hello", "must hold keys and values, got 'hello'"),
+    ],
+)
+def test_a_file_that_is_no_configuration(tmp_path, text, match):
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=match) as error:
+        load_config(path)
+    assert "run.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_key_that_is_no_text_is_named(tmp_path):
+    values = demo_values()
+    values[12345] = 4
+    assert "12345" in error_of(tmp_path, values)
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xff\xfe\x00seed: 1")
+    with pytest.raises(ValueError, match=r"run\.yaml is not YAML"):
+        load_config(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml does not exist"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_yaml_runs_no_code(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"output: !!python/object/apply:os.mkdir ['{tmp_path / 'made'}']")
+    with pytest.raises(ValueError, match="not YAML"):
+        load_config(path)
+    assert not (tmp_path / "made").exists()
+
+
+def test_what_is_loaded_can_be_written_and_loaded_again(tmp_path):
+    config = load_config(DEMO)
+    again = load_config(
+        write_config(tmp_path / "again.yaml", yaml.safe_load(config.model_dump_json()))
+    )
+    assert again == config

@@ -1,0 +1,508 @@
+"""Training: what a run leaves behind, what it may not change, and that stopping changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+
+from tests.training.runs import ROOT, metrics, stage, temporary_files, tiny_values, write_config
+from tokenflex import TokenCounts
+from tokenflex.cli import main
+from tokenflex.data.order import EpochOrder, StepSampler
+from tokenflex.digits.dataset import DigitsDataset
+from tokenflex.models.loading import load_checkpoint
+from tokenflex.training.checkpoint import load_state
+from tokenflex.training.config import load_config
+from tokenflex.training.loop import NonFiniteLossError, Trainer
+
+PATIENCE = 90  # seconds before a subprocess counts as hanging
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerator_and_threads():
+    threads = torch.get_num_threads()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(threads)
+
+
+def configured(tmp_path: Path, name: str = "run", **changes) -> Path:
+    values = tiny_values(tmp_path / name, **changes)
+    return write_config(tmp_path / f"{name}.yaml", values)
+
+
+def train(config: Path, **options) -> dict:
+    return Trainer(load_config(config), **options).run()
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(folder / "checkpoint")[0].state_dict()
+
+
+def assert_same_weights(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+# ---- what a run leaves
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The output of an uninterrupted run of the tiny configuration."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(configured(folder))
+    return folder / "run"
+
+
+def test_metrics_have_a_line_a_step_with_sound_numbers(finished):
+    lines = metrics(finished)
+    assert [(line["stage"], line["step"]) for line in lines] == [
+        *((0, step) for step in range(1, 5)),
+        *((1, step) for step in range(1, 7)),
+    ]
+    assert all(0 < line["loss"] < 10 for line in lines)
+    assert all(line["tokens_per_image"] == 16 for line in lines[:4])
+    # Adam's rate after each step: two steps of warm-up, then a cosine to zero.
+    rates = [line["learning_rate"] for line in lines[:4]]
+    assert rates == pytest.approx([0.001, 0.002, 0.001, 0.0])
+
+
+def test_tokens_per_image_are_those_that_were_drawn(finished):
+    counts = TokenCounts((4, 9, 16), (0.2, 0.3, 0.5), seed=0)
+    sampler = StepSampler(EpochOrder(20, 0), first_position=12, steps=6, batch_size=3)
+    drawn = [counts.draw(index, epoch) for batch in sampler for epoch, index in batch]
+    assert metrics(finished)[-1]["tokens_per_image"] == pytest.approx(sum(drawn) / len(drawn))
+    report = json.loads((finished / "report.json").read_text())
+    assert report["tokens_per_image"] == pytest.approx((12 * 16 + sum(drawn)) / 30)
+
+
+def test_report_has_every_count_and_kind(finished):
+    report = json.loads((finished / "report.json").read_text())
+    assert list(report["accuracy"]) == ["4", "9"]
+    assert sum(report["questions"].values()) == 12
+    assert report["accuracy_by_kind"].keys() == report["questions"].keys()
+    assert report["seconds"] > 0
+
+
+def test_checkpoint_loads_and_answers(finished):
+    model, processor = load_checkpoint(finished / "checkpoint")
+    sample = DigitsDataset("test", size=1)[0]
+    inputs = processor(images=list(sample.images), text="<image> odd", num_image_tokens=4)
+    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[0] == 1
+
+
+def test_nothing_else_is_left(finished):
+    left = sorted(path.name for path in finished.iterdir())
+    assert left == ["checkpoint", "metrics.jsonl", "report.json"]
+    assert temporary_files(finished) == []
+
+
+def test_the_same_configuration_gives_the_same_run(finished, tmp_path):
+    train(configured(tmp_path))
+    assert metrics(tmp_path / "run") == metrics(finished)
+    assert_same_weights(weights(tmp_path / "run"), weights(finished))
+
+
+def test_another_seed_gives_another_run(finished, tmp_path):
+    train(configured(tmp_path, seed=1))
+    losses = [line["loss"] for line in metrics(tmp_path / "run")]
+    assert all(a != line["loss"] for a, line in zip(losses, metrics(finished), strict=True))
+
+
+def test_logging_and_saving_seldom_changes_no_number(finished, tmp_path):
+    train(configured(tmp_path, log_every=4, save_every=100))
+    kept = [line for line in metrics(finished) if line["step"] % 4 == 0 or line["step"] == 6]
+    assert metrics(tmp_path / "run") == kept
+    assert_same_weights(weights(tmp_path / "run"), weights(finished))
+
+
+def test_workers_change_no_number(finished, tmp_path):
+    train(configured(tmp_path, workers=2))
+    assert metrics(tmp_path / "run") == metrics(finished)
+
+
+def test_training_learns(tmp_path):
+    one_stage = [stage(steps=60, batch_size=8, counts=[16], weights=[1], schedule="constant")]
+    train(configured(tmp_path, stages=one_stage, log_every=5, evaluation=None, save_every=100))
+    losses = [line["loss"] for line in metrics(tmp_path / "run")]
+    assert sum(losses[-3:]) < 0.75 * sum(losses[:3])
+
+
+# ---- what may change
+
+
+@pytest.mark.parametrize("module", ["vision", "projector", "text"])
+def test_modules_without_a_learning_rate_do_not_change(tmp_path, module):
+    stages = [stage(learning_rate={module: 0.01})]
+    config = configured(tmp_path, encoder_warm_up=None, evaluation=None, stages=stages)
+    trainer = Trainer(load_config(config))
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.run()
+    prefixes = {
+        "vision": ("model.vision_model.",),
+        "projector": ("model.projector.",),
+        "text": ("model.language_model.", "lm_head."),
+    }
+    changed = set()
+    for name, tensor in weights(tmp_path / "run").items():
+        owner = next(key for key, starts in prefixes.items() if name.startswith(starts))
+        if not torch.equal(tensor, before[name]):
+            assert owner == module, name
+            changed.add(name)
+    assert len(changed) >= 6
+
+
+def test_a_learning_rate_of_zero_freezes(tmp_path):
+    stages = [stage(learning_rate={"projector": 0.01, "text": 0, "vision": 0})]
+    config = configured(tmp_path, encoder_warm_up=None, evaluation=None, stages=stages)
+    trainer = Trainer(load_config(config))
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.run()
+    for name, tensor in weights(tmp_path / "run").items():
+        if not name.startswith("model.projector."):
+            assert torch.equal(tensor, before[name]), name
+
+
+# ---- the gradient
+
+
+def answer_loss(model, processor, keys, counts, questions) -> torch.Tensor:
+    """Mean loss over all answer tokens, each question alone through the padded path."""
+    dataset, losses = DigitsDataset("train", size=20, questions=questions), []
+    for epoch, index in keys:
+        sample, count = dataset[index], counts.draw(index, epoch)
+        for conversation in sample.conversations:
+            question, answer = (turn.text for turn in conversation.turns)
+            prompt = processor(
+                images=list(sample.images), text=f"<image> {question}", num_image_tokens=count
+            )
+            ids = processor.tokenizer(f"{answer} <eos>", return_tensors="pt")["input_ids"]
+            prompt["input_ids"] = torch.cat([prompt["input_ids"], ids], dim=1)
+            del prompt["attention_mask"]
+            logits = model(**prompt).logits[0]
+            losses += F.cross_entropy(logits[-3:-1], ids[0], reduction="none").unbind()
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("warm_up", [None, {"steps": 1, "batch_size": 2}])
+def test_first_gradient_is_that_of_the_mean_over_all_answer_tokens(tmp_path, monkeypatch, warm_up):
+    one_step = [stage(steps=1, warmup_steps=0, max_grad_norm=1e9)]
+    config = configured(tmp_path, encoder_warm_up=warm_up, evaluation=None, stages=one_step)
+    trainer, seen = Trainer(load_config(config)), {}
+    step = torch.optim.AdamW.step
+
+    def recording(optimizer, *args, **kwargs):
+        seen["weights"] = copy.deepcopy(trainer.model.state_dict())
+        seen["gradients"] = [
+            None if p.grad is None else p.grad.clone() for p in trainer.model.parameters()
+        ]
+        return step(optimizer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", recording)
+        trainer.run()
+
+    (keys,) = StepSampler(EpochOrder(20, 0), first_position=0, steps=1, batch_size=3)
+    counts = TokenCounts((4, 9, 16), (0.2, 0.3, 0.5), seed=0)
+    assert len({counts.draw(index, epoch) for epoch, index in keys}) > 1
+    model = copy.deepcopy(trainer.model).train().requires_grad_(True)
+    model.load_state_dict(seen["weights"])
+    loss = answer_loss(model, trainer.processor, keys, counts, questions=2)
+    loss.backward()
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    for (name, parameter), gradient in zip(
+        model.named_parameters(), seen["gradients"], strict=True
+    ):
+        scale = max(1.0, float(parameter.grad.abs().max()))
+        assert float((gradient - parameter.grad).abs().max()) < 1e-5 * scale, name
+
+
+def test_clipping_measures_the_gradients_of_this_step_only(tmp_path, monkeypatch):
+    """What a module that is frozen now has learned before must not shrink the others' steps."""
+    one_step = [stage(steps=1, learning_rate={"projector": 0.01}, warmup_steps=0)]
+    config = configured(tmp_path, evaluation=None, stages=one_step)
+    trainer, step, holders = Trainer(load_config(config)), torch.optim.AdamW.step, set()
+
+    def recording(optimizer, *args, **kwargs):
+        holders.clear()
+        holders.update(n for n, p in trainer.model.named_parameters() if p.grad is not None)
+        return step(optimizer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", recording)
+        trainer.run()
+    assert holders == {n for n in trainer.model.state_dict() if n.startswith("model.projector.")}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(tmp_path):
+    """With an odd batch the ranks hold different numbers of answer tokens: all weigh the same."""
+    stages = [stage(steps=6, batch_size=3, warmup_steps=0)]
+    changes = {"stages": stages, "evaluation": None, "encoder_warm_up": None}
+    alone, shared = (configured(tmp_path, name, **changes) for name in ("alone", "shared"))
+    world = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    ranks = [start(shared, {**world, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    train(alone)
+    for process in ranks:
+        process.wait(PATIENCE)
+        assert process.returncode == 0, process.stderr.read()
+
+    for a, b in zip(metrics(tmp_path / "shared"), metrics(tmp_path / "alone"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert (a["stage"], a["step"]) == (b["stage"], b["step"])
+    one, two = weights(tmp_path / "alone"), weights(tmp_path / "shared")
+    for name, tensor in one.items():
+        assert torch.allclose(two[name], tensor, atol=1e-4), name
+
+
+# ---- stopping and continuing
+
+
+class Killed(BaseException):
+    """Nothing in the sources catches it."""
+
+
+def train_until(monkeypatch, config: Path, steps: int, **options) -> None:
+    """Run, and die instead of the optimiser step after ``steps`` of them."""
+    left, step = [steps], torch.optim.AdamW.step
+    trainer = Trainer(load_config(config), **options)
+
+    def counting(optimizer, *args, **kwargs):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return step(optimizer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", counting)
+        with pytest.raises(Killed):
+            trainer.run()
+
+
+# The encoder's warm-up takes the first 2 optimiser steps, the stages 4 and 6.
+@pytest.mark.parametrize(
+    ("steps", "workers"), [(1, 0), (3, 0), (5, 0), (6, 0), (8, 0), (9, 0), (11, 0), (9, 1)]
+)
+def test_a_run_that_died_continues_with_the_same_numbers(
+    finished, tmp_path, monkeypatch, steps, workers
+):
+    config = configured(tmp_path, workers=workers)
+    train_until(monkeypatch, config, steps)
+    torch.manual_seed(steps)  # what another process would have
+    train(config)
+    assert metrics(tmp_path / "run") == metrics(finished)
+    assert_same_weights(weights(tmp_path / "run"), weights(finished))
+    fresh, resumed = (
+        json.loads((folder / "report.json").read_text()) for folder in (finished, tmp_path / "run")
+    )
+    for key in ("accuracy", "accuracy_by_kind", "questions", "tokens_per_image"):
+        assert resumed[key] == fresh[key]
+
+
+def test_dying_twice_and_with_half_a_line_in_the_metrics(finished, tmp_path, monkeypatch):
+    config = configured(tmp_path)
+    train_until(monkeypatch, config, 6)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": 0, "st')
+    train_until(monkeypatch, config, 3)
+    train(config)
+    assert metrics(tmp_path / "run") == metrics(finished)
+
+
+def test_workers_and_logging_may_change_between_the_halves(finished, tmp_path, monkeypatch):
+    train_until(monkeypatch, configured(tmp_path), 8)
+    train(configured(tmp_path, workers=1, save_every=2))
+    assert metrics(tmp_path / "run") == metrics(finished)
+
+
+def test_a_state_of_another_configuration_is_refused(tmp_path, monkeypatch):
+    train_until(monkeypatch, configured(tmp_path), 8)
+    other = configured(tmp_path, seed=3)
+    with pytest.raises(ValueError, match=r"state\.pt.*another.*--fresh"):
+        train(other)
+    train(other, fresh=True)
+    assert not (tmp_path / "run" / "state.pt").exists()
+
+
+def test_fresh_begins_anew(finished, tmp_path, monkeypatch):
+    config = configured(tmp_path)
+    train_until(monkeypatch, config, 8)
+    train(config, fresh=True)
+    assert metrics(tmp_path / "run") == metrics(finished)
+
+
+def test_fresh_forgets_the_old_state_at_once(finished, tmp_path, monkeypatch):
+    """Or a fresh run that dies early would continue from what it was told to forget."""
+    train_until(monkeypatch, configured(tmp_path), 8)
+    train_until(monkeypatch, configured(tmp_path), 1, fresh=True)
+    train(configured(tmp_path))
+    assert metrics(tmp_path / "run") == metrics(finished)
+
+
+def test_a_truncated_state_is_refused(tmp_path, monkeypatch):
+    config = configured(tmp_path)
+    train_until(monkeypatch, config, 8)
+    path = tmp_path / "run" / "state.pt"
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"state\.pt"):
+        train(config)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    stages = [stage(learning_rate={"projector": 1e30, "text": 1e30}, steps=20, warmup_steps=0)]
+    config = configured(tmp_path, stages=stages, log_every=100, save_every=1, evaluation=None)
+    with pytest.raises(NonFiniteLossError, match=r"step \d+ of stage 'all'.*digits-train-"):
+        train(config)
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_reduced_precision_trains(finished, tmp_path, precision):
+    train(configured(tmp_path, precision=precision))
+    losses = [line["loss"] for line in metrics(tmp_path / "run")]
+    exact = [line["loss"] for line in metrics(finished)]
+    assert losses == pytest.approx(exact, rel=0.05)
+    assert losses != exact
+    assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.float32}
+
+
+# ---- processes
+
+
+def start(config: Path, environment: dict[str, str] | None = None) -> subprocess.Popen:
+    """`tokenflex train` as a user runs it, in a process group of its own, as in a terminal."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tokenflex.cli", "train", str(config)],
+        cwd=config.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def signal_after(process: subprocess.Popen, output: Path, place: tuple[int, int], sign: int) -> str:
+    """Send ``sign`` once ``place`` (stage, step) is logged and a state is there; returns stderr."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            line = (output / "metrics.jsonl").read_text().splitlines()[-1]
+            reached = json.loads(line)
+        except (OSError, IndexError, ValueError):
+            reached = None
+        if (
+            reached
+            and (reached["stage"], reached["step"]) >= place
+            and (output / "state.pt").exists()
+        ):
+            break
+        time.sleep(0.005)
+    assert process.poll() is None, process.stderr.read()
+    if sign == signal.SIGINT:
+        os.killpg(process.pid, sign)  # Ctrl-C reaches the workers too
+    else:
+        process.send_signal(sign)
+    _, errors = process.communicate(timeout=PATIENCE)
+    return errors
+
+
+LONGER = {
+    "stages": [stage(steps=20, name="first"), stage(steps=80, name="second")],
+    "save_every": 7,
+    "evaluation": None,
+}
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory) -> Path:
+    """An uninterrupted run, long enough for others to be stopped in the middle of."""
+    folder = tmp_path_factory.mktemp("longer")
+    train(configured(folder, **LONGER))
+    return folder / "run"
+
+
+class Stopped(NamedTuple):
+    config: Path
+    output: Path
+    returncode: int
+    errors: str
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> dict[str, Stopped]:
+    """Three runs of the same, stopped from outside; side by side, as starting takes longest."""
+
+    def stop(name: str, workers: int, place: tuple[int, int], sign: int) -> Stopped:
+        config = configured(tmp_path_factory.mktemp(name), workers=workers, **LONGER)
+        process, output = start(config), config.parent / "run"
+        errors = signal_after(process, output, place, sign)
+        return Stopped(config, output, process.returncode, errors)
+
+    cases = {
+        "killed": (0, (0, 8), signal.SIGKILL),
+        "killed with a worker": (1, (1, 11), signal.SIGKILL),
+        "interrupted": (1, (1, 3), signal.SIGINT),
+    }
+    with ThreadPoolExecutor() as pool:
+        futures = {name: pool.submit(stop, name.split()[0], *case) for name, case in cases.items()}
+    return {name: future.result() for name, future in futures.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["killed", "killed with a worker"])
+def test_a_killed_process_continues_bit_by_bit(longer, stopped, name):
+    run = stopped[name]
+    assert run.returncode == -signal.SIGKILL
+    assert not (run.output / "checkpoint").exists()
+    assert 0 < load_state(run.output / "state.pt")["step"] < 80
+
+    train(run.config)
+
+    assert metrics(run.output) == metrics(longer)
+    assert_same_weights(weights(run.output), weights(longer))
+    assert temporary_files(run.output) == []
+
+
+@pytest.mark.slow
+def test_an_interrupted_process_says_so_in_a_line_and_continues(longer, stopped):
+    run = stopped["interrupted"]
+    assert run.returncode == 2
+    parts = [part.strip() for part in re.split(r"[\r\n]", run.errors)]
+    said = [part for part in parts if part and not re.search(r"\d+%\||\| \d+/\d+ \[", part)]
+    assert len(said) == 1, run.errors
+    assert said[0].startswith("tokenflex: interrupted")
+    assert "state.pt" in said[0]
+    assert temporary_files(run.output) == []
+
+    assert main(["train", str(run.config)]) == 0
+    assert metrics(run.output) == metrics(longer)
