@@ -28,7 +28,10 @@ class PartConfig(_Strict):
     @model_validator(mode="after")
     def _one_of_both(self) -> PartConfig:
         if (self.path is None) == (self.config is None):
-            raise ValueError("give exactly one of path and config")
+            raise ValueError(
+                f"give exactly one of path and config, got path={self.path!r} and "
+                f"{'no config' if self.config is None else 'a config'}"
+            )
         return self
 
 
@@ -51,7 +54,10 @@ class ModelConfig(_Strict):
     def _processor_has_a_source(self) -> ModelConfig:
         token_grid(self.num_image_tokens, name="num_image_tokens")
         if self.processor is None and (self.vision.path is None or self.text.path is None):
-            raise ValueError("processor must be 'digits' unless vision and text both have a path")
+            raise ValueError(
+                "processor must be 'digits' unless vision and text both have a path, got "
+                f"processor={self.processor!r}"
+            )
         return self
 
 
@@ -67,7 +73,10 @@ class DataConfig(_Strict):
     @model_validator(mode="after")
     def _messages_have_a_path(self) -> DataConfig:
         if (self.name == "messages") != (self.path is not None):
-            raise ValueError("path must be given with name: messages, and only there")
+            raise ValueError(
+                "path must be given with name: messages, and only there, got "
+                f"name={self.name!r} and path={None if self.path is None else str(self.path)!r}"
+            )
         return self
 
 
@@ -106,7 +115,9 @@ class StageConfig(_Strict):
                 f"learning_rate must not be negative, and be finite, got {self.learning_rate}"
             )
         if not any(self.learning_rate.values()):
-            raise ValueError("learning_rate must be above 0 for at least one module")
+            raise ValueError(
+                f"learning_rate must be above 0 for at least one module, got {self.learning_rate}"
+            )
         return self
 
 
@@ -120,7 +131,7 @@ class EvaluationConfig(_Strict):
     @model_validator(mode="after")
     def _counts_are_grids(self) -> EvaluationConfig:
         if not self.counts:
-            raise ValueError("counts must name at least one count")
+            raise ValueError(f"counts must name at least one count, got {self.counts}")
         for count in self.counts:
             token_grid(count, name="counts")
         return self
@@ -145,7 +156,9 @@ class TrainConfig(_Strict):
     @model_validator(mode="after")
     def _warm_up_is_for_digits(self) -> TrainConfig:
         if self.encoder_warm_up is not None and self.model.processor != "digits":
-            raise ValueError("encoder_warm_up needs model.processor: digits")
+            raise ValueError(
+                f"encoder_warm_up needs model.processor: digits, got {self.model.processor!r}"
+            )
         return self
 
 
