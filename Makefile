@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/tokenflex train configs/demo.yaml
 	@echo
 	@echo 'Ask the model something:'
-	@echo "  $(BIN)/tokenflex generate --model runs/demo/checkpoint --image examples/digits.png --prompt 'read r2c2' --tokens 4,9,16"
+	@echo "  $(BIN)/tokenflex generate --model runs/demo/checkpoint --image examples/digits.png --prompt 'read r2c3' --tokens 4,9,16"
 
 test: setup lint
 	$(BIN)/python -m pytest
