@@ -1,18 +1,29 @@
-// First-fit-decreasing in O(n log n).
-//
-// A scan for the first bin with room would cost O(n) per sample. Instead the bins are the leaves of a
-// tournament tree whose nodes hold the largest remaining capacity below them: descending to the left
-// child whenever it has room finds the first bin that fits in log n steps. There are never more bins
-// than samples, and a bin that is not open yet is a leaf with all of its capacity, so opening one needs
-// no special case.
+// Both packers are greedy: samples in falling order, each into the best bin that has room for it. A scan
+// over the bins would cost O(bins) per sample; each class below keeps them in the order its question
+// is asked in.
 #include "bin_packing.h"
 
 #include <algorithm>
+#include <map>
 #include <numeric>
+#include <queue>
+#include <utility>
 
 namespace tokenflex {
 namespace {
 
+// The samples by falling key; among equals the lower index first.
+std::vector<int64_t> falling(const std::vector<int64_t>& keys) {
+  std::vector<int64_t> order(keys.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return keys[size_t(a)] > keys[size_t(b)]; });
+  return order;
+}
+
+// A tournament tree whose nodes hold the largest remaining capacity below them. There are never more
+// bins than samples, and a bin that is not open yet is a leaf with all of its capacity, so opening one
+// needs no special case.
 class RemainingCapacities {
  public:
   RemainingCapacities(int64_t num_bins, int64_t capacity) {
@@ -38,23 +49,110 @@ class RemainingCapacities {
   std::vector<int64_t> nodes_;  // node 1 is the root, node i has children 2i and 2i + 1
 };
 
+// Bins by the room they have for tiles. Among those of equal room for tiles the cheapest is the one
+// with the most room for tokens, so a heap for each has its only candidate on top, and there are as
+// many heaps as different numbers: a handful.
+class BalancedBins {
+ public:
+  BalancedBins(int64_t num_bins, Load capacity, Price price)
+      : price_(price), room_(size_t(num_bins), capacity) {
+    std::vector<Entry> entries;
+    for (int64_t bin = 0; bin < num_bins; ++bin) entries.push_back({capacity.tokens, -bin});
+    by_tiles_.emplace(capacity.tiles, Heap(std::less<Entry>(), std::move(entries)));
+  }
+
+  // Puts a sample into the cheapest bin with room for it, and says which; -1 where there is none.
+  int64_t put(Load sample) {
+    const auto none = by_tiles_.end();
+    auto best = none;
+    int64_t most = 0, best_bin = -1;
+    for (auto it = by_tiles_.lower_bound(sample.tiles); it != none; ++it) {
+      const auto [tokens, minus_bin] = it->second.top();
+      if (tokens < sample.tokens) continue;
+      // The cheaper bin is the one whose room is worth more. Of equal ones the lower wins.
+      const int64_t worth = price_.of({tokens, it->first});
+      if (best == none || worth > most || (worth == most && -minus_bin < best_bin)) {
+        best = it;
+        most = worth;
+        best_bin = -minus_bin;
+      }
+    }
+    if (best == none) return -1;
+    best->second.pop();
+    if (best->second.empty()) by_tiles_.erase(best);
+    Load& room = room_[size_t(best_bin)];
+    room = {room.tokens - sample.tokens, room.tiles - sample.tiles};
+    by_tiles_[room.tiles].push({room.tokens, -best_bin});
+    return best_bin;
+  }
+
+  Load room(int64_t bin) const { return room_[size_t(bin)]; }
+
+ private:
+  using Entry = std::pair<int64_t, int64_t>;  // room for tokens, minus the bin
+  using Heap = std::priority_queue<Entry>;
+
+  Price price_;
+  std::vector<Load> room_;
+  std::map<int64_t, Heap> by_tiles_;  // no heap is empty
+};
+
+int64_t next_multiple(int64_t number, int64_t multiple) {
+  return (number + multiple - 1) / multiple * multiple;
+}
+
 }  // namespace
 
-std::vector<std::vector<int64_t>> first_fit_decreasing(const int64_t* lengths, int64_t num_samples,
-                                                       int64_t capacity) {
-  std::vector<int64_t> order(static_cast<size_t>(num_samples));
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
-
-  RemainingCapacities remaining(num_samples, capacity);
-  std::vector<std::vector<int64_t>> bins;
-  for (const int64_t sample : order) {
-    const auto bin = size_t(remaining.take(lengths[sample]));
+Bins first_fit_decreasing(const std::vector<int64_t>& lengths, int64_t capacity) {
+  RemainingCapacities remaining(int64_t(lengths.size()), capacity);
+  Bins bins;
+  for (const int64_t sample : falling(lengths)) {
+    const auto bin = size_t(remaining.take(lengths[size_t(sample)]));
     if (bin >= bins.size()) bins.resize(bin + 1);
     bins[bin].push_back(sample);
   }
   return bins;
+}
+
+Bins balanced_bins(const std::vector<Load>& samples, Load capacity, Price price, int64_t least,
+                   int64_t multiple) {
+  std::vector<int64_t> costs;
+  for (const Load& sample : samples) costs.push_back(price.of(sample));
+  const std::vector<int64_t> order = falling(costs);
+  const double total = std::accumulate(costs.begin(), costs.end(), 0.0);
+
+  Bins best;
+  std::vector<int64_t> best_costs;
+  double best_score = 0;
+  // A bin for each sample always fits, so this ends.
+  for (int64_t num_bins = next_multiple(least, multiple), tries = 0; tries < 10;
+       num_bins = next_multiple(num_bins + std::max<int64_t>(1, num_bins / 100), multiple)) {
+    BalancedBins balanced(num_bins, capacity, price);
+    Bins bins(static_cast<size_t>(num_bins));
+    const bool all_fit = std::all_of(order.begin(), order.end(), [&](int64_t sample) {
+      const int64_t bin = balanced.put(samples[size_t(sample)]);
+      if (bin >= 0) bins[size_t(bin)].push_back(sample);
+      return bin >= 0;
+    });
+    if (!all_fit) continue;
+    ++tries;
+    std::vector<int64_t> bin_costs;
+    for (int64_t bin = 0; bin < num_bins; ++bin) {
+      bin_costs.push_back(price.of(capacity) - price.of(balanced.room(bin)));
+    }
+    const int64_t most = *std::max_element(bin_costs.begin(), bin_costs.end());
+    const double score = double(num_bins) * double(most);  // max / mean, times the total
+    if (best.empty() || score < best_score) {
+      best = std::move(bins);
+      best_costs = std::move(bin_costs);
+      best_score = score;
+    }
+    if (score <= 1.02 * total) break;
+  }
+
+  Bins by_cost;
+  for (const int64_t bin : falling(best_costs)) by_cost.push_back(std::move(best[size_t(bin)]));
+  return by_cost;
 }
 
 }  // namespace tokenflex

@@ -62,9 +62,29 @@ void plan_fill(Address ids, Address offsets, int64_t num_samples, Address counts
              at<int32_t>(source), at<int32_t>(vision_rows), at<int32_t>(cu_seqlens)});
 }
 
-std::vector<std::vector<int64_t>> bin_pack(Address lengths, int64_t num_samples, int64_t capacity) {
+void merge_source(Address vision_rows, int64_t num_vision, Address source, int64_t rows) {
   const py::gil_scoped_release release;
-  return first_fit_decreasing(at<const int64_t>(lengths), num_samples, capacity);
+  fill_merge_source(at<const int64_t>(vision_rows), num_vision, at<int32_t>(source), rows);
+}
+
+// ---- bins
+
+Bins bin_pack(Address lengths, int64_t num_samples, int64_t capacity) {
+  const py::gil_scoped_release release;
+  const auto* first = at<const int64_t>(lengths);
+  return first_fit_decreasing({first, first + num_samples}, capacity);
+}
+
+Bins balance_bins(Address tokens, Address tiles, int64_t num_samples, int64_t max_tokens,
+                  int64_t max_tiles, int64_t token_price, int64_t tile_price, int64_t least,
+                  int64_t multiple) {
+  const py::gil_scoped_release release;
+  std::vector<Load> samples(static_cast<size_t>(num_samples));
+  for (size_t i = 0; i < samples.size(); ++i) {
+    samples[i] = {at<const int64_t>(tokens)[i], at<const int64_t>(tiles)[i]};
+  }
+  return balanced_bins(samples, {max_tokens, max_tiles}, {token_price, tile_price}, least,
+                       multiple);
 }
 
 // ---- moving rows
@@ -77,9 +97,8 @@ PackMap pack_map(Address table, int64_t table_stride, Address vision, int64_t vi
           at<const int32_t>(source)};
 }
 
-// GatherMap or ScatterMap: both read `from`, write `to` and have one index.
-template <class Map>
-Map index_map(Address from, int64_t from_stride, Address to, int64_t to_stride, Address index) {
+GatherMap gather_map(Address from, int64_t from_stride, Address to, int64_t to_stride,
+                     Address index) {
   return {{at<const char>(from), from_stride}, {at<char>(to), to_stride}, at<const int32_t>(index)};
 }
 
@@ -91,11 +110,10 @@ void pack_rows(Address table, int64_t table_stride, Address vision, int64_t visi
             rows, row_bytes, threads);
 }
 
-template <class Map>
-void index_rows(Address from, int64_t from_stride, Address to, int64_t to_stride, Address index,
-                int64_t rows, int64_t row_bytes, int threads) {
+void gather_rows(Address from, int64_t from_stride, Address to, int64_t to_stride, Address index,
+                 int64_t rows, int64_t row_bytes, int threads) {
   const py::gil_scoped_release release;
-  move_rows(index_map<Map>(from, from_stride, to, to_stride, index), rows, row_bytes, threads);
+  move_rows(gather_map(from, from_stride, to, to_stride, index), rows, row_bytes, threads);
 }
 
 #ifdef TOKENFLEX_CUDA
@@ -108,11 +126,10 @@ void pack_rows_cuda(Address table, int64_t table_stride, Address vision, int64_t
       row_bytes, device, stream);
 }
 
-template <class Map>
-void index_rows_cuda(Address from, int64_t from_stride, Address to, int64_t to_stride,
-                     Address index, int64_t rows, int64_t row_bytes, int device, Address stream) {
+void gather_rows_cuda(Address from, int64_t from_stride, Address to, int64_t to_stride,
+                      Address index, int64_t rows, int64_t row_bytes, int device, Address stream) {
   const py::gil_scoped_release release;
-  move_rows_cuda(index_map<Map>(from, from_stride, to, to_stride, index), rows, row_bytes, device,
+  move_rows_cuda(gather_map(from, from_stride, to, to_stride, index), rows, row_bytes, device,
                  stream);
 }
 #endif
@@ -136,19 +153,19 @@ PYBIND11_MODULE(_C, module) {
 
   module.def("plan_count", &plan_count);
   module.def("plan_fill", &plan_fill);
+  module.def("merge_source", &merge_source);
   module.def("bin_pack", &bin_pack);
+  module.def("balance_bins", &balance_bins);
 
   module.def("access_bytes", &access_bytes);
   module.def("pack_rows", &pack_rows);
-  module.def("gather_rows", &index_rows<GatherMap>);
-  module.def("scatter_rows", &index_rows<ScatterMap>);
+  module.def("gather_rows", &gather_rows);
 
   module.attr("cuda_architectures") = cuda_architectures();
 #ifdef TOKENFLEX_CUDA
   module.attr("has_cuda") = true;
   module.def("pack_rows_cuda", &pack_rows_cuda);
-  module.def("gather_rows_cuda", &index_rows_cuda<GatherMap>);
-  module.def("scatter_rows_cuda", &index_rows_cuda<ScatterMap>);
+  module.def("gather_rows_cuda", &gather_rows_cuda);
   module.def("cuda_device_count", &cuda_device_count);
 #else
   module.attr("has_cuda") = false;

@@ -6,7 +6,6 @@
 //
 //   PackMap      packed[r]    <- source[r] >= 0 ? table[source[r]] : vision[~source[r]]
 //   GatherMap    to[r]        <- from[index[r]]
-//   ScatterMap   to[index[r]] <- from[r]                             (the indices are unique)
 //
 // Row numbers are int32 in memory, offsets int64 in registers: a tensor may pass 2^31 elements long
 // before it has 2^31 rows. Strides are in bytes and may be anything, 0 and negative included.
@@ -67,17 +66,6 @@ struct GatherMap {
 
   TOKENFLEX_HOST_DEVICE RowCopy operator()(int64_t row) const {
     return {from.row(index[row]), to.row(row)};
-  }
-  uint64_t alignment_bits() const { return from.alignment_bits() | to.alignment_bits(); }
-};
-
-struct ScatterMap {
-  ConstRows from;
-  Rows to;
-  const int32_t* index;
-
-  TOKENFLEX_HOST_DEVICE RowCopy operator()(int64_t row) const {
-    return {from.row(row), to.row(index[row])};
   }
   uint64_t alignment_bits() const { return from.alignment_bits() | to.alignment_bits(); }
 };

@@ -57,6 +57,5 @@ void move_rows(const Map& map, int64_t rows, int64_t row_bytes, int threads) {
 
 template void move_rows(const PackMap&, int64_t, int64_t, int);
 template void move_rows(const GatherMap&, int64_t, int64_t, int);
-template void move_rows(const ScatterMap&, int64_t, int64_t, int);
 
 }  // namespace tokenflex

@@ -79,7 +79,6 @@ void move_rows_cuda(const Map& map, int64_t rows, int64_t row_bytes, int device,
 
 template void move_rows_cuda(const PackMap&, int64_t, int64_t, int, uintptr_t);
 template void move_rows_cuda(const GatherMap&, int64_t, int64_t, int, uintptr_t);
-template void move_rows_cuda(const ScatterMap&, int64_t, int64_t, int, uintptr_t);
 
 int cuda_device_count() {
   int count = 0;

@@ -1,5 +1,5 @@
 // Moving rows: one call copies `rows` rows of `row_bytes` bytes between the places a map of row_map.h
-// names. Bytes are bytes: the movers know no dtype. Map is PackMap, GatherMap or ScatterMap.
+// names. Bytes are bytes: the movers know no dtype. Map is PackMap or GatherMap.
 #pragma once
 
 #include <cstdint>

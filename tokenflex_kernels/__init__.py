@@ -5,7 +5,7 @@ row-major. Every op has a plain-PyTorch reference that runs on the CPU; ``TOKENF
 chooses between implementations (see ``tokenflex_kernels._backend``). Importing never touches CUDA.
 """
 
-from tokenflex_kernels.bin_packing import bin_pack
+from tokenflex_kernels.bin_packing import balance_bins, bin_pack
 from tokenflex_kernels.gated_unit import swiglu
 from tokenflex_kernels.information import info
 from tokenflex_kernels.packing import (
@@ -20,6 +20,7 @@ from tokenflex_kernels.projection import project_tokens
 
 __all__ = [
     "PackPlan",
+    "balance_bins",
     "bin_pack",
     "info",
     "merge_vision",

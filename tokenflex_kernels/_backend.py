@@ -34,6 +34,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "unpack_vision": ("cuda", "cpp"),
     "merge_vision": ("cuda", "cpp"),
     "bin_pack": ("cpp",),
+    "balance_bins": ("cpp",),
 }
 
 
@@ -87,7 +88,7 @@ def select_backend(op: str, device: torch.device | str = "cpu") -> str:
     requested = requested_backend()
     if requested == "reference":
         return "reference"
-    device_type = torch.device(device).type
+    device_type = (device if isinstance(device, torch.device) else torch.device(device)).type
     candidates = IMPLEMENTATIONS[op]
     if requested in candidates:
         if not _runs_on(requested, device_type):
@@ -102,7 +103,20 @@ def select_backend(op: str, device: torch.device | str = "cpu") -> str:
     return "reference"
 
 
+# A compiled function makes the choice once, as it is traced: devices and environment variables are
+# no part of a graph. This is all that torch.compiler.assume_constant_result does, but naming that
+# imports the compiler, and Triton with it.
+select_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _requirement(implementation: str) -> str:
     if implementation == "cuda":
-        return "CUDA tensors and an extension built with nvcc"
+        compiled = extension()
+        state = "not built"
+        if compiled is not None:
+            state = "built with nvcc" if compiled.has_cuda else "built without nvcc"
+        return (
+            f"CUDA tensors and an extension built with nvcc (here the extension is {state}, and "
+            f"PyTorch sees {torch.cuda.device_count()} CUDA devices)"
+        )
     return "CUDA tensors, or TRITON_INTERPRET=1"

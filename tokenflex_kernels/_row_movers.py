@@ -1,57 +1,285 @@
-"""Calls into the extension's row movers, on host and device memory alike.
+"""The row movers as torch.library ops: kernels on host and device memory, fakes, autograd.
 
-The extension takes addresses, byte strides and sizes (no torch at its build), so this is where
-tensors become those: rows of any stride, elements of a row next to each other. A mover copies bytes
-and never looks at a dtype. Callers have checked shapes, dtypes, devices and row numbers.
+    pack_embeddings   packed[r] = embedding[source[r]], or vision[v] where source[r] = ~v
+    merge_vision      the same with a table that has one row for each packed row
+    unpack_vision     vision[v] = packed[vision_rows[v]]
+
+Every op gets both halves of the row map, ``source`` int32 [total] and ``vision_rows`` int32
+[vision]: one drives the forward pass, the other the backward pass, and they are all that is saved.
+A gradient is a row mover again, or the sum of table rows:
+
+    op                of embedding / inputs_embeds / packed            of vision
+    pack_embeddings   table_gradient (text rows, summed by token id)   unpack_vision
+    merge_vision      keep_text      (vision rows become zero)         unpack_vision
+    unpack_vision     spread_vision  (text rows become zero)
+
+The ops are made of ``Library.define`` and ``impl`` and one ``autograd.Function`` each:
+``torch.library.custom_op`` adds several times their cost to every call. They trust their arguments;
+``tokenflex_kernels.packing`` checks.
+
+The extension knows no torch: it takes addresses, byte strides and sizes, so this is where tensors
+become those: rows of any stride, elements of a row next to each other. It copies bytes and never
+looks at a dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from tokenflex_kernels._backend import extension
 
+_LIBRARY = torch.library.Library("tokenflex", "FRAGMENT")
 
-def pack_rows(
-    table: torch.Tensor, vision: torch.Tensor, source: torch.Tensor, packed: torch.Tensor
-) -> None:
+
+# ---- kernels
+
+
+def _pack(
+    table: torch.Tensor, vision: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor
+) -> torch.Tensor:
+    return _pack_rows(table, vision, source)
+
+
+def _unpack(packed: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor) -> torch.Tensor:
+    packed = _contiguous_rows(packed)
+    vision = packed.new_empty(vision_rows.shape[0], packed.shape[1])
+    mover = _mover("gather_rows", vision)
+    mover(*_rows(packed), *_rows(vision), vision_rows.data_ptr(), *_extent(vision))
+    return vision
+
+
+def _keep_text(rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    return _pack_rows(rows, _zero_rows(rows), source)
+
+
+def _spread_vision(vision: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    return _pack_rows(_zero_rows(vision), vision, source)
+
+
+def _table_gradient(grad: torch.Tensor, source: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Sum the text rows of ``grad`` [total, D] by token id into [num_rows, D], repeatably.
+
+    PyTorch's kernels skip ``padding_idx`` wherever it lies: one past the table it marks the vision
+    rows without a copy of the text rows, and costs the table no row. (A negative id would not do:
+    the sort on the device looks at the low bits only.)
+    """
+    ids = source.masked_fill(source < 0, num_rows)
+    return torch.ops.aten.embedding_dense_backward(grad, ids, num_rows, num_rows, False)
+
+
+def _merge_source_cpu(vision_rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    vision_rows = vision_rows.to(torch.int64).contiguous()
+    source = torch.empty(num_rows, dtype=torch.int32)
+    _compiled().merge_source(
+        vision_rows.data_ptr(), vision_rows.shape[0], source.data_ptr(), num_rows
+    )
+    return source
+
+
+def _merge_source_cuda(vision_rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    source = torch.arange(num_rows, dtype=torch.int32, device=vision_rows.device)
+    vision = torch.arange(vision_rows.shape[0], dtype=torch.int32, device=vision_rows.device)
+    return source.index_copy_(0, vision_rows.long(), ~vision)
+
+
+# ---- the shapes of their results, for torch.compile
+
+
+def _like_source(rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty(source.shape[0], rows.shape[1])
+
+
+def _like_vision_rows(
+    packed: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor
+) -> torch.Tensor:
+    return packed.new_empty(vision_rows.shape[0], packed.shape[1])
+
+
+# ---- the ops
+
+
+def _define(
+    schema: str,
+    shape: Callable[..., torch.Tensor],
+    cpu: Callable[..., torch.Tensor],
+    cuda: Callable[..., torch.Tensor] | None = None,
+) -> Callable[..., torch.Tensor]:
+    """Define the op ``tokenflex::<schema> -> Tensor``; ``cuda`` is ``cpu`` unless it differs."""
+    name = schema[: schema.index("(")]
+    _LIBRARY.define(f"{schema} -> Tensor")
+    _LIBRARY.impl(name, cpu, "CPU")
+    _LIBRARY.impl(name, cuda or cpu, "CUDA")
+    torch.library.register_fake(f"tokenflex::{name}", shape, lib=_LIBRARY)
+    op: Callable[..., torch.Tensor] = getattr(torch.ops.tokenflex, name).default
+    return op
+
+
+pack_embeddings = _define(
+    "pack_embeddings(Tensor embedding, Tensor vision, Tensor source, Tensor vision_rows)",
+    lambda embedding, vision, source, vision_rows: _like_source(embedding, source),
+    _pack,
+)
+merge_vision = _define(
+    "merge_vision(Tensor inputs_embeds, Tensor vision, Tensor source, Tensor vision_rows)",
+    lambda inputs_embeds, vision, source, vision_rows: _like_source(inputs_embeds, source),
+    _pack,
+)
+unpack_vision = _define(
+    "unpack_vision(Tensor packed, Tensor source, Tensor vision_rows)", _like_vision_rows, _unpack
+)
+keep_text = _define("keep_text(Tensor rows, Tensor source)", _like_source, _keep_text)
+spread_vision = _define("spread_vision(Tensor vision, Tensor source)", _like_source, _spread_vision)
+# An op of its own so that Inductor leaves it alone: it would sum with atomics, and never alike.
+table_gradient = _define(
+    "table_gradient(Tensor grad, Tensor source, SymInt num_rows)",
+    lambda grad, source, num_rows: grad.new_empty(num_rows, grad.shape[1]),
+    _table_gradient,
+)
+# The `source` that makes merging a packing whose table is inputs_embeds: each row is written once,
+# where a copy and a scatter would write the vision rows twice. On the CPU it refuses rows out of
+# range and rows that come twice; being an op, it does so in a compiled function too.
+merge_source = _define(
+    "merge_source(Tensor vision_rows, SymInt num_rows)",
+    lambda vision_rows, num_rows: vision_rows.new_empty(num_rows, dtype=torch.int32),
+    _merge_source_cpu,
+    _merge_source_cuda,
+)
+
+
+# ---- autograd
+
+Gradients = tuple[torch.Tensor | None, ...]
+
+
+class _PackEmbeddings(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        embedding: torch.Tensor,
+        vision: torch.Tensor,
+        source: torch.Tensor,
+        vision_rows: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(source, vision_rows)
+        ctx.num_rows = embedding.shape[0]
+        with torch._C._AutoDispatchBelowAutograd():
+            return pack_embeddings(embedding, vision, source, vision_rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        source, vision_rows = ctx.saved_tensors
+        needs_embedding, needs_vision, *_ = ctx.needs_input_grad
+        return (
+            table_gradient(grad, source, ctx.num_rows) if needs_embedding else None,
+            unpack_vision(grad, source, vision_rows) if needs_vision else None,
+            None,
+            None,
+        )
+
+
+class _MergeVision(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs_embeds: torch.Tensor,
+        vision: torch.Tensor,
+        source: torch.Tensor,
+        vision_rows: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(source, vision_rows)
+        with torch._C._AutoDispatchBelowAutograd():
+            return merge_vision(inputs_embeds, vision, source, vision_rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        source, vision_rows = ctx.saved_tensors
+        needs_inputs, needs_vision, *_ = ctx.needs_input_grad
+        return (
+            keep_text(grad, source) if needs_inputs else None,
+            unpack_vision(grad, source, vision_rows) if needs_vision else None,
+            None,
+            None,
+        )
+
+
+class _UnpackVision(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, packed: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(source)
+        with torch._C._AutoDispatchBelowAutograd():
+            return unpack_vision(packed, source, vision_rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        (source,) = ctx.saved_tensors
+        return spread_vision(grad, source), None, None
+
+
+def _differentiate(name: str, op: Callable[..., torch.Tensor], function: Any) -> None:
+    """Give ``op`` the derivative that ``function`` has, at no cost where none is asked for."""
+
+    def autograd(*tensors: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            result: torch.Tensor = function.apply(*tensors)
+            return result
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*tensors)
+
+    _LIBRARY.impl(name, autograd, "Autograd")
+
+
+_differentiate("pack_embeddings", pack_embeddings, _PackEmbeddings)
+_differentiate("merge_vision", merge_vision, _MergeVision)
+_differentiate("unpack_vision", unpack_vision, _UnpackVision)
+
+
+# ---- calls into the extension
+
+
+def _pack_rows(table: torch.Tensor, vision: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """packed[r] = table[source[r]] if source[r] >= 0 else vision[~source[r]]; one launch."""
     table, vision = _contiguous_rows(table), _contiguous_rows(vision)
+    packed = table.new_empty(source.shape[0], table.shape[1])
     mover = _mover("pack_rows", packed)
     mover(*_rows(table), *_rows(vision), *_rows(packed), source.data_ptr(), *_extent(packed))
+    return packed
 
 
-def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """[R, D], int32 [n] -> [n, D] = rows[index]."""
-    rows = _contiguous_rows(rows)
-    gathered = rows.new_empty(index.shape[0], rows.shape[1])
-    mover = _mover("gather_rows", gathered)
-    mover(*_rows(rows), *_rows(gathered), index.data_ptr(), *_extent(gathered))
-    return gathered
-
-
-def scatter_rows_(target: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> None:
-    """target[index] = rows, in place; the int32 ``index`` [n] holds no row twice."""
-    rows = _contiguous_rows(rows)
-    mover = _mover("scatter_rows", target)
-    mover(*_rows(rows), *_rows(target), index.data_ptr(), *_extent(rows))
+def _zero_rows(like: torch.Tensor) -> torch.Tensor:
+    """As many rows of zeros as anyone reads, in the memory of one: the row stride is 0."""
+    # Of 2 rows: expanding to 1 would keep a stride of D.
+    return like.new_zeros(like.shape[1]).expand(2, -1)
 
 
 def _contiguous_rows(rows: torch.Tensor) -> torch.Tensor:
     """``rows`` with the elements of each row next to each other; the row stride may be anything."""
-    return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
+    return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
 
 
 def _rows(rows: torch.Tensor) -> tuple[int, int]:
     return rows.data_ptr(), rows.stride(0) * rows.element_size()
 
 
+def _compiled() -> ModuleType:
+    compiled = extension()
+    if compiled is None:
+        raise RuntimeError("this op needs the extension tokenflex_kernels._C, which is not built")
+    return compiled
+
+
 def _mover(name: str, tensor: torch.Tensor) -> Callable[..., None]:
     """The extension's mover for the memory of ``tensor``, waiting for the rows and their size."""
-    compiled = extension()
-    mover: Callable[..., None] = getattr(compiled, f"{name}_cuda" if tensor.is_cuda else name)
+    mover: Callable[..., None] = getattr(_compiled(), f"{name}_cuda" if tensor.is_cuda else name)
     return mover
 
 

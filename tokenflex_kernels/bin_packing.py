@@ -1,8 +1,15 @@
-"""Filling fixed-length bins with samples of different lengths."""
+"""Filling bins with samples of different sizes: as few bins as fit, or bins of equal cost.
+
+A bin is what one rank works on in one step. Where every sample has its own number of tokens per
+image, bins of equal length are not bins of equal work: those that drew few tokens per image hold
+more images, and the slowest rank sets the pace. `balance_bins` is for that.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -10,9 +17,15 @@ import torch
 from tokenflex_kernels._backend import extension, select_backend
 from tokenflex_kernels._checks import check_int, check_ints
 from tokenflex_kernels.reference import bin_packing as reference
+from tokenflex_kernels.reference.packing import MAX_INT32
+
+_UNITS = 1024  # of cost to a row's; integers, so that equal costs are equal on every machine
+_MAX_TILE_COST = 2**20
+
+Ints: TypeAlias = "Sequence[int] | np.ndarray | torch.Tensor"
 
 
-def bin_pack(lengths: Sequence[int] | np.ndarray | torch.Tensor, capacity: int) -> list[list[int]]:
+def bin_pack(lengths: Ints, capacity: int) -> list[list[int]]:
     """Assign samples to as few bins as first-fit-decreasing finds: at most 11/9 of the best, + 1.
 
     The longest sample goes first (among equals the lower index), each into the first bin with room,
@@ -33,12 +46,7 @@ def bin_pack(lengths: Sequence[int] | np.ndarray | torch.Tensor, capacity: int) 
     capacity = check_int("capacity", capacity)
     if capacity < 1:
         raise ValueError(f"capacity must be at least 1, got {capacity}")
-    bad = np.flatnonzero((checked < 0) | (checked > capacity))
-    if bad.size:
-        index, length = int(bad[0]), int(checked[bad[0]])
-        if length < 0:
-            raise ValueError(f"lengths[{index}] must be at least 0, got {length}")
-        raise ValueError(f"lengths[{index}] = {length} does not fit a capacity of {capacity}")
+    _check_sizes("lengths", checked, "a capacity", capacity)
 
     if select_backend("bin_pack") == "reference":
         return reference.bin_pack(checked.tolist(), capacity)
@@ -46,3 +54,101 @@ def bin_pack(lengths: Sequence[int] | np.ndarray | torch.Tensor, capacity: int) 
     assert compiled is not None
     bins: list[list[int]] = compiled.bin_pack(checked.ctypes.data, checked.size, capacity)
     return bins
+
+
+def balance_bins(
+    tokens: Ints,
+    tiles: Ints,
+    *,
+    max_tokens: int,
+    max_tiles: int,
+    tile_cost: float,
+    multiple_of: int = 1,
+) -> list[list[int]]:
+    """Assign samples to bins of nearly equal cost, none beyond its tokens or its tiles.
+
+    The cost of a bin is its tokens + ``tile_cost`` * its tiles. The costliest sample goes first
+    (among equals the lower index), each into the cheapest bin with room for it. It starts with as
+    few bins as would do if samples could be cut, and adds 1 % while a sample finds no room, or
+    while the costliest bin is more than 2 % above the mean; of the latter it makes ten tries and
+    keeps the best. The result is a pure function of the arguments.
+
+    Args:
+        tokens: language-model rows per sample, vision and text, non-negative ints: a sequence, a
+            numpy array or a CPU tensor.
+        tiles: vision-encoder inputs per sample, likewise.
+        max_tokens: rows a bin may hold, in [1, 2^31).
+        max_tiles: tiles a bin may hold, in [0, 2^31).
+        tile_cost: the cost of a tile in units of a row's: the FLOPs of one through the vision
+            encoder over those of the other through the language model. In [0, 2^20]; rounded to
+            1/1024.
+        multiple_of: the number of bins is a multiple of this, at least 1: the ranks that share a
+            step. It adds bins, empty ones where the samples are fewer than the bins.
+
+    Returns:
+        For each bin its sample indices in the order they were placed, the costliest first. The bins
+        come by falling cost, so that ``multiple_of`` neighbours make a step of equal ranks.
+
+    Raises:
+        ValueError: a number is outside the ranges above, a sample is larger than a bin, or
+            ``tiles`` and ``tokens`` differ in length.
+        TypeError: an argument does not hold ints, or ``tile_cost`` is not a number.
+    """
+    token_array, tile_array = check_ints("tokens", tokens), check_ints("tiles", tiles)
+    if tile_array.size != token_array.size:
+        raise ValueError(
+            f"tiles must have one int per sample of tokens, {token_array.size}, "
+            f"but has {tile_array.size}"
+        )
+    max_tokens = _check_bound("max_tokens", max_tokens, 1, MAX_INT32)
+    max_tiles = _check_bound("max_tiles", max_tiles, 0, MAX_INT32)
+    multiple_of = _check_bound("multiple_of", multiple_of, 1, MAX_INT32)
+    if isinstance(tile_cost, bool) or not isinstance(tile_cost, Real):
+        raise TypeError(f"tile_cost must be a number, got {tile_cost!r}")
+    if not 0 <= tile_cost <= _MAX_TILE_COST:
+        raise ValueError(f"tile_cost must be in [0, {_MAX_TILE_COST}], got {tile_cost}")
+    _check_sizes("tokens", token_array, "max_tokens", max_tokens)
+    _check_sizes("tiles", tile_array, "max_tiles", max_tiles)
+    if token_array.size == 0:
+        return []
+
+    least = max(
+        1,
+        -(-int(token_array.sum()) // max_tokens),
+        -(-int(tile_array.sum()) // max(max_tiles, 1)),
+    )
+    bounds = (max_tokens, max_tiles)
+    prices = (_UNITS, round(_UNITS * float(tile_cost)))
+    if select_backend("balance_bins") == "reference":
+        return reference.balance_bins(
+            token_array.tolist(), tile_array.tolist(), *bounds, *prices, least, multiple_of
+        )
+    compiled = extension()
+    assert compiled is not None
+    bins: list[list[int]] = compiled.balance_bins(
+        token_array.ctypes.data,
+        tile_array.ctypes.data,
+        token_array.size,
+        *bounds,
+        *prices,
+        least,
+        multiple_of,
+    )
+    return bins
+
+
+def _check_bound(name: str, value: object, least: int, most: int) -> int:
+    bound = check_int(name, value)
+    if not least <= bound <= most:
+        raise ValueError(f"{name} must be in [{least}, {most}], got {bound}")
+    return bound
+
+
+def _check_sizes(name: str, sizes: np.ndarray, bound_name: str, bound: int) -> None:
+    """Refuse the first sample that is negative or larger than a bin."""
+    bad = np.flatnonzero((sizes < 0) | (sizes > bound))
+    if bad.size:
+        index, size = int(bad[0]), int(sizes[bad[0]])
+        if size < 0:
+            raise ValueError(f"{name}[{index}] must be at least 0, got {size}")
+        raise ValueError(f"{name}[{index}] = {size} does not fit {bound_name} of {bound}")

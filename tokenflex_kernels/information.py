@@ -15,7 +15,7 @@ from tokenflex_kernels._backend import (
     select_backend,
 )
 
-HOST_OPS = ("plan_packing", "bin_pack")
+HOST_OPS = ("plan_packing", "bin_pack", "balance_bins")
 
 
 def _version(package: str) -> str | None:

@@ -8,8 +8,8 @@ waits to read a length back.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from dataclasses import FrozenInstanceError, dataclass, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -24,9 +24,9 @@ Ints: TypeAlias = "Sequence[int] | np.ndarray | torch.Tensor"
 _TENSORS = ("input_ids", "position_ids", "labels", "source", "vision_rows", "cu_seqlens")
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True)
 class PackPlan:
-    """The layout of one padding-free batch; made by :func:`plan_packing`.
+    """The layout of one padding-free batch; made by :func:`plan_packing`. Its fields never change.
 
     ``total`` is the number of rows of the batch, ``vision`` that of its vision rows. The tensors
     move with :meth:`to`; the other fields are facts for the host, which need no look at a tensor.
@@ -46,8 +46,18 @@ class PackPlan:
     """int32 [samples + 1]: sample s is rows cu_seqlens[s] to cu_seqlens[s + 1]."""
     lengths: tuple[int, ...]
     """Rows per sample."""
+    max_seqlen: int
+    """Rows of the longest sample, 0 in an empty batch."""
     max_token_id: int
     """The largest token id of a text row, -1 if there is no text."""
+
+    # Not `dataclass(frozen=True)`: as one of those enters a compiled function, torch.compile (up to
+    # 2.11 at least) reads every field, `lengths` too, and so compiles anew for each number of
+    # samples. Of any other object it reads what the function uses.
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self):
+            raise FrozenInstanceError(f"cannot assign to field {name!r}")
+        super().__setattr__(name, value)
 
     @property
     def num_tokens(self) -> int:
@@ -57,12 +67,7 @@ class PackPlan:
     @property
     def num_samples(self) -> int:
         """Samples of the batch, those of no rows included."""
-        return len(self.lengths)
-
-    @property
-    def max_seqlen(self) -> int:
-        """Rows of the longest sample, 0 in an empty batch."""
-        return max(self.lengths, default=0)
+        return self.cu_seqlens.shape[0] - 1
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PackPlan:
         """The plan with its tensors on ``device``."""
@@ -130,7 +135,8 @@ def plan_packing(
         )
     else:
         rows = _plan_compiled(samples, counts, image_token_id, given, ignore_index, expanded)
-    return PackPlan(**rows._asdict(), lengths=tuple(np.diff(rows.cu_seqlens.numpy()).tolist()))
+    lengths = tuple(np.diff(rows.cu_seqlens.numpy()).tolist())
+    return PackPlan(**rows._asdict(), lengths=lengths, max_seqlen=max(lengths, default=0))
 
 
 def _check_samples(name: str, samples: Sequence[Ints]) -> list[np.ndarray]:

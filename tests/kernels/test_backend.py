@@ -25,7 +25,9 @@ OPS = (
     "unpack_vision",
     "merge_vision",
     "bin_pack",
+    "balance_bins",
 )
+HOST_OPS = ("plan_packing", "bin_pack", "balance_bins")
 MOVERS = ("pack_embeddings", "unpack_vision", "merge_vision")
 
 
@@ -193,9 +195,7 @@ class TestInfo:
         ops = info()["ops"]
         assert set(ops) == set(OPS)
         for op in OPS:
-            assert ops[op] == select_backend(
-                op, device if op not in ("plan_packing", "bin_pack") else "cpu"
-            )
+            assert ops[op] == select_backend(op, "cpu" if op in HOST_OPS else device)
         monkeypatch.setenv("TOKENFLEX_BACKEND", "reference")
         assert info()["backend"] == "reference"
         assert set(info()["ops"].values()) == {"reference"}

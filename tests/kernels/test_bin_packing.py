@@ -1,7 +1,8 @@
-"""`bin_pack`: first-fit-decreasing, the same from both backends."""
+"""`bin_pack` and `balance_bins`: what they promise, the same from both backends."""
 
 from __future__ import annotations
 
+import itertools
 from unittest.mock import patch
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenflex_kernels import bin_pack
+from tokenflex_kernels import balance_bins, bin_pack
 
 BACKENDS = ("reference", "auto")
 
@@ -42,6 +43,39 @@ def test_bins_hold_every_sample_once_within_capacity(backend, lengths, capacity)
 @settings(deadline=None, max_examples=150)
 def test_the_tree_finds_the_bins_of_the_plain_scan(lengths, capacity):
     assert pack_with("auto", lengths, capacity) == pack_with("reference", lengths, capacity)
+
+
+def fewest_bins(lengths, capacity):
+    """By trying everything: each length into each open bin of another load, or into a new one."""
+
+    def search(rest, loads, best):
+        if len(loads) >= best:
+            return best
+        if not rest:
+            return len(loads)
+        first, *others = rest
+        for load in {load for load in loads if load + first <= capacity}:
+            at = loads.index(load)
+            best = search(others, [*loads[:at], load + first, *loads[at + 1 :]], best)
+        return search(others, [*loads, first], best)
+
+    return search(sorted(lengths, reverse=True), [], len(lengths) + 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(data=st.data(), capacity=st.integers(6, 40))
+@settings(deadline=None, max_examples=100)
+def test_bins_are_at_most_eleven_ninths_of_the_fewest_and_one(backend, data, capacity):
+    lengths = data.draw(st.lists(st.integers(1, capacity), max_size=9))
+    bins = pack_with(backend, lengths, capacity)
+    fewest = fewest_bins(lengths, capacity)
+    assert fewest <= len(bins) <= 11 / 9 * fewest + 1
+
+
+def test_the_exhaustive_search_finds_what_first_fit_misses():
+    lengths, capacity = [4, 3, 3, 2, 2, 2], 8
+    assert fewest_bins(lengths, capacity) == 2
+    assert len(bin_pack(lengths, capacity)) == 3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -87,3 +121,139 @@ def test_a_hundred_thousand_samples_take_no_quadratic_time():
 def test_refuses(backend, lengths, capacity, error, message):
     with pytest.raises(error, match=message):
         pack_with(backend, lengths, capacity)
+
+
+# ---- balance_bins
+
+
+def balance_with(backend, tokens, tiles, **bounds):
+    with patch.dict("os.environ", TOKENFLEX_BACKEND=backend):
+        return balance_bins(tokens, tiles, **bounds)
+
+
+sizes = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 4)), max_size=40)
+bounds = st.fixed_dictionaries(
+    {
+        "max_tokens": st.integers(20, 60),
+        "max_tiles": st.integers(4, 12),
+        "tile_cost": st.sampled_from([0, 0.3, 5, 51.0]),
+        "multiple_of": st.integers(1, 5),
+    }
+)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(sizes=sizes, bounds=bounds)
+@settings(deadline=None, max_examples=60)
+def test_balanced_bins_hold_every_sample_once_within_both_capacities(backend, sizes, bounds):
+    tokens, tiles = [size[0] for size in sizes], [size[1] for size in sizes]
+    bins = balance_with(backend, tokens, tiles, **bounds)
+    assert sorted(index for members in bins for index in members) == list(range(len(sizes)))
+    assert len(bins) % bounds["multiple_of"] == 0
+    costs = []
+    for members in bins:
+        assert sum(tokens[index] for index in members) <= bounds["max_tokens"]
+        assert sum(tiles[index] for index in members) <= bounds["max_tiles"]
+        costs.append(sum(tokens[i] + bounds["tile_cost"] * tiles[i] for i in members))
+    assert all(a >= b - 0.1 for a, b in itertools.pairwise(costs))  # cost in 1/1024
+
+
+@given(sizes=sizes, bounds=bounds)
+@settings(deadline=None, max_examples=150)
+def test_the_heaps_find_the_bins_of_the_plain_scan(sizes, bounds):
+    tokens, tiles = [size[0] for size in sizes], [size[1] for size in sizes]
+    ours = balance_with("auto", tokens, tiles, **bounds)
+    assert ours == balance_with("reference", tokens, tiles, **bounds)
+
+
+def realistic_samples(number, seed):
+    """One to six tiles of 64, 144 or 256 tokens (2 : 3 : 5), and text of 220 tokens on average."""
+    generator = np.random.default_rng(seed)
+    tiles = generator.integers(1, 7, number)
+    counts = generator.choice([64, 144, 256], number, p=[0.2, 0.3, 0.5])
+    text = generator.lognormal(np.log(220) - 0.32, 0.8, number).clip(1, 2000).astype(int)
+    return text + counts * tiles, tiles
+
+
+@pytest.mark.parametrize("tile_cost", [26, 51, 77])
+@pytest.mark.parametrize("max_tokens", [8192, 16384])
+@pytest.mark.parametrize("multiple_of", [1, 8])
+def test_realistic_bins_cost_nearly_the_same(tile_cost, max_tokens, multiple_of):
+    for seed in range(3):
+        tokens, tiles = realistic_samples(2000, seed)
+        bins = balance_bins(
+            tokens,
+            tiles,
+            max_tokens=max_tokens,
+            max_tiles=48 * max_tokens // 8192,
+            tile_cost=tile_cost,
+            multiple_of=multiple_of,
+        )
+        costs = np.array([(tokens[i] + tile_cost * tiles[i]).sum() for i in bins])
+        by_tokens = [(tokens[i] + tile_cost * tiles[i]).sum() for i in bin_pack(tokens, max_tokens)]
+        assert costs.max() / costs.mean() <= 1.03
+        assert np.max(by_tokens) / np.mean(by_tokens) >= 1.07  # what balancing is for
+        assert tokens.sum() / (len(bins) * max_tokens) >= 0.85
+
+
+def test_neighbouring_bins_make_steps_of_equal_ranks():
+    tokens, tiles = realistic_samples(2000, 0)
+    bins = balance_bins(tokens, tiles, max_tokens=8192, max_tiles=48, tile_cost=51, multiple_of=8)
+    costs = np.array([(tokens[i] + 51 * tiles[i]).sum() for i in bins]).reshape(-1, 8)
+    assert (costs.max(axis=1) / costs.mean(axis=1)).mean() <= 1.002
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fewer_samples_than_ranks_leave_bins_empty(backend):
+    bins = balance_with(
+        backend, [3, 9], [1, 0], max_tokens=9, max_tiles=1, tile_cost=1, multiple_of=4
+    )
+    assert bins == [[1], [0], [], []]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_samples_need_no_bins(backend):
+    assert balance_with(backend, [], [], max_tokens=9, max_tiles=0, tile_cost=1) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_largest_numbers_do_not_overflow(backend):
+    most = 2**31 - 1
+    bins = balance_with(
+        backend, [most] * 3, [most] * 3, max_tokens=most, max_tiles=most, tile_cost=2**20
+    )
+    assert bins == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"tokens": [3, 9]}, ValueError, r"tokens\[1\] = 9 does not fit max_tokens of 8"),
+        ({"tokens": [-3, 9]}, ValueError, r"tokens\[0\] must be at least 0, got -3"),
+        ({"tiles": [1, 3]}, ValueError, r"tiles\[1\] = 3 does not fit max_tiles of 2"),
+        ({"tiles": [1, -1]}, ValueError, r"tiles\[1\] must be at least 0, got -1"),
+        ({"tiles": [1]}, ValueError, "one int per sample of tokens, 2, but has 1"),
+        ({"tiles": [1.0, 2.0]}, TypeError, "tiles must hold ints, got float64"),
+        ({"max_tokens": 0}, ValueError, r"max_tokens must be in \[1, 2147483647\], got 0"),
+        ({"max_tokens": 2**31}, ValueError, r"max_tokens .* 2147483647\], got 2147483648"),
+        ({"max_tiles": -1}, ValueError, r"max_tiles must be in \[0, 2147483647\], got -1"),
+        ({"multiple_of": 0}, ValueError, r"multiple_of must be in \[1, 2147483647\], got 0"),
+        ({"tile_cost": -1.0}, ValueError, r"tile_cost must be in \[0, 1048576\], got -1.0"),
+        ({"tile_cost": float("nan")}, ValueError, r"tile_cost must be in .*, got nan"),
+        ({"tile_cost": float("inf")}, ValueError, r"tile_cost must be in .*, got inf"),
+        ({"tile_cost": "51"}, TypeError, "tile_cost must be a number, got '51'"),
+    ],
+)
+def test_balancing_refuses(backend, changed, error, message):
+    arguments = {
+        "tokens": [3, 4],
+        "tiles": [1, 2],
+        "max_tokens": 8,
+        "max_tiles": 2,
+        "tile_cost": 51,
+        **changed,
+    }
+    tokens, tiles = arguments.pop("tokens"), arguments.pop("tiles")
+    with pytest.raises(error, match=message):
+        balance_with(backend, tokens, tiles, **arguments)

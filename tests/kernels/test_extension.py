@@ -82,6 +82,24 @@ def test_asking_for_cuda_on_cpu_tensors_is_refused(monkeypatch):
         pack_embeddings(torch.randn(2, 4), torch.randn(2, 4), PLAN)
 
 
+def test_a_refused_backend_says_what_is_missing(monkeypatch):
+    monkeypatch.setenv("TOKENFLEX_BACKEND", "cuda")
+    built = "built with nvcc" if extension().has_cuda else "built without nvcc"
+    devices = torch.cuda.device_count()
+    with pytest.raises(ValueError, match=rf"extension is {built}.* sees {devices} CUDA devices"):
+        pack_embeddings(torch.randn(2, 4), torch.randn(2, 4), PLAN)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_launch_without_a_gpu_is_an_error_in_cudas_words():
+    if not extension().has_cuda:
+        pytest.skip("needs an extension built with nvcc")
+    with pytest.raises(
+        RuntimeError, match=r"cudaGetDevice failed: cudaError\w+: .*(driver|device)"
+    ):
+        extension().gather_rows_cuda(0, 16, 0, 16, 0, 1, 16, 0, 0)
+
+
 def test_an_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv("TOKENFLEX_BACKEND", "cudnn")
     with pytest.raises(ValueError, match="one of auto, reference, triton, cuda, but is 'cudnn'"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import is_frozen_dataclass
 from torch.utils.data import DataLoader
 
 from tokenflex_kernels import PackPlan, plan_packing
@@ -151,9 +152,14 @@ def test_plan_survives_pickling():
     assert_same_plan(pickle.loads(pickle.dumps(plan)), plan)
 
 
+def test_torch_compile_reads_no_more_of_a_plan_than_is_used():
+    """It reads frozen dataclasses whole (up to 2.11 at least), `lengths` and all."""
+    assert not is_frozen_dataclass(plan_packing([[1]], [], IMAGE))
+
+
 def test_plan_is_frozen_and_moves_whole():
     plan = plan_packing([[1, IMAGE, 2]], [3], IMAGE)
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match="cannot assign to field 'source'"):
         plan.source = plan.source
     moved = plan.to("meta")
     assert all(getattr(moved, name).is_meta for name in TENSORS)
@@ -258,6 +264,49 @@ def test_both_planners_refuse_the_same_batches_in_the_same_words(samples, counts
             plan_with("auto", samples, counts, IMAGE, expanded=expanded)
     else:
         assert_same_plan(plan_with("auto", samples, counts, IMAGE, expanded=expanded), wanted)
+
+
+EDGES = [0, 1, 2, -1, 2**31 - 1, 2**31, 2**32, 2**32 + 1, 2**62, 2**63 - 1, -(2**31), -(2**63)]
+
+
+@given(
+    samples=st.lists(st.lists(st.sampled_from([IMAGE, *EDGES]), max_size=6), max_size=4),
+    counts=st.lists(st.sampled_from(EDGES), max_size=6),
+    image_token_id=st.sampled_from([IMAGE, *EDGES]),
+    expanded=st.booleans(),
+    with_labels=st.booleans(),
+)
+@settings(deadline=None, max_examples=600)
+def test_numbers_at_the_edges_of_int32_and_int64_never_do_harm(
+    samples, counts, image_token_id, expanded, with_labels
+):
+    """A plan that holds together, or a ValueError with numbers; nothing else, and no crash."""
+    if sum(min(max(count, 0), 2**31) for count in counts) in range(100, 2**31):
+        return  # valid, but gigabytes
+    arguments = (samples, counts, image_token_id)
+    labels = samples if with_labels else None
+    refusal = ""
+    try:
+        plan = plan_packing(*arguments, labels=labels, expanded=expanded)
+    except ValueError as error:
+        refusal = str(error)
+    if refusal:
+        assert len(re.findall(r"-?\d+", refusal)) >= 2, refusal
+    else:
+        assert plan.num_tokens == sum(plan.lengths) < 2**31
+        assert plan.source[plan.vision_rows.long()].tolist() == [
+            ~vision for vision in range(plan.vision_rows.shape[0])
+        ]
+        assert plan.max_token_id == max((s for s in plan.source.tolist() if s >= 0), default=-1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("expanded", [False, True])
+def test_counts_whose_int64_sum_would_wrap_are_refused(backend, expanded):
+    """1 + (2^63 - 1) is negative in int64, which would pass for few rows."""
+    message = rf"at most {2**31 - 1} rows, but token_counts\[1\] = {2**63 - 1} goes beyond"
+    with pytest.raises(ValueError, match=message):
+        plan_with(backend, [[IMAGE] * 4], [1, 2**63 - 1], IMAGE, expanded=expanded)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

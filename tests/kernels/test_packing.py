@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -277,7 +276,7 @@ def test_a_frozen_table_costs_no_table_gradient():
     table = torch.randn(6, 4)
     vision = torch.randn(EXAMPLE.vision_rows.shape[0], 4, requires_grad=True)
     packed = pack_embeddings(table, vision, EXAMPLE)
-    with patch("tokenflex_kernels.packing._table_gradient") as table_gradient:
+    with patch("tokenflex_kernels._row_movers.table_gradient") as table_gradient:
         packed.sum().backward()
     table_gradient.assert_not_called()
     assert torch.equal(vision.grad, torch.ones_like(vision))
@@ -417,6 +416,7 @@ def test_unpacking_refuses_another_number_of_rows(backend):
         (torch.tensor([0, 6]), ValueError, r"\[0, 6\), got 6"),
         (torch.tensor([-1, 2]), ValueError, r"\[0, 6\), got -1"),
         (torch.tensor([2**32, 2]), ValueError, rf"\[0, 6\), got {2**32}"),
+        (torch.tensor([4, 4]), ValueError, r"vision_rows\[0\] and vision_rows\[1\] are both 4"),
         (torch.tensor([1]), ValueError, "vision must have one row .* vision_rows, 1, but has 2"),
         (torch.tensor([[1, 2]]), ValueError, r"vision_rows must have 1 dimensions.*\(1, 2\)"),
         (torch.tensor([1.0, 2.0]), TypeError, "vision_rows must be int32 or int64.*torch.float32"),
@@ -425,41 +425,3 @@ def test_unpacking_refuses_another_number_of_rows(backend):
 def test_merging_refuses(backend, vision_rows, error, message):
     with backend_set_to(backend), pytest.raises(error, match=message):
         merge_vision(torch.randn(2, 3, 4), torch.randn(2, 4), vision_rows)
-
-
-# ---- CUDA only
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_training_step_never_synchronises_and_follows_the_stream():
-    plan = plan_packing([[1, IMAGE, 2] * 300] * 4, [7] * 1200, IMAGE).to("cuda")
-    table = torch.randn(6, 2048, device="cuda", requires_grad=True)
-    vision = torch.randn(8400, 2048, device="cuda", requires_grad=True)
-    grad = torch.randn(plan.num_tokens, 2048, device="cuda")
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(20_000_000)  # work on another stream would overtake this
-            late = vision * 2
-            packed = pack_embeddings(table, late, plan)
-            merged = merge_vision(packed, unpack_vision(packed, plan), plan.vision_rows)
-            grads = torch.autograd.grad(merged, (table, vision), grad)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.synchronize()
-    assert torch.equal(unpack_vision(packed, plan), 2 * vision)
-    assert torch.equal(grads[1], 2 * grad[plan.vision_rows.long()])
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("dtype", "width"), list(itertools.product(DTYPES, (2048, 1155, 2))))
-def test_cuda_moves_rows_of_every_access_width(dtype, width):
-    plan = plan_packing([[1, IMAGE, 2]] * 9, [64, 144, 256] * 3, IMAGE)
-    table = torch.randn(6, width, dtype=dtype)
-    vision = torch.randn(plan.vision_rows.shape[0], width, dtype=dtype)
-    packed = pack_embeddings(table.cuda(), vision.cuda(), plan.to("cuda"))
-    assert torch.equal(packed.cpu(), naive_pack(table, vision, plan.source))

@@ -178,4 +178,21 @@ def merge_vision(
     inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor
 ) -> torch.Tensor:
     """[rows, D] with the rows ``vision_rows`` replaced by those of ``vision`` [n, D]."""
+    if vision_rows.device.type == "cpu":
+        _check_vision_rows(vision_rows.tolist(), inputs_embeds.shape[0])
     return inputs_embeds.index_copy(0, vision_rows.long(), vision)
+
+
+def _check_vision_rows(vision_rows: list[int], rows: int) -> None:
+    taken: dict[int, int] = {}
+    for at, row in enumerate(vision_rows):
+        if not 0 <= row < rows:
+            raise ValueError(
+                f"vision_rows[{at}] must be a row of inputs_embeds, in [0, {rows}), got {row}"
+            )
+        if row in taken:
+            raise ValueError(
+                f"vision_rows must hold no row twice, but vision_rows[{taken[row]}] and "
+                f"vision_rows[{at}] are both {row}"
+            )
+        taken[row] = at

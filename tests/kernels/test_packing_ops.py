@@ -1,0 +1,261 @@
+"""The row movers as torch.library ops: registration, torch.compile, fake tensors, training."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from tokenflex_kernels import _row_movers as ops
+from tokenflex_kernels import merge_vision, pack_embeddings, plan_packing, unpack_vision
+
+IMAGE = -200
+PLAN = plan_packing([[1, IMAGE, 2, 2], [], [IMAGE, 5, IMAGE], [3]], [3, 0, 4], IMAGE)
+TEXT_ONLY = plan_packing([[1, 2], [3]], [], IMAGE)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def rows(number, device, width=4, requires_grad=True):
+    return torch.randn(number, width, device=device, requires_grad=requires_grad)
+
+
+# ---- registration
+
+
+def op_arguments(plan, device):
+    """Arguments for each op; only the public three are differentiable."""
+    plan = plan.to(device)
+    total, vision = plan.num_tokens, plan.vision_rows.shape[0]
+    maps = (plan.source, plan.vision_rows)
+    merge_source = ops.merge_source(plan.vision_rows, total)
+    return {
+        ops.pack_embeddings: (rows(6, device), rows(vision, device), *maps),
+        ops.merge_vision: (
+            rows(total, device),
+            rows(vision, device),
+            merge_source,
+            plan.vision_rows,
+        ),
+        ops.unpack_vision: (rows(total, device), *maps),
+        ops.keep_text: (rows(total, device, requires_grad=False), merge_source),
+        ops.spread_vision: (rows(vision, device, requires_grad=False), plan.source),
+        ops.table_gradient: (rows(total, device, requires_grad=False), plan.source, 6),
+        ops.merge_source: (plan.vision_rows, total),
+    }
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("plan", [PLAN, TEXT_ONLY], ids=["mixed", "text only"])
+def test_every_op_passes_opcheck(plan, device):
+    for op, arguments in op_arguments(plan, device).items():
+        torch.library.opcheck(op, arguments)
+
+
+def test_opcheck_with_one_input_that_needs_no_gradient():
+    maps = (PLAN.source, PLAN.vision_rows)
+    torch.library.opcheck(
+        ops.pack_embeddings, (rows(6, "cpu", requires_grad=False), rows(7, "cpu"), *maps)
+    )
+    torch.library.opcheck(
+        ops.pack_embeddings, (rows(6, "cpu"), rows(7, "cpu", requires_grad=False), *maps)
+    )
+
+
+def test_fake_tensors_get_shapes_and_touch_no_memory():
+    """As memory estimators and exporters use them; real addresses would be read through them."""
+    with FakeTensorMode() as mode:
+        plan = copy.copy(PLAN)
+        for name in ("source", "vision_rows"):
+            vars(plan)[name] = mode.from_tensor(getattr(PLAN, name))
+        table = torch.randn(6, 4, requires_grad=True)
+        vision = torch.randn(7, 4, requires_grad=True)
+        packed = pack_embeddings(table, vision, plan)
+        merged = merge_vision(packed, unpack_vision(packed, plan), plan.vision_rows)
+        assert merged.shape == (PLAN.num_tokens, 4)
+        merged.sum().backward()
+        assert table.grad.shape == (6, 4)
+
+
+# ---- torch.compile
+
+
+def pack(table, vision, plan):
+    return pack_embeddings(table, vision, plan)
+
+
+def unpack(table, vision, plan):
+    return unpack_vision(F.embedding(plan.source.clamp(min=0), table), plan)
+
+
+def merge(table, vision, plan):
+    return merge_vision(F.embedding(plan.source.clamp(min=0), table), vision, plan.vision_rows)
+
+
+def everything(table, vision, plan):
+    packed = pack_embeddings(table, vision.sin(), plan)
+    merged = merge_vision(packed[None], vision, plan.vision_rows)
+    return merged[0].cos(), unpack_vision(packed, plan) * 2
+
+
+def results_and_gradients(function, table, vision, plan):
+    outputs = function(table, vision, plan)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    loss = sum((output * output.detach().sin()).sum() for output in outputs)
+    grads = torch.autograd.grad(loss, (table, vision), allow_unused=True)
+    return *outputs, *(grad for grad in grads if grad is not None)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("function", [pack, unpack, merge, everything])
+def test_compiles_whole_and_at_most_twice_over_twenty_lengths(function, device):
+    """Other numbers of rows, samples, images and vision tokens each time, and one table size."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for length in range(2, 22):
+        samples = length % 5 + 1
+        prompt = [1, IMAGE, 3] + [length % 7] * length
+        plan = plan_packing([prompt] * samples, [length % 3 + 2] * samples, IMAGE).to(device)
+        table, vision = rows(7, device), rows(plan.vision_rows.shape[0], device)
+        actual = results_and_gradients(compiled, table, vision, plan)
+        wanted = results_and_gradients(function, table, vision, plan)
+        for ours, theirs in zip(actual, wanted, strict=True):
+            assert torch.equal(ours, theirs)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+def test_inductor_gives_the_same_forward_and_backward(device):
+    torch._dynamo.reset()
+    compiled = torch.compile(everything, fullgraph=True, dynamic=True)
+    plan = PLAN.to(device)
+    table, vision = rows(6, device), rows(7, device)
+    torch.testing.assert_close(
+        results_and_gradients(compiled, table, vision, plan),
+        results_and_gradients(everything, table, vision, plan),
+    )
+
+
+def test_a_compiled_function_may_read_the_facts_of_a_plan():
+    """Those that are one number; reading `lengths` would tie it to a number of samples."""
+
+    def facts(x, plan):
+        return x + plan.max_seqlen + plan.num_samples + plan.num_tokens + plan.max_token_id
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(facts, fullgraph=True, dynamic=True, backend=counter)
+    for length in range(2, 12):
+        plan = plan_packing([[length] * length] * (length + 1), [], IMAGE)
+        wanted = length + (length + 1) + length * (length + 1) + length
+        assert compiled(torch.zeros(()), plan) == wanted
+    assert counter.frame_count <= 2
+
+
+def test_checks_hold_in_a_compiled_function():
+    compiled = torch.compile(merge_vision, fullgraph=True, dynamic=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"vision_rows\[1\] .* \[0, 5\), got 5"):
+        compiled(rows(5, "cpu"), rows(2, "cpu"), torch.tensor([1, 5]))
+
+
+def test_compiles_under_autocast():
+    def step(table, vision, plan):
+        with torch.autocast("cpu", torch.bfloat16):
+            return pack_embeddings(table, vision @ vision.T @ vision, plan)
+
+    table, vision = rows(6, "cpu"), rows(7, "cpu")
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert torch.equal(compiled(table, vision, PLAN), step(table, vision, PLAN))
+    assert step(table, vision, PLAN).dtype == torch.float32
+
+
+def test_checkpointing_in_a_compiled_function():
+    def step(table, vision, plan):
+        return checkpoint(everything, table, vision, plan, use_reentrant=False)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    table, vision = rows(6, "cpu"), rows(7, "cpu")
+    actual = results_and_gradients(compiled, table, vision, PLAN)
+    wanted = results_and_gradients(everything, table, vision, PLAN)
+    for ours, theirs in zip(actual, wanted, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+# ---- the table's gradient in training
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_tables_gradient_is_a_plain_tensor_of_its_own(device):
+    """No view and no spare row: whatever saves, flattens or reduces gradients sees [V, D] and no
+    more. Autograd keeps it as `.grad` without a copy, and adds to it the next time."""
+    plan = PLAN.to(device)
+    table, vision = rows(6, device), rows(7, device)
+    pack_embeddings(table, vision, plan).sum().backward()
+    first = table.grad
+    assert first.is_contiguous()
+    assert first._base is None
+    assert first.untyped_storage().nbytes() == 6 * 4 * 4
+    assert first.flatten().tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [1] * 4 + [0] * 4 + [1] * 4
+    pack_embeddings(table, vision, plan).sum().backward()
+    assert table.grad is first
+    assert torch.equal(first[2], torch.full_like(first[2], 4.0))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("total", [12, 5000])
+def test_the_tables_gradient_is_that_of_an_embedding_lookup(device, total):
+    """Below and above the size (3072) from which PyTorch sorts the ids; the last id is in use."""
+    plan = plan_packing([[0, IMAGE, 8, 3] * (total // 8)], [5] * (total // 8), IMAGE).to(device)
+    grad = torch.randn(plan.num_tokens, 4, device=device)
+    table, vision = rows(9, device), rows(plan.vision_rows.shape[0], device)
+    (actual,) = torch.autograd.grad(pack_embeddings(table, vision, plan), table, grad)
+    text = plan.source >= 0
+    (wanted,) = torch.autograd.grad(F.embedding(plan.source[text], table), table, grad[text])
+    torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_data_parallel_training_sums_into_its_buckets(tmp_path):
+    """DDP makes `.grad` a view of its bucket: the gradient is copied there, and accumulates."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+
+        class Model(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embedding = torch.nn.Embedding(6, 4)
+                self.linear = torch.nn.Linear(4, 4)
+
+            def forward(self, vision):
+                return pack_embeddings(self.embedding.weight, self.linear(vision), PLAN)
+
+        model = Model()
+        parallel = torch.nn.parallel.DistributedDataParallel(
+            copy.deepcopy(model), gradient_as_bucket_view=True
+        )
+        vision = torch.randn(7, 4)
+        for _ in range(2):
+            parallel(vision).square().sum().backward()
+            model(vision).square().sum().backward()
+        for ours, theirs in zip(parallel.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_missing_extension_leaves_the_reference(monkeypatch):
+    monkeypatch.setattr("tokenflex_kernels._backend.extension", lambda: None)
+    monkeypatch.setattr("tokenflex_kernels._row_movers.extension", lambda: None)
+    table, vision = rows(6, "cpu"), rows(7, "cpu")
+    packed = pack_embeddings(table, vision, PLAN)
+    assert torch.equal(unpack_vision(packed, PLAN), vision)
+    with pytest.raises(RuntimeError, match=r"tokenflex_kernels\._C, which is not built"):
+        ops.pack_embeddings(table, vision, PLAN.source, PLAN.vision_rows)
