@@ -33,12 +33,17 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# For an environment that already has torch, triton, pybind11, ninja, setuptools and pytest.
+# For an environment that already has torch, triton, pybind11, ninja, setuptools and pytest. Goes on
+# after a failed test, and fails at the end.
 gpu:
 	mkdir -p $(OUT)
-	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "make gpu needs a CUDA device"'
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu needs a CUDA device")'
 	TOKENFLEX_CUDA=1 $(PYTHON) -m pip install --no-build-isolation --no-deps --no-index --editable .
-	$(PYTHON) -m pytest -m gpu --junitxml=$(OUT)/gpu-tests.xml
+	$(PYTHON) -m tokenflex.cli info
+	@failed=0; \
+	$(PYTHON) -m pytest -m gpu --junitxml=$(OUT)/gpu-tests.xml || failed=1; \
+	$(PYTHON) -m benchmarks.packing_gpu --out $(OUT) || failed=1; \
+	exit $$failed
 
 clean:
 	rm -rf .venv build *.egg-info tokenflex_kernels/*.so

@@ -1,8 +1,13 @@
-"""What all tests share: no network, no GPU tests without a GPU."""
+"""What all tests share: no network, no GPU tests without a GPU, no tests of extras that are absent.
+
+``make test`` installs everything. ``make gpu`` uses the Python at hand, which may hold the core
+alone: what needs more is then left out, and the report's header says so.
+"""
 
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 # Tensors here are tiny: more threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +17,32 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+_OF_THE_MODEL = ["models", "data", "digits", "training", "test_cli.py", "test_evaluation.py"]
+_NEEDED_BY = {
+    "hypothesis": [
+        "kernels/test_bin_packing.py",
+        "kernels/test_pack_plan.py",
+        "kernels/test_packing.py",
+        "kernels/test_pooling.py",
+        "data/test_order.py",
+    ],
+    "transformers": _OF_THE_MODEL,
+    "PIL": _OF_THE_MODEL,
+    "sklearn": ["digits", "training", "test_cli.py"],
+    "accelerate": ["training", "test_cli.py"],
+    "pydantic": ["training", "test_cli.py"],
+    "matplotlib": ["training", "test_cli.py"],
+}
+_MISSING = [package for package in _NEEDED_BY if find_spec(package) is None]
+
+collect_ignore = sorted({path for package in _MISSING for path in _NEEDED_BY[package]})
+
+
+def pytest_report_header() -> str | None:
+    if not _MISSING:
+        return None
+    return f"not installed: {', '.join(_MISSING)}; left out: {', '.join(collect_ignore)}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

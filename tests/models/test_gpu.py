@@ -1,20 +1,14 @@
-"""The model on a CUDA device: packed rows, generation and a few steps of training."""
+"""The model on a CUDA device: packed rows and generation."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.models.test_packed_attention import alone_logits, largest_difference, packed_inputs
 from tests.models.tiny import Prompt, prompts, tiny_model
-from tokenflex.training.config import load_config
-from tokenflex.training.loop import Trainer
 
 pytestmark = pytest.mark.gpu
-
-ROOT = Path(__file__).parents[2]
 
 
 def on_cuda(inputs: dict) -> dict:
@@ -63,16 +57,3 @@ def test_generation_is_that_of_the_cpu() -> None:
     expected = tiny_model().generate(**inputs, **options)
     actual = tiny_model().cuda().generate(**on_cuda(inputs), **options)
     assert torch.equal(actual.cpu(), expected)
-
-
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_training_lowers_the_loss(tmp_path: Path, precision: str) -> None:
-    config = load_config(ROOT / "configs/demo.yaml")
-    stage = config.stages[0].model_copy(update={"steps": 60, "warmup_steps": 5})
-    small = {"output": tmp_path, "stages": (stage,), "evaluation": None, "encoder_warm_up": None}
-    trainer = Trainer(config.model_copy(update={**small, "precision": precision, "log_every": 1}))
-    trainer.run()
-    lines = trainer.metrics_path.read_text(encoding="utf-8").splitlines()
-    losses = [float(line.split('"loss": ')[1].split(",")[0]) for line in lines]
-    assert len(losses) == 60
-    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
