@@ -23,7 +23,7 @@ def evaluate(
     *,
     batch_size: int = 64,
     workers: int = 0,
-    on_batch: Callable[[], None] = lambda: None,
+    on_batch: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Share of conversations answered exactly, at each count.
 
@@ -59,7 +59,7 @@ def _evaluate(
     counts: Sequence[int],
     batch_size: int,
     workers: int,
-    on_batch: Callable[[], None],
+    on_batch: Callable[[], object],
 ) -> dict[str, Any]:
     accuracy: dict[str, float] = {}
     by_kind: dict[str, dict[str, float]] = defaultdict(dict)

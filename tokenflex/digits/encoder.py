@@ -30,7 +30,7 @@ def warm_up_encoder(
     batch_size: int,
     learning_rate: float,
     seed: int,
-    on_step: Callable[[float], None] = lambda loss: None,
+    on_step: Callable[[float], object] = lambda loss: None,
 ) -> None:
     """Train ``vision_model`` in place to tell the digit and colour of each cell.
 
