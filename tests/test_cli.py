@@ -24,7 +24,7 @@ from tokenflex.cli import main
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor
 from tokenflex.evaluation import evaluate
-from tokenflex.training.checkpoint import save_model
+from tokenflex.training.checkpoint import STATE_KEYS, save_model
 from tokenflex_kernels import info
 
 COMMANDS = ("info", "train", "evaluate", "generate", "plot")
@@ -296,6 +296,48 @@ def test_unknown_key(command, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("hiden_size", 99, ["hiden_size", "99", "hidden_size"]),
+        ("hidden_size", "x", ["hidden_size", "x"]),
+        ("model_type", ["a"], ["model_type", "['a']"]),
+    ],
+)
+def test_bad_field_of_a_part(command, tmp_path, key, value, words):
+    """transformers itself would keep a misspelt field and build the default."""
+    values = tiny_values(tmp_path / "run")
+    values["model"]["text"]["config"][key] = value
+    config = write_config(tmp_path / "run.yaml", values)
+    assert_one_line(command("train", config), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_data_that_is_missing_is_known_before_training(command, tmp_path):
+    values = tiny_values(tmp_path / "run")
+    values["evaluation"]["data"] = {"name": "messages", "path": str(tmp_path / "none.jsonl")}
+    config = write_config(tmp_path / "run.yaml", values)
+    assert_one_line(command("train", config), "none.jsonl", "does not exist")
+    assert not (tmp_path / "run").exists()
+
+
+def test_fresh_keeps_the_old_state_until_the_new_run_can_begin(command, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.pt").write_bytes(b"precious")
+    values = tiny_values(tmp_path / "run")
+    values["data"] = {"name": "messages", "path": str(tmp_path / "none.jsonl")}
+    config = write_config(tmp_path / "run.yaml", values)
+    assert_one_line(command("train", config, "--fresh"), "none.jsonl")
+    assert (tmp_path / "run" / "state.pt").read_bytes() == b"precious"
+
+
+def test_a_count_beyond_the_language_models_positions(command, tmp_path, checkpoint):
+    image = tmp_path / "a.png"
+    Image.new("RGB", (32, 32)).save(image)
+    ask = ("generate", "--model", checkpoint, "--image", image, "--prompt", "odd")
+    assert_one_line(command(*ask, "--tokens", "4,100000000"), "100000000", "positions")
+
+
 def test_model_type_that_is_unknown(command, tmp_path):
     values = tiny_values(tmp_path / "run")
     values["model"]["vision"]["config"]["model_type"] = "no-such-encoder"
@@ -305,7 +347,8 @@ def test_model_type_that_is_unknown(command, tmp_path):
 
 def test_state_of_another_run(command, tmp_path):
     (tmp_path / "run").mkdir()
-    torch.save({"config": "another"}, tmp_path / "run" / "state.pt")
+    state = dict.fromkeys(STATE_KEYS, 0) | {"config": "another"}
+    torch.save(state, tmp_path / "run" / "state.pt")
     config = write_config(tmp_path / "run.yaml", tiny_values(tmp_path / "run"))
     assert_one_line(command("train", config), "state.pt", "--fresh")
 
@@ -341,7 +384,11 @@ def test_missing_checkpoint_folder(command, tmp_path, name):
         ("config.json", b'{"model_type": "llava"}', ["config.json", "'llava'", "'tokenflex'"]),
         ("config.json", b"[1]", ["config.json", "None"]),
         ("config.json", b"{", ["config.json", "JSON"]),
-        ("config.json", b'{"model_type": "tokenflex", "num_image_tokens": 10}', ["9 and 16"]),
+        ("config.json", b'{"model_type": "tokenflex"}', ["config.json", "vision_config"]),
+        ("generation_config.json", b'{"eos', ["generation_config.json", "JSON"]),
+        ("tokenizer.json", b"{}", ["broken"]),
+        ("tokenizer_config.json", b"[1]", ["broken"]),
+        ("chat_template.jinja", b"{% for m in", ["chat_template"]),
         ("config.json", None, ["config.json", "does not exist"]),
         ("model.safetensors", b"", ["model.safetensors"]),
         ("model.safetensors", b"hello", ["model.safetensors"]),

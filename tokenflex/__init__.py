@@ -1,7 +1,7 @@
 """TokenFLEX: vision-language models whose vision-token count is chosen per image.
 
 The names below are loaded when first used: the projector and the counts need PyTorch only, the rest
-needs an extra, and says which one when it is missing.
+needs an extra, and says which one when it is missing. Importing this module alone takes no time.
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tokenflex._auto_classes import register_with_transformers
-from tokenflex.counts import TokenCounts
-from tokenflex.projector import TokenAdaptiveProjector
 
 if TYPE_CHECKING:
+    from tokenflex.counts import TokenCounts
     from tokenflex.models.configuration import TokenFlexConfig
     from tokenflex.models.modeling import TokenFlexForConditionalGeneration
     from tokenflex.models.processing import TokenFlexProcessor
+    from tokenflex.projector import TokenAdaptiveProjector
 
 __version__ = "0.1.0"
 
-# name -> (module that defines it, extra that brings what the module imports)
+# name -> (module that defines it, extra that brings what the module imports; "" is the core)
 _LAZY = {
+    "TokenAdaptiveProjector": ("tokenflex.projector", ""),
+    "TokenCounts": ("tokenflex.counts", ""),
     "TokenFlexConfig": ("tokenflex.models.configuration", "hf"),
     "TokenFlexForConditionalGeneration": ("tokenflex.models.modeling", "hf"),
     "TokenFlexProcessor": ("tokenflex.models.processing", "hf"),
@@ -46,7 +48,7 @@ def __getattr__(name: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("tokenflex"):
+        if not extra or error.name is None or error.name.startswith("tokenflex"):
             raise
         raise ImportError(
             f"tokenflex.{name} needs {error.name}: pip install 'tokenflex[{extra}]'"

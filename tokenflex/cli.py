@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if options.debug:
             raise
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the impatient: we are on our way out
         return _fail("interrupted" + _how_to_continue(options))
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -109,7 +111,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from tokenflex.evaluation import evaluate
-    from tokenflex.models.loading import load_checkpoint
+    from tokenflex.models.loading import check_length, load_checkpoint
     from tokenflex.training.build import build_dataset
     from tokenflex.training.checkpoint import write_json
     from tokenflex.training.config import DataConfig
@@ -119,7 +121,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     else:
         data = DataConfig(name="messages", path=options.data)
     dataset = build_dataset(data)
+    if options.output is not None:  # before the work, not after it
+        options.output.parent.mkdir(parents=True, exist_ok=True)
     model, processor = load_checkpoint(options.model)
+    check_length(model.config, max(options.counts))
     model.to(_device())
     batches = -(len(dataset) // -options.batch_size) * len(options.counts)
     with tqdm(total=batches, desc="evaluation", unit="batch", dynamic_ncols=True) as bar:
@@ -133,7 +138,6 @@ def _evaluate(options: argparse.Namespace) -> int:
         )
     _print_accuracy(report)
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.output, report)
     return 0
 
@@ -145,7 +149,7 @@ def _generate(options: argparse.Namespace) -> int:
     from tokenflex.data.encoding import ConversationEncoder
     from tokenflex.data.messages import open_image
     from tokenflex.data.samples import Conversation, Turn
-    from tokenflex.models.loading import load_checkpoint
+    from tokenflex.models.loading import check_length, load_checkpoint
 
     images = [open_image(path) for path in options.image]
     model, processor = load_checkpoint(options.model)
@@ -153,8 +157,10 @@ def _generate(options: argparse.Namespace) -> int:
     conversation = Conversation((Turn("user", options.prompt),))
     encoder = ConversationEncoder(processor.tokenizer, processor.image_token)
     prompt = encoder.prompt(conversation, len(images))
+    counts = options.tokens or [processor.num_image_tokens]
+    check_length(model.config, max(map(_rows, counts)) * len(images))
     print(f"{'tokens':>7}  {'seconds':>7}  answer")
-    for count in options.tokens or [processor.num_image_tokens]:
+    for count in counts:
         # As in training: the chat template writes whatever special tokens there are.
         inputs = processor(
             images=images or None, text=prompt, num_image_tokens=count, add_special_tokens=False

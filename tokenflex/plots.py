@@ -60,6 +60,8 @@ def _checked(report: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]
     accuracy = report.get("accuracy") if isinstance(report, dict) else None
     if not isinstance(accuracy, dict) or not accuracy:
         raise ValueError(f"report must hold accuracy (count -> share), got {accuracy!r}")
+    if not all(count.isdecimal() for count in accuracy):
+        raise ValueError(f"report must hold accuracy by count, got counts {', '.join(accuracy)}")
     kinds = {kind: row for kind, row in report.get("accuracy_by_kind", {}).items() if kind}
     for kind, row in kinds.items():
         if not isinstance(row, dict) or row.keys() != accuracy.keys():

@@ -511,3 +511,50 @@ def test_configuration_round_trip(tmp_path):
     assert loaded.image_token_id == IMAGE
     assert loaded.projector_eps == 1e-3
     assert loaded.text_config.num_key_value_heads == 2
+
+
+# ---- what used to go through in silence
+
+
+def test_packed_counts_must_be_the_plans():
+    """Equal totals would give the first image's rows to the second."""
+    plan = plan_packing([[5, IMAGE, 6], [IMAGE, 7]], [4, 9], IMAGE)
+    inputs = {"plan": plan, "pixel_values": pixels(2)}
+    assert tiny_model()(**inputs, num_image_tokens=[4, 9]).logits.shape[1] == plan.num_tokens
+    with pytest.raises(ValueError, match=r"num_image_tokens.*\(4, 9\).*\(9, 4\)"):
+        tiny_model()(**inputs, num_image_tokens=[9, 4])
+
+
+def test_placeholders_without_images_are_refused():
+    ids = torch.tensor([[IMAGE] * 4 + [5, 6]])
+    with pytest.raises(ValueError, match=r"4 image placeholders.*0 vision tokens"):
+        tiny_model()(input_ids=ids)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"pixel_values": torch.zeros(1, 3, 16, 64)}, ValueError, "pixel_values.*32 x 32.*16 x 64"),
+        (
+            {"pixel_values": torch.zeros(1, 1, 32, 32)},
+            ValueError,
+            r"pixel_values.*\(1, 1, 32, 32\)",
+        ),
+        ({"pixel_values": torch.zeros(3, 32, 32)}, ValueError, r"pixel_values.*\(3, 32, 32\)"),
+        ({"pixel_values": torch.zeros(1, 3, 32, 32).byte()}, TypeError, "pixel_values.*uint8"),
+        ({"input_ids": torch.zeros(1, 4)}, TypeError, "input_ids.*float32"),
+        ({"pixel_values": pixels(1).to("meta")}, ValueError, "pixel_values.*cpu.*meta"),
+        ({"input_ids": torch.ones(1, 4).long().to("meta")}, ValueError, "input_ids.*cpu.*meta"),
+    ],
+)
+def test_inputs_the_encoder_would_misread(changes, error, words):
+    inputs = {"input_ids": torch.tensor([[IMAGE] * 4]), "pixel_values": pixels(1)}
+    with pytest.raises(error, match=words):
+        tiny_model()(**{**inputs, **changes}, num_image_tokens=4)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask", "position_ids"])
+def test_a_plan_stands_alone(name):
+    plan = plan_packing([[5, 6]], [], IMAGE)
+    with pytest.raises(ValueError, match=f"plan .*{name}"):
+        tiny_model()(plan=plan, **{name: torch.ones(1, 2, dtype=torch.int64)})

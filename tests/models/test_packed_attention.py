@@ -250,7 +250,7 @@ def test_plan_with_input_ids_is_refused():
 def test_plan_whose_counts_are_not_the_images_is_refused():
     inputs = packed_inputs(prompts())
     inputs["num_image_tokens"] = [4, 9, 16, 9]
-    with pytest.raises(ValueError, match=r"45.*38"):
+    with pytest.raises(ValueError, match=r"\(4, 9, 16, 16\), got \(4, 9, 16, 9\)"):
         tiny_model()(**inputs)
 
 

@@ -11,6 +11,7 @@ from tests.models.tiny import picture, prompts, tiny_model
 from tokenflex.digits.processor import digits_processor
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.training.checkpoint import (
+    STATE_KEYS,
     load_state,
     save_model,
     save_state,
@@ -68,6 +69,7 @@ def test_a_state_comes_back_bit_by_bit(tmp_path):
     model(torch.randn(2, 3)).sum().backward()
     optimizer.step()
     state = {
+        **dict.fromkeys(STATE_KEYS, 0),
         "config": "c",
         "step": 3,
         "model": model.state_dict(),

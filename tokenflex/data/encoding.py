@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from tokenflex.data.samples import IMAGE_MARK, Conversation
 
@@ -25,7 +26,9 @@ class ConversationEncoder:
 
     def __init__(self, tokenizer: Any, image_token: str) -> None:
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError("tokenizer must have a chat_template to train on conversations")
+            raise ValueError(
+                "tokenizer must have a chat_template to render conversations with, got none"
+            )
         self.tokenizer = tokenizer
         self.image_token = image_token
         # Questions repeat (the digits task has a few hundred with their answers). A plain dict, so
@@ -98,6 +101,9 @@ class ConversationEncoder:
         return messages
 
     def _render(self, messages: list[dict[str, str]], *, ask: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=ask
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=ask
+            )
+        except TemplateError as error:
+            raise ValueError(f"chat_template cannot be rendered: {error}") from error

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from tokenflex.data.samples import IMAGE_MARK, Conversation, Sample, Turn
 
@@ -61,11 +61,12 @@ def open_image(path: str | Path) -> Image.Image:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"image file {path} does not exist")
+        problem = "is not a file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"image file {path} {problem}")
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # each format's decoder raises its own kinds
         raise ValueError(f"image file {path} cannot be read as an image: {error}") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -25,6 +26,8 @@ def load_checkpoint(
     if not folder.is_dir():
         raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
     config = _read_config(folder / "config.json")
+    for file in sorted(folder.glob("*.json")):
+        _read_json(file)  # a broken optional file would be passed over in silence
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise FileNotFoundError(f"checkpoint folder {folder} holds no *.safetensors file")
@@ -43,8 +46,10 @@ def load_checkpoint(
             ignore_mismatched_sizes=True,
         )
         processor = TokenFlexProcessor.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise ValueError(f"checkpoint {folder} cannot be loaded: {error}") from error
+    except Exception as error:  # tokenizers and templates raise their own kinds
+        raise ValueError(
+            f"checkpoint {folder} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loading[problem]:
             names = sorted(str(name) for name in loading[problem])
@@ -55,16 +60,40 @@ def load_checkpoint(
     return model.eval(), processor
 
 
-def _read_config(path: Path) -> TokenFlexConfig:
+def check_length(config: TokenFlexConfig, vision_tokens: int) -> None:
+    """Refuse a prompt whose images alone are longer than what the language model was made for.
+
+    Raises:
+        ValueError: ``vision_tokens`` exceeds the language model's positions.
+    """
+    positions = getattr(config.text_config, "max_position_embeddings", None)
+    if positions is not None and vision_tokens > positions:
+        raise ValueError(
+            f"vision tokens of a prompt must not exceed the language model's {positions} "
+            f"positions, got {vision_tokens}"
+        )
+
+
+def _read_json(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint file {path} does not exist")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"checkpoint file {path} is not JSON: {error}") from error
+
+
+def _read_config(path: Path) -> TokenFlexConfig:
+    values = _read_json(path)
     model_type = values.get("model_type") if isinstance(values, dict) else None
     if model_type != TokenFlexConfig.model_type:
         raise ValueError(
             f"checkpoint file {path} must have model_type 'tokenflex', got {model_type!r}"
         )
-    return TokenFlexConfig.from_dict(values)
+    for part in ("vision_config", "text_config"):
+        if not isinstance(values.get(part), dict):
+            raise ValueError(f"checkpoint file {path} must hold {part}, got {values.get(part)!r}")
+    try:
+        return TokenFlexConfig.from_dict(values)
+    except Exception as error:  # transformers checks fields with exceptions of its own
+        raise ValueError(f"checkpoint file {path} is no valid configuration: {error}") from error

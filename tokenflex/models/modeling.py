@@ -113,11 +113,8 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Patch features [tiles, H*W, C] of the encoder's last layer, without special tokens."""
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                "pixel_values must be [tiles, channels, height, width], got shape "
-                f"{tuple(pixel_values.shape)}"
-            )
+        _check_pixels(self.config, pixel_values)
+        _check_device("pixel_values", pixel_values, self.vision_model)
         if not len(pixel_values):
             width = self.config.vision_config.hidden_size
             return pixel_values.new_zeros((0, 1, width), dtype=self.dtype)
@@ -145,19 +142,32 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         The arguments are those of :meth:`TokenFlexForConditionalGeneration.forward`.
         """
         images = (mm_encoder_outputs or {}).get("image")
+        if images is not None and pixel_values is not None:
+            raise ValueError("give the images as pixel_values or as mm_encoder_outputs, not both")
         if images is None and pixel_values is not None:
             images = self.get_image_features(pixel_values, num_image_tokens)
         if plan is not None:
-            if input_ids is not None or inputs_embeds is not None:
-                raise ValueError(
-                    "plan holds the tokens: give no input_ids or inputs_embeds with it"
-                )
+            others = {
+                "input_ids": input_ids,
+                "inputs_embeds": inputs_embeds,
+                "attention_mask": attention_mask,
+                "position_ids": position_ids,
+                "past_key_values": past_key_values,
+            }
+            for name, value in others.items():
+                if value is not None:
+                    raise ValueError(f"plan holds the whole batch: give no {name} with it")
             return self._forward_packed(plan, images, vision_index)
 
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids, inputs_embeds and plan")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if input_ids is not None:
+            if input_ids.dtype not in (torch.int64, torch.int32):
+                raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
+            embedding = self.get_input_embeddings()
+            _check_device("input_ids", input_ids, embedding)
+            inputs_embeds = embedding(input_ids)
+        assert inputs_embeds is not None
         if images is not None:
             if input_ids is None:
                 raise ValueError("input_ids must say where the images stand, got inputs_embeds")
@@ -165,6 +175,8 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             rows = placeholder_rows(input_ids, counts, self.config.image_token_id)
             vision = torch.cat(list(images.pooler_output)).to(inputs_embeds)
             inputs_embeds = merge_vision(inputs_embeds, vision, rows)
+        elif input_ids is not None and _is_first_call(past_key_values):
+            placeholder_rows(input_ids, [], self.config.image_token_id)  # there must be none
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -187,6 +199,13 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             vision = torch.cat(list(images.pooler_output)).to(table.dtype)
         if vision_index is not None:
             vision = vision.index_select(0, vision_index)
+        elif images is not None:
+            counts = tuple(len(tokens) for tokens in images.pooler_output)
+            if counts != plan.token_counts:
+                raise ValueError(
+                    "num_image_tokens must be the counts that the plan was made for, "
+                    f"{plan.token_counts}, got {counts}"
+                )
         if type(embedding) is nn.Embedding:
             packed = pack_embeddings(table, vision, plan)
         else:  # scaled, adapted or sharded: more than its table
@@ -361,6 +380,40 @@ def use_packed_attention(language_model: PreTrainedModel) -> None:
     """Replace "sdpa" by the same attention that also takes packed rows; keep other choices."""
     if language_model.config._attn_implementation == "sdpa":
         language_model.set_attn_implementation(PACKED_ATTENTION)
+
+
+def _is_first_call(past_key_values: Any) -> bool:
+    """Whether a call sees a prompt from its start, not the next token of one."""
+    return past_key_values is None or not past_key_values.get_seq_length()
+
+
+def _check_device(name: str, tensor: torch.Tensor, module: nn.Module) -> None:
+    """Refuse an input on another device than the weights it meets first."""
+    if hasattr(module, "_hf_hook"):
+        return  # accelerate moves inputs, and may keep the weights elsewhere
+    device = next(module.parameters()).device
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the model's device, {device}, got {tensor.device}")
+
+
+def _check_pixels(config: TokenFlexConfig, pixel_values: torch.Tensor) -> None:
+    """Refuse pixels that the encoder would misread or stumble over."""
+    vision = config.vision_config
+    channels = getattr(vision, "num_channels", 3)
+    if pixel_values.ndim != 4 or (len(pixel_values) and pixel_values.shape[1] != channels):
+        raise ValueError(
+            f"pixel_values must be [tiles, {channels}, height, width], got shape "
+            f"{tuple(pixel_values.shape)}"
+        )
+    if not pixel_values.is_floating_point():
+        raise TypeError(f"pixel_values must be normalised floats, got {pixel_values.dtype}")
+    size = getattr(vision, "image_size", None)
+    height, width = pixel_values.shape[-2:]
+    if len(pixel_values) and isinstance(size, int) and (height, width) != (size, size):
+        raise ValueError(
+            f"pixel_values must be {size} x {size} as the encoder's image_size, got {height} x "
+            f"{width}"
+        )
 
 
 def patch_grid(config: TokenFlexConfig, pixel_values: torch.Tensor) -> tuple[int, int]:

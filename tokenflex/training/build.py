@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -38,10 +39,12 @@ def build_processor(config: ModelConfig) -> TokenFlexProcessor:
     """The processor, with ``image_token`` known to its tokenizer."""
     if config.processor == "digits":
         return digits_processor(config.num_image_tokens)
-    tokenizer = AutoTokenizer.from_pretrained(config.text.path)
+    assert config.vision.path is not None  # checked by ModelConfig, as is the other
+    assert config.text.path is not None
+    tokenizer = _pretrained(AutoTokenizer, config.text.path)
     tokenizer.add_special_tokens({"additional_special_tokens": [config.image_token]})
     return TokenFlexProcessor(
-        AutoImageProcessor.from_pretrained(config.vision.path),
+        _pretrained(AutoImageProcessor, config.vision.path),
         tokenizer,
         num_image_tokens=config.num_image_tokens,
         image_token=config.image_token,
@@ -72,23 +75,44 @@ def _build_vision(part: PartConfig) -> tuple[PreTrainedModel, PretrainedConfig]:
     if part.path is None:
         config = _fresh_config(part)
         return AutoModel.from_config(config), config
-    config = AutoConfig.from_pretrained(part.path)
+    config = _pretrained(AutoConfig, part.path)
     # A checkpoint of an image-text pair (SigLIP, CLIP) holds the encoder's config inside its own.
     config = getattr(config, "vision_config", config)
-    return AutoModel.from_pretrained(part.path, config=config, dtype=torch.float32), config
+    return _pretrained(AutoModel, part.path, config=config, dtype=torch.float32), config
 
 
 def _build_language_model(part: PartConfig) -> PreTrainedModel:
     if part.path is None:
         return AutoModelForCausalLM.from_config(_fresh_config(part))
-    return AutoModelForCausalLM.from_pretrained(part.path, dtype=torch.float32)
+    return _pretrained(AutoModelForCausalLM, part.path, dtype=torch.float32)
+
+
+def _pretrained(auto_class: Any, path: str, **options: Any) -> Any:
+    """``auto_class.from_pretrained``, with an error that names the path."""
+    try:
+        return auto_class.from_pretrained(path, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"path {path!r} cannot be loaded: {error}") from error
 
 
 def _fresh_config(part: PartConfig) -> PretrainedConfig:
     fields: dict[str, Any] = dict(part.config or {})
     model_type = fields.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"config must name a model_type that transformers knows, got {model_type!r}"
         )
-    return CONFIG_MAPPING[model_type](**fields)
+    config_class = CONFIG_MAPPING[model_type]
+    # transformers keeps unknown keys without a word: a misspelt width would train the default.
+    known = {*config_class().to_dict(), *config_class.attribute_map}
+    for key, value in fields.items():
+        if key not in known:
+            near = ", ".join(get_close_matches(key, known)) or "a field of its transformers config"
+            raise ValueError(
+                f"config of model_type {model_type!r} has no key {key!r} (got {value!r}; "
+                f"expected {near})"
+            )
+    try:
+        return config_class(**fields)
+    except Exception as error:  # transformers checks fields with exceptions of its own
+        raise ValueError(f"config of model_type {model_type!r} is not valid: {error}") from error

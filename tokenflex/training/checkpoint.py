@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+STATE_KEYS = ("config", "stage", "step", "model", "optimizer", "scheduler", "rng", "records")
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a temporary file, then put it in the place of ``path`` in one step."""
@@ -64,8 +66,9 @@ def load_state(path: Path) -> dict[str, Any]:
         raise ValueError(f"training state {path} cannot be read: {error}") from error
     except Exception as error:  # the unpickler raises its own kinds
         raise ValueError(f"training state {path} is not one of ours: {error}") from error
-    if not isinstance(state, dict) or "config" not in state:
-        raise ValueError(f"training state {path} is not one of ours: it names no configuration")
+    missing = [key for key in STATE_KEYS if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise ValueError(f"training state {path} is not one of ours: it lacks {missing[0]!r}")
     return state
 
 

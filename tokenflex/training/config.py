@@ -110,6 +110,8 @@ class StageConfig(_Strict):
     @model_validator(mode="after")
     def _values_make_sense(self) -> StageConfig:
         TokenCounts(self.counts, self.weights)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
         if not all(0 <= rate < float("inf") for rate in self.learning_rate.values()):
             raise ValueError(
                 f"learning_rate must not be negative, and be finite, got {self.learning_rate}"
@@ -146,7 +148,7 @@ class TrainConfig(_Strict):
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     encoder_warm_up: EncoderWarmUpConfig | None = None
     evaluation: EvaluationConfig | None = None
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     precision: Literal["no", "bf16", "fp16"] = "no"
     workers: int = Field(default=1, ge=0)
     threads: int | None = Field(default=None, ge=1)

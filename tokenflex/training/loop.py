@@ -24,6 +24,7 @@ from tokenflex.data.packing import PackedBatch, PackingCollator
 from tokenflex.digits.encoder import warm_up_encoder
 from tokenflex.evaluation import evaluate
 from tokenflex.interruption import Interruption
+from tokenflex.models.loading import check_length
 from tokenflex.training.build import build_dataset, build_model, build_processor
 from tokenflex.training.checkpoint import (
     load_state,
@@ -70,17 +71,27 @@ class Trainer:
                 )
         self.interruption = Interruption()
         self.output = config.output
+        self.state_path = self.output / "state.pt"
+        self.metrics_path = self.output / "metrics.jsonl"
+        if self.output.exists() and not self.output.is_dir():
+            raise ValueError(f"output must be a folder, but {self.output} is a file")
+        self.resumed = None if fresh else self._read_state()
+        # Data first: its errors should not wait for a model, nor those of evaluation for training.
+        self.dataset = build_dataset(config.data)
+        evaluation = config.evaluation
+        self.evaluation_data = None if evaluation is None else build_dataset(evaluation.data)
+        self.processor = build_processor(config.model)
+        self.model = build_model(config.model, self.processor).to(self.accelerator.device)
+        counts = [count for stage in config.stages for count in stage.counts]
+        if evaluation is not None:
+            counts += evaluation.counts
+        check_length(self.model.config, max(counts))
+        # Everything is there: only now touch what may lie in the output folder.
         self.output.mkdir(parents=True, exist_ok=True)
         if self.accelerator.is_main_process:
             remove_leftovers(self.output)
-        self.state_path = self.output / "state.pt"
-        self.metrics_path = self.output / "metrics.jsonl"
-        if fresh:
-            self.state_path.unlink(missing_ok=True)
-        self.resumed = self._read_state()
-        self.dataset = build_dataset(config.data)  # first: its errors should not wait for a model
-        self.processor = build_processor(config.model)
-        self.model = build_model(config.model, self.processor).to(self.accelerator.device)
+            if fresh:
+                self.state_path.unlink(missing_ok=True)
         self.order = EpochOrder(len(self.dataset), config.seed)
         # One record a stage, the encoder's warm-up first: what the report says about training.
         self.records: list[dict[str, Any]] = []
@@ -353,9 +364,9 @@ class Trainer:
         return report
 
     def _evaluate(self) -> dict[str, Any]:
-        assert self.config.evaluation is not None
-        settings = self.config.evaluation
-        dataset = build_dataset(settings.data)
+        settings, dataset = self.config.evaluation, self.evaluation_data
+        assert settings is not None
+        assert dataset is not None
         batches = -(len(dataset) // -settings.batch_size) * len(settings.counts)
         with self._progress("evaluation", batches) as bar:
 
