@@ -7,6 +7,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from tokenflex.counts import TokenCount, token_grid
+from tokenflex_kernels._checks import check_count, check_eps
 from tokenflex_kernels.axis_weights import check_mode
 
 
@@ -27,6 +28,7 @@ class TokenFlexConfig(PretrainedConfig):
         projector_eps: of the projector's LayerNorm.
 
     Raises:
+        TypeError: a value is not of the kind described above.
         ValueError: an unknown ``model_type`` or ``pooling``, a count that is no square grid.
     """
 
@@ -46,12 +48,16 @@ class TokenFlexConfig(PretrainedConfig):
     ) -> None:
         self.vision_config = _sub_config("vision_config", vision_config, "siglip_vision_model")
         self.text_config = _sub_config("text_config", text_config, "qwen2")
+        if isinstance(image_token_id, bool) or not isinstance(image_token_id, int):
+            raise TypeError(f"image_token_id must be an int, got {image_token_id!r}")
         self.image_token_id = image_token_id
         token_grid(num_image_tokens, name="num_image_tokens")
         self.num_image_tokens = num_image_tokens
         self.pooling = check_mode(pooling, name="pooling")
+        if projector_hidden_width is not None:
+            check_count("projector_hidden_width", projector_hidden_width)
         self.projector_hidden_width = projector_hidden_width
-        self.projector_eps = projector_eps
+        self.projector_eps = check_eps(projector_eps)
         kwargs.setdefault("tie_word_embeddings", bool(self.text_config.tie_word_embeddings))
         super().__init__(**kwargs)
 
