@@ -21,6 +21,25 @@ std::vector<int64_t> falling(const std::vector<int64_t>& keys) {
   return order;
 }
 
+// Sample s lies in bin `bin_of[s]`; bin b comes at place `place_of[b]`. A counting sort: samples keep
+// the order they are given in.
+Bins flatten(const std::vector<int64_t>& order, const std::vector<int64_t>& bin_of,
+             const std::vector<int64_t>& place_of) {
+  Bins bins;
+  bins.offsets.assign(place_of.size() + 1, 0);
+  for (const int64_t sample : order) {
+    ++bins.offsets[size_t(place_of[size_t(bin_of[size_t(sample)])]) + 1];
+  }
+  std::partial_sum(bins.offsets.begin(), bins.offsets.end(), bins.offsets.begin());
+  std::vector<int64_t> next(bins.offsets);
+  bins.order.resize(order.size());
+  for (const int64_t sample : order) {
+    const auto place = size_t(place_of[size_t(bin_of[size_t(sample)])]);
+    bins.order[size_t(next[place]++)] = sample;
+  }
+  return bins;
+}
+
 // A tournament tree whose nodes hold the largest remaining capacity below them. There are never more
 // bins than samples, and a bin that is not open yet is a leaf with all of its capacity, so opening one
 // needs no special case.
@@ -105,13 +124,17 @@ int64_t next_multiple(int64_t number, int64_t multiple) {
 
 Bins first_fit_decreasing(const std::vector<int64_t>& lengths, int64_t capacity) {
   RemainingCapacities remaining(int64_t(lengths.size()), capacity);
-  Bins bins;
-  for (const int64_t sample : falling(lengths)) {
-    const auto bin = size_t(remaining.take(lengths[size_t(sample)]));
-    if (bin >= bins.size()) bins.resize(bin + 1);
-    bins[bin].push_back(sample);
+  const std::vector<int64_t> order = falling(lengths);
+  std::vector<int64_t> bin_of(lengths.size());
+  int64_t num_bins = 0;
+  for (const int64_t sample : order) {
+    const int64_t bin = remaining.take(lengths[size_t(sample)]);
+    bin_of[size_t(sample)] = bin;
+    num_bins = std::max(num_bins, bin + 1);
   }
-  return bins;
+  std::vector<int64_t> in_place(static_cast<size_t>(num_bins));
+  std::iota(in_place.begin(), in_place.end(), 0);
+  return flatten(order, bin_of, in_place);
 }
 
 Bins balanced_bins(const std::vector<Load>& samples, Load capacity, Price price, int64_t least,
@@ -121,17 +144,17 @@ Bins balanced_bins(const std::vector<Load>& samples, Load capacity, Price price,
   const std::vector<int64_t> order = falling(costs);
   const double total = std::accumulate(costs.begin(), costs.end(), 0.0);
 
-  Bins best;
+  std::vector<int64_t> best;  // the bin of each sample
   std::vector<int64_t> best_costs;
   double best_score = 0;
   // A bin for each sample always fits, so this ends.
   for (int64_t num_bins = next_multiple(least, multiple), tries = 0; tries < 10;
        num_bins = next_multiple(num_bins + std::max<int64_t>(1, num_bins / 100), multiple)) {
     BalancedBins balanced(num_bins, capacity, price);
-    Bins bins(static_cast<size_t>(num_bins));
+    std::vector<int64_t> bin_of(samples.size());
     const bool all_fit = std::all_of(order.begin(), order.end(), [&](int64_t sample) {
       const int64_t bin = balanced.put(samples[size_t(sample)]);
-      if (bin >= 0) bins[size_t(bin)].push_back(sample);
+      bin_of[size_t(sample)] = bin;
       return bin >= 0;
     });
     if (!all_fit) continue;
@@ -142,17 +165,18 @@ Bins balanced_bins(const std::vector<Load>& samples, Load capacity, Price price,
     }
     const int64_t most = *std::max_element(bin_costs.begin(), bin_costs.end());
     const double score = double(num_bins) * double(most);  // max / mean, times the total
-    if (best.empty() || score < best_score) {
-      best = std::move(bins);
+    if (best_costs.empty() || score < best_score) {
+      best = std::move(bin_of);
       best_costs = std::move(bin_costs);
       best_score = score;
     }
     if (score <= 1.02 * total) break;
   }
 
-  Bins by_cost;
-  for (const int64_t bin : falling(best_costs)) by_cost.push_back(std::move(best[size_t(bin)]));
-  return by_cost;
+  std::vector<int64_t> place_of(best_costs.size());
+  int64_t place = 0;
+  for (const int64_t bin : falling(best_costs)) place_of[size_t(bin)] = place++;
+  return flatten(order, best, place_of);
 }
 
 }  // namespace tokenflex

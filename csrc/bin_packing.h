@@ -6,8 +6,12 @@
 
 namespace tokenflex {
 
-// The sample indices of each bin, in the order they were put there.
-using Bins = std::vector<std::vector<int64_t>>;
+// Bin b holds the samples order[offsets[b] .. offsets[b + 1]), in the order they were put there. Flat,
+// because a vector for each of many bins costs more than the packing.
+struct Bins {
+  std::vector<int64_t> order;    // [samples]
+  std::vector<int64_t> offsets;  // [bins + 1], offsets[0] = 0
+};
 
 // First-fit-decreasing: the longest sample first (ties: the lower index first), each into the first bin
 // with room. Expects 0 <= lengths[i] <= capacity. O(n log n).

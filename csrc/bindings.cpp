@@ -69,22 +69,34 @@ void merge_source(Address vision_rows, int64_t num_vision, Address source, int64
 
 // ---- bins
 
-Bins bin_pack(Address lengths, int64_t num_samples, int64_t capacity) {
-  const py::gil_scoped_release release;
-  const auto* first = at<const int64_t>(lengths);
-  return first_fit_decreasing({first, first + num_samples}, capacity);
+// Two lists of ints: a list for each of many bins is slow to make while Python's cyclic garbage
+// collector is on, and it is for Python to pause that.
+py::tuple as_tuple(const Bins& bins) { return py::make_tuple(bins.order, bins.offsets); }
+
+py::tuple bin_pack(Address lengths, int64_t num_samples, int64_t capacity) {
+  Bins bins;
+  {
+    const py::gil_scoped_release release;
+    const auto* first = at<const int64_t>(lengths);
+    bins = first_fit_decreasing({first, first + num_samples}, capacity);
+  }
+  return as_tuple(bins);
 }
 
-Bins balance_bins(Address tokens, Address tiles, int64_t num_samples, int64_t max_tokens,
-                  int64_t max_tiles, int64_t token_price, int64_t tile_price, int64_t least,
-                  int64_t multiple) {
-  const py::gil_scoped_release release;
-  std::vector<Load> samples(static_cast<size_t>(num_samples));
-  for (size_t i = 0; i < samples.size(); ++i) {
-    samples[i] = {at<const int64_t>(tokens)[i], at<const int64_t>(tiles)[i]};
+py::tuple balance_bins(Address tokens, Address tiles, int64_t num_samples, int64_t max_tokens,
+                       int64_t max_tiles, int64_t token_price, int64_t tile_price, int64_t least,
+                       int64_t multiple) {
+  Bins bins;
+  {
+    const py::gil_scoped_release release;
+    std::vector<Load> samples(static_cast<size_t>(num_samples));
+    for (size_t i = 0; i < samples.size(); ++i) {
+      samples[i] = {at<const int64_t>(tokens)[i], at<const int64_t>(tiles)[i]};
+    }
+    bins = balanced_bins(samples, {max_tokens, max_tiles}, {token_price, tile_price}, least,
+                         multiple);
   }
-  return balanced_bins(samples, {max_tokens, max_tiles}, {token_price, tile_price}, least,
-                       multiple);
+  return as_tuple(bins);
 }
 
 // ---- moving rows
@@ -103,16 +115,18 @@ GatherMap gather_map(Address from, int64_t from_stride, Address to, int64_t to_s
 }
 
 void pack_rows(Address table, int64_t table_stride, Address vision, int64_t vision_stride,
-               Address packed, int64_t packed_stride, Address source, int64_t rows,
-               int64_t row_bytes, int threads) {
+               Address packed, int64_t packed_stride, Address source, int64_t table_rows,
+               int64_t vision_rows, int64_t rows, int64_t row_bytes, int threads) {
   const py::gil_scoped_release release;
+  check_source(at<const int32_t>(source), rows, table_rows, vision_rows);
   move_rows(pack_map(table, table_stride, vision, vision_stride, packed, packed_stride, source),
             rows, row_bytes, threads);
 }
 
 void gather_rows(Address from, int64_t from_stride, Address to, int64_t to_stride, Address index,
-                 int64_t rows, int64_t row_bytes, int threads) {
+                 int64_t from_rows, int64_t rows, int64_t row_bytes, int threads) {
   const py::gil_scoped_release release;
+  check_index(at<const int32_t>(index), rows, from_rows);
   move_rows(gather_map(from, from_stride, to, to_stride, index), rows, row_bytes, threads);
 }
 

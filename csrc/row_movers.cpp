@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <sstream>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -38,7 +40,41 @@ void copy_range(const Map& map, int64_t begin, int64_t end, int64_t row_bytes) {
   }
 }
 
+// The first row whose entry is outside [least, end), or -1.
+int64_t first_outside(const int32_t* entries, int64_t rows, int64_t least, int64_t end) {
+  if (rows <= 0) return -1;
+  // Without a way out of the loop, so that it is compiled to vector instructions.
+  int32_t low = entries[0], high = entries[0];
+  for (int64_t row = 1; row < rows; ++row) {
+    low = std::min(low, entries[row]);
+    high = std::max(high, entries[row]);
+  }
+  if (low >= least && high < end) return -1;
+  return std::find_if(entries, entries + rows,
+                      [&](int32_t entry) { return entry < least || entry >= end; }) -
+         entries;
+}
+
 }  // namespace
+
+void check_source(const int32_t* source, int64_t rows, int64_t table_rows, int64_t vision_rows) {
+  const int64_t row = first_outside(source, rows, -vision_rows, table_rows);
+  if (row < 0) return;
+  std::ostringstream message;
+  message << "source[" << row << "] must be in [" << -vision_rows << ", " << table_rows
+          << "), for " << table_rows << " table and " << vision_rows << " vision rows, got "
+          << source[row];
+  throw std::invalid_argument(message.str());
+}
+
+void check_index(const int32_t* index, int64_t rows, int64_t from_rows) {
+  const int64_t row = first_outside(index, rows, 0, from_rows);
+  if (row < 0) return;
+  std::ostringstream message;
+  message << "vision_rows[" << row << "] must be a packed row, in [0, " << from_rows << "), got "
+          << index[row];
+  throw std::invalid_argument(message.str());
+}
 
 template <class Map>
 void move_rows(const Map& map, int64_t rows, int64_t row_bytes, int threads) {

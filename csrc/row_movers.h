@@ -12,6 +12,12 @@ namespace tokenflex {
 template <class Map>
 void move_rows(const Map& map, int64_t rows, int64_t row_bytes, int threads);
 
+// Both refuse maps that point outside the rows they are for, with std::invalid_argument that names the
+// row: `source` where it is not in [-vision_rows, table_rows), `index` where it is not in
+// [0, from_rows). Host memory only; 4 bytes a row, next to the row itself.
+void check_source(const int32_t* source, int64_t rows, int64_t table_rows, int64_t vision_rows);
+void check_index(const int32_t* index, int64_t rows, int64_t from_rows);
+
 // On device memory, on `stream` (a cudaStream_t) of `device`; returns once the launch is queued.
 // Throws std::runtime_error with CUDA's words when the launch is refused.
 template <class Map>

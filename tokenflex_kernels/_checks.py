@@ -10,6 +10,16 @@ import torch
 
 Grid = tuple[int, int]
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INT_DTYPES = (
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)
 
 
 def check_tensor(name: str, value: object, *, ndim: int | None = None) -> torch.Tensor:
@@ -124,15 +134,13 @@ def check_ints(name: str, values: object) -> np.ndarray:
     What is one already is returned as it is: copy what must not change.
     """
     if isinstance(values, torch.Tensor):
-        if values.device.type != "cpu":
-            raise ValueError(f"{name} is read on the host: expected the CPU, got {values.device}")
-        values = values.numpy()
-    elif not isinstance(values, (np.ndarray, Sequence)) or isinstance(values, (str, bytes)):
+        array = _tensor_of_ints(name, values)
+    elif isinstance(values, np.ndarray):
+        array = values
+    elif isinstance(values, Sequence) and not isinstance(values, (str, bytes)):
+        array = _sequence_of_ints(name, values)
+    else:
         raise TypeError(f"{name} must be a 1-D sequence of ints, got {type(values).__name__}")
-    try:
-        array = np.asarray(values)
-    except ValueError:  # rows of different lengths
-        raise TypeError(f"{name} must be a 1-D sequence of ints, got nested sequences") from None
     if array.ndim != 1:
         raise ValueError(f"{name} must have 1 dimension, got shape {array.shape}")
     if array.dtype.kind not in "iu" and array.size > 0:
@@ -144,3 +152,45 @@ def check_ints(name: str, values: object) -> np.ndarray:
         index = int(array.argmax())
         raise ValueError(f"{name}[{index}] must fit int64, got {array[index]}")
     return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def _tensor_of_ints(name: str, values: torch.Tensor) -> np.ndarray:
+    """A host tensor's memory as an array; what has no such memory is refused before numpy is."""
+    if values.device.type != "cpu":
+        raise ValueError(f"{name} is read on the host: expected the CPU, got {values.device}")
+    if values.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor of ints, got layout {values.layout}")
+    if values.numel() == 0:  # torch.tensor([]) is of floats
+        return np.empty(tuple(values.shape), np.int64)
+    if values.dtype not in INT_DTYPES:
+        raise TypeError(f"{name} must hold ints, got {values.dtype}")
+    try:
+        return values.numpy()
+    except (RuntimeError, TypeError, AssertionError) as error:  # fake and wrapped tensors
+        raise TypeError(
+            f"{name} must be a tensor whose numbers can be read, got {type(values).__name__} "
+            f"({error})"
+        ) from None
+
+
+def _sequence_of_ints(name: str, values: Sequence[object]) -> np.ndarray:
+    """The array of a sequence. numpy is told the dtype where it would guess: it makes floats of
+    large next to negative ints, and ints of bools next to ints."""
+    kinds = set(map(type, values))
+    if kinds & {bool, np.bool_}:
+        index = next(at for at, value in enumerate(values) if isinstance(value, (bool, np.bool_)))
+        raise TypeError(f"{name} must hold ints, got bool: {name}[{index}] is {values[index]}")
+    try:
+        if kinds and all(issubclass(kind, Integral) for kind in kinds):
+            # In numpy's own ints an overflow would wrap; in Python's it is an error.
+            ints = values if kinds == {int} else [int(value) for value in values]  # type: ignore[call-overload]
+            return np.array(ints, np.int64)
+        return np.asarray(values)
+    except OverflowError:
+        for index, value in enumerate(values):
+            check_int(f"{name}[{index}]", value)
+        raise
+    except ValueError:  # rows of different lengths
+        raise TypeError(f"{name} must be a 1-D sequence of ints, got nested sequences") from None
+    except (RuntimeError, TypeError) as error:  # tensors that numpy cannot read
+        raise TypeError(f"{name} must be a 1-D sequence of ints, got {error}") from None

@@ -29,6 +29,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from tokenflex_kernels._backend import extension
@@ -49,7 +50,13 @@ def _unpack(packed: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tenso
     packed = _contiguous_rows(packed)
     vision = packed.new_empty(vision_rows.shape[0], packed.shape[1])
     mover = _mover("gather_rows", vision)
-    mover(*_rows(packed), *_rows(vision), vision_rows.data_ptr(), *_extent(vision))
+    mover(
+        *_rows(packed),
+        *_rows(vision),
+        vision_rows.data_ptr(),
+        *_bounds(packed),
+        *_extent(vision),
+    )
     return vision
 
 
@@ -66,15 +73,18 @@ def _table_gradient(grad: torch.Tensor, source: torch.Tensor, num_rows: int) -> 
 
     PyTorch's kernels skip ``padding_idx`` wherever it lies: one past the table it marks the vision
     rows without a copy of the text rows, and costs the table no row. (A negative id would not do:
-    the sort on the device looks at the low bits only.)
+    the sort on the device looks at the low bits only.) They are not made for sums of nothing: a
+    grid of no blocks is a launch that fails.
     """
+    if grad.numel() == 0 or num_rows == 0:
+        return grad.new_zeros(num_rows, grad.shape[1])
     ids = source.masked_fill(source < 0, num_rows)
     return torch.ops.aten.embedding_dense_backward(grad, ids, num_rows, num_rows, False)
 
 
 def _merge_source_cpu(vision_rows: torch.Tensor, num_rows: int) -> torch.Tensor:
     vision_rows = vision_rows.to(torch.int64).contiguous()
-    source = torch.empty(num_rows, dtype=torch.int32)
+    source = vision_rows.new_empty(num_rows, dtype=torch.int32)
     _compiled().merge_source(
         vision_rows.data_ptr(), vision_rows.shape[0], source.data_ptr(), num_rows
     )
@@ -226,9 +236,30 @@ class _UnpackVision(torch.autograd.Function):
 
 
 def _differentiate(name: str, op: Callable[..., torch.Tensor], function: Any) -> None:
-    """Give ``op`` the derivative that ``function`` has, at no cost where none is asked for."""
+    """Give ``op`` the derivative that ``function`` has, at no cost where none is asked for.
+
+    In forward mode it needs none: each op is linear in its float tensors, all of them together, so
+    its tangent is the op of their tangents.
+    """
 
     def autograd(*tensors: torch.Tensor) -> torch.Tensor:
+        if forward_ad._current_level < 0:  # what unpack_dual looks at, without its cost
+            return backward_mode(*tensors)
+        duals = [forward_ad.unpack_dual(tensor) for tensor in tensors]
+        if all(dual.tangent is None for dual in duals):
+            return backward_mode(*tensors)
+        primals = [dual.primal for dual in duals]
+        tangents = [
+            dual.tangent
+            if dual.tangent is not None
+            else torch.zeros_like(dual.primal)
+            if dual.primal.is_floating_point()
+            else dual.primal  # a row map
+            for dual in duals
+        ]
+        return forward_ad.make_dual(backward_mode(*primals), backward_mode(*tangents))
+
+    def backward_mode(*tensors: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             result: torch.Tensor = function.apply(*tensors)
             return result
@@ -251,14 +282,20 @@ def _pack_rows(table: torch.Tensor, vision: torch.Tensor, source: torch.Tensor) 
     table, vision = _contiguous_rows(table), _contiguous_rows(vision)
     packed = table.new_empty(source.shape[0], table.shape[1])
     mover = _mover("pack_rows", packed)
-    mover(*_rows(table), *_rows(vision), *_rows(packed), source.data_ptr(), *_extent(packed))
+    mover(
+        *_rows(table),
+        *_rows(vision),
+        *_rows(packed),
+        source.data_ptr(),
+        *_bounds(table, vision),
+        *_extent(packed),
+    )
     return packed
 
 
 def _zero_rows(like: torch.Tensor) -> torch.Tensor:
     """As many rows of zeros as anyone reads, in the memory of one: the row stride is 0."""
-    # Of 2 rows: expanding to 1 would keep a stride of D.
-    return like.new_zeros(like.shape[1]).expand(2, -1)
+    return like.new_zeros(like.shape[1]).expand(2**31, -1)
 
 
 def _contiguous_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -281,6 +318,11 @@ def _mover(name: str, tensor: torch.Tensor) -> Callable[..., None]:
     """The extension's mover for the memory of ``tensor``, waiting for the rows and their size."""
     mover: Callable[..., None] = getattr(_compiled(), f"{name}_cuda" if tensor.is_cuda else name)
     return mover
+
+
+def _bounds(*tables: torch.Tensor) -> tuple[int, ...]:
+    """How many rows a map may point at. The host looks; a device would have to be waited for."""
+    return () if tables[0].is_cuda else tuple([table.size(0) for table in tables])
 
 
 def _extent(rows: torch.Tensor) -> tuple[int, int, int] | tuple[int, int, int, int]:

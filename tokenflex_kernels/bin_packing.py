@@ -7,7 +7,9 @@ more images, and the slowest rank sets the pace. `balance_bins` is for that.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
+from itertools import pairwise
 from numbers import Real
 from typing import TypeAlias
 
@@ -21,6 +23,7 @@ from tokenflex_kernels.reference.packing import MAX_INT32
 
 _UNITS = 1024  # of cost to a row's; integers, so that equal costs are equal on every machine
 _MAX_TILE_COST = 2**20
+_MANY_RANKS = 2**16
 
 Ints: TypeAlias = "Sequence[int] | np.ndarray | torch.Tensor"
 
@@ -42,7 +45,8 @@ def bin_pack(lengths: Ints, capacity: int) -> list[list[int]]:
         ValueError: ``capacity`` is below 1, a length is negative or larger than ``capacity``.
         TypeError: an argument does not hold ints.
     """
-    checked = check_ints("lengths", lengths)
+    # A copy, so that nobody can change what was checked before the extension has read it.
+    checked = check_ints("lengths", lengths).copy()
     capacity = check_int("capacity", capacity)
     if capacity < 1:
         raise ValueError(f"capacity must be at least 1, got {capacity}")
@@ -52,8 +56,7 @@ def bin_pack(lengths: Ints, capacity: int) -> list[list[int]]:
         return reference.bin_pack(checked.tolist(), capacity)
     compiled = extension()
     assert compiled is not None
-    bins: list[list[int]] = compiled.bin_pack(checked.ctypes.data, checked.size, capacity)
-    return bins
+    return _as_lists(*compiled.bin_pack(checked.ctypes.data, checked.size, capacity))
 
 
 def balance_bins(
@@ -82,8 +85,9 @@ def balance_bins(
         tile_cost: the cost of a tile in units of a row's: the FLOPs of one through the vision
             encoder over those of the other through the language model. In [0, 2^20]; rounded to
             1/1024.
-        multiple_of: the number of bins is a multiple of this, at least 1: the ranks that share a
-            step. It adds bins, empty ones where the samples are fewer than the bins.
+        multiple_of: the number of bins is a multiple of this: the ranks that share a step. At least
+            1 and at most the number of samples, or 2^16 if they are fewer. It adds bins, empty ones
+            where the samples are fewer than the bins.
 
     Returns:
         For each bin its sample indices in the order they were placed, the costliest first. The bins
@@ -94,7 +98,9 @@ def balance_bins(
             ``tiles`` and ``tokens`` differ in length.
         TypeError: an argument does not hold ints, or ``tile_cost`` is not a number.
     """
-    token_array, tile_array = check_ints("tokens", tokens), check_ints("tiles", tiles)
+    # Copies, so that nobody can change what was checked before the extension has read it.
+    token_array = check_ints("tokens", tokens).copy()
+    tile_array = check_ints("tiles", tiles).copy()
     if tile_array.size != token_array.size:
         raise ValueError(
             f"tiles must have one int per sample of tokens, {token_array.size}, "
@@ -102,7 +108,7 @@ def balance_bins(
         )
     max_tokens = _check_bound("max_tokens", max_tokens, 1, MAX_INT32)
     max_tiles = _check_bound("max_tiles", max_tiles, 0, MAX_INT32)
-    multiple_of = _check_bound("multiple_of", multiple_of, 1, MAX_INT32)
+    multiple_of = _check_bound("multiple_of", multiple_of, 1, max(token_array.size, _MANY_RANKS))
     if isinstance(tile_cost, bool) or not isinstance(tile_cost, Real):
         raise TypeError(f"tile_cost must be a number, got {tile_cost!r}")
     if not 0 <= tile_cost <= _MAX_TILE_COST:
@@ -125,16 +131,32 @@ def balance_bins(
         )
     compiled = extension()
     assert compiled is not None
-    bins: list[list[int]] = compiled.balance_bins(
-        token_array.ctypes.data,
-        tile_array.ctypes.data,
-        token_array.size,
-        *bounds,
-        *prices,
-        least,
-        multiple_of,
+    return _as_lists(
+        *compiled.balance_bins(
+            token_array.ctypes.data,
+            tile_array.ctypes.data,
+            token_array.size,
+            *bounds,
+            *prices,
+            least,
+            multiple_of,
+        )
     )
-    return bins
+
+
+def _as_lists(order: list[int], offsets: list[int]) -> list[list[int]]:
+    """Bin b is order[offsets[b] : offsets[b + 1]].
+
+    The garbage collector rests meanwhile. It wakes once for so many new lists, and would look
+    through every object of the process again and again, for lists that cannot be garbage yet.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return [order[begin:end] for begin, end in pairwise(offsets)]
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _check_bound(name: str, value: object, least: int, most: int) -> int:

@@ -46,6 +46,8 @@ class PackPlan:
     """int32 [samples + 1]: sample s is rows cu_seqlens[s] to cu_seqlens[s + 1]."""
     lengths: tuple[int, ...]
     """Rows per sample."""
+    token_counts: tuple[int, ...]
+    """Vision tokens per image, in order of appearance."""
     max_seqlen: int
     """Rows of the longest sample, 0 in an empty batch."""
     max_token_id: int
@@ -116,13 +118,16 @@ def plan_packing(
         ValueError: a text token outside [0, 2^31), a negative count, counts that do not match the
             placeholders, labels that do not match ``input_ids``, more than 2^31 - 1 rows, or a
             tensor that is not on the CPU.
-        TypeError: an argument is not made of ints.
+        TypeError: an argument is not made of ints, or ``expanded`` is not a bool.
     """
     samples = _check_samples("input_ids", input_ids)
-    counts = check_ints("token_counts", token_counts)
+    # A copy, so that nobody can change what was checked before it is used.
+    counts = check_ints("token_counts", token_counts).copy()
     given = None if labels is None else _check_labels(labels, samples)
     image_token_id = check_int("image_token_id", image_token_id)
     ignore_index = check_int("ignore_index", ignore_index)
+    if not isinstance(expanded, bool):
+        raise TypeError(f"expanded must be a bool, got {expanded!r}")
 
     if select_backend("plan_packing") == "reference":
         rows = reference.plan_packing(
@@ -135,8 +140,13 @@ def plan_packing(
         )
     else:
         rows = _plan_compiled(samples, counts, image_token_id, given, ignore_index, expanded)
-    lengths = tuple(np.diff(rows.cu_seqlens.numpy()).tolist())
-    return PackPlan(**rows._asdict(), lengths=lengths, max_seqlen=max(lengths, default=0))
+    lengths = tuple(np.diff(rows.cu_seqlens).tolist())
+    return PackPlan(
+        **_tensors(rows),
+        lengths=lengths,
+        token_counts=tuple(counts.tolist()),
+        max_seqlen=max(lengths, default=0),
+    )
 
 
 def _check_samples(name: str, samples: Sequence[Ints]) -> list[np.ndarray]:
@@ -176,8 +186,8 @@ def _plan_compiled(
     assert compiled is not None, "select_backend chose an extension that is not built"
     offsets = np.zeros(len(samples) + 1, np.int64)
     np.cumsum([sample.size for sample in samples], out=offsets[1:])
-    # Copies, so that nobody can change what the first pass checked before the second has read it.
-    ids, counts = _joined(samples), counts.copy()
+    # A copy too: the second pass must read what the first one checked.
+    ids = _joined(samples)
     given = None if labels is None else _joined(labels)
 
     batch = (
@@ -191,26 +201,35 @@ def _plan_compiled(
     )
     total, vision, max_token_id = compiled.plan_count(*batch)
     rows = PlanRows(
-        input_ids=torch.empty(total, dtype=torch.int64),
-        position_ids=torch.empty(total, dtype=torch.int64),
-        labels=torch.empty(total, dtype=torch.int64),
-        source=torch.empty(total, dtype=torch.int32),
-        vision_rows=torch.empty(vision, dtype=torch.int32),
-        cu_seqlens=torch.empty(len(samples) + 1, dtype=torch.int32),
+        input_ids=np.empty(total, np.int64),
+        position_ids=np.empty(total, np.int64),
+        labels=np.empty(total, np.int64),
+        source=np.empty(total, np.int32),
+        vision_rows=np.empty(vision, np.int32),
+        cu_seqlens=np.empty(len(samples) + 1, np.int32),
         max_token_id=max_token_id,
     )
     compiled.plan_fill(
         *batch,
         0 if given is None else given.ctypes.data,
         ignore_index,
-        rows.input_ids.data_ptr(),
-        rows.position_ids.data_ptr(),
-        rows.labels.data_ptr(),
-        rows.source.data_ptr(),
-        rows.vision_rows.data_ptr(),
-        rows.cu_seqlens.data_ptr(),
+        rows.input_ids.ctypes.data,
+        rows.position_ids.ctypes.data,
+        rows.labels.ctypes.data,
+        rows.source.ctypes.data,
+        rows.vision_rows.ctypes.data,
+        rows.cu_seqlens.ctypes.data,
     )
     return rows
+
+
+def _tensors(rows: PlanRows) -> dict[str, Any]:
+    """The fields of a plan. Filled by numpy, because torch would make its own memory on whatever
+    device is the default, or none at all under a FakeTensorMode."""
+    return {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in rows._asdict().items()
+    }
 
 
 def _joined(samples: list[np.ndarray]) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import threading
 from unittest.mock import patch
 
 import numpy as np
@@ -104,6 +106,68 @@ def test_a_hundred_thousand_samples_take_no_quadratic_time():
     bins = bin_pack(lengths, 4096)
     assert sum(len(members) for members in bins) == 100_000
     assert len(bins) <= 1.01 * np.ceil(lengths.sum() / 4096)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_the_garbage_collector_rests_while_the_bins_are_made(enabled):
+    """A bin for each of many samples is many lists: each would count towards a collection."""
+    collections = []
+    before = gc.isenabled()
+    gc.callbacks.append(lambda phase, info: collections.append(phase))
+    try:
+        (gc.enable if enabled else gc.disable)()
+        gc.collect()
+        collections.clear()
+        bins = bin_pack(np.full(50_000, 8), 8)
+        seen = len(collections)
+        assert gc.isenabled() == enabled
+    finally:
+        gc.callbacks.pop()
+        (gc.enable if before else gc.disable)()
+    assert len(bins) == 50_000
+    assert seen <= 4  # one may come before the pause and one after it, each with start and stop
+
+
+def test_lengths_that_change_meanwhile_do_no_harm():
+    """Another thread's writes reach an array that was checked already; ours must be a copy."""
+    lengths = np.full(20_000, 5)
+    done = threading.Event()
+
+    def meddle():
+        while not done.is_set():
+            lengths[:] = 10**9
+            lengths[:] = 5
+
+    meddler = threading.Thread(target=meddle)
+    meddler.start()
+    try:
+        for _ in range(20):
+            try:
+                bins = bin_pack(lengths, 10)
+                balanced = balance_bins(
+                    lengths, lengths, max_tokens=10, max_tiles=10, tile_cost=1, multiple_of=2
+                )
+            except ValueError:  # the check saw the other number
+                continue
+            assert len(bins) == len(balanced) == 10_000
+    finally:
+        done.set()
+        meddler.join()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packers_read_a_copy(backend):
+    """The address that reaches a packer is not that of the caller's array."""
+    lengths = np.array([3, 5, 2])
+    seen = []
+
+    def check_sizes(name, sizes, *_):
+        seen.append(np.shares_memory(sizes, lengths))
+
+    with patch("tokenflex_kernels.bin_packing._check_sizes", check_sizes):
+        pack_with(backend, lengths, 5)
+        balance_with(backend, lengths, lengths, max_tokens=5, max_tiles=5, tile_cost=1)
+    assert seen == [False] * 3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -238,7 +302,8 @@ def test_the_largest_numbers_do_not_overflow(backend):
         ({"max_tokens": 0}, ValueError, r"max_tokens must be in \[1, 2147483647\], got 0"),
         ({"max_tokens": 2**31}, ValueError, r"max_tokens .* 2147483647\], got 2147483648"),
         ({"max_tiles": -1}, ValueError, r"max_tiles must be in \[0, 2147483647\], got -1"),
-        ({"multiple_of": 0}, ValueError, r"multiple_of must be in \[1, 2147483647\], got 0"),
+        ({"multiple_of": 0}, ValueError, r"multiple_of must be in \[1, 65536\], got 0"),
+        ({"multiple_of": 2**31 - 1}, ValueError, r"multiple_of .* \[1, 65536\], got 2147483647"),
         ({"tile_cost": -1.0}, ValueError, r"tile_cost must be in \[0, 1048576\], got -1.0"),
         ({"tile_cost": float("nan")}, ValueError, r"tile_cost must be in .*, got nan"),
         ({"tile_cost": float("inf")}, ValueError, r"tile_cost must be in .*, got inf"),

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import is_frozen_dataclass
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
 from tokenflex_kernels import PackPlan, plan_packing
@@ -333,6 +334,86 @@ def test_refuses_what_is_not_ints(backend, changed, error, message):
     arguments = {"input_ids": [[1, 2], [3]], "token_counts": [], "image_token_id": IMAGE, **changed}
     with pytest.raises(error, match=message):
         plan_with(backend, **arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ([2**63, -200], ValueError, rf"\[0\] must fit int64, got {2**63}"),
+        ([-200, -(2**63) - 1], ValueError, rf"\[1\] must fit int64, got {-(2**63) - 1}"),
+        ([True, 3], TypeError, r" must hold ints, got bool: .*\[0\] is True"),
+        ([3, np.True_], TypeError, r" must hold ints, got bool: .*\[1\] is "),
+        ([1, 2.5], TypeError, " must hold ints, got float64"),
+        ([torch.ones((), requires_grad=True)], TypeError, " must be a 1-D sequence of ints, got "),
+        (torch.ones(2, requires_grad=True), TypeError, " must hold ints, got torch.float32"),
+        (torch.ones(2).bfloat16(), TypeError, " must hold ints, got torch.bfloat16"),
+        (torch.ones(2, dtype=torch.bool), TypeError, " must hold ints, got torch.bool"),
+        (
+            torch.ones(2, dtype=torch.int64).to_sparse(),
+            TypeError,
+            " must be a dense tensor of ints, .* torch.sparse_coo",
+        ),
+        (
+            torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8),
+            TypeError,
+            " must hold ints, got torch.qint8",
+        ),
+    ],
+    ids=repr,
+)
+def test_refuses_in_words_of_its_own_what_numpy_and_torch_would_guess_at(
+    backend, values, error, message
+):
+    for name, arguments in {
+        "token_counts": ([[1, 2], [3]], values),
+        r"input_ids\[0\]": ([values, [3]], []),
+    }.items():
+        with pytest.raises(error, match=f"^{name}{message}"):
+            plan_with(backend, *arguments, IMAGE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numpy_ints_of_several_kinds_are_ints(backend):
+    mixed = [np.uint64(5), np.int64(IMAGE), 7]
+    assert_same_plan(
+        plan_with(backend, [mixed, []], [np.uint8(2)], IMAGE),
+        plan_with(backend, [[5, IMAGE, 7], torch.tensor([])], [2], IMAGE),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("expanded", [1, "no", None])
+def test_refuses_an_expanded_that_is_no_bool(backend, expanded):
+    with pytest.raises(TypeError, match=f"expanded must be a bool, got {expanded!r}"):
+        plan_with(backend, [[1]], [], IMAGE, expanded=expanded)
+
+
+# ---- torch's modes
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_default_device_does_not_move_a_plan(backend):
+    wanted = plan_with(backend, [[1, IMAGE]], [3], IMAGE)
+    with torch.device("meta"):
+        plan = plan_with(backend, [[1, IMAGE]], [3], IMAGE)
+    assert_same_plan(plan, wanted)
+    torch.set_default_device("meta")
+    try:
+        plan = plan_with(backend, [[1, IMAGE]], [3], IMAGE)
+    finally:
+        torch.set_default_device(None)
+    assert_same_plan(plan, wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_plan_made_of_fake_tensors_has_its_shapes_and_facts(backend):
+    with FakeTensorMode():
+        plan = plan_with(backend, [[1, IMAGE, 2]], [3], IMAGE)
+        with pytest.raises(TypeError, match=r"token_counts must be .* read, got FakeTensor"):
+            plan_with(backend, [[1, IMAGE]], torch.tensor([3]), IMAGE)
+    assert (plan.num_tokens, plan.lengths, plan.max_token_id) == (5, (5,), 2)
+    assert [tuple(getattr(plan, name).shape) for name in TENSORS] == [(5,)] * 4 + [(3,), (2,)]
 
 
 def test_refuses_tensors_that_are_not_on_the_host():

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from tokenflex_kernels import merge_vision, pack_embeddings, plan_packing, unpack_vision
@@ -295,6 +296,74 @@ def test_differentiating_twice_is_refused(op):
     (grad,) = torch.autograd.grad(output.square().sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def ops_of_floats():
+    """Each op as a function of its float tensors, with those tensors."""
+    table = torch.randn(6, 4, dtype=torch.float64)
+    base = torch.randn(EXAMPLE.num_tokens, 4, dtype=torch.float64)
+    vision = torch.randn(EXAMPLE.vision_rows.shape[0], 4, dtype=torch.float64)
+    return {
+        "pack": (lambda table, vision: pack_embeddings(table, vision, EXAMPLE), (table, vision)),
+        "merge": (
+            lambda base, vision: merge_vision(base, vision, EXAMPLE.vision_rows),
+            (base, vision),
+        ),
+        "unpack": (lambda base: unpack_vision(base, EXAMPLE), (base,)),
+    }
+
+
+@pytest.mark.parametrize("op", ["pack", "merge", "unpack"])
+def test_forward_mode_gives_the_op_of_the_tangents(op):
+    """The ops are linear. Below autograd the tangents would be lost without a word."""
+    function, inputs = ops_of_floats()[op]
+    tangents = tuple(torch.randn_like(value) for value in inputs)
+    result, tangent = torch.func.jvp(function, inputs, tangents)
+    assert torch.equal(result, function(*inputs))
+    assert torch.equal(tangent, function(*tangents))
+
+    # Of the last input alone, through dual tensors.
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(inputs[-1], tangents[-1])
+        tangent = forward_ad.unpack_dual(function(*inputs[:-1], dual)).tangent
+    zeros = [torch.zeros_like(value) for value in inputs[:-1]]
+    assert torch.equal(tangent, function(*zeros, tangents[-1]))
+
+
+@pytest.mark.parametrize("op", ["pack", "merge", "unpack"])
+def test_forward_and_backward_mode_meet(op):
+    """A tangent and a gradient of one call, as Hessian-vector products ask for."""
+    function, inputs = ops_of_floats()[op]
+    leaf = inputs[-1].requires_grad_()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(leaf, torch.ones_like(leaf))
+        primal, tangent = forward_ad.unpack_dual(function(*inputs[:-1], dual))
+        assert torch.count_nonzero(tangent) > 0
+        (grad,) = torch.autograd.grad(primal.sum(), leaf)
+    with backend_set_to("reference"):
+        (wanted,) = torch.autograd.grad(function(*inputs).sum(), leaf)
+    assert torch.equal(grad, wanted)
+
+
+# ---- maps that point nowhere
+
+
+@pytest.mark.parametrize("entry", [10**9, 6, -8, -(2**31)])
+def test_a_source_that_points_outside_is_refused_on_the_cpu(entry):
+    plan = plan_packing([[1, IMAGE, 2, 2], [], [IMAGE, 5, IMAGE], [3]], [3, 0, 4], IMAGE)
+    plan.source[2] = entry
+    message = rf"source\[2\] must be in \[-7, 6\), for 6 table and 7 vision rows, got {entry}"
+    with pytest.raises(ValueError, match=message):
+        pack_embeddings(torch.randn(6, 4), torch.randn(7, 4), plan)
+
+
+@pytest.mark.parametrize("entry", [10**9, EXAMPLE.num_tokens, -1])
+def test_vision_rows_that_point_outside_are_refused_on_the_cpu(entry):
+    plan = plan_packing([[1, IMAGE, 2, 2], [], [IMAGE, 5, IMAGE], [3]], [3, 0, 4], IMAGE)
+    plan.vision_rows[3] = entry
+    message = rf"vision_rows\[3\] must be a packed row, in \[0, {TOTAL}\), got {entry}"
+    with pytest.raises(ValueError, match=message):
+        unpack_vision(torch.randn(TOTAL, 4), plan)
 
 
 # ---- empty cases

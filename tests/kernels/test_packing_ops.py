@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -79,6 +80,14 @@ def test_fake_tensors_get_shapes_and_touch_no_memory():
         assert merged.shape == (PLAN.num_tokens, 4)
         merged.sum().backward()
         assert table.grad.shape == (6, 4)
+
+
+def test_a_default_device_does_not_move_the_map_of_a_merge():
+    base, vision = rows(5, "cpu"), rows(2, "cpu")
+    where = torch.tensor([3, 1])
+    wanted = merge_vision(base, vision, where)
+    with torch.device("meta"):
+        assert torch.equal(merge_vision(base, vision, where), wanted)
 
 
 # ---- torch.compile
@@ -220,6 +229,16 @@ def test_the_tables_gradient_is_that_of_an_embedding_lookup(device, total):
     torch.testing.assert_close(actual, wanted)
 
 
+@pytest.mark.parametrize("shape", [(12, 0, 6), (0, 4, 6), (12, 4, 0)])
+def test_the_gradient_of_no_numbers_asks_no_kernel_for_a_sum(shape, monkeypatch):
+    """PyTorch's would launch a grid of no blocks on a device."""
+    total, width, num_rows = shape
+    monkeypatch.setattr(torch.ops.aten, "embedding_dense_backward", None)
+    source = torch.full((total,), -1, dtype=torch.int32)
+    grad = ops.table_gradient(torch.randn(total, width), source, num_rows)
+    assert torch.equal(grad, torch.zeros(num_rows, width))
+
+
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_data_parallel_training_sums_into_its_buckets(tmp_path):
     """DDP makes `.grad` a view of its bucket: the gradient is copied there, and accumulates."""
@@ -259,3 +278,56 @@ def test_a_missing_extension_leaves_the_reference(monkeypatch):
     assert torch.equal(unpack_vision(packed, PLAN), vision)
     with pytest.raises(RuntimeError, match=r"tokenflex_kernels\._C, which is not built"):
         ops.pack_embeddings(table, vision, PLAN.source, PLAN.vision_rows)
+
+
+# ---- the GPU benchmark's graphs, where there is no GPU
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Stands in for torch.cuda's streams, with a capture that fails as it ends."""
+    from benchmarks import packing_gpu
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    state = {"current": Stream(), "captures": 0}
+    first = state["current"]
+
+    class BrokenCapture:
+        def __init__(self, graph):
+            state["captures"] += 1
+
+        def __enter__(self):
+            state["current"] = Stream()
+
+        def __exit__(self, *_):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: state["current"])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda s: state.update(current=s))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", BrokenCapture)
+    return packing_gpu, state, first
+
+
+def test_a_failed_capture_gives_the_stream_back(streams):
+    packing_gpu, state, first = streams
+    timed = packing_gpu.Timed(lambda batch: batch + 1, [1, 2], inner=2)
+    assert timed.graph is None
+    assert timed.results == [2, 3]
+    assert (state["captures"], state["current"]) == (1, first)
+
+
+def test_a_variant_known_to_wait_is_never_captured(streams):
+    packing_gpu, state, _ = streams
+    forward, *backward = packing_gpu.MODES
+    scatter = "embedding + masked_scatter"
+    assert {(scatter, mode) for mode in backward} == packing_gpu.WAITING
+    call = packing_gpu.Call(lambda batch: batch + 1, forward, waits=True)
+    assert packing_gpu.Timed(call, [1], inner=1).results == [2]
+    assert state["captures"] == 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -15,14 +16,14 @@ MAX_INT32 = 2**31 - 1  # rows, vision rows and token ids are int32 on the device
 
 
 class PlanRows(NamedTuple):
-    """The tensors of a ``PackPlan``, and the largest text token (-1 where there is no text)."""
+    """The tensors of a ``PackPlan`` as arrays, and the largest text token (-1 without text)."""
 
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    labels: torch.Tensor
-    source: torch.Tensor
-    vision_rows: torch.Tensor
-    cu_seqlens: torch.Tensor
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    labels: np.ndarray
+    source: np.ndarray
+    vision_rows: np.ndarray
+    cu_seqlens: np.ndarray
     max_token_id: int
 
 
@@ -69,14 +70,14 @@ def plan_packing(
             rows[first] = (token, position, ignore_index, source)
         cu_seqlens.append(len(rows))
 
-    columns = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4).T.contiguous()
+    columns = np.array(rows, np.int64).reshape(-1, 4).T.copy()
     return PlanRows(
         input_ids=columns[0],
         position_ids=columns[1],
         labels=columns[2],
-        source=columns[3].to(torch.int32),
-        vision_rows=torch.tensor(vision_rows, dtype=torch.int32),
-        cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
+        source=columns[3].astype(np.int32),
+        vision_rows=np.array(vision_rows, np.int32),
+        cu_seqlens=np.array(cu_seqlens, np.int32),
         max_token_id=max((source for _, _, _, source in rows if source >= 0), default=-1),
     )
 
