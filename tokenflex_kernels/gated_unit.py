@@ -46,6 +46,7 @@ def swiglu(
     gate_weight, up_weight, gate_bias, up_bias = check_gated_unit(
         x, gate_weight, up_weight, gate_bias, up_bias
     )
+    # The reference is all there is so far; a choice that cannot be honoured is still refused.
     select_backend("swiglu", x.device)
     return reference.swiglu(x, gate_weight, up_weight, gate_bias, up_bias)
 

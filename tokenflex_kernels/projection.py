@@ -82,6 +82,7 @@ def project_tokens(
         "down_weight", down_weight, x, (text_width, hidden_width), "[D, H]"
     )
     down_bias = check_linear_bias("down_bias", down_bias, x, text_width, "[D]")
+    # The reference is all there is so far; a choice that cannot be honoured is still refused.
     select_backend("project_tokens", x.device)
     return reference.project_tokens(
         x,

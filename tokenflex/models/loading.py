@@ -39,11 +39,10 @@ def load_checkpoint(
             raise ValueError(f"checkpoint file {file} cannot be read: {error}") from error
     try:
         model, loading = TokenFlexForConditionalGeneration.from_pretrained(
-            # Sizes that differ are reported below, by name.
             folder,
             config=config,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
         processor = TokenFlexProcessor.from_pretrained(folder)
     except Exception as error:  # tokenizers and templates raise their own kinds

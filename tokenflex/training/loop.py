@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
-from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
+from transformers import get_scheduler
 
 from tokenflex.counts import TokenCounts
 from tokenflex.data.order import EpochOrder, StepSampler, packed_batches
@@ -35,6 +35,9 @@ from tokenflex.training.checkpoint import (
     write_json,
 )
 from tokenflex.training.config import StageConfig, TrainConfig
+
+# The configuration's name -> transformers'; both warm up.
+SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 class NonFiniteLossError(RuntimeError):
@@ -152,13 +155,12 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             self._learning_modules(stage), betas=stage.betas, weight_decay=stage.weight_decay
         )
-        make_schedule = {
-            "cosine": lambda: get_cosine_schedule_with_warmup(
-                optimizer, stage.warmup_steps, stage.steps
-            ),
-            "constant": lambda: get_constant_schedule_with_warmup(optimizer, stage.warmup_steps),
-        }
-        scheduler = make_schedule[stage.schedule]()
+        scheduler = get_scheduler(
+            SCHEDULES[stage.schedule],
+            optimizer,
+            num_warmup_steps=stage.warmup_steps,
+            num_training_steps=stage.steps,
+        )
         first_step = 0
         if self.resumed is not None:
             first_step = self.resumed["step"]
