@@ -16,6 +16,7 @@ tensors that it cannot run on: what was asked for explicitly is never replaced i
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from functools import cache
 from types import ModuleType
@@ -26,9 +27,9 @@ BACKENDS = ("auto", "reference", "triton", "cuda")
 
 # Fastest first; `reference` is implied as the last of each row.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "pool_norm": (),
-    "swiglu": (),
-    "project_tokens": (),
+    "pool_norm": ("triton",),
+    "swiglu": ("triton",),
+    "project_tokens": ("triton",),
     "plan_packing": ("cpp",),
     "pack_embeddings": ("cuda", "cpp"),
     "unpack_vision": ("cuda", "cpp"),
@@ -71,19 +72,33 @@ def _runs_on(implementation: str, device_type: str) -> bool:
     if implementation == "cuda":
         return compiled is not None and compiled.has_cuda and device_type == "cuda"
     if implementation == "triton":
-        return device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+        interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+        return (device_type == "cuda" or interpreted) and _has_triton()
     return True
 
 
-def select_backend(op: str, device: torch.device | str = "cpu") -> str:
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def select_backend(
+    op: str, device: torch.device | str = "cpu", *, beyond_triton: str | None = None
+) -> str:
     """The implementation of ``op`` to run on tensors of ``device``.
+
+    Args:
+        op: a key of ``IMPLEMENTATIONS``.
+        device: of the op's tensors.
+        beyond_triton: what about these tensors the Triton kernels are not made for, None if
+            nothing: the reference takes such calls.
 
     Returns:
         One of "triton", "cuda", "cpp", "reference".
 
     Raises:
         ValueError: ``TOKENFLEX_BACKEND`` is not a known value, or names an implementation that
-            this op has but that cannot run on ``device``.
+            this op has but that cannot run on ``device`` or on these tensors.
     """
     requested = requested_backend()
     if requested == "reference":
@@ -96,8 +111,15 @@ def select_backend(op: str, device: torch.device | str = "cpu") -> str:
                 f"TOKENFLEX_BACKEND={requested} was asked for, but {op} cannot run it on "
                 f"{device_type} tensors here; expected {_requirement(requested)}"
             )
+        if requested == "triton" and beyond_triton:
+            raise ValueError(
+                f"TOKENFLEX_BACKEND=triton was asked for, but the kernels of {op} do not take "
+                f"{beyond_triton}; the reference does"
+            )
         return requested
     for implementation in candidates:
+        if implementation == "triton" and beyond_triton:
+            continue
         if _runs_on(implementation, device_type):
             return implementation
     return "reference"
@@ -119,4 +141,4 @@ def _requirement(implementation: str) -> str:
             f"CUDA tensors and an extension built with nvcc (here the extension is {state}, and "
             f"PyTorch sees {torch.cuda.device_count()} CUDA devices)"
         )
-    return "CUDA tensors, or TRITON_INTERPRET=1"
+    return "Triton, and CUDA tensors or CPU tensors with TRITON_INTERPRET=1"

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import torch
 
+from tokenflex_kernels import _projector_ops as ops
 from tokenflex_kernels._backend import select_backend
 from tokenflex_kernels._checks import (
+    autocast_enabled,
     check_float,
     check_like,
     check_shape,
@@ -46,9 +48,19 @@ def swiglu(
     gate_weight, up_weight, gate_bias, up_bias = check_gated_unit(
         x, gate_weight, up_weight, gate_bias, up_bias
     )
-    # The reference is all there is so far; a choice that cannot be honoured is still refused.
-    select_backend("swiglu", x.device)
+    beyond = "float64" if x.dtype == torch.float64 else None
+    if select_backend("swiglu", x.device, beyond_triton=beyond) == "triton":
+        return ops.swiglu(*in_autocast_dtype(x, gate_weight, up_weight, gate_bias, up_bias))
     return reference.swiglu(x, gate_weight, up_weight, gate_bias, up_bias)
+
+
+def in_autocast_dtype(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The first tensor and all others in the dtype that autocast gives a Linear, if it is on."""
+    device = tensors[0].device if tensors[0] is not None else torch.device("cpu")
+    if not autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device.type)
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
 def check_gated_unit(

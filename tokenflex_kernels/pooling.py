@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from tokenflex_kernels import _projector_ops as ops
 from tokenflex_kernels._backend import select_backend
 from tokenflex_kernels._checks import (
     Grid,
@@ -23,7 +24,10 @@ from tokenflex_kernels._checks import (
     check_tensor,
 )
 from tokenflex_kernels.axis_weights import check_mode
+from tokenflex_kernels.pooling_plan import grid_runs
 from tokenflex_kernels.reference import pooling as reference
+
+MAX_WIDTH = 16384  # a program of the kernels holds whole rows in registers
 
 
 def pool_norm(
@@ -65,9 +69,19 @@ def pool_norm(
     mode = check_mode(mode)
     eps = check_eps(eps)
     check_norm(x, weight, bias, prefix="")
-    # The reference is all there is so far; a choice that cannot be honoured is still refused.
-    select_backend("pool_norm", x.device)
-    return reference.pool_norm(x, in_grids, out_grids, mode=mode, weight=weight, bias=bias, eps=eps)
+    runs = grid_runs(in_grids, out_grids)
+    if select_backend("pool_norm", x.device, beyond_triton=beyond_triton(x)) == "triton":
+        return ops.pool_norm(x, weight, bias, runs, mode, eps)
+    return reference.pool_norm(x, runs, mode=mode, weight=weight, bias=bias, eps=eps)
+
+
+def beyond_triton(x: torch.Tensor) -> str | None:
+    """What about ``x`` the kernels are not made for, None if nothing."""
+    if x.dtype == torch.float64:
+        return "float64"
+    if x.shape[1] > MAX_WIDTH:
+        return f"rows of more than {MAX_WIDTH} features"
+    return None
 
 
 def check_grid_lists(

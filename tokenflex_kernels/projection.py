@@ -12,11 +12,18 @@ from collections.abc import Sequence
 
 import torch
 
+from tokenflex_kernels import _projector_ops as ops
 from tokenflex_kernels._backend import select_backend
 from tokenflex_kernels._checks import Grid, check_eps, check_float, check_tensor
 from tokenflex_kernels.axis_weights import check_mode
-from tokenflex_kernels.gated_unit import check_gated_unit, check_linear_bias, check_linear_weight
-from tokenflex_kernels.pooling import check_grid_lists, check_norm
+from tokenflex_kernels.gated_unit import (
+    check_gated_unit,
+    check_linear_bias,
+    check_linear_weight,
+    in_autocast_dtype,
+)
+from tokenflex_kernels.pooling import beyond_triton, check_grid_lists, check_norm
+from tokenflex_kernels.pooling_plan import grid_runs
 from tokenflex_kernels.reference import projection as reference
 
 SAVE_CHOICES = ("preactivation", "input")
@@ -68,6 +75,44 @@ def project_tokens(
     check_tensor("x", x, ndim=2)
     check_float("x", x)
     in_grids, out_grids = check_grid_lists(x, in_grids, out_grids)
+    return project_runs(
+        x,
+        grid_runs(in_grids, out_grids),
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        gate_weight=gate_weight,
+        gate_bias=gate_bias,
+        up_weight=up_weight,
+        up_bias=up_bias,
+        down_weight=down_weight,
+        down_bias=down_bias,
+        mode=mode,
+        eps=eps,
+        save=save,
+    )
+
+
+def project_runs(
+    x: torch.Tensor,
+    runs: list[int],
+    *,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor | None,
+    gate_weight: torch.Tensor,
+    gate_bias: torch.Tensor | None,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    mode: str,
+    eps: float,
+    save: str,
+) -> torch.Tensor:
+    """``project_tokens`` for grids that are already checked, as ``grid_runs`` writes them.
+
+    A batch of one grid is one run whatever its size, so a compiler need not know how many images
+    there are.
+    """
     mode = check_mode(mode)
     eps = check_eps(eps)
     check_save(save)
@@ -82,12 +127,20 @@ def project_tokens(
         "down_weight", down_weight, x, (text_width, hidden_width), "[D, H]"
     )
     down_bias = check_linear_bias("down_bias", down_bias, x, text_width, "[D]")
-    # The reference is all there is so far; a choice that cannot be honoured is still refused.
-    select_backend("project_tokens", x.device)
+    if select_backend("project_tokens", x.device, beyond_triton=beyond_triton(x)) == "triton":
+        return ops.project_tokens(
+            x,
+            norm_weight,
+            norm_bias,
+            *in_autocast_dtype(gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias),
+            runs,
+            mode,
+            eps,
+            save,
+        )
     return reference.project_tokens(
         x,
-        in_grids,
-        out_grids,
+        runs,
         norm_weight=norm_weight,
         norm_bias=norm_bias,
         gate_weight=gate_weight,

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from contextlib import nullcontext
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 
-from tokenflex_kernels._checks import Grid, autocast_enabled
+from tokenflex_kernels._checks import autocast_enabled
 from tokenflex_kernels.axis_weights import axis_map
+from tokenflex_kernels.pooling_plan import runs_of
 
 _AS_IS = nullcontext()
 
 
 def pool_norm(
     x: torch.Tensor,
-    in_grids: list[Grid],
-    out_grids: list[Grid],
+    runs: list[int],
     *,
     mode: str,
     weight: torch.Tensor | None,
@@ -30,7 +29,7 @@ def pool_norm(
     compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     # Autocast would round the sums to its own dtype.
     with torch.autocast(x.device.type, enabled=False) if autocast_enabled(x.device) else _AS_IS:
-        pooled = _pool(x.to(compute_dtype), in_grids, out_grids, mode)
+        pooled = _pool(x.to(compute_dtype), runs, mode)
         if weight is not None:
             scale = weight.to(compute_dtype)
             shift = None if bias is None else bias.to(compute_dtype)
@@ -38,25 +37,33 @@ def pool_norm(
     return pooled.to(x.dtype)
 
 
-def _pool(x: torch.Tensor, in_grids: list[Grid], out_grids: list[Grid], mode: str) -> torch.Tensor:
+def _pool(x: torch.Tensor, flat_runs: list[int], mode: str) -> torch.Tensor:
     """P_h X P_w^T for every image, images of the same two grids together."""
-    if not in_grids:
+    runs = runs_of(flat_runs)
+    if not runs:
         return x
-    starts = [0, *accumulate(height * width for height, width in in_grids)]
-    alike: dict[tuple[Grid, Grid], list[int]] = defaultdict(list)
-    for image, grids in enumerate(zip(in_grids, out_grids, strict=True)):
-        alike[grids].append(image)
+    alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for index, (_, *grids) in enumerate(runs):
+        alike[tuple(grids)].append(index)
+    patches = x.split([images * in_h * in_w for images, in_h, in_w, _, _ in runs])
 
-    pooled: list[torch.Tensor] = [x] * len(in_grids)
-    for ((in_h, in_w), (out_h, out_w)), images in alike.items():
-        rows = torch.stack([x[starts[i] : starts[i + 1]] for i in images])
-        patches = rows.unflatten(1, (in_h, in_w))
+    pooled = list(patches)
+    for (in_h, in_w, out_h, out_w), members in alike.items():
+        rows = (
+            torch.cat([patches[index] for index in members])
+            if len(members) > 1
+            else (patches[members[0]])
+        )
         map_h, map_w = axis_map(in_h, out_h, mode), axis_map(in_w, out_w, mode)
         sums = torch.einsum(
-            "ih,bhwc,jw->bijc", x.new_tensor(map_h.weights), patches, x.new_tensor(map_w.weights)
+            "ih,bhwc,jw->bijc",
+            x.new_tensor(map_h.weights),
+            rows.view(-1, in_h, in_w, x.shape[1]),
+            x.new_tensor(map_w.weights),
         )
         areas = torch.outer(x.new_tensor(map_h.divisors), x.new_tensor(map_w.divisors))
-        cells = (sums / areas[..., None]).flatten(1, 2)
-        for image, tokens in zip(images, cells, strict=True):
-            pooled[image] = tokens
+        cells = (sums / areas[..., None]).flatten(0, 2)
+        sizes = [runs[index][0] * out_h * out_w for index in members]
+        for index, part in zip(members, cells.split(sizes), strict=True):
+            pooled[index] = part
     return torch.cat(pooled)

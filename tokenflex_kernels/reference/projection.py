@@ -6,15 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tokenflex_kernels._checks import Grid
 from tokenflex_kernels.reference.gated_unit import swiglu
 from tokenflex_kernels.reference.pooling import pool_norm
 
 
 def project_tokens(
     x: torch.Tensor,
-    in_grids: list[Grid],
-    out_grids: list[Grid],
+    runs: list[int],
     *,
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor | None,
@@ -29,9 +27,7 @@ def project_tokens(
     save: str,
 ) -> torch.Tensor:
     """See :func:`tokenflex_kernels.project_tokens`."""
-    tokens = pool_norm(
-        x, in_grids, out_grids, mode=mode, weight=norm_weight, bias=norm_bias, eps=eps
-    )
+    tokens = pool_norm(x, runs, mode=mode, weight=norm_weight, bias=norm_bias, eps=eps)
     weights = (gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
     if save == "input":
         # Recompute gate and up in backward; nothing here draws random numbers.

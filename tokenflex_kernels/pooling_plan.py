@@ -1,0 +1,236 @@
+"""The pooling of a batch as three small tables on the device, beside the rows all that is read.
+
+    images   int32 [images, 10]    where an image's patches and cells lie, and its two axes' tables
+    axes     int32                 for each kind of axis: windows [cells, 4], covers [size, 2]
+    weights  float32               for each kind of axis: the weights of its windows, one by one
+
+Window i of an axis: first patch, patches, divisor, first weight. Cover p of an axis: the first cell
+whose window holds patch p, and how many cells do; windows only move forward, so these cells are
+neighbours. The forward kernel reads windows; the backward kernel gathers by covers, then windows.
+
+Grids are host integers, so the tables are made on the host and copied without waiting for the
+device; a batch whose grids came before finds them there already.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import lru_cache
+from threading import Lock
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from tokenflex_kernels._checks import Grid
+from tokenflex_kernels.axis_weights import axis_map
+
+RUN_FIELDS = 5
+IMAGE_FIELDS = 10
+CACHED_PLANS = 256  # a few kilobytes each
+
+
+class PoolingPlan(NamedTuple):
+    """The tables of one batch on one device, and the sizes that a launch needs."""
+
+    images: torch.Tensor
+    """int32 [images, 10]: first patch row, H, W, first cell row, h, w, then the offsets in ``axes``
+    of the vertical and horizontal windows, and of the vertical and horizontal covers."""
+    axes: torch.Tensor
+    """int32, flat."""
+    weights: torch.Tensor
+    """float32, flat."""
+    weighted: bool
+    """Whether any weight is not 1: the adaptive mode needs no look at ``weights``."""
+    in_grids: tuple[Grid, ...]
+    """The different patch grids of the batch."""
+    out_grids: tuple[Grid, ...]
+    """The different cell grids of the batch."""
+    num_images: int
+    num_patches: int
+    num_cells: int
+
+
+def grid_runs(in_grids: Sequence[Grid], out_grids: Sequence[Grid]) -> list[int]:
+    """The grids of a batch as one flat list of ints: [images, H, W, h, w] for each run of equals.
+
+    This is what an op's schema can hold, and a uniform batch has five ints whatever its size.
+    While a compiler traces, nothing is compared: it would make a graph for each outcome.
+    """
+    runs: list[int] = []
+    tracing = torch.compiler.is_compiling()
+    for (in_h, in_w), (out_h, out_w) in zip(in_grids, out_grids, strict=True):
+        if not tracing and runs[-4:] == [in_h, in_w, out_h, out_w]:
+            runs[-5] += 1
+        else:
+            runs += [1, in_h, in_w, out_h, out_w]
+    return runs
+
+
+def runs_of(flat: Sequence[int]) -> list[tuple[int, int, int, int, int]]:
+    """The runs (images, H, W, h, w) that ``grid_runs`` made flat."""
+    fields = [flat[field::RUN_FIELDS] for field in range(RUN_FIELDS)]
+    return list(zip(*fields, strict=True))
+
+
+class _AxisTable(NamedTuple):
+    windows: np.ndarray
+    covers: np.ndarray
+    weights: np.ndarray
+
+
+@lru_cache(maxsize=512)
+def _axis_table(size: int, cells: int, mode: str) -> _AxisTable:
+    """One axis of ``axis_map`` without its zeros; the first weights count from 0 here."""
+    weights, divisors = axis_map(size, cells, mode)
+    windows: list[tuple[int, int, int, int]] = []
+    kept: list[float] = []
+    for row, divisor in zip(weights, divisors, strict=True):
+        inside = [patch for patch, weight in enumerate(row) if weight != 0]
+        first, end = inside[0], inside[-1] + 1
+        windows.append((first, end - first, divisor, len(kept)))
+        kept += row[first:end]
+    covers: list[tuple[int, int]] = []
+    for patch in range(size):
+        over = [cell for cell, (first, n, _, _) in enumerate(windows) if first <= patch < first + n]
+        covers.append((over[0], over[-1] + 1 - over[0]) if over else (0, 0))
+    return _AxisTable(
+        np.array(windows, np.int32), np.array(covers, np.int32), np.array(kept, np.float32)
+    )
+
+
+def build_tables(
+    runs: Sequence[tuple[int, int, int, int, int]], mode: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``images``, ``axes`` and ``weights`` of a batch, on the host."""
+    axes: list[np.ndarray] = []
+    weights: list[np.ndarray] = []
+    offsets: dict[tuple[int, int], tuple[int, int]] = {}  # (size, cells) -> its two tables
+    num_ints = num_weights = 0
+    for _, in_h, in_w, out_h, out_w in runs:
+        for kind in ((in_h, out_h), (in_w, out_w)):
+            if kind in offsets:
+                continue
+            table = _axis_table(*kind, mode)
+            windows = table.windows + np.array([0, 0, 0, num_weights], np.int32)
+            offsets[kind] = num_ints, num_ints + windows.size
+            axes += [windows.ravel(), table.covers.ravel()]
+            weights.append(table.weights)
+            num_ints += windows.size + table.covers.size
+            num_weights += table.weights.size
+
+    rows = []
+    for _, in_h, in_w, out_h, out_w in runs:
+        windows_h, covers_h = offsets[in_h, out_h]
+        windows_w, covers_w = offsets[in_w, out_w]
+        rows.append((0, in_h, in_w, 0, out_h, out_w, windows_h, windows_w, covers_h, covers_w))
+    images = np.repeat(np.array(rows, np.int64), [run[0] for run in runs], axis=0)
+    for field, (height, width) in ((0, (1, 2)), (3, (4, 5))):
+        sizes = images[:, height] * images[:, width]
+        images[:, field] = np.cumsum(sizes) - sizes
+    return images.astype(np.int32), np.concatenate(axes), np.concatenate(weights)
+
+
+class _Upload(NamedTuple):
+    """A plan on a CUDA device, and when it got there."""
+
+    plan: PoolingPlan
+    stream: int
+    done: torch.cuda.Event
+
+
+# Least recently used first. A plan that a CUDA graph was captured with stays for good: the graph
+# holds nothing but its address.
+_plans: OrderedDict[tuple[object, ...], PoolingPlan | _Upload] = OrderedDict()
+_captured: dict[tuple[object, ...], PoolingPlan | _Upload] = {}
+_lock = Lock()
+
+
+def pooling_plan(flat_runs: Sequence[int], mode: str, device: torch.device) -> PoolingPlan:
+    """The plan of a batch on ``device``, from the cache or made now; never waits for the device.
+
+    Args:
+        flat_runs: see :func:`grid_runs`; at least one run.
+        mode: "adaptive" or "resize".
+        device: where the kernels run. For CUDA, the tables are ready for the current stream.
+
+    Raises:
+        ValueError: the batch has more patches or cells than int32 counts.
+        RuntimeError: a CUDA graph is being captured and these grids never ran before.
+    """
+    key = (tuple(flat_runs), mode, device)
+    with _lock:
+        found = _plans.get(key) or _captured.get(key)
+        if key in _plans:
+            _plans.move_to_end(key)
+    if found is None:
+        found = _make(key, flat_runs, mode, device)
+    if isinstance(found, PoolingPlan):
+        return found
+    return _on_current_stream(key, found)
+
+
+def _make(
+    key: tuple[object, ...], flat_runs: Sequence[int], mode: str, device: torch.device
+) -> PoolingPlan | _Upload:
+    on_cuda = device.type == "cuda"
+    if on_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "these in_grids and out_grids are new, and their tables cannot be copied while a CUDA "
+            "graph is being captured: run the op on them once before the capture"
+        )
+    runs = runs_of(flat_runs)
+    num_patches = sum(n * in_h * in_w for n, in_h, in_w, _, _ in runs)
+    num_cells = sum(n * out_h * out_w for n, _, _, out_h, out_w in runs)
+    for name, rows in (("in_grids", num_patches), ("out_grids", num_cells)):
+        if rows > 2**31 - 1:
+            raise ValueError(f"{name} must hold at most {2**31 - 1} rows in all, got {rows}")
+    tables = build_tables(runs, mode)
+    plan = PoolingPlan(
+        *_copy(tables, device),
+        weighted=bool((tables[2] != 1).any()),
+        in_grids=tuple({run[1:3] for run in runs}),
+        out_grids=tuple({run[3:5] for run in runs}),
+        num_images=len(tables[0]),
+        num_patches=num_patches,
+        num_cells=num_cells,
+    )
+    made: PoolingPlan | _Upload = plan
+    if on_cuda:
+        stream = torch.cuda.current_stream(device)
+        made = _Upload(plan, stream.cuda_stream, stream.record_event())
+    with _lock:
+        _plans[key] = made
+        if len(_plans) > CACHED_PLANS:
+            _plans.popitem(last=False)
+    return made
+
+
+def _copy(
+    tables: tuple[np.ndarray, np.ndarray, np.ndarray], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The tables on ``device`` by one copy; float32 weights travel as the int32 of their bits."""
+    images, axes, weights = tables
+    packed = np.concatenate([images.ravel(), axes, weights.view(np.int32)])
+    flat = torch.from_numpy(packed)
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    flat = flat.to(device, non_blocking=True)
+    parts = flat.split([images.size, axes.size, weights.size])
+    return parts[0].view(images.shape), parts[1], parts[2].view(torch.float32)
+
+
+def _on_current_stream(key: tuple[object, ...], upload: _Upload) -> PoolingPlan:
+    plan, first_stream, done = upload
+    device = plan.images.device
+    stream = torch.cuda.current_stream(device)
+    if torch.cuda.is_current_stream_capturing():
+        # A capture begins with a synchronisation: the copy is over. Waiting for an event from
+        # outside would be an error.
+        with _lock:
+            _captured[key] = upload
+    elif stream.cuda_stream != first_stream:
+        stream.wait_event(done)
+        plan.images.record_stream(stream)  # the three tables share its memory
+    return plan

@@ -1,0 +1,135 @@
+"""Every stage as it is called at the reference shapes: what ``aot`` compiles and ``tune`` times.
+
+The shapes are SigLIP's width and grid, the paper's hidden width, and a 2048-wide language model.
+Importing this imports Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from tokenflex_kernels.launch_configs import TileConfig, architecture, launch_config
+from tokenflex_kernels.pooling_plan import pooling_plan
+from tokenflex_kernels.triton_kernels import pooling
+from tokenflex_kernels.triton_kernels.down_gradient import down_gradient
+from tokenflex_kernels.triton_kernels.gate_up import gate_up, gated_product
+from tokenflex_kernels.triton_kernels.input_gradient import input_gradient
+
+VISION_WIDTH, HIDDEN_WIDTH, TEXT_WIDTH = 1152, 3456, 2048
+IN_GRID, OUT_GRID = (27, 27), (16, 16)
+CELLS = OUT_GRID[0] * OUT_GRID[1]
+
+# The variant of a stage, and a function that runs it with a given config.
+StageCall = tuple[str, Callable[..., object]]
+
+
+def stage_calls(
+    stage: str, dtype: torch.dtype, images: int, device: torch.device
+) -> Iterator[StageCall]:
+    """The variants of ``stage``, the one that training runs first; each takes ``config=``.
+
+    Args:
+        stage: one of ``launch_configs.STAGES``.
+        dtype: of rows and weights.
+        images: each of 27 x 27 patches, made 256 tokens.
+        device: "meta" to compile only; elsewhere the tensors hold normal random numbers.
+    """
+
+    def rows(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        if device.type == "meta":
+            return torch.empty(shape, dtype=dtype, device=device)
+        return torch.randn(shape, dtype=dtype, device=device) * scale
+
+    if stage.startswith(("pool_norm", "norm", "scale")):
+        yield from _row_stages(stage, dtype, images, device, rows)
+    else:
+        yield from _tile_stages(stage, images * CELLS, rows)
+
+
+def _row_stages(
+    stage: str,
+    dtype: torch.dtype,
+    images: int,
+    device: torch.device,
+    rows: Callable[..., torch.Tensor],
+) -> Iterator[StageCall]:
+    weight = rows(VISION_WIDTH)
+    cells = rows(images * CELLS, VISION_WIDTH)
+    inverse_std = rows(images * CELLS).float().abs()
+    if stage == "norm_gradient":
+        yield "", partial(pooling.norm_gradient, cells, cells, grad_weight=True, grad_bias=True)
+    elif stage == "scale_shift":
+        yield "", partial(pooling.scale_shift, cells, weight, weight)
+    for mode in ("adaptive", "resize"):
+        plan = pooling_plan([images, *IN_GRID, *OUT_GRID], mode, device)
+        if stage == "pool_norm_forward":
+            x = rows(plan.num_patches, VISION_WIDTH)
+            forward = partial(pooling.pool_norm_forward, plan=plan, eps=1e-5, dtype=dtype)
+            yield f"{mode} norm save", partial(forward, x, weight, weight, save=True)
+            yield f"{mode} norm", partial(forward, x, weight, weight, save=False)
+            yield f"{mode}", partial(forward, x, None, None, save=False)
+        elif stage == "pool_norm_backward":
+            backward = partial(pooling.pool_norm_backward, plan=plan, dtype=dtype)
+            for wanted in (True, False):
+                yield (
+                    f"{mode} norm{' weight' * wanted}",
+                    partial(
+                        backward,
+                        *(cells, cells, inverse_std, weight),
+                        grad_weight=wanted,
+                        grad_bias=wanted,
+                    ),
+                )
+            no_norm = (cells, cells[:0], inverse_std[:0], None)
+            yield f"{mode}", partial(backward, *no_norm, grad_weight=False, grad_bias=False)
+
+
+def _tile_stages(stage: str, tokens: int, rows: Callable[..., torch.Tensor]) -> Iterator[StageCall]:
+    weight = rows(HIDDEN_WIDTH, VISION_WIDTH, scale=VISION_WIDTH**-0.5)
+    hidden = rows(tokens, HIDDEN_WIDTH)
+    pointwise = launch_config("pointwise", tokens, hidden.dtype, architecture(hidden.device))
+    assert isinstance(pointwise, TileConfig)
+    outputs = ((True, True), (False, True), (False, False))  # the product, sums for the biases
+    if stage == "gate_up":
+        x, bias = rows(tokens, VISION_WIDTH), rows(HIDDEN_WIDTH)
+        forward = partial(gate_up, x, weight, weight, pointwise=pointwise)
+        for product, save in ((True, True), (True, False), (False, True)):
+            yield (
+                " ".join(["bias"] + ["product"] * product + ["save"] * save),
+                partial(forward, bias, bias, product=product, save=save),
+            )
+        yield "product", partial(forward, None, None, product=True, save=False)
+    elif stage == "down_gradient":
+        dy = rows(tokens, TEXT_WIDTH)
+        down_weight = rows(TEXT_WIDTH, HIDDEN_WIDTH, scale=HIDDEN_WIDTH**-0.5)
+        for product, sums in outputs:
+            yield (
+                " ".join(["product"] * product + ["bias"] * sums),
+                partial(
+                    down_gradient,
+                    *(dy, down_weight, hidden, hidden),
+                    product=product,
+                    bias=sums,
+                    pointwise=pointwise,
+                ),
+            )
+    elif stage == "input_gradient":
+        yield "", partial(input_gradient, rows(tokens, 2 * HIDDEN_WIDTH), weight, weight)
+    elif stage == "pointwise":
+        yield "product", partial(gated_product, hidden, hidden)
+        for product, sums in outputs:
+            yield (
+                " ".join(["gradients"] + ["product"] * product + ["bias"] * sums),
+                _gate_gradient(hidden, product=product, bias=sums),
+            )
+
+
+def _gate_gradient(hidden: torch.Tensor, **wanted: bool) -> Callable[..., object]:
+    def call(config: Any) -> object:
+        return down_gradient(hidden, None, hidden, hidden, **wanted, config=None, pointwise=config)
+
+    return call
