@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from tokenflex import TokenAdaptiveProjector
-from tokenflex_kernels import project_tokens
+from tokenflex_kernels.projection import project_runs
 
 C, D, H = 6, 5, 10
 SUBMODULES = ("layernorm", "gate", "up", "down")
@@ -347,9 +348,9 @@ class TestFusedOp:
 
         def spy(*arguments, **options):
             calls.append(options["save"])
-            return project_tokens(*arguments, **options)
+            return project_runs(*arguments, **options)
 
-        monkeypatch.setattr("tokenflex.projector.project_tokens", spy)
+        monkeypatch.setattr("tokenflex.projector.project_runs", spy)
         projector_of(save="input")(features, [4, 9, 16])
         assert calls == ["input"]
 
@@ -450,9 +451,19 @@ class TestModule:
     @pytest.mark.filterwarnings("ignore:Dynamo detected a call:UserWarning")
     def test_compiles(self, features):
         projector = projector_of()
-        compiled = torch.compile(projector, backend="eager", fullgraph=False)
+        compiled = torch.compile(projector, backend="eager", fullgraph=True)
         for num_tokens in (9, [4, 9, 16]):
             assert_equal(compiled(features, num_tokens), projector(features, num_tokens))
+
+    @pytest.mark.filterwarnings("ignore:Dynamo detected a call:UserWarning")
+    def test_compiles_once_for_any_number_of_images(self, features):
+        projector = projector_of()
+        counter = CompileCounter()
+        compiled = torch.compile(projector, backend=counter, fullgraph=True, dynamic=True)
+        for num_images in range(2, 22):
+            batch = features[:1].expand(num_images, -1, -1)
+            assert_equal(compiled(batch, 9), projector(batch, 9))
+        assert counter.frame_count <= 2
 
     def test_repr_shows_the_choices(self):
         text = repr(projector_of(num_tokens=64, pooling="resize", save="input"))

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import isqrt
+from math import isqrt, sqrt
 from numbers import Integral, Real
 from typing import TypeAlias
 
@@ -43,8 +43,9 @@ def token_grid(count: object, *, name: str = "num_tokens") -> Grid:
         number = int(count)  # type: ignore[call-overload]
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
-        side = isqrt(number)
+        side = int(sqrt(number))  # a compiler can trace this, and it is exact below 2^52
         if side * side != number:
+            side = isqrt(number)
             raise ValueError(
                 f"{name} must be a perfect square or a (height, width) pair, got {number}; "
                 f"the nearest squares are {side * side} and {(side + 1) ** 2}"

@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, is_one_count, token_grid
 from tokenflex.counts import token_grids as grids_of_counts
-from tokenflex_kernels import pool_norm, project_tokens
 from tokenflex_kernels._checks import (
     check_count,
     check_eps,
@@ -20,7 +19,9 @@ from tokenflex_kernels._checks import (
     check_tensor,
 )
 from tokenflex_kernels.axis_weights import check_mode
-from tokenflex_kernels.projection import check_save
+from tokenflex_kernels.pooling import pool_runs
+from tokenflex_kernels.pooling_plan import grid_runs
+from tokenflex_kernels.projection import check_save, project_runs
 
 
 class TokenAdaptiveProjector(nn.Module):
@@ -117,24 +118,26 @@ class TokenAdaptiveProjector(nn.Module):
                 f"features must have width vision_width={self.vision_width}, got "
                 f"{features.shape[-1]}"
             )
-        in_grids = _patch_grids(features, grids)
+        num_images, in_grids = _patch_grids(features, grids)
         counts = self.num_tokens if num_tokens is None else num_tokens
-        out_grids = grids_of_counts(counts, len(in_grids))
-        tokens = self._project(features.reshape(-1, self.vision_width), in_grids, out_grids)
-        if is_one_count(counts):
-            height, width = token_grid(counts)
-            return tokens.view(len(in_grids), height * width, self.text_width)
-        return tokens
+        rows = features.reshape(-1, self.vision_width)
+        if not is_one_count(counts):
+            per_image = [in_grids] * num_images if isinstance(in_grids, tuple) else in_grids
+            return self._project(rows, grid_runs(per_image, grids_of_counts(counts, num_images)))
+        out_grid = token_grid(counts)
+        if isinstance(in_grids, tuple):  # one run, for any number of images
+            runs = [num_images, *in_grids, *out_grid]
+        else:
+            runs = grid_runs(in_grids, [out_grid] * num_images)
+        tokens = self._project(rows, runs)
+        return tokens.view(num_images, out_grid[0] * out_grid[1], self.text_width)
 
-    def _project(
-        self, rows: torch.Tensor, in_grids: Sequence[Grid], out_grids: Sequence[Grid]
-    ) -> torch.Tensor:
+    def _project(self, rows: torch.Tensor, runs: list[int]) -> torch.Tensor:
         if not self._is_plain():
-            return self._project_by_modules(rows, in_grids, out_grids)
-        return project_tokens(
+            return self._project_by_modules(rows, runs)
+        return project_runs(
             rows,
-            in_grids,
-            out_grids,
+            runs,
             norm_weight=self.layernorm.weight,
             norm_bias=self.layernorm.bias,
             gate_weight=self.gate.weight,
@@ -167,11 +170,9 @@ class TokenAdaptiveProjector(nn.Module):
             )
         )
 
-    def _project_by_modules(
-        self, rows: torch.Tensor, in_grids: Sequence[Grid], out_grids: Sequence[Grid]
-    ) -> torch.Tensor:
+    def _project_by_modules(self, rows: torch.Tensor, runs: list[int]) -> torch.Tensor:
         """The same maths through the submodules' own forward."""
-        pooled = pool_norm(rows, in_grids, out_grids, mode=self.pooling)
+        pooled = pool_runs(rows, runs, mode=self.pooling)
         if self.save == "input":
             return checkpoint(self._feed_forward, pooled, use_reentrant=False)
         return self._feed_forward(pooled)
@@ -184,8 +185,10 @@ class TokenAdaptiveProjector(nn.Module):
         return f"num_tokens={self.num_tokens}, pooling={self.pooling!r}, save={self.save!r}"
 
 
-def _patch_grids(features: torch.Tensor, grids: Grid | Sequence[Grid] | None) -> list[Grid]:
-    """One patch grid per image, checked against the patches there are."""
+def _patch_grids(
+    features: torch.Tensor, grids: Grid | Sequence[Grid] | None
+) -> tuple[int, Grid | list[Grid]]:
+    """How many images, and their patch grid or one for each, checked against the patches."""
     if grids is None:
         if features.ndim == 2:
             raise ValueError(
@@ -199,21 +202,22 @@ def _patch_grids(features: torch.Tensor, grids: Grid | Sequence[Grid] | None) ->
             raise ValueError(
                 f"grids must be given when an image's {patches} patches are no square grid"
             ) from None
-        return [square] * batch
+        return batch, square
     if is_one_count(grids):
         one = token_grid(grids, name="grids")
         patches = one[0] * one[1]
-        if features.ndim == 3:
-            per_image = [one] * features.shape[0]
-        elif features.shape[0] % patches:
+        if features.ndim == 3 and features.shape[1] != patches:
+            raise ValueError(
+                f"grids = {one} holds {patches} patches, but features have {features.shape[1]} "
+                "per image"
+            )
+        if features.shape[0] % patches and features.ndim == 2:
             raise ValueError(
                 f"grids={one} holds {patches} patches an image, but the {features.shape[0]} rows "
                 "of features are no multiple of that"
             )
-        else:
-            per_image = [one] * (features.shape[0] // patches)
-    else:
-        per_image = check_grids("grids", grids)
+        return features.shape[0] // (1 if features.ndim == 3 else patches), one
+    per_image = check_grids("grids", grids)
     if features.ndim == 3:
         batch, patches, _ = features.shape
         if len(per_image) != batch:
@@ -226,11 +230,11 @@ def _patch_grids(features: torch.Tensor, grids: Grid | Sequence[Grid] | None) ->
                     f"grids[{i}] = {(height, width)} holds {height * width} patches, but features "
                     f"have {patches} per image"
                 )
-        return per_image
+        return batch, per_image
     patches = sum(height * width for height, width in per_image)
     if patches != features.shape[0]:
         raise ValueError(
             f"grids of {len(per_image)} images hold {patches} patches, but features have "
             f"{features.shape[0]} rows"
         )
-    return per_image
+    return len(per_image), per_image

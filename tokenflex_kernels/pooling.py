@@ -66,10 +66,27 @@ def pool_norm(
     check_tensor("x", x, ndim=2)
     check_float("x", x)
     in_grids, out_grids = check_grid_lists(x, in_grids, out_grids)
+    runs = grid_runs(in_grids, out_grids)
+    return pool_runs(x, runs, mode=mode, weight=weight, bias=bias, eps=eps)
+
+
+def pool_runs(
+    x: torch.Tensor,
+    runs: list[int],
+    *,
+    mode: str = "adaptive",
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """``pool_norm`` for grids that are already checked, as ``grid_runs`` writes them.
+
+    A batch of one grid is one run whatever its size, so a compiler need not know how many images
+    there are.
+    """
     mode = check_mode(mode)
     eps = check_eps(eps)
     check_norm(x, weight, bias, prefix="")
-    runs = grid_runs(in_grids, out_grids)
     if select_backend("pool_norm", x.device, beyond_triton=beyond_triton(x)) == "triton":
         return ops.pool_norm(x, weight, bias, runs, mode, eps)
     return reference.pool_norm(x, runs, mode=mode, weight=weight, bias=bias, eps=eps)

@@ -108,11 +108,7 @@ def project_runs(
     eps: float,
     save: str,
 ) -> torch.Tensor:
-    """``project_tokens`` for grids that are already checked, as ``grid_runs`` writes them.
-
-    A batch of one grid is one run whatever its size, so a compiler need not know how many images
-    there are.
-    """
+    """``project_tokens`` for grids that are already checked; see ``pooling.pool_runs``."""
     mode = check_mode(mode)
     eps = check_eps(eps)
     check_save(save)
