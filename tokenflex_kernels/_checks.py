@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +60,8 @@ def check_grids(name: str, grids: object) -> list[Grid]:
             f"{name} must be a sequence of (height, width) pairs of ints, one per image, "
             f"got {type(grids).__name__}"
         )
+    if not torch.compiler.is_compiling() and _are_plain_grids(grids):
+        return list(grids)
     checked: list[Grid] = []
     for index, grid in enumerate(grids):
         if (
@@ -72,6 +76,14 @@ def check_grids(name: str, grids: object) -> list[Grid]:
             raise ValueError(f"{name}[{index}] must have sides of at least 1, got {grid!r}")
         checked.append((height, width))
     return checked
+
+
+def _are_plain_grids(grids: Sequence[Any]) -> bool:
+    """Whether all are tuples of two positive ints: looked at in C, for the sake of large batches."""
+    if set(map(type, grids)) != {tuple} or set(map(len, grids)) != {2}:
+        return False
+    sides = list(chain.from_iterable(grids))
+    return set(map(type, sides)) == {int} and min(sides) >= 1
 
 
 def check_count(name: str, value: object) -> int:

@@ -337,8 +337,7 @@ def _pool_norm(
     mode: str,
     eps: float,
 ) -> torch.Tensor:
-    out: torch.Tensor = pool_norm_forward(x, weight, bias, runs, mode, eps, x.dtype, False)[0]
-    return out
+    return _pool_norm_forward(x, weight, bias, runs, mode, eps, x.dtype, False)[0]
 
 
 def _swiglu(
@@ -348,8 +347,7 @@ def _swiglu(
     gate_bias: torch.Tensor | None,
     up_bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    out: torch.Tensor = gate_up(x, gate_weight, up_weight, gate_bias, up_bias, True, False)[0]
-    return out
+    return _gate_up(x, gate_weight, up_weight, gate_bias, up_bias, True, False)[0]
 
 
 def _project_tokens(
@@ -367,10 +365,10 @@ def _project_tokens(
     eps: float,
     save: str,
 ) -> torch.Tensor:
-    tokens, _, _ = pool_norm_forward(
+    tokens, _, _ = _pool_norm_forward(
         x, norm_weight, norm_bias, runs, mode, eps, gate_weight.dtype, False
     )
-    product, _, _ = gate_up(tokens, gate_weight, up_weight, gate_bias, up_bias, True, False)
+    product, _, _ = _gate_up(tokens, gate_weight, up_weight, gate_bias, up_bias, True, False)
     return torch.nn.functional.linear(product, down_weight, down_bias)
 
 

@@ -24,7 +24,7 @@ from tokenflex_kernels._checks import (
     check_tensor,
 )
 from tokenflex_kernels.axis_weights import check_mode
-from tokenflex_kernels.pooling_plan import grid_runs
+from tokenflex_kernels.pooling_plan import grid_runs, runs_of
 from tokenflex_kernels.reference import pooling as reference
 
 MAX_WIDTH = 16384  # a program of the kernels holds whole rows in registers
@@ -65,8 +65,7 @@ def pool_norm(
     """
     check_tensor("x", x, ndim=2)
     check_float("x", x)
-    in_grids, out_grids = check_grid_lists(x, in_grids, out_grids)
-    runs = grid_runs(in_grids, out_grids)
+    runs = check_grid_lists(x, in_grids, out_grids)
     return pool_runs(x, runs, mode=mode, weight=weight, bias=bias, eps=eps)
 
 
@@ -103,8 +102,8 @@ def beyond_triton(x: torch.Tensor) -> str | None:
 
 def check_grid_lists(
     x: torch.Tensor, in_grids: Sequence[Grid], out_grids: Sequence[Grid]
-) -> tuple[list[Grid], list[Grid]]:
-    """Both lists, checked against each other and against the rows of ``x``."""
+) -> list[int]:
+    """The runs of both lists, checked against each other and against the rows of ``x``."""
     in_list = check_grids("in_grids", in_grids)
     out_list = check_grids("out_grids", out_grids)
     if len(in_list) != len(out_list):
@@ -112,13 +111,14 @@ def check_grid_lists(
             "in_grids and out_grids must have one entry per image each, got "
             f"{len(in_list)} and {len(out_list)}"
         )
-    patches = sum(height * width for height, width in in_list)
+    runs = grid_runs(in_list, out_list)
+    patches = sum(images * in_h * in_w for images, in_h, in_w, _, _ in runs_of(runs))
     if x.shape[0] != patches:
         raise ValueError(
             f"x must have one row per patch: in_grids of {len(in_list)} images hold {patches} "
             f"patches, but x has {x.shape[0]} rows"
         )
-    return in_list, out_list
+    return runs
 
 
 def check_norm(

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import groupby
 from threading import Lock
 from typing import NamedTuple
 
@@ -59,12 +60,13 @@ def grid_runs(in_grids: Sequence[Grid], out_grids: Sequence[Grid]) -> list[int]:
     While a compiler traces, nothing is compared: it would make a graph for each outcome.
     """
     runs: list[int] = []
-    tracing = torch.compiler.is_compiling()
-    for (in_h, in_w), (out_h, out_w) in zip(in_grids, out_grids, strict=True):
-        if not tracing and runs[-4:] == [in_h, in_w, out_h, out_w]:
-            runs[-5] += 1
-        else:
+    images = zip(in_grids, out_grids, strict=True)
+    if torch.compiler.is_compiling():
+        for (in_h, in_w), (out_h, out_w) in images:
             runs += [1, in_h, in_w, out_h, out_w]
+        return runs
+    for (in_grid, out_grid), alike in groupby(images):
+        runs += [sum(1 for _ in alike), *in_grid, *out_grid]
     return runs
 
 

@@ -23,7 +23,6 @@ from tokenflex_kernels.gated_unit import (
     in_autocast_dtype,
 )
 from tokenflex_kernels.pooling import beyond_triton, check_grid_lists, check_norm
-from tokenflex_kernels.pooling_plan import grid_runs
 from tokenflex_kernels.reference import projection as reference
 
 SAVE_CHOICES = ("preactivation", "input")
@@ -74,10 +73,9 @@ def project_tokens(
     """
     check_tensor("x", x, ndim=2)
     check_float("x", x)
-    in_grids, out_grids = check_grid_lists(x, in_grids, out_grids)
     return project_runs(
         x,
-        grid_runs(in_grids, out_grids),
+        check_grid_lists(x, in_grids, out_grids),
         norm_weight=norm_weight,
         norm_bias=norm_bias,
         gate_weight=gate_weight,

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from tokenflex_kernels.launch_configs import TileConfig
-from tokenflex_kernels.triton_kernels.launch import launch
+from tokenflex_kernels.triton_kernels.launch import cdiv, launch
 from tokenflex_kernels.triton_kernels.tiles import (
     can_describe,
     dot_precision,
@@ -191,7 +191,7 @@ def down_gradient(
     tile = pointwise if down_weight is None or config is None else config
     grads = gate.new_empty(rows, 2 * hidden)
     recomputed = gate.new_empty(rows if product else 0, hidden)
-    tiles_m = triton.cdiv(rows, tile.block_m)
+    tiles_m = cdiv(rows, tile.block_m)
     partial_bias = gate.new_empty(tiles_m if bias else 0, 2 * hidden, dtype=torch.float32)
     results = (gate, up, grads, recomputed, partial_bias)
     if down_weight is None:

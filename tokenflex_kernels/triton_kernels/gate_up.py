@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from tokenflex_kernels.launch_configs import TileConfig
-from tokenflex_kernels.triton_kernels.launch import launch
+from tokenflex_kernels.triton_kernels.launch import cdiv, launch
 from tokenflex_kernels.triton_kernels.tiles import (
     can_describe,
     dot_precision,
@@ -192,7 +192,7 @@ def gated_product(gate: torch.Tensor, up: torch.Tensor, *, config: TileConfig) -
     block = config.block_m * config.block_n
     launch(
         gated_product_kernel,
-        triton.cdiv(gate.numel(), block),
+        cdiv(gate.numel(), block),
         gate,
         gate,
         up,

@@ -22,6 +22,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 on_compile: Callable[[str, Any], None] | None = None
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. (Triton's own is made for kernels, and takes microseconds on the host.)"""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of 2 that is at least ``n``, of n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def launch(kernel: Any, programs: int, like: torch.Tensor, *args: Any, **options: Any) -> None:
     """Launch ``programs`` instances of ``kernel`` on the device of ``like``; none for none.
 

@@ -35,7 +35,7 @@ import triton.language as tl
 
 from tokenflex_kernels.launch_configs import RowConfig
 from tokenflex_kernels.pooling_plan import PoolingPlan
-from tokenflex_kernels.triton_kernels.launch import launch
+from tokenflex_kernels.triton_kernels.launch import cdiv, launch, next_power_of_2
 
 # Batches of every size and shape share one binary: only what belongs to the model specialises it.
 _PER_BATCH = ["programs_per_image"]
@@ -195,7 +195,7 @@ def pool_norm_forward(
     out = x.new_empty(plan.num_cells, width, dtype=dtype)
     normalised = x.new_empty(plan.num_cells if save else 0, width, dtype=dtype)
     inverse_std = x.new_empty(len(normalised), dtype=torch.float32)
-    programs_per_image = max(h * triton.cdiv(w, config.columns) for h, w in plan.out_grids)
+    programs_per_image = max(h * cdiv(w, config.columns) for h, w in plan.out_grids)
     launch(
         pool_norm_forward_kernel,
         plan.num_images * programs_per_image if width > 0 else 0,
@@ -219,7 +219,7 @@ def pool_norm_forward(
         SAVE=save,
         CELLS=config.columns,
         UNROLL=config.unroll,
-        BLOCK_C=triton.next_power_of_2(width),
+        BLOCK_C=next_power_of_2(width),
         num_warps=config.num_warps,
     )
     return out, normalised, inverse_std
@@ -389,7 +389,7 @@ def pool_norm_backward(
     grad = _contiguous_rows(grad)
     width = grad.shape[1]
     programs_per_image = max(
-        triton.cdiv(h, config.rows) * triton.cdiv(w, config.columns) for h, w in plan.in_grids
+        cdiv(h, config.rows) * cdiv(w, config.columns) for h, w in plan.in_grids
     )
     programs = plan.num_images * programs_per_image if width > 0 else 0
     grad_x = grad.new_empty(plan.num_patches, width, dtype=dtype)
@@ -417,7 +417,7 @@ def pool_norm_backward(
         GRAD_BIAS=grad_bias,
         ROWS=config.rows,
         COLUMNS=config.columns,
-        BLOCK_C=triton.next_power_of_2(width),
+        BLOCK_C=next_power_of_2(width),
         num_warps=config.num_warps,
     )
     return grad_x, _added_up(partial_weight), _added_up(partial_bias)
@@ -437,7 +437,7 @@ def norm_gradient(
     """
     grad = _contiguous_rows(grad)
     cells, width = grad.shape
-    programs = triton.cdiv(cells, config.rows) if width > 0 else 0
+    programs = cdiv(cells, config.rows) if width > 0 else 0
     partial_weight, partial_bias = _partial_sums(grad, programs, grad_weight, grad_bias)
     launch(
         norm_gradient_kernel,
@@ -453,7 +453,7 @@ def norm_gradient(
         GRAD_WEIGHT=grad_weight,
         GRAD_BIAS=grad_bias,
         ROWS=config.rows,
-        BLOCK_C=triton.next_power_of_2(width),
+        BLOCK_C=next_power_of_2(width),
         num_warps=config.num_warps,
     )
     return _added_up(partial_weight), _added_up(partial_bias)
@@ -515,7 +515,7 @@ def scale_shift(
     out = torch.empty_like(normalised)
     launch(
         scale_shift_kernel,
-        triton.cdiv(rows, config.rows) if width > 0 else 0,
+        cdiv(rows, config.rows) if width > 0 else 0,
         normalised,
         normalised,
         weight,
@@ -525,7 +525,7 @@ def scale_shift(
         width,
         BIAS=bias is not None,
         ROWS=config.rows,
-        BLOCK_C=triton.next_power_of_2(width),
+        BLOCK_C=next_power_of_2(width),
         num_warps=config.num_warps,
     )
     return out

@@ -8,6 +8,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tokenflex_kernels.launch_configs import TileConfig
+from tokenflex_kernels.triton_kernels.launch import cdiv
 
 
 @triton.jit
@@ -62,7 +63,7 @@ def load_tile(
 
 def num_tiles(rows: int, columns: int, config: TileConfig) -> int:
     """Programs of a product with a result of [rows, columns]."""
-    return triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
+    return cdiv(rows, config.block_m) * cdiv(columns, config.block_n)
 
 
 def rows_of(matrix: torch.Tensor) -> torch.Tensor:
