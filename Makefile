@@ -1,6 +1,7 @@
 # make demo    train, evaluate and plot a tiny model in minutes          (no GPU needed)
-# make test    lint, types and the whole CPU test suite
-# make gpu     build with CUDA into the Python at hand and run the GPU tests (offline)
+# make test    lint, types, the CPU test suite, the kernels interpreted and compiled (no GPU needed)
+# make gpu     build with CUDA into the Python at hand, run the GPU tests and benchmarks (offline)
+# make tune    measure every kernel config on the GPU at hand, write the table into OUT
 # make setup   the virtual environment alone
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ OUT ?= runs/gpu
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint setup gpu clean
+.PHONY: demo test lint setup gpu tune clean
 
 setup: .venv/.ready
 
@@ -27,6 +28,8 @@ demo: setup
 
 test: setup lint
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton_kernels
+	$(BIN)/python -m tokenflex_kernels.aot --quiet
 
 lint: setup
 	$(BIN)/ruff check .
@@ -34,7 +37,7 @@ lint: setup
 	$(BIN)/mypy
 
 # For an environment that already has torch, triton, pybind11, ninja, setuptools and pytest. Goes on
-# after a failed test, and fails at the end.
+# after a failed step, and fails at the end.
 gpu:
 	mkdir -p $(OUT)
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu needs a CUDA device")'
@@ -44,6 +47,11 @@ gpu:
 	$(PYTHON) -m pytest -m gpu --junitxml=$(OUT)/gpu-tests.xml || failed=1; \
 	$(PYTHON) -m benchmarks.packing_gpu --out $(OUT) || failed=1; \
 	exit $$failed
+
+tune:
+	mkdir -p $(OUT)
+	cp tokenflex_kernels/launch_configs.json $(OUT)/
+	$(PYTHON) -m tokenflex_kernels.tune --table $(OUT)/launch_configs.json --csv $(OUT)/tune.csv
 
 clean:
 	rm -rf .venv build *.egg-info tokenflex_kernels/*.so

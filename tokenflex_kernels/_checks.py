@@ -79,7 +79,7 @@ def check_grids(name: str, grids: object) -> list[Grid]:
 
 
 def _are_plain_grids(grids: Sequence[Any]) -> bool:
-    """Whether all are tuples of two positive ints: looked at in C, for the sake of large batches."""
+    """Whether all are tuples of two positive ints: looked at in C, for large batches."""
     if set(map(type, grids)) != {tuple} or set(map(len, grids)) != {2}:
         return False
     sides = list(chain.from_iterable(grids))

@@ -6,7 +6,8 @@ what a GPU would run, with the same arguments specialised.
 
 Prints registers, stack, shared memory and the matrix instruction of each kernel. Exits with 1 if a
 kernel spills (stack above 0), computes in double precision (``.f64`` in the PTX), takes more shared
-memory than a block can have, or is a matrix product without ``wgmma`` on sm_90.
+memory than a block can have, reads no 16 bytes at a time, or is a matrix product without ``wgmma``
+on sm_90.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +52,8 @@ class Compiled(NamedTuple):
     """The matrix instruction, "" where there is none."""
     doubles: bool
     """Whether ``.f64`` occurs in the PTX."""
+    wide: bool
+    """Whether rows are read 16 bytes at a time, or by the copy engine."""
 
 
 def faults(compiled: Compiled) -> list[str]:
@@ -59,6 +63,8 @@ def faults(compiled: Compiled) -> list[str]:
         found.append(f"spills: {compiled.stack} bytes of stack")
     if compiled.doubles:
         found.append(".f64 in the PTX")
+    if not compiled.wide:
+        found.append("no 16-byte loads")
     number = int(compiled.architecture.removeprefix("sm_"))
     limit = SHARED_LIMIT.get(number, min(SHARED_LIMIT.values()))
     if compiled.shared > limit:
@@ -85,6 +91,8 @@ def inspect(architecture: str, kernel: str, variant: str, compiled: Any) -> Comp
         shared=compiled.metadata.shared,
         instruction=next((short for long, short in instructions.items() if long in ptx), ""),
         doubles=".f64" in ptx,
+        wide=re.search(r"ld\.global[\w.:]*\.v(4|8)\.b32|ld\.global[\w.:]*\.v2\.b64|cp\.async", ptx)
+        is not None,
     )
 
 
@@ -137,19 +145,27 @@ def set_target(architecture: str) -> None:
     driver.set_active(_NoGpuDriver(architecture))
 
 
-def compile_shipped(architecture: str) -> list[Compiled]:
-    """Every kernel, variant, dtype and shipped config for one architecture."""
+def compile_all(architecture: str, candidates: bool = False) -> list[Compiled]:
+    """Every kernel, variant, dtype and shipped config (or candidate) for one architecture."""
     from tokenflex_kernels.stage_calls import stage_calls
     from tokenflex_kernels.triton_kernels import launch
+    from tokenflex_kernels.tune import candidate_configs
 
     set_target(architecture)
     compiled: list[Compiled] = []
     stages = read_table()[architecture]["stages"]
     for stage in STAGES:
         for name, buckets in parse_stage(stages, stage).items():
-            configs = dict.fromkeys(config for _, config in buckets if config is not None)
-            for variant, call in stage_calls(stage, DTYPES[name], 2, torch.device("meta")):
-                for config in configs:
+            shipped = [config for _, config in buckets]
+            configs = (
+                candidate_configs(stage, DTYPES[name], architecture) if candidates else shipped
+            )
+            for variant, call in stage_calls(
+                stage, DTYPES[name], 2, (16, 16), torch.device("meta")
+            ):
+                for config in dict.fromkeys(configs):
+                    if config is None:
+                        continue
                     label = f"{name} {variant} {'/'.join(str(int(field)) for field in config)}"
 
                     def keep(kernel: str, result: Any, label: str = label) -> None:
@@ -166,6 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--architectures", default=",".join(known), help="comma-separated, of: %(default)s"
     )
+    parser.add_argument(
+        "--candidates", action="store_true", help="compile what tune would try, not what is shipped"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
     parser.add_argument("--quiet", action="store_true", help="print faults and the summary only")
     options = parser.parse_args(arguments)
@@ -179,7 +198,10 @@ def main(arguments: list[str] | None = None) -> int:
     with ProcessPoolExecutor(
         options.jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
     ) as pool:
-        compiled = [one for several in pool.map(compile_shipped, architectures) for one in several]
+        by_architecture = pool.map(
+            partial(compile_all, candidates=options.candidates), architectures
+        )
+        compiled = [one for several in by_architecture for one in several]
     bad = 0
     for one in compiled:
         wrong = faults(one)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tokenflex_kernels._checks import Grid
 from tokenflex_kernels.launch_configs import TileConfig, architecture, launch_config
 from tokenflex_kernels.pooling_plan import pooling_plan
 from tokenflex_kernels.triton_kernels import pooling
@@ -20,22 +21,28 @@ from tokenflex_kernels.triton_kernels.gate_up import gate_up, gated_product
 from tokenflex_kernels.triton_kernels.input_gradient import input_gradient
 
 VISION_WIDTH, HIDDEN_WIDTH, TEXT_WIDTH = 1152, 3456, 2048
-IN_GRID, OUT_GRID = (27, 27), (16, 16)
-CELLS = OUT_GRID[0] * OUT_GRID[1]
+IN_GRID = (27, 27)
 
 # The variant of a stage, and a function that runs it with a given config.
 StageCall = tuple[str, Callable[..., object]]
 
 
+def rows_of_stage(stage: str, images: int, out_grid: Grid) -> int:
+    """The rows by which ``launch_config`` chooses for such a batch."""
+    height, width = IN_GRID if stage == "pool_norm_backward" else out_grid
+    return images * height * width
+
+
 def stage_calls(
-    stage: str, dtype: torch.dtype, images: int, device: torch.device
+    stage: str, dtype: torch.dtype, images: int, out_grid: Grid, device: torch.device
 ) -> Iterator[StageCall]:
     """The variants of ``stage``, the one that training runs first; each takes ``config=``.
 
     Args:
         stage: one of ``launch_configs.STAGES``.
         dtype: of rows and weights.
-        images: each of 27 x 27 patches, made 256 tokens.
+        images: each of 27 x 27 patches.
+        out_grid: what each is pooled to.
         device: "meta" to compile only; elsewhere the tensors hold normal random numbers.
     """
 
@@ -45,27 +52,29 @@ def stage_calls(
         return torch.randn(shape, dtype=dtype, device=device) * scale
 
     if stage.startswith(("pool_norm", "norm", "scale")):
-        yield from _row_stages(stage, dtype, images, device, rows)
+        runs = [images, *IN_GRID, *out_grid]
+        yield from _row_stages(stage, dtype, runs, device, rows)
     else:
-        yield from _tile_stages(stage, images * CELLS, rows)
+        yield from _tile_stages(stage, images * out_grid[0] * out_grid[1], rows)
 
 
 def _row_stages(
     stage: str,
     dtype: torch.dtype,
-    images: int,
+    runs: list[int],
     device: torch.device,
     rows: Callable[..., torch.Tensor],
 ) -> Iterator[StageCall]:
+    images, _, _, out_h, out_w = runs
     weight = rows(VISION_WIDTH)
-    cells = rows(images * CELLS, VISION_WIDTH)
-    inverse_std = rows(images * CELLS).float().abs()
+    cells = rows(images * out_h * out_w, VISION_WIDTH)
+    inverse_std = rows(len(cells)).float().abs()
     if stage == "norm_gradient":
         yield "", partial(pooling.norm_gradient, cells, cells, grad_weight=True, grad_bias=True)
     elif stage == "scale_shift":
         yield "", partial(pooling.scale_shift, cells, weight, weight)
     for mode in ("adaptive", "resize"):
-        plan = pooling_plan([images, *IN_GRID, *OUT_GRID], mode, device)
+        plan = pooling_plan(runs, mode, device)
         if stage == "pool_norm_forward":
             x = rows(plan.num_patches, VISION_WIDTH)
             forward = partial(pooling.pool_norm_forward, plan=plan, eps=1e-5, dtype=dtype)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from tokenflex_kernels.launch_configs import TileConfig
-from tokenflex_kernels.triton_kernels.launch import cdiv, launch
+from tokenflex_kernels.triton_kernels.launch import launch
 from tokenflex_kernels.triton_kernels.tiles import (
     can_describe,
     dot_precision,
@@ -176,29 +176,45 @@ def _by_library(
     return (result, gate, up) if save else (result, none, none)
 
 
-@triton.jit(do_not_specialize=["elements"])
-def gated_product_kernel(gate, up, product, elements, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < elements
-    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+@triton.jit(do_not_specialize=["rows"])
+def gated_product_kernel(
+    gate,
+    up,
+    product,
+    rows,
+    hidden,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    m, n = tile_position(rows, hidden, BLOCK_M, BLOCK_N, GROUP_M)
+    row = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
+    inside = (m + row < rows)[:, None] & (n + column < hidden)[None, :]
+    tile = m.to(tl.int64) * hidden + n
+    at = row[:, None] * hidden + column[None, :]
+    g = tl.load(gate + tile + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + tile + at, mask=inside, other=0.0).to(tl.float32)
     p = g * tl.sigmoid(g) * u
-    tl.store(product + at, p.to(product.dtype.element_ty), mask=inside)
+    tl.store(product + tile + at, p.to(product.dtype.element_ty), mask=inside)
 
 
 def gated_product(gate: torch.Tensor, up: torch.Tensor, *, config: TileConfig) -> torch.Tensor:
-    """silu(gate) * up, elementwise on contiguous tensors: reads two, writes one."""
+    """silu(gate) * up, elementwise on contiguous [T, H]: reads two, writes one."""
+    rows, hidden = gate.shape
     product = torch.empty_like(gate)
-    block = config.block_m * config.block_n
     launch(
         gated_product_kernel,
-        cdiv(gate.numel(), block),
+        num_tiles(rows, hidden, config),
         gate,
         gate,
         up,
         product,
-        gate.numel(),
-        BLOCK=block,
+        rows,
+        hidden,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        GROUP_M=config.group_m,
         num_warps=config.num_warps,
     )
     return product
