@@ -22,13 +22,12 @@ import triton
 import triton.language as tl
 
 from tokenflex_kernels.launch_configs import TileConfig
-from tokenflex_kernels.triton_kernels.launch import cdiv, launch
+from tokenflex_kernels.triton_kernels.launch import cdiv, launch, neighbours
 from tokenflex_kernels.triton_kernels.tiles import (
     can_describe,
     dot_precision,
     load_tile,
     num_tiles,
-    rows_of,
     source,
     tile_position,
 )
@@ -186,7 +185,7 @@ def down_gradient(
     """
     if down_weight is not None and config is None:
         dy, down_weight = dy @ down_weight, None
-    dy = rows_of(dy)
+    dy = neighbours(dy)
     rows, hidden = gate.shape
     tile = pointwise if down_weight is None or config is None else config
     grads = gate.new_empty(rows, 2 * hidden)
@@ -212,7 +211,7 @@ def down_gradient(
             num_warps=tile.num_warps,
         )
     else:
-        down_weight = rows_of(down_weight)
+        down_weight = neighbours(down_weight)
         tma = tile.tma and can_describe(dy, down_weight)
         launch(
             down_gradient_kernel,

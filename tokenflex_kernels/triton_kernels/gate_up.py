@@ -17,13 +17,12 @@ import triton
 import triton.language as tl
 
 from tokenflex_kernels.launch_configs import TileConfig
-from tokenflex_kernels.triton_kernels.launch import launch
+from tokenflex_kernels.triton_kernels.launch import launch, neighbours
 from tokenflex_kernels.triton_kernels.tiles import (
     can_describe,
     dot_precision,
     load_tile,
     num_tiles,
-    rows_of,
     source,
     tile_position,
 )
@@ -115,7 +114,10 @@ def gate_up(
         return _by_library(
             x, gate_weight, up_weight, gate_bias, up_bias, product, save, pointwise=pointwise
         )
-    x, gate_weight, up_weight = rows_of(x), rows_of(gate_weight), rows_of(up_weight)
+    x, gate_weight, up_weight = map(neighbours, (x, gate_weight, up_weight))
+    gate_bias, up_bias = (
+        None if bias is None else neighbours(bias) for bias in (gate_bias, up_bias)
+    )
     rows, width = x.shape
     hidden = gate_weight.shape[0]
     tma = config.tma and can_describe(x, gate_weight, up_weight)

@@ -13,13 +13,12 @@ import triton
 import triton.language as tl
 
 from tokenflex_kernels.launch_configs import TileConfig
-from tokenflex_kernels.triton_kernels.launch import launch
+from tokenflex_kernels.triton_kernels.launch import launch, neighbours
 from tokenflex_kernels.triton_kernels.tiles import (
     can_describe,
     dot_precision,
     load_tile,
     num_tiles,
-    rows_of,
     source,
     tile_position,
 )
@@ -88,7 +87,7 @@ def input_gradient(
     grad_gate, grad_up = grads.chunk(2, dim=1)
     if config is None:
         return torch.addmm(grad_gate @ gate_weight, grad_up, up_weight)
-    gate_weight, up_weight = rows_of(gate_weight), rows_of(up_weight)
+    gate_weight, up_weight = neighbours(gate_weight), neighbours(up_weight)
     rows, hidden = grad_gate.shape
     width = gate_weight.shape[1]
     tma = config.tma and can_describe(grad_gate, grad_up, gate_weight, up_weight)

@@ -10,12 +10,12 @@ The device of the tensors says which:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Told of each kernel that was compiled for meta tensors: its name and Triton's compiled kernel.
@@ -30,6 +30,14 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The least power of 2 that is at least ``n``, of n >= 1."""
     return 1 << (n - 1).bit_length()
+
+
+def neighbours(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` with the elements of its last dimension next to each other, a copy if need be.
+
+    This is all that the kernels ask of a layout: rows may lie at any distance.
+    """
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
 def launch(kernel: Any, programs: int, like: torch.Tensor, *args: Any, **options: Any) -> None:
@@ -51,11 +59,12 @@ def launch(kernel: Any, programs: int, like: torch.Tensor, *args: Any, **options
         compiled = kernel.warmup(*args, grid=(programs,), **options)
         if on_compile is not None:
             on_compile(kernel.__name__, compiled)
-    elif os.environ.get("TRITON_INTERPRET") == "1":
+    elif kind == "cpu" and not isinstance(kernel, JITFunction):
         _interpret(kernel, programs, args, options)
     else:
         raise ValueError(
-            f"Triton kernels run on CUDA tensors, or with TRITON_INTERPRET=1, got {kind}"
+            "Triton kernels run on CUDA tensors, or on CPU tensors if TRITON_INTERPRET=1 was set "
+            f"before Triton was imported; got {kind} tensors"
         )
 
 

@@ -35,7 +35,7 @@ import triton.language as tl
 
 from tokenflex_kernels.launch_configs import RowConfig
 from tokenflex_kernels.pooling_plan import PoolingPlan
-from tokenflex_kernels.triton_kernels.launch import cdiv, launch, next_power_of_2
+from tokenflex_kernels.triton_kernels.launch import cdiv, launch, neighbours, next_power_of_2
 
 # Batches of every size and shape share one binary: only what belongs to the model specialises it.
 _PER_BATCH = ["programs_per_image"]
@@ -189,7 +189,7 @@ def pool_norm_forward(
         out [cells, C]; and, saved or else of no rows, normalised [cells, C] in ``dtype`` and
         inverse_std float32 [cells].
     """
-    x = _contiguous_rows(x)
+    x, weight, bias = neighbours(x), _vector(weight), _vector(bias)
     width = x.shape[1]
     save = save and weight is not None
     out = x.new_empty(plan.num_cells, width, dtype=dtype)
@@ -386,7 +386,7 @@ def pool_norm_backward(
         The gradients of x [patches, C] in ``dtype``, and of weight and bias, float32 [C]; None for
         those that are not wanted.
     """
-    grad = _contiguous_rows(grad)
+    grad, weight = neighbours(grad), _vector(weight)
     width = grad.shape[1]
     programs_per_image = max(
         cdiv(h, config.rows) * cdiv(w, config.columns) for h, w in plan.in_grids
@@ -435,7 +435,7 @@ def norm_gradient(
 
     Reads each row of ``grad`` [cells, C], and of ``normalised`` if the weight's is wanted, once.
     """
-    grad = _contiguous_rows(grad)
+    grad = neighbours(grad)
     cells, width = grad.shape
     programs = cdiv(cells, config.rows) if width > 0 else 0
     partial_weight, partial_bias = _partial_sums(grad, programs, grad_weight, grad_bias)
@@ -511,6 +511,7 @@ def scale_shift(
 
     Memory-bound: reads and writes each row once.
     """
+    weight, bias = neighbours(weight), _vector(bias)
     rows, width = normalised.shape
     out = torch.empty_like(normalised)
     launch(
@@ -531,6 +532,5 @@ def scale_shift(
     return out
 
 
-def _contiguous_rows(rows: torch.Tensor) -> torch.Tensor:
-    """``rows`` with the elements of each row next to each other; the row stride may be anything."""
-    return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
+def _vector(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    return None if parameter is None else neighbours(parameter)

@@ -66,11 +66,6 @@ def num_tiles(rows: int, columns: int, config: TileConfig) -> int:
     return cdiv(rows, config.block_m) * cdiv(columns, config.block_n)
 
 
-def rows_of(matrix: torch.Tensor) -> torch.Tensor:
-    """``matrix`` itself where the elements of each row lie next to each other, else a copy."""
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
-
-
 def can_describe(*matrices: torch.Tensor) -> bool:
     """Whether tensor-map descriptors can hold these: 16-byte addresses and strides."""
     return all(
