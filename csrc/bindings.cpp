@@ -13,6 +13,7 @@
 #include "pack_plan.h"
 #include "row_map.h"
 #include "row_movers.h"
+#include "row_sums.h"
 
 namespace py = pybind11;
 
@@ -130,7 +131,40 @@ void gather_rows(Address from, int64_t from_stride, Address to, int64_t to_strid
   move_rows(gather_map(from, from_stride, to, to_stride, index), rows, row_bytes, threads);
 }
 
+// ---- summing rows
+
+RowSums row_sums(Address grad, int64_t grad_stride, Address sums, int64_t sums_stride,
+                 Address partials, int64_t partials_stride, Address slots, Address rows,
+                 int64_t num_rows, int64_t width) {
+  return {{at<const int32_t>(slots), at<const int64_t>(rows), num_rows},
+          {at<const char>(grad), grad_stride},
+          {at<char>(sums), sums_stride},
+          {at<char>(partials), partials_stride},
+          width};
+}
+
+void sum_rows_on_host(Address grad, int64_t grad_stride, Address sums, int64_t sums_stride,
+                      Address partials, int64_t partials_stride, Address slots, Address rows,
+                      int64_t num_rows, int64_t width, const std::string& dtype, int64_t num_slots,
+                      int threads) {
+  const py::gil_scoped_release release;
+  const RowSums job = row_sums(grad, grad_stride, sums, sums_stride, partials, partials_stride,
+                               slots, rows, num_rows, width);
+  check_slots(job.segments, num_slots);
+  sum_rows(job, dtype, threads);
+}
+
 #ifdef TOKENFLEX_CUDA
+void sum_rows_on_device(Address grad, int64_t grad_stride, Address sums, int64_t sums_stride,
+                        Address partials, int64_t partials_stride, Address slots, Address rows,
+                        int64_t num_rows, int64_t width, const std::string& dtype, int device,
+                        Address stream) {
+  const py::gil_scoped_release release;
+  sum_rows_cuda(row_sums(grad, grad_stride, sums, sums_stride, partials, partials_stride, slots,
+                         rows, num_rows, width),
+                dtype, device, stream);
+}
+
 void pack_rows_cuda(Address table, int64_t table_stride, Address vision, int64_t vision_stride,
                     Address packed, int64_t packed_stride, Address source, int64_t rows,
                     int64_t row_bytes, int device, Address stream) {
@@ -175,11 +209,15 @@ PYBIND11_MODULE(_C, module) {
   module.def("pack_rows", &pack_rows);
   module.def("gather_rows", &gather_rows);
 
+  module.attr("sum_tile") = kTile;
+  module.def("sum_rows", &sum_rows_on_host);
+
   module.attr("cuda_architectures") = cuda_architectures();
 #ifdef TOKENFLEX_CUDA
   module.attr("has_cuda") = true;
   module.def("pack_rows_cuda", &pack_rows_cuda);
   module.def("gather_rows_cuda", &gather_rows_cuda);
+  module.def("sum_rows_cuda", &sum_rows_on_device);
   module.def("cuda_device_count", &cuda_device_count);
 #else
   module.attr("has_cuda") = false;

@@ -18,8 +18,8 @@ The ops are made of ``Library.define`` and ``impl`` and one ``autograd.Function`
 ``tokenflex_kernels.packing`` checks.
 
 The extension knows no torch: it takes addresses, byte strides and sizes, so this is where tensors
-become those: rows of any stride, elements of a row next to each other. It copies bytes and never
-looks at a dtype.
+become those: rows of any stride, elements of a row next to each other. Where it copies rows it knows
+no dtype; only the sums of table rows do.
 """
 
 from __future__ import annotations
@@ -68,18 +68,13 @@ def _spread_vision(vision: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     return _pack_rows(_zero_rows(vision), vision, source)
 
 
-def _table_gradient(grad: torch.Tensor, source: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Sum the text rows of ``grad`` [total, D] by token id into [num_rows, D], repeatably.
-
-    PyTorch's kernels skip ``padding_idx`` wherever it lies: one past the table it marks the vision
-    rows without a copy of the text rows, and costs the table no row. (A negative id would not do:
-    the sort on the device looks at the low bits only.) They are not made for sums of nothing: a
-    grid of no blocks is a launch that fails.
-    """
-    if grad.numel() == 0 or num_rows == 0:
-        return grad.new_zeros(num_rows, grad.shape[1])
-    ids = source.masked_fill(source < 0, num_rows)
-    return torch.ops.aten.embedding_dense_backward(grad, ids, num_rows, num_rows, False)
+def _table_gradient(
+    grad: torch.Tensor, source: torch.Tensor, num_vision: int, num_rows: int
+) -> torch.Tensor:
+    ids, rows = _text_by_id(source, num_vision)
+    sums = grad.new_zeros(num_rows, grad.shape[1])
+    _sum_rows(grad, ids, rows, sums)
+    return sums
 
 
 def _merge_source_cpu(vision_rows: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -144,10 +139,11 @@ unpack_vision = _define(
 )
 keep_text = _define("keep_text(Tensor rows, Tensor source)", _like_source, _keep_text)
 spread_vision = _define("spread_vision(Tensor vision, Tensor source)", _like_source, _spread_vision)
-# An op of its own so that Inductor leaves it alone: it would sum with atomics, and never alike.
+# The text rows of `grad`, added up by token id in an order that `source` alone decides. `num_vision` says
+# how many rows are text without a look at the device.
 table_gradient = _define(
-    "table_gradient(Tensor grad, Tensor source, SymInt num_rows)",
-    lambda grad, source, num_rows: grad.new_empty(num_rows, grad.shape[1]),
+    "table_gradient(Tensor grad, Tensor source, SymInt num_vision, SymInt num_rows)",
+    lambda grad, source, num_vision, num_rows: grad.new_empty(num_rows, grad.shape[1]),
     _table_gradient,
 )
 # The `source` that makes merging a packing whose table is inputs_embeds: each row is written once,
@@ -186,7 +182,9 @@ class _PackEmbeddings(torch.autograd.Function):
         source, vision_rows = ctx.saved_tensors
         needs_embedding, needs_vision, *_ = ctx.needs_input_grad
         return (
-            table_gradient(grad, source, ctx.num_rows) if needs_embedding else None,
+            table_gradient(grad, source, vision_rows.shape[0], ctx.num_rows)
+            if needs_embedding
+            else None,
             unpack_vision(grad, source, vision_rows) if needs_vision else None,
             None,
             None,
@@ -293,6 +291,50 @@ def _pack_rows(table: torch.Tensor, vision: torch.Tensor, source: torch.Tensor) 
     return packed
 
 
+def _text_by_id(source: torch.Tensor, num_vision: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token ids of the text rows, int32 ascending, and their rows, int64 ascending for each id.
+
+    Vision entries are negative: sorted they come first, and the rest is found by their number.
+    """
+    if not source.is_cuda:
+        found = int(torch.count_nonzero(source < 0))
+        if found != num_vision:
+            raise ValueError(
+                f"source must have one vision row per entry of vision_rows, {num_vision}, "
+                f"but has {found}"
+            )
+    ids, rows = torch.sort(source, stable=True)
+    return ids[num_vision:], rows[num_vision:]
+
+
+def _sum_rows(
+    grad: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, sums: torch.Tensor
+) -> None:
+    """sums[s] = the sum of grad[rows[i]] over all i of slots[i] = s; ``slots`` must ascend.
+
+    Made in float32 (float64 for float64) and rounded once. Other rows of ``sums`` are left alone.
+    """
+    compiled = _compiled()
+    grad = _contiguous_rows(grad)
+    precision = torch.promote_types(grad.dtype, torch.float32)
+    tiles = -(-rows.shape[0] // compiled.sum_tile)
+    partials = grad.new_empty(tiles, grad.shape[1], dtype=precision)
+    job = (
+        *_rows(grad),
+        *_rows(sums),
+        *_rows(partials),
+        slots.data_ptr(),
+        rows.data_ptr(),
+        rows.shape[0],
+        grad.shape[1],
+        str(grad.dtype).removeprefix("torch."),
+    )
+    if grad.is_cuda:
+        compiled.sum_rows_cuda(*job, *_place(grad))
+    else:
+        compiled.sum_rows(*job, sums.shape[0], *_place(grad))
+
+
 def _zero_rows(like: torch.Tensor) -> torch.Tensor:
     """As many rows of zeros as anyone reads, in the memory of one: the row stride is 0."""
     return like.new_zeros(like.shape[1]).expand(2**31, -1)
@@ -325,10 +367,13 @@ def _bounds(*tables: torch.Tensor) -> tuple[int, ...]:
     return () if tables[0].is_cuda else tuple([table.size(0) for table in tables])
 
 
-def _extent(rows: torch.Tensor) -> tuple[int, int, int] | tuple[int, int, int, int]:
-    """How much to move, and by what: host threads, or the device and its current stream."""
-    size = rows.shape[0], rows.shape[1] * rows.element_size()
-    if rows.is_cuda:
-        stream = torch.cuda.current_stream(rows.device)
-        return *size, rows.device.index, stream.cuda_stream
-    return *size, torch.get_num_threads()
+def _extent(rows: torch.Tensor) -> tuple[int, ...]:
+    """How much to move, and by what."""
+    return rows.shape[0], rows.shape[1] * rows.element_size(), *_place(rows)
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, ...]:
+    """What does the work: host threads, or the device and its current stream."""
+    if tensor.is_cuda:
+        return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+    return (torch.get_num_threads(),)
