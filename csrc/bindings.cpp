@@ -49,7 +49,8 @@ py::tuple plan_count(Address ids, Address offsets, int64_t num_samples, Address 
     const py::gil_scoped_release release;
     totals = check_and_count(input);
   }
-  return py::make_tuple(totals.rows, totals.vision_rows, totals.max_token_id);
+  return py::make_tuple(totals.rows, totals.vision_rows, totals.max_token_id,
+                        totals.num_token_ids);
 }
 
 void plan_fill(Address ids, Address offsets, int64_t num_samples, Address counts,

@@ -5,9 +5,11 @@
 #include "pack_plan.h"
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
+#include <vector>
 
 #include "row_map.h"
 
@@ -66,6 +68,33 @@ TokenScan check_tokens(const PlanInput& in) {
     }
   }
   return scan;
+}
+
+// A bit for every id that a token could be; but a small batch of large ids, which would mostly clear
+// bits, sorts a copy. Either way the memory is O(tokens).
+int64_t count_token_ids(const PlanInput& in, int64_t max_token_id) {
+  constexpr int64_t kWordsPerToken = 16;
+  const int64_t tokens = in.offsets[in.num_samples];
+  const int64_t words = (max_token_id + 1 + 63) / 64;
+  if (words <= kWordsPerToken * tokens) {
+    std::vector<uint64_t> seen(size_t(words), 0);
+    int64_t count = 0;
+    for (int64_t at = 0; at < tokens; ++at) {
+      const int64_t token = in.ids[at];
+      if (token == in.image_token_id) continue;
+      uint64_t& word = seen[size_t(token / 64)];
+      const uint64_t bit = uint64_t(1) << (token % 64);
+      count += (word & bit) == 0;
+      word |= bit;
+    }
+    return count;
+  }
+  std::vector<int64_t> text;
+  text.reserve(size_t(tokens));
+  std::copy_if(in.ids, in.ids + tokens, std::back_inserter(text),
+               [&](int64_t token) { return token != in.image_token_id; });
+  std::sort(text.begin(), text.end());
+  return std::unique(text.begin(), text.end()) - text.begin();
 }
 
 // The sample that holds placeholder number `wanted`, which is known to exist.
@@ -130,7 +159,8 @@ PlanTotals check_and_count(const PlanInput& in) {
     refuse("input_ids and token_counts make ", text_rows, " text and ", vision_rows,
            " vision rows, but at most ", kMaxInt32, " rows can be packed");
   }
-  return {text_rows + vision_rows, vision_rows, scan.max_token_id};
+  return {text_rows + vision_rows, vision_rows, scan.max_token_id,
+          count_token_ids(in, scan.max_token_id)};
 }
 
 void fill_plan(const PlanInput& in, const PlanLabels& given, const PlanBuffers& out) {

@@ -25,7 +25,8 @@ struct PlanInput {
 struct PlanTotals {
   int64_t rows;
   int64_t vision_rows;
-  int64_t max_token_id;  // the largest text token, -1 if there is no text
+  int64_t max_token_id;   // the largest text token, -1 if there is no text
+  int64_t num_token_ids;  // different text tokens
 };
 
 struct PlanLabels {

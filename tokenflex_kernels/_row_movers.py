@@ -18,8 +18,8 @@ The ops are made of ``Library.define`` and ``impl`` and one ``autograd.Function`
 ``tokenflex_kernels.packing`` checks.
 
 The extension knows no torch: it takes addresses, byte strides and sizes, so this is where tensors
-become those: rows of any stride, elements of a row next to each other. Where it copies rows it knows
-no dtype; only the sums of table rows do.
+become those: rows of any stride, elements of a row next to each other. It copies bytes; only the
+sums of table rows look at a dtype.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ _LIBRARY = torch.library.Library("tokenflex", "FRAGMENT")
 
 
 def _pack(
-    table: torch.Tensor, vision: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor
+    table: torch.Tensor,
+    vision: torch.Tensor,
+    source: torch.Tensor,
+    vision_rows: torch.Tensor,
+    sparse_ids: int | None = None,
 ) -> torch.Tensor:
     return _pack_rows(table, vision, source)
 
@@ -77,6 +81,23 @@ def _table_gradient(
     return sums
 
 
+def _sparse_table_gradient(
+    grad: torch.Tensor, source: torch.Tensor, num_vision: int, num_ids: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, rows = _text_by_id(source, num_vision)
+    slots = torch.cumsum(torch.diff(ids, prepend=ids[:1]) != 0, 0, dtype=torch.int32)
+    if not source.is_cuda:
+        found = int(slots[-1]) + 1 if slots.shape[0] else 0
+        if found != num_ids:
+            raise ValueError(
+                f"source must have the plan's {num_ids} different token ids, but has {found}"
+            )
+    first = torch.searchsorted(slots, torch.arange(num_ids, dtype=torch.int32, device=slots.device))
+    sums = grad.new_empty(num_ids, grad.shape[1])
+    _sum_rows(grad, slots, rows, sums)
+    return ids[first].to(torch.int64), sums
+
+
 def _merge_source_cpu(vision_rows: torch.Tensor, num_rows: int) -> torch.Tensor:
     vision_rows = vision_rows.to(torch.int64).contiguous()
     source = vision_rows.new_empty(num_rows, dtype=torch.int32)
@@ -110,23 +131,25 @@ def _like_vision_rows(
 
 def _define(
     schema: str,
-    shape: Callable[..., torch.Tensor],
-    cpu: Callable[..., torch.Tensor],
-    cuda: Callable[..., torch.Tensor] | None = None,
-) -> Callable[..., torch.Tensor]:
-    """Define the op ``tokenflex::<schema> -> Tensor``; ``cuda`` is ``cpu`` unless it differs."""
+    shape: Callable[..., Any],
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
+    returns: str = "Tensor",
+) -> Callable[..., Any]:
+    """Define the op ``tokenflex::<schema> -> returns``; ``cuda`` is ``cpu`` unless it differs."""
     name = schema[: schema.index("(")]
-    _LIBRARY.define(f"{schema} -> Tensor")
+    _LIBRARY.define(f"{schema} -> {returns}")
     _LIBRARY.impl(name, cpu, "CPU")
     _LIBRARY.impl(name, cuda or cpu, "CUDA")
     torch.library.register_fake(f"tokenflex::{name}", shape, lib=_LIBRARY)
-    op: Callable[..., torch.Tensor] = getattr(torch.ops.tokenflex, name).default
+    op: Callable[..., Any] = getattr(torch.ops.tokenflex, name).default
     return op
 
 
 pack_embeddings = _define(
-    "pack_embeddings(Tensor embedding, Tensor vision, Tensor source, Tensor vision_rows)",
-    lambda embedding, vision, source, vision_rows: _like_source(embedding, source),
+    "pack_embeddings(Tensor embedding, Tensor vision, Tensor source, Tensor vision_rows, "
+    "SymInt? sparse_ids=None)",
+    lambda embedding, vision, source, vision_rows, sparse_ids=None: _like_source(embedding, source),
     _pack,
 )
 merge_vision = _define(
@@ -139,12 +162,23 @@ unpack_vision = _define(
 )
 keep_text = _define("keep_text(Tensor rows, Tensor source)", _like_source, _keep_text)
 spread_vision = _define("spread_vision(Tensor vision, Tensor source)", _like_source, _spread_vision)
-# The text rows of `grad`, added up by token id in an order that `source` alone decides. `num_vision` says
-# how many rows are text without a look at the device.
+# The text rows of `grad`, added up by token id in an order that `source` alone decides. How many
+# they are is known from `num_vision`, without a look at the device.
 table_gradient = _define(
     "table_gradient(Tensor grad, Tensor source, SymInt num_vision, SymInt num_rows)",
     lambda grad, source, num_vision, num_rows: grad.new_empty(num_rows, grad.shape[1]),
     _table_gradient,
+)
+# The same for the ids in use alone: these, ascending, and their rows of sums. The plan knows how
+# many they are; to count them on a device would mean waiting for it.
+sparse_table_gradient = _define(
+    "sparse_table_gradient(Tensor grad, Tensor source, SymInt num_vision, SymInt num_ids)",
+    lambda grad, source, num_vision, num_ids: (
+        source.new_empty(num_ids, dtype=torch.int64),
+        grad.new_empty(num_ids, grad.shape[1]),
+    ),
+    _sparse_table_gradient,
+    returns="(Tensor, Tensor)",
 )
 # The `source` that makes merging a packing whose table is inputs_embeds: each row is written once,
 # where a copy and a scatter would write the vision rows twice. On the CPU it refuses rows out of
@@ -170,9 +204,10 @@ class _PackEmbeddings(torch.autograd.Function):
         vision: torch.Tensor,
         source: torch.Tensor,
         vision_rows: torch.Tensor,
+        sparse_ids: int | None = None,
     ) -> torch.Tensor:
         ctx.save_for_backward(source, vision_rows)
-        ctx.num_rows = embedding.shape[0]
+        ctx.num_rows, ctx.sparse_ids = embedding.shape[0], sparse_ids
         with torch._C._AutoDispatchBelowAutograd():
             return pack_embeddings(embedding, vision, source, vision_rows)
 
@@ -181,14 +216,20 @@ class _PackEmbeddings(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         source, vision_rows = ctx.saved_tensors
         needs_embedding, needs_vision, *_ = ctx.needs_input_grad
-        return (
-            table_gradient(grad, source, vision_rows.shape[0], ctx.num_rows)
-            if needs_embedding
-            else None,
-            unpack_vision(grad, source, vision_rows) if needs_vision else None,
-            None,
-            None,
-        )
+        grad_embedding = None
+        if needs_embedding and ctx.sparse_ids is None:
+            grad_embedding = table_gradient(grad, source, vision_rows.shape[0], ctx.num_rows)
+        elif needs_embedding:
+            ids, sums = sparse_table_gradient(grad, source, vision_rows.shape[0], ctx.sparse_ids)
+            grad_embedding = torch.sparse_coo_tensor(
+                ids[None],
+                sums,
+                (ctx.num_rows, grad.shape[1]),
+                check_invariants=False,
+                is_coalesced=True,
+            )
+        grad_vision = unpack_vision(grad, source, vision_rows) if needs_vision else None
+        return grad_embedding, grad_vision, None, None, None
 
 
 class _MergeVision(torch.autograd.Function):
@@ -233,43 +274,43 @@ class _UnpackVision(torch.autograd.Function):
         return spread_vision(grad, source), None, None
 
 
-def _differentiate(name: str, op: Callable[..., torch.Tensor], function: Any) -> None:
+def _differentiate(name: str, op: Callable[..., Any], function: Any, floats: int) -> None:
     """Give ``op`` the derivative that ``function`` has, at no cost where none is asked for.
 
-    In forward mode it needs none: each op is linear in its float tensors, all of them together, so
-    its tangent is the op of their tangents.
+    The first ``floats`` arguments are its float tensors. In forward mode it needs no derivative:
+    each op is linear in those, all of them together, so its tangent is the op of their tangents.
     """
 
-    def autograd(*tensors: torch.Tensor) -> torch.Tensor:
+    def autograd(*arguments: Any) -> torch.Tensor:
         if forward_ad._current_level < 0:  # what unpack_dual looks at, without its cost
-            return backward_mode(*tensors)
-        duals = [forward_ad.unpack_dual(tensor) for tensor in tensors]
+            return backward_mode(*arguments)
+        others = arguments[floats:]
+        duals = [forward_ad.unpack_dual(tensor) for tensor in arguments[:floats]]
         if all(dual.tangent is None for dual in duals):
-            return backward_mode(*tensors)
-        primals = [dual.primal for dual in duals]
+            return backward_mode(*arguments)
         tangents = [
-            dual.tangent
-            if dual.tangent is not None
-            else torch.zeros_like(dual.primal)
-            if dual.primal.is_floating_point()
-            else dual.primal  # a row map
+            torch.zeros_like(dual.primal) if dual.tangent is None else dual.tangent
             for dual in duals
         ]
-        return forward_ad.make_dual(backward_mode(*primals), backward_mode(*tangents))
+        return forward_ad.make_dual(
+            backward_mode(*(dual.primal for dual in duals), *others),
+            backward_mode(*tangents, *others),
+        )
 
-    def backward_mode(*tensors: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            result: torch.Tensor = function.apply(*tensors)
+    def backward_mode(*arguments: Any) -> torch.Tensor:
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments[:floats]):
+            result: torch.Tensor = function.apply(*arguments)
             return result
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*tensors)
+            below: torch.Tensor = op(*arguments)
+            return below
 
     _LIBRARY.impl(name, autograd, "Autograd")
 
 
-_differentiate("pack_embeddings", pack_embeddings, _PackEmbeddings)
-_differentiate("merge_vision", merge_vision, _MergeVision)
-_differentiate("unpack_vision", unpack_vision, _UnpackVision)
+_differentiate("pack_embeddings", pack_embeddings, _PackEmbeddings, floats=2)
+_differentiate("merge_vision", merge_vision, _MergeVision, floats=2)
+_differentiate("unpack_vision", unpack_vision, _UnpackVision, floats=1)
 
 
 # ---- calls into the extension
