@@ -1,7 +1,7 @@
 // The Python face of the extension. Tensors arrive as addresses, sizes and byte strides, so that one
 // binary serves every torch version and no torch is needed to build it; the Python callers in
-// tokenflex_kernels check shapes, dtypes and devices and keep the tensors alive. Every function gives
-// up the GIL while it works. std::invalid_argument becomes ValueError, std::runtime_error RuntimeError.
+// tokenflex_kernels check shapes, dtypes and devices and keep the tensors alive. Every function that
+// works on a batch gives up the GIL meanwhile. std::invalid_argument becomes ValueError, std::runtime_error RuntimeError.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,6 +13,7 @@
 #include "pack_plan.h"
 #include "row_map.h"
 #include "row_movers.h"
+#include "row_split.h"
 #include "row_sums.h"
 
 namespace py = pybind11;
@@ -132,6 +133,18 @@ void gather_rows(Address from, int64_t from_stride, Address to, int64_t to_strid
   move_rows(gather_map(from, from_stride, to, to_stride, index), rows, row_bytes, threads);
 }
 
+// For tests: how the device splits a row, and the device's threads one after another.
+py::tuple row_split(Address from, Address to, int64_t bytes) {
+  const RowSplit split = split_row(at<const void>(from), at<const void>(to), bytes);
+  return py::make_tuple(split.width, split.head, split.body, split.tail);
+}
+
+void copy_row_by_lanes(Address from, Address to, int64_t bytes, int lanes) {
+  for (int lane = 0; lane < lanes; ++lane) {
+    copy_split({at<const char>(from), at<char>(to)}, bytes, lane, lanes);
+  }
+}
+
 // ---- summing rows
 
 RowSums row_sums(Address grad, int64_t grad_stride, Address sums, int64_t sums_stride,
@@ -207,6 +220,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("balance_bins", &balance_bins);
 
   module.def("access_bytes", &access_bytes);
+  module.def("row_split", &row_split);
+  module.def("copy_row_by_lanes", &copy_row_by_lanes);
   module.def("pack_rows", &pack_rows);
   module.def("gather_rows", &gather_rows);
 

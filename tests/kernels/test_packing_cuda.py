@@ -39,7 +39,7 @@ def inputs(plan, width=2048, dtype=torch.float32, device="cuda"):
 
 @pytest.mark.parametrize(("dtype", "width"), list(itertools.product(DTYPES, (2048, 1155, 2, 1))))
 def test_values_are_those_of_the_cpu(dtype, width):
-    """Every access width from 16 bytes down to 2, forward and backward."""
+    """Wide rows and rows of odd widths, forward and backward."""
     plan = ragged_plan()
     table, vision, grad = inputs(plan, width, dtype, "cpu")
     on_device = [value.detach().cuda().requires_grad_() for value in (table, vision)]
@@ -47,17 +47,17 @@ def test_values_are_those_of_the_cpu(dtype, width):
     wanted, wanted_table, wanted_vision = training_step(table, vision, plan, grad)
     assert torch.equal(merged.cpu(), wanted)
     assert torch.equal(grad_vision.cpu(), wanted_vision)
-    # The table's rows are sums, in another order and precision on the CPU.
-    tolerance = {torch.float16: 2e-2, torch.bfloat16: 2e-1, torch.float32: 1e-4}.get(dtype, 1e-12)
-    torch.testing.assert_close(grad_table.cpu(), wanted_table, rtol=tolerance, atol=10 * tolerance)
+    assert torch.equal(grad_table.cpu(), wanted_table)  # added up in the same order
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 4])
-@pytest.mark.parametrize("row_gap", [0, 1, 8])
-def test_strided_and_unaligned_rows(offset, row_gap):
+@pytest.mark.parametrize("row_gap", [0, 1, 4, 8])
+@pytest.mark.parametrize("width", [3, 100, 1155])
+def test_strided_and_unaligned_rows(offset, row_gap, width):
+    """Rows of every split into head, body and tail; a table and packed rows that lie otherwise."""
     plan = ragged_plan().to("cuda")
 
-    def rows(number, width=100):
+    def rows(number):
         memory = torch.randn(number * (width + row_gap) + offset, device="cuda").bfloat16()
         return memory[offset:].view(number, width + row_gap)[:, :width]
 
@@ -68,7 +68,7 @@ def test_strided_and_unaligned_rows(offset, row_gap):
     wanted = base.clone().index_copy_(0, plan.vision_rows.long(), vision)
     assert torch.equal(merge_vision(base, vision, plan.vision_rows), wanted)
     assert torch.equal(unpack_vision(base, plan), base[plan.vision_rows.long()])
-    expanded = torch.randn(1, 100, device="cuda").bfloat16().expand(vision.shape[0], -1)
+    expanded = torch.randn(1, width, device="cuda").bfloat16().expand(vision.shape[0], -1)
     assert torch.equal(
         unpack_vision(pack_embeddings(table, expanded, plan), plan), expanded.contiguous()
     )
