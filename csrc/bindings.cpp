@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bin_packing.h"
+#include "merge_source.h"
 #include "pack_plan.h"
 #include "row_map.h"
 #include "row_movers.h"
@@ -65,10 +66,29 @@ void plan_fill(Address ids, Address offsets, int64_t num_samples, Address counts
              at<int32_t>(source), at<int32_t>(vision_rows), at<int32_t>(cu_seqlens)});
 }
 
-void merge_source(Address vision_rows, int64_t num_vision, Address source, int64_t rows) {
+void merge_source(Address vision_rows, bool is_int64, int64_t num_vision, Address source,
+                  int64_t rows) {
   const py::gil_scoped_release release;
-  fill_merge_source(at<const int64_t>(vision_rows), num_vision, at<int32_t>(source), rows);
+  if (is_int64) {
+    fill_merge_source(at<const int64_t>(vision_rows), num_vision, at<int32_t>(source), rows);
+  } else {
+    fill_merge_source(at<const int32_t>(vision_rows), num_vision, at<int32_t>(source), rows);
+  }
 }
+
+#ifdef TOKENFLEX_CUDA
+void merge_source_cuda(Address vision_rows, bool is_int64, int64_t num_vision, Address source,
+                       int64_t rows, int device, Address stream) {
+  const py::gil_scoped_release release;
+  if (is_int64) {
+    fill_merge_source_cuda(at<const int64_t>(vision_rows), num_vision, at<int32_t>(source), rows,
+                           device, stream);
+  } else {
+    fill_merge_source_cuda(at<const int32_t>(vision_rows), num_vision, at<int32_t>(source), rows,
+                           device, stream);
+  }
+}
+#endif
 
 // ---- bins
 
@@ -231,6 +251,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("cuda_architectures") = cuda_architectures();
 #ifdef TOKENFLEX_CUDA
   module.attr("has_cuda") = true;
+  module.def("merge_source_cuda", &merge_source_cuda);
   module.def("pack_rows_cuda", &pack_rows_cuda);
   module.def("gather_rows_cuda", &gather_rows_cuda);
   module.def("sum_rows_cuda", &sum_rows_on_device);

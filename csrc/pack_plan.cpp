@@ -8,9 +8,9 @@
 #include <iterator>
 #include <limits>
 #include <sstream>
-#include <stdexcept>
 #include <vector>
 
+#include "refuse.h"
 #include "row_map.h"
 
 namespace tokenflex {
@@ -18,13 +18,6 @@ namespace {
 
 // Rows, vision rows and token ids are int32 on the device.
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
-
-template <class... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
-}
 
 int64_t check_counts(const PlanInput& in) {
   // A compact placeholder with no tokens just vanishes. An expanded image of none would appear nowhere,
@@ -197,22 +190,6 @@ void fill_plan(const PlanInput& in, const PlanLabels& given, const PlanBuffers& 
     // must not be predicted by the last row of its neighbour.
     if (row > first_row) out.labels[first_row] = given.ignore_index;
     out.cu_seqlens[sample + 1] = int32_t(row);
-  }
-}
-
-void fill_merge_source(const int64_t* vision_rows, int64_t num_vision, int32_t* source,
-                       int64_t rows) {
-  for (int64_t row = 0; row < rows; ++row) source[row] = int32_t(row);
-  for (int64_t v = 0; v < num_vision; ++v) {
-    const int64_t row = vision_rows[v];
-    if (row < 0 || row >= rows) {
-      refuse("vision_rows[", v, "] must be a row of inputs_embeds, in [0, ", rows, "), got ", row);
-    }
-    if (is_vision(source[row])) {
-      refuse("vision_rows must hold no row twice, but vision_rows[", vision_row(source[row]),
-             "] and vision_rows[", v, "] are both ", row);
-    }
-    source[row] = vision_entry(int32_t(v));
   }
 }
 

@@ -6,9 +6,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <sstream>
-#include <stdexcept>
 
+#include "refuse.h"
 #include "threads.h"
 
 namespace tokenflex {
@@ -42,20 +41,14 @@ int64_t first_outside(const int32_t* entries, int64_t rows, int64_t least, int64
 void check_source(const int32_t* source, int64_t rows, int64_t table_rows, int64_t vision_rows) {
   const int64_t row = first_outside(source, rows, -vision_rows, table_rows);
   if (row < 0) return;
-  std::ostringstream message;
-  message << "source[" << row << "] must be in [" << -vision_rows << ", " << table_rows
-          << "), for " << table_rows << " table and " << vision_rows << " vision rows, got "
-          << source[row];
-  throw std::invalid_argument(message.str());
+  refuse("source[", row, "] must be in [", -vision_rows, ", ", table_rows, "), for ", table_rows,
+         " table and ", vision_rows, " vision rows, got ", source[row]);
 }
 
 void check_index(const int32_t* index, int64_t rows, int64_t from_rows) {
   const int64_t row = first_outside(index, rows, 0, from_rows);
   if (row < 0) return;
-  std::ostringstream message;
-  message << "vision_rows[" << row << "] must be a packed row, in [0, " << from_rows << "), got "
-          << index[row];
-  throw std::invalid_argument(message.str());
+  refuse("vision_rows[", row, "] must be a packed row, in [0, ", from_rows, "), got ", index[row]);
 }
 
 template <class Map>

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "refuse.h"
 #include "threads.h"
 
 namespace tokenflex {
@@ -125,8 +126,7 @@ void check_slots(const Segments& segments, int64_t num_slots) {
   if (segments.num <= 0) return;
   const int32_t low = segments.slots[0], high = segments.slots[segments.num - 1];  // ascending
   if (low >= 0 && high < num_slots) return;
-  throw std::invalid_argument("source must have its text rows in [0, " + std::to_string(num_slots) +
-                              "), got " + std::to_string(low < 0 ? low : high));
+  refuse("source must have its text rows in [0, ", num_slots, "), got ", low < 0 ? low : high);
 }
 
 }  // namespace tokenflex

@@ -2,10 +2,10 @@
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 
 #include "float_types.h"
+#include "refuse.h"
 #include "segments.h"
 
 namespace tokenflex {
@@ -17,7 +17,7 @@ void with_dtype(const std::string& name, const Work& work) {
   if (name == "bfloat16") return work(Bfloat16());
   if (name == "float16") return work(Half());
   if (name == "float64") return work(double());
-  throw std::invalid_argument("dtype must be float32, bfloat16, float16 or float64, got " + name);
+  refuse("dtype must be float32, bfloat16, float16 or float64, got ", name);
 }
 
 // On host memory, with up to `threads` threads.

@@ -1,11 +1,13 @@
 """The row movers as torch.library ops: kernels on host and device memory, fakes, autograd.
 
     pack_embeddings   packed[r] = embedding[source[r]], or vision[v] where source[r] = ~v
-    merge_vision      the same with a table that has one row for each packed row
+    merge_vision      the same with a table that has one row for each packed row, and a source
+                      made from vision_rows
     unpack_vision     vision[v] = packed[vision_rows[v]]
 
-Every op gets both halves of the row map, ``source`` int32 [total] and ``vision_rows`` int32
-[vision]: one drives the forward pass, the other the backward pass, and they are all that is saved.
+Packing and unpacking get both halves of the row map, ``source`` int32 [total] and ``vision_rows``
+int32 [vision]: one drives the forward pass, the other the backward pass, and they are all that is
+saved.
 A gradient is a row mover again, or the sum of table rows:
 
     op                of embedding / inputs_embeds / packed            of vision
@@ -24,6 +26,7 @@ sums of table rows look at a dtype.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -98,22 +101,38 @@ def _sparse_table_gradient(
     return ids[first].to(torch.int64), sums
 
 
-def _merge_source_cpu(vision_rows: torch.Tensor, num_rows: int) -> torch.Tensor:
-    vision_rows = vision_rows.to(torch.int64).contiguous()
+def _merge(
+    inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    table = _as_rows(inputs_embeds)
+    vision_rows = vision_rows.contiguous()
+    num_rows = table.shape[0]
     source = vision_rows.new_empty(num_rows, dtype=torch.int32)
-    _compiled().merge_source(
-        vision_rows.data_ptr(), vision_rows.shape[0], source.data_ptr(), num_rows
+    job = (
+        vision_rows.data_ptr(),
+        vision_rows.dtype == torch.int64,
+        vision_rows.shape[0],
+        source.data_ptr(),
+        num_rows,
     )
-    return source
-
-
-def _merge_source_cuda(vision_rows: torch.Tensor, num_rows: int) -> torch.Tensor:
-    source = torch.arange(num_rows, dtype=torch.int32, device=vision_rows.device)
-    vision = torch.arange(vision_rows.shape[0], dtype=torch.int32, device=vision_rows.device)
-    return source.index_copy_(0, vision_rows.long(), ~vision)
+    if source.is_cuda:
+        _compiled().merge_source_cuda(*job, *_place(source))
+    else:
+        _compiled().merge_source(*job)
+    return _pack_rows(table, vision, source).view(inputs_embeds.shape), source
 
 
 # ---- the shapes of their results, for torch.compile
+
+
+def _like_merge(
+    inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = math.prod(inputs_embeds.shape[:-1])
+    return (
+        inputs_embeds.new_empty(inputs_embeds.shape),
+        vision_rows.new_empty(rows, dtype=torch.int32),
+    )
 
 
 def _like_source(rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
@@ -152,10 +171,14 @@ pack_embeddings = _define(
     lambda embedding, vision, source, vision_rows, sparse_ids=None: _like_source(embedding, source),
     _pack,
 )
+# The second result is the `source` that makes merging a packing whose table is inputs_embeds: each
+# row is written once, where a copy and a scatter would write the vision rows twice. On the CPU it
+# refuses rows out of range and rows that come twice; inside an op, it does so when compiled too.
 merge_vision = _define(
-    "merge_vision(Tensor inputs_embeds, Tensor vision, Tensor source, Tensor vision_rows)",
-    lambda inputs_embeds, vision, source, vision_rows: _like_source(inputs_embeds, source),
-    _pack,
+    "merge_vision(Tensor inputs_embeds, Tensor vision, Tensor vision_rows)",
+    _like_merge,
+    _merge,
+    returns="(Tensor, Tensor)",
 )
 unpack_vision = _define(
     "unpack_vision(Tensor packed, Tensor source, Tensor vision_rows)", _like_vision_rows, _unpack
@@ -179,15 +202,6 @@ sparse_table_gradient = _define(
     ),
     _sparse_table_gradient,
     returns="(Tensor, Tensor)",
-)
-# The `source` that makes merging a packing whose table is inputs_embeds: each row is written once,
-# where a copy and a scatter would write the vision rows twice. On the CPU it refuses rows out of
-# range and rows that come twice; being an op, it does so in a compiled function too.
-merge_source = _define(
-    "merge_source(Tensor vision_rows, SymInt num_rows)",
-    lambda vision_rows, num_rows: vision_rows.new_empty(num_rows, dtype=torch.int32),
-    _merge_source_cpu,
-    _merge_source_cuda,
 )
 
 
@@ -235,25 +249,23 @@ class _PackEmbeddings(torch.autograd.Function):
 class _MergeVision(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        inputs_embeds: torch.Tensor,
-        vision: torch.Tensor,
-        source: torch.Tensor,
-        vision_rows: torch.Tensor,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(source, vision_rows)
+        ctx: Any, inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            return merge_vision(inputs_embeds, vision, source, vision_rows)
+            merged, source = merge_vision(inputs_embeds, vision, vision_rows)
+        ctx.save_for_backward(source, vision_rows)
+        ctx.mark_non_differentiable(source)
+        return merged, source
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> Gradients:
         source, vision_rows = ctx.saved_tensors
         needs_inputs, needs_vision, *_ = ctx.needs_input_grad
+        rows = _as_rows(grad)
         return (
-            keep_text(grad, source) if needs_inputs else None,
-            unpack_vision(grad, source, vision_rows) if needs_vision else None,
-            None,
+            keep_text(rows, source).view(grad.shape) if needs_inputs else None,
+            unpack_vision(rows, source, vision_rows.to(torch.int32)) if needs_vision else None,
             None,
         )
 
@@ -281,7 +293,7 @@ def _differentiate(name: str, op: Callable[..., Any], function: Any, floats: int
     each op is linear in those, all of them together, so its tangent is the op of their tangents.
     """
 
-    def autograd(*arguments: Any) -> torch.Tensor:
+    def autograd(*arguments: Any) -> Any:
         if forward_ad._current_level < 0:  # what unpack_dual looks at, without its cost
             return backward_mode(*arguments)
         others = arguments[floats:]
@@ -292,18 +304,17 @@ def _differentiate(name: str, op: Callable[..., Any], function: Any, floats: int
             torch.zeros_like(dual.primal) if dual.tangent is None else dual.tangent
             for dual in duals
         ]
-        return forward_ad.make_dual(
-            backward_mode(*(dual.primal for dual in duals), *others),
-            backward_mode(*tangents, *others),
-        )
+        result = backward_mode(*(dual.primal for dual in duals), *others)
+        tangent = backward_mode(*tangents, *others)
+        if isinstance(result, tuple):  # with a row map
+            return forward_ad.make_dual(result[0], tangent[0]), result[1]
+        return forward_ad.make_dual(result, tangent)
 
-    def backward_mode(*arguments: Any) -> torch.Tensor:
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments[:floats]):
-            result: torch.Tensor = function.apply(*arguments)
-            return result
+    def backward_mode(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(value.requires_grad for value in arguments[:floats]):
+            return function.apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
-            below: torch.Tensor = op(*arguments)
-            return below
+            return op(*arguments)
 
     _LIBRARY.impl(name, autograd, "Autograd")
 
@@ -379,6 +390,13 @@ def _sum_rows(
 def _zero_rows(like: torch.Tensor) -> torch.Tensor:
     """As many rows of zeros as anyone reads, in the memory of one: the row stride is 0."""
     return like.new_zeros(like.shape[1]).expand(2**31, -1)
+
+
+def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """[.., D] as [rows, D]; ``flatten`` and ``reshape`` cost even where there is nothing to do."""
+    if tensor.ndim == 2:
+        return tensor
+    return tensor.flatten(0, -2) if tensor.ndim > 2 else tensor[None]
 
 
 def _contiguous_rows(rows: torch.Tensor) -> torch.Tensor:

@@ -146,13 +146,11 @@ def merge_vision(
         raise ValueError(f"inputs_embeds must have at most {MAX_INT32} rows, got {rows}")
     vision = _like_autocast("vision", vision, "inputs_embeds", inputs_embeds)
 
-    flat = inputs_embeds.reshape(rows, inputs_embeds.shape[-1])
-    if select_backend("merge_vision", flat.device) == "reference":
-        merged = reference.merge_vision(flat, vision, vision_rows)
-    else:
-        source = ops.merge_source(vision_rows, rows)
-        merged = ops.merge_vision(flat, vision, source, vision_rows.to(torch.int32))
-    return merged.reshape(inputs_embeds.shape)
+    if select_backend("merge_vision", inputs_embeds.device) == "reference":
+        flat = inputs_embeds.reshape(rows, inputs_embeds.shape[-1])
+        return reference.merge_vision(flat, vision, vision_rows).reshape(inputs_embeds.shape)
+    merged, _ = ops.merge_vision(inputs_embeds, vision, vision_rows)
+    return merged
 
 
 def _check_plan(plan: PackPlan, name: str, tensor: torch.Tensor) -> None:

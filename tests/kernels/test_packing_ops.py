@@ -34,13 +34,12 @@ def op_arguments(plan, device):
     plan = plan.to(device)
     total, vision = plan.num_tokens, plan.vision_rows.shape[0]
     maps = (plan.source, plan.vision_rows)
-    merge_source = ops.merge_source(plan.vision_rows, total)
+    _, merge_source = ops.merge_vision(rows(total, device), rows(vision, device), plan.vision_rows)
     return {
         ops.pack_embeddings: (rows(6, device), rows(vision, device), *maps),
         ops.merge_vision: (
             rows(total, device),
             rows(vision, device),
-            merge_source,
             plan.vision_rows,
         ),
         ops.unpack_vision: (rows(total, device), *maps),
@@ -53,7 +52,6 @@ def op_arguments(plan, device):
             vision,
             plan.num_token_ids,
         ),
-        ops.merge_source: (plan.vision_rows, total),
     }
 
 
