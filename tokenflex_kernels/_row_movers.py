@@ -55,14 +55,19 @@ def _pack(
 
 def _unpack(packed: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor) -> torch.Tensor:
     packed = _contiguous_rows(packed)
-    vision = packed.new_empty(vision_rows.shape[0], packed.shape[1])
+    rows, width = vision_rows.size(0), packed.size(1)
+    row_bytes = width * packed.element_size()
+    vision = packed.new_empty(rows, width)
     mover = _mover("gather_rows", vision)
     mover(
         *_rows(packed),
-        *_rows(vision),
+        vision.data_ptr(),
+        row_bytes,
         vision_rows.data_ptr(),
-        *_bounds(packed),
-        *_extent(vision),
+        *(() if packed.is_cuda else (packed.size(0),)),
+        rows,
+        row_bytes,
+        *_place(vision),
     )
     return vision
 
@@ -106,12 +111,12 @@ def _merge(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     table = _as_rows(inputs_embeds)
     vision_rows = vision_rows.contiguous()
-    num_rows = table.shape[0]
+    num_rows = table.size(0)
     source = vision_rows.new_empty(num_rows, dtype=torch.int32)
     job = (
         vision_rows.data_ptr(),
         vision_rows.dtype == torch.int64,
-        vision_rows.shape[0],
+        vision_rows.size(0),
         source.data_ptr(),
         num_rows,
     )
@@ -119,7 +124,7 @@ def _merge(
         _compiled().merge_source_cuda(*job, *_place(source))
     else:
         _compiled().merge_source(*job)
-    return _pack_rows(table, vision, source).view(inputs_embeds.shape), source
+    return _pack_rows(table, vision, source, inputs_embeds.shape), source
 
 
 # ---- the shapes of their results, for torch.compile
@@ -327,18 +332,33 @@ _differentiate("unpack_vision", unpack_vision, _UnpackVision, floats=1)
 # ---- calls into the extension
 
 
-def _pack_rows(table: torch.Tensor, vision: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """packed[r] = table[source[r]] if source[r] >= 0 else vision[~source[r]]; one launch."""
+def _pack_rows(
+    table: torch.Tensor,
+    vision: torch.Tensor,
+    source: torch.Tensor,
+    shape: torch.Size | None = None,
+) -> torch.Tensor:
+    """packed[r] = table[source[r]] if source[r] >= 0 else vision[~source[r]]; one launch.
+
+    ``shape`` is that of the result where it is not [rows, D]: a view would cost 2 us more.
+    """
     table, vision = _contiguous_rows(table), _contiguous_rows(vision)
-    packed = table.new_empty(source.shape[0], table.shape[1])
+    rows, width = source.size(0), table.size(1)
+    row_bytes = width * table.element_size()
+    packed = table.new_empty((rows, width) if shape is None else shape)
+    # On the host the mover checks its map against the rows there are; a device would have to be
+    # waited for.
     mover = _mover("pack_rows", packed)
     mover(
         *_rows(table),
         *_rows(vision),
-        *_rows(packed),
+        packed.data_ptr(),
+        row_bytes,
         source.data_ptr(),
-        *_bounds(table, vision),
-        *_extent(packed),
+        *(() if packed.is_cuda else (table.size(0), vision.size(0))),
+        rows,
+        row_bytes,
+        *_place(packed),
     )
     return packed
 
@@ -419,16 +439,6 @@ def _mover(name: str, tensor: torch.Tensor) -> Callable[..., None]:
     """The extension's mover for the memory of ``tensor``, waiting for the rows and their size."""
     mover: Callable[..., None] = getattr(_compiled(), f"{name}_cuda" if tensor.is_cuda else name)
     return mover
-
-
-def _bounds(*tables: torch.Tensor) -> tuple[int, ...]:
-    """How many rows a map may point at. The host looks; a device would have to be waited for."""
-    return () if tables[0].is_cuda else tuple([table.size(0) for table in tables])
-
-
-def _extent(rows: torch.Tensor) -> tuple[int, ...]:
-    """How much to move, and by what."""
-    return rows.shape[0], rows.shape[1] * rows.element_size(), *_place(rows)
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, ...]:
