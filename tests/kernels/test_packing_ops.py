@@ -318,7 +318,7 @@ def test_a_variant_known_to_wait_is_never_captured(streams):
     packing_gpu, state, _ = streams
     forward, *backward = packing_gpu.MODES
     scatter = "embedding + masked_scatter"
-    assert {(scatter, mode) for mode in backward} == packing_gpu.WAITING
+    assert {(scatter, mode) for mode in backward if "sparse" not in mode} == packing_gpu.WAITING
     call = packing_gpu.Call(lambda batch: batch + 1, forward, waits=True)
     assert packing_gpu.Timed(call, [1], inner=1).results == [2]
     assert state["captures"] == 0
