@@ -259,7 +259,6 @@ class _MergeVision(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             merged, source = merge_vision(inputs_embeds, vision, vision_rows)
         ctx.save_for_backward(source, vision_rows)
-        ctx.mark_non_differentiable(source)
         return merged, source
 
     @staticmethod
@@ -268,9 +267,10 @@ class _MergeVision(torch.autograd.Function):
         source, vision_rows = ctx.saved_tensors
         needs_inputs, needs_vision, *_ = ctx.needs_input_grad
         rows = _as_rows(grad)
+        numbers = vision_rows.to(torch.int32).contiguous()
         return (
             keep_text(rows, source).view(grad.shape) if needs_inputs else None,
-            unpack_vision(rows, source, vision_rows.to(torch.int32)) if needs_vision else None,
+            unpack_vision(rows, source, numbers) if needs_vision else None,
             None,
         )
 
