@@ -1,7 +1,8 @@
 // The Python face of the extension. Tensors arrive as addresses, sizes and byte strides, so that one
 // binary serves every torch version and no torch is needed to build it; the Python callers in
 // tokenflex_kernels check shapes, dtypes and devices and keep the tensors alive. Every function that
-// works on a batch gives up the GIL meanwhile. std::invalid_argument becomes ValueError, std::runtime_error RuntimeError.
+// works on a batch gives up the GIL meanwhile. std::invalid_argument becomes ValueError,
+// std::runtime_error RuntimeError.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

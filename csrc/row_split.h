@@ -1,9 +1,9 @@
 // The bytes of one row in accesses as wide as its two addresses allow.
 //
-// Wide accesses need addresses that are multiples of their width. Two addresses that differ by a multiple
-// of 16 reach one together, after the same number of bytes: the row is a head of single bytes up to there,
-// a body of 16-byte accesses, and a tail of single bytes. Where they differ by less, the body's accesses
-// are as wide as the difference allows.
+// Wide accesses need addresses that are multiples of their width. Two addresses that differ by a
+// multiple of 16 reach one together, after the same number of bytes: the row is a head of single bytes up
+// to there, a body of 16-byte accesses, and a tail of single bytes. Where they differ by less, the body's
+// accesses are as wide as the difference allows.
 #pragma once
 
 #include <cstdint>

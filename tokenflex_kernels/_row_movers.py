@@ -7,11 +7,11 @@
 
 Packing and unpacking get both halves of the row map, ``source`` int32 [total] and ``vision_rows``
 int32 [vision]: one drives the forward pass, the other the backward pass, and they are all that is
-saved.
-A gradient is a row mover again, or the sum of table rows:
+saved. A gradient is a row mover again, or the sum of table rows:
 
     op                of embedding / inputs_embeds / packed            of vision
-    pack_embeddings   table_gradient (text rows, summed by token id)   unpack_vision
+    pack_embeddings   table_gradient (text rows, summed by token id;   unpack_vision
+                      sparse_table_gradient: those of the ids in use)
     merge_vision      keep_text      (vision rows become zero)         unpack_vision
     unpack_vision     spread_vision  (text rows become zero)
 
