@@ -94,6 +94,23 @@ PACKERS: dict[str, Callable[[Batch], torch.Tensor]] = {
 }
 
 
+def ours_sparse(batch: Batch) -> torch.Tensor:
+    return pack_embeddings(batch.table, batch.vision, batch.plan, sparse_grad=True)
+
+
+def index_put_sparse(batch: Batch) -> torch.Tensor:
+    """Its table gradient has a row for every row of the batch, not yet added up."""
+    embeds = F.embedding(batch.plan.input_ids, batch.table, sparse=True)
+    return embeds.index_put((batch.plan.vision_rows.long(),), batch.vision)
+
+
+# Those whose table gradient is sparse.
+SPARSE_PACKERS: dict[str, Callable[[Batch], torch.Tensor]] = {
+    "pack_embeddings, sparse_grad": ours_sparse,
+    "embedding(sparse) + index_put": index_put_sparse,
+}
+
+
 def merge_ours(batch: Batch) -> torch.Tensor:
     return merge_vision(batch.grad, batch.vision, batch.plan.vision_rows)
 

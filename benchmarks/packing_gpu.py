@@ -12,7 +12,7 @@ Protocol (one CSV per run):
 * The ceiling is a copy of ``--copy-gib`` GiB by ``Tensor.copy_``, timed the same way, same run. The
   share of it counts ideal bytes: each row that must move read once and written once.
 * Forward is timed alone, and forward + backward with a frozen table (vision rows alone need a
-  gradient) and with a trained one.
+  gradient), with a trained one, and with a trained one whose gradient is sparse.
 * ``eager_us`` is the wall clock of one call without a graph, host included.
 
 Losing rows are written like all others.
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import percentiles, write_csv
-from benchmarks.packing_cases import PACKERS, Batch, Case, forward_backward
+from benchmarks.packing_cases import PACKERS, SPARSE_PACKERS, Batch, Case, forward_backward
 
 DEVICE = "cuda"
 DTYPE = torch.bfloat16
@@ -41,11 +41,16 @@ CASES = [
     Case(samples=samples, text=220, width=width, vocabulary=151_936)
     for samples, width in itertools.product((1, 16, 64, 256), (2048, 3584))
 ]
-MODES = ("forward", "forward+backward, frozen table", "forward+backward")
-
+MODES = (
+    "forward",
+    "forward+backward, frozen table",
+    "forward+backward",
+    "forward+backward, sparse table gradient",
+)
+VARIANTS = dict.fromkeys(MODES, PACKERS) | {MODES[3]: SPARSE_PACKERS}
 
 # masked_scatter's gradient counts the mask's ones, and waits for that count.
-WAITING = {("embedding + masked_scatter", mode) for mode in MODES[1:]}
+WAITING = {("embedding + masked_scatter", mode) for mode in MODES[1:3]}
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,8 @@ def ideal_bytes(rows: int, vision_rows: int, distinct_ids: int, row_bytes: int, 
     forward = 2 * rows
     frozen = 2 * vision_rows
     table = rows - vision_rows + distinct_ids
-    moved = {MODES[0]: forward, MODES[1]: forward + frozen, MODES[2]: forward + frozen + table}
+    trained = forward + frozen + table
+    moved = dict(zip(MODES, (forward, forward + frozen, trained, trained), strict=True))
     return moved[mode] * row_bytes
 
 
@@ -167,6 +173,7 @@ def check(mode: str, batch: Batch, result: Any) -> None:
     *table_grads, vision_grad = result
     assert torch.equal(vision_grad, batch.grad[rows])
     for grad in table_grads:
+        grad = grad.to_dense() if grad.is_sparse else grad
         # The peers look the placeholder's id up too, but it is given zeros: all variants agree.
         sums = torch.zeros(grad.shape, device=grad.device)
         sums.index_add_(0, batch.plan.input_ids[text], batch.grad[text].float())
@@ -180,10 +187,11 @@ def measure(case: Case, mode: str, ceiling: float, repeats: int, inner: int) -> 
     bytes_per_set = 2 * first.grad.nbytes
     if mode == MODES[2]:
         bytes_per_set += first.table.nbytes  # its gradient
+    trained = mode in MODES[2:]
     l2_bytes = torch.cuda.get_device_properties(DEVICE).L2_cache_size
     sets = number_of_sets(bytes_per_set, l2_bytes)
     # One table, as in a model; every set picks other rows of it.
-    first.table.requires_grad_(mode == MODES[2])
+    first.table.requires_grad_(trained)
     more = (case.batch(DTYPE, DEVICE, SEED + index, first.table) for index in range(1, sets))
     batches = [first, *more]
     for batch in batches:
@@ -191,7 +199,7 @@ def measure(case: Case, mode: str, ceiling: float, repeats: int, inner: int) -> 
     inner = max(inner, sets)
 
     timed = {}
-    for name, pack in PACKERS.items():
+    for name, pack in VARIANTS[mode].items():
         call = Call(pack, mode, waits=(name, mode) in WAITING)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -245,9 +253,9 @@ def main() -> None:
     for case, mode in itertools.product(CASES, MODES):
         rows += measure(case, mode, ceiling, arguments.repeats, arguments.inner)
         torch.cuda.empty_cache()
-        for row in rows[-len(PACKERS) :]:
+        for row in rows[-len(VARIANTS[mode]) :]:
             print(
-                f"{row['case']:48} {row['mode']:32} {row['variant']:28} "
+                f"{row['case']:48} {row['mode']:40} {row['variant']:28} "
                 f"{row['p50_us']:10.1f} us {100 * row['share_of_copy']:6.1f} % of copy"
             )
     write_csv(arguments.out / "packing-gpu.csv", rows)

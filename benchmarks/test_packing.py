@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.packing_cases import MERGERS, PACKERS, Batch, Case, forward_backward
+from benchmarks.packing_cases import (
+    MERGERS,
+    PACKERS,
+    SPARSE_PACKERS,
+    Batch,
+    Case,
+    forward_backward,
+)
 from tokenflex_kernels import (
     balance_bins,
     bin_pack,
@@ -72,6 +79,18 @@ def test_pack_forward_and_backward(benchmark, case, variant):
     batch.table.requires_grad_()
     actual = benchmark(forward_backward, PACKERS[variant], batch)
     torch.testing.assert_close(actual, forward_backward(PACKERS["pack_embeddings"], batch))
+
+
+@pytest.mark.parametrize("case", CASES[:1], ids=lambda case: case.name)
+@pytest.mark.parametrize("variant", SPARSE_PACKERS)
+def test_pack_forward_and_backward_sparse_table(benchmark, case, variant):
+    batch = batch_of(case)
+    batch.vision.requires_grad_()
+    batch.table.requires_grad_()
+    table, vision = benchmark(forward_backward, SPARSE_PACKERS[variant], batch)
+    wanted_table, wanted_vision = forward_backward(PACKERS["pack_embeddings"], batch)
+    torch.testing.assert_close(table.to_dense(), wanted_table)
+    assert torch.equal(vision, wanted_vision)
 
 
 @by_name

@@ -1,7 +1,8 @@
 // The Python face of the extension. Tensors arrive as addresses, sizes and byte strides, so that one
 // binary serves every torch version and no torch is needed to build it; the Python callers in
-// tokenflex_kernels check shapes, dtypes and devices and keep the tensors alive. Every function gives
-// up the GIL while it works. std::invalid_argument becomes ValueError, std::runtime_error RuntimeError.
+// tokenflex_kernels check shapes, dtypes and devices and keep the tensors alive. Every function that
+// works on a batch gives up the GIL meanwhile. std::invalid_argument becomes ValueError,
+// std::runtime_error RuntimeError.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,9 +11,12 @@
 #include <vector>
 
 #include "bin_packing.h"
+#include "merge_source.h"
 #include "pack_plan.h"
 #include "row_map.h"
 #include "row_movers.h"
+#include "row_split.h"
+#include "row_sums.h"
 
 namespace py = pybind11;
 
@@ -48,7 +52,8 @@ py::tuple plan_count(Address ids, Address offsets, int64_t num_samples, Address 
     const py::gil_scoped_release release;
     totals = check_and_count(input);
   }
-  return py::make_tuple(totals.rows, totals.vision_rows, totals.max_token_id);
+  return py::make_tuple(totals.rows, totals.vision_rows, totals.max_token_id,
+                        totals.num_token_ids);
 }
 
 void plan_fill(Address ids, Address offsets, int64_t num_samples, Address counts,
@@ -62,10 +67,29 @@ void plan_fill(Address ids, Address offsets, int64_t num_samples, Address counts
              at<int32_t>(source), at<int32_t>(vision_rows), at<int32_t>(cu_seqlens)});
 }
 
-void merge_source(Address vision_rows, int64_t num_vision, Address source, int64_t rows) {
+void merge_source(Address vision_rows, bool is_int64, int64_t num_vision, Address source,
+                  int64_t rows) {
   const py::gil_scoped_release release;
-  fill_merge_source(at<const int64_t>(vision_rows), num_vision, at<int32_t>(source), rows);
+  if (is_int64) {
+    fill_merge_source(at<const int64_t>(vision_rows), num_vision, at<int32_t>(source), rows);
+  } else {
+    fill_merge_source(at<const int32_t>(vision_rows), num_vision, at<int32_t>(source), rows);
+  }
 }
+
+#ifdef TOKENFLEX_CUDA
+void merge_source_cuda(Address vision_rows, bool is_int64, int64_t num_vision, Address source,
+                       int64_t rows, int device, Address stream) {
+  const py::gil_scoped_release release;
+  if (is_int64) {
+    fill_merge_source_cuda(at<const int64_t>(vision_rows), num_vision, at<int32_t>(source), rows,
+                           device, stream);
+  } else {
+    fill_merge_source_cuda(at<const int32_t>(vision_rows), num_vision, at<int32_t>(source), rows,
+                           device, stream);
+  }
+}
+#endif
 
 // ---- bins
 
@@ -130,7 +154,52 @@ void gather_rows(Address from, int64_t from_stride, Address to, int64_t to_strid
   move_rows(gather_map(from, from_stride, to, to_stride, index), rows, row_bytes, threads);
 }
 
+// For tests: how the device splits a row, and the device's threads one after another.
+py::tuple row_split(Address from, Address to, int64_t bytes) {
+  const RowSplit split = split_row(at<const void>(from), at<const void>(to), bytes);
+  return py::make_tuple(split.width, split.head, split.body, split.tail);
+}
+
+void copy_row_by_lanes(Address from, Address to, int64_t bytes, int lanes) {
+  for (int lane = 0; lane < lanes; ++lane) {
+    copy_split({at<const char>(from), at<char>(to)}, bytes, lane, lanes);
+  }
+}
+
+// ---- summing rows
+
+RowSums row_sums(Address grad, int64_t grad_stride, Address sums, int64_t sums_stride,
+                 Address partials, int64_t partials_stride, Address slots, Address rows,
+                 int64_t num_rows, int64_t width) {
+  return {{at<const int32_t>(slots), at<const int64_t>(rows), num_rows},
+          {at<const char>(grad), grad_stride},
+          {at<char>(sums), sums_stride},
+          {at<char>(partials), partials_stride},
+          width};
+}
+
+void sum_rows_on_host(Address grad, int64_t grad_stride, Address sums, int64_t sums_stride,
+                      Address partials, int64_t partials_stride, Address slots, Address rows,
+                      int64_t num_rows, int64_t width, const std::string& dtype, int64_t num_slots,
+                      int threads) {
+  const py::gil_scoped_release release;
+  const RowSums job = row_sums(grad, grad_stride, sums, sums_stride, partials, partials_stride,
+                               slots, rows, num_rows, width);
+  check_slots(job.segments, num_slots);
+  sum_rows(job, dtype, threads);
+}
+
 #ifdef TOKENFLEX_CUDA
+void sum_rows_on_device(Address grad, int64_t grad_stride, Address sums, int64_t sums_stride,
+                        Address partials, int64_t partials_stride, Address slots, Address rows,
+                        int64_t num_rows, int64_t width, const std::string& dtype, int device,
+                        Address stream) {
+  const py::gil_scoped_release release;
+  sum_rows_cuda(row_sums(grad, grad_stride, sums, sums_stride, partials, partials_stride, slots,
+                         rows, num_rows, width),
+                dtype, device, stream);
+}
+
 void pack_rows_cuda(Address table, int64_t table_stride, Address vision, int64_t vision_stride,
                     Address packed, int64_t packed_stride, Address source, int64_t rows,
                     int64_t row_bytes, int device, Address stream) {
@@ -172,14 +241,21 @@ PYBIND11_MODULE(_C, module) {
   module.def("balance_bins", &balance_bins);
 
   module.def("access_bytes", &access_bytes);
+  module.def("row_split", &row_split);
+  module.def("copy_row_by_lanes", &copy_row_by_lanes);
   module.def("pack_rows", &pack_rows);
   module.def("gather_rows", &gather_rows);
+
+  module.attr("sum_tile") = kTile;
+  module.def("sum_rows", &sum_rows_on_host);
 
   module.attr("cuda_architectures") = cuda_architectures();
 #ifdef TOKENFLEX_CUDA
   module.attr("has_cuda") = true;
+  module.def("merge_source_cuda", &merge_source_cuda);
   module.def("pack_rows_cuda", &pack_rows_cuda);
   module.def("gather_rows_cuda", &gather_rows_cuda);
+  module.def("sum_rows_cuda", &sum_rows_on_device);
   module.def("cuda_device_count", &cuda_device_count);
 #else
   module.attr("has_cuda") = false;

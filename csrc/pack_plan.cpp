@@ -5,10 +5,12 @@
 #include "pack_plan.h"
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
 #include <sstream>
-#include <stdexcept>
+#include <vector>
 
+#include "refuse.h"
 #include "row_map.h"
 
 namespace tokenflex {
@@ -16,13 +18,6 @@ namespace {
 
 // Rows, vision rows and token ids are int32 on the device.
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
-
-template <class... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
-}
 
 int64_t check_counts(const PlanInput& in) {
   // A compact placeholder with no tokens just vanishes. An expanded image of none would appear nowhere,
@@ -66,6 +61,33 @@ TokenScan check_tokens(const PlanInput& in) {
     }
   }
   return scan;
+}
+
+// A bit for every id that a token could be; but a small batch of large ids, which would mostly clear
+// bits, sorts a copy. Either way the memory is O(tokens).
+int64_t count_token_ids(const PlanInput& in, int64_t max_token_id) {
+  constexpr int64_t kWordsPerToken = 16;
+  const int64_t tokens = in.offsets[in.num_samples];
+  const int64_t words = (max_token_id + 1 + 63) / 64;
+  if (words <= kWordsPerToken * tokens) {
+    std::vector<uint64_t> seen(size_t(words), 0);
+    int64_t count = 0;
+    for (int64_t at = 0; at < tokens; ++at) {
+      const int64_t token = in.ids[at];
+      if (token == in.image_token_id) continue;
+      uint64_t& word = seen[size_t(token / 64)];
+      const uint64_t bit = uint64_t(1) << (token % 64);
+      count += (word & bit) == 0;
+      word |= bit;
+    }
+    return count;
+  }
+  std::vector<int64_t> text;
+  text.reserve(size_t(tokens));
+  std::copy_if(in.ids, in.ids + tokens, std::back_inserter(text),
+               [&](int64_t token) { return token != in.image_token_id; });
+  std::sort(text.begin(), text.end());
+  return std::unique(text.begin(), text.end()) - text.begin();
 }
 
 // The sample that holds placeholder number `wanted`, which is known to exist.
@@ -130,7 +152,8 @@ PlanTotals check_and_count(const PlanInput& in) {
     refuse("input_ids and token_counts make ", text_rows, " text and ", vision_rows,
            " vision rows, but at most ", kMaxInt32, " rows can be packed");
   }
-  return {text_rows + vision_rows, vision_rows, scan.max_token_id};
+  return {text_rows + vision_rows, vision_rows, scan.max_token_id,
+          count_token_ids(in, scan.max_token_id)};
 }
 
 void fill_plan(const PlanInput& in, const PlanLabels& given, const PlanBuffers& out) {
@@ -167,22 +190,6 @@ void fill_plan(const PlanInput& in, const PlanLabels& given, const PlanBuffers& 
     // must not be predicted by the last row of its neighbour.
     if (row > first_row) out.labels[first_row] = given.ignore_index;
     out.cu_seqlens[sample + 1] = int32_t(row);
-  }
-}
-
-void fill_merge_source(const int64_t* vision_rows, int64_t num_vision, int32_t* source,
-                       int64_t rows) {
-  for (int64_t row = 0; row < rows; ++row) source[row] = int32_t(row);
-  for (int64_t v = 0; v < num_vision; ++v) {
-    const int64_t row = vision_rows[v];
-    if (row < 0 || row >= rows) {
-      refuse("vision_rows[", v, "] must be a row of inputs_embeds, in [0, ", rows, "), got ", row);
-    }
-    if (is_vision(source[row])) {
-      refuse("vision_rows must hold no row twice, but vision_rows[", vision_row(source[row]),
-             "] and vision_rows[", v, "] are both ", row);
-    }
-    source[row] = vision_entry(int32_t(v));
   }
 }
 

@@ -25,7 +25,8 @@ struct PlanInput {
 struct PlanTotals {
   int64_t rows;
   int64_t vision_rows;
-  int64_t max_token_id;  // the largest text token, -1 if there is no text
+  int64_t max_token_id;   // the largest text token, -1 if there is no text
+  int64_t num_token_ids;  // different text tokens
 };
 
 struct PlanLabels {
@@ -46,10 +47,5 @@ struct PlanBuffers {
 PlanTotals check_and_count(const PlanInput& input);
 
 void fill_plan(const PlanInput& input, const PlanLabels& labels, const PlanBuffers& out);
-
-// The `source` map [rows] of a merge: row r keeps row r of inputs_embeds, but row vision_rows[v] is
-// given vision row v. Throws std::invalid_argument where a row is out of range or comes twice.
-void fill_merge_source(const int64_t* vision_rows, int64_t num_vision, int32_t* source,
-                       int64_t rows);
 
 }  // namespace tokenflex

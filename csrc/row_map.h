@@ -72,7 +72,7 @@ struct GatherMap {
 
 // The widest access in bytes, at most 16, that divides every address, stride and size whose bits were
 // or-ed together: their lowest common set bit is the largest power of two that divides them all.
-inline int access_bytes(uint64_t bits) {
+TOKENFLEX_HOST_DEVICE inline int access_bytes(uint64_t bits) {
   bits |= 16;
   return int(bits & (~bits + 1));
 }

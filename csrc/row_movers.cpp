@@ -1,36 +1,17 @@
 // The row movers on host memory.
 //
 // Traffic: each row is read once and written once, a memcpy apiece, plus 4 bytes of map. That is bound
-// by memory, so one thread is nearly enough for small moves, and a thread costs tens of microseconds to
-// start: further threads are started only where each gets a megabyte to move. There is no pool to keep
-// alive across a fork, so DataLoader workers may call this freely.
+// by memory, so one thread is nearly enough for small moves.
 #include "row_movers.h"
 
 #include <algorithm>
 #include <cstring>
-#include <sstream>
-#include <stdexcept>
-#include <thread>
-#include <vector>
+
+#include "refuse.h"
+#include "threads.h"
 
 namespace tokenflex {
 namespace {
-
-constexpr int64_t kBytesPerThread = 1 << 20;
-
-int64_t worthwhile_threads(int64_t rows, int64_t row_bytes, int threads) {
-  const int64_t by_bytes = rows * row_bytes / kBytesPerThread;
-  return std::max<int64_t>(1, std::min<int64_t>({threads, by_bytes, rows}));
-}
-
-// Joins on every way out: a std::thread that is destroyed unjoined ends the process, and the next
-// thread may fail to start.
-struct Workers {
-  std::vector<std::thread> threads;
-  ~Workers() {
-    for (std::thread& thread : threads) thread.join();
-  }
-};
 
 template <class Map>
 void copy_range(const Map& map, int64_t begin, int64_t end, int64_t row_bytes) {
@@ -60,35 +41,21 @@ int64_t first_outside(const int32_t* entries, int64_t rows, int64_t least, int64
 void check_source(const int32_t* source, int64_t rows, int64_t table_rows, int64_t vision_rows) {
   const int64_t row = first_outside(source, rows, -vision_rows, table_rows);
   if (row < 0) return;
-  std::ostringstream message;
-  message << "source[" << row << "] must be in [" << -vision_rows << ", " << table_rows
-          << "), for " << table_rows << " table and " << vision_rows << " vision rows, got "
-          << source[row];
-  throw std::invalid_argument(message.str());
+  refuse("source[", row, "] must be in [", -vision_rows, ", ", table_rows, "), for ", table_rows,
+         " table and ", vision_rows, " vision rows, got ", source[row]);
 }
 
 void check_index(const int32_t* index, int64_t rows, int64_t from_rows) {
   const int64_t row = first_outside(index, rows, 0, from_rows);
   if (row < 0) return;
-  std::ostringstream message;
-  message << "vision_rows[" << row << "] must be a packed row, in [0, " << from_rows << "), got "
-          << index[row];
-  throw std::invalid_argument(message.str());
+  refuse("vision_rows[", row, "] must be a packed row, in [0, ", from_rows, "), got ", index[row]);
 }
 
 template <class Map>
 void move_rows(const Map& map, int64_t rows, int64_t row_bytes, int threads) {
   if (rows <= 0 || row_bytes <= 0) return;
-  const int64_t parts = worthwhile_threads(rows, row_bytes, threads);
-  const auto part_begin = [&](int64_t part) { return rows * part / parts; };
-
-  Workers workers;
-  workers.threads.reserve(size_t(parts - 1));
-  for (int64_t part = 1; part < parts; ++part) {
-    workers.threads.emplace_back(copy_range<Map>, map, part_begin(part), part_begin(part + 1),
-                                 row_bytes);
-  }
-  copy_range(map, 0, part_begin(1), row_bytes);  // the caller's thread takes the first part
+  in_parts(rows, worthwhile_parts(rows, rows * row_bytes, threads),
+           [&](int64_t begin, int64_t end) { copy_range(map, begin, end, row_bytes); });
 }
 
 template void move_rows(const PackMap&, int64_t, int64_t, int);

@@ -66,11 +66,11 @@ def requested_backend() -> str:
 
 
 def _runs_on(implementation: str, device_type: str) -> bool:
-    compiled = extension()
     if implementation == "cpp":
-        return compiled is not None and device_type == "cpu"
+        return device_type == "cpu" and extension() is not None
     if implementation == "cuda":
-        return compiled is not None and compiled.has_cuda and device_type == "cuda"
+        compiled = extension()
+        return device_type == "cuda" and compiled is not None and compiled.has_cuda
     if implementation == "triton":
         interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
         return (device_type == "cuda" or interpreted) and _has_triton()

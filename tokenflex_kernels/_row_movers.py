@@ -1,15 +1,17 @@
 """The row movers as torch.library ops: kernels on host and device memory, fakes, autograd.
 
     pack_embeddings   packed[r] = embedding[source[r]], or vision[v] where source[r] = ~v
-    merge_vision      the same with a table that has one row for each packed row
+    merge_vision      the same with a table that has one row for each packed row, and a source
+                      made from vision_rows
     unpack_vision     vision[v] = packed[vision_rows[v]]
 
-Every op gets both halves of the row map, ``source`` int32 [total] and ``vision_rows`` int32
-[vision]: one drives the forward pass, the other the backward pass, and they are all that is saved.
-A gradient is a row mover again, or the sum of table rows:
+Packing and unpacking get both halves of the row map, ``source`` int32 [total] and ``vision_rows``
+int32 [vision]: one drives the forward pass, the other the backward pass, and they are all that is
+saved. A gradient is a row mover again, or the sum of table rows:
 
     op                of embedding / inputs_embeds / packed            of vision
-    pack_embeddings   table_gradient (text rows, summed by token id)   unpack_vision
+    pack_embeddings   table_gradient (text rows, summed by token id;   unpack_vision
+                      sparse_table_gradient: those of the ids in use)
     merge_vision      keep_text      (vision rows become zero)         unpack_vision
     unpack_vision     spread_vision  (text rows become zero)
 
@@ -18,12 +20,13 @@ The ops are made of ``Library.define`` and ``impl`` and one ``autograd.Function`
 ``tokenflex_kernels.packing`` checks.
 
 The extension knows no torch: it takes addresses, byte strides and sizes, so this is where tensors
-become those: rows of any stride, elements of a row next to each other. It copies bytes and never
-looks at a dtype.
+become those: rows of any stride, elements of a row next to each other. It copies bytes; only the
+sums of table rows look at a dtype.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -41,21 +44,30 @@ _LIBRARY = torch.library.Library("tokenflex", "FRAGMENT")
 
 
 def _pack(
-    table: torch.Tensor, vision: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor
+    table: torch.Tensor,
+    vision: torch.Tensor,
+    source: torch.Tensor,
+    vision_rows: torch.Tensor,
+    sparse_ids: int | None = None,
 ) -> torch.Tensor:
     return _pack_rows(table, vision, source)
 
 
 def _unpack(packed: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor) -> torch.Tensor:
     packed = _contiguous_rows(packed)
-    vision = packed.new_empty(vision_rows.shape[0], packed.shape[1])
+    rows, width = vision_rows.size(0), packed.size(1)
+    row_bytes = width * packed.element_size()
+    vision = packed.new_empty(rows, width)
     mover = _mover("gather_rows", vision)
     mover(
         *_rows(packed),
-        *_rows(vision),
+        vision.data_ptr(),
+        row_bytes,
         vision_rows.data_ptr(),
-        *_bounds(packed),
-        *_extent(vision),
+        *(() if packed.is_cuda else (packed.size(0),)),
+        rows,
+        row_bytes,
+        *_place(vision),
     )
     return vision
 
@@ -68,36 +80,64 @@ def _spread_vision(vision: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     return _pack_rows(_zero_rows(vision), vision, source)
 
 
-def _table_gradient(grad: torch.Tensor, source: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Sum the text rows of ``grad`` [total, D] by token id into [num_rows, D], repeatably.
-
-    PyTorch's kernels skip ``padding_idx`` wherever it lies: one past the table it marks the vision
-    rows without a copy of the text rows, and costs the table no row. (A negative id would not do:
-    the sort on the device looks at the low bits only.) They are not made for sums of nothing: a
-    grid of no blocks is a launch that fails.
-    """
-    if grad.numel() == 0 or num_rows == 0:
-        return grad.new_zeros(num_rows, grad.shape[1])
-    ids = source.masked_fill(source < 0, num_rows)
-    return torch.ops.aten.embedding_dense_backward(grad, ids, num_rows, num_rows, False)
+def _table_gradient(
+    grad: torch.Tensor, source: torch.Tensor, num_vision: int, num_rows: int
+) -> torch.Tensor:
+    ids, rows = _text_by_id(source, num_vision)
+    sums = grad.new_zeros(num_rows, grad.shape[1])
+    _sum_rows(grad, ids, rows, sums)
+    return sums
 
 
-def _merge_source_cpu(vision_rows: torch.Tensor, num_rows: int) -> torch.Tensor:
-    vision_rows = vision_rows.to(torch.int64).contiguous()
+def _sparse_table_gradient(
+    grad: torch.Tensor, source: torch.Tensor, num_vision: int, num_ids: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, rows = _text_by_id(source, num_vision)
+    slots = torch.cumsum(torch.diff(ids, prepend=ids[:1]) != 0, 0, dtype=torch.int32)
+    if not source.is_cuda:
+        found = int(slots[-1]) + 1 if slots.shape[0] else 0
+        if found != num_ids:
+            raise ValueError(
+                f"source must have the plan's {num_ids} different token ids, but has {found}"
+            )
+    first = torch.searchsorted(slots, torch.arange(num_ids, dtype=torch.int32, device=slots.device))
+    sums = grad.new_empty(num_ids, grad.shape[1])
+    _sum_rows(grad, slots, rows, sums)
+    return ids[first].to(torch.int64), sums
+
+
+def _merge(
+    inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    table = _as_rows(inputs_embeds)
+    vision_rows = vision_rows.contiguous()
+    num_rows = table.size(0)
     source = vision_rows.new_empty(num_rows, dtype=torch.int32)
-    _compiled().merge_source(
-        vision_rows.data_ptr(), vision_rows.shape[0], source.data_ptr(), num_rows
+    job = (
+        vision_rows.data_ptr(),
+        vision_rows.dtype == torch.int64,
+        vision_rows.size(0),
+        source.data_ptr(),
+        num_rows,
     )
-    return source
-
-
-def _merge_source_cuda(vision_rows: torch.Tensor, num_rows: int) -> torch.Tensor:
-    source = torch.arange(num_rows, dtype=torch.int32, device=vision_rows.device)
-    vision = torch.arange(vision_rows.shape[0], dtype=torch.int32, device=vision_rows.device)
-    return source.index_copy_(0, vision_rows.long(), ~vision)
+    if source.is_cuda:
+        _compiled().merge_source_cuda(*job, *_place(source))
+    else:
+        _compiled().merge_source(*job)
+    return _pack_rows(table, vision, source, inputs_embeds.shape), source
 
 
 # ---- the shapes of their results, for torch.compile
+
+
+def _like_merge(
+    inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = math.prod(inputs_embeds.shape[:-1])
+    return (
+        inputs_embeds.new_empty(inputs_embeds.shape),
+        vision_rows.new_empty(rows, dtype=torch.int32),
+    )
 
 
 def _like_source(rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
@@ -115,49 +155,58 @@ def _like_vision_rows(
 
 def _define(
     schema: str,
-    shape: Callable[..., torch.Tensor],
-    cpu: Callable[..., torch.Tensor],
-    cuda: Callable[..., torch.Tensor] | None = None,
-) -> Callable[..., torch.Tensor]:
-    """Define the op ``tokenflex::<schema> -> Tensor``; ``cuda`` is ``cpu`` unless it differs."""
+    shape: Callable[..., Any],
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
+    returns: str = "Tensor",
+) -> Callable[..., Any]:
+    """Define the op ``tokenflex::<schema> -> returns``; ``cuda`` is ``cpu`` unless it differs."""
     name = schema[: schema.index("(")]
-    _LIBRARY.define(f"{schema} -> Tensor")
+    _LIBRARY.define(f"{schema} -> {returns}")
     _LIBRARY.impl(name, cpu, "CPU")
     _LIBRARY.impl(name, cuda or cpu, "CUDA")
     torch.library.register_fake(f"tokenflex::{name}", shape, lib=_LIBRARY)
-    op: Callable[..., torch.Tensor] = getattr(torch.ops.tokenflex, name).default
+    op: Callable[..., Any] = getattr(torch.ops.tokenflex, name).default
     return op
 
 
 pack_embeddings = _define(
-    "pack_embeddings(Tensor embedding, Tensor vision, Tensor source, Tensor vision_rows)",
-    lambda embedding, vision, source, vision_rows: _like_source(embedding, source),
+    "pack_embeddings(Tensor embedding, Tensor vision, Tensor source, Tensor vision_rows, "
+    "SymInt? sparse_ids=None)",
+    lambda embedding, vision, source, vision_rows, sparse_ids=None: _like_source(embedding, source),
     _pack,
 )
+# The second result is the `source` that makes merging a packing whose table is inputs_embeds: each
+# row is written once, where a copy and a scatter would write the vision rows twice. On the CPU it
+# refuses rows out of range and rows that come twice; inside an op, it does so when compiled too.
 merge_vision = _define(
-    "merge_vision(Tensor inputs_embeds, Tensor vision, Tensor source, Tensor vision_rows)",
-    lambda inputs_embeds, vision, source, vision_rows: _like_source(inputs_embeds, source),
-    _pack,
+    "merge_vision(Tensor inputs_embeds, Tensor vision, Tensor vision_rows)",
+    _like_merge,
+    _merge,
+    returns="(Tensor, Tensor)",
 )
 unpack_vision = _define(
     "unpack_vision(Tensor packed, Tensor source, Tensor vision_rows)", _like_vision_rows, _unpack
 )
 keep_text = _define("keep_text(Tensor rows, Tensor source)", _like_source, _keep_text)
 spread_vision = _define("spread_vision(Tensor vision, Tensor source)", _like_source, _spread_vision)
-# An op of its own so that Inductor leaves it alone: it would sum with atomics, and never alike.
+# The text rows of `grad`, added up by token id in an order that `source` alone decides. How many
+# they are is known from `num_vision`, without a look at the device.
 table_gradient = _define(
-    "table_gradient(Tensor grad, Tensor source, SymInt num_rows)",
-    lambda grad, source, num_rows: grad.new_empty(num_rows, grad.shape[1]),
+    "table_gradient(Tensor grad, Tensor source, SymInt num_vision, SymInt num_rows)",
+    lambda grad, source, num_vision, num_rows: grad.new_empty(num_rows, grad.shape[1]),
     _table_gradient,
 )
-# The `source` that makes merging a packing whose table is inputs_embeds: each row is written once,
-# where a copy and a scatter would write the vision rows twice. On the CPU it refuses rows out of
-# range and rows that come twice; being an op, it does so in a compiled function too.
-merge_source = _define(
-    "merge_source(Tensor vision_rows, SymInt num_rows)",
-    lambda vision_rows, num_rows: vision_rows.new_empty(num_rows, dtype=torch.int32),
-    _merge_source_cpu,
-    _merge_source_cuda,
+# The same for the ids in use alone: these, ascending, and their rows of sums. The plan knows how
+# many they are; to count them on a device would mean waiting for it.
+sparse_table_gradient = _define(
+    "sparse_table_gradient(Tensor grad, Tensor source, SymInt num_vision, SymInt num_ids)",
+    lambda grad, source, num_vision, num_ids: (
+        source.new_empty(num_ids, dtype=torch.int64),
+        grad.new_empty(num_ids, grad.shape[1]),
+    ),
+    _sparse_table_gradient,
+    returns="(Tensor, Tensor)",
 )
 
 
@@ -174,9 +223,10 @@ class _PackEmbeddings(torch.autograd.Function):
         vision: torch.Tensor,
         source: torch.Tensor,
         vision_rows: torch.Tensor,
+        sparse_ids: int | None = None,
     ) -> torch.Tensor:
         ctx.save_for_backward(source, vision_rows)
-        ctx.num_rows = embedding.shape[0]
+        ctx.num_rows, ctx.sparse_ids = embedding.shape[0], sparse_ids
         with torch._C._AutoDispatchBelowAutograd():
             return pack_embeddings(embedding, vision, source, vision_rows)
 
@@ -185,36 +235,42 @@ class _PackEmbeddings(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         source, vision_rows = ctx.saved_tensors
         needs_embedding, needs_vision, *_ = ctx.needs_input_grad
-        return (
-            table_gradient(grad, source, ctx.num_rows) if needs_embedding else None,
-            unpack_vision(grad, source, vision_rows) if needs_vision else None,
-            None,
-            None,
-        )
+        grad_embedding = None
+        if needs_embedding and ctx.sparse_ids is None:
+            grad_embedding = table_gradient(grad, source, vision_rows.shape[0], ctx.num_rows)
+        elif needs_embedding:
+            ids, sums = sparse_table_gradient(grad, source, vision_rows.shape[0], ctx.sparse_ids)
+            grad_embedding = torch.sparse_coo_tensor(
+                ids[None],
+                sums,
+                (ctx.num_rows, grad.shape[1]),
+                check_invariants=False,
+                is_coalesced=True,
+            )
+        grad_vision = unpack_vision(grad, source, vision_rows) if needs_vision else None
+        return grad_embedding, grad_vision, None, None, None
 
 
 class _MergeVision(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        inputs_embeds: torch.Tensor,
-        vision: torch.Tensor,
-        source: torch.Tensor,
-        vision_rows: torch.Tensor,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(source, vision_rows)
+        ctx: Any, inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            return merge_vision(inputs_embeds, vision, source, vision_rows)
+            merged, source = merge_vision(inputs_embeds, vision, vision_rows)
+        ctx.save_for_backward(source, vision_rows)
+        return merged, source
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> Gradients:
         source, vision_rows = ctx.saved_tensors
         needs_inputs, needs_vision, *_ = ctx.needs_input_grad
+        rows = _as_rows(grad)
+        numbers = vision_rows.to(torch.int32).contiguous()
         return (
-            keep_text(grad, source) if needs_inputs else None,
-            unpack_vision(grad, source, vision_rows) if needs_vision else None,
-            None,
+            keep_text(rows, source).view(grad.shape) if needs_inputs else None,
+            unpack_vision(rows, source, numbers) if needs_vision else None,
             None,
         )
 
@@ -235,67 +291,132 @@ class _UnpackVision(torch.autograd.Function):
         return spread_vision(grad, source), None, None
 
 
-def _differentiate(name: str, op: Callable[..., torch.Tensor], function: Any) -> None:
+def _differentiate(name: str, op: Callable[..., Any], function: Any, floats: int) -> None:
     """Give ``op`` the derivative that ``function`` has, at no cost where none is asked for.
 
-    In forward mode it needs none: each op is linear in its float tensors, all of them together, so
-    its tangent is the op of their tangents.
+    The first ``floats`` arguments are its float tensors. In forward mode it needs no derivative:
+    each op is linear in those, all of them together, so its tangent is the op of their tangents.
     """
 
-    def autograd(*tensors: torch.Tensor) -> torch.Tensor:
+    def autograd(*arguments: Any) -> Any:
         if forward_ad._current_level < 0:  # what unpack_dual looks at, without its cost
-            return backward_mode(*tensors)
-        duals = [forward_ad.unpack_dual(tensor) for tensor in tensors]
+            return backward_mode(*arguments)
+        others = arguments[floats:]
+        duals = [forward_ad.unpack_dual(tensor) for tensor in arguments[:floats]]
         if all(dual.tangent is None for dual in duals):
-            return backward_mode(*tensors)
-        primals = [dual.primal for dual in duals]
+            return backward_mode(*arguments)
         tangents = [
-            dual.tangent
-            if dual.tangent is not None
-            else torch.zeros_like(dual.primal)
-            if dual.primal.is_floating_point()
-            else dual.primal  # a row map
+            torch.zeros_like(dual.primal) if dual.tangent is None else dual.tangent
             for dual in duals
         ]
-        return forward_ad.make_dual(backward_mode(*primals), backward_mode(*tangents))
+        result = backward_mode(*(dual.primal for dual in duals), *others)
+        tangent = backward_mode(*tangents, *others)
+        if isinstance(result, tuple):  # with a row map
+            return forward_ad.make_dual(result[0], tangent[0]), result[1]
+        return forward_ad.make_dual(result, tangent)
 
-    def backward_mode(*tensors: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            result: torch.Tensor = function.apply(*tensors)
-            return result
+    def backward_mode(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(value.requires_grad for value in arguments[:floats]):
+            return function.apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*tensors)
+            return op(*arguments)
 
     _LIBRARY.impl(name, autograd, "Autograd")
 
 
-_differentiate("pack_embeddings", pack_embeddings, _PackEmbeddings)
-_differentiate("merge_vision", merge_vision, _MergeVision)
-_differentiate("unpack_vision", unpack_vision, _UnpackVision)
+_differentiate("pack_embeddings", pack_embeddings, _PackEmbeddings, floats=2)
+_differentiate("merge_vision", merge_vision, _MergeVision, floats=2)
+_differentiate("unpack_vision", unpack_vision, _UnpackVision, floats=1)
 
 
 # ---- calls into the extension
 
 
-def _pack_rows(table: torch.Tensor, vision: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """packed[r] = table[source[r]] if source[r] >= 0 else vision[~source[r]]; one launch."""
+def _pack_rows(
+    table: torch.Tensor,
+    vision: torch.Tensor,
+    source: torch.Tensor,
+    shape: torch.Size | None = None,
+) -> torch.Tensor:
+    """packed[r] = table[source[r]] if source[r] >= 0 else vision[~source[r]]; one launch.
+
+    ``shape`` is that of the result where it is not [rows, D]: a view would cost 2 us more.
+    """
     table, vision = _contiguous_rows(table), _contiguous_rows(vision)
-    packed = table.new_empty(source.shape[0], table.shape[1])
+    rows, width = source.size(0), table.size(1)
+    row_bytes = width * table.element_size()
+    packed = table.new_empty((rows, width) if shape is None else shape)
+    # On the host the mover checks its map against the rows there are; a device would have to be
+    # waited for.
     mover = _mover("pack_rows", packed)
     mover(
         *_rows(table),
         *_rows(vision),
-        *_rows(packed),
+        packed.data_ptr(),
+        row_bytes,
         source.data_ptr(),
-        *_bounds(table, vision),
-        *_extent(packed),
+        *(() if packed.is_cuda else (table.size(0), vision.size(0))),
+        rows,
+        row_bytes,
+        *_place(packed),
     )
     return packed
+
+
+def _text_by_id(source: torch.Tensor, num_vision: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token ids of the text rows, int32 ascending, and their rows, int64 ascending for each id.
+
+    Vision entries are negative: sorted they come first, and the rest is found by their number.
+    """
+    if not source.is_cuda:
+        found = int(torch.count_nonzero(source < 0))
+        if found != num_vision:
+            raise ValueError(
+                f"source must have one vision row per entry of vision_rows, {num_vision}, "
+                f"but has {found}"
+            )
+    ids, rows = torch.sort(source, stable=True)
+    return ids[num_vision:], rows[num_vision:]
+
+
+def _sum_rows(
+    grad: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, sums: torch.Tensor
+) -> None:
+    """sums[s] = the sum of grad[rows[i]] over all i of slots[i] = s; ``slots`` must ascend.
+
+    Made in float32 (float64 for float64) and rounded once. Other rows of ``sums`` are left alone.
+    """
+    compiled = _compiled()
+    grad = _contiguous_rows(grad)
+    precision = torch.promote_types(grad.dtype, torch.float32)
+    tiles = -(-rows.shape[0] // compiled.sum_tile)
+    partials = grad.new_empty(tiles, grad.shape[1], dtype=precision)
+    job = (
+        *_rows(grad),
+        *_rows(sums),
+        *_rows(partials),
+        slots.data_ptr(),
+        rows.data_ptr(),
+        rows.shape[0],
+        grad.shape[1],
+        str(grad.dtype).removeprefix("torch."),
+    )
+    if grad.is_cuda:
+        compiled.sum_rows_cuda(*job, *_place(grad))
+    else:
+        compiled.sum_rows(*job, sums.shape[0], *_place(grad))
 
 
 def _zero_rows(like: torch.Tensor) -> torch.Tensor:
     """As many rows of zeros as anyone reads, in the memory of one: the row stride is 0."""
     return like.new_zeros(like.shape[1]).expand(2**31, -1)
+
+
+def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """[.., D] as [rows, D]; ``flatten`` and ``reshape`` cost even where there is nothing to do."""
+    if tensor.ndim == 2:
+        return tensor
+    return tensor.flatten(0, -2) if tensor.ndim > 2 else tensor[None]
 
 
 def _contiguous_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -320,15 +441,8 @@ def _mover(name: str, tensor: torch.Tensor) -> Callable[..., None]:
     return mover
 
 
-def _bounds(*tables: torch.Tensor) -> tuple[int, ...]:
-    """How many rows a map may point at. The host looks; a device would have to be waited for."""
-    return () if tables[0].is_cuda else tuple([table.size(0) for table in tables])
-
-
-def _extent(rows: torch.Tensor) -> tuple[int, int, int] | tuple[int, int, int, int]:
-    """How much to move, and by what: host threads, or the device and its current stream."""
-    size = rows.shape[0], rows.shape[1] * rows.element_size()
-    if rows.is_cuda:
-        stream = torch.cuda.current_stream(rows.device)
-        return *size, rows.device.index, stream.cuda_stream
-    return *size, torch.get_num_threads()
+def _place(tensor: torch.Tensor) -> tuple[int, ...]:
+    """What does the work: host threads, or the device and its current stream."""
+    if tensor.is_cuda:
+        return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+    return (torch.get_num_threads(),)

@@ -52,6 +52,8 @@ class PackPlan:
     """Rows of the longest sample, 0 in an empty batch."""
     max_token_id: int
     """The largest token id of a text row, -1 if there is no text."""
+    num_token_ids: int
+    """Different token ids among the text rows."""
 
     # Not `dataclass(frozen=True)`: as one of those enters a compiled function, torch.compile (up to
     # 2.11 at least) reads every field, `lengths` too, and so compiles anew for each number of
@@ -199,7 +201,7 @@ def _plan_compiled(
         image_token_id,
         expanded,
     )
-    total, vision, max_token_id = compiled.plan_count(*batch)
+    total, vision, max_token_id, num_token_ids = compiled.plan_count(*batch)
     rows = PlanRows(
         input_ids=np.empty(total, np.int64),
         position_ids=np.empty(total, np.int64),
@@ -208,6 +210,7 @@ def _plan_compiled(
         vision_rows=np.empty(vision, np.int32),
         cu_seqlens=np.empty(len(samples) + 1, np.int32),
         max_token_id=max_token_id,
+        num_token_ids=num_token_ids,
     )
     compiled.plan_fill(
         *batch,

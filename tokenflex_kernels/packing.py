@@ -6,7 +6,7 @@
 
 Each is one launch that reads and writes every row once, driven by an int32 row map, with O(rows)
 extra memory and no synchronisation. Backward is again a row mover, by the inverse map, so gradients
-are repeatable bit by bit; only the embedding table sums rows, in PyTorch's deterministic kernel.
+are repeatable bit by bit; only the embedding table sums rows, in an order that the plan decides.
 
 This file checks arguments and chooses the backend; the ops are in `_row_movers`. All of it may be
 called in ``torch.compile(fullgraph=True, dynamic=True)``.
@@ -28,24 +28,35 @@ from tokenflex_kernels.reference.packing import MAX_INT32
 __all__ = ["PackPlan", "merge_vision", "pack_embeddings", "plan_packing", "unpack_vision"]
 
 
-def pack_embeddings(embedding: torch.Tensor, vision: torch.Tensor, plan: PackPlan) -> torch.Tensor:
+def pack_embeddings(
+    embedding: torch.Tensor, vision: torch.Tensor, plan: PackPlan, *, sparse_grad: bool = False
+) -> torch.Tensor:
     """Write a batch's text and vision rows into one packed buffer, as ``plan`` lays it out.
 
     The result is what an embedding lookup followed by ``masked_scatter`` gives, without the
-    intermediate and the mask. Differentiable once, in both tensors; the table's gradient (dense,
-    [V, D]) is computed only if the table requires it.
+    intermediate and the mask. Differentiable once, in both tensors; the table's gradient is
+    computed only if the table requires it.
 
     Args:
         embedding: float [V, D], the embedding table.
         vision: float [vision, D], one row per vision token, in the dtype of ``embedding``. Under
             autocast, where a projector's output and the table may differ, it is cast to that dtype.
         plan: the batch's plan, on the same device.
+        sparse_grad: False for a table gradient of the table's own shape and layout, as most
+            optimizers and FSDP ask for. True for a coalesced sparse COO tensor that has a row for
+            each token id of the batch and takes no memory for the others. It is what
+            ``torch.nn.functional.embedding(.., sparse=True)`` gives, added up: for
+            ``torch.optim.SparseAdam``, ``SGD`` or ``Adagrad``. Where the table is also the output
+            layer, that layer's gradient is dense, and so is the sum. In ``torch.compile``,
+            ``embedding`` must be an input of the compiled function, as a parameter is: Inductor
+            cannot take a sparse gradient further.
 
     Returns:
         [total, D] in the dtype of ``embedding``.
 
     Raises:
-        TypeError: an argument is not a float tensor, or the dtypes differ outside autocast.
+        TypeError: an argument is not a float tensor, the dtypes differ outside autocast, or
+            ``sparse_grad`` is not a bool.
         ValueError: the rows of ``vision`` or the ids of the text do not fit the plan or the table,
             the widths differ, or the devices do.
     """
@@ -59,10 +70,15 @@ def pack_embeddings(embedding: torch.Tensor, vision: torch.Tensor, plan: PackPla
             f"embedding must have a row for every text token: the plan's largest id is "
             f"{plan.max_token_id}, but embedding has {embedding.shape[0]} rows"
         )
+    if not isinstance(sparse_grad, bool):
+        raise TypeError(f"sparse_grad must be a bool, got {sparse_grad!r}")
     vision = _like_autocast("vision", vision, "embedding", embedding)
+    maps = plan.source, plan.vision_rows
     if select_backend("pack_embeddings", embedding.device) == "reference":
-        return reference.pack_embeddings(embedding, vision, plan.source, plan.vision_rows)
-    return ops.pack_embeddings(embedding, vision, plan.source, plan.vision_rows)
+        return reference.pack_embeddings(embedding, vision, *maps, sparse_grad)
+    if sparse_grad:
+        return ops.pack_embeddings(embedding, vision, *maps, plan.num_token_ids)
+    return ops.pack_embeddings(embedding, vision, *maps)
 
 
 def unpack_vision(packed: torch.Tensor, plan: PackPlan) -> torch.Tensor:
@@ -130,13 +146,11 @@ def merge_vision(
         raise ValueError(f"inputs_embeds must have at most {MAX_INT32} rows, got {rows}")
     vision = _like_autocast("vision", vision, "inputs_embeds", inputs_embeds)
 
-    flat = inputs_embeds.reshape(rows, inputs_embeds.shape[-1])
-    if select_backend("merge_vision", flat.device) == "reference":
-        merged = reference.merge_vision(flat, vision, vision_rows)
-    else:
-        source = ops.merge_source(vision_rows, rows)
-        merged = ops.merge_vision(flat, vision, source, vision_rows.to(torch.int32))
-    return merged.reshape(inputs_embeds.shape)
+    if select_backend("merge_vision", inputs_embeds.device) == "reference":
+        flat = inputs_embeds.reshape(rows, inputs_embeds.shape[-1])
+        return reference.merge_vision(flat, vision, vision_rows).reshape(inputs_embeds.shape)
+    merged, _ = ops.merge_vision(inputs_embeds, vision, vision_rows)
+    return merged
 
 
 def _check_plan(plan: PackPlan, name: str, tensor: torch.Tensor) -> None:

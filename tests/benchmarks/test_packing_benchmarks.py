@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import packing_gpu
 from benchmarks.environment import ROOT, environment, percentiles, write_csv
-from benchmarks.packing_cases import MERGERS, PACKERS, Case, forward_backward
+from benchmarks.packing_cases import MERGERS, PACKERS, SPARSE_PACKERS, Case, forward_backward
 from benchmarks.packing_cpu import rows_of_report
 
 SMALL = Case(samples=3, text=5, width=8, vocabulary=20)
@@ -30,9 +30,11 @@ def test_the_variants_do_the_same(requires_grad):
     assert all(torch.equal(other, packed[0]) for other in packed)
     assert all(torch.equal(other, merged[0]) for other in merged)
     if requires_grad:
-        first, *others = [forward_backward(pack, batch) for pack in PACKERS.values()]
-        for other in others:
-            torch.testing.assert_close(other, first)
+        first, *others = [
+            forward_backward(pack, batch) for pack in [*PACKERS.values(), *SPARSE_PACKERS.values()]
+        ]
+        for table, vision in others:
+            torch.testing.assert_close((table.to_dense(), vision), tuple(first))
 
 
 def test_cases_have_the_rows_that_their_names_say():
@@ -84,7 +86,7 @@ def test_report_becomes_rows():
 def test_ideal_bytes_count_each_row_once():
     """10 rows, 6 of them vision, 3 different ids, 4 bytes a row."""
     sizes = [packing_gpu.ideal_bytes(10, 6, 3, 4, mode) for mode in packing_gpu.MODES]
-    assert sizes == [4 * 20, 4 * (20 + 12), 4 * (20 + 12 + 4 + 3)]
+    assert sizes == [4 * 20, 4 * (20 + 12), 4 * (20 + 12 + 4 + 3), 4 * (20 + 12 + 4 + 3)]
 
 
 def test_buffers_exceed_the_cache_threefold():
@@ -123,14 +125,14 @@ def test_a_case_is_measured_and_checked(mode, monkeypatch):
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=20_000)
     )
     rows = packing_gpu.measure(SMALL, mode, ceiling=1e9, repeats=5, inner=1)
-    assert [row["variant"] for row in rows] == list(PACKERS)
+    assert [row["variant"] for row in rows] == list(packing_gpu.VARIANTS[mode])
     assert {row["samples"] for row in rows} == {5}
     assert all(
         row["share_of_copy"] == pytest.approx(row["ideal_bytes"] / 2000, 1e-3) for row in rows
     )
 
     monkeypatch.setitem(
-        packing_gpu.PACKERS, "wrong", lambda batch: PACKERS["pack_embeddings"](batch) * 2
+        packing_gpu.VARIANTS[mode], "wrong", lambda batch: PACKERS["pack_embeddings"](batch) * 2
     )
     with pytest.raises(AssertionError):
         packing_gpu.measure(SMALL, mode, ceiling=1e9, repeats=1, inner=1)
@@ -155,7 +157,13 @@ def test_the_gpu_harness_says_what_it_needs(tmp_path):
 def test_published_results_are_complete():
     with (ROOT / "benchmarks/results/packing-cpu.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert {row["variant"] for row in rows} >= {*PACKERS, *MERGERS, "plan", "bin_pack"}
+    assert {row["variant"] for row in rows} >= {
+        *PACKERS,
+        *SPARSE_PACKERS,
+        *MERGERS,
+        "plan",
+        "bin_pack",
+    }
     assert all(float(row["p20"]) <= float(row["p50"]) <= float(row["p80"]) for row in rows)
     assert all(row["cpu"] and row["torch"] and row["threads"] == "2" for row in rows)
     assert "/" + "tmp" not in json.dumps(rows)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,6 +71,40 @@ def test_access_is_as_wide_as_every_address_and_stride_allow(bits, widest):
 
 def test_negative_strides_have_alignment_too():
     assert extension().access_bytes((-24) % 2**64) == 8
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 7, 15, 16, 17, 31, 33, 100, 2310])
+def test_a_row_is_split_into_the_widest_accesses_of_both_addresses(size):
+    for start, other in itertools.product(range(32, 64), range(64, 96)):
+        width, head, body, tail = extension().row_split(start, other, size)
+        assert width == max(w for w in (1, 2, 4, 8, 16) if (start - other) % w == 0)
+        assert head + width * body + tail == size
+        assert 0 <= head < width
+        assert 0 <= tail < width
+        if body:
+            assert (start + head) % width == (other + head) % width == 0
+        else:
+            assert size < 2 * width
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 32, 256])
+@pytest.mark.parametrize("size", [0, 1, 2, 15, 16, 17, 63, 130, 2310])
+def test_the_lanes_of_a_row_move_every_byte_once(size, lanes):
+    """As the device's threads do, for all ways two addresses can lie."""
+    memory = np.random.default_rng(0).integers(0, 255, size + 16, np.uint8)
+    source = np.empty(size + 32, np.uint8)
+    target = np.empty(size + 64, np.uint8)
+    source = source[-source.ctypes.data % 16 :][: size + 16]
+    target = target[-target.ctypes.data % 16 :][: size + 32]
+    source[:] = memory
+    for start, other in itertools.product(range(16), range(16)):
+        target[:] = 255
+        extension().copy_row_by_lanes(
+            source.ctypes.data + start, target.ctypes.data + other, size, lanes
+        )
+        assert np.array_equal(target[other : other + size], memory[start : start + size])
+        assert (target[:other] == 255).all()
+        assert (target[other + size :] == 255).all()
 
 
 # ---- TOKENFLEX_BACKEND

@@ -56,7 +56,8 @@ def assert_same_plan(plan: PackPlan, expected: PackPlan) -> None:
         actual, wanted = getattr(plan, name), getattr(expected, name)
         assert actual.dtype == wanted.dtype, name
         assert actual.tolist() == wanted.tolist(), name
-    assert (plan.lengths, plan.max_token_id) == (expected.lengths, expected.max_token_id)
+    for name in ("lengths", "max_token_id", "num_token_ids"):
+        assert getattr(plan, name) == getattr(expected, name), name
 
 
 # ---- what a plan says
@@ -88,7 +89,9 @@ def test_plan_is_what_the_naive_loop_writes(backend, batch, with_labels, ignore_
     assert plan.vision_rows.tolist() == [at for at, row in enumerate(rows) if row[3] < 0]
     assert plan.lengths == tuple(len(sample) for sample in by_sample)
     assert plan.cu_seqlens.tolist() == [0, *np.cumsum(plan.lengths, dtype=int)]
-    assert plan.max_token_id == max((row[3] for row in rows if row[3] >= 0), default=-1)
+    text = {row[3] for row in rows if row[3] >= 0}
+    assert plan.max_token_id == max(text, default=-1)
+    assert plan.num_token_ids == len(text)
     assert plan.num_tokens == len(rows)
     assert plan.num_samples == len(samples)
     assert plan.max_seqlen == max(plan.lengths, default=0)
@@ -100,6 +103,18 @@ def test_plan_is_what_the_naive_loop_writes(backend, batch, with_labels, ignore_
         "vision_rows": torch.int32,
         "cu_seqlens": torch.int32,
     }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("largest", [3, 63, 64, 1000, 40_000, 2**31 - 1])
+def test_different_token_ids_are_counted(backend, largest):
+    """Few and many of them, by both of the planner's ways."""
+    generator = np.random.default_rng(largest)
+    for tokens in (0, 1, 5, 60, 2000):
+        ids = generator.integers(0, largest + 1, tokens)
+        ids[: tokens // 2] = ids[tokens - tokens // 2 :]
+        plan = plan_with(backend, [[*ids, IMAGE, largest]], [2], IMAGE)
+        assert plan.num_token_ids == len({*ids.tolist(), largest})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

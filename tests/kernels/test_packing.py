@@ -145,6 +145,42 @@ def test_merging_takes_batched_embeddings_and_rows_in_any_order(backend, index_d
     assert torch.equal(merged, wanted.view(2, 3, 3, 8))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_merging_reads_row_numbers_of_any_stride(backend, index_dtype):
+    base = torch.randn(9, 4, requires_grad=True)
+    vision = torch.randn(3, 4, requires_grad=True)
+    rows = torch.tensor([8, 0, 3, 1, 5, 2], dtype=index_dtype)[::2]
+    grad = torch.randn(9, 4)
+    with backend_set_to(backend):
+        merged = merge_vision(base, vision, rows)
+        grad_base, grad_vision = torch.autograd.grad(merged, (base, vision), grad)
+    assert torch.equal(merged[[8, 3, 5]], vision)
+    assert torch.equal(merged[[0, 1, 2, 4, 6, 7]], base[[0, 1, 2, 4, 6, 7]])
+    assert torch.equal(grad_vision, grad[[8, 3, 5]])
+    assert torch.equal(grad_base, grad.index_fill(0, torch.tensor([8, 3, 5]), 0.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(4,), (2, 4), (1, 2, 4), (2, 1, 1, 4), (2, 0), (2, 3, 0)])
+@pytest.mark.parametrize("strided", [False, True])
+def test_merging_keeps_every_shape_and_its_gradient(backend, shape, strided):
+    base = torch.randn(*shape, dtype=torch.float64)
+    base = (base.mT.contiguous().mT if strided and base.ndim > 1 else base).requires_grad_()
+    vision = torch.randn(1, shape[-1], dtype=torch.float64, requires_grad=True)
+    rows = torch.zeros(2, dtype=torch.int64)[::2]
+    grad = torch.randn(*shape, dtype=torch.float64)
+    with backend_set_to(backend):
+        merged = merge_vision(base, vision, rows)
+        grad_base, grad_vision = torch.autograd.grad(merged, (base, vision), grad)
+    wanted, kept = base.detach().contiguous().clone(), grad.clone()
+    wanted.view(-1)[: shape[-1]] = vision[0].detach()
+    kept.view(-1)[: shape[-1]] = 0
+    assert torch.equal(merged, wanted)
+    assert torch.equal(grad_base, kept)
+    assert torch.equal(grad_vision.flatten(), grad.flatten()[: shape[-1]])
+
+
 def test_packing_is_an_embedding_lookup_and_a_masked_scatter():
     table, vision = torch.randn(6, 8), torch.randn(EXAMPLE.vision_rows.shape[0], 8)
     text = F.embedding(EXAMPLE.input_ids.clamp(min=0), table)

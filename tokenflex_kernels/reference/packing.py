@@ -16,7 +16,8 @@ MAX_INT32 = 2**31 - 1  # rows, vision rows and token ids are int32 on the device
 
 
 class PlanRows(NamedTuple):
-    """The tensors of a ``PackPlan`` as arrays, and the largest text token (-1 without text)."""
+    """The tensors of a ``PackPlan`` as arrays, the largest text token (-1 without text), and the
+    number of different ones."""
 
     input_ids: np.ndarray
     position_ids: np.ndarray
@@ -25,6 +26,7 @@ class PlanRows(NamedTuple):
     vision_rows: np.ndarray
     cu_seqlens: np.ndarray
     max_token_id: int
+    num_token_ids: int
 
 
 def plan_packing(
@@ -70,6 +72,7 @@ def plan_packing(
             rows[first] = (token, position, ignore_index, source)
         cu_seqlens.append(len(rows))
 
+    text_ids = {source for _, _, _, source in rows if source >= 0}
     columns = np.array(rows, np.int64).reshape(-1, 4).T.copy()
     return PlanRows(
         input_ids=columns[0],
@@ -78,7 +81,8 @@ def plan_packing(
         source=columns[3].astype(np.int32),
         vision_rows=np.array(vision_rows, np.int32),
         cu_seqlens=np.array(cu_seqlens, np.int32),
-        max_token_id=max((source for _, _, _, source in rows if source >= 0), default=-1),
+        max_token_id=max(text_ids, default=-1),
+        num_token_ids=len(text_ids),
     )
 
 
@@ -161,12 +165,17 @@ def _runs(sample: list[int], image_token_id: int) -> list[int]:
 
 
 def pack_embeddings(
-    embedding: torch.Tensor, vision: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor
+    embedding: torch.Tensor,
+    vision: torch.Tensor,
+    source: torch.Tensor,
+    vision_rows: torch.Tensor,
+    sparse_grad: bool,
 ) -> torch.Tensor:
     """[V, D], [vision, D] -> [total, D]: text rows from the table, vision rows from ``vision``."""
     text_rows = (source >= 0).nonzero().squeeze(1)
     packed = embedding.new_zeros(source.shape[0], embedding.shape[1])
-    packed = packed.index_copy(0, text_rows, F.embedding(source[text_rows], embedding))
+    text = F.embedding(source[text_rows], embedding, sparse=sparse_grad)
+    packed = packed.index_copy(0, text_rows, text)
     return packed.index_copy(0, vision_rows.long(), vision)
 
 

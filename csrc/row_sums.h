@@ -1,0 +1,34 @@
+// Summing the rows of each segment, as segments.h has it, for rows of one of four float types.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "float_types.h"
+#include "refuse.h"
+#include "segments.h"
+
+namespace tokenflex {
+
+// Calls work(T()) for the C++ type T of a dtype's name; throws std::invalid_argument for other names.
+template <class Work>
+void with_dtype(const std::string& name, const Work& work) {
+  if (name == "float32") return work(float());
+  if (name == "bfloat16") return work(Bfloat16());
+  if (name == "float16") return work(Half());
+  if (name == "float64") return work(double());
+  refuse("dtype must be float32, bfloat16, float16 or float64, got ", name);
+}
+
+// On host memory, with up to `threads` threads.
+void sum_rows(const RowSums& job, const std::string& dtype, int threads);
+
+// Refuses slots outside [0, num_slots), with std::invalid_argument in the words of their caller, whose
+// slots come from a plan's `source`. Host memory only.
+void check_slots(const Segments& segments, int64_t num_slots);
+
+// On device memory, on `stream` (a cudaStream_t) of `device`; returns once both launches are queued.
+// Throws std::runtime_error with CUDA's words when a launch is refused.
+void sum_rows_cuda(const RowSums& job, const std::string& dtype, int device, uintptr_t stream);
+
+}  // namespace tokenflex

@@ -1,0 +1,78 @@
+"""The extension lets other Python threads run while it works, as data-loader threads need."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tokenflex_kernels._backend import extension
+
+ROWS = 1_000_000
+OFFSETS = np.array([0, ROWS], np.int64)
+NOTHING = np.empty(0, np.int64)
+IDS, TOKENS, LABELS, POSITIONS = (np.zeros(ROWS, np.int64) for _ in range(4))
+ZEROS, FILLED = (np.zeros(ROWS, np.int32) for _ in range(2))
+ORDER = np.arange(ROWS)
+BOUNDS = np.empty(2, np.int32)
+LENGTHS = np.full(20_000, 7)
+MANY, PARTIALS = (np.zeros((ROWS, 4), np.float32) for _ in range(2))
+ONE = np.zeros((1, 4), np.float32)
+
+
+def at(array: np.ndarray) -> int:
+    return array.ctypes.data
+
+
+PLAN = (at(IDS), at(OFFSETS), 1, at(NOTHING), 0, -1, False)
+# Each call takes a millisecond or more.
+CALLS = {
+    "plan_count": PLAN,
+    "plan_fill": (
+        *(*PLAN, 0, -100, at(TOKENS), at(POSITIONS), at(LABELS)),
+        *(at(FILLED), at(NOTHING), at(BOUNDS)),
+    ),
+    "merge_source": (at(NOTHING), True, 0, at(FILLED), ROWS),
+    "bin_pack": (at(LENGTHS), len(LENGTHS), 100),
+    "balance_bins": (at(LENGTHS), at(LENGTHS), len(LENGTHS), 100, 100, 1, 1, 1, 1),
+    "pack_rows": (at(ONE), 16, at(ONE), 16, at(MANY), 16, at(ZEROS), 1, 0, ROWS, 16, 1),
+    "gather_rows": (at(ONE), 16, at(MANY), 16, at(ZEROS), 1, ROWS, 16, 1),
+    "sum_rows": (
+        *(at(MANY), 16, at(ONE), 16, at(PARTIALS), 16, at(ZEROS), at(ORDER), ROWS, 4),
+        *("float32", 1, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_another_thread_runs_during_a_call(name):
+    """With switches of threads put off for longer than the test takes, another thread can only run
+    where this one gives up the interpreter, and between two calls nothing here does. On a busy
+    machine it may miss the first calls, and so there are more."""
+    call = getattr(extension(), name)
+    arguments = CALLS[name]
+    start = threading.Lock()
+    start.acquire()
+    ran = []
+
+    def run():
+        with start:
+            ran.append(True)
+
+    before = sys.getswitchinterval()
+    other = threading.Thread(target=run)
+    other.start()
+    sys.setswitchinterval(1000)
+    try:
+        deadline = time.monotonic() + 5
+        start.release()
+        while not ran and time.monotonic() < deadline:
+            call(*arguments)
+    finally:
+        found = bool(ran)
+        sys.setswitchinterval(before)
+        other.join()
+    assert found
