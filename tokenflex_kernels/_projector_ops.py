@@ -4,10 +4,9 @@
     swiglu           x -> silu(gate) * up                       = gate_up
     project_tokens   the two and the down projection            = both, and PyTorch's product
 
-Each is one op with one ``autograd.Function``, made of ``Library.define`` and ``impl``:
-``torch.library.custom_op`` adds several times their cost to every call. A compiler looks through
-them and sees the stages, which are ops of their own: ``pool_norm_forward``, ``pool_norm_backward``,
-``scale_shift``, ``gate_up``, ``down_gradient`` and ``input_gradient``.
+Each is one op with one ``autograd.Function``. A compiler looks through them and sees the stages,
+which are ops of their own: ``pool_norm_forward``, ``pool_norm_backward``, ``scale_shift``,
+``gate_up``, ``down_gradient`` and ``input_gradient``.
 
 A stage computes what it is asked for and no more: whether an input requires grad decides what
 forward keeps and which products backward runs. What is kept for a token of C features, H hidden:
@@ -31,10 +30,9 @@ import torch
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from tokenflex_kernels._library import define, differentiate
 from tokenflex_kernels.launch_configs import Config, architecture, launch_config
 from tokenflex_kernels.pooling_plan import pooling_plan, runs_of
-
-_LIBRARY = torch.library.Library("tokenflex", "FRAGMENT")
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -274,55 +272,45 @@ def _input_gradient(
     return out
 
 
-def _define(
-    schema: str, kernel: Callable[..., Any], shapes: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Define the op ``tokenflex::<schema>``; ``shapes`` is what torch.compile is told instead."""
-    name = schema[: schema.index("(")]
-    _LIBRARY.define(schema)
-    _LIBRARY.impl(name, kernel, "CPU")  # Triton's interpreter
-    _LIBRARY.impl(name, kernel, "CUDA")
-    torch.library.register_fake(f"tokenflex::{name}", shapes, lib=_LIBRARY)
-    op: Callable[..., Any] = getattr(torch.ops.tokenflex, name).default
-    return op
-
-
 _NORM = "Tensor? weight, Tensor? bias"
 _GRIDS = "SymInt[] runs, str mode"
 _GATED = "Tensor gate_weight, Tensor up_weight, Tensor? gate_bias, Tensor? up_bias"
 
-pool_norm_forward = _define(
-    f"pool_norm_forward(Tensor x, {_NORM}, {_GRIDS}, float eps, ScalarType dtype, bool save)"
-    " -> (Tensor, Tensor, Tensor)",
-    _pool_norm_forward,
+pool_norm_forward = define(
+    f"pool_norm_forward(Tensor x, {_NORM}, {_GRIDS}, float eps, ScalarType dtype, bool save)",
     _pool_norm_shapes,
+    _pool_norm_forward,
+    returns="(Tensor, Tensor, Tensor)",
 )
-pool_norm_backward = _define(
+pool_norm_backward = define(
     "pool_norm_backward(Tensor grad, Tensor normalised, Tensor inverse_std, Tensor? weight, "
-    f"{_GRIDS}, ScalarType? dtype, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
-    _pool_norm_backward,
+    f"{_GRIDS}, ScalarType? dtype, bool grad_weight, bool grad_bias)",
     _pool_norm_backward_shapes,
+    _pool_norm_backward,
+    returns="(Tensor, Tensor, Tensor)",
 )
-scale_shift = _define(
-    "scale_shift(Tensor normalised, Tensor weight, Tensor? bias) -> Tensor",
-    _scale_shift,
+scale_shift = define(
+    "scale_shift(Tensor normalised, Tensor weight, Tensor? bias)",
     lambda normalised, weight, bias: torch.empty_like(normalised),
+    _scale_shift,
 )
-gate_up = _define(
-    f"gate_up(Tensor x, {_GATED}, bool product, bool save) -> (Tensor, Tensor, Tensor)",
-    _gate_up,
+gate_up = define(
+    f"gate_up(Tensor x, {_GATED}, bool product, bool save)",
     _gate_up_shapes,
+    _gate_up,
+    returns="(Tensor, Tensor, Tensor)",
 )
-down_gradient = _define(
-    "down_gradient(Tensor dy, Tensor? down_weight, Tensor gate, Tensor up, bool product, bool bias)"
-    " -> (Tensor, Tensor, Tensor)",
-    _down_gradient,
+down_gradient = define(
+    "down_gradient(Tensor dy, Tensor? down_weight, Tensor gate, Tensor up, bool product, "
+    "bool bias)",
     _down_gradient_shapes,
+    _down_gradient,
+    returns="(Tensor, Tensor, Tensor)",
 )
-input_gradient = _define(
-    "input_gradient(Tensor grads, Tensor gate_weight, Tensor up_weight) -> Tensor",
-    _input_gradient,
+input_gradient = define(
+    "input_gradient(Tensor grads, Tensor gate_weight, Tensor up_weight)",
     lambda grads, gate_weight, up_weight: grads.new_empty(grads.shape[0], gate_weight.shape[1]),
+    _input_gradient,
 )
 
 
@@ -389,20 +377,20 @@ def _project_tokens_shape(x: torch.Tensor, *args: Any) -> torch.Tensor:
     return x.new_empty(cells, down_weight.shape[0], dtype=gate_weight.dtype)
 
 
-pool_norm = _define(
-    f"pool_norm(Tensor x, {_NORM}, {_GRIDS}, float eps) -> Tensor", _pool_norm, _pool_norm_shape
+pool_norm = define(
+    f"pool_norm(Tensor x, {_NORM}, {_GRIDS}, float eps)", _pool_norm_shape, _pool_norm
 )
-swiglu = _define(
-    f"swiglu(Tensor x, {_GATED}) -> Tensor",
-    _swiglu,
+swiglu = define(
+    f"swiglu(Tensor x, {_GATED})",
     lambda x, gate_weight, *rest: x.new_empty(x.shape[0], gate_weight.shape[0]),
+    _swiglu,
 )
-project_tokens = _define(
+project_tokens = define(
     "project_tokens(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor gate_weight, "
     "Tensor? gate_bias, Tensor up_weight, Tensor? up_bias, Tensor down_weight, Tensor? down_bias, "
-    f"{_GRIDS}, float eps, str save) -> Tensor",
-    _project_tokens,
+    f"{_GRIDS}, float eps, str save)",
     _project_tokens_shape,
+    _project_tokens,
 )
 
 
@@ -630,7 +618,7 @@ def _differentiate(name: str, op: Callable[..., torch.Tensor], function: Any) ->
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    _LIBRARY.impl(name, autograd, "Autograd")
+    differentiate(name, autograd)
 
 
 _differentiate("pool_norm", pool_norm, _PoolNorm)

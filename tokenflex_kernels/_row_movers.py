@@ -15,9 +15,7 @@ saved. A gradient is a row mover again, or the sum of table rows:
     merge_vision      keep_text      (vision rows become zero)         unpack_vision
     unpack_vision     spread_vision  (text rows become zero)
 
-The ops are made of ``Library.define`` and ``impl`` and one ``autograd.Function`` each:
-``torch.library.custom_op`` adds several times their cost to every call. They trust their arguments;
-``tokenflex_kernels.packing`` checks.
+The ops trust their arguments; ``tokenflex_kernels.packing`` checks.
 
 The extension knows no torch: it takes addresses, byte strides and sizes, so this is where tensors
 become those: rows of any stride, elements of a row next to each other. It copies bytes; only the
@@ -36,9 +34,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from tokenflex_kernels._backend import extension
-
-_LIBRARY = torch.library.Library("tokenflex", "FRAGMENT")
-
+from tokenflex_kernels._library import define, differentiate
 
 # ---- kernels
 
@@ -153,24 +149,7 @@ def _like_vision_rows(
 # ---- the ops
 
 
-def _define(
-    schema: str,
-    shape: Callable[..., Any],
-    cpu: Callable[..., Any],
-    cuda: Callable[..., Any] | None = None,
-    returns: str = "Tensor",
-) -> Callable[..., Any]:
-    """Define the op ``tokenflex::<schema> -> returns``; ``cuda`` is ``cpu`` unless it differs."""
-    name = schema[: schema.index("(")]
-    _LIBRARY.define(f"{schema} -> {returns}")
-    _LIBRARY.impl(name, cpu, "CPU")
-    _LIBRARY.impl(name, cuda or cpu, "CUDA")
-    torch.library.register_fake(f"tokenflex::{name}", shape, lib=_LIBRARY)
-    op: Callable[..., Any] = getattr(torch.ops.tokenflex, name).default
-    return op
-
-
-pack_embeddings = _define(
+pack_embeddings = define(
     "pack_embeddings(Tensor embedding, Tensor vision, Tensor source, Tensor vision_rows, "
     "SymInt? sparse_ids=None)",
     lambda embedding, vision, source, vision_rows, sparse_ids=None: _like_source(embedding, source),
@@ -179,27 +158,27 @@ pack_embeddings = _define(
 # The second result is the `source` that makes merging a packing whose table is inputs_embeds: each
 # row is written once, where a copy and a scatter would write the vision rows twice. On the CPU it
 # refuses rows out of range and rows that come twice; inside an op, it does so when compiled too.
-merge_vision = _define(
+merge_vision = define(
     "merge_vision(Tensor inputs_embeds, Tensor vision, Tensor vision_rows)",
     _like_merge,
     _merge,
     returns="(Tensor, Tensor)",
 )
-unpack_vision = _define(
+unpack_vision = define(
     "unpack_vision(Tensor packed, Tensor source, Tensor vision_rows)", _like_vision_rows, _unpack
 )
-keep_text = _define("keep_text(Tensor rows, Tensor source)", _like_source, _keep_text)
-spread_vision = _define("spread_vision(Tensor vision, Tensor source)", _like_source, _spread_vision)
+keep_text = define("keep_text(Tensor rows, Tensor source)", _like_source, _keep_text)
+spread_vision = define("spread_vision(Tensor vision, Tensor source)", _like_source, _spread_vision)
 # The text rows of `grad`, added up by token id in an order that `source` alone decides. How many
 # they are is known from `num_vision`, without a look at the device.
-table_gradient = _define(
+table_gradient = define(
     "table_gradient(Tensor grad, Tensor source, SymInt num_vision, SymInt num_rows)",
     lambda grad, source, num_vision, num_rows: grad.new_empty(num_rows, grad.shape[1]),
     _table_gradient,
 )
 # The same for the ids in use alone: these, ascending, and their rows of sums. The plan knows how
 # many they are; to count them on a device would mean waiting for it.
-sparse_table_gradient = _define(
+sparse_table_gradient = define(
     "sparse_table_gradient(Tensor grad, Tensor source, SymInt num_vision, SymInt num_ids)",
     lambda grad, source, num_vision, num_ids: (
         source.new_empty(num_ids, dtype=torch.int64),
@@ -321,7 +300,7 @@ def _differentiate(name: str, op: Callable[..., Any], function: Any, floats: int
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
 
-    _LIBRARY.impl(name, autograd, "Autograd")
+    differentiate(name, autograd)
 
 
 _differentiate("pack_embeddings", pack_embeddings, _PackEmbeddings, floats=2)
