@@ -166,7 +166,7 @@ def compile_all(architecture: str, candidates: bool = False) -> list[Compiled]:
                 for config in dict.fromkeys(configs):
                     if config is None:
                         continue
-                    label = f"{name} {variant} {'/'.join(str(int(field)) for field in config)}"
+                    label = f"{name} {variant} {'/'.join(str(int(field or 0)) for field in config)}"
 
                     def keep(kernel: str, result: Any, label: str = label) -> None:
                         compiled.append(inspect(architecture, kernel, label, result))

@@ -32,6 +32,9 @@ class RowConfig(NamedTuple):
     unroll: int
     """Loads in flight at once."""
     num_warps: int
+    """For rows of 1025 to 2048 features; wider rows get more, narrower ones fewer."""
+    max_registers: int
+    """A thread's. Said outright, since ptxas's own choice may spill for the sake of occupancy."""
 
 
 class TileConfig(NamedTuple):
@@ -46,6 +49,8 @@ class TileConfig(NamedTuple):
     num_stages: int
     tma: bool = False
     """Whether tiles are loaded through tensor-map descriptors (Hopper and newer)."""
+    max_registers: int | None = None
+    """A thread's; None leaves it to ptxas."""
 
 
 Config = RowConfig | TileConfig

@@ -27,7 +27,7 @@ from tokenflex_kernels.axis_weights import check_mode
 from tokenflex_kernels.pooling_plan import grid_runs, runs_of
 from tokenflex_kernels.reference import pooling as reference
 
-MAX_WIDTH = 16384  # a program of the kernels holds whole rows in registers
+MAX_WIDTH = 8192  # a program of the kernels holds whole rows in registers
 
 
 def pool_norm(

@@ -67,7 +67,7 @@ def candidate_configs(stage: str, dtype: torch.dtype, architecture: str) -> list
         return list(_row_candidates(stage))
     if stage == "pointwise":
         return [
-            TileConfig(m, n, 0, 8, warps, 1)
+            TileConfig(m, n, 0, 8, warps, 1, max_registers=128)
             for m, n, warps in ((8, 128, 4), (16, 128, 4), (32, 64, 4), (16, 256, 8), (32, 128, 8))
         ]
     if dtype == torch.float32:  # IEEE products run on the CUDA cores, where cuBLAS is at home
@@ -91,13 +91,13 @@ def candidate_configs(stage: str, dtype: torch.dtype, architecture: str) -> list
 
 def _row_candidates(stage: str) -> list[RowConfig]:
     if stage == "pool_norm_forward":
-        choices = itertools.product((1,), (1, 2, 4, 8, 16), (2, 4), (4, 8))
+        choices = itertools.product((1,), (1, 2, 4, 8, 16), (2, 4), (4, 8), (64, 128))
     elif stage == "pool_norm_backward":
-        choices = itertools.product((1, 3, 9), (3, 9, 27), (1,), (4, 8))
+        choices = itertools.product((1, 3, 9), (3, 9, 27), (1,), (4, 8), (128,))
     elif stage == "norm_gradient":
-        choices = itertools.product((4, 16, 64, 128), (1,), (1,), (4, 8))
+        choices = itertools.product((4, 16, 64, 128), (1,), (1,), (4, 8), (64,))
     else:
-        choices = itertools.product((1, 2, 4, 8), (1,), (1,), (4, 8))
+        choices = itertools.product((1, 2, 4, 8), (1,), (1,), (4, 8), (64,))
     return [RowConfig(*choice) for choice in choices]
 
 

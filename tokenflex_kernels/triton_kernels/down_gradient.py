@@ -209,6 +209,7 @@ def down_gradient(
             BLOCK_N=tile.block_n,
             GROUP_M=tile.group_m,
             num_warps=tile.num_warps,
+            maxnreg=tile.max_registers,
         )
     else:
         down_weight = neighbours(down_weight)
@@ -237,6 +238,7 @@ def down_gradient(
             GROUP_M=tile.group_m,
             PARTS=max(1, tile.block_n // 32),
             num_warps=tile.num_warps,
+            maxnreg=tile.max_registers,
             num_stages=tile.num_stages,
         )
     return grads, recomputed, partial_bias.sum(0) if bias else partial_bias

@@ -155,6 +155,7 @@ def gate_up(
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
         num_warps=config.num_warps,
+        maxnreg=config.max_registers,
         num_stages=config.num_stages,
     )
     return results
@@ -218,5 +219,6 @@ def gated_product(gate: torch.Tensor, up: torch.Tensor, *, config: TileConfig) -
         BLOCK_N=config.block_n,
         GROUP_M=config.group_m,
         num_warps=config.num_warps,
+        maxnreg=config.max_registers,
     )
     return product

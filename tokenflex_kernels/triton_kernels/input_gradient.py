@@ -118,6 +118,7 @@ def input_gradient(
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
         num_warps=config.num_warps,
+        maxnreg=config.max_registers,
         num_stages=config.num_stages,
     )
     return grad_x

@@ -219,8 +219,7 @@ def pool_norm_forward(
         SAVE=save,
         CELLS=config.columns,
         UNROLL=config.unroll,
-        BLOCK_C=next_power_of_2(width),
-        num_warps=config.num_warps,
+        **_row_options(config, width),
     )
     return out, normalised, inverse_std
 
@@ -417,8 +416,7 @@ def pool_norm_backward(
         GRAD_BIAS=grad_bias,
         ROWS=config.rows,
         COLUMNS=config.columns,
-        BLOCK_C=next_power_of_2(width),
-        num_warps=config.num_warps,
+        **_row_options(config, width),
     )
     return grad_x, _added_up(partial_weight), _added_up(partial_bias)
 
@@ -453,8 +451,7 @@ def norm_gradient(
         GRAD_WEIGHT=grad_weight,
         GRAD_BIAS=grad_bias,
         ROWS=config.rows,
-        BLOCK_C=next_power_of_2(width),
-        num_warps=config.num_warps,
+        **_row_options(config, width),
     )
     return _added_up(partial_weight), _added_up(partial_bias)
 
@@ -526,11 +523,25 @@ def scale_shift(
         width,
         BIAS=bias is not None,
         ROWS=config.rows,
-        BLOCK_C=next_power_of_2(width),
-        num_warps=config.num_warps,
+        **_row_options(config, width),
     )
     return out
 
 
 def _vector(parameter: torch.Tensor | None) -> torch.Tensor | None:
     return None if parameter is None else neighbours(parameter)
+
+
+def _row_options(config: RowConfig, width: int) -> dict[str, int]:
+    """A row of ``width`` in registers, as many warps to it as the config's to a row of 2048.
+
+    Never so many that their registers are more than a multiprocessor has.
+    """
+    block = next_power_of_2(width)
+    warps = max(1, config.num_warps * block // 2048)
+    most = 65536 // (32 * config.max_registers)
+    return {
+        "BLOCK_C": block,
+        "num_warps": min(warps, 1 << (most.bit_length() - 1)),
+        "maxnreg": config.max_registers,
+    }
