@@ -147,6 +147,8 @@ def parse_stage(
     for dtypes, buckets in stages[stage].items():
         configs: list[tuple[int | None, Config | None]] = []
         for bucket in buckets:
+            if set(bucket) != {"up_to", "use"}:
+                raise ValueError(f"{stage}, {dtypes}: a bucket has up_to and use, got {bucket}")
             use = bucket["use"]
             if use == "library":
                 if stage not in PRODUCTS:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from tokenflex_kernels.launch_configs import TileConfig
-from tokenflex_kernels.triton_kernels.launch import cdiv, launch, neighbours
+from tokenflex_kernels.triton_kernels.launch import cdiv, launch
 from tokenflex_kernels.triton_kernels.tiles import (
     can_describe,
     dot_precision,
@@ -30,6 +30,7 @@ from tokenflex_kernels.triton_kernels.tiles import (
     num_tiles,
     source,
     tile_position,
+    tileable,
 )
 
 
@@ -185,7 +186,7 @@ def down_gradient(
     """
     if down_weight is not None and config is None:
         dy, down_weight = dy @ down_weight, None
-    dy = neighbours(dy)
+    dy = tileable(dy)
     rows, hidden = gate.shape
     tile = pointwise if down_weight is None or config is None else config
     grads = gate.new_empty(rows, 2 * hidden)
@@ -212,7 +213,7 @@ def down_gradient(
             maxnreg=tile.max_registers,
         )
     else:
-        down_weight = neighbours(down_weight)
+        down_weight = tileable(down_weight)
         tma = tile.tma and can_describe(dy, down_weight)
         launch(
             down_gradient_kernel,

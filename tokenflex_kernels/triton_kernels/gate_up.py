@@ -25,6 +25,7 @@ from tokenflex_kernels.triton_kernels.tiles import (
     num_tiles,
     source,
     tile_position,
+    tileable,
 )
 
 Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -114,7 +115,7 @@ def gate_up(
         return _by_library(
             x, gate_weight, up_weight, gate_bias, up_bias, product, save, pointwise=pointwise
         )
-    x, gate_weight, up_weight = map(neighbours, (x, gate_weight, up_weight))
+    x, gate_weight, up_weight = map(tileable, (x, gate_weight, up_weight))
     gate_bias, up_bias = (
         None if bias is None else neighbours(bias) for bias in (gate_bias, up_bias)
     )

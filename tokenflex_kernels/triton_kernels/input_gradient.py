@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from tokenflex_kernels.launch_configs import TileConfig
-from tokenflex_kernels.triton_kernels.launch import launch, neighbours
+from tokenflex_kernels.triton_kernels.launch import launch
 from tokenflex_kernels.triton_kernels.tiles import (
     can_describe,
     dot_precision,
@@ -21,6 +21,7 @@ from tokenflex_kernels.triton_kernels.tiles import (
     num_tiles,
     source,
     tile_position,
+    tileable,
 )
 
 
@@ -87,7 +88,7 @@ def input_gradient(
     grad_gate, grad_up = grads.chunk(2, dim=1)
     if config is None:
         return torch.addmm(grad_gate @ gate_weight, grad_up, up_weight)
-    gate_weight, up_weight = neighbours(gate_weight), neighbours(up_weight)
+    gate_weight, up_weight = tileable(gate_weight), tileable(up_weight)
     rows, hidden = grad_gate.shape
     width = gate_weight.shape[1]
     tma = config.tma and can_describe(grad_gate, grad_up, gate_weight, up_weight)

@@ -8,7 +8,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tokenflex_kernels.launch_configs import TileConfig
-from tokenflex_kernels.triton_kernels.launch import cdiv
+from tokenflex_kernels.triton_kernels.launch import cdiv, neighbours
+
+MAX_BLOCK = 512  # rows of a tile
 
 
 @triton.jit
@@ -64,6 +66,12 @@ def load_tile(
 def num_tiles(rows: int, columns: int, config: TileConfig) -> int:
     """Programs of a product with a result of [rows, columns]."""
     return cdiv(rows, config.block_m) * cdiv(columns, config.block_n)
+
+
+def tileable(matrix: torch.Tensor) -> torch.Tensor:
+    """``matrix`` as ``load_tile`` can read it, a copy if need be: offsets in a tile are int32."""
+    matrix = neighbours(matrix)
+    return matrix if matrix.stride(0) < 2**31 // MAX_BLOCK else matrix.contiguous()
 
 
 def can_describe(*matrices: torch.Tensor) -> bool:
