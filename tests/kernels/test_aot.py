@@ -1,0 +1,323 @@
+"""Compiling without a GPU: how many binaries there are, and which of them `aot` refuses.
+
+Triton keeps one target and one interpreter setting a process, so all that compiles here does so in
+processes of its own, without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tokenflex_kernels import aot
+from tokenflex_kernels.aot import Compiled, faults
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_python(folder, code):
+    """What ``code`` prints, as JSON, run by a Python that compiles and does not interpret."""
+    script = folder / "script.py"  # Triton reads a kernel's source from its file
+    script.write_text(code, encoding="utf-8")
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = os.pathsep.join([str(ROOT), *(entry for entry in sys.path if entry)])
+    result = subprocess.run(
+        [sys.executable, script],
+        env={**kept, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+COUNTING = """
+import json
+from collections import defaultdict
+import torch
+from tokenflex_kernels import aot
+aot.set_target("sm_90")
+from tokenflex_kernels.launch_configs import INTERPRETER, launch_config
+from tokenflex_kernels.pooling_plan import grid_runs, pooling_plan
+from tokenflex_kernels.triton_kernels import launch, pooling
+from tokenflex_kernels.triton_kernels.down_gradient import down_gradient
+from tokenflex_kernels.triton_kernels.gate_up import gate_up
+from tokenflex_kernels.triton_kernels.input_gradient import input_gradient
+
+binaries, launches = defaultdict(set), defaultdict(int)
+
+def compiled(kernel, binary):
+    binaries[kernel].add(binary.hash)
+    launches[kernel] += 1
+
+launch.on_compile = compiled
+meta = torch.device("meta")
+WIDTH, HIDDEN, TEXT = 48, 80, 64
+
+def rows(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device=meta)
+
+def report():
+    print(json.dumps({"binaries": {name: len(found) for name, found in binaries.items()},
+                      "launches": launches}))
+"""
+
+BATCHES = """
+grids = [(1, 1), (27, 27), (5, 7), (16, 16), (31, 2), (3, 1), (32, 32), (13, 11), (8, 64), (9, 9)]
+cells = [(1, 1), (8, 8), (2, 3), (16, 16), (3, 1), (12, 12), (5, 5), (1, 16), (7, 4), (4, 4)]
+config = launch_config("pool_norm_forward", 1, torch.float32, INTERPRETER)
+for batch in range(50):
+    images = 1 + batch * 5 % 37
+    in_grids = [grids[(batch + image * image) % 10] for image in range(images)]
+    out_grids = [cells[(batch * 3 + image) % 10] for image in range(images)]
+    plan = pooling_plan(grid_runs(in_grids, out_grids), MODE, meta)
+    x, weight = rows(plan.num_patches, WIDTH), rows(WIDTH)
+    out, normalised, inverse_std = pooling.pool_norm_forward(
+        x, weight, weight, plan, eps=1e-5, dtype=x.dtype, save=True, config=config)
+    wanted = dict(grad_weight=True, grad_bias=True, config=config)
+    pooling.pool_norm_backward(out, normalised, inverse_std, weight, plan, dtype=x.dtype, **wanted)
+    pooling.norm_gradient(out, normalised, **wanted)
+    pooling.scale_shift(normalised, weight, weight, config=config)
+report()
+"""
+
+LENGTHS = """
+config = launch_config("gate_up", 1, torch.float32, INTERPRETER)._replace(tma=TMA)
+gate, bias, down = rows(HIDDEN, WIDTH), rows(HIDDEN), rows(TEXT, HIDDEN)
+lengths = [1, 2, 15, 16, 17, 32, 64, 128, 4096, 65536, 2**20, *range(255, 294)]
+assert len(set(lengths)) == 50
+for length in lengths:
+    x = rows(length, WIDTH)
+    for fused in (config, None):
+        product, g, u = gate_up(
+            x, gate, gate, bias, bias, product=True, save=True, config=fused, pointwise=config)
+        grads, _, _ = down_gradient(
+            rows(length, TEXT), down, g, u, product=True, bias=True, config=fused, pointwise=config)
+        input_gradient(grads, gate, gate, config=fused)
+report()
+"""
+
+
+class TestCompilations:
+    """R10: one binary for a config and a variant, whatever the lengths and grids of the batches."""
+
+    # A batch of which every weight is 1 takes the binary that does not look at weights.
+    @pytest.mark.parametrize(("mode", "variants"), [("adaptive", 1), ("resize", 2)])
+    def test_fifty_batches_share_one_binary_of_each_row_kernel(self, tmp_path, mode, variants):
+        counted = run_python(tmp_path, COUNTING + f"MODE = {mode!r}\n" + BATCHES)
+        pooling = dict.fromkeys(("pool_norm_forward_kernel", "pool_norm_backward_kernel"), variants)
+        rows = dict.fromkeys(("norm_gradient_kernel", "scale_shift_kernel"), 1)
+        assert counted["binaries"] == {**pooling, **rows}
+        assert counted["launches"] == dict.fromkeys({**pooling, **rows}, 50)
+
+    @pytest.mark.parametrize("tma", [False, True])
+    def test_fifty_lengths_share_one_binary_of_each_product(self, tmp_path, tma):
+        counted = run_python(tmp_path, COUNTING + f"TMA = {tma}\n" + LENGTHS)
+        kernels = (
+            "gate_up_kernel",
+            "down_gradient_kernel",
+            "input_gradient_kernel",
+            "gated_product_kernel",
+            "gate_gradient_kernel",
+        )
+        assert counted["launches"] == dict.fromkeys(kernels, 50)
+        assert counted["binaries"] == dict.fromkeys(kernels, 1)
+
+
+def compiled(**changes):
+    """A product for sm_90 without faults, but for ``changes``."""
+    good = {
+        "architecture": "sm_90",
+        "kernel": "gate_up_kernel",
+        "variant": "bfloat16",
+        "registers": 168,
+        "stack": 0,
+        "shared": 200_000,
+        "instruction": "wgmma",
+        "doubles": False,
+        "wide": True,
+    }
+    return Compiled(**{**good, **changes})
+
+
+class TestFaults:
+    @pytest.mark.parametrize(
+        "good",
+        [
+            {},
+            {"shared": 232_448},
+            {"architecture": "sm_80", "instruction": "mma", "shared": 166_912},
+            {"architecture": "sm_100", "instruction": "tcgen05"},
+            {"kernel": "pool_norm_forward_kernel", "instruction": ""},
+            {"kernel": "gate_gradient_kernel", "instruction": ""},
+        ],
+    )
+    def test_none(self, good):
+        assert faults(compiled(**good)) == []
+
+    @pytest.mark.parametrize(
+        ("bad", "words"),
+        [
+            ({"stack": 8}, ["spills", "8 bytes"]),
+            ({"doubles": True}, [".f64"]),
+            ({"wide": False}, ["no 16-byte loads"]),
+            ({"shared": 232_449}, ["232449", "232448"]),
+            ({"architecture": "sm_80", "instruction": "mma"}, ["200000", "166912"]),
+            ({"architecture": "sm_86", "instruction": "mma"}, ["200000", "101376"]),
+            # An architecture that nobody listed gets the least that any has.
+            ({"architecture": "sm_87", "instruction": "mma"}, ["200000", "101376"]),
+            ({"instruction": "mma"}, ["no wgmma", "mma"]),
+            ({"instruction": ""}, ["no matrix instruction", "no wgmma"]),
+            ({"architecture": "sm_100", "instruction": ""}, ["no matrix instruction"]),
+            ({"kernel": "down_gradient_kernel", "instruction": "mma"}, ["no wgmma"]),
+            ({"kernel": "input_gradient_kernel", "instruction": "mma"}, ["no wgmma"]),
+            ({"kernel": "scale_shift_kernel", "instruction": "", "stack": 16}, ["spills"]),
+        ],
+    )
+    def test_each_is_named(self, bad, words):
+        found = "; ".join(faults(compiled(**bad)))
+        for word in words:
+            assert word in found
+
+    def test_several_are_all_named(self):
+        bad = compiled(stack=8, doubles=True, shared=10**6, instruction="", wide=False)
+        assert len(faults(bad)) == 6
+
+
+BAD_KERNELS = """
+import json
+import torch, triton
+import triton.language as tl
+from tokenflex_kernels import aot
+aot.set_target("sm_90")
+from tokenflex_kernels.triton_kernels import launch
+
+@triton.jit
+def good(x, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(x + at, tl.load(x + at) * 2)
+
+@triton.jit
+def narrow(x, stride, N: tl.constexpr):
+    at = tl.arange(0, N) * stride
+    tl.store(x + at, tl.load(x + at) * 2)
+
+@triton.jit
+def doubles(x, addend, N: tl.constexpr):
+    at = tl.arange(0, N)
+    wide = tl.load(x + at).to(tl.float64)
+    tl.store(x + at, (wide * wide + addend).to(tl.float32))
+
+@triton.jit
+def spills(x, N: tl.constexpr):
+    row, column = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
+    a = tl.load(x + row * N + column)
+    tl.store(x + row * N + column, a * tl.sum(a, 0)[None, :] + tl.sum(a, 1)[:, None])
+
+@triton.jit
+def gate_up_kernel(x, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(x + at, tl.load(x + at) * 3)
+
+@triton.jit
+def input_gradient_kernel(x, N: tl.constexpr):
+    row, column = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
+    a = tl.load(x + row * N + column)
+    tl.store(x + row * N + column, tl.dot(a, a).to(a.dtype))  # wgmma needs 64 rows
+
+found = {}
+
+def compiled(name, binary):
+    found[name] = aot.faults(aot.inspect("sm_90", name, "", binary))
+
+launch.on_compile = compiled
+x = torch.empty(2**20, device="meta")
+launch.launch(good, 1, x, x, N=512, num_warps=4)
+launch.launch(narrow, 1, x, x, 7, N=512, num_warps=4)
+launch.launch(doubles, 1, x, x, 0.5, N=512, num_warps=4)
+launch.launch(spills, 1, x, x, N=128, num_warps=1)
+launch.launch(gate_up_kernel, 1, x, x, N=512, num_warps=4)
+launch.launch(input_gradient_kernel, 1, x, x.bfloat16(), N=16, num_warps=4)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return run_python(tmp_path_factory.mktemp("bad_kernels"), BAD_KERNELS)
+
+
+class TestInspection:
+    """Kernels with one fault each, through the compiler, ``inspect`` and ``faults``."""
+
+    def test_a_good_kernel_has_none(self, found):
+        assert found["good"] == []
+
+    def test_double_precision_is_seen(self, found):
+        assert found["doubles"] == [".f64 in the PTX"]
+
+    def test_narrow_loads_are_seen(self, found):
+        assert found["narrow"] == ["no 16-byte loads"]
+
+    def test_a_spill_is_seen(self, found):
+        assert any(fault.startswith("spills: ") for fault in found["spills"])
+
+    def test_a_product_without_matrix_instruction_is_seen(self, found):
+        assert found["gate_up_kernel"] == ["no matrix instruction", "no wgmma but nothing"]
+
+    def test_a_product_with_an_older_matrix_instruction_is_seen(self, found):
+        assert "no wgmma but mma" in found["input_gradient_kernel"]
+
+
+class TestUsage:
+    def test_an_unknown_architecture_is_a_usage_error(self, capsys, monkeypatch):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        with pytest.raises(SystemExit) as exited:
+            aot.main(["--architectures", "sm_90,sm_42"])
+        assert exited.value.code == 2
+        message = capsys.readouterr().err
+        assert "sm_42" in message
+        assert "sm_80, sm_90, sm_100" in message
+
+    def test_the_interpreter_is_a_usage_error(self, capsys, monkeypatch):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        with pytest.raises(SystemExit) as exited:
+            aot.main([])
+        assert exited.value.code == 2
+        assert "TRITON_INTERPRET" in capsys.readouterr().err
+
+    def test_a_fault_is_exit_code_1_and_none_is_0(self, capsys, monkeypatch):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        results = {"sm_80": [compiled(architecture="sm_80", shared=0, instruction="mma")]}
+
+        class InThisProcess:
+            def __init__(self, *args, **options):
+                pass
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *exception):
+                return None
+
+            def map(self, function, architectures):
+                return [results[name] for name in architectures]
+
+        monkeypatch.setattr(aot, "ProcessPoolExecutor", InThisProcess)
+        assert aot.main(["--architectures", "sm_80"]) == 0
+        assert "1 kernels for sm_80: 0 with faults" in capsys.readouterr().out
+        results["sm_80"].append(compiled(stack=4))
+        assert aot.main(["--architectures", "sm_80", "--quiet"]) == 1
+        printed = capsys.readouterr().out
+        assert "spills: 4 bytes of stack" in printed
+        assert "2 kernels for sm_80: 1 with faults" in printed
+        assert len(printed.splitlines()) == 2
