@@ -79,7 +79,8 @@ def _runs_on(implementation: str, device_type: str) -> bool:
 
 @cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton is there, and for NVIDIA: the kernels are launched with its options."""
+    return importlib.util.find_spec("triton") is not None and torch.version.hip is None
 
 
 def select_backend(

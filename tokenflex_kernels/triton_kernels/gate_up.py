@@ -175,9 +175,14 @@ def _by_library(
 ) -> Results:
     gate = F.linear(x, gate_weight, gate_bias)
     up = F.linear(x, up_weight, up_bias)
-    none = x.new_empty(0, gate.shape[1])
-    result = gated_product(gate, up, config=pointwise) if product else none
-    return (result, gate, up) if save else (result, none, none)
+    hidden = gate.shape[1]
+    if product:
+        result = gated_product(gate, up, config=pointwise)
+    else:
+        result = x.new_empty(0, hidden)
+    if not save:
+        gate, up = x.new_empty(0, hidden), x.new_empty(0, hidden)
+    return result, gate, up
 
 
 @triton.jit(do_not_specialize=["rows"])
