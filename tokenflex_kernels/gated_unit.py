@@ -29,6 +29,8 @@ def swiglu(
 ) -> torch.Tensor:
     """silu(x Wg^T + bg) * (x Wu^T + bu); the weights are those of two plain Linears.
 
+    The kernels have first derivatives only; the reference has all.
+
     Args:
         x: float [T, C].
         gate_weight: float [H, C], the branch that SiLU is applied to.

@@ -43,7 +43,8 @@ def pool_norm(
     """Pool each image's patch grid to its own output grid, then LayerNorm if ``weight`` is given.
 
     Images may differ in both grids. Pooling and normalisation are computed in float32 (float64
-    for float64 inputs) and rounded once, to the dtype of ``x``.
+    for float64 inputs) and rounded once, to the dtype of ``x``. The kernels have first derivatives
+    only; the reference has all.
 
     Args:
         x: float [sum of H*W, C], the images' patches one image after another, row-major.

@@ -47,6 +47,8 @@ def project_tokens(
 ) -> torch.Tensor:
     """Pool, normalise and project patches into vision tokens, each image to its own grid.
 
+    The kernels have first derivatives only; the reference has all.
+
     Args:
         x: float [sum of H*W, C], the images' patches one image after another, row-major.
         in_grids: one (H, W) per image, host ints.
