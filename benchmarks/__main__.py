@@ -54,8 +54,10 @@ def _run_suite(name: str, device: str, quick: bool, seconds: float, path: Path) 
             why = f"failed: the process ended with {process.returncode}"
     except subprocess.TimeoutExpired:
         why = f"stopped after {seconds + GRACE_SECONDS:.0f} s"
-        os.killpg(process.pid, signal.SIGKILL)  # compilers that it started too
-        process.wait()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # compilers that it started too
+            process.wait()
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = [json.loads(line) for line in lines]
     return [*rows, _note(name, why)] if why else rows
@@ -98,7 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.report:
         if not options.report.is_file():
             parser.error(f"--report must be a CSV that was written before, got {options.report}")
-        return _report(options.report)
+        _report(options.report)
+        return 0
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a CUDA device, and PyTorch sees none")
@@ -124,12 +127,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     path = options.out / f"{machine_name(shared)}{'-quick' if options.quick else ''}.csv"
     write_csv(path, rows, shared)
-    status = _report(path)
+    _report(path)
     print(f"{len(rows)} rows in {path}, {time.perf_counter() - start:.0f} s")
-    return status
+    return int(any(row["op"] in SUITES for row in rows))  # a suite that ended badly left a note
 
 
-def _report(path: Path) -> int:
+def _report(path: Path) -> None:
     """Table, verdicts and plots, from the CSV alone."""
     rows = read_csv(path)
     print_report(rows)
@@ -137,10 +140,9 @@ def _report(path: Path) -> int:
         from benchmarks.plots import draw
     except ModuleNotFoundError as error:
         print(f"no plots: {error.name} is not installed (pip install 'tokenflex[bench]')")
-        return 0
+        return
     for picture in draw(rows, path):
         print(f"drew {picture}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -44,7 +44,9 @@ def environment(device: str) -> dict[str, object]:
         "cuda": torch.version.cuda or "",
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
-        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+        # A copy of the tree may come without its history.
+        "commit": os.environ.get("TOKENFLEX_COMMIT")
+        or _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
     }
     if device == "cuda":
         columns["gpu"] = torch.cuda.get_device_name()

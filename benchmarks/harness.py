@@ -422,10 +422,10 @@ class Truths:
         if mode == "forward":
             with torch.no_grad():
                 return {"result": truth(leaves, batch.fixed)}
-        leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
-        result = truth(leaves, batch.fixed)
-        grads = torch.autograd.grad(result, list(leaves.values()), batch.grad.double())
-        return dict(zip(leaves, grads, strict=True))
+        names = trained_names(self.case, leaves)
+        trained = [leaves[name].requires_grad_() for name in names]
+        grads = torch.autograd.grad(truth(leaves, batch.fixed), trained, batch.grad.double())
+        return dict(zip(names, grads, strict=True))
 
 
 def relative_error(actual: torch.Tensor, wanted: torch.Tensor) -> float:

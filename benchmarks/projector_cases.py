@@ -112,6 +112,29 @@ def down(product: torch.Tensor, leaves: Leaves) -> torch.Tensor:
     return F.linear(product, leaves["down_weight"], leaves.get("down_bias"))
 
 
+def truth_pool(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The same from the definition: cell i of n averages [floor(i S / n), ceil((i + 1) S / n))."""
+
+    def averages(cells: int) -> torch.Tensor:
+        rows = torch.zeros(cells, SIDE, dtype=torch.float64)
+        for i in range(cells):
+            start, end = i * SIDE // cells, -(-(i + 1) * SIDE // cells)
+            rows[i, start:end] = 1 / (end - start)
+        return rows.to(x)
+
+    images = x.view(-1, SIDE, SIDE, x.shape[-1])
+    cells = torch.einsum("ih,bhwc,jw->bijc", averages(grid[0]), images, averages(grid[1]))
+    return cells.reshape(-1, x.shape[-1])
+
+
+def truth_pool_norm(leaves: Leaves, grids: Grids) -> torch.Tensor:
+    return layer_norm(by_group(leaves["x"], grids, truth_pool), leaves)
+
+
+def truth_project(leaves: Leaves, grids: Grids) -> torch.Tensor:
+    return down(gated_unit(truth_pool_norm(leaves, grids), leaves), leaves)
+
+
 def eager_pool_norm(leaves: Leaves, grids: Grids) -> torch.Tensor:
     return by_group(leaves["x"], grids, lambda x, grid: layer_norm(pool(x, grid), leaves))
 
@@ -230,7 +253,7 @@ def pooling_case(name: str, out_grids: Sequence[Grid], peers: Sequence[Variant] 
         name=name,
         tokens=tokens,
         batch=batch,
-        truth=eager_pool_norm,
+        truth=truth_pool_norm,
         variants=[*OURS["pool_norm"], Variant("PyTorch eager", eager_pool_norm), *peers],
         work=work,
     )
@@ -297,7 +320,7 @@ def projector_case(
         name=name if width == D else f"{name}, D={width}",
         tokens=tokens,
         batch=batch,
-        truth=eager_project,
+        truth=truth_project,
         variants=[*ours, Variant("PyTorch eager", eager_project), *peers],
         work=lambda _: products(flops),
     )
