@@ -197,6 +197,13 @@ def test_packers_and_mergers_do_the_same(case, count, monkeypatch):
     assert rows[0]["tokens"] == 15 + (3 if count else 64 + 144 + 256)
 
 
+def test_what_waits_for_the_device_is_never_captured():
+    scatter = [*packing_cases.PACKERS, *packing_cases.MERGERS]
+    waiting = {variant.name: set(variant.waits) for variant in scatter if variant.waits}
+    backward = {"backward", "forward+backward"}
+    assert waiting == {"embedding + masked_scatter": backward, "masked_scatter": backward}
+
+
 def test_names_say_the_rows():
     assert SMALL.name == "3x(5 text + 64/144/256 vision) D=8"
     assert SMALL.tokens == 3 * 5 + 64 + 144 + 256

@@ -120,9 +120,9 @@ def test_no_single_failure_ends_the_run(monkeypatch):
     rows = command.run(["failing", "hanging", "last"], "cpu", True, 60)
     assert [(row["op"], row["status"].split(" after ")[0]) for row in rows] == [
         ("failing", "ok"),
-        ("failing", "failed: the process ended with 3"),
+        ("failing suite", "failed: the process ended with 3"),
         ("hanging", "ok"),
-        ("hanging", "stopped"),
+        ("hanging suite", "stopped"),
         ("last", "ok"),
     ]
     assert killed == [-1]
@@ -131,7 +131,7 @@ def test_no_single_failure_ends_the_run(monkeypatch):
 def test_without_time_nothing_runs(monkeypatch):
     fake_suites(monkeypatch, first=None)
     (row,) = command.run(["first"], "cpu", True, 0.5)
-    assert (row["op"], row["status"]) == ("first", "not run: no time left")
+    assert (row["op"], row["status"]) == ("first suite", "not run: no time left")
 
 
 def test_every_suite_has_a_share_on_both_devices():

@@ -96,12 +96,14 @@ class Fake:
                 assert isinstance(stream, Stream)
 
             def __enter__(self):
-                fake.capturing = True
+                fake.capturing, fake.before = True, fake.current
+                fake.current = "capturing"
 
             def __exit__(self, *error):
                 fake.capturing = False
-                if fake.capture_fails:
+                if fake.capture_fails:  # as PyTorch does it: its own stream stays current
                     raise RuntimeError("operation not permitted when stream is capturing")
+                fake.current = fake.before
 
         replaced = {
             "Stream": Stream,
@@ -109,8 +111,8 @@ class Fake:
             "CUDAGraph": Graph,
             "graph": Capture,
             "stream": lambda stream: nullcontext(),
-            "current_stream": Stream,
-            "set_stream": lambda stream: None,
+            "current_stream": lambda: fake.current,
+            "set_stream": lambda stream: setattr(fake, "current", stream),
             "synchronize": lambda: None,
         }
         for name, value in replaced.items():
@@ -139,6 +141,7 @@ def test_graph_clock(monkeypatch, outcome):
     assert clock.samples == [pytest.approx(1500 / clock.inner)]
     assert clock.timing == ("graph" if outcome == "graph" else "eager")
     assert fake.replays == (1 if outcome == "graph" else 0)
+    assert fake.current == "default"
     assert clock.wall_us(4) > 0
 
 
