@@ -82,12 +82,14 @@ def fake_suites(monkeypatch, **suites):
 
 
 def test_rows_before_a_failure_of_the_device_stay(monkeypatch, tmp_path):
+    path = tmp_path / "rows.jsonl"
+
     def suite(device, quick, deadline):
         yield {"op": "first"}
+        assert path.read_text()  # even if this process is killed now
         raise DeviceLostError("illegal memory access")
 
     fake_suites(monkeypatch, suite=suite)
-    path = tmp_path / "rows.jsonl"
     assert command.run_one("suite", "cpu", False, 10, path) == 1
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"op": "first"}]
 

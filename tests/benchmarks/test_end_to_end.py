@@ -38,6 +38,14 @@ def test_four_ways_and_the_same_loss():
     assert max(row["error"] for row in rows) < 1e-4
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_loss_is_on_what_follows_each_position(packed):
+    inputs, answers = end_to_end.inputs_of(TINY, TINY.mixed, packed, torch.float32, "cpu")
+    ids = inputs["plan"].input_ids if packed else inputs["input_ids"]
+    assert torch.equal(ids[..., inputs["logits_to_keep"] + 1].flatten(), answers)
+    assert len(answers) == TINY.samples * TINY.answer
+
+
 def test_another_loss_is_a_row_with_the_reason(monkeypatch):
     step = end_to_end.step
 
