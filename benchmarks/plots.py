@@ -95,8 +95,7 @@ def throughput(rows: Sequence[Row]) -> Figure | None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlabel("T, rows of the result")
         axes.set_ylabel(unit)
-        axes.set_ylim(bottom=0)
-        axes.margins(y=0.12)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         axes.legend(fontsize=8, frameon=False)
         _plain(axes)
     return figure
@@ -118,6 +117,7 @@ def speed_up(rows: Sequence[Row]) -> Figure | None:
         ("merge_vision", "forward", ""),
     ):
         found = [row for row in _of(rows, op, mode) if row["case"].endswith(ending)]
+        found = [row for row in found if _plain_case(row)]
         ours = {row["case"]: row for row in found if row["variant"] == OURS}
         largest: dict[str, Row] = {}
         for row in found:
@@ -307,5 +307,5 @@ def _plain(axes: Axes, grid: str = "both") -> None:
 
 
 def _machine(row: Row) -> str:
-    place = row["gpu"] or f"{row['cpu']}, {row['threads']} threads, load {row['load']}"
+    place = row["gpu"] or f"{row['cpu']}, threads: {row['threads']}, load {row['load']}"
     return f"{place}   torch {row['torch']}   commit {row['commit']}"

@@ -7,7 +7,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from benchmarks import timing
+from benchmarks import harness, timing
+from benchmarks.harness import Variant
 from benchmarks.timing import (
     GraphClock,
     HostClock,
@@ -17,6 +18,7 @@ from benchmarks.timing import (
     sample_in_turn,
     saved_bytes,
 )
+from tests.benchmarks.small import product, rows_of, square_case
 
 
 def test_percentiles_are_values_that_were_measured():
@@ -143,6 +145,21 @@ def test_graph_clock(monkeypatch, outcome):
     assert fake.replays == (1 if outcome == "graph" else 0)
     assert fake.current == "default"
     assert clock.wall_us(4) > 0
+
+
+@pytest.mark.parametrize("waits", [(), ("backward",)])
+def test_a_case_goes_through_graphs(monkeypatch, waits):
+    """What a GPU would run: each mode captured, but where the variant waits for the device."""
+    Fake().install(monkeypatch)
+    monkeypatch.setattr(harness, "last_level_cache", lambda device: 100)
+    monkeypatch.setattr(
+        harness, "clock_for", lambda _, calls, *, capture=True: GraphClock(calls, capture=capture)
+    )
+    rows = rows_of(square_case(Variant("first", product, waits=waits), Variant("other", product)))
+    assert {row["status"] for row in rows} == {"ok"}
+    assert all(row["eager_us"] > 0 for row in rows)
+    eager = [(row["variant"], row["mode"]) for row in rows if row["timing"] == "eager"]
+    assert eager == [("first", mode) for mode in waits]
 
 
 def test_saved_bytes_count_each_storage_once_and_no_input():
