@@ -29,6 +29,7 @@ from tokenflex_kernels._backend import select_backend
 
 MODES = ("forward", "backward", "forward+backward")
 SEED = 0
+MAX_SETS = 256
 NO_TIME = "not run: no time left"
 
 # The largest relative error (2-norm) against float64 that is taken for the same computation.
@@ -99,6 +100,7 @@ class Variant:
         truth: its own, where it is not to compute the case's result.
         modes: those it can run.
         waits: modes in which it waits for the device, so that they cannot be captured.
+        slow_start: whether it compiles or tunes for long at every new size.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Variant:
     truth: Call | None = None
     modes: Collection[str] = MODES
     waits: Collection[str] = ()
+    slow_start: bool = False
 
     def leaves(self, batch: Batch) -> Leaves:
         return self.prepare(
@@ -161,8 +164,12 @@ class Case:
 
 
 def number_of_sets(bytes_per_set: int, cache_bytes: int) -> int:
-    """Sets of buffers that together are at least three times the cache; at least two."""
-    return max(2, -(-3 * cache_bytes // bytes_per_set))
+    """Sets of buffers that together are at least three times the cache.
+
+    At least two; and no more than ``MAX_SETS``, since batches of a few kilobytes measure what a
+    call costs, wherever its inputs are.
+    """
+    return min(MAX_SETS, max(2, -(-3 * cache_bytes // bytes_per_set)))
 
 
 @dataclass(frozen=True)

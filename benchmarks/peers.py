@@ -38,7 +38,7 @@ def compiled() -> Variants:
     torch._functorch.config.donated_buffer = False  # backward is timed alone, many times
     mode = "max-autotune-no-cudagraphs"
     return {
-        op: Variant(COMPILED, torch.compile(call, mode=mode, dynamic=False))
+        op: Variant(COMPILED, torch.compile(call, mode=mode, dynamic=False), slow_start=True)
         for op, call in EAGER.items()
     }
 
@@ -125,7 +125,11 @@ def flash_swiglu_mlp() -> Variants:
 
     return {
         "project_tokens": Variant(
-            "flash-swiglu-mlp, no biases", project, without=BIASES, modes=("forward",)
+            "flash-swiglu-mlp, no biases",
+            project,
+            without=BIASES,
+            modes=("forward",),
+            slow_start=True,
         )
     }
 
@@ -138,10 +142,17 @@ PEERS: dict[str, Callable[[], Variants]] = {
 }
 
 
-def load_peers() -> tuple[list[Variants], dict[str, str]]:
-    """The variants of each peer at hand, and why the others are not."""
+def load_peers(*, compiling: bool = True) -> tuple[list[Variants], dict[str, str]]:
+    """The variants of each peer at hand, and why the others are not.
+
+    Args:
+        compiling: False for a run that has no time for torch.compile.
+    """
     found, missing = [], {}
     for name, adapter in PEERS.items():
+        if name == COMPILED and not compiling:
+            missing[name] = "not run: a quick run compiles nothing"
+            continue
         try:
             found.append(adapter())
         except ModuleNotFoundError as error:

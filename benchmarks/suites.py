@@ -1,7 +1,7 @@
 """What a run measures: groups of cases, for the GPU or the CPU, the full set or the quick one.
 
 Each suite runs in a process of its own, so that a failure of the device, or a peer that tunes for
-ever, ends that suite and no other. Cases that matter most come first: time may run out.
+ever, ends that suite and no other.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from benchmarks.packing_cases import (
     merge_case,
     trained_table_case,
 )
-from benchmarks.peers import COMPILED, load_peers
+from benchmarks.peers import load_peers
 from benchmarks.projector_cases import (
     as_many,
     gate_up_case,
@@ -90,7 +90,8 @@ def ceilings(device: str, quick: bool, _: Deadline) -> Iterator[Row]:
         yield row | times(clock, 0, work) | {"tokens_per_s": ""}
 
 
-# ---- the projector. `peers` are all there are, `eager` those that compile nothing per shape.
+# ---- the projector. `peers` are all there are, `eager` those that do not compile or tune for a
+# minute at every size: these come last, as time may run out on them.
 
 Peers = Sequence[Variant]
 
@@ -117,10 +118,10 @@ def gate_up_cases(device: str, quick: bool, peers: Peers, eager: Peers) -> Itera
         for tokens in (64,) if quick else (256, 64):
             yield gate_up_case(tokens, peers if tokens == 256 else eager)
         return
-    for tokens in (8192, 256) if quick else (8192, 2048, 32768, 256):
-        yield gate_up_case(tokens, peers)
-    for tokens in () if quick else (64, 512, 1024, 4096, 16384):
+    for tokens in (256,) if quick else (4096, 16384, 1024, 512, 256, 64):
         yield gate_up_case(tokens, eager)
+    for tokens in (8192,) if quick else (8192, 32768, 2048):
+        yield gate_up_case(tokens, peers)
 
 
 def whole_cases(device: str, quick: bool, peers: Peers, eager: Peers) -> Iterator[Case]:
@@ -130,18 +131,16 @@ def whole_cases(device: str, quick: bool, peers: Peers, eager: Peers) -> Iterato
             yield projector_case("1 image, n=16", square(1, 16), eager)
         return
     tens = 4 if quick else 16
-    yield projector_case("32 images, n=16", square(32, 16), peers)
     yield projector_case(f"{10 * tens} images, mixed", mixed(tens), eager)
     yield projector_case(f"{10 * tens} images, uniform", as_many(tens), eager)
     yield projector_case("1 image, n=16", square(1, 16), eager)
-    if quick:
-        return
-    yield projector_case("8 images, n=16", square(8, 16), peers)
-    yield projector_case("1 image, n=8", square(1, 8), eager)
-    yield projector_case("128 images, n=16", square(128, 16), peers)
-    yield projector_case("32 images, n=16", square(32, 16), eager, width=3584)
-    for images in (4, 2, 16, 64):
-        yield projector_case(f"{images} images, n=16", square(images, 16), eager)
+    if not quick:
+        yield projector_case("1 image, n=8", square(1, 8), eager)
+        for images in (16, 64, 4, 2):
+            yield projector_case(f"{images} images, n=16", square(images, 16), eager)
+        yield projector_case("32 images, n=16", square(32, 16), eager, width=3584)
+    for images in (32,) if quick else (32, 128, 8):
+        yield projector_case(f"{images} images, n=16", square(images, 16), peers)
 
 
 def projector_suite(
@@ -152,13 +151,11 @@ def projector_suite(
     deadline: Deadline,
 ) -> Iterator[Row]:
     """The cases of one op, against whichever peers are installed."""
-    found, missing = load_peers()
+    found, missing = load_peers(compiling=not quick)
     for peer, why in missing.items():
         yield dict.fromkeys(COLUMNS, "") | {"op": op, "variant": peer, "status": why}
     peers = [variants[op] for variants in found if op in variants]
-    eager = [peer for peer in peers if peer.name != COMPILED]
-    if quick:  # compiling takes longer than a quick run has
-        peers = eager
+    eager = [peer for peer in peers if not peer.slow_start]
     yield from run_cases(cases(device, quick, peers, eager), device, quick, deadline)
 
 

@@ -13,7 +13,6 @@ so that no call finds its inputs in the cache. Times are microseconds a call.
 from __future__ import annotations
 
 import ctypes
-import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -181,7 +180,6 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int | None:
     The allocator's own count on a GPU. On the CPU the resident memory of this process, whose
     high-water mark Linux can reset; None where it cannot.
     """
-    gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import harness, packing_cases, peers
+from benchmarks import harness, packing_cases, peers, suites
+from benchmarks.harness import Variant
 from benchmarks.packing_cases import Prompts
 from benchmarks.projector_cases import (
     as_many,
     by_group,
+    eager_gate_up,
     gate_up_case,
     grids_of,
     mixed,
@@ -153,6 +155,26 @@ def test_torch_compile_is_a_peer(monkeypatch):
     rows = rows_of(pooling_case("small", [(3, 2)], [variants["pool_norm"]]))
     assert_all_ok(rows)
     assert peers.COMPILED in {row["variant"] for row in rows}
+
+
+def test_a_quick_run_compiles_nothing(monkeypatch):
+    monkeypatch.setattr(peers, "PEERS", {peers.COMPILED: lambda: pytest.fail("compiled")})
+    found, missing = peers.load_peers(compiling=False)
+    assert found == []
+    assert missing == {peers.COMPILED: "not run: a quick run compiles nothing"}
+
+
+@pytest.mark.parametrize("cases", [suites.pooling_cases, suites.gate_up_cases, suites.whole_cases])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_every_case_is_measured_once_and_quick_ones_are_among_them(cases, device):
+    slow = Variant("slow", eager_gate_up, slow_start=True)
+    full = list(cases(device, False, [slow], []))
+    quick = list(cases(device, True, [], []))
+    names = [case.name for case in full]
+    assert len(set(names)) == len(names)
+    assert 0 < len(quick) < len(full)
+    assert any(slow in case.variants for case in full)
+    assert not any(slow in case.variants for case in quick)
 
 
 def test_peers_that_are_missing_or_broken_are_named(monkeypatch):

@@ -121,6 +121,7 @@ def test_sets_exceed_the_cache_threefold():
     assert harness.number_of_sets(10, 100) == 30
     assert harness.number_of_sets(7, 100) == 43
     assert harness.number_of_sets(10**9, 100) == 2
+    assert harness.number_of_sets(1, 10**9) == harness.MAX_SETS
 
 
 def test_relative_error():
