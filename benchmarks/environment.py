@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -13,32 +14,57 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = (
+    "torch",
+    "triton",
+    "tokenflex",
+    "transformers",
+    "liger-kernel",
+    "quack-kernels",
+    "flash-swiglu-mlp",
+    "flash-attn",
+)
 
 
-def environment() -> dict[str, object]:
-    """The columns that every result carries. No host name, user or path is among them."""
+def environment(device: str) -> dict[str, object]:
+    """The columns that every result carries. No host name, user or path is among them.
+
+    ``load`` is the one-minute load average at the moment of the call, ``clocks`` are those of SM
+    and memory and their maxima; versions of packages that are not installed are empty.
+    """
     columns: dict[str, object] = {
+        "device": device,
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "",
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else "",
         "gpu": "",
         "driver": "",
+        "clocks": "",
+        "cuda": torch.version.cuda or "",
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "tokenflex": _version("tokenflex"),
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
+        **{package: _version(package) for package in PACKAGES},
+        # A copy of the tree may come without its history.
+        "commit": os.environ.get("TOKENFLEX_COMMIT")
+        or _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
     }
-    if torch.cuda.is_available():
-        query = "--query-gpu=driver_version,clocks.sm,clocks.mem"
+    if device == "cuda":
         columns["gpu"] = torch.cuda.get_device_name()
-        columns["driver"] = _output("nvidia-smi", query, "--format=csv,noheader")
+        columns["driver"] = _nvidia_smi("driver_version")
+        columns["clocks"] = _nvidia_smi("clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem")
     return columns
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write ``rows``, all of the same columns, with the environment's columns after theirs."""
-    shared = environment()
+def machine_name(columns: Mapping[str, object]) -> str:
+    """What the machine's CSV is called: "nvidia-h200", or "cpu-amd-epyc-2-cores"."""
+    name = columns["gpu"] or f"cpu {columns['cpu']} {columns['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
+
+
+def write_csv(
+    path: Path, rows: Sequence[Mapping[str, object]], shared: Mapping[str, object]
+) -> None:
+    """Write ``rows``, all of the same columns, with the columns of ``shared`` after theirs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*rows[0], *shared], lineterminator="\n")
@@ -46,10 +72,20 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
         writer.writerows({**row, **shared} for row in rows)
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """The 20th, 50th and 80th percentile, each a value that was measured."""
-    ordered = sorted(values)
-    return {f"p{share}": ordered[(len(ordered) - 1) * share // 100] for share in (20, 50, 80)}
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV, every value as it is written there."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def last_level_cache(device: str) -> int:
+    """Bytes of the cache that inputs must exceed: the GPU's L2, or the CPU's largest."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    units = {"K": 2**10, "M": 2**20}
+    found = [path.read_text(encoding="utf-8").strip() for path in sizes]
+    return max((int(size[:-1]) * units[size[-1]] for size in found), default=32 * 2**20)
 
 
 def _cpu_model() -> str:
@@ -65,7 +101,11 @@ def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "source"
+        return ""
+
+
+def _nvidia_smi(query: str) -> str:
+    return _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
 
 
 def _output(*command: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -269,56 +268,3 @@ def test_a_missing_extension_leaves_the_reference(monkeypatch):
     assert torch.equal(unpack_vision(packed, PLAN), vision)
     with pytest.raises(RuntimeError, match=r"tokenflex_kernels\._C, which is not built"):
         ops.pack_embeddings(table, vision, PLAN.source, PLAN.vision_rows)
-
-
-# ---- the GPU benchmark's graphs, where there is no GPU
-
-
-@pytest.fixture
-def streams(monkeypatch):
-    """Stands in for torch.cuda's streams, with a capture that fails as it ends."""
-    from benchmarks import packing_gpu
-
-    class Stream:
-        def wait_stream(self, other):
-            pass
-
-    state = {"current": Stream(), "captures": 0}
-    first = state["current"]
-
-    class BrokenCapture:
-        def __init__(self, graph):
-            state["captures"] += 1
-
-        def __enter__(self):
-            state["current"] = Stream()
-
-        def __exit__(self, *_):
-            raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: state["current"])
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda s: state.update(current=s))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "graph", BrokenCapture)
-    return packing_gpu, state, first
-
-
-def test_a_failed_capture_gives_the_stream_back(streams):
-    packing_gpu, state, first = streams
-    timed = packing_gpu.Timed(lambda batch: batch + 1, [1, 2], inner=2)
-    assert timed.graph is None
-    assert timed.results == [2, 3]
-    assert (state["captures"], state["current"]) == (1, first)
-
-
-def test_a_variant_known_to_wait_is_never_captured(streams):
-    packing_gpu, state, _ = streams
-    forward, *backward = packing_gpu.MODES
-    scatter = "embedding + masked_scatter"
-    assert {(scatter, mode) for mode in backward if "sparse" not in mode} == packing_gpu.WAITING
-    call = packing_gpu.Call(lambda batch: batch + 1, forward, waits=True)
-    assert packing_gpu.Timed(call, [1], inner=1).results == [2]
-    assert state["captures"] == 0
