@@ -70,11 +70,11 @@ class Shape:
 def shape_of(device: str, quick: bool) -> Shape:
     if device == "cpu":
         return Shape(
-            layers=2,
+            layers=1 if quick else 2,
             vision_width=64,
             vision_hidden=128,
             vision_heads=4,
-            pixels=64,
+            pixels=32 if quick else 64,
             patch=4,
             text_width=128,
             text_hidden=512,
