@@ -70,11 +70,11 @@ class Shape:
 def shape_of(device: str, quick: bool) -> Shape:
     if device == "cpu":
         return Shape(
-            layers=2,
+            layers=1 if quick else 2,
             vision_width=64,
             vision_hidden=128,
             vision_heads=4,
-            pixels=64,
+            pixels=32 if quick else 64,
             patch=4,
             text_width=128,
             text_hidden=512,
@@ -207,6 +207,8 @@ def forward_flops(shape: Shape, counts: list[int], hidden_width: int | None = No
 def suite(device: str, quick: bool, deadline: Deadline) -> Iterator[Row]:
     """One row for each of {fixed, mixed} x {packed, padded}."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if device == "cpu":
+        torch.set_num_threads(1)  # operations this small only wait for a second one
     yield from measure(shape_of(device, quick), dtype, device, Effort(30, deadline.left / 3))
 
 
@@ -280,6 +282,7 @@ def _row(
         "seed": SEED,
         "note": (
             f"{shape.samples} samples; {shape.layers} layers each; encoder {shape.vision_width} "
-            f"wide, {shape.patches} patches; language model {shape.text_width} wide"
+            f"wide, {shape.patches} patches; language model {shape.text_width} wide; "
+            f"{torch.get_num_threads()} threads"
         ),
     }
