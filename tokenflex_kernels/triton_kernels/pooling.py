@@ -147,6 +147,8 @@ def pool_norm_forward_kernel(
         if NORM:  # of the sums: normalising cancels the area, but for eps
             mean = tl.sum(total, 0) / width
             centred = tl.where(in_row, total - mean, 0.0)
+            if out.dtype.element_ty == tl.float32:  # the mean's own rounding shows in float32
+                centred = tl.where(in_row, centred - tl.sum(centred, 0) / width, 0.0)
             variance = tl.sum(centred * centred, 0) / width
             inverse = tl.rsqrt(variance + EPS * area * area)
             result = centred * inverse
@@ -392,6 +394,19 @@ def pool_norm_backward(
     )
     programs = plan.num_images * programs_per_image if width > 0 else 0
     grad_x = grad.new_empty(plan.num_patches, width, dtype=dtype)
+    # A partial sum a program is little while most programs have patches. One large grid among many
+    # small ones leaves most without any: there, the sums are a launch of their own.
+    mostly_idle = programs * config.rows * config.columns > 4 * plan.num_patches
+    sums: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
+    if mostly_idle and (grad_weight or grad_bias):
+        sums = norm_gradient(
+            grad,
+            normalised,
+            grad_weight=grad_weight,
+            grad_bias=grad_bias,
+            config=config._replace(rows=64),
+        )
+        grad_weight = grad_bias = False
     partial_weight, partial_bias = _partial_sums(grad, programs, grad_weight, grad_bias)
     launch(
         pool_norm_backward_kernel,
@@ -418,7 +433,9 @@ def pool_norm_backward(
         COLUMNS=config.columns,
         **_row_options(config, width),
     )
-    return grad_x, _added_up(partial_weight), _added_up(partial_bias)
+    if sums is None:
+        sums = _added_up(partial_weight), _added_up(partial_bias)
+    return grad_x, *sums
 
 
 def norm_gradient(
@@ -535,13 +552,12 @@ def _vector(parameter: torch.Tensor | None) -> torch.Tensor | None:
 def _row_options(config: RowConfig, width: int) -> dict[str, int]:
     """A row of ``width`` in registers, as many warps to it as the config's to a row of 2048.
 
-    Never so many that their registers are more than a multiprocessor has.
+    Never so many that their registers are more than a multiprocessor has. Widths that are no
+    multiple of 16 are read element by element, with an address each: they get all registers.
     """
     block = next_power_of_2(width)
     warps = max(1, config.num_warps * block // 2048)
     most = 65536 // (32 * config.max_registers)
-    return {
-        "BLOCK_C": block,
-        "num_warps": min(warps, 1 << (most.bit_length() - 1)),
-        "maxnreg": config.max_registers,
-    }
+    warps = min(warps, 1 << (most.bit_length() - 1))
+    registers = config.max_registers if width % 16 == 0 else min(255, 65536 // (32 * warps))
+    return {"BLOCK_C": block, "num_warps": warps, "maxnreg": registers}

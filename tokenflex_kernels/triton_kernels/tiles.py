@@ -94,5 +94,6 @@ def source(matrix: torch.Tensor, block: list[int], tma: bool) -> torch.Tensor | 
 
 def dot_precision(dtype: torch.dtype) -> str:
     """How float32 tiles are multiplied: IEEE unless the user allows tf32, as PyTorch's products."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
+    # The legacy flag sets the new one; reading the legacy one after the new was set is an error.
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"

@@ -421,3 +421,36 @@ class TestEmpty:
         out = pool_norm(x, [(2, 3)], [(1, 2)])
         out.sum().backward()
         assert (out.shape, x.grad.shape, launched) == ((2, 0), (6, 0), [])
+
+
+class TestUnevenBatches:
+    def test_one_large_grid_among_small_ones_costs_no_idle_sums(self, device, launched):
+        leaves = [
+            torch.randn(shape, device=device, requires_grad=True)
+            for shape in ((141, 5), (5,), (5,))
+        ]
+        in_grids = [(11, 11)] + [(1, 2)] * 10
+        out = pool_norm(leaves[0], in_grids, [(1, 1)] * 11, weight=leaves[1], bias=leaves[2])
+        out.sum().backward()
+        assert launched == ["pool_norm_forward", "norm_gradient", "pool_norm_backward"]
+
+        truths = [leaf.detach().double().requires_grad_() for leaf in leaves]
+        pool_norm(
+            truths[0], in_grids, [(1, 1)] * 11, weight=truths[1], bias=truths[2]
+        ).sum().backward()
+        for leaf, truth in zip(leaves, truths, strict=True):
+            torch.testing.assert_close(leaf.grad.double(), truth.grad, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("mean", [-30, 1000])
+    @pytest.mark.parametrize("mode", ["adaptive", "resize"])
+    def test_float32_with_a_mean_is_as_close_as_eager(self, device, mode, mean):
+        x = torch.randn(2 * 35, 130, device=device) + mean
+        weight = torch.ones(130, device=device)
+        grids = [(5, 7)] * 2, [(2, 3)] * 2
+        truth = eager_pool_norm(x.double(), *grids, mode, weight.double())
+        results = (
+            pool_norm(x, *grids, mode=mode, weight=weight),
+            eager_pool_norm(x, *grids, mode, weight),
+        )
+        errors = [(result.double() - truth).square().mean().sqrt().item() for result in results]
+        assert errors[0] <= 1.2 * errors[1]
