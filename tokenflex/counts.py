@@ -43,9 +43,9 @@ def token_grid(count: object, *, name: str = "num_tokens") -> Grid:
         number = int(count)  # type: ignore[call-overload]
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
-        side = int(sqrt(number))  # a compiler can trace this, and it is exact below 2^52
+        # A compiler can trace sqrt only, which is exact below 2^52.
+        side = int(sqrt(number)) if torch.compiler.is_compiling() else isqrt(number)
         if side * side != number:
-            side = isqrt(number)
             raise ValueError(
                 f"{name} must be a perfect square or a (height, width) pair, got {number}; "
                 f"the nearest squares are {side * side} and {(side + 1) ** 2}"

@@ -32,9 +32,10 @@ from torch.autograd.function import once_differentiable
 
 from tokenflex_kernels._library import define, differentiate
 from tokenflex_kernels.launch_configs import Config, architecture, launch_config
-from tokenflex_kernels.pooling_plan import pooling_plan, runs_of
+from tokenflex_kernels.pooling_plan import count_rows, pooling_plan
 
 Tensors = tuple[torch.Tensor, ...]
+Gradients = tuple[torch.Tensor | None, ...]
 
 
 @cache
@@ -45,6 +46,7 @@ def _kernels() -> SimpleNamespace:
     return SimpleNamespace(
         pool_norm_forward=pooling.pool_norm_forward,
         pool_norm_backward=pooling.pool_norm_backward,
+        mostly_idle=pooling.mostly_idle,
         norm_gradient=pooling.norm_gradient,
         scale_shift=pooling.scale_shift,
         gate_up=gate_up.gate_up,
@@ -98,7 +100,7 @@ def _pool_norm_shapes(
     dtype: torch.dtype,
     save: bool,
 ) -> Tensors:
-    cells = sum(n * out_h * out_w for n, _, _, out_h, out_w in runs_of(runs))
+    _, cells = count_rows(runs)
     saved = cells if save and weight is not None else 0
     return (
         x.new_empty(cells, x.shape[1], dtype=dtype),
@@ -124,22 +126,20 @@ def _pool_norm_backward(
             grad, normalised, inverse_std, weight, runs, mode, dtype, grad_weight, grad_bias
         )
         return tuple(result.zero_() for result in results)
+    kernels = _kernels()
     wanted = {"grad_weight": grad_weight, "grad_bias": grad_bias}
-    if dtype is None:
-        config = _config("norm_gradient", grad, grad.shape[0])
-        grads = None, *_kernels().norm_gradient(grad, normalised, **wanted, config=config)
-    else:
-        plan = pooling_plan(runs, mode, grad.device)
-        grads = _kernels().pool_norm_backward(
-            grad,
-            normalised,
-            inverse_std,
-            weight,
-            plan,
-            dtype=dtype,
-            **wanted,
-            config=_config("pool_norm_backward", grad, plan.num_patches),
+    plan = pooling_plan(runs, mode, grad.device)
+    gather = _config("pool_norm_backward", grad, plan.num_patches)
+    grads: Gradients = (None, None, None)
+    if any(wanted.values()) and (dtype is None or kernels.mostly_idle(plan, gather)):
+        config = _config("norm_gradient", grad, plan.num_cells)
+        grads = None, *kernels.norm_gradient(grad, normalised, **wanted, config=config)
+        wanted = dict.fromkeys(wanted, False)
+    if dtype is not None:
+        grad_x, *sums = kernels.pool_norm_backward(
+            grad, normalised, inverse_std, weight, plan, dtype=dtype, **wanted, config=gather
         )
+        grads = grad_x, *(sums if any(wanted.values()) else grads[1:])
     return tuple(grad.new_empty(0) if result is None else result for result in grads)
 
 
@@ -155,7 +155,7 @@ def _pool_norm_backward_shapes(
     grad_bias: bool,
 ) -> Tensors:
     width = grad.shape[1]
-    patches = sum(n * in_h * in_w for n, in_h, in_w, _, _ in runs_of(runs))
+    patches, _ = count_rows(runs)
     return (
         grad.new_empty(0) if dtype is None else grad.new_empty(patches, width, dtype=dtype),
         grad.new_empty(width, dtype=torch.float32) if grad_weight else grad.new_empty(0),
@@ -373,7 +373,7 @@ def _pool_norm_shape(
 
 def _project_tokens_shape(x: torch.Tensor, *args: Any) -> torch.Tensor:
     _, _, gate_weight, _, _, _, down_weight, _, runs, *_ = args
-    cells = sum(n * out_h * out_w for n, _, _, out_h, out_w in runs_of(runs))
+    _, cells = count_rows(runs)
     return x.new_empty(cells, down_weight.shape[0], dtype=gate_weight.dtype)
 
 
@@ -395,8 +395,6 @@ project_tokens = define(
 
 
 # ---- autograd
-
-Gradients = tuple[torch.Tensor | None, ...]
 
 
 class _PoolNorm(torch.autograd.Function):

@@ -34,6 +34,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from tokenflex_kernels._backend import extension
+from tokenflex_kernels._layout import neighbours
 from tokenflex_kernels._library import define, differentiate
 
 # ---- kernels
@@ -50,7 +51,7 @@ def _pack(
 
 
 def _unpack(packed: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor) -> torch.Tensor:
-    packed = _contiguous_rows(packed)
+    packed = neighbours(packed)
     rows, width = vision_rows.size(0), packed.size(1)
     row_bytes = width * packed.element_size()
     vision = packed.new_empty(rows, width)
@@ -321,7 +322,7 @@ def _pack_rows(
 
     ``shape`` is that of the result where it is not [rows, D]: a view would cost 2 us more.
     """
-    table, vision = _contiguous_rows(table), _contiguous_rows(vision)
+    table, vision = neighbours(table), neighbours(vision)
     rows, width = source.size(0), table.size(1)
     row_bytes = width * table.element_size()
     packed = table.new_empty((rows, width) if shape is None else shape)
@@ -366,7 +367,7 @@ def _sum_rows(
     Made in float32 (float64 for float64) and rounded once. Other rows of ``sums`` are left alone.
     """
     compiled = _compiled()
-    grad = _contiguous_rows(grad)
+    grad = neighbours(grad)
     precision = torch.promote_types(grad.dtype, torch.float32)
     tiles = -(-rows.shape[0] // compiled.sum_tile)
     partials = grad.new_empty(tiles, grad.shape[1], dtype=precision)
@@ -396,11 +397,6 @@ def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.ndim == 2:
         return tensor
     return tensor.flatten(0, -2) if tensor.ndim > 2 else tensor[None]
-
-
-def _contiguous_rows(rows: torch.Tensor) -> torch.Tensor:
-    """``rows`` with the elements of each row next to each other; the row stride may be anything."""
-    return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
 
 
 def _rows(rows: torch.Tensor) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from tokenflex_kernels._checks import (
     check_tensor,
 )
 from tokenflex_kernels.axis_weights import check_mode
-from tokenflex_kernels.pooling_plan import grid_runs, runs_of
+from tokenflex_kernels.pooling_plan import count_rows, grid_runs
 from tokenflex_kernels.reference import pooling as reference
 
 MAX_WIDTH = 8192  # a program of the kernels holds whole rows in registers
@@ -113,7 +113,7 @@ def check_grid_lists(
             f"{len(in_list)} and {len(out_list)}"
         )
     runs = grid_runs(in_list, out_list)
-    patches = sum(images * in_h * in_w for images, in_h, in_w, _, _ in runs_of(runs))
+    patches, _ = count_rows(runs)
     if x.shape[0] != patches:
         raise ValueError(
             f"x must have one row per patch: in_grids of {len(in_list)} images hold {patches} "

@@ -76,6 +76,15 @@ def runs_of(flat: Sequence[int]) -> list[tuple[int, int, int, int, int]]:
     return list(zip(*fields, strict=True))
 
 
+def count_rows(flat: Sequence[int]) -> tuple[int, int]:
+    """How many patches and how many cells the runs hold."""
+    runs = runs_of(flat)
+    return (
+        sum(images * in_h * in_w for images, in_h, in_w, _, _ in runs),
+        sum(images * out_h * out_w for images, _, _, out_h, out_w in runs),
+    )
+
+
 class _AxisTable(NamedTuple):
     windows: np.ndarray
     covers: np.ndarray
@@ -183,8 +192,7 @@ def _make(
             "graph is being captured: run the op on them once before the capture"
         )
     runs = runs_of(flat_runs)
-    num_patches = sum(n * in_h * in_w for n, in_h, in_w, _, _ in runs)
-    num_cells = sum(n * out_h * out_w for n, _, _, out_h, out_w in runs)
+    num_patches, num_cells = count_rows(flat_runs)
     for name, rows in (("in_grids", num_patches), ("out_grids", num_cells)):
         if rows > 2**31 - 1:
             raise ValueError(f"{name} must hold at most {2**31 - 1} rows in all, got {rows}")

@@ -71,8 +71,10 @@ def _row_stages(
     inverse_std = rows(len(cells)).float().abs()
     if stage == "norm_gradient":
         yield "", partial(pooling.norm_gradient, cells, cells, grad_weight=True, grad_bias=True)
-    elif stage == "scale_shift":
+        return
+    if stage == "scale_shift":
         yield "", partial(pooling.scale_shift, cells, weight, weight)
+        return
     for mode in ("adaptive", "resize"):
         plan = pooling_plan(runs, mode, device)
         if stage == "pool_norm_forward":

@@ -114,16 +114,10 @@ class TestCompilations:
     @pytest.mark.parametrize(("mode", "variants"), [("adaptive", 1), ("resize", 2)])
     def test_fifty_batches_share_one_binary_of_each_row_kernel(self, tmp_path, mode, variants):
         counted = run_python(tmp_path, COUNTING + f"MODE = {mode!r}\n" + BATCHES)
-        binaries, launches = counted["binaries"], counted["launches"]
-        assert binaries["pool_norm_forward_kernel"] == variants
-        assert binaries["scale_shift_kernel"] == 1
-        # Batches of one large grid among small ones sum the norm's gradients apart: a variant of
-        # backward without the sums, and the sums' kernel with rows of its own.
-        assert variants < binaries["pool_norm_backward_kernel"] <= 2 * variants
-        assert binaries["norm_gradient_kernel"] == 2
-        apart = launches.pop("norm_gradient_kernel")
-        assert 50 < apart < 100
-        assert set(launches.values()) == {50}
+        pooling = dict.fromkeys(("pool_norm_forward_kernel", "pool_norm_backward_kernel"), variants)
+        rows = dict.fromkeys(("norm_gradient_kernel", "scale_shift_kernel"), 1)
+        assert counted["binaries"] == {**pooling, **rows}
+        assert counted["launches"] == dict.fromkeys({**pooling, **rows}, 50)
 
     @pytest.mark.parametrize("tma", [False, True])
     def test_fifty_lengths_share_one_binary_of_each_product(self, tmp_path, tma):

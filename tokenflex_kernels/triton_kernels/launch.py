@@ -32,14 +32,6 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def neighbours(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` with the elements of its last dimension next to each other, a copy if need be.
-
-    This is all that the kernels ask of a layout: rows may lie at any distance.
-    """
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
-
-
 def launch(kernel: Any, programs: int, like: torch.Tensor, *args: Any, **options: Any) -> None:
     """Launch ``programs`` instances of ``kernel`` on the device of ``like``; none for none.
 

@@ -24,7 +24,8 @@ so nothing is filled with zeros first and nothing is added atomically.
 
 The gradients of weight and bias come as one partial sum for each program, each cell counted by the
 program that owns the first patch of its window; PyTorch adds the partial sums up, in a fixed order.
-Where x needs no gradient, a kernel of their own reads each row once.
+Where x needs no gradient, or most programs would have no patch, a kernel of their own reads each
+row once.
 """
 
 from __future__ import annotations
@@ -33,9 +34,12 @@ import torch
 import triton
 import triton.language as tl
 
+from tokenflex_kernels._layout import neighbours
 from tokenflex_kernels.launch_configs import RowConfig
-from tokenflex_kernels.pooling_plan import PoolingPlan
-from tokenflex_kernels.triton_kernels.launch import cdiv, launch, neighbours, next_power_of_2
+from tokenflex_kernels.pooling_plan import IMAGE_FIELDS, PoolingPlan
+from tokenflex_kernels.triton_kernels.launch import cdiv, launch, next_power_of_2
+
+_IMAGE_FIELDS = tl.constexpr(IMAGE_FIELDS)
 
 # Batches of every size and shape share one binary: only what belongs to the model specialises it.
 _PER_BATCH = ["programs_per_image"]
@@ -93,7 +97,7 @@ def pool_norm_forward_kernel(
     UNROLL: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    image = images + tl.program_id(0) // programs_per_image * 10
+    image = images + tl.program_id(0) // programs_per_image * _IMAGE_FIELDS
     part = tl.program_id(0) % programs_per_image
     first_patch = tl.load(image)
     in_w = tl.load(image + 2)
@@ -249,7 +253,7 @@ def pool_norm_backward_kernel(
     COLUMNS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    image = images + tl.program_id(0) // programs_per_image * 10
+    image = images + tl.program_id(0) // programs_per_image * _IMAGE_FIELDS
     part = tl.program_id(0) % programs_per_image
     first_patch = tl.load(image)
     in_h = tl.load(image + 1)
@@ -389,24 +393,9 @@ def pool_norm_backward(
     """
     grad, weight = neighbours(grad), _vector(weight)
     width = grad.shape[1]
-    programs_per_image = max(
-        cdiv(h, config.rows) * cdiv(w, config.columns) for h, w in plan.in_grids
-    )
+    programs_per_image = _backward_programs(plan, config)
     programs = plan.num_images * programs_per_image if width > 0 else 0
     grad_x = grad.new_empty(plan.num_patches, width, dtype=dtype)
-    # A partial sum a program is little while most programs have patches. One large grid among many
-    # small ones leaves most without any: there, the sums are a launch of their own.
-    mostly_idle = programs * config.rows * config.columns > 4 * plan.num_patches
-    sums: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
-    if mostly_idle and (grad_weight or grad_bias):
-        sums = norm_gradient(
-            grad,
-            normalised,
-            grad_weight=grad_weight,
-            grad_bias=grad_bias,
-            config=config._replace(rows=64),
-        )
-        grad_weight = grad_bias = False
     partial_weight, partial_bias = _partial_sums(grad, programs, grad_weight, grad_bias)
     launch(
         pool_norm_backward_kernel,
@@ -433,9 +422,21 @@ def pool_norm_backward(
         COLUMNS=config.columns,
         **_row_options(config, width),
     )
-    if sums is None:
-        sums = _added_up(partial_weight), _added_up(partial_bias)
-    return grad_x, *sums
+    return grad_x, _added_up(partial_weight), _added_up(partial_bias)
+
+
+def mostly_idle(plan: PoolingPlan, config: RowConfig) -> bool:
+    """Whether most places of backward's programs have no patch: one large grid among small ones.
+
+    A partial sum a program, idle ones too, is then more than :func:`norm_gradient` would need.
+    """
+    programs = plan.num_images * _backward_programs(plan, config)
+    return programs * config.rows * config.columns > 4 * plan.num_patches
+
+
+def _backward_programs(plan: PoolingPlan, config: RowConfig) -> int:
+    """Programs for each image: as many as the image that needs most."""
+    return max(cdiv(h, config.rows) * cdiv(w, config.columns) for h, w in plan.in_grids)
 
 
 def norm_gradient(
@@ -446,7 +447,7 @@ def norm_gradient(
     grad_bias: bool,
     config: RowConfig,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of weight and bias alone, where x needs none (a frozen encoder).
+    """The gradients of weight and bias alone: x needs none (a frozen encoder), or is apart.
 
     Reads each row of ``grad`` [cells, C], and of ``normalised`` if the weight's is wanted, once.
     """
