@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from tokenflex import TokenAdaptiveProjector
-from tokenflex_kernels.projection import project_runs
+from tokenflex_kernels import plan_pooling, project_tokens
 
 C, D, H = 6, 5, 10
 SUBMODULES = ("layernorm", "gate", "up", "down")
@@ -342,15 +342,36 @@ class TestReplacedSubmodules:
         assert_equal(projector(features, 9), expected(features, 9))
 
 
+class TestPlan:
+    def test_a_plan_says_grids_and_counts_at_once(self, features):
+        projector = projector_of()
+        counts = [4, (2, 3), 16]
+        expected = projector(features, counts)
+        grids = [(7, 7)] * 3
+        plan = plan_pooling(grids, [(2, 2), (2, 3), (4, 4)])
+        assert_equal(projector(features, plan=plan), expected)
+        assert_equal(projector(features.flatten(0, 1), plan=plan), expected)
+
+    @pytest.mark.parametrize("beside", [{"num_tokens": 4}, {"grids": (7, 7)}])
+    def test_a_plan_beside_what_it_holds_is_refused(self, features, beside):
+        plan = plan_pooling([(7, 7)] * 3, [(2, 2)] * 3)
+        with pytest.raises(ValueError, match="plan holds grids and counts"):
+            projector_of()(features, plan=plan, **beside)
+
+    def test_a_plan_of_another_batch_is_refused(self, features):
+        with pytest.raises(ValueError, match="2 images hold 98 patches, but x has 147 rows"):
+            projector_of()(features, plan=plan_pooling([(7, 7)] * 2, [(2, 2)] * 2))
+
+
 class TestFusedOp:
     def test_plain_submodules_run_as_one_op(self, features, monkeypatch):
         calls = []
 
         def spy(*arguments, **options):
             calls.append(options["save"])
-            return project_runs(*arguments, **options)
+            return project_tokens(*arguments, **options)
 
-        monkeypatch.setattr("tokenflex.projector.project_runs", spy)
+        monkeypatch.setattr("tokenflex.projector.project_tokens", spy)
         projector_of(save="input")(features, [4, 9, 16])
         assert calls == ["input"]
 

@@ -19,9 +19,9 @@ from tokenflex_kernels._checks import (
     check_tensor,
 )
 from tokenflex_kernels.axis_weights import check_mode
-from tokenflex_kernels.pooling import pool_runs
-from tokenflex_kernels.pooling_plan import grid_runs
-from tokenflex_kernels.projection import check_save, project_runs
+from tokenflex_kernels.pool_plan import PoolPlan, plan_pooling, plan_uniform
+from tokenflex_kernels.pooling import pool_norm
+from tokenflex_kernels.projection import check_save, project_tokens
 
 
 class TokenAdaptiveProjector(nn.Module):
@@ -89,6 +89,8 @@ class TokenAdaptiveProjector(nn.Module):
         features: torch.Tensor,
         num_tokens: ImageTokenCounts | None = None,
         grids: Grid | Sequence[Grid] | None = None,
+        *,
+        plan: PoolPlan | None = None,
     ) -> torch.Tensor:
         """Vision tokens for every image.
 
@@ -98,9 +100,12 @@ class TokenAdaptiveProjector(nn.Module):
                 with one of those per image; the projector's own ``num_tokens`` if None.
             grids: the images' patch grids: an (H, W) tuple for all images of a batch, or one per
                 image; None for a batch of square grids.
+            plan: both at once, as :func:`tokenflex_kernels.plan_pooling` made them in a data
+                loader, say: no work is left for the call, and a compiled projector takes any
+                number of images.
 
         Returns:
-            [B, N, D] for one count; flat [sum of N, D] for a sequence of counts.
+            [B, N, D] for one count; flat [sum of N, D] for a sequence of counts or a plan.
 
         Raises:
             TypeError: ``features`` is not a float tensor, or a count or grid is not made of ints.
@@ -118,26 +123,30 @@ class TokenAdaptiveProjector(nn.Module):
                 f"features must have width vision_width={self.vision_width}, got "
                 f"{features.shape[-1]}"
             )
+        rows = features.reshape(-1, self.vision_width)
+        if plan is not None:
+            if num_tokens is not None or grids is not None:
+                raise ValueError("plan holds grids and counts: got num_tokens or grids beside it")
+            return self._project(rows, plan)
         num_images, in_grids = _patch_grids(features, grids)
         counts = self.num_tokens if num_tokens is None else num_tokens
-        rows = features.reshape(-1, self.vision_width)
         if not is_one_count(counts):
             per_image = [in_grids] * num_images if isinstance(in_grids, tuple) else in_grids
-            return self._project(rows, grid_runs(per_image, grids_of_counts(counts, num_images)))
+            return self._project(rows, plan_pooling(per_image, grids_of_counts(counts, num_images)))
         out_grid = token_grid(counts)
-        if isinstance(in_grids, tuple):  # one run, for any number of images
-            runs = [num_images, *in_grids, *out_grid]
+        if isinstance(in_grids, tuple):
+            plan = plan_uniform(num_images, in_grids, out_grid)
         else:
-            runs = grid_runs(in_grids, [out_grid] * num_images)
-        tokens = self._project(rows, runs)
+            plan = plan_pooling(in_grids, [out_grid] * num_images)
+        tokens = self._project(rows, plan)
         return tokens.view(num_images, out_grid[0] * out_grid[1], self.text_width)
 
-    def _project(self, rows: torch.Tensor, runs: list[int]) -> torch.Tensor:
+    def _project(self, rows: torch.Tensor, plan: PoolPlan) -> torch.Tensor:
         if not self._is_plain():
-            return self._project_by_modules(rows, runs)
-        return project_runs(
+            return self._project_by_modules(rows, plan)
+        return project_tokens(
             rows,
-            runs,
+            plan,
             norm_weight=self.layernorm.weight,
             norm_bias=self.layernorm.bias,
             gate_weight=self.gate.weight,
@@ -170,9 +179,9 @@ class TokenAdaptiveProjector(nn.Module):
             )
         )
 
-    def _project_by_modules(self, rows: torch.Tensor, runs: list[int]) -> torch.Tensor:
+    def _project_by_modules(self, rows: torch.Tensor, plan: PoolPlan) -> torch.Tensor:
         """The same maths through the submodules' own forward."""
-        pooled = pool_runs(rows, runs, mode=self.pooling)
+        pooled = pool_norm(rows, plan, mode=self.pooling)
         if self.save == "input":
             return checkpoint(self._feed_forward, pooled, use_reentrant=False)
         return self._feed_forward(pooled)

@@ -15,17 +15,20 @@ from tokenflex_kernels.packing import (
     plan_packing,
     unpack_vision,
 )
+from tokenflex_kernels.pool_plan import PoolPlan, plan_pooling
 from tokenflex_kernels.pooling import pool_norm
 from tokenflex_kernels.projection import project_tokens
 
 __all__ = [
     "PackPlan",
+    "PoolPlan",
     "balance_bins",
     "bin_pack",
     "info",
     "merge_vision",
     "pack_embeddings",
     "plan_packing",
+    "plan_pooling",
     "pool_norm",
     "project_tokens",
     "swiglu",

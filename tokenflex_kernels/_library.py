@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,23 +15,29 @@ _LIBRARY = torch.library.Library("tokenflex", "FRAGMENT")
 
 
 def define(
-    schema: str, shapes: Callable[..., Any], kernel: Callable[..., Any], *, returns: str = "Tensor"
+    schema: str,
+    shapes: Callable[..., Any],
+    kernel: Callable[..., Any],
+    *,
+    returns: str = "Tensor",
+    keys: Sequence[str] = ("CPU", "CUDA"),
 ) -> Callable[..., Any]:
-    """Define the op ``tokenflex::<schema> -> returns`` on the CPU and on CUDA.
+    """Define the op ``tokenflex::<schema> -> returns``.
 
     Args:
         schema: "name(Tensor x, ..)".
         shapes: what a compiler is told the op does: results of the right shapes.
         kernel: what it does, on tensors of either device.
         returns: the results' types.
+        keys: what the kernel is registered for.
 
     Returns:
         The op.
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(f"{schema} -> {returns}")
-    _LIBRARY.impl(name, kernel, "CPU")
-    _LIBRARY.impl(name, kernel, "CUDA")
+    for key in keys:
+        _LIBRARY.impl(name, kernel, key)
     torch.library.register_fake(f"tokenflex::{name}", shapes, lib=_LIBRARY)
     op: Callable[..., Any] = getattr(torch.ops.tokenflex, name).default
     return op

@@ -15,8 +15,9 @@ forward keeps and which products backward runs. What is kept for a token of C fe
     save="input"           normalised (C), one float; gate and up are computed again
 
 The ops trust their arguments; ``pooling``, ``gated_unit`` and ``projection`` check. The batch's
-grids travel as runs (``pooling_plan.grid_runs``): host integers, so no length is ever read back
-from the device. Triton is imported by the first call.
+grids travel as a small tensor on the host (``PoolPlan.grids``), beside the one number of rows that
+a compiler must know, so no length is ever read back from the device. Triton is imported by the
+first call.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from torch.autograd.function import once_differentiable
 
 from tokenflex_kernels._library import define, differentiate
 from tokenflex_kernels.launch_configs import Config, architecture, launch_config
-from tokenflex_kernels.pooling_plan import count_rows, pooling_plan
+from tokenflex_kernels.pool_plan import PoolPlan, is_watched
+from tokenflex_kernels.pooling_tables import pooling_tables
 
 Tensors = tuple[torch.Tensor, ...]
 Gradients = tuple[torch.Tensor | None, ...]
@@ -60,6 +62,25 @@ def _config(stage: str, like: torch.Tensor, rows: int) -> Any:
     return config
 
 
+# ---- grids
+
+
+grid_tensor = define(
+    "grid_tensor(SymInt[] runs)",
+    lambda runs: torch.empty(len(runs), dtype=torch.int64, device="cpu"),
+    lambda runs: torch.tensor(runs, dtype=torch.int64, device="cpu"),
+    keys=["CompositeExplicitAutograd"],
+)
+
+
+def grids_of(plan: PoolPlan) -> torch.Tensor:
+    """``plan.grids``, or where a graph or a mode must see how they come about, an op's result."""
+    if plan.grids is None or is_watched():
+        grids: torch.Tensor = grid_tensor([field for run in plan.runs for field in run])
+        return grids
+    return plan.grids
+
+
 # ---- stages
 
 
@@ -67,25 +88,26 @@ def _pool_norm_forward(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    runs: Sequence[int],
+    grids: torch.Tensor,
+    cells: int,
     mode: str,
     eps: float,
     dtype: torch.dtype,
     save: bool,
 ) -> Tensors:
     """out [cells, C]; normalised [cells, C] and inverse_std [cells] if ``save``, else no rows."""
-    if not runs:
-        return _pool_norm_shapes(x, weight, bias, runs, mode, eps, dtype, save)
-    plan = pooling_plan(runs, mode, x.device)
+    if len(grids) == 0:
+        return _pool_norm_shapes(x, weight, bias, grids, cells, mode, eps, dtype, save)
+    tables = pooling_tables(grids, mode, x.device)
     result: Tensors = _kernels().pool_norm_forward(
         x,
         weight,
         bias,
-        plan,
+        tables,
         eps=eps,
         dtype=dtype,
         save=save,
-        config=_config("pool_norm_forward", x, plan.num_cells),
+        config=_config("pool_norm_forward", x, cells),
     )
     return result
 
@@ -94,13 +116,13 @@ def _pool_norm_shapes(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    runs: Sequence[int],
+    grids: torch.Tensor,
+    cells: int,
     mode: str,
     eps: float,
     dtype: torch.dtype,
     save: bool,
 ) -> Tensors:
-    _, cells = count_rows(runs)
     saved = cells if save and weight is not None else 0
     return (
         x.new_empty(cells, x.shape[1], dtype=dtype),
@@ -114,30 +136,32 @@ def _pool_norm_backward(
     normalised: torch.Tensor,
     inverse_std: torch.Tensor,
     weight: torch.Tensor | None,
-    runs: Sequence[int],
+    grids: torch.Tensor,
+    patches: int,
     mode: str,
     dtype: torch.dtype | None,
     grad_weight: bool,
     grad_bias: bool,
 ) -> Tensors:
     """The gradients of x [patches, C] in ``dtype``, weight and bias [C]; unwanted: no elements."""
-    if not runs:
+    if len(grids) == 0:
         results = _pool_norm_backward_shapes(
-            grad, normalised, inverse_std, weight, runs, mode, dtype, grad_weight, grad_bias
+            *(grad, normalised, inverse_std, weight, grids, patches, mode, dtype),
+            *(grad_weight, grad_bias),
         )
         return tuple(result.zero_() for result in results)
     kernels = _kernels()
     wanted = {"grad_weight": grad_weight, "grad_bias": grad_bias}
-    plan = pooling_plan(runs, mode, grad.device)
-    gather = _config("pool_norm_backward", grad, plan.num_patches)
+    tables = pooling_tables(grids, mode, grad.device)
+    gather = _config("pool_norm_backward", grad, patches)
     grads: Gradients = (None, None, None)
-    if any(wanted.values()) and (dtype is None or kernels.mostly_idle(plan, gather)):
-        config = _config("norm_gradient", grad, plan.num_cells)
+    if any(wanted.values()) and (dtype is None or kernels.mostly_idle(tables, gather)):
+        config = _config("norm_gradient", grad, grad.shape[0])
         grads = None, *kernels.norm_gradient(grad, normalised, **wanted, config=config)
         wanted = dict.fromkeys(wanted, False)
     if dtype is not None:
         grad_x, *sums = kernels.pool_norm_backward(
-            grad, normalised, inverse_std, weight, plan, dtype=dtype, **wanted, config=gather
+            grad, normalised, inverse_std, weight, tables, dtype=dtype, **wanted, config=gather
         )
         grads = grad_x, *(sums if any(wanted.values()) else grads[1:])
     return tuple(grad.new_empty(0) if result is None else result for result in grads)
@@ -148,14 +172,14 @@ def _pool_norm_backward_shapes(
     normalised: torch.Tensor,
     inverse_std: torch.Tensor,
     weight: torch.Tensor | None,
-    runs: Sequence[int],
+    grids: torch.Tensor,
+    patches: int,
     mode: str,
     dtype: torch.dtype | None,
     grad_weight: bool,
     grad_bias: bool,
 ) -> Tensors:
     width = grad.shape[1]
-    patches, _ = count_rows(runs)
     return (
         grad.new_empty(0) if dtype is None else grad.new_empty(patches, width, dtype=dtype),
         grad.new_empty(width, dtype=torch.float32) if grad_weight else grad.new_empty(0),
@@ -273,18 +297,18 @@ def _input_gradient(
 
 
 _NORM = "Tensor? weight, Tensor? bias"
-_GRIDS = "SymInt[] runs, str mode"
+_POOLED = "Tensor grids, SymInt cells, str mode"
 _GATED = "Tensor gate_weight, Tensor up_weight, Tensor? gate_bias, Tensor? up_bias"
 
 pool_norm_forward = define(
-    f"pool_norm_forward(Tensor x, {_NORM}, {_GRIDS}, float eps, ScalarType dtype, bool save)",
+    f"pool_norm_forward(Tensor x, {_NORM}, {_POOLED}, float eps, ScalarType dtype, bool save)",
     _pool_norm_shapes,
     _pool_norm_forward,
     returns="(Tensor, Tensor, Tensor)",
 )
 pool_norm_backward = define(
     "pool_norm_backward(Tensor grad, Tensor normalised, Tensor inverse_std, Tensor? weight, "
-    f"{_GRIDS}, ScalarType? dtype, bool grad_weight, bool grad_bias)",
+    "Tensor grids, SymInt patches, str mode, ScalarType? dtype, bool grad_weight, bool grad_bias)",
     _pool_norm_backward_shapes,
     _pool_norm_backward,
     returns="(Tensor, Tensor, Tensor)",
@@ -321,11 +345,12 @@ def _pool_norm(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    runs: Sequence[int],
+    grids: torch.Tensor,
+    cells: int,
     mode: str,
     eps: float,
 ) -> torch.Tensor:
-    return _pool_norm_forward(x, weight, bias, runs, mode, eps, x.dtype, False)[0]
+    return _pool_norm_forward(x, weight, bias, grids, cells, mode, eps, x.dtype, False)[0]
 
 
 def _swiglu(
@@ -348,13 +373,14 @@ def _project_tokens(
     up_bias: torch.Tensor | None,
     down_weight: torch.Tensor,
     down_bias: torch.Tensor | None,
-    runs: Sequence[int],
+    grids: torch.Tensor,
+    cells: int,
     mode: str,
     eps: float,
     save: str,
 ) -> torch.Tensor:
     tokens, _, _ = _pool_norm_forward(
-        x, norm_weight, norm_bias, runs, mode, eps, gate_weight.dtype, False
+        x, norm_weight, norm_bias, grids, cells, mode, eps, gate_weight.dtype, False
     )
     product, _, _ = _gate_up(tokens, gate_weight, up_weight, gate_bias, up_bias, True, False)
     return torch.nn.functional.linear(product, down_weight, down_bias)
@@ -364,21 +390,21 @@ def _pool_norm_shape(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    runs: Sequence[int],
+    grids: torch.Tensor,
+    cells: int,
     mode: str,
     eps: float,
 ) -> torch.Tensor:
-    return _pool_norm_shapes(x, weight, bias, runs, mode, eps, x.dtype, False)[0]
+    return _pool_norm_shapes(x, weight, bias, grids, cells, mode, eps, x.dtype, False)[0]
 
 
 def _project_tokens_shape(x: torch.Tensor, *args: Any) -> torch.Tensor:
-    _, _, gate_weight, _, _, _, down_weight, _, runs, *_ = args
-    _, cells = count_rows(runs)
+    _, _, gate_weight, _, _, _, down_weight, _, _, cells, *_ = args
     return x.new_empty(cells, down_weight.shape[0], dtype=gate_weight.dtype)
 
 
 pool_norm = define(
-    f"pool_norm(Tensor x, {_NORM}, {_GRIDS}, float eps)", _pool_norm_shape, _pool_norm
+    f"pool_norm(Tensor x, {_NORM}, {_POOLED}, float eps)", _pool_norm_shape, _pool_norm
 )
 swiglu = define(
     f"swiglu(Tensor x, {_GATED})",
@@ -388,7 +414,7 @@ swiglu = define(
 project_tokens = define(
     "project_tokens(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor gate_weight, "
     "Tensor? gate_bias, Tensor up_weight, Tensor? up_bias, Tensor down_weight, Tensor? down_bias, "
-    f"{_GRIDS}, float eps, str save)",
+    f"{_POOLED}, float eps, str save)",
     _project_tokens_shape,
     _project_tokens,
 )
@@ -404,7 +430,8 @@ class _PoolNorm(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
-        runs: Sequence[int],
+        grids: torch.Tensor,
+        cells: int,
         mode: str,
         eps: float,
     ) -> torch.Tensor:
@@ -412,27 +439,27 @@ class _PoolNorm(torch.autograd.Function):
         save = needs_x or needs_weight
         with torch._C._AutoDispatchBelowAutograd():
             out, normalised, inverse_std = pool_norm_forward(
-                x, weight, bias, runs, mode, eps, x.dtype, save
+                x, weight, bias, grids, cells, mode, eps, x.dtype, save
             )
-        ctx.save_for_backward(normalised, inverse_std, weight)
-        ctx.runs, ctx.mode = runs, mode
+        ctx.save_for_backward(normalised, inverse_std, weight, grids)
+        ctx.patches, ctx.mode = x.shape[0], mode
         ctx.dtypes = x.dtype, _dtype(weight), _dtype(bias)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
-        normalised, inverse_std, weight = ctx.saved_tensors
+        normalised, inverse_std, weight, grids = ctx.saved_tensors
         grads = _pool_norm_gradients(
             grad,
             normalised,
             inverse_std,
             weight,
-            (ctx.runs, ctx.mode),
+            (grids, ctx.patches, ctx.mode),
             ctx.needs_input_grad,
             ctx.dtypes,
         )
-        return *grads, None, None, None
+        return *grads, *(None,) * 4
 
 
 def _pool_norm_gradients(
@@ -440,7 +467,7 @@ def _pool_norm_gradients(
     normalised: torch.Tensor,
     inverse_std: torch.Tensor,
     weight: torch.Tensor | None,
-    batch: tuple[Sequence[int], str],
+    batch: tuple[torch.Tensor, int, str],
     needs: Sequence[bool],
     dtypes: Sequence[torch.dtype | None],
 ) -> Gradients:
@@ -525,7 +552,8 @@ class _ProjectTokens(torch.autograd.Function):
         up_bias: torch.Tensor | None,
         down_weight: torch.Tensor,
         down_bias: torch.Tensor | None,
-        runs: Sequence[int],
+        grids: torch.Tensor,
+        cells: int,
         mode: str,
         eps: float,
         save: str,
@@ -538,7 +566,8 @@ class _ProjectTokens(torch.autograd.Function):
         keep_rows = through_gate or (needs_down and save == "input")
         with torch._C._AutoDispatchBelowAutograd():
             tokens, normalised, inverse_std = pool_norm_forward(
-                x, norm_weight, norm_bias, runs, mode, eps, gate_weight.dtype, keep_rows
+                *(x, norm_weight, norm_bias, grids, cells, mode, eps),
+                *(gate_weight.dtype, keep_rows),
             )
             product, gate, up = gate_up(
                 tokens, gate_weight, up_weight, gate_bias, up_bias, True, keep_gate_up
@@ -547,15 +576,16 @@ class _ProjectTokens(torch.autograd.Function):
         ctx.save_for_backward(
             *(normalised, inverse_std, gate, up, product if keep_product else None),
             *(norm_weight, norm_bias, gate_weight, gate_bias, up_weight, up_bias, down_weight),
+            grids,
         )
-        ctx.runs, ctx.mode, ctx.save = runs, mode, save
+        ctx.patches, ctx.mode, ctx.save = x.shape[0], mode, save
         ctx.norm_dtypes = x.dtype, norm_weight.dtype, _dtype(norm_bias)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
-        normalised, inverse_std, gate, up, product, *weights = ctx.saved_tensors
+        normalised, inverse_std, gate, up, product, *weights, grids = ctx.saved_tensors
         norm_weight, norm_bias, gate_weight, gate_bias, up_weight, up_bias, down_weight = weights
         needs = ctx.needs_input_grad
         through_gate, needs_down, needs_down_bias = any(needs[:7]), needs[7], needs[8]
@@ -585,7 +615,7 @@ class _ProjectTokens(torch.autograd.Function):
                     normalised,
                     inverse_std,
                     norm_weight,
-                    (ctx.runs, ctx.mode),
+                    (grids, ctx.patches, ctx.mode),
                     needs,
                     ctx.norm_dtypes,
                 )
@@ -594,12 +624,16 @@ class _ProjectTokens(torch.autograd.Function):
             *inner,
             grad.t() @ product if needs_down else None,
             grad.sum(0) if needs_down_bias else None,
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
 def _dtype(tensor: torch.Tensor | None) -> torch.dtype | None:
     return None if tensor is None else tensor.dtype
+
+
+def _requires_grad(arg: object) -> bool:
+    return isinstance(arg, torch.Tensor) and arg.requires_grad
 
 
 def _differentiate(name: str, op: Callable[..., torch.Tensor], function: Any) -> None:
@@ -608,8 +642,7 @@ def _differentiate(name: str, op: Callable[..., torch.Tensor], function: Any) ->
     def autograd(*args: Any) -> torch.Tensor:
         # In forward mode, `function` is what refuses: it has no jvp.
         if forward_ad._current_level >= 0 or (
-            torch.is_grad_enabled()
-            and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
+            torch.is_grad_enabled() and any(map(_requires_grad, args))
         ):
             result: torch.Tensor = function.apply(*args)
             return result

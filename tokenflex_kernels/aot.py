@@ -1,18 +1,20 @@
 """``python -m tokenflex_kernels.aot``: compile every kernel and shipped config, without a GPU.
 
-Each launcher is called on meta tensors of the reference shapes, for each architecture of the table
+Each launcher is called on meta tensors of the reference widths, for each architecture of the table
 of configs, each dtype, and each variant of what a call can ask for. So what is compiled here is
-what a GPU would run, with the same arguments specialised.
+what a GPU would run, with the same arguments specialised. In bfloat16, also at widths that are
+multiples of 16 but of no tile, and at odd ones.
 
 Prints registers, stack, shared memory and the matrix instruction of each kernel. Exits with 1 if a
 kernel spills (stack above 0), computes in double precision (``.f64`` in the PTX), takes more shared
-memory than a block can have, reads no 16 bytes at a time, or is a matrix product without ``wgmma``
-on sm_90.
+memory than a block can have, reads no 16 bytes at a time where widths allow it, or is a matrix
+product without ``wgmma`` on sm_90.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import re
@@ -63,7 +65,7 @@ def faults(compiled: Compiled) -> list[str]:
         found.append(f"spills: {compiled.stack} bytes of stack")
     if compiled.doubles:
         found.append(".f64 in the PTX")
-    if not compiled.wide:
+    if not compiled.wide and " odd " not in compiled.variant:
         found.append("no 16-byte loads")
     number = int(compiled.architecture.removeprefix("sm_"))
     limit = SHARED_LIMIT.get(number, min(SHARED_LIMIT.values()))
@@ -147,26 +149,31 @@ def set_target(architecture: str) -> None:
 
 def compile_all(architecture: str, candidates: bool = False) -> list[Compiled]:
     """Every kernel, variant, dtype and shipped config (or candidate) for one architecture."""
-    from tokenflex_kernels.stage_calls import stage_calls
+    from tokenflex_kernels.stage_calls import ODD, RAGGED, REFERENCE, stage_calls
     from tokenflex_kernels.triton_kernels import launch
     from tokenflex_kernels.tune import candidate_configs
 
     set_target(architecture)
     compiled: list[Compiled] = []
     stages = read_table()[architecture]["stages"]
-    for stage in STAGES:
+    one = ("bfloat16",)
+    kinds = {"": (REFERENCE, (*DTYPES,)), "ragged": (RAGGED, one), "odd": (ODD, one)}
+    for stage, (kind, (widths, dtypes)) in itertools.product(STAGES, kinds.items()):
         for name, buckets in parse_stage(stages, stage).items():
+            if name not in dtypes:
+                continue
             shipped = [config for _, config in buckets]
             configs = (
                 candidate_configs(stage, DTYPES[name], architecture) if candidates else shipped
             )
             for variant, call in stage_calls(
-                stage, DTYPES[name], 2, (16, 16), torch.device("meta")
+                stage, DTYPES[name], 2, (16, 16), torch.device("meta"), widths
             ):
                 for config in dict.fromkeys(configs):
                     if config is None:
                         continue
-                    label = f"{name} {variant} {'/'.join(str(int(field or 0)) for field in config)}"
+                    sizes = "/".join(str(int(field or 0)) for field in config)
+                    label = " ".join(filter(None, (name, kind, variant, sizes)))
 
                     def keep(kernel: str, result: Any, label: str = label) -> None:
                         compiled.append(inspect(architecture, kernel, label, result))

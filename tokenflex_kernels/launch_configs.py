@@ -51,6 +51,10 @@ class TileConfig(NamedTuple):
     """Whether tiles are loaded through tensor-map descriptors (Hopper and newer)."""
     max_registers: int | None = None
     """A thread's; None leaves it to ptxas."""
+    ragged: bool = False
+    """Of a product: whether it takes sides that are no multiples of 16 too. It then loads element
+    by element, which most tiles have too few registers for; the others leave such to the library.
+    """
 
 
 Config = RowConfig | TileConfig

@@ -8,7 +8,7 @@ waits to read a length back.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import FrozenInstanceError, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 
 from tokenflex_kernels._backend import extension, select_backend
 from tokenflex_kernels._checks import check_int, check_ints
+from tokenflex_kernels._set_once import SetOnce
 from tokenflex_kernels.reference import packing as reference
 from tokenflex_kernels.reference.packing import PlanRows
 
@@ -25,7 +26,7 @@ _TENSORS = ("input_ids", "position_ids", "labels", "source", "vision_rows", "cu_
 
 
 @dataclass(eq=False, kw_only=True)
-class PackPlan:
+class PackPlan(SetOnce):
     """The layout of one padding-free batch; made by :func:`plan_packing`. Its fields never change.
 
     ``total`` is the number of rows of the batch, ``vision`` that of its vision rows. The tensors
@@ -54,14 +55,6 @@ class PackPlan:
     """The largest token id of a text row, -1 if there is no text."""
     num_token_ids: int
     """Different token ids among the text rows."""
-
-    # Not `dataclass(frozen=True)`: as one of those enters a compiled function, torch.compile (up to
-    # 2.11 at least) reads every field, `lengths` too, and so compiles anew for each number of
-    # samples. Of any other object it reads what the function uses.
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in vars(self):
-            raise FrozenInstanceError(f"cannot assign to field {name!r}")
-        super().__setattr__(name, value)
 
     @property
     def num_tokens(self) -> int:

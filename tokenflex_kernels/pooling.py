@@ -18,13 +18,12 @@ from tokenflex_kernels._checks import (
     Grid,
     check_eps,
     check_float,
-    check_grids,
     check_like,
     check_shape,
     check_tensor,
 )
 from tokenflex_kernels.axis_weights import check_mode
-from tokenflex_kernels.pooling_plan import count_rows, grid_runs
+from tokenflex_kernels.pool_plan import PoolPlan, plan_pooling
 from tokenflex_kernels.reference import pooling as reference
 
 MAX_WIDTH = 8192  # a program of the kernels holds whole rows in registers
@@ -32,8 +31,8 @@ MAX_WIDTH = 8192  # a program of the kernels holds whole rows in registers
 
 def pool_norm(
     x: torch.Tensor,
-    in_grids: Sequence[Grid],
-    out_grids: Sequence[Grid],
+    in_grids: Sequence[Grid] | PoolPlan,
+    out_grids: Sequence[Grid] | None = None,
     *,
     mode: str = "adaptive",
     weight: torch.Tensor | None = None,
@@ -48,8 +47,8 @@ def pool_norm(
 
     Args:
         x: float [sum of H*W, C], the images' patches one image after another, row-major.
-        in_grids: one (H, W) per image, host ints.
-        out_grids: one (h, w) per image, host ints.
+        in_grids: one (H, W) per image, host ints; or the batch's :func:`plan_pooling`.
+        out_grids: one (h, w) per image, host ints; nothing beside a plan.
         mode: "adaptive" is PyTorch's adaptive average pooling (the paper, arXiv 2504.03154);
             "resize" is the released model's: bilinear with aligned corners to the next multiple,
             then average.
@@ -64,32 +63,13 @@ def pool_norm(
         TypeError: an argument is not a tensor, not of a float dtype, or not (height, width) pairs.
         ValueError: shapes, devices, grids or ``mode`` do not fit together.
     """
-    check_tensor("x", x, ndim=2)
-    check_float("x", x)
-    runs = check_grid_lists(x, in_grids, out_grids)
-    return pool_runs(x, runs, mode=mode, weight=weight, bias=bias, eps=eps)
-
-
-def pool_runs(
-    x: torch.Tensor,
-    runs: list[int],
-    *,
-    mode: str = "adaptive",
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    eps: float = 1e-5,
-) -> torch.Tensor:
-    """``pool_norm`` for grids that are already checked, as ``grid_runs`` writes them.
-
-    A batch of one grid is one run whatever its size, so a compiler need not know how many images
-    there are.
-    """
+    plan = check_plan(x, in_grids, out_grids)
     mode = check_mode(mode)
     eps = check_eps(eps)
     check_norm(x, weight, bias, prefix="")
     if select_backend("pool_norm", x.device, beyond_triton=beyond_triton(x)) == "triton":
-        return ops.pool_norm(x, weight, bias, runs, mode, eps)
-    return reference.pool_norm(x, runs, mode=mode, weight=weight, bias=bias, eps=eps)
+        return ops.pool_norm(x, weight, bias, ops.grids_of(plan), plan.num_cells, mode, eps)
+    return reference.pool_norm(x, plan, mode=mode, weight=weight, bias=bias, eps=eps)
 
 
 def beyond_triton(x: torch.Tensor) -> str | None:
@@ -101,25 +81,32 @@ def beyond_triton(x: torch.Tensor) -> str | None:
     return None
 
 
-def check_grid_lists(
-    x: torch.Tensor, in_grids: Sequence[Grid], out_grids: Sequence[Grid]
-) -> list[int]:
-    """The runs of both lists, checked against each other and against the rows of ``x``."""
-    in_list = check_grids("in_grids", in_grids)
-    out_list = check_grids("out_grids", out_grids)
-    if len(in_list) != len(out_list):
-        raise ValueError(
-            "in_grids and out_grids must have one entry per image each, got "
-            f"{len(in_list)} and {len(out_list)}"
+def check_plan(
+    x: torch.Tensor, in_grids: Sequence[Grid] | PoolPlan, out_grids: Sequence[Grid] | None
+) -> PoolPlan:
+    """``x`` checked, and the plan of the batch: made of both lists, or given; it fits ``x``."""
+    check_tensor("x", x, ndim=2)
+    check_float("x", x)
+    if isinstance(in_grids, PoolPlan):
+        if out_grids is not None:
+            raise TypeError(
+                "out_grids must not be given beside a PoolPlan, which has them, got "
+                f"{type(out_grids).__name__}"
+            )
+        plan = in_grids
+    elif out_grids is None:
+        raise TypeError(
+            "out_grids must be a sequence of (height, width) pairs where in_grids is not a "
+            "PoolPlan, got NoneType"
         )
-    runs = grid_runs(in_list, out_list)
-    patches, _ = count_rows(runs)
-    if x.shape[0] != patches:
+    else:
+        plan = plan_pooling(in_grids, out_grids)
+    if x.shape[0] != plan.num_patches:
         raise ValueError(
-            f"x must have one row per patch: in_grids of {len(in_list)} images hold {patches} "
-            f"patches, but x has {x.shape[0]} rows"
+            f"x must have one row per patch: in_grids of {plan.num_images} images hold "
+            f"{plan.num_patches} patches, but x has {x.shape[0]} rows"
         )
-    return runs
+    return plan
 
 
 def check_norm(

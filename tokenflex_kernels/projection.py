@@ -14,7 +14,7 @@ import torch
 
 from tokenflex_kernels import _projector_ops as ops
 from tokenflex_kernels._backend import select_backend
-from tokenflex_kernels._checks import Grid, check_eps, check_float, check_tensor
+from tokenflex_kernels._checks import Grid, check_eps, check_tensor
 from tokenflex_kernels.axis_weights import check_mode
 from tokenflex_kernels.gated_unit import (
     check_gated_unit,
@@ -22,7 +22,8 @@ from tokenflex_kernels.gated_unit import (
     check_linear_weight,
     in_autocast_dtype,
 )
-from tokenflex_kernels.pooling import beyond_triton, check_grid_lists, check_norm
+from tokenflex_kernels.pool_plan import PoolPlan
+from tokenflex_kernels.pooling import beyond_triton, check_norm, check_plan
 from tokenflex_kernels.reference import projection as reference
 
 SAVE_CHOICES = ("preactivation", "input")
@@ -30,8 +31,8 @@ SAVE_CHOICES = ("preactivation", "input")
 
 def project_tokens(
     x: torch.Tensor,
-    in_grids: Sequence[Grid],
-    out_grids: Sequence[Grid],
+    in_grids: Sequence[Grid] | PoolPlan,
+    out_grids: Sequence[Grid] | None = None,
     *,
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor | None,
@@ -51,8 +52,9 @@ def project_tokens(
 
     Args:
         x: float [sum of H*W, C], the images' patches one image after another, row-major.
-        in_grids: one (H, W) per image, host ints.
-        out_grids: one (h, w) per image, host ints: image i becomes h*w tokens.
+        in_grids: one (H, W) per image, host ints; or the batch's :func:`plan_pooling`.
+        out_grids: one (h, w) per image, host ints: image i becomes h*w tokens; nothing beside a
+            plan.
         norm_weight: float [C].
         norm_bias: float [C] or None.
         gate_weight: float [H, C].
@@ -73,42 +75,7 @@ def project_tokens(
         TypeError: an argument is not a tensor or of a dtype that does not go with ``x``.
         ValueError: shapes, devices, grids, ``mode`` or ``save`` do not fit together.
     """
-    check_tensor("x", x, ndim=2)
-    check_float("x", x)
-    return project_runs(
-        x,
-        check_grid_lists(x, in_grids, out_grids),
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        gate_weight=gate_weight,
-        gate_bias=gate_bias,
-        up_weight=up_weight,
-        up_bias=up_bias,
-        down_weight=down_weight,
-        down_bias=down_bias,
-        mode=mode,
-        eps=eps,
-        save=save,
-    )
-
-
-def project_runs(
-    x: torch.Tensor,
-    runs: list[int],
-    *,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor | None,
-    gate_weight: torch.Tensor,
-    gate_bias: torch.Tensor | None,
-    up_weight: torch.Tensor,
-    up_bias: torch.Tensor | None,
-    down_weight: torch.Tensor,
-    down_bias: torch.Tensor | None,
-    mode: str,
-    eps: float,
-    save: str,
-) -> torch.Tensor:
-    """``project_tokens`` for grids that are already checked; see ``pooling.pool_runs``."""
+    plan = check_plan(x, in_grids, out_grids)
     mode = check_mode(mode)
     eps = check_eps(eps)
     check_save(save)
@@ -129,14 +96,15 @@ def project_runs(
             norm_weight,
             norm_bias,
             *in_autocast_dtype(gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias),
-            runs,
+            ops.grids_of(plan),
+            plan.num_cells,
             mode,
             eps,
             save,
         )
     return reference.project_tokens(
         x,
-        runs,
+        plan,
         norm_weight=norm_weight,
         norm_bias=norm_bias,
         gate_weight=gate_weight,

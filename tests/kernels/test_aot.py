@@ -47,7 +47,8 @@ import torch
 from tokenflex_kernels import aot
 aot.set_target("sm_90")
 from tokenflex_kernels.launch_configs import INTERPRETER, launch_config
-from tokenflex_kernels.pooling_plan import grid_runs, pooling_plan
+from tokenflex_kernels.pool_plan import plan_pooling
+from tokenflex_kernels.pooling_tables import pooling_tables
 from tokenflex_kernels.triton_kernels import launch, pooling
 from tokenflex_kernels.triton_kernels.down_gradient import down_gradient
 from tokenflex_kernels.triton_kernels.gate_up import gate_up
@@ -79,12 +80,13 @@ for batch in range(50):
     images = 1 + batch * 5 % 37
     in_grids = [grids[(batch + image * image) % 10] for image in range(images)]
     out_grids = [cells[(batch * 3 + image) % 10] for image in range(images)]
-    plan = pooling_plan(grid_runs(in_grids, out_grids), MODE, meta)
-    x, weight = rows(plan.num_patches, WIDTH), rows(WIDTH)
+    tables = pooling_tables(plan_pooling(in_grids, out_grids).grids, MODE, meta)
+    x, weight = rows(tables.num_patches, WIDTH), rows(WIDTH)
     out, normalised, inverse_std = pooling.pool_norm_forward(
-        x, weight, weight, plan, eps=1e-5, dtype=x.dtype, save=True, config=config)
+        x, weight, weight, tables, eps=1e-5, dtype=x.dtype, save=True, config=config)
     wanted = dict(grad_weight=True, grad_bias=True, config=config)
-    pooling.pool_norm_backward(out, normalised, inverse_std, weight, plan, dtype=x.dtype, **wanted)
+    saved = normalised, inverse_std, weight
+    pooling.pool_norm_backward(out, *saved, tables, dtype=x.dtype, **wanted)
     pooling.norm_gradient(out, normalised, **wanted)
     pooling.scale_shift(normalised, weight, weight, config=config)
 report()

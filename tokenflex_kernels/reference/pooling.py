@@ -10,14 +10,14 @@ import torch.nn.functional as F
 
 from tokenflex_kernels._checks import autocast_enabled
 from tokenflex_kernels.axis_weights import axis_map
-from tokenflex_kernels.pooling_plan import runs_of
+from tokenflex_kernels.pool_plan import PoolPlan, Run
 
 _AS_IS = nullcontext()
 
 
 def pool_norm(
     x: torch.Tensor,
-    runs: list[int],
+    plan: PoolPlan,
     *,
     mode: str,
     weight: torch.Tensor | None,
@@ -29,7 +29,7 @@ def pool_norm(
     compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     # Autocast would round the sums to its own dtype.
     with torch.autocast(x.device.type, enabled=False) if autocast_enabled(x.device) else _AS_IS:
-        pooled = _pool(x.to(compute_dtype), runs, mode)
+        pooled = _pool(x.to(compute_dtype), plan.runs, mode)
         if weight is not None:
             scale = weight.to(compute_dtype)
             shift = None if bias is None else bias.to(compute_dtype)
@@ -37,9 +37,8 @@ def pool_norm(
     return pooled.to(x.dtype)
 
 
-def _pool(x: torch.Tensor, flat_runs: list[int], mode: str) -> torch.Tensor:
+def _pool(x: torch.Tensor, runs: tuple[Run, ...], mode: str) -> torch.Tensor:
     """P_h X P_w^T for every image, images of the same two grids together."""
-    runs = runs_of(flat_runs)
     if not runs:
         return x
     alike: dict[tuple[int, ...], list[int]] = defaultdict(list)

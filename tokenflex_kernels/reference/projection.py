@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from tokenflex_kernels.pool_plan import PoolPlan
 from tokenflex_kernels.reference.gated_unit import swiglu
 from tokenflex_kernels.reference.pooling import pool_norm
 
 
 def project_tokens(
     x: torch.Tensor,
-    runs: list[int],
+    plan: PoolPlan,
     *,
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor | None,
@@ -27,7 +28,7 @@ def project_tokens(
     save: str,
 ) -> torch.Tensor:
     """See :func:`tokenflex_kernels.project_tokens`."""
-    tokens = pool_norm(x, runs, mode=mode, weight=norm_weight, bias=norm_bias, eps=eps)
+    tokens = pool_norm(x, plan, mode=mode, weight=norm_weight, bias=norm_bias, eps=eps)
     weights = (gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
     if save == "input":
         # Recompute gate and up in backward; nothing here draws random numbers.

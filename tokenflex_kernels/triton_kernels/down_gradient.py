@@ -25,10 +25,12 @@ from tokenflex_kernels.launch_configs import TileConfig
 from tokenflex_kernels.triton_kernels.launch import cdiv, launch
 from tokenflex_kernels.triton_kernels.tiles import (
     can_describe,
+    divisible,
     dot_precision,
     load_tile,
     num_tiles,
     source,
+    takes,
     tile_position,
     tileable,
 )
@@ -184,7 +186,7 @@ def down_gradient(
         grads [T, 2H], gate's in the first half of each row; product [T, H] and the biases'
         gradients float32 [2H], of no rows where not wanted.
     """
-    if down_weight is not None and config is None:
+    if down_weight is not None and (config is None or not takes(config, dy, down_weight)):
         dy, down_weight = dy @ down_weight, None
     dy = tileable(dy)
     rows, hidden = gate.shape
@@ -210,7 +212,7 @@ def down_gradient(
             BLOCK_N=tile.block_n,
             GROUP_M=tile.group_m,
             num_warps=tile.num_warps,
-            maxnreg=tile.max_registers,
+            maxnreg=tile.max_registers if divisible(hidden, dy.stride(0)) else None,
         )
     else:
         down_weight = tileable(down_weight)

@@ -21,10 +21,12 @@ from tokenflex_kernels.launch_configs import TileConfig
 from tokenflex_kernels.triton_kernels.launch import launch
 from tokenflex_kernels.triton_kernels.tiles import (
     can_describe,
+    divisible,
     dot_precision,
     load_tile,
     num_tiles,
     source,
+    takes,
     tile_position,
     tileable,
 )
@@ -112,7 +114,7 @@ def gate_up(
     Returns:
         product, gate and up, each [T, H] in the dtype of x, or of no rows where not wanted.
     """
-    if config is None:
+    if config is None or not takes(config, x, gate_weight, up_weight):
         return _by_library(
             x, gate_weight, up_weight, gate_bias, up_bias, product, save, pointwise=pointwise
         )
@@ -226,6 +228,6 @@ def gated_product(gate: torch.Tensor, up: torch.Tensor, *, config: TileConfig) -
         BLOCK_N=config.block_n,
         GROUP_M=config.group_m,
         num_warps=config.num_warps,
-        maxnreg=config.max_registers,
+        maxnreg=config.max_registers if divisible(hidden) else None,
     )
     return product

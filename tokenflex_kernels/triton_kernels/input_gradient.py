@@ -20,6 +20,7 @@ from tokenflex_kernels.triton_kernels.tiles import (
     load_tile,
     num_tiles,
     source,
+    takes,
     tile_position,
     tileable,
 )
@@ -86,7 +87,7 @@ def input_gradient(
         [T, C] in the dtype of ``grads``.
     """
     grad_gate, grad_up = grads.chunk(2, dim=1)
-    if config is None:
+    if config is None or not takes(config, grad_gate, gate_weight, up_weight):
         return torch.addmm(grad_gate @ gate_weight, grad_up, up_weight)
     gate_weight, up_weight = tileable(gate_weight), tileable(up_weight)
     rows, hidden = grad_gate.shape

@@ -36,7 +36,7 @@ import triton.language as tl
 
 from tokenflex_kernels._layout import neighbours
 from tokenflex_kernels.launch_configs import RowConfig
-from tokenflex_kernels.pooling_plan import IMAGE_FIELDS, PoolingPlan
+from tokenflex_kernels.pooling_tables import IMAGE_FIELDS, PoolingTables
 from tokenflex_kernels.triton_kernels.launch import cdiv, launch, next_power_of_2
 
 _IMAGE_FIELDS = tl.constexpr(IMAGE_FIELDS)
@@ -175,7 +175,7 @@ def pool_norm_forward(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    plan: PoolingPlan,
+    tables: PoolingTables,
     *,
     eps: float,
     dtype: torch.dtype,
@@ -187,7 +187,7 @@ def pool_norm_forward(
     Args:
         x: [patches, C], any row stride.
         weight, bias: [C] or None; without weight there is no normalisation and nothing to save.
-        plan: the batch, with at least one image.
+        tables: of the batch, with at least one image.
         dtype: of the result.
         save: whether to keep what backward reads.
 
@@ -198,13 +198,13 @@ def pool_norm_forward(
     x, weight, bias = neighbours(x), _vector(weight), _vector(bias)
     width = x.shape[1]
     save = save and weight is not None
-    out = x.new_empty(plan.num_cells, width, dtype=dtype)
-    normalised = x.new_empty(plan.num_cells if save else 0, width, dtype=dtype)
+    out = x.new_empty(tables.num_cells, width, dtype=dtype)
+    normalised = x.new_empty(tables.num_cells if save else 0, width, dtype=dtype)
     inverse_std = x.new_empty(len(normalised), dtype=torch.float32)
-    programs_per_image = max(h * cdiv(w, config.columns) for h, w in plan.out_grids)
+    programs_per_image = max(h * cdiv(w, config.columns) for h, w in tables.out_grids)
     launch(
         pool_norm_forward_kernel,
-        plan.num_images * programs_per_image if width > 0 else 0,
+        tables.num_images * programs_per_image if width > 0 else 0,
         x,
         x,
         weight,
@@ -212,14 +212,14 @@ def pool_norm_forward(
         out,
         normalised,
         inverse_std,
-        plan.images,
-        plan.axes,
-        plan.weights,
+        tables.images,
+        tables.axes,
+        tables.weights,
         x.stride(0),
         width,
         programs_per_image,
         EPS=eps,
-        WEIGHTED=plan.weighted,
+        WEIGHTED=tables.weighted,
         NORM=weight is not None,
         BIAS=bias is not None,
         SAVE=save,
@@ -370,7 +370,7 @@ def pool_norm_backward(
     normalised: torch.Tensor,
     inverse_std: torch.Tensor,
     weight: torch.Tensor | None,
-    plan: PoolingPlan,
+    tables: PoolingTables,
     *,
     dtype: torch.dtype,
     grad_weight: bool,
@@ -383,7 +383,7 @@ def pool_norm_backward(
         grad: [cells, C], any strides.
         normalised, inverse_std: what forward saved; of no rows where ``weight`` is None.
         weight: as in forward.
-        plan: as in forward.
+        tables: as in forward.
         dtype: of the gradient of x.
         grad_weight, grad_bias: whether these are wanted.
 
@@ -393,9 +393,9 @@ def pool_norm_backward(
     """
     grad, weight = neighbours(grad), _vector(weight)
     width = grad.shape[1]
-    programs_per_image = _backward_programs(plan, config)
-    programs = plan.num_images * programs_per_image if width > 0 else 0
-    grad_x = grad.new_empty(plan.num_patches, width, dtype=dtype)
+    programs_per_image = _backward_programs(tables, config)
+    programs = tables.num_images * programs_per_image if width > 0 else 0
+    grad_x = grad.new_empty(tables.num_patches, width, dtype=dtype)
     partial_weight, partial_bias = _partial_sums(grad, programs, grad_weight, grad_bias)
     launch(
         pool_norm_backward_kernel,
@@ -408,13 +408,13 @@ def pool_norm_backward(
         grad_x,
         partial_weight,
         partial_bias,
-        plan.images,
-        plan.axes,
-        plan.weights,
+        tables.images,
+        tables.axes,
+        tables.weights,
         grad.stride(0),
         width,
         programs_per_image,
-        WEIGHTED=plan.weighted,
+        WEIGHTED=tables.weighted,
         NORM=weight is not None,
         GRAD_WEIGHT=grad_weight,
         GRAD_BIAS=grad_bias,
@@ -425,18 +425,18 @@ def pool_norm_backward(
     return grad_x, _added_up(partial_weight), _added_up(partial_bias)
 
 
-def mostly_idle(plan: PoolingPlan, config: RowConfig) -> bool:
+def mostly_idle(tables: PoolingTables, config: RowConfig) -> bool:
     """Whether most places of backward's programs have no patch: one large grid among small ones.
 
     A partial sum a program, idle ones too, is then more than :func:`norm_gradient` would need.
     """
-    programs = plan.num_images * _backward_programs(plan, config)
-    return programs * config.rows * config.columns > 4 * plan.num_patches
+    programs = tables.num_images * _backward_programs(tables, config)
+    return programs * config.rows * config.columns > 4 * tables.num_patches
 
 
-def _backward_programs(plan: PoolingPlan, config: RowConfig) -> int:
+def _backward_programs(tables: PoolingTables, config: RowConfig) -> int:
     """Programs for each image: as many as the image that needs most."""
-    return max(cdiv(h, config.rows) * cdiv(w, config.columns) for h, w in plan.in_grids)
+    return max(cdiv(h, config.rows) * cdiv(w, config.columns) for h, w in tables.in_grids)
 
 
 def norm_gradient(

@@ -75,6 +75,19 @@ def tileable(matrix: torch.Tensor) -> torch.Tensor:
     return matrix if matrix.stride(0) < 2**31 // MAX_BLOCK else matrix.contiguous()
 
 
+def divisible(*numbers: int) -> bool:
+    """Whether all are multiples of 16, as sides, strides and addresses of wide loads have to be."""
+    return all(number % 16 == 0 for number in numbers)
+
+
+def takes(config: TileConfig, rows: torch.Tensor, *weights: torch.Tensor) -> bool:
+    """Whether this config is for a product of ``rows`` and ``weights``: see ``ragged``."""
+    return config.ragged or (
+        divisible(rows.data_ptr(), rows.shape[1], rows.stride(0))
+        and all(divisible(w.data_ptr(), *w.shape, w.stride(0)) for w in weights)
+    )
+
+
 def can_describe(*matrices: torch.Tensor) -> bool:
     """Whether tensor-map descriptors can hold these: 16-byte addresses and strides."""
     return all(

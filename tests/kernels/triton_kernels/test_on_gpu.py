@@ -24,7 +24,7 @@ from tests.kernels.triton_kernels.common import (
     rows_of,
     run,
 )
-from tokenflex_kernels import pool_norm, pooling_plan, project_tokens, swiglu
+from tokenflex_kernels import plan_pooling, pool_norm, pooling_tables, project_tokens, swiglu
 from tokenflex_kernels.launch_configs import (
     NAMES,
     PRODUCTS,
@@ -54,7 +54,7 @@ def device():
 
 
 def fresh_grids():
-    """Grids that no test had before: a batch whose plan is not cached."""
+    """Grids that no test had before: a batch whose tables are not cached."""
     side = next(_fresh)
     return [(side, 3), (5, side)], [(4, 2), (3, 7)]
 
@@ -242,13 +242,13 @@ class TestGraphs:
         out = pool_norm(x[: rows_of(new[0])], *new)
         torch.testing.assert_close(out, eager_pool_norm(x[: rows_of(new[0])], *new))
 
-    def test_a_captured_plan_outlives_the_cache(self):
+    def test_tables_of_a_capture_outlive_the_cache(self):
         grids = fresh_grids()
         x = torch.randn(rows_of(grids[0]), 64, device="cuda")
         graph, out = capture(lambda: pool_norm(x, *grids))
-        for height in range(1, pooling_plan.CACHED_PLANS + 8):
-            runs = [1, height, 2, 1, 1]
-            pooling_plan.pooling_plan(runs, "adaptive", x.device)
+        for height in range(1, pooling_tables.CACHED_TABLES + 8):
+            other = plan_pooling([(height, 2)], [(1, 1)])
+            pooling_tables.pooling_tables(other.grids, "adaptive", x.device)
         junk = [torch.full((4096,), -1, dtype=torch.int32, device="cuda") for _ in range(512)]
         x.copy_(torch.randn_like(x))
         graph.replay()
@@ -282,14 +282,14 @@ class TestStreams:
             call(fresh_grids())
 
     @pytest.mark.parametrize("first_stream_is_busy", [False, True])
-    def test_a_plan_made_on_one_stream_serves_another(self, first_stream_is_busy):
+    def test_tables_made_on_one_stream_serve_another(self, first_stream_is_busy):
         grids, compiled = fresh_grids(), fresh_grids()
         x = torch.randn(rows_of(grids[0]), 64, device="cuda")
         pool_norm(torch.randn(rows_of(compiled[0]), 64, device="cuda"), *compiled)
         expected = eager_pool_norm(x, *grids)
         torch.cuda.synchronize()
         if first_stream_is_busy:
-            torch.cuda._sleep(500_000_000)  # the plan's copy waits behind this
+            torch.cuda._sleep(500_000_000)  # the tables' copy waits behind this
         pool_norm(x, *grids)
         other = torch.cuda.Stream()
         with torch.cuda.stream(other):

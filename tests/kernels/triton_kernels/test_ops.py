@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 import torch._dynamo.testing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.kernels.triton_kernels.common import (
     GATED,
@@ -12,19 +16,18 @@ from tests.kernels.triton_kernels.common import (
     SAVES,
     gated_of,
     parameters_of,
-    rows_of,
     run,
 )
 from tokenflex_kernels import _projector_ops as ops
-from tokenflex_kernels import pool_norm, project_tokens, swiglu
+from tokenflex_kernels import plan_pooling, pool_norm, project_tokens, swiglu
 from tokenflex_kernels._backend import select_backend
 from tokenflex_kernels.pooling import MAX_WIDTH
-from tokenflex_kernels.pooling_plan import grid_runs
 
 WIDTH, HIDDEN, TEXT = 6, 10, 4
 IN_GRIDS, OUT_GRIDS = [(3, 2), (1, 2)], [(2, 2), (1, 3)]
-RUNS = grid_runs(IN_GRIDS, OUT_GRIDS)
-PATCHES, CELLS = rows_of(IN_GRIDS), rows_of(OUT_GRIDS)
+PLAN = plan_pooling(IN_GRIDS, OUT_GRIDS)
+PATCHES, CELLS = PLAN.num_patches, PLAN.num_cells
+POOLED = PLAN.grids, CELLS
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ class TestOpcheck:
         norm = [rows(WIDTH, requires_grad=requires_grad) for _ in range(parameters)]
         norm += [None] * (2 - parameters)
         x = rows(PATCHES, WIDTH, requires_grad=requires_grad)
-        torch.library.opcheck(ops.pool_norm, (x, *norm, RUNS, mode, 1e-5))
+        torch.library.opcheck(ops.pool_norm, (x, *norm, *POOLED, mode, 1e-5))
 
     @pytest.mark.parametrize("requires_grad", [False, True])
     @pytest.mark.parametrize("has_bias", [False, True])
@@ -67,14 +70,14 @@ class TestOpcheck:
             parameters[name].requires_grad_()
         x = rows(PATCHES, WIDTH, requires_grad="x" in wanted)
         torch.library.opcheck(
-            ops.project_tokens, (x, *parameters.values(), RUNS, "adaptive", 1e-5, save)
+            ops.project_tokens, (x, *parameters.values(), *POOLED, "adaptive", 1e-5, save)
         )
 
     def test_project_tokens_without_biases(self, device, rows):
         missing = [name for name in PARAMETERS if name.endswith("bias")]
         parameters = parameters_of(WIDTH, HIDDEN, TEXT, device=device, missing=missing)
         x = rows(PATCHES, WIDTH, requires_grad=True)
-        arguments = (x, *parameters.values(), RUNS, "adaptive", 1e-5, "preactivation")
+        arguments = (x, *parameters.values(), *POOLED, "adaptive", 1e-5, "preactivation")
         torch.library.opcheck(ops.project_tokens, arguments)
 
     @pytest.mark.parametrize("save", [False, True])
@@ -82,7 +85,7 @@ class TestOpcheck:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_pool_norm_forward(self, rows, save, parameters, dtype):
         norm = [rows(WIDTH) for _ in range(parameters)] + [None] * (2 - parameters)
-        arguments = (rows(PATCHES, WIDTH), *norm, RUNS, "adaptive", 1e-5, dtype, save)
+        arguments = (rows(PATCHES, WIDTH), *norm, *POOLED, "adaptive", 1e-5, dtype, save)
         torch.library.opcheck(ops.pool_norm_forward, arguments)
 
     @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
@@ -91,12 +94,13 @@ class TestOpcheck:
         saved = rows(CELLS, WIDTH), rows(CELLS, WIDTH), rows(CELLS).abs(), rows(WIDTH)
         torch.library.opcheck(
             ops.pool_norm_backward,
-            (*saved, RUNS, "resize", dtype, *wanted),
+            (*saved, PLAN.grids, PATCHES, "resize", dtype, *wanted),
         )
 
     def test_pool_norm_backward_without_norm(self, rows):
-        arguments = (rows(CELLS, WIDTH), rows(0, WIDTH), rows(0), None, RUNS, "adaptive")
-        torch.library.opcheck(ops.pool_norm_backward, (*arguments, torch.float32, False, False))
+        arguments = (rows(CELLS, WIDTH), rows(0, WIDTH), rows(0), None, PLAN.grids, PATCHES)
+        wanted = "adaptive", torch.float32, False, False
+        torch.library.opcheck(ops.pool_norm_backward, (*arguments, *wanted))
 
     @pytest.mark.parametrize("has_bias", [False, True])
     def test_scale_shift(self, rows, has_bias):
@@ -128,12 +132,12 @@ class TestOpcheck:
     def test_shapes_of_an_empty_batch(self, device, rows, op):
         parameters = parameters_of(WIDTH, HIDDEN, TEXT, device=device)
         weights = gated_of(WIDTH, HIDDEN, device=device)
-        x = rows(0, WIDTH)
+        x, batch = rows(0, WIDTH), (plan_pooling([], []).grids, 0, "adaptive", 1e-5)
         arguments = {
-            "pool_norm": (x, None, None, [], "adaptive", 1e-5),
+            "pool_norm": (x, None, None, *batch),
             "swiglu": (x, *weights),
-            "project_tokens": (x, *parameters.values(), [], "adaptive", 1e-5, "input"),
-            "pool_norm_forward": (x, rows(WIDTH), None, [], "adaptive", 1e-5, x.dtype, True),
+            "project_tokens": (x, *parameters.values(), *batch, "input"),
+            "pool_norm_forward": (x, rows(WIDTH), None, *batch, x.dtype, True),
             "gate_up": (x, *weights, True, True),
         }[op]
         torch.library.opcheck(getattr(ops, op), arguments)
@@ -210,6 +214,44 @@ class TestCompile:
                 for ours, theirs in zip(got, expected, strict=True):
                     torch.testing.assert_close(ours, theirs)
         assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("name", ["pool_norm", "project_tokens"])
+def test_a_compiled_plan_takes_any_number_of_images(device, name):
+    torch._dynamo.reset()
+    op, parameters = calls(device)[name]
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(op, fullgraph=True, dynamic=True, backend=counter)
+    draw = random.Random(0)
+    for images in (6, 5, 2, 1, 3):
+        in_grids, out_grids = (
+            [(draw.randint(1, 2), draw.randint(2, 3)) for _ in range(images)] for _ in range(2)
+        )
+        plan = plan_pooling(in_grids, out_grids)
+        x = torch.randn(plan.num_patches, WIDTH, device=device)
+        got = outcome(compiled, plan, None, [x, *parameters])
+        if images < 3:
+            expected = outcome(op, in_grids, out_grids, [x, *parameters])
+            for ours, theirs in zip(got, expected, strict=True):
+                torch.testing.assert_close(ours, theirs)
+    assert counter.frame_count <= 2
+    torch._dynamo.reset()
+
+
+class TestModes:
+    """A mode sees what was made under it: the plan's tensor was not."""
+
+    def test_fake_tensors(self, device):
+        plan = plan_pooling(IN_GRIDS, OUT_GRIDS)
+        with FakeTensorMode():
+            x = torch.empty(PATCHES, WIDTH, device=device)
+            assert pool_norm(x, plan).shape == (CELLS, WIDTH)
+
+    def test_counting(self, device):
+        x = torch.randn(PATCHES, WIDTH, device=device)
+        with FlopCounterMode(display=False):
+            got = pool_norm(x, PLAN)
+        torch.testing.assert_close(got, pool_norm(x, PLAN))
 
 
 class TestBackend:

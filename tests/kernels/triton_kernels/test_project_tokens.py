@@ -31,7 +31,7 @@ from tests.kernels.triton_kernels.common import (
     together,
     wide,
 )
-from tokenflex_kernels import project_tokens
+from tokenflex_kernels import plan_pooling, project_tokens
 from tokenflex_kernels.launch_configs import INTERPRETER, launch_config
 
 NAMES = ("x", *PARAMETERS)
@@ -113,6 +113,37 @@ class TestAgainstFloat64:
         ]
         gradients = [gradient_of(device, text, torch.bfloat16, grids[1]) for _ in draws]
         check(ours, peer, draws, gradients)
+
+    @pytest.mark.parametrize(
+        ("widths", "kernels"),
+        [
+            ((16, 48, 32), ["gate_up", "down_gradient", "input_gradient"]),
+            ((24, 48, 32), ["gated_product", "down_gradient"]),
+            ((16, 40, 32), ["gated_product", "gate_gradient"]),
+            ((16, 48, 24), ["gate_up", "gate_gradient", "input_gradient"]),
+        ],
+    )
+    def test_sides_of_no_16_are_left_to_the_library(
+        self, device, products, launched, widths, kernels
+    ):
+        products(FUSED._replace(ragged=False))
+        check(*ours_and_peer(), inputs_of(device, *widths), gradient_of(device, widths[2]))
+        assert launched == [
+            "pool_norm_forward", kernels[0], "scale_shift", *kernels[1:], "pool_norm_backward"
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize("name", ["gate_weight", "up_weight", "down_weight"])
+    @pytest.mark.parametrize("place", [slice(1, 33), slice(0, 32)])
+    def test_addresses_and_strides_of_no_16_are_left_to_the_library(
+        self, device, products, launched, name, place
+    ):
+        products(FUSED._replace(ragged=False))
+        inputs = inputs_of(device, 32, 32, 32)
+        wider = torch.zeros(32, 48 if place.start else 33, device=device)
+        inputs[name] = wider[:, place].copy_(inputs[name])
+        check(*ours_and_peer(), inputs, gradient_of(device, 32))
+        pointwise = {"down_weight": "gate_gradient"}.get(name, "gated_product")
+        assert pointwise in launched
 
     def test_both_saves_give_the_same_output(self, device, products):
         products(FUSED)
@@ -431,8 +462,9 @@ class TestWhatTrainingKeeps:
         tokens = rows_of(self.GRIDS[1])
         hidden = 2 * self.HIDDEN if save == "preactivation" else 0
         expected = tokens * (2 * (self.WIDTH + hidden) + 4)  # bfloat16, and a float32 a token
+        on_host = plan_pooling(*self.GRIDS).grids.nbytes
         ours, _ = ours_and_peer(*self.GRIDS, save=save)
-        assert self.kept(device, ours, torch.bfloat16) == expected
+        assert self.kept(device, ours, torch.bfloat16) == expected + on_host
 
 
 class TestEmpty:

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import groupby
 from threading import Lock
 from typing import NamedTuple
 
@@ -26,13 +25,13 @@ import torch
 
 from tokenflex_kernels._checks import Grid
 from tokenflex_kernels.axis_weights import axis_map
+from tokenflex_kernels.pool_plan import RUN_FIELDS, count_rows
 
-RUN_FIELDS = 5
 IMAGE_FIELDS = 10
-CACHED_PLANS = 256  # a few kilobytes each
+CACHED_TABLES = 256  # a few kilobytes each
 
 
-class PoolingPlan(NamedTuple):
+class PoolingTables(NamedTuple):
     """The tables of one batch on one device, and the sizes that a launch needs."""
 
     images: torch.Tensor
@@ -51,38 +50,6 @@ class PoolingPlan(NamedTuple):
     num_images: int
     num_patches: int
     num_cells: int
-
-
-def grid_runs(in_grids: Sequence[Grid], out_grids: Sequence[Grid]) -> list[int]:
-    """The grids of a batch as one flat list of ints: [images, H, W, h, w] for each run of equals.
-
-    This is what an op's schema can hold, and a uniform batch has five ints whatever its size.
-    While a compiler traces, nothing is compared: it would make a graph for each outcome.
-    """
-    runs: list[int] = []
-    images = zip(in_grids, out_grids, strict=True)
-    if torch.compiler.is_compiling():
-        for (in_h, in_w), (out_h, out_w) in images:
-            runs += [1, in_h, in_w, out_h, out_w]
-        return runs
-    for (in_grid, out_grid), alike in groupby(images):
-        runs += [sum(1 for _ in alike), *in_grid, *out_grid]
-    return runs
-
-
-def runs_of(flat: Sequence[int]) -> list[tuple[int, int, int, int, int]]:
-    """The runs (images, H, W, h, w) that ``grid_runs`` made flat."""
-    fields = [flat[field::RUN_FIELDS] for field in range(RUN_FIELDS)]
-    return list(zip(*fields, strict=True))
-
-
-def count_rows(flat: Sequence[int]) -> tuple[int, int]:
-    """How many patches and how many cells the runs hold."""
-    runs = runs_of(flat)
-    return (
-        sum(images * in_h * in_w for images, in_h, in_w, _, _ in runs),
-        sum(images * out_h * out_w for images, _, _, out_h, out_w in runs),
-    )
 
 
 class _AxisTable(NamedTuple):
@@ -144,25 +111,26 @@ def build_tables(
 
 
 class _Upload(NamedTuple):
-    """A plan on a CUDA device, and when it got there."""
+    """Tables on a CUDA device, and when they got there."""
 
-    plan: PoolingPlan
+    tables: PoolingTables
     stream: int
     done: torch.cuda.Event
 
 
-# Least recently used first. A plan that a CUDA graph was captured with stays for good: the graph
-# holds nothing but its address.
-_plans: OrderedDict[tuple[object, ...], PoolingPlan | _Upload] = OrderedDict()
-_captured: dict[tuple[object, ...], PoolingPlan | _Upload] = {}
+# Least recently used first. Tables that a CUDA graph was captured with stay for good: the graph
+# holds nothing but their address.
+_Key = tuple[bytes, str, torch.device]
+_cached: OrderedDict[_Key, PoolingTables | _Upload] = OrderedDict()
+_captured: dict[_Key, PoolingTables | _Upload] = {}
 _lock = Lock()
 
 
-def pooling_plan(flat_runs: Sequence[int], mode: str, device: torch.device) -> PoolingPlan:
-    """The plan of a batch on ``device``, from the cache or made now; never waits for the device.
+def pooling_tables(grids: torch.Tensor, mode: str, device: torch.device) -> PoolingTables:
+    """The tables of a batch on ``device``, from the cache or made now; never waits for the device.
 
     Args:
-        flat_runs: see :func:`grid_runs`; at least one run.
+        grids: int64 [5 * runs] on the host, at least one run: see :attr:`PoolPlan.grids`.
         mode: "adaptive" or "resize".
         device: where the kernels run. For CUDA, the tables are ready for the current stream.
 
@@ -170,58 +138,56 @@ def pooling_plan(flat_runs: Sequence[int], mode: str, device: torch.device) -> P
         ValueError: the batch has more patches or cells than int32 counts.
         RuntimeError: a CUDA graph is being captured and these grids never ran before.
     """
-    key = (tuple(flat_runs), mode, device)
+    key = grids.numpy().tobytes(), mode, device
     with _lock:
-        found = _plans.get(key) or _captured.get(key)
-        if key in _plans:
-            _plans.move_to_end(key)
+        found = _cached.get(key) or _captured.get(key)
+        if key in _cached:
+            _cached.move_to_end(key)
     if found is None:
-        found = _make(key, flat_runs, mode, device)
-    if isinstance(found, PoolingPlan):
+        found = _make(key, grids)
+    if isinstance(found, PoolingTables):
         return found
     return _on_current_stream(key, found)
 
 
-def _make(
-    key: tuple[object, ...], flat_runs: Sequence[int], mode: str, device: torch.device
-) -> PoolingPlan | _Upload:
+def _make(key: _Key, grids: torch.Tensor) -> PoolingTables | _Upload:
+    _, mode, device = key
     on_cuda = device.type == "cuda"
     if on_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "these in_grids and out_grids are new, and their tables cannot be copied while a CUDA "
             "graph is being captured: run the op on them once before the capture"
         )
-    runs = runs_of(flat_runs)
-    num_patches, num_cells = count_rows(flat_runs)
+    runs = grids.view(-1, RUN_FIELDS).tolist()
+    num_patches, num_cells = count_rows(runs)
     for name, rows in (("in_grids", num_patches), ("out_grids", num_cells)):
         if rows > 2**31 - 1:
             raise ValueError(f"{name} must hold at most {2**31 - 1} rows in all, got {rows}")
-    tables = build_tables(runs, mode)
-    plan = PoolingPlan(
-        *_copy(tables, device),
-        weighted=bool((tables[2] != 1).any()),
-        in_grids=tuple({run[1:3] for run in runs}),
-        out_grids=tuple({run[3:5] for run in runs}),
-        num_images=len(tables[0]),
+    images, axes, weights = build_tables(runs, mode)
+    tables = PoolingTables(
+        *_copy(images, axes, weights, device),
+        weighted=bool((weights != 1).any()),
+        in_grids=tuple({(in_h, in_w) for _, in_h, in_w, _, _ in runs}),
+        out_grids=tuple({(out_h, out_w) for _, _, _, out_h, out_w in runs}),
+        num_images=len(images),
         num_patches=num_patches,
         num_cells=num_cells,
     )
-    made: PoolingPlan | _Upload = plan
+    made: PoolingTables | _Upload = tables
     if on_cuda:
         stream = torch.cuda.current_stream(device)
-        made = _Upload(plan, stream.cuda_stream, stream.record_event())
+        made = _Upload(tables, stream.cuda_stream, stream.record_event())
     with _lock:
-        _plans[key] = made
-        if len(_plans) > CACHED_PLANS:
-            _plans.popitem(last=False)
+        _cached[key] = made
+        if len(_cached) > CACHED_TABLES:
+            _cached.popitem(last=False)
     return made
 
 
 def _copy(
-    tables: tuple[np.ndarray, np.ndarray, np.ndarray], device: torch.device
+    images: np.ndarray, axes: np.ndarray, weights: np.ndarray, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The tables on ``device`` by one copy; float32 weights travel as the int32 of their bits."""
-    images, axes, weights = tables
     packed = np.concatenate([images.ravel(), axes, weights.view(np.int32)])
     flat = torch.from_numpy(packed)
     if device.type == "cuda":
@@ -231,9 +197,9 @@ def _copy(
     return parts[0].view(images.shape), parts[1], parts[2].view(torch.float32)
 
 
-def _on_current_stream(key: tuple[object, ...], upload: _Upload) -> PoolingPlan:
-    plan, first_stream, done = upload
-    device = plan.images.device
+def _on_current_stream(key: _Key, upload: _Upload) -> PoolingTables:
+    tables, first_stream, done = upload
+    device = tables.images.device
     stream = torch.cuda.current_stream(device)
     if torch.cuda.is_current_stream_capturing():
         # A capture begins with a synchronisation: the copy is over. Waiting for an event from
@@ -242,5 +208,5 @@ def _on_current_stream(key: tuple[object, ...], upload: _Upload) -> PoolingPlan:
             _captured[key] = upload
     elif stream.cuda_stream != first_stream:
         stream.wait_event(done)
-        plan.images.record_stream(stream)  # the three tables share its memory
-    return plan
+        tables.images.record_stream(stream)  # the three tables share its memory
+    return tables

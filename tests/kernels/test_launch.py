@@ -1,0 +1,58 @@
+"""On which device a kernel is launched."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tokenflex_kernels.triton_kernels.launch import launch
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """A kernel, and (current device, programs, arguments, options) of each of its launches."""
+    current, made = [0], []
+
+    @contextmanager
+    def device(wanted):
+        before, current[0] = current[0], wanted.index
+        yield
+        current[0] = before
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: made.append((current[0], grid, args, options))
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    return Kernel(), made
+
+
+def on_device(index):
+    return SimpleNamespace(device=SimpleNamespace(type="cuda", index=index))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_kernel_runs_on_the_device_of_its_tensors(launches, index):
+    kernel, made = launches
+    launch(kernel, 3, on_device(index), 5, num_warps=4)
+    launch(kernel, 2, on_device(0), 6)
+    assert made == [(index, (3,), (5,), {"num_warps": 4}), (0, (2,), (6,), {})]
+
+
+def test_no_programs_are_no_launch(launches):
+    kernel, made = launches
+    launch(kernel, 0, on_device(0))
+    assert made == []
+
+
+def test_another_kind_of_device_is_refused(launches):
+    kernel, _ = launches
+    like = SimpleNamespace(device=SimpleNamespace(type="xpu", index=0))
+    with pytest.raises(ValueError, match=r"CUDA tensors.*got xpu tensors"):
+        launch(kernel, 1, like)

@@ -1,0 +1,119 @@
+"""`plan_pooling`: which grids the images of a batch have and get, settled on the host.
+
+A batch may mix grids freely. Its plan is made once, in a collator say, and serves every op and
+every call; it is also what a compiler can treat as one dynamic thing, where it would compile lists
+of grids anew for each length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, groupby
+
+import torch
+
+from tokenflex_kernels._checks import Grid, check_grids
+from tokenflex_kernels._set_once import SetOnce
+
+Run = tuple[int, int, int, int, int]
+RUN_FIELDS = 5
+CACHED_PLANS = 1024
+
+
+@dataclass(eq=False, kw_only=True)
+class PoolPlan(SetOnce):
+    """The grids of one batch; made by :func:`plan_pooling`. Its fields never change."""
+
+    runs: tuple[Run, ...]
+    """(images, H, W, h, w) for each run of images alike: a uniform batch has one."""
+    grids: torch.Tensor | None
+    """``runs`` as an int64 [5 * runs] tensor on the host; None while a compiler traces.
+
+    Flat, because a compiler makes programs of their own for dimensions of 1."""
+    num_images: int
+    num_patches: int
+    """Sum of H * W: the rows of what is pooled."""
+    num_cells: int
+    """Sum of h * w: the rows that come out."""
+
+
+def plan_pooling(in_grids: Sequence[Grid], out_grids: Sequence[Grid]) -> PoolPlan:
+    """Plan the pooling of a batch, for :func:`pool_norm`, :func:`project_tokens`, the projector.
+
+    Args:
+        in_grids: one (H, W) per image, host ints.
+        out_grids: one (h, w) per image, host ints.
+
+    Raises:
+        TypeError: an argument is not a sequence of (height, width) pairs of ints.
+        ValueError: a side is below 1, or the lists differ in length.
+
+    Example:
+        >>> plan = plan_pooling([(27, 27), (27, 27)], [(8, 8), (16, 16)])
+        >>> plan.num_patches, plan.num_cells
+        (1458, 320)
+    """
+    in_list = check_grids("in_grids", in_grids)
+    out_list = check_grids("out_grids", out_grids)
+    if len(in_list) != len(out_list):
+        raise ValueError(
+            "in_grids and out_grids must have one entry per image each, got "
+            f"{len(in_list)} and {len(out_list)}"
+        )
+    if torch.compiler.is_compiling() or is_watched():
+        # Nothing is compared: it would make a graph for each outcome.
+        images = zip(in_list, out_list, strict=True)
+        return _plan(tuple((1, *in_grid, *out_grid) for in_grid, out_grid in images))
+    return _plan_of_lists(tuple(in_list), tuple(out_list))
+
+
+def plan_uniform(num_images: int, in_grid: Grid, out_grid: Grid) -> PoolPlan:
+    """The plan of ``num_images`` images of one grid, pooled to one grid; all known to be right.
+
+    It is one run, so a compiler need not know how many images there are.
+    """
+    runs = ((num_images, *in_grid, *out_grid),)
+    traced = torch.compiler.is_compiling() or is_watched()
+    return _plan(runs) if traced else _plan_of_runs(runs)
+
+
+def is_watched() -> bool:
+    """Whether a mode of PyTorch watches each op: that of fake tensors knows no others."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
+@lru_cache(CACHED_PLANS)
+def _plan_of_lists(in_grids: tuple[Grid, ...], out_grids: tuple[Grid, ...]) -> PoolPlan:
+    runs = groupby(zip(in_grids, out_grids, strict=True))
+    return _plan_of_runs(
+        tuple((sum(1 for _ in alike), *in_grid, *out_grid) for (in_grid, out_grid), alike in runs)
+    )
+
+
+@lru_cache(CACHED_PLANS)
+def _plan_of_runs(runs: tuple[Run, ...]) -> PoolPlan:
+    with torch.inference_mode(False):  # backward may need it
+        grids = torch.tensor(list(chain.from_iterable(runs)), dtype=torch.int64, device="cpu")
+    return _plan(runs, grids)
+
+
+def _plan(runs: tuple[Run, ...], grids: torch.Tensor | None = None) -> PoolPlan:
+    num_patches, num_cells = count_rows(runs)
+    return PoolPlan(
+        runs=runs,
+        grids=grids,
+        num_images=sum(run[0] for run in runs),
+        num_patches=num_patches,
+        num_cells=num_cells,
+    )
+
+
+def count_rows(runs: Iterable[Sequence[int]]) -> tuple[int, int]:
+    """How many patches and how many cells the runs hold."""
+    patches = cells = 0
+    for images, in_h, in_w, out_h, out_w in runs:
+        patches += images * in_h * in_w
+        cells += images * out_h * out_w
+    return patches, cells
