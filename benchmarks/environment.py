@@ -97,8 +97,8 @@ def read_csv(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
     """
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        rows = list(reader)
-    if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
+        header, rows = reader.fieldnames or (), list(reader)
+    if missing := [name for name in columns if name not in header]:
         raise ValueError(f"{path} must have the columns of a result, got none called {missing[0]}")
     if not rows:
         raise ValueError(f"{path} must have rows, got none")
