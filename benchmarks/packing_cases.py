@@ -212,7 +212,7 @@ def trained_table_case(prompts: Prompts, *, sparse: bool = False) -> Case:
     """The table's gradient too, dense or sparse."""
     name = f"{prompts.name}, {'sparse table gradient' if sparse else 'trained table'}"
     variants = SPARSE_PACKERS if sparse else _packers()
-    modes = ("backward", "forward+backward")
+    modes = ("forward+backward",)
     return _pack_case(prompts, name, variants, modes, ("table", "vision"))
 
 

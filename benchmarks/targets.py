@@ -112,7 +112,9 @@ class Target:
             measured=len(measured),
             failed=len(failed),
             not_run=not_run,
-            cut_short=any(row["op"] in suites for row in found.rows),
+            cut_short=any(
+                row["op"] in suites and self.device in ("", row["device"]) for row in found.rows
+            ),
         )
 
     def reaches(self, value: float) -> bool:
@@ -149,14 +151,13 @@ class Verdict:
 
     def __str__(self) -> str:
         cases = f"met on {self.met_cases} of {self.measured + self.failed + self.not_run} cases"
-        if self.not_run:
-            cases += f", {self.not_run} not run"
-        if self.cut_short:
-            cases += ", and the suite did not end"
+        left_out = f", {self.not_run} not run" if self.not_run else ""
+        left_out += ", and the suite did not end" if self.cut_short else ""
+        cases += left_out
         if self.failed:
             return f"SHORT: {self.failed} of ours failed ({self.where}); {cases}"
         if self.value is None:
-            return f"{NOT_MEASURED}; {cases}" if self.not_run or self.cut_short else NOT_MEASURED
+            return NOT_MEASURED + left_out
         worst = f"{self.value:.3g} at worst ({self.where})"
         if not self.target.bound:
             return f"{cases}: {worst}" if self.met else f"SHORT: {worst}; {cases}"

@@ -285,13 +285,16 @@ def test_packing_is_measured_in_every_way(device, quick):
     cases = list(suites.packing_cases(device, quick))
     assert len({(case.op, case.name) for case in cases}) == len(cases)
     first = cases[0].name
-    assert [(case.op, case.name.removeprefix(first), case.modes) for case in cases[:5]] == [
+    # What takes longest comes last.
+    ways = [(case.op, case.name.removeprefix(first), case.modes) for case in cases]
+    assert [*ways[:3], *ways[-2:]] == [
         ("pack_embeddings", "", ("forward",)),
         ("pack_embeddings", ", frozen table", ("backward", "forward+backward")),
-        ("pack_embeddings", ", trained table", ("backward", "forward+backward")),
-        ("pack_embeddings", ", sparse table gradient", ("backward", "forward+backward")),
         ("merge_vision", "", harness.MODES),
+        ("pack_embeddings", ", sparse table gradient", ("forward+backward",)),
+        ("pack_embeddings", ", trained table", ("forward+backward",)),
     ]
+    assert len(cases) == 5 if quick else len(cases) > 12
 
 
 def test_a_case_without_time_is_a_row_for_each_mode():
