@@ -165,7 +165,7 @@ def _measure(names: list[str], device: str, quick: bool, seconds: float, folder:
     start = time.perf_counter()
     shared = environment(device)
     path = folder / f"{machine_name(shared)}{'-quick' if quick else ''}.csv"
-    unfinished = path.with_suffix(".unfinished.csv")
+    unfinished = path.with_name(f"{path.name}.unfinished")
     rows: list[Row] = []
     try:
         for more in run(names, device, quick, seconds):

@@ -69,11 +69,13 @@ def machine(rows: Sequence[Row]) -> str:
     ok = [row for row in rows if row["status"] == "ok"]
     no_time = sum("no time left" in row["status"] for row in rows)
     few = sum(int(row["samples"]) < FEW_SAMPLES for row in ok)
+    sets = max(int(row["sets"] or 0) for row in ok)
     place = one["gpu"] or f"{one['cpu']}, {one['cores']} cores, threads: {one['threads']}"
     return (
         f"Measured on {place}; load before the run {one['load']}; torch {one['torch']}; commit "
         f"{one['commit']}. {len(ok)} rows have times, {few} of them from fewer than {FEW_SAMPLES} "
-        f"samples; {no_time} found no time left."
+        f"samples; {no_time} found no time left. Inputs rotate through up to {sets} sets of "
+        "buffers."
     )
 
 

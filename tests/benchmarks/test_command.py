@@ -230,7 +230,7 @@ def test_an_interrupted_run_keeps_its_rows_and_the_results_of_the_last(
     status, after = run_into(tmp_path)
     assert status == 130
     assert (tmp_path / name).read_bytes() == published
-    unfinished = name.replace(".csv", ".unfinished.csv")
+    unfinished = f"{name}.unfinished"
     assert after - before == {unfinished}
     assert len(read_csv(tmp_path / unfinished)) == 4
     assert f"interrupted: 4 rows in {tmp_path / unfinished}" in capsys.readouterr().err

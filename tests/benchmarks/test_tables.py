@@ -56,11 +56,12 @@ def test_a_block_that_nothing_writes_is_refused(tmp_path):
 
 
 def test_the_rest_of_a_document_stays(tmp_path):
-    write_csv(tmp_path / "x.csv", [row("a", "", "tokenflex", 1, samples=3, cores=2)], {})
+    write_csv(tmp_path / "x.csv", [row("a", "", "tokenflex", 1, samples=3, cores=2, sets=7)], {})
     text = "before\n<!-- benchmarks: machine of x -->\nold\n<!-- end of machine -->\nafter\n"
     new = tables.rewritten(text, tmp_path)
     assert new.startswith("before\n<!-- benchmarks: machine of x -->\nMeasured on Some GPU;")
     assert "1 rows have times, 1 of them from fewer than 5 samples; 0 found" in new
+    assert "up to 7 sets of buffers." in new
     assert new.endswith("\n<!-- end of machine -->\nafter\n")
     assert "old" not in new
     assert tables.rewritten(new, tmp_path) == new
