@@ -66,6 +66,13 @@ def test_nothing_measured_is_nothing_drawn(tmp_path):
     assert plots.draw(failed, tmp_path / "x.csv") == []
 
 
+def test_pictures_of_an_earlier_run_do_not_stay_beside_new_rows(tmp_path):
+    for name in ("x-memory.png", "x-quick-memory.png"):
+        (tmp_path / name).write_bytes(b"old")
+    plots.draw(STEPS, tmp_path / "x.csv")  # nothing of memory among them
+    assert {path.name for path in tmp_path.iterdir()} == {"x-end-to-end.png", "x-quick-memory.png"}
+
+
 def test_the_table_ends_with_the_verdicts(capsys):
     skipped = row("pool_norm", "", "liger-kernel", "") | {"status": "not installed"}
     print_report([*everything(), skipped])
