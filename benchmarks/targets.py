@@ -49,7 +49,7 @@ class Target:
         name: as it is printed.
         bound: what ``value`` must not be below (``at_least``) or above.
         value: (results, our row, peer) -> the figure of one row, None where it has none.
-        ops, modes, variants: of our rows; empty for all.
+        ops, modes, variants: of our rows; ``modes`` empty for all.
         peer: the variant that ours is held against, if any.
         tokens: the least and the most rows of the result.
         ending: of the case's name.
@@ -74,7 +74,7 @@ class Target:
             if (
                 row["op"] in self.ops
                 and (not self.modes or row["mode"] in self.modes)
-                and (not self.variants or row["variant"] in (*self.variants, ""))
+                and row["variant"] in (*self.variants, "")
                 and self.device in ("", row["device"])
                 and row["case"].endswith(self.ending)
                 and self.tokens[0] <= float(row["tokens"] or math.inf) <= self.tokens[1]
