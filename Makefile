@@ -36,21 +36,22 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# For an environment that already has torch, triton, pybind11, ninja, setuptools and pytest; offline.
+# For an environment that already has torch, triton, pybind11, ninja, setuptools and pytest; for all
+# rows and pictures also pytest-benchmark, matplotlib and transformers. Offline.
 # Builds for the GPU at hand only. Goes on after a failed step, and fails at the end; each step has a
 # time limit, and the benchmarks get what is left of nine minutes.
 gpu: SHELL := /bin/bash -o pipefail
 gpu:
-	mkdir -p $(OUT)
+	mkdir -p "$(OUT)"
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu needs a CUDA device")'
 	@failed=0; \
 	export TOKENFLEX_CUDA=1; \
 	export TOKENFLEX_CUDA_ARCHITECTURES=$$($(PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())'); \
 	timeout 150 $(PYTHON) -m pip install --no-build-isolation --no-deps --no-index --editable . || failed=1; \
 	timeout 30 $(PYTHON) -m tokenflex.cli info || failed=1; \
-	timeout --signal=INT --kill-after=10 150 $(PYTHON) -m pytest -m gpu --junitxml=$(OUT)/gpu-tests.xml || failed=1; \
+	timeout --signal=INT --kill-after=10 150 $(PYTHON) -m pytest -m gpu --junitxml="$(OUT)/gpu-tests.xml" || failed=1; \
 	echo "benchmarks begin after $$SECONDS s"; \
-	$(PYTHON) -m benchmarks --device cuda --out $(OUT) --seconds $$((500 - SECONDS)) 2>&1 | tee $(OUT)/benchmarks.log || failed=1; \
+	$(PYTHON) -m benchmarks --device cuda --out "$(OUT)" --seconds $$((500 - SECONDS)) 2>&1 | tee "$(OUT)/benchmarks.log" || failed=1; \
 	echo "make gpu took $$SECONDS s"; \
 	exit $$failed
 

@@ -10,7 +10,7 @@ runs on the answer's rows only, an eighth of the text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -148,14 +148,28 @@ def prompts_of(shape: Shape) -> list[torch.Tensor]:
     return prompts
 
 
+def image_of(shape: Shape, sample: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(SEED + sample)
+    return torch.randn(3, shape.pixels, shape.pixels, generator=generator)
+
+
 def inputs_of(
-    shape: Shape, counts: list[int], packed: bool, dtype: torch.dtype, device: str
+    shape: Shape,
+    counts: list[int],
+    packed: bool,
+    dtype: torch.dtype,
+    device: str,
+    samples: Sequence[int] | None = None,
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """The model's arguments, and the answer tokens [samples * answer] to predict."""
-    prompts = prompts_of(shape)
-    generator = torch.Generator().manual_seed(SEED)
-    size = (shape.samples, 3, shape.pixels, shape.pixels)
-    pixels = torch.randn(size, generator=generator).to(device, dtype)
+    """The model's arguments, and the answer tokens to predict, ``shape.answer`` a sample.
+
+    Args:
+        samples: those of the batch to take; all if None.
+    """
+    samples = range(shape.samples) if samples is None else samples
+    everyone = prompts_of(shape)
+    prompts, counts = [everyone[i] for i in samples], [counts[i] for i in samples]
+    pixels = torch.stack([image_of(shape, i) for i in samples]).to(device, dtype)
     inputs: dict[str, Any] = {"pixel_values": pixels, "num_image_tokens": counts}
     answers = torch.cat([ids[-shape.answer :] for ids in prompts]).to(device)
     steps = torch.arange(-shape.answer - 1, -1)  # a token is predicted one position before it
@@ -164,14 +178,14 @@ def inputs_of(
         ends = plan.cu_seqlens[1:, None].long()
         inputs |= {"plan": plan.to(device), "logits_to_keep": (ends + steps).flatten().to(device)}
         return inputs, answers
-    samples = plan.input_ids.split(plan.lengths)
+    rows = plan.input_ids.split(plan.lengths)
     longest = max(plan.lengths)
     # On the left, so that all answers end in the last column.
     inputs["input_ids"] = torch.stack(
-        [F.pad(ids, (longest - len(ids), 0), value=1) for ids in samples]
+        [F.pad(ids, (longest - len(ids), 0), value=1) for ids in rows]
     ).to(device)
     inputs["attention_mask"] = torch.stack(
-        [F.pad(torch.ones_like(ids), (longest - len(ids), 0)) for ids in samples]
+        [F.pad(torch.ones_like(ids), (longest - len(ids), 0)) for ids in rows]
     ).to(device)
     inputs["logits_to_keep"] = (longest + steps).to(device)
     return inputs, answers
@@ -180,10 +194,27 @@ def inputs_of(
 def step(model: Any, inputs: dict[str, Any], answers: torch.Tensor) -> torch.Tensor:
     """Forward and backward; the gradients stay in the parameters until the next step."""
     model.zero_grad(set_to_none=True)
-    logits = model(**inputs).logits.flatten(0, 1)
-    loss = F.cross_entropy(logits.float(), answers)
+    loss = loss_of(model, inputs, answers)
     loss.backward()
     return loss.detach()
+
+
+def loss_of(model: Any, inputs: dict[str, Any], answers: torch.Tensor) -> torch.Tensor:
+    logits = model(**inputs).logits.flatten(0, 1)
+    return F.cross_entropy(logits.float(), answers)
+
+
+@torch.no_grad()
+def loss_of_each_alone(
+    model: Any, shape: Shape, counts: list[int], dtype: torch.dtype, device: str
+) -> float:
+    """What the loss must be: the mean over samples, each run by itself, so neither padded nor
+    packed. (All have as many answer tokens.)"""
+    losses = [
+        loss_of(model, *inputs_of(shape, counts, False, dtype, device, [at]))
+        for at in range(shape.samples)
+    ]
+    return float(torch.stack(losses).mean())
 
 
 def forward_flops(shape: Shape, counts: list[int], hidden_width: int | None = None) -> int:
@@ -207,13 +238,11 @@ def forward_flops(shape: Shape, counts: list[int], hidden_width: int | None = No
 def suite(device: str, quick: bool, deadline: Deadline) -> Iterator[Row]:
     """One row for each of {fixed, mixed} x {packed, padded}."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    if device == "cpu":
-        torch.set_num_threads(1)  # operations this small only wait for a second one
     yield from measure(shape_of(device, quick), dtype, device, Effort(30, deadline.left / 3))
 
 
 def measure(shape: Shape, dtype: torch.dtype, device: str, effort: Effort) -> list[Row]:
-    """The rows of one shape. ``error`` is the loss against that of the padded batch."""
+    """The rows of one shape. ``error`` is that of the loss, against each sample's alone."""
     runs = {
         (name, variant): (counts, variant == "packed")
         for name, counts in (("fixed", shape.fixed), ("mixed", shape.mixed))
@@ -223,6 +252,10 @@ def measure(shape: Shape, dtype: torch.dtype, device: str, effort: Effort) -> li
     clocks: dict[Any, HostClock] = {}
     try:
         model = build(shape, dtype, device)
+        wanted = {
+            name: loss_of_each_alone(model, shape, counts, dtype, device)
+            for name, counts in (("fixed", shape.fixed), ("mixed", shape.mixed))
+        }
     except Exception as error:
         return [_row(shape, "", "", [], dtype, device) | {"status": reason(error)}]
     for key, (counts, packed) in runs.items():
@@ -232,7 +265,9 @@ def measure(shape: Shape, dtype: torch.dtype, device: str, effort: Effort) -> li
             call()
             model.zero_grad(set_to_none=True)
             row["peak_bytes"] = peak_bytes(call, device)
-            clocks[key] = HostClock(partial(_twice, call), device)
+            clock = HostClock(partial(_twice, call), device)
+            _loss_error(float(clock.results[0]), wanted[key[0]], dtype)
+            clocks[key] = clock  # what computes another loss is not timed at all
         except Exception as error:
             row["status"] = reason(error)
     failed = sample_in_turn(clocks, effort.samples, effort.seconds)
@@ -241,7 +276,7 @@ def measure(shape: Shape, dtype: torch.dtype, device: str, effort: Effort) -> li
         try:
             if key in failed:
                 raise failed[key]
-            row["error"] = _loss_error(clock, clocks.get((key[0], "padded"), clock), dtype)
+            row["error"] = _loss_error(float(clock.results[0]), wanted[key[0]], dtype)
             work = Work(flops=TRAINING * forward_flops(shape, counts))
             row |= times(clock, row["tokens"], work) | {"status": "ok"}
         except Exception as error:
@@ -254,12 +289,11 @@ def _twice(call: Callable[[], Any]) -> list[Callable[[], Any]]:
     return [call]
 
 
-def _loss_error(clock: HostClock, padded: HostClock, dtype: torch.dtype) -> float:
-    loss, wanted = float(clock.results[0]), float(padded.results[0])
+def _loss_error(loss: float, wanted: float, dtype: torch.dtype) -> float:
     error = abs(loss - wanted) / wanted
     if not error <= LOSS_LIMIT[dtype]:
         raise ValueError(
-            f"loss must be that of the padded batch, {wanted:.6g}, got {loss:.6g}: off by "
+            f"loss must be that of each sample alone, {wanted:.6g}, got {loss:.6g}: off by "
             f"{error:.2g}, expected at most {LOSS_LIMIT[dtype]:.2g}"
         )
     return float(f"{error:.3g}")

@@ -25,12 +25,15 @@ PACKAGES = (
     "flash-attn",
 )
 
+# GB/s and dense bf16 TFLOP/s that the vendor states, by the device's name.
+DATA_SHEETS = {"NVIDIA H200": (4800.0, 989.0), "NVIDIA H100 80GB HBM3": (3350.0, 989.0)}
+
 
 def environment(device: str) -> dict[str, object]:
     """The columns that every result carries. No host name, user or path is among them.
 
     ``load`` is the one-minute load average at the moment of the call, ``clocks`` are those of SM
-    and memory and their maxima; versions of packages that are not installed are empty.
+    and memory then, and their maxima; versions of packages that are not installed are empty.
     """
     columns: dict[str, object] = {
         "device": device,
@@ -51,8 +54,15 @@ def environment(device: str) -> dict[str, object]:
     if device == "cuda":
         columns["gpu"] = torch.cuda.get_device_name()
         columns["driver"] = _nvidia_smi("driver_version")
-        columns["clocks"] = _nvidia_smi("clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem")
+        columns["clocks"] = clocks(device)
     return columns
+
+
+def clocks(device: str) -> str:
+    """Of SM and memory, and their maxima; nothing for a CPU."""
+    if device != "cuda":
+        return ""
+    return _nvidia_smi("clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem")
 
 
 def machine_name(columns: Mapping[str, object]) -> str:
@@ -64,18 +74,37 @@ def machine_name(columns: Mapping[str, object]) -> str:
 def write_csv(
     path: Path, rows: Sequence[Mapping[str, object]], shared: Mapping[str, object]
 ) -> None:
-    """Write ``rows``, all of the same columns, with the columns of ``shared`` after theirs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*rows[0], *shared], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, **shared} for row in rows)
+    """Write ``rows``, all of the same columns, with the columns of ``shared`` after theirs.
+
+    The file appears whole or not at all.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [*rows[0], *shared], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({**row, **shared} for row in rows)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV, every value as it is written there."""
+def read_csv(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
+    """The rows of a CSV, every value as it is written there.
+
+    Raises:
+        ValueError: it has no row, lacks one of ``columns``, or a row of it is torn.
+    """
     with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        header, rows = reader.fieldnames or (), list(reader)
+    if missing := [name for name in columns if name not in header]:
+        raise ValueError(f"{path} must have the columns of a result, got none called {missing[0]}")
+    if not rows:
+        raise ValueError(f"{path} must have rows, got none")
+    if any(None in row or None in row.values() for row in rows):
+        raise ValueError(f"{path} must have a value for every column, got a row without")
+    return rows
 
 
 def last_level_cache(device: str) -> int:
@@ -105,7 +134,10 @@ def _version(package: str) -> str:
 
 
 def _nvidia_smi(query: str) -> str:
-    return _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+    """What nvidia-smi says of the GPU in use, or of the first where it does not know that one."""
+    wanted = ("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", "")
+    return _output(*wanted, f"--id=GPU-{uuid}") or _output(*wanted)
 
 
 def _output(*command: str) -> str:

@@ -1,8 +1,9 @@
 """One case, every variant: numerics checked, times, memory, rows for the CSV.
 
 A case has batches to work on and its own truth in float64; a variant is one way to compute it. All
-variants get the same buffers, are sampled in turn, and their results in the very buffers that were
-timed are compared with the truth. What fails or computes something else becomes a row that says so.
+variants get the same buffers; their results are compared with the truth, they are sampled in turn,
+and the results in the very buffers that were timed are compared again. What fails or computes
+something else becomes a row that says so.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from benchmarks.timing import (
     percentiles,
     sample_in_turn,
     saved_bytes,
+    synchronisations,
 )
 from tokenflex_kernels._backend import select_backend
 
@@ -31,6 +33,7 @@ MODES = ("forward", "backward", "forward+backward")
 SEED = 0
 MAX_SETS = 256
 NO_TIME = "not run: no time left"
+LOST = "not run: the device failed"
 
 # The largest relative error (2-norm) against float64 that is taken for the same computation.
 LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4, torch.float64: 1e-10}
@@ -61,8 +64,10 @@ COLUMNS = (
     "flops",
     "tflop_per_s",
     "share_of_matmul",
+    "share_of_sheet",
     "peak_bytes",
     "saved_bytes",
+    "synchronisations",
     "error",
     "seed",
     "note",
@@ -232,13 +237,22 @@ def _measure_mode(
         row |= {"dtype": str(dtype).removeprefix("torch."), "sets": len(batches)}
         row["backend"] = select_backend(variant.op, device) if variant.op else ""
         try:
-            row |= memory(case, variant, mode, batches[0], device)
+            row |= costs(case, variant, mode, batches[0], device)
             make_calls = partial(calls_of, case, variant, mode, batches)
             clocks[variant.name] = clock_for(device, make_calls, capture=mode not in variant.waits)
         except Exception as error:
             row["status"] = reason(error)
             if _device_failure(device):
+                for unfinished in rows.values():
+                    unfinished["status"] = unfinished["status"] or LOST
                 return list(rows.values())
+    for variant in case.variants:  # what computes something else is not timed at all
+        if variant.name in clocks:
+            try:
+                truths.worst_error(variant, mode, clocks[variant.name].results)
+            except Exception as error:
+                rows[variant.name]["status"] = reason(error)
+                del clocks[variant.name]
     failed = sample_in_turn(clocks, effort.samples, effort.seconds)
     for variant in case.variants:
         if variant.name not in clocks:
@@ -363,11 +377,15 @@ def _forward_backward(
     return torch.autograd.grad(call(leaves, fixed), trained, grad)
 
 
-def memory(case: Case, variant: Variant, mode: str, batch: Batch, device: str) -> Row:
-    """The memory columns of a call: its peak, and in training what autograd keeps."""
+def costs(case: Case, variant: Variant, mode: str, batch: Batch, device: str) -> Row:
+    """What a call costs besides time: its peak of memory, what autograd keeps in training, and how
+    often it waits for the device."""
     call = calls_of(case, variant, mode, [batch])[0]
     call()  # code, tables and thread pools are no part of it
-    row: Row = {"peak_bytes": peak_bytes(call, device)}
+    row: Row = {
+        "peak_bytes": peak_bytes(call, device),
+        "synchronisations": synchronisations(call, device),
+    }
     if mode == "forward+backward":
         leaves, _ = require_grad(case, variant, variant.leaves(batch))
         given = [*leaves.values(), batch.grad]
@@ -446,11 +464,24 @@ def relative_error(actual: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def shares(
-    rows: Sequence[Row], copy_gb_per_s: float | None, matmul_tflop_per_s: float | None
+    rows: Sequence[Row],
+    copy_gb_per_s: float | None,
+    matmul_tflop_per_s: float | None,
+    sheet: tuple[float, float] | None,
 ) -> None:
-    """Fill in the shares of the measured ceilings."""
+    """Fill in the shares of the ceilings that were measured, and of those in the data sheet.
+
+    Args:
+        sheet: GB/s and TFLOP/s that the vendor states; None if unknown.
+    """
     for row in rows:
-        if copy_gb_per_s and row["gb_per_s"] != "":
-            row["share_of_copy"] = round(row["gb_per_s"] / copy_gb_per_s, 4)
-        if matmul_tflop_per_s and row["tflop_per_s"] != "":
-            row["share_of_matmul"] = round(row["tflop_per_s"] / matmul_tflop_per_s, 4)
+        if row["gb_per_s"] != "":
+            if copy_gb_per_s:
+                row["share_of_copy"] = round(row["gb_per_s"] / copy_gb_per_s, 4)
+            if sheet:
+                row["share_of_sheet"] = round(row["gb_per_s"] / sheet[0], 4)
+        if row["tflop_per_s"] != "":
+            if matmul_tflop_per_s:
+                row["share_of_matmul"] = round(row["tflop_per_s"] / matmul_tflop_per_s, 4)
+            if sheet:
+                row["share_of_sheet"] = round(row["tflop_per_s"] / sheet[1], 4)

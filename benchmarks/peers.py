@@ -62,10 +62,15 @@ def liger() -> Variants:
     def project(leaves: Leaves, grids: Grids) -> torch.Tensor:
         return down(gate_up(pool_norm(leaves, grids), leaves), leaves)
 
+    # Its backward of silu(gate) * up writes into the gate and up that were saved: no second one is
+    # right, so it cannot be timed alone on a graph that is kept.
+    once = ("forward", "forward+backward")
     return {
         "pool_norm": Variant("liger-kernel", pool_norm),
-        "swiglu": Variant("liger-kernel", lambda leaves, _: gate_up(leaves["x"], leaves)),
-        "project_tokens": Variant("liger-kernel", project),
+        "swiglu": Variant(
+            "liger-kernel", lambda leaves, _: gate_up(leaves["x"], leaves), modes=once
+        ),
+        "project_tokens": Variant("liger-kernel", project, modes=once),
     }
 
 

@@ -14,9 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from benchmarks.report import OURS
+from benchmarks.results import OURS, WALL_CLOCK, Comparison, Row, comparisons
 
-Row = dict[str, str]
 OUR_COLOUR = "#1f4e79"
 OUR_OTHERS = ("#5b8db8", "#9dbfdb")
 PEER_COLOURS = ("#e07b39", "#4c9f70", "#b5495b", "#7a6bb0", "#c2a03a", "#8c6d5a", "#808080")
@@ -30,7 +29,8 @@ TITLES = {
 
 
 def draw(rows: Sequence[Row], csv_path: Path) -> list[Path]:
-    """Write every picture that the rows have something for, beside the CSV.
+    """Write every picture that the rows have something for, beside the CSV, and delete the others:
+    they would be of an earlier run.
 
     Args:
         rows: of the CSV, values as written there.
@@ -45,11 +45,12 @@ def draw(rows: Sequence[Row], csv_path: Path) -> list[Path]:
         ("mixed-counts", mixed_counts),
         ("end-to-end", end_to_end),
     ):
+        path = csv_path.with_name(f"{csv_path.stem}-{name}.png")
         figure = picture(ok)
         if figure is None:
+            path.unlink(missing_ok=True)
             continue
         figure.suptitle(_machine(rows[0]), x=0.01, ha="left", fontsize=9, color="#555555")
-        path = csv_path.with_name(f"{csv_path.stem}-{name}.png")
         figure.savefig(path, dpi=130)
         plt.close(figure)
         written.append(path)
@@ -67,7 +68,7 @@ def throughput(rows: Sequence[Row]) -> Figure | None:
     chosen = {panel: found for panel in panels if (found := _by_variant(rows, *panel[:3]))}
     if not chosen:
         return None
-    figure, grid = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    figure, grid = plt.subplots(2, 2, figsize=(11, 9), layout="constrained")
     for axes in grid.flat[len(chosen) :]:
         axes.remove()
     for axes, (panel, variants) in zip(grid.flat, chosen.items(), strict=False):
@@ -96,90 +97,108 @@ def throughput(rows: Sequence[Row]) -> Figure | None:
         axes.set_xlabel("T, rows of the result")
         axes.set_ylabel(unit)
         axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(
+            fontsize=8,
+            frameon=False,
+            ncols=2,
+            loc="upper left",
+            bbox_to_anchor=(0, -0.16),  # below, where it covers nothing
+        )
         _plain(axes)
     return figure
 
 
 def speed_up(rows: Sequence[Row]) -> Figure | None:
-    """The time of each peer over ours, at the largest T that both ran."""
-    bars: list[tuple[str, str, float]] = []
-    for op, mode, ending in (
-        ("pool_norm", "forward", ""),
-        ("pool_norm", "backward", ""),
-        ("swiglu", "forward", ""),
-        ("swiglu", "forward+backward", ""),
-        ("project_tokens", "forward", ""),
-        ("project_tokens", "forward+backward", ""),
-        ("pack_embeddings", "forward", ""),
-        ("pack_embeddings", "forward+backward", "frozen table"),
-        ("pack_embeddings", "forward+backward", "trained table"),
-        ("merge_vision", "forward", ""),
-    ):
-        found = [row for row in _of(rows, op, mode) if row["case"].endswith(ending)]
-        found = [row for row in found if _plain_case(row)]
-        ours = {row["case"]: row for row in found if row["variant"] == OURS}
-        largest: dict[str, Row] = {}
-        for row in found:
-            if row["variant"].startswith(OURS) or row["case"] not in ours:
-                continue
-            best = largest.get(row["variant"])
-            if best is None or int(row["tokens"]) > int(best["tokens"]):
-                largest[row["variant"]] = row
-        for peer, row in largest.items():
-            our = ours[row["case"]]
-            title = ", ".join(filter(None, (TITLES[op], mode, ending)))
-            label = f"{title} ({our['backend']}):  {peer}, T={row['tokens']}"
-            bars.append((title, label, float(row["p50_us"]) / float(our["p50_us"])))
-    if not bars:
+    """The time of each peer over ours: a bar for the worst case, a dot for every one."""
+    groups: dict[tuple[str, str], list[Comparison]] = defaultdict(list)
+    for one in comparisons(rows):
+        op, mode, ending = one.kind
+        if op not in TITLES:
+            continue
+        title = ", ".join(filter(None, (TITLES[op], mode, ending)))
+        groups[title, one.peer["variant"]].append(one)
+    if not groups:
         return None
-    figure, axes = plt.subplots(figsize=(10, 0.27 * len(bars) + 1.6), layout="constrained")
-    colours = dict(zip(dict.fromkeys(bar[0] for bar in bars), PEER_COLOURS * 3, strict=False))
-    for at, (title, _, ratio) in enumerate(bars):
-        axes.barh(-at, ratio - 1, left=1, color=colours[title], height=0.72)
+    figure, axes = plt.subplots(figsize=(11, 0.25 * len(groups) + 1.6), layout="constrained")
+    bars = sorted(groups.items(), key=lambda group: list(TITLES).index(group[1][0].kind[0]))
+    titles = dict.fromkeys(title for (title, _), _ in bars)
+    colours = dict(zip(titles, PEER_COLOURS * len(titles), strict=False))
+    for at, ((title, _), group) in enumerate(bars):
+        worst = min(group, key=lambda one: one.figure.value)
+        values = [one.figure.value for one in group]
+        axes.barh(-at, worst.figure.value - 1, left=1, color=colours[title], height=0.72)
+        axes.plot(values, [-at] * len(values), ".", color="#333333", markersize=4)
         axes.annotate(
-            f"{ratio:.2f}",
-            (ratio, -at),
-            (4 if ratio >= 1 else -4, 0),
+            f"{worst.figure.value:.2f} at T={worst.peer['tokens']}",
+            (max(1, *values), -at),
+            (6, 0),
             textcoords="offset points",
             va="center",
-            ha="left" if ratio >= 1 else "right",
-            fontsize=8,
+            fontsize=7.5,
         )
-    axes.set_yticks([-at for at in range(len(bars))], [label for _, label, _ in bars], fontsize=8)
+    labels = [_pair_label(title, peer, group) for (title, peer), group in bars]
+    axes.set_yticks([-at for at in range(len(bars))], labels, fontsize=7.5)
     axes.set_ylim(-len(bars) + 0.4, 0.6)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
-    ratios = [ratio for *_, ratio in bars]
-    axes.set_xlim(0.6 * min(1, *ratios), 1.7 * max(1, *ratios))
+    ratios = [one.figure.value for _, group in bars for one in group]
+    axes.set_xlim(0.8 * min(1, *ratios), 3 * max(1, *ratios))
     axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("time of the peer over ours (right of 1: we are faster)", fontsize=9)
+    axes.set_xlabel(
+        "time of the peer over ours (right of 1: we are faster); bar and number: the worst case, "
+        "dots: all",
+        fontsize=9,
+    )
     _plain(axes, grid="x")
     return figure
 
 
+def _pair_label(title: str, peer: str, group: Sequence[Comparison]) -> str:
+    clock = f", {WALL_CLOCK}" if any(one.figure.remark for one in group) else ""
+    return f"{title} ({group[0].ours['backend']}):  {peer}{clock}"
+
+
 def memory(rows: Sequence[Row]) -> Figure | None:
-    """What a training step of the projector keeps and reaches, per token."""
-    training = [row for row in _of(rows, "project_tokens", "forward+backward") if _plain_case(row)]
-    training = [row for row in training if row["saved_bytes"]]
-    if not training:
+    """What a training step of projector and packing keeps and reaches, per token."""
+    chosen = []
+    for op, ending in (("project_tokens", ""), ("pack_embeddings", "frozen table")):
+        largest: dict[str, Row] = {}
+        for row in _of(rows, op, "forward+backward"):
+            if _plain_case(row) and row["case"].endswith(ending) and row["saved_bytes"]:
+                best = largest.setdefault(row["variant"], row)
+                if int(row["tokens"]) > int(best["tokens"]):
+                    largest[row["variant"]] = row
+        if largest:
+            chosen.append((op, list(largest.values())))
+    if not chosen:
         return None
-    most = max(int(row["tokens"]) for row in training)
-    chosen = [row for row in training if int(row["tokens"]) == most]
-    figure, panels = plt.subplots(
-        1, 2, figsize=(10, 0.42 * len(chosen) + 1.5), sharey=True, layout="constrained"
+    lines = [len(variants) for _, variants in chosen]
+    figure, grid = plt.subplots(
+        len(chosen),
+        2,
+        figsize=(11, 0.36 * sum(lines) + 1.3 * len(chosen)),
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+        height_ratios=lines,
     )
-    for axes, column, title in zip(
-        panels,
-        ("saved_bytes", "peak_bytes"),
-        ("kept from forward to backward", "peak of forward + backward, gradients included"),
-        strict=True,
-    ):
-        _bars(axes, chosen, lambda row, column=column: float(row[column] or 0) / most / 1024)
-        axes.set_title(title, loc="left", fontsize=11)
-        axes.set_xlabel(f"KiB a token, T={most}")
+    for panels, (op, variants) in zip(grid, chosen, strict=True):
+        for axes, column, title in zip(
+            panels,
+            ("saved_bytes", "peak_bytes"),
+            ("kept from forward to backward", "peak of forward + backward"),
+            strict=True,
+        ):
+            _bars(
+                axes,
+                variants,
+                lambda row, column=column: float(row[column] or 0) / int(row["tokens"]) / 1024,
+                lambda row: f"{_label(row)}, T={row['tokens']}",
+            )
+            axes.set_title(f"{TITLES[op]}: {title}", loc="left", fontsize=10)
+            axes.set_xlabel("KiB a token", fontsize=9)
     return figure
 
 
@@ -225,16 +244,17 @@ def end_to_end(rows: Sequence[Row]) -> Figure | None:
     if not steps:
         return None
     figure, panels = plt.subplots(
-        1, 3, figsize=(11, 0.45 * len(steps) + 1.4), sharey=True, layout="constrained"
+        1, 4, figsize=(13, 0.45 * len(steps) + 1.4), sharey=True, layout="constrained"
     )
     for axes, value, title in (
         (panels[0], lambda row: float(row["p50_us"]) / 1000, "milliseconds a step"),
-        (panels[1], lambda row: float(row["tokens_per_s"]), "tokens a second, padding not counted"),
+        (panels[1], lambda row: float(row["tokens_per_s"]), "tokens a second, no padding"),
         (
             panels[2],
             lambda row: 100 * float(row["share_of_matmul"] or 0),
             "% of the measured matmul rate",
         ),
+        (panels[3], lambda row: float(row["peak_bytes"] or 0) / 2**20, "peak memory, MiB"),
     ):
         _bars(axes, steps, value, lambda row: f"{row['case']}, {row['variant']}")
         axes.set_title(title, loc="left", fontsize=10)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ MAX_CALLS_IN_GRAPH = 64
 
 
 def percentiles(values: Sequence[float]) -> dict[int, float]:
-    """The 20th, 50th and 80th percentile, each a value that was measured."""
+    """The 20th, 50th and 80th percentile, each the nearest value that was measured (of two as near,
+    the greater)."""
     ordered = sorted(values)
-    return {share: ordered[(len(ordered) - 1) * share // 100] for share in (20, 50, 80)}
+    return {share: ordered[((len(ordered) - 1) * share + 50) // 100] for share in (20, 50, 80)}
 
 
 def synchronize(device: str) -> None:
@@ -124,6 +126,9 @@ class GraphClock(HostClock):
                 self._run(len(self.calls))
         else:
             self.graph = graph
+            with torch.cuda.stream(self.stream):
+                graph.replay()  # what is captured is not computed: now the results are there
+            torch.cuda.synchronize()
 
     def sample(self) -> None:
         start = torch.cuda.Event(enable_timing=True)
@@ -204,6 +209,26 @@ def _resident(field: str) -> int:
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     (kib,) = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
     return 1024 * int(kib)
+
+
+def synchronisations(call: Callable[[], Any], device: str) -> int | None:
+    """How often PyTorch waits for the device during a call; None on the CPU.
+
+    PyTorch knows of its own waiting only. What others do shows when a graph cannot capture it.
+    """
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    torch.cuda.synchronize()
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
 def saved_bytes(forward: Callable[[], Any], given: Sequence[torch.Tensor]) -> int:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
+
+# ``make gpu`` does without the [bench] extra, but for its pictures.
+collect_ignore = [] if find_spec("matplotlib") else ["test_plots.py", "test_report.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,9 @@ def square_case(*variants: Variant, **changes: object) -> Case:
 
     def batch(dtype: torch.dtype, device: str, seed: int, _: Batch | None) -> Batch:
         generator = torch.Generator(device).manual_seed(seed)
-        a, b, grad = (torch.randn(6, generator=generator, dtype=dtype) for _ in range(3))
+        a, b, grad = (
+            torch.randn(6, generator=generator, dtype=dtype, device=device) for _ in range(3)
+        )
         return Batch({"a": a, "b": b}, grad, None)
 
     def work(itemsize: int) -> dict[str, Work]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from benchmarks.projector_cases import (
     projector_case,
     square,
 )
+from benchmarks.timing import sample_in_turn
 from tests.benchmarks.small import rows_of, small_shapes  # noqa: F401
 
 SMALL = Prompts(samples=3, text=5, width=8, vocabulary=20)
@@ -72,11 +74,24 @@ def test_mixed_and_uniform_have_as_many_images_and_tokens():
 # ---- peers
 
 
-class SiluMul:
+class SiluMul(torch.autograd.Function):
+    """As Liger's own, backward writes its gradients into what forward saved."""
+
     @staticmethod
-    def apply(gate, up, gate_multiplier, down_multiplier):
+    def forward(ctx, gate, up, gate_multiplier, down_multiplier):
         assert (gate_multiplier, down_multiplier) == (1.0, 1.0)
+        ctx.saved = gate.clone(), up.clone()
         return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved
+        with torch.enable_grad():
+            leaves = gate.detach().requires_grad_(), up.detach().requires_grad_()
+            product = F.silu(leaves[0]) * leaves[1]
+        for saved, found in zip(ctx.saved, torch.autograd.grad(product, leaves, grad), strict=True):
+            saved.copy_(found)
+        return gate, up, None, None
 
 
 class LayerNorm:
@@ -138,6 +153,9 @@ def test_adapters_compute_the_projector(installed, out_grids):
         "quack-kernels",
     }
     assert "flash-swiglu-mlp, no biases" in {row["variant"] for row in rows}
+    # Where backward writes into what was saved, it cannot be timed alone, many times.
+    alone = {row["variant"] for row in rows if row["mode"] == "backward"}
+    assert alone == training - {"liger-kernel"}
 
 
 @pytest.mark.usefixtures("small_shapes")
@@ -150,8 +168,15 @@ def test_adapters_compute_the_stages(installed):
 
 @pytest.mark.usefixtures("small_shapes")
 def test_torch_compile_is_a_peer(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda call, mode, dynamic: call)
+    asked = []
+
+    def compiled(call, **options):
+        asked.append(options)
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
     variants = peers.compiled()
+    assert asked == 3 * [{"mode": "max-autotune-no-cudagraphs", "dynamic": False}]
     rows = rows_of(pooling_case("small", [(3, 2)], [variants["pool_norm"]]))
     assert_all_ok(rows)
     assert peers.COMPILED in {row["variant"] for row in rows}
@@ -217,6 +242,98 @@ def test_packers_and_mergers_do_the_same(case, count, monkeypatch):
     rows = rows_of(case(Prompts(3, 5, 8, 20, count)))
     assert_all_ok(rows)
     assert rows[0]["tokens"] == 15 + (3 if count else 64 + 144 + 256)
+
+
+@pytest.mark.parametrize(
+    ("case", "wanted"),
+    [
+        (
+            packing_cases.forward_case,
+            {
+                "tokenflex",
+                "embedding + masked_scatter",
+                "embedding + index_put",
+                "embedding + vLLM merge",
+                "embedding + nested jagged",
+            },
+        ),
+        (packing_cases.merge_case, {"tokenflex", "masked_scatter", "index_put"}),
+    ],
+)
+def test_every_way_that_other_models_pack_is_there(case, wanted, monkeypatch):
+    monkeypatch.setattr(packing_cases, "has_flash_attn", lambda: False)
+    assert {variant.name for variant in case(SMALL).variants} == wanted
+
+
+@pytest.mark.parametrize(
+    "case",
+    [packing_cases.forward_case, packing_cases.frozen_table_case, packing_cases.merge_case],
+)
+def test_what_is_only_moved_must_agree_bit_by_bit(case, monkeypatch):
+    monkeypatch.setattr(harness, "last_level_cache", lambda device: 1)
+    right = case(SMALL)
+    call = right.variants[0].call
+    off = Variant("off", lambda leaves, fixed: call(leaves, fixed) * (1 + 1e-15))
+    rows = rows_of(dataclasses.replace(right, variants=[off]))
+    assert rows
+    assert all("is off" in row["status"] for row in rows)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_packing_is_measured_in_every_way(device, quick):
+    cases = list(suites.packing_cases(device, quick))
+    *sizes, sparse, trained = [(case.op, case.name, case.modes) for case in cases]
+    names = list(dict.fromkeys(name.partition(", ")[0] for _, name, _ in sizes))
+    assert len(names) == 1 if quick else len(names) > 4
+    assert sizes == [
+        way
+        for name in names
+        for way in (
+            ("pack_embeddings", name, ("forward",)),
+            ("pack_embeddings", f"{name}, frozen table", ("backward", "forward+backward")),
+            ("merge_vision", name, harness.MODES),
+        )
+    ]
+    # What takes longest comes last: on a CPU the largest batch, and the table's gradient anywhere.
+    main = names[-1 if device == "cpu" else 0]
+    assert sparse == ("pack_embeddings", f"{main}, sparse table gradient", ("forward+backward",))
+    assert trained == ("pack_embeddings", f"{main}, trained table", ("forward+backward",))
+
+
+def test_a_case_without_time_is_a_row_for_each_mode():
+    case = packing_cases.frozen_table_case(SMALL)
+    rows = list(suites.run_cases(iter([case]), "cpu", True, harness.Deadline(-1)))
+    assert [(row["mode"], row["status"]) for row in rows] == [
+        ("backward", harness.NO_TIME),
+        ("forward+backward", harness.NO_TIME),
+    ]
+
+
+def test_ceilings_count_what_they_move_and_multiply(monkeypatch):
+    monkeypatch.setattr(suites, "sample_in_turn", lambda clocks, *_: sample_in_turn(clocks, 1, 0.0))
+    copy, matmul = suites.ceilings("cpu", True, harness.Deadline(9))
+    assert copy["case"] == "0.0625 GiB"
+    assert copy["ideal_bytes"] == 2 * 2**26  # read and written
+    assert matmul["case"] == "1024^3"
+    assert matmul["flops"] == 2 * 1024**3
+    assert matmul["tflop_per_s"] == pytest.approx(2e-6 * 1024**3 / matmul["p50_us"], rel=1e-3)
+
+
+@pytest.mark.usefixtures("small_shapes")
+def test_flops_of_the_projector_are_its_three_products():
+    """16 hidden, 8 in, 8 out; backward is twice forward."""
+    work = projector_case("small", [(3, 2)], width=8).work(4)
+    forward = 2 * 6 * (8 * 2 * 16 + 16 * 8)
+    assert [work[mode].flops for mode in harness.MODES] == [forward, 2 * forward, 3 * forward]
+
+
+def test_ideal_bytes_of_merging():
+    """Forward reads and writes each row; backward reads each, and writes two kinds of gradient."""
+    work = packing_cases.merge_case(SMALL).work(4)
+    rows, vision, size = SMALL.tokens, 64 + 144 + 256, 4 * SMALL.width
+    forward, backward = 2 * rows * size, (2 * rows + vision) * size
+    assert [work[mode].bytes for mode in harness.MODES] == [forward, backward, forward + backward]
 
 
 def test_what_waits_for_the_device_is_never_captured():

@@ -36,6 +36,45 @@ def test_four_ways_and_the_same_loss():
     assert all(tuple(row) == COLUMNS for row in rows)
     assert [row["tokens"] for row in rows] == [320, 320, 160 + 115, 160 + 115]
     assert max(row["error"] for row in rows) < 1e-4
+    for row, counts in zip(rows, 2 * [TINY.fixed] + 2 * [TINY.mixed], strict=True):
+        assert row["flops"] == 3 * end_to_end.forward_flops(TINY, counts)  # backward: twice more
+
+
+def test_peak_memory_is_that_of_a_step(monkeypatch):
+    def peak_bytes(call, device):
+        assert call().ndim == 0
+        return 123
+
+    monkeypatch.setattr(end_to_end, "peak_bytes", peak_bytes)
+    rows = end_to_end.measure(TINY, torch.float32, "cpu", Effort(3, 0.0))
+    assert [row["peak_bytes"] for row in rows] == [123] * 4
+
+
+def test_shapes_on_a_gpu_are_siglip_400m_and_qwen2_5_3b_cut_in_depth():
+    shape = end_to_end.shape_of("cuda", False)
+    assert (shape.vision_width, shape.vision_hidden, shape.vision_heads) == (1152, 4304, 16)
+    assert (shape.pixels, shape.patch, shape.patches) == (384, 14, 27 * 27)
+    assert (shape.text_width, shape.text_hidden, shape.vocabulary) == (2048, 11_008, 151_936)
+    assert (shape.heads, shape.key_heads) == (16, 2)
+    assert shape.layers >= 3
+    assert shape.counts == (64, 144, 256)
+    assert [shape.mixed.count(count) for count in shape.counts] == [8, 12, 20]
+
+
+def test_the_loss_alone_is_neither_padded_nor_packed(monkeypatch):
+    seen = []
+    loss_of = end_to_end.loss_of
+
+    def watched(model, inputs, answers):
+        seen.append((inputs["input_ids"].shape[0], bool(inputs["attention_mask"].all())))
+        return loss_of(model, inputs, answers)
+
+    monkeypatch.setattr(end_to_end, "loss_of", watched)
+    model = end_to_end.build(TINY, torch.float32, "cpu")
+    alone = end_to_end.loss_of_each_alone(model, TINY, TINY.mixed, torch.float32, "cpu")
+    assert seen == [(1, True)] * TINY.samples
+    packed = loss_of(model, *end_to_end.inputs_of(TINY, TINY.mixed, True, torch.float32, "cpu"))
+    assert alone == pytest.approx(packed.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -46,20 +85,28 @@ def test_the_loss_is_on_what_follows_each_position(packed):
     assert len(answers) == TINY.samples * TINY.answer
 
 
-def test_another_loss_is_a_row_with_the_reason(monkeypatch):
+@pytest.mark.parametrize("wrong_one", ["packed", "padded"])
+def test_another_loss_is_a_row_with_the_reason_and_no_time(monkeypatch, wrong_one):
     step = end_to_end.step
 
     def wrong(model, inputs, answers):
-        return step(model, inputs, answers) * (1.1 if "plan" in inputs else 1)
+        is_packed = "plan" in inputs
+        off = 1.0005 if is_packed == (wrong_one == "packed") else 1
+        return step(model, inputs, answers) * off
 
     monkeypatch.setattr(end_to_end, "step", wrong)
     rows = end_to_end.measure(TINY, torch.float32, "cpu", Effort(3, 0.0))
-    assert [row["status"].startswith("failed: ValueError: loss must be") for row in rows] == [
-        False,
-        True,
-        False,
-        True,
-    ]
+    for row in rows:
+        failed = row["status"].startswith("failed: ValueError: loss must be that of each sample")
+        assert failed is (row["variant"] == wrong_one)
+        assert (row["p50_us"] == "") is failed
+
+
+def test_how_far_a_loss_may_be_off():
+    for dtype, limit in ((torch.bfloat16, 2e-2), (torch.float32, 1e-4)):
+        assert end_to_end._loss_error(1 + 0.9 * limit, 1.0, dtype) == pytest.approx(0.9 * limit)
+        with pytest.raises(ValueError, match="loss must be that of each sample alone, 1, got"):
+            end_to_end._loss_error(1 + 1.1 * limit, 1.0, dtype)
 
 
 def test_a_model_that_does_not_build_is_a_row(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, timing
 from benchmarks.harness import COLUMNS, MODES, NO_TIME, Deadline, Variant, relative_error, shares
 from tests.benchmarks.small import ONCE, product, rows_of, square_case
 
@@ -133,11 +133,91 @@ def test_relative_error():
         relative_error(wanted[None], wanted)
 
 
-def test_shares_are_of_the_measured_ceilings():
+def test_shares_are_of_the_measured_ceilings_and_of_the_data_sheet():
     rows = [
         {"gb_per_s": 50.0, "tflop_per_s": ""},
         {"gb_per_s": "", "tflop_per_s": 3.0},
     ]
-    shares(rows, 200.0, 4.0)
-    assert rows[0]["share_of_copy"] == 0.25
-    assert rows[1]["share_of_matmul"] == 0.75
+    shares(rows, 200.0, 4.0, (400.0, 6.0))
+    assert (rows[0]["share_of_copy"], rows[0]["share_of_sheet"]) == (0.25, 0.125)
+    assert (rows[1]["share_of_matmul"], rows[1]["share_of_sheet"]) == (0.75, 0.5)
+    unknown = [{"gb_per_s": 50.0, "tflop_per_s": ""}]
+    shares(unknown, None, None, None)
+    assert unknown == [{"gb_per_s": 50.0, "tflop_per_s": ""}]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "right", "wrong"),
+    [
+        (torch.bfloat16, 4e-3, 2e-2),
+        (torch.float16, 1e-3, 4e-3),
+        (torch.float32, 5e-5, 2e-4),
+        (torch.float64, 5e-11, 2e-10),
+    ],
+)
+def test_how_far_a_result_may_be_off(dtype, right, wrong):
+    def off(by):
+        def call(leaves, _):
+            exact = leaves["a"].double() * leaves["b"].double()
+            return (exact * (1 + by)).to(dtype)
+
+        return Variant(str(by), call, modes=("forward",))
+
+    rows = rows_of(square_case(off(right), off(wrong), modes=("forward",)), dtype)
+    assert [row["status"].split(":")[0] for row in rows] == ["ok", "failed"]
+
+
+def test_what_computes_something_else_is_not_timed(monkeypatch):
+    """Numerics come first: a wrong variant is never sampled."""
+    timed = []
+
+    def sample(clocks, *_):
+        timed.append(list(clocks))
+        return timing.sample_in_turn(clocks, 3, 0)
+
+    monkeypatch.setattr(harness, "sample_in_turn", sample)
+    wrong = Variant("wrong", lambda leaves, _: 2 * leaves["a"] * leaves["b"])
+    rows = rows_of(square_case(Variant("right", product), wrong))
+    assert timed == [["right"]] * 3
+    assert {row["status"].split(":")[0] for row in rows if row["variant"] == "wrong"} == {"failed"}
+
+
+def test_what_goes_wrong_while_it_is_timed_is_seen_too():
+    calls = []
+
+    def drifting(leaves, _):
+        calls.append(1)
+        return leaves["a"] * leaves["b"] + (len(calls) > 9)
+
+    # Costs take two calls, and warming up two rounds of three sets.
+    (row,) = rows_of(square_case(Variant("drifting", drifting), modes=("forward",)))
+    assert "result of set 0 is off" in row["status"]
+
+
+def test_sets_hold_different_numbers():
+    first, *others = square_case().batches(torch.float64, "cpu", 100)
+    assert len(others) == 2
+    for batch in others:
+        assert not torch.equal(batch.leaves["a"], first.leaves["a"])
+    assert not torch.equal(others[0].grad, others[1].grad)
+
+
+def test_a_device_that_is_lost_leaves_no_row_without_a_reason(monkeypatch):
+    def broken(leaves, _):
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(harness, "_device_failure", lambda device: "illegal memory access")
+    case = square_case(Variant("right", product), Variant("broken", broken))
+    rows = harness._measure_mode(
+        case,
+        "forward",
+        case.batches(torch.float64, "cpu", 1),
+        harness.Truths(case, case.batches(torch.float64, "cpu", 1)),
+        torch.float64,
+        "cpu",
+        ONCE,
+    )
+    assert [row["status"] for row in rows] == [
+        harness.LOST,
+        "failed: RuntimeError: illegal memory access",
+    ]

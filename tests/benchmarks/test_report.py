@@ -11,117 +11,9 @@ import torch
 from benchmarks import plots
 from benchmarks.environment import ROOT, environment, machine_name, read_csv, write_csv
 from benchmarks.harness import COLUMNS
-from benchmarks.report import NOT_MEASURED, print_report, token_savings, verdicts
-
-
-def row(op, case, variant, p50, *, mode="forward", device="cuda", **values):
-    fields = dict.fromkeys(COLUMNS, "") | {
-        "op": op,
-        "case": case,
-        "mode": mode,
-        "variant": variant,
-        "status": "ok",
-        "p50_us": str(p50),
-        "device": device,
-        "tokens": "8192",
-        "tokens_per_s": "1000",
-        "backend": "triton" if variant.startswith("tokenflex") else "",
-        "gpu": "Some GPU" if device == "cuda" else "",
-        "cpu": "Some CPU",
-        "threads": "2",
-        "load": "0.1",
-        "torch": "2.11",
-        "commit": "abc",
-    }
-    return fields | {name: str(value) for name, value in values.items()}
-
-
-def verdict_of(rows, words):
-    (found,) = [verdict for verdict in verdicts(rows) if words in verdict.target]
-    return found
-
-
-@pytest.mark.parametrize(("eager", "met"), [(130, True), (110, False)])
-def test_a_target_is_judged_by_its_worst_case(eager, met):
-    rows = []
-    for case, ours in (("8 images, n=16", 50), ("32 images, n=16", 100)):
-        rows += [
-            row("project_tokens", case, "tokenflex", ours),
-            row("project_tokens", case, "PyTorch eager", eager),
-        ]
-    verdict = verdict_of(rows, "projector, T >= 2048: >= 1.2x eager")
-    assert verdict.met is met
-    assert verdict.value == pytest.approx(eager / 100)
-    assert "32 images, n=16, forward" in str(verdict)
-    assert str(verdict).startswith("met, 8.3% to spare" if met else "SHORT by 8.3%")
-
-
-@pytest.mark.parametrize(("ours", "met"), [(104, True), (108, False)])
-def test_bounds_from_above(ours, met):
-    rows = [
-        row("swiglu", "T=8192", "tokenflex", ours),
-        row("swiglu", "T=8192", "bare product", 100),
-    ]
-    assert verdict_of(rows, "bare product").met is met
-
-
-@pytest.mark.parametrize(("mixed", "met"), [(104, True), (106, False)])
-def test_mixed_counts_are_held_against_the_uniform_batch(mixed, met):
-    rows = [
-        row("pool_norm", "40 images, mixed", "tokenflex", mixed),
-        row("pool_norm", "40 images, uniform", "tokenflex", 100),
-        row("pool_norm", "40 images, mixed", "PyTorch eager", 200),
-        row("pool_norm", "40 images, uniform", "PyTorch eager", 1),
-    ]
-    assert verdict_of(rows, "pool_norm, mixed counts: <= 1.05x").met is met
-    assert verdict_of(rows, "pool_norm, mixed counts: >= 1.5x").met is True
-
-
-def test_a_reference_and_a_cpu_meet_no_target_of_the_gpu():
-    pair = [("tokenflex", 10), ("PyTorch eager", 100)]
-    case = "8 images, n=16"
-    on_cpu = [row("project_tokens", case, *one, device="cpu") for one in pair]
-    reference = [row("project_tokens", case, *one, backend="reference") for one in pair]
-    failed = [row("project_tokens", case, *one) for one in pair]
-    failed[0]["status"] = "failed: RuntimeError: no"
-    for rows in (on_cpu, reference, failed, []):
-        assert {str(verdict) for verdict in verdicts(rows)} == {NOT_MEASURED}
-
-
-def test_the_cpu_has_a_target_of_its_own():
-    case = "16x(220 text + 64/144/256 vision) D=2048"
-    rows = [
-        row("pack_embeddings", case, "tokenflex", 10, device="cpu", backend="cpp"),
-        row("pack_embeddings", case, "embedding + masked_scatter", 15, device="cpu"),
-    ]
-    assert verdict_of(rows, "pack on the CPU").met is False
-    assert str(verdict_of(rows, "pack, T >= 2048: >= 5x")) == NOT_MEASURED
-
-
-def test_host_cost_is_that_of_the_dearest_op():
-    rows = [
-        row("host_cost", "no grad", "swiglu", 9, backend="triton"),
-        row("host_cost", "no grad", "merge_vision", 16, backend="cuda"),
-        row("host_cost", "grad", "swiglu", 90, backend="triton"),
-    ]
-    verdict = verdict_of(rows, "host cost")
-    assert (verdict.value, verdict.met) == (16, False)
-    assert "merge_vision, 2 ops" in str(verdict)
-
-
-def test_saved_memory_and_bandwidth_and_error():
-    case, both = "8 images, n=16", {"mode": "forward+backward"}
-    rows = [
-        row("project_tokens", case, "tokenflex", 10, **both, saved_bytes=50, error=0.002),
-        row("project_tokens", case, "tokenflex, save=input", 10, **both, saved_bytes=20),
-        row("project_tokens", case, "PyTorch eager", 20, **both, saved_bytes=100, error=0.001),
-        row("pool_norm", "128 images, n=16", "tokenflex", 10, share_of_copy=0.9),
-    ]
-    assert verdict_of(rows, "preactivation").value == pytest.approx(0.5)
-    assert verdict_of(rows, "backward, input").met is False
-    assert verdict_of(rows, "error against float64").value == pytest.approx(2)
-    assert verdict_of(rows, "pool+LN forward").met is True
-
+from benchmarks.report import print_report, token_savings
+from benchmarks.targets import verdicts
+from tests.benchmarks.rows import row
 
 STEPS = [
     row("end_to_end", "fixed 256", "packed", 100, tokens=1000, mode="forward+backward"),
@@ -158,7 +50,7 @@ def everything():
 
 
 def test_every_picture_is_drawn_from_the_csv_alone(tmp_path):
-    path = tmp_path / "new" / "some-gpu.csv"
+    path = tmp_path / "some-gpu.csv"
     rows = everything()
     write_csv(path, rows, {})
     pictures = plots.draw(read_csv(path), path)
@@ -172,6 +64,13 @@ def test_every_picture_is_drawn_from_the_csv_alone(tmp_path):
 def test_nothing_measured_is_nothing_drawn(tmp_path):
     failed = [one | {"status": "failed: RuntimeError: no"} for one in everything()]
     assert plots.draw(failed, tmp_path / "x.csv") == []
+
+
+def test_pictures_of_an_earlier_run_do_not_stay_beside_new_rows(tmp_path):
+    for name in ("x-memory.png", "x-quick-memory.png"):
+        (tmp_path / name).write_bytes(b"old")
+    plots.draw(STEPS, tmp_path / "x.csv")  # nothing of memory among them
+    assert {path.name for path in tmp_path.iterdir()} == {"x-end-to-end.png", "x-quick-memory.png"}
 
 
 def test_the_table_ends_with_the_verdicts(capsys):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from contextlib import nullcontext
 
 import pytest
 import torch
 
 from benchmarks import harness, timing
-from benchmarks.harness import Variant
+from benchmarks.harness import Variant, Work
 from benchmarks.timing import (
     GraphClock,
     HostClock,
@@ -17,6 +19,7 @@ from benchmarks.timing import (
     percentiles,
     sample_in_turn,
     saved_bytes,
+    synchronisations,
 )
 from tests.benchmarks.small import product, rows_of, square_case
 
@@ -24,6 +27,8 @@ from tests.benchmarks.small import product, rows_of, square_case
 def test_percentiles_are_values_that_were_measured():
     assert percentiles(list(range(10, -1, -1))) == {20: 2, 50: 5, 80: 8}
     assert percentiles([7.0]) == {20: 7.0, 50: 7.0, 80: 7.0}
+    assert percentiles([1, 2, 3]) == {20: 1, 50: 2, 80: 3}
+    assert percentiles([1, 2, 3, 4]) == {20: 2, 50: 3, 80: 3}
 
 
 def test_a_clock_works_through_its_sets_in_turn():
@@ -142,7 +147,8 @@ def test_graph_clock(monkeypatch, outcome):
     clock.sample()
     assert clock.samples == [pytest.approx(1500 / clock.inner)]
     assert clock.timing == ("graph" if outcome == "graph" else "eager")
-    assert fake.replays == (1 if outcome == "graph" else 0)
+    # Once right after the capture, which computes nothing, and once for the sample.
+    assert fake.replays == (2 if outcome == "graph" else 0)
     assert fake.current == "default"
     assert clock.wall_us(4) > 0
 
@@ -160,6 +166,43 @@ def test_a_case_goes_through_graphs(monkeypatch, waits):
     assert all(row["eager_us"] > 0 for row in rows)
     eager = [(row["variant"], row["mode"]) for row in rows if row["timing"] == "eager"]
     assert eager == [("first", mode) for mode in waits]
+
+
+def test_wall_clock_is_microseconds_a_call(monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now) / 1e3)  # 1 ms a look
+    clock = HostClock(lambda: [lambda: None])
+    assert clock.wall_us(4) == pytest.approx(250)
+    assert clock.inner == math.ceil(timing.SAMPLE_SECONDS / 1e-3)
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(1e-3, 50), (5e-3, 20), (1.0, 3)])
+def test_the_wall_clock_of_a_call_on_a_gpu_is_over_a_tenth_of_a_second(monkeypatch, seconds, calls):
+    Fake().install(monkeypatch)
+    clock = GraphClock(lambda: [lambda: None])
+    clock.sample()
+    clock.seconds = seconds
+    monkeypatch.setattr(clock, "wall_us", lambda number: float(number))
+    row = harness.times(clock, 6, Work(bytes=3000, flops=5))
+    assert row["eager_us"] == calls
+    assert row["gb_per_s"] == pytest.approx(3 / row["p50_us"], abs=1e-3)
+
+
+def test_waiting_for_the_device_is_counted(monkeypatch):
+    modes = ["default"]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def call():
+        assert modes[-1] == "warn"
+        for _ in range(2):  # at one line: as a filter would have it, one warning
+            warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
+        warnings.warn("something else", UserWarning, stacklevel=1)
+
+    assert synchronisations(call, "cuda") == 2
+    assert modes[-1] == 0
+    assert synchronisations(call, "cpu") is None
 
 
 def test_saved_bytes_count_each_storage_once_and_no_input():

@@ -1,0 +1,33 @@
+"""Rows as a CSV has them."""
+
+from __future__ import annotations
+
+from benchmarks.harness import COLUMNS
+
+
+def row(op, case, variant, p50, *, mode="forward", device="cuda", **values):
+    fields = dict.fromkeys(COLUMNS, "") | {
+        "op": op,
+        "case": case,
+        "mode": mode,
+        "variant": variant,
+        "status": "ok",
+        "p50_us": str(p50),
+        "device": device,
+        "tokens": "8192",
+        "timing": "graph" if device == "cuda" else "host",
+        "tokens_per_s": "1000",
+        "backend": "triton" if variant.startswith("tokenflex") else "",
+        "gpu": "Some GPU" if device == "cuda" else "",
+        "cpu": "Some CPU",
+        "threads": "2",
+        "load": "0.1",
+        "torch": "2.11",
+        "commit": "abc",
+    }
+    return fields | {name: str(value) for name, value in values.items()}
+
+
+def not_run(op, case, mode, **values):
+    """What is left of a case when time has run out."""
+    return row(op, case, "", "", mode=mode, status="not run: no time left", backend="", **values)
