@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -155,7 +156,7 @@ def _generate(options: argparse.Namespace) -> int:
     model, processor = load_checkpoint(options.model)
     model.to(_device())
     conversation = Conversation((Turn("user", options.prompt),))
-    encoder = ConversationEncoder(processor.tokenizer, processor.image_token)
+    encoder = ConversationEncoder(processor.tokenizer, processor.image_prompt)
     prompt = encoder.prompt(conversation, len(images))
     counts = options.tokens or [processor.num_image_tokens]
     check_length(model.config, max(map(_rows, counts)) * len(images))
@@ -212,7 +213,8 @@ def _device() -> str:
 
 
 def _quiet_libraries() -> None:
-    """Keep other libraries' bars and notices out of ours."""
+    """Keep other libraries' bars and notices out of ours, and our warnings to one line each."""
+    warnings.formatwarning = lambda message, *_, **__: f"tokenflex: {message}\n"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 

@@ -81,18 +81,19 @@ def test_pictures_matter_and_so_does_their_order():
 def test_class_token_of_an_encoder_is_no_patch():
     model, pixel_values = tiny_model(vision="clip"), pixels(2)
     with torch.no_grad():
-        features = model.model.encode_images(pixel_values)
+        images = model.encode_images(pixel_values)
         everything = model.model.vision_model(pixel_values=pixel_values).last_hidden_state
     assert everything.shape[1] == (PIXELS // PATCH) ** 2 + 1
-    assert torch.equal(features, everything[:, 1:])
+    assert images.grids == ((PIXELS // PATCH,) * 2,) * 2
+    assert torch.equal(images.features, everything[:, 1:].flatten(0, 1))
 
 
 @pytest.mark.parametrize("grid", [(2, 3), (1, 5), (4, 1)])
 def test_a_grid_of_unequal_sides_is_pooled_to_that_grid(grid):
     model, (height, width) = tiny_model(), grid
     with torch.no_grad():
-        features = model.model.encode_images(pixels(1, seed=1))
-        expected = model.model.projector(features, grid)[0]
+        encoded = model.encode_images(pixels(1, seed=1))
+        expected = model.model.projector(encoded.features[None], grid)[0]
         images = model.get_image_features(pixels(1, seed=1), grid)
         logits = model(**one_image(grid, height * width)).logits
         listed = model(**one_image([grid], height * width)).logits
