@@ -33,6 +33,9 @@ _NEEDED_BY = {
     "accelerate": ["training", "test_cli.py"],
     "pydantic": ["training", "test_cli.py"],
     "matplotlib": ["training", "test_cli.py"],
+    "datasets": ["models/test_ecosystem.py"],
+    "peft": ["models/test_ecosystem.py"],
+    "trl": ["models/test_ecosystem.py"],
 }
 _MISSING = [package for package in _NEEDED_BY if find_spec(package) is None]
 

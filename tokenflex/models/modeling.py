@@ -329,6 +329,8 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' ``generate``, whose further arguments are those of :meth:`forward`.
 
+        It never answers with the image placeholder, unless ``suppress_tokens`` says otherwise.
+
         Example:
             >>> inputs = processor(images=picture, text=question)
             >>> images = model.encode_images(inputs["pixel_values"])
@@ -337,6 +339,9 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
             ...     inputs.pop("pixel_values")
             ...     model.generate(**inputs, encoded_images=images)
         """
+        generation_config = kwargs.get("generation_config") or self.generation_config
+        if generation_config.suppress_tokens is None:
+            kwargs.setdefault("suppress_tokens", [self.config.image_token_id])
         encoded_images = kwargs.pop("encoded_images", None)
         outputs = kwargs.get("mm_encoder_outputs")
         if encoded_images is not None:
