@@ -1,4 +1,4 @@
-"""The command line: ``tokenflex info | train | evaluate | generate | plot``.
+"""The command line: ``tokenflex info | train | evaluate | generate | convert | plot``.
 
 Every command's imports are its own, so that ``tokenflex info`` works with the core alone.
 """
@@ -184,6 +184,15 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(options: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from tokenflex.models.conversion import convert
+
+    layout = convert(options.source, options.target, system_message=options.system_message)
+    print(f"{options.target} holds the checkpoint in the layout of {layout}")
+    return 0
+
+
 def _plot(options: argparse.Namespace) -> int:
     from tokenflex.plots import plot_accuracy
 
@@ -321,6 +330,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", required=True, help="what to ask")
     generate.add_argument("--tokens", type=_counts, help="counts per image, for example 64,144,256")
     generate.add_argument("--max-new-tokens", type=_positive, default=64, help="longest answer")
+
+    convert = command(
+        "convert",
+        _convert,
+        "write a released Ristretto checkpoint as a TokenFLEX one, or the reverse",
+        "tokenflex convert models/Ristretto-3B models/ristretto-tokenflex",
+    )
+    convert.add_argument("source", type=Path, help="checkpoint folder; its config says the layout")
+    convert.add_argument("target", type=Path, help="folder to write, which must not exist")
+    convert.add_argument("--system-message", help="what conversations begin with, from Ristretto")
 
     plot = command("plot", _plot, "draw a run's report again", "tokenflex plot runs/demo")
     plot.add_argument("run_folder", type=Path, metavar="RUN", help="folder with a report.json")

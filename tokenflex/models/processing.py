@@ -356,10 +356,14 @@ class TokenFlexProcessor(ProcessorMixin):
         return int(PILImageResampling.BICUBIC if resample is None else resample)
 
     def _expand(self, prompt: str, repeats: Iterator[int]) -> str:
-        start, token, end = map(re.escape, (self.image_start, self.image_token, self.image_end))
-        mark = re.compile(f"(?:{start})?{token}(?:{end})?")
-        return mark.sub(
-            lambda _: self.image_start + self.image_token * next(repeats) + self.image_end, prompt
+        # A prompt may hold the marks already, and leave out the space that ends them.
+        end = self.image_end.rstrip()
+        parts = (self.image_start, self.image_token, end, self.image_end[len(end) :])
+        mark = "(?:{})?{}(?:{})?(?:{})?".format(*map(re.escape, parts))
+        return re.sub(
+            mark,
+            lambda _: self.image_start + self.image_token * next(repeats) + self.image_end,
+            prompt,
         )
 
     def _check_nothing_cut(
