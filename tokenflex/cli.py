@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -145,8 +144,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     _quiet_libraries()
-    import torch
-
+    from tokenflex.answers import answer_at_counts
     from tokenflex.data.encoding import ConversationEncoder
     from tokenflex.data.messages import open_image
     from tokenflex.data.samples import Conversation, Turn
@@ -159,28 +157,25 @@ def _generate(options: argparse.Namespace) -> int:
     encoder = ConversationEncoder(processor.tokenizer, processor.image_prompt)
     prompt = encoder.prompt(conversation, len(images))
     counts = options.tokens or [processor.num_image_tokens]
-    check_length(model.config, max(map(_rows, counts)) * len(images))
-    print(f"{'tokens':>7}  {'seconds':>7}  answer")
     for count in counts:
-        # As in training: the chat template writes whatever special tokens there are.
-        inputs = processor(
-            images=images or None, text=prompt, num_image_tokens=count, add_special_tokens=False
+        tokens = processor.image_tokens(images, count, max_tiles=options.max_tiles)
+        check_length(model.config, sum(tokens))
+    answers = answer_at_counts(
+        model,
+        processor,
+        images,
+        prompt,
+        counts,
+        max_new_tokens=options.max_new_tokens,
+        max_tiles=options.max_tiles,
+    )
+    print(f"{'tokens':>7}  {'first_s':>7}  {'total_s':>7}  answer")
+    for answer in answers:
+        print(
+            f"{answer.vision_tokens:>7}  {answer.first_token_seconds:>7.3f}  "
+            f"{answer.seconds:>7.3f}  {answer.text}",
+            flush=True,
         )
-        started = time.perf_counter()
-        with torch.no_grad():
-            output = model.generate(
-                **inputs.to(model.device),
-                max_new_tokens=options.max_new_tokens,
-                do_sample=False,
-                eos_token_id=processor.tokenizer.eos_token_id,
-                pad_token_id=processor.tokenizer.pad_token_id,
-            )
-        seconds = time.perf_counter() - started
-        answer = processor.tokenizer.decode(
-            output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        vision_tokens = sum(_rows(tokens) for tokens in inputs.get("num_image_tokens", []))
-        print(f"{vision_tokens:>7}  {seconds:>7.3f}  {answer.strip()}")
     return 0
 
 
@@ -209,10 +204,6 @@ def _plot(options: argparse.Namespace) -> int:
 
 
 # ---------------------------------------------------------------------- helpers
-
-
-def _rows(count: int | tuple[int, int]) -> int:
-    return count if isinstance(count, int) else count[0] * count[1]
 
 
 def _device() -> str:
@@ -321,7 +312,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = command(
         "generate",
         _generate,
-        "answer a prompt about images, once per count",
+        "answer a prompt about images, once per count, with seconds to the first token and in all",
         "tokenflex generate --model runs/demo/checkpoint --image examples/digits.png "
         "--prompt 'read r1c1' --tokens 4,9,16",
     )
@@ -329,6 +320,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--image", type=Path, action="append", default=[], help="may be repeated")
     generate.add_argument("--prompt", required=True, help="what to ask")
     generate.add_argument("--tokens", type=_counts, help="counts per image, for example 64,144,256")
+    generate.add_argument("--max-tiles", type=_positive, help="cut images into at most so many")
     generate.add_argument("--max-new-tokens", type=_positive, default=64, help="longest answer")
 
     convert = command(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.processing import TokenFlexProcessor
+from tokenflex.models.ristretto import MODEL_TYPE as RISTRETTO
+from tokenflex.models.ristretto import load_ristretto
 from tokenflex.models.weights import read_json, weight_files
 
 
@@ -15,6 +18,8 @@ def load_checkpoint(
 ) -> tuple[TokenFlexForConditionalGeneration, TokenFlexProcessor]:
     """The model, in evaluation mode, and the processor saved in ``path``.
 
+    A released Ristretto checkpoint is read as :func:`tokenflex.load_ristretto` does.
+
     Raises:
         FileNotFoundError: the folder or one of its files is not there.
         ValueError: a file is cut off, or the weights do not fit the config.
@@ -22,6 +27,8 @@ def load_checkpoint(
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
+    if _model_type(folder / "config.json") == RISTRETTO:
+        return load_ristretto(folder)
     config = read_config(folder / "config.json")
     for file in sorted(folder.glob("*.json")):
         read_json(file)  # a broken optional file would be passed over in silence
@@ -62,6 +69,11 @@ def check_length(config: TokenFlexConfig, vision_tokens: int) -> None:
         )
 
 
+def _model_type(path: Path) -> Any:
+    values = read_json(path)
+    return values.get("model_type") if isinstance(values, dict) else None
+
+
 def read_config(path: Path) -> TokenFlexConfig:
     """A TokenFLEX config.json.
 
@@ -69,8 +81,8 @@ def read_config(path: Path) -> TokenFlexConfig:
         FileNotFoundError: it is not there.
         ValueError: it is another model's, or not valid.
     """
+    model_type = _model_type(path)
     values = read_json(path)
-    model_type = values.get("model_type") if isinstance(values, dict) else None
     if model_type != TokenFlexConfig.model_type:
         raise ValueError(
             f"checkpoint file {path} must have model_type 'tokenflex', got {model_type!r}"
