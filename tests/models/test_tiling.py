@@ -12,6 +12,9 @@ from transformers import CLIPImageProcessorPil, Siglip2ImageProcessorPil
 
 from tests.models.tiny import IMAGE, PIXELS, picture, tiny_model
 from tokenflex import TokenFlexProcessor
+from tokenflex.counts import TokenCounts
+from tokenflex.data.packing import DrawnSample, PackingCollator
+from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.digits.processor import digits_processor
 from tokenflex.models.tiling import best_tile_grid, cut_tiles
 
@@ -200,6 +203,31 @@ def test_tiled_batch_gives_what_each_prompt_gives_alone():
         ):
             alone = model(**processor(images=shown, text=text, num_image_tokens=n)).logits[0]
             assert float((row[-len(alone) :] - alone).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("thumbnail", [True, False])
+def test_tiles_train_packed(thumbnail):
+    """What training sees of tiled images is what the processor gives for the same prompts."""
+    model, processor = tiny_model(), tiling_processor(4, use_thumbnail=thumbnail)
+    turns = (Turn("user", "odd <image> <image>"), Turn("assistant", "7"))
+    samples = [
+        Sample("a", (picture(1, (32, 64)), picture(2)), (Conversation(turns), Conversation(turns))),
+        Sample("b", (picture(3, (64, 64)), picture(4)), (Conversation(turns),)),
+    ]
+    collate = PackingCollator(processor, TokenCounts((4, 9), (1.0, 1.0)))
+    batch = collate([DrawnSample(i, 0, sample) for i, sample in enumerate(samples)])
+    with torch.no_grad():
+        packed = model(**batch.model_inputs()).logits[0]
+        answers = [(sample, i) for i, sample in enumerate(samples) for _ in sample.conversations]
+        for row, (sample, i) in enumerate(answers):
+            inputs = processor(
+                images=list(sample.images),
+                text="odd <image> <image>",
+                num_image_tokens=collate.counts.draw(i, 0),
+            )
+            alone = model(**inputs).logits[0, -1]
+            first_of_answer = packed[2 * row]  # an answer is a word and <eos>
+            assert float((first_of_answer - alone).abs().max()) < 1e-5
 
 
 # ---- what is refused

@@ -123,11 +123,9 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         counts = self.projector.num_tokens if num_image_tokens is None else num_image_tokens
         out_grids = token_grids(counts, len(encoded_images), name="num_image_tokens")
         self._warn_of_unknown(out_grids)
-        if len(encoded_images):
-            in_grids = list(encoded_images.grids)
-            tokens = self.projector(encoded_images.features, out_grids, grids=in_grids)
-        else:
-            tokens = encoded_images.features.new_zeros(0, self.projector.text_width)
+        # Without images too: in distributed training every rank must run the same modules.
+        in_grids = list(encoded_images.grids)
+        tokens = self.projector(encoded_images.features, out_grids, grids=in_grids)
         return BaseModelOutputWithPooling(
             last_hidden_state=encoded_images.features,
             pooler_output=list(tokens.split([height * width for height, width in out_grids])),

@@ -49,6 +49,8 @@ def build_processor(config: ModelConfig) -> TokenFlexProcessor:
         tokenizer,
         num_image_tokens=config.num_image_tokens,
         image_token=config.image_token,
+        max_tiles=config.max_tiles,
+        use_thumbnail=config.use_thumbnail,
     )
 
 
