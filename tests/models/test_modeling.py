@@ -142,6 +142,19 @@ def test_wrong_total_names_both_numbers(count):
         tiny_model()(**one_image(count, 9))
 
 
+def test_an_image_that_no_row_holds_is_named():
+    inputs = prompt([5, IMAGE, 6], [4]).inputs()
+    with pytest.raises(ValueError, match=r"no row of input_ids holds image 1 of 9 vision tokens"):
+        tiny_model()(**{**inputs, "pixel_values": pixels(2), "num_image_tokens": [4, 9]})
+
+
+def test_placeholders_after_the_last_image_are_named():
+    inputs = padded_batch([prompt([5, IMAGE, 6], [4], 1), prompt([5, IMAGE, 6], [9], 2)])
+    one = {"pixel_values": inputs["pixel_values"][:1], "num_image_tokens": [4]}
+    with pytest.raises(ValueError, match=r"row 1 of input_ids holds 9 placeholders after the last"):
+        tiny_model()(**{**inputs, **one})
+
+
 def test_placeholders_of_a_row_are_counted_apart():
     batch = [prompt([5, IMAGE, 6], [4], 1), prompt([5, IMAGE, 6], [9], 2)]
     inputs = {**padded_batch(batch), "num_image_tokens": [9, 9]}
