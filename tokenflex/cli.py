@@ -213,8 +213,8 @@ def _device() -> str:
 
 
 def _quiet_libraries() -> None:
-    """Keep other libraries' bars and notices out of ours, and our warnings to one line each."""
-    warnings.formatwarning = lambda message, *_, **__: f"tokenflex: {message}\n"
+    """Keep other libraries' bars and notices out of ours, and warnings to one line each."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 
