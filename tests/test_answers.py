@@ -55,7 +55,6 @@ def test_each_answers_time_is_that_of_its_own_call_with_the_encoding(monkeypatch
     ):
         assert answer.first_token_seconds >= 0.25
         assert answer.seconds >= answer.first_token_seconds + 0.15
-        assert answer.seconds < 1.5  # the encoder's 0.15 once, not more
 
 
 def test_tiles_are_encoded_once_too():

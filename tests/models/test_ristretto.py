@@ -359,6 +359,15 @@ def test_convert_and_back_gives_every_tensor_and_value(tmp_path, release, loaded
     check_same_answers(loaded, load_ristretto(tmp_path / "theirs"))
 
 
+def test_system_message_is_kept_by_a_conversion_and_for_the_released_layout_only(tmp_path, release):
+    convert(release, tmp_path / "ours", system_message="Meow.")
+    _, processor = load_checkpoint(tmp_path / "ours")
+    prompt = processor.apply_chat_template([{"role": "user", "content": "it ?"}])
+    assert prompt.startswith("<|im_start|>system\nMeow.<|im_end|>\n<|im_start|>user\nit ?")
+    with pytest.raises(ValueError, match="system_message"):
+        convert(tmp_path / "ours", tmp_path / "theirs", system_message="Meow.")
+
+
 def test_our_own_model_is_written_as_a_release_and_comes_back(tmp_path, loaded):
     model, processor = loaded
     config = model.config.__class__.from_dict(model.config.to_dict())

@@ -69,6 +69,10 @@ def convert(source: str | Path, target: str | Path, *, system_message: str | Non
             f"checkpoint file {source / 'config.json'} must have model_type 'ristretto' or "
             f"'tokenflex', got {model_type!r}"
         )
+    if system_message is not None and model_type != MODEL_TYPE:
+        raise ValueError(
+            "system_message is for a source in the released layout, got one for a TokenFLEX source"
+        )
     layout, write = writers[model_type]
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
