@@ -18,7 +18,17 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-_OF_THE_MODEL = ["models", "data", "digits", "training", "test_cli.py", "test_evaluation.py"]
+_OF_THE_MODEL = [
+    "models",
+    "data",
+    "digits",
+    "training",
+    "test_cli.py",
+    "test_evaluation.py",
+    "test_answers.py",
+    "test_docs.py",
+    "benchmarks/test_first_token.py",
+]
 _NEEDED_BY = {
     "hypothesis": [
         "kernels/test_bin_packing.py",
@@ -32,7 +42,10 @@ _NEEDED_BY = {
     "sklearn": ["digits", "training", "test_cli.py"],
     "accelerate": ["training", "test_cli.py"],
     "pydantic": ["training", "test_cli.py"],
-    "matplotlib": ["training", "test_cli.py"],
+    "matplotlib": ["training", "test_cli.py", "benchmarks/test_first_token.py"],
+    "datasets": ["models/test_ecosystem.py"],
+    "peft": ["models/test_ecosystem.py"],
+    "trl": ["models/test_ecosystem.py"],
 }
 _MISSING = [package for package in _NEEDED_BY if find_spec(package) is None]
 

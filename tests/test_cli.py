@@ -27,7 +27,7 @@ from tokenflex.evaluation import evaluate
 from tokenflex.training.checkpoint import STATE_KEYS, save_model
 from tokenflex_kernels import info
 
-COMMANDS = ("info", "train", "evaluate", "generate", "plot")
+COMMANDS = ("info", "train", "evaluate", "generate", "convert", "plot")
 BAR = re.compile(r"\d+%\||\| \d+/\d+ \[")
 
 
@@ -115,11 +115,11 @@ def test_info_as_text_names_versions_device_and_ops(command):
 def answers(out: str) -> dict[int, str]:
     """Vision tokens -> answer, from the table."""
     header, *rows = out.splitlines()
-    assert header.split() == ["tokens", "seconds", "answer"]
+    assert header.split() == ["tokens", "first_s", "total_s", "answer"]
     table = {}
     for row in rows:
-        tokens, seconds, *answer = row.split(maxsplit=2)
-        assert float(seconds) >= 0
+        tokens, first, total, *answer = row.split(maxsplit=3)
+        assert 0 < float(first) <= float(total)
         table[int(tokens)] = answer[0] if answer else ""
     return table
 
@@ -158,6 +158,24 @@ def test_generate_uses_the_checkpoints_count_and_counts_all_images(command, chec
     assert list(answers(command(*base)[1])) == [0]
 
 
+def test_generate_cuts_images_as_it_is_told(command, checkpoint, tmp_path):
+    picture(1, (64, 96)).save(tmp_path / "wide.png")
+    base = ("generate", "--model", checkpoint, "--image", tmp_path / "wide.png", "--prompt", "odd")
+    options = ("--tokens", "1,4", "--max-new-tokens", 1)
+    assert list(answers(command(*base, *options)[1])) == [1, 4]
+    assert list(answers(command(*base, *options, "--max-tiles", 6)[1])) == [6, 24]
+    code, _, (error,) = command(*base, "--tokens", 64, "--max-tiles", 6)
+    assert (code, "256 positions, got 384" in error) == (2, True)
+
+
+def test_generate_warns_of_untrained_counts_in_a_line(command, tmp_path, image):
+    save_model(tmp_path / "c", tiny_model(trained_num_image_tokens=[4, 9]), digits_processor(9))
+    base = ("generate", "--model", tmp_path / "c", "--image", image, "--prompt", "odd")
+    assert command(*base, "--tokens", "4,9")[2] == []
+    with pytest.warns(UserWarning, match="asks for 16"):
+        command(*base, "--tokens", "4,16")
+
+
 def test_generate_asks_with_the_tokens_that_training_saw(command, tmp_path, image, monkeypatch):
     """A template that writes <bos> and a tokenizer that adds one: still one."""
     base = digits_processor()
@@ -181,7 +199,7 @@ def test_generate_asks_with_the_tokens_that_training_saw(command, tmp_path, imag
         "generate", "--model", tmp_path / "checkpoint", "--image", image, "--prompt", "odd"
     )
     assert (code, errors) == (0, [])
-    assert tokenizer.convert_ids_to_tokens(asked[0]) == ["<bos>", "<image>", "odd"]
+    assert tokenizer.convert_ids_to_tokens(asked[-1]) == ["<bos>", "<image>", "odd"]
 
 
 # ---- evaluate and plot

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tokenflex.models.configuration import TokenFlexConfig
     from tokenflex.models.modeling import TokenFlexForConditionalGeneration
     from tokenflex.models.processing import TokenFlexProcessor
+    from tokenflex.models.ristretto import load_ristretto
     from tokenflex.projector import TokenAdaptiveProjector
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ _LAZY = {
     "TokenFlexConfig": ("tokenflex.models.configuration", "hf"),
     "TokenFlexForConditionalGeneration": ("tokenflex.models.modeling", "hf"),
     "TokenFlexProcessor": ("tokenflex.models.processing", "hf"),
+    "load_ristretto": ("tokenflex.models.ristretto", "hf"),
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "TokenFlexConfig",
     "TokenFlexForConditionalGeneration",
     "TokenFlexProcessor",
+    "load_ristretto",
 ]
 
 

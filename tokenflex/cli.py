@@ -1,4 +1,4 @@
-"""The command line: ``tokenflex info | train | evaluate | generate | plot``.
+"""The command line: ``tokenflex info | train | evaluate | generate | convert | plot``.
 
 Every command's imports are its own, so that ``tokenflex info`` works with the core alone.
 """
@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -144,8 +144,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     _quiet_libraries()
-    import torch
-
+    from tokenflex.answers import answer_at_counts
     from tokenflex.data.encoding import ConversationEncoder
     from tokenflex.data.messages import open_image
     from tokenflex.data.samples import Conversation, Turn
@@ -155,31 +154,37 @@ def _generate(options: argparse.Namespace) -> int:
     model, processor = load_checkpoint(options.model)
     model.to(_device())
     conversation = Conversation((Turn("user", options.prompt),))
-    encoder = ConversationEncoder(processor.tokenizer, processor.image_token)
+    encoder = ConversationEncoder(processor.tokenizer, processor.image_prompt)
     prompt = encoder.prompt(conversation, len(images))
     counts = options.tokens or [processor.num_image_tokens]
-    check_length(model.config, max(map(_rows, counts)) * len(images))
-    print(f"{'tokens':>7}  {'seconds':>7}  answer")
     for count in counts:
-        # As in training: the chat template writes whatever special tokens there are.
-        inputs = processor(
-            images=images or None, text=prompt, num_image_tokens=count, add_special_tokens=False
+        tokens = processor.image_tokens(images, count, max_tiles=options.max_tiles)
+        check_length(model.config, sum(tokens))
+    answers = answer_at_counts(
+        model,
+        processor,
+        images,
+        prompt,
+        counts,
+        max_new_tokens=options.max_new_tokens,
+        max_tiles=options.max_tiles,
+    )
+    print(f"{'tokens':>7}  {'first_s':>7}  {'total_s':>7}  answer")
+    for answer in answers:
+        print(
+            f"{answer.vision_tokens:>7}  {answer.first_token_seconds:>7.3f}  "
+            f"{answer.seconds:>7.3f}  {answer.text}",
+            flush=True,
         )
-        started = time.perf_counter()
-        with torch.no_grad():
-            output = model.generate(
-                **inputs.to(model.device),
-                max_new_tokens=options.max_new_tokens,
-                do_sample=False,
-                eos_token_id=processor.tokenizer.eos_token_id,
-                pad_token_id=processor.tokenizer.pad_token_id,
-            )
-        seconds = time.perf_counter() - started
-        answer = processor.tokenizer.decode(
-            output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        vision_tokens = sum(_rows(tokens) for tokens in inputs.get("num_image_tokens", []))
-        print(f"{vision_tokens:>7}  {seconds:>7.3f}  {answer.strip()}")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from tokenflex.models.conversion import convert
+
+    layout = convert(options.source, options.target, system_message=options.system_message)
+    print(f"{options.target} holds the checkpoint in the layout of {layout}")
     return 0
 
 
@@ -201,10 +206,6 @@ def _plot(options: argparse.Namespace) -> int:
 # ---------------------------------------------------------------------- helpers
 
 
-def _rows(count: int | tuple[int, int]) -> int:
-    return count if isinstance(count, int) else count[0] * count[1]
-
-
 def _device() -> str:
     import torch
 
@@ -212,7 +213,8 @@ def _device() -> str:
 
 
 def _quiet_libraries() -> None:
-    """Keep other libraries' bars and notices out of ours."""
+    """Keep other libraries' bars and notices out of ours, and warnings to one line each."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 
@@ -310,7 +312,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = command(
         "generate",
         _generate,
-        "answer a prompt about images, once per count",
+        "answer a prompt about images, once per count, with seconds to the first token and in all",
         "tokenflex generate --model runs/demo/checkpoint --image examples/digits.png "
         "--prompt 'read r1c1' --tokens 4,9,16",
     )
@@ -318,7 +320,18 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--image", type=Path, action="append", default=[], help="may be repeated")
     generate.add_argument("--prompt", required=True, help="what to ask")
     generate.add_argument("--tokens", type=_counts, help="counts per image, for example 64,144,256")
+    generate.add_argument("--max-tiles", type=_positive, help="cut images into at most so many")
     generate.add_argument("--max-new-tokens", type=_positive, default=64, help="longest answer")
+
+    convert = command(
+        "convert",
+        _convert,
+        "write a released Ristretto checkpoint as a TokenFLEX one, or the reverse",
+        "tokenflex convert models/Ristretto-3B models/ristretto-tokenflex",
+    )
+    convert.add_argument("source", type=Path, help="checkpoint folder; its config says the layout")
+    convert.add_argument("target", type=Path, help="folder to write, which must not exist")
+    convert.add_argument("--system-message", help="what conversations begin with, from Ristretto")
 
     plot = command("plot", _plot, "draw a run's report again", "tokenflex plot runs/demo")
     plot.add_argument("run_folder", type=Path, metavar="RUN", help="folder with a report.json")

@@ -81,18 +81,19 @@ def test_pictures_matter_and_so_does_their_order():
 def test_class_token_of_an_encoder_is_no_patch():
     model, pixel_values = tiny_model(vision="clip"), pixels(2)
     with torch.no_grad():
-        features = model.model.encode_images(pixel_values)
+        images = model.encode_images(pixel_values)
         everything = model.model.vision_model(pixel_values=pixel_values).last_hidden_state
     assert everything.shape[1] == (PIXELS // PATCH) ** 2 + 1
-    assert torch.equal(features, everything[:, 1:])
+    assert images.grids == ((PIXELS // PATCH,) * 2,) * 2
+    assert torch.equal(images.features, everything[:, 1:].flatten(0, 1))
 
 
 @pytest.mark.parametrize("grid", [(2, 3), (1, 5), (4, 1)])
 def test_a_grid_of_unequal_sides_is_pooled_to_that_grid(grid):
     model, (height, width) = tiny_model(), grid
     with torch.no_grad():
-        features = model.model.encode_images(pixels(1, seed=1))
-        expected = model.model.projector(features, grid)[0]
+        encoded = model.encode_images(pixels(1, seed=1))
+        expected = model.model.projector(encoded.features[None], grid)[0]
         images = model.get_image_features(pixels(1, seed=1), grid)
         logits = model(**one_image(grid, height * width)).logits
         listed = model(**one_image([grid], height * width)).logits
@@ -139,6 +140,19 @@ def test_swapped_counts_inside_one_row_are_seen_where_text_separates_them():
 def test_wrong_total_names_both_numbers(count):
     with pytest.raises(ValueError, match=rf"9 image placeholders .*\[9\].* {count} vision tokens"):
         tiny_model()(**one_image(count, 9))
+
+
+def test_an_image_that_no_row_holds_is_named():
+    inputs = prompt([5, IMAGE, 6], [4]).inputs()
+    with pytest.raises(ValueError, match=r"no row of input_ids holds image 1 of 9 vision tokens"):
+        tiny_model()(**{**inputs, "pixel_values": pixels(2), "num_image_tokens": [4, 9]})
+
+
+def test_placeholders_after_the_last_image_are_named():
+    inputs = padded_batch([prompt([5, IMAGE, 6], [4], 1), prompt([5, IMAGE, 6], [9], 2)])
+    one = {"pixel_values": inputs["pixel_values"][:1], "num_image_tokens": [4]}
+    with pytest.raises(ValueError, match=r"row 1 of input_ids holds 9 placeholders after the last"):
+        tiny_model()(**{**inputs, **one})
 
 
 def test_placeholders_of_a_row_are_counted_apart():

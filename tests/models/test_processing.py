@@ -230,3 +230,83 @@ def test_output_feeds_the_model_and_generate(processor):
         assert model(**batch).logits.shape[:2] == batch["input_ids"].shape
     output = model.generate(**batch, max_new_tokens=3, do_sample=False)
     assert output.shape == (2, batch["input_ids"].shape[1] + 3)
+
+
+# ---- conversations
+
+
+def chat(*parts) -> list[dict]:
+    return [{"role": "user", "content": list(parts)}]
+
+
+def test_images_inside_a_conversation_become_inputs(processor, tmp_path):
+    A.save(tmp_path / "a.png")
+    expected = processor(images=[A, B], text="<image> odd <image>", num_image_tokens=[4, 9])
+    batch = processor.apply_chat_template(
+        chat(
+            {"type": "image", "path": str(tmp_path / "a.png")},
+            {"type": "text", "text": " odd "},
+            {"type": "image", "image": B},
+        ),
+        tokenize=True,
+        return_dict=True,
+        processor_kwargs={"num_image_tokens": [4, 9]},
+    )
+    assert batch["input_ids"].tolist() == expected["input_ids"].tolist()
+    assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+    assert batch["num_image_tokens"] == [4, 9]
+
+
+def test_conversations_of_a_batch(processor):
+    odd = {"type": "text", "text": " odd"}
+    conversations = [chat({"type": "image", "image": A}, odd), chat(odd)]
+    batch = processor.apply_chat_template(
+        conversations, tokenize=True, return_dict=True, processor_kwargs={"num_image_tokens": 4}
+    )
+    assert placeholders(batch) == [4, 0]
+    assert processor.apply_chat_template(conversations)[0].split() == ["<image>", "odd"]
+    # Images may stand beside the conversation, too.
+    beside = processor.apply_chat_template(
+        chat({"type": "image"}, odd),
+        tokenize=True,
+        processor_kwargs={"images": [A], "num_image_tokens": 4},
+    )
+    assert beside.tolist() == batch["input_ids"][:1].tolist()
+
+
+@pytest.mark.parametrize("part", [{"type": "video"}, "words", {}])
+def test_parts_that_are_neither_text_nor_image(processor, part):
+    with pytest.raises(ValueError, match="content must have parts of type text and image"):
+        processor.apply_chat_template(chat(part))
+
+
+def test_assistant_masks_are_refused(processor):
+    with pytest.raises(ValueError, match="return_assistant_tokens_mask"):
+        processor.apply_chat_template(chat(), return_assistant_tokens_mask=True)
+
+
+@pytest.mark.parametrize("text", ["<image> odd", "read <image> majority odd", "<image> majority"])
+def test_marks_around_an_image_are_written_once(processor, text):
+    """With or without them in the prompt: the released model puts its images in <img> .. </img>."""
+    marked = TokenFlexProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        image_start="read ",
+        image_end=" majority",
+    )
+    batch = marked(images=A, text=text, num_image_tokens=2 * 2)
+    words = marked.tokenizer.convert_ids_to_tokens(batch["input_ids"][0])
+    assert words[:6] == ["read", *["<image>"] * 4, "majority"]
+    assert words.count("read") == words.count("majority") == 1
+    assert marked.image_prompt == "read <image> majority"
+
+
+def test_truncation_names_the_row_and_its_images(processor):
+    with pytest.raises(ValueError, match=r"3 of 9 .*row 1, whose images \[1\] have \[9\]"):
+        processor(
+            images=[A, B],
+            text=["<image>", "odd odd <image>"],
+            num_image_tokens=[4, 9],
+            truncation=True,
+            max_length=5,
+        )

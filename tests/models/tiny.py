@@ -7,7 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, LlamaConfig, Qwen2Config, SiglipVisionConfig
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Siglip2VisionConfig,
+    SiglipVisionConfig,
+)
 
 from tokenflex import TokenFlexConfig, TokenFlexForConditionalGeneration
 
@@ -43,7 +49,10 @@ _TEXT = {
 
 
 def vision_config(kind: str = "siglip") -> Any:
-    """ "siglip" has patches only, "clip" a class token before them."""
+    """ "siglip" has patches only, "clip" a class token before them, "siglip2" any shape."""
+    if kind == "siglip2":
+        fields = {key: value for key, value in _VISION.items() if key != "image_size"}
+        return Siglip2VisionConfig(**fields, num_patches=64, vision_use_head=False)
     if kind == "siglip":
         return SiglipVisionConfig(**_VISION, vision_use_head=False)
     return CLIPVisionConfig(**_VISION, projection_dim=WIDTH)

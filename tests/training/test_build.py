@@ -138,4 +138,21 @@ def test_own_data_trains_evaluates_and_generates(
     ask = ["generate", "--model", checkpoint, "--image", str(tmp_path / "0.png")]
     assert main([*ask, "--prompt", "odd", "--tokens", "1,4"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
-    assert [(tokens, answer) for tokens, _, answer in rows] == [("1", "3"), ("4", "3")]
+    assert [(tokens, answer) for tokens, *_, answer in rows] == [("1", "3"), ("4", "3")]
+
+
+def test_tiles_and_trained_counts_reach_processor_and_model(parts: Path) -> None:
+    config = config_of(parts, max_tiles=6, use_thumbnail=True)
+    processor = build_processor(config)
+    assert (processor.max_tiles, processor.use_thumbnail) == (6, True)
+    model = build_model(config, processor, {9, 4})
+    assert model.config.trained_num_image_tokens == [4, 9]
+    assert build_model(config, processor).config.trained_num_image_tokens is None
+
+
+def test_digits_are_not_cut() -> None:
+    part = {"config": {"model_type": "siglip_vision_model"}}
+    with pytest.raises(ValueError, match="max_tiles must be 1 with processor 'digits', got 2"):
+        ModelConfig.model_validate(
+            {"vision": part, "text": part, "processor": "digits", "max_tiles": 2}
+        )

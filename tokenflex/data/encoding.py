@@ -18,19 +18,19 @@ class ConversationEncoder:
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
-        image_token: the tokenizer's placeholder for an image.
+        image_prompt: what stands for an image in a prompt, with one placeholder in it.
 
     Raises:
         ValueError: the tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: Any, image_token: str) -> None:
+    def __init__(self, tokenizer: Any, image_prompt: str) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
                 "tokenizer must have a chat_template to render conversations with, got none"
             )
         self.tokenizer = tokenizer
-        self.image_token = image_token
+        self.image_prompt = image_prompt
         # Questions repeat (the digits task has a few hundred with their answers). A plain dict, so
         # that a collator can travel to worker processes.
         self._cache: dict[tuple[Conversation, int], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -88,7 +88,7 @@ class ConversationEncoder:
 
     def _messages(self, conversation: Conversation, num_images: int) -> list[dict[str, str]]:
         messages = [
-            {"role": turn.role, "content": turn.text.replace(IMAGE_MARK, self.image_token)}
+            {"role": turn.role, "content": turn.text.replace(IMAGE_MARK, self.image_prompt)}
             for turn in conversation.turns
         ]
         marked = any(IMAGE_MARK in turn.text for turn in conversation.turns)
@@ -97,7 +97,7 @@ class ConversationEncoder:
             if not asked:
                 raise ValueError(f"{num_images} images need a user turn to stand in, got none")
             first = asked[0]
-            first["content"] = self.image_token * num_images + first["content"]
+            first["content"] = self.image_prompt * num_images + first["content"]
         return messages
 
     def _render(self, messages: list[dict[str, str]], *, ask: bool) -> str:

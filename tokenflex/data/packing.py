@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tokenflex.counts import TokenCounts
+from tokenflex.counts import Grid, TokenCounts
 from tokenflex.data.encoding import IGNORE, ConversationEncoder
 from tokenflex.data.samples import Sample
 from tokenflex_kernels import PackPlan, plan_packing
@@ -28,8 +28,9 @@ class PackedBatch:
     """One forward pass of training or evaluation.
 
     Attributes:
-        pixel_values: float32 [tiles, 3, height, width].
+        pixel_values: float32 [tiles, 3, height, width], or patches for a NaFlex encoder.
         num_image_tokens: vision tokens of each tile, host ints.
+        grids: (height, width) of each tile in patches, where the encoder needs to be told.
         plan: where every text token and vision token stands in the packed row.
         vision_index: int64 [vision rows]; the projected vision token that stands there.
         target_rows: int64 [targets]; packed rows whose logits predict a target.
@@ -44,6 +45,7 @@ class PackedBatch:
     vision_index: torch.Tensor
     target_rows: torch.Tensor
     targets: torch.Tensor
+    grids: list[Grid] | None = None
     answers: list[tuple[str, int]] = field(default_factory=list)
     sample_ids: list[str] = field(default_factory=list)
 
@@ -61,6 +63,7 @@ class PackedBatch:
         return {
             "pixel_values": self.pixel_values,
             "num_image_tokens": self.num_image_tokens,
+            "grids": self.grids,
             "plan": self.plan,
             "vision_index": self.vision_index,
             "logits_to_keep": self.target_rows,
@@ -78,7 +81,7 @@ class PackingCollator:
     def __init__(self, processor: Any, counts: TokenCounts) -> None:
         self.processor = processor
         self.counts = counts
-        self.encode = ConversationEncoder(processor.tokenizer, processor.image_token)
+        self.encode = ConversationEncoder(processor.tokenizer, processor.image_prompt)
 
     def __call__(self, drawn: Sequence[DrawnSample]) -> PackedBatch:
         """One batch.
@@ -86,8 +89,10 @@ class PackingCollator:
         Raises:
             ValueError: a sample cannot be encoded; the message names it.
         """
-        images: list[Any] = []
-        tile_counts, sequences, labels, kinds = [], [], [], []
+        data, tiles = self._encoder_inputs([image for one in drawn for image in one.sample.images])
+        tiles_left = iter(tiles)
+        tile_counts: list[int] = []
+        sequences, labels, kinds = [], [], []
         placeholder_counts: list[int] = []
         vision_rows: list[torch.Tensor] = []
         vision_tokens = 0
@@ -95,11 +100,11 @@ class PackingCollator:
             sample = item.sample
             count = self.counts.draw(item.index, item.epoch)
             num_images = len(sample.images)
+            sample_tiles = [next(tiles_left) for _ in range(num_images)]
+            tile_counts += [count] * sum(sample_tiles)
             # Every conversation shows the same projected rows: encoded once, repeated here.
-            shown = torch.arange(vision_tokens, vision_tokens + count * num_images)
-            vision_tokens += count * num_images
-            images += sample.images
-            tile_counts += [count] * num_images
+            shown = torch.arange(vision_tokens, vision_tokens + count * sum(sample_tiles))
+            vision_tokens += len(shown)
             for conversation in sample.conversations:
                 try:
                     ids, answer = self.encode(conversation, num_images)
@@ -108,7 +113,7 @@ class PackingCollator:
                 sequences.append(ids)
                 labels.append(answer)
                 kinds.append(conversation.kind)
-                placeholder_counts += [count] * num_images
+                placeholder_counts += [count * tiles for tiles in sample_tiles]
                 vision_rows.append(shown)
         plan = plan_packing(
             sequences, placeholder_counts, self.processor.image_token_id, labels=labels
@@ -116,8 +121,9 @@ class PackingCollator:
         # Row t predicts the label of row t + 1; each sequence's first row carries no label.
         target_rows = (plan.labels[1:] != IGNORE).nonzero().squeeze(1)
         return PackedBatch(
-            pixel_values=self._pixels(images),
+            pixel_values=data["pixel_values"],
             num_image_tokens=tile_counts,
+            grids=data.get("grids"),
             plan=plan,
             vision_index=torch.cat(vision_rows)
             if vision_rows
@@ -128,10 +134,10 @@ class PackingCollator:
             sample_ids=[item.sample.id for item in drawn],
         )
 
-    def _pixels(self, images: list[Any]) -> torch.Tensor:
+    def _encoder_inputs(self, images: list[Any]) -> tuple[dict[str, Any], list[int]]:
         if images:
-            return self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        return torch.zeros(0, 3, 1, 1)
+            return self.processor.process_images(images)
+        return {"pixel_values": torch.zeros(0, 3, 1, 1)}, []
 
 
 def _targets_per_sequence(plan: PackPlan) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
@@ -26,6 +27,8 @@ class TokenFlexConfig(PretrainedConfig):
         pooling: "adaptive" (the paper) or "resize" (the released model).
         projector_hidden_width: width of the gated unit; 3 * vision width if None.
         projector_eps: of the projector's LayerNorm.
+        trained_num_image_tokens: the counts the model was trained with, where that is known; it
+            warns of others.
 
     Raises:
         TypeError: a value is not of the kind described above.
@@ -44,6 +47,7 @@ class TokenFlexConfig(PretrainedConfig):
         pooling: str = "adaptive",
         projector_hidden_width: int | None = None,
         projector_eps: float = 1e-5,
+        trained_num_image_tokens: Sequence[TokenCount] | None = None,
         **kwargs: Any,
     ) -> None:
         self.vision_config = _sub_config("vision_config", vision_config, "siglip_vision_model")
@@ -58,6 +62,11 @@ class TokenFlexConfig(PretrainedConfig):
             check_count("projector_hidden_width", projector_hidden_width)
         self.projector_hidden_width = projector_hidden_width
         self.projector_eps = check_eps(projector_eps)
+        if trained_num_image_tokens is not None:
+            trained_num_image_tokens = list(trained_num_image_tokens)
+            for i, count in enumerate(trained_num_image_tokens):
+                token_grid(count, name=f"trained_num_image_tokens[{i}]")
+        self.trained_num_image_tokens = trained_num_image_tokens
         kwargs.setdefault("tie_word_embeddings", bool(self.text_config.tie_word_embeddings))
         super().__init__(**kwargs)
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.processing import TokenFlexProcessor
+from tokenflex.models.ristretto import MODEL_TYPE as RISTRETTO
+from tokenflex.models.ristretto import load_ristretto
+from tokenflex.models.weights import read_json, weight_files
 
 
 def load_checkpoint(
     path: str | Path,
 ) -> tuple[TokenFlexForConditionalGeneration, TokenFlexProcessor]:
     """The model, in evaluation mode, and the processor saved in ``path``.
+
+    A released Ristretto checkpoint is read as :func:`tokenflex.load_ristretto` does.
 
     Raises:
         FileNotFoundError: the folder or one of its files is not there.
@@ -25,18 +27,12 @@ def load_checkpoint(
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
-    config = _read_config(folder / "config.json")
+    if _model_type(folder / "config.json") == RISTRETTO:
+        return load_ristretto(folder)
+    config = read_config(folder / "config.json")
     for file in sorted(folder.glob("*.json")):
-        _read_json(file)  # a broken optional file would be passed over in silence
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise FileNotFoundError(f"checkpoint folder {folder} holds no *.safetensors file")
-    for file in weights:
-        try:
-            with safe_open(file, framework="pt"):
-                pass  # opening checks the header and the length
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"checkpoint file {file} cannot be read: {error}") from error
+        read_json(file)  # a broken optional file would be passed over in silence
+    weight_files(folder)
     try:
         model, loading = TokenFlexForConditionalGeneration.from_pretrained(
             folder,
@@ -73,18 +69,20 @@ def check_length(config: TokenFlexConfig, vision_tokens: int) -> None:
         )
 
 
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint file {path} does not exist")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"checkpoint file {path} is not JSON: {error}") from error
+def _model_type(path: Path) -> Any:
+    values = read_json(path)
+    return values.get("model_type") if isinstance(values, dict) else None
 
 
-def _read_config(path: Path) -> TokenFlexConfig:
-    values = _read_json(path)
-    model_type = values.get("model_type") if isinstance(values, dict) else None
+def read_config(path: Path) -> TokenFlexConfig:
+    """A TokenFLEX config.json.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is another model's, or not valid.
+    """
+    model_type = _model_type(path)
+    values = read_json(path)
     if model_type != TokenFlexConfig.model_type:
         raise ValueError(
             f"checkpoint file {path} must have model_type 'tokenflex', got {model_type!r}"

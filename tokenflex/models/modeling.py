@@ -10,7 +10,9 @@ Two ways in, through one ``forward``:
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -28,9 +30,10 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
 )
 
-from tokenflex.counts import ImageTokenCounts, token_grids
+from tokenflex.counts import Grid, ImageTokenCounts, token_grid, token_grids
 from tokenflex.models.attention import PACKED_ATTENTION
 from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.models.vision import EncodedImages, encode
 from tokenflex.projector import TokenAdaptiveProjector
 from tokenflex_kernels import PackPlan, merge_vision, pack_embeddings
 
@@ -66,6 +69,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         )
         self.language_model = AutoModel.from_config(config.text_config)
         use_packed_attention(self.language_model)
+        self._known_counts = {token_grid(n) for n in config.trained_num_image_tokens or ()}
         self.post_init()
 
     def _init_weights(self, module: Any) -> None:
@@ -84,44 +88,82 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
 
     def get_image_features(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
         num_image_tokens: ImageTokenCounts | None = None,
+        grids: Grid | Sequence[Grid] | None = None,
+        encoded_images: EncodedImages | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """Encode tiles once and project each to its own number of vision tokens.
+        """Project every tile to its own number of vision tokens; encode it if it is not yet.
 
         Args:
-            pixel_values: [tiles, 3, height, width].
+            pixel_values: as :meth:`encode_images` takes them.
             num_image_tokens: one count for all tiles or one per tile; the config's if None.
+            grids: as :meth:`encode_images` takes them.
+            encoded_images: what :meth:`encode_images` gave, in place of pixels and grids.
 
         Returns:
-            ``last_hidden_state`` [tiles, patches, C] and ``pooler_output``, a list with
-            [count, D] vision tokens for each tile.
+            ``last_hidden_state``, patch features [sum of H*W, C], and ``pooler_output``, a list
+            with [count, D] vision tokens for each tile.
 
         Raises:
             ValueError: counts and tiles do not fit together.
+
+        Warns:
+            UserWarning: once for a count that the model was not trained with, where the config
+                says with which it was.
         """
-        features = self.encode_images(pixel_values)
+        if (pixel_values is None) == (encoded_images is None):
+            raise ValueError("give exactly one of pixel_values and encoded_images")
+        if encoded_images is None:
+            assert pixel_values is not None
+            encoded_images = self.encode_images(pixel_values, grids)
+        elif grids is not None:
+            raise ValueError("encoded_images hold their grids: give no grids with them")
         counts = self.projector.num_tokens if num_image_tokens is None else num_image_tokens
-        grids = token_grids(counts, len(features), name="num_image_tokens")
-        patches = patch_grid(self.config, pixel_values)
-        tokens = self.projector(features, grids, grids=[patches] * len(grids))
+        out_grids = token_grids(counts, len(encoded_images), name="num_image_tokens")
+        self._warn_of_unknown(out_grids)
+        # Without images too: in distributed training every rank must run the same modules.
+        in_grids = list(encoded_images.grids)
+        tokens = self.projector(encoded_images.features, out_grids, grids=in_grids)
         return BaseModelOutputWithPooling(
-            last_hidden_state=features,
-            pooler_output=list(tokens.split([height * width for height, width in grids])),
+            last_hidden_state=encoded_images.features,
+            pooler_output=list(tokens.split([height * width for height, width in out_grids])),
         )
 
-    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Patch features [tiles, H*W, C] of the encoder's last layer, without special tokens."""
-        _check_pixels(self.config, pixel_values)
+    def encode_images(
+        self, pixel_values: torch.Tensor, grids: Grid | Sequence[Grid] | None = None
+    ) -> EncodedImages:
+        """Run the encoder, once for any number of counts asked for afterwards.
+
+        Args:
+            pixel_values: [tiles, 3, height, width]; for a NaFlex encoder (SigLIP 2) [images,
+                patches, 3 * patch size^2], as its image processor gives them.
+            grids: (height, width) in patches, of all tiles or of each: needed by NaFlex encoders,
+                and where tiles are of another shape than the encoder's ``image_size``.
+
+        Returns:
+            The patch features of the encoder's last layer, without special tokens or padding.
+
+        Raises:
+            TypeError: ``pixel_values`` are not floats.
+            ValueError: pixels, grids and encoder do not fit together.
+        """
         _check_device("pixel_values", pixel_values, self.vision_model)
-        if not len(pixel_values):
-            width = self.config.vision_config.hidden_size
-            return pixel_values.new_zeros((0, 1, width), dtype=self.dtype)
-        features = self.vision_model(pixel_values=pixel_values.to(self.dtype)).last_hidden_state
-        height, width = patch_grid(self.config, pixel_values)
-        # Class and register tokens, where an encoder has them, come before the patches.
-        return features[:, features.shape[1] - height * width :]
+        if pixel_values.is_floating_point():
+            pixel_values = pixel_values.to(self.dtype)
+        return encode(self.vision_model, self.config.vision_config, pixel_values, grids)
+
+    def _warn_of_unknown(self, grids: list[Grid]) -> None:
+        if not self._known_counts or self._known_counts.issuperset(grids):
+            return
+        unknown = sorted(set(grids) - self._known_counts)
+        self._known_counts.update(unknown)  # warned of once
+        warnings.warn(
+            f"num_image_tokens asks for {_in_words(unknown)} vision tokens, but the model was "
+            f"trained with {self.config.trained_num_image_tokens}: answers may be worse",
+            stacklevel=2,
+        )
 
     def forward(
         self,
@@ -132,6 +174,8 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
+        grids: Grid | Sequence[Grid] | None = None,
+        encoded_images: EncodedImages | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         plan: PackPlan | None = None,
         vision_index: torch.Tensor | None = None,
@@ -142,10 +186,13 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         The arguments are those of :meth:`TokenFlexForConditionalGeneration.forward`.
         """
         images = (mm_encoder_outputs or {}).get("image")
-        if images is not None and pixel_values is not None:
-            raise ValueError("give the images as pixel_values or as mm_encoder_outputs, not both")
-        if images is None and pixel_values is not None:
-            images = self.get_image_features(pixel_values, num_image_tokens)
+        sources = [images, pixel_values, encoded_images]
+        if sum(source is not None for source in sources) > 1:
+            raise ValueError(
+                "give the images as one of pixel_values, encoded_images and mm_encoder_outputs"
+            )
+        if pixel_values is not None or encoded_images is not None:
+            images = self.get_image_features(pixel_values, num_image_tokens, grids, encoded_images)
         if plan is not None:
             others = {
                 "input_ids": input_ids,
@@ -278,24 +325,51 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
         self.lm_head = value
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' ``generate``; images may come as ``mm_encoder_outputs`` too."""
-        encoded = kwargs.get("mm_encoder_outputs")
-        if encoded is not None:
+        """transformers' ``generate``, whose further arguments are those of :meth:`forward`.
+
+        It never answers with the image placeholder, unless ``suppress_tokens`` says otherwise.
+
+        Example:
+            >>> inputs = processor(images=picture, text=question)
+            >>> images = model.encode_images(inputs["pixel_values"])
+            >>> for count in (64, 144, 256):  # one pass of the encoder for three answers
+            ...     inputs = processor(images=picture, text=question, num_image_tokens=count)
+            ...     inputs.pop("pixel_values")
+            ...     model.generate(**inputs, encoded_images=images)
+        """
+        generation_config = kwargs.get("generation_config") or self.generation_config
+        if generation_config.suppress_tokens is None:
+            kwargs.setdefault("suppress_tokens", [self.config.image_token_id])
+        encoded_images = kwargs.pop("encoded_images", None)
+        outputs = kwargs.get("mm_encoder_outputs")
+        if encoded_images is not None:
+            for name in ("pixel_values", "mm_encoder_outputs"):
+                if kwargs.get(name) is not None:
+                    raise ValueError(f"encoded_images hold the images: give no {name} with them")
+            with torch.no_grad():
+                images = self.get_image_features(
+                    num_image_tokens=kwargs.pop("num_image_tokens", None),
+                    grids=kwargs.pop("grids", None),
+                    encoded_images=encoded_images,
+                )
+            kwargs["mm_encoder_outputs"] = {"image": images}
+        elif outputs is not None:
             # Beam search repeats images inside the object it is given: let it have a copy.
             kwargs["mm_encoder_outputs"] = {
-                modality: BaseModelOutputWithPooling(**outputs)
-                for modality, outputs in encoded.items()
+                modality: BaseModelOutputWithPooling(**output)
+                for modality, output in outputs.items()
             }
         return super().generate(*args, **kwargs)
 
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        num_image_tokens: ImageTokenCounts | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
+    def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See :meth:`TokenFlexModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, num_image_tokens, **kwargs)
+        return self.model.get_image_features(*args, **kwargs)
+
+    def encode_images(
+        self, pixel_values: torch.Tensor, grids: Grid | Sequence[Grid] | None = None
+    ) -> EncodedImages:
+        """See :meth:`TokenFlexModel.encode_images`."""
+        return self.model.encode_images(pixel_values, grids)
 
     def forward(
         self,
@@ -307,6 +381,8 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        grids: Grid | Sequence[Grid] | None = None,
+        encoded_images: EncodedImages | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         plan: PackPlan | None = None,
         vision_index: torch.Tensor | None = None,
@@ -317,7 +393,8 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
 
         Args:
             input_ids: int64 [B, L] with one ``image_token_id`` per vision token.
-            pixel_values: [tiles, 3, height, width], all tiles of the batch in order of appearance.
+            pixel_values: [tiles, 3, height, width], all tiles of the batch in order of appearance;
+                patches for a NaFlex encoder, see :meth:`encode_images`.
             num_image_tokens: an int (a perfect square) or (h, w) for all tiles, or one per tile;
                 the config's ``num_image_tokens`` if None.
             attention_mask: [B, L], 0 on padding.
@@ -326,8 +403,11 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
             inputs_embeds: [B, L, D] in place of ``input_ids``.
             labels: int64 like ``input_ids`` (for a packed row [1, total]), -100 where there is no
                 loss; the mean over the others is taken.
-            mm_encoder_outputs: ``{"image": get_image_features(...)}`` in place of ``pixel_values``:
-                images encoded once serve any number of calls.
+            grids: (height, width) of all tiles or of each in patches, where they are not the
+                encoder's square: see :meth:`encode_images`.
+            encoded_images: :meth:`encode_images` of the tiles in place of ``pixel_values``: images
+                encoded once serve any number of calls, each at its own counts.
+            mm_encoder_outputs: ``{"image": get_image_features(...)}``, the same at one count.
             plan: a packed batch in place of ``input_ids``; sequences do not see each other.
             vision_index: int64 [vision rows of the plan], with ``plan``: which row of the
                 projected vision tokens stands at each vision row; row v at vision row v if None.
@@ -348,6 +428,8 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            grids=grids,
+            encoded_images=encoded_images,
             mm_encoder_outputs=mm_encoder_outputs,
             plan=plan,
             vision_index=vision_index,
@@ -396,31 +478,11 @@ def _check_device(name: str, tensor: torch.Tensor, module: nn.Module) -> None:
         raise ValueError(f"{name} must be on the model's device, {device}, got {tensor.device}")
 
 
-def _check_pixels(config: TokenFlexConfig, pixel_values: torch.Tensor) -> None:
-    """Refuse pixels that the encoder would misread or stumble over."""
-    vision = config.vision_config
-    channels = getattr(vision, "num_channels", 3)
-    if pixel_values.ndim != 4 or (len(pixel_values) and pixel_values.shape[1] != channels):
-        raise ValueError(
-            f"pixel_values must be [tiles, {channels}, height, width], got shape "
-            f"{tuple(pixel_values.shape)}"
-        )
-    if not pixel_values.is_floating_point():
-        raise TypeError(f"pixel_values must be normalised floats, got {pixel_values.dtype}")
-    size = getattr(vision, "image_size", None)
-    height, width = pixel_values.shape[-2:]
-    if len(pixel_values) and isinstance(size, int) and (height, width) != (size, size):
-        raise ValueError(
-            f"pixel_values must be {size} x {size} as the encoder's image_size, got {height} x "
-            f"{width}"
-        )
-
-
-def patch_grid(config: TokenFlexConfig, pixel_values: torch.Tensor) -> tuple[int, int]:
-    """The (height, width) in patches of one tile."""
-    patch = config.vision_config.patch_size
-    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
-    return pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width
+def _in_words(grids: list[Grid]) -> str:
+    sides = (
+        str(height * width) if height == width else f"{height} x {width}" for height, width in grids
+    )
+    return ", ".join(sides)
 
 
 def placeholder_rows(
@@ -429,33 +491,40 @@ def placeholder_rows(
     """The rows of the flattened ``input_ids`` that hold placeholders, once they fit ``counts``.
 
     Totals alone would let two images of swapped counts through, so images must also end where runs
-    of placeholders end. Reads ``input_ids`` back from the device, once a prompt.
+    of placeholders end; a run may hold several (the tiles of one). Reads ``input_ids`` back from
+    the device, once a prompt.
 
     Raises:
-        ValueError: a run of placeholders does not end where an image's vision tokens end.
+        ValueError: a run of placeholders does not end where an image's vision tokens end; the
+            message names row and image, placeholders and vision tokens.
     """
     rows = (input_ids.reshape(-1) == image_token_id).nonzero().squeeze(1)
     ends = [0, *accumulate(counts)]
-    if len(rows) != ends[-1]:
-        per_row = (input_ids == image_token_id).sum(-1).tolist()
-        raise ValueError(
-            f"input_ids hold {len(rows)} image placeholders (per row {per_row}), but "
-            f"num_image_tokens gives {ends[-1]} vision tokens (per image {counts})"
-        )
     length = input_ids.shape[-1]
     # A run ends before a placeholder that is not the next token, or is the first of a row.
     starts_run = (rows[1:] != rows[:-1] + 1) | (rows[1:] % length == 0)
-    run_ends = [*(starts_run.nonzero().squeeze(1) + 1).tolist(), *ends[-1:]]
+    run_ends = [*(starts_run.nonzero().squeeze(1) + 1).tolist(), *[len(rows)] * bool(len(rows))]
     boundaries = set(ends)
-    for run_end in run_ends:
-        if run_end not in boundaries:
-            image = bisect_right(ends, run_end) - 1
-            raise ValueError(
-                f"row {int(rows[run_end - 1]) // length} of input_ids ends a run of placeholders "
-                f"inside image {image}, after {run_end - ends[image]} of its {counts[image]} "
-                f"vision tokens (num_image_tokens per image {counts}, placeholders per row "
-                f"{(input_ids == image_token_id).sum(-1).tolist()})"
+    problem = ""
+    if wrong := [end for end in run_ends if end not in boundaries]:
+        row, image = int(rows[wrong[0] - 1]) // length, bisect_right(ends, wrong[0]) - 1
+        seen = wrong[0] - ends[image]
+        if image < len(counts):
+            problem = (
+                f"row {row} of input_ids ends a run of placeholders inside image {image}, after "
+                f"{seen} of its {counts[image]} vision tokens"
             )
+        else:
+            problem = f"row {row} of input_ids holds {seen} placeholders after the last image"
+    elif len(rows) != ends[-1]:
+        image = bisect_right(ends, len(rows)) - 1
+        problem = f"no row of input_ids holds image {image} of {counts[image]} vision tokens"
+    if problem:
+        raise ValueError(
+            f"{problem}: input_ids hold {len(rows)} image placeholders (per row "
+            f"{(input_ids == image_token_id).sum(-1).tolist()}), but num_image_tokens gives "
+            f"{ends[-1]} vision tokens (per image {counts})"
+        )
     return rows
 
 

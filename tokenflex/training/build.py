@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from difflib import get_close_matches
 from typing import Any
 
@@ -48,13 +49,18 @@ def build_processor(config: ModelConfig) -> TokenFlexProcessor:
         tokenizer,
         num_image_tokens=config.num_image_tokens,
         image_token=config.image_token,
+        max_tiles=config.max_tiles,
+        use_thumbnail=config.use_thumbnail,
     )
 
 
 def build_model(
-    config: ModelConfig, processor: TokenFlexProcessor
+    config: ModelConfig, processor: TokenFlexProcessor, counts: Collection[int] = ()
 ) -> TokenFlexForConditionalGeneration:
-    """The model: fresh where a config is given, pretrained where a path is."""
+    """The model: fresh where a config is given, pretrained where a path is.
+
+    ``counts`` are those it will be trained with: a saved model warns of others.
+    """
     vision, vision_config = _build_vision(config.vision)
     language_model = _build_language_model(config.text)
     model_config = TokenFlexConfig(
@@ -64,6 +70,7 @@ def build_model(
         num_image_tokens=config.num_image_tokens,
         pooling=config.pooling,
         projector_hidden_width=config.projector_hidden_width,
+        trained_num_image_tokens=sorted(counts) or None,
     )
     model = TokenFlexForConditionalGeneration.from_parts(model_config, vision, language_model)
     if len(processor.tokenizer) > language_model.config.vocab_size:

@@ -40,6 +40,7 @@ class ModelConfig(_Strict):
 
     ``processor`` is "digits", or None to take the image processor of ``vision.path`` and the
     tokenizer of ``text.path``; ``image_token`` is added to the tokenizer if it is not there.
+    Images are cut into at most ``max_tiles`` tiles, each at the sample's count.
     """
 
     vision: PartConfig
@@ -49,6 +50,8 @@ class ModelConfig(_Strict):
     pooling: Literal["adaptive", "resize"] = "adaptive"
     projector_hidden_width: int | None = Field(default=None, ge=1)
     num_image_tokens: int = 256
+    max_tiles: int = Field(default=1, ge=1)
+    use_thumbnail: bool = False
 
     @model_validator(mode="after")
     def _processor_has_a_source(self) -> ModelConfig:
@@ -57,6 +60,10 @@ class ModelConfig(_Strict):
             raise ValueError(
                 "processor must be 'digits' unless vision and text both have a path, got "
                 f"processor={self.processor!r}"
+            )
+        if self.processor is not None and self.max_tiles > 1:
+            raise ValueError(
+                f"max_tiles must be 1 with processor {self.processor!r}, got {self.max_tiles}"
             )
         return self
 

@@ -84,7 +84,14 @@ class Trainer:
         evaluation = config.evaluation
         self.evaluation_data = None if evaluation is None else build_dataset(evaluation.data)
         self.processor = build_processor(config.model)
-        self.model = build_model(config.model, self.processor).to(self.accelerator.device)
+        trained = {
+            count
+            for stage in config.stages
+            for count, weight in zip(stage.counts, stage.weights, strict=True)
+            if weight
+        }
+        model = build_model(config.model, self.processor, trained)
+        self.model = model.to(self.accelerator.device)
         counts = [count for stage in config.stages for count in stage.counts]
         if evaluation is not None:
             counts += evaluation.counts

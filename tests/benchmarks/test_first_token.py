@@ -1,0 +1,72 @@
+"""Seconds to the first token: what is measured, on a tiny model, and what is written."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+
+from benchmarks import first_token
+from benchmarks.environment import environment, read_csv, write_csv
+from tests.models.test_modeling import CallCounter
+
+VISION = {**first_token.VISION, "hidden_size": 16, "intermediate_size": 16, "image_size": 32}
+VISION |= {"num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}
+TEXT = {**first_token.TEXT, "hidden_size": 16, "intermediate_size": 16, "vocab_size": 64}
+TEXT |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return first_token.build(VISION, TEXT, "cpu", torch.float32)
+
+
+def test_encoder_runs_only_where_pixels_are_given(model):
+    encoder = CallCounter(model.model.vision_model)
+    rows = first_token.measure(model, (4, 9), rounds=2)
+    assert encoder.calls == 1 + (2 + 1) * 2  # once before, and from pixels: each count, each round
+    assert [(row["vision_tokens"], row["way"]) for row in rows] == [
+        (4, "from pixels"),
+        (4, "images encoded before"),
+        (9, "from pixels"),
+        (9, "images encoded before"),
+    ]
+    for row in rows:
+        assert 0 < row["best_s"] <= row["median_s"]
+        assert row["prompt_tokens"] == row["vision_tokens"] + first_token.TEXT_TOKENS
+        assert row["patches"] == 64
+
+
+def test_command_writes_rows_with_their_machine_and_a_plot(monkeypatch, tmp_path):
+    monkeypatch.setattr(first_token, "VISION", VISION)
+    monkeypatch.setattr(first_token, "TEXT", TEXT)
+    monkeypatch.setattr(first_token, "COUNTS", (1, 4))
+    assert first_token.main(["--device", "cpu", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*-first-token.csv")
+    assert path.with_suffix(".png").stat().st_size > 1000
+    rows = read_csv(path)
+    assert len(rows) == 4
+    assert {row["cpu"] for row in rows} == {str(environment("cpu")["cpu"])}
+
+
+def test_committed_results_are_whole():
+    """Each count both ways; the plot beside them was drawn from them."""
+    for path in (first_token.ROOT / "benchmarks/results").glob("*-first-token.csv"):
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == 2 * len(first_token.COUNTS)
+        assert path.with_suffix(".png").exists()
+        assert all(0.4e9 < int(row["parameters"]) < 0.7e9 for row in rows)
+
+
+def test_rounds_must_be_positive(capsys):
+    with pytest.raises(SystemExit):
+        first_token.main(["--rounds", "0"])
+    assert "--rounds must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_plot_needs_nothing_but_the_rows(model, tmp_path):
+    write_csv(tmp_path / "a.csv", first_token.measure(model, (1, 4), 1), environment("cpu"))
+    first_token.draw(read_csv(tmp_path / "a.csv"), tmp_path / "a.png")
+    assert (tmp_path / "a.png").exists()

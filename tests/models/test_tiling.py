@@ -1,0 +1,252 @@
+"""High resolution: which grid an image is cut into, what the tiles show, and what they cost."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil, Siglip2ImageProcessorPil
+
+from tests.models.tiny import IMAGE, PIXELS, picture, tiny_model
+from tokenflex import TokenFlexProcessor
+from tokenflex.counts import TokenCounts
+from tokenflex.data.packing import DrawnSample, PackingCollator
+from tokenflex.data.samples import Conversation, Sample, Turn
+from tokenflex.digits.processor import digits_processor
+from tokenflex.models.tiling import best_tile_grid, cut_tiles
+
+TILE = (384, 384)
+
+
+def tiling_processor(max_tiles: int = 6, **options) -> TokenFlexProcessor:
+    base = digits_processor(4)
+    return TokenFlexProcessor(
+        base.image_processor, base.tokenizer, num_image_tokens=4, max_tiles=max_tiles, **options
+    )
+
+
+# ---- the grid
+
+
+@pytest.mark.parametrize(
+    ("size", "max_tiles", "grid"),
+    [
+        ((384, 384), 6, (1, 1)),
+        ((384, 768), 6, (1, 2)),
+        ((768, 384), 6, (2, 1)),
+        ((400, 1150), 6, (1, 3)),
+        ((1000, 1500), 6, (2, 3)),
+        ((1500, 1000), 6, (3, 2)),
+        ((300, 5000), 6, (1, 6)),
+        ((900, 900), 1, (1, 1)),
+        # Equally close shapes: the larger grid if the image fills more than half of it.
+        ((542, 544), 4, (1, 1)),
+        ((543, 543), 4, (1, 1)),  # 294849 pixels, half of 2 x 2 is 294912
+        ((544, 544), 4, (2, 2)),
+        ((544, 1088), 8, (2, 4)),
+        ((543, 1086), 8, (1, 2)),
+    ],
+)
+def test_grid_is_the_closest_in_shape(size, max_tiles, grid):
+    # 542 x 544 is not square: 1 x 1 and 2 x 2 are equally far from it, and it is small.
+    assert best_tile_grid(size, TILE, max_tiles) == grid
+
+
+def test_grid_by_trying_all():
+    """The rule written out: none is closer, and of those as close none fits its pixels better."""
+    generator = np.random.default_rng(0)
+    for height, width, limit in generator.integers((50, 50, 1), (3000, 3000, 13), (300, 3)):
+        rows, columns = best_tile_grid((height, width), TILE, limit)
+        assert 1 <= rows * columns <= limit
+        distance = abs(width / height - columns / rows)
+        for r, c in product(range(1, limit + 1), repeat=2):
+            if r * c > limit:
+                continue
+            assert abs(width / height - c / r) >= distance
+            if (c / r) == (columns / rows) and r * c > rows * columns:
+                assert height * width <= 0.5 * 384 * 384 * r * c
+            if (c / r) == (columns / rows) and r * c < rows * columns:
+                assert height * width > 0.5 * 384 * 384 * rows * columns
+
+
+def test_at_least_so_many_tiles():
+    assert best_tile_grid((384, 384), TILE, 6, min_tiles=4) == (2, 2)
+    assert best_tile_grid((300, 900), TILE, 6, min_tiles=4) == (1, 4)
+
+
+def test_tiles_that_are_not_square():
+    assert best_tile_grid((100, 200), (100, 200), 4) == (1, 1)
+    assert best_tile_grid((200, 400), (100, 200), 4) == (2, 2)
+    assert best_tile_grid((200, 200), (100, 200), 4) == (2, 1)
+
+
+# ---- the tiles
+
+
+def test_tiles_are_the_resized_image_row_by_row():
+    image = picture(1, size=(70, 100))
+    tiles = cut_tiles(
+        image, (32, 32), (2, 3), use_thumbnail=True, resample=Image.Resampling.BICUBIC
+    )
+    whole = np.asarray(image.resize((96, 64), Image.Resampling.BICUBIC))
+    assert len(tiles) == 7
+    for i, tile in enumerate(tiles[:6]):
+        top, left = i // 3 * 32, i % 3 * 32
+        assert np.array_equal(np.asarray(tile), whole[top : top + 32, left : left + 32])
+    assert np.array_equal(
+        np.asarray(tiles[6]), np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC))
+    )
+
+
+def test_one_tile_needs_no_thumbnail():
+    tiles = cut_tiles(picture(1), (32, 32), (1, 1), use_thumbnail=True, resample=3)
+    assert len(tiles) == 1
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_tiles_are_rgb(mode):
+    image = picture(1, size=(64, 64)).convert(mode)
+    assert {
+        tile.mode for tile in cut_tiles(image, TILE, (1, 1), use_thumbnail=False, resample=3)
+    } == {"RGB"}
+
+
+def test_arrays_are_cut_as_pictures_are():
+    image = picture(1, size=(64, 96))
+    processor = tiling_processor()
+    expected = processor(images=image, text="<image> odd")["pixel_values"]
+    array = processor(images=np.asarray(image), text="<image> odd")["pixel_values"]
+    assert torch.equal(array, expected)
+
+
+# ---- the processor
+
+
+@pytest.mark.parametrize(("thumbnail", "tiles"), [(False, [6, 1, 2]), (True, [7, 1, 3])])
+def test_each_tile_of_an_image_gets_its_count(thumbnail, tiles):
+    processor = tiling_processor(use_thumbnail=thumbnail)
+    images = [picture(1, (64, 96)), picture(2), picture(3, (32, 64))]
+    batch = processor(
+        images=[images[:2], images[2:]],
+        text=["<image> odd <image>", "odd <image>"],
+        num_image_tokens=[4, 9, (1, 3)],
+    )
+    a, b, c = tiles
+    assert batch["pixel_values"].shape == (sum(tiles), 3, PIXELS, PIXELS)
+    assert batch["num_image_tokens"] == [4] * a + [9] * b + [(1, 3)] * c
+    assert (batch["input_ids"] == IMAGE).sum(-1).tolist() == [4 * a + 9 * b, 3 * c]
+    assert processor.image_tokens(images, [4, 9, (1, 3)]) == [4 * a, 9 * b, 3 * c]
+
+
+def test_cost_is_known_from_sizes_alone():
+    processor = tiling_processor(use_thumbnail=True)
+    assert processor.image_tokens([(64, 96), (32, 32)], 9) == [63, 9]
+    assert processor.image_tokens([(64, 96), (32, 32)], 9, max_tiles=1) == [9, 9]
+    assert digits_processor(16).image_tokens([(64, 96)]) == [16]
+    data = processor._get_num_multimodal_tokens(image_sizes=[(64, 96), (32, 32)])
+    assert (data.num_image_tokens, data.num_image_patches) == ([28, 4], [7, 1])
+
+
+def test_limit_of_a_call_comes_before_the_processors():
+    processor = tiling_processor(6, min_tiles=4)
+    image = picture(1, (64, 96))
+    for limit, tiles in ((None, 6), (1, 1), (2, 2), (12, 6)):
+        batch = processor(images=image, text="<image> odd", max_tiles=limit)
+        assert len(batch["pixel_values"]) == tiles, limit
+
+
+def test_uncut_images_go_to_the_image_processor_as_they_are():
+    image = picture(1, (50, 70))
+    batch = tiling_processor(1)(images=image, text="<image> odd")
+    assert torch.equal(
+        batch["pixel_values"], digits_processor()(images=image, text="<image> odd")["pixel_values"]
+    )
+
+
+def test_tiles_are_as_large_as_the_crop():
+    base = digits_processor()
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}
+    )
+    processor = TokenFlexProcessor(image_processor, base.tokenizer, max_tiles=4)
+    batch = processor(images=picture(1, (64, 64)), text="<image> odd", num_image_tokens=4)
+    assert batch["pixel_values"].shape == (4, 3, 32, 32)
+
+
+def test_tiling_survives_saving(tmp_path):
+    saved = tiling_processor(
+        6, min_tiles=2, use_thumbnail=True, image_start="read", image_end="odd"
+    )
+    saved.save_pretrained(tmp_path)
+    loaded = TokenFlexProcessor.from_pretrained(tmp_path)
+    call = {"images": picture(1, (64, 96)), "text": "<image> blank"}
+    before, after = saved(**call), loaded(**call)
+    assert len(before["pixel_values"]) == 7
+    for name in before:
+        same = before[name] == after[name]
+        assert bool(same.all()) if isinstance(same, torch.Tensor) else same, name
+
+
+def test_tiled_batch_gives_what_each_prompt_gives_alone():
+    model, processor = tiny_model(), tiling_processor(4, use_thumbnail=True)
+    images, counts = [picture(1, (32, 64)), picture(2), picture(3, (64, 64))], [4, 9, (2, 3)]
+    texts = ["<image> odd <image>", "odd <image> read"]
+    with torch.no_grad():
+        together = model(
+            **processor(images=[images[:2], images[2:]], text=texts, num_image_tokens=counts)
+        ).logits
+        for row, text, shown, n in zip(
+            together, texts, (images[:2], images[2:]), (counts[:2], counts[2:]), strict=True
+        ):
+            alone = model(**processor(images=shown, text=text, num_image_tokens=n)).logits[0]
+            assert float((row[-len(alone) :] - alone).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("thumbnail", [True, False])
+def test_tiles_train_packed(thumbnail):
+    """What training sees of tiled images is what the processor gives for the same prompts."""
+    model, processor = tiny_model(), tiling_processor(4, use_thumbnail=thumbnail)
+    turns = (Turn("user", "odd <image> <image>"), Turn("assistant", "7"))
+    samples = [
+        Sample("a", (picture(1, (32, 64)), picture(2)), (Conversation(turns), Conversation(turns))),
+        Sample("b", (picture(3, (64, 64)), picture(4)), (Conversation(turns),)),
+    ]
+    collate = PackingCollator(processor, TokenCounts((4, 9), (1.0, 1.0)))
+    batch = collate([DrawnSample(i, 0, sample) for i, sample in enumerate(samples)])
+    with torch.no_grad():
+        packed = model(**batch.model_inputs()).logits[0]
+        answers = [(sample, i) for i, sample in enumerate(samples) for _ in sample.conversations]
+        for row, (sample, i) in enumerate(answers):
+            inputs = processor(
+                images=list(sample.images),
+                text="odd <image> <image>",
+                num_image_tokens=collate.counts.draw(i, 0),
+            )
+            alone = model(**inputs).logits[0, -1]
+            first_of_answer = packed[2 * row]  # an answer is a word and <eos>
+            assert float((first_of_answer - alone).abs().max()) < 1e-5
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"max_tiles": 0}, ValueError, "max_tiles.*0"),
+        ({"max_tiles": 2.0}, TypeError, "max_tiles.*2.0"),
+        ({"max_tiles": 2, "min_tiles": 3}, ValueError, "min_tiles.*3 and 2"),
+        ({"patch_size": 0}, ValueError, "patch_size.*0"),
+    ],
+)
+def test_limits_that_are_none(options, error, words):
+    with pytest.raises(error, match=words):
+        tiling_processor(**options)
+
+
+def test_images_of_any_shape_are_not_cut():
+    with pytest.raises(ValueError, match=r"max_tiles.*Siglip2ImageProcessorPil"):
+        TokenFlexProcessor(Siglip2ImageProcessorPil(), digits_processor().tokenizer, max_tiles=4)

@@ -1,0 +1,97 @@
+"""One question at several counts: the encoder runs once, and the times add up."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.models.test_modeling import GENERATION, CallCounter
+from tests.models.test_ristretto import released_tensors, write_release
+from tests.models.test_tiling import tiling_processor
+from tests.models.tiny import picture, tiny_model
+from tokenflex.answers import answer_at_counts
+from tokenflex.cli import main
+from tokenflex.digits.processor import digits_processor
+
+COUNTS = (4, (2, 3), 16)
+
+
+def test_answers_are_those_of_separate_calls_and_the_encoder_runs_once():
+    model, processor = tiny_model(), digits_processor()
+    images, prompt = [picture(1), picture(2)], "<image> odd <image> read"
+    expected = []
+    for count in COUNTS:
+        inputs = processor(images=images, text=prompt, num_image_tokens=count)
+        output = model.generate(**inputs, **GENERATION)[0, inputs["input_ids"].shape[1] :]
+        expected.append(processor.tokenizer.decode(output, skip_special_tokens=True).strip())
+    encoder = CallCounter(model.model.vision_model)
+    answers = list(answer_at_counts(model, processor, images, prompt, COUNTS, max_new_tokens=4))
+    assert encoder.calls == 1
+    assert [answer.text for answer in answers] == expected
+    assert [answer.vision_tokens for answer in answers] == [8, 12, 32]
+
+
+def test_each_answers_time_is_that_of_its_own_call_with_the_encoding(monkeypatch):
+    model, processor = tiny_model(), digits_processor()
+    slow = {"encode": 0.15, "prefill": 0.1, "step": 0.05}
+    encode = model.model.vision_model.forward
+    decode = model.model.language_model.forward
+
+    def slow_encode(*args, **kwargs):
+        time.sleep(slow["encode"])
+        return encode(*args, **kwargs)
+
+    def slow_decode(*args, **kwargs):
+        first = kwargs["inputs_embeds"].shape[1] > 1
+        time.sleep(slow["prefill" if first else "step"])
+        return decode(*args, **kwargs)
+
+    model.model.vision_model.forward = slow_encode
+    model.model.language_model.forward = slow_decode
+    monkeypatch.setattr(model.generation_config, "eos_token_id", -1)  # never: four tokens
+    for answer in answer_at_counts(
+        model, processor, [picture(1)], "<image> odd", (4, 9), max_new_tokens=4
+    ):
+        assert answer.first_token_seconds >= 0.25
+        assert answer.seconds >= answer.first_token_seconds + 0.15
+
+
+def test_tiles_are_encoded_once_too():
+    model, processor = tiny_model(), tiling_processor(6, use_thumbnail=True)
+    encoder = CallCounter(model.model.vision_model)
+    images = [picture(1, (64, 96))]
+    answers = list(answer_at_counts(model, processor, images, "<image> odd", (1, 4)))
+    assert [answer.vision_tokens for answer in answers] == [7, 28]
+    assert encoder.calls == 1
+    (uncut,) = answer_at_counts(model, processor, images, "<image> odd", (4,), max_tiles=1)
+    assert uncut.vision_tokens == 4
+
+
+def test_a_question_without_images():
+    (answer,) = answer_at_counts(tiny_model(), digits_processor(), [], "odd", (4,))
+    assert answer.vision_tokens == 0
+
+
+def test_the_released_layout_answers_too(tmp_path, capsys):
+    """What the command asks with is one image's run between <img> and </img>, and a new line."""
+    folder = write_release(tmp_path / "r", released_tensors())
+    picture(1, (300, 700)).save(tmp_path / "a.png")
+    arguments = ["generate", "--model", str(folder), "--image", str(tmp_path / "a.png")]
+    code = main([*arguments, "--prompt", "What ?", "--tokens", "64,144", "--max-new-tokens", "2"])
+    out, _ = capsys.readouterr()
+    assert code == 0
+    assert [row.split()[0] for row in out.splitlines()[1:]] == ["192", "432"]
+
+
+@pytest.mark.parametrize(("ends", "expected"), [([5, 2], [5, 2]), (None, 2)])
+def test_answers_end_where_the_model_says_or_else_the_tokenizer(monkeypatch, ends, expected):
+    model, processor = tiny_model(), digits_processor()
+    model.generation_config.eos_token_id = ends
+    asked = []
+    generate = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda **options: asked.append(options) or generate(**options)
+    )
+    list(answer_at_counts(model, processor, [picture(1)], "<image> odd", (4,), max_new_tokens=2))
+    assert {str(options["eos_token_id"]) for options in asked} == {str(expected)}

@@ -1,0 +1,89 @@
+"""High resolution: an image cut into tiles of the encoder's size, each encoded on its own.
+
+The rule is that of the released model (and of InternVL before it): among all grids of at most
+``max_tiles`` tiles the one closest to the image's shape.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image
+from transformers.image_transforms import to_pil_image
+
+from tokenflex.counts import Grid
+from tokenflex_kernels._checks import check_count
+
+
+def check_tile_limits(min_tiles: object, max_tiles: object) -> tuple[int, int]:
+    """Both as ints.
+
+    Raises:
+        TypeError, ValueError: not ints of at least 1, or the lower above the upper.
+    """
+    low, high = check_count("min_tiles", min_tiles), check_count("max_tiles", max_tiles)
+    if low > high:
+        raise ValueError(f"min_tiles must not exceed max_tiles, got {low} and {high}")
+    return low, high
+
+
+def best_tile_grid(image_size: Grid, tile_size: Grid, max_tiles: int, min_tiles: int = 1) -> Grid:
+    """The (rows, columns) of tiles whose shape is closest to the image's.
+
+    Grids are compared by the difference of width / height. Of equally close ones (2 x 2 and 1 x 1)
+    the one with more tiles is taken if the image has more than half its pixels.
+
+    Args:
+        image_size: (height, width) of the image in pixels.
+        tile_size: (height, width) of a tile in pixels.
+        max_tiles: rows * columns at most.
+        min_tiles: rows * columns at least.
+    """
+    height, width = image_size
+    tile_height, tile_width = tile_size
+    grids = [
+        (rows, columns)
+        for rows in range(1, max_tiles + 1)
+        for columns in range(1, max_tiles // rows + 1)
+        if rows * columns >= min_tiles
+    ]
+    best, closest = (1, 1), float("inf")
+    for rows, columns in sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[1])):
+        difference = abs(width / height - columns * tile_width / (rows * tile_height))
+        pixels = rows * columns * tile_height * tile_width
+        if difference < closest or (difference == closest and height * width > 0.5 * pixels):
+            best, closest = (rows, columns), difference
+    return best
+
+
+def num_tiles(grid: Grid, use_thumbnail: bool) -> int:
+    """Encoder inputs of an image cut into ``grid``: a thumbnail is one more, of several tiles."""
+    tiles = grid[0] * grid[1]
+    return tiles + (use_thumbnail and tiles > 1)
+
+
+def cut_tiles(
+    image: Any, tile_size: Grid, grid: Grid, *, use_thumbnail: bool, resample: int
+) -> list[Image.Image]:
+    """The image resized to ``grid`` tiles and cut row by row, as RGB.
+
+    Args:
+        image: a PIL image, or an array or tensor that transformers can make one of.
+        tile_size: (height, width) of a tile in pixels.
+        grid: (rows, columns).
+        use_thumbnail: append the whole image at tile size, where there are several tiles.
+        resample: PIL's filter.
+    """
+    picture = image if isinstance(image, Image.Image) else to_pil_image(image)
+    picture = picture.convert("RGB")
+    (height, width), (rows, columns) = tile_size, grid
+    filter_ = Image.Resampling(resample)
+    resized = picture.resize((width * columns, height * rows), filter_)
+    tiles = [
+        resized.crop((left, top, left + width, top + height))
+        for top in range(0, height * rows, height)
+        for left in range(0, width * columns, width)
+    ]
+    if num_tiles(grid, use_thumbnail) > len(tiles):
+        tiles.append(picture.resize((width, height), filter_))
+    return tiles

@@ -1,0 +1,176 @@
+"""From pixels to patch features, whatever the encoder: fixed tiles, other shapes, or NaFlex.
+
+Counts play no part here: what is encoded once can be pooled to any number of vision tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from tokenflex.counts import Grid, is_one_count, token_grid
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Patch features of images, or of tiles: all that is needed of them for any count.
+
+    Attributes:
+        features: float [sum of H*W, C], image after image, row-major.
+        grids: the (H, W) of each.
+    """
+
+    features: torch.Tensor
+    grids: tuple[Grid, ...]
+
+    def __post_init__(self) -> None:
+        rows = sum(height * width for height, width in self.grids)
+        if self.features.ndim != 2 or len(self.features) != rows:
+            raise ValueError(
+                f"features must be [{rows}, C] for the {len(self.grids)} grids, got shape "
+                f"{tuple(self.features.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.grids)
+
+    def to(self, *args: Any, **kwargs: Any) -> EncodedImages:
+        """The same with its features moved as ``torch.Tensor.to`` does."""
+        return EncodedImages(self.features.to(*args, **kwargs), self.grids)
+
+
+def takes_patches(vision_model: PreTrainedModel) -> bool:
+    """Whether the encoder takes patches of images of any shape (NaFlex), not pixels of one size."""
+    return "spatial_shapes" in _parameters(vision_model)
+
+
+def encode(
+    vision_model: PreTrainedModel,
+    config: PretrainedConfig,
+    pixel_values: torch.Tensor,
+    grids: Grid | Sequence[Grid] | None,
+) -> EncodedImages:
+    """The encoder's last layer, without class or register tokens and without padding.
+
+    Args:
+        vision_model: a transformers vision encoder.
+        config: its config.
+        pixel_values: [images, channels, height, width]; of a NaFlex encoder [images, patches,
+            channels * patch size^2], padded at the end.
+        grids: (H, W) in patches, of all images or of each. Needed by NaFlex encoders, and where
+            pixels are of another size than the encoder's ``image_size``.
+
+    Raises:
+        TypeError: pixels are not floats.
+        ValueError: pixels, grids and encoder do not fit together.
+    """
+    if not pixel_values.is_floating_point():
+        raise TypeError(f"pixel_values must be normalised floats, got {pixel_values.dtype}")
+    images = len(pixel_values)
+    named = None if grids is None else _grid_per_image(grids, images)
+    if not images:
+        return EncodedImages(pixel_values.new_zeros(0, config.hidden_size), ())
+    if takes_patches(vision_model):
+        return _encode_patches(vision_model, config, pixel_values, named)
+    return _encode_pixels(vision_model, config, pixel_values, named)
+
+
+def _encode_pixels(
+    vision_model: PreTrainedModel,
+    config: PretrainedConfig,
+    pixel_values: torch.Tensor,
+    named: list[Grid] | None,
+) -> EncodedImages:
+    channels = getattr(config, "num_channels", 3)
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+        raise ValueError(
+            f"pixel_values must be [tiles, {channels}, height, width], got shape "
+            f"{tuple(pixel_values.shape)}"
+        )
+    height, width = pixel_values.shape[-2:]
+    patch_height, patch_width = _pair(config.patch_size)
+    grid = height // patch_height, width // patch_width
+    size = getattr(config, "image_size", None)
+    options = {}
+    if size is not None and (height, width) != _pair(size):
+        if named is None:
+            expected_height, expected_width = _pair(size)
+            raise ValueError(
+                f"pixel_values must be {expected_height} x {expected_width} as the encoder's "
+                f"image_size, or come with grids, got {height} x {width}"
+            )
+        if "interpolate_pos_encoding" in _parameters(vision_model):
+            options["interpolate_pos_encoding"] = True
+    for i, one in enumerate(named or []):
+        if one != grid:
+            raise ValueError(
+                f"grids[{i}] must be {grid} for pixel_values of {height} x {width} and patches of "
+                f"{patch_height} x {patch_width}, got {one}"
+            )
+    features = vision_model(pixel_values=pixel_values, **options).last_hidden_state
+    patches = grid[0] * grid[1]
+    # Class and register tokens, where an encoder has them, come before the patches.
+    features = features[:, features.shape[1] - patches :]
+    return EncodedImages(features.flatten(0, 1), (grid,) * len(pixel_values))
+
+
+def _encode_patches(
+    vision_model: PreTrainedModel,
+    config: PretrainedConfig,
+    pixel_values: torch.Tensor,
+    grids: list[Grid] | None,
+) -> EncodedImages:
+    patch_height, patch_width = _pair(config.patch_size)
+    values = config.num_channels * patch_height * patch_width
+    if pixel_values.ndim != 3 or pixel_values.shape[2] != values:
+        raise ValueError(
+            f"pixel_values must be [images, patches, {values}] for this encoder, got shape "
+            f"{tuple(pixel_values.shape)}"
+        )
+    if grids is None:
+        raise ValueError("grids must name each image's (height, width) in patches, got None")
+    length = pixel_values.shape[1]
+    for i, (height, width) in enumerate(grids):
+        if height * width > length:
+            raise ValueError(
+                f"grids[{i}] = {(height, width)} holds {height * width} patches, but pixel_values "
+                f"have {length} per image"
+            )
+    # All from host numbers: nothing is read back from the device.
+    patches = torch.tensor([height * width for height, width in grids])
+    real = torch.arange(length) < patches[:, None]
+    features = vision_model(
+        pixel_values=pixel_values,
+        pixel_attention_mask=real.to(pixel_values.device),
+        spatial_shapes=torch.tensor(grids),
+    ).last_hidden_state
+    rows = real.flatten().nonzero().squeeze(1).to(features.device)
+    return EncodedImages(features.flatten(0, 1).index_select(0, rows), tuple(grids))
+
+
+def _grid_per_image(grids: Grid | Sequence[Grid], images: int) -> list[Grid]:
+    if is_one_count(grids):
+        return [token_grid(grids, name="grids")] * images
+    per_image = [token_grid(grid, name=f"grids[{i}]") for i, grid in enumerate(grids)]
+    if len(per_image) != images:
+        raise ValueError(
+            f"grids must have one entry per image: got {len(per_image)} for {images} images"
+        )
+    return per_image
+
+
+def _pair(size: int | Sequence[int]) -> Grid:
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width
+
+
+def _parameters(vision_model: PreTrainedModel) -> Any:
+    # Of the class: libraries replace an instance's forward by one of their own.
+    return inspect.signature(type(vision_model).forward).parameters

@@ -1,0 +1,97 @@
+"""Weight files of a checkpoint folder: which tensors there are, and whether a model fits them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from tokenflex.models.configuration import TokenFlexConfig
+
+INDEX = "model.safetensors.index.json"
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file of a checkpoint holds.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is not JSON.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint file {path} does not exist")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"checkpoint file {path} is not JSON: {error}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files, each opened once to see that it is whole.
+
+    Raises:
+        FileNotFoundError: there is none, or one that the index names is missing.
+        ValueError: a file is cut off.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if (folder / INDEX).exists():
+        index = read_json(folder / INDEX)
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(names, dict):
+            raise ValueError(f"checkpoint file {folder / INDEX} must hold a weight_map")
+        files = [folder / name for name in sorted(set(names.values()))]
+    if not files:
+        raise FileNotFoundError(f"checkpoint folder {folder} holds no *.safetensors file")
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"checkpoint file {file} does not exist")
+        try:
+            with safe_open(file, framework="pt"):
+                pass  # opening checks the header and the length
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"checkpoint file {file} cannot be read: {error}") from error
+    return files
+
+
+def tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and value of every tensor of a safetensors file, read one at a time."""
+    with safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118 (it is no dict)
+            yield name, opened.get_tensor(name)
+
+
+def check_fit(folder: Path, config: TokenFlexConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse tensors that are not exactly those of a model of this config.
+
+    Args:
+        folder: where they come from, for errors.
+        config: of the model.
+        shapes: name in our model -> shape.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected or of another shape; the first is named.
+    """
+    from tokenflex.models.modeling import TokenFlexForConditionalGeneration
+
+    with torch.device("meta"):
+        model = TokenFlexForConditionalGeneration(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    problems = {
+        "missing tensors": [name for name in expected if name not in shapes and name not in tied],
+        "unexpected tensors": [name for name in shapes if name not in expected],
+        "tensors of another shape": [
+            f"{name}: {shapes[name]} where the config makes it {shape}"
+            for name, shape in expected.items()
+            if name in shapes and shapes[name] != shape
+        ],
+    }
+    for problem, names in problems.items():
+        if names:
+            raise ValueError(
+                f"checkpoint {folder} has {len(names)} {problem}, the first is {names[0]}"
+            )
