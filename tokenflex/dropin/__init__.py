@@ -1,0 +1,24 @@
+"""A token-adaptive projector in place of the one that an existing vision-language model has."""
+
+from tokenflex.dropin.families import (
+    Deepstack,
+    chosen_layers,
+    register_family,
+    square_grids,
+    supported_families,
+)
+from tokenflex.dropin.fitting import FitReport, fit_projector
+from tokenflex.dropin.replace import from_pretrained, replace_projector, restore_projector
+
+__all__ = [
+    "Deepstack",
+    "FitReport",
+    "chosen_layers",
+    "fit_projector",
+    "from_pretrained",
+    "register_family",
+    "replace_projector",
+    "restore_projector",
+    "square_grids",
+    "supported_families",
+]
