@@ -18,7 +18,15 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-_OF_THE_MODEL = ["models", "dropin", "data", "digits", "training", "test_cli.py", "test_evaluation.py"]
+_OF_THE_MODEL = [
+    "models",
+    "dropin",
+    "data",
+    "digits",
+    "training",
+    "test_cli.py",
+    "test_evaluation.py",
+]
 _NEEDED_BY = {
     "hypothesis": [
         "kernels/test_bin_packing.py",

@@ -115,6 +115,7 @@ def processor_variant(stock: Any, family: Family) -> Any:
         if tiles:
             # Host ints from here to the kernels: never a tensor that would be read back.
             inputs["num_image_tokens"] = [count for image in tiles for count in image]
+            _check_all_there(inputs, self.tokenizer.convert_tokens_to_ids(state.image_token))
         return inputs
 
     def replace_image_token(self: Any, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
@@ -176,6 +177,20 @@ def _drawn(state: _State, counts: TokenCounts, images: Any) -> list[Grid]:
         grids += [token_grid(counts.draw(index, epoch))] * size
         state.draws += 1
     return grids
+
+
+def _check_all_there(inputs: BatchFeature, image_token_id: int) -> None:
+    if "input_ids" not in inputs:
+        return
+    counts = inputs["num_image_tokens"]
+    expected = sum(c[0] * c[1] if isinstance(c, tuple) else c for c in counts)
+    ids = inputs["input_ids"]
+    if isinstance(ids, torch.Tensor):
+        kept = int((ids == image_token_id).sum())
+    else:
+        kept = sum(list(row).count(image_token_id) for row in ids)
+    if kept != expected:
+        raise ValueError(f"truncation must not cut vision tokens: {kept} of {expected} are left")
 
 
 def _draw_key(draws: int) -> tuple[int, int]:
