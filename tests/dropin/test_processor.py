@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-from importlib.util import find_spec
 from itertools import groupby
 
 import pytest
 import torch
 
 from tests.dropin.processors import (
-    NEED_TORCHVISION,
-    PROCESSORS,
     image_text,
     picture,
     stock_processor,
@@ -21,14 +18,10 @@ from tests.dropin.test_seam import TOLERANCE, logits
 from tests.dropin.tiny import IMAGE, stock_model
 from tokenflex import TokenCounts, replace_projector, restore_projector
 
-_HAS_TORCHVISION = find_spec("torchvision") is not None
 
-
-@pytest.fixture(params=PROCESSORS)
-def name(request) -> str:
-    if request.param in NEED_TORCHVISION and not _HAS_TORCHVISION:
-        pytest.skip("transformers processes its images with torchvision only")
-    return request.param
+@pytest.fixture
+def name(processor_name: str) -> str:
+    return processor_name
 
 
 def pair(name: str):

@@ -79,7 +79,7 @@ def _mrope(section: list[int], **changes: Any) -> dict[str, Any]:
 
 
 def _cohere() -> dict[str, Any]:
-    return _text("cohere2", sliding_window=4096)
+    return _text("cohere2", sliding_window=16)
 
 
 def _qwen_vision(**changes: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from tokenflex.dropin.families import (
     supported_families,
 )
 from tokenflex.dropin.fitting import FitReport, fit_projector
+from tokenflex.dropin.packing import pack_inputs
 from tokenflex.dropin.replace import from_pretrained, replace_projector, restore_projector
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "chosen_layers",
     "fit_projector",
     "from_pretrained",
+    "pack_inputs",
     "register_family",
     "replace_projector",
     "restore_projector",

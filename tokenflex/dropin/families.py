@@ -46,12 +46,22 @@ class Family:
     stand_in: Callable[[nn.Module], nn.Module] | None = None
     merge: Callable[[list[torch.Tensor]], Any] = list
     vision_width: str = "hidden_size"
+    patch_merge: str | int = 1
     stock_tokens: Callable[..., torch.Tensor] | None = None
     tiles: Callable[[Any, Any, int], int] | None = None
     no_packing: str = ""
 
+    def stock_patch_merge(self, config: Any) -> int:
+        """m, where the stock projector puts m x m patches side by side."""
+        if isinstance(self.patch_merge, int):
+            return self.patch_merge
+        value = config
+        for name in self.patch_merge.split("."):
+            value = getattr(value, name)
+        return value if isinstance(value, int) else round(1 / value)  # a ratio: 0.5 is 2 x 2
+
     def width(self, config: Any) -> int:
-        """C, the width of a patch: that of the vision tower, times the layers put side by side."""
+        """C, the width of a patch: that of the vision tower, times the layers side by side."""
         layers = getattr(config, "vision_feature_layer", None)
         if layers is None:
             layers = getattr(config, "vision_feature_layers", None)
@@ -69,6 +79,7 @@ def register_family(
     stand_in: Callable[[nn.Module], nn.Module] | None = None,
     merge: Callable[[list[torch.Tensor]], Any] = list,
     vision_width: str = "hidden_size",
+    patch_merge: str | int = 1,
     stock_tokens: Callable[..., torch.Tensor] | None = None,
     tiles: Callable[[Any, Any, int], int] | None = None,
     no_packing: str = "",
@@ -95,6 +106,8 @@ def register_family(
         merge: what the base model's forward wants to find as ``pooler_output``: ``list`` for one
             [N, D] per image, ``torch.cat`` for a flat tensor.
         vision_width: the field of ``vision_config`` that holds C.
+        patch_merge: m, where the stock projector puts m x m patches side by side before it
+            projects them, as a number or as the field of the config that holds m or 1/m.
         stock_tokens: what the stock projector makes of the same inputs, flat [sum of tokens, D],
             row-major: called with the base model and the image inputs. By default the projector's
             output is caught on its way; needed where that is not in row-major order.
@@ -126,6 +139,7 @@ def register_family(
                 stand_in=stand_in,
                 merge=merge,
                 vision_width=vision_width,
+                patch_merge=patch_merge,
                 stock_tokens=stock_tokens,
                 tiles=tiles,
                 no_packing=no_packing,
@@ -275,7 +289,9 @@ def _tiles_of_one_run(processor: Any, image_inputs: Any, index: int) -> int:
     return int(image_inputs["num_patches"][index])
 
 
-@register_family("internvl", merge=torch.cat, tiles=_tiles_of_one_run)
+@register_family(
+    "internvl", merge=torch.cat, patch_merge="downsample_ratio", tiles=_tiles_of_one_run
+)
 def _internvl(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids:
     config = base.config
     outputs = base.vision_tower(
@@ -295,7 +311,7 @@ _BIDIRECTIONAL = (
 
 
 @register_family("gemma3", "paligemma", merge=torch.cat, no_packing=_BIDIRECTIONAL)
-@register_family("cohere2_vision", merge=torch.cat)
+@register_family("cohere2_vision", merge=torch.cat, patch_merge="downsample_factor")
 def _last_hidden_state(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids:
     return square_grids(base.vision_tower(pixel_values.to(base.dtype)).last_hidden_state)
 
@@ -305,7 +321,7 @@ def _aligner(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids:
     return square_grids(base.vision_model(pixel_values.to(base.dtype)).last_hidden_state)
 
 
-@register_family("aya_vision", merge=torch.cat)
+@register_family("aya_vision", merge=torch.cat, patch_merge="downsample_factor")
 def _aya_vision(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids:
     config = base.config
     outputs = base.vision_tower(pixel_values.to(base.dtype), output_hidden_states=True)
@@ -316,7 +332,11 @@ def _aya_vision(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids:
 
 
 @register_family(
-    "got_ocr2", merge=torch.cat, vision_width="output_channels", tiles=_tiles_of_one_run
+    "got_ocr2",
+    merge=torch.cat,
+    vision_width="output_channels",
+    patch_merge=4,  # two convolutions of stride 2
+    tiles=_tiles_of_one_run,
 )
 def _got_ocr2(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids:
     features = base.vision_tower(pixel_values.to(base.dtype)).last_hidden_state
@@ -328,7 +348,13 @@ def _tokens_of_one_row(tokens: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(tokens).unsqueeze(1)
 
 
-@register_family("idefics3", "smolvlm", projector="connector", merge=_tokens_of_one_row)
+@register_family(
+    "idefics3",
+    "smolvlm",
+    projector="connector",
+    merge=_tokens_of_one_row,
+    patch_merge="scale_factor",
+)
 def _idefics3(
     base: Any, pixel_values: torch.Tensor, pixel_attention_mask: Any = None, **_: Any
 ) -> PatchGrids:
@@ -346,7 +372,7 @@ def _idefics3(
 # ---- images at their own size
 
 
-@register_family("mistral3")
+@register_family("mistral3", patch_merge="spatial_merge_size")
 def _mistral3(base: Any, pixel_values: torch.Tensor, image_sizes: Any, **_: Any) -> PatchGrids:
     outputs = base.vision_tower(
         pixel_values.to(base.dtype), image_sizes=image_sizes, output_hidden_states=True
@@ -361,6 +387,7 @@ def _naflex_tiles(processor: Any, image_inputs: Any, index: int) -> int:
 
 @register_family(
     "lfm2_vl",
+    patch_merge="downsample_factor",
     tiles=_naflex_tiles,
     no_packing="its short convolutions run across the boundaries of samples",
 )
@@ -429,12 +456,14 @@ def _raster(cells: torch.Tensor, grids: list[tuple[int, int]], merge: int) -> li
     vision_width="embed_dim",
     stock_projector="visual.merger",
     stand_in=_unmerged,
+    patch_merge="vision_config.spatial_merge_size",
     stock_tokens=_merged_tokens,
 )
 @register_family(
     "qwen2_5_vl",
     stock_projector="visual.merger",
     stand_in=_unmerged,
+    patch_merge="vision_config.spatial_merge_size",
     stock_tokens=_merged_tokens,
 )
 def _qwen2_vl(
@@ -449,6 +478,7 @@ def _qwen2_vl(
     "qwen3_vl",
     stock_projector="visual.merger",
     stand_in=_unmerged,
+    patch_merge="vision_config.spatial_merge_size",
     stock_tokens=_merged_tokens,
 )
 def _qwen3_vl(

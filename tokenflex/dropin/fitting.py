@@ -4,9 +4,9 @@ Training then starts from a model that already speaks about images, not from noi
 the projector at a count: the stock projector's tokens, averaged to that count's grid.
 
 The gated unit silu(gate x) * (up x) is set so that its hidden units are of two kinds: some are
-linear in x (no gate, x turned by an orthogonal matrix), the others are those of an ordinary network
-of one layer (up is 1, gate random). ``down`` on top of them is a linear least-squares problem,
-solved in float64 with a ridge that is chosen on images held out.
+linear in x (no gate; along the directions that the best linear map needs most), the others are
+those of an ordinary network of one layer (up is 1, gate random). ``down`` on top of them is a
+linear least-squares problem, solved in float64 with a ridge that is chosen on images held out.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def fit_projector(
     try:
         with torch.no_grad():
             patches = family.patch_grids(base, **inputs)
-            rows, in_grids = seam.flat_grids(patches)
-            target, target_grids = _stock_tokens(model, inputs, in_grids)
+            rows, in_grids = seam.flat_grids(patches, model.config.tokenflex["patch_merge"])
+            target, target_grids = _stock_tokens(model, inputs, seam.flat_grids(patches)[1])
             report = _fit(projector, rows, in_grids, target, target_grids, grids)
     finally:
         model.train(training)
@@ -178,7 +178,7 @@ def _fit(
     image = torch.cat(image_of_row).to(y.device)
 
     before = _relative_error(_outputs(projector, pooled), y)
-    _set_hidden_units(projector)
+    _set_hidden_units(projector, pooled, y)
     hidden = _hidden(projector, pooled)
     held_out, ridge = None, _RIDGES[len(_RIDGES) // 2]
     if images > 1:
@@ -196,34 +196,45 @@ def _fit(
     return FitReport(before, after, held_out, len(y))
 
 
-def _set_hidden_units(projector: Any) -> None:
+def _set_hidden_units(projector: Any, pooled: torch.Tensor, y: torch.Tensor) -> None:
     """Half of the hidden units or fewer linear in the input, the others a random network's."""
-    width, hidden = projector.vision_width, projector.hidden_width
-    linear = min(width, hidden // 2)
-    for name in ("gate", "up"):
+    for name in ("layernorm", "gate", "up"):
         getattr(projector, name).reset_parameters()
-    projector.layernorm.reset_parameters()
     gate, up = projector.gate, projector.up
-    turn = torch.empty(linear, width, dtype=torch.float32)
-    nn.init.orthogonal_(turn)
+    rows = _linear_directions(_normed(projector, pooled), y, projector.hidden_width // 2)
+    linear = len(rows)
     gate.weight[:linear] = 0
     gate.bias[:linear] = 1
-    up.weight[:linear] = turn.to(up.weight)
+    up.weight[:linear] = rows.to(up.weight)
     up.bias[:linear] = 0
     # Entries of variance 1 / C: the gate's inputs are then of size 1, where silu bends.
-    nn.init.normal_(gate.weight[linear:], std=width**-0.5)
+    nn.init.normal_(gate.weight[linear:], std=projector.vision_width**-0.5)
     up.weight[linear:] = 0
     up.bias[linear:] = 1
 
 
+def _linear_directions(x: torch.Tensor, y: torch.Tensor, most: int) -> torch.Tensor:
+    """[L, C], the directions of the input that a linear map to ``y`` needs most (reduced rank)."""
+    weight = _ridge_solver(x, y)(_RIDGES[len(_RIDGES) // 2])[:-1]
+    fitted = x @ weight
+    # Eigenvalues come in ascending order.
+    axes = torch.linalg.eigh(fitted.T @ fitted).eigenvectors.flip(1)
+    rows = (weight @ axes[:, : min(most, x.shape[1], y.shape[1])]).T
+    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-30)
+
+
 def _hidden(projector: Any, pooled: torch.Tensor) -> torch.Tensor:
     """The gated unit in float64, of the weights as they are stored."""
-    norm, gate, up = projector.layernorm, projector.gate, projector.up
-    x = F.layer_norm(
-        pooled, norm.normalized_shape, norm.weight.double(), norm.bias.double(), norm.eps
-    )
+    gate, up, x = projector.gate, projector.up, _normed(projector, pooled)
     gated = F.silu(F.linear(x, gate.weight.double(), gate.bias.double()))
     return gated * F.linear(x, up.weight.double(), up.bias.double())
+
+
+def _normed(projector: Any, pooled: torch.Tensor) -> torch.Tensor:
+    norm = projector.layernorm
+    return F.layer_norm(
+        pooled, norm.normalized_shape, norm.weight.double(), norm.bias.double(), norm.eps
+    )
 
 
 def _outputs(projector: Any, pooled: torch.Tensor) -> torch.Tensor:
@@ -249,4 +260,4 @@ def _ridge_solver(hidden: torch.Tensor, y: torch.Tensor) -> Any:
 
 
 def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))

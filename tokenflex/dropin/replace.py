@@ -24,6 +24,7 @@ def replace_projector(
     num_image_tokens: TokenCount = 256,
     init: str | None = None,
     images: Any = None,
+    patch_merge: int | None = None,
     hidden_width: int | None = None,
     pooling: str = "adaptive",
 ) -> Any:
@@ -45,7 +46,11 @@ def replace_projector(
             "fit" where images are given.
         images: for "fit", a handful of pictures for the processor, or image inputs of the model as
             a dict.
-        hidden_width: of the projector's gated unit; three times the vision width if None.
+        patch_merge: m; the projector sees m x m patches side by side as one, on a grid m times
+            coarser. None is what the stock projector does (2 for InternVL or Qwen, 1 for LLaVA):
+            as much detail per token as before. 1 pools the patches themselves, with m * m times
+            narrower weights.
+        hidden_width: of the projector's gated unit; 3 * m times the width of a patch if None.
         pooling: "adaptive" (the paper) or "resize" (the released model).
 
     Returns:
@@ -76,11 +81,15 @@ def replace_projector(
         raise ValueError("init='fit' needs images to fit on, got images=None")
     if images is not None and not isinstance(images, Mapping) and processor is None:
         raise ValueError("pictures need a processor; give one, or image inputs as a dict")
-    vision_width = family.width(model.config)
-    hidden_width = 3 * vision_width if hidden_width is None else hidden_width
+    if patch_merge is None:
+        patch_merge = family.stock_patch_merge(model.config)
+    patch_width = family.width(model.config)
+    if hidden_width is None:
+        hidden_width = 3 * check_count("patch_merge", patch_merge) * patch_width
     options = {
         "num_image_tokens": num_image_tokens,
-        "vision_width": vision_width,
+        "patch_merge": check_count("patch_merge", patch_merge),
+        "vision_width": patch_merge**2 * patch_width,
         "text_width": model.config.get_text_config().hidden_size,
         "hidden_width": check_count("hidden_width", hidden_width),
         "pooling": check_mode(pooling, name="pooling"),

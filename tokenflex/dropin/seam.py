@@ -128,15 +128,42 @@ def as_stock(model: Any) -> Iterator[Any]:
 # ---- patch grids to vision tokens
 
 
-def flat_grids(grids: PatchGrids | Deepstack) -> tuple[torch.Tensor, list[Grid]]:
-    """Patch grids as flat rows [sum of H*W, C], and the (H, W) of each."""
-    if isinstance(grids, Deepstack):
-        grids = grids.grids
-    if isinstance(grids, torch.Tensor):
-        images, height, width, channels = grids.shape
-        return grids.reshape(-1, channels), [(height, width)] * images
-    rows = [grid.flatten(0, 1) for grid in grids]
-    return torch.cat(rows), [(grid.shape[0], grid.shape[1]) for grid in grids]
+def flat_grids(patches: PatchGrids | Deepstack, merge: int = 1) -> tuple[torch.Tensor, list[Grid]]:
+    """Patch grids as flat rows, and the size of each grid.
+
+    Args:
+        patches: [images, H, W, C], or one [H, W, C] per image.
+        merge: m; m x m patches become one of m * m * C, side by side.
+
+    Returns:
+        [sum of H*W / m**2, m * m * C], and (H / m, W / m) per image.
+
+    Raises:
+        ValueError: m does not divide a grid.
+    """
+    if isinstance(patches, Deepstack):
+        patches = patches.grids
+    if merge > 1:
+        if isinstance(patches, torch.Tensor):
+            patches = _merged(patches, merge)
+        else:
+            patches = [_merged(grid, merge) for grid in patches]
+    if isinstance(patches, torch.Tensor):
+        images, height, width, channels = patches.shape
+        return patches.reshape(-1, channels), [(height, width)] * images
+    rows = torch.cat([grid.flatten(0, 1) for grid in patches])
+    return rows, [(grid.shape[0], grid.shape[1]) for grid in patches]
+
+
+def _merged(grid: torch.Tensor, merge: int) -> torch.Tensor:
+    """[.., H, W, C] -> [.., H / m, W / m, m * m * C]."""
+    height, width = grid.shape[-3:-1]
+    if height % merge or width % merge:
+        raise ValueError(
+            f"patch_merge={merge} must divide every patch grid, got one of {height} x {width}"
+        )
+    cells = grid.unflatten(-2, (-1, merge)).unflatten(-4, (-1, merge))
+    return cells.transpose(-4, -3).flatten(-3)
 
 
 def encode(
@@ -146,7 +173,7 @@ def encode(
     family = type(base)._tokenflex_family
     patches = family.patch_grids(base, **image_inputs)
     layers = patches.layers if isinstance(patches, Deepstack) else None
-    rows, in_grids = flat_grids(patches)
+    rows, in_grids = flat_grids(patches, base.config.tokenflex["patch_merge"])
     counts = default_count(base.config) if counts is None else counts
     out_grids = token_grids(counts, len(in_grids), name="num_image_tokens")
     sizes = [height * width for height, width in out_grids]
