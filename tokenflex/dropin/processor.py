@@ -27,6 +27,7 @@ from tokenflex.counts import (
     token_grids,
 )
 from tokenflex.dropin.families import Family, family_of
+from tokenflex.dropin.sampling import CountStream
 from tokenflex.dropin.variants import variant_of
 
 
@@ -35,8 +36,7 @@ class _State:
     """What a converted processor knows beside what the stock one does."""
 
     image_token: str
-    counts: TokenCount | TokenCounts
-    draws: int = 0
+    counts: TokenCount | CountStream
     asked: Grid | list[Grid] | None = None  # of the call that is under way
     tiles: list[list[TokenCount]] = field(default_factory=list)
 
@@ -138,12 +138,15 @@ def processor_variant(stock: Any, family: Family) -> Any:
 
     def image_token_counts(self: Any) -> TokenCount | TokenCounts:
         """The count of images whose call names none, or the :class:`TokenCounts` to draw from."""
-        return self._tokenflex.counts
+        counts = self._tokenflex.counts
+        return counts.counts if isinstance(counts, CountStream) else counts
 
     def set_image_token_counts(self: Any, counts: TokenCount | TokenCounts) -> None:
-        if not isinstance(counts, TokenCounts):
+        if isinstance(counts, TokenCounts):
+            self._tokenflex.counts = CountStream(counts)
+        else:
             token_grid(counts, name="image_token_counts")
-        self._tokenflex.counts = counts
+            self._tokenflex.counts = counts
 
     methods = {
         "__call__": __call__,
@@ -156,8 +159,8 @@ def processor_variant(stock: Any, family: Family) -> Any:
 def _asked(state: _State, counts: Any, images: Any) -> Grid | list[Grid]:
     """One grid for all images of a call, or one per image."""
     if counts is None:
-        if isinstance(state.counts, TokenCounts):
-            return _drawn(state, state.counts, images)
+        if isinstance(state.counts, CountStream):
+            return _drawn(state.counts, images)
         counts = state.counts
     if is_one_count(counts):
         return token_grid(counts, name="num_image_tokens")
@@ -165,18 +168,13 @@ def _asked(state: _State, counts: Any, images: Any) -> Grid | list[Grid]:
     return token_grids(counts, number, name="num_image_tokens")
 
 
-def _drawn(state: _State, counts: TokenCounts, images: Any) -> list[Grid]:
+def _drawn(counts: CountStream, images: Any) -> list[Grid]:
     """A count per prompt, for all of its images; per image where they come as one list."""
     if images is None:
         return []
     groups = images if isinstance(images, (list, tuple)) else [images]
     sizes = [len(group) if isinstance(group, (list, tuple)) else 1 for group in groups]
-    grids = []
-    for size in sizes:
-        index, epoch = _draw_key(state.draws)
-        grids += [token_grid(counts.draw(index, epoch))] * size
-        state.draws += 1
-    return grids
+    return [grid for size in sizes for grid in [token_grid(counts.next())] * size]
 
 
 def _check_all_there(inputs: BatchFeature, image_token_id: int) -> None:
@@ -191,15 +189,6 @@ def _check_all_there(inputs: BatchFeature, image_token_id: int) -> None:
         kept = sum(list(row).count(image_token_id) for row in ids)
     if kept != expected:
         raise ValueError(f"truncation must not cut vision tokens: {kept} of {expected} are left")
-
-
-def _draw_key(draws: int) -> tuple[int, int]:
-    """What a draw depends on: no two workers and ranks, and no two epochs of a worker, alike."""
-    ranks, rank = 1, 0
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    worker = torch.utils.data.get_worker_info()
-    return draws * ranks + rank, 0 if worker is None else worker.seed
 
 
 def _grid_of(state: _State, image_idx: int) -> Grid:

@@ -144,6 +144,15 @@ def restore_projector(model: Any, processor: Any = None) -> Any:
     return model
 
 
+def projector_name(model: Any) -> str:
+    """The dotted name of the projector in a converted model, for PEFT's ``modules_to_save``.
+
+    Raises:
+        ValueError: the model is of no supported family.
+    """
+    return f"{model.base_model_prefix}.{family_of(model.config).projector}"
+
+
 def from_pretrained(
     name_or_path: str | Path,
     *,
