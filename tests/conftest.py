@@ -26,6 +26,7 @@ _OF_THE_MODEL = [
     "training",
     "test_cli.py",
     "test_evaluation.py",
+    "test_examples.py",
 ]
 _NEEDED_BY = {
     "hypothesis": [

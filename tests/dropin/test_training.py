@@ -244,9 +244,7 @@ def test_trl(lora, tmp_path):
         ),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=processor,
-        data_collator=Watched(
-            collation.DataCollatorForVisionLanguageModeling(processor), processor
-        ),
+        data_collator=Watched(collator, processor),
         **options,
     )
     assert torch.isfinite(torch.tensor(trainer.train().training_loss))

@@ -5,6 +5,7 @@ from tokenflex.dropin.families import (
     Deepstack,
     chosen_layers,
     register_family,
+    split_grids,
     square_grids,
     supported_families,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "register_family",
     "replace_projector",
     "restore_projector",
+    "split_grids",
     "square_grids",
     "supported_families",
 ]

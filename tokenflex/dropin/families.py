@@ -190,7 +190,7 @@ def chosen_layers(
     return torch.cat([outputs.hidden_states[layer][:, first:] for layer in chosen], dim=-1)
 
 
-def _split_grids(rows: torch.Tensor, grids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+def split_grids(rows: torch.Tensor, grids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Flat [sum of H*W, C] -> one [H, W, C] per image."""
     pieces = rows.split([height * width for height, width in grids])
     return [piece.unflatten(0, tuple(grid)) for piece, grid in zip(pieces, grids, strict=True)]
@@ -201,7 +201,7 @@ def _pixtral_grids(base: Any, outputs: Any, layers: Any, image_sizes: Any) -> Pa
     rows = chosen_layers(outputs, layers, drop_class_token=False).squeeze(0)
     patch = base.vision_tower.patch_size
     sizes = torch.as_tensor(image_sizes).tolist()
-    return _split_grids(rows, [(height // patch, width // patch) for height, width in sizes])
+    return split_grids(rows, [(height // patch, width // patch) for height, width in sizes])
 
 
 def _real_tiles(base: Any, pixel_values: Any, image_sizes: Any, alone: list[bool]) -> Any:
@@ -444,7 +444,7 @@ def _image_grids(image_grid_thw: torch.Tensor) -> list[tuple[int, int]]:
 
 def _raster(cells: torch.Tensor, grids: list[tuple[int, int]], merge: int) -> list[torch.Tensor]:
     """[cells, merge**2 * C], cells and the patches within each row-major -> [H, W, C] each."""
-    merged = _split_grids(cells, [(height // merge, width // merge) for height, width in grids])
+    merged = split_grids(cells, [(height // merge, width // merge) for height, width in grids])
     return [
         image.unflatten(2, (merge, merge, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
         for image in merged
@@ -490,5 +490,5 @@ def _qwen3_vl(
     merged = [(height // merge, width // merge) for height, width in grids]
     return Deepstack(
         grids=_raster(outputs.pooler_output, grids, merge),
-        layers=[_split_grids(layer, merged) for layer in outputs.deepstack_features],
+        layers=[split_grids(layer, merged) for layer in outputs.deepstack_features],
     )
