@@ -162,6 +162,14 @@ def test_fit_needs_the_stock_projector(tmp_path):
         fit_projector(stock_model("llava"), image_inputs("llava", [1]))
 
 
+def test_half_precision_models_are_fitted_too():
+    model = stock_model("internvl").to(torch.bfloat16)
+    replace_projector(model, num_image_tokens=16)
+    report = fit_projector(model, image_inputs("internvl", range(24)))
+    assert {p.dtype for p in projector_of(model).parameters()} == {torch.bfloat16}
+    assert report.after < 0.6 < report.before
+
+
 def test_one_image_is_enough_but_holds_none_out():
     report = fit_projector(converted("llava"), image_inputs("llava", [1]))
     assert report.held_out is None

@@ -11,7 +11,7 @@ import transformers
 from packaging.version import Version
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tests.dropin.tiny import END, IMAGE, PROMPTS, START, Prompt, batch, stock_model
+from tests.dropin.tiny import END, IMAGE, PROMPTS, START, Prompt, batch, image_inputs, stock_model
 from tokenflex import TokenAdaptiveProjector, replace_projector
 from tokenflex.dropin.families import family_of
 
@@ -149,3 +149,112 @@ def test_copies_and_pickles_are_converted_models(name, duplicate):
     with torch.no_grad():
         projector_of(model).down.bias.add_(1.0)
     assert not torch.equal(logits(twin, inputs), logits(model, inputs))
+
+
+# ---- Qwen's positions
+
+
+@pytest.mark.parametrize("qwen", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("counts", [[9, 25, 16], [(2, 5), (3, 3), (6, 1)]], ids=["n", "h x w"])
+def test_positions_are_those_of_an_image_of_that_many_cells(qwen, counts):
+    model, stock = converted(qwen), stock_model(qwen)
+    prompts = [PROMPTS[0]._replace(counts=counts[:1]), PROMPTS[1]._replace(counts=counts[1:])]
+    inputs = batch(qwen, prompts)
+    names = ("input_ids", "mm_token_type_ids", "attention_mask")
+    text = {key: inputs[key] for key in names}
+    merge = model.config.vision_config.spatial_merge_size
+    cells = [(int(c**0.5),) * 2 if isinstance(c, int) else c for c in counts]
+    native = torch.tensor([[1, height * merge, width * merge] for height, width in cells])
+    expected, deltas = stock.model.get_rope_index(**text, image_grid_thw=native)
+    actual, actual_deltas = model.model.get_rope_index(
+        **text, image_grid_thw=inputs["image_grid_thw"], num_image_tokens=counts
+    )
+    assert torch.equal(actual, expected)
+    assert torch.equal(actual_deltas, deltas)
+    seen = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    logits(model, inputs)
+    model.generate(**inputs, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    for positions in seen:  # in generation text positions come first
+        assert torch.equal(positions[-3:], expected)
+
+
+@pytest.mark.parametrize("qwen", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_positions_without_counts_are_read_off_the_placeholders(qwen):
+    model = converted(qwen)
+    inputs = batch(qwen, PROMPTS)
+    names = ("input_ids", "mm_token_type_ids", "attention_mask", "image_grid_thw")
+    text = {key: inputs[key] for key in names}
+    with_counts = model.model.get_rope_index(**text, num_image_tokens=[9, 25, 16])
+    assert torch.equal(model.model.get_rope_index(**text)[0], with_counts[0])
+    with pytest.raises(ValueError, match="9 placeholders for image 0"):
+        model.model.get_rope_index(**text, num_image_tokens=[4, 25, 16])
+
+
+# ---- beside other libraries
+
+
+def test_a_second_turn_continues_the_first(name):
+    """With the first turn's cache, what follows is what a model that read it all would say."""
+    model = converted(name)
+    options = {"do_sample": False, "pad_token_id": 0}
+    first = batch(name, [PROMPTS[0]])
+    reply = model.generate(**first, max_new_tokens=3, return_dict_in_generate=True, **options)
+    ids = torch.cat([reply.sequences, torch.tensor([[5, 6, 7]])], dim=1)
+    mask = torch.ones_like(ids)
+    again = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        past_key_values=reply.past_key_values,
+        max_new_tokens=3,
+        **options,
+    )
+    images = {k: v for k, v in first.items() if k not in ("input_ids", "attention_mask")}
+    for key in ("mm_token_type_ids", "token_type_ids"):
+        if key in images:
+            images[key] = torch.nn.functional.pad(
+                images[key], (0, ids.shape[1] - images[key].shape[1])
+            )
+    fresh = model.generate(
+        input_ids=ids, attention_mask=mask, **images, max_new_tokens=3, **options
+    )
+    if name == "paligemma":  # a longer prompt is a longer bidirectional prefix
+        assert again.shape == fresh.shape
+    else:
+        assert torch.equal(again, fresh)
+
+
+def test_hooks_of_accelerate_before_and_after_converting(name):
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    inputs = batch(name, PROMPTS)
+    expected = logits(converted(name), inputs)
+
+    def hooked(model):
+        for module in (model, model.base_model, *model.base_model.children()):
+            add_hook_to_module(module, AlignDevicesHook(io_same_device=True))
+        return model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        before = replace_projector(hooked(stock_model(name)), num_image_tokens=16)
+    assert torch.equal(logits(before, inputs), expected)
+    assert torch.equal(logits(hooked(converted(name)), inputs), expected)
+
+
+def test_the_callers_arguments_stay_as_they_are(name):
+    model = converted(name)
+    inputs = batch(name, PROMPTS)
+    images = image_inputs(name, [1, 2, 3])
+    with torch.no_grad():
+        encoded = model.base_model.get_image_features(
+            **images, num_image_tokens=inputs["num_image_tokens"]
+        )
+    kept, tokens, holder = dict(inputs), list(encoded.pooler_output), {"image": encoded}
+    text = {k: v for k, v in inputs.items() if k not in images or k == "image_grid_thw"}
+    assert torch.equal(logits(model, {**text, "mm_encoder_outputs": holder}), logits(model, inputs))
+    assert holder["image"] is encoded
+    assert all(a is b for a, b in zip(encoded.pooler_output, tokens, strict=True))
+    assert all(inputs[key] is value for key, value in kept.items())
