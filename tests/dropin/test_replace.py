@@ -95,6 +95,14 @@ def test_saved_conversion_loads_exactly(name, tmp_path):
     assert torch.equal(logits(loaded.eval(), inputs), logits(model, inputs))
     assert projector_of(loaded).hidden_width == 20
     before = keys_on_disk(tmp_path)
+    stock_model(name).save_pretrained(tmp_path / "stock")
+    projectors = {family_of(model.config).projector, family_of(model.config).stock_projector}
+
+    def others(keys: set[str]) -> set[str]:
+        return {key for key in keys if not any(f"{part}." in key for part in projectors)}
+
+    # The names of a checkpoint are those of the stock one, which is not those of the modules.
+    assert others(before) == others(keys_on_disk(tmp_path / "stock"))
     loaded.save_pretrained(tmp_path / "again")
     assert keys_on_disk(tmp_path / "again") == before
     written = json.loads((tmp_path / "config.json").read_text())
