@@ -35,6 +35,7 @@ def model_with_a_projector_to_imitate(name: str):
 def test_fitted_tokens_are_near_the_stock_ones(name, record_property):
     """The images are noise to random towers: the hardest there are to generalise from."""
     model = model_with_a_projector_to_imitate(name).train()
+    frozen = next(model.base_model.children()).eval()
     report = fit_projector(model, image_inputs(name, range(100, 124)), counts=[16, 4])
     record_property("error", {k: getattr(report, k) for k in ("before", "after", "held_out")})
     assert report.before > 0.95
@@ -42,6 +43,7 @@ def test_fitted_tokens_are_near_the_stock_ones(name, record_property):
     assert report.after < (0.85 if name in ("aya_vision", "cohere2_vision") else 0.6)
     assert report.held_out < 0.95
     assert model.training
+    assert not frozen.training
     assert seam.is_converted(model)
     model(**batch(name, PROMPTS, labels=True)).loss.backward()
     assert all(p.grad is not None for p in projector_of(model).parameters())

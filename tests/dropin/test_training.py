@@ -13,7 +13,7 @@ from tests.dropin.processors import image_text, picture, stock_processor
 from tests.dropin.test_seam import converted, logits, projector_of
 from tests.dropin.tiny import IMAGE, PROMPTS, batch, stock_model
 from tokenflex import TokenCounts, replace_projector
-from tokenflex.dropin import ImageTextCollator, MaskImageLabels, projector_name
+from tokenflex.dropin import ImageTextCollator, MaskImageLabels, pack_inputs, projector_name
 
 COUNTS = TokenCounts((4, 9, 16), (2, 3, 5))
 
@@ -180,6 +180,17 @@ def test_peft_trains_and_saves_its_copy_of_the_projector(name, tmp_path):
     assert torch.equal(model.generate(**inputs, **options), loaded.generate(**inputs, **options))
     merged = loaded.merge_and_unload()
     assert float((logits(merged, inputs) - expected).abs().max()) < 1e-4
+
+
+def test_packed_rows_under_peft():
+    model = with_lora(converted("llava")).eval()
+    inputs = batch("llava", PROMPTS)
+    packed = pack_inputs(model, inputs)
+    together = logits(model, packed)[0].split(packed["cu_seq_lens_q"].diff().tolist())
+    for rows, prompt in zip(together, PROMPTS, strict=True):
+        alone = logits(model, batch("llava", [prompt]))[0]
+        assert float((rows - alone).abs().max()) < 1e-5
+    assert projector_name(model) == "model.multi_modal_projector"
 
 
 def test_lora_inside_the_projector():

@@ -87,7 +87,7 @@ def fit_projector(
     stock.to(reference.device, reference.dtype)
     inputs = _image_inputs(base, images, processor, reference.device)
     grids = _default_grids(model.config) if counts is None else [token_grid(c) for c in counts]
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
@@ -96,7 +96,8 @@ def fit_projector(
             target, target_grids = _stock_tokens(model, inputs, seam.flat_grids(patches)[1])
             report = _fit(projector, rows, in_grids, target, target_grids, grids)
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     return report
 
 

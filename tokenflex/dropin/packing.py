@@ -22,7 +22,7 @@ def pack_inputs(model: Any, inputs: Any) -> dict[str, Any]:
     """One padding-free row from a padded batch.
 
     Args:
-        model: a converted model; Qwen's positions are its to compute.
+        model: a converted model, with or without PEFT; Qwen's positions are its to compute.
         inputs: what the processor returned for the samples, padded on either side: ``input_ids``
             and ``attention_mask`` [B, L], image inputs, ``num_image_tokens``, and ``labels`` where
             there are any.
@@ -37,6 +37,7 @@ def pack_inputs(model: Any, inputs: Any) -> dict[str, Any]:
         ValueError: the model is not converted, its family cannot be packed (with the reason), or
             ``inputs`` is no padded batch.
     """
+    model = seam.unwrapped(model)
     if not seam.is_converted(model):
         raise ValueError("model must have a token-adaptive projector: call replace_projector first")
     family = family_of(model.config)

@@ -161,6 +161,7 @@ def projector_name(model: Any) -> str:
     Raises:
         ValueError: the model is of no supported family.
     """
+    model = seam.unwrapped(model)
     return f"{model.base_model_prefix}.{family_of(model.config).projector}"
 
 

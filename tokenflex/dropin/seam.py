@@ -39,6 +39,12 @@ from tokenflex_kernels import pool_norm
 _STOCK_PROJECTOR = "_tokenflex_stock_projector"  # a tuple, so that it is no submodule
 
 
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside a PEFT or data-parallel wrapper, or the model itself."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def is_converted(model: Any) -> bool:
     """Whether a model, or base model, has a token-adaptive projector in place of its own."""
     return hasattr(type(getattr(model, "base_model", model)), "_tokenflex_family")
