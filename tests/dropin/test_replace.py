@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 
 import tokenflex
-from tests.dropin.processors import stock_processor
+from tests.dropin.processors import picture, stock_processor
 from tests.dropin.test_seam import converted, logits, projector_of
 from tests.dropin.tiny import PROMPTS, Prompt, batch, stock_model
 from tokenflex import replace_projector, restore_projector
@@ -223,10 +223,23 @@ def test_parts_of_models_are_refused(part):
         replace_projector(getattr(stock_model("llava"), part))
 
 
-def test_images_and_init_are_for_stock_weights(tmp_path):
+def test_conversions_have_no_use_for_a_start(tmp_path):
+    model = converted("llava")
+    model.save_pretrained(tmp_path)
+    processor = stock_processor("llava")
+    with pytest.raises(ValueError, match=r"init is for stock weights.*init='fit'"):
+        tokenflex.from_pretrained(tmp_path, processor=processor, init="fit", images=[picture(1)])
+    loaded, _ = tokenflex.from_pretrained(tmp_path, processor=processor, images=[picture(1)])
+    assert torch.equal(projector_of(loaded).down.weight, projector_of(model).down.weight)
+
+
+def test_conversion_with_options_missing_is_refused(tmp_path):
     converted("llava").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="stock weights"):
-        tokenflex.from_pretrained(tmp_path, processor=stock_processor("llava"), init="random")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["tokenflex"]["pooling"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="pooling is missing"):
+        tokenflex.from_pretrained(tmp_path, processor=stock_processor("llava"))
 
 
 def test_videos_are_refused():

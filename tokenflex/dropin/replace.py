@@ -18,6 +18,10 @@ from tokenflex_kernels._checks import check_count
 from tokenflex_kernels.axis_weights import check_mode
 
 _LOGGER = logging.getLogger(__name__)
+# What config.tokenflex holds: all that a projector is made from.
+_OPTIONS = frozenset(
+    ["hidden_width", "num_image_tokens", "patch_merge", "pooling", "text_width", "vision_width"]
+)
 # What says where a checkpoint is, for its config and processor as for its weights.
 _WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -181,7 +185,8 @@ def from_pretrained(
             conversion saved with ``save_pretrained``.
         num_image_tokens: vision tokens per image where a call names no count; None is the saved
             one, or 256.
-        init, images: how a fresh projector starts, see :func:`replace_projector`.
+        init, images: how a fresh projector starts, see :func:`replace_projector`; a conversion has
+            no use for images, and refuses ``init``.
         processor: use this one instead of loading it from ``name_or_path``.
         **kwargs: for ``AutoModelForImageTextToText.from_pretrained``, for example ``dtype``.
 
@@ -203,9 +208,16 @@ def from_pretrained(
         count = 256 if num_image_tokens is None else num_image_tokens
         replace_projector(model, processor, num_image_tokens=count, init=init, images=images)
         return model, processor
-    if init is not None or images is not None:
+    if init is not None:
         raise ValueError(
-            f"init and images are for stock weights, but {name_or_path} holds a fitted projector"
+            f"init is for stock weights, but {name_or_path} holds a token-adaptive projector; got "
+            f"init={init!r}"
+        )
+    missing = sorted(_OPTIONS - set(config.tokenflex))
+    if missing:
+        raise ValueError(
+            f"config of {name_or_path} must have {', '.join(sorted(_OPTIONS))} in tokenflex, but "
+            f"{', '.join(missing)} is missing"
         )
     if num_image_tokens is not None:
         token_grid(num_image_tokens, name="num_image_tokens")
