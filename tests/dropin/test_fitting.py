@@ -36,7 +36,9 @@ def test_fitted_tokens_are_near_the_stock_ones(name, record_property):
     """The images are noise to random towers: the hardest there are to generalise from."""
     model = model_with_a_projector_to_imitate(name).train()
     frozen = next(model.base_model.children()).eval()
-    report = fit_projector(model, image_inputs(name, range(100, 124)), counts=[16, 4])
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        report = fit_projector(model, image_inputs(name, range(100, 124)), counts=[16, 4])
     record_property("error", {k: getattr(report, k) for k in ("before", "after", "held_out")})
     assert report.before > 0.95
     # Gated stock projectors, of products of patches, are the furthest from ours.

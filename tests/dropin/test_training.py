@@ -75,6 +75,8 @@ def test_indexed_samples_have_their_own_counts():
     for indices in ([3, 1], [5], [1, 3, 7]):
         inputs = collate([samples[i] for i in indices])
         assert inputs["num_image_tokens"] == [counts[i] for i in indices]
+    later = collate([{**samples[i], "epoch": 1} for i in range(8)])
+    assert later["num_image_tokens"] == [COUNTS.draw(i, epoch=1) for i in range(8)] != counts
 
 
 def test_collator_leaves_the_count_to_the_processor_or_fixes_it():

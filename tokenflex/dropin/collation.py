@@ -25,9 +25,9 @@ class ImageTextCollator:
     Args:
         processor: a converted one.
         counts: draws a count for each sample, which all of its images share; a TokenCounts draws
-            from a key "index" of the sample where there is one (the same for any worker, rank and
-            resumed run, whatever the epoch), else one after another. None leaves the count to the
-            processor.
+            from the keys "index" and "epoch" (0 if there is none) of a sample that has an index,
+            the same for any worker, rank and resumed run; else one after another. None leaves the
+            count to the processor.
 
     Returns of a call: what the processor returns, right-padded, and ``labels``: ``input_ids`` with
     -100 on padding and image placeholders.
@@ -96,7 +96,7 @@ class ImageTextCollator:
     def _draw(self, sample: Mapping[str, Any]) -> int:
         assert self._stream is not None
         if "index" in sample:
-            return self._stream.counts.draw(int(sample["index"]))
+            return self._stream.counts.draw(int(sample["index"]), int(sample.get("epoch", 0)))
         return self._stream.next()
 
 
