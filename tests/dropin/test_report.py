@@ -47,14 +47,16 @@ class Said:
 
 
 def test_outcomes_of_a_run_become_cells():
-    outcomes, (test,) = Outcomes(), COLUMNS["one count"]
+    outcomes, (test,), (processor,) = Outcomes(), COLUMNS["one count"], COLUMNS["processor"]
     outcomes.add(Said(f"a.py::{test}[llava-9]", "passed"))
     outcomes.add(Said(f"a.py::{test}[llava-pixtral-9]", "passed"))
     outcomes.add(Said(f"a.py::{test}[llava-pixtral-count2]", "failed"))
     outcomes.add(Said(f"a.py::{test}[mistral3-9]", "skipped", when="setup"))
     outcomes.add(Said(f"a.py::{test}[gemma3-9]", "passed", when="setup"))
+    outcomes.add(Said(f"a.py::{processor}[mistral3]", "skipped", when="setup"))
+    assert outcomes.report()["families"]["mistral3"]["processor"] == "needs torchvision"
     cells = {name: row["one count"] for name, row in outcomes.report()["families"].items()}
     assert cells["llava"] == "yes"
     assert cells["llava-pixtral"] == "no"
-    assert cells["mistral3"] == "needs torchvision"
+    assert cells["mistral3"] == "not run"
     assert cells["gemma3"] == "refused"
