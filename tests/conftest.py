@@ -20,6 +20,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 _OF_THE_MODEL = [
     "models",
+    "dropin",
     "data",
     "digits",
     "training",
@@ -28,6 +29,7 @@ _OF_THE_MODEL = [
     "test_answers.py",
     "test_docs.py",
     "benchmarks/test_first_token.py",
+    "test_examples.py",
 ]
 _NEEDED_BY = {
     "hypothesis": [

@@ -13,6 +13,8 @@ from tokenflex._auto_classes import register_with_transformers
 
 if TYPE_CHECKING:
     from tokenflex.counts import TokenCounts
+    from tokenflex.dropin.families import register_family
+    from tokenflex.dropin.replace import from_pretrained, replace_projector, restore_projector
     from tokenflex.models.configuration import TokenFlexConfig
     from tokenflex.models.modeling import TokenFlexForConditionalGeneration
     from tokenflex.models.processing import TokenFlexProcessor
@@ -29,6 +31,10 @@ _LAZY = {
     "TokenFlexForConditionalGeneration": ("tokenflex.models.modeling", "hf"),
     "TokenFlexProcessor": ("tokenflex.models.processing", "hf"),
     "load_ristretto": ("tokenflex.models.ristretto", "hf"),
+    "from_pretrained": ("tokenflex.dropin.replace", "hf"),
+    "register_family": ("tokenflex.dropin.families", "hf"),
+    "replace_projector": ("tokenflex.dropin.replace", "hf"),
+    "restore_projector": ("tokenflex.dropin.replace", "hf"),
 }
 
 __all__ = [
@@ -37,7 +43,11 @@ __all__ = [
     "TokenFlexConfig",
     "TokenFlexForConditionalGeneration",
     "TokenFlexProcessor",
+    "from_pretrained",
     "load_ristretto",
+    "register_family",
+    "replace_projector",
+    "restore_projector",
 ]
 
 

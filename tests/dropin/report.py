@@ -1,0 +1,134 @@
+"""What a run of these tests says about each family, for docs/dropin.md.
+
+    python -m pytest tests/dropin --dropin-report
+
+writes docs/results/dropin/report.json, and the tables of docs/dropin.md from it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tests.dropin.tiny import MODELS
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/dropin.md"
+REPORT = ROOT / "docs/results/dropin/report.json"
+
+# column -> the tests that must have passed for a family
+COLUMNS = {
+    "one count": ["test_uniform_count_trains_every_projector_parameter"],
+    "count per image": [
+        "test_each_prompt_of_a_mixed_batch_is_as_if_alone",
+        "test_precomputed_tokens_in_the_stock_model_give_the_same_logits",
+    ],
+    "greedy, beams": ["test_generation_of_a_mixed_batch_is_that_of_each_prompt"],
+    "processor": ["test_counts_reach_the_model"],
+    "fit": ["test_fitted_tokens_are_near_the_stock_ones"],
+    "packing": ["test_packed_logits_are_those_of_each_sample_alone"],
+    "PEFT": ["test_peft_trains_and_saves_its_copy_of_the_projector"],
+    "save, load": ["test_saved_conversion_loads_exactly"],
+    "restore": ["test_restored_model_is_the_stock_one"],
+}
+
+
+class Outcomes:
+    """Collects what each test said about each family."""
+
+    def __init__(self) -> None:
+        self.results: dict[tuple[str, str], list[str]] = {}
+        self.properties: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def add(self, report: Any) -> None:
+        """One phase of one test; only what was called, or skipped, counts."""
+        match = re.match(r"(\w+)(?:\[(.*)\])?$", report.nodeid.rpartition("::")[2])
+        if match is None or (report.when != "call" and not report.skipped and not report.failed):
+            return
+        test, parameters = match[1], match[2] or ""
+        # "llava-pixtral-beams": a name of a model, then what else the test is parametrised over
+        names = [n for n in MODELS if parameters == n or parameters.startswith(f"{n}-")]
+        if names:
+            key = test, max(names, key=len)
+            self.results.setdefault(key, []).append(report.outcome)
+            self.properties.setdefault(key, {}).update(report.user_properties)
+
+    def report(self) -> dict[str, Any]:
+        """The table as data, and what was measured on the way."""
+        families = {
+            name: {column: self._cell(name, column) for column in COLUMNS} for name in MODELS
+        }
+        return {
+            "transformers": transformers.__version__,
+            "torch": torch.__version__.split("+")[0],
+            "families": families,
+            "relative_error": self._measured("test_fitted_tokens_are_near_the_stock_ones", "error"),
+            "loss_at_step_0": self._measured(
+                "test_loss_at_step_0_is_near_the_stock_model_s", "loss"
+            ),
+        }
+
+    def _cell(self, name: str, column: str) -> str:
+        outcomes = [o for test in COLUMNS[column] for o in self.results.get((test, name), [])]
+        if not outcomes:
+            return "refused"
+        if "failed" in outcomes:
+            return "no"
+        if "skipped" in outcomes:
+            return "needs torchvision" if column == "processor" else "not run"
+        return "yes"
+
+    def _measured(self, test: str, key: str) -> dict[str, Any]:
+        return {
+            name: properties[key]
+            for (of, name), properties in sorted(self.properties.items())
+            if of == test and key in properties
+        }
+
+
+def tables(report: dict[str, Any]) -> dict[str, str]:
+    """The tables of the page, by name."""
+    columns = [*COLUMNS]
+    rows = ["| family | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    rows += [
+        f"| {name} | " + " | ".join(cells[column] for column in columns) + " |"
+        for name, cells in report["families"].items()
+    ]
+    losses = ["| family | stock | fresh, random | fresh, fitted |", "|---|---|---|---|"]
+    losses += [
+        f"| {name} | {loss['stock']:.3f} | {loss['random']:.2f} | {loss['fitted']:.3f} |"
+        for name, loss in report["loss_at_step_0"].items()
+    ]
+    errors = ["| family | random | fitted | fitted, on images held out |", "|---|---|---|---|"]
+    errors += [
+        f"| {name} | {error['before']:.2f} | {error['after']:.2f} | {error['held_out']:.2f} |"
+        for name, error in report["relative_error"].items()
+    ]
+    return {
+        "families": "\n".join(rows),
+        "loss at step 0": "\n".join(losses),
+        "relative error": "\n".join(errors),
+    }
+
+
+def with_tables(page: str, report: dict[str, Any]) -> str:
+    """The page with its tables written from the report."""
+    for name, table in tables(report).items():
+        start, end = f"<!-- table: {name} -->", "<!-- end of table -->"
+        pattern = re.compile(f"{re.escape(start)}\n.*?\n{re.escape(end)}", flags=re.DOTALL)
+        page, found = pattern.subn(f"{start}\n{table}\n{end}", page)
+        if found != 1:
+            raise ValueError(f"{PAGE.name} must hold {start!r} once, found it {found} times")
+    return page
+
+
+def write(report: dict[str, Any]) -> None:
+    REPORT.parent.mkdir(parents=True, exist_ok=True)
+    REPORT.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(with_tables(page, report), encoding="utf-8")

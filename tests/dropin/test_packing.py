@@ -1,0 +1,105 @@
+"""Packed samples do not see each other; families where they would are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.dropin.test_seam import TOLERANCE, converted, logits
+from tests.dropin.tiny import IMAGE, MODELS, PROMPTS, START, Prompt, batch, model_type, stock_model
+from tokenflex.dropin import pack_inputs
+from tokenflex.dropin.families import family_of
+
+SAMPLES = [*PROMPTS, Prompt([5, 6, 7], [], []), Prompt([8, START, IMAGE, 9], [4], [7])]
+REFUSED = ["gemma3", "lfm2_vl", "paligemma"]
+
+
+@pytest.fixture(params=[name for name in MODELS if model_type(name) not in REFUSED])
+def name(request) -> str:
+    return request.param
+
+
+def lengths_of(packed) -> list[int]:
+    return packed["cu_seq_lens_q"].diff().tolist()
+
+
+def test_packed_logits_are_those_of_each_sample_alone(name):
+    model = converted(name)
+    packed = pack_inputs(model, batch(name, SAMPLES))
+    assert packed["input_ids"].shape == (1, sum(lengths_of(packed)))
+    together = logits(model, packed)[0].split(lengths_of(packed))
+    for rows, sample in zip(together, SAMPLES, strict=True):
+        alone = logits(model, batch(name, [sample]))[0]
+        assert float((rows - alone).abs().max()) < TOLERANCE
+
+
+def test_the_comparison_would_see_a_leak(name):
+    """The control: with a cache, or an attention mask, transformers joins the samples."""
+    model = converted(name)
+    packed = pack_inputs(model, batch(name, SAMPLES))
+    boundaries = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    leaking = {key: value for key, value in packed.items() if key not in boundaries}
+    leaking["use_cache"] = True
+    together = logits(model, leaking)[0].split(lengths_of(packed))
+    alone = logits(model, batch(name, [SAMPLES[1]]))[0]
+    assert float((together[1] - alone).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "change", [{"use_cache": True}, {"use_cache": None}, {"attention_mask": torch.ones(1, 3)}]
+)
+def test_a_packed_row_that_would_leak_is_refused(name, change):
+    model = converted(name)
+    packed = pack_inputs(model, batch(name, SAMPLES)) | change
+    with pytest.raises(ValueError, match="see each other"):
+        model(**packed)
+
+
+def test_loss_is_the_mean_over_the_samples_targets(name):
+    model = converted(name)
+    packed = pack_inputs(model, batch(name, SAMPLES, labels=True))
+    total, targets = 0.0, 0
+    for sample in SAMPLES:
+        alone = batch(name, [sample], labels=True)
+        labels = alone.pop("labels")[0, 1:]
+        total += float(F.cross_entropy(logits(model, alone)[0, :-1], labels, reduction="sum"))
+        targets += int((labels != -100).sum())
+    with torch.no_grad():
+        assert float(model(**packed).loss) == pytest.approx(total / targets, abs=1e-5)
+
+
+def test_padding_side_does_not_matter():
+    model = converted("llava")
+    left = batch("llava", SAMPLES)
+    right = dict(left)
+    for key in ("input_ids", "attention_mask"):
+        rows = [
+            torch.cat([row[mask.bool()], row[~mask.bool()]])
+            for row, mask in zip(left[key], left["attention_mask"], strict=True)
+        ]
+        right[key] = torch.stack(rows)
+    packed = pack_inputs(model, left), pack_inputs(model, right)
+    for key in ("input_ids", "position_ids", "cu_seq_lens_q"):
+        assert torch.equal(packed[0][key], packed[1][key])
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_families_that_cannot_be_packed_say_why(family):
+    model = converted(family)
+    reason = family_of(model.config).no_packing
+    assert len(reason) > 20
+    with pytest.raises(ValueError, match=f"{family} cannot be packed: {reason[:20]}"):
+        pack_inputs(model, batch(family, SAMPLES))
+    boundaries = torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cannot be packed"):
+        model(input_ids=torch.tensor([[3, 4, 5]]), cu_seq_lens_q=boundaries, use_cache=False)
+
+
+def test_what_pack_inputs_refuses():
+    with pytest.raises(ValueError, match="replace_projector first"):
+        pack_inputs(stock_model("llava"), batch("llava", SAMPLES))
+    inputs = batch("llava", SAMPLES)
+    del inputs["attention_mask"]
+    with pytest.raises(ValueError, match="attention_mask"):
+        pack_inputs(converted("llava"), inputs)

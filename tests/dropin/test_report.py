@@ -1,0 +1,62 @@
+"""The page about the drop-in says what the tests said."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from tests.dropin.report import COLUMNS, PAGE, REPORT, Outcomes, with_tables
+from tests.dropin.test_packing import REFUSED
+from tests.dropin.tiny import MODELS, model_type
+from tokenflex.dropin import supported_families
+
+REPORTED = json.loads(REPORT.read_text(encoding="utf-8"))
+
+
+def test_tables_are_those_of_the_report():
+    page = PAGE.read_text(encoding="utf-8")
+    assert with_tables(page, REPORTED) == page, "run pytest tests/dropin --dropin-report"
+
+
+def test_every_family_is_in_the_report():
+    assert list(REPORTED["families"]) == MODELS
+    assert {model_type(name) for name in MODELS} == set(supported_families())
+    for cells in REPORTED["families"].values():
+        assert list(cells) == list(COLUMNS)
+
+
+def test_reported_cells_are_true():
+    for name, cells in REPORTED["families"].items():
+        assert (cells["packing"] == "refused") == (model_type(name) in REFUSED)
+        others = {value for column, value in cells.items() if column != "packing"}
+        assert others <= {"yes", "needs torchvision"}, name
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\(([^)#]+)\)", PAGE.read_text("utf-8")))
+def test_links_lead_somewhere(target):
+    assert (PAGE.parent / target).exists()
+
+
+class Said:
+    def __init__(self, nodeid: str, outcome: str, when: str = "call", **properties) -> None:
+        self.nodeid, self.outcome, self.when = nodeid, outcome, when
+        self.skipped, self.failed = outcome == "skipped", outcome == "failed"
+        self.user_properties = list(properties.items())
+
+
+def test_outcomes_of_a_run_become_cells():
+    outcomes, (test,), (processor,) = Outcomes(), COLUMNS["one count"], COLUMNS["processor"]
+    outcomes.add(Said(f"a.py::{test}[llava-9]", "passed"))
+    outcomes.add(Said(f"a.py::{test}[llava-pixtral-9]", "passed"))
+    outcomes.add(Said(f"a.py::{test}[llava-pixtral-count2]", "failed"))
+    outcomes.add(Said(f"a.py::{test}[mistral3-9]", "skipped", when="setup"))
+    outcomes.add(Said(f"a.py::{test}[gemma3-9]", "passed", when="setup"))
+    outcomes.add(Said(f"a.py::{processor}[mistral3]", "skipped", when="setup"))
+    assert outcomes.report()["families"]["mistral3"]["processor"] == "needs torchvision"
+    cells = {name: row["one count"] for name, row in outcomes.report()["families"].items()}
+    assert cells["llava"] == "yes"
+    assert cells["llava-pixtral"] == "no"
+    assert cells["mistral3"] == "not run"
+    assert cells["gemma3"] == "refused"

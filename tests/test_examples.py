@@ -1,0 +1,51 @@
+"""The examples run as they are."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run_example(name: str, *arguments: object) -> str:
+        from tokenflex.dropin import families
+
+        monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_example
+
+
+def test_choose_counts(run):
+    lines = run("choose_counts.py", "--counts", 4, 9).splitlines()
+    assert [line.split("  ")[0].strip() or line.split()[0] for line in lines[1:]]
+    widths = [int(line.split("[")[0].split()[1]) for line in lines[1:3]]
+    assert widths[1] - widths[0] == 5  # 9 tokens in place of 4
+    assert "[4, 9]" in lines[3]
+
+
+def test_add_family(run):
+    out = run("add_family.py")
+    assert "logits (2, 21, 64)" in out
+    assert "generated (2, 24)" in out
+
+
+@pytest.mark.slow
+def test_finetune_lora(run, tmp_path):
+    pytest.importorskip("peft")
+    out = run("finetune_lora.py", "--steps", 10, "--counts", 4, 16, "--out", tmp_path)
+    rows = [line.split() for line in out.splitlines()[-2:]]
+    assert [row[0] for row in rows] == ["4", "16"]
+    for _, before, after, loaded in rows:
+        assert float(after) < float(before)
+        assert loaded == after
+    assert (tmp_path / "model" / "config.json").exists()

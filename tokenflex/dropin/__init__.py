@@ -1,0 +1,37 @@
+"""A token-adaptive projector in place of the one that an existing vision-language model has."""
+
+from tokenflex.dropin.collation import ImageTextCollator, MaskImageLabels
+from tokenflex.dropin.families import (
+    Deepstack,
+    chosen_layers,
+    register_family,
+    split_grids,
+    square_grids,
+    supported_families,
+)
+from tokenflex.dropin.fitting import FitReport, fit_projector
+from tokenflex.dropin.packing import pack_inputs
+from tokenflex.dropin.replace import (
+    from_pretrained,
+    projector_name,
+    replace_projector,
+    restore_projector,
+)
+
+__all__ = [
+    "Deepstack",
+    "FitReport",
+    "ImageTextCollator",
+    "MaskImageLabels",
+    "chosen_layers",
+    "fit_projector",
+    "from_pretrained",
+    "pack_inputs",
+    "projector_name",
+    "register_family",
+    "replace_projector",
+    "restore_projector",
+    "split_grids",
+    "square_grids",
+    "supported_families",
+]

@@ -1,0 +1,205 @@
+"""The seam on the processor's side: as many placeholders as the image is to have tokens.
+
+A processor of transformers asks its ``replace_image_token`` for the text that stands for an image.
+A converted one asks the stock method, and then changes the length of each run of placeholders in
+its answer: tags of rows, columns and tiles stay where the family puts them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import BatchFeature, ProcessorMixin
+
+from tokenflex.counts import (
+    Grid,
+    ImageTokenCounts,
+    TokenCount,
+    TokenCounts,
+    is_one_count,
+    token_grid,
+    token_grids,
+)
+from tokenflex.dropin.families import Family, family_of
+from tokenflex.dropin.sampling import CountStream
+from tokenflex.dropin.variants import variant_of
+
+
+@dataclass
+class _State:
+    """What a converted processor knows beside what the stock one does."""
+
+    image_token: str
+    counts: TokenCount | CountStream
+    asked: Grid | list[Grid] | None = None  # of the call that is under way
+    tiles: list[list[TokenCount]] = field(default_factory=list)
+
+
+def convert_processor(processor: Any, config: Any, num_image_tokens: TokenCount) -> Any:
+    """Change a processor in place, so that it takes ``num_image_tokens``.
+
+    Args:
+        processor: of a supported family, with a tokenizer.
+        config: the model's; its ``image_token_id`` is the placeholder.
+        num_image_tokens: the count used when a call names none.
+
+    Returns:
+        ``processor``.
+
+    Raises:
+        TypeError: it is no processor with an image processor and a tokenizer.
+        ValueError: the model's placeholder is not a token of its tokenizer.
+    """
+    tokenizer = getattr(processor, "tokenizer", None)
+    if not isinstance(processor, ProcessorMixin) or tokenizer is None:
+        raise TypeError(
+            "processor must be a transformers processor with a tokenizer, got "
+            f"{type(processor).__name__}"
+        )
+    token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+    if token is None or token == tokenizer.unk_token:
+        raise ValueError(
+            f"processor does not fit the model: its tokenizer has no token of id "
+            f"{config.image_token_id}, the model's image_token_id"
+        )
+    family = family_of(config)
+    if not hasattr(type(processor), "_tokenflex_family"):
+        stock: Any = type(processor)
+        processor.__class__ = processor_variant(stock, family)
+    processor._tokenflex = _State(token, num_image_tokens)
+    return processor
+
+
+def restore_processor(processor: Any) -> Any:
+    """The stock processor again, in place; one that is not converted stays as it is."""
+    if hasattr(type(processor), "_tokenflex_family"):
+        processor.__class__ = type(processor)._tokenflex_stock_class
+        del processor._tokenflex
+    return processor
+
+
+@functools.cache
+def processor_variant(stock: Any, family: Family) -> Any:
+    """A subclass of a processor's class whose calls take ``num_image_tokens``."""
+    signature = inspect.signature(stock.__call__)
+
+    @functools.wraps(stock.__call__)
+    def __call__(
+        self: Any, *args: Any, num_image_tokens: ImageTokenCounts | None = None, **kwargs: Any
+    ) -> BatchFeature:
+        given = signature.bind_partial(self, *args, **kwargs).arguments
+        images = given.get("images")
+        if given.get("videos", kwargs.get("videos")) is not None:
+            raise NotImplementedError(
+                f"{family.model_type} with a token-adaptive projector takes images only so far; "
+                "give the frames of a video as images"
+            )
+        state: _State = self._tokenflex
+        state.asked, state.tiles = _asked(state, num_image_tokens, images), []
+        try:
+            inputs = stock.__call__(self, *args, **kwargs)
+            tiles = state.tiles
+        finally:
+            asked, state.asked, state.tiles = state.asked, None, []
+        if isinstance(asked, list) and len(asked) != len(tiles):
+            raise ValueError(
+                f"num_image_tokens must have one entry per image: got {len(asked)} entries for "
+                f"{len(tiles)} images"
+            )
+        if tiles:
+            # Host ints from here to the kernels: never a tensor that would be read back.
+            inputs["num_image_tokens"] = [count for image in tiles for count in image]
+            _check_all_there(inputs, self.tokenizer.convert_tokens_to_ids(state.image_token))
+        return inputs
+
+    def replace_image_token(self: Any, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
+        stock_text = stock.replace_image_token(self, image_inputs, image_idx, **kwargs)
+        state: _State = self._tokenflex
+        row_break = getattr(self, "image_break_token", None)
+        text = stock_text.replace(row_break, "") if row_break else stock_text
+        run = re.compile(f"(?:{re.escape(state.image_token)})+")
+        runs = len(run.findall(text))
+        tiles = runs if family.tiles is None else family.tiles(self, image_inputs, image_idx)
+        if not runs or tiles % runs:
+            raise ValueError(
+                f"image {image_idx} has {tiles} tiles, but {runs} runs of placeholders in "
+                f"{stock_text!r}"
+            )
+        height, width = _grid_of(state, image_idx)
+        count: TokenCount = height * width if height == width else (height, width)
+        state.tiles.append([count] * tiles)
+        return run.sub(state.image_token * (height * width * (tiles // runs)), text)
+
+    def image_token_counts(self: Any) -> TokenCount | TokenCounts:
+        """The count of images whose call names none, or the :class:`TokenCounts` to draw from."""
+        counts = self._tokenflex.counts
+        return counts.counts if isinstance(counts, CountStream) else counts
+
+    def set_image_token_counts(self: Any, counts: TokenCount | TokenCounts) -> None:
+        if isinstance(counts, TokenCounts):
+            self._tokenflex.counts = CountStream(counts)
+        else:
+            token_grid(counts, name="image_token_counts")
+            self._tokenflex.counts = counts
+
+    methods = {
+        "__call__": __call__,
+        "replace_image_token": replace_image_token,
+        "image_token_counts": property(image_token_counts, set_image_token_counts),
+    }
+    return variant_of(stock, family, processor_variant, methods)
+
+
+def _asked(state: _State, counts: Any, images: Any) -> Grid | list[Grid]:
+    """One grid for all images of a call, or one per image."""
+    if counts is None:
+        if isinstance(state.counts, CountStream):
+            return _drawn(state.counts, images)
+        counts = state.counts
+    if is_one_count(counts):
+        return token_grid(counts, name="num_image_tokens")
+    number = len(counts) if isinstance(counts, (Sequence, torch.Tensor)) else -1
+    return token_grids(counts, number, name="num_image_tokens")
+
+
+def _drawn(counts: CountStream, images: Any) -> list[Grid]:
+    """A count per prompt, for all of its images; per image where they come as one list."""
+    if images is None:
+        return []
+    groups = images if isinstance(images, (list, tuple)) else [images]
+    sizes = [len(group) if isinstance(group, (list, tuple)) else 1 for group in groups]
+    return [grid for size in sizes for grid in [token_grid(counts.next())] * size]
+
+
+def _check_all_there(inputs: BatchFeature, image_token_id: int) -> None:
+    if "input_ids" not in inputs:
+        return
+    counts = inputs["num_image_tokens"]
+    expected = sum(c[0] * c[1] if isinstance(c, tuple) else c for c in counts)
+    ids = inputs["input_ids"]
+    if isinstance(ids, torch.Tensor):
+        kept = int((ids == image_token_id).sum())
+    else:
+        kept = sum(list(row).count(image_token_id) for row in ids)
+    if kept != expected:
+        raise ValueError(f"truncation must not cut vision tokens: {kept} of {expected} are left")
+
+
+def _grid_of(state: _State, image_idx: int) -> Grid:
+    asked = state.asked
+    if asked is None:
+        raise ValueError("replace_image_token is part of a call of the processor")
+    if isinstance(asked, tuple):
+        return asked
+    if image_idx >= len(asked):
+        raise ValueError(
+            f"num_image_tokens must have one entry per image: got {len(asked)} entries, but "
+            "there are more images"
+        )
+    return asked[image_idx]

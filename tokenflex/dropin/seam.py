@@ -1,0 +1,401 @@
+"""The seam on the model's side: what a converted model does differently from the stock one.
+
+Since transformers 5.18 a vision-language model meets images in one place: its base model's
+``get_image_features``, whose ``pooler_output`` the base model's forward scatters into the
+placeholders, and which ``generate`` calls once before the prompt. So three things are enough:
+
+* the base model's class is replaced by a subclass whose ``get_image_features`` takes patch grids
+  through the token-adaptive projector (and, for Qwen, whose ``get_rope_index`` counts the tokens
+  that are there);
+* a hook before the base model's forward encodes images with ``num_image_tokens``, and checks that
+  placeholders and vision tokens line up row by row. It is a hook, not a ``forward``, because
+  accelerate and TRL replace ``forward`` on instances;
+* the whole model's class is replaced by a subclass that lets ``num_image_tokens`` through
+  ``generate``'s check of its arguments, and that builds the projector when a conversion is loaded.
+
+The subclasses have the names and modules of the classes they stand for: transformers converts the
+keys of a checkpoint for its own classes only, which it tells by those.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, token_grid, token_grids
+from tokenflex.dropin.families import Deepstack, Family, PatchGrids, family_of
+from tokenflex.dropin.variants import variant_of
+from tokenflex.models.modeling import placeholder_rows
+from tokenflex.projector import TokenAdaptiveProjector
+from tokenflex_kernels import pool_norm
+
+_STOCK_PROJECTOR = "_tokenflex_stock_projector"  # a tuple, so that it is no submodule
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside a PEFT or data-parallel wrapper, or the model itself."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_converted(model: Any) -> bool:
+    """Whether a model, or base model, has a token-adaptive projector in place of its own."""
+    return hasattr(type(getattr(model, "base_model", model)), "_tokenflex_family")
+
+
+def default_count(config: Any) -> TokenCount:
+    """The count a converted model uses when a call names none."""
+    count = config.tokenflex["num_image_tokens"]
+    return tuple(count) if isinstance(count, list) else count  # JSON has no tuples
+
+
+def new_projector(config: Any) -> TokenAdaptiveProjector:
+    """The projector that ``config.tokenflex`` describes, with PyTorch's initial weights."""
+    options = config.tokenflex
+    return TokenAdaptiveProjector(
+        options["vision_width"],
+        options["text_width"],
+        hidden_width=options["hidden_width"],
+        num_tokens=default_count(config),
+        pooling=options["pooling"],
+    )
+
+
+def install(model: Any, projector: nn.Module, *, keep_stock: bool) -> None:
+    """Put ``projector`` into a stock model and change its classes.
+
+    Args:
+        model: a stock model whose config has ``tokenflex``.
+        projector: takes the stock projector's place.
+        keep_stock: keep that one out of sight, for :func:`uninstall` and fitting.
+    """
+    base, family = model.base_model, family_of(model.config)
+    stock = base.get_submodule(family.stock_projector)
+    if family.stand_in is not None:
+        base.set_submodule(family.stock_projector, family.stand_in(base))
+    base.set_submodule(family.projector, projector)
+    base_class: Any = type(base)
+    base.__class__ = _base_variant(base_class, family)
+    base.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    model_class: Any = type(model)
+    if not hasattr(model_class, "_tokenflex_family"):  # a loaded conversion has it from the start
+        model.__class__ = model_variant(model_class, family)
+    if keep_stock:
+        setattr(model, _STOCK_PROJECTOR, (stock,))
+
+
+def stock_projector_of(model: Any) -> nn.Module | None:
+    """The stock projector that a conversion in place put aside; None for one that was loaded."""
+    kept = getattr(model, _STOCK_PROJECTOR, None)
+    return kept[0] if kept else None
+
+
+def uninstall(model: Any) -> None:
+    """Undo :func:`install`; the stock projector must have been kept."""
+    base, family = model.base_model, type(model.base_model)._tokenflex_family
+    stock = stock_projector_of(model)
+    assert stock is not None
+    if family.projector != family.stock_projector:
+        delattr(base, family.projector)
+    base.set_submodule(family.stock_projector, stock)
+    for key, hook in list(base._forward_pre_hooks.items()):
+        if hook is _before_forward:
+            del base._forward_pre_hooks[key]
+            base._forward_pre_hooks_with_kwargs.pop(key, None)
+    base.__class__ = type(base)._tokenflex_stock_class
+    model.__class__ = type(model)._tokenflex_stock_class
+    delattr(model, _STOCK_PROJECTOR)
+
+
+@contextmanager
+def as_stock(model: Any) -> Iterator[Any]:
+    """The base model as it was before :func:`install`, for the time of a ``with`` block."""
+    base = model.base_model
+    variant, family = type(base), type(base)._tokenflex_family
+    stock = stock_projector_of(model)
+    assert stock is not None
+    in_place = base.get_submodule(family.stock_projector)
+    base.__class__ = variant._tokenflex_stock_class
+    base.set_submodule(family.stock_projector, stock)
+    try:
+        yield base
+    finally:
+        base.set_submodule(family.stock_projector, in_place)
+        base.__class__ = variant
+
+
+# ---- patch grids to vision tokens
+
+
+def flat_grids(patches: PatchGrids | Deepstack, merge: int = 1) -> tuple[torch.Tensor, list[Grid]]:
+    """Patch grids as flat rows, and the size of each grid.
+
+    Args:
+        patches: [images, H, W, C], or one [H, W, C] per image.
+        merge: m; m x m patches become one of m * m * C, side by side.
+
+    Returns:
+        [sum of H*W / m**2, m * m * C], and (H / m, W / m) per image.
+
+    Raises:
+        ValueError: m does not divide a grid.
+    """
+    if isinstance(patches, Deepstack):
+        patches = patches.grids
+    if merge > 1:
+        if isinstance(patches, torch.Tensor):
+            patches = _merged(patches, merge)
+        else:
+            patches = [_merged(grid, merge) for grid in patches]
+    if isinstance(patches, torch.Tensor):
+        images, height, width, channels = patches.shape
+        return patches.reshape(-1, channels), [(height, width)] * images
+    rows = torch.cat([grid.flatten(0, 1) for grid in patches])
+    return rows, [(grid.shape[0], grid.shape[1]) for grid in patches]
+
+
+def _merged(grid: torch.Tensor, merge: int) -> torch.Tensor:
+    """[.., H, W, C] -> [.., H / m, W / m, m * m * C]."""
+    height, width = grid.shape[-3:-1]
+    if height % merge or width % merge:
+        raise ValueError(
+            f"patch_merge={merge} must divide every patch grid, got one of {height} x {width}"
+        )
+    cells = grid.unflatten(-2, (-1, merge)).unflatten(-4, (-1, merge))
+    return cells.transpose(-4, -3).flatten(-3)
+
+
+def encode(
+    base: Any, image_inputs: dict[str, Any], counts: ImageTokenCounts | None
+) -> BaseModelOutputWithPooling:
+    """Images to vision tokens: ``pooler_output`` is a list with [N, D] for each encoder input."""
+    family = type(base)._tokenflex_family
+    patches = family.patch_grids(base, **image_inputs)
+    layers = patches.layers if isinstance(patches, Deepstack) else None
+    rows, in_grids = flat_grids(patches, base.config.tokenflex["patch_merge"])
+    counts = default_count(base.config) if counts is None else counts
+    out_grids = token_grids(counts, len(in_grids), name="num_image_tokens")
+    sizes = [height * width for height, width in out_grids]
+    # Through __call__, and looked up now: PEFT and FSDP wrap the module.
+    projector = base.get_submodule(family.projector)
+    tokens = projector(rows, out_grids, grids=in_grids)
+    pooled = None if layers is None else [_pooled(layer, out_grids, sizes) for layer in layers]
+    return _image_outputs(list(tokens.split(sizes)), pooled)
+
+
+def _image_outputs(tokens: Any, layers: Any) -> BaseModelOutputWithPooling:
+    outputs = BaseModelOutputWithPooling(pooler_output=tokens)
+    if layers is not None:
+        outputs["deepstack_features"] = layers
+    return outputs
+
+
+def _pooled(
+    maps: list[torch.Tensor], out_grids: list[Grid], sizes: list[int]
+) -> list[torch.Tensor]:
+    rows, in_grids = flat_grids(maps)
+    return list(pool_norm(rows, in_grids, out_grids).split(sizes))
+
+
+# ---- before the base model's forward
+
+
+def _before_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Encode images at their counts, and refuse what does not line up."""
+    family = type(base)._tokenflex_family
+    counts = kwargs.pop("num_image_tokens", None)
+    if args:
+        positional = list(inspect.signature(type(base).forward).parameters)[1:]
+        kwargs = {**dict(zip(positional, args, strict=False)), **kwargs}
+    _check_packing(family, kwargs)
+    given = dict(kwargs.get("mm_encoder_outputs") or {})
+    images = given.get("image")
+    if images is None and kwargs.get("pixel_values") is not None:
+        names = inspect.signature(type(base).get_image_features).parameters
+        image_inputs = {name: kwargs[name] for name in names if name in kwargs}
+        images = base.get_image_features(**image_inputs, num_image_tokens=counts)
+        kwargs["pixel_values"] = None
+    if images is None:
+        return (), kwargs
+    tokens = images.pooler_output
+    if isinstance(tokens, (list, tuple)):
+        if kwargs.get("input_ids") is not None:
+            sizes = [len(image) for image in tokens]
+            placeholder_rows(kwargs["input_ids"], sizes, base.config.image_token_id)
+        # A new object: what beam search or the caller holds stays as it is.
+        merged = family.merge(list(tokens))
+        images = _image_outputs(merged, getattr(images, "deepstack_features", None))
+    _set_rope_positions(base, kwargs, counts)
+    kwargs["mm_encoder_outputs"] = {**given, "image": images}
+    return (), kwargs
+
+
+def _check_packing(family: Family, kwargs: dict[str, Any]) -> None:
+    """A packed row must be one the family keeps apart, and must not create a cache."""
+    if kwargs.get("cu_seq_lens_q") is None:
+        return
+    if family.no_packing:
+        raise ValueError(f"{family.model_type} cannot be packed: {family.no_packing}")
+    if kwargs.get("use_cache") is not False or kwargs.get("attention_mask") is not None:
+        raise ValueError(
+            "packed rows need use_cache=False and no attention_mask, or samples would see each "
+            f"other; got use_cache={kwargs.get('use_cache')} and attention_mask "
+            f"{'None' if kwargs.get('attention_mask') is None else 'given'}"
+        )
+
+
+def _set_rope_positions(base: Any, kwargs: dict[str, Any], counts: Any) -> None:
+    """M-RoPE positions, which the forward would derive from the patches that are not there."""
+    past = kwargs.get("past_key_values")
+    if (
+        not hasattr(base, "get_rope_index")
+        or kwargs.get("position_ids") is not None
+        or kwargs.get("input_ids") is None
+        or kwargs.get("mm_token_type_ids") is None
+        or (past is not None and past.get_seq_length())
+    ):
+        return
+    names = inspect.signature(type(base).get_rope_index).parameters
+    inputs = {name: kwargs[name] for name in names if name in kwargs}
+    kwargs["position_ids"], base.rope_deltas = base.get_rope_index(
+        **inputs, num_image_tokens=counts
+    )
+
+
+# ---- the classes
+
+
+@functools.cache
+def _base_variant(stock: Any, family: Family) -> Any:
+    """A subclass of a base model's class that projects patch grids to any number of tokens."""
+    signature = inspect.signature(stock.get_image_features)
+    names = [name for name in signature.parameters if name not in ("self", "kwargs")]
+
+    def get_image_features(
+        self: Any, *args: Any, num_image_tokens: ImageTokenCounts | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Vision tokens of each image, at ``num_image_tokens``: one count, or one per input."""
+        image_inputs = dict(zip(names, args, strict=False))
+        image_inputs |= {name: value for name, value in kwargs.items() if name in names}
+        return encode(self, image_inputs, num_image_tokens)
+
+    # generate passes on the arguments that it finds in the signature.
+    get_image_features.__signature__ = _with_count(signature)  # type: ignore[attr-defined]
+    methods: dict[str, Any] = {"get_image_features": get_image_features}
+    if hasattr(stock, "get_rope_index"):
+        methods["get_rope_index"] = _rope_index(stock.get_rope_index)
+    if hasattr(stock, "get_video_features"):
+        methods["get_video_features"] = _no_videos(stock.get_video_features)
+    return variant_of(stock, family, _base_variant, methods)
+
+
+@functools.cache
+def model_variant(stock: Any, family: Family) -> Any:
+    """A subclass of a whole model's class, for ``generate`` and ``from_pretrained``."""
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        stock.__init__(self, config, *args, **kwargs)
+        install(self, new_projector(config), keep_stock=False)
+
+    def _validate_model_kwargs(self: Any, model_kwargs: dict[str, Any]) -> None:
+        others = {k: v for k, v in model_kwargs.items() if k != "num_image_tokens"}
+        stock._validate_model_kwargs(self, others)
+
+    methods = {"__init__": __init__, "_validate_model_kwargs": _validate_model_kwargs}
+    return variant_of(stock, family, model_variant, methods)
+
+
+def _with_count(signature: inspect.Signature) -> inspect.Signature:
+    parameters = [
+        parameter
+        for parameter in signature.parameters.values()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    count = inspect.Parameter("num_image_tokens", inspect.Parameter.KEYWORD_ONLY, default=None)
+    rest = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+    return signature.replace(parameters=[*parameters, count, rest])
+
+
+def _no_videos(stock_method: Any) -> Any:
+    @functools.wraps(stock_method)
+    def get_video_features(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            f"{self.config.model_type} with a token-adaptive projector takes images only so far; "
+            "give the frames of a video as images"
+        )
+
+    return get_video_features
+
+
+def _rope_index(stock_method: Any) -> Any:
+    """M-RoPE positions of the tokens that are there: as of an image of that many cells."""
+
+    @functools.wraps(stock_method)
+    def get_rope_index(
+        self: Any,
+        input_ids: torch.Tensor,
+        mm_token_type_ids: Any = None,
+        image_grid_thw: torch.Tensor | None = None,
+        num_image_tokens: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if image_grid_thw is not None and len(image_grid_thw):
+            runs = _image_runs(mm_token_type_ids, kwargs.get("attention_mask"))
+            grids = _grids_of_runs(runs, num_image_tokens, default_count(self.config))
+            merge = self.config.vision_config.spatial_merge_size
+            image_grid_thw = torch.tensor(
+                [[1, height * merge, width * merge] for height, width in grids],
+                dtype=image_grid_thw.dtype,
+                device=image_grid_thw.device,
+            )
+        return stock_method(
+            self,
+            input_ids,
+            mm_token_type_ids=mm_token_type_ids,
+            image_grid_thw=image_grid_thw,
+            **kwargs,
+        )
+
+    return get_rope_index
+
+
+def _image_runs(mm_token_type_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[int]:
+    """The lengths of the runs of image tokens, which are 1 among the token types."""
+    runs = []
+    for i, row in enumerate(mm_token_type_ids):
+        seen = row if attention_mask is None else row[attention_mask[i].bool()]
+        run = 0
+        for token_type in [*seen.tolist(), 0]:
+            if token_type == 1:
+                run += 1
+            elif run:
+                runs.append(run)
+                run = 0
+    return runs
+
+
+def _grids_of_runs(runs: list[int], counts: Any, default: TokenCount) -> list[Grid]:
+    if counts is not None:
+        grids = token_grids(counts, len(runs), name="num_image_tokens")
+    else:
+        height, width = token_grid(default)
+        grids = [
+            (height, width)
+            if run == height * width
+            else token_grid(run, name="a run of image placeholders without num_image_tokens")
+            for run in runs
+        ]
+    for i, (run, (height, width)) in enumerate(zip(runs, grids, strict=True)):
+        if run != height * width:
+            raise ValueError(
+                f"input_ids hold {run} placeholders for image {i}, but num_image_tokens gives it "
+                f"{height} x {width} = {height * width} vision tokens"
+            )
+    return grids
