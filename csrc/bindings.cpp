@@ -101,8 +101,9 @@ py::tuple bin_pack(Address lengths, int64_t num_samples, int64_t capacity) {
   Bins bins;
   {
     const py::gil_scoped_release release;
-    const auto* first = at<const int64_t>(lengths);
-    bins = first_fit_decreasing({first, first + num_samples}, capacity);
+    std::vector<Load> samples(static_cast<size_t>(num_samples));
+    for (size_t i = 0; i < samples.size(); ++i) samples[i] = {at<const int64_t>(lengths)[i], 0};
+    bins = first_fit_decreasing(samples, {capacity, 0});
   }
   return as_tuple(bins);
 }
