@@ -216,8 +216,8 @@ bounds = st.fixed_dictionaries(
         "multiple_of": st.integers(1, 5),
     }
 )
-# Samples that fit into few bins, but not by cost: what first-fit-decreasing finds is taken, its bins
-# as they are, or some of them made of the others.
+# Samples that fit into few bins, but not by cost: what first-fit-decreasing finds is taken, as it
+# is or with a bin more that is made of the others.
 NOT_BY_COST = (
     [(3, 3), (10, 4), (33, 2), (22, 2), (12, 8), (15, 4), (9, 8)],
     {"max_tokens": 33, "max_tiles": 8, "tile_cost": 0, "multiple_of": 1},

@@ -182,6 +182,14 @@ def test_plan_is_frozen_and_moves_whole():
     assert (moved.lengths, moved.max_token_id) == (plan.lengths, plan.max_token_id)
 
 
+@pytest.mark.parametrize("device", [torch.int64, None, 1.5])
+def test_a_plan_moves_to_devices_only(device):
+    """A tensor's ``to`` takes a dtype, but the movers would read other ints as int32."""
+    plan = plan_packing([[1, IMAGE, 2]], [3], IMAGE)
+    with pytest.raises(TypeError, match=f"device must be .*str or int, got {device}"):
+        plan.to(device)
+
+
 def collate(samples):
     return plan_packing(samples, [2] * len(samples), IMAGE)
 
@@ -329,6 +337,9 @@ def test_counts_whose_int64_sum_would_wrap_are_refused(backend, expanded):
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
+        ({"input_ids": torch.tensor(5)}, ValueError, r"input_ids must have one .*shape \(\)"),
+        ({"input_ids": np.array(5)}, ValueError, r"input_ids must have one .* got shape \(\)"),
+        ({"labels": torch.tensor(5)}, ValueError, r"labels must have one .* got shape \(\)"),
         ({"labels": [[1]]}, ValueError, "labels must have one sequence per sample .* 2, but has 1"),
         ({"labels": [[1, 2], [3, 4]]}, ValueError, r"labels\[1\] must be as long .* 1, but has 2"),
         ({"input_ids": [1, 2]}, TypeError, r"input_ids\[0\] must be a 1-D sequence of ints.* int"),
