@@ -211,7 +211,7 @@ Bins by_falling_cost(const Assignment& found, const std::vector<int64_t>& order,
   Bins bins = flatten(order, found.bin_of, place_of);
   const auto all = int64_t(order.size());
   const auto used = std::lower_bound(bins.offsets.begin(), bins.offsets.end(), all);
-  bins.offsets.resize(size_t(next_multiple(used - bins.offsets.begin(), multiple)) + 1, all);
+  bins.offsets.resize(size_t(next_multiple(used - bins.offsets.begin(), multiple)) + 1);
   return bins;
 }
 

@@ -80,7 +80,8 @@ def balance_bins(
     There are at most max(11/9 L + 1, F) bins, rounded up to ``multiple_of``, where F is what
     first-fit-decreasing by the larger share, of ``max_tokens`` or of ``max_tiles``, would need. So
     where only one of the two bounds is ever met there are no more than 11/9 of the fewest, + 1; of
-    two bounds at once no such proof is known.
+    two bounds at once no such proof is known. O(n log n) a try in the compiled extension, times
+    the number of different ``tiles``, which in training are a handful.
 
     Args:
         tokens: language-model rows per sample, vision and text, non-negative ints: a sequence, a

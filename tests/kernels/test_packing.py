@@ -400,11 +400,11 @@ def test_autocast_of_another_device_casts_nothing(backend, device):
 
 @pytest.mark.parametrize("entry", [6, -8, 10**9, -(2**31)])
 def test_a_source_that_points_outside_is_refused_on_the_cpu(entry):
-    """The rows next to those that are given are there: without the check nothing would fail."""
+    """Of rows that are one in memory, any would be read: nothing but the check can refuse it."""
     plan = plan_packing([[1, IMAGE, 2, 2], [], [IMAGE, 5, IMAGE], [3]], [3, 0, 4], IMAGE)
     plan.source[2] = entry
     message = rf"source\[2\] must be in \[-7, 6\), for 6 table and 7 vision rows, got {entry}"
-    table, vision = torch.randn(8, 4)[:6], torch.randn(9, 4)[:7]
+    table, vision = torch.randn(1, 4).expand(6, 4), torch.randn(1, 4).expand(7, 4)
     with pytest.raises(ValueError, match=message):
         pack_embeddings(table, vision, plan)
 
@@ -452,7 +452,7 @@ def test_vision_rows_that_point_outside_are_refused_on_the_cpu(entry):
     plan.vision_rows[3] = entry
     message = rf"vision_rows\[3\] must be a packed row, in \[0, {TOTAL}\), got {entry}"
     with pytest.raises(ValueError, match=message):
-        unpack_vision(torch.randn(TOTAL, 4), plan)
+        unpack_vision(torch.randn(1, 4).expand(TOTAL, 4), plan)
 
 
 # ---- empty cases
