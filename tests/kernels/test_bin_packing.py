@@ -310,6 +310,14 @@ def test_balance_is_not_bought_with_half_empty_bins(
     assert len(bins) <= most
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_samples_of_more_than_half_a_bin_count_as_bins(backend):
+    """Four of them: what levels a fifth bin may take is 11/9 of four, not of the three that 36
+    tokens would fill."""
+    bins = balance_with(backend, [5, 7, 8, 8, 8], [0] * 5, max_tokens=12, max_tiles=0, tile_cost=0)
+    assert bins == [[2], [3], [4], [1], [0]]
+
+
 @pytest.mark.parametrize("samples", [333, 1000, 100_000])
 @pytest.mark.parametrize("multiple_of", [1, 8])
 def test_no_bin_is_empty_while_samples_are_as_many(samples, multiple_of):
