@@ -334,6 +334,14 @@ def test_no_bin_is_empty_while_samples_are_as_many(samples, multiple_of):
     assert sum(not members for members in bins) == len(bins) - samples
 
 
+def test_no_bin_is_empty_where_samples_cost_nothing():
+    """They fill bin after bin, and may need fewer than the next 1 % allows for."""
+    tiles = np.random.default_rng(0).integers(1, 6, 1000)
+    bins = balance_bins(np.zeros(1000, int), tiles, max_tokens=1, max_tiles=8, tile_cost=0)
+    assert len(bins) > 300
+    assert all(bins)
+
+
 def realistic_samples(number, seed):
     """One to six tiles of 64, 144 or 256 tokens (2 : 3 : 5), and text of 220 tokens on average."""
     generator = np.random.default_rng(seed)

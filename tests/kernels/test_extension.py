@@ -208,6 +208,12 @@ def test_a_row_has_a_thread_for_four_accesses(row_bytes, offset, threads_per_row
     assert extension().gather_grid(*job)[1:] == (threads_per_row, blocks)
 
 
+def test_rows_that_are_no_whole_number_of_accesses_are_split():
+    """Though every address and stride is a multiple of 16."""
+    assert extension().gather_grid(0, 112, 0, 112, 0, 10, 100)[0] is False
+    assert extension().gather_grid(0, 112, 0, 112, 0, 10, 96)[0] is True
+
+
 FAR = 2**32  # bytes: in 32 bits, nothing
 
 
