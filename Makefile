@@ -2,6 +2,8 @@
 # make test    lint, types, the CPU test suite, the kernels interpreted and compiled (no GPU needed)
 # make gpu     build with CUDA into the Python at hand, run the GPU tests and benchmarks (offline)
 # make tune    measure every kernel config on the GPU at hand, write the table into OUT
+# make sanitize        the extension under AddressSanitizer and UndefinedBehaviorSanitizer (no GPU needed)
+# make sanitize-gpu    the GPU tests of packing under compute-sanitizer, where that is installed
 # make setup   the virtual environment alone
 
 PYTHON ?= python3
@@ -9,7 +11,7 @@ OUT ?= runs/gpu
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint setup gpu tune clean
+.PHONY: demo test lint setup gpu tune sanitize sanitize-gpu clean
 
 setup: .venv/.ready
 
@@ -59,6 +61,25 @@ tune:
 	mkdir -p $(OUT)
 	cp tokenflex_kernels/launch_configs.json $(OUT)/
 	$(PYTHON) -m tokenflex_kernels.tune --table $(OUT)/launch_configs.json --csv $(OUT)/tune.csv
+
+# Builds the C++ half anew, runs the tests of all that it does, and builds it as it was.
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+sanitize: setup
+	CXXFLAGS="$(SANITIZERS)" TOKENFLEX_CUDA=0 $(BIN)/python setup.py build_ext --inplace
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest \
+	  -m 'not slow and not gpu' $(addprefix tests/kernels/test_,pack_plan.py packing.py table_gradient.py bin_packing.py extension.py); \
+	status=$$?; $(BIN)/python setup.py build_ext --inplace; exit $$status
+
+# Its tools look at every access of every thread, which takes minutes: each has a time limit.
+sanitize-gpu:
+	@command -v compute-sanitizer >/dev/null || { echo 'make sanitize-gpu needs compute-sanitizer, of the CUDA toolkit'; exit 2; }
+	@failed=0; \
+	for tool in memcheck racecheck synccheck; do \
+	  timeout 300 compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -q -m 'gpu and not slow' \
+	    tests/kernels/test_packing_cuda.py -k 'values or strided or map_of_a_merge' || failed=1; \
+	done; \
+	exit $$failed
 
 clean:
 	rm -rf .venv build *.egg-info tokenflex_kernels/*.so

@@ -156,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured")
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks/results", help="folder for CSV and plot"
+        "--out", type=Path, default=ROOT / "benchmarks/results/first-token", help="folder for CSV and plot"
     )
     options = parser.parse_args(arguments)
     if options.rounds < 1:
@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     shared = environment(options.device)
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     rows = measure(build(VISION, TEXT, options.device, dtype), COUNTS, options.rounds)
-    path = options.out / f"{machine_name(shared)}-first-token.csv"
+    path = options.out / f"{machine_name(shared)}.csv"
     write_csv(path, rows, shared)
     draw(read_csv(path), path.with_suffix(".png"))
     for row in rows:

@@ -13,14 +13,16 @@ struct Bins {
   std::vector<int64_t> offsets;  // [bins + 1], offsets[0] = 0
 };
 
-// First-fit-decreasing: the longest sample first (ties: the lower index first), each into the first bin
-// with room. Expects 0 <= lengths[i] <= capacity. O(n log n).
-Bins first_fit_decreasing(const std::vector<int64_t>& lengths, int64_t capacity);
-
 struct Load {
   int64_t tokens;
   int64_t tiles;
 };
+
+// First-fit-decreasing: the sample with the largest share of a bin first, of its tokens or its tiles (ties:
+// the lower index first), each into the first bin with room for both. Expects every sample to fit into an
+// empty bin, and shares (tokens * capacity.tiles, tiles * capacity.tokens) not to pass int64. O(n log n)
+// where only one of the bounds is ever met.
+Bins first_fit_decreasing(const std::vector<Load>& samples, Load capacity);
 
 // What a token and a tile cost, in one integer unit: exact, and so the same on every machine.
 struct Price {
@@ -32,10 +34,14 @@ struct Price {
 
 // Bins of nearly equal cost: the costliest sample first (ties: the lower index first), each into the
 // bin of least cost (ties: the lower bin first) that has room for its tokens and its tiles. Starts with
-// `least` bins and adds 1 % while a sample finds no room, or while the costliest bin is more than 2 %
-// above the mean, of which it tries ten and keeps the best. The number of bins is always a multiple of
-// `multiple`. Returns them by falling cost. Expects every sample to fit into an empty bin, and no cost
-// of a full bin to pass int64. O(n log n) a try, times the number of different tile counts.
+// `least` bins, which must be a lower bound of what any packing needs, and adds 1 % while a sample finds
+// no room, or while the costliest bin is more than 2 % above the mean, of which it tries ten and keeps
+// the best. It goes up to 11/9 `least` + 1 bins. If the samples fit into none of these, it takes as many
+// bins as first-fit-decreasing finds, and if they do not fit into those by cost, its very bins. The
+// number of bins is rounded up to a multiple of `multiple`, and by no more than that are there more bins
+// than samples, or empty ones. Returns them by falling cost. Expects every sample to fit into an empty
+// bin, and no cost of a full bin to pass int64. O(n log n) a try, times the number of different tile
+// counts.
 Bins balanced_bins(const std::vector<Load>& samples, Load capacity, Price price, int64_t least,
                    int64_t multiple);
 

@@ -12,11 +12,13 @@
 
 #include "bin_packing.h"
 #include "merge_source.h"
+#include "mover_grid.h"
 #include "pack_plan.h"
 #include "row_map.h"
 #include "row_movers.h"
 #include "row_split.h"
 #include "row_sums.h"
+#include "threads.h"
 
 namespace py = pybind11;
 
@@ -101,8 +103,9 @@ py::tuple bin_pack(Address lengths, int64_t num_samples, int64_t capacity) {
   Bins bins;
   {
     const py::gil_scoped_release release;
-    const auto* first = at<const int64_t>(lengths);
-    bins = first_fit_decreasing({first, first + num_samples}, capacity);
+    std::vector<Load> samples(static_cast<size_t>(num_samples));
+    for (size_t i = 0; i < samples.size(); ++i) samples[i] = {at<const int64_t>(lengths)[i], 0};
+    bins = first_fit_decreasing(samples, {capacity, 0});
   }
   return as_tuple(bins);
 }
@@ -154,7 +157,51 @@ void gather_rows(Address from, int64_t from_stride, Address to, int64_t to_strid
   move_rows(gather_map(from, from_stride, to, to_stride, index), rows, row_bytes, threads);
 }
 
-// For tests: how the device splits a row, and the device's threads one after another.
+// For tests: how the device divides rows among threads and splits a row, and the device's threads one
+// after another.
+template <class Map>
+py::tuple grid_of(const Map& map, int64_t rows, int64_t row_bytes) {
+  const MoverGrid grid = mover_grid(map.alignment_bits(), rows, row_bytes);
+  return py::make_tuple(grid.wide, grid.threads_per_row, grid.blocks);
+}
+
+template <class Map>
+void move_by_threads(const Map& map, int64_t rows, int64_t row_bytes) {
+  const MoverGrid grid = mover_grid(map.alignment_bits(), rows, row_bytes);
+  const auto work = grid.wide ? move_as_thread<true, Map> : move_as_thread<false, Map>;
+  for (int64_t block = 0; block < grid.blocks; ++block) {
+    for (int thread = 0; thread < kMoverBlock; ++thread) {
+      work(map, rows, row_bytes, grid.threads_per_row, block, thread);
+    }
+  }
+}
+
+py::tuple pack_grid(Address table, int64_t table_stride, Address vision, int64_t vision_stride,
+                    Address packed, int64_t packed_stride, Address source, int64_t rows,
+                    int64_t row_bytes) {
+  return grid_of(
+      pack_map(table, table_stride, vision, vision_stride, packed, packed_stride, source), rows,
+      row_bytes);
+}
+
+void pack_rows_by_threads(Address table, int64_t table_stride, Address vision,
+                          int64_t vision_stride, Address packed, int64_t packed_stride,
+                          Address source, int64_t rows, int64_t row_bytes) {
+  move_by_threads(
+      pack_map(table, table_stride, vision, vision_stride, packed, packed_stride, source), rows,
+      row_bytes);
+}
+
+py::tuple gather_grid(Address from, int64_t from_stride, Address to, int64_t to_stride,
+                      Address index, int64_t rows, int64_t row_bytes) {
+  return grid_of(gather_map(from, from_stride, to, to_stride, index), rows, row_bytes);
+}
+
+void gather_rows_by_threads(Address from, int64_t from_stride, Address to, int64_t to_stride,
+                            Address index, int64_t rows, int64_t row_bytes) {
+  move_by_threads(gather_map(from, from_stride, to, to_stride, index), rows, row_bytes);
+}
+
 py::tuple row_split(Address from, Address to, int64_t bytes) {
   const RowSplit split = split_row(at<const void>(from), at<const void>(to), bytes);
   return py::make_tuple(split.width, split.head, split.body, split.tail);
@@ -241,6 +288,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("balance_bins", &balance_bins);
 
   module.def("access_bytes", &access_bytes);
+  module.def("worthwhile_parts", &worthwhile_parts);
+  module.def("pack_grid", &pack_grid);
+  module.def("pack_rows_by_threads", &pack_rows_by_threads);
+  module.def("gather_grid", &gather_grid);
+  module.def("gather_rows_by_threads", &gather_rows_by_threads);
   module.def("row_split", &row_split);
   module.def("copy_row_by_lanes", &copy_row_by_lanes);
   module.def("pack_rows", &pack_rows);

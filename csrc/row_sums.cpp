@@ -56,7 +56,7 @@ void sum_tile(const RowSums& job, int64_t tile, Columns columns) {
   const int64_t tile_end = segments.tile_end(tile);
   for (int64_t begin = segments.tile_begin(tile), end; begin < tile_end; begin = end) {
     end = begin + 1;
-    while (end < tile_end && segments.continues(end)) ++end;
+    while (!segments.piece_ends(end, tile_end)) ++end;
     const Piece piece = segments.piece(begin, end);
     if (piece == Piece::kFirst) continue;
     Sum sums[kColumns];
@@ -82,7 +82,9 @@ void sum_outgoing(const RowSums& job, int64_t tile, Columns columns) {
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     Sum lane_sums[kColumns];
     std::fill_n(lane_sums, columns.count, Sum(0));
-    for (int64_t other = tile + 1 + lane; segments.reaches(other, slot); other += kLanes) {
+    for (int64_t turn = 0;; ++turn) {
+      const int64_t other = Segments::dealt(tile, lane, turn);
+      if (!segments.reaches(other, slot)) break;
       add(elements<Sum>(job.partials, other, columns), columns, lane_sums);
     }
     add(lane_sums, columns, sums);

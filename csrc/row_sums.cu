@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kTileBlock) sum_tiles(RowSums job, int64_t col
       const int64_t end = group + u + 1;
       if (end > tile_end) break;
       add<N>(held[u], sums);
-      if (end < tile_end && segments.continues(end)) continue;
+      if (!segments.piece_ends(end, tile_end)) continue;
       const Piece piece = segments.piece(begin, end);
       if (piece == Piece::kOther) write<Sum, N>(sums, job.partials.row(tile), column);
       if (piece == Piece::kWhole) write<T, N>(sums, job.sums.row(segments.slots[begin]), column);
@@ -90,14 +90,14 @@ __global__ void __launch_bounds__(kWarp* kLanes) sum_outgoing(RowSums job, int64
 
   // the lanes
   Sum sums[N] = {};
-  const int64_t step = int64_t(kUnroll) * kLanes;
-  for (int64_t first = tile + 1 + threadIdx.y; inside && segments.reaches(first, slot);
-       first += step) {
+  for (int64_t turn = 0;
+       inside && segments.reaches(Segments::dealt(tile, threadIdx.y, turn), slot);
+       turn += kUnroll) {
     Elements<Sum, N> held[kUnroll];
     bool ours[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int64_t other = first + u * kLanes;
+      const int64_t other = Segments::dealt(tile, threadIdx.y, turn + u);
       ours[u] = segments.reaches(other, slot);
       if (ours[u]) held[u] = read<Sum, N>(job.partials.row(other), column);
     }

@@ -45,6 +45,11 @@ struct Segments {
     return at > 0 && at < num && slots[at - 1] == slots[at];
   }
 
+  // Whether a piece of the tile that ends at `tile_end` ends before position `at`.
+  TOKENFLEX_HOST_DEVICE bool piece_ends(int64_t at, int64_t tile_end) const {
+    return at == tile_end || !continues(at);
+  }
+
   // What the piece [begin, end) of a tile is to its segment.
   TOKENFLEX_HOST_DEVICE Piece piece(int64_t begin, int64_t end) const {
     if (continues(begin)) return Piece::kOther;
@@ -58,6 +63,11 @@ struct Segments {
     int64_t at = end - 1;
     while (at > tile_begin(tile) && continues(at)) --at;
     return continues(at) ? -1 : at;
+  }
+
+  // The tile whose piece lane `lane` adds in its turn `turn`, of a segment that goes on after `tile`.
+  TOKENFLEX_HOST_DEVICE static int64_t dealt(int64_t tile, int64_t lane, int64_t turn) {
+    return tile + 1 + lane + turn * kLanes;
   }
 
   // Whether `tile` begins with a piece of the segment of `slot`, which began in a tile before it.

@@ -15,7 +15,9 @@ saved. A gradient is a row mover again, or the sum of table rows:
     merge_vision      keep_text      (vision rows become zero)         unpack_vision
     unpack_vision     spread_vision  (text rows become zero)
 
-The ops trust their arguments; ``tokenflex_kernels.packing`` checks.
+``tokenflex_kernels.packing`` checks arguments and says which are wrong. An op that is called on its
+own looks at dtypes, widths and strides alone, so that it reads what its tensors hold; row numbers
+are checked on the CPU.
 
 The extension knows no torch: it takes addresses, byte strides and sizes, so this is where tensors
 become those: rows of any stride, elements of a row next to each other. It copies bytes; only the
@@ -51,6 +53,7 @@ def _pack(
 
 
 def _unpack(packed: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor) -> torch.Tensor:
+    _check_map("vision_rows", vision_rows)
     packed = neighbours(packed)
     rows, width = vision_rows.size(0), packed.size(1)
     row_bytes = width * packed.element_size()
@@ -80,6 +83,7 @@ def _spread_vision(vision: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 def _table_gradient(
     grad: torch.Tensor, source: torch.Tensor, num_vision: int, num_rows: int
 ) -> torch.Tensor:
+    _check_gradient(grad, source)
     ids, rows = _text_by_id(source, num_vision)
     sums = grad.new_zeros(num_rows, grad.shape[1])
     _sum_rows(grad, ids, rows, sums)
@@ -89,6 +93,7 @@ def _table_gradient(
 def _sparse_table_gradient(
     grad: torch.Tensor, source: torch.Tensor, num_vision: int, num_ids: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_gradient(grad, source)
     ids, rows = _text_by_id(source, num_vision)
     slots = torch.cumsum(torch.diff(ids, prepend=ids[:1]) != 0, 0, dtype=torch.int32)
     if not source.is_cuda:
@@ -106,6 +111,8 @@ def _sparse_table_gradient(
 def _merge(
     inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if vision_rows.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"vision_rows must be int32 or int64, got {vision_rows.dtype}")
     table = _as_rows(inputs_embeds)
     vision_rows = vision_rows.contiguous()
     num_rows = table.size(0)
@@ -322,8 +329,14 @@ def _pack_rows(
 
     ``shape`` is that of the result where it is not [rows, D]: a view would cost 2 us more.
     """
-    table, vision = neighbours(table), neighbours(vision)
+    _check_map("source", source)
     rows, width = source.size(0), table.size(1)
+    if vision.dtype is not table.dtype or vision.size(1) != width:
+        raise TypeError(
+            f"vision must have the dtype and width of the table, {table.dtype} and {width}, "
+            f"got {vision.dtype} and {vision.size(1)}"
+        )
+    table, vision = neighbours(table), neighbours(vision)
     row_bytes = width * table.element_size()
     packed = table.new_empty((rows, width) if shape is None else shape)
     # On the host the mover checks its map against the rows there are; a device would have to be
@@ -341,6 +354,22 @@ def _pack_rows(
         *_place(packed),
     )
     return packed
+
+
+def _check_map(name: str, rows: torch.Tensor) -> None:
+    if rows.dtype is not torch.int32 or not rows.is_contiguous():
+        raise TypeError(
+            f"{name} must be contiguous int32, got {rows.dtype} of strides {rows.stride()}"
+        )
+
+
+def _check_gradient(grad: torch.Tensor, source: torch.Tensor) -> None:
+    _check_map("source", source)
+    if grad.shape[0] != source.shape[0]:
+        raise ValueError(
+            f"grad must have one row per entry of source, {source.shape[0]}, but has "
+            f"{grad.shape[0]}"
+        )
 
 
 def _text_by_id(source: torch.Tensor, num_vision: int) -> tuple[torch.Tensor, torch.Tensor]:

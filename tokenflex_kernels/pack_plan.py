@@ -67,7 +67,13 @@ class PackPlan(SetOnce):
         return self.cu_seqlens.shape[0] - 1
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PackPlan:
-        """The plan with its tensors on ``device``."""
+        """The plan with its tensors on ``device``; their dtypes are part of the plan, and stay.
+
+        Raises:
+            TypeError: ``device`` is no device: a dtype, say, as a tensor's ``to`` would take.
+        """
+        if not isinstance(device, (torch.device, str, int)):
+            raise TypeError(f"device must be a torch.device, str or int, got {device!r}")
         return replace(
             self,
             **{
@@ -92,6 +98,7 @@ def plan_packing(
     """Plan one padding-free batch in which every image has its own number of vision tokens.
 
     Runs on the host in O(tokens + rows), in the collator or a DataLoader worker; needs no device.
+    A plan takes 28 bytes a row, 4 more a vision row and 4 a sample, however many rows are counted.
 
     Args:
         input_ids: one 1-D sequence of token ids per sample: ints, a numpy array or a CPU tensor. A
@@ -149,6 +156,8 @@ def _check_samples(name: str, samples: Sequence[Ints]) -> list[np.ndarray]:
         raise TypeError(
             f"{name} must have one 1-D sequence of ints per sample, got {type(samples).__name__}"
         )
+    if isinstance(samples, (np.ndarray, torch.Tensor)) and samples.ndim == 0:
+        raise ValueError(f"{name} must have one 1-D sequence of ints per sample, got shape ()")
     return [check_ints(f"{name}[{index}]", sample) for index, sample in enumerate(samples)]
 
 

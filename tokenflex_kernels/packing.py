@@ -4,8 +4,9 @@
     unpack_vision     vision[v] = packed[vision_rows[v]]
     merge_vision      out = inputs_embeds, with out[vision_rows[v]] = vision[v]
 
-Each is one launch that reads and writes every row once, driven by an int32 row map, with O(rows)
-extra memory and no synchronisation. Backward is again a row mover, by the inverse map, so gradients
+Each reads and writes every row once, in one launch driven by an int32 row map, with O(rows) extra
+memory and no synchronisation; `merge_vision`, which is given row numbers instead of a map, makes
+one first, in two small launches. Backward is again a row mover, by the inverse map, so gradients
 are repeatable bit by bit; only the embedding table sums rows, in an order that the plan decides.
 
 This file checks arguments and chooses the backend; the ops are in `_row_movers`. All of it may be
@@ -15,12 +16,13 @@ called in ``torch.compile(fullgraph=True, dynamic=True)``.
 from __future__ import annotations
 
 import math
+from typing import NoReturn
 
 import torch
 
 from tokenflex_kernels import _row_movers as ops
 from tokenflex_kernels._backend import select_backend
-from tokenflex_kernels._checks import check_float, check_like, check_tensor
+from tokenflex_kernels._checks import autocast_enabled, check_float, check_like, check_tensor
 from tokenflex_kernels.pack_plan import PackPlan, plan_packing
 from tokenflex_kernels.reference import packing as reference
 from tokenflex_kernels.reference.packing import MAX_INT32
@@ -55,14 +57,13 @@ def pack_embeddings(
         [total, D] in the dtype of ``embedding``.
 
     Raises:
-        TypeError: an argument is not a float tensor, the dtypes differ outside autocast, or
-            ``sparse_grad`` is not a bool.
+        TypeError: an argument is not a dense float tensor, the dtypes differ outside autocast,
+            ``plan`` is no plan or its row maps are not int32, or ``sparse_grad`` is not a bool.
         ValueError: the rows of ``vision`` or the ids of the text do not fit the plan or the table,
-            the widths differ, or the devices do.
+            the widths differ, the devices do, or the plan's row maps are not contiguous.
     """
-    check_tensor("embedding", embedding, ndim=2)
-    check_tensor("vision", vision, ndim=2)
-    check_float("embedding", embedding)
+    _check_rows("embedding", embedding, ndim=2)
+    _check_rows("vision", vision, ndim=2)
     _check_plan(plan, "embedding", embedding)
     _check_vision(vision, plan.vision_rows.shape[0], "plan.vision_rows", "embedding", embedding)
     if plan.max_token_id >= embedding.shape[0]:
@@ -92,11 +93,12 @@ def unpack_vision(packed: torch.Tensor, plan: PackPlan) -> torch.Tensor:
         [vision, D].
 
     Raises:
-        TypeError: ``packed`` is not a float tensor.
-        ValueError: ``packed`` has another number of rows than the plan, or is on another device.
+        TypeError: ``packed`` is not a dense float tensor, or ``plan`` is no plan or its row maps
+            are not int32.
+        ValueError: ``packed`` has another number of rows than the plan, or is on another device, or
+            the plan's row maps are not contiguous.
     """
-    check_tensor("packed", packed, ndim=2)
-    check_float("packed", packed)
+    _check_rows("packed", packed, ndim=2)
     _check_plan(plan, "packed", packed)
     if packed.shape[0] != plan.num_tokens:
         raise ValueError(
@@ -127,14 +129,15 @@ def merge_vision(
         A new tensor of the shape and dtype of ``inputs_embeds``.
 
     Raises:
-        TypeError: an argument is not a tensor, or not of the dtypes above.
+        TypeError: an argument is not a dense tensor, or not of the dtypes above.
         ValueError: shapes or devices do not fit together, or (CPU) a row number is out of range or
             comes twice.
     """
-    check_tensor("inputs_embeds", inputs_embeds)
-    check_tensor("vision", vision, ndim=2)
+    _check_rows("inputs_embeds", inputs_embeds)
+    _check_rows("vision", vision, ndim=2)
     check_tensor("vision_rows", vision_rows, ndim=1)
-    check_float("inputs_embeds", inputs_embeds)
+    if vision_rows.layout != torch.strided:
+        _refuse_layout("vision_rows", vision_rows)
     if inputs_embeds.ndim < 1:
         raise ValueError("inputs_embeds must have at least 1 dimension, got shape ()")
     check_like("vision_rows", vision_rows, "inputs_embeds", inputs_embeds)
@@ -161,12 +164,46 @@ def _check_plan(plan: PackPlan, name: str, tensor: torch.Tensor) -> None:
             f"plan must be on the device of {name}, {tensor.device}, but is on "
             f"{plan.source.device}; move it with plan.to({str(tensor.device)!r})"
         )
+    source, vision_rows = plan.source, plan.vision_rows
+    if not (
+        source.dtype == vision_rows.dtype == torch.int32
+        and source.is_contiguous()
+        and vision_rows.is_contiguous()
+    ):
+        _refuse_maps(plan)
+
+
+def _refuse_maps(plan: PackPlan) -> NoReturn:
+    """The movers read a row map as it was planned: one int32 after another."""
+    for name in ("source", "vision_rows"):
+        rows = getattr(plan, name)
+        if rows.dtype != torch.int32:
+            raise TypeError(
+                f"plan.{name} must be int32, as plan_packing makes it, got {rows.dtype}"
+            )
+        if not rows.is_contiguous():
+            raise ValueError(
+                f"plan.{name} must be contiguous, as plan_packing makes it, got strides "
+                f"{rows.stride()}"
+            )
+    raise AssertionError("unreachable: one of the maps was refused")
+
+
+def _check_rows(name: str, tensor: torch.Tensor, *, ndim: int | None = None) -> None:
+    """Refuse what is not a dense tensor of floats."""
+    check_tensor(name, tensor, ndim=ndim)
+    check_float(name, tensor)
+    if tensor.layout != torch.strided:
+        _refuse_layout(name, tensor)
+
+
+def _refuse_layout(name: str, tensor: torch.Tensor) -> NoReturn:
+    raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
 
 
 def _check_vision(
     vision: torch.Tensor, rows: int, rows_name: str, other_name: str, other: torch.Tensor
 ) -> None:
-    check_float("vision", vision)
     check_like("vision", vision, other_name, other)
     if vision.shape[0] != rows:
         raise ValueError(
@@ -184,7 +221,7 @@ def _like_autocast(
     """``tensor`` in the dtype of ``other``: as models cast image features to their embeddings."""
     if tensor.dtype == other.dtype:
         return tensor
-    if torch.is_autocast_enabled(tensor.device.type):
+    if autocast_enabled(tensor.device):
         return tensor.to(other.dtype)
     raise TypeError(
         f"{name} must have the dtype of {other_name}, {other.dtype}, but has {tensor.dtype}"

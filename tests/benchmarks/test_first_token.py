@@ -43,7 +43,7 @@ def test_command_writes_rows_with_their_machine_and_a_plot(monkeypatch, tmp_path
     monkeypatch.setattr(first_token, "TEXT", TEXT)
     monkeypatch.setattr(first_token, "COUNTS", (1, 4))
     assert first_token.main(["--device", "cpu", "--rounds", "1", "--out", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("*-first-token.csv")
+    (path,) = tmp_path.glob("*.csv")
     assert path.with_suffix(".png").stat().st_size > 1000
     rows = read_csv(path)
     assert len(rows) == 4
@@ -52,7 +52,7 @@ def test_command_writes_rows_with_their_machine_and_a_plot(monkeypatch, tmp_path
 
 def test_committed_results_are_whole():
     """Each count both ways; the plot beside them was drawn from them."""
-    for path in (first_token.ROOT / "benchmarks/results").glob("*-first-token.csv"):
+    for path in (first_token.ROOT / "benchmarks/results/first-token").glob("*.csv"):
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         assert len(rows) == 2 * len(first_token.COUNTS)

@@ -42,8 +42,7 @@ def test_what_is_said_is_said_where_it_belongs():
     assert {name for names in marked.values() for name in names} == set(tables.BLOCKS)
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
-def test_no_time_stands_outside_the_marks(path):
+def test_no_time_stands_outside_the_marks():
     """Of packing on the CPU: what is written by hand does not follow a new CSV."""
     text = tables.MARK.sub("", (ROOT / "docs/packing.md").read_text(encoding="utf-8"))
     assert re.findall(r"\d+(?:\.\d+)? (?:ms|microseconds|GB/s)\b", text) == []

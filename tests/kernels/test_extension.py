@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,130 @@ def test_the_lanes_of_a_row_move_every_byte_once(size, lanes):
         assert (target[other + size :] == 255).all()
 
 
+# ---- what threads share
+
+
+@pytest.mark.parametrize(
+    ("count", "bytes_in_all", "threads", "parts"),
+    [
+        (1000, 64 * 2**20, 1, 1),
+        (1000, 64 * 2**20, 4, 4),  # as many as there are threads
+        (1000, 3 * 2**20, 4, 3),  # with a megabyte each
+        (1000, 2**20 - 1, 4, 1),  # which is less than a thread is worth
+        (2, 64 * 2**20, 4, 2),  # an item each at least
+        (0, 0, 4, 1),
+    ],
+)
+def test_threads_share_what_is_worth_a_thread(count, bytes_in_all, threads, parts):
+    assert extension().worthwhile_parts(count, bytes_in_all, threads) == parts
+
+
+@dataclass
+class Rows:
+    """Rows in memory of their own: their bytes, and what the extension is told of them."""
+
+    memory: np.ndarray
+    offset: int
+    stride: int
+    row_bytes: int
+
+    @classmethod
+    def random(cls, rows, row_bytes, offset=0, gap=0):
+        size = (row_bytes + gap) * rows + offset + 64
+        memory = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+        return cls(memory, -memory.ctypes.data % 32 + offset, row_bytes + gap, row_bytes)
+
+    @property
+    def place(self):
+        return self.memory.ctypes.data + self.offset, self.stride
+
+    def __getitem__(self, row):
+        begin = self.offset + row * self.stride
+        return self.memory[begin : begin + self.row_bytes]
+
+
+SOURCE = np.array([2, ~0, ~3, 0, ~1, 1, 2, ~2] * 37, np.int32)  # 3 table and 4 vision rows
+INDEX = np.array([4, 0, 3, 3, 1] * 41, np.int32)  # of 5 rows
+# How one of the rows may lie: aligned to 16 bytes, at another address, at another distance.
+LIES = {"aligned": (0, 0), "address": (4, 0), "stride": (0, 8), "both": (2, 3)}
+
+
+@pytest.mark.parametrize("lies", LIES)
+@pytest.mark.parametrize("which", ["table", "vision", "packed"])
+@pytest.mark.parametrize("row_bytes", [16, 48, 100, 4096, 70_000])
+def test_the_threads_of_a_device_pack_every_row(row_bytes, which, lies):
+    """All blocks and threads one after another, whichever rows lie apart from 16 bytes."""
+    table, vision, packed = (
+        Rows.random(rows, row_bytes, *(LIES[lies] if name == which else (0, 0)))
+        for name, rows in [("table", 3), ("vision", 4), ("packed", len(SOURCE))]
+    )
+    job = (*table.place, *vision.place, *packed.place, SOURCE.ctypes.data, len(SOURCE), row_bytes)
+    wide, threads_per_row, blocks = extension().pack_grid(*job)
+    assert wide == (row_bytes % 16 == 0 and lies == "aligned")
+    assert 256 % threads_per_row == 0
+    assert blocks == -(-len(SOURCE) // (256 // threads_per_row))
+    extension().pack_rows_by_threads(*job)
+    for row, entry in enumerate(SOURCE.tolist()):
+        assert np.array_equal(packed[row], table[entry] if entry >= 0 else vision[~entry])
+
+
+@pytest.mark.parametrize("lies", LIES)
+@pytest.mark.parametrize("which", ["from", "to"])
+@pytest.mark.parametrize("row_bytes", [16, 48, 100, 4096])
+def test_the_threads_of_a_device_gather_every_row(row_bytes, which, lies):
+    source, target = (
+        Rows.random(rows, row_bytes, *(LIES[lies] if name == which else (0, 0)))
+        for name, rows in [("from", 5), ("to", len(INDEX))]
+    )
+    job = (*source.place, *target.place, INDEX.ctypes.data, len(INDEX), row_bytes)
+    assert extension().gather_grid(*job)[0] == (row_bytes % 16 == 0 and lies == "aligned")
+    extension().gather_rows_by_threads(*job)
+    for row, index in enumerate(INDEX.tolist()):
+        assert np.array_equal(target[row], source[index])
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "offset", "threads_per_row"),
+    [
+        (16, 0, 1),  # one access
+        (64, 0, 1),  # four, which one thread has in flight
+        (80, 0, 2),
+        (4096, 0, 64),
+        (2**20, 0, 256),  # a block
+        (4096, 8, 128),  # of 8 bytes each
+        (4096, 1, 256),
+    ],
+)
+def test_a_row_has_a_thread_for_four_accesses(row_bytes, offset, threads_per_row):
+    job = (offset, row_bytes, 0, row_bytes, 0, 1000, row_bytes)
+    blocks = -(-1000 // (256 // threads_per_row))
+    assert extension().gather_grid(*job)[1:] == (threads_per_row, blocks)
+
+
+def test_rows_that_are_no_whole_number_of_accesses_are_split():
+    """Though every address and stride is a multiple of 16."""
+    assert extension().gather_grid(0, 112, 0, 112, 0, 10, 100)[0] is False
+    assert extension().gather_grid(0, 112, 0, 112, 0, 10, 96)[0] is True
+
+
+FAR = 2**32  # bytes: in 32 bits, nothing
+
+
+def test_rows_may_lie_four_gigabytes_apart():
+    """Offsets are of 64 bits, read and written. Only the pages of the rows are ever touched."""
+    memory = {name: np.empty(FAR + 64, np.uint8) for name in ("from", "to", "vision")}
+    where = {name: Rows(bytes_, 0, FAR, 64) for name, bytes_ in memory.items()}
+    for number, rows in enumerate(where.values()):
+        rows[0][:], rows[1][:] = 10 * number, 10 * number + 1
+    source, index = np.array([1, ~1], np.int32), np.array([1, 0], np.int32)
+    places = where["from"].place, where["to"].place
+    extension().gather_rows(*places[0], *places[1], index.ctypes.data, 2, 2, 64, 1)
+    assert [set(where["to"][row].tolist()) for row in (0, 1)] == [{1}, {0}]
+    both = (*places[0], *where["vision"].place, *places[1], source.ctypes.data)
+    extension().pack_rows(*both, 2, 2, 2, 64, 1)
+    assert [set(where["to"][row].tolist()) for row in (0, 1)] == [{1}, {21}]
+
+
 # ---- TOKENFLEX_BACKEND
 
 
@@ -173,6 +298,27 @@ def test_a_failed_compile_shows_the_compilers_message(tmp_path):
     assert "without CUDA" in done.stdout
     assert "not_declared" in done.stdout
     assert "building tokenflex_kernels._C failed" in done.stderr
+
+
+@needs_setup
+@pytest.mark.parametrize(
+    ("known", "built"),
+    [
+        ("75 80 86 87 89 90 90a 100 103 120", "sm_80, sm_86, sm_89, sm_90, sm_100, sm_120"),
+        ("70 75 80 86 87 89 90", "sm_80, sm_86, sm_89, sm_90"),
+    ],
+)
+def test_builds_for_every_architecture_that_nvcc_knows(tmp_path, known, built):
+    """By an nvcc that knows which there are, and compiles nothing."""
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    codes = " ".join(f"sm_{code}" for code in known.split())
+    nvcc.write_text(f'#!/bin/sh\n[ "$1" = --list-gpu-code ] && printf "%s\\n" {codes}\n')
+    nvcc.chmod(0o755)
+    automatic = {"TOKENFLEX_CUDA": "", "TOKENFLEX_CUDA_ARCHITECTURES": ""}
+    done = build(tmp_path, "", CUDA_HOME=str(nvcc.parents[1]), **automatic)
+    newest = built.split("_")[-1]
+    assert f"building with CUDA for {built}, compute_{newest}\n" in done.stdout
 
 
 @needs_setup

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 import re
+import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -16,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
 from tokenflex_kernels import PackPlan, plan_packing
+from tokenflex_kernels._backend import extension
 
 IMAGE = -200
 TENSORS = ("input_ids", "position_ids", "labels", "source", "vision_rows", "cu_seqlens")
@@ -160,6 +164,43 @@ def test_inputs_are_left_as_they_were(backend):
     assert counts.tolist() == [3]
 
 
+def test_planning_reads_copies():
+    """Two passes over a batch that a thread of the collator may write to meanwhile: what the first
+    one checks, the second one must find. The addresses are nobody else's."""
+    sample, counts = np.array([1, IMAGE, 2]), np.array([3])
+    labels = sample + 7
+    compiled, seen = extension(), []
+
+    class Spy:
+        def plan_count(self, ids, offsets, samples, counts, *rest):
+            seen.extend([ids, counts])
+            return compiled.plan_count(ids, offsets, samples, counts, *rest)
+
+        def plan_fill(self, *arguments):
+            seen.append(arguments[7])
+            compiled.plan_fill(*arguments)
+
+    with patch("tokenflex_kernels.pack_plan.extension", Spy):
+        plan_packing([sample], counts, IMAGE, labels=[labels])
+    assert len(seen) == 3
+    assert not {array.ctypes.data for array in (sample, counts, labels)} & set(seen)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, sets a limit on addresses")
+def test_planning_takes_no_memory_for_ids_that_are_not_there():
+    """A bit for every id up to 2^31 would be 256 MB."""
+    resource = importlib.import_module("resource")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 100 * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        plan = plan_packing([[2**31 - 1, IMAGE, 5]], [2], IMAGE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert plan.num_token_ids == 2
+
+
 # ---- what a plan is
 
 
@@ -182,6 +223,14 @@ def test_plan_is_frozen_and_moves_whole():
     assert (moved.lengths, moved.max_token_id) == (plan.lengths, plan.max_token_id)
 
 
+@pytest.mark.parametrize("device", [torch.int64, None, 1.5])
+def test_a_plan_moves_to_devices_only(device):
+    """A tensor's ``to`` takes a dtype, but the movers would read other ints as int32."""
+    plan = plan_packing([[1, IMAGE, 2]], [3], IMAGE)
+    with pytest.raises(TypeError, match=f"device must be .*str or int, got {device}"):
+        plan.to(device)
+
+
 def collate(samples):
     return plan_packing(samples, [2] * len(samples), IMAGE)
 
@@ -192,6 +241,13 @@ def test_plan_can_be_made_in_a_dataloader_worker():
     )
     (plan,) = loader
     assert_same_plan(plan, collate([[1, IMAGE], [IMAGE, 2, 3]]))
+
+
+def test_pinning_pins_every_tensor():
+    plan = plan_packing([[1, IMAGE, 2]], [3], IMAGE)
+    with patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor + 1):
+        pinned = plan.pin_memory()
+    assert all(torch.equal(getattr(pinned, name), getattr(plan, name) + 1) for name in TENSORS)
 
 
 @pytest.mark.gpu
@@ -329,6 +385,9 @@ def test_counts_whose_int64_sum_would_wrap_are_refused(backend, expanded):
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
+        ({"input_ids": torch.tensor(5)}, ValueError, r"input_ids must have one .*shape \(\)"),
+        ({"input_ids": np.array(5)}, ValueError, r"input_ids must have one .* got shape \(\)"),
+        ({"labels": torch.tensor(5)}, ValueError, r"labels must have one .* got shape \(\)"),
         ({"labels": [[1]]}, ValueError, "labels must have one sequence per sample .* 2, but has 1"),
         ({"labels": [[1, 2], [3, 4]]}, ValueError, r"labels\[1\] must be as long .* 1, but has 2"),
         ({"input_ids": [1, 2]}, TypeError, r"input_ids\[0\] must be a 1-D sequence of ints.* int"),

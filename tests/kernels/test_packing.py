@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -381,16 +382,68 @@ def test_forward_and_backward_mode_meet(op):
     assert torch.equal(grad, wanted)
 
 
-# ---- maps that point nowhere
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_of_another_device_casts_nothing(backend, device):
+    """Meta tensors have no autocast of their own: that of the CPU is not theirs."""
+    plan = EXAMPLE.to(device)
+    table = torch.randn(6, 4, device=device)
+    vision = torch.randn(7, 4, device=device, dtype=torch.float16)
+    on_cpu = torch.autocast("cpu", torch.bfloat16, enabled=device != "cpu")
+    message = "vision must have the dtype of embedding, torch.float32, but has torch.float16"
+    with backend_set_to(backend), on_cpu, pytest.raises(TypeError, match=message):
+        pack_embeddings(table, vision, plan)
 
 
-@pytest.mark.parametrize("entry", [10**9, 6, -8, -(2**31)])
+# ---- maps that point nowhere, or are none
+
+
+@pytest.mark.parametrize("entry", [6, -8, 10**9, -(2**31)])
 def test_a_source_that_points_outside_is_refused_on_the_cpu(entry):
+    """Of rows that are one in memory, any would be read: nothing but the check can refuse it."""
     plan = plan_packing([[1, IMAGE, 2, 2], [], [IMAGE, 5, IMAGE], [3]], [3, 0, 4], IMAGE)
     plan.source[2] = entry
     message = rf"source\[2\] must be in \[-7, 6\), for 6 table and 7 vision rows, got {entry}"
+    table, vision = torch.randn(1, 4).expand(6, 4), torch.randn(1, 4).expand(7, 4)
     with pytest.raises(ValueError, match=message):
-        pack_embeddings(torch.randn(6, 4), torch.randn(7, 4), plan)
+        pack_embeddings(table, vision, plan)
+
+
+CHANGED_MAPS = {
+    "int64 source": (
+        {"source": EXAMPLE.source.long()},
+        TypeError,
+        "plan.source must be int32, .* got torch.int64",
+    ),
+    "int64 vision_rows": (
+        {"vision_rows": EXAMPLE.vision_rows.long()},
+        TypeError,
+        "plan.vision_rows must be int32, .* got torch.int64",
+    ),
+    "strided source": (
+        {"source": EXAMPLE.source.repeat_interleave(2)[::2]},
+        ValueError,
+        r"plan.source must be contiguous, .* got strides \(2,\)",
+    ),
+    "strided vision_rows": (
+        {"vision_rows": EXAMPLE.vision_rows.repeat_interleave(3)[::3]},
+        ValueError,
+        r"plan.vision_rows must be contiguous, .* got strides \(3,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CHANGED_MAPS)
+def test_row_maps_of_another_dtype_or_stride_are_refused(case, backend):
+    """Read as int32 after int32 they would give other rows, without a word."""
+    changes, error, message = CHANGED_MAPS[case]
+    plan = dataclasses.replace(EXAMPLE, **changes)
+    with backend_set_to(backend):
+        with pytest.raises(error, match=message):
+            pack_embeddings(torch.randn(6, 4), torch.randn(7, 4), plan)
+        with pytest.raises(error, match=message):
+            unpack_vision(torch.randn(TOTAL, 4), plan)
 
 
 @pytest.mark.parametrize("entry", [10**9, EXAMPLE.num_tokens, -1])
@@ -399,7 +452,7 @@ def test_vision_rows_that_point_outside_are_refused_on_the_cpu(entry):
     plan.vision_rows[3] = entry
     message = rf"vision_rows\[3\] must be a packed row, in \[0, {TOTAL}\), got {entry}"
     with pytest.raises(ValueError, match=message):
-        unpack_vision(torch.randn(TOTAL, 4), plan)
+        unpack_vision(torch.randn(1, 4).expand(TOTAL, 4), plan)
 
 
 # ---- empty cases
@@ -503,6 +556,39 @@ TOTAL = EXAMPLE.num_tokens
 def test_packing_refuses(backend, embedding, vision, error, message):
     with backend_set_to(backend), pytest.raises(error, match=message):
         pack_embeddings(embedding, vision, EXAMPLE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("convert", "layout"),
+    [
+        (torch.Tensor.to_sparse, "torch.sparse_coo"),
+        (torch.Tensor.to_sparse_csr, "torch.sparse_csr"),
+        pytest.param(
+            torch.Tensor.to_mkldnn,
+            "torch._mkldnn",
+            marks=pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no mkldnn"),
+        ),
+    ],
+    ids=["sparse", "sparse rows", "mkldnn"],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_refuses_tensors_that_are_not_dense(backend, convert, layout):
+    table, vision, packed = torch.ones(6, 4), torch.ones(VISION, 4), torch.ones(TOTAL, 4)
+    rows = EXAMPLE.vision_rows
+
+    def refuses(name, call):
+        with pytest.raises(TypeError, match=f"^{name} must be a dense tensor, got layout {layout}"):
+            call()
+
+    with backend_set_to(backend):
+        refuses("embedding", lambda: pack_embeddings(convert(table), vision, EXAMPLE))
+        refuses("vision", lambda: pack_embeddings(table, convert(vision), EXAMPLE))
+        refuses("packed", lambda: unpack_vision(convert(packed), EXAMPLE))
+        refuses("inputs_embeds", lambda: merge_vision(convert(packed), vision, rows))
+        refuses("vision", lambda: merge_vision(packed, convert(vision), rows))
+        if convert is torch.Tensor.to_sparse:
+            refuses("vision_rows", lambda: merge_vision(packed, vision, convert(rows)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -53,20 +53,22 @@ def test_values_are_those_of_the_cpu(dtype, width):
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 4])
+@pytest.mark.parametrize("vision_offset", [0, 1, 4])
 @pytest.mark.parametrize("row_gap", [0, 1, 4, 8])
-@pytest.mark.parametrize("width", [3, 100, 1155])
-def test_strided_and_unaligned_rows(offset, row_gap, width):
-    """Rows of every split into head, body and tail; a table and packed rows that lie otherwise."""
+@pytest.mark.parametrize("width", [3, 100, 1155, 1160])
+def test_strided_and_unaligned_rows(offset, vision_offset, row_gap, width):
+    """Rows of every split into head, body and tail; a table, vision rows and packed rows that lie
+    each in another way."""
     plan = ragged_plan().to("cuda")
 
-    def rows(number):
+    def rows(number, offset):
         memory = torch.randn(number * (width + row_gap) + offset, device="cuda").bfloat16()
         return memory[offset:].view(number, width + row_gap)[:, :width]
 
-    table, vision = rows(6), rows(plan.vision_rows.shape[0])
+    table, vision = rows(6, offset), rows(plan.vision_rows.shape[0], vision_offset)
     plain = pack_embeddings(table.contiguous(), vision.contiguous(), plan)
     assert torch.equal(pack_embeddings(table, vision, plan), plain)
-    base = rows(plan.num_tokens)
+    base = rows(plan.num_tokens, offset)
     wanted = base.clone().index_copy_(0, plan.vision_rows.long(), vision)
     assert torch.equal(merge_vision(base, vision, plan.vision_rows), wanted)
     assert torch.equal(unpack_vision(base, plan), base[plan.vision_rows.long()])
@@ -175,6 +177,24 @@ def test_tensors_beyond_two_to_the_31_elements():
     merged = merge_vision(packed, vision[:1], plan.vision_rows[-1:])
     assert torch.equal(merged[-2], vision[0])
     assert torch.equal(merged[-1], table[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_a_table_and_its_gradient_beyond_two_to_the_31_elements(sparse_grad):
+    """Some 25 GB: each of 1.1 million ids once, from the last to the first, so that every row of
+    sums is a row of the gradient, bit by bit."""
+    if torch.cuda.mem_get_info()[0] < 32 * 2**30:
+        pytest.skip("needs 32 GB of free device memory")
+    rows, width = 2**20 + 50_000, 2048
+    plan = plan_packing([torch.arange(rows).flip(0)], [], IMAGE).to("cuda")
+    table = torch.empty(rows, width, device="cuda", dtype=torch.bfloat16).normal_()
+    vision = table.new_empty(0, width)
+    packed = pack_embeddings(table.requires_grad_(), vision, plan, sparse_grad=sparse_grad)
+    assert torch.equal(packed, table.detach().flip(0))
+    grad = torch.empty_like(packed).normal_()
+    (sums,) = torch.autograd.grad(packed, table, grad)
+    assert torch.equal(sums.values() if sparse_grad else sums, grad.flip(0))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

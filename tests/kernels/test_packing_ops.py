@@ -61,6 +61,47 @@ def test_every_op_passes_opcheck(plan, device):
         torch.library.opcheck(op, arguments)
 
 
+def strided(rows):
+    return rows.repeat_interleave(2, 0)[::2]
+
+
+@pytest.mark.parametrize(
+    ("op", "changes", "message"),
+    [
+        (
+            "pack_embeddings",
+            {1: torch.Tensor.half},
+            "vision must have the dtype and width .*float16",
+        ),
+        ("pack_embeddings", {1: lambda rows: rows[:, :3]}, "vision must .* and 4, got .* and 3"),
+        ("pack_embeddings", {2: torch.Tensor.long}, "source must be contiguous int32, .*int64"),
+        ("pack_embeddings", {2: strided}, r"source must be contiguous int32, .*\(2,\)"),
+        ("merge_vision", {1: torch.Tensor.half}, "vision must have the dtype and width .*float16"),
+        ("merge_vision", {1: lambda rows: rows[:, :3]}, "vision must .* and 4, got .* and 3"),
+        ("merge_vision", {2: torch.Tensor.short}, "vision_rows must be int32 or int64, .*int16"),
+        ("unpack_vision", {2: torch.Tensor.long}, "vision_rows must be contiguous int32, .*int64"),
+        ("unpack_vision", {2: strided}, r"vision_rows must be contiguous int32, .*\(2,\)"),
+        ("keep_text", {1: torch.Tensor.long}, "source must be contiguous int32, .*int64"),
+        ("spread_vision", {1: strided}, r"source must be contiguous int32, .*\(2,\)"),
+        ("table_gradient", {1: torch.Tensor.long}, "source must be contiguous int32, .*int64"),
+        ("table_gradient", {0: lambda rows: rows[1:]}, "one row per entry of source, 12, .* 11"),
+        ("sparse_table_gradient", {1: strided}, r"source must be contiguous int32, .*\(2,\)"),
+        (
+            "sparse_table_gradient",
+            {0: lambda rows: rows[1:]},
+            "one row per entry of source, 12, .* 11",
+        ),
+    ],
+)
+def test_an_op_called_on_its_own_reads_no_memory_but_its_tensors(op, changes, message):
+    """Past `tokenflex_kernels.packing` and its checks, as an exported graph calls it."""
+    op = getattr(ops, op)
+    arguments = op_arguments(PLAN, "cpu")[op]
+    arguments = [changes.get(at, lambda same: same)(value) for at, value in enumerate(arguments)]
+    with pytest.raises((TypeError, ValueError), match=message):
+        op(*arguments)
+
+
 def test_opcheck_with_one_input_that_needs_no_gradient():
     maps = (PLAN.source, PLAN.vision_rows)
     torch.library.opcheck(

@@ -5,18 +5,28 @@ from __future__ import annotations
 
 def bin_pack(lengths: list[int], capacity: int) -> list[list[int]]:
     """The longest first (ties: the lower index first), each into the first bin with room."""
+    return _first_fit_decreasing(lengths, [0] * len(lengths), capacity, 0)
+
+
+def _first_fit_decreasing(
+    tokens: list[int], tiles: list[int], max_tokens: int, max_tiles: int
+) -> list[list[int]]:
+    """The largest share of a bin first, each into the first bin with room for both."""
+    shares = [
+        max(a * max(max_tiles, 1), b * max_tokens) for a, b in zip(tokens, tiles, strict=True)
+    ]
     bins: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+    room: list[tuple[int, int]] = []
+    for index in sorted(range(len(tokens)), key=lambda index: -shares[index]):
         for place in range(len(bins)):
-            if lengths[index] <= room[place]:
+            if tokens[index] <= room[place][0] and tiles[index] <= room[place][1]:
                 break
         else:
             place = len(bins)
             bins.append([])
-            room.append(capacity)
+            room.append((max_tokens, max_tiles))
         bins[place].append(index)
-        room[place] -= lengths[index]
+        room[place] = room[place][0] - tokens[index], room[place][1] - tiles[index]
     return bins
 
 
@@ -34,13 +44,13 @@ def balance_bins(
 
     Starts with ``least`` bins, rounded up to a multiple. Adds 1 % while a sample finds no room, or
     while the costliest bin is more than 2 % above the mean, of which ten tries are made and the
-    best is kept. The bins come by falling cost.
+    best is kept. It ends at 11/9 ``least`` + 1 bins, and takes as many as first-fit-decreasing
+    needs only where none of these would do. The bins come by falling cost.
     """
     costs = [token_price * a + tile_price * b for a, b in zip(tokens, tiles, strict=True)]
     order = sorted(range(len(tokens)), key=lambda index: -costs[index])
-    feasible: list[tuple[float, list[list[int]]]] = []
-    num_bins = _next_multiple(least, multiple)
-    while len(feasible) < 10:
+
+    def fit_into(num_bins: int) -> list[list[int]] | None:
         bins: list[list[int]] = [[] for _ in range(num_bins)]
         for index in order:
             fitting = [
@@ -50,16 +60,43 @@ def balance_bins(
                 and _load(members, tiles) + tiles[index] <= max_tiles
             ]
             if not fitting:
-                break
+                return None
             min(fitting, key=lambda members: _load(members, costs)).append(index)
-        else:
+        return bins
+
+    most_bins = _next_multiple(min(11 * least // 9 + 1, len(tokens)), multiple)
+    num_bins = _next_multiple(least, multiple)
+    feasible: list[tuple[float, list[list[int]]]] = []
+    while len(feasible) < 10:
+        bins = fit_into(num_bins)
+        if bins is not None:
             bins.sort(key=lambda members: -_load(members, costs))
             score = float(num_bins) * float(_load(bins[0], costs))  # max / mean, times the total
             feasible.append((score, bins))
-            if score <= 1.02 * float(sum(costs)):
-                break
+        if num_bins == most_bins or any(s <= 1.02 * float(sum(costs)) for s, _ in feasible):
+            break
         num_bins = _next_multiple(num_bins + max(1, num_bins // 100), multiple)
-    return min(feasible, key=lambda scored: scored[0])[1]
+        num_bins = min(num_bins, most_bins)
+    if feasible:
+        best = min(feasible, key=lambda scored: scored[0])[1]
+    else:
+        tight = _first_fit_decreasing(tokens, tiles, max_tokens, max_tiles)
+        num_bins = _next_multiple(len(tight), multiple)
+        bins = fit_into(num_bins) if num_bins > most_bins else None
+        best = bins or _spread(tight, costs, num_bins)
+        best.sort(key=lambda members: -_load(members, costs))
+    return best[: _next_multiple(sum(map(bool, best)), multiple)]
+
+
+def _spread(bins: list[list[int]], costs: list[int], num_bins: int) -> list[list[int]]:
+    """``num_bins`` of fewer bins: the costliest of several samples gives its cheapest one."""
+    bins = [sorted(members, key=lambda index: (-costs[index], index)) for members in bins]
+    while len(bins) < num_bins:
+        givers = [members for members in bins if len(members) > 1]
+        bins.append(
+            [max(givers, key=lambda members: _load(members, costs)).pop()] if givers else []
+        )
+    return bins
 
 
 def _load(members: list[int], sizes: list[int]) -> int:
