@@ -155,9 +155,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.first_token", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks/results/first-token", help="folder for CSV and plot"
-    )
+    results = ROOT / "benchmarks/results/first-token"
+    parser.add_argument("--out", type=Path, default=results, help="folder for CSV and plot")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
