@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 Grid = tuple[int, int]
+MAX_SIDE = 2**15  # patches or cells; rows are counted in 32 bits
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INT_DTYPES = (
     torch.int8,
@@ -28,6 +29,8 @@ def check_tensor(name: str, value: object, *, ndim: int | None = None) -> torch.
     """``value`` itself, once it is known to be a tensor of ``ndim`` dimensions."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
     if ndim is not None and value.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(value.shape)}")
     return value
@@ -74,6 +77,8 @@ def check_grids(name: str, grids: object) -> list[Grid]:
         height, width = int(grid[0]), int(grid[1])
         if height < 1 or width < 1:
             raise ValueError(f"{name}[{index}] must have sides of at least 1, got {grid!r}")
+        if not torch.compiler.is_compiling() and max(height, width) > MAX_SIDE:
+            raise ValueError(f"{name}[{index}] must have sides of at most {MAX_SIDE}, got {grid!r}")
         checked.append((height, width))
     return checked
 
@@ -83,7 +88,7 @@ def _are_plain_grids(grids: Sequence[Any]) -> bool:
     if set(map(type, grids)) != {tuple} or set(map(len, grids)) != {2}:
         return False
     sides = list(chain.from_iterable(grids))
-    return set(map(type, sides)) == {int} and min(sides) >= 1
+    return set(map(type, sides)) == {int} and min(sides) >= 1 and max(sides) <= MAX_SIDE
 
 
 def check_count(name: str, value: object) -> int:

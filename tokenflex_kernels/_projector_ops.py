@@ -525,14 +525,14 @@ def _gated_gradients(
     grads: torch.Tensor, bias: torch.Tensor, x: torch.Tensor | None, needs: Sequence[bool]
 ) -> Gradients:
     """The gradients of gate weight, up weight, gate bias and up bias, from those of gate and up."""
-    hidden = grads.shape[1] // 2
+    both = [grads.shape[1] // 2] * 2
     weights: list[torch.Tensor | None] = [None, None]
     if x is not None and needs[0] and needs[1]:
-        weights = list((grads.t() @ x).split(hidden))  # one product for both
+        weights = list((grads.t() @ x).split(both))  # one product for both
     elif x is not None:
-        halves = grads.split(hidden, dim=1)
+        halves = grads.split(both, dim=1)
         weights = [half.t() @ x if needs[i] else None for i, half in enumerate(halves)]
-    biases = bias.to(grads.dtype).split(hidden) if needs[2] or needs[3] else (None, None)
+    biases = bias.to(grads.dtype).split(both) if needs[2] or needs[3] else (None, None)
     return (
         *weights,
         *(half if needed else None for half, needed in zip(biases, needs[2:4], strict=True)),

@@ -179,8 +179,19 @@ def compile_all(architecture: str, candidates: bool = False) -> list[Compiled]:
                         compiled.append(inspect(architecture, kernel, label, result))
 
                     launch.on_compile = keep
+                    before = len(compiled)
                     call(config=config)
+                    seen = {one.kernel for one in compiled[before:]}
+                    if stage in PRODUCTS and kind != "odd" and f"{stage}_kernel" not in seen:
+                        raise RuntimeError(f"{label}: {stage} was not compiled, only {seen}")
     return compiled
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -192,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--candidates", action="store_true", help="compile what tune would try, not what is shipped"
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
+    parser.add_argument("--jobs", type=_positive, default=os.cpu_count(), help="processes at once")
     parser.add_argument("--quiet", action="store_true", help="print faults and the summary only")
     options = parser.parse_args(arguments)
     architectures = options.architectures.split(",")

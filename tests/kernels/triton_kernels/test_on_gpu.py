@@ -137,19 +137,23 @@ class TestRealSizes:
 
     @pytest.mark.parametrize("dtype", [*NARROW, torch.float32], ids=str)
     @pytest.mark.parametrize("stage", STAGES)
-    def test_every_config_of_the_table(self, use_config, stage, dtype):
+    def test_every_config_of_the_table(self, use_config, launched, stage, dtype):
         table = read_table()
         name = nearest(architecture(torch.device("cuda", 0)), tuple(table))
         buckets = parse_stage(table[name]["stages"], stage)[NAMES[dtype]]
         in_grids, out_grids = [(27, 27), (9, 5)], [(16, 16), (4, 7)]
-        inputs = project_inputs(dtype, in_grids, 256 + 8, 512 + 8, 128 + 8)
-        gradient = torch.randn(rows_of(out_grids), 128 + 8, device="cuda").to(dtype)
+        # Multiples of 16, which the products ask for, but of no tile.
+        inputs = project_inputs(dtype, in_grids, 256 + 16, 512 + 16, 128 + 16)
+        gradient = torch.randn(rows_of(out_grids), 128 + 16, device="cuda").to(dtype)
         wanted = [n for n in inputs if n != "x"] if stage == "norm_gradient" else None
         for config in dict.fromkeys(config for _, config in buckets):
             # The pointwise kernels are what the library form of the products ends with.
             library = dict.fromkeys(PRODUCTS) if stage == "pointwise" else {}
             use_config(**{**library, stage: config})
+            launched.clear()
             check_on_gpu(*projection(in_grids, out_grids), inputs, gradient, wanted)
+            if stage != "pointwise" and config is not None:
+                assert stage in launched
 
 
 class TestRepeatability:

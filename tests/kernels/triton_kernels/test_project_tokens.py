@@ -235,18 +235,19 @@ def guarded(tensor):
     at = {"count": tensor.numel(), "offset": size - tensor.nbytes}
     return torch.frombuffer(regions[-1], dtype=tensor.dtype, **at).view(tensor.shape).copy_(tensor)
 
-for mode, save in zip(MODES, SAVES):
-    inputs = {"x": torch.randn(rows_of(FEW_IN_GRIDS), 33), **parameters_of(33, 71, 19)}
+# Odd, and multiples of 16 but not of the tiles of 32.
+for mode, save, widths in zip(MODES, SAVES, [(33, 71, 19), (48, 80, 16)]):
+    inputs = {"x": torch.randn(rows_of(FEW_IN_GRIDS), widths[0]), **parameters_of(*widths)}
     inputs = {name: guarded(tensor) for name, tensor in inputs.items()}
-    gradient = guarded(torch.randn(rows_of(FEW_OUT_GRIDS), 19))
+    gradient = guarded(torch.randn(rows_of(FEW_OUT_GRIDS), widths[2]))
 
     def op(x, **parameters):
         return project_tokens(x, FEW_IN_GRIDS, FEW_OUT_GRIDS, **parameters, mode=mode, save=save)
 
     run(op, inputs, gradient)
     run(op, inputs, gradient, [name for name in inputs if name != "x"])
-gated = {name: inputs[name] for name in ("x", *GATED)}
-run(swiglu, gated, guarded(torch.randn(len(gated["x"]), 71)))
+    gated = {name: inputs[name] for name in ("x", *GATED)}
+    run(swiglu, gated, guarded(torch.randn(len(gated["x"]), widths[1])))
 """
 
 
@@ -468,6 +469,15 @@ class TestWhatTrainingKeeps:
 
 
 class TestEmpty:
+    @pytest.mark.parametrize("save", SAVES)
+    def test_no_hidden_features_leave_the_bias(self, device, save):
+        inputs = inputs_of(device, hidden=0)
+        gradient = gradient_of(device)
+        results = run(ours_and_peer(save=save)[0], inputs, gradient)
+        assert torch.equal(results["out"], inputs["down_bias"].expand_as(results["out"]))
+        assert torch.equal(results["x"], torch.zeros_like(inputs["x"]))
+        assert results["gate_weight"].shape == inputs["gate_weight"].shape
+
     @pytest.mark.parametrize("save", SAVES)
     @pytest.mark.parametrize("wanted", [NAMES, ("x",), ("down_weight",), ("gate_weight",)])
     def test_no_images_launch_nothing(self, device, launched, save, wanted):
