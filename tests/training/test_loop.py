@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -368,21 +369,102 @@ def test_fresh_forgets_the_old_state_at_once(finished, tmp_path, monkeypatch):
     assert metrics(tmp_path / "run") == metrics(finished)
 
 
-def test_a_truncated_state_is_refused(tmp_path, monkeypatch):
-    config = configured(tmp_path)
-    train_until(monkeypatch, config, 8)
-    path = tmp_path / "run" / "state.pt"
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match=r"state\.pt"):
+
+
+def flip_a_bit_of_the_weights(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit_of_the_weights])
+def test_a_corrupt_state_falls_back_to_the_one_before(finished, tmp_path, monkeypatch, damage):
+    config = configured(tmp_path, save_every=1)
+    train_until(monkeypatch, config, 9)
+    damage(tmp_path / "run" / "state.pt")
+    with pytest.warns(UserWarning, match=r"state\.pt.*continuing from state\.1\.pt, step 2 of"):
         train(config)
+    assert metrics(tmp_path / "run") == metrics(finished)
+    assert_same_weights(weights(tmp_path / "run"), weights(finished))
+    assert (tmp_path / "run" / "state.pt.corrupt").exists()
+
+
+def test_a_run_that_dies_again_after_a_fall_back_still_has_two_whole_states(tmp_path, monkeypatch):
+    config = configured(tmp_path, save_every=1)
+    train_until(monkeypatch, config, 8)
+    truncate(tmp_path / "run" / "state.pt")
+    with pytest.warns(UserWarning, match=r"state\.1\.pt"):
+        train_until(monkeypatch, config, 2)
+    steps = [load_state(tmp_path / "run" / name)["step"] for name in ("state.pt", "state.1.pt")]
+    assert steps == [3, 2]
+
+
+def test_states_of_which_none_can_be_read_are_refused(tmp_path, monkeypatch):
+    config = configured(tmp_path, save_every=1)
+    train_until(monkeypatch, config, 8)
+    for name in ("state.pt", "state.1.pt"):
+        truncate(tmp_path / "run" / name)
+    with pytest.raises(ValueError, match=r"state\.pt.*no earlier state.*--fresh"):
+        train(config)
+
+
+def test_a_disk_that_is_full_leaves_the_state_before(finished, tmp_path, monkeypatch):
+    """The limit on a file's size stands for the disk: the write fails in the middle."""
+    config = configured(tmp_path, save_every=1)
+    train_until(monkeypatch, config, 8)
+    before = (tmp_path / "run" / "state.pt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(OSError, match=r"state\.pt could not be written"):
+            train(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "run" / "state.pt").read_bytes() == before
+    assert temporary_files(tmp_path / "run") == []
+    train(config)
+    assert metrics(tmp_path / "run") == metrics(finished)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     stages = [stage(learning_rate={"projector": 1e30, "text": 1e30}, steps=20, warmup_steps=0)]
     config = configured(tmp_path, stages=stages, log_every=100, save_every=1, evaluation=None)
-    with pytest.raises(NonFiniteLossError, match=r"step \d+ of stage 'all'.*digits-train-"):
+    with pytest.raises(NonFiniteLossError, match=r"step \d+ of stage 'all'.*non_finite\.json"):
         train(config)
     assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_the_samples_of_a_step_whose_loss_is_nan_are_saved(tmp_path, monkeypatch):
+    """Those of that very step, though it is neither logged nor saved."""
+    stages = [stage(steps=20)]
+    config = configured(
+        tmp_path,
+        stages=stages,
+        log_every=100,
+        save_every=100,
+        evaluation=None,
+        encoder_warm_up=None,
+    )
+    left, step = [7], Trainer._step
+
+    def poisoned(trainer, model, *args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            with torch.no_grad():
+                next(trainer.model.model.projector.parameters()).fill_(float("nan"))
+        return step(trainer, model, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "_step", poisoned)
+    with pytest.raises(NonFiniteLossError, match="step 7 of"):
+        train(config)
+    saved = json.loads((tmp_path / "run" / "non_finite.json").read_text())
+    sampler = StepSampler(EpochOrder(20, 0), first_position=18, steps=1, batch_size=3)
+    (keys,) = list(sampler)
+    assert saved["sample_ids"] == [f"digits-train-{index}" for _, index in keys]
+    assert (saved["stage"], saved["step"], saved["loss"]) == ("all", 7, "nan")
+    assert not (tmp_path / "run" / "state.pt").exists()
 
 
 @pytest.mark.parametrize("precision", ["bf16"])

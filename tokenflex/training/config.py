@@ -147,7 +147,10 @@ class EvaluationConfig(_Strict):
 
 
 class TrainConfig(_Strict):
-    """A whole run. ``output`` is relative to the working directory."""
+    """A whole run. ``output`` is relative to the working directory.
+
+    A state to resume from is saved every ``save_every`` steps; the last ``keep_states`` are kept.
+    """
 
     output: Path
     model: ModelConfig
@@ -161,6 +164,7 @@ class TrainConfig(_Strict):
     threads: int | None = Field(default=None, ge=1)
     log_every: int = Field(default=10, ge=1)
     save_every: int = Field(default=200, ge=1)
+    keep_states: int = Field(default=2, ge=1)
 
     @model_validator(mode="after")
     def _warm_up_is_for_digits(self) -> TrainConfig:

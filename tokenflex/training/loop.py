@@ -7,14 +7,17 @@ last state with the same numbers.
 from __future__ import annotations
 
 import json
+import math
 import time
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from tqdm import tqdm
 from transformers import get_scheduler
 
@@ -28,9 +31,11 @@ from tokenflex.models.loading import check_length
 from tokenflex.training.build import build_dataset, build_model, build_processor
 from tokenflex.training.checkpoint import (
     load_state,
+    put_aside,
     remove_leftovers,
     save_model,
     save_state,
+    saved_states,
     write_atomically,
     write_json,
 )
@@ -41,13 +46,14 @@ SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the message names the step and its samples."""
+    """The loss became NaN or infinite; the message names the step and the file of its samples."""
 
 
 class Trainer:
     """One run of a configuration, in ``config.output``:
 
-    ``metrics.jsonl`` (a line every ``log_every`` steps), ``state.pt`` (while it runs),
+    ``metrics.jsonl`` (a line every ``log_every`` steps), ``state.pt`` and the states before it
+    (while it runs), ``non_finite.json`` (the samples of a step whose loss was NaN or infinite),
     ``checkpoint/`` (the model and processor, at the end), ``report.json`` (with ``evaluation``).
 
     Args:
@@ -55,8 +61,8 @@ class Trainer:
         fresh: begin anew even if a state is there.
 
     Raises:
-        ValueError: the output folder holds the state of another configuration, or a state that
-            cannot be read; or a stage has fewer samples a step than there are processes.
+        ValueError: the output folder holds the state of another configuration, or states of which
+            none can be read; or a stage has fewer samples a step than there are processes.
     """
 
     def __init__(self, config: TrainConfig, *, fresh: bool = False) -> None:
@@ -76,8 +82,10 @@ class Trainer:
         self.output = config.output
         self.state_path = self.output / "state.pt"
         self.metrics_path = self.output / "metrics.jsonl"
+        self.non_finite_path = self.output / "non_finite.json"
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output must be a folder, but {self.output} is a file")
+        self.unreadable: list[Path] = []
         self.resumed = None if fresh else self._read_state()
         # Data first: its errors should not wait for a model, nor those of evaluation for training.
         self.dataset = build_dataset(config.data)
@@ -97,11 +105,15 @@ class Trainer:
             counts += evaluation.counts
         check_length(self.model.config, max(counts))
         # Everything is there: only now touch what may lie in the output folder.
+        self.accelerator.wait_for_everyone()
         self.output.mkdir(parents=True, exist_ok=True)
         if self.accelerator.is_main_process:
             remove_leftovers(self.output)
+            self.non_finite_path.unlink(missing_ok=True)
+            for path in self.unreadable:
+                put_aside(path)
             if fresh:
-                self.state_path.unlink(missing_ok=True)
+                self._remove_states()
         self.order = EpochOrder(len(self.dataset), config.seed)
         # One record a stage, the encoder's warm-up first: what the report says about training.
         self.records: list[dict[str, Any]] = []
@@ -187,11 +199,10 @@ class Trainer:
                 record["vision_tokens"] += sum(batch.num_image_tokens)
                 record["images"] += len(batch.num_image_tokens)
                 record["seconds"] = time.perf_counter() - clock
+                self._check_finite(loss.item(), norm.item(), stage, step, batch)
                 logs = step % self.config.log_every == 0 or step == stage.steps
                 stops = self.interruption.requested or step == stage.steps
                 saves = step % self.config.save_every == 0 or stops
-                if logs or saves:
-                    self._check_finite(loss, norm, stage, step, batch)
                 if logs:
                     self._log(stage_index, step, loss.item(), scheduler, bar)
                 if saves:
@@ -258,22 +269,31 @@ class Trainer:
     # ------------------------------------------------------------------ records
 
     def _check_finite(
-        self,
-        loss: torch.Tensor,
-        norm: torch.Tensor,
-        stage: StageConfig,
-        step: int,
-        batch: PackedBatch,
+        self, loss: float, norm: float, stage: StageConfig, step: int, batch: PackedBatch
     ) -> None:
-        """Stop before a broken model is logged as a result or saved over a good state."""
+        """Stop at the step that broke the model: later ones would blame other samples."""
         # In float16 the loss scaler skips steps whose gradients overflowed, and goes on.
         norm_counts = self.config.precision != "fp16"
-        if not torch.isfinite(loss) or (norm_counts and not torch.isfinite(norm)):
-            raise NonFiniteLossError(
-                f"loss and gradient norm must be finite, got {loss.item()} and {norm.item()} at "
-                f"step {step} of stage {stage.name!r}, samples {', '.join(batch.sample_ids[:4])}, "
-                "..."
+        if math.isfinite(loss) and (math.isfinite(norm) or not norm_counts):
+            return
+        # Loss and norm are the same on every rank, so all of them come here.
+        sample_ids = gather_object(batch.sample_ids)
+        if self.accelerator.is_main_process:
+            write_json(
+                self.non_finite_path,
+                {
+                    "stage": stage.name,
+                    "step": step,
+                    "loss": str(loss),  # JSON has no NaN
+                    "gradient_norm": str(norm),
+                    "sample_ids": sample_ids,
+                },
             )
+        raise NonFiniteLossError(
+            f"loss and gradient norm must be finite, got {loss} and {norm} at step {step} of stage "
+            f"{stage.name!r}; its {len(sample_ids)} samples, {sample_ids[0]} and so on, are in "
+            f"{self.non_finite_path}"
+        )
 
     def _log(self, stage_index: int, step: int, loss: float, scheduler: Any, bar: tqdm) -> None:
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -319,7 +339,15 @@ class Trainer:
 
     def _fingerprint(self) -> str:
         """What must be the same for a state to be continued: all but where and how fast."""
-        free = {"output", "workers", "threads", "log_every", "save_every", "evaluation"}
+        free = {
+            "output",
+            "workers",
+            "threads",
+            "log_every",
+            "save_every",
+            "keep_states",
+            "evaluation",
+        }
         return self.config.model_dump_json(exclude=free)
 
     def _save_state(self, stage: int, step: int, optimizer: Any, scheduler: Any) -> None:
@@ -336,18 +364,39 @@ class Trainer:
                     "rng": torch.get_rng_state(),
                     "records": self.records,
                 },
+                keep=self.config.keep_states,
             )
 
     def _read_state(self) -> dict[str, Any] | None:
-        if not self.state_path.exists():
-            return None
-        state = load_state(self.state_path)
-        if state.get("config") != self._fingerprint():
-            raise ValueError(
-                f"{self.state_path} holds an unfinished run of another configuration; give another "
-                "output, or --fresh to begin anew"
-            )
-        return state
+        """The newest state that can be read; None where there is none at all."""
+        paths = saved_states(self.state_path)
+        problems = []
+        for path in paths:
+            try:
+                state = load_state(path)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            if state["config"] != self._fingerprint():
+                raise ValueError(
+                    f"{path} holds an unfinished run of another configuration; give another "
+                    "output, or --fresh to begin anew"
+                )
+            if problems and self.accelerator.is_main_process:
+                warnings.warn(
+                    f"{problems[0]}; continuing from {path.name}, step {state['step']} of stage "
+                    f"{self.config.stages[state['stage']].name!r}",
+                    stacklevel=2,
+                )
+            self.unreadable = paths[: len(problems)]
+            return state
+        if problems:
+            raise ValueError(f"{problems[0]}; no earlier state can be read, --fresh begins anew")
+        return None
+
+    def _remove_states(self) -> None:
+        for path in saved_states(self.state_path):
+            path.unlink()
 
     def _finish(self) -> dict[str, Any]:
         report: dict[str, Any] = {
@@ -369,7 +418,7 @@ class Trainer:
         if self.config.evaluation is not None:
             report = {**self._evaluate(), **report}
             write_json(self.output / "report.json", report)
-        self.state_path.unlink(missing_ok=True)
+        self._remove_states()
         return report
 
     def _evaluate(self) -> dict[str, Any]:
