@@ -25,11 +25,12 @@ from tests.training.runs import ROOT, metrics, stage, temporary_files, tiny_valu
 from tokenflex import TokenCounts
 from tokenflex.cli import main
 from tokenflex.data.order import EpochOrder, StepSampler
+from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.training.checkpoint import load_state
 from tokenflex.training.config import load_config
-from tokenflex.training.loop import NonFiniteLossError, Trainer
+from tokenflex.training.loop import BrokenSamplesError, NonFiniteLossError, Trainer
 
 PATIENCE = 90  # seconds before a subprocess counts as hanging
 
@@ -462,9 +463,127 @@ def test_the_samples_of_a_step_whose_loss_is_nan_are_saved(tmp_path, monkeypatch
     saved = json.loads((tmp_path / "run" / "non_finite.json").read_text())
     sampler = StepSampler(EpochOrder(20, 0), first_position=18, steps=1, batch_size=3)
     (keys,) = list(sampler)
-    assert saved["sample_ids"] == [f"digits-train-{index}" for _, index in keys]
+    assert sorted(saved["sample_ids"]) == sorted(f"digits-train-{index}" for _, index in keys)
     assert (saved["stage"], saved["step"], saved["loss"]) == ("all", 7, "nan")
     assert not (tmp_path / "run" / "state.pt").exists()
+
+
+def own_data(tmp_path: Path, samples: int, broken: tuple[int, ...]) -> dict:
+    """A messages file of which the pictures ``broken`` are cut off."""
+    turns = [{"role": "user", "content": "odd"}, {"role": "assistant", "content": "3"}]
+    lines = []
+    for index in range(samples):
+        path = tmp_path / f"{index}.png"
+        DigitsDataset("train", size=samples)[index].images[0].save(path)
+        if index in broken:
+            truncate_half(path)
+        lines.append(json.dumps({"id": f"s{index}", "images": [path.name], "messages": turns}))
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    return {"name": "messages", "path": str(tmp_path / "data.jsonl")}
+
+
+def truncate_half(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def on_own_data(tmp_path: Path, broken: tuple[int, ...], **changes) -> Path:
+    return configured(
+        tmp_path,
+        data=own_data(tmp_path, 12, broken),
+        stages=[stage(steps=8)],
+        encoder_warm_up=None,
+        evaluation=None,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_samples_are_skipped_counted_and_named(tmp_path, workers):
+    train(on_own_data(tmp_path, (2, 7), workers=workers))
+    named = json.loads((tmp_path / "run" / "broken_samples.json").read_text())
+    assert [one["index"] for one in named] == [2, 7]
+    assert [f"{index}.png" in one["reason"] for index, one in zip((2, 7), named, strict=True)]
+    assert metrics(tmp_path / "run")[-1]["broken_samples"] == 2  # though met in two epochs
+
+
+def test_more_broken_samples_than_allowed_stop_the_run(tmp_path):
+    config = on_own_data(tmp_path, (2, 7), max_broken_samples=1)
+    with pytest.raises(BrokenSamplesError, match=r"2 broken.*max_broken_samples of 1.*\.png"):
+        train(config)
+    assert len(json.loads((tmp_path / "run" / "broken_samples.json").read_text())) == 2
+
+
+def test_broken_samples_are_remembered_by_a_resumed_run(tmp_path, monkeypatch):
+    config = on_own_data(tmp_path, (2, 7), save_every=1)
+    train_until(monkeypatch, config, 5)
+    assert len(load_state(tmp_path / "run" / "state.pt")["broken"]) == 2
+    train(config)
+    assert metrics(tmp_path / "run")[-1]["broken_samples"] == 2
+
+
+# ---- packing by cost
+
+
+def losses_of(output: Path) -> list[float]:
+    return [line["loss"] for line in metrics(output)]
+
+
+def test_a_step_in_several_passes_is_the_step_in_one(tmp_path):
+    """Bins are bounds on memory, not on the mathematics: the loss is that of the whole step."""
+    common = {"encoder_warm_up": None, "evaluation": None}
+    whole = configured(tmp_path, "whole", stages=[stage(steps=6, batch_size=8)], **common)
+    bounded = [stage(steps=6, batch_size=8, max_tokens=100, max_tiles=3)]
+    parts = configured(tmp_path, "parts", stages=bounded, **common)
+    for config in (whole, parts):
+        train(config)
+    one, many = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
+    assert {line["bins"] for line in one} == {1}
+    assert min(line["bins"] for line in many) >= 3
+    assert losses_of(tmp_path / "parts") == pytest.approx(losses_of(tmp_path / "whole"), abs=1e-5)
+    for key in ("tokens", "tiles", "tokens_per_image"):
+        assert [line[key] for line in many] == [line[key] for line in one]
+    assert all(1 <= line["cost_balance"] < 2 for line in many)
+
+
+def test_square_weights_count_long_answers_less(tmp_path, monkeypatch):
+    """The first loss against the formula, from each answer token's own loss."""
+    seen, cross_entropy = [], F.cross_entropy
+
+    def recording(logits, targets, **options):
+        seen.append(cross_entropy(logits, targets, reduction="none").detach())
+        return cross_entropy(logits, targets, **options)
+
+    def two_lengths(dataset, index):
+        sample = original(dataset, index)
+        long = Conversation((Turn("user", "odd"), Turn("assistant", "3 4 5 6 7 8 9")))
+        return Sample(sample.id, sample.images, (sample.conversations[0], long))
+
+    original = DigitsDataset.__getitem__
+    monkeypatch.setattr(DigitsDataset, "__getitem__", two_lengths)
+    monkeypatch.setattr(F, "cross_entropy", recording)
+    stages = [stage(steps=1, batch_size=3, loss="square")]
+    train(configured(tmp_path, stages=stages, encoder_warm_up=None, evaluation=None))
+    weight = torch.tensor([*[2**-0.5] * 2, *[8**-0.5] * 8] * 3)
+    expected = (seen[0] * weight).sum() / weight.sum()
+    assert losses_of(tmp_path / "run")[0] == pytest.approx(expected.item(), abs=1e-6)
+    assert abs(expected.item() - seen[0].mean().item()) > 1e-4
+
+
+def test_frozen_modules_are_in_evaluation_mode(tmp_path, monkeypatch):
+    stages = [stage(steps=1, learning_rate={"projector": 0.01, "text": 0.01})]
+    config = configured(tmp_path, stages=stages, encoder_warm_up=None, evaluation=None)
+    trainer, modes, step = Trainer(load_config(config)), {}, torch.optim.AdamW.step
+
+    def recording(optimizer, *args, **kwargs):
+        inner = trainer.model.model
+        for name in ("vision_model", "projector", "language_model"):
+            modes[name] = {module.training for module in getattr(inner, name).modules()}
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recording)
+    trainer.run()
+    assert modes == {"vision_model": {False}, "projector": {True}, "language_model": {True}}
 
 
 @pytest.mark.parametrize("precision", ["bf16"])

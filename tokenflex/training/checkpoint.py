@@ -12,7 +12,17 @@ from typing import Any
 
 import torch
 
-STATE_KEYS = ("config", "stage", "step", "model", "optimizer", "scheduler", "rng", "records")
+STATE_KEYS = (
+    "config",
+    "stage",
+    "step",
+    "model",
+    "optimizer",
+    "scheduler",
+    "rng",
+    "records",
+    "broken",
+)
 
 
 def write_atomically(

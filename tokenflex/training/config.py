@@ -10,8 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from tokenflex.counts import TokenCounts, token_grid
 
-MODULES = ("vision", "projector", "text")
-
 
 class _Strict(BaseModel):
     """Unknown keys are errors, and nothing changes after the file is read."""
@@ -20,18 +18,19 @@ class _Strict(BaseModel):
 
 
 class PartConfig(_Strict):
-    """The vision encoder or language model: pretrained from ``path``, or fresh from ``config``."""
+    """The vision encoder or language model: pretrained from ``path``, or fresh from ``config``.
+
+    With both, the weights come from ``path`` and must be of the architecture that ``config``
+    states; a dry run then needs neither the weights nor the path.
+    """
 
     path: str | None = None
     config: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> PartConfig:
-        if (self.path is None) == (self.config is None):
-            raise ValueError(
-                f"give exactly one of path and config, got path={self.path!r} and "
-                f"{'no config' if self.config is None else 'a config'}"
-            )
+    def _at_least_one(self) -> PartConfig:
+        if self.path is None and self.config is None:
+            raise ValueError("give a path, a config or both, got neither")
         return self
 
 
@@ -99,7 +98,11 @@ class StageConfig(_Strict):
     """One stage of training.
 
     ``learning_rate`` names the modules that learn; a module that is not named is frozen.
-    ``counts`` and ``weights`` are the token counts and their odds.
+    ``counts`` and ``weights`` are the token counts and their odds. The ``batch_size`` samples of a
+    step, over all processes, are dealt into forward passes of equal cost that hold at most
+    ``max_tokens`` rows and ``max_tiles`` tiles each. ``loss`` says how answer tokens weigh: all the
+    same ("token"), or by one over the square root of their answer's length ("square"), as the
+    released model was trained.
     """
 
     name: str
@@ -108,11 +111,19 @@ class StageConfig(_Strict):
     learning_rate: dict[Literal["vision", "projector", "text"], float]
     counts: tuple[int, ...] = (64, 144, 256)
     weights: tuple[float, ...] = (0.2, 0.3, 0.5)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_tiles: int | None = Field(default=None, ge=1)
+    loss: Literal["token", "square"] = "token"
     warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(default=0.02, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
     max_grad_norm: float = Field(default=1.0, gt=0)
+
+    @property
+    def learning(self) -> tuple[str, ...]:
+        """The modules that learn."""
+        return tuple(name for name, rate in self.learning_rate.items() if rate)
 
     @model_validator(mode="after")
     def _values_make_sense(self) -> StageConfig:
@@ -126,6 +137,33 @@ class StageConfig(_Strict):
         if not any(self.learning_rate.values()):
             raise ValueError(
                 f"learning_rate must be above 0 for at least one module, got {self.learning_rate}"
+            )
+        return self
+
+
+class SampleConfig(_Strict):
+    """The mean sample, for a dry run where the data is not at hand.
+
+    ``text_tokens`` are all but images, ``answer_tokens`` those of them that are learned, ``tiles``
+    what its images are cut into, ``shown_tiles`` the sum over its conversations (each shows them).
+    """
+
+    text_tokens: float = Field(ge=1)
+    answer_tokens: float = Field(ge=1)
+    tiles: float = Field(ge=0)
+    shown_tiles: float | None = Field(default=None, ge=0)
+
+    @property
+    def shown(self) -> float:
+        """Tiles that stand in the language model's rows."""
+        return self.tiles if self.shown_tiles is None else self.shown_tiles
+
+    @model_validator(mode="after")
+    def _answers_are_text(self) -> SampleConfig:
+        if self.answer_tokens > self.text_tokens:
+            raise ValueError(
+                f"answer_tokens must not exceed text_tokens, got {self.answer_tokens} and "
+                f"{self.text_tokens}"
             )
         return self
 
@@ -149,7 +187,10 @@ class EvaluationConfig(_Strict):
 class TrainConfig(_Strict):
     """A whole run. ``output`` is relative to the working directory.
 
+    ``sample`` is for ``--dry-run`` alone.
     A state to resume from is saved every ``save_every`` steps; the last ``keep_states`` are kept.
+    Samples that cannot be read are named in ``broken_samples.json`` and skipped, at most
+    ``max_broken_samples`` of them.
     """
 
     output: Path
@@ -158,6 +199,7 @@ class TrainConfig(_Strict):
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     encoder_warm_up: EncoderWarmUpConfig | None = None
     evaluation: EvaluationConfig | None = None
+    sample: SampleConfig | None = None
     seed: int = Field(default=0, ge=0, lt=2**32)
     precision: Literal["no", "bf16", "fp16"] = "no"
     workers: int = Field(default=1, ge=0)
@@ -165,6 +207,7 @@ class TrainConfig(_Strict):
     log_every: int = Field(default=10, ge=1)
     save_every: int = Field(default=200, ge=1)
     keep_states: int = Field(default=2, ge=1)
+    max_broken_samples: int = Field(default=100, ge=0)
 
     @model_validator(mode="after")
     def _warm_up_is_for_digits(self) -> TrainConfig:

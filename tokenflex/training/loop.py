@@ -11,6 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from tokenflex.counts import TokenCounts
-from tokenflex.data.order import EpochOrder, StepSampler, packed_batches
+from tokenflex.data.order import EpochOrder, StepSampler, load_in_order
 from tokenflex.data.packing import PackedBatch, PackingCollator
+from tokenflex.data.steps import BrokenSample, PackedStep, StepPacker
 from tokenflex.digits.encoder import warm_up_encoder
 from tokenflex.evaluation import evaluate
 from tokenflex.interruption import Interruption
 from tokenflex.models.loading import check_length
-from tokenflex.training.build import build_dataset, build_model, build_processor
+from tokenflex.training.build import build_dataset, build_model, build_processor, modules_of
 from tokenflex.training.checkpoint import (
     load_state,
     put_aside,
@@ -40,6 +42,7 @@ from tokenflex.training.checkpoint import (
     write_json,
 )
 from tokenflex.training.config import StageConfig, TrainConfig
+from tokenflex.training.flops import training_flops
 
 # The configuration's name -> transformers'; both warm up.
 SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
@@ -49,11 +52,16 @@ class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite; the message names the step and the file of its samples."""
 
 
+class BrokenSamplesError(ValueError):
+    """More samples than the configuration allows could not be read; the message names one."""
+
+
 class Trainer:
     """One run of a configuration, in ``config.output``:
 
     ``metrics.jsonl`` (a line every ``log_every`` steps), ``state.pt`` and the states before it
     (while it runs), ``non_finite.json`` (the samples of a step whose loss was NaN or infinite),
+    ``broken_samples.json`` (those that were skipped, with the reason),
     ``checkpoint/`` (the model and processor, at the end), ``report.json`` (with ``evaluation``).
 
     Args:
@@ -83,6 +91,7 @@ class Trainer:
         self.state_path = self.output / "state.pt"
         self.metrics_path = self.output / "metrics.jsonl"
         self.non_finite_path = self.output / "non_finite.json"
+        self.broken_path = self.output / "broken_samples.json"
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output must be a folder, but {self.output} is a file")
         self.unreadable: list[Path] = []
@@ -110,6 +119,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             remove_leftovers(self.output)
             self.non_finite_path.unlink(missing_ok=True)
+            if self.resumed is None:
+                self.broken_path.unlink(missing_ok=True)
             for path in self.unreadable:
                 put_aside(path)
             if fresh:
@@ -117,6 +128,7 @@ class Trainer:
         self.order = EpochOrder(len(self.dataset), config.seed)
         # One record a stage, the encoder's warm-up first: what the report says about training.
         self.records: list[dict[str, Any]] = []
+        self.broken: dict[int, str] = {}
 
     def run(self) -> dict[str, Any]:
         """Train every stage, save the model, evaluate. Returns the report.
@@ -124,6 +136,7 @@ class Trainer:
         Raises:
             KeyboardInterrupt: Ctrl-C or SIGTERM came; the state of the last whole step is saved.
             NonFiniteLossError: the loss or the gradients are NaN or infinite.
+            BrokenSamplesError: more than ``max_broken_samples`` cannot be read.
         """
         with self.interruption:
             return self._run()
@@ -134,6 +147,7 @@ class Trainer:
             first_stage = self.resumed["stage"]
             self.model.load_state_dict(self.resumed["model"])
             self.records = self.resumed["records"]
+            self.broken = self.resumed["broken"]
             torch.set_rng_state(self.resumed["rng"])
             self._cut_metrics(self.resumed["stage"], self.resumed["step"])
         else:
@@ -191,20 +205,20 @@ class Trainer:
         record = self.records[-1]
         clock = time.perf_counter() - record["seconds"]
         model, optimizer = self.accelerator.prepare(self.model, optimizer)
-        model.train()
         with self._progress(stage.name, stage.steps, first_step) as bar:
-            for step, batch in enumerate(self._batches(stage_index, first_step), first_step + 1):
-                loss, norm = self._step(model, optimizer, batch, stage)
+            for step, packed in enumerate(self._steps(stage_index, first_step), first_step + 1):
+                loss, norm = self._step(model, optimizer, packed, stage)
                 scheduler.step()
-                record["vision_tokens"] += sum(batch.num_image_tokens)
-                record["images"] += len(batch.num_image_tokens)
+                record["vision_tokens"] += packed.vision_tokens
+                record["tokens"] += packed.tokens
+                record["tiles"] += packed.tiles
                 record["seconds"] = time.perf_counter() - clock
-                self._check_finite(loss.item(), norm.item(), stage, step, batch)
+                self._check_finite(loss.item(), norm.item(), stage, step, packed)
                 logs = step % self.config.log_every == 0 or step == stage.steps
                 stops = self.interruption.requested or step == stage.steps
                 saves = step % self.config.save_every == 0 or stops
                 if logs:
-                    self._log(stage_index, step, loss.item(), scheduler, bar)
+                    self._log(stage_index, step, loss.item(), packed, scheduler, bar)
                 if saves:
                     self._save_state(stage_index, step, optimizer, scheduler)
                 bar.update()
@@ -213,16 +227,14 @@ class Trainer:
 
     def _learning_modules(self, stage: StageConfig) -> list[dict[str, Any]]:
         """Optimiser groups of the modules that learn in this stage; the others are frozen."""
-        inner = self.model.model
-        modules = {
-            "vision": [inner.vision_model],
-            "projector": [inner.projector],
-            "text": [inner.language_model, self.model.lm_head],
-        }
+        modules = modules_of(self.model)
         self.model.requires_grad_(False)
+        self.model.eval()  # a frozen module answers as it will when the model is used
         groups = []
         for name, rate in stage.learning_rate.items():
             if rate > 0:
+                for module in modules[name]:
+                    module.train()
                 # The head may share its weight with the embedding: each tensor once.
                 parameters = {p for module in modules[name] for p in module.parameters()}
                 ordered = [p for p in self.model.parameters() if p in parameters]
@@ -231,7 +243,7 @@ class Trainer:
                 groups.append({"params": ordered, "lr": rate})
         return groups
 
-    def _batches(self, stage_index: int, first_step: int) -> Iterator[PackedBatch]:
+    def _steps(self, stage_index: int, first_step: int) -> Iterator[PackedStep]:
         stage = self.config.stages[stage_index]
         before = sum(s.steps * s.batch_size for s in self.config.stages[:stage_index])
         counts = TokenCounts(stage.counts, stage.weights, seed=self.config.seed)
@@ -240,36 +252,50 @@ class Trainer:
             first_position=before + first_step * stage.batch_size,
             steps=stage.steps - first_step,
             batch_size=stage.batch_size,
+        )
+        packer = StepPacker(
+            self.dataset,
+            PackingCollator(self.processor, counts),
+            max_tokens=stage.max_tokens,
+            max_tiles=stage.max_tiles,
+            tile_cost=training_flops(self.model, stage.learning).tile_cost,
             rank=self.accelerator.process_index,
             num_ranks=self.accelerator.num_processes,
         )
-        collator = PackingCollator(self.processor, counts)
-        # Not prepared by accelerate: the sampler already gives each rank its own share.
-        loader = packed_batches(self.dataset, collator, sampler, workers=self.config.workers)
-        for batch in loader:
-            yield batch.to(self.accelerator.device)
+        # Not prepared by accelerate: the packer already gives each rank its own share.
+        yield from load_in_order(packer, sampler, workers=self.config.workers)
 
     def _step(
-        self, model: Any, optimizer: Any, batch: PackedBatch, stage: StageConfig
+        self, model: Any, optimizer: Any, packed: PackedStep, stage: StageConfig
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimiser step: the mean loss per answer token over all ranks, the gradient norm."""
-        with self.accelerator.autocast():
-            logits = model(**batch.model_inputs()).logits[0]
-        total = F.cross_entropy(logits.float(), batch.targets, reduction="sum")
-        sums = torch.stack([total.detach(), total.new_tensor(len(batch.targets))])
-        total_everywhere, targets_everywhere = self.accelerator.reduce(sums, "sum")
-        # Gradients are averaged over ranks; weigh every answer token of the global batch the same.
-        loss = total * (self.accelerator.num_processes / targets_everywhere)
-        self.accelerator.backward(loss)
+        device = self.accelerator.device
+        weights = [_target_weights(batch, stage.loss).to(device) for batch in packed.bins]
+        here = torch.tensor([sum(float(w.sum()) for w in weights), len(packed.broken)]).to(device)
+        weight_everywhere, broken_everywhere = self.accelerator.reduce(here, "sum").tolist()
+        if broken_everywhere:
+            self._note_broken(packed.broken)
+        loss = torch.zeros((), device=device)
+        for place, (batch, weight) in enumerate(zip(packed.bins, weights, strict=True), start=1):
+            last = place == len(packed.bins)
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                batch = batch.to(device)
+                with self.accelerator.autocast():
+                    logits = model(**batch.model_inputs()).logits[0]
+                each = F.cross_entropy(logits.float(), batch.targets, reduction="none")
+                share = (each * weight).sum() / weight_everywhere
+                # Gradients are averaged over ranks; the shares of all ranks add up to the loss.
+                self.accelerator.backward(share * self.accelerator.num_processes)
+                loss += share.detach()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), stage.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return total_everywhere / targets_everywhere, norm
+        return self.accelerator.reduce(loss, "sum"), norm
 
     # ------------------------------------------------------------------ records
 
     def _check_finite(
-        self, loss: float, norm: float, stage: StageConfig, step: int, batch: PackedBatch
+        self, loss: float, norm: float, stage: StageConfig, step: int, packed: PackedStep
     ) -> None:
         """Stop at the step that broke the model: later ones would blame other samples."""
         # In float16 the loss scaler skips steps whose gradients overflowed, and goes on.
@@ -277,7 +303,7 @@ class Trainer:
         if math.isfinite(loss) and (math.isfinite(norm) or not norm_counts):
             return
         # Loss and norm are the same on every rank, so all of them come here.
-        sample_ids = gather_object(batch.sample_ids)
+        sample_ids = gather_object([name for batch in packed.bins for name in batch.sample_ids])
         if self.accelerator.is_main_process:
             write_json(
                 self.non_finite_path,
@@ -295,8 +321,33 @@ class Trainer:
             f"{self.non_finite_path}"
         )
 
-    def _log(self, stage_index: int, step: int, loss: float, scheduler: Any, bar: tqdm) -> None:
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    def _note_broken(self, found: list[BrokenSample]) -> None:
+        """Name the samples that any rank left out, and stop when they are too many."""
+        # Every rank plans the whole step: what a plan finds broken comes from all of them.
+        self.broken |= {one.index: one.reason for one in gather_object(found)}
+        if self.accelerator.is_main_process:
+            named = [{"index": i, "reason": reason} for i, reason in sorted(self.broken.items())]
+            write_json(self.broken_path, named)
+        if len(self.broken) > self.config.max_broken_samples:
+            raise BrokenSamplesError(
+                f"{len(self.broken)} broken samples are more than max_broken_samples of "
+                f"{self.config.max_broken_samples}; {self.broken_path} names them, the last is: "
+                f"{list(self.broken.values())[-1]}"
+            )
+
+    def _log(
+        self,
+        stage_index: int,
+        step: int,
+        loss: float,
+        packed: PackedStep,
+        scheduler: Any,
+        bar: tqdm,
+    ) -> None:
+        shown: dict[str, Any] = {"loss": f"{loss:.3f}", "balance": f"{packed.cost_balance:.3f}"}
+        if self.broken:
+            shown["broken"] = len(self.broken)
+        bar.set_postfix(shown, refresh=False)
         if not self.accelerator.is_main_process:
             return
         line = {
@@ -305,6 +356,11 @@ class Trainer:
             "loss": loss,
             "learning_rate": scheduler.get_last_lr()[0],
             "tokens_per_image": _tokens_per_image(self.records[-1:]),
+            "tokens": packed.tokens,
+            "tiles": packed.tiles,
+            "bins": len(packed.bins) * self.accelerator.num_processes,
+            "cost_balance": packed.cost_balance,
+            "broken_samples": len(self.broken),
             "seconds": round(self.records[-1]["seconds"], 3),
         }
         with self.metrics_path.open("a", encoding="utf-8") as file:
@@ -346,6 +402,8 @@ class Trainer:
             "log_every",
             "save_every",
             "keep_states",
+            "max_broken_samples",
+            "sample",
             "evaluation",
         }
         return self.config.model_dump_json(exclude=free)
@@ -363,6 +421,7 @@ class Trainer:
                     "scheduler": scheduler.state_dict(),
                     "rng": torch.get_rng_state(),
                     "records": self.records,
+                    "broken": self.broken,
                 },
                 keep=self.config.keep_states,
             )
@@ -445,10 +504,23 @@ class Trainer:
 
 def _record(name: str, steps: int) -> dict[str, Any]:
     """What is counted during a stage; plain numbers, so that it travels in a state."""
-    return {"name": name, "steps": steps, "seconds": 0.0, "images": 0, "vision_tokens": 0}
+    counted = {"tokens": 0, "tiles": 0, "vision_tokens": 0}
+    return {"name": name, "steps": steps, "seconds": 0.0, **counted}
 
 
 def _tokens_per_image(records: list[dict[str, Any]]) -> float | None:
-    """Mean vision tokens of the images trained on; None before there are any."""
-    images = sum(record["images"] for record in records)
-    return sum(record["vision_tokens"] for record in records) / images if images else None
+    """Mean vision tokens of the tiles trained on; None before there are any."""
+    tiles = sum(record["tiles"] for record in records)
+    return sum(record["vision_tokens"] for record in records) / tiles if tiles else None
+
+
+def _target_weights(batch: PackedBatch, loss: str) -> torch.Tensor:
+    """float32 [targets]: how much each answer token of ``batch`` counts.
+
+    "square" is one over the square root of the answer's length, between every token (0) and every
+    answer (1) counting the same: what the released model was trained with.
+    """
+    if loss == "token":
+        return torch.ones(len(batch.targets))
+    lengths = torch.tensor([length for _, length in batch.answers], dtype=torch.int64)
+    return lengths.float().rsqrt().repeat_interleave(lengths)
