@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState
 from tests.training.runs import ROOT, metrics, stage, temporary_files, tiny_values, write_config
 from tokenflex import TokenCounts
 from tokenflex.cli import main
+from tokenflex.data.mixture import MixtureOrder
 from tokenflex.data.order import EpochOrder, StepSampler
 from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.digits.dataset import DigitsDataset
@@ -520,6 +521,43 @@ def test_broken_samples_are_remembered_by_a_resumed_run(tmp_path, monkeypatch):
     assert len(load_state(tmp_path / "run" / "state.pt")["broken"]) == 2
     train(config)
     assert metrics(tmp_path / "run")[-1]["broken_samples"] == 2
+
+
+# ---- data of stages
+
+
+def test_stages_walk_through_data_of_their_own(tmp_path, monkeypatch):
+    """A mixture first, then another set from its beginning, then the mixture where it stopped."""
+    digits = {"name": "digits", "size": 20, "questions": 1}
+    parts = [{**digits, "weight": 3}, {**digits, "split": "validation"}]
+    other = {**digits, "split": "test"}
+    stages = [
+        stage(name="first", steps=2),
+        stage(name="other", steps=2, data=other),
+        stage(name="again", steps=2),
+    ]
+    mixture = {"name": "mixture", "parts": parts}
+    changes = {"data": mixture, "encoder_warm_up": None, "evaluation": None, "save_every": 1}
+    seen, original = [], Trainer._step
+
+    def recording(trainer, model, optimizer, packed, stage):
+        seen.append(sorted(name for batch in packed.bins for name in batch.sample_ids))
+        return original(trainer, model, optimizer, packed, stage)
+
+    monkeypatch.setattr(Trainer, "_step", recording)
+    train(configured(tmp_path, "whole", stages=stages, **changes))
+    names = [f"digits-{split}-{i}" for split in ("train", "validation") for i in range(20)]
+    order = MixtureOrder([20, 20], [3, 1], seed=0)
+    walked = [[names[order[3 * step + i][1]] for i in range(3)] for step in range(4)]
+    assert seen[:2] + seen[4:] == [sorted(step) for step in walked]
+    plain = EpochOrder(20, 0)
+    expected = [[f"digits-test-{plain[3 * step + i][1]}" for i in range(3)] for step in range(2)]
+    assert seen[2:4] == [sorted(step) for step in expected]
+
+    config = configured(tmp_path, "stopped", stages=stages, **changes)
+    train_until(monkeypatch, config, 3)
+    train(config)
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
 
 
 # ---- packing by cost

@@ -92,7 +92,8 @@ def test_what_is_saved_is_against_the_largest_count(tmp_path):
 
 
 def test_the_mean_sample_is_measured_on_the_data(tmp_path):
-    sample = measure_samples(tiny(tmp_path))
+    config = tiny(tmp_path)
+    sample = measure_samples(config, config.data)
     assert (sample.tiles, sample.shown_tiles) == (1, 2)  # one picture under two questions
     assert sample.answer_tokens == 4  # a word and an end, twice
     assert 2 * (1 + 2) <= sample.text_tokens <= 2 * (2 + 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -13,6 +13,12 @@ from tokenflex.data.samples import SampleDataset
 from tokenflex.interruption import ignore_interrupts
 
 T = TypeVar("T")
+
+
+class Order(Protocol):
+    """Which sample stands at a position of training, known without walking to it."""
+
+    def __getitem__(self, position: int) -> tuple[int, int]: ...
 
 
 class EpochOrder:
@@ -49,9 +55,7 @@ class StepSampler:
         batch_size: samples a step.
     """
 
-    def __init__(
-        self, order: EpochOrder, *, first_position: int, steps: int, batch_size: int
-    ) -> None:
+    def __init__(self, order: Order, *, first_position: int, steps: int, batch_size: int) -> None:
         self.order = order
         self.first_position = first_position
         self.steps = steps

@@ -19,7 +19,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from tokenflex.data.huggingface import HuggingFaceDataset
+from tokenflex.data.llava import LlavaDataset
 from tokenflex.data.messages import MessagesDataset
+from tokenflex.data.mixture import Mixture, MixtureOrder
+from tokenflex.data.order import EpochOrder
 from tokenflex.data.samples import SampleDataset
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor
@@ -33,8 +37,22 @@ def build_dataset(config: DataConfig) -> SampleDataset:
     """The data set that ``config`` names."""
     if config.name == "digits":
         return DigitsDataset(config.split, size=config.size, questions=config.questions)
+    if config.name == "mixture":
+        return Mixture([build_dataset(part) for part in config.parts])
     assert config.path is not None  # checked by DataConfig
+    if config.name == "llava":
+        return LlavaDataset(config.path, config.image_folder)
+    if config.name == "huggingface":
+        return HuggingFaceDataset(str(config.path), config.split)
     return MessagesDataset(config.path)
+
+
+def build_order(config: DataConfig, dataset: SampleDataset, seed: int) -> EpochOrder | MixtureOrder:
+    """The order in which training walks through ``dataset``, which ``config`` named."""
+    if isinstance(dataset, Mixture):
+        sizes = [len(part) for part in dataset.parts]
+        return MixtureOrder(sizes, [part.weight for part in config.parts], seed)
+    return EpochOrder(len(dataset), seed)
 
 
 def build_processor(config: ModelConfig) -> TokenFlexProcessor:

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from tokenflex.counts import TokenCounts, token_grid
 
+DIGITS_SPLITS = ("train", "validation", "test")
+
 
 class _Strict(BaseModel):
     """Unknown keys are errors, and nothing changes after the file is read."""
@@ -68,21 +70,43 @@ class ModelConfig(_Strict):
 
 
 class DataConfig(_Strict):
-    """A data set: the digits task, or a JSONL file of messages (see ``MessagesDataset``)."""
+    """A data set.
 
-    name: Literal["digits", "messages"]
+    ``name`` is "digits", the offline task; "messages", a JSONL file (``MessagesDataset``); "llava",
+    a JSON file in LLaVA's layout; "huggingface", a data set of the ``datasets`` library; "mixture",
+    several ``parts``, each drawn from in proportion to its ``weight``.
+    """
+
+    name: Literal["digits", "messages", "llava", "huggingface", "mixture"]
     path: Path | None = None
-    split: Literal["train", "validation", "test"] = "train"
+    image_folder: Path | None = None
+    split: str = "train"
     size: int = Field(default=100_000, ge=1)
     questions: int = Field(default=8, ge=1)
+    parts: tuple[DataConfig, ...] = ()
+    weight: float = Field(default=1.0, gt=0, lt=float("inf"))
 
     @model_validator(mode="after")
-    def _messages_have_a_path(self) -> DataConfig:
-        if (self.name == "messages") != (self.path is not None):
+    def _keys_fit_the_name(self) -> DataConfig:
+        if (self.name in ("messages", "llava", "huggingface")) != (self.path is not None):
             raise ValueError(
-                "path must be given with name: messages, and only there, got "
+                "path must be given with name: messages, llava or huggingface, and only there, got "
                 f"name={self.name!r} and path={None if self.path is None else str(self.path)!r}"
             )
+        if (self.name == "mixture") != bool(self.parts):
+            raise ValueError(
+                "parts must be given with name: mixture, and only there, got "
+                f"name={self.name!r} and {len(self.parts)} parts"
+            )
+        if any(part.name == "mixture" for part in self.parts):
+            raise ValueError("parts must not be mixtures themselves, got one that is")
+        if self.image_folder is not None and self.name != "llava":
+            raise ValueError(
+                f"image_folder must be given with name: llava only, got name={self.name!r}"
+            )
+        if self.name == "digits" and self.split not in DIGITS_SPLITS:
+            known = ", ".join(repr(split) for split in DIGITS_SPLITS)
+            raise ValueError(f"split must be one of {known} with name: digits, got {self.split!r}")
         return self
 
 
@@ -95,7 +119,7 @@ class EncoderWarmUpConfig(_Strict):
 
 
 class StageConfig(_Strict):
-    """One stage of training.
+    """One stage of training, on ``data`` or, without it, on that of the whole run.
 
     ``learning_rate`` names the modules that learn; a module that is not named is frozen.
     ``counts`` and ``weights`` are the token counts and their odds. The ``batch_size`` samples of a
@@ -109,6 +133,7 @@ class StageConfig(_Strict):
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     learning_rate: dict[Literal["vision", "projector", "text"], float]
+    data: DataConfig | None = None
     counts: tuple[int, ...] = (64, 144, 256)
     weights: tuple[float, ...] = (0.2, 0.3, 0.5)
     max_tokens: int | None = Field(default=None, ge=1)
@@ -208,6 +233,10 @@ class TrainConfig(_Strict):
     save_every: int = Field(default=200, ge=1)
     keep_states: int = Field(default=2, ge=1)
     max_broken_samples: int = Field(default=100, ge=0)
+
+    def data_of(self, stage: StageConfig) -> DataConfig:
+        """What ``stage`` is trained on."""
+        return self.data if stage.data is None else stage.data
 
     @model_validator(mode="after")
     def _warm_up_is_for_digits(self) -> TrainConfig:

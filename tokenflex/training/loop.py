@@ -23,14 +23,20 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from tokenflex.counts import TokenCounts
-from tokenflex.data.order import EpochOrder, StepSampler, load_in_order
+from tokenflex.data.order import StepSampler, load_in_order
 from tokenflex.data.packing import PackedBatch, PackingCollator
 from tokenflex.data.steps import BrokenSample, PackedStep, StepPacker
 from tokenflex.digits.encoder import warm_up_encoder
 from tokenflex.evaluation import evaluate
 from tokenflex.interruption import Interruption
 from tokenflex.models.loading import check_length
-from tokenflex.training.build import build_dataset, build_model, build_processor, modules_of
+from tokenflex.training.build import (
+    build_dataset,
+    build_model,
+    build_order,
+    build_processor,
+    modules_of,
+)
 from tokenflex.training.checkpoint import (
     load_state,
     put_aside,
@@ -97,7 +103,8 @@ class Trainer:
         self.unreadable: list[Path] = []
         self.resumed = None if fresh else self._read_state()
         # Data first: its errors should not wait for a model, nor those of evaluation for training.
-        self.dataset = build_dataset(config.data)
+        used = dict.fromkeys(config.data_of(stage) for stage in config.stages)
+        self.datasets = {data: build_dataset(data) for data in used}
         evaluation = config.evaluation
         self.evaluation_data = None if evaluation is None else build_dataset(evaluation.data)
         self.processor = build_processor(config.model)
@@ -125,10 +132,12 @@ class Trainer:
                 put_aside(path)
             if fresh:
                 self._remove_states()
-        self.order = EpochOrder(len(self.dataset), config.seed)
+        self.orders = {
+            data: build_order(data, dataset, config.seed) for data, dataset in self.datasets.items()
+        }
         # One record a stage, the encoder's warm-up first: what the report says about training.
         self.records: list[dict[str, Any]] = []
-        self.broken: dict[int, str] = {}
+        self.broken: dict[tuple[int, int], str] = {}  # (data set, index) -> reason
 
     def run(self) -> dict[str, Any]:
         """Train every stage, save the model, evaluate. Returns the report.
@@ -245,16 +254,22 @@ class Trainer:
 
     def _steps(self, stage_index: int, first_step: int) -> Iterator[PackedStep]:
         stage = self.config.stages[stage_index]
-        before = sum(s.steps * s.batch_size for s in self.config.stages[:stage_index])
+        data = self.config.data_of(stage)
+        # A later stage goes on where an earlier one on the same data stopped.
+        before = sum(
+            earlier.steps * earlier.batch_size
+            for earlier in self.config.stages[:stage_index]
+            if self.config.data_of(earlier) == data
+        )
         counts = TokenCounts(stage.counts, stage.weights, seed=self.config.seed)
         sampler = StepSampler(
-            self.order,
+            self.orders[data],
             first_position=before + first_step * stage.batch_size,
             steps=stage.steps - first_step,
             batch_size=stage.batch_size,
         )
         packer = StepPacker(
-            self.dataset,
+            self.datasets[data],
             PackingCollator(self.processor, counts),
             max_tokens=stage.max_tokens,
             max_tiles=stage.max_tiles,
@@ -274,7 +289,7 @@ class Trainer:
         here = torch.tensor([sum(float(w.sum()) for w in weights), len(packed.broken)]).to(device)
         weight_everywhere, broken_everywhere = self.accelerator.reduce(here, "sum").tolist()
         if broken_everywhere:
-            self._note_broken(packed.broken)
+            self._note_broken(stage, packed.broken)
         loss = torch.zeros((), device=device)
         for place, (batch, weight) in enumerate(zip(packed.bins, weights, strict=True), start=1):
             last = place == len(packed.bins)
@@ -321,12 +336,16 @@ class Trainer:
             f"{self.non_finite_path}"
         )
 
-    def _note_broken(self, found: list[BrokenSample]) -> None:
+    def _note_broken(self, stage: StageConfig, found: list[BrokenSample]) -> None:
         """Name the samples that any rank left out, and stop when they are too many."""
         # Every rank plans the whole step: what a plan finds broken comes from all of them.
-        self.broken |= {one.index: one.reason for one in gather_object(found)}
+        data = list(self.datasets).index(self.config.data_of(stage))
+        self.broken |= {(data, one.index): one.reason for one in gather_object(found)}
         if self.accelerator.is_main_process:
-            named = [{"index": i, "reason": reason} for i, reason in sorted(self.broken.items())]
+            named = [
+                {"data": data, "index": index, "reason": reason}
+                for (data, index), reason in sorted(self.broken.items())
+            ]
             write_json(self.broken_path, named)
         if len(self.broken) > self.config.max_broken_samples:
             raise BrokenSamplesError(

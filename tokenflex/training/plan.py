@@ -16,8 +16,14 @@ from tokenflex.data.encoding import IGNORE
 from tokenflex.data.packing import PackingCollator
 from tokenflex.data.steps import outline_of
 from tokenflex.models.loading import check_length
-from tokenflex.training.build import build_dataset, build_processor, empty_model, modules_of
-from tokenflex.training.config import SampleConfig, StageConfig, TrainConfig
+from tokenflex.training.build import (
+    build_dataset,
+    build_order,
+    build_processor,
+    empty_model,
+    modules_of,
+)
+from tokenflex.training.config import DataConfig, SampleConfig, StageConfig, TrainConfig
 from tokenflex.training.flops import Flops, training_flops
 
 MEASURED_SAMPLES = 64
@@ -66,18 +72,23 @@ def plan_run(config: TrainConfig) -> list[StagePlan]:
     """
     model = empty_model(config.model)
     check_length(model.config, max(count for stage in config.stages for count in stage.counts))
-    sample = config.sample or measure_samples(config)
-    return [_plan_stage(stage, model, sample, config.precision) for stage in config.stages]
+    used = dict.fromkeys(config.data_of(stage) for stage in config.stages)
+    samples = {data: config.sample or measure_samples(config, data) for data in used}
+    return [
+        _plan_stage(stage, model, samples[config.data_of(stage)], config.precision)
+        for stage in config.stages
+    ]
 
 
-def measure_samples(config: TrainConfig) -> SampleConfig:
-    """The mean sample among the first of the data, text and image sizes alone."""
-    dataset, processor = build_dataset(config.data), build_processor(config.model)
+def measure_samples(config: TrainConfig, data: DataConfig) -> SampleConfig:
+    """The mean sample among the first that training sees, from texts and image sizes alone."""
+    dataset, processor = build_dataset(data), build_processor(config.model)
+    order = build_order(data, dataset, config.seed)
     collator = PackingCollator(processor, TokenCounts((1,), (1.0,)))
     measured = min(len(dataset), MEASURED_SAMPLES)
     text = answers = tiles = shown = 0
-    for index in range(measured):
-        outline = outline_of(dataset, index)
+    for position in range(measured):
+        outline = outline_of(dataset, order[position][1])
         images = len(outline.image_sizes)
         sample_tiles = sum(processor.image_tokens(list(outline.image_sizes), 1))
         tiles += sample_tiles
