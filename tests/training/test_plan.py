@@ -140,6 +140,19 @@ def test_a_checkpoint_of_another_architecture_than_stated_is_refused(parts):
         build_model(stated, build_processor(stated))
 
 
+@pytest.mark.parametrize(
+    ("name", "tile_costs"),
+    [("7b", [26, 77, 51]), ("3b", [60, 180, 120]), ("0.5b", [466, 1397, 931])],
+)
+def test_the_papers_stages_have_a_plan(name, tile_costs):
+    """A tile's cost in rows of each language model, from public configurations by hand."""
+    plans = plan_run(load_config(f"configs/siglip400m_qwen2.5_{name}.yaml"))
+    assert [plan.tile_cost for plan in plans] == pytest.approx(tile_costs, rel=0.02)
+    modules = [["projector"], ["vision", "projector"], ["vision", "projector", "text"]]
+    assert [list(plan.trained_parameters) for plan in plans] == modules
+    assert all(plan.vision_tokens / plan.samples / 2.2 == pytest.approx(184) for plan in plans)
+
+
 def test_the_demo_has_a_plan():
     plans = plan_run(load_config("configs/demo.yaml"))
     assert [plan.steps for plan in plans] == [600, 1500]

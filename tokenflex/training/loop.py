@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
 from tqdm import tqdm
 from transformers import get_scheduler
 
@@ -81,7 +81,9 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, fresh: bool = False) -> None:
         self.config = config
-        self.accelerator = Accelerator(mixed_precision=config.precision)
+        # Encoders have parts that no patch goes through, and a bin may hold no image at all.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.accelerator = Accelerator(mixed_precision=config.precision, kwargs_handlers=[unused])
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         set_seed(config.seed)
