@@ -45,7 +45,7 @@ _NEEDED_BY = {
     "accelerate": ["training", "test_cli.py"],
     "pydantic": ["training", "test_cli.py"],
     "matplotlib": ["training", "test_cli.py", "benchmarks/test_first_token.py"],
-    "datasets": ["models/test_ecosystem.py"],
+    "datasets": ["models/test_ecosystem.py", "data/test_huggingface.py"],
     "peft": ["models/test_ecosystem.py"],
     "trl": ["models/test_ecosystem.py"],
 }

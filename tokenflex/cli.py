@@ -94,6 +94,11 @@ def _train(options: argparse.Namespace) -> int:
         config = config.model_copy(update={"output": options.output})
     options.running_output = config.output
     _quiet_libraries()
+    if options.dry_run:
+        from tokenflex.training.plan import format_plan, plan_run
+
+        print(format_plan(plan_run(config)))
+        return 0
     from tokenflex.training.loop import Trainer
 
     report = Trainer(config, fresh=options.fresh).run()
@@ -295,6 +300,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", type=Path, help="YAML file, see configs/")
     train.add_argument("--output", type=Path, help="folder to write to, in place of the config's")
     train.add_argument("--fresh", action="store_true", help="begin anew even if a state is there")
+
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what each stage trains and costs, from configurations alone, and stop",
+    )
 
     evaluate = command(
         "evaluate",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,25 +63,3 @@ def test_starting_anywhere_gives_the_tail_of_the_whole_walk(size, steps, batch_s
     assert batches(skipped) == batches(0)[skipped:]
     flat = [key for batch in batches(0) for key in batch]
     assert flat == walk(EpochOrder(size, 0), 5, 5 + steps * batch_size)
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("batch_size", [4, 5, 12])
-def test_ranks_share_a_step_completely_and_disjointly(num_ranks, batch_size):
-    def sampler(rank: int, ranks: int) -> StepSampler:
-        return StepSampler(
-            EpochOrder(1000, 1),
-            first_position=7,
-            steps=6,
-            batch_size=batch_size,
-            rank=rank,
-            num_ranks=ranks,
-        )
-
-    whole = list(sampler(0, 1))
-    shares = [list(sampler(rank, num_ranks)) for rank in range(num_ranks)]
-    assert all(len(batch) == batch_size for batch in whole)
-    for step, batch in enumerate(whole):
-        parts = [share[step] for share in shares]
-        assert sorted(key for part in parts for key in part) == sorted(batch)
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1

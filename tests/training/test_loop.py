@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -23,12 +24,14 @@ from accelerate.state import AcceleratorState
 from tests.training.runs import ROOT, metrics, stage, temporary_files, tiny_values, write_config
 from tokenflex import TokenCounts
 from tokenflex.cli import main
+from tokenflex.data.mixture import MixtureOrder
 from tokenflex.data.order import EpochOrder, StepSampler
+from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.training.checkpoint import load_state
 from tokenflex.training.config import load_config
-from tokenflex.training.loop import NonFiniteLossError, Trainer
+from tokenflex.training.loop import BrokenSamplesError, NonFiniteLossError, Trainer
 
 PATIENCE = 90  # seconds before a subprocess counts as hanging
 
@@ -258,10 +261,17 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one(tmp_path):
-    """With an odd batch the ranks hold different numbers of answer tokens: all weigh the same."""
+@pytest.mark.parametrize("several_bins", [False, True])
+def test_two_ranks_train_as_one(tmp_path, several_bins):
+    """With an odd batch the ranks hold different numbers of answer tokens: all weigh the same.
+
+    With several bins to a rank, some of text alone, gradients are exchanged after the last only.
+    """
     stages = [stage(steps=6, batch_size=3, warmup_steps=0)]
     changes = {"stages": stages, "evaluation": None, "encoder_warm_up": None}
+    if several_bins:
+        changes["data"] = own_data(tmp_path, 12, broken=(4,), text_only=(1, 5, 8, 9, 10))
+        stages[0] |= {"batch_size": 7, "max_tokens": 20}
     alone, shared = (configured(tmp_path, name, **changes) for name in ("alone", "shared"))
     world = {
         "WORLD_SIZE": "2",
@@ -278,7 +288,10 @@ def test_two_ranks_train_as_one(tmp_path):
 
     for a, b in zip(metrics(tmp_path / "shared"), metrics(tmp_path / "alone"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-        assert (a["stage"], a["step"]) == (b["stage"], b["step"])
+        assert (a["stage"], a["step"], a["tokens"]) == (b["stage"], b["step"], b["tokens"])
+        assert a["broken_samples"] == b["broken_samples"]
+        assert a["bins"] >= 2
+    assert max(line["bins"] for line in metrics(tmp_path / "shared")) >= (4 if several_bins else 2)
     one, two = weights(tmp_path / "alone"), weights(tmp_path / "shared")
     for name, tensor in one.items():
         assert torch.allclose(two[name], tensor, atol=1e-4), name
@@ -368,21 +381,265 @@ def test_fresh_forgets_the_old_state_at_once(finished, tmp_path, monkeypatch):
     assert metrics(tmp_path / "run") == metrics(finished)
 
 
-def test_a_truncated_state_is_refused(tmp_path, monkeypatch):
-    config = configured(tmp_path)
-    train_until(monkeypatch, config, 8)
-    path = tmp_path / "run" / "state.pt"
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match=r"state\.pt"):
+
+
+def flip_a_bit_of_the_weights(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit_of_the_weights])
+def test_a_corrupt_state_falls_back_to_the_one_before(finished, tmp_path, monkeypatch, damage):
+    config = configured(tmp_path, save_every=1)
+    train_until(monkeypatch, config, 9)
+    damage(tmp_path / "run" / "state.pt")
+    with pytest.warns(UserWarning, match=r"state\.pt.*continuing from state\.1\.pt, step 2 of"):
         train(config)
+    assert metrics(tmp_path / "run") == metrics(finished)
+    assert_same_weights(weights(tmp_path / "run"), weights(finished))
+    assert (tmp_path / "run" / "state.pt.corrupt").exists()
+
+
+def test_a_run_that_dies_again_after_a_fall_back_still_has_two_whole_states(tmp_path, monkeypatch):
+    config = configured(tmp_path, save_every=1)
+    train_until(monkeypatch, config, 8)
+    truncate(tmp_path / "run" / "state.pt")
+    with pytest.warns(UserWarning, match=r"state\.1\.pt"):
+        train_until(monkeypatch, config, 2)
+    steps = [load_state(tmp_path / "run" / name)["step"] for name in ("state.pt", "state.1.pt")]
+    assert steps == [3, 2]
+
+
+def test_states_of_which_none_can_be_read_are_refused(tmp_path, monkeypatch):
+    config = configured(tmp_path, save_every=1)
+    train_until(monkeypatch, config, 8)
+    for name in ("state.pt", "state.1.pt"):
+        truncate(tmp_path / "run" / name)
+    with pytest.raises(ValueError, match=r"state\.pt.*no earlier state.*--fresh"):
+        train(config)
+
+
+def test_a_disk_that_is_full_leaves_the_state_before(finished, tmp_path, monkeypatch):
+    """The limit on a file's size stands for the disk: the write fails in the middle."""
+    config = configured(tmp_path, save_every=1)
+    train_until(monkeypatch, config, 8)
+    before = (tmp_path / "run" / "state.pt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(OSError, match=r"state\.pt could not be written"):
+            train(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "run" / "state.pt").read_bytes() == before
+    assert temporary_files(tmp_path / "run") == []
+    train(config)
+    assert metrics(tmp_path / "run") == metrics(finished)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     stages = [stage(learning_rate={"projector": 1e30, "text": 1e30}, steps=20, warmup_steps=0)]
     config = configured(tmp_path, stages=stages, log_every=100, save_every=1, evaluation=None)
-    with pytest.raises(NonFiniteLossError, match=r"step \d+ of stage 'all'.*digits-train-"):
+    with pytest.raises(NonFiniteLossError, match=r"step \d+ of stage 'all'.*non_finite\.json"):
         train(config)
     assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_the_samples_of_a_step_whose_loss_is_nan_are_saved(tmp_path, monkeypatch):
+    """Those of that very step, though it is neither logged nor saved."""
+    stages = [stage(steps=20)]
+    config = configured(
+        tmp_path,
+        stages=stages,
+        log_every=100,
+        save_every=100,
+        evaluation=None,
+        encoder_warm_up=None,
+    )
+    left, step = [7], Trainer._step
+
+    def poisoned(trainer, model, *args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            with torch.no_grad():
+                next(trainer.model.model.projector.parameters()).fill_(float("nan"))
+        return step(trainer, model, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "_step", poisoned)
+    with pytest.raises(NonFiniteLossError, match="step 7 of"):
+        train(config)
+    saved = json.loads((tmp_path / "run" / "non_finite.json").read_text())
+    sampler = StepSampler(EpochOrder(20, 0), first_position=18, steps=1, batch_size=3)
+    (keys,) = list(sampler)
+    assert sorted(saved["sample_ids"]) == sorted(f"digits-train-{index}" for _, index in keys)
+    assert (saved["stage"], saved["step"], saved["loss"]) == ("all", 7, "nan")
+    assert not (tmp_path / "run" / "state.pt").exists()
+
+
+def own_data(
+    tmp_path: Path, samples: int, broken: tuple[int, ...], text_only: tuple[int, ...] = ()
+) -> dict:
+    """A messages file of which the pictures ``broken`` are cut off."""
+    turns = [{"role": "user", "content": "odd"}, {"role": "assistant", "content": "3"}]
+    lines = []
+    for index in range(samples):
+        path = tmp_path / f"{index}.png"
+        DigitsDataset("train", size=samples)[index].images[0].save(path)
+        if index in broken:
+            truncate_half(path)
+        images = [] if index in text_only else [path.name]
+        lines.append(json.dumps({"id": f"s{index}", "images": images, "messages": turns}))
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    return {"name": "messages", "path": str(tmp_path / "data.jsonl")}
+
+
+def truncate_half(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def on_own_data(tmp_path: Path, broken: tuple[int, ...], **changes) -> Path:
+    return configured(
+        tmp_path,
+        data=own_data(tmp_path, 12, broken),
+        stages=[stage(steps=8)],
+        encoder_warm_up=None,
+        evaluation=None,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_samples_are_skipped_counted_and_named(tmp_path, workers):
+    train(on_own_data(tmp_path, (2, 7), workers=workers))
+    named = json.loads((tmp_path / "run" / "broken_samples.json").read_text())
+    assert [one["index"] for one in named] == [2, 7]
+    assert [f"{index}.png" in one["reason"] for index, one in zip((2, 7), named, strict=True)]
+    assert metrics(tmp_path / "run")[-1]["broken_samples"] == 2  # though met in two epochs
+
+
+def test_more_broken_samples_than_allowed_stop_the_run(tmp_path):
+    config = on_own_data(tmp_path, (2, 7), max_broken_samples=1)
+    with pytest.raises(BrokenSamplesError, match=r"2 broken.*max_broken_samples of 1.*\.png"):
+        train(config)
+    assert len(json.loads((tmp_path / "run" / "broken_samples.json").read_text())) == 2
+
+
+def test_broken_samples_are_remembered_by_a_resumed_run(tmp_path, monkeypatch):
+    config = on_own_data(tmp_path, (2, 7), save_every=1)
+    train_until(monkeypatch, config, 5)
+    assert len(load_state(tmp_path / "run" / "state.pt")["broken"]) == 2
+    train(config)
+    # At once, before the second epoch meets them again.
+    assert metrics(tmp_path / "run")[5]["broken_samples"] == 2
+
+
+# ---- data of stages
+
+
+def test_stages_walk_through_data_of_their_own(tmp_path, monkeypatch):
+    """A mixture first, then another set from its beginning, then the mixture where it stopped."""
+    digits = {"name": "digits", "size": 20, "questions": 1}
+    parts = [{**digits, "weight": 3}, {**digits, "split": "validation"}]
+    other = {**digits, "split": "test"}
+    stages = [
+        stage(name="first", steps=2),
+        stage(name="other", steps=2, data=other),
+        stage(name="again", steps=2),
+    ]
+    mixture = {"name": "mixture", "parts": parts}
+    changes = {"data": mixture, "encoder_warm_up": None, "evaluation": None, "save_every": 1}
+    seen, original = [], Trainer._step
+
+    def recording(trainer, model, optimizer, packed, stage):
+        seen.append(sorted(name for batch in packed.bins for name in batch.sample_ids))
+        return original(trainer, model, optimizer, packed, stage)
+
+    monkeypatch.setattr(Trainer, "_step", recording)
+    train(configured(tmp_path, "whole", stages=stages, **changes))
+    names = [f"digits-{split}-{i}" for split in ("train", "validation") for i in range(20)]
+    order = MixtureOrder([20, 20], [3, 1], seed=0)
+    walked = [[names[order[3 * step + i][1]] for i in range(3)] for step in range(4)]
+    assert seen[:2] + seen[4:] == [sorted(step) for step in walked]
+    plain = EpochOrder(20, 0)
+    expected = [[f"digits-test-{plain[3 * step + i][1]}" for i in range(3)] for step in range(2)]
+    assert seen[2:4] == [sorted(step) for step in expected]
+
+    config = configured(tmp_path, "stopped", stages=stages, **changes)
+    train_until(monkeypatch, config, 3)
+    train(config)
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+
+
+# ---- packing by cost
+
+
+def losses_of(output: Path) -> list[float]:
+    return [line["loss"] for line in metrics(output)]
+
+
+def test_a_step_in_several_passes_is_the_step_in_one(tmp_path):
+    """Bins are bounds on memory, not on the mathematics: the loss is that of the whole step."""
+    # One and three questions an image: bins of equal cost have unequal numbers of answers.
+    digits = {"name": "digits", "size": 20}
+    mixed = [{**digits, "questions": questions} for questions in (1, 3)]
+    data = {"name": "mixture", "parts": mixed}
+    common = {"encoder_warm_up": None, "evaluation": None, "data": data}
+    whole = configured(tmp_path, "whole", stages=[stage(steps=6, batch_size=8)], **common)
+    bounded = [stage(steps=6, batch_size=8, max_tokens=100, max_tiles=3)]
+    parts = configured(tmp_path, "parts", stages=bounded, **common)
+    for config in (whole, parts):
+        train(config)
+    one, many = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
+    assert {line["bins"] for line in one} == {1}
+    assert min(line["bins"] for line in many) >= 3
+    assert losses_of(tmp_path / "parts") == pytest.approx(losses_of(tmp_path / "whole"), abs=1e-5)
+    for key in ("tokens", "tiles", "tokens_per_image"):
+        assert [line[key] for line in many] == [line[key] for line in one]
+    assert all(1 <= line["cost_balance"] < 2 for line in many)
+
+
+def test_square_weights_count_long_answers_less(tmp_path, monkeypatch):
+    """The first loss against the formula, from each answer token's own loss."""
+    seen, cross_entropy = [], F.cross_entropy
+
+    def recording(logits, targets, **options):
+        seen.append(cross_entropy(logits, targets, reduction="none").detach())
+        return cross_entropy(logits, targets, **options)
+
+    def two_lengths(dataset, index):
+        sample = original(dataset, index)
+        long = Conversation((Turn("user", "odd"), Turn("assistant", "3 4 5 6 7 8 9")))
+        return Sample(sample.id, sample.images, (sample.conversations[0], long))
+
+    original = DigitsDataset.__getitem__
+    monkeypatch.setattr(DigitsDataset, "__getitem__", two_lengths)
+    monkeypatch.setattr(F, "cross_entropy", recording)
+    stages = [stage(steps=1, batch_size=3, loss="square")]
+    train(configured(tmp_path, stages=stages, encoder_warm_up=None, evaluation=None))
+    weight = torch.tensor([*[2**-0.5] * 2, *[8**-0.5] * 8] * 3)
+    expected = (seen[0] * weight).sum() / weight.sum()
+    assert losses_of(tmp_path / "run")[0] == pytest.approx(expected.item(), abs=1e-6)
+    assert abs(expected.item() - seen[0].mean().item()) > 1e-4
+
+
+def test_frozen_modules_are_in_evaluation_mode(tmp_path, monkeypatch):
+    stages = [stage(steps=1, learning_rate={"projector": 0.01, "text": 0.01})]
+    config = configured(tmp_path, stages=stages, encoder_warm_up=None, evaluation=None)
+    trainer, modes, step = Trainer(load_config(config)), {}, torch.optim.AdamW.step
+
+    def recording(optimizer, *args, **kwargs):
+        inner = trainer.model.model
+        for name in ("vision_model", "projector", "language_model"):
+            modes[name] = {module.training for module in getattr(inner, name).modules()}
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recording)
+    trainer.run()
+    assert modes == {"vision_model": {False}, "projector": {True}, "language_model": {True}}
 
 
 @pytest.mark.parametrize("precision", ["bf16"])

@@ -3,17 +3,49 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from PIL import Image
 
-from tokenflex.data.samples import IMAGE_MARK, Conversation, Sample, Turn
+from tokenflex.data.samples import IMAGE_MARK, Conversation, Sample, SampleOutline, Turn
 
 ROLES = ("system", "user", "assistant")
 
 
-class MessagesDataset:
+Record: TypeAlias = "tuple[str, list[str], Conversation]"  # id, image paths, what is said
+
+
+class ImageFilesDataset:
+    """Samples whose texts are in memory and whose images are files.
+
+    Args:
+        folder: what image paths are relative to.
+        records: id, image paths and conversation of each sample.
+    """
+
+    def __init__(self, folder: Path, records: list[Record]) -> None:
+        self.folder = folder
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample_id, paths, conversation = self._records[index]
+        images = tuple(open_image(self.folder / path) for path in paths)
+        return Sample(sample_id, images, (conversation,))
+
+    def outline(self, index: int) -> SampleOutline:
+        """The sample's text and the sizes that its image files state; no pixels are read."""
+        sample_id, paths, conversation = self._records[index]
+        sizes = tuple(image_size(self.folder / path) for path in paths)
+        return SampleOutline(sample_id, sizes, (conversation,))
+
+
+class MessagesDataset(ImageFilesDataset):
     """Samples from a JSONL file.
 
     A line is ``{"images": ["a.png"], "messages": [{"role": "user", "content": "What is it?"},
@@ -32,24 +64,18 @@ class MessagesDataset:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"data file {self.path} does not exist")
-        self._records = []
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    self._records.append(_parse(line, f"{self.path}:{number}"))
-        if not self._records:
-            raise ValueError(f"data file {self.path} holds no samples")
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Sample:
-        sample_id, paths, conversation = self._records[index]
-        images = tuple(open_image(self.path.parent / path) for path in paths)
-        return Sample(sample_id, images, (conversation,))
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"data file {path} does not exist")
+        with path.open("rb") as lines:
+            records = [
+                _parse(line, f"{path}:{number}")
+                for number, line in enumerate(lines, start=1)
+                if line.strip()
+            ]
+        if not records:
+            raise ValueError(f"data file {path} holds no samples")
+        super().__init__(path.parent, records)
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -59,22 +85,48 @@ def open_image(path: str | Path) -> Image.Image:
         FileNotFoundError: there is no such file.
         ValueError: the file is not an image, or is cut off.
     """
+    with _opened(path) as image:
+        return image.convert("RGB")
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) in pixels, as the file's head states them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not an image.
+    """
+    with _opened(path) as image:
+        return image.height, image.width
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
     path = Path(path)
     if not path.is_file():
         problem = "is not a file" if path.exists() else "does not exist"
         raise FileNotFoundError(f"image file {path} {problem}")
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            yield image
     except Exception as error:  # each format's decoder raises its own kinds
         raise ValueError(f"image file {path} cannot be read as an image: {error}") from error
 
 
-def _parse(line: bytes, where: str) -> tuple[str, list[str], Conversation]:
+def _parse(line: bytes, where: str) -> Record:
     try:
         record = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{where}: not JSON in UTF-8: {error}") from error
+    return record_of(record, where)
+
+
+def record_of(record: Any, where: str) -> Record:
+    """One sample in the layout of :class:`MessagesDataset`, checked.
+
+    Raises:
+        ValueError: it is not of this form; the message begins with ``where``.
+    """
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
     images = record.get("images", [])

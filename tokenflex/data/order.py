@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -10,6 +11,14 @@ from torch.utils.data import DataLoader, Dataset
 from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
 from tokenflex.data.samples import SampleDataset
 from tokenflex.interruption import ignore_interrupts
+
+T = TypeVar("T")
+
+
+class Order(Protocol):
+    """Which sample stands at a position of training, known without walking to it."""
+
+    def __getitem__(self, position: int) -> tuple[int, int]: ...
 
 
 class EpochOrder:
@@ -37,33 +46,20 @@ class EpochOrder:
 
 
 class StepSampler:
-    """The (epoch, index) keys of each step's batch, this rank's share of them.
+    """The (epoch, index) keys of each step's samples, over all ranks.
 
     Args:
         order: the order to walk through.
         first_position: where the walk begins.
         steps: how many steps to give.
-        batch_size: samples a step, over all ranks.
-        rank: this process.
-        num_ranks: how many processes.
+        batch_size: samples a step.
     """
 
-    def __init__(
-        self,
-        order: EpochOrder,
-        *,
-        first_position: int,
-        steps: int,
-        batch_size: int,
-        rank: int = 0,
-        num_ranks: int = 1,
-    ) -> None:
+    def __init__(self, order: Order, *, first_position: int, steps: int, batch_size: int) -> None:
         self.order = order
         self.first_position = first_position
         self.steps = steps
         self.batch_size = batch_size
-        self.rank = rank
-        self.num_ranks = num_ranks
 
     def __len__(self) -> int:
         return self.steps
@@ -71,33 +67,68 @@ class StepSampler:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.steps):
             first = self.first_position + step * self.batch_size
-            positions = range(first + self.rank, first + self.batch_size, self.num_ranks)
-            yield [self.order[position] for position in positions]
+            yield [self.order[position] for position in range(first, first + self.batch_size)]
 
 
 class _Keys(Dataset[tuple[int, int]]):
-    """The sampler's keys as they are; samples are read in :class:`_ReadAndPack`."""
+    """The sampler's keys as they are; samples are read by what packs them."""
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[int, int]:
         return key
 
 
-class _ReadAndPack:
-    """From a step's keys to its batch, or to the error that stopped it.
+class _AsValue(Generic[T]):
+    """From a step's keys to what ``pack`` makes of them, or to the error that stopped it.
 
     A loader would wrap a worker's error in the text of its traceback; as a value it arrives whole.
     """
+
+    def __init__(self, pack: Callable[[list[tuple[int, int]]], T]) -> None:
+        self.pack = pack
+
+    def __call__(self, keys: list[tuple[int, int]]) -> T | Exception:
+        try:
+            return self.pack(keys)
+        except Exception as error:
+            return error
+
+
+def load_in_order(
+    pack: Callable[[list[tuple[int, int]]], T],
+    sampler: StepSampler | list[list[tuple[int, int]]],
+    *,
+    workers: int = 0,
+) -> Iterator[T]:
+    """Draw, read, encode and pack in ``workers`` processes, in the sampler's order.
+
+    Raises:
+        Exception: whatever ``pack`` raised, in a worker or here.
+    """
+    loader = DataLoader(
+        _Keys(),
+        batch_sampler=sampler,
+        collate_fn=_AsValue(pack),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=ignore_interrupts,
+    )
+    for one in loader:
+        if isinstance(one, Exception):
+            raise one
+        yield one
+
+
+class _ReadAndPack:
+    """All samples of a step in one batch, as evaluation wants them."""
 
     def __init__(self, dataset: SampleDataset, collator: PackingCollator) -> None:
         self.dataset = dataset
         self.collator = collator
 
-    def __call__(self, keys: list[tuple[int, int]]) -> PackedBatch | Exception:
-        try:
-            drawn = [DrawnSample(index, epoch, self.dataset[index]) for epoch, index in keys]
-            return self.collator(drawn)
-        except Exception as error:
-            return error
+    def __call__(self, keys: list[tuple[int, int]]) -> PackedBatch:
+        return self.collator(
+            [DrawnSample(index, epoch, self.dataset[index]) for epoch, index in keys]
+        )
 
 
 def packed_batches(
@@ -107,20 +138,5 @@ def packed_batches(
     *,
     workers: int = 0,
 ) -> Iterator[PackedBatch]:
-    """Draw, read, encode and pack in ``workers`` processes, in the sampler's order.
-
-    Raises:
-        Exception: whatever reading or packing a sample raised, in a worker or here.
-    """
-    loader = DataLoader(
-        _Keys(),
-        batch_sampler=sampler,
-        collate_fn=_ReadAndPack(dataset, collator),
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=ignore_interrupts,
-    )
-    for batch in loader:
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch
+    """One batch a step, whatever its size; see :func:`load_in_order`."""
+    return load_in_order(_ReadAndPack(dataset, collator), sampler, workers=workers)

@@ -10,7 +10,7 @@ import torch
 
 from tokenflex.counts import Grid, TokenCounts
 from tokenflex.data.encoding import IGNORE, ConversationEncoder
-from tokenflex.data.samples import Sample
+from tokenflex.data.samples import Conversation, Sample
 from tokenflex_kernels import PackPlan, plan_packing
 
 
@@ -106,10 +106,7 @@ class PackingCollator:
             shown = torch.arange(vision_tokens, vision_tokens + count * sum(sample_tiles))
             vision_tokens += len(shown)
             for conversation in sample.conversations:
-                try:
-                    ids, answer = self.encode(conversation, num_images)
-                except ValueError as error:
-                    raise ValueError(f"sample {sample.id}: {error}") from error
+                ids, answer = self.encode_sample(sample.id, conversation, num_images)
                 sequences.append(ids)
                 labels.append(answer)
                 kinds.append(conversation.kind)
@@ -133,6 +130,15 @@ class PackingCollator:
             answers=list(zip(kinds, _targets_per_sequence(plan), strict=True)),
             sample_ids=[item.sample.id for item in drawn],
         )
+
+    def encode_sample(
+        self, sample_id: str, conversation: Conversation, num_images: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids and labels of one conversation, with an error that names the sample."""
+        try:
+            return self.encode(conversation, num_images)
+        except ValueError as error:
+            raise ValueError(f"sample {sample_id}: {error}") from error
 
     def _encoder_inputs(self, images: list[Any]) -> tuple[dict[str, Any], list[int]]:
         if images:

@@ -41,8 +41,21 @@ class Sample:
     conversations: tuple[Conversation, ...]
 
 
+@dataclass(frozen=True)
+class SampleOutline:
+    """What a sample's size follows from: its conversations, (height, width) of each image."""
+
+    id: str
+    image_sizes: tuple[tuple[int, int], ...]
+    conversations: tuple[Conversation, ...]
+
+
 class SampleDataset(Protocol):
-    """A data set: any object with a length whose items are samples, the same at every asking."""
+    """A data set: any object with a length whose items are samples, the same at every asking.
+
+    One with a method ``outline(index) -> SampleOutline``, which opens no pixels, spares every rank
+    from reading the images of all others.
+    """
 
     def __len__(self) -> int: ...
 

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -18,7 +19,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from tokenflex.data.huggingface import HuggingFaceDataset
+from tokenflex.data.llava import LlavaDataset
 from tokenflex.data.messages import MessagesDataset
+from tokenflex.data.mixture import Mixture, MixtureOrder
+from tokenflex.data.order import EpochOrder
 from tokenflex.data.samples import SampleDataset
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor
@@ -32,8 +37,22 @@ def build_dataset(config: DataConfig) -> SampleDataset:
     """The data set that ``config`` names."""
     if config.name == "digits":
         return DigitsDataset(config.split, size=config.size, questions=config.questions)
+    if config.name == "mixture":
+        return Mixture([build_dataset(part) for part in config.parts])
     assert config.path is not None  # checked by DataConfig
+    if config.name == "llava":
+        return LlavaDataset(config.path, config.image_folder)
+    if config.name == "huggingface":
+        return HuggingFaceDataset(str(config.path), config.split)
     return MessagesDataset(config.path)
+
+
+def build_order(config: DataConfig, dataset: SampleDataset, seed: int) -> EpochOrder | MixtureOrder:
+    """The order in which training walks through ``dataset``, which ``config`` named."""
+    if isinstance(dataset, Mixture):
+        sizes = [len(part) for part in dataset.parts]
+        return MixtureOrder(sizes, [part.weight for part in config.parts], seed)
+    return EpochOrder(len(dataset), seed)
 
 
 def build_processor(config: ModelConfig) -> TokenFlexProcessor:
@@ -52,6 +71,20 @@ def build_processor(config: ModelConfig) -> TokenFlexProcessor:
         max_tiles=config.max_tiles,
         use_thumbnail=config.use_thumbnail,
     )
+
+
+def empty_model(config: ModelConfig) -> TokenFlexForConditionalGeneration:
+    """The model on the meta device: every shape, no weights. Reads no more than configurations."""
+    model_config = TokenFlexConfig(
+        vision_config=_vision_config(config.vision),
+        text_config=_text_config(config.text),
+        image_token_id=0,
+        num_image_tokens=config.num_image_tokens,
+        pooling=config.pooling,
+        projector_hidden_width=config.projector_hidden_width,
+    )
+    with torch.device("meta"):
+        return TokenFlexForConditionalGeneration(model_config)
 
 
 def build_model(
@@ -78,23 +111,58 @@ def build_model(
     return model
 
 
+def modules_of(model: Any) -> dict[str, list[nn.Module]]:
+    """What the names of a stage's ``learning_rate`` stand for."""
+    inner = model.model
+    return {
+        "vision": [inner.vision_model],
+        "projector": [inner.projector],
+        "text": [inner.language_model, model.lm_head],
+    }
+
+
 def _build_vision(part: PartConfig) -> tuple[PreTrainedModel, PretrainedConfig]:
     if part.path is None:
         config = _fresh_config(part)
         return AutoModel.from_config(config), config
-    config = _pretrained(AutoConfig, part.path)
-    # A checkpoint of an image-text pair (SigLIP, CLIP) holds the encoder's config inside its own.
-    config = getattr(config, "vision_config", config)
+    config = _saved_vision_config(part.path)
+    _check_architecture(part, config)
     return _pretrained(AutoModel, part.path, config=config, dtype=torch.float32), config
 
 
 def _build_language_model(part: PartConfig) -> PreTrainedModel:
     if part.path is None:
         return AutoModelForCausalLM.from_config(_fresh_config(part))
+    _check_architecture(part, _pretrained(AutoConfig, part.path))
     return _pretrained(AutoModelForCausalLM, part.path, dtype=torch.float32)
 
 
-def _pretrained(auto_class: Any, path: str, **options: Any) -> Any:
+def _vision_config(part: PartConfig) -> PretrainedConfig:
+    return _saved_vision_config(part.path) if part.config is None else _fresh_config(part)
+
+
+def _text_config(part: PartConfig) -> PretrainedConfig:
+    return _pretrained(AutoConfig, part.path) if part.config is None else _fresh_config(part)
+
+
+def _saved_vision_config(path: str | None) -> PretrainedConfig:
+    config = _pretrained(AutoConfig, path)
+    # A checkpoint of an image-text pair (SigLIP, CLIP) holds the encoder's config inside its own.
+    return getattr(config, "vision_config", config)
+
+
+def _check_architecture(part: PartConfig, config: PretrainedConfig) -> None:
+    """What the configuration states about a pretrained part must be so."""
+    for key, expected in (part.config or {}).items():
+        actual = getattr(config, key, None)
+        if actual != expected:
+            raise ValueError(
+                f"config of {part.path!r} must have {key} = {expected!r} as it states, but the "
+                f"checkpoint has {actual!r}"
+            )
+
+
+def _pretrained(auto_class: Any, path: str | None, **options: Any) -> Any:
     """``auto_class.from_pretrained``, with an error that names the path."""
     try:
         return auto_class.from_pretrained(path, **options)

@@ -12,16 +12,32 @@ from typing import Any
 
 import torch
 
-STATE_KEYS = ("config", "stage", "step", "model", "optimizer", "scheduler", "rng", "records")
+STATE_KEYS = (
+    "config",
+    "stage",
+    "step",
+    "model",
+    "optimizer",
+    "scheduler",
+    "rng",
+    "records",
+    "broken",
+)
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a temporary file, then put it in the place of ``path`` in one step."""
+def write_atomically(
+    path: Path, write: Callable[[Path], object], *, make_room: Callable[[], object] = lambda: None
+) -> None:
+    """Let ``write`` make a temporary file, then put it in the place of ``path`` in one step.
+
+    ``make_room`` is called in between, when the new file is whole and on the disk.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        make_room()
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -49,18 +65,65 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """A training state, atomically."""
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+def save_state(path: Path, state: dict[str, Any], *, keep: int = 1) -> None:
+    """A training state, atomically; the ``keep - 1`` before it stay as `state.1.pt`, `state.2.pt`..
+
+    Raises:
+        OSError: it could not be written (a full disk, say); the earlier states are as they were.
+    """
+
+    def write(temporary: Path) -> None:
+        try:
+            torch.save(state, temporary)
+        except (OSError, RuntimeError) as error:  # torch's writer has no OSError for a full disk
+            reason = str(error).splitlines()[0]
+            raise OSError(
+                f"training state {path} could not be written: {reason}; is the disk full? "
+                "Earlier states are as they were"
+            ) from error
+
+    def age_the_others() -> None:
+        for age in range(keep - 1, 0, -1):
+            if _aged(path, age - 1).exists():
+                _aged(path, age - 1).replace(_aged(path, age))
+
+    write_atomically(path, write, make_room=age_the_others)
+
+
+def saved_states(path: Path) -> list[Path]:
+    """The states that lie at ``path``, the newest first."""
+    aged = [one for one in path.parent.glob(f"{path.stem}.*{path.suffix}") if _age(one)]
+    return [one for one in [path, *sorted(aged, key=_age)] if one.exists()]
+
+
+def put_aside(state: Path) -> Path:
+    """Rename a state that cannot be read, so that it is neither read again nor lost."""
+    aside = state.with_name(f"{state.name}.corrupt")
+    state.replace(aside)
+    return aside
+
+
+def _aged(path: Path, age: int) -> Path:
+    return path.with_name(f"{path.stem}.{age}{path.suffix}") if age else path
+
+
+def _age(path: Path) -> int:
+    number = path.stem.rpartition(".")[2]
+    return int(number) if number.isdecimal() else 0
 
 
 def load_state(path: Path) -> dict[str, Any]:
     """A training state that :func:`save_state` wrote.
 
     Raises:
-        ValueError: the file is cut off or not such a state.
+        ValueError: the file is cut off, has changed since, or is not such a state.
     """
     try:
+        # torch itself does not look at the checksums it wrote.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} does not match its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError) as error:
         raise ValueError(f"training state {path} cannot be read: {error}") from error

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from tokenflex.counts import TokenCounts, token_grid
 
-MODULES = ("vision", "projector", "text")
+DIGITS_SPLITS = ("train", "validation", "test")
 
 
 class _Strict(BaseModel):
@@ -20,18 +20,19 @@ class _Strict(BaseModel):
 
 
 class PartConfig(_Strict):
-    """The vision encoder or language model: pretrained from ``path``, or fresh from ``config``."""
+    """The vision encoder or language model: pretrained from ``path``, or fresh from ``config``.
+
+    With both, the weights come from ``path`` and must be of the architecture that ``config``
+    states; a dry run then needs neither the weights nor the path.
+    """
 
     path: str | None = None
     config: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> PartConfig:
-        if (self.path is None) == (self.config is None):
-            raise ValueError(
-                f"give exactly one of path and config, got path={self.path!r} and "
-                f"{'no config' if self.config is None else 'a config'}"
-            )
+    def _at_least_one(self) -> PartConfig:
+        if self.path is None and self.config is None:
+            raise ValueError("give a path, a config or both, got neither")
         return self
 
 
@@ -69,21 +70,43 @@ class ModelConfig(_Strict):
 
 
 class DataConfig(_Strict):
-    """A data set: the digits task, or a JSONL file of messages (see ``MessagesDataset``)."""
+    """A data set.
 
-    name: Literal["digits", "messages"]
+    ``name`` is "digits", the offline task; "messages", a JSONL file (``MessagesDataset``); "llava",
+    a JSON file in LLaVA's layout; "huggingface", a data set of the ``datasets`` library; "mixture",
+    several ``parts``, each drawn from in proportion to its ``weight``.
+    """
+
+    name: Literal["digits", "messages", "llava", "huggingface", "mixture"]
     path: Path | None = None
-    split: Literal["train", "validation", "test"] = "train"
+    image_folder: Path | None = None
+    split: str = "train"
     size: int = Field(default=100_000, ge=1)
     questions: int = Field(default=8, ge=1)
+    parts: tuple[DataConfig, ...] = ()
+    weight: float = Field(default=1.0, gt=0, lt=float("inf"))
 
     @model_validator(mode="after")
-    def _messages_have_a_path(self) -> DataConfig:
-        if (self.name == "messages") != (self.path is not None):
+    def _keys_fit_the_name(self) -> DataConfig:
+        if (self.name in ("messages", "llava", "huggingface")) != (self.path is not None):
             raise ValueError(
-                "path must be given with name: messages, and only there, got "
+                "path must be given with name: messages, llava or huggingface, and only there, got "
                 f"name={self.name!r} and path={None if self.path is None else str(self.path)!r}"
             )
+        if (self.name == "mixture") != bool(self.parts):
+            raise ValueError(
+                "parts must be given with name: mixture, and only there, got "
+                f"name={self.name!r} and {len(self.parts)} parts"
+            )
+        if any(part.name == "mixture" for part in self.parts):
+            raise ValueError("parts must not be mixtures themselves, got one that is")
+        if self.image_folder is not None and self.name != "llava":
+            raise ValueError(
+                f"image_folder must be given with name: llava only, got name={self.name!r}"
+            )
+        if self.name == "digits" and self.split not in DIGITS_SPLITS:
+            known = ", ".join(repr(split) for split in DIGITS_SPLITS)
+            raise ValueError(f"split must be one of {known} with name: digits, got {self.split!r}")
         return self
 
 
@@ -96,23 +119,36 @@ class EncoderWarmUpConfig(_Strict):
 
 
 class StageConfig(_Strict):
-    """One stage of training.
+    """One stage of training, on ``data`` or, without it, on that of the whole run.
 
     ``learning_rate`` names the modules that learn; a module that is not named is frozen.
-    ``counts`` and ``weights`` are the token counts and their odds.
+    ``counts`` and ``weights`` are the token counts and their odds. The ``batch_size`` samples of a
+    step, over all processes, are dealt into forward passes of equal cost that hold at most
+    ``max_tokens`` rows and ``max_tiles`` tiles each. ``loss`` says how answer tokens weigh: all the
+    same ("token"), or by one over the square root of their answer's length ("square"), as the
+    released model was trained.
     """
 
     name: str
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     learning_rate: dict[Literal["vision", "projector", "text"], float]
+    data: DataConfig | None = None
     counts: tuple[int, ...] = (64, 144, 256)
     weights: tuple[float, ...] = (0.2, 0.3, 0.5)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_tiles: int | None = Field(default=None, ge=1)
+    loss: Literal["token", "square"] = "token"
     warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(default=0.02, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
     max_grad_norm: float = Field(default=1.0, gt=0)
+
+    @property
+    def learning(self) -> tuple[str, ...]:
+        """The modules that learn."""
+        return tuple(name for name, rate in self.learning_rate.items() if rate)
 
     @model_validator(mode="after")
     def _values_make_sense(self) -> StageConfig:
@@ -126,6 +162,33 @@ class StageConfig(_Strict):
         if not any(self.learning_rate.values()):
             raise ValueError(
                 f"learning_rate must be above 0 for at least one module, got {self.learning_rate}"
+            )
+        return self
+
+
+class SampleConfig(_Strict):
+    """The mean sample, for a dry run where the data is not at hand.
+
+    ``text_tokens`` are all but images, ``answer_tokens`` those of them that are learned, ``tiles``
+    what its images are cut into, ``shown_tiles`` the sum over its conversations (each shows them).
+    """
+
+    text_tokens: float = Field(ge=1)
+    answer_tokens: float = Field(ge=1)
+    tiles: float = Field(ge=0)
+    shown_tiles: float | None = Field(default=None, ge=0)
+
+    @property
+    def shown(self) -> float:
+        """Tiles that stand in the language model's rows."""
+        return self.tiles if self.shown_tiles is None else self.shown_tiles
+
+    @model_validator(mode="after")
+    def _answers_are_text(self) -> SampleConfig:
+        if self.answer_tokens > self.text_tokens:
+            raise ValueError(
+                f"answer_tokens must not exceed text_tokens, got {self.answer_tokens} and "
+                f"{self.text_tokens}"
             )
         return self
 
@@ -147,7 +210,13 @@ class EvaluationConfig(_Strict):
 
 
 class TrainConfig(_Strict):
-    """A whole run. ``output`` is relative to the working directory."""
+    """A whole run. ``output`` is relative to the working directory.
+
+    ``sample`` is for ``--dry-run`` alone.
+    A state to resume from is saved every ``save_every`` steps; the last ``keep_states`` are kept.
+    Samples that cannot be read are named in ``broken_samples.json`` and skipped, at most
+    ``max_broken_samples`` of them.
+    """
 
     output: Path
     model: ModelConfig
@@ -155,12 +224,19 @@ class TrainConfig(_Strict):
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     encoder_warm_up: EncoderWarmUpConfig | None = None
     evaluation: EvaluationConfig | None = None
+    sample: SampleConfig | None = None
     seed: int = Field(default=0, ge=0, lt=2**32)
     precision: Literal["no", "bf16", "fp16"] = "no"
     workers: int = Field(default=1, ge=0)
     threads: int | None = Field(default=None, ge=1)
     log_every: int = Field(default=10, ge=1)
     save_every: int = Field(default=200, ge=1)
+    keep_states: int = Field(default=2, ge=1)
+    max_broken_samples: int = Field(default=100, ge=0)
+
+    def data_of(self, stage: StageConfig) -> DataConfig:
+        """What ``stage`` is trained on."""
+        return self.data if stage.data is None else stage.data
 
     @model_validator(mode="after")
     def _warm_up_is_for_digits(self) -> TrainConfig:

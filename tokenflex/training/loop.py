@@ -7,47 +7,67 @@ last state with the same numbers.
 from __future__ import annotations
 
 import json
+import math
 import time
+import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
 from tqdm import tqdm
 from transformers import get_scheduler
 
 from tokenflex.counts import TokenCounts
-from tokenflex.data.order import EpochOrder, StepSampler, packed_batches
+from tokenflex.data.order import StepSampler, load_in_order
 from tokenflex.data.packing import PackedBatch, PackingCollator
+from tokenflex.data.steps import BrokenSample, PackedStep, StepPacker
 from tokenflex.digits.encoder import warm_up_encoder
 from tokenflex.evaluation import evaluate
 from tokenflex.interruption import Interruption
 from tokenflex.models.loading import check_length
-from tokenflex.training.build import build_dataset, build_model, build_processor
+from tokenflex.training.build import (
+    build_dataset,
+    build_model,
+    build_order,
+    build_processor,
+    modules_of,
+)
 from tokenflex.training.checkpoint import (
     load_state,
+    put_aside,
     remove_leftovers,
     save_model,
     save_state,
+    saved_states,
     write_atomically,
     write_json,
 )
 from tokenflex.training.config import StageConfig, TrainConfig
+from tokenflex.training.flops import training_flops
 
 # The configuration's name -> transformers'; both warm up.
 SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the message names the step and its samples."""
+    """The loss became NaN or infinite; the message names the step and the file of its samples."""
+
+
+class BrokenSamplesError(ValueError):
+    """More samples than the configuration allows could not be read; the message names one."""
 
 
 class Trainer:
     """One run of a configuration, in ``config.output``:
 
-    ``metrics.jsonl`` (a line every ``log_every`` steps), ``state.pt`` (while it runs),
+    ``metrics.jsonl`` (a line every ``log_every`` steps), ``state.pt`` and the states before it
+    (while it runs), ``non_finite.json`` (the samples of a step whose loss was NaN or infinite),
+    ``broken_samples.json`` (those that were skipped, with the reason),
     ``checkpoint/`` (the model and processor, at the end), ``report.json`` (with ``evaluation``).
 
     Args:
@@ -55,13 +75,15 @@ class Trainer:
         fresh: begin anew even if a state is there.
 
     Raises:
-        ValueError: the output folder holds the state of another configuration, or a state that
-            cannot be read; or a stage has fewer samples a step than there are processes.
+        ValueError: the output folder holds the state of another configuration, or states of which
+            none can be read; or a stage has fewer samples a step than there are processes.
     """
 
     def __init__(self, config: TrainConfig, *, fresh: bool = False) -> None:
         self.config = config
-        self.accelerator = Accelerator(mixed_precision=config.precision)
+        # Encoders have parts that no patch goes through, and a bin may hold no image at all.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.accelerator = Accelerator(mixed_precision=config.precision, kwargs_handlers=[unused])
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         set_seed(config.seed)
@@ -76,11 +98,15 @@ class Trainer:
         self.output = config.output
         self.state_path = self.output / "state.pt"
         self.metrics_path = self.output / "metrics.jsonl"
+        self.non_finite_path = self.output / "non_finite.json"
+        self.broken_path = self.output / "broken_samples.json"
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output must be a folder, but {self.output} is a file")
+        self.unreadable: list[Path] = []
         self.resumed = None if fresh else self._read_state()
         # Data first: its errors should not wait for a model, nor those of evaluation for training.
-        self.dataset = build_dataset(config.data)
+        used = dict.fromkeys(config.data_of(stage) for stage in config.stages)
+        self.datasets = {data: build_dataset(data) for data in used}
         evaluation = config.evaluation
         self.evaluation_data = None if evaluation is None else build_dataset(evaluation.data)
         self.processor = build_processor(config.model)
@@ -97,14 +123,23 @@ class Trainer:
             counts += evaluation.counts
         check_length(self.model.config, max(counts))
         # Everything is there: only now touch what may lie in the output folder.
+        self.accelerator.wait_for_everyone()
         self.output.mkdir(parents=True, exist_ok=True)
         if self.accelerator.is_main_process:
             remove_leftovers(self.output)
+            self.non_finite_path.unlink(missing_ok=True)
+            if self.resumed is None:
+                self.broken_path.unlink(missing_ok=True)
+            for path in self.unreadable:
+                put_aside(path)
             if fresh:
-                self.state_path.unlink(missing_ok=True)
-        self.order = EpochOrder(len(self.dataset), config.seed)
+                self._remove_states()
+        self.orders = {
+            data: build_order(data, dataset, config.seed) for data, dataset in self.datasets.items()
+        }
         # One record a stage, the encoder's warm-up first: what the report says about training.
         self.records: list[dict[str, Any]] = []
+        self.broken: dict[tuple[int, int], str] = {}  # (data set, index) -> reason
 
     def run(self) -> dict[str, Any]:
         """Train every stage, save the model, evaluate. Returns the report.
@@ -112,6 +147,7 @@ class Trainer:
         Raises:
             KeyboardInterrupt: Ctrl-C or SIGTERM came; the state of the last whole step is saved.
             NonFiniteLossError: the loss or the gradients are NaN or infinite.
+            BrokenSamplesError: more than ``max_broken_samples`` cannot be read.
         """
         with self.interruption:
             return self._run()
@@ -122,6 +158,7 @@ class Trainer:
             first_stage = self.resumed["stage"]
             self.model.load_state_dict(self.resumed["model"])
             self.records = self.resumed["records"]
+            self.broken = self.resumed["broken"]
             torch.set_rng_state(self.resumed["rng"])
             self._cut_metrics(self.resumed["stage"], self.resumed["step"])
         else:
@@ -179,21 +216,20 @@ class Trainer:
         record = self.records[-1]
         clock = time.perf_counter() - record["seconds"]
         model, optimizer = self.accelerator.prepare(self.model, optimizer)
-        model.train()
         with self._progress(stage.name, stage.steps, first_step) as bar:
-            for step, batch in enumerate(self._batches(stage_index, first_step), first_step + 1):
-                loss, norm = self._step(model, optimizer, batch, stage)
+            for step, packed in enumerate(self._steps(stage_index, first_step), first_step + 1):
+                loss, norm = self._step(model, optimizer, packed, stage)
                 scheduler.step()
-                record["vision_tokens"] += sum(batch.num_image_tokens)
-                record["images"] += len(batch.num_image_tokens)
+                record["vision_tokens"] += packed.vision_tokens
+                record["tokens"] += packed.tokens
+                record["tiles"] += packed.tiles
                 record["seconds"] = time.perf_counter() - clock
+                self._check_finite(loss.item(), norm.item(), stage, step, packed)
                 logs = step % self.config.log_every == 0 or step == stage.steps
                 stops = self.interruption.requested or step == stage.steps
                 saves = step % self.config.save_every == 0 or stops
-                if logs or saves:
-                    self._check_finite(loss, norm, stage, step, batch)
                 if logs:
-                    self._log(stage_index, step, loss.item(), scheduler, bar)
+                    self._log(stage_index, step, loss.item(), packed, scheduler, bar)
                 if saves:
                     self._save_state(stage_index, step, optimizer, scheduler)
                 bar.update()
@@ -202,16 +238,14 @@ class Trainer:
 
     def _learning_modules(self, stage: StageConfig) -> list[dict[str, Any]]:
         """Optimiser groups of the modules that learn in this stage; the others are frozen."""
-        inner = self.model.model
-        modules = {
-            "vision": [inner.vision_model],
-            "projector": [inner.projector],
-            "text": [inner.language_model, self.model.lm_head],
-        }
+        modules = modules_of(self.model)
         self.model.requires_grad_(False)
+        self.model.eval()  # a frozen module answers as it will when the model is used
         groups = []
         for name, rate in stage.learning_rate.items():
             if rate > 0:
+                for module in modules[name]:
+                    module.train()
                 # The head may share its weight with the embedding: each tensor once.
                 parameters = {p for module in modules[name] for p in module.parameters()}
                 ordered = [p for p in self.model.parameters() if p in parameters]
@@ -220,63 +254,121 @@ class Trainer:
                 groups.append({"params": ordered, "lr": rate})
         return groups
 
-    def _batches(self, stage_index: int, first_step: int) -> Iterator[PackedBatch]:
+    def _steps(self, stage_index: int, first_step: int) -> Iterator[PackedStep]:
         stage = self.config.stages[stage_index]
-        before = sum(s.steps * s.batch_size for s in self.config.stages[:stage_index])
+        data = self.config.data_of(stage)
+        # A later stage goes on where an earlier one on the same data stopped.
+        before = sum(
+            earlier.steps * earlier.batch_size
+            for earlier in self.config.stages[:stage_index]
+            if self.config.data_of(earlier) == data
+        )
         counts = TokenCounts(stage.counts, stage.weights, seed=self.config.seed)
         sampler = StepSampler(
-            self.order,
+            self.orders[data],
             first_position=before + first_step * stage.batch_size,
             steps=stage.steps - first_step,
             batch_size=stage.batch_size,
+        )
+        packer = StepPacker(
+            self.datasets[data],
+            PackingCollator(self.processor, counts),
+            max_tokens=stage.max_tokens,
+            max_tiles=stage.max_tiles,
+            tile_cost=training_flops(self.model, stage.learning).tile_cost,
             rank=self.accelerator.process_index,
             num_ranks=self.accelerator.num_processes,
         )
-        collator = PackingCollator(self.processor, counts)
-        # Not prepared by accelerate: the sampler already gives each rank its own share.
-        loader = packed_batches(self.dataset, collator, sampler, workers=self.config.workers)
-        for batch in loader:
-            yield batch.to(self.accelerator.device)
+        # Not prepared by accelerate: the packer already gives each rank its own share.
+        yield from load_in_order(packer, sampler, workers=self.config.workers)
 
     def _step(
-        self, model: Any, optimizer: Any, batch: PackedBatch, stage: StageConfig
+        self, model: Any, optimizer: Any, packed: PackedStep, stage: StageConfig
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimiser step: the mean loss per answer token over all ranks, the gradient norm."""
-        with self.accelerator.autocast():
-            logits = model(**batch.model_inputs()).logits[0]
-        total = F.cross_entropy(logits.float(), batch.targets, reduction="sum")
-        sums = torch.stack([total.detach(), total.new_tensor(len(batch.targets))])
-        total_everywhere, targets_everywhere = self.accelerator.reduce(sums, "sum")
-        # Gradients are averaged over ranks; weigh every answer token of the global batch the same.
-        loss = total * (self.accelerator.num_processes / targets_everywhere)
-        self.accelerator.backward(loss)
+        device = self.accelerator.device
+        weights = [_target_weights(batch, stage.loss).to(device) for batch in packed.bins]
+        here = torch.tensor([sum(float(w.sum()) for w in weights), len(packed.broken)]).to(device)
+        weight_everywhere, broken_everywhere = self.accelerator.reduce(here, "sum").tolist()
+        if broken_everywhere:
+            self._note_broken(stage, packed.broken)
+        loss = torch.zeros((), device=device)
+        for place, (batch, weight) in enumerate(zip(packed.bins, weights, strict=True), start=1):
+            last = place == len(packed.bins)
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                batch = batch.to(device)
+                with self.accelerator.autocast():
+                    logits = model(**batch.model_inputs()).logits[0]
+                each = F.cross_entropy(logits.float(), batch.targets, reduction="none")
+                share = (each * weight).sum() / weight_everywhere
+                # Gradients are averaged over ranks; the shares of all ranks add up to the loss.
+                self.accelerator.backward(share * self.accelerator.num_processes)
+                loss += share.detach()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), stage.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return total_everywhere / targets_everywhere, norm
+        return self.accelerator.reduce(loss, "sum"), norm
 
     # ------------------------------------------------------------------ records
 
     def _check_finite(
-        self,
-        loss: torch.Tensor,
-        norm: torch.Tensor,
-        stage: StageConfig,
-        step: int,
-        batch: PackedBatch,
+        self, loss: float, norm: float, stage: StageConfig, step: int, packed: PackedStep
     ) -> None:
-        """Stop before a broken model is logged as a result or saved over a good state."""
+        """Stop at the step that broke the model: later ones would blame other samples."""
         # In float16 the loss scaler skips steps whose gradients overflowed, and goes on.
         norm_counts = self.config.precision != "fp16"
-        if not torch.isfinite(loss) or (norm_counts and not torch.isfinite(norm)):
-            raise NonFiniteLossError(
-                f"loss and gradient norm must be finite, got {loss.item()} and {norm.item()} at "
-                f"step {step} of stage {stage.name!r}, samples {', '.join(batch.sample_ids[:4])}, "
-                "..."
+        if math.isfinite(loss) and (math.isfinite(norm) or not norm_counts):
+            return
+        # Loss and norm are the same on every rank, so all of them come here.
+        sample_ids = gather_object([name for batch in packed.bins for name in batch.sample_ids])
+        if self.accelerator.is_main_process:
+            write_json(
+                self.non_finite_path,
+                {
+                    "stage": stage.name,
+                    "step": step,
+                    "loss": str(loss),  # JSON has no NaN
+                    "gradient_norm": str(norm),
+                    "sample_ids": sample_ids,
+                },
+            )
+        raise NonFiniteLossError(
+            f"loss and gradient norm must be finite, got {loss} and {norm} at step {step} of stage "
+            f"{stage.name!r}; its {len(sample_ids)} samples, {sample_ids[0]} and so on, are in "
+            f"{self.non_finite_path}"
+        )
+
+    def _note_broken(self, stage: StageConfig, found: list[BrokenSample]) -> None:
+        """Name the samples that any rank left out, and stop when they are too many."""
+        # Every rank plans the whole step: what a plan finds broken comes from all of them.
+        data = list(self.datasets).index(self.config.data_of(stage))
+        self.broken |= {(data, one.index): one.reason for one in gather_object(found)}
+        if self.accelerator.is_main_process:
+            named = [
+                {"data": data, "index": index, "reason": reason}
+                for (data, index), reason in sorted(self.broken.items())
+            ]
+            write_json(self.broken_path, named)
+        if len(self.broken) > self.config.max_broken_samples:
+            raise BrokenSamplesError(
+                f"{len(self.broken)} broken samples are more than max_broken_samples of "
+                f"{self.config.max_broken_samples}; {self.broken_path} names them, the last is: "
+                f"{list(self.broken.values())[-1]}"
             )
 
-    def _log(self, stage_index: int, step: int, loss: float, scheduler: Any, bar: tqdm) -> None:
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    def _log(
+        self,
+        stage_index: int,
+        step: int,
+        loss: float,
+        packed: PackedStep,
+        scheduler: Any,
+        bar: tqdm,
+    ) -> None:
+        shown: dict[str, Any] = {"loss": f"{loss:.3f}", "balance": f"{packed.cost_balance:.3f}"}
+        if self.broken:
+            shown["broken"] = len(self.broken)
+        bar.set_postfix(shown, refresh=False)
         if not self.accelerator.is_main_process:
             return
         line = {
@@ -285,6 +377,11 @@ class Trainer:
             "loss": loss,
             "learning_rate": scheduler.get_last_lr()[0],
             "tokens_per_image": _tokens_per_image(self.records[-1:]),
+            "tokens": packed.tokens,
+            "tiles": packed.tiles,
+            "bins": len(packed.bins) * self.accelerator.num_processes,
+            "cost_balance": packed.cost_balance,
+            "broken_samples": len(self.broken),
             "seconds": round(self.records[-1]["seconds"], 3),
         }
         with self.metrics_path.open("a", encoding="utf-8") as file:
@@ -319,7 +416,17 @@ class Trainer:
 
     def _fingerprint(self) -> str:
         """What must be the same for a state to be continued: all but where and how fast."""
-        free = {"output", "workers", "threads", "log_every", "save_every", "evaluation"}
+        free = {
+            "output",
+            "workers",
+            "threads",
+            "log_every",
+            "save_every",
+            "keep_states",
+            "max_broken_samples",
+            "sample",
+            "evaluation",
+        }
         return self.config.model_dump_json(exclude=free)
 
     def _save_state(self, stage: int, step: int, optimizer: Any, scheduler: Any) -> None:
@@ -335,19 +442,41 @@ class Trainer:
                     "scheduler": scheduler.state_dict(),
                     "rng": torch.get_rng_state(),
                     "records": self.records,
+                    "broken": self.broken,
                 },
+                keep=self.config.keep_states,
             )
 
     def _read_state(self) -> dict[str, Any] | None:
-        if not self.state_path.exists():
-            return None
-        state = load_state(self.state_path)
-        if state.get("config") != self._fingerprint():
-            raise ValueError(
-                f"{self.state_path} holds an unfinished run of another configuration; give another "
-                "output, or --fresh to begin anew"
-            )
-        return state
+        """The newest state that can be read; None where there is none at all."""
+        paths = saved_states(self.state_path)
+        problems = []
+        for path in paths:
+            try:
+                state = load_state(path)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            if state["config"] != self._fingerprint():
+                raise ValueError(
+                    f"{path} holds an unfinished run of another configuration; give another "
+                    "output, or --fresh to begin anew"
+                )
+            if problems and self.accelerator.is_main_process:
+                warnings.warn(
+                    f"{problems[0]}; continuing from {path.name}, step {state['step']} of stage "
+                    f"{self.config.stages[state['stage']].name!r}",
+                    stacklevel=2,
+                )
+            self.unreadable = paths[: len(problems)]
+            return state
+        if problems:
+            raise ValueError(f"{problems[0]}; no earlier state can be read, --fresh begins anew")
+        return None
+
+    def _remove_states(self) -> None:
+        for path in saved_states(self.state_path):
+            path.unlink()
 
     def _finish(self) -> dict[str, Any]:
         report: dict[str, Any] = {
@@ -369,7 +498,7 @@ class Trainer:
         if self.config.evaluation is not None:
             report = {**self._evaluate(), **report}
             write_json(self.output / "report.json", report)
-        self.state_path.unlink(missing_ok=True)
+        self._remove_states()
         return report
 
     def _evaluate(self) -> dict[str, Any]:
@@ -396,10 +525,23 @@ class Trainer:
 
 def _record(name: str, steps: int) -> dict[str, Any]:
     """What is counted during a stage; plain numbers, so that it travels in a state."""
-    return {"name": name, "steps": steps, "seconds": 0.0, "images": 0, "vision_tokens": 0}
+    counted = {"tokens": 0, "tiles": 0, "vision_tokens": 0}
+    return {"name": name, "steps": steps, "seconds": 0.0, **counted}
 
 
 def _tokens_per_image(records: list[dict[str, Any]]) -> float | None:
-    """Mean vision tokens of the images trained on; None before there are any."""
-    images = sum(record["images"] for record in records)
-    return sum(record["vision_tokens"] for record in records) / images if images else None
+    """Mean vision tokens of the tiles trained on; None before there are any."""
+    tiles = sum(record["tiles"] for record in records)
+    return sum(record["vision_tokens"] for record in records) / tiles if tiles else None
+
+
+def _target_weights(batch: PackedBatch, loss: str) -> torch.Tensor:
+    """float32 [targets]: how much each answer token of ``batch`` counts.
+
+    "square" is one over the square root of the answer's length, between every token (0) and every
+    answer (1) counting the same: what the released model was trained with.
+    """
+    if loss == "token":
+        return torch.ones(len(batch.targets))
+    lengths = torch.tensor([length for _, length in batch.answers], dtype=torch.int64)
+    return lengths.float().rsqrt().repeat_interleave(lengths)

@@ -1,0 +1,164 @@
+"""Packing a step: every sample once, bins within bounds and of equal cost, broken samples named."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.models.tiny import picture
+from tokenflex import TokenCounts
+from tokenflex.data.packing import PackingCollator
+from tokenflex.data.samples import Conversation, Sample, SampleOutline, Turn
+from tokenflex.data.steps import BrokenSample, PackedStep, StepPacker
+from tokenflex.digits.processor import digits_processor
+
+COUNTS = TokenCounts((4, 9, 16), (0.2, 0.3, 0.5), seed=7)
+KEYS = [(1, index) for index in range(96)]
+
+
+class MixedSizes:
+    """One to four pictures a sample, answers of one to eight words; some cannot be read."""
+
+    def __init__(
+        self, *, no_outline: tuple[int, ...] = (), no_pixels: tuple[int, ...] = ()
+    ) -> None:
+        self.no_outline = no_outline
+        self.no_pixels = no_pixels
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return len(KEYS)
+
+    def _images(self, index: int) -> int:
+        return 1 + index % 4
+
+    def outline(self, index: int) -> SampleOutline:
+        if index in self.no_outline:
+            raise FileNotFoundError(f"{index}.png does not exist")
+        answer = " ".join(["3"] * (1 + index * 7 % 8))
+        talk = Conversation((Turn("user", "odd"), Turn("assistant", answer)))
+        return SampleOutline(f"sample-{index}", ((32, 32),) * self._images(index), (talk,))
+
+    def __getitem__(self, index: int) -> Sample:
+        outline = self.outline(index)
+        if index in self.no_pixels:
+            raise ValueError(f"{index}.png is cut off")
+        self.read.append(index)
+        images = tuple(picture(index + i) for i in range(self._images(index)))
+        return Sample(outline.id, images, outline.conversations)
+
+
+@pytest.fixture(scope="module")
+def collator() -> PackingCollator:
+    return PackingCollator(digits_processor(), COUNTS)
+
+
+def ids(step: PackedStep) -> list[int]:
+    return [int(name.removeprefix("sample-")) for one in step.bins for name in one.sample_ids]
+
+
+def packed(collator, dataset=None, keys=KEYS, **options) -> PackedStep:
+    return StepPacker(dataset or MixedSizes(), collator, **options)(keys)
+
+
+def test_without_bounds_a_step_is_one_forward_pass(collator):
+    step = packed(collator)
+    assert len(step.bins) == 1
+    assert sorted(ids(step)) == list(range(96))
+    assert step.cost_balance == 1
+    assert step.broken == []
+
+
+def test_facts_are_those_of_the_packed_rows(collator):
+    step = packed(collator)
+    (batch,) = step.bins
+    assert step.tokens == batch.plan.num_tokens
+    assert step.tiles == len(batch.num_image_tokens)
+    assert step.vision_tokens == sum(batch.num_image_tokens)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_ranks_share_a_step_completely_and_within_bounds(collator, num_ranks):
+    bounds = {"max_tokens": 400, "max_tiles": 30, "tile_cost": 20.0}
+    steps = [packed(collator, num_ranks=num_ranks, rank=r, **bounds) for r in range(num_ranks)]
+    assert sorted(index for step in steps for index in ids(step)) == list(range(96))
+    assert len({len(step.bins) for step in steps}) == 1
+    assert len({(step.tokens, step.tiles, step.cost_balance) for step in steps}) == 1
+    for batch in (batch for step in steps for batch in step.bins):
+        assert batch.plan.num_tokens <= 400
+        assert len(batch.num_image_tokens) <= 30
+
+
+@pytest.mark.parametrize("tile_cost", [0.0, 20.0, 200.0])
+def test_ranks_get_the_same_cost(collator, tile_cost):
+    """At most 3 % above the mean, in bins and over the ranks' sums; tokens alone are far off."""
+    steps = [packed(collator, tile_cost=tile_cost, num_ranks=4, rank=r) for r in range(4)]
+    costs = [
+        [b.plan.num_tokens + tile_cost * len(b.num_image_tokens) for b in step.bins]
+        for step in steps
+    ]
+    bins = np.concatenate(costs)
+    assert bins.max() / bins.mean() == pytest.approx(steps[0].cost_balance)
+    assert steps[0].cost_balance <= 1.03
+    sums = np.array([sum(one) for one in costs])
+    assert sums.max() / sums.mean() <= 1.03
+
+
+def test_no_rank_reads_the_images_of_another(collator):
+    datasets = [MixedSizes() for _ in range(2)]
+    for rank, dataset in enumerate(datasets):
+        packed(collator, dataset, rank=rank, num_ranks=2)
+    assert sorted(datasets[0].read + datasets[1].read) == list(range(96))
+
+
+def test_no_rank_always_has_the_costliest_bin(collator):
+    options = {"max_tokens": 200, "num_ranks": 2, "tile_cost": 20.0}
+    first, second = (packed(collator, rank=rank, **options) for rank in range(2))
+    assert len(first.bins) > 2
+    costs = [
+        [b.plan.num_tokens + 20.0 * len(b.num_image_tokens) for b in step.bins]
+        for step in (first, second)
+    ]
+    leads = {np.sign(a - b) for a, b in zip(*costs, strict=True)} - {0.0}
+    assert leads == {-1.0, 1.0}
+
+
+def test_broken_samples_are_left_out_and_named(collator):
+    dataset = MixedSizes(no_outline=(3,), no_pixels=(5, 40))
+    step = packed(collator, dataset)
+    assert sorted(ids(step)) == [i for i in range(96) if i not in (3, 5, 40)]
+    assert sorted(step.broken, key=lambda one: one.index) == [
+        BrokenSample(3, "3.png does not exist"),
+        BrokenSample(5, "5.png is cut off"),
+        BrokenSample(40, "40.png is cut off"),
+    ]
+
+
+def test_a_sample_that_fits_no_bin_is_broken(collator):
+    step = packed(collator, max_tiles=3)
+    assert {one.index for one in step.broken} == set(range(3, 96, 4))
+    assert step.broken[0].reason == "sample sample-3 has 4, more than max_tiles of 3"
+
+
+def test_a_rank_without_a_sample_of_its_own_has_as_many_passes_as_the_others(collator):
+    """It would otherwise miss the exchange of gradients, and the others wait for ever."""
+    keys = KEYS[:3]
+    steps = [packed(collator, keys=keys, num_ranks=4, rank=rank) for rank in range(4)]
+    assert {len(step.bins) for step in steps} == {1}
+    assert sorted(len(step.bins[0].targets) for step in steps)[0] == 0
+    assert sorted(index for step in steps for index in ids(step)) == [0, 1, 2]
+
+
+def test_a_step_of_broken_samples_is_an_error_that_names_one(collator):
+    dataset = MixedSizes(no_pixels=(0, 1, 2))
+    with pytest.raises(ValueError, match=r"none of the 3 samples of a step.*\d\.png is cut off"):
+        packed(collator, dataset, keys=KEYS[:3])
+
+
+def test_a_data_set_without_outlines_packs_the_same(collator):
+    class Whole:
+        def __getitem__(self, index: int) -> Sample:
+            return MixedSizes()[index]
+
+    options = {"max_tokens": 400, "tile_cost": 20.0}
+    assert ids(packed(collator, Whole(), **options)) == ids(packed(collator, **options))

@@ -1,0 +1,159 @@
+"""The plan of a run: what it trains and costs, against a run that is really made."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from tests.training.runs import metrics, stage, tiny_values, write_config
+from tests.training.test_build import config_of
+from tests.training.test_build import parts as parts  # the fixture
+from tokenflex.cli import main
+from tokenflex.training.build import build_model, build_processor
+from tokenflex.training.config import TrainConfig, load_config
+from tokenflex.training.loop import Trainer
+from tokenflex.training.plan import measure_samples, plan_run
+
+SAMPLE = {"text_tokens": 40, "answer_tokens": 20, "tiles": 2}
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def tiny(tmp_path, **changes) -> TrainConfig:
+    return TrainConfig.model_validate(tiny_values(tmp_path / "run", **changes))
+
+
+def test_expected_tokens_and_tiles_are_near_those_of_the_run(tmp_path):
+    stages = [stage(steps=60, batch_size=8)]
+    config = tiny(tmp_path, stages=stages, evaluation=None, encoder_warm_up=None)
+    (plan,) = plan_run(config)
+    trainer = Trainer(config)
+    trainer.run()
+    lines = metrics(tmp_path / "run")
+    assert plan.steps == len(lines)
+    assert plan.tokens == pytest.approx(sum(line["tokens"] for line in lines), rel=0.05)
+    assert sum(line["tiles"] for line in lines) == plan.samples
+
+
+@pytest.mark.parametrize("learning", [{"projector": 1e-3}, {"vision": 1e-3, "text": 1e-3}])
+def test_trained_parameters_are_those_that_learn(tmp_path, learning):
+    config = tiny(tmp_path, stages=[stage(learning_rate=learning)])
+    (plan,) = plan_run(config)
+    trainer = Trainer(config)
+    groups = trainer._learning_modules(config.stages[0])
+    learned = sum(one.numel() for group in groups for one in group["params"])
+    assert sum(plan.trained_parameters.values()) == learned
+    weights = sum(one.numel() for one in trainer.model.parameters())
+    assert plan.state_bytes == 4 * weights + 12 * learned
+
+
+def test_activations_are_estimated_within_a_factor_of_two(tmp_path):
+    config = tiny(tmp_path, stages=[stage(batch_size=16)])
+    (plan,) = plan_run(config)
+    trainer, kept = Trainer(config), {}
+    trainer._learning_modules(config.stages[0])
+    (batch,) = next(trainer._steps(0, 0)).bins
+    weights = {one.untyped_storage().data_ptr() for one in trainer.model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = trainer.model(**batch.model_inputs()).logits[0]
+        torch.nn.functional.cross_entropy(logits, batch.targets).backward()
+    assert 0.5 < plan.activation_bytes / sum(kept.values()) < 2
+
+
+def test_arithmetic_follows_steps_counts_and_frozen_modules(tmp_path):
+    def flops(**changes) -> float:
+        return plan_run(tiny(tmp_path, stages=[stage(**changes)], sample=SAMPLE))[0].flops
+
+    assert flops(steps=8) == pytest.approx(2 * flops(steps=4))
+    assert flops(counts=[4], weights=[1]) < flops() < flops(counts=[16], weights=[1])
+    assert flops(learning_rate={"projector": 1e-3}) < flops()
+
+
+def test_what_is_saved_is_against_the_largest_count(tmp_path):
+    stages = [stage(), stage(counts=[16], weights=[1])]
+    mixed, fixed = plan_run(tiny(tmp_path, stages=stages, sample=SAMPLE))
+    assert fixed.flops_saved == 0
+    assert mixed.flops_saved == pytest.approx(1 - mixed.flops / fixed.flops)
+    assert mixed.flops_saved > 0.03
+
+
+def test_the_mean_sample_is_measured_on_the_data(tmp_path):
+    config = tiny(tmp_path)
+    sample = measure_samples(config, config.data)
+    assert (sample.tiles, sample.shown_tiles) == (1, 2)  # one picture under two questions
+    assert sample.answer_tokens == 4  # a word and an end, twice
+    assert 2 * (1 + 2) <= sample.text_tokens <= 2 * (2 + 2)
+
+
+def test_the_plan_needs_neither_weights_nor_data(tmp_path, capsys):
+    values = tiny_values(tmp_path / "run", sample=SAMPLE, encoder_warm_up=None, evaluation=None)
+    values["model"].pop("processor")
+    for part in ("vision", "text"):
+        values["model"][part]["path"] = str(tmp_path / "not here")
+    values["data"] = {"name": "messages", "path": str(tmp_path / "none.jsonl")}
+    config = write_config(tmp_path / "run.yaml", values)
+    assert main(["train", str(config), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[1:3]] == ["projector", "all"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_without_data_or_a_mean_sample_is_one_line(tmp_path, capsys):
+    values = tiny_values(tmp_path / "run")
+    values["data"] = {"name": "messages", "path": str(tmp_path / "none.jsonl")}
+    config = write_config(tmp_path / "run.yaml", values)
+    assert main(["train", str(config), "--dry-run"]) == 2
+    assert "none.jsonl does not exist" in capsys.readouterr().err
+
+
+def test_pretrained_parts_are_planned_from_their_configurations_alone(parts, tmp_path):
+    model = config_of(parts).model_dump(exclude_none=True)
+    values = {**tiny_values(tmp_path / "run", sample=SAMPLE), "model": model}
+    values.pop("encoder_warm_up")
+    for weights in parts.rglob("*.safetensors"):
+        assert weights.stat().st_size > 0
+    (first, _) = plan_run(TrainConfig.model_validate(values))
+    built = build_model(config_of(parts), build_processor(config_of(parts)))
+    projector = sum(one.numel() for one in built.model.projector.parameters())
+    assert first.trained_parameters == {"projector": projector}
+
+
+def test_a_checkpoint_of_another_architecture_than_stated_is_refused(parts):
+    config = config_of(parts).model_dump(exclude_none=True)
+    config["text"]["config"] = {"model_type": "qwen2", "hidden_size": 64}
+    stated = type(config_of(parts)).model_validate(config)
+    with pytest.raises(ValueError, match=r"hidden_size = 64.*has 32"):
+        build_model(stated, build_processor(stated))
+
+
+@pytest.mark.parametrize(
+    ("name", "tile_costs"),
+    [("7b", [26, 77, 51]), ("3b", [60, 180, 120]), ("0.5b", [466, 1397, 931])],
+)
+def test_the_papers_stages_have_a_plan(name, tile_costs):
+    """A tile's cost in rows of each language model, from public configurations by hand."""
+    plans = plan_run(load_config(f"configs/siglip400m_qwen2.5_{name}.yaml"))
+    assert [plan.tile_cost for plan in plans] == pytest.approx(tile_costs, rel=0.02)
+    modules = [["projector"], ["vision", "projector"], ["vision", "projector", "text"]]
+    assert [list(plan.trained_parameters) for plan in plans] == modules
+    assert all(plan.vision_tokens / plan.samples / 2.2 == pytest.approx(184) for plan in plans)
+
+
+def test_the_demo_has_a_plan():
+    plans = plan_run(load_config("configs/demo.yaml"))
+    assert [plan.steps for plan in plans] == [600, 1500]
+    assert json.dumps([plan.trained_parameters for plan in plans])

@@ -1,0 +1,190 @@
+"""One optimiser step: counts drawn, samples dealt into bins of equal cost, this rank's bins packed.
+
+Every rank deals the whole step from the samples' outlines (texts and image sizes), which costs no
+pixels, and so arrives at the same bins without a word to the others; it then reads the images of
+its own bins only. A step is a pure function of its keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
+from tokenflex.data.samples import Sample, SampleDataset, SampleOutline
+from tokenflex_kernels import balance_bins
+from tokenflex_kernels.reference.packing import MAX_INT32
+
+Key = tuple[int, int]  # (epoch, sample index)
+
+
+@dataclass(frozen=True)
+class BrokenSample:
+    """A sample that was left out, and why."""
+
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class PackedStep:
+    """What one rank works on in one step.
+
+    Attributes:
+        bins: forward passes, as many on every rank; gradients add up over them.
+        tokens, tiles, vision_tokens: of all ranks, as planned. Vision tokens are counted once per
+            tile, tokens once per conversation that shows it.
+        cost_balance: the costliest bin of all ranks over their mean, 1 where all are equal.
+        broken: samples that this rank left out.
+    """
+
+    bins: list[PackedBatch]
+    tokens: int
+    tiles: int
+    vision_tokens: int
+    cost_balance: float
+    broken: list[BrokenSample]
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A sample of the step before its images are read."""
+
+    key: Key
+    count: int
+    tokens: int
+    tiles: int
+
+
+class StepPacker:
+    """Turns a step's keys into this rank's bins. Runs in data-loader workers.
+
+    Args:
+        dataset: where samples come from.
+        collator: draws counts, encodes texts, packs.
+        max_tokens: rows of a bin at most, text and vision; None for no bound.
+        max_tiles: encoder inputs of a bin at most; None for no bound.
+        tile_cost: what encoding a tile costs, in rows of the language model.
+        rank: this process.
+        num_ranks: how many processes.
+    """
+
+    def __init__(
+        self,
+        dataset: SampleDataset,
+        collator: PackingCollator,
+        *,
+        max_tokens: int | None = None,
+        max_tiles: int | None = None,
+        tile_cost: float = 0.0,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        self.dataset = dataset
+        self.collator = collator
+        self.max_tokens = MAX_INT32 if max_tokens is None else max_tokens
+        self.max_tiles = MAX_INT32 if max_tiles is None else max_tiles
+        self.tile_cost = tile_cost
+        self.rank = rank
+        self.num_ranks = num_ranks
+
+    def __call__(self, keys: Sequence[Key]) -> PackedStep:
+        """Plan, read and pack one step; samples that cannot be read are left out and named.
+
+        Raises:
+            ValueError: no sample of the step is left, the message says what is wrong with one.
+        """
+        broken: list[BrokenSample] = []
+        planned: list[_Planned] = []
+        for key in keys:
+            try:
+                planned.append(self._plan(key))
+            except (OSError, ValueError) as error:
+                broken.append(BrokenSample(key[1], str(error)))
+        dealt = balance_bins(
+            [one.tokens for one in planned],
+            [one.tiles for one in planned],
+            max_tokens=self.max_tokens,
+            max_tiles=self.max_tiles,
+            tile_cost=self.tile_cost,
+            multiple_of=self.num_ranks,
+        )
+        costs = [sum(self._cost(planned[i]) for i in members) for members in dealt]
+        bins = [
+            self._read([planned[i].key for i in dealt[place]], broken)
+            for place in _places_of(self.rank, len(dealt), self.num_ranks)
+        ]
+        packed = [self.collator(members) for members in bins if members]
+        # A rank whose samples are fewer or broken still takes part in every exchange of gradients.
+        missing = len(bins) - len(packed)
+        stand_in = packed[0] if packed else self._any_batch(planned)
+        if stand_in is None:
+            reason = broken[0].reason if broken else "there are none"
+            raise ValueError(f"none of the {len(keys)} samples of a step can be read: {reason}")
+        packed += [_without_targets(stand_in)] * missing
+        return PackedStep(
+            bins=packed,
+            tokens=sum(one.tokens for one in planned),
+            tiles=sum(one.tiles for one in planned),
+            vision_tokens=sum(one.tiles * one.count for one in planned),
+            cost_balance=max(costs) * len(costs) / sum(costs),
+            broken=broken,
+        )
+
+    def _plan(self, key: Key) -> _Planned:
+        epoch, index = key
+        outline = outline_of(self.dataset, index)
+        count = self.collator.counts.draw(index, epoch)
+        tiles = sum(self.collator.processor.image_tokens(list(outline.image_sizes), 1))
+        images = len(outline.image_sizes)
+        texts = [
+            self.collator.encode_sample(outline.id, c, images)[0] for c in outline.conversations
+        ]
+        tokens = sum(len(ids) - images + count * tiles for ids in texts)
+        for name, size, bound in (
+            ("max_tokens", tokens, self.max_tokens),
+            ("max_tiles", tiles, self.max_tiles),
+        ):
+            if size > bound:
+                raise ValueError(f"sample {outline.id} has {size}, more than {name} of {bound}")
+        return _Planned(key, count, tokens, tiles)
+
+    def _read(self, keys: Sequence[Key], broken: list[BrokenSample]) -> list[DrawnSample]:
+        members = []
+        for epoch, index in keys:
+            try:
+                members.append(DrawnSample(index, epoch, self.dataset[index]))
+            except (OSError, ValueError) as error:
+                broken.append(BrokenSample(index, str(error)))
+        return members
+
+    def _any_batch(self, planned: list[_Planned]) -> PackedBatch | None:
+        """A batch of the first sample of the step that can be read, whoever's it is."""
+        for one in planned:
+            if members := self._read([one.key], []):
+                return self.collator(members)
+        return None
+
+    def _cost(self, one: _Planned) -> float:
+        return one.tokens + self.tile_cost * one.tiles
+
+
+def outline_of(dataset: SampleDataset, index: int) -> SampleOutline:
+    """The data set's own outline of a sample, or that of the sample read whole."""
+    if hasattr(dataset, "outline"):
+        return dataset.outline(index)
+    sample: Sample = dataset[index]
+    sizes = tuple((image.height, image.width) for image in sample.images)
+    return SampleOutline(sample.id, sizes, sample.conversations)
+
+
+def _places_of(rank: int, num_bins: int, num_ranks: int) -> Iterator[int]:
+    """The bins of a rank. They come by falling cost: dealt to and fro, so that no rank leads."""
+    for turn in range(num_bins // num_ranks):
+        yield turn * num_ranks + (num_ranks - 1 - rank if turn % 2 else rank)
+
+
+def _without_targets(batch: PackedBatch) -> PackedBatch:
+    """The same forward pass with nothing to learn."""
+    none = batch.targets[:0]
+    return replace(batch, target_rows=none, targets=none, answers=[], sample_ids=[])

@@ -1,0 +1,219 @@
+"""What a run will do and cost, before anything is loaded: ``tokenflex train CONFIG --dry-run``.
+
+The model is built on the meta device, from configurations alone: no weights are read or allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from tokenflex.counts import TokenCounts
+from tokenflex.data.encoding import IGNORE
+from tokenflex.data.packing import PackingCollator
+from tokenflex.data.steps import outline_of
+from tokenflex.models.loading import check_length
+from tokenflex.training.build import (
+    build_dataset,
+    build_order,
+    build_processor,
+    empty_model,
+    modules_of,
+)
+from tokenflex.training.config import DataConfig, SampleConfig, StageConfig, TrainConfig
+from tokenflex.training.flops import Flops, training_flops
+
+MEASURED_SAMPLES = 64
+_FLOAT32 = 4  # weights, gradients and both of Adam's moments, in bytes
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage, over all processes unless said otherwise.
+
+    Attributes:
+        name: the stage's.
+        trained_parameters: module -> how many parameters learn; frozen modules are left out.
+        steps, samples: optimiser steps, and samples in all of them.
+        tokens: expected rows of the language model, text and vision.
+        vision_tokens: the expected share of them that is vision.
+        flops: expected floating-point operations, forward and backward.
+        flops_saved: how much of them the drawn counts save against the largest one, 0 to 1.
+        tile_cost: what encoding a tile costs, in rows of the language model.
+        state_bytes: weights, gradients and optimiser state of one process that shards nothing.
+        activation_bytes: estimated for one forward pass, without gradient checkpointing.
+    """
+
+    name: str
+    trained_parameters: dict[str, int]
+    steps: int
+    samples: int
+    tokens: float
+    vision_tokens: float
+    flops: float
+    flops_saved: float
+    tile_cost: float
+    state_bytes: int
+    activation_bytes: float
+
+
+def plan_run(config: TrainConfig) -> list[StagePlan]:
+    """A plan for each stage.
+
+    The mean sample is ``config.sample`` where that is given, and measured on the first samples of
+    the data otherwise.
+
+    Raises:
+        ValueError: a part's configuration is not valid, or a count exceeds the model's positions.
+        FileNotFoundError: a file that must be there is not.
+    """
+    model = empty_model(config.model)
+    check_length(model.config, max(count for stage in config.stages for count in stage.counts))
+    used = dict.fromkeys(config.data_of(stage) for stage in config.stages)
+    samples = {data: config.sample or measure_samples(config, data) for data in used}
+    return [
+        _plan_stage(stage, model, samples[config.data_of(stage)], config.precision)
+        for stage in config.stages
+    ]
+
+
+def measure_samples(config: TrainConfig, data: DataConfig) -> SampleConfig:
+    """The mean sample among the first that training sees, from texts and image sizes alone."""
+    dataset, processor = build_dataset(data), build_processor(config.model)
+    order = build_order(data, dataset, config.seed)
+    collator = PackingCollator(processor, TokenCounts((1,), (1.0,)))
+    measured = min(len(dataset), MEASURED_SAMPLES)
+    text = answers = tiles = shown = 0
+    for position in range(measured):
+        outline = outline_of(dataset, order[position][1])
+        images = len(outline.image_sizes)
+        sample_tiles = sum(processor.image_tokens(list(outline.image_sizes), 1))
+        tiles += sample_tiles
+        shown += sample_tiles * len(outline.conversations)
+        for conversation in outline.conversations:
+            ids, labels = collator.encode_sample(outline.id, conversation, images)
+            text += len(ids) - images
+            answers += int((labels != IGNORE).sum())
+    return SampleConfig(
+        text_tokens=text / measured,
+        answer_tokens=answers / measured,
+        tiles=tiles / measured,
+        shown_tiles=shown / measured,
+    )
+
+
+def _plan_stage(stage: StageConfig, model: Any, sample: SampleConfig, precision: str) -> StagePlan:
+    flops = training_flops(model, stage.learning)
+    expected = TokenCounts(stage.counts, stage.weights).expected
+    samples = stage.steps * stage.batch_size
+    cost = samples * _sample_flops(flops, sample, expected)
+    largest = samples * _sample_flops(flops, sample, max(stage.counts))
+    tokens = sample.text_tokens + sample.shown * expected
+    trained = {name: _parameters(model, name) for name in stage.learning}
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    return StagePlan(
+        name=stage.name,
+        trained_parameters=trained,
+        steps=stage.steps,
+        samples=samples,
+        tokens=samples * tokens,
+        vision_tokens=samples * sample.shown * expected,
+        flops=cost,
+        flops_saved=1 - cost / largest,
+        tile_cost=flops.tile_cost,
+        state_bytes=_FLOAT32 * (weights + 3 * sum(trained.values())),
+        activation_bytes=_activation_bytes(stage, model, sample, tokens, precision),
+    )
+
+
+def _sample_flops(flops: Flops, sample: SampleConfig, count: float) -> float:
+    return flops.total(
+        tiles=sample.tiles,
+        vision_tokens=sample.tiles * count,
+        tokens=sample.text_tokens + sample.shown * count,
+        targets=sample.answer_tokens,
+    )
+
+
+def _parameters(model: Any, name: str) -> int:
+    # The head may share its weight with the embedding: each tensor once.
+    parts = modules_of(model)[name]
+    return sum(one.numel() for one in {p for part in parts for p in part.parameters()})
+
+
+def _activation_bytes(
+    stage: StageConfig, model: Any, sample: SampleConfig, tokens: float, precision: str
+) -> float:
+    """What backward reads again: inputs and outputs of the linear layers a gradient goes through.
+
+    An estimate: norms and attention keep about as much as layers that share an input save.
+    """
+    width = 4 if precision == "no" else 2
+    rows = stage.batch_size * tokens
+    tiles = stage.batch_size * sample.tiles
+    bin_rows = min(rows, stage.max_tokens or rows)
+    bin_tiles = min(tiles, stage.max_tiles or tiles, tiles * bin_rows / rows)
+    config = model.config.vision_config
+    patches = (config.image_size // config.patch_size) ** 2
+    counts = TokenCounts(stage.counts, stage.weights).expected
+    kept = bin_rows * _linear_widths(model.model.language_model, "text" in stage.learning)
+    if "vision" in stage.learning:
+        kept += bin_tiles * patches * _linear_widths(model.model.vision_model, True)
+    if {"vision", "projector"} & set(stage.learning):
+        kept += bin_tiles * counts * _linear_widths(model.model.projector, True)
+    targets = sample.answer_tokens * stage.batch_size * bin_rows / rows
+    logits = targets * model.lm_head.weight.shape[0] * 2 * _FLOAT32  # and their gradient
+    return kept * width + logits
+
+
+def _linear_widths(module: nn.Module, learns: bool) -> int:
+    """Elements a row that the linear layers keep; frozen ones do not need their inputs."""
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    return sum(learns * layer.in_features + layer.out_features for layer in layers)
+
+
+def format_plan(plans: Collection[StagePlan]) -> str:
+    """The plan as a table and its totals, for a terminal."""
+    head = ("stage", "trained", "steps", "samples", "tokens", "vision", "FLOP", "saved", "GiB")
+    rows = [
+        (
+            plan.name,
+            f"{_short(sum(plan.trained_parameters.values()))} {'+'.join(plan.trained_parameters)}",
+            str(plan.steps),
+            _short(plan.samples),
+            _short(plan.tokens),
+            _short(plan.vision_tokens),
+            f"{plan.flops:.2e}",
+            f"{plan.flops_saved:.1%}",
+            f"{plan.state_bytes / 2**30:.1f} + {plan.activation_bytes / 2**30:.1f}",
+        )
+        for plan in plans
+    ]
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (head, *rows)
+    ]
+    total = sum(plan.flops for plan in plans)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{total:.2e} floating-point operations in all",
+            "trained: parameters and modules. saved: of the arithmetic, against the largest count.",
+            "GiB of one process: weights, gradients, optimiser + activations (estimated).",
+        ]
+    )
+
+
+def _short(number: float) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
