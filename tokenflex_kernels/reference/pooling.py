@@ -54,12 +54,9 @@ def _pool(x: torch.Tensor, runs: tuple[Run, ...], mode: str) -> torch.Tensor:
             else (patches[members[0]])
         )
         map_h, map_w = axis_map(in_h, out_h, mode), axis_map(in_w, out_w, mode)
-        sums = torch.einsum(
-            "ih,bhwc,jw->bijc",
-            x.new_tensor(map_h.weights),
-            rows.view(-1, in_h, in_w, x.shape[1]),
-            x.new_tensor(map_w.weights),
-        )
+        # Two products in memory order: an einsum would transpose first, at three times the time.
+        bands = x.new_tensor(map_h.weights) @ rows.reshape(-1, in_h, in_w * x.shape[1])
+        sums = x.new_tensor(map_w.weights) @ bands.view(-1, out_h, in_w, x.shape[1])
         areas = torch.outer(x.new_tensor(map_h.divisors), x.new_tensor(map_w.divisors))
         cells = (sums / areas[..., None]).flatten(0, 2)
         sizes = [runs[index][0] * out_h * out_w for index in members]
