@@ -224,11 +224,18 @@ def test_workers_draw_different_counts():
     assert epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize("counts", [10, 0, "9", [9]])
+@pytest.mark.parametrize("counts", [10, 0, "9", [9], [2, 3]])
 def test_default_count_must_be_a_count(counts):
     _, processor = pair("llava")
     with pytest.raises((TypeError, ValueError), match="image_token_counts"):
         processor.image_token_counts = counts
+
+
+@pytest.mark.parametrize("options", [{"multi_page": True}, {"images_kwargs": {"multi_page": True}}])
+def test_pages_of_one_prompt_are_refused(options):
+    _, processor = pair("got_ocr2")
+    with pytest.raises(ValueError, match=r"multi_page.*one image per prompt"):
+        call(processor, [[picture(1), picture(2)]], ["<imgpad> what"], **options)
 
 
 def test_videos_are_refused():

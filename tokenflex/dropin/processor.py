@@ -86,6 +86,20 @@ def convert_processor(processor: Any, config: Any, num_image_tokens: TokenCount)
     return processor
 
 
+def check_default_count(count: Any, *, name: str) -> None:
+    """Refuse what is not one count for all images; a list would be one per image.
+
+    Raises:
+        TypeError: neither an int nor an (h, w) tuple of ints.
+        ValueError: not a perfect square, or a side below 1.
+    """
+    if isinstance(count, list):
+        raise TypeError(
+            f"{name} must be one count for all images, an int or an (h, w) tuple, got {count!r}"
+        )
+    token_grid(count, name=name)
+
+
 def restore_processor(processor: Any) -> Any:
     """The stock processor again, in place; one that is not converted stays as it is."""
     if hasattr(type(processor), "_tokenflex_family"):
@@ -109,6 +123,11 @@ def processor_variant(stock: Any, family: Family) -> Any:
             raise NotImplementedError(
                 f"{family.model_type} with a token-adaptive projector takes images only so far; "
                 "give the frames of a video as images"
+            )
+        if kwargs.get("multi_page") or (kwargs.get("images_kwargs") or {}).get("multi_page"):
+            raise ValueError(
+                f"multi_page is not for a {family.model_type} with a token-adaptive projector: its "
+                "pages share one run of placeholders; give one image per prompt"
             )
         state: _State = self._tokenflex
         this = _Call(_asked(state, num_image_tokens, images))
@@ -159,7 +178,7 @@ def processor_variant(stock: Any, family: Family) -> Any:
         if isinstance(counts, TokenCounts):
             self._tokenflex.counts = CountStream(counts)
         else:
-            token_grid(counts, name="image_token_counts")
+            check_default_count(counts, name="image_token_counts")
             self._tokenflex.counts = counts
 
     methods = {

@@ -9,11 +9,11 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from tokenflex.counts import TokenCount, token_grid
+from tokenflex.counts import TokenCount
 from tokenflex.dropin import seam
 from tokenflex.dropin.families import family_of
 from tokenflex.dropin.fitting import fit_projector
-from tokenflex.dropin.processor import convert_processor, restore_processor
+from tokenflex.dropin.processor import check_default_count, convert_processor, restore_processor
 from tokenflex_kernels._checks import check_count
 from tokenflex_kernels.axis_weights import check_mode
 
@@ -81,7 +81,7 @@ def replace_projector(
             "model has a token-adaptive projector already; restore_projector brings the stock one "
             "back"
         )
-    token_grid(num_image_tokens, name="num_image_tokens")
+    check_default_count(num_image_tokens, name="num_image_tokens")
     if init is None:
         init = "random" if images is None else "fit"
     if init not in ("fit", "random"):
@@ -220,7 +220,7 @@ def from_pretrained(
             f"{', '.join(missing)} is missing"
         )
     if num_image_tokens is not None:
-        token_grid(num_image_tokens, name="num_image_tokens")
+        check_default_count(num_image_tokens, name="num_image_tokens")
         config.tokenflex["num_image_tokens"] = num_image_tokens
     stock_class = AutoModelForImageTextToText._model_mapping[type(config)]
     model, loading = seam.model_variant(stock_class, family).from_pretrained(
