@@ -34,6 +34,16 @@ def test_packed_logits_are_those_of_each_sample_alone(name):
         assert float((rows - alone).abs().max()) < TOLERANCE
 
 
+def test_boundaries_of_the_packed_row():
+    packed = pack_inputs(converted("llava"), batch("llava", SAMPLES))
+    lengths = batch("llava", SAMPLES)["attention_mask"].sum(1)
+    expected = [0, *lengths.cumsum(0).tolist()]
+    for side in "qk":
+        assert packed[f"cu_seq_lens_{side}"].tolist() == expected
+        assert packed[f"cu_seq_lens_{side}"].dtype == torch.int32
+        assert packed[f"max_length_{side}"] == int(lengths.max())
+
+
 def without_boundaries(packed) -> dict:
     """As DataCollatorWithFlattening has it: positions alone say where samples start."""
     boundaries = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "use_cache")

@@ -60,9 +60,11 @@ def inputs_of(name: str) -> dict:
     return image_inputs(name, [1, 2])
 
 
-def given_to_stock_projector(name: str, inputs: dict) -> torch.Tensor:
+def given_to_stock_projector(name: str, inputs: dict, **config) -> torch.Tensor:
     """[patches, C], in the order of the stock model."""
     model = stock_model(name)
+    for field, value in config.items():
+        setattr(model.config, field, value)
     base = model.base_model
     projector = base.get_submodule(family_of(model.config).stock_projector)
     caught = []
@@ -123,6 +125,18 @@ def test_patch_grids_are_what_the_stock_projector_is_given(name):
         stock = cells_in_raster_order(stock, grids)
     assert rows.shape == stock.shape
     assert torch.allclose(rows, stock, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["internvl", "llava", "llava_next", "aya_vision", "mistral3"])
+def test_an_earlier_layer_is_the_one_of_the_stock_model(family):
+    model, inputs = converted(family), inputs_of(family)
+    model.config.vision_feature_layer = 1
+    rows, _ = seam.flat_grids(family_of(model.config).patch_grids(model.base_model, **inputs))
+    stock = given_to_stock_projector(family, inputs, vision_feature_layer=1)
+    assert torch.allclose(rows, stock, atol=1e-6)
+    last = given_to_stock_projector(family, inputs, vision_feature_layer=-1)
+    assert not torch.allclose(rows, last, atol=1e-5)
 
 
 @torch.no_grad()

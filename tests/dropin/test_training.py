@@ -14,6 +14,7 @@ from tests.dropin.test_seam import converted, logits, projector_of
 from tests.dropin.tiny import IMAGE, PROMPTS, batch, stock_model
 from tokenflex import TokenCounts, replace_projector
 from tokenflex.dropin import ImageTextCollator, MaskImageLabels, pack_inputs, projector_name
+from tokenflex.dropin.sampling import CountStream
 
 COUNTS = TokenCounts((4, 9, 16), (2, 3, 5))
 
@@ -113,6 +114,18 @@ def test_counts_are_drawn_per_sample_not_per_image():
     assert collate(samples)["num_image_tokens"] == expected
     without_index = [{k: v for k, v in sample.items() if k != "index"} for sample in samples]
     assert collate(without_index)["num_image_tokens"] == expected  # the first draws of a stream
+
+
+def test_ranks_draw_rows_of_their_own(monkeypatch):
+    counts, distributed = TokenCounts((4, 9, 16), (1, 1, 1)), torch.distributed
+    monkeypatch.setattr(distributed, "is_available", lambda: True)
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
+        stream = CountStream(counts)
+        drawn = [stream.next() for _ in range(20)]
+        assert drawn == [counts.draw(2 * i + rank) for i in range(20)]
 
 
 def test_what_the_collator_refuses():
