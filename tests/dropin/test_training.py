@@ -11,9 +11,15 @@ from transformers import Trainer, TrainingArguments
 
 from tests.dropin.processors import image_text, picture, stock_processor
 from tests.dropin.test_seam import converted, logits, projector_of
-from tests.dropin.tiny import IMAGE, PROMPTS, batch, stock_model
-from tokenflex import TokenCounts, replace_projector
-from tokenflex.dropin import ImageTextCollator, MaskImageLabels, pack_inputs, projector_name
+from tests.dropin.tiny import IMAGE, PROMPTS, batch, image_inputs, stock_model
+from tokenflex import TokenCounts, replace_projector, restore_projector
+from tokenflex.dropin import (
+    ImageTextCollator,
+    MaskImageLabels,
+    fit_projector,
+    pack_inputs,
+    projector_name,
+)
 from tokenflex.dropin.sampling import CountStream
 
 COUNTS = TokenCounts((4, 9, 16), (2, 3, 5))
@@ -227,6 +233,19 @@ def test_packed_rows_under_peft():
         alone = logits(model, batch("llava", [prompt]))[0]
         assert float((rows - alone).abs().max()) < 1e-5
     assert projector_name(model) == "model.multi_modal_projector"
+
+
+def test_projector_under_peft_is_fitted_and_restored():
+    model = with_lora(converted("llava")).eval()
+    report = fit_projector(model, image_inputs("llava", [1, 2]))
+    assert report.after < report.before
+    fitted = fit_projector(model, image_inputs("llava", [1, 2]))
+    assert fitted.before == pytest.approx(report.after)
+    assert restore_projector(model) is model
+    restored, stock = model.unload(), stock_model("llava")
+    assert type(restored) is type(stock)
+    for key, value in stock.state_dict().items():
+        assert torch.equal(restored.state_dict()[key], value), key
 
 
 def test_lora_inside_the_projector():

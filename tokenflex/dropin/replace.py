@@ -130,7 +130,7 @@ def restore_projector(model: Any, processor: Any = None) -> Any:
     """Bring the stock projector back, in place: the model as before :func:`replace_projector`.
 
     Args:
-        model: a model converted in place.
+        model: a model converted in place, with or without PEFT.
         processor: its processor.
 
     Returns:
@@ -140,20 +140,21 @@ def restore_projector(model: Any, processor: Any = None) -> Any:
         ValueError: the model is not converted, or was loaded as a conversion, which does not hold
             the stock projector.
     """
-    if not seam.is_converted(model):
+    inner = seam.unwrapped(model)
+    if not seam.is_converted(inner):
         raise ValueError("model has its stock projector: there is nothing to restore")
-    stock = seam.stock_projector_of(model)
+    stock = seam.stock_projector_of(inner)
     if stock is None:
         raise ValueError(
             "model was loaded as a conversion, which does not hold the stock projector: load the "
             "stock model instead"
         )
-    family = family_of(model.config)
-    reference = next(model.base_model.get_submodule(family.projector).parameters())
+    family = family_of(inner.config)
+    reference = next(inner.base_model.get_submodule(family.projector).parameters())
     # What moved or changed dtype since then did so without the stock projector.
-    stock.to(reference.device, reference.dtype).train(model.training)
-    seam.uninstall(model)
-    del model.config.tokenflex
+    stock.to(reference.device, reference.dtype).train(inner.training)
+    seam.uninstall(inner)
+    del inner.config.tokenflex
     if processor is not None:
         restore_processor(processor)
     return model
