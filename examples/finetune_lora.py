@@ -3,6 +3,8 @@
     python examples/finetune_lora.py
     python examples/finetune_lora.py --model PATH_OR_NAME --counts 64 144 256 --steps 1000
 
+Needs pip install 'tokenflex[hf,train]' peft.
+
 The task is made on the spot (which colour is the square, and on which side). The tiny default model
 is first taught it with its stock projector, so that there is something to convert.
 """
@@ -19,7 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image, ImageDraw
 from tiny_llava import COLOURS, tiny_llava
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import AutoConfig, Trainer, TrainingArguments
 
 import tokenflex
 from tokenflex import TokenCounts
@@ -88,6 +90,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.out or Path(temporary)
         if options.model:
+            config = AutoConfig.from_pretrained(options.model)
+            if getattr(config, "tokenflex", None) is not None:
+                parser.error(
+                    f"--model must be stock weights to imitate, {options.model} is a conversion"
+                )
             model, processor = tokenflex.from_pretrained(options.model)
         else:
             model, processor = tiny_llava()

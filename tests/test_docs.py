@@ -1,4 +1,4 @@
-"""The pages of docs/ are true: the Python of docs/models.md runs, and links lead somewhere."""
+"""The pages of docs/ are true: the Python of two of them runs, and links lead somewhere."""
 
 from __future__ import annotations
 
@@ -7,23 +7,92 @@ from pathlib import Path
 
 import pytest
 
+import tokenflex
+from tests.dropin.processors import stock_processor
+from tests.dropin.test_training import Samples
+from tests.dropin.tiny import stock_model
 from tests.models.tiny import picture, tiny_model
+from tokenflex import TokenCounts
 from tokenflex.digits.processor import digits_processor
 
 DOCS = Path(__file__).parents[1] / "docs"
 MODELS = (DOCS / "models.md").read_text(encoding="utf-8")
+DROPIN = (DOCS / "dropin.md").read_text(encoding="utf-8")
+README = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+
+
+def snippets_of(page: str, language: str = "python") -> list[str]:
+    blocks = page.split("```")[1::2]
+    return [b.removeprefix(f"{language}\n") for b in blocks if b.startswith(f"{language}\n")]
 
 
 def test_python_of_the_models_page_runs_in_order(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     digits_processor(16).save_pretrained(tmp_path)
     names = {"folder": str(tmp_path), "a": picture(1), "b": picture(2)}
-    snippets = re.findall(r"```python\n(.*?)```", MODELS, flags=re.DOTALL)
+    snippets = snippets_of(MODELS)
     assert len(snippets) >= 7
     for snippet in snippets:
         exec(compile(snippet, "docs/models.md", "exec"), names)
     assert names["loss"].item() > 0
     assert names["answer"][0]["generated_text"]
+
+
+@pytest.fixture
+def stock_llava(tmp_path, monkeypatch) -> dict:
+    """A LLaVA where both pages look for one, and what their snippets take as given."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("path/to/a/model", "path/to/a/llava"):
+        stock_model("llava").save_pretrained(folder)
+        stock_processor("llava").save_pretrained(folder)
+    pictures = {name: picture(seed) for seed, name in enumerate("abc")}
+    return {**pictures, "pictures": [*pictures.values()], "prompts": ["<image> is", "a <image>"]}
+
+
+def test_python_of_the_drop_in_page_runs_in_order(stock_llava):
+    pytest.importorskip("peft")
+    names = {**stock_llava, "data": Samples("llava", 8)}
+    names["prompts"] = ["<image> is this <image>", "what is <image>"]
+    snippets = snippets_of(DROPIN)
+    assert len(snippets) == 3  # the last one is TRL's, slow to import
+    for snippet in snippets[:2]:
+        quick = snippet.replace("max_steps=100", "max_steps=1, report_to=[], use_cpu=True")
+        exec(compile(quick, "docs/dropin.md", "exec"), names)
+    assert [*names["inputs"]["num_image_tokens"]] == [64, 256, 144]
+    assert names["out"].shape[1] == names["logits"].shape[1] + 64
+    assert names["model"].training
+
+
+@pytest.mark.slow
+def test_trl_of_the_drop_in_page_runs(stock_llava, tmp_path):
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "what is this"},
+                {"role": "assistant", "content": "a cat"},
+            ],
+            "images": [picture(i)],
+        }
+        for i in range(8)
+    ]
+    names = {
+        "counts": TokenCounts((4, 9), (1, 1)),
+        "data": datasets.Dataset.from_list(rows),
+        "arguments": trl.SFTConfig(
+            "runs", max_steps=1, report_to=[], use_cpu=True, bf16=False, max_length=None
+        ),
+    }
+    names["model"], names["processor"] = tokenflex.from_pretrained("path/to/a/model")
+    exec(compile(snippets_of(DROPIN)[2], "docs/dropin.md", "exec"), names)
+    names["trainer"].train()
+    assert names["trainer"].state.global_step == 1
+
+
+def test_the_readme_s_drop_in_snippet_runs(stock_llava):
+    (snippet,) = [s for s in snippets_of(README, "") if "path/to/a/llava" in s]
+    exec(compile(snippet, "README.md", "exec"), {**stock_llava, "tokenflex": tokenflex})
 
 
 LINKS = [

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.dropin.tiny import stock_model
+from tokenflex import replace_projector
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -49,3 +52,12 @@ def test_finetune_lora(run, tmp_path):
         assert float(after) < float(before)
         assert loaded == after
     assert (tmp_path / "model" / "config.json").exists()
+
+
+def test_finetune_lora_of_a_conversion_is_refused(run, tmp_path, capsys):
+    pytest.importorskip("peft")
+    replace_projector(stock_model("llava"), num_image_tokens=16).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        run("finetune_lora.py", "--model", tmp_path)
+    assert stopped.value.code == 2
+    assert "must be stock weights" in capsys.readouterr().err.splitlines()[-1]

@@ -180,6 +180,15 @@ def test_one_image_is_enough_but_holds_none_out():
     assert report.after < report.before
 
 
+@pytest.mark.parametrize(
+    ("default", "tokens"),
+    [(36, 36 + 9 + 4), (16, 16 + 4), (9, 9 + 1), (25, 25), ((4, 6), 24 + 6), ((6, 9), 54 + 6)],
+)
+def test_default_counts_to_fit_at_are_a_quarter_and_a_ninth_where_sides_divide(default, tokens):
+    model = replace_projector(stock_model("llava"), num_image_tokens=default)
+    assert fit_projector(model, image_inputs("llava", [1])).tokens == tokens
+
+
 @pytest.mark.parametrize("counts", [[10], ["9"], [TokenCounts()]])
 def test_counts_to_fit_at_must_be_counts(counts):
     with pytest.raises((TypeError, ValueError), match="num_tokens"):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tests.dropin.test_seam import TOLERANCE, converted, logits
 from tests.dropin.tiny import IMAGE, MODELS, PROMPTS, START, Prompt, batch, model_type, stock_model
-from tokenflex.dropin import pack_inputs
+from tokenflex.dropin import pack_inputs, seam
 from tokenflex.dropin.families import family_of
 
 SAMPLES = [*PROMPTS, Prompt([5, 6, 7], [], []), Prompt([8, START, IMAGE, 9], [4], [7])]
@@ -34,26 +34,78 @@ def test_packed_logits_are_those_of_each_sample_alone(name):
         assert float((rows - alone).abs().max()) < TOLERANCE
 
 
-def test_the_comparison_would_see_a_leak(name):
-    """The control: with a cache, or an attention mask, transformers joins the samples."""
+def test_boundaries_of_the_packed_row():
+    packed = pack_inputs(converted("llava"), batch("llava", SAMPLES))
+    lengths = batch("llava", SAMPLES)["attention_mask"].sum(1)
+    expected = [0, *lengths.cumsum(0).tolist()]
+    for side in "qk":
+        assert packed[f"cu_seq_lens_{side}"].tolist() == expected
+        assert packed[f"cu_seq_lens_{side}"].dtype == torch.int32
+        assert packed[f"max_length_{side}"] == int(lengths.max())
+
+
+def without_boundaries(packed) -> dict:
+    """As DataCollatorWithFlattening has it: positions alone say where samples start."""
+    boundaries = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "use_cache")
+    return {key: value for key, value in packed.items() if key not in boundaries}
+
+
+def test_the_comparison_would_see_a_leak(name, monkeypatch):
+    """The control: with a cache transformers joins the samples, where nobody refuses."""
     model = converted(name)
     packed = pack_inputs(model, batch(name, SAMPLES))
-    boundaries = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-    leaking = {key: value for key, value in packed.items() if key not in boundaries}
-    leaking["use_cache"] = True
-    together = logits(model, leaking)[0].split(lengths_of(packed))
+    monkeypatch.setattr(seam, "_check_packing", lambda family, kwargs: None)
+    together = logits(model, without_boundaries(packed))[0].split(lengths_of(packed))
     alone = logits(model, batch(name, [SAMPLES[1]]))[0]
     assert float((together[1] - alone).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize(
-    "change", [{"use_cache": True}, {"use_cache": None}, {"attention_mask": torch.ones(1, 3)}]
-)
-def test_a_packed_row_that_would_leak_is_refused(name, change):
+@pytest.mark.parametrize("change", [{"use_cache": True}, {"use_cache": None}, {"mask": 1}])
+@pytest.mark.parametrize("boundaries", [True, False], ids=["boundaries", "positions alone"])
+def test_a_packed_row_that_would_leak_is_refused(name, boundaries, change):
     model = converted(name)
-    packed = pack_inputs(model, batch(name, SAMPLES)) | change
+    packed = pack_inputs(model, batch(name, SAMPLES))
+    if not boundaries:
+        packed = {**without_boundaries(packed), "use_cache": False}
+    if "mask" in change:
+        change = {"attention_mask": torch.ones_like(packed["input_ids"])}
     with pytest.raises(ValueError, match="see each other"):
+        model(**packed | change)
+
+
+def test_positions_alone_keep_samples_apart_without_a_cache(name):
+    model = converted(name)
+    packed = pack_inputs(model, batch(name, SAMPLES))
+    alone = {**without_boundaries(packed), "use_cache": False}
+    assert float((logits(model, alone) - logits(model, packed)).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_frames_alone_do_not_keep_samples_apart(family):
+    model = converted(family)
+    packed = pack_inputs(model, batch(family, SAMPLES))
+    packed["position_ids"] = packed["position_ids"][1:]
+    with pytest.raises(ValueError, match=r"see each other; got shape \(3, 1, "):
         model(**packed)
+    one = batch(family, [SAMPLES[1]])  # within a sample frames stand still, but do not go back
+    expected = logits(model, one)
+    one["position_ids"] = pack_inputs(model, one)["position_ids"][1:]
+    del one["attention_mask"]
+    assert torch.allclose(logits(model, one), expected, atol=TOLERANCE)
+
+
+def test_samples_of_one_token_are_seen():
+    ids, positions = torch.tensor([[3, 4, 5]]), torch.tensor([[0, 0, 1]])
+    with pytest.raises(ValueError, match="see each other"):
+        converted("llava")(input_ids=ids, position_ids=positions)
+
+
+def test_padded_rows_with_positions_are_not_packed():
+    model, inputs = converted("llava"), batch("llava", SAMPLES)
+    mask = inputs["attention_mask"]
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)  # as generate counts them
+    given = logits(model, {**inputs, "position_ids": positions})
+    assert torch.allclose(given[:, -1], logits(model, inputs)[:, -1], atol=TOLERANCE)
 
 
 def test_loss_is_the_mean_over_the_samples_targets(name):
@@ -94,6 +146,9 @@ def test_families_that_cannot_be_packed_say_why(family):
     boundaries = torch.tensor([0, 3], dtype=torch.int32)
     with pytest.raises(ValueError, match="cannot be packed"):
         model(input_ids=torch.tensor([[3, 4, 5]]), cu_seq_lens_q=boundaries, use_cache=False)
+    positions = torch.tensor([[0, 1, 0]])
+    with pytest.raises(ValueError, match="cannot be packed"):
+        model(input_ids=torch.tensor([[3, 4, 5]]), position_ids=positions, use_cache=False)
 
 
 def test_what_pack_inputs_refuses():

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
+import numpy as np
 import pytest
 import torch
 
@@ -113,6 +116,21 @@ def test_counts_that_do_not_fit_the_images_are_refused(name):
     assert call(processor, images, text, num_image_tokens=9)["num_image_tokens"]
 
 
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple])
+def test_counts_may_be_an_array(kind):
+    _, processor = pair("llava")
+    inputs = call(processor, *prompts("llava"), num_image_tokens=kind([9, 25, 4]))
+    assert inputs["num_image_tokens"] == [9, 25, 4]
+    assert {type(count) for count in inputs["num_image_tokens"]} == {int}
+
+
+@pytest.mark.parametrize("counts", [np.array(9), torch.tensor(9), "9", 9.0, {9}])
+def test_counts_that_are_none_are_refused(counts):
+    _, processor = pair("llava")
+    with pytest.raises(TypeError, match=r"num_image_tokens must be .*int.* for all|per image"):
+        call(processor, *prompts("llava"), num_image_tokens=counts)
+
+
 def test_truncation_may_not_cut_an_image(name):
     _, processor = pair(name)
     images, text = prompts(name)
@@ -151,6 +169,31 @@ def test_copies_take_counts_too(duplicate):
     assert inputs["num_image_tokens"] == [4, 9, 16]
 
 
+def test_threads_may_share_a_processor():
+    """Each call waits, half-way, until the other one is as far."""
+    _, processor = pair("llava")
+    images, text = prompts("llava")
+    both = threading.Barrier(2, timeout=20)
+    stock_images = type(processor.image_processor).__call__
+
+    class Waiting(type(processor.image_processor)):
+        def __call__(self, *args, **kwargs):
+            both.wait()
+            inputs = stock_images(self, *args, **kwargs)
+            both.wait()
+            return inputs
+
+    processor.image_processor.__class__ = Waiting
+
+    def counts_of(counts):
+        inputs = call(processor, images, text, num_image_tokens=counts)
+        return inputs["num_image_tokens"], int((inputs["input_ids"] == IMAGE).sum())
+
+    asked = [[4, 9, 16], 25]
+    with ThreadPoolExecutor(2) as threads:
+        assert [*threads.map(counts_of, asked)] == [([4, 9, 16], 29), ([25] * 3, 75)]
+
+
 def test_counts_are_drawn_per_prompt():
     _, processor = pair("llava")
     images, text = prompts("llava")
@@ -181,11 +224,18 @@ def test_workers_draw_different_counts():
     assert epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize("counts", [10, 0, "9", [9]])
+@pytest.mark.parametrize("counts", [10, 0, "9", [9], [2, 3]])
 def test_default_count_must_be_a_count(counts):
     _, processor = pair("llava")
     with pytest.raises((TypeError, ValueError), match="image_token_counts"):
         processor.image_token_counts = counts
+
+
+@pytest.mark.parametrize("options", [{"multi_page": True}, {"images_kwargs": {"multi_page": True}}])
+def test_pages_of_one_prompt_are_refused(options):
+    _, processor = pair("got_ocr2")
+    with pytest.raises(ValueError, match=r"multi_page.*one image per prompt"):
+        call(processor, [[picture(1), picture(2)]], ["<imgpad> what"], **options)
 
 
 def test_videos_are_refused():

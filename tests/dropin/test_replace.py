@@ -135,6 +135,27 @@ def test_grid_as_default_count_survives_saving(tmp_path):
     assert torch.equal(logits(loaded.eval(), inputs), logits(model, inputs))
 
 
+def test_where_a_checkpoint_is_holds_for_its_config_and_processor(tmp_path):
+    model, processor = stock_model("llava"), stock_processor("llava")
+    replace_projector(model, processor, num_image_tokens=16)
+    model.save_pretrained(tmp_path / "inner")
+    processor.save_pretrained(tmp_path / "inner")
+    loaded, loaded_processor = tokenflex.from_pretrained(tmp_path, subfolder="inner")
+    assert loaded_processor.image_token_counts == 16
+    inputs = batch("llava", PROMPTS)
+    assert torch.equal(logits(loaded.eval(), inputs), logits(model, inputs))
+
+
+def test_default_count_is_one_for_all_images(tmp_path):
+    model = stock_model("llava")
+    with pytest.raises(TypeError, match=r"num_image_tokens must be one count.*\[64, 256\]"):
+        replace_projector(model, num_image_tokens=[64, 256])
+    assert not hasattr(model.config, "tokenflex")
+    converted("llava").save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="num_image_tokens must be one count"):
+        tokenflex.from_pretrained(tmp_path, num_image_tokens=[4, 9], processor=a_processor())
+
+
 def test_default_count_may_change_on_loading(tmp_path):
     converted("llava").save_pretrained(tmp_path)
     model, processor = tokenflex.from_pretrained(

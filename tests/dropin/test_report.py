@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from tests.dropin import report
 from tests.dropin.report import COLUMNS, PAGE, REPORT, Outcomes, with_tables
 from tests.dropin.test_packing import REFUSED
 from tests.dropin.tiny import MODELS, model_type
@@ -59,4 +60,25 @@ def test_outcomes_of_a_run_become_cells():
     assert cells["llava"] == "yes"
     assert cells["llava-pixtral"] == "no"
     assert cells["mistral3"] == "not run"
-    assert cells["gemma3"] == "refused"
+    assert cells["gemma3"] == "not run"
+    (packing,) = COLUMNS["packing"]
+    assert outcomes.report()["families"]["gemma3"]["packing"] == "not run"
+    outcomes.add(Said(f"a.py::{packing}[llava]", "passed"))
+    assert outcomes.report()["families"]["gemma3"]["packing"] == "refused"
+
+
+def test_a_run_of_some_tests_rewrites_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "REPORT", tmp_path / "report.json")
+    monkeypatch.setattr(report, "PAGE", tmp_path / "page.md")
+    outcomes = Outcomes()
+    for test in COLUMNS["one count"]:
+        for name in MODELS:
+            outcomes.add(Said(f"a.py::{test}[{name}-9]", "passed"))
+    with pytest.raises(ValueError, match=r"lacks count per image, .*, loss_at_step_0$"):
+        report.write(outcomes.report())
+    with pytest.raises(ValueError, match="lacks relative_error"):
+        report.write({**REPORTED, "relative_error": {}})
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "page.md").write_text(PAGE.read_text("utf-8"), "utf-8")
+    report.write(REPORTED)
+    assert json.loads((tmp_path / "report.json").read_text("utf-8")) == REPORTED

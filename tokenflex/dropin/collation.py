@@ -49,7 +49,8 @@ class ImageTextCollator:
         """A batch.
 
         Raises:
-            ValueError: samples of both kinds, or of none.
+            ValueError: samples of both kinds, or of none, or a number of images that the family's
+                processor does not take.
         """
         options: dict[str, Any] = {"padding": True, "padding_side": "right"}
         if all("messages" in sample for sample in samples):
@@ -67,9 +68,7 @@ class ImageTextCollator:
             images = [len(sample.get("images") or []) for sample in samples]
             options["num_image_tokens"] = self._counts(samples, images)
             batch = self.processor(
-                images=[list(sample.get("images") or []) for sample in samples]
-                if any(images)
-                else None,
+                images=self._nested_or_flat(samples) if any(images) else None,
                 text=[sample["text"] for sample in samples],
                 return_tensors="pt",
                 **options,
@@ -92,6 +91,19 @@ class ImageTextCollator:
             for sample, number in zip(samples, images, strict=True)
             for count in [self._draw(sample)] * number
         ]
+
+    def _nested_or_flat(self, samples: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """The images of each sample, as the family's processor wants them."""
+        images = [list(sample.get("images") or []) for sample in samples]
+        family = self.processor._tokenflex_family
+        if not family.flat_images:
+            return images
+        if any(len(of_sample) != 1 for of_sample in images):
+            raise ValueError(
+                f"samples of {family.model_type} must have one image each, got "
+                f"{[len(of_sample) for of_sample in images]}"
+            )
+        return [image for (image,) in images]
 
     def _draw(self, sample: Mapping[str, Any]) -> int:
         assert self._stream is not None

@@ -49,6 +49,7 @@ class Family:
     patch_merge: str | int = 1
     stock_tokens: Callable[..., torch.Tensor] | None = None
     tiles: Callable[[Any, Any, int], int] | None = None
+    flat_images: bool = False
     no_packing: str = ""
 
     def stock_patch_merge(self, config: Any) -> int:
@@ -82,6 +83,7 @@ def register_family(
     patch_merge: str | int = 1,
     stock_tokens: Callable[..., torch.Tensor] | None = None,
     tiles: Callable[[Any, Any, int], int] | None = None,
+    flat_images: bool = False,
     no_packing: str = "",
 ) -> Callable[[Callable[..., PatchGrids | Deepstack]], Callable[..., PatchGrids | Deepstack]]:
     """Teach :func:`tokenflex.replace_projector` a family of models; decorates its patch grids.
@@ -114,6 +116,8 @@ def register_family(
         tiles: how many inputs of the vision encoder the processor makes of an image: called with
             the processor, what its image processor returned, and the image's index. Needed where
             several tiles share one run of placeholders; a tile per run if None.
+        flat_images: the processor takes the images of several prompts as one list, one image a
+            prompt, not as a list per prompt.
         no_packing: why samples of these models cannot be packed into one row; "" if they can.
 
     Raises:
@@ -142,6 +146,7 @@ def register_family(
                 patch_merge=patch_merge,
                 stock_tokens=stock_tokens,
                 tiles=tiles,
+                flat_images=flat_images,
                 no_packing=no_packing,
             )
         return patch_grids
@@ -337,6 +342,7 @@ def _aya_vision(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids:
     vision_width="output_channels",
     patch_merge=4,  # two convolutions of stride 2
     tiles=_tiles_of_one_run,
+    flat_images=True,
 )
 def _got_ocr2(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids:
     features = base.vision_tower(pixel_values.to(base.dtype)).last_hidden_state

@@ -62,12 +62,13 @@ def fit_projector(
     hidden width.
 
     Args:
-        model: converted by :func:`tokenflex.replace_projector`, which kept the stock projector.
+        model: converted by :func:`tokenflex.replace_projector`, which kept the stock projector;
+            with or without PEFT.
         images: a handful of pictures for ``processor``, or image inputs of the model as a dict
             ("pixel_values" and what comes with them).
         processor: the model's; may be None for a dict.
         counts: the counts to imitate at; the default count, a quarter and a ninth of it (as far as
-            those are squares) if None.
+            its sides divide) if None.
 
     Returns:
         The errors before and after.
@@ -75,6 +76,7 @@ def fit_projector(
     Raises:
         ValueError: the model is not converted in place, or there are no images.
     """
+    model = seam.unwrapped(model)
     stock = seam.stock_projector_of(model) if seam.is_converted(model) else None
     if stock is None:
         raise ValueError(

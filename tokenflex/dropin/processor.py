@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,8 +37,18 @@ class _State:
 
     image_token: str
     counts: TokenCount | CountStream
-    asked: Grid | list[Grid] | None = None  # of the call that is under way
+
+
+@dataclass
+class _Call:
+    """A call of a converted processor that is under way."""
+
+    asked: Grid | list[Grid]
     tiles: list[list[TokenCount]] = field(default_factory=list)
+
+
+# Of this thread or task alone: one processor may serve several at a time.
+_CALL: ContextVar[_Call | None] = ContextVar("_CALL", default=None)
 
 
 def convert_processor(processor: Any, config: Any, num_image_tokens: TokenCount) -> Any:
@@ -76,6 +86,20 @@ def convert_processor(processor: Any, config: Any, num_image_tokens: TokenCount)
     return processor
 
 
+def check_default_count(count: Any, *, name: str) -> None:
+    """Refuse what is not one count for all images; a list would be one per image.
+
+    Raises:
+        TypeError: neither an int nor an (h, w) tuple of ints.
+        ValueError: not a perfect square, or a side below 1.
+    """
+    if isinstance(count, list):
+        raise TypeError(
+            f"{name} must be one count for all images, an int or an (h, w) tuple, got {count!r}"
+        )
+    token_grid(count, name=name)
+
+
 def restore_processor(processor: Any) -> Any:
     """The stock processor again, in place; one that is not converted stays as it is."""
     if hasattr(type(processor), "_tokenflex_family"):
@@ -100,13 +124,19 @@ def processor_variant(stock: Any, family: Family) -> Any:
                 f"{family.model_type} with a token-adaptive projector takes images only so far; "
                 "give the frames of a video as images"
             )
+        if kwargs.get("multi_page") or (kwargs.get("images_kwargs") or {}).get("multi_page"):
+            raise ValueError(
+                f"multi_page is not for a {family.model_type} with a token-adaptive projector: its "
+                "pages share one run of placeholders; give one image per prompt"
+            )
         state: _State = self._tokenflex
-        state.asked, state.tiles = _asked(state, num_image_tokens, images), []
+        this = _Call(_asked(state, num_image_tokens, images))
+        before = _CALL.set(this)
         try:
             inputs = stock.__call__(self, *args, **kwargs)
-            tiles = state.tiles
         finally:
-            asked, state.asked, state.tiles = state.asked, None, []
+            _CALL.reset(before)
+        asked, tiles = this.asked, this.tiles
         if isinstance(asked, list) and len(asked) != len(tiles):
             raise ValueError(
                 f"num_image_tokens must have one entry per image: got {len(asked)} entries for "
@@ -131,9 +161,12 @@ def processor_variant(stock: Any, family: Family) -> Any:
                 f"image {image_idx} has {tiles} tiles, but {runs} runs of placeholders in "
                 f"{stock_text!r}"
             )
-        height, width = _grid_of(state, image_idx)
+        this = _CALL.get()
+        if this is None:
+            raise ValueError("replace_image_token is part of a call of the processor")
+        height, width = _grid_of(this.asked, image_idx)
         count: TokenCount = height * width if height == width else (height, width)
-        state.tiles.append([count] * tiles)
+        this.tiles.append([count] * tiles)
         return run.sub(state.image_token * (height * width * (tiles // runs)), text)
 
     def image_token_counts(self: Any) -> TokenCount | TokenCounts:
@@ -145,7 +178,7 @@ def processor_variant(stock: Any, family: Family) -> Any:
         if isinstance(counts, TokenCounts):
             self._tokenflex.counts = CountStream(counts)
         else:
-            token_grid(counts, name="image_token_counts")
+            check_default_count(counts, name="image_token_counts")
             self._tokenflex.counts = counts
 
     methods = {
@@ -164,8 +197,8 @@ def _asked(state: _State, counts: Any, images: Any) -> Grid | list[Grid]:
         counts = state.counts
     if is_one_count(counts):
         return token_grid(counts, name="num_image_tokens")
-    number = len(counts) if isinstance(counts, (Sequence, torch.Tensor)) else -1
-    return token_grids(counts, number, name="num_image_tokens")
+    entries = getattr(counts, "ndim", 1) and hasattr(counts, "__len__")  # a 0-d array has no length
+    return token_grids(counts, len(counts) if entries else 0, name="num_image_tokens")
 
 
 def _drawn(counts: CountStream, images: Any) -> list[Grid]:
@@ -191,10 +224,7 @@ def _check_all_there(inputs: BatchFeature, image_token_id: int) -> None:
         raise ValueError(f"truncation must not cut vision tokens: {kept} of {expected} are left")
 
 
-def _grid_of(state: _State, image_idx: int) -> Grid:
-    asked = state.asked
-    if asked is None:
-        raise ValueError("replace_image_token is part of a call of the processor")
+def _grid_of(asked: Grid | list[Grid], image_idx: int) -> Grid:
     if isinstance(asked, tuple):
         return asked
     if image_idx >= len(asked):

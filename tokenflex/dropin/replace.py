@@ -9,11 +9,11 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from tokenflex.counts import TokenCount, token_grid
+from tokenflex.counts import TokenCount
 from tokenflex.dropin import seam
 from tokenflex.dropin.families import family_of
 from tokenflex.dropin.fitting import fit_projector
-from tokenflex.dropin.processor import convert_processor, restore_processor
+from tokenflex.dropin.processor import check_default_count, convert_processor, restore_processor
 from tokenflex_kernels._checks import check_count
 from tokenflex_kernels.axis_weights import check_mode
 
@@ -81,7 +81,7 @@ def replace_projector(
             "model has a token-adaptive projector already; restore_projector brings the stock one "
             "back"
         )
-    token_grid(num_image_tokens, name="num_image_tokens")
+    check_default_count(num_image_tokens, name="num_image_tokens")
     if init is None:
         init = "random" if images is None else "fit"
     if init not in ("fit", "random"):
@@ -130,7 +130,7 @@ def restore_projector(model: Any, processor: Any = None) -> Any:
     """Bring the stock projector back, in place: the model as before :func:`replace_projector`.
 
     Args:
-        model: a model converted in place.
+        model: a model converted in place, with or without PEFT.
         processor: its processor.
 
     Returns:
@@ -140,20 +140,21 @@ def restore_projector(model: Any, processor: Any = None) -> Any:
         ValueError: the model is not converted, or was loaded as a conversion, which does not hold
             the stock projector.
     """
-    if not seam.is_converted(model):
+    inner = seam.unwrapped(model)
+    if not seam.is_converted(inner):
         raise ValueError("model has its stock projector: there is nothing to restore")
-    stock = seam.stock_projector_of(model)
+    stock = seam.stock_projector_of(inner)
     if stock is None:
         raise ValueError(
             "model was loaded as a conversion, which does not hold the stock projector: load the "
             "stock model instead"
         )
-    family = family_of(model.config)
-    reference = next(model.base_model.get_submodule(family.projector).parameters())
+    family = family_of(inner.config)
+    reference = next(inner.base_model.get_submodule(family.projector).parameters())
     # What moved or changed dtype since then did so without the stock projector.
-    stock.to(reference.device, reference.dtype).train(model.training)
-    seam.uninstall(model)
-    del model.config.tokenflex
+    stock.to(reference.device, reference.dtype).train(inner.training)
+    seam.uninstall(inner)
+    del inner.config.tokenflex
     if processor is not None:
         restore_processor(processor)
     return model
@@ -220,7 +221,7 @@ def from_pretrained(
             f"{', '.join(missing)} is missing"
         )
     if num_image_tokens is not None:
-        token_grid(num_image_tokens, name="num_image_tokens")
+        check_default_count(num_image_tokens, name="num_image_tokens")
         config.tokenflex["num_image_tokens"] = num_image_tokens
     stock_class = AutoModelForImageTextToText._model_mapping[type(config)]
     model, loading = seam.model_variant(stock_class, family).from_pretrained(

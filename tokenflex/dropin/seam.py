@@ -239,7 +239,8 @@ def _before_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 
 def _check_packing(family: Family, kwargs: dict[str, Any]) -> None:
     """A packed row must be one the family keeps apart, and must not create a cache."""
-    if kwargs.get("cu_seq_lens_q") is None:
+    starts_again = _positions_start_again(kwargs)
+    if kwargs.get("cu_seq_lens_q") is None and not starts_again:
         return
     if family.no_packing:
         raise ValueError(f"{family.model_type} cannot be packed: {family.no_packing}")
@@ -249,6 +250,31 @@ def _check_packing(family: Family, kwargs: dict[str, Any]) -> None:
             f"other; got use_cache={kwargs.get('use_cache')} and attention_mask "
             f"{'None' if kwargs.get('attention_mask') is None else 'given'}"
         )
+    if starts_again and len(kwargs["position_ids"]) == 3 and kwargs["position_ids"].ndim == 3:
+        raise ValueError(
+            "packed rows need position_ids [4, 1, total], text positions first, or samples would "
+            f"see each other; got shape {tuple(kwargs['position_ids'].shape)}"
+        )
+
+
+def _positions_start_again(kwargs: dict[str, Any]) -> bool:
+    """Whether a row holds several samples: positions that do not go up between two tokens."""
+    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    past = kwargs.get("past_key_values")
+    if positions is None or (past is not None and past.get_seq_length()):
+        return False
+    if mask is not None and not (
+        isinstance(mask, torch.Tensor) and mask.shape[1:] == positions.shape[-1:]
+    ):
+        return False  # one [.., L, L], or one per kind of layer, says itself what sees what
+    # M-RoPE: row 0 of four is of text positions; of three, of frames, the same within an image.
+    frames = positions.ndim == 3 and len(positions) == 3
+    steps = (positions[0] if positions.ndim == 3 else positions).diff(dim=-1)
+    starts = steps < (0 if frames else 1)
+    if mask is not None:  # padding is no sample
+        seen = mask.bool()
+        starts = starts & seen[:, 1:] & seen[:, :-1]
+    return bool(starts.any())
 
 
 def _set_rope_positions(base: Any, kwargs: dict[str, Any], counts: Any) -> None:

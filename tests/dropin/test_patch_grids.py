@@ -1,0 +1,155 @@
+"""Each family's patch grids are what its stock projector is given, on images that are not square.
+
+The stock model is the witness: what goes into its projector, during its own ``get_image_features``.
+"""
+
+from __future__ import annotations
+
+from math import isqrt
+
+import pytest
+import torch
+
+from tests.dropin.test_seam import converted
+from tests.dropin.tiny import (
+    PATCH,
+    PIXELS,
+    VISION_WIDTH,
+    image_inputs,
+    model_type,
+    pixels,
+    stock_model,
+)
+from tokenflex.dropin import seam
+from tokenflex.dropin.families import family_of
+
+WIDE, TALL = (4, 8), (6, 2)  # patches
+
+
+def inputs_of(name: str) -> dict:
+    """Image inputs of unequal shapes and several tiles, where the family knows such."""
+    if name in ("mistral3", "llava-pixtral"):
+        sizes = torch.tensor([[side * PATCH for side in grid] for grid in (WIDE, TALL)])
+        return {"pixel_values": pixels(2, 3, PIXELS, PIXELS), "image_sizes": sizes}
+    if name.startswith("qwen"):
+        grid = torch.tensor([[1, *WIDE], [1, *TALL]])
+        return {
+            "pixel_values": pixels(4 * 8 + 6 * 2, 3 * 2 * PATCH * PATCH),
+            "image_grid_thw": grid,
+        }
+    if name == "lfm2_vl":
+        mask = torch.zeros(2, 32, dtype=torch.long)
+        mask[0], mask[1, :12] = 1, 1
+        return {
+            "pixel_values": pixels(2, 32, 3 * PATCH * PATCH),
+            "spatial_shapes": torch.tensor([WIDE, TALL]),
+            "pixel_attention_mask": mask,
+        }
+    if name in ("llava_next", "llava_onevision"):
+        # a grid of 1 x 2 tiles and the whole image; and one of 1 x 1, filled up with a tile
+        sizes = torch.tensor([[60, 130], [64, 64]])
+        values = pixels(2, 3, 3, PIXELS, PIXELS)
+        values[1, 2] = 0
+        return {"pixel_values": values, "image_sizes": sizes}
+    if model_type(name) in ("idefics3", "smolvlm"):
+        mask = torch.ones(2, 2, PIXELS, PIXELS, dtype=torch.bool)
+        mask[0, 1, 40:] = False  # the lower part of a tile is padding
+        values = pixels(2, 2, 3, PIXELS, PIXELS)
+        values[1, 1] = 0  # the second prompt has one tile only
+        return {"pixel_values": values, "pixel_attention_mask": mask}
+    return image_inputs(name, [1, 2])
+
+
+def given_to_stock_projector(name: str, inputs: dict, **config) -> torch.Tensor:
+    """[patches, C], in the order of the stock model."""
+    model = stock_model(name)
+    for field, value in config.items():
+        setattr(model.config, field, value)
+    base = model.base_model
+    projector = base.get_submodule(family_of(model.config).stock_projector)
+    caught = []
+    projector.register_forward_pre_hook(
+        lambda module, args, kwargs: caught.append((*args, *kwargs.values())[0]), with_kwargs=True
+    )
+    with torch.no_grad():
+        base.get_image_features(**inputs)
+    if name == "got_ocr2":
+        caught = [features.permute(0, 2, 3, 1) for features in caught]
+    if name == "internvl":  # its patches stand side by side already
+        caught = [unshuffled(cells) for cells in caught]
+    return torch.cat([features.flatten(0, -2) for features in caught])
+
+
+def unshuffled(cells: torch.Tensor) -> torch.Tensor:
+    """[images, n * n, 4 * C] -> [images, 2 * n, 2 * n, C]"""
+    side = isqrt(cells.shape[1])
+    parts = cells.unflatten(1, (side, side)).unflatten(-1, (2, 2, -1))
+    patches = cells.new_empty(len(cells), 2 * side, 2 * side, parts.shape[-1])
+    for i in range(2):
+        for j in range(2):
+            patches[:, i::2, j::2] = parts[:, :, :, i, j]
+    return patches
+
+
+def cells_in_raster_order(rows: torch.Tensor, grids: list) -> torch.Tensor:
+    """Qwen's rows, 2 x 2 patches of a cell after one another -> patches row by row."""
+    rows, images = iter(rows), []
+    for height, width in grids:
+        image = torch.empty(height, width, VISION_WIDTH)
+        for i in range(0, height, 2):
+            for j in range(0, width, 2):
+                for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                    image[i + a, j + b] = next(rows)
+        images.append(image.flatten(0, 1))
+    return torch.cat(images)
+
+
+@torch.no_grad()
+def test_patch_grids_are_what_the_stock_projector_is_given(name):
+    model, inputs = converted(name), inputs_of(name)
+    rows, grids = seam.flat_grids(family_of(model.config).patch_grids(model.base_model, **inputs))
+    if any(key in inputs for key in ("image_grid_thw", "spatial_shapes")) or name in (
+        "mistral3",
+        "llava-pixtral",
+    ):
+        assert grids == [WIDE, TALL]
+    stock = given_to_stock_projector(name, inputs)
+    if name == "qwen2_5_vl":  # its tower goes by windows, and puts cells in order afterwards
+        windows = pytest.importorskip("transformers.vision_utils")
+        vision = model.config.vision_config
+        order, _ = windows.get_vision_window_index(
+            inputs["image_grid_thw"], vision.spatial_merge_size, vision.window_size, PATCH
+        )
+        stock = stock.unflatten(0, (-1, 4))[torch.argsort(order)].flatten(0, 1)
+    if name.startswith("qwen"):
+        stock = cells_in_raster_order(stock, grids)
+    assert rows.shape == stock.shape
+    assert torch.allclose(rows, stock, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["internvl", "llava", "llava_next", "aya_vision", "mistral3"])
+def test_an_earlier_layer_is_the_one_of_the_stock_model(family):
+    model, inputs = converted(family), inputs_of(family)
+    model.config.vision_feature_layer = 1
+    rows, _ = seam.flat_grids(family_of(model.config).patch_grids(model.base_model, **inputs))
+    stock = given_to_stock_projector(family, inputs, vision_feature_layer=1)
+    assert torch.allclose(rows, stock, atol=1e-6)
+    last = given_to_stock_projector(family, inputs, vision_feature_layer=-1)
+    assert not torch.allclose(rows, last, atol=1e-5)
+
+
+@torch.no_grad()
+def test_deepstack_maps_are_pooled_to_each_token_grid():
+    model, inputs = converted("qwen3_vl"), inputs_of("qwen3_vl")
+    stock = stock_model("qwen3_vl").base_model.get_image_features(**inputs).deepstack_features
+    counts = [(2, 3), (1, 1)]
+    pooled = model.base_model.get_image_features(**inputs, num_image_tokens=counts)
+    assert len(pooled.deepstack_features) == len(stock) == 2
+    for layer, expected in zip(pooled.deepstack_features, stock, strict=True):
+        images = torch.cat([*expected]).split([2 * 4, 3 * 1])  # half the patches a side
+        for tokens, image, cells, grid in zip(layer, images, [(2, 4), (3, 1)], counts, strict=True):
+            grids = image.unflatten(0, cells).permute(2, 0, 1)
+            means = torch.nn.functional.adaptive_avg_pool2d(grids, grid)
+            assert float(means.abs().max()) > 0.01
+            assert torch.allclose(tokens, means.flatten(1).T, atol=1e-5)
