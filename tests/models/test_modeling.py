@@ -7,13 +7,20 @@ import math
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from tests.models.tiny import (
     IMAGE,
     PAD,
     PATCH,
     PIXELS,
+    VOCABULARY,
     WIDTH,
     padded_batch,
     pixels,
@@ -491,6 +498,92 @@ def test_projector_starts_at_the_scale_of_its_width(build):
         assert float(linear.bias.abs().max()) > 0.5 * bound
     assert torch.equal(projector.layernorm.weight, torch.ones(WIDTH))
     assert torch.equal(projector.layernorm.bias, torch.zeros(WIDTH))
+
+
+# ---- language models of other families
+
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "pad_token_id": PAD, "eos_token_id": None}
+LLAMA_LIKE = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
+FAMILIES = {
+    "cohere": {**LLAMA_LIKE, "logit_scale": 0.3},
+    "granite": {**LLAMA_LIKE, "logits_scaling": 5.0},
+    "gemma2": {**LLAMA_LIKE, "head_dim": 8, "final_logit_softcapping": 0.7},
+    "gpt2": {**SMALL, "max_position_embeddings": 64},  # tied, its table called wte
+    "opt": {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": WIDTH},  # tied, inside a decoder
+    "phi": LLAMA_LIKE,  # its head has a bias
+}
+
+
+def causal_model(family: str, **changes):
+    """A random one with a head large enough for a cap to bend its logits."""
+    config = CONFIG_MAPPING[family](**{**FAMILIES[family], **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        language = AutoModelForCausalLM.from_config(config).eval()
+        torch.nn.init.normal_(language.get_output_embeddings().weight, std=0.3)
+        if language.get_output_embeddings().bias is not None:
+            torch.nn.init.normal_(language.get_output_embeddings().bias)
+    return language
+
+
+def around(language) -> TokenFlexForConditionalGeneration:
+    config = TokenFlexConfig(vision_config(), language.config, image_token_id=IMAGE)
+    vision = AutoModel.from_config(config.vision_config)
+    return TokenFlexForConditionalGeneration.from_parts(config, vision, language).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_a_family_are_its_own_and_survive_saving(tmp_path, family):
+    language = causal_model(family)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = language(input_ids=ids).logits
+        model = around(language)
+        assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-6)
+        assert float((model.lm_head(torch.ones(1, WIDTH))).abs().max()) > 0.7
+    model.save_pretrained(tmp_path)
+    loaded, info = TokenFlexForConditionalGeneration.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    tied = bool(language.config.tie_word_embeddings)
+    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
+    inputs = one_image(9, 9)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**inputs).logits, model(**inputs).logits)
+    answer = model.generate(**inputs, **GENERATION)
+    assert torch.equal(loaded.generate(**inputs, **GENERATION), answer)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("hyperclovax", {**LLAMA_LIKE, "logits_scaling": 2.0}, "logits_scaling.*hyperclovax.*2.0"),
+        ("falcon_h1", {**LLAMA_LIKE, "lm_head_multiplier": 0.5}, "lm_head_multiplier.*0.5"),
+        ("mamba", {"hidden_size": WIDTH, "num_hidden_layers": 1}, "past_key_values.*mamba"),
+        ("opt", {**FAMILIES["opt"], "word_embed_proj_dim": 16}, "opt.*hidden_size 32.*16"),
+        ("qwen2_vl_text", LLAMA_LIKE, "text_config must be of a causal.*qwen2_vl_text"),
+    ],
+)
+def test_language_models_whose_logits_are_not_known_are_refused(family, changes, words):
+    config = TokenFlexConfig(vision_config(), CONFIG_MAPPING[family](**changes), image_token_id=3)
+    with torch.device("meta"), pytest.raises(ValueError, match=words):
+        TokenFlexForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (torch.nn.Linear(WIDTH, VOCABULARY), "no bias, got .* a bias"),
+        (torch.nn.Linear(WIDTH, 70, bias=False), r"\[64, 32\].*\[70, 32\]"),
+    ],
+)
+def test_from_parts_refuses_a_head_that_could_not_be_loaded_again(head, words):
+    language = AutoModelForCausalLM.from_config(text_config())
+    language.set_output_embeddings(head)
+    with pytest.raises(ValueError, match=words):
+        around(language)
 
 
 # ---- configuration

@@ -20,8 +20,9 @@ class TokenFlexConfig(PretrainedConfig):
     Args:
         vision_config: config, or dict with a ``model_type``, of any transformers vision encoder
             that returns patch features as ``last_hidden_state``; SigLIP by default.
-        text_config: config, or dict with a ``model_type``, of any transformers causal language
-            model; Qwen2 by default.
+        text_config: config, or dict with a ``model_type``, of a transformers causal language model
+            with ``inputs_embeds`` and a ``past_key_values`` cache; Qwen2 by default. What it
+            does to its logits must be known (:mod:`tokenflex.models.head`); others are refused.
         image_token_id: the placeholder that stands for one vision token in ``input_ids``.
         num_image_tokens: vision tokens per image where a call names no count.
         pooling: "adaptive" (the paper) or "resize" (the released model).
@@ -67,7 +68,8 @@ class TokenFlexConfig(PretrainedConfig):
             for i, count in enumerate(trained_num_image_tokens):
                 token_grid(count, name=f"trained_num_image_tokens[{i}]")
         self.trained_num_image_tokens = trained_num_image_tokens
-        kwargs.setdefault("tie_word_embeddings", bool(self.text_config.tie_word_embeddings))
+        tied = getattr(self.text_config, "tie_word_embeddings", False)
+        kwargs.setdefault("tie_word_embeddings", bool(tied))
         super().__init__(**kwargs)
 
 
