@@ -475,6 +475,24 @@ def test_from_parts_follows_the_dtype_of_the_language_model():
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("encoder", [torch.float32, torch.bfloat16])
+def test_parts_of_different_dtypes_work_together(encoder):
+    vision = AutoModel.from_config(vision_config()).to(encoder)
+    other = torch.bfloat16 if encoder == torch.float32 else torch.float32
+    language = AutoModelForCausalLM.from_config(text_config()).to(other)
+    model = TokenFlexForConditionalGeneration.from_parts(
+        TokenFlexConfig(vision.config, language.config, image_token_id=IMAGE), vision, language
+    )
+    inputs = one_image(9, 9)
+    output = model(**inputs, labels=inputs["input_ids"])
+    assert output.logits.dtype == other
+    output.loss.backward()
+    gradient = model.model.vision_model.get_input_embeddings().weight.grad
+    assert gradient.dtype == encoder
+    assert float(gradient.float().abs().max()) > 0
+    assert model.eval().generate(**inputs, **GENERATION).shape[0] == 1
+
+
 def build_fresh():
     return TokenFlexForConditionalGeneration(tiny_config())
 

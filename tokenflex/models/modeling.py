@@ -128,7 +128,10 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         self._warn_of_unknown(out_grids)
         # Without images too: in distributed training every rank must run the same modules.
         in_grids = list(encoded_images.grids)
-        tokens = self.projector(encoded_images.features, out_grids, grids=in_grids)
+        features, dtype = encoded_images.features, next(self.projector.parameters()).dtype
+        if dtype != torch.float32:  # float32 weights serve any features, others their own type
+            features = features.to(dtype)
+        tokens = self.projector(features, out_grids, grids=in_grids)
         return BaseModelOutputWithPooling(
             last_hidden_state=encoded_images.features,
             pooler_output=list(tokens.split([height * width for height, width in out_grids])),
