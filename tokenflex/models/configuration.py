@@ -33,7 +33,8 @@ class TokenFlexConfig(PretrainedConfig):
 
     Raises:
         TypeError: a value is not of the kind described above.
-        ValueError: an unknown ``model_type`` or ``pooling``, a count that is no square grid.
+        ValueError: an unknown ``model_type`` or ``pooling``, a count that is no square grid, a
+            vision encoder without ``hidden_size`` or ``patch_size``.
     """
 
     model_type = "tokenflex"
@@ -52,6 +53,12 @@ class TokenFlexConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         self.vision_config = _sub_config("vision_config", vision_config, "siglip_vision_model")
+        for field in ("hidden_size", "patch_size"):
+            if getattr(self.vision_config, field, None) is None:
+                raise ValueError(
+                    f"vision_config must have {field}, and model_type "
+                    f"{self.vision_config.model_type!r} has none"
+                )
         self.text_config = _sub_config("text_config", text_config, "qwen2")
         if isinstance(image_token_id, bool) or not isinstance(image_token_id, int):
             raise TypeError(f"image_token_id must be an int, got {image_token_id!r}")
