@@ -137,6 +137,15 @@ def test_swapped_counts_of_two_rows_name_row_placeholders_and_counts():
     assert "[4, 9]" in str(error.value)  # the placeholders
 
 
+def test_swapped_counts_are_seen_where_a_row_ends_and_the_next_begins_with_an_image():
+    """No text stands between the two runs, but the end of a row does."""
+    rows = [[5] * 5 + [IMAGE] * 4, [IMAGE] * 9]
+    inputs = {"input_ids": torch.tensor(rows), "pixel_values": pixels(2)}
+    assert tiny_model()(**inputs, num_image_tokens=[4, 9]).logits.shape[:2] == (2, 9)
+    with pytest.raises(ValueError, match=r"row 0 .*image 0.* 4 of its 9"):
+        tiny_model()(**inputs, num_image_tokens=[9, 4])
+
+
 def test_swapped_counts_inside_one_row_are_seen_where_text_separates_them():
     inputs = prompt([5, IMAGE, 6, IMAGE, 7], [4, 9]).inputs()
     with pytest.raises(ValueError, match=r"row 0 .*image 0.* 4 of its 9"):
@@ -343,6 +352,16 @@ def test_loss_is_the_mean_over_labels_that_are_not_ignored():
     assert float(output.loss) == pytest.approx(float(torch.stack(expected).mean()), abs=1e-5)
 
 
+def test_num_items_in_batch_is_what_the_loss_is_divided_by():
+    """As the Trainer asks it, so that accumulated micro-batches weigh every token alike."""
+    model, inputs = tiny_model(), prompts()[1].inputs()
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
+    with torch.no_grad():
+        mean = model(**inputs, labels=labels).loss
+        part = model(**inputs, labels=labels, num_items_in_batch=24).loss
+    assert float(part) == pytest.approx(float(mean) * 6 / 24, rel=1e-5)
+
+
 # ---- saving and loading
 
 
@@ -465,6 +484,14 @@ def test_from_parts_survives_saving(tmp_path):
     loaded = TokenFlexForConditionalGeneration.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(loaded(**one_image(9, 9)).logits, model(**one_image(9, 9)).logits)
+
+
+def test_from_parts_answers_as_the_language_model_was_saved_to():
+    language = AutoModelForCausalLM.from_config(text_config())
+    language.generation_config.eos_token_id = [5, 6]
+    language.generation_config.max_new_tokens = 3
+    assert around(language).generation_config.eos_token_id == [5, 6]
+    assert around(language).generation_config.max_new_tokens == 3
 
 
 def test_from_parts_follows_the_dtype_of_the_language_model():
