@@ -95,3 +95,12 @@ def test_answers_end_where_the_model_says_or_else_the_tokenizer(monkeypatch, end
     )
     list(answer_at_counts(model, processor, [picture(1)], "<image> odd", (4,), max_new_tokens=2))
     assert {str(options["eos_token_id"]) for options in asked} == {str(expected)}
+
+
+def test_answers_are_greedy_whatever_search_the_model_is_saved_with(monkeypatch):
+    model, processor = tiny_model(), digits_processor()
+    ask = (model, processor, [picture(1)], "<image> odd", COUNTS)
+    expected = [answer.text for answer in answer_at_counts(*ask, max_new_tokens=4)]
+    monkeypatch.setattr(model.generation_config, "num_beams", 3)
+    answers = list(answer_at_counts(*ask, max_new_tokens=4))
+    assert [answer.text for answer in answers] == expected

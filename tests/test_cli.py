@@ -158,6 +158,13 @@ def test_generate_uses_the_checkpoints_count_and_counts_all_images(command, chec
     assert list(answers(command(*base)[1])) == [0]
 
 
+def test_generate_takes_grids_of_unequal_sides(command, checkpoint, image):
+    base = ("generate", "--model", checkpoint, "--image", image, "--prompt", "odd")
+    code, out, _ = command(*base, "--tokens", "4,2x3,1x5", "--max-new-tokens", 1)
+    assert code == 0
+    assert list(answers(out)) == [4, 6, 5]
+
+
 def test_generate_cuts_images_as_it_is_told(command, checkpoint, tmp_path):
     picture(1, (64, 96)).save(tmp_path / "wide.png")
     base = ("generate", "--model", checkpoint, "--image", tmp_path / "wide.png", "--prompt", "odd")
@@ -462,6 +469,10 @@ def test_more_marks_than_images(command, checkpoint):
     [
         ("generate", "--tokens", "10", ["10", "9 and 16"]),
         ("generate", "--tokens", "4,many", ["4,many"]),
+        ("generate", "--tokens", "4,2x", ["4,2x", "2x3"]),
+        ("generate", "--tokens", "2x3x4", ["2x3x4"]),
+        ("generate", "--tokens", "2x0", ["2, 0"]),
+        ("evaluate", "--counts", "2x3", ["2x3"]),
         ("generate", "--tokens", "0", ["0"]),
         ("generate", "--max-new-tokens", "0", ["0"]),
         ("evaluate", "--counts", "4,12", ["12", "9 and 16"]),

@@ -40,7 +40,7 @@ def answer_at_counts(
     max_new_tokens: int = 64,
     max_tiles: int | None = None,
 ) -> Iterator[Answer]:
-    """The most likely answer at each count.
+    """The greedy answer at each count, whatever search the model's generation config names.
 
     Images are encoded once; the time that took is part of every answer's, which so are the times of
     a call at that count alone. A first call, of the text alone, is not timed.
@@ -58,6 +58,7 @@ def answer_at_counts(
     ends = model.generation_config.eos_token_id
     options = {
         "do_sample": False,
+        "num_beams": 1,  # beams cannot be timed token by token
         "eos_token_id": tokenizer.eos_token_id if ends is None else ends,
         "pad_token_id": tokenizer.pad_token_id,
     }

@@ -236,12 +236,31 @@ def _print_accuracy(report: dict[str, Any]) -> None:
 
 
 def _counts(text: str) -> list[int]:
-    from tokenflex.counts import token_grid
-
     try:
         counts = [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected counts like 64,144,256, got {text!r}") from None
+    return _checked_counts(counts)
+
+
+def _counts_or_grids(text: str) -> list[int | tuple[int, int]]:
+    counts: list[int | tuple[int, int]] = []
+    for part in text.split(","):
+        try:
+            sides = [int(side) for side in part.split("x")]
+        except ValueError:
+            sides = []
+        if len(sides) not in (1, 2):
+            raise argparse.ArgumentTypeError(
+                f"expected counts like 64,144,256 or grids of height x width like 2x3, got {text!r}"
+            )
+        counts.append(sides[0] if len(sides) == 1 else (sides[0], sides[1]))
+    return _checked_counts(counts)
+
+
+def _checked_counts(counts: list[Any]) -> list[Any]:
+    from tokenflex.counts import token_grid
+
     for count in counts:
         try:
             token_grid(count, name="a count")
@@ -330,7 +349,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--model", type=Path, required=True, help="checkpoint folder")
     generate.add_argument("--image", type=Path, action="append", default=[], help="may be repeated")
     generate.add_argument("--prompt", required=True, help="what to ask")
-    generate.add_argument("--tokens", type=_counts, help="counts per image, for example 64,144,256")
+    generate.add_argument(
+        "--tokens",
+        type=_counts_or_grids,
+        help="per image: counts, or grids of height x width, for example 64,144,12x16",
+    )
     generate.add_argument("--max-tiles", type=_positive, help="cut images into at most so many")
     generate.add_argument("--max-new-tokens", type=_positive, default=64, help="longest answer")
 

@@ -7,13 +7,20 @@ import math
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from tests.models.tiny import (
     IMAGE,
     PAD,
     PATCH,
     PIXELS,
+    VOCABULARY,
     WIDTH,
     padded_batch,
     pixels,
@@ -128,6 +135,15 @@ def test_swapped_counts_of_two_rows_name_row_placeholders_and_counts():
         tiny_model()(**inputs)
     assert "[9, 4]" in str(error.value)  # the counts
     assert "[4, 9]" in str(error.value)  # the placeholders
+
+
+def test_swapped_counts_are_seen_where_a_row_ends_and_the_next_begins_with_an_image():
+    """No text stands between the two runs, but the end of a row does."""
+    rows = [[5] * 5 + [IMAGE] * 4, [IMAGE] * 9]
+    inputs = {"input_ids": torch.tensor(rows), "pixel_values": pixels(2)}
+    assert tiny_model()(**inputs, num_image_tokens=[4, 9]).logits.shape[:2] == (2, 9)
+    with pytest.raises(ValueError, match=r"row 0 .*image 0.* 4 of its 9"):
+        tiny_model()(**inputs, num_image_tokens=[9, 4])
 
 
 def test_swapped_counts_inside_one_row_are_seen_where_text_separates_them():
@@ -336,6 +352,16 @@ def test_loss_is_the_mean_over_labels_that_are_not_ignored():
     assert float(output.loss) == pytest.approx(float(torch.stack(expected).mean()), abs=1e-5)
 
 
+def test_num_items_in_batch_is_what_the_loss_is_divided_by():
+    """As the Trainer asks it, so that accumulated micro-batches weigh every token alike."""
+    model, inputs = tiny_model(), prompts()[1].inputs()
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
+    with torch.no_grad():
+        mean = model(**inputs, labels=labels).loss
+        part = model(**inputs, labels=labels, num_items_in_batch=24).loss
+    assert float(part) == pytest.approx(float(mean) * 6 / 24, rel=1e-5)
+
+
 # ---- saving and loading
 
 
@@ -460,12 +486,38 @@ def test_from_parts_survives_saving(tmp_path):
         assert torch.equal(loaded(**one_image(9, 9)).logits, model(**one_image(9, 9)).logits)
 
 
+def test_from_parts_answers_as_the_language_model_was_saved_to():
+    language = AutoModelForCausalLM.from_config(text_config())
+    language.generation_config.eos_token_id = [5, 6]
+    language.generation_config.max_new_tokens = 3
+    assert around(language).generation_config.eos_token_id == [5, 6]
+    assert around(language).generation_config.max_new_tokens == 3
+
+
 def test_from_parts_follows_the_dtype_of_the_language_model():
     vision = AutoModel.from_config(vision_config()).to(torch.bfloat16)
     language = AutoModelForCausalLM.from_config(text_config()).to(torch.bfloat16)
     config = TokenFlexConfig(vision.config, language.config, image_token_id=IMAGE)
     model = TokenFlexForConditionalGeneration.from_parts(config, vision, language)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("encoder", [torch.float32, torch.bfloat16])
+def test_parts_of_different_dtypes_work_together(encoder):
+    vision = AutoModel.from_config(vision_config()).to(encoder)
+    other = torch.bfloat16 if encoder == torch.float32 else torch.float32
+    language = AutoModelForCausalLM.from_config(text_config()).to(other)
+    model = TokenFlexForConditionalGeneration.from_parts(
+        TokenFlexConfig(vision.config, language.config, image_token_id=IMAGE), vision, language
+    )
+    inputs = one_image(9, 9)
+    output = model(**inputs, labels=inputs["input_ids"])
+    assert output.logits.dtype == other
+    output.loss.backward()
+    gradient = model.model.vision_model.get_input_embeddings().weight.grad
+    assert gradient.dtype == encoder
+    assert float(gradient.float().abs().max()) > 0
+    assert model.eval().generate(**inputs, **GENERATION).shape[0] == 1
 
 
 def build_fresh():
@@ -491,6 +543,92 @@ def test_projector_starts_at_the_scale_of_its_width(build):
         assert float(linear.bias.abs().max()) > 0.5 * bound
     assert torch.equal(projector.layernorm.weight, torch.ones(WIDTH))
     assert torch.equal(projector.layernorm.bias, torch.zeros(WIDTH))
+
+
+# ---- language models of other families
+
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "pad_token_id": PAD, "eos_token_id": None}
+LLAMA_LIKE = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
+FAMILIES = {
+    "cohere": {**LLAMA_LIKE, "logit_scale": 0.3},
+    "granite": {**LLAMA_LIKE, "logits_scaling": 5.0},
+    "gemma2": {**LLAMA_LIKE, "head_dim": 8, "final_logit_softcapping": 0.7},
+    "gpt2": {**SMALL, "max_position_embeddings": 64},  # tied, its table called wte
+    "opt": {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": WIDTH},  # tied, inside a decoder
+    "phi": LLAMA_LIKE,  # its head has a bias
+}
+
+
+def causal_model(family: str, **changes):
+    """A random one with a head large enough for a cap to bend its logits."""
+    config = CONFIG_MAPPING[family](**{**FAMILIES[family], **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        language = AutoModelForCausalLM.from_config(config).eval()
+        torch.nn.init.normal_(language.get_output_embeddings().weight, std=0.3)
+        if language.get_output_embeddings().bias is not None:
+            torch.nn.init.normal_(language.get_output_embeddings().bias)
+    return language
+
+
+def around(language) -> TokenFlexForConditionalGeneration:
+    config = TokenFlexConfig(vision_config(), language.config, image_token_id=IMAGE)
+    vision = AutoModel.from_config(config.vision_config)
+    return TokenFlexForConditionalGeneration.from_parts(config, vision, language).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_a_family_are_its_own_and_survive_saving(tmp_path, family):
+    language = causal_model(family)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = language(input_ids=ids).logits
+        model = around(language)
+        assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-6)
+        assert float((model.lm_head(torch.ones(1, WIDTH))).abs().max()) > 0.7
+    model.save_pretrained(tmp_path)
+    loaded, info = TokenFlexForConditionalGeneration.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    tied = bool(language.config.tie_word_embeddings)
+    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
+    inputs = one_image(9, 9)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**inputs).logits, model(**inputs).logits)
+    answer = model.generate(**inputs, **GENERATION)
+    assert torch.equal(loaded.generate(**inputs, **GENERATION), answer)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("hyperclovax", {**LLAMA_LIKE, "logits_scaling": 2.0}, "logits_scaling.*hyperclovax.*2.0"),
+        ("falcon_h1", {**LLAMA_LIKE, "lm_head_multiplier": 0.5}, "lm_head_multiplier.*0.5"),
+        ("mamba", {"hidden_size": WIDTH, "num_hidden_layers": 1}, "past_key_values.*mamba"),
+        ("opt", {**FAMILIES["opt"], "word_embed_proj_dim": 16}, "opt.*hidden_size 32.*16"),
+        ("qwen2_vl_text", LLAMA_LIKE, "text_config must be of a causal.*qwen2_vl_text"),
+    ],
+)
+def test_language_models_whose_logits_are_not_known_are_refused(family, changes, words):
+    config = TokenFlexConfig(vision_config(), CONFIG_MAPPING[family](**changes), image_token_id=3)
+    with torch.device("meta"), pytest.raises(ValueError, match=words):
+        TokenFlexForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (torch.nn.Linear(WIDTH, VOCABULARY), "no bias, got .* a bias"),
+        (torch.nn.Linear(WIDTH, 70, bias=False), r"\[64, 32\].*\[70, 32\]"),
+    ],
+)
+def test_from_parts_refuses_a_head_that_could_not_be_loaded_again(head, words):
+    language = AutoModelForCausalLM.from_config(text_config())
+    language.set_output_embeddings(head)
+    with pytest.raises(ValueError, match=words):
+        around(language)
 
 
 # ---- configuration

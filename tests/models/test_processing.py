@@ -44,6 +44,19 @@ def test_counts_reach_the_prompt_and_the_model_alike(processor, counts, expected
     assert batch["pixel_values"].shape == (3, 3, PIXELS, PIXELS)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("num_image_token", "num_image_token is no argument.*did you mean num_image_tokens"),
+        ("max_tile", "did you mean max_tiles"),
+        ("colour", "colour is no argument of the processor or its tokenizer$"),
+    ],
+)
+def test_a_misspelt_argument_is_refused_with_the_nearest_name(name, words):
+    with pytest.raises(TypeError, match=words):
+        digits_processor()(images=picture(), text="<image> odd", **{name: 4})
+
+
 def test_square_grid_is_the_same_as_its_count(processor):
     batch = processor(images=A, text="<image> odd", num_image_tokens=(3, 3))
     assert placeholders(batch) == [9]

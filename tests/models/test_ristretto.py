@@ -288,6 +288,33 @@ def test_dtype_is_the_files_or_the_one_asked_for(tmp_path, dtype):
     assert torch.equal(weight, tensors["projector.mlp.f1.weight"].to(dtype))
 
 
+@pytest.mark.parametrize(
+    ("dtypes", "widest"),
+    [
+        ((torch.bfloat16, torch.float32, torch.bfloat16), torch.float32),
+        ((torch.float16, torch.bfloat16, torch.float16), torch.float32),
+    ],
+)
+def test_several_dtypes_become_the_widest(tmp_path, dtypes, widest):
+    """First, middle and last differ: neither the first tensor nor the last one decides."""
+    tensors = released_tensors()
+    middle = "projector.mlp.g.weight"
+    for name in tensors:
+        tensors[name] = tensors[name].to(dtypes[name == middle])
+    folder = write_release(tmp_path / "r", tensors)
+    model, _ = load_ristretto(folder)
+    assert {parameter.dtype for parameter in model.parameters()} == {widest}
+    assert torch.equal(model.model.projector.down.weight, tensors[middle].to(widest))
+    convert(folder, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours/config.json").read_text())["dtype"] == "float32"
+    converted, _ = load_checkpoint(tmp_path / "ours")
+    for (name, one), other in zip(
+        converted.state_dict().items(), model.state_dict().values(), strict=True
+    ):
+        assert one.dtype == widest, name
+        assert torch.equal(one, other), name
+
+
 def test_an_encoder_without_its_pooling_head(tmp_path):
     """Its last layer is all that is used: a release may leave the head out."""
     model, _ = load_ristretto(write_release(tmp_path / "r", released_tensors(use_head=False)))
@@ -357,6 +384,72 @@ def test_convert_and_back_gives_every_tensor_and_value(tmp_path, release, loaded
     assert config == {k: v for k, v in CONFIG.items() if not k.endswith("_config")}
     check_same_answers(loaded, load_checkpoint(tmp_path / "ours"))
     check_same_answers(loaded, load_ristretto(tmp_path / "theirs"))
+
+
+GENERATION_FILE = {"do_sample": True, "temperature": 0.7, "eos_token_id": [2, 3], "pad_token_id": 0}
+
+
+def released_values(folder: Path) -> dict:
+    config = json.loads((folder / "config.json").read_text())
+    return {k: v for k, v in config.items() if not k.endswith("_config")}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dynamic_image_size": False},  # and max_dynamic_patch 6, which is then not used
+        {"dynamic_image_size": False, "min_dynamic_patch": 2, "max_dynamic_patch": 12},
+        {"max_dynamic_patch": 1},
+        {"min_dynamic_patch": 4, "max_dynamic_patch": 12, "use_thumbnail": False},
+    ],
+)
+def test_convert_and_back_keeps_what_the_config_says_of_tiles(tmp_path, changes):
+    release = write_release(tmp_path / "r", released_tensors(), **changes)
+    convert(release, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "theirs")
+    assert released_values(tmp_path / "theirs") == released_values(release)
+
+
+def test_tiles_changed_between_conversions_are_written(tmp_path):
+    release = write_release(tmp_path / "r", released_tensors(), dynamic_image_size=False)
+    convert(release, tmp_path / "ours")
+    file = tmp_path / "ours/processor_config.json"
+    values = json.loads(file.read_text())
+    assert values["max_tiles"] == 1
+    file.write_text(json.dumps({**values, "max_tiles": 9}))
+    convert(tmp_path / "ours", tmp_path / "theirs")
+    written = released_values(tmp_path / "theirs")
+    assert written["dynamic_image_size"] is True
+    assert (written["min_dynamic_patch"], written["max_dynamic_patch"]) == (1, 9)
+
+
+def test_a_generation_config_is_loaded_and_converted_there_and_back(tmp_path):
+    release = write_release(tmp_path / "r", released_tensors())
+    (release / "generation_config.json").write_text(json.dumps(GENERATION_FILE))
+    convert(release, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "theirs")
+    models = [load_ristretto(release)[0], load_checkpoint(tmp_path / "ours")[0]]
+    models.append(load_ristretto(tmp_path / "theirs")[0])
+    for model in models:
+        for name, value in GENERATION_FILE.items():
+            assert getattr(model.generation_config, name) == value, name
+
+
+def test_a_converted_model_ends_answers_where_the_release_does(tmp_path, release):
+    convert(release, tmp_path / "ours")
+    model, _ = load_checkpoint(tmp_path / "ours")
+    assert model.generation_config.eos_token_id == 2
+    assert model.generation_config.pad_token_id == 0
+
+
+def test_thumbnails_are_shown_where_the_config_says_nothing(tmp_path):
+    folder = write_release(tmp_path / "r", released_tensors())
+    config = json.loads((folder / "config.json").read_text())
+    del config["use_thumbnail"]
+    (folder / "config.json").write_text(json.dumps(config))
+    _, processor = load_ristretto(folder)
+    batch = processor(images=picture(1, (300, 600)), text="<IMG_CONTEXT>", num_image_tokens=4)
+    assert len(batch["pixel_values"]) == 3
 
 
 def test_system_message_is_kept_by_a_conversion_and_for_the_released_layout_only(tmp_path, release):

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from transformers import Siglip2ImageProcessorPil, SiglipImageProcessorPil
+from transformers import CONFIG_MAPPING, Siglip2ImageProcessorPil, SiglipImageProcessorPil
 
 from tests.models.test_modeling import GENERATION, CallCounter, one_image
 from tests.models.tiny import (
@@ -15,13 +15,15 @@ from tests.models.tiny import (
     picture,
     pixels,
     prompts,
+    text_config,
     tiny_model,
 )
-from tokenflex import TokenFlexProcessor
+from tokenflex import TokenFlexConfig, TokenFlexProcessor
 from tokenflex.counts import TokenCounts
 from tokenflex.data.packing import DrawnSample, PackingCollator
 from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.digits.processor import digits_processor
+from tokenflex.models.modeling import TokenFlexModel
 from tokenflex.models.vision import EncodedImages
 
 
@@ -281,3 +283,46 @@ def test_trained_counts_survive_saving_and_unknown_ones_are_silent(tmp_path, rec
 def test_trained_counts_must_be_grids():
     with pytest.raises(ValueError, match=r"trained_num_image_tokens\[1\].*9 and 16"):
         tiny_model(trained_num_image_tokens=[4, 10])
+
+
+# ---- encoders that give no grid of patches
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+SMALL |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 4}
+
+
+def encode_with(model_type: str, fields: dict, pixel_values: torch.Tensor, grids=None):
+    vision = CONFIG_MAPPING[model_type](**fields)
+    config = TokenFlexConfig(vision, text_config(), image_token_id=IMAGE)
+    return TokenFlexModel(config).encode_images(pixel_values, grids)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "words"),
+    [
+        # All images in one row, as if they were one.
+        ("pixtral", SMALL, r"PixtralVisionModel .*\[2, at least 64, C\].*\(1, 128, 32\)"),
+        # Patches merged from stage to stage.
+        (
+            "swin",
+            {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "window_size": 4}
+            | {"num_heads": [2, 2]},
+            r"SwinModel .*\[2, at least 64, C\].*\(2, 16, 16\)",
+        ),
+    ],
+)
+def test_an_encoder_without_a_row_per_patch_is_named(model_type, fields, words):
+    with pytest.raises(ValueError, match=words):
+        encode_with(model_type, fields, pixels(2))
+
+
+@pytest.mark.parametrize("model_type", ["convnext", "timm_wrapper"])
+def test_an_encoder_without_a_width_is_refused_by_its_config(model_type):
+    with pytest.raises(ValueError, match=f"vision_config must have hidden_size.*{model_type}"):
+        TokenFlexConfig({"model_type": model_type}, text_config(), image_token_id=IMAGE)
+
+
+def test_a_shape_that_the_encoder_cannot_take_is_named():
+    shape = torch.zeros(1, 3, 16, 32)
+    with pytest.raises(ValueError, match=r"Aimv2VisionModel of image_size 32 .* 16 x 32"):
+        encode_with("aimv2_vision_model", SMALL, shape, grids=(4, 8))

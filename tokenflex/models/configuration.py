@@ -20,8 +20,9 @@ class TokenFlexConfig(PretrainedConfig):
     Args:
         vision_config: config, or dict with a ``model_type``, of any transformers vision encoder
             that returns patch features as ``last_hidden_state``; SigLIP by default.
-        text_config: config, or dict with a ``model_type``, of any transformers causal language
-            model; Qwen2 by default.
+        text_config: config, or dict with a ``model_type``, of a transformers causal language model
+            with ``inputs_embeds`` and a ``past_key_values`` cache; Qwen2 by default. What it
+            does to its logits must be known (:mod:`tokenflex.models.head`); others are refused.
         image_token_id: the placeholder that stands for one vision token in ``input_ids``.
         num_image_tokens: vision tokens per image where a call names no count.
         pooling: "adaptive" (the paper) or "resize" (the released model).
@@ -32,7 +33,8 @@ class TokenFlexConfig(PretrainedConfig):
 
     Raises:
         TypeError: a value is not of the kind described above.
-        ValueError: an unknown ``model_type`` or ``pooling``, a count that is no square grid.
+        ValueError: an unknown ``model_type`` or ``pooling``, a count that is no square grid, a
+            vision encoder without ``hidden_size`` or ``patch_size``.
     """
 
     model_type = "tokenflex"
@@ -51,6 +53,12 @@ class TokenFlexConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         self.vision_config = _sub_config("vision_config", vision_config, "siglip_vision_model")
+        for field in ("hidden_size", "patch_size"):
+            if getattr(self.vision_config, field, None) is None:
+                raise ValueError(
+                    f"vision_config must have {field}, and model_type "
+                    f"{self.vision_config.model_type!r} has none"
+                )
         self.text_config = _sub_config("text_config", text_config, "qwen2")
         if isinstance(image_token_id, bool) or not isinstance(image_token_id, int):
             raise TypeError(f"image_token_id must be an int, got {image_token_id!r}")
@@ -67,7 +75,8 @@ class TokenFlexConfig(PretrainedConfig):
             for i, count in enumerate(trained_num_image_tokens):
                 token_grid(count, name=f"trained_num_image_tokens[{i}]")
         self.trained_num_image_tokens = trained_num_image_tokens
-        kwargs.setdefault("tie_word_embeddings", bool(self.text_config.tie_word_embeddings))
+        tied = getattr(self.text_config, "tie_word_embeddings", False)
+        kwargs.setdefault("tie_word_embeddings", bool(tied))
         super().__init__(**kwargs)
 
 

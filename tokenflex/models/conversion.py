@@ -28,7 +28,14 @@ from tokenflex.models.ristretto import (
     tokenflex_config,
     tokenflex_name,
 )
-from tokenflex.models.weights import INDEX, check_fit, read_json, tensors, weight_files
+from tokenflex.models.weights import (
+    INDEX,
+    check_fit,
+    read_json,
+    tensors,
+    weight_files,
+    widest_dtype,
+)
 
 
 def convert(source: str | Path, target: str | Path, *, system_message: str | None = None) -> str:
@@ -120,12 +127,12 @@ def _write_weights(
     rename: Callable[[str], str],
     original_shapes: dict[str, tuple[int, ...]] | None = None,
 ) -> tuple[dict[str, tuple[int, ...]], torch.dtype]:
-    """Every tensor under its other name, in as many files; their new shapes and their dtype.
+    """Every tensor under its other name, in as many files; their new shapes and widest dtype.
 
     ``original_shapes`` is filled with the shapes under the old names.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    dtype, size = torch.float32, 0
+    dtypes, size = set(), 0
     weight_map: dict[str, str] = {}
     files = weight_files(source)
     for number, file in enumerate(files, start=1):
@@ -134,7 +141,8 @@ def _write_weights(
             new = rename(name)
             if new in shapes:
                 raise ValueError(f"checkpoint {source} holds two tensors of the name {new}")
-            renamed[new], shapes[new], dtype = tensor, tuple(tensor.shape), tensor.dtype
+            renamed[new], shapes[new] = tensor, tuple(tensor.shape)
+            dtypes.add(tensor.dtype)
             size += tensor.numel() * tensor.element_size()
             if original_shapes is not None:
                 original_shapes[name] = shapes[new]
@@ -146,4 +154,4 @@ def _write_weights(
     if len(files) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return shapes, dtype
+    return shapes, widest_dtype(dtypes)

@@ -10,6 +10,7 @@ Two ways in, through one ``forward``:
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from transformers.modeling_outputs import (
 from tokenflex.counts import Grid, ImageTokenCounts, token_grid, token_grids
 from tokenflex.models.attention import PACKED_ATTENTION
 from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.models.head import build_head, transform_logits
 from tokenflex.models.vision import EncodedImages, encode
 from tokenflex.projector import TokenAdaptiveProjector
 from tokenflex_kernels import PackPlan, merge_vision, pack_embeddings
@@ -68,6 +70,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             eps=config.projector_eps,
         )
         self.language_model = AutoModel.from_config(config.text_config)
+        _check_language_model(self.language_model)
         use_packed_attention(self.language_model)
         self._known_counts = {token_grid(n) for n in config.trained_num_image_tokens or ()}
         self.post_init()
@@ -125,7 +128,10 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         self._warn_of_unknown(out_grids)
         # Without images too: in distributed training every rank must run the same modules.
         in_grids = list(encoded_images.grids)
-        tokens = self.projector(encoded_images.features, out_grids, grids=in_grids)
+        features, dtype = encoded_images.features, next(self.projector.parameters()).dtype
+        if dtype != torch.float32:  # float32 weights serve any features, others their own type
+            features = features.to(dtype)
+        tokens = self.projector(features, out_grids, grids=in_grids)
         return BaseModelOutputWithPooling(
             last_hidden_state=encoded_images.features,
             pooler_output=list(tokens.split([height * width for height, width in out_grids])),
@@ -283,13 +289,13 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
 class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixin):
     """A vision-language model whose vision-token count is an argument of the call."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-
     def __init__(self, config: TokenFlexConfig) -> None:
         super().__init__(config)
         self.model = TokenFlexModel(config)
-        text = config.text_config
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.lm_head = build_head(config.text_config)
+        embedding = self.get_input_embeddings()
+        path = next(name for name, module in self.named_modules() if module is embedding)
+        self._tied_weights_keys = {"lm_head.weight": f"{path}.weight"}
         self.post_init()
 
     @classmethod
@@ -305,13 +311,23 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
             config: its ``vision_config`` and ``text_config`` must be those of the parts.
             vision_model: the encoder.
             causal_language_model: the language model with its head.
+
+        Raises:
+            ValueError: the head is not the one that a model of ``config`` has: it could not be
+                loaded again once saved.
         """
         with torch.device("meta"):  # a frame: both big parts are at hand, do not fill them twice
             model = cls(config)
+        head = causal_language_model.get_output_embeddings()
+        if _describe(head) != _describe(model.lm_head):
+            raise ValueError(
+                f"causal_language_model must have the head that config.text_config gives, "
+                f"{_describe(model.lm_head)}, got {_describe(head)}"
+            )
         model.model.vision_model = vision_model
         model.model.language_model = causal_language_model.base_model
         use_packed_attention(model.model.language_model)
-        model.lm_head = causal_language_model.get_output_embeddings()
+        model.lm_head = head
         model.generation_config = causal_language_model.generation_config
         reference = model.lm_head.weight
         projector = model.model.projector.to_empty(device=reference.device)
@@ -440,7 +456,7 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
             hidden = hidden.index_select(1, logits_to_keep)
         elif logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
-        logits = self.lm_head(hidden)
+        logits = transform_logits(self.lm_head(hidden), self.config.text_config)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -462,6 +478,22 @@ def use_packed_attention(language_model: PreTrainedModel) -> None:
     """Replace "sdpa" by the same attention that also takes packed rows; keep other choices."""
     if language_model.config._attn_implementation == "sdpa":
         language_model.set_attn_implementation(PACKED_ATTENTION)
+
+
+def _check_language_model(language_model: PreTrainedModel) -> None:
+    """Refuse what takes no vision tokens, or has a cache of its own, as Mamba does."""
+    parameters = inspect.signature(type(language_model).forward).parameters
+    for name in ("inputs_embeds", "past_key_values"):
+        if name not in parameters:
+            raise ValueError(
+                f"text_config must be of a language model that takes {name}, got model_type "
+                f"{language_model.config.model_type!r}"
+            )
+
+
+def _describe(head: Any) -> str:
+    bias = "no bias" if getattr(head, "bias", None) is None else "a bias"
+    return f"{list(head.weight.shape)} with {bias}"
 
 
 def _is_first_call(past_key_values: Any) -> bool:

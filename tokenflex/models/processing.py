@@ -6,8 +6,10 @@ have vision tokens, and hands the same counts to the model as ``num_image_tokens
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -123,7 +125,7 @@ class TokenFlexProcessor(ProcessorMixin):
             ``grids``, a list of (height, width) in patches, where the encoder needs it.
 
         Raises:
-            TypeError: ``text`` is not made of strings.
+            TypeError: ``text`` is not made of strings, or the tokenizer has no such argument.
             ValueError: images, placeholders and counts do not fit together, or truncation cut an
                 image's tokens.
         """
@@ -131,6 +133,7 @@ class TokenFlexProcessor(ProcessorMixin):
             raise ValueError("text must be a prompt or a list of prompts, got None")
         if return_tensors != "pt":
             raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
+        self._check_arguments(kwargs)
         prompts = [text] if isinstance(text, str) else list(text)
         for i, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
@@ -318,6 +321,19 @@ class TokenFlexProcessor(ProcessorMixin):
             num_image_tokens=self.image_tokens(image_sizes, kwargs.get("num_image_tokens")),
             num_image_patches=[self._num_tiles(size, None) for size in image_sizes],
         )
+
+    def _check_arguments(self, given: Iterable[str]) -> None:
+        """The tokenizer would pass over a misspelt argument in silence."""
+        known = [
+            *inspect.signature(type(self).__call__).parameters,
+            *inspect.signature(type(self.tokenizer).__call__).parameters,
+            "split_special_tokens",
+        ]
+        for name in given:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise TypeError(f"{name} is no argument of the processor or its tokenizer{hint}")
 
     def _count_grids(self, counts: ImageTokenCounts | None, images: int) -> list[Grid]:
         counts = self.num_image_tokens if counts is None else counts

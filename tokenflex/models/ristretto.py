@@ -23,7 +23,7 @@ from transformers.image_utils import PILImageResampling
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.processing import TokenFlexProcessor
-from tokenflex.models.weights import check_fit, read_json, tensors, weight_files
+from tokenflex.models.weights import check_fit, read_json, tensors, weight_files, widest_dtype
 
 MODEL_TYPE = "ristretto"
 TRAINED_COUNTS = (64, 144, 256)
@@ -74,7 +74,7 @@ def load_ristretto(
         path: folder with config.json, safetensors files and the tokenizer's files.
         system_message: what conversations begin with; None takes the tokenizer's own template.
         **kwargs: for ``from_pretrained``, for example ``dtype`` and ``device_map``; ``dtype`` is
-            that of the files if it is not given.
+            that of the files if it is not given, the widest where they hold several.
 
     Raises:
         FileNotFoundError: the folder or one of its files is not there.
@@ -91,7 +91,7 @@ def load_ristretto(
         weights.update((tokenflex_name(name), tensor) for name, tensor in tensors(file))
     config = tokenflex_config(released, processor.image_token_id, weights)
     check_fit(folder, config, {name: tuple(tensor.shape) for name, tensor in weights.items()})
-    kwargs.setdefault("dtype", next(iter(weights.values())).dtype)
+    kwargs.setdefault("dtype", widest_dtype(tensor.dtype for tensor in weights.values()))
     model = TokenFlexForConditionalGeneration.from_pretrained(
         None, config=config, state_dict=weights, **kwargs
     )
@@ -222,15 +222,20 @@ def ristretto_config(config: TokenFlexConfig, processor: TokenFlexProcessor) -> 
             "num_image_tokens must be one int in the released layout, got "
             f"{config.num_image_tokens}"
         )
+    original = {**_DEFAULTS, **getattr(config, "ristretto", {})}
+    tiles: dict[str, Any] = {}
+    if _tile_limits(original) != (processor.min_tiles, processor.max_tiles):
+        tiles = {
+            "dynamic_image_size": processor.max_tiles > 1,
+            "min_dynamic_patch": processor.min_tiles,
+            "max_dynamic_patch": processor.max_tiles,
+        }
     return {
-        **_DEFAULTS,
-        **getattr(config, "ristretto", {}),
+        **original,
+        **tiles,
         "model_type": MODEL_TYPE,
         "num_image_token": config.num_image_tokens,
-        "dynamic_image_size": processor.max_tiles > 1,
         "use_thumbnail": processor.use_thumbnail,
-        "min_dynamic_patch": processor.min_tiles,
-        "max_dynamic_patch": processor.max_tiles,
         "vision_config": vision.to_dict(),
         "llm_config": {**text.to_dict(), "architectures": [model_types[text.model_type]]},
     }
@@ -255,6 +260,12 @@ def _value(released: Mapping[str, Any], name: str) -> Any:
     return _DEFAULTS[name] if value is None else value
 
 
+def _tile_limits(released: Mapping[str, Any]) -> tuple[int, int]:
+    if not _value(released, "dynamic_image_size"):
+        return 1, 1  # whatever numbers stand beside it
+    return _value(released, "min_dynamic_patch"), _value(released, "max_dynamic_patch")
+
+
 # ---- images and prompts
 
 
@@ -276,7 +287,7 @@ def ristretto_processor(
     if system_message is not None or not tokenizer.chat_template:
         tokenizer.chat_template = _CHATML.format(system=system_message or "")
     size = _value(released, "force_image_size") or released["vision_config"].get("image_size", 384)
-    tiled = bool(_value(released, "dynamic_image_size"))
+    min_tiles, max_tiles = _tile_limits(released)
     return TokenFlexProcessor(
         SiglipImageProcessorPil(
             size={"height": size, "width": size},
@@ -290,7 +301,7 @@ def ristretto_processor(
         image_token=IMAGE_TOKEN,
         image_start=IMAGE_START,
         image_end=f"{IMAGE_END}\n",
-        max_tiles=_value(released, "max_dynamic_patch") if tiled else 1,
-        min_tiles=_value(released, "min_dynamic_patch") if tiled else 1,
+        max_tiles=max_tiles,
+        min_tiles=min_tiles,
         use_thumbnail=_value(released, "use_thumbnail"),
     )

@@ -67,7 +67,8 @@ def encode(
 
     Raises:
         TypeError: pixels are not floats.
-        ValueError: pixels, grids and encoder do not fit together.
+        ValueError: pixels, grids and encoder do not fit together, or the encoder gives no row of
+            features per patch.
     """
     if not pixel_values.is_floating_point():
         raise TypeError(f"pixel_values must be normalised floats, got {pixel_values.dtype}")
@@ -112,11 +113,30 @@ def _encode_pixels(
                 f"grids[{i}] must be {grid} for pixel_values of {height} x {width} and patches of "
                 f"{patch_height} x {patch_width}, got {one}"
             )
-    features = vision_model(pixel_values=pixel_values, **options).last_hidden_state
+    encoder = type(vision_model).__name__
+    try:
+        features = vision_model(pixel_values=pixel_values, **options).last_hidden_state
+    except RuntimeError as error:
+        if (
+            size is None
+            or (height, width) == _pair(size)
+            or isinstance(error, torch.OutOfMemoryError)
+        ):
+            raise
+        raise ValueError(
+            f"{encoder} of image_size {size} cannot encode pixel_values of {height} x {width}: "
+            f"{error}"
+        ) from error
     patches = grid[0] * grid[1]
+    images = len(pixel_values)
+    if features.ndim != 3 or len(features) != images or features.shape[1] < patches:
+        raise ValueError(
+            f"{encoder} must give last_hidden_state [{images}, at least {patches}, C] for patches "
+            f"of {patch_height} x {patch_width}, got shape {tuple(features.shape)}"
+        )
     # Class and register tokens, where an encoder has them, come before the patches.
     features = features[:, features.shape[1] - patches :]
-    return EncodedImages(features.flatten(0, 1), (grid,) * len(pixel_values))
+    return EncodedImages(features.flatten(0, 1), (grid,) * images)
 
 
 def _encode_patches(

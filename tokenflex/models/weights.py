@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,11 @@ def tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     with safe_open(file, framework="pt") as opened:
         for name in opened.keys():  # noqa: SIM118 (it is no dict)
             yield name, opened.get_tensor(name)
+
+
+def widest_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The float type that holds every value of these; float32 for float16 with bfloat16."""
+    return reduce(torch.promote_types, (dtype for dtype in dtypes if dtype.is_floating_point))
 
 
 def check_fit(folder: Path, config: TokenFlexConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
