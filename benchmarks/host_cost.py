@@ -18,6 +18,7 @@ from benchmarks.timing import percentiles
 from tokenflex_kernels._backend import IMPLEMENTATIONS, select_backend
 
 HOST_OPS = ("plan_packing", "bin_pack", "balance_bins")
+OPS = tuple(op for op in IMPLEMENTATIONS if op not in HOST_OPS)
 
 
 def suite(device: str, quick: bool, deadline: Deadline) -> Iterator[Row]:

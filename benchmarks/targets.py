@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from benchmarks.host_cost import OPS
 from benchmarks.results import (
     COMPILED,
     EAGER,
@@ -387,14 +388,7 @@ TARGETS: tuple[Target, ...] = (
         15,
         microseconds,
         ("host_cost",),
-        variants=(
-            "pool_norm",
-            "swiglu",
-            "project_tokens",
-            "pack_embeddings",
-            "unpack_vision",
-            "merge_vision",
-        ),
+        variants=OPS,
         at_least=False,
         device="",
     ),

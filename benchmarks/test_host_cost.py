@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.host_cost import OPS
 from benchmarks.packing_cases import IMAGE, Prompts
 from tokenflex_kernels import (
     balance_bins,
@@ -29,14 +30,6 @@ from tokenflex_kernels import (
 
 DEVICE = os.environ.get("TOKENFLEX_BENCHMARK_DEVICE", "cpu")
 WIDTH = 16
-OPS = (
-    "pool_norm",
-    "swiglu",
-    "project_tokens",
-    "pack_embeddings",
-    "unpack_vision",
-    "merge_vision",
-)
 
 
 @pytest.fixture(autouse=True)

@@ -48,7 +48,7 @@ def plan_pooling(in_grids: Sequence[Grid], out_grids: Sequence[Grid]) -> PoolPla
 
     Raises:
         TypeError: an argument is not a sequence of (height, width) pairs of ints.
-        ValueError: a side is below 1, or the lists differ in length.
+        ValueError: a side is below 1 or above 32768, or the lists differ in length.
 
     Example:
         >>> plan = plan_pooling([(27, 27), (27, 27)], [(8, 8), (16, 16)])
@@ -62,7 +62,7 @@ def plan_pooling(in_grids: Sequence[Grid], out_grids: Sequence[Grid]) -> PoolPla
             "in_grids and out_grids must have one entry per image each, got "
             f"{len(in_list)} and {len(out_list)}"
         )
-    if torch.compiler.is_compiling() or is_watched():
+    if _is_traced():
         # Nothing is compared: it would make a graph for each outcome.
         images = zip(in_list, out_list, strict=True)
         return _plan(tuple((1, *in_grid, *out_grid) for in_grid, out_grid in images))
@@ -75,8 +75,12 @@ def plan_uniform(num_images: int, in_grid: Grid, out_grid: Grid) -> PoolPlan:
     It is one run, so a compiler need not know how many images there are.
     """
     runs = ((num_images, *in_grid, *out_grid),)
-    traced = torch.compiler.is_compiling() or is_watched()
-    return _plan(runs) if traced else _plan_of_runs(runs)
+    return _plan(runs) if _is_traced() else _plan_of_runs(runs)
+
+
+def _is_traced() -> bool:
+    """Whether a plan made now belongs to a graph or a mode, not to the cache."""
+    return torch.compiler.is_compiling() or is_watched()
 
 
 def is_watched() -> bool:

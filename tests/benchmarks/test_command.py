@@ -16,9 +16,8 @@ from benchmarks import __main__ as command
 from benchmarks import host_cost
 from benchmarks.environment import ROOT, read_csv
 from benchmarks.harness import COLUMNS, Deadline, DeviceLostError
-from benchmarks.host_cost import row_of_report
+from benchmarks.host_cost import OPS, row_of_report
 from benchmarks.suites import SUITES
-from benchmarks.test_host_cost import OPS
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -457,21 +458,17 @@ def _raster(cells: torch.Tensor, grids: list[tuple[int, int]], merge: int) -> li
     ]
 
 
-@register_family(
-    "qwen2_vl",
-    vision_width="embed_dim",
+_register_qwen = partial(
+    register_family,
     stock_projector="visual.merger",
     stand_in=_unmerged,
     patch_merge="vision_config.spatial_merge_size",
     stock_tokens=_merged_tokens,
 )
-@register_family(
-    "qwen2_5_vl",
-    stock_projector="visual.merger",
-    stand_in=_unmerged,
-    patch_merge="vision_config.spatial_merge_size",
-    stock_tokens=_merged_tokens,
-)
+
+
+@_register_qwen("qwen2_vl", vision_width="embed_dim")
+@_register_qwen("qwen2_5_vl")
 def _qwen2_vl(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
 ) -> PatchGrids:
@@ -480,13 +477,7 @@ def _qwen2_vl(
     return _raster(outputs.pooler_output, _image_grids(image_grid_thw), merge)
 
 
-@register_family(
-    "qwen3_vl",
-    stock_projector="visual.merger",
-    stand_in=_unmerged,
-    patch_merge="vision_config.spatial_merge_size",
-    stock_tokens=_merged_tokens,
-)
+@_register_qwen("qwen3_vl")
 def _qwen3_vl(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
 ) -> Deepstack:
