@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from tokenflex.data.balance import even_out
 from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
 from tokenflex.data.samples import Sample, SampleDataset, SampleOutline
 from tokenflex_kernels import balance_bins
@@ -101,14 +103,14 @@ class StepPacker:
                 planned.append(self._plan(key))
             except (OSError, ValueError) as error:
                 broken.append(BrokenSample(key[1], str(error)))
-        dealt = balance_bins(
-            [one.tokens for one in planned],
-            [one.tiles for one in planned],
-            max_tokens=self.max_tokens,
-            max_tiles=self.max_tiles,
-            tile_cost=self.tile_cost,
-            multiple_of=self.num_ranks,
-        )
+        sizes = [one.tokens for one in planned], [one.tiles for one in planned]
+        bounds: dict[str, Any] = {
+            "max_tokens": self.max_tokens,
+            "max_tiles": self.max_tiles,
+            "tile_cost": self.tile_cost,
+        }
+        dealt = balance_bins(*sizes, **bounds, multiple_of=self.num_ranks)
+        dealt = even_out(dealt, *sizes, **bounds)
         costs = [sum(self._cost(planned[i]) for i in members) for members in dealt]
         bins = [
             self._read([planned[i].key for i in dealt[place]], broken)
