@@ -1,4 +1,4 @@
-"""Bins of a step made equal by exchanges: what dealing leaves over, a few swaps even out.
+"""A step's samples dealt into bins of equal cost: first one by one, then by exchanges.
 
 `tokenflex_kernels.balance_bins` deals samples, the costliest first, each to the cheapest bin. With
 a handful of samples a bin the last ones no longer fill the gaps. So the costliest bin then swaps a
@@ -8,10 +8,43 @@ sample for one of another bin, or gives it away, whatever helps most, until noth
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from tokenflex_kernels import balance_bins
+
 ENOUGH = 1.002  # the costliest bin over the mean
+
+
+def deal(
+    tokens: Sequence[int],
+    tiles: Sequence[int],
+    *,
+    max_tokens: int,
+    max_tiles: int,
+    tile_cost: float,
+    num_ranks: int,
+) -> list[list[int]]:
+    """Sample indices per bin, by falling cost; the number of bins is a multiple of the ranks'.
+
+    Args:
+        tokens: language-model rows per sample.
+        tiles: vision-encoder inputs per sample.
+        max_tokens, max_tiles: what a bin may hold.
+        tile_cost: the cost of a tile in units of a row's.
+        num_ranks: processes that share the step.
+
+    Raises:
+        ValueError: as :func:`tokenflex_kernels.balance_bins`.
+    """
+    bounds: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "max_tiles": max_tiles,
+        "tile_cost": tile_cost,
+    }
+    dealt = balance_bins(tokens, tiles, **bounds, multiple_of=num_ranks)
+    return even_out(dealt, tokens, tiles, **bounds)
 
 
 def even_out(

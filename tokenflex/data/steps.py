@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from tokenflex.data.balance import even_out
+from tokenflex.data.balance import deal
 from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
 from tokenflex.data.samples import Sample, SampleDataset, SampleOutline
-from tokenflex_kernels import balance_bins
 from tokenflex_kernels.reference.packing import MAX_INT32
 
 Key = tuple[int, int]  # (epoch, sample index)
@@ -103,14 +101,14 @@ class StepPacker:
                 planned.append(self._plan(key))
             except (OSError, ValueError) as error:
                 broken.append(BrokenSample(key[1], str(error)))
-        sizes = [one.tokens for one in planned], [one.tiles for one in planned]
-        bounds: dict[str, Any] = {
-            "max_tokens": self.max_tokens,
-            "max_tiles": self.max_tiles,
-            "tile_cost": self.tile_cost,
-        }
-        dealt = balance_bins(*sizes, **bounds, multiple_of=self.num_ranks)
-        dealt = even_out(dealt, *sizes, **bounds)
+        dealt = deal(
+            [one.tokens for one in planned],
+            [one.tiles for one in planned],
+            max_tokens=self.max_tokens,
+            max_tiles=self.max_tiles,
+            tile_cost=self.tile_cost,
+            num_ranks=self.num_ranks,
+        )
         costs = [sum(self._cost(planned[i]) for i in members) for members in dealt]
         bins = [
             self._read([planned[i].key for i in dealt[place]], broken)
