@@ -141,3 +141,18 @@ def test_nothing_to_measure_is_refused(option, capsys):
     with pytest.raises(SystemExit):
         bench.main([option, "0"])
     assert f"{option} must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_what_runs_is_what_the_operations_count(model):
+    sizes = bench.draw_step(TINY, 1, 3, tiled=True)
+    share = bench.RankShare(model, TINY, bench.BY_COST, sizes, [0, 1, 2])
+    only = {"tile": 0.0, "vision_token": 0.0, "token": 0.0, "target": 0.0}
+
+    def counted(name: str) -> float:
+        flops = bench.Flops(**{**only, name: 1.0})
+        return bench.operations(bench.BY_COST, TINY, sizes, [0, 1, 2], flops)
+
+    assert counted("target") == len(share.answers)
+    assert counted("token") == share.plan.num_tokens
+    assert counted("tile") == len(share.images) == len(share.tile_counts)
+    assert counted("vision_token") == sum(share.tile_counts) == len(share.plan.vision_rows)
