@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tests.models.test_packed_attention import (
 )
 from tests.models.tiny import IMAGE, Prompt, prompt, text_config, tiny_model, vision_config
 from tokenflex import TokenFlexConfig, TokenFlexForConditionalGeneration
+from tokenflex.models import attention
 from tokenflex.models.attention import packed_attention_forward
 from tokenflex.models.prefixes import SharedPrefixes, share_prefixes
 from tokenflex_kernels import plan_packing
@@ -348,17 +350,69 @@ def test_attention_is_the_masked_softmax_over_random_trees(forest, num_heads):
         assert a is not None or not sum(lengths)
 
 
-@settings(deadline=None, max_examples=20)
-@given(forests)
-def test_one_gather_of_rows_is_what_the_groups_see(forest):
-    """The path of the device, gather and its gradient, with attention written out in between."""
-    from tokenflex.models.attention import _rows_seen
+def varlen_stand_in(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    scale=None,
+    window_size,
+    enable_gqa=False,
+):
+    """What ``torch.nn.attention.varlen`` computes on a device, sequence by sequence."""
+    assert window_size == (-1, 0)
+    assert max_q == max(cu_seq_q.diff().tolist(), default=0)
+    assert max_k == max(cu_seq_k.diff().tolist(), default=0)
+    outputs = [query[:0]]
+    for q, k, v in zip(
+        query.tensor_split(cu_seq_q[1:-1].long()),
+        key.tensor_split(cu_seq_k[1:-1].long()),
+        value.tensor_split(cu_seq_k[1:-1].long()),
+        strict=True,
+    ):
+        seen = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        heads_first = [x.transpose(0, 1) for x in (q, k, v)]
+        output = F.scaled_dot_product_attention(
+            *heads_first, attn_mask=seen, scale=scale, enable_gqa=enable_gqa
+        )
+        outputs.append(output.transpose(0, 1))
+    return torch.cat(outputs)
 
+
+@settings(deadline=None, max_examples=40)
+@given(forests, st.sampled_from([(2, 2), (4, 2)]))
+def test_the_call_made_on_a_device_is_the_same_attention(forest, num_heads):
+    """All but the kernel, which the GPU tests run: rows gathered, boundaries, gradients."""
     lengths, shared = layout(forest)
-    rows = heads(sum(lengths))[0].transpose(0, 1).contiguous().requires_grad_()
-    seen = _rows_seen(rows, shared.key_rows)
-    assert torch.equal(seen, rows[shared.key_rows])
-    towards = torch.randn(seen.shape, generator=torch.Generator().manual_seed(1))
-    (actual,) = torch.autograd.grad(seen, rows, towards)
-    expected = torch.zeros_like(rows).index_add(0, shared.key_rows, towards)
-    assert torch.allclose(actual, expected, atol=1e-5)
+    ours = {**boundaries(lengths), "shared_prefixes": shared}
+    query, key, value = inputs = [
+        heads(sum(lengths), count=count, seed=seed).double().requires_grad_()
+        for seed, count in enumerate((num_heads[0], num_heads[1], num_heads[1]))
+    ]
+    expected, _ = packed_attention_forward(torch.nn.Module(), query, key, value, None, **ours)
+    with mock.patch("torch.nn.attention.varlen.varlen_attn", varlen_stand_in):
+        attention._varlen_parameters.cache_clear()
+        actual = attention._flash(
+            query,
+            key,
+            value,
+            ours["cu_seq_lens_q"],
+            ours["max_length_q"],
+            max(shared.lengths, default=0),
+            shared,
+            None,
+        )
+    attention._varlen_parameters.cache_clear()
+    assert torch.allclose(actual, expected, rtol=0, atol=1e-12)
+    if sum(lengths):
+        towards = torch.randn(actual.shape, generator=torch.Generator().manual_seed(9)).double()
+        for a, b in zip(
+            torch.autograd.grad(actual, inputs, towards),
+            torch.autograd.grad(expected, inputs, towards),
+            strict=True,
+        ):
+            assert torch.allclose(a, b, rtol=0, atol=1e-12)

@@ -88,12 +88,9 @@ def packed_attention_forward(
             f"sequences of up to {longest} rows"
         )
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _has_varlen_attention():
-        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-        cu_seq_lens_k = cu_seq_lens_q
-        if shared_prefixes is not None:
-            k, v = (_rows_seen(x, shared_prefixes.key_rows) for x in (k, v))
-            cu_seq_lens_k = shared_prefixes.cu_seqlens
-        output = _flash(q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, longest, scaling)
+        output = _flash(
+            query, key, value, cu_seq_lens_q, max_length_q, longest, shared_prefixes, scaling
+        )
     else:
         key_rows = None if shared_prefixes is None else shared_prefixes.key_rows
         output = _by_length(query, key, value, sequence_lengths, key_lengths, key_rows, scaling)
@@ -152,26 +149,17 @@ def _aligned_at_the_end(length: int, key_length: int, device: torch.device) -> t
     return every.tril(key_length - length)
 
 
-def _rows_seen(x: torch.Tensor, key_rows: torch.Tensor) -> torch.Tensor:
-    """[T, heads, width] -> [keys, heads, width]: the rows ``key_rows``, most of them several times.
-
-    An embedding's gradient adds up a row's uses in a fixed order on a device too; that of
-    ``index_select`` adds them in any order there, unless deterministic algorithms are asked for.
-    """
-    return F.embedding(key_rows, x.flatten(1)).unflatten(1, x.shape[1:])
-
-
 def _flash(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cu_seq_lens_q: torch.Tensor,
-    cu_seq_lens_k: torch.Tensor,
-    max_length_q: int,
+    cu_seq_lens: torch.Tensor,
+    max_length: int,
     max_length_k: int,
+    shared_prefixes: SharedPrefixes | None,
     scaling: float | None,
 ) -> torch.Tensor:
-    """PyTorch's own variable-length flash attention: [rows, heads, width] -> [1, rows, ..].
+    """PyTorch's own variable-length flash attention.
 
     It aligns the causal mask at the last row, as flash attention does since its version 2.1.
     """
@@ -195,11 +183,23 @@ def _flash(
         else:
             groups = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    output = varlen_attn(
-        query, key, value, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, **options
-    )
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    cu_seq_lens_k = cu_seq_lens
+    if shared_prefixes is not None:
+        k, v = (_rows_seen(x, shared_prefixes.key_rows) for x in (k, v))
+        cu_seq_lens_k = shared_prefixes.cu_seqlens
+    output = varlen_attn(q, k, v, cu_seq_lens, cu_seq_lens_k, max_length, max_length_k, **options)
     assert isinstance(output, torch.Tensor)  # a tuple only where auxiliary outputs are asked for
     return output.unsqueeze(0)
+
+
+def _rows_seen(x: torch.Tensor, key_rows: torch.Tensor) -> torch.Tensor:
+    """[T, heads, width] -> [keys, heads, width]: the rows ``key_rows``, most of them several times.
+
+    An embedding's gradient adds up a row's uses in a fixed order on a device too; that of
+    ``index_select`` adds them in any order there, unless deterministic algorithms are asked for.
+    """
+    return F.embedding(key_rows, x.flatten(1)).unflatten(1, x.shape[1:])
 
 
 @cache
