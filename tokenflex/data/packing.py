@@ -18,11 +18,12 @@ from tokenflex_kernels import PackPlan, plan_packing
 
 @dataclass(frozen=True)
 class DrawnSample:
-    """A sample with what its count is drawn from."""
+    """A sample with what its count is drawn from, or the ``count`` that it was given."""
 
     index: int
     epoch: int
     sample: Sample
+    count: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,11 @@ class PackedBatch:
 
 
 class PackingCollator:
-    """Packs samples without padding, each at the count drawn for it. Runs in data-loader workers.
+    """Packs samples without padding, each at its own count. Runs in data-loader workers.
 
     Args:
         processor: a :class:`tokenflex.TokenFlexProcessor`.
-        counts: draws the count of each sample.
+        counts: draws the count of each sample that comes without one.
         share_prefix: let the conversations of a sample share the rows they have in common, images
             above all. For models whose ``takes_shared_prefixes`` says so.
     """
@@ -107,7 +108,9 @@ class PackingCollator:
         vision_tokens = 0
         for item in drawn:
             sample = item.sample
-            count = self.counts.draw(item.index, item.epoch)
+            count = item.count
+            if count is None:
+                count = self.counts.draw(item.index, item.epoch)
             sample_tiles = [next(tiles_left) for _ in sample.images]
             tile_counts += [count] * sum(sample_tiles)
             # Every conversation shows the same projected rows: encoded once, wherever they stand.

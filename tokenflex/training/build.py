@@ -28,6 +28,7 @@ from tokenflex.data.samples import SampleDataset
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor
 from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.models.loading import load_checkpoint, read_config
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.processing import TokenFlexProcessor
 from tokenflex.training.config import DataConfig, ModelConfig, PartConfig
@@ -90,10 +91,16 @@ def empty_model(config: ModelConfig) -> TokenFlexForConditionalGeneration:
 def build_model(
     config: ModelConfig, processor: TokenFlexProcessor, counts: Collection[int] = ()
 ) -> TokenFlexForConditionalGeneration:
-    """The model: fresh where a config is given, pretrained where a path is.
+    """The model: fresh where a config is given, pretrained where a path is; or as it starts.
 
     ``counts`` are those it will be trained with: a saved model warns of others.
+
+    Raises:
+        FileNotFoundError: ``config.start`` is not there.
+        ValueError: a part cannot be loaded, or ``config.start`` is of another architecture.
     """
+    if config.start is not None:
+        return _started_model(config, processor, counts)
     vision, vision_config = _build_vision(config.vision)
     language_model = _build_language_model(config.text)
     model_config = TokenFlexConfig(
@@ -109,6 +116,45 @@ def build_model(
     if len(processor.tokenizer) > language_model.config.vocab_size:
         model.resize_token_embeddings(len(processor.tokenizer))
     return model
+
+
+def _started_model(
+    config: ModelConfig, processor: TokenFlexProcessor, counts: Collection[int]
+) -> TokenFlexForConditionalGeneration:
+    """The model of ``config.start``; what is described beside it must be so."""
+    assert config.start is not None
+    saved = read_config(config.start / "config.json")
+    actual = {**_architecture(saved), "image_token_id": saved.image_token_id}
+    described = _architecture(empty_model(config).config)
+    for key, expected in {**described, "image_token_id": processor.image_token_id}.items():
+        if actual.get(key) != expected:
+            raise ValueError(
+                f"model.start {str(config.start)!r} has {key} = {actual.get(key)!r}, but the "
+                f"configuration states {expected!r}"
+            )
+    model, _ = load_checkpoint(
+        config.start,
+        num_image_tokens=config.num_image_tokens,
+        trained_num_image_tokens=sorted(counts) or None,
+    )
+    return model
+
+
+def _architecture(config: TokenFlexConfig) -> dict[str, Any]:
+    """What the model is made of, by name; not what a checkpoint notes of how it was saved."""
+    parts = {
+        f"{part}.{key}": value
+        for part in ("vision_config", "text_config")
+        for key, value in getattr(config, part).to_dict().items()
+        # A vocabulary grows where the image's placeholder is added to it.
+        if key not in ("architectures", "dtype", "transformers_version", "vocab_size")
+        and not key.startswith("_")
+    }
+    return {
+        **parts,
+        "pooling": config.pooling,
+        "projector_hidden_width": config.projector_hidden_width,
+    }
 
 
 def modules_of(model: Any) -> dict[str, list[nn.Module]]:

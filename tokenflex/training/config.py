@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tokenflex.counts import TokenCounts, token_grid
+from tokenflex.data.steps import Draw
 
 DIGITS_SPLITS = ("train", "validation", "test")
 
@@ -42,10 +43,13 @@ class ModelConfig(_Strict):
     ``processor`` is "digits", or None to take the image processor of ``vision.path`` and the
     tokenizer of ``text.path``; ``image_token`` is added to the tokenizer if it is not there.
     Images are cut into at most ``max_tiles`` tiles, each at the sample's count.
+    With ``start`` all weights come from that TokenFLEX checkpoint folder, whose parts must be those
+    that are described here.
     """
 
     vision: PartConfig
     text: PartConfig
+    start: Path | None = None
     processor: Literal["digits"] | None = None
     image_token: str = "<image>"
     pooling: Literal["adaptive", "resize"] = "adaptive"
@@ -122,7 +126,9 @@ class StageConfig(_Strict):
     """One stage of training, on ``data`` or, without it, on that of the whole run.
 
     ``learning_rate`` names the modules that learn; a module that is not named is frozen.
-    ``counts`` and ``weights`` are the token counts and their odds. The ``batch_size`` samples of a
+    ``counts`` and ``weights`` are the token counts and their odds; ``draw`` says whether a count is
+    drawn for each "sample", as in the paper, or once for a "step", or every sample is shown at
+    "all" counts, each a sample of its own in ``batch_size``. The ``batch_size`` samples of a
     step, over all processes, are dealt into forward passes of equal cost that hold at most
     ``max_tokens`` rows and ``max_tiles`` tiles each. ``loss`` says how answer tokens weigh: all the
     same ("token"), or by one over the square root of their answer's length ("square"), as the
@@ -136,6 +142,7 @@ class StageConfig(_Strict):
     data: DataConfig | None = None
     counts: tuple[int, ...] = (64, 144, 256)
     weights: tuple[float, ...] = (0.2, 0.3, 0.5)
+    draw: Draw = "sample"
     max_tokens: int | None = Field(default=None, ge=1)
     max_tiles: int | None = Field(default=None, ge=1)
     loss: Literal["token", "square"] = "token"
@@ -150,9 +157,25 @@ class StageConfig(_Strict):
         """The modules that learn."""
         return tuple(name for name, rate in self.learning_rate.items() if rate)
 
+    @property
+    def samples_read(self) -> int:
+        """Different samples a step; with ``draw`` "all" each is shown at every count."""
+        return self.batch_size // (len(self.counts) if self.draw == "all" else 1)
+
     @model_validator(mode="after")
     def _values_make_sense(self) -> StageConfig:
         TokenCounts(self.counts, self.weights)
+        if self.draw == "all":
+            if self.batch_size % len(self.counts):
+                raise ValueError(
+                    f"batch_size must be a multiple of the {len(self.counts)} counts with draw: "
+                    f"all, got {self.batch_size}"
+                )
+            if len({*self.weights}) > 1:
+                raise ValueError(
+                    "weights must be equal with draw: all, which shows every count as often, got "
+                    f"{self.weights}"
+                )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
         if not all(0 <= rate < float("inf") for rate in self.learning_rate.values()):
@@ -241,6 +264,11 @@ class TrainConfig(_Strict):
 
     @model_validator(mode="after")
     def _warm_up_is_for_digits(self) -> TrainConfig:
+        if self.encoder_warm_up is not None and self.model.start is not None:
+            raise ValueError(
+                "encoder_warm_up must not be given with model.start, whose encoder is trained, "
+                f"got start={str(self.model.start)!r}"
+            )
         if self.encoder_warm_up is not None and self.model.processor != "digits":
             raise ValueError(
                 f"encoder_warm_up needs model.processor: digits, got {self.model.processor!r}"

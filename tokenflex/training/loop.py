@@ -246,20 +246,21 @@ class Trainer:
         data = self.config.data_of(stage)
         # A later stage goes on where an earlier one on the same data stopped.
         before = sum(
-            earlier.steps * earlier.batch_size
+            earlier.steps * earlier.samples_read
             for earlier in self.config.stages[:stage_index]
             if self.config.data_of(earlier) == data
         )
         counts = TokenCounts(stage.counts, stage.weights, seed=self.config.seed)
         sampler = StepSampler(
             self.orders[data],
-            first_position=before + first_step * stage.batch_size,
+            first_position=before + first_step * stage.samples_read,
             steps=stage.steps - first_step,
-            batch_size=stage.batch_size,
+            batch_size=stage.samples_read,
         )
         packer = StepPacker(
             self.datasets[data],
             PackingCollator(self.processor, counts, share_prefix=self.model.takes_shared_prefixes),
+            draw=stage.draw,
             max_tokens=stage.max_tokens,
             max_tiles=stage.max_tiles,
             tile_cost=training_flops(self.model, stage.learning).tile_cost,
