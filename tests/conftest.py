@@ -25,7 +25,7 @@ _OF_THE_MODEL = [
     "digits",
     "training",
     "test_cli.py",
-    "test_evaluation.py",
+    "evaluation",
     "test_answers.py",
     "test_docs.py",
     "benchmarks/test_first_token.py",

@@ -134,5 +134,6 @@ def _expanded(question: Question, image_token_id: int) -> torch.Tensor:
             f"sample {question.sample.id}: the prompt holds {len(places)} placeholders for "
             f"{len(question.sample.tiles)} images"
         )
-    repeats[places] = torch.tensor(question.sample.tiles) * question.tokens_per_tile
+    tiles = torch.tensor(question.sample.tiles, dtype=torch.int64)
+    repeats[places] = tiles * question.tokens_per_tile
     return ids.repeat_interleave(repeats)
