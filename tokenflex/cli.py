@@ -1,4 +1,4 @@
-"""The command line: ``tokenflex info | train | evaluate | generate | convert | plot``.
+"""The command line: ``tokenflex info | train | evaluate | harness | generate | convert | plot``.
 
 Every command's imports are its own, so that ``tokenflex info`` works with the core alone.
 """
@@ -206,6 +206,49 @@ def _check_digits_split(split: str) -> None:
         raise ValueError(f"--split must be one of {', '.join(DIGITS_SPLITS)}, got {split!r}")
 
 
+def _harness(options: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from tokenflex.harnesses.driver import HARNESSES, run_lmms_eval, run_vlmevalkit
+    from tokenflex.training.checkpoint import write_atomically, write_json
+
+    benchmarks = options.benchmarks.split(",")
+    common = (options.model, options.counts, benchmarks)
+    if options.harness not in HARNESSES:
+        raise ValueError(f"HARNESS must be one of {', '.join(HARNESSES)}, got {options.harness!r}")
+    if (options.harness == "vlmevalkit") != (options.run_py is not None):
+        raise ValueError("--run-py must be given with vlmevalkit, and only there")
+    if not options.model.is_dir():
+        raise FileNotFoundError(f"checkpoint folder {options.model} does not exist")
+    options.output.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    if options.harness == "lmms-eval":
+        table = run_lmms_eval(
+            *common,
+            max_tiles=options.max_tiles,
+            batch_size=options.batch_size,
+            limit=options.limit,
+        )
+    else:
+        table = run_vlmevalkit(
+            *common,
+            run_py=options.run_py,
+            work_dir=options.output / "vlmevalkit",
+            max_tiles=options.max_tiles,
+            arguments=options.arguments,
+        )
+    page = table.markdown()
+    print(page, end="")
+    write_atomically(
+        options.output / "table.md", lambda path: path.write_text(page, encoding="utf-8")
+    )
+    write_json(options.output / "table.json", table.as_json())
+    if table.missing:
+        raise RuntimeError(
+            f"{len(table.missing)} scores are missing, the first of "
+            f"{' '.join(table.missing[0])}: the harness's own messages say why"
+        )
+    return 0
+
+
 def _generate(options: argparse.Namespace) -> int:
     _quiet_libraries()
     from tokenflex.answers import answer_at_counts
@@ -300,6 +343,10 @@ def _counts_grids_or_auto(text: str) -> list[Any]:
     return [count for part in parts for count in part]
 
 
+def _words(text: str) -> list[str]:
+    return text.split(",")
+
+
 def _positive(text: str) -> int:
     try:
         value = int(text)
@@ -392,6 +439,28 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--max-new-tokens", type=_positive, default=64, help="longest answer")
     evaluate.add_argument(
         "--output", type=Path, help="folder for report.json, report.md and accuracy.png"
+    )
+
+    harness = command(
+        "harness",
+        _harness,
+        "a public harness's benchmarks at every count, in one table",
+        "tokenflex harness lmms-eval runs/demo/checkpoint --benchmarks mmstar --counts 4,9,16 "
+        "--output runs/mmstar",
+    )
+    harness.add_argument("harness", metavar="HARNESS", help="lmms-eval or vlmevalkit")
+    harness.add_argument("model", type=Path, metavar="MODEL", help="checkpoint folder")
+    harness.add_argument("--benchmarks", required=True, help="the harness's names, with commas")
+    harness.add_argument(
+        "--counts", type=_words, required=True, help="as of evaluate: 64,144,12x16,auto"
+    )
+    harness.add_argument("--output", type=Path, required=True, help="folder for table.md and .json")
+    harness.add_argument("--max-tiles", type=_positive, help="cut images into at most so many")
+    harness.add_argument("--batch-size", type=_positive, default=1, help="questions, of lmms-eval")
+    harness.add_argument("--limit", type=_positive, help="questions a benchmark, of lmms-eval")
+    harness.add_argument("--run-py", type=Path, help="the script in a copy of VLMEvalKit")
+    harness.add_argument(
+        "arguments", nargs="*", metavar="-- ARGUMENT", help="more for VLMEvalKit's script"
     )
 
     generate = command(

@@ -10,6 +10,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenflex.data.encoding import IGNORE, ConversationEncoder
+from tokenflex.evaluation.generation import expand_placeholders, generate_answers
 from tokenflex.evaluation.questions import ProjectedImages, Question
 from tokenflex.evaluation.scoring import RULES
 from tokenflex_kernels import plan_packing
@@ -78,62 +79,24 @@ def grade_generated(
         last = first + batch_size
         some = questions[first:last]
         tokens = [[vision.tokens[tile] for tile in place] for place in vision.places[first:last]]
-        answers = _generate(model, processor, some, tokens, max_new_tokens)
+        prompts = [_prompt(one, processor.image_token_id) for one in some]
+        answers = generate_answers(
+            model, processor.tokenizer, prompts, tokens, max_new_tokens=max_new_tokens
+        )
         for one, answer in zip(some, answers, strict=True):
             turns = one.conversation.turns
             reference = next(turn.text for turn in reversed(turns) if turn.role == "assistant")
             try:
-                right.append(RULES[score](answer, reference))
+                right.append(RULES[score](answer.text, reference))
             except ValueError as error:
                 raise ValueError(f"sample {one.sample.id}: {error}") from error
     return right
 
 
-def _generate(
-    model: Any,
-    processor: Any,
-    questions: Sequence[Question],
-    vision_tokens: Sequence[Sequence[torch.Tensor]],
-    max_new_tokens: int,
-) -> list[str]:
-    """The greedy answer to each question, all in one left-padded batch."""
-    tokenizer = processor.tokenizer
-    ends = model.generation_config.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    rows = [_expanded(one, processor.image_token_id) for one in questions]
-    length = max(map(len, rows))
-    ids = torch.full((len(rows), length), pad, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for place, row in enumerate(rows):
-        ids[place, length - len(row) :] = row
-        mask[place, length - len(row) :] = 1
-    images = [tile for tiles in vision_tokens for tile in tiles]
-    outputs = {"image": BaseModelOutputWithPooling(pooler_output=images)} if images else None
-    output = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        mm_encoder_outputs=outputs,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=tokenizer.eos_token_id if ends is None else ends,
-        pad_token_id=pad,
-        max_new_tokens=max_new_tokens,
-    )
-    texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
-    return [text.strip() for text in texts]
-
-
-def _expanded(question: Question, image_token_id: int) -> torch.Tensor:
-    """The prompt's ids with each image's placeholder repeated as often as it has vision tokens."""
-    ids = question.prompt_ids
-    assert ids is not None
-    repeats = torch.ones_like(ids)
-    places = (ids == image_token_id).nonzero().squeeze(1)
-    if len(places) != len(question.sample.tiles):
-        raise ValueError(
-            f"sample {question.sample.id}: the prompt holds {len(places)} placeholders for "
-            f"{len(question.sample.tiles)} images"
-        )
-    tiles = torch.tensor(question.sample.tiles, dtype=torch.int64)
-    repeats[places] = tiles * question.tokens_per_tile
-    return ids.repeat_interleave(repeats)
+def _prompt(question: Question, image_token_id: int) -> torch.Tensor:
+    assert question.prompt_ids is not None
+    counts = [tiles * question.tokens_per_tile for tiles in question.sample.tiles]
+    try:
+        return expand_placeholders(question.prompt_ids, counts, image_token_id)
+    except ValueError as error:
+        raise ValueError(f"sample {question.sample.id}: {error}") from error

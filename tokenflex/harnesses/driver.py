@@ -1,0 +1,132 @@
+"""Run a harness at every count, for the same benchmarks, and merge what it says into one table."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenflex.counts import parse_count
+from tokenflex.evaluation.counts import label_of
+from tokenflex.harnesses.table import (
+    CountTable,
+    Scores,
+    lmms_eval_scores,
+    merge,
+    vlmevalkit_scores,
+)
+
+HARNESSES = ("lmms-eval", "vlmevalkit")
+
+
+def every_count(
+    run: Callable[[str], Scores], counts: Sequence[int | str], benchmarks: Sequence[str]
+) -> CountTable:
+    """The table of ``run(count)`` for each count.
+
+    Args:
+        run: runs all benchmarks at one count, and gives benchmark -> metric -> score.
+        counts: ``64``, ``"12x16"`` or ``"auto"``; all are checked before the first is run.
+        benchmarks: what ``run`` runs, so that one without scores is seen to be missing.
+
+    Raises:
+        ValueError: a count is not valid, or named twice.
+    """
+    names = [
+        count if count == "auto" else label_of(parse_count(count, name="counts"))
+        for count in counts
+    ]
+    if not names or len({*names}) < len(names):
+        raise ValueError(f"counts must be one or more, all different, got {', '.join(names)}")
+    return merge({name: run(name) for name in names}, benchmarks)
+
+
+def run_lmms_eval(
+    checkpoint: str | Path,
+    counts: Sequence[int | str],
+    tasks: Sequence[str],
+    *,
+    max_tiles: int | None = None,
+    simple_evaluate: Callable[..., Mapping[str, Any]] | None = None,
+    **options: Any,
+) -> CountTable:
+    """lmms-eval's tasks at every count, the checkpoint loaded anew for each.
+
+    Args:
+        checkpoint: checkpoint folder.
+        counts: as :func:`every_count` takes them.
+        tasks: lmms-eval's names.
+        max_tiles: the same at every count.
+        simple_evaluate: ``lmms_eval.evaluator.simple_evaluate`` if None.
+        **options: for it, for example ``batch_size`` or ``limit``.
+
+    Raises:
+        ValueError: a path that lmms-eval's own syntax cannot hold.
+    """
+    if simple_evaluate is None:
+        from lmms_eval.evaluator import simple_evaluate as lmms_evals_own
+
+        simple_evaluate = lmms_evals_own
+    if set(",='\"{}") & set(str(checkpoint)):
+        raise ValueError(
+            f"checkpoint must be a path without commas, equal signs, quotes and braces for "
+            f"lmms-eval's model_args, got {str(checkpoint)!r}"
+        )
+    tiles = "" if max_tiles is None else f",max_tiles={max_tiles}"
+
+    def run(count: str) -> Scores:
+        arguments = f"pretrained={checkpoint},tokens={count}{tiles}"
+        results = simple_evaluate(
+            model="tokenflex", model_args=arguments, tasks=list(tasks), **options
+        )
+        return lmms_eval_scores(results or {"results": {}})
+
+    return every_count(run, counts, tasks)
+
+
+def run_vlmevalkit(
+    checkpoint: str | Path,
+    counts: Sequence[int | str],
+    benchmarks: Sequence[str],
+    *,
+    run_py: Path,
+    work_dir: Path,
+    max_tiles: int | None = None,
+    arguments: Sequence[str] = (),
+) -> CountTable:
+    """VLMEvalKit's benchmarks at every count, by its own ``run.py`` in this process.
+
+    Args:
+        checkpoint: checkpoint folder.
+        counts: as :func:`every_count` takes them.
+        benchmarks: VLMEvalKit's names.
+        run_py: the script in a copy of VLMEvalKit.
+        work_dir: where it writes; a folder that holds earlier runs of other checkpoints would mix.
+        max_tiles: the same at every count and benchmark.
+        arguments: more of the script's own, for example ``["--judge", "exact_matching"]``.
+
+    Raises:
+        FileNotFoundError: there is no such script.
+    """
+    if not run_py.is_file():
+        raise FileNotFoundError(f"VLMEvalKit's script {run_py} does not exist")
+    from tokenflex.harnesses.vlmevalkit import register
+
+    def run(count: str) -> Scores:
+        (name,) = register(checkpoint, [count], max_tiles=max_tiles)
+        before, sys.argv = (
+            sys.argv,
+            [
+                str(run_py),
+                *("--model", name, "--data", *benchmarks, "--work-dir", str(work_dir), *arguments),
+            ],
+        )
+        try:
+            runpy.run_path(str(run_py), run_name="__main__")
+        finally:
+            sys.argv = before
+        return vlmevalkit_scores(work_dir / name, name, benchmarks)
+
+    return every_count(run, counts, benchmarks)
