@@ -26,6 +26,7 @@ _OF_THE_MODEL = [
     "training",
     "test_cli.py",
     "evaluation",
+    "harnesses",
     "test_answers.py",
     "test_docs.py",
     "benchmarks/test_first_token.py",

@@ -21,15 +21,12 @@ from tokenflex.harnesses.table import (
 HARNESSES = ("lmms-eval", "vlmevalkit")
 
 
-def every_count(
-    run: Callable[[str], Scores], counts: Sequence[int | str], benchmarks: Sequence[str]
-) -> CountTable:
-    """The table of ``run(count)`` for each count.
+def every_count(run: Callable[[str], Scores], counts: Sequence[int | str]) -> dict[str, Scores]:
+    """``run(count)`` for each count, by the count's name.
 
     Args:
         run: runs all benchmarks at one count, and gives benchmark -> metric -> score.
         counts: ``64``, ``"12x16"`` or ``"auto"``; all are checked before the first is run.
-        benchmarks: what ``run`` runs, so that one without scores is seen to be missing.
 
     Raises:
         ValueError: a count is not valid, or named twice.
@@ -40,7 +37,7 @@ def every_count(
     ]
     if not names or len({*names}) < len(names):
         raise ValueError(f"counts must be one or more, all different, got {', '.join(names)}")
-    return merge({name: run(name) for name in names}, benchmarks)
+    return {name: run(name) for name in names}
 
 
 def run_lmms_eval(
@@ -75,15 +72,21 @@ def run_lmms_eval(
             f"lmms-eval's model_args, got {str(checkpoint)!r}"
         )
     tiles = "" if max_tiles is None else f",max_tiles={max_tiles}"
+    groups: set[str] = set()
 
     def run(count: str) -> Scores:
         arguments = f"pretrained={checkpoint},tokens={count}{tiles}"
         results = simple_evaluate(
             model="tokenflex", model_args=arguments, tasks=list(tasks), **options
         )
-        return lmms_eval_scores(results or {"results": {}})
+        results = results or {"results": {}}  # only the first of several processes gets them
+        members = results.get("group_subtasks", {})
+        groups.update(name for name, subtasks in members.items() if subtasks)
+        return lmms_eval_scores(results)
 
-    return every_count(run, counts, tasks)
+    scores = every_count(run, counts)
+    # A group's own row may be empty, for its tasks have theirs.
+    return merge(scores, [task for task in tasks if task not in groups])
 
 
 def run_vlmevalkit(
@@ -129,4 +132,4 @@ def run_vlmevalkit(
             sys.argv = before
         return vlmevalkit_scores(work_dir / name, name, benchmarks)
 
-    return every_count(run, counts, benchmarks)
+    return merge(every_count(run, counts), benchmarks)

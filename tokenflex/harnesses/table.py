@@ -90,14 +90,15 @@ def merge(scores: Mapping[str, Scores], benchmarks: Sequence[str] = ()) -> Count
 def lmms_eval_scores(results: Mapping[str, Any]) -> dict[str, dict[str, Score]]:
     """Scores from what ``lmms_eval.evaluator.simple_evaluate`` returns, or its results file holds.
 
-    Keys are ``metric,filter`` and ``metric_stderr,filter``; all else is not a score.
+    Keys are ``metric,filter`` and ``metric_stderr,filter``; all else is not a score, other
+    standard errors (``metric_stderr_clt``) least of all.
     """
     scores: dict[str, dict[str, Score]] = {}
     for task, values in results["results"].items():
         found = {}
         for key, value in values.items():
             metric, comma, name = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not _is_number(value):
+            if not comma or "_stderr" in metric or not _is_number(value):
                 continue
             error = values.get(f"{metric}_stderr,{name}")
             label = metric if name == "none" else f"{metric} ({name})"
