@@ -29,7 +29,7 @@ from tokenflex.evaluation import evaluate
 from tokenflex.training.checkpoint import STATE_KEYS, save_model
 from tokenflex_kernels import info
 
-COMMANDS = ("info", "train", "evaluate", "generate", "convert", "plot")
+COMMANDS = ("info", "train", "evaluate", "harness", "generate", "convert", "plot")
 BAR = re.compile(r"\d+%\||\| \d+/\d+ \[")
 
 

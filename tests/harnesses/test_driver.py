@@ -119,6 +119,22 @@ def test_vlmevalkit_runs_its_own_script_at_every_count(checkpoint, run_py, tmp_p
     assert table.missing == [("Failing", "-", "4"), ("Failing", "-", "9")]
 
 
+def test_an_old_result_does_not_stand_in_for_a_new_one(checkpoint, run_py, tmp_path):
+    (tmp_path / "work" / "TokenFLEX-n4").mkdir(parents=True)
+    options = {"run_py": run_py, "work_dir": tmp_path / "work"}
+    with pytest.raises(FileExistsError, match="--reuse"):
+        run_vlmevalkit(checkpoint, [4], ["MMStar"], **options)
+
+
+def test_without_lmms_eval_the_command_says_what_to_install(
+    checkpoint, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", None)
+    base = ["harness", "lmms-eval", str(checkpoint), "--counts", "4", "--benchmarks", "mmstar"]
+    assert main([*base, "--output", str(tmp_path / "out")]) == 2
+    assert "pip install lmms-eval" in capsys.readouterr().err
+
+
 def test_the_command_writes_the_table(checkpoint, tmp_path, capsys, monkeypatch):
     module = SimpleNamespace(simple_evaluate=fake_lmms_eval([]))
     monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", module)

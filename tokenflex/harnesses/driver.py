@@ -60,11 +60,14 @@ def run_lmms_eval(
         **options: for it, for example ``batch_size`` or ``limit``.
 
     Raises:
+        ImportError: lmms-eval is not installed.
         ValueError: a path that lmms-eval's own syntax cannot hold.
     """
     if simple_evaluate is None:
-        from lmms_eval.evaluator import simple_evaluate as lmms_evals_own
-
+        try:
+            from lmms_eval.evaluator import simple_evaluate as lmms_evals_own
+        except ModuleNotFoundError as error:
+            raise ImportError(f"this needs {error.name}: pip install lmms-eval") from error
         simple_evaluate = lmms_evals_own
     if set(",='\"{}") & set(str(checkpoint)):
         raise ValueError(
@@ -106,15 +109,22 @@ def run_vlmevalkit(
         counts: as :func:`every_count` takes them.
         benchmarks: VLMEvalKit's names.
         run_py: the script in a copy of VLMEvalKit.
-        work_dir: where it writes; a folder that holds earlier runs of other checkpoints would mix.
+        work_dir: where it writes; results that lie there already are refused, or an old score could
+            stand in for one that failed, unless ``arguments`` say ``--reuse``.
         max_tiles: the same at every count and benchmark.
         arguments: more of the script's own, for example ``["--judge", "exact_matching"]``.
 
     Raises:
+        FileExistsError: ``work_dir`` holds results already.
         FileNotFoundError: there is no such script.
+        ImportError: VLMEvalKit is not installed.
     """
     if not run_py.is_file():
         raise FileNotFoundError(f"VLMEvalKit's script {run_py} does not exist")
+    if work_dir.is_dir() and any(work_dir.iterdir()) and "--reuse" not in arguments:
+        raise FileExistsError(
+            f"{work_dir} holds results already: name another folder, or give --reuse to continue"
+        )
     from tokenflex.harnesses.vlmevalkit import register
 
     def run(count: str) -> Scores:
