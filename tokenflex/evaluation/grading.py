@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from tokenflex.counts import Grid
 from tokenflex.data.encoding import IGNORE, ConversationEncoder
+from tokenflex.data.sharing import (
+    Encoded,
+    TokenSequence,
+    prefix_and_branches,
+    whole_conversations,
+)
 from tokenflex.evaluation.generation import expand_placeholders, generate_answers
 from tokenflex.evaluation.questions import ProjectedImages, Question
 from tokenflex.evaluation.scoring import RULES
+from tokenflex.models.prefixes import share_prefixes
 from tokenflex_kernels import plan_packing
 
 
@@ -25,38 +33,70 @@ def grade_forced(
 ) -> list[bool]:
     """Whether every token of each conversation's answers is the likeliest after those before it.
 
-    All questions stand in one packed row, and no sequence sees another.
+    All questions stand in one packed row and do not see each other.
 
     Raises:
         ValueError: a conversation cannot be encoded, or holds no answer; the message names it.
     """
-    sequences, labels, placeholder_counts, answer_lengths = [], [], [], []
-    for one in questions:
-        try:
-            ids, learned = encode(one.conversation, len(one.sample.tiles))
-        except ValueError as error:
-            raise ValueError(f"sample {one.sample.id}: {error}") from error
-        length = int((learned[1:] != IGNORE).sum())  # what nothing precedes is not predicted
-        if not length:
-            raise ValueError(f"sample {one.sample.id}: a conversation holds no answer to grade")
-        sequences.append(ids)
-        labels.append(learned)
-        answer_lengths.append(length)
-        placeholder_counts += [tiles * one.tokens_per_tile for tiles in one.sample.tiles]
-    plan = plan_packing(sequences, placeholder_counts, processor.image_token_id, labels=labels)
-    # Row t predicts the label of row t + 1.
-    rows = (plan.labels[1:] != IGNORE).nonzero().squeeze(1)
-    targets = plan.labels[rows + 1].to(model.device)
     ends = [0, *accumulate(len(tokens) for tokens in vision.tokens)]
-    shown = [torch.arange(ends[place.start], ends[place.stop]) for place in vision.places]
+    sequences: list[TokenSequence] = []
+    parents: list[int] = []
+    placeholder_counts: list[int] = []
+    shown: list[torch.Tensor] = []
+    answer_lengths: list[int] = []
+    # Questions about one sample at one grid share the rows of its images.
+    for _, group in groupby(zip(questions, vision.places, strict=True), key=_shown_alike):
+        asked, places = zip(*group, strict=True)
+        encoded = [_encoded(one, encode) for one in asked]
+        answer_lengths += [int((learned[1:] != IGNORE).sum()) for _, learned in encoded]
+        images = len(asked[0].sample.tiles)
+        if model.takes_shared_prefixes:
+            parts = prefix_and_branches(encoded, images, processor.image_token_id)
+        else:
+            parts = whole_conversations(encoded, images)
+        counts = [tiles * asked[0].tokens_per_tile for tiles in asked[0].sample.tiles]
+        rows = torch.arange(ends[places[0].start], ends[places[0].stop]).split(counts)
+        first = len(sequences)
+        for one in parts:
+            sequences.append(one)
+            parents.append(first if one.is_branch else -1)
+            placeholder_counts += counts[one.images]
+            shown += rows[one.images]
+    plan = plan_packing(
+        [one.ids for one in sequences],
+        placeholder_counts,
+        processor.image_token_id,
+        labels=[one.labels for one in sequences],
+    )
+    shares = any(parent >= 0 for parent in parents)
+    prefixes = share_prefixes(plan, parents).to(model.device) if shares else None
+    # Row t predicts the label of row t + 1.
+    learned_rows = (plan.labels[1:] != IGNORE).nonzero().squeeze(1)
+    targets = plan.labels[learned_rows + 1].to(model.device)
     logits = model(
         plan=plan.to(model.device),
         mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=vision.tokens)},
-        vision_index=torch.cat(shown).to(model.device),
-        logits_to_keep=rows.to(model.device),
+        vision_index=torch.cat([torch.zeros(0, dtype=torch.int64), *shown]).to(model.device),
+        shared_prefixes=prefixes,
+        logits_to_keep=learned_rows.to(model.device),
     ).logits[0]
     hits = (logits.argmax(-1) == targets).cpu()
     return [bool(answer.all()) for answer in hits.split(answer_lengths)]
+
+
+def _shown_alike(asked: tuple[Question, range]) -> tuple[int, Grid]:
+    return asked[0].sample.index, asked[0].grid
+
+
+def _encoded(question: Question, encode: ConversationEncoder) -> Encoded:
+    sample = question.sample
+    try:
+        ids, learned = encode(question.conversation, len(sample.tiles))
+    except ValueError as error:
+        raise ValueError(f"sample {sample.id}: {error}") from error
+    if not bool((learned[1:] != IGNORE).any()):  # what nothing precedes is not predicted
+        raise ValueError(f"sample {sample.id}: a conversation holds no answer to grade")
+    return ids, learned
 
 
 def grade_generated(

@@ -25,6 +25,7 @@ from tokenflex.data.messages import MessagesDataset
 from tokenflex.data.mixture import Mixture, MixtureOrder
 from tokenflex.data.order import EpochOrder
 from tokenflex.data.samples import SampleDataset
+from tokenflex.digits.canvas import CELL_PIXELS
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor
 from tokenflex.models.configuration import TokenFlexConfig
@@ -37,7 +38,9 @@ from tokenflex.training.config import DataConfig, ModelConfig, PartConfig
 def build_dataset(config: DataConfig) -> SampleDataset:
     """The data set that ``config`` names."""
     if config.name == "digits":
-        return DigitsDataset(config.split, size=config.size, questions=config.questions)
+        return DigitsDataset(
+            config.split, size=config.size, questions=config.questions, cells=config.cells
+        )
     if config.name == "mixture":
         return Mixture([build_dataset(part) for part in config.parts])
     assert config.path is not None  # checked by DataConfig
@@ -59,7 +62,8 @@ def build_order(config: DataConfig, dataset: SampleDataset, seed: int) -> EpochO
 def build_processor(config: ModelConfig) -> TokenFlexProcessor:
     """The processor, with ``image_token`` known to its tokenizer."""
     if config.processor == "digits":
-        return digits_processor(config.num_image_tokens)
+        cells = _vision_config(config.vision).image_size // CELL_PIXELS
+        return digits_processor(config.num_image_tokens, cells=cells)
     assert config.vision.path is not None  # checked by ModelConfig, as is the other
     assert config.text.path is not None
     tokenizer = _pretrained(AutoTokenizer, config.text.path)

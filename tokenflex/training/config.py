@@ -6,10 +6,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from tokenflex.counts import TokenCounts, token_grid
+from tokenflex.counts import Grid, TokenCounts, parse_count, token_grid
 from tokenflex.data.steps import Draw
+from tokenflex.digits.canvas import CELL_PIXELS
 
 DIGITS_SPLITS = ("train", "validation", "test")
 
@@ -78,13 +86,15 @@ class DataConfig(_Strict):
 
     ``name`` is "digits", the offline task; "messages", a JSONL file (``MessagesDataset``); "llava",
     a JSON file in LLaVA's layout; "huggingface", a data set of the ``datasets`` library; "mixture",
-    several ``parts``, each drawn from in proportion to its ``weight``.
+    several ``parts``, each drawn from in proportion to its ``weight``. ``cells`` are those of a
+    canvas of "digits", per side.
     """
 
     name: Literal["digits", "messages", "llava", "huggingface", "mixture"]
     path: Path | None = None
     image_folder: Path | None = None
     split: str = "train"
+    cells: int = Field(default=4, ge=4, multiple_of=2)
     size: int = Field(default=100_000, ge=1)
     questions: int = Field(default=8, ge=1)
     parts: tuple[DataConfig, ...] = ()
@@ -221,16 +231,19 @@ class EvaluationConfig(_Strict):
     """After training: the data set and the counts to report accuracy at."""
 
     data: DataConfig
-    counts: tuple[int, ...]
+    counts: tuple[int | Grid, ...]
     batch_size: int = Field(default=64, ge=1)
 
-    @model_validator(mode="after")
-    def _counts_are_grids(self) -> EvaluationConfig:
-        if not self.counts:
-            raise ValueError(f"counts must name at least one count, got {self.counts}")
-        for count in self.counts:
-            token_grid(count, name="counts")
-        return self
+    @field_validator("counts", mode="before")
+    @classmethod
+    def _counts_are_grids(cls, counts: Any) -> Any:
+        if not isinstance(counts, (list, tuple)) or not counts:
+            raise ValueError(f"counts must name at least one count, got {counts!r}")
+        # Numbers, or grids of height x width as "2x3".
+        return [
+            parse_count(one, name="counts") if isinstance(one, (int, str)) else one
+            for one in counts
+        ]
 
 
 class TrainConfig(_Strict):
@@ -261,6 +274,22 @@ class TrainConfig(_Strict):
     def data_of(self, stage: StageConfig) -> DataConfig:
         """What ``stage`` is trained on."""
         return self.data if stage.data is None else stage.data
+
+    @model_validator(mode="after")
+    def _canvases_fit_the_encoder(self) -> TrainConfig:
+        """The words for cells and the size of pictures follow from the encoder's image size."""
+        if self.model.processor != "digits" or self.model.vision.config is None:
+            return self
+        size = self.model.vision.config.get("image_size")
+        used = [self.data_of(stage) for stage in self.stages]
+        used += [] if self.evaluation is None else [self.evaluation.data]
+        for data in (part for one in used for part in (one, *one.parts)):
+            if data.name == "digits" and data.cells * CELL_PIXELS != size:
+                raise ValueError(
+                    f"model.vision.config must have image_size {data.cells * CELL_PIXELS} for "
+                    f"canvases of {data.cells} x {data.cells} cells, got {size!r}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _warm_up_is_for_digits(self) -> TrainConfig:

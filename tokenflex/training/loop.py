@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from accelerate.utils import gather_object, set_seed
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from tokenflex.counts import TokenCounts
+from tokenflex.counts import TokenCounts, token_grid
 from tokenflex.data.order import StepSampler, load_in_order
 from tokenflex.data.packing import PackingCollator
 from tokenflex.data.steps import BrokenSample, PackedStep, StepPacker
@@ -111,7 +112,7 @@ class Trainer:
         self.model = model.to(self.accelerator.device)
         counts = [count for stage in config.stages for count in stage.counts]
         if evaluation is not None:
-            counts += evaluation.counts
+            counts += [prod(token_grid(count)) for count in evaluation.counts]
         check_length(self.model.config, max(counts))
         # Everything is there: only now touch what may lie in the output folder.
         self.accelerator.wait_for_everyone()
