@@ -152,13 +152,14 @@ def _bar(jobs: Sequence[Job], shown: bool) -> tqdm:
         desc="ablation",
         disable=not shown,
         dynamic_ncols=True,
+        mininterval=1,
     )
 
 
 def _show(bar: tqdm, jobs: Sequence[Job], running: Sequence[_Running], output: Path) -> None:
     """Steps of all jobs; steps of an earlier half of this ablation do not count for the rate."""
-    at = {one.job.name: steps_done(output / one.job.name) for one in running}
     done = [job for job in jobs if job.is_done(output)]
+    at = {one.job.name: steps_done(output / one.job.name) for one in running if one.job not in done}
     steps = sum(job.steps for job in done) + sum(at.values())
     if not bar.n and steps:
         bar.initial = bar.n = steps

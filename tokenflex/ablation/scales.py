@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenflex.digits.canvas import CELL_PIXELS
@@ -123,6 +123,19 @@ SMALL = Scale(
     evaluated=2048,
 )
 
+# Two minutes of CI: one seed, and no more steps than the checks need.
+QUICK = replace(
+    SMALL,
+    name="quick",
+    unseen=(),
+    warm_up_steps=200,
+    start_steps=500,
+    steps=250,
+    evaluated=256,
+    seeds=1,
+    regimes=("fixed-large", "stochastic"),
+)
+
 # For a GPU; nothing of it was measured yet.
 LARGE = Scale(
     name="large",
@@ -144,3 +157,5 @@ LARGE = Scale(
     precision="bf16",
     seeds=1,
 )
+
+SCALES = {scale.name: scale for scale in (SMALL, LARGE, QUICK)}
