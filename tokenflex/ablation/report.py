@@ -188,7 +188,8 @@ def _cost_section(report: Mapping[str, Any]) -> str:
     return (
         f"## Cost\n\n{_table(head, rows)}\n\nOf a regime's own stage. Vision tokens are counted "
         f"once an image that is shown. Seconds: {report['machine']}; here the encoder, data and "
-        f"fixed costs of a step weigh more than at the paper's size. The paper's columns are of its stage 2, second-hand."
+        f"fixed costs of a step weigh more than at the paper's size. The paper's "
+        "columns are of its stage 2, second-hand."
     )
 
 

@@ -43,7 +43,7 @@ class _Running:
         }
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tokenflex.ablation.worker", f"{job.name}/{CONFIG}"],
+                command_of(job),
                 cwd=output,
                 env=environment,
                 stdin=subprocess.PIPE,
@@ -62,6 +62,11 @@ class _Running:
         """The end of what it wrote."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(lines[-LAST_LINES:])
+
+
+def command_of(job: Job) -> list[str]:
+    """What its process runs, in the ablation's folder."""
+    return [sys.executable, "-m", "tokenflex.ablation.worker", f"{job.name}/{CONFIG}"]
 
 
 def run_jobs(
