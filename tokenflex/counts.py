@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from math import isqrt, sqrt
 from numbers import Integral, Real
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch
 Grid: TypeAlias = tuple[int, int]
 TokenCount: TypeAlias = "int | Grid"  # a perfect square, or (height, width)
 ImageTokenCounts: TypeAlias = "TokenCount | Sequence[TokenCount] | torch.Tensor"
+AUTO: Literal["auto"] = "auto"  # in place of a count: chosen for each image by tokenflex.selection
 
 
 def _is_int(value: object) -> bool:

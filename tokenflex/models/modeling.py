@@ -37,6 +37,12 @@ from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.head import build_head, transform_logits
 from tokenflex.models.vision import EncodedImages, encode
 from tokenflex.projector import TokenAdaptiveProjector
+from tokenflex.selection.choice import (
+    asks_for_choice,
+    choose_counts,
+    generate_with_choice,
+    refuse_auto,
+)
 from tokenflex_kernels import PackPlan, merge_vision, pack_embeddings
 
 
@@ -123,6 +129,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             encoded_images = self.encode_images(pixel_values, grids)
         elif grids is not None:
             raise ValueError("encoded_images hold their grids: give no grids with them")
+        refuse_auto(num_image_tokens)
         counts = self.projector.num_tokens if num_image_tokens is None else num_image_tokens
         out_grids = token_grids(counts, len(encoded_images), name="num_image_tokens")
         self._warn_of_unknown(out_grids)
@@ -191,6 +198,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
 
         The arguments are those of :meth:`TokenFlexForConditionalGeneration.forward`.
         """
+        refuse_auto(num_image_tokens)
         images = (mm_encoder_outputs or {}).get("image")
         sources = [images, pixel_values, encoded_images]
         if sum(source is not None for source in sources) > 1:
@@ -344,6 +352,8 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
         """transformers' ``generate``, whose further arguments are those of :meth:`forward`.
 
         It never answers with the image placeholder, unless ``suppress_tokens`` says otherwise.
+        With ``num_image_tokens="auto"`` each image's count is chosen, as ``penalty`` or ``budget``
+        say: see :func:`tokenflex.selection.choice.generate_with_choice`.
 
         Example:
             >>> inputs = processor(images=picture, text=question)
@@ -353,6 +363,8 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
             ...     inputs.pop("pixel_values")
             ...     model.generate(**inputs, encoded_images=images)
         """
+        if asks_for_choice(kwargs):
+            return generate_with_choice(self, *args, **kwargs)
         generation_config = kwargs.get("generation_config") or self.generation_config
         if generation_config.suppress_tokens is None:
             kwargs.setdefault("suppress_tokens", [self.config.image_token_id])
@@ -376,6 +388,10 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
                 for modality, output in outputs.items()
             }
         return super().generate(*args, **kwargs)
+
+    def choose_counts(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        """See :func:`tokenflex.selection.choice.choose_counts`."""
+        return choose_counts(self, input_ids, **kwargs)
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See :meth:`TokenFlexModel.get_image_features`."""
