@@ -1,4 +1,4 @@
-"""The command line: ``tokenflex info | train | evaluate | generate | convert | plot``.
+"""The command line: ``tokenflex info | train | evaluate | route | generate | convert | plot``.
 
 Every command's imports are its own, so that ``tokenflex info`` works with the core alone.
 """
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if options.debug or (error.name or "").startswith("tokenflex"):
             raise
-        extra = "train" if options.command in ("train", "evaluate", "plot") else "hf"
+        extra = "train" if options.command in ("train", "evaluate", "route", "plot") else "hf"
         return _fail(f"{options.command} needs {error.name}; pip install 'tokenflex[{extra}]'")
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if options.debug:
@@ -147,13 +147,74 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _route(options: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from dataclasses import asdict
+
+    from tqdm import tqdm
+
+    from tokenflex.models.loading import check_length, load_checkpoint
+    from tokenflex.selection.curve import as_rows, format_curve, selection_curve
+    from tokenflex.selection.grading import grade
+    from tokenflex.selection.storage import save_router
+    from tokenflex.selection.training import train_router
+
+    measured = options.measure_on or ("digits" if options.data == "digits" else None)
+    asked = _dataset(options.data, "validation", options.size)
+    others = None if measured is None else _dataset(measured, "test", options.size)
+    model, processor = load_checkpoint(options.model)
+    check_length(model.config, max(options.counts))
+    model.to(_device())
+    samples = len(asked) + (0 if others is None else len(others))
+    with tqdm(total=samples, desc="asking", unit="sample", dynamic_ncols=True) as bar:
+        router, report = train_router(
+            model,
+            processor,
+            asked,
+            options.counts,
+            max_drop=options.max_drop,
+            batch_size=options.batch_size,
+            on_samples=bar.update,
+        )
+        grades = None
+        if others is not None:
+            grades = grade(
+                model,
+                processor,
+                others,
+                options.counts,
+                batch_size=options.batch_size,
+                on_samples=bar.update,
+            )
+    summary: dict[str, Any] = {"counts": list(router.counts), **asdict(report)}
+    if grades is not None:
+        points = selection_curve(grades, router)
+        summary["curve"] = as_rows(points)
+    folder = save_router(router, options.model, summary)
+    if grades is not None:
+        from tokenflex.plots import plot_selection
+
+        plot_selection(points, folder / "curve.png")
+        print(format_curve(points))
+    print(
+        f"{report.parameters} parameters, {report.grading_seconds:.0f} s of asking and "
+        f"{report.fitting_seconds:.0f} s of fitting; held out, auto costs "
+        f"{report.largest_accuracy - report.accuracy:.3f} of accuracy at "
+        f"{report.tokens / report.largest_tokens:.0%} of the tokens"
+    )
+    print(f"the router is in {folder}")
+    return 0
+
+
 def _generate(options: argparse.Namespace) -> int:
     _quiet_libraries()
     from tokenflex.answers import answer_at_counts
+    from tokenflex.counts import AUTO
     from tokenflex.data.encoding import ConversationEncoder
     from tokenflex.data.messages import open_image
     from tokenflex.data.samples import Conversation, Turn
     from tokenflex.models.loading import check_length, load_checkpoint
+    from tokenflex.selection.storage import router_of
 
     images = [open_image(path) for path in options.image]
     model, processor = load_checkpoint(options.model)
@@ -162,8 +223,11 @@ def _generate(options: argparse.Namespace) -> int:
     encoder = ConversationEncoder(processor.tokenizer, processor.image_prompt)
     prompt = encoder.prompt(conversation, len(images))
     counts = options.tokens or [processor.num_image_tokens]
+    if AUTO not in counts and options.penalty is not None:
+        raise ValueError(f"--penalty is for --tokens auto, got it with --tokens {counts}")
     for count in counts:
-        tokens = processor.image_tokens(images, count, max_tiles=options.max_tiles)
+        most = max(router_of(model).counts) if count == AUTO else count
+        tokens = processor.image_tokens(images, most, max_tiles=options.max_tiles)
         check_length(model.config, sum(tokens))
     answers = answer_at_counts(
         model,
@@ -173,6 +237,7 @@ def _generate(options: argparse.Namespace) -> int:
         counts,
         max_new_tokens=options.max_new_tokens,
         max_tiles=options.max_tiles,
+        penalty=options.penalty,
     )
     print(f"{'tokens':>7}  {'first_s':>7}  {'total_s':>7}  answer")
     for answer in answers:
@@ -211,6 +276,16 @@ def _plot(options: argparse.Namespace) -> int:
 # ---------------------------------------------------------------------- helpers
 
 
+def _dataset(data: str, digits_split: str, size: int) -> Any:
+    """'digits' in a split and size, or a JSONL file of messages."""
+    from tokenflex.training.build import build_dataset
+    from tokenflex.training.config import DataConfig
+
+    if data == "digits":
+        return build_dataset(DataConfig(name="digits", split=digits_split, size=size))
+    return build_dataset(DataConfig(name="messages", path=Path(data)))
+
+
 def _device() -> str:
     import torch
 
@@ -243,19 +318,26 @@ def _counts(text: str) -> list[int]:
     return _checked_counts(counts)
 
 
-def _counts_or_grids(text: str) -> list[int | tuple[int, int]]:
-    counts: list[int | tuple[int, int]] = []
+def _counts_grids_or_auto(text: str) -> list[Any]:
+    from tokenflex.counts import AUTO
+
+    counts: list[Any] = []
     for part in text.split(","):
+        if part == AUTO:
+            counts.append(AUTO)
+            continue
         try:
             sides = [int(side) for side in part.split("x")]
         except ValueError:
             sides = []
         if len(sides) not in (1, 2):
             raise argparse.ArgumentTypeError(
-                f"expected counts like 64,144,256 or grids of height x width like 2x3, got {text!r}"
+                "expected counts like 64,144,256, grids of height x width like 2x3, or auto, got "
+                f"{text!r}"
             )
         counts.append(sides[0] if len(sides) == 1 else (sides[0], sides[1]))
-    return _checked_counts(counts)
+    _checked_counts([count for count in counts if count != AUTO])
+    return counts
 
 
 def _checked_counts(counts: list[Any]) -> list[Any]:
@@ -339,6 +421,32 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch-size", type=_positive, default=64, help="samples a forward pass")
     evaluate.add_argument("--output", type=Path, help="write the report to this JSON file")
 
+    route = command(
+        "route",
+        _route,
+        "make a checkpoint choose its own counts: train its router, and measure it on other data",
+        "tokenflex route --model runs/demo/checkpoint --data digits --counts 4,9,16",
+    )
+    route.add_argument("--model", type=Path, required=True, help="checkpoint folder")
+    route.add_argument(
+        "--data",
+        required=True,
+        help="'digits' (validation split), or a JSONL file that the model was not trained on",
+    )
+    route.add_argument("--counts", type=_counts, required=True, help="for example 64,144,256")
+    route.add_argument(
+        "--measure-on",
+        help="'digits' (test split), or another JSONL file; for digits, digits if not given",
+    )
+    route.add_argument(
+        "--max-drop",
+        type=float,
+        default=0.01,
+        help="share of right answers that auto may cost where no penalty is named (0.01)",
+    )
+    route.add_argument("--size", type=_positive, default=1024, help="canvases of digits (1024)")
+    route.add_argument("--batch-size", type=_positive, default=64, help="samples a pass")
+
     generate = command(
         "generate",
         _generate,
@@ -351,8 +459,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", required=True, help="what to ask")
     generate.add_argument(
         "--tokens",
-        type=_counts_or_grids,
-        help="per image: counts, or grids of height x width, for example 64,144,12x16",
+        type=_counts_grids_or_auto,
+        help="per image: counts, grids of height x width, or auto, for example 64,144,12x16,auto",
+    )
+    generate.add_argument(
+        "--penalty",
+        type=float,
+        help="with auto: share of right answers given up to save all tokens, for example 0.05",
     )
     generate.add_argument("--max-tiles", type=_positive, help="cut images into at most so many")
     generate.add_argument("--max-new-tokens", type=_positive, default=64, help="longest answer")

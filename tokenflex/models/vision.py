@@ -39,6 +39,12 @@ class EncodedImages:
     def __len__(self) -> int:
         return len(self.grids)
 
+    def select(self, images: Sequence[int]) -> EncodedImages:
+        """Some of the images, by their places, in the order asked for."""
+        rows = self.features.split([height * width for height, width in self.grids])
+        features = torch.cat([self.features[:0], *(rows[i] for i in images)])
+        return EncodedImages(features, tuple(self.grids[i] for i in images))
+
     def to(self, *args: Any, **kwargs: Any) -> EncodedImages:
         """The same with its features moved as ``torch.Tensor.to`` does."""
         return EncodedImages(self.features.to(*args, **kwargs), self.grids)

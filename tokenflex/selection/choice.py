@@ -17,7 +17,7 @@ from tokenflex.selection.features import image_statistics, question_embeddings
 from tokenflex.selection.router import best, utilities
 from tokenflex.selection.storage import has_router, router_of
 
-_INPUTS = ("attention_mask", "pixel_values", "grids", "encoded_images", "tiles_per_image")
+INPUTS = ("attention_mask", "pixel_values", "grids", "encoded_images", "tiles_per_image")
 _KNOBS = ("penalty", "budget")
 
 
@@ -86,7 +86,7 @@ def generate_with_choice(model: Any, inputs: Any = None, **kwargs: Any) -> Any:
         count chosen for each tile.
     """
     asked = {
-        name: kwargs.pop(name) for name in ("num_image_tokens", *_KNOBS, *_INPUTS) if name in kwargs
+        name: kwargs.pop(name) for name in ("num_image_tokens", *_KNOBS, *INPUTS) if name in kwargs
     }
     named = kwargs.pop("input_ids", None)
     given = named if inputs is None else inputs

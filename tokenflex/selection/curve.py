@@ -156,6 +156,17 @@ def auto_report(grades: Grades, router: Router, penalty: float | None = None) ->
     }
 
 
+def format_curve(points: Sequence[CurvePoint]) -> str:
+    """The points as a table of text."""
+    rows = [f"{'selector':<10}{'setting':<10}{'accuracy':>9}{'tokens':>8}{'prefill':>9}"]
+    rows += [
+        f"{point.selector:<10}{point.setting:<10}{point.accuracy:>9.3f}{point.tokens:>8.2f}"
+        f"{point.prefill_tokens:>9.2f}"
+        for point in points
+    ]
+    return "\n".join(rows)
+
+
 def as_rows(points: Sequence[CurvePoint]) -> list[dict[str, Any]]:
     """The points as JSON takes them."""
     return [asdict(point) for point in points]

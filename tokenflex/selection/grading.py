@@ -90,7 +90,7 @@ def grade(
     counts: Sequence[int],
     *,
     batch_size: int = 64,
-    on_batch: Callable[[], object] = lambda: None,
+    on_samples: Callable[[int], object] = lambda samples: None,
 ) -> Grades:
     """Ask everything at every count; right means what it does in :mod:`tokenflex.evaluation`.
 
@@ -100,7 +100,7 @@ def grade(
         dataset: what to ask.
         counts: two or more perfect squares.
         batch_size: samples a pass.
-        on_batch: called after each batch of samples.
+        on_samples: called with the number of samples after each pass.
 
     Raises:
         TypeError: a count is not an int.
@@ -116,7 +116,7 @@ def grade(
             indices = range(first, min(first + batch_size, len(dataset)))
             samples = [dataset[i] for i in indices]
             parts.append(_grade_batch(model, processor, encode, samples, first, counts))
-            on_batch()
+            on_samples(len(samples))
     finally:
         model.train(was_training)
     return _joined(parts)

@@ -47,7 +47,7 @@ class Router(nn.Module):
         vision_width: int,
         text_width: int,
         *,
-        hidden_width: int = 32,
+        hidden_width: int = 16,
         penalty: float = 0.0,
     ) -> None:
         super().__init__()

@@ -65,10 +65,10 @@ def train_router(
     *,
     max_drop: float = 0.01,
     held_out: float = 0.2,
-    hidden_width: int = 32,
+    hidden_width: int = 16,
     seed: int = 0,
     batch_size: int = 64,
-    on_batch: Callable[[], object] = lambda: None,
+    on_samples: Callable[[int], object] = lambda samples: None,
 ) -> tuple[Router, RouterReport]:
     """Ask everything at every count, and learn what is answered right at which.
 
@@ -84,14 +84,14 @@ def train_router(
         hidden_width: of the router.
         seed: of its first weights, its batches and the held-out part.
         batch_size: samples a pass of the model.
-        on_batch: called after each.
+        on_samples: called with the number of samples after each.
 
     Raises:
         TypeError: a count is not an int.
         ValueError: fewer than two counts or two samples with images, or a number out of its range.
     """
     started = time.perf_counter()
-    grades = grade(model, processor, dataset, counts, batch_size=batch_size, on_batch=on_batch)
+    grades = grade(model, processor, dataset, counts, batch_size=batch_size, on_samples=on_samples)
     graded = time.perf_counter() - started
     return fit_router(
         grades,
@@ -108,7 +108,7 @@ def fit_router(
     *,
     max_drop: float = 0.01,
     held_out: float = 0.2,
-    hidden_width: int = 32,
+    hidden_width: int = 16,
     seed: int = 0,
     grading_seconds: float = 0.0,
 ) -> tuple[Router, RouterReport]:
