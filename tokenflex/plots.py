@@ -120,12 +120,19 @@ def plot_selection(points: Sequence[CurvePoint], path: Path) -> None:
         axes.annotate(
             point.setting,
             (point.tokens, point.accuracy),
-            (0, -13),
+            (7, 0),
             textcoords="offset points",
-            ha="center",
+            va="center",
             color=OVERALL,
         )
-    _draw(axes, by_selector["random"], "a coin", color="#808080", marker="x", linestyle="none")
+    _draw(
+        axes,
+        by_selector["random"],
+        "random mix of two",
+        color="#808080",
+        marker="x",
+        linestyle="none",
+    )
     tuned = [point for point in by_selector["router"] if point.setting != "own"]
     _draw(axes, tuned, "router", color=KINDS[0], marker="o", markersize=4)
     own = [point for point in by_selector["router"] if point.setting == "own"]

@@ -16,7 +16,7 @@ from tokenflex.selection.curve import routed, score
 from tokenflex.selection.grading import Grades, grade
 from tokenflex.selection.router import Router
 
-STEPS = 3000
+STEPS = 1000
 BATCH = 512
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.05
@@ -37,7 +37,8 @@ class RouterReport:
         fitting_seconds: of the router itself.
         steps: of the optimiser, up to the router that is kept.
         penalty: its own, where a call names none: of those that cost at most ``max_drop`` of the
-            largest count's accuracy on the held-out part, the one with the fewest tokens.
+            largest count's accuracy on the held-out part, the one with the fewest tokens; 0 if even
+            that costs more.
         accuracy: held out, of the router at that penalty.
         tokens: held out, vision tokens a question of the router at that penalty.
         largest_accuracy: held out, always at the largest count.
