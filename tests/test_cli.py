@@ -216,9 +216,14 @@ def test_generate_asks_with_the_tokens_that_training_saw(command, tmp_path, imag
 
 
 @pytest.fixture
-def routed(command, tmp_path, monkeypatch) -> Path:
-    """A checkpoint with a router made by the command."""
+def few_steps(monkeypatch) -> None:
+    """Routers of these tests need not be good."""
     monkeypatch.setattr(router_training, "STEPS", 100)
+
+
+@pytest.fixture
+def routed(command, tmp_path, few_steps) -> Path:
+    """A checkpoint with a router made by the command."""
     save_model(tmp_path / "c", tiny_model(), digits_processor(9))
     code, out, errors = command(
         *("route", "--model", tmp_path / "c", "--data", "digits", "--counts", "4,9,16"),
@@ -255,6 +260,7 @@ def test_generate_chooses_with_the_router(command, routed, image):
     assert {int(line.split()[0]) for line in out.splitlines()[1:]} <= {4, 9, 16}
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_route_on_own_data_measures_what_is_held_out(command, checkpoint, image, tmp_path):
     rows = [
         {

@@ -91,6 +91,7 @@ def train_router(
         TypeError: a count is not an int.
         ValueError: fewer than two counts or two samples with images, or a number out of its range.
     """
+    _check_shares(held_out, max_drop)  # before the work, not after it
     started = time.perf_counter()
     grades = grade(model, processor, dataset, counts, batch_size=batch_size, on_samples=on_samples)
     graded = time.perf_counter() - started
@@ -114,10 +115,7 @@ def fit_router(
     grading_seconds: float = 0.0,
 ) -> tuple[Router, RouterReport]:
     """A router for questions that are graded; the arguments are those of :func:`train_router`."""
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
-    if not 0 <= max_drop < 1:
-        raise ValueError(f"max_drop must be at least 0 and below 1, got {max_drop}")
+    _check_shares(held_out, max_drop)
     started = time.perf_counter()
     fitted, tested = _split(grades, held_out, seed)
     router = Router(
@@ -145,6 +143,13 @@ def fit_router(
         largest_accuracy=largest_accuracy,
         largest_tokens=largest_tokens,
     )
+
+
+def _check_shares(held_out: float, max_drop: float) -> None:
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
+    if not 0 <= max_drop < 1:
+        raise ValueError(f"max_drop must be at least 0 and below 1, got {max_drop}")
 
 
 def _split(grades: Grades, held_out: float, seed: int) -> tuple[Grades, Grades]:
