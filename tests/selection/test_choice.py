@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, Siglip2ImageProcessorPil
 
 from tests.models.test_modeling import GENERATION, SEARCHES, CallCounter
 from tests.models.test_ristretto import CONTEXT, released_tensors, write_release
@@ -81,6 +81,27 @@ def test_marks_around_an_image_and_its_tiles_stay_around_them(tmp_path):
     chosen = model.choose_counts(**asked)
     assert torch.equal(chosen["input_ids"], fixed["input_ids"])
     assert chosen["num_image_tokens"] == fixed["num_image_tokens"] == [64] * 3
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 13}])
+def test_images_of_any_shape_are_chosen_for_too(options):
+    model = tiny_model(vision="siglip2")
+    attach_router(model, FixedRouter(TO_9, TO_4))
+    base = digits_processor()
+    processor = TokenFlexProcessor(
+        Siglip2ImageProcessorPil(patch_size=4, max_num_patches=64), base.tokenizer
+    )
+    pictures = [picture(1, (16, 48)), picture(2, (40, 24))]
+    text = "<image> odd <image>"
+    chosen = model.choose_counts(
+        **processor(images=pictures, text=text, num_image_tokens="auto"), **options
+    )
+    fixed = processor(images=pictures, text=text, num_image_tokens=[9, 4])
+    assert chosen["num_image_tokens"] == [9, 4]
+    encoded = chosen.pop("encoded_images")
+    assert [list(grid) for grid in encoded.grids] == [list(grid) for grid in fixed["grids"]]
+    output = model.generate(**chosen, encoded_images=encoded, **GENERATION)
+    assert torch.equal(output, model.generate(**fixed, **GENERATION))
 
 
 def test_a_prompt_is_routed_in_a_batch_as_it_is_alone():
