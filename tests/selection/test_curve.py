@@ -11,7 +11,6 @@ from tokenflex.plots import plot_selection
 from tokenflex.selection.curve import (
     CurvePoint,
     as_rows,
-    auto_report,
     escalated,
     format_curve,
     routed,
@@ -113,16 +112,6 @@ def test_a_question_without_images_costs_nothing(grades):
 def test_another_ladder_than_the_routers_is_refused(grades):
     with pytest.raises(ValueError, match=r"at the router's counts, \(4, 16\), got \(4, 9, 16\)"):
         selection_curve(grades, FixedRouter([0, 1], counts=(4, 16)))
-
-
-def test_a_report_of_auto_is_shaped_like_evaluations(grades):
-    kinds = Grades(**{**grades.__dict__, "kinds": ("a", "b", "b", "b")})
-    report = auto_report(kinds, FixedRouter([1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]), 0.5)
-    assert report["accuracy_by_kind"] == pytest.approx({"a": 1.0, "b": 2 / 3})
-    assert report["accuracy"] == pytest.approx(5 / 6)
-    assert report["tokens_by_kind"] == pytest.approx({"a": 4, "b": 15})
-    assert report["tokens"] == pytest.approx(9.5)
-    assert report["shares"] == pytest.approx({"4": 0.5, "9": 0.25, "16": 0.25})
 
 
 def test_the_table_and_the_plot_show_every_selector(grades, tmp_path):

@@ -19,7 +19,6 @@ from tokenflex.evaluation import evaluate
 from tokenflex.selection.cascade import generate_with_escalation
 from tokenflex.selection.choice import choose_counts
 from tokenflex.selection.curve import score, selection_curve
-from tokenflex.selection.evaluation import evaluate_auto
 from tokenflex.selection.features import image_statistics, question_embeddings
 from tokenflex.selection.grading import grade
 from tokenflex.selection.storage import attach_router
@@ -166,24 +165,6 @@ def test_no_samples_are_refused():
 
     with pytest.raises(ValueError, match="must hold samples"):
         grade(tiny_model(), digits_processor(), Nothing(), COUNTS)
-
-
-@pytest.mark.parametrize("i", [0, 1, 2])
-def test_auto_is_evaluated_at_the_counts_its_router_chooses(processor, dataset, half_taught, i):  # noqa: F811
-    attach_router(half_taught, FixedRouter(np.eye(3)[i]))
-    expected = evaluate(half_taught, processor, dataset, [COUNTS[i]])
-    report = evaluate_auto(half_taught, processor, dataset)
-    assert report["tokens"] == pytest.approx(COUNTS[i])
-    assert report["accuracy"] == pytest.approx(expected["accuracy"][str(COUNTS[i])])
-    for kind, row in expected["accuracy_by_kind"].items():
-        assert report["accuracy_by_kind"][kind] == pytest.approx(row[str(COUNTS[i])])
-    dear = evaluate_auto(half_taught, processor, dataset, penalty=9.0, batch_size=4)
-    assert dear["tokens"] == pytest.approx(4)
-
-
-def test_auto_without_a_router_is_not_evaluated():
-    with pytest.raises(FileNotFoundError, match="tokenflex route"):
-        evaluate_auto(tiny_model(), digits_processor(), Several())
 
 
 def test_the_mode_of_the_model_is_restored():

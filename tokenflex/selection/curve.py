@@ -125,37 +125,6 @@ def score(grades: Grades, choice: Choice) -> tuple[float, float]:
     return float((weights * right).sum()), float((weights * tokens).sum())
 
 
-def auto_report(grades: Grades, router: Router, penalty: float | None = None) -> dict[str, Any]:
-    """What :func:`tokenflex.evaluation.evaluate` reports of a count, for "auto".
-
-    Args:
-        grades: of the questions, see :func:`tokenflex.selection.grading.grade`.
-        router: that chooses.
-        penalty: its own if None.
-
-    Returns:
-        ``accuracy`` (mean over kinds), ``accuracy_by_kind``, ``tokens`` (vision tokens a question,
-        mean over kinds), ``tokens_by_kind`` and ``shares`` (count -> share of the questions).
-    """
-    choice = routed(router, grades, router.penalty if penalty is None else penalty)
-    accuracy, tokens = score(grades, choice)
-    picked = torch.from_numpy(choice)
-    right = grades.right.gather(1, picked[:, None]).squeeze(1).double()
-    spent = (torch.tensor(grades.counts)[picked] * grades.tiles).double()
-    by_kind = {
-        kind: torch.tensor([k == kind for k in grades.kinds]) for kind in sorted({*grades.kinds})
-    }
-    return {
-        "accuracy": accuracy,
-        "accuracy_by_kind": {kind: float(right[rows].mean()) for kind, rows in by_kind.items()},
-        "tokens": tokens,
-        "tokens_by_kind": {kind: float(spent[rows].mean()) for kind, rows in by_kind.items()},
-        "shares": {
-            str(count): float((choice == i).mean()) for i, count in enumerate(grades.counts)
-        },
-    }
-
-
 def format_curve(points: Sequence[CurvePoint]) -> str:
     """The points as a table of text."""
     rows = [f"{'selector':<10}{'setting':<10}{'accuracy':>9}{'tokens':>8}{'prefill':>9}"]
