@@ -271,6 +271,12 @@ def test_plan_of_the_written_out_example():
     assert moved.lengths == shared.lengths
 
 
+def test_a_branch_of_no_rows_sees_none():
+    shared = share_prefixes(plan_packing([[5, 6], [], [7]], [], IMAGE), [-1, 0, 0])
+    assert shared.lengths == (2, 0, 3)
+    assert shared.key_rows.tolist() == [0, 1, 0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("parents", "match"),
     [
