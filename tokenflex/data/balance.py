@@ -73,6 +73,8 @@ def even_out(
         As many bins, within the bounds, by falling cost (among equals in the order given); the
         costliest costs no more than before.
     """
+    if not bins:
+        return []
     rows = np.asarray(tokens, dtype=np.float64)
     inputs = np.asarray(tiles, dtype=np.float64)
     # To give a sample away is to swap it for nothing: each bin holds one such nothing, at the end.
