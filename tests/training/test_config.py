@@ -142,7 +142,7 @@ def test_a_value_that_is_not_allowed(tmp_path, key, value, expected):
 
 
 @pytest.mark.parametrize(
-    "key", ["output", "model", "data", "stages", "stages.0.steps", "model.text"]
+    "key", ["output", "model", "data", "stages", "stages.0.batch_size", "model.text"]
 )
 def test_a_missing_key_is_named(tmp_path, key):
     assert f"{key} is missing" in error_of(tmp_path, changed(key, REMOVED))

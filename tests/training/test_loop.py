@@ -83,7 +83,7 @@ def test_metrics_have_a_line_a_step_with_sound_numbers(finished):
     assert all(0 < line["loss"] < 10 for line in lines)
     assert all(line["tokens_per_image"] == 16 for line in lines[:4])
     # Adam's rate after each step: two steps of warm-up, then a cosine to zero.
-    rates = [line["learning_rate"] for line in lines[:4]]
+    rates = [line["learning_rate"]["projector"] for line in lines[:4]]
     assert rates == pytest.approx([0.001, 0.002, 0.001, 0.0])
 
 
