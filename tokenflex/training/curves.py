@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
 from tokenflex.training.checkpoint import write_atomically
@@ -55,14 +56,14 @@ def plot_curves(run: Path) -> Path:
 
 
 def _draw(lines: Sequence[Line], evaluations: Sequence[Line]) -> Any:
-    top = ["loss", "loss", "accuracy"] if evaluations else ["loss"] * 3
+    top = ["loss", "loss", "accuracy" if evaluations else "loss"]
+    layout: list[Any] = [top, ["rate", "speed", "balance"]]
     figure, axes = plt.subplot_mosaic(
-        [top, ["rate", "speed", "balance"]],
+        layout,
         figsize=(12, 6.4),
         height_ratios=(1.35, 1),
-        layout="constrained",
+        layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1),
     )
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     _loss(axes["loss"], lines)
     _learning_rates(axes["rate"], lines)
     _speed(axes["speed"], lines)
