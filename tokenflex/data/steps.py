@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from tokenflex.data.balance import deal
 from tokenflex.data.encoding import IGNORE
 from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
 from tokenflex.data.samples import Sample, SampleDataset, SampleOutline
-from tokenflex_kernels import balance_bins
 from tokenflex_kernels.reference.packing import MAX_INT32
 
 Key = tuple[int, int]  # (epoch, sample index)
@@ -35,8 +35,8 @@ class PackedStep:
     Attributes:
         bins: forward passes, as many on every rank; gradients add up over them.
         samples, tokens, tiles, vision_tokens, targets: of all ranks, as planned. Vision tokens are
-            counted once per tile, tokens once per conversation that shows it; targets are the
-            answer tokens.
+            counted once per tile, tokens as packed: once, or once per conversation that shows it;
+            targets are the answer tokens.
         counts: vision-token count -> samples with images that drew it, over all ranks.
         rank_tokens: rows that this rank's samples were planned to take, those it could read.
         cost_balance: the costliest bin of all ranks over their mean, 1 where all are equal.
@@ -116,13 +116,13 @@ class StepPacker:
                 planned.append(self._plan(key))
             except (OSError, ValueError) as error:
                 broken.append(BrokenSample(key[1], str(error)))
-        dealt = balance_bins(
+        dealt = deal(
             [one.tokens for one in planned],
             [one.tiles for one in planned],
             max_tokens=self.max_tokens,
             max_tiles=self.max_tiles,
             tile_cost=self.tile_cost,
-            multiple_of=self.num_ranks,
+            num_ranks=self.num_ranks,
         )
         costs = [sum(self._cost(planned[i]) for i in members) for members in dealt]
         bins = [
@@ -155,13 +155,14 @@ class StepPacker:
         epoch, index = key
         outline = outline_of(self.dataset, index)
         count = self.collator.counts.draw(index, epoch)
-        tiles = sum(self.collator.processor.image_tokens(list(outline.image_sizes), 1))
-        images = len(outline.image_sizes)
-        encoded = [
-            self.collator.encode_sample(outline.id, c, images) for c in outline.conversations
-        ]
-        tokens = sum(len(ids) - images + count * tiles for ids, _ in encoded)
-        targets = sum(int((labels != IGNORE).sum()) for _, labels in encoded)
+        image_tiles = self.collator.processor.image_tokens(list(outline.image_sizes), 1)
+        tiles = sum(image_tiles)
+        image_counts = [count * tiles for tiles in image_tiles]
+        sequences = self.collator.sequences_of(
+            outline.id, outline.conversations, len(outline.image_sizes)
+        )
+        tokens = sum(one.num_tokens(image_counts) for one in sequences)
+        targets = sum(int((one.labels != IGNORE).sum()) for one in sequences)
         for name, size, bound in (
             ("max_tokens", tokens, self.max_tokens),
             ("max_tiles", tiles, self.max_tiles),

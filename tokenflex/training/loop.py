@@ -326,7 +326,7 @@ class Trainer:
         )
         packer = StepPacker(
             self.datasets[data],
-            PackingCollator(self.processor, counts),
+            PackingCollator(self.processor, counts, share_prefix=self.model.takes_shared_prefixes),
             max_tokens=stage.max_tokens,
             max_tiles=stage.max_tiles,
             tile_cost=training_flops(self.model, stage.learning).tile_cost,
