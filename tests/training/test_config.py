@@ -137,7 +137,7 @@ def test_an_unknown_key_is_named_with_its_value_and_those_that_are_known(tmp_pat
         ("peak_tflops", 0, "greater than 0"),
         ("trackers", ["tensorbord"], "tensorboard, "),
         ("stages.0.tokens", 1e9, "exactly one of steps and tokens"),
-        ("stages.0.tokens", float("inf"), "finite"),
+        ("stages.0.tokens", float("inf"), "less than inf"),
     ],
 )
 def test_a_value_that_is_not_allowed(tmp_path, key, value, expected):

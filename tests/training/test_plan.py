@@ -52,7 +52,7 @@ def test_a_budget_in_tokens_is_planned_in_expected_steps(tmp_path):
     assert in_tokens.steps == pytest.approx(taken, rel=0.1)
     assert in_tokens.tokens == pytest.approx(6000, rel=0.05)
     assert in_tokens.flops / in_tokens.steps == pytest.approx(in_steps.flops / 60)
-    columns = [line.split()[2] for line in format_plan([in_steps, in_tokens]).splitlines()[1:3]]
+    columns = [line.split()[3] for line in format_plan([in_steps, in_tokens]).splitlines()[1:3]]
     assert columns == ["60", f"~{in_tokens.steps}"]
 
 
