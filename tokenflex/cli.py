@@ -102,6 +102,9 @@ def _train(options: argparse.Namespace) -> int:
     from tokenflex.training.loop import Trainer
 
     report = Trainer(config, fresh=options.fresh).run()
+    from tokenflex.training.curves import plot_curves
+
+    plot_curves(config.output)
     if "accuracy" in report:
         from tokenflex.plots import plot_accuracy
 
@@ -195,10 +198,15 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _plot(options: argparse.Namespace) -> int:
     from tokenflex.plots import plot_accuracy
+    from tokenflex.training.curves import plot_curves
 
     path = options.run_folder / "report.json"
+    if (options.run_folder / "metrics.jsonl").is_file():
+        print(plot_curves(options.run_folder))
+        if not path.is_file():  # a run that is still going, or evaluates nothing
+            return 0
     if not path.is_file():
-        raise FileNotFoundError(f"report file {path} does not exist")
+        raise FileNotFoundError(f"report file {path} does not exist, nor metrics.jsonl beside it")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -367,8 +375,13 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("target", type=Path, help="folder to write, which must not exist")
     convert.add_argument("--system-message", help="what conversations begin with, from Ristretto")
 
-    plot = command("plot", _plot, "draw a run's report again", "tokenflex plot runs/demo")
-    plot.add_argument("run_folder", type=Path, metavar="RUN", help="folder with a report.json")
+    plot = command(
+        "plot",
+        _plot,
+        "draw a run's curves, finished or still going, and its report if there is one",
+        "tokenflex plot runs/demo",
+    )
+    plot.add_argument("run_folder", type=Path, metavar="RUN", help="the output folder of a run")
     return parser
 
 
