@@ -606,23 +606,37 @@ def test_an_option_that_is_not_allowed(command, checkpoint, name, option, value,
 
 def test_auto_where_counts_cannot_be_chosen(command, checkpoint, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenflex.selection", None)
+    monkeypatch.setitem(sys.modules, "tokenflex.selection.choice", None)
     base = ("evaluate", checkpoint, "--data", "digits", "--size", 2)
     assert_one_line(command(*base, "--counts", "4,auto"), "auto", "tokenflex.selection")
 
 
 def test_auto_asks_what_the_checkpoint_chooses_with(command, checkpoint, monkeypatch):
-    class Always:
-        label = "auto"
+    """A stand-in for `tokenflex.selection`: the router of this checkpoint always says 9."""
 
-        def select(self, model, images, prompt_ids):
-            return 9
+    def choose_counts(
+        model, input_ids, *, attention_mask, encoded_images, tiles_per_image, **options
+    ):
+        assert model.router == "the router"
+        assert not options
+        placeholders = (input_ids == model.config.image_token_id).sum(1).tolist()
+        assert placeholders == [1] * len(input_ids)
+        assert len(encoded_images) == sum(tiles_per_image) == len(input_ids)
+        assert attention_mask.sum(1).min() >= 2
+        return {"num_image_tokens": [9] * len(encoded_images)}
 
-    def load_selector(path):
+    def load_router(path):
         assert path == checkpoint
-        return Always()
+        return "the router"
 
-    module = SimpleNamespace(load_selector=load_selector)
-    monkeypatch.setitem(sys.modules, "tokenflex.selection", module)
+    storage = SimpleNamespace(
+        load_router=load_router,
+        attach_router=lambda model, router: model.__dict__.__setitem__("router", router),
+    )
+    monkeypatch.setitem(sys.modules, "tokenflex.selection", SimpleNamespace())
+    choice = SimpleNamespace(choose_counts=choose_counts)
+    monkeypatch.setitem(sys.modules, "tokenflex.selection.choice", choice)
+    monkeypatch.setitem(sys.modules, "tokenflex.selection.storage", storage)
     base = ("evaluate", checkpoint, "--data", "digits", "--size", 2)
     code, out, errors = command(*base, "--counts", "auto,4")
     assert (code, errors) == (0, [])

@@ -247,11 +247,11 @@ class ByLength:
     label = "auto"
 
     def __init__(self) -> None:
-        self.images: list[int] = []
+        self.asked: list[tuple[int, tuple[int, ...], int]] = []
 
-    def select(self, model, images, prompt_ids):
-        self.images.append(len(images))
-        return 4 if len(prompt_ids) < 3 else (4, 4)
+    def select(self, model, images, tiles, prompts):
+        self.asked.append((len(images), tuple(tiles), len(prompts)))
+        return [[4 if len(ids) < 3 else (4, 4)] * len(tiles) for ids in prompts]
 
 
 @pytest.mark.parametrize("score", ["forced", "exact"])
@@ -269,7 +269,30 @@ def test_a_selector_chooses_per_question(processor, dataset, half_taught, score)
     assert 0 < short < 24
     mean = (4 * short + 16 * (24 - short)) / 24
     assert report["vision_tokens_per_image"]["auto"] == pytest.approx(mean)
-    assert selector.images == [1] * 24
+    assert selector.asked == [(1, (1,), 4)] * 6
+
+
+class FirstAndOthers:
+    """A selector: the first image of a prompt gets 4 tokens, others 1 x 5."""
+
+    label = "auto"
+
+    def select(self, model, images, tiles, prompts):
+        return [[4, (1, 5)][: len(tiles)] for _ in prompts]
+
+
+@pytest.mark.parametrize("score", ["forced", "exact"])
+def test_a_selector_chooses_per_image(processor, score):
+    """Two tiles at 4 tokens and one at 5: 13 for three of four questions, none for the other."""
+    model, shown = tiny_model(), []
+    model.model.projector.register_forward_hook(
+        lambda module, inputs, output: shown.append(len(output))
+    )
+    options = {"max_tiles": 2, "score": score, "max_new_tokens": 2}
+    report = evaluate(model, processor, Tiled(), [FirstAndOthers()], **options)
+    assert shown == [13]
+    assert report["vision_tokens_per_question"] == {"auto": 13 * 3 / 4}
+    assert report["vision_tokens_per_image"] == {"auto": 6.5}
 
 
 def test_a_question_behind_another_is_asked_with_the_turns_before_it(processor):

@@ -42,7 +42,7 @@ def grade_forced(
         sequences.append(ids)
         labels.append(learned)
         answer_lengths.append(length)
-        placeholder_counts += [tiles * one.tokens_per_tile for tiles in one.sample.tiles]
+        placeholder_counts += one.tokens_per_image
     plan = plan_packing(sequences, placeholder_counts, processor.image_token_id, labels=labels)
     # Row t predicts the label of row t + 1.
     rows = (plan.labels[1:] != IGNORE).nonzero().squeeze(1)
@@ -95,8 +95,7 @@ def grade_generated(
 
 def _prompt(question: Question, image_token_id: int) -> torch.Tensor:
     assert question.prompt_ids is not None
-    counts = [tiles * question.tokens_per_tile for tiles in question.sample.tiles]
     try:
-        return expand_placeholders(question.prompt_ids, counts, image_token_id)
+        return expand_placeholders(question.prompt_ids, question.tokens_per_image, image_token_id)
     except ValueError as error:
         raise ValueError(f"sample {question.sample.id}: {error}") from error
