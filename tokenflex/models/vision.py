@@ -43,6 +43,13 @@ class EncodedImages:
         """The same with its features moved as ``torch.Tensor.to`` does."""
         return EncodedImages(self.features.to(*args, **kwargs), self.grids)
 
+    def select(self, places: Sequence[int]) -> EncodedImages:
+        """The images at these places, in this order; one may be named more than once."""
+        parts = self.features.split([height * width for height, width in self.grids])
+        chosen = [parts[place] for place in places]
+        features = torch.cat(chosen) if chosen else self.features[:0]
+        return EncodedImages(features, tuple(self.grids[place] for place in places))
+
 
 def takes_patches(vision_model: PreTrainedModel) -> bool:
     """Whether the encoder takes patches of images of any shape (NaFlex), not pixels of one size."""
