@@ -6,9 +6,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ from tokenflex.selection.storage import load_router
 from tokenflex.training.checkpoint import STATE_KEYS, save_model
 from tokenflex_kernels import info
 
-COMMANDS = ("info", "train", "evaluate", "route", "generate", "convert", "plot")
+COMMANDS = ("info", "train", "evaluate", "harness", "route", "generate", "convert", "plot")
 BAR = re.compile(r"\d+%\||\| \d+/\d+ \[")
 
 
@@ -307,28 +309,118 @@ def test_mistakes_with_auto_are_one_line(command, checkpoint, image, arguments, 
 # ---- evaluate and plot
 
 
-def test_evaluate_prints_and_writes_the_report(command, checkpoint, tmp_path):
-    path = tmp_path / "new" / "report.json"
+def without_seconds(report: dict) -> dict:
+    return {key: value for key, value in report.items() if not key.endswith("seconds")}
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_evaluate_prints_and_writes_the_report(command, checkpoint, tmp_path, by_name):
+    folder = tmp_path / "new" / "folder"
+    model = ("--model", checkpoint) if by_name else (checkpoint,)
     code, out, errors = command(
-        *("evaluate", "--model", checkpoint, "--data", "digits", "--size", 5),
-        *("--counts", "4,9", "--batch-size", 2, "--output", path),
+        *("evaluate", *model, "--data", "digits", "--size", 5),
+        *("--counts", "4,2x3,9", "--batch-size", 2, "--output", folder),
     )
     assert (code, errors) == (0, [])
-    expected = evaluate(tiny_model(), digits_processor(), DigitsDataset("test", size=5), [4, 9])
-    assert json.loads(path.read_text()) == expected
-    for kind, row in expected["accuracy_by_kind"].items():
-        assert re.search(rf"^{kind}\s+{row['4']:.3f}\s+{row['9']:.3f}$", out, re.MULTILINE)
-    mean = expected["accuracy"]
-    assert re.search(rf"^mean\s+{mean['4']:.3f}\s+{mean['9']:.3f}$", out, re.MULTILINE)
+    dataset = DigitsDataset("test", size=5)
+    expected = evaluate(tiny_model(), digits_processor(), dataset, [4, (2, 3), 9])
+    report = json.loads((folder / "report.json").read_text())
+    assert without_seconds(report) == without_seconds(expected)
+    page = (folder / "report.md").read_text()
+    rows = {**expected["accuracy_by_kind"], "mean": expected["accuracy"]}
+    for kind, row in rows.items():
+        cells = [f"{row[count]:.3f}" for count in ("4", "2x3", "9")]
+        assert re.search(rf"^{kind}\s+{cells[0]}\s+{cells[1]}\s+{cells[2]}$", out, re.MULTILINE)
+        assert f"| {kind} | {' | '.join(cells)} |" in page
+    errors_ = [f"{expected['standard_error'][count]:.3f}" for count in ("4", "2x3", "9")]
+    assert re.search(rf"^standard error\s+{errors_[0]}\s+{errors_[1]}\s+{errors_[2]}$", out, re.M)
+    assert re.search(r"^tokens/image\s+4\.0\s+6\.0\s+9\.0$", out, re.MULTILINE)
+    assert "40 questions about 5 samples" in out
+    assert "40 questions about 5 samples" in page
+    with Image.open(folder / "accuracy.png") as drawn:
+        assert drawn.size[0] > 500
+    assert temporary_files(folder) == []
 
 
-def test_evaluate_on_own_data(command, checkpoint, image):
+def test_evaluate_writes_the_report_alone_to_a_json_file(command, checkpoint, tmp_path):
+    path = tmp_path / "new" / "report.json"
+    base = ("evaluate", checkpoint, "--data", "digits", "--size", 1, "--counts", 4)
+    assert command(*base, "--output", path)[0] == 0
+    assert list(json.loads(path.read_text())["accuracy"]) == ["4"]
+    assert [*path.parent.iterdir()] == [path]
+
+
+def data_of(tmp_path: Path, form: str) -> Path:
+    """The same question about the same picture, in one of the formats."""
+    picture(1).save(tmp_path / "image.png")
     turns = [{"role": "user", "content": "odd"}, {"role": "assistant", "content": "3"}]
-    data = image.parent / "data.jsonl"
-    data.write_text(json.dumps({"images": [image.name], "messages": turns}))
-    code, out, errors = command("evaluate", "--model", checkpoint, "--data", data, "--counts", "4")
-    assert (code, errors) == (0, [])
+    if form == "messages":
+        path = tmp_path / "data.jsonl"
+        path.write_text(json.dumps({"images": ["image.png"], "messages": turns}))
+    elif form == "llava":
+        path = tmp_path / "data.json"
+        said = [{"from": "human", "value": "<image>odd"}, {"from": "gpt", "value": "3"}]
+        path.write_text(json.dumps([{"image": "image.png", "conversations": said}]))
+    else:
+        datasets = pytest.importorskip("datasets")
+        path = tmp_path / "data"
+        features = datasets.Features(
+            {
+                "images": datasets.List(datasets.Image()),
+                "messages": datasets.List(
+                    {"role": datasets.Value("string"), "content": datasets.Value("string")}
+                ),
+            }
+        )
+        rows = {"images": [[picture(1)]], "messages": [turns]}
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("form", ["messages", "llava", "huggingface"])
+def test_evaluate_on_own_data_of_any_format(command, checkpoint, tmp_path, form, named):
+    data = data_of(tmp_path, form)
+    options = ("--format", form) if named else ()
+    code, out, errors = command("evaluate", checkpoint, "--data", data, "--counts", "4", *options)
+    assert code == 0, errors
+    assert "1 questions about 1 samples" in out
     assert re.search(r"^mean\s+[01]\.000$", out, re.MULTILINE)
+
+
+def test_evaluate_scores_what_the_model_says(command, checkpoint, tmp_path, monkeypatch):
+    base = ("evaluate", checkpoint, "--data", data_of(tmp_path, "messages"), "--counts", "4")
+    said = digits_processor().tokenizer("3 7", add_special_tokens=False)["input_ids"]
+
+    def generate(self, input_ids, **_):
+        return torch.cat([input_ids, torch.tensor([said])], 1)
+
+    monkeypatch.setattr(TokenFlexForConditionalGeneration, "generate", generate)
+    means = {}
+    for score in ("exact", "contains"):
+        code, out, _ = command(*base, "--score", score)
+        assert code == 0
+        means[score] = re.search(r"^mean\s+(\S+)$", out, re.MULTILINE)[1]
+    assert means == {"exact": "0.000", "contains": "1.000"}
+
+
+def test_evaluate_that_is_interrupted_leaves_nothing_half_done(
+    command, checkpoint, tmp_path, monkeypatch
+):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TokenFlexForConditionalGeneration, "forward", interrupt)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        result = command(
+            *("evaluate", checkpoint, "--data", "digits", "--size", 2, "--counts", "4"),
+            *("--output", tmp_path / "out"),
+        )
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert_one_line(result, "interrupted")
+    assert [*(tmp_path / "out").iterdir()] == []
 
 
 REPORT = {
@@ -357,6 +449,24 @@ def test_plot_draws_the_report(command, tmp_path, counts):
     assert temporary_files(tmp_path) == []
 
 
+def test_plot_puts_counts_where_their_tokens_are(command, tmp_path, monkeypatch):
+    """A grid lies on the curve, a choice per question beside it, both by tokens an image."""
+    lines = {}
+
+    def errorbar(self, x, y, *args, linestyle, **_):
+        lines[linestyle] = dict(zip(x, y, strict=True))
+
+    monkeypatch.setattr("matplotlib.axes.Axes.errorbar", errorbar)
+    report = {
+        "accuracy": {"auto": 0.9, "16": 0.8, "4x3": 0.7},
+        "standard_error": {"auto": 0.1, "16": 0.1, "4x3": None},
+        "vision_tokens_per_image": {"auto": 7.5, "16": 16.0, "4x3": 12.0},
+    }
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert command("plot", tmp_path)[0] == 0
+    assert lines == {"-": {12.0: 0.7, 16.0: 0.8}, "none": {7.5: 0.9}}
+
+
 def test_plot_without_kinds(command, tmp_path):
     (tmp_path / "report.json").write_text(json.dumps({"accuracy": {"4": 0.5}}))
     assert command("plot", tmp_path)[0] == 0
@@ -373,6 +483,7 @@ def test_train_writes_everything_to_the_output_it_was_given(command, tmp_path):
     assert {path.name for path in (tmp_path / "there").iterdir()} == {
         "accuracy.png",
         "checkpoint",
+        "curves.png",
         "metrics.jsonl",
         "report.json",
     }
@@ -567,7 +678,14 @@ def test_more_marks_than_images(command, checkpoint):
         ("generate", "--tokens", "4,2x", ["4,2x", "2x3"]),
         ("generate", "--tokens", "2x3x4", ["2x3x4"]),
         ("generate", "--tokens", "2x0", ["2, 0"]),
-        ("evaluate", "--counts", "2x3", ["2x3"]),
+        ("evaluate", "--counts", "2x3x4", ["2x3x4"]),
+        ("evaluate", "--counts", "4,4", ["differ", "4, 4"]),
+        ("evaluate", "--score", "rouge", ["rouge", "contains"]),
+        ("evaluate", "--format", "parquet", ["parquet", "messages"]),
+        ("evaluate", "--format", "mixture", ["mixture", "messages"]),
+        ("evaluate", "--split", "dev", ["dev", "validation"]),
+        ("evaluate", "--image-folder", "images", ["--image-folder", "digits"]),
+        ("evaluate", "--workers", "-1", ["num_workers"]),
         ("generate", "--tokens", "0", ["0"]),
         ("generate", "--max-new-tokens", "0", ["0"]),
         ("evaluate", "--counts", "4,12", ["12", "9 and 16"]),
@@ -580,6 +698,60 @@ def test_an_option_that_is_not_allowed(command, checkpoint, name, option, value,
         "generate": ("--prompt", "odd"),
     }[name]
     assert_one_line(command(name, "--model", checkpoint, *rest, option, value), *words)
+
+
+def test_auto_where_counts_cannot_be_chosen(command, checkpoint, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenflex.selection", None)
+    monkeypatch.setitem(sys.modules, "tokenflex.selection.choice", None)
+    base = ("evaluate", checkpoint, "--data", "digits", "--size", 2)
+    assert_one_line(command(*base, "--counts", "4,auto"), "auto", "tokenflex.selection")
+
+
+def test_auto_asks_what_the_checkpoint_chooses_with(command, checkpoint, monkeypatch):
+    """A stand-in for `tokenflex.selection`: the router of this checkpoint always says 9."""
+
+    def choose_counts(
+        model, input_ids, *, attention_mask, encoded_images, tiles_per_image, **options
+    ):
+        assert model.router == "the router"
+        assert not options
+        placeholders = (input_ids == model.config.image_token_id).sum(1).tolist()
+        assert placeholders == [1] * len(input_ids)
+        assert len(encoded_images) == sum(tiles_per_image) == len(input_ids)
+        assert attention_mask.sum(1).min() >= 2
+        return {"num_image_tokens": [9] * len(encoded_images)}
+
+    def load_router(path):
+        assert path == checkpoint
+        return "the router"
+
+    storage = SimpleNamespace(
+        load_router=load_router,
+        attach_router=lambda model, router: model.__dict__.__setitem__("router", router),
+    )
+    monkeypatch.setitem(sys.modules, "tokenflex.selection", SimpleNamespace())
+    choice = SimpleNamespace(choose_counts=choose_counts)
+    monkeypatch.setitem(sys.modules, "tokenflex.selection.choice", choice)
+    monkeypatch.setitem(sys.modules, "tokenflex.selection.storage", storage)
+    base = ("evaluate", checkpoint, "--data", "digits", "--size", 2)
+    code, out, errors = command(*base, "--counts", "auto,4")
+    assert (code, errors) == (0, [])
+    assert re.search(r"^vision tokens\s+auto\s+4$", out, re.MULTILINE)
+    assert re.search(r"^tokens/image\s+9\.0\s+4\.0$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("models", [0, 2])
+def test_evaluate_wants_one_model(command, checkpoint, models):
+    given = (checkpoint, "--model", checkpoint) if models else ()
+    assert_one_line(command("evaluate", *given, "--data", "digits", "--counts", 4), "MODEL")
+
+
+def test_evaluate_names_the_splits_that_there_are(command, checkpoint, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": ["a"]})
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "data")
+    result = command("evaluate", checkpoint, "--data", tmp_path / "data", "--counts", 4)
+    assert_one_line(result, "split 'test'")
 
 
 def test_missing_data_file(command, checkpoint, tmp_path):
@@ -598,6 +770,8 @@ def test_missing_data_file(command, checkpoint, tmp_path):
         ("[1]", "report"),
         ('{"accuracy": {"many": 0.5}}', "many"),
         ('{"accuracy": {"4": "high"}}', ""),
+        ('{"accuracy": {"2x3": 0.5}}', "2x3"),
+        ('{"accuracy": {"4": 0.5}, "vision_tokens_per_image": {"9": 9}}', "vision_tokens"),
         ('{"accuracy": {"4": 0.5, "9": 0.5}, "accuracy_by_kind": {"read": {"4": 1}}}', "read"),
     ],
 )

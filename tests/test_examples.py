@@ -36,6 +36,14 @@ def test_choose_counts(run):
     assert "[4, 9]" in lines[3]
 
 
+def test_every_count(run):
+    pytest.importorskip("sklearn")
+    lines = run("every_count.py", "--counts", "4", "2x3", "--canvases", 2).splitlines()
+    assert lines[0] == "| benchmark | metric | 4 | 2x3 |"
+    assert lines[2].startswith("| digits | exact_match | ")
+    assert lines[3] == "| digits | vision tokens | 4 | 6 |"
+
+
 def test_add_family(run):
     out = run("add_family.py")
     assert "logits (2, 21, 64)" in out

@@ -1,4 +1,4 @@
-"""The command line: ``tokenflex info | train | evaluate | route | generate | convert | plot``.
+"""The command line: ``tokenflex info``, ``train``, ``evaluate``, ``harness``, ``route`` and others.
 
 Every command's imports are its own, so that ``tokenflex info`` works with the core alone.
 """
@@ -102,11 +102,15 @@ def _train(options: argparse.Namespace) -> int:
     from tokenflex.training.loop import Trainer
 
     report = Trainer(config, fresh=options.fresh).run()
+    from tokenflex.training.curves import plot_curves
+
+    plot_curves(config.output)
     if "accuracy" in report:
+        from tokenflex.evaluation.report import format_table
         from tokenflex.plots import plot_accuracy
 
         plot_accuracy(report, config.output / "accuracy.png")
-        _print_accuracy(report)
+        print(format_table(report))
     print(f"{report['seconds']:.0f} s of training; everything is in {config.output}")
     return 0
 
@@ -115,35 +119,136 @@ def _evaluate(options: argparse.Namespace) -> int:
     _quiet_libraries()
     from tqdm import tqdm
 
+    from tokenflex.counts import token_grid
     from tokenflex.evaluation import evaluate
+    from tokenflex.evaluation.counts import resolve_count
+    from tokenflex.evaluation.report import format_table, write_report
+    from tokenflex.evaluation.scoring import SCORES
     from tokenflex.models.loading import check_length, load_checkpoint
     from tokenflex.training.build import build_dataset
     from tokenflex.training.checkpoint import write_json
-    from tokenflex.training.config import DataConfig
 
-    if options.data == "digits":
-        data = DataConfig(name="digits", split="test", size=options.size or 1024)
-    else:
-        data = DataConfig(name="messages", path=options.data)
-    dataset = build_dataset(data)
-    if options.output is not None:  # before the work, not after it
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-    model, processor = load_checkpoint(options.model)
-    check_length(model.config, max(options.counts))
+    if options.score not in SCORES:
+        raise ValueError(f"--score must be one of {', '.join(SCORES)}, got {options.score!r}")
+    folder = _checkpoint_of(options)
+    counts = [resolve_count(count, folder) for count in options.counts]
+    dataset = build_dataset(_evaluation_data(options))
+    output, alone = options.output, options.output is not None and options.output.suffix == ".json"
+    if output is not None:  # before the work, not after it
+        (output.parent if alone else output).mkdir(parents=True, exist_ok=True)
+    model, processor = load_checkpoint(folder)
+    for count in options.counts:
+        if not isinstance(count, str):
+            height, width = token_grid(count)
+            check_length(model.config, height * width)
     model.to(_device())
-    batches = -(len(dataset) // -options.batch_size) * len(options.counts)
+    batches = -(len(dataset) // -options.batch_size) * len(counts)
     with tqdm(total=batches, desc="evaluation", unit="batch", dynamic_ncols=True) as bar:
         report = evaluate(
             model,
             processor,
             dataset,
-            options.counts,
+            counts,
+            score=options.score,
             batch_size=options.batch_size,
+            workers=options.workers,
+            max_tiles=options.max_tiles,
+            max_new_tokens=options.max_new_tokens,
             on_batch=bar.update,
         )
-    _print_accuracy(report)
-    if options.output is not None:
-        write_json(options.output, report)
+    print(format_table(report))
+    if output is not None and alone:
+        write_json(output, report)
+    elif output is not None:
+        write_report(output, report, f"{folder.resolve().name} on {Path(options.data).name}")
+    return 0
+
+
+def _checkpoint_of(options: argparse.Namespace) -> Path:
+    if (options.model is None) == (options.model_option is None):
+        given = "none" if options.model is None else "both"
+        raise ValueError(f"give one checkpoint folder, as MODEL or with --model, got {given}")
+    return options.model or options.model_option
+
+
+def _evaluation_data(options: argparse.Namespace) -> Any:
+    """The data set that the options name; one that they do not fit is refused."""
+    from typing import get_args
+
+    from tokenflex.data.formats import detect_format
+    from tokenflex.training.config import DataConfig
+
+    known = [*get_args(DataConfig.model_fields["name"].annotation)]
+    known.remove("mixture")
+    name = options.format
+    if name is None:
+        name = "digits" if options.data == "digits" else detect_format(options.data)
+    if name not in known:
+        raise ValueError(f"--format must be one of {', '.join(known)}, got {name!r}")
+    values: dict[str, Any] = {"name": name}
+    if name == "digits":
+        values |= {"size": options.size or 1024}
+    else:
+        values |= {"path": Path(options.data)}
+    if name in ("digits", "huggingface"):
+        values |= {"split": options.split or "test"}
+    if name == "llava":
+        values |= {"image_folder": options.image_folder}
+    for option in ("size", "split", "image_folder"):
+        if getattr(options, option) is not None and option not in values:
+            raise ValueError(f"--{option.replace('_', '-')} does not fit data of format {name}")
+    if options.split is not None and name == "digits":
+        _check_digits_split(options.split)
+    return DataConfig(**values)
+
+
+def _check_digits_split(split: str) -> None:
+    from tokenflex.training.config import DIGITS_SPLITS
+
+    if split not in DIGITS_SPLITS:
+        raise ValueError(f"--split must be one of {', '.join(DIGITS_SPLITS)}, got {split!r}")
+
+
+def _harness(options: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from tokenflex.harnesses.driver import HARNESSES, run_lmms_eval, run_vlmevalkit
+    from tokenflex.training.checkpoint import write_atomically, write_json
+
+    benchmarks = options.benchmarks.split(",")
+    common = (options.model, options.counts, benchmarks)
+    if options.harness not in HARNESSES:
+        raise ValueError(f"HARNESS must be one of {', '.join(HARNESSES)}, got {options.harness!r}")
+    if (options.harness == "vlmevalkit") != (options.run_py is not None):
+        raise ValueError("--run-py must be given with vlmevalkit, and only there")
+    if not options.model.is_dir():
+        raise FileNotFoundError(f"checkpoint folder {options.model} does not exist")
+    options.output.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    if options.harness == "lmms-eval":
+        table = run_lmms_eval(
+            *common,
+            max_tiles=options.max_tiles,
+            batch_size=options.batch_size,
+            limit=options.limit,
+        )
+    else:
+        table = run_vlmevalkit(
+            *common,
+            run_py=options.run_py,
+            work_dir=options.output / "vlmevalkit",
+            max_tiles=options.max_tiles,
+            arguments=options.arguments,
+        )
+    page = table.markdown()
+    print(page, end="")
+    write_atomically(
+        options.output / "table.md", lambda path: path.write_text(page, encoding="utf-8")
+    )
+    write_json(options.output / "table.json", table.as_json())
+    if table.missing:
+        raise RuntimeError(
+            f"{len(table.missing)} scores are missing, the first of "
+            f"{' '.join(table.missing[0])}: the harness's own messages say why"
+        )
     return 0
 
 
@@ -156,14 +261,16 @@ def _route(options: argparse.Namespace) -> int:
     from tokenflex.models.loading import check_length, load_checkpoint
     from tokenflex.selection.curve import as_rows, format_curve, selection_curve
     from tokenflex.selection.grading import grade
+    from tokenflex.selection.router import check_counts
     from tokenflex.selection.storage import save_router
     from tokenflex.selection.training import train_router
 
+    counts = check_counts(options.counts)
     measured = options.measure_on or ("digits" if options.data == "digits" else None)
     asked = _dataset(options.data, "validation", options.size)
     others = None if measured is None else _dataset(measured, "test", options.size)
     model, processor = load_checkpoint(options.model)
-    check_length(model.config, max(options.counts))
+    check_length(model.config, max(counts))
     model.to(_device())
     samples = len(asked) + (0 if others is None else len(others))
     with tqdm(total=samples, desc="asking", unit="sample", dynamic_ncols=True) as bar:
@@ -171,7 +278,7 @@ def _route(options: argparse.Namespace) -> int:
             model,
             processor,
             asked,
-            options.counts,
+            counts,
             max_drop=options.max_drop,
             batch_size=options.batch_size,
             on_samples=bar.update,
@@ -182,7 +289,7 @@ def _route(options: argparse.Namespace) -> int:
                 model,
                 processor,
                 others,
-                options.counts,
+                counts,
                 batch_size=options.batch_size,
                 on_samples=bar.update,
             )
@@ -260,10 +367,15 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _plot(options: argparse.Namespace) -> int:
     from tokenflex.plots import plot_accuracy
+    from tokenflex.training.curves import plot_curves
 
     path = options.run_folder / "report.json"
+    if (options.run_folder / "metrics.jsonl").is_file():
+        print(plot_curves(options.run_folder))
+        if not path.is_file():  # a run that is still going, or evaluates nothing
+            return 0
     if not path.is_file():
-        raise FileNotFoundError(f"report file {path} does not exist")
+        raise FileNotFoundError(f"report file {path} does not exist, nor metrics.jsonl beside it")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -277,13 +389,15 @@ def _plot(options: argparse.Namespace) -> int:
 
 
 def _dataset(data: str, digits_split: str, size: int) -> Any:
-    """'digits' in a split and size, or a JSONL file of messages."""
+    """'digits' in a split and size, or what evaluation reads, too."""
+    from tokenflex.data.formats import detect_format
     from tokenflex.training.build import build_dataset
     from tokenflex.training.config import DataConfig
 
     if data == "digits":
         return build_dataset(DataConfig(name="digits", split=digits_split, size=size))
-    return build_dataset(DataConfig(name="messages", path=Path(data)))
+    found: dict[str, Any] = {"name": detect_format(data), "path": Path(data)}
+    return build_dataset(DataConfig(**found))
 
 
 def _device() -> str:
@@ -302,53 +416,22 @@ def _quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def _print_accuracy(report: dict[str, Any]) -> None:
-    counts = list(report["accuracy"])
-    print(f"{'vision tokens':<16}" + "".join(f"{count:>8}" for count in counts))
-    for kind, row in report["accuracy_by_kind"].items():
-        print(f"{kind or 'all':<16}" + "".join(f"{row[count]:>8.3f}" for count in counts))
-    print(f"{'mean':<16}" + "".join(f"{report['accuracy'][count]:>8.3f}" for count in counts))
+def _counts_or_grids(text: str) -> list[Any]:
+    from tokenflex.counts import parse_count
 
-
-def _counts(text: str) -> list[int]:
     try:
-        counts = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected counts like 64,144,256, got {text!r}") from None
-    return _checked_counts(counts)
+        return [parse_count(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error} in {text!r}") from None
 
 
 def _counts_grids_or_auto(text: str) -> list[Any]:
-    from tokenflex.counts import AUTO
-
-    counts: list[Any] = []
-    for part in text.split(","):
-        if part == AUTO:
-            counts.append(AUTO)
-            continue
-        try:
-            sides = [int(side) for side in part.split("x")]
-        except ValueError:
-            sides = []
-        if len(sides) not in (1, 2):
-            raise argparse.ArgumentTypeError(
-                "expected counts like 64,144,256, grids of height x width like 2x3, or auto, got "
-                f"{text!r}"
-            )
-        counts.append(sides[0] if len(sides) == 1 else (sides[0], sides[1]))
-    _checked_counts([count for count in counts if count != AUTO])
-    return counts
+    parts = [[part] if part == "auto" else _counts_or_grids(part) for part in text.split(",")]
+    return [count for part in parts for count in part]
 
 
-def _checked_counts(counts: list[Any]) -> list[Any]:
-    from tokenflex.counts import token_grid
-
-    for count in counts:
-        try:
-            token_grid(count, name="a count")
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-    return counts
+def _words(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _positive(text: str) -> int:
@@ -411,15 +494,61 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command(
         "evaluate",
         _evaluate,
-        "accuracy of a checkpoint at every count",
-        "tokenflex evaluate --model runs/demo/checkpoint --data digits --counts 4,9,16",
+        "accuracy of a checkpoint at every count: a table, and with --output a page and a plot",
+        "tokenflex evaluate runs/demo/checkpoint --data digits --counts 4,9,2x6,16",
     )
-    evaluate.add_argument("--model", type=Path, required=True, help="checkpoint folder")
-    evaluate.add_argument("--data", required=True, help="'digits', or a JSONL file of messages")
-    evaluate.add_argument("--counts", type=_counts, required=True, help="for example 64,144,256")
+    evaluate.add_argument("model", type=Path, nargs="?", metavar="MODEL", help="checkpoint folder")
+    evaluate.add_argument("--model", type=Path, dest="model_option", help="the same, by name")
+    evaluate.add_argument(
+        "--data",
+        required=True,
+        help="'digits', a JSONL file of messages, a LLaVA JSON file or a Hugging Face folder",
+    )
+    evaluate.add_argument("--format", help="the data's, where its content does not tell")
+    evaluate.add_argument(
+        "--counts",
+        type=_counts_grids_or_auto,
+        required=True,
+        help="counts, grids of height x width, or auto (chosen per question): 64,144,12x16,auto",
+    )
+    evaluate.add_argument(
+        "--score",
+        default="forced",
+        help="forced (the exact answer, without generating), or of a generated answer: exact "
+        "(up to case and punctuation), choice (its option letter) or contains",
+    )
+    evaluate.add_argument("--split", help="of digits or a Hugging Face data set; test if left out")
+    evaluate.add_argument("--image-folder", type=Path, help="what LLaVA's paths are relative to")
     evaluate.add_argument("--size", type=_positive, help="canvases, with --data digits")
     evaluate.add_argument("--batch-size", type=_positive, default=64, help="samples a forward pass")
-    evaluate.add_argument("--output", type=Path, help="write the report to this JSON file")
+    evaluate.add_argument("--workers", type=int, default=0, help="processes that read images")
+    evaluate.add_argument("--max-tiles", type=_positive, help="cut images into at most so many")
+    evaluate.add_argument("--max-new-tokens", type=_positive, default=64, help="longest answer")
+    evaluate.add_argument(
+        "--output", type=Path, help="folder for report.json, report.md and accuracy.png"
+    )
+
+    harness = command(
+        "harness",
+        _harness,
+        "a public harness's benchmarks at every count, in one table",
+        "tokenflex harness lmms-eval runs/demo/checkpoint --benchmarks mmstar --counts 4,9,16 "
+        "--output runs/mmstar",
+    )
+    harness.add_argument("harness", metavar="HARNESS", help="lmms-eval or vlmevalkit")
+    harness.add_argument("model", type=Path, metavar="MODEL", help="checkpoint folder")
+    harness.add_argument("--benchmarks", required=True, help="the harness's names, with commas")
+    harness.add_argument(
+        "--counts", type=_words, required=True, help="as of evaluate: 64,144,12x16,auto"
+    )
+    harness.add_argument("--output", type=Path, required=True, help="folder for table.md and .json")
+    harness.add_argument("--max-tiles", type=_positive, help="cut images into at most so many")
+    harness.add_argument("--batch-size", type=_positive, default=1, help="questions, of lmms-eval")
+    harness.add_argument("--limit", type=_positive, help="questions a benchmark, of lmms-eval")
+    harness.add_argument("--run-py", type=Path, help="the script in a copy of VLMEvalKit")
+    harness.add_argument(
+        "arguments", nargs="*", metavar="-- ARGUMENT", help="more for VLMEvalKit's script"
+    )
 
     route = command(
         "route",
@@ -431,12 +560,14 @@ def _parser() -> argparse.ArgumentParser:
     route.add_argument(
         "--data",
         required=True,
-        help="'digits' (validation split), or a JSONL file that the model was not trained on",
+        help="'digits' (validation split), or data as evaluate takes it, unseen by the model",
     )
-    route.add_argument("--counts", type=_counts, required=True, help="for example 64,144,256")
+    route.add_argument(
+        "--counts", type=_counts_or_grids, required=True, help="for example 64,144,256"
+    )
     route.add_argument(
         "--measure-on",
-        help="'digits' (test split), or another JSONL file; for digits, digits if not given",
+        help="'digits' (test split), or other data; for digits, digits if not given",
     )
     route.add_argument(
         "--max-drop",
@@ -480,8 +611,13 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("target", type=Path, help="folder to write, which must not exist")
     convert.add_argument("--system-message", help="what conversations begin with, from Ristretto")
 
-    plot = command("plot", _plot, "draw a run's report again", "tokenflex plot runs/demo")
-    plot.add_argument("run_folder", type=Path, metavar="RUN", help="folder with a report.json")
+    plot = command(
+        "plot",
+        _plot,
+        "draw a run's curves, finished or still going, and its report if there is one",
+        "tokenflex plot runs/demo",
+    )
+    plot.add_argument("run_folder", type=Path, metavar="RUN", help="the output folder of a run")
     return parser
 
 

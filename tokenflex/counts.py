@@ -62,6 +62,25 @@ def token_grid(count: object, *, name: str = "num_tokens") -> Grid:
     )
 
 
+def parse_count(text: str | int, *, name: str = "a count") -> TokenCount:
+    """What a user writes, as a count: ``64``, or ``12x16`` for a grid of height x width.
+
+    Raises:
+        ValueError: it is neither, or no square grid has so many tokens.
+    """
+    try:
+        sides = [int(side) for side in str(text).split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2):
+        raise ValueError(
+            f"{name} must be like 64 or 144, or a grid of height x width like 2x3, got {text!r}"
+        )
+    count = sides[0] if len(sides) == 1 else (sides[0], sides[1])
+    token_grid(count, name=name)
+    return count
+
+
 def is_one_count(counts: object) -> bool:
     """Whether ``counts`` is one count for all images: an int, or a tuple of two ints (a grid).
 

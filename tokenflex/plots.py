@@ -32,25 +32,53 @@ def plot_accuracy(report: dict[str, Any], path: Path) -> None:
     Raises:
         ValueError: ``report`` holds no accuracies.
     """
-    accuracy, kinds = _checked(report)
-    counts = sorted(int(count) for count in accuracy)
+    accuracy, kinds, tokens = _checked(report)
+    labels = sorted(accuracy, key=tokens.__getitem__)
+    # What chooses a count per question is a point of its own beside the curve of the counts.
+    counts = [label for label in labels if label[0].isdigit()]
+    chosen = [label for label in labels if label not in counts]
+    errors = report.get("standard_error", {})
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    overall = [accuracy[str(count)] for count in counts]
-    left.plot(counts, overall, color=OVERALL, marker="o", linewidth=2.5)
-    for count, value in zip(counts, overall, strict=True):
-        left.annotate(
-            f"{value:.2f}", (count, value), (0, 7), textcoords="offset points", ha="center"
+    for some, line, marker in ((counts, "-", "o"), (chosen, "none", "*")):
+        left.errorbar(
+            [tokens[label] for label in some],
+            [accuracy[label] for label in some],
+            [1.96 * (errors.get(label) or 0.0) for label in some],
+            color=OVERALL,
+            linestyle=line,
+            marker=marker,
+            markersize=11 if some is chosen else 6,
+            linewidth=2.5,
+            elinewidth=1.2,
         )
-    left.set_title("all questions", loc="left", fontsize=11)
-    left.set_ylabel("accuracy on held-out images")
+    for label in labels:
+        name = f"{label} " * (label in chosen)
+        left.annotate(
+            f"{name}{accuracy[label]:.2f}",
+            (tokens[label], accuracy[label]),
+            (0, 7),
+            textcoords="offset points",
+            ha="center",
+        )
+    bars = " (bars: 95 % interval)" * any(errors.values())
+    left.set_title(f"all questions{bars}", loc="left", fontsize=11)
+    left.set_ylabel("accuracy")
 
     for colour, (_, row) in zip(KINDS * 8, sorted(kinds.items()), strict=False):
-        right.plot(counts, [row[str(c)] for c in counts], color=colour, marker="o", markersize=4)
-    _label_ends(right, counts, kinds)
+        for some, line, marker in ((counts, "-", "o"), (chosen, "none", "*")):
+            right.plot(
+                [tokens[label] for label in some],
+                [row[label] for label in some],
+                color=colour,
+                linestyle=line,
+                marker=marker,
+                markersize=4,
+            )
+    _label_ends(right, labels, tokens, kinds)
     right.set_title("by kind of question", loc="left", fontsize=11)
     for axes in (left, right):
-        axes.set_xticks(counts)
+        axes.set_xticks([tokens[label] for label in counts or labels])
         axes.set_xlabel("vision tokens per image")
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -59,13 +87,25 @@ def plot_accuracy(report: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _checked(report: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """The report's accuracies, and those of its named kinds of question."""
+def _checked(
+    report: Any,
+) -> tuple[dict[str, float], dict[str, dict[str, float]], dict[str, float]]:
+    """The report's accuracies, those of its named kinds of question, and each count's tokens."""
     accuracy = report.get("accuracy") if isinstance(report, dict) else None
     if not isinstance(accuracy, dict) or not accuracy:
         raise ValueError(f"report must hold accuracy (count -> share), got {accuracy!r}")
-    if not all(count.isdecimal() for count in accuracy):
-        raise ValueError(f"report must hold accuracy by count, got counts {', '.join(accuracy)}")
+    tokens = report.get("vision_tokens_per_image")
+    if tokens is None:
+        if not all(count.isdecimal() for count in accuracy):
+            raise ValueError(
+                f"report must hold accuracy by count, got counts {', '.join(accuracy)}"
+            )
+        tokens = {count: float(count) for count in accuracy}
+    if not isinstance(tokens, dict) or tokens.keys() != accuracy.keys():
+        raise ValueError(
+            f"report must hold vision_tokens_per_image at counts {', '.join(accuracy)}, got "
+            f"{tokens!r}"
+        )
     kinds = {kind: row for kind, row in report.get("accuracy_by_kind", {}).items() if kind}
     for kind, row in kinds.items():
         if not isinstance(row, dict) or row.keys() != accuracy.keys():
@@ -73,27 +113,30 @@ def _checked(report: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]
                 f"report must hold accuracy_by_kind of {kind!r} at counts {', '.join(accuracy)}, "
                 f"got {row!r}"
             )
-    return accuracy, kinds
+    return accuracy, kinds, tokens
 
 
-def _label_ends(axes: Axes, counts: list[int], kinds: dict[str, dict[str, float]]) -> None:
+def _label_ends(
+    axes: Axes, labels: list[str], tokens: dict[str, float], kinds: dict[str, dict[str, float]]
+) -> None:
     """Name each line at its left end, where the kinds differ most, without overlaps."""
     height = 2.0
     colours = dict(zip(sorted(kinds), KINDS * 8, strict=False))
-    for kind in sorted(kinds, key=lambda name: -kinds[name][str(counts[0])]):
-        value = kinds[kind][str(counts[0])]
+    first, last = tokens[labels[0]], tokens[labels[-1]]
+    span = last - first or 1
+    for kind in sorted(kinds, key=lambda name: -kinds[name][labels[0]]):
+        value = kinds[kind][labels[0]]
         height = min(value, height - LABEL_GAP)
         axes.annotate(
             f"{kind} {value:.2f}",
-            (counts[0], value),
-            (counts[0] - 0.03 * (counts[-1] - counts[0] or 1), height),
+            (first, value),
+            (first - 0.03 * span, height),
             ha="right",
             va="center",
             fontsize=8.5,
             color=colours[kind],
         )
-    span = counts[-1] - counts[0] or 1
-    axes.set_xlim(counts[0] - 0.42 * span, counts[-1] + 0.05 * span)
+    axes.set_xlim(first - 0.42 * span, last + 0.05 * span)
 
 
 def plot_selection(points: Sequence[CurvePoint], path: Path) -> None:

@@ -132,6 +132,12 @@ def test_an_unknown_key_is_named_with_its_value_and_those_that_are_known(tmp_pat
         ("evaluation.counts", [], "at least one count"),
         ("evaluation.counts", [4, 10], "nearest squares are 9 and 16"),
         ("evaluation.batch_size", 0, "greater than or equal to 1"),
+        ("evaluation.every", 0, "greater than or equal to 1"),
+        ("evaluation.samples", 0, "greater than or equal to 1"),
+        ("peak_tflops", 0, "greater than 0"),
+        ("trackers", ["tensorbord"], "tensorboard, "),
+        ("stages.0.tokens", 1e9, "exactly one of steps and tokens"),
+        ("stages.0.tokens", float("inf"), "less than inf"),
     ],
 )
 def test_a_value_that_is_not_allowed(tmp_path, key, value, expected):
@@ -142,7 +148,7 @@ def test_a_value_that_is_not_allowed(tmp_path, key, value, expected):
 
 
 @pytest.mark.parametrize(
-    "key", ["output", "model", "data", "stages", "stages.0.steps", "model.text"]
+    "key", ["output", "model", "data", "stages", "stages.0.batch_size", "model.text"]
 )
 def test_a_missing_key_is_named(tmp_path, key):
     assert f"{key} is missing" in error_of(tmp_path, changed(key, REMOVED))

@@ -15,7 +15,7 @@ from tokenflex.cli import main
 from tokenflex.training.build import build_model, build_processor
 from tokenflex.training.config import TrainConfig, load_config
 from tokenflex.training.loop import Trainer
-from tokenflex.training.plan import measure_samples, plan_run
+from tokenflex.training.plan import format_plan, measure_samples, plan_run
 
 SAMPLE = {"text_tokens": 40, "answer_tokens": 20, "tiles": 2}
 
@@ -40,6 +40,20 @@ def test_expected_tokens_and_tiles_are_near_those_of_the_run(tmp_path):
     assert plan.steps == len(lines)
     assert plan.tokens == pytest.approx(sum(line["tokens"] for line in lines), rel=0.05)
     assert sum(line["tiles"] for line in lines) == plan.samples
+
+
+def test_a_budget_in_tokens_is_planned_in_expected_steps(tmp_path):
+    stages = [stage(steps=60, batch_size=8), stage(tokens=6000, batch_size=8)]
+    del stages[1]["steps"]
+    config = tiny(tmp_path, stages=stages, evaluation=None, encoder_warm_up=None)
+    in_steps, in_tokens = plan_run(config)
+    Trainer(config).run()
+    taken = [line["step"] for line in metrics(tmp_path / "run") if line["stage"] == 1][-1]
+    assert in_tokens.steps == pytest.approx(taken, rel=0.1)
+    assert in_tokens.tokens == pytest.approx(6000, rel=0.05)
+    assert in_tokens.flops / in_tokens.steps == pytest.approx(in_steps.flops / 60)
+    columns = [line.split()[3] for line in format_plan([in_steps, in_tokens]).splitlines()[1:3]]
+    assert columns == ["60", f"~{in_tokens.steps}"]
 
 
 @pytest.mark.parametrize("learning", [{"projector": 1e-3}, {"vision": 1e-3, "text": 1e-3}])
@@ -93,10 +107,20 @@ def test_what_is_saved_is_against_the_largest_count(tmp_path):
 
 def test_the_mean_sample_is_measured_on_the_data(tmp_path):
     config = tiny(tmp_path)
-    sample = measure_samples(config, config.data)
+    sample = measure_samples(config, config.data, share_prefix=False)
     assert (sample.tiles, sample.shown_tiles) == (1, 2)  # one picture under two questions
     assert sample.answer_tokens == 4  # a word and an end, twice
     assert 2 * (1 + 2) <= sample.text_tokens <= 2 * (2 + 2)
+
+
+def test_the_mean_sample_counts_what_is_shared_once(tmp_path):
+    config = tiny(tmp_path)
+    apart = measure_samples(config, config.data, share_prefix=False)
+    together = measure_samples(config, config.data, share_prefix=True)
+    assert (together.tiles, together.shown_tiles) == (1, 1)
+    assert together.answer_tokens == apart.answer_tokens
+    # Questions of one kind have their first word in common, and shared rows are counted once.
+    assert apart.text_tokens - 0.5 < together.text_tokens < apart.text_tokens
 
 
 def test_the_plan_needs_neither_weights_nor_data(tmp_path, capsys):

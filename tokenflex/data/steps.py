@@ -7,12 +7,14 @@ its own bins only. A step is a pure function of its keys.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from tokenflex.data.balance import deal
+from tokenflex.data.encoding import IGNORE
 from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
 from tokenflex.data.samples import Sample, SampleDataset, SampleOutline
-from tokenflex_kernels import balance_bins
 from tokenflex_kernels.reference.packing import MAX_INT32
 
 Key = tuple[int, int]  # (epoch, sample index)
@@ -32,18 +34,30 @@ class PackedStep:
 
     Attributes:
         bins: forward passes, as many on every rank; gradients add up over them.
-        tokens, tiles, vision_tokens: of all ranks, as planned. Vision tokens are counted once per
-            tile, tokens once per conversation that shows it.
+        samples, tokens, tiles, vision_tokens, targets: of all ranks, as planned. Vision tokens are
+            counted once per tile, tokens as packed: once, or once per conversation that shows it;
+            targets are the answer tokens.
+        counts: vision-token count -> samples with images that drew it, over all ranks.
+        rank_tokens: rows that this rank's samples were planned to take, those it could read.
         cost_balance: the costliest bin of all ranks over their mean, 1 where all are equal.
         broken: samples that this rank left out.
     """
 
     bins: list[PackedBatch]
+    samples: int
     tokens: int
     tiles: int
     vision_tokens: int
+    targets: int
+    counts: dict[int, int]
+    rank_tokens: int
     cost_balance: float
     broken: list[BrokenSample]
+
+    @property
+    def rows(self) -> int:
+        """Rows that this rank's forward passes compute, padding and stand-ins included."""
+        return sum(batch.plan.num_tokens for batch in self.bins)
 
 
 @dataclass(frozen=True)
@@ -54,6 +68,7 @@ class _Planned:
     count: int
     tokens: int
     tiles: int
+    targets: int
 
 
 class StepPacker:
@@ -101,13 +116,13 @@ class StepPacker:
                 planned.append(self._plan(key))
             except (OSError, ValueError) as error:
                 broken.append(BrokenSample(key[1], str(error)))
-        dealt = balance_bins(
+        dealt = deal(
             [one.tokens for one in planned],
             [one.tiles for one in planned],
             max_tokens=self.max_tokens,
             max_tiles=self.max_tiles,
             tile_cost=self.tile_cost,
-            multiple_of=self.num_ranks,
+            num_ranks=self.num_ranks,
         )
         costs = [sum(self._cost(planned[i]) for i in members) for members in dealt]
         bins = [
@@ -115,6 +130,7 @@ class StepPacker:
             for place in _places_of(self.rank, len(dealt), self.num_ranks)
         ]
         packed = [self.collator(members) for members in bins if members]
+        read = {(one.epoch, one.index) for members in bins for one in members}
         # A rank whose samples are fewer or broken still takes part in every exchange of gradients.
         missing = len(bins) - len(packed)
         stand_in = packed[0] if packed else self._any_batch(planned)
@@ -124,9 +140,13 @@ class StepPacker:
         packed += [_without_targets(stand_in)] * missing
         return PackedStep(
             bins=packed,
+            samples=len(planned),
             tokens=sum(one.tokens for one in planned),
             tiles=sum(one.tiles for one in planned),
             vision_tokens=sum(one.tiles * one.count for one in planned),
+            targets=sum(one.targets for one in planned),
+            counts=dict(sorted(Counter(one.count for one in planned if one.tiles).items())),
+            rank_tokens=sum(one.tokens for one in planned if one.key in read),
             cost_balance=max(costs) * len(costs) / sum(costs),
             broken=broken,
         )
@@ -135,19 +155,21 @@ class StepPacker:
         epoch, index = key
         outline = outline_of(self.dataset, index)
         count = self.collator.counts.draw(index, epoch)
-        tiles = sum(self.collator.processor.image_tokens(list(outline.image_sizes), 1))
-        images = len(outline.image_sizes)
-        texts = [
-            self.collator.encode_sample(outline.id, c, images)[0] for c in outline.conversations
-        ]
-        tokens = sum(len(ids) - images + count * tiles for ids in texts)
+        image_tiles = self.collator.processor.image_tokens(list(outline.image_sizes), 1)
+        tiles = sum(image_tiles)
+        image_counts = [count * tiles for tiles in image_tiles]
+        sequences = self.collator.sequences_of(
+            outline.id, outline.conversations, len(outline.image_sizes)
+        )
+        tokens = sum(one.num_tokens(image_counts) for one in sequences)
+        targets = sum(int((one.labels != IGNORE).sum()) for one in sequences)
         for name, size, bound in (
             ("max_tokens", tokens, self.max_tokens),
             ("max_tiles", tiles, self.max_tiles),
         ):
             if size > bound:
                 raise ValueError(f"sample {outline.id} has {size}, more than {name} of {bound}")
-        return _Planned(key, count, tokens, tiles)
+        return _Planned(key, count, tokens, tiles, targets)
 
     def _read(self, keys: Sequence[Key], broken: list[BrokenSample]) -> list[DrawnSample]:
         members = []

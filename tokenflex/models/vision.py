@@ -39,15 +39,16 @@ class EncodedImages:
     def __len__(self) -> int:
         return len(self.grids)
 
-    def select(self, images: Sequence[int]) -> EncodedImages:
-        """Some of the images, by their places, in the order asked for."""
-        rows = self.features.split([height * width for height, width in self.grids])
-        features = torch.cat([self.features[:0], *(rows[i] for i in images)])
-        return EncodedImages(features, tuple(self.grids[i] for i in images))
-
     def to(self, *args: Any, **kwargs: Any) -> EncodedImages:
         """The same with its features moved as ``torch.Tensor.to`` does."""
         return EncodedImages(self.features.to(*args, **kwargs), self.grids)
+
+    def select(self, places: Sequence[int]) -> EncodedImages:
+        """The images at these places, in this order; one may be named more than once."""
+        parts = self.features.split([height * width for height, width in self.grids])
+        chosen = [parts[place] for place in places]
+        features = torch.cat(chosen) if chosen else self.features[:0]
+        return EncodedImages(features, tuple(self.grids[place] for place in places))
 
 
 def takes_patches(vision_model: PreTrainedModel) -> bool:

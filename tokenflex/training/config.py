@@ -6,9 +6,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from tokenflex.counts import TokenCounts, token_grid
+from tokenflex.training.trackers import check_names
 
 DIGITS_SPLITS = ("train", "validation", "test")
 
@@ -122,6 +130,10 @@ class StageConfig(_Strict):
     """One stage of training, on ``data`` or, without it, on that of the whole run.
 
     ``learning_rate`` names the modules that learn; a module that is not named is frozen.
+    It lasts ``steps`` optimiser steps, or until it has seen ``tokens`` rows of the language model,
+    text and vision: it then ends with the first step that reaches them, and the schedule follows
+    the rows, not the steps. The learning rate rises over ``warmup_steps`` steps, or over
+    ``warmup_share`` of the stage.
     ``counts`` and ``weights`` are the token counts and their odds. The ``batch_size`` samples of a
     step, over all processes, are dealt into forward passes of equal cost that hold at most
     ``max_tokens`` rows and ``max_tiles`` tiles each. ``loss`` says how answer tokens weigh: all the
@@ -130,7 +142,8 @@ class StageConfig(_Strict):
     """
 
     name: str
-    steps: int = Field(ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    tokens: float | None = Field(default=None, gt=0, lt=float("inf"))
     batch_size: int = Field(ge=1)
     learning_rate: dict[Literal["vision", "projector", "text"], float]
     data: DataConfig | None = None
@@ -140,6 +153,7 @@ class StageConfig(_Strict):
     max_tiles: int | None = Field(default=None, ge=1)
     loss: Literal["token", "square"] = "token"
     warmup_steps: int = Field(default=0, ge=0)
+    warmup_share: float = Field(default=0.0, ge=0, lt=1)
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(default=0.02, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
@@ -150,8 +164,25 @@ class StageConfig(_Strict):
         """The modules that learn."""
         return tuple(name for name, rate in self.learning_rate.items() if rate)
 
+    @property
+    def budget(self) -> float:
+        """How long the stage is: in tokens where it has ``tokens``, else in steps."""
+        budget = self.steps if self.tokens is None else self.tokens
+        assert budget is not None  # checked below
+        return budget
+
     @model_validator(mode="after")
     def _values_make_sense(self) -> StageConfig:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError(
+                "exactly one of steps and tokens must be given, got "
+                f"steps={self.steps} and tokens={self.tokens}"
+            )
+        if self.warmup_steps and self.warmup_share:
+            raise ValueError(
+                "at most one of warmup_steps and warmup_share may be given, got "
+                f"{self.warmup_steps} and {self.warmup_share}"
+            )
         TokenCounts(self.counts, self.weights)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
@@ -170,7 +201,8 @@ class SampleConfig(_Strict):
     """The mean sample, for a dry run where the data is not at hand.
 
     ``text_tokens`` are all but images, ``answer_tokens`` those of them that are learned, ``tiles``
-    what its images are cut into, ``shown_tiles`` the sum over its conversations (each shows them).
+    what its images are cut into, ``shown_tiles`` those that stand in the language model's rows:
+    more than ``tiles`` where conversations each show them instead of sharing them.
     """
 
     text_tokens: float = Field(ge=1)
@@ -194,11 +226,18 @@ class SampleConfig(_Strict):
 
 
 class EvaluationConfig(_Strict):
-    """After training: the data set and the counts to report accuracy at."""
+    """The data set and the counts to report accuracy at, after training and, if asked, during it.
+
+    During training the first ``samples`` of the data set are asked, ``every`` so many steps of a
+    stage and, with ``at_stage_end``, after its last; after training all of them are.
+    """
 
     data: DataConfig
     counts: tuple[int, ...]
     batch_size: int = Field(default=64, ge=1)
+    every: int | None = Field(default=None, ge=1)
+    at_stage_end: bool = False
+    samples: int = Field(default=256, ge=1)
 
     @model_validator(mode="after")
     def _counts_are_grids(self) -> EvaluationConfig:
@@ -216,6 +255,9 @@ class TrainConfig(_Strict):
     A state to resume from is saved every ``save_every`` steps; the last ``keep_states`` are kept.
     Samples that cannot be read are named in ``broken_samples.json`` and skipped, at most
     ``max_broken_samples`` of them.
+    ``trackers`` are told what ``metrics.jsonl`` is told: names that accelerate knows
+    ("tensorboard", "wandb", ...). ``peak_tflops`` is what a process's device can do at most, for
+    the share that is done of it (MFU); known GPUs have their data sheet's.
     """
 
     output: Path
@@ -233,6 +275,8 @@ class TrainConfig(_Strict):
     save_every: int = Field(default=200, ge=1)
     keep_states: int = Field(default=2, ge=1)
     max_broken_samples: int = Field(default=100, ge=0)
+    trackers: tuple[str, ...] = ()
+    peak_tflops: float | None = Field(default=None, gt=0, lt=float("inf"))
 
     def data_of(self, stage: StageConfig) -> DataConfig:
         """What ``stage`` is trained on."""
@@ -245,6 +289,12 @@ class TrainConfig(_Strict):
                 f"encoder_warm_up needs model.processor: digits, got {self.model.processor!r}"
             )
         return self
+
+    @field_validator("trackers")
+    @classmethod
+    def _trackers_are_known(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
+        check_names(trackers)
+        return trackers
 
 
 def load_config(path: str | Path) -> TrainConfig:

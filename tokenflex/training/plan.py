@@ -5,6 +5,7 @@ The model is built on the meta device, from configurations alone: no weights are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,9 @@ class StagePlan:
     Attributes:
         name: the stage's.
         trained_parameters: module -> how many parameters learn; frozen modules are left out.
-        steps, samples: optimiser steps, and samples in all of them.
+        steps, samples: optimiser steps, and samples in all of them; of a budget in tokens, the
+            expected ones.
+        steps_are_expected: whether it is that.
         tokens: expected rows of the language model, text and vision.
         vision_tokens: the expected share of them that is vision.
         flops: expected floating-point operations, forward and backward.
@@ -50,6 +53,7 @@ class StagePlan:
     name: str
     trained_parameters: dict[str, int]
     steps: int
+    steps_are_expected: bool
     samples: int
     tokens: float
     vision_tokens: float
@@ -73,30 +77,36 @@ def plan_run(config: TrainConfig) -> list[StagePlan]:
     model = empty_model(config.model)
     check_length(model.config, max(count for stage in config.stages for count in stage.counts))
     used = dict.fromkeys(config.data_of(stage) for stage in config.stages)
-    samples = {data: config.sample or measure_samples(config, data) for data in used}
+    samples = {
+        data: config.sample
+        or measure_samples(config, data, share_prefix=model.takes_shared_prefixes)
+        for data in used
+    }
     return [
         _plan_stage(stage, model, samples[config.data_of(stage)], config.precision)
         for stage in config.stages
     ]
 
 
-def measure_samples(config: TrainConfig, data: DataConfig) -> SampleConfig:
-    """The mean sample among the first that training sees, from texts and image sizes alone."""
+def measure_samples(config: TrainConfig, data: DataConfig, *, share_prefix: bool) -> SampleConfig:
+    """The mean sample among the first that training sees, from texts and image sizes alone.
+
+    With ``share_prefix`` what a sample's conversations have in common counts once, as it is packed.
+    """
     dataset, processor = build_dataset(data), build_processor(config.model)
     order = build_order(data, dataset, config.seed)
-    collator = PackingCollator(processor, TokenCounts((1,), (1.0,)))
+    collator = PackingCollator(processor, TokenCounts((1,), (1.0,)), share_prefix=share_prefix)
     measured = min(len(dataset), MEASURED_SAMPLES)
     text = answers = tiles = shown = 0
     for position in range(measured):
         outline = outline_of(dataset, order[position][1])
         images = len(outline.image_sizes)
-        sample_tiles = sum(processor.image_tokens(list(outline.image_sizes), 1))
-        tiles += sample_tiles
-        shown += sample_tiles * len(outline.conversations)
-        for conversation in outline.conversations:
-            ids, labels = collator.encode_sample(outline.id, conversation, images)
-            text += len(ids) - images
-            answers += int((labels != IGNORE).sum())
+        sample_tiles = processor.image_tokens(list(outline.image_sizes), 1)
+        tiles += sum(sample_tiles)
+        for one in collator.sequences_of(outline.id, outline.conversations, images):
+            shown += sum(sample_tiles[one.images])
+            text += one.num_tokens([0] * images)
+            answers += int((one.labels != IGNORE).sum())
     return SampleConfig(
         text_tokens=text / measured,
         answer_tokens=answers / measured,
@@ -108,16 +118,19 @@ def measure_samples(config: TrainConfig, data: DataConfig) -> SampleConfig:
 def _plan_stage(stage: StageConfig, model: Any, sample: SampleConfig, precision: str) -> StagePlan:
     flops = training_flops(model, stage.learning)
     expected = TokenCounts(stage.counts, stage.weights).expected
-    samples = stage.steps * stage.batch_size
+    tokens = sample.text_tokens + sample.shown * expected
+    # A budget in tokens ends with the step that reaches it.
+    steps = stage.steps or math.ceil(stage.budget / (stage.batch_size * tokens))
+    samples = steps * stage.batch_size
     cost = samples * _sample_flops(flops, sample, expected)
     largest = samples * _sample_flops(flops, sample, max(stage.counts))
-    tokens = sample.text_tokens + sample.shown * expected
     trained = {name: _parameters(model, name) for name in stage.learning}
     weights = sum(parameter.numel() for parameter in model.parameters())
     return StagePlan(
         name=stage.name,
         trained_parameters=trained,
-        steps=stage.steps,
+        steps=steps,
+        steps_are_expected=stage.steps is None,
         samples=samples,
         tokens=samples * tokens,
         vision_tokens=samples * sample.shown * expected,
@@ -182,7 +195,7 @@ def format_plan(plans: Collection[StagePlan]) -> str:
         (
             plan.name,
             f"{_short(sum(plan.trained_parameters.values()))} {'+'.join(plan.trained_parameters)}",
-            str(plan.steps),
+            "~" * plan.steps_are_expected + str(plan.steps),
             _short(plan.samples),
             _short(plan.tokens),
             _short(plan.vision_tokens),

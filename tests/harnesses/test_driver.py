@@ -1,0 +1,171 @@
+"""Both harnesses at every count: the same benchmarks, one table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from tests.models.tiny import picture
+from tokenflex.cli import main
+from tokenflex.harnesses.driver import run_lmms_eval, run_vlmevalkit
+
+pytestmark = pytest.mark.usefixtures("standins")
+
+# What VLMEvalKit's script does with its arguments: each model answers each benchmark.
+RUN_PY = """
+import argparse, pathlib
+from vlmeval.config import supported_VLM
+parser = argparse.ArgumentParser()
+parser.add_argument("--model", nargs="+")
+parser.add_argument("--data", nargs="+")
+parser.add_argument("--work-dir", type=pathlib.Path)
+parser.add_argument("--judge")
+options = parser.parse_args()
+assert options.judge == "exact_matching"
+for name in options.model:
+    model = supported_VLM[name]()
+    folder = options.work_dir / name
+    folder.mkdir(parents=True)
+    for benchmark in options.data:
+        if benchmark == "Failing":
+            continue
+        message = [{"type": "image", "value": %r}, {"type": "text", "value": "odd"}]
+        model.generate(message, benchmark)
+        tokens = model.assistant.label
+        (folder / f"{name}_{benchmark}_acc.csv").write_text(f"split,Overall\\ndev,{tokens}\\n")
+"""
+
+
+@pytest.fixture
+def run_py(tmp_path):
+    picture(1).save(tmp_path / "a.png")
+    path = tmp_path / "run.py"
+    path.write_text(RUN_PY % str(tmp_path / "a.png"))
+    return path
+
+
+def fake_lmms_eval(asked):
+    def simple_evaluate(model, model_args, tasks, **options):
+        asked.append((model, model_args, tasks, options))
+        count = int(model_args.split("tokens=")[1].split(",")[0])
+        scores = {"acc,none": count / 100, "acc_stderr,none": 0.01}
+        found = {task: scores for task in tasks if task not in ("mmmu", "failing")}
+        return {
+            "results": found | {"mmmu_val": scores, "mmmu": {"alias": "mmmu"}},
+            "group_subtasks": {"mmmu": ["mmmu_val"], **{task: [] for task in tasks[:1]}},
+        }
+
+    return simple_evaluate
+
+
+def test_lmms_eval_runs_the_same_tasks_at_every_count(checkpoint):
+    asked = []
+    table = run_lmms_eval(
+        checkpoint,
+        [4, "16"],
+        ["mmstar", "mmmu"],
+        max_tiles=6,
+        simple_evaluate=fake_lmms_eval(asked),
+        limit=8,
+    )
+    assert asked == [
+        (
+            "tokenflex",
+            f"pretrained={checkpoint},tokens={count},max_tiles=6",
+            ["mmstar", "mmmu"],
+            {"limit": 8},
+        )
+        for count in (4, 16)
+    ]
+    assert [*table.rows] == [("mmmu_val", "acc"), ("mmstar", "acc")]
+    assert [table.rows["mmstar", "acc"][count].value for count in ("4", "16")] == [0.04, 0.16]
+    assert table.missing == []
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "counts", "words"),
+    [
+        ("a", [4, "10"], "9 and 16"),
+        ("a", [4, "4"], "different"),
+        ("a", [], "one or more"),
+        ("a", ["many"], "many"),
+        ("a,b", [4], "commas"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_runs(checkpoint, counts, words):
+    asked = []
+    with pytest.raises(ValueError, match=words):
+        run_lmms_eval(checkpoint, counts, ["t"], simple_evaluate=fake_lmms_eval(asked))
+    assert asked == []
+
+
+def test_vlmevalkit_runs_its_own_script_at_every_count(checkpoint, run_py, tmp_path):
+    before = list(sys.argv)
+    table = run_vlmevalkit(
+        checkpoint,
+        [4, 9],
+        ["MMStar", "HallusionBench", "Failing"],
+        run_py=run_py,
+        work_dir=tmp_path / "work",
+        arguments=["--judge", "exact_matching"],
+    )
+    assert sys.argv == before
+    for benchmark in ("MMStar", "HallusionBench"):
+        row = table.rows[benchmark, "Overall"]
+        assert {count: score.value for count, score in row.items()} == {"4": 4.0, "9": 9.0}
+    assert table.missing == [("Failing", "-", "4"), ("Failing", "-", "9")]
+
+
+def test_an_old_result_does_not_stand_in_for_a_new_one(checkpoint, run_py, tmp_path):
+    (tmp_path / "work" / "TokenFLEX-n4").mkdir(parents=True)
+    options = {"run_py": run_py, "work_dir": tmp_path / "work"}
+    with pytest.raises(FileExistsError, match="--reuse"):
+        run_vlmevalkit(checkpoint, [4], ["MMStar"], **options)
+
+
+def test_without_lmms_eval_the_command_says_what_to_install(
+    checkpoint, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", None)
+    base = ["harness", "lmms-eval", str(checkpoint), "--counts", "4", "--benchmarks", "mmstar"]
+    assert main([*base, "--output", str(tmp_path / "out")]) == 2
+    assert "pip install lmms-eval" in capsys.readouterr().err
+
+
+def test_the_command_writes_the_table(checkpoint, tmp_path, capsys, monkeypatch):
+    module = SimpleNamespace(simple_evaluate=fake_lmms_eval([]))
+    monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", module)
+    base = ["harness", "lmms-eval", str(checkpoint), "--counts", "4,16", "--output"]
+    assert main([*base, str(tmp_path / "out"), "--benchmarks", "mmstar"]) == 0
+    page = (tmp_path / "out" / "table.md").read_text()
+    assert "| mmstar | acc | 0.04 ± 0.01 | 0.16 ± 0.01 |" in page
+    assert page in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "out" / "table.json").read_text())) == 4
+    # What failed is an error, once the rest is written.
+    assert main([*base, str(tmp_path / "more"), "--benchmarks", "failing,mmstar"]) == 2
+    assert "failing - 4" in capsys.readouterr().err
+    assert "| failing | - | missing | missing |" in (tmp_path / "more" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["lm-eval", "--counts", "4"], "lmms-eval"),
+        (["vlmevalkit", "--counts", "4"], "--run-py"),
+        (["lmms-eval", "--counts", "4", "--run-py", "run.py"], "--run-py"),
+        (["vlmevalkit", "--counts", "4", "--run-py", "none.py"], "none.py"),
+        (["lmms-eval", "--counts", "10"], "9 and 16"),
+    ],
+)
+def test_mistakes_are_one_line(checkpoint, tmp_path, capsys, monkeypatch, arguments, words):
+    module = SimpleNamespace(simple_evaluate=fake_lmms_eval([]))
+    monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", module)
+    name, *options = arguments
+    more = ["--benchmarks", "mmstar", "--output", str(tmp_path / "out")]
+    assert main(["harness", name, str(checkpoint), *options, *more]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert words in error

@@ -1,0 +1,139 @@
+"""The counts that a question can be asked at: a number, a grid, or something that chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import torch
+
+from tokenflex.counts import TokenCount, token_grid
+from tokenflex.models.vision import EncodedImages
+
+
+class CountSelector(Protocol):
+    """Chooses counts per question, once the images are encoded: what ``auto`` stands for.
+
+    Attributes:
+        label: its name in tables.
+    """
+
+    label: str
+
+    def select(
+        self,
+        model: Any,
+        images: EncodedImages,
+        tiles: Sequence[int],
+        prompts: Sequence[torch.Tensor],
+    ) -> list[list[TokenCount]]:
+        """For each prompt one count per image, for all tiles of it.
+
+        Args:
+            model: the model that will answer.
+            images: what its encoder gave for the tiles; all prompts show the same.
+            tiles: how many each image became.
+            prompts: int64 [length] each, up to the answer, with one placeholder per image.
+        """
+        ...
+
+
+class RoutedCounts:
+    """The counts that the router saved with a checkpoint chooses, at its own penalty.
+
+    Args:
+        checkpoint: the folder that the model was loaded from.
+
+    Raises:
+        FileNotFoundError: it holds no router.
+        ValueError: this version cannot choose counts.
+    """
+
+    label = "auto"
+
+    def __init__(self, checkpoint: str | Path) -> None:
+        try:
+            self._choice = import_module("tokenflex.selection.choice")
+            storage = import_module("tokenflex.selection.storage")
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                "the count auto needs tokenflex.selection, which this version does not have: give "
+                "counts like 64,144,256"
+            ) from error
+        self._attach, self._router = storage.attach_router, storage.load_router(checkpoint)
+
+    def select(
+        self,
+        model: Any,
+        images: EncodedImages,
+        tiles: Sequence[int],
+        prompts: Sequence[torch.Tensor],
+    ) -> list[list[TokenCount]]:
+        """See :class:`CountSelector`."""
+        if not tiles:
+            return [[] for _ in prompts]
+        self._attach(model, self._router)
+        length = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), length, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, length - len(prompt) :] = prompt
+            mask[row, length - len(prompt) :] = 1
+        chosen = self._choice.choose_counts(
+            model,
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            encoded_images=images.select([*range(len(images))] * len(prompts)),
+            tiles_per_image=[*tiles] * len(prompts),
+        )["num_image_tokens"]
+        per_prompt = len(images)
+        firsts = [end - size for end, size in zip(accumulate(tiles), tiles, strict=True)]
+        return [
+            [chosen[row * per_prompt + first] for first in firsts] for row in range(len(prompts))
+        ]
+
+
+AskedCount: TypeAlias = "TokenCount | CountSelector"
+
+
+def selector_of(count: Any) -> CountSelector | None:
+    """``count`` where it chooses per question, else None."""
+    return count if hasattr(count, "select") else None
+
+
+def label_of(count: AskedCount) -> str:
+    """How tables name a count: ``64``, ``12x16``, or a selector's own label."""
+    if (selector := selector_of(count)) is not None:
+        return selector.label
+    token_grid(count, name="counts")
+    if isinstance(count, Sequence):
+        return f"{count[0]}x{count[1]}"
+    return f"{count}"
+
+
+def labels_of(counts: Sequence[AskedCount]) -> list[str]:
+    """The label of each count.
+
+    Raises:
+        TypeError: one is neither a count nor a selector.
+        ValueError: there are none, one is no grid, or one is named twice.
+    """
+    labels = [label_of(count) for count in counts]
+    if not labels:
+        raise ValueError("counts must name at least one count, got none")
+    if len({*labels}) < len(labels):
+        raise ValueError(f"counts must differ from each other, got {', '.join(labels)}")
+    return labels
+
+
+def resolve_count(count: TokenCount | str, checkpoint: str | Path) -> AskedCount:
+    """``"auto"`` becomes the selector that is saved with ``checkpoint``; other counts stay.
+
+    Raises:
+        FileNotFoundError: the checkpoint holds no router.
+        ValueError: this version cannot choose counts.
+    """
+    return RoutedCounts(checkpoint) if isinstance(count, str) else count

@@ -1,0 +1,162 @@
+"""From samples to questions whose images are encoded, and to their vision tokens at a count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tokenflex.counts import Grid
+from tokenflex.data.encoding import ConversationEncoder
+from tokenflex.data.samples import Conversation, SampleDataset
+from tokenflex.models.vision import EncodedImages
+
+
+@dataclass(frozen=True)
+class PreparedSample:
+    """A sample whose images have become tiles of its batch.
+
+    Attributes:
+        index: in the data set.
+        id: for messages.
+        tiles: how many each image became.
+        first_tile: where the first stands among those of the batch.
+        conversations: what is asked.
+    """
+
+    index: int
+    id: str
+    tiles: tuple[int, ...]
+    first_tile: int
+    conversations: tuple[Conversation, ...]
+
+    @property
+    def tile_range(self) -> range:
+        """Its tiles among those of the batch."""
+        return range(self.first_tile, self.first_tile + sum(self.tiles))
+
+    def prompt_ids(self, encode: ConversationEncoder, conversation: Conversation) -> torch.Tensor:
+        """int64 [length]: the prompt for the conversation's last answer, a placeholder an image.
+
+        Raises:
+            ValueError: there is no answer, or images stand behind it.
+        """
+        turns = conversation.turns
+        answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
+        if not answers:
+            raise ValueError(f"sample {self.id}: a conversation holds no answer to compare with")
+        asked = Conversation(turns[: answers[-1]], conversation.kind)
+        try:
+            prompt = encode.prompt(asked, len(self.tiles))
+        except ValueError as error:
+            raise ValueError(f"sample {self.id}: {error}") from error
+        ids = encode.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """What the encoder takes, and the questions about it."""
+
+    pixel_values: torch.Tensor
+    grids: list[Grid] | None
+    samples: list[PreparedSample]
+
+
+class ReadBatch:
+    """Reads samples and processes their images. Runs in data-loader workers.
+
+    Args:
+        dataset: where samples come from.
+        processor: a :class:`tokenflex.TokenFlexProcessor`.
+        max_tiles: as it takes it.
+    """
+
+    def __init__(self, dataset: SampleDataset, processor: Any, max_tiles: int | None) -> None:
+        self.dataset = dataset
+        self.processor = processor
+        self.max_tiles = max_tiles
+
+    def __call__(self, keys: Sequence[tuple[int, int]]) -> PreparedBatch:
+        """The samples of these (epoch, index) keys.
+
+        Raises:
+            ValueError: one has nothing to ask.
+        """
+        samples = [self.dataset[index] for _, index in keys]
+        images = [image for sample in samples for image in sample.images]
+        data: dict[str, Any] = {"pixel_values": torch.zeros(0, 3, 1, 1)}
+        tiles: list[int] = []
+        if images:
+            data, tiles = self.processor.process_images(images, max_tiles=self.max_tiles)
+        left, first = iter(tiles), 0
+        prepared = []
+        for (_, index), sample in zip(keys, samples, strict=True):
+            if not sample.conversations:
+                raise ValueError(f"sample {sample.id}: holds no conversation to ask")
+            own = tuple(next(left) for _ in sample.images)
+            prepared.append(PreparedSample(index, sample.id, own, first, sample.conversations))
+            first += sum(own)
+        return PreparedBatch(data["pixel_values"], data.get("grids"), prepared)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One conversation at one choice of counts.
+
+    Attributes:
+        sample: whose images it shows.
+        conversation: the question with its answer.
+        grids: (height, width) vision tokens of each image's tiles.
+        prompt_ids: see :meth:`PreparedSample.prompt_ids`; None where nothing is generated.
+    """
+
+    sample: PreparedSample
+    conversation: Conversation
+    grids: tuple[Grid, ...]
+    prompt_ids: torch.Tensor | None
+
+    @property
+    def tokens_per_image(self) -> list[int]:
+        """Vision tokens of each image, all its tiles together."""
+        pairs = zip(self.sample.tiles, self.grids, strict=True)
+        return [tiles * height * width for tiles, (height, width) in pairs]
+
+
+@dataclass(frozen=True)
+class ProjectedImages:
+    """Vision tokens of a batch's images, each image projected once per grid that is asked of it.
+
+    Attributes:
+        tokens: [count, D] of every projected tile.
+        places: for each question, which of ``tokens`` are its tiles, in order.
+    """
+
+    tokens: list[torch.Tensor]
+    places: list[range]
+
+
+def project(model: Any, encoded: EncodedImages, questions: Sequence[Question]) -> ProjectedImages:
+    """The vision tokens of every question; those about one sample at the same grids share theirs.
+
+    Args:
+        model: a :class:`tokenflex.TokenFlexForConditionalGeneration`.
+        encoded: the tiles of the batch.
+        questions: those of the batch.
+    """
+    ranges: dict[tuple[int, tuple[Grid, ...]], range] = {}
+    tiles: list[int] = []
+    grids: list[Grid] = []
+    for one in questions:
+        key = (one.sample.index, one.grids)
+        if key not in ranges:
+            ranges[key] = range(len(tiles), len(tiles) + sum(one.sample.tiles))
+            tiles += one.sample.tile_range
+            for count, grid in zip(one.sample.tiles, one.grids, strict=True):
+                grids += [grid] * count
+    images = encoded if tiles == [*range(len(encoded))] else encoded.select(tiles)
+    projected = model.get_image_features(num_image_tokens=grids, encoded_images=images)
+    places = [ranges[one.sample.index, one.grids] for one in questions]
+    return ProjectedImages(projected.pooler_output, places)

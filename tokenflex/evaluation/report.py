@@ -1,0 +1,89 @@
+"""A report for people: one table, in the terminal and in Markdown, and a folder with everything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenflex.evaluation.scoring import FORCED
+from tokenflex.training.checkpoint import write_atomically, write_json
+
+WIDTH = 16  # of the names before a row's numbers
+
+
+def format_table(report: dict[str, Any]) -> str:
+    """What the terminal shows; of a training run's report as well."""
+    labels = list(report["accuracy"])
+    lines = [_row("vision tokens", labels)]
+    lines += [_row(name, cells) for name, cells in _rows(report, labels)]
+    if "questions" in report:
+        lines.append(_questions(report))
+    return "\n".join(lines)
+
+
+def format_markdown(report: dict[str, Any], title: str) -> str:
+    """The same as a page of its own."""
+    labels = list(report["accuracy"])
+    lines = [f"# {title}", "", f"| vision tokens | {' | '.join(labels)} |"]
+    lines.append("|---" * (len(labels) + 1) + "|")
+    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in _rows(report, labels)]
+    lines += ["", f"{_questions(report)}. {_EXPLANATION}"]
+    if report["score"] == FORCED:
+        lines.append("An answer is right when greedy generation would give exactly it.")
+    else:
+        lines.append(f"Answers are generated greedily and compared by the rule {report['score']}.")
+    lines += ["", "![Accuracy against vision tokens per image](accuracy.png)", ""]
+    return "\n".join(lines)
+
+
+def write_report(folder: Path, report: dict[str, Any], title: str) -> None:
+    """``report.json``, ``report.md`` and ``accuracy.png`` in ``folder``, each whole or not there.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    from tokenflex.plots import plot_accuracy
+
+    folder.mkdir(parents=True, exist_ok=True)
+    plot_accuracy(report, folder / "accuracy.png")
+    page = format_markdown(report, title)
+    write_atomically(folder / "report.md", lambda path: path.write_text(page, encoding="utf-8"))
+    write_json(folder / "report.json", report)
+
+
+_EXPLANATION = (
+    "`mean` is the mean over kinds, its standard error allows for questions that share images. "
+    "Seconds include encoding, as if each count were asked alone."
+)
+_MEASURES = (
+    ("standard error", "standard_error", "{:.3f}"),
+    ("tokens/image", "vision_tokens_per_image", "{:.1f}"),
+    ("tokens/question", "vision_tokens_per_question", "{:.1f}"),
+    ("seconds", "evaluation_seconds", "{:.1f}"),
+)
+
+
+def _rows(report: dict[str, Any], labels: list[str]) -> list[tuple[str, list[str]]]:
+    rows = [
+        (kind or "all", [f"{row[label]:.3f}" for label in labels])
+        for kind, row in report["accuracy_by_kind"].items()
+    ]
+    rows.append(("mean", [f"{report['accuracy'][label]:.3f}" for label in labels]))
+    for name, key, form in _MEASURES:
+        if key in report:
+            values = [report[key][label] for label in labels]
+            rows.append((name, ["-" if v is None else form.format(v) for v in values]))
+    return rows
+
+
+def _row(name: str, cells: list[str]) -> str:
+    return f"{name:<{WIDTH}}" + "".join(f"{cell:>8}" for cell in cells)
+
+
+def _questions(report: dict[str, Any]) -> str:
+    by_kind = {kind: number for kind, number in report["questions"].items() if kind}
+    named = ", ".join(f"{kind} {number}" for kind, number in by_kind.items())
+    total = f"{sum(report['questions'].values())} questions"
+    if "samples" in report:
+        total += f" about {report['samples']} samples"
+    return f"{total} ({named})" if named else total

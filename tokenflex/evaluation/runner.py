@@ -1,0 +1,203 @@
+"""Ask every question at every count: images are read and encoded once for all of them."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from tokenflex.counts import token_grid
+from tokenflex.data.encoding import ConversationEncoder
+from tokenflex.data.order import load_in_order
+from tokenflex.data.samples import SampleDataset
+from tokenflex.evaluation.counts import AskedCount, labels_of, selector_of
+from tokenflex.evaluation.grading import grade_forced, grade_generated
+from tokenflex.evaluation.questions import PreparedBatch, Question, ReadBatch, project
+from tokenflex.evaluation.scoring import FORCED, SCORES
+from tokenflex.evaluation.statistics import Verdict, accuracy_of, group_by_kind
+from tokenflex.models.vision import EncodedImages
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    processor: Any,
+    dataset: SampleDataset,
+    counts: Sequence[AskedCount],
+    *,
+    score: str = FORCED,
+    batch_size: int = 64,
+    workers: int = 0,
+    max_tiles: int | None = None,
+    max_new_tokens: int = 64,
+    on_batch: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """Share of conversations answered right, at each count.
+
+    With ``score="forced"`` an answer is right when every one of its tokens is the most likely one
+    after the right tokens before it: the same as asking whether greedy generation would give
+    exactly that answer, in one forward pass. Of a conversation all answers must be right.
+
+    With ``"exact"``, ``"choice"`` or ``"contains"`` the last answer of each conversation is
+    generated greedily, after the turns before it as they stand in the data, and its text is
+    compared by the rule of that name in :mod:`tokenflex.evaluation.scoring`.
+
+    Args:
+        model: a :class:`tokenflex.TokenFlexForConditionalGeneration`; its mode is left as it was.
+        processor: its processor.
+        dataset: what to ask.
+        counts: what to ask at, per tile: perfect squares, (height, width) grids, or objects that
+            choose per question (:class:`tokenflex.evaluation.CountSelector`).
+        score: one of the above.
+        batch_size: samples an encoder pass; also questions at most in one call of ``generate``.
+        workers: data-loader processes.
+        max_tiles: images are cut into at most so many tiles; the processor's own if None.
+        max_new_tokens: of a generated answer.
+        on_batch: called after each count of each batch.
+
+    Returns:
+        ``score``; by count, named as :func:`tokenflex.evaluation.counts.label_of` does:
+        ``accuracy`` (the mean over kinds, so that rare kinds weigh the same), ``standard_error``
+        (robust to questions about one image; None for one sample), ``vision_tokens_per_image`` and
+        ``_per_question``, ``evaluation_seconds`` (encoding included, as if each count were asked
+        alone); ``accuracy_by_kind`` and ``standard_error_by_kind`` (kind -> count), ``questions``
+        (kind -> how many), ``samples`` and ``encoding_seconds``. All is as in JSON.
+
+    Raises:
+        TypeError: a count is neither a count nor a selector.
+        ValueError: no or equal counts, an unknown score, an empty data set, or a sample that cannot
+            be asked; the message names it.
+    """
+    labels = labels_of(counts)
+    if score not in SCORES:
+        raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+    if not len(dataset):
+        raise ValueError("dataset must hold at least one sample, got none")
+    was_training = model.training
+    model.eval()
+    verdicts: dict[str, list[Verdict]] = defaultdict(list)
+    seconds = dict.fromkeys(labels, 0.0)
+    encoding_seconds = 0.0
+    encode = ConversationEncoder(processor.tokenizer, processor.image_prompt)
+    read = ReadBatch(dataset, processor, max_tiles)
+    try:
+        for batch in load_in_order(read, _batches(len(dataset), batch_size), workers=workers):
+            started = time.perf_counter()
+            pixels = batch.pixel_values.to(model.device, non_blocking=True)
+            encoded = model.encode_images(pixels, batch.grids)
+            encoding_seconds += _seconds_since(started, model.device)
+            for label, count in zip(labels, counts, strict=True):
+                started = time.perf_counter()
+                questions = _questions(model, batch, encoded, count, encode, score)
+                vision = project(model, encoded, questions)
+                if score == FORCED:
+                    right = grade_forced(model, processor, encode, questions, vision)
+                else:
+                    right = grade_generated(
+                        model,
+                        processor,
+                        questions,
+                        vision,
+                        score,
+                        batch_size=batch_size,
+                        max_new_tokens=max_new_tokens,
+                    )
+                verdicts[label] += [
+                    Verdict(
+                        sample=one.sample.index,
+                        kind=one.conversation.kind,
+                        right=is_right,
+                        images=len(one.sample.tiles),
+                        vision_tokens=sum(one.tokens_per_image),
+                    )
+                    for one, is_right in zip(questions, right, strict=True)
+                ]
+                seconds[label] += _seconds_since(started, model.device)
+                on_batch()
+    finally:
+        model.train(was_training)
+    return _report(score, verdicts, seconds, encoding_seconds)
+
+
+def _batches(samples: int, batch_size: int) -> list[list[tuple[int, int]]]:
+    """(epoch, index) keys of each batch."""
+    return [
+        [(0, index) for index in range(first, min(first + batch_size, samples))]
+        for first in range(0, samples, batch_size)
+    ]
+
+
+def _questions(
+    model: Any,
+    batch: PreparedBatch,
+    encoded: EncodedImages,
+    count: AskedCount,
+    encode: ConversationEncoder,
+    score: str,
+) -> list[Question]:
+    """Every conversation of the batch, with the grid of each of its images."""
+    selector = selector_of(count)
+    needs_prompts = score != FORCED or selector is not None
+    questions = []
+    for sample in batch.samples:
+        asked = sample.conversations
+        prompts = [sample.prompt_ids(encode, one) for one in asked] if needs_prompts else []
+        if selector is None:
+            grids = [(token_grid(count, name="counts"),) * len(sample.tiles)] * len(asked)
+        else:
+            images = encoded.select(sample.tile_range)
+            grids = [
+                tuple(token_grid(one, name=selector.label) for one in counts)
+                for counts in selector.select(model, images, sample.tiles, prompts)
+            ]
+        questions += [
+            Question(sample, conversation, own, prompts[place] if prompts else None)
+            for place, (conversation, own) in enumerate(zip(asked, grids, strict=True))
+        ]
+    return questions
+
+
+def _seconds_since(started: float, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _report(
+    score: str,
+    verdicts: dict[str, list[Verdict]],
+    seconds: dict[str, float],
+    encoding_seconds: float,
+) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "score": score,
+        "accuracy": {},
+        "standard_error": {},
+        "accuracy_by_kind": defaultdict(dict),
+        "standard_error_by_kind": defaultdict(dict),
+        "questions": {},
+        "samples": 0,
+        "vision_tokens_per_image": {},
+        "vision_tokens_per_question": {},
+        "evaluation_seconds": {},
+        "encoding_seconds": encoding_seconds,
+    }
+    for label, rows in verdicts.items():
+        overall = accuracy_of(rows)
+        report["accuracy"][label] = overall.value
+        report["standard_error"][label] = overall.standard_error
+        groups = group_by_kind(rows)
+        for kind, of_kind in groups.items():
+            one = accuracy_of(of_kind)
+            report["accuracy_by_kind"][kind][label] = one.value
+            report["standard_error_by_kind"][kind][label] = one.standard_error
+        report["questions"] = {kind: len(of_kind) for kind, of_kind in groups.items()}
+        report["samples"] = len({row.sample for row in rows})
+        tokens, images = sum(r.vision_tokens for r in rows), sum(r.images for r in rows)
+        report["vision_tokens_per_image"][label] = tokens / images if images else 0.0
+        report["vision_tokens_per_question"][label] = tokens / len(rows)
+        report["evaluation_seconds"][label] = encoding_seconds + seconds[label]
+    return {key: dict(value) if isinstance(value, dict) else value for key, value in report.items()}

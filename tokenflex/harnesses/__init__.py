@@ -1,0 +1,1 @@
+"""TokenFLEX inside the public evaluation harnesses, and every count in one table."""

@@ -1,0 +1,166 @@
+"""A checkpoint that answers conversations at one count: what every harness's adapter asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from tokenflex.counts import Grid, parse_count, token_grid
+from tokenflex.data.messages import open_image
+from tokenflex.evaluation.counts import label_of, resolve_count, selector_of
+from tokenflex.evaluation.generation import expand_placeholders, generate_answers
+from tokenflex.models.loading import load_checkpoint
+from tokenflex.models.vision import EncodedImages
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer and what it cost.
+
+    Attributes:
+        text: the answer.
+        prompt_tokens: text and vision tokens that were read.
+        vision_tokens: how many of them stand for images.
+        new_tokens: of the answer, its end included.
+    """
+
+    text: str
+    prompt_tokens: int
+    vision_tokens: int
+    new_tokens: int
+
+
+class Assistant:
+    """Loads a checkpoint and answers at ``tokens``, whatever is asked.
+
+    Args:
+        checkpoint: folder of a TokenFLEX (or released Ristretto) checkpoint.
+        tokens: vision tokens of each tile: ``64``, ``"12x16"`` or ``"auto"``.
+        max_tiles: images are cut into at most so many; the processor's own if None.
+        device: where to run; a GPU if there is one.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: the checkpoint or the count is not valid.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        tokens: int | str,
+        *,
+        max_tiles: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if tokens is None:
+            raise ValueError("tokens must name a count such as 64, 12x16 or auto, got None")
+        parsed = tokens if tokens == "auto" else parse_count(tokens, name="tokens")
+        self.count = resolve_count(parsed, checkpoint)
+        self.max_tiles = max_tiles
+        self.model, self.processor = load_checkpoint(checkpoint)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model.to(device)
+
+    @property
+    def label(self) -> str:
+        """How tables name the count."""
+        return label_of(self.count)
+
+    @torch.no_grad()
+    def reply(self, conversations: Sequence[list[dict[str, Any]]], **options: Any) -> list[Reply]:
+        """The answer to each conversation, in one batch.
+
+        Args:
+            conversations: lists of messages; their ``content`` is a string or a list of
+                ``{"type": "text", "text": ...}`` and ``{"type": "image", "image": ...}`` parts,
+                the image a PIL image or a path. A placeholder that a text spells out is dropped: it
+                would stand for an image that is not there.
+            **options: for ``generate``; greedy search where they say nothing else.
+
+        Raises:
+            ValueError: a part is neither text nor image, or an image cannot be read.
+        """
+        split = [self._split(messages) for messages in conversations]
+        images = [image for _, own in split for image in own]
+        tiles: list[int] = []
+        encoded, first = None, 0
+        if images:
+            data, tiles = self.processor.process_images(images, max_tiles=self.max_tiles)
+            pixels = data["pixel_values"].to(self.model.device)
+            encoded = self.model.encode_images(pixels, data.get("grids"))
+        left = iter(tiles)
+        prompts, vision_tokens, costs = [], [], []
+        for messages, own in split:
+            text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+            ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            prompt = torch.tensor(ids, dtype=torch.int64)
+            own_tiles = [next(left) for _ in own]
+            last = first + sum(own_tiles)
+            grids: list[Grid] = []
+            projected: list[torch.Tensor] = []
+            if encoded is not None and own:
+                shown = encoded.select(range(first, last))
+                grids = self._grids(shown, own_tiles, prompt)
+                projected = self.model.get_image_features(
+                    num_image_tokens=[
+                        grid for grid, n in zip(grids, own_tiles, strict=True) for _ in range(n)
+                    ],
+                    encoded_images=shown,
+                ).pooler_output
+            first = last
+            per_image = [n * h * w for n, (h, w) in zip(own_tiles, grids, strict=True)]
+            image_token_id = self.processor.image_token_id
+            prompts.append(expand_placeholders(prompt, per_image, image_token_id))
+            vision_tokens.append(projected)
+            costs.append(sum(per_image))
+        answers = generate_answers(
+            self.model, self.processor.tokenizer, prompts, vision_tokens, **options
+        )
+        return [
+            Reply(answer.text, len(prompt), cost, answer.tokens)
+            for answer, prompt, cost in zip(answers, prompts, costs, strict=True)
+        ]
+
+    def _grids(
+        self, images: EncodedImages, tiles: Sequence[int], prompt: torch.Tensor
+    ) -> list[Grid]:
+        """The grid of each image of one prompt."""
+        selector = selector_of(self.count)
+        if selector is None:
+            return [token_grid(self.count, name="tokens")] * len(tiles)
+        (counts,) = selector.select(self.model, images, tiles, [prompt])
+        return [token_grid(count, name=selector.label) for count in counts]
+
+    def _split(
+        self, messages: list[dict[str, Any]]
+    ) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+        """Messages whose image parts are marks, and the images."""
+        images: list[Image.Image] = []
+        shown = []
+        for message in messages:
+            content = message["content"]
+            if isinstance(content, str):
+                content = [{"type": "text", "text": content}]
+            parts: list[dict[str, str]] = []
+            for part in content:
+                if part.get("type") == "text":
+                    text = part["text"].replace(self.processor.image_token, "")
+                    parts.append({"type": "text", "text": text})
+                elif part.get("type") == "image":
+                    image = part["image"]
+                    is_path = isinstance(image, (str, Path))
+                    images.append(open_image(image) if is_path else image.convert("RGB"))
+                    parts.append({"type": "image"})
+                else:
+                    raise ValueError(
+                        f"a message must hold text and images only, got a part of type "
+                        f"{part.get('type')!r}"
+                    )
+            shown.append({**message, "content": parts})
+        return shown, images
