@@ -109,6 +109,7 @@ def test_an_unknown_key_is_named_with_its_value_and_those_that_are_known(tmp_pat
         ("stages.1.learning_rate.text", float("inf"), "finite"),
         ("stages.1.learning_rate.text", float("nan"), "finite"),
         ("stages.1.counts", [4, 9], "2 counts and 3 weights"),
+        ("model.image_positions", "shared", "needs projector_position='normalized', got None"),
         ("stages.1.counts", [4, 9, 17], "nearest squares are 16 and 25"),
         ("stages.1.weights", [1, -1, 1], "at least 0"),
         ("stages.1.weights", [0, 0, 0], "must not all be zero"),

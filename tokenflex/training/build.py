@@ -82,6 +82,8 @@ def empty_model(config: ModelConfig) -> TokenFlexForConditionalGeneration:
         num_image_tokens=config.num_image_tokens,
         pooling=config.pooling,
         projector_hidden_width=config.projector_hidden_width,
+        projector_position=config.projector_position,
+        image_positions=config.image_positions,
     )
     with torch.device("meta"):
         return TokenFlexForConditionalGeneration(model_config)
@@ -103,6 +105,8 @@ def build_model(
         num_image_tokens=config.num_image_tokens,
         pooling=config.pooling,
         projector_hidden_width=config.projector_hidden_width,
+        projector_position=config.projector_position,
+        image_positions=config.image_positions,
         trained_num_image_tokens=sorted(counts) or None,
     )
     model = TokenFlexForConditionalGeneration.from_parts(model_config, vision, language_model)

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tokenflex.counts import TokenCounts, token_grid
+from tokenflex.positions import check_image_positions
 
 DIGITS_SPLITS = ("train", "validation", "test")
 
@@ -42,6 +43,7 @@ class ModelConfig(_Strict):
     ``processor`` is "digits", or None to take the image processor of ``vision.path`` and the
     tokenizer of ``text.path``; ``image_token`` is added to the tokenizer if it is not there.
     Images are cut into at most ``max_tiles`` tiles, each at the sample's count.
+    ``projector_position`` and ``image_positions`` are those of :class:`tokenflex.TokenFlexConfig`.
     """
 
     vision: PartConfig
@@ -50,6 +52,8 @@ class ModelConfig(_Strict):
     image_token: str = "<image>"
     pooling: Literal["adaptive", "resize"] = "adaptive"
     projector_hidden_width: int | None = Field(default=None, ge=1)
+    projector_position: Literal["normalized"] | None = None
+    image_positions: Literal["sequential", "shared"] = "sequential"
     num_image_tokens: int = 256
     max_tiles: int = Field(default=1, ge=1)
     use_thumbnail: bool = False
@@ -57,6 +61,7 @@ class ModelConfig(_Strict):
     @model_validator(mode="after")
     def _processor_has_a_source(self) -> ModelConfig:
         token_grid(self.num_image_tokens, name="num_image_tokens")
+        check_image_positions(self.image_positions, self.projector_position)
         if self.processor is None and (self.vision.path is None or self.text.path is None):
             raise ValueError(
                 "processor must be 'digits' unless vision and text both have a path, got "
