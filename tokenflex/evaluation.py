@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tokenflex.counts import TokenCounts
+from tokenflex.counts import TokenCount, TokenCounts
 from tokenflex.data.order import packed_batches
 from tokenflex.data.packing import PackedBatch, PackingCollator
 from tokenflex.data.samples import SampleDataset
@@ -19,7 +19,7 @@ def evaluate(
     model: Any,
     processor: Any,
     dataset: SampleDataset,
-    counts: Sequence[int],
+    counts: Sequence[TokenCount],
     *,
     batch_size: int = 64,
     workers: int = 0,
@@ -56,7 +56,7 @@ def _evaluate(
     model: Any,
     processor: Any,
     dataset: SampleDataset,
-    counts: Sequence[int],
+    counts: Sequence[TokenCount],
     batch_size: int,
     workers: int,
     on_batch: Callable[[], object],

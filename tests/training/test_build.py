@@ -147,6 +147,8 @@ def test_tiles_and_trained_counts_reach_processor_and_model(parts: Path) -> None
     assert (processor.max_tiles, processor.use_thumbnail) == (6, True)
     model = build_model(config, processor, {9, 4})
     assert model.config.trained_num_image_tokens == [4, 9]
+    model = build_model(config, processor, {9, (1, 4), 4})
+    assert model.config.trained_num_image_tokens == [(1, 4), 4, 9]
     assert build_model(config, processor).config.trained_num_image_tokens is None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tokenflex.counts import Grid, TokenCounts
+from tokenflex.counts import Grid, TokenCount, TokenCounts, tokens_of
 from tokenflex.data.encoding import IGNORE, ConversationEncoder
 from tokenflex.data.samples import Conversation, Sample
 from tokenflex_kernels import PackPlan, plan_packing
@@ -29,7 +29,7 @@ class PackedBatch:
 
     Attributes:
         pixel_values: float32 [tiles, 3, height, width], or patches for a NaFlex encoder.
-        num_image_tokens: vision tokens of each tile, host ints.
+        num_image_tokens: vision tokens of each tile, host ints or (height, width) pairs of them.
         grids: (height, width) of each tile in patches, where the encoder needs to be told.
         plan: where every text token and vision token stands in the packed row.
         vision_index: int64 [vision rows]; the projected vision token that stands there.
@@ -40,7 +40,7 @@ class PackedBatch:
     """
 
     pixel_values: torch.Tensor
-    num_image_tokens: list[int]
+    num_image_tokens: list[TokenCount]
     plan: PackPlan
     vision_index: torch.Tensor
     target_rows: torch.Tensor
@@ -91,7 +91,7 @@ class PackingCollator:
         """
         data, tiles = self._encoder_inputs([image for one in drawn for image in one.sample.images])
         tiles_left = iter(tiles)
-        tile_counts: list[int] = []
+        tile_counts: list[TokenCount] = []
         sequences, labels, kinds = [], [], []
         placeholder_counts: list[int] = []
         vision_rows: list[torch.Tensor] = []
@@ -99,18 +99,19 @@ class PackingCollator:
         for item in drawn:
             sample = item.sample
             count = self.counts.draw(item.index, item.epoch)
+            tokens = tokens_of(count)
             num_images = len(sample.images)
             sample_tiles = [next(tiles_left) for _ in range(num_images)]
             tile_counts += [count] * sum(sample_tiles)
             # Every conversation shows the same projected rows: encoded once, repeated here.
-            shown = torch.arange(vision_tokens, vision_tokens + count * sum(sample_tiles))
+            shown = torch.arange(vision_tokens, vision_tokens + tokens * sum(sample_tiles))
             vision_tokens += len(shown)
             for conversation in sample.conversations:
                 ids, answer = self.encode_sample(sample.id, conversation, num_images)
                 sequences.append(ids)
                 labels.append(answer)
                 kinds.append(conversation.kind)
-                placeholder_counts += [count * tiles for tiles in sample_tiles]
+                placeholder_counts += [tokens * tiles for tiles in sample_tiles]
                 vision_rows.append(shown)
         plan = plan_packing(
             sequences, placeholder_counts, self.processor.image_token_id, labels=labels

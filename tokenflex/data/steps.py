@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from tokenflex.counts import tokens_of
 from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
 from tokenflex.data.samples import Sample, SampleDataset, SampleOutline
 from tokenflex_kernels import balance_bins
@@ -51,7 +52,7 @@ class _Planned:
     """A sample of the step before its images are read."""
 
     key: Key
-    count: int
+    count: int  # vision tokens of a tile
     tokens: int
     tiles: int
 
@@ -134,7 +135,7 @@ class StepPacker:
     def _plan(self, key: Key) -> _Planned:
         epoch, index = key
         outline = outline_of(self.dataset, index)
-        count = self.collator.counts.draw(index, epoch)
+        count = tokens_of(self.collator.counts.draw(index, epoch))
         tiles = sum(self.collator.processor.image_tokens(list(outline.image_sizes), 1))
         images = len(outline.image_sizes)
         texts = [

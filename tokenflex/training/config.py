@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tokenflex.counts import TokenCounts, token_grid
+from tokenflex.counts import TokenCount, TokenCounts, token_grid
 from tokenflex.positions import check_image_positions
 
 DIGITS_SPLITS = ("train", "validation", "test")
@@ -127,7 +127,8 @@ class StageConfig(_Strict):
     """One stage of training, on ``data`` or, without it, on that of the whole run.
 
     ``learning_rate`` names the modules that learn; a module that is not named is frozen.
-    ``counts`` and ``weights`` are the token counts and their odds. The ``batch_size`` samples of a
+    ``counts`` and ``weights`` are the token counts, perfect squares or [height, width] pairs, and
+    their odds. The ``batch_size`` samples of a
     step, over all processes, are dealt into forward passes of equal cost that hold at most
     ``max_tokens`` rows and ``max_tiles`` tiles each. ``loss`` says how answer tokens weigh: all the
     same ("token"), or by one over the square root of their answer's length ("square"), as the
@@ -139,7 +140,7 @@ class StageConfig(_Strict):
     batch_size: int = Field(ge=1)
     learning_rate: dict[Literal["vision", "projector", "text"], float]
     data: DataConfig | None = None
-    counts: tuple[int, ...] = (64, 144, 256)
+    counts: tuple[TokenCount, ...] = (64, 144, 256)
     weights: tuple[float, ...] = (0.2, 0.3, 0.5)
     max_tokens: int | None = Field(default=None, ge=1)
     max_tiles: int | None = Field(default=None, ge=1)
@@ -202,7 +203,7 @@ class EvaluationConfig(_Strict):
     """After training: the data set and the counts to report accuracy at."""
 
     data: DataConfig
-    counts: tuple[int, ...]
+    counts: tuple[TokenCount, ...]
     batch_size: int = Field(default=64, ge=1)
 
     @model_validator(mode="after")
