@@ -85,6 +85,15 @@ def test_accuracy_is_exact_match_of_greedy_generation(processor, dataset, half_t
     assert report["questions"] == {kind: len(hits) for kind, hits in sorted(expected[9].items())}
 
 
+def test_a_model_that_cannot_share_prefixes_is_graded_the_same(processor, dataset, half_taught):
+    expected = evaluate(half_taught, processor, dataset, COUNTS)
+    half_taught.model.language_model.set_attn_implementation("eager")
+    try:
+        assert evaluate(half_taught, processor, dataset, COUNTS) == expected
+    finally:
+        half_taught.model.language_model.set_attn_implementation("tokenflex_varlen")
+
+
 def test_accuracy_is_the_mean_over_kinds_not_over_questions(processor, dataset, half_taught):
     report = evaluate(half_taught, processor, dataset, [9])
     rows, questions = report["accuracy_by_kind"], report["questions"]

@@ -70,7 +70,9 @@ def _evaluate(
         for first in range(0, len(dataset), batch_size)
     ]
     for count in counts:
-        collator = PackingCollator(processor, TokenCounts((count,), (1.0,)))
+        collator = PackingCollator(
+            processor, TokenCounts((count,), (1.0,)), share_prefix=model.takes_shared_prefixes
+        )
         right: dict[str, int] = defaultdict(int)
         asked: dict[str, int] = defaultdict(int)
         for batch in packed_batches(dataset, collator, batches, workers=workers):

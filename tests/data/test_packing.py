@@ -207,6 +207,79 @@ def test_an_error_names_the_sample(processor, images):
         PackingCollator(processor, COUNTS)(drawn([*SAMPLES[:1], bad]))
 
 
+# ---- conversations that share their prefix
+
+EIGHT = sample(
+    "eight", 1, *(talk(f"read r{1 + i // 4}c{1 + i % 4}", str(i), kind="read") for i in range(8))
+)
+LATER = sample("later", 2, talk("<image> odd <image>", "3"), talk("<image> count <image>", "5 7"))
+MIXED = [SAMPLES[3], EIGHT, *SAMPLES[:3], LATER]
+
+
+def sharing(processor, counts=COUNTS) -> PackingCollator:
+    return PackingCollator(processor, counts, share_prefix=True)
+
+
+def test_shared_rows_written_out(processor):
+    batch = sharing(processor, TokenCounts((4,), (1,)))(drawn([SAMPLES[0], SAMPLES[3]]))
+    words = processor.tokenizer.convert_ids_to_tokens(batch.plan.input_ids.tolist())
+    shown, alone = ["<image>"] * 4, ["colour", "r2c2", "blue", "<eos>"]
+    first, second = ["odd", "3", "<eos>"], ["read", "r1c1", "blank", "<eos>"]
+    assert words == [*shown, *first, *second, *shown, *alone]
+    assert batch.shared_prefixes.parents == (-1, 0, 0, -1)
+    assert batch.shared_prefixes.position_ids.tolist() == [
+        *range(4),
+        4,
+        5,
+        6,
+        *range(4, 8),
+        *range(8),
+    ]
+    assert batch.vision_index.tolist() == list(range(8))
+    assert batch.num_image_tokens == [4, 4]
+    assert batch.target_rows.tolist() == [4, 5, 8, 9, 16, 17]
+    targets = processor.tokenizer.convert_ids_to_tokens(batch.targets.tolist())
+    assert targets == ["3", "<eos>", "blank", "<eos>", "blue", "<eos>"]
+    assert batch.answers == [("odd", 2), ("read", 2), ("colour", 2)]
+
+
+def test_images_after_what_is_common_are_shown_again(processor):
+    batch = sharing(processor, TokenCounts((4,), (1,)))(drawn([LATER]))
+    assert batch.shared_prefixes.parents == (-1, 0, 0)
+    assert batch.vision_index.tolist() == [0, 1, 2, 3, *[4, 5, 6, 7] * 2]
+
+
+@pytest.mark.parametrize("epoch", range(3))
+def test_sharing_changes_rows_and_nothing_that_is_learned(processor, epoch):
+    plain = PackingCollator(processor, COUNTS)(drawn(MIXED, epoch))
+    shared = sharing(processor)(drawn(MIXED, epoch))
+    assert shared.plan.num_tokens < 0.75 * plain.plan.num_tokens
+    assert torch.equal(shared.targets, plain.targets)
+    assert shared.answers == plain.answers
+    assert shared.num_image_tokens == plain.num_image_tokens
+    assert torch.equal(shared.pixel_values, plain.pixel_values)
+
+
+def test_shared_answers_score_and_teach_as_they_do_repeated(processor):
+    scores, gradients = [], []
+    for collator in (PackingCollator(processor, COUNTS), sharing(processor)):
+        model, batch = tiny_model().train(), collator(drawn(MIXED))
+        logits = model(**batch.model_inputs()).logits[0]
+        scores.append(logits.detach())
+        torch.nn.functional.cross_entropy(logits, batch.targets).backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert float((scores[0] - scores[1]).abs().max()) < 1e-5
+    assert float(scores[0].std()) > 0.1
+    for a, b in zip(*gradients, strict=True):
+        assert float((a - b).abs().max()) < 1e-5 * max(1.0, float(b.abs().max()))
+
+
+def test_nothing_shared_is_no_word_of_prefixes(processor):
+    assert sharing(processor)(drawn(SAMPLES[1:])).shared_prefixes is None
+    assert PackingCollator(processor, COUNTS)(drawn(MIXED)).shared_prefixes is None
+    assert sharing(processor)([]).shared_prefixes is None
+
+
 def assert_same_batch(actual: PackedBatch, expected: PackedBatch) -> None:
     assert torch.equal(actual.pixel_values, expected.pixel_values)
     assert torch.equal(actual.plan.source, expected.plan.source)
@@ -241,6 +314,8 @@ def test_loader_draws_with_the_epoch_of_the_key(processor):
 def test_a_moved_batch_keeps_its_host_numbers(processor):
     batch = PackingCollator(processor, COUNTS)(drawn())
     assert_same_batch(batch.to("cpu"), batch)
+    moved = sharing(processor)(drawn()).to("meta")
+    assert moved.shared_prefixes.key_rows.is_meta
     moved = batch.to("meta")
     assert moved.pixel_values.is_meta
     assert moved.plan.source.is_meta

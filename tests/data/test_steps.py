@@ -133,6 +133,42 @@ def test_no_rank_always_has_the_costliest_bin(collator):
     assert leads == {-1.0, 1.0}
 
 
+class ManyQuestions(MixedSizes):
+    """Up to eight questions about the pictures of a sample."""
+
+    def outline(self, index: int) -> SampleOutline:
+        outline = super().outline(index)
+        talks = tuple(
+            Conversation((Turn("user", f"read r{1 + i // 4}c{1 + i % 4}"), Turn("assistant", "3")))
+            for i in range(1 + index % 8)
+        )
+        return SampleOutline(outline.id, outline.image_sizes, talks)
+
+
+@pytest.mark.parametrize("share_prefix", [False, True])
+def test_rows_are_planned_as_they_are_packed(share_prefix):
+    """Shared rows once: in the step's facts, its bounds and its balance."""
+    collator = PackingCollator(digits_processor(), COUNTS, share_prefix=share_prefix)
+    step = packed(collator, ManyQuestions(), max_tokens=600, tile_cost=20.0)
+    assert sorted(ids(step)) == list(range(96))
+    rows = [batch.plan.num_tokens for batch in step.bins]
+    assert sum(rows) == step.tokens
+    assert max(rows) <= 600
+    costs = [b.plan.num_tokens + 20.0 * len(b.num_image_tokens) for b in step.bins]
+    assert max(costs) / (sum(costs) / len(costs)) == pytest.approx(step.cost_balance)
+    assert step.vision_tokens == sum(sum(batch.num_image_tokens) for batch in step.bins)
+
+
+def test_a_sample_that_fits_only_shared_is_kept():
+    keys = [(1, 7)]  # four pictures under eight questions
+    shared = PackingCollator(digits_processor(), TokenCounts((16,), (1,)), share_prefix=True)
+    repeated = PackingCollator(digits_processor(), TokenCounts((16,), (1,)))
+    step = packed(shared, ManyQuestions(), keys=keys, max_tokens=100)
+    assert step.tokens == 4 * 16 + 1 + 8 * 3  # "read" is the same in all of them
+    with pytest.raises(ValueError, match="has 544, more than max_tokens of 100"):
+        packed(repeated, ManyQuestions(), keys=keys, max_tokens=100)
+
+
 def test_broken_samples_are_left_out_and_named(collator):
     dataset = MixedSizes(no_outline=(3,), no_pixels=(5, 40))
     step = packed(collator, dataset)

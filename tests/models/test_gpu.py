@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.models.test_packed_attention import alone_logits, largest_difference, packed_inputs
+from tests.models.test_shared_prefixes import forest_loss, in_dtype, shared_inputs, trees
 from tests.models.tiny import Prompt, prompts, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -48,6 +49,43 @@ def test_packed_samples_do_not_see_each_other() -> None:
     after = packed_on_cuda(model, batch)
     assert largest_difference(before[1:2], after[1:2]) > 0
     assert largest_difference(before[:1] + before[2:], after[:1] + after[2:]) == 0
+
+
+def shared_on(device: str, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits and gradients of branches and their prefixes."""
+    model, forest = tiny_model().to(device, dtype).train(), trees()
+    inputs = {
+        k: v.to(device) if hasattr(v, "to") else v
+        for k, v in in_dtype(shared_inputs(forest), dtype).items()
+    }
+    logits = model(**inputs).logits[0].float().cpu()
+    forest_loss(list(logits.split(inputs["plan"].lengths)), forest).backward()
+    gradients = {n: p.grad.float().cpu() for n, p in model.named_parameters() if p.grad is not None}
+    return logits.detach(), gradients
+
+
+def test_float32_branches_are_those_of_the_cpu() -> None:
+    expected, actual = (shared_on(device, torch.float32) for device in ("cpu", "cuda"))
+    assert float((actual[0] - expected[0]).abs().max()) < 1e-4
+    for name, gradient in expected[1].items():
+        scale = max(1.0, float(gradient.abs().max()))
+        assert float((actual[1][name] - gradient).abs().max()) < 1e-3 * scale, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_branches_are_no_worse_than_on_the_cpu(dtype: torch.dtype) -> None:
+    """Flash attention with more keys than queries: its causal mask must end at the last row."""
+    truth, on_cpu, on_gpu = (
+        shared_on(*where) for where in (("cpu", torch.float32), ("cpu", dtype), ("cuda", dtype))
+    )
+
+    def off(one: torch.Tensor, exact: torch.Tensor) -> float:
+        return float((one - exact).norm() / exact.norm())
+
+    assert off(on_gpu[0], truth[0]) < 1.5 * off(on_cpu[0], truth[0]) + 1e-3
+    for name, exact in truth[1].items():
+        if float(exact.norm()) > 1e-3:
+            assert off(on_gpu[1][name], exact) < 2 * off(on_cpu[1][name], exact) + 0.02, name
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from tests.models.tiny import (
     tiny_model,
 )
 from tokenflex import TokenFlexForConditionalGeneration
+from tokenflex.models.prefixes import share_prefixes
 from tokenflex_kernels import plan_packing
 
 TOLERANCE = 1e-5
@@ -120,6 +121,21 @@ def test_one_image_in_two_sequences_by_index():
             plan=plan, pixel_values=image.repeat(2, 1, 1, 1), num_image_tokens=[9, 9]
         ).logits
     assert float((once - twice).abs().max()) < TOLERANCE
+
+
+def test_questions_that_share_the_rows_of_an_image_are_answered_as_alone():
+    model, image = shared_model(), pixels(1, seed=1)
+    plan = plan_packing([[5, IMAGE], [6, 7], [8]], [9], IMAGE)
+    shared = share_prefixes(plan, [-1, 0, 0])
+    with torch.no_grad():
+        packed_logits = model(
+            plan=plan, pixel_values=image, num_image_tokens=[9], shared_prefixes=shared
+        ).logits[0]
+        alone = [
+            model(**prompt([5, IMAGE, *question], [9], seed=1).inputs()).logits[0, 10:]
+            for question in ([6, 7], [8])
+        ]
+    assert float((packed_logits[10:] - torch.cat(alone)).abs().max()) < TOLERANCE
 
 
 def test_packing_needs_an_attention_that_is_told_where_samples_end():

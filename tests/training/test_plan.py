@@ -101,10 +101,20 @@ def test_what_is_saved_is_against_the_largest_count(tmp_path):
 
 def test_the_mean_sample_is_measured_on_the_data(tmp_path):
     config = tiny(tmp_path)
-    sample = measure_samples(config, config.data)
+    sample = measure_samples(config, config.data, share_prefix=False)
     assert (sample.tiles, sample.shown_tiles) == (1, 2)  # one picture under two questions
     assert sample.answer_tokens == 4  # a word and an end, twice
     assert 2 * (1 + 2) <= sample.text_tokens <= 2 * (2 + 2)
+
+
+def test_the_mean_sample_counts_what_is_shared_once(tmp_path):
+    config = tiny(tmp_path)
+    apart = measure_samples(config, config.data, share_prefix=False)
+    together = measure_samples(config, config.data, share_prefix=True)
+    assert (together.tiles, together.shown_tiles) == (1, 1)
+    assert together.answer_tokens == apart.answer_tokens
+    # Questions of one kind have their first word in common, and shared rows are counted once.
+    assert apart.text_tokens - 0.5 < together.text_tokens < apart.text_tokens
 
 
 def test_the_plan_needs_neither_weights_nor_data(tmp_path, capsys):

@@ -11,6 +11,8 @@ import torch
 from tokenflex.counts import Grid, TokenCount, TokenCounts, tokens_of
 from tokenflex.data.encoding import IGNORE, ConversationEncoder
 from tokenflex.data.samples import Conversation, Sample
+from tokenflex.data.sharing import TokenSequence, prefix_and_branches, whole_conversations
+from tokenflex.models.prefixes import SharedPrefixes, share_prefixes
 from tokenflex_kernels import PackPlan, plan_packing
 
 
@@ -35,6 +37,7 @@ class PackedBatch:
         vision_index: int64 [vision rows]; the projected vision token that stands there.
         target_rows: int64 [targets]; packed rows whose logits predict a target.
         targets: int64 [targets]; answer tokens.
+        shared_prefixes: which of the plan's sequences go on from another; None where none does.
         answers: for each conversation its ``kind`` and how many targets are its.
         sample_ids: for messages about this batch.
     """
@@ -45,6 +48,7 @@ class PackedBatch:
     vision_index: torch.Tensor
     target_rows: torch.Tensor
     targets: torch.Tensor
+    shared_prefixes: SharedPrefixes | None = None
     grids: list[Grid] | None = None
     answers: list[tuple[str, int]] = field(default_factory=list)
     sample_ids: list[str] = field(default_factory=list)
@@ -54,7 +58,7 @@ class PackedBatch:
         moved: dict[str, Any] = {
             f.name: getattr(self, f.name).to(device, non_blocking=True)
             for f in fields(self)
-            if isinstance(getattr(self, f.name), (torch.Tensor, PackPlan))
+            if isinstance(getattr(self, f.name), (torch.Tensor, PackPlan, SharedPrefixes))
         }
         return replace(self, **moved)
 
@@ -66,6 +70,7 @@ class PackedBatch:
             "grids": self.grids,
             "plan": self.plan,
             "vision_index": self.vision_index,
+            "shared_prefixes": self.shared_prefixes,
             "logits_to_keep": self.target_rows,
         }
 
@@ -76,11 +81,14 @@ class PackingCollator:
     Args:
         processor: a :class:`tokenflex.TokenFlexProcessor`.
         counts: draws the count of each sample.
+        share_prefix: let the conversations of a sample share the rows they have in common, images
+            above all. For models whose ``takes_shared_prefixes`` says so.
     """
 
-    def __init__(self, processor: Any, counts: TokenCounts) -> None:
+    def __init__(self, processor: Any, counts: TokenCounts, *, share_prefix: bool = False) -> None:
         self.processor = processor
         self.counts = counts
+        self.share_prefix = share_prefix
         self.encode = ConversationEncoder(processor.tokenizer, processor.image_prompt)
 
     def __call__(self, drawn: Sequence[DrawnSample]) -> PackedBatch:
@@ -92,30 +100,37 @@ class PackingCollator:
         data, tiles = self._encoder_inputs([image for one in drawn for image in one.sample.images])
         tiles_left = iter(tiles)
         tile_counts: list[TokenCount] = []
-        sequences, labels, kinds = [], [], []
+        sequences: list[TokenSequence] = []
+        parents: list[int] = []
         placeholder_counts: list[int] = []
-        vision_rows: list[torch.Tensor] = []
+        vision_rows = [torch.zeros(0, dtype=torch.int64)]
         vision_tokens = 0
         for item in drawn:
             sample = item.sample
             count = self.counts.draw(item.index, item.epoch)
-            tokens = tokens_of(count)
-            num_images = len(sample.images)
-            sample_tiles = [next(tiles_left) for _ in range(num_images)]
+            sample_tiles = [next(tiles_left) for _ in sample.images]
             tile_counts += [count] * sum(sample_tiles)
-            # Every conversation shows the same projected rows: encoded once, repeated here.
-            shown = torch.arange(vision_tokens, vision_tokens + tokens * sum(sample_tiles))
+            # Every conversation shows the same projected rows: encoded once, wherever they stand.
+            image_counts = [tokens_of(count) * tiles for tiles in sample_tiles]
+            shown = torch.arange(vision_tokens, vision_tokens + sum(image_counts))
+            shown_by_image = shown.split(image_counts)
             vision_tokens += len(shown)
-            for conversation in sample.conversations:
-                ids, answer = self.encode_sample(sample.id, conversation, num_images)
-                sequences.append(ids)
-                labels.append(answer)
-                kinds.append(conversation.kind)
-                placeholder_counts += [tokens * tiles for tiles in sample_tiles]
-                vision_rows.append(shown)
+            first = len(sequences)
+            for one in self.sequences_of(sample.id, sample.conversations, len(sample.images)):
+                sequences.append(one)
+                parents.append(first if one.is_branch else -1)
+                placeholder_counts += image_counts[one.images]
+                vision_rows += shown_by_image[one.images]
         plan = plan_packing(
-            sequences, placeholder_counts, self.processor.image_token_id, labels=labels
+            [one.ids for one in sequences],
+            placeholder_counts,
+            self.processor.image_token_id,
+            labels=[one.labels for one in sequences],
         )
+        prefixes = set(parents)
+        targets_of = _targets_per_sequence(plan)
+        answers = [targets for i, targets in enumerate(targets_of) if i not in prefixes]
+        kinds = [one.kind for item in drawn for one in item.sample.conversations]
         # Row t predicts the label of row t + 1; each sequence's first row carries no label.
         target_rows = (plan.labels[1:] != IGNORE).nonzero().squeeze(1)
         return PackedBatch(
@@ -123,14 +138,22 @@ class PackingCollator:
             num_image_tokens=tile_counts,
             grids=data.get("grids"),
             plan=plan,
-            vision_index=torch.cat(vision_rows)
-            if vision_rows
-            else torch.zeros(0, dtype=torch.int64),
+            vision_index=torch.cat(vision_rows),
             target_rows=target_rows,
             targets=plan.labels[target_rows + 1],
-            answers=list(zip(kinds, _targets_per_sequence(plan), strict=True)),
+            shared_prefixes=share_prefixes(plan, parents) if prefixes - {-1} else None,
+            answers=list(zip(kinds, answers, strict=True)),
             sample_ids=[item.sample.id for item in drawn],
         )
+
+    def sequences_of(
+        self, sample_id: str, conversations: Sequence[Conversation], num_images: int
+    ) -> list[TokenSequence]:
+        """What is packed for a sample: a sequence a conversation, or their prefix and branches."""
+        encoded = [self.encode_sample(sample_id, one, num_images) for one in conversations]
+        if self.share_prefix:
+            return prefix_and_branches(encoded, num_images, self.processor.image_token_id)
+        return whole_conversations(encoded, num_images)
 
     def encode_sample(
         self, sample_id: str, conversation: Conversation, num_images: int

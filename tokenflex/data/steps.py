@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tokenflex.counts import tokens_of
+from tokenflex.data.balance import deal
 from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
 from tokenflex.data.samples import Sample, SampleDataset, SampleOutline
-from tokenflex_kernels import balance_bins
 from tokenflex_kernels.reference.packing import MAX_INT32
 
 Key = tuple[int, int]  # (epoch, sample index)
@@ -34,7 +34,7 @@ class PackedStep:
     Attributes:
         bins: forward passes, as many on every rank; gradients add up over them.
         tokens, tiles, vision_tokens: of all ranks, as planned. Vision tokens are counted once per
-            tile, tokens once per conversation that shows it.
+            tile, tokens as packed: once, or once per conversation that shows it.
         cost_balance: the costliest bin of all ranks over their mean, 1 where all are equal.
         broken: samples that this rank left out.
     """
@@ -102,13 +102,13 @@ class StepPacker:
                 planned.append(self._plan(key))
             except (OSError, ValueError) as error:
                 broken.append(BrokenSample(key[1], str(error)))
-        dealt = balance_bins(
+        dealt = deal(
             [one.tokens for one in planned],
             [one.tiles for one in planned],
             max_tokens=self.max_tokens,
             max_tiles=self.max_tiles,
             tile_cost=self.tile_cost,
-            multiple_of=self.num_ranks,
+            num_ranks=self.num_ranks,
         )
         costs = [sum(self._cost(planned[i]) for i in members) for members in dealt]
         bins = [
@@ -136,12 +136,13 @@ class StepPacker:
         epoch, index = key
         outline = outline_of(self.dataset, index)
         count = tokens_of(self.collator.counts.draw(index, epoch))
-        tiles = sum(self.collator.processor.image_tokens(list(outline.image_sizes), 1))
-        images = len(outline.image_sizes)
-        texts = [
-            self.collator.encode_sample(outline.id, c, images)[0] for c in outline.conversations
-        ]
-        tokens = sum(len(ids) - images + count * tiles for ids in texts)
+        image_tiles = self.collator.processor.image_tokens(list(outline.image_sizes), 1)
+        tiles = sum(image_tiles)
+        image_counts = [count * tiles for tiles in image_tiles]
+        sequences = self.collator.sequences_of(
+            outline.id, outline.conversations, len(outline.image_sizes)
+        )
+        tokens = sum(one.num_tokens(image_counts) for one in sequences)
         for name, size, bound in (
             ("max_tokens", tokens, self.max_tokens),
             ("max_tiles", tiles, self.max_tiles),

@@ -5,6 +5,10 @@ rows from ``position_ids``, but not when a cache or a mask is present, and then 
 samples without a word. This implementation takes the boundaries themselves (``cu_seq_lens_q``,
 ``max_length_q``, the names of transformers' flash attention), needs no mask of T x T entries, and
 does for an ordinary padded batch exactly what "sdpa" does.
+
+A sequence may also go on from another, its prefix (:mod:`tokenflex.models.prefixes`): its queries
+are its own rows, its keys and values those of its prefix before its own. Where it has q queries and
+k keys, query i sees the first k - q + i + 1 keys: the causal mask is aligned at the last row.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from tokenflex.models.prefixes import SharedPrefixes
+
 PACKED_ATTENTION = "tokenflex_varlen"
 
 
@@ -35,6 +41,7 @@ def packed_attention_forward(
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     sequence_lengths: tuple[int, ...] | None = None,
+    shared_prefixes: SharedPrefixes | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention function: causal within each sequence of a packed row.
@@ -48,6 +55,7 @@ def packed_attention_forward(
             exactly when the call is packed.
         max_length_q: the longest sequence, a host int.
         sequence_lengths: the rows of each sequence, host ints.
+        shared_prefixes: which sequences go on from another; None where none does.
 
     Returns:
         ([1, T, heads, head width], None).
@@ -71,16 +79,21 @@ def packed_attention_forward(
         )
     if dropout:
         raise ValueError(f"packed attention supports no dropout, got dropout={dropout}")
+    key_lengths = sequence_lengths if shared_prefixes is None else shared_prefixes.lengths
+    longest = max(key_lengths, default=0)
     window = kwargs.get("sliding_window")
-    if window is not None and max_length_q > window:
+    if window is not None and longest > window:
         raise ValueError(
             f"packed attention supports no sliding window, got sliding_window={window} for "
-            f"sequences of up to {max_length_q} rows"
+            f"sequences of up to {longest} rows"
         )
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _has_varlen_attention():
-        output = _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling)
+        output = _flash(
+            query, key, value, cu_seq_lens_q, max_length_q, longest, shared_prefixes, scaling
+        )
     else:
-        output = _by_length(query, key, value, sequence_lengths, scaling)
+        key_rows = None if shared_prefixes is None else shared_prefixes.key_rows
+        output = _by_length(query, key, value, sequence_lengths, key_lengths, key_rows, scaling)
     return output, None
 
 
@@ -89,31 +102,29 @@ def _by_length(
     key: torch.Tensor,
     value: torch.Tensor,
     lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
+    key_rows: torch.Tensor | None,
     scaling: float | None,
 ) -> torch.Tensor:
-    """One causal attention call per distinct length, over all sequences of that length."""
-    starts = [0, *accumulate(lengths)]
-    alike: dict[int, list[int]] = defaultdict(list)
-    for start, length in zip(starts, lengths, strict=False):
-        if length:
-            alike[length].append(start)
+    """One causal attention call per distinct shape, over all sequences of so many rows and keys."""
+    alike: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    starts = zip(accumulate(lengths, initial=0), accumulate(key_lengths, initial=0), strict=True)
+    for start, shape in zip(starts, zip(lengths, key_lengths, strict=True), strict=False):
+        if shape[0]:
+            alike[shape].append(start)
 
     order, outputs = [], []
-    for length, firsts in alike.items():
-        rows = torch.tensor(firsts)[:, None] + torch.arange(length)
-        rows = rows.flatten().to(query.device, non_blocking=True)
-        order.append(rows)
-
-        def sequences(x: torch.Tensor, rows: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-            # [1, heads, T, width] -> [sequences, heads, length, width]
-            return x[0].index_select(1, rows).unflatten(1, shape).transpose(0, 1)
-
-        shape = (len(firsts), length)
+    for (length, key_length), firsts in alike.items():
+        first = torch.tensor(firsts)
+        rows = (first[:, :1] + torch.arange(length)).to(query.device, non_blocking=True)
+        seen = (first[:, 1:] + torch.arange(key_length)).to(query.device, non_blocking=True)
+        order.append(rows.flatten())
         attended = F.scaled_dot_product_attention(
-            sequences(query, rows, shape),
-            sequences(key, rows, shape),
-            sequences(value, rows, shape),
-            is_causal=True,
+            _sequences(query, rows),
+            _sequences(key, seen if key_rows is None else key_rows[seen]),
+            _sequences(value, seen if key_rows is None else key_rows[seen]),
+            attn_mask=_aligned_at_the_end(length, key_length, query.device),
+            is_causal=length == key_length,
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
@@ -125,15 +136,33 @@ def _by_length(
     return torch.cat(outputs).index_select(0, place).unsqueeze(0)
 
 
+def _sequences(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[1, heads, T, width] at ``rows`` [sequences, length] -> [sequences, heads, length, width]."""
+    return x[0].index_select(1, rows.flatten()).unflatten(1, rows.shape).transpose(0, 1)
+
+
+def _aligned_at_the_end(length: int, key_length: int, device: torch.device) -> torch.Tensor | None:
+    """Which keys each query sees; None where PyTorch's own causal mask, or none, says the same."""
+    if length in (1, key_length):
+        return None
+    every = torch.ones(length, key_length, dtype=torch.bool, device=device)
+    return every.tril(key_length - length)
+
+
 def _flash(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     cu_seq_lens: torch.Tensor,
     max_length: int,
+    max_length_k: int,
+    shared_prefixes: SharedPrefixes | None,
     scaling: float | None,
 ) -> torch.Tensor:
-    """PyTorch's own variable-length flash attention."""
+    """PyTorch's own variable-length flash attention.
+
+    It aligns the causal mask at the last row, as flash attention does since its version 2.1.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     # The function grew: 2.9 has is_causal; later releases a window, a scale and grouped queries.
@@ -155,9 +184,22 @@ def _flash(
             groups = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    output = varlen_attn(q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, **options)
+    cu_seq_lens_k = cu_seq_lens
+    if shared_prefixes is not None:
+        k, v = (_rows_seen(x, shared_prefixes.key_rows) for x in (k, v))
+        cu_seq_lens_k = shared_prefixes.cu_seqlens
+    output = varlen_attn(q, k, v, cu_seq_lens, cu_seq_lens_k, max_length, max_length_k, **options)
     assert isinstance(output, torch.Tensor)  # a tuple only where auxiliary outputs are asked for
     return output.unsqueeze(0)
+
+
+def _rows_seen(x: torch.Tensor, key_rows: torch.Tensor) -> torch.Tensor:
+    """[T, heads, width] -> [keys, heads, width]: the rows ``key_rows``, most of them several times.
+
+    An embedding's gradient adds up a row's uses in a fixed order on a device too; that of
+    ``index_select`` adds them in any order there, unless deterministic algorithms are asked for.
+    """
+    return F.embedding(key_rows, x.flatten(1)).unflatten(1, x.shape[1:])
 
 
 @cache

@@ -35,6 +35,7 @@ from tokenflex.counts import Grid, ImageTokenCounts, token_grid, token_grids
 from tokenflex.models.attention import PACKED_ATTENTION
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.head import build_head, transform_logits
+from tokenflex.models.prefixes import SharedPrefixes
 from tokenflex.models.vision import EncodedImages, encode
 from tokenflex.positions import shared_image_positions
 from tokenflex.projector import TokenAdaptiveProjector
@@ -190,6 +191,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         plan: PackPlan | None = None,
         vision_index: torch.Tensor | None = None,
+        shared_prefixes: SharedPrefixes | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of a padded batch, or of a packed row when ``plan`` is given.
@@ -215,7 +217,9 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             for name, value in others.items():
                 if value is not None:
                     raise ValueError(f"plan holds the whole batch: give no {name} with it")
-            return self._forward_packed(plan, images, vision_index)
+            return self._forward_packed(plan, images, vision_index, shared_prefixes)
+        if shared_prefixes is not None:
+            raise ValueError("shared_prefixes are those of a plan: give the plan with them")
 
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids, inputs_embeds and plan")
@@ -258,7 +262,11 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         plan: PackPlan,
         images: BaseModelOutputWithPooling | None,
         vision_index: torch.Tensor | None,
+        shared_prefixes: SharedPrefixes | None,
     ) -> BaseModelOutputWithPast:
+        implementation = self.language_model.config._attn_implementation
+        if shared_prefixes is not None:
+            _check_shared_prefixes(shared_prefixes, plan, implementation)
         embedding = self.get_input_embeddings()
         table: torch.Tensor = embedding.weight
         if images is None or not images.pooler_output:
@@ -285,24 +293,25 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             "max_length_k": plan.max_seqlen,
         }
         position_ids, attention_mask = plan.position_ids, None
-        implementation = self.language_model.config._attn_implementation
-        if self.config.image_positions == "shared":
-            if implementation != PACKED_ATTENTION and not implementation.startswith("flash"):
+        if implementation == PACKED_ATTENTION:
+            boundaries["sequence_lengths"] = plan.lengths
+            if shared_prefixes is not None:
+                boundaries["shared_prefixes"] = shared_prefixes
+                position_ids = shared_prefixes.position_ids
+            # transformers leaves a mask of four dimensions alone; ours reads the boundaries.
+            attention_mask = packed.new_empty(1, 1, 0, 0)
+        elif not implementation.startswith("flash"):
+            boundaries = {}  # sdpa, eager, flex: transformers masks by position_ids
+        if self.config.image_positions == "shared" and images is not None:
+            if not boundaries:
                 raise ValueError(
                     "image_positions='shared' packs with the language model's attention "
                     f"{PACKED_ATTENTION!r} or flash: {implementation!r} knows samples by their "
                     "positions"
                 )
-            if images is not None:
-                shown = _image_of_each([len(one) for one in images.pooler_output], plan.vision_rows)
-                shown = shown if vision_index is None else shown[vision_index]
-                position_ids = shared_image_positions(position_ids, plan.vision_rows, shown)
-        if implementation == PACKED_ATTENTION:
-            boundaries["sequence_lengths"] = plan.lengths
-            # transformers leaves a mask of four dimensions alone; ours reads the boundaries.
-            attention_mask = packed.new_empty(1, 1, 0, 0)
-        elif not implementation.startswith("flash"):
-            boundaries = {}  # sdpa, eager, flex: transformers masks by position_ids
+            shown = _image_of_each([len(one) for one in images.pooler_output], plan.vision_rows)
+            shown = shown if vision_index is None else shown[vision_index]
+            position_ids = shared_image_positions(position_ids, plan.vision_rows, shown)
         return self.language_model(
             inputs_embeds=packed[None],
             position_ids=position_ids[None],
@@ -359,6 +368,11 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
         projector = model.model.projector.to_empty(device=reference.device)
         projector.to(reference.dtype).reset_parameters()
         return model
+
+    @property
+    def takes_shared_prefixes(self) -> bool:
+        """Whether sequences of a plan may share prefixes: only our own attention knows how."""
+        return self.model.language_model.config._attn_implementation == PACKED_ATTENTION
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -428,6 +442,7 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         plan: PackPlan | None = None,
         vision_index: torch.Tensor | None = None,
+        shared_prefixes: SharedPrefixes | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -454,6 +469,9 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
             vision_index: int64 [vision rows of the plan], with ``plan``: which row of the
                 projected vision tokens stands at each vision row; row v at vision row v if None.
                 It lets several sequences show one image that is encoded once.
+            shared_prefixes: with ``plan``, which of its sequences go on from another, see
+                :func:`tokenflex.models.prefixes.share_prefixes`; for models that
+                :attr:`takes_shared_prefixes`.
             logits_to_keep: the last so many positions, or the positions of a 1-D index; 0 is all.
 
         Returns:
@@ -475,6 +493,7 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
             mm_encoder_outputs=mm_encoder_outputs,
             plan=plan,
             vision_index=vision_index,
+            shared_prefixes=shared_prefixes,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -504,6 +523,19 @@ def use_packed_attention(language_model: PreTrainedModel) -> None:
     """Replace "sdpa" by the same attention that also takes packed rows; keep other choices."""
     if language_model.config._attn_implementation == "sdpa":
         language_model.set_attn_implementation(PACKED_ATTENTION)
+
+
+def _check_shared_prefixes(shared: SharedPrefixes, plan: PackPlan, implementation: str) -> None:
+    if implementation != PACKED_ATTENTION:
+        raise ValueError(
+            f"shared_prefixes need the language model's attention to be {PACKED_ATTENTION!r}, got "
+            f"{implementation!r}: give each sequence its own prefix instead"
+        )
+    if len(shared.parents) != plan.num_samples or len(shared.position_ids) != plan.num_tokens:
+        raise ValueError(
+            f"shared_prefixes must be of the plan, of {plan.num_samples} sequences and "
+            f"{plan.num_tokens} rows, got {len(shared.parents)} and {len(shared.position_ids)}"
+        )
 
 
 def _check_language_model(language_model: PreTrainedModel) -> None:

@@ -176,7 +176,8 @@ class SampleConfig(_Strict):
     """The mean sample, for a dry run where the data is not at hand.
 
     ``text_tokens`` are all but images, ``answer_tokens`` those of them that are learned, ``tiles``
-    what its images are cut into, ``shown_tiles`` the sum over its conversations (each shows them).
+    what its images are cut into, ``shown_tiles`` those that stand in the language model's rows:
+    more than ``tiles`` where conversations each show them instead of sharing them.
     """
 
     text_tokens: float = Field(ge=1)

@@ -6,25 +6,18 @@ last state with the same numbers.
 
 from __future__ import annotations
 
-import json
 import math
-import time
-import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from tqdm import tqdm
 from transformers import get_scheduler
 
 from tokenflex.counts import TokenCounts
 from tokenflex.data.order import StepSampler, load_in_order
-from tokenflex.data.packing import PackedBatch, PackingCollator
+from tokenflex.data.packing import PackingCollator
 from tokenflex.data.steps import BrokenSample, PackedStep, StepPacker
 from tokenflex.digits.encoder import warm_up_encoder
 from tokenflex.evaluation import evaluate
@@ -37,18 +30,18 @@ from tokenflex.training.build import (
     build_processor,
     modules_of,
 )
-from tokenflex.training.checkpoint import (
-    load_state,
-    put_aside,
-    remove_leftovers,
-    save_model,
-    save_state,
-    saved_states,
-    write_atomically,
-    write_json,
-)
+from tokenflex.training.checkpoint import remove_leftovers, save_model, write_json
 from tokenflex.training.config import StageConfig, TrainConfig
+from tokenflex.training.engine import StepOutcome, build_accelerator, optimize
 from tokenflex.training.flops import training_flops
+from tokenflex.training.records import (
+    MetricsFile,
+    StageRecord,
+    progress_bar,
+    tokens_per_image,
+    training_report,
+)
+from tokenflex.training.states import RunStates
 
 # The configuration's name -> transformers'; both warm up.
 SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
@@ -81,9 +74,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, fresh: bool = False) -> None:
         self.config = config
-        # Encoders have parts that no patch goes through, and a bin may hold no image at all.
-        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = Accelerator(mixed_precision=config.precision, kwargs_handlers=[unused])
+        self.accelerator = build_accelerator(config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         set_seed(config.seed)
@@ -96,14 +87,14 @@ class Trainer:
                 )
         self.interruption = Interruption()
         self.output = config.output
-        self.state_path = self.output / "state.pt"
-        self.metrics_path = self.output / "metrics.jsonl"
+        self.states = RunStates(config)
+        self.metrics = MetricsFile(self.output / "metrics.jsonl")
         self.non_finite_path = self.output / "non_finite.json"
         self.broken_path = self.output / "broken_samples.json"
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output must be a folder, but {self.output} is a file")
-        self.unreadable: list[Path] = []
-        self.resumed = None if fresh else self._read_state()
+        self.is_main = self.accelerator.is_main_process
+        self.resumed = None if fresh else self.states.read(warn=self.is_main)
         # Data first: its errors should not wait for a model, nor those of evaluation for training.
         used = dict.fromkeys(config.data_of(stage) for stage in config.stages)
         self.datasets = {data: build_dataset(data) for data in used}
@@ -125,15 +116,14 @@ class Trainer:
         # Everything is there: only now touch what may lie in the output folder.
         self.accelerator.wait_for_everyone()
         self.output.mkdir(parents=True, exist_ok=True)
-        if self.accelerator.is_main_process:
+        if self.is_main:
             remove_leftovers(self.output)
             self.non_finite_path.unlink(missing_ok=True)
             if self.resumed is None:
                 self.broken_path.unlink(missing_ok=True)
-            for path in self.unreadable:
-                put_aside(path)
+            self.states.put_unreadable_aside()
             if fresh:
-                self._remove_states()
+                self.states.remove()
         self.orders = {
             data: build_order(data, dataset, config.seed) for data, dataset in self.datasets.items()
         }
@@ -160,9 +150,9 @@ class Trainer:
             self.records = self.resumed["records"]
             self.broken = self.resumed["broken"]
             torch.set_rng_state(self.resumed["rng"])
-            self._cut_metrics(self.resumed["stage"], self.resumed["step"])
+            self.metrics.cut(self.resumed["stage"], self.resumed["step"])
         else:
-            self.metrics_path.unlink(missing_ok=True)
+            self.metrics.path.unlink(missing_ok=True)
             self._warm_up_encoder()
         for stage_index in range(first_stage, len(self.config.stages)):
             self._run_stage(stage_index)
@@ -174,7 +164,7 @@ class Trainer:
         warm_up = self.config.encoder_warm_up
         if warm_up is None:
             return
-        started = time.perf_counter()
+        record = StageRecord.begin("encoder warm-up", warm_up.steps)
         with self._progress("encoder warm-up", warm_up.steps) as bar:
 
             def on_step(loss: float) -> None:
@@ -191,8 +181,8 @@ class Trainer:
                 seed=self.config.seed,
                 on_step=on_step,
             )
-        self.records.append(_record("encoder warm-up", warm_up.steps))
-        self.records[-1]["seconds"] = time.perf_counter() - started
+        record.stop_clock()
+        self.records.append(record.counts)
 
     def _run_stage(self, stage_index: int) -> None:
         stage = self.config.stages[stage_index]
@@ -212,24 +202,21 @@ class Trainer:
             scheduler.load_state_dict(self.resumed["scheduler"])
             self.resumed = None
         else:
-            self.records.append(_record(stage.name, stage.steps))
-        record = self.records[-1]
-        clock = time.perf_counter() - record["seconds"]
+            self.records.append(StageRecord.begin(stage.name, stage.steps).counts)
+        record = StageRecord(self.records[-1])
         model, optimizer = self.accelerator.prepare(self.model, optimizer)
         with self._progress(stage.name, stage.steps, first_step) as bar:
             for step, packed in enumerate(self._steps(stage_index, first_step), first_step + 1):
-                loss, norm = self._step(model, optimizer, packed, stage)
+                outcome = self._step(model, optimizer, packed, stage)
                 scheduler.step()
-                record["vision_tokens"] += packed.vision_tokens
-                record["tokens"] += packed.tokens
-                record["tiles"] += packed.tiles
-                record["seconds"] = time.perf_counter() - clock
-                self._check_finite(loss.item(), norm.item(), stage, step, packed)
+                record.add(packed)
+                loss, norm = outcome.loss.item(), outcome.norm.item()
+                self._check_finite(loss, norm, stage, step, packed)
                 logs = step % self.config.log_every == 0 or step == stage.steps
                 stops = self.interruption.requested or step == stage.steps
                 saves = step % self.config.save_every == 0 or stops
                 if logs:
-                    self._log(stage_index, step, loss.item(), packed, scheduler, bar)
+                    self._log(stage_index, step, loss, packed, scheduler, bar)
                 if saves:
                     self._save_state(stage_index, step, optimizer, scheduler)
                 bar.update()
@@ -272,7 +259,7 @@ class Trainer:
         )
         packer = StepPacker(
             self.datasets[data],
-            PackingCollator(self.processor, counts),
+            PackingCollator(self.processor, counts, share_prefix=self.model.takes_shared_prefixes),
             max_tokens=stage.max_tokens,
             max_tiles=stage.max_tiles,
             tile_cost=training_flops(self.model, stage.learning).tile_cost,
@@ -284,30 +271,11 @@ class Trainer:
 
     def _step(
         self, model: Any, optimizer: Any, packed: PackedStep, stage: StageConfig
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimiser step: the mean loss per answer token over all ranks, the gradient norm."""
-        device = self.accelerator.device
-        weights = [_target_weights(batch, stage.loss).to(device) for batch in packed.bins]
-        here = torch.tensor([sum(float(w.sum()) for w in weights), len(packed.broken)]).to(device)
-        weight_everywhere, broken_everywhere = self.accelerator.reduce(here, "sum").tolist()
-        if broken_everywhere:
+    ) -> StepOutcome:
+        outcome = optimize(self.accelerator, model, optimizer, packed, stage)
+        if outcome.broken:
             self._note_broken(stage, packed.broken)
-        loss = torch.zeros((), device=device)
-        for place, (batch, weight) in enumerate(zip(packed.bins, weights, strict=True), start=1):
-            last = place == len(packed.bins)
-            with nullcontext() if last else self.accelerator.no_sync(model):
-                batch = batch.to(device)
-                with self.accelerator.autocast():
-                    logits = model(**batch.model_inputs()).logits[0]
-                each = F.cross_entropy(logits.float(), batch.targets, reduction="none")
-                share = (each * weight).sum() / weight_everywhere
-                # Gradients are averaged over ranks; the shares of all ranks add up to the loss.
-                self.accelerator.backward(share * self.accelerator.num_processes)
-                loss += share.detach()
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), stage.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return self.accelerator.reduce(loss, "sum"), norm
+        return outcome
 
     # ------------------------------------------------------------------ records
 
@@ -321,7 +289,7 @@ class Trainer:
             return
         # Loss and norm are the same on every rank, so all of them come here.
         sample_ids = gather_object([name for batch in packed.bins for name in batch.sample_ids])
-        if self.accelerator.is_main_process:
+        if self.is_main:
             write_json(
                 self.non_finite_path,
                 {
@@ -343,7 +311,7 @@ class Trainer:
         # Every rank plans the whole step: what a plan finds broken comes from all of them.
         data = list(self.datasets).index(self.config.data_of(stage))
         self.broken |= {(data, one.index): one.reason for one in gather_object(found)}
-        if self.accelerator.is_main_process:
+        if self.is_main:
             named = [
                 {"data": data, "index": index, "reason": reason}
                 for (data, index), reason in sorted(self.broken.items())
@@ -369,14 +337,14 @@ class Trainer:
         if self.broken:
             shown["broken"] = len(self.broken)
         bar.set_postfix(shown, refresh=False)
-        if not self.accelerator.is_main_process:
+        if not self.is_main:
             return
         line = {
             "stage": stage_index,
             "step": step,
             "loss": loss,
             "learning_rate": scheduler.get_last_lr()[0],
-            "tokens_per_image": _tokens_per_image(self.records[-1:]),
+            "tokens_per_image": tokens_per_image(self.records[-1:]),
             "tokens": packed.tokens,
             "tiles": packed.tiles,
             "bins": len(packed.bins) * self.accelerator.num_processes,
@@ -384,57 +352,17 @@ class Trainer:
             "broken_samples": len(self.broken),
             "seconds": round(self.records[-1]["seconds"], 3),
         }
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def _cut_metrics(self, stage: int, step: int) -> None:
-        """Drop what was logged after the state that the run resumes from."""
-        if not self.metrics_path.exists():
-            return
-        kept = []
-        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the line that the killed run was writing
-            if (record["stage"], record["step"]) <= (stage, step):
-                kept.append(line + "\n")
-        text = "".join(kept)
-        write_atomically(self.metrics_path, lambda path: path.write_text(text, encoding="utf-8"))
+        self.metrics.append(line)
 
     def _progress(self, name: str, steps: int, done: int = 0) -> tqdm:
-        return tqdm(
-            total=steps,
-            initial=done,
-            desc=name,
-            unit="step",
-            disable=not self.accelerator.is_main_process,
-            dynamic_ncols=True,
-        )
+        return progress_bar(name, steps, done=done, shown=self.is_main)
 
     # ------------------------------------------------------------------ state
 
-    def _fingerprint(self) -> str:
-        """What must be the same for a state to be continued: all but where and how fast."""
-        free = {
-            "output",
-            "workers",
-            "threads",
-            "log_every",
-            "save_every",
-            "keep_states",
-            "max_broken_samples",
-            "sample",
-            "evaluation",
-        }
-        return self.config.model_dump_json(exclude=free)
-
     def _save_state(self, stage: int, step: int, optimizer: Any, scheduler: Any) -> None:
-        if self.accelerator.is_main_process:
-            save_state(
-                self.state_path,
+        if self.is_main:
+            self.states.save(
                 {
-                    "config": self._fingerprint(),
                     "stage": stage,
                     "step": step,
                     "model": self.model.state_dict(),
@@ -443,62 +371,18 @@ class Trainer:
                     "rng": torch.get_rng_state(),
                     "records": self.records,
                     "broken": self.broken,
-                },
-                keep=self.config.keep_states,
+                }
             )
 
-    def _read_state(self) -> dict[str, Any] | None:
-        """The newest state that can be read; None where there is none at all."""
-        paths = saved_states(self.state_path)
-        problems = []
-        for path in paths:
-            try:
-                state = load_state(path)
-            except ValueError as error:
-                problems.append(str(error))
-                continue
-            if state["config"] != self._fingerprint():
-                raise ValueError(
-                    f"{path} holds an unfinished run of another configuration; give another "
-                    "output, or --fresh to begin anew"
-                )
-            if problems and self.accelerator.is_main_process:
-                warnings.warn(
-                    f"{problems[0]}; continuing from {path.name}, step {state['step']} of stage "
-                    f"{self.config.stages[state['stage']].name!r}",
-                    stacklevel=2,
-                )
-            self.unreadable = paths[: len(problems)]
-            return state
-        if problems:
-            raise ValueError(f"{problems[0]}; no earlier state can be read, --fresh begins anew")
-        return None
-
-    def _remove_states(self) -> None:
-        for path in saved_states(self.state_path):
-            path.unlink()
-
     def _finish(self) -> dict[str, Any]:
-        report: dict[str, Any] = {
-            "tokens_per_image": _tokens_per_image(self.records),
-            "seconds": sum(record["seconds"] for record in self.records),
-            "stages": [
-                {
-                    "name": record["name"],
-                    "steps": record["steps"],
-                    "seconds": record["seconds"],
-                    "tokens_per_image": _tokens_per_image([record]),
-                }
-                for record in self.records
-            ],
-        }
-        if not self.accelerator.is_main_process:
+        report = training_report(self.records)
+        if not self.is_main:
             return report
         save_model(self.output / "checkpoint", self.model, self.processor)
         if self.config.evaluation is not None:
             report = {**self._evaluate(), **report}
             write_json(self.output / "report.json", report)
-        self._remove_states()
+        self.states.remove()
         return report
 
     def _evaluate(self) -> dict[str, Any]:
@@ -521,27 +405,3 @@ class Trainer:
                 workers=self.config.workers,
                 on_batch=on_batch,
             )
-
-
-def _record(name: str, steps: int) -> dict[str, Any]:
-    """What is counted during a stage; plain numbers, so that it travels in a state."""
-    counted = {"tokens": 0, "tiles": 0, "vision_tokens": 0}
-    return {"name": name, "steps": steps, "seconds": 0.0, **counted}
-
-
-def _tokens_per_image(records: list[dict[str, Any]]) -> float | None:
-    """Mean vision tokens of the tiles trained on; None before there are any."""
-    tiles = sum(record["tiles"] for record in records)
-    return sum(record["vision_tokens"] for record in records) / tiles if tiles else None
-
-
-def _target_weights(batch: PackedBatch, loss: str) -> torch.Tensor:
-    """float32 [targets]: how much each answer token of ``batch`` counts.
-
-    "square" is one over the square root of the answer's length, between every token (0) and every
-    answer (1) counting the same: what the released model was trained with.
-    """
-    if loss == "token":
-        return torch.ones(len(batch.targets))
-    lengths = torch.tensor([length for _, length in batch.answers], dtype=torch.int64)
-    return lengths.float().rsqrt().repeat_interleave(lengths)

@@ -74,30 +74,36 @@ def plan_run(config: TrainConfig) -> list[StagePlan]:
     counts = [tokens_of(count) for stage in config.stages for count in stage.counts]
     check_length(model.config, max(counts))
     used = dict.fromkeys(config.data_of(stage) for stage in config.stages)
-    samples = {data: config.sample or measure_samples(config, data) for data in used}
+    samples = {
+        data: config.sample
+        or measure_samples(config, data, share_prefix=model.takes_shared_prefixes)
+        for data in used
+    }
     return [
         _plan_stage(stage, model, samples[config.data_of(stage)], config.precision)
         for stage in config.stages
     ]
 
 
-def measure_samples(config: TrainConfig, data: DataConfig) -> SampleConfig:
-    """The mean sample among the first that training sees, from texts and image sizes alone."""
+def measure_samples(config: TrainConfig, data: DataConfig, *, share_prefix: bool) -> SampleConfig:
+    """The mean sample among the first that training sees, from texts and image sizes alone.
+
+    With ``share_prefix`` what a sample's conversations have in common counts once, as it is packed.
+    """
     dataset, processor = build_dataset(data), build_processor(config.model)
     order = build_order(data, dataset, config.seed)
-    collator = PackingCollator(processor, TokenCounts((1,), (1.0,)))
+    collator = PackingCollator(processor, TokenCounts((1,), (1.0,)), share_prefix=share_prefix)
     measured = min(len(dataset), MEASURED_SAMPLES)
     text = answers = tiles = shown = 0
     for position in range(measured):
         outline = outline_of(dataset, order[position][1])
         images = len(outline.image_sizes)
-        sample_tiles = sum(processor.image_tokens(list(outline.image_sizes), 1))
-        tiles += sample_tiles
-        shown += sample_tiles * len(outline.conversations)
-        for conversation in outline.conversations:
-            ids, labels = collator.encode_sample(outline.id, conversation, images)
-            text += len(ids) - images
-            answers += int((labels != IGNORE).sum())
+        sample_tiles = processor.image_tokens(list(outline.image_sizes), 1)
+        tiles += sum(sample_tiles)
+        for one in collator.sequences_of(outline.id, outline.conversations, images):
+            shown += sum(sample_tiles[one.images])
+            text += one.num_tokens([0] * images)
+            answers += int((one.labels != IGNORE).sum())
     return SampleConfig(
         text_tokens=text / measured,
         answer_tokens=answers / measured,

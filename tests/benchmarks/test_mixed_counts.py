@@ -1,0 +1,158 @@
+"""What mixed counts save: how steps are shared, predicted and measured, on a tiny model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import mixed_counts as bench
+from benchmarks.environment import read_csv
+
+TINY = dataclasses.replace(
+    bench.SCALED,
+    vision={**bench.SCALED.vision, "hidden_size": 16, "intermediate_size": 16, "image_size": 128}
+    | {"num_attention_heads": 2},
+    text={**bench.SCALED.text, "hidden_size": 16, "intermediate_size": 16, "vocab_size": 32}
+    | {"num_attention_heads": 2, "num_key_value_heads": 2},
+)
+FLOPS = bench.Flops(tile=51.0, vision_token=0.0, token=1.0, target=0.0)
+MANY = {"steps": 4, "ranks": 8, "per_rank": 8}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return bench.build(TINY, "cpu")
+
+
+@pytest.mark.parametrize("way", bench.WAYS)
+def test_every_sample_is_on_one_rank(way):
+    sizes = bench.draw_step(TINY, 0, 32, tiled=True)
+    shares = bench.share_step(way, sizes, 4, 18.0)
+    assert len(shares) == 4
+    assert sorted(i for members in shares for i in members) == list(range(32))
+
+
+def test_counts_are_drawn_at_the_odds_and_text_is_the_same_for_both_regimes():
+    sizes = [bench.draw_step(TINY, step, 64, tiled=False) for step in range(30)]
+    counts = np.concatenate([one.counts for one in sizes])
+    assert {n: (counts == n).mean() for n in TINY.counts} == pytest.approx(
+        dict(zip(TINY.counts, TINY.weights, strict=True)), abs=0.03
+    )
+    largest = bench._largest(TINY, sizes[0])
+    assert set(largest.counts) == {64}
+    assert (largest.text == sizes[0].text).all()
+
+
+def test_operations_of_a_padded_rank_are_those_of_its_longest_sample():
+    sizes = bench.Sizes(np.array([10, 30]), np.array([1, 1]), np.array([16, 64]))
+    packed = bench.operations(bench.BY_COST, TINY, sizes, [0, 1], FLOPS)
+    padded = bench.operations(bench.PADDED, TINY, sizes, [0, 1], FLOPS)
+    assert packed == 26 + 94 + 2 * 51
+    assert padded == 94 + 94 + 2 * 51
+
+
+def test_prediction_of_equal_ranks_is_the_arithmetic():
+    """One rank has nobody to wait for: all of the saving is time, but where it is padded."""
+    by_cost, by_tokens, padded = bench.predict(
+        TINY, FLOPS, steps=3, ranks=1, per_rank=8, tiled=True
+    )
+    for row in (by_cost, by_tokens):
+        assert row["predicted_share"] == pytest.approx(1, abs=1e-3)
+        assert (row["balance"], row["padding"]) == (1, 0)
+    assert padded["padding"] > 0.2
+
+
+def test_cost_balanced_bins_keep_the_saving_that_others_lose():
+    rows = {row["way"]: row for row in bench.predict(TINY, FLOPS, tiled=True, **MANY)}
+    assert rows[bench.BY_COST]["predicted_share"] >= bench.TARGET
+    assert rows[bench.BY_COST]["balance"] <= 1.03
+    assert rows[bench.BY_TOKENS]["predicted_share"] < 0.9
+    assert rows[bench.PADDED]["times_ideal"] > 2
+
+
+@pytest.mark.parametrize("way", bench.WAYS)
+def test_a_rank_computes_the_loss_and_gradients_of_its_samples(model, way):
+    """Whatever the way: padding and packing are the same mathematics."""
+    sizes = bench.draw_step(TINY, 1, 3, tiled=True)
+
+    def gradients(kind: str) -> tuple[float, torch.Tensor]:
+        model.zero_grad(set_to_none=True)
+        loss = bench.RankShare(model, TINY, kind, sizes, [0, 2, 1]).run()
+        return loss, model.model.projector.gate.weight.grad.clone()
+
+    loss, gradient = gradients(way)
+    truth, expected = gradients(bench.BY_COST)
+    assert loss == pytest.approx(truth, abs=1e-5)
+    torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_measured_seconds_are_those_of_the_slowest_rank(model, monkeypatch):
+    """A rank takes as long as its tiles, by a clock of our own."""
+    now = [0.0]
+
+    def run(share: bench.RankShare) -> float:
+        now[0] += len(share.tile_counts)
+        return 0.0
+
+    monkeypatch.setattr(bench.RankShare, "run", run)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(bench, "build", lambda *_: model)
+    rows = bench.measure(TINY, "cpu", steps=2, ranks=4, per_rank=4, rounds=2, tiled=True)
+    for row in rows:
+        slowest = 0
+        for step in range(2):
+            mixed = bench.draw_step(TINY, step, 16, tiled=True)
+            shares = bench.share_step(row["way"], mixed, 4, row["tile_cost"])
+            slowest += max(mixed.tiles[members].sum() for members in shares)
+        assert row["seconds_mixed"] == slowest
+        assert row["measured_balance"] >= 1
+    assert rows[-1]["measured_saving"] == 0  # padded: the same tiles for both
+
+
+def test_command_writes_rows_a_plot_and_a_verdict(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SCALED", TINY)
+    monkeypatch.setattr(bench, "FAMILY", bench.FAMILY[:1])
+    few = functools.partial(bench.family_predictions, steps=2, ranks=4)
+    monkeypatch.setattr(bench, "family_predictions", few)
+    options = ["--device", "cpu", "--steps", "1", "--rounds", "1", "--ranks", "2"]
+    assert bench.main([*options, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.csv")
+    assert path.with_suffix(".png").stat().st_size > 1000
+    rows = read_csv(path)
+    assert len(rows) == 2 * 3 + 3 * 2 * 3
+    assert [row["measured_saving"] != "" for row in rows] == [True] * 6 + [False] * 18
+    assert "packed by cost: >= 95% of the arithmetic saving: predicted" in capsys.readouterr().out
+
+
+def test_verdict_counts_the_cases_that_fall_short():
+    row = {"way": bench.BY_COST, "predicted_share": "0.99", "measured_share": "0.94"}
+    other = {"way": bench.PADDED, "predicted_share": "0.1", "measured_share": "0.1"}
+    text = bench.verdict([row, {**row, "measured_share": ""}, other])
+    assert "predicted 0.990 at worst, met on 2 of 2" in text
+    assert "measured 0.940 at worst, met on 0 of 1" in text
+
+
+@pytest.mark.parametrize("option", ["--steps", "--rounds", "--ranks"])
+def test_nothing_to_measure_is_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        bench.main([option, "0"])
+    assert f"{option} must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_what_runs_is_what_the_operations_count(model):
+    sizes = bench.draw_step(TINY, 1, 3, tiled=True)
+    share = bench.RankShare(model, TINY, bench.BY_COST, sizes, [0, 1, 2])
+    only = {"tile": 0.0, "vision_token": 0.0, "token": 0.0, "target": 0.0}
+
+    def counted(name: str) -> float:
+        flops = bench.Flops(**{**only, name: 1.0})
+        return bench.operations(bench.BY_COST, TINY, sizes, [0, 1, 2], flops)
+
+    assert counted("target") == len(share.answers)
+    assert counted("token") == share.plan.num_tokens
+    assert counted("tile") == len(share.images) == len(share.tile_counts)
+    assert counted("vision_token") == sum(share.tile_counts) == len(share.plan.vision_rows)
