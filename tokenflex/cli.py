@@ -119,7 +119,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     _quiet_libraries()
     from tqdm import tqdm
 
-    from tokenflex.counts import token_grid
+    from tokenflex.counts import tokens_of
     from tokenflex.evaluation import evaluate
     from tokenflex.evaluation.counts import resolve_count
     from tokenflex.evaluation.report import format_table, write_report
@@ -139,8 +139,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     model, processor = load_checkpoint(folder)
     for count in options.counts:
         if not isinstance(count, str):
-            height, width = token_grid(count)
-            check_length(model.config, height * width)
+            check_length(model.config, tokens_of(count))
     model.to(_device())
     batches = -(len(dataset) // -options.batch_size) * len(counts)
     with tqdm(total=batches, desc="evaluation", unit="batch", dynamic_ncols=True) as bar:

@@ -56,6 +56,14 @@ def test_a_budget_in_tokens_is_planned_in_expected_steps(tmp_path):
     assert columns == ["60", f"~{in_tokens.steps}"]
 
 
+def test_grids_are_planned_by_their_tokens(tmp_path):
+    squares, grids = (
+        plan_run(tiny(tmp_path, stages=[stage(counts=counts, weights=[1, 2])]))[0]
+        for counts in ([4, 16], [[1, 4], [8, 2]])
+    )
+    assert grids == squares
+
+
 @pytest.mark.parametrize("learning", [{"projector": 1e-3}, {"vision": 1e-3, "text": 1e-3}])
 def test_trained_parameters_are_those_that_learn(tmp_path, learning):
     config = tiny(tmp_path, stages=[stage(learning_rate=learning)])

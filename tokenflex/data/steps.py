@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from tokenflex.counts import tokens_of
 from tokenflex.data.balance import deal
 from tokenflex.data.encoding import IGNORE
 from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
@@ -65,7 +66,7 @@ class _Planned:
     """A sample of the step before its images are read."""
 
     key: Key
-    count: int
+    count: int  # vision tokens of a tile
     tokens: int
     tiles: int
     targets: int
@@ -154,7 +155,7 @@ class StepPacker:
     def _plan(self, key: Key) -> _Planned:
         epoch, index = key
         outline = outline_of(self.dataset, index)
-        count = self.collator.counts.draw(index, epoch)
+        count = tokens_of(self.collator.counts.draw(index, epoch))
         image_tiles = self.collator.processor.image_tokens(list(outline.image_sizes), 1)
         tiles = sum(image_tiles)
         image_counts = [count * tiles for tiles in image_tiles]

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from tokenflex.counts import TokenCount, token_grid
 from tokenflex.data.huggingface import HuggingFaceDataset
 from tokenflex.data.llava import LlavaDataset
 from tokenflex.data.messages import MessagesDataset
@@ -82,13 +83,15 @@ def empty_model(config: ModelConfig) -> TokenFlexForConditionalGeneration:
         num_image_tokens=config.num_image_tokens,
         pooling=config.pooling,
         projector_hidden_width=config.projector_hidden_width,
+        projector_position=config.projector_position,
+        image_positions=config.image_positions,
     )
     with torch.device("meta"):
         return TokenFlexForConditionalGeneration(model_config)
 
 
 def build_model(
-    config: ModelConfig, processor: TokenFlexProcessor, counts: Collection[int] = ()
+    config: ModelConfig, processor: TokenFlexProcessor, counts: Collection[TokenCount] = ()
 ) -> TokenFlexForConditionalGeneration:
     """The model: fresh where a config is given, pretrained where a path is.
 
@@ -103,7 +106,9 @@ def build_model(
         num_image_tokens=config.num_image_tokens,
         pooling=config.pooling,
         projector_hidden_width=config.projector_hidden_width,
-        trained_num_image_tokens=sorted(counts) or None,
+        projector_position=config.projector_position,
+        image_positions=config.image_positions,
+        trained_num_image_tokens=sorted(counts, key=token_grid) or None,
     )
     model = TokenFlexForConditionalGeneration.from_parts(model_config, vision, language_model)
     if len(processor.tokenizer) > language_model.config.vocab_size:

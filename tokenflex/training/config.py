@@ -15,7 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-from tokenflex.counts import TokenCounts, token_grid
+from tokenflex.counts import TokenCount, TokenCounts, token_grid
+from tokenflex.positions import check_image_positions
 from tokenflex.training.trackers import check_names
 
 DIGITS_SPLITS = ("train", "validation", "test")
@@ -50,6 +51,7 @@ class ModelConfig(_Strict):
     ``processor`` is "digits", or None to take the image processor of ``vision.path`` and the
     tokenizer of ``text.path``; ``image_token`` is added to the tokenizer if it is not there.
     Images are cut into at most ``max_tiles`` tiles, each at the sample's count.
+    ``projector_position`` and ``image_positions`` are those of :class:`tokenflex.TokenFlexConfig`.
     """
 
     vision: PartConfig
@@ -58,6 +60,8 @@ class ModelConfig(_Strict):
     image_token: str = "<image>"
     pooling: Literal["adaptive", "resize"] = "adaptive"
     projector_hidden_width: int | None = Field(default=None, ge=1)
+    projector_position: Literal["normalized"] | None = None
+    image_positions: Literal["sequential", "shared"] = "sequential"
     num_image_tokens: int = 256
     max_tiles: int = Field(default=1, ge=1)
     use_thumbnail: bool = False
@@ -65,6 +69,7 @@ class ModelConfig(_Strict):
     @model_validator(mode="after")
     def _processor_has_a_source(self) -> ModelConfig:
         token_grid(self.num_image_tokens, name="num_image_tokens")
+        check_image_positions(self.image_positions, self.projector_position)
         if self.processor is None and (self.vision.path is None or self.text.path is None):
             raise ValueError(
                 "processor must be 'digits' unless vision and text both have a path, got "
@@ -134,9 +139,10 @@ class StageConfig(_Strict):
     text and vision: it then ends with the first step that reaches them, and the schedule follows
     the rows, not the steps. The learning rate rises over ``warmup_steps`` steps, or over
     ``warmup_share`` of the stage.
-    ``counts`` and ``weights`` are the token counts and their odds. The ``batch_size`` samples of a
-    step, over all processes, are dealt into forward passes of equal cost that hold at most
-    ``max_tokens`` rows and ``max_tiles`` tiles each. ``loss`` says how answer tokens weigh: all the
+    ``counts`` and ``weights`` are the token counts, perfect squares or [height, width] pairs, and
+    their odds. The ``batch_size`` samples of a step, over all processes, are dealt into forward
+    passes of equal cost that hold at most ``max_tokens`` rows and ``max_tiles`` tiles each.
+    ``loss`` says how answer tokens weigh: all the
     same ("token"), or by one over the square root of their answer's length ("square"), as the
     released model was trained.
     """
@@ -147,7 +153,7 @@ class StageConfig(_Strict):
     batch_size: int = Field(ge=1)
     learning_rate: dict[Literal["vision", "projector", "text"], float]
     data: DataConfig | None = None
-    counts: tuple[int, ...] = (64, 144, 256)
+    counts: tuple[TokenCount, ...] = (64, 144, 256)
     weights: tuple[float, ...] = (0.2, 0.3, 0.5)
     max_tokens: int | None = Field(default=None, ge=1)
     max_tiles: int | None = Field(default=None, ge=1)
@@ -233,7 +239,7 @@ class EvaluationConfig(_Strict):
     """
 
     data: DataConfig
-    counts: tuple[int, ...]
+    counts: tuple[TokenCount, ...]
     batch_size: int = Field(default=64, ge=1)
     every: int | None = Field(default=None, ge=1)
     at_stage_end: bool = False

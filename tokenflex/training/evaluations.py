@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from tokenflex.counts import TokenCount
 from tokenflex.data.samples import Sample, SampleDataset
 from tokenflex.evaluation import evaluate
 
@@ -47,7 +48,7 @@ def evaluate_together(
     model: Any,
     processor: Any,
     share: Share,
-    counts: Sequence[int],
+    counts: Sequence[TokenCount],
     *,
     batch_size: int,
     workers: int,

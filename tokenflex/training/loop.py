@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from tqdm import tqdm
 
-from tokenflex.counts import TokenCounts
+from tokenflex.counts import TokenCounts, tokens_of
 from tokenflex.data.order import StepSampler, load_in_order
 from tokenflex.data.packing import PackingCollator
 from tokenflex.data.steps import BrokenSample, PackedStep, StepPacker
@@ -121,7 +121,7 @@ class Trainer:
         counts = [count for stage in config.stages for count in stage.counts]
         if evaluation is not None:
             counts += evaluation.counts
-        check_length(self.model.config, max(counts))
+        check_length(self.model.config, max(map(tokens_of, counts)))
         # Everything is there: only now touch what may lie in the output folder.
         self.accelerator.wait_for_everyone()
         self.output.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from tokenflex.counts import TokenCounts
+from tokenflex.counts import TokenCounts, tokens_of
 from tokenflex.data.encoding import IGNORE
 from tokenflex.data.packing import PackingCollator
 from tokenflex.data.steps import outline_of
@@ -75,7 +75,8 @@ def plan_run(config: TrainConfig) -> list[StagePlan]:
         FileNotFoundError: a file that must be there is not.
     """
     model = empty_model(config.model)
-    check_length(model.config, max(count for stage in config.stages for count in stage.counts))
+    counts = [tokens_of(count) for stage in config.stages for count in stage.counts]
+    check_length(model.config, max(counts))
     used = dict.fromkeys(config.data_of(stage) for stage in config.stages)
     samples = {
         data: config.sample
@@ -123,7 +124,7 @@ def _plan_stage(stage: StageConfig, model: Any, sample: SampleConfig, precision:
     steps = stage.steps or math.ceil(stage.budget / (stage.batch_size * tokens))
     samples = steps * stage.batch_size
     cost = samples * _sample_flops(flops, sample, expected)
-    largest = samples * _sample_flops(flops, sample, max(stage.counts))
+    largest = samples * _sample_flops(flops, sample, max(map(tokens_of, stage.counts)))
     trained = {name: _parameters(model, name) for name in stage.learning}
     weights = sum(parameter.numel() for parameter in model.parameters())
     return StagePlan(
