@@ -509,7 +509,8 @@ class Trainer:
         if not self.is_main:
             return
         place = self._place(stage_index)
-        line = {**place, **report, "seconds": round(time.perf_counter() - began, 3)}
+        found = {key: report[key] for key in ("accuracy", "accuracy_by_kind", "questions")}
+        line = {**place, **found, "seconds": round(time.perf_counter() - began, 3)}
         self.evaluations.append(line)
         self._track("evaluation", {**place, "accuracy": report["accuracy"]})
         shown = "  ".join(f"{count}: {one:.3f}" for count, one in report["accuracy"].items())
