@@ -42,7 +42,7 @@ _NEEDED_BY = {
     ],
     "transformers": _OF_THE_MODEL,
     "PIL": _OF_THE_MODEL,
-    "sklearn": ["digits", "training", "test_cli.py"],
+    "sklearn": ["digits", "training", "evaluation", "test_cli.py"],
     "accelerate": ["training", "test_cli.py"],
     "pydantic": ["training", "test_cli.py"],
     "matplotlib": ["training", "test_cli.py", "benchmarks/test_first_token.py"],
