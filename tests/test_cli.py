@@ -359,7 +359,7 @@ def test_plot_puts_counts_where_their_tokens_are(command, tmp_path, monkeypatch)
     lines = {}
 
     def errorbar(self, x, y, *args, linestyle, **_):
-        lines[linestyle] = dict(zip(x, y, strict=True))
+        lines[linestyle] = [*zip(x, y, strict=True)]
 
     monkeypatch.setattr("matplotlib.axes.Axes.errorbar", errorbar)
     report = {
@@ -369,7 +369,7 @@ def test_plot_puts_counts_where_their_tokens_are(command, tmp_path, monkeypatch)
     }
     (tmp_path / "report.json").write_text(json.dumps(report))
     assert command("plot", tmp_path)[0] == 0
-    assert lines == {"-": {12.0: 0.7, 16.0: 0.8}, "none": {7.5: 0.9}}
+    assert lines == {"-": [(12.0, 0.7), (16.0, 0.8)], "none": [(7.5, 0.9)]}
 
 
 def test_plot_without_kinds(command, tmp_path):
