@@ -45,7 +45,7 @@ _NEEDED_BY = {
     ],
     "transformers": _OF_THE_MODEL,
     "PIL": _OF_THE_MODEL,
-    "sklearn": ["digits", "training", "selection", "test_cli.py"],
+    "sklearn": ["digits", "training", "evaluation", "selection", "test_cli.py"],
     "accelerate": ["training", "test_cli.py"],
     "pydantic": ["training", "test_cli.py"],
     "matplotlib": [

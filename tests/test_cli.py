@@ -454,7 +454,7 @@ def test_plot_puts_counts_where_their_tokens_are(command, tmp_path, monkeypatch)
     lines = {}
 
     def errorbar(self, x, y, *args, linestyle, **_):
-        lines[linestyle] = dict(zip(x, y, strict=True))
+        lines[linestyle] = [*zip(x, y, strict=True)]
 
     monkeypatch.setattr("matplotlib.axes.Axes.errorbar", errorbar)
     report = {
@@ -464,7 +464,7 @@ def test_plot_puts_counts_where_their_tokens_are(command, tmp_path, monkeypatch)
     }
     (tmp_path / "report.json").write_text(json.dumps(report))
     assert command("plot", tmp_path)[0] == 0
-    assert lines == {"-": {12.0: 0.7, 16.0: 0.8}, "none": {7.5: 0.9}}
+    assert lines == {"-": [(12.0, 0.7), (16.0, 0.8)], "none": [(7.5, 0.9)]}
 
 
 def test_plot_without_kinds(command, tmp_path):
@@ -708,7 +708,7 @@ def test_auto_where_counts_cannot_be_chosen(command, checkpoint, monkeypatch):
 
 
 def test_auto_asks_what_the_checkpoint_chooses_with(command, checkpoint, monkeypatch):
-    """A stand-in for `tokenflex.selection`: the router of this checkpoint always says 9."""
+    """A stand-in for `tokenflex.selection`: 4 for a sample's first question, 9 for seven others."""
 
     def choose_counts(
         model, input_ids, *, attention_mask, encoded_images, tiles_per_image, **options
@@ -719,7 +719,7 @@ def test_auto_asks_what_the_checkpoint_chooses_with(command, checkpoint, monkeyp
         assert placeholders == [1] * len(input_ids)
         assert len(encoded_images) == sum(tiles_per_image) == len(input_ids)
         assert attention_mask.sum(1).min() >= 2
-        return {"num_image_tokens": [9] * len(encoded_images)}
+        return {"num_image_tokens": [4] + [9] * (len(encoded_images) - 1)}
 
     def load_router(path):
         assert path == checkpoint
@@ -737,7 +737,7 @@ def test_auto_asks_what_the_checkpoint_chooses_with(command, checkpoint, monkeyp
     code, out, errors = command(*base, "--counts", "auto,4")
     assert (code, errors) == (0, [])
     assert re.search(r"^vision tokens\s+auto\s+4$", out, re.MULTILINE)
-    assert re.search(r"^tokens/image\s+9\.0\s+4\.0$", out, re.MULTILINE)
+    assert re.search(r"^tokens/image\s+8\.4\s+4\.0$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("models", [0, 2])
