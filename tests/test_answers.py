@@ -10,9 +10,11 @@ from tests.models.test_modeling import GENERATION, CallCounter
 from tests.models.test_ristretto import released_tensors, write_release
 from tests.models.test_tiling import tiling_processor
 from tests.models.tiny import picture, tiny_model
+from tests.selection.planted import FixedRouter
 from tokenflex.answers import answer_at_counts
 from tokenflex.cli import main
 from tokenflex.digits.processor import digits_processor
+from tokenflex.selection.storage import attach_router
 
 COUNTS = (4, (2, 3), 16)
 
@@ -66,6 +68,30 @@ def test_tiles_are_encoded_once_too():
     assert encoder.calls == 1
     (uncut,) = answer_at_counts(model, processor, images, "<image> odd", (4,), max_tiles=1)
     assert uncut.vision_tokens == 4
+
+
+def test_auto_answers_what_its_count_does_and_the_encoder_runs_once():
+    model, processor = tiny_model(), tiling_processor(6)
+    attach_router(model, FixedRouter([0, 0.5, 0.6], [0.5, 0, 0]))
+    ask = (model, processor, [picture(1, (32, 64)), picture(2)], "<image> odd <image>")
+    encoder = CallCounter(model.model.vision_model)
+    by_counts = list(answer_at_counts(*ask, ([16, 4], "auto", 9), max_new_tokens=4))
+    assert encoder.calls == 1
+    assert [answer.vision_tokens for answer in by_counts] == [36, 36, 27]
+    assert by_counts[1].text == by_counts[0].text
+    (cheap,) = answer_at_counts(*ask, ("auto",), max_new_tokens=4, penalty=0.5)
+    assert cheap.vision_tokens == 22
+    assert cheap.text == next(answer_at_counts(*ask, ([9, 4],), max_new_tokens=4)).text
+
+
+def test_choosing_is_part_of_the_time_to_the_first_token(monkeypatch):
+    model, processor = tiny_model(), digits_processor()
+    router = FixedRouter([0, 0, 1])
+    attach_router(model, router)
+    chances = router.probabilities
+    monkeypatch.setattr(router, "probabilities", lambda *of: time.sleep(0.2) or chances(*of))
+    (answer,) = answer_at_counts(model, processor, [picture(1)], "<image> odd", ("auto",))
+    assert answer.first_token_seconds >= 0.2
 
 
 def test_a_question_without_images():

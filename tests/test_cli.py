@@ -26,10 +26,13 @@ from tokenflex.cli import main
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor
 from tokenflex.evaluation import evaluate
+from tokenflex.models.loading import load_checkpoint
+from tokenflex.selection import training as router_training
+from tokenflex.selection.storage import load_router
 from tokenflex.training.checkpoint import STATE_KEYS, save_model
 from tokenflex_kernels import info
 
-COMMANDS = ("info", "train", "evaluate", "harness", "generate", "convert", "plot")
+COMMANDS = ("info", "train", "evaluate", "harness", "route", "generate", "convert", "plot")
 BAR = re.compile(r"\d+%\||\| \d+/\d+ \[")
 
 
@@ -211,6 +214,98 @@ def test_generate_asks_with_the_tokens_that_training_saw(command, tmp_path, imag
     assert tokenizer.convert_ids_to_tokens(asked[-1]) == ["<bos>", "<image>", "odd"]
 
 
+# ---- counts chosen automatically
+
+
+@pytest.fixture
+def few_steps(monkeypatch) -> None:
+    """Routers of these tests need not be good."""
+    monkeypatch.setattr(router_training, "STEPS", 100)
+
+
+@pytest.fixture
+def routed(command, tmp_path, few_steps) -> Path:
+    """A checkpoint with a router made by the command."""
+    save_model(tmp_path / "c", tiny_model(), digits_processor(9))
+    code, out, errors = command(
+        *("route", "--model", tmp_path / "c", "--data", "digits", "--counts", "4,9,16"),
+        *("--size", 6, "--batch-size", 4),
+    )
+    assert (code, errors) == (0, [])
+    (tmp_path / "out.txt").write_text(out)
+    return tmp_path / "c"
+
+
+def test_route_leaves_a_router_a_report_and_a_plot_beside_the_weights(routed):
+    report = json.loads((routed / "router" / "report.json").read_text())
+    assert load_router(routed).counts == (4, 9, 16)
+    assert report["counts"] == [4, 9, 16]
+    assert report["questions"] + report["held_out_questions"] == 48
+    assert report["penalty"] == load_router(routed).penalty
+    out = (routed.parent / "out.txt").read_text()
+    measured = evaluate(tiny_model(), digits_processor(), DigitsDataset("test", size=6), [4, 9, 16])
+    always = [point for point in report["curve"] if point["selector"] == "always"]
+    for point in always:
+        assert point["accuracy"] == pytest.approx(measured["accuracy"][point["setting"]])
+        assert re.search(rf"^always +{point['setting']} +{point['accuracy']:.3f} ", out, re.M)
+    assert (routed / "router" / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    load_checkpoint(routed)  # still one, and the router is no part of what convert reads
+
+
+def test_generate_chooses_with_the_router(command, routed, image):
+    base = ("generate", "--model", routed, "--image", image, "--prompt", "odd")
+    base = (*base, "--max-new-tokens", 1, "--tokens")
+    assert list(answers(command(*base, "auto", "--penalty", 100)[1])) == [4]
+    code, out, errors = command(*base, "16,auto,9")
+    assert (code, errors) == (0, [])
+    assert len(out.splitlines()) == 4
+    assert {int(line.split()[0]) for line in out.splitlines()[1:]} <= {4, 9, 16}
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_route_on_own_data_measures_what_is_held_out(command, checkpoint, image, tmp_path):
+    rows = [
+        {
+            "images": [image.name],
+            "messages": [
+                {"role": "user", "content": "odd"},
+                {"role": "assistant", "content": str(i)},
+            ],
+        }
+        for i in range(5)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder)
+    base = ("route", "--model", folder, "--data", data, "--counts", "4,16")
+    code, out, errors = command(*base)
+    assert (code, errors) == (0, [])
+    assert "held out, auto costs" in out
+    assert "curve" not in json.loads((folder / "router" / "report.json").read_text())
+    code, out, _ = command(*base, "--measure-on", data)
+    assert (code, "oracle" in out) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "--tokens", "auto"), "has no router to choose counts with; make one with"),
+        (("generate", "--tokens", "4", "--penalty", 0.1), "--penalty is for --tokens auto"),
+        (("generate", "--tokens", "4,best"), "12x16.*or auto, got '4,best'|2x3, or auto, got"),
+        (("route", "--data", "digits", "--counts", "4"), "counts must be two or more"),
+        (("route", "--data", "digits", "--counts", "4,16", "--max-drop", 2), "max_drop must be"),
+        (("route", "--data", "none.jsonl", "--counts", "4,16"), "none.jsonl does not exist"),
+    ],
+)
+def test_mistakes_with_auto_are_one_line(command, checkpoint, image, arguments, message):
+    name, *others = arguments
+    asked = ("--image", image, "--prompt", "odd") if name == "generate" else ("--size", 2)
+    code, out, errors = command(name, "--model", checkpoint, *asked, *others)
+    assert (code, out, len(errors)) == (2, "", 1)
+    assert re.search(message, errors[0])
+
+
 # ---- evaluate and plot
 
 
@@ -359,7 +454,7 @@ def test_plot_puts_counts_where_their_tokens_are(command, tmp_path, monkeypatch)
     lines = {}
 
     def errorbar(self, x, y, *args, linestyle, **_):
-        lines[linestyle] = dict(zip(x, y, strict=True))
+        lines[linestyle] = [*zip(x, y, strict=True)]
 
     monkeypatch.setattr("matplotlib.axes.Axes.errorbar", errorbar)
     report = {
@@ -369,7 +464,7 @@ def test_plot_puts_counts_where_their_tokens_are(command, tmp_path, monkeypatch)
     }
     (tmp_path / "report.json").write_text(json.dumps(report))
     assert command("plot", tmp_path)[0] == 0
-    assert lines == {"-": {12.0: 0.7, 16.0: 0.8}, "none": {7.5: 0.9}}
+    assert lines == {"-": [(12.0, 0.7), (16.0, 0.8)], "none": [(7.5, 0.9)]}
 
 
 def test_plot_without_kinds(command, tmp_path):
@@ -388,6 +483,7 @@ def test_train_writes_everything_to_the_output_it_was_given(command, tmp_path):
     assert {path.name for path in (tmp_path / "there").iterdir()} == {
         "accuracy.png",
         "checkpoint",
+        "curves.png",
         "metrics.jsonl",
         "report.json",
     }
@@ -606,28 +702,42 @@ def test_an_option_that_is_not_allowed(command, checkpoint, name, option, value,
 
 def test_auto_where_counts_cannot_be_chosen(command, checkpoint, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenflex.selection", None)
+    monkeypatch.setitem(sys.modules, "tokenflex.selection.choice", None)
     base = ("evaluate", checkpoint, "--data", "digits", "--size", 2)
     assert_one_line(command(*base, "--counts", "4,auto"), "auto", "tokenflex.selection")
 
 
 def test_auto_asks_what_the_checkpoint_chooses_with(command, checkpoint, monkeypatch):
-    class Always:
-        label = "auto"
+    """A stand-in for `tokenflex.selection`: 4 for a sample's first question, 9 for seven others."""
 
-        def select(self, model, images, prompt_ids):
-            return 9
+    def choose_counts(
+        model, input_ids, *, attention_mask, encoded_images, tiles_per_image, **options
+    ):
+        assert model.router == "the router"
+        assert not options
+        placeholders = (input_ids == model.config.image_token_id).sum(1).tolist()
+        assert placeholders == [1] * len(input_ids)
+        assert len(encoded_images) == sum(tiles_per_image) == len(input_ids)
+        assert attention_mask.sum(1).min() >= 2
+        return {"num_image_tokens": [4] + [9] * (len(encoded_images) - 1)}
 
-    def load_selector(path):
+    def load_router(path):
         assert path == checkpoint
-        return Always()
+        return "the router"
 
-    module = SimpleNamespace(load_selector=load_selector)
-    monkeypatch.setitem(sys.modules, "tokenflex.selection", module)
+    storage = SimpleNamespace(
+        load_router=load_router,
+        attach_router=lambda model, router: model.__dict__.__setitem__("router", router),
+    )
+    monkeypatch.setitem(sys.modules, "tokenflex.selection", SimpleNamespace())
+    choice = SimpleNamespace(choose_counts=choose_counts)
+    monkeypatch.setitem(sys.modules, "tokenflex.selection.choice", choice)
+    monkeypatch.setitem(sys.modules, "tokenflex.selection.storage", storage)
     base = ("evaluate", checkpoint, "--data", "digits", "--size", 2)
     code, out, errors = command(*base, "--counts", "auto,4")
     assert (code, errors) == (0, [])
     assert re.search(r"^vision tokens\s+auto\s+4$", out, re.MULTILINE)
-    assert re.search(r"^tokens/image\s+9\.0\s+4\.0$", out, re.MULTILINE)
+    assert re.search(r"^tokens/image\s+8\.4\s+4\.0$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("models", [0, 2])

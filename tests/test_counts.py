@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tokenflex import TokenCounts
-from tokenflex.counts import is_one_count, token_grid, token_grids
+from tokenflex.counts import is_one_count, token_grid, token_grids, tokens_of
 
 
 class TestTokenGrid:
@@ -65,6 +65,16 @@ class TestTokenGrid:
     def test_errors_carry_the_callers_name(self):
         with pytest.raises(ValueError, match=r"^num_image_tokens .*8"):
             token_grid(8, name="num_image_tokens")
+
+
+class TestTokensOf:
+    @pytest.mark.parametrize(("count", "tokens"), [(16, 16), ((3, 5), 15), ([2, 1], 2)])
+    def test_is_the_size_of_the_grid(self, count, tokens):
+        assert tokens_of(count) == tokens
+
+    def test_misuse(self):
+        with pytest.raises(ValueError, match="nearest squares are 9 and 16"):
+            tokens_of(15)
 
 
 class TestTokenGrids:
@@ -238,6 +248,19 @@ class TestTokenCounts:
         assert TokenCounts(counts=(4, 16), weights=(3, 1)).expected == 7
         assert TokenCounts(counts=(9,), weights=(0.1,)).expected == pytest.approx(9)
 
+    def test_grids_beside_squares_are_drawn_as_given(self):
+        counts = TokenCounts((4, (2, 3), [3, 2]), (1, 1, 2))
+        assert counts.counts == (4, (2, 3), (3, 2))
+        assert {counts.draw(index) for index in range(200)} == {4, (2, 3), (3, 2)}
+        assert counts.expected == (4 + 6 + 2 * 6) / 4
+        assert hash(counts) == hash(TokenCounts((4, (2, 3), (3, 2)), (1, 1, 2)))
+
+    def test_a_grid_in_place_of_a_square_changes_no_draw(self):
+        squares, grids = (TokenCounts((few, 9), (1, 1)) for few in (4, (1, 4)))
+        names = {4: (1, 4), 9: 9}
+        for index in range(200):
+            assert grids.draw(index) == names[squares.draw(index)]
+
     def test_lists_are_taken_and_nothing_can_be_changed_later(self):
         counts = TokenCounts([4, 9], [1, 1])
         assert (counts.counts, counts.weights) == ((4, 9), (1, 1))
@@ -256,7 +279,8 @@ class TestTokenCounts:
             ({"counts": (0, 4, 9)}, ValueError, r"^counts\[0\].*at least 1.*0"),
             ({"counts": (4, 9.0, 16)}, TypeError, r"^counts\[1\].*int.*9\.0"),
             ({"counts": (4, True, 16)}, TypeError, r"^counts\[1\].*int.*True"),
-            ({"counts": (4, (3, 3), 16)}, TypeError, r"^counts\[1\].*int.*\(3, 3\)"),
+            ({"counts": (4, (3,), 16)}, TypeError, r"^counts\[1\].*\(height, width\).*\(3,\)"),
+            ({"counts": (4, (3, 0), 16)}, ValueError, r"^counts\[1\].*at least 1.*\(3, 0\)"),
             ({"weights": (1, -1, 1)}, ValueError, r"^weights\[1\].*at least 0.*-1"),
             ({"weights": (1, float("nan"), 1)}, ValueError, r"^weights\[1\].*finite.*nan"),
             ({"weights": (1, 1, float("inf"))}, ValueError, r"^weights\[2\].*finite.*inf"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import tokenflex
 from tests.dropin.processors import stock_processor
 from tests.dropin.test_training import Samples
 from tests.dropin.tiny import stock_model
-from tests.models.tiny import picture, tiny_model
+from tests.models.tiny import WIDTH, picture, tiny_model
 from tokenflex import TokenCounts
 from tokenflex.digits.processor import digits_processor
+from tokenflex.selection.router import Router
+from tokenflex.selection.storage import save_router
 
 DOCS = Path(__file__).parents[1] / "docs"
 MODELS = (DOCS / "models.md").read_text(encoding="utf-8")
@@ -29,6 +32,7 @@ def snippets_of(page: str, language: str = "python") -> list[str]:
 def test_python_of_the_models_page_runs_in_order(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     digits_processor(16).save_pretrained(tmp_path)
+    save_router(Router((4, 9, 16), WIDTH, WIDTH), tmp_path, {})
     names = {"folder": str(tmp_path), "a": picture(1), "b": picture(2)}
     snippets = snippets_of(MODELS)
     assert len(snippets) >= 7
@@ -36,6 +40,20 @@ def test_python_of_the_models_page_runs_in_order(tmp_path):
         exec(compile(snippet, "docs/models.md", "exec"), names)
     assert names["loss"].item() > 0
     assert names["answer"][0]["generated_text"]
+
+
+def test_figures_of_chosen_counts_are_those_of_the_report():
+    report = json.loads((DOCS / "results/selection/report.json").read_text(encoding="utf-8"))
+    measured = {(point["selector"], point["setting"]): point for point in report["curve"]}
+    _, table = MODELS.split("<!-- selection table", 1)
+    rows = [line.strip("|").split("|") for line in table.splitlines()[3:] if line.startswith("|")]
+    shown = [[cell.strip() for cell in row] for row in rows if len(row) == 5][:10]
+    assert len(shown) == 10
+    for selector, setting, *figures in shown:
+        point = measured[selector, setting]
+        numbers = point["accuracy"], point["tokens"], point["prefill_tokens"]
+        assert figures == [f"{numbers[0]:.3f}", *(f"{number:.2f}" for number in numbers[1:])]
+    assert f"{report['parameters']} parameters" in MODELS
 
 
 @pytest.fixture

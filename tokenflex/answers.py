@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from tokenflex.counts import ImageTokenCounts
+from tokenflex.counts import AUTO, ImageTokenCounts
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,11 @@ def answer_at_counts(
     processor: Any,
     images: Sequence[Any],
     prompt: str,
-    counts: Sequence[ImageTokenCounts],
+    counts: Sequence[ImageTokenCounts | Literal["auto"]],
     *,
     max_new_tokens: int = 64,
     max_tiles: int | None = None,
+    penalty: float | None = None,
 ) -> Iterator[Answer]:
     """The greedy answer at each count, whatever search the model's generation config names.
 
@@ -50,9 +51,11 @@ def answer_at_counts(
         processor: its processor.
         images: PIL images, arrays or tensors.
         prompt: text with one placeholder per image.
-        counts: what the processor takes as ``num_image_tokens``, once per answer.
+        counts: what the processor takes as ``num_image_tokens``, once per answer. For "auto" the
+            choice is part of the time to the first token.
         max_new_tokens: of an answer.
         max_tiles: as the processor takes it.
+        penalty: for "auto", see :func:`tokenflex.selection.choice.choose_counts`.
     """
     tokenizer = processor.tokenizer
     ends = model.generation_config.eos_token_id
@@ -85,12 +88,13 @@ def answer_at_counts(
         )
         for name in ("pixel_values", "grids"):
             inputs.pop(name, None)
-        inputs = inputs.to(model.device)
+        inputs = {**inputs.to(model.device), "encoded_images": encoded}
         clock = _FirstTokenClock()
+        if inputs.get("num_image_tokens") == AUTO:
+            inputs = model.choose_counts(**inputs, penalty=penalty)
         output = model.generate(
             **inputs,
             **options,
-            encoded_images=encoded,
             max_new_tokens=max_new_tokens,
             streamer=clock,
         )

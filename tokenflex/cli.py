@@ -1,4 +1,4 @@
-"""The command line: ``tokenflex info | train | evaluate | ablate | generate | ...``.
+"""The command line: ``tokenflex info``, ``train``, ``evaluate``, ``ablate``, ``route`` and others.
 
 Every command's imports are its own, so that ``tokenflex info`` works with the core alone.
 """
@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if options.debug or (error.name or "").startswith("tokenflex"):
             raise
-        extra = "train" if options.command in ("train", "evaluate", "ablate", "plot") else "hf"
+        trains = ("train", "evaluate", "ablate", "route", "plot")
+        extra = "train" if options.command in trains else "hf"
         return _fail(f"{options.command} needs {error.name}; pip install 'tokenflex[{extra}]'")
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if options.debug:
@@ -104,6 +105,9 @@ def _train(options: argparse.Namespace) -> int:
     from tokenflex.training.loop import Trainer
 
     report = Trainer(config, fresh=options.fresh).run()
+    from tokenflex.training.curves import plot_curves
+
+    plot_curves(config.output)
     if "accuracy" in report:
         from tokenflex.evaluation.report import format_table
         from tokenflex.plots import plot_accuracy
@@ -118,7 +122,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     _quiet_libraries()
     from tqdm import tqdm
 
-    from tokenflex.counts import token_grid
+    from tokenflex.counts import tokens_of
     from tokenflex.evaluation import evaluate
     from tokenflex.evaluation.counts import resolve_count
     from tokenflex.evaluation.report import format_table, write_report
@@ -138,8 +142,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     model, processor = load_checkpoint(folder)
     for count in options.counts:
         if not isinstance(count, str):
-            height, width = token_grid(count)
-            check_length(model.config, height * width)
+            check_length(model.config, tokens_of(count))
     model.to(_device())
     batches = -(len(dataset) // -options.batch_size) * len(counts)
     with tqdm(total=batches, desc="evaluation", unit="batch", dynamic_ncols=True) as bar:
@@ -251,13 +254,76 @@ def _harness(options: argparse.Namespace) -> int:
     return 0
 
 
+def _route(options: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from dataclasses import asdict
+
+    from tqdm import tqdm
+
+    from tokenflex.models.loading import check_length, load_checkpoint
+    from tokenflex.selection.curve import as_rows, format_curve, selection_curve
+    from tokenflex.selection.grading import grade
+    from tokenflex.selection.router import check_counts
+    from tokenflex.selection.storage import save_router
+    from tokenflex.selection.training import train_router
+
+    counts = check_counts(options.counts)
+    measured = options.measure_on or ("digits" if options.data == "digits" else None)
+    asked = _dataset(options.data, "validation", options.size)
+    others = None if measured is None else _dataset(measured, "test", options.size)
+    model, processor = load_checkpoint(options.model)
+    check_length(model.config, max(counts))
+    model.to(_device())
+    samples = len(asked) + (0 if others is None else len(others))
+    with tqdm(total=samples, desc="asking", unit="sample", dynamic_ncols=True) as bar:
+        router, report = train_router(
+            model,
+            processor,
+            asked,
+            counts,
+            max_drop=options.max_drop,
+            batch_size=options.batch_size,
+            on_samples=bar.update,
+        )
+        grades = None
+        if others is not None:
+            grades = grade(
+                model,
+                processor,
+                others,
+                counts,
+                batch_size=options.batch_size,
+                on_samples=bar.update,
+            )
+    summary: dict[str, Any] = {"counts": list(router.counts), **asdict(report)}
+    if grades is not None:
+        points = selection_curve(grades, router)
+        summary["curve"] = as_rows(points)
+    folder = save_router(router, options.model, summary)
+    if grades is not None:
+        from tokenflex.plots import plot_selection
+
+        plot_selection(points, folder / "curve.png")
+        print(format_curve(points))
+    print(
+        f"{report.parameters} parameters, {report.grading_seconds:.0f} s of asking and "
+        f"{report.fitting_seconds:.0f} s of fitting; held out, auto costs "
+        f"{report.largest_accuracy - report.accuracy:.3f} of accuracy at "
+        f"{report.tokens / report.largest_tokens:.0%} of the tokens"
+    )
+    print(f"the router is in {folder}")
+    return 0
+
+
 def _generate(options: argparse.Namespace) -> int:
     _quiet_libraries()
     from tokenflex.answers import answer_at_counts
+    from tokenflex.counts import AUTO
     from tokenflex.data.encoding import ConversationEncoder
     from tokenflex.data.messages import open_image
     from tokenflex.data.samples import Conversation, Turn
     from tokenflex.models.loading import check_length, load_checkpoint
+    from tokenflex.selection.storage import router_of
 
     images = [open_image(path) for path in options.image]
     model, processor = load_checkpoint(options.model)
@@ -266,8 +332,11 @@ def _generate(options: argparse.Namespace) -> int:
     encoder = ConversationEncoder(processor.tokenizer, processor.image_prompt)
     prompt = encoder.prompt(conversation, len(images))
     counts = options.tokens or [processor.num_image_tokens]
+    if AUTO not in counts and options.penalty is not None:
+        raise ValueError(f"--penalty is for --tokens auto, got it with --tokens {counts}")
     for count in counts:
-        tokens = processor.image_tokens(images, count, max_tiles=options.max_tiles)
+        most = max(router_of(model).counts) if count == AUTO else count
+        tokens = processor.image_tokens(images, most, max_tiles=options.max_tiles)
         check_length(model.config, sum(tokens))
     answers = answer_at_counts(
         model,
@@ -277,6 +346,7 @@ def _generate(options: argparse.Namespace) -> int:
         counts,
         max_new_tokens=options.max_new_tokens,
         max_tiles=options.max_tiles,
+        penalty=options.penalty,
     )
     print(f"{'tokens':>7}  {'first_s':>7}  {'total_s':>7}  answer")
     for answer in answers:
@@ -325,10 +395,15 @@ def _ablate(options: argparse.Namespace) -> int:
 
 def _plot(options: argparse.Namespace) -> int:
     from tokenflex.plots import plot_accuracy
+    from tokenflex.training.curves import plot_curves
 
     path = options.run_folder / "report.json"
+    if (options.run_folder / "metrics.jsonl").is_file():
+        print(plot_curves(options.run_folder))
+        if not path.is_file():  # a run that is still going, or evaluates nothing
+            return 0
     if not path.is_file():
-        raise FileNotFoundError(f"report file {path} does not exist")
+        raise FileNotFoundError(f"report file {path} does not exist, nor metrics.jsonl beside it")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -339,6 +414,18 @@ def _plot(options: argparse.Namespace) -> int:
 
 
 # ---------------------------------------------------------------------- helpers
+
+
+def _dataset(data: str, digits_split: str, size: int) -> Any:
+    """'digits' in a split and size, or what evaluation reads, too."""
+    from tokenflex.data.formats import detect_format
+    from tokenflex.training.build import build_dataset
+    from tokenflex.training.config import DataConfig
+
+    if data == "digits":
+        return build_dataset(DataConfig(name="digits", split=digits_split, size=size))
+    found: dict[str, Any] = {"name": detect_format(data), "path": Path(data)}
+    return build_dataset(DataConfig(**found))
 
 
 def _device() -> str:
@@ -491,6 +578,34 @@ def _parser() -> argparse.ArgumentParser:
         "arguments", nargs="*", metavar="-- ARGUMENT", help="more for VLMEvalKit's script"
     )
 
+    route = command(
+        "route",
+        _route,
+        "make a checkpoint choose its own counts: train its router, and measure it on other data",
+        "tokenflex route --model runs/demo/checkpoint --data digits --counts 4,9,16",
+    )
+    route.add_argument("--model", type=Path, required=True, help="checkpoint folder")
+    route.add_argument(
+        "--data",
+        required=True,
+        help="'digits' (validation split), or data as evaluate takes it, unseen by the model",
+    )
+    route.add_argument(
+        "--counts", type=_counts_or_grids, required=True, help="for example 64,144,256"
+    )
+    route.add_argument(
+        "--measure-on",
+        help="'digits' (test split), or other data; for digits, digits if not given",
+    )
+    route.add_argument(
+        "--max-drop",
+        type=float,
+        default=0.01,
+        help="share of right answers that auto may cost where no penalty is named (0.01)",
+    )
+    route.add_argument("--size", type=_positive, default=1024, help="canvases of digits (1024)")
+    route.add_argument("--batch-size", type=_positive, default=64, help="samples a pass")
+
     generate = command(
         "generate",
         _generate,
@@ -503,8 +618,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", required=True, help="what to ask")
     generate.add_argument(
         "--tokens",
-        type=_counts_or_grids,
-        help="per image: counts, or grids of height x width, for example 64,144,12x16",
+        type=_counts_grids_or_auto,
+        help="per image: counts, grids of height x width, or auto, for example 64,144,12x16,auto",
+    )
+    generate.add_argument(
+        "--penalty",
+        type=float,
+        help="with auto: share of right answers given up to save all tokens, for example 0.05",
     )
     generate.add_argument("--max-tiles", type=_positive, help="cut images into at most so many")
     generate.add_argument("--max-new-tokens", type=_positive, default=64, help="longest answer")
@@ -547,8 +667,13 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs", type=_positive, help="runs at a time (default: one a core; one on a GPU)"
     )
 
-    plot = command("plot", _plot, "draw a run's report again", "tokenflex plot runs/demo")
-    plot.add_argument("run_folder", type=Path, metavar="RUN", help="folder with a report.json")
+    plot = command(
+        "plot",
+        _plot,
+        "draw a run's curves, finished or still going, and its report if there is one",
+        "tokenflex plot runs/demo",
+    )
+    plot.add_argument("run_folder", type=Path, metavar="RUN", help="the output folder of a run")
     return parser
 
 

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from itertools import accumulate
 from math import isqrt, sqrt
 from numbers import Integral, Real
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
 
 Grid: TypeAlias = tuple[int, int]
-TokenCount: TypeAlias = "int | Grid"  # a perfect square, or (height, width)
+TokenCount: TypeAlias = int | Grid  # a perfect square, or (height, width)
 ImageTokenCounts: TypeAlias = "TokenCount | Sequence[TokenCount] | torch.Tensor"
+AUTO: Literal["auto"] = "auto"  # in place of a count: chosen for each image by tokenflex.selection
 
 
 def _is_int(value: object) -> bool:
@@ -78,6 +79,16 @@ def parse_count(text: str | int, *, name: str = "a count") -> TokenCount:
     count = sides[0] if len(sides) == 1 else (sides[0], sides[1])
     token_grid(count, name=name)
     return count
+
+
+def tokens_of(count: TokenCount) -> int:
+    """How many tokens ``count`` stands for: a perfect square itself, h * w of a grid.
+
+    Raises:
+        TypeError, ValueError: as :func:`token_grid`.
+    """
+    height, width = token_grid(count)
+    return height * width
 
 
 def is_one_count(counts: object) -> bool:
@@ -147,17 +158,18 @@ class TokenCounts:
     """The stochastic vision-token count of training (arXiv 2504.03154: 64, 144, 256 at 2:3:5).
 
     Args:
-        counts: the counts to draw from, perfect squares.
+        counts: the counts to draw from: perfect squares, or (height, width) pairs for grids that
+            are not square.
         weights: their odds, non-negative, in any scale.
         seed: another seed gives other draws.
 
     Raises:
-        TypeError: a count is not an int or a weight not a number.
-        ValueError: no counts, a count that is not a perfect square, a negative weight, all weights
-            zero, or as many weights as counts are not given.
+        TypeError: a count is not an int or a pair of them, or a weight not a number.
+        ValueError: no counts, a count that is no grid, a negative weight, all weights zero, or as
+            many weights as counts are not given.
     """
 
-    counts: tuple[int, ...] = (64, 144, 256)
+    counts: tuple[TokenCount, ...] = (64, 144, 256)
     weights: tuple[float, ...] = (0.2, 0.3, 0.5)
     seed: int = 0
 
@@ -174,8 +186,10 @@ class TokenCounts:
                 f"{len(self.counts)} counts and {len(self.weights)} weights"
             )
         for i, count in enumerate(self.counts):
-            _check_int(f"counts[{i}]", count)
             token_grid(count, name=f"counts[{i}]")
+        # Lists, as YAML has them, become pairs that can be compared and hashed.
+        counts = (tuple(one) if isinstance(one, Sequence) else one for one in self.counts)
+        object.__setattr__(self, "counts", tuple(counts))
         for i, weight in enumerate(self.weights):
             if isinstance(weight, bool) or not isinstance(weight, Real):
                 raise TypeError(f"weights[{i}] must be a number, got {weight!r}")
@@ -186,8 +200,8 @@ class TokenCounts:
                 f"weights must not all be zero, and have a finite sum, got {self.weights}"
             )
 
-    def draw(self, sample_index: int, epoch: int = 0) -> int:
-        """The count of a sample: a pure function of (seed, epoch, sample_index).
+    def draw(self, sample_index: int, epoch: int = 0) -> TokenCount:
+        """The count of a sample, as it was given: a pure function of (seed, epoch, sample_index).
 
         So it is the same whatever worker, rank or resumed run asks.
 
@@ -202,6 +216,6 @@ class TokenCounts:
 
     @property
     def expected(self) -> float:
-        """The mean count under the odds."""
+        """The mean number of tokens under the odds."""
         pairs = zip(self.counts, self.weights, strict=True)
-        return sum(count * weight for count, weight in pairs) / sum(self.weights)
+        return sum(tokens_of(count) * weight for count, weight in pairs) / sum(self.weights)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from tokenflex.selection.curve import CurvePoint
 from tokenflex.training.checkpoint import write_atomically
 
 OVERALL = "#1f4e79"
@@ -133,3 +137,75 @@ def _label_ends(
             color=colours[kind],
         )
     axes.set_xlim(first - 0.42 * span, last + 0.05 * span)
+
+
+def plot_selection(points: Sequence[CurvePoint], path: Path) -> None:
+    """Accuracy against vision tokens of every way of choosing the count.
+
+    Args:
+        points: what :func:`tokenflex.selection.curve.selection_curve` returns.
+        path: the PNG to write, atomically.
+
+    Raises:
+        ValueError: ``points`` hold no count that is always used.
+    """
+    by_selector: dict[str, list[CurvePoint]] = defaultdict(list)
+    for point in points:
+        by_selector[point.selector].append(point)
+    always = sorted(by_selector["always"], key=lambda point: point.tokens)
+    if not always:
+        raise ValueError("points must hold a count that is always used, got none")
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    axes.axhline(always[-1].accuracy, color="#808080", linewidth=0.8, linestyle=":")
+    _draw(axes, always, "always one count", color=OVERALL, marker="o", linestyle="none")
+    for point in always:
+        axes.annotate(
+            point.setting,
+            (point.tokens, point.accuracy),
+            (7, 0),
+            textcoords="offset points",
+            va="center",
+            color=OVERALL,
+        )
+    _draw(
+        axes,
+        by_selector["random"],
+        "random mix of two",
+        color="#808080",
+        marker="x",
+        linestyle="none",
+    )
+    tuned = [point for point in by_selector["router"] if point.setting != "own"]
+    _draw(axes, tuned, "router", color=KINDS[0], marker="o", markersize=4)
+    own = [point for point in by_selector["router"] if point.setting == "own"]
+    _draw(axes, own, "router, own penalty", color=KINDS[0], marker="D", linestyle="none")
+    cascade = by_selector["cascade"]
+    _draw(axes, cascade, "cascade, last answer", color=KINDS[1], marker="s", markersize=3.5)
+    _draw(
+        axes,
+        [replace(point, tokens=point.prefill_tokens) for point in cascade],
+        "cascade, all its tries",
+        color=KINDS[1],
+        linestyle="--",
+        alpha=0.7,
+    )
+    _draw(axes, by_selector["oracle"], "oracle", color=KINDS[2], marker="*", linestyle="none")
+    axes.set_xlabel("vision tokens a question")
+    axes.set_ylabel("accuracy")
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", fontsize=8.5, frameon=False)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+    plt.close(figure)
+
+
+def _draw(axes: Axes, points: Sequence[CurvePoint], label: str, **style: Any) -> None:
+    if points:
+        rising = sorted(points, key=lambda point: point.tokens)
+        axes.plot(
+            [point.tokens for point in rising],
+            [point.accuracy for point in rising],
+            label=label,
+            **style,
+        )

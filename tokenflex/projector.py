@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, is_one_count, token_grid
 from tokenflex.counts import token_grids as grids_of_counts
+from tokenflex.positions import NUM_FEATURES, cell_positions, check_position
 from tokenflex_kernels._checks import (
     check_count,
     check_eps,
@@ -29,7 +30,8 @@ class TokenAdaptiveProjector(nn.Module):
 
     Adaptive average pooling + LayerNorm + SwiGLU, as in TokenFLEX (arXiv 2504.03154). Its
     parameters do not depend on the count, so one projector serves every budget and a batch may mix
-    counts. The four submodules are a plain LayerNorm and three plain Linears with bias.
+    counts. The four submodules are a plain LayerNorm and three plain Linears with bias; a position
+    is one Linear more.
 
     Args:
         vision_width: C, width of the patch features.
@@ -40,6 +42,9 @@ class TokenAdaptiveProjector(nn.Module):
         eps: of the LayerNorm.
         save: "preactivation" or "input": what training keeps for backward, see
             :func:`tokenflex_kernels.project_tokens`.
+        position: None (the paper), or "normalized" to add a learned linear map of where each
+            token's cell lies in its image (:func:`tokenflex.positions.cell_positions`), so that
+            tokens of grids that were never trained know their place too. It begins at zero.
 
     Raises:
         TypeError, ValueError: an argument is not of the kind or range described above.
@@ -63,6 +68,7 @@ class TokenAdaptiveProjector(nn.Module):
         pooling: str = "adaptive",
         eps: float = 1e-5,
         save: str = "preactivation",
+        position: str | None = None,
     ) -> None:
         super().__init__()
         self.vision_width = check_count("vision_width", vision_width)
@@ -78,11 +84,17 @@ class TokenAdaptiveProjector(nn.Module):
         self.gate = nn.Linear(vision_width, self.hidden_width)
         self.up = nn.Linear(vision_width, self.hidden_width)
         self.down = nn.Linear(self.hidden_width, text_width)
+        self.position: nn.Linear | None = None
+        if check_position(position):
+            self.position = nn.Linear(NUM_FEATURES, text_width, bias=False)
+            nn.init.zeros_(self.position.weight)
 
     def reset_parameters(self) -> None:
-        """Fresh weights: PyTorch's initialisation of a LayerNorm and of Linears."""
+        """Fresh weights: PyTorch's initialisation of a LayerNorm and of Linears, no position."""
         for module in (self.layernorm, self.gate, self.up, self.down):
             module.reset_parameters()
+        if self.position is not None:
+            nn.init.zeros_(self.position.weight)
 
     def forward(
         self,
@@ -142,6 +154,15 @@ class TokenAdaptiveProjector(nn.Module):
         return tokens.view(num_images, out_grid[0] * out_grid[1], self.text_width)
 
     def _project(self, rows: torch.Tensor, plan: PoolPlan) -> torch.Tensor:
+        tokens = self._project_pooled(rows, plan)
+        if self.position is None:
+            return tokens
+        weight = self.position.weight
+        dtype = weight.dtype if weight.is_floating_point() else tokens.dtype  # ints: quantised
+        offsets = self.position(cell_positions(plan, dtype, tokens.device))
+        return tokens + offsets.to(tokens.dtype)
+
+    def _project_pooled(self, rows: torch.Tensor, plan: PoolPlan) -> torch.Tensor:
         if not self._is_plain():
             return self._project_by_modules(rows, plan)
         return project_tokens(

@@ -12,7 +12,7 @@ from tokenflex.ablation.scales import LARGE, SMALL
 TINY = replace(
     SMALL,
     name="tiny",
-    unseen=(1, "2x3"),
+    unseen=(1, (2, 3)),
     width=16,
     layers=1,
     heads=2,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenflex.data.balance import even_out
+from tokenflex.data.balance import deal, even_out
 from tokenflex_kernels import balance_bins
 
 COUNTS, ODDS = (64, 144, 256), (0.2, 0.3, 0.5)
@@ -26,6 +26,10 @@ def test_a_swap_of_unequal_samples_evens_two_bins():
 def test_a_sample_is_given_away_where_no_swap_helps_as_much():
     bins = even_out([[0, 1, 2], []], [4, 4, 4], [0] * 3, max_tokens=8, max_tiles=1, tile_cost=0)
     assert sorted(map(len, bins)) == [1, 2]
+
+
+def test_no_samples_make_no_bins():
+    assert deal([], [], max_tokens=1, max_tiles=1, tile_cost=1, num_ranks=2) == []
 
 
 @pytest.mark.parametrize("bound", ["max_tokens", "max_tiles"])

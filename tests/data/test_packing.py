@@ -107,6 +107,23 @@ def test_counts_are_drawn_per_sample_and_epoch(processor):
     assert max(seen) > 1  # or the draws above could not tell samples apart
 
 
+def test_grids_are_packed_as_the_tokens_they_stand_for(processor):
+    squares = TokenCounts((4, 16), (1, 1), seed=7)
+    grids = TokenCounts(((1, 4), (8, 2)), (1, 1), seed=7)
+    expected = PackingCollator(processor, squares)(drawn())
+    batch = PackingCollator(processor, grids)(drawn())
+    names = {4: (1, 4), 16: (8, 2)}
+    assert batch.num_image_tokens == [names[count] for count in expected.num_image_tokens]
+    assert set(batch.num_image_tokens) == {(1, 4), (8, 2)}
+    assert torch.equal(batch.plan.source, expected.plan.source)
+    assert torch.equal(batch.vision_index, expected.vision_index)
+    with torch.no_grad():
+        logits = tiny_model()(**batch.model_inputs()).logits
+        squares_logits = tiny_model()(**expected.model_inputs()).logits
+    assert logits.shape == squares_logits.shape
+    assert not torch.allclose(logits, squares_logits)
+
+
 def test_counts_depend_on_the_sample_not_on_its_company(processor):
     collator = PackingCollator(processor, COUNTS)
     together = collator(drawn())

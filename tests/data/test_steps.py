@@ -77,6 +77,16 @@ def test_facts_are_those_of_the_packed_rows(collator):
     assert step.vision_tokens == sum(batch.num_image_tokens)
 
 
+def test_grids_cost_the_tokens_they_stand_for():
+    processor = digits_processor()
+    squares = PackingCollator(processor, TokenCounts((4, 16), (1, 1), seed=7))
+    grids = PackingCollator(processor, TokenCounts(((1, 4), (8, 2)), (1, 1), seed=7))
+    bounds = {"max_tokens": 400, "tile_cost": 20.0}
+    expected, step = packed(squares, **bounds), packed(grids, **bounds)
+    assert (step.tokens, step.vision_tokens) == (expected.tokens, expected.vision_tokens)
+    assert ids(step) == ids(expected)
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_ranks_share_a_step_completely_and_within_bounds(collator, num_ranks):
     bounds = {"max_tokens": 400, "max_tiles": 30, "tile_cost": 20.0}

@@ -16,6 +16,7 @@ from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import SPECIAL_TOKENS, digits_processor
 from tokenflex.evaluation import evaluate
+from tokenflex.evaluation.scoring import RULES
 
 COUNTS = (4, 9, 16)
 
@@ -189,29 +190,47 @@ def test_a_generated_answer_that_is_exact_is_what_forcing_calls_right(
     assert (said["score"], forced["score"]) == ("exact", "forced")
 
 
+class Asked:
+    """Pictures of noise, each with questions of unequal length: what a model says depends on both.
+
+    Its answers are never right; tests look at what is said.
+    """
+
+    questions = ("odd", "read r1c1", "where")
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Sample:
+        turns = ((Turn("user", one), Turn("assistant", "3")) for one in self.questions)
+        return Sample(str(index), (picture(index),), tuple(Conversation(t, "k") for t in turns))
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_generated_answers_do_not_depend_on_their_neighbours(
-    processor, dataset, half_taught, batch_size
-):
-    expected = {}
-    for i in range(len(dataset)):
-        for place, conversation in enumerate(dataset[i].conversations):
-            question, answer = (turn.text for turn in conversation.turns)
-            said = greedy_answer(half_taught, processor, dataset[i], question, 9, 4)
-            words = [word for word in said.split() if word not in SPECIAL_TOKENS]
-            expected[i, place] = answer in words
-    report = evaluate(
-        half_taught,
-        processor,
-        dataset,
-        [9],
-        score="contains",
-        batch_size=batch_size,
-        max_new_tokens=4,
-    )
-    rows, questions = report["accuracy_by_kind"], report["questions"]
-    right = sum(rows[kind]["9"] * number for kind, number in questions.items())
-    assert right == pytest.approx(sum(expected.values()))
+def test_generated_answers_are_those_of_each_question_alone(processor, monkeypatch, batch_size):
+    model, said = tiny_model(), []
+    monkeypatch.setitem(RULES, "exact", lambda answer, reference: bool(said.append(answer)))
+    options = {"score": "exact", "batch_size": batch_size, "max_new_tokens": 4}
+    evaluate(model, processor, Asked(), [9], **options)
+    expected = [
+        " ".join(greedy_answer(model, processor, Asked()[i], question, 9, 4).split())
+        for i in range(4)
+        for question in Asked.questions
+    ]
+    assert [" ".join(answer.split()) for answer in said] == expected
+    assert len({*expected}) > 4  # or a mix-up of pictures or questions might not show
+
+
+def test_a_question_sees_its_own_image_whatever_the_batch(processor):
+    model, seen = tiny_model(), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+    evaluate(model, processor, Asked(), [9], batch_size=1)
+    alone = torch.cat(seen)
+    seen.clear()
+    evaluate(model, processor, Asked(), [4, 9], batch_size=64)
+    torch.testing.assert_close(seen[1], alone)
+    per_sample = alone.split(len(alone) // 4)
+    assert (per_sample[0] - per_sample[1]).abs().max() > 0.01
 
 
 class Tiled:
@@ -247,11 +266,11 @@ class ByLength:
     label = "auto"
 
     def __init__(self) -> None:
-        self.images: list[int] = []
+        self.asked: list[tuple[int, tuple[int, ...], int]] = []
 
-    def select(self, model, images, prompt_ids):
-        self.images.append(len(images))
-        return 4 if len(prompt_ids) < 3 else (4, 4)
+    def select(self, model, images, tiles, prompts):
+        self.asked.append((len(images), tuple(tiles), len(prompts)))
+        return [[4 if len(ids) < 3 else (4, 4)] * len(tiles) for ids in prompts]
 
 
 @pytest.mark.parametrize("score", ["forced", "exact"])
@@ -269,7 +288,30 @@ def test_a_selector_chooses_per_question(processor, dataset, half_taught, score)
     assert 0 < short < 24
     mean = (4 * short + 16 * (24 - short)) / 24
     assert report["vision_tokens_per_image"]["auto"] == pytest.approx(mean)
-    assert selector.images == [1] * 24
+    assert selector.asked == [(1, (1,), 4)] * 6
+
+
+class FirstAndOthers:
+    """A selector: the first image of a prompt gets 4 tokens, others 1 x 5."""
+
+    label = "auto"
+
+    def select(self, model, images, tiles, prompts):
+        return [[4, (1, 5)][: len(tiles)] for _ in prompts]
+
+
+@pytest.mark.parametrize("score", ["forced", "exact"])
+def test_a_selector_chooses_per_image(processor, score):
+    """Two tiles at 4 tokens and one at 5: 13 for three of four questions, none for the other."""
+    model, shown = tiny_model(), []
+    model.model.projector.register_forward_hook(
+        lambda module, inputs, output: shown.append(len(output))
+    )
+    options = {"max_tiles": 2, "score": score, "max_new_tokens": 2}
+    report = evaluate(model, processor, Tiled(), [FirstAndOthers()], **options)
+    assert shown == [13]
+    assert report["vision_tokens_per_question"] == {"auto": 13 * 3 / 4}
+    assert report["vision_tokens_per_image"] == {"auto": 6.5}
 
 
 def test_a_question_behind_another_is_asked_with_the_turns_before_it(processor):

@@ -198,16 +198,15 @@ def test_the_entry_point_is_light():
     assert result.stdout.strip() == "set()"
 
 
-def test_auto_chooses_from_images_that_are_encoded_once(checkpoint, greedy, monkeypatch):
+def test_auto_chooses_from_images_that_are_encoded_once(checkpoint, greedy):
     class ByLength:
         label = "auto"
 
-        def select(self, model, images, prompt_ids):
-            return 4 if len(prompt_ids) == 2 else 16
+        def select(self, model, images, tiles, prompts):
+            return [[4 if len(ids) == 2 else 16] * len(tiles) for ids in prompts]
 
-    module = SimpleNamespace(load_selector=lambda path: ByLength())
-    monkeypatch.setitem(sys.modules, "tokenflex.selection", module)
-    assistant, passes = Assistant(checkpoint, "auto", device="cpu"), []
+    assistant, passes = Assistant(checkpoint, 4, device="cpu"), []
+    assistant.count = ByLength()
     assistant.model.model.vision_model.register_forward_hook(
         lambda module, inputs, output: passes.append(len(output.last_hidden_state))
     )

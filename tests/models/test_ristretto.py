@@ -574,6 +574,7 @@ def test_folders_that_are_not_there(tmp_path):
     [
         ({"pooling": "adaptive"}, "pooling.*resize.*adaptive"),
         ({"projector_eps": 1e-3}, "projector_eps"),
+        ({"projector_position": "normalized"}, "projector_position"),
         ({"num_image_tokens": (2, 3)}, "num_image_tokens"),
     ],
 )

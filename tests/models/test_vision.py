@@ -326,3 +326,12 @@ def test_a_shape_that_the_encoder_cannot_take_is_named():
     shape = torch.zeros(1, 3, 16, 32)
     with pytest.raises(ValueError, match=r"Aimv2VisionModel of image_size 32 .* 16 x 32"):
         encode_with("aimv2_vision_model", SMALL, shape, grids=(4, 8))
+
+
+def test_some_of_the_images_keep_their_own_patches_in_the_order_asked_for():
+    features = torch.arange(9.0)[:, None]
+    images = EncodedImages(features, ((1, 2), (2, 3), (1, 1)))
+    some = images.select([2, 0])
+    assert some.grids == ((1, 1), (1, 2))
+    assert some.features.flatten().tolist() == [8, 0, 1]
+    assert len(images.select([])) == 0

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from tokenflex.training.records import TIMING_KEYS
+
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "demo.yaml"
 
@@ -71,8 +73,17 @@ def write_config(path: Path, values: Any) -> Path:
 
 def metrics(output: Path) -> list[dict[str, Any]]:
     """What was logged, without how long it took."""
-    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return untimed(output / "metrics.jsonl")
+
+
+def evaluations(output: Path) -> list[dict[str, Any]]:
+    """What was found in the middle of training, without how long it took."""
+    return untimed(output / "evaluations.jsonl")
+
+
+def untimed(path: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMING_KEYS} for line in lines]
 
 
 def temporary_files(output: Path) -> list[str]:

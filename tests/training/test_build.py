@@ -20,7 +20,7 @@ from transformers import (
 
 from tokenflex.cli import main
 from tokenflex.digits.processor import digits_processor
-from tokenflex.training.build import build_model, build_processor
+from tokenflex.training.build import build_model, build_processor, empty_model
 from tokenflex.training.config import ModelConfig
 
 VISION = {
@@ -147,7 +147,16 @@ def test_tiles_and_trained_counts_reach_processor_and_model(parts: Path) -> None
     assert (processor.max_tiles, processor.use_thumbnail) == (6, True)
     model = build_model(config, processor, {9, 4})
     assert model.config.trained_num_image_tokens == [4, 9]
+    model = build_model(config, processor, {9, (1, 4), 4})
+    assert model.config.trained_num_image_tokens == [(1, 4), 4, 9]
     assert build_model(config, processor).config.trained_num_image_tokens is None
+
+
+def test_positions_reach_the_model(parts: Path) -> None:
+    config = config_of(parts, projector_position="normalized", image_positions="shared")
+    for model in (build_model(config, build_processor(config)), empty_model(config)):
+        assert model.config.image_positions == "shared"
+        assert model.model.projector.position is not None
 
 
 def test_digits_are_not_cut() -> None:

@@ -54,6 +54,14 @@ def test_the_demo_loads_with_its_values():
     assert config.encoder_warm_up.steps == values["encoder_warm_up"]["steps"]
 
 
+def test_counts_may_be_grids():
+    values = changed("stages.1.counts", [4, [2, 3], 16])
+    values["evaluation"]["counts"] = [[3, 4]]
+    config = TrainConfig.model_validate(values)
+    assert config.stages[1].counts == (4, (2, 3), 16)
+    assert config.evaluation.counts == ((3, 4),)
+
+
 def test_defaults_are_the_papers():
     values = changed("stages.0.counts", REMOVED)
     del values["stages"][0]["weights"]
@@ -109,7 +117,9 @@ def test_an_unknown_key_is_named_with_its_value_and_those_that_are_known(tmp_pat
         ("stages.1.learning_rate.text", float("inf"), "finite"),
         ("stages.1.learning_rate.text", float("nan"), "finite"),
         ("stages.1.counts", [4, 9], "2 counts and 3 weights"),
+        ("model.image_positions", "shared", "needs projector_position='normalized', got None"),
         ("stages.1.counts", [4, 9, 17], "nearest squares are 16 and 25"),
+        ("stages.1.counts", [4, 9, [0, 4]], "counts[2] must have sides of at least 1"),
         ("stages.1.weights", [1, -1, 1], "at least 0"),
         ("stages.1.weights", [0, 0, 0], "must not all be zero"),
         ("data.name", "imagenet", "'digits'"),
@@ -132,6 +142,12 @@ def test_an_unknown_key_is_named_with_its_value_and_those_that_are_known(tmp_pat
         ("evaluation.counts", [], "at least one count"),
         ("evaluation.counts", [4, 10], "nearest squares are 9 and 16"),
         ("evaluation.batch_size", 0, "greater than or equal to 1"),
+        ("evaluation.every", 0, "greater than or equal to 1"),
+        ("evaluation.samples", 0, "greater than or equal to 1"),
+        ("peak_tflops", 0, "greater than 0"),
+        ("trackers", ["tensorbord"], "tensorboard, "),
+        ("stages.0.tokens", 1e9, "exactly one of steps and tokens"),
+        ("stages.0.tokens", float("inf"), "less than inf"),
     ],
 )
 def test_a_value_that_is_not_allowed(tmp_path, key, value, expected):
@@ -142,7 +158,7 @@ def test_a_value_that_is_not_allowed(tmp_path, key, value, expected):
 
 
 @pytest.mark.parametrize(
-    "key", ["output", "model", "data", "stages", "stages.0.steps", "model.text"]
+    "key", ["output", "model", "data", "stages", "stages.0.batch_size", "model.text"]
 )
 def test_a_missing_key_is_named(tmp_path, key):
     assert f"{key} is missing" in error_of(tmp_path, changed(key, REMOVED))

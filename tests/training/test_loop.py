@@ -21,7 +21,15 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 
-from tests.training.runs import ROOT, metrics, stage, temporary_files, tiny_values, write_config
+from tests.training.runs import (
+    ROOT,
+    evaluations,
+    metrics,
+    stage,
+    temporary_files,
+    tiny_values,
+    write_config,
+)
 from tokenflex import TokenCounts
 from tokenflex.cli import main
 from tokenflex.data.mixture import MixtureOrder
@@ -83,7 +91,7 @@ def test_metrics_have_a_line_a_step_with_sound_numbers(finished):
     assert all(0 < line["loss"] < 10 for line in lines)
     assert all(line["tokens_per_image"] == 16 for line in lines[:4])
     # Adam's rate after each step: two steps of warm-up, then a cosine to zero.
-    rates = [line["learning_rate"] for line in lines[:4]]
+    rates = [line["learning_rate"]["projector"] for line in lines[:4]]
     assert rates == pytest.approx([0.001, 0.002, 0.001, 0.0])
 
 
@@ -260,6 +268,57 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def start_two(config: Path) -> list[subprocess.Popen]:
+    """Two processes on this machine that train together."""
+    world = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    return [start(config, {**world, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_ranks_stops_both_and_they_continue_as_one(tmp_path):
+    """With evaluations by both, of an odd number of samples, and a budget in tokens."""
+    stages = [stage(name="steps", steps=30), stage(name="tokens", tokens=1500)]
+    del stages[1]["steps"]
+    evaluation = {
+        "data": {"name": "digits", "split": "test", "size": 7, "questions": 2},
+        "counts": [4, 9],
+        "every": 8,
+        "samples": 5,
+    }
+    changes = {"stages": stages, "evaluation": evaluation, "save_every": 5}
+    alone, shared = (configured(tmp_path, name, **changes) for name in ("alone", "shared"))
+    ranks = start_two(shared)
+    errors = signal_after(ranks[1], tmp_path / "shared", (0, 6), signal.SIGTERM)
+    ranks[0].wait(PATIENCE)
+    assert [rank.returncode for rank in ranks] == [2, 2], (errors, ranks[0].stderr.read())
+    stopped = load_state(tmp_path / "shared" / "state.pt")
+    lines = metrics(tmp_path / "shared")
+    assert (stopped["stage"], stopped["step"]) == (lines[-1]["stage"], lines[-1]["step"])
+    assert lines[-1]["global_step"] < 60
+
+    ranks = start_two(shared)
+    train(alone)
+    for process in ranks:
+        process.wait(PATIENCE)
+        assert process.returncode == 0, process.stderr.read()
+    exact = ("stage", "step", "global_step", "tokens", "stage_tokens", "samples", "counts")
+    for a, b in zip(metrics(tmp_path / "shared"), metrics(tmp_path / "alone"), strict=True):
+        assert [a[key] for key in exact] == [b[key] for key in exact]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+    places = [(line["stage"], line["step"]) for line in evaluations(tmp_path / "shared")]
+    assert places == [(line["stage"], line["step"]) for line in evaluations(tmp_path / "alone")]
+    assert places[:4] == [(0, 8), (0, 16), (0, 24), (1, 8)]
+    assert all(sum(one["questions"].values()) == 10 for one in evaluations(tmp_path / "shared"))
+    report = json.loads((tmp_path / "shared" / "report.json").read_text())
+    assert sum(report["questions"].values()) == 14
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("several_bins", [False, True])
 def test_two_ranks_train_as_one(tmp_path, several_bins):
@@ -273,14 +332,7 @@ def test_two_ranks_train_as_one(tmp_path, several_bins):
         changes["data"] = own_data(tmp_path, 12, broken=(4,), text_only=(1, 5, 8, 9, 10))
         stages[0] |= {"batch_size": 7, "max_tokens": 20}
     alone, shared = (configured(tmp_path, name, **changes) for name in ("alone", "shared"))
-    world = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "ACCELERATE_USE_CPU": "true",
-    }
-    ranks = [start(shared, {**world, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    ranks = start_two(shared)
     train(alone)
     for process in ranks:
         process.wait(PATIENCE)

@@ -15,7 +15,7 @@ from tokenflex.cli import main
 from tokenflex.training.build import build_model, build_processor
 from tokenflex.training.config import TrainConfig, load_config
 from tokenflex.training.loop import Trainer
-from tokenflex.training.plan import measure_samples, plan_run
+from tokenflex.training.plan import format_plan, measure_samples, plan_run
 
 SAMPLE = {"text_tokens": 40, "answer_tokens": 20, "tiles": 2}
 
@@ -40,6 +40,28 @@ def test_expected_tokens_and_tiles_are_near_those_of_the_run(tmp_path):
     assert plan.steps == len(lines)
     assert plan.tokens == pytest.approx(sum(line["tokens"] for line in lines), rel=0.05)
     assert sum(line["tiles"] for line in lines) == plan.samples
+
+
+def test_a_budget_in_tokens_is_planned_in_expected_steps(tmp_path):
+    stages = [stage(steps=60, batch_size=8), stage(tokens=6000, batch_size=8)]
+    del stages[1]["steps"]
+    config = tiny(tmp_path, stages=stages, evaluation=None, encoder_warm_up=None)
+    in_steps, in_tokens = plan_run(config)
+    Trainer(config).run()
+    taken = [line["step"] for line in metrics(tmp_path / "run") if line["stage"] == 1][-1]
+    assert in_tokens.steps == pytest.approx(taken, rel=0.1)
+    assert in_tokens.tokens == pytest.approx(6000, rel=0.05)
+    assert in_tokens.flops / in_tokens.steps == pytest.approx(in_steps.flops / 60)
+    columns = [line.split()[3] for line in format_plan([in_steps, in_tokens]).splitlines()[1:3]]
+    assert columns == ["60", f"~{in_tokens.steps}"]
+
+
+def test_grids_are_planned_by_their_tokens(tmp_path):
+    squares, grids = (
+        plan_run(tiny(tmp_path, stages=[stage(counts=counts, weights=[1, 2])]))[0]
+        for counts in ([4, 16], [[1, 4], [8, 2]])
+    )
+    assert grids == squares
 
 
 @pytest.mark.parametrize("learning", [{"projector": 1e-3}, {"vision": 1e-3, "text": 1e-3}])

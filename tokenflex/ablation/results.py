@@ -10,6 +10,7 @@ from typing import Any
 from tokenflex.ablation.jobs import START, Job
 from tokenflex.ablation.regimes import Regime
 from tokenflex.ablation.scales import Scale
+from tokenflex.evaluation.counts import label_of
 
 
 def spread_of(values: Sequence[float]) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def collect(
     return {
         "scale": scale.name,
         "counts": [str(count) for count in scale.counts],
-        "unseen": [str(count) for count in scale.unseen],
+        "unseen": [label_of(count) for count in scale.unseen],
         "seeds": sorted({job.seed for job in jobs}),
         "start": {"warm_up_steps": scale.warm_up_steps, "steps": scale.start_steps},
         "batch_size": scale.batch_size,

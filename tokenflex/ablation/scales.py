@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tokenflex.counts import TokenCount
 from tokenflex.digits.canvas import CELL_PIXELS
 
 
@@ -16,7 +17,7 @@ class Scale:
         name: in the report.
         cells: of a canvas, per side.
         counts: those that are trained: small, middle, large.
-        unseen: those that no regime trains, numbers or grids like "2x3".
+        unseen: those that no regime trains, numbers or (height, width) grids.
         width, layers, heads: of the encoder and of the language model.
         vocabulary: rows of the language model's embedding.
         initializer_range: of the language model.
@@ -34,7 +35,7 @@ class Scale:
     name: str
     cells: int
     counts: tuple[int, int, int]
-    unseen: tuple[int | str, ...]
+    unseen: tuple[TokenCount, ...]
     width: int
     layers: int
     heads: int
@@ -52,9 +53,10 @@ class Scale:
     regimes: tuple[str, ...] = ()
 
     @property
-    def asked(self) -> list[int | str]:
-        """Every count that models are asked at."""
-        return [*self.counts, *self.unseen]
+    def asked(self) -> list[int | list[int]]:
+        """Every count that models are asked at, as a configuration has it."""
+        unseen = [count if isinstance(count, int) else [*count] for count in self.unseen]
+        return [*self.counts, *unseen]
 
     def model(self) -> dict[str, Any]:
         """The configuration's ``model``: SigLIP and Qwen2 from transformers, both small."""
@@ -108,7 +110,7 @@ SMALL = Scale(
     name="small",
     cells=4,
     counts=(4, 9, 16),
-    unseen=(1, 25, 36, "2x3", "3x4"),
+    unseen=(1, 25, 36, (2, 3), (3, 4)),
     width=64,
     layers=2,
     heads=4,
@@ -141,7 +143,7 @@ LARGE = Scale(
     name="large",
     cells=8,
     counts=(16, 36, 64),
-    unseen=(4, 25, 49, 100, "4x6", "6x8"),
+    unseen=(4, 25, 49, 100, (4, 6), (6, 8)),
     width=256,
     layers=6,
     heads=4,

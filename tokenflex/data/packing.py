@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tokenflex.counts import Grid, TokenCounts
+from tokenflex.counts import Grid, TokenCount, TokenCounts, tokens_of
 from tokenflex.data.encoding import IGNORE, ConversationEncoder
 from tokenflex.data.samples import Conversation, Sample
 from tokenflex.data.sharing import TokenSequence, prefix_and_branches, whole_conversations
@@ -23,7 +23,7 @@ class DrawnSample:
     index: int
     epoch: int
     sample: Sample
-    count: int | None = None
+    count: TokenCount | None = None
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PackedBatch:
 
     Attributes:
         pixel_values: float32 [tiles, 3, height, width], or patches for a NaFlex encoder.
-        num_image_tokens: vision tokens of each tile, host ints.
+        num_image_tokens: vision tokens of each tile, host ints or (height, width) pairs of them.
         grids: (height, width) of each tile in patches, where the encoder needs to be told.
         plan: where every text token and vision token stands in the packed row.
         vision_index: int64 [vision rows]; the projected vision token that stands there.
@@ -44,7 +44,7 @@ class PackedBatch:
     """
 
     pixel_values: torch.Tensor
-    num_image_tokens: list[int]
+    num_image_tokens: list[TokenCount]
     plan: PackPlan
     vision_index: torch.Tensor
     target_rows: torch.Tensor
@@ -100,7 +100,7 @@ class PackingCollator:
         """
         data, tiles = self._encoder_inputs([image for one in drawn for image in one.sample.images])
         tiles_left = iter(tiles)
-        tile_counts: list[int] = []
+        tile_counts: list[TokenCount] = []
         sequences: list[TokenSequence] = []
         parents: list[int] = []
         placeholder_counts: list[int] = []
@@ -114,7 +114,7 @@ class PackingCollator:
             sample_tiles = [next(tiles_left) for _ in sample.images]
             tile_counts += [count] * sum(sample_tiles)
             # Every conversation shows the same projected rows: encoded once, wherever they stand.
-            image_counts = [count * tiles for tiles in sample_tiles]
+            image_counts = [tokens_of(count) * tiles for tiles in sample_tiles]
             shown = torch.arange(vision_tokens, vision_tokens + sum(image_counts))
             shown_by_image = shown.split(image_counts)
             vision_tokens += len(shown)

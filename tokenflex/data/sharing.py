@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from tokenflex.data.encoding import IGNORE
@@ -69,12 +70,15 @@ def common_length(encoded: Sequence[Encoded]) -> int:
     length = min(_unlearned(labels) for _, labels in encoded) - 1
     if length < 1:
         return 0
-    heads = torch.stack([ids[:length] for ids, _ in encoded])
-    different = (heads != heads[0]).any(0).nonzero()
-    return int(different[0]) if len(different) else length
+    heads = np.stack([ids[:length].numpy() for ids, _ in encoded])
+    return _first((heads != heads[0]).any(0))
 
 
 def _unlearned(labels: torch.Tensor) -> int:
     """How many tokens stand before the first that is learned."""
-    learned = (labels != IGNORE).nonzero()
-    return int(learned[0]) if len(learned) else len(labels)
+    return _first(labels.numpy() != IGNORE)
+
+
+def _first(marks: np.ndarray) -> int:
+    """Where the first True stands; the length if there is none."""
+    return int(marks.argmax()) if marks.any() else len(marks)

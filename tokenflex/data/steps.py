@@ -7,12 +7,14 @@ its own bins only. A step is a pure function of its keys.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from tokenflex.counts import TokenCounts
+from tokenflex.counts import TokenCount, TokenCounts, tokens_of
 from tokenflex.data.balance import deal
+from tokenflex.data.encoding import IGNORE
 from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
 from tokenflex.data.samples import Sample, SampleDataset, SampleOutline
 from tokenflex_kernels.reference.packing import MAX_INT32
@@ -38,18 +40,30 @@ class PackedStep:
     Attributes:
         bins: forward passes, as many on every rank; gradients add up over them. A sample that is
             shown at several counts is encoded, and counted below, once for each.
-        tokens, tiles, vision_tokens: of all ranks, as planned. Vision tokens are counted once per
-            tile, tokens as packed: once, or once per conversation that shows it.
+        samples, tokens, tiles, vision_tokens, targets: of all ranks, as planned. Vision tokens are
+            counted once per tile, tokens as packed: once, or once per conversation that shows it;
+            targets are the answer tokens.
+        counts: vision-token count -> samples with images that drew it, over all ranks.
+        rank_tokens: rows that this rank's samples were planned to take, those it could read.
         cost_balance: the costliest bin of all ranks over their mean, 1 where all are equal.
         broken: samples that this rank left out.
     """
 
     bins: list[PackedBatch]
+    samples: int
     tokens: int
     tiles: int
     vision_tokens: int
+    targets: int
+    counts: dict[int, int]
+    rank_tokens: int
     cost_balance: float
     broken: list[BrokenSample]
+
+    @property
+    def rows(self) -> int:
+        """Rows that this rank's forward passes compute, padding and stand-ins included."""
+        return sum(batch.plan.num_tokens for batch in self.bins)
 
 
 @dataclass(frozen=True)
@@ -57,9 +71,11 @@ class _Planned:
     """A sample of the step at one count, before its images are read."""
 
     key: Key
-    count: int
+    drawn: TokenCount
+    count: int  # vision tokens of a tile
     tokens: int
     tiles: int
+    targets: int
 
 
 class StepPacker:
@@ -106,9 +122,9 @@ class StepPacker:
         """
         broken: list[BrokenSample] = []
         planned: list[_Planned] = []
-        for key, count in views_of(keys, self.collator.counts, self.draw):
+        for key, drawn in views_of(keys, self.collator.counts, self.draw):
             try:
-                planned.append(self._plan(key, count))
+                planned.append(self._plan(key, drawn))
             except (OSError, ValueError) as error:
                 broken.append(BrokenSample(key[1], str(error)))
         dealt = deal(
@@ -125,6 +141,7 @@ class StepPacker:
             for place in _places_of(self.rank, len(dealt), self.num_ranks)
         ]
         packed = [self.collator(members) for members in bins if members]
+        read = {(one.epoch, one.index, one.count) for members in bins for one in members}
         # A rank whose samples are fewer or broken still takes part in every exchange of gradients.
         missing = len(bins) - len(packed)
         stand_in = packed[0] if packed else self._any_batch(planned)
@@ -134,15 +151,20 @@ class StepPacker:
         packed += [_without_targets(stand_in)] * missing
         return PackedStep(
             bins=packed,
+            samples=len(planned),
             tokens=sum(one.tokens for one in planned),
             tiles=sum(one.tiles for one in planned),
             vision_tokens=sum(one.tiles * one.count for one in planned),
+            targets=sum(one.targets for one in planned),
+            counts=dict(sorted(Counter(one.count for one in planned if one.tiles).items())),
+            rank_tokens=sum(one.tokens for one in planned if (*one.key, one.drawn) in read),
             cost_balance=max(costs) * len(costs) / sum(costs),
             broken=broken,
         )
 
-    def _plan(self, key: Key, count: int) -> _Planned:
+    def _plan(self, key: Key, drawn: TokenCount) -> _Planned:
         outline = outline_of(self.dataset, key[1])
+        count = tokens_of(drawn)
         image_tiles = self.collator.processor.image_tokens(list(outline.image_sizes), 1)
         tiles = sum(image_tiles)
         image_counts = [count * tiles for tiles in image_tiles]
@@ -150,20 +172,21 @@ class StepPacker:
             outline.id, outline.conversations, len(outline.image_sizes)
         )
         tokens = sum(one.num_tokens(image_counts) for one in sequences)
+        targets = sum(int((one.labels != IGNORE).sum()) for one in sequences)
         for name, size, bound in (
             ("max_tokens", tokens, self.max_tokens),
             ("max_tiles", tiles, self.max_tiles),
         ):
             if size > bound:
                 raise ValueError(f"sample {outline.id} has {size}, more than {name} of {bound}")
-        return _Planned(key, count, tokens, tiles)
+        return _Planned(key, drawn, count, tokens, tiles, targets)
 
     def _read(self, planned: Sequence[_Planned], broken: list[BrokenSample]) -> list[DrawnSample]:
         members = []
         for one in planned:
             epoch, index = one.key
             try:
-                members.append(DrawnSample(index, epoch, self.dataset[index], one.count))
+                members.append(DrawnSample(index, epoch, self.dataset[index], one.drawn))
             except (OSError, ValueError) as error:
                 broken.append(BrokenSample(index, str(error)))
         return members
@@ -179,7 +202,7 @@ class StepPacker:
         return one.tokens + self.tile_cost * one.tiles
 
 
-def views_of(keys: Sequence[Key], counts: TokenCounts, draw: Draw) -> list[tuple[Key, int]]:
+def views_of(keys: Sequence[Key], counts: TokenCounts, draw: Draw) -> list[tuple[Key, TokenCount]]:
     """Each sample of a step with a count to show it at: a pure function of the keys."""
     if draw == "all":
         return [(key, count) for key in keys for count in counts.counts]

@@ -105,7 +105,7 @@ class ImageTextCollator:
             )
         return [image for (image,) in images]
 
-    def _draw(self, sample: Mapping[str, Any]) -> int:
+    def _draw(self, sample: Mapping[str, Any]) -> TokenCount:
         assert self._stream is not None
         if "index" in sample:
             return self._stream.counts.draw(int(sample["index"]), int(sample.get("epoch", 0)))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenflex.counts import TokenCounts
+from tokenflex.counts import TokenCount, TokenCounts
 
 
 @dataclass
@@ -24,7 +24,7 @@ class CountStream:
     counts: TokenCounts
     drawn: int = 0
 
-    def next(self) -> int:
+    def next(self) -> TokenCount:
         """The count of the next sample."""
         ranks, rank = 1, 0
         if torch.distributed.is_available() and torch.distributed.is_initialized():

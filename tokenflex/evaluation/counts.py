@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -14,7 +15,7 @@ from tokenflex.models.vision import EncodedImages
 
 
 class CountSelector(Protocol):
-    """Chooses the count of each question, once its images are encoded: what ``auto`` stands for.
+    """Chooses counts per question, once the images are encoded: what ``auto`` stands for.
 
     Attributes:
         label: its name in tables.
@@ -22,15 +23,77 @@ class CountSelector(Protocol):
 
     label: str
 
-    def select(self, model: Any, images: EncodedImages, prompt_ids: torch.Tensor) -> TokenCount:
-        """The count for all tiles of one question's images.
+    def select(
+        self,
+        model: Any,
+        images: EncodedImages,
+        tiles: Sequence[int],
+        prompts: Sequence[torch.Tensor],
+    ) -> list[list[TokenCount]]:
+        """For each prompt one count per image, for all tiles of it.
 
         Args:
             model: the model that will answer.
-            images: what its encoder gave for the question's tiles, in order.
-            prompt_ids: int64 [length], the prompt up to the answer, with one placeholder an image.
+            images: what its encoder gave for the tiles; all prompts show the same.
+            tiles: how many each image became.
+            prompts: int64 [length] each, up to the answer, with one placeholder per image.
         """
         ...
+
+
+class RoutedCounts:
+    """The counts that the router saved with a checkpoint chooses, at its own penalty.
+
+    Args:
+        checkpoint: the folder that the model was loaded from.
+
+    Raises:
+        FileNotFoundError: it holds no router.
+        ValueError: this version cannot choose counts.
+    """
+
+    label = "auto"
+
+    def __init__(self, checkpoint: str | Path) -> None:
+        try:
+            self._choice = import_module("tokenflex.selection.choice")
+            storage = import_module("tokenflex.selection.storage")
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                "the count auto needs tokenflex.selection, which this version does not have: give "
+                "counts like 64,144,256"
+            ) from error
+        self._attach, self._router = storage.attach_router, storage.load_router(checkpoint)
+
+    def select(
+        self,
+        model: Any,
+        images: EncodedImages,
+        tiles: Sequence[int],
+        prompts: Sequence[torch.Tensor],
+    ) -> list[list[TokenCount]]:
+        """See :class:`CountSelector`."""
+        if not tiles:
+            return [[] for _ in prompts]
+        self._attach(model, self._router)
+        length = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), length, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, length - len(prompt) :] = prompt
+            mask[row, length - len(prompt) :] = 1
+        chosen = self._choice.choose_counts(
+            model,
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            encoded_images=images.select([*range(len(images))] * len(prompts)),
+            tiles_per_image=[*tiles] * len(prompts),
+        )["num_image_tokens"]
+        per_prompt = len(images)
+        firsts = [end - size for end, size in zip(accumulate(tiles), tiles, strict=True)]
+        return [
+            [chosen[row * per_prompt + first] for first in firsts] for row in range(len(prompts))
+        ]
 
 
 AskedCount: TypeAlias = "TokenCount | CountSelector"
@@ -70,15 +133,7 @@ def resolve_count(count: TokenCount | str, checkpoint: str | Path) -> AskedCount
     """``"auto"`` becomes the selector that is saved with ``checkpoint``; other counts stay.
 
     Raises:
+        FileNotFoundError: the checkpoint holds no router.
         ValueError: this version cannot choose counts.
     """
-    if not isinstance(count, str):
-        return count
-    try:
-        selection = import_module("tokenflex.selection")
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            "the count auto needs tokenflex.selection, which this version does not have: give "
-            "counts like 64,144,256"
-        ) from error
-    return selection.load_selector(checkpoint)
+    return RoutedCounts(checkpoint) if isinstance(count, str) else count

@@ -44,7 +44,7 @@ def grade_forced(
     placeholder_counts: list[int] = []
     shown: list[torch.Tensor] = []
     answer_lengths: list[int] = []
-    # Questions about one sample at one grid share the rows of its images.
+    # Questions about one sample at the same grids share the rows of its images.
     for _, group in groupby(zip(questions, vision.places, strict=True), key=_shown_alike):
         asked, places = zip(*group, strict=True)
         encoded = [_encoded(one, encode) for one in asked]
@@ -54,7 +54,7 @@ def grade_forced(
             parts = prefix_and_branches(encoded, images, processor.image_token_id)
         else:
             parts = whole_conversations(encoded, images)
-        counts = [tiles * asked[0].tokens_per_tile for tiles in asked[0].sample.tiles]
+        counts = asked[0].tokens_per_image
         rows = torch.arange(ends[places[0].start], ends[places[0].stop]).split(counts)
         first = len(sequences)
         for one in parts:
@@ -84,8 +84,8 @@ def grade_forced(
     return [bool(answer.all()) for answer in hits.split(answer_lengths)]
 
 
-def _shown_alike(asked: tuple[Question, range]) -> tuple[int, Grid]:
-    return asked[0].sample.index, asked[0].grid
+def _shown_alike(asked: tuple[Question, range]) -> tuple[int, tuple[Grid, ...]]:
+    return asked[0].sample.index, asked[0].grids
 
 
 def _encoded(question: Question, encode: ConversationEncoder) -> Encoded:
@@ -135,8 +135,7 @@ def grade_generated(
 
 def _prompt(question: Question, image_token_id: int) -> torch.Tensor:
     assert question.prompt_ids is not None
-    counts = [tiles * question.tokens_per_tile for tiles in question.sample.tiles]
     try:
-        return expand_placeholders(question.prompt_ids, counts, image_token_id)
+        return expand_placeholders(question.prompt_ids, question.tokens_per_image, image_token_id)
     except ValueError as error:
         raise ValueError(f"sample {question.sample.id}: {error}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -105,28 +104,25 @@ class ReadBatch:
 
 @dataclass(frozen=True)
 class Question:
-    """One conversation at one count.
+    """One conversation at one choice of counts.
 
     Attributes:
         sample: whose images it shows.
         conversation: the question with its answer.
-        grid: (height, width) vision tokens of every tile.
+        grids: (height, width) vision tokens of each image's tiles.
         prompt_ids: see :meth:`PreparedSample.prompt_ids`; None where nothing is generated.
     """
 
     sample: PreparedSample
     conversation: Conversation
-    grid: Grid
+    grids: tuple[Grid, ...]
     prompt_ids: torch.Tensor | None
 
     @property
-    def tokens_per_tile(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def vision_tokens(self) -> int:
-        """Of all images together."""
-        return sum(self.sample.tiles) * self.tokens_per_tile
+    def tokens_per_image(self) -> list[int]:
+        """Vision tokens of each image, all its tiles together."""
+        pairs = zip(self.sample.tiles, self.grids, strict=True)
+        return [tiles * height * width for tiles, (height, width) in pairs]
 
 
 @dataclass(frozen=True)
@@ -143,17 +139,24 @@ class ProjectedImages:
 
 
 def project(model: Any, encoded: EncodedImages, questions: Sequence[Question]) -> ProjectedImages:
-    """The vision tokens of every question; those about one sample at one grid share theirs."""
-    wanted = dict.fromkeys((one.sample, one.grid) for one in questions)
-    sizes = [sum(sample.tiles) for sample, _ in wanted]
-    ranges = {
-        pair: range(end - size, end)
-        for pair, size, end in zip(wanted, sizes, accumulate(sizes), strict=True)
-    }
-    tiles = [tile for sample, _ in wanted for tile in sample.tile_range]
-    grids = [grid for (_, grid), size in zip(wanted, sizes, strict=True) for _ in range(size)]
+    """The vision tokens of every question; those about one sample at the same grids share theirs.
+
+    Args:
+        model: a :class:`tokenflex.TokenFlexForConditionalGeneration`.
+        encoded: the tiles of the batch.
+        questions: those of the batch.
+    """
+    ranges: dict[tuple[int, tuple[Grid, ...]], range] = {}
+    tiles: list[int] = []
+    grids: list[Grid] = []
+    for one in questions:
+        key = (one.sample.index, one.grids)
+        if key not in ranges:
+            ranges[key] = range(len(tiles), len(tiles) + sum(one.sample.tiles))
+            tiles += one.sample.tile_range
+            for count, grid in zip(one.sample.tiles, one.grids, strict=True):
+                grids += [grid] * count
     images = encoded if tiles == [*range(len(encoded))] else encoded.select(tiles)
     projected = model.get_image_features(num_image_tokens=grids, encoded_images=images)
-    return ProjectedImages(
-        projected.pooler_output, [ranges[one.sample, one.grid] for one in questions]
-    )
+    places = [ranges[one.sample.index, one.grids] for one in questions]
+    return ProjectedImages(projected.pooler_output, places)

@@ -111,7 +111,7 @@ def evaluate(
                         kind=one.conversation.kind,
                         right=is_right,
                         images=len(one.sample.tiles),
-                        vision_tokens=one.vision_tokens,
+                        vision_tokens=sum(one.tokens_per_image),
                     )
                     for one, is_right in zip(questions, right, strict=True)
                 ]
@@ -138,19 +138,25 @@ def _questions(
     encode: ConversationEncoder,
     score: str,
 ) -> list[Question]:
-    """Every conversation of the batch, with the grid of each of its tiles."""
+    """Every conversation of the batch, with the grid of each of its images."""
     selector = selector_of(count)
+    needs_prompts = score != FORCED or selector is not None
     questions = []
     for sample in batch.samples:
-        for conversation in sample.conversations:
-            if selector is None:
-                prompt = None if score == FORCED else sample.prompt_ids(encode, conversation)
-                grid = token_grid(count, name="counts")
-            else:
-                prompt = sample.prompt_ids(encode, conversation)
-                images = encoded.select(sample.tile_range)
-                grid = token_grid(selector.select(model, images, prompt), name=selector.label)
-            questions.append(Question(sample, conversation, grid, prompt))
+        asked = sample.conversations
+        prompts = [sample.prompt_ids(encode, one) for one in asked] if needs_prompts else []
+        if selector is None:
+            grids = [(token_grid(count, name="counts"),) * len(sample.tiles)] * len(asked)
+        else:
+            images = encoded.select(sample.tile_range)
+            grids = [
+                tuple(token_grid(one, name=selector.label) for one in counts)
+                for counts in selector.select(model, images, sample.tiles, prompts)
+            ]
+        questions += [
+            Question(sample, conversation, own, prompts[place] if prompts else None)
+            for place, (conversation, own) in enumerate(zip(asked, grids, strict=True))
+        ]
     return questions
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from tokenflex.counts import parse_count, token_grid
+from tokenflex.counts import Grid, parse_count, token_grid
 from tokenflex.data.messages import open_image
 from tokenflex.evaluation.counts import label_of, resolve_count, selector_of
 from tokenflex.evaluation.generation import expand_placeholders, generate_answers
 from tokenflex.models.loading import load_checkpoint
+from tokenflex.models.vision import EncodedImages
 
 
 @dataclass(frozen=True)
@@ -100,19 +101,20 @@ class Assistant:
             ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
             prompt = torch.tensor(ids, dtype=torch.int64)
             own_tiles = [next(left) for _ in own]
-            last, per_tile, projected = first + sum(own_tiles), 0, []
+            last = first + sum(own_tiles)
+            grids: list[Grid] = []
+            projected: list[torch.Tensor] = []
             if encoded is not None and own:
                 shown = encoded.select(range(first, last))
-                selector = selector_of(self.count)
-                count = selector.select(self.model, shown, prompt) if selector else self.count
-                height, width = token_grid(count, name="tokens")
-                per_tile = height * width
-                features = self.model.get_image_features(
-                    num_image_tokens=[(height, width)] * len(shown), encoded_images=shown
-                )
-                projected = features.pooler_output
+                grids = self._grids(shown, own_tiles, prompt)
+                projected = self.model.get_image_features(
+                    num_image_tokens=[
+                        grid for grid, n in zip(grids, own_tiles, strict=True) for _ in range(n)
+                    ],
+                    encoded_images=shown,
+                ).pooler_output
             first = last
-            per_image = [n * per_tile for n in own_tiles]
+            per_image = [n * h * w for n, (h, w) in zip(own_tiles, grids, strict=True)]
             image_token_id = self.processor.image_token_id
             prompts.append(expand_placeholders(prompt, per_image, image_token_id))
             vision_tokens.append(projected)
@@ -124,6 +126,16 @@ class Assistant:
             Reply(answer.text, len(prompt), cost, answer.tokens)
             for answer, prompt, cost in zip(answers, prompts, costs, strict=True)
         ]
+
+    def _grids(
+        self, images: EncodedImages, tiles: Sequence[int], prompt: torch.Tensor
+    ) -> list[Grid]:
+        """The grid of each image of one prompt."""
+        selector = selector_of(self.count)
+        if selector is None:
+            return [token_grid(self.count, name="tokens")] * len(tiles)
+        (counts,) = selector.select(self.model, images, tiles, [prompt])
+        return [token_grid(count, name=selector.label) for count in counts]
 
     def _split(
         self, messages: list[dict[str, Any]]

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from tokenflex.counts import TokenCount, token_grid
+from tokenflex.positions import check_image_positions, check_position
 from tokenflex_kernels._checks import check_count, check_eps
 from tokenflex_kernels.axis_weights import check_mode
 
@@ -28,13 +29,19 @@ class TokenFlexConfig(PretrainedConfig):
         pooling: "adaptive" (the paper) or "resize" (the released model).
         projector_hidden_width: width of the gated unit; 3 * vision width if None.
         projector_eps: of the projector's LayerNorm.
+        projector_position: None, or "normalized" for a learned term of where in the image each
+            token's cell lies, see :class:`tokenflex.TokenAdaptiveProjector`.
+        image_positions: "sequential" counts the vision tokens of an image like text; "shared" gives
+            all of them the position of its last one, so that no distance depends on their number:
+            only the term of ``projector_position``, which it needs, tells them apart. The two
+            together make one model answer at counts it was never trained with.
         trained_num_image_tokens: the counts the model was trained with, where that is known; it
             warns of others.
 
     Raises:
         TypeError: a value is not of the kind described above.
-        ValueError: an unknown ``model_type`` or ``pooling``, a count that is no square grid, a
-            vision encoder without ``hidden_size`` or ``patch_size``.
+        ValueError: an unknown ``model_type``, ``pooling`` or position, a count that is no square
+            grid, a vision encoder without ``hidden_size`` or ``patch_size``.
     """
 
     model_type = "tokenflex"
@@ -49,6 +56,8 @@ class TokenFlexConfig(PretrainedConfig):
         pooling: str = "adaptive",
         projector_hidden_width: int | None = None,
         projector_eps: float = 1e-5,
+        projector_position: str | None = None,
+        image_positions: str = "sequential",
         trained_num_image_tokens: Sequence[TokenCount] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -70,6 +79,8 @@ class TokenFlexConfig(PretrainedConfig):
             check_count("projector_hidden_width", projector_hidden_width)
         self.projector_hidden_width = projector_hidden_width
         self.projector_eps = check_eps(projector_eps)
+        self.projector_position = check_position(projector_position, name="projector_position")
+        self.image_positions = check_image_positions(image_positions, projector_position)
         if trained_num_image_tokens is not None:
             trained_num_image_tokens = list(trained_num_image_tokens)
             for i, count in enumerate(trained_num_image_tokens):

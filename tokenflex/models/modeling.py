@@ -37,7 +37,14 @@ from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.head import build_head, transform_logits
 from tokenflex.models.prefixes import SharedPrefixes
 from tokenflex.models.vision import EncodedImages, encode
+from tokenflex.positions import shared_image_positions
 from tokenflex.projector import TokenAdaptiveProjector
+from tokenflex.selection.choice import (
+    asks_for_choice,
+    choose_counts,
+    generate_with_choice,
+    refuse_auto,
+)
 from tokenflex_kernels import PackPlan, merge_vision, pack_embeddings
 
 
@@ -69,6 +76,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             num_tokens=config.num_image_tokens,
             pooling=config.pooling,
             eps=config.projector_eps,
+            position=config.projector_position,
         )
         self.language_model = AutoModel.from_config(config.text_config)
         _check_language_model(self.language_model)
@@ -78,9 +86,12 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
 
     def _init_weights(self, module: Any) -> None:
         linears = (self.projector.gate, self.projector.up, self.projector.down)
+        position = self.projector.position
         if any(module is linear for linear in linears):
             # PyTorch's own initialisation: its scale follows the width, transformers' does not.
             module.reset_parameters()
+        elif position is not None and module is position:
+            nn.init.zeros_(position.weight)
         else:
             super()._init_weights(module)
 
@@ -124,6 +135,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             encoded_images = self.encode_images(pixel_values, grids)
         elif grids is not None:
             raise ValueError("encoded_images hold their grids: give no grids with them")
+        refuse_auto(num_image_tokens)
         counts = self.projector.num_tokens if num_image_tokens is None else num_image_tokens
         out_grids = token_grids(counts, len(encoded_images), name="num_image_tokens")
         self._warn_of_unknown(out_grids)
@@ -193,6 +205,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
 
         The arguments are those of :meth:`TokenFlexForConditionalGeneration.forward`.
         """
+        refuse_auto(num_image_tokens)
         images = (mm_encoder_outputs or {}).get("image")
         sources = [images, pixel_values, encoded_images]
         if sum(source is not None for source in sources) > 1:
@@ -232,6 +245,16 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             rows = placeholder_rows(input_ids, counts, self.config.image_token_id)
             vision = torch.cat(list(images.pooler_output)).to(inputs_embeds)
             inputs_embeds = merge_vision(inputs_embeds, vision, rows)
+            if self.config.image_positions == "shared":
+                seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+                length = seen + input_ids.shape[1]
+                if position_ids is None:
+                    position_ids = torch.arange(seen, length, device=rows.device)
+                if attention_mask is None:  # or transformers takes equal positions for new samples
+                    attention_mask = input_ids.new_ones(input_ids.shape[0], length)
+                position_ids = shared_image_positions(
+                    position_ids.expand_as(input_ids).flatten(), rows, _image_of_each(counts, rows)
+                ).view_as(input_ids)
         elif input_ids is not None and _is_first_call(past_key_values):
             placeholder_rows(input_ids, [], self.config.image_token_id)  # there must be none
         return self.language_model(
@@ -287,6 +310,16 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             attention_mask = packed.new_empty(1, 1, 0, 0)
         elif not implementation.startswith("flash"):
             boundaries = {}  # sdpa, eager, flex: transformers masks by position_ids
+        if self.config.image_positions == "shared" and images is not None:
+            if not boundaries:
+                raise ValueError(
+                    "image_positions='shared' packs with the language model's attention "
+                    f"{PACKED_ATTENTION!r} or flash: {implementation!r} knows samples by their "
+                    "positions"
+                )
+            shown = _image_of_each([len(one) for one in images.pooler_output], plan.vision_rows)
+            shown = shown if vision_index is None else shown[vision_index]
+            position_ids = shared_image_positions(position_ids, plan.vision_rows, shown)
         return self.language_model(
             inputs_embeds=packed[None],
             position_ids=position_ids[None],
@@ -359,6 +392,8 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
         """transformers' ``generate``, whose further arguments are those of :meth:`forward`.
 
         It never answers with the image placeholder, unless ``suppress_tokens`` says otherwise.
+        With ``num_image_tokens="auto"`` each image's count is chosen, as ``penalty`` or ``budget``
+        say: see :func:`tokenflex.selection.choice.generate_with_choice`.
 
         Example:
             >>> inputs = processor(images=picture, text=question)
@@ -368,6 +403,8 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
             ...     inputs.pop("pixel_values")
             ...     model.generate(**inputs, encoded_images=images)
         """
+        if asks_for_choice(kwargs):
+            return generate_with_choice(self, *args, **kwargs)
         generation_config = kwargs.get("generation_config") or self.generation_config
         if generation_config.suppress_tokens is None:
             kwargs.setdefault("suppress_tokens", [self.config.image_token_id])
@@ -391,6 +428,10 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
                 for modality, output in outputs.items()
             }
         return super().generate(*args, **kwargs)
+
+    def choose_counts(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        """See :func:`tokenflex.selection.choice.choose_counts`."""
+        return choose_counts(self, input_ids, **kwargs)
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See :meth:`TokenFlexModel.get_image_features`."""
@@ -532,6 +573,13 @@ def _describe(head: Any) -> str:
 def _is_first_call(past_key_values: Any) -> bool:
     """Whether a call sees a prompt from its start, not the next token of one."""
     return past_key_values is None or not past_key_values.get_seq_length()
+
+
+def _image_of_each(counts: list[int], like: torch.Tensor) -> torch.Tensor:
+    """Which image each vision token is of, for images of so many."""
+    sizes = torch.tensor(counts, dtype=torch.int64, device=like.device)
+    images = torch.arange(len(counts), device=like.device)
+    return images.repeat_interleave(sizes, output_size=sum(counts))
 
 
 def _check_device(name: str, tensor: torch.Tensor, module: nn.Module) -> None:

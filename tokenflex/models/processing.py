@@ -10,7 +10,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
@@ -22,7 +22,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import MultiModalData
 
-from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, token_grid, token_grids
+from tokenflex.counts import AUTO, Grid, ImageTokenCounts, TokenCount, token_grid, token_grids
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.tiling import best_tile_grid, check_tile_limits, cut_tiles, num_tiles
 from tokenflex_kernels._checks import check_count
@@ -98,7 +98,7 @@ class TokenFlexProcessor(ProcessorMixin):
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,
-        num_image_tokens: ImageTokenCounts | None = None,
+        num_image_tokens: ImageTokenCounts | Literal["auto"] | None = None,
         max_tiles: int | None = None,
         return_tensors: str = "pt",
         padding: bool | str = True,
@@ -112,7 +112,8 @@ class TokenFlexProcessor(ProcessorMixin):
             text: a prompt or a list of prompts, each with one ``image_token`` per image.
             num_image_tokens: an int (a perfect square) or (h, w) for all images, or a list with one
                 per image; the processor's own ``num_image_tokens`` if None. Each tile of an image
-                gets as many.
+                gets as many. With "auto", one placeholder stands for each image, and ``generate``
+                chooses.
             max_tiles: in place of the processor's own.
             return_tensors: "pt"; others are refused.
             padding: as the tokenizer takes it.
@@ -122,7 +123,8 @@ class TokenFlexProcessor(ProcessorMixin):
         Returns:
             ``input_ids`` and ``attention_mask`` [B, L]; with images also ``pixel_values``
             [tiles, 3, height, width] and ``num_image_tokens``, a list with one entry per tile.
-            ``grids``, a list of (height, width) in patches, where the encoder needs it.
+            ``grids``, a list of (height, width) in patches, where the encoder needs it. With "auto"
+            ``num_image_tokens`` is that, and ``tiles_per_image`` the tiles of each image.
 
         Raises:
             TypeError: ``text`` is not made of strings, or the tokenizer has no such argument.
@@ -151,6 +153,13 @@ class TokenFlexProcessor(ProcessorMixin):
                 f"text must hold {self.image_token!r} once per image: got {sum(placeholders)} "
                 f"(per prompt {placeholders}) for {len(flat_images)} images"
             )
+        auto = isinstance(num_image_tokens, str)
+        if isinstance(num_image_tokens, str):
+            if num_image_tokens != AUTO:
+                raise ValueError(
+                    f"num_image_tokens must be counts or 'auto', got {num_image_tokens!r}"
+                )
+            num_image_tokens = 1  # a placeholder
         image_grids = self._count_grids(num_image_tokens, len(flat_images))
         data: dict[str, Any] = {}
         tiles: list[int] = []
@@ -162,6 +171,9 @@ class TokenFlexProcessor(ProcessorMixin):
                 for (height, width), n in zip(image_grids, tiles, strict=True)
                 for _ in range(n)
             ]
+        if auto and flat_images:
+            data |= {"num_image_tokens": AUTO, "tiles_per_image": tiles}
+            tiles = [1] * len(tiles)  # one placeholder for them all
         per_image = [
             n * height * width for (height, width), n in zip(image_grids, tiles, strict=True)
         ]
@@ -308,6 +320,7 @@ class TokenFlexProcessor(ProcessorMixin):
             *self.tokenizer.model_input_names,
             *self.image_processor.model_input_names,
             "num_image_tokens",
+            "tiles_per_image",
             "grids",
         ]
 

@@ -209,6 +209,8 @@ def ristretto_config(config: TokenFlexConfig, processor: TokenFlexProcessor) -> 
         "pooling": (config.pooling, ["resize"]),
         "projector_hidden_width": (width, [None, 3 * vision.hidden_size]),
         "projector_eps": (config.projector_eps, [1e-5]),
+        "projector_position": (config.projector_position, [None]),
+        "image_positions": (config.image_positions, ["sequential"]),
         "image_token": (processor.image_token, [IMAGE_TOKEN]),
         "image_start": (processor.image_start, [IMAGE_START]),
     }

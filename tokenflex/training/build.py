@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from tokenflex.counts import TokenCount, token_grid
 from tokenflex.data.huggingface import HuggingFaceDataset
 from tokenflex.data.llava import LlavaDataset
 from tokenflex.data.messages import MessagesDataset
@@ -87,13 +88,15 @@ def empty_model(config: ModelConfig) -> TokenFlexForConditionalGeneration:
         num_image_tokens=config.num_image_tokens,
         pooling=config.pooling,
         projector_hidden_width=config.projector_hidden_width,
+        projector_position=config.projector_position,
+        image_positions=config.image_positions,
     )
     with torch.device("meta"):
         return TokenFlexForConditionalGeneration(model_config)
 
 
 def build_model(
-    config: ModelConfig, processor: TokenFlexProcessor, counts: Collection[int] = ()
+    config: ModelConfig, processor: TokenFlexProcessor, counts: Collection[TokenCount] = ()
 ) -> TokenFlexForConditionalGeneration:
     """The model: fresh where a config is given, pretrained where a path is; or as it starts.
 
@@ -114,7 +117,9 @@ def build_model(
         num_image_tokens=config.num_image_tokens,
         pooling=config.pooling,
         projector_hidden_width=config.projector_hidden_width,
-        trained_num_image_tokens=sorted(counts) or None,
+        projector_position=config.projector_position,
+        image_positions=config.image_positions,
+        trained_num_image_tokens=sorted(counts, key=token_grid) or None,
     )
     model = TokenFlexForConditionalGeneration.from_parts(model_config, vision, language_model)
     if len(processor.tokenizer) > language_model.config.vocab_size:
@@ -123,7 +128,7 @@ def build_model(
 
 
 def _started_model(
-    config: ModelConfig, processor: TokenFlexProcessor, counts: Collection[int]
+    config: ModelConfig, processor: TokenFlexProcessor, counts: Collection[TokenCount]
 ) -> TokenFlexForConditionalGeneration:
     """The model of ``config.start``; what is described beside it must be so."""
     assert config.start is not None
@@ -139,7 +144,7 @@ def _started_model(
     model, _ = load_checkpoint(
         config.start,
         num_image_tokens=config.num_image_tokens,
-        trained_num_image_tokens=sorted(counts) or None,
+        trained_num_image_tokens=sorted(counts, key=token_grid) or None,
     )
     return model
 
@@ -154,11 +159,8 @@ def _architecture(config: TokenFlexConfig) -> dict[str, Any]:
         if key not in ("architectures", "dtype", "transformers_version", "vocab_size")
         and not key.startswith("_")
     }
-    return {
-        **parts,
-        "pooling": config.pooling,
-        "projector_hidden_width": config.projector_hidden_width,
-    }
+    own = ("pooling", "projector_hidden_width", "projector_position", "image_positions")
+    return {**parts, **{key: getattr(config, key) for key in own}}
 
 
 def modules_of(model: Any) -> dict[str, list[nn.Module]]:

@@ -15,9 +15,11 @@ from pydantic import (
     model_validator,
 )
 
-from tokenflex.counts import Grid, TokenCounts, parse_count, token_grid
+from tokenflex.counts import TokenCount, TokenCounts, token_grid
 from tokenflex.data.steps import Draw
 from tokenflex.digits.canvas import CELL_PIXELS
+from tokenflex.positions import check_image_positions
+from tokenflex.training.trackers import check_names
 
 DIGITS_SPLITS = ("train", "validation", "test")
 
@@ -53,6 +55,7 @@ class ModelConfig(_Strict):
     Images are cut into at most ``max_tiles`` tiles, each at the sample's count.
     With ``start`` all weights come from that TokenFLEX checkpoint folder, whose parts must be those
     that are described here.
+    ``projector_position`` and ``image_positions`` are those of :class:`tokenflex.TokenFlexConfig`.
     """
 
     vision: PartConfig
@@ -62,6 +65,8 @@ class ModelConfig(_Strict):
     image_token: str = "<image>"
     pooling: Literal["adaptive", "resize"] = "adaptive"
     projector_hidden_width: int | None = Field(default=None, ge=1)
+    projector_position: Literal["normalized"] | None = None
+    image_positions: Literal["sequential", "shared"] = "sequential"
     num_image_tokens: int = 256
     max_tiles: int = Field(default=1, ge=1)
     use_thumbnail: bool = False
@@ -69,6 +74,7 @@ class ModelConfig(_Strict):
     @model_validator(mode="after")
     def _processor_has_a_source(self) -> ModelConfig:
         token_grid(self.num_image_tokens, name="num_image_tokens")
+        check_image_positions(self.image_positions, self.projector_position)
         if self.processor is None and (self.vision.path is None or self.text.path is None):
             raise ValueError(
                 "processor must be 'digits' unless vision and text both have a path, got "
@@ -136,27 +142,34 @@ class StageConfig(_Strict):
     """One stage of training, on ``data`` or, without it, on that of the whole run.
 
     ``learning_rate`` names the modules that learn; a module that is not named is frozen.
-    ``counts`` and ``weights`` are the token counts and their odds; ``draw`` says whether a count is
-    drawn for each "sample", as in the paper, or once for a "step", or every sample is shown at
-    "all" counts, each a sample of its own in ``batch_size``. The ``batch_size`` samples of a
-    step, over all processes, are dealt into forward passes of equal cost that hold at most
-    ``max_tokens`` rows and ``max_tiles`` tiles each. ``loss`` says how answer tokens weigh: all the
+    It lasts ``steps`` optimiser steps, or until it has seen ``tokens`` rows of the language model,
+    text and vision: it then ends with the first step that reaches them, and the schedule follows
+    the rows, not the steps. The learning rate rises over ``warmup_steps`` steps, or over
+    ``warmup_share`` of the stage.
+    ``counts`` and ``weights`` are the token counts, perfect squares or [height, width] pairs, and
+    their odds; ``draw`` says whether a count is drawn for each "sample", as in the paper, or once
+    for a "step", or every sample is shown at "all" counts, each a sample of its own in
+    ``batch_size``. The ``batch_size`` samples of a step, over all processes, are dealt into forward
+    passes of equal cost that hold at most ``max_tokens`` rows and ``max_tiles`` tiles each.
+    ``loss`` says how answer tokens weigh: all the
     same ("token"), or by one over the square root of their answer's length ("square"), as the
     released model was trained.
     """
 
     name: str
-    steps: int = Field(ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    tokens: float | None = Field(default=None, gt=0, lt=float("inf"))
     batch_size: int = Field(ge=1)
     learning_rate: dict[Literal["vision", "projector", "text"], float]
     data: DataConfig | None = None
-    counts: tuple[int, ...] = (64, 144, 256)
+    counts: tuple[TokenCount, ...] = (64, 144, 256)
     weights: tuple[float, ...] = (0.2, 0.3, 0.5)
     draw: Draw = "sample"
     max_tokens: int | None = Field(default=None, ge=1)
     max_tiles: int | None = Field(default=None, ge=1)
     loss: Literal["token", "square"] = "token"
     warmup_steps: int = Field(default=0, ge=0)
+    warmup_share: float = Field(default=0.0, ge=0, lt=1)
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(default=0.02, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
@@ -168,12 +181,29 @@ class StageConfig(_Strict):
         return tuple(name for name, rate in self.learning_rate.items() if rate)
 
     @property
+    def budget(self) -> float:
+        """How long the stage is: in tokens where it has ``tokens``, else in steps."""
+        budget = self.steps if self.tokens is None else self.tokens
+        assert budget is not None  # checked below
+        return budget
+
+    @property
     def samples_read(self) -> int:
         """Different samples a step; with ``draw`` "all" each is shown at every count."""
         return self.batch_size // (len(self.counts) if self.draw == "all" else 1)
 
     @model_validator(mode="after")
     def _values_make_sense(self) -> StageConfig:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError(
+                "exactly one of steps and tokens must be given, got "
+                f"steps={self.steps} and tokens={self.tokens}"
+            )
+        if self.warmup_steps and self.warmup_share:
+            raise ValueError(
+                "at most one of warmup_steps and warmup_share may be given, got "
+                f"{self.warmup_steps} and {self.warmup_share}"
+            )
         TokenCounts(self.counts, self.weights)
         if self.draw == "all":
             if self.batch_size % len(self.counts):
@@ -228,22 +258,26 @@ class SampleConfig(_Strict):
 
 
 class EvaluationConfig(_Strict):
-    """After training: the data set and the counts to report accuracy at."""
+    """The data set and the counts to report accuracy at, after training and, if asked, during it.
+
+    During training the first ``samples`` of the data set are asked, ``every`` so many steps of a
+    stage and, with ``at_stage_end``, after its last; after training all of them are.
+    """
 
     data: DataConfig
-    counts: tuple[int | Grid, ...]
+    counts: tuple[TokenCount, ...]
     batch_size: int = Field(default=64, ge=1)
+    every: int | None = Field(default=None, ge=1)
+    at_stage_end: bool = False
+    samples: int = Field(default=256, ge=1)
 
-    @field_validator("counts", mode="before")
-    @classmethod
-    def _counts_are_grids(cls, counts: Any) -> Any:
-        if not isinstance(counts, (list, tuple)) or not counts:
-            raise ValueError(f"counts must name at least one count, got {counts!r}")
-        # Numbers, or grids of height x width as "2x3".
-        return [
-            parse_count(one, name="counts") if isinstance(one, (int, str)) else one
-            for one in counts
-        ]
+    @model_validator(mode="after")
+    def _counts_are_grids(self) -> EvaluationConfig:
+        if not self.counts:
+            raise ValueError(f"counts must name at least one count, got {self.counts}")
+        for count in self.counts:
+            token_grid(count, name="counts")
+        return self
 
 
 class TrainConfig(_Strict):
@@ -253,6 +287,9 @@ class TrainConfig(_Strict):
     A state to resume from is saved every ``save_every`` steps; the last ``keep_states`` are kept.
     Samples that cannot be read are named in ``broken_samples.json`` and skipped, at most
     ``max_broken_samples`` of them.
+    ``trackers`` are told what ``metrics.jsonl`` is told: names that accelerate knows
+    ("tensorboard", "wandb", ...). ``peak_tflops`` is what a process's device can do at most, for
+    the share that is done of it (MFU); known GPUs have their data sheet's.
     """
 
     output: Path
@@ -270,6 +307,8 @@ class TrainConfig(_Strict):
     save_every: int = Field(default=200, ge=1)
     keep_states: int = Field(default=2, ge=1)
     max_broken_samples: int = Field(default=100, ge=0)
+    trackers: tuple[str, ...] = ()
+    peak_tflops: float | None = Field(default=None, gt=0, lt=float("inf"))
 
     def data_of(self, stage: StageConfig) -> DataConfig:
         """What ``stage`` is trained on."""
@@ -303,6 +342,12 @@ class TrainConfig(_Strict):
                 f"encoder_warm_up needs model.processor: digits, got {self.model.processor!r}"
             )
         return self
+
+    @field_validator("trackers")
+    @classmethod
+    def _trackers_are_known(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
+        check_names(trackers)
+        return trackers
 
 
 def load_config(path: str | Path) -> TrainConfig:

@@ -14,6 +14,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from tokenflex.data.packing import PackedBatch
 from tokenflex.data.steps import PackedStep
 from tokenflex.training.config import StageConfig, TrainConfig
+from tokenflex.training.trackers import tracker_arguments
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,11 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     """The engine that knows devices, precision and processes."""
     # Encoders have parts that no patch goes through, and a bin may hold no image at all.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision=config.precision, kwargs_handlers=[unused])
+    return Accelerator(
+        mixed_precision=config.precision,
+        kwargs_handlers=[unused],
+        **tracker_arguments(config.trackers, config.output),
+    )
 
 
 def optimize(

@@ -7,21 +7,20 @@ last state with the same numbers.
 from __future__ import annotations
 
 import math
+import shutil
+import time
 from collections.abc import Iterator
-from math import prod
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from tqdm import tqdm
-from transformers import get_scheduler
 
-from tokenflex.counts import TokenCounts, token_grid
+from tokenflex.counts import TokenCounts, tokens_of
 from tokenflex.data.order import StepSampler, load_in_order
 from tokenflex.data.packing import PackingCollator
 from tokenflex.data.steps import BrokenSample, PackedStep, StepPacker
 from tokenflex.digits.encoder import warm_up_encoder
-from tokenflex.evaluation import evaluate
 from tokenflex.interruption import Interruption
 from tokenflex.models.loading import check_length
 from tokenflex.training.build import (
@@ -34,18 +33,22 @@ from tokenflex.training.build import (
 from tokenflex.training.checkpoint import remove_leftovers, save_model, write_json
 from tokenflex.training.config import StageConfig, TrainConfig
 from tokenflex.training.engine import StepOutcome, build_accelerator, optimize
+from tokenflex.training.evaluations import Share, evaluate_together
 from tokenflex.training.flops import training_flops
+from tokenflex.training.peaks import peak_flops
 from tokenflex.training.records import (
+    COUNTED,
+    Meter,
     MetricsFile,
     StageRecord,
     progress_bar,
+    summary,
     tokens_per_image,
     training_report,
 )
+from tokenflex.training.schedule import learning_rate_factor
 from tokenflex.training.states import RunStates
-
-# The configuration's name -> transformers'; both warm up.
-SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
+from tokenflex.training.trackers import FOLDER, check_installed, flat, start_trackers
 
 
 class NonFiniteLossError(RuntimeError):
@@ -59,8 +62,10 @@ class BrokenSamplesError(ValueError):
 class Trainer:
     """One run of a configuration, in ``config.output``:
 
-    ``metrics.jsonl`` (a line every ``log_every`` steps), ``state.pt`` and the states before it
-    (while it runs), ``non_finite.json`` (the samples of a step whose loss was NaN or infinite),
+    ``metrics.jsonl`` (a line every ``log_every`` steps), ``evaluations.jsonl`` (a line for every
+    evaluation during training), ``trackers/`` (where there are any), ``state.pt`` and the states
+    before it (while it runs),
+    ``non_finite.json`` (the samples of a step whose loss was NaN or infinite),
     ``broken_samples.json`` (those that were skipped, with the reason),
     ``checkpoint/`` (the model and processor, at the end), ``report.json`` (with ``evaluation``).
 
@@ -70,11 +75,13 @@ class Trainer:
 
     Raises:
         ValueError: the output folder holds the state of another configuration, or states of which
-            none can be read; or a stage has fewer samples a step than there are processes.
+            none can be read; a stage has fewer samples a step than there are processes; or the
+            package of a tracker is not installed.
     """
 
     def __init__(self, config: TrainConfig, *, fresh: bool = False) -> None:
         self.config = config
+        check_installed(config.trackers)
         self.accelerator = build_accelerator(config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -90,6 +97,7 @@ class Trainer:
         self.output = config.output
         self.states = RunStates(config)
         self.metrics = MetricsFile(self.output / "metrics.jsonl")
+        self.evaluations = MetricsFile(self.output / "evaluations.jsonl")
         self.non_finite_path = self.output / "non_finite.json"
         self.broken_path = self.output / "broken_samples.json"
         if self.output.exists() and not self.output.is_dir():
@@ -112,8 +120,8 @@ class Trainer:
         self.model = model.to(self.accelerator.device)
         counts = [count for stage in config.stages for count in stage.counts]
         if evaluation is not None:
-            counts += [prod(token_grid(count)) for count in evaluation.counts]
-        check_length(self.model.config, max(counts))
+            counts += evaluation.counts
+        check_length(self.model.config, max(map(tokens_of, counts)))
         # Everything is there: only now touch what may lie in the output folder.
         self.accelerator.wait_for_everyone()
         self.output.mkdir(parents=True, exist_ok=True)
@@ -141,7 +149,11 @@ class Trainer:
             BrokenSamplesError: more than ``max_broken_samples`` cannot be read.
         """
         with self.interruption:
-            return self._run()
+            try:
+                return self._run()
+            finally:
+                for tracker in self.accelerator.trackers:
+                    tracker.finish()
 
     def _run(self) -> dict[str, Any]:
         first_stage = 0
@@ -151,13 +163,29 @@ class Trainer:
             self.records = self.resumed["records"]
             self.broken = self.resumed["broken"]
             torch.set_rng_state(self.resumed["rng"])
-            self.metrics.cut(self.resumed["stage"], self.resumed["step"])
-        else:
-            self.metrics.path.unlink(missing_ok=True)
+        self._continue_files()
+        start_trackers(
+            self.accelerator,
+            self.config.model_dump(mode="json", exclude_none=True),
+            first_step=0 if self.resumed is None else self._global_step() + 1,
+        )
+        if self.resumed is None:
             self._warm_up_encoder()
         for stage_index in range(first_stage, len(self.config.stages)):
             self._run_stage(stage_index)
         return self._finish()
+
+    def _continue_files(self) -> None:
+        """Keep of what was logged what the state knows of: nothing, in a run that begins."""
+        if not self.is_main:
+            return
+        if self.resumed is None:
+            shutil.rmtree(self.output / FOLDER, ignore_errors=True)
+        for file in (self.metrics, self.evaluations):
+            if self.resumed is None:
+                file.path.unlink(missing_ok=True)
+            else:
+                file.cut(self.resumed["stage"], self.resumed["step"])
 
     # ------------------------------------------------------------------ stages
 
@@ -165,10 +193,12 @@ class Trainer:
         warm_up = self.config.encoder_warm_up
         if warm_up is None:
             return
-        record = StageRecord.begin("encoder warm-up", warm_up.steps)
+        record = StageRecord.begin("encoder warm-up")
+        began = time.perf_counter()
         with self._progress("encoder warm-up", warm_up.steps) as bar:
 
             def on_step(loss: float) -> None:
+                record.counts["steps"] += 1
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
                 self.interruption.check()
@@ -182,7 +212,7 @@ class Trainer:
                 seed=self.config.seed,
                 on_step=on_step,
             )
-        record.stop_clock()
+        record.counts["seconds"] = time.perf_counter() - began
         self.records.append(record.counts)
 
     def _run_stage(self, stage_index: int) -> None:
@@ -190,39 +220,73 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             self._learning_modules(stage), betas=stage.betas, weight_decay=stage.weight_decay
         )
-        scheduler = get_scheduler(
-            SCHEDULES[stage.schedule],
+        if self.resumed is None:
+            self.records.append(StageRecord.begin(stage.name).counts)
+        record = StageRecord(self.records[-1])
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
-            num_warmup_steps=stage.warmup_steps,
-            num_training_steps=stage.steps,
+            lambda _: learning_rate_factor(stage, record.counts["steps"], record.counts["tokens"]),
         )
-        first_step = 0
+        first_step = record.counts["steps"]
         if self.resumed is not None:
-            first_step = self.resumed["step"]
             optimizer.load_state_dict(self.resumed["optimizer"])
             scheduler.load_state_dict(self.resumed["scheduler"])
             self.resumed = None
-        else:
-            self.records.append(StageRecord.begin(stage.name, stage.steps).counts)
-        record = StageRecord(self.records[-1])
+        meter = self._meter(stage, record)
         model, optimizer = self.accelerator.prepare(self.model, optimizer)
-        with self._progress(stage.name, stage.steps, first_step) as bar:
-            for step, packed in enumerate(self._steps(stage_index, first_step), first_step + 1):
+        if first_step and not self._stop_requested():
+            self._evaluate_if_due(stage_index, only_missing=True)
+        with self._progress(
+            stage.name,
+            stage.budget,
+            done=record.done(stage),
+            unit="step" if stage.tokens is None else "token",
+        ) as bar:
+            steps = meter.waiting(self._steps(stage_index, first_step))
+            for step, packed in enumerate(steps, first_step + 1):
                 outcome = self._step(model, optimizer, packed, stage)
-                scheduler.step()
-                record.add(packed)
                 loss, norm = outcome.loss.item(), outcome.norm.item()
+                meter.add(packed)
+                scheduler.step()
                 self._check_finite(loss, norm, stage, step, packed)
-                logs = step % self.config.log_every == 0 or step == stage.steps
-                stops = self.interruption.requested or step == stage.steps
-                saves = step % self.config.save_every == 0 or stops
-                if logs:
-                    self._log(stage_index, step, loss, packed, scheduler, bar)
+                stops, last = self._stop_requested(), record.done(stage) >= stage.budget
+                saves = step % self.config.save_every == 0 or stops or last
+                bar.update(1 if stage.tokens is None else packed.tokens)
+                if step % self.config.log_every == 0 or last:
+                    self._log(stage_index, loss, norm, packed, scheduler, meter, bar)
                 if saves:
                     self._save_state(stage_index, step, optimizer, scheduler)
-                bar.update()
-                self.interruption.check()
+                if stops:
+                    raise KeyboardInterrupt
+                try:
+                    self._evaluate_if_due(stage_index)
+                except KeyboardInterrupt:
+                    if not saves:
+                        self._save_state(stage_index, step, optimizer, scheduler)
+                    raise
+                if last:
+                    break  # with a budget in tokens there is more to read
         self.accelerator.free_memory()
+
+    def _meter(self, stage: StageConfig, record: StageRecord) -> Meter:
+        device, peak = self.accelerator.device, self.config.peak_tflops
+        each = None if peak is None else 1e12 * peak
+        if each is None and device.type == "cuda":
+            each = peak_flops(torch.cuda.get_device_name(device), self.config.precision)
+        return Meter(
+            record,
+            training_flops(self.model, stage.learning),
+            peak=None if each is None else each * self.accelerator.num_processes,
+            device=device,
+        )
+
+    def _stop_requested(self) -> bool:
+        """Whether a signal came to any process: all stop at the same step, which all save."""
+        requested = self.interruption.requested
+        if self.accelerator.num_processes == 1:
+            return requested
+        flag = torch.tensor(float(requested), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum"))
 
     def _learning_modules(self, stage: StageConfig) -> list[dict[str, Any]]:
         """Optimiser groups of the modules that learn in this stage; the others are frozen."""
@@ -247,15 +311,17 @@ class Trainer:
         data = self.config.data_of(stage)
         # A later stage goes on where an earlier one on the same data stopped.
         before = sum(
-            earlier.steps * earlier.samples_read
-            for earlier in self.config.stages[:stage_index]
+            record["steps"] * earlier.samples_read
+            for earlier, record in zip(
+                self.config.stages[:stage_index], self._stage_records(), strict=False
+            )
             if self.config.data_of(earlier) == data
         )
         counts = TokenCounts(stage.counts, stage.weights, seed=self.config.seed)
         sampler = StepSampler(
             self.orders[data],
             first_position=before + first_step * stage.samples_read,
-            steps=stage.steps - first_step,
+            steps=self._most_steps(stage, first_step),
             batch_size=stage.samples_read,
         )
         packer = StepPacker(
@@ -270,6 +336,21 @@ class Trainer:
         )
         # Not prepared by accelerate: the packer already gives each rank its own share.
         yield from load_in_order(packer, sampler, workers=self.config.workers)
+
+    def _most_steps(self, stage: StageConfig, first_step: int) -> int:
+        """Steps left of a stage; with a budget in tokens, at most: each has at least one token."""
+        if stage.steps is not None:
+            return stage.steps - first_step
+        done = self.records[-1]["tokens"] if first_step else 0
+        return max(0, math.ceil(stage.budget - done))
+
+    def _stage_records(self) -> list[dict[str, Any]]:
+        """The records of the stages alone, those that have begun."""
+        return self.records[self.config.encoder_warm_up is not None :]
+
+    def _global_step(self) -> int:
+        """Optimiser steps done in all stages."""
+        return sum(record["steps"] for record in self._stage_records())
 
     def _step(
         self, model: Any, optimizer: Any, packed: PackedStep, stage: StageConfig
@@ -329,35 +410,53 @@ class Trainer:
     def _log(
         self,
         stage_index: int,
-        step: int,
         loss: float,
+        norm: float,
         packed: PackedStep,
         scheduler: Any,
+        meter: Meter,
         bar: tqdm,
     ) -> None:
-        shown: dict[str, Any] = {"loss": f"{loss:.3f}", "balance": f"{packed.cost_balance:.3f}"}
-        if self.broken:
-            shown["broken"] = len(self.broken)
-        bar.set_postfix(shown, refresh=False)
+        shared = torch.tensor([meter.shared(packed)], device=self.accelerator.device)
+        measured = meter.rates(self.accelerator.gather(shared).tolist())
         if not self.is_main:
             return
+        stage, record = self.config.stages[stage_index], self.records[-1]
         line = {
-            "stage": stage_index,
-            "step": step,
+            **self._place(stage_index),
             "loss": loss,
-            "learning_rate": scheduler.get_last_lr()[0],
-            "tokens_per_image": tokens_per_image(self.records[-1:]),
-            "tokens": packed.tokens,
-            "tiles": packed.tiles,
+            # float16 has steps whose gradients overflowed, and JSON has no infinity.
+            "gradient_norm": norm if math.isfinite(norm) else None,
+            "learning_rate": dict(zip(stage.learning, scheduler.get_last_lr(), strict=True)),
+            "tokens_per_image": tokens_per_image([record]),
+            **{name: getattr(packed, name) for name in COUNTED},
+            **{f"stage_{name}": record[name] for name in COUNTED},
+            "counts": packed.counts,
             "bins": len(packed.bins) * self.accelerator.num_processes,
             "cost_balance": packed.cost_balance,
             "broken_samples": len(self.broken),
-            "seconds": round(self.records[-1]["seconds"], 3),
+            **measured,
         }
+        bar.set_postfix_str(summary(line), refresh=False)
         self.metrics.append(line)
+        self._track("training", line)
 
-    def _progress(self, name: str, steps: int, done: int = 0) -> tqdm:
-        return progress_bar(name, steps, done=done, shown=self.is_main)
+    def _place(self, stage_index: int) -> dict[str, Any]:
+        """Where training is, as lines say it."""
+        return {
+            "stage": stage_index,
+            "stage_name": self.config.stages[stage_index].name,
+            "step": self.records[-1]["steps"],
+            "global_step": self._global_step(),
+        }
+
+    def _track(self, kind: str, line: dict[str, Any]) -> None:
+        step = line["global_step"]
+        values = {k: v for k, v in line.items() if k not in ("step", "global_step")}
+        self.accelerator.log(dict(flat(values, kind)), step=step)
+
+    def _progress(self, name: str, total: float, **options: Any) -> tqdm:
+        return progress_bar(name, total, shown=self.is_main, **options)
 
     # ------------------------------------------------------------------ state
 
@@ -378,30 +477,70 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         report = training_report(self.records)
-        if not self.is_main:
-            return report
-        save_model(self.output / "checkpoint", self.model, self.processor)
-        if self.config.evaluation is not None:
-            report = {**self._evaluate(), **report}
-            write_json(self.output / "report.json", report)
-        self.states.remove()
+        if self.is_main:
+            save_model(self.output / "checkpoint", self.model, self.processor)
+        if self.evaluation_data is not None:
+            report = {**self._evaluate(len(self.evaluation_data)), **report}
+        if self.is_main:
+            if self.evaluation_data is not None:
+                write_json(self.output / "report.json", report)
+            self.states.remove()
         return report
 
-    def _evaluate(self) -> dict[str, Any]:
+    # ------------------------------------------------------------------ evaluation
+
+    def _evaluate_if_due(self, stage_index: int, *, only_missing: bool = False) -> None:
+        """Accuracy at every count after the step that was just done, if it is time for it.
+
+        ``only_missing``: not if that was done before the run was stopped.
+        """
+        settings, stage = self.config.evaluation, self.config.stages[stage_index]
+        if settings is None:
+            return
+        record = StageRecord(self.records[-1])
+        step, last = record.counts["steps"], record.done(stage) >= stage.budget
+        if not (last and settings.at_stage_end) and step % (settings.every or step + 1):
+            return
+        if only_missing:
+            done = [self.is_main and self.evaluations.has(stage_index, step)]
+            if broadcast_object_list(done)[0]:
+                return
+        began = time.perf_counter()
+        report = self._evaluate(settings.samples)
+        if not self.is_main:
+            return
+        place = self._place(stage_index)
+        found = {key: report[key] for key in ("accuracy", "accuracy_by_kind", "questions")}
+        line = {**place, **found, "seconds": round(time.perf_counter() - began, 3)}
+        self.evaluations.append(line)
+        self._track("evaluation", {**place, "accuracy": report["accuracy"]})
+        shown = "  ".join(f"{count}: {one:.3f}" for count, one in report["accuracy"].items())
+        tqdm.write(f"{stage.name}, step {step}: accuracy at {shown}")
+
+    def _evaluate(self, samples: int) -> dict[str, Any]:
+        """Over the first ``samples`` of the evaluation's data, by all processes together."""
         settings, dataset = self.config.evaluation, self.evaluation_data
         assert settings is not None
         assert dataset is not None
-        batches = -(len(dataset) // -settings.batch_size) * len(settings.counts)
-        with self._progress("evaluation", batches) as bar:
+        share = Share(
+            dataset,
+            samples,
+            rank=self.accelerator.process_index,
+            num_ranks=self.accelerator.num_processes,
+        )
+        batches = -(len(share) // -settings.batch_size) * len(settings.counts)
+        with self._progress("evaluation", batches, unit="batch", leave=False) as bar:
 
             def on_batch() -> None:
                 bar.update()
-                self.interruption.check()
+                if self._stop_requested():
+                    raise KeyboardInterrupt
 
-            return evaluate(
+            return evaluate_together(
+                self.accelerator,
                 self.model,
                 self.processor,
-                dataset,
+                share,
                 settings.counts,
                 batch_size=settings.batch_size,
                 workers=self.config.workers,

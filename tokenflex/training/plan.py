@@ -5,13 +5,14 @@ The model is built on the meta device, from configurations alone: no weights are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from tokenflex.counts import TokenCounts
+from tokenflex.counts import TokenCounts, tokens_of
 from tokenflex.data.encoding import IGNORE
 from tokenflex.data.packing import PackingCollator
 from tokenflex.data.steps import outline_of
@@ -37,7 +38,9 @@ class StagePlan:
     Attributes:
         name: the stage's.
         trained_parameters: module -> how many parameters learn; frozen modules are left out.
-        steps, samples: optimiser steps, and samples in all of them.
+        steps, samples: optimiser steps, and samples in all of them; of a budget in tokens, the
+            expected ones.
+        steps_are_expected: whether it is that.
         tokens: expected rows of the language model, text and vision.
         vision_tokens: the expected share of them that is vision.
         flops: expected floating-point operations, forward and backward.
@@ -50,6 +53,7 @@ class StagePlan:
     name: str
     trained_parameters: dict[str, int]
     steps: int
+    steps_are_expected: bool
     samples: int
     tokens: float
     vision_tokens: float
@@ -71,7 +75,8 @@ def plan_run(config: TrainConfig) -> list[StagePlan]:
         FileNotFoundError: a file that must be there is not.
     """
     model = empty_model(config.model)
-    check_length(model.config, max(count for stage in config.stages for count in stage.counts))
+    counts = [tokens_of(count) for stage in config.stages for count in stage.counts]
+    check_length(model.config, max(counts))
     used = dict.fromkeys(config.data_of(stage) for stage in config.stages)
     samples = {
         data: config.sample
@@ -114,16 +119,19 @@ def measure_samples(config: TrainConfig, data: DataConfig, *, share_prefix: bool
 def _plan_stage(stage: StageConfig, model: Any, sample: SampleConfig, precision: str) -> StagePlan:
     flops = training_flops(model, stage.learning)
     expected = TokenCounts(stage.counts, stage.weights).expected
-    samples = stage.steps * stage.batch_size
-    cost = samples * _sample_flops(flops, sample, expected)
-    largest = samples * _sample_flops(flops, sample, max(stage.counts))
     tokens = sample.text_tokens + sample.shown * expected
+    # A budget in tokens ends with the step that reaches it.
+    steps = stage.steps or math.ceil(stage.budget / (stage.batch_size * tokens))
+    samples = steps * stage.batch_size
+    cost = samples * _sample_flops(flops, sample, expected)
+    largest = samples * _sample_flops(flops, sample, max(map(tokens_of, stage.counts)))
     trained = {name: _parameters(model, name) for name in stage.learning}
     weights = sum(parameter.numel() for parameter in model.parameters())
     return StagePlan(
         name=stage.name,
         trained_parameters=trained,
-        steps=stage.steps,
+        steps=steps,
+        steps_are_expected=stage.steps is None,
         samples=samples,
         tokens=samples * tokens,
         vision_tokens=samples * sample.shown * expected,
@@ -188,7 +196,7 @@ def format_plan(plans: Collection[StagePlan]) -> str:
         (
             plan.name,
             f"{_short(sum(plan.trained_parameters.values()))} {'+'.join(plan.trained_parameters)}",
-            str(plan.steps),
+            "~" * plan.steps_are_expected + str(plan.steps),
             _short(plan.samples),
             _short(plan.tokens),
             _short(plan.vision_tokens),

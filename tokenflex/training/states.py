@@ -20,6 +20,8 @@ _FREE = {
     "max_broken_samples",
     "sample",
     "evaluation",
+    "trackers",
+    "peak_tflops",
 }
 
 

@@ -1,0 +1,173 @@
+"""Grades are those of evaluation and generation, and a router sees then what it sees in use."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.models.test_modeling import CallCounter
+from tests.models.test_tiling import tiling_processor
+from tests.models.tiny import picture, tiny_model
+from tests.selection.planted import COUNTS, FixedRouter
+from tests.test_evaluation import half_taught, processor  # noqa: F401 (fixtures)
+from tokenflex.data.encoding import ConversationEncoder
+from tokenflex.data.samples import Conversation, Sample, Turn
+from tokenflex.digits.dataset import DigitsDataset
+from tokenflex.digits.processor import digits_processor
+from tokenflex.evaluation import evaluate
+from tokenflex.selection.cascade import generate_with_escalation
+from tokenflex.selection.choice import choose_counts
+from tokenflex.selection.curve import score, selection_curve
+from tokenflex.selection.features import image_statistics, question_embeddings
+from tokenflex.selection.grading import grade
+from tokenflex.selection.storage import attach_router
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return DigitsDataset("test", size=6, questions=4)
+
+
+def asked(question: str, answer: str, kind: str) -> Conversation:
+    return Conversation((Turn("user", question), Turn("assistant", answer)), kind)
+
+
+class Several:
+    """Samples of one, no and two images; tall ones become tiles where a processor cuts."""
+
+    samples = (
+        Sample("a", (picture(1, (32, 96)),), (asked("odd", "3", "x"),)),
+        Sample("b", (), (asked("count", "7", "y"),)),
+        Sample(
+            "c",
+            (picture(2), picture(3, (64, 64))),
+            (asked("<image> odd <image>", "5", "x"), asked("majority", "red", "y")),
+        ),
+    )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_always_one_count_is_what_evaluation_reports(processor, dataset, half_taught, batch_size):  # noqa: F811
+    report = evaluate(half_taught, processor, dataset, COUNTS)
+    grades = grade(half_taught, processor, dataset, COUNTS, batch_size=batch_size)
+    assert 4 < int(grades.right.sum()) < grades.right.numel() - 4  # or a constant might pass
+    points = {p.setting: p for p in selection_curve(grades) if p.selector == "always"}
+    for i, count in enumerate(COUNTS):
+        assert points[str(count)].accuracy == pytest.approx(report["accuracy"][str(count)])
+        assert points[str(count)].tokens == pytest.approx(count)
+        for kind, accuracy in report["accuracy_by_kind"].items():
+            rows = [k == kind for k in grades.kinds]
+            share = float(grades.right[rows, i].double().mean())
+            assert share == pytest.approx(accuracy[str(count)])
+
+
+def test_tiles_texts_and_several_images_are_graded_as_evaluation_does():
+    model, cutting = tiny_model(), tiling_processor(6, use_thumbnail=True)
+    report = evaluate(model, cutting, Several(), COUNTS)
+    encoder = CallCounter(model.model.vision_model)
+    grades = grade(model, cutting, Several(), COUNTS)
+    assert encoder.calls == 1
+    for i, count in enumerate(COUNTS):
+        accuracy, _ = score(grades, np.full(4, i))
+        assert accuracy == pytest.approx(report["accuracy"][str(count)])
+    tiles = [sum(cutting.image_tokens(list(sample.images), 1)) for sample in Several.samples]
+    assert grades.tiles.tolist() == [tiles[0], 0, tiles[2], tiles[2]]
+    assert grades.pair_questions.tolist() == [0, 2, 2, 3, 3]
+    assert grades.pair_images.tolist() == [0, 1, 2, 1, 2]
+    one_by_one = grade(model, cutting, Several(), COUNTS, batch_size=1)
+    for name in ("right", "pair_questions", "pair_images", "tiles", "samples"):
+        assert torch.equal(getattr(one_by_one, name), getattr(grades, name))
+
+
+def test_the_router_sees_in_use_what_it_saw_in_training():
+    model, cutting = tiny_model(), tiling_processor(6, use_thumbnail=True)
+    grades = grade(model, cutting, Several(), COUNTS)
+    router = FixedRouter([1, 0, 0])
+    attach_router(model, router)
+    encoder = ConversationEncoder(cutting.tokenizer, cutting.image_prompt)
+    questions = [(s, c) for s in Several.samples for c in s.conversations]
+    inputs = cutting(
+        images=[list(sample.images) for sample, _ in questions],
+        text=[
+            encoder.prompt(Conversation(c.turns[:1]), len(sample.images)) for sample, c in questions
+        ],
+        num_image_tokens="auto",
+        add_special_tokens=False,
+    )
+    choose_counts(model, **inputs)
+    ((images, embeddings),) = router.seen
+    torch.testing.assert_close(images, grades.images[grades.pair_images])
+    torch.testing.assert_close(embeddings, grades.questions[grades.pair_questions])
+
+
+def test_confidence_is_generations_own_where_the_answer_is_right(processor, dataset, half_taught):  # noqa: F811
+    grades = grade(half_taught, processor, dataset, COUNTS)
+    encoder = ConversationEncoder(processor.tokenizer, processor.image_prompt)
+    prompts = [
+        (sample.images[0], encoder.prompt(Conversation(c.turns[:1]), 1))
+        for sample in (dataset[i] for i in range(len(dataset)))
+        for c in sample.conversations
+    ]
+    inputs = processor(
+        images=[[image] for image, _ in prompts],
+        text=[prompt for _, prompt in prompts],
+        num_image_tokens="auto",
+    )
+    answers = generate_with_escalation(
+        half_taught,
+        **inputs,
+        counts=(9,),
+        max_new_tokens=2,
+        eos_token_id=processor.tokenizer.eos_token_id,
+        pad_token_id=0,
+    )
+    rows = grades.right[:, 1]
+    assert rows.sum() > 4
+    torch.testing.assert_close(
+        torch.tensor(answers.confidences)[rows], grades.confidence[rows, 1], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_statistics_and_embeddings_are_means_and_deviations():
+    model = tiny_model()
+    encoded = model.encode_images(torch.randn(3, 3, 32, 32)).to("cpu")
+    got = image_statistics(encoded, [1, 2]).detach()
+    whole = encoded.features.detach()
+    for row, features in zip(got, (whole[:64], whole[64:]), strict=True):
+        expected = torch.cat([features.mean(0), features.std(0, correction=0)])
+        torch.testing.assert_close(row, expected)
+    embedding = model.get_input_embeddings()
+    words = [torch.tensor([5, 6, 6]), torch.zeros(0, dtype=torch.int64), torch.tensor([7])]
+    vectors = question_embeddings(embedding, words).detach()
+    torch.testing.assert_close(vectors[0], embedding(words[0]).mean(0).detach())
+    assert vectors[1].abs().max() == 0
+    torch.testing.assert_close(vectors[2], embedding(words[2])[0].detach())
+
+
+def test_a_conversation_without_an_answer_is_refused_by_name():
+    class Unanswered(Several):
+        samples = (Sample("s7", (picture(1),), (Conversation((Turn("user", "odd"),)),)),)
+
+    with pytest.raises(ValueError, match="sample s7 holds a conversation without an answer"):
+        grade(tiny_model(), digits_processor(), Unanswered(), COUNTS)
+
+
+def test_no_samples_are_refused():
+    class Nothing(Several):
+        samples = ()
+
+    with pytest.raises(ValueError, match="must hold samples"):
+        grade(tiny_model(), digits_processor(), Nothing(), COUNTS)
+
+
+def test_the_mode_of_the_model_is_restored():
+    model = tiny_model().train()
+    grade(model, digits_processor(), DigitsDataset("test", size=1, questions=1), COUNTS)
+    assert model.training

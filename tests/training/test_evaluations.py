@@ -1,0 +1,226 @@
+"""Evaluation in the middle of training: at the right steps, and training does not notice."""
+
+from __future__ import annotations
+
+import json
+import signal
+from contextlib import nullcontext
+
+import pytest
+
+from tests.training.runs import evaluations, metrics, stage, tiny_values
+from tokenflex.data.samples import Conversation, Sample, Turn
+from tokenflex.digits.dataset import DigitsDataset
+from tokenflex.evaluation import evaluate
+from tokenflex.models.loading import load_checkpoint
+from tokenflex.training.config import TrainConfig
+from tokenflex.training.evaluations import Share, merged
+from tokenflex.training.loop import Trainer
+
+EVALUATION = {
+    "data": {"name": "digits", "split": "test", "size": 12, "questions": 2},
+    "counts": [4, 9],
+    "batch_size": 4,
+}
+
+
+def config_of(folder, **changes) -> TrainConfig:
+    """With dropout, so that a disturbed generator or mode changes the losses."""
+    values = tiny_values(folder, encoder_warm_up=None, **changes)
+    values["model"]["vision"]["config"]["attention_dropout"] = 0.3
+    values["stages"] = [
+        stage(name="some", steps=4, learning_rate={"vision": 0.002, "projector": 0.002}),
+        stage(name="all", steps=3),
+    ]
+    return TrainConfig.model_validate(values)
+
+
+DURING = {**EVALUATION, "every": 2, "at_stage_end": True, "samples": 5}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    Trainer(config_of(folder, evaluation=DURING)).run()
+    return folder
+
+
+def test_it_comes_every_so_many_steps_and_at_the_end_of_stages(whole):
+    lines = evaluations(whole)
+    assert [(line["stage"], line["step"]) for line in lines] == [(0, 2), (0, 4), (1, 2), (1, 3)]
+    assert [line["global_step"] for line in lines] == [2, 4, 6, 7]
+    for line in lines:
+        assert list(line["accuracy"]) == ["4", "9"]
+        assert sum(line["questions"].values()) == 10  # of 5 samples
+    report = json.loads((whole / "report.json").read_text())
+    assert sum(report["questions"].values()) == 24  # of all 12
+
+
+def test_without_the_end_of_stages(tmp_path):
+    Trainer(config_of(tmp_path / "run", evaluation={**DURING, "at_stage_end": False})).run()
+    places = [(line["stage"], line["step"]) for line in evaluations(tmp_path / "run")]
+    assert places == [(0, 2), (0, 4), (1, 2)]
+
+
+@pytest.mark.parametrize("evaluation", [None, EVALUATION])
+def test_training_does_not_notice(whole, tmp_path, evaluation):
+    Trainer(config_of(tmp_path / "run", evaluation=evaluation)).run()
+    assert metrics(tmp_path / "run") == metrics(whole)
+    assert not (tmp_path / "run" / "evaluations.jsonl").exists()
+
+
+def test_dropout_is_what_makes_it_notice(whole, tmp_path, monkeypatch):
+    """The check on the test above: a generator that is not put back changes the losses."""
+    monkeypatch.setattr("torch.random.fork_rng", lambda devices: nullcontext())
+    Trainer(config_of(tmp_path / "run", evaluation=DURING)).run()
+    assert metrics(tmp_path / "run") != metrics(whole)
+
+
+def test_seconds_of_evaluation_are_not_training(tmp_path, monkeypatch):
+    """By a clock on which a step takes 2 seconds and an evaluation 1000."""
+    trainer, now = Trainer(config_of(tmp_path / "run", evaluation=DURING)), [0.0]
+    step, together, meter_of = trainer._step, trainer._evaluate, trainer._meter
+
+    def taking(seconds, work):
+        def timed(*args):
+            now[0] += seconds
+            return work(*args)
+
+        return timed
+
+    def meter(*args):
+        made = meter_of(*args)
+        made._clock = lambda: now[0]
+        return made
+
+    monkeypatch.setattr(trainer, "_step", taking(2, step))
+    monkeypatch.setattr(trainer, "_evaluate", taking(1000, together))
+    monkeypatch.setattr(trainer, "_meter", meter)
+    report = trainer.run()
+    assert now[0] == 7 * 2 + 5 * 1000
+    assert [one["seconds"] for one in report["stages"]] == [8, 6]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    for line in map(json.loads, lines):
+        assert line["tokens_per_second"] == line["tokens"] / 2
+
+
+def stopping(monkeypatch, trainer: Trainer, batch: int) -> None:
+    """Ctrl-C while the evaluation's ``batch``-th forward pass runs."""
+    left, original = [batch], trainer._stop_requested
+
+    def check() -> bool:
+        if trainer.evaluating:
+            left[0] -= 1
+            if left[0] == 0:
+                trainer.interruption._note(signal.SIGINT, None)
+        return original()
+
+    together = trainer._evaluate
+
+    def noting(samples: int):
+        trainer.evaluating = True
+        try:
+            return together(samples)
+        finally:
+            trainer.evaluating = False
+
+    trainer.evaluating = False
+    monkeypatch.setattr(trainer, "_stop_requested", check)
+    monkeypatch.setattr(trainer, "_evaluate", noting)
+
+
+@pytest.mark.parametrize("batch", [1, 6, 12])
+def test_stopped_in_an_evaluation_it_is_done_once_when_the_run_continues(
+    whole, tmp_path, monkeypatch, batch
+):
+    """4 forward passes each: in the first evaluation, in the second, in the third."""
+    config = config_of(tmp_path / "run", evaluation=DURING, save_every=100)
+    trainer = Trainer(config)
+    stopping(monkeypatch, trainer, batch)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    done = evaluations(tmp_path / "run") if batch > 4 else []
+    assert len(done) == (batch - 1) // 4
+    Trainer(config).run()
+    assert evaluations(tmp_path / "run") == evaluations(whole)
+    assert len(metrics(tmp_path / "run")) == 7
+
+
+def test_killed_after_an_evaluation_it_is_not_done_twice(whole, tmp_path, monkeypatch):
+    config = config_of(tmp_path / "run", evaluation=DURING, save_every=2)
+
+    class Killed(BaseException):
+        pass
+
+    trainer, asked = Trainer(config), []
+    track = trainer._track
+
+    def dying(kind, line):
+        if kind == "evaluation" and line["step"] == 2:
+            raise Killed
+        track(kind, line)
+
+    monkeypatch.setattr(trainer, "_track", dying)
+    with pytest.raises(Killed):
+        trainer.run()
+    again = Trainer(config)
+    together = again._evaluate
+    monkeypatch.setattr(again, "_evaluate", lambda n: asked.append(n) or together(n))
+    again.run()
+    assert evaluations(tmp_path / "run") == evaluations(whole)
+    assert asked == [5, 5, 5, 12]  # not the first
+
+
+# ---- shares of processes
+
+
+@pytest.mark.parametrize(("size", "ranks"), [(7, 2), (7, 3), (2, 4), (12, 1)])
+def test_shares_cover_each_sample_once(size, ranks):
+    dataset = DigitsDataset("test", size=12)
+    shares = [Share(dataset, size, rank=rank, num_ranks=ranks) for rank in range(ranks)]
+    assert {len(share) for share in shares} == {-(size // -ranks)}
+    counted = [
+        sample.id
+        for share in shares
+        for sample in (share[index] for index in range(len(share)))
+        if sample.conversations[0].kind != "stand-in"
+    ]
+    assert sorted(counted) == sorted(dataset[index].id for index in range(size))
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_shares_together_give_the_report_of_one_process(whole, ranks):
+    model, processor = load_checkpoint(whole / "checkpoint")
+    dataset = DigitsDataset("test", size=7, questions=3)
+    alone = evaluate(model, processor, dataset, [4, 9])
+    reports = [
+        evaluate(model, processor, Share(dataset, 7, rank=rank, num_ranks=ranks), [4, 9])
+        for rank in range(ranks)
+    ]
+    together = merged(reports)
+    assert together["questions"] == alone["questions"]
+    assert together["accuracy"] == pytest.approx(alone["accuracy"])
+    for kind, row in alone["accuracy_by_kind"].items():
+        assert together["accuracy_by_kind"][kind] == pytest.approx(row)
+
+
+def test_a_kind_that_only_one_process_has():
+    one = {"accuracy": {"4": 1.0}, "accuracy_by_kind": {"a": {"4": 1.0}}, "questions": {"a": 1}}
+    two = {
+        "accuracy": {"4": 0.25},
+        "accuracy_by_kind": {"a": {"4": 0.5}, "b": {"4": 0.0}, "stand-in": {"4": 1.0}},
+        "questions": {"a": 2, "b": 4, "stand-in": 1},
+    }
+    together = merged([one, two])
+    assert together["questions"] == {"a": 3, "b": 4}
+    assert together["accuracy_by_kind"] == {"a": {"4": pytest.approx(2 / 3)}, "b": {"4": 0.0}}
+    assert together["accuracy"] == {"4": pytest.approx(1 / 3)}
+
+
+def test_a_share_reads_what_it_is_asked_for():
+    """Stand-ins keep the picture and the questions: the pass is as large as the others'."""
+    turns = (Turn("user", "odd"), Turn("assistant", "3"))
+    samples = [Sample(f"s{i}", (), (Conversation(turns, "odd"),)) for i in range(3)]
+    share = Share(samples, 3, rank=1, num_ranks=2)
+    assert [share[0].id, share[1].id] == ["s1", "s2"]
+    assert share[1].conversations[0].turns == turns

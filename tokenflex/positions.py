@@ -1,0 +1,122 @@
+"""Where a vision token's cell lies in its image, in features that belong to no grid.
+
+A language model that knows a token's place by its index alone learns the grids it was trained with
+and misreads all others. The place of a cell in its image means the same on every grid.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+
+from tokenflex_kernels._library import define
+from tokenflex_kernels._projector_ops import grids_of
+from tokenflex_kernels.pool_plan import RUN_FIELDS, PoolPlan
+
+IMAGE_POSITIONS = ("sequential", "shared")
+OCTAVES = 4
+NUM_FEATURES = 2 * 2 * OCTAVES
+
+
+def cell_positions(plan: PoolPlan, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The features of every cell that comes out of ``plan``: [sum of h*w, NUM_FEATURES].
+
+    For each axis, of an image that reaches from 0 to 1: the means over the cell of sin and cos of
+    ``2^k pi y``, k = 0 .. 3. So they are pooled as the patches are: the features of a cell are the
+    mean of those of its parts, and say where it lies as well as how large it is. Means of Fourier
+    features over a region: Mip-NeRF (Barron et al., 2021).
+    """
+    positions: torch.Tensor = _cell_positions(grids_of(plan), plan.num_cells, dtype, device)
+    return positions
+
+
+def check_position(position: object, *, name: str = "position") -> str | None:
+    """``position`` itself, once it is known to be None or "normalized"."""
+    if position is not None and position != "normalized":
+        raise ValueError(f"{name} must be None or 'normalized', got {position!r}")
+    return None if position is None else str(position)
+
+
+def check_image_positions(image_positions: object, projector_position: str | None) -> str:
+    """``image_positions`` itself, once it is known to go with ``projector_position``."""
+    if image_positions not in IMAGE_POSITIONS:
+        raise ValueError(
+            f"image_positions must be one of {', '.join(IMAGE_POSITIONS)}, got {image_positions!r}"
+        )
+    if image_positions == "shared" and projector_position is None:
+        raise ValueError(
+            "image_positions='shared' needs projector_position='normalized', got None: nothing "
+            "else tells an image's tokens apart"
+        )
+    return str(image_positions)
+
+
+def _positions_of_grids(
+    grids: torch.Tensor, cells: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    images = [
+        _grid_positions(height, width, dtype, device).expand(number, -1, -1).flatten(0, 1)
+        for number, _, _, height, width in grids.view(-1, RUN_FIELDS).tolist()
+    ]
+    return torch.cat(images) if images else _shape(grids, 0, dtype, device)
+
+
+# Kept for good, a few kilobytes a grid: a CUDA graph knows no more of them than their address.
+@cache
+def _grid_positions(
+    height: int, width: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """[h*w, NUM_FEATURES], row-major."""
+    with torch.inference_mode(False):  # backward may need it
+        rows = _axis_positions(height)[:, None].expand(-1, width, -1)
+        columns = _axis_positions(width)[None].expand(height, -1, -1)
+        return torch.cat([rows, columns], -1).flatten(0, 1).to(device, dtype)
+
+
+def _axis_positions(cells: int) -> torch.Tensor:
+    """float64 [cells, 2 * OCTAVES]."""
+    octaves = 2.0 ** torch.arange(OCTAVES, dtype=torch.float64)
+    centres = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
+    angles = centres[:, None] * math.pi * octaves
+    # The mean of a wave over a cell is its value in the middle times this.
+    damping = torch.sinc(octaves / (2 * cells))
+    return torch.cat([angles.sin() * damping, angles.cos() * damping], -1)
+
+
+def _shape(
+    grids: torch.Tensor, cells: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    return torch.empty(cells, NUM_FEATURES, dtype=dtype, device=device)
+
+
+_cell_positions = define(
+    "cell_positions(Tensor grids, SymInt cells, ScalarType dtype, Device device)",
+    _shape,
+    _positions_of_grids,
+    keys=["CompositeExplicitAutograd"],
+)
+
+
+def shared_image_positions(
+    position_ids: torch.Tensor, rows: torch.Tensor, images: torch.Tensor
+) -> torch.Tensor:
+    """Positions in which all tokens of an image stand where its last one stood.
+
+    The text after an image is then as far from its tokens whatever their number, and text keeps the
+    positions it had, those of tokens generated later included.
+
+    Args:
+        position_ids: int64 [total], 0, 1, 2, .. within each sequence.
+        rows: int [vision]; the rows of the vision tokens, ascending.
+        images: int [vision]; which image each of them is of.
+    """
+    if not len(rows):
+        return position_ids
+    # An image ends where the next one begins, or where text or another sequence does.
+    ends = rows.new_ones(len(rows), dtype=torch.bool)
+    ends[:-1] = (rows[1:] != rows[:-1] + 1) | (images[1:] != images[:-1])
+    places = torch.arange(len(rows), device=rows.device)
+    last = torch.where(ends, places, len(rows)).flip(0).cummin(0).values.flip(0)
+    return position_ids.index_copy(0, rows.long(), position_ids[rows[last].long()])

@@ -1,0 +1,152 @@
+"""Accuracy against vision tokens for every way of choosing the count, from one grading.
+
+Nothing here runs the model: each selector picks, for each question, one of the counts that it was
+graded at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tokenflex.selection.grading import Grades
+from tokenflex.selection.router import Router, best, utilities
+
+PENALTIES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
+
+Choice = NDArray[np.int64]  # [questions], the place of each question's count
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """What one selector gives at one setting. Every kind of question weighs the same.
+
+    Attributes:
+        selector: "always", "router", "cascade", "random" or "oracle".
+        setting: the count, penalty, threshold or mixture.
+        accuracy: share of right answers.
+        tokens: vision tokens a question, of the answer that counts.
+        prefill_tokens: with those of the answers that were given up.
+    """
+
+    selector: str
+    setting: str
+    accuracy: float
+    tokens: float
+    prefill_tokens: float
+
+
+def selection_curve(
+    grades: Grades,
+    router: Router | None = None,
+    *,
+    penalties: Sequence[float] = PENALTIES,
+    thresholds: Sequence[float] = THRESHOLDS,
+) -> list[CurvePoint]:
+    """Every selector at every setting.
+
+    ``always`` one count; ``router`` at each penalty and, named "own", at its own; ``cascade`` at
+    each threshold; ``random``, a coin between two counts, as expected; ``oracle``, the smallest
+    count that is right, or the smallest of all where none is.
+
+    Args:
+        grades: of questions that neither the model nor the router was trained on.
+        router: left out if None.
+        penalties: of the router.
+        thresholds: of the cascade.
+
+    Raises:
+        ValueError: the router chooses from other counts than the grades hold.
+    """
+    always = [
+        _point(grades, "always", str(count), np.full(len(grades), i))
+        for i, count in enumerate(grades.counts)
+    ]
+    points = [*always]
+    if router is not None:
+        for name, penalty in [("own", router.penalty), *((f"{p:g}", p) for p in penalties)]:
+            points.append(_point(grades, "router", name, routed(router, grades, penalty)))
+    for threshold in thresholds:
+        chosen = escalated(grades, threshold)
+        points.append(_point(grades, "cascade", f"{threshold:g}", chosen, retries=True))
+    for one, other in combinations(always, 2):
+        tokens = (one.tokens + other.tokens) / 2
+        accuracy = (one.accuracy + other.accuracy) / 2
+        setting = f"{one.setting} or {other.setting}"
+        points.append(CurvePoint("random", setting, accuracy, tokens, tokens))
+    points.append(_point(grades, "oracle", "", best(grades.right.double().numpy())))
+    return points
+
+
+def routed(router: Router, grades: Grades, penalty: float) -> Choice:
+    """The router's choice. A question about several images gets one count for all of them, by the
+    mean of their chances, for it was graded so; ``generate`` chooses for each image.
+
+    Raises:
+        ValueError: the router chooses from other counts than the grades hold.
+    """
+    if router.counts != grades.counts:
+        raise ValueError(
+            f"grades must be at the router's counts, {router.counts}, got {grades.counts}"
+        )
+    owners = grades.pair_questions.numpy()
+    sums = np.zeros((len(grades), len(grades.counts)))
+    np.add.at(
+        sums,
+        owners,
+        router.probabilities(
+            grades.images[grades.pair_images], grades.questions[grades.pair_questions]
+        ),
+    )
+    images = np.bincount(owners, minlength=len(grades)).clip(1)
+    return best(utilities(sums / images[:, None], grades.counts, penalty))
+
+
+def escalated(grades: Grades, threshold: float) -> Choice:
+    """The cascade's choice: the first count whose confidence is not below ``threshold``, or the
+    largest, as :func:`tokenflex.selection.cascade.generate_with_escalation` answers."""
+    sure = grades.confidence.double().numpy() >= threshold
+    sure[:, -1] = True
+    return sure.argmax(1)
+
+
+def score(grades: Grades, choice: Choice) -> tuple[float, float]:
+    """(accuracy, vision tokens a question) at chosen counts; every kind weighs the same."""
+    weights, picked = grades.weights(), torch.from_numpy(choice)
+    right = grades.right.gather(1, picked[:, None]).squeeze(1)
+    tokens = torch.tensor(grades.counts)[picked] * grades.tiles
+    return float((weights * right).sum()), float((weights * tokens).sum())
+
+
+def format_curve(points: Sequence[CurvePoint]) -> str:
+    """The points as a table of text."""
+    rows = [f"{'selector':<10}{'setting':<10}{'accuracy':>9}{'tokens':>8}{'prefill':>9}"]
+    rows += [
+        f"{point.selector:<10}{point.setting:<10}{point.accuracy:>9.3f}{point.tokens:>8.2f}"
+        f"{point.prefill_tokens:>9.2f}"
+        for point in points
+    ]
+    return "\n".join(rows)
+
+
+def as_rows(points: Sequence[CurvePoint]) -> list[dict[str, Any]]:
+    """The points as JSON takes them."""
+    return [asdict(point) for point in points]
+
+
+def _point(
+    grades: Grades, selector: str, setting: str, choice: Choice, *, retries: bool = False
+) -> CurvePoint:
+    accuracy, tokens = score(grades, choice)
+    prefill = tokens
+    if retries:
+        tried = torch.tensor(grades.counts).cumsum(0)[torch.from_numpy(choice)] * grades.tiles
+        prefill = float((grades.weights() * tried).sum())
+    return CurvePoint(selector, setting, accuracy, tokens, prefill)
