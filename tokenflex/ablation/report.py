@@ -17,9 +17,10 @@ def format_report(report: Mapping[str, Any]) -> str:
     """The whole page, from what :func:`tokenflex.ablation.results.collect` returns."""
     have = report["regimes"]
     main = [name for name in MAIN if name in have]
-    sections = [
-        _head(report),
-        _claims(report, main),
+    sections = [_head(report)]
+    if "stochastic" in main and len(main) > 1:
+        sections.append(_claims(report, main))
+    sections += [
         _accuracy_section(
             report,
             "Trained with, asked at",
@@ -79,8 +80,6 @@ def _head(report: Mapping[str, Any]) -> str:
 
 def _claims(report: Mapping[str, Any], main: Sequence[str]) -> str:
     """Both halves of the paper's claim, as they turned out here."""
-    if "stochastic" not in main:
-        return ""
     counts = report["counts"]
     lines = ["## The paper's claim, here", ""]
     lines.append("Stochastic minus the fixed model, paired by seed, in points:")
