@@ -81,17 +81,17 @@ def test_killed_and_started_again_it_gives_the_same_report(whole, tmp_path):
     with subprocess.Popen([sys.executable, "-c", ABLATE, tmp_path]) as ablation:
         runs = [tmp_path / "seed0" / name for name in ("fixed-large", "all-counts")]
         give_up = time.monotonic() + PATIENCE
-        while not any((run / "metrics.jsonl").exists() for run in runs):
+        while not any((one / "metrics.jsonl").exists() for one in runs):
             assert time.monotonic() < give_up
             assert ablation.poll() is None
             time.sleep(0.02)
         ablation.send_signal(signal.SIGKILL)
-    done = [run for run in runs if (run / "report.json").exists()]
+    done = [one for one in runs if (one / "report.json").exists()]
     assert len(done) < 2
     ablate(TINY, tmp_path, at_once=2, show_bar=False)
     assert untimed(tmp_path) == untimed(whole)
-    for run in runs:
-        assert lines(run) == lines(whole / "seed0" / run.name)
+    for one in runs:
+        assert lines(one) == lines(whole / "seed0" / one.name)
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
