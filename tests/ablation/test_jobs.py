@@ -113,6 +113,8 @@ def test_a_folder_of_another_ablation_is_refused(tmp_path):
     for job in jobs_of(TINY, seeds=(0,)):
         job.write_config(tmp_path)
         job.write_config(tmp_path)  # the same again is a continuation
+    for job in jobs_of(TINY, seeds=(0,), workers=3):  # on another machine too
+        job.write_config(tmp_path)
     other = jobs_of(replace(TINY, steps=41), seeds=(0,))[1]
     with pytest.raises(ValueError, match=r"holds another ablation: .*config\.yaml differs"):
         other.write_config(tmp_path)

@@ -27,6 +27,8 @@ class Check:
 def quick_checks(report: Mapping[str, Any]) -> list[Check]:
     """The first half of the paper's claim, and that both models learned to read.
 
+    The bounds are below the worst of three seeds, by 0.14 (see docs/ablation.md).
+
     Args:
         report: of :func:`tokenflex.ablation.results.collect`, with the regimes "fixed-large" and
             "stochastic".
@@ -46,6 +48,6 @@ def quick_checks(report: Mapping[str, Any]) -> list[Check]:
             at(stochastic, small) - at(fixed, small),
             0.25,
         ),
-        Check(f"stochastic, `read` at {large}", reading(stochastic, large), 0.5),
-        Check(f"fixed {large}, `read` at {large}", reading(fixed, large), 0.6),
+        Check(f"stochastic, `read` at {large}", reading(stochastic, large), 0.7),
+        Check(f"fixed {large}, `read` at {large}", reading(fixed, large), 0.75),
     ]

@@ -66,14 +66,21 @@ class Job:
         path = output / self.name / CONFIG
         text = yaml.safe_dump(self.config, sort_keys=False)
         if path.exists():
-            if path.read_text(encoding="utf-8") != text:
+            there = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if _compared(there) != _compared(self.config):
                 raise ValueError(
                     f"output {output} holds another ablation: {path} differs from what this one "
                     "runs; give another --output, or delete that one"
                 )
-            return
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _compared(config: Any) -> Any:
+    """A configuration without what only says how the machine is used."""
+    if not isinstance(config, dict):
+        return config
+    return {key: value for key, value in config.items() if key not in ("workers", "threads")}
 
 
 def plan_jobs(
@@ -110,6 +117,8 @@ def _start(
 ) -> Job:
     name = f"seed{seed}/{short_name}"
     stage = scale.stage("alignment", scale.start_steps, counts=[scale.counts[-1]], weights=[1.0])
+    # Fewer starts than cores may run: another process draws their canvases.
+    workers = max(workers, 1)
     config = _config(scale, name, seed, {**scale.model(), **regime.model}, stage, on_gpu, workers)
     config["encoder_warm_up"] = {
         "steps": scale.warm_up_steps,
@@ -141,5 +150,6 @@ def _config(
         "evaluation": {
             "data": {**canvases, "split": "test", "size": scale.evaluated},
             "counts": scale.asked,
+            "batch_size": 256,
         },
     }
