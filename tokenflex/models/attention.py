@@ -34,7 +34,7 @@ def packed_attention_forward(
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
-    sequence_lengths: tuple[int, ...] | None = None,
+    sequence_lengths: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention function: causal within each sequence of a packed row.
@@ -47,7 +47,8 @@ def packed_attention_forward(
         cu_seq_lens_q: int32 [sequences + 1] on the device, the rows where sequences start; given
             exactly when the call is packed.
         max_length_q: the longest sequence, a host int.
-        sequence_lengths: the rows of each sequence, host ints.
+        sequence_lengths: int64 [sequences] on the host, the rows of each sequence. A tensor: for a
+            tuple a compiler would make a graph a length.
 
     Returns:
         ([1, T, heads, head width], None).
@@ -77,18 +78,30 @@ def packed_attention_forward(
             f"packed attention supports no sliding window, got sliding_window={window} for "
             f"sequences of up to {max_length_q} rows"
         )
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _has_varlen_attention():
-        output = _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling)
-    else:
-        output = _by_length(query, key, value, sequence_lengths, scaling)
+    output = _attend(query, key, value, cu_seq_lens_q, max_length_q, sequence_lengths, scaling)
     return output, None
+
+
+@torch.compiler.disable  # it reads the lengths
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    max_length: int,
+    lengths: torch.Tensor,
+    scaling: float | None,
+) -> torch.Tensor:
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _has_varlen_attention():
+        return _flash(query, key, value, cu_seq_lens, max_length, scaling)
+    return _by_length(query, key, value, lengths.tolist(), scaling)
 
 
 def _by_length(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lengths: tuple[int, ...],
+    lengths: list[int],
     scaling: float | None,
 ) -> torch.Tensor:
     """One causal attention call per distinct length, over all sequences of that length."""

@@ -273,7 +273,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         attention_mask = None
         implementation = self.language_model.config._attn_implementation
         if implementation == PACKED_ATTENTION:
-            boundaries["sequence_lengths"] = plan.lengths
+            boundaries["sequence_lengths"] = torch.tensor(plan.lengths, dtype=torch.int64)
             # transformers leaves a mask of four dimensions alone; ours reads the boundaries.
             attention_mask = packed.new_empty(1, 1, 0, 0)
         elif not implementation.startswith("flash"):

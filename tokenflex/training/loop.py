@@ -22,7 +22,7 @@ from tokenflex.data.steps import BrokenSample, PackedStep, StepPacker
 from tokenflex.digits.encoder import warm_up_encoder
 from tokenflex.evaluation import evaluate
 from tokenflex.interruption import Interruption
-from tokenflex.models.loading import check_length
+from tokenflex.models.loading import check_length, load_checkpoint
 from tokenflex.training.build import (
     build_dataset,
     build_model,
@@ -32,8 +32,9 @@ from tokenflex.training.build import (
 )
 from tokenflex.training.checkpoint import remove_leftovers, save_model, write_json
 from tokenflex.training.config import StageConfig, TrainConfig
-from tokenflex.training.engine import StepOutcome, build_accelerator, optimize
+from tokenflex.training.engine import StepOutcome, build_accelerator, optimize, prepare
 from tokenflex.training.flops import training_flops
+from tokenflex.training.layers import adapted_layers
 from tokenflex.training.records import (
     MetricsFile,
     StageRecord,
@@ -41,7 +42,17 @@ from tokenflex.training.records import (
     tokens_per_image,
     training_report,
 )
-from tokenflex.training.states import RunStates
+from tokenflex.training.sharding import is_sharded, shard
+from tokenflex.training.states import (
+    RunStates,
+    from_main,
+    model_weights,
+    optimizer_state,
+    random_state,
+    restore_optimizer,
+    restore_random_state,
+    without_weights,
+)
 
 # The configuration's name -> transformers'; both warm up.
 SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
@@ -94,7 +105,7 @@ class Trainer:
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output must be a folder, but {self.output} is a file")
         self.is_main = self.accelerator.is_main_process
-        self.resumed = None if fresh else self.states.read(warn=self.is_main)
+        self.resumed = None if fresh else self._read_state()
         # Data first: its errors should not wait for a model, nor those of evaluation for training.
         used = dict.fromkeys(config.data_of(stage) for stage in config.stages)
         self.datasets = {data: build_dataset(data) for data in used}
@@ -108,7 +119,9 @@ class Trainer:
             if weight
         }
         model = build_model(config.model, self.processor, trained)
-        self.model = model.to(self.accelerator.device)
+        self.shards = config.sharding == "full" and ranks > 1
+        # One that is to be sharded goes to the device in shards.
+        self.model = model if self.shards else model.to(self.accelerator.device)
         counts = [count for stage in config.stages for count in stage.counts]
         if evaluation is not None:
             counts += evaluation.counts
@@ -146,14 +159,16 @@ class Trainer:
         first_stage = 0
         if self.resumed is not None:
             first_stage = self.resumed["stage"]
-            self.model.load_state_dict(self.resumed["model"])
+            if self.is_main:  # the others are sent it with the first step
+                self.model.load_state_dict(self.resumed["model"])
             self.records = self.resumed["records"]
             self.broken = self.resumed["broken"]
-            torch.set_rng_state(self.resumed["rng"])
             self.metrics.cut(self.resumed["stage"], self.resumed["step"])
         else:
             self.metrics.path.unlink(missing_ok=True)
             self._warm_up_encoder()
+        if self.shards:
+            shard(self.model, self.accelerator.device, self.config.precision)
         for stage_index in range(first_stage, len(self.config.stages)):
             self._run_stage(stage_index)
         return self._finish()
@@ -198,14 +213,19 @@ class Trainer:
         first_step = 0
         if self.resumed is not None:
             first_step = self.resumed["step"]
-            optimizer.load_state_dict(self.resumed["optimizer"])
+            restore_optimizer(self.model, optimizer, self.resumed["optimizer"])
             scheduler.load_state_dict(self.resumed["scheduler"])
+            if self.accelerator.scaler is not None and self.resumed["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(self.resumed["scaler"])
+            accelerator = self.accelerator
+            restore_random_state(self.resumed["rng"], accelerator.process_index, accelerator.device)
             self.resumed = None
         else:
             self.records.append(StageRecord.begin(stage.name, stage.steps).counts)
         record = StageRecord(self.records[-1])
-        model, optimizer = self.accelerator.prepare(self.model, optimizer)
-        with self._progress(stage.name, stage.steps, first_step) as bar:
+        model, optimizer = prepare(self.accelerator, self.model, optimizer)
+        adapted = adapted_layers(self.model, self.config, stage.learning)
+        with adapted, self._progress(stage.name, stage.steps, first_step) as bar:
             for step, packed in enumerate(self._steps(stage_index, first_step), first_step + 1):
                 outcome = self._step(model, optimizer, packed, stage)
                 scheduler.step()
@@ -213,14 +233,15 @@ class Trainer:
                 loss, norm = outcome.loss.item(), outcome.norm.item()
                 self._check_finite(loss, norm, stage, step, packed)
                 logs = step % self.config.log_every == 0 or step == stage.steps
-                stops = self.interruption.requested or step == stage.steps
+                stops = outcome.interrupted or step == stage.steps
                 saves = step % self.config.save_every == 0 or stops
                 if logs:
                     self._log(stage_index, step, loss, packed, scheduler, bar)
                 if saves:
                     self._save_state(stage_index, step, optimizer, scheduler)
                 bar.update()
-                self.interruption.check()
+                if outcome.interrupted:
+                    raise KeyboardInterrupt
         self.accelerator.free_memory()
 
     def _learning_modules(self, stage: StageConfig) -> list[dict[str, Any]]:
@@ -272,7 +293,14 @@ class Trainer:
     def _step(
         self, model: Any, optimizer: Any, packed: PackedStep, stage: StageConfig
     ) -> StepOutcome:
-        outcome = optimize(self.accelerator, model, optimizer, packed, stage)
+        outcome = optimize(
+            self.accelerator,
+            model,
+            optimizer,
+            packed,
+            stage,
+            interrupted=self.interruption.requested,
+        )
         if outcome.broken:
             self._note_broken(stage, packed.broken)
         return outcome
@@ -359,27 +387,44 @@ class Trainer:
 
     # ------------------------------------------------------------------ state
 
+    def _read_state(self) -> dict[str, Any] | None:
+        """The newest state; its weights are the main process's alone."""
+        state = None
+
+        def read() -> dict[str, Any] | None:
+            nonlocal state
+            state = self.states.read()
+            return without_weights(state)
+
+        shared = from_main(read, self.is_main)
+        return state if self.is_main else shared
+
     def _save_state(self, stage: int, step: int, optimizer: Any, scheduler: Any) -> None:
-        if self.is_main:
-            self.states.save(
-                {
-                    "stage": stage,
-                    "step": step,
-                    "model": self.model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scheduler": scheduler.state_dict(),
-                    "rng": torch.get_rng_state(),
-                    "records": self.records,
-                    "broken": self.broken,
-                }
-            )
+        """On every process: each has a part of the state, and all stop if it cannot be written."""
+        scaler = self.accelerator.scaler
+        state = {
+            "stage": stage,
+            "step": step,
+            "model": model_weights(self.model, keep=self.is_main),
+            "optimizer": optimizer_state(self.model, optimizer, keep=self.is_main),
+            "scheduler": scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "rng": gather_object([random_state(self.accelerator.device)]),
+            "records": self.records,
+            "broken": self.broken,
+        }
+        from_main(lambda: self.states.save(state), self.is_main)
 
     def _finish(self) -> dict[str, Any]:
         report = training_report(self.records)
+        weights = model_weights(self.model, keep=self.is_main)
         if not self.is_main:
             return report
-        save_model(self.output / "checkpoint", self.model, self.processor)
+        folder = self.output / "checkpoint"
+        save_model(folder, self.model, self.processor, weights)
         if self.config.evaluation is not None:
+            if is_sharded(self.model):  # one process cannot run its shards
+                self.model = load_checkpoint(folder)[0].to(self.accelerator.device)
             report = {**self._evaluate(), **report}
             write_json(self.output / "report.json", report)
         self.states.remove()
