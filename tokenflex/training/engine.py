@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from tokenflex.data.packing import PackedBatch
 from tokenflex.data.steps import PackedStep
+from tokenflex.models.vision import blank_tile
 from tokenflex.training.config import StageConfig, TrainConfig
-from tokenflex.training.sharding import is_sharded, with_a_tile
+from tokenflex.training.sharding import is_sharded
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,19 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     replicas = DistributedDataParallelKwargs(
         find_unused_parameters=True, gradient_as_bucket_view=True
     )
-    return Accelerator(mixed_precision=config.precision, kwargs_handlers=[replicas])
+    accelerator = Accelerator(
+        # Left alone, accelerate takes each process that torchrun starts on a CPU for the only one.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=config.precision,
+        kwargs_handlers=[replicas],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise ValueError(
+            f"WORLD_SIZE must be the number of processes that accelerate finds, "
+            f"{accelerator.num_processes}, got {launched}"
+        )
+    return accelerator
 
 
 def prepare(accelerator: Accelerator, model: Any, optimizer: Any) -> tuple[Any, Any]:
@@ -80,14 +93,13 @@ def optimize(
     here = torch.tensor([weight_here, len(packed.broken), interrupted]).to(device)
     everywhere = accelerator.reduce(here, "sum").tolist()
     weight_everywhere, broken_everywhere, interrupted_everywhere = everywhere
+    count = min(n for n, odds in zip(stage.counts, stage.weights, strict=True) if odds)
     loss = torch.zeros((), device=device)
     for place, (batch, weight) in enumerate(zip(packed.bins, weights, strict=True), start=1):
         last = place == len(packed.bins)
         # Shards exchange gradients after every bin: whole ones would need the memory of no shards.
         with nullcontext() if last or is_sharded(model) else accelerator.no_sync(model):
-            batch = batch.to(device)
-            if is_sharded(model):
-                batch = with_a_tile(batch, model)
+            batch = with_a_tile(batch.to(device), accelerator.unwrap_model(model), count)
             with accelerator.autocast():
                 inputs = batch.model_inputs()
                 summed = model(**inputs, targets=batch.targets, target_weights=weight).loss
@@ -104,6 +116,19 @@ def optimize(
         broken=int(broken_everywhere),
         interrupted=bool(interrupted_everywhere),
     )
+
+
+def with_a_tile(batch: PackedBatch, model: Any, count: int) -> PackedBatch:
+    """``batch``, with a blank tile of ``count`` vision tokens, which no row shows, if it has none.
+
+    Then a bin of text alone has a gradient too, zero, where text does not learn; and processes that
+    gather shards together run the same modules.
+    """
+    if len(batch.pixel_values):
+        return batch
+    pixels, grids = blank_tile(model.model.vision_model, model.config.vision_config)
+    pixels = pixels.to(batch.plan.input_ids.device)
+    return replace(batch, pixel_values=pixels, grids=grids, num_image_tokens=[count])
 
 
 def target_weights(batch: PackedBatch, loss: str) -> torch.Tensor:

@@ -7,7 +7,6 @@ an optimiser each. Process groups, devices and precision are accelerate's as wit
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +15,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tokenflex.data.packing import PackedBatch
-from tokenflex.models.vision import blank_tile
 from tokenflex.training.layers import layers_of
 
 
@@ -48,19 +45,6 @@ def shard(model: Any, device: torch.device, precision: str) -> None:
 def is_sharded(model: Any) -> bool:
     """Whether :func:`shard` was here."""
     return isinstance(model, FSDPModule)
-
-
-def with_a_tile(batch: PackedBatch, model: Any) -> PackedBatch:
-    """``batch``, with a blank tile that no row shows where it has none.
-
-    Sharded weights are gathered by all processes together, so all must run the same modules, and
-    each must have a gradient for whatever learns, be it zero.
-    """
-    if len(batch.pixel_values):
-        return batch
-    pixels, grids = blank_tile(model.model.vision_model, model.config.vision_config)
-    pixels = pixels.to(batch.plan.input_ids.device)
-    return replace(batch, pixel_values=pixels, grids=grids, num_image_tokens=[1])
 
 
 def whole(tensor: torch.Tensor, *, keep: bool = True) -> torch.Tensor | None:
