@@ -8,7 +8,6 @@ import os
 import re
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,15 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 
-from tests.training.runs import ROOT, metrics, stage, temporary_files, tiny_values, write_config
+from tests.training.runs import (
+    ROOT,
+    metrics,
+    own_data,
+    stage,
+    temporary_files,
+    tiny_values,
+    write_config,
+)
 from tokenflex import TokenCounts
 from tokenflex.cli import main
 from tokenflex.data.mixture import MixtureOrder
@@ -254,49 +261,6 @@ def test_clipping_measures_the_gradients_of_this_step_only(tmp_path, monkeypatch
     assert holders == {n for n in trainer.model.state_dict() if n.startswith("model.projector.")}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("several_bins", [False, True])
-def test_two_ranks_train_as_one(tmp_path, several_bins):
-    """With an odd batch the ranks hold different numbers of answer tokens: all weigh the same.
-
-    With several bins to a rank, some of text alone, gradients are exchanged after the last only.
-    """
-    stages = [stage(steps=6, batch_size=3, warmup_steps=0)]
-    changes = {"stages": stages, "evaluation": None, "encoder_warm_up": None}
-    if several_bins:
-        changes["data"] = own_data(tmp_path, 12, broken=(4,), text_only=(1, 5, 8, 9, 10))
-        stages[0] |= {"batch_size": 7, "max_tokens": 20}
-    alone, shared = (configured(tmp_path, name, **changes) for name in ("alone", "shared"))
-    world = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "ACCELERATE_USE_CPU": "true",
-    }
-    ranks = [start(shared, {**world, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
-    train(alone)
-    for process in ranks:
-        process.wait(PATIENCE)
-        assert process.returncode == 0, process.stderr.read()
-
-    for a, b in zip(metrics(tmp_path / "shared"), metrics(tmp_path / "alone"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-        assert (a["stage"], a["step"], a["tokens"]) == (b["stage"], b["step"], b["tokens"])
-        assert a["broken_samples"] == b["broken_samples"]
-        assert a["bins"] >= 2
-    assert max(line["bins"] for line in metrics(tmp_path / "shared")) >= (4 if several_bins else 2)
-    one, two = weights(tmp_path / "alone"), weights(tmp_path / "shared")
-    for name, tensor in one.items():
-        assert torch.allclose(two[name], tensor, atol=1e-4), name
-
-
 # ---- stopping and continuing
 
 
@@ -477,28 +441,6 @@ def test_the_samples_of_a_step_whose_loss_is_nan_are_saved(tmp_path, monkeypatch
     assert sorted(saved["sample_ids"]) == sorted(f"digits-train-{index}" for _, index in keys)
     assert (saved["stage"], saved["step"], saved["loss"]) == ("all", 7, "nan")
     assert not (tmp_path / "run" / "state.pt").exists()
-
-
-def own_data(
-    tmp_path: Path, samples: int, broken: tuple[int, ...], text_only: tuple[int, ...] = ()
-) -> dict:
-    """A messages file of which the pictures ``broken`` are cut off."""
-    turns = [{"role": "user", "content": "odd"}, {"role": "assistant", "content": "3"}]
-    lines = []
-    for index in range(samples):
-        path = tmp_path / f"{index}.png"
-        DigitsDataset("train", size=samples)[index].images[0].save(path)
-        if index in broken:
-            truncate_half(path)
-        images = [] if index in text_only else [path.name]
-        lines.append(json.dumps({"id": f"s{index}", "images": images, "messages": turns}))
-    (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    return {"name": "messages", "path": str(tmp_path / "data.jsonl")}
-
-
-def truncate_half(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
 
 
 def on_own_data(tmp_path: Path, broken: tuple[int, ...], **changes) -> Path:

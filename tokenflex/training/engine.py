@@ -16,7 +16,7 @@ from tokenflex.data.packing import PackedBatch
 from tokenflex.data.steps import PackedStep
 from tokenflex.models.vision import blank_tile
 from tokenflex.training.config import StageConfig, TrainConfig
-from tokenflex.training.sharding import is_sharded
+from tokenflex.training.sharding import is_sharded, note_what_learns
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 def prepare(accelerator: Accelerator, model: Any, optimizer: Any) -> tuple[Any, Any]:
     """Model and optimiser of a stage as :func:`optimize` takes them."""
     if is_sharded(model):
+        note_what_learns(model)
         return model, optimizer
     prepared: tuple[Any, Any] = accelerator.prepare(model, optimizer)
     return prepared

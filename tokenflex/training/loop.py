@@ -159,13 +159,14 @@ class Trainer:
         first_stage = 0
         if self.resumed is not None:
             first_stage = self.resumed["stage"]
-            if self.is_main:  # the others are sent it with the first step
-                self.model.load_state_dict(self.resumed["model"])
             self.records = self.resumed["records"]
             self.broken = self.resumed["broken"]
-            self.metrics.cut(self.resumed["stage"], self.resumed["step"])
+            if self.is_main:  # the others are sent the weights before the first step
+                self.model.load_state_dict(self.resumed["model"])
+                self.metrics.cut(self.resumed["stage"], self.resumed["step"])
         else:
-            self.metrics.path.unlink(missing_ok=True)
+            if self.is_main:
+                self.metrics.path.unlink(missing_ok=True)
             self._warm_up_encoder()
         if self.shards:
             shard(self.model, self.accelerator.device, self.config.precision)

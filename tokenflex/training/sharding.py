@@ -42,6 +42,18 @@ def shard(model: Any, device: torch.device, precision: str) -> None:
     fully_shard(model, mesh=mesh, mp_policy=outer)
 
 
+def note_what_learns(model: Any) -> None:
+    """Let the shards know that other weights learn than before; on every process.
+
+    FSDP2 notes the type in which it adds up gradients when it first gathers a unit, and none where
+    nothing learned then: gathered by name it looks again.
+    """
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.unshard()
+            unit.reshard()
+
+
 def is_sharded(model: Any) -> bool:
     """Whether :func:`shard` was here."""
     return isinstance(model, FSDPModule)
