@@ -101,7 +101,10 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     from tokenflex.training.loop import Trainer
 
-    report = Trainer(config, fresh=options.fresh).run()
+    trainer = Trainer(config, fresh=options.fresh)
+    report = trainer.run()
+    if not trainer.is_main:
+        return 0
     from tokenflex.training.curves import plot_curves
 
     plot_curves(config.output)

@@ -258,6 +258,10 @@ class TrainConfig(_Strict):
     """A whole run. ``output`` is relative to the working directory.
 
     ``sample`` is for ``--dry-run`` alone.
+    Of several processes each holds the whole model (``sharding: none``, DDP) or a share of it
+    (``full``, FSDP2). ``gradient_checkpointing`` keeps of a layer its input alone and computes the
+    rest again in backward; ``compile`` has torch.compile compile each layer. None of the three
+    changes what is learned, and all may change between two halves of a run.
     A state to resume from is saved every ``save_every`` steps; the last ``keep_states`` are kept.
     Samples that cannot be read are named in ``broken_samples.json`` and skipped, at most
     ``max_broken_samples`` of them.
@@ -275,6 +279,9 @@ class TrainConfig(_Strict):
     sample: SampleConfig | None = None
     seed: int = Field(default=0, ge=0, lt=2**32)
     precision: Literal["no", "bf16", "fp16"] = "no"
+    sharding: Literal["none", "full"] = "none"
+    gradient_checkpointing: bool = False
+    compile: bool = False
     workers: int = Field(default=1, ge=0)
     threads: int | None = Field(default=None, ge=1)
     log_every: int = Field(default=10, ge=1)
@@ -301,6 +308,12 @@ class TrainConfig(_Strict):
     def _trackers_are_known(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
         check_names(trackers)
         return trackers
+
+    @model_validator(mode="after")
+    def _shards_take_no_loss_scaler(self) -> TrainConfig:
+        if self.sharding == "full" and self.precision == "fp16":
+            raise ValueError("precision must be 'bf16' or 'no' with sharding: full, got 'fp16'")
+        return self
 
 
 def load_config(path: str | Path) -> TrainConfig:
