@@ -97,7 +97,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.dry_run:
         from tokenflex.training.plan import format_plan, plan_run
 
-        print(format_plan(plan_run(config)))
+        print(format_plan(plan_run(config, options.processes)))
         return 0
     from tokenflex.training.loop import Trainer
 
@@ -491,6 +491,9 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run",
         action="store_true",
         help="print what each stage trains and costs, from configurations alone, and stop",
+    )
+    train.add_argument(
+        "--processes", type=_positive, default=1, help="of the dry run's memory, 1 by default"
     )
 
     evaluate = command(

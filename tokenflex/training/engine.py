@@ -49,7 +49,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             "sharding: full in the configuration shards; launch without accelerate's FSDP "
             "(--use_fsdp, distributed_type: FSDP), got ACCELERATE_USE_FSDP=true"
         )
-    # Encoders have parts that no patch goes through, and a bin may hold no image at all.
+    # Encoders have parts that no patch goes through, as SigLIP's pooling head.
     replicas = DistributedDataParallelKwargs(
         find_unused_parameters=True, gradient_as_bucket_view=True
     )
