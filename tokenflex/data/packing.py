@@ -10,7 +10,8 @@ import torch
 
 from tokenflex.counts import Grid, TokenCounts
 from tokenflex.data.encoding import IGNORE, ConversationEncoder
-from tokenflex.data.samples import Conversation, Sample
+from tokenflex.data.samples import Conversation, Sample, SampleOutline
+from tokenflex.data.truncation import truncate
 from tokenflex_kernels import PackPlan, plan_packing
 
 
@@ -21,6 +22,19 @@ class DrawnSample:
     index: int
     epoch: int
     sample: Sample
+
+
+@dataclass(frozen=True)
+class FittedSample:
+    """What of a sample is trained on.
+
+    Attributes:
+        sequences: ids and labels of each conversation, and how many images it shows: the first.
+        tiles: of each image that a conversation shows.
+    """
+
+    sequences: list[tuple[torch.Tensor, torch.Tensor, int]]
+    tiles: list[int]
 
 
 @dataclass(frozen=True)
@@ -76,11 +90,16 @@ class PackingCollator:
     Args:
         processor: a :class:`tokenflex.TokenFlexProcessor`.
         counts: draws the count of each sample.
+        max_length: rows of a conversation at most, text and vision; longer ones are cut off. None
+            for no bound.
     """
 
-    def __init__(self, processor: Any, counts: TokenCounts) -> None:
+    def __init__(
+        self, processor: Any, counts: TokenCounts, *, max_length: int | None = None
+    ) -> None:
         self.processor = processor
         self.counts = counts
+        self.max_length = max_length
         self.encode = ConversationEncoder(processor.tokenizer, processor.image_prompt)
 
     def __call__(self, drawn: Sequence[DrawnSample]) -> PackedBatch:
@@ -89,29 +108,39 @@ class PackingCollator:
         Raises:
             ValueError: a sample cannot be encoded; the message names it.
         """
-        data, tiles = self._encoder_inputs([image for one in drawn for image in one.sample.images])
+        counts = [self.counts.draw(item.index, item.epoch) for item in drawn]
+        fitted = [
+            self.fit(_outline_of(item.sample), count)
+            for item, count in zip(drawn, counts, strict=True)
+        ]
+        data, tiles = self._encoder_inputs(
+            [
+                image
+                for item, one in zip(drawn, fitted, strict=True)
+                for image in item.sample.images[: len(one.tiles)]
+            ]
+        )
         tiles_left = iter(tiles)
         tile_counts: list[int] = []
         sequences, labels, kinds = [], [], []
         placeholder_counts: list[int] = []
         vision_rows: list[torch.Tensor] = []
         vision_tokens = 0
-        for item in drawn:
-            sample = item.sample
-            count = self.counts.draw(item.index, item.epoch)
-            num_images = len(sample.images)
-            sample_tiles = [next(tiles_left) for _ in range(num_images)]
+        for item, count, one in zip(drawn, counts, fitted, strict=True):
+            sample_tiles = [next(tiles_left) for _ in one.tiles]
             tile_counts += [count] * sum(sample_tiles)
             # Every conversation shows the same projected rows: encoded once, repeated here.
-            shown = torch.arange(vision_tokens, vision_tokens + count * sum(sample_tiles))
-            vision_tokens += len(shown)
-            for conversation in sample.conversations:
-                ids, answer = self.encode_sample(sample.id, conversation, num_images)
+            rows = torch.arange(vision_tokens, vision_tokens + count * sum(sample_tiles))
+            vision_tokens += len(rows)
+            for conversation, (ids, answer, images) in zip(
+                item.sample.conversations, one.sequences, strict=True
+            ):
                 sequences.append(ids)
                 labels.append(answer)
                 kinds.append(conversation.kind)
-                placeholder_counts += [count * tiles for tiles in sample_tiles]
-                vision_rows.append(shown)
+                shown = [count * tiles for tiles in sample_tiles[:images]]
+                placeholder_counts += shown
+                vision_rows.append(rows[: sum(shown)])
         plan = plan_packing(
             sequences, placeholder_counts, self.processor.image_token_id, labels=labels
         )
@@ -131,6 +160,29 @@ class PackingCollator:
             sample_ids=[item.sample.id for item in drawn],
         )
 
+    def fit(self, outline: SampleOutline, count: int) -> FittedSample:
+        """What fits of a sample at ``count`` tokens a tile: a pure function of the two.
+
+        Raises:
+            ValueError: it cannot be encoded, or a conversation has nothing left to learn.
+        """
+        tiles = self.processor.image_tokens(list(outline.image_sizes), 1)
+        lengths = [count * one for one in tiles]
+        sequences = []
+        for conversation in outline.conversations:
+            ids, labels = self.encode_sample(outline.id, conversation, len(tiles))
+            images = len(tiles)
+            if self.max_length is not None:
+                try:
+                    ids, labels, images = truncate(
+                        ids, labels, lengths, self.processor.image_token_id, self.max_length
+                    )
+                except ValueError as error:
+                    raise ValueError(f"sample {outline.id}: {error}") from error
+            sequences.append((ids, labels, images))
+        shown = max((images for *_, images in sequences), default=0)
+        return FittedSample(sequences, tiles[:shown])
+
     def encode_sample(
         self, sample_id: str, conversation: Conversation, num_images: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,6 +196,11 @@ class PackingCollator:
         if images:
             return self.processor.process_images(images)
         return {"pixel_values": torch.zeros(0, 3, 1, 1)}, []
+
+
+def _outline_of(sample: Sample) -> SampleOutline:
+    sizes = tuple((image.height, image.width) for image in sample.images)
+    return SampleOutline(sample.id, sizes, sample.conversations)
 
 
 def _targets_per_sequence(plan: PackPlan) -> list[int]:

@@ -135,12 +135,12 @@ class StepPacker:
         epoch, index = key
         outline = outline_of(self.dataset, index)
         count = self.collator.counts.draw(index, epoch)
-        tiles = sum(self.collator.processor.image_tokens(list(outline.image_sizes), 1))
-        images = len(outline.image_sizes)
-        texts = [
-            self.collator.encode_sample(outline.id, c, images)[0] for c in outline.conversations
-        ]
-        tokens = sum(len(ids) - images + count * tiles for ids in texts)
+        fitted = self.collator.fit(outline, count)
+        tiles = sum(fitted.tiles)
+        tokens = sum(
+            len(ids) - images + count * sum(fitted.tiles[:images])
+            for ids, _, images in fitted.sequences
+        )
         for name, size, bound in (
             ("max_tokens", tokens, self.max_tokens),
             ("max_tiles", tiles, self.max_tiles),

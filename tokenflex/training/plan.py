@@ -14,12 +14,14 @@ from torch import nn
 from tokenflex.counts import TokenCounts
 from tokenflex.data.encoding import IGNORE
 from tokenflex.data.packing import PackingCollator
+from tokenflex.data.samples import DataExhaustedError, size_of
 from tokenflex.data.steps import outline_of
 from tokenflex.models.loading import check_length
 from tokenflex.training.build import (
     build_dataset,
     build_order,
     build_processor,
+    check_supply,
     empty_model,
     modules_of,
 )
@@ -85,10 +87,16 @@ def measure_samples(config: TrainConfig, data: DataConfig) -> SampleConfig:
     dataset, processor = build_dataset(data), build_processor(config.model)
     order = build_order(data, dataset, config.seed)
     collator = PackingCollator(processor, TokenCounts((1,), (1.0,)))
-    measured = min(len(dataset), MEASURED_SAMPLES)
+    check_supply(config, {data: order})
+    size = size_of(dataset)
+    measured = MEASURED_SAMPLES if size is None else min(size, MEASURED_SAMPLES)
     text = answers = tiles = shown = 0
     for position in range(measured):
-        outline = outline_of(dataset, order[position][1])
+        try:
+            outline = outline_of(dataset, order[position][1])
+        except DataExhaustedError:
+            measured = position
+            break
         images = len(outline.image_sizes)
         sample_tiles = sum(processor.image_tokens(list(outline.image_sizes), 1))
         tiles += sample_tiles
