@@ -1,8 +1,8 @@
 """A stream of rows that is asked like a data set: by position, though it is read in one direction.
 
-The order is the ``datasets`` library's: shards shuffled and interleaved, then a shuffle buffer, all
-anew each pass. It follows from the seed alone, so every worker and every rank sees the same sample
-at a position, and a run that resumes walks there again: rows are read on the way, never decoded.
+The order is the ``datasets`` library's: shards shuffled, then a shuffle buffer, anew each pass. It
+follows from the seed alone, so every worker and every rank sees the same sample at a position, and
+a run that resumes walks there again: rows are read on the way, never decoded.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ class StreamingDataset:
 
     def shuffle(self, seed: int) -> None:
         """Take the order of ``seed``; another one gives another order."""
-        self._shuffled = self._rows.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
+        # One shard at a time: several would be read by threads, which do not survive a fork.
+        self._shuffled = self._rows.shuffle(
+            seed=seed, buffer_size=self.shuffle_buffer, max_buffer_input_shards=1
+        )
         self._stop()
 
     def __len__(self) -> int:
