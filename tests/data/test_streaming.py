@@ -1,4 +1,4 @@
-"""Streams: a sample stands at its position whoever asks, from wherever, in every pass another order."""
+"""Streams: a sample stands at its position whoever asks and from wherever; each pass anew."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Truncation: what is left fits, holds whole images, ends with what is learned, and is a beginning."""
+"""Truncation: what is left is a beginning that fits, with whole images, and ends in an answer."""
 
 from __future__ import annotations
 

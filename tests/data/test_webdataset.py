@@ -135,7 +135,7 @@ def test_a_shard_that_is_missing_is_named(tmp_path):
 
 @pytest.mark.parametrize("end", [512, 700, 1024, 1700, -10240])
 def test_a_tar_that_is_cut_off_is_an_error_that_names_it(tmp_path, end):
-    """At the end of a header, in a member, between two members, in a header, before the end mark."""
+    """After a header, in a member, between two, in a header, before the end mark."""
     several(tmp_path)
     path = tmp_path / "part-001.tar"
     content = path.read_bytes()
