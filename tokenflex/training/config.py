@@ -86,14 +86,22 @@ class DataConfig(_Strict):
     """A data set.
 
     ``name`` is "digits", the offline task; "messages", a JSONL file (``MessagesDataset``); "llava",
-    a JSON file in LLaVA's layout; "huggingface", a data set of the ``datasets`` library; "mixture",
-    several ``parts``, each drawn from in proportion to its ``weight``.
+    a JSON file in LLaVA's layout; "webdataset", tars (``WebDataset``); "huggingface", a data set of
+    the ``datasets`` library, read as it comes with ``streaming``, the next row drawn from
+    ``shuffle_buffer`` of them; "mixture", several ``parts``, each drawn from in proportion to its
+    ``weight``. Training may go through it ``epochs`` times; without a bound it does so as often as
+    the stages' steps ask.
     """
 
-    name: Literal["digits", "messages", "llava", "huggingface", "mixture"]
+    name: Literal["digits", "messages", "llava", "webdataset", "huggingface", "mixture"]
     path: Path | None = None
     image_folder: Path | None = None
     split: str = "train"
+    streaming: bool = False
+    shuffle_buffer: int = Field(default=1000, ge=1)
+    # A bound changes no sample before it: a run that ended at one may go on with another. So it is
+    # no part of what a state is compared by.
+    epochs: int | None = Field(default=None, ge=1, exclude=True)
     size: int = Field(default=100_000, ge=1)
     questions: int = Field(default=8, ge=1)
     parts: tuple[DataConfig, ...] = ()
@@ -101,10 +109,11 @@ class DataConfig(_Strict):
 
     @model_validator(mode="after")
     def _keys_fit_the_name(self) -> DataConfig:
-        if (self.name in ("messages", "llava", "huggingface")) != (self.path is not None):
+        if (self.name in ("digits", "mixture")) != (self.path is None):
             raise ValueError(
-                "path must be given with name: messages, llava or huggingface, and only there, got "
-                f"name={self.name!r} and path={None if self.path is None else str(self.path)!r}"
+                "path must be given with name: messages, llava, webdataset or huggingface, and "
+                f"only there, got name={self.name!r} and "
+                f"path={None if self.path is None else str(self.path)!r}"
             )
         if (self.name == "mixture") != bool(self.parts):
             raise ValueError(
@@ -116,6 +125,13 @@ class DataConfig(_Strict):
         if self.image_folder is not None and self.name != "llava":
             raise ValueError(
                 f"image_folder must be given with name: llava only, got name={self.name!r}"
+            )
+        if self.streaming and self.name != "huggingface":
+            raise ValueError(f"streaming needs name: huggingface, got name={self.name!r}")
+        if self.name == "mixture" and self.epochs is not None:
+            raise ValueError(
+                f"epochs must be given to the parts of a mixture, got epochs={self.epochs} beside "
+                "them"
             )
         if self.name == "digits" and self.split not in DIGITS_SPLITS:
             known = ", ".join(repr(split) for split in DIGITS_SPLITS)
@@ -140,11 +156,11 @@ class StageConfig(_Strict):
     the rows, not the steps. The learning rate rises over ``warmup_steps`` steps, or over
     ``warmup_share`` of the stage.
     ``counts`` and ``weights`` are the token counts, perfect squares or [height, width] pairs, and
-    their odds. The ``batch_size`` samples of a step, over all processes, are dealt into forward
-    passes of equal cost that hold at most ``max_tokens`` rows and ``max_tiles`` tiles each.
-    ``loss`` says how answer tokens weigh: all the
-    same ("token"), or by one over the square root of their answer's length ("square"), as the
-    released model was trained.
+    their odds. Conversations of more than ``max_length`` rows, text and vision, are cut off. The
+    ``batch_size`` samples of a step, over all processes, are dealt into forward passes of equal
+    cost that hold at most ``max_tokens`` rows and ``max_tiles`` tiles each.
+    ``loss`` says how answer tokens weigh: all the same ("token"), or by one over the square root of
+    their answer's length ("square"), as the released model was trained.
     """
 
     name: str
@@ -157,6 +173,7 @@ class StageConfig(_Strict):
     weights: tuple[float, ...] = (0.2, 0.3, 0.5)
     max_tokens: int | None = Field(default=None, ge=1)
     max_tiles: int | None = Field(default=None, ge=1)
+    max_length: int | None = Field(default=None, ge=2)
     loss: Literal["token", "square"] = "token"
     warmup_steps: int = Field(default=0, ge=0)
     warmup_share: float = Field(default=0.0, ge=0, lt=1)
@@ -244,6 +261,12 @@ class EvaluationConfig(_Strict):
     every: int | None = Field(default=None, ge=1)
     at_stage_end: bool = False
     samples: int = Field(default=256, ge=1)
+
+    @model_validator(mode="after")
+    def _data_has_a_size(self) -> EvaluationConfig:
+        if any(one.streaming for one in (self.data, *self.data.parts)):
+            raise ValueError("data of an evaluation must not be streaming, got streaming=True")
+        return self
 
     @model_validator(mode="after")
     def _counts_are_grids(self) -> EvaluationConfig:

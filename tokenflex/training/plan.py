@@ -15,6 +15,7 @@ from torch import nn
 from tokenflex.counts import TokenCounts, tokens_of
 from tokenflex.data.encoding import IGNORE
 from tokenflex.data.packing import PackingCollator
+from tokenflex.data.samples import DataExhaustedError, size_of
 from tokenflex.data.steps import outline_of
 from tokenflex.models.loading import check_length
 from tokenflex.models.loss import CHUNK_LOGITS
@@ -22,6 +23,7 @@ from tokenflex.training.build import (
     build_dataset,
     build_order,
     build_processor,
+    check_supply,
     empty_model,
     modules_of,
 )
@@ -100,16 +102,21 @@ def measure_samples(config: TrainConfig, data: DataConfig, *, share_prefix: bool
     dataset, processor = build_dataset(data), build_processor(config.model)
     order = build_order(data, dataset, config.seed)
     collator = PackingCollator(processor, TokenCounts((1,), (1.0,)), share_prefix=share_prefix)
-    measured = min(len(dataset), MEASURED_SAMPLES)
+    check_supply(config, {data: order})
+    size = size_of(dataset)
+    measured = MEASURED_SAMPLES if size is None else min(size, MEASURED_SAMPLES)
     text = answers = tiles = shown = 0
     for position in range(measured):
-        outline = outline_of(dataset, order[position][1])
-        images = len(outline.image_sizes)
-        sample_tiles = processor.image_tokens(list(outline.image_sizes), 1)
-        tiles += sum(sample_tiles)
-        for one in collator.sequences_of(outline.id, outline.conversations, images):
-            shown += sum(sample_tiles[one.images])
-            text += one.num_tokens([0] * images)
+        try:
+            outline = outline_of(dataset, order[position][1])
+        except DataExhaustedError:
+            measured = position
+            break
+        fitted = collator.fit(outline, 1)
+        tiles += sum(fitted.tiles)
+        for one in fitted.sequences:
+            shown += sum(fitted.tiles[one.images])
+            text += one.num_tokens([0] * len(fitted.tiles))
             answers += int((one.labels != IGNORE).sum())
     return SampleConfig(
         text_tokens=text / measured,
