@@ -418,18 +418,20 @@ def _quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def _counts_or_grids(text: str) -> list[Any]:
+def _counts_or_grids(text: str, *words: str) -> list[Any]:
+    """Counts and grids, and ``words`` as they are."""
     from tokenflex.counts import parse_count
 
     try:
-        return [parse_count(part) for part in text.split(",")]
+        return [part if part in words else parse_count(part) for part in text.split(",")]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{error} in {text!r}") from None
 
 
 def _counts_grids_or_auto(text: str) -> list[Any]:
-    parts = [[part] if part == "auto" else _counts_or_grids(part) for part in text.split(",")]
-    return [count for part in parts for count in part]
+    from tokenflex.counts import AUTO
+
+    return _counts_or_grids(text, AUTO)
 
 
 def _words(text: str) -> list[str]:

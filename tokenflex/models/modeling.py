@@ -206,7 +206,6 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
 
         The arguments are those of :meth:`TokenFlexForConditionalGeneration.forward`.
         """
-        refuse_auto(num_image_tokens)
         images = (mm_encoder_outputs or {}).get("image")
         sources = [images, pixel_values, encoded_images]
         if sum(source is not None for source in sources) > 1:
