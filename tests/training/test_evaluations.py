@@ -13,6 +13,7 @@ from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.evaluation import evaluate
 from tokenflex.models.loading import load_checkpoint
+from tokenflex.training.checkpoint import load_state
 from tokenflex.training.config import TrainConfig
 from tokenflex.training.evaluations import Share, merged
 from tokenflex.training.loop import Trainer
@@ -141,6 +142,8 @@ def test_stopped_in_an_evaluation_it_is_done_once_when_the_run_continues(
         trainer.run()
     done = evaluations(tmp_path / "run") if batch > 4 else []
     assert len(done) == (batch - 1) // 4
+    saved, last = load_state(tmp_path / "run" / "state.pt"), metrics(tmp_path / "run")[-1]
+    assert (saved["stage"], saved["step"]) == (last["stage"], last["step"])
     Trainer(config).run()
     assert evaluations(tmp_path / "run") == evaluations(whole)
     assert len(metrics(tmp_path / "run")) == 7
