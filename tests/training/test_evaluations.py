@@ -149,8 +149,15 @@ def test_stopped_in_an_evaluation_it_is_done_once_when_the_run_continues(
     assert len(metrics(tmp_path / "run")) == 7
 
 
-def test_killed_after_an_evaluation_it_is_not_done_twice(whole, tmp_path, monkeypatch):
-    config = config_of(tmp_path / "run", evaluation=DURING, save_every=2)
+@pytest.mark.parametrize(
+    ("save_every", "place", "asked_again"),
+    [(2, (0, 2), [5, 5, 5, 12]), (100, (1, 2), [5, 5, 12])],
+)
+def test_killed_after_an_evaluation_it_stands_in_the_file_once(
+    whole, tmp_path, monkeypatch, save_every, place, asked_again
+):
+    """With a state of that very step it is not done again; with an older one it is."""
+    config = config_of(tmp_path / "run", evaluation=DURING, save_every=save_every)
 
     class Killed(BaseException):
         pass
@@ -159,7 +166,7 @@ def test_killed_after_an_evaluation_it_is_not_done_twice(whole, tmp_path, monkey
     track = trainer._track
 
     def dying(kind, line):
-        if kind == "evaluation" and line["step"] == 2:
+        if kind == "evaluation" and (line["stage"], line["step"]) == place:
             raise Killed
         track(kind, line)
 
@@ -171,7 +178,7 @@ def test_killed_after_an_evaluation_it_is_not_done_twice(whole, tmp_path, monkey
     monkeypatch.setattr(again, "_evaluate", lambda n: asked.append(n) or together(n))
     again.run()
     assert evaluations(tmp_path / "run") == evaluations(whole)
-    assert asked == [5, 5, 5, 12]  # not the first
+    assert asked == asked_again
 
 
 # ---- shares of processes
