@@ -292,7 +292,7 @@ def test_route_on_own_data_measures_what_is_held_out(command, checkpoint, image,
     [
         (("generate", "--tokens", "auto"), "has no router to choose counts with; make one with"),
         (("generate", "--tokens", "4", "--penalty", 0.1), "--penalty is for --tokens auto"),
-        (("generate", "--tokens", "4,best"), "12x16.*or auto, got '4,best'|2x3, or auto, got"),
+        (("generate", "--tokens", "4,best"), "got 'best' in '4,best'"),
         (("route", "--data", "digits", "--counts", "4"), "counts must be two or more"),
         (("route", "--data", "digits", "--counts", "4,16", "--max-drop", 2), "max_drop must be"),
         (("route", "--data", "none.jsonl", "--counts", "4,16"), "none.jsonl does not exist"),

@@ -100,11 +100,14 @@ def _train(options: argparse.Namespace) -> int:
     if options.dry_run:
         from tokenflex.training.plan import format_plan, plan_run
 
-        print(format_plan(plan_run(config)))
+        print(format_plan(plan_run(config, options.processes)))
         return 0
     from tokenflex.training.loop import Trainer
 
-    report = Trainer(config, fresh=options.fresh).run()
+    trainer = Trainer(config, fresh=options.fresh)
+    report = trainer.run()
+    if not trainer.is_main:
+        return 0
     from tokenflex.training.curves import plot_curves
 
     plot_curves(config.output)
@@ -444,18 +447,20 @@ def _quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def _counts_or_grids(text: str) -> list[Any]:
+def _counts_or_grids(text: str, *words: str) -> list[Any]:
+    """Counts and grids, and ``words`` as they are."""
     from tokenflex.counts import parse_count
 
     try:
-        return [parse_count(part) for part in text.split(",")]
+        return [part if part in words else parse_count(part) for part in text.split(",")]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{error} in {text!r}") from None
 
 
 def _counts_grids_or_auto(text: str) -> list[Any]:
-    parts = [[part] if part == "auto" else _counts_or_grids(part) for part in text.split(",")]
-    return [count for part in parts for count in part]
+    from tokenflex.counts import AUTO
+
+    return _counts_or_grids(text, AUTO)
 
 
 def _words(text: str) -> list[str]:
@@ -517,6 +522,9 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run",
         action="store_true",
         help="print what each stage trains and costs, from configurations alone, and stop",
+    )
+    train.add_argument(
+        "--processes", type=_positive, default=1, help="of the dry run's memory, 1 by default"
     )
 
     evaluate = command(

@@ -57,7 +57,7 @@ def test_differences_are_paired_by_seed():
 
 def test_the_verdict_names_where_the_stochastic_model_is_behind():
     claims = section(format_report(canned_report()), "The paper's claim, here")
-    assert "35.0 to 60.0 points below the stochastic one" in claims
+    assert "at least 35.0 and at most 60.0 points below the stochastic one" in claims
     assert "behind at 4 (-5.0), 9 (-3.0) and ahead at 16 (+0.5)" in claims
 
 

@@ -83,3 +83,9 @@ def test_other_columns_are_refused_with_their_names(tmp_path):
 def test_a_folder_that_is_no_data_set(tmp_path):
     with pytest.raises(ValueError, match="cannot be loaded"):
         HuggingFaceDataset(str(tmp_path / "none"))
+
+
+def test_an_empty_data_set_is_refused(tmp_path):
+    path = saved(tmp_path / "empty", {"images": [], "messages": []}, {})
+    with pytest.raises(ValueError, match="empty cannot be loaded, split 'train'"):
+        HuggingFaceDataset(path)

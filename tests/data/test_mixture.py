@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 
 from tokenflex.data.mixture import BLOCK, Mixture, MixtureOrder
-from tokenflex.data.samples import SampleOutline
+from tokenflex.data.order import EpochOrder
+from tokenflex.data.samples import DataExhaustedError, SampleOutline
 from tokenflex.digits.dataset import DigitsDataset
 
 
@@ -69,3 +70,60 @@ def test_a_mixture_holds_its_parts_one_after_another():
     for index in (-1, 5):
         with pytest.raises(IndexError, match=r"0\.\.4"):
             mixture[index]
+
+
+class Endless:
+    """A stream: a sample for every index, and no length."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __len__(self) -> int:
+        raise TypeError("a stream")
+
+    def __getitem__(self, index: int) -> str:
+        return f"{self.name}{index}"
+
+    def outline(self, index: int) -> str:
+        return f"outline of {self[index]}"
+
+
+def test_streams_take_part_and_go_on_where_they_were():
+    parts = [Endless("a"), [f"s{i}" for i in range(10)], Endless("b")]
+    mixture, order = Mixture(parts), MixtureOrder([None, 10, None], [1, 1, 2], seed=0)
+    keys = drawn(order, 0, 2 * BLOCK)
+    names = [mixture[index] for _, index in keys]
+    assert [name for name in names if name[0] == "a"] == [f"a{i}" for i in range(500)]
+    assert [name for name in names if name[0] == "b"] == [f"b{i}" for i in range(1000)]
+    sized = [(epoch, name) for (epoch, _), name in zip(keys, names, strict=True) if name[0] == "s"]
+    plain = EpochOrder(10, 1)  # the part's place is added to the seed
+    assert sized == [(plain[i][0], f"s{plain[i][1]}") for i in range(500)]
+    assert len({index for _, index in keys}) == 10 + 500 + 1000  # one index, one sample
+    assert mixture.outline(keys[names.index("b7")][1]) == "outline of b7"
+
+
+def test_a_mixture_with_a_stream_has_no_length():
+    mixture = Mixture([[1, 2], Endless("a")])
+    with pytest.raises(TypeError, match="a mixture with a stream in it has no length"):
+        len(mixture)
+    with pytest.raises(IndexError, match="got -1"):
+        mixture[-1]
+
+
+@pytest.mark.parametrize("epochs", [(2, None), (None, 3), (2, 3), (50, 60)])
+def test_a_mixture_ends_where_its_first_part_does(epochs):
+    sizes, weights = [40, 100], [1, 3]
+    order = MixtureOrder(sizes, weights, 5, epochs)
+    free = MixtureOrder(sizes, weights, 5)
+    assert free.end is None
+    used, end = [0, 0], 0  # by hand: walk until a part is asked for more than it may give
+    while True:
+        part = int(free[end][1] >= 40)
+        used[part] += 1
+        if epochs[part] is not None and used[part] > epochs[part] * sizes[part]:
+            break
+        end += 1
+    assert order.end == end
+    assert drawn(order, max(0, end - 50), end) == drawn(free, max(0, end - 50), end)
+    with pytest.raises(DataExhaustedError):
+        order[end]

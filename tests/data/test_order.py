@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenflex.data.order import EpochOrder, StepSampler
+from tokenflex.data.samples import DataExhaustedError
 
 
 def walk(order: EpochOrder, first: int, last: int) -> list[tuple[int, int]]:
@@ -63,3 +65,23 @@ def test_starting_anywhere_gives_the_tail_of_the_whole_walk(size, steps, batch_s
     assert batches(skipped) == batches(0)[skipped:]
     flat = [key for batch in batches(0) for key in batch]
     assert flat == walk(EpochOrder(size, 0), 5, 5 + steps * batch_size)
+
+
+def test_a_bound_on_epochs_changes_nothing_before_it_and_gives_nothing_after():
+    bounded = EpochOrder(7, 3, epochs=2)
+    assert bounded.end == 14
+    assert walk(bounded, 0, 14) == walk(EpochOrder(7, 3), 0, 14)
+    for position in (14, 15, 100):
+        with pytest.raises(DataExhaustedError, match=f"2 epochs of 7 samples hold no.*{position}"):
+            bounded[position]
+
+
+def test_a_step_larger_than_the_data_takes_each_sample_once_an_epoch():
+    (step,) = StepSampler(EpochOrder(3, 0), first_position=0, steps=1, batch_size=8)
+    assert sorted(step)[:6] == [(epoch, index) for epoch in (0, 1) for index in range(3)]
+    assert len(set(step)) == 8
+
+
+def test_an_empty_data_set_has_no_order():
+    with pytest.raises(ValueError, match="num_samples must be at least 1 to train on, got 0"):
+        EpochOrder(0, 0)

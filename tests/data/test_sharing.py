@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokenflex.data.sharing import (
-    Encoded,
+    EncodedConversation,
     common_length,
     prefix_and_branches,
     whole_conversations,
@@ -15,11 +15,11 @@ from tokenflex.data.sharing import (
 IMAGE = 3
 
 
-def encoded(ids: str, learned: str = "") -> Encoded:
+def encoded(ids: str, learned: str = "") -> EncodedConversation:
     """Letters as ids, "I" an image; under each learned one stands a "^"."""
     tokens = torch.tensor([IMAGE if one == "I" else ord(one) for one in ids], dtype=torch.int64)
     is_learned = torch.tensor([one == "^" for one in learned.ljust(len(ids))], dtype=torch.bool)
-    return tokens, torch.where(is_learned, tokens, -100)
+    return tokens, torch.where(is_learned, tokens, -100), ids.count("I")
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def parts(sequences, images: list[str]) -> list[tuple[str, list[str], bool]]:
 
 def test_images_stand_where_their_placeholders_do():
     talks = [encoded("sIaIbX", "     ^"), encoded("sIaIcY", "     ^")]
-    assert parts(prefix_and_branches(talks, 2, IMAGE), ["first", "second"]) == [
+    assert parts(prefix_and_branches(talks, IMAGE), ["first", "second"]) == [
         ("sIaI", ["first", "second"], False),
         ("bX", [], True),
         ("cY", [], True),
@@ -74,9 +74,9 @@ def test_images_stand_where_their_placeholders_do():
 
 def test_images_after_what_is_common_are_repeated():
     talks = [encoded("sIaIX", "    ^"), encoded("sIbIIY", "     ^")]
-    assert parts(prefix_and_branches(talks, 3, IMAGE), ["first", "second", "third"]) == [
+    assert parts(prefix_and_branches(talks, IMAGE), ["first", "second", "third"]) == [
         ("sI", ["first"], False),
-        ("aIX", ["second", "third"], True),
+        ("aIX", ["second"], True),
         ("bIIY", ["second", "third"], True),
     ]
 
@@ -84,15 +84,15 @@ def test_images_after_what_is_common_are_repeated():
 @pytest.mark.parametrize("num_talks", [1, 2])
 def test_conversations_with_nothing_in_common_stay_whole(num_talks):
     talks = [encoded("aIX", "  ^"), encoded("bIY", "  ^")][:num_talks]
-    sequences = prefix_and_branches(talks, 1, IMAGE)
+    sequences = prefix_and_branches(talks, IMAGE)
     expected = [("aIX", ["first"], False), ("bIY", ["first"], False)]
     assert parts(sequences, ["first"]) == expected[:num_talks]
-    assert parts(whole_conversations(talks, 1), ["first"]) == expected[:num_talks]
+    assert parts(whole_conversations(talks), ["first"]) == expected[:num_talks]
 
 
 def test_labels_go_with_their_tokens():
     talks = [encoded("sIabX", "    ^"), encoded("sIcYd", "   ^ ")]
-    prefix, first, second = prefix_and_branches(talks, 1, IMAGE)
+    prefix, first, second = prefix_and_branches(talks, IMAGE)
     assert prefix.labels.tolist() == [-100, -100]
     assert first.labels.tolist() == [-100, -100, ord("X")]
     assert second.labels.tolist() == [-100, ord("Y"), -100]
@@ -100,5 +100,18 @@ def test_labels_go_with_their_tokens():
 
 def test_rows_count_the_tokens_of_the_images_that_stand_in_a_sequence():
     talks = [encoded("sIaIX", "    ^"), encoded("sIbIY", "    ^")]
-    prefix, first, second = prefix_and_branches(talks, 2, IMAGE)
+    prefix, first, second = prefix_and_branches(talks, IMAGE)
     assert [one.num_tokens([9, 16]) for one in (prefix, first, second)] == [1 + 9, 2 + 16, 2 + 16]
+
+
+def test_a_conversation_that_was_cut_off_shows_the_images_it_has_left():
+    talks = [encoded("sIaIX", "    ^"), encoded("sIbY", "   ^")]
+    assert parts(prefix_and_branches(talks, IMAGE), ["first", "second"]) == [
+        ("sI", ["first"], False),
+        ("aIX", ["second"], True),
+        ("bY", [], True),
+    ]
+    assert parts(whole_conversations(talks), ["first", "second"]) == [
+        ("sIaIX", ["first", "second"], False),
+        ("sIbY", ["first"], False),
+    ]

@@ -288,7 +288,7 @@ def boundaries(lengths: tuple[int, ...]) -> dict:
     return {
         "cu_seq_lens_q": starts,
         "max_length_q": max(lengths, default=0),
-        "sequence_lengths": lengths,
+        "sequence_lengths": torch.tensor(lengths),
     }
 
 

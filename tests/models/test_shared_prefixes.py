@@ -409,7 +409,6 @@ def test_the_call_made_on_a_device_is_the_same_attention(forest, num_heads):
             value,
             ours["cu_seq_lens_q"],
             ours["max_length_q"],
-            max(shared.lengths, default=0),
             shared,
             None,
         )

@@ -79,6 +79,26 @@ def test_confidence_ends_where_the_answer_does():
     assert answers.confidences == pytest.approx(one_token.confidences, abs=1e-6)
 
 
+def test_a_row_that_ends_first_is_not_judged_by_what_pads_it():
+    model, processor = tiny_model(), digits_processor()
+    ask = {**asked(processor), "counts": COUNTS, "threshold": 0, "pad_token_id": 0}
+    end = alone(model, processor, 0, 4)[0][0]
+    first = generate_with_escalation(model, **ask, max_new_tokens=1)
+    answers = generate_with_escalation(model, **ask, max_new_tokens=4, eos_token_id=end)
+    assert answers.new_tokens.shape[1] == 4  # others go on
+    assert answers.new_tokens[0].tolist() == [end, 0, 0, 0]
+    assert answers.confidences[0] == pytest.approx(first.confidences[0], abs=1e-6)
+
+
+def test_an_answer_at_the_threshold_is_sure_enough():
+    model, processor = tiny_model(), digits_processor()
+    ask = {**asked(processor), "counts": COUNTS, **OPTIONS}
+    least = generate_with_escalation(model, **ask, threshold=0).confidences
+    answers = generate_with_escalation(model, **ask, threshold=max(least))
+    assert answers.counts[least.index(max(least))] == 4
+    assert answers.confidences[least.index(max(least))] == max(least)
+
+
 def test_rows_without_images_are_asked_once_and_tiles_escalate_together():
     model, processor = tiny_model(), tiling_processor(6)
     inputs = asked(

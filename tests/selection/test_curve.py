@@ -98,6 +98,9 @@ def test_images_of_a_question_share_a_count_by_their_mean(grades):
                     "pair_questions": torch.tensor([0, 1, 2, 2, 3])})  # fmt: skip
     router = FixedRouter([1, 0, 0], [0, 1, 0], [0, 0.4, 1], [0, 0.7, 0], [0, 0, 1])
     assert routed(router, two, 0.0).tolist() == [0, 1, 1, 2]
+    # 16 brings .15 more than 9 on average, .3 in sum, and costs 7/16 of the penalty more
+    router = FixedRouter([1, 0, 0], [1, 0, 0], [0, 0.4, 0.6], [0, 0.4, 0.5], [1, 0, 0])
+    assert routed(router, two, 0.5).tolist() == [0, 0, 1, 0]
 
 
 def test_a_question_without_images_costs_nothing(grades):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.evaluation.test_runner import half_taught, processor  # noqa: F401 (fixtures)
 from tests.models.test_modeling import CallCounter
 from tests.models.test_tiling import tiling_processor
 from tests.models.tiny import picture, tiny_model
 from tests.selection.planted import COUNTS, FixedRouter
-from tests.test_evaluation import half_taught, processor  # noqa: F401 (fixtures)
 from tokenflex.data.encoding import ConversationEncoder
 from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.digits.dataset import DigitsDataset

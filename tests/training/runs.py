@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.training.records import TIMING_KEYS
 
 ROOT = Path(__file__).parents[2]
@@ -88,3 +89,21 @@ def untimed(path: Path) -> list[dict[str, Any]]:
 
 def temporary_files(output: Path) -> list[str]:
     return [str(path) for path in output.rglob(".*")]
+
+
+def own_data(
+    tmp_path: Path, samples: int, broken: tuple[int, ...], text_only: tuple[int, ...] = ()
+) -> dict:
+    """A messages file of which the pictures ``broken`` are cut off."""
+    turns = [{"role": "user", "content": "odd"}, {"role": "assistant", "content": "3"}]
+    lines = []
+    for index in range(samples):
+        path = tmp_path / f"{index}.png"
+        DigitsDataset("train", size=samples)[index].images[0].save(path)
+        if index in broken:
+            content = path.read_bytes()
+            path.write_bytes(content[: len(content) // 2])
+        images = [] if index in text_only else [path.name]
+        lines.append(json.dumps({"id": f"s{index}", "images": images, "messages": turns}))
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    return {"name": "messages", "path": str(tmp_path / "data.jsonl")}

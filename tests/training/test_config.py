@@ -132,6 +132,28 @@ def test_an_unknown_key_is_named_with_its_value_and_those_that_are_known(tmp_pat
         ("data", {"name": "mixture", "parts": [{"name": "llava"}]}, "path must be given"),
         ("stages.0.data", {"name": "llava"}, "path must be given"),
         ("data.size", 0, "greater than or equal to 1"),
+        ("data.name", "webdataset", "path must be given"),
+        ("data.streaming", True, "streaming needs name: huggingface"),
+        ("data.epochs", 0, "greater than or equal to 1"),
+        (
+            "data",
+            {"name": "mixture", "epochs": 2, "parts": [{"name": "digits"}]},
+            "epochs must be given to the parts",
+        ),
+        (
+            "evaluation.data",
+            {"name": "huggingface", "path": "x", "streaming": True},
+            "must not be streaming",
+        ),
+        (
+            "evaluation.data",
+            {
+                "name": "mixture",
+                "parts": [{"name": "huggingface", "path": "x", "streaming": True}],
+            },
+            "must not be streaming",
+        ),
+        ("stages.0.max_length", 1, "greater than or equal to 2"),
         ("model.pooling", "max", "'adaptive'"),
         ("model.num_image_tokens", 15, "nearest squares are 9 and 16"),
         ("model.projector_hidden_width", 0, "greater than or equal to 1"),

@@ -13,6 +13,7 @@ from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.evaluation import evaluate
 from tokenflex.models.loading import load_checkpoint
+from tokenflex.training.checkpoint import load_state
 from tokenflex.training.config import TrainConfig
 from tokenflex.training.evaluations import Share, merged
 from tokenflex.training.loop import Trainer
@@ -141,13 +142,22 @@ def test_stopped_in_an_evaluation_it_is_done_once_when_the_run_continues(
         trainer.run()
     done = evaluations(tmp_path / "run") if batch > 4 else []
     assert len(done) == (batch - 1) // 4
+    saved, last = load_state(tmp_path / "run" / "state.pt"), metrics(tmp_path / "run")[-1]
+    assert (saved["stage"], saved["step"]) == (last["stage"], last["step"])
     Trainer(config).run()
     assert evaluations(tmp_path / "run") == evaluations(whole)
     assert len(metrics(tmp_path / "run")) == 7
 
 
-def test_killed_after_an_evaluation_it_is_not_done_twice(whole, tmp_path, monkeypatch):
-    config = config_of(tmp_path / "run", evaluation=DURING, save_every=2)
+@pytest.mark.parametrize(
+    ("save_every", "place", "asked_again"),
+    [(2, (0, 2), [5, 5, 5, 12]), (100, (1, 2), [5, 5, 12])],
+)
+def test_killed_after_an_evaluation_it_stands_in_the_file_once(
+    whole, tmp_path, monkeypatch, save_every, place, asked_again
+):
+    """With a state of that very step it is not done again; with an older one it is."""
+    config = config_of(tmp_path / "run", evaluation=DURING, save_every=save_every)
 
     class Killed(BaseException):
         pass
@@ -156,7 +166,7 @@ def test_killed_after_an_evaluation_it_is_not_done_twice(whole, tmp_path, monkey
     track = trainer._track
 
     def dying(kind, line):
-        if kind == "evaluation" and line["step"] == 2:
+        if kind == "evaluation" and (line["stage"], line["step"]) == place:
             raise Killed
         track(kind, line)
 
@@ -168,7 +178,7 @@ def test_killed_after_an_evaluation_it_is_not_done_twice(whole, tmp_path, monkey
     monkeypatch.setattr(again, "_evaluate", lambda n: asked.append(n) or together(n))
     again.run()
     assert evaluations(tmp_path / "run") == evaluations(whole)
-    assert asked == [5, 5, 5, 12]  # not the first
+    assert asked == asked_again
 
 
 # ---- shares of processes

@@ -25,6 +25,7 @@ from tests.training.runs import (
     ROOT,
     evaluations,
     metrics,
+    own_data,
     stage,
     temporary_files,
     tiny_values,
@@ -319,36 +320,6 @@ def test_sigterm_to_one_of_two_ranks_stops_both_and_they_continue_as_one(tmp_pat
     assert sum(report["questions"].values()) == 14
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("several_bins", [False, True])
-def test_two_ranks_train_as_one(tmp_path, several_bins):
-    """With an odd batch the ranks hold different numbers of answer tokens: all weigh the same.
-
-    With several bins to a rank, some of text alone, gradients are exchanged after the last only.
-    """
-    stages = [stage(steps=6, batch_size=3, warmup_steps=0)]
-    changes = {"stages": stages, "evaluation": None, "encoder_warm_up": None}
-    if several_bins:
-        changes["data"] = own_data(tmp_path, 12, broken=(4,), text_only=(1, 5, 8, 9, 10))
-        stages[0] |= {"batch_size": 7, "max_tokens": 20}
-    alone, shared = (configured(tmp_path, name, **changes) for name in ("alone", "shared"))
-    ranks = start_two(shared)
-    train(alone)
-    for process in ranks:
-        process.wait(PATIENCE)
-        assert process.returncode == 0, process.stderr.read()
-
-    for a, b in zip(metrics(tmp_path / "shared"), metrics(tmp_path / "alone"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-        assert (a["stage"], a["step"], a["tokens"]) == (b["stage"], b["step"], b["tokens"])
-        assert a["broken_samples"] == b["broken_samples"]
-        assert a["bins"] >= 2
-    assert max(line["bins"] for line in metrics(tmp_path / "shared")) >= (4 if several_bins else 2)
-    one, two = weights(tmp_path / "alone"), weights(tmp_path / "shared")
-    for name, tensor in one.items():
-        assert torch.allclose(two[name], tensor, atol=1e-4), name
-
-
 # ---- stopping and continuing
 
 
@@ -529,28 +500,6 @@ def test_the_samples_of_a_step_whose_loss_is_nan_are_saved(tmp_path, monkeypatch
     assert sorted(saved["sample_ids"]) == sorted(f"digits-train-{index}" for _, index in keys)
     assert (saved["stage"], saved["step"], saved["loss"]) == ("all", 7, "nan")
     assert not (tmp_path / "run" / "state.pt").exists()
-
-
-def own_data(
-    tmp_path: Path, samples: int, broken: tuple[int, ...], text_only: tuple[int, ...] = ()
-) -> dict:
-    """A messages file of which the pictures ``broken`` are cut off."""
-    turns = [{"role": "user", "content": "odd"}, {"role": "assistant", "content": "3"}]
-    lines = []
-    for index in range(samples):
-        path = tmp_path / f"{index}.png"
-        DigitsDataset("train", size=samples)[index].images[0].save(path)
-        if index in broken:
-            truncate_half(path)
-        images = [] if index in text_only else [path.name]
-        lines.append(json.dumps({"id": f"s{index}", "images": images, "messages": turns}))
-    (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    return {"name": "messages", "path": str(tmp_path / "data.jsonl")}
-
-
-def truncate_half(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
 
 
 def on_own_data(tmp_path: Path, broken: tuple[int, ...], **changes) -> Path:

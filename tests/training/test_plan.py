@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 
 from tests.training.runs import metrics, stage, tiny_values, write_config
 from tests.training.test_build import config_of
 from tests.training.test_build import parts as parts  # the fixture
+from tests.training.test_engine import kept_bytes
 from tokenflex.cli import main
 from tokenflex.training.build import build_model, build_processor
 from tokenflex.training.config import TrainConfig, load_config
@@ -76,24 +76,29 @@ def test_trained_parameters_are_those_that_learn(tmp_path, learning):
     assert plan.state_bytes == 4 * weights + 12 * learned
 
 
-def test_activations_are_estimated_within_a_factor_of_two(tmp_path):
-    config = tiny(tmp_path, stages=[stage(batch_size=16)])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_activations_are_estimated_within_a_factor_of_two(tmp_path, recomputed):
+    values = tiny_values(tmp_path / "run", gradient_checkpointing=recomputed)
+    values["stages"] = [stage(batch_size=16)]
+    for part in ("vision", "text"):
+        values["model"][part]["config"]["num_hidden_layers"] = 3
+    config = TrainConfig.model_validate(values)
     (plan,) = plan_run(config)
-    trainer, kept = Trainer(config), {}
-    trainer._learning_modules(config.stages[0])
-    (batch,) = next(trainer._steps(0, 0)).bins
-    weights = {one.untyped_storage().data_ptr() for one in trainer.model.parameters()}
+    assert 0.5 < plan.activation_bytes / kept_bytes(Trainer(config)) < 2
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = trainer.model(**batch.model_inputs()).logits[0]
-        torch.nn.functional.cross_entropy(logits, batch.targets).backward()
-    assert 0.5 < plan.activation_bytes / sum(kept.values()) < 2
+def test_of_a_sharded_run_a_process_holds_its_share_and_what_is_gathered(tmp_path):
+    sharded = tiny(tmp_path, sharding="full", stages=[stage()])
+    (alone,), (shared,) = plan_run(sharded, 1), plan_run(sharded, 4)
+    (replicated,) = plan_run(tiny(tmp_path, stages=[stage()]), 4)
+    assert alone.state_bytes == replicated.state_bytes
+    model = Trainer(sharded).model
+    inner, gathered = model.model, sum(one.numel() for one in model.parameters())
+    sizes = []
+    for unit in (*inner.vision_model.encoder.layers, *inner.language_model.layers, inner.projector):
+        sizes.append(sum(one.numel() for one in unit.parameters()))
+    gathered += 2 * max(sizes) - sum(sizes)
+    assert shared.state_bytes == pytest.approx(alone.state_bytes / 4 + 4 * gathered, abs=4)
 
 
 def test_arithmetic_follows_steps_counts_and_frozen_modules(tmp_path):

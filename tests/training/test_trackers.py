@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.training.runs import evaluations, metrics, stage, tiny_values, write_config
 from tokenflex.cli import main
+from tokenflex.training.checkpoint import load_state
 from tokenflex.training.config import TrainConfig
 from tokenflex.training.loop import Trainer
 from tokenflex.training.trackers import flat
@@ -120,7 +121,7 @@ def float32(value: float) -> float:
 def test_tensorboard_holds_the_values_of_a_run_that_died_once_each(tmp_path, monkeypatch):
     """The steps between the last state and its death were logged twice; the second time counts."""
     config = config_of(tmp_path / "run", "tensorboard", save_every=3)
-    trainer, left = Trainer(config), [5]
+    trainer, left = Trainer(config), [4]
     step = trainer._step
 
     def dying(*args):
@@ -132,7 +133,8 @@ def test_tensorboard_holds_the_values_of_a_run_that_died_once_each(tmp_path, mon
     monkeypatch.setattr(trainer, "_step", dying)
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
-    assert len(metrics(tmp_path / "run")) == 5  # two of them after the last state
+    assert len(metrics(tmp_path / "run")) == 4
+    assert load_state(tmp_path / "run" / "state.pt")["stage"] == 0  # after the second step
     Trainer(config).run()
 
     lines, events = metrics(tmp_path / "run"), scalars(tmp_path / "run")

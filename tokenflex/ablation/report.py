@@ -28,8 +28,10 @@ def format_report(report: Mapping[str, Any]) -> str:
             report["counts"],
             paper.TRAINED_WITH,
         ),
-        _accuracy_section(report, "Counts that no model was trained with", main, report["unseen"]),
     ]
+    if report["unseen"]:
+        title = "Counts that no model was trained with"
+        sections.append(_accuracy_section(report, title, main, report["unseen"]))
     for title, names, theirs in (("Odds", ODDS, paper.ODDS), ("Ways to mix counts", MIXING, {})):
         some = [name for name in names if name in have]
         if len(some) > 1:
@@ -111,8 +113,8 @@ def _verdict(report: Mapping[str, Any], main: Sequence[str]) -> str:
     ahead = [f"{count} ({gain:+.1f})" for gain, count in own if gain > 0]
     behind = [f"{count} ({gain:+.1f})" for gain, count in own if gain <= 0]
     sentences = [
-        f"Off their own count, the fixed models are {least_gain:.1f} to {most_gain:.1f} points "
-        "below the stochastic one."
+        f"Off their own count, fixed models are at least {least_gain:.1f} and at most "
+        f"{most_gain:.1f} points below the stochastic one."
         if least_gain > 0
         else "Off its own count, a fixed model is not always below the stochastic one: the "
         f"difference goes from {least_gain:+.1f} to {most_gain:+.1f} points."

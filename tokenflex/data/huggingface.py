@@ -24,60 +24,84 @@ class HuggingFaceDataset:
         split: which split of it.
 
     Raises:
-        ValueError: it cannot be loaded, or has other columns.
+        ValueError: it cannot be loaded, which one that is empty cannot, or has other columns.
     """
 
     def __init__(self, path: str, split: str = "train") -> None:
-        import datasets
-
         self.path = path
-        try:
-            if (Path(path) / "state.json").exists():
-                rows = datasets.load_from_disk(path)
-            elif (Path(path) / "dataset_dict.json").exists():
-                rows = datasets.load_from_disk(path)[split]
-            else:
-                rows = datasets.load_dataset(path, split=split)
-        except Exception as error:  # the library has exceptions of its own
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"data set {path} cannot be loaded, split {split!r}: {reason}"
-            ) from error
-        # Bytes, not pixels: an outline reads no more than an image's head.
-        undecoded = datasets.Image(decode=False)
-        if {"images", "messages"} <= set(rows.column_names):
-            rows = rows.cast_column("images", datasets.List(undecoded))
-        elif {"image", "conversations"} <= set(rows.column_names):
-            rows = rows.cast_column("image", undecoded)
-        else:
-            raise ValueError(
-                f"data set {path} must have columns images and messages, or image and "
-                f"conversations, got {', '.join(rows.column_names)}"
-            )
-        self._rows = rows
+        self._rows = load_rows(path, split)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
-        name, images, conversation = self._row(index)
-        return Sample(name, tuple(one.convert("RGB") for one in images), (conversation,))
+        return sample_of(self._rows[index], f"{self.path}[{index}]")
 
     def outline(self, index: int) -> SampleOutline:
         """The row's text and the sizes that its images' heads state."""
-        name, images, conversation = self._row(index)
-        sizes = tuple((one.height, one.width) for one in images)
-        return SampleOutline(name, sizes, (conversation,))
+        return outline_of_row(self._rows[index], f"{self.path}[{index}]")
 
-    def _row(self, index: int) -> tuple[str, list[Image.Image], Conversation]:
-        where = f"{self.path}[{index}]"
-        row: dict[str, Any] = self._rows[index]
-        if "messages" not in row:
-            row = as_messages(row, where)
-        images = [one for one in row.get("images") or [] if one is not None]
-        record = {**row, "images": [where] * len(images)}
-        name, _, conversation = record_of(record, where)
-        return name, [_opened(one, where) for one in images], conversation
+
+def load_rows(path: str, split: str, *, streaming: bool = False) -> Any:
+    """A ``Dataset`` or ``IterableDataset`` whose images are bytes, not pixels.
+
+    Raises:
+        ValueError: it cannot be loaded, or has other columns.
+    """
+    import datasets
+
+    try:
+        if (Path(path) / "state.json").exists():
+            rows = datasets.load_from_disk(path)
+        elif (Path(path) / "dataset_dict.json").exists():
+            rows = datasets.load_from_disk(path)[split]
+        else:
+            rows = datasets.load_dataset(path, split=split, streaming=streaming)
+        if streaming and isinstance(rows, datasets.Dataset):
+            rows = rows.to_iterable_dataset()
+    except Exception as error:  # the library has exceptions of its own
+        reason = " ".join(str(error).split())
+        raise ValueError(f"data set {path} cannot be loaded, split {split!r}: {reason}") from error
+    # An outline reads no more than an image's head.
+    undecoded = datasets.Image(decode=False)
+    columns = rows.column_names or []
+    if {"images", "messages"} <= set(columns):
+        return rows.cast_column("images", datasets.List(undecoded))
+    if {"image", "conversations"} <= set(columns):
+        return rows.cast_column("image", undecoded)
+    raise ValueError(
+        f"data set {path} must have columns images and messages, or image and conversations, got "
+        f"{', '.join(columns) or 'none'}"
+    )
+
+
+def sample_of(row: dict[str, Any], where: str) -> Sample:
+    """A row with its pixels.
+
+    Raises:
+        ValueError: it is not of either layout, or an image cannot be read; names ``where``.
+    """
+    name, images, conversation = _parts(row, where)
+    try:
+        pixels = tuple(one.convert("RGB") for one in images)
+    except Exception as error:  # each format's decoder raises its own kinds
+        raise ValueError(f"{where}: an image cannot be read: {error}") from error
+    return Sample(name, pixels, (conversation,))
+
+
+def outline_of_row(row: dict[str, Any], where: str) -> SampleOutline:
+    """A row without its pixels; raises as :func:`sample_of` does."""
+    name, images, conversation = _parts(row, where)
+    sizes = tuple((one.height, one.width) for one in images)
+    return SampleOutline(name, sizes, (conversation,))
+
+
+def _parts(row: dict[str, Any], where: str) -> tuple[str, list[Image.Image], Conversation]:
+    if "messages" not in row:
+        row = as_messages(row, where)
+    images = [one for one in row.get("images") or [] if one is not None]
+    name, _, conversation = record_of({**row, "images": [where] * len(images)}, where)
+    return name, [_opened(one, where) for one in images], conversation
 
 
 def _opened(stored: dict[str, Any], where: str) -> Image.Image:

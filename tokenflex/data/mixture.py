@@ -8,15 +8,46 @@ from itertools import accumulate
 
 import torch
 
-from tokenflex.data.order import EpochOrder
-from tokenflex.data.samples import Sample, SampleDataset, SampleOutline
+from tokenflex.data.order import EpochOrder, Order, StreamOrder
+from tokenflex.data.samples import Sample, SampleDataset, SampleOutline, size_of
 from tokenflex.data.steps import outline_of
 
 BLOCK = 1000  # samples within which the weights are kept
 
 
+class _Places:
+    """One index for the samples of several parts: the sized ones one after another, then the
+    streams in turns, which have no end.
+
+    Args:
+        sizes: samples of each part, None for a stream.
+    """
+
+    def __init__(self, sizes: Sequence[int | None]) -> None:
+        self._sized = [part for part, size in enumerate(sizes) if size is not None]
+        self._streams = [part for part, size in enumerate(sizes) if size is None]
+        self._starts = [0, *accumulate(size for size in sizes if size is not None)]
+        self.size = None if self._streams else self._starts[-1]
+
+    def index_of(self, part: int, inner: int) -> int:
+        if part in self._sized:
+            return self._starts[self._sized.index(part)] + inner
+        return self._starts[-1] + inner * len(self._streams) + self._streams.index(part)
+
+    def place_of(self, index: int) -> tuple[int, int]:
+        """(part, index in it)."""
+        if index < 0 or (self.size is not None and index >= self.size):
+            last = "" if self.size is None else self.size - 1
+            raise IndexError(f"index must be in 0..{last}, got {index}")
+        if index >= self._starts[-1]:
+            inner, turn = divmod(index - self._starts[-1], len(self._streams))
+            return self._streams[turn], inner
+        place = bisect_right(self._starts, index) - 1
+        return self._sized[place], index - self._starts[place]
+
+
 class Mixture:
-    """Data sets one after another under one index.
+    """Data sets under one index. With a stream among them it has no length.
 
     Args:
         parts: the data sets.
@@ -24,24 +55,21 @@ class Mixture:
 
     def __init__(self, parts: Sequence[SampleDataset]) -> None:
         self.parts = list(parts)
-        self._ends = list(accumulate(len(part) for part in self.parts))
+        self._places = _Places([size_of(part) for part in self.parts])
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        if self._places.size is None:
+            raise TypeError("a mixture with a stream in it has no length")
+        return self._places.size
 
     def __getitem__(self, index: int) -> Sample:
-        part, inner = self._place(index)
-        return part[inner]
+        part, inner = self._places.place_of(index)
+        return self.parts[part][inner]
 
     def outline(self, index: int) -> SampleOutline:
         """The part's outline of its sample."""
-        return outline_of(*self._place(index))
-
-    def _place(self, index: int) -> tuple[SampleDataset, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index must be in 0..{len(self) - 1}, got {index}")
-        place = bisect_right(self._ends, index)
-        return self.parts[place], index - (self._ends[place - 1] if place else 0)
+        part, inner = self._places.place_of(index)
+        return outline_of(self.parts[part], inner)
 
 
 class MixtureOrder:
@@ -51,34 +79,62 @@ class MixtureOrder:
     known without walking to it.
 
     Args:
-        sizes: samples of each part.
+        sizes: samples of each part, None for a stream.
         weights: how often each is drawn from, positive, in any scale.
         seed: another seed gives other orders.
+        epochs: after how many of its own each part is exhausted, None for never; a stream bounds
+            itself.
 
     Raises:
-        ValueError: a weight is too small to get a sample in a block.
+        ValueError: a weight is too small to get a sample in a block, or a part is empty.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int | None],
+        weights: Sequence[float],
+        seed: int,
+        epochs: Sequence[int | None] | None = None,
+    ) -> None:
         self.seed = seed
-        self._orders = [EpochOrder(size, seed + place) for place, size in enumerate(sizes)]
-        self._starts = [0, *accumulate(sizes)]
+        self._orders: list[Order] = [
+            StreamOrder() if size is None else EpochOrder(size, seed + part, bound)
+            for part, (size, bound) in enumerate(
+                zip(sizes, epochs or [None] * len(sizes), strict=True)
+            )
+        ]
+        self._places = _Places(sizes)
         self._quotas = _quotas(weights)
         self._block = -1
         self._parts = torch.empty(0, dtype=torch.int64)
+        ends = [self._end_of(part) for part in range(len(sizes))]
+        self.end = min((end for end in ends if end is not None), default=None)
 
     def __getitem__(self, position: int) -> tuple[int, int]:
         """(epoch of its part, sample index) of the ``position``-th sample that training sees."""
         block, offset = divmod(position, BLOCK)
+        parts = self._parts_of(block)
+        part = int(parts[offset])
+        earlier = block * self._quotas[part] + int((parts[:offset] == part).sum())
+        epoch, index = self._orders[part][earlier]
+        return epoch, self._places.index_of(part, index)
+
+    def _parts_of(self, block: int) -> torch.Tensor:
+        """int64 [BLOCK]: the part of each sample in a block."""
         if block != self._block:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + block)
             parts = torch.arange(len(self._quotas)).repeat_interleave(torch.tensor(self._quotas))
             self._parts = parts[torch.randperm(BLOCK, generator=generator)]
             self._block = block
-        part = int(self._parts[offset])
-        earlier = block * self._quotas[part] + int((self._parts[:offset] == part).sum())
-        epoch, index = self._orders[part][earlier]
-        return epoch, self._starts[part] + index
+        return self._parts
+
+    def _end_of(self, part: int) -> int | None:
+        """Where the mixture asks a part for more than it may give."""
+        held = self._orders[part].end
+        if held is None:
+            return None
+        block, left = divmod(held, self._quotas[part])
+        return block * BLOCK + int((self._parts_of(block) == part).nonzero()[left])
 
 
 def _quotas(weights: Sequence[float]) -> list[int]:

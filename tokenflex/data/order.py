@@ -9,14 +9,20 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
-from tokenflex.data.samples import SampleDataset
+from tokenflex.data.samples import DataExhaustedError, SampleDataset
 from tokenflex.interruption import ignore_interrupts
 
 T = TypeVar("T")
 
 
 class Order(Protocol):
-    """Which sample stands at a position of training, known without walking to it."""
+    """Which sample stands at a position of training, known without walking to it.
+
+    ``end`` is the first position that there is no sample for; None where there is no such, or only
+    reading will tell.
+    """
+
+    end: int | None
 
     def __getitem__(self, position: int) -> tuple[int, int]: ...
 
@@ -27,22 +33,48 @@ class EpochOrder:
     Args:
         num_samples: size of the data set.
         seed: another seed gives other orders.
+        epochs: after how many the data is exhausted; None for never.
+
+    Raises:
+        ValueError: the data set is empty.
     """
 
-    def __init__(self, num_samples: int, seed: int) -> None:
+    def __init__(self, num_samples: int, seed: int, epochs: int | None = None) -> None:
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1 to train on, got {num_samples}")
         self.num_samples = num_samples
         self.seed = seed
+        self.end = None if epochs is None else epochs * num_samples
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        """(epoch, sample index) of the ``position``-th sample that training sees."""
+        """(epoch, sample index) of the ``position``-th sample that training sees.
+
+        Raises:
+            DataExhaustedError: ``position`` is beyond the last epoch.
+        """
+        if self.end is not None and position >= self.end:
+            raise DataExhaustedError(
+                f"{self.end // self.num_samples} epochs of {self.num_samples} samples hold no "
+                f"sample {position}"
+            )
         epoch, offset = divmod(position, self.num_samples)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._order = torch.randperm(self.num_samples, generator=generator)
             self._epoch = epoch
         return epoch, int(self._order[offset])
+
+
+class StreamOrder:
+    """The order of a stream, which shuffles itself: its samples as they come."""
+
+    end: int | None = None
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        """(0, ``position``): a stream counts on through its passes."""
+        return 0, position
 
 
 class StepSampler:

@@ -10,8 +10,14 @@ import torch
 
 from tokenflex.counts import Grid, TokenCount, TokenCounts, tokens_of
 from tokenflex.data.encoding import IGNORE, ConversationEncoder
-from tokenflex.data.samples import Conversation, Sample
-from tokenflex.data.sharing import TokenSequence, prefix_and_branches, whole_conversations
+from tokenflex.data.samples import Conversation, Sample, SampleOutline
+from tokenflex.data.sharing import (
+    EncodedConversation,
+    TokenSequence,
+    prefix_and_branches,
+    whole_conversations,
+)
+from tokenflex.data.truncation import truncate
 from tokenflex.models.prefixes import SharedPrefixes, share_prefixes
 from tokenflex_kernels import PackPlan, plan_packing
 
@@ -24,6 +30,19 @@ class DrawnSample:
     epoch: int
     sample: Sample
     count: TokenCount | None = None
+
+
+@dataclass(frozen=True)
+class FittedSample:
+    """What of a sample is trained on.
+
+    Attributes:
+        sequences: one a conversation, or their common prefix and their branches.
+        tiles: of each image that a conversation shows.
+    """
+
+    sequences: list[TokenSequence]
+    tiles: list[int]
 
 
 @dataclass(frozen=True)
@@ -84,12 +103,22 @@ class PackingCollator:
         counts: draws the count of each sample that comes without one.
         share_prefix: let the conversations of a sample share the rows they have in common, images
             above all. For models whose ``takes_shared_prefixes`` says so.
+        max_length: rows of a conversation at most, text and vision; longer ones are cut off. None
+            for no bound.
     """
 
-    def __init__(self, processor: Any, counts: TokenCounts, *, share_prefix: bool = False) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        counts: TokenCounts,
+        *,
+        share_prefix: bool = False,
+        max_length: int | None = None,
+    ) -> None:
         self.processor = processor
         self.counts = counts
         self.share_prefix = share_prefix
+        self.max_length = max_length
         self.encode = ConversationEncoder(processor.tokenizer, processor.image_prompt)
 
     def __call__(self, drawn: Sequence[DrawnSample]) -> PackedBatch:
@@ -98,7 +127,21 @@ class PackingCollator:
         Raises:
             ValueError: a sample cannot be encoded; the message names it.
         """
-        data, tiles = self._encoder_inputs([image for one in drawn for image in one.sample.images])
+        counts = [
+            self.counts.draw(item.index, item.epoch) if item.count is None else item.count
+            for item in drawn
+        ]
+        fitted = [
+            self.fit(_outline_of(item.sample), count)
+            for item, count in zip(drawn, counts, strict=True)
+        ]
+        data, tiles = self._encoder_inputs(
+            [
+                image
+                for item, one in zip(drawn, fitted, strict=True)
+                for image in item.sample.images[: len(one.tiles)]
+            ]
+        )
         tiles_left = iter(tiles)
         tile_counts: list[TokenCount] = []
         sequences: list[TokenSequence] = []
@@ -106,12 +149,8 @@ class PackingCollator:
         placeholder_counts: list[int] = []
         vision_rows = [torch.zeros(0, dtype=torch.int64)]
         vision_tokens = 0
-        for item in drawn:
-            sample = item.sample
-            count = item.count
-            if count is None:
-                count = self.counts.draw(item.index, item.epoch)
-            sample_tiles = [next(tiles_left) for _ in sample.images]
+        for count, one in zip(counts, fitted, strict=True):
+            sample_tiles = [next(tiles_left) for _ in one.tiles]
             tile_counts += [count] * sum(sample_tiles)
             # Every conversation shows the same projected rows: encoded once, wherever they stand.
             image_counts = [tokens_of(count) * tiles for tiles in sample_tiles]
@@ -119,11 +158,11 @@ class PackingCollator:
             shown_by_image = shown.split(image_counts)
             vision_tokens += len(shown)
             first = len(sequences)
-            for one in self.sequences_of(sample.id, sample.conversations, len(sample.images)):
-                sequences.append(one)
-                parents.append(first if one.is_branch else -1)
-                placeholder_counts += image_counts[one.images]
-                vision_rows += shown_by_image[one.images]
+            for sequence in one.sequences:
+                sequences.append(sequence)
+                parents.append(first if sequence.is_branch else -1)
+                placeholder_counts += image_counts[sequence.images]
+                vision_rows += shown_by_image[sequence.images]
         plan = plan_packing(
             [one.ids for one in sequences],
             placeholder_counts,
@@ -149,14 +188,33 @@ class PackingCollator:
             sample_ids=[item.sample.id for item in drawn],
         )
 
-    def sequences_of(
-        self, sample_id: str, conversations: Sequence[Conversation], num_images: int
-    ) -> list[TokenSequence]:
-        """What is packed for a sample: a sequence a conversation, or their prefix and branches."""
-        encoded = [self.encode_sample(sample_id, one, num_images) for one in conversations]
+    def fit(self, outline: SampleOutline, count: TokenCount) -> FittedSample:
+        """What is packed of a sample at ``count`` tokens a tile: a pure function of the two.
+
+        Raises:
+            ValueError: it cannot be encoded, or a conversation has nothing left to learn.
+        """
+        tiles = self.processor.image_tokens(list(outline.image_sizes), 1)
+        lengths = [tokens_of(count) * one for one in tiles]
+        image_token_id = self.processor.image_token_id
+        encoded: list[EncodedConversation] = []
+        for conversation in outline.conversations:
+            ids, labels = self.encode_sample(outline.id, conversation, len(tiles))
+            images = len(tiles)
+            if self.max_length is not None:
+                try:
+                    ids, labels, images = truncate(
+                        ids, labels, lengths, image_token_id, self.max_length
+                    )
+                except ValueError as error:
+                    raise ValueError(f"sample {outline.id}: {error}") from error
+            encoded.append((ids, labels, images))
+        shown = max((images for *_, images in encoded), default=0)
         if self.share_prefix:
-            return prefix_and_branches(encoded, num_images, self.processor.image_token_id)
-        return whole_conversations(encoded, num_images)
+            sequences = prefix_and_branches(encoded, image_token_id)
+        else:
+            sequences = whole_conversations(encoded)
+        return FittedSample(sequences, tiles[:shown])
 
     def encode_sample(
         self, sample_id: str, conversation: Conversation, num_images: int
@@ -171,6 +229,11 @@ class PackingCollator:
         if images:
             return self.processor.process_images(images)
         return {"pixel_values": torch.zeros(0, 3, 1, 1)}, []
+
+
+def _outline_of(sample: Sample) -> SampleOutline:
+    sizes = tuple((image.height, image.width) for image in sample.images)
+    return SampleOutline(sample.id, sizes, sample.conversations)
 
 
 def _targets_per_sequence(plan: PackPlan) -> list[int]:

@@ -54,9 +54,21 @@ class SampleDataset(Protocol):
     """A data set: any object with a length whose items are samples, the same at every asking.
 
     One with a method ``outline(index) -> SampleOutline``, which opens no pixels, spares every rank
-    from reading the images of all others.
+    from reading the images of all others. That of a stream has no end, and ``len`` is a TypeError.
     """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+
+class DataExhaustedError(RuntimeError):
+    """Training asks for more samples than the data may give. No sample is to blame."""
+
+
+def size_of(dataset: SampleDataset) -> int | None:
+    """How many samples there are; None for a stream, which does not know."""
+    try:
+        return len(dataset)
+    except TypeError:
+        return None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from tokenflex.data.encoding import IGNORE
 
-Encoded = tuple[torch.Tensor, torch.Tensor]  # ids and labels, int64 [length] each
+# ids and labels, int64 [length] each, and how many of the sample's images stand in them, the first
+EncodedConversation: TypeAlias = "tuple[torch.Tensor, torch.Tensor, int]"
 
 
 @dataclass(frozen=True)
@@ -34,32 +36,34 @@ class TokenSequence:
         return len(self.ids) - len(shown) + sum(shown)
 
 
-def whole_conversations(encoded: Sequence[Encoded], num_images: int) -> list[TokenSequence]:
-    """Each conversation by itself, with all images of its own."""
-    return [TokenSequence(ids, labels, slice(0, num_images)) for ids, labels in encoded]
+def whole_conversations(encoded: Sequence[EncodedConversation]) -> list[TokenSequence]:
+    """Each conversation by itself, with its images."""
+    return [TokenSequence(ids, labels, slice(0, images)) for ids, labels, images in encoded]
 
 
 def prefix_and_branches(
-    encoded: Sequence[Encoded], num_images: int, image_token_id: int
+    encoded: Sequence[EncodedConversation], image_token_id: int
 ) -> list[TokenSequence]:
     """The conversations' common prefix, then the rest of each; whole ones if there is no such.
 
     Args:
-        encoded: ids and labels of a sample's conversations.
-        num_images: images of the sample; each conversation shows all of them, in order.
+        encoded: a sample's conversations.
         image_token_id: the placeholder's.
     """
     length = common_length(encoded)
     if not length:
-        return whole_conversations(encoded, num_images)
-    ids, labels = encoded[0]
+        return whole_conversations(encoded)
+    ids, labels, _ = encoded[0]
     shown = int((ids[:length] == image_token_id).sum())
     prefix = TokenSequence(ids[:length], labels[:length], slice(0, shown))
-    rest = slice(shown, num_images)
-    return [prefix, *(TokenSequence(i[length:], a[length:], rest, True) for i, a in encoded)]
+    branches = [
+        TokenSequence(own[length:], learned[length:], slice(shown, images), True)
+        for own, learned, images in encoded
+    ]
+    return [prefix, *branches]
 
 
-def common_length(encoded: Sequence[Encoded]) -> int:
+def common_length(encoded: Sequence[EncodedConversation]) -> int:
     """How many leading tokens the conversations can share, 0 for none.
 
     They are the same in all, and learned in none: what is learned counts once a conversation. Each
@@ -67,10 +71,10 @@ def common_length(encoded: Sequence[Encoded]) -> int:
     """
     if len(encoded) < 2:
         return 0
-    length = min(_unlearned(labels) for _, labels in encoded) - 1
+    length = min(_unlearned(labels) for _, labels, _ in encoded) - 1
     if length < 1:
         return 0
-    heads = np.stack([ids[:length].numpy() for ids, _ in encoded])
+    heads = np.stack([ids[:length].numpy() for ids, *_ in encoded])
     return _first((heads != heads[0]).any(0))
 
 

@@ -164,15 +164,11 @@ class StepPacker:
 
     def _plan(self, key: Key, drawn: TokenCount) -> _Planned:
         outline = outline_of(self.dataset, key[1])
-        count = tokens_of(drawn)
-        image_tiles = self.collator.processor.image_tokens(list(outline.image_sizes), 1)
-        tiles = sum(image_tiles)
-        image_counts = [count * tiles for tiles in image_tiles]
-        sequences = self.collator.sequences_of(
-            outline.id, outline.conversations, len(outline.image_sizes)
-        )
-        tokens = sum(one.num_tokens(image_counts) for one in sequences)
-        targets = sum(int((one.labels != IGNORE).sum()) for one in sequences)
+        fitted, count = self.collator.fit(outline, drawn), tokens_of(drawn)
+        tiles = sum(fitted.tiles)
+        image_counts = [count * one for one in fitted.tiles]
+        tokens = sum(one.num_tokens(image_counts) for one in fitted.sequences)
+        targets = sum(int((one.labels != IGNORE).sum()) for one in fitted.sequences)
         for name, size, bound in (
             ("max_tokens", tokens, self.max_tokens),
             ("max_tiles", tiles, self.max_tiles),

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from tokenflex.counts import Grid
 from tokenflex.data.encoding import IGNORE, ConversationEncoder
 from tokenflex.data.sharing import (
-    Encoded,
+    EncodedConversation,
     TokenSequence,
     prefix_and_branches,
     whole_conversations,
@@ -48,12 +48,11 @@ def grade_forced(
     for _, group in groupby(zip(questions, vision.places, strict=True), key=_shown_alike):
         asked, places = zip(*group, strict=True)
         encoded = [_encoded(one, encode) for one in asked]
-        answer_lengths += [int((learned[1:] != IGNORE).sum()) for _, learned in encoded]
-        images = len(asked[0].sample.tiles)
+        answer_lengths += [int((learned[1:] != IGNORE).sum()) for _, learned, _ in encoded]
         if model.takes_shared_prefixes:
-            parts = prefix_and_branches(encoded, images, processor.image_token_id)
+            parts = prefix_and_branches(encoded, processor.image_token_id)
         else:
-            parts = whole_conversations(encoded, images)
+            parts = whole_conversations(encoded)
         counts = asked[0].tokens_per_image
         rows = torch.arange(ends[places[0].start], ends[places[0].stop]).split(counts)
         first = len(sequences)
@@ -88,7 +87,7 @@ def _shown_alike(asked: tuple[Question, range]) -> tuple[int, tuple[Grid, ...]]:
     return asked[0].sample.index, asked[0].grids
 
 
-def _encoded(question: Question, encode: ConversationEncoder) -> Encoded:
+def _encoded(question: Question, encode: ConversationEncoder) -> EncodedConversation:
     sample = question.sample
     try:
         ids, learned = encode(question.conversation, len(sample.tiles))
@@ -96,7 +95,7 @@ def _encoded(question: Question, encode: ConversationEncoder) -> Encoded:
         raise ValueError(f"sample {sample.id}: {error}") from error
     if not bool((learned[1:] != IGNORE).any()):  # what nothing precedes is not predicted
         raise ValueError(f"sample {sample.id}: a conversation holds no answer to grade")
-    return ids, learned
+    return ids, learned, len(sample.tiles)
 
 
 def grade_generated(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 from typing import Any
@@ -40,7 +41,7 @@ def packed_attention_forward(
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
-    sequence_lengths: tuple[int, ...] | None = None,
+    sequence_lengths: torch.Tensor | None = None,
     shared_prefixes: SharedPrefixes | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -54,7 +55,8 @@ def packed_attention_forward(
         cu_seq_lens_q: int32 [sequences + 1] on the device, the rows where sequences start; given
             exactly when the call is packed.
         max_length_q: the longest sequence, a host int.
-        sequence_lengths: the rows of each sequence, host ints.
+        sequence_lengths: int64 [sequences] on the host, the rows of each sequence. A tensor: for a
+            tuple a compiler would make a graph a length.
         shared_prefixes: which sequences go on from another; None where none does.
 
     Returns:
@@ -79,30 +81,46 @@ def packed_attention_forward(
         )
     if dropout:
         raise ValueError(f"packed attention supports no dropout, got dropout={dropout}")
-    key_lengths = sequence_lengths if shared_prefixes is None else shared_prefixes.lengths
-    longest = max(key_lengths, default=0)
     window = kwargs.get("sliding_window")
-    if window is not None and longest > window:
-        raise ValueError(
-            f"packed attention supports no sliding window, got sliding_window={window} for "
-            f"sequences of up to {longest} rows"
-        )
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _has_varlen_attention():
-        output = _flash(
-            query, key, value, cu_seq_lens_q, max_length_q, longest, shared_prefixes, scaling
-        )
-    else:
-        key_rows = None if shared_prefixes is None else shared_prefixes.key_rows
-        output = _by_length(query, key, value, sequence_lengths, key_lengths, key_rows, scaling)
+    if window is not None:
+        longest = max_length_q if shared_prefixes is None else shared_prefixes.max_length
+        if longest > window:
+            raise ValueError(
+                f"packed attention supports no sliding window, got sliding_window={window} for "
+                f"sequences of up to {longest} rows"
+            )
+    output = _attend(
+        query, key, value, cu_seq_lens_q, max_length_q, sequence_lengths, shared_prefixes, scaling
+    )
     return output, None
+
+
+@torch.compiler.disable  # it reads the lengths
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    max_length: int,
+    lengths: torch.Tensor,
+    shared_prefixes: SharedPrefixes | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _has_varlen_attention():
+        return _flash(query, key, value, cu_seq_lens, max_length, shared_prefixes, scaling)
+    rows = lengths.tolist()
+    if shared_prefixes is None:
+        return _by_length(query, key, value, rows, rows, None, scaling)
+    seen = shared_prefixes.lengths
+    return _by_length(query, key, value, rows, seen, shared_prefixes.key_rows, scaling)
 
 
 def _by_length(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lengths: tuple[int, ...],
-    key_lengths: tuple[int, ...],
+    lengths: Sequence[int],
+    key_lengths: Sequence[int],
     key_rows: torch.Tensor | None,
     scaling: float | None,
 ) -> torch.Tensor:
@@ -155,7 +173,6 @@ def _flash(
     value: torch.Tensor,
     cu_seq_lens: torch.Tensor,
     max_length: int,
-    max_length_k: int,
     shared_prefixes: SharedPrefixes | None,
     scaling: float | None,
 ) -> torch.Tensor:
@@ -184,10 +201,10 @@ def _flash(
             groups = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    cu_seq_lens_k = cu_seq_lens
+    cu_seq_lens_k, max_length_k = cu_seq_lens, max_length
     if shared_prefixes is not None:
         k, v = (_rows_seen(x, shared_prefixes.key_rows) for x in (k, v))
-        cu_seq_lens_k = shared_prefixes.cu_seqlens
+        cu_seq_lens_k, max_length_k = shared_prefixes.cu_seqlens, shared_prefixes.max_length
     output = varlen_attn(q, k, v, cu_seq_lens, cu_seq_lens_k, max_length, max_length_k, **options)
     assert isinstance(output, torch.Tensor)  # a tuple only where auxiliary outputs are asked for
     return output.unsqueeze(0)

@@ -35,6 +35,7 @@ from tokenflex.counts import Grid, ImageTokenCounts, token_grid, token_grids
 from tokenflex.models.attention import PACKED_ATTENTION
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.head import build_head, transform_logits
+from tokenflex.models.loss import head_cross_entropy
 from tokenflex.models.prefixes import SharedPrefixes
 from tokenflex.models.vision import EncodedImages, encode
 from tokenflex.positions import shared_image_positions
@@ -205,7 +206,6 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
 
         The arguments are those of :meth:`TokenFlexForConditionalGeneration.forward`.
         """
-        refuse_auto(num_image_tokens)
         images = (mm_encoder_outputs or {}).get("image")
         sources = [images, pixel_values, encoded_images]
         if sum(source is not None for source in sources) > 1:
@@ -302,7 +302,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         }
         position_ids, attention_mask = plan.position_ids, None
         if implementation == PACKED_ATTENTION:
-            boundaries["sequence_lengths"] = plan.lengths
+            boundaries["sequence_lengths"] = torch.tensor(plan.lengths, dtype=torch.int64)
             if shared_prefixes is not None:
                 boundaries["shared_prefixes"] = shared_prefixes
                 position_ids = shared_prefixes.position_ids
@@ -460,9 +460,11 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
         vision_index: torch.Tensor | None = None,
         shared_prefixes: SharedPrefixes | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        targets: torch.Tensor | None = None,
+        target_weights: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the loss where ``labels`` are given.
+        """Logits, and the loss where ``labels`` are given; with ``targets`` the loss alone.
 
         Args:
             input_ids: int64 [B, L] with one ``image_token_id`` per vision token.
@@ -489,9 +491,13 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
                 :func:`tokenflex.models.prefixes.share_prefixes`; for models that
                 :attr:`takes_shared_prefixes`.
             logits_to_keep: the last so many positions, or the positions of a 1-D index; 0 is all.
+            targets: int64 [N], the next token at each of the kept positions, row after row, in
+                place of ``labels``; see :func:`tokenflex.models.loss.head_cross_entropy`.
+            target_weights: [N], how much each of the ``targets`` counts.
 
         Returns:
             ``logits`` [B, L, V] ([1, total, V] for a packed row), ``loss``, ``past_key_values``.
+            With ``targets`` no logits, and the loss is their weighted sum.
 
         Raises:
             ValueError: placeholders, counts and tiles do not fit together; both numbers are named.
@@ -517,8 +523,11 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
             hidden = hidden.index_select(1, logits_to_keep)
         elif logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
-        logits = transform_logits(self.lm_head(hidden), self.config.text_config)
-        loss = None
+        logits = loss = None
+        if targets is not None:
+            loss = self._target_loss(hidden.flatten(0, 1), targets, target_weights, labels)
+        else:
+            logits = transform_logits(self.lm_head(hidden), self.config.text_config)
         if labels is not None:
             loss = self.loss_function(
                 logits=logits,
@@ -532,6 +541,28 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+        )
+
+    def _target_loss(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        target_weights: torch.Tensor | None,
+        labels: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if target_weights is None or labels is not None:
+            raise ValueError("targets come with target_weights, and in place of labels")
+        if type(self.lm_head) is not nn.Linear:  # adapted or quantised: more than its weight
+            raise ValueError(
+                f"targets need a plain Linear as the head, give labels to {type(self.lm_head)}"
+            )
+        return head_cross_entropy(
+            hidden,
+            self.lm_head.weight,
+            self.lm_head.bias,
+            targets,
+            target_weights,
+            lambda logits: transform_logits(logits, self.config.text_config),
         )
 
 

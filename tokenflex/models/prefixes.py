@@ -30,6 +30,7 @@ class SharedPrefixes:
     Attributes:
         parents: for each sequence of the plan the prefix it goes on from, -1 for none.
         lengths: rows that each sequence sees, its prefix's and its own; host ints.
+        max_length: the largest of them.
         position_ids: int64 [rows]; those of a branch continue its prefix's.
         key_rows: int64 [sum of lengths]; the rows that each sequence sees, sequence by sequence.
         cu_seqlens: int32 [sequences + 1]; where each sequence begins in ``key_rows``.
@@ -37,6 +38,7 @@ class SharedPrefixes:
 
     parents: tuple[int, ...]
     lengths: tuple[int, ...]
+    max_length: int
     position_ids: torch.Tensor
     key_rows: torch.Tensor
     cu_seqlens: torch.Tensor
@@ -87,6 +89,7 @@ def share_prefixes(plan: PackPlan, parents: Sequence[int]) -> SharedPrefixes:
     return SharedPrefixes(
         parents=parents,
         lengths=tuple(seen.tolist()),
+        max_length=max(seen.tolist(), default=0),
         position_ids=plan.position_ids + before.repeat_interleave(own),
         key_rows=key_rows + torch.arange(len(key_rows)),
         cu_seqlens=torch.cat([seen.new_zeros(1), seen.cumsum(0)]).to(torch.int32),

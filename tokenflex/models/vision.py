@@ -88,6 +88,20 @@ def encode(
     return _encode_pixels(vision_model, config, pixel_values, named)
 
 
+def blank_tile(
+    vision_model: PreTrainedModel, config: PretrainedConfig
+) -> tuple[torch.Tensor, list[Grid]]:
+    """Zeros that :func:`encode` takes for one tile, and their grid."""
+    channels = getattr(config, "num_channels", 3)
+    patch_height, patch_width = _pair(config.patch_size)
+    if takes_patches(vision_model):
+        return torch.zeros(1, 1, channels * patch_height * patch_width), [(1, 1)]
+    size = getattr(config, "image_size", None)
+    height, width = (patch_height, patch_width) if size is None else _pair(size)
+    grid = height // patch_height, width // patch_width
+    return torch.zeros(1, channels, height, width), [grid]
+
+
 def _encode_pixels(
     vision_model: PreTrainedModel,
     config: PretrainedConfig,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -24,8 +24,10 @@ from tokenflex.data.huggingface import HuggingFaceDataset
 from tokenflex.data.llava import LlavaDataset
 from tokenflex.data.messages import MessagesDataset
 from tokenflex.data.mixture import Mixture, MixtureOrder
-from tokenflex.data.order import EpochOrder
-from tokenflex.data.samples import SampleDataset
+from tokenflex.data.order import EpochOrder, Order, StreamOrder
+from tokenflex.data.samples import SampleDataset, size_of
+from tokenflex.data.streaming import StreamingDataset
+from tokenflex.data.webdataset import WebDataset
 from tokenflex.digits.canvas import CELL_PIXELS
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor
@@ -33,7 +35,7 @@ from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.loading import load_checkpoint, read_config
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.processing import TokenFlexProcessor
-from tokenflex.training.config import DataConfig, ModelConfig, PartConfig
+from tokenflex.training.config import DataConfig, ModelConfig, PartConfig, TrainConfig
 
 
 def build_dataset(config: DataConfig) -> SampleDataset:
@@ -47,17 +49,60 @@ def build_dataset(config: DataConfig) -> SampleDataset:
     assert config.path is not None  # checked by DataConfig
     if config.name == "llava":
         return LlavaDataset(config.path, config.image_folder)
+    if config.name == "webdataset":
+        return WebDataset(config.path)
+    if config.streaming:
+        return StreamingDataset(
+            str(config.path),
+            config.split,
+            shuffle_buffer=config.shuffle_buffer,
+            epochs=config.epochs,
+        )
     if config.name == "huggingface":
         return HuggingFaceDataset(str(config.path), config.split)
     return MessagesDataset(config.path)
 
 
-def build_order(config: DataConfig, dataset: SampleDataset, seed: int) -> EpochOrder | MixtureOrder:
-    """The order in which training walks through ``dataset``, which ``config`` named."""
+def build_order(config: DataConfig, dataset: SampleDataset, seed: int) -> Order:
+    """The order in which training walks through ``dataset``, which ``config`` named.
+
+    A stream keeps its order itself: it is set to that of ``seed`` here.
+    """
     if isinstance(dataset, Mixture):
-        sizes = [len(part) for part in dataset.parts]
-        return MixtureOrder(sizes, [part.weight for part in config.parts], seed)
-    return EpochOrder(len(dataset), seed)
+        for place, part in enumerate(dataset.parts):
+            if isinstance(part, StreamingDataset):
+                part.shuffle(seed + place)
+        return MixtureOrder(
+            [size_of(part) for part in dataset.parts],
+            [part.weight for part in config.parts],
+            seed,
+            [part.epochs for part in config.parts],
+        )
+    if isinstance(dataset, StreamingDataset):
+        dataset.shuffle(seed)
+        return StreamOrder()
+    return EpochOrder(len(dataset), seed, config.epochs)
+
+
+def check_supply(config: TrainConfig, orders: Mapping[DataConfig, Order]) -> None:
+    """No stage may need more samples than ``epochs`` of its data hold, as far as sizes are known.
+
+    Raises:
+        ValueError: one does; the message names it.
+    """
+    needed = dict.fromkeys(orders, 0)
+    for stage in config.stages:
+        data = config.data_of(stage)
+        if data not in orders:
+            continue
+        # How many steps a budget in tokens takes is not known before: at least none.
+        needed[data] += (stage.steps or 0) * stage.samples_read
+        end = orders[data].end
+        if end is not None and needed[data] > end:
+            raise ValueError(
+                f"stage {stage.name!r} goes on to sample {needed[data]} of its data, but its "
+                f"epochs end at {end}; give it fewer steps or more epochs"
+            )
 
 
 def build_processor(config: ModelConfig) -> TokenFlexProcessor:

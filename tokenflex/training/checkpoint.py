@@ -19,6 +19,7 @@ STATE_KEYS = (
     "model",
     "optimizer",
     "scheduler",
+    "scaler",
     "rng",
     "records",
     "broken",
@@ -135,12 +136,17 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def save_model(directory: Path, model: Any, processor: Any) -> None:
-    """Model and processor as transformers writes them; the folder appears whole or not at all."""
+def save_model(
+    directory: Path, model: Any, processor: Any, weights: dict[str, Any] | None = None
+) -> None:
+    """Model and processor as transformers writes them; the folder appears whole or not at all.
+
+    ``weights`` are the model's, where it holds only shards of them itself.
+    """
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     previous = directory.with_name(f".{directory.name}.{os.getpid()}.old")
     try:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=weights)
         processor.save_pretrained(temporary)
         if directory.exists():
             directory.rename(previous)

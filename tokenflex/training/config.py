@@ -91,16 +91,23 @@ class DataConfig(_Strict):
     """A data set.
 
     ``name`` is "digits", the offline task; "messages", a JSONL file (``MessagesDataset``); "llava",
-    a JSON file in LLaVA's layout; "huggingface", a data set of the ``datasets`` library; "mixture",
-    several ``parts``, each drawn from in proportion to its ``weight``. ``cells`` are those of a
-    canvas of "digits", per side.
+    a JSON file in LLaVA's layout; "webdataset", tars (``WebDataset``); "huggingface", a data set of
+    the ``datasets`` library, read as it comes with ``streaming``, the next row drawn from
+    ``shuffle_buffer`` of them; "mixture", several ``parts``, each drawn from in proportion to its
+    ``weight``. Training may go through it ``epochs`` times; without a bound it does so as often as
+    the stages' steps ask. ``cells`` are those of a canvas of "digits", per side.
     """
 
-    name: Literal["digits", "messages", "llava", "huggingface", "mixture"]
+    name: Literal["digits", "messages", "llava", "webdataset", "huggingface", "mixture"]
     path: Path | None = None
     image_folder: Path | None = None
     split: str = "train"
     cells: int = Field(default=4, ge=4, multiple_of=2)
+    streaming: bool = False
+    shuffle_buffer: int = Field(default=1000, ge=1)
+    # A bound changes no sample before it: a run that ended at one may go on with another. So it is
+    # no part of what a state is compared by.
+    epochs: int | None = Field(default=None, ge=1, exclude=True)
     size: int = Field(default=100_000, ge=1)
     questions: int = Field(default=8, ge=1)
     parts: tuple[DataConfig, ...] = ()
@@ -108,10 +115,11 @@ class DataConfig(_Strict):
 
     @model_validator(mode="after")
     def _keys_fit_the_name(self) -> DataConfig:
-        if (self.name in ("messages", "llava", "huggingface")) != (self.path is not None):
+        if (self.name in ("digits", "mixture")) != (self.path is None):
             raise ValueError(
-                "path must be given with name: messages, llava or huggingface, and only there, got "
-                f"name={self.name!r} and path={None if self.path is None else str(self.path)!r}"
+                "path must be given with name: messages, llava, webdataset or huggingface, and "
+                f"only there, got name={self.name!r} and "
+                f"path={None if self.path is None else str(self.path)!r}"
             )
         if (self.name == "mixture") != bool(self.parts):
             raise ValueError(
@@ -123,6 +131,13 @@ class DataConfig(_Strict):
         if self.image_folder is not None and self.name != "llava":
             raise ValueError(
                 f"image_folder must be given with name: llava only, got name={self.name!r}"
+            )
+        if self.streaming and self.name != "huggingface":
+            raise ValueError(f"streaming needs name: huggingface, got name={self.name!r}")
+        if self.name == "mixture" and self.epochs is not None:
+            raise ValueError(
+                f"epochs must be given to the parts of a mixture, got epochs={self.epochs} beside "
+                "them"
             )
         if self.name == "digits" and self.split not in DIGITS_SPLITS:
             known = ", ".join(repr(split) for split in DIGITS_SPLITS)
@@ -149,11 +164,11 @@ class StageConfig(_Strict):
     ``counts`` and ``weights`` are the token counts, perfect squares or [height, width] pairs, and
     their odds; ``draw`` says whether a count is drawn for each "sample", as in the paper, or once
     for a "step", or every sample is shown at "all" counts, each a sample of its own in
-    ``batch_size``. The ``batch_size`` samples of a step, over all processes, are dealt into forward
-    passes of equal cost that hold at most ``max_tokens`` rows and ``max_tiles`` tiles each.
-    ``loss`` says how answer tokens weigh: all the
-    same ("token"), or by one over the square root of their answer's length ("square"), as the
-    released model was trained.
+    ``batch_size``. Conversations of more than ``max_length`` rows, text and vision, are cut off.
+    The ``batch_size`` samples of a step, over all processes, are dealt into forward passes of equal
+    cost that hold at most ``max_tokens`` rows and ``max_tiles`` tiles each.
+    ``loss`` says how answer tokens weigh: all the same ("token"), or by one over the square root of
+    their answer's length ("square"), as the released model was trained.
     """
 
     name: str
@@ -167,6 +182,7 @@ class StageConfig(_Strict):
     draw: Draw = "sample"
     max_tokens: int | None = Field(default=None, ge=1)
     max_tiles: int | None = Field(default=None, ge=1)
+    max_length: int | None = Field(default=None, ge=2)
     loss: Literal["token", "square"] = "token"
     warmup_steps: int = Field(default=0, ge=0)
     warmup_share: float = Field(default=0.0, ge=0, lt=1)
@@ -272,6 +288,12 @@ class EvaluationConfig(_Strict):
     samples: int = Field(default=256, ge=1)
 
     @model_validator(mode="after")
+    def _data_has_a_size(self) -> EvaluationConfig:
+        if any(one.streaming for one in (self.data, *self.data.parts)):
+            raise ValueError("data of an evaluation must not be streaming, got streaming=True")
+        return self
+
+    @model_validator(mode="after")
     def _counts_are_grids(self) -> EvaluationConfig:
         if not self.counts:
             raise ValueError(f"counts must name at least one count, got {self.counts}")
@@ -284,6 +306,10 @@ class TrainConfig(_Strict):
     """A whole run. ``output`` is relative to the working directory.
 
     ``sample`` is for ``--dry-run`` alone.
+    Of several processes each holds the whole model (``sharding: none``, DDP) or a share of it
+    (``full``, FSDP2). ``gradient_checkpointing`` keeps of a layer its input alone and computes the
+    rest again in backward; ``compile`` has torch.compile compile each layer. None of the three
+    changes what is learned, and all may change between two halves of a run.
     A state to resume from is saved every ``save_every`` steps; the last ``keep_states`` are kept.
     Samples that cannot be read are named in ``broken_samples.json`` and skipped, at most
     ``max_broken_samples`` of them.
@@ -301,6 +327,9 @@ class TrainConfig(_Strict):
     sample: SampleConfig | None = None
     seed: int = Field(default=0, ge=0, lt=2**32)
     precision: Literal["no", "bf16", "fp16"] = "no"
+    sharding: Literal["none", "full"] = "none"
+    gradient_checkpointing: bool = False
+    compile: bool = False
     workers: int = Field(default=1, ge=0)
     threads: int | None = Field(default=None, ge=1)
     log_every: int = Field(default=10, ge=1)
@@ -348,6 +377,12 @@ class TrainConfig(_Strict):
     def _trackers_are_known(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
         check_names(trackers)
         return trackers
+
+    @model_validator(mode="after")
+    def _shards_take_no_loss_scaler(self) -> TrainConfig:
+        if self.sharding == "full" and self.precision == "fp16":
+            raise ValueError("precision must be 'bf16' or 'no' with sharding: full, got 'fp16'")
+        return self
 
 
 def load_config(path: str | Path) -> TrainConfig:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from torch.distributed.tensor import DTensor
 
+from tokenflex.counts import TokenCount, tokens_of
 from tokenflex.data.packing import PackedBatch
 from tokenflex.data.steps import PackedStep
+from tokenflex.models.vision import blank_tile
 from tokenflex.training.config import StageConfig, TrainConfig
+from tokenflex.training.sharding import is_sharded, note_what_learns
 from tokenflex.training.trackers import tracker_arguments
 
 
@@ -25,48 +29,111 @@ class StepOutcome:
         loss: float32 scalar, the weighted mean over the answer tokens of all ranks.
         norm: scalar, the gradients' norm before it was clipped.
         broken: samples that ranks left out, each counted by every rank that met it.
+        interrupted: whether a signal came to any rank before the step.
     """
 
     loss: torch.Tensor
     norm: torch.Tensor
     broken: int
+    interrupted: bool
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """The engine that knows devices, precision and processes."""
-    # Encoders have parts that no patch goes through, and a bin may hold no image at all.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(
+    """The engine that knows devices, precision and processes.
+
+    Raises:
+        ValueError: it was launched with FSDP of its own.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError(
+            "sharding: full in the configuration shards; launch without accelerate's FSDP "
+            "(--use_fsdp, distributed_type: FSDP), got ACCELERATE_USE_FSDP=true"
+        )
+    # Encoders have parts that no patch goes through, as SigLIP's pooling head.
+    replicas = DistributedDataParallelKwargs(
+        find_unused_parameters=True, gradient_as_bucket_view=True
+    )
+    accelerator = Accelerator(
+        # Left alone, accelerate takes each process that torchrun starts on a CPU for the only one.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=config.precision,
-        kwargs_handlers=[unused],
+        kwargs_handlers=[replicas],
         **tracker_arguments(config.trackers, config.output),
     )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise ValueError(
+            f"WORLD_SIZE must be the number of processes that accelerate finds, "
+            f"{accelerator.num_processes}, got {launched}"
+        )
+    return accelerator
+
+
+def prepare(accelerator: Accelerator, model: Any, optimizer: Any) -> tuple[Any, Any]:
+    """Model and optimiser of a stage as :func:`optimize` takes them."""
+    if is_sharded(model):
+        note_what_learns(model)
+        return model, optimizer
+    prepared: tuple[Any, Any] = accelerator.prepare(model, optimizer)
+    return prepared
 
 
 def optimize(
-    accelerator: Accelerator, model: Any, optimizer: Any, packed: PackedStep, stage: StageConfig
+    accelerator: Accelerator,
+    model: Any,
+    optimizer: Any,
+    packed: PackedStep,
+    stage: StageConfig,
+    *,
+    interrupted: bool = False,
 ) -> StepOutcome:
-    """Learn from one step; ``model`` and ``optimizer`` are those that accelerate prepared."""
+    """Learn from one step; ``model`` and ``optimizer`` are those that :func:`prepare` gave.
+
+    ``interrupted`` is whether a signal came to this rank: all learn of it here.
+    """
     device = accelerator.device
     weights = [target_weights(batch, stage.loss).to(device) for batch in packed.bins]
-    here = torch.tensor([sum(float(w.sum()) for w in weights), len(packed.broken)]).to(device)
-    weight_everywhere, broken_everywhere = accelerator.reduce(here, "sum").tolist()
+    weight_here = sum(float(w.sum()) for w in weights)
+    here = torch.tensor([weight_here, len(packed.broken), interrupted]).to(device)
+    everywhere = accelerator.reduce(here, "sum").tolist()
+    weight_everywhere, broken_everywhere, interrupted_everywhere = everywhere
+    drawn = (n for n, odds in zip(stage.counts, stage.weights, strict=True) if odds)
+    count = min(drawn, key=tokens_of)
     loss = torch.zeros((), device=device)
     for place, (batch, weight) in enumerate(zip(packed.bins, weights, strict=True), start=1):
         last = place == len(packed.bins)
-        with nullcontext() if last else accelerator.no_sync(model):
-            batch = batch.to(device)
+        # Shards exchange gradients after every bin: whole ones would need the memory of no shards.
+        with nullcontext() if last or is_sharded(model) else accelerator.no_sync(model):
+            batch = with_a_tile(batch.to(device), accelerator.unwrap_model(model), count)
             with accelerator.autocast():
-                logits = model(**batch.model_inputs()).logits[0]
-            each = F.cross_entropy(logits.float(), batch.targets, reduction="none")
-            share = (each * weight).sum() / weight_everywhere
+                inputs = batch.model_inputs()
+                summed = model(**inputs, targets=batch.targets, target_weights=weight).loss
+            share = summed / weight_everywhere
             # Gradients are averaged over ranks; the shares of all ranks add up to the loss.
             accelerator.backward(share * accelerator.num_processes)
             loss += share.detach()
     norm = accelerator.clip_grad_norm_(model.parameters(), stage.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepOutcome(accelerator.reduce(loss, "sum"), norm, int(broken_everywhere))
+    return StepOutcome(
+        loss=accelerator.reduce(loss, "sum"),
+        norm=norm.full_tensor() if isinstance(norm, DTensor) else norm,
+        broken=int(broken_everywhere),
+        interrupted=bool(interrupted_everywhere),
+    )
+
+
+def with_a_tile(batch: PackedBatch, model: Any, count: TokenCount) -> PackedBatch:
+    """``batch``, with a blank tile of ``count`` vision tokens, which no row shows, if it has none.
+
+    Then a bin of text alone has a gradient too, zero, where text does not learn; and processes that
+    gather shards together run the same modules.
+    """
+    if len(batch.pixel_values):
+        return batch
+    pixels, grids = blank_tile(model.model.vision_model, model.config.vision_config)
+    pixels = pixels.to(batch.plan.input_ids.device)
+    return replace(batch, pixel_values=pixels, grids=grids, num_image_tokens=[count])
 
 
 def target_weights(batch: PackedBatch, loss: str) -> torch.Tensor:

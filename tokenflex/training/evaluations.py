@@ -14,6 +14,8 @@ from accelerate.utils import gather_object
 from tokenflex.counts import TokenCount
 from tokenflex.data.samples import Sample, SampleDataset
 from tokenflex.evaluation import evaluate
+from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 
 # The kind of a question that a process asks only because the others have one more.
 _STAND_IN = "stand-in"
@@ -46,10 +48,10 @@ class Share:
 def evaluate_together(
     accelerator: Accelerator,
     model: Any,
-    processor: Any,
     share: Share,
-    counts: Sequence[TokenCount],
     *,
+    processor: Any,
+    counts: Sequence[TokenCount],
     batch_size: int,
     workers: int,
     on_batch: Callable[[], object],
@@ -70,6 +72,37 @@ def evaluate_together(
             on_batch=on_batch,
         )
     return own if accelerator.num_processes == 1 else merged(gather_object([own]))
+
+
+def evaluate_alone(
+    config: TokenFlexConfig,
+    weights: dict[str, Any],
+    device: torch.device,
+    share: Share,
+    *,
+    processor: Any,
+    counts: Sequence[TokenCount],
+    batch_size: int,
+    workers: int,
+    on_batch: Callable[[], object],
+) -> dict[str, Any]:
+    """:func:`tokenflex.evaluation.evaluate` of a model of ``weights``, by this process alone.
+
+    It holds a second, whole model meanwhile. Random generators are afterwards as they were.
+    """
+    devices = [torch.cuda.current_device()] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        model = TokenFlexForConditionalGeneration(config)
+        model.load_state_dict(weights)
+        return evaluate(
+            model.to(device).eval(),
+            processor,
+            share,
+            counts,
+            batch_size=batch_size,
+            workers=workers,
+            on_batch=on_batch,
+        )
 
 
 def merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:

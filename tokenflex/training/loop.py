@@ -32,9 +32,10 @@ from tokenflex.training.build import (
 )
 from tokenflex.training.checkpoint import remove_leftovers, save_model, write_json
 from tokenflex.training.config import StageConfig, TrainConfig
-from tokenflex.training.engine import StepOutcome, build_accelerator, optimize
-from tokenflex.training.evaluations import Share, evaluate_together
+from tokenflex.training.engine import StepOutcome, build_accelerator, optimize, prepare
+from tokenflex.training.evaluations import Share, evaluate_alone, evaluate_together
 from tokenflex.training.flops import training_flops
+from tokenflex.training.layers import adapted_layers
 from tokenflex.training.peaks import peak_flops
 from tokenflex.training.records import (
     COUNTED,
@@ -47,7 +48,17 @@ from tokenflex.training.records import (
     training_report,
 )
 from tokenflex.training.schedule import learning_rate_factor
-from tokenflex.training.states import RunStates
+from tokenflex.training.sharding import shard
+from tokenflex.training.states import (
+    RunStates,
+    from_main,
+    model_weights,
+    optimizer_state,
+    random_state,
+    restore_optimizer,
+    restore_random_state,
+    without_weights,
+)
 from tokenflex.training.trackers import FOLDER, check_installed, flat, start_trackers
 
 
@@ -103,7 +114,7 @@ class Trainer:
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output must be a folder, but {self.output} is a file")
         self.is_main = self.accelerator.is_main_process
-        self.resumed = None if fresh else self.states.read(warn=self.is_main)
+        self.resumed = None if fresh else self._read_state()
         # Data first: its errors should not wait for a model, nor those of evaluation for training.
         used = dict.fromkeys(config.data_of(stage) for stage in config.stages)
         self.datasets = {data: build_dataset(data) for data in used}
@@ -117,7 +128,9 @@ class Trainer:
             if weight
         }
         model = build_model(config.model, self.processor, trained)
-        self.model = model.to(self.accelerator.device)
+        self.shards = config.sharding == "full" and ranks > 1
+        # One that is to be sharded goes to the device in shards.
+        self.model = model if self.shards else model.to(self.accelerator.device)
         counts = [count for stage in config.stages for count in stage.counts]
         if evaluation is not None:
             counts += evaluation.counts
@@ -159,10 +172,10 @@ class Trainer:
         first_stage = 0
         if self.resumed is not None:
             first_stage = self.resumed["stage"]
-            self.model.load_state_dict(self.resumed["model"])
             self.records = self.resumed["records"]
             self.broken = self.resumed["broken"]
-            torch.set_rng_state(self.resumed["rng"])
+            if self.is_main:  # the others are sent the weights before the first step
+                self.model.load_state_dict(self.resumed["model"])
         self._continue_files()
         start_trackers(
             self.accelerator,
@@ -171,6 +184,8 @@ class Trainer:
         )
         if self.resumed is None:
             self._warm_up_encoder()
+        if self.shards:
+            shard(self.model, self.accelerator.device, self.config.precision)
         for stage_index in range(first_stage, len(self.config.stages)):
             self._run_stage(stage_index)
         return self._finish()
@@ -229,19 +244,25 @@ class Trainer:
         )
         first_step = record.counts["steps"]
         if self.resumed is not None:
-            optimizer.load_state_dict(self.resumed["optimizer"])
+            restore_optimizer(self.model, optimizer, self.resumed["optimizer"])
             scheduler.load_state_dict(self.resumed["scheduler"])
+            if self.accelerator.scaler is not None and self.resumed["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(self.resumed["scaler"])
+            accelerator = self.accelerator
+            restore_random_state(self.resumed["rng"], accelerator.process_index, accelerator.device)
             self.resumed = None
         meter = self._meter(stage, record)
-        model, optimizer = self.accelerator.prepare(self.model, optimizer)
+        model, optimizer = prepare(self.accelerator, self.model, optimizer)
         if first_step and not self._stop_requested():
             self._evaluate_if_due(stage_index, only_missing=True)
-        with self._progress(
+        adapted = adapted_layers(self.model, self.config, stage.learning)
+        progress = self._progress(
             stage.name,
             stage.budget,
             done=record.done(stage),
             unit="step" if stage.tokens is None else "token",
-        ) as bar:
+        )
+        with adapted, progress as bar:
             steps = meter.waiting(self._steps(stage_index, first_step))
             for step, packed in enumerate(steps, first_step + 1):
                 outcome = self._step(model, optimizer, packed, stage)
@@ -249,7 +270,7 @@ class Trainer:
                 meter.add(packed)
                 scheduler.step()
                 self._check_finite(loss, norm, stage, step, packed)
-                stops, last = self._stop_requested(), record.done(stage) >= stage.budget
+                stops, last = outcome.interrupted, record.done(stage) >= stage.budget
                 saves = step % self.config.save_every == 0 or stops or last
                 bar.update(1 if stage.tokens is None else packed.tokens)
                 if step % self.config.log_every == 0 or last:
@@ -355,7 +376,14 @@ class Trainer:
     def _step(
         self, model: Any, optimizer: Any, packed: PackedStep, stage: StageConfig
     ) -> StepOutcome:
-        outcome = optimize(self.accelerator, model, optimizer, packed, stage)
+        outcome = optimize(
+            self.accelerator,
+            model,
+            optimizer,
+            packed,
+            stage,
+            interrupted=self.interruption.requested,
+        )
         if outcome.broken:
             self._note_broken(stage, packed.broken)
         return outcome
@@ -460,27 +488,45 @@ class Trainer:
 
     # ------------------------------------------------------------------ state
 
+    def _read_state(self) -> dict[str, Any] | None:
+        """The newest state; its weights are the main process's alone."""
+        state = None
+
+        def read() -> dict[str, Any] | None:
+            nonlocal state
+            state = self.states.read()
+            return without_weights(state)
+
+        shared = from_main(read, self.is_main)
+        return state if self.is_main else shared
+
     def _save_state(self, stage: int, step: int, optimizer: Any, scheduler: Any) -> None:
-        if self.is_main:
-            self.states.save(
-                {
-                    "stage": stage,
-                    "step": step,
-                    "model": self.model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scheduler": scheduler.state_dict(),
-                    "rng": torch.get_rng_state(),
-                    "records": self.records,
-                    "broken": self.broken,
-                }
-            )
+        """On every process: each has a part of the state, and all stop if it cannot be written."""
+        scaler = self.accelerator.scaler
+        state = {
+            "stage": stage,
+            "step": step,
+            "model": model_weights(self.model, keep=self.is_main),
+            "optimizer": optimizer_state(self.model, optimizer, keep=self.is_main),
+            "scheduler": scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "rng": gather_object([random_state(self.accelerator.device)]),
+            "records": self.records,
+            "broken": self.broken,
+        }
+        from_main(lambda: self.states.save(state), self.is_main)
 
     def _finish(self) -> dict[str, Any]:
         report = training_report(self.records)
+        weights = model_weights(self.model, keep=self.is_main)
         if self.is_main:
-            save_model(self.output / "checkpoint", self.model, self.processor)
-        if self.evaluation_data is not None:
-            report = {**self._evaluate(len(self.evaluation_data)), **report}
+            save_model(self.output / "checkpoint", self.model, self.processor, weights)
+        if self.evaluation_data is not None and (self.is_main or not self.shards):
+            number = len(self.evaluation_data)
+            found = self._evaluate_alone(number, weights) if self.shards else self._evaluate(number)
+            if found is None:
+                raise KeyboardInterrupt
+            report = {**found, **report}
         if self.is_main:
             if self.evaluation_data is not None:
                 write_json(self.output / "report.json", report)
@@ -518,18 +564,16 @@ class Trainer:
         tqdm.write(f"{stage.name}, step {step}: accuracy at {shown}")
 
     def _evaluate(self, samples: int) -> dict[str, Any]:
-        """Over the first ``samples`` of the evaluation's data, by all processes together."""
-        settings, dataset = self.config.evaluation, self.evaluation_data
-        assert settings is not None
-        assert dataset is not None
-        share = Share(
-            dataset,
-            samples,
-            rank=self.accelerator.process_index,
-            num_ranks=self.accelerator.num_processes,
-        )
-        batches = -(len(share) // -settings.batch_size) * len(settings.counts)
-        with self._progress("evaluation", batches, unit="batch", leave=False) as bar:
+        """Over the first ``samples`` of the evaluation's data, on every process."""
+        if self.shards:
+            weights = model_weights(self.model, keep=self.is_main)
+            report = from_main(lambda: self._evaluate_alone(samples, weights), self.is_main)
+            if report is None:
+                raise KeyboardInterrupt
+            return report
+        ranks = self.accelerator.num_processes
+        share = self._share(samples, self.accelerator.process_index, ranks)
+        with self._evaluation_bar(share) as bar:
 
             def on_batch() -> None:
                 bar.update()
@@ -537,12 +581,49 @@ class Trainer:
                     raise KeyboardInterrupt
 
             return evaluate_together(
-                self.accelerator,
-                self.model,
-                self.processor,
-                share,
-                settings.counts,
-                batch_size=settings.batch_size,
-                workers=self.config.workers,
-                on_batch=on_batch,
+                self.accelerator, self.model, share, on_batch=on_batch, **self._asked()
             )
+
+    def _evaluate_alone(self, samples: int, weights: dict[str, Any]) -> dict[str, Any] | None:
+        """The same by this process, with whole weights: it cannot run the others' shards.
+
+        None where a signal stopped it: the others wait for an answer.
+        """
+        share = self._share(samples, 0, 1)
+        with self._evaluation_bar(share) as bar:
+
+            def on_batch() -> None:
+                bar.update()
+                self.interruption.check()
+
+            try:
+                return evaluate_alone(
+                    self.model.config,
+                    weights,
+                    self.accelerator.device,
+                    share,
+                    on_batch=on_batch,
+                    **self._asked(),
+                )
+            except KeyboardInterrupt:
+                return None
+
+    def _share(self, samples: int, rank: int, num_ranks: int) -> Share:
+        assert self.evaluation_data is not None
+        return Share(self.evaluation_data, samples, rank=rank, num_ranks=num_ranks)
+
+    def _evaluation_bar(self, share: Share) -> tqdm:
+        settings = self.config.evaluation
+        assert settings is not None
+        batches = -(len(share) // -settings.batch_size) * len(settings.counts)
+        return self._progress("evaluation", batches, unit="batch", leave=False)
+
+    def _asked(self) -> dict[str, Any]:
+        settings = self.config.evaluation
+        assert settings is not None
+        return {
+            "processor": self.processor,
+            "counts": settings.counts,
+            "batch_size": settings.batch_size,
+            "workers": self.config.workers,
+        }

@@ -15,17 +15,21 @@ from torch import nn
 from tokenflex.counts import TokenCounts, tokens_of
 from tokenflex.data.encoding import IGNORE
 from tokenflex.data.packing import PackingCollator
+from tokenflex.data.samples import DataExhaustedError, size_of
 from tokenflex.data.steps import outline_of
 from tokenflex.models.loading import check_length
+from tokenflex.models.loss import CHUNK_LOGITS
 from tokenflex.training.build import (
     build_dataset,
     build_order,
     build_processor,
+    check_supply,
     empty_model,
     modules_of,
 )
 from tokenflex.training.config import DataConfig, SampleConfig, StageConfig, TrainConfig
 from tokenflex.training.flops import Flops, training_flops
+from tokenflex.training.layers import layers_of
 
 MEASURED_SAMPLES = 64
 _FLOAT32 = 4  # weights, gradients and both of Adam's moments, in bytes
@@ -46,8 +50,9 @@ class StagePlan:
         flops: expected floating-point operations, forward and backward.
         flops_saved: how much of them the drawn counts save against the largest one, 0 to 1.
         tile_cost: what encoding a tile costs, in rows of the language model.
-        state_bytes: weights, gradients and optimiser state of one process that shards nothing.
-        activation_bytes: estimated for one forward pass, without gradient checkpointing.
+        state_bytes: weights, gradients and optimiser state of one process; where they are sharded
+            its share of them, and the weights that are gathered at once.
+        activation_bytes: estimated for one forward pass and its backward pass.
     """
 
     name: str
@@ -64,8 +69,8 @@ class StagePlan:
     activation_bytes: float
 
 
-def plan_run(config: TrainConfig) -> list[StagePlan]:
-    """A plan for each stage.
+def plan_run(config: TrainConfig, processes: int = 1) -> list[StagePlan]:
+    """A plan for each stage, run by so many processes.
 
     The mean sample is ``config.sample`` where that is given, and measured on the first samples of
     the data otherwise.
@@ -84,7 +89,7 @@ def plan_run(config: TrainConfig) -> list[StagePlan]:
         for data in used
     }
     return [
-        _plan_stage(stage, model, samples[config.data_of(stage)], config.precision)
+        _plan_stage(stage, model, samples[config.data_of(stage)], config, processes)
         for stage in config.stages
     ]
 
@@ -97,16 +102,21 @@ def measure_samples(config: TrainConfig, data: DataConfig, *, share_prefix: bool
     dataset, processor = build_dataset(data), build_processor(config.model)
     order = build_order(data, dataset, config.seed)
     collator = PackingCollator(processor, TokenCounts((1,), (1.0,)), share_prefix=share_prefix)
-    measured = min(len(dataset), MEASURED_SAMPLES)
+    check_supply(config, {data: order})
+    size = size_of(dataset)
+    measured = MEASURED_SAMPLES if size is None else min(size, MEASURED_SAMPLES)
     text = answers = tiles = shown = 0
     for position in range(measured):
-        outline = outline_of(dataset, order[position][1])
-        images = len(outline.image_sizes)
-        sample_tiles = processor.image_tokens(list(outline.image_sizes), 1)
-        tiles += sum(sample_tiles)
-        for one in collator.sequences_of(outline.id, outline.conversations, images):
-            shown += sum(sample_tiles[one.images])
-            text += one.num_tokens([0] * images)
+        try:
+            outline = outline_of(dataset, order[position][1])
+        except DataExhaustedError:
+            measured = position
+            break
+        fitted = collator.fit(outline, 1)
+        tiles += sum(fitted.tiles)
+        for one in fitted.sequences:
+            shown += sum(fitted.tiles[one.images])
+            text += one.num_tokens([0] * len(fitted.tiles))
             answers += int((one.labels != IGNORE).sum())
     return SampleConfig(
         text_tokens=text / measured,
@@ -116,7 +126,9 @@ def measure_samples(config: TrainConfig, data: DataConfig, *, share_prefix: bool
     )
 
 
-def _plan_stage(stage: StageConfig, model: Any, sample: SampleConfig, precision: str) -> StagePlan:
+def _plan_stage(
+    stage: StageConfig, model: Any, sample: SampleConfig, config: TrainConfig, processes: int
+) -> StagePlan:
     flops = training_flops(model, stage.learning)
     expected = TokenCounts(stage.counts, stage.weights).expected
     tokens = sample.text_tokens + sample.shown * expected
@@ -138,8 +150,8 @@ def _plan_stage(stage: StageConfig, model: Any, sample: SampleConfig, precision:
         flops=cost,
         flops_saved=1 - cost / largest,
         tile_cost=flops.tile_cost,
-        state_bytes=_FLOAT32 * (weights + 3 * sum(trained.values())),
-        activation_bytes=_activation_bytes(stage, model, sample, tokens, precision),
+        state_bytes=_state_bytes(model, weights, sum(trained.values()), config, processes),
+        activation_bytes=_activation_bytes(stage, model, sample, tokens, config),
     )
 
 
@@ -158,29 +170,59 @@ def _parameters(model: Any, name: str) -> int:
     return sum(one.numel() for one in {p for part in parts for p in part.parameters()})
 
 
+def _state_bytes(
+    model: Any, weights: int, trained: int, config: TrainConfig, processes: int
+) -> int:
+    everything = _FLOAT32 * (weights + 3 * trained)
+    if config.sharding == "none" or processes == 1:
+        return everything
+    inner = model.model
+    units = [*layers_of(inner.vision_model), *layers_of(inner.language_model), inner.projector]
+    sizes = [sum(one.numel() for one in unit.parameters()) for unit in units]
+    # All that is in no unit, a unit at work, and the next one on its way.
+    gathered = weights - sum(sizes) + 2 * max(sizes)
+    return -(-everything // processes) + gathered * _width(config)
+
+
+def _width(config: TrainConfig) -> int:
+    return 4 if config.precision == "no" else 2
+
+
 def _activation_bytes(
-    stage: StageConfig, model: Any, sample: SampleConfig, tokens: float, precision: str
+    stage: StageConfig, model: Any, sample: SampleConfig, tokens: float, config: TrainConfig
 ) -> float:
     """What backward reads again: inputs and outputs of the linear layers a gradient goes through.
 
-    An estimate: norms and attention keep about as much as layers that share an input save.
+    An estimate: norms and attention keep about as much as layers that share an input save. Of
+    recomputed layers it is each one's input, and all of the one at work.
     """
-    width = 4 if precision == "no" else 2
+    width = _width(config)
     rows = stage.batch_size * tokens
     tiles = stage.batch_size * sample.tiles
     bin_rows = min(rows, stage.max_tokens or rows)
     bin_tiles = min(tiles, stage.max_tiles or tiles, tiles * bin_rows / rows)
-    config = model.config.vision_config
-    patches = (config.image_size // config.patch_size) ** 2
+    vision = model.config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
     counts = TokenCounts(stage.counts, stage.weights).expected
-    kept = bin_rows * _linear_widths(model.model.language_model, "text" in stage.learning)
+    inner, recomputes = model.model, config.gradient_checkpointing
+    parts = [(inner.language_model, bin_rows, "text" in stage.learning)]
     if "vision" in stage.learning:
-        kept += bin_tiles * patches * _linear_widths(model.model.vision_model, True)
+        parts.append((inner.vision_model, bin_tiles * patches, True))
+    kept = at_work = 0.0
+    for part, part_rows, learns in parts:
+        layers = layers_of(part)
+        if recomputes:
+            kept += part_rows * part.config.hidden_size * len(layers)
+            at_work = max(at_work, part_rows * _linear_widths(layers[0], learns))
+        else:
+            kept += part_rows * _linear_widths(part, learns)
     if {"vision", "projector"} & set(stage.learning):
-        kept += bin_tiles * counts * _linear_widths(model.model.projector, True)
+        projected = bin_tiles * counts * _linear_widths(inner.projector, True)
+        kept, at_work = (kept, max(at_work, projected)) if recomputes else (kept + projected, 0)
     targets = sample.answer_tokens * stage.batch_size * bin_rows / rows
-    logits = targets * model.lm_head.weight.shape[0] * 2 * _FLOAT32  # and their gradient
-    return kept * width + logits
+    # Of a chunk the logits, their softmax and their gradient.
+    logits = min(targets * model.lm_head.weight.shape[0], CHUNK_LOGITS) * 3 * _FLOAT32
+    return (kept + at_work) * width + logits
 
 
 def _linear_widths(module: nn.Module, learns: bool) -> int:

@@ -1,13 +1,25 @@
-"""The states of a run: what is in one, and which of those on the disk to continue from."""
+"""The states of a run: what is in one, and which of those on the disk to continue from.
+
+A state holds whole tensors under the names of parameters, so it continues on any number of
+processes, sharded or not. The first process alone writes and reads it; the others take part, and
+hear of its errors.
+"""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import broadcast_object_list
 
 from tokenflex.training.checkpoint import load_state, put_aside, save_state, saved_states
 from tokenflex.training.config import TrainConfig
+from tokenflex.training.sharding import like, whole
+
+T = TypeVar("T")
 
 # What may change between two halves of a run: where, how fast, how much is said.
 _FREE = {
@@ -22,6 +34,9 @@ _FREE = {
     "evaluation",
     "trackers",
     "peak_tflops",
+    "sharding",
+    "gradient_checkpointing",
+    "compile",
 }
 
 
@@ -43,7 +58,7 @@ class RunStates:
         """Save what a run needs to continue, and age the states before."""
         save_state(self.path, {"config": self._fingerprint, **state}, keep=self._keep)
 
-    def read(self, *, warn: bool = True) -> dict[str, Any] | None:
+    def read(self) -> dict[str, Any] | None:
         """The newest state that can be read; None where there is none at all.
 
         Raises:
@@ -62,7 +77,7 @@ class RunStates:
                     f"{path} holds an unfinished run of another configuration; give another "
                     "output, or --fresh to begin anew"
                 )
-            if problems and warn:
+            if problems:
                 warnings.warn(
                     f"{problems[0]}; continuing from {path.name}, step {state['step']} of stage "
                     f"{self._stages[state['stage']]!r}",
@@ -83,3 +98,94 @@ class RunStates:
         """Delete them all: the run is done, or begins anew."""
         for path in saved_states(self.path):
             path.unlink()
+
+
+# ---- several processes
+
+
+def from_main(make: Callable[[], T], is_main: bool) -> T:
+    """What ``make`` gives on the main process, on every process.
+
+    Raises:
+        ValueError, OSError: ``make`` did, on every process.
+    """
+    shared: list[Any] = [None, None]
+    if is_main:
+        try:
+            shared = [make(), None]
+        except (ValueError, OSError) as error:
+            shared = [None, error]
+    broadcast_object_list(shared)
+    if shared[1] is not None:
+        raise shared[1]
+    result: T = shared[0]
+    return result
+
+
+def without_weights(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A state as the other processes need it: of the optimiser the names and scalars, no model."""
+    if state is None:
+        return None
+    optimizer = state["optimizer"]
+    moments = {
+        name: {key: None if value.ndim else value for key, value in moments.items()}
+        for name, moments in optimizer["moments"].items()
+    }
+    return {**state, "model": {}, "optimizer": {**optimizer, "moments": moments}}
+
+
+def model_weights(model: Any, *, keep: bool = True) -> dict[str, Any]:
+    """The whole weights under their names; on every process, kept by those that ``keep`` them.
+
+    A weight with two names (of a head and an embedding) is one tensor.
+    """
+    weights: dict[int, Any] = {}
+    named = model.state_dict(keep_vars=True)
+    for tensor in named.values():
+        if id(tensor) not in weights:
+            weights[id(tensor)] = whole(tensor, keep=keep)
+    return {name: weights[id(tensor)] for name, tensor in named.items()}
+
+
+def optimizer_state(model: Any, optimizer: Any, *, keep: bool = True) -> dict[str, Any]:
+    """What an optimiser knows of each parameter, whole and by name, and the settings of its groups.
+
+    Runs on every process; kept by those that ``keep`` it.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    moments: dict[str, Any] = {}
+    groups = []
+    for group in optimizer.param_groups:
+        groups.append({key: value for key, value in group.items() if key != "params"})
+        for parameter in group["params"]:
+            known = optimizer.state.get(parameter, {})
+            moments[names[parameter]] = {key: whole(known[key], keep=keep) for key in known}
+    return {"moments": moments, "groups": groups}
+
+
+def restore_optimizer(model: Any, optimizer: Any, state: dict[str, Any]) -> None:
+    """Continue from :func:`optimizer_state`, on every process; the first one's tensors count."""
+    for group, settings in zip(optimizer.param_groups, state["groups"], strict=True):
+        group.update(settings)
+    parameters = dict(model.named_parameters())
+    for name, moments in state["moments"].items():
+        parameter = parameters[name]
+        for key, value in moments.items():
+            is_scalar = value is not None and not value.ndim
+            optimizer.state[parameter][key] = value if is_scalar else like(parameter, value)
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """What PyTorch's generators of this process are at."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(states: list[dict[str, torch.Tensor]], rank: int, device: Any) -> None:
+    """Continue from the :func:`random_state` of each process; a new one from the first's."""
+    state = states[rank] if rank < len(states) else states[0]
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,165 @@
+"""Truncation: what is left is a beginning that fits, with whole images, and ends in an answer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.models.tiny import picture
+from tokenflex import TokenCounts
+from tokenflex.data.encoding import IGNORE
+from tokenflex.data.packing import DrawnSample, PackingCollator
+from tokenflex.data.samples import Conversation, Sample, SampleOutline, Turn
+from tokenflex.data.steps import StepPacker
+from tokenflex.data.truncation import truncate
+from tokenflex.digits.processor import digits_processor
+
+IMAGE = 3
+
+
+@st.composite
+def conversations(draw):
+    """(ids, labels, image lengths): "q" is asked, "a" learned, "i" an image."""
+    kinds = draw(st.text("qqaai", min_size=1, max_size=30))
+    images = kinds.count("i")
+    lengths = draw(st.lists(st.integers(1, 12), min_size=images, max_size=images))
+    ids = torch.tensor([IMAGE if kind == "i" else 10 + i for i, kind in enumerate(kinds)])
+    labels = torch.tensor([int(ids[i]) if k == "a" else IGNORE for i, k in enumerate(kinds)])
+    return ids, labels, lengths
+
+
+def rows(ids: torch.Tensor, lengths: list[int]) -> int:
+    images = int((ids == IMAGE).sum())
+    return len(ids) - images + sum(lengths[:images])
+
+
+@given(conversations(), st.integers(1, 80))
+@settings(deadline=None, max_examples=300)
+def test_the_longest_beginning_with_whole_images_that_ends_in_an_answer(conversation, max_length):
+    ids, labels, lengths = conversation
+    if rows(ids, lengths) <= max_length:
+        kept_ids, kept_labels, images = truncate(ids, labels, lengths, IMAGE, max_length)
+        assert torch.equal(kept_ids, ids)
+        assert torch.equal(kept_labels, labels)
+        assert images == len(lengths)
+        return
+    # By hand: every beginning that ends with a learned token and fits; the last is wanted.
+    fitting = [
+        end
+        for end in range(2, len(ids) + 1)
+        if labels[end - 1] != IGNORE and rows(ids[:end], lengths) <= max_length
+    ]
+    if not fitting:
+        with pytest.raises(ValueError, match=f"max_length of {max_length} leaves nothing"):
+            truncate(ids, labels, lengths, IMAGE, max_length)
+        return
+    kept_ids, kept_labels, images = truncate(ids, labels, lengths, IMAGE, max_length)
+    assert torch.equal(kept_ids, ids[: fitting[-1]])
+    assert torch.equal(kept_labels, labels[: fitting[-1]])
+    assert images == int((kept_ids == IMAGE).sum())
+
+
+# ---- in the collator: "<image> odd" -> "3 <eos>", twice
+
+
+def two_questions(name: str = "two") -> Sample:
+    turns = (
+        Turn("user", "<image> odd"),
+        Turn("assistant", "3"),
+        Turn("user", "<image> count"),
+        Turn("assistant", "5 7"),
+    )
+    return Sample(name, (picture(1), picture(2)), (Conversation(turns),))
+
+
+def collated(sample: Sample, count: int, max_length: int | None):
+    collator = PackingCollator(
+        digits_processor(), TokenCounts((count,), (1.0,)), max_length=max_length
+    )
+    return collator([DrawnSample(0, 0, sample)])
+
+
+def words(batch) -> list[str]:
+    return digits_processor().tokenizer.convert_ids_to_tokens(batch.targets.tolist())
+
+
+@pytest.mark.parametrize(
+    ("max_length", "answers", "images"),
+    [
+        (None, ["3", "<eos>", "5", "7", "<eos>"], 2),
+        (15, ["3", "<eos>", "5", "7", "<eos>"], 2),  # 2 * (4 + 1) of images and questions + 5
+        (14, ["3", "<eos>", "5", "7"], 2),
+        (13, ["3", "<eos>", "5"], 2),
+        (12, ["3", "<eos>"], 1),  # the second question alone teaches nothing: no tile for it
+        (10, ["3", "<eos>"], 1),  # the second image would be cut in half
+        (7, ["3", "<eos>"], 1),
+        (6, ["3"], 1),
+    ],
+)
+def test_images_that_do_not_fit_are_not_encoded(max_length, answers, images):
+    batch = collated(two_questions(), 4, max_length)
+    assert words(batch) == answers
+    assert batch.num_image_tokens == [4] * images
+    assert len(batch.pixel_values) == images
+    assert len(batch.vision_index) == 4 * images
+    if max_length is not None:
+        assert batch.plan.num_tokens <= max_length
+
+
+def test_what_is_cut_leaves_the_rest_as_it_was():
+    whole, cut = collated(two_questions(), 4, None), collated(two_questions(), 4, 10)
+    assert torch.equal(cut.pixel_values, whole.pixel_values[:1])
+    assert torch.equal(cut.plan.input_ids, whole.plan.input_ids[: cut.plan.num_tokens])
+    assert torch.equal(cut.plan.labels, whole.plan.labels[: cut.plan.num_tokens])
+
+
+def test_the_cut_follows_the_count_that_was_drawn():
+    assert words(collated(two_questions(), 4, 15)) == ["3", "<eos>", "5", "7", "<eos>"]
+    assert words(collated(two_questions(), 9, 15)) == ["3", "<eos>"]
+    with pytest.raises(ValueError, match=r"sample two: max_length of 15 leaves nothing.*39 rows"):
+        collated(two_questions(), 16, 15)
+
+
+def test_an_image_that_another_conversation_still_shows_is_encoded_once():
+    """One conversation is cut before the second image, the other is not."""
+    first = two_questions().conversations[0]
+    second = Conversation((Turn("user", "<image> <image> odd"), Turn("assistant", "3")))
+    sample = Sample("both", (picture(1), picture(2)), (first, second))
+    batch = collated(sample, 4, 11)
+    assert batch.num_image_tokens == [4, 4]
+    assert batch.vision_index.tolist() == [*range(4), *range(8)]
+    assert [targets for _, targets in batch.answers] == [2, 2]
+
+
+class Pair:
+    """Samples that are cut at 16 tokens a tile, whole at 4; the last has nothing left at 16."""
+
+    def outline(self, index: int) -> SampleOutline:
+        sample = self[index]
+        sizes = tuple((image.height, image.width) for image in sample.images)
+        return SampleOutline(sample.id, sizes, sample.conversations)
+
+    def __getitem__(self, index: int) -> Sample:
+        if index < 20:
+            return two_questions(f"s{index}")
+        turns = (Turn("user", "<image> <image> odd"), Turn("assistant", "3"))
+        return Sample(f"s{index}", (picture(1), picture(2)), (Conversation(turns),))
+
+
+def test_a_step_is_planned_as_it_is_packed_and_names_what_is_left_out():
+    counts = TokenCounts((4, 16), (0.5, 0.5), seed=1)
+    keys = [(0, index) for index in range(21)]
+    assert counts.draw(20, 0) == 16  # else choose another seed
+    drawn = {counts.draw(index, 0) for index in range(20)}
+    assert drawn == {4, 16}
+    collator = PackingCollator(digits_processor(), counts, max_length=20)
+    step = StepPacker(Pair(), collator)(keys)
+    (batch,) = step.bins
+    assert step.tokens == batch.plan.num_tokens
+    assert step.tiles == len(batch.num_image_tokens)
+    assert step.vision_tokens == sum(batch.num_image_tokens) == len(batch.vision_index)
+    (broken,) = step.broken
+    assert broken.index == 20
+    assert broken.reason.startswith("sample s20: max_length of 20 leaves nothing to learn")

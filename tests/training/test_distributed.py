@@ -1,0 +1,289 @@
+"""Two processes: the numbers of one, sharded or not; stopped, continued, and what ends them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from tests.training.runs import (
+    ROOT,
+    metrics,
+    own_data,
+    stage,
+    temporary_files,
+    tiny_values,
+    write_config,
+)
+from tokenflex.models.loading import load_checkpoint
+from tokenflex.training.checkpoint import load_state
+from tokenflex.training.config import load_config
+from tokenflex.training.engine import build_accelerator
+from tokenflex.training.loop import Trainer
+
+pytestmark = pytest.mark.slow
+
+PATIENCE = 120  # seconds before processes count as hanging
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+SHARDED = {"sharding": "full"}
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def torchrun(*arguments: object) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    return subprocess.Popen(
+        [sys.executable, *launcher, *map(str, arguments)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def stop_alone(config: Path, steps: int) -> None:
+    """One process, stopped by a signal after ``steps`` steps."""
+    trainer = Trainer(load_config(config))
+    step, count = trainer._step, [0]
+
+    def counting(*args, **kwargs):
+        count[0] += 1
+        trainer.interruption.requested = count[0] == steps
+        return step(*args, **kwargs)
+
+    trainer._step = counting
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Session:
+    """Runs of two processes of the same data and stages; each beside what one process makes."""
+
+    # Stages that learn other parts; bins of text alone, broken pictures, odd numbers of samples.
+    RATES = ({"projector": 0.002}, {"vision": 0.002, "projector": 0.002, "text": 0.002})
+    RUNS = {
+        "replicated": {},
+        "sharded": SHARDED,
+        "recomputed": {**SHARDED, "gradient_checkpointing": True},
+        "bfloat16": {**SHARDED, "precision": "bf16"},
+        "two to two": SHARDED,
+        "two to one": SHARDED,
+        "one to two": SHARDED,
+        "sharded to replicated": SHARDED,
+        "full disk": SHARDED,
+        "error": SHARDED,
+    }
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        data = own_data(folder, 12, broken=(4,), text_only=(1, 5, 8, 9, 10))
+        bounds = {"batch_size": 7, "max_tokens": 20, "warmup_steps": 0}
+        self.common = {
+            "data": data,
+            "encoder_warm_up": None,
+            "evaluation": None,
+            "stages": [
+                *(stage(steps=4, learning_rate=rates, **bounds) for rates in self.RATES),
+                stage(steps=2, learning_rate={"text": 0.002, "vision": 0.002}, **bounds),
+            ],
+        }
+        for name, changes in {"alone": {}, **self.RUNS}.items():
+            self.configure(name, **changes)
+        Trainer(load_config(self.config("alone"))).run()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        stop_alone(self.config("one to two"), 6)
+        replicated = self.configure("continued", where="sharded to replicated")
+        runs = [
+            *([self.config(name), None] for name in list(self.RUNS)[:4]),
+            [self.config("two to two"), "signal"],
+            [self.config("two to two"), None],
+            [self.config("two to one"), "signal"],
+            [self.config("one to two"), None],
+            [self.config("sharded to replicated"), "signal"],
+            [replicated, None],
+            [self.config("full disk"), "full disk"],
+            [self.config("error"), "error"],
+        ]
+        (folder / "runs.json").write_text(json.dumps(runs, default=str))
+        process = torchrun("tests.training.ranks", folder / "runs.json")
+        _, self.errors = process.communicate(timeout=PATIENCE)
+
+    def configure(self, name: str, where: str | None = None, **changes: object) -> Path:
+        values = tiny_values(self.output(where or name), **{**self.common, **changes})
+        return write_config(self.config(name), values)
+
+    def config(self, name: str) -> Path:
+        return self.folder / f"{name}.yaml"
+
+    def output(self, name: str) -> Path:
+        return self.folder / name
+
+    def result(self, name: str, rank: int) -> list[str] | None:
+        path = self.folder / f"{name}.{rank}.json"
+        assert path.exists(), self.errors
+        return json.loads(path.read_text())
+
+    def losses(self, name: str) -> list[float]:
+        assert self.output(name).exists(), self.errors
+        return [line["loss"] for line in metrics(self.output(name))]
+
+    def weights(self, name: str) -> dict[str, torch.Tensor]:
+        return load_checkpoint(self.output(name) / "checkpoint")[0].state_dict()
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory) -> Session:
+    return Session(tmp_path_factory.mktemp("session"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["replicated", "sharded", "recomputed", "two to two", "one to two", "sharded to replicated"],
+)
+def test_two_processes_train_as_one(session, name):
+    assert [session.result(name, rank) for rank in (0, 1)] == [None, None], session.errors
+    alone = metrics(session.output("alone"))
+    for ours, line in zip(metrics(session.output(name)), alone, strict=True):
+        assert ours["loss"] == pytest.approx(line["loss"], abs=1e-5)
+        for key in ("stage", "step", "tokens", "tiles", "broken_samples"):
+            assert ours[key] == line[key]
+    assert max(line["bins"] for line in metrics(session.output(name))) >= 4
+    expected = session.weights("alone")
+    for key, tensor in session.weights(name).items():
+        assert torch.allclose(tensor, expected[key], atol=1e-4), key
+
+
+def test_two_sharded_processes_continue_bit_by_bit(session):
+    assert metrics(session.output("two to two")) == metrics(session.output("sharded"))
+    expected = session.weights("sharded")
+    for key, tensor in session.weights("two to two").items():
+        assert torch.equal(tensor, expected[key]), key
+
+
+def test_a_signal_to_one_rank_stops_both_at_the_same_step(session):
+    for rank in (0, 1):
+        assert session.result("two to one", rank) == ["KeyboardInterrupt", ""]
+    state = load_state(session.output("two to one") / "state.pt")
+    assert (state["stage"], state["step"]) == (1, 1)  # the fifth step of the run
+
+
+def test_one_process_continues_what_two_began(session):
+    Trainer(load_config(session.config("two to one"))).run()
+    assert session.losses("two to one") == pytest.approx(session.losses("alone"), abs=1e-5)
+
+
+def test_bfloat16_is_near(session):
+    assert session.losses("bfloat16") == pytest.approx(session.losses("alone"), rel=0.01)
+    assert session.losses("bfloat16") != session.losses("alone")
+    assert {one.dtype for one in session.weights("bfloat16").values()} == {torch.float32}
+
+
+def test_a_full_disk_on_the_first_rank_stops_both_with_its_error(session):
+    for rank in (0, 1):
+        assert session.result("full disk", rank) == ["OSError", "the disk is full"]
+
+
+def test_an_error_on_one_rank_ends_the_other(session):
+    assert session.result("error", 1) == ["RuntimeError", "rank 1 has had enough"]
+    name, message = session.result("error", 0)
+    assert name in ("RuntimeError", "DistBackendError"), message
+
+
+# ---- processes that are ended from outside
+
+
+def wait_for_step(processes: list[subprocess.Popen], output: Path, step: int) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and all(one.poll() is None for one in processes):
+        path = output / "metrics.jsonl"
+        lines = path.read_text() if path.exists() else ""
+        if lines.count("\n") >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError([one.communicate(timeout=10)[1] for one in processes])
+
+
+LONG = {
+    "stages": [stage(steps=3000, schedule="constant", batch_size=4)],
+    "encoder_warm_up": None,
+    "evaluation": None,
+    "save_every": 5000,
+}
+
+
+def test_sigterm_to_torchrun_saves_and_ends_all(tmp_path):
+    config = write_config(tmp_path / "run.yaml", tiny_values(tmp_path / "run", **LONG, **SHARDED))
+    launcher = torchrun("tokenflex.cli", "train", config)
+    wait_for_step([launcher], tmp_path / "run", 5)
+    launcher.send_signal(signal.SIGTERM)
+    _, errors = launcher.communicate(timeout=30)
+    assert launcher.returncode != 0
+    assert "state.pt is whole" in errors
+    assert temporary_files(tmp_path / "run") == []
+    stopped = load_state(tmp_path / "run" / "state.pt")["step"]
+    assert 5 <= stopped == len(metrics(tmp_path / "run"))
+
+    shorter = {**LONG, "stages": [stage(steps=stopped, schedule="constant", batch_size=4)]}
+    values = tiny_values(tmp_path / "alone", **shorter)
+    Trainer(load_config(write_config(tmp_path / "alone.yaml", values))).run()
+    ours = [line["loss"] for line in metrics(tmp_path / "run")]
+    alone = [line["loss"] for line in metrics(tmp_path / "alone")]
+    assert ours[:20] == pytest.approx(alone[:20], abs=1e-5)
+
+
+def test_a_rank_that_is_killed_ends_the_other_with_an_error(tmp_path):
+    """Without torchrun, which would end the others by itself."""
+    config = write_config(tmp_path / "run.yaml", tiny_values(tmp_path / "run", **LONG))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tokenflex.cli", "train", str(config)],
+            env={
+                **ENVIRONMENT,
+                **world,
+                "MASTER_ADDR": "127.0.0.1",
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        wait_for_step(ranks, tmp_path / "run", 3)
+        ranks[1].kill()
+        _, errors = ranks[0].communicate(timeout=30)
+    finally:
+        for process in ranks:
+            process.kill()
+    assert ranks[0].returncode == 2
+    assert errors.splitlines()[-1].startswith("tokenflex: "), errors
+
+
+# ---- launching
+
+
+def test_fsdp_of_accelerates_own_is_refused(tmp_path, monkeypatch):
+    config = load_config(write_config(tmp_path / "run.yaml", tiny_values(tmp_path / "run")))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"sharding: full.*got ACCELERATE_USE_FSDP=true"):
+        build_accelerator(config)

@@ -1,0 +1,202 @@
+"""Layers that are recomputed or compiled: the same numbers, less memory, and the same names."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from tests.models.tiny import tiny_model
+from tests.training.runs import metrics, own_data, stage, tiny_values
+from tokenflex.data.packing import PackedBatch
+from tokenflex.models.loading import load_checkpoint
+from tokenflex.training import layers
+from tokenflex.training.config import TrainConfig
+from tokenflex.training.engine import with_a_tile
+from tokenflex.training.layers import adapted_layers, layers_of
+from tokenflex.training.loop import Trainer
+from tokenflex_kernels import plan_packing
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# Parts that learn behind parts that do not: gradients go through frozen layers too.
+STAGES = [
+    stage(name="projector", learning_rate={"projector": 0.002}, steps=3, max_tokens=100),
+    stage(name="all", steps=4, max_tokens=100),
+]
+
+
+def configured(tmp_path, name="run", **changes) -> TrainConfig:
+    common = {"stages": STAGES, "evaluation": None, "encoder_warm_up": None}
+    return TrainConfig.model_validate(tiny_values(tmp_path / name, **{**common, **changes}))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    Trainer(configured(folder)).run()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder / "run"
+
+
+def weights(output):
+    return load_checkpoint(output / "checkpoint")[0].state_dict()
+
+
+# ---- recomputed
+
+
+def test_recomputed_layers_give_the_same_run_bit_by_bit(plain, tmp_path):
+    trainer = Trainer(configured(tmp_path, gradient_checkpointing=True))
+    trainer.run()
+    assert metrics(tmp_path / "run") == metrics(plain)
+    expected = weights(plain)
+    for name, tensor in weights(tmp_path / "run").items():
+        assert torch.equal(tensor, expected[name]), name
+    assert trainer.model.model.projector.save == "preactivation"
+    assert not any("forward" in vars(layer) for layer in layers_of(trainer.model))
+
+
+@pytest.mark.parametrize(
+    ("learning", "passes"),
+    [({"projector": 1e-3}, (1, 2)), ({"vision": 1e-3}, (2, 2)), ({"text": 1e-3}, (1, 2))],
+)
+def test_layers_that_gradients_go_through_run_twice(tmp_path, learning, passes):
+    """Frozen ones as well, though they are in evaluation mode."""
+    config = configured(
+        tmp_path, gradient_checkpointing=True, stages=[stage(steps=1, learning_rate=learning)]
+    )
+    trainer = Trainer(config)
+    inner = trainer.model.model
+    counts = []
+    for part in (inner.vision_model, inner.language_model):
+        calls = []
+        (layer,) = layers_of(part)
+        norm = next(one for name, one in layer.named_modules() if "norm" in name)
+        norm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        counts.append(calls)
+    trainer.run()
+    assert tuple(map(len, counts)) == passes
+
+
+def kept_bytes(trainer: Trainer) -> int:
+    """What autograd holds between forward and backward, weights aside."""
+    config = trainer.config
+    trainer._learning_modules(config.stages[0])
+    (batch,) = next(trainer._steps(0, 0)).bins
+    own = {one.untyped_storage().data_ptr() for one in trainer.model.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with (
+        adapted_layers(trainer.model, config, config.stages[0].learning),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        trainer.model(
+            **batch.model_inputs(),
+            targets=batch.targets,
+            target_weights=torch.ones(len(batch.targets)),
+        )
+    return sum(kept.values())
+
+
+def test_recomputed_layers_keep_less(tmp_path):
+    sizes = []
+    for recomputed in (False, True):
+        values = tiny_values(tmp_path / "run", gradient_checkpointing=recomputed)
+        for part in ("vision", "text"):
+            values["model"][part]["config"]["num_hidden_layers"] = 4
+        values |= {"stages": [stage(batch_size=8)], "encoder_warm_up": None, "evaluation": None}
+        sizes.append(kept_bytes(Trainer(TrainConfig.model_validate(values))))
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert sizes[1] < 0.3 * sizes[0]
+
+
+# ---- compiled
+
+
+@pytest.fixture
+def _compiled_fast(monkeypatch):
+    """The graphs of the compiler without its code generator, which takes minutes here."""
+    monkeypatch.setattr(layers, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_compiled_fast")
+def test_compiled_layers_give_the_same_run_and_continue_exactly(tmp_path):
+    """Also recomputed; every step has other lengths, and yet there are few graphs."""
+    stages = [stage(steps=5, max_tokens=100)]
+    both = {"compile": True, "gradient_checkpointing": True, "save_every": 1, "stages": stages}
+    Trainer(configured(tmp_path, "plain", stages=stages)).run()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Trainer(configured(tmp_path, "whole", **both)).run()
+    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("whole", "plain")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert weights(tmp_path / "whole").keys() == weights(tmp_path / "plain").keys()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 0 < graphs <= 12
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = Trainer(configured(tmp_path, "stopped", **both))
+    step, count = trainer._step, [0]
+
+    def dying(*args, **kwargs):
+        count[0] += 1
+        if count[0] == 4:
+            raise Killed
+        return step(*args, **kwargs)
+
+    trainer._step = dying
+    with pytest.raises(Killed):
+        trainer.run()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Trainer(configured(tmp_path, "stopped", **both)).run()
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+
+
+# ---- bins of text alone
+
+
+def test_a_bin_of_text_alone_trains_where_text_is_frozen(tmp_path):
+    data = own_data(tmp_path, 6, broken=(), text_only=(0, 1, 2, 3))
+    bins = [stage(steps=6, batch_size=2, learning_rate={"projector": 0.01}, max_tokens=20)]
+    Trainer(configured(tmp_path, data=data, stages=bins)).run()
+    lines = metrics(tmp_path / "run")
+    assert 0 in {line["tiles"] for line in lines}
+    assert len(lines) == 6
+
+
+@pytest.mark.parametrize("vision", ["siglip", "clip", "siglip2"])
+def test_a_blank_tile_changes_no_number(vision):
+    model = tiny_model(vision=vision)
+    plan = plan_packing([[5, 6, 7]], [], 3)
+    none = torch.zeros(0, dtype=torch.int64)
+    rows = torch.tensor([0, 1])
+    empty = PackedBatch(torch.zeros(0, 3, 1, 1), [], plan, none, rows, plan.input_ids[1:])
+    logits = model(**empty.model_inputs()).logits
+    batch = with_a_tile(empty, model, 4)
+    assert len(batch.pixel_values) == 1
+    with_tile = model(**batch.model_inputs()).logits
+    assert torch.equal(with_tile, logits)
+    with_tile.sum().backward()
+    for name, parameter in model.model.projector.named_parameters():
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
+    assert with_a_tile(batch, model, 9) is batch

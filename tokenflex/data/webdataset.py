@@ -1,0 +1,252 @@
+"""WebDataset tars as a data set with an index: any sample at any time, read where it lies.
+
+A sample is what a shard holds under one key, the member's path up to the first dot of its name:
+``0001.json`` with ``0001.jpg``, or ``0001.0.jpg``, ``0001.1.jpg`` and so on for several images.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from glob import glob
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from tokenflex.data.llava import as_messages
+from tokenflex.data.messages import Record, record_of
+from tokenflex.data.samples import Sample, SampleOutline
+
+IMAGE_ENDINGS = ("bmp", "gif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp")
+_NONE = (-1, 0)  # in place of a member that is not there
+
+
+class WebDataset:
+    """Samples from uncompressed tars with a JSON record and images under each key.
+
+    The record is one of ``MessagesDataset`` or one of LLaVA's. The images are those under its key,
+    in the order of their names, numbers by value; where the record names images, there must be as
+    many. Only the tars' headers are read at first; a record is read and checked when its sample is
+    asked for.
+
+    Args:
+        path: a tar, a folder of tars, or a pattern of ``*``, ``?``, ``{a,b}`` and ``{000..127}``.
+
+    Raises:
+        FileNotFoundError: there is no tar.
+        ValueError: a tar is cut off, damaged or compressed, or there are no samples in any.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.shards = shards_of(path)
+        indexed = [_index_of(shard) for shard in self.shards]
+        self._keys = [key for one in indexed for key in one.keys]
+        if not self._keys:
+            raise ValueError(f"data set {path} holds no samples in {len(self.shards)} tars")
+        # Arrays: lists of tuples would take some hundred bytes a sample, in every process.
+        self._shard_starts = np.cumsum([0, *(len(one.keys) for one in indexed)])
+        self._records = np.array([r for one in indexed for r in one.records], dtype=np.int64)
+        images = [images for one in indexed for images in one.images]
+        self._image_starts = np.cumsum([0, *(len(one) for one in images)])
+        self._images = np.array([i for one in images for i in one], dtype=np.int64).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, index: int) -> Sample:
+        (name, _, conversation), images = self._read(index, lambda image: image.convert("RGB"))
+        return Sample(name, tuple(images), (conversation,))
+
+    def outline(self, index: int) -> SampleOutline:
+        """The record's text and the sizes that its images' heads state."""
+        (name, _, conversation), sizes = self._read(index, lambda image: image.size[::-1])
+        return SampleOutline(name, tuple(sizes), (conversation,))
+
+    def _read(self, index: int, look: Any) -> tuple[Record, list[Any]]:
+        """A sample's record, and what ``look`` makes of each of its images."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index must be in 0..{len(self) - 1}, got {index}")
+        shard = self.shards[int(np.searchsorted(self._shard_starts, index, side="right")) - 1]
+        where = f"{shard}: {self._keys[index]}"
+        images = self._images[self._image_starts[index] : self._image_starts[index + 1]].tolist()
+        offset, size = self._records[index].tolist()
+        if offset < 0:
+            raise ValueError(f"{where}: there is no {self._keys[index]}.json")
+        with shard.open("rb") as file:
+            file.seek(offset)
+            record = _record(file.read(size), len(images), where)
+            return record, [_looked_at(_Member(file, *one), look, where) for one in images]
+
+
+def shards_of(path: str | Path) -> list[Path]:
+    """The tars that a path or pattern stands for, in the order of their names.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if Path(path).is_dir():
+        found = sorted(Path(path).glob("*.tar"))
+    else:
+        found = []
+        for pattern in _braces_expanded(str(path)):
+            matches = sorted(Path(match) for match in glob(pattern))
+            if not matches:
+                raise FileNotFoundError(f"data file {pattern} does not exist")
+            found += matches
+    if not found:
+        raise FileNotFoundError(f"data folder {path} holds no file *.tar")
+    return found
+
+
+def _braces_expanded(pattern: str) -> Iterator[str]:
+    """``{a,b}`` and ``{000..127}`` as in a shell; no braces within braces."""
+    braces = re.search(r"\{([^{}]*)\}", pattern)
+    if braces is None:
+        yield pattern
+        return
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
+    if span is None:
+        choices = braces[1].split(",")
+    else:
+        choices = [f"{n:0{len(span[1])}}" for n in range(int(span[1]), int(span[2]) + 1)]
+    for choice in choices:
+        yield from _braces_expanded(pattern[: braces.start()] + choice + pattern[braces.end() :])
+
+
+# ---------------------------------------------------------------------- the index
+
+
+@dataclass
+class _ShardIndex:
+    """Where a shard's samples lie: (offset, size) of the record and of each image."""
+
+    keys: list[str] = field(default_factory=list)
+    records: list[tuple[int, int]] = field(default_factory=list)
+    images: list[list[tuple[int, int]]] = field(default_factory=list)
+
+
+def _index_of(shard: Path) -> _ShardIndex:
+    index = _ShardIndex()
+    seen: set[str] = set()
+    names: list[tuple[tuple[tuple[int, str], ...], tuple[int, int]]] = []  # of the sample's images
+
+    def close_sample() -> None:
+        index.images.append([place for _, place in sorted(names)])
+        names.clear()
+
+    for name, place in _members(shard):
+        folder, slash, base = name.rpartition("/")
+        stem, _, ending = base.partition(".")
+        key, ending = folder + slash + stem, ending.lower()
+        is_image = ending.rpartition(".")[2] in IMAGE_ENDINGS
+        if not (is_image or ending == "json"):
+            continue
+        if not index.keys or index.keys[-1] != key:
+            if key in seen:
+                raise ValueError(f"data file {shard} holds key {key} in two places")
+            seen.add(key)
+            if index.keys:
+                close_sample()
+            index.keys.append(key)
+            index.records.append(_NONE)
+        if is_image:
+            names.append((_by_number(ending), place))
+        elif index.records[-1] != _NONE:
+            raise ValueError(f"data file {shard} holds {name} twice")
+        else:
+            index.records[-1] = place
+    if index.keys:
+        close_sample()
+    return index
+
+
+def _members(shard: Path) -> Iterator[tuple[str, tuple[int, int]]]:
+    """(name, (offset, size)) of each file in a tar.
+
+    Raises:
+        ValueError: the tar is cut off, damaged or compressed.
+    """
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            while (member := archive.next()) is not None:
+                if member.isreg():
+                    yield member.name, (member.offset_data, member.size)
+            # It takes a damaged header, or none, for the end of the archive.
+            assert archive.fileobj is not None
+            archive.fileobj.seek(archive.offset)
+            end = archive.fileobj.read(tarfile.BLOCKSIZE)
+            beyond = archive.fileobj.read(tarfile.RECORDSIZE)
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(
+            f"data file {shard} cannot be read as an uncompressed tar: {error}"
+        ) from error
+    if end != bytes(tarfile.BLOCKSIZE):
+        problem = "a damaged header" if end else "no end mark; is it cut off?"
+        raise ValueError(f"data file {shard} has {problem} (at byte {archive.offset})")
+    if any(beyond):
+        raise ValueError(f"data file {shard} goes on after its end mark; are these several tars?")
+
+
+def _by_number(ending: str) -> tuple[tuple[int, str], ...]:
+    """A key to sort names by, with 2 before 10."""
+    parts = re.findall(r"\d+|\D+", ending)
+    return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in parts)
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def _record(content: bytes, num_images: int, where: str) -> Record:
+    try:
+        value = json.loads(content)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where}: the record is not JSON in UTF-8: {error}") from error
+    if isinstance(value, dict) and "messages" not in value:
+        value = as_messages(value, where)
+    named = value.get("images") if isinstance(value, dict) else None
+    if named and isinstance(named, list) and len(named) != num_images:
+        raise ValueError(
+            f"{where}: the record names {len(named)} images, the tar holds {num_images}"
+        )
+    if isinstance(value, dict):
+        value = {"id": where, **value, "images": [where] * num_images}
+    return record_of(value, where)
+
+
+def _looked_at(member: io.RawIOBase, look: Any, where: str) -> Any:
+    try:
+        with Image.open(io.BufferedReader(member)) as image:
+            return look(image)
+    except Exception as error:  # each format's decoder raises its own kinds
+        raise ValueError(f"{where}: an image cannot be read: {error}") from error
+
+
+class _Member(io.RawIOBase):
+    """A member of a tar as a file, so that an image's head can be read without the rest."""
+
+    def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
+        self._file, self._offset, self._size, self._position = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._position)
+        length = max(0, min(len(buffer), self._size - self._position))
+        count = self._file.readinto(memoryview(buffer)[:length])  # type: ignore[attr-defined]
+        self._position += count
+        return count
