@@ -263,5 +263,6 @@ def test_every_sample_at_all_counts(collator, num_ranks):
     assert shown == [(index, count) for index in range(20) for count in (4, 9, 16)]
     batches = [batch for step in steps for batch in step.bins]
     assert max(batch.plan.num_tokens for batch in batches) <= 300
+    assert [step.rank_tokens for step in steps] == [step.rows for step in steps]
     assert steps[0].tiles == sum(len(batch.num_image_tokens) for batch in batches)
     assert steps[0].vision_tokens == sum(sum(batch.num_image_tokens) for batch in batches)
