@@ -375,3 +375,38 @@ def test_evaluation_needs_no_gradients(processor):
     model.register_forward_hook(lambda m, i, output: outputs.append(output.logits.requires_grad))
     evaluate(model, processor, DigitsDataset("test", size=1, questions=1), [4])
     assert outputs == [False]
+
+
+class SeveralPictures:
+    """Two or three pictures a sample, one of them between words, under several questions."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Sample:
+        pictures = tuple(picture(10 * index + i) for i in range(2 + index % 2))
+        shown = "<image> read " + "<image> " * (len(pictures) - 1)
+        talks = [
+            Conversation((Turn("user", f"{shown}{word}"), Turn("assistant", answer)), "k")
+            for word, answer in (("r1c1", "3"), ("r1c2", "red 5"), ("r1c1", "7"))
+        ]
+        return Sample(f"several-{index}", pictures, tuple(talks))
+
+
+def test_questions_that_share_rows_are_answered_as_those_that_do_not(processor, monkeypatch):
+    """The same logits in the same order, from fewer rows."""
+    model = tiny_model().eval()
+    logits, rows = [], []
+    model.lm_head.register_forward_hook(lambda *hooked: logits.append(hooked[-1][0]))
+    model.model.language_model.register_forward_hook(
+        lambda module, args, kwargs, output: rows.append(kwargs["inputs_embeds"].shape[1]),
+        with_kwargs=True,
+    )
+    assert model.takes_shared_prefixes
+    evaluate(model, processor, SeveralPictures(), [9, (2, 3)])
+    monkeypatch.setattr(type(model), "takes_shared_prefixes", False)
+    evaluate(model, processor, SeveralPictures(), [9, (2, 3)])
+    shared, whole = logits[:2], logits[2:]
+    for one, other in zip(shared, whole, strict=True):
+        torch.testing.assert_close(one, other)
+    assert sum(rows[:2]) < sum(rows[2:]) / 2
