@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenflex.data.encoding import IGNORE, ConversationEncoder
+from tokenflex.data.layout import RowLayout
+from tokenflex.data.sharing import (
+    EncodedConversation,
+    prefix_and_branches,
+    whole_conversations,
+)
 from tokenflex.evaluation.generation import expand_placeholders, generate_answers
 from tokenflex.evaluation.questions import ProjectedImages, Question
 from tokenflex.evaluation.scoring import RULES
-from tokenflex_kernels import plan_packing
 
 
 def grade_forced(
@@ -25,38 +30,47 @@ def grade_forced(
 ) -> list[bool]:
     """Whether every token of each conversation's answers is the likeliest after those before it.
 
-    All questions stand in one packed row, and no sequence sees another.
+    All questions stand in one packed row, and none sees another; those about the same images at
+    the same counts share their rows where the model can.
 
     Raises:
         ValueError: a conversation cannot be encoded, or holds no answer; the message names it.
     """
-    sequences, labels, placeholder_counts, answer_lengths = [], [], [], []
-    for one in questions:
-        try:
-            ids, learned = encode(one.conversation, len(one.sample.tiles))
-        except ValueError as error:
-            raise ValueError(f"sample {one.sample.id}: {error}") from error
-        length = int((learned[1:] != IGNORE).sum())  # what nothing precedes is not predicted
-        if not length:
-            raise ValueError(f"sample {one.sample.id}: a conversation holds no answer to grade")
-        sequences.append(ids)
-        labels.append(learned)
-        answer_lengths.append(length)
-        placeholder_counts += one.tokens_per_image
-    plan = plan_packing(sequences, placeholder_counts, processor.image_token_id, labels=labels)
-    # Row t predicts the label of row t + 1.
-    rows = (plan.labels[1:] != IGNORE).nonzero().squeeze(1)
-    targets = plan.labels[rows + 1].to(model.device)
+    layout = RowLayout(processor.image_token_id)
     ends = [0, *accumulate(len(tokens) for tokens in vision.tokens)]
-    shown = [torch.arange(ends[place.start], ends[place.stop]) for place in vision.places]
+    asked = zip(questions, vision.places, strict=True)
+    for _, group in groupby(asked, key=lambda pair: (pair[0].sample.index, pair[0].grids)):
+        members = list(group)
+        encoded = [_encode(encode, question) for question, _ in members]
+        if model.takes_shared_prefixes:
+            sequences = prefix_and_branches(encoded, processor.image_token_id)
+        else:
+            sequences = whole_conversations(encoded)
+        question, place = members[0]
+        shown = torch.arange(ends[place.start], ends[place.stop])
+        layout.add(sequences, shown.split(question.tokens_per_image))
+    row = layout.plan()
+    batch = row.to(model.device)
     logits = model(
-        plan=plan.to(model.device),
+        plan=batch.plan,
         mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=vision.tokens)},
-        vision_index=torch.cat(shown).to(model.device),
-        logits_to_keep=rows.to(model.device),
+        vision_index=batch.vision_index,
+        shared_prefixes=batch.shared_prefixes,
+        logits_to_keep=batch.target_rows,
     ).logits[0]
-    hits = (logits.argmax(-1) == targets).cpu()
-    return [bool(answer.all()) for answer in hits.split(answer_lengths)]
+    hits = (logits.argmax(-1) == batch.targets).cpu()
+    return [bool(answer.all()) for answer in hits.split(row.targets_per_conversation)]
+
+
+def _encode(encode: ConversationEncoder, question: Question) -> EncodedConversation:
+    sample = question.sample
+    try:
+        ids, labels = encode(question.conversation, len(sample.tiles))
+    except ValueError as error:
+        raise ValueError(f"sample {sample.id}: {error}") from error
+    if not (labels[1:] != IGNORE).any():  # what nothing precedes is not predicted
+        raise ValueError(f"sample {sample.id}: a conversation holds no answer to grade")
+    return ids, labels, len(sample.tiles)
 
 
 def grade_generated(
