@@ -19,6 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 _OF_THE_MODEL = [
+    "ablation",
     "models",
     "dropin",
     "data",
@@ -45,10 +46,11 @@ _NEEDED_BY = {
     ],
     "transformers": _OF_THE_MODEL,
     "PIL": _OF_THE_MODEL,
-    "sklearn": ["digits", "training", "evaluation", "selection", "test_cli.py"],
-    "accelerate": ["training", "test_cli.py"],
-    "pydantic": ["training", "test_cli.py"],
+    "sklearn": ["ablation", "digits", "training", "evaluation", "selection", "test_cli.py"],
+    "accelerate": ["ablation", "training", "test_cli.py"],
+    "pydantic": ["ablation", "training", "test_cli.py"],
     "matplotlib": [
+        "ablation",
         "training",
         "selection/test_curve.py",
         "test_cli.py",

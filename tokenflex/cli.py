@@ -1,4 +1,4 @@
-"""The command line: ``tokenflex info``, ``train``, ``evaluate``, ``harness``, ``route`` and others.
+"""The command line: ``tokenflex info``, ``train``, ``evaluate``, ``ablate``, ``route`` and others.
 
 Every command's imports are its own, so that ``tokenflex info`` works with the core alone.
 """
@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if options.debug or (error.name or "").startswith("tokenflex"):
             raise
-        extra = "train" if options.command in ("train", "evaluate", "route", "plot") else "hf"
+        trains = ("train", "evaluate", "ablate", "route", "plot")
+        extra = "train" if options.command in trains else "hf"
         return _fail(f"{options.command} needs {error.name}; pip install 'tokenflex[{extra}]'")
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if options.debug:
@@ -49,6 +50,8 @@ def _fail(message: str) -> int:
 
 
 def _how_to_continue(options: argparse.Namespace) -> str:
+    if options.command == "ablate":
+        return f"; the same command continues from what is in {options.output}"
     output = getattr(options, "running_output", None)
     if output is None or not (output / "state.pt").exists():
         return ""
@@ -367,6 +370,32 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def _ablate(options: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from tokenflex.ablation.checks import quick_checks
+    from tokenflex.ablation.report import accuracy_table
+    from tokenflex.ablation.run import ablate
+    from tokenflex.ablation.scales import SCALES
+
+    if options.output is None:
+        options.output = (
+            Path("runs/ablate")
+            if options.scale == "small"
+            else (Path(f"runs/ablate-{options.scale}"))
+        )
+    report = ablate(
+        SCALES[options.scale], options.output, seeds=options.seeds, at_once=options.jobs
+    )
+    print(accuracy_table(report))
+    print(f"\nthe whole report is {options.output / 'report.md'}")
+    failed = False
+    if options.scale == "quick":
+        for check in quick_checks(report):
+            print(check, file=sys.stdout if check.holds else sys.stderr)
+            failed = failed or not check.holds
+    return 1 if failed else 0
+
+
 def _plot(options: argparse.Namespace) -> int:
     from tokenflex.plots import plot_accuracy
     from tokenflex.training.curves import plot_curves
@@ -617,6 +646,34 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", type=Path, help="checkpoint folder; its config says the layout")
     convert.add_argument("target", type=Path, help="folder to write, which must not exist")
     convert.add_argument("--system-message", help="what conversations begin with, from Ristretto")
+
+    ablate = command(
+        "ablate",
+        _ablate,
+        "train fixed and stochastic models on one budget, ask each at every count, write a report; "
+        "continues where it stopped",
+        "tokenflex ablate --output runs/ablate",
+    )
+    scale = ablate.add_mutually_exclusive_group()
+    scale.add_argument(
+        "--scale",
+        choices=("small", "large"),
+        default="small",
+        help="small: 32 px canvases, counts 4, 9, 16, on two CPU cores (the default); "
+        "large: 64 px canvases, counts 16, 36, 64, for a GPU",
+    )
+    scale.add_argument(
+        "--quick",
+        action="store_const",
+        dest="scale",
+        const="quick",
+        help="one seed of two regimes, and exit status 1 if they do not show what they must",
+    )
+    ablate.add_argument("--seeds", type=_positive, help="how many; small 3, large 1, quick 1")
+    ablate.add_argument("--output", type=Path, help="folder (default: runs/ablate, -large, -quick)")
+    ablate.add_argument(
+        "--jobs", type=_positive, help="runs at a time (default: one a core; one on a GPU)"
+    )
 
     plot = command(
         "plot",

@@ -208,3 +208,60 @@ def test_a_data_set_without_outlines_packs_the_same(collator):
 
     options = {"max_tokens": 400, "tile_cost": 20.0}
     assert ids(packed(collator, Whole(), **options)) == ids(packed(collator, **options))
+
+
+# ---- at which count a sample is shown
+
+
+def shown_at(step: PackedStep) -> list[tuple[int, int]]:
+    """(sample, count) of everything that one rank shows, from what it packed."""
+    pairs = []
+    for batch in step.bins:
+        tiles = iter(batch.num_image_tokens)
+        for name in batch.sample_ids:
+            index = int(name.removeprefix("sample-"))
+            (count,) = {next(tiles) for _ in range(1 + index % 4)}
+            pairs.append((index, count))
+    return sorted(pairs)
+
+
+def test_a_count_for_each_sample_is_drawn_as_the_counts_draw_it(collator):
+    assert shown_at(packed(collator)) == [(i, COUNTS.draw(i, 1)) for i in range(96)]
+
+
+def test_one_count_for_a_step(collator):
+    """It is a function of the step's keys, follows the odds over steps, and holds on every rank."""
+    drawn = []
+    for first in range(0, 96, 4):
+        keys = KEYS[first : first + 4]
+        shown = [
+            pair
+            for rank in range(2)
+            for pair in shown_at(packed(collator, keys=keys, draw="step", num_ranks=2, rank=rank))
+        ]
+        assert sorted(index for index, _ in shown) == [index for _, index in keys]
+        (count,) = {count for _, count in shown}
+        drawn.append(count)
+    assert drawn == [COUNTS.draw(first, 1) for first in range(0, 96, 4)]
+    assert {*drawn} == {4, 9, 16}
+
+
+def test_one_count_for_a_step_stays_when_its_first_sample_is_broken(collator):
+    whole, broken = (
+        packed(collator, MixedSizes(no_outline=missing), keys=KEYS[:8], draw="step")
+        for missing in ((), (0,))
+    )
+    assert shown_at(broken) == shown_at(whole)[1:]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_every_sample_at_all_counts(collator, num_ranks):
+    """Each view is a sample of its own: in facts, in bounds, among the ranks."""
+    options = {"max_tokens": 300, "draw": "all", "num_ranks": num_ranks}
+    steps = [packed(collator, keys=KEYS[:20], rank=r, **options) for r in range(num_ranks)]
+    shown = sorted(pair for step in steps for pair in shown_at(step))
+    assert shown == [(index, count) for index in range(20) for count in (4, 9, 16)]
+    batches = [batch for step in steps for batch in step.bins]
+    assert max(batch.plan.num_tokens for batch in batches) <= 300
+    assert steps[0].tiles == sum(len(batch.num_image_tokens) for batch in batches)
+    assert steps[0].vision_tokens == sum(sum(batch.num_image_tokens) for batch in batches)

@@ -25,11 +25,12 @@ from tokenflex_kernels import PackPlan
 
 @dataclass(frozen=True)
 class DrawnSample:
-    """A sample with what its count is drawn from."""
+    """A sample with what its count is drawn from, or the ``count`` that it was given."""
 
     index: int
     epoch: int
     sample: Sample
+    count: TokenCount | None = None
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,11 @@ class PackedBatch:
 
 
 class PackingCollator:
-    """Packs samples without padding, each at the count drawn for it. Runs in data-loader workers.
+    """Packs samples without padding, each at its own count. Runs in data-loader workers.
 
     Args:
         processor: a :class:`tokenflex.TokenFlexProcessor`.
-        counts: draws the count of each sample.
+        counts: draws the count of each sample that comes without one.
         share_prefix: let the conversations of a sample share the rows they have in common, images
             above all. For models whose ``takes_shared_prefixes`` says so.
         max_length: rows of a conversation at most, text and vision; longer ones are cut off. None
@@ -127,7 +128,10 @@ class PackingCollator:
         Raises:
             ValueError: a sample cannot be encoded; the message names it.
         """
-        counts = [self.counts.draw(item.index, item.epoch) for item in drawn]
+        counts = [
+            self.counts.draw(item.index, item.epoch) if item.count is None else item.count
+            for item in drawn
+        ]
         fitted = [
             self.fit(_outline_of(item.sample), count)
             for item, count in zip(drawn, counts, strict=True)

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
-from tokenflex.counts import tokens_of
+from tokenflex.counts import TokenCount, TokenCounts, tokens_of
 from tokenflex.data.balance import deal
 from tokenflex.data.encoding import IGNORE
 from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
@@ -19,6 +20,9 @@ from tokenflex.data.samples import Sample, SampleDataset, SampleOutline
 from tokenflex_kernels.reference.packing import MAX_INT32
 
 Key = tuple[int, int]  # (epoch, sample index)
+
+Draw: TypeAlias = Literal["sample", "step", "all"]
+"""A count for each sample; one for all samples of a step; or every sample at all counts."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class PackedStep:
     """What one rank works on in one step.
 
     Attributes:
-        bins: forward passes, as many on every rank; gradients add up over them.
+        bins: forward passes, as many on every rank; gradients add up over them. A sample that is
+            shown at several counts is encoded, and counted below, once for each.
         samples, tokens, tiles, vision_tokens, targets: of all ranks, as planned. Vision tokens are
             counted once per tile, tokens as packed: once, or once per conversation that shows it;
             targets are the answer tokens.
@@ -63,9 +68,10 @@ class PackedStep:
 
 @dataclass(frozen=True)
 class _Planned:
-    """A sample of the step before its images are read."""
+    """A sample of the step at one count, before its images are read."""
 
     key: Key
+    drawn: TokenCount
     count: int  # vision tokens of a tile
     tokens: int
     tiles: int
@@ -77,7 +83,9 @@ class StepPacker:
 
     Args:
         dataset: where samples come from.
-        collator: draws counts, encodes texts, packs.
+        collator: knows the counts and their odds, encodes texts, packs.
+        draw: whether a count is drawn for each sample, as in the paper, or once for the step, or
+            every sample is shown at all of them.
         max_tokens: rows of a bin at most, text and vision; None for no bound.
         max_tiles: encoder inputs of a bin at most; None for no bound.
         tile_cost: what encoding a tile costs, in rows of the language model.
@@ -90,6 +98,7 @@ class StepPacker:
         dataset: SampleDataset,
         collator: PackingCollator,
         *,
+        draw: Draw = "sample",
         max_tokens: int | None = None,
         max_tiles: int | None = None,
         tile_cost: float = 0.0,
@@ -98,6 +107,7 @@ class StepPacker:
     ) -> None:
         self.dataset = dataset
         self.collator = collator
+        self.draw = draw
         self.max_tokens = MAX_INT32 if max_tokens is None else max_tokens
         self.max_tiles = MAX_INT32 if max_tiles is None else max_tiles
         self.tile_cost = tile_cost
@@ -112,9 +122,9 @@ class StepPacker:
         """
         broken: list[BrokenSample] = []
         planned: list[_Planned] = []
-        for key in keys:
+        for key, drawn in views_of(keys, self.collator.counts, self.draw):
             try:
-                planned.append(self._plan(key))
+                planned.append(self._plan(key, drawn))
             except (OSError, ValueError) as error:
                 broken.append(BrokenSample(key[1], str(error)))
         dealt = deal(
@@ -127,11 +137,11 @@ class StepPacker:
         )
         costs = [sum(self._cost(planned[i]) for i in members) for members in dealt]
         bins = [
-            self._read([planned[i].key for i in dealt[place]], broken)
+            self._read([planned[i] for i in dealt[place]], broken)
             for place in _places_of(self.rank, len(dealt), self.num_ranks)
         ]
         packed = [self.collator(members) for members in bins if members]
-        read = {(one.epoch, one.index) for members in bins for one in members}
+        read = {(one.epoch, one.index, one.count) for members in bins for one in members}
         # A rank whose samples are fewer or broken still takes part in every exchange of gradients.
         missing = len(bins) - len(packed)
         stand_in = packed[0] if packed else self._any_batch(planned)
@@ -147,15 +157,13 @@ class StepPacker:
             vision_tokens=sum(one.tiles * one.count for one in planned),
             targets=sum(one.targets for one in planned),
             counts=dict(sorted(Counter(one.count for one in planned if one.tiles).items())),
-            rank_tokens=sum(one.tokens for one in planned if one.key in read),
+            rank_tokens=sum(one.tokens for one in planned if (*one.key, one.drawn) in read),
             cost_balance=max(costs) * len(costs) / sum(costs),
             broken=broken,
         )
 
-    def _plan(self, key: Key) -> _Planned:
-        epoch, index = key
-        outline = outline_of(self.dataset, index)
-        drawn = self.collator.counts.draw(index, epoch)
+    def _plan(self, key: Key, drawn: TokenCount) -> _Planned:
+        outline = outline_of(self.dataset, key[1])
         fitted, count = self.collator.fit(outline, drawn), tokens_of(drawn)
         tiles = sum(fitted.tiles)
         image_counts = [count * one for one in fitted.tiles]
@@ -167,13 +175,14 @@ class StepPacker:
         ):
             if size > bound:
                 raise ValueError(f"sample {outline.id} has {size}, more than {name} of {bound}")
-        return _Planned(key, count, tokens, tiles, targets)
+        return _Planned(key, drawn, count, tokens, tiles, targets)
 
-    def _read(self, keys: Sequence[Key], broken: list[BrokenSample]) -> list[DrawnSample]:
+    def _read(self, planned: Sequence[_Planned], broken: list[BrokenSample]) -> list[DrawnSample]:
         members = []
-        for epoch, index in keys:
+        for one in planned:
+            epoch, index = one.key
             try:
-                members.append(DrawnSample(index, epoch, self.dataset[index]))
+                members.append(DrawnSample(index, epoch, self.dataset[index], one.drawn))
             except (OSError, ValueError) as error:
                 broken.append(BrokenSample(index, str(error)))
         return members
@@ -181,12 +190,24 @@ class StepPacker:
     def _any_batch(self, planned: list[_Planned]) -> PackedBatch | None:
         """A batch of the first sample of the step that can be read, whoever's it is."""
         for one in planned:
-            if members := self._read([one.key], []):
+            if members := self._read([one], []):
                 return self.collator(members)
         return None
 
     def _cost(self, one: _Planned) -> float:
         return one.tokens + self.tile_cost * one.tiles
+
+
+def views_of(keys: Sequence[Key], counts: TokenCounts, draw: Draw) -> list[tuple[Key, TokenCount]]:
+    """Each sample of a step with a count to show it at: a pure function of the keys."""
+    if draw == "all":
+        return [(key, count) for key in keys for count in counts.counts]
+    # What a whole step draws is what its first sample draws.
+    drawn_from = [keys[0]] * len(keys) if draw == "step" else keys
+    return [
+        (key, counts.draw(index, epoch))
+        for key, (epoch, index) in zip(keys, drawn_from, strict=True)
+    ]
 
 
 def outline_of(dataset: SampleDataset, index: int) -> SampleOutline:

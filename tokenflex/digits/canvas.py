@@ -2,20 +2,20 @@
 
 The digits are real scans (scikit-learn's ``load_digits``, from the UCI optical recognition set).
 4 x 4 cells of 8 x 8 pixels hold 3 to 9 digits; one is yellow, the others red, green or blue with
-one colour more frequent.
+one colour more frequent. Larger canvases hold as many digits per cell.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from math import isqrt
 
 import numpy as np
 from numpy.typing import NDArray
 
-CELLS = 4  # per side
+CELLS = 4  # per side, unless a larger canvas is asked for
 CELL_PIXELS = 8
-CANVAS_PIXELS = CELLS * CELL_PIXELS
 COLOURS = ("red", "green", "blue", "yellow")
 YELLOW = 3
 BLANK = -1
@@ -46,20 +46,27 @@ class Canvas:
     """One picture and the truth about it.
 
     Attributes:
-        pixels: uint8 [32, 32, 3].
-        digits: int [16], the digit of each cell, BLANK where there is none.
-        colours: int [16], index into COLOURS, BLANK where there is no digit.
+        pixels: uint8 [side, side, 3], 8 pixels a cell.
+        digits: int [cells^2], the digit of each cell, BLANK where there is none.
+        colours: int [cells^2], index into COLOURS, BLANK where there is no digit.
     """
 
     pixels: NDArray[np.uint8]
     digits: NDArray[np.int64]
     colours: NDArray[np.int64]
 
+    @property
+    def cells(self) -> int:
+        """Per side."""
+        return isqrt(len(self.digits))
+
     def answer(self, question: str, cell: int | None = None) -> str:
-        """The right answer; ``cell`` (0..15, row by row) is needed by "read" and "colour"."""
+        """The right answer; ``cell`` (from 0, row by row) is needed by "read" and "colour"."""
         if question in ("read", "colour"):
             if cell is None:
-                raise ValueError(f"cell must be 0..{CELLS * CELLS - 1} for {question!r}, got None")
+                raise ValueError(
+                    f"cell must be 0..{len(self.digits) - 1} for {question!r}, got None"
+                )
             if self.digits[cell] == BLANK:
                 return "blank"
             return str(self.digits[cell]) if question == "read" else COLOURS[self.colours[cell]]
@@ -67,8 +74,8 @@ class Canvas:
         if question == "odd":
             return str(self.digits[odd])
         if question == "where":
-            row, column = divmod(odd, CELLS)
-            return QUADRANTS[2 * (row >= CELLS // 2) + (column >= CELLS // 2)]
+            row, column = divmod(odd, self.cells)
+            return QUADRANTS[2 * (row >= self.cells // 2) + (column >= self.cells // 2)]
         if question == "majority":
             plain = self.colours[(self.colours != BLANK) & (self.colours != YELLOW)]
             return COLOURS[int(np.bincount(plain, minlength=YELLOW).argmax())]
@@ -77,11 +84,20 @@ class Canvas:
         raise ValueError(f"question must be one of {', '.join(QUESTIONS)}, got {question!r}")
 
 
-def draw_canvas(rng: np.random.Generator, split: str) -> Canvas:
-    """A random canvas with scans of ``split`` ("train", "validation" or "test")."""
+def fewest_and_most(side: int) -> tuple[int, int]:
+    """How many digits a canvas of ``side`` x ``side`` cells holds: 3 to 9 of 16."""
+    return 3 * side * side // 16, 9 * side * side // 16
+
+
+def draw_canvas(rng: np.random.Generator, split: str, side: int = CELLS) -> Canvas:
+    """A random canvas of ``side`` x ``side`` cells with scans of ``split``.
+
+    ``split`` is "train", "validation" or "test".
+    """
     scans, labels = _scans()
-    cells = CELLS * CELLS
-    filled = rng.permutation(cells)[: rng.integers(3, 10)]
+    cells = side * side
+    fewest, most = fewest_and_most(side)
+    filled = rng.permutation(cells)[: rng.integers(fewest, most + 1)]
     chosen = rng.integers(*SPLITS[split], size=len(filled))
 
     ink = np.concatenate([[YELLOW], _draw_colours(rng, len(filled) - 1)])
@@ -91,8 +107,8 @@ def draw_canvas(rng: np.random.Generator, split: str) -> Canvas:
 
     tiles = np.zeros((cells, CELL_PIXELS, CELL_PIXELS, 3))
     tiles[filled] = scans[chosen][..., None] * _INK[ink][:, None, None, :]
-    rows = tiles.reshape(CELLS, CELLS, CELL_PIXELS, CELL_PIXELS, 3).swapaxes(1, 2)
-    image = rows.reshape(CANVAS_PIXELS, CANVAS_PIXELS, 3)
+    rows = tiles.reshape(side, side, CELL_PIXELS, CELL_PIXELS, 3).swapaxes(1, 2)
+    image = rows.reshape(side * CELL_PIXELS, side * CELL_PIXELS, 3)
     noisy = image + _NOISE * rng.standard_normal(image.shape)
     return Canvas((noisy.clip(0, 1) * 255).round().astype(np.uint8), digits, colours)
 
@@ -115,10 +131,10 @@ def draw_question(rng: np.random.Generator, canvas: Canvas) -> tuple[str, str, s
         return kind, kind, canvas.answer(kind)
     filled = np.flatnonzero(canvas.digits != BLANK)
     from_filled = rng.random() < _ASK_FILLED_SHARE
-    cell = int(rng.choice(filled) if from_filled else rng.integers(CELLS * CELLS))
-    return kind, f"{kind} {cell_name(cell)}", canvas.answer(kind, cell)
+    cell = int(rng.choice(filled) if from_filled else rng.integers(len(canvas.digits)))
+    return kind, f"{kind} {cell_name(cell, canvas.cells)}", canvas.answer(kind, cell)
 
 
-def cell_name(cell: int) -> str:
-    """The word for a cell, one token: "r1c1" is the top-left one, "r4c4" the bottom-right one."""
-    return f"r{cell // CELLS + 1}c{cell % CELLS + 1}"
+def cell_name(cell: int, side: int = CELLS) -> str:
+    """The word for a cell, one token: "r1c1" is the top-left one, "r4c4" the bottom-right of 16."""
+    return f"r{cell // side + 1}c{cell % side + 1}"

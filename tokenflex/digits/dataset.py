@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 from PIL import Image
 
 from tokenflex.data.samples import Conversation, Sample, Turn
-from tokenflex.digits.canvas import SPLITS, draw_canvas, draw_question
+from tokenflex.digits.canvas import CELLS, SPLITS, draw_canvas, draw_question
+
+RECENT = 1024
 
 
 class DigitsDataset:
@@ -17,13 +21,21 @@ class DigitsDataset:
         size: canvases in the data set.
         questions: per canvas.
         seed: another seed gives other canvases.
+        cells: of a canvas, per side.
 
     Raises:
-        ValueError: an unknown split, or a size or number of questions below 1.
+        ValueError: an unknown split, a size or number of questions below 1, or cells that are no
+            even number from 4 on.
     """
 
     def __init__(
-        self, split: str = "train", *, size: int = 100_000, questions: int = 8, seed: int = 0
+        self,
+        split: str = "train",
+        *,
+        size: int = 100_000,
+        questions: int = 8,
+        seed: int = 0,
+        cells: int = CELLS,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -31,10 +43,15 @@ class DigitsDataset:
             raise ValueError(
                 f"size and questions must be at least 1, got size={size}, questions={questions}"
             )
+        if cells < 4 or cells % 2:
+            raise ValueError(f"cells must be an even number from 4 on, got {cells}")
         self.split = split
         self.size = size
         self.questions = questions
         self.seed = seed
+        self.cells = cells
+        # A step is planned from its samples and then reads them: each is drawn once, not twice.
+        self._recent: OrderedDict[int, Sample] = OrderedDict()
 
     def __len__(self) -> int:
         return self.size
@@ -42,8 +59,15 @@ class DigitsDataset:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.size:
             raise IndexError(f"index must be in 0..{self.size - 1}, got {index}")
+        if index not in self._recent:
+            if len(self._recent) >= RECENT:
+                self._recent.popitem(last=False)
+            self._recent[index] = self._draw(index)
+        return self._recent[index]
+
+    def _draw(self, index: int) -> Sample:
         rng = np.random.default_rng((self.seed, list(SPLITS).index(self.split), index))
-        canvas = draw_canvas(rng, self.split)
+        canvas = draw_canvas(rng, self.split, self.cells)
         conversations = []
         for _ in range(self.questions):
             kind, prompt, answer = draw_question(rng, canvas)

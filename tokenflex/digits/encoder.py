@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel
 
-from tokenflex.digits.canvas import BLANK, CELLS, COLOURS, Canvas, draw_canvas
+from tokenflex.digits.canvas import BLANK, CELL_PIXELS, COLOURS, Canvas, draw_canvas
 from tokenflex.models.processing import TokenFlexProcessor
 
 NUM_DIGITS = 10
@@ -37,13 +37,14 @@ def warm_up_encoder(
     Args:
         vision_model: returns ``last_hidden_state`` [B, patches, C], patches a multiple of the cells
             per side on each axis.
-        processor: makes ``pixel_values`` of canvases.
+        processor: makes ``pixel_values`` of canvases; its image size says how many cells they have.
         steps: optimiser steps, with a linear warm-up and a cosine to zero.
         batch_size: canvases a step.
         learning_rate: the highest.
         seed: of the canvases and the two heads, which are thrown away.
         on_step: called with each step's loss.
     """
+    cells = processor.image_processor.size["height"] // CELL_PIXELS
     device = next(vision_model.parameters()).device
     width = vision_model.config.hidden_size
     generator = torch.Generator().manual_seed(seed)
@@ -58,12 +59,13 @@ def warm_up_encoder(
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = learning_rate * min(1, (step + 1) / 50) * cosine
         canvases = [
-            draw_canvas(np.random.default_rng((seed, step, i)), "train") for i in range(batch_size)
+            draw_canvas(np.random.default_rng((seed, step, i)), "train", cells)
+            for i in range(batch_size)
         ]
         images = [Image.fromarray(canvas.pixels) for canvas in canvases]
         pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
         features = vision_model(pixel_values=pixels.to(device)).last_hidden_state
-        loss = _cell_loss(head(_mean_of_cells(features)), canvases)
+        loss = _cell_loss(head(_mean_of_cells(features, cells)), canvases)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -73,11 +75,11 @@ def warm_up_encoder(
     vision_model.zero_grad(set_to_none=True)
 
 
-def _mean_of_cells(features: torch.Tensor) -> torch.Tensor:
-    """[B, patches, C] -> [B, cells, C], the mean over each cell's patches."""
+def _mean_of_cells(features: torch.Tensor, cells: int) -> torch.Tensor:
+    """[B, patches, C] -> [B, cells^2, C], the mean over each cell's patches."""
     side = math.isqrt(features.shape[1])
-    per_cell = side // CELLS
-    grid = features.unflatten(1, (CELLS, per_cell, CELLS, per_cell))
+    per_cell = side // cells
+    grid = features.unflatten(1, (cells, per_cell, cells, per_cell))
     return grid.mean(dim=(2, 4)).flatten(1, 2)
 
 

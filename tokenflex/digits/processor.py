@@ -9,12 +9,13 @@ from transformers import PreTrainedTokenizerFast, SiglipImageProcessorPil
 
 from tokenflex.counts import TokenCount
 from tokenflex.digits.canvas import (
-    CANVAS_PIXELS,
+    CELL_PIXELS,
     CELLS,
     COLOURS,
     QUADRANTS,
     QUESTIONS,
     cell_name,
+    fewest_and_most,
 )
 from tokenflex.models.processing import TokenFlexProcessor
 
@@ -26,16 +27,17 @@ CHAT_TEMPLATE = (
 )
 
 
-def digits_vocabulary() -> dict[str, int]:
-    """Word -> token id: special tokens, digits, colours, places, questions and cells."""
+def digits_vocabulary(cells: int = CELLS) -> dict[str, int]:
+    """Word -> token id: special tokens, digits, colours, places, questions, cells, numbers."""
     words = [*SPECIAL_TOKENS, *map(str, range(10)), *COLOURS, "blank", *QUADRANTS, *QUESTIONS]
-    words += [cell_name(cell) for cell in range(CELLS * CELLS)]
+    words += [cell_name(cell, cells) for cell in range(cells * cells)]
+    words += map(str, range(10, fewest_and_most(cells)[1] + 1))
     return {word: token_id for token_id, word in enumerate(words)}
 
 
-def digits_processor(num_image_tokens: TokenCount = 16) -> TokenFlexProcessor:
-    """A processor for the digits task, made from nothing but this file."""
-    model = WordLevel(digits_vocabulary(), unk_token="<unk>")
+def digits_processor(num_image_tokens: TokenCount = 16, cells: int = CELLS) -> TokenFlexProcessor:
+    """A processor for the digits task, ``cells`` per side, made from nothing but this file."""
+    model = WordLevel(digits_vocabulary(cells), unk_token="<unk>")
     backend = Tokenizer(model)
     backend.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -47,7 +49,7 @@ def digits_processor(num_image_tokens: TokenCount = 16) -> TokenFlexProcessor:
         chat_template=CHAT_TEMPLATE,
     )
     image_processor = SiglipImageProcessorPil(
-        size={"height": CANVAS_PIXELS, "width": CANVAS_PIXELS},
+        size={"height": cells * CELL_PIXELS, "width": cells * CELL_PIXELS},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )

@@ -14,11 +14,15 @@ from tokenflex.models.weights import read_json, weight_files
 
 
 def load_checkpoint(
-    path: str | Path,
+    path: str | Path, **changes: Any
 ) -> tuple[TokenFlexForConditionalGeneration, TokenFlexProcessor]:
     """The model, in evaluation mode, and the processor saved in ``path``.
 
     A released Ristretto checkpoint is read as :func:`tokenflex.load_ristretto` does.
+
+    Args:
+        path: the folder.
+        changes: values for fields of a TokenFLEX checkpoint's config, in place of the saved ones.
 
     Raises:
         FileNotFoundError: the folder or one of its files is not there.
@@ -30,6 +34,7 @@ def load_checkpoint(
     if _model_type(folder / "config.json") == RISTRETTO:
         return load_ristretto(folder)
     config = read_config(folder / "config.json")
+    config.update(changes)
     for file in sorted(folder.glob("*.json")):
         read_json(file)  # a broken optional file would be passed over in silence
     weight_files(folder)

@@ -28,9 +28,11 @@ from tokenflex.data.order import EpochOrder, Order, StreamOrder
 from tokenflex.data.samples import SampleDataset, size_of
 from tokenflex.data.streaming import StreamingDataset
 from tokenflex.data.webdataset import WebDataset
+from tokenflex.digits.canvas import CELL_PIXELS
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor
 from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.models.loading import load_checkpoint, read_config
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.processing import TokenFlexProcessor
 from tokenflex.training.config import DataConfig, ModelConfig, PartConfig, TrainConfig
@@ -39,7 +41,9 @@ from tokenflex.training.config import DataConfig, ModelConfig, PartConfig, Train
 def build_dataset(config: DataConfig) -> SampleDataset:
     """The data set that ``config`` names."""
     if config.name == "digits":
-        return DigitsDataset(config.split, size=config.size, questions=config.questions)
+        return DigitsDataset(
+            config.split, size=config.size, questions=config.questions, cells=config.cells
+        )
     if config.name == "mixture":
         return Mixture([build_dataset(part) for part in config.parts])
     assert config.path is not None  # checked by DataConfig
@@ -92,7 +96,7 @@ def check_supply(config: TrainConfig, orders: Mapping[DataConfig, Order]) -> Non
         if data not in orders:
             continue
         # How many steps a budget in tokens takes is not known before: at least none.
-        needed[data] += (stage.steps or 0) * stage.batch_size
+        needed[data] += (stage.steps or 0) * stage.samples_read
         end = orders[data].end
         if end is not None and needed[data] > end:
             raise ValueError(
@@ -104,7 +108,8 @@ def check_supply(config: TrainConfig, orders: Mapping[DataConfig, Order]) -> Non
 def build_processor(config: ModelConfig) -> TokenFlexProcessor:
     """The processor, with ``image_token`` known to its tokenizer."""
     if config.processor == "digits":
-        return digits_processor(config.num_image_tokens)
+        cells = _vision_config(config.vision).image_size // CELL_PIXELS
+        return digits_processor(config.num_image_tokens, cells=cells)
     assert config.vision.path is not None  # checked by ModelConfig, as is the other
     assert config.text.path is not None
     tokenizer = _pretrained(AutoTokenizer, config.text.path)
@@ -138,10 +143,16 @@ def empty_model(config: ModelConfig) -> TokenFlexForConditionalGeneration:
 def build_model(
     config: ModelConfig, processor: TokenFlexProcessor, counts: Collection[TokenCount] = ()
 ) -> TokenFlexForConditionalGeneration:
-    """The model: fresh where a config is given, pretrained where a path is.
+    """The model: fresh where a config is given, pretrained where a path is; or as it starts.
 
     ``counts`` are those it will be trained with: a saved model warns of others.
+
+    Raises:
+        FileNotFoundError: ``config.start`` is not there.
+        ValueError: a part cannot be loaded, or ``config.start`` is of another architecture.
     """
+    if config.start is not None:
+        return _started_model(config, processor, counts)
     vision, vision_config = _build_vision(config.vision)
     language_model = _build_language_model(config.text)
     model_config = TokenFlexConfig(
@@ -159,6 +170,42 @@ def build_model(
     if len(processor.tokenizer) > language_model.config.vocab_size:
         model.resize_token_embeddings(len(processor.tokenizer))
     return model
+
+
+def _started_model(
+    config: ModelConfig, processor: TokenFlexProcessor, counts: Collection[TokenCount]
+) -> TokenFlexForConditionalGeneration:
+    """The model of ``config.start``; what is described beside it must be so."""
+    assert config.start is not None
+    saved = read_config(config.start / "config.json")
+    actual = {**_architecture(saved), "image_token_id": saved.image_token_id}
+    described = _architecture(empty_model(config).config)
+    for key, expected in {**described, "image_token_id": processor.image_token_id}.items():
+        if actual.get(key) != expected:
+            raise ValueError(
+                f"model.start {str(config.start)!r} has {key} = {actual.get(key)!r}, but the "
+                f"configuration states {expected!r}"
+            )
+    model, _ = load_checkpoint(
+        config.start,
+        num_image_tokens=config.num_image_tokens,
+        trained_num_image_tokens=sorted(counts, key=token_grid) or None,
+    )
+    return model
+
+
+def _architecture(config: TokenFlexConfig) -> dict[str, Any]:
+    """What the model is made of, by name; not what a checkpoint notes of how it was saved."""
+    parts = {
+        f"{part}.{key}": value
+        for part in ("vision_config", "text_config")
+        for key, value in getattr(config, part).to_dict().items()
+        # A vocabulary grows where the image's placeholder is added to it.
+        if key not in ("architectures", "dtype", "transformers_version", "vocab_size")
+        and not key.startswith("_")
+    }
+    own = ("pooling", "projector_hidden_width", "projector_position", "image_positions")
+    return {**parts, **{key: getattr(config, key) for key in own}}
 
 
 def modules_of(model: Any) -> dict[str, list[nn.Module]]:

@@ -16,6 +16,8 @@ from pydantic import (
 )
 
 from tokenflex.counts import TokenCount, TokenCounts, token_grid
+from tokenflex.data.steps import Draw
+from tokenflex.digits.canvas import CELL_PIXELS
 from tokenflex.positions import check_image_positions
 from tokenflex.training.trackers import check_names
 
@@ -51,11 +53,14 @@ class ModelConfig(_Strict):
     ``processor`` is "digits", or None to take the image processor of ``vision.path`` and the
     tokenizer of ``text.path``; ``image_token`` is added to the tokenizer if it is not there.
     Images are cut into at most ``max_tiles`` tiles, each at the sample's count.
+    With ``start`` all weights come from that TokenFLEX checkpoint folder, whose parts must be those
+    that are described here.
     ``projector_position`` and ``image_positions`` are those of :class:`tokenflex.TokenFlexConfig`.
     """
 
     vision: PartConfig
     text: PartConfig
+    start: Path | None = None
     processor: Literal["digits"] | None = None
     image_token: str = "<image>"
     pooling: Literal["adaptive", "resize"] = "adaptive"
@@ -90,13 +95,14 @@ class DataConfig(_Strict):
     the ``datasets`` library, read as it comes with ``streaming``, the next row drawn from
     ``shuffle_buffer`` of them; "mixture", several ``parts``, each drawn from in proportion to its
     ``weight``. Training may go through it ``epochs`` times; without a bound it does so as often as
-    the stages' steps ask.
+    the stages' steps ask. ``cells`` are those of a canvas of "digits", per side.
     """
 
     name: Literal["digits", "messages", "llava", "webdataset", "huggingface", "mixture"]
     path: Path | None = None
     image_folder: Path | None = None
     split: str = "train"
+    cells: int = Field(default=4, ge=4, multiple_of=2)
     streaming: bool = False
     shuffle_buffer: int = Field(default=1000, ge=1)
     # A bound changes no sample before it: a run that ended at one may go on with another. So it is
@@ -156,8 +162,10 @@ class StageConfig(_Strict):
     the rows, not the steps. The learning rate rises over ``warmup_steps`` steps, or over
     ``warmup_share`` of the stage.
     ``counts`` and ``weights`` are the token counts, perfect squares or [height, width] pairs, and
-    their odds. Conversations of more than ``max_length`` rows, text and vision, are cut off. The
-    ``batch_size`` samples of a step, over all processes, are dealt into forward passes of equal
+    their odds; ``draw`` says whether a count is drawn for each "sample", as in the paper, or once
+    for a "step", or every sample is shown at "all" counts, each a sample of its own in
+    ``batch_size``. Conversations of more than ``max_length`` rows, text and vision, are cut off.
+    The ``batch_size`` samples of a step, over all processes, are dealt into forward passes of equal
     cost that hold at most ``max_tokens`` rows and ``max_tiles`` tiles each.
     ``loss`` says how answer tokens weigh: all the same ("token"), or by one over the square root of
     their answer's length ("square"), as the released model was trained.
@@ -171,6 +179,7 @@ class StageConfig(_Strict):
     data: DataConfig | None = None
     counts: tuple[TokenCount, ...] = (64, 144, 256)
     weights: tuple[float, ...] = (0.2, 0.3, 0.5)
+    draw: Draw = "sample"
     max_tokens: int | None = Field(default=None, ge=1)
     max_tiles: int | None = Field(default=None, ge=1)
     max_length: int | None = Field(default=None, ge=2)
@@ -194,6 +203,11 @@ class StageConfig(_Strict):
         assert budget is not None  # checked below
         return budget
 
+    @property
+    def samples_read(self) -> int:
+        """Different samples a step; with ``draw`` "all" each is shown at every count."""
+        return self.batch_size // (len(self.counts) if self.draw == "all" else 1)
+
     @model_validator(mode="after")
     def _values_make_sense(self) -> StageConfig:
         if (self.steps is None) == (self.tokens is None):
@@ -207,6 +221,17 @@ class StageConfig(_Strict):
                 f"{self.warmup_steps} and {self.warmup_share}"
             )
         TokenCounts(self.counts, self.weights)
+        if self.draw == "all":
+            if self.batch_size % len(self.counts):
+                raise ValueError(
+                    f"batch_size must be a multiple of the {len(self.counts)} counts with draw: "
+                    f"all, got {self.batch_size}"
+                )
+            if len({*self.weights}) > 1:
+                raise ValueError(
+                    "weights must be equal with draw: all, which shows every count as often, got "
+                    f"{self.weights}"
+                )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
         if not all(0 <= rate < float("inf") for rate in self.learning_rate.values()):
@@ -319,7 +344,28 @@ class TrainConfig(_Strict):
         return self.data if stage.data is None else stage.data
 
     @model_validator(mode="after")
+    def _canvases_fit_the_encoder(self) -> TrainConfig:
+        """The words for cells and the size of pictures follow from the encoder's image size."""
+        if self.model.processor != "digits" or self.model.vision.config is None:
+            return self
+        size = self.model.vision.config.get("image_size")
+        used = [self.data_of(stage) for stage in self.stages]
+        used += [] if self.evaluation is None else [self.evaluation.data]
+        for data in (part for one in used for part in (one, *one.parts)):
+            if data.name == "digits" and data.cells * CELL_PIXELS != size:
+                raise ValueError(
+                    f"model.vision.config must have image_size {data.cells * CELL_PIXELS} for "
+                    f"canvases of {data.cells} x {data.cells} cells, got {size!r}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _warm_up_is_for_digits(self) -> TrainConfig:
+        if self.encoder_warm_up is not None and self.model.start is not None:
+            raise ValueError(
+                "encoder_warm_up must not be given with model.start, whose encoder is trained, "
+                f"got start={str(self.model.start)!r}"
+            )
         if self.encoder_warm_up is not None and self.model.processor != "digits":
             raise ValueError(
                 f"encoder_warm_up needs model.processor: digits, got {self.model.processor!r}"

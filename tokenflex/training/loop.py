@@ -339,7 +339,7 @@ class Trainer:
         data = self.config.data_of(stage)
         # A later stage goes on where an earlier one on the same data stopped.
         before = sum(
-            record["steps"] * earlier.batch_size
+            record["steps"] * earlier.samples_read
             for earlier, record in zip(
                 self.config.stages[:stage_index], self._stage_records(), strict=False
             )
@@ -348,9 +348,9 @@ class Trainer:
         counts = TokenCounts(stage.counts, stage.weights, seed=self.config.seed)
         sampler = StepSampler(
             self.orders[data],
-            first_position=before + first_step * stage.batch_size,
+            first_position=before + first_step * stage.samples_read,
             steps=self._most_steps(stage, first_step),
-            batch_size=stage.batch_size,
+            batch_size=stage.samples_read,
         )
         packer = StepPacker(
             self.datasets[data],
@@ -360,6 +360,7 @@ class Trainer:
                 share_prefix=self.model.takes_shared_prefixes,
                 max_length=stage.max_length,
             ),
+            draw=stage.draw,
             max_tokens=stage.max_tokens,
             max_tiles=stage.max_tiles,
             tile_cost=training_flops(self.model, stage.learning).tile_cost,

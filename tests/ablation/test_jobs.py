@@ -1,0 +1,128 @@
+"""What is run: every regime gets the same budget from the same start."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from tests.ablation.tiny import TINY
+from tokenflex.ablation.jobs import Job, plan_jobs
+from tokenflex.ablation.regimes import Regime, regimes
+from tokenflex.ablation.scales import LARGE, QUICK, SCALES, SMALL
+from tokenflex.digits.processor import digits_vocabulary
+from tokenflex.training.config import TrainConfig
+
+
+def jobs_of(scale=SMALL, seeds=(0, 1, 2), **options) -> list[Job]:
+    known = regimes(scale.counts)
+    chosen = [known[name] for name in scale.regimes] or [*known.values()]
+    return plan_jobs(scale, chosen, seeds, on_gpu=False, **options)
+
+
+def config_of(job: Job) -> TrainConfig:
+    return TrainConfig.model_validate(job.config)
+
+
+@pytest.mark.parametrize("scale", [SMALL, LARGE, QUICK], ids=lambda scale: scale.name)
+def test_every_regime_has_the_same_budget(scale):
+    """Steps, images shown a step, learning rates, schedule: all but what a regime is about."""
+    jobs = [job for job in jobs_of(scale) if job.needs]
+    assert len(jobs) == 3 * (len(scale.regimes) or 8)
+    own = {"name", "counts", "weights", "draw"}
+    budgets = {
+        json.dumps(config_of(job).stages[0].model_dump(mode="json", exclude=own)) for job in jobs
+    }
+    assert len(budgets) == 1
+    assert {job.steps for job in jobs} == {scale.steps}
+    evaluations = {config_of(job).evaluation.model_dump_json() for job in jobs}
+    assert len(evaluations) == 1
+
+
+def test_every_regime_of_a_seed_starts_from_the_same_checkpoint():
+    jobs = jobs_of()
+    for seed in range(3):
+        of_seed = [job for job in jobs if job.seed == seed]
+        (start,) = [job for job in of_seed if job.needs is None]
+        assert {job.config["model"].get("start") for job in of_seed if job is not start} == {
+            f"seed{seed}/start/checkpoint"
+        }
+        assert {job.config["seed"] for job in of_seed} == {seed}
+    assert len({job.name for job in jobs}) == len(jobs) == 27
+
+
+def test_the_start_is_at_the_largest_count_alone():
+    start = config_of(jobs_of()[0])
+    assert start.encoder_warm_up is not None
+    assert start.stages[0].counts == (16,)
+
+
+def test_models_are_asked_on_scans_of_their_own_split():
+    for job in jobs_of():
+        config = config_of(job)
+        assert (config.data.split, config.evaluation.data.split) == ("train", "test")
+        assert config.evaluation.counts == (4, 9, 16, 1, 25, 36, (2, 3), (3, 4))
+
+
+def test_regimes_are_those_of_the_paper():
+    known = regimes((4, 9, 16))
+    assert [known[f"fixed-{size}"].stage["counts"] for size in ("small", "middle", "large")] == [
+        [4],
+        [9],
+        [16],
+    ]
+    odds = {name: known[name].stage["weights"] for name in ("stochastic", "odds-5-3-2")}
+    assert odds == {"stochastic": [0.2, 0.3, 0.5], "odds-5-3-2": [0.5, 0.3, 0.2]}
+    assert known["per-step"].stage["draw"] == "step"
+    assert known["all-counts"].stage["draw"] == "all"
+
+
+def test_a_regime_of_another_model_has_a_start_of_its_own():
+    plain = Regime("plain", "plain", {"counts": [4], "weights": [1.0]})
+    other = Regime("other", "other", plain.stage, {"pooling": "resize"})
+    jobs = plan_jobs(SMALL, [plain, other, replace(other, name="third")], [0], on_gpu=False)
+    assert [(job.name, job.needs) for job in jobs] == [
+        ("seed0/start", None),
+        ("seed0/plain", "seed0/start"),
+        ("seed0/start1", None),
+        ("seed0/other", "seed0/start1"),
+        ("seed0/third", "seed0/start1"),
+    ]
+    pooling = [config_of(job).model.pooling for job in jobs]
+    assert pooling == ["adaptive", "adaptive", "resize", "resize", "resize"]
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=lambda scale: scale.name)
+def test_every_scale_has_a_valid_configuration(scale):
+    assert len(digits_vocabulary(scale.cells)) <= scale.vocabulary
+    assert scale.batch_size % 3 == 0
+    for job in jobs_of(scale, seeds=(0,)):
+        config_of(job)
+
+
+def test_on_a_gpu_precision_and_workers_are_those_of_the_scale():
+    (start, *_) = plan_jobs(
+        LARGE, [regimes(LARGE.counts)["stochastic"]], [0], on_gpu=True, workers=12
+    )
+    config = config_of(start)
+    assert (config.precision, config.workers, config.threads) == ("bf16", 12, None)
+
+
+def test_a_folder_of_another_ablation_is_refused(tmp_path):
+    for job in jobs_of(TINY, seeds=(0,)):
+        job.write_config(tmp_path)
+        job.write_config(tmp_path)  # the same again is a continuation
+    for job in jobs_of(TINY, seeds=(0,), workers=3):  # on another machine too
+        job.write_config(tmp_path)
+    other = jobs_of(replace(TINY, steps=41), seeds=(0,))[1]
+    with pytest.raises(ValueError, match=r"holds another ablation: .*config\.yaml differs"):
+        other.write_config(tmp_path)
+
+
+def test_a_report_that_is_cut_off_is_named(tmp_path):
+    job = jobs_of(TINY, seeds=(0,))[0]
+    job.write_config(tmp_path)
+    (tmp_path / job.name / "report.json").write_text('{"accu')
+    with pytest.raises(ValueError, match=r"seed0/start/report\.json is not JSON"):
+        job.report(tmp_path)

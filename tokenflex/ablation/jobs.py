@@ -1,0 +1,155 @@
+"""An ablation as a list of training runs, each a configuration in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tokenflex.ablation.regimes import Regime
+from tokenflex.ablation.scales import Scale
+from tokenflex.training.checkpoint import write_atomically
+
+CONFIG = "config.yaml"
+REPORT = "report.json"
+START = "start"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run.
+
+    Attributes:
+        name: also its folder under the ablation's.
+        regime: the regime's name, or that of the start.
+        seed: of the data's order, the counts and the fresh weights.
+        config: of the run. Paths in it are relative to the ablation's folder.
+        steps: of training.
+        needs: the job whose checkpoint it starts from.
+    """
+
+    name: str
+    regime: str
+    seed: int
+    config: dict[str, Any]
+    steps: int
+    needs: str | None = None
+
+    def is_done(self, output: Path) -> bool:
+        """Whether its report is there, which is the last thing that a run writes."""
+        return (output / self.name / REPORT).is_file()
+
+    def report(self, output: Path) -> dict[str, Any]:
+        """What the run found.
+
+        Raises:
+            ValueError: its report is not JSON.
+        """
+        path = output / self.name / REPORT
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"report file {path} is not JSON: {error}; delete its folder and run again"
+            ) from error
+
+    def write_config(self, output: Path) -> None:
+        """Write the configuration into the job's folder, or find it there.
+
+        Raises:
+            ValueError: the folder holds a run of another configuration.
+        """
+        path = output / self.name / CONFIG
+        text = yaml.safe_dump(self.config, sort_keys=False)
+        if path.exists():
+            there = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if _compared(there) != _compared(self.config):
+                raise ValueError(
+                    f"output {output} holds another ablation: {path} differs from what this one "
+                    "runs; give another --output, or delete that one"
+                )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _compared(config: Any) -> Any:
+    """A configuration without what only says how the machine is used."""
+    if not isinstance(config, dict):
+        return config
+    return {key: value for key, value in config.items() if key not in ("workers", "threads")}
+
+
+def plan_jobs(
+    scale: Scale, regimes: Iterable[Regime], seeds: Sequence[int], *, on_gpu: bool, workers: int = 0
+) -> list[Job]:
+    """Every run: for each seed the starts that are needed, and the regimes from them.
+
+    A start is the encoder's warm-up and an alignment at the largest count. All regimes of a seed
+    that have the same model go on from the same start, for as many steps of as many shown images,
+    in the same order of data and with the same schedule.
+    """
+    jobs = []
+    regimes = list(regimes)
+    for seed in seeds:
+        starts: dict[str, Job] = {}
+        for regime in regimes:
+            key = json.dumps(regime.model, sort_keys=True)
+            if key not in starts:
+                starts[key] = _start(
+                    scale, regime, seed, f"{START}{len(starts) or ''}", on_gpu, workers
+                )
+                jobs.append(starts[key])
+            start = starts[key]
+            model = {**start.config["model"], "start": f"{start.name}/checkpoint"}
+            name = f"seed{seed}/{regime.name}"
+            stage = scale.stage(regime.name, scale.steps, **regime.stage)
+            config = _config(scale, name, seed, model, stage, on_gpu, workers)
+            jobs.append(Job(name, regime.name, seed, config, stage["steps"], start.name))
+    return jobs
+
+
+def _start(
+    scale: Scale, regime: Regime, seed: int, short_name: str, on_gpu: bool, workers: int
+) -> Job:
+    name = f"seed{seed}/{short_name}"
+    stage = scale.stage("alignment", scale.start_steps, counts=[scale.counts[-1]], weights=[1.0])
+    # Fewer starts than cores may run: another process draws their canvases.
+    workers = max(workers, 1)
+    config = _config(scale, name, seed, {**scale.model(), **regime.model}, stage, on_gpu, workers)
+    config["encoder_warm_up"] = {
+        "steps": scale.warm_up_steps,
+        "batch_size": scale.warm_up_batch,
+        "learning_rate": 0.003,
+    }
+    return Job(name, short_name, seed, config, stage["steps"])
+
+
+def _config(
+    scale: Scale,
+    name: str,
+    seed: int,
+    model: dict[str, Any],
+    stage: dict[str, Any],
+    on_gpu: bool,
+    workers: int,
+) -> dict[str, Any]:
+    canvases = {"name": "digits", "cells": scale.cells}
+    return {
+        "output": name,
+        "seed": seed,
+        "workers": workers,
+        **({} if on_gpu else {"threads": 1}),
+        "precision": scale.precision if on_gpu else "no",
+        "model": model,
+        "data": {**canvases, "split": "train"},
+        "stages": [stage],
+        "evaluation": {
+            "data": {**canvases, "split": "test", "size": scale.evaluated},
+            "counts": scale.asked,
+            "batch_size": 256,
+        },
+    }

@@ -1,0 +1,163 @@
+"""How large an ablation is: the canvas, the model, and the budget that every regime gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tokenflex.counts import TokenCount
+from tokenflex.digits.canvas import CELL_PIXELS
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The task, the model and the budget.
+
+    Attributes:
+        name: in the report.
+        cells: of a canvas, per side.
+        counts: those that are trained: small, middle, large.
+        unseen: those that no regime trains, numbers or (height, width) grids.
+        width, layers, heads: of the encoder and of the language model.
+        vocabulary: rows of the language model's embedding.
+        initializer_range: of the language model.
+        warm_up_steps, warm_up_batch: of the encoder.
+        start_steps: of the alignment that all regimes start from, at the largest count.
+        steps: of each regime.
+        batch_size: images shown a step, a multiple of the three counts.
+        learning_rate: the highest.
+        evaluated: canvases asked, of the test split; eight questions each.
+        precision: of training on a GPU; a CPU trains in float32.
+        seeds: how many, unless the user says so.
+        regimes: those that are trained; all if empty.
+    """
+
+    name: str
+    cells: int
+    counts: tuple[int, int, int]
+    unseen: tuple[TokenCount, ...]
+    width: int
+    layers: int
+    heads: int
+    vocabulary: int
+    initializer_range: float
+    warm_up_steps: int
+    warm_up_batch: int
+    start_steps: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    evaluated: int
+    precision: str = "no"
+    seeds: int = 3
+    regimes: tuple[str, ...] = ()
+
+    @property
+    def asked(self) -> list[int | list[int]]:
+        """Every count that models are asked at, as a configuration has it."""
+        unseen = [count if isinstance(count, int) else [*count] for count in self.unseen]
+        return [*self.counts, *unseen]
+
+    def model(self) -> dict[str, Any]:
+        """The configuration's ``model``: SigLIP and Qwen2 from transformers, both small."""
+        part = {
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+        }
+        return {
+            "processor": "digits",
+            "num_image_tokens": self.counts[-1],
+            "projector_hidden_width": 2 * self.width,
+            "vision": {
+                "config": {
+                    "model_type": "siglip_vision_model",
+                    **part,
+                    "intermediate_size": 3 * self.width,
+                    "image_size": self.cells * CELL_PIXELS,
+                    "patch_size": 4,
+                    "vision_use_head": False,
+                }
+            },
+            "text": {
+                "config": {
+                    "model_type": "qwen2",
+                    "vocab_size": self.vocabulary,
+                    **part,
+                    "intermediate_size": 2 * self.width,
+                    "num_key_value_heads": self.heads // 2,
+                    "max_position_embeddings": 512,
+                    "tie_word_embeddings": True,
+                    "initializer_range": self.initializer_range,
+                }
+            },
+        }
+
+    def stage(self, name: str, steps: int, **changes: Any) -> dict[str, Any]:
+        """A stage that trains everything."""
+        modules = ("vision", "projector", "text")
+        return {
+            "name": name,
+            "steps": steps,
+            "batch_size": self.batch_size,
+            "learning_rate": dict.fromkeys(modules, self.learning_rate),
+            "warmup_steps": min(50, steps // 10),
+            **changes,
+        }
+
+
+SMALL = Scale(
+    name="small",
+    cells=4,
+    counts=(4, 9, 16),
+    unseen=(1, 25, 36, (2, 3), (3, 4)),
+    width=64,
+    layers=2,
+    heads=4,
+    vocabulary=64,
+    initializer_range=0.08,
+    warm_up_steps=300,
+    warm_up_batch=32,
+    start_steps=500,
+    steps=1000,
+    batch_size=18,
+    learning_rate=2e-3,
+    evaluated=2048,
+)
+
+# Two minutes of CI: one seed, and no more steps than the checks need.
+QUICK = replace(
+    SMALL,
+    name="quick",
+    unseen=(),
+    warm_up_steps=200,
+    start_steps=500,
+    steps=250,
+    evaluated=256,
+    seeds=1,
+    regimes=("fixed-large", "stochastic"),
+)
+
+# For a GPU; nothing of it was measured yet.
+LARGE = Scale(
+    name="large",
+    cells=8,
+    counts=(16, 36, 64),
+    unseen=(4, 25, 49, 100, (4, 6), (6, 8)),
+    width=256,
+    layers=6,
+    heads=4,
+    vocabulary=128,
+    initializer_range=0.04,
+    warm_up_steps=300,
+    warm_up_batch=128,
+    start_steps=500,
+    steps=1000,
+    batch_size=510,
+    learning_rate=1e-3,
+    evaluated=2048,
+    precision="bf16",
+    seeds=1,
+)
+
+SCALES = {scale.name: scale for scale in (SMALL, LARGE, QUICK)}
