@@ -119,10 +119,10 @@ SMALL = Scale(
     warm_up_steps=300,
     warm_up_batch=32,
     start_steps=500,
-    steps=1000,
+    steps=800,
     batch_size=18,
     learning_rate=2e-3,
-    evaluated=2048,
+    evaluated=1024,
 )
 
 # Two minutes of CI: one seed, and no more steps than the checks need.
