@@ -479,19 +479,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def format_table(rows: Sequence[dict[str, str]]) -> str:
-    """Markdown: the savings of each model, stage and way."""
+    """Markdown: what each way of sharing a step saves, measured where it was, else predicted."""
     lines = [
-        "| model | stage | tiles | shared | arithmetic saves | predicted | measured | share |",
+        f"| model | stage | tiles | arithmetic | {' | '.join(WAYS)} | |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        measured = f"{float(row['measured_saving']):.1%}" if row["measured_saving"] else ""
-        share = float(row["measured_share"] or row["predicted_share"])
-        lines.append(
-            f"| {row['model']} | {row['stage']} | {'many' if _tiled(row) else 'one'} | "
-            f"{row['way']} | {float(row['arithmetic_saving']):.1%} | "
-            f"{float(row['predicted_saving']):.1%} | {measured} | {share:.2f} |"
-        )
+    for place in range(0, len(rows), len(WAYS)):
+        ways = rows[place : place + len(WAYS)]
+        one = ways[0]
+        shown = [one["model"], one["stage"], "many" if _tiled(one) else "one"]
+        shown.append(f"{float(one['arithmetic_saving']):.1%}")
+        columns = ["predicted_saving"]
+        if one["measured_saving"]:
+            columns.append("measured_saving")
+        for column in columns:
+            cells = [f"{float(row[column]):.1%}" for row in ways]
+            kind = column.partition("_")[0]
+            lines.append(f"| {' | '.join([*shown, *cells, kind])} |")
     return "\n".join(lines)
 
 

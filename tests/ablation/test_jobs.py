@@ -9,8 +9,9 @@ import pytest
 
 from tests.ablation.tiny import TINY
 from tokenflex.ablation.jobs import Job, plan_jobs
-from tokenflex.ablation.regimes import Regime, regimes
+from tokenflex.ablation.regimes import Regime, other_grids, regimes
 from tokenflex.ablation.scales import LARGE, QUICK, SCALES, SMALL
+from tokenflex.counts import token_grid
 from tokenflex.digits.processor import digits_vocabulary
 from tokenflex.training.config import TrainConfig
 
@@ -29,7 +30,7 @@ def config_of(job: Job) -> TrainConfig:
 def test_every_regime_has_the_same_budget(scale):
     """Steps, images shown a step, learning rates, schedule: all but what a regime is about."""
     jobs = [job for job in jobs_of(scale) if job.needs]
-    assert len(jobs) == 3 * (len(scale.regimes) or 8)
+    assert len(jobs) == 3 * (len(scale.regimes) or 10)
     own = {"name", "counts", "weights", "draw"}
     budgets = {
         json.dumps(config_of(job).stages[0].model_dump(mode="json", exclude=own)) for job in jobs
@@ -40,16 +41,33 @@ def test_every_regime_has_the_same_budget(scale):
     assert len(evaluations) == 1
 
 
-def test_every_regime_of_a_seed_starts_from_the_same_checkpoint():
+def test_every_regime_of_a_seed_and_model_starts_from_the_same_checkpoint():
     jobs = jobs_of()
     for seed in range(3):
         of_seed = [job for job in jobs if job.seed == seed]
-        (start,) = [job for job in of_seed if job.needs is None]
-        assert {job.config["model"].get("start") for job in of_seed if job is not start} == {
-            f"seed{seed}/start/checkpoint"
-        }
         assert {job.config["seed"] for job in of_seed} == {seed}
-    assert len({job.name for job in jobs}) == len(jobs) == 27
+        starts: dict[str, set[str]] = {}
+        for job in of_seed:
+            if job.needs is not None:
+                model = {key: one for key, one in job.config["model"].items() if key != "start"}
+                starts.setdefault(json.dumps(model), set()).add(job.config["model"]["start"])
+        assert sorted(starts.values(), key=sorted) == [
+            {f"seed{seed}/start/checkpoint"},
+            {f"seed{seed}/start1/checkpoint"},
+        ]
+    assert len({job.name for job in jobs}) == len(jobs) == 36
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=lambda scale: scale.name)
+def test_no_regime_trains_at_a_count_that_is_asked_as_unseen(scale):
+    unseen = {token_grid(count) for count in scale.unseen}
+    for one in regimes(scale.counts).values():
+        trained = [tuple(n) if isinstance(n, list) else n for n in one.stage["counts"]]
+        assert not unseen & {token_grid(count) for count in trained}, one.name
+    assert other_grids((4, 9, 16)) == [
+        *((1, 2), (2, 1), (2, 5), (5, 2)),
+        *((3, 5), (5, 3), (4, 5), (5, 4)),
+    ]
 
 
 def test_the_start_is_at_the_largest_count_alone():
@@ -62,7 +80,7 @@ def test_models_are_asked_on_scans_of_their_own_split():
     for job in jobs_of():
         config = config_of(job)
         assert (config.data.split, config.evaluation.data.split) == ("train", "test")
-        assert config.evaluation.counts == (4, 9, 16, 1, 25, 36, (2, 3), (3, 4))
+        assert config.evaluation.counts == (4, 9, 16, *SMALL.unseen)
 
 
 def test_regimes_are_those_of_the_paper():

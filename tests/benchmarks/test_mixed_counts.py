@@ -156,3 +156,23 @@ def test_what_runs_is_what_the_operations_count(model):
     assert counted("token") == share.plan.num_tokens
     assert counted("tile") == len(share.images) == len(share.tile_counts)
     assert counted("vision_token") == sum(share.tile_counts) == len(share.plan.vision_rows)
+
+
+def test_the_table_has_a_line_for_what_was_predicted_and_one_for_what_was_measured():
+    row = {"model": "m", "stage": "s", "tiled": "True", "arithmetic_saving": "0.2"}
+    saved = {way: {"predicted_saving": "0.1", "measured_saving": ""} for way in bench.WAYS}
+    saved[bench.BY_COST] = {"predicted_saving": "0.19", "measured_saving": ""}
+    lines = bench.format_table([{**row, **one} for one in saved.values()]).splitlines()
+    assert lines[2:] == ["| m | s | many | 20.0% | 19.0% | 10.0% | 10.0% | predicted |"]
+    measured = [{**row, **one, "measured_saving": "0.15"} for one in saved.values()]
+    assert len(bench.format_table(measured).splitlines()) == 4
+
+
+def test_the_documents_have_the_table_of_the_results():
+    (path,) = (bench.ROOT / "benchmarks/results/mixed-counts").glob("*.csv")
+    page = (bench.ROOT / "docs/training.md").read_text(encoding="utf-8")
+    rows = read_csv(path)
+    assert bench.format_table(rows) in page
+    assert bench.verdict(rows).partition(": ")[2] in " ".join(page.split())
+    machine = f"{rows[0]['cpu']}, {rows[0]['cores']} cores, load {rows[0]['load']}, commit"
+    assert f"{machine} {rows[0]['commit']}" in page

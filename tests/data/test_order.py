@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenflex.data.order import EpochOrder, StepSampler
+from tokenflex.data.order import EpochOrder, StepSampler, load_in_order
 from tokenflex.data.samples import DataExhaustedError
 
 
@@ -85,3 +85,13 @@ def test_a_step_larger_than_the_data_takes_each_sample_once_an_epoch():
 def test_an_empty_data_set_has_no_order():
     with pytest.raises(ValueError, match="num_samples must be at least 1 to train on, got 0"):
         EpochOrder(0, 0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_steps_before_the_data_runs_out_are_all_given(workers):
+    """A loader asks for keys ahead: the end of the data must not swallow what was asked for."""
+    sampler = StepSampler(EpochOrder(10, 0, epochs=2), first_position=0, steps=99, batch_size=3)
+    steps = load_in_order(list, sampler, workers=workers)
+    assert sum(len(next(steps)) for _ in range(6)) == 18
+    with pytest.raises(DataExhaustedError, match="2 epochs of 10 samples"):
+        next(steps)

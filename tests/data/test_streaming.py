@@ -129,6 +129,17 @@ def test_workers_see_one_stream(path, workers):
     assert [name for step in found for name in step] == names
 
 
+def test_a_forked_process_walks_anew(path, monkeypatch):
+    """It shares its files' positions with the process it comes from."""
+    dataset, starts = stream(path), []
+    names = ids(dataset, range(40))
+    original = dataset._tables
+    monkeypatch.setattr(dataset, "_tables", lambda n: starts.append(n) or original(n))
+    monkeypatch.setattr("tokenflex.data.streaming.os.getpid", lambda: -1)
+    assert ids(dataset, range(40)) == names
+    assert starts == [0]
+
+
 def test_it_travels_to_another_process(path):
     dataset = stream(path, 5)
     names = ids(dataset, range(70))

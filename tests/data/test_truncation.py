@@ -133,8 +133,10 @@ def test_an_image_that_another_conversation_still_shows_is_encoded_once():
     assert [targets for _, targets in batch.answers] == [2, 2]
 
 
-class Pair:
-    """Samples that are cut at 16 tokens a tile, whole at 4; the last has nothing left at 16."""
+class CutAtNine:
+    """Whole at 4 tokens a tile. At 9, one conversation loses an image that the other shows, and the
+    last sample has nothing left.
+    """
 
     def outline(self, index: int) -> SampleOutline:
         sample = self[index]
@@ -142,24 +144,26 @@ class Pair:
         return SampleOutline(sample.id, sizes, sample.conversations)
 
     def __getitem__(self, index: int) -> Sample:
+        images = 3 if index == 20 else 2
+        turns = (Turn("user", "<image> " * images + "odd"), Turn("assistant", "3"))
+        talks = [Conversation(turns)]
         if index < 20:
-            return two_questions(f"s{index}")
-        turns = (Turn("user", "<image> <image> odd"), Turn("assistant", "3"))
-        return Sample(f"s{index}", (picture(1), picture(2)), (Conversation(turns),))
+            talks += two_questions().conversations
+        return Sample(f"s{index}", tuple(picture(i) for i in range(images)), tuple(talks))
 
 
 def test_a_step_is_planned_as_it_is_packed_and_names_what_is_left_out():
-    counts = TokenCounts((4, 16), (0.5, 0.5), seed=1)
+    counts = TokenCounts((4, 9), (0.5, 0.5), seed=1)
     keys = [(0, index) for index in range(21)]
-    assert counts.draw(20, 0) == 16  # else choose another seed
-    drawn = {counts.draw(index, 0) for index in range(20)}
-    assert drawn == {4, 16}
+    assert counts.draw(20, 0) == 9  # else choose another seed
+    assert {counts.draw(index, 0) for index in range(20)} == {4, 9}
     collator = PackingCollator(digits_processor(), counts, max_length=20)
-    step = StepPacker(Pair(), collator)(keys)
+    step = StepPacker(CutAtNine(), collator)(keys)
     (batch,) = step.bins
     assert step.tokens == batch.plan.num_tokens
-    assert step.tiles == len(batch.num_image_tokens)
-    assert step.vision_tokens == sum(batch.num_image_tokens) == len(batch.vision_index)
+    assert step.tiles == len(batch.num_image_tokens) == 40
+    assert step.vision_tokens == sum(batch.num_image_tokens)
+    assert len(batch.vision_index) < 2 * step.vision_tokens  # some show one image of two
     (broken,) = step.broken
     assert broken.index == 20
     assert broken.reason.startswith("sample s20: max_length of 20 leaves nothing to learn")

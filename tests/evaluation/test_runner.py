@@ -86,6 +86,28 @@ def test_accuracy_is_exact_match_of_greedy_generation(processor, dataset, half_t
     assert report["questions"] == {kind: len(hits) for kind, hits in sorted(expected[9].items())}
 
 
+def test_questions_about_one_image_share_its_rows_where_the_model_can(
+    processor, dataset, half_taught, monkeypatch
+):
+    """And are graded the same where it cannot."""
+    rows, forward = [], type(half_taught).forward
+
+    def counting(model, *args, **kwargs):
+        rows.append(kwargs["plan"].num_tokens)
+        return forward(model, *args, **kwargs)
+
+    monkeypatch.setattr(type(half_taught), "forward", counting)
+    shared = evaluate(half_taught, processor, dataset, COUNTS)
+    half_taught.model.language_model.set_attn_implementation("eager")
+    try:
+        apart = evaluate(half_taught, processor, dataset, COUNTS)
+    finally:
+        half_taught.model.language_model.set_attn_implementation("tokenflex_varlen")
+    assert without_seconds(apart) == without_seconds(shared)
+    ours, theirs = rows[: len(COUNTS)], rows[len(COUNTS) :]
+    assert all(a < 0.6 * b for a, b in zip(ours, theirs, strict=True)), rows
+
+
 def test_accuracy_is_the_mean_over_kinds_not_over_questions(processor, dataset, half_taught):
     report = evaluate(half_taught, processor, dataset, [9])
     rows, questions = report["accuracy_by_kind"], report["questions"]

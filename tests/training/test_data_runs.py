@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from tests.training.runs import metrics, stage, tiny_values, write_config
 from tokenflex.cli import main
 from tokenflex.data.samples import DataExhaustedError
+from tokenflex.data.steps import outline_of
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.training.build import build_dataset, build_order, check_supply
 from tokenflex.training.config import TrainConfig, load_config
@@ -155,6 +156,18 @@ def test_broken_samples_are_named_and_too_many_stop_the_run(tmp_path, make):
         train(config)
 
 
+def test_the_seed_of_a_run_orders_its_streams(tmp_path):
+    alone = stream(tmp_path / "data")
+    for data in (alone, {"name": "mixture", "parts": [alone, alone]}):
+        orders = []
+        for seed in (0, 0, 1):
+            config = load_config(configured(tmp_path / "run", data)).data
+            dataset = build_dataset(config)
+            order = build_order(config, dataset, seed)
+            orders.append([outline_of(dataset, order[i][1]).id for i in range(12)])
+        assert orders[0] == orders[1] != orders[2]
+
+
 # ---- data that runs out
 
 
@@ -217,23 +230,22 @@ def test_a_dry_run_measures_a_stream_and_one_that_is_short(tmp_path):
     data = stream(tmp_path / "data")
     for epochs in (None, 1):
         config = load_config(configured(tmp_path / "run", {**data, "epochs": epochs}))
-        sample = measure_samples(config, config.data)
+        sample = measure_samples(config, config.data, share_prefix=True)
         assert (sample.tiles, sample.text_tokens) == (1, 3)  # "odd 3 <eos>"
 
 
 # ---- truncation
 
 
-@pytest.mark.xfail(strict=True, reason="the loop does not pass a stage's max_length on yet")
 def test_a_stage_cuts_conversations_to_its_max_length(tmp_path):
     """Pictures at 16 tokens do not fit: their samples have nothing left and are named."""
     data = tars(tmp_path / "data")
-    train(configured(tmp_path / "run", data, stages=[stage(steps=4, max_length=13)]))
+    stages = [stage(steps=2, batch_size=12, max_length=13)]
+    train(configured(tmp_path / "run", data, stages=stages))
     assert metrics(tmp_path / "run")[-1]["broken_samples"] > 0
     assert max(line["tokens_per_image"] for line in metrics(tmp_path / "run")) <= 9
 
 
-@pytest.mark.xfail(strict=True, reason="the loop does not check the supply yet")
 def test_a_run_whose_data_will_not_do_is_refused_before_it_begins(tmp_path):
     data = {**tars(tmp_path / "data"), "epochs": 2}
     with pytest.raises(ValueError, match="epochs end at 24"):

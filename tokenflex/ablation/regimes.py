@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import isqrt
 from typing import Any
 
 PAPER_ODDS = (0.2, 0.3, 0.5)
@@ -30,6 +31,11 @@ class Regime:
 MAIN = ("fixed-small", "fixed-middle", "fixed-large", "stochastic")
 ODDS = ("odds-5-3-2", "odds-1-1-1", "stochastic")
 MIXING = ("stochastic", "per-step", "all-counts")
+ANY_COUNT = ("positions", "positions-spread")
+"""Made to answer at counts that they never trained with; not of the paper."""
+
+POSITIONS = {"projector_position": "normalized", "image_positions": "shared"}
+SPREAD = 0.3  # of the images, over grids that no model is asked at
 
 
 def regimes(counts: tuple[int, int, int]) -> dict[str, Regime]:
@@ -51,4 +57,26 @@ def regimes(counts: tuple[int, int, int]) -> dict[str, Regime]:
         # Every image at every count: what M3 does.
         mixed("all-counts", "every image at all counts", (1.0, 1.0, 1.0), draw="all"),
     ]
-    return {one.name: one for one in [*fixed, *several]}
+    grids = other_grids(counts)
+    spread = {
+        "counts": [*counts, *map(list, grids)],
+        "weights": [
+            *((1 - SPREAD) * odds for odds in PAPER_ODDS),
+            *[SPREAD / len(grids)] * len(grids),
+        ],
+    }
+    any_count = [
+        replace(several[0], name="positions", title="2:3:5, positions", model=POSITIONS),
+        Regime("positions-spread", "2:3:5, positions, other grids", spread, POSITIONS),
+    ]
+    return {one.name: one for one in [*fixed, *several, *any_count]}
+
+
+def other_grids(counts: tuple[int, int, int]) -> list[tuple[int, int]]:
+    """Eight grids around the trained squares, none of which a scale asks at.
+
+    For 4, 9 and 16: 1 x 2, 2 x 5, 3 x 5 and 4 x 5, each also on its side.
+    """
+    small, middle, large = map(isqrt, counts)
+    pairs = [(small - 1, small), *((side, large + 1) for side in (small, middle, large))]
+    return [grid for height, width in pairs for grid in ((height, width), (width, height))]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenflex.ablation import paper
-from tokenflex.ablation.regimes import MAIN, MIXING, ODDS
+from tokenflex.ablation.regimes import ANY_COUNT, MAIN, MIXING, ODDS
 from tokenflex.ablation.results import difference
 
 OWN_COUNT = {"fixed-small": 0, "fixed-middle": 1, "fixed-large": 2}  # place among the counts
@@ -31,8 +31,13 @@ def format_report(report: Mapping[str, Any]) -> str:
     ]
     if report["unseen"]:
         title = "Counts that no model was trained with"
-        sections.append(_accuracy_section(report, title, main, report["unseen"]))
-    for title, names, theirs in (("Odds", ODDS, paper.ODDS), ("Ways to mix counts", MIXING, {})):
+        asked = [*main, *(name for name in ANY_COUNT if name in have)]
+        sections.append(_accuracy_section(report, title, asked, report["unseen"]))
+    for title, names, theirs in (
+        ("Odds", ODDS, paper.ODDS),
+        ("Ways to mix counts", MIXING, {}),
+        ("Positions", ("stochastic", *ANY_COUNT), {}),
+    ):
         some = [name for name in names if name in have]
         if len(some) > 1:
             sections.append(_accuracy_section(report, title, some, report["counts"], theirs))

@@ -110,7 +110,7 @@ SMALL = Scale(
     name="small",
     cells=4,
     counts=(4, 9, 16),
-    unseen=(1, 25, 36, (2, 3), (3, 4)),
+    unseen=(1, 25, 36, (2, 3), (3, 2), (3, 4), (4, 3), (2, 4)),
     width=64,
     layers=2,
     heads=4,
@@ -119,10 +119,10 @@ SMALL = Scale(
     warm_up_steps=300,
     warm_up_batch=32,
     start_steps=500,
-    steps=1000,
+    steps=800,
     batch_size=18,
     learning_rate=2e-3,
-    evaluated=2048,
+    evaluated=1024,
 )
 
 # Two minutes of CI: one seed, and no more steps than the checks need.
@@ -143,7 +143,7 @@ LARGE = Scale(
     name="large",
     cells=8,
     counts=(16, 36, 64),
-    unseen=(4, 25, 49, 100, (4, 6), (6, 8)),
+    unseen=(4, 25, 49, 100, (4, 6), (6, 4), (6, 8), (8, 6), (4, 8)),
     width=256,
     layers=6,
     heads=4,

@@ -80,6 +80,9 @@ class StreamOrder:
 class StepSampler:
     """The (epoch, index) keys of each step's samples, over all ranks.
 
+    Where the data runs out before the steps do, it ends with the last whole step and notes why in
+    ``exhausted``: a loader asks for keys ahead of the steps that are still to be taken.
+
     Args:
         order: the order to walk through.
         first_position: where the walk begins.
@@ -92,6 +95,7 @@ class StepSampler:
         self.first_position = first_position
         self.steps = steps
         self.batch_size = batch_size
+        self.exhausted: DataExhaustedError | None = None
 
     def __len__(self) -> int:
         return self.steps
@@ -99,7 +103,12 @@ class StepSampler:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.steps):
             first = self.first_position + step * self.batch_size
-            yield [self.order[position] for position in range(first, first + self.batch_size)]
+            try:
+                keys = [self.order[position] for position in range(first, first + self.batch_size)]
+            except DataExhaustedError as error:
+                self.exhausted = error
+                return
+            yield keys
 
 
 class _Keys(Dataset[tuple[int, int]]):
@@ -134,6 +143,7 @@ def load_in_order(
     """Draw, read, encode and pack in ``workers`` processes, in the sampler's order.
 
     Raises:
+        DataExhaustedError: after the last whole step, where the sampler has no more.
         Exception: whatever ``pack`` raised, in a worker or here.
     """
     loader = DataLoader(
@@ -148,6 +158,8 @@ def load_in_order(
         if isinstance(one, Exception):
             raise one
         yield one
+    if isinstance(sampler, StepSampler) and sampler.exhausted is not None:
+        raise sampler.exhausted
 
 
 class _ReadAndPack:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from tokenflex.counts import Grid, TokenCount, TokenCounts, tokens_of
-from tokenflex.data.encoding import IGNORE, ConversationEncoder
+from tokenflex.data.encoding import ConversationEncoder
+from tokenflex.data.layout import RowLayout
 from tokenflex.data.samples import Conversation, Sample, SampleOutline
 from tokenflex.data.sharing import (
     EncodedConversation,
@@ -18,8 +19,8 @@ from tokenflex.data.sharing import (
     whole_conversations,
 )
 from tokenflex.data.truncation import truncate
-from tokenflex.models.prefixes import SharedPrefixes, share_prefixes
-from tokenflex_kernels import PackPlan, plan_packing
+from tokenflex.models.prefixes import SharedPrefixes
+from tokenflex_kernels import PackPlan
 
 
 @dataclass(frozen=True)
@@ -144,47 +145,27 @@ class PackingCollator:
         )
         tiles_left = iter(tiles)
         tile_counts: list[TokenCount] = []
-        sequences: list[TokenSequence] = []
-        parents: list[int] = []
-        placeholder_counts: list[int] = []
-        vision_rows = [torch.zeros(0, dtype=torch.int64)]
+        layout = RowLayout(self.processor.image_token_id)
         vision_tokens = 0
         for count, one in zip(counts, fitted, strict=True):
             sample_tiles = [next(tiles_left) for _ in one.tiles]
             tile_counts += [count] * sum(sample_tiles)
-            # Every conversation shows the same projected rows: encoded once, wherever they stand.
             image_counts = [tokens_of(count) * tiles for tiles in sample_tiles]
             shown = torch.arange(vision_tokens, vision_tokens + sum(image_counts))
-            shown_by_image = shown.split(image_counts)
             vision_tokens += len(shown)
-            first = len(sequences)
-            for sequence in one.sequences:
-                sequences.append(sequence)
-                parents.append(first if sequence.is_branch else -1)
-                placeholder_counts += image_counts[sequence.images]
-                vision_rows += shown_by_image[sequence.images]
-        plan = plan_packing(
-            [one.ids for one in sequences],
-            placeholder_counts,
-            self.processor.image_token_id,
-            labels=[one.labels for one in sequences],
-        )
-        prefixes = set(parents)
-        targets_of = _targets_per_sequence(plan)
-        answers = [targets for i, targets in enumerate(targets_of) if i not in prefixes]
+            layout.add(one.sequences, shown.split(image_counts))
+        row = layout.plan()
         kinds = [one.kind for item in drawn for one in item.sample.conversations]
-        # Row t predicts the label of row t + 1; each sequence's first row carries no label.
-        target_rows = (plan.labels[1:] != IGNORE).nonzero().squeeze(1)
         return PackedBatch(
             pixel_values=data["pixel_values"],
             num_image_tokens=tile_counts,
             grids=data.get("grids"),
-            plan=plan,
-            vision_index=torch.cat(vision_rows),
-            target_rows=target_rows,
-            targets=plan.labels[target_rows + 1],
-            shared_prefixes=share_prefixes(plan, parents) if prefixes - {-1} else None,
-            answers=list(zip(kinds, answers, strict=True)),
+            plan=row.plan,
+            vision_index=row.vision_index,
+            target_rows=row.target_rows,
+            targets=row.targets,
+            shared_prefixes=row.shared_prefixes,
+            answers=list(zip(kinds, row.targets_per_conversation, strict=True)),
             sample_ids=[item.sample.id for item in drawn],
         )
 
@@ -234,8 +215,3 @@ class PackingCollator:
 def _outline_of(sample: Sample) -> SampleOutline:
     sizes = tuple((image.height, image.width) for image in sample.images)
     return SampleOutline(sample.id, sizes, sample.conversations)
-
-
-def _targets_per_sequence(plan: PackPlan) -> list[int]:
-    before = torch.cat([torch.zeros(1, dtype=torch.int64), (plan.labels != IGNORE).cumsum(0)])
-    return before[plan.cu_seqlens.long()].diff().tolist()

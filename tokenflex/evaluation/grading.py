@@ -9,19 +9,16 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tokenflex.counts import Grid
 from tokenflex.data.encoding import IGNORE, ConversationEncoder
+from tokenflex.data.layout import RowLayout
 from tokenflex.data.sharing import (
     EncodedConversation,
-    TokenSequence,
     prefix_and_branches,
     whole_conversations,
 )
 from tokenflex.evaluation.generation import expand_placeholders, generate_answers
 from tokenflex.evaluation.questions import ProjectedImages, Question
 from tokenflex.evaluation.scoring import RULES
-from tokenflex.models.prefixes import share_prefixes
-from tokenflex_kernels import plan_packing
 
 
 def grade_forced(
@@ -33,69 +30,47 @@ def grade_forced(
 ) -> list[bool]:
     """Whether every token of each conversation's answers is the likeliest after those before it.
 
-    All questions stand in one packed row and do not see each other.
+    All questions stand in one packed row, and none sees another; those about the same images at
+    the same counts share their rows where the model can.
 
     Raises:
         ValueError: a conversation cannot be encoded, or holds no answer; the message names it.
     """
+    layout = RowLayout(processor.image_token_id)
     ends = [0, *accumulate(len(tokens) for tokens in vision.tokens)]
-    sequences: list[TokenSequence] = []
-    parents: list[int] = []
-    placeholder_counts: list[int] = []
-    shown: list[torch.Tensor] = []
-    answer_lengths: list[int] = []
-    # Questions about one sample at the same grids share the rows of its images.
-    for _, group in groupby(zip(questions, vision.places, strict=True), key=_shown_alike):
-        asked, places = zip(*group, strict=True)
-        encoded = [_encoded(one, encode) for one in asked]
-        answer_lengths += [int((learned[1:] != IGNORE).sum()) for _, learned, _ in encoded]
+    asked = zip(questions, vision.places, strict=True)
+    for _, group in groupby(asked, key=lambda pair: (pair[0].sample.index, pair[0].grids)):
+        members = list(group)
+        encoded = [_encode(encode, question) for question, _ in members]
         if model.takes_shared_prefixes:
-            parts = prefix_and_branches(encoded, processor.image_token_id)
+            sequences = prefix_and_branches(encoded, processor.image_token_id)
         else:
-            parts = whole_conversations(encoded)
-        counts = asked[0].tokens_per_image
-        rows = torch.arange(ends[places[0].start], ends[places[0].stop]).split(counts)
-        first = len(sequences)
-        for one in parts:
-            sequences.append(one)
-            parents.append(first if one.is_branch else -1)
-            placeholder_counts += counts[one.images]
-            shown += rows[one.images]
-    plan = plan_packing(
-        [one.ids for one in sequences],
-        placeholder_counts,
-        processor.image_token_id,
-        labels=[one.labels for one in sequences],
-    )
-    shares = any(parent >= 0 for parent in parents)
-    prefixes = share_prefixes(plan, parents).to(model.device) if shares else None
-    # Row t predicts the label of row t + 1.
-    learned_rows = (plan.labels[1:] != IGNORE).nonzero().squeeze(1)
-    targets = plan.labels[learned_rows + 1].to(model.device)
+            sequences = whole_conversations(encoded)
+        question, place = members[0]
+        shown = torch.arange(ends[place.start], ends[place.stop])
+        layout.add(sequences, shown.split(question.tokens_per_image))
+    row = layout.plan()
+    batch = row.to(model.device)
     logits = model(
-        plan=plan.to(model.device),
+        plan=batch.plan,
         mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=vision.tokens)},
-        vision_index=torch.cat([torch.zeros(0, dtype=torch.int64), *shown]).to(model.device),
-        shared_prefixes=prefixes,
-        logits_to_keep=learned_rows.to(model.device),
+        vision_index=batch.vision_index,
+        shared_prefixes=batch.shared_prefixes,
+        logits_to_keep=batch.target_rows,
     ).logits[0]
-    hits = (logits.argmax(-1) == targets).cpu()
-    return [bool(answer.all()) for answer in hits.split(answer_lengths)]
+    hits = (logits.argmax(-1) == batch.targets).cpu()
+    return [bool(answer.all()) for answer in hits.split(row.targets_per_conversation)]
 
 
-def _shown_alike(asked: tuple[Question, range]) -> tuple[int, tuple[Grid, ...]]:
-    return asked[0].sample.index, asked[0].grids
-
-
-def _encoded(question: Question, encode: ConversationEncoder) -> EncodedConversation:
+def _encode(encode: ConversationEncoder, question: Question) -> EncodedConversation:
     sample = question.sample
     try:
-        ids, learned = encode(question.conversation, len(sample.tiles))
+        ids, labels = encode(question.conversation, len(sample.tiles))
     except ValueError as error:
         raise ValueError(f"sample {sample.id}: {error}") from error
-    if not bool((learned[1:] != IGNORE).any()):  # what nothing precedes is not predicted
+    if not (labels[1:] != IGNORE).any():  # what nothing precedes is not predicted
         raise ValueError(f"sample {sample.id}: a conversation holds no answer to grade")
-    return ids, learned, len(sample.tiles)
+    return ids, labels, len(sample.tiles)
 
 
 def grade_generated(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from tokenflex.counts import TokenCounts, tokens_of
 from tokenflex.data.order import StepSampler, load_in_order
 from tokenflex.data.packing import PackingCollator
+from tokenflex.data.samples import DataExhaustedError
 from tokenflex.data.steps import BrokenSample, PackedStep, StepPacker
 from tokenflex.digits.encoder import warm_up_encoder
 from tokenflex.interruption import Interruption
@@ -28,6 +29,7 @@ from tokenflex.training.build import (
     build_model,
     build_order,
     build_processor,
+    check_supply,
     modules_of,
 )
 from tokenflex.training.checkpoint import remove_leftovers, save_model, write_json
@@ -118,6 +120,10 @@ class Trainer:
         # Data first: its errors should not wait for a model, nor those of evaluation for training.
         used = dict.fromkeys(config.data_of(stage) for stage in config.stages)
         self.datasets = {data: build_dataset(data) for data in used}
+        self.orders = {
+            data: build_order(data, dataset, config.seed) for data, dataset in self.datasets.items()
+        }
+        check_supply(config, self.orders)
         evaluation = config.evaluation
         self.evaluation_data = None if evaluation is None else build_dataset(evaluation.data)
         self.processor = build_processor(config.model)
@@ -146,9 +152,6 @@ class Trainer:
             self.states.put_unreadable_aside()
             if fresh:
                 self.states.remove()
-        self.orders = {
-            data: build_order(data, dataset, config.seed) for data, dataset in self.datasets.items()
-        }
         # One record a stage, the encoder's warm-up first: what the report says about training.
         self.records: list[dict[str, Any]] = []
         self.broken: dict[tuple[int, int], str] = {}  # (data set, index) -> reason
@@ -262,28 +265,32 @@ class Trainer:
             done=record.done(stage),
             unit="step" if stage.tokens is None else "token",
         )
+
+        def save() -> None:
+            self._save_state(stage_index, record.counts["steps"], optimizer, scheduler)
+
         with adapted, progress as bar:
             steps = meter.waiting(self._steps(stage_index, first_step))
-            for step, packed in enumerate(steps, first_step + 1):
+            for step, packed in enumerate(_saving_at_the_end(steps, save), first_step + 1):
                 outcome = self._step(model, optimizer, packed, stage)
                 loss, norm = outcome.loss.item(), outcome.norm.item()
                 meter.add(packed)
                 scheduler.step()
                 self._check_finite(loss, norm, stage, step, packed)
-                stops, last = outcome.interrupted, record.done(stage) >= stage.budget
-                saves = step % self.config.save_every == 0 or stops or last
+                last = record.done(stage) >= stage.budget
+                saves = step % self.config.save_every == 0 or outcome.interrupted or last
                 bar.update(1 if stage.tokens is None else packed.tokens)
                 if step % self.config.log_every == 0 or last:
                     self._log(stage_index, loss, norm, packed, scheduler, meter, bar)
                 if saves:
-                    self._save_state(stage_index, step, optimizer, scheduler)
-                if stops:
+                    save()
+                if outcome.interrupted:
                     raise KeyboardInterrupt
                 try:
                     self._evaluate_if_due(stage_index)
                 except KeyboardInterrupt:
                     if not saves:
-                        self._save_state(stage_index, step, optimizer, scheduler)
+                        save()
                     raise
                 if last:
                     break  # with a budget in tokens there is more to read
@@ -347,7 +354,12 @@ class Trainer:
         )
         packer = StepPacker(
             self.datasets[data],
-            PackingCollator(self.processor, counts, share_prefix=self.model.takes_shared_prefixes),
+            PackingCollator(
+                self.processor,
+                counts,
+                share_prefix=self.model.takes_shared_prefixes,
+                max_length=stage.max_length,
+            ),
             draw=stage.draw,
             max_tokens=stage.max_tokens,
             max_tiles=stage.max_tiles,
@@ -627,3 +639,14 @@ class Trainer:
             "batch_size": settings.batch_size,
             "workers": self.config.workers,
         }
+
+
+def _saving_at_the_end(
+    steps: Iterator[PackedStep], save: Callable[[], object]
+) -> Iterator[PackedStep]:
+    """``steps``; where the data runs out, what was learned of it is saved before the error."""
+    try:
+        yield from steps
+    except DataExhaustedError:
+        save()
+        raise
