@@ -183,3 +183,24 @@ def test_contradictions_are_named(changes, message, tmp_path):
     values = tiny_values(tmp_path, stages=[stage(**{**ALL_COUNTS, **changes})])
     with pytest.raises(ValueError, match=message):
         load_config(write_config(tmp_path / "run.yaml", values))
+
+
+def test_positions_may_be_switched_on_from_a_start_without(start, tmp_path):
+    """Their term begins at zero: the projector gives what it gave."""
+    values = {"projector_position": "normalized", "image_positions": "shared"}
+    config = started(tmp_path, start)
+    config = config.model_copy(update={"model": config.model.model_copy(update=values)})
+    model, before = built(config), load_checkpoint(start)[0]
+    assert (model.config.projector_position, model.config.image_positions) == tuple(values.values())
+    assert not model.model.projector.position.weight.any()
+    pixels = torch.randn(2, 3, 32, 32)
+    for counts in ([4, 16], [(2, 3), 9]):
+        expected = before.get_image_features(pixels, counts).pooler_output
+        actual = model.get_image_features(pixels, counts).pooler_output
+        for a, b in zip(actual, expected, strict=True):
+            assert torch.equal(a, b)
+    Trainer(config).run()
+    trained = load_checkpoint(config.output / "checkpoint")[0]
+    assert trained.model.projector.position.weight.any()
+    with pytest.raises(ValueError, match="projector_position = 'normalized', but the"):
+        built(started(tmp_path, config.output / "checkpoint"))

@@ -89,22 +89,23 @@ def plan_jobs(
     """Every run: for each seed the starts that are needed, and the regimes from them.
 
     A start is the encoder's warm-up and an alignment at the largest count. All regimes of a seed
-    that have the same model go on from the same start, for as many steps of as many shown images,
-    in the same order of data and with the same schedule.
+    whose starts are of the same model go on from the same one, for as many steps of as many shown
+    images, in the same order of data and with the same schedule.
     """
     jobs = []
     regimes = list(regimes)
     for seed in seeds:
         starts: dict[str, Job] = {}
         for regime in regimes:
-            key = json.dumps(regime.model, sort_keys=True)
+            key = json.dumps(regime.start_model, sort_keys=True)
             if key not in starts:
                 starts[key] = _start(
                     scale, regime, seed, f"{START}{len(starts) or ''}", on_gpu, workers
                 )
                 jobs.append(starts[key])
             start = starts[key]
-            model = {**start.config["model"], "start": f"{start.name}/checkpoint"}
+            start_folder = f"{start.name}/checkpoint"
+            model = {**start.config["model"], **regime.model, "start": start_folder}
             name = f"seed{seed}/{regime.name}"
             stage = scale.stage(regime.name, scale.steps, **regime.stage)
             config = _config(scale, name, seed, model, stage, on_gpu, workers)
@@ -119,7 +120,9 @@ def _start(
     stage = scale.stage("alignment", scale.start_steps, counts=[scale.counts[-1]], weights=[1.0])
     # Fewer starts than cores may run: another process draws their canvases.
     workers = max(workers, 1)
-    config = _config(scale, name, seed, {**scale.model(), **regime.model}, stage, on_gpu, workers)
+    config = _config(
+        scale, name, seed, {**scale.model(), **regime.start_model}, stage, on_gpu, workers
+    )
     config["encoder_warm_up"] = {
         "steps": scale.warm_up_steps,
         "batch_size": scale.warm_up_batch,

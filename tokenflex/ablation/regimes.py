@@ -18,14 +18,15 @@ class Regime:
         name: of its folders, and in ``report.json``.
         title: in tables and figures.
         stage: keys of the stage (:class:`tokenflex.training.config.StageConfig`).
-        model: keys of the model (:class:`tokenflex.training.config.ModelConfig`); regimes that
-            change the same share a start.
+        model: keys of the model (:class:`tokenflex.training.config.ModelConfig`).
+        start_model: those of them that its start has too; regimes of the same share a start.
     """
 
     name: str
     title: str
     stage: Mapping[str, Any]
     model: Mapping[str, Any] = field(default_factory=dict)
+    start_model: Mapping[str, Any] = field(default_factory=dict)
 
 
 MAIN = ("fixed-small", "fixed-middle", "fixed-large", "stochastic")

@@ -12,6 +12,8 @@ from tokenflex.models.ristretto import MODEL_TYPE as RISTRETTO
 from tokenflex.models.ristretto import load_ristretto
 from tokenflex.models.weights import read_json, weight_files
 
+NEW_WITH_POSITION = ("model.projector.position.weight",)
+
 
 def load_checkpoint(
     path: str | Path, **changes: Any
@@ -23,6 +25,7 @@ def load_checkpoint(
     Args:
         path: the folder.
         changes: values for fields of a TokenFLEX checkpoint's config, in place of the saved ones.
+            With a ``projector_position`` that the checkpoint lacks, its term begins at zero.
 
     Raises:
         FileNotFoundError: the folder or one of its files is not there.
@@ -34,6 +37,7 @@ def load_checkpoint(
     if _model_type(folder / "config.json") == RISTRETTO:
         return load_ristretto(folder)
     config = read_config(folder / "config.json")
+    new = NEW_WITH_POSITION if config.projector_position is None else ()
     config.update(changes)
     for file in sorted(folder.glob("*.json")):
         read_json(file)  # a broken optional file would be passed over in silence
@@ -51,8 +55,8 @@ def load_checkpoint(
             f"checkpoint {folder} cannot be loaded: {type(error).__name__}: {error}"
         ) from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if loading[problem]:
-            names = sorted(str(name) for name in loading[problem])
+        names = sorted(str(name) for name in loading[problem] if name not in new)
+        if names:
             raise ValueError(
                 f"checkpoint {folder} has {len(names)} {problem.replace('_', ' ')}, "
                 f"the first is {names[0]}"

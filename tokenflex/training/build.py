@@ -175,9 +175,19 @@ def build_model(
 def _started_model(
     config: ModelConfig, processor: TokenFlexProcessor, counts: Collection[TokenCount]
 ) -> TokenFlexForConditionalGeneration:
-    """The model of ``config.start``; what is described beside it must be so."""
+    """The model of ``config.start``; what is described beside it must be so.
+
+    Positions may be switched on: their term begins at zero.
+    """
     assert config.start is not None
     saved = read_config(config.start / "config.json")
+    positions = {}
+    if saved.projector_position is None:
+        positions = {
+            "projector_position": config.projector_position,
+            "image_positions": config.image_positions,
+        }
+        saved.update(positions)
     actual = {**_architecture(saved), "image_token_id": saved.image_token_id}
     described = _architecture(empty_model(config).config)
     for key, expected in {**described, "image_token_id": processor.image_token_id}.items():
@@ -190,6 +200,7 @@ def _started_model(
         config.start,
         num_image_tokens=config.num_image_tokens,
         trained_num_image_tokens=sorted(counts, key=token_grid) or None,
+        **positions,
     )
     return model
 
