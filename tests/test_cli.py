@@ -483,6 +483,7 @@ def test_train_writes_everything_to_the_output_it_was_given(command, tmp_path):
     assert {path.name for path in (tmp_path / "there").iterdir()} == {
         "accuracy.png",
         "checkpoint",
+        "config.json",
         "curves.png",
         "metrics.jsonl",
         "report.json",

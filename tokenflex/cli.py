@@ -181,7 +181,7 @@ def _evaluation_data(options: argparse.Namespace) -> Any:
     from typing import get_args
 
     from tokenflex.data.formats import detect_format
-    from tokenflex.training.config import DataConfig
+    from tokenflex.training.data_config import DataConfig
 
     known = [*get_args(DataConfig.model_fields["name"].annotation)]
     known.remove("mixture")
@@ -208,7 +208,7 @@ def _evaluation_data(options: argparse.Namespace) -> Any:
 
 
 def _check_digits_split(split: str) -> None:
-    from tokenflex.training.config import DIGITS_SPLITS
+    from tokenflex.training.data_config import DIGITS_SPLITS
 
     if split not in DIGITS_SPLITS:
         raise ValueError(f"--split must be one of {', '.join(DIGITS_SPLITS)}, got {split!r}")
@@ -423,7 +423,7 @@ def _dataset(data: str, digits_split: str, size: int) -> Any:
     """'digits' in a split and size, or what evaluation reads, too."""
     from tokenflex.data.formats import detect_format
     from tokenflex.training.build import build_dataset
-    from tokenflex.training.config import DataConfig
+    from tokenflex.training.data_config import DataConfig
 
     if data == "digits":
         return build_dataset(DataConfig(name="digits", split=digits_split, size=size))

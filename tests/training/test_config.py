@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from tests.training.runs import DEMO, demo_values, write_config
+from tests.training.runs import DEMO, demo_values, stage, tiny_values, write_config
 from tokenflex.training.config import TrainConfig, load_config
 
 REMOVED = object()
@@ -133,7 +133,21 @@ def test_an_unknown_key_is_named_with_its_value_and_those_that_are_known(tmp_pat
         ("stages.0.data", {"name": "llava"}, "path must be given"),
         ("data.size", 0, "greater than or equal to 1"),
         ("data.name", "webdataset", "path must be given"),
-        ("data.streaming", True, "streaming needs name: huggingface"),
+        ("data.streaming", True, "name: huggingface only, got name='digits' and streaming=True"),
+        ("data.shuffle_buffer", 5, "name: huggingface only"),
+        ("data", {"name": "messages", "path": "x", "questions": 3}, "name: digits only"),
+        ("data", {"name": "messages", "path": "x", "split": "x"}, "name: digits, huggingface only"),
+        ("data", {"name": "huggingface", "path": "x", "shuffle_buffer": 5}, "needs streaming"),
+        ("model.image_token", "<pad>", "which has its own, got '<pad>'"),
+        ("model.use_thumbnail", True, "needs max_tiles above 1"),
+        ("stages.0.max_tokens", 2**31, "less than or equal to 2147483647"),
+        ("stages.0.weight_decay", float("inf"), "less than inf"),
+        ("stages.0.steps", True, "must be a number, got True"),
+        ("stages.0.learning_rate.text", True, "must be a number, got True"),
+        ("seed", False, "must be a number, got False"),
+        ("stages.1.counts", [4, 4, 16], "counts must differ from each other"),
+        ("stages.1.counts", [4, [2, 2], 16], "counts must differ from each other"),
+        ("trackers", ["tensorboard", "tensorboard"], "trackers must differ"),
         ("data.epochs", 0, "greater than or equal to 1"),
         (
             "data",
@@ -254,3 +268,42 @@ def test_what_is_loaded_can_be_written_and_loaded_again(tmp_path):
         write_config(tmp_path / "again.yaml", yaml.safe_load(config.model_dump_json()))
     )
     assert again == config
+
+
+def test_a_conversation_must_fit_a_bin(tmp_path):
+    values = tiny_values(tmp_path, stages=[stage(max_length=30, max_tokens=20)])
+    with pytest.raises(ValueError, match=r"max_length must not exceed max_tokens of 20.* got 30"):
+        load_config(write_config(tmp_path / "run.yaml", values))
+
+
+@pytest.mark.parametrize("text", ["seed: 1\nseed: 2\n", "model: {pooling: a, pooling: b}\n"])
+def test_a_key_that_is_given_twice_is_refused(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"run\.yaml is not YAML: key '\w+' is given twice.*line"):
+        load_config(path)
+
+
+def test_a_merged_key_may_be_given_again(tmp_path):
+    """YAML's own way to say "like that one, but"."""
+    path = write_config(tmp_path / "run.yaml", tiny_values(tmp_path / "run"))
+    text = path.read_text().replace("name: projector", "<<: {steps: 9}\n  name: projector", 1)
+    path.write_text(text)
+    assert load_config(path).stages[0].steps == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"name": "digits", "weight": 2}}, "weight is for the parts of a mixture"),
+        (
+            {"evaluation": {"data": {"name": "digits", "epochs": 2}, "counts": [4]}},
+            "asked once: give it no epochs",
+        ),
+        ({"stages": [stage(warmup_steps=5)]}, "must not exceed the stage's 4 steps, got 5"),
+    ],
+)
+def test_keys_without_a_use_are_refused(tmp_path, changes, message):
+    path = write_config(tmp_path / "run.yaml", tiny_values(tmp_path / "run", **changes))
+    with pytest.raises(ValueError, match=message):
+        load_config(path)

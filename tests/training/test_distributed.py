@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 
 from tests.training.runs import (
     ROOT,
+    evaluations,
     metrics,
     own_data,
     stage,
@@ -24,6 +25,9 @@ from tests.training.runs import (
     tiny_values,
     write_config,
 )
+from tokenflex.digits.dataset import DigitsDataset
+from tokenflex.digits.processor import digits_processor
+from tokenflex.evaluation import evaluate
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.training.checkpoint import load_state
 from tokenflex.training.config import load_config
@@ -81,6 +85,7 @@ class Session:
         "sharded": SHARDED,
         "recomputed": {**SHARDED, "gradient_checkpointing": True},
         "bfloat16": {**SHARDED, "precision": "bf16"},
+        "evaluated": SHARDED,
         "two to two": SHARDED,
         "two to one": SHARDED,
         "one to two": SHARDED,
@@ -104,12 +109,20 @@ class Session:
         }
         for name, changes in {"alone": {}, **self.RUNS}.items():
             self.configure(name, **changes)
+        evaluation = {
+            "data": {"name": "digits", "split": "test", "size": 7, "questions": 2},
+            "counts": [4, 9],
+            "every": 2,
+            "samples": 5,
+        }
+        for name, changes in {"alone": {}, "evaluated": SHARDED}.items():
+            self.configure(name, **{**changes, "evaluation": evaluation})
         Trainer(load_config(self.config("alone"))).run()
         AcceleratorState._reset_state(reset_partial_state=True)
         stop_alone(self.config("one to two"), 6)
         replicated = self.configure("continued", where="sharded to replicated")
         runs = [
-            *([self.config(name), None] for name in list(self.RUNS)[:4]),
+            *([self.config(name), None] for name in list(self.RUNS)[:5]),
             [self.config("two to two"), "signal"],
             [self.config("two to two"), None],
             [self.config("two to one"), "signal"],
@@ -166,6 +179,23 @@ def test_two_processes_train_as_one(session, name):
     expected = session.weights("alone")
     for key, tensor in session.weights(name).items():
         assert torch.allclose(tensor, expected[key], atol=1e-4), key
+
+
+def test_a_sharded_model_is_evaluated_while_it_trains_and_after(session):
+    """By one process with whole weights: the others' shards cannot be run alone."""
+    output = session.output("evaluated")
+    assert metrics(output) == metrics(session.output("sharded"))  # it disturbs nothing
+    ours, alone = (evaluations(folder) for folder in (output, session.output("alone")))
+    assert [(one["stage"], one["step"]) for one in ours] == [(0, 2), (0, 4), (1, 2), (1, 4), (2, 2)]
+    for a, b in zip(ours, alone, strict=True):
+        assert (a["questions"], a["stage"], a["step"]) == (b["questions"], b["stage"], b["step"])
+        assert a["accuracy"] == pytest.approx(b["accuracy"], abs=0.11)  # of 10 questions
+    report = json.loads((output / "report.json").read_text())
+    assert sum(report["questions"].values()) == 14
+    saved = load_checkpoint(output / "checkpoint")[0]
+    data = DigitsDataset("test", size=7, questions=2)
+    again = evaluate(saved, digits_processor(16), data, [4, 9])
+    assert again["accuracy"] == report["accuracy"]
 
 
 def test_two_sharded_processes_continue_bit_by_bit(session):

@@ -122,7 +122,7 @@ def test_checkpoint_loads_and_answers(finished):
 
 def test_nothing_else_is_left(finished):
     left = sorted(path.name for path in finished.iterdir())
-    assert left == ["checkpoint", "metrics.jsonl", "report.json"]
+    assert left == ["checkpoint", "config.json", "metrics.jsonl", "report.json"]
     assert temporary_files(finished) == []
 
 
@@ -387,6 +387,26 @@ def test_a_state_of_another_configuration_is_refused(tmp_path, monkeypatch):
         train(other)
     train(other, fresh=True)
     assert not (tmp_path / "run" / "state.pt").exists()
+
+
+def test_a_finished_run_is_not_written_over_by_another(tmp_path):
+    train(configured(tmp_path))
+    before = (tmp_path / "run" / "checkpoint" / "model.safetensors").read_bytes()
+    other = configured(tmp_path, seed=1)
+    with pytest.raises(ValueError, match=r"config\.json is of a run of another configuration"):
+        train(other)
+    assert (tmp_path / "run" / "checkpoint" / "model.safetensors").read_bytes() == before
+    train(configured(tmp_path, log_every=5))  # how much is said is no other run
+    train(other, fresh=True)
+
+
+def test_dropout_that_packed_attention_has_not_is_known_before_the_first_stage(tmp_path):
+    values = tiny_values(tmp_path / "run")
+    values["model"]["text"]["config"]["attention_dropout"] = 0.1
+    config = write_config(tmp_path / "run.yaml", values)
+    with pytest.raises(ValueError, match=r"attention_dropout of model\.text .* be 0.*'all', got"):
+        Trainer(load_config(config))
+    assert not (tmp_path / "run").exists()
 
 
 def test_fresh_begins_anew(finished, tmp_path, monkeypatch):

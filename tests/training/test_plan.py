@@ -7,7 +7,7 @@ import json
 import pytest
 from accelerate.state import AcceleratorState
 
-from tests.training.runs import metrics, stage, tiny_values, write_config
+from tests.training.runs import metrics, own_data, stage, tiny_values, write_config
 from tests.training.test_build import config_of
 from tests.training.test_build import parts as parts  # the fixture
 from tests.training.test_engine import kept_bytes
@@ -88,9 +88,9 @@ def test_activations_are_estimated_within_a_factor_of_two(tmp_path, recomputed):
 
 
 def test_of_a_sharded_run_a_process_holds_its_share_and_what_is_gathered(tmp_path):
-    sharded = tiny(tmp_path, sharding="full", stages=[stage()])
+    sharded = tiny(tmp_path, sharding="full", stages=[stage(batch_size=4)])
     (alone,), (shared,) = plan_run(sharded, 1), plan_run(sharded, 4)
-    (replicated,) = plan_run(tiny(tmp_path, stages=[stage()]), 4)
+    (replicated,) = plan_run(tiny(tmp_path, stages=[stage(batch_size=4)]), 4)
     assert alone.state_bytes == replicated.state_bytes
     model = Trainer(sharded).model
     inner, gathered = model.model, sum(one.numel() for one in model.parameters())
@@ -194,3 +194,20 @@ def test_the_demo_has_a_plan():
     plans = plan_run(load_config("configs/demo.yaml"))
     assert [plan.steps for plan in plans] == [600, 1500]
     assert json.dumps([plan.trained_parameters for plan in plans])
+
+
+def test_a_sample_that_cannot_be_read_is_left_out_of_the_mean(tmp_path):
+    data = own_data(tmp_path, 12, broken=())
+    config = tiny(tmp_path, data=data, encoder_warm_up=None, evaluation=None)
+    whole = measure_samples(config, config.data, share_prefix=True)
+    (tmp_path / "3.png").unlink()
+    assert measure_samples(config, config.data, share_prefix=True) == whole
+    for index in range(12):
+        (tmp_path / f"{index}.png").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"none of the first 12 samples can be read.*\.png"):
+        measure_samples(config, config.data, share_prefix=True)
+
+
+def test_more_processes_than_samples_a_step_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="at least one sample a process, 100, got 3"):
+        plan_run(tiny(tmp_path), 100)

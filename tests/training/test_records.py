@@ -431,3 +431,12 @@ def test_replaced_steps_count_once(meter):
     run_steps(meter, [packed, replace(packed, tokens=50)], wait=0, work=1, rest=0)
     assert meter.record.counts["tokens"] == 150
     assert meter.record.counts["steps"] == 2
+
+
+def test_lines_that_are_no_line_of_ours_are_left_out(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.append({"stage": 0, "step": 1})
+    with file.path.open("a") as damaged:
+        damaged.write('{"stage": null, "step": 1}\n[1]\n{"step": 2}\n{"stage": 0, "st')
+    file.cut(0, 5)
+    assert read_lines(file.path) == [{"stage": 0, "step": 1}]

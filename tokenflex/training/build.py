@@ -35,7 +35,8 @@ from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.loading import load_checkpoint, read_config
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.processing import TokenFlexProcessor
-from tokenflex.training.config import DataConfig, ModelConfig, PartConfig, TrainConfig
+from tokenflex.training.config import ModelConfig, PartConfig, TrainConfig
+from tokenflex.training.data_config import DataConfig
 
 
 def build_dataset(config: DataConfig) -> SampleDataset:
@@ -103,6 +104,36 @@ def check_supply(config: TrainConfig, orders: Mapping[DataConfig, Order]) -> Non
                 f"stage {stage.name!r} goes on to sample {needed[data]} of its data, but its "
                 f"epochs end at {end}; give it fewer steps or more epochs"
             )
+
+
+def check_processes(config: TrainConfig, processes: int) -> None:
+    """Every process must have a sample of every step.
+
+    Raises:
+        ValueError: a stage has fewer samples a step than there are processes.
+    """
+    for stage in config.stages:
+        if stage.batch_size < processes:
+            raise ValueError(
+                f"batch_size of stage {stage.name!r} must be at least one sample a process, "
+                f"{processes}, got {stage.batch_size}"
+            )
+
+
+def check_dropout(model: Any, config: TrainConfig) -> None:
+    """Our packed attention has no dropout: say so before the stages that come before.
+
+    Raises:
+        ValueError: a stage trains a language model whose attention drops out.
+    """
+    dropout = getattr(model.config.text_config, "attention_dropout", 0.0)
+    if dropout and model.takes_shared_prefixes:
+        for stage in config.stages:
+            if "text" in stage.learning:
+                raise ValueError(
+                    f"attention_dropout of model.text must be 0 to be trained in stage "
+                    f"{stage.name!r}, got {dropout}"
+                )
 
 
 def build_processor(config: ModelConfig) -> TokenFlexProcessor:

@@ -146,7 +146,8 @@ def save_model(
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     previous = directory.with_name(f".{directory.name}.{os.getpid()}.old")
     try:
-        model.save_pretrained(temporary, state_dict=weights)
+        # A copy: transformers takes what it has written out of the dict that it is given.
+        model.save_pretrained(temporary, state_dict=None if weights is None else {**weights})
         processor.save_pretrained(temporary)
         if directory.exists():
             directory.rename(previous)

@@ -5,32 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from tokenflex.counts import TokenCount, TokenCounts, token_grid
 from tokenflex.data.steps import Draw
 from tokenflex.digits.canvas import CELL_PIXELS
 from tokenflex.positions import check_image_positions
+from tokenflex.training.data_config import DataConfig
+from tokenflex.training.strict import Float, Int, Strict, read_yaml
 from tokenflex.training.trackers import check_names
 
-DIGITS_SPLITS = ("train", "validation", "test")
+MAX_INT32 = 2**31 - 1
 
 
-class _Strict(BaseModel):
-    """Unknown keys are errors, and nothing changes after the file is read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class PartConfig(_Strict):
+class PartConfig(Strict):
     """The vision encoder or language model: pretrained from ``path``, or fresh from ``config``.
 
     With both, the weights come from ``path`` and must be of the architecture that ``config``
@@ -47,7 +35,7 @@ class PartConfig(_Strict):
         return self
 
 
-class ModelConfig(_Strict):
+class ModelConfig(Strict):
     """What is trained.
 
     ``processor`` is "digits", or None to take the image processor of ``vision.path`` and the
@@ -64,11 +52,11 @@ class ModelConfig(_Strict):
     processor: Literal["digits"] | None = None
     image_token: str = "<image>"
     pooling: Literal["adaptive", "resize"] = "adaptive"
-    projector_hidden_width: int | None = Field(default=None, ge=1)
+    projector_hidden_width: Int | None = Field(default=None, ge=1)
     projector_position: Literal["normalized"] | None = None
     image_positions: Literal["sequential", "shared"] = "sequential"
-    num_image_tokens: int = 256
-    max_tiles: int = Field(default=1, ge=1)
+    num_image_tokens: Int = 256
+    max_tiles: Int = Field(default=1, ge=1)
     use_thumbnail: bool = False
 
     @model_validator(mode="after")
@@ -84,76 +72,25 @@ class ModelConfig(_Strict):
             raise ValueError(
                 f"max_tiles must be 1 with processor {self.processor!r}, got {self.max_tiles}"
             )
+        if self.processor is not None and self.image_token != "<image>":
+            raise ValueError(
+                f"image_token must not be given with processor {self.processor!r}, which has its "
+                f"own, got {self.image_token!r}"
+            )
+        if self.use_thumbnail and self.max_tiles == 1:
+            raise ValueError("use_thumbnail needs max_tiles above 1, got max_tiles=1")
         return self
 
 
-class DataConfig(_Strict):
-    """A data set.
-
-    ``name`` is "digits", the offline task; "messages", a JSONL file (``MessagesDataset``); "llava",
-    a JSON file in LLaVA's layout; "webdataset", tars (``WebDataset``); "huggingface", a data set of
-    the ``datasets`` library, read as it comes with ``streaming``, the next row drawn from
-    ``shuffle_buffer`` of them; "mixture", several ``parts``, each drawn from in proportion to its
-    ``weight``. Training may go through it ``epochs`` times; without a bound it does so as often as
-    the stages' steps ask. ``cells`` are those of a canvas of "digits", per side.
-    """
-
-    name: Literal["digits", "messages", "llava", "webdataset", "huggingface", "mixture"]
-    path: Path | None = None
-    image_folder: Path | None = None
-    split: str = "train"
-    cells: int = Field(default=4, ge=4, multiple_of=2)
-    streaming: bool = False
-    shuffle_buffer: int = Field(default=1000, ge=1)
-    # A bound changes no sample before it: a run that ended at one may go on with another. So it is
-    # no part of what a state is compared by.
-    epochs: int | None = Field(default=None, ge=1, exclude=True)
-    size: int = Field(default=100_000, ge=1)
-    questions: int = Field(default=8, ge=1)
-    parts: tuple[DataConfig, ...] = ()
-    weight: float = Field(default=1.0, gt=0, lt=float("inf"))
-
-    @model_validator(mode="after")
-    def _keys_fit_the_name(self) -> DataConfig:
-        if (self.name in ("digits", "mixture")) != (self.path is None):
-            raise ValueError(
-                "path must be given with name: messages, llava, webdataset or huggingface, and "
-                f"only there, got name={self.name!r} and "
-                f"path={None if self.path is None else str(self.path)!r}"
-            )
-        if (self.name == "mixture") != bool(self.parts):
-            raise ValueError(
-                "parts must be given with name: mixture, and only there, got "
-                f"name={self.name!r} and {len(self.parts)} parts"
-            )
-        if any(part.name == "mixture" for part in self.parts):
-            raise ValueError("parts must not be mixtures themselves, got one that is")
-        if self.image_folder is not None and self.name != "llava":
-            raise ValueError(
-                f"image_folder must be given with name: llava only, got name={self.name!r}"
-            )
-        if self.streaming and self.name != "huggingface":
-            raise ValueError(f"streaming needs name: huggingface, got name={self.name!r}")
-        if self.name == "mixture" and self.epochs is not None:
-            raise ValueError(
-                f"epochs must be given to the parts of a mixture, got epochs={self.epochs} beside "
-                "them"
-            )
-        if self.name == "digits" and self.split not in DIGITS_SPLITS:
-            known = ", ".join(repr(split) for split in DIGITS_SPLITS)
-            raise ValueError(f"split must be one of {known} with name: digits, got {self.split!r}")
-        return self
-
-
-class EncoderWarmUpConfig(_Strict):
+class EncoderWarmUpConfig(Strict):
     """The digits encoder's warm-up, in place of pretrained weights."""
 
-    steps: int = Field(ge=1)
-    batch_size: int = Field(default=32, ge=1)
-    learning_rate: float = Field(default=3e-3, gt=0)
+    steps: Int = Field(ge=1)
+    batch_size: Int = Field(default=32, ge=1)
+    learning_rate: Float = Field(default=3e-3, gt=0)
 
 
-class StageConfig(_Strict):
+class StageConfig(Strict):
     """One stage of training, on ``data`` or, without it, on that of the whole run.
 
     ``learning_rate`` names the modules that learn; a module that is not named is frozen.
@@ -172,24 +109,24 @@ class StageConfig(_Strict):
     """
 
     name: str
-    steps: int | None = Field(default=None, ge=1)
-    tokens: float | None = Field(default=None, gt=0, lt=float("inf"))
-    batch_size: int = Field(ge=1)
-    learning_rate: dict[Literal["vision", "projector", "text"], float]
+    steps: Int | None = Field(default=None, ge=1)
+    tokens: Float | None = Field(default=None, gt=0, lt=float("inf"))
+    batch_size: Int = Field(ge=1)
+    learning_rate: dict[Literal["vision", "projector", "text"], Float]
     data: DataConfig | None = None
     counts: tuple[TokenCount, ...] = (64, 144, 256)
-    weights: tuple[float, ...] = (0.2, 0.3, 0.5)
+    weights: tuple[Float, ...] = (0.2, 0.3, 0.5)
     draw: Draw = "sample"
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_tiles: int | None = Field(default=None, ge=1)
-    max_length: int | None = Field(default=None, ge=2)
+    max_tokens: Int | None = Field(default=None, ge=1, le=MAX_INT32)
+    max_tiles: Int | None = Field(default=None, ge=1, le=MAX_INT32)
+    max_length: Int | None = Field(default=None, ge=2)
     loss: Literal["token", "square"] = "token"
-    warmup_steps: int = Field(default=0, ge=0)
-    warmup_share: float = Field(default=0.0, ge=0, lt=1)
+    warmup_steps: Int = Field(default=0, ge=0)
+    warmup_share: Float = Field(default=0.0, ge=0, lt=1)
     schedule: Literal["cosine", "constant"] = "cosine"
-    weight_decay: float = Field(default=0.02, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    weight_decay: Float = Field(default=0.02, ge=0, lt=float("inf"))
+    betas: tuple[Float, Float] = (0.9, 0.98)
+    max_grad_norm: Float = Field(default=1.0, gt=0)
 
     @property
     def learning(self) -> tuple[str, ...]:
@@ -220,7 +157,20 @@ class StageConfig(_Strict):
                 "at most one of warmup_steps and warmup_share may be given, got "
                 f"{self.warmup_steps} and {self.warmup_share}"
             )
+        if self.steps is not None and self.warmup_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps must not exceed the stage's {self.steps} steps, got "
+                f"{self.warmup_steps}: it would never reach its learning rate"
+            )
+        if self.max_length and self.max_tokens and self.max_length > self.max_tokens:
+            raise ValueError(
+                f"max_length must not exceed max_tokens of {self.max_tokens}, which a conversation "
+                f"must fit, got {self.max_length}"
+            )
         TokenCounts(self.counts, self.weights)
+        grids = [token_grid(count) for count in self.counts]
+        if len({*grids}) < len(grids):
+            raise ValueError(f"counts must differ from each other, got {self.counts}")
         if self.draw == "all":
             if self.batch_size % len(self.counts):
                 raise ValueError(
@@ -245,7 +195,7 @@ class StageConfig(_Strict):
         return self
 
 
-class SampleConfig(_Strict):
+class SampleConfig(Strict):
     """The mean sample, for a dry run where the data is not at hand.
 
     ``text_tokens`` are all but images, ``answer_tokens`` those of them that are learned, ``tiles``
@@ -253,10 +203,10 @@ class SampleConfig(_Strict):
     more than ``tiles`` where conversations each show them instead of sharing them.
     """
 
-    text_tokens: float = Field(ge=1)
-    answer_tokens: float = Field(ge=1)
-    tiles: float = Field(ge=0)
-    shown_tiles: float | None = Field(default=None, ge=0)
+    text_tokens: Float = Field(ge=1)
+    answer_tokens: Float = Field(ge=1)
+    tiles: Float = Field(ge=0)
+    shown_tiles: Float | None = Field(default=None, ge=0)
 
     @property
     def shown(self) -> float:
@@ -273,7 +223,7 @@ class SampleConfig(_Strict):
         return self
 
 
-class EvaluationConfig(_Strict):
+class EvaluationConfig(Strict):
     """The data set and the counts to report accuracy at, after training and, if asked, during it.
 
     During training the first ``samples`` of the data set are asked, ``every`` so many steps of a
@@ -282,15 +232,17 @@ class EvaluationConfig(_Strict):
 
     data: DataConfig
     counts: tuple[TokenCount, ...]
-    batch_size: int = Field(default=64, ge=1)
-    every: int | None = Field(default=None, ge=1)
+    batch_size: Int = Field(default=64, ge=1)
+    every: Int | None = Field(default=None, ge=1)
     at_stage_end: bool = False
-    samples: int = Field(default=256, ge=1)
+    samples: Int = Field(default=256, ge=1)
 
     @model_validator(mode="after")
     def _data_has_a_size(self) -> EvaluationConfig:
         if any(one.streaming for one in (self.data, *self.data.parts)):
             raise ValueError("data of an evaluation must not be streaming, got streaming=True")
+        if any(one.epochs is not None for one in (self.data, *self.data.parts)):
+            raise ValueError("data of an evaluation is asked once: give it no epochs")
         return self
 
     @model_validator(mode="after")
@@ -302,7 +254,7 @@ class EvaluationConfig(_Strict):
         return self
 
 
-class TrainConfig(_Strict):
+class TrainConfig(Strict):
     """A whole run. ``output`` is relative to the working directory.
 
     ``sample`` is for ``--dry-run`` alone.
@@ -325,23 +277,31 @@ class TrainConfig(_Strict):
     encoder_warm_up: EncoderWarmUpConfig | None = None
     evaluation: EvaluationConfig | None = None
     sample: SampleConfig | None = None
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    seed: Int = Field(default=0, ge=0, lt=2**32)
     precision: Literal["no", "bf16", "fp16"] = "no"
     sharding: Literal["none", "full"] = "none"
     gradient_checkpointing: bool = False
     compile: bool = False
-    workers: int = Field(default=1, ge=0)
-    threads: int | None = Field(default=None, ge=1)
-    log_every: int = Field(default=10, ge=1)
-    save_every: int = Field(default=200, ge=1)
-    keep_states: int = Field(default=2, ge=1)
-    max_broken_samples: int = Field(default=100, ge=0)
+    workers: Int = Field(default=1, ge=0)
+    threads: Int | None = Field(default=None, ge=1)
+    log_every: Int = Field(default=10, ge=1)
+    save_every: Int = Field(default=200, ge=1)
+    keep_states: Int = Field(default=2, ge=1)
+    max_broken_samples: Int = Field(default=100, ge=0)
     trackers: tuple[str, ...] = ()
-    peak_tflops: float | None = Field(default=None, gt=0, lt=float("inf"))
+    peak_tflops: Float | None = Field(default=None, gt=0, lt=float("inf"))
 
     def data_of(self, stage: StageConfig) -> DataConfig:
         """What ``stage`` is trained on."""
         return self.data if stage.data is None else stage.data
+
+    @model_validator(mode="after")
+    def _weights_have_a_use(self) -> TrainConfig:
+        alone = [self.data, *(stage.data for stage in self.stages if stage.data is not None)]
+        alone += [] if self.evaluation is None else [self.evaluation.data]
+        if any(data.weight != 1 for data in alone):
+            raise ValueError("weight is for the parts of a mixture: give data by itself none")
+        return self
 
     @model_validator(mode="after")
     def _canvases_fit_the_encoder(self) -> TrainConfig:
@@ -376,6 +336,8 @@ class TrainConfig(_Strict):
     @classmethod
     def _trackers_are_known(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
         check_names(trackers)
+        if len({*trackers}) < len(trackers):
+            raise ValueError(f"trackers must differ from each other, got {', '.join(trackers)}")
         return trackers
 
     @model_validator(mode="after")
@@ -390,47 +352,7 @@ def load_config(path: str | Path) -> TrainConfig:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not YAML, has an unknown key or a value that is not allowed; one line
-            names the key, what came and what was expected.
+        ValueError: it is not YAML, gives a key twice, has an unknown one or a value that is not
+            allowed; one line names the key, what came and what was expected.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"config file {path} does not exist")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"config file {path} is not YAML: {' '.join(str(error).split())}"
-        ) from error
-    if not isinstance(values, dict):
-        raise ValueError(f"config file {path} must hold keys and values, got {values!r}")
-    try:
-        return TrainConfig.model_validate(values)
-    except ValidationError as error:
-        raise ValueError(f"config file {path}: {_one_line(error)}") from error
-
-
-def _one_line(error: ValidationError) -> str:
-    first, *others = error.errors()
-    key = ".".join(str(part) for part in first["loc"] if part != "[key]") or "the file"
-    if first["type"] == "extra_forbidden":
-        allowed = _keys_beside(first["loc"])
-        message = f"{key} is no known key (got {first['input']!r}; expected one of {allowed})"
-    elif first["type"] == "missing":
-        message = f"{key} is missing"
-    elif first["type"] == "value_error":  # one of ours: it says itself what came
-        message = f"{key}: {first['ctx']['error']}"
-    else:
-        message = f"{key}: {first['msg']} (got {first['input']!r})"
-    return message + (f"; and {len(others)} more" if others else "")
-
-
-def _keys_beside(location: tuple[int | str, ...]) -> str:
-    """The keys that are known where an unknown one was found."""
-    model: Any = TrainConfig
-    for part in location[:-1]:
-        if isinstance(part, str):
-            annotation = model.model_fields[part].annotation
-            candidates = [annotation, *getattr(annotation, "__args__", ())]
-            model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return ", ".join(model.model_fields)
+    return read_yaml(path, TrainConfig)

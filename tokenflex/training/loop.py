@@ -29,6 +29,8 @@ from tokenflex.training.build import (
     build_model,
     build_order,
     build_processor,
+    check_dropout,
+    check_processes,
     check_supply,
     modules_of,
 )
@@ -80,7 +82,8 @@ class Trainer:
     before it (while it runs),
     ``non_finite.json`` (the samples of a step whose loss was NaN or infinite),
     ``broken_samples.json`` (those that were skipped, with the reason),
-    ``checkpoint/`` (the model and processor, at the end), ``report.json`` (with ``evaluation``).
+    ``config.json`` (what it was made by), ``checkpoint/`` (the model and processor, at the end),
+    ``report.json`` (with ``evaluation``).
 
     Args:
         config: what to do.
@@ -100,12 +103,7 @@ class Trainer:
             torch.set_num_threads(config.threads)
         set_seed(config.seed)
         ranks = self.accelerator.num_processes
-        for stage in config.stages:
-            if stage.batch_size < ranks:
-                raise ValueError(
-                    f"batch_size of stage {stage.name!r} must be at least one sample a process, "
-                    f"{ranks}, got {stage.batch_size}"
-                )
+        check_processes(config, ranks)
         self.interruption = Interruption()
         self.output = config.output
         self.states = RunStates(config)
@@ -134,6 +132,7 @@ class Trainer:
             if weight
         }
         model = build_model(config.model, self.processor, trained)
+        check_dropout(model, config)
         self.shards = config.sharding == "full" and ranks > 1
         # One that is to be sharded goes to the device in shards.
         self.model = model if self.shards else model.to(self.accelerator.device)
@@ -144,6 +143,8 @@ class Trainer:
         # Everything is there: only now touch what may lie in the output folder.
         self.accelerator.wait_for_everyone()
         self.output.mkdir(parents=True, exist_ok=True)
+        if self.is_main:
+            self.states.keep_config()
         if self.is_main:
             remove_leftovers(self.output)
             self.non_finite_path.unlink(missing_ok=True)

@@ -23,11 +23,13 @@ from tokenflex.training.build import (
     build_dataset,
     build_order,
     build_processor,
+    check_processes,
     check_supply,
     empty_model,
     modules_of,
 )
-from tokenflex.training.config import DataConfig, SampleConfig, StageConfig, TrainConfig
+from tokenflex.training.config import SampleConfig, StageConfig, TrainConfig
+from tokenflex.training.data_config import DataConfig
 from tokenflex.training.flops import Flops, training_flops
 from tokenflex.training.layers import layers_of
 
@@ -76,9 +78,11 @@ def plan_run(config: TrainConfig, processes: int = 1) -> list[StagePlan]:
     the data otherwise.
 
     Raises:
-        ValueError: a part's configuration is not valid, or a count exceeds the model's positions.
+        ValueError: a part's configuration is not valid, a count exceeds the model's positions,
+            there are more processes than samples a step, or no sample can be read.
         FileNotFoundError: a file that must be there is not.
     """
+    check_processes(config, processes)
     model = empty_model(config.model)
     counts = [tokens_of(count) for stage in config.stages for count in stage.counts]
     check_length(model.config, max(counts))
@@ -104,20 +108,25 @@ def measure_samples(config: TrainConfig, data: DataConfig, *, share_prefix: bool
     collator = PackingCollator(processor, TokenCounts((1,), (1.0,)), share_prefix=share_prefix)
     check_supply(config, {data: order})
     size = size_of(dataset)
-    measured = MEASURED_SAMPLES if size is None else min(size, MEASURED_SAMPLES)
-    text = answers = tiles = shown = 0
-    for position in range(measured):
+    asked = MEASURED_SAMPLES if size is None else min(size, MEASURED_SAMPLES)
+    measured = text = answers = tiles = shown = 0
+    broken = "there are none"
+    for position in range(asked):
         try:
-            outline = outline_of(dataset, order[position][1])
+            fitted = collator.fit(outline_of(dataset, order[position][1]), 1)
         except DataExhaustedError:
-            measured = position
             break
-        fitted = collator.fit(outline, 1)
+        except (OSError, ValueError) as error:  # training leaves it out, and says so
+            broken = str(error)
+            continue
+        measured += 1
         tiles += sum(fitted.tiles)
         for one in fitted.sequences:
             shown += sum(fitted.tiles[one.images])
             text += one.num_tokens([0] * len(fitted.tiles))
             answers += int((one.labels != IGNORE).sum())
+    if not measured:
+        raise ValueError(f"none of the first {asked} samples can be read: {broken}")
     return SampleConfig(
         text_tokens=text / measured,
         answer_tokens=answers / measured,

@@ -196,13 +196,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(record, dict) and {"stage", "step"} <= record.keys():
+        if isinstance(record, dict) and all(isinstance(one, int) for one in _place(record)):
             lines.append(record)
     return lines
 
 
-def _place(line: dict[str, Any]) -> tuple[int, int]:
-    return line["stage"], line["step"]
+def _place(line: dict[str, Any]) -> tuple[Any, Any]:
+    return line.get("stage"), line.get("step")
 
 
 def progress_bar(

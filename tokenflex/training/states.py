@@ -7,6 +7,7 @@ hear of its errors.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,13 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import broadcast_object_list
 
-from tokenflex.training.checkpoint import load_state, put_aside, save_state, saved_states
+from tokenflex.training.checkpoint import (
+    load_state,
+    put_aside,
+    save_state,
+    saved_states,
+    write_json,
+)
 from tokenflex.training.config import TrainConfig
 from tokenflex.training.sharding import like, whole
 
@@ -49,10 +56,33 @@ class RunStates:
 
     def __init__(self, config: TrainConfig) -> None:
         self.path = config.output / "state.pt"
+        self._config_path = config.output / "config.json"
         self._keep = config.keep_states
         self._fingerprint = config.model_dump_json(exclude=_FREE)
         self._stages = [stage.name for stage in config.stages]
         self._unreadable: list[Path] = []
+
+    def keep_config(self) -> None:
+        """Write down what the folder is made by."""
+        write_json(self._config_path, json.loads(self._fingerprint))
+
+    def _check_folder(self) -> None:
+        """Refuse a folder that another configuration's run, finished or not, has left.
+
+        Raises:
+            ValueError: it has.
+        """
+        if not self._config_path.is_file():
+            return
+        try:
+            there = json.loads(self._config_path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            return  # the state itself says what it is of
+        if there != json.loads(self._fingerprint):
+            raise ValueError(
+                f"{self._config_path} is of a run of another configuration; give another output, "
+                "or --fresh to begin anew"
+            )
 
     def save(self, state: dict[str, Any]) -> None:
         """Save what a run needs to continue, and age the states before."""
@@ -65,6 +95,8 @@ class RunStates:
             ValueError: none of them can be read, or it is of another configuration.
         """
         paths = saved_states(self.path)
+        if not paths:
+            self._check_folder()
         problems = []
         for path in paths:
             try:
