@@ -1,5 +1,5 @@
 # make demo    train, evaluate and plot a tiny model in minutes          (no GPU needed)
-# make test    lint, types, the CPU test suite, the kernels interpreted and compiled (no GPU needed)
+# make test    lint, types, then side by side the CPU tests and the kernels interpreted and compiled (no GPU needed)
 # make gpu     build with CUDA into the Python at hand, run the GPU tests and benchmarks (offline)
 # make tune    measure every kernel config on the GPU at hand, write the table into OUT
 # make sanitize        the extension under AddressSanitizer and UndefinedBehaviorSanitizer (no GPU needed)
@@ -11,7 +11,7 @@ OUT ?= runs/gpu
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint setup gpu tune sanitize sanitize-gpu clean
+.PHONY: demo test test-cpu test-kernels lint setup gpu tune sanitize sanitize-gpu clean
 
 setup: .venv/.ready
 
@@ -29,7 +29,12 @@ demo: setup
 	@echo "  $(BIN)/tokenflex generate --model runs/demo/checkpoint --image examples/digits.png --prompt 'read r2c3' --tokens 4,9,16"
 
 test: setup lint
+	$(MAKE) -j2 $(and $(filter output-sync,$(.FEATURES)),--output-sync=target) test-cpu test-kernels
+
+test-cpu:
 	$(BIN)/python -m pytest
+
+test-kernels:
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton_kernels
 	$(BIN)/python -m tokenflex_kernels.aot --quiet
 

@@ -19,7 +19,8 @@ from tokenflex.data.steps import outline_of
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.training.build import build_dataset, build_order, check_supply
 from tokenflex.training.config import TrainConfig, load_config
-from tokenflex.training.loop import BrokenSamplesError, Trainer
+from tokenflex.training.faults import BrokenSamplesError
+from tokenflex.training.loop import Trainer
 from tokenflex.training.plan import measure_samples, plan_run
 
 TURNS = [{"role": "user", "content": "odd"}, {"role": "assistant", "content": "3"}]

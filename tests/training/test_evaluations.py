@@ -13,6 +13,7 @@ from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.evaluation import evaluate
 from tokenflex.models.loading import load_checkpoint
+from tokenflex.training import evaluations as training_evaluations
 from tokenflex.training.checkpoint import load_state
 from tokenflex.training.config import TrainConfig
 from tokenflex.training.evaluations import Share, merged
@@ -80,7 +81,7 @@ def test_dropout_is_what_makes_it_notice(whole, tmp_path, monkeypatch):
 def test_seconds_of_evaluation_are_not_training(tmp_path, monkeypatch):
     """By a clock on which a step takes 2 seconds and an evaluation 1000."""
     trainer, now = Trainer(config_of(tmp_path / "run", evaluation=DURING)), [0.0]
-    step, together, meter_of = trainer._step, trainer._evaluate, trainer._meter
+    step, together, meter_of = trainer._step, trainer.evaluator.run, trainer._meter
 
     def taking(seconds, work):
         def timed(*args):
@@ -95,7 +96,7 @@ def test_seconds_of_evaluation_are_not_training(tmp_path, monkeypatch):
         return made
 
     monkeypatch.setattr(trainer, "_step", taking(2, step))
-    monkeypatch.setattr(trainer, "_evaluate", taking(1000, together))
+    monkeypatch.setattr(trainer.evaluator, "run", taking(1000, together))
     monkeypatch.setattr(trainer, "_meter", meter)
     report = trainer.run()
     assert now[0] == 7 * 2 + 5 * 1000
@@ -105,29 +106,17 @@ def test_seconds_of_evaluation_are_not_training(tmp_path, monkeypatch):
         assert line["tokens_per_second"] == line["tokens"] / 2
 
 
-def stopping(monkeypatch, trainer: Trainer, batch: int) -> None:
-    """Ctrl-C while the evaluation's ``batch``-th forward pass runs."""
-    left, original = [batch], trainer._stop_requested
+def stopping(monkeypatch, batch: int) -> None:
+    """Ctrl-C while an evaluation's forward pass runs, the ``batch``-th of all."""
+    left, original = [batch], training_evaluations.interrupted_anywhere
 
-    def check() -> bool:
-        if trainer.evaluating:
-            left[0] -= 1
-            if left[0] == 0:
-                trainer.interruption._note(signal.SIGINT, None)
-        return original()
+    def check(accelerator, interruption) -> bool:
+        left[0] -= 1
+        if left[0] == 0:
+            interruption._note(signal.SIGINT, None)
+        return original(accelerator, interruption)
 
-    together = trainer._evaluate
-
-    def noting(samples: int):
-        trainer.evaluating = True
-        try:
-            return together(samples)
-        finally:
-            trainer.evaluating = False
-
-    trainer.evaluating = False
-    monkeypatch.setattr(trainer, "_stop_requested", check)
-    monkeypatch.setattr(trainer, "_evaluate", noting)
+    monkeypatch.setattr(training_evaluations, "interrupted_anywhere", check)
 
 
 @pytest.mark.parametrize("batch", [1, 6, 12])
@@ -137,7 +126,7 @@ def test_stopped_in_an_evaluation_it_is_done_once_when_the_run_continues(
     """4 forward passes each: in the first evaluation, in the second, in the third."""
     config = config_of(tmp_path / "run", evaluation=DURING, save_every=100)
     trainer = Trainer(config)
-    stopping(monkeypatch, trainer, batch)
+    stopping(monkeypatch, batch)
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     done = evaluations(tmp_path / "run") if batch > 4 else []
@@ -174,8 +163,10 @@ def test_killed_after_an_evaluation_it_stands_in_the_file_once(
     with pytest.raises(Killed):
         trainer.run()
     again = Trainer(config)
-    together = again._evaluate
-    monkeypatch.setattr(again, "_evaluate", lambda n: asked.append(n) or together(n))
+    together = again.evaluator.run
+    monkeypatch.setattr(
+        again.evaluator, "run", lambda model, n: asked.append(n) or together(model, n)
+    )
     again.run()
     assert evaluations(tmp_path / "run") == evaluations(whole)
     assert asked == asked_again

@@ -40,7 +40,8 @@ from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.training.checkpoint import load_state
 from tokenflex.training.config import load_config
-from tokenflex.training.loop import BrokenSamplesError, NonFiniteLossError, Trainer
+from tokenflex.training.faults import BrokenSamplesError, NonFiniteLossError
+from tokenflex.training.loop import Trainer
 
 PATIENCE = 90  # seconds before a subprocess counts as hanging
 

@@ -10,12 +10,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from tqdm import tqdm
 
 from tokenflex.counts import TokenCount
 from tokenflex.data.samples import Sample, SampleDataset
 from tokenflex.evaluation import evaluate
+from tokenflex.interruption import Interruption
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
+from tokenflex.training.config import EvaluationConfig
+from tokenflex.training.records import progress_bar
+from tokenflex.training.states import from_main, model_weights
 
 # The kind of a question that a process asks only because the others have one more.
 _STAND_IN = "stand-in"
@@ -43,6 +48,122 @@ class Share:
         sample = self.dataset[self.size - 1]
         asked = [replace(one, kind=_STAND_IN) for one in sample.conversations]
         return replace(sample, conversations=tuple(asked))
+
+
+class Evaluator:
+    """Asks a run's model as its configuration says, on all processes.
+
+    Args:
+        settings: of the evaluation.
+        dataset: what is asked.
+        processor: the model's.
+        accelerator: knows the processes.
+        interruption: a signal to any process stops the evaluation on all.
+        shards: whether the processes hold shards of the model.
+        workers: data-loader processes.
+    """
+
+    def __init__(
+        self,
+        settings: EvaluationConfig,
+        dataset: SampleDataset,
+        processor: Any,
+        accelerator: Accelerator,
+        interruption: Interruption,
+        *,
+        shards: bool,
+        workers: int,
+    ) -> None:
+        self.settings = settings
+        self.dataset = dataset
+        self.accelerator = accelerator
+        self.interruption = interruption
+        self.shards = shards
+        self._asked: dict[str, Any] = {
+            "processor": processor,
+            "counts": settings.counts,
+            "batch_size": settings.batch_size,
+            "workers": workers,
+        }
+
+    def run(self, model: Any, samples: int) -> dict[str, Any]:
+        """Over the first ``samples``; the same report on every process.
+
+        Raises:
+            KeyboardInterrupt: a signal came.
+        """
+        is_main, ranks = self.accelerator.is_main_process, self.accelerator.num_processes
+        if self.shards:
+            weights = model_weights(model, keep=is_main)
+            report = from_main(lambda: self._alone(model, weights, samples), is_main)
+            if report is None:
+                raise KeyboardInterrupt
+            return report
+        share = Share(self.dataset, samples, rank=self.accelerator.process_index, num_ranks=ranks)
+        with self._bar(share) as bar:
+
+            def on_batch() -> None:
+                bar.update()
+                if interrupted_anywhere(self.accelerator, self.interruption):
+                    raise KeyboardInterrupt
+
+            return evaluate_together(
+                self.accelerator, model, share, on_batch=on_batch, **self._asked
+            )
+
+    def run_last(self, model: Any, weights: dict[str, Any]) -> dict[str, Any]:
+        """Over all of the data, after training; nothing on a process that only holds shards.
+
+        ``weights`` are the whole model's, on the main process.
+
+        Raises:
+            KeyboardInterrupt: a signal came.
+        """
+        if not self.shards:
+            return self.run(model, len(self.dataset))
+        if not self.accelerator.is_main_process:
+            return {}
+        report = self._alone(model, weights, len(self.dataset))
+        if report is None:
+            raise KeyboardInterrupt
+        return report
+
+    def _alone(self, model: Any, weights: dict[str, Any], samples: int) -> dict[str, Any] | None:
+        """By this process, with whole weights: it cannot run the others' shards.
+
+        None where a signal stopped it: the others wait for an answer.
+        """
+        share = Share(self.dataset, samples, rank=0, num_ranks=1)
+        with self._bar(share) as bar:
+
+            def on_batch() -> None:
+                bar.update()
+                self.interruption.check()
+
+            try:
+                return evaluate_alone(
+                    model.config,
+                    weights,
+                    self.accelerator.device,
+                    share,
+                    on_batch=on_batch,
+                    **self._asked,
+                )
+            except KeyboardInterrupt:
+                return None
+
+    def _bar(self, share: Share) -> tqdm:
+        batches = -(len(share) // -self.settings.batch_size) * len(self.settings.counts)
+        shown = self.accelerator.is_main_process
+        return progress_bar("evaluation", batches, unit="batch", leave=False, shown=shown)
+
+
+def interrupted_anywhere(accelerator: Accelerator, interruption: Interruption) -> bool:
+    """Whether a signal came to any process: all stop at the same place."""
+    if accelerator.num_processes == 1:
+        return interruption.requested
+    flag = torch.tensor(float(interruption.requested), device=accelerator.device)
+    return bool(accelerator.reduce(flag, "sum"))
 
 
 def evaluate_together(

@@ -20,7 +20,7 @@ from tokenflex.counts import TokenCounts, tokens_of
 from tokenflex.data.order import StepSampler, load_in_order
 from tokenflex.data.packing import PackingCollator
 from tokenflex.data.samples import DataExhaustedError
-from tokenflex.data.steps import BrokenSample, PackedStep, StepPacker
+from tokenflex.data.steps import PackedStep, StepPacker
 from tokenflex.digits.encoder import warm_up_encoder
 from tokenflex.interruption import Interruption
 from tokenflex.models.loading import check_length
@@ -37,7 +37,8 @@ from tokenflex.training.build import (
 from tokenflex.training.checkpoint import remove_leftovers, save_model, write_json
 from tokenflex.training.config import StageConfig, TrainConfig
 from tokenflex.training.engine import StepOutcome, build_accelerator, optimize, prepare
-from tokenflex.training.evaluations import Share, evaluate_alone, evaluate_together
+from tokenflex.training.evaluations import Evaluator, interrupted_anywhere
+from tokenflex.training.faults import BrokenSamples, check_finite
 from tokenflex.training.flops import training_flops
 from tokenflex.training.layers import adapted_layers
 from tokenflex.training.peaks import peak_flops
@@ -64,14 +65,6 @@ from tokenflex.training.states import (
     without_weights,
 )
 from tokenflex.training.trackers import FOLDER, check_installed, flat, start_trackers
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the message names the step and the file of its samples."""
-
-
-class BrokenSamplesError(ValueError):
-    """More samples than the configuration allows could not be read; the message names one."""
 
 
 class Trainer:
@@ -110,7 +103,7 @@ class Trainer:
         self.metrics = MetricsFile(self.output / "metrics.jsonl")
         self.evaluations = MetricsFile(self.output / "evaluations.jsonl")
         self.non_finite_path = self.output / "non_finite.json"
-        self.broken_path = self.output / "broken_samples.json"
+        self.broken = BrokenSamples(self.output / "broken_samples.json", config.max_broken_samples)
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output must be a folder, but {self.output} is a file")
         self.is_main = self.accelerator.is_main_process
@@ -123,7 +116,7 @@ class Trainer:
         }
         check_supply(config, self.orders)
         evaluation = config.evaluation
-        self.evaluation_data = None if evaluation is None else build_dataset(evaluation.data)
+        asked = None if evaluation is None else build_dataset(evaluation.data)
         self.processor = build_processor(config.model)
         trained = {
             count
@@ -149,13 +142,23 @@ class Trainer:
             remove_leftovers(self.output)
             self.non_finite_path.unlink(missing_ok=True)
             if self.resumed is None:
-                self.broken_path.unlink(missing_ok=True)
+                self.broken.path.unlink(missing_ok=True)
             self.states.put_unreadable_aside()
             if fresh:
                 self.states.remove()
+        self.evaluator = None
+        if evaluation is not None and asked is not None:
+            self.evaluator = Evaluator(
+                evaluation,
+                asked,
+                self.processor,
+                self.accelerator,
+                self.interruption,
+                shards=self.shards,
+                workers=config.workers,
+            )
         # One record a stage, the encoder's warm-up first: what the report says about training.
         self.records: list[dict[str, Any]] = []
-        self.broken: dict[tuple[int, int], str] = {}  # (data set, index) -> reason
 
     def run(self) -> dict[str, Any]:
         """Train every stage, save the model, evaluate. Returns the report.
@@ -177,7 +180,7 @@ class Trainer:
         if self.resumed is not None:
             first_stage = self.resumed["stage"]
             self.records = self.resumed["records"]
-            self.broken = self.resumed["broken"]
+            self.broken.reasons = self.resumed["broken"]
             if self.is_main:  # the others are sent the weights before the first step
                 self.model.load_state_dict(self.resumed["model"])
         self._continue_files()
@@ -257,7 +260,7 @@ class Trainer:
             self.resumed = None
         meter = self._meter(stage, record)
         model, optimizer = prepare(self.accelerator, self.model, optimizer)
-        if first_step and not self._stop_requested():
+        if first_step and not interrupted_anywhere(self.accelerator, self.interruption):
             self._evaluate_if_due(stage_index, only_missing=True)
         adapted = adapted_layers(self.model, self.config, stage.learning)
         progress = self._progress(
@@ -277,7 +280,8 @@ class Trainer:
                 loss, norm = outcome.loss.item(), outcome.norm.item()
                 meter.add(packed)
                 scheduler.step()
-                self._check_finite(loss, norm, stage, step, packed)
+                place = stage.name, step
+                check_finite(self.accelerator, loss, norm, packed, place, self.non_finite_path)
                 last = record.done(stage) >= stage.budget
                 saves = step % self.config.save_every == 0 or outcome.interrupted or last
                 bar.update(1 if stage.tokens is None else packed.tokens)
@@ -308,14 +312,6 @@ class Trainer:
             peak=None if each is None else each * self.accelerator.num_processes,
             device=device,
         )
-
-    def _stop_requested(self) -> bool:
-        """Whether a signal came to any process: all stop at the same step, which all save."""
-        requested = self.interruption.requested
-        if self.accelerator.num_processes == 1:
-            return requested
-        flag = torch.tensor(float(requested), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum"))
 
     def _learning_modules(self, stage: StageConfig) -> list[dict[str, Any]]:
         """Optimiser groups of the modules that learn in this stage; the others are frozen."""
@@ -398,55 +394,11 @@ class Trainer:
             interrupted=self.interruption.requested,
         )
         if outcome.broken:
-            self._note_broken(stage, packed.broken)
+            data = list(self.datasets).index(self.config.data_of(stage))
+            self.broken.add(data, packed.broken, writes=self.is_main)
         return outcome
 
     # ------------------------------------------------------------------ records
-
-    def _check_finite(
-        self, loss: float, norm: float, stage: StageConfig, step: int, packed: PackedStep
-    ) -> None:
-        """Stop at the step that broke the model: later ones would blame other samples."""
-        # In float16 the loss scaler skips steps whose gradients overflowed, and goes on.
-        norm_counts = self.config.precision != "fp16"
-        if math.isfinite(loss) and (math.isfinite(norm) or not norm_counts):
-            return
-        # Loss and norm are the same on every rank, so all of them come here.
-        sample_ids = gather_object([name for batch in packed.bins for name in batch.sample_ids])
-        if self.is_main:
-            write_json(
-                self.non_finite_path,
-                {
-                    "stage": stage.name,
-                    "step": step,
-                    "loss": str(loss),  # JSON has no NaN
-                    "gradient_norm": str(norm),
-                    "sample_ids": sample_ids,
-                },
-            )
-        raise NonFiniteLossError(
-            f"loss and gradient norm must be finite, got {loss} and {norm} at step {step} of stage "
-            f"{stage.name!r}; its {len(sample_ids)} samples, {sample_ids[0]} and so on, are in "
-            f"{self.non_finite_path}"
-        )
-
-    def _note_broken(self, stage: StageConfig, found: list[BrokenSample]) -> None:
-        """Name the samples that any rank left out, and stop when they are too many."""
-        # Every rank plans the whole step: what a plan finds broken comes from all of them.
-        data = list(self.datasets).index(self.config.data_of(stage))
-        self.broken |= {(data, one.index): one.reason for one in gather_object(found)}
-        if self.is_main:
-            named = [
-                {"data": data, "index": index, "reason": reason}
-                for (data, index), reason in sorted(self.broken.items())
-            ]
-            write_json(self.broken_path, named)
-        if len(self.broken) > self.config.max_broken_samples:
-            raise BrokenSamplesError(
-                f"{len(self.broken)} broken samples are more than max_broken_samples of "
-                f"{self.config.max_broken_samples}; {self.broken_path} names them, the last is: "
-                f"{list(self.broken.values())[-1]}"
-            )
 
     def _log(
         self,
@@ -525,7 +477,7 @@ class Trainer:
             "scaler": None if scaler is None else scaler.state_dict(),
             "rng": gather_object([random_state(self.accelerator.device)]),
             "records": self.records,
-            "broken": self.broken,
+            "broken": self.broken.reasons,
         }
         from_main(lambda: self.states.save(state), self.is_main)
 
@@ -534,14 +486,10 @@ class Trainer:
         weights = model_weights(self.model, keep=self.is_main)
         if self.is_main:
             save_model(self.output / "checkpoint", self.model, self.processor, weights)
-        if self.evaluation_data is not None and (self.is_main or not self.shards):
-            number = len(self.evaluation_data)
-            found = self._evaluate_alone(number, weights) if self.shards else self._evaluate(number)
-            if found is None:
-                raise KeyboardInterrupt
-            report = {**found, **report}
+        if self.evaluator is not None:
+            report = {**self.evaluator.run_last(self.model, weights), **report}
         if self.is_main:
-            if self.evaluation_data is not None:
+            if self.evaluator is not None:
                 write_json(self.output / "report.json", report)
             self.states.remove()
         return report
@@ -565,7 +513,8 @@ class Trainer:
             if broadcast_object_list(done)[0]:
                 return
         began = time.perf_counter()
-        report = self._evaluate(settings.samples)
+        assert self.evaluator is not None
+        report = self.evaluator.run(self.model, settings.samples)
         if not self.is_main:
             return
         place = self._place(stage_index)
@@ -575,71 +524,6 @@ class Trainer:
         self._track("evaluation", {**place, "accuracy": report["accuracy"]})
         shown = "  ".join(f"{count}: {one:.3f}" for count, one in report["accuracy"].items())
         tqdm.write(f"{stage.name}, step {step}: accuracy at {shown}")
-
-    def _evaluate(self, samples: int) -> dict[str, Any]:
-        """Over the first ``samples`` of the evaluation's data, on every process."""
-        if self.shards:
-            weights = model_weights(self.model, keep=self.is_main)
-            report = from_main(lambda: self._evaluate_alone(samples, weights), self.is_main)
-            if report is None:
-                raise KeyboardInterrupt
-            return report
-        ranks = self.accelerator.num_processes
-        share = self._share(samples, self.accelerator.process_index, ranks)
-        with self._evaluation_bar(share) as bar:
-
-            def on_batch() -> None:
-                bar.update()
-                if self._stop_requested():
-                    raise KeyboardInterrupt
-
-            return evaluate_together(
-                self.accelerator, self.model, share, on_batch=on_batch, **self._asked()
-            )
-
-    def _evaluate_alone(self, samples: int, weights: dict[str, Any]) -> dict[str, Any] | None:
-        """The same by this process, with whole weights: it cannot run the others' shards.
-
-        None where a signal stopped it: the others wait for an answer.
-        """
-        share = self._share(samples, 0, 1)
-        with self._evaluation_bar(share) as bar:
-
-            def on_batch() -> None:
-                bar.update()
-                self.interruption.check()
-
-            try:
-                return evaluate_alone(
-                    self.model.config,
-                    weights,
-                    self.accelerator.device,
-                    share,
-                    on_batch=on_batch,
-                    **self._asked(),
-                )
-            except KeyboardInterrupt:
-                return None
-
-    def _share(self, samples: int, rank: int, num_ranks: int) -> Share:
-        assert self.evaluation_data is not None
-        return Share(self.evaluation_data, samples, rank=rank, num_ranks=num_ranks)
-
-    def _evaluation_bar(self, share: Share) -> tqdm:
-        settings = self.config.evaluation
-        assert settings is not None
-        batches = -(len(share) // -settings.batch_size) * len(settings.counts)
-        return self._progress("evaluation", batches, unit="batch", leave=False)
-
-    def _asked(self) -> dict[str, Any]:
-        settings = self.config.evaluation
-        assert settings is not None
-        return {
-            "processor": self.processor,
-            "counts": settings.counts,
-            "batch_size": settings.batch_size,
-            "workers": self.config.workers,
-        }
 
 
 def _saving_at_the_end(

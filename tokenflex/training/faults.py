@@ -1,0 +1,101 @@
+"""What a run stops for: a loss that is no number, and too many samples that cannot be read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from tokenflex.data.steps import BrokenSample, PackedStep
+from tokenflex.training.checkpoint import write_json
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the message names the step and the file of its samples."""
+
+
+class BrokenSamplesError(ValueError):
+    """More samples than the configuration allows could not be read; the message names one."""
+
+
+def check_finite(
+    accelerator: Accelerator,
+    loss: float,
+    norm: float,
+    packed: PackedStep,
+    place: tuple[str, int],
+    path: Path,
+) -> None:
+    """Stop at the step that broke the model: later ones would blame other samples.
+
+    Args:
+        accelerator: loss and norm are the same on all of its processes, so all come here.
+        loss, norm: of the step, and of its gradients.
+        packed: the step.
+        place: the stage's name and the step in it.
+        path: where to name the samples of all processes.
+
+    Raises:
+        NonFiniteLossError: one of the two is NaN or infinite.
+    """
+    # In float16 the loss scaler skips steps whose gradients overflowed, and goes on.
+    norm_counts = accelerator.mixed_precision != "fp16"
+    if math.isfinite(loss) and (math.isfinite(norm) or not norm_counts):
+        return
+    sample_ids = gather_object([name for batch in packed.bins for name in batch.sample_ids])
+    stage, step = place
+    if accelerator.is_main_process:
+        write_json(
+            path,
+            {
+                "stage": stage,
+                "step": step,
+                "loss": str(loss),  # JSON has no NaN
+                "gradient_norm": str(norm),
+                "sample_ids": sample_ids,
+            },
+        )
+    raise NonFiniteLossError(
+        f"loss and gradient norm must be finite, got {loss} and {norm} at step {step} of stage "
+        f"{stage!r}; its {len(sample_ids)} samples, {sample_ids[0]} and so on, are in {path}"
+    )
+
+
+class BrokenSamples:
+    """The samples that were left out, each once, in a file that names them.
+
+    Args:
+        path: the file.
+        most: how many there may be.
+    """
+
+    def __init__(self, path: Path, most: int) -> None:
+        self.path = path
+        self.most = most
+        self.reasons: dict[tuple[int, int], str] = {}
+        """(data set, index) -> why; part of a state."""
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def add(self, data: int, found: list[BrokenSample], *, writes: bool) -> None:
+        """Name what any process left out of a data set; the one that ``writes`` keeps the file.
+
+        Raises:
+            BrokenSamplesError: they are too many now.
+        """
+        # Every rank plans the whole step: what a plan finds broken comes from all of them.
+        self.reasons |= {(data, one.index): one.reason for one in gather_object(found)}
+        if writes:
+            named = [
+                {"data": data, "index": index, "reason": reason}
+                for (data, index), reason in sorted(self.reasons.items())
+            ]
+            write_json(self.path, named)
+        if len(self) > self.most:
+            raise BrokenSamplesError(
+                f"{len(self)} broken samples are more than max_broken_samples of {self.most}; "
+                f"{self.path} names them, the last is: {list(self.reasons.values())[-1]}"
+            )
