@@ -29,7 +29,7 @@ demo: setup
 	@echo "  $(BIN)/tokenflex generate --model runs/demo/checkpoint --image examples/digits.png --prompt 'read r2c3' --tokens 4,9,16"
 
 test: setup lint
-	$(MAKE) -j2 $(and $(filter output-sync,$(.FEATURES)),--output-sync=target) test-cpu test-kernels
+	$(MAKE) -j2 $(and $(filter output-sync,$(.FEATURES)),--output-sync=line) test-cpu test-kernels
 
 test-cpu:
 	$(BIN)/python -m pytest
