@@ -118,7 +118,7 @@ def test_larger_canvases_train_and_are_asked(tmp_path, monkeypatch):
     assert main(["ablate", "--scale", "large", "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["counts"] == ["16", "36", "64"]
-    assert report["unseen"] == ["4", "25", "49", "100", "4x6", "6x8"]
+    assert report["unseen"] == ["4", "25", "49", "100", "4x6", "6x4", "6x8", "8x6", "4x8"]
     assert [*report["regimes"]["stochastic"]["accuracy"]] == [*report["counts"], *report["unseen"]]
 
 
