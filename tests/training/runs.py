@@ -28,7 +28,7 @@ def stage(**changes: Any) -> dict[str, Any]:
         "learning_rate": {"vision": 0.002, "projector": 0.002, "text": 0.002},
         "counts": [4, 9, 16],
         "weights": [0.2, 0.3, 0.5],
-        "warmup_steps": min(2, changes.get("steps", 4)),
+        "warmup_steps": min(2, changes.get("steps") or 4),
         **changes,
     }
 
