@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from tokenflex.training.strict import Float, Int, Strict
 
 DIGITS_SPLITS = ("train", "validation", "test")
+SHUFFLE_BUFFER = 1000  # rows
 
 # Which keys have an effect with which name, besides path, epochs and weight.
 KEYS_OF: dict[str, set[str]] = {
@@ -39,7 +40,7 @@ class DataConfig(Strict):
     split: str = "train"
     cells: Int = Field(default=4, ge=4, multiple_of=2)
     streaming: bool = False
-    shuffle_buffer: Int = Field(default=1000, ge=1)
+    shuffle_buffer: Int = Field(default=SHUFFLE_BUFFER, ge=1)
     # A bound changes no sample before it: a run that ended at one may go on with another. So it is
     # no part of what a state is compared by.
     epochs: Int | None = Field(default=None, ge=1, exclude=True)
@@ -71,7 +72,7 @@ class DataConfig(Strict):
                     f"{key} must be given with name: {users} only, got name={self.name!r} and "
                     f"{key}={getattr(self, key)!r}"
                 )
-        if self.shuffle_buffer != 1000 and not self.streaming:
+        if self.shuffle_buffer != SHUFFLE_BUFFER and not self.streaming:
             raise ValueError(
                 f"shuffle_buffer needs streaming: true, got shuffle_buffer={self.shuffle_buffer}"
             )
