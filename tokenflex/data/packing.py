@@ -24,16 +24,6 @@ from tokenflex_kernels import PackPlan
 
 
 @dataclass(frozen=True)
-class DrawnSample:
-    """A sample with what its count is drawn from, or the ``count`` that it was given."""
-
-    index: int
-    epoch: int
-    sample: Sample
-    count: TokenCount | None = None
-
-
-@dataclass(frozen=True)
 class FittedSample:
     """What of a sample is trained on.
 
@@ -44,6 +34,20 @@ class FittedSample:
 
     sequences: list[TokenSequence]
     tiles: list[int]
+
+
+@dataclass(frozen=True)
+class DrawnSample:
+    """A sample with what its count is drawn from, or the ``count`` that it was given.
+
+    ``fitted`` is what :meth:`PackingCollator.fit` gave at that count, where it is known already.
+    """
+
+    index: int
+    epoch: int
+    sample: Sample
+    count: TokenCount | None = None
+    fitted: FittedSample | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ class PackingCollator:
             for item in drawn
         ]
         fitted = [
-            self.fit(_outline_of(item.sample), count)
+            item.fitted or self.fit(_outline_of(item.sample), count)
             for item, count in zip(drawn, counts, strict=True)
         ]
         data, tiles = self._encoder_inputs(

@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 from tokenflex.counts import TokenCount, TokenCounts, tokens_of
 from tokenflex.data.balance import deal
 from tokenflex.data.encoding import IGNORE
-from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
+from tokenflex.data.packing import DrawnSample, FittedSample, PackedBatch, PackingCollator
 from tokenflex.data.samples import Sample, SampleDataset, SampleOutline
 from tokenflex_kernels.reference.packing import MAX_INT32
 
@@ -72,6 +72,7 @@ class _Planned:
 
     key: Key
     drawn: TokenCount
+    fitted: FittedSample
     count: int  # vision tokens of a tile
     tokens: int
     tiles: int
@@ -175,14 +176,15 @@ class StepPacker:
         ):
             if size > bound:
                 raise ValueError(f"sample {outline.id} has {size}, more than {name} of {bound}")
-        return _Planned(key, drawn, count, tokens, tiles, targets)
+        return _Planned(key, drawn, fitted, count, tokens, tiles, targets)
 
     def _read(self, planned: Sequence[_Planned], broken: list[BrokenSample]) -> list[DrawnSample]:
         members = []
         for one in planned:
             epoch, index = one.key
             try:
-                members.append(DrawnSample(index, epoch, self.dataset[index], one.drawn))
+                sample = self.dataset[index]
+                members.append(DrawnSample(index, epoch, sample, one.drawn, one.fitted))
             except (OSError, ValueError) as error:
                 broken.append(BrokenSample(index, str(error)))
         return members
