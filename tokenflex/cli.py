@@ -373,9 +373,9 @@ def _convert(options: argparse.Namespace) -> int:
 def _ablate(options: argparse.Namespace) -> int:
     _quiet_libraries()
     from tokenflex.ablation.checks import quick_checks
-    from tokenflex.ablation.report import accuracy_table
     from tokenflex.ablation.run import ablate
     from tokenflex.ablation.scales import SCALES
+    from tokenflex.ablation.tables import accuracy_table
 
     if options.output is None:
         options.output = (
@@ -383,11 +383,18 @@ def _ablate(options: argparse.Namespace) -> int:
             if options.scale == "small"
             else (Path(f"runs/ablate-{options.scale}"))
         )
+    if options.scale == "quick" and options.suite != "paper":
+        raise ValueError(f"--quick is of the suite paper, got it with --suite {options.suite}")
     report = ablate(
-        SCALES[options.scale], options.output, seeds=options.seeds, at_once=options.jobs
+        SCALES[options.scale],
+        options.output,
+        suite=options.suite,
+        seeds=options.seeds,
+        at_once=options.jobs,
     )
     print(accuracy_table(report))
-    print(f"\nthe whole report is {options.output / 'report.md'}")
+    page = "report.md" if options.suite == "paper" else f"{options.suite}.md"
+    print(f"\nthe whole report is {options.output / page}")
     failed = False
     if options.scale == "quick":
         for check in quick_checks(report):
@@ -668,6 +675,12 @@ def _parser() -> argparse.ArgumentParser:
         dest="scale",
         const="quick",
         help="one seed of two regimes, and exit status 1 if they do not show what they must",
+    )
+    ablate.add_argument(
+        "--suite",
+        default="paper",
+        help="paper: fixed counts, stochastic ones, ways to mix them (the default); gap: what "
+        "brings one model up to the specialists; unseen: what makes it answer at other counts",
     )
     ablate.add_argument("--seeds", type=_positive, help="how many; small 3, large 1, quick 1")
     ablate.add_argument("--output", type=Path, help="folder (default: runs/ablate, -large, -quick)")

@@ -9,17 +9,17 @@ import pytest
 
 from tests.ablation.tiny import TINY
 from tokenflex.ablation.jobs import Job, plan_jobs
-from tokenflex.ablation.regimes import Regime, other_grids, regimes
+from tokenflex.ablation.regimes import PAPER_ODDS, other_grids, regimes
 from tokenflex.ablation.scales import LARGE, QUICK, SCALES, SMALL
+from tokenflex.ablation.suites import LEVERS, SUITES, regimes_of
+from tokenflex.cli import main
 from tokenflex.counts import token_grid
 from tokenflex.digits.processor import digits_vocabulary
 from tokenflex.training.config import TrainConfig
 
 
 def jobs_of(scale=SMALL, seeds=(0, 1, 2), **options) -> list[Job]:
-    known = regimes(scale.counts)
-    chosen = [known[name] for name in scale.regimes] or [*known.values()]
-    return plan_jobs(scale, chosen, seeds, on_gpu=False, **options)
+    return plan_jobs(scale, regimes_of("paper", scale), seeds, on_gpu=False, **options)
 
 
 def config_of(job: Job) -> TrainConfig:
@@ -57,7 +57,7 @@ def test_every_regime_of_a_seed_starts_from_the_same_checkpoint():
 @pytest.mark.parametrize("scale", SCALES.values(), ids=lambda scale: scale.name)
 def test_no_regime_trains_at_a_count_that_is_asked_as_unseen(scale):
     unseen = {token_grid(count) for count in scale.unseen}
-    for one in regimes(scale.counts).values():
+    for one in regimes(scale).values():
         trained = [tuple(n) if isinstance(n, list) else n for n in one.stage["counts"]]
         assert not unseen & {token_grid(count) for count in trained}, one.name
     assert other_grids((4, 9, 16)) == [
@@ -80,7 +80,7 @@ def test_models_are_asked_on_scans_of_their_own_split():
 
 
 def test_regimes_are_those_of_the_paper():
-    known = regimes((4, 9, 16))
+    known = regimes(SMALL)
     assert [known[f"fixed-{size}"].stage["counts"] for size in ("small", "middle", "large")] == [
         [4],
         [9],
@@ -92,20 +92,58 @@ def test_regimes_are_those_of_the_paper():
     assert known["all-counts"].stage["draw"] == "all"
 
 
-def test_a_regime_of_another_model_has_a_start_of_its_own():
-    plain = Regime("plain", "plain", {"counts": [4], "weights": [1.0]})
-    resize = {"pooling": "resize"}
-    other = Regime("other", "other", plain.stage, resize, resize)
-    jobs = plan_jobs(SMALL, [plain, other, replace(other, name="third")], [0], on_gpu=False)
+def test_a_regime_of_another_start_waits_for_it():
+    known = regimes(SMALL)
+    names = ("fixed-small", "positions-wide", "fixed-small-positions-wide")
+    jobs = plan_jobs(SMALL, [known[name] for name in names], [0], on_gpu=False)
     assert [(job.name, job.needs) for job in jobs] == [
         ("seed0/start", None),
-        ("seed0/plain", "seed0/start"),
-        ("seed0/start1", None),
-        ("seed0/other", "seed0/start1"),
-        ("seed0/third", "seed0/start1"),
+        ("seed0/fixed-small", "seed0/start"),
+        ("seed0/start-wide", None),
+        ("seed0/positions-wide", "seed0/start-wide"),
+        ("seed0/fixed-small-positions-wide", "seed0/start-wide"),
     ]
-    pooling = [config_of(job).model.pooling for job in jobs]
-    assert pooling == ["adaptive", "adaptive", "resize", "resize", "resize"]
+    widths = [job.config["model"]["text"]["config"]["hidden_size"] for job in jobs]
+    assert widths == [64, 64, 128, 128, 128]
+    assert jobs[3].config["model"]["image_positions"] == "shared"
+    assert jobs[1].config == plan_jobs(SMALL, [known[names[0]]], [0], on_gpu=False)[1].config
+
+
+def test_suites_share_the_runs_they_have_in_common():
+    """Their jobs of one name are the same, so one folder can hold all suites."""
+    known: dict[str, Job] = {}
+    for suite in SUITES:
+        for job in plan_jobs(SMALL, regimes_of(suite, SMALL), [0, 1], on_gpu=False):
+            assert known.setdefault(job.name, job) == job
+    assert len(known) == 2 * (4 + len({name for names in SUITES.values() for name in names}))
+
+
+@pytest.mark.parametrize("suite", ["gap", "unseen"])
+def test_every_run_of_the_other_suites_is_a_valid_configuration(suite):
+    for job in plan_jobs(SMALL, regimes_of(suite, SMALL), [0], on_gpu=False):
+        config_of(job)
+
+
+def test_a_longer_run_sees_the_vision_tokens_of_three_specialists():
+    longer = regimes(SMALL)["positions-longer"]
+    mean = sum(n * odds for n, odds in zip((4, 9, 16), PAPER_ODDS, strict=True))
+    assert longer.stage["steps"] * mean == pytest.approx(SMALL.steps * (4 + 9 + 16), rel=0.01)
+
+
+def test_every_lever_compares_with_its_own_count():
+    """A specialist is trained at the count of its place."""
+    known = regimes(SMALL)
+    for lever in LEVERS:
+        trained = [known[name].stage["counts"] for name in lever.specialists]
+        assert trained == [[count] for count in SMALL.counts[: len(trained)]], lever.title
+        assert known[lever.one].stage["counts"] == [*SMALL.counts]
+
+
+def test_an_unknown_suite_is_refused(capsys):
+    assert main(["ablate", "--suite", "paperr"]) == 2
+    assert "suite must be one of paper, gap, unseen, got 'paperr'" in capsys.readouterr().err
+    assert main(["ablate", "--quick", "--suite", "gap"]) == 2
+    assert "--quick is of the suite paper" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=lambda scale: scale.name)
@@ -117,9 +155,7 @@ def test_every_scale_has_a_valid_configuration(scale):
 
 
 def test_on_a_gpu_precision_and_workers_are_those_of_the_scale():
-    (start, *_) = plan_jobs(
-        LARGE, [regimes(LARGE.counts)["stochastic"]], [0], on_gpu=True, workers=12
-    )
+    (start, *_) = plan_jobs(LARGE, [regimes(LARGE)["stochastic"]], [0], on_gpu=True, workers=12)
     config = config_of(start)
     assert (config.precision, config.workers, config.threads) == ("bf16", 12, None)
 

@@ -11,8 +11,12 @@ from PIL import Image
 from tests.ablation.tiny import canned_report
 from tokenflex.ablation.checks import quick_checks
 from tokenflex.ablation.figures import write_figures
-from tokenflex.ablation.report import accuracy_table, format_report
+from tokenflex.ablation.gap import format_gap, gains, write_gap_figure
+from tokenflex.ablation.report import format_report
 from tokenflex.ablation.results import difference, spread_of
+from tokenflex.ablation.suites import LEVERS, SUITES
+from tokenflex.ablation.tables import accuracy_table, below_nearest, nearest_trained
+from tokenflex.ablation.unseen import format_unseen
 
 
 def section(page: str, title: str) -> str:
@@ -77,6 +81,50 @@ def test_grids_stand_in_the_table_of_unseen_counts():
     table = section(format_report(canned_report()), "Counts that no model was trained with")
     assert "at 2x3" in table
     assert cells(table, "stochastic 2:3:5") == ["61.0 ± 1.0", "71.0 ± 1.0"]
+
+
+def test_unseen_counts_are_compared_with_the_nearest_that_was_trained():
+    """6 tokens are nearer to 4 than to 9, 25 to 16."""
+    report = canned_report()
+    assert [nearest_trained(report, label) for label in ("1", "2x3", "3x4", "2x4", "25")] == [
+        *("4", "4", "9", "9", "16")
+    ]
+    gain = below_nearest(report, "positions")
+    assert gain == {"25": pytest.approx(0.9 - 0.97), "2x3": pytest.approx(0.86 - 0.83)}
+    said = section(format_report(report), "Counts that no model was trained with")
+    assert (
+        "2:3:5, positions: at 1 of 2 within 5 points below it, 2x3 (+3.0); not at 25 (-7.0)."
+        in said
+    )
+    assert "other grids: at 1 of 2 within 5 points below it, 25 (-1.0); not at 2x3 (-9.0)." in said
+
+
+def test_the_page_of_unseen_counts_has_each_part_alone():
+    page = format_unseen(canned_report(names=("start", *SUITES["unseen"])))
+    others = section(page, "At others")
+    assert "| 2:3:5, positions at the projector alone | 51.0 ± 1.0 | 51.0 ± 1.0 |" in others
+    assert "| 2:3:5, positions | -7.0 | +3.0 |" in others
+    assert "| trained with | 25 (to 16) | 2x3 (to 4) |" in others
+
+
+def test_each_lever_is_measured_against_its_own_specialists():
+    report = canned_report(names=("start", *SUITES["gap"]))
+    report["regimes"]["fixed-small-positions-wide"]["accuracy"]["4"] = spread_of([0.65, 0.66, 0.7])
+    page = format_gap(report)
+    table = page.split("## Accuracies")[0]
+    assert cells(table, "as in the paper")[:3] == ["-5.0 ± 0.0", "-3.0 ± 0.0", "+0.5 ± 0.0"]
+    assert cells(table, "positions, for both")[:3] == ["-3.0 ± 0.0", "-1.0 ± 0.0", "-2.0 ± 0.0"]
+    wide = cells(table, "and twice as wide, for both")
+    assert wide == ["+4.0 ± 1.7", "-12.0 ± 0.0", "-", "288k : 576k"]
+    assert "- as in the paper: behind by at most 5.0, at 4; ahead at 16 (+0.5)." in page
+    assert "- and odds 1:1:1: behind by at most 16.0, at 4; ahead at none." in page
+
+
+def test_the_gap_has_its_figure(tmp_path):
+    report = canned_report(names=("start", *SUITES["gap"]))
+    write_gap_figure(report, tmp_path / "gap.png")
+    assert len(Image.open(tmp_path / "gap.png").convert("L").getcolors(256)) > 20
+    assert {len(gains(report, lever)) for lever in LEVERS} == {2, 3}
 
 
 def test_odds_and_ways_to_mix_have_their_tables():

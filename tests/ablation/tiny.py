@@ -8,6 +8,7 @@ from typing import Any
 from tokenflex.ablation.regimes import regimes
 from tokenflex.ablation.results import spread_of
 from tokenflex.ablation.scales import LARGE, SMALL
+from tokenflex.ablation.suites import SUITES
 
 TINY = replace(
     SMALL,
@@ -52,17 +53,24 @@ CURVES = {
     "odds-5-3-2": (0.84, 0.86, 0.94, 0.6, 0.7),
     "per-step": (0.79, 0.85, 0.97, 0.6, 0.7),
     "all-counts": (0.78, 0.85, 0.95, 0.6, 0.7),
+    "positions": (0.83, 0.91, 0.97, 0.9, 0.86),
+    "positions-spread": (0.84, 0.9, 0.96, 0.95, 0.75),
+}
+OTHERS = {
+    **dict.fromkeys((*SUITES["gap"], *SUITES["unseen"]), (0.7, 0.8, 0.9, 0.5, 0.5)),
+    **{name: (0.86, 0.92, 0.99, 0.5, 0.5) for name in SUITES["gap"] if "fixed" in name},
 }
 
 
 def canned_report(*, seeds: int = 3, names: tuple[str, ...] = tuple(CURVES)) -> dict[str, Any]:
     """As ``report.json`` of a whole ablation; seeds differ by a point from each other."""
-    titles = {name: one.title for name, one in regimes((4, 9, 16)).items()}
+    titles = {name: one.title for name, one in regimes(SMALL).items()}
+    curves = {**OTHERS, **CURVES}
 
     def row(name: str, shift: float = 0.0) -> dict[str, Any]:
         return {
             count: spread_of([value + shift + 0.01 * seed for seed in range(seeds)])
-            for count, value in zip((*COUNTS, *UNSEEN), CURVES[name], strict=True)
+            for count, value in zip((*COUNTS, *UNSEEN), curves[name], strict=True)
         }
 
     return {
@@ -79,6 +87,7 @@ def canned_report(*, seeds: int = 3, names: tuple[str, ...] = tuple(CURVES)) -> 
         "regimes": {
             name: {
                 "title": titles.get(name, "the start"),
+                "is_start": name == "start",
                 "accuracy": row(name),
                 "accuracy_by_kind": {
                     "colour": row(name),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenflex.ablation import paper
-from tokenflex.ablation.regimes import MAIN, ODDS
+from tokenflex.ablation.suites import MAIN, ODDS
 from tokenflex.plots import plt
 from tokenflex.training.checkpoint import write_atomically
 

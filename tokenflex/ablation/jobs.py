@@ -10,13 +10,12 @@ from typing import Any
 
 import yaml
 
-from tokenflex.ablation.regimes import Regime
+from tokenflex.ablation.regimes import Regime, Start
 from tokenflex.ablation.scales import Scale
 from tokenflex.training.checkpoint import write_atomically
 
 CONFIG = "config.yaml"
 REPORT = "report.json"
-START = "start"
 
 
 @dataclass(frozen=True)
@@ -88,47 +87,35 @@ def plan_jobs(
 ) -> list[Job]:
     """Every run: for each seed the starts that are needed, and the regimes from them.
 
-    A start is the encoder's warm-up and an alignment at the largest count. All regimes of a seed
-    whose starts are of the same model go on from the same one, for as many steps of as many shown
-    images, in the same order of data and with the same schedule.
+    All regimes of a seed that have the same start go on from the same checkpoint, and in the same
+    order of data.
     """
-    jobs = []
+    jobs: dict[str, Job] = {}
     regimes = list(regimes)
     for seed in seeds:
-        starts: dict[str, Job] = {}
         for regime in regimes:
-            key = json.dumps(regime.start_model, sort_keys=True)
-            if key not in starts:
-                starts[key] = _start(
-                    scale, regime, seed, f"{START}{len(starts) or ''}", on_gpu, workers
-                )
-                jobs.append(starts[key])
-            start = starts[key]
-            start_folder = f"{start.name}/checkpoint"
-            model = {**start.config["model"], **regime.model, "start": start_folder}
+            start = _start_job(scale, regime.start, seed, on_gpu, workers)
+            jobs.setdefault(start.name, start)
+            model = {**start.config["model"], **regime.model, "start": f"{start.name}/checkpoint"}
             name = f"seed{seed}/{regime.name}"
-            stage = scale.stage(regime.name, scale.steps, **regime.stage)
+            stage = scale.stage(regime.name, **{"steps": scale.steps, **regime.stage})
             config = _config(scale, name, seed, model, stage, on_gpu, workers)
-            jobs.append(Job(name, regime.name, seed, config, stage["steps"], start.name))
-    return jobs
+            jobs[name] = Job(name, regime.name, seed, config, stage["steps"], start.name)
+    return [*jobs.values()]
 
 
-def _start(
-    scale: Scale, regime: Regime, seed: int, short_name: str, on_gpu: bool, workers: int
-) -> Job:
-    name = f"seed{seed}/{short_name}"
-    stage = scale.stage("alignment", scale.start_steps, counts=[scale.counts[-1]], weights=[1.0])
+def _start_job(scale: Scale, start: Start, seed: int, on_gpu: bool, workers: int) -> Job:
+    name = f"seed{seed}/{start.name}"
+    stage = scale.stage("alignment", scale.start_steps, **start.stage)
     # Fewer starts than cores may run: another process draws their canvases.
     workers = max(workers, 1)
-    config = _config(
-        scale, name, seed, {**scale.model(), **regime.start_model}, stage, on_gpu, workers
-    )
+    config = _config(scale, name, seed, {**scale.model(), **start.model}, stage, on_gpu, workers)
     config["encoder_warm_up"] = {
         "steps": scale.warm_up_steps,
         "batch_size": scale.warm_up_batch,
         "learning_rate": 0.003,
     }
-    return Job(name, short_name, seed, config, stage["steps"])
+    return Job(name, start.name, seed, config, stage["steps"])
 
 
 def _config(

@@ -6,8 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenflex.ablation import paper
-from tokenflex.ablation.regimes import ANY_COUNT, MAIN, MIXING, ODDS
 from tokenflex.ablation.results import difference
+from tokenflex.ablation.suites import ANY_COUNT, MAIN, MIXING, ODDS
+from tokenflex.ablation.tables import (
+    accuracy_rows,
+    asked_and_seeds,
+    markdown_table,
+    nearest_sentence,
+    points,
+    starts_of,
+)
 
 OWN_COUNT = {"fixed-small": 0, "fixed-middle": 1, "fixed-large": 2}  # place among the counts
 PAPERS = "the paper's, on its benchmarks (second-hand)"
@@ -24,15 +32,19 @@ def format_report(report: Mapping[str, Any]) -> str:
         _accuracy_section(
             report,
             "Trained with, asked at",
-            [name for name in have if name.startswith("start")] + main,
+            [*starts_of(report), *main],
             report["counts"],
             paper.TRAINED_WITH,
         ),
     ]
     if report["unseen"]:
         title = "Counts that no model was trained with"
-        asked = [*main, *(name for name in ANY_COUNT if name in have)]
-        sections.append(_accuracy_section(report, title, asked, report["unseen"]))
+        mended = [name for name in ANY_COUNT if name in have]
+        sections.append(_accuracy_section(report, title, [*main, *mended], report["unseen"]))
+        if mended:
+            sections[-1] += "\n\nBeside the nearest trained count, in points:\n\n" + "\n".join(
+                f"- {nearest_sentence(report, name)}" for name in mended
+            )
     for title, names, theirs in (
         ("Odds", ODDS, paper.ODDS),
         ("Ways to mix counts", MIXING, {}),
@@ -45,37 +57,14 @@ def format_report(report: Mapping[str, Any]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def accuracy_table(report: Mapping[str, Any]) -> str:
-    """For a terminal: every regime at every count."""
-    counts = [*report["counts"], *report["unseen"]]
-    rows = [["trained with, asked at", *counts]]
-    for row in report["regimes"].values():
-        rows.append([row["title"], *(_points(row["accuracy"][count]) for count in counts)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(counts) + 1)]
-    lines = (
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-    return "\n".join(lines)
-
-
 def _head(report: Mapping[str, Any]) -> str:
-    seeds, first = report["seeds"], next(iter(report["regimes"].values()))
-    regime = next(row for name, row in report["regimes"].items() if not name.startswith("start"))
-    spread = "mean ± sample standard deviation over them" if len(seeds) > 1 else "no spread"
+    first = report["regimes"][starts_of(report)[0]]
+    regime = next(row for row in report["regimes"].values() if not row["is_start"])
     return "\n".join(
         [
             f"# Ablation of the vision-token count, scale {report['scale']}",
             "",
-            f"Digits task, canvases of scans that training never saw (split `test`): "
-            f"{report['samples']} canvases, {sum(report['questions'].values())} questions. "
-            f"Accuracy is in percent, the mean over the {len(report['questions'])} kinds of "
-            f"question. {len(seeds)} seed{'s' * (len(seeds) > 1)} ({spread}). The questions alone "
-            f"leave a standard error of at most {100 * report['standard_error']:.2f} points for "
-            "one model.",
+            asked_and_seeds(report),
             "",
             f"Each seed has one start, {report['start']['warm_up_steps']} steps of the encoder "
             f"alone and {first['steps']} at {report['counts'][-1]} tokens; every regime goes on "
@@ -97,10 +86,10 @@ def _claims(report: Mapping[str, Any], main: Sequence[str]) -> str:
             continue
         cells = []
         for place, count in enumerate(counts):
-            cell = _points(difference(report, "stochastic", name, count), signed=True)
+            cell = points(difference(report, "stochastic", name, count), signed=True)
             cells.append(f"**{cell}**" if place == own else cell)
         rows.append([report["regimes"][name]["title"], *cells])
-    lines += ["", _table(head, rows), ""]
+    lines += ["", markdown_table(head, rows), ""]
     lines.append(_verdict(report, main))
     return "\n".join(lines)
 
@@ -154,21 +143,17 @@ def _accuracy_section(
     theirs: Mapping[str, Sequence[float]] | None = None,
 ) -> str:
     head = ["trained with", *(f"at {count}" for count in counts)]
-    if theirs:
-        head += [f"paper at {count}" for count in paper.COUNTS]
-    rows = []
-    for name in names:
-        row = report["regimes"][name]
-        cells = [row["title"], *(_points(row["accuracy"][count]) for count in counts)]
-        if theirs:
-            cells += [f"{value:.1f}" for value in theirs[name]] if name in theirs else ["-"] * 3
-        rows.append(cells)
-    note = f"\n\nRight of ours: {PAPERS}." if theirs else ""
-    return f"## {title}\n\n{_table(head, rows)}{note}"
+    rows = accuracy_rows(report, names, counts)
+    if not theirs:
+        return f"## {title}\n\n{markdown_table(head, rows)}"
+    head += [f"paper at {count}" for count in paper.COUNTS]
+    for name, row in zip(names, rows, strict=True):
+        row += [f"{value:.1f}" for value in theirs[name]] if name in theirs else ["-"] * 3
+    return f"## {title}\n\n{markdown_table(head, rows)}\n\nRight of ours: {PAPERS}."
 
 
 def _cost_section(report: Mapping[str, Any]) -> str:
-    have = {name: row for name, row in report["regimes"].items() if not name.startswith("start")}
+    have = {name: row for name, row in report["regimes"].items() if not row["is_start"]}
     largest = have.get("fixed-large")
     head = ["trained with", "images shown", "vision tokens", "seconds"]
     head += ["paper: vision tokens", "paper: hours on 64 A100"]
@@ -192,10 +177,10 @@ def _cost_section(report: Mapping[str, Any]) -> str:
             ]
         )
     return (
-        f"## Cost\n\n{_table(head, rows)}\n\nOf a regime's own stage. Vision tokens are counted "
-        f"once an image that is shown. Seconds: {report['machine']}; here the encoder, data and "
-        f"fixed costs of a step weigh more than at the paper's size. The paper's "
-        "columns are of its stage 2, second-hand."
+        f"## Cost\n\n{markdown_table(head, rows)}\n\nOf a regime's own stage. Vision tokens are "
+        f"counted once an image that is shown. Seconds: {report['machine']}; here the encoder, "
+        "data and fixed costs of a step weigh more than at the paper's size. The paper's columns "
+        "are of its stage 2, second-hand."
     )
 
 
@@ -206,13 +191,13 @@ def _kinds_section(report: Mapping[str, Any], main: Sequence[str]) -> str:
         [
             report["regimes"][name]["title"],
             count,
-            *(_points(report["regimes"][name]["accuracy_by_kind"][kind][count]) for kind in kinds),
+            *(points(report["regimes"][name]["accuracy_by_kind"][kind][count]) for kind in kinds),
         ]
         for name in main
         for count in report["counts"]
     ]
     asked = ", ".join(f"{kind} {number}" for kind, number in report["questions"].items())
-    return f"## By kind of question\n\n{_table(head, rows)}\n\nQuestions: {asked}."
+    return f"## By kind of question\n\n{markdown_table(head, rows)}\n\nQuestions: {asked}."
 
 
 def _figures(report: Mapping[str, Any]) -> str:
@@ -231,13 +216,3 @@ def _figures(report: Mapping[str, Any]) -> str:
     if sum(name in report["regimes"] for name in ODDS) > 1:
         lines += ["", "The odds, by kind of question.", "", "![Odds](odds.png)"]
     return "\n".join(lines)
-
-
-def _points(spread: Mapping[str, Any], *, signed: bool = False) -> str:
-    mean = f"{100 * spread['mean']:{'+' if signed else ''}.1f}"
-    return mean if spread["spread"] is None else f"{mean} ± {100 * spread['spread']:.1f}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

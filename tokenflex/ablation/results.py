@@ -7,8 +7,8 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from tokenflex.ablation.jobs import START, Job
-from tokenflex.ablation.regimes import Regime
+from tokenflex.ablation.jobs import Job
+from tokenflex.ablation.regimes import Regime, Start
 from tokenflex.ablation.scales import Scale
 from tokenflex.evaluation.counts import label_of
 
@@ -28,20 +28,24 @@ def collect(
     """``report.json`` of an ablation whose jobs are all done.
 
     Returns:
-        ``regimes``: by name, the start first, each with ``title``, ``accuracy`` (count ->
-        :func:`spread_of` over seeds), ``accuracy_by_kind`` (kind -> count -> the same), ``steps``
-        and ``views`` (images shown), ``vision_tokens`` and ``seconds`` of the training that is its
-        own, over seeds. Beside it ``scale``, ``counts``, ``unseen``, ``seeds``, ``questions``
-        (kind -> how many), ``samples``, ``standard_error`` (the largest of any model at any count,
-        from the questions asked) and ``machine``.
+        ``regimes``: by name, the starts first, each with ``title``, ``is_start``, ``accuracy``
+        (count -> :func:`spread_of` over seeds), ``accuracy_by_kind`` (kind -> count -> the same),
+        ``steps`` and ``views`` (images shown), ``vision_tokens`` and ``seconds`` of the training
+        that is its own, over seeds. Beside it ``scale``, ``counts``, ``unseen``, ``seeds``,
+        ``questions`` (kind -> how many), ``samples``, ``standard_error`` (the largest of any model
+        at any count, from the questions asked) and ``machine``.
     """
     reports = {job.name: job.report(output) for job in jobs}
-    titles = {one.name: one.title for one in regimes}
-    rows = {}
-    for name in dict.fromkeys(job.regime for job in jobs):
-        title = titles.get(name, f"the start: {scale.counts[-1]} alone, before the regimes")
-        of_regime = [job for job in jobs if job.regime == name]
-        rows[name] = {"title": title, **_row(of_regime, reports)}
+    starts = {regime.start.name: regime.start for regime in regimes}
+    compared: list[Start | Regime] = [*starts.values(), *regimes]
+    rows: dict[str, dict[str, Any]] = {
+        one.name: {
+            "title": one.title,
+            "is_start": isinstance(one, Start),
+            **_row([job for job in jobs if job.regime == one.name], reports),
+        }
+        for one in compared
+    }
     first = next(iter(reports.values()))
     return {
         "scale": scale.name,
@@ -56,7 +60,7 @@ def collect(
             error for report in reports.values() for error in report["standard_error"].values()
         ),
         "machine": machine,
-        "regimes": dict(sorted(rows.items(), key=lambda pair: not pair[0].startswith(START))),
+        "regimes": rows,
     }
 
 

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from tokenflex.ablation.figures import write_figures
+from tokenflex.ablation.gap import format_gap, write_gap_figure
 from tokenflex.ablation.jobs import plan_jobs
-from tokenflex.ablation.regimes import regimes
 from tokenflex.ablation.report import format_report
 from tokenflex.ablation.results import collect
 from tokenflex.ablation.runner import run_jobs
 from tokenflex.ablation.scales import Scale
+from tokenflex.ablation.suites import regimes_of
+from tokenflex.ablation.unseen import format_unseen
 from tokenflex.training.checkpoint import write_atomically, write_json
 
 
@@ -22,38 +24,41 @@ def ablate(
     scale: Scale,
     output: Path,
     *,
+    suite: str = "paper",
     seeds: int | None = None,
     at_once: int | None = None,
     show_bar: bool = True,
 ) -> dict[str, Any]:
-    """Train every regime of ``scale`` on every seed, and write what came of it into ``output``.
+    """Train every regime of a suite on every seed, and write what came of it into ``output``.
 
-    ``report.md``, ``report.json``, ``figure1.png``, ``figure3.png`` and ``odds.png``; a folder for
-    each run. What is done already is not done again: an interrupted ablation continues, and more
-    seeds add to what is there.
+    A folder for each run, and by suite: "paper" ``report.md``, ``report.json``, ``figure1.png``,
+    ``figure3.png`` and ``odds.png``; "gap" ``gap.md``, ``gap.json`` and ``gap.png``; "unseen"
+    ``unseen.md`` and ``unseen.json``. What is done already is not done again: an interrupted
+    ablation continues, more seeds add to what is there, and suites share the runs they have in
+    common.
 
     Args:
         scale: task, model and budget.
         output: the folder.
+        suite: what is compared, see :mod:`tokenflex.ablation.suites`.
         seeds: how many; as many as ``scale`` says if None.
         at_once: runs at a time; one a core on the CPU, and one on a GPU, if None.
         show_bar: whether to show a progress bar.
 
     Returns:
-        What ``report.json`` holds, see :func:`tokenflex.ablation.results.collect`.
+        What the JSON file holds, see :func:`tokenflex.ablation.results.collect`.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM came; the same call continues.
         JobFailedError: a run failed.
-        ValueError: the folder holds another ablation, or one is at work in it.
+        ValueError: an unknown suite; the folder holds another ablation, or one is at work in it.
     """
+    chosen = regimes_of(suite, scale)
     on_gpu = torch.cuda.is_available()
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     at_once = at_once or (1 if on_gpu else cores)
-    known = regimes(scale.counts)
-    chosen = [known[name] for name in scale.regimes] or [*known.values()]
     # Drawing canvases must keep up with a GPU; on the CPU the cores are busy with other runs.
     workers = max(cores // at_once - 1, 0) if on_gpu else 0
     jobs = plan_jobs(
@@ -64,8 +69,14 @@ def ablate(
         torch.cuda.get_device_name() if on_gpu else f"{cores} CPU cores, one thread each"
     )
     report = collect(scale, chosen, jobs, output, machine)
-    write_figures(report, output)
-    page = format_report(report)
-    write_atomically(output / "report.md", lambda path: path.write_text(page, encoding="utf-8"))
-    write_json(output / "report.json", report)
+    if suite == "gap":
+        write_gap_figure(report, output / "gap.png")
+        name, page = "gap", format_gap(report)
+    elif suite == "unseen":
+        name, page = "unseen", format_unseen(report)
+    else:
+        write_figures(report, output)
+        name, page = "report", format_report(report)
+    write_atomically(output / f"{name}.md", lambda path: path.write_text(page, encoding="utf-8"))
+    write_json(output / f"{name}.json", report)
     return report

@@ -29,7 +29,7 @@ class Scale:
         evaluated: canvases asked, of the test split; eight questions each.
         precision: of training on a GPU; a CPU trains in float32.
         seeds: how many, unless the user says so.
-        regimes: those that are trained; all if empty.
+        regimes: those of the suite `paper` that are trained; all if empty.
     """
 
     name: str

@@ -1,0 +1,92 @@
+"""What the pages of an ablation have in common: figures in points, tables, what was asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+
+def points(spread: Mapping[str, Any], *, signed: bool = False) -> str:
+    """Mean and standard deviation in percentage points; the mean alone of a single seed."""
+    mean = f"{100 * spread['mean']:{'+' if signed else ''}.1f}"
+    return mean if spread["spread"] is None else f"{mean} ± {100 * spread['spread']:.1f}"
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def accuracy_rows(
+    report: Mapping[str, Any], names: Sequence[str], counts: Sequence[str]
+) -> list[list[str]]:
+    """Title and accuracy at ``counts`` of each regime."""
+    rows = [report["regimes"][name] for name in names]
+    return [[row["title"], *(points(row["accuracy"][count]) for count in counts)] for row in rows]
+
+
+def accuracy_table(report: Mapping[str, Any]) -> str:
+    """For a terminal: every regime at every count."""
+    counts = [*report["counts"], *report["unseen"]]
+    rows = [
+        ["trained with, asked at", *counts],
+        *accuracy_rows(report, [*report["regimes"]], counts),
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(counts) + 1)]
+    lines = (
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+    return "\n".join(lines)
+
+
+def starts_of(report: Mapping[str, Any]) -> list[str]:
+    """Names of the rows that are no regimes but what they went on from."""
+    return [name for name, row in report["regimes"].items() if row["is_start"]]
+
+
+def asked_and_seeds(report: Mapping[str, Any]) -> str:
+    """In words: what accuracy is of, over how many seeds, and how sure."""
+    seeds, kinds = report["seeds"], report["questions"]
+    spread = "mean ± sample standard deviation over them" if len(seeds) > 1 else "no spread"
+    return (
+        "Digits task, canvases of scans that training never saw (split `test`): "
+        f"{report['samples']} canvases, {sum(kinds.values())} questions. Accuracy is in percent, "
+        f"the mean over the {len(kinds)} kinds of question. {len(seeds)} "
+        f"seed{'s' * (len(seeds) > 1)} ({spread}). The questions alone leave a standard error of "
+        f"at most {100 * report['standard_error']:.2f} points for one model."
+    )
+
+
+def nearest_trained(report: Mapping[str, Any], label: str) -> str:
+    """The trained count that has the most like tokens: ``"9"`` for ``"3x4"``."""
+    tokens = _tokens(label)
+    return min(report["counts"], key=lambda count: abs(int(count) - tokens))
+
+
+def below_nearest(report: Mapping[str, Any], name: str) -> dict[str, float]:
+    """Count that ``name`` was not trained with -> accuracy there minus that at the nearest."""
+    accuracy = report["regimes"][name]["accuracy"]
+    return {
+        label: accuracy[label]["mean"] - accuracy[nearest_trained(report, label)]["mean"]
+        for label in report["unseen"]
+    }
+
+
+def nearest_sentence(report: Mapping[str, Any], name: str, bound: float = 0.05) -> str:
+    """In words: at which unseen counts a regime is within ``bound`` of the nearest trained one."""
+    below = below_nearest(report, name)
+    near = [f"{label} ({100 * gain:+.1f})" for label, gain in below.items() if gain >= -bound]
+    far = [f"{label} ({100 * gain:+.1f})" for label, gain in below.items() if gain < -bound]
+    title = report["regimes"][name]["title"]
+    said = f"{title}: at {len(near)} of {len(below)} within {100 * bound:.0f} points below it"
+    return f"{said}, {', '.join(near) or 'none'}" + (f"; not at {', '.join(far)}." if far else ".")
+
+
+def _tokens(label: str) -> int:
+    return prod(map(int, label.split("x")))
