@@ -216,7 +216,6 @@ def test_the_teacher_is_the_model_at_the_largest_count(vision, share_prefix):
 
 
 def test_under_autocast_every_weight_has_the_gradient_it_has_without():
-    """A weight that was cast for the teacher's pass would have none."""
     _, _, exact = learned("siglip")
     _, _, near = learned("siglip", autocast=True)
     assert near.keys() == exact.keys()
@@ -247,6 +246,18 @@ def test_the_encoder_runs_once_and_the_rest_twice_in_the_mode_it_is_in():
         "projector": [(True, False), (True, True)],
         "text": [(True, False), (True, True)],
     }
+
+
+def test_no_weight_that_is_cast_for_the_teacher_is_kept_for_the_student():
+    """In older PyTorch it would have no gradient there."""
+    model, batch, cached = tiny_model(), batch_of(SHOWN, 16), []
+    model.model.language_model.register_forward_hook(
+        lambda *_: cached.append(torch.is_autocast_cache_enabled())
+    )
+    options = {"targets": batch.targets, "target_weights": torch.ones(len(batch.targets))}
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batch.model_inputs(), **options, teacher=batch.teacher.model_inputs())
+    assert cached == [False, True]
 
 
 def test_a_teacher_needs_targets():

@@ -586,7 +586,7 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
         if images is not None:
             images = EncodedImages(images.features.detach(), images.grids)
         device = self.get_input_embeddings().weight.device.type
-        # Weights that are cast without gradients must not be what the student finds in the cache.
+        # PyTorch before #165068 caches what is cast without gradients: the student would find it.
         autocasts = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=autocasts, cache_enabled=False):
             hidden = self.model(encoded_images=images, **inputs).last_hidden_state
