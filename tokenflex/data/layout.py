@@ -33,16 +33,16 @@ class PackedRow:
     targets: torch.Tensor
     targets_per_conversation: list[int]
 
-    def to(self, device: torch.device | str) -> PackedRow:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedRow:
         """The row with its tensors on ``device``."""
         shared = self.shared_prefixes
         return replace(
             self,
-            plan=self.plan.to(device),
-            vision_index=self.vision_index.to(device),
-            shared_prefixes=None if shared is None else shared.to(device),
-            target_rows=self.target_rows.to(device),
-            targets=self.targets.to(device),
+            plan=self.plan.to(device, non_blocking=non_blocking),
+            vision_index=self.vision_index.to(device, non_blocking=non_blocking),
+            shared_prefixes=None if shared is None else shared.to(device, non_blocking),
+            target_rows=self.target_rows.to(device, non_blocking=non_blocking),
+            targets=self.targets.to(device, non_blocking=non_blocking),
         )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from tokenflex.counts import Grid, TokenCount, TokenCounts, tokens_of
 from tokenflex.data.encoding import ConversationEncoder
-from tokenflex.data.layout import RowLayout
+from tokenflex.data.layout import PackedRow, RowLayout
 from tokenflex.data.samples import Conversation, Sample, SampleOutline
 from tokenflex.data.sharing import (
     EncodedConversation,
@@ -51,6 +51,33 @@ class DrawnSample:
 
 
 @dataclass(frozen=True)
+class TeacherView:
+    """The samples of a batch at a teacher's count: a row of its own over the batch's pixels.
+
+    Attributes:
+        num_image_tokens: vision tokens of each tile of the batch.
+        row: has the batch's targets, in their order.
+    """
+
+    num_image_tokens: list[TokenCount]
+    row: PackedRow
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TeacherView:
+        """The view with its tensors on ``device``."""
+        return replace(self, row=self.row.to(device, non_blocking))
+
+    def model_inputs(self) -> dict[str, Any]:
+        """The model's ``teacher``."""
+        return {
+            "num_image_tokens": self.num_image_tokens,
+            "plan": self.row.plan,
+            "vision_index": self.row.vision_index,
+            "shared_prefixes": self.row.shared_prefixes,
+            "logits_to_keep": self.row.target_rows,
+        }
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """One forward pass of training or evaluation.
 
@@ -65,6 +92,7 @@ class PackedBatch:
         shared_prefixes: which of the plan's sequences go on from another; None where none does.
         answers: for each conversation its ``kind`` and how many targets are its.
         sample_ids: for messages about this batch.
+        teacher: what a teacher is shown; None where there is none.
     """
 
     pixel_values: torch.Tensor
@@ -77,13 +105,16 @@ class PackedBatch:
     grids: list[Grid] | None = None
     answers: list[tuple[str, int]] = field(default_factory=list)
     sample_ids: list[str] = field(default_factory=list)
+    teacher: TeacherView | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The batch with its tensors on ``device``."""
         moved: dict[str, Any] = {
             f.name: getattr(self, f.name).to(device, non_blocking=True)
             for f in fields(self)
-            if isinstance(getattr(self, f.name), (torch.Tensor, PackPlan, SharedPrefixes))
+            if isinstance(
+                getattr(self, f.name), (torch.Tensor, PackPlan, SharedPrefixes, TeacherView)
+            )
         }
         return replace(self, **moved)
 
@@ -110,6 +141,8 @@ class PackingCollator:
             above all. For models whose ``takes_shared_prefixes`` says so.
         max_length: rows of a conversation at most, text and vision; longer ones are cut off. None
             for no bound.
+        teacher_count: the count that a teacher sees every sample at; None for no teacher. Then
+            conversations are cut off at this count, that both passes learn the same.
     """
 
     def __init__(
@@ -119,11 +152,13 @@ class PackingCollator:
         *,
         share_prefix: bool = False,
         max_length: int | None = None,
+        teacher_count: TokenCount | None = None,
     ) -> None:
         self.processor = processor
         self.counts = counts
         self.share_prefix = share_prefix
         self.max_length = max_length
+        self.teacher_count = teacher_count
         self.encode = ConversationEncoder(processor.tokenizer, processor.image_prompt)
 
     def __call__(self, drawn: Sequence[DrawnSample]) -> PackedBatch:
@@ -147,18 +182,12 @@ class PackingCollator:
                 for image in item.sample.images[: len(one.tiles)]
             ]
         )
-        tiles_left = iter(tiles)
-        tile_counts: list[TokenCount] = []
-        layout = RowLayout(self.processor.image_token_id)
-        vision_tokens = 0
-        for count, one in zip(counts, fitted, strict=True):
-            sample_tiles = [next(tiles_left) for _ in one.tiles]
-            tile_counts += [count] * sum(sample_tiles)
-            image_counts = [tokens_of(count) * tiles for tiles in sample_tiles]
-            shown = torch.arange(vision_tokens, vision_tokens + sum(image_counts))
-            vision_tokens += len(shown)
-            layout.add(one.sequences, shown.split(image_counts))
-        row = layout.plan()
+        tile_counts, row = self._lay_out(fitted, tiles, counts)
+        teacher = None
+        if self.teacher_count is not None:
+            same = [self.teacher_count] * len(counts)
+            teacher = TeacherView(*self._lay_out(fitted, tiles, same))
+            assert torch.equal(teacher.row.targets, row.targets)
         kinds = [one.kind for item in drawn for one in item.sample.conversations]
         return PackedBatch(
             pixel_values=data["pixel_values"],
@@ -171,7 +200,31 @@ class PackingCollator:
             shared_prefixes=row.shared_prefixes,
             answers=list(zip(kinds, row.targets_per_conversation, strict=True)),
             sample_ids=[item.sample.id for item in drawn],
+            teacher=teacher,
         )
+
+    def _lay_out(
+        self, fitted: Sequence[FittedSample], tiles: Sequence[int], counts: Sequence[TokenCount]
+    ) -> tuple[list[TokenCount], PackedRow]:
+        """The count of each tile, and the row of the samples at these counts.
+
+        Args:
+            fitted: the samples.
+            tiles: of each image of theirs.
+            counts: of each sample.
+        """
+        tiles_left = iter(tiles)
+        tile_counts: list[TokenCount] = []
+        layout = RowLayout(self.processor.image_token_id)
+        vision_tokens = 0
+        for count, one in zip(counts, fitted, strict=True):
+            sample_tiles = [next(tiles_left) for _ in one.tiles]
+            tile_counts += [count] * sum(sample_tiles)
+            image_counts = [tokens_of(count) * number for number in sample_tiles]
+            shown = torch.arange(vision_tokens, vision_tokens + sum(image_counts))
+            vision_tokens += len(shown)
+            layout.add(one.sequences, shown.split(image_counts))
+        return tile_counts, layout.plan()
 
     def fit(self, outline: SampleOutline, count: TokenCount) -> FittedSample:
         """What is packed of a sample at ``count`` tokens a tile: a pure function of the two.
@@ -180,7 +233,8 @@ class PackingCollator:
             ValueError: it cannot be encoded, or a conversation has nothing left to learn.
         """
         tiles = self.processor.image_tokens(list(outline.image_sizes), 1)
-        lengths = [tokens_of(count) * one for one in tiles]
+        longest = count if self.teacher_count is None else self.teacher_count
+        lengths = [tokens_of(longest) * one for one in tiles]
         image_token_id = self.processor.image_token_id
         encoded: list[EncodedConversation] = []
         for conversation in outline.conversations:

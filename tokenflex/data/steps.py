@@ -47,6 +47,8 @@ class PackedStep:
         rank_tokens: rows that this rank's samples were planned to take, those it could read.
         cost_balance: the costliest bin of all ranks over their mean, 1 where all are equal.
         broken: samples that this rank left out.
+        teacher_tokens, teacher_vision_tokens: of all ranks, as planned, in the passes of a teacher;
+            0 where there is none.
     """
 
     bins: list[PackedBatch]
@@ -59,6 +61,8 @@ class PackedStep:
     rank_tokens: int
     cost_balance: float
     broken: list[BrokenSample]
+    teacher_tokens: int = 0
+    teacher_vision_tokens: int = 0
 
     @property
     def rows(self) -> int:
@@ -77,6 +81,8 @@ class _Planned:
     tokens: int
     tiles: int
     targets: int
+    teacher_tokens: int
+    teacher_vision_tokens: int
 
 
 class StepPacker:
@@ -161,6 +167,8 @@ class StepPacker:
             rank_tokens=sum(one.tokens for one in planned if (*one.key, one.drawn) in read),
             cost_balance=max(costs) * len(costs) / sum(costs),
             broken=broken,
+            teacher_tokens=sum(one.teacher_tokens for one in planned),
+            teacher_vision_tokens=sum(one.teacher_vision_tokens for one in planned),
         )
 
     def _plan(self, key: Key, drawn: TokenCount) -> _Planned:
@@ -169,6 +177,11 @@ class StepPacker:
         tiles = sum(fitted.tiles)
         image_counts = [count * one for one in fitted.tiles]
         tokens = sum(one.num_tokens(image_counts) for one in fitted.sequences)
+        teacher_tokens = teacher_count = 0
+        if self.collator.teacher_count is not None:
+            teacher_count = tokens_of(self.collator.teacher_count)
+            seen = [teacher_count * one for one in fitted.tiles]
+            teacher_tokens = sum(one.num_tokens(seen) for one in fitted.sequences)
         targets = sum(int((one.labels != IGNORE).sum()) for one in fitted.sequences)
         for name, size, bound in (
             ("max_tokens", tokens, self.max_tokens),
@@ -176,7 +189,8 @@ class StepPacker:
         ):
             if size > bound:
                 raise ValueError(f"sample {outline.id} has {size}, more than {name} of {bound}")
-        return _Planned(key, drawn, fitted, count, tokens, tiles, targets)
+        seen_by_teacher = teacher_tokens, teacher_count * tiles
+        return _Planned(key, drawn, fitted, count, tokens, tiles, targets, *seen_by_teacher)
 
     def _read(self, planned: Sequence[_Planned], broken: list[BrokenSample]) -> list[DrawnSample]:
         members = []
@@ -230,4 +244,10 @@ def _places_of(rank: int, num_bins: int, num_ranks: int) -> Iterator[int]:
 def _without_targets(batch: PackedBatch) -> PackedBatch:
     """The same forward pass with nothing to learn."""
     none = batch.targets[:0]
-    return replace(batch, target_rows=none, targets=none, answers=[], sample_ids=[])
+    teacher = batch.teacher
+    if teacher is not None:
+        row = replace(teacher.row, target_rows=none, targets=none, targets_per_conversation=[])
+        teacher = replace(teacher, row=row)
+    return replace(
+        batch, target_rows=none, targets=none, answers=[], sample_ids=[], teacher=teacher
+    )

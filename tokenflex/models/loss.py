@@ -7,7 +7,8 @@ the logits are neither kept nor computed again; backward only multiplies by what
 (The idea is Liger-Kernel's, arXiv 2410.10989; this is plain PyTorch.)
 
 Memory: a chunk of logits a few times over, a gradient of the hidden rows, and one of the weight in
-float32 where it learns. Arithmetic: the head's three products, as without chunks.
+float32 where it learns. Arithmetic: the head's three products, as without chunks; a teacher's
+logits are one more.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 CHUNK_LOGITS = 2**26
-"""Logits of a chunk: 256 MiB in float32."""
+"""Logits of a chunk, a teacher's included: 256 MiB in float32."""
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -52,19 +53,64 @@ def head_cross_entropy(
     Raises:
         ValueError: the shapes do not fit together.
     """
+    _check_shapes(hidden, targets, target_weights)
+    loss: torch.Tensor
+    loss, _ = _HeadLoss.apply(hidden, weight, bias, targets, target_weights, transform, None, 0.0)
+    return loss
+
+
+def head_distillation(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    target_weights: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    distillation: float,
+    transform: Transform = lambda logits: logits,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`head_cross_entropy` plus ``distillation`` times how far a teacher's answers are.
+
+    That is the sum of KL(p_teacher || p_student), weighted as the cross entropy is. Teacher and
+    student go through the same head; nothing has a gradient on the teacher's side.
+
+    Args:
+        hidden, weight, bias, targets, target_weights, transform: as for
+            :func:`head_cross_entropy`.
+        teacher_hidden: [N, D], of the same targets in the same order.
+        distillation: the weight of the divergence.
+
+    Returns:
+        Two scalars: the loss, differentiable as :func:`head_cross_entropy`'s, and the sum of the
+        divergences that is in it, without a gradient.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    _check_shapes(hidden, targets, target_weights)
+    if teacher_hidden.shape != hidden.shape:
+        raise ValueError(
+            f"teacher_hidden must be {list(hidden.shape)} as hidden, got "
+            f"{list(teacher_hidden.shape)}"
+        )
+    losses: tuple[torch.Tensor, torch.Tensor] = _HeadLoss.apply(
+        hidden, weight, bias, targets, target_weights, transform, teacher_hidden, distillation
+    )
+    return losses
+
+
+def _check_shapes(
+    hidden: torch.Tensor, targets: torch.Tensor, target_weights: torch.Tensor
+) -> None:
     rows = len(hidden)
     if targets.shape != (rows,) or target_weights.shape != (rows,):
         raise ValueError(
             f"targets and target_weights must be [{rows}] for {rows} rows of hidden, got "
             f"{list(targets.shape)} and {list(target_weights.shape)}"
         )
-    loss: torch.Tensor = _HeadCrossEntropy.apply(
-        hidden, weight, bias, targets, target_weights, transform
-    )
-    return loss
 
 
-class _HeadCrossEntropy(torch.autograd.Function):
+class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -74,7 +120,9 @@ class _HeadCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         target_weights: torch.Tensor,
         transform: Transform,
-    ) -> torch.Tensor:
+        teacher_hidden: torch.Tensor | None,
+        distillation: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         device = hidden.device.type
         dtype = hidden.dtype
         if torch.is_autocast_enabled(device):
@@ -85,7 +133,9 @@ class _HeadCrossEntropy(torch.autograd.Function):
         grad_weight = weight.new_zeros(weight.shape, dtype=wide) if learns_weight else None
         grad_bias = weight.new_zeros(len(weight), dtype=wide) if learns_bias else None
         total = hidden.new_zeros((), dtype=wide)
-        rows = max(1, CHUNK_LOGITS // len(weight))
+        divergence = torch.zeros_like(total)
+        logits_a_row = len(weight) * (1 if teacher_hidden is None else 2)
+        rows = max(1, CHUNK_LOGITS // logits_a_row)
         with torch.autocast(device, enabled=False):
             cast = weight.to(dtype)
             cast_bias = None if bias is None else bias.to(dtype)
@@ -93,9 +143,20 @@ class _HeadCrossEntropy(torch.autograd.Function):
                 here = slice(first, first + rows)
                 inputs = hidden[here].to(dtype)
                 logits = F.linear(inputs, cast, cast_bias).to(wide)
+                teacher = None
+                if teacher_hidden is not None:
+                    seen = F.linear(teacher_hidden[here].to(dtype), cast, cast_bias).to(wide)
+                    teacher = F.log_softmax(transform(seen), -1)
+                    del seen
                 with torch.enable_grad():
                     logits.requires_grad_()
-                    each = F.cross_entropy(transform(logits), targets[here], reduction="none")
+                    student = F.log_softmax(transform(logits), -1)
+                    each = F.nll_loss(student, targets[here], reduction="none")
+                    if teacher is not None:
+                        apart = F.kl_div(student, teacher, reduction="none", log_target=True)
+                        apart = apart.sum(-1)
+                        divergence += (apart.detach() * target_weights[here]).sum()
+                        each = each + distillation * apart
                     loss = (each * target_weights[here]).sum()
                 total += loss.detach()
                 if not any(ctx.needs_input_grad[:3]):
@@ -109,12 +170,13 @@ class _HeadCrossEntropy(torch.autograd.Function):
                 if grad_weight is not None:
                     grad_weight += grad.T @ inputs
         ctx.gradients = grad_hidden, grad_weight, grad_bias
-        return total
+        ctx.mark_non_differentiable(divergence)
+        return total, divergence
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         gradients = ctx.gradients
         del ctx.gradients  # nobody needs them twice
         scaled = (None if one is None else one.mul_(grad) for one in gradients)
-        return (*scaled, None, None, None)
+        return (*scaled, None, None, None, None, None)

@@ -14,6 +14,7 @@ import inspect
 import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -35,7 +36,7 @@ from tokenflex.counts import Grid, ImageTokenCounts, token_grid, token_grids
 from tokenflex.models.attention import PACKED_ATTENTION
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.head import build_head, transform_logits
-from tokenflex.models.loss import head_cross_entropy
+from tokenflex.models.loss import head_cross_entropy, head_distillation
 from tokenflex.models.prefixes import SharedPrefixes
 from tokenflex.models.vision import EncodedImages, encode
 from tokenflex.positions import shared_image_positions
@@ -329,6 +330,18 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         )
 
 
+@dataclass
+class TokenFlexOutput(CausalLMOutputWithPast):
+    """transformers' output, and of a loss with a teacher the part that it is ``distillation`` of.
+
+    Attributes:
+        distillation_loss: scalar, the weighted sum of KL(p_teacher || p_student) over the targets,
+            without a gradient; None without a teacher.
+    """
+
+    distillation_loss: torch.Tensor | None = None
+
+
 class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixin):
     """A vision-language model whose vision-token count is an argument of the call."""
 
@@ -462,8 +475,10 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
         logits_to_keep: int | torch.Tensor = 0,
         targets: torch.Tensor | None = None,
         target_weights: torch.Tensor | None = None,
+        teacher: dict[str, Any] | None = None,
+        distillation: float = 0.0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> TokenFlexOutput:
         """Logits, and the loss where ``labels`` are given; with ``targets`` the loss alone.
 
         Args:
@@ -494,14 +509,28 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
             targets: int64 [N], the next token at each of the kept positions, row after row, in
                 place of ``labels``; see :func:`tokenflex.models.loss.head_cross_entropy`.
             target_weights: [N], how much each of the ``targets`` counts.
+            teacher: with ``targets``, the same samples at other counts: ``num_image_tokens``,
+                ``plan``, ``vision_index``, ``shared_prefixes`` and ``logits_to_keep`` of a second
+                pass, without gradients, over images that are encoded once for both.
+            distillation: what KL(p_teacher || p_student) at the targets counts in the loss; see
+                :func:`tokenflex.models.loss.head_distillation`.
 
         Returns:
             ``logits`` [B, L, V] ([1, total, V] for a packed row), ``loss``, ``past_key_values``.
-            With ``targets`` no logits, and the loss is their weighted sum.
+            With ``targets`` no logits, and the loss is their weighted sum; with ``teacher`` also
+            ``distillation_loss``.
 
         Raises:
             ValueError: placeholders, counts and tiles do not fit together; both numbers are named.
         """
+        teacher_hidden = None
+        if teacher is not None:
+            if targets is None:
+                raise ValueError("a teacher is for targets: give targets with it")
+            if pixel_values is not None:
+                encoded_images = self.encode_images(pixel_values, grids)
+                pixel_values = grids = None
+            teacher_hidden = self._teacher_hidden(encoded_images, **teacher)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -523,9 +552,11 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
             hidden = hidden.index_select(1, logits_to_keep)
         elif logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
-        logits = loss = None
+        logits = loss = distillation_loss = None
         if targets is not None:
-            loss = self._target_loss(hidden.flatten(0, 1), targets, target_weights, labels)
+            loss, distillation_loss = self._target_loss(
+                hidden.flatten(0, 1), targets, target_weights, labels, teacher_hidden, distillation
+            )
         else:
             logits = transform_logits(self.lm_head(hidden), self.config.text_config)
         if labels is not None:
@@ -535,13 +566,31 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
                 vocab_size=self.config.text_config.vocab_size,
                 **kwargs,
             )
-        return CausalLMOutputWithPast(
+        return TokenFlexOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            distillation_loss=distillation_loss,
         )
+
+    @torch.no_grad()
+    def _teacher_hidden(
+        self, images: EncodedImages | None, *, logits_to_keep: torch.Tensor, **inputs: Any
+    ) -> torch.Tensor:
+        """[targets, D] of the teacher's pass, in the mode that the modules are in.
+
+        It goes before the student's pass, which keeps for backward what this one does not.
+        """
+        if images is not None:
+            images = EncodedImages(images.features.detach(), images.grids)
+        device = self.get_input_embeddings().weight.device.type
+        # PyTorch before #165068 caches what is cast without gradients: the student would find it.
+        autocasts = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=autocasts, cache_enabled=False):
+            hidden = self.model(encoded_images=images, **inputs).last_hidden_state
+        return hidden.index_select(1, logits_to_keep).flatten(0, 1)
 
     def _target_loss(
         self,
@@ -549,21 +598,24 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
         targets: torch.Tensor,
         target_weights: torch.Tensor | None,
         labels: torch.Tensor | None,
-    ) -> torch.Tensor:
+        teacher_hidden: torch.Tensor | None,
+        distillation: float,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if target_weights is None or labels is not None:
             raise ValueError("targets come with target_weights, and in place of labels")
         if type(self.lm_head) is not nn.Linear:  # adapted or quantised: more than its weight
             raise ValueError(
                 f"targets need a plain Linear as the head, give labels to {type(self.lm_head)}"
             )
-        return head_cross_entropy(
-            hidden,
-            self.lm_head.weight,
-            self.lm_head.bias,
-            targets,
-            target_weights,
-            lambda logits: transform_logits(logits, self.config.text_config),
-        )
+        weight, bias = self.lm_head.weight, self.lm_head.bias
+        inputs = hidden, weight, bias, targets, target_weights
+
+        def transform(logits: torch.Tensor) -> torch.Tensor:
+            return transform_logits(logits, self.config.text_config)
+
+        if teacher_hidden is None:
+            return head_cross_entropy(*inputs, transform), None
+        return head_distillation(*inputs, teacher_hidden, distillation, transform)
 
 
 def use_packed_attention(language_model: PreTrainedModel) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tokenflex.counts import TokenCount, TokenCounts, token_grid
+from tokenflex.counts import TokenCount, TokenCounts, token_grid, tokens_of
 from tokenflex.data.steps import Draw
 from tokenflex.digits.canvas import CELL_PIXELS
 from tokenflex.positions import check_image_positions
@@ -106,6 +106,9 @@ class StageConfig(Strict):
     cost that hold at most ``max_tokens`` rows and ``max_tiles`` tiles each.
     ``loss`` says how answer tokens weigh: all the same ("token"), or by one over the square root of
     their answer's length ("square"), as the released model was trained.
+    With ``distillation`` the loss of an answer token is its cross entropy plus so many times
+    KL(teacher || student), where the teacher is the same model at the same step, without a
+    gradient, shown the sample at the largest count that has odds.
     """
 
     name: str
@@ -121,6 +124,7 @@ class StageConfig(Strict):
     max_tiles: Int | None = Field(default=None, ge=1, le=MAX_INT32)
     max_length: Int | None = Field(default=None, ge=2)
     loss: Literal["token", "square"] = "token"
+    distillation: Float = Field(default=0.0, ge=0, lt=float("inf"))
     warmup_steps: Int = Field(default=0, ge=0)
     warmup_share: Float = Field(default=0.0, ge=0, lt=1)
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -132,6 +136,16 @@ class StageConfig(Strict):
     def learning(self) -> tuple[str, ...]:
         """The modules that learn."""
         return tuple(name for name, rate in self.learning_rate.items() if rate)
+
+    @property
+    def drawn_counts(self) -> tuple[TokenCount, ...]:
+        """The counts that have odds."""
+        return tuple(n for n, odds in zip(self.counts, self.weights, strict=True) if odds)
+
+    @property
+    def teacher_count(self) -> TokenCount | None:
+        """The count that the teacher of ``distillation`` sees; None where there is none."""
+        return max(self.drawn_counts, key=tokens_of) if self.distillation else None
 
     @property
     def budget(self) -> float:
@@ -182,6 +196,16 @@ class StageConfig(Strict):
                     "weights must be equal with draw: all, which shows every count as often, got "
                     f"{self.weights}"
                 )
+        if self.distillation and self.draw == "all":
+            raise ValueError(
+                "distillation must be 0 with draw: all, which shows the largest count itself, got "
+                f"{self.distillation}"
+            )
+        if self.distillation and len({tokens_of(count) for count in self.drawn_counts}) < 2:
+            raise ValueError(
+                f"distillation of {self.distillation} needs counts of at least two sizes with odds "
+                f"above 0, got counts {self.counts} with weights {self.weights}"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
         if not all(0 <= rate < float("inf") for rate in self.learning_rate.values()):

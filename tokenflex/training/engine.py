@@ -30,12 +30,15 @@ class StepOutcome:
         norm: scalar, the gradients' norm before it was clipped.
         broken: samples that ranks left out, each counted by every rank that met it.
         interrupted: whether a signal came to any rank before the step.
+        distillation_loss: float32 scalar, the part of the loss that is ``distillation`` times this;
+            None where that is off.
     """
 
     loss: torch.Tensor
     norm: torch.Tensor
     broken: int
     interrupted: bool
+    distillation_loss: torch.Tensor | None = None
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -97,9 +100,8 @@ def optimize(
     here = torch.tensor([weight_here, len(packed.broken), interrupted]).to(device)
     everywhere = accelerator.reduce(here, "sum").tolist()
     weight_everywhere, broken_everywhere, interrupted_everywhere = everywhere
-    drawn = (n for n, odds in zip(stage.counts, stage.weights, strict=True) if odds)
-    count = min(drawn, key=tokens_of)
-    loss = torch.zeros((), device=device)
+    count = min(stage.drawn_counts, key=tokens_of)
+    loss, distillation_loss = torch.zeros(2, device=device)
     for place, (batch, weight) in enumerate(zip(packed.bins, weights, strict=True), start=1):
         last = place == len(packed.bins)
         # Shards exchange gradients after every bin: whole ones would need the memory of no shards.
@@ -107,11 +109,16 @@ def optimize(
             batch = with_a_tile(batch.to(device), accelerator.unwrap_model(model), count)
             with accelerator.autocast():
                 inputs = batch.model_inputs()
-                summed = model(**inputs, targets=batch.targets, target_weights=weight).loss
-            share = summed / weight_everywhere
+                if batch.teacher is not None:
+                    inputs["teacher"] = batch.teacher.model_inputs()
+                    inputs["distillation"] = stage.distillation
+                outputs = model(**inputs, targets=batch.targets, target_weights=weight)
+            share = outputs.loss / weight_everywhere
             # Gradients are averaged over ranks; the shares of all ranks add up to the loss.
             accelerator.backward(share * accelerator.num_processes)
             loss += share.detach()
+            if stage.distillation:
+                distillation_loss += outputs.distillation_loss / weight_everywhere
     norm = accelerator.clip_grad_norm_(model.parameters(), stage.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -120,6 +127,9 @@ def optimize(
         norm=norm.full_tensor() if isinstance(norm, DTensor) else norm,
         broken=int(broken_everywhere),
         interrupted=bool(interrupted_everywhere),
+        distillation_loss=accelerator.reduce(distillation_loss, "sum")
+        if stage.distillation
+        else None,
     )
 
 
@@ -133,7 +143,12 @@ def with_a_tile(batch: PackedBatch, model: Any, count: TokenCount) -> PackedBatc
         return batch
     pixels, grids = blank_tile(model.model.vision_model, model.config.vision_config)
     pixels = pixels.to(batch.plan.input_ids.device)
-    return replace(batch, pixel_values=pixels, grids=grids, num_image_tokens=[count])
+    teacher = batch.teacher
+    if teacher is not None:
+        teacher = replace(teacher, num_image_tokens=[count])
+    return replace(
+        batch, pixel_values=pixels, grids=grids, num_image_tokens=[count], teacher=teacher
+    )
 
 
 def target_weights(batch: PackedBatch, loss: str) -> torch.Tensor:

@@ -8,7 +8,7 @@ tokens a conversation, more for longer ones.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -58,6 +58,25 @@ def training_flops(model: Any, learning: Collection[str]) -> Flops:
         token=forward.token * through_text,
         target=forward.target * through_text,
     )
+
+
+def teacher_flops(model: Any) -> Flops:
+    """A teacher's forward pass, over images that the student's has encoded."""
+    return replace(forward_flops(model), tile=0.0)
+
+
+def tile_cost(model: Any, learning: Collection[str], teacher_vision_tokens: int = 0) -> float:
+    """What a tile costs in rows of the language model, with those it takes in a teacher's pass.
+
+    The rows that text takes there are left out: about as many in every sample.
+
+    Args:
+        model, learning: as for :func:`training_flops`.
+        teacher_vision_tokens: of a tile; 0 for no teacher.
+    """
+    training, teacher = training_flops(model, learning), teacher_flops(model)
+    seen = teacher_vision_tokens * (teacher.vision_token + teacher.token)
+    return training.tile_cost + seen / training.token
 
 
 def forward_flops(model: Any) -> Flops:

@@ -39,7 +39,7 @@ from tokenflex.training.config import StageConfig, TrainConfig
 from tokenflex.training.engine import StepOutcome, build_accelerator, optimize, prepare
 from tokenflex.training.evaluations import Evaluator, interrupted_anywhere
 from tokenflex.training.faults import BrokenSamples, check_finite
-from tokenflex.training.flops import training_flops
+from tokenflex.training.flops import teacher_flops, tile_cost, training_flops
 from tokenflex.training.layers import adapted_layers
 from tokenflex.training.peaks import peak_flops
 from tokenflex.training.records import (
@@ -118,12 +118,7 @@ class Trainer:
         evaluation = config.evaluation
         asked = None if evaluation is None else build_dataset(evaluation.data)
         self.processor = build_processor(config.model)
-        trained = {
-            count
-            for stage in config.stages
-            for count, weight in zip(stage.counts, stage.weights, strict=True)
-            if weight
-        }
+        trained = {count for stage in config.stages for count in stage.drawn_counts}
         model = build_model(config.model, self.processor, trained)
         check_dropout(model, config)
         self.shards = config.sharding == "full" and ranks > 1
@@ -286,7 +281,7 @@ class Trainer:
                 saves = step % self.config.save_every == 0 or outcome.interrupted or last
                 bar.update(1 if stage.tokens is None else packed.tokens)
                 if step % self.config.log_every == 0 or last:
-                    self._log(stage_index, loss, norm, packed, scheduler, meter, bar)
+                    self._log(stage_index, outcome, packed, scheduler, meter, bar)
                 if saves:
                     save()
                 if outcome.interrupted:
@@ -309,6 +304,7 @@ class Trainer:
         return Meter(
             record,
             training_flops(self.model, stage.learning),
+            teacher_flops=teacher_flops(self.model) if stage.distillation else None,
             peak=None if each is None else each * self.accelerator.num_processes,
             device=device,
         )
@@ -343,6 +339,7 @@ class Trainer:
             if self.config.data_of(earlier) == data
         )
         counts = TokenCounts(stage.counts, stage.weights, seed=self.config.seed)
+        teacher = stage.teacher_count
         sampler = StepSampler(
             self.orders[data],
             first_position=before + first_step * stage.samples_read,
@@ -356,11 +353,14 @@ class Trainer:
                 counts,
                 share_prefix=self.model.takes_shared_prefixes,
                 max_length=stage.max_length,
+                teacher_count=teacher,
             ),
             draw=stage.draw,
             max_tokens=stage.max_tokens,
             max_tiles=stage.max_tiles,
-            tile_cost=training_flops(self.model, stage.learning).tile_cost,
+            tile_cost=tile_cost(
+                self.model, stage.learning, 0 if teacher is None else tokens_of(teacher)
+            ),
             rank=self.accelerator.process_index,
             num_ranks=self.accelerator.num_processes,
         )
@@ -403,8 +403,7 @@ class Trainer:
     def _log(
         self,
         stage_index: int,
-        loss: float,
-        norm: float,
+        outcome: StepOutcome,
         packed: PackedStep,
         scheduler: Any,
         meter: Meter,
@@ -415,9 +414,11 @@ class Trainer:
         if not self.is_main:
             return
         stage, record = self.config.stages[stage_index], self.records[-1]
+        norm, distilled = outcome.norm.item(), outcome.distillation_loss
         line = {
             **self._place(stage_index),
-            "loss": loss,
+            "loss": outcome.loss.item(),
+            **({} if distilled is None else {"distillation_loss": distilled.item()}),
             # float16 has steps whose gradients overflowed, and JSON has no infinity.
             "gradient_norm": norm if math.isfinite(norm) else None,
             "learning_rate": dict(zip(stage.learning, scheduler.get_last_lr(), strict=True)),

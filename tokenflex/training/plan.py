@@ -30,7 +30,7 @@ from tokenflex.training.build import (
 )
 from tokenflex.training.config import SampleConfig, StageConfig, TrainConfig
 from tokenflex.training.data_config import DataConfig
-from tokenflex.training.flops import Flops, training_flops
+from tokenflex.training.flops import Flops, teacher_flops, tile_cost, training_flops
 from tokenflex.training.layers import layers_of
 
 MEASURED_SAMPLES = 64
@@ -50,7 +50,8 @@ class StagePlan:
         tokens: expected rows of the language model, text and vision.
         vision_tokens: the expected share of them that is vision.
         flops: expected floating-point operations, forward and backward.
-        flops_saved: how much of them the drawn counts save against the largest one, 0 to 1.
+        flops_saved: how much of them the drawn counts save against the largest one, at most 1; a
+            teacher's pass may cost more than they save.
         tile_cost: what encoding a tile costs, in rows of the language model.
         state_bytes: weights, gradients and optimiser state of one process; where they are sharded
             its share of them, and the weights that are gathered at once.
@@ -146,6 +147,9 @@ def _plan_stage(
     samples = steps * stage.batch_size
     cost = samples * _sample_flops(flops, sample, expected)
     largest = samples * _sample_flops(flops, sample, max(map(tokens_of, stage.counts)))
+    teacher = 0 if stage.teacher_count is None else tokens_of(stage.teacher_count)
+    if teacher:
+        cost += samples * _sample_flops(teacher_flops(model), sample, teacher)
     trained = {name: _parameters(model, name) for name in stage.learning}
     weights = sum(parameter.numel() for parameter in model.parameters())
     return StagePlan(
@@ -158,7 +162,7 @@ def _plan_stage(
         vision_tokens=samples * sample.shown * expected,
         flops=cost,
         flops_saved=1 - cost / largest,
-        tile_cost=flops.tile_cost,
+        tile_cost=tile_cost(model, stage.learning, teacher),
         state_bytes=_state_bytes(model, weights, sum(trained.values()), config, processes),
         activation_bytes=_activation_bytes(stage, model, sample, tokens, config),
     )

@@ -21,6 +21,8 @@ from tokenflex.training.flops import Flops
 
 COUNTED = ("samples", "tokens", "vision_tokens", "tiles", "targets")
 
+_TEACHERS = ("teacher_tokens", "teacher_vision_tokens")
+
 # What depends on the machine and the moment: all else is the same whenever a run is repeated.
 TIMING_KEYS = frozenset(
     {
@@ -75,6 +77,7 @@ class Meter:
     Args:
         record: where each step is counted as well.
         flops: what the stage's arithmetic costs.
+        teacher_flops: what a teacher's pass costs, where there is one.
         peak: operations a second that all processes can do at most; None where nobody knows.
         device: where the model is.
         clock: seconds.
@@ -85,12 +88,14 @@ class Meter:
         record: StageRecord,
         flops: Flops,
         *,
+        teacher_flops: Flops | None = None,
         peak: float | None,
         device: torch.device,
         clock: Any = time.perf_counter,
     ) -> None:
         self.record = record
         self._flops = flops
+        self._teacher_flops = teacher_flops
         self._peak = peak
         self._device = device
         self._clock = clock
@@ -100,7 +105,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(device)
 
     def _begin_window(self) -> None:
-        self._window = dict.fromkeys(COUNTED, 0)
+        self._window = dict.fromkeys((*COUNTED, *_TEACHERS), 0)
         self._steps = 0
         self._waited = self._computed = 0.0
 
@@ -122,7 +127,7 @@ class Meter:
         self._waited += waited
         self._computed += computed
         self._steps += 1
-        for name in COUNTED:
+        for name in self._window:
             self._window[name] += getattr(packed, name)
 
     def shared(self, packed: PackedStep) -> list[float]:
@@ -144,6 +149,13 @@ class Meter:
             tokens=window["tokens"],
             targets=window["targets"],
         )
+        if self._teacher_flops is not None:
+            flops += self._teacher_flops.total(
+                tiles=window["tiles"],
+                vision_tokens=window["teacher_vision_tokens"],
+                tokens=window["teacher_tokens"],
+                targets=window["targets"],
+            )
         self._begin_window()
         return {
             "padding_share": sum(padding) / sum(rows),
