@@ -626,11 +626,11 @@ def test_a_step_in_several_passes_is_the_step_in_one(tmp_path):
 
 def test_square_weights_count_long_answers_less(tmp_path, monkeypatch):
     """The first loss against the formula, from each answer token's own loss."""
-    seen, cross_entropy = [], F.cross_entropy
+    seen, nll_loss = [], F.nll_loss
 
-    def recording(logits, targets, **options):
-        seen.append(cross_entropy(logits, targets, reduction="none").detach())
-        return cross_entropy(logits, targets, **options)
+    def recording(log_probabilities, targets, **options):
+        seen.append(nll_loss(log_probabilities, targets, reduction="none").detach())
+        return nll_loss(log_probabilities, targets, **options)
 
     def two_lengths(dataset, index):
         sample = original(dataset, index)
@@ -639,7 +639,7 @@ def test_square_weights_count_long_answers_less(tmp_path, monkeypatch):
 
     original = DigitsDataset.__getitem__
     monkeypatch.setattr(DigitsDataset, "__getitem__", two_lengths)
-    monkeypatch.setattr(F, "cross_entropy", recording)
+    monkeypatch.setattr(F, "nll_loss", recording)
     stages = [stage(steps=1, batch_size=3, loss="square")]
     train(configured(tmp_path, stages=stages, encoder_warm_up=None, evaluation=None))
     weight = torch.tensor([*[2**-0.5] * 2, *[8**-0.5] * 8] * 3)
