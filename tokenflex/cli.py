@@ -125,7 +125,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     _quiet_libraries()
     from tqdm import tqdm
 
-    from tokenflex.counts import tokens_of
+    from tokenflex.counts import AUTO, tokens_of
     from tokenflex.evaluation import evaluate
     from tokenflex.evaluation.counts import resolve_count
     from tokenflex.evaluation.report import format_table, write_report
@@ -137,7 +137,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.score not in SCORES:
         raise ValueError(f"--score must be one of {', '.join(SCORES)}, got {options.score!r}")
     folder = _checkpoint_of(options)
-    counts = [resolve_count(count, folder) for count in options.counts]
+    if options.penalty is not None and AUTO not in options.counts:
+        raise ValueError(f"--penalty is for the count auto, got it with {options.counts}")
+    counts = [resolve_count(count, folder, options.penalty) for count in options.counts]
     dataset = build_dataset(_evaluation_data(options))
     output, alone = options.output, options.output is not None and options.output.suffix == ".json"
     if output is not None:  # before the work, not after it
@@ -162,10 +164,14 @@ def _evaluate(options: argparse.Namespace) -> int:
             on_batch=bar.update,
         )
     print(format_table(report))
+    title = f"{folder.resolve().name} on {Path(options.data).name}"
+    if options.penalty is not None:
+        report["penalty"] = options.penalty
+        title += f", auto at a penalty of {options.penalty:g}"
     if output is not None and alone:
         write_json(output, report)
     elif output is not None:
-        write_report(output, report, f"{folder.resolve().name} on {Path(options.data).name}")
+        write_report(output, report, title)
     return 0
 
 
@@ -326,7 +332,6 @@ def _generate(options: argparse.Namespace) -> int:
     from tokenflex.data.messages import open_image
     from tokenflex.data.samples import Conversation, Turn
     from tokenflex.models.loading import check_length, load_checkpoint
-    from tokenflex.selection.storage import router_of
 
     images = [open_image(path) for path in options.image]
     model, processor = load_checkpoint(options.model)
@@ -335,12 +340,15 @@ def _generate(options: argparse.Namespace) -> int:
     encoder = ConversationEncoder(processor.tokenizer, processor.image_prompt)
     prompt = encoder.prompt(conversation, len(images))
     counts = options.tokens or [processor.num_image_tokens]
-    if AUTO not in counts and options.penalty is not None:
-        raise ValueError(f"--penalty is for --tokens auto, got it with --tokens {counts}")
+    for knob in ("penalty", "budget", "confidence"):
+        if AUTO not in counts and getattr(options, knob) is not None:
+            raise ValueError(f"--{knob} is for --tokens auto, got it with --tokens {counts}")
     for count in counts:
-        most = max(router_of(model).counts) if count == AUTO else count
-        tokens = processor.image_tokens(images, most, max_tiles=options.max_tiles)
-        check_length(model.config, sum(tokens))
+        most = _largest_count(model, options) if count == AUTO else count
+        tokens = sum(processor.image_tokens(images, most, max_tiles=options.max_tiles))
+        if count == AUTO and options.budget is not None:
+            tokens = min(tokens, options.budget)
+        check_length(model.config, tokens)
     answers = answer_at_counts(
         model,
         processor,
@@ -350,15 +358,33 @@ def _generate(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
         max_tiles=options.max_tiles,
         penalty=options.penalty,
+        budget=options.budget,
+        confidence=options.confidence,
     )
-    print(f"{'tokens':>7}  {'first_s':>7}  {'total_s':>7}  answer")
-    for answer in answers:
+    cascade = options.confidence is not None
+    for place, answer in enumerate(answers):
+        if place == 0:  # what cannot be answered prints nothing
+            all_tries = f"{'all':>7}  " * cascade
+            print(f"{'tokens':>7}  {all_tries}{'first_s':>7}  {'total_s':>7}  answer")
+        all_tries = f"{answer.read_vision_tokens:>7}  " * cascade
         print(
-            f"{answer.vision_tokens:>7}  {answer.first_token_seconds:>7.3f}  "
+            f"{answer.vision_tokens:>7}  {all_tries}{answer.first_token_seconds:>7.3f}  "
             f"{answer.seconds:>7.3f}  {answer.text}",
             flush=True,
         )
     return 0
+
+
+def _largest_count(model: Any, options: argparse.Namespace) -> Any:
+    """Of those that auto may choose."""
+    from tokenflex.selection.choice import known_counts, trained_counts
+    from tokenflex.selection.storage import router_of
+
+    if options.confidence is not None:
+        return trained_counts(model)[-1]
+    if options.budget is not None:
+        return known_counts(model)[-1]
+    return router_of(model).counts[-1]
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -484,6 +510,16 @@ def _positive(text: str) -> int:
     return value
 
 
+def _probability(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
+    return value
+
+
 class _OneLineParser(argparse.ArgumentParser):
     """Errors in one line, like all others; ``--help`` has the usage."""
 
@@ -553,6 +589,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_counts_grids_or_auto,
         required=True,
         help="counts, grids of height x width, or auto (chosen per question): 64,144,12x16,auto",
+    )
+    evaluate.add_argument(
+        "--penalty",
+        type=float,
+        help="of auto: share of right answers given up to save all tokens; the router's own if "
+        "left out",
     )
     evaluate.add_argument(
         "--score",
@@ -636,10 +678,23 @@ def _parser() -> argparse.ArgumentParser:
         type=_counts_grids_or_auto,
         help="per image: counts, grids of height x width, or auto, for example 64,144,12x16,auto",
     )
-    generate.add_argument(
+    choice = generate.add_mutually_exclusive_group()
+    choice.add_argument(
         "--penalty",
         type=float,
         help="with auto: share of right answers given up to save all tokens, for example 0.05",
+    )
+    choice.add_argument(
+        "--budget",
+        type=_positive,
+        help="with auto: vision tokens for all images together at most; needs no router",
+    )
+    choice.add_argument(
+        "--confidence",
+        type=_probability,
+        help="with auto: answer with few tokens, and again with more while the least certain token "
+        "of the answer has a probability below this, for example 0.9; needs no router. The table "
+        "then also shows the vision tokens of all tries",
     )
     generate.add_argument("--max-tiles", type=_positive, help="cut images into at most so many")
     generate.add_argument("--max-new-tokens", type=_positive, default=64, help="longest answer")
