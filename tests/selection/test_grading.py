@@ -16,6 +16,7 @@ from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor
 from tokenflex.evaluation import evaluate
+from tokenflex.evaluation import grading as forced_grading
 from tokenflex.selection.cascade import generate_with_escalation
 from tokenflex.selection.choice import choose_counts
 from tokenflex.selection.curve import score, selection_curve
@@ -151,11 +152,31 @@ def test_statistics_and_embeddings_are_means_and_deviations():
     torch.testing.assert_close(vectors[2], embedding(words[2])[0].detach())
 
 
+@pytest.mark.parametrize("change", ["whole conversations", "a row at a time"])
+def test_grades_do_not_depend_on_how_the_work_is_shared_out(
+    processor,  # noqa: F811
+    dataset,
+    half_taught,  # noqa: F811
+    monkeypatch,
+    change,
+):
+    assert half_taught.takes_shared_prefixes
+    usual = grade(half_taught, processor, dataset, COUNTS)
+    if change == "whole conversations":
+        monkeypatch.setattr(type(half_taught), "takes_shared_prefixes", False)
+    else:
+        monkeypatch.setattr(forced_grading, "ROWS_AT_ONCE", 1)
+    grades = grade(half_taught, processor, dataset, COUNTS)
+    assert torch.equal(grades.right, usual.right)
+    torch.testing.assert_close(grades.confidence, usual.confidence)
+    assert 0 < grades.confidence.min() < grades.confidence.max() <= 1
+
+
 def test_a_conversation_without_an_answer_is_refused_by_name():
     class Unanswered(Several):
         samples = (Sample("s7", (picture(1),), (Conversation((Turn("user", "odd"),)),)),)
 
-    with pytest.raises(ValueError, match="sample s7 holds a conversation without an answer"):
+    with pytest.raises(ValueError, match="sample s7: a conversation holds no answer to grade"):
         grade(tiny_model(), digits_processor(), Unanswered(), COUNTS)
 
 

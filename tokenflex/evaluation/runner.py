@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -89,12 +90,13 @@ def evaluate(
             pixels = batch.pixel_values.to(model.device, non_blocking=True)
             encoded = model.encode_images(pixels, batch.grids)
             encoding_seconds += _seconds_since(started, model.device)
+            asked = _asked(batch, encode, counts, score)
             for label, count in zip(labels, counts, strict=True):
                 started = time.perf_counter()
-                questions = _questions(model, batch, encoded, count, encode, score)
+                questions = _at_count(model, encoded, asked, count)
                 vision = project(model, encoded, questions)
                 if score == FORCED:
-                    right = grade_forced(model, processor, encode, questions, vision)
+                    right = grade_forced(model, processor, questions, vision).right.tolist()
                 else:
                     right = grade_generated(
                         model,
@@ -130,33 +132,44 @@ def _batches(samples: int, batch_size: int) -> list[list[tuple[int, int]]]:
     ]
 
 
-def _questions(
-    model: Any,
-    batch: PreparedBatch,
-    encoded: EncodedImages,
-    count: AskedCount,
-    encode: ConversationEncoder,
-    score: str,
+def _asked(
+    batch: PreparedBatch, encode: ConversationEncoder, counts: Sequence[AskedCount], score: str
+) -> list[list[Question]]:
+    """Every conversation of each sample, with what it takes to ask it, but no counts yet."""
+    forced = score == FORCED
+    needs_prompts = not forced or any(selector_of(count) is not None for count in counts)
+    return [
+        [
+            Question(
+                sample,
+                conversation,
+                prompt_ids=sample.prompt_ids(encode, conversation) if needs_prompts else None,
+                encoded=sample.encoded(encode, conversation) if forced else None,
+            )
+            for conversation in sample.conversations
+        ]
+        for sample in batch.samples
+    ]
+
+
+def _at_count(
+    model: Any, encoded: EncodedImages, asked: Sequence[Sequence[Question]], count: AskedCount
 ) -> list[Question]:
-    """Every conversation of the batch, with the grid of each of its images."""
+    """Every question with the grid of each of its images."""
     selector = selector_of(count)
-    needs_prompts = score != FORCED or selector is not None
     questions = []
-    for sample in batch.samples:
-        asked = sample.conversations
-        prompts = [sample.prompt_ids(encode, one) for one in asked] if needs_prompts else []
+    for of_sample in asked:
+        sample = of_sample[0].sample
         if selector is None:
-            grids = [(token_grid(count, name="counts"),) * len(sample.tiles)] * len(asked)
+            grids = [(token_grid(count, name="counts"),) * len(sample.tiles)] * len(of_sample)
         else:
             images = encoded.select(sample.tile_range)
+            prompts = [one.prompt_ids for one in of_sample if one.prompt_ids is not None]
             grids = [
                 tuple(token_grid(one, name=selector.label) for one in counts)
                 for counts in selector.select(model, images, sample.tiles, prompts)
             ]
-        questions += [
-            Question(sample, conversation, own, prompts[place] if prompts else None)
-            for place, (conversation, own) in enumerate(zip(asked, grids, strict=True))
-        ]
+        questions += [replace(one, grids=own) for one, own in zip(of_sample, grids, strict=True)]
     return questions
 
 
