@@ -18,7 +18,7 @@ from tokenflex.evaluation.counts import AskedCount, labels_of, selector_of
 from tokenflex.evaluation.grading import grade_forced, grade_generated
 from tokenflex.evaluation.questions import PreparedBatch, Question, ReadBatch, project
 from tokenflex.evaluation.scoring import FORCED, SCORES
-from tokenflex.evaluation.statistics import Verdict, accuracy_of, group_by_kind
+from tokenflex.evaluation.statistics import Verdict, accuracy_of, group_by_kind, vision_tokens_of
 from tokenflex.models.vision import EncodedImages
 
 
@@ -63,9 +63,11 @@ def evaluate(
         ``score``; by count, named as :func:`tokenflex.evaluation.counts.label_of` does:
         ``accuracy`` (the mean over kinds, so that rare kinds weigh the same), ``standard_error``
         (robust to questions about one image; None for one sample), ``vision_tokens_per_image`` and
-        ``_per_question``, ``evaluation_seconds`` (encoding included, as if each count were asked
-        alone); ``accuracy_by_kind`` and ``standard_error_by_kind`` (kind -> count), ``questions``
-        (kind -> how many), ``samples`` and ``encoding_seconds``. All is as in JSON.
+        ``_per_question`` (means over kinds as well) and ``_per_question_unweighted`` (see
+        :class:`tokenflex.evaluation.statistics.VisionTokens`), ``evaluation_seconds`` (encoding
+        included, as if each count were asked alone); ``accuracy_by_kind`` and
+        ``standard_error_by_kind`` (kind -> count), ``questions`` (kind -> how many), ``samples``
+        and ``encoding_seconds``. All is as in JSON.
 
     Raises:
         TypeError: a count is neither a count nor a selector.
@@ -195,6 +197,7 @@ def _report(
         "samples": 0,
         "vision_tokens_per_image": {},
         "vision_tokens_per_question": {},
+        "vision_tokens_per_question_unweighted": {},
         "evaluation_seconds": {},
         "encoding_seconds": encoding_seconds,
     }
@@ -209,8 +212,9 @@ def _report(
             report["standard_error_by_kind"][kind][label] = one.standard_error
         report["questions"] = {kind: len(of_kind) for kind, of_kind in groups.items()}
         report["samples"] = len({row.sample for row in rows})
-        tokens, images = sum(r.vision_tokens for r in rows), sum(r.images for r in rows)
-        report["vision_tokens_per_image"][label] = tokens / images if images else 0.0
-        report["vision_tokens_per_question"][label] = tokens / len(rows)
+        tokens = vision_tokens_of(rows)
+        report["vision_tokens_per_image"][label] = tokens.per_image
+        report["vision_tokens_per_question"][label] = tokens.per_question
+        report["vision_tokens_per_question_unweighted"][label] = tokens.per_question_unweighted
         report["evaluation_seconds"][label] = encoding_seconds + seconds[label]
     return {key: dict(value) if isinstance(value, dict) else value for key, value in report.items()}
