@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -33,7 +34,9 @@ from tokenflex.selection.storage import load_router
 from tokenflex.training.checkpoint import STATE_KEYS, save_model
 from tokenflex_kernels import info
 
-COMMANDS = ("info", "train", "evaluate", "harness", "route", "generate", "convert", "plot")
+COMMANDS = (
+    *("info", "train", "evaluate", "harness", "route", "generate", "convert", "ablate", "plot"),
+)
 BAR = re.compile(r"\d+%\||\| \d+/\d+ \[")
 
 
@@ -85,6 +88,11 @@ def test_help_has_an_example_that_is_a_command(command, name, tmp_path, monkeypa
     example = out.split("example:", 1)[1]
     assert f"tokenflex {name}" in example
     monkeypatch.chdir(tmp_path)  # where none of its files are
+
+    def needs_no_files(*_, **__):
+        raise ValueError("an ablation takes minutes")
+
+    monkeypatch.setattr("tokenflex.ablation.run.ablate", needs_no_files)
     words = re.findall(r"'[^']*'|\S+", example)[1:]
     _, _, errors = command(*(word.strip("'") for word in words))
     assert all("usage:" not in line for line in errors)
@@ -872,11 +880,21 @@ def test_debug_shows_the_error_itself(tmp_path):
         main(["plot", str(tmp_path), "--debug"])
 
 
+@pytest.mark.parametrize("module", ["tokenflex", "tokenflex.cli"])
+def test_python_runs_it_as_a_module(capsys, monkeypatch, tmp_path, module):
+    monkeypatch.setattr(sys, "argv", ["tokenflex", "plot", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(module, run_name="__main__")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("tokenflex: report file")
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("module", ["tokenflex", "tokenflex.cli"])
 @pytest.mark.parametrize("debug", [False, True])
-def test_as_a_process(tmp_path, debug):
+def test_as_a_process(tmp_path, module, debug):
     result = subprocess.run(
-        [sys.executable, "-m", "tokenflex.cli", "plot", str(tmp_path), *["--debug"] * debug],
+        [sys.executable, "-m", module, "plot", str(tmp_path), *["--debug"] * debug],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         cwd=tmp_path,
         capture_output=True,
@@ -890,3 +908,29 @@ def test_as_a_process(tmp_path, debug):
         assert result.returncode == 2
         assert result.stderr.count("\n") == 1
     assert "report.json" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_core_alone_shows_info_and_says_what_the_rest_needs(tmp_path):
+    """In a process that has none of the extras' packages; so do help texts and their checks."""
+    extras = ("transformers", "PIL", "safetensors", "accelerate", "datasets", "matplotlib")
+    extras += ("pydantic", "yaml", "sklearn", "tqdm")
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({extras}))\n"
+        "from tokenflex.cli import main\n"
+        "codes = [main(['info']), main(['generate', '--model', 'm', '--prompt', 'odd'])]\n"
+        "sys.exit(codes != [0, 2])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "TOKENFLEX_BACKEND" in result.stdout
+    needs = r"tokenflex: generate needs transformers\S*; pip install 'tokenflex\[hf\]'\n"
+    assert re.fullmatch(needs, result.stderr)
