@@ -84,6 +84,56 @@ def test_auto_answers_what_its_count_does_and_the_encoder_runs_once():
     assert cheap.text == next(answer_at_counts(*ask, ([9, 4],), max_new_tokens=4)).text
 
 
+def test_a_cascade_answers_as_its_last_try_and_adds_up_all_of_them():
+    model = tiny_model(trained_num_image_tokens=[4, 9, 16])
+    processor = tiling_processor(6)
+    ask = (model, processor, [picture(1, (32, 64)), picture(2)], "<image> odd <image>")
+    encoder = CallCounter(model.model.vision_model)
+    options = {"max_new_tokens": 4, "confidence": 1.0}
+    largest, never_sure = answer_at_counts(*ask, (16, "auto"), **options)
+    assert encoder.calls == 1
+    assert (largest.vision_tokens, largest.read_vision_tokens) == (48, 48)
+    assert (never_sure.vision_tokens, never_sure.read_vision_tokens) == (48, 12 + 27 + 48)
+    assert never_sure.text == largest.text
+    options["confidence"] = 0.0
+    smallest, sure = answer_at_counts(*ask, (4, "auto"), **options)
+    assert (sure.vision_tokens, sure.read_vision_tokens) == (12, 12)
+    assert sure.text == smallest.text != largest.text
+
+
+def test_a_cascades_first_token_comes_after_the_tries_before_it(monkeypatch):
+    """Three tries of a slow prompt and one slow token each."""
+    model = tiny_model(trained_num_image_tokens=[4, 9, 16])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", -1)
+    decode = model.model.language_model.forward
+
+    def slow_decode(*args, **kwargs):
+        time.sleep(0.1)
+        return decode(*args, **kwargs)
+
+    model.model.language_model.forward = slow_decode
+    ask = (model, digits_processor(), [picture(1)], "<image> odd", ("auto",))
+    (answer,) = answer_at_counts(*ask, max_new_tokens=2, confidence=1.0)
+    assert answer.first_token_seconds >= 0.5
+    assert answer.seconds >= answer.first_token_seconds + 0.1
+
+
+def test_a_budget_is_the_prompts():
+    model, processor = tiny_model(), digits_processor()
+    attach_router(model, FixedRouter([0, 0.5, 0.6], [0, 0.2, 0.9]))
+    ask = (model, processor, [picture(1), picture(2)], "<image> odd <image>", ("auto",))
+    (answer,) = answer_at_counts(*ask, budget=17, max_new_tokens=4)
+    assert answer.vision_tokens == 13  # what is left after 9 for the first is too little
+    assert answer.text == next(answer_at_counts(*ask[:4], ([9, 4],), max_new_tokens=4)).text
+
+
+@pytest.mark.parametrize("other", [{"penalty": 0.1}, {"budget": 9}])
+def test_confidence_stands_alone(other):
+    ask = (tiny_model(), digits_processor(), [picture(1)], "<image> odd", ("auto",))
+    with pytest.raises(ValueError, match="confidence must be given alone"):
+        list(answer_at_counts(*ask, confidence=0.9, **other))
+
+
 def test_choosing_is_part_of_the_time_to_the_first_token(monkeypatch):
     model, processor = tiny_model(), digits_processor()
     router = FixedRouter([0, 0, 1])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +34,9 @@ from tokenflex.selection.storage import load_router
 from tokenflex.training.checkpoint import STATE_KEYS, save_model
 from tokenflex_kernels import info
 
-COMMANDS = ("info", "train", "evaluate", "harness", "route", "generate", "convert", "plot")
+COMMANDS = (
+    *("info", "train", "evaluate", "harness", "route", "generate", "convert", "ablate", "plot"),
+)
 BAR = re.compile(r"\d+%\||\| \d+/\d+ \[")
 
 
@@ -84,6 +88,11 @@ def test_help_has_an_example_that_is_a_command(command, name, tmp_path, monkeypa
     example = out.split("example:", 1)[1]
     assert f"tokenflex {name}" in example
     monkeypatch.chdir(tmp_path)  # where none of its files are
+
+    def needs_no_files(*_, **__):
+        raise ValueError("an ablation takes minutes")
+
+    monkeypatch.setattr("tokenflex.ablation.run.ablate", needs_no_files)
     words = re.findall(r"'[^']*'|\S+", example)[1:]
     _, _, errors = command(*(word.strip("'") for word in words))
     assert all("usage:" not in line for line in errors)
@@ -262,6 +271,67 @@ def test_generate_chooses_with_the_router(command, routed, image):
     assert {int(line.split()[0]) for line in out.splitlines()[1:]} <= {4, 9, 16}
 
 
+def test_generate_spreads_a_budget_over_the_images_of_the_prompt(
+    command, checkpoint, routed, image, tmp_path
+):
+    """With a router, and without one by detail among the counts of training."""
+    save_model(tmp_path / "t", tiny_model(trained_num_image_tokens=[4, 9, 16]), digits_processor(9))
+    for folder in (routed, tmp_path / "t"):
+        two = ("generate", "--model", folder, "--image", image, "--image", image)
+        base = (*two, "--prompt", "odd", "--max-new-tokens", 1, "--tokens")
+        assert list(answers(command(*base, "auto", "--budget", 8)[1])) == [8]
+        code, out, errors = command(*base, "auto,16", "--budget", 26)
+        assert (code, errors) == (0, [])
+        auto, largest = answers(out)
+        assert (largest, auto in (8, 13, 18, 20, 25)) == (32, True)
+        assert_one_line(command(*base, "auto", "--budget", 7), "at least 8", "got 7")
+        assert command(*base, "auto", "--budget", 7)[1] == ""  # not even the table's head
+    # by detail more is never worth less: 9 and 16, or 16 and 9
+    base = ("generate", "--model", tmp_path / "t", "--image", image, "--image", image)
+    out = command(*base, "--prompt", "odd", "--tokens", "auto", "--budget", 26)[1]
+    assert list(answers(out)) == [25]
+
+
+def test_generate_escalates_until_it_is_sure(command, image, tmp_path):
+    """All tries are counted; what is not tried again is the smallest count's answer."""
+    save_model(tmp_path / "t", tiny_model(trained_num_image_tokens=[4, 9, 16]), digits_processor(9))
+    base = ("generate", "--model", tmp_path / "t", "--image", image, "--image", image)
+    base = (*base, "--prompt", "odd", "--max-new-tokens", 3, "--tokens")
+    by_count = answers(command(*base, "4,16")[1])
+    for confidence, tokens, tries in ((0, 8, 8), (1, 32, 58)):
+        code, out, errors = command(*base, "auto", "--confidence", confidence)
+        assert (code, errors) == (0, [])
+        header, row = out.splitlines()
+        assert header.split() == ["tokens", "all", "first_s", "total_s", "answer"]
+        assert [int(cell) for cell in row.split()[:2]] == [tokens, tries]
+        assert " ".join(row.split()[4:]) == " ".join(by_count[tokens].split())
+
+
+def test_a_budget_is_what_a_prompt_may_be_long(command, image, tmp_path):
+    """256 positions: the largest count would not fit, what the budget leaves of it does."""
+    trained = tiny_model(trained_num_image_tokens=[4, 400])
+    save_model(tmp_path / "t", trained, digits_processor(9))
+    base = ("generate", "--model", tmp_path / "t", "--image", image, "--prompt", "odd")
+    base = (*base, "--tokens", "auto", "--max-new-tokens", 1)
+    assert list(answers(command(*base, "--budget", 200)[1])) == [4]
+    assert_one_line(command(*base, "--budget", 300), "256 positions, got 300")
+    assert_one_line(command(*base, "--confidence", 0.5), "256 positions, got 400")
+
+
+def test_evaluate_takes_the_penalty_of_auto(command, routed, tmp_path):
+    base = ("evaluate", routed, "--data", "digits", "--size", 2, "--counts", "auto,4")
+    tokens = {}
+    for penalty in (0, 100):
+        code, _, errors = command(*base, "--penalty", penalty, "--output", tmp_path / "out")
+        assert (code, errors) == (0, [])
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert report["penalty"] == penalty
+        title = (tmp_path / "out" / "report.md").read_text().splitlines()[0]
+        assert title == f"# c on digits, auto at a penalty of {penalty}"
+        tokens[penalty] = report["vision_tokens_per_question"]["auto"]
+    assert tokens[100] == 4 < tokens[0]
+
+
 @pytest.mark.usefixtures("few_steps")
 def test_route_on_own_data_measures_what_is_held_out(command, checkpoint, image, tmp_path):
     rows = [
@@ -292,6 +362,17 @@ def test_route_on_own_data_measures_what_is_held_out(command, checkpoint, image,
     [
         (("generate", "--tokens", "auto"), "has no router to choose counts with; make one with"),
         (("generate", "--tokens", "4", "--penalty", 0.1), "--penalty is for --tokens auto"),
+        (("generate", "--tokens", "4", "--budget", 9), "--budget is for --tokens auto"),
+        (("generate", "--confidence", 0.5), "--confidence is for --tokens auto"),
+        (("generate", "--tokens", "auto", "--budget", 9, "--penalty", 0), "not allowed with"),
+        (("generate", "--tokens", "auto", "--budget", 9, "--confidence", 1), "not allowed with"),
+        (("generate", "--tokens", "auto", "--confidence", 1, "--penalty", 0), "not allowed with"),
+        (("generate", "--tokens", "auto", "--confidence", 1.2), "from 0 to 1, got 1.2"),
+        (("generate", "--tokens", "auto", "--confidence", "nan"), "from 0 to 1, got nan"),
+        (("generate", "--tokens", "auto", "--confidence", "high"), "a number, got 'high'"),
+        (("generate", "--tokens", "auto", "--budget", 0), "at least 1, got 0"),
+        (("generate", "--tokens", "auto", "--budget", 9), "config.trained_num_image_tokens must"),
+        (("evaluate", "--data", "digits", "--counts", "4", "--penalty", 1), "for the count auto"),
         (("generate", "--tokens", "4,best"), "got 'best' in '4,best'"),
         (("route", "--data", "digits", "--counts", "4"), "counts must be two or more"),
         (("route", "--data", "digits", "--counts", "4,16", "--max-drop", 2), "max_drop must be"),
@@ -701,6 +782,12 @@ def test_an_option_that_is_not_allowed(command, checkpoint, name, option, value,
     assert_one_line(command(name, "--model", checkpoint, *rest, option, value), *words)
 
 
+def test_a_penalty_of_evaluate_is_refused_before_the_work(command, routed, monkeypatch):
+    monkeypatch.setattr(TokenFlexForConditionalGeneration, "from_pretrained", None)
+    base = ("evaluate", routed, "--data", "digits", "--size", 2, "--counts", "auto")
+    assert_one_line(command(*base, "--penalty", -1), "penalty", "got -1")
+
+
 def test_auto_where_counts_cannot_be_chosen(command, checkpoint, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenflex.selection", None)
     monkeypatch.setitem(sys.modules, "tokenflex.selection.choice", None)
@@ -715,7 +802,7 @@ def test_auto_asks_what_the_checkpoint_chooses_with(command, checkpoint, monkeyp
         model, input_ids, *, attention_mask, encoded_images, tiles_per_image, **options
     ):
         assert model.router == "the router"
-        assert not options
+        assert options == {"penalty": None}
         placeholders = (input_ids == model.config.image_token_id).sum(1).tolist()
         assert placeholders == [1] * len(input_ids)
         assert len(encoded_images) == sum(tiles_per_image) == len(input_ids)
@@ -738,7 +825,12 @@ def test_auto_asks_what_the_checkpoint_chooses_with(command, checkpoint, monkeyp
     code, out, errors = command(*base, "--counts", "auto,4")
     assert (code, errors) == (0, [])
     assert re.search(r"^vision tokens\s+auto\s+4$", out, re.MULTILINE)
-    assert re.search(r"^tokens/image\s+8\.4\s+4\.0$", out, re.MULTILINE)
+    chosen = defaultdict(list)  # by kind
+    for i in range(2):
+        for place, conversation in enumerate(DigitsDataset("test", size=2)[i].conversations):
+            chosen[conversation.kind].append(9 if place else 4)
+    mean = np.mean([np.mean(counts) for counts in chosen.values()])
+    assert re.search(rf"^tokens/image\s+{mean:.1f}\s+4\.0$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("models", [0, 2])
@@ -788,11 +880,21 @@ def test_debug_shows_the_error_itself(tmp_path):
         main(["plot", str(tmp_path), "--debug"])
 
 
+@pytest.mark.parametrize("module", ["tokenflex", "tokenflex.cli"])
+def test_python_runs_it_as_a_module(capsys, monkeypatch, tmp_path, module):
+    monkeypatch.setattr(sys, "argv", ["tokenflex", "plot", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(module, run_name="__main__")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("tokenflex: report file")
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("module", ["tokenflex", "tokenflex.cli"])
 @pytest.mark.parametrize("debug", [False, True])
-def test_as_a_process(tmp_path, debug):
+def test_as_a_process(tmp_path, module, debug):
     result = subprocess.run(
-        [sys.executable, "-m", "tokenflex.cli", "plot", str(tmp_path), *["--debug"] * debug],
+        [sys.executable, "-m", module, "plot", str(tmp_path), *["--debug"] * debug],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         cwd=tmp_path,
         capture_output=True,
@@ -806,3 +908,29 @@ def test_as_a_process(tmp_path, debug):
         assert result.returncode == 2
         assert result.stderr.count("\n") == 1
     assert "report.json" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_core_alone_shows_info_and_says_what_the_rest_needs(tmp_path):
+    """In a process that has none of the extras' packages; so do help texts and their checks."""
+    extras = ("transformers", "PIL", "safetensors", "accelerate", "datasets", "matplotlib")
+    extras += ("pydantic", "yaml", "sklearn", "tqdm")
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({extras}))\n"
+        "from tokenflex.cli import main\n"
+        "codes = [main(['info']), main(['generate', '--model', 'm', '--prompt', 'odd'])]\n"
+        "sys.exit(codes != [0, 2])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "TOKENFLEX_BACKEND" in result.stdout
+    needs = r"tokenflex: generate needs transformers\S*; pip install 'tokenflex\[hf\]'\n"
+    assert re.fullmatch(needs, result.stderr)

@@ -11,6 +11,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from tokenflex.counts import AUTO, ImageTokenCounts
+from tokenflex.selection.cascade import generate_with_escalation
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,15 @@ class Answer:
 
     Attributes:
         vision_tokens: of all images together.
-        first_token_seconds: encoding the images, reading the prompt, and the first token.
+        read_vision_tokens: with those of the prompts of a cascade's answers that were given up.
+        first_token_seconds: encoding the images, reading the prompt, and the first token; of a
+            cascade the first of the answer that counts, after all others.
         seconds: to the end of the answer, encoding included.
         text: the answer.
     """
 
     vision_tokens: int
+    read_vision_tokens: int
     first_token_seconds: float
     seconds: float
     text: str
@@ -40,6 +44,8 @@ def answer_at_counts(
     max_new_tokens: int = 64,
     max_tiles: int | None = None,
     penalty: float | None = None,
+    budget: int | None = None,
+    confidence: float | None = None,
 ) -> Iterator[Answer]:
     """The greedy answer at each count, whatever search the model's generation config names.
 
@@ -56,18 +62,27 @@ def answer_at_counts(
         max_new_tokens: of an answer.
         max_tiles: as the processor takes it.
         penalty: for "auto", see :func:`tokenflex.selection.choice.choose_counts`.
+        budget: likewise.
+        confidence: for "auto", in place of the two: the threshold of a cascade, see
+            :func:`tokenflex.selection.cascade.generate_with_escalation`.
+
+    Raises:
+        ValueError: ``confidence`` is given with another, or as the two functions say.
     """
+    if confidence is not None and (penalty, budget) != (None, None):
+        raise ValueError(
+            f"confidence must be given alone, got penalty {penalty} and budget {budget} with it"
+        )
     tokenizer = processor.tokenizer
     ends = model.generation_config.eos_token_id
     options = {
-        "do_sample": False,
-        "num_beams": 1,  # beams cannot be timed token by token
         "eos_token_id": tokenizer.eos_token_id if ends is None else ends,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    greedy = {"do_sample": False, "num_beams": 1}  # beams cannot be timed token by token
     warm_up = processor(text=prompt.replace(processor.image_token, ""), add_special_tokens=False)
     if warm_up["input_ids"].numel():
-        model.generate(**warm_up.to(model.device), **options, max_new_tokens=1)
+        model.generate(**warm_up.to(model.device), **greedy, **options, max_new_tokens=1)
     encoded, encoding_seconds = None, 0.0
     if images:
         data, _ = processor.process_images(images, max_tiles=max_tiles)
@@ -90,26 +105,31 @@ def answer_at_counts(
             inputs.pop(name, None)
         inputs = {**inputs.to(model.device), "encoded_images": encoded}
         clock = _FirstTokenClock()
-        if inputs.get("num_image_tokens") == AUTO:
-            inputs = model.choose_counts(**inputs, penalty=penalty)
-        output = model.generate(
-            **inputs,
-            **options,
-            max_new_tokens=max_new_tokens,
-            streamer=clock,
-        )
+        asked = {**options, "max_new_tokens": max_new_tokens, "streamer": clock}
+        auto = inputs.get("num_image_tokens") == AUTO
+        if auto and confidence is not None:
+            tried = generate_with_escalation(model, threshold=confidence, **inputs, **asked)
+            new = tried.new_tokens[0]
+            (vision_tokens,), (read,) = tried.vision_tokens, tried.prefill_tokens
+        else:
+            if auto:
+                inputs = model.choose_counts(**inputs, penalty=penalty, budget=budget)
+            new = model.generate(**inputs, **greedy, **asked)[0, inputs["input_ids"].shape[1] :]
+            vision_tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
+            read = vision_tokens
         seconds = clock.seconds()
-        text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         yield Answer(
-            vision_tokens=int((inputs["input_ids"] == processor.image_token_id).sum()),
+            vision_tokens=vision_tokens,
+            read_vision_tokens=read,
             first_token_seconds=encoding_seconds + clock.first_token_seconds,
             seconds=encoding_seconds + seconds,
-            text=text.strip(),
+            text=tokenizer.decode(new, skip_special_tokens=True).strip(),
         )
 
 
 class _FirstTokenClock(BaseStreamer):
-    """``generate`` hands over the prompt first, then every token once it is on the host."""
+    """``generate`` hands over the prompt first, then every token once it is on the host. Of
+    several calls, one after the other, the last one's first token counts."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -122,7 +142,7 @@ class _FirstTokenClock(BaseStreamer):
             self.first_token_seconds = self.seconds()
 
     def end(self) -> None:
-        pass
+        self._puts = 0
 
     def seconds(self) -> float:
         return time.perf_counter() - self.started

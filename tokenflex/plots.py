@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from tokenflex.selection.curve import CurvePoint
+from tokenflex.selection.curve import PROMPT_QUESTIONS, CurvePoint
 from tokenflex.training.checkpoint import write_atomically
 
 OVERALL = "#1f4e79"
@@ -180,6 +180,14 @@ def plot_selection(points: Sequence[CurvePoint], path: Path) -> None:
     _draw(axes, tuned, "router", color=KINDS[0], marker="o", markersize=4)
     own = [point for point in by_selector["router"] if point.setting == "own"]
     _draw(axes, own, "router, own penalty", color=KINDS[0], marker="D", linestyle="none")
+    _draw(
+        axes,
+        by_selector["budget"],
+        f"budget, over {PROMPT_QUESTIONS} questions",
+        color=KINDS[3],
+        marker="^",
+        markersize=4.5,
+    )
     cascade = by_selector["cascade"]
     _draw(axes, cascade, "cascade, last answer", color=KINDS[1], marker="s", markersize=3.5)
     _draw(

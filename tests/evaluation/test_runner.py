@@ -300,16 +300,21 @@ def test_a_selector_chooses_per_question(processor, dataset, half_taught, score)
     options = {"score": score, "max_new_tokens": 3, "batch_size": 4}
     selector = ByLength()
     report = evaluate(half_taught, processor, dataset, [4, selector, 16], **options)
-    short = 0
+    short, by_kind = 0, defaultdict(list)
     for i in range(len(dataset)):
         for conversation in dataset[i].conversations:
             few = " " not in conversation.turns[0].text
             short += few
+            by_kind[conversation.kind].append(4 if few else 16)
             row = report["accuracy_by_kind"][conversation.kind]
             assert row["auto"] == row["4" if few else "16"]
     assert 0 < short < 24
-    mean = (4 * short + 16 * (24 - short)) / 24
-    assert report["vision_tokens_per_image"]["auto"] == pytest.approx(mean)
+    over_kinds = sum(sum(tokens) / len(tokens) for tokens in by_kind.values()) / len(by_kind)
+    over_questions = (4 * short + 16 * (24 - short)) / 24
+    assert over_kinds != pytest.approx(over_questions)
+    assert report["vision_tokens_per_image"]["auto"] == pytest.approx(over_kinds)
+    assert report["vision_tokens_per_question"]["auto"] == pytest.approx(over_kinds)
+    assert report["vision_tokens_per_question_unweighted"]["auto"] == pytest.approx(over_questions)
     assert selector.asked == [(1, (1,), 4)] * 6
 
 
@@ -333,6 +338,7 @@ def test_a_selector_chooses_per_image(processor, score):
     report = evaluate(model, processor, Tiled(), [FirstAndOthers()], **options)
     assert shown == [13]
     assert report["vision_tokens_per_question"] == {"auto": 13 * 3 / 4}
+    assert report["vision_tokens_per_question_unweighted"] == {"auto": 13 * 3 / 4}
     assert report["vision_tokens_per_image"] == {"auto": 6.5}
 
 

@@ -7,7 +7,7 @@ from math import sqrt
 import numpy as np
 import pytest
 
-from tokenflex.evaluation.statistics import Verdict, accuracy_of
+from tokenflex.evaluation.statistics import Verdict, accuracy_of, vision_tokens_of
 
 
 def verdict(sample: int, right: bool, kind: str = "") -> Verdict:
@@ -46,3 +46,18 @@ def test_the_mean_over_kinds_has_the_error_of_a_bootstrap_over_samples():
 
 def test_a_single_sample_says_nothing_of_others():
     assert accuracy_of([verdict(0, True), verdict(0, False)]).standard_error is None
+
+
+def test_tokens_are_weighed_as_accuracy_is():
+    """Three questions that cost 4, one that costs 16 for two images, one without images."""
+    rows = [Verdict(i, "coarse", True, 1, 4) for i in range(3)]
+    rows += [Verdict(3, "fine", False, 2, 16), Verdict(4, "text", True, 0, 0)]
+    tokens = vision_tokens_of(rows)
+    assert tokens.per_question == pytest.approx((4 + 16 + 0) / 3)
+    assert tokens.per_image == pytest.approx((4 + 8) / 2)  # of the kinds that show images
+    assert tokens.per_question_unweighted == pytest.approx(28 / 5)
+
+
+def test_questions_without_images_cost_nothing():
+    tokens = vision_tokens_of([Verdict(0, "a", True, 0, 0), Verdict(1, "b", True, 0, 0)])
+    assert (tokens.per_image, tokens.per_question, tokens.per_question_unweighted) == (0, 0, 0)

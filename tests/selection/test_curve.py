@@ -6,18 +6,27 @@ import numpy as np
 import pytest
 import torch
 
+from tests.models.tiny import WIDTH, picture, tiny_model
 from tests.selection.planted import COUNTS, FixedRouter, planted_grades
+from tokenflex.data.samples import Conversation, Sample, Turn
+from tokenflex.digits.processor import digits_processor
 from tokenflex.plots import plot_selection
+from tokenflex.selection.choice import choose_counts
 from tokenflex.selection.curve import (
     CurvePoint,
     as_rows,
+    budgeted,
+    budgets_between,
     escalated,
     format_curve,
     routed,
     selection_curve,
 )
-from tokenflex.selection.grading import Grades
+from tokenflex.selection.grading import Grades, grade
 from tokenflex.selection.router import Router
+from tokenflex.selection.storage import attach_router
+
+BUDGET_8 = ("budget", "8")
 
 
 def by_setting(points, selector) -> dict[str, CurvePoint]:
@@ -66,6 +75,101 @@ def test_every_selector_counted_by_hand(grades):
     (oracle,) = by_setting(points, "oracle").values()
     assert oracle.accuracy == pytest.approx(0.75)
     assert oracle.tokens == pytest.approx((4 + 9 + 32 + 4) / 4)
+
+
+def test_a_budget_counted_by_hand(grades):
+    """One prompt of five tiles: 40 tokens at 8 a tile. 20 are spent at the start; 9 for the second
+    question brings .5 for 5 tokens, 9 for the third .8 for 10; 5 are left, and nothing fits."""
+    router = FixedRouter([1, 0, 0], [0, 0.5, 0.6], [0, 0.8, 1], [0, 0.1, 0.2])
+    assert budgeted(router, grades, 8).tolist() == [0, 1, 1, 1]  # .1 for the last 5
+    (point,) = [p for p in selection_curve(grades, router) if (p.selector, p.setting) == BUDGET_8]
+    assert point.accuracy == pytest.approx(0.5)
+    assert point.tokens == point.prefill_tokens == pytest.approx((4 + 9 + 18 + 9) / 4)
+
+
+@pytest.mark.parametrize(
+    ("counts", "budgets"),
+    [
+        ((4, 9, 16), [6, 8, 10, 12, 14]),
+        ((64, 144, 256), [96, 128, 160, 192, 224]),
+        ((1, 4), [2, 3]),
+    ],
+)
+def test_budgets_lie_between_the_smallest_count_and_the_largest(counts, budgets):
+    assert budgets_between(counts) == budgets
+
+
+def test_prompts_of_a_budget_are_of_different_images_and_none_exceeds_it():
+    """20 samples of four questions; the last prompt of each turn goes on with the next turn."""
+    grades = planted_grades(20)
+    router = rising_router(4, 6)
+    turns = [4 * sample + turn for turn in range(4) for sample in range(20)]
+    prompts = [turns[first : first + 8] for first in range(0, 80, 8)]
+    sizes = np.array(COUNTS)
+    for tokens in budgets_between(COUNTS):
+        chosen = budgeted(router, grades, tokens)
+        for prompt in prompts:
+            spent = sizes[chosen[prompt]].sum()
+            assert 8 * tokens - 12 < spent <= 8 * tokens  # or another upgrade would have fitted
+            alone = budgeted(router, questions_of(grades, prompt), tokens)
+            assert chosen[prompt].tolist() == alone.tolist()
+
+
+def rising_router(vision_width: int, text_width: int) -> Router:
+    """Random, but tokens are worth something everywhere."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        router = Router(COUNTS, vision_width, text_width)
+    torch.nn.init.constant_(router.right.bias[:1], -2.0)
+    torch.nn.init.constant_(router.right.bias[2:], 2.0)
+    return router
+
+
+def questions_of(grades: Grades, places: list[int]) -> Grades:
+    """Some questions, each a sample of its own."""
+    every = torch.arange(len(places))
+    return Grades(
+        counts=grades.counts,
+        right=grades.right[places],
+        confidence=grades.confidence[places],
+        tiles=grades.tiles[places],
+        samples=every,
+        kinds=tuple(grades.kinds[place] for place in places),
+        images=grades.images[grades.pair_images[places]],
+        questions=grades.questions[places],
+        pair_images=every,
+        pair_questions=every,
+    )
+
+
+def test_a_budget_is_spread_as_generation_spreads_it():
+    """The same question about eight pictures, in eight prompts and in one."""
+    model, processor = tiny_model(), digits_processor()
+    pictures = [picture(seed) for seed in range(8)]
+    router = rising_router(WIDTH, WIDTH)
+    attach_router(model, router)
+    talk = Conversation((Turn("user", "odd"), Turn("assistant", "3")))
+    grades = grade(
+        model, processor, [Sample(str(i), (p,), (talk,)) for i, p in enumerate(pictures)], COUNTS
+    )
+    inputs = processor(
+        images=[pictures],
+        text=["<image> " * 8 + "odd"],
+        num_image_tokens="auto",
+        add_special_tokens=False,
+    )
+    for tokens in (6, 10, 14):
+        chosen = choose_counts(model, **inputs, budget=8 * tokens)["num_image_tokens"]
+        assert len({*chosen}) > 1
+        assert [COUNTS[i] for i in budgeted(router, grades, tokens)] == chosen
+
+
+def test_a_question_without_images_takes_no_part_in_a_budget(grades):
+    none = Grades(**{**grades.__dict__, "pair_images": torch.tensor([1, 3]),
+                     "pair_questions": torch.tensor([1, 3]),
+                     "tiles": torch.tensor([0, 1, 0, 1])})  # fmt: skip
+    router = FixedRouter([0, 0.1, 1], [0, 0.5, 0.6])
+    assert budgeted(router, none, 10).tolist() == [0, 1, 0, 1]
 
 
 def test_a_cascade_at_its_ends_is_one_count(grades):

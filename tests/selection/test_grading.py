@@ -16,12 +16,15 @@ from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor
 from tokenflex.evaluation import evaluate
+from tokenflex.evaluation import grading as forced_grading
+from tokenflex.evaluation.counts import resolve_count
 from tokenflex.selection.cascade import generate_with_escalation
 from tokenflex.selection.choice import choose_counts
-from tokenflex.selection.curve import score, selection_curve
+from tokenflex.selection.curve import routed, score, selection_curve
 from tokenflex.selection.features import image_statistics, question_embeddings
 from tokenflex.selection.grading import grade
-from tokenflex.selection.storage import attach_router
+from tokenflex.selection.router import Router
+from tokenflex.selection.storage import attach_router, save_router
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,24 @@ def test_always_one_count_is_what_evaluation_reports(processor, dataset, half_ta
             rows = [k == kind for k in grades.kinds]
             share = float(grades.right[rows, i].double().mean())
             assert share == pytest.approx(accuracy[str(count)])
+
+
+def test_auto_is_the_routers_own_point_of_the_curve(processor, half_taught, tmp_path):  # noqa: F811
+    """Accuracy and tokens, both weighed over kinds of unequal size."""
+    dataset = DigitsDataset("test", size=8)
+    width = half_taught.config.vision_config.hidden_size
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        router = Router(COUNTS, width, width, penalty=0.02)
+        torch.nn.init.normal_(router.question.weight, std=30.0)
+    save_router(router, tmp_path, {})
+    report = evaluate(half_taught, processor, dataset, [resolve_count("auto", tmp_path)])
+    grades = grade(half_taught, processor, dataset, COUNTS)
+    (own,) = [p for p in selection_curve(grades, router) if p.setting == "own"]
+    assert report["accuracy"]["auto"] == pytest.approx(own.accuracy)
+    assert report["vision_tokens_per_question"]["auto"] == pytest.approx(own.tokens)
+    assert report["vision_tokens_per_question_unweighted"]["auto"] != pytest.approx(own.tokens)
+    assert len(set(routed(router, grades, 0.02).tolist())) > 1
 
 
 def test_tiles_texts_and_several_images_are_graded_as_evaluation_does():
@@ -151,11 +172,31 @@ def test_statistics_and_embeddings_are_means_and_deviations():
     torch.testing.assert_close(vectors[2], embedding(words[2])[0].detach())
 
 
+@pytest.mark.parametrize("change", ["whole conversations", "a row at a time"])
+def test_grades_do_not_depend_on_how_the_work_is_shared_out(
+    processor,  # noqa: F811
+    dataset,
+    half_taught,  # noqa: F811
+    monkeypatch,
+    change,
+):
+    assert half_taught.takes_shared_prefixes
+    usual = grade(half_taught, processor, dataset, COUNTS)
+    if change == "whole conversations":
+        monkeypatch.setattr(type(half_taught), "takes_shared_prefixes", False)
+    else:
+        monkeypatch.setattr(forced_grading, "ROWS_AT_ONCE", 1)
+    grades = grade(half_taught, processor, dataset, COUNTS)
+    assert torch.equal(grades.right, usual.right)
+    torch.testing.assert_close(grades.confidence, usual.confidence)
+    assert 0 < grades.confidence.min() < grades.confidence.max() <= 1
+
+
 def test_a_conversation_without_an_answer_is_refused_by_name():
     class Unanswered(Several):
         samples = (Sample("s7", (picture(1),), (Conversation((Turn("user", "odd"),)),)),)
 
-    with pytest.raises(ValueError, match="sample s7 holds a conversation without an answer"):
+    with pytest.raises(ValueError, match="sample s7: a conversation holds no answer to grade"):
         grade(tiny_model(), digits_processor(), Unanswered(), COUNTS)
 
 

@@ -42,28 +42,33 @@ class CountSelector(Protocol):
 
 
 class RoutedCounts:
-    """The counts that the router saved with a checkpoint chooses, at its own penalty.
+    """The counts that the router saved with a checkpoint chooses.
 
     Args:
         checkpoint: the folder that the model was loaded from.
+        penalty: see :func:`tokenflex.selection.choice.choose_counts`; the router's own if None.
 
     Raises:
         FileNotFoundError: it holds no router.
-        ValueError: this version cannot choose counts.
+        TypeError: ``penalty`` is not a number.
+        ValueError: this version cannot choose counts, or ``penalty`` is out of its range.
     """
 
     label = "auto"
 
-    def __init__(self, checkpoint: str | Path) -> None:
+    def __init__(self, checkpoint: str | Path, penalty: float | None = None) -> None:
         try:
             self._choice = import_module("tokenflex.selection.choice")
             storage = import_module("tokenflex.selection.storage")
+            if penalty is not None:  # before the work, not after it
+                import_module("tokenflex.selection.router").check_penalty(penalty)
         except ModuleNotFoundError as error:
             raise ValueError(
                 "the count auto needs tokenflex.selection, which this version does not have: give "
                 "counts like 64,144,256"
             ) from error
         self._attach, self._router = storage.attach_router, storage.load_router(checkpoint)
+        self._penalty = penalty
 
     def select(
         self,
@@ -88,6 +93,7 @@ class RoutedCounts:
             attention_mask=mask.to(model.device),
             encoded_images=images.select([*range(len(images))] * len(prompts)),
             tiles_per_image=[*tiles] * len(prompts),
+            penalty=self._penalty,
         )["num_image_tokens"]
         per_prompt = len(images)
         firsts = [end - size for end, size in zip(accumulate(tiles), tiles, strict=True)]
@@ -129,11 +135,13 @@ def labels_of(counts: Sequence[AskedCount]) -> list[str]:
     return labels
 
 
-def resolve_count(count: TokenCount | str, checkpoint: str | Path) -> AskedCount:
+def resolve_count(
+    count: TokenCount | str, checkpoint: str | Path, penalty: float | None = None
+) -> AskedCount:
     """``"auto"`` becomes the selector that is saved with ``checkpoint``; other counts stay.
 
-    Raises:
-        FileNotFoundError: the checkpoint holds no router.
-        ValueError: this version cannot choose counts.
+    Args:
+        count: what a user asked for.
+        checkpoint: as :class:`RoutedCounts` takes it, as is ``penalty``; so are the errors.
     """
-    return RoutedCounts(checkpoint) if isinstance(count, str) else count
+    return RoutedCounts(checkpoint, penalty) if isinstance(count, str) else count

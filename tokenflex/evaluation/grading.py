@@ -3,45 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tokenflex.data.encoding import IGNORE, ConversationEncoder
 from tokenflex.data.layout import RowLayout
-from tokenflex.data.sharing import (
-    EncodedConversation,
-    prefix_and_branches,
-    whole_conversations,
-)
+from tokenflex.data.sharing import EncodedConversation, prefix_and_branches, whole_conversations
 from tokenflex.evaluation.generation import expand_placeholders, generate_answers
 from tokenflex.evaluation.questions import ProjectedImages, Question
 from tokenflex.evaluation.scoring import RULES
 
+ROWS_AT_ONCE = 256  # of logits that become probabilities
+
+
+@dataclass(frozen=True)
+class ForcedGrades:
+    """Of each question's answers, every token after the right ones before it.
+
+    Attributes:
+        right: bool [questions], whether each token of the answers is the likeliest.
+        confidence: float32 [questions], the probability of the likeliest token where that is
+            lowest. Up to a first mistake it is generation's own.
+    """
+
+    right: torch.Tensor
+    confidence: torch.Tensor
+
 
 def grade_forced(
-    model: Any,
-    processor: Any,
-    encode: ConversationEncoder,
-    questions: Sequence[Question],
-    vision: ProjectedImages,
-) -> list[bool]:
-    """Whether every token of each conversation's answers is the likeliest after those before it.
+    model: Any, processor: Any, questions: Sequence[Question], vision: ProjectedImages
+) -> ForcedGrades:
+    """Grades from one forward pass.
 
     All questions stand in one packed row, and none sees another; those about the same images at
     the same counts share their rows where the model can.
 
-    Raises:
-        ValueError: a conversation cannot be encoded, or holds no answer; the message names it.
+    Args:
+        model: a :class:`tokenflex.TokenFlexForConditionalGeneration` in evaluation mode.
+        processor: its processor.
+        questions: one or more, encoded, those of a sample next to each other.
+        vision: their images.
+
+    Returns:
+        Tensors on the host.
     """
     layout = RowLayout(processor.image_token_id)
     ends = [0, *accumulate(len(tokens) for tokens in vision.tokens)]
     asked = zip(questions, vision.places, strict=True)
     for _, group in groupby(asked, key=lambda pair: (pair[0].sample.index, pair[0].grids)):
         members = list(group)
-        encoded = [_encode(encode, question) for question, _ in members]
+        encoded = [_conversation(question) for question, _ in members]
         if model.takes_shared_prefixes:
             sequences = prefix_and_branches(encoded, processor.image_token_id)
         else:
@@ -58,19 +72,18 @@ def grade_forced(
         shared_prefixes=batch.shared_prefixes,
         logits_to_keep=batch.target_rows,
     ).logits[0]
-    hits = (logits.argmax(-1) == batch.targets).cpu()
-    return [bool(answer.all()) for answer in hits.split(row.targets_per_conversation)]
+    hits = (logits.argmax(-1) == batch.targets).cpu().split(row.targets_per_conversation)
+    # A part of the rows at a time: the probabilities of all would be another copy of the logits.
+    highest = [part.float().softmax(-1).amax(-1) for part in logits.split(ROWS_AT_ONCE)]
+    certain = torch.cat(highest).cpu().split(row.targets_per_conversation)
+    return ForcedGrades(
+        torch.stack([one.all() for one in hits]), torch.stack([one.min() for one in certain])
+    )
 
 
-def _encode(encode: ConversationEncoder, question: Question) -> EncodedConversation:
-    sample = question.sample
-    try:
-        ids, labels = encode(question.conversation, len(sample.tiles))
-    except ValueError as error:
-        raise ValueError(f"sample {sample.id}: {error}") from error
-    if not (labels[1:] != IGNORE).any():  # what nothing precedes is not predicted
-        raise ValueError(f"sample {sample.id}: a conversation holds no answer to grade")
-    return ids, labels, len(sample.tiles)
+def _conversation(question: Question) -> EncodedConversation:
+    assert question.encoded is not None
+    return question.encoded
 
 
 def grade_generated(

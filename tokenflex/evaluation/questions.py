@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from tokenflex.counts import Grid
-from tokenflex.data.encoding import ConversationEncoder
+from tokenflex.data.encoding import IGNORE, ConversationEncoder
 from tokenflex.data.samples import Conversation, SampleDataset
+from tokenflex.data.sharing import EncodedConversation
 from tokenflex.models.vision import EncodedImages
 
 
@@ -54,6 +55,22 @@ class PreparedSample:
             raise ValueError(f"sample {self.id}: {error}") from error
         ids = encode.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64)
+
+    def encoded(
+        self, encode: ConversationEncoder, conversation: Conversation
+    ) -> EncodedConversation:
+        """The conversation with its answers, as training reads it.
+
+        Raises:
+            ValueError: it cannot be encoded, or holds no answer.
+        """
+        try:
+            ids, labels = encode(conversation, len(self.tiles))
+        except ValueError as error:
+            raise ValueError(f"sample {self.id}: {error}") from error
+        if not (labels[1:] != IGNORE).any():  # what nothing precedes is not predicted
+            raise ValueError(f"sample {self.id}: a conversation holds no answer to grade")
+        return ids, labels, len(self.tiles)
 
 
 @dataclass(frozen=True)
@@ -109,14 +126,17 @@ class Question:
     Attributes:
         sample: whose images it shows.
         conversation: the question with its answer.
-        grids: (height, width) vision tokens of each image's tiles.
-        prompt_ids: see :meth:`PreparedSample.prompt_ids`; None where nothing is generated.
+        prompt_ids: see :meth:`PreparedSample.prompt_ids`; None where nothing is generated or
+            chosen by it.
+        encoded: see :meth:`PreparedSample.encoded`; None where answers are generated.
+        grids: (height, width) vision tokens of each image's tiles; empty until they are chosen.
     """
 
     sample: PreparedSample
     conversation: Conversation
-    grids: tuple[Grid, ...]
-    prompt_ids: torch.Tensor | None
+    prompt_ids: torch.Tensor | None = None
+    encoded: EncodedConversation | None = None
+    grids: tuple[Grid, ...] = ()
 
     @property
     def tokens_per_image(self) -> list[int]:

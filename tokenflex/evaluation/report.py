@@ -52,7 +52,8 @@ def write_report(folder: Path, report: dict[str, Any], title: str) -> None:
 
 
 _EXPLANATION = (
-    "`mean` is the mean over kinds, its standard error allows for questions that share images. "
+    "`mean` is the mean over kinds, and so are the tokens; its standard error allows for questions "
+    "that share images. "
     "Seconds include encoding, as if each count were asked alone."
 )
 _MEASURES = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from tokenflex.evaluation.counts import AskedCount, labels_of, selector_of
 from tokenflex.evaluation.grading import grade_forced, grade_generated
 from tokenflex.evaluation.questions import PreparedBatch, Question, ReadBatch, project
 from tokenflex.evaluation.scoring import FORCED, SCORES
-from tokenflex.evaluation.statistics import Verdict, accuracy_of, group_by_kind
+from tokenflex.evaluation.statistics import Verdict, accuracy_of, group_by_kind, vision_tokens_of
 from tokenflex.models.vision import EncodedImages
 
 
@@ -62,9 +63,11 @@ def evaluate(
         ``score``; by count, named as :func:`tokenflex.evaluation.counts.label_of` does:
         ``accuracy`` (the mean over kinds, so that rare kinds weigh the same), ``standard_error``
         (robust to questions about one image; None for one sample), ``vision_tokens_per_image`` and
-        ``_per_question``, ``evaluation_seconds`` (encoding included, as if each count were asked
-        alone); ``accuracy_by_kind`` and ``standard_error_by_kind`` (kind -> count), ``questions``
-        (kind -> how many), ``samples`` and ``encoding_seconds``. All is as in JSON.
+        ``_per_question`` (means over kinds as well) and ``_per_question_unweighted`` (see
+        :class:`tokenflex.evaluation.statistics.VisionTokens`), ``evaluation_seconds`` (encoding
+        included, as if each count were asked alone); ``accuracy_by_kind`` and
+        ``standard_error_by_kind`` (kind -> count), ``questions`` (kind -> how many), ``samples``
+        and ``encoding_seconds``. All is as in JSON.
 
     Raises:
         TypeError: a count is neither a count nor a selector.
@@ -89,12 +92,13 @@ def evaluate(
             pixels = batch.pixel_values.to(model.device, non_blocking=True)
             encoded = model.encode_images(pixels, batch.grids)
             encoding_seconds += _seconds_since(started, model.device)
+            asked = _asked(batch, encode, counts, score)
             for label, count in zip(labels, counts, strict=True):
                 started = time.perf_counter()
-                questions = _questions(model, batch, encoded, count, encode, score)
+                questions = _at_count(model, encoded, asked, count)
                 vision = project(model, encoded, questions)
                 if score == FORCED:
-                    right = grade_forced(model, processor, encode, questions, vision)
+                    right = grade_forced(model, processor, questions, vision).right.tolist()
                 else:
                     right = grade_generated(
                         model,
@@ -130,33 +134,44 @@ def _batches(samples: int, batch_size: int) -> list[list[tuple[int, int]]]:
     ]
 
 
-def _questions(
-    model: Any,
-    batch: PreparedBatch,
-    encoded: EncodedImages,
-    count: AskedCount,
-    encode: ConversationEncoder,
-    score: str,
+def _asked(
+    batch: PreparedBatch, encode: ConversationEncoder, counts: Sequence[AskedCount], score: str
+) -> list[list[Question]]:
+    """Every conversation of each sample, with what it takes to ask it, but no counts yet."""
+    forced = score == FORCED
+    needs_prompts = not forced or any(selector_of(count) is not None for count in counts)
+    return [
+        [
+            Question(
+                sample,
+                conversation,
+                prompt_ids=sample.prompt_ids(encode, conversation) if needs_prompts else None,
+                encoded=sample.encoded(encode, conversation) if forced else None,
+            )
+            for conversation in sample.conversations
+        ]
+        for sample in batch.samples
+    ]
+
+
+def _at_count(
+    model: Any, encoded: EncodedImages, asked: Sequence[Sequence[Question]], count: AskedCount
 ) -> list[Question]:
-    """Every conversation of the batch, with the grid of each of its images."""
+    """Every question with the grid of each of its images."""
     selector = selector_of(count)
-    needs_prompts = score != FORCED or selector is not None
     questions = []
-    for sample in batch.samples:
-        asked = sample.conversations
-        prompts = [sample.prompt_ids(encode, one) for one in asked] if needs_prompts else []
+    for of_sample in asked:
+        sample = of_sample[0].sample
         if selector is None:
-            grids = [(token_grid(count, name="counts"),) * len(sample.tiles)] * len(asked)
+            grids = [(token_grid(count, name="counts"),) * len(sample.tiles)] * len(of_sample)
         else:
             images = encoded.select(sample.tile_range)
+            prompts = [one.prompt_ids for one in of_sample if one.prompt_ids is not None]
             grids = [
                 tuple(token_grid(one, name=selector.label) for one in counts)
                 for counts in selector.select(model, images, sample.tiles, prompts)
             ]
-        questions += [
-            Question(sample, conversation, own, prompts[place] if prompts else None)
-            for place, (conversation, own) in enumerate(zip(asked, grids, strict=True))
-        ]
+        questions += [replace(one, grids=own) for one, own in zip(of_sample, grids, strict=True)]
     return questions
 
 
@@ -182,6 +197,7 @@ def _report(
         "samples": 0,
         "vision_tokens_per_image": {},
         "vision_tokens_per_question": {},
+        "vision_tokens_per_question_unweighted": {},
         "evaluation_seconds": {},
         "encoding_seconds": encoding_seconds,
     }
@@ -196,8 +212,9 @@ def _report(
             report["standard_error_by_kind"][kind][label] = one.standard_error
         report["questions"] = {kind: len(of_kind) for kind, of_kind in groups.items()}
         report["samples"] = len({row.sample for row in rows})
-        tokens, images = sum(r.vision_tokens for r in rows), sum(r.images for r in rows)
-        report["vision_tokens_per_image"][label] = tokens / images if images else 0.0
-        report["vision_tokens_per_question"][label] = tokens / len(rows)
+        tokens = vision_tokens_of(rows)
+        report["vision_tokens_per_image"][label] = tokens.per_image
+        report["vision_tokens_per_question"][label] = tokens.per_question
+        report["vision_tokens_per_question_unweighted"][label] = tokens.per_question_unweighted
         report["evaluation_seconds"][label] = encoding_seconds + seconds[label]
     return {key: dict(value) if isinstance(value, dict) else value for key, value in report.items()}

@@ -1,4 +1,4 @@
-"""Shares of right answers, and how far chance may have moved them."""
+"""Shares of right answers, how far chance may have moved them, and what the questions cost."""
 
 from __future__ import annotations
 
@@ -61,6 +61,37 @@ def accuracy_of(verdicts: Sequence[Verdict]) -> Accuracy:
         return Accuracy(value, None)
     variance = sum(one * one for one in influence.values()) * samples / (samples - 1)
     return Accuracy(value, sqrt(variance))
+
+
+@dataclass(frozen=True)
+class VisionTokens:
+    """What questions cost, weighed as accuracy is: the mean over kinds.
+
+    Attributes:
+        per_image: of a kind, tokens of its questions by the images they show; of several, the mean
+            of those that show any; 0 if none does.
+        per_question: of a kind, the mean over its questions; of several, the mean of theirs.
+        per_question_unweighted: the mean over all questions, whatever their kind: what asking
+            exactly these questions costs.
+    """
+
+    per_image: float
+    per_question: float
+    per_question_unweighted: float
+
+
+def vision_tokens_of(verdicts: Sequence[Verdict]) -> VisionTokens:
+    """Vision tokens of one or more questions."""
+    sums = [
+        (sum(v.vision_tokens for v in rows), sum(v.images for v in rows), len(rows))
+        for rows in group_by_kind(verdicts).values()
+    ]
+    shown = [tokens / images for tokens, images, _ in sums if images]
+    return VisionTokens(
+        per_image=sum(shown) / len(shown) if shown else 0.0,
+        per_question=sum(tokens / questions for tokens, _, questions in sums) / len(sums),
+        per_question_unweighted=sum(v.vision_tokens for v in verdicts) / len(verdicts),
+    )
 
 
 def group_by_kind(verdicts: Sequence[Verdict]) -> dict[str, list[Verdict]]:

@@ -177,15 +177,13 @@ def _routed(
 def _within(
     model: Any, prompts: Prompts, encoded: EncodedImages, penalty: float | None, budget: int
 ) -> list[TokenCount]:
-    counts: tuple[TokenCount, ...]
+    counts = known_counts(model)
     if has_router(model):
-        counts = router_of(model).counts
         chance = chances(model, prompts, encoded)
         worth = utilities(chance, router_of(model).counts, 0.0 if penalty is None else penalty)
     else:
         if penalty is not None:
             router_of(model)  # there is none: say how to make one
-        counts = trained_counts(model)
         worth = detail_kept(
             encoded, prompts.tiles, [token_grid(n) for n in counts], model.config.pooling
         )
@@ -201,6 +199,15 @@ def _within(
         )
         chosen += [counts[j] for j in choice]
     return chosen
+
+
+def known_counts(model: Any) -> tuple[TokenCount, ...]:
+    """What a budget chooses from: the router's counts, or those the model was trained with.
+
+    Raises:
+        ValueError: there is no router, and the model's config does not say.
+    """
+    return router_of(model).counts if has_router(model) else trained_counts(model)
 
 
 def trained_counts(model: Any) -> tuple[TokenCount, ...]:

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from tokenflex.counts import token_grid
 from tokenflex.data.encoding import IGNORE, ConversationEncoder
-from tokenflex.data.samples import Sample, SampleDataset
-from tokenflex.models.vision import EncodedImages
+from tokenflex.data.samples import SampleDataset
+from tokenflex.evaluation.grading import grade_forced
+from tokenflex.evaluation.questions import PreparedBatch, Question, ReadBatch, project
 from tokenflex.selection.features import image_statistics, question_embeddings
 from tokenflex.selection.router import check_counts
-from tokenflex_kernels import plan_packing
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,8 @@ class Grades:
     Attributes:
         counts: K counts, rising.
         right: bool [questions, K], answered right with all its images at that count.
-        confidence: float32 [questions, K], the probability of the least certain token of the
-            answer, each after the right tokens before it. It is generation's own up to a first
-            mistake.
+        confidence: float32 [questions, K], see
+            :class:`tokenflex.evaluation.grading.ForcedGrades`, as is ``right``.
         tiles: int64 [questions], of all its images: its vision tokens at n are n * tiles.
         samples: int64 [questions], the sample it is from.
         kinds: of each question.
@@ -92,7 +92,7 @@ def grade(
     batch_size: int = 64,
     on_samples: Callable[[int], object] = lambda samples: None,
 ) -> Grades:
-    """Ask everything at every count; right means what it does in :mod:`tokenflex.evaluation`.
+    """Ask everything at every count, as evaluation does.
 
     Args:
         model: a :class:`tokenflex.TokenFlexForConditionalGeneration`; its mode is left as it was.
@@ -104,19 +104,20 @@ def grade(
 
     Raises:
         TypeError: a count is not an int.
-        ValueError: counts are fewer than two, or a sample cannot be encoded; it is named.
+        ValueError: counts are fewer than two, or a sample cannot be asked; it is named.
     """
     counts = check_counts(counts)
     was_training = model.training
     model.eval()
     encode = ConversationEncoder(processor.tokenizer, processor.image_prompt)
+    read = ReadBatch(dataset, processor, max_tiles=None)
     parts: list[Grades] = []
     try:
         for first in range(0, len(dataset), batch_size):
             indices = range(first, min(first + batch_size, len(dataset)))
-            samples = [dataset[i] for i in indices]
-            parts.append(_grade_batch(model, processor, encode, samples, first, counts))
-            on_samples(len(samples))
+            batch = read([(0, index) for index in indices])
+            parts.append(_grade_batch(model, processor, encode, batch, counts))
+            on_samples(len(indices))
     finally:
         model.train(was_training)
     return _joined(parts)
@@ -126,103 +127,47 @@ def _grade_batch(
     model: Any,
     processor: Any,
     encode: ConversationEncoder,
-    samples: Sequence[Sample],
-    first_sample: int,
+    batch: PreparedBatch,
     counts: tuple[int, ...],
 ) -> Grades:
-    images = [image for sample in samples for image in sample.images]
-    encoded, tiles = _encoded(model, processor, images)
-    sequences: list[torch.Tensor] = []
-    labels: list[torch.Tensor] = []
-    owners: list[int] = []
-    shown: list[range] = []  # each question's images, as places among all
-    kinds: list[str] = []
-    seen = 0
-    for i, sample in enumerate(samples):
+    encoded = model.encode_images(batch.pixel_values.to(model.device), batch.grids)
+    asked: list[Question] = []
+    pairs: list[tuple[int, int]] = []
+    tiles: list[int] = []  # of every image
+    for sample in batch.samples:
+        images = range(len(tiles), len(tiles) + len(sample.tiles))
+        tiles += sample.tiles
         for conversation in sample.conversations:
-            try:
-                ids, learned = encode(conversation, len(sample.images))
-            except ValueError as error:
-                raise ValueError(f"sample {sample.id}: {error}") from error
-            if not bool((learned != IGNORE).any()):
-                raise ValueError(f"sample {sample.id} holds a conversation without an answer")
-            sequences.append(ids)
-            labels.append(learned)
-            owners.append(first_sample + i)
-            shown.append(range(seen, seen + len(sample.images)))
-            kinds.append(conversation.kind)
-        seen += len(sample.images)
-    graded = [
-        _graded_at(model, processor, count, encoded, tiles, sequences, labels, shown)
-        for count in counts
-    ]
-    pairs = [(image, question) for question, span in enumerate(shown) for image in span]
+            pairs += [(image, len(asked)) for image in images]
+            asked.append(
+                Question(sample, conversation, encoded=sample.encoded(encode, conversation))
+            )
+    graded = []
+    for count in counts:
+        grid = token_grid(count)
+        questions = [replace(one, grids=(grid,) * len(one.sample.tiles)) for one in asked]
+        vision = project(model, encoded, questions)
+        graded.append(grade_forced(model, processor, questions, vision))
     pair_images, pair_questions = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
-    asked = [
-        _question(ids, learned, processor.image_token_id)
-        for ids, learned in zip(sequences, labels, strict=True)
-    ]
+    words = [_question(one, processor.image_token_id) for one in asked]
     return Grades(
         counts=counts,
-        right=torch.stack([right for right, _ in graded], dim=1),
-        confidence=torch.stack([confidence for _, confidence in graded], dim=1),
-        tiles=torch.tensor([sum(tiles[i] for i in span) for span in shown]),
-        samples=torch.tensor(owners),
-        kinds=tuple(kinds),
+        right=torch.stack([one.right for one in graded], dim=1),
+        confidence=torch.stack([one.confidence for one in graded], dim=1),
+        tiles=torch.tensor([sum(one.sample.tiles) for one in asked]),
+        samples=torch.tensor([one.sample.index for one in asked]),
+        kinds=tuple(one.conversation.kind for one in asked),
         images=image_statistics(encoded, tiles),
-        questions=question_embeddings(model.get_input_embeddings(), asked),
+        questions=question_embeddings(model.get_input_embeddings(), words),
         pair_images=pair_images,
         pair_questions=pair_questions,
     )
 
 
-def _encoded(model: Any, processor: Any, images: Sequence[Any]) -> tuple[EncodedImages, list[int]]:
-    if not images:
-        width = model.config.vision_config.hidden_size
-        return EncodedImages(torch.zeros(0, width, device=model.device), ()), []
-    data, tiles = processor.process_images(images)
-    return model.encode_images(data["pixel_values"].to(model.device), data.get("grids")), tiles
-
-
-def _graded_at(
-    model: Any,
-    processor: Any,
-    count: int,
-    encoded: EncodedImages,
-    tiles: Sequence[int],
-    sequences: Sequence[torch.Tensor],
-    labels: Sequence[torch.Tensor],
-    shown: Sequence[range],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right or wrong, and the least certain token's probability, of every question at a count."""
-    placeholders = [count * tiles[image] for span in shown for image in span]
-    plan = plan_packing(sequences, placeholders, processor.image_token_id, labels=labels)
-    # Questions about an image show the same projected rows; an image's follow one another.
-    starts = torch.tensor([0, *tiles]).cumsum(0) * count
-    rows = [torch.arange(int(starts[span.start]), int(starts[span.stop])) for span in shown]
-    learned = plan.labels != IGNORE
-    target_rows = learned[1:].nonzero().squeeze(1)  # row t predicts the label of row t + 1
-    targets = plan.labels[target_rows + 1]
-    per_question = torch.stack([part.sum() for part in learned.split(plan.lengths)]).tolist()
-    device = model.device
-    logits = model(
-        encoded_images=encoded,
-        num_image_tokens=count,
-        plan=plan.to(device),
-        vision_index=torch.cat(rows).to(device),
-        logits_to_keep=target_rows.to(device),
-    ).logits[0]
-    highest, said = logits.float().softmax(-1).max(-1)
-    hits = (said.cpu() == targets).split(per_question)
-    certain = highest.cpu().split(per_question)
-    return (
-        torch.stack([hit.all() for hit in hits]),
-        torch.stack([one.min() for one in certain]),
-    )
-
-
-def _question(ids: torch.Tensor, labels: torch.Tensor, image_token_id: int) -> torch.Tensor:
+def _question(question: Question, image_token_id: int) -> torch.Tensor:
     """The text before the first answer: what the prompt holds when it is asked."""
+    assert question.encoded is not None
+    ids, labels, _ = question.encoded
     first = int((labels != IGNORE).nonzero()[0])
     asked = ids[:first]
     return asked[asked != image_token_id]

@@ -1,0 +1,81 @@
+"""``tokenflex ablate``: ways of training compared on one budget."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tokenflex.cli.common import quiet_libraries
+from tokenflex.cli.options import positive
+from tokenflex.cli.parser import CommandLine
+
+
+def add_to(commands: CommandLine) -> None:
+    """The command and its arguments."""
+    ablate = commands.add(
+        "ablate",
+        _ablate,
+        "train fixed and stochastic models on one budget, ask each at every count, write a report; "
+        "continues where it stopped",
+        "tokenflex ablate --output runs/ablate",
+    )
+    scale = ablate.add_mutually_exclusive_group()
+    scale.add_argument(
+        "--scale",
+        choices=("small", "large"),
+        default="small",
+        help="small: 32 px canvases, counts 4, 9, 16, on two CPU cores (the default); "
+        "large: 64 px canvases, counts 16, 36, 64, for a GPU",
+    )
+    scale.add_argument(
+        "--quick",
+        action="store_const",
+        dest="scale",
+        const="quick",
+        help="one seed of two regimes, and exit status 1 if they do not show what they must",
+    )
+    ablate.add_argument(
+        "--suite",
+        default="paper",
+        help="paper: fixed counts, stochastic ones, ways to mix them (the default); gap: what "
+        "brings one model up to the specialists; unseen: what makes it answer at other counts",
+    )
+    ablate.add_argument("--seeds", type=positive, help="how many; small 3, large 1, quick 1")
+    ablate.add_argument("--output", type=Path, help="folder (default: runs/ablate, -large, -quick)")
+    ablate.add_argument(
+        "--jobs", type=positive, help="runs at a time (default: one a core; one on a GPU)"
+    )
+
+
+def _ablate(options: argparse.Namespace) -> int:
+    quiet_libraries()
+    from tokenflex.ablation.checks import quick_checks
+    from tokenflex.ablation.run import ablate
+    from tokenflex.ablation.scales import SCALES
+    from tokenflex.ablation.tables import accuracy_table
+
+    if options.output is None:
+        options.output = (
+            Path("runs/ablate")
+            if options.scale == "small"
+            else (Path(f"runs/ablate-{options.scale}"))
+        )
+    if options.scale == "quick" and options.suite != "paper":
+        raise ValueError(f"--quick is of the suite paper, got it with --suite {options.suite}")
+    report = ablate(
+        SCALES[options.scale],
+        options.output,
+        suite=options.suite,
+        seeds=options.seeds,
+        at_once=options.jobs,
+    )
+    print(accuracy_table(report))
+    page = "report.md" if options.suite == "paper" else f"{options.suite}.md"
+    print(f"\nthe whole report is {options.output / page}")
+    failed = False
+    if options.scale == "quick":
+        for check in quick_checks(report):
+            print(check, file=sys.stdout if check.holds else sys.stderr)
+            failed = failed or not check.holds
+    return 1 if failed else 0

@@ -1,0 +1,31 @@
+"""``tokenflex convert``: from and to the layout of the released checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tokenflex.cli.common import quiet_libraries
+from tokenflex.cli.parser import CommandLine
+
+
+def add_to(commands: CommandLine) -> None:
+    """The command and its arguments."""
+    convert = commands.add(
+        "convert",
+        _convert,
+        "write a released Ristretto checkpoint as a TokenFLEX one, or the reverse",
+        "tokenflex convert models/Ristretto-3B models/ristretto-tokenflex",
+    )
+    convert.add_argument("source", type=Path, help="checkpoint folder; its config says the layout")
+    convert.add_argument("target", type=Path, help="folder to write, which must not exist")
+    convert.add_argument("--system-message", help="what conversations begin with, from Ristretto")
+
+
+def _convert(options: argparse.Namespace) -> int:
+    quiet_libraries()
+    from tokenflex.models.conversion import convert
+
+    layout = convert(options.source, options.target, system_message=options.system_message)
+    print(f"{options.target} holds the checkpoint in the layout of {layout}")
+    return 0

@@ -1,0 +1,156 @@
+"""``tokenflex evaluate``: a checkpoint on the user's own data, at every count."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from tokenflex.cli.common import device, quiet_libraries
+from tokenflex.cli.options import counts_grids_or_auto, positive
+from tokenflex.cli.parser import CommandLine
+
+
+def add_to(commands: CommandLine) -> None:
+    """The command and its arguments."""
+    evaluate = commands.add(
+        "evaluate",
+        _evaluate,
+        "accuracy of a checkpoint at every count: a table, and with --output a page and a plot",
+        "tokenflex evaluate runs/demo/checkpoint --data digits --counts 4,9,2x6,16",
+    )
+    evaluate.add_argument("model", type=Path, nargs="?", metavar="MODEL", help="checkpoint folder")
+    evaluate.add_argument("--model", type=Path, dest="model_option", help="the same, by name")
+    evaluate.add_argument(
+        "--data",
+        required=True,
+        help="'digits', a JSONL file of messages, a LLaVA JSON file or a Hugging Face folder",
+    )
+    evaluate.add_argument("--format", help="the data's, where its content does not tell")
+    evaluate.add_argument(
+        "--counts",
+        type=counts_grids_or_auto,
+        required=True,
+        help="counts, grids of height x width, or auto (chosen per question): 64,144,12x16,auto",
+    )
+    evaluate.add_argument(
+        "--penalty",
+        type=float,
+        help="of auto: share of right answers given up to save all tokens; the router's own if "
+        "left out",
+    )
+    evaluate.add_argument(
+        "--score",
+        default="forced",
+        help="forced (the exact answer, without generating), or of a generated answer: exact "
+        "(up to case and punctuation), choice (its option letter) or contains",
+    )
+    evaluate.add_argument("--split", help="of digits or a Hugging Face data set; test if left out")
+    evaluate.add_argument("--image-folder", type=Path, help="what LLaVA's paths are relative to")
+    evaluate.add_argument("--size", type=positive, help="canvases, with --data digits")
+    evaluate.add_argument("--batch-size", type=positive, default=64, help="samples a forward pass")
+    evaluate.add_argument("--workers", type=int, default=0, help="processes that read images")
+    evaluate.add_argument("--max-tiles", type=positive, help="cut images into at most so many")
+    evaluate.add_argument("--max-new-tokens", type=positive, default=64, help="longest answer")
+    evaluate.add_argument(
+        "--output", type=Path, help="folder for report.json, report.md and accuracy.png"
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    quiet_libraries()
+    from tqdm import tqdm
+
+    from tokenflex.counts import AUTO, tokens_of
+    from tokenflex.evaluation import evaluate
+    from tokenflex.evaluation.counts import resolve_count
+    from tokenflex.evaluation.report import format_table, write_report
+    from tokenflex.evaluation.scoring import SCORES
+    from tokenflex.models.loading import check_length, load_checkpoint
+    from tokenflex.training.build import build_dataset
+    from tokenflex.training.checkpoint import write_json
+
+    if options.score not in SCORES:
+        raise ValueError(f"--score must be one of {', '.join(SCORES)}, got {options.score!r}")
+    folder = _checkpoint_of(options)
+    if options.penalty is not None and AUTO not in options.counts:
+        raise ValueError(f"--penalty is for the count auto, got it with {options.counts}")
+    counts = [resolve_count(count, folder, options.penalty) for count in options.counts]
+    dataset = build_dataset(_evaluation_data(options))
+    output, alone = options.output, options.output is not None and options.output.suffix == ".json"
+    if output is not None:  # before the work, not after it
+        (output.parent if alone else output).mkdir(parents=True, exist_ok=True)
+    model, processor = load_checkpoint(folder)
+    for count in options.counts:
+        if not isinstance(count, str):
+            check_length(model.config, tokens_of(count))
+    model.to(device())
+    batches = -(len(dataset) // -options.batch_size) * len(counts)
+    with tqdm(total=batches, desc="evaluation", unit="batch", dynamic_ncols=True) as bar:
+        report = evaluate(
+            model,
+            processor,
+            dataset,
+            counts,
+            score=options.score,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            max_tiles=options.max_tiles,
+            max_new_tokens=options.max_new_tokens,
+            on_batch=bar.update,
+        )
+    print(format_table(report))
+    title = f"{folder.resolve().name} on {Path(options.data).name}"
+    if options.penalty is not None:
+        report["penalty"] = options.penalty
+        title += f", auto at a penalty of {options.penalty:g}"
+    if output is not None and alone:
+        write_json(output, report)
+    elif output is not None:
+        write_report(output, report, title)
+    return 0
+
+
+def _checkpoint_of(options: argparse.Namespace) -> Path:
+    if (options.model is None) == (options.model_option is None):
+        given = "none" if options.model is None else "both"
+        raise ValueError(f"give one checkpoint folder, as MODEL or with --model, got {given}")
+    return options.model or options.model_option
+
+
+def _evaluation_data(options: argparse.Namespace) -> Any:
+    """The data set that the options name; one that they do not fit is refused."""
+    from typing import get_args
+
+    from tokenflex.data.formats import detect_format
+    from tokenflex.training.data_config import DataConfig
+
+    known = [*get_args(DataConfig.model_fields["name"].annotation)]
+    known.remove("mixture")
+    name = options.format
+    if name is None:
+        name = "digits" if options.data == "digits" else detect_format(options.data)
+    if name not in known:
+        raise ValueError(f"--format must be one of {', '.join(known)}, got {name!r}")
+    values: dict[str, Any] = {"name": name}
+    if name == "digits":
+        values |= {"size": options.size or 1024}
+    else:
+        values |= {"path": Path(options.data)}
+    if name in ("digits", "huggingface"):
+        values |= {"split": options.split or "test"}
+    if name == "llava":
+        values |= {"image_folder": options.image_folder}
+    for option in ("size", "split", "image_folder"):
+        if getattr(options, option) is not None and option not in values:
+            raise ValueError(f"--{option.replace('_', '-')} does not fit data of format {name}")
+    if options.split is not None and name == "digits":
+        _check_digits_split(options.split)
+    return DataConfig(**values)
+
+
+def _check_digits_split(split: str) -> None:
+    from tokenflex.training.data_config import DIGITS_SPLITS
+
+    if split not in DIGITS_SPLITS:
+        raise ValueError(f"--split must be one of {', '.join(DIGITS_SPLITS)}, got {split!r}")

@@ -1,0 +1,64 @@
+"""``tokenflex train``: a run as its configuration says, or only its plan."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tokenflex.cli.common import quiet_libraries
+from tokenflex.cli.options import positive
+from tokenflex.cli.parser import CommandLine
+
+
+def add_to(commands: CommandLine) -> None:
+    """The command and its arguments."""
+    train = commands.add(
+        "train",
+        _train,
+        "train as a configuration says; a run that was stopped continues",
+        "tokenflex train configs/demo.yaml",
+    )
+    train.add_argument("config", type=Path, help="YAML file, see configs/")
+    train.add_argument("--output", type=Path, help="folder to write to, in place of the config's")
+    train.add_argument("--fresh", action="store_true", help="begin anew even if a state is there")
+
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what each stage trains and costs, from configurations alone, and stop",
+    )
+    train.add_argument(
+        "--processes", type=positive, default=1, help="of the dry run's memory, 1 by default"
+    )
+
+
+def _train(options: argparse.Namespace) -> int:
+    from tokenflex.training.config import load_config
+
+    config = load_config(options.config)
+    if options.output is not None:
+        config = config.model_copy(update={"output": options.output})
+    options.running_output = config.output
+    quiet_libraries()
+    if options.dry_run:
+        from tokenflex.training.plan import format_plan, plan_run
+
+        print(format_plan(plan_run(config, options.processes)))
+        return 0
+    from tokenflex.training.loop import Trainer
+
+    trainer = Trainer(config, fresh=options.fresh)
+    report = trainer.run()
+    if not trainer.is_main:
+        return 0
+    from tokenflex.training.curves import plot_curves
+
+    plot_curves(config.output)
+    if "accuracy" in report:
+        from tokenflex.evaluation.report import format_table
+        from tokenflex.plots import plot_accuracy
+
+        plot_accuracy(report, config.output / "accuracy.png")
+        print(format_table(report))
+    print(f"{report['seconds']:.0f} s of training; everything is in {config.output}")
+    return 0
