@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from tests.models.tiny import WIDTH, picture, tiny_model
 from tests.selection.planted import COUNTS, FixedRouter, planted_grades
@@ -233,6 +234,26 @@ def test_the_table_and_the_plot_show_every_selector(grades, tmp_path):
     with pytest.raises(ValueError, match="always used"):
         plot_selection([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_the_plot_draws_each_selectors_points(grades, tmp_path, monkeypatch):
+    points = selection_curve(grades, FixedRouter([0.1, 0.5, 0.6]))
+    drawn = {}
+
+    draw = Axes.plot
+
+    def plot(self, x, y, *, label, **style):
+        drawn[label] = [*zip(x, y, strict=True)]
+        return draw(self, x, y, label=label, **style)
+
+    monkeypatch.setattr(Axes, "plot", plot)
+    plot_selection(points, tmp_path / "curve.png")
+    labels = {"always": "always one count", "budget": "budget, over 8 questions"}
+    labels |= {"random": "random mix of two", "oracle": "oracle", "cascade": "cascade, last answer"}
+    for selector, label in labels.items():
+        own = [(p.tokens, p.accuracy) for p in points if p.selector == selector]
+        assert sorted(drawn[label]) == sorted(own)
+        assert own
 
 
 def test_choices_are_places_of_counts(grades):
