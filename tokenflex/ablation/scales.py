@@ -125,14 +125,14 @@ SMALL = Scale(
     evaluated=1024,
 )
 
-# Two minutes of CI: one seed, and no more steps than the checks need.
+# For CI: one seed, and no more steps than the checks need.
 QUICK = replace(
     SMALL,
     name="quick",
     unseen=(),
     warm_up_steps=200,
-    start_steps=500,
-    steps=250,
+    start_steps=400,
+    steps=180,
     evaluated=256,
     seeds=1,
     regimes=("fixed-large", "stochastic"),
