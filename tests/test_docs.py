@@ -47,8 +47,8 @@ def test_figures_of_chosen_counts_are_those_of_the_report():
     measured = {(point["selector"], point["setting"]): point for point in report["curve"]}
     _, table = MODELS.split("<!-- selection table", 1)
     rows = [line.strip("|").split("|") for line in table.splitlines()[3:] if line.startswith("|")]
-    shown = [[cell.strip() for cell in row] for row in rows if len(row) == 5][:10]
-    assert len(shown) == 10
+    shown = [[cell.strip() for cell in row] for row in rows if len(row) == 5][:12]
+    assert {row[0] for row in shown} == {point["selector"] for point in report["curve"]}
     for selector, setting, *figures in shown:
         point = measured[selector, setting]
         numbers = point["accuracy"], point["tokens"], point["prefill_tokens"]

@@ -18,7 +18,10 @@ COLOURS = {
     "stochastic": "#1f4e79",
     "odds-1-1-1": "#3f8fa8",
     "odds-5-3-2": "#7a6bb0",
+    "positions-spread": "#1f4e79",
 }
+MENDED = "positions-spread"
+"""Not of the paper: drawn beside its regimes, to show what becomes of counts never trained."""
 
 
 def write_figures(report: Mapping[str, Any], folder: Path) -> None:
@@ -36,6 +39,11 @@ def _figure1(report: Mapping[str, Any], names: Sequence[str]) -> Any:
     for name in names:
         row = report["regimes"][name]
         _curve(ours, row["accuracy"], _squares(report), name, label=row["title"])
+    if MENDED in report["regimes"]:
+        row = report["regimes"][MENDED]
+        label = f"{row['title']} (ours)"
+        _curve(ours, row["accuracy"], _squares(report), MENDED, label=label, linestyle="--")
+    for name in names:
         theirs.plot(
             paper.COUNTS,
             paper.TRAINED_WITH[name],
@@ -47,11 +55,12 @@ def _figure1(report: Mapping[str, Any], names: Sequence[str]) -> Any:
     bars = ", bars: standard deviation" if seeds > 1 else ""
     ours.set_title(f"digits task, {seeds} seed{'s' * (seeds > 1)}{bars}", loc="left", fontsize=10)
     ours.set_ylabel("accuracy, %")
-    ours.legend(frameon=False, fontsize=8.5, title="trained with", title_fontsize=8.5)
     theirs.set_title("the paper's claim (second-hand), 8 benchmarks", loc="left", fontsize=10)
     theirs.set_xticks(paper.COUNTS)
     _finish(ours, _squares(report), report["counts"])
     _finish(theirs, [str(count) for count in paper.COUNTS], [])
+    handles, labels = ours.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return figure
 
 
@@ -77,7 +86,13 @@ def _by_kind(report: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 
 def _curve(
-    axes: Any, accuracy: Mapping[str, Any], counts: Sequence[str], name: str, *, label: str
+    axes: Any,
+    accuracy: Mapping[str, Any],
+    counts: Sequence[str],
+    name: str,
+    *,
+    label: str,
+    linestyle: str = "-",
 ) -> None:
     cells = [accuracy[count] for count in counts]
     axes.errorbar(
@@ -88,6 +103,7 @@ def _curve(
         marker="o",
         markersize=4.5,
         linewidth=_weight(name),
+        linestyle=linestyle,
         elinewidth=1,
         label=label,
     )

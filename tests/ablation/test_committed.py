@@ -1,0 +1,61 @@
+"""The committed pages are what their JSON says, and the prose quotes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tokenflex.ablation.gap import format_gap
+from tokenflex.ablation.report import format_report
+from tokenflex.ablation.results import difference
+from tokenflex.ablation.unseen import format_unseen
+
+DOCS = Path(__file__).parents[2] / "docs"
+FOLDER = DOCS / "results/ablate"
+FORMATS = {"report": format_report, "gap": format_gap, "unseen": format_unseen}
+
+
+def report_of(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_page_is_written_from_its_figures(name):
+    page = (FOLDER / f"{name}.md").read_text(encoding="utf-8")
+    assert page == FORMATS[name](report_of(name))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_figures_are_of_three_seeds(name):
+    assert report_of(name)["seeds"] == [0, 1, 2]
+
+
+def test_the_readme_and_the_page_quote_the_gap():
+    report = report_of("report")
+    specialists = ("fixed-small", "fixed-middle", "fixed-large")
+    pairs = zip(specialists, report["counts"], strict=True)
+    gaps = [difference(report, "stochastic", name, count) for name, count in pairs]
+    behind = [f"{-100 * gap['mean']:.1f}" for gap in gaps]
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    assert f"by {behind[0]}, {behind[1]} and {behind[2]} points at 4, 9 and 16" in readme
+    spreads = [f"{one} ± {100 * gap['spread']:.1f}" for one, gap in zip(behind, gaps, strict=True)]
+    page = (DOCS / "ablation.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert f"{spreads[0]}, {spreads[1]} and {spreads[2]} points behind" in page
+
+
+def test_the_target_of_unseen_counts_is_met():
+    """Within 5 points of the nearest trained count at six grids, those that are not square too."""
+    accuracy = report_of("report")["regimes"]["positions-spread"]["accuracy"]
+    near = {"2x3": "4", "3x2": "4", "3x4": "9", "4x3": "9", "2x4": "9", "25": "16", "36": "16"}
+    for count, trained in near.items():
+        assert accuracy[count]["mean"] > accuracy[trained]["mean"] - 0.05, count
+
+
+def test_every_result_says_what_made_it():
+    said = (DOCS / "results/README.md").read_text(encoding="utf-8")
+    for path in (DOCS / "results").iterdir():
+        if path.name != "README.md":
+            assert f"[{path.name}](" in said
