@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
     CLIPVisionModel,
+    GenerationConfig,
     Qwen2Config,
     SiglipConfig,
     SiglipModel,
@@ -94,6 +95,21 @@ def test_a_new_image_token_grows_the_vocabulary(parts: Path) -> None:
     assert processor.image_token_id == len(digits_processor().tokenizer)
     assert model.get_input_embeddings().num_embeddings == len(processor.tokenizer)
     assert model.lm_head.out_features == len(processor.tokenizer)
+
+
+def test_answers_end_where_the_tokenizer_says_or_the_language_model(parts: Path) -> None:
+    """``generate`` needs no ``eos_token_id`` from its caller, and a model's own list stays."""
+    config = config_of(parts)
+    processor = build_processor(config)
+    ends = build_model(config, processor).generation_config
+    assert ends.eos_token_id == processor.tokenizer.eos_token_id is not None
+    assert ends.pad_token_id == processor.tokenizer.pad_token_id
+    GenerationConfig(eos_token_id=[5, 7], pad_token_id=3).save_pretrained(parts / "text")
+    try:
+        ends = build_model(config, processor).generation_config
+    finally:
+        (parts / "text" / "generation_config.json").unlink()
+    assert (ends.eos_token_id, ends.pad_token_id) == ([5, 7], 3)
 
 
 def test_own_data_trains_evaluates_and_generates(

@@ -116,6 +116,7 @@ def test_report_has_every_count_and_kind(finished):
 
 def test_checkpoint_loads_and_answers(finished):
     model, processor = load_checkpoint(finished / "checkpoint")
+    assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
     sample = DigitsDataset("test", size=1)[0]
     inputs = processor(images=list(sample.images), text="<image> odd", num_image_tokens=4)
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[0] == 1

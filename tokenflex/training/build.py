@@ -183,7 +183,7 @@ def build_model(
         ValueError: a part cannot be loaded, or ``config.start`` is of another architecture.
     """
     if config.start is not None:
-        return _started_model(config, processor, counts)
+        return _ending_answers(_started_model(config, processor, counts), processor.tokenizer)
     vision, vision_config = _build_vision(config.vision)
     language_model = _build_language_model(config.text)
     model_config = TokenFlexConfig(
@@ -200,6 +200,21 @@ def build_model(
     model = TokenFlexForConditionalGeneration.from_parts(model_config, vision, language_model)
     if len(processor.tokenizer) > language_model.config.vocab_size:
         model.resize_token_embeddings(len(processor.tokenizer))
+    return _ending_answers(model, processor.tokenizer)
+
+
+def _ending_answers(
+    model: TokenFlexForConditionalGeneration, tokenizer: Any
+) -> TokenFlexForConditionalGeneration:
+    """``model``, whose ``generate`` stops where the tokenizer's answers end.
+
+    Where its own generation config says where, that stays: it may name several tokens.
+    """
+    generation = model.generation_config
+    if generation.eos_token_id is None:
+        generation.eos_token_id = tokenizer.eos_token_id
+    if generation.pad_token_id is None:
+        generation.pad_token_id = tokenizer.pad_token_id
     return model
 
 
