@@ -10,6 +10,7 @@ import pytest
 from tests.ablation.tiny import TINY
 from tokenflex.ablation.jobs import Job, plan_jobs
 from tokenflex.ablation.regimes import PAPER_ODDS, other_grids, regimes
+from tokenflex.ablation.results import collect
 from tokenflex.ablation.scales import LARGE, QUICK, SCALES, SMALL
 from tokenflex.ablation.suites import LEVERS, SUITES, regimes_of
 from tokenflex.cli import main
@@ -177,3 +178,37 @@ def test_a_report_that_is_cut_off_is_named(tmp_path):
     (tmp_path / job.name / "report.json").write_text('{"accu')
     with pytest.raises(ValueError, match=r"seed0/start/report\.json is not JSON"):
         job.report(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"accuracy": {}}'])
+def test_a_report_of_something_else_is_named(tmp_path, text):
+    job = jobs_of(TINY, seeds=(0,))[0]
+    job.write_config(tmp_path)
+    (tmp_path / job.name / "report.json").write_text(text)
+    with pytest.raises(ValueError, match=r"seed0/start/report\.json lacks .*stages, standard_error; delete"):
+        job.report(tmp_path)
+
+
+def test_a_damaged_configuration_is_named(tmp_path):
+    job = jobs_of(TINY, seeds=(0,))[0]
+    job.write_config(tmp_path)
+    (tmp_path / job.name / "config.yaml").write_text("seed: [")
+    with pytest.raises(ValueError, match=r"seed0/start/config\.yaml is damaged"):
+        job.write_config(tmp_path)
+
+
+def test_what_a_teacher_sees_counts(tmp_path):
+    """Every image once more, at the largest count."""
+    cost = {}
+    for name in ("positions", "positions-distilled"):
+        jobs = plan_jobs(SMALL, [regimes(SMALL)[name]], [0], on_gpu=False)
+        for job in jobs:
+            folder = tmp_path / job.name
+            folder.mkdir(parents=True, exist_ok=True)
+            stages = [{"tokens_per_image": 11.5, "seconds": 1.0}]
+            found = {"accuracy": {}, "accuracy_by_kind": {}, "standard_error": {"4": 0.1}}
+            report = {**found, "questions": {}, "samples": 1, "stages": stages}
+            (folder / "report.json").write_text(json.dumps(report))
+        rows = collect(SMALL, [regimes(SMALL)[name]], jobs, tmp_path, "")["regimes"]
+        cost[name] = rows[name]["vision_tokens"]["mean"] / (SMALL.steps * SMALL.batch_size)
+    assert cost == {"positions": 11.5, "positions-distilled": 11.5 + 16}

@@ -84,8 +84,10 @@ def test_grids_stand_in_the_table_of_unseen_counts():
 
 
 def test_unseen_counts_are_compared_with_the_nearest_that_was_trained():
-    """6 tokens are nearer to 4 than to 9, 25 to 16."""
+    """6 tokens are nearer to 4 than to 9, 7 are not; 12 to 9, 13 to 16."""
     report = canned_report()
+    near = {"1x6": "4", "7x1": "9", "3x4": "9", "13x1": "16", "2x8": "16", "1x5": "4", "11x1": "9"}
+    assert {label: nearest_trained(report, label) for label in near} == near
     assert [nearest_trained(report, label) for label in ("1", "2x3", "3x4", "2x4", "25")] == [
         *("4", "4", "9", "9", "16")
     ]

@@ -75,6 +75,7 @@ def _by_kind(report: Mapping[str, Any], names: Sequence[str]) -> Any:
             row = report["regimes"][name]
             _curve(axes, row["accuracy_by_kind"][kind], _squares(report), name, label=row["title"])
         axes.set_title(kind, loc="left", fontsize=10)
+        axes.set_ylim(-2, 104)  # bars of a share may reach beyond what it can be
         _finish(axes, _squares(report), report["counts"])
     for axes in places[len(kinds) :]:
         axes.set_visible(False)

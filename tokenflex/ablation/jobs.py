@@ -46,26 +46,35 @@ class Job:
         """What the run found.
 
         Raises:
-            ValueError: its report is not JSON.
+            ValueError: its report is not JSON, or not that of a run.
         """
         path = output / self.name / REPORT
+        again = "delete its folder and run again"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            report = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"report file {path} is not JSON: {error}; delete its folder and run again"
-            ) from error
+            raise ValueError(f"report file {path} is not JSON: {error}; {again}") from error
+        expected = {"accuracy", "accuracy_by_kind", "standard_error", "questions", "stages"}
+        missing = sorted(expected - {*report}) if isinstance(report, dict) else sorted(expected)
+        if missing:
+            raise ValueError(f"report file {path} lacks {', '.join(missing)}; {again}")
+        return report
 
     def write_config(self, output: Path) -> None:
         """Write the configuration into the job's folder, or find it there.
 
         Raises:
-            ValueError: the folder holds a run of another configuration.
+            ValueError: the folder holds a run of another configuration, or a damaged one.
         """
         path = output / self.name / CONFIG
         text = yaml.safe_dump(self.config, sort_keys=False)
         if path.exists():
-            there = yaml.safe_load(path.read_text(encoding="utf-8"))
+            try:
+                there = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise ValueError(
+                    f"configuration {path} is damaged: {error}; delete its folder and run again"
+                ) from error
             if _compared(there) != _compared(self.config):
                 raise ValueError(
                     f"output {output} holds another ablation: {path} differs from what this one "

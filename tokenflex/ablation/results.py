@@ -10,6 +10,7 @@ from typing import Any
 from tokenflex.ablation.jobs import Job
 from tokenflex.ablation.regimes import Regime, Start
 from tokenflex.ablation.scales import Scale
+from tokenflex.counts import tokens_of
 from tokenflex.evaluation.counts import label_of
 
 
@@ -30,10 +31,10 @@ def collect(
     Returns:
         ``regimes``: by name, the starts first, each with ``title``, ``is_start``, ``accuracy``
         (count -> :func:`spread_of` over seeds), ``accuracy_by_kind`` (kind -> count -> the same),
-        ``steps`` and ``views`` (images shown), ``vision_tokens`` and ``seconds`` of the training
-        that is its own, over seeds. Beside it ``scale``, ``counts``, ``unseen``, ``seeds``,
-        ``questions`` (kind -> how many), ``samples``, ``standard_error`` (the largest of any model
-        at any count, from the questions asked) and ``machine``.
+        ``steps`` and ``views`` (images shown), ``vision_tokens`` (a teacher's included) and
+        ``seconds`` of the training that is its own, over seeds. Beside it ``scale``, ``counts``,
+        ``unseen``, ``seeds``, ``questions`` (kind -> how many), ``samples``, ``standard_error``
+        (the largest of any model at any count, from the questions asked) and ``machine``.
     """
     reports = {job.name: job.report(output) for job in jobs}
     starts = {regime.start.name: regime.start for regime in regimes}
@@ -84,10 +85,19 @@ def _row(jobs: Sequence[Job], reports: Mapping[str, Any]) -> dict[str, Any]:
         "steps": jobs[0].steps,
         "views": shown[0],
         "vision_tokens": spread_of(
-            [views * stage["tokens_per_image"] for views, stage in zip(shown, stages, strict=True)]
+            [
+                views * (stage["tokens_per_image"] + _teacher_tokens(job))
+                for views, stage, job in zip(shown, stages, jobs, strict=True)
+            ]
         ),
         "seconds": spread_of([stage["seconds"] for stage in stages]),
     }
+
+
+def _teacher_tokens(job: Job) -> int:
+    """What a teacher sees of every image: it is shown each at the largest count."""
+    stage = job.config["stages"][0]
+    return max(map(tokens_of, stage["counts"])) if stage.get("distillation") else 0
 
 
 def difference(report: Mapping[str, Any], first: str, second: str, count: str) -> dict[str, Any]:
