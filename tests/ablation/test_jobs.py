@@ -185,7 +185,9 @@ def test_a_report_of_something_else_is_named(tmp_path, text):
     job = jobs_of(TINY, seeds=(0,))[0]
     job.write_config(tmp_path)
     (tmp_path / job.name / "report.json").write_text(text)
-    with pytest.raises(ValueError, match=r"seed0/start/report\.json lacks .*stages, standard_error; delete"):
+    with pytest.raises(
+        ValueError, match=r"start/report\.json lacks .*stages, standard_error; delete"
+    ):
         job.report(tmp_path)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -76,6 +78,18 @@ def test_every_selector_counted_by_hand(grades):
     (oracle,) = by_setting(points, "oracle").values()
     assert oracle.accuracy == pytest.approx(0.75)
     assert oracle.tokens == pytest.approx((4 + 9 + 32 + 4) / 4)
+
+
+def test_questions_may_weigh_alike_beside_kinds(grades):
+    """Three of one kind, right never, at 16 and from 9 on, and one of another, right always."""
+    uneven = replace(grades, kinds=("easy", "hard", "hard", "hard"))
+    points = selection_curve(uneven, FixedRouter(*[[1, 0, 0]] * 4, penalty=0.0))
+    smallest = by_setting(points, "always")["4"]
+    assert (smallest.accuracy, smallest.accuracy_unweighted) == pytest.approx((0.5, 0.25))
+    assert (smallest.tokens, smallest.tokens_unweighted) == pytest.approx((14 / 3, 5.0))
+    coin = by_setting(points, "random")["4 or 16"]
+    assert (coin.accuracy, coin.accuracy_unweighted) == pytest.approx((4 / 6, 0.5))
+    assert coin.tokens_unweighted == pytest.approx((5 + 20) / 2)
 
 
 def test_a_budget_counted_by_hand(grades):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import combinations
 from typing import Any
 
@@ -38,6 +38,8 @@ class CurvePoint:
         accuracy: share of right answers.
         tokens: vision tokens a question, of the answer that counts.
         prefill_tokens: with those of the answers that were given up.
+        accuracy_unweighted, tokens_unweighted: the first two with every question weighing the same,
+            whatever its kind.
     """
 
     selector: str
@@ -45,6 +47,8 @@ class CurvePoint:
     accuracy: float
     tokens: float
     prefill_tokens: float
+    accuracy_unweighted: float
+    tokens_unweighted: float
 
 
 def selection_curve(
@@ -85,10 +89,7 @@ def selection_curve(
         chosen = escalated(grades, threshold)
         points.append(_point(grades, "cascade", f"{threshold:g}", chosen, retries=True))
     for one, other in combinations(always, 2):
-        tokens = (one.tokens + other.tokens) / 2
-        accuracy = (one.accuracy + other.accuracy) / 2
-        setting = f"{one.setting} or {other.setting}"
-        points.append(CurvePoint("random", setting, accuracy, tokens, tokens))
+        points.append(_coin(one, other))
     points.append(_point(grades, "oracle", "", best(grades.right.double().numpy())))
     return points
 
@@ -154,9 +155,18 @@ def escalated(grades: Grades, threshold: float) -> Choice:
     return sure.argmax(1)
 
 
-def score(grades: Grades, choice: Choice) -> tuple[float, float]:
-    """(accuracy, vision tokens a question) at chosen counts; every kind weighs the same."""
-    weights, picked = grades.weights(), torch.from_numpy(choice)
+def score(
+    grades: Grades, choice: Choice, weights: torch.Tensor | None = None
+) -> tuple[float, float]:
+    """(accuracy, vision tokens a question) at chosen counts.
+
+    Args:
+        grades: K questions.
+        choice: of each.
+        weights: float64 [K], adding up to 1; if None, every kind weighs the same.
+    """
+    weights = grades.weights() if weights is None else weights
+    picked = torch.from_numpy(choice)
     right = grades.right.gather(1, picked[:, None]).squeeze(1)
     tokens = torch.tensor(grades.counts)[picked] * grades.tiles
     return float((weights * right).sum()), float((weights * tokens).sum())
@@ -186,7 +196,18 @@ def _point(
     if retries:
         tried = torch.tensor(grades.counts).cumsum(0)[torch.from_numpy(choice)] * grades.tiles
         prefill = float((grades.weights() * tried).sum())
-    return CurvePoint(selector, setting, accuracy, tokens, prefill)
+    alike = torch.full((len(grades),), 1 / len(grades), dtype=torch.float64)
+    return CurvePoint(selector, setting, accuracy, tokens, prefill, *score(grades, choice, alike))
+
+
+def _coin(one: CurvePoint, other: CurvePoint) -> CurvePoint:
+    """Either of two counts for each question, as expected."""
+    figures = [
+        (getattr(one, field.name) + getattr(other, field.name)) / 2
+        for field in fields(CurvePoint)
+        if field.type == "float"
+    ]
+    return CurvePoint("random", f"{one.setting} or {other.setting}", *figures)
 
 
 def _by_turns(grades: Grades) -> list[int]:
