@@ -47,13 +47,28 @@ def test_figures_of_chosen_counts_are_those_of_the_report():
     measured = {(point["selector"], point["setting"]): point for point in report["curve"]}
     _, table = MODELS.split("<!-- selection table", 1)
     rows = [line.strip("|").split("|") for line in table.splitlines()[3:] if line.startswith("|")]
-    shown = [[cell.strip() for cell in row] for row in rows if len(row) == 5][:12]
+    shown = [[cell.strip() for cell in row] for row in rows if len(row) == 7][:12]
     assert {row[0] for row in shown} == {point["selector"] for point in report["curve"]}
     for selector, setting, *figures in shown:
         point = measured[selector, setting]
-        numbers = point["accuracy"], point["tokens"], point["prefill_tokens"]
-        assert figures == [f"{numbers[0]:.3f}", *(f"{number:.2f}" for number in numbers[1:])]
+        assert figures == [
+            *(f"{point['accuracy']:.3f}", f"{point['tokens']:.2f}"),
+            *(f"{point['prefill_tokens']:.2f}", f"{point['accuracy_unweighted']:.3f}"),
+            f"{point['tokens_unweighted']:.2f}",
+        ]
     assert f"{report['parameters']} parameters" in MODELS
+
+
+def test_the_router_meets_its_target():
+    """Always-largest minus a point at 75 % of its tokens, by kinds, and with questions alike."""
+    report = json.loads((DOCS / "results/selection/report.json").read_text(encoding="utf-8"))
+    measured = {(point["selector"], point["setting"]): point for point in report["curve"]}
+    largest, own = measured["always", "16"], measured["router", "own"]
+    thrifty = measured["router", "0.1"]
+    assert own["accuracy"] > largest["accuracy"] - 0.01
+    assert own["tokens"] < 0.75 * largest["tokens"]
+    assert thrifty["accuracy_unweighted"] > largest["accuracy_unweighted"] - 0.01
+    assert thrifty["tokens_unweighted"] < 0.75 * largest["tokens_unweighted"]
 
 
 @pytest.fixture
