@@ -186,7 +186,7 @@ def test_quick_checks_name_what_fails():
     collapsed["regimes"]["fixed-large"]["accuracy"]["4"] = spread_of([0.7])
     (failed,) = [check for check in quick_checks(collapsed) if not check.holds]
     assert str(failed) == (
-        "FAILED: accuracy at 4, stochastic minus fixed 16 must exceed 0.25, got 0.100"
+        "FAILED: accuracy at 4, stochastic minus fixed 16 must exceed 0.15, got 0.100"
     )
     unread = copy.deepcopy(report)
     unread["regimes"]["stochastic"]["accuracy_by_kind"]["read"]["16"] = spread_of([0.1])
