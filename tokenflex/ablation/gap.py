@@ -90,7 +90,7 @@ def write_gap_figure(report: Mapping[str, Any], path: Path) -> None:
     axes.set_xlabel("accuracy of the one model minus the specialist's, points")
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower left")
+    axes.legend(frameon=False, loc="upper right")
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
     plt.close(figure)
 
