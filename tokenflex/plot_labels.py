@@ -27,6 +27,7 @@ _PLACES = (
     (-7, -17, "right", "top"),
 )
 _STEPS = 40  # points that stand for a stretch of a line
+_ABOVE = 8  # pixels by which a label may rise above the axes, under their title
 _LABEL, _OUTSIDE = 1000, 100000  # what hiding a label, or leaving the axes, counts in such points
 
 
@@ -78,6 +79,7 @@ def _cost(box: Bbox, axes: Axes, drawn: NDArray[np.float64], taken: Sequence[Bbo
     inside = (drawn >= (box.x0, box.y0)) & (drawn <= (box.x1, box.y1))
     hidden = int(inside.all(1).sum()) + _LABEL * sum(box.overlaps(other) for other in taken)
     area = axes.get_window_extent()
+    area = Bbox.from_extents(area.x0, area.y0, area.x1, area.y1 + _ABOVE)
     outside = not (area.containsx(box.x0) and area.containsx(box.x1))
     outside |= not (area.containsy(box.y0) and area.containsy(box.y1))
     return hidden + _OUTSIDE * outside

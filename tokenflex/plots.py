@@ -168,7 +168,13 @@ def _name_kinds(
             color=colours[kind],
             parse_math=False,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colours[kind], "linewidth": 0.5, "alpha": 0.6},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colours[kind],
+                "linewidth": 0.5,
+                "alpha": 0.6,
+                "relpos": (1, 0.5),  # from the end of the name, not through it
+            },
         )
     if names:
         axes.spines["left"].set_visible(False)
