@@ -318,6 +318,26 @@ def test_a_selector_chooses_per_question(processor, dataset, half_taught, score)
     assert selector.asked == [(1, (1,), 4)] * 6
 
 
+@pytest.mark.parametrize(
+    ("score", "shown"),
+    [("forced", "<image> odd"), ("exact", "<image> odd 3 <eos> where")],
+)
+def test_a_selector_sees_the_prompt_of_the_first_forced_and_the_last_generated_answer(
+    processor, score, shown
+):
+    turns = (Turn("user", "odd"), Turn("assistant", "3"), Turn("user", "where"))
+    seen = []
+
+    class Selector(ByLength):
+        def select(self, model, images, tiles, prompts):
+            seen.extend(processor.tokenizer.convert_ids_to_tokens(ids) for ids in prompts)
+            return super().select(model, images, tiles, prompts)
+
+    one = OneAnswer(0, *turns, Turn("assistant", "r1c1"))
+    evaluate(tiny_model(), processor, one, [Selector()], score=score, max_new_tokens=1)
+    assert [" ".join(words) for words in seen] == [shown]
+
+
 class FirstAndOthers:
     """A selector: the first image of a prompt gets 4 tokens, others 1 x 5."""
 
