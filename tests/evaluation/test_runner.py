@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,6 +183,23 @@ def test_an_image_is_read_and_encoded_once_for_all_counts(processor, dataset, ha
     hook.remove()
     assert encoded == [2, 2, 2, 1]
     assert read == [*range(7)]
+
+
+def test_seconds_of_a_count_are_those_of_asking_it_alone(processor, dataset, monkeypatch):
+    """By a clock that only the model moves: the encoder is part of every count's, once a batch."""
+    model, now = tiny_model(), [0.0]
+
+    def takes(seconds: float, module) -> None:
+        module.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + seconds))
+
+    takes(100, model.model.vision_model)
+    takes(10, model.model.projector)
+    takes(1, model.model.language_model)
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr("tokenflex.evaluation.runner.time", clock)
+    report = evaluate(model, processor, dataset, [4, 9], batch_size=2)
+    assert report["encoding_seconds"] == 3 * 100
+    assert report["evaluation_seconds"] == {"4": 3 * 111, "9": 3 * 111}
 
 
 @pytest.mark.parametrize("score", ["forced", "exact"])
