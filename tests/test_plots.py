@@ -45,7 +45,8 @@ TILED = report_of(
 MANY = {
     **SQUARES,
     "accuracy_by_kind": {
-        f"a kind with a very long $name$ of many words {i}": SQUARES["accuracy"] for i in range(25)
+        f"a kind with a very long $name$ of {'many words ' * 12}{i}": SQUARES["accuracy"]
+        for i in range(25)
     },
 }
 REPORTS = {
