@@ -33,6 +33,7 @@ _OF_THE_MODEL = [
     "test_docs.py",
     "benchmarks/test_first_token.py",
     "test_examples.py",
+    "test_plots.py",
 ]
 _NEEDED_BY = {
     "hypothesis": [
@@ -53,7 +54,9 @@ _NEEDED_BY = {
         "ablation",
         "training",
         "selection/test_curve.py",
+        "selection/test_route.py",
         "test_cli.py",
+        "test_plots.py",
         "benchmarks/test_first_token.py",
     ],
     "datasets": ["models/test_ecosystem.py", "data/test_huggingface.py"],

@@ -530,24 +530,6 @@ def test_plot_draws_the_report(command, tmp_path, counts):
     assert temporary_files(tmp_path) == []
 
 
-def test_plot_puts_counts_where_their_tokens_are(command, tmp_path, monkeypatch):
-    """A grid lies on the curve, a choice per question beside it, both by tokens an image."""
-    lines = {}
-
-    def errorbar(self, x, y, *args, linestyle, **_):
-        lines[linestyle] = [*zip(x, y, strict=True)]
-
-    monkeypatch.setattr("matplotlib.axes.Axes.errorbar", errorbar)
-    report = {
-        "accuracy": {"auto": 0.9, "16": 0.8, "4x3": 0.7},
-        "standard_error": {"auto": 0.1, "16": 0.1, "4x3": None},
-        "vision_tokens_per_image": {"auto": 7.5, "16": 16.0, "4x3": 12.0},
-    }
-    (tmp_path / "report.json").write_text(json.dumps(report))
-    assert command("plot", tmp_path)[0] == 0
-    assert lines == {"-": [(12.0, 0.7), (16.0, 0.8)], "none": [(7.5, 0.9)]}
-
-
 def test_plot_without_kinds(command, tmp_path):
     (tmp_path / "report.json").write_text(json.dumps({"accuracy": {"4": 0.5}}))
     assert command("plot", tmp_path)[0] == 0

@@ -13,17 +13,24 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+from tokenflex.plot_labels import label_points, spread
 from tokenflex.selection.curve import PROMPT_QUESTIONS, CurvePoint
 from tokenflex.training.checkpoint import write_atomically
 
 OVERALL = "#1f4e79"
 KINDS = ("#e07b39", "#4c9f70", "#b5495b", "#7a6bb0", "#c2a03a", "#3f8fa8", "#8c6d5a", "#808080")
-LABEL_GAP = 0.045
+LONGEST_NAME = 24  # of a kind, in characters: what is longer would leave no room for the axes
+TICK_GAP = 0.06  # between ticks at least, as a share of the axis
 
 
 def plot_accuracy(report: dict[str, Any], path: Path) -> None:
     """Accuracy against vision tokens per image, overall and by kind of question.
+
+    Square counts are a line. Grids and what chooses a count per question are points of their own
+    beside it, with their names: as many vision tokens in another shape are another model.
 
     Args:
         report: what :func:`tokenflex.evaluation.evaluate` returns.
@@ -32,59 +39,146 @@ def plot_accuracy(report: dict[str, Any], path: Path) -> None:
     Raises:
         ValueError: ``report`` holds no accuracies.
     """
+    figure = _accuracy_figure(report)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+    plt.close(figure)
+
+
+def _accuracy_figure(report: Any) -> Figure:
     accuracy, kinds, tokens = _checked(report)
     labels = sorted(accuracy, key=tokens.__getitem__)
-    # What chooses a count per question is a point of its own beside the curve of the counts.
-    counts = [label for label in labels if label[0].isdigit()]
-    chosen = [label for label in labels if label not in counts]
+    squares = [label for label in labels if label.isdecimal()]
     errors = report.get("standard_error", {})
+    bars = {label: 1.96 * (errors.get(label) or 0.0) for label in labels}
+    rows = [accuracy, *kinds.values()]
+    lowest = min(accuracy[label] - bars[label] for label in labels)
+    lowest = min(lowest, *(value for row in rows for value in row.values()))
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    for some, line, marker in ((counts, "-", "o"), (chosen, "none", "*")):
-        left.errorbar(
-            [tokens[label] for label in some],
-            [accuracy[label] for label in some],
-            [1.96 * (errors.get(label) or 0.0) for label in some],
-            color=OVERALL,
-            linestyle=line,
-            marker=marker,
-            markersize=11 if some is chosen else 6,
-            linewidth=2.5,
-            elinewidth=1.2,
-        )
-    for label in labels:
-        name = f"{label} " * (label in chosen)
-        left.annotate(
-            f"{name}{accuracy[label]:.2f}",
-            (tokens[label], accuracy[label]),
-            (0, 7),
-            textcoords="offset points",
-            ha="center",
-        )
-    bars = " (bars: 95 % interval)" * any(errors.values())
-    left.set_title(f"all questions{bars}", loc="left", fontsize=11)
-    left.set_ylabel("accuracy")
-
-    for colour, (_, row) in zip(KINDS * 8, sorted(kinds.items()), strict=False):
-        for some, line, marker in ((counts, "-", "o"), (chosen, "none", "*")):
-            right.plot(
-                [tokens[label] for label in some],
-                [row[label] for label in some],
-                color=colour,
-                linestyle=line,
-                marker=marker,
-                markersize=4,
-            )
-    _label_ends(right, labels, tokens, kinds)
-    right.set_title("by kind of question", loc="left", fontsize=11)
-    for axes in (left, right):
-        axes.set_xticks([tokens[label] for label in counts or labels])
+    height = max(3.6, 1.2 + 0.2 * len(kinds))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9, height), sharey=True, layout="constrained"
+    )
+    interval = " (bars: 95 % interval)" * any(errors.values())
+    for axes, title in ((left, f"all questions{interval}"), (right, "by kind of question")):
+        axes.set_title(title, loc="left", fontsize=11, pad=12)
         axes.set_xlabel("vision tokens per image")
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    left.set_ylim(top=1.05)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
-    plt.close(figure)
+        _set_tokens_axis(axes, [tokens[label] for label in squares], [*tokens.values()])
+    left.set_ylabel("accuracy")
+    left.set_ylim(max(0.0, 1 - 1.1 * max(1 - lowest, 0.1)), 1)
+
+    _draw_row(left, accuracy, tokens, OVERALL, bars=bars, linewidth=2.5, markersize=6)
+    colours = dict(zip(sorted(kinds), KINDS * (1 + len(kinds) // len(KINDS)), strict=False))
+    for kind, colour in colours.items():
+        _draw_row(right, kinds[kind], tokens, colour, markersize=4)
+    _name_kinds(right, tokens[labels[0]], {k: kinds[k][labels[0]] for k in kinds}, colours)
+
+    figure.draw_without_rendering()  # the axes have their sizes now
+    others = [label for label in labels if label not in squares]
+    named = [
+        (f"{label} " * (label in others) + f"{accuracy[label]:.2f}", tokens[label], accuracy[label])
+        for label in labels
+    ]
+    label_points(left, named)
+    if kinds:
+        lows = {label: min(row[label] for row in kinds.values()) for label in others}
+        label_points(right, [(label, tokens[label], low) for label, low in lows.items()])
+    return figure
+
+
+def _set_tokens_axis(axes: Axes, squares: Sequence[float], tokens: Sequence[float]) -> None:
+    """Room around all points, and a tick at each square count that has room for it."""
+    first, last = min(tokens), max(tokens)
+    room = 0.13 * (last - first) or 0.25 * max(last, 1.0)
+    axes.set_xlim(first - room, last + 2 * room)  # labels stand right of their points
+    if not squares:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        return
+    ticks: list[float] = []
+    for tick in sorted(squares, reverse=True):
+        if not ticks or ticks[-1] - tick > TICK_GAP * (last - first + 3 * room):
+            ticks.append(tick)
+    axes.set_xticks(ticks, [f"{tick:.1f}".removesuffix(".0") for tick in ticks])
+
+
+def _draw_row(
+    axes: Axes,
+    row: dict[str, float],
+    tokens: dict[str, float],
+    colour: str,
+    *,
+    bars: dict[str, float] | None = None,
+    markersize: float,
+    **style: Any,
+) -> None:
+    """Squares as a line, grids as hollow squares, a choice per question as a star."""
+    for marker, line, size, fill in (("o", "-", 1.0, colour), _GRID, _CHOSEN):
+        some = sorted((label for label in row if _marker(label) == marker), key=tokens.__getitem__)
+        if not some:
+            continue
+        accuracy = [row[label] for label in some]
+        reach = [0.0 if bars is None else bars[label] for label in some]
+        axes.errorbar(
+            [tokens[label] for label in some],
+            accuracy,
+            # No share of right answers is below 0 or above 1.
+            [
+                [min(one, value) for one, value in zip(reach, accuracy, strict=True)],
+                [min(one, 1 - value) for one, value in zip(reach, accuracy, strict=True)],
+            ],
+            color=colour,
+            linestyle=line,
+            marker=marker,
+            markersize=size * markersize,
+            markerfacecolor=fill or colour,
+            elinewidth=1.2,
+            clip_on=False,  # or a point at 1 would be half of one
+            **style,
+        )
+
+
+_GRID = ("s", "none", 1.1, "white")
+_CHOSEN = ("*", "none", 1.8, "")
+
+
+def _marker(label: str) -> str:
+    if label.isdecimal():
+        return "o"
+    return "s" if label[0].isdigit() else "*"
+
+
+def _name_kinds(
+    axes: Axes, first: float, values: dict[str, float], colours: dict[str, str]
+) -> None:
+    """Name each kind left of the axes, at the height of its first point where that is free."""
+    names = sorted(values, key=lambda kind: -values[kind])
+    bottom, top = axes.get_ylim()
+    heights = spread([(values[kind] - bottom) / (top - bottom) for kind in names])
+    for kind, height in zip(names, heights, strict=True):
+        short = kind if len(kind) <= LONGEST_NAME else f"{kind[: LONGEST_NAME - 1]}\u2026"
+        axes.annotate(
+            f"{short} {values[kind]:.2f}",
+            (first, values[kind]),
+            (-0.03, height),
+            textcoords="axes fraction",
+            ha="right",
+            va="center",
+            fontsize=8.5,
+            color=colours[kind],
+            parse_math=False,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colours[kind],
+                "linewidth": 0.5,
+                "alpha": 0.6,
+                "relpos": (1, 0.5),  # from the end of the name, not through it
+            },
+        )
+    if names:
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", left=False)
 
 
 def _checked(
@@ -114,29 +208,6 @@ def _checked(
                 f"got {row!r}"
             )
     return accuracy, kinds, tokens
-
-
-def _label_ends(
-    axes: Axes, labels: list[str], tokens: dict[str, float], kinds: dict[str, dict[str, float]]
-) -> None:
-    """Name each line at its left end, where the kinds differ most, without overlaps."""
-    height = 2.0
-    colours = dict(zip(sorted(kinds), KINDS * 8, strict=False))
-    first, last = tokens[labels[0]], tokens[labels[-1]]
-    span = last - first or 1
-    for kind in sorted(kinds, key=lambda name: -kinds[name][labels[0]]):
-        value = kinds[kind][labels[0]]
-        height = min(value, height - LABEL_GAP)
-        axes.annotate(
-            f"{kind} {value:.2f}",
-            (first, value),
-            (first - 0.03 * span, height),
-            ha="right",
-            va="center",
-            fontsize=8.5,
-            color=colours[kind],
-        )
-    axes.set_xlim(first - 0.42 * span, last + 0.05 * span)
 
 
 def plot_selection(points: Sequence[CurvePoint], path: Path) -> None:

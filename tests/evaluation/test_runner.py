@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,6 +185,23 @@ def test_an_image_is_read_and_encoded_once_for_all_counts(processor, dataset, ha
     assert read == [*range(7)]
 
 
+def test_seconds_of_a_count_are_those_of_asking_it_alone(processor, dataset, monkeypatch):
+    """By a clock that only the model moves: the encoder is part of every count's, once a batch."""
+    model, now = tiny_model(), [0.0]
+
+    def takes(seconds: float, module) -> None:
+        module.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + seconds))
+
+    takes(100, model.model.vision_model)
+    takes(10, model.model.projector)
+    takes(1, model.model.language_model)
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr("tokenflex.evaluation.runner.time", clock)
+    report = evaluate(model, processor, dataset, [4, 9], batch_size=2)
+    assert report["encoding_seconds"] == 3 * 100
+    assert report["evaluation_seconds"] == {"4": 3 * 111, "9": 3 * 111}
+
+
 @pytest.mark.parametrize("score", ["forced", "exact"])
 def test_counts_asked_together_are_answered_as_alone(processor, dataset, half_taught, score):
     grids = [4, (2, 3), (3, 3), 16]
@@ -316,6 +334,26 @@ def test_a_selector_chooses_per_question(processor, dataset, half_taught, score)
     assert report["vision_tokens_per_question"]["auto"] == pytest.approx(over_kinds)
     assert report["vision_tokens_per_question_unweighted"]["auto"] == pytest.approx(over_questions)
     assert selector.asked == [(1, (1,), 4)] * 6
+
+
+@pytest.mark.parametrize(
+    ("score", "shown"),
+    [("forced", "<image> odd"), ("exact", "<image> odd 3 <eos> where")],
+)
+def test_a_selector_sees_the_prompt_of_the_first_forced_and_the_last_generated_answer(
+    processor, score, shown
+):
+    turns = (Turn("user", "odd"), Turn("assistant", "3"), Turn("user", "where"))
+    seen = []
+
+    class Selector(ByLength):
+        def select(self, model, images, tiles, prompts):
+            seen.extend(processor.tokenizer.convert_ids_to_tokens(ids) for ids in prompts)
+            return super().select(model, images, tiles, prompts)
+
+    one = OneAnswer(0, *turns, Turn("assistant", "r1c1"))
+    evaluate(tiny_model(), processor, one, [Selector()], score=score, max_new_tokens=1)
+    assert [" ".join(words) for words in seen] == [shown]
 
 
 class FirstAndOthers:

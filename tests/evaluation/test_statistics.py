@@ -27,6 +27,16 @@ def test_repeating_the_questions_of_a_sample_makes_nothing_surer():
     assert often.standard_error == pytest.approx(once.standard_error)
 
 
+def test_questions_of_several_kinds_about_one_sample_are_one_draw():
+    """Two kinds that are right together are as sure as one; were they draws of their own, surer."""
+    one = accuracy_of([verdict(i, i < 30, "a") for i in range(100)])
+    both = accuracy_of([verdict(i, i < 30, kind) for i in range(100) for kind in ("a", "b")])
+    assert both.standard_error == pytest.approx(one.standard_error)
+    # One right where the other is wrong: the mean is one half, whatever samples are drawn.
+    opposed = [verdict(i, (i < 50) == (kind == "a"), kind) for i in range(100) for kind in "ab"]
+    assert accuracy_of(opposed).standard_error == pytest.approx(0, abs=1e-12)
+
+
 def test_the_mean_over_kinds_has_the_error_of_a_bootstrap_over_samples():
     """Two kinds of unequal size and chance, and samples that are right or wrong as a whole."""
     rng = np.random.default_rng(0)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.harnesses.names import arbitrary_names
 from tests.models.tiny import picture
 from tokenflex.cli import main
 from tokenflex.harnesses.driver import run_lmms_eval, run_vlmevalkit
@@ -35,6 +36,23 @@ for name in options.model:
         message = [{"type": "image", "value": %r}, {"type": "text", "value": "odd"}]
         model.generate(message, benchmark)
         tokens = model.assistant.label
+        (folder / f"{name}_{benchmark}_acc.csv").write_text(f"split,Overall\\ndev,{tokens}\\n")
+"""
+
+# The same, but the models are not loaded: what is asked of which is all it shows.
+RUN_PY_WITHOUT_ANSWERS = """
+import argparse, pathlib
+from vlmeval.config import supported_VLM
+parser = argparse.ArgumentParser()
+parser.add_argument("--model", nargs="+")
+parser.add_argument("--data", nargs="+")
+parser.add_argument("--work-dir", type=pathlib.Path)
+options = parser.parse_args()
+for name in options.model:
+    tokens = supported_VLM[name].keywords["tokens"]
+    folder = options.work_dir / name
+    folder.mkdir(parents=True)
+    for benchmark in options.data:
         (folder / f"{name}_{benchmark}_acc.csv").write_text(f"split,Overall\\ndev,{tokens}\\n")
 """
 
@@ -117,6 +135,38 @@ def test_vlmevalkit_runs_its_own_script_at_every_count(checkpoint, run_py, tmp_p
         row = table.rows[benchmark, "Overall"]
         assert {count: score.value for count, score in row.items()} == {"4": 4.0, "9": 9.0}
     assert table.missing == [("Failing", "-", "4"), ("Failing", "-", "9")]
+
+
+NAMES = [*arbitrary_names(0), "MMStar", "mmstar", "mmmu_val", "MMBench_DEV_EN_V11", "OCRBench"]
+
+
+def test_lmms_eval_is_asked_for_every_task_at_every_count(checkpoint):
+    asked = []
+    counts = ["4", "9", "16"]
+    options = {"simple_evaluate": fake_lmms_eval(asked), "batch_size": 2}
+    table = run_lmms_eval(checkpoint, counts, NAMES, **options)
+    assert [(tasks, more) for _, _, tasks, more in asked] == [(NAMES, {"batch_size": 2})] * 3
+    arguments = [one for _, one, _, _ in asked]
+    assert arguments == [f"pretrained={checkpoint},tokens={count}" for count in counts]
+    for name in NAMES:
+        values = {count: score.value for count, score in table.rows[name, "acc"].items()}
+        assert values == {"4": 0.04, "9": 0.09, "16": 0.16}
+
+
+def test_vlmevalkit_is_asked_for_every_benchmark_at_every_count(checkpoint, tmp_path):
+    """The count of the model that is named is what this script writes as its score."""
+    (tmp_path / "run.py").write_text(RUN_PY_WITHOUT_ANSWERS)
+    table = run_vlmevalkit(
+        checkpoint,
+        [4, 9],
+        NAMES,
+        run_py=tmp_path / "run.py",
+        work_dir=tmp_path / "work",
+    )
+    assert {benchmark for benchmark, _ in table.rows} == {*NAMES}
+    for name in NAMES:
+        values = {count: score.value for count, score in table.rows[name, "Overall"].items()}
+        assert values == {"4": 4.0, "9": 9.0}
 
 
 def test_an_old_result_does_not_stand_in_for_a_new_one(checkpoint, run_py, tmp_path):

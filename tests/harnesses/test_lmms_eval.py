@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.harnesses.names import OneTask, Unreadable
 from tests.models.tiny import picture
 from tokenflex.harnesses.assistant import Assistant
 
@@ -35,8 +36,7 @@ def load(adapter, checkpoint, tokens, **config):
         {"device": "cpu", "max_batch_size": None, **config},
     )
     lm.task_dict = {
-        task: {"test": [{"question": q, "seed": i} for i, q in enumerate(QUESTIONS)]}
-        for task in ("digits", "HallusionBench")
+        "digits": {"test": [{"question": q, "seed": i} for i, q in enumerate(QUESTIONS)]}
     }
     return lm
 
@@ -86,14 +86,22 @@ def test_answers_and_token_counts_are_those_of_generate(
         assert result.token_counts.output_tokens == written
 
 
-def test_the_task_does_not_change_the_count(adapter, checkpoint):
+def test_the_adapter_never_looks_at_the_name_of_the_task(adapter, checkpoint, greedy):
+    """Answers, tokens and rounds come without it, so no task can have a count of its own."""
     lm = load(adapter, checkpoint, 9)
+    lm.task_dict = OneTask(lm.task_dict["digits"])
     options = {"max_new_tokens": 4}
-    requests = [
-        request_for(adapter, 1, options, task=task) for task in ("digits", "HallusionBench")
-    ]
-    here, there = lm.generate_until(requests)
-    assert here == there
+    lm_request = request_for(adapter, 1, options, task=Unreadable())
+    (result,) = lm.generate_until([lm_request])
+    said, read, written = greedy([picture(1)], f"<image>{QUESTIONS[1]}", 9, 4)
+    assert result.text == said
+    assert (result.token_counts.input_tokens, result.token_counts.output_tokens) == (read, written)
+
+    def ask(document, **rounds):
+        return (None, True, [], None) if rounds else messages(document)
+
+    lm_request = request_for(adapter, 1, options, task=Unreadable(), ask=ask)
+    assert lm.generate_until_multi_round([lm_request]) == [[said]]
 
 
 def test_tiles_are_an_argument(adapter, checkpoint):

@@ -26,6 +26,29 @@ def test_lmms_evals_metrics_with_their_standard_errors():
     }
 
 
+def test_every_filter_has_its_own_standard_error():
+    values = {
+        "exact_match,none": 0.1,
+        "exact_match,strict": 0.2,
+        "exact_match,flexible": 0.3,
+        "exact_match,last": 0.4,
+        "f1,strict": 0.5,
+        "exact_match_stderr,flexible": 0.03,
+        "exact_match_stderr,none": 0.01,
+        "exact_match_stderr,strict": 0.02,
+        "f1_stderr,strict": 0.05,
+    }
+    assert lmms_eval_scores({"results": {"b": values}}) == {
+        "b": {
+            "exact_match": Score(0.1, 0.01),
+            "exact_match (strict)": Score(0.2, 0.02),
+            "exact_match (flexible)": Score(0.3, 0.03),
+            "exact_match (last)": Score(0.4),
+            "f1 (strict)": Score(0.5, 0.05),
+        }
+    }
+
+
 def test_a_benchmark_by_count_table_names_its_holes():
     table = merge(
         {

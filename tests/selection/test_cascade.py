@@ -123,6 +123,45 @@ def test_counts_must_rise(counts):
         generate_with_escalation(tiny_model(), **asked(digits_processor()), counts=counts)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"threshold": float("nan")}, ValueError, "threshold must be a probability.*got nan"),
+        ({"threshold": "0.9"}, TypeError, "threshold must be a number, got '0.9'"),
+        ({"threshold": None}, TypeError, "threshold must be a number, got None"),
+        ({"threshold": True}, TypeError, "threshold must be a number, got True"),
+        ({"do_sample": True}, ValueError, "do_sample must be False.*got True"),
+        ({"num_beams": 4}, ValueError, "num_beams must be 1.*got 4"),
+        ({"output_logits": False}, ValueError, "output_logits must be True.*got False"),
+        ({"counts": [4, 900]}, ValueError, r"counts \[4, 900\] at row 0: .*256 positions, got 900"),
+    ],
+)
+def test_what_a_cascade_cannot_do_is_refused_before_an_answer(options, error, words):
+    model = tiny_model()
+    calls = CallCounter(model.model.language_model)
+    ask = {"threshold": 0.0, "counts": COUNTS, **asked(digits_processor()), **OPTIONS, **options}
+    with pytest.raises(error, match=words):
+        generate_with_escalation(model, **ask)
+    assert calls.calls == 0
+
+
+def test_all_tiles_of_a_row_must_fit_the_model():
+    """100 tokens fit 256 positions; those of a row's three tiles do not."""
+    model, processor = tiny_model(), tiling_processor(6)
+    images, texts = [[picture(1)], [picture(2, (32, 96))]], ["<image> odd", "<image> odd"]
+    ask = {**asked(processor, images, texts), "threshold": 0.0, **OPTIONS}
+    with pytest.raises(ValueError, match=r"at row 1: .*256 positions, got 300"):
+        generate_with_escalation(model, **ask, counts=(4, 100))
+    assert generate_with_escalation(model, **ask, counts=(4, 64)).counts == [4, 4]
+
+
+def test_options_that_say_what_a_cascade_does_are_taken():
+    model, ask = tiny_model(), {**asked(digits_processor()), "counts": COUNTS, **OPTIONS}
+    plain = generate_with_escalation(model, **ask)
+    told = generate_with_escalation(model, **ask, do_sample=False, num_beams=1)
+    assert torch.equal(plain.new_tokens, told.new_tokens)
+
+
 def test_a_model_that_does_not_say_its_counts_needs_them_named():
     with pytest.raises(ValueError, match="trained_num_image_tokens must name the counts"):
         generate_with_escalation(tiny_model(), **asked(digits_processor()))

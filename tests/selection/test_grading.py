@@ -9,7 +9,7 @@ import torch
 from tests.evaluation.test_runner import half_taught, processor  # noqa: F401 (fixtures)
 from tests.models.test_modeling import CallCounter
 from tests.models.test_tiling import tiling_processor
-from tests.models.tiny import picture, tiny_model
+from tests.models.tiny import WIDTH, picture, tiny_model
 from tests.selection.planted import COUNTS, FixedRouter
 from tokenflex.data.encoding import ConversationEncoder
 from tokenflex.data.samples import Conversation, Sample, Turn
@@ -126,6 +126,53 @@ def test_the_router_sees_in_use_what_it_saw_in_training():
     ((images, embeddings),) = router.seen
     torch.testing.assert_close(images, grades.images[grades.pair_images])
     torch.testing.assert_close(embeddings, grades.questions[grades.pair_questions])
+
+
+class LongTalks(Several):
+    """Answers behind answers, and an image that is shown after the first."""
+
+    samples = (
+        Sample(
+            "long",
+            (picture(1), picture(2)),
+            (
+                Conversation(
+                    (
+                        *(Turn("user", "<image> odd"), Turn("assistant", "3")),
+                        *(Turn("user", "where <image> count"), Turn("assistant", "r1c1")),
+                    )
+                ),
+                Conversation(
+                    (
+                        *(Turn("user", "<image> <image> majority"), Turn("assistant", "red")),
+                        *(Turn("user", "read r1c1"), Turn("assistant", "5")),
+                    )
+                ),
+            ),
+        ),
+    )
+
+
+def test_forced_evaluation_shows_the_router_what_grading_does(tmp_path, monkeypatch):
+    """The text before the first answer, and all images, also of later turns."""
+    model, words = tiny_model(), digits_processor()
+    grades = grade(model, words, LongTalks(), COUNTS)
+    save_router(Router(COUNTS, WIDTH, WIDTH, penalty=0.0), tmp_path, {})
+    seen = []
+
+    def record(self, images, questions):
+        seen.append((images, questions))
+        return np.ones((len(images), len(COUNTS)))
+
+    monkeypatch.setattr(Router, "probabilities", record)
+    evaluate(model, words, LongTalks(), [resolve_count("auto", tmp_path)])
+    ((images, embeddings),) = seen
+    torch.testing.assert_close(images, grades.images[grades.pair_images])
+    torch.testing.assert_close(embeddings, grades.questions[grades.pair_questions])
+    odd, majority = words.tokenizer.convert_tokens_to_ids(["odd", "majority"])
+    table = model.get_input_embeddings().weight.detach()
+    expected = table[[odd, odd, majority, majority]]  # two images each
+    torch.testing.assert_close(embeddings.detach(), expected)
 
 
 def test_confidence_is_generations_own_where_the_answer_is_right(processor, dataset, half_taught):  # noqa: F811

@@ -36,7 +36,9 @@ class CountSelector(Protocol):
             model: the model that will answer.
             images: what its encoder gave for the tiles; all prompts show the same.
             tiles: how many each image became.
-            prompts: int64 [length] each, up to the answer, with one placeholder per image.
+            prompts: int64 [length] each, with one placeholder per image: up to the answer that is
+                generated; where answers are forced, up to the first (placeholders of images in
+                later turns stand at the end).
         """
         ...
 

@@ -119,6 +119,22 @@ class ReadBatch:
         return PreparedBatch(data["pixel_values"], data.get("grids"), prepared)
 
 
+def text_before_answers(encoded: EncodedConversation, image_token_id: int) -> torch.Tensor:
+    """int64 [length]: a conversation up to its first answer, with a placeholder for every image.
+
+    This is what there is when its images' counts are chosen. Placeholders of images in later turns
+    stand at the end.
+
+    Args:
+        encoded: see :meth:`PreparedSample.encoded`.
+        image_token_id: the placeholder.
+    """
+    ids, labels, _ = encoded
+    first = int((labels != IGNORE).nonzero()[0])
+    later = ids[first:]
+    return torch.cat([ids[:first], later[later == image_token_id]])
+
+
 @dataclass(frozen=True)
 class Question:
     """One conversation at one choice of counts.
@@ -126,8 +142,9 @@ class Question:
     Attributes:
         sample: whose images it shows.
         conversation: the question with its answer.
-        prompt_ids: see :meth:`PreparedSample.prompt_ids`; None where nothing is generated or
-            chosen by it.
+        prompt_ids: what counts are chosen by: :func:`text_before_answers` where answers are
+            forced, else the prompt of the answer that is generated, see
+            :meth:`PreparedSample.prompt_ids`; None where answers are forced and nothing chooses.
         encoded: see :meth:`PreparedSample.encoded`; None where answers are generated.
         grids: (height, width) vision tokens of each image's tiles; empty until they are chosen.
     """

@@ -13,10 +13,17 @@ import torch
 from tokenflex.counts import token_grid
 from tokenflex.data.encoding import ConversationEncoder
 from tokenflex.data.order import load_in_order
-from tokenflex.data.samples import SampleDataset
+from tokenflex.data.samples import Conversation, SampleDataset
 from tokenflex.evaluation.counts import AskedCount, labels_of, selector_of
 from tokenflex.evaluation.grading import grade_forced, grade_generated
-from tokenflex.evaluation.questions import PreparedBatch, Question, ReadBatch, project
+from tokenflex.evaluation.questions import (
+    PreparedBatch,
+    PreparedSample,
+    Question,
+    ReadBatch,
+    project,
+    text_before_answers,
+)
 from tokenflex.evaluation.scoring import FORCED, SCORES
 from tokenflex.evaluation.statistics import Verdict, accuracy_of, group_by_kind, vision_tokens_of
 from tokenflex.models.vision import EncodedImages
@@ -92,7 +99,7 @@ def evaluate(
             pixels = batch.pixel_values.to(model.device, non_blocking=True)
             encoded = model.encode_images(pixels, batch.grids)
             encoding_seconds += _seconds_since(started, model.device)
-            asked = _asked(batch, encode, counts, score)
+            asked = _asked(batch, encode, processor.image_token_id, counts, score)
             for label, count in zip(labels, counts, strict=True):
                 started = time.perf_counter()
                 questions = _at_count(model, encoded, asked, count)
@@ -135,21 +142,25 @@ def _batches(samples: int, batch_size: int) -> list[list[tuple[int, int]]]:
 
 
 def _asked(
-    batch: PreparedBatch, encode: ConversationEncoder, counts: Sequence[AskedCount], score: str
+    batch: PreparedBatch,
+    encode: ConversationEncoder,
+    image_token_id: int,
+    counts: Sequence[AskedCount],
+    score: str,
 ) -> list[list[Question]]:
     """Every conversation of each sample, with what it takes to ask it, but no counts yet."""
-    forced = score == FORCED
-    needs_prompts = not forced or any(selector_of(count) is not None for count in counts)
+    chosen = any(selector_of(count) is not None for count in counts)
+
+    def question(sample: PreparedSample, conversation: Conversation) -> Question:
+        if score != FORCED:
+            prompt = sample.prompt_ids(encode, conversation)
+            return Question(sample, conversation, prompt_ids=prompt)
+        encoded = sample.encoded(encode, conversation)
+        shown = text_before_answers(encoded, image_token_id) if chosen else None
+        return Question(sample, conversation, prompt_ids=shown, encoded=encoded)
+
     return [
-        [
-            Question(
-                sample,
-                conversation,
-                prompt_ids=sample.prompt_ids(encode, conversation) if needs_prompts else None,
-                encoded=sample.encoded(encode, conversation) if forced else None,
-            )
-            for conversation in sample.conversations
-        ]
+        [question(sample, conversation) for conversation in sample.conversations]
         for sample in batch.samples
     ]
 

@@ -8,14 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from tokenflex.counts import AUTO, TokenCount, token_grid
+from tokenflex.models.loading import check_length
 from tokenflex.selection.choice import INPUTS, read_inputs, trained_counts
 from tokenflex.selection.expansion import Prompts
+
+# What confidence is read from, and what it means only for greedy search.
+_GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "return_dict_in_generate": True,
+    "output_logits": True,
+}
 
 
 @dataclass(frozen=True)
@@ -59,11 +69,23 @@ def generate_with_escalation(
         threshold: answers whose least certain token is below this probability are tried again.
         counts: to try, from few vision tokens to many; those the model was trained with if None.
         num_image_tokens: "auto".
-        **kwargs: for ``generate``, for example ``max_new_tokens``.
+        **kwargs: for ``generate``, for example ``max_new_tokens``; answers stay greedy.
 
     Raises:
-        ValueError: no counts are known, they do not rise, or inputs do not fit together.
+        TypeError: ``threshold`` is not a number.
+        ValueError: ``threshold`` is NaN, no counts are known, they do not rise, the largest of them
+            exceeds the language model's positions, ``kwargs`` ask for another search, or inputs do
+            not fit together.
     """
+    if not isinstance(threshold, (int, float)) or isinstance(threshold, bool):
+        raise TypeError(f"threshold must be a number, got {threshold!r}")
+    if isnan(threshold):
+        raise ValueError(f"threshold must be a probability to compare with, got {threshold}")
+    for option, value in _GREEDY.items():
+        if kwargs.setdefault(option, value) != value:
+            raise ValueError(
+                f"{option} must be {value} in a cascade, which is greedy, got {kwargs[option]!r}"
+            )
     if not isinstance(num_image_tokens, str) or num_image_tokens != AUTO:
         raise ValueError(f"num_image_tokens must be 'auto', got {num_image_tokens!r}")
     ladder = trained_counts(model) if counts is None else tuple(counts)
@@ -73,6 +95,11 @@ def generate_with_escalation(
     inputs = {name: kwargs.pop(name) for name in INPUTS if name in kwargs}
     prompts, encoded = read_inputs(model, input_ids, **inputs)
     rows = len(prompts.rows)
+    for row in range(rows):  # before the first answer, not once an unsure one gets there
+        try:
+            check_length(model.config, sizes[-1] * _num_tiles(prompts, row))
+        except ValueError as error:
+            raise ValueError(f"counts {list(ladder)} at row {row}: {error}") from error
     images = prompts.images_per_row
     answers: list[torch.Tensor] = [input_ids[0, :0]] * rows
     chosen: list[TokenCount | None] = [None] * rows
@@ -105,14 +132,7 @@ def _answers(
     model: Any, inputs: dict[str, Any], options: dict[str, Any]
 ) -> list[tuple[torch.Tensor, float]]:
     """Each row's new tokens up to its end, and the probability of the least certain one."""
-    output = model.generate(
-        **inputs,
-        **options,
-        do_sample=False,
-        num_beams=1,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    output = model.generate(**inputs, **options)
     new = output.sequences[:, inputs["input_ids"].shape[1] :]
     logits = torch.stack(output.logits, dim=1).float()  # before any processor, [B, new, V]
     certain = logits.softmax(-1).gather(2, new[..., None].to(logits.device)).squeeze(2).cpu()

@@ -11,10 +11,16 @@ from typing import Any
 import torch
 
 from tokenflex.counts import token_grid
-from tokenflex.data.encoding import IGNORE, ConversationEncoder
+from tokenflex.data.encoding import ConversationEncoder
 from tokenflex.data.samples import SampleDataset
 from tokenflex.evaluation.grading import grade_forced
-from tokenflex.evaluation.questions import PreparedBatch, Question, ReadBatch, project
+from tokenflex.evaluation.questions import (
+    PreparedBatch,
+    Question,
+    ReadBatch,
+    project,
+    text_before_answers,
+)
 from tokenflex.selection.features import image_statistics, question_embeddings
 from tokenflex.selection.router import check_counts
 
@@ -165,11 +171,9 @@ def _grade_batch(
 
 
 def _question(question: Question, image_token_id: int) -> torch.Tensor:
-    """The text before the first answer: what the prompt holds when it is asked."""
+    """The words before the first answer."""
     assert question.encoded is not None
-    ids, labels, _ = question.encoded
-    first = int((labels != IGNORE).nonzero()[0])
-    asked = ids[:first]
+    asked = text_before_answers(question.encoded, image_token_id)
     return asked[asked != image_token_id]
 
 
