@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from tokenflex.ablation.checks import quick_checks
-from tokenflex.ablation.gap import format_gap
+from tokenflex.ablation.gap import format_gap, gains
 from tokenflex.ablation.report import format_report
 from tokenflex.ablation.results import difference
-from tokenflex.ablation.suites import UNSEEN
-from tokenflex.ablation.tables import below_nearest
+from tokenflex.ablation.suites import LEVERS, UNSEEN
+from tokenflex.ablation.tables import below_nearest, points
 from tokenflex.ablation.unseen import format_unseen
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -56,6 +56,21 @@ def test_the_target_of_unseen_counts_is_met():
     near = {"2x3": "4", "3x2": "4", "3x4": "9", "4x3": "9", "2x4": "9", "25": "16", "36": "16"}
     for count, trained in near.items():
         assert accuracy[count]["mean"] > accuracy[trained]["mean"] - 0.05, count
+
+
+def test_the_page_quotes_every_lever_and_the_readme_two():
+    report = report_of("gap")
+    page = (DOCS / "ablation.md").read_text(encoding="utf-8")
+    means: dict[str, list[str]] = {}
+    for lever in LEVERS:
+        found = gains(report, lever).values()
+        shown = [points(gain, signed=True) for gain in found]
+        assert f"| {lever.title} | {' | '.join(shown)} |" in page
+        means[lever.title] = [f"{abs(100 * gain['mean']):.1f}" for gain in found]
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    for title, before in (("positions, for both", "cut that to "), (LEVERS[5].title, "ahead, by ")):
+        first, second, third = means[title]
+        assert f"{before}{first}, {second} and {third}" in readme
 
 
 def test_the_page_quotes_what_mends_unseen_counts():
