@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenflex.ablation import paper
 from tokenflex.ablation.results import difference
 from tokenflex.ablation.suites import LEVERS, Lever
 from tokenflex.ablation.tables import asked_and_seeds, markdown_table, points
@@ -48,9 +49,9 @@ def format_gap(report: Mapping[str, Any]) -> str:
     sections = [
         f"# One model beside the specialists, scale {report['scale']}",
         asked_and_seeds(report),
-        "The paper has its one model ahead of each specialist at the specialist's own count, "
-        "by 1.2, 1.4 and 0.1 points in its table (second-hand). Here, the one model minus the "
-        "specialist, paired by seed, in points:",
+        "The paper has its one model ahead of each specialist at the specialist's own count, by "
+        f"{', '.join(paper.gains())} points in its table (second-hand). Here, the one model minus "
+        "the specialist, paired by seed, in points:",
         markdown_table([*head, seen], differences),
         _verdict(found),
         "![One model minus the specialist](gap.png)",
@@ -58,8 +59,8 @@ def format_gap(report: Mapping[str, Any]) -> str:
         markdown_table([*head[:1], "", *head[1:]], accuracies),
         "Specialists are three models, each trained and asked at its own count alone. Vision "
         "tokens are those of the regime's own stage, of the one model and of the specialists "
-        "it is compared with together; steps and images shown are the same for both where "
-        "nothing else is said.",
+        "it is compared with together, those that a teacher sees (KL) included; steps and images "
+        "shown are the same for both where nothing else is said.",
     ]
     return "\n\n".join(sections) + "\n"
 

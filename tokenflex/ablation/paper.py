@@ -30,3 +30,10 @@ COST: dict[str, tuple[float, float]] = {
     "stochastic": (5.6, 13.0),
 }
 """Vision tokens of stage 2 in billions, and its hours on 64 A100."""
+
+
+def gains() -> list[str]:
+    """Its stochastic model minus the fixed one at each fixed model's own count, in points."""
+    fixed = (TRAINED_WITH[f"fixed-{size}"] for size in ("small", "middle", "large"))
+    pairs = zip(TRAINED_WITH["stochastic"], fixed, strict=True)
+    return [f"{one - own[place]:+.1f}" for place, (one, own) in enumerate(pairs)]
