@@ -12,7 +12,7 @@ OUT ?= runs/gpu
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-cpu test-kernels test-claim lint setup gpu tune sanitize sanitize-gpu clean
+.PHONY: demo test test-cpu test-kernels test-training test-claim lint setup gpu tune sanitize sanitize-gpu clean
 
 setup: .venv/.ready
 
@@ -30,16 +30,20 @@ demo: setup
 	@echo "  $(BIN)/tokenflex generate --model runs/demo/checkpoint --image examples/digits.png --prompt 'read r2c3' --tokens 4,9,16"
 
 test: setup lint
-	$(MAKE) -j2 $(and $(filter output-sync,$(.FEATURES)),--output-sync=line) test-cpu test-kernels test-claim
+	$(MAKE) -j2 $(and $(filter output-sync,$(.FEATURES)),--output-sync=line) test-cpu test-kernels test-training test-claim
 
 test-cpu:
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/training
+
+# By themselves, so that both cores have about as much to do.
+test-training:
+	$(BIN)/python -m pytest tests/training
 
 test-kernels:
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton_kernels
 	$(BIN)/python -m tokenflex_kernels.aot --quiet
 
-# On one core: the other one is busy with test-cpu, which outlasts both.
+# On one core: the other one is busy with tests.
 test-claim:
 	rm -rf runs/test-claim
 	$(BIN)/tokenflex ablate --quick --jobs 1 --output runs/test-claim
