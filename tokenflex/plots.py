@@ -40,6 +40,11 @@ def plot_accuracy(report: dict[str, Any], path: Path) -> None:
         ValueError: ``report`` holds no accuracies.
     """
     figure = _accuracy_figure(report)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write ``figure`` as a PNG, atomically, and let go of it."""
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
     plt.close(figure)
 
@@ -275,8 +280,7 @@ def plot_selection(points: Sequence[CurvePoint], path: Path) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", fontsize=8.5, frameon=False)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _draw(axes: Axes, points: Sequence[CurvePoint], label: str, **style: Any) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 
 from tokenflex.ablation import paper
 from tokenflex.ablation.suites import MAIN, ODDS
-from tokenflex.plots import plt
-from tokenflex.training.checkpoint import write_atomically
+from tokenflex.plots import plt, save_figure
 
 COLOURS = {
     "fixed-small": "#e07b39",
@@ -28,10 +27,10 @@ def write_figures(report: Mapping[str, Any], folder: Path) -> None:
     """``figure1.png``, ``figure3.png`` and, where odds were compared, ``odds.png``."""
     main = [name for name in MAIN if name in report["regimes"]]
     odds = [name for name in ODDS if name in report["regimes"]]
-    _write(_figure1(report, main), folder / "figure1.png")
-    _write(_by_kind(report, main), folder / "figure3.png")
+    save_figure(_figure1(report, main), folder / "figure1.png")
+    save_figure(_by_kind(report, main), folder / "figure3.png")
     if len(odds) > 1:
-        _write(_by_kind(report, odds), folder / "odds.png")
+        save_figure(_by_kind(report, odds), folder / "odds.png")
 
 
 def _figure1(report: Mapping[str, Any], names: Sequence[str]) -> Any:
@@ -127,8 +126,3 @@ def _finish(axes: Any, counts: Sequence[str], trained: Sequence[str]) -> None:
     axes.set_xlabel("vision tokens per image" + (" (dotted: trained)" if trained else ""))
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _write(figure: Any, path: Path) -> None:
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
-    plt.close(figure)

@@ -10,8 +10,7 @@ from tokenflex.ablation import paper
 from tokenflex.ablation.results import difference
 from tokenflex.ablation.suites import LEVERS, Lever
 from tokenflex.ablation.tables import asked_and_seeds, markdown_table, points
-from tokenflex.plots import plt
-from tokenflex.training.checkpoint import write_atomically
+from tokenflex.plots import plt, save_figure
 
 COLOURS = ("#e07b39", "#4c9f70", "#b5495b")  # at the small, middle and large count
 
@@ -92,8 +91,7 @@ def write_gap_figure(report: Mapping[str, Any], path: Path) -> None:
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _verdict(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenflex.ablation import paper
 from tokenflex.ablation.results import difference
-from tokenflex.ablation.suites import ANY_COUNT, MAIN, MIXING, ODDS
+from tokenflex.ablation.suites import ANY_COUNT, MAIN, MIXING, ODDS, SPECIALISTS
 from tokenflex.ablation.tables import (
     accuracy_rows,
     asked_and_seeds,
@@ -17,7 +17,6 @@ from tokenflex.ablation.tables import (
     starts_of,
 )
 
-OWN_COUNT = {"fixed-small": 0, "fixed-middle": 1, "fixed-large": 2}  # place among the counts
 PAPERS = "the paper's, on its benchmarks (second-hand)"
 
 
@@ -81,7 +80,7 @@ def _claims(report: Mapping[str, Any], main: Sequence[str]) -> str:
     lines.append("Stochastic minus the fixed model, paired by seed, in points:")
     head = ["compared with", *(f"at {count}" for count in counts)]
     rows = []
-    for name, own in OWN_COUNT.items():
+    for own, name in enumerate(SPECIALISTS):
         if name not in main:
             continue
         cells = []
@@ -98,7 +97,7 @@ def _verdict(report: Mapping[str, Any], main: Sequence[str]) -> str:
     """In words: whether fixed models fall behind off their count, and win on it."""
     off: list[tuple[float, str]] = []
     own: list[tuple[float, str]] = []
-    for name, place in OWN_COUNT.items():
+    for place, name in enumerate(SPECIALISTS):
         if name in main:
             for i, count in enumerate(report["counts"]):
                 gain = 100 * difference(report, "stochastic", name, count)["mean"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokenflex.ablation.regimes import SIZES, Regime, regimes
+from tokenflex.ablation.regimes import LONGER, SIZES, Regime, regimes
 from tokenflex.ablation.scales import Scale
 
 SPECIALISTS = tuple(f"fixed-{size}" for size in SIZES)
@@ -50,8 +50,12 @@ LEVERS = (
     Lever("and odds 1:1:1", "odds-1-1-1-positions", _POSITIONED),
     Lever("and odds 5:3:2", "odds-5-3-2-positions", _POSITIONED),
     Lever("and KL to its answers at the largest count", "positions-distilled", _POSITIONED),
-    Lever("and 2.5 x the steps, for the one", "positions-longer", _POSITIONED),
-    Lever("and 2.5 x the steps, for both", "positions-longer", _changed("positions-longer")[:2]),
+    Lever(f"and {LONGER:g} x the steps, for the one", "positions-longer", _POSITIONED),
+    Lever(
+        f"and {LONGER:g} x the steps, for both",
+        "positions-longer",
+        _changed("positions-longer")[:2],
+    ),
     Lever("and twice as wide, for both", "positions-wide", _changed("positions-wide")[:2]),
     Lever(
         "positions; specialists aligned at their own count",
