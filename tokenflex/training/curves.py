@@ -6,16 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
-from tokenflex.training.checkpoint import write_atomically
+from tokenflex.plots import plt, save_figure
 from tokenflex.training.records import read_lines
 
 INK, SECOND, MUTED = "#1f4e79", "#e07b39", "#8a8f98"
@@ -50,8 +46,7 @@ def plot_curves(run: Path) -> Path:
     ]
     figure = _draw(lines, evaluations)
     picture = run / "curves.png"
-    write_atomically(picture, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
-    plt.close(figure)
+    save_figure(figure, picture)
     return picture
 
 
