@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from tokenflex.files import write_atomically
 from tokenflex.plot_labels import label_points, spread
 from tokenflex.selection.curve import PROMPT_QUESTIONS, CurvePoint
-from tokenflex.training.checkpoint import write_atomically
 
 OVERALL = "#1f4e79"
 KINDS = ("#e07b39", "#4c9f70", "#b5495b", "#7a6bb0", "#c2a03a", "#3f8fa8", "#8c6d5a", "#808080")

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokenflex.data.messages import MessagesDataset, open_image
+from tokenflex.data.messages import MessagesDataset
 from tokenflex.data.samples import Conversation, Turn
+from tokenflex.images import open_image
 
 USER = {"role": "user", "content": "What is it?"}
 ASSISTANT = {"role": "assistant", "content": "A cat."}

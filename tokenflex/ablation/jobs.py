@@ -12,7 +12,7 @@ import yaml
 
 from tokenflex.ablation.regimes import Regime, Start
 from tokenflex.ablation.scales import Scale
-from tokenflex.training.checkpoint import write_atomically
+from tokenflex.files import write_atomically
 
 CONFIG = "config.yaml"
 REPORT = "report.json"

@@ -17,7 +17,7 @@ from tokenflex.ablation.runner import run_jobs
 from tokenflex.ablation.scales import Scale
 from tokenflex.ablation.suites import regimes_of
 from tokenflex.ablation.unseen import format_unseen
-from tokenflex.training.checkpoint import write_atomically, write_json
+from tokenflex.files import write_atomically, write_json
 
 
 def ablate(

@@ -66,9 +66,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     from tokenflex.evaluation.counts import resolve_count
     from tokenflex.evaluation.report import format_table, write_report
     from tokenflex.evaluation.scoring import SCORES
+    from tokenflex.files import write_json
     from tokenflex.models.loading import check_length, load_checkpoint
     from tokenflex.training.build import build_dataset
-    from tokenflex.training.checkpoint import write_json
 
     if options.score not in SCORES:
         raise ValueError(f"--score must be one of {', '.join(SCORES)}, got {options.score!r}")

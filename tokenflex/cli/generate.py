@@ -55,8 +55,8 @@ def _generate(options: argparse.Namespace) -> int:
     from tokenflex.answers import answer_at_counts
     from tokenflex.counts import AUTO
     from tokenflex.data.encoding import ConversationEncoder
-    from tokenflex.data.messages import open_image
     from tokenflex.data.samples import Conversation, Turn
+    from tokenflex.images import open_image
     from tokenflex.models.loading import check_length, load_checkpoint
 
     images = [open_image(path) for path in options.image]

@@ -37,8 +37,8 @@ def add_to(commands: CommandLine) -> None:
 
 def _harness(options: argparse.Namespace) -> int:
     quiet_libraries()
+    from tokenflex.files import write_atomically, write_json
     from tokenflex.harnesses.driver import HARNESSES, run_lmms_eval, run_vlmevalkit
-    from tokenflex.training.checkpoint import write_atomically, write_json
 
     benchmarks = options.benchmarks.split(",")
     common = (options.model, options.counts, benchmarks)

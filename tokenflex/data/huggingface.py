@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from io import BytesIO
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
+from typing import Any, BinaryIO
 
 from tokenflex.data.llava import as_messages
 from tokenflex.data.messages import record_of
 from tokenflex.data.samples import Conversation, Sample, SampleOutline
+from tokenflex.images import image_size, open_image
 
 
 class HuggingFaceDataset:
@@ -82,31 +81,28 @@ def sample_of(row: dict[str, Any], where: str) -> Sample:
         ValueError: it is not of either layout, or an image cannot be read; names ``where``.
     """
     name, images, conversation = _parts(row, where)
-    try:
-        pixels = tuple(one.convert("RGB") for one in images)
-    except Exception as error:  # each format's decoder raises its own kinds
-        raise ValueError(f"{where}: an image cannot be read: {error}") from error
+    pixels = tuple(open_image(image, f"{where}: an image") for image in images)
     return Sample(name, pixels, (conversation,))
 
 
 def outline_of_row(row: dict[str, Any], where: str) -> SampleOutline:
     """A row without its pixels; raises as :func:`sample_of` does."""
     name, images, conversation = _parts(row, where)
-    sizes = tuple((one.height, one.width) for one in images)
+    sizes = tuple(image_size(image, f"{where}: an image") for image in images)
     return SampleOutline(name, sizes, (conversation,))
 
 
-def _parts(row: dict[str, Any], where: str) -> tuple[str, list[Image.Image], Conversation]:
+def _parts(row: dict[str, Any], where: str) -> tuple[str, list[Path | BinaryIO], Conversation]:
     if "messages" not in row:
         row = as_messages(row, where)
-    images = [one for one in row.get("images") or [] if one is not None]
+    images = [image for image in row.get("images") or [] if image is not None]
     name, _, conversation = record_of({**row, "images": [where] * len(images)}, where)
-    return name, [_opened(one, where) for one in images], conversation
+    return name, [_file_of(image, where) for image in images], conversation
 
 
-def _opened(stored: dict[str, Any], where: str) -> Image.Image:
-    try:
-        content = stored["bytes"]
-        return Image.open(BytesIO(content) if content is not None else stored["path"])
-    except Exception as error:  # each format's decoder raises its own kinds
-        raise ValueError(f"{where}: an image cannot be read: {error}") from error
+def _file_of(stored: dict[str, Any], where: str) -> Path | BinaryIO:
+    if stored.get("bytes") is not None:
+        return BytesIO(stored["bytes"])
+    if stored.get("path") is not None:
+        return Path(stored["path"])
+    raise ValueError(f"{where}: an image has neither bytes nor a path")

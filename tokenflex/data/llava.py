@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tokenflex.data.messages import ImageFilesDataset, record_of
+from tokenflex.files import read_json
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -28,12 +28,7 @@ class LlavaDataset(ImageFilesDataset):
 
     def __init__(self, path: str | Path, image_folder: str | Path | None = None) -> None:
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"data file {path} does not exist")
-        try:
-            values = json.loads(path.read_bytes())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"data file {path} is not JSON in UTF-8: {error}") from error
+        values = read_json(path, "data file")
         if not isinstance(values, list) or not values:
             raise ValueError(f"data file {path} must hold a list with at least one sample")
         super().__init__(

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from PIL import Image
-
 from tokenflex.data.samples import IMAGE_MARK, Conversation, Sample, SampleOutline, Turn
+from tokenflex.files import parse_json
+from tokenflex.images import image_size, open_image
 
 ROLES = ("system", "user", "assistant")
 
@@ -78,47 +75,8 @@ class MessagesDataset(ImageFilesDataset):
         super().__init__(path.parent, records)
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """An image file, read whole, as RGB.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not an image, or is cut off.
-    """
-    with _opened(path) as image:
-        return image.convert("RGB")
-
-
-def image_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) in pixels, as the file's head states them.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not an image.
-    """
-    with _opened(path) as image:
-        return image.height, image.width
-
-
-@contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
-    path = Path(path)
-    if not path.is_file():
-        problem = "is not a file" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"image file {path} {problem}")
-    try:
-        with Image.open(path) as image:
-            yield image
-    except Exception as error:  # each format's decoder raises its own kinds
-        raise ValueError(f"image file {path} cannot be read as an image: {error}") from error
-
-
 def _parse(line: bytes, where: str) -> Record:
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}: not JSON in UTF-8: {error}") from error
-    return record_of(record, where)
+    return record_of(parse_json(line, where), where)
 
 
 def record_of(record: Any, where: str) -> Record:

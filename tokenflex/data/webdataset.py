@@ -7,7 +7,6 @@ A sample is what a shard holds under one key, the member's path up to the first 
 from __future__ import annotations
 
 import io
-import json
 import re
 import tarfile
 from collections.abc import Iterator
@@ -17,11 +16,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
 
 from tokenflex.data.llava import as_messages
 from tokenflex.data.messages import Record, record_of
 from tokenflex.data.samples import Sample, SampleOutline
+from tokenflex.files import parse_json
+from tokenflex.images import image_size, open_image
 
 IMAGE_ENDINGS = ("bmp", "gif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp")
 _NONE = (-1, 0)  # in place of a member that is not there
@@ -60,16 +60,16 @@ class WebDataset:
         return len(self._keys)
 
     def __getitem__(self, index: int) -> Sample:
-        (name, _, conversation), images = self._read(index, lambda image: image.convert("RGB"))
+        (name, _, conversation), images = self._read(index, open_image)
         return Sample(name, tuple(images), (conversation,))
 
     def outline(self, index: int) -> SampleOutline:
         """The record's text and the sizes that its images' heads state."""
-        (name, _, conversation), sizes = self._read(index, lambda image: image.size[::-1])
+        (name, _, conversation), sizes = self._read(index, image_size)
         return SampleOutline(name, tuple(sizes), (conversation,))
 
     def _read(self, index: int, look: Any) -> tuple[Record, list[Any]]:
-        """A sample's record, and what ``look`` makes of each of its images."""
+        """A sample's record, and what ``look`` returns for each of its images."""
         if not 0 <= index < len(self):
             raise IndexError(f"index must be in 0..{len(self) - 1}, got {index}")
         shard = self.shards[int(np.searchsorted(self._shard_starts, index, side="right")) - 1]
@@ -81,7 +81,10 @@ class WebDataset:
         with shard.open("rb") as file:
             file.seek(offset)
             record = _record(file.read(size), len(images), where)
-            return record, [_looked_at(_Member(file, *one), look, where) for one in images]
+            return record, [
+                look(io.BufferedReader(_Member(file, *member)), f"{where}: an image")
+                for member in images
+            ]
 
 
 def shards_of(path: str | Path) -> list[Path]:
@@ -203,10 +206,7 @@ def _by_number(ending: str) -> tuple[tuple[int, str], ...]:
 
 
 def _record(content: bytes, num_images: int, where: str) -> Record:
-    try:
-        value = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}: the record is not JSON in UTF-8: {error}") from error
+    value = parse_json(content, f"{where}: the record")
     if isinstance(value, dict) and "messages" not in value:
         value = as_messages(value, where)
     named = value.get("images") if isinstance(value, dict) else None
@@ -217,14 +217,6 @@ def _record(content: bytes, num_images: int, where: str) -> Record:
     if isinstance(value, dict):
         value = {"id": where, **value, "images": [where] * num_images}
     return record_of(value, where)
-
-
-def _looked_at(member: io.RawIOBase, look: Any, where: str) -> Any:
-    try:
-        with Image.open(io.BufferedReader(member)) as image:
-            return look(image)
-    except Exception as error:  # each format's decoder raises its own kinds
-        raise ValueError(f"{where}: an image cannot be read: {error}") from error
 
 
 class _Member(io.RawIOBase):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenflex.evaluation.scoring import FORCED
-from tokenflex.training.checkpoint import write_atomically, write_json
+from tokenflex.files import write_atomically, write_json
 
 WIDTH = 16  # of the names before a row's numbers
 

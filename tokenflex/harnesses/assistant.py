@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from tokenflex.counts import Grid, parse_count, token_grid
-from tokenflex.data.messages import open_image
 from tokenflex.evaluation.counts import label_of, resolve_count, selector_of
 from tokenflex.evaluation.generation import expand_placeholders, generate_answers
+from tokenflex.images import load_image
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.models.vision import EncodedImages
 
@@ -153,9 +153,7 @@ class Assistant:
                     text = part["text"].replace(self.processor.image_token, "")
                     parts.append({"type": "text", "text": text})
                 elif part.get("type") == "image":
-                    image = part["image"]
-                    is_path = isinstance(image, (str, Path))
-                    images.append(open_image(image) if is_path else image.convert("RGB"))
+                    images.append(load_image(part["image"]))
                     parts.append({"type": "image"})
                 else:
                     raise ValueError(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from tokenflex.files import read_json
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.loading import read_config
 from tokenflex.models.processing import TokenFlexProcessor
@@ -31,7 +32,6 @@ from tokenflex.models.ristretto import (
 from tokenflex.models.weights import (
     INDEX,
     check_fit,
-    read_json,
     tensors,
     weight_files,
     widest_dtype,
@@ -59,7 +59,7 @@ def convert(source: str | Path, target: str | Path, *, system_message: str | Non
         raise FileNotFoundError(f"checkpoint folder {source} does not exist")
     if target.exists():
         raise FileExistsError(f"target folder {target} exists; name one that does not")
-    config = read_json(source / "config.json")
+    config = read_json(source / "config.json", "checkpoint file")
     model_type = config.get("model_type") if isinstance(config, dict) else None
     writers: dict[str, tuple[str, Callable[[Path], None]]] = {
         MODEL_TYPE: (

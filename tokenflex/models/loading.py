@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tokenflex.files import read_json
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.processing import TokenFlexProcessor
 from tokenflex.models.ristretto import MODEL_TYPE as RISTRETTO
 from tokenflex.models.ristretto import load_ristretto
-from tokenflex.models.weights import read_json, weight_files
+from tokenflex.models.weights import weight_files
 
 NEW_WITH_POSITION = ("model.projector.position.weight",)
 
@@ -40,7 +41,7 @@ def load_checkpoint(
     new = NEW_WITH_POSITION if config.projector_position is None else ()
     config.update(changes)
     for file in sorted(folder.glob("*.json")):
-        read_json(file)  # a broken optional file would be passed over in silence
+        read_json(file, "checkpoint file")  # a broken optional file would be passed over in silence
     weight_files(folder)
     try:
         model, loading = TokenFlexForConditionalGeneration.from_pretrained(
@@ -79,7 +80,7 @@ def check_length(config: TokenFlexConfig, vision_tokens: int) -> None:
 
 
 def _model_type(path: Path) -> Any:
-    values = read_json(path)
+    values = read_json(path, "checkpoint file")
     return values.get("model_type") if isinstance(values, dict) else None
 
 
@@ -91,7 +92,7 @@ def read_config(path: Path) -> TokenFlexConfig:
         ValueError: it is another model's, or not valid.
     """
     model_type = _model_type(path)
-    values = read_json(path)
+    values = read_json(path, "checkpoint file")
     if model_type != TokenFlexConfig.model_type:
         raise ValueError(
             f"checkpoint file {path} must have model_type 'tokenflex', got {model_type!r}"

@@ -17,12 +17,12 @@ from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.image_utils import (
     PILImageResampling,
     get_image_size,
-    load_image,
     make_flat_list_of_images,
 )
 from transformers.processing_utils import MultiModalData
 
 from tokenflex.counts import AUTO, Grid, ImageTokenCounts, TokenCount, token_grid, token_grids
+from tokenflex.images import load_image
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.tiling import best_tile_grid, check_tile_limits, cut_tiles, num_tiles
 from tokenflex_kernels._checks import check_count
@@ -203,7 +203,8 @@ class TokenFlexProcessor(ProcessorMixin):
             with the tiles of each image.
         """
         limit = self._max_tiles(max_tiles)
-        tiles, inputs = [1] * len(images), list(images)
+        images = [load_image(image, f"images[{i}]") for i, image in enumerate(images)]
+        tiles, inputs = [1] * len(images), images
         if limit > 1:
             size, resample = self._tile_size(), self._resample()
             cut = [
@@ -421,7 +422,7 @@ class TokenFlexProcessor(ProcessorMixin):
             elif kind == "image":
                 text.append(self.image_prompt)
                 found = [part[key] for key in ("image", "url", "path") if part.get(key) is not None]
-                images += [load_image(one) if isinstance(one, str) else one for one in found[:1]]
+                images += [load_image(image) for image in found[:1]]
             else:
                 raise ValueError(f"content must have parts of type text and image, got {part!r}")
         return "".join(text)

@@ -20,10 +20,11 @@ from transformers import (
 )
 from transformers.image_utils import PILImageResampling
 
+from tokenflex.files import read_json
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.processing import TokenFlexProcessor
-from tokenflex.models.weights import check_fit, read_json, tensors, weight_files, widest_dtype
+from tokenflex.models.weights import check_fit, tensors, weight_files, widest_dtype
 
 MODEL_TYPE = "ristretto"
 TRAINED_COUNTS = (64, 144, 256)
@@ -137,7 +138,7 @@ def read_ristretto_config(folder: Path) -> dict[str, Any]:
         ValueError: it is another model's, or asks for something that we do not do.
     """
     path = folder / "config.json"
-    values = read_json(path)
+    values = read_json(path, "checkpoint file")
     model_type = values.get("model_type") if isinstance(values, dict) else None
     if model_type != MODEL_TYPE:
         raise ValueError(

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from PIL import Image
-from transformers.image_transforms import to_pil_image
 
 from tokenflex.counts import Grid
+from tokenflex.images import load_image
 from tokenflex_kernels._checks import check_count
 
 
@@ -68,14 +68,13 @@ def cut_tiles(
     """The image resized to ``grid`` tiles and cut row by row, as RGB.
 
     Args:
-        image: a PIL image, or an array or tensor that transformers can make one of.
+        image: whatever :func:`tokenflex.images.load_image` takes.
         tile_size: (height, width) of a tile in pixels.
         grid: (rows, columns).
         use_thumbnail: append the whole image at tile size, where there are several tiles.
         resample: PIL's filter.
     """
-    picture = image if isinstance(image, Image.Image) else to_pil_image(image)
-    picture = picture.convert("RGB")
+    picture = load_image(image)
     (height, width), (rows, columns) = tile_size, grid
     filter_ = Image.Resampling(resample)
     resized = picture.resize((width * columns, height * rows), filter_)

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from tokenflex.files import read_json
 from tokenflex.models.configuration import TokenFlexConfig
 
 INDEX = "model.safetensors.index.json"
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file of a checkpoint holds.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is not JSON.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint file {path} does not exist")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"checkpoint file {path} is not JSON: {error}") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -40,7 +24,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     files = sorted(folder.glob("*.safetensors"))
     if (folder / INDEX).exists():
-        index = read_json(folder / INDEX)
+        index = read_json(folder / INDEX, "checkpoint file")
         names = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(names, dict):
             raise ValueError(f"checkpoint file {folder / INDEX} must hold a weight_map")

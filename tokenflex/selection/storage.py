@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from tokenflex.files import write_atomically, write_json
 from tokenflex.selection.router import Router
-from tokenflex.training.checkpoint import write_atomically, write_json
 
 FOLDER = "router"
 WEIGHTS = "router.safetensors"

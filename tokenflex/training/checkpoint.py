@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tokenflex.files import write_atomically
 
 STATE_KEYS = (
     "config",
@@ -24,24 +24,6 @@ STATE_KEYS = (
     "records",
     "broken",
 )
-
-
-def write_atomically(
-    path: Path, write: Callable[[Path], object], *, make_room: Callable[[], object] = lambda: None
-) -> None:
-    """Let ``write`` make a temporary file, then put it in the place of ``path`` in one step.
-
-    ``make_room`` is called in between, when the new file is whole and on the disk.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        make_room()
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -58,12 +40,6 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(previous)
         else:
             previous.rename(directory)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """``value`` as indented JSON, atomically."""
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def save_state(path: Path, state: dict[str, Any], *, keep: int = 1) -> None:

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from tokenflex.data.steps import BrokenSample, PackedStep
-from tokenflex.training.checkpoint import write_json
+from tokenflex.files import write_json
 
 
 class NonFiniteLossError(RuntimeError):

@@ -22,6 +22,7 @@ from tokenflex.data.packing import PackingCollator
 from tokenflex.data.samples import DataExhaustedError
 from tokenflex.data.steps import PackedStep, StepPacker
 from tokenflex.digits.encoder import warm_up_encoder
+from tokenflex.files import write_json
 from tokenflex.interruption import Interruption
 from tokenflex.models.loading import check_length
 from tokenflex.training.build import (
@@ -34,7 +35,7 @@ from tokenflex.training.build import (
     check_supply,
     modules_of,
 )
-from tokenflex.training.checkpoint import remove_leftovers, save_model, write_json
+from tokenflex.training.checkpoint import remove_leftovers, save_model
 from tokenflex.training.config import StageConfig, TrainConfig
 from tokenflex.training.engine import StepOutcome, build_accelerator, optimize, prepare
 from tokenflex.training.evaluations import Evaluator, interrupted_anywhere

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from tokenflex.data.steps import PackedStep
-from tokenflex.training.checkpoint import write_atomically
+from tokenflex.files import write_atomically
 from tokenflex.training.config import StageConfig
 from tokenflex.training.flops import Flops
 

@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import broadcast_object_list
 
+from tokenflex.files import write_json
 from tokenflex.training.checkpoint import (
     load_state,
     put_aside,
     save_state,
     saved_states,
-    write_json,
 )
 from tokenflex.training.config import TrainConfig
 from tokenflex.training.sharding import like, whole

@@ -1,0 +1,357 @@
+"""One reading of a picture: whatever it is stored as becomes the same upright RGB pixels.
+
+Data sets, the processor, tiles, the command line and the harnesses all open pictures here, so that
+a model is asked about the pixels that it was trained on:
+
+* the first frame, turned as the EXIF orientation says;
+* transparent pixels laid over white;
+* 8 bits a channel: unsigned 16-bit values are divided by 257, and floats in 0..1 multiplied by 255.
+  Other integers and floats are kept where they lie in 0..255, divided by 257 where they lie in
+  0..65535, and otherwise stretched from their smallest value to their largest.
+
+Files come from strangers. Only the raster formats in :data:`FORMATS` are decoded, never one for
+which Pillow starts another program (EPS), and no picture of more than :func:`max_pixels` pixels.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Pillow's names of the formats that are decoded, where Pillow was built with them."""
+
+MAX_PIXELS = 89_478_485
+"""Pixels of a picture at most, unless ``TOKENFLEX_MAX_PIXELS`` says otherwise: 256 MiB as RGB."""
+
+MAX_DOWNLOAD = 256 * 2**20
+"""Bytes that are read from a URL at most."""
+
+DOWNLOAD_SECONDS = 10.0
+"""Seconds that a server has to answer."""
+
+Source: TypeAlias = "Image.Image | np.ndarray | torch.Tensor | bytes | str | os.PathLike[str]"
+"""A picture as callers have it: see :func:`load_image`."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> the turn that makes the picture upright."""
+
+_CHANNELS = (1, 2, 3, 4)
+
+OVERSHOOT = 1.5
+"""Floats of a range 0..1 may exceed it by a little, where a resize has sharpened edges."""
+
+
+def max_pixels() -> int:
+    """Return the bound on a picture's width times height.
+
+    It is ``TOKENFLEX_MAX_PIXELS`` of the environment, which worker processes inherit, or
+    :data:`MAX_PIXELS`.
+
+    Raises:
+        ValueError: The variable is not a positive integer.
+    """
+    text = os.environ.get("TOKENFLEX_MAX_PIXELS", "")
+    if not text:
+        return MAX_PIXELS
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise ValueError(f"TOKENFLEX_MAX_PIXELS must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def load_image(source: Source, name: str = "image") -> Image.Image:
+    """Turn anything that holds a picture into upright RGB pixels.
+
+    Args:
+        source: A PIL image; an array or tensor [H, W], [H, W, C] or [C, H, W] of 1 to 4 channels
+            (gray, gray and alpha, RGB, RGBA); the bytes of an image file, or an open one; a path;
+            an http(s) URL; a data URL; or base64 text.
+        name: What errors call it.
+
+    Raises:
+        FileNotFoundError: There is no file at the path.
+        OSError: The URL cannot be read.
+        TypeError: ``source`` is of another type.
+        ValueError: It is not a picture of a known format, is cut off, or has too many pixels. The
+            message does not quote the source.
+    """
+    if isinstance(source, Image.Image):
+        with _readable(name):
+            return _decode(source)
+    if isinstance(source, np.ndarray):
+        with _readable(name):
+            return _from_array(source, channels_first=False)
+    if isinstance(source, torch.Tensor):
+        values = source.detach().cpu()
+        with _readable(name):
+            # NumPy has no bfloat16.
+            values = values.float() if values.dtype == torch.bfloat16 else values
+            return _from_array(values.numpy(), channels_first=True)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return open_image(BytesIO(source), name)
+    if isinstance(source, str):
+        return _from_text(source, name)
+    if isinstance(source, os.PathLike):
+        return open_image(Path(source))
+    if hasattr(source, "read"):
+        return open_image(source, name)
+    raise TypeError(
+        f"{name} must be a PIL image, an array, a tensor, bytes, a path, a URL or base64 text, got "
+        f"{type(source).__name__}"
+    )
+
+
+def open_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
+    """Read an image file as upright RGB pixels.
+
+    Args:
+        file: A path, or an open file.
+        name: What errors call it; ``image file PATH`` if None.
+
+    Raises:
+        FileNotFoundError: There is no file at the path.
+        ValueError: It is not a picture of a known format, is cut off, or has too many pixels.
+    """
+    with _opened(file, name) as image:
+        return _decode(image)
+
+
+def image_size(file: Path | BinaryIO, name: str | None = None) -> tuple[int, int]:
+    """Return (height, width) in pixels of the upright picture, from the file's head alone.
+
+    Args:
+        file: A path, or an open file.
+        name: What errors call it; ``image file PATH`` if None.
+
+    Raises:
+        FileNotFoundError: There is no file at the path.
+        ValueError: It is not a picture of a known format, or has too many pixels.
+    """
+    with _opened(file, name) as image:
+        if image.format == "PNG" and _has_late_metadata(image):
+            image.load()  # the orientation may stand behind the pixels
+        width, height = image.size
+        turned = image.format != "TIFF" and _orientation(image) >= 5  # Pillow turns TIFF itself
+        return (width, height) if turned else (height, width)
+
+
+# ---------------------------------------------------------------------- files
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Turn whatever a decoder raises into a ValueError that names the picture."""
+    try:
+        yield
+    except Image.UnidentifiedImageError:  # its message quotes memory addresses
+        reason = f"it is none of {', '.join(FORMATS)}"
+        raise ValueError(f"{name} cannot be read: {reason}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # each format's decoder raises its own kinds
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{name} cannot be read: {reason[:300]}") from error
+
+
+@contextmanager
+def _opened(file: Path | BinaryIO, name: str | None) -> Iterator[Image.Image]:
+    """Open a picture, of which only the head is read."""
+    if isinstance(file, Path):
+        name = name or f"image file {file}"
+        if not file.is_file():
+            problem = "is not a file" if file.exists() else "does not exist"
+            raise FileNotFoundError(f"{name} {problem}")
+    limit = max_pixels()
+    if Image.MAX_IMAGE_PIXELS is not None and limit > max(MAX_PIXELS, Image.MAX_IMAGE_PIXELS):
+        Image.MAX_IMAGE_PIXELS = limit  # Pillow's own bound would refuse what ours was raised for
+    with _readable(name or "image"), Image.open(file, formats=_formats()) as image:
+        _check_pixels(image.width, image.height, limit)
+        yield image
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(format for format in FORMATS if format in Image.OPEN)
+
+
+def _check_pixels(width: int, height: int, limit: int) -> None:
+    if width * height > limit:
+        raise ValueError(
+            f"it has {width} x {height} pixels, more than the {limit} that TOKENFLEX_MAX_PIXELS "
+            "allows"
+        )
+
+
+def _has_late_metadata(image: Image.Image) -> bool:
+    """Look for a PNG's metadata behind its pixels, without decoding any."""
+    file: Any = image.fp  # type: ignore[attr-defined]
+    position = file.tell()
+    try:
+        file.seek(8)
+        pixels_seen = False
+        while len(head := file.read(8)) == 8:
+            kind = head[4:]
+            if kind == b"IEND":
+                return False
+            if pixels_seen and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+                return True
+            pixels_seen = pixels_seen or kind == b"IDAT"
+            file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)  # and its checksum
+        return False
+    finally:
+        file.seek(position)
+
+
+# ---------------------------------------------------------------------- texts
+
+
+def _from_text(source: str, name: str) -> Image.Image:
+    if source.startswith(("http://", "https://")):
+        return open_image(BytesIO(_download(source, name)), name)
+    if source.startswith("data:"):
+        head, comma, payload = source.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise ValueError(f"{name} must be a data URL in base64, got one without ';base64,'")
+        return open_image(BytesIO(_from_base64(payload, name)), name)
+    try:
+        is_file = Path(source).is_file()
+    except (OSError, ValueError):  # too long for a path, or with a null byte
+        is_file = False
+    if is_file:
+        return open_image(Path(source))
+    try:
+        content = _from_base64(source, name)
+    except ValueError:
+        if len(source) <= 256 and source.isprintable():
+            raise FileNotFoundError(f"image file {source} does not exist") from None
+        raise ValueError(
+            f"{name} must be an existing file, a URL or base64 text, got a text of {len(source)} "
+            "characters"
+        ) from None
+    return open_image(BytesIO(content), name)
+
+
+def _from_base64(text: str, name: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"{name} is not base64: {error}") from None
+
+
+def _download(url: str, name: str) -> bytes:
+    """Read a URL, to a bound."""
+    import httpx  # of transformers' hub client: only those who name URLs need it
+
+    shown = url.split("?")[0][:200]
+    content = bytearray()
+    try:
+        with httpx.stream("GET", url, timeout=DOWNLOAD_SECONDS, follow_redirects=True) as answer:
+            answer.raise_for_status()
+            for part in answer.iter_bytes():
+                content += part
+                if len(content) > MAX_DOWNLOAD:
+                    raise ValueError(f"{name}: {shown} sends more than {MAX_DOWNLOAD} bytes")
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        reason = str(error).splitlines()[:1]
+        raise OSError(f"{name}: {shown} cannot be read: {' '.join(reason)[:200]}") from None
+    return bytes(content)
+
+
+# ---------------------------------------------------------------------- pixels
+
+
+def _decode(image: Image.Image) -> Image.Image:
+    """Convert to upright, opaque, 8-bit RGB; the image itself if it is that already."""
+    image.load()
+    has_alpha = "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa")
+    if image.mode.startswith(("I", "F")):
+        rgb = Image.fromarray(_gray_levels(np.asarray(image))).convert("RGB")
+    elif has_alpha:
+        opaque = image.convert("RGBA")
+        rgb = Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque).convert("RGB")
+    elif type(image) is Image.Image and image.mode == "RGB":
+        rgb = image
+    else:
+        rgb = image.convert("RGB")  # of a file in RGB, a copy that holds no file
+    turn = _TURNS.get(_orientation(image))
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+    if rgb is not image:
+        rgb.info = {}  # an orientation that was applied must not be applied again
+    return rgb
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        # Pillow's own method for PNG would decode the pixels first.
+        return int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a damaged EXIF block says nothing of the pixels
+        return 1
+
+
+def _from_array(array: np.ndarray, *, channels_first: bool) -> Image.Image:
+    if not array.size:
+        raise ValueError(f"it has no pixels, but shape {list(array.shape)}")
+    _check_pixels(array.size, 1, 4 * max_pixels())  # of as many channels at most
+    levels = _gray_levels(_channels_last(array, channels_first=channels_first))
+    if levels.ndim == 3 and levels.shape[-1] == 1:
+        levels = levels[..., 0]
+    return _decode(Image.fromarray(np.ascontiguousarray(levels)))
+
+
+def _channels_last(array: np.ndarray, *, channels_first: bool) -> np.ndarray:
+    """View as [H, W] or [H, W, C]; ``channels_first`` decides where both ends could be channels."""
+    if array.ndim == 2:
+        return array
+    first = array.ndim == 3 and array.shape[0] in _CHANNELS
+    last = array.ndim == 3 and array.shape[-1] in _CHANNELS
+    if not (first or last):
+        raise ValueError(
+            "its shape must be [height, width], [height, width, channels] or [channels, height, "
+            f"width] with 1 to 4 channels, got {list(array.shape)}"
+        )
+    return array.transpose(1, 2, 0) if first and (channels_first or not last) else array
+
+
+def _gray_levels(values: np.ndarray) -> np.ndarray:
+    """Bring numbers of any type to uint8, by the rule at the top of this module."""
+    kind = values.dtype.kind
+    if values.dtype == np.uint8:
+        return values
+    if kind == "b":
+        return values.astype(np.uint8) * np.uint8(255)
+    if kind not in "iuf":
+        raise ValueError(f"it must hold integers or floats, got {values.dtype}")
+    if kind == "f" and not np.isfinite(values).all():
+        raise ValueError("it holds values that are not finite")
+    scaled = values.astype(np.float64)
+    low, high = scaled.min(), scaled.max()
+    if values.dtype.itemsize == 2 and kind == "u":
+        scaled /= 257
+    elif low < 0 or high > 65535:
+        scaled = (scaled - low) / max(high - low, np.finfo(np.float64).tiny) * 255
+    elif kind == "f" and high <= OVERSHOOT:
+        scaled = np.clip(scaled, 0, 1) * 255
+    elif high > 255:
+        scaled /= 257
+    return np.rint(scaled).astype(np.uint8)
