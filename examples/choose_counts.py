@@ -17,6 +17,7 @@ from PIL import Image
 from tiny_llava import tiny_llava
 
 import tokenflex
+from tokenflex.images import open_image
 
 DIGITS = Path(__file__).with_name("digits.png")
 
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--prompt", default="which colour is this")
     parser.add_argument("--counts", nargs="+", type=int, default=[4, 16, 64])
     options = parser.parse_args()
-    images = [Image.open(path).convert("RGB") for path in options.image]
+    images = [open_image(path) for path in options.image]
 
     if options.model:
         model, processor = tokenflex.from_pretrained(options.model, images=images)

@@ -21,9 +21,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -163,7 +165,7 @@ def _readable(name: str) -> Iterator[None]:
     try:
         yield
     except Image.UnidentifiedImageError:  # its message quotes memory addresses
-        reason = f"it is none of {', '.join(FORMATS)}"
+        reason = f"Pillow finds no picture in it of the formats {', '.join(FORMATS)}"
         raise ValueError(f"{name} cannot be read: {reason}") from None
     except MemoryError:
         raise
@@ -184,7 +186,7 @@ def _opened(file: Path | BinaryIO, name: str | None) -> Iterator[Image.Image]:
     if Image.MAX_IMAGE_PIXELS is not None and limit > max(MAX_PIXELS, Image.MAX_IMAGE_PIXELS):
         Image.MAX_IMAGE_PIXELS = limit  # Pillow's own bound would refuse what ours was raised for
     with _readable(name or "image"), Image.open(file, formats=_formats()) as image:
-        _check_pixels(image.width, image.height, limit)
+        _check_pixels(image)
         yield image
 
 
@@ -194,11 +196,12 @@ def _formats() -> tuple[str, ...]:
     return tuple(format for format in FORMATS if format in Image.OPEN)
 
 
-def _check_pixels(width: int, height: int, limit: int) -> None:
-    if width * height > limit:
+def _check_pixels(image: Image.Image) -> None:
+    limit = max_pixels()
+    if image.width * image.height > limit:
         raise ValueError(
-            f"it has {width} x {height} pixels, more than the {limit} that TOKENFLEX_MAX_PIXELS "
-            "allows"
+            f"it has {image.width} x {image.height} pixels, more than the {limit} that "
+            "TOKENFLEX_MAX_PIXELS allows"
         )
 
 
@@ -259,22 +262,18 @@ def _from_base64(text: str, name: str) -> bytes:
 
 
 def _download(url: str, name: str) -> bytes:
-    """Read a URL, to a bound."""
-    import httpx  # of transformers' hub client: only those who name URLs need it
-
-    shown = url.split("?")[0][:200]
-    content = bytearray()
+    """Read a URL, up to a bound."""
+    shown = url.split("?")[0][:200]  # a query may hold a secret
+    request = Request(url, headers={"User-Agent": "tokenflex"})
     try:
-        with httpx.stream("GET", url, timeout=DOWNLOAD_SECONDS, follow_redirects=True) as answer:
-            answer.raise_for_status()
-            for part in answer.iter_bytes():
-                content += part
-                if len(content) > MAX_DOWNLOAD:
-                    raise ValueError(f"{name}: {shown} sends more than {MAX_DOWNLOAD} bytes")
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        reason = str(error).splitlines()[:1]
-        raise OSError(f"{name}: {shown} cannot be read: {' '.join(reason)[:200]}") from None
-    return bytes(content)
+        with urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
+            content = response.read(MAX_DOWNLOAD + 1)
+    except (OSError, ValueError, HTTPException) as error:
+        reason = str(error)[:200].replace(url, shown)
+        raise OSError(f"{name}: {shown} cannot be read: {reason}") from None
+    if len(content) > MAX_DOWNLOAD:
+        raise ValueError(f"{name}: {shown} sends more than {MAX_DOWNLOAD} bytes")
+    return content
 
 
 # ---------------------------------------------------------------------- pixels
@@ -282,11 +281,15 @@ def _download(url: str, name: str) -> bytes:
 
 def _decode(image: Image.Image) -> Image.Image:
     """Convert to upright, opaque, 8-bit RGB; the image itself if it is that already."""
+    _check_pixels(image)  # one that a caller opened may not be decoded yet
     image.load()
-    has_alpha = "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa")
     if image.mode.startswith(("I", "F")):
-        rgb = Image.fromarray(_gray_levels(np.asarray(image))).convert("RGB")
-    elif has_alpha:
+        values = np.asarray(image)
+        levels = _gray_levels(values)
+        if isinstance(transparent := image.info.get("transparency"), int):
+            levels[values == transparent] = 255
+        rgb = Image.fromarray(levels).convert("RGB")
+    elif image.has_transparency_data:
         opaque = image.convert("RGBA")
         rgb = Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque).convert("RGB")
     elif type(image) is Image.Image and image.mode == "RGB":
@@ -312,7 +315,6 @@ def _orientation(image: Image.Image) -> int:
 def _from_array(array: np.ndarray, *, channels_first: bool) -> Image.Image:
     if not array.size:
         raise ValueError(f"it has no pixels, but shape {list(array.shape)}")
-    _check_pixels(array.size, 1, 4 * max_pixels())  # of as many channels at most
     levels = _gray_levels(_channels_last(array, channels_first=channels_first))
     if levels.ndim == 3 and levels.shape[-1] == 1:
         levels = levels[..., 0]
@@ -344,11 +346,11 @@ def _gray_levels(values: np.ndarray) -> np.ndarray:
         raise ValueError(f"it must hold integers or floats, got {values.dtype}")
     if kind == "f" and not np.isfinite(values).all():
         raise ValueError("it holds values that are not finite")
+    if values.dtype.itemsize == 2 and kind == "u":
+        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     scaled = values.astype(np.float64)
     low, high = scaled.min(), scaled.max()
-    if values.dtype.itemsize == 2 and kind == "u":
-        scaled /= 257
-    elif low < 0 or high > 65535:
+    if low < 0 or high > 65535:
         scaled = (scaled - low) / max(high - low, np.finfo(np.float64).tiny) * 255
     elif kind == "f" and high <= OVERSHOOT:
         scaled = np.clip(scaled, 0, 1) * 255
