@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import os
+import random
 import struct
 import threading
 import zlib
+from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO
@@ -129,6 +131,13 @@ def test_a_damaged_exif_block_turns_nothing():
     content = encoded(Image.fromarray(noise()), exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     assert open_image(BytesIO(content)).size == (9, 6)
     assert image_size(BytesIO(content)) == (6, 9)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 58])
+def test_an_unknown_orientation_turns_nothing(tmp_path, orientation):
+    turned(tmp_path / "a", orientation, "JPEG")
+    assert open_image(tmp_path / "a").size == (9, 6)
+    assert image_size(tmp_path / "a") == (6, 9)
 
 
 # ---------------------------------------------------------------------- ranges
@@ -368,3 +377,30 @@ def test_a_bound_that_is_no_number_is_refused(monkeypatch, text):
     monkeypatch.setenv("TOKENFLEX_MAX_PIXELS", text)
     with pytest.raises(ValueError, match=f"must be a positive integer, got '{text}'"):
         load_image(Image.new("RGB", (1, 1)))
+
+
+def test_sixteen_bit_values_are_rounded_to_the_nearest_level():
+    values = np.array([[0, 128, 129, 65406, 65407, 65535]], np.uint16)
+    assert pixels(values)[0, :, 0].tolist() == [0, 0, 1, 254, 255, 255]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore:Image size")
+@pytest.mark.parametrize("format", images.FORMATS)
+def test_a_damaged_file_is_read_or_refused_by_a_value_error(format):
+    generator = random.Random(format)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    options = {"exif": exif} if format in ("AVIF", "JPEG", "PNG", "TIFF", "WEBP") else {}
+    try:
+        whole = encoded(Image.fromarray(noise(20, 30)), format, **options)
+    except (KeyError, OSError):
+        pytest.skip(f"Pillow was built without {format}")
+    for _ in range(300):
+        content = bytearray(whole)
+        for _ in range(generator.choice([1, 2, 5])):
+            content[generator.randrange(generator.choice([40, len(content)]))] = (
+                generator.randrange(256)
+            )
+        with suppress(ValueError):
+            image = open_image(BytesIO(content))
+            assert image_size(BytesIO(content)) == (image.height, image.width)

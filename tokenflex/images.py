@@ -305,11 +305,13 @@ def _decode(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1..8; 1 (upright) where there is none or it is damaged."""
     try:
         # Pillow's own method for PNG would decode the pixels first.
-        return int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except Exception:  # a damaged EXIF block says nothing of the pixels
         return 1
+    return value if value in _TURNS else 1
 
 
 def _from_array(array: np.ndarray, *, channels_first: bool) -> Image.Image:
