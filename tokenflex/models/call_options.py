@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers.processing_utils import AudioKwargs, ImagesKwargs, TextKwargs, VideosKwargs
 from transformers.utils import TensorType
 
@@ -130,9 +131,12 @@ def sort_options(processor: Any, options: Mapping[str, Any]) -> CallOptions:
     # Of the tokenizer's arguments transformers knows those in TextKwargs alone.
     more = _known_options(processor)["text_kwargs"] - TextKwargs.__annotations__.keys()
     others = {name: rest.pop(name) for name in more & rest.keys()}
-    merged = processor._merge_kwargs(
-        processor.valid_processor_kwargs, tokenizer_init_kwargs=tokenizer.init_kwargs, **rest
-    )
+    try:
+        merged = processor._merge_kwargs(
+            processor.valid_processor_kwargs, tokenizer_init_kwargs=tokenizer.init_kwargs, **rest
+        )
+    except StrictDataclassError as error:
+        raise ValueError(" ".join(str(error).split())[:300]) from None
     text = {**merged["text_kwargs"], **others}
     images = dict(merged["images_kwargs"])
     flags = {name: bool(text.pop(name, merged.get(name, False))) for name in _FLAGS}

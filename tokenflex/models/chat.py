@@ -61,7 +61,7 @@ def is_batch(conversation: Any) -> bool:
         )
     if not conversation:
         raise ValueError("conversation must hold at least one message, got none")
-    return not isinstance(conversation[0], Mapping)
+    return isinstance(conversation[0], (list, tuple))
 
 
 def read_chat(
@@ -204,21 +204,30 @@ def render(
             continue
         if len(_PARTS_AS_TEXT.findall(text)) > quoted_parts:
             continue  # the list was printed, not iterated
-        if text.count(placeholder) != chat.num_placeholders:
-            written = text.count(placeholder)
-            continue
-        rendered = text, spans[0] if spans else []
-        if all(one.strip() in text for one in texts):
-            return rendered
-        incomplete.append(rendered)
+        written = text.count(placeholder)
+        if written > chat.num_placeholders:
+            raise _wrong_number(placeholder, written, chat.num_placeholders)
+        if written == chat.num_placeholders:
+            rendered = text, spans[0] if spans else []
+            if all(content.strip() in text for content in texts):
+                return rendered
+            incomplete.append(rendered)
     if incomplete:  # the template leaves text out on purpose, such as earlier reasoning
         return incomplete[0]
     if written is not None:
-        raise ValueError(
-            f"chat_template must write {placeholder!r} once for each of {chat.num_placeholders} "
-            f"images, but wrote it {written} times"
-        )
-    raise next((e for e in errors if type(e) is TemplateError), errors[-1])
+        raise _wrong_number(placeholder, written, chat.num_placeholders)
+    # A template's own refusal says more than what it stumbles over in a form not made for it.
+    failure = next((e for e in errors if type(e) is TemplateError), errors[-1])
+    if isinstance(failure, ValueError):  # transformers quotes the conversation
+        raise ValueError(str(failure).partition("Final message to continue:")[0][:300]) from None
+    raise failure
+
+
+def _wrong_number(placeholder: str, written: int, images: int) -> ValueError:
+    return ValueError(
+        f"chat_template must write {placeholder!r} once per image, but wrote it {written} times "
+        f"for {images} images; does a text spell it?"
+    )
 
 
 def _forms(messages: list[dict[str, Any]], image_prompt: str) -> Iterator[list[dict[str, Any]]]:

@@ -176,6 +176,7 @@ class TokenFlexProcessor(ConversationProcessor):
                 valid, or truncation cut an image's tokens.
         """
         options = sort_options(self, kwargs)
+        self._max_tiles(options.max_tiles)
         named, per_prompt = ([], None) if images is None else name_images(images)
         if text is None and not named:
             raise ValueError("text must be a prompt or a list of prompts, got None")
@@ -228,6 +229,8 @@ class TokenFlexProcessor(ConversationProcessor):
         """Return how many images each prompt has."""
         if prompts is None:
             return []
+        if not prompts:
+            raise ValueError("text must hold at least one prompt, got an empty list")
         for i, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise TypeError(f"text[{i}] must be a string, got {type(prompt).__name__}")
