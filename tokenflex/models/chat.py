@@ -156,6 +156,19 @@ def without_placeholders(text: str, placeholders: Sequence[str]) -> str:
     return text
 
 
+def image_pattern(image_start: str, placeholder: str, image_end: str) -> re.Pattern[str]:
+    """Match a placeholder with the marks around it, which a prompt may hold already or leave out.
+
+    Args:
+        image_start: What stands before an image's placeholders.
+        placeholder: The placeholder.
+        image_end: What stands after them; a prompt may leave out the space that it ends in.
+    """
+    end = image_end.rstrip()
+    parts = (image_start, placeholder, end, image_end[len(end) :])
+    return re.compile("(?:{})?{}(?:{})?(?:{})?".format(*map(re.escape, parts)))
+
+
 # ---------------------------------------------------------------------- chat templates
 
 
@@ -170,8 +183,8 @@ def render(
 ) -> tuple[str, list[tuple[int, int]]]:
     """Write a conversation out with a chat template.
 
-    The contents are tried as they are, as parts, with parts only where there are images, and as
-    strings with ``image_prompt`` where images stand. The first form is taken of which the template
+    The contents are tried as they are, with parts only where there are images, as strings with
+    ``image_prompt`` where images stand, and as parts. The first form is taken of which the template
     writes every image once and every text.
 
     Args:
@@ -235,9 +248,9 @@ def _forms(messages: list[dict[str, Any]], image_prompt: str) -> Iterator[list[d
     tried: list[list[dict[str, Any]]] = []
     for convert in (
         lambda content: content,
-        _as_parts,
         lambda content: content if _has_image(content) else _as_text(content, image_prompt),
         lambda content: _as_text(content, image_prompt),
+        _as_parts,
     ):
         form = [
             {**message, "content": convert(message["content"])} if "content" in message else message

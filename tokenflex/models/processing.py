@@ -6,7 +6,6 @@ have vision tokens, and hands the same counts to the model as ``num_image_tokens
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from tokenflex.counts import (
     token_grids,
 )
 from tokenflex.models.call_options import CallOptions, sort_options
+from tokenflex.models.chat import image_pattern
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.conversations import ConversationProcessor
 from tokenflex.models.image_inputs import (
@@ -480,14 +480,11 @@ class TokenFlexProcessor(ConversationProcessor):
 
     def _expand(self, prompt: str, replacements: Iterator[str]) -> tuple[str, list[dict[str, Any]]]:
         """Return the prompt with its placeholders replaced, and where each stood and stands."""
-        # A prompt may hold the marks already, and leave out the space that ends them.
-        end = self.image_end.rstrip()
-        parts = (self.image_start, self.image_token, end, self.image_end[len(end) :])
-        mark = "(?:{})?{}(?:{})?(?:{})?".format(*map(re.escape, parts))
+        pattern = image_pattern(self.image_start, self.image_token, self.image_end)
         pieces: list[str] = []
         offsets: list[dict[str, Any]] = []
         last = length = 0
-        for match in re.finditer(mark, prompt):
+        for match in pattern.finditer(prompt):
             replacement = next(replacements)
             start = length + match.start() - last
             pieces += [prompt[last : match.start()], replacement]
