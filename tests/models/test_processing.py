@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from tests.models.tiny import IMAGE, PIXELS, picture, tiny_model
@@ -305,7 +306,9 @@ def test_options_of_other_modalities_have_nothing_to_act_on(processor):
 
 
 def tokenizer_like(processor, **options):
-    backend = processor.tokenizer.backend_tokenizer
+    backend = Tokenizer.from_str(processor.tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
     names = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<eos>"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names, **options)
 
@@ -326,6 +329,18 @@ def test_prompts_are_padded_as_the_tokenizer_was_saved(tmp_path, processor, save
         assert other["attention_mask"].tolist() == [[1, 0], [1, 1]]
         one.tokenizer.padding_side = "right"
         assert one(text=["odd", "odd odd"])["attention_mask"].tolist() == [[1, 0], [1, 1]]
+
+
+def test_padding_of_a_call_is_not_saved(tmp_path, processor):
+    made = TokenFlexProcessor(
+        processor.image_processor, tokenizer_like(processor), num_image_tokens=1
+    )
+    made(text=["odd", "odd odd"], padding="max_length", max_length=2, padding_side="right")
+    made(text=["odd", "odd odd"], truncation=True, max_length=1, padding_side="right")
+    made.save_pretrained(tmp_path)
+    loaded = TokenFlexProcessor.from_pretrained(tmp_path)
+    assert loaded.tokenizer.padding_side == "left"
+    assert loaded(text=["odd", "odd odd odd"])["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
 
 
 def test_padding_that_the_tokenizer_was_saved_with(processor):

@@ -121,6 +121,17 @@ class TokenFlexProcessor(ConversationProcessor):
             processor_dict = {**processor_dict, "num_image_tokens": tuple(count)}
         return super().from_args_and_dict(args, processor_dict, **kwargs)
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, without the padding and truncation of the last call.
+
+        The tokenizers library would save these as the tokenizer's own.
+        """
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            backend.no_padding()
+            backend.no_truncation()
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     @property
     def image_prompt(self) -> str:
         """What stands for an image in a prompt; ``image_token`` alone is taken for it too."""
