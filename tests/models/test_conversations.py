@@ -413,6 +413,11 @@ def test_options_are_those_of_a_call(processor, options, nested):
             "max_tiles must be given once",
         ),
         ({"truncation": True, "max_length": 2, **INPUTS}, ValueError, "2 of 4 are left"),
+        (
+            {"continue_final_message": True, "add_generation_prompt": True},
+            ValueError,
+            "exclude each other",
+        ),
         ({"load_audio_from_video": True}, ValueError, "load_audio_from_video"),
         ({"sanitize_control_tokens": True, **INPUTS}, ValueError, "sanitize_control_tokens"),
     ],

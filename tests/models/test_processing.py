@@ -269,8 +269,10 @@ def test_what_servers_ask_for(processor):
     assert [text.count("<image>") for text in expanded] == [5, 2]
     again = marked.tokenizer(expanded, padding=True, return_tensors="pt")["input_ids"]
     assert torch.equal(inputs["input_ids"], again)
-    counts = {"num_image_tokens": [1, 4, 2]}
-    assert marked.replace_image_token(counts, 2) == "read <image><image> blank"
+    assert marked.replace_image_token(inputs, 2) == "read <image><image> blank"
+    tiled = {"num_image_tokens": [1, (1, 2), 1], "tiles_per_image": [2, 1]}
+    assert marked.replace_image_token(tiled, 0) == "read <image><image><image> blank"
+    assert marked.replace_image_token({"num_image_tokens": "auto"}, 1) == marked.image_prompt
 
 
 @pytest.mark.parametrize(

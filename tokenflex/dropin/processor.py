@@ -35,7 +35,7 @@ from tokenflex.models.conversations import (
     named_conversations,
     split_chat_options,
 )
-from tokenflex.models.image_inputs import name_images, read_image
+from tokenflex.models.image_inputs import name_images, read_images
 
 
 @dataclass
@@ -263,18 +263,9 @@ def _with_images(
 def _read_images(processor: Any, images: Any, options: dict[str, Any]) -> Any:
     """Read the images of a call, nested as they are given."""
     named, per_prompt = name_images(images)
-    layout = _image_option(options, "input_data_format", None)
-    do_rescale = _image_option(
-        options, "do_rescale", getattr(processor.image_processor, "do_rescale", True)
-    )
-    read = [
-        read_image(
-            image,
-            keep_floats=do_rescale is False,
-            channels_first=None if layout is None else layout == "channels_first",
-        )
-        for image in named
-    ]
+    groups = (options.get("common_kwargs"), options.get("images_kwargs"), options)
+    merged = {name: value for group in groups for name, value in (group or {}).items()}
+    read = read_images(named, processor.image_processor, merged)
     if per_prompt is not None:
         rest = iter(read)
         return [[next(rest) for _ in range(number)] for number in per_prompt]
@@ -288,13 +279,6 @@ def _without_layout(options: dict[str, Any]) -> dict[str, Any]:
         for name, value in options.items()
         if name != "input_data_format"
     }
-
-
-def _image_option(options: dict[str, Any], name: str, default: Any) -> Any:
-    for group in (options, options.get("images_kwargs") or {}, options.get("common_kwargs") or {}):
-        if group.get(name) is not None:
-            return group[name]
-    return default
 
 
 def _asked(state: _State, counts: Any, images: Any) -> Grid | list[Grid]:

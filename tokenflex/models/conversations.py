@@ -53,7 +53,7 @@ class ConversationProcessor(ProcessorMixin):
         processor_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Messages to a prompt, or to model inputs with ``tokenize=True``.
+        """Return the prompt of a conversation, or model inputs with ``tokenize=True``.
 
         The ``content`` of a message is a string, or a list of ``{"type": "text", "text": ...}`` and
         ``{"type": "image", "image": ...}`` parts (or ``url``, ``path``, ``base64``; OpenAI's
@@ -87,6 +87,11 @@ class ConversationProcessor(ProcessorMixin):
         """
         if load_audio_from_video:
             raise ValueError("load_audio_from_video must be False: the model reads text and images")
+        if continue_final_message and add_generation_prompt:
+            raise ValueError(
+                "continue_final_message and add_generation_prompt exclude each other: one leaves "
+                "the last message open, the other begins a new one"
+            )
         template = self._chat_template(chat_template)
         variables, options = split_chat_options(template, kwargs, processor_kwargs)
         check_names(self, options, more=[*_get_template_variables(template), "images"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,36 @@ def read_image(
             f"got shape {list(source.shape)}"
         )
     return np.ascontiguousarray(np.broadcast_to(pixels, (3, *pixels.shape[1:])))
+
+
+def read_images(
+    images: Sequence[NamedImage], image_processor: Any, options: Mapping[str, Any]
+) -> list[Any]:
+    """Read the images of a call, as the options of the image processor say.
+
+    Args:
+        images: The images.
+        image_processor: A transformers image processor.
+        options: Of the call. ``input_data_format`` is the layout of arrays and tensors; the images
+            that are read no longer need it.
+    """
+    layout = options.get("input_data_format")
+    if layout not in (None, "channels_first", "channels_last"):
+        raise ValueError(
+            "input_data_format must be 'channels_first' or 'channels_last', got "
+            f"{str(layout)[:40]!r}"
+        )
+    do_rescale = options.get("do_rescale")
+    if do_rescale is None:
+        do_rescale = getattr(image_processor, "do_rescale", True)
+    return [
+        read_image(
+            image,
+            keep_floats=do_rescale is False,
+            channels_first=None if layout is None else layout == "channels_first",
+        )
+        for image in images
+    ]
 
 
 def pixel_size(image: Any, name: str) -> Grid:

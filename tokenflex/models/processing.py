@@ -6,38 +6,25 @@ have vision tokens, and hands the same counts to the model as ``num_image_tokens
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoProcessor, BatchFeature
-from transformers.image_utils import PILImageResampling
-from transformers.processing_utils import MultiModalData
 
-from tokenflex.counts import (
-    AUTO,
-    Grid,
-    ImageTokenCounts,
-    TokenCount,
-    token_grid,
-    token_grids,
-)
+from tokenflex.counts import AUTO, TokenCount, token_grid, tokens_of
 from tokenflex.models.call_options import CallOptions, sort_options
 from tokenflex.models.chat import image_pattern
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.conversations import ConversationProcessor
-from tokenflex.models.image_inputs import (
-    name_images,
-    pixel_size,
-    read_image,
-    stack_sizes,
-)
-from tokenflex.models.tiling import best_tile_grid, check_tile_limits, cut_tiles, num_tiles
+from tokenflex.models.image_inputs import name_images
+from tokenflex.models.image_preparation import ImagePreparation
+from tokenflex.models.tiling import check_tile_limits
 from tokenflex_kernels._checks import check_count
 
 
-class TokenFlexProcessor(ConversationProcessor):
+class TokenFlexProcessor(ConversationProcessor, ImagePreparation):
     """Image processor and tokenizer in one, with the vision-token count as an argument.
 
     Prompts are padded on the tokenizer's ``padding_side``. A tokenizer that was made without one is
@@ -115,7 +102,7 @@ class TokenFlexProcessor(ConversationProcessor):
 
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Make a processor of what was saved: a pair is a grid, which JSON keeps as a list."""
+        """Make a processor of what was saved; JSON keeps the pair of a grid as a list."""
         count = processor_dict.get("num_image_tokens")
         if isinstance(count, list):
             processor_dict = {**processor_dict, "num_image_tokens": tuple(count)}
@@ -134,7 +121,7 @@ class TokenFlexProcessor(ConversationProcessor):
 
     @property
     def image_prompt(self) -> str:
-        """What stands for an image in a prompt; ``image_token`` alone is taken for it too."""
+        """The text that stands for an image in a prompt; ``image_token`` alone is taken too."""
         return f"{self.image_start}{self.image_token}{self.image_end}"
 
     @property
@@ -148,7 +135,7 @@ class TokenFlexProcessor(ConversationProcessor):
     def __call__(
         self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any
     ) -> BatchFeature:
-        """Model inputs for a batch of prompts.
+        """Return model inputs for a batch of prompts.
 
         Args:
             images: an image, a list of them, or a list per prompt, in order of appearance. An image
@@ -213,13 +200,6 @@ class TokenFlexProcessor(ConversationProcessor):
                 return_tensors=options.return_tensors,
                 **options.images_kwargs,
             )
-        per_image = [1] * len(tiles) if auto else tiles
-        image_inputs = {
-            "num_image_tokens": [
-                n * height * width
-                for n, (height, width) in zip(per_image, image_grids, strict=True)
-            ]
-        }
         if auto and named:
             data |= {"num_image_tokens": AUTO, "tiles_per_image": tiles}
         elif named:
@@ -231,7 +211,9 @@ class TokenFlexProcessor(ConversationProcessor):
             ]
         if prompts is None:
             return BatchFeature(data)
-        encoded = self._encode(prompts, image_inputs, placeholders, options)
+        image_inputs = {**data, "tiles_per_image": tiles}
+        texts = [self.replace_image_token(image_inputs, i) for i in range(len(named))]
+        encoded = self._encode(prompts, texts, placeholders, options)
         return BatchFeature({**encoded, **data})
 
     def _check_prompts(
@@ -263,19 +245,19 @@ class TokenFlexProcessor(ConversationProcessor):
     def _encode(
         self,
         prompts: list[str],
-        image_inputs: Mapping[str, Any],
+        image_texts: list[str],
         placeholders: list[int],
         options: CallOptions,
     ) -> dict[str, Any]:
-        """Repeat the placeholders of the prompts and tokenize them."""
-        tokens: list[int] = image_inputs["num_image_tokens"]
-        replacements = iter([self.replace_image_token(image_inputs, i) for i in range(len(tokens))])
+        """Put the text of each image in the place of its placeholder, and tokenize."""
+        replacements = iter(image_texts)
         expanded = [self._expand(prompt, replacements) for prompt in prompts]
         encoded = self.tokenizer(
             [text for text, _ in expanded],
             return_tensors=options.return_tensors,
             **options.text_kwargs,
         )
+        tokens = [text.count(self.image_token) for text in image_texts]
         self._check_nothing_cut(encoded["input_ids"], placeholders, tokens)
         encoded = dict(encoded)
         if options.return_mm_token_type_ids:
@@ -288,206 +270,19 @@ class TokenFlexProcessor(ConversationProcessor):
         """Return the text that stands for an image, one placeholder per vision token.
 
         Args:
-            image_inputs: With ``num_image_tokens``, the vision tokens of each image with all its
-                tiles.
+            image_inputs: What a call returns for the images, with ``tiles_per_image`` where these
+                are not one each.
             image_idx: The image.
             **kwargs: Not used.
         """
-        tokens = int(image_inputs["num_image_tokens"][image_idx])
-        return f"{self.image_start}{self.image_token * tokens}{self.image_end}"
-
-    def process_images(
-        self, images: Sequence[Any], max_tiles: int | None = None, **options: Any
-    ) -> tuple[dict[str, Any], list[int]]:
-        """What the encoder takes, and how many of its inputs (tiles) each image became.
-
-        Args:
-            images: whatever :func:`tokenflex.images.load_image` takes.
-            max_tiles: in place of the processor's own.
-            **options: for the image processor; ``return_tensors`` is "pt" by default.
-
-        Returns:
-            A dict with ``pixel_values`` and, where the encoder needs it, ``grids``; and a list
-            with the tiles of each image.
-        """
-        limit = self._max_tiles(max_tiles)
-        data_format = options.pop("data_format", None)
-        if data_format not in (None, "channels_first"):
-            raise ValueError(
-                f"data_format must be 'channels_first', as encoders take it, got {data_format!r}"
-            )
-        layout = options.pop("input_data_format", None)
-        if layout not in (None, "channels_first", "channels_last"):
-            raise ValueError(
-                "input_data_format must be 'channels_first' or 'channels_last', got "
-                f"{str(layout)[:40]!r}"
-            )
-        do_rescale = options.get("do_rescale")
-        if do_rescale is None:
-            do_rescale = getattr(self.image_processor, "do_rescale", True)
-        named, _ = name_images(list(images))
-        inputs = [
-            read_image(
-                image,
-                keep_floats=not do_rescale,
-                channels_first=None if layout is None else layout == "channels_first",
-            )
-            for image in named
-        ]
-        tiles = [1] * len(inputs)
-        if limit > 1:
-            size, resample = self._tile_size(options), self._resample(options)
-            cut = [
-                cut_tiles(
-                    image,
-                    size,
-                    self._tile_grid(
-                        image.shape[-2:] if isinstance(image, np.ndarray) else image.size[::-1],
-                        limit,
-                        size,
-                    ),
-                    use_thumbnail=self.use_thumbnail,
-                    resample=resample,
-                )
-                for image in inputs
-            ]
-            tiles = [len(own_tiles) for own_tiles in cut]
-            inputs = [tile for own_tiles in cut for tile in own_tiles]
-        processed = self.image_processor(inputs, **{"return_tensors": "pt", **options})
-        data: dict[str, Any] = {"pixel_values": processed["pixel_values"]}
-        if "spatial_shapes" in processed:  # NaFlex: patches of images of any shape
-            shapes = processed["spatial_shapes"]
-            data["grids"] = [(int(height), int(width)) for height, width in shapes]
+        counts = image_inputs["num_image_tokens"]
+        if counts == AUTO:
+            tokens = 1
         else:
-            grids = self._patch_grids(stack_sizes(data["pixel_values"]))
-            if grids is not None:
-                data["grids"] = grids
-        return data, tiles
-
-    def _patch_grids(self, sizes: list[Grid]) -> list[Grid] | None:
-        """Return the grid of each tile in patches where the model cannot tell it from the pixels.
-
-        It can where tiles are square, and of the size that the image processor gives by default.
-        """
-        not_square = [size for size in sizes if size[0] != size[1]]
-        if self.patch_size is None:
-            if not_square:
-                raise ValueError(
-                    "patch_size must be given to a processor whose tiles are not square, got None "
-                    f"and tiles of {not_square[0][0]} x {not_square[0][1]}"
-                )
-            return None
-        usual = self._configured_size({})
-        if not not_square and (usual is None or set(sizes) <= {usual}):
-            return None
-        return [(height // self.patch_size, width // self.patch_size) for height, width in sizes]
-
-    def image_tokens(
-        self,
-        images: Sequence[Any],
-        num_image_tokens: ImageTokenCounts | None = None,
-        max_tiles: int | None = None,
-        **options: Any,
-    ) -> list[int]:
-        """How many vision tokens each image will cost, all its tiles together.
-
-        Args:
-            images: images, or their (height, width) in pixels.
-            num_image_tokens: as the processor is called with it.
-            max_tiles: likewise.
-            **options: for the image processor, for example ``size``.
-        """
-        grids = self._count_grids(num_image_tokens, len(images))
-        tiles = self._num_tiles(images, max_tiles, options)
-        return [n * height * width for n, (height, width) in zip(tiles, grids, strict=True)]
-
-    def _get_num_multimodal_tokens(
-        self, image_sizes: Sequence[Grid] | None = None, **kwargs: Any
-    ) -> MultiModalData:
-        """What servers ask: tokens and tiles of images of these (height, width).
-
-        Args:
-            image_sizes: The sizes, in pixels.
-            **kwargs: What the processor will be called with.
-        """
-        options = sort_options(self, kwargs)
-        counts = options.num_image_tokens
-        if isinstance(counts, str):
-            raise ValueError(
-                f"num_image_tokens must be counts where tokens are counted before images are seen, "
-                f"got {counts!r}"
-            )
-        if image_sizes is None:
-            return MultiModalData()
-        return MultiModalData(
-            num_image_tokens=self.image_tokens(
-                image_sizes, counts, options.max_tiles, **options.images_kwargs
-            ),
-            num_image_patches=self._num_tiles(
-                image_sizes, options.max_tiles, options.images_kwargs
-            ),
-        )
-
-    def _count_grids(self, counts: ImageTokenCounts | None, images: int) -> list[Grid]:
-        counts = self.num_image_tokens if counts is None else counts
-        return token_grids(counts, images, name="num_image_tokens")
-
-    def _max_tiles(self, max_tiles: int | None) -> int:
-        if max_tiles is None:
-            return self.max_tiles
-        # Fewer than the processor's own minimum is what the caller wants then.
-        return check_tile_limits(1, max_tiles)[1]
-
-    def _num_tiles(
-        self, images: Sequence[Any], max_tiles: int | None, options: Mapping[str, Any]
-    ) -> list[int]:
-        limit = self._max_tiles(max_tiles)
-        if limit == 1:
-            return [1] * len(images)
-        tile_size = self._tile_size(options)
-        sizes = [pixel_size(image, f"images[{i}]") for i, image in enumerate(images)]
-        return [
-            num_tiles(self._tile_grid(size, limit, tile_size), self.use_thumbnail) for size in sizes
-        ]
-
-    def _tile_grid(self, size: Any, max_tiles: int, tile_size: Grid) -> Grid:
-        height, width = size
-        lowest = min(self.min_tiles, max_tiles)
-        return best_tile_grid((height, width), tile_size, max_tiles, lowest)
-
-    def _configured_size(self, options: Mapping[str, Any]) -> Grid | None:
-        """Return (height, width) of what the image processor gives, None if it depends on images.
-
-        Args:
-            options: Of one call; its own count where they say nothing.
-        """
-        for name in ("crop_size", "size"):
-            size = options.get(name)
-            size = getattr(self.image_processor, name, None) if size is None else size
-            if isinstance(size, int):
-                return size, size
-            if isinstance(size, (list, tuple)) and len(size) == 2:
-                return int(size[0]), int(size[1])
-            height, width = dict(size or {}).get("height"), dict(size or {}).get("width")
-            if height and width:
-                return height, width
-        return None
-
-    def _tile_size(self, options: Mapping[str, Any]) -> Grid:
-        size = self._configured_size(options)
-        if size is None:
-            own = getattr(self.image_processor, "size", None)
-            raise ValueError(
-                "max_tiles above 1 needs an image_processor with a size of height and width, got "
-                f"{type(self.image_processor).__name__} with size {own}"
-            )
-        return size
-
-    def _resample(self, options: Mapping[str, Any]) -> int:
-        resample = options.get("resample")
-        if resample is None:
-            resample = getattr(self.image_processor, "resample", None)
-        return int(PILImageResampling.BICUBIC if resample is None else resample)
+            tiles = image_inputs.get("tiles_per_image") or [1] * len(counts)
+            first = sum(tiles[:image_idx])
+            tokens = sum(map(tokens_of, counts[first : first + tiles[image_idx]]))
+        return f"{self.image_start}{self.image_token * tokens}{self.image_end}"
 
     def _expand(self, prompt: str, replacements: Iterator[str]) -> tuple[str, list[dict[str, Any]]]:
         """Return the prompt with its placeholders replaced, and where each stood and stands."""

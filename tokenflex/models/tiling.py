@@ -66,7 +66,7 @@ def num_tiles(grid: Grid, use_thumbnail: bool) -> int:
 def cut_tiles(
     image: Any, tile_size: Grid, grid: Grid, *, use_thumbnail: bool, resample: int
 ) -> list[Any]:
-    """The image resized to ``grid`` tiles and cut row by row, as RGB.
+    """Resize an image to ``grid`` tiles and cut it row by row, as RGB.
 
     Args:
         image: an array of floats [3, height, width], whose tiles are such arrays; or whatever else
