@@ -20,20 +20,20 @@ class ConversationEncoder:
     Args:
         tokenizer: a transformers tokenizer with a chat template.
         image_prompt: what stands for an image in a prompt, with one placeholder in it.
-        placeholder: that placeholder; ``image_prompt`` itself if None.
+        image_token: the placeholder; ``image_prompt`` itself if None.
 
     Raises:
         ValueError: the tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: Any, image_prompt: str, placeholder: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, image_prompt: str, image_token: str | None = None) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
                 "tokenizer must have a chat_template to render conversations with, got none"
             )
         self.tokenizer = tokenizer
         self.image_prompt = image_prompt
-        self.placeholder = placeholder or image_prompt
+        self.image_token = image_prompt if image_token is None else image_token
         # Questions repeat (the digits task has a few hundred with their answers). A plain dict, so
         # that a collator can travel to worker processes.
         self._cache: dict[tuple[Conversation, int], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -119,15 +119,15 @@ class ConversationEncoder:
             text, _ = render(
                 Chat(messages, parts_without_image=images),
                 self.tokenizer.get_chat_template(),
-                placeholder=self.placeholder,
+                placeholder=self.image_token,
                 image_prompt=self.image_prompt,
-                variables={"image_token": self.placeholder, **self.tokenizer.special_tokens_map},
+                variables={"image_token": self.image_token, **self.tokenizer.special_tokens_map},
                 add_generation_prompt=ask,
             )
         except TemplateError as error:
             raise ValueError(f"chat_template cannot be rendered: {error}") from error
-        start, _, end = self.image_prompt.partition(self.placeholder)
-        pattern = image_pattern(start, self.placeholder, end)
+        start, _, end = self.image_prompt.partition(self.image_token)
+        pattern = image_pattern(start, self.image_token, end)
         return pattern.sub(lambda _: self.image_prompt, text)  # some templates write no marks
 
 
