@@ -172,6 +172,15 @@ def test_generate_uses_the_checkpoints_count_and_counts_all_images(command, chec
     assert list(answers(command(*base)[1])) == [0]
 
 
+def test_generate_shows_images_where_the_prompt_says(command, checkpoint, image):
+    base = ("generate", "--model", checkpoint, "--image", image, "--max-new-tokens", 3)
+    named = answers(command(*base, "--prompt", "<image> odd", "--tokens", 4)[1])
+    assert named == answers(command(*base, "--prompt", "odd", "--tokens", 4)[1])
+    code, out, errors = command(*base, "--prompt", "<image> odd <image>", "--tokens", 4)
+    assert (code, out) == (2, "")
+    assert "got 2 (per prompt [2]) for 1 images" in errors[-1]
+
+
 def test_generate_takes_grids_of_unequal_sides(command, checkpoint, image):
     base = ("generate", "--model", checkpoint, "--image", image, "--prompt", "odd")
     code, out, _ = command(*base, "--tokens", "4,2x3,1x5", "--max-new-tokens", 1)

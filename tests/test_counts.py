@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tokenflex import TokenCounts
-from tokenflex.counts import is_one_count, token_grid, token_grids, tokens_of
+from tokenflex.counts import is_one_count, join_calls, token_grid, token_grids, tokens_of
 
 
 class TestTokenGrid:
@@ -299,3 +299,29 @@ class TestTokenCounts:
     def test_misuse(self, options, error, message):
         with pytest.raises(error, match=message):
             TokenCounts(**options)
+
+
+@pytest.mark.parametrize(
+    ("counts", "images", "grids"),
+    [
+        ([[4], [9]], 2, [(2, 2), (3, 3)]),
+        ([[4, 9], [16]], 3, [(2, 2), (3, 3), (4, 4)]),
+        ([[4, 9], [16, 1]], 4, [(2, 2), (3, 3), (4, 4), (1, 1)]),
+        ([[4, 9]], 2, [(2, 2), (3, 3)]),
+        ([[(2, 3)], [(1, 5), 4]], 3, [(2, 3), (1, 5), (2, 2)]),
+        ([[], [4]], 1, [(2, 2)]),
+        # Lists of two numbers that are as many as the images are grids.
+        ([[4, 9], [16, 1]], 2, [(4, 9), (16, 1)]),
+        ([[4, 9]], 1, [(4, 9)]),
+    ],
+)
+def test_counts_of_several_calls_are_joined(counts, images, grids):
+    """As a pipeline batches them: the number of images tells them from grids."""
+    assert token_grids(counts, images) == grids
+
+
+def test_what_cannot_be_joined_is_refused():
+    with pytest.raises(ValueError, match="1 entries for 3 images"):
+        token_grids([[4, 9]], 3)
+    assert join_calls([4, [9]], 2) == [4, [9]]
+    assert join_calls("auto", 2) == "auto"

@@ -11,6 +11,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from tokenflex.counts import AUTO, ImageTokenCounts
+from tokenflex.models.chat import without_placeholders
 from tokenflex.selection.cascade import generate_with_escalation
 
 
@@ -80,7 +81,8 @@ def answer_at_counts(
         "pad_token_id": tokenizer.pad_token_id,
     }
     greedy = {"do_sample": False, "num_beams": 1}  # beams cannot be timed token by token
-    warm_up = processor(text=prompt.replace(processor.image_token, ""), add_special_tokens=False)
+    question = without_placeholders(prompt, [processor.image_token])
+    warm_up = processor(text=question, add_special_tokens=False)
     if warm_up["input_ids"].numel():
         model.generate(**warm_up.to(model.device), **greedy, **options, max_new_tokens=1)
     encoded, encoding_seconds = None, 0.0

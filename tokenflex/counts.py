@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from math import isqrt, sqrt
 from numbers import Integral, Real
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +17,24 @@ Grid: TypeAlias = tuple[int, int]
 TokenCount: TypeAlias = int | Grid  # a perfect square, or (height, width)
 ImageTokenCounts: TypeAlias = "TokenCount | Sequence[TokenCount] | torch.Tensor"
 AUTO: Literal["auto"] = "auto"  # in place of a count: chosen for each image by tokenflex.selection
+
+
+def join_calls(values: Any, number: int) -> Any:
+    """Join lists that several calls of a processor gave and that were batched into a list.
+
+    A pipeline makes ``[[4, 9], [16]]`` of two calls with three images. The number of images tells
+    that from ``[[2, 3], [4, 4]]``, two grids.
+
+    Args:
+        values: Lists, one per call, of one value per image; anything else is returned as it is.
+        number: Images of all calls together.
+    """
+    if not isinstance(values, list) or not all(isinstance(value, list) for value in values):
+        return values
+    joined = [entry for value in values for entry in value]
+    if len(joined) != number or (len(values) == number and all(len(v) == 2 for v in values)):
+        return values
+    return joined
 
 
 def _is_int(value: object) -> bool:
@@ -114,6 +132,7 @@ def token_grids(counts: object, num_images: int, *, name: str = "num_tokens") ->
         TypeError: an entry is not a count.
         ValueError: the number of entries is not ``num_images``, or an entry is no valid count.
     """
+    counts = join_calls(counts, num_images)
     if is_one_count(counts):
         return [token_grid(counts, name=name)] * num_images
     if isinstance(counts, torch.Tensor):

@@ -6,6 +6,8 @@ import copy
 
 import pytest
 
+from tests.models.tiny import picture
+from tokenflex import TokenFlexProcessor
 from tokenflex.data.encoding import CACHED_CONVERSATIONS, IGNORE, ConversationEncoder
 from tokenflex.data.samples import Conversation, Turn
 from tokenflex.digits.processor import digits_processor
@@ -88,6 +90,45 @@ def test_the_tokenizers_own_placeholder_replaces_the_mark():
     encoder = ConversationEncoder(tokenizer, "<picture>")
     ids, _ = encoder(conversation("read <image> odd", "7"), num_images=1)
     assert words(encoder, ids)[:3] == ["read", "<picture>", "odd"]
+
+
+@pytest.mark.parametrize("words_of", ["odd", "odd <image> even", "<image> odd"])
+def test_training_reads_what_a_chat_reads(words_of):
+    """Also where the template iterates parts, and where marks stand around an image."""
+    parts = (
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for part in m.content %}{{ 'where <image>' if part.type == 'image' else part.text }}"
+        "{% endfor %}{% endif %}{{ ' : ' }}{% endfor %}"
+    )
+    iterating = (
+        "{% for m in messages %}{% for part in m.content %}"
+        "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %} : {% endfor %}"
+    )
+    base = digits_processor(1)
+    for template in (None, parts, iterating):
+        processor = TokenFlexProcessor(
+            base.image_processor,
+            copy.deepcopy(base.tokenizer),
+            num_image_tokens=1,
+            image_start="read ",
+            image_end=" blank",
+            chat_template=template,
+        )
+        processor.tokenizer.chat_template = processor.chat_template
+        encoder = ConversationEncoder(
+            processor.tokenizer, processor.image_prompt, processor.image_token
+        )
+        ids, labels = encoder(conversation(words_of, "7"), num_images=words_of.count("<image>"))
+        content = []
+        for i, piece in enumerate(words_of.split("<image>")):
+            content += [{"type": "image", "image": picture(i)}] * (i > 0)
+            content.append({"type": "text", "text": piece})
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}, {"role": "assistant", "content": "7"}],
+            tokenize=True,
+        )
+        assert ids.tolist() == inputs[0].tolist()
+        assert "7" in learned(encoder, ids, labels)
 
 
 def test_the_number_of_images_is_part_of_the_question():

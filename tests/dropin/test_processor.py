@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import pickle
 import threading
@@ -11,6 +12,8 @@ from itertools import groupby
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import pipeline
 
 from tests.dropin.processors import (
     image_text,
@@ -20,6 +23,7 @@ from tests.dropin.processors import (
 from tests.dropin.test_seam import TOLERANCE, logits
 from tests.dropin.tiny import IMAGE, stock_model
 from tokenflex import TokenCounts, replace_projector, restore_projector
+from tokenflex.images import load_image
 
 
 @pytest.fixture
@@ -94,6 +98,125 @@ def test_chat_template(name):
     assert set(inputs["num_image_tokens"]) == {4}
     assert int((inputs["input_ids"] == IMAGE).sum()) == 4 * len(inputs["num_image_tokens"])
     assert logits(model, inputs).shape[:2] == inputs["input_ids"].shape
+
+
+def chat(image, *more):
+    """A question about one image, or several, that ends in a text."""
+    *images, question = (image, *more)
+    parts = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+INPUTS = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_options_of_a_chat_are_those_of_a_call(nested):
+    _, processor = pair("llava")
+    options = {
+        **{"num_image_tokens": [4, 9, 25], "padding": True, "padding_side": "left"},
+        **{"do_normalize": False},
+    }
+    chats = [chat(picture(1), "what"), chat(picture(2), picture(3), "is")]
+    inputs = processor.apply_chat_template(
+        chats, **INPUTS, **({"processor_kwargs": options} if nested else options)
+    )
+    assert inputs["num_image_tokens"] == [4, 9, 25]
+    expected = processor(
+        images=[[picture(1)], [picture(2), picture(3)]],
+        text=processor.apply_chat_template(chats),
+        return_tensors="pt",
+        **options,
+    )
+    for name in ("input_ids", "pixel_values"):
+        assert torch.equal(inputs[name], expected[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_image_tokens": 4}, "num_image_tokens must be given with tokenize=True"),
+        (
+            {**INPUTS, "num_image_tokens": 4, "processor_kwargs": {"num_image_tokens": 9}},
+            "num_image_tokens must be given once",
+        ),
+        ({**INPUTS, "processor_kwargs": {"images": [picture(1)]}}, "holds one"),
+    ],
+)
+def test_options_without_effect_are_refused(options, words):
+    _, processor = pair("llava")
+    with pytest.raises(ValueError, match=words):
+        processor.apply_chat_template(chat(picture(1), "what"), **options)
+
+
+def test_placeholders_in_texts_are_refused(name):
+    _, processor = pair(name)
+    for mark in ("<image>", processor._tokenflex.image_token, image_text(name)):
+        with pytest.raises(ValueError, match=r"messages\[0\]\.content\[1\] holds"):
+            processor.apply_chat_template(chat(picture(1), f"what is {mark}"))
+
+
+def test_pictures_have_one_reading(tmp_path):
+    """Transparent, turned and 16-bit pictures, in every form that holds one."""
+    _, processor = pair("llava")
+    ramp = np.tile(np.arange(64, dtype=np.uint16) * 1000, (64, 1))
+    clear = np.zeros((64, 64, 4), np.uint8)
+    clear[16:32, 16:48, 3] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for image, options in (
+        (Image.fromarray(ramp), {}),
+        (Image.fromarray(clear), {}),
+        (picture(1), {"exif": exif}),
+    ):
+        image.save(tmp_path / "a.png", **options)
+        upright = load_image(tmp_path / "a.png")
+        content = (tmp_path / "a.png").read_bytes()
+        expected = call(processor, [upright], ["<image> what"])["pixel_values"]
+        assert float(expected.std()) > 0.1
+        encoded = base64.b64encode(content).decode()
+        forms = [tmp_path / "a.png", str(tmp_path / "a.png"), content, encoded]
+        forms.append("data:image/png;base64," + encoded)
+        with Image.open(tmp_path / "a.png") as file:
+            for form in [*forms, file]:
+                inputs = call(processor, [form], ["<image> what"])
+                assert torch.equal(inputs["pixel_values"], expected)
+                inputs = processor.apply_chat_template(chat(form, "what"), **INPUTS)
+                assert torch.equal(inputs["pixel_values"], expected)
+
+
+def test_floats_stay_as_they_are_where_they_are_not_rescaled():
+    _, processor = pair("llava")
+    floats = np.random.default_rng(0).random((64, 64, 3), dtype=np.float32) * 3 - 1
+    options = {"do_rescale": False, "do_resize": False, "do_normalize": False}
+    first = floats.transpose(2, 0, 1)
+    for image, layout in ((floats, {}), (first, {"input_data_format": "channels_first"})):
+        inputs = call(processor, [image], ["<image> what"], **options, **layout)
+        assert np.array_equal(inputs["pixel_values"][0], first)
+
+
+@pytest.mark.parametrize("image", ["A" * 4000, b"1" * 4000])
+def test_a_refusal_names_the_part_and_prints_no_payload(image):
+    _, processor = pair("llava")
+    with pytest.raises(ValueError, match=r"^messages\[0\]\.content\[0\] cannot be read") as error:
+        processor.apply_chat_template(chat(image, "what"), **INPUTS)
+    assert len(str(error.value)) < 200
+    with pytest.raises(ValueError, match=r"^images\[0\] cannot be read"):
+        call(processor, [image], ["<image> what"])
+
+
+def test_pipeline_answers_chats_in_batches_as_one_by_one():
+    model, processor = pair("llava")
+    processor.tokenizer.padding_side = "left"
+    ask = pipeline("image-text-to-text", model=model, processor=processor)
+    chats = [chat(picture(1), "what"), chat(picture(2), picture(3), "is this a cat")]
+    options = {
+        "processor_kwargs": {"num_image_tokens": 9},
+        "generate_kwargs": {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0},
+    }
+    alone = [ask(one, **options)[0]["generated_text"][-1] for one in chats]
+    together = ask(chats, batch_size=2, **options)
+    assert [answer[0]["generated_text"][-1] for answer in together] == alone
 
 
 def test_text_alone(name):

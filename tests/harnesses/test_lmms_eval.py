@@ -239,6 +239,6 @@ def test_a_placeholder_in_a_text_stands_for_no_image(checkpoint):
     assistant = Assistant(checkpoint, 4, device="cpu")
     plain, marked = (
         assistant.reply([[{"role": "user", "content": text}]], max_new_tokens=2)[0]
-        for text in ("odd", "<image>odd")
+        for text in ("odd", "<im<image>age>odd")
     )
     assert plain == marked

@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from tests.models.test_modeling import GENERATION, one_image
 from tests.models.tiny import IMAGE, padded_batch, picture, pixels, prompts, tiny_model
-from tokenflex import TokenFlexForConditionalGeneration
+from tokenflex import TokenFlexForConditionalGeneration, TokenFlexProcessor
 from tokenflex.digits.processor import digits_processor
 
 LORA = {"r": 2, "lora_alpha": 16}
@@ -148,6 +148,52 @@ def test_pipeline_answers_as_generate_does(shards, count):
     )
     assert from_chat[0]["generated_text"].split() == expected.split()
     assert from_text[0]["generated_text"].split() == expected.split()
+
+
+def conversation(*parts) -> list[dict]:
+    """A question of texts and images."""
+    content = [
+        {"type": kind, kind: part}
+        for part in parts
+        for kind in ["text" if isinstance(part, str) else "image"]
+    ]
+    return [{"role": "user", "content": content}]
+
+
+@pytest.mark.parametrize("batch_size", [2, 3])
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ({}, {}),
+        ({}, {"num_image_tokens": 9}),
+        ({"max_tiles": 4, "use_thumbnail": True}, {"num_image_tokens": (2, 3)}),
+        ({"patch_size": 4}, {"size": {"height": 32, "width": 64}}),
+        ({"max_tiles": 4}, {"num_image_tokens": "auto"}),
+    ],
+)
+def test_pipeline_answers_chats_in_batches_as_one_by_one(options, asked, batch_size):
+    """With other numbers of images, other lengths, tiles and grids in one batch."""
+    base = digits_processor(4)
+    processor = TokenFlexProcessor(
+        base.image_processor, base.tokenizer, num_image_tokens=4, **options
+    )
+    model = tiny_model(trained_num_image_tokens=[4, 9])
+    ask = pipeline("image-text-to-text", model=model, processor=processor)
+    chats = [
+        conversation(picture(1), " odd"),
+        conversation(picture(2, (32, 64)), " odd ", picture(3), " read r1c1"),
+        conversation(picture(4, (64, 64)), " even blank"),
+    ]
+    call = {
+        "processor_kwargs": asked,
+        "return_full_text": False,
+        "generate_kwargs": {**GENERATION, "max_new_tokens": 3},
+    }
+    if asked.get("num_image_tokens") == "auto":
+        call["generate_kwargs"] |= {"budget": 40}
+    alone = [ask(chat, **call)[0]["generated_text"] for chat in chats]
+    together = ask(chats, batch_size=batch_size, **call)
+    assert [answer[0]["generated_text"] for answer in together] == alone
 
 
 # ---- torch.compile

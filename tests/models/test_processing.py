@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor
+from tokenizers import Tokenizer
+from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from tests.models.tiny import IMAGE, PIXELS, picture, tiny_model
 from tokenflex import TokenFlexProcessor
@@ -171,13 +173,259 @@ def test_truncation_behind_the_image_is_allowed(processor):
     [
         ({}, ValueError, "text"),
         ({"text": [1]}, TypeError, r"text\[0\].*int"),
-        ({"text": "odd", "return_tensors": "np"}, ValueError, "np"),
-        ({"text": "<image> odd", "images": ["no such file"]}, ValueError, "images|no such file"),
+        ({"text": "odd", "return_tensors": "tf"}, ValueError, "return_tensors.*tf"),
+        ({"text": []}, ValueError, "at least one prompt"),
+        ({"text": 3}, TypeError, "text must be a string or a list of strings, got int"),
+        ({"text": "<image>", "images": ["no such file"]}, FileNotFoundError, "no such file"),
+        ({"text": "<image>", "images": [[A, [A]]]}, ValueError, r"further lists in images\[0\]"),
+        ({"text": "<image>", "images": [None]}, TypeError, r"images\[0\].*NoneType"),
+        ({"text": "odd", "max_tiles": "2"}, TypeError, "max_tiles.*'2'"),
+        ({"text": "<image>", "images": [A], "do_rescale": "no"}, ValueError, "do_rescale.*bool"),
     ],
 )
 def test_other_arguments_it_refuses(processor, arguments, error, match):
     with pytest.raises(error, match=match):
         processor(**arguments)
+
+
+# ---- options of one call
+
+
+PICTURE = picture(4, size=(50, 70))
+
+
+@pytest.mark.parametrize(
+    ("group", "options"),
+    [
+        ("images_kwargs", {"do_rescale": False}),
+        ("images_kwargs", {"do_normalize": False, "size": {"height": 16, "width": 16}}),
+        ("images_kwargs", {"image_mean": [0.1, 0.2, 0.3], "resample": 0}),
+        ("text_kwargs", {"padding": "max_length", "max_length": 30}),
+        ("text_kwargs", {"padding_side": "right", "return_length": True}),
+        ("text_kwargs", {"truncation": True, "max_length": 17}),
+        ("common_kwargs", {"return_tensors": "np"}),
+    ],
+)
+def test_an_option_acts_by_name_and_in_its_group(processor, group, options):
+    call = {"images": [PICTURE, B], "text": ["<image> odd odd odd", "<image> odd"]}
+    plain, named = processor(**call), processor(**call, **options)
+    grouped = processor(**call, **{group: options})
+    if group == "images_kwargs":
+        pixels = processor.image_processor([PICTURE, B], return_tensors="pt", **options)
+        assert torch.equal(named["pixel_values"], pixels["pixel_values"])
+    assert named.keys() == grouped.keys()
+    for name in ("input_ids", "pixel_values"):
+        assert type(named[name]) is type(grouped[name])
+        assert np.array_equal(named[name], grouped[name])
+    assert str(named) != str(plain)
+
+
+def test_tensors_arrays_or_lists(processor):
+    call = {"images": [A, B], "text": ["<image> odd", "<image> odd odd"]}
+    tensors = processor(**call)
+    arrays = processor(**call, return_tensors="np")
+    lists = processor(**call, return_tensors=None, return_mm_token_type_ids=True)
+    assert isinstance(arrays["pixel_values"], np.ndarray)
+    assert isinstance(lists["pixel_values"], list)
+    assert isinstance(lists["input_ids"][0], list)
+    assert isinstance(lists["mm_token_type_ids"][0], list)
+    for name in tensors:
+        assert np.array_equal(tensors[name], arrays[name])
+        assert np.array_equal(tensors[name], np.array(lists[name]))
+    ragged = processor(**call, return_tensors=None, padding=False)["input_ids"]
+    assert [len(row) for row in ragged] == [17, 18]
+
+
+def test_images_alone(processor):
+    inputs = processor(images=[A, B], num_image_tokens=[4, 9])
+    assert set(inputs) == {"pixel_values", "num_image_tokens"}
+    assert inputs["num_image_tokens"] == [4, 9]
+
+
+def test_what_servers_ask_for(processor):
+    marked = TokenFlexProcessor(
+        processor.image_processor, processor.tokenizer, image_start="read ", image_end=" blank"
+    )
+    prompts = ["odd <image> odd read <image> blank", "<image>"]
+    inputs = marked(
+        images=[A, B, C],
+        text=prompts,
+        num_image_tokens=[1, 4, (1, 2)],
+        return_mm_token_type_ids=True,
+        return_text_replacement_offsets=True,
+    )
+    kinds = inputs["mm_token_type_ids"]
+    assert torch.equal(kinds, (inputs["input_ids"] == IMAGE).long())
+    expanded = []
+    for prompt, offsets in zip(prompts, inputs["text_replacement_offsets"], strict=True):
+        pieces, last = [], 0
+        for one in offsets:
+            assert one["type"] == "image"
+            assert prompt[slice(*one["span"])] == one["text"]
+            pieces += [prompt[last : one["span"][0]], one["replacement"]]
+            last = one["span"][1]
+            assert "".join(pieces)[slice(*one["new_span"])] == one["replacement"]
+        expanded.append("".join([*pieces, prompt[last:]]))
+    assert [text.count("<image>") for text in expanded] == [5, 2]
+    again = marked.tokenizer(expanded, padding=True, return_tensors="pt")["input_ids"]
+    assert torch.equal(inputs["input_ids"], again)
+    assert marked.replace_image_token(inputs, 2) == "read <image><image> blank"
+    tiled = {"num_image_tokens": [1, (1, 2), 1], "tiles_per_image": [2, 1]}
+    assert marked.replace_image_token(tiled, 0) == "read <image><image><image> blank"
+    assert marked.replace_image_token({"num_image_tokens": "auto"}, 1) == marked.image_prompt
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"images_kwargs": {"do_rescal": False}}, TypeError, "images_kwargs; did you mean do_resc"),
+        ({"text_kwargs": {"paddin": False}}, TypeError, "text_kwargs; did you mean padding"),
+        ({"common_kwargs": {"colour": 1}}, TypeError, "colour is no argument of common_kwargs"),
+        ({"images_kwargs": 3}, TypeError, "images_kwargs must be a dict, got int"),
+        ({"images_kwargs": {"num_image_tokens": 4}}, TypeError, "no argument of images_kwargs"),
+        ({"do_rescale": False, "images_kwargs": {"do_rescale": True}}, ValueError, "two times"),
+        ({"text_pair": "odd"}, ValueError, "text_pair cannot be given"),
+        ({"text_kwargs": {"text_pair": "odd"}}, ValueError, "text_pair cannot be given"),
+        ({"return_overflowing_tokens": True}, ValueError, "return_overflowing_tokens cannot"),
+        ({"videos": [1]}, ValueError, "frames of a video as images"),
+        ({"data_format": "channels_last"}, ValueError, "data_format must be 'channels_first'"),
+        ({"input_data_format": "rows"}, ValueError, "input_data_format.*'rows'"),
+        (
+            {"text_kwargs": {"return_tensors": "np"}, "images_kwargs": {"return_tensors": "pt"}},
+            ValueError,
+            "return_tensors must be the same",
+        ),
+    ],
+)
+def test_options_that_nobody_takes(processor, options, error, words):
+    with pytest.raises(error, match=words):
+        processor(images=A, text="<image> odd", **options)
+
+
+def test_options_of_other_modalities_have_nothing_to_act_on(processor):
+    inputs = processor(images=A, text="<image> odd", num_frames=2, fps=None)
+    assert set(inputs) == set(processor(images=A, text="<image> odd"))
+
+
+def tokenizer_like(processor, **options):
+    backend = Tokenizer.from_str(processor.tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    names = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<eos>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names, **options)
+
+
+@pytest.mark.parametrize("saved", ["left", "right", None])
+def test_prompts_are_padded_as_the_tokenizer_was_saved(tmp_path, processor, saved):
+    options = {} if saved is None else {"padding_side": saved}
+    made = TokenFlexProcessor(
+        processor.image_processor, tokenizer_like(processor, **options), num_image_tokens=1
+    )
+    made.save_pretrained(tmp_path)
+    for one in (made, TokenFlexProcessor.from_pretrained(tmp_path)):
+        assert one.tokenizer.padding_side == (saved or "left")
+        batch = one(images=[A, B], text=["<image>", "<image> odd"])
+        padded = [[1, 0], [1, 1]] if saved == "right" else [[0, 1], [1, 1]]
+        assert batch["attention_mask"].tolist() == padded
+        other = one(images=[A, B], text=["<image>", "<image> odd"], padding_side="right")
+        assert other["attention_mask"].tolist() == [[1, 0], [1, 1]]
+        one.tokenizer.padding_side = "right"
+        assert one(text=["odd", "odd odd"])["attention_mask"].tolist() == [[1, 0], [1, 1]]
+
+
+def test_padding_of_a_call_is_not_saved(tmp_path, processor):
+    made = TokenFlexProcessor(
+        processor.image_processor, tokenizer_like(processor), num_image_tokens=1
+    )
+    made(text=["odd", "odd odd"], padding="max_length", max_length=2, padding_side="right")
+    made(text=["odd", "odd odd"], truncation=True, max_length=1, padding_side="right")
+    made.save_pretrained(tmp_path)
+    loaded = TokenFlexProcessor.from_pretrained(tmp_path)
+    assert loaded.tokenizer.padding_side == "left"
+    assert loaded(text=["odd", "odd odd odd"])["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
+
+
+def test_padding_that_the_tokenizer_was_saved_with(processor):
+    tokenizer = tokenizer_like(processor, padding="max_length", max_length=9)
+    made = TokenFlexProcessor(processor.image_processor, tokenizer, num_image_tokens=1)
+    assert made(text="odd")["input_ids"].shape == (1, 9)
+    assert made(text=["odd", "odd odd"], padding=True)["input_ids"].shape == (2, 2)
+
+
+# ---- images in every form
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_floats_reach_the_image_processor_as_they_are(processor, dtype, as_tensor):
+    floats = np.random.default_rng(0).random((3, PIXELS, PIXELS)).astype(dtype)
+    image = torch.from_numpy(floats) if as_tensor else floats.transpose(1, 2, 0)
+    options = {"do_rescale": False, "do_resize": False}
+    batch = processor(images=[image, A], text="<image> <image>", **options)
+    assert np.allclose(batch["pixel_values"][0], (floats - 0.5) / 0.5, atol=1e-6)
+    assert float(batch["pixel_values"][1].max()) > 400  # of 0..255, neither rescaled
+    rescaled = processor(images=image, text="<image>")["pixel_values"]
+    assert np.allclose(rescaled[0], (floats - 0.5) / 0.5, atol=0.01)  # 0..1 is a picture's range
+
+
+def test_layout_of_arrays_can_be_told(processor):
+    image = np.random.default_rng(0).integers(0, 256, (3, 32, 3), dtype=np.uint8)
+    last = processor(images=image, text="<image>", input_data_format="channels_last")
+    first = processor(images=image, text="<image>", input_data_format="channels_first")
+    guessed = processor(images=image, text="<image>")
+    assert torch.equal(last["pixel_values"], guessed["pixel_values"])
+    told = processor(images=torch.from_numpy(image), text="<image>")
+    assert torch.equal(first["pixel_values"], told["pixel_values"])
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 4), (5, 32, 32), (0, 32, 3)])
+def test_floats_of_other_shapes_are_refused(processor, shape):
+    with pytest.raises(ValueError, match=r"images must have 1 or 3 channels.*got shape"):
+        processor(images=np.zeros(shape, np.float32), text="<image>", do_rescale=False)
+
+
+@pytest.mark.parametrize("convert", [np.asarray, lambda image: torch.tensor(np.asarray(image))])
+def test_images_come_as_one_array_or_as_files(processor, tmp_path, convert):
+    expected = processor(images=[A, B], text="<image> <image>")["pixel_values"]
+    batch = convert(np.stack([np.asarray(A), np.asarray(B)]))
+    for images in (batch, [batch], [convert(A), convert(B)]):
+        got = processor(images=images, text="<image> <image>")["pixel_values"]
+        assert torch.equal(got, expected)
+    for name, image in (("a.png", A), ("b.png", B)):
+        image.save(tmp_path / name)
+    files = [tmp_path / "a.png", str(tmp_path / "b.png")]
+    for images in (files, [files], [files[0].read_bytes(), B]):
+        got = processor(images=images, text="<image> <image>")["pixel_values"]
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("image", ["A" * 4000, b"1" * 4000, "data:image/png;base64," + "A" * 4000])
+def test_a_refusal_never_prints_the_payload(processor, image):
+    with pytest.raises(ValueError, match=r"images\[1\]\[0\] cannot be read") as error:
+        processor(images=[[A], [image]], text=["<image>", "<image>"])
+    assert len(str(error.value)) < 200
+
+
+# ---- what must be refused of a constructor
+
+
+@pytest.mark.parametrize("counts", [[4, 9], [4], []])
+def test_a_list_is_no_default_count(processor, counts):
+    with pytest.raises(TypeError, match="num_image_tokens must be one count for all images"):
+        TokenFlexProcessor(processor.image_processor, processor.tokenizer, num_image_tokens=counts)
+
+
+def test_a_list_is_no_default_count_of_a_saved_processor(tmp_path, processor):
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="one count for all images"):
+        TokenFlexProcessor.from_pretrained(tmp_path, num_image_tokens=[4, 9])
+    loaded = TokenFlexProcessor.from_pretrained(tmp_path, num_image_tokens=(4, 9))
+    assert loaded.num_image_tokens == (4, 9)
+
+
+def test_a_misspelt_argument_of_the_constructor(processor):
+    with pytest.raises(TypeError, match="max_tile"):
+        TokenFlexProcessor(processor.image_processor, processor.tokenizer, max_tile=4)
 
 
 def test_tokenizer_without_the_image_token_is_refused(processor):

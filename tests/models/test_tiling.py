@@ -150,6 +150,73 @@ def test_cost_is_known_from_sizes_alone():
     assert (data.num_image_tokens, data.num_image_patches) == ([28, 4], [7, 1])
 
 
+@pytest.mark.parametrize(
+    ("options", "tokens", "tiles"),
+    [
+        ({"max_tiles": 2}, [12, 4], [3, 1]),
+        ({"num_image_tokens": [9, (1, 2)]}, [63, 2], [7, 1]),
+        ({"size": {"height": 32, "width": 48}}, [20, 28], [5, 7]),
+        ({"images_kwargs": {"size": {"height": 32, "width": 48}}}, [20, 28], [5, 7]),
+    ],
+)
+def test_servers_are_told_what_a_call_gives(options, tokens, tiles):
+    processor = tiling_processor(use_thumbnail=True, patch_size=4)
+    sizes = [(64, 96), (32, 32)]
+    data = processor._get_num_multimodal_tokens(image_sizes=sizes, **options)
+    assert (data.num_image_tokens, data.num_image_patches) == (tokens, tiles)
+    batch = processor(
+        images=[picture(i, size) for i, size in enumerate(sizes)],
+        text=["<image>", "<image>"],
+        **options,
+    )
+    assert (batch["input_ids"] == IMAGE).sum(-1).tolist() == tokens
+    assert len(batch["pixel_values"]) == sum(tiles)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"max_tile": 2}, TypeError, "did you mean max_tiles"),
+        ({"num_image_tokens": "auto"}, ValueError, "before images are seen, got 'auto'"),
+    ],
+)
+def test_servers_ask_as_a_call_does(options, error, words):
+    with pytest.raises(error, match=words):
+        tiling_processor()._get_num_multimodal_tokens(image_sizes=[(64, 96)], **options)
+
+
+def test_tiles_of_another_size_bring_their_grids():
+    processor = tiling_processor(patch_size=4)
+    batch = processor(images=picture(1, (64, 96)), text="<image>", size={"height": 64, "width": 64})
+    assert batch["grids"] == [(16, 16)] * len(batch["pixel_values"])
+    assert "grids" not in processor(images=picture(1, (64, 96)), text="<image>")
+
+
+def test_turned_pictures_are_counted_as_they_are_cut(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(1, (32, 96)).save(tmp_path / "a.png", exif=exif)
+    processor = tiling_processor(3)
+    with Image.open(tmp_path / "a.png") as file:
+        for image in (file, tmp_path / "a.png"):
+            assert processor.image_tokens([image]) == [12]
+            batch = processor(images=image, text="<image>")
+            assert len(batch["pixel_values"]) == 3
+    upright = picture(1, (32, 96)).transpose(Image.Transpose.ROTATE_270)
+    assert torch.equal(
+        batch["pixel_values"], processor(images=upright, text="<image>")["pixel_values"]
+    )
+
+
+def test_floats_are_cut_as_they_are():
+    floats = np.random.default_rng(0).random((64, 96, 3), dtype=np.float32) * 3 - 1
+    batch = tiling_processor(use_thumbnail=True)(
+        images=floats, text="<image>", do_rescale=False, do_resize=False, do_normalize=False
+    )
+    assert len(batch["pixel_values"]) == 7
+    assert np.array_equal(batch["pixel_values"][4], floats[32:, 32:64].transpose(2, 0, 1))
+
+
 def test_limit_of_a_call_comes_before_the_processors():
     processor = tiling_processor(6, min_tiles=4)
     image = picture(1, (64, 96))

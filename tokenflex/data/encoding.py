@@ -8,6 +8,7 @@ import torch
 from jinja2 import TemplateError
 
 from tokenflex.data.samples import IMAGE_MARK, Conversation
+from tokenflex.models.chat import Chat, image_pattern, render
 
 IGNORE = -100
 CACHED_CONVERSATIONS = 4096
@@ -19,18 +20,20 @@ class ConversationEncoder:
     Args:
         tokenizer: a transformers tokenizer with a chat template.
         image_prompt: what stands for an image in a prompt, with one placeholder in it.
+        image_token: the placeholder; ``image_prompt`` itself if None.
 
     Raises:
         ValueError: the tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: Any, image_prompt: str) -> None:
+    def __init__(self, tokenizer: Any, image_prompt: str, image_token: str | None = None) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
                 "tokenizer must have a chat_template to render conversations with, got none"
             )
         self.tokenizer = tokenizer
         self.image_prompt = image_prompt
+        self.image_token = image_prompt if image_token is None else image_token
         # Questions repeat (the digits task has a few hundred with their answers). A plain dict, so
         # that a collator can travel to worker processes.
         self._cache: dict[tuple[Conversation, int], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -75,6 +78,8 @@ class ConversationEncoder:
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
+            if not i:
+                raise ValueError("a conversation must begin with a question, got an answer")
             asked = self._render(messages[:i], ask=True)
             answered = self._render(messages[: i + 1], ask=False)
             if not asked.startswith(done) or not answered.startswith(asked):
@@ -86,24 +91,50 @@ class ConversationEncoder:
             done = answered
         return segments
 
-    def _messages(self, conversation: Conversation, num_images: int) -> list[dict[str, str]]:
-        messages = [
-            {"role": turn.role, "content": turn.text.replace(IMAGE_MARK, self.image_prompt)}
-            for turn in conversation.turns
-        ]
+    def _messages(self, conversation: Conversation, num_images: int) -> list[dict[str, Any]]:
+        contents = [_parts_of(turn.text) for turn in conversation.turns]
         marked = any(IMAGE_MARK in turn.text for turn in conversation.turns)
         if num_images and not marked:
-            asked = [message for message in messages if message["role"] == "user"]
+            asked = [i for i, turn in enumerate(conversation.turns) if turn.role == "user"]
             if not asked:
                 raise ValueError(f"{num_images} images need a user turn to stand in, got none")
-            first = asked[0]
-            first["content"] = self.image_prompt * num_images + first["content"]
-        return messages
+            contents[asked[0]] = [{"type": "image"}] * num_images + contents[asked[0]]
+        return [
+            {
+                "role": turn.role,
+                "content": content if {"type": "image"} in content else turn.text,
+            }
+            for turn, content in zip(conversation.turns, contents, strict=True)
+        ]
 
-    def _render(self, messages: list[dict[str, str]], *, ask: bool) -> str:
+    def _render(self, messages: list[dict[str, Any]], *, ask: bool) -> str:
+        images = [
+            "image"
+            for message in messages
+            if not isinstance(message["content"], str)
+            for part in message["content"]
+            if part["type"] == "image"
+        ]
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=ask
+            text, _ = render(
+                Chat(messages, parts_without_image=images),
+                self.tokenizer.get_chat_template(),
+                placeholder=self.image_token,
+                image_prompt=self.image_prompt,
+                variables={"image_token": self.image_token, **self.tokenizer.special_tokens_map},
+                add_generation_prompt=ask,
             )
         except TemplateError as error:
             raise ValueError(f"chat_template cannot be rendered: {error}") from error
+        start, _, end = self.image_prompt.partition(self.image_token)
+        pattern = image_pattern(start, self.image_token, end)
+        return pattern.sub(lambda _: self.image_prompt, text)  # some templates write no marks
+
+
+def _parts_of(text: str) -> list[dict[str, str]]:
+    """Split a turn's text where its images stand."""
+    parts: list[dict[str, str]] = []
+    for i, piece in enumerate(text.split(IMAGE_MARK)):
+        parts += [{"type": "image"}] * (i > 0)
+        parts += [{"type": "text", "text": piece}] * bool(piece)
+    return parts

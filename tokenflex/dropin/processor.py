@@ -29,6 +29,13 @@ from tokenflex.counts import (
 from tokenflex.dropin.families import Family, family_of
 from tokenflex.dropin.sampling import CountStream
 from tokenflex.dropin.variants import variant_of
+from tokenflex.models.chat import IMAGE_MARK, Chat, is_batch, read_chat
+from tokenflex.models.conversations import (
+    images_of_chats,
+    named_conversations,
+    split_chat_options,
+)
+from tokenflex.models.image_inputs import name_images, read_images
 
 
 @dataclass
@@ -112,18 +119,25 @@ def restore_processor(processor: Any) -> Any:
 def processor_variant(stock: Any, family: Family) -> Any:
     """A subclass of a processor's class whose calls take ``num_image_tokens``."""
     signature = inspect.signature(stock.__call__)
+    chat_signature = inspect.signature(stock.apply_chat_template)
+    chat_names = inspect.signature(ProcessorMixin.apply_chat_template).parameters
 
     @functools.wraps(stock.__call__)
     def __call__(
         self: Any, *args: Any, num_image_tokens: ImageTokenCounts | None = None, **kwargs: Any
     ) -> BatchFeature:
-        given = signature.bind_partial(self, *args, **kwargs).arguments
-        images = given.get("images")
-        if given.get("videos", kwargs.get("videos")) is not None:
+        call = signature.bind_partial(self, *args, **kwargs)
+        images = call.arguments.get("images")
+        if call.arguments.get("videos", kwargs.get("videos")) is not None:
             raise NotImplementedError(
                 f"{family.model_type} with a token-adaptive projector takes images only so far; "
                 "give the frames of a video as images"
             )
+        if images is not None:
+            read = _read_images(self, images, kwargs)
+            kwargs = _without_layout(kwargs)
+            call = signature.bind_partial(self, *args, **kwargs)
+            call.arguments["images"] = read
         if kwargs.get("multi_page") or (kwargs.get("images_kwargs") or {}).get("multi_page"):
             raise ValueError(
                 f"multi_page is not for a {family.model_type} with a token-adaptive projector: its "
@@ -133,7 +147,7 @@ def processor_variant(stock: Any, family: Family) -> Any:
         this = _Call(_asked(state, num_image_tokens, images))
         before = _CALL.set(this)
         try:
-            inputs = stock.__call__(self, *args, **kwargs)
+            inputs = stock.__call__(*call.args, **call.kwargs)
         finally:
             _CALL.reset(before)
         asked, tiles = this.asked, this.tiles
@@ -147,6 +161,32 @@ def processor_variant(stock: Any, family: Family) -> Any:
             inputs["num_image_tokens"] = [count for image in tiles for count in image]
             _check_all_there(inputs, self.tokenizer.convert_tokens_to_ids(state.image_token))
         return inputs
+
+    @functools.wraps(stock.apply_chat_template)
+    def apply_chat_template(self: Any, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        call = chat_signature.bind_partial(self, conversation, *args)
+        given = {**call.arguments, **kwargs}
+        template = given.get("chat_template")
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {}
+        default = templates.get("default") if templates else self.chat_template
+        source = default if template is None else templates.get(template, template)
+        more = {n: kwargs.pop(n) for n in [*kwargs] if n not in chat_names}
+        variables, options = split_chat_options(source, more, kwargs.pop("processor_kwargs", None))
+        tokenize = bool(given.get("tokenize"))
+        if options and not tokenize:
+            raise ValueError(
+                f"{', '.join(sorted(options))} must be given with tokenize=True, or to the call "
+                "that takes the text"
+            )
+        placeholders, foreign = _placeholders(self)
+        chats = [
+            read_chat(messages, name, placeholders, foreign)
+            for messages, name in named_conversations(conversation)
+        ]
+        messages = [_with_images(self, chat, options, tokenize) for chat in chats]
+        call.arguments["conversation"] = messages if is_batch(conversation) else messages[0]
+        kwargs |= {"processor_kwargs": options} if options else {}
+        return stock.apply_chat_template(*call.args, **call.kwargs, **kwargs, **variables)
 
     def replace_image_token(self: Any, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         stock_text = stock.replace_image_token(self, image_inputs, image_idx, **kwargs)
@@ -183,10 +223,62 @@ def processor_variant(stock: Any, family: Family) -> Any:
 
     methods = {
         "__call__": __call__,
+        "apply_chat_template": apply_chat_template,
         "replace_image_token": replace_image_token,
         "image_token_counts": property(image_token_counts, set_image_token_counts),
     }
     return variant_of(stock, family, processor_variant, methods)
+
+
+def _placeholders(processor: Any) -> tuple[list[str], list[str]]:
+    """Return what stands for an image in the processor's prompts, and what users write for it."""
+    names = ("image_token", "boi_token")  # of which a family's prompts hold one
+    tokens = [getattr(processor, name, None) for name in names]
+    own = [*dict.fromkeys([processor._tokenflex.image_token, *filter(None, tokens)])]
+    return own, [] if IMAGE_MARK in own else [IMAGE_MARK]
+
+
+def _with_images(
+    processor: Any, chat: Chat, options: dict[str, Any], tokenize: bool
+) -> list[dict[str, Any]]:
+    """Return a conversation's messages with their images read, where they will be used."""
+    if not tokenize or not chat.images:
+        return chat.messages
+    images_of_chats([chat], options.get("images"))
+    read = iter(_read_images(processor, chat.images, options))
+    return [
+        {
+            **message,
+            "content": [
+                {**part, "image": next(read)} if part["type"] == "image" else part
+                for part in message["content"]
+            ],
+        }
+        if isinstance(message.get("content"), list)
+        else message
+        for message in chat.messages
+    ]
+
+
+def _read_images(processor: Any, images: Any, options: dict[str, Any]) -> Any:
+    """Read the images of a call, nested as they are given."""
+    named, per_prompt = name_images(images)
+    groups = (options.get("common_kwargs"), options.get("images_kwargs"), options)
+    merged = {name: value for group in groups for name, value in (group or {}).items()}
+    read = read_images(named, processor.image_processor, merged)
+    if per_prompt is not None:
+        rest = iter(read)
+        return [[next(rest) for _ in range(number)] for number in per_prompt]
+    return read if isinstance(images, (list, tuple)) or len(read) != 1 else read[0]
+
+
+def _without_layout(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options without the layout of arrays, once these are read."""
+    return {
+        name: _without_layout(value) if name in ("images_kwargs", "common_kwargs") else value
+        for name, value in options.items()
+        if name != "input_data_format"
+    }
 
 
 def _asked(state: _State, counts: Any, images: Any) -> Grid | list[Grid]:

@@ -91,7 +91,7 @@ def evaluate(
     verdicts: dict[str, list[Verdict]] = defaultdict(list)
     seconds = dict.fromkeys(labels, 0.0)
     encoding_seconds = 0.0
-    encode = ConversationEncoder(processor.tokenizer, processor.image_prompt)
+    encode = ConversationEncoder(processor.tokenizer, processor.image_prompt, processor.image_token)
     read = ReadBatch(dataset, processor, max_tiles)
     try:
         for batch in load_in_order(read, _batches(len(dataset), batch_size), workers=workers):

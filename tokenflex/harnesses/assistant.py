@@ -14,6 +14,7 @@ from tokenflex.counts import Grid, parse_count, token_grid
 from tokenflex.evaluation.counts import label_of, resolve_count, selector_of
 from tokenflex.evaluation.generation import expand_placeholders, generate_answers
 from tokenflex.images import load_image
+from tokenflex.models.chat import IMAGE_MARK, without_placeholders
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.models.vision import EncodedImages
 
@@ -150,7 +151,9 @@ class Assistant:
             parts: list[dict[str, str]] = []
             for part in content:
                 if part.get("type") == "text":
-                    text = part["text"].replace(self.processor.image_token, "")
+                    text = without_placeholders(
+                        part["text"], [self.processor.image_token, IMAGE_MARK]
+                    )
                     parts.append({"type": "text", "text": text})
                 elif part.get("type") == "image":
                     images.append(load_image(part["image"]))

@@ -6,35 +6,35 @@ have vision tokens, and hands the same counts to the model as ``num_image_tokens
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
-from transformers import AutoProcessor, BatchFeature, ProcessorMixin
-from transformers.image_utils import (
-    PILImageResampling,
-    get_image_size,
-    make_flat_list_of_images,
-)
-from transformers.processing_utils import MultiModalData
+from transformers import AutoProcessor, BatchFeature
 
-from tokenflex.counts import AUTO, Grid, ImageTokenCounts, TokenCount, token_grid, token_grids
-from tokenflex.images import load_image
+from tokenflex.counts import AUTO, TokenCount, token_grid, tokens_of
+from tokenflex.models.call_options import CallOptions, sort_options
+from tokenflex.models.chat import image_pattern
 from tokenflex.models.configuration import TokenFlexConfig
-from tokenflex.models.tiling import best_tile_grid, check_tile_limits, cut_tiles, num_tiles
+from tokenflex.models.conversations import ConversationProcessor
+from tokenflex.models.image_inputs import name_images
+from tokenflex.models.image_preparation import ImagePreparation
+from tokenflex.models.tiling import check_tile_limits
 from tokenflex_kernels._checks import check_count
 
 
-class TokenFlexProcessor(ProcessorMixin):
+class TokenFlexProcessor(ConversationProcessor, ImagePreparation):
     """Image processor and tokenizer in one, with the vision-token count as an argument.
+
+    Prompts are padded on the tokenizer's ``padding_side``. A tokenizer that was made without one is
+    set to pad on the left, as generation needs.
 
     Args:
         image_processor: a transformers image processor that gives ``pixel_values``.
         tokenizer: a transformers tokenizer that knows ``image_token`` as one token.
-        num_image_tokens: the count used when a call names none.
+        num_image_tokens: the count used when a call names none: an int (a perfect square) or an
+            (h, w) tuple.
         image_token: the placeholder in prompts, and of each vision token in ``input_ids``.
         image_start: what stands before an image's placeholders, for example ``<img>``.
         image_end: what stands after them.
@@ -46,10 +46,17 @@ class TokenFlexProcessor(ProcessorMixin):
         chat_template: Jinja template of :meth:`apply_chat_template`; the tokenizer's if None.
 
     Raises:
-        TypeError: a number is not an int.
+        TypeError: a number is not an int, or the count is a list.
         ValueError: the tokenizer does not know ``image_token``, the count is no square grid, or
             images cannot be cut as asked.
     """
+
+    skip_tensor_conversion = [
+        *ConversationProcessor.skip_tensor_conversion,
+        "num_image_tokens",
+        "tiles_per_image",
+        "grids",
+    ]
 
     def __init__(
         self,
@@ -63,14 +70,16 @@ class TokenFlexProcessor(ProcessorMixin):
         min_tiles: int = 1,
         use_thumbnail: bool = False,
         patch_size: int | None = None,
-        chat_template: str | None = None,
-        **kwargs: Any,
+        chat_template: str | dict[str, str] | None = None,
     ) -> None:
         if tokenizer is None or image_processor is None:
             missing = "tokenizer" if tokenizer is None else "image_processor"
             raise ValueError(f"{missing} must be given, got None")
-        if isinstance(num_image_tokens, list):  # JSON has no tuples
-            num_image_tokens = tuple(num_image_tokens)
+        if isinstance(num_image_tokens, list):
+            raise TypeError(
+                "num_image_tokens must be one count for all images, an int or an (h, w) tuple, got "
+                f"{num_image_tokens!r}; a call takes a list with one count per image"
+            )
         token_grid(num_image_tokens, name="num_image_tokens")
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
@@ -84,41 +93,74 @@ class TokenFlexProcessor(ProcessorMixin):
         self.min_tiles, self.max_tiles = check_tile_limits(min_tiles, max_tiles)
         self.use_thumbnail = bool(use_thumbnail)
         self.patch_size = None if patch_size is None else check_count("patch_size", patch_size)
+        if "padding_side" not in tokenizer.init_kwargs:
+            tokenizer.padding_side = "left"
         template = chat_template or getattr(tokenizer, "chat_template", None)
         super().__init__(image_processor, tokenizer, chat_template=template)
         if self.max_tiles > 1:
-            self._tile_size()  # now, not at the first image
+            self._tile_size({})  # now, not at the first image
+
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a processor of what was saved; JSON keeps the pair of a grid as a list."""
+        count = processor_dict.get("num_image_tokens")
+        if isinstance(count, list):
+            processor_dict = {**processor_dict, "num_image_tokens": tuple(count)}
+        return super().from_args_and_dict(args, processor_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, without the padding and truncation of the last call.
+
+        The tokenizers library would save these as the tokenizer's own.
+        """
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            backend.no_padding()
+            backend.no_truncation()
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def image_prompt(self) -> str:
-        """What stands for an image in a prompt; ``image_token`` alone is taken for it too."""
+        """The text that stands for an image in a prompt; ``image_token`` alone is taken too."""
         return f"{self.image_start}{self.image_token}{self.image_end}"
 
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of what a call returns for images and text."""
+        names = [*self.tokenizer.model_input_names, "pixel_values", "num_image_tokens"]
+        if "spatial_shapes" in self.image_processor.model_input_names:
+            names.append("grids")
+        return [name for name in names if name != "token_type_ids"]
+
     def __call__(
-        self,
-        images: Any = None,
-        text: str | Sequence[str] | None = None,
-        num_image_tokens: ImageTokenCounts | Literal["auto"] | None = None,
-        max_tiles: int | None = None,
-        return_tensors: str = "pt",
-        padding: bool | str = True,
-        padding_side: str = "left",
-        **kwargs: Any,
+        self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any
     ) -> BatchFeature:
-        """Model inputs for a batch of prompts.
+        """Return model inputs for a batch of prompts.
 
         Args:
-            images: an image, a list of them, or a list per prompt, in order of appearance.
+            images: an image, a list of them, or a list per prompt, in order of appearance. An image
+                is whatever :func:`tokenflex.images.load_image` takes: a PIL image, an array or
+                tensor, bytes, a path, a URL, a data URL or base64 text.
             text: a prompt or a list of prompts, each with one ``image_token`` per image.
-            num_image_tokens: an int (a perfect square) or (h, w) for all images, or a list with one
-                per image; the processor's own ``num_image_tokens`` if None. Each tile of an image
-                gets as many. With "auto", one placeholder stands for each image, and ``generate``
-                chooses.
-            max_tiles: in place of the processor's own.
-            return_tensors: "pt"; others are refused.
-            padding: as the tokenizer takes it.
-            padding_side: "left" suits generation, "right" training on padded batches.
-            **kwargs: for the tokenizer, for example ``truncation``.
+            **kwargs: ``num_image_tokens``, ``max_tiles``, and all options that transformers'
+                processors take, by name or in ``text_kwargs``, ``images_kwargs`` and
+                ``common_kwargs``:
+
+                - ``num_image_tokens``: an int (a perfect square) or (h, w) for all images, or a
+                  list with one per image; the processor's own ``num_image_tokens`` if None. Each
+                  tile of an image gets as many. With "auto", one placeholder stands for each image,
+                  and ``generate`` chooses.
+                - ``max_tiles``: in place of the processor's own.
+                - options of the image processor, for example ``size`` or ``do_rescale``. With
+                  ``do_rescale=False`` arrays and tensors of floats reach it as they are.
+                - options of the tokenizer, for example ``truncation`` and ``max_length``.
+                  ``padding`` is True, unless the tokenizer was saved with another.
+                - ``return_tensors``: "pt" (the default), "np" or None for lists.
+                - ``return_mm_token_type_ids``: return ``mm_token_type_ids`` too, 1 for placeholders
+                  and 0 for text.
+                - ``return_text_replacement_offsets``: return ``text_replacement_offsets`` too, for
+                  each prompt a list of dicts with ``type``, ``span``, ``new_span``, ``text`` and
+                  ``replacement``.
 
         Returns:
             ``input_ids`` and ``attention_mask`` [B, L]; with images also ``pixel_values``
@@ -127,336 +169,168 @@ class TokenFlexProcessor(ProcessorMixin):
             ``num_image_tokens`` is that, and ``tiles_per_image`` the tiles of each image.
 
         Raises:
-            TypeError: ``text`` is not made of strings, or the tokenizer has no such argument.
-            ValueError: images, placeholders and counts do not fit together, or truncation cut an
-                image's tokens.
+            TypeError: ``text`` is not made of strings, or nobody takes an argument.
+            ValueError: images, placeholders and counts do not fit together, an argument is not
+                valid, or truncation cut an image's tokens.
         """
-        if text is None:
+        options = sort_options(self, kwargs)
+        self._max_tiles(options.max_tiles)
+        named, per_prompt = ([], None) if images is None else name_images(images)
+        if text is None and not named:
             raise ValueError("text must be a prompt or a list of prompts, got None")
-        if return_tensors != "pt":
-            raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
-        self._check_arguments(kwargs)
-        prompts = [text] if isinstance(text, str) else list(text)
-        for i, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise TypeError(f"text[{i}] must be a string, got {type(prompt).__name__}")
-        flat_images = [] if images is None else _flatten(images)
-        placeholders = [prompt.count(self.image_token) for prompt in prompts]
-        nested = _images_per_prompt(images)
-        if nested is not None and nested != placeholders:
-            raise ValueError(
-                f"text must hold {self.image_token!r} once per image of its prompt: got "
-                f"{placeholders} per prompt for {nested} images per prompt"
+        if text is not None and not isinstance(text, (str, list, tuple)):
+            raise TypeError(
+                f"text must be a string or a list of strings, got {type(text).__name__}"
             )
-        if sum(placeholders) != len(flat_images):
-            raise ValueError(
-                f"text must hold {self.image_token!r} once per image: got {sum(placeholders)} "
-                f"(per prompt {placeholders}) for {len(flat_images)} images"
-            )
-        auto = isinstance(num_image_tokens, str)
-        if isinstance(num_image_tokens, str):
-            if num_image_tokens != AUTO:
-                raise ValueError(
-                    f"num_image_tokens must be counts or 'auto', got {num_image_tokens!r}"
-                )
-            num_image_tokens = 1  # a placeholder
-        image_grids = self._count_grids(num_image_tokens, len(flat_images))
+        prompts = None if text is None else [text] if isinstance(text, str) else list(text)
+        placeholders = self._check_prompts(prompts, len(named), per_prompt)
+        counts: Any = options.num_image_tokens
+        auto = isinstance(counts, str)
+        if auto:
+            if counts != AUTO:
+                raise ValueError(f"num_image_tokens must be counts or 'auto', got {counts!r}")
+            counts = 1  # a placeholder
+        image_grids = self._count_grids(counts, len(named))
         data: dict[str, Any] = {}
         tiles: list[int] = []
-        if flat_images:
-            data, tiles = self.process_images(flat_images, max_tiles=max_tiles)
+        if named:
+            data, tiles = self.process_images(
+                named,
+                options.max_tiles,
+                return_tensors=options.return_tensors,
+                **options.images_kwargs,
+            )
+        if auto and named:
+            data |= {"num_image_tokens": AUTO, "tiles_per_image": tiles}
+        elif named:
             # Host ints from here to the kernels: never a tensor that would be read back.
             data["num_image_tokens"] = [
                 height * width if height == width else (height, width)
                 for (height, width), n in zip(image_grids, tiles, strict=True)
                 for _ in range(n)
             ]
-        if auto and flat_images:
-            data |= {"num_image_tokens": AUTO, "tiles_per_image": tiles}
-            tiles = [1] * len(tiles)  # one placeholder for them all
-        per_image = [
-            n * height * width for (height, width), n in zip(image_grids, tiles, strict=True)
-        ]
-        repeats = iter(per_image)
-        encoded = self.tokenizer(
-            [self._expand(prompt, repeats) for prompt in prompts],
-            return_tensors="pt",
-            padding=padding,
-            padding_side=padding_side,
-            return_token_type_ids=False,
-            **kwargs,
-        )
-        self._check_nothing_cut(encoded["input_ids"], placeholders, per_image)
+        if prompts is None:
+            return BatchFeature(data)
+        image_inputs = {**data, "tiles_per_image": tiles}
+        texts = [self.replace_image_token(image_inputs, i) for i in range(len(named))]
+        encoded = self._encode(prompts, texts, placeholders, options)
         return BatchFeature({**encoded, **data})
 
-    def process_images(
-        self, images: Sequence[Any], max_tiles: int | None = None
-    ) -> tuple[dict[str, Any], list[int]]:
-        """What the encoder takes, and how many of its inputs (tiles) each image became.
-
-        Args:
-            images: PIL images, arrays or tensors.
-            max_tiles: in place of the processor's own.
-
-        Returns:
-            A dict with ``pixel_values`` and, where the encoder needs it, ``grids``; and a list
-            with the tiles of each image.
-        """
-        limit = self._max_tiles(max_tiles)
-        images = [load_image(image, f"images[{i}]") for i, image in enumerate(images)]
-        tiles, inputs = [1] * len(images), images
-        if limit > 1:
-            size, resample = self._tile_size(), self._resample()
-            cut = [
-                cut_tiles(
-                    image,
-                    size,
-                    self._tile_grid(_size(image), limit),
-                    use_thumbnail=self.use_thumbnail,
-                    resample=resample,
-                )
-                for image in images
-            ]
-            tiles, inputs = [len(one) for one in cut], [tile for one in cut for tile in one]
-        processed = self.image_processor(inputs, return_tensors="pt")
-        data: dict[str, Any] = {"pixel_values": processed["pixel_values"]}
-        if "spatial_shapes" in processed:  # NaFlex: patches of images of any shape
-            data["grids"] = [tuple(shape) for shape in processed["spatial_shapes"].tolist()]
-        elif (shape := data["pixel_values"].shape)[-2] != shape[-1]:
-            if self.patch_size is None:
-                raise ValueError(
-                    "patch_size must be given to a processor whose tiles are not square, got None "
-                    f"and tiles of {shape[-2]} x {shape[-1]}"
-                )
-            grid = shape[-2] // self.patch_size, shape[-1] // self.patch_size
-            data["grids"] = [grid] * shape[0]
-        return data, tiles
-
-    def image_tokens(
-        self,
-        images: Sequence[Any],
-        num_image_tokens: ImageTokenCounts | None = None,
-        max_tiles: int | None = None,
+    def _check_prompts(
+        self, prompts: list[Any] | None, num_images: int, per_prompt: list[int] | None
     ) -> list[int]:
-        """How many vision tokens each image will cost, all its tiles together.
-
-        Args:
-            images: images, or their (height, width) in pixels.
-            num_image_tokens: as the processor is called with it.
-            max_tiles: likewise.
-        """
-        grids = self._count_grids(num_image_tokens, len(images))
-        return [
-            self._num_tiles(image, max_tiles) * height * width
-            for image, (height, width) in zip(images, grids, strict=True)
-        ]
-
-    def apply_chat_template(
-        self,
-        conversation: Sequence[Any],
-        chat_template: str | None = None,
-        tokenize: bool = False,
-        return_dict: bool = False,
-        return_tensors: str | None = "pt",
-        processor_kwargs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Messages to a prompt, or to model inputs with ``tokenize=True``.
-
-        The ``content`` of a message is a string, or a list of ``{"type": "text", "text": ...}`` and
-        ``{"type": "image", "image": ...}`` parts (or ``url``, ``path``). It reaches the template as
-        a string with :attr:`image_prompt` where images stand, so that the template of any language
-        model serves.
-
-        Args:
-            conversation: a list of messages, or a list of those.
-            chat_template: in place of the processor's own.
-            tokenize: return model inputs, not text.
-            return_dict: with ``tokenize``: all inputs, not ``input_ids`` alone.
-            return_tensors: as the processor takes it.
-            processor_kwargs: for the processor, for example ``{"num_image_tokens": 64}``.
-            **kwargs: for the template, for example ``add_generation_prompt``.
-
-        Raises:
-            ValueError: a part is neither text nor image, or ``return_assistant_tokens_mask`` is
-                asked for.
-        """
-        if kwargs.pop("return_assistant_tokens_mask", False):
+        """Return how many images each prompt has."""
+        if prompts is None:
+            return []
+        if not prompts:
+            raise ValueError("text must hold at least one prompt, got an empty list")
+        for i, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise TypeError(f"text[{i}] must be a string, got {type(prompt).__name__}")
+        placeholders = [prompt.count(self.image_token) for prompt in prompts]
+        if per_prompt is not None and per_prompt != placeholders:
+            # Equal totals would show a prompt the image of another.
             raise ValueError(
-                "return_assistant_tokens_mask must be False: train on prompt and completion instead"
+                f"text: the number of {self.image_token} tokens in the prompts should be the same "
+                f"as the number of images of each, got {placeholders} for {per_prompt} images"
             )
-        batched = bool(conversation) and not isinstance(conversation[0], dict)
-        images: list[list[Any]] = []
-        texts: list[str] = []
-        for messages in conversation if batched else [conversation]:
-            shown: list[Any] = []
-            flat = [
-                {**message, "content": self._flat_content(message.get("content"), shown)}
-                for message in messages
-            ]
-            texts.append(
-                super().apply_chat_template(
-                    flat, chat_template=chat_template, tokenize=False, **kwargs
-                )
+        if sum(placeholders) != num_images:
+            raise ValueError(
+                f"text: the number of {self.image_token} tokens in the prompts should be the same "
+                f"as the number of images, got {sum(placeholders)} (per prompt {placeholders}) for "
+                f"{num_images} images"
             )
-            images.append(shown)
-        text: Any = texts if batched else texts[0]
-        if not tokenize:
-            return text
-        options = {"add_special_tokens": False, **(processor_kwargs or {})}
-        given = options.pop("images", None)
-        if given is None and any(images):
-            given = images
-        inputs = self(
-            images=given,
-            text=text,
-            return_tensors=return_tensors or "pt",
-            **options,
+        return placeholders
+
+    def _encode(
+        self,
+        prompts: list[str],
+        image_texts: list[str],
+        placeholders: list[int],
+        options: CallOptions,
+    ) -> dict[str, Any]:
+        """Put the text of each image in the place of its placeholder, and tokenize."""
+        replacements = iter(image_texts)
+        expanded = [self._expand(prompt, replacements) for prompt in prompts]
+        encoded = self.tokenizer(
+            [text for text, _ in expanded],
+            return_tensors=options.return_tensors,
+            **options.text_kwargs,
         )
-        return inputs if return_dict else inputs["input_ids"]
+        tokens = [text.count(self.image_token) for text in image_texts]
+        self._check_nothing_cut(encoded["input_ids"], placeholders, tokens)
+        encoded = dict(encoded)
+        if options.return_mm_token_type_ids:
+            encoded["mm_token_type_ids"] = self._token_types(encoded["input_ids"])
+        if options.return_text_replacement_offsets:
+            encoded["text_replacement_offsets"] = [offsets for _, offsets in expanded]
+        return encoded
 
-    @property
-    def model_input_names(self) -> list[str]:
-        return [
-            *self.tokenizer.model_input_names,
-            *self.image_processor.model_input_names,
-            "num_image_tokens",
-            "tiles_per_image",
-            "grids",
-        ]
+    def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
+        """Return the text that stands for an image, one placeholder per vision token.
 
-    def _get_num_multimodal_tokens(
-        self, image_sizes: Sequence[Grid] | None = None, **kwargs: Any
-    ) -> MultiModalData:
-        """What servers ask: tokens and tiles of images of these (height, width)."""
-        if image_sizes is None:
-            return MultiModalData()
-        return MultiModalData(
-            num_image_tokens=self.image_tokens(image_sizes, kwargs.get("num_image_tokens")),
-            num_image_patches=[self._num_tiles(size, None) for size in image_sizes],
-        )
+        Args:
+            image_inputs: What a call returns for the images, with ``tiles_per_image`` where these
+                are not one each.
+            image_idx: The image.
+            **kwargs: Not used.
+        """
+        counts = image_inputs["num_image_tokens"]
+        if counts == AUTO:
+            tokens = 1
+        else:
+            tiles = image_inputs.get("tiles_per_image") or [1] * len(counts)
+            first = sum(tiles[:image_idx])
+            tokens = sum(map(tokens_of, counts[first : first + tiles[image_idx]]))
+        return f"{self.image_start}{self.image_token * tokens}{self.image_end}"
 
-    def _check_arguments(self, given: Iterable[str]) -> None:
-        """The tokenizer would pass over a misspelt argument in silence."""
-        known = [
-            *inspect.signature(type(self).__call__).parameters,
-            *inspect.signature(type(self.tokenizer).__call__).parameters,
-            "split_special_tokens",
-        ]
-        for name in given:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {close[0]}?" if close else ""
-                raise TypeError(f"{name} is no argument of the processor or its tokenizer{hint}")
+    def _expand(self, prompt: str, replacements: Iterator[str]) -> tuple[str, list[dict[str, Any]]]:
+        """Return the prompt with its placeholders replaced, and where each stood and stands."""
+        pattern = image_pattern(self.image_start, self.image_token, self.image_end)
+        pieces: list[str] = []
+        offsets: list[dict[str, Any]] = []
+        last = length = 0
+        for match in pattern.finditer(prompt):
+            replacement = next(replacements)
+            start = length + match.start() - last
+            pieces += [prompt[last : match.start()], replacement]
+            last, length = match.end(), start + len(replacement)
+            offsets.append(
+                {
+                    "type": "image",
+                    "span": match.span(),
+                    "new_span": (start, length),
+                    "text": match.group(),
+                    "replacement": replacement,
+                }
+            )
+        return "".join([*pieces, prompt[last:]]), offsets
 
-    def _count_grids(self, counts: ImageTokenCounts | None, images: int) -> list[Grid]:
-        counts = self.num_image_tokens if counts is None else counts
-        return token_grids(counts, images, name="num_image_tokens")
-
-    def _max_tiles(self, max_tiles: int | None) -> int:
-        if max_tiles is None:
-            return self.max_tiles
-        # Fewer than the processor's own minimum is what the caller wants then.
-        return check_tile_limits(1, max_tiles)[1]
-
-    def _num_tiles(self, image: Any, max_tiles: int | None) -> int:
-        limit = self._max_tiles(max_tiles)
-        if limit == 1:
-            return 1
-        height, width = image if isinstance(image, (tuple, list)) else _size(image)
-        return num_tiles(self._tile_grid((height, width), limit), self.use_thumbnail)
-
-    def _tile_grid(self, size: Grid, max_tiles: int) -> Grid:
-        lowest = min(self.min_tiles, max_tiles)
-        return best_tile_grid(size, self._tile_size(), max_tiles, lowest)
-
-    def _tile_size(self) -> Grid:
-        for name in ("crop_size", "size"):
-            size = getattr(self.image_processor, name, None) or {}
-            height, width = dict(size).get("height"), dict(size).get("width")
-            if height and width:
-                return height, width
-        raise ValueError(
-            "max_tiles above 1 needs an image_processor with a size of height and width, got "
-            f"{type(self.image_processor).__name__} with size {size or None}"
-        )
-
-    def _resample(self) -> int:
-        resample = getattr(self.image_processor, "resample", None)
-        return int(PILImageResampling.BICUBIC if resample is None else resample)
-
-    def _expand(self, prompt: str, repeats: Iterator[int]) -> str:
-        # A prompt may hold the marks already, and leave out the space that ends them.
-        end = self.image_end.rstrip()
-        parts = (self.image_start, self.image_token, end, self.image_end[len(end) :])
-        mark = "(?:{})?{}(?:{})?(?:{})?".format(*map(re.escape, parts))
-        return re.sub(
-            mark,
-            lambda _: self.image_start + self.image_token * next(repeats) + self.image_end,
-            prompt,
-        )
+    def _token_types(self, input_ids: Any) -> Any:
+        """Return 1 for placeholders and 0 for others, in the form of ``input_ids``."""
+        if isinstance(input_ids, list):
+            return [[int(token == self.image_token_id) for token in row] for row in input_ids]
+        is_image = input_ids == self.image_token_id
+        if isinstance(is_image, torch.Tensor):
+            return is_image.long()
+        return is_image.astype(np.int64)
 
     def _check_nothing_cut(
-        self, input_ids: torch.Tensor, images_per_row: list[int], per_image: list[int]
+        self, input_ids: Any, images_per_row: list[int], per_image: list[int]
     ) -> None:
         first = 0
-        for row, images in enumerate(images_per_row):
+        for row, (ids, images) in enumerate(zip(input_ids, images_per_row, strict=True)):
             tokens = per_image[first : first + images]
-            kept = int((input_ids[row] == self.image_token_id).sum())
+            if isinstance(ids, list):
+                kept = ids.count(self.image_token_id)
+            else:
+                kept = int((ids == self.image_token_id).sum())
             if kept != sum(tokens):
                 raise ValueError(
                     f"truncation must not cut vision tokens: {kept} of {sum(tokens)} are left in "
                     f"row {row}, whose images {list(range(first, first + images))} have {tokens}"
                 )
             first += images
-
-    def _flat_content(self, content: Any, images: list[Any]) -> Any:
-        """A message's content as a string; what images it brings are added to ``images``."""
-        if not isinstance(content, (list, tuple)):
-            return content
-        text = []
-        for part in content:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind == "text":
-                text.append(part["text"])
-            elif kind == "image":
-                text.append(self.image_prompt)
-                found = [part[key] for key in ("image", "url", "path") if part.get(key) is not None]
-                images += [load_image(image) for image in found[:1]]
-            else:
-                raise ValueError(f"content must have parts of type text and image, got {part!r}")
-        return "".join(text)
-
-
-def _images_per_prompt(images: Any) -> list[int] | None:
-    """How many images each prompt has, where they come as a list per prompt; else None."""
-    if isinstance(images, (list, tuple)) and any(isinstance(i, (list, tuple)) for i in images):
-        return [len(entry) if isinstance(entry, (list, tuple)) else 1 for entry in images]
-    return None
-
-
-def _flatten(images: Any) -> list[Any]:
-    if isinstance(images, torch.Tensor) and images.ndim == 4:
-        return list(images)
-    if _images_per_prompt(images) is not None:
-        entries = [one if isinstance(one, (list, tuple)) else [one] for one in images]
-        images = [image for entry in entries for image in entry]
-    if isinstance(images, (list, tuple)) and not images:
-        return []
-    try:
-        return list(make_flat_list_of_images(images))
-    except ValueError as error:
-        raise ValueError(
-            f"images must be an image, a list of images or a list of those per prompt: {error}"
-        ) from error
-
-
-def _size(image: Any) -> Grid:
-    """(height, width) of an image in pixels."""
-    if hasattr(image, "getbands"):  # PIL says width first
-        return image.size[1], image.size[0]
-    height, width = get_image_size(image)
-    return height, width
 
 
 AutoProcessor.register(TokenFlexConfig, TokenFlexProcessor)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from tokenflex.counts import Grid
@@ -64,25 +65,44 @@ def num_tiles(grid: Grid, use_thumbnail: bool) -> int:
 
 def cut_tiles(
     image: Any, tile_size: Grid, grid: Grid, *, use_thumbnail: bool, resample: int
-) -> list[Image.Image]:
-    """The image resized to ``grid`` tiles and cut row by row, as RGB.
+) -> list[Any]:
+    """Resize an image to ``grid`` tiles and cut it row by row, as RGB.
 
     Args:
-        image: whatever :func:`tokenflex.images.load_image` takes.
+        image: an array of floats [3, height, width], whose tiles are such arrays; or whatever else
+            :func:`tokenflex.images.load_image` takes.
         tile_size: (height, width) of a tile in pixels.
         grid: (rows, columns).
         use_thumbnail: append the whole image at tile size, where there are several tiles.
         resample: PIL's filter.
     """
-    picture = load_image(image)
-    (height, width), (rows, columns) = tile_size, grid
     filter_ = Image.Resampling(resample)
-    resized = picture.resize((width * columns, height * rows), filter_)
+    if isinstance(image, np.ndarray) and image.dtype.kind == "f" and image.shape[0] == 3:
+        channels = [Image.fromarray(channel.astype(np.float32)) for channel in image]
+        cut = [
+            _cut(channel, tile_size, grid, use_thumbnail=use_thumbnail, resample=filter_)
+            for channel in channels
+        ]
+        return [np.stack([np.asarray(one) for one in tile]) for tile in zip(*cut, strict=True)]
+    picture = load_image(image)
+    return _cut(picture, tile_size, grid, use_thumbnail=use_thumbnail, resample=filter_)
+
+
+def _cut(
+    picture: Image.Image,
+    tile_size: Grid,
+    grid: Grid,
+    *,
+    use_thumbnail: bool,
+    resample: Image.Resampling,
+) -> list[Image.Image]:
+    (height, width), (rows, columns) = tile_size, grid
+    resized = picture.resize((width * columns, height * rows), resample)
     tiles = [
         resized.crop((left, top, left + width, top + height))
         for top in range(0, height * rows, height)
         for left in range(0, width * columns, width)
     ]
     if num_tiles(grid, use_thumbnail) > len(tiles):
-        tiles.append(picture.resize((width, height), filter_))
+        tiles.append(picture.resize((width, height), resample))
     return tiles

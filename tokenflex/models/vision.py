@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from tokenflex.counts import Grid, is_one_count, token_grid
+from tokenflex.counts import Grid, is_one_count, join_calls, token_grid
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,7 @@ def _encode_patches(
 
 
 def _grid_per_image(grids: Grid | Sequence[Grid], images: int) -> list[Grid]:
+    grids = join_calls(grids, images)
     if is_one_count(grids):
         return [token_grid(grids, name="grids")] * images
     per_image = [token_grid(grid, name=f"grids[{i}]") for i, grid in enumerate(grids)]

@@ -58,6 +58,7 @@ def choose_counts(
         TypeError: an argument is not of its kind.
         ValueError: arguments do not fit together, or ``budget`` is too small.
     """
+    num_image_tokens = _joined(num_image_tokens)
     if not isinstance(num_image_tokens, str) or num_image_tokens != AUTO:
         raise ValueError(
             f"num_image_tokens must be 'auto' where counts are to be chosen, with penalty or "
@@ -107,9 +108,16 @@ def generate_with_choice(model: Any, inputs: Any = None, **kwargs: Any) -> Any:
 
 def asks_for_choice(kwargs: Mapping[str, Any]) -> bool:
     """Whether arguments of ``generate`` leave counts to be chosen."""
-    return isinstance(kwargs.get("num_image_tokens"), str) or any(
+    return isinstance(_joined(kwargs.get("num_image_tokens")), str) or any(
         kwargs.get(name) is not None for name in (*_KNOBS, "tiles_per_image")
     )
+
+
+def _joined(num_image_tokens: Any) -> Any:
+    """Return the one word of several calls, which a pipeline batches into a list."""
+    words = num_image_tokens if isinstance(num_image_tokens, list) else []
+    alike = bool(words) and all(isinstance(word, str) and word == words[0] for word in words)
+    return words[0] if alike else num_image_tokens
 
 
 def refuse_auto(num_image_tokens: Any) -> None:
@@ -118,7 +126,7 @@ def refuse_auto(num_image_tokens: Any) -> None:
     Raises:
         ValueError: ``num_image_tokens`` is "auto".
     """
-    if isinstance(num_image_tokens, str):
+    if isinstance(_joined(num_image_tokens), str):
         raise ValueError(
             f"num_image_tokens must be counts here, got {num_image_tokens!r}: 'auto' is for "
             "generate; for a forward pass call model(**model.choose_counts(**inputs))"

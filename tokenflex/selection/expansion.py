@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tokenflex.counts import TokenCount, token_grid
+from tokenflex.counts import TokenCount, join_calls, token_grid
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,10 @@ def read_prompts(
     real = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
     rows = tuple(row[keep.bool()] for row, keep in zip(ids, real, strict=True))
     per_row = [int((row == image_token_id).sum()) for row in rows]
-    tiles = [1] * sum(per_row) if tiles_per_image is None else list(tiles_per_image)
+    if tiles_per_image is None:
+        tiles = [1] * sum(per_row)
+    else:
+        tiles = list(join_calls(tiles_per_image, sum(per_row)))
     if len(tiles) != sum(per_row) or sum(tiles) != num_tiles:
         raise ValueError(
             "input_ids must hold one placeholder per image where counts are to be chosen: got "

@@ -115,7 +115,7 @@ def grade(
     counts = check_counts(counts)
     was_training = model.training
     model.eval()
-    encode = ConversationEncoder(processor.tokenizer, processor.image_prompt)
+    encode = ConversationEncoder(processor.tokenizer, processor.image_prompt, processor.image_token)
     read = ReadBatch(dataset, processor, max_tiles=None)
     parts: list[Grades] = []
     try:

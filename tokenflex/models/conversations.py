@@ -1,0 +1,233 @@
+"""``apply_chat_template`` of the processor: conversations to prompts, or to model inputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import BatchFeature, ProcessorMixin
+from transformers.utils.chat_template_utils import _get_template_variables
+
+from tokenflex.models.call_options import check_names
+from tokenflex.models.chat import (
+    IMAGE_MARK,
+    Chat,
+    assistant_masks,
+    is_batch,
+    read_chat,
+    render,
+)
+
+_MASK_NEEDS = {
+    "return_offsets_mapping": "offset_mapping",
+    "return_text_replacement_offsets": "text_replacement_offsets",
+}
+"""Options of a call that masks of answers are made from -> the names of what they return."""
+
+
+class ConversationProcessor(ProcessorMixin):
+    """A processor that takes conversations with images, whatever its chat template takes."""
+
+    if TYPE_CHECKING:
+        image_token: str
+
+        @property
+        def image_prompt(self) -> str: ...
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        chat_template: str | None = None,
+        tools: list[Any] | None = None,
+        documents: list[dict[str, str]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_tensors: str | None = "auto",
+        return_dict: bool = False,
+        load_audio_from_video: bool = False,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the prompt of a conversation, or model inputs with ``tokenize=True``.
+
+        The ``content`` of a message is a string, or a list of ``{"type": "text", "text": ...}`` and
+        ``{"type": "image", "image": ...}`` parts (or ``url``, ``path``, ``base64``; OpenAI's
+        ``image_url`` parts too). A template that iterates parts writes the images itself. Others
+        get a string with :attr:`image_prompt` where images stand, so that the template of any
+        language model serves.
+
+        A placeholder in the text of a part is refused. In a conversation whose contents are strings
+        it stands for an image that is given beside it, as ``images`` in ``processor_kwargs``.
+
+        Args:
+            conversation: a list of messages, or a list of those.
+            chat_template: in place of the processor's own, or the name of one of its templates.
+            tools: for the template, as ``documents``.
+            documents: for the template.
+            add_generation_prompt: end with what begins an answer.
+            continue_final_message: leave the last message open.
+            return_assistant_tokens_mask: return ``assistant_masks`` too, 1 for tokens in the
+                template's ``{% generation %}`` blocks.
+            tokenize: return model inputs, not text.
+            return_tensors: as the processor takes it; its default with "auto".
+            return_dict: with ``tokenize``: all inputs, not ``input_ids`` alone.
+            load_audio_from_video: must be False.
+            processor_kwargs: for the processor, for example ``{"num_image_tokens": 64}``.
+            **kwargs: for the template where it has a variable of this name, else for the processor.
+
+        Raises:
+            TypeError: a message is of the wrong type, or nobody takes an argument.
+            ValueError: a part is neither text nor image, an image is missing, a text holds a
+                placeholder, or an argument is given that would have no effect.
+        """
+        if load_audio_from_video:
+            raise ValueError("load_audio_from_video must be False: the model reads text and images")
+        if continue_final_message and add_generation_prompt:
+            raise ValueError(
+                "continue_final_message and add_generation_prompt exclude each other: one leaves "
+                "the last message open, the other begins a new one"
+            )
+        template = self._chat_template(chat_template)
+        variables, options = split_chat_options(template, kwargs, processor_kwargs)
+        check_names(self, options, more=[*_get_template_variables(template), "images"])
+        if options and not tokenize:
+            raise ValueError(
+                f"{', '.join(sorted(options))} must be given with tokenize=True, or to the call "
+                "that takes the text"
+            )
+        if return_assistant_tokens_mask:
+            self._check_assistant_mask(template, tokenize and return_dict)
+        batched = is_batch(conversation)
+        foreign = [IMAGE_MARK] if self.image_token != IMAGE_MARK else []
+        chats = [
+            read_chat(messages, name, [self.image_token], foreign)
+            for messages, name in named_conversations(conversation)
+        ]
+        rendered = [
+            render(
+                chat,
+                template,
+                placeholder=self.image_token,
+                image_prompt=self.image_prompt,
+                variables={
+                    "image_token": self.image_token,
+                    **self.tokenizer.special_tokens_map,
+                    **variables,
+                },
+                tools=tools,
+                documents=documents,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                return_assistant_tokens_mask=return_assistant_tokens_mask,
+            )
+            for chat in chats
+        ]
+        texts = [text for text, _ in rendered]
+        if not tokenize:
+            return texts if batched else texts[0]
+        options["images"] = images_of_chats(chats, options.get("images"))
+        if return_tensors != "auto":
+            options["return_tensors"] = return_tensors
+        if "add_special_tokens" not in (options.get("text_kwargs") or {}):
+            options.setdefault("add_special_tokens", False)  # the template writes them
+        if return_assistant_tokens_mask:
+            return self._with_assistant_masks(texts, [spans for _, spans in rendered], options)
+        inputs = self(text=texts, **options)
+        return inputs if return_dict else inputs["input_ids"]
+
+    def _chat_template(self, chat_template: str | None) -> str:
+        """Return the source of a template by its name, of the default one if None."""
+        own = self.chat_template
+        templates = own if isinstance(own, dict) else {} if own is None else {"default": own}
+        if chat_template is None and "default" not in templates:
+            names = ", ".join(templates) or "none"
+            raise ValueError(
+                f"chat_template must be given: the processor has no default one, only {names}"
+            )
+        if chat_template is None:
+            return templates["default"]
+        return templates.get(chat_template, chat_template)
+
+    def _check_assistant_mask(self, template: str, returns_dict: bool) -> None:
+        if not returns_dict:
+            need = "tokenize=True and return_dict=True"
+        elif not re.search(r"\{%-?\s*generation\b", template):
+            need = "a chat template that puts answers in {% generation %} blocks"
+        elif not self.tokenizer.is_fast:
+            need = "a tokenizer of the tokenizers library"
+        else:
+            return
+        raise ValueError(f"return_assistant_tokens_mask needs {need}")
+
+    def _with_assistant_masks(
+        self, texts: list[str], spans: list[list[tuple[int, int]]], options: dict[str, Any]
+    ) -> BatchFeature:
+        inputs = self(text=texts, **{**options, **dict.fromkeys(_MASK_NEEDS, True)})
+        offsets, ids = inputs["offset_mapping"], inputs["input_ids"]
+        rows = offsets if isinstance(offsets, list) else offsets.tolist()
+        masks: Any = assistant_masks(rows, spans, inputs["text_replacement_offsets"])
+        if isinstance(ids, torch.Tensor):
+            masks = torch.tensor(masks)
+        elif isinstance(ids, np.ndarray):
+            masks = np.array(masks)
+        inputs["assistant_masks"] = masks
+        for option, name in _MASK_NEEDS.items():
+            if not options.get(option):
+                del inputs[name]
+        return inputs
+
+
+def split_chat_options(
+    chat_template: str | None, kwargs: Mapping[str, Any], processor_kwargs: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the variables of a chat template among ``kwargs``, and options of the processor.
+
+    Raises:
+        ValueError: An option is given in ``kwargs`` and in ``processor_kwargs``.
+    """
+    names = _get_template_variables(chat_template)
+    variables = {name: value for name, value in kwargs.items() if name in names}
+    options = {name: value for name, value in kwargs.items() if name not in names}
+    for name in processor_kwargs or {}:
+        if name in options:
+            raise ValueError(f"{name} must be given once, got it in processor_kwargs as well")
+    return variables, {**options, **(processor_kwargs or {})}
+
+
+def named_conversations(conversation: Sequence[Any]) -> list[tuple[Any, str]]:
+    """Return each conversation of a batch, or the only one, and what errors call it."""
+    if not is_batch(conversation):
+        return [(conversation, "messages")]
+    return [(messages, f"conversation[{i}]") for i, messages in enumerate(conversation)]
+
+
+def images_of_chats(chats: Sequence[Chat], beside: Any) -> Any:
+    """Return the images of conversations, a list per conversation; None if there are none.
+
+    Args:
+        chats: The conversations.
+        beside: Images that are given beside them, for image parts without one.
+
+    Raises:
+        ValueError: An image part has no image, or images are given both ways.
+    """
+    inside = [chat.images for chat in chats]
+    if beside is None:
+        missing = [name for chat in chats for name in chat.parts_without_image]
+        if missing:
+            raise ValueError(
+                f"{missing[0]} is an image part without an image: it needs one of image, url, path "
+                "and base64"
+            )
+        return inside if any(inside) else None
+    if any(inside):
+        name = next(images[0].name for images in inside if images)
+        raise ValueError(
+            f"images must be given in the messages or beside them, got both: {name} holds one"
+        )
+    return beside

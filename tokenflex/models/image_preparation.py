@@ -1,0 +1,202 @@
+"""Images to encoder inputs: read, cut into tiles, processed, and what they cost beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import ProcessorMixin
+from transformers.image_utils import PILImageResampling
+from transformers.processing_utils import MultiModalData
+
+from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, token_grids
+from tokenflex.models.call_options import sort_options
+from tokenflex.models.image_inputs import name_images, pixel_size, read_images, stack_sizes
+from tokenflex.models.tiling import best_tile_grid, check_tile_limits, cut_tiles, num_tiles
+
+
+class ImagePreparation(ProcessorMixin):
+    """The side of the processor that images go through."""
+
+    if TYPE_CHECKING:
+        num_image_tokens: TokenCount
+        max_tiles: int
+        min_tiles: int
+        use_thumbnail: bool
+        patch_size: int | None
+
+    def process_images(
+        self, images: Sequence[Any], max_tiles: int | None = None, **options: Any
+    ) -> tuple[dict[str, Any], list[int]]:
+        """Return what the encoder takes, and how many of its inputs (tiles) each image became.
+
+        Args:
+            images: whatever :func:`tokenflex.images.load_image` takes.
+            max_tiles: in place of the processor's own.
+            **options: for the image processor; ``return_tensors`` is "pt" by default.
+
+        Returns:
+            A dict with ``pixel_values`` and, where the encoder needs it, ``grids``; and a list
+            with the tiles of each image.
+        """
+        limit = self._max_tiles(max_tiles)
+        data_format = options.pop("data_format", None)
+        if data_format not in (None, "channels_first"):
+            raise ValueError(
+                f"data_format must be 'channels_first', as encoders take it, got {data_format!r}"
+            )
+        named, _ = name_images(list(images))
+        inputs = read_images(named, self.image_processor, options)
+        options.pop("input_data_format", None)
+        tiles = [1] * len(inputs)
+        if limit > 1:
+            cut = [self._cut(image, limit, options) for image in inputs]
+            tiles = [len(own_tiles) for own_tiles in cut]
+            inputs = [tile for own_tiles in cut for tile in own_tiles]
+        processed = self.image_processor(inputs, **{"return_tensors": "pt", **options})
+        data: dict[str, Any] = {"pixel_values": processed["pixel_values"]}
+        if "spatial_shapes" in processed:  # NaFlex: patches of images of any shape
+            shapes = processed["spatial_shapes"]
+            data["grids"] = [(int(height), int(width)) for height, width in shapes]
+        else:
+            grids = self._patch_grids(stack_sizes(data["pixel_values"]))
+            if grids is not None:
+                data["grids"] = grids
+        return data, tiles
+
+    def _cut(self, image: Any, max_tiles: int, options: Mapping[str, Any]) -> list[Any]:
+        tile_size = self._tile_size(options)
+        size = image.shape[-2:] if isinstance(image, np.ndarray) else image.size[::-1]
+        return cut_tiles(
+            image,
+            tile_size,
+            self._tile_grid(size, max_tiles, tile_size),
+            use_thumbnail=self.use_thumbnail,
+            resample=self._resample(options),
+        )
+
+    def _patch_grids(self, sizes: list[Grid]) -> list[Grid] | None:
+        """Return the grid of each tile in patches where the model cannot tell it from the pixels.
+
+        It can where tiles are square, and of the size that the image processor gives by default.
+        """
+        not_square = [size for size in sizes if size[0] != size[1]]
+        if self.patch_size is None:
+            if not_square:
+                raise ValueError(
+                    "patch_size must be given to a processor whose tiles are not square, got None "
+                    f"and tiles of {not_square[0][0]} x {not_square[0][1]}"
+                )
+            return None
+        usual = self._configured_size({})
+        if not not_square and (usual is None or set(sizes) <= {usual}):
+            return None
+        return [(height // self.patch_size, width // self.patch_size) for height, width in sizes]
+
+    def image_tokens(
+        self,
+        images: Sequence[Any],
+        num_image_tokens: ImageTokenCounts | None = None,
+        max_tiles: int | None = None,
+        **options: Any,
+    ) -> list[int]:
+        """Return how many vision tokens each image will cost, all its tiles together.
+
+        Args:
+            images: images, or their (height, width) in pixels.
+            num_image_tokens: as the processor is called with it.
+            max_tiles: likewise.
+            **options: for the image processor, for example ``size``.
+        """
+        grids = self._count_grids(num_image_tokens, len(images))
+        tiles = self._num_tiles(images, max_tiles, options)
+        return [n * height * width for n, (height, width) in zip(tiles, grids, strict=True)]
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Grid] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Return the tokens and tiles of images of these (height, width), which servers ask for.
+
+        Args:
+            image_sizes: The sizes, in pixels.
+            **kwargs: What the processor will be called with.
+        """
+        options = sort_options(self, kwargs)
+        counts = options.num_image_tokens
+        if isinstance(counts, str):
+            raise ValueError(
+                f"num_image_tokens must be counts where tokens are counted before images are seen, "
+                f"got {counts!r}"
+            )
+        if image_sizes is None:
+            return MultiModalData()
+        return MultiModalData(
+            num_image_tokens=self.image_tokens(
+                image_sizes, counts, options.max_tiles, **options.images_kwargs
+            ),
+            num_image_patches=self._num_tiles(
+                image_sizes, options.max_tiles, options.images_kwargs
+            ),
+        )
+
+    def _count_grids(self, counts: ImageTokenCounts | None, images: int) -> list[Grid]:
+        counts = self.num_image_tokens if counts is None else counts
+        return token_grids(counts, images, name="num_image_tokens")
+
+    def _max_tiles(self, max_tiles: int | None) -> int:
+        if max_tiles is None:
+            return self.max_tiles
+        # Fewer than the processor's own minimum is what the caller wants then.
+        return check_tile_limits(1, max_tiles)[1]
+
+    def _num_tiles(
+        self, images: Sequence[Any], max_tiles: int | None, options: Mapping[str, Any]
+    ) -> list[int]:
+        limit = self._max_tiles(max_tiles)
+        if limit == 1:
+            return [1] * len(images)
+        tile_size = self._tile_size(options)
+        sizes = [pixel_size(image, f"images[{i}]") for i, image in enumerate(images)]
+        return [
+            num_tiles(self._tile_grid(size, limit, tile_size), self.use_thumbnail) for size in sizes
+        ]
+
+    def _tile_grid(self, size: Any, max_tiles: int, tile_size: Grid) -> Grid:
+        height, width = size
+        lowest = min(self.min_tiles, max_tiles)
+        return best_tile_grid((height, width), tile_size, max_tiles, lowest)
+
+    def _configured_size(self, options: Mapping[str, Any]) -> Grid | None:
+        """Return (height, width) of what the image processor gives, None if it depends on images.
+
+        Args:
+            options: Of one call; its own count where they say nothing.
+        """
+        for name in ("crop_size", "size"):
+            size = options.get(name)
+            size = getattr(self.image_processor, name, None) if size is None else size
+            if isinstance(size, int):
+                return size, size
+            if isinstance(size, (list, tuple)) and len(size) == 2:
+                return int(size[0]), int(size[1])
+            height, width = dict(size or {}).get("height"), dict(size or {}).get("width")
+            if height and width:
+                return height, width
+        return None
+
+    def _tile_size(self, options: Mapping[str, Any]) -> Grid:
+        size = self._configured_size(options)
+        if size is None:
+            own = getattr(self.image_processor, "size", None)
+            raise ValueError(
+                "max_tiles above 1 needs an image_processor with a size of height and width, got "
+                f"{type(self.image_processor).__name__} with size {own}"
+            )
+        return size
+
+    def _resample(self, options: Mapping[str, Any]) -> int:
+        resample = options.get("resample")
+        if resample is None:
+            resample = getattr(self.image_processor, "resample", None)
+        return int(PILImageResampling.BICUBIC if resample is None else resample)
