@@ -265,7 +265,7 @@ def test_what_follows_two_dashes_reaches_the_script_word_for_word(
     expected = ["--model", "TokenFLEX-n4", "--data", "MMStar", "--work-dir"]
     expected += [str(tmp_path / "out" / "vlmevalkit"), *passed_on.split()]
     if "--debug" in own:
-        with pytest.raises(RuntimeError, match="scores are missing"):
+        with pytest.raises(HarnessError, match="scores are missing"):
             main(["harness", *arguments])
     else:
         main(["harness", *arguments])

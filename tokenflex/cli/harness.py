@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenflex.cli.common import quiet_libraries
 from tokenflex.cli.options import comma_separated, positive
 from tokenflex.cli.parser import CommandLine
+
+if TYPE_CHECKING:
+    from tokenflex.harnesses.table import CountTable
 
 
 def add_to(commands: CommandLine) -> None:
@@ -50,46 +54,51 @@ def add_to(commands: CommandLine) -> None:
 
 def _harness(options: argparse.Namespace) -> int:
     quiet_libraries()
-    from tokenflex.harnesses.driver import HarnessError, run_lmms_eval, run_vlmevalkit
+    from tokenflex.harnesses.driver import HarnessError
     from tokenflex.training.checkpoint import write_atomically, write_json
 
     _check(options)
-    common = (options.model, options.counts, options.benchmarks.split(","))
     options.output.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     try:
-        if options.harness == "lmms-eval":
-            table = run_lmms_eval(
-                *common,
-                max_tiles=options.max_tiles,
-                include_path=options.include_path or (),
-                batch_size=options.batch_size or 1,
-                limit=options.limit,
-            )
-        else:
-            table = run_vlmevalkit(
-                *common,
-                run_py=options.run_py,
-                work_dir=options.output / "vlmevalkit",
-                max_tiles=options.max_tiles,
-                arguments=options.arguments,
+        table = _run(options)
+        page = table.markdown()
+        print(page, end="")
+        write_atomically(
+            options.output / "table.md", lambda path: path.write_text(page, encoding="utf-8")
+        )
+        write_json(options.output / "table.json", table.as_json())
+        if table.missing:
+            raise HarnessError(
+                f"{len(table.missing)} scores are missing, the first of "
+                f"{' '.join(table.missing[0])}: the harness's own messages say why"
             )
     except HarnessError as error:
         if options.debug:
             raise
         print(f"tokenflex: {error}", file=sys.stderr)
         return error.exit_code
-    page = table.markdown()
-    print(page, end="")
-    write_atomically(
-        options.output / "table.md", lambda path: path.write_text(page, encoding="utf-8")
-    )
-    write_json(options.output / "table.json", table.as_json())
-    if table.missing:
-        raise RuntimeError(
-            f"{len(table.missing)} scores are missing, the first of "
-            f"{' '.join(table.missing[0])}: the harness's own messages say why"
-        )
     return 0
+
+
+def _run(options: argparse.Namespace) -> CountTable:
+    from tokenflex.harnesses.driver import run_lmms_eval, run_vlmevalkit
+
+    common = (options.model, options.counts, options.benchmarks.split(","))
+    if options.harness == "lmms-eval":
+        return run_lmms_eval(
+            *common,
+            max_tiles=options.max_tiles,
+            include_path=options.include_path or (),
+            batch_size=options.batch_size or 1,
+            limit=options.limit,
+        )
+    return run_vlmevalkit(
+        *common,
+        run_py=options.run_py,
+        work_dir=options.output / "vlmevalkit",
+        max_tiles=options.max_tiles,
+        arguments=options.arguments,
+    )
 
 
 def _check(options: argparse.Namespace) -> None:

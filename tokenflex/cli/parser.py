@@ -20,7 +20,9 @@ class OneLineParser(argparse.ArgumentParser):
 
     passed_on: str | None = None
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
         """Read the arguments; those after ``--`` are not looked at where they are passed on."""
         if self.passed_on is None:
             return super().parse_known_args(args, namespace)
