@@ -35,6 +35,7 @@ from transformers.modeling_outputs import (
 from tokenflex.counts import Grid, ImageTokenCounts, token_grid, token_grids
 from tokenflex.models.attention import PACKED_ATTENTION
 from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.models.generation import RepeatsImages
 from tokenflex.models.head import build_head, transform_logits
 from tokenflex.models.loss import head_cross_entropy, head_distillation
 from tokenflex.models.prefixes import SharedPrefixes
@@ -342,7 +343,7 @@ class TokenFlexOutput(CausalLMOutputWithPast):
     distillation_loss: torch.Tensor | None = None
 
 
-class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixin):
+class TokenFlexForConditionalGeneration(RepeatsImages, TokenFlexPreTrainedModel, GenerationMixin):
     """A vision-language model whose vision-token count is an argument of the call."""
 
     def __init__(self, config: TokenFlexConfig) -> None:
