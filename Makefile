@@ -82,10 +82,11 @@ test-oldest test-newest: test-%: $(VERSIONS)/%/.ready
 test-dropin-oldest: $(VERSIONS)/oldest/.ready $(VERSIONS)/dropin/.ready
 	PYTHONPATH=$(VERSIONS)/dropin nice $(VERSIONS)/oldest/bin/python -m pytest $(QUICK_TESTS) tests/dropin
 
-$(VERSIONS)/oldest/.ready $(VERSIONS)/newest/.ready: $(VERSIONS)/%/.ready: constraints/%.txt $(SOURCES)
+$(VERSIONS)/oldest/.ready $(VERSIONS)/newest/.ready: $(VERSIONS)/%/.ready: constraints/%.txt pyproject.toml
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
-	nice $(@D)/bin/python -m pip install --constraint $< '.[dev]'
+	$(PYTHON) constraints/requirements.py > $(@D)/requirements.txt
+	nice $(@D)/bin/python -m pip install --constraint $< --requirement $(@D)/requirements.txt
 	touch $@
 
 $(VERSIONS)/dropin/.ready: constraints/dropin.txt $(VERSIONS)/oldest/.ready
