@@ -1,6 +1,7 @@
 # make demo    train, evaluate and plot a tiny model in minutes          (no GPU needed)
-# make test    lint, types, then side by side the CPU tests, and the kernels interpreted and compiled, then the
-#              paper's claim on models that are trained for it in two minutes (no GPU needed)
+# make test    lint, types, then side by side the CPU tests, the processors beside torchvision, and the kernels
+#              interpreted and compiled, then the paper's claim on models that are trained for it in two
+#              minutes (no GPU needed)
 # make test-versions   the quick tests on the oldest and the newest releases that the package admits
 #              (minutes; downloads some GB of CUDA builds of torch, no GPU needed)
 # make gpu     build with CUDA into the Python at hand, run the GPU tests and benchmarks (offline)
