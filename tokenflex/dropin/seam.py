@@ -32,7 +32,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, token_grid, token_grids
 from tokenflex.dropin.families import Deepstack, Family, PatchGrids, family_of
 from tokenflex.dropin.variants import variant_of
-from tokenflex.models.generation import repeated_images
+from tokenflex.models.generation import cache_of, repeated_images
 from tokenflex.models.modeling import placeholder_rows
 from tokenflex.projector import TokenAdaptiveProjector
 from tokenflex_kernels import pool_norm
@@ -261,7 +261,7 @@ def _check_packing(family: Family, kwargs: dict[str, Any]) -> None:
 def _positions_start_again(kwargs: dict[str, Any]) -> bool:
     """Whether a row holds several samples: positions that do not go up between two tokens."""
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
-    past = kwargs.get("past_key_values")
+    past = cache_of(kwargs)
     if positions is None or (past is not None and past.get_seq_length()):
         return False
     if mask is not None and not (
@@ -280,7 +280,7 @@ def _positions_start_again(kwargs: dict[str, Any]) -> bool:
 
 def _set_rope_positions(base: Any, kwargs: dict[str, Any], counts: Any) -> None:
     """M-RoPE positions, which the forward would derive from the patches that are not there."""
-    past = kwargs.get("past_key_values")
+    past = cache_of(kwargs)
     if (
         not hasattr(base, "get_rope_index")
         or kwargs.get("position_ids") is not None

@@ -1,19 +1,40 @@
-"""Images of prompts that ``generate`` repeats: beams and several returned sequences.
+"""The releases of transformers that are admitted differ in ``generate``: what makes them alike.
 
-``generate`` repeats each prompt next to itself. The images of a prompt must be repeated as a group:
-of a prompt that shows A and B, two sequences show A, B, A, B. transformers does so since 5.19; 5.18
-repeats each image on its own, and 5.17 repeats tiles, and neither counts nor grids.
+``generate`` repeats prompts, for beams and several returned sequences. The images of a prompt must
+be repeated as a group: of a prompt that shows A and B, two sequences show A, B, A, B. transformers
+does so since 5.19; 5.18 repeats each image on its own, and 5.17 repeats tiles, and neither counts
+nor grids. Since 5.24 a cache is passed as ``cache``.
 """
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a ``forward`` with ``past_key_values`` take it as ``cache``, its name since 5.24."""
+
+    @functools.wraps(forward)
+    def forward_with_cache(self: Any, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
+        if cache is not None:
+            kwargs["past_key_values"] = cache
+        return forward(self, *args, **kwargs)
+
+    return forward_with_cache
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """Return the cache among the arguments of a forward, under either of its names."""
+    cache = arguments.get("cache")
+    return arguments.get("past_key_values") if cache is None else cache
 
 
 def repeated_images(
@@ -76,12 +97,14 @@ class RepeatsImages:
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
 
-    def prepare_inputs_for_generation(
-        self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
-    ) -> dict[str, Any]:
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            # transformers 5.17 leaves out pixels after the prompt, and does not know these.
-            kwargs.pop("mm_encoder_outputs", None)
-        return super().prepare_inputs_for_generation(  # type: ignore[misc]
-            *args, is_first_iteration=is_first_iteration, **kwargs
-        )
+    if "mm_encoder_outputs" not in MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL:
+
+        def prepare_inputs_for_generation(
+            self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
+        ) -> dict[str, Any]:
+            """Leave images out after the prompt: transformers 5.17 does so with pixels alone."""
+            if not is_first_iteration and kwargs.get("use_cache", True):
+                kwargs.pop("mm_encoder_outputs", None)
+            return super().prepare_inputs_for_generation(  # type: ignore[misc]
+                *args, is_first_iteration=is_first_iteration, **kwargs
+            )
