@@ -1,6 +1,9 @@
 # make demo    train, evaluate and plot a tiny model in minutes          (no GPU needed)
-# make test    lint, types, then side by side the CPU tests, and the kernels interpreted and compiled, then the
-#              paper's claim on models that are trained for it in two minutes (no GPU needed)
+# make test    lint, types, then side by side the CPU tests, the processors beside torchvision, and the kernels
+#              interpreted and compiled, then the paper's claim on models that are trained for it in two
+#              minutes (no GPU needed)
+# make test-versions   the quick tests on the oldest and the newest releases that the package admits
+#              (minutes; downloads some GB of CUDA builds of torch, no GPU needed)
 # make gpu     build with CUDA into the Python at hand, run the GPU tests and benchmarks (offline)
 # make tune    measure every kernel config on the GPU at hand, write the table into OUT
 # make sanitize        the extension under AddressSanitizer and UndefinedBehaviorSanitizer (no GPU needed)
@@ -12,7 +15,8 @@ OUT ?= runs/gpu
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-cpu test-kernels test-training test-claim lint setup gpu tune sanitize sanitize-gpu clean
+.PHONY: demo test test-cpu test-kernels test-training test-claim test-torchvision \
+  test-versions test-oldest test-newest test-dropin-oldest lint setup gpu tune sanitize sanitize-gpu clean
 
 setup: .venv/.ready
 
@@ -30,7 +34,7 @@ demo: setup
 	@echo "  $(BIN)/tokenflex generate --model runs/demo/checkpoint --image examples/digits.png --prompt 'read r2c3' --tokens 4,9,16"
 
 test: setup lint
-	$(MAKE) -j2 $(and $(filter output-sync,$(.FEATURES)),--output-sync=line) test-cpu test-kernels test-training test-claim
+	$(MAKE) -j2 $(and $(filter output-sync,$(.FEATURES)),--output-sync=line) test-cpu test-kernels test-training test-claim test-torchvision
 
 test-cpu:
 	$(BIN)/python -m pytest --ignore tests/training
@@ -43,10 +47,53 @@ test-kernels:
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton_kernels
 	$(BIN)/python -m tokenflex_kernels.aot --quiet
 
+# transformers has image processors of two kinds, and takes torchvision's where that is installed.
+# Installed without the torch that it wants, and in a folder of its own, so that all other tests run
+# without it.
+TORCHVISION := .venv-torchvision
+test-torchvision: $(TORCHVISION)/.ready
+	PYTHONPATH=$(TORCHVISION) $(BIN)/python -m pytest -m 'not slow and not gpu' \
+	  $(addprefix tests/models/test_,processing.py tiling.py ristretto.py vision.py) tests/data \
+	  $(addprefix tests/dropin/test_,processor.py families.py fitting.py replace.py)
+
+$(TORCHVISION)/.ready: .venv/.ready constraints/torchvision.txt
+	rm -rf $(TORCHVISION)
+	$(BIN)/python -m pip install --no-deps --target $(TORCHVISION) --requirement constraints/torchvision.txt
+	touch $@
+
 # On one core: the other one is busy with tests.
 test-claim:
 	rm -rf runs/test-claim
 	$(BIN)/tokenflex ablate --quick --jobs 1 --output runs/test-claim
+
+# Beside `make test`, not in it: each set has an environment of its own.
+VERSIONS := .venv-versions
+test-versions: setup
+	@failed=0; \
+	for set in oldest dropin-oldest newest; do $(MAKE) test-$$set || failed=1; done; \
+	exit $$failed
+
+QUICK_TESTS := -m 'not slow and not gpu' --no-header -p no:cacheprovider
+test-oldest test-newest: test-%: $(VERSIONS)/%/.ready
+	TRITON_INTERPRET=1 nice $(VERSIONS)/$*/bin/python -m pytest $(QUICK_TESTS) tests/kernels/triton_kernels
+	nice $(VERSIONS)/$*/bin/python -m pytest $(QUICK_TESTS) \
+	  tests/kernels tests/models tests/data tests/dropin tests/training
+
+# The drop-in needs a later transformers than the rest.
+test-dropin-oldest: $(VERSIONS)/oldest/.ready $(VERSIONS)/dropin/.ready
+	PYTHONPATH=$(VERSIONS)/dropin nice $(VERSIONS)/oldest/bin/python -m pytest $(QUICK_TESTS) tests/dropin
+
+$(VERSIONS)/oldest/.ready $(VERSIONS)/newest/.ready: $(VERSIONS)/%/.ready: constraints/%.txt pyproject.toml
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(PYTHON) constraints/requirements.py > $(@D)/requirements.txt
+	nice $(@D)/bin/python -m pip install --constraint $< --requirement $(@D)/requirements.txt
+	touch $@
+
+$(VERSIONS)/dropin/.ready: constraints/dropin.txt $(VERSIONS)/oldest/.ready
+	rm -rf $(@D)
+	$(VERSIONS)/oldest/bin/python -m pip install --no-deps --target $(@D) --requirement $<
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .
@@ -97,4 +144,4 @@ sanitize-gpu:
 	exit $$failed
 
 clean:
-	rm -rf .venv build *.egg-info tokenflex_kernels/*.so
+	rm -rf .venv $(TORCHVISION) $(VERSIONS) build *.egg-info tokenflex_kernels/*.so

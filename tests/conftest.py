@@ -15,6 +15,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from tests.torchvision_ops import make_torchvision_importable
+from tokenflex_kernels._versions import require
+
+make_torchvision_importable()
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -46,6 +51,7 @@ _NEEDED_BY = {
         "selection/test_router.py",
     ],
     "transformers": _OF_THE_MODEL,
+    "transformers>=5.18": ["dropin", "test_docs.py", "test_examples.py"],
     "PIL": _OF_THE_MODEL,
     "sklearn": ["ablation", "digits", "training", "evaluation", "selection", "test_cli.py"],
     "accelerate": ["ablation", "training", "test_cli.py"],
@@ -63,9 +69,22 @@ _NEEDED_BY = {
     "peft": ["models/test_ecosystem.py"],
     "trl": ["models/test_ecosystem.py"],
 }
-_MISSING = [package for package in _NEEDED_BY if find_spec(package) is None]
 
-collect_ignore = sorted({path for package in _MISSING for path in _NEEDED_BY[package]})
+
+def _is_missing(requirement: str) -> bool:
+    package, _, oldest = requirement.partition(">=")
+    if find_spec(package) is None:
+        return True
+    try:
+        require(package, oldest or "0")
+    except ImportError:
+        return True
+    return False
+
+
+_MISSING = [requirement for requirement in _NEEDED_BY if _is_missing(requirement)]
+
+collect_ignore = sorted({path for requirement in _MISSING for path in _NEEDED_BY[requirement]})
 
 
 def pytest_report_header() -> str | None:

@@ -5,6 +5,13 @@ row-major. Every op has a plain-PyTorch reference that runs on the CPU; ``TOKENF
 chooses between implementations (see ``tokenflex_kernels._backend``). Importing never touches CUDA.
 """
 
+# ruff: noqa: E402  # an old release is named before a module misses what it lacks
+
+from tokenflex_kernels._versions import require
+
+require("torch", "2.11")
+require("triton", "3.6")
+
 from tokenflex_kernels.bin_packing import balance_bins, bin_pack
 from tokenflex_kernels.gated_unit import swiglu
 from tokenflex_kernels.information import info

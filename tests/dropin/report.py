@@ -1,20 +1,23 @@
 """What a run of these tests says about each family, for docs/dropin.md.
 
-    python -m pytest tests/dropin --dropin-report
+    PYTHONPATH=.venv-torchvision python -m pytest tests/dropin --dropin-report
 
-writes docs/results/dropin/report.json, and the tables of docs/dropin.md from it.
+writes docs/results/dropin/report.json, and the tables of docs/dropin.md from it. The folder is the
+one that `make test-torchvision` installs into.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from tests.dropin.processors import NEED_TORCHVISION
 from tests.dropin.tiny import MODELS
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +69,7 @@ class Outcomes:
         return {
             "transformers": transformers.__version__,
             "torch": torch.__version__.split("+")[0],
+            "torchvision": _torchvision_version(),
             "families": families,
             "relative_error": self._measured("test_fitted_tokens_are_near_the_stock_ones", "error"),
             "loss_at_step_0": self._measured(
@@ -81,6 +85,8 @@ class Outcomes:
             return "no"
         if "skipped" in outcomes:
             return "needs torchvision" if column == "processor" else "not run"
+        if column == "processor" and name in NEED_TORCHVISION:
+            return "beside torchvision"
         return "yes"
 
     def _ran(self, column: str) -> bool:
@@ -92,6 +98,13 @@ class Outcomes:
             for (of, name), properties in sorted(self.properties.items())
             if of == test and key in properties
         }
+
+
+def _torchvision_version() -> str | None:
+    try:
+        return version("torchvision")
+    except PackageNotFoundError:
+        return None
 
 
 def tables(report: dict[str, Any]) -> dict[str, str]:

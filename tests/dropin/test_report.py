@@ -8,6 +8,7 @@ import re
 import pytest
 
 from tests.dropin import report
+from tests.dropin.processors import NEED_TORCHVISION
 from tests.dropin.report import COLUMNS, PAGE, REPORT, Outcomes, with_tables
 from tests.dropin.test_packing import REFUSED
 from tests.dropin.tiny import MODELS, model_type
@@ -31,8 +32,9 @@ def test_every_family_is_in_the_report():
 def test_reported_cells_are_true():
     for name, cells in REPORTED["families"].items():
         assert (cells["packing"] == "refused") == (model_type(name) in REFUSED)
-        others = {value for column, value in cells.items() if column != "packing"}
-        assert others <= {"yes", "needs torchvision"}, name
+        assert cells["processor"] == ("beside torchvision" if name in NEED_TORCHVISION else "yes")
+        others = {cells[column] for column in cells if column not in ("packing", "processor")}
+        assert others == {"yes"}, name
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\(([^)#]+)\)", PAGE.read_text("utf-8")))
@@ -56,6 +58,10 @@ def test_outcomes_of_a_run_become_cells():
     outcomes.add(Said(f"a.py::{test}[gemma3-9]", "passed", when="setup"))
     outcomes.add(Said(f"a.py::{processor}[mistral3]", "skipped", when="setup"))
     assert outcomes.report()["families"]["mistral3"]["processor"] == "needs torchvision"
+    outcomes.add(Said(f"a.py::{processor}[lfm2_vl]", "passed"))
+    outcomes.add(Said(f"a.py::{processor}[llava]", "passed"))
+    processors = {name: row["processor"] for name, row in outcomes.report()["families"].items()}
+    assert (processors["lfm2_vl"], processors["llava"]) == ("beside torchvision", "yes")
     cells = {name: row["one count"] for name, row in outcomes.report()["families"].items()}
     assert cells["llava"] == "yes"
     assert cells["llava-pixtral"] == "no"

@@ -8,10 +8,9 @@ import pickle
 import pytest
 import torch
 import transformers
-from packaging.version import Version
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tests.dropin.tiny import END, IMAGE, PROMPTS, START, Prompt, batch, image_inputs, stock_model
+from tests.dropin.tiny import IMAGE, PROMPTS, START, Prompt, batch, image_inputs, stock_model
 from tokenflex import TokenAdaptiveProjector, replace_projector
 from tokenflex.dropin.families import family_of
 
@@ -67,14 +66,10 @@ def test_another_image_would_be_seen(name):
 )
 def test_generation_of_a_mixed_batch_is_that_of_each_prompt(name, options):
     model = converted(name)
-    prompts = PROMPTS
-    if "num_beams" in options and Version(transformers.__version__) < Version("5.20.2"):
-        # Beam search of the stock model, too, confused several images of one prompt until then.
-        prompts = [Prompt([7, START, IMAGE, END, 8], [25], [2]), PROMPTS[0]]
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, **options}
-    together = model.generate(**batch(name, prompts), **options)
-    per_prompt = together.unflatten(0, (len(prompts), -1))
-    for rows, prompt in zip(per_prompt, prompts, strict=True):
+    together = model.generate(**batch(name, PROMPTS), **options)
+    per_prompt = together.unflatten(0, (len(PROMPTS), -1))
+    for rows, prompt in zip(per_prompt, PROMPTS, strict=True):
         alone = model.generate(**batch(name, [prompt]), **options)
         assert torch.equal(rows[:, -4:], alone[:, -4:])
 
@@ -91,6 +86,8 @@ def test_text_alone(name):
 
 def test_precomputed_tokens_in_the_stock_model_give_the_same_logits(name):
     """The oracle: nothing but the image features, and Qwen's positions, is changed."""
+    if name == "smolvlm" and transformers.__version__.startswith("5.20."):
+        pytest.skip("that stock model takes only counts that its patch size divides")
     model, stock = converted(name), stock_model(name)
     inputs = batch(name, PROMPTS)
     names = ("pixel_values", "num_image_tokens", "image_sizes", "spatial_shapes")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import SiglipImageProcessor
 
-from tests.models.tiny import PAD, picture, tiny_model
-from tokenflex import TokenCounts
+from tests.models.tiny import PAD, PIXELS, picture, tiny_model
+from tokenflex import TokenCounts, TokenFlexProcessor
 from tokenflex.data.encoding import ConversationEncoder
 from tokenflex.data.packing import DrawnSample, PackingCollator
 from tokenflex.data.samples import Conversation, Sample, Turn
@@ -476,3 +478,13 @@ def test_questions_that_share_rows_are_answered_as_those_that_do_not(processor, 
     for one, other in zip(shared, whole, strict=True):
         torch.testing.assert_close(one, other)
     assert sum(rows[:2]) < sum(rows[2:]) / 2
+
+
+def test_a_report_says_what_resized_the_images(processor, dataset):
+    """PIL and torchvision round a few pixels differently: whoever compares reports must know."""
+    report = evaluate(tiny_model(), processor, dataset, [4])
+    assert report["image_backend"] == "pil"
+    image_processor = SiglipImageProcessor(size={"height": PIXELS, "width": PIXELS})
+    other = TokenFlexProcessor(image_processor, processor.tokenizer, num_image_tokens=9)
+    report = evaluate(tiny_model(), other, dataset, [4])
+    assert report["image_backend"] == ("torchvision" if find_spec("torchvision") else "pil")

@@ -1,6 +1,7 @@
 """The few names of lmms-eval and VLMEvalKit that our adapters use, as those packages have them.
 
-Written from lmms-eval 0.7.3 (api/instance.py, api/model.py, models/registry_v2.py) and VLMEvalKit's
+Written from lmms-eval 0.7.3 (api/instance.py, api/model.py, models/registry_v2.py,
+tasks/__init__.py) and VLMEvalKit's
 vlmeval/vlm/base.py (commit 23757c4). Tests run on these, and also on what is installed.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -82,6 +84,14 @@ class ModelManifest:
     aliases: tuple[str, ...] = ()
 
 
+class TaskManager:
+    """Knows a few names, and that of each ``NAME.yaml`` below an included folder."""
+
+    def __init__(self, verbosity="INFO", include_path=None, include_defaults=True, model_name=None):
+        own = [path.stem for folder in include_path or () for path in Path(folder).rglob("*.yaml")]
+        self.all_tasks = sorted(["mmstar", "mmmu", "mmmu_val", "ai2d", "failing", *own])
+
+
 class BaseModel:
     INTERLEAVE = False
     allowed_types = ["text", "image", "video"]
@@ -113,6 +123,7 @@ def modules() -> dict[str, ModuleType]:
         },
         "lmms_eval.api.model": {"lmms": lmms},
         "lmms_eval.models": {},
+        "lmms_eval.tasks": {"TaskManager": TaskManager},
         "lmms_eval.models.registry_v2": {"ModelManifest": ModelManifest},
         "vlmeval": {},
         "vlmeval.vlm": {},

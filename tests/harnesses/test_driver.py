@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ import pytest
 from tests.harnesses.names import arbitrary_names
 from tests.models.tiny import picture
 from tokenflex.cli import main
-from tokenflex.harnesses.driver import run_lmms_eval, run_vlmevalkit
+from tokenflex.harnesses.driver import HarnessError, run_lmms_eval, run_vlmevalkit
 
 pytestmark = pytest.mark.usefixtures("standins")
 
@@ -54,6 +56,14 @@ for name in options.model:
     folder.mkdir(parents=True)
     for benchmark in options.data:
         (folder / f"{name}_{benchmark}_acc.csv").write_text(f"split,Overall\\ndev,{tokens}\\n")
+"""
+
+
+# A script that writes down what it was called with, word for word.
+RUN_PY_THAT_REPEATS = """
+import json, pathlib, sys
+pathlib.Path(__file__).with_name("called.json").write_text(json.dumps(sys.argv[1:]))
+sys.exit(%s)
 """
 
 
@@ -219,3 +229,225 @@ def test_mistakes_are_one_line(checkpoint, tmp_path, capsys, monkeypatch, argume
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert words in error
+
+
+# ---- the command line
+
+
+@pytest.mark.parametrize(
+    ("own", "passed_on"),
+    [
+        (
+            "HARNESS MODEL --counts 4 --benchmarks B --output OUT --run-py RUN",
+            "--judge exact_matching",
+        ),
+        ("--counts 4 --benchmarks B HARNESS --output OUT MODEL --run-py RUN", "--judge x"),
+        (
+            "--run-py RUN --counts 4 HARNESS MODEL --benchmarks B --output OUT",
+            "--mode infer --verbose",
+        ),
+        ("HARNESS --output OUT MODEL --run-py RUN --counts 4 --benchmarks B --debug", ""),
+        (
+            "HARNESS MODEL --output OUT --run-py RUN --counts=4 --benchmarks=B",
+            "--limit 3 --counts 9 --output elsewhere --debug -- --help words",
+        ),
+    ],
+)
+def test_what_follows_two_dashes_reaches_the_script_word_for_word(
+    checkpoint, tmp_path, own, passed_on
+):
+    script = tmp_path / "run.py"
+    script.write_text(RUN_PY_THAT_REPEATS % "")
+    values = {"HARNESS": "vlmevalkit", "MODEL": str(checkpoint), "RUN": str(script)}
+    values |= {"OUT": str(tmp_path / "out"), "B": "MMStar"}
+    arguments = [values.get(word, word).replace("=B", "=MMStar") for word in own.split()]
+    arguments += ["--", *passed_on.split()]
+    expected = ["--model", "TokenFLEX-n4", "--data", "MMStar", "--work-dir"]
+    expected += [str(tmp_path / "out" / "vlmevalkit"), *passed_on.split()]
+    if "--debug" in own:
+        with pytest.raises(HarnessError, match="scores are missing"):
+            main(["harness", *arguments])
+    else:
+        main(["harness", *arguments])
+    assert json.loads((tmp_path / "called.json").read_text()) == expected
+
+
+def test_help_says_what_follows_two_dashes(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["harness", "--help"])
+    assert stop.value.code == 0
+    assert "-- --judge exact_matching" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("lmms-eval", ["--", "--judge", "x"], "arguments after -- are for VLMEvalKit's script"),
+        ("vlmevalkit", ["--limit", "3", "--run-py", "RUN"], "--limit is for lmms-eval"),
+        ("vlmevalkit", ["--batch-size", "3", "--run-py", "RUN"], "--batch-size is for lmms-eval"),
+        (
+            "vlmevalkit",
+            ["--include-path", "a", "--run-py", "RUN"],
+            "--include-path is for lmms-eval",
+        ),
+        ("vlmevalkit", ["--run-py", "RUN", "--", "--model", "other"], "must not hold --model"),
+        (
+            "vlmevalkit",
+            ["--run-py", "RUN", "--", "--work-dir=here"],
+            "must not hold --work-dir=here",
+        ),
+        (
+            "lmms-eval",
+            ["--include-path", "nowhere"],
+            "include_path must name folders, got 'nowhere'",
+        ),
+        ("lmms-eval", ["--benchmarks", "mmstar,nothing"], "no task nothing: .*--include-path"),
+    ],
+)
+def test_options_that_a_harness_does_not_use_are_refused(
+    checkpoint, run_py, tmp_path, capsys, monkeypatch, name, options, words
+):
+    asked = []
+    module = SimpleNamespace(simple_evaluate=fake_lmms_eval(asked))
+    monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", module)
+    options = [str(run_py) if option == "RUN" else option for option in options]
+    base = ["--counts", "4", "--benchmarks", "mmstar", "--output", str(tmp_path / "out")]
+    assert main(["harness", name, str(checkpoint), *base, *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(words, line)
+    assert asked == []
+
+
+def test_tasks_of_ones_own_are_found_on_the_include_path(checkpoint, tmp_path, capsys, monkeypatch):
+    asked = []
+    module = SimpleNamespace(simple_evaluate=fake_lmms_eval(asked))
+    monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", module)
+    for folder, task in (("first", "digits_local"), ("second", "letters_local")):
+        (tmp_path / folder / "deeper").mkdir(parents=True)
+        (tmp_path / folder / "deeper" / f"{task}.yaml").write_text(f"task: {task}\n")
+    arguments = ["--counts", "4,16", "--benchmarks", "digits_local,letters_local"]
+    for folder in ("first", "second"):
+        arguments += ["--include-path", str(tmp_path / folder)]
+    assert (
+        main(["harness", "lmms-eval", str(checkpoint), *arguments, "--output", str(tmp_path)]) == 0
+    )
+    managers = [options["task_manager"] for _, _, _, options in asked]
+    assert managers[0] is managers[1]  # lmms-eval's thousands of files are read once
+    assert "letters_local" in managers[0].all_tasks
+    table = run_lmms_eval(
+        checkpoint,
+        [4],
+        ["digits_local"],
+        include_path=[tmp_path / "first"],
+        simple_evaluate=fake_lmms_eval([]),
+    )
+    assert table.rows["digits_local", "acc"]["4"].value == 0.04
+    capsys.readouterr()
+
+
+# ---- a harness that fails
+
+
+class Unfamiliar(Exception):
+    """What a library may raise, and no list of exceptions foresees."""
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (KeyError("metric_list"), "lmms-eval failed at 4 tokens: KeyError: 'metric_list'"),
+        (AssertionError(), "lmms-eval failed at 4 tokens: AssertionError"),
+        (Unfamiliar("two\nlines"), "lmms-eval failed at 4 tokens: Unfamiliar: two lines"),
+        (TypeError("no"), "lmms-eval failed at 4 tokens: TypeError: no"),
+        (
+            ModuleNotFoundError("no", name="sacrebleu"),
+            "lmms-eval failed at 4 tokens: it needs sacrebleu",
+        ),
+        (ValueError("data:image/png;base64," + "A" * 9999), "lmms-eval failed at 4 tokens: Val"),
+    ],
+)
+def test_an_error_of_lmms_eval_is_one_line(checkpoint, tmp_path, capsys, monkeypatch, error, words):
+    def simple_evaluate(**options):
+        raise error
+
+    module = SimpleNamespace(simple_evaluate=simple_evaluate)
+    monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", module)
+    base = ["harness", "lmms-eval", str(checkpoint), "--counts", "4", "--benchmarks", "mmstar"]
+    assert main([*base, "--output", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"tokenflex: {words}")
+    assert len(line) < 400
+    with pytest.raises(HarnessError) as failure:
+        main([*base, "--output", str(tmp_path), "--debug"])
+    assert failure.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code", "words"),
+    [
+        ("sys.exit(3)", 3, "VLMEvalKit ended at 4 tokens with exit code 3"),
+        (
+            "sys.exit('no such judge')",
+            1,
+            "VLMEvalKit ended at 4 tokens with exit code 1: no such judge",
+        ),
+        ("{}['judge']", 2, "VLMEvalKit failed at 4 tokens: KeyError: 'judge'"),
+        (
+            "import vlmeval_wants_this",
+            2,
+            "VLMEvalKit failed at 4 tokens: it needs vlmeval_wants_this",
+        ),
+        ("sys.exit()", 2, "1 scores are missing"),
+    ],
+)
+def test_an_end_of_vlmevalkits_script_is_one_line(
+    checkpoint, tmp_path, capsys, code, exit_code, words
+):
+    script = tmp_path / "run.py"
+    script.write_text(f"import sys\n{code}\n")
+    before = list(sys.argv)
+    arguments = ["--counts", "4", "--benchmarks", "B", "--output", str(tmp_path / "out")]
+    arguments += ["--run-py", str(script), "--"]
+    assert main(["harness", "vlmevalkit", str(checkpoint), *arguments]) == exit_code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"tokenflex: {words}")
+    assert sys.argv == before
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "words"),
+    [
+        ("lmms-eval", "lmms_eval.evaluator", "lmms-eval failed to load: AttributeError: unusable"),
+        ("lmms-eval", "lmms_eval.tasks", "lmms-eval failed to load: AttributeError: unusable"),
+        ("vlmevalkit", "vlmeval.config", "VLMEvalKit failed to load: AttributeError: unusable"),
+    ],
+)
+def test_a_harness_that_cannot_be_imported_is_one_line(
+    checkpoint, run_py, tmp_path, capsys, monkeypatch, name, module, words
+):
+    monkeypatch.setitem(
+        sys.modules, "lmms_eval.evaluator", SimpleNamespace(simple_evaluate=fake_lmms_eval([]))
+    )
+    load = importlib.import_module
+
+    def import_module(wanted):
+        if wanted == module:
+            raise AttributeError("unusable")
+        return load(wanted)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    arguments = ["--counts", "4", "--benchmarks", "mmstar", "--output", str(tmp_path / "out")]
+    arguments += ["--run-py", str(run_py)] * (name == "vlmevalkit")
+    assert main(["harness", name, str(checkpoint), *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"tokenflex: {words}"
+
+
+def test_without_vlmevalkit_the_command_says_what_to_install(
+    checkpoint, run_py, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "vlmeval.config", None)
+    arguments = ["--counts", "4", "--benchmarks", "MMStar", "--output", str(tmp_path / "out")]
+    arguments += ["--run-py", str(run_py)]
+    assert main(["harness", "vlmevalkit", str(checkpoint), *arguments]) == 2
+    assert "install VLMEvalKit (github.com/" in capsys.readouterr().err

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from tests.models.test_modeling import GENERATION
-from tests.models.tiny import picture
+from tests.models.tiny import check_same_pixels, picture
 from tokenflex import TokenFlexForConditionalGeneration, load_ristretto
 from tokenflex.cli import main
 from tokenflex.models.conversion import convert
@@ -343,14 +343,18 @@ def test_saving_what_was_loaded_is_a_tokenflex_checkpoint(tmp_path, loaded):
 
 def check_same_answers(one, other) -> None:
     for count in (64, 144):
-        outputs = []
-        for model, processor in (one, other):
-            inputs = processor(
+        batches = [
+            processor(
                 images=picture(1, (300, 700)), text="<IMG_CONTEXT>What ?", num_image_tokens=count
             )
+            for _, processor in (one, other)
+        ]
+        check_same_pixels(one[1], batches[0]["pixel_values"], other[1], batches[1]["pixel_values"])
+        outputs = []
+        for model, _ in (one, other):  # the models are compared on the same pixels
             with torch.no_grad():
-                outputs.append(model(**inputs).logits)
-            outputs.append(model.generate(**inputs, **GENERATION))
+                outputs.append(model(**batches[0]).logits)
+            outputs.append(model.generate(**batches[0], **GENERATION))
         assert torch.equal(outputs[0], outputs[2])
         assert torch.equal(outputs[1], outputs[3])
 

@@ -48,6 +48,24 @@ _TEXT = {
 }
 
 
+def check_same_pixels(
+    processor: Any, pixels: torch.Tensor, other_processor: Any, other_pixels: torch.Tensor
+) -> None:
+    """The same pictures: bit by bit from one backend, and up to a grey level from two.
+
+    A processor made with PIL's backend is loaded with torchvision's where that is installed, whose
+    bicubic filter rounds a few pixels the other way.
+    """
+    backends = {processor.image_processor.backend, other_processor.image_processor.backend}
+    if len(backends) == 1:
+        assert torch.equal(pixels, other_pixels)
+    else:
+        grey_level = 2 / 255  # pixels are -1 to 1
+        difference = (pixels - other_pixels).abs()
+        assert float(difference.max()) < 1.01 * grey_level
+        assert float(difference.mean()) < 0.01 * grey_level
+
+
 def vision_config(kind: str = "siglip") -> Any:
     """ "siglip" has patches only, "clip" a class token before them, "siglip2" any shape."""
     if kind == "siglip2":

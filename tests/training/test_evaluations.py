@@ -200,6 +200,7 @@ def test_shares_together_give_the_report_of_one_process(whole, ranks):
     ]
     together = merged(reports)
     assert together["questions"] == alone["questions"]
+    assert together["image_backend"] == alone["image_backend"] is not None
     assert together["accuracy"] == pytest.approx(alone["accuracy"])
     for kind, row in alone["accuracy_by_kind"].items():
         assert together["accuracy_by_kind"][kind] == pytest.approx(row)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenflex.cli.common import quiet_libraries
 from tokenflex.cli.options import comma_separated, positive
 from tokenflex.cli.parser import CommandLine
+
+if TYPE_CHECKING:
+    from tokenflex.harnesses.table import CountTable
 
 
 def add_to(commands: CommandLine) -> None:
@@ -27,52 +32,96 @@ def add_to(commands: CommandLine) -> None:
     )
     harness.add_argument("--output", type=Path, required=True, help="folder for table.md and .json")
     harness.add_argument("--max-tiles", type=positive, help="cut images into at most so many")
-    harness.add_argument("--batch-size", type=positive, default=1, help="questions, of lmms-eval")
-    harness.add_argument("--limit", type=positive, help="questions a benchmark, of lmms-eval")
-    harness.add_argument("--run-py", type=Path, help="the script in a copy of VLMEvalKit")
-    harness.add_argument(
-        "arguments", nargs="*", metavar="-- ARGUMENT", help="more for VLMEvalKit's script"
+    lmms_eval = harness.add_argument_group("lmms-eval alone")
+    lmms_eval.add_argument(
+        "--batch-size", type=positive, help="questions of one batch; 1 if left out"
     )
+    lmms_eval.add_argument("--limit", type=positive, help="questions of each benchmark")
+    lmms_eval.add_argument(
+        "--include-path",
+        type=Path,
+        action="append",
+        metavar="FOLDER",
+        help="folder with tasks of your own; may be given several times",
+    )
+    vlmevalkit = harness.add_argument_group(
+        "vlmevalkit alone",
+        "Whatever follows -- goes to VLMEvalKit's script as it is: -- --judge exact_matching",
+    )
+    vlmevalkit.add_argument("--run-py", type=Path, help="the script in a copy of VLMEvalKit")
+    harness.passed_on = "arguments"
 
 
 def _harness(options: argparse.Namespace) -> int:
     quiet_libraries()
     from tokenflex.files import write_atomically, write_json
-    from tokenflex.harnesses.driver import HARNESSES, run_lmms_eval, run_vlmevalkit
+    from tokenflex.harnesses.driver import HarnessError
 
-    benchmarks = options.benchmarks.split(",")
-    common = (options.model, options.counts, benchmarks)
+    _check(options)
+    options.output.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    try:
+        table = _run(options)
+        page = table.markdown()
+        print(page, end="")
+        write_atomically(
+            options.output / "table.md", lambda path: path.write_text(page, encoding="utf-8")
+        )
+        write_json(options.output / "table.json", table.as_json())
+        if table.missing:
+            raise HarnessError(
+                f"{len(table.missing)} scores are missing, the first of "
+                f"{' '.join(table.missing[0])}: the harness's own messages say why"
+            )
+    except HarnessError as error:
+        if options.debug:
+            raise
+        print(f"tokenflex: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _run(options: argparse.Namespace) -> CountTable:
+    from tokenflex.harnesses.driver import run_lmms_eval, run_vlmevalkit
+
+    common = (options.model, options.counts, options.benchmarks.split(","))
+    if options.harness == "lmms-eval":
+        return run_lmms_eval(
+            *common,
+            max_tiles=options.max_tiles,
+            include_path=options.include_path or (),
+            batch_size=options.batch_size or 1,
+            limit=options.limit,
+        )
+    return run_vlmevalkit(
+        *common,
+        run_py=options.run_py,
+        work_dir=options.output / "vlmevalkit",
+        max_tiles=options.max_tiles,
+        arguments=options.arguments,
+    )
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what the named harness would not use.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint folder.
+        ValueError: the harness is unknown, or an option is of the other one.
+    """
+    from tokenflex.harnesses.driver import HARNESSES
+
     if options.harness not in HARNESSES:
         raise ValueError(f"HARNESS must be one of {', '.join(HARNESSES)}, got {options.harness!r}")
     if (options.harness == "vlmevalkit") != (options.run_py is not None):
         raise ValueError("--run-py must be given with vlmevalkit, and only there")
+    if options.harness == "lmms-eval" and options.arguments:
+        raise ValueError(
+            "arguments after -- are for VLMEvalKit's script, and lmms-eval takes none: got "
+            f"{' '.join(options.arguments)}"
+        )
+    if options.harness == "vlmevalkit":
+        for name in ("batch_size", "limit", "include_path"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} is for lmms-eval, not for vlmevalkit")
     if not options.model.is_dir():
         raise FileNotFoundError(f"checkpoint folder {options.model} does not exist")
-    options.output.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-    if options.harness == "lmms-eval":
-        table = run_lmms_eval(
-            *common,
-            max_tiles=options.max_tiles,
-            batch_size=options.batch_size,
-            limit=options.limit,
-        )
-    else:
-        table = run_vlmevalkit(
-            *common,
-            run_py=options.run_py,
-            work_dir=options.output / "vlmevalkit",
-            max_tiles=options.max_tiles,
-            arguments=options.arguments,
-        )
-    page = table.markdown()
-    print(page, end="")
-    write_atomically(
-        options.output / "table.md", lambda path: path.write_text(page, encoding="utf-8")
-    )
-    write_json(options.output / "table.json", table.as_json())
-    if table.missing:
-        raise RuntimeError(
-            f"{len(table.missing)} scores are missing, the first of "
-            f"{' '.join(table.missing[0])}: the harness's own messages say why"
-        )
-    return 0

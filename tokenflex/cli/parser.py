@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import NoReturn
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 USER_ERROR = 2
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Errors in one line, like all others; ``--help`` has the usage."""
+    """Errors in one line, like all others; ``--help`` has the usage.
+
+    Attributes:
+        passed_on: name of the option that holds what follows the first ``--``, word for word; None
+            leaves ``--`` to argparse, which takes what follows for positional arguments.
+    """
+
+    passed_on: str | None = None
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """Read the arguments; those after ``--`` are not looked at where they are passed on."""
+        if self.passed_on is None:
+            return super().parse_known_args(args, namespace)
+        words = list(sys.argv[1:] if args is None else args)
+        end = words.index("--") if "--" in words else len(words)
+        options, unknown = super().parse_known_args(words[:end], namespace)
+        setattr(options, self.passed_on, words[end + 1 :])
+        return options, unknown
 
     def error(self, message: str) -> NoReturn:
         """Print the line and exit."""
@@ -40,7 +60,7 @@ class CommandLine:
         run: Callable[[argparse.Namespace], int],
         summary: str,
         example: str,
-    ) -> argparse.ArgumentParser:
+    ) -> OneLineParser:
         """A command without arguments.
 
         Args:

@@ -122,7 +122,11 @@ def _image_inputs(base: Any, images: Any, processor: Any, device: Any) -> dict[s
         pictures = list(images) if isinstance(images, (list, tuple)) else [images]
         if not pictures:
             raise ValueError("images must hold at least one picture, got none")
-        given = dict(processor.image_processor(pictures, return_tensors="pt"))
+        options = {}
+        if (merge := getattr(processor, "spatial_merge_size", 1)) > 1:
+            # Mistral3's processor has images resized to whole groups of patches.
+            options["patch_size"] = processor.patch_size * merge
+        given = dict(processor.image_processor(pictures, return_tensors="pt", **options))
     names = inspect.signature(type(base).get_image_features).parameters
     return {
         name: value.to(device) if isinstance(value, torch.Tensor) else value

@@ -32,6 +32,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, token_grid, token_grids
 from tokenflex.dropin.families import Deepstack, Family, PatchGrids, family_of
 from tokenflex.dropin.variants import variant_of
+from tokenflex.models.generation import cache_of, repeated_images
 from tokenflex.models.modeling import placeholder_rows
 from tokenflex.projector import TokenAdaptiveProjector
 from tokenflex_kernels import pool_norm
@@ -260,7 +261,7 @@ def _check_packing(family: Family, kwargs: dict[str, Any]) -> None:
 def _positions_start_again(kwargs: dict[str, Any]) -> bool:
     """Whether a row holds several samples: positions that do not go up between two tokens."""
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
-    past = kwargs.get("past_key_values")
+    past = cache_of(kwargs)
     if positions is None or (past is not None and past.get_seq_length()):
         return False
     if mask is not None and not (
@@ -279,7 +280,7 @@ def _positions_start_again(kwargs: dict[str, Any]) -> bool:
 
 def _set_rope_positions(base: Any, kwargs: dict[str, Any], counts: Any) -> None:
     """M-RoPE positions, which the forward would derive from the patches that are not there."""
-    past = kwargs.get("past_key_values")
+    past = cache_of(kwargs)
     if (
         not hasattr(base, "get_rope_index")
         or kwargs.get("position_ids") is not None
@@ -315,6 +316,8 @@ def _base_variant(stock: Any, family: Family) -> Any:
     # generate passes on the arguments that it finds in the signature.
     get_image_features.__signature__ = _with_count(signature)  # type: ignore[attr-defined]
     methods: dict[str, Any] = {"get_image_features": get_image_features}
+    if hasattr(stock, "inputs_merger"):
+        methods["inputs_merger"] = _scatter_tokens
     if hasattr(stock, "get_rope_index"):
         methods["get_rope_index"] = _rope_index(stock.get_rope_index)
     if hasattr(stock, "get_video_features"):
@@ -334,8 +337,52 @@ def model_variant(stock: Any, family: Family) -> Any:
         others = {k: v for k, v in model_kwargs.items() if k != "num_image_tokens"}
         stock._validate_model_kwargs(self, others)
 
-    methods = {"__init__": __init__, "_validate_model_kwargs": _validate_model_kwargs}
+    def _expand_multimodal_outputs(
+        self: Any,
+        input_ids: torch.Tensor | None,
+        mm_encoder_output: dict[str, Any],
+        expand_size: int = 1,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> dict[str, Any]:
+        images = mm_encoder_output.get("image")
+        tokens = None if images is None else images.pooler_output
+        if not isinstance(tokens, (list, tuple)) or input_ids is None or not input_ids.numel():
+            return stock._expand_multimodal_outputs(
+                self, input_ids, mm_encoder_output, expand_size, inputs_embeds
+            )
+        sizes = [len(image) for image in tokens]
+        order = repeated_images(input_ids, sizes, self.config.image_token_id, expand_size)
+        layers = getattr(images, "deepstack_features", None)
+        if layers is not None:
+            layers = [[layer[image] for image in order] for layer in layers]
+        repeated = _image_outputs([tokens[image] for image in order], layers)
+        return {**mm_encoder_output, "image": repeated}
+
+    methods = {
+        "__init__": __init__,
+        "_validate_model_kwargs": _validate_model_kwargs,
+        "_expand_multimodal_outputs": _expand_multimodal_outputs,
+    }
     return variant_of(stock, family, model_variant, methods)
+
+
+def _scatter_tokens(
+    self: Any,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor,
+    image_hidden_states: torch.Tensor,
+) -> torch.Tensor:
+    """Put vision tokens in the placeholders' place.
+
+    Idefics3 and SmolVLM do it themselves until transformers 5.20, and SmolVLM's way takes only
+    counts that its patch size divides.
+    """
+    if input_ids is None:
+        image_token_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        mask = (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(-1)
+    else:
+        mask = input_ids == self.config.image_token_id
+    return inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_hidden_states.to(inputs_embeds))
 
 
 def _with_count(signature: inspect.Signature) -> inspect.Signature:

@@ -73,8 +73,9 @@ def evaluate(
         ``_per_question`` (means over kinds as well) and ``_per_question_unweighted`` (see
         :class:`tokenflex.evaluation.statistics.VisionTokens`), ``evaluation_seconds`` (encoding
         included, as if each count were asked alone); ``accuracy_by_kind`` and
-        ``standard_error_by_kind`` (kind -> count), ``questions`` (kind -> how many), ``samples``
-        and ``encoding_seconds``. All is as in JSON.
+        ``standard_error_by_kind`` (kind -> count), ``questions`` (kind -> how many), ``samples``,
+        ``encoding_seconds`` and ``image_backend`` (what resized the images, "pil" or
+        "torchvision"). All is as in JSON.
 
     Raises:
         TypeError: a count is neither a count nor a selector.
@@ -130,7 +131,9 @@ def evaluate(
                 on_batch()
     finally:
         model.train(was_training)
-    return _report(score, verdicts, seconds, encoding_seconds)
+    # PIL's and torchvision's filters differ by a grey level in places, and so may answers.
+    backend = getattr(processor.image_processor, "backend", None)
+    return {**_report(score, verdicts, seconds, encoding_seconds), "image_backend": backend}
 
 
 def _batches(samples: int, batch_size: int) -> list[list[tuple[int, int]]]:

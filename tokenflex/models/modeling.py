@@ -35,6 +35,7 @@ from transformers.modeling_outputs import (
 from tokenflex.counts import Grid, ImageTokenCounts, token_grid, token_grids
 from tokenflex.models.attention import PACKED_ATTENTION
 from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.models.generation import RepeatsImages, takes_cache
 from tokenflex.models.head import build_head, transform_logits
 from tokenflex.models.loss import head_cross_entropy, head_distillation
 from tokenflex.models.prefixes import SharedPrefixes
@@ -62,7 +63,7 @@ class TokenFlexPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
 
 
 class TokenFlexModel(TokenFlexPreTrainedModel):
@@ -186,6 +187,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             stacklevel=2,
         )
 
+    @takes_cache
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -342,7 +344,7 @@ class TokenFlexOutput(CausalLMOutputWithPast):
     distillation_loss: torch.Tensor | None = None
 
 
-class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixin):
+class TokenFlexForConditionalGeneration(RepeatsImages, TokenFlexPreTrainedModel, GenerationMixin):
     """A vision-language model whose vision-token count is an argument of the call."""
 
     def __init__(self, config: TokenFlexConfig) -> None:
@@ -456,6 +458,7 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, GenerationMixi
         """See :meth:`TokenFlexModel.encode_images`."""
         return self.model.encode_images(pixel_values, grids)
 
+    @takes_cache
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -640,8 +643,13 @@ def _check_shared_prefixes(shared: SharedPrefixes, plan: PackPlan, implementatio
 def _check_language_model(language_model: PreTrainedModel) -> None:
     """Refuse what takes no vision tokens, or has a cache of its own, as Mamba does."""
     parameters = inspect.signature(type(language_model).forward).parameters
-    for name in ("inputs_embeds", "past_key_values"):
-        if name not in parameters:
+    # Since transformers 5.24 all caches have one name, those of states without positions as well.
+    has_cache = "past_key_values" in parameters or {"cache", "position_ids"} <= {*parameters}
+    for name, taken in (
+        ("inputs_embeds", "inputs_embeds" in parameters),
+        ("past_key_values", has_cache),
+    ):
+        if not taken:
             raise ValueError(
                 f"text_config must be of a language model that takes {name}, got model_type "
                 f"{language_model.config.model_type!r}"

@@ -324,6 +324,13 @@ def _pretrained(auto_class: Any, path: str | None, **options: Any) -> Any:
         raise ValueError(f"path {path!r} cannot be loaded: {error}") from error
 
 
+# What models read although configs do not declare it before transformers 5.23.
+_UNDECLARED = {
+    "siglip_vision_model": ["vision_use_head"],
+    "siglip2_vision_model": ["vision_use_head"],
+}
+
+
 def _fresh_config(part: PartConfig) -> PretrainedConfig:
     fields: dict[str, Any] = dict(part.config or {})
     model_type = fields.pop("model_type", None)
@@ -333,7 +340,11 @@ def _fresh_config(part: PartConfig) -> PretrainedConfig:
         )
     config_class = CONFIG_MAPPING[model_type]
     # transformers keeps unknown keys without a word: a misspelt width would train the default.
-    known = {*config_class().to_dict(), *config_class.attribute_map}
+    known = {
+        *config_class().to_dict(),
+        *config_class.attribute_map,
+        *_UNDECLARED.get(model_type, ()),
+    }
     for key, value in fields.items():
         if key not in known:
             near = ", ".join(get_close_matches(key, known)) or "a field of its transformers config"

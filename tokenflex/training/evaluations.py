@@ -241,7 +241,12 @@ def merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
             )
             by_kind[kind][count] = right / asked[kind]
         accuracy[count] = sum(by_kind[kind][count] for kind in kinds) / len(kinds)
-    return {"accuracy": accuracy, "accuracy_by_kind": by_kind, "questions": asked}
+    return {
+        "accuracy": accuracy,
+        "accuracy_by_kind": by_kind,
+        "questions": asked,
+        "image_backend": reports[0].get("image_backend"),
+    }
 
 
 @contextmanager

@@ -1,0 +1,31 @@
+"""The oldest releases of other packages that ours work with."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+
+
+def require(package: str, oldest: str, needed_by: str = "tokenflex") -> None:
+    """Refuse an installed release that is too old. A package that is missing is reported elsewhere.
+
+    Args:
+        package: name of its distribution.
+        oldest: the first release that works, for example ``"5.17"``.
+        needed_by: what needs it, as the message names it.
+
+    Raises:
+        ImportError: the installed release is older.
+    """
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        return
+    if _numbers(found) < _numbers(oldest):
+        raise ImportError(f"{needed_by} needs {package} >= {oldest}, found {found}")
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    """The leading numbers of a version: (2, 13, 0) of ``2.13.0a1+cpu``."""
+    numbers = re.match(r"\d+(?:\.\d+)*", release)
+    return tuple(int(number) for number in numbers[0].split(".")) if numbers else ()
