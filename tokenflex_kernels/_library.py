@@ -6,10 +6,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 _LIBRARY = torch.library.Library("tokenflex", "FRAGMENT")
 
@@ -46,3 +51,112 @@ def define(
 def differentiate(name: str, autograd: Callable[..., Any]) -> None:
     """Call ``autograd`` instead of the op's kernel, whether or not a tensor requires grad."""
     _LIBRARY.impl(name, autograd, "Autograd")
+
+
+# ---- torch.func. Its transforms are levels, which a call goes through from the innermost outwards.
+# An op's autograd kernel runs once for each level of differentiation and records that level alone.
+
+
+def is_transformed() -> bool:
+    """Whether a ``torch.func`` transform is under way."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def apply(function: Any, *arguments: Any) -> Any:
+    """Return ``function.apply(*arguments)``, for the level that the autograd kernel runs at.
+
+    ``Function.apply`` itself would start again at the innermost level.
+    """
+    if not is_transformed():
+        return function.apply(*arguments)
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*arguments)
+
+
+def below_autograd() -> AbstractContextManager[None]:
+    """Call ops as the ``forward`` of a Function does: not recorded here, but at levels further out.
+
+    An ``autograd.Function`` switches gradients off for all levels while its ``forward`` runs.
+    """
+    return _below_one_level() if is_transformed() else torch._C._AutoDispatchBelowAutograd()
+
+
+@contextmanager
+def _below_one_level() -> Iterator[None]:
+    with (
+        torch.enable_grad(),
+        forward_ad._set_fwd_grad_enabled(True),
+        torch._C._AutoDispatchBelowAutograd(),
+    ):
+        yield
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``once_differentiable`` for plain autograd.
+
+    Within ``torch.func`` it would take a second derivative for zero. There the ops that
+    ``backward`` calls have derivatives, or refuse.
+    """
+    refusing = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *grads: Any) -> Any:
+        return backward(ctx, *grads) if is_transformed() else refusing(ctx, *grads)
+
+    return once
+
+
+def refuse_derivatives(name: str, op: Callable[..., Any]) -> None:
+    """Make a derivative of ``op`` an error, where it would be zero otherwise."""
+    message = (
+        f"tokenflex::{name} has no derivative: it is a part of a kernel that was marked with "
+        "@once_differentiable and has no jvp. TOKENFLEX_BACKEND=reference has all derivatives"
+    )
+
+    class Refusal(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            with below_autograd():
+                return op(*arguments)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            raise RuntimeError(message)
+
+    def autograd(*arguments: Any) -> Any:
+        tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
+        if forward_ad._current_level >= 0 and any(
+            forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+        ):
+            raise NotImplementedError(message)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return apply(Refusal, *arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    differentiate(name, autograd)
+
+
+def batch(name: str, rule: Callable[..., Any]) -> None:
+    """Run an op under ``torch.vmap`` by ``rule``, as :func:`torch.library.register_vmap` has it."""
+    torch.library.register_vmap(f"tokenflex::{name}", rule, lib=_LIBRARY)
+
+
+def one_by_one(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the rule that calls ``op`` once for each example."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        results = [
+            op(
+                *(
+                    value if dim is None else value.select(dim, example).contiguous()
+                    for value, dim in zip(arguments, in_dims, strict=True)
+                )
+            )
+            for example in range(info.batch_size)
+        ]
+        if isinstance(results[0], tuple):
+            return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+        return torch.stack(results), 0
+
+    return rule

@@ -15,6 +15,10 @@ saved. A gradient is a row mover again, or the sum of table rows:
     merge_vision      keep_text      (vision rows become zero)         unpack_vision
     unpack_vision     spread_vision  (text rows become zero)
 
+Each gradient is linear in turn, so that ``torch.func`` may nest its transforms; plain autograd
+refuses a second derivative. Under ``torch.vmap`` a mover runs once for the whole batch, on wider
+rows: it looks at row numbers alone, so what the examples hold lies side by side in one row.
+
 ``tokenflex_kernels.packing`` checks arguments and says which are wrong. An op that is called on its
 own looks at dtypes, widths and strides alone, so that it reads what its tensors hold; row numbers
 are checked on the CPU.
@@ -33,11 +37,19 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from tokenflex_kernels._backend import extension
 from tokenflex_kernels._layout import neighbours
-from tokenflex_kernels._library import define, differentiate
+from tokenflex_kernels._library import (
+    apply,
+    batch,
+    below_autograd,
+    define,
+    differentiable_once,
+    differentiate,
+    one_by_one,
+    refuse_derivatives,
+)
 
 # ---- kernels
 
@@ -214,11 +226,11 @@ class _PackEmbeddings(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(source, vision_rows)
         ctx.num_rows, ctx.sparse_ids = embedding.shape[0], sparse_ids
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return pack_embeddings(embedding, vision, source, vision_rows)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         source, vision_rows = ctx.saved_tensors
         needs_embedding, needs_vision, *_ = ctx.needs_input_grad
@@ -243,13 +255,13 @@ class _MergeVision(torch.autograd.Function):
     def forward(
         ctx: Any, inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             merged, source = merge_vision(inputs_embeds, vision, vision_rows)
         ctx.save_for_backward(source, vision_rows)
         return merged, source
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: torch.Tensor, _: Any) -> Gradients:
         source, vision_rows = ctx.saved_tensors
         needs_inputs, needs_vision, *_ = ctx.needs_input_grad
@@ -268,14 +280,67 @@ class _UnpackVision(torch.autograd.Function):
         ctx: Any, packed: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(source)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return unpack_vision(packed, source, vision_rows)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         (source,) = ctx.saved_tensors
         return spread_vision(grad, source), None, None
+
+
+# Those of the gradients: a torch.func transform around another one differentiates them.
+
+
+class _KeepText(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(source)
+        with below_autograd():
+            return keep_text(rows, source)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        (source,) = ctx.saved_tensors
+        return keep_text(grad, source), None  # a merge leaves each text row where it is
+
+
+class _SpreadVision(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, vision: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(source)
+        ctx.num_vision = vision.shape[0]
+        with below_autograd():
+            return spread_vision(vision, source)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        (source,) = ctx.saved_tensors
+        return unpack_vision(grad, source, _vision_rows(source, ctx.num_vision)), None
+
+
+class _TableGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, grad: torch.Tensor, source: torch.Tensor, num_vision: int, num_rows: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(source)
+        ctx.num_vision = num_vision
+        with below_autograd():
+            return table_gradient(grad, source, num_vision, num_rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        (source,) = ctx.saved_tensors
+        no_vision = grad.new_zeros(ctx.num_vision, grad.shape[1])
+        rows = _vision_rows(source, ctx.num_vision)
+        return pack_embeddings(grad, no_vision, source, rows), None, None, None
+
+
+def _vision_rows(source: torch.Tensor, num_vision: int) -> torch.Tensor:
+    """The row of each vision token, int32: in order, ``source`` begins with the last token's."""
+    return torch.argsort(source)[:num_vision].flip(0).to(torch.int32)
 
 
 def _differentiate(name: str, op: Callable[..., Any], function: Any, floats: int) -> None:
@@ -304,7 +369,7 @@ def _differentiate(name: str, op: Callable[..., Any], function: Any, floats: int
 
     def backward_mode(*arguments: Any) -> Any:
         if torch.is_grad_enabled() and any(value.requires_grad for value in arguments[:floats]):
-            return function.apply(*arguments)
+            return apply(function, *arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
 
@@ -314,6 +379,73 @@ def _differentiate(name: str, op: Callable[..., Any], function: Any, floats: int
 _differentiate("pack_embeddings", pack_embeddings, _PackEmbeddings, floats=2)
 _differentiate("merge_vision", merge_vision, _MergeVision, floats=2)
 _differentiate("unpack_vision", unpack_vision, _UnpackVision, floats=1)
+_differentiate("keep_text", keep_text, _KeepText, floats=1)
+_differentiate("spread_vision", spread_vision, _SpreadVision, floats=1)
+_differentiate("table_gradient", table_gradient, _TableGradient, floats=1)
+refuse_derivatives("sparse_table_gradient", sparse_table_gradient)
+
+
+# ---- torch.vmap
+
+
+def _batch(name: str, op: Callable[..., Any], floats: int) -> None:
+    """Give ``op`` a rule for ``torch.vmap``: one call, with the examples side by side in a row.
+
+    Examples with row maps of their own, as ``merge_vision`` may have, are calls of their own.
+    """
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        size = info.batch_size
+        if any(dim is not None for dim in in_dims[floats:]):
+            return one_by_one(op)(info, in_dims, *arguments)
+        if op is pack_embeddings and in_dims[0] is None:
+            # A table is too large to stand there once for each example; its text rows are not.
+            arguments = _text_first(*arguments)
+        rows = [
+            _side_by_side(value, dim, size)
+            for value, dim in zip(arguments[:floats], in_dims, strict=False)
+        ]
+        result = op(*rows, *arguments[floats:])
+        if isinstance(result, tuple):  # with a row map, which all examples share
+            return (_apart(result[0], size), result[1]), (result[0].ndim - 1, None)
+        return _apart(result, size), result.ndim - 1
+
+    batch(name, rule)
+
+
+def _text_first(
+    embedding: torch.Tensor,
+    vision: torch.Tensor,
+    source: torch.Tensor,
+    vision_rows: torch.Tensor,
+    sparse_ids: int | None = None,
+) -> tuple[Any, ...]:
+    """Arguments of the same packing, whose table has a row for each packed row."""
+    no_vision = embedding.new_zeros(vision_rows.shape[0], embedding.shape[1])
+    text = pack_embeddings(embedding, no_vision, source, vision_rows, sparse_ids)
+    own = torch.arange(source.shape[0], dtype=source.dtype, device=source.device)
+    return text, vision, torch.where(source >= 0, own, source), vision_rows
+
+
+def _side_by_side(rows: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
+    """[.., size * D]: ``size`` examples [.., D] along ``dim``, or one that all of them share."""
+    if dim is None:
+        rows = rows.unsqueeze(-2).expand(*rows.shape[:-1], size, -1)
+    else:
+        rows = rows.movedim(dim, -2)
+    return rows.flatten(-2)
+
+
+def _apart(rows: torch.Tensor, size: int) -> torch.Tensor:
+    return rows.unflatten(-1, (size, rows.shape[-1] // size))
+
+
+_batch("pack_embeddings", pack_embeddings, floats=2)
+_batch("merge_vision", merge_vision, floats=2)
+_batch("unpack_vision", unpack_vision, floats=1)
+_batch("keep_text", keep_text, floats=1)
+_batch("spread_vision", spread_vision, floats=1)
+_batch("table_gradient", table_gradient, floats=1)
 
 
 # ---- calls into the extension
