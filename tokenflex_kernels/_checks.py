@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 Grid = tuple[int, int]
-MAX_SIDE = 2**15  # patches or cells; rows are counted in 32 bits
+MAX_SIDE = 2**16  # patches or cells along an axis, whose tables are O(side)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INT_DTYPES = (
     torch.int8,

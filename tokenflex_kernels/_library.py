@@ -106,6 +106,39 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     return once
 
 
+def differentiate_linear(name: str, op: Callable[..., Any], function: Any, floats: int) -> None:
+    """Give ``op`` the derivative that ``function`` has, at no cost where none is asked for.
+
+    The first ``floats`` arguments are its float tensors. In forward mode it needs no derivative:
+    each op is linear in those, all of them together, so its tangent is the op of their tangents.
+    """
+
+    def autograd(*arguments: Any) -> Any:
+        if forward_ad._current_level < 0:  # what unpack_dual looks at, without its cost
+            return backward_mode(*arguments)
+        others = arguments[floats:]
+        duals = [forward_ad.unpack_dual(tensor) for tensor in arguments[:floats]]
+        if all(dual.tangent is None for dual in duals):
+            return backward_mode(*arguments)
+        tangents = [
+            torch.zeros_like(dual.primal) if dual.tangent is None else dual.tangent
+            for dual in duals
+        ]
+        result = backward_mode(*(dual.primal for dual in duals), *others)
+        tangent = backward_mode(*tangents, *others)
+        if isinstance(result, tuple):  # with a row map
+            return forward_ad.make_dual(result[0], tangent[0]), result[1]
+        return forward_ad.make_dual(result, tangent)
+
+    def backward_mode(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(value.requires_grad for value in arguments[:floats]):
+            return apply(function, *arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    differentiate(name, autograd)
+
+
 def refuse_derivatives(name: str, op: Callable[..., Any]) -> None:
     """Make a derivative of ``op`` an error, where it would be zero otherwise."""
     message = (
@@ -160,3 +193,39 @@ def one_by_one(op: Callable[..., Any]) -> Callable[..., Any]:
         return torch.stack(results), 0
 
     return rule
+
+
+def side_by_side(op: Callable[..., Any], floats: int) -> Callable[..., Any]:
+    """Return the rule that calls ``op`` once, with the examples side by side in its rows.
+
+    For ops that treat the columns of their rows alike: the first ``floats`` arguments, and the
+    result, or the first of two. Examples with other arguments of their own are calls of their own.
+    """
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        size = info.batch_size
+        if any(dim is not None for dim in in_dims[floats:]):
+            return one_by_one(op)(info, in_dims, *arguments)
+        rows = [
+            _side_by_side(value, dim, size)
+            for value, dim in zip(arguments[:floats], in_dims[:floats], strict=True)
+        ]
+        result = op(*rows, *arguments[floats:])
+        if isinstance(result, tuple):  # with a row map, which all examples share
+            return (_apart(result[0], size), result[1]), (result[0].ndim - 1, None)
+        return _apart(result, size), result.ndim - 1
+
+    return rule
+
+
+def _side_by_side(rows: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
+    """[.., size * D]: ``size`` examples [.., D] along ``dim``, or one that all of them share."""
+    if dim is None:
+        rows = rows.unsqueeze(-2).expand(*rows.shape[:-1], size, -1)
+    else:
+        rows = rows.movedim(dim, -2)
+    return rows.flatten(-2)
+
+
+def _apart(rows: torch.Tensor, size: int) -> torch.Tensor:
+    return rows.unflatten(-1, (size, rows.shape[-1] // size))

@@ -36,19 +36,17 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from tokenflex_kernels._backend import extension
 from tokenflex_kernels._layout import neighbours
 from tokenflex_kernels._library import (
-    apply,
     batch,
     below_autograd,
     define,
     differentiable_once,
-    differentiate,
-    one_by_one,
+    differentiate_linear,
     refuse_derivatives,
+    side_by_side,
 )
 
 # ---- kernels
@@ -343,74 +341,24 @@ def _vision_rows(source: torch.Tensor, num_vision: int) -> torch.Tensor:
     return torch.argsort(source)[:num_vision].flip(0).to(torch.int32)
 
 
-def _differentiate(name: str, op: Callable[..., Any], function: Any, floats: int) -> None:
-    """Give ``op`` the derivative that ``function`` has, at no cost where none is asked for.
-
-    The first ``floats`` arguments are its float tensors. In forward mode it needs no derivative:
-    each op is linear in those, all of them together, so its tangent is the op of their tangents.
-    """
-
-    def autograd(*arguments: Any) -> Any:
-        if forward_ad._current_level < 0:  # what unpack_dual looks at, without its cost
-            return backward_mode(*arguments)
-        others = arguments[floats:]
-        duals = [forward_ad.unpack_dual(tensor) for tensor in arguments[:floats]]
-        if all(dual.tangent is None for dual in duals):
-            return backward_mode(*arguments)
-        tangents = [
-            torch.zeros_like(dual.primal) if dual.tangent is None else dual.tangent
-            for dual in duals
-        ]
-        result = backward_mode(*(dual.primal for dual in duals), *others)
-        tangent = backward_mode(*tangents, *others)
-        if isinstance(result, tuple):  # with a row map
-            return forward_ad.make_dual(result[0], tangent[0]), result[1]
-        return forward_ad.make_dual(result, tangent)
-
-    def backward_mode(*arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any(value.requires_grad for value in arguments[:floats]):
-            return apply(function, *arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*arguments)
-
-    differentiate(name, autograd)
-
-
-_differentiate("pack_embeddings", pack_embeddings, _PackEmbeddings, floats=2)
-_differentiate("merge_vision", merge_vision, _MergeVision, floats=2)
-_differentiate("unpack_vision", unpack_vision, _UnpackVision, floats=1)
-_differentiate("keep_text", keep_text, _KeepText, floats=1)
-_differentiate("spread_vision", spread_vision, _SpreadVision, floats=1)
-_differentiate("table_gradient", table_gradient, _TableGradient, floats=1)
+differentiate_linear("pack_embeddings", pack_embeddings, _PackEmbeddings, floats=2)
+differentiate_linear("merge_vision", merge_vision, _MergeVision, floats=2)
+differentiate_linear("unpack_vision", unpack_vision, _UnpackVision, floats=1)
+differentiate_linear("keep_text", keep_text, _KeepText, floats=1)
+differentiate_linear("spread_vision", spread_vision, _SpreadVision, floats=1)
+differentiate_linear("table_gradient", table_gradient, _TableGradient, floats=1)
 refuse_derivatives("sparse_table_gradient", sparse_table_gradient)
 
 
 # ---- torch.vmap
 
 
-def _batch(name: str, op: Callable[..., Any], floats: int) -> None:
-    """Give ``op`` a rule for ``torch.vmap``: one call, with the examples side by side in a row.
-
-    Examples with row maps of their own, as ``merge_vision`` may have, are calls of their own.
-    """
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        size = info.batch_size
-        if any(dim is not None for dim in in_dims[floats:]):
-            return one_by_one(op)(info, in_dims, *arguments)
-        if op is pack_embeddings and in_dims[0] is None:
-            # A table is too large to stand there once for each example; its text rows are not.
-            arguments = _text_first(*arguments)
-        rows = [
-            _side_by_side(value, dim, size)
-            for value, dim in zip(arguments[:floats], in_dims, strict=False)
-        ]
-        result = op(*rows, *arguments[floats:])
-        if isinstance(result, tuple):  # with a row map, which all examples share
-            return (_apart(result[0], size), result[1]), (result[0].ndim - 1, None)
-        return _apart(result, size), result.ndim - 1
-
-    batch(name, rule)
+def _batch_packing(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    if in_dims[0] is None and not any(dim is not None for dim in in_dims[2:]):
+        # A table is too large to stand there once for each example; its text rows are not.
+        arguments = _text_first(*arguments)
+        in_dims = in_dims[: len(arguments)]
+    return side_by_side(pack_embeddings, floats=2)(info, in_dims, *arguments)
 
 
 def _text_first(
@@ -427,25 +375,12 @@ def _text_first(
     return text, vision, torch.where(source >= 0, own, source), vision_rows
 
 
-def _side_by_side(rows: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
-    """[.., size * D]: ``size`` examples [.., D] along ``dim``, or one that all of them share."""
-    if dim is None:
-        rows = rows.unsqueeze(-2).expand(*rows.shape[:-1], size, -1)
-    else:
-        rows = rows.movedim(dim, -2)
-    return rows.flatten(-2)
-
-
-def _apart(rows: torch.Tensor, size: int) -> torch.Tensor:
-    return rows.unflatten(-1, (size, rows.shape[-1] // size))
-
-
-_batch("pack_embeddings", pack_embeddings, floats=2)
-_batch("merge_vision", merge_vision, floats=2)
-_batch("unpack_vision", unpack_vision, floats=1)
-_batch("keep_text", keep_text, floats=1)
-_batch("spread_vision", spread_vision, floats=1)
-_batch("table_gradient", table_gradient, floats=1)
+batch("pack_embeddings", _batch_packing)
+batch("merge_vision", side_by_side(merge_vision, floats=2))
+batch("unpack_vision", side_by_side(unpack_vision, floats=1))
+batch("keep_text", side_by_side(keep_text, floats=1))
+batch("spread_vision", side_by_side(spread_vision, floats=1))
+batch("table_gradient", side_by_side(table_gradient, floats=1))
 
 
 # ---- calls into the extension
