@@ -113,7 +113,15 @@ def check_eps(eps: object) -> float:
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast chooses dtypes on ``device``; False where there is no autocast (meta)."""
     kind = device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return _has_autocast(kind) and torch.is_autocast_enabled(kind)
+
+
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
+# Up to 2.11, a compiler cannot look into it. It never changes: see select_backend.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def match_weight(name: str, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

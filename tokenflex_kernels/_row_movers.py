@@ -237,11 +237,12 @@ class _PackEmbeddings(torch.autograd.Function):
             grad_embedding = table_gradient(grad, source, vision_rows.shape[0], ctx.num_rows)
         elif needs_embedding:
             ids, sums = sparse_table_gradient(grad, source, vision_rows.shape[0], ctx.sparse_ids)
-            grad_embedding = torch.sparse_coo_tensor(
-                ids[None],
-                sums,
-                (ctx.num_rows, grad.shape[1]),
-                check_invariants=False,
+            # torch.sparse_coo_tensor warns of checks that are off, up to 2.11 even if told so.
+            grad_embedding = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors(
+                *(1, 1, (ctx.num_rows, grad.shape[1]), ids[None], sums),
+                dtype=sums.dtype,
+                layout=torch.sparse_coo,
+                device=sums.device,
                 is_coalesced=True,
             )
         grad_vision = unpack_vision(grad, source, vision_rows) if needs_vision else None
