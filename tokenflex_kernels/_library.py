@@ -73,6 +73,25 @@ def apply(function: Any, *arguments: Any) -> Any:
         return super(torch.autograd.Function, function).apply(*arguments)
 
 
+def has_tangent(arguments: Sequence[Any]) -> bool:
+    """Whether any of the arguments is a dual tensor, of forward-mode differentiation.
+
+    A compiled ``torch.func.jvp`` opens its level without ``forward_ad``, which then knows of none.
+    """
+    if forward_ad._current_level < 0 and not is_transformed():
+        return False
+    return any(
+        forward_ad.unpack_dual(value, level=0).tangent is not None
+        for value in arguments
+        if isinstance(value, torch.Tensor)
+    )
+
+
+def requires_grad(arguments: Sequence[Any]) -> bool:
+    """Whether any of the arguments is a tensor that requires grad."""
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in arguments)
+
+
 def below_autograd() -> AbstractContextManager[None]:
     """Call ops as the ``forward`` of a Function does: not recorded here, but at levels further out.
 
@@ -114,12 +133,10 @@ def differentiate_linear(name: str, op: Callable[..., Any], function: Any, float
     """
 
     def autograd(*arguments: Any) -> Any:
-        if forward_ad._current_level < 0:  # what unpack_dual looks at, without its cost
+        if not has_tangent(arguments[:floats]):
             return backward_mode(*arguments)
         others = arguments[floats:]
-        duals = [forward_ad.unpack_dual(tensor) for tensor in arguments[:floats]]
-        if all(dual.tangent is None for dual in duals):
-            return backward_mode(*arguments)
+        duals = [forward_ad.unpack_dual(tensor, level=0) for tensor in arguments[:floats]]
         tangents = [
             torch.zeros_like(dual.primal) if dual.tangent is None else dual.tangent
             for dual in duals
@@ -127,8 +144,8 @@ def differentiate_linear(name: str, op: Callable[..., Any], function: Any, float
         result = backward_mode(*(dual.primal for dual in duals), *others)
         tangent = backward_mode(*tangents, *others)
         if isinstance(result, tuple):  # with a row map
-            return forward_ad.make_dual(result[0], tangent[0]), result[1]
-        return forward_ad.make_dual(result, tangent)
+            return forward_ad.make_dual(result[0], tangent[0], level=0), result[1]
+        return forward_ad.make_dual(result, tangent, level=0)
 
     def backward_mode(*arguments: Any) -> Any:
         if torch.is_grad_enabled() and any(value.requires_grad for value in arguments[:floats]):
@@ -157,12 +174,9 @@ def refuse_derivatives(name: str, op: Callable[..., Any]) -> None:
             raise RuntimeError(message)
 
     def autograd(*arguments: Any) -> Any:
-        tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
-        if forward_ad._current_level >= 0 and any(
-            forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
-        ):
+        if has_tangent(arguments):
             raise NotImplementedError(message)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        if torch.is_grad_enabled() and requires_grad(arguments):
             return apply(Refusal, *arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)

@@ -28,7 +28,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from tokenflex_kernels._library import (
     apply,
@@ -37,8 +36,10 @@ from tokenflex_kernels._library import (
     define,
     differentiable_once,
     differentiate,
+    has_tangent,
     one_by_one,
     refuse_derivatives,
+    requires_grad,
 )
 from tokenflex_kernels.launch_configs import Config, architecture, launch_config
 from tokenflex_kernels.pool_plan import PoolPlan, is_watched
@@ -640,18 +641,12 @@ def _dtype(tensor: torch.Tensor | None) -> torch.dtype | None:
     return None if tensor is None else tensor.dtype
 
 
-def _requires_grad(arg: object) -> bool:
-    return isinstance(arg, torch.Tensor) and arg.requires_grad
-
-
 def _differentiate(name: str, op: Callable[..., torch.Tensor], function: Any) -> None:
     """Give ``op`` the derivative that ``function`` has, at no cost where none is asked for."""
 
     def autograd(*args: Any) -> torch.Tensor:
         # In forward mode, `function` is what refuses: it has no jvp.
-        if forward_ad._current_level >= 0 or (
-            torch.is_grad_enabled() and any(map(_requires_grad, args))
-        ):
+        if has_tangent(args) or (torch.is_grad_enabled() and requires_grad(args)):
             result: torch.Tensor = apply(function, *args)
             return result
         with torch._C._AutoDispatchBelowAutograd():
