@@ -193,6 +193,7 @@ class TestNumerics:
         assert torch.equal(out[3], torch.full((4,), torch.inf, device=device))
         assert torch.equal(out[1:3], torch.zeros(2, 4, device=device))
 
+    @pytest.mark.filterwarnings("ignore:invalid value")
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize("has_norm", [False, True])
     @pytest.mark.parametrize(
