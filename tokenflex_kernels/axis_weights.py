@@ -14,7 +14,7 @@ import numpy as np
 
 MODES = ("adaptive", "resize")
 CACHED_MAPS = 512
-LARGE_AXIS = 4096  # patches and cells; the maps of larger axes are made anew, in milliseconds
+LARGE_AXIS = 512  # patches or cells; the maps of longer axes are made anew, in milliseconds
 
 
 class AxisMap(NamedTuple):

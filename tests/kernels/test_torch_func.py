@@ -162,7 +162,9 @@ class TestPacking:
 
         assert_equals_the_reference(seeded)
 
-    def test_examples_may_have_rows_of_their_own(self):
+    @pytest.mark.parametrize("backend", ["auto", "reference"])
+    def test_examples_may_have_rows_of_their_own(self, backend, monkeypatch):
+        monkeypatch.setenv("TOKENFLEX_BACKEND", backend)
         base, vision = rows(BATCH, 6), rows(BATCH, 2)
         places = torch.tensor([[0, 4], [5, 2]])
         merged = vmap(merge_vision)(base, vision, places)
