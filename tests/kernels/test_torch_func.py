@@ -218,7 +218,8 @@ class TestPacking:
         "transform",
         [
             pytest.param(lambda loss: grad(loss, (0, 1)), id="grad"),
-            pytest.param(lambda loss: hessian(loss, (0, 1)), id="hessian"),
+            pytest.param(lambda loss: hessian(loss, 0), id="hessian of the table"),
+            pytest.param(lambda loss: hessian(loss, 1), id="hessian of vision"),
             pytest.param(
                 lambda loss: (
                     lambda table, vision: vmap(grad(loss, (0, 1)), (None, 0))(
