@@ -58,7 +58,7 @@ def differentiate(name: str, autograd: Callable[..., Any]) -> None:
 
 
 def is_transformed() -> bool:
-    """Whether a ``torch.func`` transform is under way."""
+    """Return whether a ``torch.func`` transform is under way."""
     return torch._C._are_functorch_transforms_active()
 
 
@@ -74,7 +74,7 @@ def apply(function: Any, *arguments: Any) -> Any:
 
 
 def has_tangent(arguments: Sequence[Any]) -> bool:
-    """Whether any of the arguments is a dual tensor, of forward-mode differentiation.
+    """Return whether any of the arguments is a dual tensor, of forward-mode differentiation.
 
     A compiled ``torch.func.jvp`` opens its level without ``forward_ad``, which then knows of none.
     """
@@ -88,7 +88,7 @@ def has_tangent(arguments: Sequence[Any]) -> bool:
 
 
 def requires_grad(arguments: Sequence[Any]) -> bool:
-    """Whether any of the arguments is a tensor that requires grad."""
+    """Return whether any of the arguments is a tensor that requires grad."""
     return any(isinstance(value, torch.Tensor) and value.requires_grad for value in arguments)
 
 

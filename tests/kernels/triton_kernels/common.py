@@ -53,7 +53,7 @@ def pool_image(image, out_grid, mode):
 
 
 def windows_of(in_grid, out_grid, mode):
-    """Whether each cell sees each patch, bool [h * w, H * W]: by the weights of PyTorch's own."""
+    """Return whether each cell sees each patch, bool [h * w, H * W], by PyTorch's own weights."""
     patches = in_grid[0] * in_grid[1]
     image = torch.eye(patches, dtype=torch.float64).reshape(1, patches, *in_grid)
     return pool_image(image, out_grid, mode).flatten(2)[0].T > 1e-9
