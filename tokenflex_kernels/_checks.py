@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 Grid = tuple[int, int]
-MAX_SIDE = 2**15  # patches or cells; rows are counted in 32 bits
+MAX_SIDE = 2**16  # patches or cells along an axis, whose tables are O(side)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INT_DTYPES = (
     torch.int8,
@@ -113,7 +113,15 @@ def check_eps(eps: object) -> float:
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast chooses dtypes on ``device``; False where there is no autocast (meta)."""
     kind = device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return _has_autocast(kind) and torch.is_autocast_enabled(kind)
+
+
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
+# Up to 2.11, a compiler cannot look into it. It never changes: see select_backend.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def match_weight(name: str, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

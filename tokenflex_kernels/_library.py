@@ -6,10 +6,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 _LIBRARY = torch.library.Library("tokenflex", "FRAGMENT")
 
@@ -46,3 +51,195 @@ def define(
 def differentiate(name: str, autograd: Callable[..., Any]) -> None:
     """Call ``autograd`` instead of the op's kernel, whether or not a tensor requires grad."""
     _LIBRARY.impl(name, autograd, "Autograd")
+
+
+# ---- torch.func. Its transforms are levels, which a call goes through from the innermost outwards.
+# An op's autograd kernel runs once for each level of differentiation and records that level alone.
+
+
+def is_transformed() -> bool:
+    """Return whether a ``torch.func`` transform is under way."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def apply(function: Any, *arguments: Any) -> Any:
+    """Return ``function.apply(*arguments)``, for the level that the autograd kernel runs at.
+
+    ``Function.apply`` itself would start again at the innermost level.
+    """
+    if not is_transformed():
+        return function.apply(*arguments)
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*arguments)
+
+
+def has_tangent(arguments: Sequence[Any]) -> bool:
+    """Return whether any of the arguments is a dual tensor, of forward-mode differentiation.
+
+    A compiled ``torch.func.jvp`` opens its level without ``forward_ad``, which then knows of none.
+    """
+    if forward_ad._current_level < 0 and not is_transformed():
+        return False
+    return any(
+        forward_ad.unpack_dual(value, level=0).tangent is not None
+        for value in arguments
+        if isinstance(value, torch.Tensor)
+    )
+
+
+def requires_grad(arguments: Sequence[Any]) -> bool:
+    """Return whether any of the arguments is a tensor that requires grad."""
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in arguments)
+
+
+def below_autograd() -> AbstractContextManager[None]:
+    """Call ops as the ``forward`` of a Function does: not recorded here, but at levels further out.
+
+    An ``autograd.Function`` switches gradients off for all levels while its ``forward`` runs.
+    """
+    return _below_one_level() if is_transformed() else torch._C._AutoDispatchBelowAutograd()
+
+
+@contextmanager
+def _below_one_level() -> Iterator[None]:
+    with (
+        torch.enable_grad(),
+        forward_ad._set_fwd_grad_enabled(True),
+        torch._C._AutoDispatchBelowAutograd(),
+    ):
+        yield
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``once_differentiable`` for plain autograd.
+
+    Within ``torch.func`` it would take a second derivative for zero. There the ops that
+    ``backward`` calls have derivatives, or refuse.
+    """
+    refusing = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *grads: Any) -> Any:
+        return backward(ctx, *grads) if is_transformed() else refusing(ctx, *grads)
+
+    return once
+
+
+def differentiate_linear(name: str, op: Callable[..., Any], function: Any, floats: int) -> None:
+    """Give ``op`` the derivative that ``function`` has, at no cost where none is asked for.
+
+    The first ``floats`` arguments are its float tensors. In forward mode it needs no derivative:
+    each op is linear in those, all of them together, so its tangent is the op of their tangents.
+    """
+
+    def autograd(*arguments: Any) -> Any:
+        if not has_tangent(arguments[:floats]):
+            return backward_mode(*arguments)
+        others = arguments[floats:]
+        duals = [forward_ad.unpack_dual(tensor, level=0) for tensor in arguments[:floats]]
+        tangents = [
+            torch.zeros_like(dual.primal) if dual.tangent is None else dual.tangent
+            for dual in duals
+        ]
+        result = backward_mode(*(dual.primal for dual in duals), *others)
+        tangent = backward_mode(*tangents, *others)
+        if isinstance(result, tuple):  # with a row map
+            return forward_ad.make_dual(result[0], tangent[0], level=0), result[1]
+        return forward_ad.make_dual(result, tangent, level=0)
+
+    def backward_mode(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(value.requires_grad for value in arguments[:floats]):
+            return apply(function, *arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    differentiate(name, autograd)
+
+
+def refuse_derivatives(name: str, op: Callable[..., Any]) -> None:
+    """Make a derivative of ``op`` an error, where it would be zero otherwise."""
+    message = (
+        f"tokenflex::{name} has no derivative: it is a part of a kernel that was marked with "
+        "@once_differentiable and has no jvp. TOKENFLEX_BACKEND=reference has all derivatives"
+    )
+
+    class Refusal(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            with below_autograd():
+                return op(*arguments)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            raise RuntimeError(message)
+
+    def autograd(*arguments: Any) -> Any:
+        if has_tangent(arguments):
+            raise NotImplementedError(message)
+        if torch.is_grad_enabled() and requires_grad(arguments):
+            return apply(Refusal, *arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    differentiate(name, autograd)
+
+
+def batch(name: str, rule: Callable[..., Any]) -> None:
+    """Run an op under ``torch.vmap`` by ``rule``, as :func:`torch.library.register_vmap` has it."""
+    torch.library.register_vmap(f"tokenflex::{name}", rule, lib=_LIBRARY)
+
+
+def one_by_one(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the rule that calls ``op`` once for each example."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        results = [
+            op(
+                *(
+                    value if dim is None else value.select(dim, example).contiguous()
+                    for value, dim in zip(arguments, in_dims, strict=True)
+                )
+            )
+            for example in range(info.batch_size)
+        ]
+        if isinstance(results[0], tuple):
+            return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+        return torch.stack(results), 0
+
+    return rule
+
+
+def side_by_side(op: Callable[..., Any], floats: int) -> Callable[..., Any]:
+    """Return the rule that calls ``op`` once, with the examples side by side in its rows.
+
+    For ops that treat the columns of their rows alike: the first ``floats`` arguments, and the
+    result, or the first of two. Examples with other arguments of their own are calls of their own.
+    """
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        size = info.batch_size
+        if any(dim is not None for dim in in_dims[floats:]):
+            return one_by_one(op)(info, in_dims, *arguments)
+        rows = [
+            _side_by_side(value, dim, size)
+            for value, dim in zip(arguments[:floats], in_dims[:floats], strict=True)
+        ]
+        result = op(*rows, *arguments[floats:])
+        if isinstance(result, tuple):  # with a row map, which all examples share
+            return (_apart(result[0], size), result[1]), (result[0].ndim - 1, None)
+        return _apart(result, size), result.ndim - 1
+
+    return rule
+
+
+def _side_by_side(rows: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
+    """[.., size * D]: ``size`` examples [.., D] along ``dim``, or one that all of them share."""
+    if dim is None:
+        rows = rows.unsqueeze(-2).expand(*rows.shape[:-1], size, -1)
+    else:
+        rows = rows.movedim(dim, -2)
+    return rows.flatten(-2)
+
+
+def _apart(rows: torch.Tensor, size: int) -> torch.Tensor:
+    return rows.unflatten(-1, (size, rows.shape[-1] // size))

@@ -28,10 +28,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
-from tokenflex_kernels._library import define, differentiate
+from tokenflex_kernels._library import (
+    apply,
+    batch,
+    below_autograd,
+    define,
+    differentiable_once,
+    differentiate,
+    has_tangent,
+    one_by_one,
+    refuse_derivatives,
+    requires_grad,
+)
 from tokenflex_kernels.launch_configs import Config, architecture, launch_config
 from tokenflex_kernels.pool_plan import PoolPlan, is_watched
 from tokenflex_kernels.pooling_tables import pooling_tables
@@ -437,7 +446,7 @@ class _PoolNorm(torch.autograd.Function):
     ) -> torch.Tensor:
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         save = needs_x or needs_weight
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             out, normalised, inverse_std = pool_norm_forward(
                 x, weight, bias, grids, cells, mode, eps, x.dtype, save
             )
@@ -447,7 +456,7 @@ class _PoolNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         normalised, inverse_std, weight, grids = ctx.saved_tensors
         grads = _pool_norm_gradients(
@@ -498,7 +507,7 @@ class _Swiglu(torch.autograd.Function):
         up_bias: torch.Tensor | None,
     ) -> torch.Tensor:
         needs_x, *needs_weights = ctx.needs_input_grad[:3]
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             product, gate, up = gate_up(x, gate_weight, up_weight, gate_bias, up_bias, True, True)
         ctx.save_for_backward(
             x if any(needs_weights) else None,
@@ -510,7 +519,7 @@ class _Swiglu(torch.autograd.Function):
         return product
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         x, gate_weight, up_weight, gate, up = ctx.saved_tensors
         needs_x, *needs = ctx.needs_input_grad
@@ -564,7 +573,7 @@ class _ProjectTokens(torch.autograd.Function):
         # Where nothing before the down projection is trained, its input is all that it needs.
         keep_product = needs_down and not through_gate and save == "preactivation"
         keep_rows = through_gate or (needs_down and save == "input")
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             tokens, normalised, inverse_std = pool_norm_forward(
                 *(x, norm_weight, norm_bias, grids, cells, mode, eps),
                 *(gate_weight.dtype, keep_rows),
@@ -583,7 +592,7 @@ class _ProjectTokens(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         normalised, inverse_std, gate, up, product, *weights, grids = ctx.saved_tensors
         norm_weight, norm_bias, gate_weight, gate_bias, up_weight, up_bias, down_weight = weights
@@ -632,19 +641,13 @@ def _dtype(tensor: torch.Tensor | None) -> torch.dtype | None:
     return None if tensor is None else tensor.dtype
 
 
-def _requires_grad(arg: object) -> bool:
-    return isinstance(arg, torch.Tensor) and arg.requires_grad
-
-
 def _differentiate(name: str, op: Callable[..., torch.Tensor], function: Any) -> None:
     """Give ``op`` the derivative that ``function`` has, at no cost where none is asked for."""
 
     def autograd(*args: Any) -> torch.Tensor:
         # In forward mode, `function` is what refuses: it has no jvp.
-        if forward_ad._current_level >= 0 or (
-            torch.is_grad_enabled() and any(map(_requires_grad, args))
-        ):
-            result: torch.Tensor = function.apply(*args)
+        if has_tangent(args) or (torch.is_grad_enabled() and requires_grad(args)):
+            result: torch.Tensor = apply(function, *args)
             return result
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
@@ -655,3 +658,19 @@ def _differentiate(name: str, op: Callable[..., torch.Tensor], function: Any) ->
 _differentiate("pool_norm", pool_norm, _PoolNorm)
 _differentiate("swiglu", swiglu, _Swiglu)
 _differentiate("project_tokens", project_tokens, _ProjectTokens)
+
+# Parts of a backward pass, or of a forward pass that is differentiated as a whole.
+_STAGES = {
+    "pool_norm_forward": pool_norm_forward,
+    "pool_norm_backward": pool_norm_backward,
+    "scale_shift": scale_shift,
+    "gate_up": gate_up,
+    "down_gradient": down_gradient,
+    "input_gradient": input_gradient,
+}
+_OPS = {"pool_norm": pool_norm, "swiglu": swiglu, "project_tokens": project_tokens}
+
+for _name, _op in _STAGES.items():
+    refuse_derivatives(_name, _op)
+for _name, _op in (_STAGES | _OPS).items():
+    batch(_name, one_by_one(_op))

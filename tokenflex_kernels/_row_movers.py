@@ -15,6 +15,10 @@ saved. A gradient is a row mover again, or the sum of table rows:
     merge_vision      keep_text      (vision rows become zero)         unpack_vision
     unpack_vision     spread_vision  (text rows become zero)
 
+Each gradient is linear in turn, so that ``torch.func`` may nest its transforms; plain autograd
+refuses a second derivative. Under ``torch.vmap`` a mover runs once for the whole batch, on wider
+rows: it looks at row numbers alone, so what the examples hold lies side by side in one row.
+
 ``tokenflex_kernels.packing`` checks arguments and says which are wrong. An op that is called on its
 own looks at dtypes, widths and strides alone, so that it reads what its tensors hold; row numbers
 are checked on the CPU.
@@ -32,12 +36,18 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from tokenflex_kernels._backend import extension
 from tokenflex_kernels._layout import neighbours
-from tokenflex_kernels._library import define, differentiate
+from tokenflex_kernels._library import (
+    batch,
+    below_autograd,
+    define,
+    differentiable_once,
+    differentiate_linear,
+    refuse_derivatives,
+    side_by_side,
+)
 
 # ---- kernels
 
@@ -214,11 +224,11 @@ class _PackEmbeddings(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(source, vision_rows)
         ctx.num_rows, ctx.sparse_ids = embedding.shape[0], sparse_ids
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return pack_embeddings(embedding, vision, source, vision_rows)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         source, vision_rows = ctx.saved_tensors
         needs_embedding, needs_vision, *_ = ctx.needs_input_grad
@@ -227,11 +237,12 @@ class _PackEmbeddings(torch.autograd.Function):
             grad_embedding = table_gradient(grad, source, vision_rows.shape[0], ctx.num_rows)
         elif needs_embedding:
             ids, sums = sparse_table_gradient(grad, source, vision_rows.shape[0], ctx.sparse_ids)
-            grad_embedding = torch.sparse_coo_tensor(
-                ids[None],
-                sums,
-                (ctx.num_rows, grad.shape[1]),
-                check_invariants=False,
+            # torch.sparse_coo_tensor warns of checks that are off, up to 2.11 even if told so.
+            grad_embedding = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors(
+                *(1, 1, (ctx.num_rows, grad.shape[1]), ids[None], sums),
+                dtype=sums.dtype,
+                layout=torch.sparse_coo,
+                device=sums.device,
                 is_coalesced=True,
             )
         grad_vision = unpack_vision(grad, source, vision_rows) if needs_vision else None
@@ -243,13 +254,13 @@ class _MergeVision(torch.autograd.Function):
     def forward(
         ctx: Any, inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             merged, source = merge_vision(inputs_embeds, vision, vision_rows)
         ctx.save_for_backward(source, vision_rows)
         return merged, source
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: torch.Tensor, _: Any) -> Gradients:
         source, vision_rows = ctx.saved_tensors
         needs_inputs, needs_vision, *_ = ctx.needs_input_grad
@@ -268,52 +279,109 @@ class _UnpackVision(torch.autograd.Function):
         ctx: Any, packed: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(source)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return unpack_vision(packed, source, vision_rows)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         (source,) = ctx.saved_tensors
         return spread_vision(grad, source), None, None
 
 
-def _differentiate(name: str, op: Callable[..., Any], function: Any, floats: int) -> None:
-    """Give ``op`` the derivative that ``function`` has, at no cost where none is asked for.
-
-    The first ``floats`` arguments are its float tensors. In forward mode it needs no derivative:
-    each op is linear in those, all of them together, so its tangent is the op of their tangents.
-    """
-
-    def autograd(*arguments: Any) -> Any:
-        if forward_ad._current_level < 0:  # what unpack_dual looks at, without its cost
-            return backward_mode(*arguments)
-        others = arguments[floats:]
-        duals = [forward_ad.unpack_dual(tensor) for tensor in arguments[:floats]]
-        if all(dual.tangent is None for dual in duals):
-            return backward_mode(*arguments)
-        tangents = [
-            torch.zeros_like(dual.primal) if dual.tangent is None else dual.tangent
-            for dual in duals
-        ]
-        result = backward_mode(*(dual.primal for dual in duals), *others)
-        tangent = backward_mode(*tangents, *others)
-        if isinstance(result, tuple):  # with a row map
-            return forward_ad.make_dual(result[0], tangent[0]), result[1]
-        return forward_ad.make_dual(result, tangent)
-
-    def backward_mode(*arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any(value.requires_grad for value in arguments[:floats]):
-            return function.apply(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*arguments)
-
-    differentiate(name, autograd)
+# Those of the gradients: a torch.func transform around another one differentiates them.
 
 
-_differentiate("pack_embeddings", pack_embeddings, _PackEmbeddings, floats=2)
-_differentiate("merge_vision", merge_vision, _MergeVision, floats=2)
-_differentiate("unpack_vision", unpack_vision, _UnpackVision, floats=1)
+class _KeepText(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(source)
+        with below_autograd():
+            return keep_text(rows, source)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        (source,) = ctx.saved_tensors
+        return keep_text(grad, source), None  # a merge leaves each text row where it is
+
+
+class _SpreadVision(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, vision: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(source)
+        ctx.num_vision = vision.shape[0]
+        with below_autograd():
+            return spread_vision(vision, source)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        (source,) = ctx.saved_tensors
+        return unpack_vision(grad, source, _vision_rows(source, ctx.num_vision)), None
+
+
+class _TableGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, grad: torch.Tensor, source: torch.Tensor, num_vision: int, num_rows: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(source)
+        ctx.num_vision = num_vision
+        with below_autograd():
+            return table_gradient(grad, source, num_vision, num_rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        (source,) = ctx.saved_tensors
+        no_vision = grad.new_zeros(ctx.num_vision, grad.shape[1])
+        rows = _vision_rows(source, ctx.num_vision)
+        return pack_embeddings(grad, no_vision, source, rows), None, None, None
+
+
+def _vision_rows(source: torch.Tensor, num_vision: int) -> torch.Tensor:
+    """The row of each vision token, int32: in order, ``source`` begins with the last token's."""
+    return torch.argsort(source)[:num_vision].flip(0).to(torch.int32)
+
+
+differentiate_linear("pack_embeddings", pack_embeddings, _PackEmbeddings, floats=2)
+differentiate_linear("merge_vision", merge_vision, _MergeVision, floats=2)
+differentiate_linear("unpack_vision", unpack_vision, _UnpackVision, floats=1)
+differentiate_linear("keep_text", keep_text, _KeepText, floats=1)
+differentiate_linear("spread_vision", spread_vision, _SpreadVision, floats=1)
+differentiate_linear("table_gradient", table_gradient, _TableGradient, floats=1)
+refuse_derivatives("sparse_table_gradient", sparse_table_gradient)
+
+
+# ---- torch.vmap
+
+
+def _batch_packing(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    if in_dims[0] is None and not any(dim is not None for dim in in_dims[2:]):
+        # A table is too large to stand there once for each example; its text rows are not.
+        arguments = _text_first(*arguments)
+        in_dims = in_dims[: len(arguments)]
+    return side_by_side(pack_embeddings, floats=2)(info, in_dims, *arguments)
+
+
+def _text_first(
+    embedding: torch.Tensor,
+    vision: torch.Tensor,
+    source: torch.Tensor,
+    vision_rows: torch.Tensor,
+    sparse_ids: int | None = None,
+) -> tuple[Any, ...]:
+    """Arguments of the same packing, whose table has a row for each packed row."""
+    no_vision = embedding.new_zeros(vision_rows.shape[0], embedding.shape[1])
+    text = pack_embeddings(embedding, no_vision, source, vision_rows, sparse_ids)
+    own = torch.arange(source.shape[0], dtype=source.dtype, device=source.device)
+    return text, vision, torch.where(source >= 0, own, source), vision_rows
+
+
+batch("pack_embeddings", _batch_packing)
+batch("merge_vision", side_by_side(merge_vision, floats=2))
+batch("unpack_vision", side_by_side(unpack_vision, floats=1))
+batch("keep_text", side_by_side(keep_text, floats=1))
+batch("spread_vision", side_by_side(spread_vision, floats=1))
+batch("table_gradient", side_by_side(table_gradient, floats=1))
 
 
 # ---- calls into the extension

@@ -1,8 +1,8 @@
 """The weights of pooling along one axis: both modes are separable linear maps, out = P_h X P_w^T.
 
-Everything here is host arithmetic on two integers, cached, so that kernels and the reference read
-the same numbers. Plain Python numbers, not tensors: a cached tensor would remember the mode it was
-made in (inference, fake, another default device).
+Everything here is host arithmetic on two integers, so that kernels and the reference read the same
+numbers. A map holds its windows alone, in O(size + cells). Arrays, not tensors: a cached tensor
+would remember the mode it was made in (inference, fake, another default device).
 """
 
 from __future__ import annotations
@@ -10,21 +10,49 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
+
 MODES = ("adaptive", "resize")
+CACHED_MAPS = 512
+LARGE_AXIS = 512  # patches or cells; the maps of longer axes are made anew, in milliseconds
 
 
 class AxisMap(NamedTuple):
-    """One axis of a pooling: cell i is sum_j weights[i][j] * patch j, divided by divisors[i].
+    """One axis of a pooling: cell i is the weighted sum of its window, divided by divisors[i].
 
-    The division stays apart because PyTorch's pooling divides once, by the area of the window:
-    rounding 1/3 and multiplying would cost accuracy. Row i of ``weights`` is non-negative and sums
-    to ``divisors[i]``.
+    The window of cell i is ``counts[i]`` neighbouring patches from ``first[i]`` on: those whose
+    weight is not zero. The division stays apart because PyTorch's pooling divides once, by the area
+    of the window: rounding 1/3 and multiplying would cost accuracy. The weights of a window are
+    positive and sum to its divisor. Windows only move forward.
     """
 
-    weights: tuple[tuple[float, ...], ...]
-    """[cells][size]"""
+    size: int
+    first: np.ndarray
+    """int64 [cells]"""
+    counts: np.ndarray
+    """int64 [cells]"""
+    values: np.ndarray
+    """float64 [sum of counts]: the weights of the windows, one window after another."""
     divisors: tuple[int, ...]
     """[cells]"""
+
+    @property
+    def weights(self) -> tuple[tuple[float, ...], ...]:
+        """The map as a dense matrix [cells][size], its zeros written out: of small axes only."""
+        dense = np.zeros((len(self.first), self.size))
+        cells, patches = self.entries()
+        dense[cells, patches] = self.values
+        return tuple(map(tuple, dense.tolist()))
+
+    def entries(self) -> tuple[np.ndarray, np.ndarray]:
+        """The cell and the patch of each of ``values``, int64."""
+        cells = np.repeat(np.arange(len(self.first)), self.counts)
+        starts = np.cumsum(self.counts) - self.counts
+        return cells, np.arange(len(cells)) - np.repeat(starts - self.first, self.counts)
+
+    def averages(self) -> np.ndarray:
+        """``values`` over the divisors of their windows, float64."""
+        return self.values / np.repeat(np.array(self.divisors), self.counts)
 
 
 def check_mode(mode: object, *, name: str = "mode") -> str:
@@ -34,7 +62,6 @@ def check_mode(mode: object, *, name: str = "mode") -> str:
     return str(mode)
 
 
-@lru_cache(maxsize=512)
 def axis_map(size: int, cells: int, mode: str) -> AxisMap:
     """The pooling map of one axis, from ``size`` patches to ``cells`` output cells.
 
@@ -50,29 +77,30 @@ def axis_map(size: int, cells: int, mode: str) -> AxisMap:
         cells: output cells along the axis, at least 1; may exceed ``size``.
         mode: "adaptive" or "resize".
     """
-    if mode == "adaptive":
-        windows = [
-            range(cell * size // cells, -((cell + 1) * size // -cells)) for cell in range(cells)
-        ]
-        weights = [[float(patch in window) for patch in range(size)] for window in windows]
-        return AxisMap(tuple(map(tuple, weights)), tuple(map(len, windows)))
+    make = _cached_map if max(size, cells) <= LARGE_AXIS else _make_map
+    return make(size, cells, mode)
+
+
+def _make_map(size: int, cells: int, mode: str) -> AxisMap:
+    if mode == "adaptive" or size % cells == 0:
+        cell = np.arange(cells)
+        first = cell * size // cells
+        counts = -((cell + 1) * size // -cells) - first
+        return AxisMap(size, first, counts, np.ones(counts.sum()), tuple(counts.tolist()))
 
     resized = -(size // -cells) * cells
     window = resized // cells
-    weights = [[0.0] * size for _ in range(cells)]
-    for row in range(resized):
-        for patch, weight in _bilinear(row, size, resized):
-            weights[row // window][patch] += weight
-    return AxisMap(tuple(map(tuple, weights)), (window,) * cells)
-
-
-def _bilinear(row: int, size: int, resized: int) -> list[tuple[int, float]]:
-    """The (patch, weight) pairs of row ``row`` when ``size`` patches become ``resized`` rows.
-
-    Aligned corners: row 0 reads patch 0 and the last row reads the last patch.
-    """
-    if resized == size:
-        return [(row, 1.0)]
-    before, part = divmod(row * (size - 1), resized - 1)
+    # Each resized row lies between two patches; aligned corners: row 0 is patch 0, the last row the
+    # last patch.
+    before, part = np.divmod(np.arange(resized) * (size - 1), resized - 1)
     after = part / (resized - 1)
-    return [(before, 1.0 - after), (min(before + 1, size - 1), after)]
+    first = before[::window]
+    end = (before + (after > 0) + 1)[window - 1 :: window]
+    starts = np.cumsum(end - first) - (end - first)
+    at = before - np.repeat(first - starts, window)  # the place of a row's first weight
+    pairs = np.stack([at, at + (after > 0)], 1), np.stack([1.0 - after, after], 1)
+    values = np.bincount(pairs[0].ravel(), pairs[1].ravel(), minlength=int((end - first).sum()))
+    return AxisMap(size, first, end - first, values, (window,) * cells)
+
+
+_cached_map = lru_cache(CACHED_MAPS)(_make_map)

@@ -10,7 +10,8 @@ one first, in two small launches. Backward is again a row mover, by the inverse 
 are repeatable bit by bit; only the embedding table sums rows, in an order that the plan decides.
 
 This file checks arguments and chooses the backend; the ops are in `_row_movers`. All of it may be
-called in ``torch.compile(fullgraph=True, dynamic=True)``.
+called in ``torch.compile(fullgraph=True, dynamic=True)`` and transformed by ``torch.func``, which
+takes derivatives of any order. Plain autograd takes the first.
 """
 
 from __future__ import annotations

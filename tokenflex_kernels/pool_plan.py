@@ -20,6 +20,7 @@ from tokenflex_kernels._set_once import SetOnce
 Run = tuple[int, int, int, int, int]
 RUN_FIELDS = 5
 CACHED_PLANS = 1024
+LARGE_BATCH = 4096  # images; plans of more are not kept: they would be the memory of 1024 batches
 
 
 @dataclass(eq=False, kw_only=True)
@@ -48,7 +49,7 @@ def plan_pooling(in_grids: Sequence[Grid], out_grids: Sequence[Grid]) -> PoolPla
 
     Raises:
         TypeError: an argument is not a sequence of (height, width) pairs of ints.
-        ValueError: a side is below 1 or above 32768, or the lists differ in length.
+        ValueError: a side is below 1 or above 65536, or the lists differ in length.
 
     Example:
         >>> plan = plan_pooling([(27, 27), (27, 27)], [(8, 8), (16, 16)])
@@ -66,7 +67,8 @@ def plan_pooling(in_grids: Sequence[Grid], out_grids: Sequence[Grid]) -> PoolPla
         # Nothing is compared: it would make a graph for each outcome.
         images = zip(in_list, out_list, strict=True)
         return _plan(tuple((1, *in_grid, *out_grid) for in_grid, out_grid in images))
-    return _plan_of_lists(tuple(in_list), tuple(out_list))
+    make = _cached_plan_of_lists if len(in_list) <= LARGE_BATCH else _plan_of_lists
+    return make(tuple(in_list), tuple(out_list))
 
 
 def plan_uniform(num_images: int, in_grid: Grid, out_grid: Grid) -> PoolPlan:
@@ -88,7 +90,6 @@ def is_watched() -> bool:
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
-@lru_cache(CACHED_PLANS)
 def _plan_of_lists(in_grids: tuple[Grid, ...], out_grids: tuple[Grid, ...]) -> PoolPlan:
     runs = groupby(zip(in_grids, out_grids, strict=True))
     return _plan_of_runs(
@@ -96,11 +97,19 @@ def _plan_of_lists(in_grids: tuple[Grid, ...], out_grids: tuple[Grid, ...]) -> P
     )
 
 
-@lru_cache(CACHED_PLANS)
 def _plan_of_runs(runs: tuple[Run, ...]) -> PoolPlan:
+    make = _cached_plan_with_grids if len(runs) <= LARGE_BATCH else _plan_with_grids
+    return make(runs)
+
+
+def _plan_with_grids(runs: tuple[Run, ...]) -> PoolPlan:
     with torch.inference_mode(False):  # backward may need it
         grids = torch.tensor(list(chain.from_iterable(runs)), dtype=torch.int64, device="cpu")
     return _plan(runs, grids)
+
+
+_cached_plan_of_lists = lru_cache(CACHED_PLANS)(_plan_of_lists)
+_cached_plan_with_grids = lru_cache(CACHED_PLANS)(_plan_with_grids)
 
 
 def _plan(runs: tuple[Run, ...], grids: torch.Tensor | None = None) -> PoolPlan:

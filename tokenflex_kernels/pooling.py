@@ -43,7 +43,7 @@ def pool_norm(
 
     Images may differ in both grids. Pooling and normalisation are computed in float32 (float64
     for float64 inputs) and rounded once, to the dtype of ``x``. The kernels have first derivatives
-    only; the reference has all.
+    only; the reference has all. A NaN or infinite patch spoils the cells whose window holds it.
 
     Args:
         x: float [sum of H*W, C], the images' patches one image after another, row-major.

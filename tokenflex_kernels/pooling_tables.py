@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache
 from threading import Lock
 from typing import NamedTuple
 
@@ -28,7 +27,8 @@ from tokenflex_kernels.axis_weights import axis_map
 from tokenflex_kernels.pool_plan import RUN_FIELDS, count_rows
 
 IMAGE_FIELDS = 10
-CACHED_TABLES = 256  # a few kilobytes each
+CACHED_TABLES = 256  # mostly of a few kilobytes each
+CACHED_BYTES = 2**26  # of all of them
 
 
 class PoolingTables(NamedTuple):
@@ -50,6 +50,8 @@ class PoolingTables(NamedTuple):
     num_images: int
     num_patches: int
     num_cells: int
+    num_bytes: int
+    """Of the three tables and of their key in the cache."""
 
 
 class _AxisTable(NamedTuple):
@@ -58,23 +60,18 @@ class _AxisTable(NamedTuple):
     weights: np.ndarray
 
 
-@lru_cache(maxsize=512)
 def _axis_table(size: int, cells: int, mode: str) -> _AxisTable:
-    """One axis of ``axis_map`` without its zeros; the first weights count from 0 here."""
-    weights, divisors = axis_map(size, cells, mode)
-    windows: list[tuple[int, int, int, int]] = []
-    kept: list[float] = []
-    for row, divisor in zip(weights, divisors, strict=True):
-        inside = [patch for patch, weight in enumerate(row) if weight != 0]
-        first, end = inside[0], inside[-1] + 1
-        windows.append((first, end - first, divisor, len(kept)))
-        kept += row[first:end]
-    covers: list[tuple[int, int]] = []
-    for patch in range(size):
-        over = [cell for cell, (first, n, _, _) in enumerate(windows) if first <= patch < first + n]
-        covers.append((over[0], over[-1] + 1 - over[0]) if over else (0, 0))
+    """One axis as the kernels read it, in O(size + cells); the first weights count from 0 here."""
+    axis = axis_map(size, cells, mode)
+    starts = np.cumsum(axis.counts) - axis.counts
+    patches = np.arange(size)
+    # Windows only move forward, and so do their ends.
+    cover = np.searchsorted(axis.first + axis.counts, patches, side="right")
+    covers = np.searchsorted(axis.first, patches, side="right") - cover
     return _AxisTable(
-        np.array(windows, np.int32), np.array(covers, np.int32), np.array(kept, np.float32)
+        np.stack([axis.first, axis.counts, axis.divisors, starts], 1).astype(np.int32),
+        np.stack([np.where(covers > 0, cover, 0), covers], 1).astype(np.int32),
+        axis.values.astype(np.float32),
     )
 
 
@@ -172,6 +169,7 @@ def _make(key: _Key, grids: torch.Tensor) -> PoolingTables | _Upload:
         num_images=len(images),
         num_patches=num_patches,
         num_cells=num_cells,
+        num_bytes=images.nbytes + axes.nbytes + weights.nbytes + grids.nbytes,
     )
     made: PoolingTables | _Upload = tables
     if on_cuda:
@@ -179,9 +177,19 @@ def _make(key: _Key, grids: torch.Tensor) -> PoolingTables | _Upload:
         made = _Upload(tables, stream.cuda_stream, stream.record_event())
     with _lock:
         _cached[key] = made
-        if len(_cached) > CACHED_TABLES:
-            _cached.popitem(last=False)
+        _evict()
     return made
+
+
+def _evict() -> None:
+    """Drop the least recently used tables beyond the cache's bounds, but never the newest."""
+    num_bytes = sum(
+        (made if isinstance(made, PoolingTables) else made.tables).num_bytes
+        for made in _cached.values()
+    )
+    while len(_cached) > CACHED_TABLES or (len(_cached) > 1 and num_bytes > CACHED_BYTES):
+        _, made = _cached.popitem(last=False)
+        num_bytes -= (made if isinstance(made, PoolingTables) else made.tables).num_bytes
 
 
 def _copy(

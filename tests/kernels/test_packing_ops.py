@@ -238,6 +238,21 @@ def test_compiles_under_autocast():
     assert step(table, vision, PLAN).dtype == torch.float32
 
 
+def test_a_compiler_need_not_look_into_the_question_for_autocast(monkeypatch):
+    """Up to 2.11 it cannot: here, that function refuses to be traced."""
+    real = torch.amp.is_autocast_available
+    monkeypatch.setattr(torch.amp, "is_autocast_available", torch._dynamo.disable(real))
+
+    def step(table, vision, plan):
+        with torch.autocast("cpu", torch.bfloat16):
+            return pack_embeddings(table, vision @ vision.T @ vision, plan)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    table, vision = rows(6, "cpu"), rows(7, "cpu")
+    assert torch.equal(compiled(table, vision, PLAN), step(table, vision, PLAN))
+
+
 def test_checkpointing_in_a_compiled_function():
     def step(table, vision, plan):
         return checkpoint(everything, table, vision, plan, use_reentrant=False)

@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tokenflex_kernels import PoolPlan, plan_pooling, pool_norm
-from tokenflex_kernels.pool_plan import plan_uniform
+from tokenflex_kernels.pool_plan import LARGE_BATCH, plan_uniform
 
 
 class TestRuns:
@@ -83,6 +83,14 @@ class TestPlans:
         with FakeTensorMode():
             plan_pooling([(47, 3)], [(2, 3)])
         assert plan_pooling([(47, 3)], [(2, 3)]).grids.tolist() == [1, 47, 3, 2, 3]
+
+    def test_those_of_large_batches_are_not_kept(self):
+        small = [(5, 7)] * 3, [(2, 3)] * 3
+        assert plan_pooling(*small) is plan_pooling(*small)
+        images = LARGE_BATCH + 1
+        large = [(5, 1 + image % 2) for image in range(images)], [(2, 1)] * images
+        assert plan_pooling(*large) is not plan_pooling(*large)
+        assert plan_pooling(*large).num_images == images
 
     @pytest.mark.parametrize("images", [(1, 2), (2, 1), (0, 1)])
     def test_lists_of_different_lengths_are_refused(self, images):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import tracemalloc
 from itertools import accumulate, product
 from math import ceil
 
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tokenflex_kernels import pool_norm
-from tokenflex_kernels.axis_weights import axis_map
+from tokenflex_kernels.axis_weights import LARGE_AXIS, _cached_map, axis_map
 
 MODES = ("adaptive", "resize")
 NARROW_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -193,6 +195,66 @@ class TestAxisMaps:
         for size, cells, mode in product(self.SIZES, self.CELLS, MODES):
             axis = axis_map(size, cells, mode)
             assert [sum(row) for row in axis.weights] == pytest.approx(axis.divisors, rel=1e-12)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_windows_hold_the_weights_that_are_not_zero(self, mode):
+        for size, cells in product(self.SIZES, self.CELLS):
+            axis = axis_map(size, cells, mode)
+            assert len(axis.values) == axis.counts.sum()
+            assert (axis.values > 0).all()
+            matrix = torch.zeros(cells, size, dtype=torch.float64)
+            rows, patches = map(torch.from_numpy, axis.entries())
+            matrix[rows, patches] = torch.from_numpy(axis.values)
+            assert torch.equal(matrix, torch.tensor(axis.weights, dtype=torch.float64))
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize(
+        ("size", "cells"),
+        [(8192, 4096), (65536, 1), (1, 65536), (65535, 4096), (4096, 65535), (65536, 65535)],
+    )
+    def test_a_long_axis_costs_time_and_memory_in_its_length_alone(self, size, cells, mode):
+        tracemalloc.start()
+        before = time.process_time()
+        axis = axis_map(size, cells, mode)
+        seconds = time.process_time() - before
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(axis.values) <= size + 2 * cells
+        assert peak < 200 * (size + cells)
+        assert seconds < 0.5
+        assert axis.averages().sum() == pytest.approx(cells)
+
+    def test_a_long_axis_is_not_kept(self):
+        kept = _cached_map.cache_info().currsize
+        axis_map(LARGE_AXIS + 1, 7, "resize")
+        axis_map(7, LARGE_AXIS + 1, "resize")
+        assert _cached_map.cache_info().currsize == kept
+        assert axis_map(7, 5, "resize") is axis_map(7, 5, "resize")
+
+
+class TestLongGrids:
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize(
+        ("in_grid", "out_grid"),
+        [
+            ((8192, 1), (4096, 1)),
+            ((8191, 1), (4096, 1)),
+            ((1, 65536), (1, 256)),
+            ((1, 5), (1, 65536)),
+        ],
+    )
+    def test_equal_pytorch_in_well_under_a_second(self, in_grid, out_grid, mode):
+        x = float64(rows_of([in_grid]), 2, requires_grad=True)
+        before = time.process_time()
+        pooled = pool_norm(x, [in_grid], [out_grid], mode=mode)
+        (grad,) = torch.autograd.grad(pooled, x, torch.ones_like(pooled))
+        assert time.process_time() - before < 0.9
+        assert_equal_in_float64(pooled, eager(x, [in_grid], [out_grid], mode))
+        assert grad.sum().item() == pytest.approx(2 * rows_of([out_grid]))
+
+    def test_a_longer_side_is_refused(self):
+        with pytest.raises(ValueError, match=r"^in_grids\[0\] .*at most 65536, got \(1, 65537\)"):
+            pool_norm(float64(1), [(1, 65537)], [(1, 1)])
 
 
 def test_meta_tensors_give_shapes():

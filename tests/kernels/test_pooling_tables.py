@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import product
 from types import SimpleNamespace
 
@@ -176,6 +177,41 @@ class TestCache:
         with torch.inference_mode():
             first = tables_of([(41, 3)], [(2, 3)])
         assert tables_of([(41, 3)], [(2, 3)]) is first
+
+    def test_their_memory_is_bounded(self, monkeypatch):
+        monkeypatch.setattr(pooling_tables, "CACHED_BYTES", 20_000)
+        small = tables_of([(5, 7)], [(2, 3)])
+        assert tables_of([(5, 7)], [(2, 3)]) is small
+        large = tables_of([(2000, 1)], [(50, 1)])
+        assert large.num_bytes > 20_000
+        assert tables_of([(2000, 1)], [(50, 1)]) is large  # the newest stays, whatever its size
+        assert tables_of([(5, 7)], [(2, 3)]) is not small
+        assert len(pooling_tables._cached) == 1
+
+    def test_their_size_is_what_they_take(self):
+        tables = tables_of(IN_GRIDS, OUT_GRIDS)
+        parts = (tables.images, tables.axes, tables.weights)
+        grids = plan_pooling(IN_GRIDS, OUT_GRIDS).grids
+        assert tables.num_bytes == sum(part.nbytes for part in (*parts, grids))
+
+
+class TestLongAxes:
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize(
+        ("size", "cells"), [(8192, 4096), (8191, 4096), (65536, 1), (1, 65536), (3, 65536)]
+    )
+    def test_cost_time_and_memory_in_their_length_alone(self, size, cells, mode):
+        before = time.process_time()
+        tables = tables_of([(size, 1)], [(cells, 1)], mode)
+        assert time.process_time() - before < 0.5
+        assert tables.num_bytes < 64 * (size + cells)
+        axis, _ = axes_of(tables, 0)
+        assert axis.windows[0][0] == 0
+        assert axis.windows[-1][0] + axis.windows[-1][1] == size
+        for patch in (0, size // 2, size - 1):
+            first, count = axis.covers[patch]
+            held = [start <= patch < start + n for start, n, *_ in axis.windows]
+            assert held[first : first + count] == [True] * count == [True] * sum(held)
 
 
 class TestLimits:

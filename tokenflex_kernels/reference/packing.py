@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 MAX_INT32 = 2**31 - 1  # rows, vision rows and token ids are int32 on the device
 
@@ -188,7 +189,8 @@ def merge_vision(
     inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor
 ) -> torch.Tensor:
     """[rows, D] with the rows ``vision_rows`` replaced by those of ``vision`` [n, D]."""
-    if vision_rows.device.type == "cpu":
+    # Row numbers that differ from example to example of a vmap cannot be read.
+    if vision_rows.device.type == "cpu" and not is_functorch_wrapped_tensor(vision_rows):
         _check_vision_rows(vision_rows.tolist(), inputs_embeds.shape[0])
     return inputs_embeds.index_copy(0, vision_rows.long(), vision)
 

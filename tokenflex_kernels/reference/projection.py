@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from tokenflex_kernels._library import is_transformed
 from tokenflex_kernels.pool_plan import PoolPlan
 from tokenflex_kernels.reference.gated_unit import swiglu
 from tokenflex_kernels.reference.pooling import pool_norm
@@ -30,7 +31,7 @@ def project_tokens(
     """See :func:`tokenflex_kernels.project_tokens`."""
     tokens = pool_norm(x, plan, mode=mode, weight=norm_weight, bias=norm_bias, eps=eps)
     weights = (gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
-    if save == "input":
+    if save == "input" and not is_transformed():  # torch.func has no checkpoints
         # Recompute gate and up in backward; nothing here draws random numbers.
         return checkpoint(
             _feed_forward, tokens, *weights, use_reentrant=False, preserve_rng_state=False

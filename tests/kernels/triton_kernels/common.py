@@ -52,6 +52,13 @@ def pool_image(image, out_grid, mode):
     return F.avg_pool2d(image, windows)
 
 
+def windows_of(in_grid, out_grid, mode):
+    """Return whether each cell sees each patch, bool [h * w, H * W], by PyTorch's own weights."""
+    patches = in_grid[0] * in_grid[1]
+    image = torch.eye(patches, dtype=torch.float64).reshape(1, patches, *in_grid)
+    return pool_image(image, out_grid, mode).flatten(2)[0].T > 1e-9
+
+
 def eager_pool_norm(x, in_grids, out_grids, mode="adaptive", weight=None, bias=None, eps=1e-5):
     """In float64 the truth, in the dtype of ``x`` the peer to match."""
     ends = accumulate(height * width for height, width in in_grids)

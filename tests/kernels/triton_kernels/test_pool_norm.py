@@ -24,6 +24,7 @@ from tests.kernels.triton_kernels.common import (
     rows_of,
     run,
     wide,
+    windows_of,
 )
 from tokenflex_kernels import pool_norm
 from tokenflex_kernels.launch_configs import INTERPRETER, launch_config
@@ -191,6 +192,38 @@ class TestNumerics:
         assert out[0].isnan().all()
         assert torch.equal(out[3], torch.full((4,), torch.inf, device=device))
         assert torch.equal(out[1:3], torch.zeros(2, 4, device=device))
+
+    @pytest.mark.filterwarnings("ignore:invalid value")
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("has_norm", [False, True])
+    @pytest.mark.parametrize(
+        ("in_grid", "out_grid"), [((5, 4), (2, 3)), ((2, 3), (3, 5)), ((4, 4), (1, 1))]
+    )
+    def test_a_bad_patch_or_gradient_spoils_what_shares_its_window(
+        self, device, in_grid, out_grid, has_norm, mode
+    ):
+        windows = windows_of(in_grid, out_grid, mode).to(device)
+        cells, patches = windows.shape
+        norm = {"weight": torch.ones(3, device=device)} if has_norm else {}
+        channels = slice(None) if has_norm else 2  # the norm mixes a cell's channels
+
+        def pool(x):
+            return pool_norm(x, [in_grid] * 2, [out_grid] * 2, mode=mode, **norm)
+
+        def assert_spoilt(rows, expected):
+            spoilt = torch.zeros_like(rows, dtype=torch.bool)
+            spoilt[: len(expected), channels] = expected[:, None] if has_norm else expected
+            assert torch.equal(~rows.isfinite(), spoilt)
+
+        for patch, bad in ((0, torch.nan), (patches // 2, torch.inf), (patches - 1, torch.nan)):
+            x = torch.randn(2 * patches, 3, device=device)
+            x[patch, 2] = bad
+            assert_spoilt(pool(x), windows[:, patch])
+        for cell, bad in ((0, torch.nan), (cells // 2, torch.inf), (cells - 1, torch.nan)):
+            x = torch.randn(2 * patches, 3, device=device, requires_grad=True)
+            gradient = torch.randn(2 * cells, 3, device=device)
+            gradient[cell, 2] = bad
+            assert_spoilt(torch.autograd.grad(pool(x), x, gradient)[0], windows[cell])
 
 
 class TestDtypes:

@@ -30,6 +30,7 @@ from tests.kernels.triton_kernels.common import (
     run,
     together,
     wide,
+    windows_of,
 )
 from tokenflex_kernels import plan_pooling, project_tokens
 from tokenflex_kernels.launch_configs import INTERPRETER, launch_config
@@ -150,6 +151,33 @@ class TestAgainstFloat64:
         inputs = inputs_of(device, dtype=torch.bfloat16)
         kept, again = (ours_and_peer(save=save)[0](**inputs) for save in SAVES)
         assert torch.equal(kept, again)
+
+
+class TestNumerics:
+    @pytest.mark.filterwarnings("ignore:invalid value")
+    @pytest.mark.parametrize("save", SAVES)
+    @pytest.mark.parametrize("config", CONFIGS[::3])
+    @pytest.mark.parametrize("widths", [(33, 71, 19), (16, 32, 16)], ids=str)
+    def test_a_bad_patch_or_gradient_spoils_what_shares_its_window(
+        self, device, products, widths, config, save
+    ):
+        """Whatever else lies in the same tiles, and in the lanes beyond the rows and columns."""
+        products(config)
+        grids, windows = ([(3, 4)] * 2, [(2, 2)] * 2), windows_of((3, 4), (2, 2), "adaptive")
+        windows = windows.to(device)
+        project, _ = ours_and_peer(*grids, save=save)
+        inputs = inputs_of(device, *widths, in_grids=grids[0])
+        inputs["x"][5, 2] = torch.nan
+        out = run(project, inputs, gradient_of(device, widths[2], out_grids=grids[1]))["out"]
+        expected = torch.cat([windows[:, 5], torch.zeros_like(windows[:, 5])])
+        assert torch.equal(~out.isfinite(), expected[:, None].expand_as(out))
+
+        inputs = inputs_of(device, *widths, in_grids=grids[0])
+        gradient = gradient_of(device, widths[2], out_grids=grids[1])
+        gradient[3, 1] = torch.inf
+        grad = run(project, inputs, gradient, ["x"])["x"]
+        expected = torch.cat([windows[3], torch.zeros_like(windows[3])])
+        assert torch.equal(~grad.isfinite(), expected[:, None].expand_as(grad))
 
 
 class TestDtypes:
