@@ -63,7 +63,9 @@ def _generate(options: argparse.Namespace) -> int:
     model, processor = load_checkpoint(options.model)
     model.to(device())
     conversation = Conversation((Turn("user", options.prompt),))
-    encoder = ConversationEncoder(processor.tokenizer, processor.image_prompt)
+    encoder = ConversationEncoder(
+        processor.tokenizer, processor.image_prompt, processor.image_token
+    )
     prompt = encoder.prompt(conversation, len(images))
     counts = options.tokens or [processor.num_image_tokens]
     for knob in ("penalty", "budget", "confidence"):

@@ -8,6 +8,7 @@ from itertools import accumulate
 
 import torch
 
+from tokenflex.data.faults import BrokenSample, broken_records
 from tokenflex.data.order import EpochOrder, Order, StreamOrder
 from tokenflex.data.samples import Sample, SampleDataset, SampleOutline, size_of
 from tokenflex.data.steps import outline_of
@@ -56,6 +57,15 @@ class Mixture:
     def __init__(self, parts: Sequence[SampleDataset]) -> None:
         self.parts = list(parts)
         self._places = _Places([size_of(part) for part in self.parts])
+
+    @property
+    def broken(self) -> list[BrokenSample]:
+        """Those that the parts know of, by their index in the mixture."""
+        return [
+            BrokenSample(self._places.index_of(part, one.index), one.reason)
+            for part, dataset in enumerate(self.parts)
+            for one in broken_records(dataset)
+        ]
 
     def __len__(self) -> int:
         if self._places.size is None:

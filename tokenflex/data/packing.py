@@ -159,7 +159,9 @@ class PackingCollator:
         self.share_prefix = share_prefix
         self.max_length = max_length
         self.teacher_count = teacher_count
-        self.encode = ConversationEncoder(processor.tokenizer, processor.image_prompt)
+        self.encode = ConversationEncoder(
+            processor.tokenizer, processor.image_prompt, processor.image_token
+        )
 
     def __call__(self, drawn: Sequence[DrawnSample]) -> PackedBatch:
         """One batch.

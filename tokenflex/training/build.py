@@ -48,8 +48,9 @@ def build_dataset(config: DataConfig) -> SampleDataset:
     if config.name == "mixture":
         return Mixture([build_dataset(part) for part in config.parts])
     assert config.path is not None  # checked by DataConfig
-    if config.name == "llava":
-        return LlavaDataset(config.path, config.image_folder)
+    if config.name in ("messages", "llava"):
+        reader = LlavaDataset if config.name == "llava" else MessagesDataset
+        return reader(config.path, config.image_folder, allow_outside=config.allow_outside)
     if config.name == "webdataset":
         return WebDataset(config.path)
     if config.streaming:
@@ -58,10 +59,9 @@ def build_dataset(config: DataConfig) -> SampleDataset:
             config.split,
             shuffle_buffer=config.shuffle_buffer,
             epochs=config.epochs,
+            allow_outside=config.allow_outside,
         )
-    if config.name == "huggingface":
-        return HuggingFaceDataset(str(config.path), config.split)
-    return MessagesDataset(config.path)
+    return HuggingFaceDataset(str(config.path), config.split, allow_outside=config.allow_outside)
 
 
 def build_order(config: DataConfig, dataset: SampleDataset, seed: int) -> Order:
