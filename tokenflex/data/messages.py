@@ -205,7 +205,7 @@ def _lines(file: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
             yield where, ValueError(f"{where} is longer than {MAX_RECORD_BYTES} bytes")
         elif line.removeprefix(BYTE_ORDER_MARK).strip():
             try:
-                yield where, parse_json(line, where)
+                yield where, parse_json(line.rstrip(b"\r\n"), where)
             except ValueError as error:
                 yield where, error
 
