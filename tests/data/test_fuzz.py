@@ -70,7 +70,10 @@ GOOD: list[Any] = [
     },
 ]
 FUZZED = settings(
-    max_examples=2_000, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+    max_examples=2_000,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=True,
 )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.data.test_webdataset import encoded, tar
 from tests.models.tiny import picture
+from tokenflex.data.faults import BrokenSample, leaving_out
 from tokenflex.data.formats import detect_format
 from tokenflex.data.huggingface import HuggingFaceDataset
 from tokenflex.data.llava import LlavaDataset
@@ -221,6 +222,29 @@ def test_a_record_of_gigabytes_in_a_tar_is_not_read(tmp_path, monkeypatch):
     dataset = tars(tmp_path, [GOOD, asked("x" * 1000)])
     with pytest.raises(ValueError, match=r"data\.tar: 1: the record has \d+ bytes, more than 200"):
         dataset[1]
+
+
+@pytest.mark.parametrize("make", [lines, llava_list, tars, mixture])
+def test_a_reason_names_the_place_also_where_the_sample_has_another_name(tmp_path, make):
+    """An image that is missing, and a text that a tokenizer refuses, are found in the file."""
+    good = GOOD | {"id": "a"}
+    records = [good, good, good | {"messages": [USER | {"content": "marks"}, ASSISTANT]}]
+    if make is not tars:
+        records[1] = records[1] | {"image": "none.png"}
+    dataset = make(tmp_path, records)
+    broken: list[BrokenSample] = []
+    for index in range(3):
+        with leaving_out(dataset, index, broken):
+            if dataset.outline(index).conversations[0].turns[0].text == "marks":
+                raise TypeError("no such text")
+    place = {lines: "data.jsonl:{}", llava_list: "data.json[{}]", tars: "data.tar: {}"}
+    form = place.get(make, "data.jsonl:{}")
+    first = 1 if ":{}" in form else 0
+    expected = [1, 2] if make is not tars else [2]
+    assert [one.index for one in broken] == expected
+    for one in broken:
+        assert form.format(one.index + first) in one.reason
+    assert broken[-1].reason.endswith(": TypeError: no such text")
 
 
 # ---- pictures under either format's key

@@ -39,8 +39,8 @@ class BrokenSamplesError(ValueError):
 
 
 @contextmanager
-def leaving_out(index: int, broken: list[BrokenSample]) -> Iterator[None]:
-    """Add the sample at ``index`` to ``broken`` where the block raises, whatever it raises.
+def leaving_out(dataset: SampleDataset, index: int, broken: list[BrokenSample]) -> Iterator[None]:
+    """Add a data set's sample to ``broken`` where the block raises, whatever it raises.
 
     A strange record may bring any library to raise anything. The errors in
     :data:`NO_SAMPLE_TO_BLAME` pass through.
@@ -50,7 +50,15 @@ def leaving_out(index: int, broken: list[BrokenSample]) -> Iterator[None]:
     except NO_SAMPLE_TO_BLAME:
         raise
     except Exception as error:
-        broken.append(BrokenSample(index, reason_of(error)))
+        reason, where = reason_of(error), where_of(dataset, index)
+        if where and where not in reason:
+            reason = printable(f"{where}: {reason}", REASON_LENGTH)
+        broken.append(BrokenSample(index, reason))
+
+
+def where_of(dataset: SampleDataset, index: int) -> str:
+    """Return what the data set calls a sample, for example its file and line; empty if nothing."""
+    return printable(dataset.where(index), REASON_LENGTH) if hasattr(dataset, "where") else ""
 
 
 def reason_of(error: Exception) -> str:

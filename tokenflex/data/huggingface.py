@@ -42,11 +42,15 @@ class HuggingFaceDataset:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
-        return sample_of(self._rows[index], f"{self.path}[{index}]", self._folders)
+        return sample_of(self._rows[index], self.where(index), self._folders)
+
+    def where(self, index: int) -> str:
+        """Return the data set and the row's place in it."""
+        return f"{self.path}[{index}]"
 
     def outline(self, index: int) -> SampleOutline:
         """The row's text and the sizes that its images' heads state."""
-        return outline_of_row(self._rows[index], f"{self.path}[{index}]", self._folders)
+        return outline_of_row(self._rows[index], self.where(index), self._folders)
 
 
 def load_rows(path: str, split: str, *, streaming: bool = False) -> Any:

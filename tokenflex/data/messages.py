@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -56,8 +57,9 @@ class MessagesDataset:
         self.folder = ImageFolder(
             path.parent if image_folder is None else image_folder, allow_outside
         )
-        # Of a broken record, the reason.
-        self._records = [self._checked(value, where) for where, value in _values(path)]
+        self.path = path
+        self._lines = array("Q")  # of the records; none of those of a list
+        self._records = self._read()  # of a broken one, the reason
         if not self._records:
             raise ValueError(f"data file {path} holds no samples, in a list or one a line")
         if len(self.broken) == len(self._records):
@@ -66,6 +68,37 @@ class MessagesDataset:
                 f"data file {path} holds no samples that can be read, out of "
                 f"{len(self._records)}: {named}"
             )
+
+    def _read(self) -> list[Record | str]:
+        """Read and check the file's records.
+
+        Raises:
+            FileNotFoundError: The file does not exist.
+            ValueError: It is a list that is cut off.
+        """
+        if not self.path.is_file():
+            raise FileNotFoundError(f"data file {self.path} does not exist")
+        name = str(self.path)
+        with self.path.open("rb") as file:
+            if first_byte(file) == b"[":
+                # A byte that is not UTF-8 becomes half of a surrogate pair: its record is refused.
+                text = file.read().decode("utf-8", "surrogateescape")
+                try:
+                    return [
+                        self._checked(value, f"{name}[{place}]")
+                        for place, value in enumerate(_elements(text, name))
+                    ]
+                except _NoListError:
+                    pass  # lines, of which the first is a list
+            records = []
+            for number, value in _lines(file, name):
+                self._lines.append(number)
+                records.append(self._checked(value, f"{name}:{number}"))
+            return records
+
+    def where(self, index: int) -> str:
+        """Return the file and line of a record, or its place in the list."""
+        return f"{self.path}:{self._lines[index]}" if self._lines else f"{self.path}[{index}]"
 
     def _checked(self, value: Any, where: str) -> Record | str:
         if isinstance(value, Exception):
@@ -92,13 +125,13 @@ class MessagesDataset:
 
     def __getitem__(self, index: int) -> Sample:
         name, paths, conversation = self._record(index)
-        images = tuple(open_image(self.folder.file(path, name)) for path in paths)
+        images = tuple(open_image(*self._image(path, index)) for path in paths)
         return Sample(name, images, (conversation,))
 
     def outline(self, index: int) -> SampleOutline:
         """Return the sample's text and the sizes that its image files state; no pixels are read."""
         name, paths, conversation = self._record(index)
-        sizes = tuple(image_size(self.folder.file(path, name)) for path in paths)
+        sizes = tuple(image_size(*self._image(path, index)) for path in paths)
         return SampleOutline(name, sizes, (conversation,))
 
     def _record(self, index: int) -> Record:
@@ -106,6 +139,12 @@ class MessagesDataset:
         if isinstance(record, str):
             raise ValueError(record)
         return record
+
+    def _image(self, path: str, index: int) -> tuple[Path, str]:
+        """The file of an image, and what errors call it."""
+        where = self.where(index)
+        file = self.folder.file(path, where)
+        return file, f"{where}: image file {file}"
 
 
 class ImageFolder:
@@ -159,26 +198,6 @@ class _NoListError(ValueError):
     """What begins like a JSON list goes on behind it."""
 
 
-def _values(path: Path) -> list[tuple[str, Any]]:
-    """(name for errors, JSON value) of each record; an exception in the place of a broken one.
-
-    Raises:
-        FileNotFoundError: The file does not exist.
-        ValueError: It is a list that is cut off.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"data file {path} does not exist")
-    with path.open("rb") as file:
-        if first_byte(file) == b"[":
-            # A byte that is not UTF-8 becomes a lone surrogate, which its record is refused for.
-            text = file.read().decode("utf-8", "surrogateescape")
-            try:
-                return list(_elements(text, str(path)))
-            except _NoListError:
-                pass  # lines, of which the first is a list
-        return list(_lines(file, str(path)))
-
-
 def first_byte(file: BinaryIO) -> bytes:
     """Go to the first byte that is neither a byte-order mark nor blank, and return it.
 
@@ -191,8 +210,8 @@ def first_byte(file: BinaryIO) -> bytes:
     return byte
 
 
-def _lines(file: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
-    """Parse every line that is not blank."""
+def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, Any]]:
+    """Parse every line that is not blank, by its number; an exception in the place of a bad one."""
     file.seek(0)
     for number in itertools.count(1):
         line = file.readline(MAX_RECORD_BYTES + 1)
@@ -202,16 +221,18 @@ def _lines(file: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
         if len(line) > MAX_RECORD_BYTES:
             while line and not line.endswith(b"\n"):
                 line = file.readline(MAX_RECORD_BYTES)
-            yield where, ValueError(f"{where} is longer than {MAX_RECORD_BYTES} bytes")
+            yield number, ValueError(f"{where} is longer than {MAX_RECORD_BYTES} bytes")
         elif line.removeprefix(BYTE_ORDER_MARK).strip():
             try:
-                yield where, parse_json(line.rstrip(b"\r\n"), where)
+                yield number, parse_json(line.rstrip(b"\r\n"), where)
             except ValueError as error:
-                yield where, error
+                yield number, error
 
 
-def _elements(text: str, name: str) -> Iterator[tuple[str, Any]]:
+def _elements(text: str, name: str) -> Iterator[Any]:
     """Parse the elements of a JSON list one by one, so that a broken one spoils no other.
+
+    In the place of a broken one there is an exception.
 
     Raises:
         ValueError: The list has no end.
@@ -223,7 +244,7 @@ def _elements(text: str, name: str) -> Iterator[tuple[str, Any]]:
     for place in itertools.count():
         if text[start : start + 1] == "]":
             break
-        where, element = f"{name}[{place}]", None
+        element: Any = None
         if not damaged:
             try:
                 element, end = decode(text, start)
@@ -234,12 +255,14 @@ def _elements(text: str, name: str) -> Iterator[tuple[str, Any]]:
         if damaged:  # from here on by brackets: an error of the decoder walks through all the text
             end = _end_of_element(text, start)
             try:
-                element = parse_json(text[start:end].encode("utf-8", "surrogateescape"), where)
+                element = parse_json(
+                    text[start:end].encode("utf-8", "surrogateescape"), f"{name}[{place}]"
+                )
             except ValueError as error:
                 element = error
         if end >= len(text):
             raise ValueError(f"data file {name} is a JSON list without an end; is it cut off?")
-        yield where, element
+        yield element
         start = end if text[end] == "]" else _after_blank(text, end + 1)
     if _after_blank(text, start + 1) < len(text):
         raise _NoListError

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import torch
 
-from tokenflex.data.faults import BrokenSample, broken_records
+from tokenflex.data.faults import BrokenSample, broken_records, where_of
 from tokenflex.data.order import EpochOrder, Order, StreamOrder
 from tokenflex.data.samples import Sample, SampleDataset, SampleOutline, size_of
 from tokenflex.data.steps import outline_of
@@ -75,6 +75,11 @@ class Mixture:
     def __getitem__(self, index: int) -> Sample:
         part, inner = self._places.place_of(index)
         return self.parts[part][inner]
+
+    def where(self, index: int) -> str:
+        """What the part calls its sample."""
+        part, inner = self._places.place_of(index)
+        return where_of(self.parts[part], inner)
 
     def outline(self, index: int) -> SampleOutline:
         """The part's outline of its sample."""

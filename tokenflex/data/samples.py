@@ -55,9 +55,10 @@ class SampleDataset(Protocol):
 
     One with a method ``outline(index) -> SampleOutline``, which opens no pixels, spares every rank
     from reading the images of all others. That of a stream has no end, and ``len`` is a TypeError.
-    A sample that cannot be read raises when it is asked for, and keeps its index. One with an
-    attribute ``broken``, a list of :class:`tokenflex.data.faults.BrokenSample`, names those that it
-    knows of beforehand.
+    A sample that cannot be read raises when it is asked for, and keeps its index. A data set may
+    name those that it knows of beforehand in an attribute ``broken``, a list of
+    :class:`tokenflex.data.faults.BrokenSample`, and a sample's place in its files by a method
+    ``where(index) -> str``.
     """
 
     def __len__(self) -> int: ...

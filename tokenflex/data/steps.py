@@ -126,7 +126,7 @@ class StepPacker:
         broken: list[BrokenSample] = []
         planned: list[_Planned] = []
         for key, drawn in views_of(keys, self.collator.counts, self.draw):
-            with leaving_out(key[1], broken):
+            with leaving_out(self.dataset, key[1], broken):
                 planned.append(self._plan(key, drawn))
         dealt = deal(
             [one.tokens for one in planned],
@@ -194,7 +194,7 @@ class StepPacker:
         members = []
         for one in planned:
             epoch, index = one.key
-            with leaving_out(index, broken):
+            with leaving_out(self.dataset, index, broken):
                 sample = self.dataset[index]
                 members.append(DrawnSample(index, epoch, sample, one.drawn, one.fitted))
         if not members:
@@ -211,7 +211,7 @@ class StepPacker:
 
     def _is_packable(self, member: DrawnSample, broken: list[BrokenSample]) -> bool:
         before = len(broken)
-        with leaving_out(member.index, broken):
+        with leaving_out(self.dataset, member.index, broken):
             self.collator([member])
         return len(broken) == before
 

@@ -71,11 +71,15 @@ class StreamingDataset:
         raise TypeError(f"data set {self.path} is a stream and has no length")
 
     def __getitem__(self, position: int) -> Sample:
-        return sample_of(self._row(position), f"{self.path}[{position}]", self._folders)
+        return sample_of(self._row(position), self.where(position), self._folders)
+
+    def where(self, position: int) -> str:
+        """Return the data set and the row's position in the stream."""
+        return f"{self.path}[{position}]"
 
     def outline(self, position: int) -> SampleOutline:
         """The row's text and the sizes that its images' heads state."""
-        return outline_of_row(self._row(position), f"{self.path}[{position}]", self._folders)
+        return outline_of_row(self._row(position), self.where(position), self._folders)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker gets where it is not forked: a walk does not travel."""

@@ -77,13 +77,21 @@ class WebDataset:
         (name, _, conversation), sizes = self._read(index, image_size)
         return SampleOutline(name, tuple(sizes), (conversation,))
 
+    def where(self, index: int) -> str:
+        """Return the shard and key of a sample."""
+        return f"{self._shard_of(index)}: {self._key_of(index)}"
+
+    def _shard_of(self, index: int) -> Path:
+        return self.shards[int(np.searchsorted(self._shard_starts, index, side="right")) - 1]
+
+    def _key_of(self, index: int) -> str:
+        return printable(self._keys[index], 200)  # of a stranger's choice
+
     def _read(self, index: int, look: Any) -> tuple[Record, list[Any]]:
         """A sample's record, and what ``look`` returns for each of its images."""
         if not 0 <= index < len(self):
             raise IndexError(f"index must be in 0..{len(self) - 1}, got {index}")
-        shard = self.shards[int(np.searchsorted(self._shard_starts, index, side="right")) - 1]
-        key = printable(self._keys[index], 200)  # of a stranger's choice
-        where = f"{shard}: {key}"
+        shard, key, where = self._shard_of(index), self._key_of(index), self.where(index)
         images = self._images[self._image_starts[index] : self._image_starts[index + 1]].tolist()
         offset, size = self._records[index].tolist()
         if offset < 0:

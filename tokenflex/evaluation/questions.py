@@ -104,7 +104,7 @@ class ReadBatch:
         broken: list[BrokenSample] = []
         samples: list[tuple[int, Sample]] = []
         for _, index in keys:
-            with leaving_out(index, broken):
+            with leaving_out(self.dataset, index, broken):
                 sample = self.dataset[index]
                 if not sample.conversations:
                     raise ValueError(f"sample {sample.id}: holds no conversation to ask")
@@ -116,7 +116,7 @@ class ReadBatch:
         except Exception:
             before = len(broken)
             for index, sample in samples:
-                with leaving_out(index, broken):
+                with leaving_out(self.dataset, index, broken):
                     self._prepared([(index, sample)], [])
             if len(broken) == before:  # none of them is to blame
                 raise

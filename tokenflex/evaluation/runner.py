@@ -111,7 +111,7 @@ def evaluate(
     read = ReadBatch(dataset, processor, max_tiles)
     try:
         for batch in load_in_order(read, _batches(len(dataset), batch_size), workers=workers):
-            asked = _asked(batch, encode, processor.image_token_id, counts, score)
+            asked = _asked(dataset, batch, encode, processor.image_token_id, counts, score)
             broken += batch.broken
             check_broken(broken, max_broken_samples)
             if not asked:
@@ -169,6 +169,7 @@ def _batches(samples: int, batch_size: int) -> list[list[tuple[int, int]]]:
 
 
 def _asked(
+    dataset: SampleDataset,
     batch: PreparedBatch,
     encode: ConversationEncoder,
     image_token_id: int,
@@ -191,7 +192,7 @@ def _asked(
 
     asked = []
     for sample in batch.samples:
-        with leaving_out(sample.index, batch.broken):
+        with leaving_out(dataset, sample.index, batch.broken):
             asked.append([question(sample, conversation) for conversation in sample.conversations])
     return asked
 

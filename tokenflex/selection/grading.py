@@ -137,7 +137,7 @@ def grade(
         for first in range(0, len(dataset), batch_size):
             indices = range(first, min(first + batch_size, len(dataset)))
             batch = read([(0, index) for index in indices])
-            part = _grade_batch(model, processor, encode, batch, counts)
+            part = _grade_batch(model, processor, encode, dataset, batch, counts)
             parts += [] if part is None else [part]
             broken += batch.broken
             check_broken(broken, max_broken_samples)
@@ -156,13 +156,14 @@ def _grade_batch(
     model: Any,
     processor: Any,
     encode: ConversationEncoder,
+    dataset: SampleDataset,
     batch: PreparedBatch,
     counts: tuple[int, ...],
 ) -> Grades | None:
     """None where no sample of the batch can be asked; those that cannot join ``batch.broken``."""
     questions_of: dict[int, list[Question]] = {}  # by the sample's index
     for sample in batch.samples:
-        with leaving_out(sample.index, batch.broken):
+        with leaving_out(dataset, sample.index, batch.broken):
             questions_of[sample.index] = [
                 Question(sample, conversation, encoded=sample.encoded(encode, conversation))
                 for conversation in sample.conversations

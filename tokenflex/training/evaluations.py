@@ -18,6 +18,7 @@ from tokenflex.data.faults import (
     BrokenSamplesError,
     broken_records,
     check_broken,
+    where_of,
 )
 from tokenflex.data.samples import Sample, SampleDataset
 from tokenflex.evaluation import evaluate
@@ -46,6 +47,10 @@ class Share:
 
     def __len__(self) -> int:
         return -(self.size // -self.num_ranks)
+
+    def where(self, index: int) -> str:
+        """What the data set calls the sample."""
+        return where_of(self.dataset, self.place_of(index))
 
     def place_of(self, index: int) -> int:
         """Where the sample at ``index`` stands in the data set; the last one for a stand-in."""

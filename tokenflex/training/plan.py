@@ -130,7 +130,7 @@ def measure_samples(config: TrainConfig, data: DataConfig, *, share_prefix: bool
     for position in range(asked):
         try:
             index = order[position][1]
-            with leaving_out(index, broken):  # as training does
+            with leaving_out(dataset, index, broken):  # as training does
                 samples.append(collator.fit(outline_of(dataset, index), 1))
         except DataExhaustedError:
             break
