@@ -31,6 +31,7 @@ from tokenflex.data.webdataset import WebDataset
 from tokenflex.digits.canvas import CELL_PIXELS
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor
+from tokenflex.files import excerpt
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.loading import load_checkpoint, read_config
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
@@ -329,7 +330,7 @@ def _fresh_config(part: PartConfig) -> PretrainedConfig:
     model_type = fields.pop("model_type", None)
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"config must name a model_type that transformers knows, got {model_type!r}"
+            f"config must name a model_type that transformers knows, got {excerpt(model_type)}"
         )
     config_class = CONFIG_MAPPING[model_type]
     # transformers keeps unknown keys without a word: a misspelt width would train the default.
@@ -338,8 +339,8 @@ def _fresh_config(part: PartConfig) -> PretrainedConfig:
         if key not in known:
             near = ", ".join(get_close_matches(key, known)) or "a field of its transformers config"
             raise ValueError(
-                f"config of model_type {model_type!r} has no key {key!r} (got {value!r}; "
-                f"expected {near})"
+                f"config of model_type {model_type!r} has no key {excerpt(key)} (got "
+                f"{excerpt(value)}; expected {near})"
             )
     try:
         return config_class(**fields)
