@@ -105,6 +105,7 @@ HUGE = 2**40
     "settings",
     [
         {**SETTINGS, "hidden_width": HUGE},
+        {**SETTINGS, "hidden_width": 2**20},
         {**SETTINGS, "vision_width": HUGE},
         {**SETTINGS, "text_width": 10**30},
         {**SETTINGS, "hidden_width": 10**4000},
@@ -127,14 +128,25 @@ HUGE = 2**40
     ],
     ids=lambda settings: str(settings)[-40:],
 )
-def test_what_settings_claim_is_compared_before_it_is_allocated(router, saved, tmp_path, settings):
+def test_what_settings_claim_is_compared_before_it_is_allocated(
+    router, saved, tmp_path, settings, monkeypatch
+):
     save_file(router.state_dict(), saved, metadata={"router": json.dumps(settings)})
+    devices = []
+
+    def recording(**values):
+        made = Router(**values)
+        devices.append(made.image.weight.device.type)
+        return made
+
+    monkeypatch.setattr(storage, "Router", recording)
     tracemalloc.start()
     with pytest.raises(ValueError, match="is not a whole router") as error:
         load_router(tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**24
+    assert {*devices} <= {"meta"}
     assert len(str(error.value)) < len(str(saved)) + 400
     assert "\n" not in str(error.value)
 
