@@ -46,6 +46,7 @@ _NEEDED_BY = {
         "kernels/test_pack_plan.py",
         "kernels/test_packing.py",
         "kernels/test_pooling.py",
+        "data/test_fuzz.py",
         "data/test_order.py",
         "selection/test_budget.py",
         "selection/test_router.py",

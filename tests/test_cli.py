@@ -478,6 +478,64 @@ def test_evaluate_on_own_data_of_any_format(command, checkpoint, tmp_path, form,
     assert re.search(r"^mean\s+[01]\.000$", out, re.MULTILINE)
 
 
+def with_broken_records(path: Path) -> Path:
+    """The record one a line, after a byte-order mark, twice and in three broken forms."""
+    content = path.read_text()
+    good = json.dumps(json.loads(content)[0]) if content[0] == "[" else content
+    lines = [
+        good,
+        "{",
+        good.replace("image.png", "none.png"),
+        good.replace("odd", "<image> <image>"),
+    ]
+    path.write_text("\ufeff" + "\r\n".join([*lines, "", good]) + "\r\n")
+    return path
+
+
+@pytest.mark.parametrize("form", ["messages", "llava"])
+def test_evaluate_leaves_out_and_names_broken_samples(command, checkpoint, tmp_path, form):
+    data = with_broken_records(data_of(tmp_path, form))
+    base = ("evaluate", checkpoint, "--data", data, "--counts", "4")
+    with pytest.warns(UserWarning, match="left out") as warned:
+        code, out, _ = command(*base, "--output", tmp_path / "report.json")
+    assert (code, "2 questions about 2 samples" in out) == (0, True)
+    times = 2 if form == "messages" else 3
+    named = [":2 is not JSON", "none.png", f":4: messages hold <image> {times} times"]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {one["index"] for one in report["broken_samples"]} == {1, 2, 3}
+    for word in named:
+        assert any(word in str(warning.message) for warning in warned)
+        assert any(word in one["reason"] for one in report["broken_samples"])
+    assert command(*base, "--max-broken-samples", 2)[0] == 2  # of which one is found on the way
+    with pytest.warns(UserWarning, match="left out"):
+        code, _, errors = command(*base, "--max-broken-samples", 1)
+    assert (code, "2 broken samples are more than" in errors[-1]) == (2, True)
+
+
+@pytest.mark.parametrize("form", ["messages", "llava"])
+def test_images_outside_of_the_datas_folder_are_read_where_that_is_asked_for(
+    command, checkpoint, tmp_path, form
+):
+    data = data_of(tmp_path, form)
+    (tmp_path / "elsewhere").mkdir()
+    moved = data.rename(tmp_path / "elsewhere" / data.name)
+    base = ("evaluate", checkpoint, "--data", moved, "--counts", "4")
+    for options in ((), ("--image-folder", tmp_path / "elsewhere")):
+        assert command(*base, *options)[0] == 2  # there is no such image
+    assert command(*base, "--image-folder", tmp_path)[0] == 0
+    moved.write_text(moved.read_text().replace("image.png", "../image.png"))
+    result = command(*base)
+    assert_one_line(result, "is outside of the data's folder", "allow_outside")
+    assert command(*base, "--allow-outside")[0] == 0
+
+
+@pytest.mark.parametrize("command_name", ["evaluate", "route"])
+def test_what_digits_have_no_images_for_is_refused(command, checkpoint, command_name):
+    base = (command_name, "--model", checkpoint, "--data", "digits", "--counts", "4,9")
+    assert_one_line(command(*base, "--allow-outside"), "--allow-outside", "digits")
+    assert_one_line(command(*base, "--image-folder", "x"), "--image-folder", "digits")
+
+
 def test_evaluate_scores_what_the_model_says(command, checkpoint, tmp_path, monkeypatch):
     base = ("evaluate", checkpoint, "--data", data_of(tmp_path, "messages"), "--counts", "4")
     said = digits_processor().tokenizer("3 7", add_special_tokens=False)["input_ids"]
@@ -850,9 +908,18 @@ def test_missing_data_file(command, checkpoint, tmp_path):
     [
         (None, "does not exist"),
         ("{", "not JSON"),
+        pytest.param("[" * 100_000 + "]" * 100_000, "too deeply", id="deep"),
+        pytest.param('{"accuracy": ' + "9" * 5000 + "}", "digits", id="digits"),
         ("{}", "accuracy"),
         ("[1]", "report"),
         ('{"accuracy": {"many": 0.5}}', "many"),
+        ('{"accuracy": {"4": [0.5]}}', "accuracy"),
+        ('{"accuracy": {"4": NaN}}', "accuracy"),
+        ('{"accuracy": {"4": true}, "standard_error": [1]}', "standard_error"),
+        ('{"accuracy": {"4": 1}, "standard_error": {"4": "x"}}', "standard_error"),
+        ('{"accuracy": {"4": 1}, "accuracy_by_kind": [1]}', "accuracy_by_kind"),
+        ('{"accuracy": {"4": 1}, "vision_tokens_per_image": {"4": {}}}', "vision_tokens"),
+        pytest.param(f'{{"accuracy": {{"{"9" * 5000}": 1}}}}', "accuracy", id="a long count"),
         ('{"accuracy": {"4": "high"}}', ""),
         ('{"accuracy": {"2x3": 0.5}}', "2x3"),
         ('{"accuracy": {"4": 0.5}, "vision_tokens_per_image": {"9": 9}}', "vision_tokens"),

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tokenflex.files import write_atomically
+from tokenflex.files import excerpt, write_atomically
 from tokenflex.plot_labels import label_points, spread
 from tokenflex.selection.curve import PROMPT_QUESTIONS, CurvePoint
 
@@ -192,27 +192,40 @@ def _checked(
     """The report's accuracies, those of its named kinds of question, and each count's tokens."""
     accuracy = report.get("accuracy") if isinstance(report, dict) else None
     if not isinstance(accuracy, dict) or not accuracy:
-        raise ValueError(f"report must hold accuracy (count -> share), got {accuracy!r}")
+        raise ValueError(f"report must hold accuracy (count -> share), got {excerpt(accuracy)}")
+    counts = list(accuracy)
+    _check_row("accuracy", accuracy, counts)
     tokens = report.get("vision_tokens_per_image")
     if tokens is None:
-        if not all(count.isdecimal() for count in accuracy):
+        if not all(count.isdecimal() and len(count) < 16 for count in counts):
             raise ValueError(
-                f"report must hold accuracy by count, got counts {', '.join(accuracy)}"
+                f"report must hold accuracy by count, got {excerpt(accuracy)} and no "
+                "vision_tokens_per_image"
             )
-        tokens = {count: float(count) for count in accuracy}
-    if not isinstance(tokens, dict) or tokens.keys() != accuracy.keys():
-        raise ValueError(
-            f"report must hold vision_tokens_per_image at counts {', '.join(accuracy)}, got "
-            f"{tokens!r}"
-        )
-    kinds = {kind: row for kind, row in report.get("accuracy_by_kind", {}).items() if kind}
+        tokens = {count: float(count) for count in counts}
+    _check_row("vision_tokens_per_image", tokens, counts)
+    errors = report.get("standard_error", {})
+    if not isinstance(errors, dict) or not all(e is None or _is_share(e) for e in errors.values()):
+        raise ValueError(f"report must hold standard_error by count, got {excerpt(errors)}")
+    by_kind = report.get("accuracy_by_kind", {})
+    if not isinstance(by_kind, dict):
+        raise ValueError(f"report must hold accuracy_by_kind, got {excerpt(by_kind)}")
+    kinds = {kind: row for kind, row in by_kind.items() if kind}
     for kind, row in kinds.items():
-        if not isinstance(row, dict) or row.keys() != accuracy.keys():
-            raise ValueError(
-                f"report must hold accuracy_by_kind of {kind!r} at counts {', '.join(accuracy)}, "
-                f"got {row!r}"
-            )
+        _check_row(f"accuracy_by_kind of {excerpt(kind)}", row, counts)
     return accuracy, kinds, tokens
+
+
+def _check_row(name: str, row: Any, counts: list[str]) -> None:
+    """Refuse a row of a report that is not a finite number at each count."""
+    if not isinstance(row, dict) or {*row} != {*counts} or not all(map(_is_share, row.values())):
+        raise ValueError(
+            f"report must hold {name} as a number at counts {excerpt(counts)}, got {excerpt(row)}"
+        )
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e18  # not NaN either
 
 
 def plot_selection(points: Sequence[CurvePoint], path: Path) -> None:

@@ -172,3 +172,26 @@ def test_images_without_a_user_turn_are_refused():
     only_answer = Conversation((Turn("assistant", "7"),))
     with pytest.raises(ValueError, match="user"):
         encoder_with()(only_answer, num_images=1)
+
+
+@pytest.mark.parametrize("texts", [("odd <picture>", "3"), ("odd", "3 <picture>")])
+@pytest.mark.parametrize("images", [0, 1])
+def test_a_text_that_holds_the_placeholder_is_refused(texts, images):
+    tokenizer = copy.deepcopy(digits_processor().tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<picture>"]})
+    encoder = ConversationEncoder(tokenizer, "<picture>")
+    for read in (encoder, encoder.prompt):
+        with pytest.raises(ValueError, match="holds <picture>, the processor's own placeholder"):
+            read(conversation(*texts), images)
+
+
+@pytest.mark.parametrize(("text", "images"), [("odd <image> <image>", 1), ("odd <image>", 2)])
+def test_a_conversation_has_a_placeholder_for_each_image(text, images):
+    message = f"one placeholder, <image>, for each of its {images} images, got {text.count('<')}"
+    with pytest.raises(ValueError, match=message):
+        encoder_with()(conversation(text, "3"), images)
+
+
+def test_an_image_behind_the_last_answer_is_refused():
+    with pytest.raises(ValueError, match="for each of its 1 images, got 0"):
+        encoder_with()(conversation("odd", "3", "count <image>"), 1)

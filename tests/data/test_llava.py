@@ -68,10 +68,12 @@ def test_images_may_lie_in_a_folder_of_their_own(tmp_path):
 )
 def test_a_bad_record_is_named_by_file_and_place(tmp_path, record, words):
     path = write(tmp_path, {"image": "a.png", "conversations": TURNS}, record)
+    dataset = LlavaDataset(path)
     with pytest.raises(ValueError, match=r"data\.json\[1\]") as error:
-        LlavaDataset(path)
+        dataset[1]
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+    assert [one.index for one in dataset.broken] == [1]
 
 
 @pytest.mark.parametrize(("content", "words"), [("{", "not JSON"), ("{}", "list"), ("[]", "list")])

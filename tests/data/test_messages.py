@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tokenflex.data.faults import BrokenSample
 from tokenflex.data.messages import MessagesDataset
 from tokenflex.data.samples import Conversation, Turn
 from tokenflex.images import open_image
@@ -151,10 +152,14 @@ BAD_LINES = {
 @pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES)
 def test_a_bad_line_is_named_by_file_and_line(tmp_path, line):
     path = write(tmp_path, {"messages": [USER, ASSISTANT]}, "", line)
-    with pytest.raises(ValueError, match=r"data\.jsonl") as error:
-        MessagesDataset(path)
-    assert f"{path}:3" in str(error.value)
-    assert "\n" not in str(error.value)
+    dataset = MessagesDataset(path)
+    assert dataset[0].id == f"{path}:1"
+    for read in (dataset.outline, dataset.__getitem__):
+        with pytest.raises(ValueError, match=r"data\.jsonl") as error:
+            read(1)
+        assert f"{path}:3" in str(error.value)
+        assert "\n" not in str(error.value)
+    assert dataset.broken == [BrokenSample(1, str(error.value))]
 
 
 def test_missing_file(tmp_path):

@@ -8,7 +8,14 @@ import pytest
 from tests.models.tiny import picture
 from tokenflex import TokenCounts
 from tokenflex.data.packing import PackingCollator
-from tokenflex.data.samples import Conversation, Sample, SampleOutline, Turn
+from tokenflex.data.samples import (
+    Conversation,
+    DataExhaustedError,
+    Sample,
+    SampleOutline,
+    StreamError,
+    Turn,
+)
 from tokenflex.data.steps import BrokenSample, PackedStep, StepPacker
 from tokenflex.digits.processor import digits_processor
 
@@ -178,6 +185,124 @@ def test_broken_samples_are_left_out_and_named(collator):
         BrokenSample(5, "5.png is cut off"),
         BrokenSample(40, "40.png is cut off"),
     ]
+
+
+class Raising(MixedSizes):
+    """Sample 3 raises ``error`` when its ``stage`` is reached."""
+
+    def __init__(self, error: BaseException, stage: str) -> None:
+        super().__init__()
+        self.error, self.stage = error, stage
+
+    def outline(self, index: int) -> SampleOutline:
+        if (self.stage, index) == ("outline", 3):
+            raise self.error
+        return super().outline(index)
+
+    def __getitem__(self, index: int) -> Sample:
+        if (self.stage, index) == ("pixels", 3):
+            raise self.error
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("stage", ["outline", "pixels"])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (TypeError("argument of another type"), "TypeError: argument of another type"),
+        (RecursionError("maximum depth"), "RecursionError: maximum depth"),
+        (KeyError("role"), "KeyError: 'role'"),
+        (ValueError(), "ValueError: "),
+        (OverflowError("too large"), "OverflowError: too large"),
+        (ValueError("two\nlines \ud83d"), "two lines \\ud83d"),
+        (OSError(5, "disk"), "[Errno 5] disk"),
+    ],
+    ids=repr,
+)
+def test_whatever_a_sample_raises_it_is_left_out_with_the_reason(collator, stage, error, reason):
+    step = packed(collator, Raising(error, stage), keys=KEYS[:8])
+    assert step.broken == [BrokenSample(3, reason.strip())]
+    assert sorted(ids(step)) == [0, 1, 2, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("stage", ["outline", "pixels"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        StreamError("broke off"),
+        DataExhaustedError("no more"),
+        MemoryError(),
+        KeyboardInterrupt(),
+        SystemExit(),
+    ],
+    ids=repr,
+)
+def test_what_another_sample_would_meet_as_well_is_no_broken_sample(collator, stage, error):
+    with pytest.raises(type(error)) as raised:
+        packed(collator, Raising(error, stage), keys=KEYS[:8])
+    assert raised.value is error
+
+
+def test_a_reason_is_short(collator):
+    step = packed(collator, Raising(ValueError("x" * 10_000), "outline"), keys=KEYS[:8])
+    assert len(step.broken[0].reason) <= 500
+
+
+def test_a_picture_that_cannot_be_processed_is_found_among_those_of_its_bin(collator, monkeypatch):
+    process = collator.processor.process_images
+
+    def failing(images, **options):
+        if any(image.tobytes() == picture(3).tobytes() for image in images):
+            raise RuntimeError("no such picture")
+        return process(images, **options)
+
+    monkeypatch.setattr(collator.processor, "process_images", failing)
+    step = packed(collator, keys=KEYS[:8])
+    reason = "RuntimeError: no such picture"  # it is the first of sample 3, the second of sample 2
+    broken = sorted(step.broken, key=lambda one: one.index)
+    assert broken == [BrokenSample(2, reason), BrokenSample(3, reason)]
+    assert sorted(ids(step)) == [0, 1, 4, 5, 6, 7]
+
+
+def test_an_error_that_no_sample_has_alone_is_not_hidden(collator, monkeypatch):
+    process = collator.processor.process_images
+
+    def failing(images, **options):
+        if len(images) > 10:
+            raise RuntimeError("a fault of ours")
+        return process(images, **options)
+
+    monkeypatch.setattr(collator.processor, "process_images", failing)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        packed(collator, keys=KEYS[:12])
+
+
+@pytest.mark.parametrize("token", ["<image>", "<IMG_CONTEXT>", "<|picture|>"])
+@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize("images", [0, 1])
+def test_a_processors_placeholder_in_a_text_is_a_broken_sample(token, turn, images):
+    """Each would be a row for which there is no vision token."""
+    processor = digits_processor()
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    processor.image_token = token
+    processor.image_token_id = processor.tokenizer.convert_tokens_to_ids(token)
+    own = PackingCollator(processor, COUNTS)
+
+    class Texts(MixedSizes):
+        def outline(self, index: int) -> SampleOutline:
+            texts = ["odd", "3"]
+            if index == 3:
+                texts[turn] += f" {token}" * 2
+            talk = Conversation((Turn("user", texts[0]), Turn("assistant", texts[1])))
+            return SampleOutline(f"sample-{index}", ((32, 32),) * self._images(index), (talk,))
+
+        def _images(self, index: int) -> int:
+            return images
+
+    step = packed(own, Texts(), keys=KEYS[:8])
+    assert [one.index for one in step.broken] == [3]
+    assert "placeholder" in step.broken[0].reason
+    assert sorted(ids(step)) == [0, 1, 2, 4, 5, 6, 7]
 
 
 def test_a_sample_that_fits_no_bin_is_broken(collator):

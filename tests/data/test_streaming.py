@@ -181,9 +181,9 @@ def test_a_file_that_breaks_off_is_an_error_and_not_the_end_of_a_pass(tmp_path):
 
 
 def test_a_folder_of_save_to_disk_and_json_lines_stream_too(tmp_path):
-    picture(1).save(tmp_path / "a.png")
-    line = {"id": "a", "images": [str(tmp_path / "a.png")], "messages": MESSAGES}
     (tmp_path / "lines").mkdir()
+    picture(1).save(tmp_path / "lines" / "a.png")
+    line = {"id": "a", "images": [str(tmp_path / "lines" / "a.png")], "messages": MESSAGES}
     (tmp_path / "lines" / "train.jsonl").write_text(json.dumps(line) + "\n")
     rows = datasets.Dataset.from_dict({"images": [[picture(1)]], "messages": [MESSAGES]})
     rows = rows.cast_column("images", datasets.List(datasets.Image()))

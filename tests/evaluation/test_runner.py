@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from importlib.util import find_spec
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import SiglipImageProcessor
 from tests.models.tiny import PAD, PIXELS, picture, tiny_model
 from tokenflex import TokenCounts, TokenFlexProcessor
 from tokenflex.data.encoding import ConversationEncoder
+from tokenflex.data.faults import BrokenSample, BrokenSamplesError
 from tokenflex.data.packing import DrawnSample, PackingCollator
 from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.digits.dataset import DigitsDataset
@@ -417,6 +419,102 @@ def test_what_cannot_be_asked_is_refused(processor, dataset, counts, options, wo
 def test_an_empty_data_set_is_refused(processor):
     with pytest.raises(ValueError, match="at least one sample"):
         evaluate(tiny_model(), processor, [], [4])
+
+
+class SomeBroken:
+    """Samples of which some cannot be read, encoded or processed; the others are the digits'."""
+
+    def __init__(self, good, broken: dict[int, Any]) -> None:
+        self.good, self.unread = good, broken
+
+    def __len__(self) -> int:
+        return len(self.good) + len(self.unread)
+
+    def __getitem__(self, index: int) -> Sample:
+        broken = self.unread.get(index)
+        if isinstance(broken, Exception):
+            raise broken
+        if broken is not None:
+            return broken
+        return self.good[index - sum(place < index for place in self.unread)]
+
+
+def talk(question: str, answer: str) -> tuple[Conversation, ...]:
+    return (Conversation((Turn("user", question), Turn("assistant", answer))),)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_broken_samples_are_left_out_and_named(processor, dataset, batch_size, workers):
+    """The rest is what it is without them, whatever they shared a batch with."""
+    unread = {
+        0: ValueError("a.jsonl:1 is not JSON"),
+        1: FileNotFoundError("b.png does not exist"),
+        4: RecursionError("too deep"),
+        5: Sample("marks", (), talk("<image> odd", "3")),
+        6: Sample("half", (picture(1),), talk("odd \ud83d", "3")),
+        7: Sample("nothing", (picture(1),), ()),
+    }
+    model, done = tiny_model(), []
+    report = evaluate(
+        model,
+        processor,
+        SomeBroken(dataset, unread),
+        COUNTS,
+        batch_size=batch_size,
+        workers=workers,
+        on_batch=lambda: done.append(1),
+    )
+    assert len(done) == 3 * -(12 // -batch_size)
+    expected = evaluate(model, processor, dataset, COUNTS, batch_size=batch_size)
+    assert [one["index"] for one in sorted(report.pop("broken_samples"), key=str)] == [*unread]
+    for key in ("accuracy", "accuracy_by_kind", "questions", "samples", "standard_error"):
+        assert report[key] == expected[key]
+    assert "broken_samples" not in expected
+
+
+def test_a_picture_that_cannot_be_processed_is_left_out(processor, dataset, monkeypatch):
+    process = processor.process_images
+    strange = picture(77, (48, 48))
+
+    def failing(images, **options):
+        if any(image.size == strange.size for image in images):
+            raise TypeError("no such picture")
+        return process(images, **options)
+
+    monkeypatch.setattr(processor, "process_images", failing)
+    broken = {2: Sample("strange", (strange,), talk("odd", "3"))}
+    report = evaluate(tiny_model(), processor, SomeBroken(dataset, broken), [4])
+    reason = "TypeError: no such picture"
+    assert report["broken_samples"] == [{"index": 2, "reason": reason}]
+    assert report["samples"] == len(dataset)
+
+
+@pytest.mark.parametrize("score", ["forced", "exact"])
+def test_a_processors_placeholder_in_a_text_is_left_out(processor, dataset, score):
+    broken = {1: Sample("marks", (picture(1),), talk("<image> or <image>", "3"))}
+    report = evaluate(
+        tiny_model(), processor, SomeBroken(dataset, broken), [4], score=score, max_new_tokens=1
+    )
+    (one,) = report["broken_samples"]
+    assert one["index"] == 1
+    assert "one placeholder, <image>, for each of its 1 images, got 2" in one["reason"]
+
+
+def test_more_broken_samples_than_allowed_stop_the_evaluation(processor, dataset):
+    unread = {index: ValueError(f"line {index}") for index in (1, 3)}
+    data = SomeBroken(dataset, unread)
+    for most in (2, 100, None):
+        report = evaluate(tiny_model(), processor, data, [4], max_broken_samples=most)
+        assert len(report["broken_samples"]) == 2
+    with pytest.raises(BrokenSamplesError, match=r"2 broken samples are more .* of 1.*line 3"):
+        evaluate(tiny_model(), processor, data, [4], max_broken_samples=1)
+    data.broken = [BrokenSample(1, "line 1"), BrokenSample(3, "line 3")]  # before it is read
+    data.unread = {1: MemoryError(), 3: MemoryError()}
+    with pytest.raises(BrokenSamplesError, match=r"2 broken samples are more .* of 1.*line 3"):
+        evaluate(tiny_model(), processor, data, [4], max_broken_samples=1)
+    with pytest.raises(MemoryError):
+        evaluate(tiny_model(), processor, data, [4])
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -12,6 +12,7 @@ from tests.models.test_tiling import tiling_processor
 from tests.models.tiny import WIDTH, picture, tiny_model
 from tests.selection.planted import COUNTS, FixedRouter
 from tokenflex.data.encoding import ConversationEncoder
+from tokenflex.data.faults import BrokenSamplesError
 from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor
@@ -239,12 +240,38 @@ def test_grades_do_not_depend_on_how_the_work_is_shared_out(
     assert 0 < grades.confidence.min() < grades.confidence.max() <= 1
 
 
-def test_a_conversation_without_an_answer_is_refused_by_name():
-    class Unanswered(Several):
-        samples = (Sample("s7", (picture(1),), (Conversation((Turn("user", "odd"),)),)),)
+class Unanswered(Several):
+    """Those of :class:`Several`, and one in front that has no answer."""
 
-    with pytest.raises(ValueError, match="sample s7: a conversation holds no answer to grade"):
-        grade(tiny_model(), digits_processor(), Unanswered(), COUNTS)
+    samples = (
+        Sample("s7", (picture(1),), (Conversation((Turn("user", "odd"),)),)),
+        *Several.samples,
+    )
+
+
+def test_a_conversation_without_an_answer_is_left_out_by_name():
+    model, words = tiny_model(), digits_processor()
+    reason = "sample s7: a conversation holds no answer to grade"
+    with pytest.warns(UserWarning, match=f"left out: {reason}"):
+        grades = grade(model, words, Unanswered(), COUNTS)
+    whole = grade(model, words, Several(), COUNTS)
+    assert torch.equal(grades.samples, whole.samples + 1)
+    assert torch.equal(grades.right, whole.right)
+    pairs = (grades.images[grades.pair_images], whole.images[whole.pair_images])
+    torch.testing.assert_close(*pairs)
+    with pytest.raises(BrokenSamplesError, match=f"more than max_broken_samples of 0.*{reason}"):
+        grade(model, words, Unanswered(), COUNTS, max_broken_samples=0)
+
+
+def test_samples_of_which_none_can_be_graded_are_an_error():
+    class Alone(Several):
+        samples = Unanswered.samples[:1]
+
+    with (
+        pytest.warns(UserWarning, match="left out: sample s7"),
+        pytest.raises(BrokenSamplesError, match="none of the 1 samples can be asked: sample s7"),
+    ):
+        grade(tiny_model(), digits_processor(), Alone(), COUNTS)
 
 
 def test_no_samples_are_refused():

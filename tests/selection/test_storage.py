@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import pytest
 import torch
@@ -93,6 +94,78 @@ SETTINGS = {"counts": [4, 9, 16], "vision_width": 4, "text_width": 6, "hidden_wi
 def test_settings_that_do_not_fit_are_refused(router, saved, tmp_path, settings):
     metadata = {} if settings is None else {"router": json.dumps(settings)}
     save_file(router.state_dict(), saved, metadata=metadata)
+    with pytest.raises(ValueError, match="is not a whole router"):
+        load_router(tmp_path)
+
+
+HUGE = 2**40
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {**SETTINGS, "hidden_width": HUGE},
+        {**SETTINGS, "hidden_width": 2**20},
+        {**SETTINGS, "vision_width": HUGE},
+        {**SETTINGS, "text_width": 10**30},
+        {**SETTINGS, "hidden_width": 10**4000},
+        {**SETTINGS, "counts": [n * n for n in range(1, 2000)]},
+        {**SETTINGS, "counts": "4,9"},
+        {**SETTINGS, "counts": 4},
+        {**SETTINGS, "counts": None},
+        {**SETTINGS, "counts": {"4": 9}},
+        {**SETTINGS, "counts": [[4], [9]]},
+        {**SETTINGS, "vision_width": "4"},
+        {**SETTINGS, "vision_width": 4.0},
+        {**SETTINGS, "vision_width": True},
+        {**SETTINGS, "penalty": float("nan")},
+        {**SETTINGS, "penalty": float("inf")},
+        {**SETTINGS, "penalty": "0.1"},
+        {**SETTINGS, "penalty": [0.1]},
+        {**SETTINGS, "k" * 10_000: 1},
+        "settings",
+        3,
+    ],
+    ids=lambda settings: str(settings)[-40:],
+)
+def test_what_settings_claim_is_compared_before_it_is_allocated(
+    router, saved, tmp_path, settings, monkeypatch
+):
+    save_file(router.state_dict(), saved, metadata={"router": json.dumps(settings)})
+    devices = []
+
+    def recording(**values):
+        made = Router(**values)
+        devices.append(made.image.weight.device.type)
+        return made
+
+    monkeypatch.setattr(storage, "Router", recording)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="is not a whole router") as error:
+        load_router(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24
+    assert {*devices} <= {"meta"}
+    assert len(str(error.value)) < len(str(saved)) + 400
+    assert "\n" not in str(error.value)
+
+
+def test_settings_of_great_depth_are_refused(router, saved, tmp_path):
+    deep = '{"counts": ' + "[" * 10_000 + "]" * 10_000 + "}"
+    save_file(router.state_dict(), saved, metadata={"router": deep})
+    with pytest.raises(ValueError, match="nests lists and objects too deeply"):
+        load_router(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["image.weight", "right.bias", "image_mean"])
+@pytest.mark.parametrize("change", ["missing", "transposed", "more"])
+def test_tensors_that_do_not_fit_are_refused(router, saved, tmp_path, name, change):
+    tensors = {key: value.clone() for key, value in router.state_dict().items()}
+    value = tensors.pop(name)
+    if change != "missing":
+        tensors[name] = torch.cat([value, value]) if change == "more" else value[None].clone()
+    save_file(tensors, saved, metadata={"router": json.dumps(SETTINGS)})
     with pytest.raises(ValueError, match="is not a whole router"):
         load_router(tmp_path)
 

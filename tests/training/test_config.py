@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 
 from tests.training.runs import DEMO, demo_values, stage, tiny_values, write_config
 from tokenflex.training.config import TrainConfig, load_config
+from tokenflex.training.strict import parse_yaml
 
 REMOVED = object()
 
@@ -126,7 +128,8 @@ def test_an_unknown_key_is_named_with_its_value_and_those_that_are_known(tmp_pat
         ("data.name", "messages", "path must be given"),
         ("data.path", "data.jsonl", "path must be given"),
         ("data.split", "dev", "'validation'"),
-        ("data.image_folder", "pictures", "name: llava only"),
+        ("data.image_folder", "pictures", "name: messages, llava only"),
+        ("data.allow_outside", True, "name: messages, llava, huggingface only"),
         ("data.name", "mixture", "parts must be given"),
         ("data.weight", 0, "greater than 0"),
         ("data", {"name": "mixture", "parts": [{"name": "llava"}]}, "path must be given"),
@@ -307,3 +310,59 @@ def test_keys_without_a_use_are_refused(tmp_path, changes, message):
     path = write_config(tmp_path / "run.yaml", tiny_values(tmp_path / "run", **changes))
     with pytest.raises(ValueError, match=message):
         load_config(path)
+
+
+# ---- YAML of strangers
+
+
+def bomb(levels: int, start: str = "[x]") -> str:
+    """Each line stands for nine of the one before."""
+    lines = [f"a0: &a0 {start}"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, levels + 1)]
+    return "\n".join(lines)
+
+
+STRANGE_YAML = {
+    "references to references": bomb(12),
+    "merged references": "\n".join(
+        ["a0: &a0 {k: 1}", *(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 40))]
+    ),
+    "a list in itself": "model: &a [*a]",
+    "a mapping in itself": "model: &a {config: *a}",
+    "a deep list": "model: " + "[" * 50_000 + "]" * 50_000,
+    "a deep mapping": "model: " + "{a: " * 5_000 + "}" * 5_000,
+    "a deep list of lines": "model:\n" + "".join(f"{' ' * i}-\n" for i in range(1, 2_000)),
+    "a number of many digits": "seed: " + "9" * 5000,
+    "a day that is none": "seed: 2020-99-99",
+    "a list as a key": "? [a]\n: 1",
+    "an unknown tag": "seed: !!python/object/apply:os.system [ls]",
+}
+
+
+@pytest.mark.parametrize("text", STRANGE_YAML.values(), ids=STRANGE_YAML)
+def test_yaml_that_would_exhaust_the_machine_is_one_short_error(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match=r"run\.yaml (is not YAML|nests)") as error:
+        load_config(path)
+    assert time.perf_counter() - started < 10
+    assert len(str(error.value)) < len(str(path)) + 600
+
+
+def test_a_large_value_is_not_printed(tmp_path):
+    for value in (["x"] * 1000, "x" * 10_000, {"k" * 1000: 1}):
+        for key in ("seed", "model.pooling", "stages", "mode"):
+            assert len(error_of(tmp_path, changed(key, value))) < 1000
+
+
+def test_references_that_stay_small_are_read(tmp_path):
+    path = tmp_path / "run.yaml"
+    lines = DEMO.read_text().replace("data: {", "data: &d {", 1)
+    path.write_text("\ufeff" + lines)
+    assert load_config(path) == load_config(DEMO)
+    assert parse_yaml(b"a: &a {b: [1]}\nc: *a\nd: {<<: *a}", "x") == {
+        "a": {"b": [1]},
+        "c": {"b": [1]},
+        "d": {"b": [1]},
+    }

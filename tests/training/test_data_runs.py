@@ -12,13 +12,21 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from tests.training.runs import metrics, stage, tiny_values, write_config
+from tests.training.runs import (
+    evaluations,
+    metrics,
+    own_data,
+    stage,
+    tiny_values,
+    write_config,
+)
 from tokenflex.cli import main
 from tokenflex.data.samples import DataExhaustedError
 from tokenflex.data.steps import outline_of
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.training.build import build_dataset, build_order, check_supply
 from tokenflex.training.config import TrainConfig, load_config
+from tokenflex.training.evaluations import merged
 from tokenflex.training.faults import BrokenSamplesError
 from tokenflex.training.loop import Trainer
 from tokenflex.training.plan import measure_samples, plan_run
@@ -155,6 +163,117 @@ def test_broken_samples_are_named_and_too_many_stop_the_run(tmp_path, make):
     config = configured(tmp_path / "strict", data, stages=stages, max_broken_samples=1)
     with pytest.raises(BrokenSamplesError, match=r"2 broken samples are more.*cannot be read"):
         train(config)
+
+
+# ---- records that are broken
+
+
+BAD_LINES = {3: '{"messages": [{"role": "user"', 5: "3", 8: json.dumps({"messages": TURNS[:1]})}
+
+
+def with_bad_lines(folder: Path) -> dict:
+    """Nine lines, of which three are no records."""
+    folder.mkdir()
+    data = own_data(folder, 6, broken=())
+    path = Path(data["path"])
+    good = iter(path.read_text().splitlines())
+    path.write_text("\n".join(BAD_LINES.get(number) or next(good) for number in range(1, 10)))
+    return data
+
+
+def test_all_broken_records_of_a_file_are_named_also_those_that_no_step_met(tmp_path):
+    data = with_bad_lines(tmp_path / "data")
+    parts = [{**data, "weight": 1}, {**tars(tmp_path / "tars"), "weight": 999}]
+    for name, given, first in (("run", data, 0), ("mixed", {"name": "mixture", "parts": parts}, 0)):
+        train(configured(tmp_path / name, given, stages=[stage(steps=1, batch_size=4)]))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        named = json.loads((tmp_path / name / "broken_samples.json").read_text())
+        assert [one["index"] for one in named] == [first + line - 1 for line in BAD_LINES]
+        for one, line in zip(named, BAD_LINES, strict=True):
+            assert f"data.jsonl:{line}" in one["reason"]
+        assert metrics(tmp_path / name)[0]["broken_samples"] == 3
+
+
+def test_too_many_broken_records_are_refused_before_training_and_all_are_named(tmp_path):
+    data = with_bad_lines(tmp_path / "data")
+    config = configured(tmp_path / "run", data, max_broken_samples=2)
+    message = (
+        r"3 broken samples are more than max_broken_samples of 2; .*broken_samples\.json names"
+    )
+    with pytest.raises(BrokenSamplesError, match=message):
+        train(config)
+    assert len(json.loads((tmp_path / "run" / "broken_samples.json").read_text())) == 3
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    with (
+        pytest.warns(UserWarning, match=r"left out: .*data\.jsonl:") as warned,
+        pytest.raises(BrokenSamplesError, match="3 broken samples are more than"),
+    ):
+        plan_run(load_config(config))
+    assert len(warned) == 3
+    with pytest.warns(UserWarning, match="left out"):
+        assert main(["train", str(config), "--dry-run"]) == 2
+
+
+def test_a_dry_run_plans_without_the_broken_records_and_names_them(tmp_path, capsys):
+    config = configured(tmp_path / "run", with_bad_lines(tmp_path / "data"))
+    with pytest.warns(UserWarning, match="left out") as warned:
+        assert main(["train", str(config), "--dry-run"]) == 0
+    assert "floating-point operations in all" in capsys.readouterr().out
+    for line, warning in zip(BAD_LINES, warned, strict=True):
+        assert f"data.jsonl:{line}" in str(warning.message)
+
+
+def test_a_broken_record_moves_no_other_one_and_stopping_changes_nothing(tmp_path, monkeypatch):
+    """The same lines, once with records in the places of the bad ones."""
+    data = with_bad_lines(tmp_path / "data")
+    orders = []
+    for path in (data["path"], str(tmp_path / "whole.jsonl")):
+        config = load_config(configured(tmp_path / "order", {**data, "path": path})).data
+        if path != data["path"]:
+            lines = Path(data["path"]).read_text().splitlines()
+            good = [lines[0] if n in BAD_LINES else line for n, line in enumerate(lines, 1)]
+            Path(path).write_text("\n".join(good))
+        order = build_order(config, build_dataset(config), 0)
+        orders.append([order[i] for i in range(20)])
+    assert orders[0] == orders[1]
+    stages = [stage(steps=5)]
+    train(configured(tmp_path / "whole", data, stages=stages))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = configured(tmp_path / "run", data, stages=stages)
+    train_until(monkeypatch, config, 3)
+    train(config)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_evaluation_leaves_out_and_names_broken_samples(tmp_path):
+    data = with_bad_lines(tmp_path / "data")
+    picture = tmp_path / "data" / "0.png"
+    picture.write_bytes(picture.read_bytes()[:60])
+    settings = {"data": data, "counts": [4, 9], "batch_size": 1, "every": 1, "samples": 4}
+    changes = {"stages": [stage(steps=1)], "evaluation": settings}
+    digits = {"name": "digits", "size": 20, "questions": 1}
+    train(configured(tmp_path / "run", digits, **changes))
+    (line,) = evaluations(tmp_path / "run")
+    assert [one["index"] for one in line["broken_samples"]] == [0, 2]
+    assert line["questions"] == {"": 2}
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [one["index"] for one in report["broken_samples"]] == [0, 2, 4, 7]
+    assert report["questions"] == {"": 5}
+    with pytest.raises(BrokenSamplesError, match="3 broken samples are more than"):
+        Trainer(load_config(configured(tmp_path / "few", digits, **changes, max_broken_samples=2)))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = configured(tmp_path / "last", digits, **changes, max_broken_samples=3)
+    with pytest.raises(BrokenSamplesError, match="4 broken samples are more than"):
+        train(config)
+
+
+def test_processes_of_which_one_can_ask_nothing_report_together():
+    one = {"accuracy": {"4": 0.5}, "accuracy_by_kind": {"x": {"4": 0.5}}, "questions": {"x": 2}}
+    broken = [{"index": 3, "reason": "cut off"}, {"index": 1, "reason": "no JSON"}]
+    together = merged([{"broken_samples": broken}, {**one, "broken_samples": broken[:1]}])
+    assert together == {**one, "broken_samples": broken[::-1]}
+    with pytest.raises(BrokenSamplesError, match="no sample can be asked: no JSON"):
+        merged([{"broken_samples": broken}])
 
 
 def test_the_seed_of_a_run_orders_its_streams(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ import yaml
 
 from tokenflex.ablation.regimes import Regime, Start
 from tokenflex.ablation.scales import Scale
-from tokenflex.files import write_atomically
+from tokenflex.files import read_json, write_atomically
+from tokenflex.training.strict import parse_yaml
 
 CONFIG = "config.yaml"
 REPORT = "report.json"
@@ -51,9 +51,9 @@ class Job:
         path = output / self.name / REPORT
         again = "delete its folder and run again"
         try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"report file {path} is not JSON: {error}; {again}") from error
+            report = read_json(path, "report file")
+        except ValueError as error:
+            raise ValueError(f"{error}; {again}") from error
         expected = {"accuracy", "accuracy_by_kind", "standard_error", "questions", "stages"}
         missing = sorted(expected - {*report}) if isinstance(report, dict) else sorted(expected)
         if missing:
@@ -70,8 +70,8 @@ class Job:
         text = yaml.safe_dump(self.config, sort_keys=False)
         if path.exists():
             try:
-                there = yaml.safe_load(path.read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                there = parse_yaml(path.read_bytes(), "it")
+            except ValueError as error:
                 raise ValueError(
                     f"configuration {path} is damaged: {error}; delete its folder and run again"
                 ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tokenflex.ablation.jobs import CONFIG, REPORT, Job
+from tokenflex.files import parse_json
 from tokenflex.interruption import Interruption
 
 LOG = "train.log"
@@ -180,6 +180,6 @@ def steps_done(folder: Path) -> int:
             file.seek(0, os.SEEK_END)
             file.seek(max(file.tell() - 4096, 0))
             lines = file.read().splitlines()
-        return int(json.loads(lines[-1])["step"])
-    except (OSError, IndexError, ValueError, KeyError):
+        return int(parse_json(lines[-1], "line")["step"])
+    except (OSError, IndexError, ValueError, KeyError, TypeError):
         return 0  # nothing yet, or a line that is being written

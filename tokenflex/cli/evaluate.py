@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from tokenflex.cli.common import device, quiet_libraries
-from tokenflex.cli.options import counts_grids_or_auto, positive
+from tokenflex.cli.options import (
+    ALLOW_OUTSIDE,
+    counts_grids_or_auto,
+    non_negative,
+    positive,
+)
 from tokenflex.cli.parser import CommandLine
 
 
@@ -24,7 +29,8 @@ def add_to(commands: CommandLine) -> None:
     evaluate.add_argument(
         "--data",
         required=True,
-        help="'digits', a JSONL file of messages, a LLaVA JSON file or a Hugging Face folder",
+        help="'digits', a file of messages or of LLaVA's records (JSONL or a JSON list), or a "
+        "Hugging Face folder",
     )
     evaluate.add_argument("--format", help="the data's, where its content does not tell")
     evaluate.add_argument(
@@ -46,7 +52,14 @@ def add_to(commands: CommandLine) -> None:
         "(up to case and punctuation), choice (its option letter) or contains",
     )
     evaluate.add_argument("--split", help="of digits or a Hugging Face data set; test if left out")
-    evaluate.add_argument("--image-folder", type=Path, help="what LLaVA's paths are relative to")
+    evaluate.add_argument("--image-folder", type=Path, help="what image paths are relative to")
+    evaluate.add_argument("--allow-outside", action="store_true", help=ALLOW_OUTSIDE)
+    evaluate.add_argument(
+        "--max-broken-samples",
+        type=non_negative,
+        default=100,
+        help="samples that cannot be read are left out and named, at most so many (100)",
+    )
     evaluate.add_argument("--size", type=positive, help="canvases, with --data digits")
     evaluate.add_argument("--batch-size", type=positive, default=64, help="samples a forward pass")
     evaluate.add_argument("--workers", type=int, default=0, help="processes that read images")
@@ -62,6 +75,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from tokenflex.counts import AUTO, tokens_of
+    from tokenflex.data.faults import BrokenSample, broken_records, check_broken, warn_of_broken
     from tokenflex.evaluation import evaluate
     from tokenflex.evaluation.counts import resolve_count
     from tokenflex.evaluation.report import format_table, write_report
@@ -77,6 +91,9 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise ValueError(f"--penalty is for the count auto, got it with {options.counts}")
     counts = [resolve_count(count, folder, options.penalty) for count in options.counts]
     dataset = build_dataset(_evaluation_data(options))
+    if len(known := broken_records(dataset)) > options.max_broken_samples:
+        warn_of_broken(known)
+    check_broken(known, options.max_broken_samples)
     output, alone = options.output, options.output is not None and options.output.suffix == ".json"
     if output is not None:  # before the work, not after it
         (output.parent if alone else output).mkdir(parents=True, exist_ok=True)
@@ -97,8 +114,10 @@ def _evaluate(options: argparse.Namespace) -> int:
             workers=options.workers,
             max_tiles=options.max_tiles,
             max_new_tokens=options.max_new_tokens,
+            max_broken_samples=options.max_broken_samples,
             on_batch=bar.update,
         )
+    warn_of_broken([BrokenSample(**one) for one in report.get("broken_samples", [])])
     print(format_table(report))
     title = f"{folder.resolve().name} on {Path(options.data).name}"
     if options.penalty is not None:
@@ -139,10 +158,12 @@ def _evaluation_data(options: argparse.Namespace) -> Any:
         values |= {"path": Path(options.data)}
     if name in ("digits", "huggingface"):
         values |= {"split": options.split or "test"}
-    if name == "llava":
+    if name in ("llava", "messages"):
         values |= {"image_folder": options.image_folder}
-    for option in ("size", "split", "image_folder"):
-        if getattr(options, option) is not None and option not in values:
+    if name in ("llava", "messages", "huggingface"):
+        values |= {"allow_outside": options.allow_outside}
+    for option in ("size", "split", "image_folder", "allow_outside"):
+        if getattr(options, option) not in (None, False) and option not in values:
             raise ValueError(f"--{option.replace('_', '-')} does not fit data of format {name}")
     if options.split is not None and name == "digits":
         _check_digits_split(options.split)

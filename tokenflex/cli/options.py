@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+ALLOW_OUTSIDE = "read images that lie outside of the data's folder, which are refused otherwise"
+
 
 def counts_or_grids(text: str, *words: str) -> list[Any]:
     """Counts and grids, for example 64,12x16, and ``words`` as they are."""
@@ -30,12 +32,21 @@ def comma_separated(text: str) -> list[str]:
 
 def positive(text: str) -> int:
     """A whole number from 1 on."""
+    return _at_least(1, text)
+
+
+def non_negative(text: str) -> int:
+    """A whole number from 0 on."""
+    return _at_least(0, text)
+
+
+def _at_least(lowest: int, text: str) -> int:
     try:
         value = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    if value < lowest:
+        raise argparse.ArgumentTypeError(f"expected at least {lowest}, got {value}")
     return value
 
 

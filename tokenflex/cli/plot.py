@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from tokenflex.cli.parser import CommandLine
@@ -21,6 +20,7 @@ def add_to(commands: CommandLine) -> None:
 
 
 def _plot(options: argparse.Namespace) -> int:
+    from tokenflex.files import read_json
     from tokenflex.plots import plot_accuracy
     from tokenflex.training.curves import plot_curves
 
@@ -31,10 +31,7 @@ def _plot(options: argparse.Namespace) -> int:
             return 0
     if not path.is_file():
         raise FileNotFoundError(f"report file {path} does not exist, nor metrics.jsonl beside it")
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"report file {path} is not JSON: {error}") from error
+    report = read_json(path, "report file")
     plot_accuracy(report, options.run_folder / "accuracy.png")
     print(options.run_folder / "accuracy.png")
     return 0

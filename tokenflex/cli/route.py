@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenflex.cli.common import device, quiet_libraries
-from tokenflex.cli.options import counts_or_grids, positive
+from tokenflex.cli.options import ALLOW_OUTSIDE, counts_or_grids, positive
 from tokenflex.cli.parser import CommandLine
 
 
@@ -38,6 +38,8 @@ def add_to(commands: CommandLine) -> None:
         default=0.01,
         help="share of right answers that auto may cost where no penalty is named (0.01)",
     )
+    route.add_argument("--image-folder", type=Path, help="what image paths are relative to")
+    route.add_argument("--allow-outside", action="store_true", help=ALLOW_OUTSIDE)
     route.add_argument("--size", type=positive, default=1024, help="canvases of digits (1024)")
     route.add_argument("--batch-size", type=positive, default=64, help="samples a pass")
 
@@ -56,9 +58,11 @@ def _route(options: argparse.Namespace) -> int:
     from tokenflex.selection.training import train_router
 
     counts = check_counts(options.counts)
+    if options.data == "digits" and (options.image_folder or options.allow_outside):
+        raise ValueError("--image-folder and --allow-outside do not fit --data digits")
     measured = options.measure_on or ("digits" if options.data == "digits" else None)
-    asked = _dataset(options.data, "validation", options.size)
-    others = None if measured is None else _dataset(measured, "test", options.size)
+    asked = _dataset(options.data, "validation", options)
+    others = None if measured is None else _dataset(measured, "test", options)
     model, processor = load_checkpoint(options.model)
     check_length(model.config, max(counts))
     model.to(device())
@@ -103,13 +107,15 @@ def _route(options: argparse.Namespace) -> int:
     return 0
 
 
-def _dataset(data: str, digits_split: str, size: int) -> Any:
+def _dataset(data: str, digits_split: str, options: argparse.Namespace) -> Any:
     """'digits' in a split and size, or what evaluation reads, too."""
     from tokenflex.data.formats import detect_format
     from tokenflex.training.build import build_dataset
     from tokenflex.training.data_config import DataConfig
 
     if data == "digits":
-        return build_dataset(DataConfig(name="digits", split=digits_split, size=size))
-    found: dict[str, Any] = {"name": detect_format(data), "path": Path(data)}
-    return build_dataset(DataConfig(**found))
+        return build_dataset(DataConfig(name="digits", split=digits_split, size=options.size))
+    values: dict[str, Any] = {"name": detect_format(data), "path": Path(data)}
+    if options.image_folder is not None:
+        values |= {"image_folder": options.image_folder}
+    return build_dataset(DataConfig(**values, allow_outside=options.allow_outside))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ class ConversationEncoder:
         Labels are aligned with the ids and -100 outside the assistant's turns.
 
         Raises:
-            ValueError: the template does not build a conversation turn by turn.
+            ValueError: the template does not build a conversation turn by turn, or a text holds the
+                placeholder.
         """
         key = (conversation, num_images)
         if key not in self._cache:
@@ -54,6 +56,20 @@ class ConversationEncoder:
                 self._cache.clear()
             self._cache[key] = self._encode(conversation, num_images)
         return self._cache[key]
+
+    def check_placeholders(self, ids: Sequence[int], num_images: int) -> None:
+        """Check that there is a placeholder for each image, and no other.
+
+        Raises:
+            ValueError: there are more, or fewer.
+        """
+        placeholder = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        is_known = self.tokenizer.convert_ids_to_tokens(placeholder) == self.image_token
+        if is_known and ids.count(placeholder) != num_images:
+            raise ValueError(
+                f"a conversation must hold one placeholder, {self.image_token}, for each of its "
+                f"{num_images} images, got {ids.count(placeholder)}"
+            )
 
     def prompt(self, conversation: Conversation, num_images: int) -> str:
         """The text that asks for the next turn of the assistant."""
@@ -68,6 +84,8 @@ class ConversationEncoder:
             tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             ids += tokens
             labels += tokens if learned else [IGNORE] * len(tokens)
+        if ids:  # a conversation without an answer has none
+            self.check_placeholders(ids, num_images)
         return torch.tensor(ids, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64)
 
     def _segments(self, conversation: Conversation, num_images: int) -> list[tuple[str, bool]]:
@@ -92,6 +110,12 @@ class ConversationEncoder:
         return segments
 
     def _messages(self, conversation: Conversation, num_images: int) -> list[dict[str, Any]]:
+        for turn in conversation.turns:
+            if self.image_token != IMAGE_MARK and self.image_token in turn.text:
+                raise ValueError(
+                    f"a text of the {turn.role} holds {self.image_token}, the processor's own "
+                    f"placeholder; images stand at {IMAGE_MARK}"
+                )
         contents = [_parts_of(turn.text) for turn in conversation.turns]
         marked = any(IMAGE_MARK in turn.text for turn in conversation.turns)
         if num_images and not marked:

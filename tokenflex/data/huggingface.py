@@ -2,43 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tokenflex.data.llava import as_messages
-from tokenflex.data.messages import record_of
-from tokenflex.data.samples import Conversation, Sample, SampleOutline
+from tokenflex.data.messages import ImageFolder
+from tokenflex.data.records import PICTURE_KEYS, Record, check_paths, read_record
+from tokenflex.data.samples import Sample, SampleOutline
+from tokenflex.files import excerpt, printable
 from tokenflex.images import image_size, open_image
+
+TEXT_COLUMNS = ("messages", "conversations")
 
 
 class HuggingFaceDataset:
     """Samples from columns ``images`` and ``messages``, or ``image`` and ``conversations``.
 
-    The first pair is what TRL takes, the second LLaVA's; both images columns hold the library's
-    ``Image`` feature. Rows are read and checked when they are asked for.
+    The first pair is what TRL takes, the second LLaVA's. The images column (also ``image_path`` or
+    ``image_paths``) holds the library's ``Image`` feature, or paths. Rows are read and checked when
+    they are asked for.
 
     Args:
         path: a folder that ``save_to_disk`` wrote, or what ``load_dataset`` takes.
         split: which split of it.
+        allow_outside: read images that are stored as a path outside of the data set's folder (of
+            one from the hub: outside of the libraries' caches). Otherwise such a row is broken.
 
     Raises:
         ValueError: it cannot be loaded, which one that is empty cannot, or has other columns.
     """
 
-    def __init__(self, path: str, split: str = "train") -> None:
+    def __init__(self, path: str, split: str = "train", *, allow_outside: bool = False) -> None:
         self.path = path
+        self._folders = image_folders(path, allow_outside)
         self._rows = load_rows(path, split)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
-        return sample_of(self._rows[index], f"{self.path}[{index}]")
+        return sample_of(self._rows[index], self.where(index), self._folders)
+
+    def where(self, index: int) -> str:
+        """Return the data set and the row's place in it."""
+        return f"{self.path}[{index}]"
 
     def outline(self, index: int) -> SampleOutline:
         """The row's text and the sizes that its images' heads state."""
-        return outline_of_row(self._rows[index], f"{self.path}[{index}]")
+        return outline_of_row(self._rows[index], self.where(index), self._folders)
 
 
 def load_rows(path: str, split: str, *, streaming: bool = False) -> Any:
@@ -61,48 +73,98 @@ def load_rows(path: str, split: str, *, streaming: bool = False) -> Any:
     except Exception as error:  # the library has exceptions of its own
         reason = " ".join(str(error).split())
         raise ValueError(f"data set {path} cannot be loaded, split {split!r}: {reason}") from error
+    columns = rows.column_names or []
+    pictures = [name for name in PICTURE_KEYS if name in columns]
+    if not pictures or not set(TEXT_COLUMNS) & set(columns):
+        raise ValueError(
+            f"data set {path} must have columns images and messages, or image and conversations, "
+            f"got {', '.join(columns) or 'none'}"
+        )
     # An outline reads no more than an image's head.
     undecoded = datasets.Image(decode=False)
-    columns = rows.column_names or []
-    if {"images", "messages"} <= set(columns):
-        return rows.cast_column("images", datasets.List(undecoded))
-    if {"image", "conversations"} <= set(columns):
-        return rows.cast_column("image", undecoded)
-    raise ValueError(
-        f"data set {path} must have columns images and messages, or image and conversations, got "
-        f"{', '.join(columns) or 'none'}"
-    )
+    try:
+        for name in pictures:
+            feature = (rows.features or {}).get(name)
+            is_list = name.endswith("s") if feature is None else _is_list(feature)
+            rows = rows.cast_column(name, datasets.List(undecoded) if is_list else undecoded)
+    except Exception as error:  # Arrow's own kinds
+        reason = printable(str(error), 200)
+        raise ValueError(f"data set {path}: column {name} must hold images: {reason}") from error
+    return rows
 
 
-def sample_of(row: dict[str, Any], where: str) -> Sample:
+def _is_list(feature: Any) -> bool:
+    import datasets
+
+    return isinstance(feature, (list, datasets.List, datasets.LargeList))
+
+
+def image_folders(path: str, allow_outside: bool) -> list[ImageFolder]:
+    """Return the folders in which the images of a data set may lie as files.
+
+    They are its own, and for one from the hub those that the libraries download to.
+    """
+    if Path(path).exists():
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        return [ImageFolder(folder, allow_outside)]
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    caches = (HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
+    return [ImageFolder(cache, allow_outside) for cache in caches]
+
+
+def sample_of(row: dict[str, Any], where: str, folders: Sequence[ImageFolder]) -> Sample:
     """A row with its pixels.
+
+    Args:
+        row: of the table.
+        where: what errors call it.
+        folders: where images may lie that are stored as paths.
 
     Raises:
         ValueError: it is not of either layout, or an image cannot be read; names ``where``.
     """
-    name, images, conversation = _parts(row, where)
-    pixels = tuple(open_image(image, f"{where}: an image") for image in images)
+    name, images, conversation = _record(row, where)
+    pixels = tuple(
+        open_image(_file_of(image, where, folders), f"{where}: an image") for image in images
+    )
     return Sample(name, pixels, (conversation,))
 
 
-def outline_of_row(row: dict[str, Any], where: str) -> SampleOutline:
-    """A row without its pixels; raises as :func:`sample_of` does."""
-    name, images, conversation = _parts(row, where)
-    sizes = tuple(image_size(image, f"{where}: an image") for image in images)
+def outline_of_row(
+    row: dict[str, Any], where: str, folders: Sequence[ImageFolder]
+) -> SampleOutline:
+    """A row without its pixels; arguments and errors are those of :func:`sample_of`."""
+    name, images, conversation = _record(row, where)
+    sizes = tuple(
+        image_size(_file_of(image, where, folders), f"{where}: an image") for image in images
+    )
     return SampleOutline(name, sizes, (conversation,))
 
 
-def _parts(row: dict[str, Any], where: str) -> tuple[str, list[Path | BinaryIO], Conversation]:
-    if "messages" not in row:
-        row = as_messages(row, where)
-    images = [image for image in row.get("images") or [] if image is not None]
-    name, _, conversation = record_of({**row, "images": [where] * len(images)}, where)
-    return name, [_file_of(image, where) for image in images], conversation
+def _record(row: dict[str, Any], where: str) -> Record:
+    columns = [row[key] for key in PICTURE_KEYS if row.get(key)]
+    if len(columns) > 1:
+        raise ValueError(f"{where}: images stand in {len(columns)} columns, and only one is read")
+    stored = columns[0] if columns and isinstance(columns[0], list) else columns
+    stored = [image for image in stored if image is not None]
+    texts = {key: value for key, value in row.items() if key not in PICTURE_KEYS}
+    return read_record(texts, where, stored=stored)
 
 
-def _file_of(stored: dict[str, Any], where: str) -> Path | BinaryIO:
+def _file_of(stored: Any, where: str, folders: Sequence[ImageFolder]) -> Path | BinaryIO:
+    if not isinstance(stored, dict):
+        raise ValueError(f"{where}: an image must have bytes or a path, got {excerpt(stored)}")
     if stored.get("bytes") is not None:
         return BytesIO(stored["bytes"])
-    if stored.get("path") is not None:
-        return Path(stored["path"])
-    raise ValueError(f"{where}: an image has neither bytes nor a path")
+    path = stored.get("path")
+    if path is None:
+        raise ValueError(f"{where}: an image has neither bytes nor a path")
+    check_paths([path], where)
+    for folder in folders[:-1]:
+        try:
+            return folder.file(path, where)
+        except ValueError:
+            continue
+    return folders[-1].file(path, where)

@@ -1,127 +1,285 @@
-"""A user's own data: one JSON object a line, with messages and image paths."""
+"""A user's own data: a file of records, and images that are files."""
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
+import re
+from array import array
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO
 
-from tokenflex.data.samples import IMAGE_MARK, Conversation, Sample, SampleOutline, Turn
-from tokenflex.files import parse_json
+from tokenflex.data.faults import BrokenSample
+from tokenflex.data.records import MAX_RECORD_BYTES, Record, read_record
+from tokenflex.data.samples import Sample, SampleOutline
+from tokenflex.files import excerpt, parse_json
 from tokenflex.images import image_size, open_image
 
-ROLES = ("system", "user", "assistant")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_NAMED_IN_ERRORS = 3
 
 
-Record: TypeAlias = "tuple[str, list[str], Conversation]"  # id, image paths, what is said
+class MessagesDataset:
+    """Samples from a file of records, one a line (JSONL) or all in one JSON list.
 
+    A record is ``{"images": ["a.png"], "messages": [{"role": "user", "content": "What is it?"},
+    {"role": "assistant", "content": "A cat."}]}``, or one in LLaVA's layout (see
+    :class:`tokenflex.data.llava.LlavaDataset`). ``content`` is a string, with ``<image>`` where
+    images stand (before the first user turn if nowhere), or a list of ``{"type": "image"}`` and
+    ``{"type": "text", "text": ...}`` parts. A single image may also be given as ``image``. ``id``
+    and ``kind`` (a label to group accuracies by) are optional.
 
-class ImageFilesDataset:
-    """Samples whose texts are in memory and whose images are files.
+    The whole file is read and checked at once. A record that is not of this form keeps its index,
+    stands in :attr:`broken`, and raises when it is asked for. Images are opened when they are asked
+    for.
 
     Args:
-        folder: what image paths are relative to.
-        records: id, image paths and conversation of each sample.
+        path: The file, in UTF-8 with or without a byte-order mark.
+        image_folder: What image paths are relative to. The file's own folder if None.
+        allow_outside: Read images whose path leaves that folder, by ``..``, from the root of the
+            file system, or by a symbolic link. Otherwise such a record is broken.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: It holds no samples, or none that can be read. The message names the first ones.
     """
 
-    def __init__(self, folder: Path, records: list[Record]) -> None:
-        self.folder = folder
-        self._records = records
+    def __init__(
+        self,
+        path: str | Path,
+        image_folder: str | Path | None = None,
+        *,
+        allow_outside: bool = False,
+    ) -> None:
+        path = Path(path)
+        self.folder = ImageFolder(
+            path.parent if image_folder is None else image_folder, allow_outside
+        )
+        self.path = path
+        self._lines = array("Q")  # of the records; none of those of a list
+        self._records = self._read()  # of a broken one, the reason
+        if not self._records:
+            raise ValueError(f"data file {path} holds no samples, in a list or one a line")
+        if len(self.broken) == len(self._records):
+            named = "; ".join(one.reason for one in self.broken[:_NAMED_IN_ERRORS])
+            raise ValueError(
+                f"data file {path} holds no samples that can be read, out of "
+                f"{len(self._records)}: {named}"
+            )
+
+    def _read(self) -> list[Record | str]:
+        """Read and check the file's records.
+
+        Raises:
+            FileNotFoundError: The file does not exist.
+            ValueError: It is a list that is cut off.
+        """
+        if not self.path.is_file():
+            raise FileNotFoundError(f"data file {self.path} does not exist")
+        name = str(self.path)
+        with self.path.open("rb") as file:
+            if first_byte(file) == b"[":
+                # A byte that is not UTF-8 becomes half of a surrogate pair: its record is refused.
+                text = file.read().decode("utf-8", "surrogateescape")
+                try:
+                    return [
+                        self._checked(value, f"{name}[{place}]")
+                        for place, value in enumerate(_elements(text, name))
+                    ]
+                except _NoListError:
+                    pass  # lines, of which the first is a list
+            records = []
+            for number, value in _lines(file, name):
+                self._lines.append(number)
+                records.append(self._checked(value, f"{name}:{number}"))
+            return records
+
+    def where(self, index: int) -> str:
+        """Return the file and line of a record, or its place in the list."""
+        return f"{self.path}:{self._lines[index]}" if self._lines else f"{self.path}[{index}]"
+
+    def _checked(self, value: Any, where: str) -> Record | str:
+        if isinstance(value, Exception):
+            return str(value)
+        try:
+            record = read_record(value, where)
+            for path in record[1]:
+                self.folder.check(path, where)
+        except ValueError as error:
+            return str(error)
+        return record
+
+    @property
+    def broken(self) -> list[BrokenSample]:
+        """The records that are not of the right form."""
+        return [
+            BrokenSample(index, record)
+            for index, record in enumerate(self._records)
+            if isinstance(record, str)
+        ]
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Sample:
-        sample_id, paths, conversation = self._records[index]
-        images = tuple(open_image(self.folder / path) for path in paths)
-        return Sample(sample_id, images, (conversation,))
+        name, paths, conversation = self._record(index)
+        images = tuple(open_image(*self._image(path, index)) for path in paths)
+        return Sample(name, images, (conversation,))
 
     def outline(self, index: int) -> SampleOutline:
-        """The sample's text and the sizes that its image files state; no pixels are read."""
-        sample_id, paths, conversation = self._records[index]
-        sizes = tuple(image_size(self.folder / path) for path in paths)
-        return SampleOutline(sample_id, sizes, (conversation,))
+        """Return the sample's text and the sizes that its image files state; no pixels are read."""
+        name, paths, conversation = self._record(index)
+        sizes = tuple(image_size(*self._image(path, index)) for path in paths)
+        return SampleOutline(name, sizes, (conversation,))
+
+    def _record(self, index: int) -> Record:
+        record = self._records[index]
+        if isinstance(record, str):
+            raise ValueError(record)
+        return record
+
+    def _image(self, path: str, index: int) -> tuple[Path, str]:
+        """The file of an image, and what errors call it."""
+        where = self.where(index)
+        file = self.folder.file(path, where)
+        return file, f"{where}: image file {file}"
 
 
-class MessagesDataset(ImageFilesDataset):
-    """Samples from a JSONL file.
-
-    A line is ``{"images": ["a.png"], "messages": [{"role": "user", "content": "What is it?"},
-    {"role": "assistant", "content": "A cat."}]}``. Paths are relative to the file. ``content`` is a
-    string, with ``<image>`` where images stand (before the first user turn if nowhere), or a list
-    of ``{"type": "image"}`` and ``{"type": "text", "text": ...}`` parts. ``id`` and ``kind`` (a
-    label to group accuracies by) may be given. The whole file is read and checked at once; images
-    are opened when they are asked for.
+class ImageFolder:
+    """A folder that the paths of a data set are relative to, and should not leave.
 
     Args:
-        path: the JSONL file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is not of this form; the message names the file and the line.
+        path: The folder.
+        allow_outside: Whether they may.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"data file {path} does not exist")
-        with path.open("rb") as lines:
-            records = [
-                _parse(line, f"{path}:{number}")
-                for number, line in enumerate(lines, start=1)
-                if line.strip()
-            ]
-        if not records:
-            raise ValueError(f"data file {path} holds no samples")
-        super().__init__(path.parent, records)
+    def __init__(self, path: str | Path, allow_outside: bool = False) -> None:
+        self.path = Path(path)
+        self.allow_outside = allow_outside
+        self._real = self.path.resolve()
+
+    def check(self, path: str, where: str) -> None:
+        """Check a path by its text, and on the disk only where that seems to leave the folder.
+
+        Raises:
+            ValueError: It leaves the folder. The message begins with ``where``.
+        """
+        if path.startswith("/") or ".." in path:
+            self.file(path, where)
+
+    def file(self, path: str, where: str) -> Path:
+        """Return the file at ``path``.
+
+        Raises:
+            ValueError: It is outside of the folder, also by a symbolic link.
+        """
+        file = self.path / path
+        try:
+            inside = self.allow_outside or file.resolve().is_relative_to(self._real)
+        except (OSError, RuntimeError) as error:  # links in a circle
+            raise ValueError(f"{where}: image {excerpt(path)} cannot be found: {error}") from None
+        if not inside:
+            raise ValueError(
+                f"{where}: image {excerpt(path)} is outside of the data's folder {self.path}; "
+                "allow_outside permits that"
+            )
+        return file
 
 
-def _parse(line: bytes, where: str) -> Record:
-    return record_of(parse_json(line, where), where)
+# ---------------------------------------------------------------------- records of a file
+
+_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)
+_BLANK = re.compile(r"[ \t\r\n]*")
 
 
-def record_of(record: Any, where: str) -> Record:
-    """One sample in the layout of :class:`MessagesDataset`, checked.
+class _NoListError(ValueError):
+    """What begins like a JSON list goes on behind it."""
+
+
+def first_byte(file: BinaryIO) -> bytes:
+    """Go to the first byte that is neither a byte-order mark nor blank, and return it.
+
+    It is empty where the file holds nothing else.
+    """
+    file.seek(len(BYTE_ORDER_MARK) if file.read(3) == BYTE_ORDER_MARK else 0)
+    while (byte := file.read(1)).isspace():
+        pass
+    file.seek(-len(byte), os.SEEK_CUR)
+    return byte
+
+
+def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, Any]]:
+    """Parse every line that is not blank, by its number; an exception in the place of a bad one."""
+    file.seek(0)
+    for number in itertools.count(1):
+        line = file.readline(MAX_RECORD_BYTES + 1)
+        if not line:
+            return
+        where = f"{name}:{number}"
+        if len(line) > MAX_RECORD_BYTES:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(MAX_RECORD_BYTES)
+            yield number, ValueError(f"{where} is longer than {MAX_RECORD_BYTES} bytes")
+        elif line.removeprefix(BYTE_ORDER_MARK).strip():
+            try:
+                yield number, parse_json(line.rstrip(b"\r\n"), where)
+            except ValueError as error:
+                yield number, error
+
+
+def _elements(text: str, name: str) -> Iterator[Any]:
+    """Parse the elements of a JSON list one by one, so that a broken one spoils no other.
+
+    In the place of a broken one there is an exception.
 
     Raises:
-        ValueError: it is not of this form; the message begins with ``where``.
+        ValueError: The list has no end.
+        _NoListError: Something stands behind its end.
     """
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
-    images = record.get("images", [])
-    if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
-        raise ValueError(f"{where}: images must be a list of paths, got {images!r}")
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: messages must be a list with at least one, got {messages!r}")
-    turns = tuple(_turn(message, f"{where}: messages[{i}]") for i, message in enumerate(messages))
-    marks = sum(turn.text.count(IMAGE_MARK) for turn in turns)
-    if marks not in (0, len(images)):
-        raise ValueError(
-            f"{where}: messages hold {IMAGE_MARK} {marks} times for {len(images)} images"
-        )
-    roles = [turn.role for turn in turns]
-    if "assistant" not in roles:
-        raise ValueError(f"{where}: messages hold no assistant turn to learn from")
-    if "user" not in roles or roles.index("assistant") < roles.index("user"):
-        raise ValueError(f"{where}: a user turn must come before the assistant's, got {roles}")
-    conversation = Conversation(turns, kind=str(record.get("kind", "")))
-    return str(record.get("id", where)), images, conversation
+    decode = json.JSONDecoder().raw_decode
+    start = _after_blank(text, text.index("[") + 1)
+    damaged = False
+    for place in itertools.count():
+        if text[start : start + 1] == "]":
+            break
+        element: Any = None
+        if not damaged:
+            try:
+                element, end = decode(text, start)
+                end = _after_blank(text, end)
+                damaged = text[end : end + 1] not in (",", "]")
+            except (ValueError, RecursionError):
+                damaged = True
+        if damaged:  # from here on by brackets: an error of the decoder walks through all the text
+            end = _end_of_element(text, start)
+            try:
+                element = parse_json(
+                    text[start:end].encode("utf-8", "surrogateescape"), f"{name}[{place}]"
+                )
+            except ValueError as error:
+                element = error
+        if end >= len(text):
+            raise ValueError(f"data file {name} is a JSON list without an end; is it cut off?")
+        yield element
+        start = end if text[end] == "]" else _after_blank(text, end + 1)
+    if _after_blank(text, start + 1) < len(text):
+        raise _NoListError
 
 
-def _turn(message: Any, where: str) -> Turn:
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
-        raise ValueError(f"{where} must have a role out of {', '.join(ROLES)}, got {message!r}")
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(_part(part, where) for part in content)
-    if not isinstance(content, str):
-        raise ValueError(f"{where}.content must be a string or a list of parts, got {content!r}")
-    return Turn(message["role"], content)
+def _after_blank(text: str, start: int) -> int:
+    blank = _BLANK.match(text, start)
+    assert blank is not None
+    return blank.end()
 
 
-def _part(part: Any, where: str) -> str:
-    if isinstance(part, dict) and part.get("type") == "image":
-        return IMAGE_MARK
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    raise ValueError(f"{where}: a part must be an image or a text, got {part!r}")
+def _end_of_element(text: str, start: int) -> int:
+    """Where the comma or bracket behind the element at ``start`` stands; the length if nowhere."""
+    depth = 0
+    for token in _TOKEN.finditer(text, start):
+        symbol = token[0]
+        if depth == 0 and symbol in ",]":
+            return token.start()
+        depth += (symbol in "[{") - (symbol in "]}")
+    return len(text)

@@ -8,6 +8,7 @@ from itertools import accumulate
 
 import torch
 
+from tokenflex.data.faults import BrokenSample, broken_records, where_of
 from tokenflex.data.order import EpochOrder, Order, StreamOrder
 from tokenflex.data.samples import Sample, SampleDataset, SampleOutline, size_of
 from tokenflex.data.steps import outline_of
@@ -57,6 +58,15 @@ class Mixture:
         self.parts = list(parts)
         self._places = _Places([size_of(part) for part in self.parts])
 
+    @property
+    def broken(self) -> list[BrokenSample]:
+        """Those that the parts know of, by their index in the mixture."""
+        return [
+            BrokenSample(self._places.index_of(part, one.index), one.reason)
+            for part, dataset in enumerate(self.parts)
+            for one in broken_records(dataset)
+        ]
+
     def __len__(self) -> int:
         if self._places.size is None:
             raise TypeError("a mixture with a stream in it has no length")
@@ -65,6 +75,11 @@ class Mixture:
     def __getitem__(self, index: int) -> Sample:
         part, inner = self._places.place_of(index)
         return self.parts[part][inner]
+
+    def where(self, index: int) -> str:
+        """What the part calls its sample."""
+        part, inner = self._places.place_of(index)
+        return where_of(self.parts[part], inner)
 
     def outline(self, index: int) -> SampleOutline:
         """The part's outline of its sample."""

@@ -55,6 +55,10 @@ class SampleDataset(Protocol):
 
     One with a method ``outline(index) -> SampleOutline``, which opens no pixels, spares every rank
     from reading the images of all others. That of a stream has no end, and ``len`` is a TypeError.
+    A sample that cannot be read raises when it is asked for, and keeps its index. A data set may
+    name those that it knows of beforehand in an attribute ``broken``, a list of
+    :class:`tokenflex.data.faults.BrokenSample`, and a sample's place in its files by a method
+    ``where(index) -> str``.
     """
 
     def __len__(self) -> int: ...
@@ -64,6 +68,10 @@ class SampleDataset(Protocol):
 
 class DataExhaustedError(RuntimeError):
     """Training asks for more samples than the data may give. No sample is to blame."""
+
+
+class StreamError(RuntimeError):
+    """A stream broke off. It is the same at the next attempt, or whole: no sample is left out."""
 
 
 def size_of(dataset: SampleDataset) -> int | None:

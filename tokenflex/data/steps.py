@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 from tokenflex.counts import TokenCount, TokenCounts, tokens_of
 from tokenflex.data.balance import deal
 from tokenflex.data.encoding import IGNORE
+from tokenflex.data.faults import NO_SAMPLE_TO_BLAME, BrokenSample, leaving_out
 from tokenflex.data.packing import DrawnSample, FittedSample, PackedBatch, PackingCollator
 from tokenflex.data.samples import Sample, SampleDataset, SampleOutline
 from tokenflex_kernels.reference.packing import MAX_INT32
@@ -23,14 +24,6 @@ Key = tuple[int, int]  # (epoch, sample index)
 
 Draw: TypeAlias = Literal["sample", "step", "all"]
 """A count for each sample; one for all samples of a step; or every sample at all counts."""
-
-
-@dataclass(frozen=True)
-class BrokenSample:
-    """A sample that was left out, and why."""
-
-    index: int
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -124,16 +117,17 @@ class StepPacker:
     def __call__(self, keys: Sequence[Key]) -> PackedStep:
         """Plan, read and pack one step; samples that cannot be read are left out and named.
 
+        Whatever a sample raises, at whichever stage, it is left out, except for errors that another
+        sample would meet as well (:data:`tokenflex.data.faults.NO_SAMPLE_TO_BLAME`).
+
         Raises:
             ValueError: no sample of the step is left, the message says what is wrong with one.
         """
         broken: list[BrokenSample] = []
         planned: list[_Planned] = []
         for key, drawn in views_of(keys, self.collator.counts, self.draw):
-            try:
+            with leaving_out(self.dataset, key[1], broken):
                 planned.append(self._plan(key, drawn))
-            except (OSError, ValueError) as error:
-                broken.append(BrokenSample(key[1], str(error)))
         dealt = deal(
             [one.tokens for one in planned],
             [one.tiles for one in planned],
@@ -143,14 +137,15 @@ class StepPacker:
             num_ranks=self.num_ranks,
         )
         costs = [sum(self._cost(planned[i]) for i in members) for members in dealt]
-        bins = [
-            self._read([planned[i] for i in dealt[place]], broken)
-            for place in _places_of(self.rank, len(dealt), self.num_ranks)
-        ]
-        packed = [self.collator(members) for members in bins if members]
-        read = {(one.epoch, one.index, one.count) for members in bins for one in members}
+        places = [*_places_of(self.rank, len(dealt), self.num_ranks)]
+        packed: list[PackedBatch] = []
+        read: set[tuple[int, int, TokenCount | None]] = set()
+        for place in places:
+            batch, members = self._packed([planned[i] for i in dealt[place]], broken)
+            packed += [] if batch is None else [batch]
+            read |= {(one.epoch, one.index, one.count) for one in members}
         # A rank whose samples are fewer or broken still takes part in every exchange of gradients.
-        missing = len(bins) - len(packed)
+        missing = len(places) - len(packed)
         stand_in = packed[0] if packed else self._any_batch(planned)
         if stand_in is None:
             reason = broken[0].reason if broken else "there are none"
@@ -192,22 +187,40 @@ class StepPacker:
         seen_by_teacher = teacher_tokens, teacher_count * tiles
         return _Planned(key, drawn, fitted, count, tokens, tiles, targets, *seen_by_teacher)
 
-    def _read(self, planned: Sequence[_Planned], broken: list[BrokenSample]) -> list[DrawnSample]:
+    def _packed(
+        self, planned: Sequence[_Planned], broken: list[BrokenSample]
+    ) -> tuple[PackedBatch | None, list[DrawnSample]]:
+        """A bin, and the samples in it; None where none of them can be read."""
         members = []
         for one in planned:
             epoch, index = one.key
-            try:
+            with leaving_out(self.dataset, index, broken):
                 sample = self.dataset[index]
                 members.append(DrawnSample(index, epoch, sample, one.drawn, one.fitted))
-            except (OSError, ValueError) as error:
-                broken.append(BrokenSample(index, str(error)))
-        return members
+        if not members:
+            return None, []
+        try:
+            return self.collator(members), members
+        except NO_SAMPLE_TO_BLAME:
+            raise
+        except Exception:
+            packable = [member for member in members if self._is_packable(member, broken)]
+            if len(packable) == len(members):  # none of them is to blame
+                raise
+            return (self.collator(packable) if packable else None), packable
+
+    def _is_packable(self, member: DrawnSample, broken: list[BrokenSample]) -> bool:
+        before = len(broken)
+        with leaving_out(self.dataset, member.index, broken):
+            self.collator([member])
+        return len(broken) == before
 
     def _any_batch(self, planned: list[_Planned]) -> PackedBatch | None:
         """A batch of the first sample of the step that can be read, whoever's it is."""
         for one in planned:
-            if members := self._read([one], []):
-                return self.collator(members)
+            batch, _ = self._packed([one], [])
+            if batch is not None:
+                return batch
         return None
 
     def _cost(self, one: _Planned) -> float:

@@ -12,15 +12,11 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from tokenflex.data.huggingface import load_rows, outline_of_row, sample_of
-from tokenflex.data.samples import DataExhaustedError, Sample, SampleOutline
+from tokenflex.data.huggingface import image_folders, load_rows, outline_of_row, sample_of
+from tokenflex.data.samples import DataExhaustedError, Sample, SampleOutline, StreamError
 
 ROWS_READ = 16  # at a time
 ROWS_KEPT = 1024  # at first: those of a step are asked for twice, for the outline and the pixels
-
-
-class StreamError(RuntimeError):
-    """A stream broke off. It is the same at the next attempt, or whole: no sample is left out."""
 
 
 class StreamingDataset:
@@ -35,15 +31,23 @@ class StreamingDataset:
         split: which split of it.
         shuffle_buffer: rows among which the next one is drawn.
         epochs: after how many passes the data is exhausted; None for never.
+        allow_outside: as :class:`tokenflex.data.huggingface.HuggingFaceDataset` takes it.
 
     Raises:
         ValueError: it cannot be loaded, has other columns, or is empty.
     """
 
     def __init__(
-        self, path: str, split: str = "train", *, shuffle_buffer: int, epochs: int | None = None
+        self,
+        path: str,
+        split: str = "train",
+        *,
+        shuffle_buffer: int,
+        epochs: int | None = None,
+        allow_outside: bool = False,
     ) -> None:
         self.path = path
+        self._folders = image_folders(path, allow_outside)
         self.epochs = epochs
         self.shuffle_buffer = shuffle_buffer
         self._rows = load_rows(path, split, streaming=True).with_format("arrow")
@@ -67,11 +71,15 @@ class StreamingDataset:
         raise TypeError(f"data set {self.path} is a stream and has no length")
 
     def __getitem__(self, position: int) -> Sample:
-        return sample_of(self._row(position), f"{self.path}[{position}]")
+        return sample_of(self._row(position), self.where(position), self._folders)
+
+    def where(self, position: int) -> str:
+        """Return the data set and the row's position in the stream."""
+        return f"{self.path}[{position}]"
 
     def outline(self, position: int) -> SampleOutline:
         """The row's text and the sizes that its images' heads state."""
-        return outline_of_row(self._row(position), f"{self.path}[{position}]")
+        return outline_of_row(self._row(position), self.where(position), self._folders)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker gets where it is not forked: a walk does not travel."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import re
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from glob import glob
@@ -17,23 +16,33 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tokenflex.data.llava import as_messages
-from tokenflex.data.messages import Record, record_of
+from tokenflex.data.records import MAX_RECORD_BYTES, Record, read_record
 from tokenflex.data.samples import Sample, SampleOutline
-from tokenflex.files import parse_json
+from tokenflex.data.tars import members
+from tokenflex.files import parse_json, printable
 from tokenflex.images import image_size, open_image
 
-IMAGE_ENDINGS = ("bmp", "gif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp")
+IMAGE_ENDINGS = (
+    *("avif", "bmp", "gif", "j2k", "jp2", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"),
+)
+UNREAD_ENDINGS = (
+    *("aac", "avi", "eps", "flac", "flv", "heic", "heif", "m4a", "m4v", "mkv", "mov", "mp3", "mp4"),
+    *("mpeg", "mpg", "ogg", "opus", "pdf", "svg", "wav", "webm", "wmv"),
+)
+"""Of members that a sample would lack without a word, were they passed over."""
+
 _NONE = (-1, 0)  # in place of a member that is not there
+_UNREAD = (-2, 0)  # in place of a picture that is not read
 
 
 class WebDataset:
     """Samples from uncompressed tars with a JSON record and images under each key.
 
-    The record is one of ``MessagesDataset`` or one of LLaVA's. The images are those under its key,
-    in the order of their names, numbers by value; where the record names images, there must be as
-    many. Only the tars' headers are read at first; a record is read and checked when its sample is
-    asked for.
+    The record is one of ``MessagesDataset`` or one of LLaVA's, of at most
+    :data:`tokenflex.data.records.MAX_RECORD_BYTES`. The images are those under its key, in the
+    order of their names, numbers by value; where the record names images, there must be as many. A
+    sample with a video or sound is broken. Only the tars' headers are read at first; a record is
+    read and checked when its sample is asked for.
 
     Args:
         path: a tar, a folder of tars, or a pattern of ``*``, ``?``, ``{a,b}`` and ``{000..127}``.
@@ -68,19 +77,33 @@ class WebDataset:
         (name, _, conversation), sizes = self._read(index, image_size)
         return SampleOutline(name, tuple(sizes), (conversation,))
 
+    def where(self, index: int) -> str:
+        """Return the shard and key of a sample."""
+        return f"{self._shard_of(index)}: {self._key_of(index)}"
+
+    def _shard_of(self, index: int) -> Path:
+        return self.shards[int(np.searchsorted(self._shard_starts, index, side="right")) - 1]
+
+    def _key_of(self, index: int) -> str:
+        return printable(self._keys[index], 200)  # of a stranger's choice
+
     def _read(self, index: int, look: Any) -> tuple[Record, list[Any]]:
         """A sample's record, and what ``look`` returns for each of its images."""
         if not 0 <= index < len(self):
             raise IndexError(f"index must be in 0..{len(self) - 1}, got {index}")
-        shard = self.shards[int(np.searchsorted(self._shard_starts, index, side="right")) - 1]
-        where = f"{shard}: {self._keys[index]}"
+        shard, key, where = self._shard_of(index), self._key_of(index), self.where(index)
         images = self._images[self._image_starts[index] : self._image_starts[index + 1]].tolist()
         offset, size = self._records[index].tolist()
         if offset < 0:
-            raise ValueError(f"{where}: there is no {self._keys[index]}.json")
+            raise ValueError(f"{where}: there is no {key}.json")
+        if _UNREAD in map(tuple, images):
+            raise ValueError(f"{where}: a video, sound or drawing is stored with it, and not read")
+        if size > MAX_RECORD_BYTES:
+            raise ValueError(f"{where}: the record has {size} bytes, more than {MAX_RECORD_BYTES}")
         with shard.open("rb") as file:
             file.seek(offset)
-            record = _record(file.read(size), len(images), where)
+            value = parse_json(file.read(size), f"{where}: the record")
+            record = read_record(value, where, stored=images)
             return record, [
                 look(io.BufferedReader(_Member(file, *member)), f"{where}: an image")
                 for member in images
@@ -143,57 +166,33 @@ def _index_of(shard: Path) -> _ShardIndex:
         index.images.append([place for _, place in sorted(names)])
         names.clear()
 
-    for name, place in _members(shard):
+    for member in members(shard):
+        name, place = member.name, (member.offset, member.size)
         folder, slash, base = name.rpartition("/")
         stem, _, ending = base.partition(".")
         key, ending = folder + slash + stem, ending.lower()
-        is_image = ending.rpartition(".")[2] in IMAGE_ENDINGS
+        last = ending.rpartition(".")[2]
+        is_unread = last in UNREAD_ENDINGS
+        is_image = last in IMAGE_ENDINGS or is_unread
         if not (is_image or ending == "json"):
             continue
         if not index.keys or index.keys[-1] != key:
             if key in seen:
-                raise ValueError(f"data file {shard} holds key {key} in two places")
+                raise ValueError(f"data file {shard} holds key {printable(key, 200)} in two places")
             seen.add(key)
             if index.keys:
                 close_sample()
             index.keys.append(key)
             index.records.append(_NONE)
         if is_image:
-            names.append((_by_number(ending), place))
+            names.append((_by_number(ending), _UNREAD if is_unread else place))
         elif index.records[-1] != _NONE:
-            raise ValueError(f"data file {shard} holds {name} twice")
+            raise ValueError(f"data file {shard} holds {printable(name, 200)} twice")
         else:
             index.records[-1] = place
     if index.keys:
         close_sample()
     return index
-
-
-def _members(shard: Path) -> Iterator[tuple[str, tuple[int, int]]]:
-    """(name, (offset, size)) of each file in a tar.
-
-    Raises:
-        ValueError: the tar is cut off, damaged or compressed.
-    """
-    try:
-        with tarfile.open(shard, "r:") as archive:
-            while (member := archive.next()) is not None:
-                if member.isreg():
-                    yield member.name, (member.offset_data, member.size)
-            # It takes a damaged header, or none, for the end of the archive.
-            assert archive.fileobj is not None
-            archive.fileobj.seek(archive.offset)
-            end = archive.fileobj.read(tarfile.BLOCKSIZE)
-            beyond = archive.fileobj.read(tarfile.RECORDSIZE)
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(
-            f"data file {shard} cannot be read as an uncompressed tar: {error}"
-        ) from error
-    if end != bytes(tarfile.BLOCKSIZE):
-        problem = "a damaged header" if end else "no end mark; is it cut off?"
-        raise ValueError(f"data file {shard} has {problem} (at byte {archive.offset})")
-    if any(beyond):
-        raise ValueError(f"data file {shard} goes on after its end mark; are these several tars?")
 
 
 def _by_number(ending: str) -> tuple[tuple[int, str], ...]:
@@ -203,20 +202,6 @@ def _by_number(ending: str) -> tuple[tuple[int, str], ...]:
 
 
 # ---------------------------------------------------------------------- reading
-
-
-def _record(content: bytes, num_images: int, where: str) -> Record:
-    value = parse_json(content, f"{where}: the record")
-    if isinstance(value, dict) and "messages" not in value:
-        value = as_messages(value, where)
-    named = value.get("images") if isinstance(value, dict) else None
-    if named and isinstance(named, list) and len(named) != num_images:
-        raise ValueError(
-            f"{where}: the record names {len(named)} images, the tar holds {num_images}"
-        )
-    if isinstance(value, dict):
-        value = {"id": where, **value, "images": [where] * num_images}
-    return record_of(value, where)
 
 
 class _Member(io.RawIOBase):

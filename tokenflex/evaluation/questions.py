@@ -10,7 +10,8 @@ import torch
 
 from tokenflex.counts import Grid
 from tokenflex.data.encoding import IGNORE, ConversationEncoder
-from tokenflex.data.samples import Conversation, SampleDataset
+from tokenflex.data.faults import NO_SAMPLE_TO_BLAME, BrokenSample, leaving_out
+from tokenflex.data.samples import Conversation, Sample, SampleDataset
 from tokenflex.data.sharing import EncodedConversation
 from tokenflex.models.vision import EncodedImages
 
@@ -51,9 +52,10 @@ class PreparedSample:
         asked = Conversation(turns[: answers[-1]], conversation.kind)
         try:
             prompt = encode.prompt(asked, len(self.tiles))
+            ids = encode.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            encode.check_placeholders(ids, len(self.tiles))
         except ValueError as error:
             raise ValueError(f"sample {self.id}: {error}") from error
-        ids = encode.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64)
 
     def encoded(
@@ -75,11 +77,12 @@ class PreparedSample:
 
 @dataclass(frozen=True)
 class PreparedBatch:
-    """What the encoder takes, and the questions about it."""
+    """What the encoder takes, the questions about it, and the samples that were left out."""
 
     pixel_values: torch.Tensor
     grids: list[Grid] | None
     samples: list[PreparedSample]
+    broken: list[BrokenSample]
 
 
 class ReadBatch:
@@ -97,26 +100,44 @@ class ReadBatch:
         self.max_tiles = max_tiles
 
     def __call__(self, keys: Sequence[tuple[int, int]]) -> PreparedBatch:
-        """The samples of these (epoch, index) keys.
+        """Read the samples of these (epoch, index) keys; those that cannot be are left out."""
+        broken: list[BrokenSample] = []
+        samples: list[tuple[int, Sample]] = []
+        for _, index in keys:
+            with leaving_out(self.dataset, index, broken):
+                sample = self.dataset[index]
+                if not sample.conversations:
+                    raise ValueError(f"sample {sample.id}: holds no conversation to ask")
+                samples.append((index, sample))
+        try:
+            return self._prepared(samples, broken)
+        except NO_SAMPLE_TO_BLAME:
+            raise
+        except Exception:
+            before = len(broken)
+            for index, sample in samples:
+                with leaving_out(self.dataset, index, broken):
+                    self._prepared([(index, sample)], [])
+            if len(broken) == before:  # none of them is to blame
+                raise
+            left_out = {one.index for one in broken}
+            return self._prepared([one for one in samples if one[0] not in left_out], broken)
 
-        Raises:
-            ValueError: one has nothing to ask.
-        """
-        samples = [self.dataset[index] for _, index in keys]
-        images = [image for sample in samples for image in sample.images]
+    def _prepared(
+        self, samples: Sequence[tuple[int, Sample]], broken: list[BrokenSample]
+    ) -> PreparedBatch:
+        images = [image for _, sample in samples for image in sample.images]
         data: dict[str, Any] = {"pixel_values": torch.zeros(0, 3, 1, 1)}
         tiles: list[int] = []
         if images:
             data, tiles = self.processor.process_images(images, max_tiles=self.max_tiles)
         left, first = iter(tiles), 0
         prepared = []
-        for (_, index), sample in zip(keys, samples, strict=True):
-            if not sample.conversations:
-                raise ValueError(f"sample {sample.id}: holds no conversation to ask")
+        for index, sample in samples:
             own = tuple(next(left) for _ in sample.images)
             prepared.append(PreparedSample(index, sample.id, own, first, sample.conversations))
             first += sum(own)
-        return PreparedBatch(data["pixel_values"], data.get("grids"), prepared)
+        return PreparedBatch(data["pixel_values"], data.get("grids"), prepared, broken)
 
 
 def text_before_answers(encoded: EncodedConversation, image_token_id: int) -> torch.Tensor:

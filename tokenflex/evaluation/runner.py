@@ -5,13 +5,21 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from tokenflex.counts import token_grid
 from tokenflex.data.encoding import ConversationEncoder
+from tokenflex.data.faults import (
+    MAX_BROKEN_SAMPLES,
+    BrokenSample,
+    BrokenSamplesError,
+    broken_records,
+    check_broken,
+    leaving_out,
+)
 from tokenflex.data.order import load_in_order
 from tokenflex.data.samples import Conversation, SampleDataset
 from tokenflex.evaluation.counts import AskedCount, labels_of, selector_of
@@ -41,6 +49,7 @@ def evaluate(
     workers: int = 0,
     max_tiles: int | None = None,
     max_new_tokens: int = 64,
+    max_broken_samples: int | None = MAX_BROKEN_SAMPLES,
     on_batch: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Share of conversations answered right, at each count.
@@ -64,6 +73,8 @@ def evaluate(
         workers: data-loader processes.
         max_tiles: images are cut into at most so many tiles; the processor's own if None.
         max_new_tokens: of a generated answer.
+        max_broken_samples: samples that cannot be read or encoded are left out, at most so many;
+            None for no bound.
         on_batch: called after each count of each batch.
 
     Returns:
@@ -75,32 +86,43 @@ def evaluate(
         included, as if each count were asked alone); ``accuracy_by_kind`` and
         ``standard_error_by_kind`` (kind -> count), ``questions`` (kind -> how many), ``samples``,
         ``encoding_seconds`` and ``image_backend`` (what resized the images, "pil" or
-        "torchvision"). All is as in JSON.
+        "torchvision"); where samples were left out, ``broken_samples`` (index and reason of each).
+        All is as in JSON.
 
     Raises:
         TypeError: a count is neither a count nor a selector.
-        ValueError: no or equal counts, an unknown score, an empty data set, or a sample that cannot
-            be asked; the message names it.
+        BrokenSamplesError: more samples than allowed are broken, or all of them; the message names
+            one.
+        ValueError: no or equal counts, an unknown score, an empty data set, or an answer that does
+            not suit the score.
     """
     labels = labels_of(counts)
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
     if not len(dataset):
         raise ValueError("dataset must hold at least one sample, got none")
+    check_broken(broken_records(dataset), max_broken_samples)
     was_training = model.training
     model.eval()
     verdicts: dict[str, list[Verdict]] = defaultdict(list)
     seconds = dict.fromkeys(labels, 0.0)
     encoding_seconds = 0.0
+    broken: list[BrokenSample] = []
     encode = ConversationEncoder(processor.tokenizer, processor.image_prompt, processor.image_token)
     read = ReadBatch(dataset, processor, max_tiles)
     try:
         for batch in load_in_order(read, _batches(len(dataset), batch_size), workers=workers):
+            asked = _asked(dataset, batch, encode, processor.image_token_id, counts, score)
+            broken += batch.broken
+            check_broken(broken, max_broken_samples)
+            if not asked:
+                for _ in counts:
+                    on_batch()
+                continue
             started = time.perf_counter()
             pixels = batch.pixel_values.to(model.device, non_blocking=True)
             encoded = model.encode_images(pixels, batch.grids)
             encoding_seconds += _seconds_since(started, model.device)
-            asked = _asked(batch, encode, processor.image_token_id, counts, score)
             for label, count in zip(labels, counts, strict=True):
                 started = time.perf_counter()
                 questions = _at_count(model, encoded, asked, count)
@@ -131,9 +153,14 @@ def evaluate(
                 on_batch()
     finally:
         model.train(was_training)
+    if not verdicts:
+        raise BrokenSamplesError(
+            f"none of the {len(dataset)} samples can be asked: {broken[0].reason}", broken
+        )
+    report = _report(score, verdicts, seconds, encoding_seconds)
     # PIL's and torchvision's filters differ by a grey level in places, and so may answers.
-    backend = getattr(processor.image_processor, "backend", None)
-    return {**_report(score, verdicts, seconds, encoding_seconds), "image_backend": backend}
+    report["image_backend"] = getattr(processor.image_processor, "backend", None)
+    return report | ({"broken_samples": [asdict(sample) for sample in broken]} if broken else {})
 
 
 def _batches(samples: int, batch_size: int) -> list[list[tuple[int, int]]]:
@@ -145,13 +172,17 @@ def _batches(samples: int, batch_size: int) -> list[list[tuple[int, int]]]:
 
 
 def _asked(
+    dataset: SampleDataset,
     batch: PreparedBatch,
     encode: ConversationEncoder,
     image_token_id: int,
     counts: Sequence[AskedCount],
     score: str,
 ) -> list[list[Question]]:
-    """Every conversation of each sample, with what it takes to ask it, but no counts yet."""
+    """Every conversation of each sample, with what it takes to ask it, but no counts yet.
+
+    Samples that cannot be encoded join those of the batch that are left out.
+    """
     chosen = any(selector_of(count) is not None for count in counts)
 
     def question(sample: PreparedSample, conversation: Conversation) -> Question:
@@ -162,10 +193,11 @@ def _asked(
         shown = text_before_answers(encoded, image_token_id) if chosen else None
         return Question(sample, conversation, prompt_ids=shown, encoded=encoded)
 
-    return [
-        [question(sample, conversation) for conversation in sample.conversations]
-        for sample in batch.samples
-    ]
+    asked = []
+    for sample in batch.samples:
+        with leaving_out(dataset, sample.index, batch.broken):
+            asked.append([question(sample, conversation) for conversation in sample.conversations])
+    return asked
 
 
 def _at_count(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tokenflex.files import read_json
 
 MISSING = "missing"
 
@@ -127,9 +128,11 @@ def vlmevalkit_scores(folder: Path, model: str, benchmarks: Sequence[str]) -> di
         # MMBench_DEV_EN_V11's files begin like MMBench_DEV_EN's.
         owners = [one for one in benchmarks if rest.startswith(f"{one}_")]
         if owners:
-            text = path.read_text(encoding="utf-8")
-            read = _numbers_of_json if path.suffix == ".json" else _numbers_of_csv
-            scores.setdefault(max(owners, key=len), {}).update(read(text))
+            if path.suffix == ".json":
+                numbers = _numbers_of_json(read_json(path, "result file"))
+            else:
+                numbers = _numbers_of_csv(path.read_text(encoding="utf-8"))
+            scores.setdefault(max(owners, key=len), {}).update(numbers)
     return scores
 
 
@@ -146,8 +149,7 @@ def _numbers_of_csv(text: str) -> dict[str, Score]:
     return numbers
 
 
-def _numbers_of_json(text: str) -> dict[str, Score]:
-    values = json.loads(text)
+def _numbers_of_json(values: Any) -> dict[str, Score]:
     if not isinstance(values, dict):
         return {}
     return {key: Score(float(value)) for key, value in values.items() if _is_number(value)}
@@ -161,7 +163,9 @@ def _number(text: str | None) -> float | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, int):  # one that no float holds is no score
+        return not isinstance(value, bool) and value.bit_length() < 1024
+    return isinstance(value, float)
 
 
 def _cell(score: Score | None) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tokenflex.files import read_json
+from tokenflex.files import excerpt, read_json
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.loading import read_config
 from tokenflex.models.processing import TokenFlexProcessor
@@ -74,7 +74,7 @@ def convert(source: str | Path, target: str | Path, *, system_message: str | Non
     if model_type not in writers:
         raise ValueError(
             f"checkpoint file {source / 'config.json'} must have model_type 'ristretto' or "
-            f"'tokenflex', got {model_type!r}"
+            f"'tokenflex', got {excerpt(model_type)}"
         )
     if system_message is not None and model_type != MODEL_TYPE:
         raise ValueError(

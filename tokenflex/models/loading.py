@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tokenflex.files import read_json
+from tokenflex.files import excerpt, read_json
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.processing import TokenFlexProcessor
@@ -95,11 +95,12 @@ def read_config(path: Path) -> TokenFlexConfig:
     values = read_json(path, "checkpoint file")
     if model_type != TokenFlexConfig.model_type:
         raise ValueError(
-            f"checkpoint file {path} must have model_type 'tokenflex', got {model_type!r}"
+            f"checkpoint file {path} must have model_type 'tokenflex', got {excerpt(model_type)}"
         )
     for part in ("vision_config", "text_config"):
         if not isinstance(values.get(part), dict):
-            raise ValueError(f"checkpoint file {path} must hold {part}, got {values.get(part)!r}")
+            given = excerpt(values.get(part))
+            raise ValueError(f"checkpoint file {path} must hold {part}, got {given}")
     try:
         return TokenFlexConfig.from_dict(values)
     except Exception as error:  # transformers checks fields with exceptions of its own

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.image_utils import PILImageResampling
 
-from tokenflex.files import read_json
+from tokenflex.files import excerpt, read_json
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.processing import TokenFlexProcessor
@@ -142,11 +142,12 @@ def read_ristretto_config(folder: Path) -> dict[str, Any]:
     model_type = values.get("model_type") if isinstance(values, dict) else None
     if model_type != MODEL_TYPE:
         raise ValueError(
-            f"checkpoint file {path} must have model_type {MODEL_TYPE!r}, got {model_type!r}"
+            f"checkpoint file {path} must have model_type {MODEL_TYPE!r}, got {excerpt(model_type)}"
         )
     for part in ("vision_config", "llm_config"):
         if not isinstance(values.get(part), dict):
-            raise ValueError(f"checkpoint file {path} must hold {part}, got {values.get(part)!r}")
+            given = excerpt(values.get(part))
+            raise ValueError(f"checkpoint file {path} must hold {part}, got {given}")
     architectures = values["llm_config"].get("architectures") or ["none"]
     supported: dict[str, tuple[Any, list[Any]]] = {
         "select_layer": (values.get("select_layer", -1), [-1]),
@@ -160,7 +161,7 @@ def read_ristretto_config(folder: Path) -> dict[str, Any]:
     for name, (value, known) in supported.items():
         if value not in known:
             raise ValueError(
-                f"checkpoint file {path} has {name} {value!r}, and we know {known[0]!r}"
+                f"checkpoint file {path} has {name} {excerpt(value)}, and we know {known[0]!r}"
                 + "".join(f" and {other!r}" for other in known[1:])
             )
     return values

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tokenflex.files import read_json
+from tokenflex.files import excerpt, read_json
 from tokenflex.models.configuration import TokenFlexConfig
 
 INDEX = "model.safetensors.index.json"
@@ -20,15 +21,12 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: there is none, or one that the index names is missing.
-        ValueError: a file is cut off.
+        ValueError: a file is cut off, or the index is not one of files in the folder.
     """
     files = sorted(folder.glob("*.safetensors"))
     if (folder / INDEX).exists():
         index = read_json(folder / INDEX, "checkpoint file")
-        names = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(names, dict):
-            raise ValueError(f"checkpoint file {folder / INDEX} must hold a weight_map")
-        files = [folder / name for name in sorted(set(names.values()))]
+        files = [folder / name for name in _indexed(index, folder / INDEX)]
     if not files:
         raise FileNotFoundError(f"checkpoint folder {folder} holds no *.safetensors file")
     for file in files:
@@ -40,6 +38,27 @@ def weight_files(folder: Path) -> list[Path]:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"checkpoint file {file} cannot be read: {error}") from error
     return files
+
+
+def _indexed(index: Any, path: Path) -> list[str]:
+    """The files that an index names, each once.
+
+    Their names must stay in the folder. What they are links to is not looked at: in the hub's cache
+    every file is a link that leads out of its folder.
+    """
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict):
+        raise ValueError(
+            f"checkpoint file {path} must hold a weight_map of names, got {excerpt(names)}"
+        )
+    for tensor, name in names.items():
+        parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+        if not parts or name.startswith("/") or ".." in parts or "\0" in name or len(name) > 4096:
+            raise ValueError(
+                f"checkpoint file {path} must name a file in its folder for {excerpt(tensor)}, got "
+                f"{excerpt(name)}"
+            )
+    return sorted(set(names.values()))
 
 
 def tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -12,6 +12,15 @@ import torch
 
 from tokenflex.counts import token_grid
 from tokenflex.data.encoding import ConversationEncoder
+from tokenflex.data.faults import (
+    MAX_BROKEN_SAMPLES,
+    BrokenSample,
+    BrokenSamplesError,
+    broken_records,
+    check_broken,
+    leaving_out,
+    warn_of_broken,
+)
 from tokenflex.data.samples import SampleDataset
 from tokenflex.evaluation.grading import grade_forced
 from tokenflex.evaluation.questions import (
@@ -96,6 +105,7 @@ def grade(
     counts: Sequence[int],
     *,
     batch_size: int = 64,
+    max_broken_samples: int | None = MAX_BROKEN_SAMPLES,
     on_samples: Callable[[int], object] = lambda samples: None,
 ) -> Grades:
     """Ask everything at every count, as evaluation does.
@@ -106,11 +116,14 @@ def grade(
         dataset: what to ask.
         counts: two or more perfect squares.
         batch_size: samples a pass.
+        max_broken_samples: samples that cannot be read or encoded are left out with a warning, at
+            most so many; None for no bound.
         on_samples: called with the number of samples after each pass.
 
     Raises:
         TypeError: a count is not an int.
-        ValueError: counts are fewer than two, or a sample cannot be asked; it is named.
+        BrokenSamplesError: more samples than allowed are broken, or all of them; one is named.
+        ValueError: counts are fewer than two.
     """
     counts = check_counts(counts)
     was_training = model.training
@@ -118,14 +131,24 @@ def grade(
     encode = ConversationEncoder(processor.tokenizer, processor.image_prompt, processor.image_token)
     read = ReadBatch(dataset, processor, max_tiles=None)
     parts: list[Grades] = []
+    broken: list[BrokenSample] = []
+    check_broken(broken_records(dataset), max_broken_samples)
     try:
         for first in range(0, len(dataset), batch_size):
             indices = range(first, min(first + batch_size, len(dataset)))
             batch = read([(0, index) for index in indices])
-            parts.append(_grade_batch(model, processor, encode, batch, counts))
+            part = _grade_batch(model, processor, encode, dataset, batch, counts)
+            parts += [] if part is None else [part]
+            broken += batch.broken
+            check_broken(broken, max_broken_samples)
             on_samples(len(indices))
     finally:
         model.train(was_training)
+    warn_of_broken(broken)
+    if broken and not parts:
+        raise BrokenSamplesError(
+            f"none of the {len(dataset)} samples can be asked: {broken[0].reason}", broken
+        )
     return _joined(parts)
 
 
@@ -133,9 +156,20 @@ def _grade_batch(
     model: Any,
     processor: Any,
     encode: ConversationEncoder,
+    dataset: SampleDataset,
     batch: PreparedBatch,
     counts: tuple[int, ...],
-) -> Grades:
+) -> Grades | None:
+    """None where no sample of the batch can be asked; those that cannot join ``batch.broken``."""
+    questions_of: dict[int, list[Question]] = {}  # by the sample's index
+    for sample in batch.samples:
+        with leaving_out(dataset, sample.index, batch.broken):
+            questions_of[sample.index] = [
+                Question(sample, conversation, encoded=sample.encoded(encode, conversation))
+                for conversation in sample.conversations
+            ]
+    if not questions_of:
+        return None
     encoded = model.encode_images(batch.pixel_values.to(model.device), batch.grids)
     asked: list[Question] = []
     pairs: list[tuple[int, int]] = []
@@ -143,11 +177,9 @@ def _grade_batch(
     for sample in batch.samples:
         images = range(len(tiles), len(tiles) + len(sample.tiles))
         tiles += sample.tiles
-        for conversation in sample.conversations:
+        for question in questions_of.get(sample.index, []):
             pairs += [(image, len(asked)) for image in images]
-            asked.append(
-                Question(sample, conversation, encoded=sample.encoded(encode, conversation))
-            )
+            asked.append(question)
     graded = []
     for count in counts:
         grid = token_grid(count)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tokenflex.files import write_atomically, write_json
+from tokenflex.files import excerpt, parse_json, printable, write_atomically, write_json
 from tokenflex.selection.router import Router
 
 FOLDER = "router"
@@ -22,6 +22,10 @@ WEIGHTS = "router.safetensors"
 REPORT = "report.json"
 _SETTINGS = ("counts", "vision_width", "text_width", "hidden_width", "penalty")
 _ATTRIBUTE = "_token_router"
+# What settings and tensors of strangers raise, the last where a claimed size exceeds any integer.
+_NOT_WHOLE = (
+    *(SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, OverflowError),
+)
 
 
 def save_router(router: Router, checkpoint: str | Path, report: dict[str, Any]) -> Path:
@@ -64,19 +68,40 @@ def load_router(checkpoint: str | Path) -> Router:
     try:
         with safe_open(path, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        settings = json.loads(metadata["router"])
+            settings = parse_json(metadata["router"].encode(), "its settings")
+            names = opened.keys()
+            _check_shapes(settings, {name: opened.get_slice(name).get_shape() for name in names})
+            weights = {name: opened.get_tensor(name) for name in names}
         router = Router(**settings)
         router.load_state_dict(weights)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except _NOT_WHOLE as error:
+        reason = str(error)
         raise ValueError(
-            f"router file {path} is not a whole router: {type(error).__name__}: {reason}"
+            f"router file {path} is not a whole router: {type(error).__name__}: "
+            f"{printable(reason, 300)}"
         ) from error
     for name, tensor in weights.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"router file {path} holds values in {name} that are not finite")
     return router.eval()
+
+
+def _check_shapes(settings: Any, shapes: dict[str, list[int]]) -> None:
+    """Compare what settings claim with the file's header, before anything is allocated.
+
+    Raises:
+        ValueError: the tensors are not those of a router of these settings.
+    """
+    if not isinstance(settings, dict) or set(settings) - set(_SETTINGS):
+        raise ValueError(f"its settings must be {', '.join(_SETTINGS)}, got {excerpt(settings)}")
+    with torch.device("meta"):
+        router = Router(**settings)
+    for name, tensor in router.state_dict().items():
+        if shapes.get(name) != list(tensor.shape):
+            raise ValueError(
+                f"its settings make {name} {excerpt(str(list(tensor.shape)))}, its tensor is "
+                f"{excerpt(str(shapes.get(name)))}"
+            )
 
 
 def attach_router(model: Any, router: Router) -> None:

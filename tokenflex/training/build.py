@@ -31,6 +31,7 @@ from tokenflex.data.webdataset import WebDataset
 from tokenflex.digits.canvas import CELL_PIXELS
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor
+from tokenflex.files import excerpt
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.loading import load_checkpoint, read_config
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
@@ -48,8 +49,9 @@ def build_dataset(config: DataConfig) -> SampleDataset:
     if config.name == "mixture":
         return Mixture([build_dataset(part) for part in config.parts])
     assert config.path is not None  # checked by DataConfig
-    if config.name == "llava":
-        return LlavaDataset(config.path, config.image_folder)
+    if config.name in ("messages", "llava"):
+        reader = LlavaDataset if config.name == "llava" else MessagesDataset
+        return reader(config.path, config.image_folder, allow_outside=config.allow_outside)
     if config.name == "webdataset":
         return WebDataset(config.path)
     if config.streaming:
@@ -58,10 +60,9 @@ def build_dataset(config: DataConfig) -> SampleDataset:
             config.split,
             shuffle_buffer=config.shuffle_buffer,
             epochs=config.epochs,
+            allow_outside=config.allow_outside,
         )
-    if config.name == "huggingface":
-        return HuggingFaceDataset(str(config.path), config.split)
-    return MessagesDataset(config.path)
+    return HuggingFaceDataset(str(config.path), config.split, allow_outside=config.allow_outside)
 
 
 def build_order(config: DataConfig, dataset: SampleDataset, seed: int) -> Order:
@@ -336,7 +337,7 @@ def _fresh_config(part: PartConfig) -> PretrainedConfig:
     model_type = fields.pop("model_type", None)
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"config must name a model_type that transformers knows, got {model_type!r}"
+            f"config must name a model_type that transformers knows, got {excerpt(model_type)}"
         )
     config_class = CONFIG_MAPPING[model_type]
     # transformers keeps unknown keys without a word: a misspelt width would train the default.
@@ -349,8 +350,8 @@ def _fresh_config(part: PartConfig) -> PretrainedConfig:
         if key not in known:
             near = ", ".join(get_close_matches(key, known)) or "a field of its transformers config"
             raise ValueError(
-                f"config of model_type {model_type!r} has no key {key!r} (got {value!r}; "
-                f"expected {near})"
+                f"config of model_type {model_type!r} has no key {excerpt(key)} (got "
+                f"{excerpt(value)}; expected {near})"
             )
     try:
         return config_class(**fields)

@@ -15,10 +15,10 @@ SHUFFLE_BUFFER = 1000  # rows
 # Which keys have an effect with which name, besides path, epochs and weight.
 KEYS_OF: dict[str, set[str]] = {
     "digits": {"split", "size", "questions", "cells"},
-    "messages": set(),
-    "llava": {"image_folder"},
+    "messages": {"image_folder", "allow_outside"},
+    "llava": {"image_folder", "allow_outside"},
     "webdataset": set(),
-    "huggingface": {"split", "streaming", "shuffle_buffer"},
+    "huggingface": {"split", "streaming", "shuffle_buffer", "allow_outside"},
     "mixture": set(),
 }
 
@@ -27,16 +27,20 @@ class DataConfig(Strict):
     """A data set.
 
     ``name`` is "digits", the offline task; "messages", a JSONL file (``MessagesDataset``); "llava",
-    a JSON file in LLaVA's layout; "webdataset", tars (``WebDataset``); "huggingface", a data set of
+    a file in LLaVA's layout; "webdataset", tars (``WebDataset``); "huggingface", a data set of
     the ``datasets`` library, read as it comes with ``streaming``, the next row drawn from
     ``shuffle_buffer`` of them; "mixture", several ``parts``, each drawn from in proportion to its
     ``weight``. Training may go through it ``epochs`` times; without a bound it does so as often as
-    the stages' steps ask. ``cells`` are those of a canvas of "digits", per side.
+    the stages' steps ask. Images of "messages" and "llava" lie in ``image_folder``, or beside the
+    file; one that lies outside of that folder (of "huggingface": of the data set's own) is a broken
+    sample, unless ``allow_outside`` is true. ``cells`` are those of a canvas of "digits", per side.
     """
 
     name: Literal["digits", "messages", "llava", "webdataset", "huggingface", "mixture"]
     path: Path | None = None
     image_folder: Path | None = None
+    # Like ``epochs``, no part of what a state is compared by.
+    allow_outside: bool = Field(default=False, exclude=True)
     split: str = "train"
     cells: Int = Field(default=4, ge=4, multiple_of=2)
     streaming: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,13 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from tokenflex.counts import TokenCount
+from tokenflex.data.faults import (
+    BrokenSample,
+    BrokenSamplesError,
+    broken_records,
+    check_broken,
+    where_of,
+)
 from tokenflex.data.samples import Sample, SampleDataset
 from tokenflex.evaluation import evaluate
 from tokenflex.interruption import Interruption
@@ -41,11 +48,18 @@ class Share:
     def __len__(self) -> int:
         return -(self.size // -self.num_ranks)
 
+    def where(self, index: int) -> str:
+        """What the data set calls the sample."""
+        return where_of(self.dataset, self.place_of(index))
+
+    def place_of(self, index: int) -> int:
+        """Where the sample at ``index`` stands in the data set; the last one for a stand-in."""
+        return min(index * self.num_ranks + self.rank, self.size - 1)
+
     def __getitem__(self, index: int) -> Sample:
-        place = index * self.num_ranks + self.rank
-        if place < self.size:
-            return self.dataset[place]
-        sample = self.dataset[self.size - 1]
+        sample = self.dataset[self.place_of(index)]
+        if index * self.num_ranks + self.rank < self.size:
+            return sample
         asked = [replace(one, kind=_STAND_IN) for one in sample.conversations]
         return replace(sample, conversations=tuple(asked))
 
@@ -61,6 +75,10 @@ class Evaluator:
         interruption: a signal to any process stops the evaluation on all.
         shards: whether the processes hold shards of the model.
         workers: data-loader processes.
+        max_broken_samples: samples that cannot be asked are left out and named, at most so many.
+
+    Raises:
+        BrokenSamplesError: more records of the data set are broken.
     """
 
     def __init__(
@@ -73,7 +91,9 @@ class Evaluator:
         *,
         shards: bool,
         workers: int,
+        max_broken_samples: int,
     ) -> None:
+        check_broken(broken_records(dataset), max_broken_samples)
         self.settings = settings
         self.dataset = dataset
         self.accelerator = accelerator
@@ -84,6 +104,7 @@ class Evaluator:
             "counts": settings.counts,
             "batch_size": settings.batch_size,
             "workers": workers,
+            "max_broken_samples": max_broken_samples,
         }
 
     def run(self, model: Any, samples: int) -> dict[str, Any]:
@@ -175,24 +196,41 @@ def evaluate_together(
     counts: Sequence[TokenCount],
     batch_size: int,
     workers: int,
+    max_broken_samples: int,
     on_batch: Callable[[], object],
 ) -> dict[str, Any]:
     """:func:`tokenflex.evaluation.evaluate` over the shares of all processes.
 
-    Every process runs the same number of forward passes and gets the same result. Modes of modules
-    and states of random generators are afterwards as they were.
+    Every process takes part in the same exchanges and gets the same result, or the same error.
+    Modes of modules and states of random generators are afterwards as they were.
     """
+    alone = accelerator.num_processes == 1
     with _undisturbed(model):
-        own = evaluate(
-            model,
-            processor,
-            share,
-            counts,
-            batch_size=batch_size,
-            workers=workers,
-            on_batch=on_batch,
-        )
-    return own if accelerator.num_processes == 1 else merged(gather_object([own]))
+        try:
+            own = evaluate(
+                model,
+                processor,
+                share,
+                counts,
+                batch_size=batch_size,
+                workers=workers,
+                max_broken_samples=max_broken_samples if alone else None,
+                on_batch=on_batch,
+            )
+        except BrokenSamplesError as error:
+            if alone:
+                raise
+            own = {"broken_samples": [asdict(one) for one in error.broken]}  # all of its share
+    if alone:
+        return own
+    own["broken_samples"] = [
+        one | {"index": share.place_of(one["index"])} for one in own.get("broken_samples", [])
+    ]
+    report = merged(gather_object([own]))
+    check_broken(
+        [BrokenSample(**one) for one in report.get("broken_samples", [])], max_broken_samples
+    )
+    return report
 
 
 def evaluate_alone(
@@ -205,6 +243,7 @@ def evaluate_alone(
     counts: Sequence[TokenCount],
     batch_size: int,
     workers: int,
+    max_broken_samples: int,
     on_batch: Callable[[], object],
 ) -> dict[str, Any]:
     """:func:`tokenflex.evaluation.evaluate` of a model of ``weights``, by this process alone.
@@ -222,12 +261,22 @@ def evaluate_alone(
             counts,
             batch_size=batch_size,
             workers=workers,
+            max_broken_samples=max_broken_samples,
             on_batch=on_batch,
         )
 
 
 def merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One report from those of several processes, stand-ins left out."""
+    """One report from those of several processes, stand-ins left out.
+
+    Raises:
+        BrokenSamplesError: no process could ask a sample.
+    """
+    reasons = {one["index"]: one for report in reports for one in report.get("broken_samples", [])}
+    broken = [reasons[index] for index in sorted(reasons)]
+    reports = [report for report in reports if "accuracy" in report]
+    if not reports:
+        raise BrokenSamplesError(f"no sample can be asked: {broken[0]['reason']}")
     kinds = sorted({kind for one in reports for kind in one["questions"]} - {_STAND_IN})
     asked = {kind: sum(one["questions"].get(kind, 0) for one in reports) for kind in kinds}
     by_kind: dict[str, dict[str, float]] = {kind: {} for kind in kinds}
@@ -241,12 +290,13 @@ def merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
             )
             by_kind[kind][count] = right / asked[kind]
         accuracy[count] = sum(by_kind[kind][count] for kind in kinds) / len(kinds)
-    return {
+    report = {
         "accuracy": accuracy,
         "accuracy_by_kind": by_kind,
         "questions": asked,
         "image_backend": reports[0].get("image_backend"),
     }
+    return report | ({"broken_samples": broken} if broken else {})
 
 
 @contextmanager

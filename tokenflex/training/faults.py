@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from tokenflex.data.steps import BrokenSample, PackedStep
+from tokenflex.data.faults import BrokenSample, BrokenSamplesError, broken_records
+from tokenflex.data.samples import SampleDataset
+from tokenflex.data.steps import PackedStep
 from tokenflex.files import write_json
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite; the message names the step and the file of its samples."""
-
-
-class BrokenSamplesError(ValueError):
-    """More samples than the configuration allows could not be read; the message names one."""
 
 
 def check_finite(
@@ -79,6 +78,17 @@ class BrokenSamples:
 
     def __len__(self) -> int:
         return len(self.reasons)
+
+    def add_known(self, datasets: Iterable[SampleDataset], *, writes: bool) -> None:
+        """Name all records that the data sets found broken when they were opened.
+
+        Raises:
+            BrokenSamplesError: They are too many. The file names all of them.
+        """
+        for data, dataset in enumerate(datasets):
+            self.reasons |= {(data, one.index): one.reason for one in broken_records(dataset)}
+        if self.reasons:
+            self.add(0, [], writes=writes)
 
     def add(self, data: int, found: list[BrokenSample], *, writes: bool) -> None:
         """Name what any process left out of a data set; the one that ``writes`` keeps the file.

@@ -152,6 +152,7 @@ class Trainer:
                 self.interruption,
                 shards=self.shards,
                 workers=config.workers,
+                max_broken_samples=config.max_broken_samples,
             )
         # One record a stage, the encoder's warm-up first: what the report says about training.
         self.records: list[dict[str, Any]] = []
@@ -179,6 +180,7 @@ class Trainer:
             self.broken.reasons = self.resumed["broken"]
             if self.is_main:  # the others are sent the weights before the first step
                 self.model.load_state_dict(self.resumed["model"])
+        self.broken.add_known(self.datasets.values(), writes=self.is_main)
         self._continue_files()
         start_trackers(
             self.accelerator,
@@ -520,7 +522,8 @@ class Trainer:
         if not self.is_main:
             return
         place = self._place(stage_index)
-        found = {key: report[key] for key in ("accuracy", "accuracy_by_kind", "questions")}
+        kept = ("accuracy", "accuracy_by_kind", "questions", "broken_samples")
+        found = {key: report[key] for key in kept if key in report}
         line = {**place, **found, "seconds": round(time.perf_counter() - began, 3)}
         self.evaluations.append(line)
         self._track("evaluation", {**place, "accuracy": report["accuracy"]})

@@ -14,7 +14,14 @@ from torch import nn
 
 from tokenflex.counts import TokenCounts, tokens_of
 from tokenflex.data.encoding import IGNORE
-from tokenflex.data.packing import PackingCollator
+from tokenflex.data.faults import (
+    BrokenSample,
+    broken_records,
+    check_broken,
+    leaving_out,
+    warn_of_broken,
+)
+from tokenflex.data.packing import FittedSample, PackingCollator
 from tokenflex.data.samples import DataExhaustedError, size_of
 from tokenflex.data.steps import outline_of
 from tokenflex.models.loading import check_length
@@ -103,31 +110,41 @@ def measure_samples(config: TrainConfig, data: DataConfig, *, share_prefix: bool
     """The mean sample among the first that training sees, from texts and image sizes alone.
 
     With ``share_prefix`` what a sample's conversations have in common counts once, as it is packed.
+    All records of a file that are broken are named in warnings.
+
+    Raises:
+        BrokenSamplesError: more records of a file are broken than ``max_broken_samples``.
+        ValueError: no sample can be read.
     """
     dataset, processor = build_dataset(data), build_processor(config.model)
+    known = broken_records(dataset)
+    warn_of_broken(known)
+    check_broken(known, config.max_broken_samples)
     order = build_order(data, dataset, config.seed)
     collator = PackingCollator(processor, TokenCounts((1,), (1.0,)), share_prefix=share_prefix)
     check_supply(config, {data: order})
     size = size_of(dataset)
     asked = MEASURED_SAMPLES if size is None else min(size, MEASURED_SAMPLES)
-    measured = text = answers = tiles = shown = 0
-    broken = "there are none"
+    samples: list[FittedSample] = []
+    broken: list[BrokenSample] = []
     for position in range(asked):
         try:
-            fitted = collator.fit(outline_of(dataset, order[position][1]), 1)
+            index = order[position][1]
+            with leaving_out(dataset, index, broken):  # as training does
+                samples.append(collator.fit(outline_of(dataset, index), 1))
         except DataExhaustedError:
             break
-        except (OSError, ValueError) as error:  # training leaves it out, and says so
-            broken = str(error)
-            continue
-        measured += 1
+    if not samples:
+        reason = broken[-1].reason if broken else "there are none"
+        raise ValueError(f"none of the first {asked} samples can be read: {reason}")
+    text = answers = tiles = shown = 0
+    for fitted in samples:
         tiles += sum(fitted.tiles)
         for one in fitted.sequences:
             shown += sum(fitted.tiles[one.images])
             text += one.num_tokens([0] * len(fitted.tiles))
             answers += int((one.labels != IGNORE).sum())
-    if not measured:
-        raise ValueError(f"none of the first {asked} samples can be read: {broken}")
+    measured = len(samples)
     return SampleConfig(
         text_tokens=text / measured,
         answer_tokens=answers / measured,

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from tokenflex.data.steps import PackedStep
-from tokenflex.files import write_atomically
+from tokenflex.files import parse_json, write_atomically
 from tokenflex.training.config import StageConfig
 from tokenflex.training.flops import Flops
 
@@ -203,10 +203,10 @@ class MetricsFile:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics file; not the one that a run is writing, or died in."""
     lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+            record = parse_json(line, "line")
+        except ValueError:
             continue
         if isinstance(record, dict) and all(isinstance(one, int) for one in _place(record)):
             lines.append(record)

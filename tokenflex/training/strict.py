@@ -8,7 +8,12 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from tokenflex.files import excerpt, printable
+
 M = TypeVar("M", bound=BaseModel)
+
+MAX_VALUES = 100_000
+REASON_LENGTH = 500  # characters of an error
 
 
 class Strict(BaseModel):
@@ -43,6 +48,57 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def parse_yaml(content: bytes, name: str) -> Any:
+    """Parse YAML from a stranger, in UTF-8.
+
+    Args:
+        content: The bytes of one document.
+        name: What errors call it.
+
+    Raises:
+        ValueError: It is not YAML, gives a key twice, nests too deeply, or refers to itself or so
+            often to its own parts that it stands for more than :data:`MAX_VALUES` values.
+    """
+    loader = None
+    try:
+        loader = _UniqueKeys(content.decode("utf-8-sig"))
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _expanded_size(node, {}) > MAX_VALUES:
+            raise ValueError(f"it stands for more than {MAX_VALUES} values")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ValueError(f"{name} nests lists and mappings too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # also numbers and dates that are none
+        reason = printable(str(error), REASON_LENGTH)
+        raise ValueError(f"{name} is not YAML: {reason}") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
+    """Count the values that a node stands for, those that it refers to each time.
+
+    Args:
+        node: Of a document's graph.
+        sizes: Of nodes that were counted, by identity; None while one is being counted.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in sizes:
+        sizes[id(node)] = None
+        children = node.value
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in node.value for child in pair]
+        sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for child in children)
+    size = sizes[id(node)]
+    if size is None:
+        raise ValueError("a list or mapping holds itself")
+    return size
+
+
 def read_yaml(path: str | Path, model: type[M]) -> M:
     """``model`` from a YAML file.
 
@@ -54,14 +110,9 @@ def read_yaml(path: str | Path, model: type[M]) -> M:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"config file {path} does not exist")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"config file {path} is not YAML: {' '.join(str(error).split())}"
-        ) from error
+    values = parse_yaml(path.read_bytes(), f"config file {path}")
     if not isinstance(values, dict):
-        raise ValueError(f"config file {path} must hold keys and values, got {values!r}")
+        raise ValueError(f"config file {path} must hold keys and values, got {excerpt(values)}")
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -73,13 +124,14 @@ def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in first["loc"] if part != "[key]") or "the file"
     if first["type"] == "extra_forbidden":
         allowed = _keys_beside(first["loc"], model)
-        message = f"{key} is no known key (got {first['input']!r}; expected one of {allowed})"
+        given = excerpt(first["input"])
+        message = f"{key} is no known key (got {given}; expected one of {allowed})"
     elif first["type"] == "missing":
         message = f"{key} is missing"
     elif first["type"] == "value_error":  # one of ours: it says itself what came
-        message = f"{key}: {first['ctx']['error']}"
+        message = f"{key}: {printable(str(first['ctx']['error']), REASON_LENGTH)}"
     else:
-        message = f"{key}: {first['msg']} (got {first['input']!r})"
+        message = f"{key}: {first['msg']} (got {excerpt(first['input'])})"
     return message + (f"; and {len(others)} more" if others else "")
 
 
