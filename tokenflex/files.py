@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,17 +51,54 @@ def write_atomically(
 ) -> None:
     """Let ``write`` fill a temporary file, then put it in the place of ``path`` in one step.
 
+    When this returns, the file and its name are on the disk. Its permissions follow the umask.
     ``make_room`` is called in between, when the new file is whole and on the disk.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        mode = _create(temporary)
         write(temporary)
         with temporary.open("rb+") as file:
+            os.chmod(temporary, mode)  # safetensors leaves files that their owner alone can read
             os.fsync(file.fileno())
         make_room()
         temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _create(path: Path) -> int:
+    """Create an empty file, in place of an earlier one; return the mode that the umask gives it."""
+    path.unlink(missing_ok=True)
+    with path.open("xb") as file:
+        return stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk, as far as its file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def settle_folder(folder: Path) -> None:
+    """Put a folder and all that is in it on the disk, with the permissions of the umask."""
+    probe = folder / f".{os.getpid()}.tmp"
+    mode = _create(probe)
+    probe.unlink()
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            path = Path(parent, name)
+            with path.open("rb+") as file:
+                os.chmod(path, mode)
+                os.fsync(file.fileno())
+        sync_folder(Path(parent))
 
 
 def write_json(path: Path, value: Any) -> None:

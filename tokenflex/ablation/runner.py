@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tokenflex.ablation.jobs import CONFIG, REPORT, Job
+from tokenflex.errors import ReportedError
 from tokenflex.interruption import Interruption
 
 LOG = "train.log"
@@ -24,7 +25,7 @@ LOCK_PATIENCE = 30.0  # seconds: jobs of a killed ablation save their states and
 LAST_LINES = 15
 
 
-class JobFailedError(RuntimeError):
+class JobFailedError(ReportedError):
     """A job ended without a report; the message names it and ends with its last words."""
 
 

@@ -37,6 +37,7 @@ def add_to(commands: CommandLine) -> None:
 
 def _harness(options: argparse.Namespace) -> int:
     quiet_libraries()
+    from tokenflex.errors import ReportedError
     from tokenflex.files import write_atomically, write_json
     from tokenflex.harnesses.driver import HARNESSES, run_lmms_eval, run_vlmevalkit
 
@@ -71,7 +72,7 @@ def _harness(options: argparse.Namespace) -> int:
     )
     write_json(options.output / "table.json", table.as_json())
     if table.missing:
-        raise RuntimeError(
+        raise ReportedError(
             f"{len(table.missing)} scores are missing, the first of "
             f"{' '.join(table.missing[0])}: the harness's own messages say why"
         )

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
 from tokenflex.data.samples import DataExhaustedError, SampleDataset
-from tokenflex.interruption import ignore_interrupts
+from tokenflex.data.workers import iterate, start_worker
 
 T = TypeVar("T")
 
@@ -144,6 +144,7 @@ def load_in_order(
 
     Raises:
         DataExhaustedError: after the last whole step, where the sampler has no more.
+        WorkerDiedError: a worker has ended.
         Exception: whatever ``pack`` raised, in a worker or here.
     """
     loader = DataLoader(
@@ -152,12 +153,12 @@ def load_in_order(
         collate_fn=_AsValue(pack),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=start_worker,
     )
-    for one in loader:
-        if isinstance(one, Exception):
-            raise one
-        yield one
+    for step in iterate(loader):
+        if isinstance(step, Exception):
+            raise step
+        yield step
     if isinstance(sampler, StepSampler) and sampler.exhausted is not None:
         raise sampler.exhausted
 

@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 
 from PIL import Image
 
+from tokenflex.errors import ReportedError
+
 IMAGE_MARK = "<image>"
 """Where an image stands in a turn's text, whatever the tokenizer's own placeholder is."""
 
@@ -62,7 +64,7 @@ class SampleDataset(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
-class DataExhaustedError(RuntimeError):
+class DataExhaustedError(ReportedError):
     """Training asks for more samples than the data may give. No sample is to blame."""
 
 

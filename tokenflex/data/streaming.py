@@ -14,12 +14,13 @@ from typing import Any
 
 from tokenflex.data.huggingface import load_rows, outline_of_row, sample_of
 from tokenflex.data.samples import DataExhaustedError, Sample, SampleOutline
+from tokenflex.errors import ReportedError
 
 ROWS_READ = 16  # at a time
 ROWS_KEPT = 1024  # at first: those of a step are asked for twice, for the outline and the pixels
 
 
-class StreamError(RuntimeError):
+class StreamError(ReportedError):
     """A stream broke off. It is the same at the next attempt, or whole: no sample is left out."""
 
 

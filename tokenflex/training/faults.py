@@ -9,10 +9,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from tokenflex.data.steps import BrokenSample, PackedStep
+from tokenflex.errors import ReportedError
 from tokenflex.files import write_json
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(ReportedError):
     """The loss became NaN or infinite; the message names the step and the file of its samples."""
 
 
