@@ -205,13 +205,25 @@ def _checked(
             f"report must hold vision_tokens_per_image at counts {', '.join(accuracy)}, got "
             f"{tokens!r}"
         )
-    kinds = {kind: row for kind, row in report.get("accuracy_by_kind", {}).items() if kind}
+    by_kind = report.get("accuracy_by_kind", {})
+    if not isinstance(by_kind, dict):
+        raise ValueError(f"report must hold accuracy_by_kind (kind -> counts), got {by_kind!r}")
+    kinds = {kind: row for kind, row in by_kind.items() if kind}
     for kind, row in kinds.items():
         if not isinstance(row, dict) or row.keys() != accuracy.keys():
             raise ValueError(
                 f"report must hold accuracy_by_kind of {kind!r} at counts {', '.join(accuracy)}, "
                 f"got {row!r}"
             )
+    errors = report.get("standard_error", {})
+    rows = {"accuracy": accuracy, "vision_tokens_per_image": tokens, "standard_error": errors}
+    rows |= {f"accuracy_by_kind of {kind!r}": row for kind, row in kinds.items()}
+    for name, row in rows.items():
+        values = row.values() if isinstance(row, dict) else [row]
+        for value in values:
+            missing = value is None and row is errors  # of one sample
+            if not missing and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise ValueError(f"report must hold numbers in {name}, got {value!r}")
     return accuracy, kinds, tokens
 
 

@@ -69,18 +69,24 @@ def read_yaml(path: str | Path, model: type[M]) -> M:
 
 
 def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
-    first, *others = error.errors()
-    key = ".".join(str(part) for part in first["loc"] if part != "[key]") or "the file"
-    if first["type"] == "extra_forbidden":
-        allowed = _keys_beside(first["loc"], model)
-        message = f"{key} is no known key (got {first['input']!r}; expected one of {allowed})"
-    elif first["type"] == "missing":
-        message = f"{key} is missing"
-    elif first["type"] == "value_error":  # one of ours: it says itself what came
-        message = f"{key}: {first['ctx']['error']}"
-    else:
-        message = f"{key}: {first['msg']} (got {first['input']!r})"
-    return message + (f"; and {len(others)} more" if others else "")
+    return "; ".join(_message(problem, model) for problem in error.errors())
+
+
+def _message(problem: Any, model: type[BaseModel]) -> str:
+    key = ".".join(str(part) for part in problem["loc"] if part != "[key]") or "the file"
+    if problem["type"] == "extra_forbidden":
+        allowed = _keys_beside(problem["loc"], model)
+        return f"{key} is no known key (got {_short(problem['input'])}; expected one of {allowed})"
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    if problem["type"] == "value_error":  # one of ours: it says itself what came
+        return f"{key}: {problem['ctx']['error']}"
+    return f"{key}: {problem['msg']} (got {_short(problem['input'])})"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _keys_beside(location: tuple[int | str, ...], model: Any) -> str:
