@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,34 @@ def read_json(path: Path, kind: str = "file") -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{kind} {path} does not exist")
     return parse_json(path.read_bytes(), f"{kind} {path}")
+
+
+def check_replaceable(report: Path, keys: Collection[str], others: Iterable[Path] = ()) -> None:
+    """Refuse to replace a report that this package has not written.
+
+    Args:
+        report: A JSON file; it need not exist.
+        keys: What the object in it, or each of a list of them, has if it is one of ours.
+        others: Files that are written beside it. They are ours if the report exists.
+
+    Raises:
+        FileExistsError: A file would be replaced that is not ours.
+    """
+    if report.exists():
+        try:
+            value = read_json(report)
+        except (OSError, ValueError):
+            value = None
+        rows = value if isinstance(value, list) else [value]
+        is_ours = all(isinstance(row, dict) and row.keys() >= {*keys} for row in rows)
+        foreign = [] if is_ours else [report]
+    else:
+        foreign = [path for path in others if path.exists()]
+    if foreign:
+        raise FileExistsError(
+            f"{foreign[0]} exists and is not a report of this command; give another output, or "
+            "move it"
+        )
 
 
 def write_atomically(

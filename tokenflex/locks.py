@@ -121,7 +121,7 @@ class FolderLock:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of ``folder`` inside a ``with`` block.
+    """Hold the lock of ``folder``, which is created and deleted again if it stays empty.
 
     Raises:
         FolderInUseError, OSError: As :meth:`FolderLock.acquire`.
@@ -131,4 +131,4 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
+        lock.release(undo=True)

@@ -38,7 +38,7 @@ def add_to(commands: CommandLine) -> None:
 def _harness(options: argparse.Namespace) -> int:
     quiet_libraries()
     from tokenflex.errors import ReportedError
-    from tokenflex.files import write_atomically, write_json
+    from tokenflex.files import check_replaceable, write_atomically, write_json
     from tokenflex.harnesses.driver import HARNESSES, run_lmms_eval, run_vlmevalkit
 
     benchmarks = options.benchmarks.split(",")
@@ -49,7 +49,10 @@ def _harness(options: argparse.Namespace) -> int:
         raise ValueError("--run-py must be given with vlmevalkit, and only there")
     if not options.model.is_dir():
         raise FileNotFoundError(f"checkpoint folder {options.model} does not exist")
-    options.output.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    # Before the work, not after it.
+    keys = ("benchmark", "metric", "count", "value")
+    check_replaceable(options.output / "table.json", keys, [options.output / "table.md"])
+    options.output.mkdir(parents=True, exist_ok=True)
     if options.harness == "lmms-eval":
         table = run_lmms_eval(
             *common,

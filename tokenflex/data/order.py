@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -139,7 +140,7 @@ def load_in_order(
     sampler: StepSampler | list[list[tuple[int, int]]],
     *,
     workers: int = 0,
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """Draw, read, encode and pack in ``workers`` processes, in the sampler's order.
 
     Raises:
@@ -155,10 +156,11 @@ def load_in_order(
         prefetch_factor=4 if workers else None,
         worker_init_fn=start_worker,
     )
-    for step in iterate(loader):
-        if isinstance(step, Exception):
-            raise step
-        yield step
+    with closing(iterate(loader)) as steps:
+        for step in steps:
+            if isinstance(step, Exception):
+                raise step
+            yield step
     if isinstance(sampler, StepSampler) and sampler.exhausted is not None:
         raise sampler.exhausted
 
@@ -182,6 +184,6 @@ def packed_batches(
     sampler: StepSampler | list[list[tuple[int, int]]],
     *,
     workers: int = 0,
-) -> Iterator[PackedBatch]:
+) -> Generator[PackedBatch, None, None]:
     """One batch a step, whatever its size; see :func:`load_in_order`."""
     return load_in_order(_ReadAndPack(dataset, collator), sampler, workers=workers)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -43,7 +44,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def iterate(loader: DataLoader[Any]) -> Iterator[Any]:
+def iterate(loader: DataLoader[Any]) -> Generator[Any, None, None]:
     """Iterate over a loader whose workers were prepared by :func:`start_worker`.
 
     The death of a worker is told where data is waited for. PyTorch raises it between any two
@@ -60,6 +61,7 @@ def iterate(loader: DataLoader[Any]) -> Iterator[Any]:
         with _blocked_signals():
             batches = iter(loader)
         workers = set(multiprocessing.active_children()) - before
+        _living.add(workers)
         try:
             while True:
                 try:
@@ -74,11 +76,7 @@ def iterate(loader: DataLoader[Any]) -> Iterator[Any]:
                     ) from error
                 yield batch
         finally:
-            # They only read. Asked to end, each would finish its step first.
-            for worker in workers:
-                worker.kill()
-            for worker in workers:
-                worker.join()  # a worker that has been waited for is no death to be told
+            _living.end(workers)
             del batches
 
 
@@ -90,6 +88,38 @@ def _blocked_signals() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Living:
+    """Workers that this process must end, at the latest when it ends itself.
+
+    Python would ask them to with a signal, which they ignore, and wait.
+    """
+
+    def __init__(self) -> None:
+        self._workers: set[Any] = set()
+        self._process = 0
+
+    def add(self, workers: set[Any]) -> None:
+        if self._process != os.getpid():  # also in a fork, whose workers these are not
+            self._process, self._workers = os.getpid(), set()
+            atexit.register(self._end_all)
+        self._workers |= workers
+
+    def end(self, workers: set[Any]) -> None:
+        """Kill workers: they only read. Asked to end, each would finish its step first."""
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join()  # a worker that has been waited for is no death to be told
+        self._workers -= workers
+
+    def _end_all(self) -> None:
+        if self._process == os.getpid():
+            self.end({*self._workers})
+
+
+_living = _Living()
 
 
 class _Deaths:

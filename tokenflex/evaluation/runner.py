@@ -93,8 +93,9 @@ def evaluate(
     encoding_seconds = 0.0
     encode = ConversationEncoder(processor.tokenizer, processor.image_prompt)
     read = ReadBatch(dataset, processor, max_tiles)
+    batches = load_in_order(read, _batches(len(dataset), batch_size), workers=workers)
     try:
-        for batch in load_in_order(read, _batches(len(dataset), batch_size), workers=workers):
+        for batch in batches:
             started = time.perf_counter()
             pixels = batch.pixel_values.to(model.device, non_blocking=True)
             encoded = model.encode_images(pixels, batch.grids)
@@ -129,6 +130,7 @@ def evaluate(
                 seconds[label] += _seconds_since(started, model.device)
                 on_batch()
     finally:
+        batches.close()
         model.train(was_training)
     return _report(score, verdicts, seconds, encoding_seconds)
 

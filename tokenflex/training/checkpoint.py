@@ -16,6 +16,7 @@ import torch
 
 from tokenflex.files import read_json, settle_folder, sync_folder, write_atomically
 from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.selection import storage as router
 
 STATE_KEYS = (
     "config",
@@ -47,8 +48,7 @@ _CHECKPOINT_NAMES = re.compile(
     r"|tokenizer\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|vocab\.json"
     r"|vocab\.txt|merges\.txt|spiece\.model|chat_template\.(jinja|json)"
 )
-_ROUTER = "router"
-_ROUTER_NAMES = ("router.safetensors", "report.json", "curve.png")
+_ROUTER_NAMES = (router.WEIGHTS, router.REPORT, router.CURVE)
 
 
 class DamagedStateError(ValueError):
@@ -278,10 +278,12 @@ def restore_folder(previous: Path, directory: Path) -> None:
 
 def _move_others(source: Path, target: Path, is_ours: Any) -> None:
     for entry in [*source.iterdir()]:
-        if entry.name == _ROUTER and entry.is_dir():  # chosen for the weights that are replaced
+        if (
+            entry.name == router.FOLDER and entry.is_dir()
+        ):  # chosen for the weights that are replaced
             others = [name for name in os.listdir(entry) if name not in _ROUTER_NAMES]
             if others:
-                (target / _ROUTER).mkdir(exist_ok=True)
-                _move_others(entry, target / _ROUTER, _ROUTER_NAMES.__contains__)
+                (target / router.FOLDER).mkdir(exist_ok=True)
+                _move_others(entry, target / router.FOLDER, _ROUTER_NAMES.__contains__)
         elif not is_ours(entry.name) and not (target / entry.name).exists():
             entry.rename(target / entry.name)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -331,8 +332,8 @@ class Trainer:
                 saved = record.counts["steps"]
                 self._save_state(stage_index, saved, optimizer, scheduler)
 
-        with adapted, progress as bar:
-            steps = _with_error(meter.waiting(self._steps(stage_index, first_step)))
+        with adapted, progress as bar, closing(self._steps(stage_index, first_step)) as data:
+            steps = _with_error(meter.waiting(data))
             for step, packed in enumerate(steps, first_step + 1):
                 try:
                     if isinstance(packed, Exception):
@@ -394,7 +395,7 @@ class Trainer:
                 groups.append({"params": ordered, "lr": rate})
         return groups
 
-    def _steps(self, stage_index: int, first_step: int) -> Iterator[PackedStep]:
+    def _steps(self, stage_index: int, first_step: int) -> Generator[PackedStep, None, None]:
         stage = self.config.stages[stage_index]
         data = self.config.data_of(stage)
         # A later stage goes on where an earlier one on the same data stopped.
