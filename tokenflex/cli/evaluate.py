@@ -74,6 +74,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     if is_run(output):
         raise ValueError(f"--output {output} is the folder of a training run; give another one")
     check_report_folder(output)
+    output.mkdir(parents=True, exist_ok=True)
     with locked(output):
         return _evaluate_into(options)
 
