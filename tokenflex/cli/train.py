@@ -59,10 +59,16 @@ def _train(options: argparse.Namespace) -> int:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"{config.output} holds this run, finished: nothing to do; --fresh trains anew")
         return 0
+    from tokenflex.training.agreement import OtherProcessError, is_lost_connection
     from tokenflex.training.loop import Trainer
 
     trainer = Trainer(config, fresh=options.fresh, accept_changed_data=options.accept_changed_data)
-    report = trainer.run()
+    try:
+        report = trainer.run()
+    except RuntimeError as error:
+        if trainer.accelerator.num_processes > 1 and is_lost_connection(error):
+            raise OtherProcessError(f"another process of the run is gone: {error}") from error
+        raise
     if not trainer.is_main:
         return 0
     from tokenflex.training.curves import plot_curves

@@ -24,7 +24,7 @@ from tokenflex.digits.encoder import warm_up_encoder
 from tokenflex.files import write_json
 from tokenflex.interruption import Interruption
 from tokenflex.models.loading import check_length
-from tokenflex.training.agreement import AgreedStop, OtherProcessError, is_lost_connection
+from tokenflex.training.agreement import AgreedStop
 from tokenflex.training.build import (
     build_dataset,
     build_model,
@@ -213,6 +213,7 @@ class Trainer:
             NonFiniteLossError: the loss or the gradients are NaN or infinite.
             BrokenSamplesError: more than ``max_broken_samples`` cannot be read.
             OtherProcessError: another process of the run has stopped.
+            RuntimeError: the connection to another process is lost.
         """
         try:
             if self.finished is not None:
@@ -221,11 +222,6 @@ class Trainer:
                 return self._run()
         except AgreedStop as stop:
             raise stop.reason from stop.reason.__cause__
-        except RuntimeError as error:
-            if self.accelerator.num_processes > 1 and is_lost_connection(error):
-                reason = str(error).splitlines()[0]
-                raise OtherProcessError(f"another process of the run is gone: {reason}") from error
-            raise
         finally:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
