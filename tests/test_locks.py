@@ -89,6 +89,19 @@ def test_a_lock_file_that_is_deleted_while_it_is_waited_for_is_made_anew(tmp_pat
     second.release()
 
 
+def test_a_fork_that_forgets_a_lock_does_not_release_it(tmp_path):
+    lock = FolderLock(tmp_path)
+    lock.acquire()
+    child = os.fork()
+    if not child:
+        lock.__del__()
+        os._exit(0)
+    os.waitpid(child, 0)
+    with pytest.raises(FolderInUseError):
+        FolderLock(tmp_path).acquire()
+    lock.release()
+
+
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(errno.ENOLCK, "No locks available")

@@ -40,6 +40,7 @@ class FolderLock:
         self.folder = folder
         self.path = folder / NAME
         self._descriptor: int | None = None
+        self._process = os.getpid()
         self._created: list[Path] = []
 
     def acquire(self) -> None:
@@ -115,7 +116,7 @@ class FolderLock:
             return False
 
     def __del__(self) -> None:
-        if self._descriptor is not None:
+        if self._descriptor is not None and self._process == os.getpid():  # not in a fork
             self.release()
 
 

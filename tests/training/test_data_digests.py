@@ -87,7 +87,8 @@ def test_files_that_come_and_go_are_named(tmp_path):
         (tmp_path / name).write_text(name)
     before = digests_of([config])
     (tmp_path / "cache-1.arrow").write_text("of the library")
-    (tmp_path / ".hidden").write_text("")
+    (tmp_path / ".hidden.json").write_text("")
+    (tmp_path / "picture.png").write_text("not covered")
     check_unchanged(before, digests_of([config]))
     (tmp_path / "c.arrow").write_text("c")
     with pytest.raises(ValueError, match=r"c\.arrow has changed.*is new"):

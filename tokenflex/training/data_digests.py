@@ -21,6 +21,10 @@ from tokenflex.data.webdataset import shards_of
 from tokenflex.training.data_config import DataConfig
 
 WHOLE = 4 << 20  # bytes up to which a file of rows is read whole
+_ROWS = {
+    *(".arrow", ".parquet", ".json", ".jsonl", ".csv", ".tsv", ".txt", ".xml", ".tar", ".zip"),
+    *(".gz", ".bz2", ".xz", ".zst"),
+}
 _BLOCK = 64 << 10
 _BLOCKS = 16
 _READ = 4 << 20
@@ -74,7 +78,8 @@ def _files_of(config: DataConfig) -> Iterator[tuple[Path, bool]]:
     if config.path is None:
         return
     if config.name in ("messages", "llava"):
-        yield config.path, True
+        if config.path.is_file():  # or its reader says so
+            yield config.path, True
     elif config.name == "webdataset":
         for shard in shards_of(config.path):
             yield shard, False
@@ -82,9 +87,9 @@ def _files_of(config: DataConfig) -> Iterator[tuple[Path, bool]]:
         yield config.path, False
     elif config.path.is_dir():
         for path in sorted(config.path.rglob("*")):
-            hidden = any(part.startswith(".") for part in path.relative_to(config.path).parts)
             # The library leaves caches of what it has computed beside the rows.
-            if path.is_file() and not hidden and not path.name.startswith("cache-"):
+            is_of_rows = path.suffix in _ROWS and not path.name.startswith(("cache-", "."))
+            if is_of_rows and path.is_file():
                 yield path, False
 
 

@@ -183,10 +183,8 @@ class Trainer:
         check_length(self.model.config, max(map(tokens_of, counts)))
         # Everything is there: only now touch what may lie in the output folder.
         self.accelerator.wait_for_everyone()
-        if self.is_main and self.finished is None:
-            self.folder.prepare(resumed=self.resumed is not None, fresh=fresh)
-            self.states.keep_config()
-            self.states.put_unreadable_aside()
+        if self.finished is None:
+            from_main(lambda: self._take_folder(fresh), self.is_main)
         self.evaluator = None
         if evaluation is not None and asked is not None:
             self.evaluator = Evaluator(
@@ -200,6 +198,11 @@ class Trainer:
             )
         # One record a stage, the encoder's warm-up first: what the report says about training.
         self.records: list[dict[str, Any]] = []
+
+    def _take_folder(self, fresh: bool) -> None:
+        self.folder.prepare(resumed=self.resumed is not None, fresh=fresh)
+        self.states.keep_config()
+        self.states.put_unreadable_aside()
 
     def run(self) -> dict[str, Any]:
         """Train every stage, save the model, evaluate. Returns the report.
@@ -547,7 +550,12 @@ class Trainer:
             "records": self.records,
             "broken": self.broken.reasons,
         }
-        from_main(lambda: self.states.save(state), self.is_main)
+
+        def save() -> None:
+            self.folder.sync()  # lines of the steps that the state knows of
+            self.states.save(state)
+
+        from_main(save, self.is_main)
 
     def _finish(self) -> dict[str, Any]:
         report = training_report(self.records)
@@ -561,6 +569,7 @@ class Trainer:
                 write_json(self.output / REPORT, report)
             else:
                 (self.output / REPORT).unlink(missing_ok=True)  # of an earlier checkpoint
+            self.folder.sync()
             self.states.remove()
         return report
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from tokenflex.files import read_json
+from tokenflex.files import read_json, sync_folder
 from tokenflex.locks import NAME as LOCK
 from tokenflex.locks import FolderLock
 from tokenflex.training.checkpoint import (
@@ -118,6 +118,14 @@ class RunFolder:
         remove_event_files(self.path / TRACKERS)
         for name in (METRICS, EVALUATIONS):
             (self.path / name).unlink(missing_ok=True)
+
+    def sync(self) -> None:
+        """Put the lines that were added to files, and the folder's names, on the disk."""
+        for name in (METRICS, EVALUATIONS):
+            if (self.path / name).is_file():
+                with (self.path / name).open("rb+") as file:
+                    os.fsync(file.fileno())
+        sync_folder(self.path)
 
     def _remove_leftovers(self) -> None:
         for path in [*self.path.iterdir()]:
