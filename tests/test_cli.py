@@ -24,14 +24,21 @@ from tokenizers.processors import TemplateProcessing
 from tests.models.tiny import picture, tiny_model
 from tests.training.runs import ROOT, metrics, temporary_files, tiny_values, write_config
 from tokenflex import TokenFlexForConditionalGeneration, TokenFlexProcessor
+from tokenflex.ablation.runner import JobFailedError
 from tokenflex.cli import main
+from tokenflex.data.samples import DataExhaustedError
+from tokenflex.data.streaming import StreamError
+from tokenflex.data.workers import WorkerDiedError
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor
+from tokenflex.errors import ReportedError
 from tokenflex.evaluation import evaluate
+from tokenflex.locks import FolderInUseError, locked
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.selection import training as router_training
 from tokenflex.selection.storage import load_router
 from tokenflex.training.checkpoint import STATE_KEYS, save_model
+from tokenflex.training.faults import NonFiniteLossError
 from tokenflex_kernels import info
 
 COMMANDS = (
@@ -936,6 +943,144 @@ def test_a_report_that_is_none(command, tmp_path, content, word):
 def test_debug_shows_the_error_itself(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"report\.json"):
         main(["plot", str(tmp_path), "--debug"])
+
+
+def test_a_count_of_another_kind_in_a_configuration_is_one_line(command, tmp_path):
+    values = tiny_values(tmp_path / "run")
+    values["stages"][1]["counts"] = [4, "nine", 16]
+    values["model"]["text"]["config"]["num_attention_heads"] = 0
+    config = write_config(tmp_path / "run.yaml", values)
+    assert_one_line(command("train", config), "stages.1.counts", "'nine'")
+    values["stages"][1]["counts"] = [4, 9, 16]
+    config = write_config(tmp_path / "run.yaml", values)
+    assert_one_line(command("train", config), "model.text", "ZeroDivisionError")
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's own."""
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ReportedError("a worker ended"), ["a worker ended"]),
+        (NonFiniteLossError("loss is nan"), ["loss is nan"]),
+        (StreamError("the stream broke off"), ["broke off"]),
+        (DataExhaustedError("no more"), ["no more"]),
+        (WorkerDiedError("a worker is gone"), ["a worker is gone"]),
+        (FolderInUseError("a folder is in use"), ["a folder is in use"]),
+        (JobFailedError("a job failed"), ["a job failed"]),
+        (OutOfMemoryError("CUDA out of memory. Tried"), ["out of memory: ", "Tried"]),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ["out of memory: "]),
+        (MemoryError(), ["out of memory: "]),
+        (RuntimeError("No CUDA GPUs are available"), ["No CUDA GPUs"]),
+        (OSError("no space"), ["no space"]),
+        (ValueError("a wrong value"), ["a wrong value"]),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(command, monkeypatch, error, words):
+    assert_one_line(raised_by_info(command, monkeypatch, error), *words)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(TypeError("a bug"), RuntimeError("mat1 and mat2 shapes cannot be multiplied")),
+        *(KeyError("a bug"), AttributeError("a bug"), AssertionError("a bug")),
+        ImportError("cannot import name", name="tokenflex.models"),
+        ModuleNotFoundError("no module", name="tokenflex_kernels.ops"),
+    ],
+)
+def test_a_fault_of_ours_keeps_its_traceback(command, monkeypatch, error):
+    with pytest.raises(type(error)):
+        raised_by_info(command, monkeypatch, error)
+
+
+def raised_by_info(command, monkeypatch, error: Exception):
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr("tokenflex_kernels.info", failing)
+    return command("info")
+
+
+@pytest.mark.slow
+def test_a_fault_of_ours_as_a_process_has_exit_code_1(tmp_path):
+    program = (
+        "import sys, tokenflex_kernels\n"
+        "tokenflex_kernels.info = lambda: 1 + 'a'\n"
+        "from tokenflex.cli import main\n"
+        "sys.exit(main(['info']))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("Traceback")
+    assert "TypeError: unsupported operand" in result.stderr
+
+
+# ---- what others have written
+
+
+@pytest.mark.parametrize(
+    ("name", "output"),
+    [
+        *(("report.json", "."), ("report.md", "."), ("accuracy.png", ".")),
+        ("mine.json", "mine.json"),
+    ],
+)
+def test_evaluate_replaces_no_file_but_its_own(command, checkpoint, tmp_path, name, output):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text('{"mine": 1}')
+    base = ("evaluate", checkpoint, "--data", "digits", "--size", 2, "--counts", "4")
+    result = command(*base, "--output", tmp_path / "out" / output)
+    assert_one_line(result, name, "exists and is not a report")
+    assert (tmp_path / "out" / name).read_text() == '{"mine": 1}'
+
+
+def test_evaluate_replaces_its_own_reports_beside_files_of_others(command, checkpoint, tmp_path):
+    base = ("evaluate", checkpoint, "--data", "digits", "--size", 2, "--counts", "4")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.md").write_text("mine")
+    for output in (tmp_path / "out", tmp_path / "alone.json"):
+        for _ in range(2):
+            assert command(*base, "--output", output)[0] == 0
+    assert (tmp_path / "out" / "notes.md").read_text() == "mine"
+    assert temporary_files(tmp_path) == []
+    with locked(tmp_path / "out"):
+        assert_one_line(command(*base, "--output", tmp_path / "out"), "in use by another process")
+
+
+def test_evaluate_leaves_the_report_of_a_training_run(command, checkpoint, tmp_path):
+    run = {"model": 1, "data": 1, "stages": 1, "seed": 1}
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    base = ("evaluate", checkpoint, "--data", "digits", "--size", 2, "--counts", "4")
+    assert_one_line(command(*base, "--output", tmp_path), "folder of a training run")
+
+
+@pytest.mark.parametrize("name", ["router.safetensors", "report.json", "curve.png"])
+def test_route_replaces_no_file_but_its_own(command, checkpoint, tmp_path, name):
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder)
+    (folder / "router").mkdir()
+    (folder / "router" / name).write_text("mine")
+    result = command("route", "--model", folder, "--data", "digits", "--counts", "4,16")
+    assert_one_line(result, name, "was not written with a router")
+    assert (folder / "router" / name).read_text() == "mine"
+
+
+def test_ablate_refuses_a_folder_of_something_else(command, tmp_path):
+    (tmp_path / "notes.md").write_text("mine")
+    result = command("ablate", "--quick", "--output", tmp_path)
+    assert_one_line(result, "holds files of something else and no ablation")
+    assert os.listdir(tmp_path) == ["notes.md"]
 
 
 @pytest.mark.parametrize("module", ["tokenflex", "tokenflex.cli"])

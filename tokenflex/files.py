@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Callable, Sequence
+import stat
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,22 +82,87 @@ def printable(text: str, length: int) -> str:
     return line if len(line) <= length else line[: length - 3] + "..."
 
 
+def check_replaceable(report: Path, keys: Collection[str], others: Iterable[Path] = ()) -> None:
+    """Refuse to replace a report that this package has not written.
+
+    Args:
+        report: A JSON file; it need not exist.
+        keys: What the object in it, or each of a list of them, has if it is one of ours.
+        others: Files that are written beside it. They are ours if the report exists.
+
+    Raises:
+        FileExistsError: A file would be replaced that is not ours.
+    """
+    if report.exists():
+        try:
+            value = read_json(report)
+        except (OSError, ValueError):
+            value = None
+        rows = value if isinstance(value, list) else [value]
+        is_ours = all(isinstance(row, dict) and row.keys() >= {*keys} for row in rows)
+        foreign = [] if is_ours else [report]
+    else:
+        foreign = [path for path in others if path.exists()]
+    if foreign:
+        raise FileExistsError(
+            f"{foreign[0]} exists and is not a report of this command; give another output, or "
+            "move it"
+        )
+
+
 def write_atomically(
     path: Path, write: Callable[[Path], object], *, make_room: Callable[[], object] = lambda: None
 ) -> None:
     """Let ``write`` fill a temporary file, then put it in the place of ``path`` in one step.
 
+    When this returns, the file and its name are on the disk. Its permissions follow the umask.
     ``make_room`` is called in between, when the new file is whole and on the disk.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        mode = _create(temporary)
         write(temporary)
         with temporary.open("rb+") as file:
+            os.chmod(temporary, mode)  # safetensors leaves files that their owner alone can read
             os.fsync(file.fileno())
         make_room()
         temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _create(path: Path) -> int:
+    """Create an empty file, in place of an earlier one; return the mode that the umask gives it."""
+    path.unlink(missing_ok=True)
+    with path.open("xb") as file:
+        return stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk, as far as its file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def settle_folder(folder: Path) -> None:
+    """Put a folder and all that is in it on the disk, with the permissions of the umask."""
+    probe = folder / f".{os.getpid()}.tmp"
+    mode = _create(probe)
+    probe.unlink()
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            path = Path(parent, name)
+            with path.open("rb+") as file:
+                os.chmod(path, mode)
+                os.fsync(file.fileno())
+        sync_folder(Path(parent))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ECHO = 1.0  # seconds; a launcher passes on the signal that its whole group has just got
 
 
 class Interruption:
     """Notes Ctrl-C (or SIGTERM) inside a ``with`` block, for the block to act on when it can.
 
-    A second signal is not noted but raises KeyboardInterrupt at once.
+    A second signal is not noted but raises KeyboardInterrupt at once. One within a second of the
+    first is the same signal: torchrun passes on to its processes what systemd, Slurm or a terminal
+    has sent to them already.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self._requested_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -30,16 +35,13 @@ class Interruption:
             signal.signal(one, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if not self.requested:
+            self.requested = True
+            self._requested_at = time.monotonic()
+        elif time.monotonic() - self._requested_at > ECHO:
             raise KeyboardInterrupt
-        self.requested = True
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if a signal came."""
         if self.requested:
             raise KeyboardInterrupt
-
-
-def ignore_interrupts(worker: int) -> None:
-    """For data-loader workers: Ctrl-C reaches them too, but the main process ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

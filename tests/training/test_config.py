@@ -212,10 +212,27 @@ def test_warm_up_needs_the_digits_processor(tmp_path):
     assert load_config(write_config(tmp_path / "run.yaml", values)).model.text.path == "b"
 
 
-def test_several_mistakes_are_counted(tmp_path):
+def test_all_mistakes_are_named_in_one_line(tmp_path):
     values = changed("seed", -1)
-    values["workers"] = -1
-    assert "and 1 more" in error_of(tmp_path, values)
+    values["workers"] = -2
+    values["sede"] = 1
+    del values["model"]["text"]
+    values["stages"][0]["batch_size"] = "many"
+    message = error_of(tmp_path, values)
+    for words in (
+        ("seed: ", "got -1"),
+        ("workers: ", "got -2"),
+        ("sede is no known key", "got 1"),
+        ("model.text is missing",),
+        ("stages.0.batch_size: ", "got 'many'"),
+    ):
+        (part,) = [part for part in message.split("; ") if words[0] in part]
+        assert all(word in part for word in words)
+    assert "more" not in message.rsplit("; ", 1)[-1]
+
+
+def test_a_long_value_is_cut_off(tmp_path):
+    assert len(error_of(tmp_path, changed("seed", "x" * 10_000))) < 400
 
 
 @pytest.mark.parametrize(

@@ -14,17 +14,19 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tokenflex.ablation.jobs import CONFIG, REPORT, Job
+from tokenflex.errors import ReportedError
 from tokenflex.files import parse_json
 from tokenflex.interruption import Interruption
 
 LOG = "train.log"
+LOCK = ".lock"
 PACKAGE_ROOT = Path(__file__).parents[2]
 LOOK_EVERY = 0.2  # seconds
 LOCK_PATIENCE = 30.0  # seconds: jobs of a killed ablation save their states and end
 LAST_LINES = 15
 
 
-class JobFailedError(RuntimeError):
+class JobFailedError(ReportedError):
     """A job ended without a report; the message names it and ends with its last words."""
 
 
@@ -82,6 +84,11 @@ def run_jobs(
         JobFailedError: one failed; the others have stopped, their states saved.
         ValueError: the folder holds another ablation, or one is at work in it.
     """
+    if output.is_dir() and any(output.iterdir()) and not (output / LOCK).exists():
+        raise ValueError(
+            f"output {output} holds files of something else and no ablation; give an empty folder, "
+            "or one that does not exist"
+        )
     output.mkdir(parents=True, exist_ok=True)
     with _alone_in(output) as lock:
         for job in jobs:
@@ -132,7 +139,7 @@ def _stop_all(running: Sequence[_Running]) -> None:
 @contextmanager
 def _alone_in(output: Path) -> Iterator[int]:
     """Hold the folder's lock. Jobs hold it too: those of a killed ablation are waited for."""
-    with (output / ".lock").open("w") as lock:
+    with (output / LOCK).open("w") as lock:
         give_up = time.monotonic() + LOCK_PATIENCE
         while True:
             try:

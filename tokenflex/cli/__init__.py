@@ -45,15 +45,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as error:
-        if options.debug or (error.name or "").startswith("tokenflex"):
+        if options.debug or _is_ours(error):
             raise
         trains = ("train", "evaluate", "ablate", "route", "plot")
         extra = "train" if options.command in trains else "hf"
         return _fail(f"{options.command} needs {error.name}; pip install 'tokenflex[{extra}]'")
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        if options.debug:
+    except Exception as error:
+        reason = _what_to_mend(error)
+        if options.debug or reason is None:  # a fault of the program: its traceback, exit code 1
             raise
-        return _fail(" ".join(str(error).split()))
+        return _fail(reason)
+
+
+_NO_DEVICE = (
+    "No CUDA GPUs are available",
+    "Found no NVIDIA driver",
+    "CUDA driver version is insufficient",
+    "Torch not compiled with CUDA enabled",
+)
+
+
+def _what_to_mend(error: Exception) -> str | None:
+    """Return the line for an error that a user can mend; None for a fault of the program.
+
+    The second kind includes TypeError, and RuntimeError but for our own and those of PyTorch that
+    are about the machine.
+    """
+    from tokenflex.errors import ReportedError
+
+    message = " ".join(str(error).split())
+    if isinstance(error, ImportError):
+        return None if _is_ours(error) else message
+    if isinstance(error, (ValueError, OSError, ReportedError)):
+        return message
+    if _is_out_of_memory(error):
+        return (
+            "out of memory: less of it is needed with fewer tokens, tiles or samples at a time "
+            f"({message or type(error).__name__})"
+        )
+    if any(words in message for words in _NO_DEVICE):
+        return message
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def _is_ours(error: ImportError) -> bool:
+    """Whether a module of ours is missing, or a name in one."""
+    return (error.name or "").partition(".")[0] in ("tokenflex", "tokenflex_kernels")
 
 
 def _fail(message: str) -> int:

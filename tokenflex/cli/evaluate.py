@@ -72,6 +72,27 @@ def add_to(commands: CommandLine) -> None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     quiet_libraries()
+    from tokenflex.evaluation.report import check_report_file, check_report_folder
+    from tokenflex.locks import locked
+    from tokenflex.training.output import is_run
+
+    output = options.output
+    if output is None:
+        return _evaluate_into(options)
+    # Before the work, not after it.
+    if output.suffix == ".json":
+        check_report_file(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return _evaluate_into(options)
+    if is_run(output):
+        raise ValueError(f"--output {output} is the folder of a training run; give another one")
+    check_report_folder(output)
+    output.mkdir(parents=True, exist_ok=True)
+    with locked(output):
+        return _evaluate_into(options)
+
+
+def _evaluate_into(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from tokenflex.counts import AUTO, tokens_of
@@ -94,9 +115,6 @@ def _evaluate(options: argparse.Namespace) -> int:
     if len(known := broken_records(dataset)) > options.max_broken_samples:
         warn_of_broken(known)
     check_broken(known, options.max_broken_samples)
-    output, alone = options.output, options.output is not None and options.output.suffix == ".json"
-    if output is not None:  # before the work, not after it
-        (output.parent if alone else output).mkdir(parents=True, exist_ok=True)
     model, processor = load_checkpoint(folder)
     for count in options.counts:
         if not isinstance(count, str):
@@ -123,10 +141,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.penalty is not None:
         report["penalty"] = options.penalty
         title += f", auto at a penalty of {options.penalty:g}"
-    if output is not None and alone:
-        write_json(output, report)
-    elif output is not None:
-        write_report(output, report, title)
+    if options.output is not None and options.output.suffix == ".json":
+        write_json(options.output, report)
+    elif options.output is not None:
+        write_report(options.output, report, title)
     return 0
 
 

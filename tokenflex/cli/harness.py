@@ -54,11 +54,14 @@ def add_to(commands: CommandLine) -> None:
 
 def _harness(options: argparse.Namespace) -> int:
     quiet_libraries()
-    from tokenflex.files import write_atomically, write_json
+    from tokenflex.files import check_replaceable, write_atomically, write_json
     from tokenflex.harnesses.driver import HarnessError
 
     _check(options)
-    options.output.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    # Before the work, not after it.
+    keys = ("benchmark", "metric", "count", "value")
+    check_replaceable(options.output / "table.json", keys, [options.output / "table.md"])
+    options.output.mkdir(parents=True, exist_ok=True)
     try:
         table = _run(options)
         page = table.markdown()

@@ -46,6 +46,17 @@ def add_to(commands: CommandLine) -> None:
 
 def _route(options: argparse.Namespace) -> int:
     quiet_libraries()
+    from tokenflex.locks import locked
+    from tokenflex.selection.storage import FOLDER, check_router_folder
+
+    if not options.model.is_dir():
+        raise FileNotFoundError(f"checkpoint folder {options.model} does not exist")
+    check_router_folder(options.model)  # before the work, not after it
+    with locked(options.model / FOLDER):
+        return _route_into(options)
+
+
+def _route_into(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from tqdm import tqdm
@@ -54,7 +65,7 @@ def _route(options: argparse.Namespace) -> int:
     from tokenflex.selection.curve import as_rows, format_curve, selection_curve
     from tokenflex.selection.grading import grade
     from tokenflex.selection.router import check_counts
-    from tokenflex.selection.storage import save_router
+    from tokenflex.selection.storage import CURVE, save_router
     from tokenflex.selection.training import train_router
 
     counts = check_counts(options.counts)
@@ -95,7 +106,7 @@ def _route(options: argparse.Namespace) -> int:
     if grades is not None:
         from tokenflex.plots import plot_selection
 
-        plot_selection(points, folder / "curve.png")
+        plot_selection(points, folder / CURVE)
         print(format_curve(points))
     print(
         f"{report.parameters} parameters, {report.grading_seconds:.0f} s of asking and "

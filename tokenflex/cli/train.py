@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from tokenflex.cli.common import quiet_libraries
@@ -20,8 +21,14 @@ def add_to(commands: CommandLine) -> None:
     )
     train.add_argument("config", type=Path, help="YAML file, see configs/")
     train.add_argument("--output", type=Path, help="folder to write to, in place of the config's")
-    train.add_argument("--fresh", action="store_true", help="begin anew even if a state is there")
-
+    train.add_argument(
+        "--fresh", action="store_true", help="begin anew even if there is a state or a finished run"
+    )
+    train.add_argument(
+        "--accept-changed-data",
+        action="store_true",
+        help="continue although data files have changed since the run was stopped",
+    )
     train.add_argument(
         "--dry-run",
         action="store_true",
@@ -45,10 +52,23 @@ def _train(options: argparse.Namespace) -> int:
 
         print(format_plan(plan_run(config, options.processes)))
         return 0
+    from tokenflex.training.output import finished_report
+    from tokenflex.training.states import fingerprint
+
+    if not options.fresh and finished_report(config, fingerprint(config)) is not None:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"{config.output} holds this run, finished: nothing to do; --fresh trains anew")
+        return 0
+    from tokenflex.training.agreement import OtherProcessError, is_lost_connection
     from tokenflex.training.loop import Trainer
 
-    trainer = Trainer(config, fresh=options.fresh)
-    report = trainer.run()
+    trainer = Trainer(config, fresh=options.fresh, accept_changed_data=options.accept_changed_data)
+    try:
+        report = trainer.run()
+    except RuntimeError as error:
+        if trainer.accelerator.num_processes > 1 and is_lost_connection(error):
+            raise OtherProcessError(f"another process of the run is gone: {error}") from error
+        raise
     if not trainer.is_main:
         return 0
     from tokenflex.training.curves import plot_curves

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
 from tokenflex.data.samples import DataExhaustedError, SampleDataset
-from tokenflex.interruption import ignore_interrupts
+from tokenflex.data.workers import iterate, start_worker
 
 T = TypeVar("T")
 
@@ -139,11 +140,12 @@ def load_in_order(
     sampler: StepSampler | list[list[tuple[int, int]]],
     *,
     workers: int = 0,
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """Draw, read, encode and pack in ``workers`` processes, in the sampler's order.
 
     Raises:
         DataExhaustedError: after the last whole step, where the sampler has no more.
+        WorkerDiedError: a worker has ended.
         Exception: whatever ``pack`` raised, in a worker or here.
     """
     loader = DataLoader(
@@ -152,12 +154,13 @@ def load_in_order(
         collate_fn=_AsValue(pack),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=start_worker,
     )
-    for one in loader:
-        if isinstance(one, Exception):
-            raise one
-        yield one
+    with closing(iterate(loader)) as steps:
+        for step in steps:
+            if isinstance(step, Exception):
+                raise step
+            yield step
     if isinstance(sampler, StepSampler) and sampler.exhausted is not None:
         raise sampler.exhausted
 
@@ -181,6 +184,6 @@ def packed_batches(
     sampler: StepSampler | list[list[tuple[int, int]]],
     *,
     workers: int = 0,
-) -> Iterator[PackedBatch]:
+) -> Generator[PackedBatch, None, None]:
     """One batch a step, whatever its size; see :func:`load_in_order`."""
     return load_in_order(_ReadAndPack(dataset, collator), sampler, workers=workers)

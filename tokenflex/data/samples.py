@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 
 from PIL import Image
 
+from tokenflex.errors import ReportedError
+
 IMAGE_MARK = "<image>"
 """Where an image stands in a turn's text, whatever the tokenizer's own placeholder is."""
 
@@ -66,11 +68,11 @@ class SampleDataset(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
-class DataExhaustedError(RuntimeError):
+class DataExhaustedError(ReportedError):
     """Training asks for more samples than the data may give. No sample is to blame."""
 
 
-class StreamError(RuntimeError):
+class StreamError(ReportedError):
     """A stream broke off. It is the same at the next attempt, or whole: no sample is left out."""
 
 

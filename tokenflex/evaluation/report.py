@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenflex.evaluation.scoring import FORCED
-from tokenflex.files import write_atomically, write_json
+from tokenflex.files import check_replaceable, write_atomically, write_json
 
+_KEYS = ("accuracy", "questions")
 WIDTH = 16  # of the names before a row's numbers
 
 
@@ -36,14 +37,34 @@ def format_markdown(report: dict[str, Any], title: str) -> str:
     return "\n".join(lines)
 
 
+def check_report_folder(folder: Path) -> None:
+    """Refuse a folder where :func:`write_report` would replace a file of something else.
+
+    Raises:
+        FileExistsError: It would.
+    """
+    others = (folder / "report.md", folder / "accuracy.png")
+    check_replaceable(folder / "report.json", _KEYS, others)
+
+
+def check_report_file(path: Path) -> None:
+    """Refuse to replace a file that is not a report.
+
+    Raises:
+        FileExistsError: It is something else.
+    """
+    check_replaceable(path, _KEYS)
+
+
 def write_report(folder: Path, report: dict[str, Any], title: str) -> None:
     """``report.json``, ``report.md`` and ``accuracy.png`` in ``folder``, each whole or not there.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: they cannot be written, or would replace what is not a report.
     """
     from tokenflex.plots import plot_accuracy
 
+    check_report_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     plot_accuracy(report, folder / "accuracy.png")
     page = format_markdown(report, title)

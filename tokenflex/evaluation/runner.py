@@ -110,8 +110,9 @@ def evaluate(
     broken: list[BrokenSample] = []
     encode = ConversationEncoder(processor.tokenizer, processor.image_prompt, processor.image_token)
     read = ReadBatch(dataset, processor, max_tiles)
+    batches = load_in_order(read, _batches(len(dataset), batch_size), workers=workers)
     try:
-        for batch in load_in_order(read, _batches(len(dataset), batch_size), workers=workers):
+        for batch in batches:
             asked = _asked(dataset, batch, encode, processor.image_token_id, counts, score)
             broken += batch.broken
             check_broken(broken, max_broken_samples)
@@ -152,6 +153,7 @@ def evaluate(
                 seconds[label] += _seconds_since(started, model.device)
                 on_batch()
     finally:
+        batches.close()
         model.train(was_training)
     if not verdicts:
         raise BrokenSamplesError(

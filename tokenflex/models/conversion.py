@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tokenflex.files import excerpt, read_json
+from tokenflex.files import excerpt, read_json, settle_folder, sync_folder
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.loading import read_config
 from tokenflex.models.processing import TokenFlexProcessor
@@ -85,7 +85,9 @@ def convert(source: str | Path, target: str | Path, *, system_message: str | Non
     temporary.mkdir(parents=True)
     try:
         write(temporary)
+        settle_folder(temporary)
         temporary.rename(target)
+        sync_folder(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return layout

@@ -20,6 +20,7 @@ from tokenflex.selection.router import Router
 FOLDER = "router"
 WEIGHTS = "router.safetensors"
 REPORT = "report.json"
+CURVE = "curve.png"
 _SETTINGS = ("counts", "vision_width", "text_width", "hidden_width", "penalty")
 _ATTRIBUTE = "_token_router"
 # What settings and tensors of strangers raise, the last where a claimed size exceeds any integer.
@@ -36,10 +37,12 @@ def save_router(router: Router, checkpoint: str | Path, report: dict[str, Any]) 
 
     Raises:
         FileNotFoundError: the checkpoint folder is not there.
+        FileExistsError: a file would be replaced that is not a router's.
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
         raise FileNotFoundError(f"checkpoint folder {checkpoint} does not exist")
+    check_router_folder(checkpoint)
     folder = checkpoint / FOLDER
     folder.mkdir(exist_ok=True)
     settings = json.dumps({name: getattr(router, name) for name in _SETTINGS})
@@ -50,6 +53,28 @@ def save_router(router: Router, checkpoint: str | Path, report: dict[str, Any]) 
     )
     write_json(folder / REPORT, report)
     return folder
+
+
+def check_router_folder(checkpoint: str | Path) -> None:
+    """Refuse a checkpoint where :func:`save_router` would replace a file of something else.
+
+    Raises:
+        FileExistsError: it would.
+    """
+    folder = Path(checkpoint) / FOLDER
+    for name in (WEIGHTS, REPORT, CURVE):
+        if (folder / name).exists() and not _is_router_file(folder / WEIGHTS):
+            raise FileExistsError(
+                f"{folder / name} exists and was not written with a router; move it"
+            )
+
+
+def _is_router_file(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return "router" in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def load_router(checkpoint: str | Path) -> Router:

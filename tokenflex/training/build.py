@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -168,7 +169,7 @@ def empty_model(config: ModelConfig) -> TokenFlexForConditionalGeneration:
         projector_position=config.projector_position,
         image_positions=config.image_positions,
     )
-    with torch.device("meta"):
+    with torch.device("meta"), _architecture_named("vision and model.text"):
         return TokenFlexForConditionalGeneration(model_config)
 
 
@@ -279,7 +280,8 @@ def modules_of(model: Any) -> dict[str, list[nn.Module]]:
 def _build_vision(part: PartConfig) -> tuple[PreTrainedModel, PretrainedConfig]:
     if part.path is None:
         config = _fresh_config(part)
-        return AutoModel.from_config(config), config
+        with _architecture_named("vision"):
+            return AutoModel.from_config(config), config
     config = _saved_vision_config(part.path)
     _check_architecture(part, config)
     return _pretrained(AutoModel, part.path, config=config, dtype=torch.float32), config
@@ -287,9 +289,30 @@ def _build_vision(part: PartConfig) -> tuple[PreTrainedModel, PretrainedConfig]:
 
 def _build_language_model(part: PartConfig) -> PreTrainedModel:
     if part.path is None:
-        return AutoModelForCausalLM.from_config(_fresh_config(part))
+        config = _fresh_config(part)
+        with _architecture_named("text"):
+            return AutoModelForCausalLM.from_config(config)
     _check_architecture(part, _pretrained(AutoConfig, part.path))
     return _pretrained(AutoModelForCausalLM, part.path, dtype=torch.float32)
+
+
+@contextmanager
+def _architecture_named(parts: str) -> Iterator[None]:
+    """Name the part of the configuration that no model can be built of.
+
+    Raises:
+        ValueError: transformers or torch raised, whatever kind of error.
+    """
+    try:
+        yield
+    except (MemoryError, OSError, ValueError):
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "alloc" in str(error):
+            raise  # too large for this machine
+        raise ValueError(
+            f"no model can be built as model.{parts} describes it: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _vision_config(part: PartConfig) -> PretrainedConfig:

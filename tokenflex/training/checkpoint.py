@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import io
 import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 
-from tokenflex.files import write_atomically
+from tokenflex.files import read_json, settle_folder, sync_folder, write_atomically
+from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.selection import storage as router
 
 STATE_KEYS = (
     "config",
@@ -25,25 +31,49 @@ STATE_KEYS = (
     "broken",
 )
 
+STATES_KEPT = 10
+"""``state.pt`` and ``state.1.pt`` to ``state.9.pt`` are a run's, or more of them with a larger
+``keep_states``; copies under other names are their owner's."""
 
-def remove_leftovers(folder: Path) -> None:
-    """Clear up after a process that was killed while it wrote into ``folder``."""
-    for leftover in folder.glob(".*.tmp"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
-    for previous in folder.glob(".*.old"):
-        # Killed between the two renames of `save_model`: the old folder is all there is.
-        directory = folder / previous.name.split(".")[1]
-        if directory.exists():
-            shutil.rmtree(previous)
-        else:
-            previous.rename(directory)
+# What follows the archive that torch writes: a mark, and the digest of all bytes before it.
+_MARK = b"tokenflex blake2"
+_DIGEST = hashlib.blake2b().digest_size
+_END_OF_ZIP = b"PK\x05\x06"
+_END_OF_ZIP_SIZE = 22
+
+# What transformers and this package write into a checkpoint's folder.
+_CHECKPOINT_NAMES = re.compile(
+    r"(adapter_|generation_|processor_|preprocessor_|video_preprocessor_|tokenizer_)?config\.json"
+    r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|tokenizer\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|vocab\.json"
+    r"|vocab\.txt|merges\.txt|spiece\.model|chat_template\.(jinja|json)"
+)
+_ROUTER_NAMES = (router.WEIGHTS, router.REPORT, router.CURVE)
+
+
+class DamagedStateError(ValueError):
+    """A state is cut off, has changed since it was written, or never was one."""
+
+
+# ---- states
+
+
+class _Hashing(io.BufferedIOBase):
+    """A file that is written from its beginning to its end, and the digest of that."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.hash = hashlib.blake2b()
+
+    def write(self, content: Any) -> int:
+        self.hash.update(content)
+        return self._file.write(content)
 
 
 def save_state(path: Path, state: dict[str, Any], *, keep: int = 1) -> None:
     """A training state, atomically; the ``keep - 1`` before it stay as `state.1.pt`, `state.2.pt`..
+
+    The file is what ``torch.save`` writes, and after it a digest of all its bytes.
 
     Raises:
         OSError: it could not be written (a full disk, say); the earlier states are as they were.
@@ -51,8 +81,11 @@ def save_state(path: Path, state: dict[str, Any], *, keep: int = 1) -> None:
 
     def write(temporary: Path) -> None:
         try:
-            torch.save(state, temporary)
-        except (OSError, RuntimeError) as error:  # torch's writer has no OSError for a full disk
+            with temporary.open("wb") as file:
+                hashing = _Hashing(file)
+                torch.save(state, cast("IO[bytes]", hashing))
+                file.write(_MARK + hashing.hash.digest())
+        except (OSError, RuntimeError) as error:  # torch's writer wraps some of the first
             reason = str(error).splitlines()[0]
             raise OSError(
                 f"training state {path} could not be written: {reason}; is the disk full? "
@@ -67,10 +100,10 @@ def save_state(path: Path, state: dict[str, Any], *, keep: int = 1) -> None:
     write_atomically(path, write, make_room=age_the_others)
 
 
-def saved_states(path: Path) -> list[Path]:
+def saved_states(path: Path, *, keep: int = 1) -> list[Path]:
     """The states that lie at ``path``, the newest first."""
-    aged = [one for one in path.parent.glob(f"{path.stem}.*{path.suffix}") if _age(one)]
-    return [one for one in [path, *sorted(aged, key=_age)] if one.exists()]
+    paths = [_aged(path, age) for age in range(max(keep, STATES_KEPT))]
+    return [state for state in paths if state.is_file()]
 
 
 def put_aside(state: Path) -> Path:
@@ -84,32 +117,96 @@ def _aged(path: Path, age: int) -> Path:
     return path.with_name(f"{path.stem}.{age}{path.suffix}") if age else path
 
 
-def _age(path: Path) -> int:
-    number = path.stem.rpartition(".")[2]
-    return int(number) if number.isdecimal() else 0
-
-
 def load_state(path: Path) -> dict[str, Any]:
-    """A training state that :func:`save_state` wrote.
+    """A training state that :func:`save_state` wrote, now or before states had a digest.
 
     Raises:
-        ValueError: the file is cut off, has changed since, or is not such a state.
+        DamagedStateError: the file is cut off, has changed since, or is not such a state.
+        OSError: it cannot be read now; it may be whole.
+        MemoryError: there is not enough memory for it.
     """
     try:
-        # torch itself does not look at the checksums it wrote.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"{damaged} does not match its checksum")
+        has_digest = _check_digest(path)
+        if not has_digest:
+            _check_archive(path)
+    except DamagedStateError as error:
+        raise DamagedStateError(f"training state {path} cannot be read: {error}") from error
+    except OSError as error:
+        raise _passing(path, error) from error
+    try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError) as error:
-        raise ValueError(f"training state {path} cannot be read: {error}") from error
+    except OSError as error:
+        raise _passing(path, error) from error
+    except RuntimeError as error:
+        if "memory" in str(error):
+            raise MemoryError(f"training state {path} does not fit into memory: {error}") from error
+        if has_digest:  # what was written is there, so the reading failed
+            raise _passing(path, error) from error
+        raise DamagedStateError(f"training state {path} cannot be read: {error}") from error
+    except MemoryError:
+        raise
     except Exception as error:  # the unpickler raises its own kinds
-        raise ValueError(f"training state {path} is not one of ours: {error}") from error
+        raise DamagedStateError(f"training state {path} is not one of ours: {error}") from error
     missing = [key for key in STATE_KEYS if not isinstance(state, dict) or key not in state]
     if missing:
-        raise ValueError(f"training state {path} is not one of ours: it lacks {missing[0]!r}")
+        raise DamagedStateError(
+            f"training state {path} is not one of ours: it lacks {missing[0]!r}"
+        )
     return state
+
+
+def _passing(path: Path, error: Exception) -> OSError:
+    number = getattr(error, "errno", None) or errno.EIO
+    message = f"training state could not be read ({error}), which says nothing of what it holds"
+    return OSError(number, message, str(path))
+
+
+def _check_digest(path: Path) -> bool:
+    """Compare a state with its digest; return False for one that was written without.
+
+    Raises:
+        DamagedStateError: it differs, or it ends as neither kind does.
+    """
+    size = path.stat().st_size
+    body = size - len(_MARK) - _DIGEST
+    with path.open("rb") as file:
+        file.seek(max(body, 0))
+        tail = file.read()
+        if not tail.startswith(_MARK) or body < 0:
+            if tail[-_END_OF_ZIP_SIZE:].startswith(_END_OF_ZIP):
+                return False
+            raise DamagedStateError("it is cut off, or is not a state")
+        file.seek(0)
+        digest, left = hashlib.blake2b(), body
+        while left:
+            block = file.read(min(left, 1 << 22))
+            if not block:
+                raise DamagedStateError("it became shorter while it was read")
+            digest.update(block)
+            left -= len(block)
+    if tail[len(_MARK) :] != digest.digest():
+        raise DamagedStateError("it does not match its digest")
+    return True
+
+
+def _check_archive(path: Path) -> None:
+    """Compare the parts of an archive with their checksums, which torch itself does not look at."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # a position that does not exist
+            raise DamagedStateError(str(error)) from error
+        raise
+    except MemoryError:
+        raise
+    except Exception as error:  # zipfile and zlib raise several kinds
+        raise DamagedStateError(str(error)) from error
+    if damaged is not None:
+        raise DamagedStateError(f"{damaged} does not match its checksum")
+
+
+# ---- finished models
 
 
 def save_model(
@@ -117,19 +214,76 @@ def save_model(
 ) -> None:
     """Model and processor as transformers writes them; the folder appears whole or not at all.
 
-    ``weights`` are the model's, where it holds only shards of them itself.
+    It takes the place of an earlier checkpoint. Files in that one which no checkpoint has (notes,
+    say) are kept. When this returns, all is on the disk. ``weights`` are the model's, where it
+    holds only shards of them itself.
+
+    Raises:
+        FileExistsError: the folder holds something else.
     """
+    check_checkpoint_folder(directory)
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     previous = directory.with_name(f".{directory.name}.{os.getpid()}.old")
     try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         # A copy: transformers takes what it has written out of the dict that it is given.
         model.save_pretrained(temporary, state_dict=None if weights is None else {**weights})
         processor.save_pretrained(temporary)
+        settle_folder(temporary)
         if directory.exists():
             directory.rename(previous)
         temporary.rename(directory)
+        sync_folder(directory.parent)
     finally:
-        if previous.exists() and not directory.exists():
-            previous.rename(directory)
+        if previous.exists():
+            restore_folder(previous, directory)
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(previous, ignore_errors=True)
+
+
+def check_checkpoint_folder(directory: Path) -> None:
+    """Refuse to put a checkpoint in the place of something that is none of ours.
+
+    Raises:
+        FileExistsError: it is a file, or a folder with another model.
+    """
+    if not directory.exists():
+        return
+    if directory.is_dir():
+        if not any(_CHECKPOINT_NAMES.fullmatch(name) for name in os.listdir(directory)):
+            return
+        try:
+            config = read_json(directory / "config.json")
+        except (OSError, ValueError):
+            config = None
+        if isinstance(config, dict) and config.get("model_type") == TokenFlexConfig.model_type:
+            return
+    raise FileExistsError(
+        f"{directory} must be a TokenFLEX checkpoint to be replaced by one, and it is not; move it"
+    )
+
+
+def restore_folder(previous: Path, directory: Path) -> None:
+    """End the replacement of a checkpoint's folder, which was renamed to ``previous`` before.
+
+    Either it goes back, where there is no new one, or what is not a checkpoint's in it goes into
+    the new one and the rest is deleted.
+    """
+    if not directory.exists():
+        previous.rename(directory)
+        return
+    _move_others(previous, directory, _CHECKPOINT_NAMES.fullmatch)
+    shutil.rmtree(previous)
+
+
+def _move_others(source: Path, target: Path, is_ours: Any) -> None:
+    for entry in [*source.iterdir()]:
+        if (
+            entry.name == router.FOLDER and entry.is_dir()
+        ):  # chosen for the weights that are replaced
+            others = [name for name in os.listdir(entry) if name not in _ROUTER_NAMES]
+            if others:
+                (target / router.FOLDER).mkdir(exist_ok=True)
+                _move_others(entry, target / router.FOLDER, _ROUTER_NAMES.__contains__)
+        elif not is_ours(entry.name) and not (target / entry.name).exists():
+            entry.rename(target / entry.name)

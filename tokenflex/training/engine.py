@@ -16,6 +16,7 @@ from tokenflex.counts import TokenCount, tokens_of
 from tokenflex.data.packing import PackedBatch
 from tokenflex.data.steps import PackedStep
 from tokenflex.models.vision import blank_tile
+from tokenflex.training.agreement import AgreedStop, other_process_stopped, share
 from tokenflex.training.config import StageConfig, TrainConfig
 from tokenflex.training.sharding import is_sharded, note_what_learns
 from tokenflex.training.trackers import tracker_arguments
@@ -93,13 +94,18 @@ def optimize(
     """Learn from one step; ``model`` and ``optimizer`` are those that :func:`prepare` gave.
 
     ``interrupted`` is whether a signal came to this rank: all learn of it here.
+
+    Raises:
+        AgreedStop: another rank has no data for this step; nothing was learned from it.
     """
     device = accelerator.device
     weights = [target_weights(batch, stage.loss).to(device) for batch in packed.bins]
     weight_here = sum(float(w.sum()) for w in weights)
-    here = torch.tensor([weight_here, len(packed.broken), interrupted]).to(device)
-    everywhere = accelerator.reduce(here, "sum").tolist()
-    weight_everywhere, broken_everywhere, interrupted_everywhere = everywhere
+    weight_everywhere, broken_everywhere, interrupted_everywhere, failed_anywhere = share(
+        accelerator, weight_here, len(packed.broken), interrupted, False
+    )
+    if failed_anywhere:
+        raise AgreedStop(KeyboardInterrupt()) if interrupted_everywhere else other_process_stopped()
     count = min(stage.drawn_counts, key=tokens_of)
     loss, distillation_loss = torch.zeros(2, device=device)
     for place, (batch, weight) in enumerate(zip(packed.bins, weights, strict=True), start=1):
@@ -113,10 +119,10 @@ def optimize(
                     inputs["teacher"] = batch.teacher.model_inputs()
                     inputs["distillation"] = stage.distillation
                 outputs = model(**inputs, targets=batch.targets, target_weights=weight)
-            share = outputs.loss / weight_everywhere
-            # Gradients are averaged over ranks; the shares of all ranks add up to the loss.
-            accelerator.backward(share * accelerator.num_processes)
-            loss += share.detach()
+            part = outputs.loss / weight_everywhere
+            # Gradients are averaged over ranks; the parts of all ranks add up to the loss.
+            accelerator.backward(part * accelerator.num_processes)
+            loss += part.detach()
             if stage.distillation:
                 distillation_loss += outputs.distillation_loss / weight_everywhere
     norm = accelerator.clip_grad_norm_(model.parameters(), stage.max_grad_norm)
@@ -131,6 +137,18 @@ def optimize(
         if stage.distillation
         else None,
     )
+
+
+def stop_without_data(
+    accelerator: Accelerator, error: Exception, *, interrupted: bool = False
+) -> AgreedStop:
+    """Tell the other ranks, which are at :func:`optimize`, that this one has no data for the step.
+
+    Returns:
+        What to raise: ``error``, or KeyboardInterrupt where a signal came to any rank.
+    """
+    *_, interrupted_everywhere, _ = share(accelerator, 0, 0, interrupted, True)
+    return AgreedStop(KeyboardInterrupt() if interrupted_everywhere else error)
 
 
 def with_a_tile(batch: PackedBatch, model: Any, count: TokenCount) -> PackedBatch:

@@ -25,6 +25,7 @@ from tokenflex.evaluation import evaluate
 from tokenflex.interruption import Interruption
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
+from tokenflex.training.agreement import AgreedStop, other_process_stopped, share
 from tokenflex.training.config import EvaluationConfig
 from tokenflex.training.records import progress_bar
 from tokenflex.training.states import from_main, model_weights
@@ -111,26 +112,36 @@ class Evaluator:
         """Over the first ``samples``; the same report on every process.
 
         Raises:
-            KeyboardInterrupt: a signal came.
+            AgreedStop: a signal came, or a process cannot read its data.
         """
         is_main, ranks = self.accelerator.is_main_process, self.accelerator.num_processes
         if self.shards:
             weights = model_weights(model, keep=is_main)
-            report = from_main(lambda: self._alone(model, weights, samples), is_main)
+            try:
+                report = from_main(lambda: self._alone(model, weights, samples), is_main)
+            except Exception as error:  # on every process
+                raise AgreedStop(error) from error
             if report is None:
-                raise KeyboardInterrupt
+                raise AgreedStop(KeyboardInterrupt())
             return report
-        share = Share(self.dataset, samples, rank=self.accelerator.process_index, num_ranks=ranks)
-        with self._bar(share) as bar:
+        asked = Share(self.dataset, samples, rank=self.accelerator.process_index, num_ranks=ranks)
+        with self._bar(asked) as bar:
 
             def on_batch() -> None:
                 bar.update()
                 if interrupted_anywhere(self.accelerator, self.interruption):
-                    raise KeyboardInterrupt
+                    raise AgreedStop(KeyboardInterrupt())
 
-            return evaluate_together(
-                self.accelerator, model, share, on_batch=on_batch, **self._asked
-            )
+            try:
+                return evaluate_together(
+                    self.accelerator, model, asked, on_batch=on_batch, **self._asked
+                )
+            except AgreedStop:
+                raise
+            except Exception as error:
+                # The others hear of it after their batch.
+                interrupted, _ = share(self.accelerator, self.interruption.requested, True)
+                raise AgreedStop(KeyboardInterrupt() if interrupted else error) from error
 
     def run_last(self, model: Any, weights: dict[str, Any]) -> dict[str, Any]:
         """Over all of the data, after training; nothing on a process that only holds shards.
@@ -138,7 +149,7 @@ class Evaluator:
         ``weights`` are the whole model's, on the main process.
 
         Raises:
-            KeyboardInterrupt: a signal came.
+            AgreedStop: as :meth:`run`.
         """
         if not self.shards:
             return self.run(model, len(self.dataset))
@@ -146,7 +157,7 @@ class Evaluator:
             return {}
         report = self._alone(model, weights, len(self.dataset))
         if report is None:
-            raise KeyboardInterrupt
+            raise AgreedStop(KeyboardInterrupt())
         return report
 
     def _alone(self, model: Any, weights: dict[str, Any], samples: int) -> dict[str, Any] | None:
@@ -154,8 +165,8 @@ class Evaluator:
 
         None where a signal stopped it: the others wait for an answer.
         """
-        share = Share(self.dataset, samples, rank=0, num_ranks=1)
-        with self._bar(share) as bar:
+        asked = Share(self.dataset, samples, rank=0, num_ranks=1)
+        with self._bar(asked) as bar:
 
             def on_batch() -> None:
                 bar.update()
@@ -166,7 +177,7 @@ class Evaluator:
                     model.config,
                     weights,
                     self.accelerator.device,
-                    share,
+                    asked,
                     on_batch=on_batch,
                     **self._asked,
                 )
@@ -180,11 +191,15 @@ class Evaluator:
 
 
 def interrupted_anywhere(accelerator: Accelerator, interruption: Interruption) -> bool:
-    """Whether a signal came to any process: all stop at the same place."""
-    if accelerator.num_processes == 1:
-        return interruption.requested
-    flag = torch.tensor(float(interruption.requested), device=accelerator.device)
-    return bool(accelerator.reduce(flag, "sum"))
+    """Whether a signal came to any process: all stop at the same place.
+
+    Raises:
+        AgreedStop: another process has stopped.
+    """
+    interrupted, failed = share(accelerator, interruption.requested, False)
+    if failed and not interrupted:
+        raise other_process_stopped()
+    return bool(interrupted)
 
 
 def evaluate_together(

@@ -12,10 +12,11 @@ from accelerate.utils import gather_object
 from tokenflex.data.faults import BrokenSample, BrokenSamplesError, broken_records
 from tokenflex.data.samples import SampleDataset
 from tokenflex.data.steps import PackedStep
+from tokenflex.errors import ReportedError
 from tokenflex.files import write_json
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(ReportedError):
     """The loss became NaN or infinite; the message names the step and the file of its samples."""
 
 

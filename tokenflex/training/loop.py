@@ -7,9 +7,9 @@ last state with the same numbers.
 from __future__ import annotations
 
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -19,12 +19,12 @@ from tqdm import tqdm
 from tokenflex.counts import TokenCounts, tokens_of
 from tokenflex.data.order import StepSampler, load_in_order
 from tokenflex.data.packing import PackingCollator
-from tokenflex.data.samples import DataExhaustedError
 from tokenflex.data.steps import PackedStep, StepPacker
 from tokenflex.digits.encoder import warm_up_encoder
 from tokenflex.files import write_json
 from tokenflex.interruption import Interruption
 from tokenflex.models.loading import check_length
+from tokenflex.training.agreement import AgreedStop
 from tokenflex.training.build import (
     build_dataset,
     build_model,
@@ -35,13 +35,30 @@ from tokenflex.training.build import (
     check_supply,
     modules_of,
 )
-from tokenflex.training.checkpoint import remove_leftovers, save_model
+from tokenflex.training.checkpoint import save_model
 from tokenflex.training.config import StageConfig, TrainConfig
-from tokenflex.training.engine import StepOutcome, build_accelerator, optimize, prepare
+from tokenflex.training.data_digests import check_unchanged, digests_of
+from tokenflex.training.engine import (
+    StepOutcome,
+    build_accelerator,
+    optimize,
+    prepare,
+    stop_without_data,
+)
 from tokenflex.training.evaluations import Evaluator, interrupted_anywhere
 from tokenflex.training.faults import BrokenSamples, check_finite
 from tokenflex.training.flops import teacher_flops, tile_cost, training_flops
 from tokenflex.training.layers import adapted_layers
+from tokenflex.training.output import (
+    BROKEN_SAMPLES,
+    CHECKPOINT,
+    EVALUATIONS,
+    METRICS,
+    NON_FINITE,
+    REPORT,
+    RunFolder,
+    finished_report,
+)
 from tokenflex.training.peaks import peak_flops
 from tokenflex.training.records import (
     COUNTED,
@@ -57,6 +74,7 @@ from tokenflex.training.schedule import learning_rate_factor
 from tokenflex.training.sharding import shard
 from tokenflex.training.states import (
     RunStates,
+    fingerprint,
     from_main,
     model_weights,
     optimizer_state,
@@ -65,7 +83,7 @@ from tokenflex.training.states import (
     restore_random_state,
     without_weights,
 )
-from tokenflex.training.trackers import FOLDER, check_installed, flat, start_trackers
+from tokenflex.training.trackers import check_installed, flat, start_trackers
 
 
 class Trainer:
@@ -79,17 +97,25 @@ class Trainer:
     ``config.json`` (what it was made by), ``checkpoint/`` (the model and processor, at the end),
     ``report.json`` (with ``evaluation``).
 
+    From here until :meth:`run` has ended, no other run can write into that folder.
+
     Args:
         config: what to do.
-        fresh: begin anew even if a state is there.
+        fresh: begin anew even if there is a state, or a finished run.
+        accept_changed_data: continue although data files are not those that the state was made
+            with.
 
     Raises:
-        ValueError: the output folder holds the state of another configuration, or states of which
-            none can be read; a stage has fewer samples a step than there are processes; or the
-            package of a tracker is not installed.
+        FolderInUseError: another run is at work in the output folder.
+        ValueError: the output folder holds something else than a run, the state of another
+            configuration, or states of which none can be read; data has changed since the state
+            was saved; a stage has fewer samples a step than there are processes; or the package of
+            a tracker is not installed.
     """
 
-    def __init__(self, config: TrainConfig, *, fresh: bool = False) -> None:
+    def __init__(
+        self, config: TrainConfig, *, fresh: bool = False, accept_changed_data: bool = False
+    ) -> None:
         self.config = config
         check_installed(config.trackers)
         self.accelerator = build_accelerator(config)
@@ -100,17 +126,43 @@ class Trainer:
         check_processes(config, ranks)
         self.interruption = Interruption()
         self.output = config.output
+        self.folder = RunFolder(self.output, keep_states=config.keep_states)
         self.states = RunStates(config)
-        self.metrics = MetricsFile(self.output / "metrics.jsonl")
-        self.evaluations = MetricsFile(self.output / "evaluations.jsonl")
-        self.non_finite_path = self.output / "non_finite.json"
-        self.broken = BrokenSamples(self.output / "broken_samples.json", config.max_broken_samples)
-        if self.output.exists() and not self.output.is_dir():
-            raise ValueError(f"output must be a folder, but {self.output} is a file")
+        self.metrics = MetricsFile(self.output / METRICS)
+        self.evaluations = MetricsFile(self.output / EVALUATIONS)
+        self.non_finite_path = self.output / NON_FINITE
+        self.broken = BrokenSamples(self.output / BROKEN_SAMPLES, config.max_broken_samples)
         self.is_main = self.accelerator.is_main_process
-        self.resumed = None if fresh else self._read_state()
+        from_main(self.folder.claim, self.is_main)
+        try:
+            self._set_up(fresh, accept_changed_data)
+        except BaseException:
+            self.folder.release(undo=True)
+            raise
+
+    def _set_up(self, fresh: bool, accept_changed_data: bool) -> None:
+        """Read the state, build data and model, then touch what is in the output folder."""
+        config, ranks = self.config, self.accelerator.num_processes
+        self.finished: dict[str, Any] | None = None
+        """The report of the run, where it was finished before and is not to begin anew."""
+        self.resumed = None
+        if not fresh:
+            self.finished = from_main(
+                lambda: finished_report(config, fingerprint(config)), self.is_main
+            )
+        if not fresh and self.finished is None:
+            self.resumed = self._read_state()
         # Data first: its errors should not wait for a model, nor those of evaluation for training.
         used = dict.fromkeys(config.data_of(stage) for stage in config.stages)
+        saved_digests = None if self.resumed is None else self.resumed.get("data")
+
+        def check_data() -> None:
+            self.states.data = digests_of(used)
+            if saved_digests is not None and not accept_changed_data:
+                check_unchanged(saved_digests, self.states.data)
+
+        if self.finished is None:
+            from_main(check_data, self.is_main)
         self.datasets = {data: build_dataset(data) for data in used}
         self.orders = {
             data: build_order(data, dataset, config.seed) for data, dataset in self.datasets.items()
@@ -131,17 +183,8 @@ class Trainer:
         check_length(self.model.config, max(map(tokens_of, counts)))
         # Everything is there: only now touch what may lie in the output folder.
         self.accelerator.wait_for_everyone()
-        self.output.mkdir(parents=True, exist_ok=True)
-        if self.is_main:
-            self.states.keep_config()
-        if self.is_main:
-            remove_leftovers(self.output)
-            self.non_finite_path.unlink(missing_ok=True)
-            if self.resumed is None:
-                self.broken.path.unlink(missing_ok=True)
-            self.states.put_unreadable_aside()
-            if fresh:
-                self.states.remove()
+        if self.finished is None:
+            from_main(lambda: self._take_folder(fresh), self.is_main)
         self.evaluator = None
         if evaluation is not None and asked is not None:
             self.evaluator = Evaluator(
@@ -157,20 +200,36 @@ class Trainer:
         # One record a stage, the encoder's warm-up first: what the report says about training.
         self.records: list[dict[str, Any]] = []
 
+    def _take_folder(self, fresh: bool) -> None:
+        self.folder.prepare(resumed=self.resumed is not None, fresh=fresh)
+        self.states.keep_config()
+        self.states.put_unreadable_aside()
+
     def run(self) -> dict[str, Any]:
         """Train every stage, save the model, evaluate. Returns the report.
 
+        A run that was finished before only returns its report.
+
         Raises:
             KeyboardInterrupt: Ctrl-C or SIGTERM came; the state of the last whole step is saved.
+            WorkerDiedError, DataExhaustedError, StreamError: there is no more data; the state of
+                the last whole step is saved.
             NonFiniteLossError: the loss or the gradients are NaN or infinite.
             BrokenSamplesError: more than ``max_broken_samples`` cannot be read.
+            OtherProcessError: another process of the run has stopped.
+            RuntimeError: the connection to another process is lost.
         """
-        with self.interruption:
-            try:
+        try:
+            if self.finished is not None:
+                return self.finished
+            with self.interruption:
                 return self._run()
-            finally:
-                for tracker in self.accelerator.trackers:
-                    tracker.finish()
+        except AgreedStop as stop:
+            raise stop.reason from stop.reason.__cause__
+        finally:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+            self.folder.release()
 
     def _run(self) -> dict[str, Any]:
         first_stage = 0
@@ -200,12 +259,10 @@ class Trainer:
         if not self.is_main:
             return
         if self.resumed is None:
-            shutil.rmtree(self.output / FOLDER, ignore_errors=True)
+            self.folder.begin_records()
+            return
         for file in (self.metrics, self.evaluations):
-            if self.resumed is None:
-                file.path.unlink(missing_ok=True)
-            else:
-                file.cut(self.resumed["stage"], self.resumed["step"])
+            file.cut(self.resumed["stage"], self.resumed["step"])
 
     # ------------------------------------------------------------------ stages
 
@@ -268,32 +325,41 @@ class Trainer:
             unit="step" if stage.tokens is None else "token",
         )
 
-        def save() -> None:
-            self._save_state(stage_index, record.counts["steps"], optimizer, scheduler)
+        saved = first_step  # where a stage begins, the one before it has ended and was saved
 
-        with adapted, progress as bar:
-            steps = meter.waiting(self._steps(stage_index, first_step))
-            for step, packed in enumerate(_saving_at_the_end(steps, save), first_step + 1):
-                outcome = self._step(model, optimizer, packed, stage)
+        def save() -> None:
+            nonlocal saved
+            if saved != record.counts["steps"]:
+                saved = record.counts["steps"]
+                self._save_state(stage_index, saved, optimizer, scheduler)
+
+        with adapted, progress as bar, closing(self._steps(stage_index, first_step)) as data:
+            steps = _with_error(meter.waiting(data))
+            for step, packed in enumerate(steps, first_step + 1):
+                try:
+                    if isinstance(packed, Exception):
+                        raise self._stop_without_data(packed)
+                    outcome = self._step(model, optimizer, packed, stage)
+                except AgreedStop:
+                    save()
+                    raise
                 loss, norm = outcome.loss.item(), outcome.norm.item()
                 meter.add(packed)
                 scheduler.step()
                 place = stage.name, step
                 check_finite(self.accelerator, loss, norm, packed, place, self.non_finite_path)
                 last = record.done(stage) >= stage.budget
-                saves = step % self.config.save_every == 0 or outcome.interrupted or last
                 bar.update(1 if stage.tokens is None else packed.tokens)
                 if step % self.config.log_every == 0 or last:
                     self._log(stage_index, outcome, packed, scheduler, meter, bar)
-                if saves:
+                if step % self.config.save_every == 0 or outcome.interrupted or last:
                     save()
                 if outcome.interrupted:
                     raise KeyboardInterrupt
                 try:
                     self._evaluate_if_due(stage_index)
-                except KeyboardInterrupt:
-                    if not saves:
-                        save()
+                except AgreedStop:
+                    save()
                     raise
                 if last:
                     break  # with a budget in tokens there is more to read
@@ -330,7 +396,7 @@ class Trainer:
                 groups.append({"params": ordered, "lr": rate})
         return groups
 
-    def _steps(self, stage_index: int, first_step: int) -> Iterator[PackedStep]:
+    def _steps(self, stage_index: int, first_step: int) -> Generator[PackedStep, None, None]:
         stage = self.config.stages[stage_index]
         data = self.config.data_of(stage)
         # A later stage goes on where an earlier one on the same data stopped.
@@ -384,6 +450,9 @@ class Trainer:
     def _global_step(self) -> int:
         """Optimiser steps done in all stages."""
         return sum(record["steps"] for record in self._stage_records())
+
+    def _stop_without_data(self, error: Exception) -> AgreedStop:
+        return stop_without_data(self.accelerator, error, interrupted=self.interruption.requested)
 
     def _step(
         self, model: Any, optimizer: Any, packed: PackedStep, stage: StageConfig
@@ -483,18 +552,26 @@ class Trainer:
             "records": self.records,
             "broken": self.broken.reasons,
         }
-        from_main(lambda: self.states.save(state), self.is_main)
+
+        def save() -> None:
+            self.folder.sync()  # lines of the steps that the state knows of
+            self.states.save(state)
+
+        from_main(save, self.is_main)
 
     def _finish(self) -> dict[str, Any]:
         report = training_report(self.records)
         weights = model_weights(self.model, keep=self.is_main)
         if self.is_main:
-            save_model(self.output / "checkpoint", self.model, self.processor, weights)
+            save_model(self.output / CHECKPOINT, self.model, self.processor, weights)
         if self.evaluator is not None:
             report = {**self.evaluator.run_last(self.model, weights), **report}
         if self.is_main:
             if self.evaluator is not None:
-                write_json(self.output / "report.json", report)
+                write_json(self.output / REPORT, report)
+            else:
+                (self.output / REPORT).unlink(missing_ok=True)  # of an earlier checkpoint
+            self.folder.sync()
             self.states.remove()
         return report
 
@@ -531,12 +608,9 @@ class Trainer:
         tqdm.write(f"{stage.name}, step {step}: accuracy at {shown}")
 
 
-def _saving_at_the_end(
-    steps: Iterator[PackedStep], save: Callable[[], object]
-) -> Iterator[PackedStep]:
-    """``steps``; where the data runs out, what was learned of it is saved before the error."""
+def _with_error(steps: Iterator[PackedStep]) -> Iterator[PackedStep | Exception]:
+    """``steps``, and at their end the error that there is in place of the next."""
     try:
         yield from steps
-    except DataExhaustedError:
-        save()
-        raise
+    except Exception as error:
+        yield error

@@ -16,14 +16,18 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import broadcast_object_list
 
-from tokenflex.files import write_json
+from tokenflex.errors import ReportedError
+from tokenflex.files import sync_folder, write_json
+from tokenflex.training.agreement import OtherProcessError
 from tokenflex.training.checkpoint import (
+    DamagedStateError,
     load_state,
     put_aside,
     save_state,
     saved_states,
 )
 from tokenflex.training.config import TrainConfig
+from tokenflex.training.data_digests import Digests
 from tokenflex.training.sharding import like, whole
 
 T = TypeVar("T")
@@ -47,6 +51,11 @@ _FREE = {
 }
 
 
+def fingerprint(config: TrainConfig) -> str:
+    """Return what a run is compared by, as JSON: all that its numbers follow from."""
+    return config.model_dump_json(exclude=_FREE)
+
+
 class RunStates:
     """``state.pt`` and the states before it, in the run's folder.
 
@@ -58,9 +67,11 @@ class RunStates:
         self.path = config.output / "state.pt"
         self._config_path = config.output / "config.json"
         self._keep = config.keep_states
-        self._fingerprint = config.model_dump_json(exclude=_FREE)
+        self._fingerprint = fingerprint(config)
         self._stages = [stage.name for stage in config.stages]
         self._unreadable: list[Path] = []
+        self.data: Digests = {}
+        """Digests of the run's data files, which go into every state."""
 
     def keep_config(self) -> None:
         """Write down what the folder is made by."""
@@ -86,22 +97,27 @@ class RunStates:
 
     def save(self, state: dict[str, Any]) -> None:
         """Save what a run needs to continue, and age the states before."""
-        save_state(self.path, {"config": self._fingerprint, **state}, keep=self._keep)
+        save_state(
+            self.path, {"config": self._fingerprint, "data": self.data, **state}, keep=self._keep
+        )
 
     def read(self) -> dict[str, Any] | None:
         """The newest state that can be read; None where there is none at all.
 
+        A state that is damaged is passed over.
+
         Raises:
-            ValueError: none of them can be read, or it is of another configuration.
+            ValueError: all of them are damaged, or it is of another configuration.
+            OSError, MemoryError: the newest that is not damaged cannot be read now.
         """
-        paths = saved_states(self.path)
+        paths = saved_states(self.path, keep=self._keep)
         if not paths:
             self._check_folder()
         problems = []
         for path in paths:
             try:
                 state = load_state(path)
-            except ValueError as error:
+            except DamagedStateError as error:
                 problems.append(str(error))
                 continue
             if state["config"] != self._fingerprint:
@@ -122,14 +138,15 @@ class RunStates:
         return None
 
     def put_unreadable_aside(self) -> None:
-        """Rename the states that :meth:`read` could not read."""
+        """Rename the states that :meth:`read` found damaged."""
         for path in self._unreadable:
             put_aside(path)
 
     def remove(self) -> None:
-        """Delete them all: the run is done, or begins anew."""
-        for path in saved_states(self.path):
+        """Delete them all: the run is done."""
+        for path in saved_states(self.path, keep=self._keep):
             path.unlink()
+        sync_folder(self.path.parent)
 
 
 # ---- several processes
@@ -139,15 +156,22 @@ def from_main(make: Callable[[], T], is_main: bool) -> T:
     """What ``make`` gives on the main process, on every process.
 
     Raises:
-        ValueError, OSError: ``make`` did, on every process.
+        Exception: ``make`` failed. All raise the same where a user can mend it; else the others
+            raise OtherProcessError.
     """
     shared: list[Any] = [None, None]
+    failure: Exception | None = None
     if is_main:
         try:
             shared = [make(), None]
-        except (ValueError, OSError) as error:
-            shared = [None, error]
+        except (ValueError, OSError, ReportedError) as error:
+            shared, failure = [None, error], error
+        except Exception as error:
+            other = OtherProcessError(f"the first process failed: {type(error).__name__}: {error}")
+            shared, failure = [None, other], error
     broadcast_object_list(shared)
+    if failure is not None:
+        raise failure
     if shared[1] is not None:
         raise shared[1]
     result: T = shared[0]

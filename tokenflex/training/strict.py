@@ -120,19 +120,20 @@ def read_yaml(path: str | Path, model: type[M]) -> M:
 
 
 def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
-    first, *others = error.errors()
-    key = ".".join(str(part) for part in first["loc"] if part != "[key]") or "the file"
-    if first["type"] == "extra_forbidden":
-        allowed = _keys_beside(first["loc"], model)
-        given = excerpt(first["input"])
-        message = f"{key} is no known key (got {given}; expected one of {allowed})"
-    elif first["type"] == "missing":
-        message = f"{key} is missing"
-    elif first["type"] == "value_error":  # one of ours: it says itself what came
-        message = f"{key}: {printable(str(first['ctx']['error']), REASON_LENGTH)}"
-    else:
-        message = f"{key}: {first['msg']} (got {excerpt(first['input'])})"
-    return message + (f"; and {len(others)} more" if others else "")
+    return "; ".join(_message(problem, model) for problem in error.errors())
+
+
+def _message(problem: Any, model: type[BaseModel]) -> str:
+    key = ".".join(str(part) for part in problem["loc"] if part != "[key]") or "the file"
+    given = excerpt(problem["input"])
+    if problem["type"] == "extra_forbidden":
+        allowed = _keys_beside(problem["loc"], model)
+        return f"{key} is no known key (got {given}; expected one of {allowed})"
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    if problem["type"] == "value_error":  # one of ours: it says itself what came
+        return f"{key}: {printable(str(problem['ctx']['error']), REASON_LENGTH)}"
+    return f"{key}: {problem['msg']} (got {given})"
 
 
 def _keys_beside(location: tuple[int | str, ...], model: Any) -> str:

@@ -70,6 +70,27 @@ def start_trackers(accelerator: Any, config: Mapping[str, Any], *, first_step: i
     )
 
 
+def remove_event_files(folder: Path) -> None:
+    """Remove what TensorBoard was told in an earlier run, and the folders that are then empty.
+
+    Other trackers keep a run of their own for each, under a name of its own.
+    """
+    events = folder / PROJECT
+    for path in sorted(events.rglob("*"), reverse=True):  # what is in a folder before it
+        if path.name.startswith("events.out.tfevents.") or path.name == "hparams.yml":
+            path.unlink()
+        elif path.is_dir() and not path.is_symlink():
+            _remove_if_empty(path)
+    for path in (events, folder):
+        if path.is_dir():
+            _remove_if_empty(path)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def flat(values: Any, prefix: str = "", *, texts: bool = False) -> Iterator[tuple[str, Any]]:
     """Names like "learning_rate/text" and their numbers; None is left out.
 

@@ -1,0 +1,87 @@
+"""Training processes that tests start, watch and end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.training.runs import ROOT
+
+PATIENCE = 120  # seconds before a process counts as hanging
+
+
+def start(config: Path, *options: str, ranks: int = 1) -> subprocess.Popen:
+    """`tokenflex train`, in a process group of its own, as systemd or a terminal starts it."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.Popen(
+        [
+            sys.executable,
+            *(launcher if ranks > 1 else []),
+            *("-m", "tokenflex.cli", "train", str(config), *options),
+        ],
+        cwd=config.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def steps_logged(output: Path) -> int:
+    path = output / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for_steps(process: subprocess.Popen, output: Path, steps: int) -> None:
+    wait_for(process, lambda: steps_logged(output) >= steps)
+
+
+def wait_for(process: subprocess.Popen, condition) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while process.poll() is None and time.monotonic() < deadline:
+        if condition():
+            return
+        time.sleep(0.005)
+    process.kill()
+    raise AssertionError(process.communicate()[1])
+
+
+def end_of(process: subprocess.Popen) -> tuple[int, str]:
+    """(exit code, last line of what it said) once it has ended."""
+    try:
+        _, errors = process.communicate(timeout=PATIENCE)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, (errors.strip().splitlines() or [""])[-1]
+
+
+def children_of(process: int) -> list[int]:
+    """The processes that ``process`` has started, loader workers among them, and theirs."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rsplit(")", 1)[1].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(fields[1]) == process and fields[0] != "Z":
+            child = int(path.parent.name)
+            found += [child, *children_of(child)]
+    return found
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def last_step(output: Path) -> int:
+    return json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])["step"]

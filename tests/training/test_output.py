@@ -1,0 +1,266 @@
+"""A run's folder: whose it is, what is removed from it, and a run that was finished before."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from tests.training.runs import metrics, stage, tiny_values, write_config
+from tokenflex.cli import main
+from tokenflex.locks import FolderInUseError, locked
+from tokenflex.training.config import TrainConfig, load_config
+from tokenflex.training.loop import Trainer
+from tokenflex.training.output import RunFolder, finished_report
+from tokenflex.training.states import fingerprint
+
+SHORT = {"encoder_warm_up": None, "stages": [stage(steps=2)]}
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerator_and_threads():
+    threads = torch.get_num_threads()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(threads)
+
+
+def configured(tmp_path: Path, **changes) -> Path:
+    values = tiny_values(tmp_path / "run", **{**SHORT, **changes})
+    return write_config(tmp_path / "run.yaml", values)
+
+
+def train(config: Path, **options) -> dict:
+    try:
+        return Trainer(load_config(config), **options).run()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def put(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"mine: {name}")
+    return {name: f"mine: {name}".encode() for name in names}
+
+
+THEIRS = (
+    *("notes.md", ".x.tmp", ".x.old", ".notes.txt.12.tmp", "plots/a.png", "state.backup.pt"),
+    *("trackers/mine.txt", "trackers/tokenflex/mine.txt", "trackers/wandb/run-1/log.txt"),
+    *("checkpoint/notes.md", ".checkpoint.mine.old/a.txt", ".mine.12.old/a.txt", "state.100.pt"),
+)
+
+
+# ---- folders of others
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize(
+    "names",
+    [("notes.md",), (".x.tmp",), ("trackers/a",), ("checkpoint/a",), ("config.json",), ("a/b/c",)],
+)
+def test_a_folder_of_something_else_is_refused_and_not_touched(tmp_path, names, fresh):
+    theirs = put(tmp_path / "run", names)
+    with pytest.raises(ValueError, match=r"holds files of something else.*no run; give an empty"):
+        train(configured(tmp_path), fresh=fresh)
+    assert contents(tmp_path / "run") == theirs
+
+
+def test_a_model_of_others_is_refused_and_not_touched(tmp_path):
+    """Its config.json is not that of a run."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llava"}')
+    (folder / "state.pt").write_text("theirs")
+    before = contents(folder)
+    for fresh in (False, True):
+        with pytest.raises(ValueError, match="something else"):
+            train(configured(tmp_path), fresh=fresh)
+    assert contents(folder) == before
+
+
+def test_a_state_file_of_others_is_not_removed(tmp_path):
+    theirs = put(tmp_path / "run", ("state.pt",))
+    with pytest.raises(ValueError, match=r"state\.pt cannot be read"):
+        train(configured(tmp_path), fresh=True)
+    assert contents(tmp_path / "run") == theirs
+
+
+@pytest.mark.parametrize("names", [(), ("config.yaml", "train.log")])
+def test_an_empty_folder_and_one_that_an_ablation_made_are_taken(tmp_path, names):
+    (tmp_path / "run").mkdir()
+    theirs = put(tmp_path / "run", names)
+    train(configured(tmp_path, evaluation=None))
+    assert theirs.items() <= contents(tmp_path / "run").items()
+
+
+def test_a_file_in_the_folders_place_is_refused(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(ValueError, match="output must be a folder, but"):
+        train(configured(tmp_path))
+
+
+# ---- files of others in a run's own folder
+
+
+def test_what_others_keep_in_a_runs_folder_stays(tmp_path):
+    config = configured(tmp_path, trackers=["tensorboard"])
+    train(config)
+    folder = tmp_path / "run"
+    events = [*(folder / "trackers").rglob("events.*")]
+    assert events
+    theirs = put(folder, THEIRS)
+    train(config, fresh=True)
+    assert theirs.items() <= contents(folder).items()
+    assert not any(path.exists() for path in events)
+    assert any((folder / "trackers" / "tokenflex").rglob("events.*"))
+
+
+def test_leftovers_of_a_killed_run_are_removed_or_put_back(tmp_path):
+    folder = tmp_path / "run"
+    train(configured(tmp_path, evaluation=None))
+    put(
+        folder, (".state.pt.12.tmp", ".metrics.jsonl.7.tmp", ".checkpoint.12.tmp/model.safetensors")
+    )
+    theirs = put(folder, THEIRS)
+    (folder / "checkpoint").rename(folder / ".checkpoint.12.old")
+    run = RunFolder(folder)
+    run.claim()
+    run.prepare(resumed=True, fresh=False)
+    run.release()
+    assert (folder / "checkpoint" / "model.safetensors").exists()
+    assert theirs.items() <= contents(folder).items()
+    left = {path.name for path in folder.iterdir() if path.name.startswith(".")}
+    assert left == {".x.tmp", ".x.old", ".notes.txt.12.tmp", ".checkpoint.mine.old", ".mine.12.old"}
+
+
+def test_another_model_in_the_checkpoints_place_is_known_before_training(tmp_path):
+    folder = tmp_path / "run"
+    train(configured(tmp_path, evaluation=None))
+    shutil.rmtree(folder / "checkpoint")
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint" / "config.json").write_text('{"model_type": "llava"}')
+    with pytest.raises(FileExistsError, match="must be a TokenFLEX checkpoint"):
+        train(configured(tmp_path), fresh=True)
+
+
+# ---- one run at a time
+
+
+def test_a_folder_in_use_is_refused_and_not_touched(tmp_path):
+    trainer = Trainer(load_config(configured(tmp_path, evaluation=None)))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    before = contents(tmp_path / "run")
+    for fresh in (False, True):
+        with pytest.raises(FolderInUseError, match="in use by another process"):
+            train(configured(tmp_path, evaluation=None), fresh=fresh)
+    assert contents(tmp_path / "run") == before
+    trainer.folder.release()
+    train(configured(tmp_path, evaluation=None))
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder_and_no_lock(tmp_path):
+    missing = {"name": "messages", "path": str(tmp_path / "none.jsonl")}
+    with pytest.raises(FileNotFoundError):
+        train(configured(tmp_path, data=missing))
+    assert not (tmp_path / "run").exists()
+    with locked(tmp_path / "run"):
+        pass
+
+
+# ---- finished runs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    train(configured(folder))
+    return folder
+
+
+def test_a_finished_run_says_so_and_trains_nothing(finished, capsys):
+    before = contents(finished / "run")
+    assert main(["train", str(finished / "run.yaml")]) == 0
+    assert "holds this run, finished: nothing to do; --fresh trains anew" in capsys.readouterr().out
+    report = train(finished / "run.yaml")
+    assert contents(finished / "run") == before
+    saved = json.loads((finished / "run" / "report.json").read_text())
+    assert report == saved
+    assert [one["steps"] for one in report["stages"]] == [2]
+
+
+def report_of(config: TrainConfig) -> dict | None:
+    return finished_report(config, fingerprint(config))
+
+
+def test_what_is_finished_and_what_is_not(finished, tmp_path):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    config = load_config(configured(tmp_path))
+    assert report_of(config) is not None
+    assert report_of(load_config(configured(tmp_path, log_every=7))) is not None
+    assert report_of(load_config(configured(tmp_path, seed=7))) is None  # refused, not finished
+    (tmp_path / "run" / "state.pt").touch()
+    assert report_of(config) is None
+    (tmp_path / "run" / "state.pt").unlink()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "run" / "metrics.jsonl").write_text(lines[0])  # begun anew, and killed
+    assert report_of(config) is None
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert report_of(config) is not None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "report.json"])
+def test_a_finished_run_that_is_damaged_is_an_error(finished, tmp_path, name):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    config = load_config(configured(tmp_path))
+    path = tmp_path / "run" / ("" if name == "report.json" else "checkpoint") / name
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        report_of(config)
+
+
+def test_fresh_trains_a_finished_run_anew(finished, tmp_path, capsys):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert main(["train", str(configured(tmp_path)), "--fresh"]) == 0
+    assert len(metrics(tmp_path / "run")) == 2
+    assert "nothing to do" not in capsys.readouterr().out
+
+
+def test_a_report_of_an_earlier_checkpoint_does_not_stay(finished, tmp_path):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    train(configured(tmp_path, evaluation=None), fresh=True)
+    assert not (tmp_path / "run" / "report.json").exists()
+
+
+def test_states_of_a_finished_run_go_after_what_it_saved_is_there(tmp_path, monkeypatch):
+    """Killed before the states are removed, the run is not finished but continues to the end."""
+    config = configured(tmp_path, evaluation=None)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tokenflex.training.states.RunStates.remove", killed)
+        with pytest.raises(Killed):
+            train(config)
+    assert {"state.pt", "checkpoint"} <= {*os.listdir(tmp_path / "run")}
+    assert report_of(load_config(config)) is None
+    train(config)
+    assert report_of(load_config(config)) is not None

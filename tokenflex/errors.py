@@ -1,0 +1,11 @@
+"""Errors whose message tells a user what to mend."""
+
+from __future__ import annotations
+
+
+class ReportedError(RuntimeError):
+    """A failure with a cause outside the program: data, a disk, another process, too little memory.
+
+    The command line prints its message as one line. Other RuntimeErrors are faults of the program
+    and keep their traceback.
+    """

@@ -1,0 +1,109 @@
+"""Digests of a run's data files, by which a resumed run notices that its data has changed.
+
+The order of samples follows from their number, so other data under the same names would be another
+run. A digest covers
+
+- the whole of a JSONL or JSON file of records, which is read whole anyway;
+- of a tar or a file of Arrow, Parquet or other rows: the whole up to 4 MiB, else its size, both
+  ends and 16 blocks of 64 KiB spread evenly over it.
+
+Pictures in files of their own, and data sets by their name on a hub, are not covered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from tokenflex.data.webdataset import shards_of
+from tokenflex.training.data_config import DataConfig
+
+WHOLE = 4 << 20  # bytes up to which a file of rows is read whole
+_ROWS = {
+    *(".arrow", ".parquet", ".json", ".jsonl", ".csv", ".tsv", ".txt", ".xml", ".tar", ".zip"),
+    *(".gz", ".bz2", ".xz", ".zst"),
+}
+_BLOCK = 64 << 10
+_BLOCKS = 16
+_READ = 4 << 20
+
+Digests: TypeAlias = "dict[str, tuple[int, str]]"
+"""Path -> size and digest."""
+
+
+def digests_of(configs: Iterable[DataConfig]) -> Digests:
+    """Return the digests of the files of several data sets.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    found = {}
+    for config in configs:
+        for path, is_read_whole in _files_of(config):
+            found[str(path)] = _digest_of(path, whole=is_read_whole)
+    return found
+
+
+def check_unchanged(saved: Mapping[str, Any], current: Digests) -> None:
+    """Compare the digests in a state with those of today.
+
+    Raises:
+        ValueError: A file has changed, is gone or is new; the message names the first.
+    """
+    for path in [*saved, *(path for path in current if path not in saved)]:
+        if path not in current:
+            change = "is gone"
+        elif path not in saved:
+            change = "is new"
+        elif tuple(saved[path]) != current[path]:
+            sizes = saved[path][0], current[path][0]
+            change = "holds other bytes of the same number"
+            if sizes[0] != sizes[1]:
+                change = f"had {sizes[0]} bytes and has {sizes[1]}"
+        else:
+            continue
+        raise ValueError(
+            f"data file {path} has changed since the state was saved: it {change}; the run would "
+            "go on with other samples. Put the file back, or give --accept-changed-data to "
+            "continue with it as it is, or --fresh to begin anew"
+        )
+
+
+def _files_of(config: DataConfig) -> Iterator[tuple[Path, bool]]:
+    """The files of a data set, and whether its reader reads them whole."""
+    for part in config.parts:
+        yield from _files_of(part)
+    if config.path is None:
+        return
+    if config.name in ("messages", "llava"):
+        if config.path.is_file():  # or its reader says so
+            yield config.path, True
+    elif config.name == "webdataset":
+        for shard in shards_of(config.path):
+            yield shard, False
+    elif config.path.is_file():
+        yield config.path, False
+    elif config.path.is_dir():
+        for path in sorted(config.path.rglob("*")):
+            # The library leaves caches of what it has computed beside the rows.
+            is_of_rows = path.suffix in _ROWS and not path.name.startswith(("cache-", "."))
+            if is_of_rows and path.is_file():
+                yield path, False
+
+
+def _digest_of(path: Path, *, whole: bool) -> tuple[int, str]:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb", buffering=0) as file:
+        size = file.seek(0, 2)
+        if whole or size <= WHOLE:
+            file.seek(0)
+            while block := file.read(_READ):
+                digest.update(block)
+        else:
+            last = size - _BLOCK
+            for number in range(_BLOCKS + 2):
+                file.seek(last * number // (_BLOCKS + 1))
+                digest.update(file.read(_BLOCK))
+    return size, digest.hexdigest()

@@ -1,0 +1,235 @@
+"""A run's folder: one run at a time, in no folder of others, and no file of others is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from tokenflex.files import read_json, sync_folder
+from tokenflex.locks import NAME as LOCK
+from tokenflex.locks import FolderLock
+from tokenflex.training.checkpoint import (
+    check_checkpoint_folder,
+    load_state,
+    restore_folder,
+    saved_states,
+)
+from tokenflex.training.config import TrainConfig
+from tokenflex.training.records import read_lines, training_report
+from tokenflex.training.trackers import FOLDER as TRACKERS
+from tokenflex.training.trackers import remove_event_files
+
+CHECKPOINT = "checkpoint"
+CONFIG = "config.json"
+STATE = "state.pt"
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+REPORT = "report.json"
+NON_FINITE = "non_finite.json"
+BROKEN_SAMPLES = "broken_samples.json"
+
+# Files that a run replaces in one step, under its lock: no process but a dead one is at them.
+_REPLACED = (CONFIG, STATE, METRICS, EVALUATIONS, REPORT, NON_FINITE, BROKEN_SAMPLES)
+_LEFTOVER = re.compile(
+    rf"\.(?:{'|'.join(map(re.escape, _REPLACED))}|(?P<folder>{CHECKPOINT}))\.\d+\.(?P<kind>tmp|old)"
+)
+# What an ablation puts into a run's folder before the run begins.
+_BEFORE_A_RUN = {"config.yaml", "train.log"}
+_KEYS_OF_A_RUN = {"model", "data", "stages", "seed"}
+
+
+class RunFolder:
+    """The output folder of a run.
+
+    Args:
+        path: The folder; it need not exist.
+        keep_states: How many states the run keeps.
+    """
+
+    def __init__(self, path: Path, *, keep_states: int = 1) -> None:
+        self.path = path
+        self._keep_states = keep_states
+        self._lock = FolderLock(path)
+
+    def claim(self) -> None:
+        """Lock the folder, and refuse one that holds other things than a run.
+
+        Raises:
+            FolderInUseError: Another run is at work in it.
+            ValueError: It is a file, or holds what no run has written.
+            OSError: It cannot be created or written.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"output must be a folder, but {self.path} is a file")
+        self._lock.acquire()
+        try:
+            self._check_ours()
+            check_checkpoint_folder(self.path / CHECKPOINT)
+        except BaseException:
+            self.release(undo=True)
+            raise
+
+    def release(self, *, undo: bool = False) -> None:
+        """Unlock the folder; ``undo`` also deletes it, if it is new and empty."""
+        self._lock.release(undo=undo)
+
+    def _check_ours(self) -> None:
+        names = {name for name in os.listdir(self.path) if name != LOCK}
+        if names <= _BEFORE_A_RUN or is_run(self.path):
+            return
+        if STATE in names and not _is_json(self.path / CONFIG):
+            return  # the state itself says what it is of
+        raise ValueError(
+            f"output {self.path} holds files of something else, {sorted(names)[0]!r} among them, "
+            "and no run; give an empty folder, or one that does not exist"
+        )
+
+    def prepare(self, *, resumed: bool, fresh: bool) -> None:
+        """Clear up after a killed process, and remove what an earlier run has left.
+
+        Args:
+            resumed: The run continues: its files stay.
+            fresh: The run begins anew: states are removed too.
+
+        Raises:
+            ValueError: A file that would be removed is not a run's.
+        """
+        states = saved_states(self.path / STATE, keep=self._keep_states)
+        if fresh and not is_run(self.path):
+            for state in states:
+                load_state(state)  # a file of that name could be anybody's
+        self._remove_leftovers()
+        (self.path / NON_FINITE).unlink(missing_ok=True)
+        if resumed:
+            return
+        (self.path / BROKEN_SAMPLES).unlink(missing_ok=True)
+        if fresh:
+            for state in states:
+                state.unlink()
+
+    def begin_records(self) -> None:
+        """Remove what an earlier run has logged."""
+        remove_event_files(self.path / TRACKERS)
+        for name in (METRICS, EVALUATIONS):
+            (self.path / name).unlink(missing_ok=True)
+
+    def sync(self) -> None:
+        """Put the lines that were added to files, and the folder's names, on the disk."""
+        for name in (METRICS, EVALUATIONS):
+            if (self.path / name).is_file():
+                with (self.path / name).open("rb+") as file:
+                    os.fsync(file.fileno())
+        sync_folder(self.path)
+
+    def _remove_leftovers(self) -> None:
+        for path in [*self.path.iterdir()]:
+            leftover = _LEFTOVER.fullmatch(path.name)
+            if leftover is None:
+                continue
+            if leftover["kind"] == "old":
+                if leftover["folder"]:
+                    restore_folder(path, self.path / CHECKPOINT)
+            elif path.is_dir() and leftover["folder"]:
+                shutil.rmtree(path)
+            elif path.is_file() and not leftover["folder"]:
+                path.unlink()
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder's ``config.json`` is what a run was made by."""
+    try:
+        config = read_json(folder / CONFIG)
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.keys() >= _KEYS_OF_A_RUN
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        read_json(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def finished_report(config: TrainConfig, fingerprint: str) -> dict[str, Any] | None:
+    """Return the report of a run of ``config`` that is finished in its folder; else None.
+
+    Args:
+        config: The run's configuration.
+        fingerprint: The part of it, as JSON, that a run is compared by.
+
+    Raises:
+        ValueError: The run is finished, and something of what it left is damaged.
+    """
+    folder = config.output
+    checkpoint = folder / CHECKPOINT
+    if (folder / STATE).exists() or not checkpoint.is_dir() or not is_run(folder):
+        return None
+    if read_json(folder / CONFIG) != json.loads(fingerprint):
+        return None
+    metrics = folder / METRICS
+    lines = read_lines(metrics) if metrics.is_file() else []
+    if metrics.is_file() and not _is_last(lines[-1] if lines else {}, config):
+        return None  # begun anew after the checkpoint was written
+    _check_checkpoint(checkpoint)
+    report = training_report(_records(lines))
+    if (folder / REPORT).exists():
+        saved = read_json(folder / REPORT, "report file")
+        if not isinstance(saved, dict) or "accuracy" not in saved:
+            raise ValueError(_damaged(folder / REPORT, "it is not a report"))
+        report = {**report, **saved}
+    return report
+
+
+def _is_last(line: dict[str, Any], config: TrainConfig) -> bool:
+    """Whether a line of the metrics is that of the run's last step."""
+    stage = config.stages[-1]
+    done = line.get("step" if stage.tokens is None else "stage_tokens", 0)
+    return line.get("stage") == len(config.stages) - 1 and done >= stage.budget
+
+
+def _records(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The counts of each stage, from its last line."""
+    keys = ("stage_name", "seconds", "stage_tokens", "stage_vision_tokens", "stage_tiles")
+    last = {line["stage"]: line for line in lines if all(key in line for key in keys)}
+    return [
+        {
+            "name": line["stage_name"],
+            "steps": line["step"],
+            "seconds": line["seconds"],
+            **{key: line[f"stage_{key}"] for key in ("tokens", "vision_tokens", "tiles")},
+        }
+        for _, line in sorted(last.items())
+    ]
+
+
+def _check_checkpoint(checkpoint: Path) -> None:
+    """Refuse a checkpoint whose files are cut off.
+
+    Raises:
+        ValueError: One is; the message names it.
+    """
+    read_json(checkpoint / "config.json", "checkpoint file")
+    weights = sorted(checkpoint.glob("*.safetensors"))
+    if not weights:
+        raise ValueError(_damaged(checkpoint, "it has no weights"))
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt"):
+                pass  # compares the size that the header states
+        except SafetensorError as error:
+            raise ValueError(_damaged(path, str(error))) from error
+
+
+def _damaged(path: Path, reason: str) -> str:
+    return (
+        f"{path} of a finished run is damaged: {reason}; --fresh trains anew, or give another "
+        "output"
+    )
