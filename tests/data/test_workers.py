@@ -1,0 +1,76 @@
+"""Loader workers: signals to a group do not end them, the end of their parent does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.training.processes import is_alive
+from tests.training.runs import ROOT
+from tokenflex.data.order import load_in_order
+from tokenflex.data.workers import WorkerDiedError
+
+KEYS = [[(0, step)] for step in range(40)]
+BUSY = """
+import time, multiprocessing
+from tokenflex.data.order import load_in_order
+steps = load_in_order(lambda keys: time.sleep(60 * keys[0][1]), [[(0, 0)], [(0, 1)]], workers=1)
+next(steps)
+print(multiprocessing.active_children()[0].pid, flush=True)
+time.sleep(60)
+"""
+
+
+def first(keys):
+    return keys[0][1]
+
+
+def test_signals_do_not_end_workers():
+    steps = load_in_order(first, KEYS, workers=2)
+    seen = [next(steps)]
+    for worker in multiprocessing.active_children():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(worker.pid, number)
+    assert seen + list(steps) == list(range(40))
+
+
+def test_a_death_is_told_where_data_is_waited_for():
+    steps = load_in_order(first, KEYS, workers=1)
+    next(steps)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    end = time.monotonic() + 0.3
+    while time.monotonic() < end:  # an optimiser step
+        pass
+    with pytest.raises(WorkerDiedError, match="a data-loader worker ended"):
+        list(steps)
+    assert multiprocessing.active_children() == []
+
+
+def test_a_loader_that_is_closed_leaves_no_worker():
+    steps = load_in_order(first, KEYS, workers=2)
+    next(steps)
+    steps.close()
+    assert multiprocessing.active_children() == []
+
+
+def test_a_busy_worker_ends_with_its_parent():
+    parent = subprocess.Popen(
+        [sys.executable, "-c", BUSY],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 10
+    while is_alive(worker) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not is_alive(worker)
