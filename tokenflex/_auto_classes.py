@@ -2,7 +2,8 @@
 
 ``import tokenflex`` must stay light and work where transformers is not installed; yet after it,
 ``AutoModelForImageTextToText.from_pretrained`` must know a saved model. So ours is registered at
-the moment transformers loads its own registries.
+the moment transformers loads its own registries. Trainers and servers that look the class of a
+checkpoint up by its name find it on the transformers package, which loads it when it is asked for.
 """
 
 from __future__ import annotations
@@ -21,6 +22,14 @@ _REGISTRARS = {
     "transformers.models.auto.modeling_auto": "tokenflex.models.modeling",
     "transformers.models.auto.processing_auto": "tokenflex.models.processing",
 }
+PACKAGE = "transformers"
+# What they look up there -> our module that defines it
+_CLASSES = {
+    "TokenFlexConfig": "tokenflex.models.configuration",
+    "TokenFlexForConditionalGeneration": "tokenflex.models.modeling",
+    "TokenFlexModel": "tokenflex.models.modeling",
+    "TokenFlexProcessor": "tokenflex.models.processing",
+}
 
 
 class _RegisterAfterImport(MetaPathFinder):
@@ -29,7 +38,7 @@ class _RegisterAfterImport(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in _REGISTRARS:
+        if name != PACKAGE and name not in _REGISTRARS:
             return None
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
@@ -52,15 +61,34 @@ def _register_at_the_end_of(loader: Loader, registry: str) -> None:
 
 
 def _register(registry: str) -> None:
+    if registry == PACKAGE:
+        _offer_classes(sys.modules[PACKAGE])
+        return
     try:
         importlib.import_module(_REGISTRARS[registry])
     except ImportError as error:  # another transformers than ours: it must work on without us
         warnings.warn(f"tokenflex is not registered with transformers: {error}", stacklevel=2)
 
 
+def _offer_classes(package: ModuleType) -> None:
+    """Give the package our classes as attributes that are loaded when first used."""
+    package_class: type[ModuleType] = type(package)
+
+    def __getattr__(self: ModuleType, name: str) -> object:
+        if name in _CLASSES:
+            return getattr(importlib.import_module(_CLASSES[name]), name)
+        return package_class.__getattr__(self, name)
+
+    def __reduce__(self: ModuleType) -> tuple[object, ...]:
+        return importlib.import_module, (PACKAGE,)
+
+    methods = {"__getattr__": __getattr__, "__reduce__": __reduce__}
+    package.__class__ = type(package_class.__name__, (package_class,), methods)
+
+
 def register_with_transformers() -> None:
     """Register now with what transformers has loaded, and later with what it has not."""
     sys.meta_path.insert(0, _RegisterAfterImport())
-    for registry in _REGISTRARS:
+    for registry in (PACKAGE, *_REGISTRARS):
         if registry in sys.modules:
             _register(registry)

@@ -32,7 +32,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, token_grid, token_grids
 from tokenflex.dropin.families import Deepstack, Family, PatchGrids, family_of
 from tokenflex.dropin.variants import variant_of
-from tokenflex.models.modeling import placeholder_rows
+from tokenflex.models.placeholders import placeholder_rows
 from tokenflex.projector import TokenAdaptiveProjector
 from tokenflex_kernels import pool_norm
 
@@ -228,7 +228,7 @@ def _before_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     if isinstance(tokens, (list, tuple)):
         if kwargs.get("input_ids") is not None:
             sizes = [len(image) for image in tokens]
-            placeholder_rows(kwargs["input_ids"], sizes, base.config.image_token_id)
+            placeholder_rows(kwargs["input_ids"] == base.config.image_token_id, sizes)
         # A new object: what beam search or the caller holds stays as it is.
         merged = family.merge(list(tokens))
         images = _image_outputs(merged, getattr(images, "deepstack_features", None))

@@ -10,7 +10,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
@@ -23,12 +23,13 @@ from transformers.image_utils import (
 from transformers.processing_utils import MultiModalData
 
 from tokenflex.counts import AUTO, Grid, ImageTokenCounts, TokenCount, token_grid, token_grids
+from tokenflex.models.auto_map import SavedWithStub
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.tiling import best_tile_grid, check_tile_limits, cut_tiles, num_tiles
 from tokenflex_kernels._checks import check_count
 
 
-class TokenFlexProcessor(ProcessorMixin):
+class TokenFlexProcessor(SavedWithStub, ProcessorMixin):
     """Image processor and tokenizer in one, with the vision-token count as an argument.
 
     Args:
@@ -50,6 +51,8 @@ class TokenFlexProcessor(ProcessorMixin):
         ValueError: the tokenizer does not know ``image_token``, the count is no square grid, or
             images cannot be cut as asked.
     """
+
+    auto_classes: ClassVar[dict[str, str]] = {"AutoProcessor": "TokenFlexProcessor"}
 
     def __init__(
         self,
