@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 # transformers' registry -> our module that registers itself there when it is imported
 _REGISTRARS = {
@@ -71,19 +72,22 @@ def _register(registry: str) -> None:
 
 
 def _offer_classes(package: ModuleType) -> None:
-    """Give the package our classes as attributes that are loaded when first used."""
-    package_class: type[ModuleType] = type(package)
+    """Give the package our classes as attributes that are loaded when first used.
 
-    def __getattr__(self: ModuleType, name: str) -> object:
-        if name in _CLASSES:
+    Through its class: transformers may make the package a second time, and others hold the first.
+    """
+    lazy: Any = type(package)
+    if lazy is ModuleType or hasattr(lazy, "_tokenflex_classes"):
+        return
+    look_up = lazy.__getattr__
+
+    def __getattr__(self: ModuleType, name: str) -> Any:
+        if name in _CLASSES and self.__name__ == PACKAGE:
             return getattr(importlib.import_module(_CLASSES[name]), name)
-        return package_class.__getattr__(self, name)
+        return look_up(self, name)
 
-    def __reduce__(self: ModuleType) -> tuple[object, ...]:
-        return importlib.import_module, (PACKAGE,)
-
-    methods = {"__getattr__": __getattr__, "__reduce__": __reduce__}
-    package.__class__ = type(package_class.__name__, (package_class,), methods)
+    lazy.__getattr__ = __getattr__
+    lazy._tokenflex_classes = tuple(_CLASSES)
 
 
 def register_with_transformers() -> None:
