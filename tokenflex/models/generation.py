@@ -1,4 +1,4 @@
-"""What ``generate`` needs besides a forward pass: images encoded once, chunks, drafts, chosen counts.
+"""Generate from images: encoded once, in prompts read in chunks, with drafts, at chosen counts.
 
 transformers' ``generate`` projects the images once, before the prompt is read, and repeats them for
 beams. This adds what it leaves out:
@@ -91,10 +91,8 @@ class TokenFlexGeneration(GenerationMixin):
                 )
             if _DRAFT in outputs:  # this model is the draft of another
                 outputs = {"image": outputs[_DRAFT]}
-            # Beam search repeats images inside the object it is given: let it have a copy.
             kwargs["mm_encoder_outputs"] = {
-                modality: BaseModelOutputWithPooling(**output)
-                for modality, output in outputs.items()
+                modality: _copied(output) for modality, output in outputs.items()
             }
         return super().generate(*args, **kwargs)
 
@@ -105,7 +103,7 @@ class TokenFlexGeneration(GenerationMixin):
         """Take the images out of ``kwargs`` and project them, for the draft too if there is one."""
         names = ("pixel_values", "num_image_tokens", "grids", "encoded_images")
         images = {name: kwargs.pop(name) for name in names if name in kwargs}
-        outputs = {"image": self.get_image_features(**images, return_dict=True)}
+        outputs = {"image": _copied(self.get_image_features(**images, return_dict=True))}
         if draft is None:
             return outputs
         if draft.config.image_token_id != self.config.image_token_id:
@@ -122,20 +120,37 @@ class TokenFlexGeneration(GenerationMixin):
                 f"encoded_images must be of the assistant_model's own encoder, of width {width}, "
                 f"got width {encoded.features.shape[1]}: give pixel_values instead"
             )
-        outputs[_DRAFT] = draft.get_image_features(**images, return_dict=True)
+        outputs[_DRAFT] = _copied(draft.get_image_features(**images, return_dict=True))
         return outputs
+
+    def _maybe_initialize_input_ids_for_generation(
+        self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """No ids for each prompt of embeddings; transformers counts the first tensor it finds."""
+        embeds = model_kwargs.get("inputs_embeds")
+        if embeds is not None:
+            model_kwargs = {"inputs_embeds": embeds}
+        ids: torch.Tensor = super()._maybe_initialize_input_ids_for_generation(
+            inputs, bos_token_id, model_kwargs
+        )
+        return ids
 
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
         *args: Any,
         past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
         merged_prompt: _MergedPrompt | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """transformers' own, with a chunk of ``merged_prompt`` in place of its ids."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
-            input_ids, *args, past_key_values=past_key_values, **kwargs
+            input_ids,
+            *args,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
         )
         seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if merged_prompt is not None:
@@ -207,6 +222,18 @@ class TokenFlexGeneration(GenerationMixin):
         model_kwargs.update({name: value for name, value in whole.items() if value is not None})
         model_kwargs["attention_mask"] = attention_mask
         return result
+
+
+def _copied(output: BaseModelOutputWithPooling | None) -> BaseModelOutputWithPooling | None:
+    """The vision tokens alone, without a gradient, in an object that may be changed.
+
+    Beam search repeats the images inside it, and a draft is handed a deep copy.
+    """
+    if output is None:
+        return None
+    return BaseModelOutputWithPooling(
+        pooler_output=[image.detach() for image in output.pooler_output]
+    )
 
 
 def never_generate(generation_config: GenerationConfig, token_id: int) -> None:

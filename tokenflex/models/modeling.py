@@ -236,9 +236,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         _check_device("pixel_values", pixel_values, self.vision_model)
         if pixel_values.is_floating_point():
             pixel_values = pixel_values.to(self.dtype)
-        return encode(
-            self.vision_model, self.config.vision_config, pixel_values, grids, **options
-        )
+        return encode(self.vision_model, self.config.vision_config, pixel_values, grids, **options)
 
     def _warn_of_unknown(self, grids: list[Grid]) -> None:
         if not self._known_counts or self._known_counts.issuperset(grids):
@@ -665,9 +663,7 @@ class TokenFlexForConditionalGeneration(
         # PyTorch before #165068 caches what is cast without gradients: the student would find it.
         autocasts = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=autocasts, cache_enabled=False):
-            hidden = self.model(
-                encoded_images=images, return_dict=True, **inputs
-            ).last_hidden_state
+            hidden = self.model(encoded_images=images, return_dict=True, **inputs).last_hidden_state
         return hidden.index_select(1, logits_to_keep).flatten(0, 1)
 
     def _target_loss(
