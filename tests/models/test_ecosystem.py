@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from tests.models.parallel import results
 from tests.models.test_modeling import GENERATION, one_image
 from tests.models.tiny import (
     IMAGE,
@@ -96,6 +100,33 @@ def test_device_map_moves_weights_and_changes_nothing(shards, tmp_path, devices)
     inputs = padded_batch(prompts())
     expected = tiny_model().generate(**inputs, **GENERATION)
     assert torch.equal(loaded.generate(**inputs, **GENERATION), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["qwen2", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_tensor_parallel_processes_compute_what_one_does(tmp_path, text, tied):
+    config = tiny_config(text)
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings = tied
+    model = TokenFlexForConditionalGeneration(config)
+    model.save_pretrained(tmp_path)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "tests.models.parallel", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = results(model.eval())
+    for rank in range(2):
+        actual = torch.load(tmp_path / f"{rank}.pt")
+        assert actual.pop("rows of q_proj here") == 16
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.allclose(actual[name], value, atol=1e-5), name
 
 
 # ---- generating

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 
-from tests.models.test_modeling import GENERATION
+from tests.models.test_modeling import GENERATION, around
 from tests.models.tiny import (
     IMAGE,
-    PAD,
     VOCABULARY,
     padded_batch,
     pixels,
@@ -17,8 +16,10 @@ from tests.models.tiny import (
     text_config,
     tiny_config,
     tiny_model,
+    vision_config,
 )
-from tokenflex import TokenFlexForConditionalGeneration
+from tokenflex import TokenFlexConfig, TokenFlexForConditionalGeneration
+from tokenflex_kernels import plan_packing
 
 LOGITS = {"return_dict_in_generate": True, "output_logits": True}
 SHARED = {"projector_position": "normalized", "image_positions": "shared"}
@@ -240,8 +241,6 @@ def test_a_saved_model_tells_servers_not_to_generate_the_placeholder(tmp_path):
 
 
 def test_from_parts_adds_the_placeholder_to_what_is_suppressed_already():
-    from tests.models.test_modeling import around
-
     language = AutoModelForCausalLM.from_config(text_config())
     language.generation_config.suppress_tokens = [9, 1]
     assert around(language).generation_config.suppress_tokens == [1, IMAGE, 9]
@@ -259,11 +258,9 @@ def test_a_placeholder_without_an_embedding_is_refused(placeholder):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_added_placeholder_works_once_the_embeddings_have_its_row(tied):
-    model = TokenFlexForConditionalGeneration(tiny_config()).eval()
-    if not tied:
-        config = tiny_config()
-        config.text_config.tie_word_embeddings = config.tie_word_embeddings = False
-        model = TokenFlexForConditionalGeneration(config).eval()
+    config = tiny_config()
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings = tied
+    model = TokenFlexForConditionalGeneration(config).eval()
     inputs, added = two_images(), VOCABULARY
     expected = model.generate(**inputs, **GENERATION)
     model.resize_token_embeddings(VOCABULARY + 1)
@@ -271,20 +268,15 @@ def test_an_added_placeholder_works_once_the_embeddings_have_its_row(tied):
     # As the new row might be the likeliest otherwise.
     options = {**GENERATION, "suppress_tokens": [IMAGE, added]}
     ids = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, added)
-    got = model.generate(**{**inputs, "input_ids": ids}, repetition_penalty=1.0, **options)
+    got = model.generate(**{**inputs, "input_ids": ids}, **options)
     assert torch.equal(got[:, ids.shape[1] :], expected[:, ids.shape[1] :])
 
 
 def test_a_language_model_may_be_resized_before_it_gets_its_placeholder():
-    from transformers import AutoModel
-
-    from tests.models.tiny import vision_config
-    from tokenflex import TokenFlexConfig
-
     language = AutoModelForCausalLM.from_config(text_config())
     vision = AutoModel.from_config(vision_config())
     config = TokenFlexConfig(vision.config, language.config, image_token_id=VOCABULARY)
-    with pytest.raises(ValueError, match="image_token_id.*resize_token_embeddings"):
+    with pytest.raises(ValueError, match=r"image_token_id.*resize_token_embeddings"):
         TokenFlexForConditionalGeneration.from_parts(config, vision, language)
     language.resize_token_embeddings(VOCABULARY + 1)
     model = TokenFlexForConditionalGeneration.from_parts(config, vision, language).eval()
@@ -295,26 +287,21 @@ def test_a_language_model_may_be_resized_before_it_gets_its_placeholder():
 
 def test_an_embedding_that_would_lose_the_placeholder_is_not_cut():
     model = tiny_model(image_token_id=40)
-    with pytest.raises(ValueError, match="image_token_id.*39.*40"):
+    with pytest.raises(ValueError, match=r"image_token_id.*39.*40"):
         model.resize_token_embeddings(40)
     assert model.resize_token_embeddings(41).num_embeddings == 41
     assert model.resize_token_embeddings(39, pad_to_multiple_of=8 * 6).num_embeddings == 48
 
 
 def test_a_placeholder_that_was_changed_is_refused_however_it_is_asked():
-    from tokenflex_kernels import plan_packing
-
     model = tiny_model()
     model.config.image_token_id = VOCABULARY
     inputs = two_images()
     ids = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, VOCABULARY)
     plan = plan_packing([ids[0].tolist()], [9, 16], VOCABULARY, expanded=True)
-    with pytest.raises(ValueError, match="image_token_id.*63.*64"):
+    with pytest.raises(ValueError, match=r"image_token_id.*63.*64"):
         model(**{**inputs, "input_ids": ids})
-    with pytest.raises(ValueError, match="image_token_id.*63.*64"):
+    with pytest.raises(ValueError, match=r"image_token_id.*63.*64"):
         model(plan=plan, **{k: v for k, v in inputs.items() if k != "input_ids"})
-    with pytest.raises(ValueError, match="image_token_id.*63.*64"):
+    with pytest.raises(ValueError, match=r"image_token_id.*63.*64"):
         model.generate(**{**inputs, "input_ids": ids}, **GENERATION)
-
-
-assert PAD != IMAGE

@@ -133,7 +133,7 @@ def test_hidden_states_and_attentions_of_the_encoder(vision):
 def test_encoded_images_have_no_hidden_states_to_give():
     model = tiny_model()
     encoded = model.encode_images(pixels(1))
-    with pytest.raises(ValueError, match="encoded_images.*output_hidden_states"):
+    with pytest.raises(ValueError, match=r"encoded_images.*output_hidden_states"):
         model.get_image_features(encoded_images=encoded, output_hidden_states=True)
 
 

@@ -392,7 +392,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
                 "num_image_tokens must be the counts that the plan was made for, "
                 f"{plan.token_counts}, got {tuple(images.counts)}"
             )
-        if type(embedding) is nn.Embedding:
+        if type(embedding) is nn.Embedding and type(table) in (torch.Tensor, nn.Parameter):
             packed = pack_embeddings(table, vision, plan)
         else:  # scaled, adapted or sharded: more than its table
             packed = merge_vision(embedding(plan.input_ids), vision, plan.vision_rows)
