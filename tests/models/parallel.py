@@ -1,4 +1,4 @@
-"""Run by each process of ``torchrun -m tests.models.parallel FOLDER``: one model on several devices.
+"""Called by each process of ``torchrun -m tests.models.parallel FOLDER``: one model, two devices.
 
 It loads the model in FOLDER sharded over the processes, calls it in every way that
 :func:`results` names, and saves what came of it as ``FOLDER/RANK.pt``.

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple
 
 from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, token_grid, token_grids
 from tokenflex.dropin.families import Deepstack, Family, PatchGrids, family_of
@@ -220,7 +221,7 @@ def _before_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     if images is None and kwargs.get("pixel_values") is not None:
         names = inspect.signature(type(base).get_image_features).parameters
         image_inputs = {name: kwargs[name] for name in names if name in kwargs}
-        images = base.get_image_features(**image_inputs, num_image_tokens=counts)
+        images = base.get_image_features(**image_inputs, num_image_tokens=counts, return_dict=True)
         kwargs["pixel_values"] = None
     if images is None:
         return (), kwargs
@@ -304,10 +305,17 @@ def _base_variant(stock: Any, family: Family) -> Any:
     signature = inspect.signature(stock.get_image_features)
     names = [name for name in signature.parameters if name not in ("self", "kwargs")]
 
+    @can_return_tuple
     def get_image_features(
         self: Any, *args: Any, num_image_tokens: ImageTokenCounts | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """Vision tokens of each image, at ``num_image_tokens``: one count, or one per input."""
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name):
+                raise ValueError(
+                    f"{name} must be False for the images of {family.model_type} with a "
+                    "token-adaptive projector, which gives vision tokens alone, got True"
+                )
         image_inputs = dict(zip(names, args, strict=False))
         image_inputs |= {name: value for name, value in kwargs.items() if name in names}
         return encode(self, image_inputs, num_image_tokens)

@@ -33,6 +33,7 @@ from transformers.modeling_outputs import (
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 from transformers.utils.generic import can_return_tuple
 
@@ -758,5 +759,9 @@ AutoModelForImageTextToText.register(TokenFlexConfig, TokenFlexForConditionalGen
 
 # By these names transformers and TRL know what takes images, and Trainer whose labels it must shift
 # where it smooths them. The classes are found in the registries above.
-for _names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-    _names[TokenFlexConfig.model_type] = TokenFlexForConditionalGeneration.__name__
+for _names, _class in (
+    (MODEL_MAPPING_NAMES, TokenFlexModel),
+    (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, TokenFlexForConditionalGeneration),
+    (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, TokenFlexForConditionalGeneration),
+):
+    _names[TokenFlexConfig.model_type] = _class.__name__
