@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from tokenflex.models.configuration import TokenFlexConfig
-from tokenflex.models.generation import never_generate
+from tokenflex.models.decoding import never_generate
 from tokenflex.models.loading import read_config
 from tokenflex.models.processing import TokenFlexProcessor
 from tokenflex.models.ristretto import (

@@ -41,7 +41,7 @@ from tokenflex.counts import Grid, ImageTokenCounts, token_grid, token_grids
 from tokenflex.models.attention import PACKED_ATTENTION
 from tokenflex.models.auto_map import InstalledClass
 from tokenflex.models.configuration import TokenFlexConfig
-from tokenflex.models.generation import TokenFlexGeneration, never_generate
+from tokenflex.models.decoding import TokenFlexGeneration, never_generate
 from tokenflex.models.head import build_head, transform_logits
 from tokenflex.models.loss import head_cross_entropy, head_distillation
 from tokenflex.models.placeholders import (

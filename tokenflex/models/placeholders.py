@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,7 +66,7 @@ def embedded_placeholders(
     inputs_embeds: torch.Tensor,
     embedding: nn.Module,
     image_token_id: int,
-    attention_mask: torch.Tensor | None,
+    attention_mask: Any,
 ) -> torch.Tensor:
     """Return where ``inputs_embeds`` hold the embedding of the placeholder: bool [B, L].
 
@@ -76,7 +77,8 @@ def embedded_placeholders(
         token = torch.full((1,), image_token_id, dtype=torch.int64, device=inputs_embeds.device)
         placeholder = embedding(token).to(inputs_embeds)
         is_placeholder = (inputs_embeds == placeholder).all(-1)
-    if attention_mask is not None and attention_mask.ndim == 2:
+    # A static cache brings masks of its own, a dict, which say nothing of padding here.
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         seen = attention_mask[:, -inputs_embeds.shape[1] :].to(is_placeholder.device)
         is_placeholder = is_placeholder & seen.bool()
     return is_placeholder

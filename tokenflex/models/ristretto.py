@@ -21,7 +21,7 @@ from transformers import (
 from transformers.image_utils import PILImageResampling
 
 from tokenflex.models.configuration import TokenFlexConfig
-from tokenflex.models.generation import never_generate
+from tokenflex.models.decoding import never_generate
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.processing import TokenFlexProcessor
 from tokenflex.models.weights import check_fit, read_json, tensors, weight_files, widest_dtype

@@ -95,6 +95,16 @@ def test_chunks_of_a_padded_batch(positions, options, size):
 
 
 @pytest.mark.parametrize("positions", ["sequential", "shared"])
+@pytest.mark.parametrize("inputs", [two_images(), padded_batch(prompts())], ids=["one", "batch"])
+def test_chunks_with_a_static_cache(positions, inputs):
+    model = model_with(positions)
+    options = {"cache_implementation": "static", "disable_compile": True}
+    expected = model.generate(**inputs, **GENERATION)
+    for size in ({}, {"prefill_chunk_size": 5}):
+        assert torch.equal(model.generate(**inputs, **options, **size, **GENERATION), expected)
+
+
+@pytest.mark.parametrize("positions", ["sequential", "shared"])
 @pytest.mark.parametrize("given", ["encoded_images", "mm_encoder_outputs", "inputs_embeds"])
 def test_chunks_of_images_and_prompts_given_in_other_ways(positions, given):
     model, inputs = model_with(positions), two_images()
@@ -210,6 +220,7 @@ def test_prompt_lookup_proposes_no_placeholder():
     [
         (lambda: draft_model(image_token_id=4), "pixel_values", "image_token_id, 3, got 4"),
         (lambda: draft_model(), "mm_encoder_outputs", "assistant_model.*mm_encoder_outputs"),
+        (lambda: draft_model(), "inputs_embeds", "assistant_model.*input_ids"),
     ],
 )
 def test_drafts_that_cannot_see_the_images_are_refused(draft, given, words):
@@ -218,6 +229,8 @@ def test_drafts_that_cannot_see_the_images_are_refused(draft, given, words):
         counts = inputs.pop("num_image_tokens")
         images = model.get_image_features(inputs.pop("pixel_values"), counts)
         inputs["mm_encoder_outputs"] = {"image": images}
+    if given == "inputs_embeds":
+        inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
     with pytest.raises(ValueError, match=words):
         assisted(model, draft(), inputs)
 

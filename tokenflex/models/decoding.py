@@ -71,6 +71,10 @@ class TokenFlexGeneration(GenerationMixin):
         draft = kwargs.get("assistant_model")
         if not isinstance(draft, TokenFlexGeneration):
             draft = None
+        elif kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                "an assistant_model has embeddings of its own: give input_ids, got inputs_embeds"
+            )
         outputs = kwargs.get("mm_encoder_outputs")
         if kwargs.get("encoded_images") is not None:
             for name in ("pixel_values", "mm_encoder_outputs"):
