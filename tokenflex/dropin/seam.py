@@ -321,7 +321,7 @@ def _base_variant(stock: Any, family: Family) -> Any:
         return encode(self, image_inputs, num_image_tokens)
 
     # generate passes on the arguments that it finds in the signature.
-    get_image_features.__signature__ = _with_count(signature)  # type: ignore[attr-defined]
+    get_image_features.__signature__ = _with_count(signature)
     methods: dict[str, Any] = {"get_image_features": get_image_features}
     if hasattr(stock, "get_rope_index"):
         methods["get_rope_index"] = _rope_index(stock.get_rope_index)

@@ -143,20 +143,16 @@ class TokenFlexGeneration(GenerationMixin):
         self,
         input_ids: torch.Tensor,
         *args: Any,
-        past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         merged_prompt: _MergedPrompt | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """transformers' own, with a chunk of ``merged_prompt`` in place of its ids."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
-            input_ids,
-            *args,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
         )
-        seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        cache = _cache_of(kwargs)
+        seen = 0 if cache is None else int(cache.get_seq_length())
         if merged_prompt is not None:
             start = seen - merged_prompt.seen
             end = start + input_ids.shape[1]
@@ -179,7 +175,7 @@ class TokenFlexGeneration(GenerationMixin):
         transformers cuts ids, and images by the placeholders in them: it leaves out a prompt of
         embeddings, and positions that depend on where a whole image ends.
         """
-        cache = model_kwargs.get("past_key_values")
+        cache = _cache_of(model_kwargs)
         seen = 0 if cache is None else int(cache.get_seq_length())
         outputs = model_kwargs.get("mm_encoder_outputs") or {}
         inputs_embeds = model_kwargs.get("inputs_embeds")
@@ -226,6 +222,12 @@ class TokenFlexGeneration(GenerationMixin):
         model_kwargs.update({name: value for name, value in whole.items() if value is not None})
         model_kwargs["attention_mask"] = attention_mask
         return result
+
+
+def _cache_of(model_kwargs: dict[str, Any]) -> Any:
+    """The key-value cache, under its name until transformers 5.23 or the one since."""
+    cache = model_kwargs.get("cache")
+    return model_kwargs.get("past_key_values") if cache is None else cache
 
 
 def _copied(output: BaseModelOutputWithPooling | None) -> BaseModelOutputWithPooling | None:
