@@ -10,7 +10,6 @@ beams. This adds what it leaves out:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,19 +21,6 @@ from tokenflex.positions import shared_image_positions
 from tokenflex.selection.choice import asks_for_choice, generate_with_choice
 
 _DRAFT = "draft_image"  # the draft's images among ``mm_encoder_outputs``, which it is handed too
-
-
-@dataclass(frozen=True)
-class _MergedPrompt:
-    """A prompt with its images merged, of which chunks are read.
-
-    Attributes:
-        inputs_embeds: [B, L, D].
-        seen: tokens in the cache before it.
-    """
-
-    inputs_embeds: torch.Tensor
-    seen: int
 
 
 class TokenFlexGeneration(GenerationMixin):
@@ -144,23 +130,16 @@ class TokenFlexGeneration(GenerationMixin):
         input_ids: torch.Tensor,
         *args: Any,
         inputs_embeds: torch.Tensor | None = None,
-        merged_prompt: _MergedPrompt | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """transformers' own, with a chunk of ``merged_prompt`` in place of its ids."""
+        """transformers' own, with images in a draft's first pass too, which has no cache yet."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
         )
-        cache = _cache_of(kwargs)
-        seen = 0 if cache is None else int(cache.get_seq_length())
-        if merged_prompt is not None:
-            start = seen - merged_prompt.seen
-            end = start + input_ids.shape[1]
-            inputs["inputs_embeds"] = merged_prompt.inputs_embeds[:, start:end]
-            inputs["input_ids"] = None
-        elif not seen and kwargs.get("mm_encoder_outputs"):
-            # transformers leaves the images out of a draft's first pass as of its later ones.
-            inputs["mm_encoder_outputs"] = kwargs["mm_encoder_outputs"]
+        if kwargs.get("mm_encoder_outputs"):
+            cache = kwargs.get(_cache_name(kwargs))
+            if cache is None or not cache.get_seq_length():
+                inputs["mm_encoder_outputs"] = kwargs["mm_encoder_outputs"]
         return inputs
 
     def _prefill(
@@ -175,7 +154,8 @@ class TokenFlexGeneration(GenerationMixin):
         transformers cuts ids, and images by the placeholders in them: it leaves out a prompt of
         embeddings, and positions that depend on where a whole image ends.
         """
-        cache = _cache_of(model_kwargs)
+        cache_name = _cache_name(model_kwargs)
+        cache = model_kwargs.get(cache_name)
         seen = 0 if cache is None else int(cache.get_seq_length())
         outputs = model_kwargs.get("mm_encoder_outputs") or {}
         inputs_embeds = model_kwargs.get("inputs_embeds")
@@ -186,9 +166,8 @@ class TokenFlexGeneration(GenerationMixin):
             or not (is_first_iteration or seen == 0)
         ):
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
-        attention_mask = model_kwargs.get("attention_mask")
+        attention_mask = model_kwargs["attention_mask"]
         if inputs_embeds is not None:  # always the whole prompt
-            input_ids = input_ids.new_zeros(inputs_embeds.shape[:2])  # their number is what counts
             prompt = {"inputs_embeds": inputs_embeds[:, seen:], "input_ids": None}
         else:
             length = getattr(generation_config, "_mask_length", -1)
@@ -200,34 +179,49 @@ class TokenFlexGeneration(GenerationMixin):
             **prompt, attention_mask=attention_mask, find_placeholders=True
         )
         batch, new = merged.shape[:2]
-        whole = {
-            "inputs_embeds": inputs_embeds,
-            "mm_encoder_outputs": model_kwargs.pop("mm_encoder_outputs", None),
-        }
-        model_kwargs.pop("inputs_embeds", None)
+        positions = model_kwargs["position_ids"].expand(batch, -1)
         if outputs.get("image") is not None:
             images = ImageTokens.from_outputs(outputs["image"], merged.shape[2])
             merged, rows = merge_images(merged, is_placeholder, images, name)
             if self.config.image_positions == "shared":
-                positions = model_kwargs["position_ids"].expand(batch, -1).clone()
-                positions[:, -new:] = shared_image_positions(
+                shared = shared_image_positions(
                     positions[:, -new:].flatten(), rows, images.image_of_each(rows.device)
-                ).view(batch, new)
-                model_kwargs["position_ids"] = positions
+                )
+                positions = torch.cat([positions[:, :-new], shared.view(batch, new)], 1)
                 if attention_mask is None:  # or equal positions would be taken for new samples
-                    model_kwargs["attention_mask"] = positions.new_ones(batch, seen + new)
-        model_kwargs["merged_prompt"] = _MergedPrompt(merged, seen)
-        result = super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
-        del model_kwargs["merged_prompt"]
-        model_kwargs.update({name: value for name, value in whole.items() if value is not None})
-        model_kwargs["attention_mask"] = attention_mask
+                    attention_mask = positions.new_ones(batch, seen + new)
+
+        compiles = self._valid_auto_compile_criteria(model_kwargs, generation_config)
+        forward = self.__call__
+        if compiles:
+            forward = self.get_compiled_call(generation_config.compile_config)
+        ids = is_placeholder.new_zeros(batch, new, dtype=torch.int64)  # their shape is what counts
+        others = {"attention_mask", "position_ids", "inputs_embeds", "mm_encoder_outputs"}
+        chunk_kwargs = {key: value for key, value in model_kwargs.items() if key not in others}
+        size = generation_config.prefill_chunk_size
+        for start in range(0, new, size):
+            end = min(start + size, new)
+            inputs = self.prepare_inputs_for_generation(
+                ids[:, start:end],
+                is_first_iteration=is_first_iteration,
+                attention_mask=None if attention_mask is None else attention_mask[:, : seen + end],
+                position_ids=positions[:, seen + start : seen + end],
+                **chunk_kwargs,
+            )
+            if inputs.get("inputs_embeds") is not None:
+                raise ValueError(
+                    "prefill_chunk_size must be None for a prompt with learned embeddings before "
+                    f"it, got {size}"
+                )
+            inputs |= {"input_ids": None, "inputs_embeds": merged[:, start:end]}
+            result = forward(**inputs, return_dict=True)
+            chunk_kwargs[cache_name] = model_kwargs[cache_name] = getattr(result, cache_name)
         return result
 
 
-def _cache_of(model_kwargs: dict[str, Any]) -> Any:
-    """The key-value cache, under its name until transformers 5.23 or the one since."""
-    cache = model_kwargs.get("cache")
-    return model_kwargs.get("past_key_values") if cache is None else cache
+def _cache_name(model_kwargs: dict[str, Any]) -> str:
+    """Return the argument that holds the key-value cache: "cache" since transformers 5.24."""
+    return "cache" if model_kwargs.get("cache") is not None else "past_key_values"
 
 
 def _copied(output: BaseModelOutputWithPooling | None) -> BaseModelOutputWithPooling | None:
