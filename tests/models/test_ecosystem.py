@@ -429,6 +429,12 @@ def test_learned_prompts_stand_before_images(kind, positions):
 
     model.eval()
     answer = model.generate(**inputs, **GENERATION)
+    if kind is PrefixTuningConfig:
+        chunked = model.generate(**inputs, prefill_chunk_size=5, **GENERATION)
+        assert torch.equal(chunked, answer)
+    else:
+        with pytest.raises(ValueError, match=r"prefill_chunk_size must be None .*got 5"):
+            model.generate(**inputs, prefill_chunk_size=5, **GENERATION)
     expected = inputs.pop("input_ids")
     for _ in range(4):  # one token after the other, without a cache
         with torch.no_grad():
