@@ -10,6 +10,7 @@ beams. This adds what it leaves out:
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,6 +126,8 @@ class TokenFlexGeneration(GenerationMixin):
         )
         return ids
 
+    # transformers reads from the signature which arguments generate takes.
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
