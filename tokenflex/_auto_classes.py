@@ -2,7 +2,8 @@
 
 ``import tokenflex`` must stay light and work where transformers is not installed; yet after it,
 ``AutoModelForImageTextToText.from_pretrained`` must know a saved model. So ours is registered at
-the moment transformers loads its own registries.
+the moment transformers loads its own registries. Trainers and servers that look the class of a
+checkpoint up by its name find it on the transformers package, which loads it when it is asked for.
 """
 
 from __future__ import annotations
@@ -14,12 +15,21 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 # transformers' registry -> our module that registers itself there when it is imported
 _REGISTRARS = {
     "transformers.models.auto.configuration_auto": "tokenflex.models.configuration",
     "transformers.models.auto.modeling_auto": "tokenflex.models.modeling",
     "transformers.models.auto.processing_auto": "tokenflex.models.processing",
+}
+PACKAGE = "transformers"
+# What they look up there -> our module that defines it
+_CLASSES = {
+    "TokenFlexConfig": "tokenflex.models.configuration",
+    "TokenFlexForConditionalGeneration": "tokenflex.models.modeling",
+    "TokenFlexModel": "tokenflex.models.modeling",
+    "TokenFlexProcessor": "tokenflex.models.processing",
 }
 
 
@@ -29,7 +39,7 @@ class _RegisterAfterImport(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in _REGISTRARS:
+        if name != PACKAGE and name not in _REGISTRARS:
             return None
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
@@ -52,15 +62,37 @@ def _register_at_the_end_of(loader: Loader, registry: str) -> None:
 
 
 def _register(registry: str) -> None:
+    if registry == PACKAGE:
+        _offer_classes(sys.modules[PACKAGE])
+        return
     try:
         importlib.import_module(_REGISTRARS[registry])
     except ImportError as error:  # another transformers than ours: it must work on without us
         warnings.warn(f"tokenflex is not registered with transformers: {error}", stacklevel=2)
 
 
+def _offer_classes(package: ModuleType) -> None:
+    """Give the package our classes as attributes that are loaded when first used.
+
+    Through its class: transformers may make the package a second time, and others hold the first.
+    """
+    lazy: Any = type(package)
+    if lazy is ModuleType or hasattr(lazy, "_tokenflex_classes"):
+        return
+    look_up = lazy.__getattr__
+
+    def __getattr__(self: ModuleType, name: str) -> Any:
+        if name in _CLASSES and self.__name__ == PACKAGE:
+            return getattr(importlib.import_module(_CLASSES[name]), name)
+        return look_up(self, name)
+
+    lazy.__getattr__ = __getattr__
+    lazy._tokenflex_classes = tuple(_CLASSES)
+
+
 def register_with_transformers() -> None:
     """Register now with what transformers has loaded, and later with what it has not."""
     sys.meta_path.insert(0, _RegisterAfterImport())
-    for registry in _REGISTRARS:
+    for registry in (PACKAGE, *_REGISTRARS):
         if registry in sys.modules:
             _register(registry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -106,6 +107,23 @@ def test_precomputed_tokens_in_the_stock_model_give_the_same_logits(name):
         text["image_grid_thw"] = torch.tensor([[1, side, side] for side in sides])
     expected = logits(stock, {**text, "mm_encoder_outputs": {"image": given}})
     assert float((logits(model, inputs) - expected).abs().max()) < TOLERANCE
+
+
+def test_outputs_come_as_a_tuple_where_that_is_asked_for(name):
+    model, inputs = converted(name), batch(name, PROMPTS)
+    names = inspect.signature(model.base_model.get_image_features).parameters
+    images = {key: inputs[key] for key in names if key in inputs}
+    with torch.no_grad():
+        expected, encoded = model(**inputs), model.base_model.get_image_features(**images)
+        actual = model(**inputs, return_dict=False)
+        assert type(actual) is tuple
+        assert torch.equal(actual[0], expected.logits)
+        assert type(model.base_model.get_image_features(**images, return_dict=False)) is tuple
+        model.base_model.config.return_dict = False
+        (tokens, *_) = model.base_model.get_image_features(**images)
+        assert all(map(torch.equal, tokens, encoded.pooler_output))
+        with pytest.raises(ValueError, match=r"output_hidden_states must be False"):
+            model.base_model.get_image_features(**images, output_hidden_states=True)
 
 
 @pytest.mark.parametrize(

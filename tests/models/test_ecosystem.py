@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from transformers import (
     AutoModelForImageTextToText,
     Trainer,
@@ -17,10 +27,20 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from tests.models.parallel import results
 from tests.models.test_modeling import GENERATION, one_image
-from tests.models.tiny import IMAGE, padded_batch, picture, pixels, prompts, tiny_model
+from tests.models.tiny import (
+    IMAGE,
+    padded_batch,
+    picture,
+    pixels,
+    prompts,
+    tiny_config,
+    tiny_model,
+)
 from tokenflex import TokenFlexForConditionalGeneration, TokenFlexProcessor
 from tokenflex.digits.processor import digits_processor
+from tokenflex_kernels import plan_packing
 
 LORA = {"r": 2, "lora_alpha": 16}
 
@@ -80,6 +100,33 @@ def test_device_map_moves_weights_and_changes_nothing(shards, tmp_path, devices)
     inputs = padded_batch(prompts())
     expected = tiny_model().generate(**inputs, **GENERATION)
     assert torch.equal(loaded.generate(**inputs, **GENERATION), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["qwen2", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_tensor_parallel_processes_compute_what_one_does(tmp_path, text, tied):
+    config = tiny_config(text)
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings = tied
+    model = TokenFlexForConditionalGeneration(config)
+    model.save_pretrained(tmp_path)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "tests.models.parallel", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = results(model.eval())
+    for rank in range(2):
+        actual = torch.load(tmp_path / f"{rank}.pt")
+        assert actual.pop("rows of q_proj here") == 16
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.allclose(actual[name], value, atol=1e-5), name
 
 
 # ---- generating
@@ -316,6 +363,52 @@ def test_sft_trainer_with_an_adapter(tmp_path):
     assert changed(trainer.model, before) == {name for name in before if "lora_B" in name}
 
 
+def test_sft_trainer_loads_a_folder(tmp_path, shards):
+    """It looks the class up by its name on the transformers package."""
+    data = Dataset.from_list([{"image": picture(0), "prompt": "<image> odd", "completion": " 7"}])
+    config = SFTConfig(**training_options(tmp_path), max_length=None, bf16=False)
+    trainer = SFTTrainer(str(shards), args=config, train_dataset=data)
+    assert type(trainer.model) is TokenFlexForConditionalGeneration
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    assert changed(trainer.model, before) == set(before)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("smoothing", [1e-9, 0.1])
+def test_smoothed_labels_are_those_of_the_next_token(tmp_path, packed, adapter, smoothing):
+    batch = prompts()
+    if packed:
+        counts = [count for prompt in batch for count in prompt.counts]
+        plan = plan_packing([prompt.ids for prompt in batch], counts, IMAGE)
+        inputs = {"plan": plan, "num_image_tokens": counts}
+        inputs["pixel_values"] = torch.cat([prompt.pixels for prompt in batch])
+        inputs["labels"] = plan.input_ids[None].masked_fill(plan.input_ids[None] == IMAGE, -100)
+        # The first token of a sample follows none of its own.
+        inputs["labels"][:, plan.cu_seqlens[:-1].long()] = -100
+    else:
+        inputs = padded_batch(batch)
+        ignored = (inputs["input_ids"] == IMAGE) | (inputs["attention_mask"] == 0)
+        inputs["labels"] = inputs["input_ids"].masked_fill(ignored, -100)
+    model = tiny_model()
+    with torch.no_grad():
+        output = model(**inputs)
+    labels = inputs["labels"][:, 1:].flatten()
+    chances = output.logits[:, :-1].flatten(0, 1)[labels != -100].log_softmax(-1)
+    likelihood = chances.gather(1, labels[labels != -100, None]).mean()
+    expected = -(1 - smoothing) * likelihood - smoothing * chances.mean()
+    if smoothing < 1e-6:
+        assert float(expected) == pytest.approx(float(output.loss), abs=1e-5)
+    if adapter:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], **LORA))
+    options = TrainingArguments(
+        **training_options(tmp_path), label_smoothing_factor=smoothing, remove_unused_columns=False
+    )
+    trainer = Trainer(model, options, train_dataset=[0] * 3, data_collator=lambda _: dict(inputs))
+    assert trainer.train().training_loss == pytest.approx(float(expected), abs=1e-4)
+
+
 # ---- adapters
 
 
@@ -356,3 +449,42 @@ def test_generation_with_an_adapter_encodes_once_for_all_counts():
         expected = tiny_model().generate(**inputs, **GENERATION)  # B is zero: nothing learned yet
         inputs.pop("pixel_values")
         assert torch.equal(model.generate(**inputs, encoded_images=images, **GENERATION), expected)
+
+
+def model_for_prompts(**changes) -> TokenFlexForConditionalGeneration:
+    """PEFT takes the first table of as many rows as the vocabulary for the word embeddings."""
+    config = tiny_config(**changes)
+    config.text_config.vocab_size += 6
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return TokenFlexForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig])
+@pytest.mark.parametrize("positions", [None, "normalized"])
+def test_learned_prompts_stand_before_images(kind, positions):
+    changes = {"image_positions": "shared"} if positions else {}
+    model = model_for_prompts(projector_position=positions, **changes)
+    model = get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    for inputs in (padded_batch(prompts()), one_image(9, 9)):
+        model.zero_grad()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        learning = [p for p in model.parameters() if p.requires_grad]
+        assert learning
+        assert all(float(p.grad.abs().max()) > 0 for p in learning)
+
+    model.eval()
+    answer = model.generate(**inputs, **GENERATION)
+    if kind is PrefixTuningConfig:
+        chunked = model.generate(**inputs, prefill_chunk_size=5, **GENERATION)
+        assert torch.equal(chunked, answer)
+    else:
+        with pytest.raises(ValueError, match=r"prefill_chunk_size must be None .*got 5"):
+            model.generate(**inputs, prefill_chunk_size=5, **GENERATION)
+    expected = inputs.pop("input_ids")
+    for _ in range(4):  # one token after the other, without a cache
+        with torch.no_grad():
+            chances = model(input_ids=expected, **inputs).logits[:, -1]
+        chances[:, IMAGE] = -torch.inf
+        expected = torch.cat([expected, chances.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(answer, expected)

@@ -28,12 +28,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple
 
 from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, token_grid, token_grids
 from tokenflex.dropin.families import Deepstack, Family, PatchGrids, family_of
 from tokenflex.dropin.variants import variant_of
 from tokenflex.models.generation import cache_of, repeated_images
-from tokenflex.models.modeling import placeholder_rows
+from tokenflex.models.placeholders import placeholder_rows
 from tokenflex.projector import TokenAdaptiveProjector
 from tokenflex_kernels import pool_norm
 
@@ -221,7 +222,7 @@ def _before_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     if images is None and kwargs.get("pixel_values") is not None:
         names = inspect.signature(type(base).get_image_features).parameters
         image_inputs = {name: kwargs[name] for name in names if name in kwargs}
-        images = base.get_image_features(**image_inputs, num_image_tokens=counts)
+        images = base.get_image_features(**image_inputs, num_image_tokens=counts, return_dict=True)
         kwargs["pixel_values"] = None
     if images is None:
         return (), kwargs
@@ -229,7 +230,7 @@ def _before_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     if isinstance(tokens, (list, tuple)):
         if kwargs.get("input_ids") is not None:
             sizes = [len(image) for image in tokens]
-            placeholder_rows(kwargs["input_ids"], sizes, base.config.image_token_id)
+            placeholder_rows(kwargs["input_ids"] == base.config.image_token_id, sizes)
         # A new object: what beam search or the caller holds stays as it is.
         merged = family.merge(list(tokens))
         images = _image_outputs(merged, getattr(images, "deepstack_features", None))
@@ -305,16 +306,23 @@ def _base_variant(stock: Any, family: Family) -> Any:
     signature = inspect.signature(stock.get_image_features)
     names = [name for name in signature.parameters if name not in ("self", "kwargs")]
 
+    @can_return_tuple
     def get_image_features(
         self: Any, *args: Any, num_image_tokens: ImageTokenCounts | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """Vision tokens of each image, at ``num_image_tokens``: one count, or one per input."""
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name):
+                raise ValueError(
+                    f"{name} must be False for the images of {family.model_type} with a "
+                    "token-adaptive projector, which gives vision tokens alone, got True"
+                )
         image_inputs = dict(zip(names, args, strict=False))
         image_inputs |= {name: value for name, value in kwargs.items() if name in names}
         return encode(self, image_inputs, num_image_tokens)
 
     # generate passes on the arguments that it finds in the signature.
-    get_image_features.__signature__ = _with_count(signature)  # type: ignore[attr-defined]
+    get_image_features.__signature__ = _with_count(signature)
     methods: dict[str, Any] = {"get_image_features": get_image_features}
     if hasattr(stock, "inputs_merger"):
         methods["inputs_merger"] = _scatter_tokens

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from tokenflex.counts import TokenCount, token_grid
+from tokenflex.models.auto_map import SavedWithStub
 from tokenflex.positions import check_image_positions, check_position
 from tokenflex_kernels._checks import check_count, check_eps
 from tokenflex_kernels.axis_weights import check_mode
 
 
-class TokenFlexConfig(PretrainedConfig):
+class TokenFlexConfig(SavedWithStub, PretrainedConfig):
     """Configuration of :class:`TokenFlexForConditionalGeneration`.
 
     The tiny demo model and SigLIP-400M + Qwen2.5 differ in nothing but these values.
@@ -45,6 +46,12 @@ class TokenFlexConfig(PretrainedConfig):
     """
 
     model_type = "tokenflex"
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "TokenFlexConfig",
+        "AutoModel": "TokenFlexModel",
+        "AutoModelForImageTextToText": "TokenFlexForConditionalGeneration",
+        "AutoProcessor": "TokenFlexProcessor",
+    }
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     def __init__(
@@ -71,6 +78,11 @@ class TokenFlexConfig(PretrainedConfig):
         self.text_config = _sub_config("text_config", text_config, "qwen2")
         if isinstance(image_token_id, bool) or not isinstance(image_token_id, int):
             raise TypeError(f"image_token_id must be an int, got {image_token_id!r}")
+        if image_token_id < 0:
+            raise ValueError(
+                f"image_token_id must be from 0 to {self.text_config.vocab_size - 1}, a row of "
+                f"the embedding, got {image_token_id}"
+            )
         self.image_token_id = image_token_id
         token_grid(num_image_tokens, name="num_image_tokens")
         self.num_image_tokens = num_image_tokens

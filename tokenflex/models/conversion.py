@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from tokenflex.files import excerpt, read_json, settle_folder, sync_folder
 from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.models.decoding import never_generate
 from tokenflex.models.loading import read_config
 from tokenflex.models.processing import TokenFlexProcessor
 from tokenflex.models.ristretto import (
@@ -103,7 +104,9 @@ def _write_tokenflex(source: Path, target: Path, system_message: str | None) -> 
     config.architectures = ["TokenFlexForConditionalGeneration"]
     config.save_pretrained(target)
     processor.save_pretrained(target)
-    generation_config(source, processor.tokenizer).save_pretrained(target)
+    generation = generation_config(source, processor.tokenizer)
+    never_generate(generation, processor.image_token_id)
+    generation.save_pretrained(target)
 
 
 def _write_ristretto(source: Path, target: Path) -> None:

@@ -10,12 +10,11 @@ Two ways in, through one ``forward``:
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -31,27 +30,37 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     CausalLMOutputWithPast,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
+from transformers.utils.generic import can_return_tuple
 
 from tokenflex.counts import Grid, ImageTokenCounts, token_grid, token_grids
 from tokenflex.models.attention import PACKED_ATTENTION
+from tokenflex.models.auto_map import InstalledClass
 from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.models.decoding import TokenFlexGeneration, never_generate
 from tokenflex.models.generation import RepeatsImages, takes_cache
 from tokenflex.models.head import build_head, transform_logits
 from tokenflex.models.loss import head_cross_entropy, head_distillation
+from tokenflex.models.placeholders import (
+    ImageTokens,
+    check_placeholder,
+    embedded_placeholders,
+    merge_images,
+    placeholder_rows,
+)
 from tokenflex.models.prefixes import SharedPrefixes
 from tokenflex.models.vision import EncodedImages, encode
 from tokenflex.positions import shared_image_positions
 from tokenflex.projector import TokenAdaptiveProjector
-from tokenflex.selection.choice import (
-    asks_for_choice,
-    choose_counts,
-    generate_with_choice,
-    refuse_auto,
-)
+from tokenflex.selection.choice import choose_counts, refuse_auto
 from tokenflex_kernels import PackPlan, merge_vision, pack_embeddings
 
 
-class TokenFlexPreTrainedModel(PreTrainedModel):
+class TokenFlexPreTrainedModel(InstalledClass, PreTrainedModel):
     """What transformers needs to know about both models."""
 
     config_class = TokenFlexConfig
@@ -65,12 +74,44 @@ class TokenFlexPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values", "cache"]
 
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Module:
+        """transformers' own, which must leave the placeholder its row.
+
+        Raises:
+            ValueError: ``image_token_id`` would lie outside the vocabulary.
+        """
+        if new_num_tokens is not None:
+            multiple = pad_to_multiple_of or 1
+            rows = -(-new_num_tokens // multiple) * multiple
+            check_placeholder(self.config.image_token_id, rows)
+        embedding: nn.Module = super().resize_token_embeddings(
+            new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
+        return embedding
+
+
+@dataclass
+class TokenFlexModelOutput(BaseModelOutputWithPast):
+    """transformers' output, and the images of the call.
+
+    Attributes:
+        image_hidden_states: [sum of counts, D], the vision tokens; None without images.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+
 
 class TokenFlexModel(TokenFlexPreTrainedModel):
     """Encoder, projector and language model, without the language model's head."""
 
     def __init__(self, config: TokenFlexConfig) -> None:
         super().__init__(config)
+        check_placeholder(config.image_token_id, config.text_config.vocab_size)
         self.vision_model = AutoModel.from_config(config.vision_config)
         self.projector = TokenAdaptiveProjector(
             config.vision_config.hidden_size,
@@ -104,6 +145,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -119,10 +161,12 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             num_image_tokens: one count for all tiles or one per tile; the config's if None.
             grids: as :meth:`encode_images` takes them.
             encoded_images: what :meth:`encode_images` gave, in place of pixels and grids.
+            **kwargs: for the encoder, for example ``output_hidden_states``; and ``return_dict``.
 
         Returns:
             ``last_hidden_state``, patch features [sum of H*W, C], and ``pooler_output``, a list
-            with [count, D] vision tokens for each tile.
+            with [count, D] vision tokens for each tile; ``hidden_states`` and ``attentions`` of the
+            encoder where they are asked for.
 
         Raises:
             ValueError: counts and tiles do not fit together.
@@ -133,11 +177,28 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         """
         if (pixel_values is None) == (encoded_images is None):
             raise ValueError("give exactly one of pixel_values and encoded_images")
+        outputs = None
         if encoded_images is None:
             assert pixel_values is not None
-            encoded_images = self.encode_images(pixel_values, grids)
-        elif grids is not None:
-            raise ValueError("encoded_images hold their grids: give no grids with them")
+            encoded_images, outputs = self._encode(pixel_values, grids, **kwargs)
+        else:
+            for name, value in {"grids": grids, **kwargs}.items():
+                if value is not None and value is not False:
+                    raise ValueError(
+                        f"encoded_images come from an encoder that has run: give no {name} with "
+                        "them"
+                    )
+        images = self._project(encoded_images, num_image_tokens)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=encoded_images.features,
+            pooler_output=list(images.tokens.split(images.counts)),
+            hidden_states=getattr(outputs, "hidden_states", None),
+            attentions=getattr(outputs, "attentions", None),
+        )
+
+    def _project(
+        self, encoded_images: EncodedImages, num_image_tokens: ImageTokenCounts | None
+    ) -> ImageTokens:
         refuse_auto(num_image_tokens)
         counts = self.projector.num_tokens if num_image_tokens is None else num_image_tokens
         out_grids = token_grids(counts, len(encoded_images), name="num_image_tokens")
@@ -148,10 +209,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         if dtype != torch.float32:  # float32 weights serve any features, others their own type
             features = features.to(dtype)
         tokens = self.projector(features, out_grids, grids=in_grids)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=encoded_images.features,
-            pooler_output=list(tokens.split([height * width for height, width in out_grids])),
-        )
+        return ImageTokens(tokens, [height * width for height, width in out_grids])
 
     def encode_images(
         self, pixel_values: torch.Tensor, grids: Grid | Sequence[Grid] | None = None
@@ -171,10 +229,16 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             TypeError: ``pixel_values`` are not floats.
             ValueError: pixels, grids and encoder do not fit together.
         """
+        encoded_images, _ = self._encode(pixel_values, grids)
+        return encoded_images
+
+    def _encode(
+        self, pixel_values: torch.Tensor, grids: Grid | Sequence[Grid] | None, **options: Any
+    ) -> tuple[EncodedImages, Any]:
         _check_device("pixel_values", pixel_values, self.vision_model)
         if pixel_values.is_floating_point():
             pixel_values = pixel_values.to(self.dtype)
-        return encode(self.vision_model, self.config.vision_config, pixel_values, grids)
+        return encode(self.vision_model, self.config.vision_config, pixel_values, grids, **options)
 
     def _warn_of_unknown(self, grids: list[Grid]) -> None:
         if not self._known_counts or self._known_counts.issuperset(grids):
@@ -187,6 +251,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             stacklevel=2,
         )
 
+    @can_return_tuple
     @takes_cache
     def forward(
         self,
@@ -204,19 +269,15 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         vision_index: torch.Tensor | None = None,
         shared_prefixes: SharedPrefixes | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> TokenFlexModelOutput:
         """Hidden states of a padded batch, or of a packed row when ``plan`` is given.
 
         The arguments are those of :meth:`TokenFlexForConditionalGeneration.forward`.
         """
-        images = (mm_encoder_outputs or {}).get("image")
-        sources = [images, pixel_values, encoded_images]
-        if sum(source is not None for source in sources) > 1:
-            raise ValueError(
-                "give the images as one of pixel_values, encoded_images and mm_encoder_outputs"
-            )
-        if pixel_values is not None or encoded_images is not None:
-            images = self.get_image_features(pixel_values, num_image_tokens, grids, encoded_images)
+        check_placeholder(self.config.image_token_id, self.config.text_config.vocab_size)
+        images = self._image_tokens(
+            pixel_values, num_image_tokens, grids, encoded_images, mm_encoder_outputs
+        )
         if plan is not None:
             others = {
                 "input_ids": input_ids,
@@ -228,72 +289,113 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             for name, value in others.items():
                 if value is not None:
                     raise ValueError(f"plan holds the whole batch: give no {name} with it")
-            return self._forward_packed(plan, images, vision_index, shared_prefixes)
+            return self._forward_packed(plan, images, vision_index, shared_prefixes, **kwargs)
         if shared_prefixes is not None:
             raise ValueError("shared_prefixes are those of a plan: give the plan with them")
 
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids, inputs_embeds and plan")
-        if input_ids is not None:
-            if input_ids.dtype not in (torch.int64, torch.int32):
-                raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
-            embedding = self.get_input_embeddings()
-            _check_device("input_ids", input_ids, embedding)
-            inputs_embeds = embedding(input_ids)
-        assert inputs_embeds is not None
+        first_call = past_key_values is None or not past_key_values.get_seq_length()
+        inputs_embeds, is_placeholder, name = self.embed(
+            input_ids, inputs_embeds, attention_mask, images is not None or first_call
+        )
+        batch, length = inputs_embeds.shape[:2]
         if images is not None:
-            if input_ids is None:
-                raise ValueError("input_ids must say where the images stand, got inputs_embeds")
-            counts = [len(tokens) for tokens in images.pooler_output]
-            rows = placeholder_rows(input_ids, counts, self.config.image_token_id)
-            vision = torch.cat(list(images.pooler_output)).to(inputs_embeds)
-            inputs_embeds = merge_vision(inputs_embeds, vision, rows)
+            inputs_embeds, rows = merge_images(inputs_embeds, is_placeholder, images, name)
             if self.config.image_positions == "shared":
                 seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-                length = seen + input_ids.shape[1]
                 if position_ids is None:
-                    position_ids = torch.arange(seen, length, device=rows.device)
+                    position_ids = torch.arange(seen, seen + length, device=rows.device)
                 if attention_mask is None:  # or transformers takes equal positions for new samples
-                    attention_mask = input_ids.new_ones(input_ids.shape[0], length)
+                    attention_mask = rows.new_ones(batch, seen + length)
                 position_ids = shared_image_positions(
-                    position_ids.expand_as(input_ids).flatten(), rows, _image_of_each(counts, rows)
-                ).view_as(input_ids)
-        elif input_ids is not None and _is_first_call(past_key_values):
-            placeholder_rows(input_ids, [], self.config.image_token_id)  # there must be none
-        return self.language_model(
+                    position_ids.expand(batch, length).flatten(),
+                    rows,
+                    images.image_of_each(rows.device),
+                ).view(batch, length)
+        elif first_call:
+            placeholder_rows(is_placeholder, [], name)  # there must be none
+        outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            return_dict=True,
             **kwargs,
         )
+        return _model_output(outputs, images)
+
+    def _image_tokens(
+        self,
+        pixel_values: torch.Tensor | None,
+        num_image_tokens: ImageTokenCounts | None,
+        grids: Grid | Sequence[Grid] | None,
+        encoded_images: EncodedImages | None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
+    ) -> ImageTokens | None:
+        """Return the vision tokens of a call's images, None where it has none."""
+        outputs = (mm_encoder_outputs or {}).get("image")
+        sources = [outputs, pixel_values, encoded_images]
+        if sum(source is not None for source in sources) > 1:
+            raise ValueError(
+                "give the images as one of pixel_values, encoded_images and mm_encoder_outputs"
+            )
+        if outputs is not None:
+            return ImageTokens.from_outputs(outputs, self.config.text_config.hidden_size)
+        if pixel_values is not None:
+            encoded_images, _ = self._encode(pixel_values, grids)
+        elif encoded_images is None:
+            return None
+        elif grids is not None:
+            raise ValueError("encoded_images hold their grids: give no grids with them")
+        return self._project(encoded_images, num_image_tokens)
+
+    def embed(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        find_placeholders: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, str]:
+        """Return embeddings [B, L, D], where they are placeholders, and the name of the input."""
+        embedding = self.get_input_embeddings()
+        if inputs_embeds is not None and input_ids is None:
+            is_placeholder = torch.empty(0, dtype=torch.bool)
+            if find_placeholders:
+                is_placeholder = embedded_placeholders(
+                    inputs_embeds, embedding, self.config.image_token_id, attention_mask
+                )
+            return inputs_embeds, is_placeholder, "inputs_embeds"
+        if inputs_embeds is not None or input_ids is None:
+            raise ValueError("give exactly one of input_ids, inputs_embeds and plan")
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
+        _check_device("input_ids", input_ids, embedding)
+        return embedding(input_ids), input_ids == self.config.image_token_id, "input_ids"
 
     def _forward_packed(
         self,
         plan: PackPlan,
-        images: BaseModelOutputWithPooling | None,
+        images: ImageTokens | None,
         vision_index: torch.Tensor | None,
         shared_prefixes: SharedPrefixes | None,
-    ) -> BaseModelOutputWithPast:
+        **kwargs: Any,
+    ) -> TokenFlexModelOutput:
         implementation = self.language_model.config._attn_implementation
         if shared_prefixes is not None:
             _check_shared_prefixes(shared_prefixes, plan, implementation)
         embedding = self.get_input_embeddings()
         table: torch.Tensor = embedding.weight
-        if images is None or not images.pooler_output:
+        if images is None:
             vision = table.new_zeros(0, table.shape[1])
         else:
-            vision = torch.cat(list(images.pooler_output)).to(table.dtype)
+            vision = images.tokens.to(table.device, table.dtype)
         if vision_index is not None:
             vision = vision.index_select(0, vision_index)
-        elif images is not None:
-            counts = tuple(len(tokens) for tokens in images.pooler_output)
-            if counts != plan.token_counts:
-                raise ValueError(
-                    "num_image_tokens must be the counts that the plan was made for, "
-                    f"{plan.token_counts}, got {counts}"
-                )
-        if type(embedding) is nn.Embedding:
+        elif images is not None and tuple(images.counts) != plan.token_counts:
+            raise ValueError(
+                "num_image_tokens must be the counts that the plan was made for, "
+                f"{plan.token_counts}, got {tuple(images.counts)}"
+            )
+        if type(embedding) is nn.Embedding and type(table) in (torch.Tensor, nn.Parameter):
             packed = pack_embeddings(table, vision, plan)
         else:  # scaled, adapted or sharded: more than its table
             packed = merge_vision(embedding(plan.input_ids), vision, plan.vision_rows)
@@ -313,23 +415,24 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             attention_mask = packed.new_empty(1, 1, 0, 0)
         elif not implementation.startswith("flash"):
             boundaries = {}  # sdpa, eager, flex: transformers masks by position_ids
-        if self.config.image_positions == "shared" and images is not None:
+        if self.config.image_positions == "shared" and images is not None and images.counts:
             if not boundaries:
                 raise ValueError(
                     "image_positions='shared' packs with the language model's attention "
                     f"{PACKED_ATTENTION!r} or flash: {implementation!r} knows samples by their "
                     "positions"
                 )
-            shown = _image_of_each([len(one) for one in images.pooler_output], plan.vision_rows)
+            shown = images.image_of_each(plan.vision_rows.device)
             shown = shown if vision_index is None else shown[vision_index]
             position_ids = shared_image_positions(position_ids, plan.vision_rows, shown)
-        return self.language_model(
+        outputs = self.language_model(
             inputs_embeds=packed[None],
             position_ids=position_ids[None],
             attention_mask=attention_mask,
-            use_cache=False,
-            **boundaries,
+            return_dict=True,
+            **{**kwargs, **boundaries, "use_cache": False},
         )
+        return _model_output(outputs, images)
 
 
 @dataclass
@@ -337,15 +440,22 @@ class TokenFlexOutput(CausalLMOutputWithPast):
     """transformers' output, and of a loss with a teacher the part that it is ``distillation`` of.
 
     Attributes:
+        image_hidden_states: [sum of counts, D], the vision tokens; None without images.
         distillation_loss: scalar, the weighted sum of KL(p_teacher || p_student) over the targets,
             without a gradient; None without a teacher.
     """
 
+    image_hidden_states: torch.Tensor | None = None
     distillation_loss: torch.Tensor | None = None
 
 
-class TokenFlexForConditionalGeneration(RepeatsImages, TokenFlexPreTrainedModel, GenerationMixin):
+# transformers looks for its own mixin among the direct bases.
+class TokenFlexForConditionalGeneration(  # type: ignore[misc]
+    TokenFlexPreTrainedModel, TokenFlexGeneration, RepeatsImages, GenerationMixin
+):
     """A vision-language model whose vision-token count is an argument of the call."""
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: TokenFlexConfig) -> None:
         super().__init__(config)
@@ -355,6 +465,7 @@ class TokenFlexForConditionalGeneration(RepeatsImages, TokenFlexPreTrainedModel,
         path = next(name for name, module in self.named_modules() if module is embedding)
         self._tied_weights_keys = {"lm_head.weight": f"{path}.weight"}
         self.post_init()
+        never_generate(self.generation_config, config.image_token_id)
 
     @classmethod
     def from_parts(
@@ -386,7 +497,8 @@ class TokenFlexForConditionalGeneration(RepeatsImages, TokenFlexPreTrainedModel,
         model.model.language_model = causal_language_model.base_model
         use_packed_attention(model.model.language_model)
         model.lm_head = head
-        model.generation_config = causal_language_model.generation_config
+        model.generation_config = copy.deepcopy(causal_language_model.generation_config)
+        never_generate(model.generation_config, config.image_token_id)
         reference = model.lm_head.weight
         projector = model.model.projector.to_empty(device=reference.device)
         projector.to(reference.dtype).reset_parameters()
@@ -403,47 +515,6 @@ class TokenFlexForConditionalGeneration(RepeatsImages, TokenFlexPreTrainedModel,
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' ``generate``, whose further arguments are those of :meth:`forward`.
-
-        It never answers with the image placeholder, unless ``suppress_tokens`` says otherwise.
-        With ``num_image_tokens="auto"`` each image's count is chosen, as ``penalty`` or ``budget``
-        say: see :func:`tokenflex.selection.choice.generate_with_choice`.
-
-        Example:
-            >>> inputs = processor(images=picture, text=question)
-            >>> images = model.encode_images(inputs["pixel_values"])
-            >>> for count in (64, 144, 256):  # one pass of the encoder for three answers
-            ...     inputs = processor(images=picture, text=question, num_image_tokens=count)
-            ...     inputs.pop("pixel_values")
-            ...     model.generate(**inputs, encoded_images=images)
-        """
-        if asks_for_choice(kwargs):
-            return generate_with_choice(self, *args, **kwargs)
-        generation_config = kwargs.get("generation_config") or self.generation_config
-        if generation_config.suppress_tokens is None:
-            kwargs.setdefault("suppress_tokens", [self.config.image_token_id])
-        encoded_images = kwargs.pop("encoded_images", None)
-        outputs = kwargs.get("mm_encoder_outputs")
-        if encoded_images is not None:
-            for name in ("pixel_values", "mm_encoder_outputs"):
-                if kwargs.get(name) is not None:
-                    raise ValueError(f"encoded_images hold the images: give no {name} with them")
-            with torch.no_grad():
-                images = self.get_image_features(
-                    num_image_tokens=kwargs.pop("num_image_tokens", None),
-                    grids=kwargs.pop("grids", None),
-                    encoded_images=encoded_images,
-                )
-            kwargs["mm_encoder_outputs"] = {"image": images}
-        elif outputs is not None:
-            # Beam search repeats images inside the object it is given: let it have a copy.
-            kwargs["mm_encoder_outputs"] = {
-                modality: BaseModelOutputWithPooling(**output)
-                for modality, output in outputs.items()
-            }
-        return super().generate(*args, **kwargs)
-
     def choose_counts(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
         """See :func:`tokenflex.selection.choice.choose_counts`."""
         return choose_counts(self, input_ids, **kwargs)
@@ -458,6 +529,7 @@ class TokenFlexForConditionalGeneration(RepeatsImages, TokenFlexPreTrainedModel,
         """See :meth:`TokenFlexModel.encode_images`."""
         return self.model.encode_images(pixel_values, grids)
 
+    @can_return_tuple
     @takes_cache
     def forward(
         self,
@@ -493,7 +565,8 @@ class TokenFlexForConditionalGeneration(RepeatsImages, TokenFlexPreTrainedModel,
             attention_mask: [B, L], 0 on padding.
             position_ids: int64 [B, L].
             past_key_values: transformers' cache.
-            inputs_embeds: [B, L, D] in place of ``input_ids``.
+            inputs_embeds: [B, L, D] in place of ``input_ids``; images then stand where it holds
+                the placeholder's embedding.
             labels: int64 like ``input_ids`` (for a packed row [1, total]), -100 where there is no
                 loss; the mean over the others is taken.
             grids: (height, width) of all tiles or of each in patches, where they are not the
@@ -548,6 +621,7 @@ class TokenFlexForConditionalGeneration(RepeatsImages, TokenFlexPreTrainedModel,
             plan=plan,
             vision_index=vision_index,
             shared_prefixes=shared_prefixes,
+            return_dict=True,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -575,6 +649,7 @@ class TokenFlexForConditionalGeneration(RepeatsImages, TokenFlexPreTrainedModel,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
             distillation_loss=distillation_loss,
         )
 
@@ -592,7 +667,7 @@ class TokenFlexForConditionalGeneration(RepeatsImages, TokenFlexPreTrainedModel,
         # PyTorch before #165068 caches what is cast without gradients: the student would find it.
         autocasts = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=autocasts, cache_enabled=False):
-            hidden = self.model(encoded_images=images, **inputs).last_hidden_state
+            hidden = self.model(encoded_images=images, return_dict=True, **inputs).last_hidden_state
         return hidden.index_select(1, logits_to_keep).flatten(0, 1)
 
     def _target_loss(
@@ -661,16 +736,14 @@ def _describe(head: Any) -> str:
     return f"{list(head.weight.shape)} with {bias}"
 
 
-def _is_first_call(past_key_values: Any) -> bool:
-    """Whether a call sees a prompt from its start, not the next token of one."""
-    return past_key_values is None or not past_key_values.get_seq_length()
-
-
-def _image_of_each(counts: list[int], like: torch.Tensor) -> torch.Tensor:
-    """Which image each vision token is of, for images of so many."""
-    sizes = torch.tensor(counts, dtype=torch.int64, device=like.device)
-    images = torch.arange(len(counts), device=like.device)
-    return images.repeat_interleave(sizes, output_size=sum(counts))
+def _model_output(outputs: Any, images: ImageTokens | None) -> TokenFlexModelOutput:
+    return TokenFlexModelOutput(
+        last_hidden_state=outputs.last_hidden_state,
+        past_key_values=outputs.past_key_values,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+        image_hidden_states=None if images is None else images.tokens,
+    )
 
 
 def _check_device(name: str, tensor: torch.Tensor, module: nn.Module) -> None:
@@ -689,48 +762,14 @@ def _in_words(grids: list[Grid]) -> str:
     return ", ".join(sides)
 
 
-def placeholder_rows(
-    input_ids: torch.Tensor, counts: list[int], image_token_id: int
-) -> torch.Tensor:
-    """The rows of the flattened ``input_ids`` that hold placeholders, once they fit ``counts``.
-
-    Totals alone would let two images of swapped counts through, so images must also end where runs
-    of placeholders end; a run may hold several (the tiles of one). Reads ``input_ids`` back from
-    the device, once a prompt.
-
-    Raises:
-        ValueError: a run of placeholders does not end where an image's vision tokens end; the
-            message names row and image, placeholders and vision tokens.
-    """
-    rows = (input_ids.reshape(-1) == image_token_id).nonzero().squeeze(1)
-    ends = [0, *accumulate(counts)]
-    length = input_ids.shape[-1]
-    # A run ends before a placeholder that is not the next token, or is the first of a row.
-    starts_run = (rows[1:] != rows[:-1] + 1) | (rows[1:] % length == 0)
-    run_ends = [*(starts_run.nonzero().squeeze(1) + 1).tolist(), *[len(rows)] * bool(len(rows))]
-    boundaries = set(ends)
-    problem = ""
-    if wrong := [end for end in run_ends if end not in boundaries]:
-        row, image = int(rows[wrong[0] - 1]) // length, bisect_right(ends, wrong[0]) - 1
-        seen = wrong[0] - ends[image]
-        if image < len(counts):
-            problem = (
-                f"row {row} of input_ids ends a run of placeholders inside image {image}, after "
-                f"{seen} of its {counts[image]} vision tokens"
-            )
-        else:
-            problem = f"row {row} of input_ids holds {seen} placeholders after the last image"
-    elif len(rows) != ends[-1]:
-        image = bisect_right(ends, len(rows)) - 1
-        problem = f"no row of input_ids holds image {image} of {counts[image]} vision tokens"
-    if problem:
-        raise ValueError(
-            f"{problem}: input_ids hold {len(rows)} image placeholders (per row "
-            f"{(input_ids == image_token_id).sum(-1).tolist()}), but num_image_tokens gives "
-            f"{ends[-1]} vision tokens (per image {counts})"
-        )
-    return rows
-
-
 AutoModel.register(TokenFlexConfig, TokenFlexModel)
 AutoModelForImageTextToText.register(TokenFlexConfig, TokenFlexForConditionalGeneration)
+
+# By these names transformers and TRL know what takes images, and Trainer whose labels it must shift
+# where it smooths them. The classes are found in the registries above.
+for _names, _class in (
+    (MODEL_MAPPING_NAMES, TokenFlexModel),
+    (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, TokenFlexForConditionalGeneration),
+    (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, TokenFlexForConditionalGeneration),
+):
+    _names[TokenFlexConfig.model_type] = _class.__name__

@@ -7,13 +7,14 @@ have vision tokens, and hands the same counts to the model as ``num_image_tokens
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from transformers import AutoProcessor, BatchFeature
 
 from tokenflex.counts import AUTO, TokenCount, token_grid, tokens_of
+from tokenflex.models.auto_map import SavedWithStub
 from tokenflex.models.call_options import CallOptions, sort_options
 from tokenflex.models.chat import image_pattern
 from tokenflex.models.configuration import TokenFlexConfig
@@ -24,7 +25,7 @@ from tokenflex.models.tiling import check_tile_limits
 from tokenflex_kernels._checks import check_count
 
 
-class TokenFlexProcessor(ConversationProcessor, ImagePreparation):
+class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation):
     """Image processor and tokenizer in one, with the vision-token count as an argument.
 
     Prompts are padded on the tokenizer's ``padding_side``. A tokenizer that was made without one is
@@ -51,6 +52,7 @@ class TokenFlexProcessor(ConversationProcessor, ImagePreparation):
             images cannot be cut as asked.
     """
 
+    auto_classes: ClassVar[dict[str, str]] = {"AutoProcessor": "TokenFlexProcessor"}
     skip_tensor_conversion = [
         *ConversationProcessor.skip_tensor_conversion,
         "num_image_tokens",

@@ -22,6 +22,7 @@ from transformers.image_utils import PILImageResampling
 
 from tokenflex.files import excerpt, read_json
 from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.models.decoding import never_generate
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.processing import TokenFlexProcessor
 from tokenflex.models.weights import check_fit, tensors, weight_files, widest_dtype
@@ -97,6 +98,7 @@ def load_ristretto(
         None, config=config, state_dict=weights, **kwargs
     )
     model.generation_config = generation_config(folder, processor.tokenizer)
+    never_generate(model.generation_config, model.config.image_token_id)
     return model.eval(), processor
 
 

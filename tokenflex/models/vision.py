@@ -61,8 +61,12 @@ def encode(
     config: PretrainedConfig,
     pixel_values: torch.Tensor,
     grids: Grid | Sequence[Grid] | None,
-) -> EncodedImages:
-    """The encoder's last layer, without class or register tokens and without padding.
+    **options: Any,
+) -> tuple[EncodedImages, Any]:
+    """Return the encoder's last layer, without special tokens or padding, and its whole output.
+
+    Of no images the features are [0, C], yet the encoder runs, on a blank tile: in distributed
+    training every process must run the same modules, and each parameter gets its gradient, zero.
 
     Args:
         vision_model: a transformers vision encoder.
@@ -71,6 +75,7 @@ def encode(
             channels * patch size^2], padded at the end.
         grids: (H, W) in patches, of all images or of each. Needed by NaFlex encoders, and where
             pixels are of another size than the encoder's ``image_size``.
+        **options: further arguments of the encoder, for example ``output_hidden_states``.
 
     Raises:
         TypeError: pixels are not floats.
@@ -81,11 +86,12 @@ def encode(
         raise TypeError(f"pixel_values must be normalised floats, got {pixel_values.dtype}")
     images = len(pixel_values)
     named = None if grids is None else _grid_per_image(grids, images)
+    run_encoder = _encode_patches if takes_patches(vision_model) else _encode_pixels
     if not images:
-        return EncodedImages(pixel_values.new_zeros(0, config.hidden_size), ())
-    if takes_patches(vision_model):
-        return _encode_patches(vision_model, config, pixel_values, named)
-    return _encode_pixels(vision_model, config, pixel_values, named)
+        tile, grid = blank_tile(vision_model, config)
+        blank, outputs = run_encoder(vision_model, config, tile.to(pixel_values), grid, options)
+        return blank.select([]), outputs
+    return run_encoder(vision_model, config, pixel_values, named, options)
 
 
 def blank_tile(
@@ -107,7 +113,8 @@ def _encode_pixels(
     config: PretrainedConfig,
     pixel_values: torch.Tensor,
     named: list[Grid] | None,
-) -> EncodedImages:
+    options: dict[str, Any],
+) -> tuple[EncodedImages, Any]:
     channels = getattr(config, "num_channels", 3)
     if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
         raise ValueError(
@@ -118,7 +125,6 @@ def _encode_pixels(
     patch_height, patch_width = _pair(config.patch_size)
     grid = height // patch_height, width // patch_width
     size = getattr(config, "image_size", None)
-    options = {}
     if size is not None and (height, width) != _pair(size):
         if named is None:
             expected_height, expected_width = _pair(size)
@@ -127,7 +133,7 @@ def _encode_pixels(
                 f"image_size, or come with grids, got {height} x {width}"
             )
         if "interpolate_pos_encoding" in _parameters(vision_model):
-            options["interpolate_pos_encoding"] = True
+            options = {"interpolate_pos_encoding": True, **options}
     for i, one in enumerate(named or []):
         if one != grid:
             raise ValueError(
@@ -136,7 +142,7 @@ def _encode_pixels(
             )
     encoder = type(vision_model).__name__
     try:
-        features = vision_model(pixel_values=pixel_values, **options).last_hidden_state
+        outputs = vision_model(pixel_values=pixel_values, return_dict=True, **options)
     except RuntimeError as error:
         if (
             size is None
@@ -148,6 +154,7 @@ def _encode_pixels(
             f"{encoder} of image_size {size} cannot encode pixel_values of {height} x {width}: "
             f"{error}"
         ) from error
+    features = outputs.last_hidden_state
     patches = grid[0] * grid[1]
     images = len(pixel_values)
     if features.ndim != 3 or len(features) != images or features.shape[1] < patches:
@@ -157,7 +164,7 @@ def _encode_pixels(
         )
     # Class and register tokens, where an encoder has them, come before the patches.
     features = features[:, features.shape[1] - patches :]
-    return EncodedImages(features.flatten(0, 1), (grid,) * images)
+    return EncodedImages(features.flatten(0, 1), (grid,) * images), outputs
 
 
 def _encode_patches(
@@ -165,7 +172,8 @@ def _encode_patches(
     config: PretrainedConfig,
     pixel_values: torch.Tensor,
     grids: list[Grid] | None,
-) -> EncodedImages:
+    options: dict[str, Any],
+) -> tuple[EncodedImages, Any]:
     patch_height, patch_width = _pair(config.patch_size)
     values = config.num_channels * patch_height * patch_width
     if pixel_values.ndim != 3 or pixel_values.shape[2] != values:
@@ -185,13 +193,16 @@ def _encode_patches(
     # All from host numbers: nothing is read back from the device.
     patches = torch.tensor([height * width for height, width in grids])
     real = torch.arange(length) < patches[:, None]
-    features = vision_model(
+    outputs = vision_model(
         pixel_values=pixel_values,
         pixel_attention_mask=real.to(pixel_values.device),
         spatial_shapes=torch.tensor(grids),
-    ).last_hidden_state
+        return_dict=True,
+        **options,
+    )
+    features = outputs.last_hidden_state
     rows = real.flatten().nonzero().squeeze(1).to(features.device)
-    return EncodedImages(features.flatten(0, 1).index_select(0, rows), tuple(grids))
+    return EncodedImages(features.flatten(0, 1).index_select(0, rows), tuple(grids)), outputs
 
 
 def _grid_per_image(grids: Grid | Sequence[Grid], images: int) -> list[Grid]:

@@ -1,0 +1,216 @@
+"""A saved checkpoint leads transformers' Auto classes to ours, or to an error, never elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    pipeline,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+import tokenflex
+from tests.models.tiny import tiny_config, tiny_model
+from tokenflex.digits.processor import digits_processor
+from tokenflex.models.auto_map import STUB
+from tokenflex.models.modeling import TokenFlexModel
+
+CLASSES = {
+    "AutoConfig": "TokenFlexConfig",
+    "AutoModel": "TokenFlexModel",
+    "AutoModelForImageTextToText": "TokenFlexForConditionalGeneration",
+    "AutoProcessor": "TokenFlexProcessor",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_model().save_pretrained(folder)
+    digits_processor(4).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def modules_cache(tmp_path, monkeypatch) -> Path:
+    """Where transformers copies the code of checkpoints."""
+    cache = tmp_path / "modules"
+    monkeypatch.setenv("HF_MODULES_CACHE", str(cache))
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(cache))
+    return cache
+
+
+def python(code: str) -> str:
+    """The output of a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        cwd=Path(tokenflex.__file__).parents[1],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "warning"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def load_each(folder: Path, before: str = "", **options: bool) -> dict[str, str]:
+    """Load by each Auto class in one process: the class that came, or the error."""
+    lines = python(
+        f"""
+{before}
+import transformers
+for name in {list(CLASSES)!r}:
+    try:
+        loaded = getattr(transformers, name).from_pretrained({str(folder)!r}, **{options})
+        print("LOADED", name, type(loaded).__module__, type(loaded).__name__)
+    except Exception as error:
+        print("LOADED", name, type(error).__name__, str(error).replace("\\n", " "))
+"""
+    ).splitlines()
+    loaded = [line[line.index("LOADED") :].split(" ", 3) for line in lines if "LOADED" in line]
+    return {name: f"{where} {what}" for _, name, where, what in loaded}
+
+
+def test_a_process_that_does_not_know_us_is_told_so(folder, modules_cache):
+    for name, outcome in load_each(folder).items():
+        assert outcome.startswith("ValueError"), name
+        assert "trust_remote_code=True" in outcome
+        assert str(folder) in outcome
+    assert not modules_cache.exists()
+
+
+def test_a_process_that_trusts_the_checkpoint_gets_our_classes(folder, modules_cache):
+    loaded = load_each(folder, trust_remote_code=True)
+    assert {name: outcome.split()[1] for name, outcome in loaded.items()} == CLASSES
+    assert all(outcome.startswith("tokenflex.models.") for outcome in loaded.values())
+    assert list(modules_cache.rglob(STUB))
+
+
+def test_what_was_loaded_so_is_saved_as_any_other(folder, tmp_path):
+    again = tmp_path / "again"
+    python(
+        f"""
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
+options = {{"trust_remote_code": True}}
+for auto in (AutoConfig, AutoModelForImageTextToText, AutoProcessor):
+    auto.from_pretrained({str(folder)!r}, **options).save_pretrained({str(again)!r})
+ask = pipeline("image-text-to-text", {str(folder)!r}, **options)
+assert type(ask.model).__name__ == "TokenFlexForConditionalGeneration"
+assert type(ask.processor).__name__ == "TokenFlexProcessor"
+"""
+    )
+    assert {file.name for file in again.iterdir()} == {file.name for file in folder.iterdir()}
+    for name in ("config.json", "processor_config.json"):
+        maps = [json.loads((place / name).read_text())["auto_map"] for place in (folder, again)]
+        assert maps[0] == maps[1], name
+    assert (again / STUB).read_text() == (folder / STUB).read_text()
+
+
+@pytest.mark.parametrize(
+    ("before", "options"),
+    [
+        ("import tokenflex", {}),
+        ("import transformers, tokenflex", {"trust_remote_code": True}),
+    ],
+)
+def test_a_process_that_knows_us_runs_no_code_of_the_checkpoint(
+    folder, tmp_path, before, options, modules_cache
+):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / STUB).write_text("raise RuntimeError('code of the checkpoint was run')")
+    loaded = load_each(broken, before, **options)
+    assert {name: outcome.split()[1] for name, outcome in loaded.items()} == CLASSES
+    assert not modules_cache.exists()
+
+
+def test_loading_here_neither_asks_nor_warns(folder, recwarn, monkeypatch, modules_cache):
+    def ask(_):
+        raise AssertionError("asked for trust_remote_code")
+
+    monkeypatch.setattr("builtins.input", ask)
+    for auto, name in CLASSES.items():
+        for options in ({}, {"trust_remote_code": True}):
+            loaded = getattr(transformers, auto).from_pretrained(folder, **options)
+            assert type(loaded).__name__ == name
+    pipeline("image-text-to-text", model=str(folder))
+    assert not [warning for warning in recwarn if "FutureWarning" not in str(warning)]
+    assert not modules_cache.exists()
+
+
+@pytest.mark.parametrize("kind", ["model", "configuration", "processor"])
+def test_whatever_is_saved_brings_the_map_and_its_module(tmp_path, kind):
+    if kind == "model":
+        tiny_model().save_pretrained(tmp_path)
+    elif kind == "configuration":
+        tiny_config().save_pretrained(tmp_path)
+    else:
+        digits_processor(4).save_pretrained(tmp_path)
+    file = "processor_config.json" if kind == "processor" else "config.json"
+    expected = {auto: f"{STUB.removesuffix('.py')}.{name}" for auto, name in CLASSES.items()}
+    if kind == "processor":
+        expected = {"AutoProcessor": expected["AutoProcessor"]}
+    assert json.loads((tmp_path / file).read_text())["auto_map"] == expected
+    names: dict = {}
+    exec((tmp_path / STUB).read_text(), names)
+    for reference in expected.values():
+        assert names[reference.split(".")[1]].__module__.startswith("tokenflex.models.")
+
+
+def test_checkpoints_saved_without_a_map_still_load(folder, tmp_path):
+    older = tmp_path / "older"
+    shutil.copytree(folder, older)
+    (older / STUB).unlink()
+    for file in ("config.json", "processor_config.json"):
+        values = json.loads((older / file).read_text())
+        del values["auto_map"]
+        (older / file).write_text(json.dumps(values))
+    generation = json.loads((older / "generation_config.json").read_text())
+    del generation["suppress_tokens"]
+    (older / "generation_config.json").write_text(json.dumps(generation))
+    assert type(AutoConfig.from_pretrained(older)) is tokenflex.TokenFlexConfig
+    assert type(AutoModel.from_pretrained(older)) is TokenFlexModel
+    model = AutoModelForImageTextToText.from_pretrained(older)
+    assert type(model) is tokenflex.TokenFlexForConditionalGeneration
+    assert type(AutoProcessor.from_pretrained(older)) is tokenflex.TokenFlexProcessor
+
+
+def test_an_architecture_is_found_by_its_name_on_the_package():
+    architecture = "TokenFlexForConditionalGeneration"
+    assert getattr(transformers, architecture) is tokenflex.TokenFlexForConditionalGeneration
+    assert transformers.TokenFlexModel is TokenFlexModel
+    assert transformers.TokenFlexConfig is tokenflex.TokenFlexConfig
+    assert transformers.TokenFlexProcessor is tokenflex.TokenFlexProcessor
+    assert not hasattr(transformers, "TokenFlexForNothing")
+    assert not hasattr(transformers.models, architecture)
+    assert MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["tokenflex"] == architecture
+
+
+def test_names_on_the_package_load_nothing_before_they_are_used():
+    """Some libraries hold the package that transformers replaced by a second one."""
+    python(
+        """
+import sys
+import transformers
+import tokenflex
+held = transformers
+assert "torch" not in sys.modules
+from transformers import LlamaForCausalLM
+for package in (held, transformers, sys.modules["transformers"]):
+    assert package.TokenFlexForConditionalGeneration.__module__ == "tokenflex.models.modeling"
+assert LlamaForCausalLM.__name__ == "LlamaForCausalLM"
+"""
+    )
