@@ -370,7 +370,7 @@ def test_yaml_that_would_exhaust_the_machine_is_one_short_error(tmp_path, text):
 def test_a_large_value_is_not_printed(tmp_path):
     for value in (["x"] * 1000, "x" * 10_000, {"k" * 1000: 1}):
         for key in ("seed", "model.pooling", "stages", "mode"):
-            assert len(error_of(tmp_path, changed(key, value))) < 1000
+            assert len(error_of(tmp_path, changed(key, value))) < 5000
 
 
 def test_references_that_stay_small_are_read(tmp_path):

@@ -268,7 +268,12 @@ def test_evaluation_leaves_out_and_names_broken_samples(tmp_path):
 
 
 def test_processes_of_which_one_can_ask_nothing_report_together():
-    one = {"accuracy": {"4": 0.5}, "accuracy_by_kind": {"x": {"4": 0.5}}, "questions": {"x": 2}}
+    one = {
+        "accuracy": {"4": 0.5},
+        "accuracy_by_kind": {"x": {"4": 0.5}},
+        "questions": {"x": 2},
+        "image_backend": "pil",
+    }
     broken = [{"index": 3, "reason": "cut off"}, {"index": 1, "reason": "no JSON"}]
     together = merged([{"broken_samples": broken}, {**one, "broken_samples": broken[:1]}])
     assert together == {**one, "broken_samples": broken[::-1]}

@@ -14,6 +14,7 @@ M = TypeVar("M", bound=BaseModel)
 
 MAX_VALUES = 100_000
 REASON_LENGTH = 500  # characters of an error
+MOST_MISTAKES = 50  # that an error names one by one
 
 
 class Strict(BaseModel):
@@ -120,7 +121,10 @@ def read_yaml(path: str | Path, model: type[M]) -> M:
 
 
 def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
-    return "; ".join(_message(problem, model) for problem in error.errors())
+    mistakes = [_message(problem, model) for problem in error.errors()]
+    if len(mistakes) > MOST_MISTAKES:
+        mistakes[MOST_MISTAKES:] = [f"and {len(mistakes) - MOST_MISTAKES} more"]
+    return "; ".join(mistakes)
 
 
 def _message(problem: Any, model: type[BaseModel]) -> str:
