@@ -195,7 +195,7 @@ def test_a_file_without_a_good_record_is_an_error_at_once(tmp_path, make):
 
 
 def test_a_list_that_is_cut_off_is_an_error_at_once(tmp_path):
-    """What is missing cannot be counted."""
+    """The records behind the cut would be lost without a word."""
     content = json.dumps([GOOD] * 5)
     for length in (*range(1, len(content) - 1, 7), len(content) - 1):
         (tmp_path / "data.json").write_text(content[:length])

@@ -349,7 +349,7 @@ def test_tasks_of_ones_own_are_found_on_the_include_path(checkpoint, tmp_path, c
 
 
 class Unfamiliar(Exception):
-    """What a library may raise, and no list of exceptions foresees."""
+    """An exception of a library that no list of exceptions foresees."""
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def modules_cache(tmp_path, monkeypatch) -> Path:
-    """Where transformers copies the code of checkpoints."""
+    """The folder that transformers copies the code of checkpoints to."""
     cache = tmp_path / "modules"
     monkeypatch.setenv("HF_MODULES_CACHE", str(cache))
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(cache))

@@ -1,4 +1,4 @@
-"""What a call returns, and takes, is what transformers' own models return and take."""
+"""A call takes and returns the same as that of transformers' own models."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def test_only_states_of_a_run_are_removed(tmp_path):
 
 
 def test_other_processes_hear_of_any_error_of_the_first(monkeypatch):
-    """What only the first one can mend keeps its kind there and is another's stop elsewhere."""
+    """An error of the main process keeps its type there; the others stop with one of their own."""
     sent = []
     monkeypatch.setattr(states, "broadcast_object_list", lambda shared: sent.append([*shared]))
 

@@ -95,7 +95,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _is_ours(error: ImportError) -> bool:
-    """Whether a module of ours is missing, or a name in one."""
+    """Return whether a module of this package is missing, or a name in one."""
     return (error.name or "").partition(".")[0] in ("tokenflex", "tokenflex_kernels")
 
 

@@ -195,7 +195,7 @@ _BLANK = re.compile(r"[ \t\r\n]*")
 
 
 class _NoListError(ValueError):
-    """What begins like a JSON list goes on behind it."""
+    """A file that begins with a JSON list and continues behind it."""
 
 
 def first_byte(file: BinaryIO) -> bytes:
@@ -275,7 +275,7 @@ def _after_blank(text: str, start: int) -> int:
 
 
 def _end_of_element(text: str, start: int) -> int:
-    """Where the comma or bracket behind the element at ``start`` stands; the length if nowhere."""
+    """Find the comma or bracket behind the element at ``start``; the length if there is none."""
     depth = 0
     for token in _TOKEN.finditer(text, start):
         symbol = token[0]

@@ -77,7 +77,7 @@ class Mixture:
         return self.parts[part][inner]
 
     def where(self, index: int) -> str:
-        """What the part calls its sample."""
+        """Return the part's name for the sample."""
         part, inner = self._places.place_of(index)
         return where_of(self.parts[part], inner)
 

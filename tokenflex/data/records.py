@@ -44,7 +44,7 @@ PLACEHOLDERS = (
     "<image_soft_token>",
     "<audio_soft_token>",
 )
-"""What other models' processors write where a picture stands. Only ``<image>`` means that here."""
+"""Placeholders of other models' processors. Only ``<image>`` stands for a picture here."""
 
 _FILE = re.compile(
     r"\.(avif|bmp|gif|hei[cf]|jp2|jpe?g|png|ppm|svg|tiff?|webp"
@@ -115,7 +115,7 @@ def _checked_text(text: str, where: str) -> str:
 
 
 def _pictures(record: dict[str, Any], where: str) -> list[Any]:
-    """What the record names under one of :data:`PICTURE_KEYS`."""
+    """Return what the record names under one of :data:`PICTURE_KEYS`."""
     _refuse_unread(record, where)
     named = {key: record[key] for key in PICTURE_KEYS if not _is_empty(record.get(key))}
     if not named:

@@ -77,7 +77,7 @@ class PreparedSample:
 
 @dataclass(frozen=True)
 class PreparedBatch:
-    """What the encoder takes, the questions about it, and the samples that were left out."""
+    """The encoder's inputs, the questions about them, and the samples that were left out."""
 
     pixel_values: torch.Tensor
     grids: list[Grid] | None

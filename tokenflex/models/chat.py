@@ -43,7 +43,7 @@ class Chat:
 
     @property
     def num_placeholders(self) -> int:
-        """How many placeholders the rendered conversation must hold."""
+        """The number of placeholders that the rendered conversation must hold."""
         return len(self.images) + len(self.parts_without_image) + self.written
 
 

@@ -50,11 +50,11 @@ class Share:
         return -(self.size // -self.num_ranks)
 
     def where(self, index: int) -> str:
-        """What the data set calls the sample."""
+        """Return the data set's name for the sample."""
         return where_of(self.dataset, self.place_of(index))
 
     def place_of(self, index: int) -> int:
-        """Where the sample at ``index`` stands in the data set; the last one for a stand-in."""
+        """Return the data set's index of the sample at ``index``; the last one for a stand-in."""
         return min(index * self.num_ranks + self.rank, self.size - 1)
 
     def __getitem__(self, index: int) -> Sample:
@@ -191,7 +191,7 @@ class Evaluator:
 
 
 def interrupted_anywhere(accelerator: Accelerator, interruption: Interruption) -> bool:
-    """Whether a signal came to any process: all stop at the same place.
+    """Return whether a signal came to any process, so that all stop at the same place.
 
     Raises:
         AgreedStop: another process has stopped.

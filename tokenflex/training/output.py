@@ -189,7 +189,7 @@ def finished_report(config: TrainConfig, fingerprint: str) -> dict[str, Any] | N
 
 
 def _is_last(line: dict[str, Any], config: TrainConfig) -> bool:
-    """Whether a line of the metrics is that of the run's last step."""
+    """Return whether a line of the metrics is that of the run's last step."""
     stage = config.stages[-1]
     done = line.get("step" if stage.tokens is None else "stage_tokens", 0)
     return line.get("stage") == len(config.stages) - 1 and done >= stage.budget
