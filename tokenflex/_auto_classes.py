@@ -94,5 +94,5 @@ def register_with_transformers() -> None:
     """Register now with what transformers has loaded, and later with what it has not."""
     sys.meta_path.insert(0, _RegisterAfterImport())
     for registry in (PACKAGE, *_REGISTRARS):
-        if registry in sys.modules:
+        if sys.modules.get(registry) is not None:  # None is how tests say "not installed"
             _register(registry)

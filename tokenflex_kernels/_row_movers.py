@@ -15,9 +15,10 @@ saved. A gradient is a row mover again, or the sum of table rows:
     merge_vision      keep_text      (vision rows become zero)         unpack_vision
     unpack_vision     spread_vision  (text rows become zero)
 
-Each gradient is linear in turn, so that ``torch.func`` may nest its transforms; plain autograd
-refuses a second derivative. Under ``torch.vmap`` a mover runs once for the whole batch, on wider
-rows: it looks at row numbers alone, so what the examples hold lies side by side in one row.
+Each gradient is linear in turn, and a mover or a table gradient is its own gradient. So there are
+derivatives of any order; of the sparse table gradient there are first ones only. Under
+``torch.vmap`` a mover runs once for the whole batch, on wider rows: it looks at row numbers alone,
+so the rows of all examples stand side by side in one row.
 
 ``tokenflex_kernels.packing`` checks arguments and says which are wrong. An op that is called on its
 own looks at dtypes, widths and strides alone, so that it reads what its tensors hold; row numbers
@@ -43,7 +44,6 @@ from tokenflex_kernels._library import (
     batch,
     below_autograd,
     define,
-    differentiable_once,
     differentiate_linear,
     refuse_derivatives,
     side_by_side,
@@ -228,7 +228,6 @@ class _PackEmbeddings(torch.autograd.Function):
             return pack_embeddings(embedding, vision, source, vision_rows)
 
     @staticmethod
-    @differentiable_once
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         source, vision_rows = ctx.saved_tensors
         needs_embedding, needs_vision, *_ = ctx.needs_input_grad
@@ -260,7 +259,6 @@ class _MergeVision(torch.autograd.Function):
         return merged, source
 
     @staticmethod
-    @differentiable_once
     def backward(ctx: Any, grad: torch.Tensor, _: Any) -> Gradients:
         source, vision_rows = ctx.saved_tensors
         needs_inputs, needs_vision, *_ = ctx.needs_input_grad
@@ -283,7 +281,6 @@ class _UnpackVision(torch.autograd.Function):
             return unpack_vision(packed, source, vision_rows)
 
     @staticmethod
-    @differentiable_once
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         (source,) = ctx.saved_tensors
         return spread_vision(grad, source), None, None

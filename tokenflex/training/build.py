@@ -188,6 +188,8 @@ def build_model(
         return _ending_answers(_started_model(config, processor, counts), processor.tokenizer)
     vision, vision_config = _build_vision(config.vision)
     language_model = _build_language_model(config.text)
+    if len(processor.tokenizer) > language_model.config.vocab_size:
+        language_model.resize_token_embeddings(len(processor.tokenizer))
     model_config = TokenFlexConfig(
         vision_config=vision_config,
         text_config=language_model.config,
@@ -200,8 +202,6 @@ def build_model(
         trained_num_image_tokens=sorted(counts, key=token_grid) or None,
     )
     model = TokenFlexForConditionalGeneration.from_parts(model_config, vision, language_model)
-    if len(processor.tokenizer) > language_model.config.vocab_size:
-        model.resize_token_embeddings(len(processor.tokenizer))
     return _ending_answers(model, processor.tokenizer)
 
 
