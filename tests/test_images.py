@@ -13,6 +13,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -35,6 +36,11 @@ def encoded(image, format="PNG", **options):
     file = BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 # ---------------------------------------------------------------------- transparency
@@ -66,7 +72,7 @@ def test_a_half_transparent_pixel_is_mixed_with_white():
     assert pixels(Image.new("RGBA", (1, 1), (0, 100, 200, 128))).ravel().tolist() == [127, 177, 227]
 
 
-@pytest.mark.parametrize(("mode", "color"), [("RGB", (9, 8, 7)), ("L", 5), ("1", 0)])
+@pytest.mark.parametrize(("mode", "color"), [("RGB", (9, 8, 7)), ("L", 5), ("1", 0), ("1", 255)])
 def test_a_color_that_a_png_declares_transparent_is_white(mode, color):
     image = Image.new(mode, (4, 4), color)
     assert (pixels(encoded(image, transparency=color)) == 255).all()
@@ -75,6 +81,42 @@ def test_a_color_that_a_png_declares_transparent_is_white(mode, color):
 def test_a_sixteen_bit_gray_that_a_png_declares_transparent_is_white():
     image = Image.fromarray(np.full((4, 4), 700, np.uint16))
     assert (pixels(encoded(image, transparency=700)) == 255).all()
+
+
+def png(row: bytes, *, width: int, depth: int, color: int, transparent: bytes) -> bytes:
+    """A PNG of one row, of depths and colors that Pillow does not write."""
+    head = struct.pack(">IIBBBBB", width, 1, depth, color, 0, 0, 0)
+    parts = [(b"IHDR", head), (b"tRNS", transparent), (b"IDAT", zlib.compress(b"\0" + row))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in [*parts, (b"IEND", b"")])
+
+
+@pytest.mark.parametrize(
+    ("row", "shape", "transparent", "levels"),
+    [
+        (b"\x1b", {"width": 4, "depth": 2, "color": 0}, (1,), [0, 255, 170, 255]),
+        (b"\x01\x2f", {"width": 4, "depth": 4, "color": 0}, (1,), [0, 255, 34, 255]),
+        (
+            struct.pack(">6H", *[0x0102] * 3, *[0x0202] * 3),
+            {"width": 2, "depth": 16, "color": 2},
+            (0x0102,) * 3,
+            [255, 2],
+        ),
+    ],
+    ids=["2 bits", "4 bits", "16-bit color"],
+)
+def test_a_transparent_color_is_compared_at_the_depth_of_the_pixels(
+    row, shape, transparent, levels
+):
+    content = png(row, **shape, transparent=struct.pack(f">{len(transparent)}H", *transparent))
+    for _ in range(2):
+        assert pixels(content)[0, :, 0].tolist() == levels
+
+
+def test_premultiplied_gray_is_read_as_gray_with_alpha():
+    image = Image.fromarray(noise(channels=2))
+    for mode, source in (("La", image), ("RGBa", image.convert("RGBA"))):
+        difference = pixels(source.convert(mode)).astype(int) - pixels(source)
+        assert abs(difference).max() <= 2
 
 
 # ---------------------------------------------------------------------- orientation
@@ -106,11 +148,7 @@ def test_exif_turns_the_pixels_and_the_size(tmp_path, format, orientation):
 def png_with(late: list[tuple[bytes, bytes]]) -> bytes:
     """A PNG with chunks between its pixels and its end."""
     content = encoded(Image.fromarray(noise()))
-    chunks = b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in late
-    )
-    return content[:-12] + chunks + content[-12:]
+    return content[:-12] + b"".join(chunk(*one) for one in late) + content[-12:]
 
 
 def test_an_orientation_behind_the_pixels_of_a_png_turns_the_size_as_well():
@@ -281,6 +319,16 @@ def test_a_url_that_cannot_be_read_is_named_without_its_query(url, monkeypatch):
         load_image(url("a.png"))
 
 
+def test_no_more_of_a_url_is_read_than_the_bound(monkeypatch):
+    response = MagicMock()
+    response.__enter__.return_value.read.side_effect = lambda length: bytes(length)
+    monkeypatch.setattr(images, "urlopen", lambda *arguments, **options: response)
+    monkeypatch.setattr(images, "MAX_DOWNLOAD", 20)
+    with pytest.raises(ValueError, match="more than 20 bytes"):
+        load_image("http://127.0.0.1/a.png")
+    response.__enter__.return_value.read.assert_called_once_with(21)
+
+
 PAYLOAD = base64.b64encode(noise(40, 40).tobytes()).decode()
 
 
@@ -291,6 +339,9 @@ PAYLOAD = base64.b64encode(noise(40, 40).tobytes()).decode()
         (Path("no/such.png"), FileNotFoundError, r"no/such\.png does not exist"),
         (PAYLOAD, ValueError, "Pillow finds no picture"),
         (PAYLOAD + "*", ValueError, f"got a text of {len(PAYLOAD) + 1} characters"),
+        (PAYLOAD[:97], ValueError, "got a text of 97 characters"),
+        (PAYLOAD[:255].replace("+", "-"), ValueError, "got a text of 255 characters"),
+        (Path(PAYLOAD[:3000]), FileNotFoundError, "a text of .* characters does not exist"),
         ("data:image/png;base64," + PAYLOAD, ValueError, "Pillow finds no picture"),
         ("data:image/png," + PAYLOAD, ValueError, "data URL in base64"),
         ("data:image/png;base64,%%" + PAYLOAD, ValueError, "not base64"),
@@ -305,7 +356,7 @@ PAYLOAD = base64.b64encode(noise(40, 40).tobytes()).decode()
         (np.array([["a"]]), ValueError, "integers or floats"),
         (np.zeros((2, 2), complex), ValueError, "integers or floats"),
     ],
-    ids=range(17),
+    ids=range(20),
 )
 def test_a_refusal_says_what_was_expected_and_never_prints_the_payload(source, error, words):
     with pytest.raises(error, match=words) as info:

@@ -5,7 +5,8 @@ a model is asked about the pixels that it was trained on:
 
 * the first frame, turned as the EXIF orientation says;
 * transparent pixels laid over white;
-* 8 bits a channel: unsigned 16-bit values are divided by 257, and floats in 0..1 multiplied by 255.
+* 8 bits a channel: unsigned 16-bit values are divided by 257, and floats in 0..1 multiplied by 255
+  (of 16-bit color files Pillow keeps the high byte).
   Other integers and floats are kept where they lie in 0..255, divided by 257 where they lie in
   0..65535, and otherwise stretched from their smallest value to their largest.
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from http.client import HTTPException
@@ -35,7 +36,10 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP
 """Pillow's names of the formats that are decoded, where Pillow was built with them."""
 
 MAX_PIXELS = 89_478_485
-"""Pixels of a picture at most, unless ``TOKENFLEX_MAX_PIXELS`` says otherwise: 256 MiB as RGB."""
+"""Pixels of a picture at most, unless ``TOKENFLEX_MAX_PIXELS`` says otherwise.
+
+As RGB they are 256 MiB; reading them takes up to 1.4 GiB for a moment.
+"""
 
 MAX_DOWNLOAD = 256 * 2**20
 """Bytes that are read from a URL at most."""
@@ -56,6 +60,9 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> the turn that makes the picture upright."""
+
+_GRAY_STEPS = {"L;2": 85, "L;4": 17}
+"""Pillow's name of a depth of gray -> 8-bit levels from one value to the next."""
 
 _CHANNELS = (1, 2, 3, 4)
 
@@ -178,9 +185,9 @@ def _readable(name: str) -> Iterator[None]:
 def _opened(file: Path | BinaryIO, name: str | None) -> Iterator[Image.Image]:
     """Open a picture, of which only the head is read."""
     if isinstance(file, Path):
-        name = name or f"image file {file}"
-        if not file.is_file():
-            problem = "is not a file" if file.exists() else "does not exist"
+        name = name or f"image file {_shown(str(file))}"
+        if not _exists(file):
+            problem = "is not a file" if _exists(file, Path.exists) else "does not exist"
             raise FileNotFoundError(f"{name} {problem}")
     limit = max_pixels()
     if Image.MAX_IMAGE_PIXELS is not None and limit > max(MAX_PIXELS, Image.MAX_IMAGE_PIXELS):
@@ -236,22 +243,35 @@ def _from_text(source: str, name: str) -> Image.Image:
         if not comma or not head.endswith(";base64"):
             raise ValueError(f"{name} must be a data URL in base64, got one without ';base64,'")
         return open_image(BytesIO(_from_base64(payload, name)), name)
-    try:
-        is_file = Path(source).is_file()
-    except (OSError, ValueError):  # too long for a path, or with a null byte
-        is_file = False
-    if is_file:
+    if _exists(Path(source)):
         return open_image(Path(source))
     try:
         content = _from_base64(source, name)
     except ValueError:
-        if len(source) <= 256 and source.isprintable():
+        if _is_path(source):
             raise FileNotFoundError(f"image file {source} does not exist") from None
         raise ValueError(
-            f"{name} must be an existing file, a URL or base64 text, got a text of {len(source)} "
-            "characters"
+            f"{name} must be an existing file, a URL or base64 text, got {_shown(source)}"
         ) from None
     return open_image(BytesIO(content), name)
+
+
+def _exists(path: Path, look: Callable[[Path], bool] = Path.is_file) -> bool:
+    try:
+        return look(path)
+    except (OSError, ValueError):  # too long for a path, or with a null byte
+        return False
+
+
+def _is_path(text: str) -> bool:
+    """Return whether a text is a file's path by its looks: short, with a suffix."""
+    suffix = text.rpartition(".")[2]
+    return len(text) <= 256 and text.isprintable() and suffix.isalnum() and len(suffix) <= 5
+
+
+def _shown(text: str) -> str:
+    """Quote a text that looks like a path; others may be an image, which no error quotes."""
+    return text if _is_path(text) else f"a text of {len(text)} characters"
 
 
 def _from_base64(text: str, name: str) -> bytes:
@@ -282,6 +302,7 @@ def _download(url: str, name: str) -> bytes:
 def _decode(image: Image.Image) -> Image.Image:
     """Convert to upright, opaque, 8-bit RGB; the image itself if it is that already."""
     _check_pixels(image)  # one that a caller opened may not be decoded yet
+    _scale_transparency(image)
     image.load()
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
@@ -290,7 +311,7 @@ def _decode(image: Image.Image) -> Image.Image:
             levels[values == transparent] = 255
         rgb = Image.fromarray(levels).convert("RGB")
     elif image.has_transparency_data:
-        opaque = image.convert("RGBA")
+        opaque = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         rgb = Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque).convert("RGB")
     elif type(image) is Image.Image and image.mode == "RGB":
         rgb = image
@@ -302,6 +323,18 @@ def _decode(image: Image.Image) -> Image.Image:
     if rgb is not image:
         rgb.info = {}  # an orientation that was applied must not be applied again
     return rgb
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """Bring the transparent color of a PNG to the 8 bits that Pillow brings its pixels to."""
+    transparent, tiles = image.info.get("transparency"), getattr(image, "tile", ())
+    if image.format != "PNG" or transparent is None or not tiles:
+        return
+    depth = tiles[0][3]
+    if depth in _GRAY_STEPS and isinstance(transparent, int):
+        image.info["transparency"] = transparent * _GRAY_STEPS[depth]
+    elif depth == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -350,12 +383,15 @@ def _gray_levels(values: np.ndarray) -> np.ndarray:
         raise ValueError("it holds values that are not finite")
     if values.dtype.itemsize == 2 and kind == "u":
         return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    scaled = values.astype(np.float64)
-    low, high = scaled.min(), scaled.max()
+    low, high = float(values.min()), float(values.max())
     if low < 0 or high > 65535:
-        scaled = (scaled - low) / max(high - low, np.finfo(np.float64).tiny) * 255
+        start, scale = low, 255 / max(high - low, np.finfo(np.float64).tiny)
     elif kind == "f" and high <= OVERSHOOT:
-        scaled = np.clip(scaled, 0, 1) * 255
-    elif high > 255:
-        scaled /= 257
-    return np.rint(scaled).astype(np.uint8)
+        start, scale = 0.0, 255.0
+    else:
+        start, scale = 0.0, 1 / 257 if high > 255 else 1.0
+    levels = np.empty(values.shape, np.uint8)
+    for rows in range(0, len(values), 64):  # a whole picture in float64 would take gigabytes
+        scaled = (values[rows : rows + 64] - np.float64(start)) * scale
+        levels[rows : rows + 64] = np.rint(scaled.clip(0, 255))
+    return levels
