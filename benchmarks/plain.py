@@ -1,0 +1,205 @@
+"""The projector in plain PyTorch: its shapes and random inputs, its truth, and the eager way.
+
+Shapes are SigLIP's and Qwen2.5's: 27 x 27 patches of 1152 features, 3456 hidden, 2048 or 3584 out.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.cases import Batch, Leaves
+
+SIDE = 27
+EPS = 1e-5
+BIASES = ("gate_bias", "up_bias", "down_bias")
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Features of a patch, of the hidden layer, and of a token."""
+
+    vision: int = 1152
+    hidden: int = 3456
+    text: int = 2048
+
+    @property
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the projector's weights."""
+        return {
+            "norm_weight": (self.vision,),
+            "norm_bias": (self.vision,),
+            "gate_weight": (self.hidden, self.vision),
+            "gate_bias": (self.hidden,),
+            "up_weight": (self.hidden, self.vision),
+            "up_bias": (self.hidden,),
+            "down_weight": (self.text, self.hidden),
+            "down_bias": (self.text,),
+        }
+
+
+RELEASED = Widths()
+
+
+@dataclass(frozen=True)
+class Grids:
+    """The grids of a batch's images, and what PyTorch's loop over kinds of grids needs.
+
+    Attributes:
+        inputs, outputs: One (height, width) per image.
+        groups: (grid, int64 numbers of the images that get it).
+        order: int64 [rows]: row r of the result is row ``order[r]`` of the groups' results; None
+            where there is one group, whose rows are in order.
+    """
+
+    inputs: list[Grid]
+    outputs: list[Grid]
+    groups: list[tuple[Grid, torch.Tensor]]
+    order: torch.Tensor | None
+
+
+def grids_of(out_grids: Sequence[Grid], device: str) -> Grids:
+    images: dict[Grid, list[int]] = defaultdict(list)
+    for image, grid in enumerate(out_grids):
+        images[grid].append(image)
+    rows = torch.arange(number_of_tokens(out_grids)).split([h * w for h, w in out_grids])
+    order = torch.cat([rows[i] for numbers in images.values() for i in numbers]).argsort()
+    return Grids(
+        inputs=[(SIDE, SIDE)] * len(out_grids),
+        outputs=list(out_grids),
+        groups=[(grid, torch.tensor(numbers, device=device)) for grid, numbers in images.items()],
+        order=order.to(device) if len(images) > 1 else None,
+    )
+
+
+def number_of_tokens(grids: Sequence[Grid]) -> int:
+    return sum(height * width for height, width in grids)
+
+
+def square(images: int, side: int) -> list[Grid]:
+    return [(side, side)] * images
+
+
+def mixed(tens: int) -> list[Grid]:
+    """Return 64, 144 and 256 tokens at 2 : 3 : 5 for 10 images, shuffled, ``tens`` times."""
+    return [(side, side) for side in (16, 12, 16, 8, 16, 12, 16, 8, 12, 16)] * tens
+
+
+def uniform(tens: int) -> list[Grid]:
+    """Return as many images and tokens as ``mixed``, all of one kind: 184 = 8 x 23 tokens each."""
+    return [(8, 23)] * (10 * tens)
+
+
+def random_batch(
+    shapes: dict[str, tuple[int, ...]],
+    fixed: object,
+    dtype: torch.dtype,
+    device: str,
+    seed: int,
+) -> Batch:
+    """Return normal numbers: inputs of variance 1, weights that keep it, norm weights around 1.
+
+    Args:
+        shapes: Of the leaves, and of "grad".
+        fixed: The rest of the batch.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    leaves = {}
+    for name, shape in shapes.items():
+        values = torch.randn(shape, generator=generator, device=device)
+        if name == "norm_weight":
+            values = 1 + 0.1 * values
+        elif name.endswith("weight"):
+            values = values / shape[1] ** 0.5
+        elif name.endswith("bias"):
+            values = 0.1 * values
+        leaves[name] = values.to(dtype)
+    return Batch(grad=leaves.pop("grad"), leaves=leaves, fixed=fixed)
+
+
+# ---- stages
+
+
+def pool(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Pool flat patches to flat cells. Patches lie channels-last already: nothing is copied."""
+    width = x.shape[-1]
+    images = x.view(-1, SIDE, SIDE, width).permute(0, 3, 1, 2)
+    return F.adaptive_avg_pool2d(images, grid).permute(0, 2, 3, 1).reshape(-1, width)
+
+
+def by_group(
+    x: torch.Tensor, grids: Grids, stage: Callable[[torch.Tensor, Grid], torch.Tensor]
+) -> torch.Tensor:
+    """Loop over kinds of grids, and bring the rows back into the order of the images."""
+    if grids.order is None:
+        return stage(x, grids.groups[0][0])
+    images = x.view(-1, SIDE * SIDE, x.shape[1])
+    parts = [stage(images[numbers].flatten(0, 1), grid) for grid, numbers in grids.groups]
+    return torch.cat(parts)[grids.order]
+
+
+def layer_norm(x: torch.Tensor, leaves: Leaves) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], leaves["norm_weight"], leaves["norm_bias"], EPS)
+
+
+def gate_up(x: torch.Tensor, leaves: Leaves) -> tuple[torch.Tensor, torch.Tensor]:
+    gate = F.linear(x, leaves["gate_weight"], leaves.get("gate_bias"))
+    return gate, F.linear(x, leaves["up_weight"], leaves.get("up_bias"))
+
+
+def gated(x: torch.Tensor, leaves: Leaves) -> torch.Tensor:
+    gate, up = gate_up(x, leaves)
+    return F.silu(gate) * up
+
+
+def down(product: torch.Tensor, leaves: Leaves) -> torch.Tensor:
+    return F.linear(product, leaves["down_weight"], leaves.get("down_bias"))
+
+
+# ---- ops, the eager way
+
+
+def pool_norm(leaves: Leaves, grids: Grids) -> torch.Tensor:
+    return by_group(leaves["x"], grids, lambda x, grid: layer_norm(pool(x, grid), leaves))
+
+
+def swiglu(leaves: Leaves, _: object) -> torch.Tensor:
+    return gated(leaves["x"], leaves)
+
+
+def project_tokens(leaves: Leaves, grids: Grids) -> torch.Tensor:
+    def stages(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+        return down(gated(layer_norm(pool(x, grid), leaves), leaves), leaves)
+
+    return by_group(leaves["x"], grids, stages)
+
+
+# ---- truth
+
+
+def pool_by_definition(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Let cell i of n average the patches [floor(i S / n), ceil((i + 1) S / n)) of each axis."""
+
+    def averages(cells: int) -> torch.Tensor:
+        rows = torch.zeros(cells, SIDE, dtype=torch.float64)
+        for i in range(cells):
+            start, end = i * SIDE // cells, -(-(i + 1) * SIDE // cells)
+            rows[i, start:end] = 1 / (end - start)
+        return rows.to(x)
+
+    images = x.view(-1, SIDE, SIDE, x.shape[-1])
+    cells = torch.einsum("ih,bhwc,jw->bijc", averages(grid[0]), images, averages(grid[1]))
+    return cells.reshape(-1, x.shape[-1])
+
+
+def true_pool_norm(leaves: Leaves, grids: Grids) -> torch.Tensor:
+    return layer_norm(by_group(leaves["x"], grids, pool_by_definition), leaves)
+
+
+def true_project_tokens(leaves: Leaves, grids: Grids) -> torch.Tensor:
+    return down(gated(true_pool_norm(leaves, grids), leaves), leaves)
