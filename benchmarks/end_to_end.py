@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.costs import peak_bytes
 from benchmarks.harness import SEED, Entry, Run, Work, failure_in, measure
-from benchmarks.models import Step, random_model
+from benchmarks.models import Step, fields, random_model
 from benchmarks.prompts import IMAGE
 from benchmarks.results import new_row
 from tokenflex.training.flops import training_flops
@@ -59,21 +59,17 @@ class Shape:
 
 def shape_of(run: Run) -> Shape:
     if run.device == "cpu":
-        layers, pixels, samples, prompt = (1, 32, 10, 56) if run.quick else (2, 64, 10, 56)
-        vision, text, counts = (64, 128, 4, 4), (128, 512, 4, 1_000), (16, 36, 64)
+        layers, pixels = (1, 32) if run.quick else (2, 64)
+        vision, text = fields(64, 128, layers, 4), fields(128, 512, layers, 4)
+        sizes = {"samples": 10, "prompt": 56, "counts": (16, 36, 64)}
+        patch, vocabulary = 4, 1_000
     else:
-        layers, pixels, samples, prompt = 3, 384, 20 if run.quick else 40, 220
-        vision, text, counts = (1152, 4304, 16, 14), (2048, 11_008, 16, 151_936), (64, 144, 256)
-    sizes = ("hidden_size", "intermediate_size", "num_attention_heads")
-    return Shape(
-        dict(zip((*sizes, "patch_size"), vision, strict=True))
-        | {"num_hidden_layers": layers, "image_size": pixels},
-        dict(zip((*sizes, "vocab_size"), text, strict=True))
-        | {"num_hidden_layers": layers, "num_key_value_heads": 2, "tie_word_embeddings": True},
-        samples,
-        prompt,
-        counts,
-    )
+        vision, text = fields(1152, 4304, 3, 16), fields(2048, 11_008, 3, 16)
+        sizes = {"samples": 20 if run.quick else 40, "prompt": 220, "counts": (64, 144, 256)}
+        pixels, patch, vocabulary = 384, 14, 151_936
+    vision |= {"image_size": pixels, "patch_size": patch}
+    text |= {"num_key_value_heads": 2, "vocab_size": vocabulary, "tie_word_embeddings": True}
+    return Shape(vision, text, **sizes)
 
 
 def step_of(

@@ -21,7 +21,7 @@ import torch.utils.benchmark
 
 from benchmarks.harness import SEED
 from benchmarks.machine import ROOT
-from benchmarks.models import random_model
+from benchmarks.models import fields, random_model
 from benchmarks.prompts import IMAGE
 from benchmarks.results import NewRow, Row, publish
 
@@ -29,23 +29,9 @@ TEXT_TOKENS = 32
 COUNTS = (16, 64, 144, 256, 400, 576)
 FROM_PIXELS, ENCODED = "from pixels", "images encoded before"
 
-VISION = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 384,
-    "patch_size": 16,
-}
-TEXT = {
-    "vocab_size": 151_936,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-}
+VISION = fields(768, 3072, 12, 12, image_size=384, patch_size=16)
+TEXT = fields(896, 4864, 24, 14, num_key_value_heads=2, vocab_size=151_936)
+TEXT["tie_word_embeddings"] = True
 
 
 def measure(model: Any, counts: Sequence[int], rounds: int) -> list[NewRow]:

@@ -45,7 +45,7 @@ class Run:
         begin: Is told the row that is about to be measured, so that whoever watches this process
             knows what it was busy with if it hangs or dies.
         done: (op, case, mode) that an earlier process of this suite has measured.
-        banned: Variants that hung or killed an earlier process, and how.
+        banned: Variants that hung or killed an earlier process, and the row that says how.
         dtype: Of inputs and weights.
     """
 
@@ -55,7 +55,7 @@ class Run:
     emit: Callable[[list[NewRow]], object]
     begin: Callable[[NewRow], object] = lambda row: None
     done: Collection[tuple[str, str, str]] = ()
-    banned: Mapping[str, str] = field(default_factory=dict)
+    banned: Mapping[str, NewRow] = field(default_factory=dict)
     dtype: torch.dtype = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
@@ -107,9 +107,10 @@ def measure(entries: Sequence[Entry], run: Run, seconds: float = 1.0) -> list[Ne
     clocks: dict[str, HostClock] = {}
     by_name = {f"{entry.row['case']}, {entry.row['variant']}": entry for entry in entries}
     for name, entry in by_name.items():
-        variant = entry.row["variant"]
-        if variant in run.banned:
-            entry.row["status"] = f"not run: {variant} {run.banned[variant]}"
+        if failure := run.banned.get(entry.row["variant"]):
+            where, why = f"{failure['case']}, {failure['mode']}", failure["status"]
+            here = where == f"{entry.row['case']}, {entry.row['mode']}"
+            entry.row["status"] = why if here else f"not run: {why} ({where})"
             continue
         run.begin(entry.row)
         with failure_in(entry.row, run):

@@ -32,7 +32,7 @@ import torch.utils.benchmark
 
 from benchmarks.harness import SEED
 from benchmarks.machine import ROOT
-from benchmarks.models import Step, random_model
+from benchmarks.models import Step, fields, random_model
 from benchmarks.prompts import IMAGE
 from benchmarks.results import NewRow, Row, publish
 from benchmarks.tables import table
@@ -64,36 +64,38 @@ class Shape:
 
     name: str
     counts: tuple[int, ...]
-    vision: dict[str, int]
-    text: dict[str, int]
+    vision: dict[str, Any]
+    text: dict[str, Any]
     median_text: float
 
     def answers(self, text: np.ndarray) -> np.ndarray:
         return np.maximum(1, text // 2)
 
 
-VISION = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("image_size", "patch_size"),
+def qwen(vocab_size: int, num_key_value_heads: int, *sizes: int) -> dict[str, Any]:
+    others = {"vocab_size": vocab_size, "num_key_value_heads": num_key_value_heads}
+    return fields(*sizes, **others, tie_word_embeddings=False)
+
+
+PAPER = {
+    "counts": (64, 144, 256),
+    "vision": fields(1152, 4304, 27, 16, image_size=384, patch_size=14),
+    "median_text": 150.0,
+}
+FAMILY = (
+    Shape("SigLIP-400M + Qwen2.5-7B", text=qwen(152064, 4, 3584, 18944, 28, 28), **PAPER),
+    Shape("SigLIP-400M + Qwen2.5-3B", text=qwen(151936, 2, 2048, 11008, 36, 16), **PAPER),
+    Shape("SigLIP-400M + Qwen2.5-0.5B", text=qwen(151936, 2, 896, 4864, 24, 14), **PAPER),
 )
-TEXT = (*VISION[:4], "num_key_value_heads", "vocab_size")
-
-
-def shape(name: str, counts: Sequence[int], vision: Sequence[int], text: Sequence[int]) -> Shape:
-    fields = dict(zip(TEXT, text, strict=True)) | {"tie_word_embeddings": False}
-    size = 150.0 * counts[-1] / 256
-    return Shape(name, tuple(counts), dict(zip(VISION, vision, strict=True)), fields, size)
-
-
-SIGLIP_400M = ((64, 144, 256), (1152, 4304, 27, 16, 384, 14))
-FAMILY = [
-    shape("SigLIP-400M + Qwen2.5-7B", *SIGLIP_400M, (3584, 18944, 28, 28, 4, 152064)),
-    shape("SigLIP-400M + Qwen2.5-3B", *SIGLIP_400M, (2048, 11008, 36, 16, 2, 151936)),
-    shape("SigLIP-400M + Qwen2.5-0.5B", *SIGLIP_400M, (896, 4864, 24, 14, 2, 151936)),
-]
 # A quarter of the patches, counts and text; the encoder's tile is worth about as many rows of the
 # language model, beside a quarter of the vision tokens, as in the 7B model.
-SCALED = shape("scaled", (16, 36, 64), (192, 768, 1, 3, 224, 16), (512, 1408, 2, 8, 8, 512))
+SCALED = Shape(
+    "scaled",
+    counts=(16, 36, 64),
+    vision=fields(192, 768, 1, 3, image_size=224, patch_size=16),
+    text=qwen(512, 8, 512, 1408, 2, 8),
+    median_text=37.5,
+)
 
 
 # ---- samples, and how they share a step

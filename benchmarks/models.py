@@ -15,6 +15,12 @@ from tokenflex_kernels import plan_packing
 NOTHING_TO_LEARN = -100  # the label of tokens without a loss
 
 
+def fields(width: int, hidden: int, layers: int, heads: int, **others: Any) -> dict[str, Any]:
+    """Return the fields of a configuration that the encoder and the language model both have."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return dict(zip(names, (width, hidden, layers, heads), strict=True)) | others
+
+
 def random_model(
     vision: dict[str, Any], text: dict[str, Any], device: str, dtype: torch.dtype = torch.float32
 ) -> Any:

@@ -96,11 +96,11 @@ def both_weights(leaves: Leaves) -> Leaves:
 
 
 def true_product(leaves: Leaves, _: object) -> torch.Tensor:
-    return bare_product(both_weights(leaves), _)
+    return bare_product(both_weights(leaves))
 
 
 @peer("swiglu", "bare product", prepare=both_weights, truth=true_product, modes=("forward",))
-def bare_product(leaves: Leaves, _: object) -> torch.Tensor:
+def bare_product(leaves: Leaves, _: object = None) -> torch.Tensor:
     """The product of the same FLOPs, and nothing else."""
     return leaves["x"] @ leaves["weight"].T
 
@@ -122,14 +122,14 @@ def liger_pool_norm(liger: ModuleType, leaves: Leaves, grids: Grids) -> torch.Te
 
 
 @peer("swiglu", **LIGER, modes=ONCE)
-def liger_swiglu(liger: ModuleType, leaves: Leaves, _: object) -> torch.Tensor:
+def liger_swiglu(liger: ModuleType, leaves: Leaves, _: object = None) -> torch.Tensor:
     return liger.LigerSiLUMulFunction.apply(*gate_up(leaves["x"], leaves), 1.0, 1.0)
 
 
 @peer("project_tokens", **LIGER, modes=ONCE)
 def liger_project_tokens(liger: ModuleType, leaves: Leaves, grids: Grids) -> torch.Tensor:
     pooled = liger_pool_norm(liger, leaves, grids)
-    return down(liger_swiglu(liger, {**leaves, "x": pooled}, None), leaves)
+    return down(liger_swiglu(liger, {**leaves, "x": pooled}), leaves)
 
 
 # ---- quack-kernels, in its default configurations (``tuned=False``): it would tune at run time.
@@ -147,23 +147,16 @@ def interleaved(leaves: Leaves) -> Leaves:
 # Its product is differentiable only through the down projection that follows.
 @peer("swiglu", "quack-kernels", module="quack.linear", prepare=interleaved, modes=("forward",))
 def quack_swiglu(quack: ModuleType, leaves: Leaves, _: object) -> torch.Tensor:
-    weights = (leaves["x"], leaves["gate_up_weight"], "swiglu", leaves["gate_up_bias"])
-    return quack.linear_gated_func(*weights[:3], bias=weights[3], store_preact=False, tuned=False)[
-        1
-    ]
+    arguments = (leaves["x"], leaves["gate_up_weight"], "swiglu")
+    options = {"bias": leaves["gate_up_bias"], "store_preact": False, "tuned": False}
+    return quack.linear_gated_func(*arguments, **options)[1]
 
 
 @peer("project_tokens", "quack-kernels", module="quack.mlp", prepare=interleaved)
 def quack_project_tokens(quack: ModuleType, leaves: Leaves, grids: Grids) -> torch.Tensor:
-    return quack.mlp_func(
-        plain.pool_norm(leaves, grids),
-        leaves["gate_up_weight"],
-        leaves["down_weight"],
-        "swiglu",
-        bias1=leaves["gate_up_bias"],
-        bias2=leaves["down_bias"],
-        tuned=False,
-    )
+    weights = (leaves["gate_up_weight"], leaves["down_weight"])
+    biases = {"bias1": leaves["gate_up_bias"], "bias2": leaves["down_bias"]}
+    return quack.mlp_func(plain.pool_norm(leaves, grids), *weights, "swiglu", **biases, tuned=False)
 
 
 # ---- flash-swiglu-mlp. Its backward takes an output as wide as the input only.

@@ -1,4 +1,4 @@
-"""The projector in plain PyTorch: its shapes and random inputs, its truth, and the eager way.
+"""The projector in plain PyTorch: its shapes and random inputs, the eager way, and the truth.
 
 Shapes are SigLIP's and Qwen2.5's: 27 x 27 patches of 1152 features, 3456 hidden, 2048 or 3584 out.
 """
@@ -16,34 +16,23 @@ from benchmarks.cases import Batch, Leaves
 
 SIDE = 27
 EPS = 1e-5
+WIDTHS = (1152, 3456, 2048)  # of a patch, the hidden layer, and a token
 BIASES = ("gate_bias", "up_bias", "down_bias")
 Grid = tuple[int, int]
+Shapes = dict[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class Widths:
-    """Features of a patch, of the hidden layer, and of a token."""
-
-    vision: int = 1152
-    hidden: int = 3456
-    text: int = 2048
-
-    @property
-    def weights(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the projector's weights."""
-        return {
-            "norm_weight": (self.vision,),
-            "norm_bias": (self.vision,),
-            "gate_weight": (self.hidden, self.vision),
-            "gate_bias": (self.hidden,),
-            "up_weight": (self.hidden, self.vision),
-            "up_bias": (self.hidden,),
-            "down_weight": (self.text, self.hidden),
-            "down_bias": (self.text,),
-        }
-
-
-RELEASED = Widths()
+def weight_shapes(vision: int, hidden: int, text: int) -> Shapes:
+    return {
+        "norm_weight": (vision,),
+        "norm_bias": (vision,),
+        "gate_weight": (hidden, vision),
+        "gate_bias": (hidden,),
+        "up_weight": (hidden, vision),
+        "up_bias": (hidden,),
+        "down_weight": (text, hidden),
+        "down_bias": (text,),
+    }
 
 
 @dataclass(frozen=True)
@@ -95,31 +84,30 @@ def uniform(tens: int) -> list[Grid]:
     return [(8, 23)] * (10 * tens)
 
 
-def random_batch(
-    shapes: dict[str, tuple[int, ...]],
-    fixed: object,
-    dtype: torch.dtype,
-    device: str,
-    seed: int,
-) -> Batch:
-    """Return normal numbers: inputs of variance 1, weights that keep it, norm weights around 1.
+def random_batches(shapes: Shapes, grids: Sequence[Grid] = ()) -> Callable[..., Batch]:
+    """Return a case's ``batch``: normal inputs, weights that keep their variance, norms around 1.
 
     Args:
         shapes: Of the leaves, and of "grad".
-        fixed: The rest of the batch.
+        grids: What is fixed besides.
     """
-    generator = torch.Generator(device).manual_seed(seed)
-    leaves = {}
-    for name, shape in shapes.items():
-        values = torch.randn(shape, generator=generator, device=device)
-        if name == "norm_weight":
-            values = 1 + 0.1 * values
-        elif name.endswith("weight"):
-            values = values / shape[1] ** 0.5
-        elif name.endswith("bias"):
-            values = 0.1 * values
-        leaves[name] = values.to(dtype)
-    return Batch(grad=leaves.pop("grad"), leaves=leaves, fixed=fixed)
+
+    def batch(dtype: torch.dtype, device: str, seed: int, _: Batch | None) -> Batch:
+        generator = torch.Generator(device).manual_seed(seed)
+        leaves = {}
+        for name, shape in shapes.items():
+            values = torch.randn(shape, generator=generator, device=device)
+            if name == "norm_weight":
+                values = 1 + 0.1 * values
+            elif name.endswith("weight"):
+                values = values / shape[1] ** 0.5
+            elif name.endswith("bias"):
+                values = 0.1 * values
+            leaves[name] = values.to(dtype)
+        fixed = grids_of(grids, device) if grids else None
+        return Batch(grad=leaves.pop("grad"), leaves=leaves, fixed=fixed)
+
+    return batch
 
 
 # ---- stages
@@ -130,6 +118,21 @@ def pool(x: torch.Tensor, grid: Grid) -> torch.Tensor:
     width = x.shape[-1]
     images = x.view(-1, SIDE, SIDE, width).permute(0, 3, 1, 2)
     return F.adaptive_avg_pool2d(images, grid).permute(0, 2, 3, 1).reshape(-1, width)
+
+
+def pool_by_definition(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Let cell i of n average the patches [floor(i S / n), ceil((i + 1) S / n)) of each axis."""
+
+    def averages(cells: int) -> torch.Tensor:
+        rows = torch.zeros(cells, SIDE, dtype=torch.float64)
+        for i in range(cells):
+            start, end = i * SIDE // cells, -(-(i + 1) * SIDE // cells)
+            rows[i, start:end] = 1 / (end - start)
+        return rows.to(x)
+
+    images = x.view(-1, SIDE, SIDE, x.shape[-1])
+    cells = torch.einsum("ih,bhwc,jw->bijc", averages(grid[0]), images, averages(grid[1]))
+    return cells.reshape(-1, x.shape[-1])
 
 
 def by_group(
@@ -152,54 +155,24 @@ def gate_up(x: torch.Tensor, leaves: Leaves) -> tuple[torch.Tensor, torch.Tensor
     return gate, F.linear(x, leaves["up_weight"], leaves.get("up_bias"))
 
 
-def gated(x: torch.Tensor, leaves: Leaves) -> torch.Tensor:
-    gate, up = gate_up(x, leaves)
-    return F.silu(gate) * up
-
-
 def down(product: torch.Tensor, leaves: Leaves) -> torch.Tensor:
     return F.linear(product, leaves["down_weight"], leaves.get("down_bias"))
 
 
-# ---- ops, the eager way
+# ---- ops: eager, and true with ``pool=pool_by_definition`` in float64
 
 
-def pool_norm(leaves: Leaves, grids: Grids) -> torch.Tensor:
+def pool_norm(leaves: Leaves, grids: Grids, pool: Callable = pool) -> torch.Tensor:
     return by_group(leaves["x"], grids, lambda x, grid: layer_norm(pool(x, grid), leaves))
 
 
-def swiglu(leaves: Leaves, _: object) -> torch.Tensor:
-    return gated(leaves["x"], leaves)
+def swiglu(leaves: Leaves, _: object = None) -> torch.Tensor:
+    gate, up = gate_up(leaves["x"], leaves)
+    return F.silu(gate) * up
 
 
-def project_tokens(leaves: Leaves, grids: Grids) -> torch.Tensor:
+def project_tokens(leaves: Leaves, grids: Grids, pool: Callable = pool) -> torch.Tensor:
     def stages(x: torch.Tensor, grid: Grid) -> torch.Tensor:
-        return down(gated(layer_norm(pool(x, grid), leaves), leaves), leaves)
+        return down(swiglu({**leaves, "x": layer_norm(pool(x, grid), leaves)}), leaves)
 
     return by_group(leaves["x"], grids, stages)
-
-
-# ---- truth
-
-
-def pool_by_definition(x: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Let cell i of n average the patches [floor(i S / n), ceil((i + 1) S / n)) of each axis."""
-
-    def averages(cells: int) -> torch.Tensor:
-        rows = torch.zeros(cells, SIDE, dtype=torch.float64)
-        for i in range(cells):
-            start, end = i * SIDE // cells, -(-(i + 1) * SIDE // cells)
-            rows[i, start:end] = 1 / (end - start)
-        return rows.to(x)
-
-    images = x.view(-1, SIDE, SIDE, x.shape[-1])
-    cells = torch.einsum("ih,bhwc,jw->bijc", averages(grid[0]), images, averages(grid[1]))
-    return cells.reshape(-1, x.shape[-1])
-
-
-def true_pool_norm(leaves: Leaves, grids: Grids) -> torch.Tensor:
-    return layer_norm(by_group(leaves["x"], grids, pool_by_definition), leaves)
-
-
-def true_project_tokens(leaves: Leaves, grids: Grids) -> torch.Tensor:
-    return down(gated(true_pool_norm(leaves, grids), leaves), leaves)

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from benchmarks.results import OURS, WALL_CLOCK, Comparison, Row, comparisons
+from benchmarks.results import OURS, WALL_CLOCK, Comparison, Results, Row, comparisons
 
 OUR_COLOUR, GREY = "#1f4e79", "#b0b0b0"
 OUR_COLOURS = (OUR_COLOUR, "#5b8db8", "#9dbfdb")
@@ -189,29 +189,21 @@ def memory(rows: Sequence[Row]) -> Figure | None:
 
 def mixed_counts(rows: Sequence[Row]) -> Figure | None:
     """A batch of 64, 144 and 256 tokens against one of as many images and tokens, all alike."""
-    groups = []
-    for op in ("pool_norm", "project_tokens"):
-        for mode in ("forward", "forward+backward"):
-            by_case = {(row["case"], row["variant"]): row for row in of(rows, op, mode)}
-            for (case, variant), row in by_case.items():
-                uniform = by_case.get((case.replace("mixed", "uniform"), variant))
-                if case.endswith("mixed") and uniform:
-                    groups.append((f"{TITLES[op]}, {mode}: {label(row)}", uniform, row))
-    if not groups:
+    names, shares, texts = [], [], []
+    for row in rows:
+        uniform = Results(rows).beside(row, case=row["case"].replace("mixed", "uniform"))
+        if row["mode"] == "backward" or not row["case"].endswith("mixed") or not uniform:
+            continue
+        for batch, kind in ((uniform, "uniform"), (row, "mixed")):
+            names.append(f"{TITLES[row['op']]}, {row['mode']}: {label(row)}, {kind}")
+            shares.append(float(batch["p50_us"]) / float(uniform["p50_us"]))
+            texts.append(f"{float(batch['p50_us']) / 1000:.3g} ms")
+    if not names:
         return None
-    figure, axes = plt.subplots(figsize=(10, 0.62 * len(groups) + 1.6), layout="constrained")
-    for at, (_, uniform, mixed) in enumerate(groups):
-        for offset, row, colour in ((0.19, uniform, GREY), (-0.19, mixed, OUR_COLOUR)):
-            share = float(row["p50_us"]) / float(uniform["p50_us"])
-            axes.barh(offset - at, share, height=0.36, color=colour)
-            note(axes, f"{float(row['p50_us']) / 1000:.3g} ms", (share, offset - at))
-    axes.set_yticks([-at for at in range(len(groups))], [group[0] for group in groups], fontsize=8)
-    axes.set_xlabel(
-        "time over that of the uniform batch (grey); the mixed batch has as many images and tokens",
-        fontsize=9,
-    )
-    axes.margins(x=0.1)
-    tidy(axes)
+    figure, axes = plt.subplots(figsize=(10, 0.31 * len(names) + 1.6), layout="constrained")
+    bars(axes, names, shares, [name.endswith("mixed") for name in names], texts)
+    text = "time over that of the uniform batch, which has as many images and tokens"
+    axes.set_xlabel(text, fontsize=9)
     return figure
 
 
@@ -255,10 +247,17 @@ def label(row: Row) -> str:
 # ---- drawing
 
 
-def bars(axes: Axes, names: Sequence[str], values: Sequence[float], ours: Sequence[bool]) -> None:
+def bars(
+    axes: Axes,
+    names: Sequence[str],
+    values: Sequence[float],
+    ours: Sequence[bool],
+    texts: Sequence[str] | None = None,
+) -> None:
+    """Draw a bar for each name, ours in our colour, and write its value beside it."""
     for at, value in enumerate(values):
         axes.barh(-at, value, color=OUR_COLOUR if ours[at] else GREY, height=0.66)
-        note(axes, f"{value:.4g}", (value, -at))
+        note(axes, texts[at] if texts else f"{value:.4g}", (value, -at))
     axes.set_yticks([-at for at in range(len(names))], names, fontsize=8)
     axes.margins(x=0.16)
     tidy(axes)

@@ -3,50 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
 from benchmarks import plain
-from benchmarks.cases import Batch, Case, Leaves, Variant, run_cases, work_by_mode
+from benchmarks.cases import Case, Leaves, Variant, run_cases, work_by_mode
 from benchmarks.harness import Run, Work
 from benchmarks.peers import fast, load_peers
-from benchmarks.plain import Grid, Grids, Widths, mixed, square, uniform
+from benchmarks.plain import Grid, Grids, mixed, square, uniform
 from tokenflex_kernels import pool_norm
 
 
 def ours(leaves: Leaves, grids: Grids) -> torch.Tensor:
-    return pool_norm(
-        leaves["x"],
-        grids.inputs,
-        grids.outputs,
-        weight=leaves["norm_weight"],
-        bias=leaves["norm_bias"],
-        eps=plain.EPS,
-    )
+    norm = {"weight": leaves["norm_weight"], "bias": leaves["norm_bias"], "eps": plain.EPS}
+    return pool_norm(leaves["x"], grids.inputs, grids.outputs, **norm)
 
 
 def case(
-    name: str, grids: Sequence[Grid], peers: Sequence[Variant], widths: Widths = plain.RELEASED
+    name: str, grids: Sequence[Grid], peers: Sequence[Variant], width: int = plain.WIDTHS[0]
 ) -> Case:
     tokens, patches = plain.number_of_tokens(grids), len(grids) * plain.SIDE**2
-    shapes = {"x": (patches, widths.vision), "grad": (tokens, widths.vision)}
-    shapes |= {name: widths.weights[name] for name in ("norm_weight", "norm_bias")}
-
-    def batch(dtype: torch.dtype, device: str, seed: int, _: Batch | None) -> Batch:
-        return plain.random_batch(shapes, plain.grids_of(grids, device), dtype, device, seed)
 
     def work(itemsize: int) -> dict[str, Work]:
         # Forward reads patches and writes tokens; backward reads the tokens' gradient and the
         # normalised rows, and writes the patches' gradient.
-        row = widths.vision * itemsize
+        row = width * itemsize
         return work_by_mode(Work((patches + tokens) * row), Work((patches + 2 * tokens) * row))
 
-    variants = [Variant("tokenflex", ours, ours=True), *peers]
-    return Case("pool_norm", name, tokens, batch, plain.true_pool_norm, variants, work)
+    shapes = {"x": (patches, width), "grad": (tokens, width)}
+    shapes |= {"norm_weight": (width,), "norm_bias": (width,)}
+    return Case(
+        op="pool_norm",
+        name=name,
+        tokens=tokens,
+        batch=plain.random_batches(shapes, grids),
+        truth=partial(plain.pool_norm, pool=plain.pool_by_definition),
+        variants=[Variant("tokenflex", ours, ours=True), *peers],
+        work=work,
+    )
 
 
 def cases(run: Run, peers: Sequence[Variant]) -> Iterator[Case]:
-    quick, few = run.quick, fast(peers)
+    few, quick = fast(peers), run.quick
     if run.device == "cpu":
         if not quick:
             yield case("4 images, n=12", square(4, 12), few)

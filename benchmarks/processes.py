@@ -36,32 +36,34 @@ class Watched:
     device: str
     quick: bool
     done: set[tuple[str, str, str]] = field(default_factory=set)
-    banned: dict[str, str] = field(default_factory=dict)
+    banned: dict[str, NewRow] = field(default_factory=dict)
 
-    def rows(self, seconds: float, row_seconds: float = ROW_SECONDS) -> Iterator[list[NewRow]]:
+    def rows(self, seconds: float) -> Iterator[list[NewRow]]:
         """Yield the suite's rows as they come, until it has ended or its time is over.
 
         Args:
-            seconds: For the suite; it aims at less, since importing takes a while too.
-            row_seconds: The longest silence that is not taken for a hang.
+            seconds: For the suite. It aims at less, since importing takes a while too; silence for
+                three quarters of it is taken for a hang, so that others get some time as well.
         """
-        deadline = Deadline(seconds)
+        deadline, row_seconds = Deadline(seconds), min(ROW_SECONDS, 0.75 * seconds)
         while True:
             current = new_row(op=f"{self.name} suite")
             why = yield from self._one_process(deadline, row_seconds, current)
             if not why:
                 return
-            yield [current | {"status": why}]
-            key = (current["op"], current["case"], current["mode"])
+            current["status"] = why
+            variant, key = current["variant"], (current["op"], current["case"], current["mode"])
             if deadline.left < 1:
-                yield [new_row(op=f"{self.name} suite", status=f"stopped after {seconds:.0f} s")]
+                late = new_row(op=f"{self.name} suite", status=f"stopped after {seconds:.0f} s")
+                yield [current, late]
                 return
-            if current["variant"] and current["variant"] not in self.banned:
-                self.banned[current["variant"]] = why
-            elif current["case"] and key not in self.done:
-                self.done.add(key)
+            if variant and variant not in self.banned:
+                self.banned[variant] = current  # the next process writes its rows
             else:
-                return  # nobody knows what to leave out
+                yield [current]
+                if not current["case"] or key in self.done:
+                    return  # nobody knows what to leave out
+                self.done.add(key)
 
     def _one_process(
         self, deadline: Deadline, row_seconds: float, current: NewRow
@@ -84,9 +86,10 @@ class Watched:
                 if kind == "begin":
                     current |= value
                 else:
+                    current |= new_row(op=f"{self.name} suite")
                     self.done |= {(row["op"], row["case"], row["mode"]) for row in value}
                     yield value
-        except EOFError:
+        except (EOFError, OSError):  # the latter in the middle of a message
             process.join()
             return f"failed: the process ended with {process.exitcode}"
         finally:

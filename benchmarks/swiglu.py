@@ -7,32 +7,30 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from benchmarks import plain
-from benchmarks.cases import Batch, Case, Leaves, Variant, run_cases, work_by_mode
+from benchmarks.cases import Case, Leaves, Variant, run_cases, work_by_mode
 from benchmarks.harness import Run, Work
 from benchmarks.peers import fast, load_peers
-from benchmarks.plain import Widths
 from tokenflex_kernels import swiglu
 
-NAMES = ("gate_weight", "up_weight", "gate_bias", "up_bias")
+WEIGHTS = ("gate_weight", "up_weight", "gate_bias", "up_bias")
 
 
 def ours(leaves: Leaves, _: object) -> torch.Tensor:
-    return swiglu(leaves["x"], *(leaves[name] for name in NAMES))
+    return swiglu(leaves["x"], *(leaves[name] for name in WEIGHTS))
 
 
-def case(tokens: int, peers: Sequence[Variant], widths: Widths = plain.RELEASED) -> Case:
-    shapes = {"x": (tokens, widths.vision), "grad": (tokens, widths.hidden)}
-    shapes |= {name: widths.weights[name] for name in NAMES}
-
-    def batch(dtype: torch.dtype, device: str, seed: int, _: Batch | None) -> Batch:
-        return plain.random_batch(shapes, None, dtype, device, seed)
-
-    flops = 2 * tokens * widths.vision * 2 * widths.hidden
+def case(
+    tokens: int, peers: Sequence[Variant], widths: tuple[int, int, int] = plain.WIDTHS
+) -> Case:
+    vision, hidden, _ = widths
+    shapes = {"x": (tokens, vision), "grad": (tokens, hidden)}
+    shapes |= {name: plain.weight_shapes(*widths)[name] for name in WEIGHTS}
+    flops = 2 * tokens * vision * 2 * hidden
     return Case(
         op="swiglu",
         name=f"T={tokens}",
         tokens=tokens,
-        batch=batch,
+        batch=plain.random_batches(shapes),
         truth=plain.swiglu,
         variants=[Variant("tokenflex", ours, ours=True), *peers],
         work=lambda _: work_by_mode(Work(flops=flops), Work(flops=2 * flops)),

@@ -50,7 +50,7 @@ def rewritten(text: str, results: Path = RESULTS) -> str:
 
 def table(*lines: Sequence[str]) -> str:
     """Return a table of Markdown, the header first."""
-    rows = [f"| {' | '.join(line)} |" for line in lines]
+    rows = ["".join(f"| {cell} " if cell else "| " for cell in line) + "|" for line in lines]
     return "\n".join([rows[0], "|---" * len(lines[0]) + "|", *rows[1:]])
 
 
