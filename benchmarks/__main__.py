@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.report:
         try:
-            rows = read_csv(options.report, (*COLUMNS, *environment("cpu")))
+            rows = read_csv(options.report, (*COLUMNS, "device", "cpu", "gpu", "torch", "commit"))
         except (OSError, ValueError) as error:
             parser.error(f"--report must be a CSV that was written here: {error}")
         report(rows, options.report)
