@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.costs import peak_bytes
 from benchmarks.harness import SEED, Entry, Run, Work, failure_in, measure
-from benchmarks.models import Step, fields, random_model
-from benchmarks.prompts import IMAGE
-from benchmarks.results import new_row
+from benchmarks.models import Samples, Step, fields, random_model
+from benchmarks.results import NewRow, new_row
 from tokenflex.training.flops import training_flops
 from tokenflex_kernels import info
 
@@ -28,33 +28,27 @@ LOSS_LIMITS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, and a batch of one image and ``text`` tokens a sample.
+    """A model, and a batch of one image and ``prompt`` text tokens a sample.
 
     Attributes:
         vision, text: Fields of the SigLIP and the Qwen2 configuration.
         samples: Number of samples, a multiple of ten.
-        prompt: Text tokens of each.
+        prompt: Text tokens of each; the last eighth is learned.
         counts: Vision tokens of an image, at 2 : 3 : 5.
     """
 
-    vision: dict[str, int]
+    vision: dict[str, Any]
     text: dict[str, Any]
     samples: int
     prompt: int
     counts: tuple[int, int, int]
 
-    @property
-    def answer(self) -> int:
-        """Tokens of each sample that have a loss: the last of its text."""
-        return self.prompt // 8
-
-    def batch(self, mixed: bool) -> list[int]:
-        """Return the count of each sample: the largest, or the three shuffled."""
-        small, middle, large = self.counts
-        if not mixed:
-            return [large] * self.samples
-        ten = [large, middle, large, small, large, middle, large, small, middle, large]
-        return [ten[i % 10] for i in range(self.samples)]
+    def batch(self, mixed: bool) -> Samples:
+        """Return samples of the largest count, or of all three, shuffled."""
+        order = (2, 1, 2, 0, 2, 1, 2, 0, 1, 2) if mixed else (2,)
+        counts = np.resize([self.counts[i] for i in order], self.samples)
+        text, tiles = np.full_like(counts, self.prompt), np.ones_like(counts)
+        return Samples(text, tiles, counts, text // 8)
 
 
 def shape_of(run: Run) -> Shape:
@@ -72,30 +66,11 @@ def shape_of(run: Run) -> Shape:
     return Shape(vision, text, **sizes)
 
 
-def step_of(
-    model: Any, shape: Shape, counts: Sequence[int], packed: bool, samples: Sequence[int]
-) -> Step:
-    """Return the step of some of the batch's samples."""
-    prompts, pixels = [], []
-    for sample in samples:
-        generator = torch.Generator().manual_seed(SEED + sample)
-        vocabulary, side = shape.text["vocab_size"], shape.vision["image_size"]
-        ids = torch.randint(2, vocabulary, (shape.prompt + 1,), generator=generator)
-        ids[shape.prompt // 2] = IMAGE
-        prompts.append(ids)
-        pixels.append(torch.randn(3, side, side, generator=generator))
-    answers = [shape.answer] * len(prompts)
-    return Step(model, prompts, answers, torch.stack(pixels), [counts[i] for i in samples], packed)
-
-
 @torch.no_grad()
-def loss_of_each_alone(model: Any, shape: Shape, counts: Sequence[int]) -> float:
+def loss_of_each_alone(model: Any, samples: Samples) -> float:
     """Return the loss that a step must have: the mean over samples, each run by itself, so that
     none is padded or packed. (All have as many answer tokens.)"""
-    losses = [
-        step_of(model, shape, counts, packed=False, samples=[i]).loss()
-        for i in range(shape.samples)
-    ]
+    losses = [Step(model, samples, [i], packed=False).loss() for i in range(len(samples.rows))]
     return float(torch.stack(losses).mean())
 
 
@@ -110,67 +85,60 @@ def loss_error(losses: Sequence[torch.Tensor], wanted: float, limit: float) -> f
     return float(f"{error:.3g}")
 
 
-def step_flops(model: Any, shape: Shape, counts: Sequence[int]) -> int:
+def step_flops(model: Any, samples: Samples) -> int:
     """Return the operations that a step needs, the causal half of attention included and padding
     not; backward is twice forward."""
-    tokens = [shape.prompt + count for count in counts]
-    total = training_flops(model, ("vision", "projector", "text")).total(
-        tiles=shape.samples,
-        vision_tokens=sum(counts),
-        tokens=sum(tokens),
-        targets=shape.samples * shape.answer,
-    )
-    attention = 2 * sum(length**2 for length in tokens) * shape.text["hidden_size"]
-    return int(total) + 3 * shape.text["num_hidden_layers"] * attention
+    flops = training_flops(model, ("vision", "projector", "text"))
+    config = model.config.text_config
+    attention = 2 * int((samples.rows**2).sum()) * config.hidden_size
+    rest = samples.operations(flops, range(len(samples.rows)))
+    return int(rest) + 3 * config.num_hidden_layers * attention
 
 
 def suite(run: Run) -> None:
     run.emit(rows(shape_of(run), run))
 
 
-def rows(shape: Shape, run: Run) -> list[dict[str, Any]]:
+def rows(shape: Shape, run: Run) -> list[NewRow]:
     """Return a row for each of {fixed, mixed} x {padded, packed}; ``error`` is the loss's."""
-    failure = row_of(shape, run, "", "", [])
+    failure = row_of(shape, run, "")
     run.begin(failure)
     with failure_in(failure, run):
         model = random_model(shape.vision, shape.text, run.device, run.dtype)
         entries = []
         for name in ("fixed", "mixed"):
-            counts = shape.batch(mixed=name == "mixed")
-            wanted = loss_of_each_alone(model, shape, counts)
+            samples = shape.batch(mixed=name == "mixed")
+            wanted = loss_of_each_alone(model, samples)
             for variant in ("padded", "packed"):
-                step = step_of(model, shape, counts, variant == "packed", range(shape.samples))
-                entries.append(
-                    Entry(
-                        row=row_of(shape, run, name, variant, counts),
-                        calls=partial(list, [step]),  # a step touches more than any cache holds
-                        work=Work(flops=step_flops(model, shape, counts)),
-                        check=partial(loss_error, wanted=wanted, limit=LOSS_LIMITS[run.dtype]),
-                        costs=partial(peak_of, step, run.device),
-                        timing="host",
-                    )
+                step = Step(model, samples, range(shape.samples), variant == "packed")
+                entry = Entry(
+                    row=row_of(shape, run, name, samples) | {"variant": variant},
+                    calls=partial(list, [step]),  # a step touches more than any cache holds
+                    work=Work(flops=step_flops(model, samples)),
+                    check=partial(loss_error, wanted=wanted, limit=LOSS_LIMITS[run.dtype]),
+                    costs=partial(peak_of, step, run.device),
+                    timing="host",
                 )
+                entries.append(entry)
         return measure(entries, run, seconds=run.deadline.left / 3)
     return [failure]
 
 
-def peak_of(step: Step, device: str) -> dict[str, Any]:
+def peak_of(step: Step, device: str) -> NewRow:
     step()
     step.model.zero_grad(set_to_none=True)
     return {"peak_bytes": peak_bytes(step, device)}
 
 
-def row_of(shape: Shape, run: Run, name: str, variant: str, counts: list[int]) -> dict[str, Any]:
-    mixed = name == "mixed"
-    tokens = "/".join(map(str, shape.counts if mixed else shape.counts[2:]))
+def row_of(shape: Shape, run: Run, name: str, samples: Samples | None = None) -> NewRow:
     vision, text = shape.vision, shape.text
+    small, middle, large = shape.counts
     patches = (vision["image_size"] // vision["patch_size"]) ** 2
     return new_row(
         op="end_to_end",
-        case=f"{name} {tokens} {'2:3:5' if mixed else ''}".strip(),
-        tokens=shape.samples * shape.prompt + sum(counts),
+        case=f"mixed {small}/{middle}/{large} 2:3:5" if name == "mixed" else f"{name} {large}",
+        tokens=int(samples.rows.sum()) if samples else "",
         mode="forward+backward",
-        variant=variant,
         backend=info()["ops"]["project_tokens"],
         dtype=run.dtype_name,
         sets=1,

@@ -32,8 +32,7 @@ import torch.utils.benchmark
 
 from benchmarks.harness import SEED
 from benchmarks.machine import ROOT
-from benchmarks.models import Step, fields, random_model
-from benchmarks.prompts import IMAGE
+from benchmarks.models import Samples, Step, fields, random_model
 from benchmarks.results import NewRow, Row, publish
 from benchmarks.tables import table
 from tokenflex.counts import TokenCounts
@@ -68,9 +67,6 @@ class Shape:
     text: dict[str, Any]
     median_text: float
 
-    def answers(self, text: np.ndarray) -> np.ndarray:
-        return np.maximum(1, text // 2)
-
 
 def qwen(vocab_size: int, num_key_value_heads: int, *sizes: int) -> dict[str, Any]:
     others = {"vocab_size": vocab_size, "num_key_value_heads": num_key_value_heads}
@@ -101,23 +97,6 @@ SCALED = Shape(
 # ---- samples, and how they share a step
 
 
-@dataclass(frozen=True)
-class Samples:
-    """The sizes of a step's samples: text tokens, tiles, and vision tokens of each tile."""
-
-    text: np.ndarray
-    tiles: np.ndarray
-    counts: np.ndarray
-
-    @property
-    def rows(self) -> np.ndarray:
-        """Rows of the language model."""
-        return self.text + self.tiles * self.counts
-
-    def largest(self, count: int) -> Samples:
-        return replace(self, counts=np.full_like(self.counts, count))
-
-
 def draw_step(shape: Shape, step: int, samples: int, *, tiled: bool) -> Samples:
     """Draw a step of mixed counts; text and tiles are long-tailed."""
     rng = np.random.default_rng((SEED, step))
@@ -125,7 +104,11 @@ def draw_step(shape: Shape, step: int, samples: int, *, tiled: bool) -> Samples:
     tiles = np.clip(rng.geometric(0.45, samples), 1, 12)
     drawn = TokenCounts(shape.counts, (0.2, 0.3, 0.5), seed=SEED)
     counts = np.array([drawn.draw(step * samples + i) for i in range(samples)])
-    return Samples(text, tiles if tiled else np.ones(samples, int), counts)
+    return Samples(text, tiles if tiled else np.ones_like(tiles), counts, np.maximum(1, text // 2))
+
+
+def with_largest(shape: Shape, samples: Samples) -> Samples:
+    return replace(samples, counts=np.full_like(samples.counts, max(shape.counts)))
 
 
 def share_step(way: str, samples: Samples, ranks: int, tile_cost: float) -> list[list[int]]:
@@ -142,19 +125,6 @@ def share_step(way: str, samples: Samples, ranks: int, tile_cost: float) -> list
     )
 
 
-def operations(
-    shape: Shape, samples: Samples, rank: list[int], flops: Flops, padded: bool = False
-) -> float:
-    """Return the operations of one rank."""
-    rows, tiles = samples.rows[rank], samples.tiles[rank]
-    return flops.total(
-        tiles=float(tiles.sum()),
-        vision_tokens=float((tiles * samples.counts[rank]).sum()),
-        tokens=float(rows.max() * len(rows) if padded else rows.sum()),
-        targets=float(shape.answers(samples.text[rank]).sum()),
-    )
-
-
 # ---- predictions
 
 
@@ -168,12 +138,12 @@ def predict(
         slowest, needed, computed = np.zeros(2), np.zeros(2), np.zeros(2)
         for step in range(steps):
             mixed = draw_step(shape, step, ranks * per_rank, tiled=tiled)
-            for regime, samples in enumerate((mixed, mixed.largest(shape.counts[-1]))):
+            for regime, samples in enumerate((mixed, with_largest(shape, mixed))):
                 shares = share_step(way, samples, ranks, flops.tile_cost)
-                done = [operations(shape, samples, r, flops, way == PADDED) for r in shares]
+                done = [samples.operations(flops, rank, way == PADDED) for rank in shares]
                 slowest[regime] += max(done)
                 computed[regime] += sum(done) / ranks
-                needed[regime] += sum(operations(shape, samples, r, flops) for r in shares) / ranks
+                needed[regime] += samples.operations(flops, range(len(samples.rows))) / ranks
         arithmetic, saving = 1 - needed[0] / needed[1], 1 - slowest[0] / slowest[1]
         figures = {
             "balance": slowest[0] / computed[0],
@@ -206,25 +176,6 @@ def family_predictions(*, steps: int = 40, ranks: int = 64, per_rank: int = 8) -
 # ---- measurements
 
 
-def step_of(model: Any, shape: Shape, samples: Samples, rank: list[int], packed: bool) -> Step:
-    """Return one rank's forward and backward."""
-    generator = torch.Generator().manual_seed(SEED)
-    side, vocabulary = shape.vision["image_size"], shape.text["vocab_size"]
-    tiles, text = samples.tiles[rank], samples.text[rank]
-    pixels = torch.randn(int(tiles.sum()), 3, side, side, generator=generator)
-    prompts = [
-        torch.cat(
-            [
-                torch.full((int(images),), IMAGE),
-                torch.randint(1, vocabulary, (int(length),), generator=generator),
-            ]
-        )
-        for images, length in zip(tiles, text, strict=True)
-    ]
-    counts = np.repeat(samples.counts[rank], tiles).tolist()
-    return Step(model, prompts, shape.answers(text).tolist(), pixels, counts, packed)
-
-
 def measure(
     shape: Shape, device: str, *, steps: int, ranks: int, per_rank: int, rounds: int, tiled: bool
 ) -> list[NewRow]:
@@ -236,10 +187,10 @@ def measure(
     slowest, average = dict.fromkeys(keys, 0.0), dict.fromkeys(keys, 0.0)
     for step in range(steps):
         mixed = draw_step(shape, step, ranks * per_rank, tiled=tiled)
-        regimes = (mixed, mixed.largest(shape.counts[-1]))
+        regimes = (mixed, with_largest(shape, mixed))
         work = {
             (way, regime): [
-                step_of(model, shape, regimes[regime], rank, way != PADDED)
+                Step(model, regimes[regime], rank, packed=way != PADDED)
                 for rank in share_step(way, regimes[regime], ranks, flops.tile_cost)
             ]
             for way, regime in keys

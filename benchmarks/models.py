@@ -1,18 +1,21 @@
-"""Models of random weights, and their training steps: of samples packed into one row, or padded."""
+"""Models of random weights, and their training steps: samples packed into one row, or padded."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import SEED
 from benchmarks.prompts import IMAGE
+from tokenflex.training.flops import Flops
 from tokenflex_kernels import plan_packing
 
-NOTHING_TO_LEARN = -100  # the label of tokens without a loss
+NO_LOSS = -100  # the label of tokens that are not learned
 
 
 def fields(width: int, hidden: int, layers: int, heads: int, **others: Any) -> dict[str, Any]:
@@ -47,43 +50,71 @@ def random_model(
         return TokenFlexForConditionalGeneration(config).to(dtype)
 
 
+@dataclass(frozen=True)
+class Samples:
+    """The sizes of some samples, an array each.
+
+    Attributes:
+        text: Text tokens.
+        tiles: Tiles of the image.
+        counts: Vision tokens of each tile.
+        answers: How many of the last text tokens are learned.
+    """
+
+    text: np.ndarray
+    tiles: np.ndarray
+    counts: np.ndarray
+    answers: np.ndarray
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows of the language model."""
+        return self.text + self.tiles * self.counts
+
+    def operations(self, flops: Flops, members: Sequence[int], padded: bool = False) -> float:
+        """Return the operations of some of the samples, packed or padded to the longest."""
+        rows, tiles = self.rows[members], self.tiles[members]
+        return flops.total(
+            tiles=float(tiles.sum()),
+            vision_tokens=float((tiles * self.counts[members]).sum()),
+            tokens=float(rows.max() * len(rows) if padded else rows.sum()),
+            targets=float(self.answers[members].sum()),
+        )
+
+
 class Step:
-    """Forward and backward of some samples; the gradients stay until the next step.
+    """Forward and backward of some samples, of random numbers; gradients stay until the next step.
 
     Args:
         model: Of :func:`random_model`.
-        prompts: Token ids of each sample, ``IMAGE`` once for each of its tiles.
-        answers: How many of its last tokens have a loss, for each sample.
-        pixels: [tiles, 3, height, width].
-        counts: Vision tokens of each tile.
-        packed: Whether the samples are one row, or padded to the longest.
+        samples: The sizes.
+        members: Numbers of the samples that take part.
+        packed: Whether they are one row, or padded to the longest.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        prompts: Sequence[torch.Tensor],
-        answers: Sequence[int],
-        pixels: torch.Tensor,
-        counts: Sequence[int],
-        packed: bool,
-    ) -> None:
-        labels = []
-        for ids, answer in zip(prompts, answers, strict=True):
-            labels.append(ids.clone())
-            labels[-1][: len(ids) - answer] = NOTHING_TO_LEARN
-        plan = plan_packing(list(prompts), list(counts), IMAGE, labels=labels)
-        learned = (plan.labels[1:] != NOTHING_TO_LEARN).nonzero().squeeze(1)
-        self.model, self.device = model, model.device
-        self.answers = plan.labels[learned + 1].to(self.device)
-        dtype = next(model.parameters()).dtype
+    def __init__(self, model: Any, samples: Samples, members: Sequence[int], packed: bool) -> None:
+        side, vocabulary = model.config.vision_config.image_size, model.lm_head.weight.shape[0]
+        prompts, labels, pixels, counts = [], [], [], []
+        for i in members:
+            generator = torch.Generator().manual_seed(SEED + i)
+            text = torch.randint(2, vocabulary, (int(samples.text[i]),), generator=generator)
+            prompts.append(torch.cat([torch.full((int(samples.tiles[i]),), IMAGE), text]))
+            labels.append(prompts[-1].clone())
+            labels[-1][: -samples.answers[i]] = NO_LOSS
+            size = (int(samples.tiles[i]), 3, side, side)
+            pixels.append(torch.randn(size, generator=generator))
+            counts += [int(samples.counts[i])] * int(samples.tiles[i])
+        plan = plan_packing(prompts, counts, IMAGE, labels=labels)
+        learned = (plan.labels[1:] != NO_LOSS).nonzero().squeeze(1)
+        self.model, device = model, model.device
+        self.answers = plan.labels[learned + 1].to(device)
         self.inputs = {
-            "pixel_values": pixels.to(self.device, dtype),
-            "num_image_tokens": list(counts),
+            "pixel_values": torch.cat(pixels).to(device, next(model.parameters()).dtype),
+            "num_image_tokens": counts,
             "use_cache": False,
         }
         if packed:
-            self.inputs["plan"] = plan.to(self.device)
+            self.inputs["plan"] = plan.to(device)
         else:
             longest = max(plan.lengths)
             row = torch.arange(plan.num_samples).repeat_interleave(torch.tensor(plan.lengths))
@@ -91,11 +122,8 @@ class Step:
             mask = torch.zeros_like(ids)
             ids[row, plan.position_ids], mask[row, plan.position_ids] = plan.input_ids, 1
             learned = row[learned] * longest + plan.position_ids[learned]
-            self.inputs |= {
-                "input_ids": ids.to(self.device),
-                "attention_mask": mask.to(self.device),
-            }
-        self.learned = learned.to(self.device)
+            self.inputs |= {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        self.learned = learned.to(device)
 
     def loss(self) -> torch.Tensor:
         """Return the mean loss. The output layer sees the rows that have one, however they lie."""

@@ -89,7 +89,9 @@ def throughput(rows: Sequence[Row]) -> Figure | None:
         ours, peers = iter(OUR_COLOURS), cycle(PEER_COLOURS)
         for name, points in series.items():
             colour = next(ours if name.startswith(OURS) else peers)
-            axes.plot(*zip(*sorted(points), strict=True), "o-", label=name, color=colour)
+            width = 2.2 if name.startswith(f"{OURS} ") else 1.4
+            line = zip(*sorted(points), strict=True)
+            axes.plot(*line, "o-", label=name, color=colour, linewidth=width)
         for row in rows:
             if row["op"] == "ceiling" and row["variant"] == ceiling:
                 value = float(row[column])
@@ -151,80 +153,55 @@ def speed_up(rows: Sequence[Row]) -> Figure | None:
 
 def memory(rows: Sequence[Row]) -> Figure | None:
     """The bytes that a training step of projector and packing keeps and reaches, per token."""
-    panels = []
+    largest: dict[tuple[str, str], Row] = {}
     for op, ending in (("project_tokens", ""), ("pack_embeddings", "frozen table")):
-        largest: dict[str, Row] = {}
         for row in of(rows, op, "forward+backward"):
             if is_plain(row) and row["case"].endswith(ending) and row["saved_bytes"]:
-                before = largest.setdefault(row["variant"], row)
+                before = largest.setdefault((op, row["variant"]), row)
                 if int(row["tokens"]) > int(before["tokens"]):
-                    largest[row["variant"]] = row
-        if largest:
-            panels.append((TITLES[op], list(largest.values())))
-    if not panels:
-        return None
-    heights = [len(variants) for _, variants in panels]
-    figure, grid = plt.subplots(
-        len(panels),
-        2,
-        figsize=(11, 0.36 * sum(heights) + 1.3 * len(panels)),
-        sharey="row",
-        squeeze=False,
-        layout="constrained",
-        height_ratios=heights,
-    )
+                    largest[op, row["variant"]] = row
+    names = [f"{TITLES[op]}: {label(row)}, T={row['tokens']}" for (op, _), row in largest.items()]
+
+    def kib_a_token(column: str) -> list[float]:
+        values = [float(row[column] or 0) / int(row["tokens"]) for row in largest.values()]
+        return [value / 1024 for value in values]
+
     columns = {
-        "saved_bytes": "kept from forward to backward",
-        "peak_bytes": "peak of forward + backward",
+        "kept from forward to backward, KiB a token": kib_a_token("saved_bytes"),
+        "peak of forward + backward, KiB a token": kib_a_token("peak_bytes"),
     }
-    for line, (op_title, variants) in zip(grid, panels, strict=True):
-        for axes, (column, title) in zip(line, columns.items(), strict=True):
-            values = [float(row[column] or 0) / int(row["tokens"]) / 1024 for row in variants]
-            names = [f"{label(row)}, T={row['tokens']}" for row in variants]
-            bars(axes, names, values, [row["variant"].startswith(OURS) for row in variants])
-            axes.set_title(f"{op_title}: {title}", loc="left", fontsize=10)
-            axes.set_xlabel("KiB a token", fontsize=9)
-    return figure
+    return bars(names, columns, [variant.startswith(OURS) for _, variant in largest])
 
 
 def mixed_counts(rows: Sequence[Row]) -> Figure | None:
     """A batch of 64, 144 and 256 tokens against one of as many images and tokens, all alike."""
-    names, shares, texts = [], [], []
+    names, shares = [], []
     for row in rows:
         uniform = Results(rows).beside(row, case=row["case"].replace("mixed", "uniform"))
         if row["mode"] == "backward" or not row["case"].endswith("mixed") or not uniform:
             continue
         for batch, kind in ((uniform, "uniform"), (row, "mixed")):
-            names.append(f"{TITLES[row['op']]}, {row['mode']}: {label(row)}, {kind}")
+            time = f"{float(batch['p50_us']) / 1000:.3g} ms"
+            names.append(f"{TITLES[row['op']]}, {row['mode']}: {label(row)}, {time}, {kind}")
             shares.append(float(batch["p50_us"]) / float(uniform["p50_us"]))
-            texts.append(f"{float(batch['p50_us']) / 1000:.3g} ms")
-    if not names:
-        return None
-    figure, axes = plt.subplots(figsize=(10, 0.31 * len(names) + 1.6), layout="constrained")
-    bars(axes, names, shares, [name.endswith("mixed") for name in names], texts)
-    text = "time over that of the uniform batch, which has as many images and tokens"
-    axes.set_xlabel(text, fontsize=9)
-    return figure
+    title = "time over that of a uniform batch of as many images and tokens"
+    return bars(names, {title: shares}, [name.endswith("mixed") for name in names])
 
 
 def end_to_end(rows: Sequence[Row]) -> Figure | None:
     """A training step: fixed and mixed counts, padded and packed."""
     steps = [row for row in rows if row["op"] == "end_to_end"]
-    if not steps:
-        return None
-    size = (13, 0.45 * len(steps) + 1.4)
-    figure, panels = plt.subplots(1, 4, figsize=size, sharey=True, layout="constrained")
+    columns = {
+        title: [scale * float(row[column] or 0) for row in steps]
+        for title, column, scale in (
+            ("milliseconds a step", "p50_us", 1e-3),
+            ("tokens a second, no padding", "tokens_per_s", 1),
+            ("% of the measured matmul rate", "share_of_matmul", 100),
+            ("peak memory, MiB", "peak_bytes", 2**-20),
+        )
+    }
     names = [f"{row['case']}, {row['variant']}" for row in steps]
-    for axes, column, scale, title in (
-        (panels[0], "p50_us", 1e-3, "milliseconds a step"),
-        (panels[1], "tokens_per_s", 1, "tokens a second, no padding"),
-        (panels[2], "share_of_matmul", 100, "% of the measured matmul rate"),
-        (panels[3], "peak_bytes", 2**-20, "peak memory, MiB"),
-    ):
-        values = [scale * float(row[column] or 0) for row in steps]
-        bars(axes, names, values, [row["variant"] == "packed" for row in steps])
-        axes.set_title(title, loc="left", fontsize=10)
-    return figure
+    return bars(names, columns, [row["variant"] == "packed" for row in steps])
 
 
 # ---- choosing rows
@@ -248,19 +225,24 @@ def label(row: Row) -> str:
 
 
 def bars(
-    axes: Axes,
-    names: Sequence[str],
-    values: Sequence[float],
-    ours: Sequence[bool],
-    texts: Sequence[str] | None = None,
-) -> None:
-    """Draw a bar for each name, ours in our colour, and write its value beside it."""
-    for at, value in enumerate(values):
-        axes.barh(-at, value, color=OUR_COLOUR if ours[at] else GREY, height=0.66)
-        note(axes, texts[at] if texts else f"{value:.4g}", (value, -at))
-    axes.set_yticks([-at for at in range(len(names))], names, fontsize=8)
-    axes.margins(x=0.16)
-    tidy(axes)
+    names: Sequence[str], columns: dict[str, Sequence[float]], ours: Sequence[bool]
+) -> Figure | None:
+    """Draw a panel for each column and a bar for each name, ours in our colour."""
+    if not names:
+        return None
+    size = (3.2 * len(columns) + 6, 0.36 * len(names) + 1.4)
+    figure, grid = plt.subplots(
+        1, len(columns), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, (title, values) in zip(grid.flat, columns.items(), strict=True):
+        for at, value in enumerate(values):
+            axes.barh(-at, value, color=OUR_COLOUR if ours[at] else GREY, height=0.66)
+            note(axes, f"{value:.4g}", (value, -at))
+        axes.set_yticks([-at for at in range(len(names))], names, fontsize=8)
+        axes.set_title(title, loc="left", fontsize=9)
+        axes.margins(x=0.16)
+        tidy(axes)
+    return figure
 
 
 def note(

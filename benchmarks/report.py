@@ -27,7 +27,7 @@ def report(rows: Sequence[Row], path: Path) -> None:
         print("\nend to end:", *savings, sep="\n  ")
     print("\ntargets:")
     for verdict in verdicts(rows):
-        print(f"  {verdict.name:62} {verdict}")
+        print(f"  {verdict.name:62} {verdict.text}")
     try:
         from benchmarks.plots import draw
     except ModuleNotFoundError as error:

@@ -211,7 +211,7 @@ def overview(rows: Sequence[Row]) -> str:
         for slower in [sum(value < 1 for value in values)]
     ]
     worst = "the peer's time over ours, worst case"
-    judged = [(one.name, str(one)) for one in verdicts(rows) if one.met is not None]
+    judged = [(one.name, one.text) for one in verdicts(rows) if one.met is not None]
     return "\n\n".join(
         [
             table(("ours", "peer", worst, "best", "we are slower in"), *lines),

@@ -30,41 +30,15 @@ class Verdict:
 
     Attributes:
         name: The target's.
-        bound: What its figure must reach.
-        met: Whether it does; None where nothing was measured.
+        met: None where nothing was measured.
         value: The worst that was measured; None if nothing was, or a row of ours failed.
-        where: The case of ``value``, or of the failure.
-        met_cases, measured, failed, not_run: Numbers of cases.
-        cut_short: Whether the suite did not end by itself.
+        text: Met or short, by how much, where, and on how many cases.
     """
 
     name: str
-    bound: float
     met: bool | None
     value: float | None
-    where: str
-    met_cases: int
-    measured: int
-    failed: int
-    not_run: int
-    cut_short: bool
-
-    def __str__(self) -> str:
-        cases = f"met on {self.met_cases} of {self.measured + self.failed + self.not_run} cases"
-        left_out = f", {self.not_run} not run" if self.not_run else ""
-        left_out += ", and the suite did not end" if self.cut_short else ""
-        cases += left_out
-        if self.failed:
-            return f"SHORT: {self.failed} of ours failed ({self.where}); {cases}"
-        if self.value is None:
-            return NOT_MEASURED + left_out
-        worst = f"{self.value:.3g} at worst ({self.where})"
-        if not self.bound:
-            return f"{cases}: {worst}" if self.met else f"SHORT: {worst}; {cases}"
-        gap = abs(self.value / self.bound - 1)
-        if self.met:
-            return f"{cases}, {gap:.1%} to spare: {worst}"
-        return f"SHORT by {gap:.1%}: {worst}; {cases}"
+    text: str
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
@@ -92,30 +66,33 @@ def judge(target: Row, results: Results) -> Verdict:
             not_run += 1
     if target["peer"] and not results.has(target["peer"]):
         failed = []  # there was nothing to be held against
-    value, where = None, ""
+    left_out = f", {not_run} not run" if not_run else ""
+    if did_not_end(target, results):  # nobody knows which cases are missing
+        left_out += ", and the suite did not end"
+    reached = [f.value >= bound if at_least else f.value <= bound for f, _ in measured]
+    total = len(measured) + len(failed) + not_run
+    cases = f"met on {sum(reached)} of {total} cases{left_out}"
     if failed:
         where = f"{_where(failed[0])}: {failed[0]['status']}"
-    elif measured:
-        worst = min if at_least else max
-        figure, row = worst(measured, key=lambda pair: pair[0].value)
-        value, where = figure.value, ", ".join(filter(None, (_where(row), figure.remark)))
-    reached = [f.value >= bound if at_least else f.value <= bound for f, _ in measured]
-    return Verdict(
-        name=target["target"],
-        bound=bound,
-        met=all(reached) and not failed if measured or failed else None,
-        value=value,
-        where=where,
-        met_cases=sum(reached),
-        measured=len(measured),
-        failed=len(failed),
-        not_run=not_run,
-        # If a suite did not end, nobody knows which cases are missing.
-        cut_short=any(
-            row["op"] in {f"{SUITES.get(op, op)} suite" for op in target["ops"].split("; ")}
-            and target["device"] in ("", row["device"])
-            for row in results.rows
-        ),
+        text = f"SHORT: {len(failed)} of ours failed ({where}); {cases}"
+        return Verdict(target["target"], met=False, value=None, text=text)
+    if not measured:
+        return Verdict(target["target"], met=None, value=None, text=NOT_MEASURED + left_out)
+    figure, row = (min if at_least else max)(measured, key=lambda pair: pair[0].value)
+    where = ", ".join(filter(None, (_where(row), figure.remark)))
+    worst = f"{figure.value:.3g} at worst ({where})"
+    gap = f"{abs(figure.value / bound - 1):.1%}" if bound else ""
+    if all(reached):
+        text = f"{cases}, {gap} to spare: {worst}" if gap else f"{cases}: {worst}"
+    else:
+        text = f"SHORT{f' by {gap}' if gap else ''}: {worst}; {cases}"
+    return Verdict(target["target"], met=all(reached), value=figure.value, text=text)
+
+
+def did_not_end(target: Row, results: Results) -> bool:
+    suites = {f"{SUITES.get(op, op)} suite" for op in target["ops"].split("; ")}
+    return any(
+        row["op"] in suites and target["device"] in ("", row["device"]) for row in results.rows
     )
 
 

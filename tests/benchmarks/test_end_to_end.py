@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import end_to_end
-from benchmarks.end_to_end import Shape, rows, step_flops, step_of
+from benchmarks.end_to_end import Shape, rows, step_flops
 from benchmarks.harness import Deadline, Run
 from benchmarks.models import Step, fields, random_model
 from benchmarks.results import COLUMNS
@@ -41,8 +41,8 @@ def test_four_ways_and_the_same_loss(model, monkeypatch):
     assert max(row["error"] for row in four) < 1e-4
     assert [row["peak_bytes"] for row in four] == [100] * 4  # of a step, which gives a number
     for row in four:
-        counts = TINY.batch(mixed=row["case"].startswith("mixed"))
-        assert row["flops"] == step_flops(model, TINY, counts)
+        samples = TINY.batch(mixed=row["case"].startswith("mixed"))
+        assert row["flops"] == step_flops(model, samples)
 
 
 def test_shapes_on_a_gpu_are_siglip_400m_and_qwen2_5_3b_cut_in_depth():
@@ -54,7 +54,8 @@ def test_shapes_on_a_gpu_are_siglip_400m_and_qwen2_5_3b_cut_in_depth():
     assert (shape.text["vocab_size"], shape.text["num_key_value_heads"]) == (151_936, 2)
     assert shape.vision["num_hidden_layers"] == shape.text["num_hidden_layers"] >= 3
     assert shape.counts == (64, 144, 256)
-    assert [shape.batch(mixed=True).count(count) for count in shape.counts] == [8, 12, 20]
+    assert [(shape.batch(mixed=True).counts == n).sum() for n in shape.counts] == [8, 12, 20]
+    assert set(shape.batch(mixed=False).counts) == {256}
 
 
 def test_the_loss_that_a_step_must_have_is_neither_padded_nor_packed(model, monkeypatch):
@@ -65,20 +66,20 @@ def test_the_loss_that_a_step_must_have_is_neither_padded_nor_packed(model, monk
         masks.append((step.inputs["input_ids"].shape[0], bool(step.inputs["attention_mask"].all())))
         return loss(step)
 
-    counts = TINY.batch(mixed=True)
-    packed = step_of(model, TINY, counts, True, range(TINY.samples)).loss()
+    samples = TINY.batch(mixed=True)
+    packed = Step(model, samples, range(TINY.samples), packed=True).loss()
     monkeypatch.setattr(Step, "loss", watched)
-    alone = end_to_end.loss_of_each_alone(model, TINY, counts)
+    alone = end_to_end.loss_of_each_alone(model, samples)
     assert masks == [(1, True)] * TINY.samples
     assert alone == pytest.approx(packed.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_loss_is_on_what_follows_each_position(model, packed):
-    step = step_of(model, TINY, TINY.batch(mixed=True), packed, range(TINY.samples))
+    step = Step(model, TINY.batch(mixed=True), range(TINY.samples), packed)
     ids = step.inputs["plan"].input_ids if packed else step.inputs["input_ids"].flatten()
     assert torch.equal(ids[step.learned + 1], step.answers)
-    assert len(step.answers) == TINY.samples * TINY.answer
+    assert len(step.answers) == TINY.samples * 2
 
 
 @pytest.mark.parametrize("wrong_one", ["packed", "padded"])
@@ -117,10 +118,10 @@ def test_a_model_that_does_not_build_is_a_row(monkeypatch):
 
 def test_flops_are_those_that_pytorch_counts():
     """But for the pooling, which is counted as nothing, and attention to what comes later."""
-    counts = TINY.batch(mixed=False)
+    samples = TINY.batch(mixed=False)
     model = random_model(TINY.vision, TINY.text, "cpu")
     model.set_attn_implementation("eager")  # whose products are counted
-    step = step_of(model, TINY, counts, False, range(TINY.samples))
+    step = Step(model, samples, range(TINY.samples), packed=False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         step.loss()
     later = TINY.samples * 2 * (TINY.prompt + 16) ** 2 * TINY.text["hidden_size"]
@@ -128,4 +129,4 @@ def test_flops_are_those_that_pytorch_counts():
     width = TINY.vision["hidden_size"]
     pooling = 2 * TINY.samples * width * (patches**2 * cells + patches * cells**2)
     forward = counter.get_total_flops() - pooling - later
-    assert step_flops(model, TINY, counts) == pytest.approx(3 * forward, rel=0.01)
+    assert step_flops(model, samples) == pytest.approx(3 * forward, rel=0.01)

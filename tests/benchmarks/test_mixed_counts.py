@@ -42,15 +42,16 @@ def test_counts_are_drawn_at_the_odds_and_text_is_the_same_for_both_regimes():
     counts = np.concatenate([one.counts for one in sizes])
     odds = {n: (counts == n).mean() for n in TINY.counts}
     assert odds == pytest.approx({16: 0.2, 36: 0.3, 64: 0.5}, abs=0.03)
-    largest = sizes[0].largest(64)
+    largest = bench.with_largest(TINY, sizes[0])
     assert set(largest.counts) == {64}
     assert (largest.text == sizes[0].text).all()
 
 
 def test_operations_of_a_padded_rank_are_those_of_its_longest_sample():
-    samples = bench.Samples(np.array([10, 30]), np.array([1, 1]), np.array([16, 64]))
-    packed = bench.operations(TINY, samples, [0, 1], FLOPS)
-    padded = bench.operations(TINY, samples, [0, 1], FLOPS, padded=True)
+    sizes = ([10, 30], [1, 1], [16, 64], [5, 15])
+    samples = bench.Samples(*map(np.array, sizes))
+    packed = samples.operations(FLOPS, [0, 1])
+    padded = samples.operations(FLOPS, [0, 1], padded=True)
     assert packed == 26 + 94 + 2 * 51
     assert padded == 94 + 94 + 2 * 51
 
@@ -78,7 +79,7 @@ def test_a_padded_rank_computes_the_loss_and_gradients_of_a_packed_one(model):
     samples = bench.draw_step(TINY, 1, 3, tiled=True)
 
     def gradients(packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        loss = bench.step_of(model, TINY, samples, [0, 2, 1], packed)()
+        loss = bench.Step(model, samples, [0, 2, 1], packed)()
         return loss, model.model.projector.gate.weight.grad.clone()
 
     (loss, gradient), (truth, expected) = gradients(False), gradients(True)
@@ -138,12 +139,12 @@ def test_nothing_to_measure_is_refused(option, capsys):
 
 def test_what_runs_is_what_the_operations_count(model):
     samples = bench.draw_step(TINY, 1, 3, tiled=True)
-    step = bench.step_of(model, TINY, samples, [0, 1, 2], packed=True)
+    step = bench.Step(model, samples, [0, 1, 2], packed=True)
     none = bench.Flops(tile=0.0, vision_token=0.0, token=0.0, target=0.0)
 
     def counted(name: str) -> float:
         flops = dataclasses.replace(none, **{name: 1.0})
-        return bench.operations(TINY, samples, [0, 1, 2], flops)
+        return samples.operations(flops, [0, 1, 2])
 
     plan, counts = step.inputs["plan"], step.inputs["num_image_tokens"]
     assert counted("target") == len(step.answers)

@@ -189,8 +189,8 @@ def test_just_met_and_just_short(name):
     below = verdict_of(rows_of(bound - little), name) if bound else verdict_of(rows_of(0), name)
     met, short = (above, below) if at_least else (below, above)
     assert (met.met, short.met) == (True, False)
-    assert str(met).startswith("met on 1 of 1 cases")
-    assert str(short).startswith("SHORT")
+    assert met.text.startswith("met on 1 of 1 cases")
+    assert short.text.startswith("SHORT")
     assert met.value == pytest.approx(bound, rel=0.002)
 
 
@@ -245,10 +245,10 @@ def test_a_target_is_judged_by_its_worst_case():
         *pair("project_tokens", EAGER, case="8 images, n=16")(2),
         *pair("project_tokens", EAGER, case="32 images, n=16")(1.1),
     ]
-    text = str(verdict_of(rows, T_2048))
+    text = verdict_of(rows, T_2048).text
     assert text == ("SHORT by 8.3%: 1.1 at worst (32 images, n=16, forward); met on 1 of 2 cases")
     better = [*rows[:2], *pair("project_tokens", EAGER, case="32 images, n=16")(1.3)]
-    assert str(verdict_of(better, T_2048)) == (
+    assert verdict_of(better, T_2048).text == (
         "met on 2 of 2 cases, 8.3% to spare: 1.3 at worst (32 images, n=16, forward)"
     )
 
@@ -261,18 +261,18 @@ def test_a_wrong_result_of_ours_misses_the_target():
     rows[2]["status"] = "failed: ValueError: result of set 0 is off"
     verdict = verdict_of(rows, T_2048)
     assert verdict.met is False
-    assert str(verdict) == (
+    assert verdict.text == (
         "SHORT: 1 of ours failed (32 images, forward: failed: ValueError: result of set 0 is off); "
         "met on 1 of 2 cases"
     )
     # What was held against nothing says nothing: no such peer is installed here.
-    assert str(verdict_of(rows, "projector, T >= 2048: >= liger-kernel")) == NOT_MEASURED
+    assert verdict_of(rows, "projector, T >= 2048: >= liger-kernel").text == NOT_MEASURED
 
 
 def test_a_peer_that_fails_does_not_make_ours_short():
     rows = pair("project_tokens", EAGER)(2)
     rows[1]["status"] = "failed: RuntimeError: no"
-    assert str(verdict_of(rows, T_2048)) == NOT_MEASURED
+    assert verdict_of(rows, T_2048).text == NOT_MEASURED
 
 
 def test_cases_that_did_not_run_are_counted():
@@ -282,22 +282,22 @@ def test_cases_that_did_not_run_are_counted():
         not_run("project_tokens", "32 images", "forward+backward"),
         not_run("project_tokens", "1 image", "forward", tokens=256),
     ]
-    assert str(verdict_of(rows, T_2048)).startswith(
+    assert verdict_of(rows, T_2048).text.startswith(
         "met on 1 of 3 cases, 2 not run, 25.0% to spare"
     )
-    assert str(verdict_of(rows[2:], T_2048)) == f"{NOT_MEASURED}, 2 not run"
+    assert verdict_of(rows[2:], T_2048).text == f"{NOT_MEASURED}, 2 not run"
 
 
 def test_a_suite_that_was_stopped_is_named_in_the_verdict():
     rows = pair("project_tokens", EAGER)(1.5)
     stopped = row("project_tokens suite", "", "", "", mode="", status="stopped after 60 s")
-    assert "and the suite did not end" in str(verdict_of([*rows, stopped], T_2048))
+    assert "and the suite did not end" in verdict_of([*rows, stopped], T_2048).text
     for values in ({"op": "packing suite"}, {"device": "cpu"}):
-        assert "did not end" not in str(verdict_of([*rows, stopped | values], T_2048))
+        assert "did not end" not in verdict_of([*rows, stopped | values], T_2048).text
 
 
 def test_nothing_is_judged_where_nothing_was_measured():
-    assert {str(verdict) for verdict in verdicts([])} == {NOT_MEASURED}
+    assert {verdict.text for verdict in verdicts([])} == {NOT_MEASURED}
     assert {verdict.met for verdict in verdicts([])} == {None}
 
 
@@ -311,7 +311,7 @@ UNLIKE = [
 def test_unlike_clocks_are_compared_by_the_wall_clock_of_both():
     verdict = verdict_of(UNLIKE, "pack: >= 5x masked_scatter")
     assert verdict.value == pytest.approx(2)
-    assert "4x, forward, wall clock" in str(verdict)
+    assert "4x, forward, wall clock" in verdict.text
     (one,) = comparisons(UNLIKE)
     assert (one.figure.value, one.figure.remark) == (2, "wall clock")
 
@@ -341,7 +341,7 @@ def test_what_could_not_be_captured_has_waited():
 
 def test_a_share_of_the_copy_stands_beside_that_of_the_data_sheet():
     rows = [row("pool_norm", "x", "tokenflex", 1, share_of_copy=0.9, share_of_sheet=0.81)]
-    text = str(verdict_of(rows, "pool+LN forward: >= 85 % of copy bandwidth"))
+    text = verdict_of(rows, "pool+LN forward: >= 85 % of copy bandwidth").text
     assert "0.9 at worst (x, forward, 0.81 of the data sheet)" in text
 
 
@@ -353,5 +353,5 @@ def test_host_cost_is_that_of_the_dearest_op_without_gradients():
         row("host_cost", "no grad", "plan_packing", 9000, backend="cpp"),
         row("host_cost", "grad", "swiglu", 90, backend="triton"),
     ]
-    text = str(verdict_of(rows, "host cost of an op call, forward: <= 15 us"))
+    text = verdict_of(rows, "host cost of an op call, forward: <= 15 us").text
     assert text == "SHORT by 6.7%: 16 at worst (merge_vision); met on 1 of 2 cases"
