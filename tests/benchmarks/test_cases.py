@@ -122,6 +122,12 @@ def test_a_variant_without_a_leaf_has_the_truth_without_it():
     assert [(row["status"], row["error"]) for row in rows] == [("ok", 0.0)] * 6
 
 
+def test_the_truth_is_float64_whatever_is_measured():
+    rows = rows_of(square_case(Variant("rounded", product)), dtype=torch.bfloat16)
+    assert [row["status"] for row in rows] == ["ok"] * 3
+    assert all(1e-4 < row["error"] < 1e-2 for row in rows)
+
+
 def test_only_what_is_trained_gets_a_gradient():
     rows = rows_of(square_case(Variant("right", product), trained=("b",)))
     assert {row["status"] for row in rows} == {"ok"}

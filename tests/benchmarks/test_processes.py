@@ -101,9 +101,11 @@ def test_an_error_of_the_suite_itself_is_a_row_after_those_that_it_had_measured(
         run_cases([square_case(Variant("right", product), modes=FORWARD)], run)
         raise ValueError("no more cases")
 
-    *_, last = rows_of(suite)
-    assert len(_) == 1
-    assert last == ("some suite", "", "", "", "failed: ValueError: no more cases")
+    watched = Watched("some", suite, "cpu", True)
+    (first,), (last,) = watched.rows(30.0)
+    assert (first["variant"], first["status"]) == ("right", "ok")
+    assert (last["op"], last["status"]) == ("some suite", "failed: ValueError: no more cases")
+    assert watched.banned == {}
 
 
 def test_a_suite_that_does_not_end_in_its_time_is_stopped(monkeypatch):

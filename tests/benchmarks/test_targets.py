@@ -232,6 +232,17 @@ def test_the_rows_that_a_target_is_about(name, values, counts):
 
 
 @pytest.mark.parametrize(
+    "name", [name for name in PLAN if "T >= 2048" in name or "T <= 256" in name]
+)
+def test_the_sizes_that_a_target_names(name):
+    inside, outside = (2048, 2047) if "T >= 2048" in name else (256, 257)
+    rows = PLAN[name][2](1.5)
+    for tokens, counts in ((inside, True), (outside, False)):
+        sized = [row | {"tokens": str(tokens)} for row in rows]
+        assert (verdict_of(sized, name).met is not None) is counts
+
+
+@pytest.mark.parametrize(
     "name", [name for name in PLAN if name.startswith(("pool+LN f", "pool+LN b", "pack f"))]
 )
 def test_small_batches_count_towards_bandwidth(name):
