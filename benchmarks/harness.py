@@ -20,6 +20,8 @@ from benchmarks.results import NewRow
 
 SEED = 0
 NO_TIME = "not run: no time left"
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
+ROUNDS = {"cuda": 10, "cpu": 50}  # a round on a GPU is several samples
 
 
 class Deadline:
@@ -46,7 +48,7 @@ class Run:
             knows what it was busy with if it hangs or dies.
         done: (op, case, mode) that an earlier process of this suite has measured.
         banned: Variants that hung or killed an earlier process, and the row that says how.
-        dtype: Of inputs and weights.
+        dtype: Of inputs and weights; that of the device in ``DTYPES`` if None.
     """
 
     device: str
@@ -56,10 +58,10 @@ class Run:
     begin: Callable[[NewRow], object] = lambda row: None
     done: Collection[tuple[str, str, str]] = ()
     banned: Mapping[str, NewRow] = field(default_factory=dict)
-    dtype: torch.dtype = None  # type: ignore[assignment]
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        self.dtype = self.dtype or {"cuda": torch.bfloat16, "cpu": torch.float32}[self.device]
+        self.dtype = self.dtype or DTYPES[self.device]
 
     @property
     def dtype_name(self) -> str:
@@ -118,9 +120,9 @@ def measure(entries: Sequence[Entry], run: Run, seconds: float = 1.0) -> list[Ne
             clock = _clock(entry, run.device)
             entry.check(clock.results)  # a wrong result is not timed at all
             clocks[name] = clock
-    rounds = {"cuda": 10, "cpu": 50}[run.device]
-    effort = (-(-rounds * 3 // 10), seconds / 5) if run.quick else (rounds, seconds)
-    failed = sample_in_turn(clocks, *effort, lambda name: run.begin(by_name[name].row))
+    rounds = ROUNDS[run.device] * 3 // 10 if run.quick else ROUNDS[run.device]
+    seconds = seconds / 5 if run.quick else seconds
+    failed = sample_in_turn(clocks, rounds, seconds, lambda name: run.begin(by_name[name].row))
     for name, clock in clocks.items():
         entry = by_name[name]
         with failure_in(entry.row, run):
@@ -139,8 +141,11 @@ def _clock(entry: Entry, device: str) -> HostClock:
 
 @contextmanager
 def failure_in(row: NewRow, run: Run) -> Iterator[None]:
-    """Turn an exception into the row's status, unless the GPU fails from now on whatever it does:
-    then this process ends, and the next one goes on with the other variants."""
+    """Turn an exception into the row's status.
+
+    If the GPU fails from now on whatever it does, the error ends this process instead, and the next
+    one goes on without the variant.
+    """
     try:
         yield
     except Exception as error:

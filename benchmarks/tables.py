@@ -153,7 +153,8 @@ def calls(rows: Sequence[Row]) -> str:
     """The cost of a call of the compiled ops."""
 
     def span(case: str) -> str:
-        costs = [float(row["p50_us"]) for row in host_rows(rows, case=case, backend="cpp")]
+        compiled = [r for r in host_rows(rows, case=case) if r["backend"] != "reference"]
+        costs = [float(row["p50_us"]) for row in compiled]
         return f"{min(costs):.0f} to {max(costs):.0f}"
 
     return (
@@ -205,13 +206,12 @@ def overview(rows: Sequence[Row]) -> str:
     for pair in comparisons(rows):
         op = f"`{pair.ours['op']}` ({pair.ours['backend']})"
         groups[op, pair.peer["variant"]].append(pair.figure.value)
-    lines = [
-        (*names, f"{min(values):.2f}", f"{max(values):.2f}", f"{slower} of {len(values)}")
-        for names, values in groups.items()
-        for slower in [sum(value < 1 for value in values)]
-    ]
+    lines = []
+    for names, values in groups.items():
+        slower = f"{sum(value < 1 for value in values)} of {len(values)}"
+        lines.append((*names, f"{min(values):.2f}", f"{max(values):.2f}", slower))
     worst = "the peer's time over ours, worst case"
-    judged = [(one.name, one.text) for one in verdicts(rows) if one.met is not None]
+    judged = [(verdict.name, verdict.text) for verdict in verdicts(rows) if verdict.met is not None]
     return "\n\n".join(
         [
             table(("ours", "peer", worst, "best", "we are slower in"), *lines),
