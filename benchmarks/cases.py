@@ -34,17 +34,11 @@ Call = Callable[[Leaves, Any], torch.Tensor]
 
 @dataclass
 class Batch:
-    """What one call works on.
+    """What one call works on."""
 
-    Attributes:
-        leaves: The tensors that can be differentiated, by name.
-        grad: The gradient of the result.
-        fixed: The rest: grids, a plan.
-    """
-
-    leaves: Leaves
-    grad: torch.Tensor
-    fixed: Any = None
+    leaves: Leaves  # the tensors that can be differentiated, by name
+    grad: torch.Tensor  # the gradient of the result
+    fixed: Any = None  # the rest: grids, a plan
 
 
 def work_by_mode(forward: Work, backward: Work) -> dict[str, Work]:
@@ -54,30 +48,19 @@ def work_by_mode(forward: Work, backward: Work) -> dict[str, Work]:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compute a case.
+    """One way to compute a case."""
 
-    Attributes:
-        name: As the CSV has it.
-        call: (leaves, fixed) -> result.
-        ours: Whether it calls an op of ours.
-        prepare: Brings the leaves into the layout that a package keeps its weights in, untimed. It
-            must be linear, because gradients are compared in that layout too.
-        without: Leaves that it cannot take; its truth is computed without them.
-        truth: Its own, where it is not to compute the case's result.
-        modes: Those it can run.
-        waits: Modes in which it waits for the device, so that they cannot be captured.
-        slow_start: Whether it compiles or tunes for long at every new size.
-    """
-
-    name: str
+    name: str  # as the CSV has it
     call: Call
-    ours: bool = False
+    ours: bool = False  # whether it calls an op of ours
+    # Brings the leaves into the layout that a package keeps its weights in, untimed. It must be
+    # linear, because gradients are compared in that layout too.
     prepare: Callable[[Leaves], Leaves] = lambda leaves: leaves
-    without: Collection[str] = ()
-    truth: Call | None = None
-    modes: Collection[str] = MODES
-    waits: Collection[str] = ()
-    slow_start: bool = False
+    without: Collection[str] = ()  # leaves that it cannot take; its truth is computed without them
+    truth: Call | None = None  # its own, where it is not to compute the case's result
+    modes: Collection[str] = MODES  # those it can run
+    waits: Collection[str] = ()  # modes that wait for the device, and cannot be captured
+    slow_start: bool = False  # compiles or tunes for long at every new size
 
     def leaves(self, batch: Batch) -> Leaves:
         taken = {name: leaf for name, leaf in batch.leaves.items() if name not in self.without}
@@ -86,32 +69,20 @@ class Variant:
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one size.
-
-    Attributes:
-        op, name: As the CSV has them.
-        tokens: Rows of the result.
-        batch: (dtype, device, seed, the first batch or None) -> a batch of random numbers.
-        truth: The result, computed with leaves in float64.
-        variants: Ours, and those of peers that are installed.
-        work: (bytes of a number) -> work by mode.
-        trained: Leaves that require a gradient; all if None.
-        shared: Leaves that all batches have in common, as a model has.
-        modes: Those that are measured.
-        exact: "result" and leaves whose gradient must be the truth bit by bit: rows only moved.
-    """
+    """One op at one size."""
 
     op: str
     name: str
-    tokens: int
+    tokens: int  # rows of the result
+    # (dtype, device, seed, the first batch or None) -> a batch of random numbers
     batch: Callable[[torch.dtype, str, int, Batch | None], Batch]
-    truth: Call
-    variants: Sequence[Variant]
-    work: Callable[[int], Mapping[str, Work]]
-    trained: Collection[str] | None = None
-    shared: Collection[str] = ()
-    modes: Sequence[str] = MODES
-    exact: Collection[str] = ()
+    truth: Call  # the result, from leaves in float64
+    variants: Sequence[Variant]  # ours, and those of peers that are installed
+    work: Callable[[int], Mapping[str, Work]]  # (bytes of a number) -> work by mode
+    trained: Collection[str] | None = None  # leaves that require a gradient; all if None
+    shared: Collection[str] = ()  # leaves that all batches have in common, as a model has
+    modes: Sequence[str] = MODES  # those that are measured
+    exact: Collection[str] = ()  # "result" and leaves' gradients that must agree bit by bit
 
     def row(self, mode: str, variant: str = "") -> NewRow:
         names = {"op": self.op, "case": self.name, "mode": mode, "variant": variant}

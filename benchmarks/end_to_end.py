@@ -28,20 +28,13 @@ LOSS_LIMITS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, and a batch of one image and ``prompt`` text tokens a sample.
+    """A model, and a batch of one image and ``prompt`` text tokens a sample."""
 
-    Attributes:
-        vision, text: Fields of the SigLIP and the Qwen2 configuration.
-        samples: Number of samples, a multiple of ten.
-        prompt: Text tokens of each; the last eighth is learned.
-        counts: Vision tokens of an image, at 2 : 3 : 5.
-    """
-
-    vision: dict[str, Any]
-    text: dict[str, Any]
-    samples: int
-    prompt: int
-    counts: tuple[int, int, int]
+    vision: dict[str, Any]  # fields of the SigLIP configuration
+    text: dict[str, Any]  # fields of the Qwen2 configuration
+    samples: int  # a multiple of ten
+    prompt: int  # the last eighth is learned
+    counts: tuple[int, int, int]  # vision tokens of an image, at 2 : 3 : 5
 
     def batch(self, mixed: bool) -> Samples:
         """Return samples of the largest count, or of all three, shuffled."""

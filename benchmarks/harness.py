@@ -37,28 +37,18 @@ class Deadline:
 
 @dataclass
 class Run:
-    """What a suite is told, and where its rows go.
+    """What a suite is told, and where its rows go."""
 
-    Attributes:
-        device: "cuda" or "cpu".
-        quick: Whether to measure a few cases for a short time.
-        deadline: When the suite must end.
-        emit: Takes rows as soon as they are measured.
-        begin: Is told the row that is about to be measured, so that whoever watches this process
-            knows what it was busy with if it hangs or dies.
-        done: (op, case, mode) that an earlier process of this suite has measured.
-        banned: Variants that hung or killed an earlier process, and the row that says how.
-        dtype: Of inputs and weights; that of the device in ``DTYPES`` if None.
-    """
-
-    device: str
-    quick: bool
+    device: str  # "cuda" or "cpu"
+    quick: bool  # a few cases, for a short time
     deadline: Deadline
-    emit: Callable[[list[NewRow]], object]
+    emit: Callable[[list[NewRow]], object]  # takes rows as soon as they are measured
+    # Is told the row that is about to be measured, so that whoever watches this process knows what
+    # it was busy with if it hangs or dies.
     begin: Callable[[NewRow], object] = lambda row: None
-    done: Collection[tuple[str, str, str]] = ()
-    banned: Mapping[str, NewRow] = field(default_factory=dict)
-    dtype: torch.dtype | None = None
+    done: Collection[tuple[str, str, str]] = ()  # (op, case, mode) of an earlier process
+    banned: Mapping[str, NewRow] = field(default_factory=dict)  # variants that hung or killed one
+    dtype: torch.dtype | None = None  # of inputs and weights; the device's in DTYPES if None
 
     def __post_init__(self) -> None:
         self.dtype = self.dtype or DTYPES[self.device]
@@ -78,23 +68,16 @@ class Work:
 
 @dataclass
 class Entry:
-    """One row that is to be measured.
+    """One row that is to be measured."""
 
-    Attributes:
-        row: Its first columns; the others are filled in.
-        calls: Returns one call per set of buffers.
-        work: Of a call.
-        check: (results of all sets) -> the largest error; raises ValueError if it is too large.
-        costs: Returns the columns that are measured outside the clock.
-        timing: "graph" for a CUDA graph, where there is a GPU; "eager" for calls that cannot be
-            captured, because they wait for the device; "host" for the wall clock.
-    """
-
-    row: NewRow
-    calls: Callable[[], Calls]
+    row: NewRow  # its first columns; the others are filled in
+    calls: Callable[[], Calls]  # returns one call per set of buffers
     work: Work
+    # (results of all sets) -> the largest error; raises ValueError if it is too large
     check: Callable[[Sequence[Any]], float | str] = lambda results: ""
-    costs: Callable[[], NewRow] = dict
+    costs: Callable[[], NewRow] = dict  # columns that are measured outside the clock
+    # "graph" for a CUDA graph, where there is a GPU; "eager" for calls that wait for the device and
+    # cannot be captured; "host" for the wall clock
     timing: str = "graph"
 
 

@@ -52,20 +52,15 @@ STAGES = {  # the paper's three, by what learns
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and its samples.
-
-    Attributes:
-        name: Of the model.
-        counts: Vision tokens of a tile, at 2 : 3 : 5.
-        vision, text: Fields of the SigLIP and the Qwen2 configuration.
-        median_text: Tokens of the median sample, of a log-normal distribution; half are learned.
-    """
+    """A model and its samples."""
 
     name: str
-    counts: tuple[int, ...]
-    vision: dict[str, Any]
-    text: dict[str, Any]
-    median_text: float
+    counts: tuple[int, ...]  # vision tokens of a tile, at 2 : 3 : 5
+    vision: dict[str, Any]  # fields of the SigLIP configuration
+    text: dict[str, Any]  # fields of the Qwen2 configuration
+    median_text: (
+        float  # tokens of the median sample, of a log-normal distribution; half are learned
+    )
 
 
 def qwen(vocab_size: int, num_key_value_heads: int, *sizes: int) -> dict[str, Any]:

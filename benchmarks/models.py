@@ -52,19 +52,12 @@ def random_model(
 
 @dataclass(frozen=True)
 class Samples:
-    """The sizes of some samples, an array each.
+    """The sizes of some samples, an array each."""
 
-    Attributes:
-        text: Text tokens.
-        tiles: Tiles of the image.
-        counts: Vision tokens of each tile.
-        answers: How many of the last text tokens are learned.
-    """
-
-    text: np.ndarray
-    tiles: np.ndarray
-    counts: np.ndarray
-    answers: np.ndarray
+    text: np.ndarray  # text tokens
+    tiles: np.ndarray  # tiles of the image
+    counts: np.ndarray  # vision tokens of each tile
+    answers: np.ndarray  # how many of the last text tokens are learned
 
     @property
     def rows(self) -> np.ndarray:

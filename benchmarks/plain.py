@@ -37,19 +37,12 @@ def weight_shapes(vision: int, hidden: int, text: int) -> Shapes:
 
 @dataclass(frozen=True)
 class Grids:
-    """The grids of a batch's images, and what PyTorch's loop over kinds of grids needs.
+    """The grids of a batch's images, and what PyTorch's loop over kinds of grids needs."""
 
-    Attributes:
-        inputs, outputs: One (height, width) per image.
-        groups: (grid, int64 numbers of the images that get it).
-        order: int64 [rows]: row r of the result is row ``order[r]`` of the groups' results; None
-            where there is one group, whose rows are in order.
-    """
-
-    inputs: list[Grid]
+    inputs: list[Grid]  # (height, width) of each image
     outputs: list[Grid]
-    groups: list[tuple[Grid, torch.Tensor]]
-    order: torch.Tensor | None
+    groups: list[tuple[Grid, torch.Tensor]]  # a grid, and int64 numbers of the images that get it
+    order: torch.Tensor | None  # row r of the result is row order[r] of the groups'; None for one
 
 
 def grids_of(out_grids: Sequence[Grid], device: str) -> Grids:

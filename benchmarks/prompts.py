@@ -14,21 +14,13 @@ IMAGE = 0  # peers look the placeholder up in the table too, so it must be one o
 
 @dataclass(frozen=True)
 class Prompts:
-    """Samples of text with an image in the middle.
-
-    Attributes:
-        samples: Number of samples.
-        text: Text tokens of each.
-        width: Features of a row.
-        vocabulary: Rows of the embedding table.
-        count: Vision tokens of each image; 64, 144, 256, 64, .. if None.
-    """
+    """Samples of text with an image in the middle."""
 
     samples: int
-    text: int
-    width: int
-    vocabulary: int
-    count: int | None = None
+    text: int  # text tokens of each
+    width: int  # features of a row
+    vocabulary: int  # rows of the embedding table
+    count: int | None = None  # vision tokens of each image; 64, 144, 256, 64, .. if None
 
     @property
     def name(self) -> str:
@@ -72,20 +64,11 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Packed:
-    """A plan, and what peers are given instead.
-
-    Attributes:
-        plan: Ours.
-        rows: int64 [vision], numbers of the vision rows.
-        text_ids: int64 [text], the ids of the text rows alone.
-        text_pieces: Numbers of text rows before and after each image, on the host.
-        padded_ids: int64 [samples, longest], the samples side by side.
-        padded_mask: bool [samples, longest], False on padding.
-    """
+    """Our plan, and what peers are given instead."""
 
     plan: PackPlan
-    rows: torch.Tensor
-    text_ids: torch.Tensor
-    text_pieces: list[int]
-    padded_ids: torch.Tensor
-    padded_mask: torch.Tensor
+    rows: torch.Tensor  # int64 [vision], numbers of the vision rows
+    text_ids: torch.Tensor  # int64 [text], the ids of the text rows alone
+    text_pieces: list[int]  # numbers of text rows before and after each image, on the host
+    padded_ids: torch.Tensor  # int64 [samples, longest], the samples side by side
+    padded_mask: torch.Tensor  # bool [samples, longest], False on padding

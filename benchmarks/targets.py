@@ -26,19 +26,12 @@ SUITES = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one target.
-
-    Attributes:
-        name: The target's.
-        met: None where nothing was measured.
-        value: The worst that was measured; None if nothing was, or a row of ours failed.
-        text: Met or short, by how much, where, and on how many cases.
-    """
+    """What became of one target."""
 
     name: str
-    met: bool | None
-    value: float | None
-    text: str
+    met: bool | None  # None where nothing was measured
+    value: float | None  # the worst that was measured; None if nothing was, or a row of ours failed
+    text: str  # met or short, by how much, where, and on how many cases
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
