@@ -21,7 +21,8 @@ from benchmarks.results import NewRow
 SEED = 0
 NO_TIME = "not run: no time left"
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
-ROUNDS = {"cuda": 10, "cpu": 50}  # a round on a GPU is several samples
+ROUNDS = 50
+ROUNDS_OF_GRAPHS = 10  # of several samples each
 
 
 class Deadline:
@@ -103,8 +104,10 @@ def measure(entries: Sequence[Entry], run: Run, seconds: float = 1.0) -> list[Ne
             clock = _clock(entry, run.device)
             entry.check(clock.results)  # a wrong result is not timed at all
             clocks[name] = clock
-    rounds = ROUNDS[run.device] * 3 // 10 if run.quick else ROUNDS[run.device]
-    seconds = seconds / 5 if run.quick else seconds
+    of_host = all(clock.timing == "host" for clock in clocks.values())
+    rounds = ROUNDS if of_host else ROUNDS_OF_GRAPHS
+    if run.quick:
+        rounds, seconds = rounds * 3 // 10, seconds / 5
     failed = sample_in_turn(clocks, rounds, seconds, lambda name: run.begin(by_name[name].row))
     for name, clock in clocks.items():
         entry = by_name[name]
