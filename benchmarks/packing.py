@@ -17,13 +17,13 @@ from tokenflex_kernels import merge_vision, pack_embeddings
 Peers = Sequence[Variant]
 
 # What packing computes gradients for: none, all that training a projector asks for, all.
-FORWARD, FROZEN, TRAINED = "", "frozen table", "trained table"
-SPARSELY = "sparse table gradient"
+FORWARD, FROZEN_TABLE, TRAINED_TABLE = "", "frozen table", "trained table"
+SPARSE_TABLE = "sparse table gradient"
 KINDS: dict[str, tuple[Sequence[str], Sequence[str]]] = {  # modes, and leaves that are trained
     FORWARD: (("forward",), ()),
-    FROZEN: (TRAINING, ("vision",)),
-    TRAINED: (("forward+backward",), ("table", "vision")),
-    SPARSELY: (("forward+backward",), ("table", "vision")),
+    FROZEN_TABLE: (TRAINING, ("vision",)),
+    TRAINED_TABLE: (("forward+backward",), ("table", "vision")),
+    SPARSE_TABLE: (("forward+backward",), ("table", "vision")),
 }
 
 
@@ -45,7 +45,7 @@ def true_merge(leaves: Leaves, packed: Packed) -> torch.Tensor:
 
 
 OURS = Variant("tokenflex", pack, ours=True)
-OURS_SPARSELY = Variant(SPARSE, partial(pack, sparse_grad=True), ours=True)
+OURS_SPARSE = Variant(SPARSE, partial(pack, sparse_grad=True), ours=True)
 
 
 def pack_case(prompts: Prompts, kind: str, peers: Peers) -> Case:
@@ -56,7 +56,7 @@ def pack_case(prompts: Prompts, kind: str, peers: Peers) -> Case:
         tokens=prompts.tokens,
         batch=partial(random_batch, prompts, "table"),
         truth=true_pack,
-        variants=[OURS_SPARSELY if kind == SPARSELY else OURS, *peers],
+        variants=[OURS_SPARSE if kind == SPARSE_TABLE else OURS, *peers],
         work=partial(pack_work, prompts, distinct_ids(prompts) if "table" in trained else None),
         trained=trained,
         shared=("table",),
@@ -144,11 +144,11 @@ def cases(run: Run, packers: Peers, sparse_packers: Peers, mergers: Peers) -> It
     sizes = batches(run)
     for prompts in sizes:
         yield pack_case(prompts, FORWARD, packers)
-        yield pack_case(prompts, FROZEN, packers)
+        yield pack_case(prompts, FROZEN_TABLE, packers)
         yield merge_case(prompts, mergers)
     largest = sizes[0 if run.device == "cuda" else -1]
-    yield pack_case(largest, SPARSELY, sparse_packers)  # a table's gradient takes longest
-    yield pack_case(largest, TRAINED, packers)
+    yield pack_case(largest, SPARSE_TABLE, sparse_packers)  # a table's gradient takes longest
+    yield pack_case(largest, TRAINED_TABLE, packers)
 
 
 def suite(run: Run) -> None:

@@ -52,19 +52,25 @@ def peer(op: str, name: str, *, module: str = "", **options: Any) -> Callable[[A
 
 def load_peers(op: str, run: Run) -> list[Variant]:
     """Return the op's peers that are at hand, and emit a row for each of the others."""
-    variants, missing = [], {}
+    variants, missing = [], []
     for name, load in PEERS.get(op, {}).items():
-        if name == COMPILED and run.quick:
-            missing[name] = "not run: a quick run compiles nothing"
-            continue
+        row = new_row(op=op, variant=name)
+        failure = run.banned.get(name)
+        run.begin(row)
         try:
-            variants.append(load())
+            if failure and not failure["case"]:  # already importing it ended a process
+                row["status"] = failure["status"]
+            elif name == COMPILED and run.quick:
+                row["status"] = "not run: a quick run compiles nothing"
+            else:
+                variants.append(load())
+                continue
         except ModuleNotFoundError as error:
-            missing[name] = f"not installed: no module {error.name}"
+            row["status"] = f"not installed: no module {error.name}"
         except Exception as error:  # a package that does not import on this machine
-            missing[name] = f"does not import: {type(error).__name__}: {error}".splitlines()[0]
-    if not run.done:  # else an earlier process of this suite has said so
-        run.emit([new_row(op=op, variant=name, status=why) for name, why in missing.items()])
+            row["status"] = f"does not import: {type(error).__name__}: {error}".splitlines()[0]
+        missing.append(row)
+    run.emit([] if (op, "", "") in run.done else missing)
     return variants
 
 

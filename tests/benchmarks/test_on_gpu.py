@@ -9,7 +9,7 @@ from benchmarks.cases import Variant
 from benchmarks.clocks import GraphClock
 from benchmarks.costs import peak_bytes, synchronisations
 from benchmarks.machine import environment, last_level_cache
-from benchmarks.packing import FORWARD, FROZEN, pack_case
+from benchmarks.packing import FORWARD, FROZEN_TABLE, pack_case
 from benchmarks.peers import load_peers
 from benchmarks.prompts import Prompts
 from tests.benchmarks.small import rows_of, run_of, square_case
@@ -69,7 +69,7 @@ def test_a_case_is_captured_and_right_in_every_mode():
     assert all(row["synchronisations"] == 0 and row["eager_us"] > 0 for row in rows)
 
 
-@pytest.mark.parametrize("kind", [FORWARD, FROZEN])
+@pytest.mark.parametrize("kind", [FORWARD, FROZEN_TABLE])
 def test_packing_waits_for_nothing_and_masked_scatter_for_its_mask(kind):
     peers = load_peers("pack_embeddings", run_of("cuda"))
     case = pack_case(Prompts(2, 20, 64, 100), kind, peers)
@@ -79,7 +79,7 @@ def test_packing_waits_for_nothing_and_masked_scatter_for_its_mask(kind):
         ("ok", "graph", 0)
     }
     waiting = {row["variant"] for row in rows if row["synchronisations"]}
-    assert ("embedding + masked_scatter" in waiting) is (kind == FROZEN)
+    assert ("embedding + masked_scatter" in waiting) is (kind == FROZEN_TABLE)
 
 
 def test_the_machine_is_read():

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from benchmarks import packing, peers, plain, pool_norm, project_tokens, swiglu
 from benchmarks.cases import MODES, TRAINING, Variant
-from benchmarks.packing import FORWARD, FROZEN, SPARSELY, TRAINED
+from benchmarks.packing import FORWARD, FROZEN_TABLE, SPARSE_TABLE, TRAINED_TABLE
 from benchmarks.peers import SPARSE_GRADIENT, load_peers
 from benchmarks.plain import mixed, number_of_tokens, square, uniform
 from benchmarks.prompts import Prompts
@@ -243,10 +243,10 @@ def test_peers_that_are_missing_or_broken_or_slow_are_rows(monkeypatch):
                 "padded embedding + flash-attn unpad",
             },
         ),
-        (partial(packing.pack_case, kind=FROZEN), "pack_embeddings", set()),
-        (partial(packing.pack_case, kind=TRAINED), "pack_embeddings", set()),
+        (partial(packing.pack_case, kind=FROZEN_TABLE), "pack_embeddings", set()),
+        (partial(packing.pack_case, kind=TRAINED_TABLE), "pack_embeddings", set()),
         (
-            partial(packing.pack_case, kind=SPARSELY),
+            partial(packing.pack_case, kind=SPARSE_TABLE),
             SPARSE_GRADIENT,
             {"embedding(sparse) + index_put"},
         ),
@@ -265,7 +265,7 @@ def test_every_way_to_pack_is_the_truth(installed, make, op, wanted, count):
     "make",
     [
         partial(packing.pack_case, kind=FORWARD),
-        partial(packing.pack_case, kind=FROZEN),
+        partial(packing.pack_case, kind=FROZEN_TABLE),
         packing.merge_case,
     ],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import processes
+from benchmarks import peers, processes
 from benchmarks.cases import MODES, Variant, run_cases
 from benchmarks.harness import NO_TIME
 from benchmarks.processes import Watched
@@ -62,6 +62,19 @@ def test_a_peer_that_sleeps_raises_or_is_killed_costs_its_rows_alone():
         ("product", "again", "forward", "sleeps", f"not run: {hung} (six, forward)"),
         ("product", "again", "forward", "raises", wrong),
         ("product", "again", "forward", "is_killed", f"not run: {killed} (six, forward)"),
+    ]
+
+
+def test_a_package_that_ends_the_process_when_it_is_imported_is_a_row(monkeypatch):
+    load = {"right": lambda: Variant("right", product), "deadly": lambda: is_killed(None, None)}
+    monkeypatch.setattr(peers, "PEERS", {"product": load})
+
+    def suite(run):
+        run_cases([square_case(*peers.load_peers("product", run), modes=FORWARD)], run)
+
+    assert rows_of(suite) == [
+        ("product", "", "", "deadly", "failed: the process ended with -9"),
+        ("product", "six", "forward", "right", "ok"),
     ]
 
 
