@@ -82,20 +82,6 @@ def fast(peers: Sequence[Variant]) -> list[Variant]:
 # ---- PyTorch
 
 
-def compiled(call: Call) -> Call:
-    """Compile each shape on its own. Graphs are captured by the harness, of all variants alike."""
-    torch._dynamo.config.recompile_limit = 64
-    torch._functorch.config.donated_buffer = False  # backward is timed alone, many times
-    return torch.compile(call, mode="max-autotune-no-cudagraphs", dynamic=False)
-
-
-for call in (plain.pool_norm, plain.swiglu, plain.project_tokens):
-    peer(call.__name__, EAGER)(call)
-    PEERS[call.__name__][COMPILED] = partial(
-        lambda call: Variant(COMPILED, compiled(call), slow_start=True), call
-    )
-
-
 def both_weights(leaves: Leaves) -> Leaves:
     weight = torch.cat([leaves["gate_weight"], leaves["up_weight"]])
     return {"x": leaves["x"], "weight": weight}
@@ -109,6 +95,19 @@ def true_product(leaves: Leaves, _: object) -> torch.Tensor:
 def bare_product(leaves: Leaves, _: object = None) -> torch.Tensor:
     """The product of the same FLOPs, and nothing else."""
     return leaves["x"] @ leaves["weight"].T
+
+
+def compiled(call: Call) -> Variant:
+    """Compile each shape on its own. Graphs are captured by the harness, of all variants alike."""
+    torch._dynamo.config.recompile_limit = 64
+    torch._functorch.config.donated_buffer = False  # backward is timed alone, many times
+    compiled_call = torch.compile(call, mode="max-autotune-no-cudagraphs", dynamic=False)
+    return Variant(COMPILED, compiled_call, slow_start=True)
+
+
+for call in (plain.pool_norm, plain.swiglu, plain.project_tokens):
+    peer(call.__name__, EAGER)(call)
+    PEERS[call.__name__][COMPILED] = partial(compiled, call)
 
 
 # ---- Liger-Kernel: its LayerNorm, and its silu(gate) * up between PyTorch's products. The backward
