@@ -34,7 +34,7 @@ Call = Callable[[Leaves, Any], torch.Tensor]
 
 @dataclass
 class Batch:
-    """What one call works on."""
+    """Inputs of one call."""
 
     leaves: Leaves  # the tensors that can be differentiated, by name
     grad: torch.Tensor  # the gradient of the result

@@ -38,7 +38,7 @@ class Deadline:
 
 @dataclass
 class Run:
-    """What a suite is told, and where its rows go."""
+    """Settings of a suite, and the places its rows go to."""
 
     device: str  # "cuda" or "cpu"
     quick: bool  # a few cases, for a short time
@@ -61,7 +61,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Work:
-    """What one call must move and compute at least."""
+    """Bytes and operations that one call needs at least."""
 
     bytes: int = 0
     flops: int = 0
@@ -94,9 +94,10 @@ def measure(entries: Sequence[Entry], run: Run, seconds: float = 1.0) -> list[Ne
     by_name = {f"{entry.row['case']}, {entry.row['variant']}": entry for entry in entries}
     for name, entry in by_name.items():
         if failure := run.banned.get(entry.row["variant"]):
-            where, why = f"{failure['case']}, {failure['mode']}", failure["status"]
-            here = where == f"{entry.row['case']}, {entry.row['mode']}"
-            entry.row["status"] = why if here else f"not run: {why} ({where})"
+            why, where = failure["status"], (failure["case"], failure["mode"])
+            if where != (entry.row["case"], entry.row["mode"]):
+                why = f"not run: {why} ({', '.join(where)})"
+            entry.row["status"] = why
             continue
         run.begin(entry.row)
         with failure_in(entry.row, run):

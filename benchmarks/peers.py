@@ -93,7 +93,7 @@ def true_product(leaves: Leaves, _: object) -> torch.Tensor:
 
 @peer("swiglu", "bare product", prepare=both_weights, truth=true_product, modes=("forward",))
 def bare_product(leaves: Leaves, _: object = None) -> torch.Tensor:
-    """The product of the same FLOPs, and nothing else."""
+    """Multiply, with the same FLOPs, and do nothing else."""
     return leaves["x"] @ leaves["weight"].T
 
 
@@ -200,7 +200,7 @@ def masked_scatter_pack(leaves: Leaves, packed: Packed) -> torch.Tensor:
 
 @peer("pack_embeddings", "embedding + index_put")
 def index_put_pack(leaves: Leaves, packed: Packed) -> torch.Tensor:
-    """By row number, known beforehand; in place where autograd allows it."""
+    """Put vision rows in by number, known beforehand; in place where autograd allows it."""
     embeds = look_up(leaves, packed)
     put = embeds.index_put if embeds.requires_grad else embeds.index_put_
     return put((packed.rows,), leaves["vision"])
@@ -208,14 +208,14 @@ def index_put_pack(leaves: Leaves, packed: Packed) -> torch.Tensor:
 
 @peer("pack_embeddings", "embedding + vLLM merge", modes=("forward",))
 def vllm_pack(leaves: Leaves, packed: Packed) -> torch.Tensor:
-    """In place, by a mask of one column, as vLLM merges for inference."""
+    """Overwrite in place, by a mask of one column, as vLLM merges for inference."""
     mask = (packed.plan.input_ids == IMAGE).unsqueeze(1)
     return look_up(leaves, packed).masked_scatter_(mask, leaves["vision"])
 
 
 @peer("pack_embeddings", "embedding + nested jagged")
 def nested_pack(leaves: Leaves, packed: Packed) -> torch.Tensor:
-    """Text, image, text of each sample put together, then a nested tensor of all samples."""
+    """Put text, image, text of each sample together, then all samples into a nested tensor."""
     text = iter(F.embedding(packed.text_ids, leaves["table"]).split(packed.text_pieces))
     images = leaves["vision"].split(packed.plan.token_counts)
     samples = [torch.cat([next(text), image, next(text)]) for image in images]
@@ -229,7 +229,7 @@ def nested_pack(leaves: Leaves, packed: Packed) -> torch.Tensor:
     waits=MODES,
 )
 def flash_attn_pack(flash: ModuleType, leaves: Leaves, packed: Packed) -> torch.Tensor:
-    """A padded batch merged by a mask, then flash-attn's way to drop the padding."""
+    """Merge a padded batch by a mask, then drop the padding as flash-attn does."""
     embeds = F.embedding(packed.padded_ids, leaves["table"])
     merged = scatter(embeds, packed.padded_ids, leaves["vision"])
     return flash.unpad_input(merged, packed.padded_mask)[0]
@@ -237,7 +237,7 @@ def flash_attn_pack(flash: ModuleType, leaves: Leaves, packed: Packed) -> torch.
 
 @peer(SPARSE_GRADIENT, "embedding(sparse) + index_put")
 def sparse_index_put_pack(leaves: Leaves, packed: Packed) -> torch.Tensor:
-    """Its table gradient has a row for every row of the batch, not yet added up."""
+    """Look up sparsely: the table's gradient has a row per row of the batch, not added up."""
     embeds = F.embedding(packed.plan.input_ids, leaves["table"], sparse=True)
     return embeds.index_put((packed.rows,), leaves["vision"])
 

@@ -58,7 +58,7 @@ def table(*lines: Sequence[str]) -> str:
 
 
 def machine(rows: Sequence[Row]) -> str:
-    """What was measured on, and how much of it there is to trust."""
+    """The machine, and how much of the run to trust."""
     first, ok = rows[0], [row for row in rows if row["status"] == "ok"]
     no_time = sum("no time left" in row["status"] for row in rows)
     few = sum(int(row["samples"]) < FEW_SAMPLES for row in ok)
@@ -143,10 +143,10 @@ def losses(rows: Sequence[Row]) -> str:
 def host_rows(rows: Sequence[Row], **columns: str) -> list[Row]:
     """Return the host costs that have these values, in the CSV's order."""
     columns["op"] = "host_cost"
-    found = [row for row in rows if all(row[key] == value for key, value in columns.items())]
-    if not found:
+    matches = [row for row in rows if all(row[key] == value for key, value in columns.items())]
+    if not matches:
         raise ValueError(f"the CSV must have rows of {columns}, got none")
-    return found
+    return matches
 
 
 def calls(rows: Sequence[Row]) -> str:
@@ -187,7 +187,7 @@ def bins(rows: Sequence[Row]) -> str:
 
 
 def copies(rows: Sequence[Row]) -> str:
-    """What masked_scatter needs beyond its result."""
+    """Memory that masked_scatter needs beyond its result."""
     scatter = ("embedding + masked_scatter", "forward")
     row = max(
         (row for row in rows if (row["variant"], row["mode"]) == scatter and row["peak_bytes"]),
@@ -221,7 +221,7 @@ def overview(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """How the projector's ops stand beside PyTorch's own."""
+    """The projector's ops beside PyTorch's own."""
     times: dict[str, list[float]] = {"pool_norm": [], "swiglu": [], "project_tokens": []}
     for pair in comparisons(rows):
         if pair.ours["op"] in times and pair.peer["variant"] in (EAGER, COMPILED):

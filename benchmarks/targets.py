@@ -26,7 +26,7 @@ SUITES = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one target."""
+    """Judgement of one target."""
 
     name: str
     met: bool | None  # None where nothing was measured
