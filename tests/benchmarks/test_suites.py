@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from benchmarks import ceilings, host_cost
 from benchmarks.harness import NO_TIME, Deadline, Run
 from benchmarks.host_cost import OPS
+from benchmarks.machine import ROOT
 
 
 def rows_of(suite, **options):
@@ -66,3 +70,10 @@ def test_host_costs_go_on_where_a_process_died_and_stop_in_time():
     assert [(row["variant"], row["case"], row["status"]) for row in rows] == [
         (op, "grad", NO_TIME) for op in OPS
     ]
+
+
+def test_host_costs_run_under_pytest_benchmark():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    options = ["benchmarks/test_host_cost.py", "-k", "merge_vision", "--benchmark-disable"]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+    assert "2 passed" in done.stdout, done.stdout + done.stderr
