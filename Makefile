@@ -101,7 +101,7 @@ lint: setup
 	$(BIN)/mypy
 
 # For an environment that already has torch, triton, pybind11, ninja, setuptools and pytest; for all
-# rows and pictures also pytest-benchmark, matplotlib and transformers. Offline.
+# rows and pictures also matplotlib and transformers. Offline.
 # Builds for the GPU at hand only. Goes on after a failed step, and fails at the end; each step has a
 # time limit, and the benchmarks get what is left of nine minutes.
 gpu: SHELL := /bin/bash -o pipefail

@@ -1,1 +1,1 @@
-"""Measurements: host cost with pytest-benchmark, kernels with a GPU harness. See README.md here."""
+"""Measurements of every op and model against their peers: see README.md here."""

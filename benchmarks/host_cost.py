@@ -1,94 +1,109 @@
-"""What one call costs on the host: ``test_host_cost.py`` run by pytest-benchmark, as rows."""
+"""The host's cost of a call: ops with next to nothing to do, planning and bins at real sizes.
+
+On a GPU an op's call returns before its kernels have run.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-from benchmarks.environment import ROOT
-from benchmarks.harness import COLUMNS, NO_TIME, Deadline, Row
-from benchmarks.timing import percentiles
-from tokenflex_kernels._backend import IMPLEMENTATIONS, select_backend
+import numpy as np
+import torch
 
-HOST_OPS = ("plan_packing", "bin_pack", "balance_bins")
-OPS = tuple(op for op in IMPLEMENTATIONS if op not in HOST_OPS)
+from benchmarks.harness import NO_TIME, Entry, Run, Work, measure
+from benchmarks.prompts import IMAGE, Prompts
+from benchmarks.results import new_row
+from tokenflex_kernels import (
+    balance_bins,
+    bin_pack,
+    info,
+    merge_vision,
+    pack_embeddings,
+    plan_packing,
+    pool_norm,
+    project_tokens,
+    swiglu,
+    unpack_vision,
+)
 
-
-def suite(device: str, quick: bool, deadline: Deadline) -> Iterator[Row]:
-    """One row per op: microseconds of a call that has next to nothing to compute or move.
-
-    Raises:
-        ModuleNotFoundError: pytest or pytest-benchmark is not installed.
-    """
-    for module in ("pytest", "pytest_benchmark"):
-        if importlib.util.find_spec(module) is None:
-            package = module.replace("_", "-")
-            raise ModuleNotFoundError(
-                f"{package} is not installed (pip install 'tokenflex[bench]')"
-            )
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.jsonl"
-        command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
-        options = [
-            "--override-ini=addopts=",
-            "--benchmark-only",
-            "--benchmark-quiet",
-            f"--benchmark-max-time={0.05 if quick else 0.4}",
-            "--benchmark-warmup=on",
-            "--benchmark-warmup-iterations=3",
-        ]
-        why = ""
-        try:
-            done = subprocess.run(
-                [*command, *options, str(ROOT / "benchmarks" / "test_host_cost.py")],
-                cwd=ROOT,
-                env={
-                    **os.environ,
-                    "TOKENFLEX_BENCHMARK_DEVICE": device,
-                    "TOKENFLEX_BENCHMARK_REPORT": str(report),
-                },
-                capture_output=True,
-                text=True,
-                timeout=max(1.0, deadline.left),
-            )
-            if done.returncode:
-                print(done.stdout, done.stderr, file=sys.stderr)
-                why = f"failed: pytest ended with {done.returncode}"
-        except subprocess.TimeoutExpired:
-            why = NO_TIME
-        lines = report.read_text(encoding="utf-8").splitlines() if report.exists() else []
-        yield from (row_of_report(json.loads(line), device) for line in lines)
-        if why:
-            yield dict.fromkeys(COLUMNS, "") | {"op": "host_cost", "status": why}
+OPS = (
+    *("pool_norm", "swiglu", "project_tokens"),
+    *("pack_embeddings", "unpack_vision", "merge_vision"),
+)
+WIDTH = 16
 
 
-def row_of_report(entry: dict[str, Any], device: str) -> Row:
-    """What ``test_host_cost.py`` reports of one test, as a row of the CSV."""
-    test, _, label = entry["name"].partition("[")
-    op = entry["op"] or test.removeprefix("test_")
-    data = [1e6 * value for value in entry["seconds"]]
-    p20, p50, p80 = (round(value, 2) for value in percentiles(data).values())
-    backend = ""
-    if op in IMPLEMENTATIONS:
-        backend = select_backend(op, "cpu" if op in HOST_OPS else device)
-    return dict.fromkeys(COLUMNS, "") | {
-        "op": "host_cost",
-        "case": label.rstrip("]").removeprefix(f"{op}-").removeprefix(op),
-        "mode": "forward",
-        "variant": op,
-        "status": "ok",
-        "backend": backend,
-        "timing": "host",
-        "p20_us": p20,
-        "p50_us": p50,
-        "p80_us": p80,
-        "samples": len(data),
-        "note": "; ".join(f"{key} {value}" for key, value in entry["note"].items()),
+def op_calls(device: str, requires_grad: bool) -> dict[str, Callable[[], torch.Tensor]]:
+    """Return each op with small arguments: 4 x 4 patches to 2 x 2, four rows to pack."""
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, requires_grad=requires_grad)
+
+    plan = plan_packing([[1, IMAGE, 3]], [2], IMAGE).to(device)
+    patches, norm, weight = tensor(16, WIDTH), tensor(WIDTH), tensor(WIDTH, WIDTH)
+    table, vision, packed = tensor(5, WIDTH), tensor(2, WIDTH), tensor(4, WIDTH)
+    grids = ([(4, 4)], [(2, 2)])
+    parameters = {
+        f"{part}_{kind}": weight if kind == "weight" and part != "norm" else norm
+        for part in ("norm", "gate", "up", "down")
+        for kind in ("weight", "bias")
     }
+    return {
+        "pool_norm": lambda: pool_norm(patches, *grids, weight=norm, bias=norm),
+        "swiglu": lambda: swiglu(patches, weight, weight, norm, norm),
+        "project_tokens": lambda: project_tokens(patches, *grids, **parameters),
+        "pack_embeddings": lambda: pack_embeddings(table, vision, plan),
+        "unpack_vision": lambda: unpack_vision(packed, plan),
+        "merge_vision": lambda: merge_vision(packed, vision, plan.vision_rows),
+    }
+
+
+def sample_sizes(samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens and tiles: 1 to 6 tiles of 64, 144 or 256 tokens, text of 220 on average."""
+    generator = np.random.default_rng(0)
+    tiles = generator.integers(1, 7, 100_000)
+    counts = generator.choice([64, 144, 256], 100_000, p=[0.2, 0.3, 0.5])
+    text = generator.lognormal(np.log(220) - 0.32, 0.8, 100_000).clip(1, 2000).astype(int)
+    return (text + counts * tiles)[:samples], tiles[:samples]
+
+
+def groups(device: str) -> Iterator[tuple[str, dict[str, Callable[[], Any]]]]:
+    """Yield cases, and the calls of each by op."""
+    yield "no grad", op_calls(device, requires_grad=False)
+    yield "grad", op_calls(device, requires_grad=True)
+    for prompts in (Prompts(16, 500, 0, 32_000), Prompts(1600, 500, 0, 32_000)):
+        yield prompts.name, {"plan_packing": partial(plan_packing, *prompts.arguments(), IMAGE)}
+    yield "", {"bin_pack": partial(bin_pack, sample_sizes(100_000)[0], 8192)}
+    bounds = {"max_tokens": 8192, "max_tiles": 48, "tile_cost": 51, "multiple_of": 8}
+    for samples in (2_000, 100_000):
+        call = partial(balance_bins, *sample_sizes(samples), **bounds)
+        yield str(samples), {"balance_bins": call}
+
+
+def suite(run: Run) -> None:
+    backends = info()["ops"]
+    for case, calls in groups(run.device):
+        if ("host_cost", case, "forward") in run.done:
+            continue
+        entries = []
+        for op, call in calls.items():
+            row = new_row(op="host_cost", case=case, mode="forward", variant=op)
+            row["backend"] = backends[op]
+            costs = partial(balance, call) if op == "balance_bins" else dict
+            make_calls = partial(list, [call])
+            entries.append(Entry(row, make_calls, Work(), costs=costs, timing="host"))
+        if run.deadline.left > 0:
+            run.emit(measure(entries, run))
+        else:
+            run.emit([entry.row | {"status": NO_TIME} for entry in entries])
+
+
+def balance(call: Callable[[], list[list[int]]]) -> dict[str, str]:
+    """Note the number of bins, and the costliest over the mean."""
+    bins = call()
+    tokens, tiles = sample_sizes(100_000)
+    costs = np.array([(tokens[i] + 51 * tiles[i]).sum() for i in bins])
+    spread = round(float(costs.max() / costs.mean()), 4)
+    return {"note": f"bins {len(bins)}; max/mean cost {spread}"}

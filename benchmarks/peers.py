@@ -1,167 +1,252 @@
-"""Other packages' way to compute the projector's stages: one adapter of a few lines each.
+"""Peers: what other packages do instead of our ops. Adding one is one function here, and its test.
 
-An adapter is a function that imports its package and returns the variants for each op. A package
-that is not installed is skipped by name; a call that fails becomes a row with the reason.
-
-To add one: write such a function, and name it in ``PEERS``. See README.md here.
+``@peer(op, name)`` registers a function (leaves, fixed) -> result; with ``module`` that module,
+imported once, comes before its arguments. A package that is not installed is a row that says so, as
+is a call that fails, computes something else, hangs or ends its process. ``plain.py`` and
+``prompts.py`` say what leaves and fixed are, ``Variant`` what else a package may need.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Leaves, Variant
-from benchmarks.projector_cases import (
-    BIASES,
-    EAGER,
-    EPS,
-    Grids,
-    by_group,
-    down,
-    layer_norm,
-    pool,
-)
+from benchmarks import plain
+from benchmarks.cases import MODES, TRAINING, Call, Leaves, Variant
+from benchmarks.harness import Run
+from benchmarks.plain import Grid, Grids, by_group, down, gate_up, pool
+from benchmarks.prompts import IMAGE, Packed
+from benchmarks.results import COMPILED, EAGER, new_row
 
-Variants = dict[str, Variant]
-COMPILED = "torch.compile, max-autotune"
+SPARSE_GRADIENT = "pack_embeddings, sparse gradient"
+
+PEERS: dict[str, dict[str, Callable[[], Variant]]] = {}  # op -> name -> how to load it
 
 
-def compiled() -> Variants:
-    """torch.compile of the eager functions, each shape on its own.
-
-    The harness captures graphs itself, of all variants alike, hence "no-cudagraphs".
-    """
-    torch._dynamo.config.recompile_limit = 64
-    torch._functorch.config.donated_buffer = False  # backward is timed alone, many times
-    mode = "max-autotune-no-cudagraphs"
-    return {
-        op: Variant(COMPILED, torch.compile(call, mode=mode, dynamic=False), slow_start=True)
-        for op, call in EAGER.items()
-    }
-
-
-def liger() -> Variants:
-    """Liger-Kernel: its LayerNorm, and its silu(gate) * up between PyTorch's products."""
-    from liger_kernel.ops import LigerLayerNormFunction, LigerSiLUMulFunction
-
-    def norm(x: torch.Tensor, leaves: Leaves) -> torch.Tensor:
-        return LigerLayerNormFunction.apply(x, leaves["norm_weight"], leaves["norm_bias"], EPS)
-
-    def gate_up(x: torch.Tensor, leaves: Leaves) -> torch.Tensor:
-        gate = F.linear(x, leaves["gate_weight"], leaves["gate_bias"])
-        return LigerSiLUMulFunction.apply(
-            gate, F.linear(x, leaves["up_weight"], leaves["up_bias"]), 1.0, 1.0
-        )
-
-    def pool_norm(leaves: Leaves, grids: Grids) -> torch.Tensor:
-        return by_group(leaves["x"], grids, lambda x, grid: norm(pool(x, grid), leaves))
-
-    def project(leaves: Leaves, grids: Grids) -> torch.Tensor:
-        return down(gate_up(pool_norm(leaves, grids), leaves), leaves)
-
-    # Its backward of silu(gate) * up writes into the gate and up that were saved: no second one is
-    # right, so it cannot be timed alone on a graph that is kept.
-    once = ("forward", "forward+backward")
-    return {
-        "pool_norm": Variant("liger-kernel", pool_norm),
-        "swiglu": Variant(
-            "liger-kernel", lambda leaves, _: gate_up(leaves["x"], leaves), modes=once
-        ),
-        "project_tokens": Variant("liger-kernel", project, modes=once),
-    }
-
-
-def quack() -> Variants:
-    """quack-kernels: its gated MLP. Gate and up are stored row by row in turns, as it wants them.
-
-    ``tuned=False``: its default configurations, since it would tune at run time otherwise.
-    """
-    from quack.linear import linear_gated_func
-    from quack.mlp import mlp_func
-
-    def interleaved(leaves: Leaves) -> Leaves:
-        rest = {name: leaf for name, leaf in leaves.items() if name[:3] not in ("gat", "up_")}
-        for kind in ("weight", "bias"):
-            pair = torch.stack([leaves[f"gate_{kind}"], leaves[f"up_{kind}"]], 1)
-            rest[f"gate_up_{kind}"] = pair.flatten(0, 1)
-        return rest
-
-    def gate_up(leaves: Leaves, _: object) -> torch.Tensor:
-        _, product = linear_gated_func(
-            leaves["x"],
-            leaves["gate_up_weight"],
-            "swiglu",
-            bias=leaves["gate_up_bias"],
-            store_preact=False,
-            tuned=False,
-        )
-        return product
-
-    def project(leaves: Leaves, grids: Grids) -> torch.Tensor:
-        pooled = by_group(leaves["x"], grids, pool)
-        return mlp_func(
-            layer_norm(pooled, leaves),
-            leaves["gate_up_weight"],
-            leaves["down_weight"],
-            "swiglu",
-            bias1=leaves["gate_up_bias"],
-            bias2=leaves["down_bias"],
-            tuned=False,
-        )
-
-    return {
-        # Its product is differentiable only through the down projection that follows.
-        "swiglu": Variant("quack-kernels", gate_up, prepare=interleaved, modes=("forward",)),
-        "project_tokens": Variant("quack-kernels", project, prepare=interleaved),
-    }
-
-
-def flash_swiglu_mlp() -> Variants:
-    """flash-swiglu-mlp: takes no biases; its backward takes an output as wide as the input only."""
-    from flash_swiglu_mlp import flash_swiglu
-
-    def project(leaves: Leaves, grids: Grids) -> torch.Tensor:
-        tokens = layer_norm(by_group(leaves["x"], grids, pool), leaves)
-        weights = (leaves[name] for name in ("gate_weight", "up_weight", "down_weight"))
-        return flash_swiglu(tokens[None], *weights)[0]
-
-    return {
-        "project_tokens": Variant(
-            "flash-swiglu-mlp, no biases",
-            project,
-            without=BIASES,
-            modes=("forward",),
-            slow_start=True,
-        )
-    }
-
-
-PEERS: dict[str, Callable[[], Variants]] = {
-    COMPILED: compiled,
-    "liger-kernel": liger,
-    "quack-kernels": quack,
-    "flash-swiglu-mlp": flash_swiglu_mlp,
-}
-
-
-def load_peers(*, compiling: bool = True) -> tuple[list[Variants], dict[str, str]]:
-    """The variants of each peer at hand, and why the others are not.
+def peer(op: str, name: str, *, module: str = "", **options: Any) -> Callable[[Any], Any]:
+    """Register a peer of an op.
 
     Args:
-        compiling: False for a run that has no time for torch.compile.
+        op: The op, or ``SPARSE_GRADIENT``.
+        name: As the CSV has it.
+        module: Passed to the function as its first argument.
+        **options: Fields of :class:`Variant`.
     """
-    found, missing = [], {}
-    for name, adapter in PEERS.items():
-        if name == COMPILED and not compiling:
-            missing[name] = "not run: a quick run compiles nothing"
-            continue
+
+    def register(call: Any) -> Any:
+        def load() -> Variant:
+            loaded = partial(call, importlib.import_module(module)) if module else call
+            return Variant(name, loaded, **options)
+
+        PEERS.setdefault(op, {})[name] = load
+        return call
+
+    return register
+
+
+def load_peers(op: str, run: Run) -> list[Variant]:
+    """Return the op's peers that are at hand, and emit a row for each of the others."""
+    variants, missing = [], []
+    for name, load in PEERS.get(op, {}).items():
+        row = new_row(op=op, variant=name)
+        failure = run.banned.get(name)
+        run.begin(row)
         try:
-            found.append(adapter())
+            if failure and not failure["case"]:  # already importing it ended a process
+                row["status"] = failure["status"]
+            elif name == COMPILED and run.quick:
+                row["status"] = "not run: a quick run compiles nothing"
+            else:
+                variants.append(load())
+                continue
         except ModuleNotFoundError as error:
-            missing[name] = f"not installed: no module {error.name}"
+            row["status"] = f"not installed: no module {error.name}"
         except Exception as error:  # a package that does not import on this machine
-            missing[name] = f"does not import: {type(error).__name__}: {error}".splitlines()[0]
-    return found, missing
+            row["status"] = f"does not import: {type(error).__name__}: {error}".splitlines()[0]
+        missing.append(row)
+    run.emit([] if (op, "", "") in run.done else missing)
+    return variants
+
+
+def fast(peers: Sequence[Variant]) -> list[Variant]:
+    """Return those that do not compile or tune for a minute at every new size."""
+    return [variant for variant in peers if not variant.slow_start]
+
+
+# ---- PyTorch
+
+
+def both_weights(leaves: Leaves) -> Leaves:
+    weight = torch.cat([leaves["gate_weight"], leaves["up_weight"]])
+    return {"x": leaves["x"], "weight": weight}
+
+
+def true_product(leaves: Leaves, _: object) -> torch.Tensor:
+    return bare_product(both_weights(leaves))
+
+
+@peer("swiglu", "bare product", prepare=both_weights, truth=true_product, modes=("forward",))
+def bare_product(leaves: Leaves, _: object = None) -> torch.Tensor:
+    """Multiply, with the same FLOPs, and do nothing else."""
+    return leaves["x"] @ leaves["weight"].T
+
+
+def compiled(call: Call) -> Variant:
+    """Compile each shape on its own. Graphs are captured by the harness, of all variants alike."""
+    torch._dynamo.config.recompile_limit = 64
+    torch._functorch.config.donated_buffer = False  # backward is timed alone, many times
+    compiled_call = torch.compile(call, mode="max-autotune-no-cudagraphs", dynamic=False)
+    return Variant(COMPILED, compiled_call, slow_start=True)
+
+
+for call in (plain.pool_norm, plain.swiglu, plain.project_tokens):
+    peer(call.__name__, EAGER)(call)
+    PEERS[call.__name__][COMPILED] = partial(compiled, call)
+
+
+# ---- Liger-Kernel: its LayerNorm, and its silu(gate) * up between PyTorch's products. The backward
+# of the latter writes into what its forward saved, so that it cannot be timed alone.
+
+LIGER = {"name": "liger-kernel", "module": "liger_kernel.ops"}
+ONCE = ("forward", "forward+backward")
+
+
+@peer("pool_norm", **LIGER)
+def liger_pool_norm(liger: ModuleType, leaves: Leaves, grids: Grids) -> torch.Tensor:
+    def stages(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+        weight, bias = leaves["norm_weight"], leaves["norm_bias"]
+        return liger.LigerLayerNormFunction.apply(pool(x, grid), weight, bias, plain.EPS)
+
+    return by_group(leaves["x"], grids, stages)
+
+
+@peer("swiglu", **LIGER, modes=ONCE)
+def liger_swiglu(liger: ModuleType, leaves: Leaves, _: object = None) -> torch.Tensor:
+    return liger.LigerSiLUMulFunction.apply(*gate_up(leaves["x"], leaves), 1.0, 1.0)
+
+
+@peer("project_tokens", **LIGER, modes=ONCE)
+def liger_project_tokens(liger: ModuleType, leaves: Leaves, grids: Grids) -> torch.Tensor:
+    pooled = liger_pool_norm(liger, leaves, grids)
+    return down(liger_swiglu(liger, {**leaves, "x": pooled}), leaves)
+
+
+# ---- quack-kernels, in its default configurations (``tuned=False``): it would tune at run time.
+
+
+def interleaved(leaves: Leaves) -> Leaves:
+    """Store gate and up row by row in turns."""
+    rest = {name: leaf for name, leaf in leaves.items() if not name.startswith(("gate_", "up_"))}
+    for kind in ("weight", "bias"):
+        pair = torch.stack([leaves[f"gate_{kind}"], leaves[f"up_{kind}"]], 1)
+        rest[f"gate_up_{kind}"] = pair.flatten(0, 1)
+    return rest
+
+
+# Its product is differentiable only through the down projection that follows.
+@peer("swiglu", "quack-kernels", module="quack.linear", prepare=interleaved, modes=("forward",))
+def quack_swiglu(quack: ModuleType, leaves: Leaves, _: object) -> torch.Tensor:
+    arguments = (leaves["x"], leaves["gate_up_weight"], "swiglu")
+    options = {"bias": leaves["gate_up_bias"], "store_preact": False, "tuned": False}
+    return quack.linear_gated_func(*arguments, **options)[1]
+
+
+@peer("project_tokens", "quack-kernels", module="quack.mlp", prepare=interleaved)
+def quack_project_tokens(quack: ModuleType, leaves: Leaves, grids: Grids) -> torch.Tensor:
+    weights = (leaves["gate_up_weight"], leaves["down_weight"])
+    biases = {"bias1": leaves["gate_up_bias"], "bias2": leaves["down_bias"]}
+    return quack.mlp_func(plain.pool_norm(leaves, grids), *weights, "swiglu", **biases, tuned=False)
+
+
+# ---- flash-swiglu-mlp. Its backward takes an output as wide as the input only.
+
+
+@peer(
+    "project_tokens",
+    "flash-swiglu-mlp, no biases",
+    module="flash_swiglu_mlp",
+    without=plain.BIASES,
+    modes=("forward",),
+    slow_start=True,
+)
+def flash_project_tokens(flash: ModuleType, leaves: Leaves, grids: Grids) -> torch.Tensor:
+    weights = (leaves[name] for name in ("gate_weight", "up_weight", "down_weight"))
+    return flash.flash_swiglu(plain.pool_norm(leaves, grids)[None], *weights)[0]
+
+
+# ---- packing. Models look all ids up first, the placeholder's too, then put the vision rows in.
+
+
+def look_up(leaves: Leaves, packed: Packed) -> torch.Tensor:
+    return F.embedding(packed.plan.input_ids, leaves["table"])
+
+
+def scatter(embeds: torch.Tensor, ids: torch.Tensor, vision: torch.Tensor) -> torch.Tensor:
+    """Overwrite by a mask, as most Hugging Face models do."""
+    return embeds.masked_scatter((ids == IMAGE).unsqueeze(-1).expand_as(embeds), vision)
+
+
+# The gradient of masked_scatter counts the mask's ones, and waits for that count.
+@peer("pack_embeddings", "embedding + masked_scatter", waits=TRAINING)
+def masked_scatter_pack(leaves: Leaves, packed: Packed) -> torch.Tensor:
+    return scatter(look_up(leaves, packed), packed.plan.input_ids, leaves["vision"])
+
+
+@peer("pack_embeddings", "embedding + index_put")
+def index_put_pack(leaves: Leaves, packed: Packed) -> torch.Tensor:
+    """Put vision rows in by number, known beforehand; in place where autograd allows it."""
+    embeds = look_up(leaves, packed)
+    put = embeds.index_put if embeds.requires_grad else embeds.index_put_
+    return put((packed.rows,), leaves["vision"])
+
+
+@peer("pack_embeddings", "embedding + vLLM merge", modes=("forward",))
+def vllm_pack(leaves: Leaves, packed: Packed) -> torch.Tensor:
+    """Overwrite in place, by a mask of one column, as vLLM merges for inference."""
+    mask = (packed.plan.input_ids == IMAGE).unsqueeze(1)
+    return look_up(leaves, packed).masked_scatter_(mask, leaves["vision"])
+
+
+@peer("pack_embeddings", "embedding + nested jagged")
+def nested_pack(leaves: Leaves, packed: Packed) -> torch.Tensor:
+    """Put text, image, text of each sample together, then all samples into a nested tensor."""
+    text = iter(F.embedding(packed.text_ids, leaves["table"]).split(packed.text_pieces))
+    images = leaves["vision"].split(packed.plan.token_counts)
+    samples = [torch.cat([next(text), image, next(text)]) for image in images]
+    return torch.nested.as_nested_tensor(samples, layout=torch.jagged).values()
+
+
+@peer(
+    "pack_embeddings",
+    "padded embedding + flash-attn unpad",
+    module="flash_attn.bert_padding",
+    waits=MODES,
+)
+def flash_attn_pack(flash: ModuleType, leaves: Leaves, packed: Packed) -> torch.Tensor:
+    """Merge a padded batch by a mask, then drop the padding as flash-attn does."""
+    embeds = F.embedding(packed.padded_ids, leaves["table"])
+    merged = scatter(embeds, packed.padded_ids, leaves["vision"])
+    return flash.unpad_input(merged, packed.padded_mask)[0]
+
+
+@peer(SPARSE_GRADIENT, "embedding(sparse) + index_put")
+def sparse_index_put_pack(leaves: Leaves, packed: Packed) -> torch.Tensor:
+    """Look up sparsely: the table's gradient has a row per row of the batch, not added up."""
+    embeds = F.embedding(packed.plan.input_ids, leaves["table"], sparse=True)
+    return embeds.index_put((packed.rows,), leaves["vision"])
+
+
+@peer("merge_vision", "masked_scatter", waits=TRAINING)
+def masked_scatter_merge(leaves: Leaves, packed: Packed) -> torch.Tensor:
+    return scatter(leaves["embeds"], packed.plan.input_ids, leaves["vision"])
+
+
+@peer("merge_vision", "index_put")
+def index_put_merge(leaves: Leaves, packed: Packed) -> torch.Tensor:
+    return leaves["embeds"].index_put((packed.rows,), leaves["vision"])

@@ -1,15 +1,67 @@
-"""The table of a run: every row, what was not measured and why, and a verdict on every target."""
+"""The report of a run, from its CSV alone: every row, what was not measured, verdicts, pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks.results import Row
 from benchmarks.targets import verdicts
 
+NAMES = ("op", "case", "mode", "variant")
+
+
+def report(rows: Sequence[Row], path: Path) -> None:
+    """Print the report, and draw the pictures beside the CSV.
+
+    Args:
+        rows: Of the CSV.
+        path: Of the CSV; pictures are called after it.
+    """
+    print_table([row for row in rows if row["status"] == "ok"])
+    if skipped := [row for row in rows if row["status"] != "ok"]:
+        print("\nnot measured:")
+    for row in skipped:
+        print(f"  {', '.join(row[name] for name in NAMES if row[name])}: {row['status']}")
+    if savings := token_savings(rows):
+        print("\nend to end:", *savings, sep="\n  ")
+    print("\ntargets:")
+    for verdict in verdicts(rows):
+        print(f"  {verdict.name:62} {verdict.text}")
+    try:
+        from benchmarks.plots import draw
+    except ModuleNotFoundError as error:
+        print(
+            f"no plots: {error.name} is not installed (pip install 'tokenflex[bench]'); "
+            f"any beside {path.name} are of an earlier run"
+        )
+        return
+    for picture in draw(rows, path):
+        print(f"drew {picture}")
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """Print the median, the wall clock on a GPU and the shares of the ceilings of each row."""
+    header = [*NAMES, "p50", "eager", "copy", "matmul", "backend"]
+    lines = [header]
+    for row in rows:
+        eager = f"{float(row['eager_us']):.1f}" if row["eager_us"] else ""
+        shares = (row["share_of_copy"], row["share_of_matmul"])
+        percents = [f"{100 * float(share):.1f}%" if share else "" for share in shares]
+        median = f"{float(row['p50_us']):.1f} us"
+        lines.append([*(row[name] for name in NAMES), median, eager, *percents, row["backend"]])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print()
+    for line in lines:
+        cells = [
+            f"{cell:>{width}}" if 4 <= at < 8 else f"{cell:{width}}"
+            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+
 
 def token_savings(rows: Sequence[Row]) -> list[str]:
-    """End to end: how much of the tokens that mixed counts save becomes time."""
+    """Say how much of the tokens that mixed counts save, end to end, becomes time."""
     steps = {
         (row["case"].split()[0], row["variant"]): row
         for row in rows
@@ -27,45 +79,3 @@ def token_savings(rows: Sequence[Row]) -> list[str]:
             f"time: {seconds / tokens:.0%} of the saving becomes time"
         )
     return lines
-
-
-_HEADER = {name: name for name in ("op", "case", "mode", "variant")}
-
-
-def print_report(rows: Sequence[Row]) -> None:
-    """Every row that was measured, what was not and why, and the verdicts."""
-    measured = [row for row in rows if row["status"] == "ok"]
-    names = ("op", "case", "mode", "variant")
-    widths = {name: 2 + max(len(one[name]) for one in [_HEADER, *measured]) for name in names}
-
-    def line(row: Row, *values: str) -> str:
-        left = "".join(f"{row[name]:{widths[name]}}" for name in names)
-        p50, eager, copy, matmul, backend = values
-        return f"{left}{p50:>12}{eager:>11}{copy:>7}{matmul:>8}  {backend}"
-
-    print("\n" + line(_HEADER, "p50", "eager", "copy", "matmul", "backend"))
-    for row in measured:
-        shares = (_percent(row["share_of_copy"]), _percent(row["share_of_matmul"]))
-        p50 = f"{float(row['p50_us']):.1f} us"
-        print(line(row, p50, _micro(row["eager_us"]), *shares, row["backend"]))
-    skipped = [row for row in rows if row["status"] != "ok"]
-    if skipped:
-        print("\nnot measured:")
-    for row in skipped:
-        name = ", ".join(filter(None, (row["op"], row["case"], row["mode"], row["variant"])))
-        print(f"  {name}: {row['status']}")
-    if savings := token_savings(rows):
-        print("\nend to end:")
-    for line in savings:
-        print(f"  {line}")
-    print("\ntargets:")
-    for verdict in verdicts(rows):
-        print(f"  {verdict.target.name:62} {verdict}")
-
-
-def _micro(value: str) -> str:
-    return f"{float(value):.1f}" if value else ""
-
-
-def _percent(value: str) -> str:
-    return f"{100 * float(value):.1f}%" if value else ""

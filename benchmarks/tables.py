@@ -14,10 +14,11 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from benchmarks.environment import ROOT, read_csv
-from benchmarks.results import COMPILED, EAGER, OURS, SPARSE, Comparison, Row, comparisons
+from benchmarks.machine import ROOT
+from benchmarks.results import COMPILED, EAGER, OURS, SPARSE, Row, comparisons, read_csv
 from benchmarks.targets import verdicts
 
 DOCUMENTS = ("README.md", "docs/packing.md", "benchmarks/README.md")
@@ -28,6 +29,210 @@ MARK = re.compile(
     flags=re.DOTALL,
 )
 FEW_SAMPLES = 5
+
+
+def rewritten(text: str, results: Path = RESULTS) -> str:
+    """Return a document with everything between its marks written from the CSVs in ``results``.
+
+    Raises:
+        ValueError: It marks a block that nothing here writes.
+        OSError: It names a CSV that does not exist.
+    """
+
+    def block(mark: re.Match[str]) -> str:
+        if mark["name"] not in BLOCKS:
+            raise ValueError(f"block must be one of {', '.join(BLOCKS)}, got {mark['name']}")
+        rows = read_csv(results / f"{mark['machine']}.csv")
+        return f"{mark['begin']}{BLOCKS[mark['name']](rows)}\n{mark['end']}"
+
+    return MARK.sub(block, text)
+
+
+def table(*lines: Sequence[str]) -> str:
+    """Return a table of Markdown, the header first."""
+    rows = ["".join(f"| {cell} " if cell else "| " for cell in line) + "|" for line in lines]
+    return "\n".join([rows[0], "|---" * len(lines[0]) + "|", *rows[1:]])
+
+
+# ---- blocks
+
+
+def machine(rows: Sequence[Row]) -> str:
+    """The machine, and how much of the run to trust."""
+    first, ok = rows[0], [row for row in rows if row["status"] == "ok"]
+    no_time = sum("no time left" in row["status"] for row in rows)
+    few = sum(int(row["samples"]) < FEW_SAMPLES for row in ok)
+    sets = max(int(row["sets"] or 0) for row in ok)
+    name = first["gpu"] or f"{first['cpu']}, {first['cores']} cores, threads: {first['threads']}"
+    return (
+        f"Measured on {name}; load before the run {first['load']}; torch {first['torch']}; commit "
+        f"{first['commit']}. {len(ok)} rows have times, {few} of them from fewer than "
+        f"{FEW_SAMPLES} samples; {no_time} found no time left. Inputs rotate through up to {sets} "
+        "sets of buffers."
+    )
+
+
+def medians(
+    op: str, mode: str, endings: Sequence[str], columns: dict[str, Sequence[str]]
+) -> Callable[[Sequence[Row]], str]:
+    """Return a block: medians in milliseconds, a line for each case whose name ends so.
+
+    Args:
+        op, mode: Of the rows.
+        endings: What follows the comma in a case's name.
+        columns: Title -> variants, the first that was measured.
+    """
+
+    def block(rows: Sequence[Row]) -> str:
+        cases: dict[str, dict[str, Row]] = defaultdict(dict)
+        for row in rows:
+            ending = row["case"].partition(", ")[2]
+            if (row["op"], row["mode"], row["status"]) == (op, mode, "ok") and ending in endings:
+                cases[row["case"]][row["variant"]] = row
+        lines = []
+        for case, variants in cases.items():
+            best = clearly_fastest(list(variants.values()))
+            cells = []
+            for names in columns.values():
+                row = next((variants[name] for name in names if name in variants), None)
+                cell = milliseconds(row) if row else ""
+                cells.append(f"**{cell}**" if row and row is best else cell)
+            lines.append([case, *cells])
+        lines.insert(0, [mode.replace("+", " + "), *columns])
+        used = [column for column in zip(*lines, strict=True) if any(column[1:])]
+        return table(*zip(*used, strict=True))
+
+    return block
+
+
+def clearly_fastest(rows: Sequence[Row]) -> Row | None:
+    """Return the row whose 80th percentile is below the others' 20th, where all have samples
+    enough."""
+    best = min(rows, key=lambda row: float(row["p50_us"]))
+    others = [float(row["p20_us"]) for row in rows if row is not best]
+    enough = all(int(row["samples"]) >= FEW_SAMPLES for row in rows)
+    return best if enough and all(float(best["p80_us"]) < other for other in others) else None
+
+
+def milliseconds(row: Row) -> str:
+    value = float(row["p50_us"]) / 1000
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def losses(rows: Sequence[Row]) -> str:
+    """Every case of packing and merging in which a peer is faster."""
+    pairs = [
+        pair for pair in comparisons(rows) if pair.ours["op"] in ("pack_embeddings", "merge_vision")
+    ]
+    lost = sorted((pair for pair in pairs if pair.figure.value < 1), key=lambda p: p.figure.value)
+    lines = [
+        (
+            f"{pair.ours['op']}, {pair.ours['mode']}, {pair.ours['case']}",
+            pair.peer["variant"],
+            milliseconds(pair.ours),
+            milliseconds(pair.peer),
+            f"{pair.figure.value:.2f}",
+        )
+        for pair in lost
+    ]
+    header = ("case", "peer", "ours, ms", "peer, ms", "peer / ours")
+    count = f"A peer is faster in {len(lost)} of {len(pairs)} comparisons:"
+    return f"{count}\n\n{table(header, *lines)}"
+
+
+def host_rows(rows: Sequence[Row], **columns: str) -> list[Row]:
+    """Return the host costs that have these values, in the CSV's order."""
+    columns["op"] = "host_cost"
+    matches = [row for row in rows if all(row[key] == value for key, value in columns.items())]
+    if not matches:
+        raise ValueError(f"the CSV must have rows of {columns}, got none")
+    return matches
+
+
+def calls(rows: Sequence[Row]) -> str:
+    """The cost of a call of the compiled ops."""
+
+    def span(case: str) -> str:
+        compiled = [r for r in host_rows(rows, case=case) if r["backend"] != "reference"]
+        costs = [float(row["p50_us"]) for row in compiled]
+        return f"{min(costs):.0f} to {max(costs):.0f}"
+
+    return (
+        f"A call of ours costs {span('no grad')} microseconds of checks and dispatch in this run "
+        f"({span('grad')} where it records a gradient)."
+    )
+
+
+def planning(rows: Sequence[Row]) -> str:
+    small, large = host_rows(rows, variant="plan_packing")
+    (bins,) = host_rows(rows, variant="bin_pack")
+    return (
+        f"Planning takes {milliseconds(small)} ms for 16 samples of 500 tokens and "
+        f"{milliseconds(large)} ms for 1600 of them (one million rows);\n"
+        f"`bin_pack` takes {milliseconds(bins)} ms for 100 000 samples."
+    )
+
+
+def bins(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in host_rows(rows, variant="balance_bins"):
+        notes = dict(part.rsplit(" ", 1) for part in row["note"].split("; "))
+        samples = f"{int(row['case']):,}".replace(",", " ")
+        cells = (notes["bins"], notes["max/mean cost"], f"{milliseconds(row)} ms")
+        lines.append((f"`balance_bins`, {samples} samples", *cells))
+    (first_fit,) = host_rows(rows, variant="bin_pack")
+    name = "`bin_pack`, tokens alone, 100 000 samples"
+    lines.append((name, "", "", f"{milliseconds(first_fit)} ms"))
+    return table(("", "bins", "costliest over mean", "time"), *lines)
+
+
+def copies(rows: Sequence[Row]) -> str:
+    """Memory that masked_scatter needs beyond its result."""
+    scatter = ("embedding + masked_scatter", "forward")
+    row = max(
+        (row for row in rows if (row["variant"], row["mode"]) == scatter and row["peak_bytes"]),
+        key=lambda row: int(row["tokens"]),
+    )
+    peak, result = float(row["peak_bytes"]) / 2**20, float(row["ideal_bytes"]) / 2 / 2**20
+    return (
+        "`masked_scatter` on an embedding's output also needs the packed buffer once more (peak "
+        f"{peak:.0f} MiB for a result of {result:.0f} MiB);"
+    )
+
+
+def overview(rows: Sequence[Row]) -> str:
+    """Each op against each peer, the worst case and the best, and the verdicts there are."""
+    groups: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for pair in comparisons(rows):
+        op = f"`{pair.ours['op']}` ({pair.ours['backend']})"
+        groups[op, pair.peer["variant"]].append(pair.figure.value)
+    lines = []
+    for names, values in groups.items():
+        slower = f"{sum(value < 1 for value in values)} of {len(values)}"
+        lines.append((*names, f"{min(values):.2f}", f"{max(values):.2f}", slower))
+    worst = "the peer's time over ours, worst case"
+    judged = [(verdict.name, verdict.text) for verdict in verdicts(rows) if verdict.met is not None]
+    return "\n\n".join(
+        [
+            table(("ours", "peer", worst, "best", "we are slower in"), *lines),
+            table(("target", "verdict"), *judged),
+        ]
+    )
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """The projector's ops beside PyTorch's own."""
+    times: dict[str, list[float]] = {"pool_norm": [], "swiglu": [], "project_tokens": []}
+    for pair in comparisons(rows):
+        if pair.ours["op"] in times and pair.peer["variant"] in (EAGER, COMPILED):
+            times[pair.ours["op"]].append(1 / pair.figure.value)
+    parts = [
+        f"`{op}` takes {min(values):.2g} to {max(values):.2g} times as long"
+        for op, values in times.items()
+        if values
+    ]
+    return f"Beside eager PyTorch and torch.compile, {', '.join(parts)}."
+
 
 PACKERS = {
     "`pack_embeddings`": (OURS, SPARSE),
@@ -41,183 +246,15 @@ MERGERS = {
     "`masked_scatter`": ("masked_scatter",),
     "`index_put`": ("index_put",),
 }
-
-
-def rewritten(text: str, results: Path = RESULTS) -> str:
-    """A document with everything between its marks written from the CSVs in ``results``.
-
-    Raises:
-        ValueError: it marks a block that nothing here writes.
-        OSError: it names a CSV that is not there.
-    """
-
-    def block(found: re.Match[str]) -> str:
-        if found["name"] not in BLOCKS:
-            raise ValueError(f"block must be one of {', '.join(BLOCKS)}, got {found['name']}")
-        rows = read_csv(results / f"{found['machine']}.csv")
-        return f"{found['begin']}{BLOCKS[found['name']](rows)}\n{found['end']}"
-
-    return MARK.sub(block, text)
-
-
-# ---- blocks
-
-
-def machine(rows: Sequence[Row]) -> str:
-    """What was measured on, and how much of it there is to trust."""
-    one = rows[0]
-    ok = [row for row in rows if row["status"] == "ok"]
-    no_time = sum("no time left" in row["status"] for row in rows)
-    few = sum(int(row["samples"]) < FEW_SAMPLES for row in ok)
-    sets = max(int(row["sets"] or 0) for row in ok)
-    place = one["gpu"] or f"{one['cpu']}, {one['cores']} cores, threads: {one['threads']}"
-    return (
-        f"Measured on {place}; load before the run {one['load']}; torch {one['torch']}; commit "
-        f"{one['commit']}. {len(ok)} rows have times, {few} of them from fewer than {FEW_SAMPLES} "
-        f"samples; {no_time} found no time left. Inputs rotate through up to {sets} sets of "
-        "buffers."
-    )
-
-
-def packing(mode: str, endings: tuple[str, ...]) -> Callable[[Sequence[Row]], str]:
-    return lambda rows: _table(rows, "pack_embeddings", mode, endings, PACKERS)
-
-
-def merging(rows: Sequence[Row]) -> str:
-    return _table(rows, "merge_vision", "forward", ("",), MERGERS)
-
-
-def losses(rows: Sequence[Row]) -> str:
-    """Every case of packing and merging in which a peer is faster."""
-    ours = [
-        one for one in comparisons(rows) if one.ours["op"] in ("pack_embeddings", "merge_vision")
-    ]
-    lost = sorted((one for one in ours if one.figure.value < 1), key=lambda one: one.figure.value)
-    lines = [
-        f"| {one.ours['op']}, {one.ours['mode']}, {one.ours['case']} | {one.peer['variant']} "
-        f"| {_ms(one.ours)} | {_ms(one.peer)} | {one.figure.value:.2f} |"
-        for one in lost
-    ]
-    return "\n".join(
-        [
-            f"A peer is faster in {len(lost)} of {len(ours)} comparisons:",
-            "",
-            "| case | peer | ours, ms | peer, ms | peer / ours |",
-            "|---|---|---|---|---|",
-            *lines,
-        ]
-    )
-
-
-def calls(rows: Sequence[Row]) -> str:
-    """What a call of the compiled ops costs."""
-
-    def span(case: str) -> str:
-        found = _host(rows, case)
-        return f"{min(found):.0f} to {max(found):.0f}"
-
-    return (
-        f"A call of ours costs {span('no grad')} microseconds of checks and dispatch in this run "
-        f"({span('grad')} where it records a gradient)."
-    )
-
-
-def planning(rows: Sequence[Row]) -> str:
-    (small, large) = (_one_host(rows, "plan_packing", start) for start in ("16x", "1600x"))
-    bins = _one_host(rows, "bin_pack", "")
-    return (
-        f"Planning takes {_ms(small)} ms for 16 samples of 500 tokens and {_ms(large)} ms for 1600 "
-        f"of them (one million rows);\n`bin_pack` takes {_ms(bins)} ms for 100 000 samples."
-    )
-
-
-def bins(rows: Sequence[Row]) -> str:
-    lines = []
-    for samples, shown in (("2000", "2 000"), ("100000", "100 000")):
-        row = _one_host(rows, "balance_bins", samples)
-        notes = dict(part.rsplit(" ", 1) for part in row["note"].split("; "))
-        lines.append(
-            f"| `balance_bins`, {shown} samples | {notes['bins']} | {notes['max/mean cost']} "
-            f"| {_ms(row)} ms |"
-        )
-    first_fit = _ms(_one_host(rows, "bin_pack", ""))
-    return "\n".join(
-        [
-            "| | bins | costliest over mean | time |",
-            "|---|---|---|---|",
-            *lines,
-            f"| `bin_pack`, tokens alone, 100 000 samples | | | {first_fit} ms |",
-        ]
-    )
-
-
-def copies(rows: Sequence[Row]) -> str:
-    """What masked_scatter needs beyond its result."""
-    row = max(
-        (
-            row
-            for row in rows
-            if (row["variant"], row["mode"]) == ("embedding + masked_scatter", "forward")
-            and row["peak_bytes"]
-        ),
-        key=lambda row: int(row["tokens"]),
-    )
-    peak, result = float(row["peak_bytes"]) / 2**20, float(row["ideal_bytes"]) / 2 / 2**20
-    return (
-        "`masked_scatter` on an embedding's output also needs the packed buffer once more (peak "
-        f"{peak:.0f} MiB for a result of {result:.0f} MiB);"
-    )
-
-
-def overview(rows: Sequence[Row]) -> str:
-    """Each op against each peer, the worst case and the best, and the verdicts there are."""
-    groups: dict[tuple[str, str], list[Comparison]] = defaultdict(list)
-    for one in comparisons(rows):
-        op = f"`{one.ours['op']}` ({one.ours['backend']})"
-        groups[op, one.peer["variant"]].append(one)
-    lines = []
-    for (op, peer), group in groups.items():
-        values = [one.figure.value for one in group]
-        slower = sum(value < 1 for value in values)
-        lines.append(
-            f"| {op} | {peer} | {min(values):.2f} | {max(values):.2f} | {slower} of {len(values)} |"
-        )
-    judged = [verdict for verdict in verdicts(rows) if verdict.met is not None]
-    return "\n".join(
-        [
-            "| ours | peer | the peer's time over ours, worst case | best | we are slower in |",
-            "|---|---|---|---|---|",
-            *lines,
-            "",
-            "| target | verdict |",
-            "|---|---|",
-            *(f"| {verdict.target.name} | {verdict} |" for verdict in judged),
-        ]
-    )
-
-
-def summary(rows: Sequence[Row]) -> str:
-    """How the projector's plain-PyTorch ops stand beside PyTorch's own."""
-    sentences = []
-    for op in ("pool_norm", "swiglu", "project_tokens"):
-        found = [
-            1 / one.figure.value
-            for one in comparisons(rows)
-            if one.ours["op"] == op and one.peer["variant"] in (EAGER, COMPILED)
-        ]
-        if found:
-            sentences.append(f"`{op}` takes {min(found):.2g} to {max(found):.2g} times as long")
-    return f"Beside eager PyTorch and torch.compile, {', '.join(sentences)}."
-
+TRAINING = ("frozen table", "trained table", "sparse table gradient")
+pack_medians = partial(medians, "pack_embeddings", columns=PACKERS)
 
 BLOCKS: dict[str, Callable[[Sequence[Row]], str]] = {
     "machine": machine,
-    "pack-forward": packing("forward", ("",)),
-    "pack-backward": packing("backward", ("frozen table",)),
-    "pack-training": packing(
-        "forward+backward", ("frozen table", "trained table", "sparse table gradient")
-    ),
-    "merge-forward": merging,
+    "pack-forward": pack_medians("forward", [""]),
+    "pack-backward": pack_medians("backward", ["frozen table"]),
+    "pack-training": pack_medians("forward+backward", TRAINING),
+    "merge-forward": medians("merge_vision", "forward", [""], MERGERS),
     "losses": losses,
     "calls": calls,
     "planning": planning,
@@ -226,64 +263,6 @@ BLOCKS: dict[str, Callable[[Sequence[Row]], str]] = {
     "overview": overview,
     "summary": summary,
 }
-
-
-# ---- cells
-
-
-def _table(
-    rows: Sequence[Row],
-    op: str,
-    mode: str,
-    endings: tuple[str, ...],
-    columns: dict[str, tuple[str, ...]],
-) -> str:
-    """Medians in milliseconds, a line for each case whose name ends so."""
-    cases: dict[str, dict[str, Row]] = defaultdict(dict)
-    for row in rows:
-        ending = row["case"].partition(", ")[2]
-        if (row["op"], row["mode"], row["status"]) == (op, mode, "ok") and ending in endings:
-            cases[row["case"]][row["variant"]] = row
-    table: list[list[str]] = []
-    for case, variants in cases.items():
-        best = _clearly_fastest(list(variants.values()))
-        cells = []
-        for names in columns.values():
-            row = next((variants[name] for name in names if name in variants), None)
-            cells.append(f"**{_ms(row)}**" if row and row is best else _ms(row) if row else "")
-        table.append([case, *cells])
-    used = [0, *(at for at in range(1, 1 + len(columns)) if any(line[at] for line in table))]
-    header = [mode.replace("+", " + "), *columns]
-    lines = [f"| {' | '.join(line[at] for at in used)} |" for line in (header, *table)]
-    return "\n".join([lines[0], "|---" * len(used) + "|", *lines[1:]])
-
-
-def _clearly_fastest(rows: Sequence[Row]) -> Row | None:
-    """The one whose 80th percentile is below the others' 20th, where all have samples enough."""
-    best = min(rows, key=lambda row: float(row["p50_us"]))
-    others = [float(row["p20_us"]) for row in rows if row is not best]
-    enough = all(int(row["samples"]) >= FEW_SAMPLES for row in rows)
-    return best if enough and all(float(best["p80_us"]) < other for other in others) else None
-
-
-def _ms(row: Row) -> str:
-    value = float(row["p50_us"]) / 1000
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _host(rows: Sequence[Row], case: str) -> list[float]:
-    return [
-        float(row["p50_us"])
-        for row in rows
-        if (row["op"], row["case"], row["backend"]) == ("host_cost", case, "cpp")
-    ]
-
-
-def _one_host(rows: Sequence[Row], op: str, start: str) -> Row:
-    for row in rows:
-        if (row["op"], row["variant"]) == ("host_cost", op) and row["case"].startswith(start):
-            return row
-    raise ValueError(f"the CSV must have the host cost of {op} {start}, got no such row")
 
 
 def main() -> int:

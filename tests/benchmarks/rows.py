@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks.harness import COLUMNS
+from benchmarks.results import new_row
 
 
 def row(op, case, variant, p50, *, mode="forward", device="cuda", **values):
-    fields = dict.fromkeys(COLUMNS, "") | {
-        "op": op,
-        "case": case,
-        "mode": mode,
-        "variant": variant,
-        "status": "ok",
-        "p50_us": str(p50),
+    fields = new_row(op=op, case=case, mode=mode, variant=variant, status="ok", p50_us=str(p50))
+    fields |= {
         "device": device,
         "tokens": "8192",
         "timing": "graph" if device == "cuda" else "host",

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
+
 import torch
 
-from benchmarks import harness, projector_cases
-from benchmarks.harness import Batch, Case, Deadline, Effort, Row, Variant, Work
+from benchmarks.cases import Batch, Case, Variant, run_cases, work_by_mode
+from benchmarks.harness import Deadline, Run, Work
+from benchmarks.results import NewRow
 
-ONCE = Effort(samples=3, seconds=0.0)
+
+def run_of(device: str = "cpu", quick: bool = False, emit: Callable = print) -> Run:
+    return Run(device, quick, Deadline(60), emit)
 
 
-def rows_of(case: Case, dtype: torch.dtype = torch.float64) -> list[Row]:
-    return list(harness.measure(case, dtype, "cpu", ONCE, Deadline(60)))
+def rows_of(*cases: Case, dtype: torch.dtype = torch.float64, **options: object) -> list[NewRow]:
+    rows: list[NewRow] = []
+    fields = {"device": "cpu", "quick": True, "deadline": Deadline(60), "dtype": dtype}
+    run_cases(cases, Run(**{**fields, **options}, emit=rows.extend))
+    return rows
 
 
 def square_case(*variants: Variant, **changes: object) -> Case:
@@ -23,10 +30,10 @@ def square_case(*variants: Variant, **changes: object) -> Case:
         a, b, grad = (
             torch.randn(6, generator=generator, dtype=dtype, device=device) for _ in range(3)
         )
-        return Batch({"a": a, "b": b}, grad, None)
+        return Batch({"a": a, "b": b}, grad)
 
     def work(itemsize: int) -> dict[str, Work]:
-        return dict.fromkeys(harness.MODES, Work(bytes=18 * itemsize, flops=6))
+        return work_by_mode(Work(18 * itemsize, 6), Work(18 * itemsize, 6))
 
     fields = {"op": "product", "name": "six", "tokens": 6, "batch": batch, "truth": product}
     return Case(**{**fields, "variants": variants, "work": work, **changes})
@@ -34,11 +41,3 @@ def square_case(*variants: Variant, **changes: object) -> Case:
 
 def product(leaves: dict[str, torch.Tensor], _: object = None) -> torch.Tensor:
     return leaves["a"] * leaves["b"]
-
-
-@pytest.fixture
-def small_shapes(monkeypatch):
-    """The projector's cases at 8 features, 16 hidden, 8 out."""
-    for name, value in {"C": 8, "H": 16, "D": 8}.items():
-        monkeypatch.setattr(projector_cases, name, value)
-    monkeypatch.setattr(harness, "last_level_cache", lambda device: 1)

@@ -5,21 +5,20 @@ from __future__ import annotations
 import csv
 
 import pytest
-import torch
 
 from benchmarks import first_token
-from benchmarks.environment import environment, read_csv, write_csv
+from benchmarks.machine import ROOT, environment
+from benchmarks.models import fields, random_model
+from benchmarks.results import read_csv
 from tests.models.test_modeling import CallCounter
 
-VISION = {**first_token.VISION, "hidden_size": 16, "intermediate_size": 16, "image_size": 32}
-VISION |= {"num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}
-TEXT = {**first_token.TEXT, "hidden_size": 16, "intermediate_size": 16, "vocab_size": 64}
-TEXT |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+VISION = fields(16, 16, 1, 2, image_size=32, patch_size=4)
+TEXT = {**first_token.TEXT, **fields(16, 16, 1, 2, vocab_size=64)}
 
 
 @pytest.fixture(scope="module")
 def model():
-    return first_token.build(VISION, TEXT, "cpu", torch.float32)
+    return random_model(VISION, TEXT, "cpu").eval()
 
 
 def test_encoder_runs_only_where_pixels_are_given(model):
@@ -52,7 +51,7 @@ def test_command_writes_rows_with_their_machine_and_a_plot(monkeypatch, tmp_path
 
 def test_committed_results_are_whole():
     """Each count both ways; the plot beside them was drawn from them."""
-    for path in (first_token.ROOT / "benchmarks/results/first-token").glob("*.csv"):
+    for path in (ROOT / "benchmarks/results/first-token").glob("*.csv"):
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         assert len(rows) == 2 * len(first_token.COUNTS)
@@ -64,9 +63,3 @@ def test_rounds_must_be_positive(capsys):
     with pytest.raises(SystemExit):
         first_token.main(["--rounds", "0"])
     assert "--rounds must be at least 1, got 0" in capsys.readouterr().err
-
-
-def test_plot_needs_nothing_but_the_rows(model, tmp_path):
-    write_csv(tmp_path / "a.csv", first_token.measure(model, (1, 4), 1), environment("cpu"))
-    first_token.draw(read_csv(tmp_path / "a.csv"), tmp_path / "a.png")
-    assert (tmp_path / "a.png").exists()

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks import mixed_counts as bench
-from benchmarks.environment import read_csv
+from benchmarks.machine import ROOT
+from benchmarks.models import fields, random_model
+from benchmarks.results import read_csv
 
 TINY = dataclasses.replace(
     bench.SCALED,
-    vision={**bench.SCALED.vision, "hidden_size": 16, "intermediate_size": 16, "image_size": 128}
-    | {"num_attention_heads": 2},
-    text={**bench.SCALED.text, "hidden_size": 16, "intermediate_size": 16, "vocab_size": 32}
-    | {"num_attention_heads": 2, "num_key_value_heads": 2},
+    vision=fields(16, 16, 1, 2, image_size=128, patch_size=16),
+    text=bench.SCALED.text | fields(16, 16, 2, 2, num_key_value_heads=2, vocab_size=32),
 )
 FLOPS = bench.Flops(tile=51.0, vision_token=0.0, token=1.0, target=0.0)
 MANY = {"steps": 4, "ranks": 8, "per_rank": 8}
@@ -25,7 +26,7 @@ MANY = {"steps": 4, "ranks": 8, "per_rank": 8}
 
 @pytest.fixture(scope="module")
 def model():
-    return bench.build(TINY, "cpu")
+    return random_model(TINY.vision, TINY.text, "cpu")
 
 
 @pytest.mark.parametrize("way", bench.WAYS)
@@ -39,18 +40,18 @@ def test_every_sample_is_on_one_rank(way):
 def test_counts_are_drawn_at_the_odds_and_text_is_the_same_for_both_regimes():
     sizes = [bench.draw_step(TINY, step, 64, tiled=False) for step in range(30)]
     counts = np.concatenate([one.counts for one in sizes])
-    assert {n: (counts == n).mean() for n in TINY.counts} == pytest.approx(
-        dict(zip(TINY.counts, TINY.weights, strict=True)), abs=0.03
-    )
-    largest = bench._largest(TINY, sizes[0])
+    odds = {n: (counts == n).mean() for n in TINY.counts}
+    assert odds == pytest.approx({16: 0.2, 36: 0.3, 64: 0.5}, abs=0.03)
+    largest = bench.with_largest(TINY, sizes[0])
     assert set(largest.counts) == {64}
     assert (largest.text == sizes[0].text).all()
 
 
 def test_operations_of_a_padded_rank_are_those_of_its_longest_sample():
-    sizes = bench.Sizes(np.array([10, 30]), np.array([1, 1]), np.array([16, 64]))
-    packed = bench.operations(bench.BY_COST, TINY, sizes, [0, 1], FLOPS)
-    padded = bench.operations(bench.PADDED, TINY, sizes, [0, 1], FLOPS)
+    sizes = ([10, 30], [1, 1], [16, 64], [5, 15])
+    samples = bench.Samples(*map(np.array, sizes))
+    packed = samples.operations(FLOPS, [0, 1])
+    padded = samples.operations(FLOPS, [0, 1], padded=True)
     assert packed == 26 + 94 + 2 * 51
     assert padded == 94 + 94 + 2 * 51
 
@@ -74,33 +75,26 @@ def test_cost_balanced_bins_keep_the_saving_that_others_lose():
     assert rows[bench.PADDED]["times_ideal"] > 2
 
 
-@pytest.mark.parametrize("way", bench.WAYS)
-def test_a_rank_computes_the_loss_and_gradients_of_its_samples(model, way):
-    """Whatever the way: padding and packing are the same mathematics."""
-    sizes = bench.draw_step(TINY, 1, 3, tiled=True)
+def test_a_padded_rank_computes_the_loss_and_gradients_of_a_packed_one(model):
+    samples = bench.draw_step(TINY, 1, 3, tiled=True)
 
-    def gradients(kind: str) -> tuple[float, torch.Tensor]:
-        model.zero_grad(set_to_none=True)
-        loss = bench.RankShare(model, TINY, kind, sizes, [0, 2, 1]).run()
+    def gradients(packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = bench.Step(model, samples, [0, 2, 1], packed)()
         return loss, model.model.projector.gate.weight.grad.clone()
 
-    loss, gradient = gradients(way)
-    truth, expected = gradients(bench.BY_COST)
-    assert loss == pytest.approx(truth, abs=1e-5)
+    (loss, gradient), (truth, expected) = gradients(False), gradients(True)
+    torch.testing.assert_close(loss, truth, atol=1e-5, rtol=0)
     torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_measured_seconds_are_those_of_the_slowest_rank(model, monkeypatch):
     """A rank takes as long as its tiles, by a clock of our own."""
-    now = [0.0]
 
-    def run(share: bench.RankShare) -> float:
-        now[0] += len(share.tile_counts)
-        return 0.0
+    def timer(step, timer):
+        return SimpleNamespace(timeit=lambda number: len(step.inputs["num_image_tokens"]))
 
-    monkeypatch.setattr(bench.RankShare, "run", run)
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(bench, "build", lambda *_: model)
+    monkeypatch.setattr(bench.timeit, "Timer", timer)
+    monkeypatch.setattr(bench, "random_model", lambda *_: model)
     rows = bench.measure(TINY, "cpu", steps=2, ranks=4, per_rank=4, rounds=2, tiled=True)
     for row in rows:
         slowest = 0
@@ -144,18 +138,19 @@ def test_nothing_to_measure_is_refused(option, capsys):
 
 
 def test_what_runs_is_what_the_operations_count(model):
-    sizes = bench.draw_step(TINY, 1, 3, tiled=True)
-    share = bench.RankShare(model, TINY, bench.BY_COST, sizes, [0, 1, 2])
-    only = {"tile": 0.0, "vision_token": 0.0, "token": 0.0, "target": 0.0}
+    samples = bench.draw_step(TINY, 1, 3, tiled=True)
+    step = bench.Step(model, samples, [0, 1, 2], packed=True)
+    none = bench.Flops(tile=0.0, vision_token=0.0, token=0.0, target=0.0)
 
     def counted(name: str) -> float:
-        flops = bench.Flops(**{**only, name: 1.0})
-        return bench.operations(bench.BY_COST, TINY, sizes, [0, 1, 2], flops)
+        flops = dataclasses.replace(none, **{name: 1.0})
+        return samples.operations(flops, [0, 1, 2])
 
-    assert counted("target") == len(share.answers)
-    assert counted("token") == share.plan.num_tokens
-    assert counted("tile") == len(share.images) == len(share.tile_counts)
-    assert counted("vision_token") == sum(share.tile_counts) == len(share.plan.vision_rows)
+    plan, counts = step.inputs["plan"], step.inputs["num_image_tokens"]
+    assert counted("target") == len(step.answers)
+    assert counted("token") == plan.num_tokens
+    assert counted("tile") == len(step.inputs["pixel_values"]) == len(counts)
+    assert counted("vision_token") == sum(counts) == len(plan.vision_rows)
 
 
 def test_the_table_has_a_line_for_what_was_predicted_and_one_for_what_was_measured():
@@ -169,8 +164,8 @@ def test_the_table_has_a_line_for_what_was_predicted_and_one_for_what_was_measur
 
 
 def test_the_documents_have_the_table_of_the_results():
-    (path,) = (bench.ROOT / "benchmarks/results/mixed-counts").glob("*.csv")
-    page = (bench.ROOT / "docs/training.md").read_text(encoding="utf-8")
+    (path,) = (ROOT / "benchmarks/results/mixed-counts").glob("*.csv")
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
     rows = read_csv(path)
     assert bench.format_table(rows) in page
     assert bench.verdict(rows).partition(": ")[2] in " ".join(page.split())

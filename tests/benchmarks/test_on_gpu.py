@@ -1,16 +1,18 @@
-"""The GPU's clock, and what is read from the device. Elsewhere fakes stand in: test_timing.py."""
+"""The GPU's clock, and what is read from the device. Elsewhere fakes stand in: test_clocks.py."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from benchmarks import harness
-from benchmarks.environment import environment, last_level_cache
-from benchmarks.harness import Deadline, Effort, Variant
-from benchmarks.packing_cases import Prompts, forward_case, frozen_table_case
-from benchmarks.timing import GraphClock, peak_bytes, synchronisations
-from tests.benchmarks.small import square_case
+from benchmarks.cases import Variant
+from benchmarks.clocks import GraphClock
+from benchmarks.costs import peak_bytes, synchronisations
+from benchmarks.machine import environment, last_level_cache
+from benchmarks.packing import FORWARD, FROZEN_TABLE, pack_case
+from benchmarks.peers import load_peers
+from benchmarks.prompts import Prompts
+from tests.benchmarks.small import rows_of, run_of, square_case
 
 pytestmark = pytest.mark.gpu
 
@@ -62,21 +64,22 @@ def test_a_case_is_captured_and_right_in_every_mode():
         return leaves["a"] * leaves["b"]
 
     case = square_case(Variant("first", call), Variant("other", call))
-    rows = list(harness.measure(case, torch.float32, "cuda", Effort(3, 0.0), Deadline(60)))
+    rows = rows_of(case, device="cuda", dtype=torch.float32)
     assert [(row["status"], row["timing"]) for row in rows] == [("ok", "graph")] * 6
     assert all(row["synchronisations"] == 0 and row["eager_us"] > 0 for row in rows)
 
 
-@pytest.mark.parametrize("case", [forward_case, frozen_table_case])
-def test_packing_waits_for_nothing_and_masked_scatter_for_its_mask(case):
-    small = case(Prompts(2, 20, 64, 100))
-    rows = list(harness.measure(small, torch.bfloat16, "cuda", Effort(3, 0.0), Deadline(120)))
+@pytest.mark.parametrize("kind", [FORWARD, FROZEN_TABLE])
+def test_packing_waits_for_nothing_and_masked_scatter_for_its_mask(kind):
+    peers = load_peers("pack_embeddings", run_of("cuda"))
+    case = pack_case(Prompts(2, 20, 64, 100), kind, peers)
+    rows = rows_of(case, device="cuda", dtype=torch.bfloat16)
     ours = [row for row in rows if row["variant"] == "tokenflex"]
     assert {(row["status"], row["timing"], row["synchronisations"]) for row in ours} == {
         ("ok", "graph", 0)
     }
     waiting = {row["variant"] for row in rows if row["synchronisations"]}
-    assert ("embedding + masked_scatter" in waiting) is (case is frozen_table_case)
+    assert ("embedding + masked_scatter" in waiting) is (kind == FROZEN_TABLE)
 
 
 def test_the_machine_is_read():

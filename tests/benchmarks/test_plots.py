@@ -69,10 +69,13 @@ def test_memory_is_kib_a_token_at_the_largest_size_of_each():
         row("pack_embeddings", "4x, frozen table", "tokenflex", 1, **both, **sizes),
         row("pack_embeddings", "4x, trained table", "tokenflex", 1, **both, **half),
     ]
-    saved, peak, pack_saved, pack_peak = plots.memory(rows).axes
-    assert (widths(saved), widths(peak)) == ([2, 3], [6, 9])
-    assert (widths(pack_saved), widths(pack_peak)) == ([2], [6])
-    assert labels(saved) == ["tokenflex (triton), T=8192", f"{compiled}, T=4096"]
+    saved, peak = plots.memory(rows).axes
+    assert (widths(saved), widths(peak)) == ([2, 3, 2], [6, 9, 6])
+    assert labels(saved) == [
+        "projector: tokenflex (triton), T=8192",
+        f"projector: {compiled}, T=4096",
+        "packing: tokenflex (triton), T=8192",
+    ]
 
 
 def test_mixed_is_held_against_uniform():
@@ -82,7 +85,10 @@ def test_mixed_is_held_against_uniform():
     ]
     (axes,) = plots.mixed_counts(rows).axes
     assert widths(axes) == [1, 1.5]
-    assert [text.get_text() for text in axes.texts] == ["2 ms", "3 ms"]
+    assert labels(axes) == [
+        "pool + LayerNorm, forward: tokenflex (triton), 2 ms, uniform",
+        "pool + LayerNorm, forward: tokenflex (triton), 3 ms, mixed",
+    ]
 
 
 def test_a_step_in_milliseconds_with_its_tokens_use_and_memory():

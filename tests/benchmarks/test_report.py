@@ -1,4 +1,4 @@
-"""Verdicts, pictures and files, from rows as a CSV has them."""
+"""The report, its pictures and the CSV behind them, from rows as a CSV has them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks import plots
-from benchmarks.environment import ROOT, environment, machine_name, read_csv, write_csv
-from benchmarks.harness import COLUMNS
-from benchmarks.report import print_report, token_savings
+from benchmarks.machine import ROOT, environment
+from benchmarks.report import report, token_savings
+from benchmarks.results import COLUMNS, read_csv, write_csv
 from benchmarks.targets import verdicts
 from tests.benchmarks.rows import row
 
@@ -73,13 +73,19 @@ def test_pictures_of_an_earlier_run_do_not_stay_beside_new_rows(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"x-end-to-end.png", "x-quick-memory.png"}
 
 
-def test_the_table_ends_with_the_verdicts(capsys):
+def test_the_report_has_rows_reasons_and_verdicts_and_draws(capsys, tmp_path):
     skipped = row("pool_norm", "", "liger-kernel", "") | {"status": "not installed"}
-    print_report([*everything(), skipped])
+    report([*everything(), skipped], tmp_path / "x.csv")
     lines = capsys.readouterr().out.splitlines()
+    assert any(
+        line.split()[:2] == ["swiglu", "T=8192"] and line.split()[-3:] == ["10.0", "us", "triton"]
+        for line in lines
+    )
     assert "  pool_norm, forward, liger-kernel: not installed" in lines
-    assert lines[-len(verdicts([])) - 1] == "targets:"
+    at = lines.index("targets:")
+    assert lines[at + len(verdicts([])) + 1].startswith("drew")
     assert any("projector, T >= 2048: >= 1.2x eager" in line and "met" in line for line in lines)
+    assert len(list(tmp_path.glob("x-*.png"))) == 5
 
 
 # ---- files
@@ -95,10 +101,30 @@ def test_csv_has_the_environment_and_no_host_name(tmp_path):
     assert platform.node() not in rows[0].values()
 
 
-def test_machines_have_names_of_their_own():
-    names = {"gpu": "NVIDIA H200", "cpu": "AMD EPYC", "cores": 2}
-    assert machine_name(names) == "nvidia-h200"
-    assert machine_name(names | {"gpu": ""}) == "cpu-amd-epyc-2-cores"
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "x.csv"
+    write_csv(path, [{"a": 1}], {"b": 2})
+    with pytest.raises(ValueError, match="dict contains fields"):
+        write_csv(path, [{"a": 3}, {"unknown": 4}], {"b": 2})
+    assert read_csv(path) == [{"a": "1", "b": "2"}]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.csv"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must have the columns of a result, got none called a"),
+        ("b\n1\n", "must have the columns of a result, got none called a"),
+        ("a,b\n", "must have rows, got none"),
+        ("a,b\n1\n", "must have a value for every column"),
+        ("a,b\n1,2,3\n", "must have a value for every column"),
+    ],
+)
+def test_what_is_no_csv_of_results_is_refused(tmp_path, text, message):
+    path = tmp_path / "x.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_csv(path, ("a",))
 
 
 RESULTS = sorted((ROOT / "benchmarks/results").glob("*.csv"))

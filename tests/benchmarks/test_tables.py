@@ -7,7 +7,8 @@ import re
 import pytest
 
 from benchmarks import tables
-from benchmarks.environment import ROOT, read_csv, write_csv
+from benchmarks.machine import ROOT
+from benchmarks.results import read_csv, write_csv
 from tests.benchmarks.rows import row
 
 RESULTS = sorted(tables.RESULTS.glob("*.csv"))
@@ -82,11 +83,11 @@ def timed(variant, p50, spread=1.0, **values):
     ],
 )
 def test_bold_is_the_fastest_where_it_is_clear(ours, peer, bold):
-    cells = [tables._ms(ours), tables._ms(peer)]
+    cells = [tables.milliseconds(ours), tables.milliseconds(peer)]
     if bold:
         at = ("ours", "peer").index(bold)
         cells[at] = f"**{cells[at]}**"
-    assert tables.merging([ours, peer]).splitlines() == [
+    assert tables.BLOCKS["merge-forward"]([ours, peer]).splitlines() == [
         "| forward | `merge_vision` | `index_put` |",
         "|---|---|---|",
         f"| 4x | {cells[0]} | {cells[1]} |",

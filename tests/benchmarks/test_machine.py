@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import environment
-from benchmarks.environment import last_level_cache, read_csv, write_csv
+from benchmarks import machine
+from benchmarks.machine import last_level_cache
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def asked(monkeypatch):
         return SimpleNamespace(stdout="an answer\nmore\n")
 
     gpu = SimpleNamespace(uuid="1-2", L2_cache_size=50, total_memory=10**9)
-    monkeypatch.setattr(environment.subprocess, "run", run)
+    monkeypatch.setattr(machine.subprocess, "run", run)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.delenv("TOKENFLEX_COMMIT", raising=False)
@@ -32,7 +32,7 @@ def asked(monkeypatch):
 
 
 def test_driver_and_clocks_are_those_of_the_gpu_in_use(asked):
-    columns = environment.environment("cuda")
+    columns = machine.environment("cuda")
     assert (columns["gpu"], columns["driver"], columns["clocks"]) == (
         "NVIDIA H200",
         "an answer",
@@ -40,18 +40,18 @@ def test_driver_and_clocks_are_those_of_the_gpu_in_use(asked):
     )
     queries = [one for one in asked if one[0] == "nvidia-smi"]
     wanted = "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem"
-    assert [one[1] for one in queries] == 2 * ["--query-gpu=driver_version"] + 2 * [wanted]
+    assert [one[1] for one in queries] == 2 * [wanted] + 2 * ["--query-gpu=driver_version"]
     assert [one[3:] for one in queries] == 2 * [("--id=GPU-1-2",), ()]
 
 
 def test_a_tree_with_changes_is_called_dirty(asked):
-    assert environment.environment("cpu")["commit"] == "an answer"
-    assert asked == [("git", "-C", str(environment.ROOT), "describe", "--always", "--dirty")]
+    assert machine.environment("cpu")["commit"] == "an answer"
+    assert asked == [("git", "-C", str(machine.ROOT), "describe", "--always", "--dirty")]
 
 
 def test_a_tree_without_history_is_named_by_the_environment(asked, monkeypatch):
     monkeypatch.setenv("TOKENFLEX_COMMIT", "abc")
-    assert environment.environment("cpu")["commit"] == "abc"
+    assert machine.environment("cpu")["commit"] == "abc"
 
 
 def test_the_last_cache_of_a_gpu_is_its_l2(asked):
@@ -59,30 +59,10 @@ def test_the_last_cache_of_a_gpu_is_its_l2(asked):
 
 
 def test_the_h200_has_a_data_sheet():
-    assert environment.DATA_SHEETS["NVIDIA H200"] == (4800, 989)
+    assert machine.DATA_SHEETS["NVIDIA H200"] == (4800, 989)
 
 
-def test_a_file_is_replaced_as_a_whole(tmp_path):
-    path = tmp_path / "x.csv"
-    write_csv(path, [{"a": 1}], {"b": 2})
-    with pytest.raises(ValueError, match="dict contains fields"):
-        write_csv(path, [{"a": 3}, {"unknown": 4}], {"b": 2})
-    assert read_csv(path) == [{"a": "1", "b": "2"}]
-    assert [one.name for one in tmp_path.iterdir()] == ["x.csv"]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "must have the columns of a result, got none called a"),
-        ("b\n1\n", "must have the columns of a result, got none called a"),
-        ("a,b\n", "must have rows, got none"),
-        ("a,b\n1\n", "must have a value for every column"),
-        ("a,b\n1,2,3\n", "must have a value for every column"),
-    ],
-)
-def test_what_is_no_csv_of_results_is_refused(tmp_path, text, message):
-    path = tmp_path / "x.csv"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=message):
-        read_csv(path, ("a",))
+def test_machines_have_names_of_their_own():
+    names = {"gpu": "NVIDIA H200", "cpu": "AMD EPYC", "cores": 2}
+    assert machine.machine_name(names) == "nvidia-h200"
+    assert machine.machine_name(names | {"gpu": ""}) == "cpu-amd-epyc-2-cores"

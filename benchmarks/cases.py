@@ -1,0 +1,254 @@
+"""An op's cases: one op at one size, and every way to compute it.
+
+A case says how to make a batch of random inputs, the result in float64, and what a call must move
+and compute at least. A variant, ours or a peer's, is a function of the same inputs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.clocks import Calls
+from benchmarks.costs import peak_bytes, saved_bytes, synchronisations
+from benchmarks.harness import NO_TIME, SEED, Entry, Run, Work, failure_in, measure
+from benchmarks.machine import last_level_cache
+from benchmarks.results import NewRow, new_row
+from tokenflex_kernels import info
+
+MODES = ("forward", "backward", "forward+backward")
+TRAINING = ("backward", "forward+backward")
+MAX_SETS = 256
+
+# The largest relative error (2-norm) against float64 that is taken for the same computation.
+LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4, torch.float64: 1e-10}
+
+Leaves = dict[str, torch.Tensor]
+Call = Callable[[Leaves, Any], torch.Tensor]
+
+
+@dataclass
+class Batch:
+    """Inputs of one call."""
+
+    leaves: Leaves  # the tensors that can be differentiated, by name
+    grad: torch.Tensor  # the gradient of the result
+    fixed: Any = None  # the rest: grids, a plan
+
+
+def work_by_mode(forward: Work, backward: Work) -> dict[str, Work]:
+    both = Work(forward.bytes + backward.bytes, forward.flops + backward.flops)
+    return {"forward": forward, "backward": backward, "forward+backward": both}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a case."""
+
+    name: str  # as the CSV has it
+    call: Call
+    ours: bool = False  # whether it calls an op of ours
+    # Brings the leaves into the layout that a package keeps its weights in, untimed. It must be
+    # linear, because gradients are compared in that layout too.
+    prepare: Callable[[Leaves], Leaves] = lambda leaves: leaves
+    without: Collection[str] = ()  # leaves that it cannot take; its truth is computed without them
+    truth: Call | None = None  # its own, where it is not to compute the case's result
+    modes: Collection[str] = MODES  # those it can run
+    waits: Collection[str] = ()  # modes that wait for the device, and cannot be captured
+    slow_start: bool = False  # compiles or tunes for long at every new size
+
+    def leaves(self, batch: Batch) -> Leaves:
+        taken = {name: leaf for name, leaf in batch.leaves.items() if name not in self.without}
+        return self.prepare(taken)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one size."""
+
+    op: str
+    name: str
+    tokens: int  # rows of the result
+    # (dtype, device, seed, the first batch or None) -> a batch of random numbers
+    batch: Callable[[torch.dtype, str, int, Batch | None], Batch]
+    truth: Call  # the result, from leaves in float64
+    variants: Sequence[Variant]  # ours, and those of peers that are installed
+    work: Callable[[int], Mapping[str, Work]]  # (bytes of a number) -> work by mode
+    trained: Collection[str] | None = None  # leaves that require a gradient; all if None
+    shared: Collection[str] = ()  # leaves that all batches have in common, as a model has
+    modes: Sequence[str] = MODES  # those that are measured
+    exact: Collection[str] = ()  # "result" and leaves' gradients that must agree bit by bit
+
+    def row(self, mode: str, variant: str = "") -> NewRow:
+        names = {"op": self.op, "case": self.name, "mode": mode, "variant": variant}
+        return new_row(**names, tokens=self.tokens, seed=SEED)
+
+    def trained_names(self, leaves: Leaves) -> list[str]:
+        return [name for name in leaves if self.trained is None or name in self.trained]
+
+
+def number_of_sets(bytes_per_set: int, cache_bytes: int) -> int:
+    """Return how many sets of buffers are together three times the cache.
+
+    At least two, and no more than ``MAX_SETS``: batches of a few kilobytes measure the cost of a
+    call, wherever their inputs are.
+    """
+    return min(MAX_SETS, max(2, -(-3 * cache_bytes // bytes_per_set)))
+
+
+def run_cases(cases: Iterable[Case], run: Run) -> None:
+    """Measure one case after another, mode by mode; what finds no time left gets a row too."""
+    for case in cases:
+        start, inputs = time.perf_counter(), None
+        for mode in case.modes:
+            row = case.row(mode)
+            if (case.op, case.name, mode) in run.done:
+                continue
+            if run.deadline.left <= 0:
+                run.emit([row | {"status": NO_TIME}])
+                continue
+            run.begin(row)
+            with failure_in(row, run):  # a batch that does not fit into memory, say
+                inputs = inputs or Inputs(case, run)
+                run.emit(measure(inputs.entries(mode), run))
+            if row["status"]:
+                run.emit([row])
+        if inputs:
+            print(f"  {case.op}, {case.name}: {time.perf_counter() - start:.1f} s", flush=True)
+
+
+# ---- from a case to its entries
+
+
+class Inputs:
+    """A case's batches, and the truth of the first and the last, computed once."""
+
+    def __init__(self, case: Case, run: Run) -> None:
+        self.case, self.run = case, run
+        first = case.batch(run.dtype, run.device, SEED, None)
+        rotating = [leaf for name, leaf in first.leaves.items() if name not in case.shared]
+        size = sum(tensor.nbytes for tensor in (*rotating, first.grad))
+        seeds = range(SEED + 1, SEED + number_of_sets(size, last_level_cache(run.device)))
+        self.batches = [first]
+        self.batches += [case.batch(run.dtype, run.device, seed, first) for seed in seeds]
+        self._truths: dict[Any, Leaves] = {}
+
+    def entries(self, mode: str) -> list[Entry]:
+        """Return an entry for each variant that has the mode."""
+        work = self.case.work(self.run.dtype.itemsize)[mode]
+        return [
+            Entry(
+                row=self._row(variant, mode),
+                calls=partial(self._calls, variant, mode, self.batches),
+                work=work,
+                check=partial(self.worst_error, variant, mode),
+                costs=partial(self._costs, variant, mode),
+                timing="eager" if mode in variant.waits else "graph",
+            )
+            for variant in self.case.variants
+            if mode in variant.modes
+        ]
+
+    def _row(self, variant: Variant, mode: str) -> NewRow:
+        backend = info()["ops"][self.case.op] if variant.ours else ""
+        columns = {"backend": backend, "dtype": self.run.dtype_name, "sets": len(self.batches)}
+        return self.case.row(mode, variant.name) | columns
+
+    def _calls(self, variant: Variant, mode: str, batches: Sequence[Batch]) -> Calls:
+        """Return a call per batch; results are a tensor (forward), or the leaves' gradients."""
+        calls: list[Callable[[], Any]] = []
+        for batch in batches:
+            leaves = variant.leaves(batch)
+            if mode == "forward":
+                calls.append(partial(_forward, variant.call, leaves, batch.fixed))
+                continue
+            leaves, trained = self._require_grad(leaves)
+            gradients = partial(torch.autograd.grad, inputs=trained, grad_outputs=batch.grad)
+            if mode == "backward":
+                result = variant.call(leaves, batch.fixed)
+                calls.append(partial(gradients, result, retain_graph=True))
+            else:
+                forward = partial(variant.call, leaves, batch.fixed)
+                calls.append(lambda forward=forward, gradients=gradients: gradients(forward()))
+        return calls
+
+    def _require_grad(self, leaves: Leaves) -> tuple[Leaves, list[torch.Tensor]]:
+        """Return the same memory as leaves of a new graph, and those that require a gradient."""
+        names = self.case.trained_names(leaves)
+        fresh = {name: leaf.detach().requires_grad_(name in names) for name, leaf in leaves.items()}
+        return fresh, [fresh[name] for name in names]
+
+    def _costs(self, variant: Variant, mode: str) -> NewRow:
+        (call,) = self._calls(variant, mode, self.batches[:1])
+        call()  # loading code, tables and thread pools is no part of it
+        row: NewRow = {
+            "peak_bytes": peak_bytes(call, self.run.device),
+            "synchronisations": synchronisations(call, self.run.device),
+        }
+        if mode == "forward+backward":
+            batch = self.batches[0]
+            leaves, _ = self._require_grad(variant.leaves(batch))
+            forward = partial(variant.call, leaves, batch.fixed)
+            row["saved_bytes"] = saved_bytes(forward, [*leaves.values(), batch.grad])
+        return row
+
+    def worst_error(self, variant: Variant, mode: str, results: Sequence[Any]) -> float:
+        """Return the largest relative error in the results of the first and the last batch.
+
+        Raises:
+            ValueError: An error is above its limit, or not a number.
+        """
+        worst = 0.0
+        for index in sorted({0, len(self.batches) - 1}):
+            truth = self._truth(variant, mode == "forward", index)
+            actual = self._named(variant, mode, results[index])
+            if mode != "forward":
+                truth = variant.prepare(truth)
+            for name in actual:
+                error = relative_error(actual[name], truth[name])
+                limit = 0.0 if name in self.case.exact else LIMITS[self.run.dtype]
+                if not error <= limit:
+                    raise ValueError(
+                        f"{name} of set {index} is off by {error:.2g} (2-norm, relative to "
+                        f"float64), expected at most {limit:.2g}"
+                    )
+                worst = max(worst, error)
+        return float(f"{worst:.3g}")
+
+    def _truth(self, variant: Variant, forward: bool, index: int) -> Leaves:
+        """Return the result, or the gradients by the names of the case's own leaves."""
+        reference = Variant("truth", variant.truth or self.case.truth, without=variant.without)
+        key = (reference.call, tuple(reference.without), forward, index)
+        if key not in self._truths:
+            batch = self.batches[index]
+            leaves = {name: leaf.double() for name, leaf in batch.leaves.items()}
+            doubled = Batch(leaves, batch.grad.double(), batch.fixed)
+            mode = "forward" if forward else "forward+backward"
+            (call,) = self._calls(reference, mode, [doubled])
+            self._truths[key] = self._named(reference, mode, call())
+        return self._truths[key]
+
+    def _named(self, variant: Variant, mode: str, result: Any) -> Leaves:
+        if mode == "forward":
+            return {"result": result}
+        names = self.case.trained_names(variant.leaves(self.batches[0]))
+        return dict(zip(names, result, strict=True))
+
+
+@torch.no_grad()
+def _forward(call: Call, leaves: Leaves, fixed: Any) -> torch.Tensor:
+    return call(leaves, fixed)
+
+
+def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
+    """Return ||actual - truth|| / ||truth||, or the norm itself where the truth is zero."""
+    if actual.shape != truth.shape:
+        raise ValueError(f"result must have shape {tuple(truth.shape)}, got {tuple(actual.shape)}")
+    dense = actual.to_dense() if actual.is_sparse else actual
+    difference, norm = (dense.double() - truth).norm().item(), truth.norm().item()
+    return difference / norm if norm else difference

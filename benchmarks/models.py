@@ -1,0 +1,131 @@
+"""Models of random weights, and their training steps: samples packed into one row, or padded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from benchmarks.harness import SEED
+from benchmarks.prompts import IMAGE
+from tokenflex.training.flops import Flops
+from tokenflex_kernels import plan_packing
+
+NO_LOSS = -100  # the label of tokens that are not learned
+
+
+def fields(width: int, hidden: int, layers: int, heads: int, **others: Any) -> dict[str, Any]:
+    """Return the fields of a configuration that the encoder and the language model both have."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return dict(zip(names, (width, hidden, layers, heads), strict=True)) | others
+
+
+def random_model(
+    vision: dict[str, Any], text: dict[str, Any], device: str, dtype: torch.dtype = torch.float32
+) -> Any:
+    """Build SigLIP and Qwen2 with a projector between them.
+
+    Args:
+        vision: Fields of the SigLIP configuration.
+        text: Fields of the Qwen2 configuration.
+        device: Of the weights; "meta" for a model that is only counted.
+        dtype: Of the weights.
+    """
+    from transformers import Qwen2Config, SiglipVisionConfig
+
+    from tokenflex import TokenFlexConfig, TokenFlexForConditionalGeneration
+
+    no_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 1}
+    config = TokenFlexConfig(
+        SiglipVisionConfig(**vision, vision_use_head=False),
+        Qwen2Config(**text, **no_ids),
+        image_token_id=IMAGE,
+    )
+    torch.manual_seed(SEED)
+    with torch.device(device):
+        return TokenFlexForConditionalGeneration(config).to(dtype)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The sizes of some samples, an array each."""
+
+    text: np.ndarray  # text tokens
+    tiles: np.ndarray  # tiles of the image
+    counts: np.ndarray  # vision tokens of each tile
+    answers: np.ndarray  # how many of the last text tokens are learned
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows of the language model."""
+        return self.text + self.tiles * self.counts
+
+    def operations(self, flops: Flops, members: Sequence[int], padded: bool = False) -> float:
+        """Return the operations of some of the samples, packed or padded to the longest."""
+        rows, tiles = self.rows[members], self.tiles[members]
+        return flops.total(
+            tiles=float(tiles.sum()),
+            vision_tokens=float((tiles * self.counts[members]).sum()),
+            tokens=float(rows.max() * len(rows) if padded else rows.sum()),
+            targets=float(self.answers[members].sum()),
+        )
+
+
+class Step:
+    """Forward and backward of some samples, of random numbers; gradients stay until the next step.
+
+    Args:
+        model: Of :func:`random_model`.
+        samples: The sizes.
+        members: Numbers of the samples that take part.
+        packed: Whether they are one row, or padded to the longest.
+    """
+
+    def __init__(self, model: Any, samples: Samples, members: Sequence[int], packed: bool) -> None:
+        side, vocabulary = model.config.vision_config.image_size, model.lm_head.weight.shape[0]
+        prompts, labels, pixels, counts = [], [], [], []
+        for i in members:
+            generator = torch.Generator().manual_seed(SEED + i)
+            text = torch.randint(2, vocabulary, (int(samples.text[i]),), generator=generator)
+            prompts.append(torch.cat([torch.full((int(samples.tiles[i]),), IMAGE), text]))
+            labels.append(prompts[-1].clone())
+            labels[-1][: -samples.answers[i]] = NO_LOSS
+            size = (int(samples.tiles[i]), 3, side, side)
+            pixels.append(torch.randn(size, generator=generator))
+            counts += [int(samples.counts[i])] * int(samples.tiles[i])
+        plan = plan_packing(prompts, counts, IMAGE, labels=labels)
+        learned = (plan.labels[1:] != NO_LOSS).nonzero().squeeze(1)
+        self.model, device = model, model.device
+        self.answers = plan.labels[learned + 1].to(device)
+        self.inputs = {
+            "pixel_values": torch.cat(pixels).to(device, next(model.parameters()).dtype),
+            "num_image_tokens": counts,
+            "use_cache": False,
+        }
+        if packed:
+            self.inputs["plan"] = plan.to(device)
+        else:
+            longest = max(plan.lengths)
+            row = torch.arange(plan.num_samples).repeat_interleave(torch.tensor(plan.lengths))
+            ids = torch.ones(plan.num_samples, longest, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            ids[row, plan.position_ids], mask[row, plan.position_ids] = plan.input_ids, 1
+            learned = row[learned] * longest + plan.position_ids[learned]
+            self.inputs |= {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        self.learned = learned.to(device)
+
+    def loss(self) -> torch.Tensor:
+        """Return the mean loss. The output layer sees the rows that have one, however they lie."""
+        hidden = self.model.model(**self.inputs).last_hidden_state
+        logits = self.model.lm_head(hidden.flatten(0, 1)[self.learned])
+        return F.cross_entropy(logits.float(), self.answers)
+
+    def __call__(self) -> torch.Tensor:
+        self.model.zero_grad(set_to_none=True)
+        loss = self.loss()
+        loss.backward()
+        return loss.detach()

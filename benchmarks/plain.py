@@ -1,0 +1,171 @@
+"""The projector in plain PyTorch: its shapes and random inputs, the eager way, and the truth.
+
+Shapes are SigLIP's and Qwen2.5's: 27 x 27 patches of 1152 features, 3456 hidden, 2048 or 3584 out.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.cases import Batch, Leaves
+
+SIDE = 27
+EPS = 1e-5
+WIDTHS = (1152, 3456, 2048)  # of a patch, the hidden layer, and a token
+BIASES = ("gate_bias", "up_bias", "down_bias")
+Grid = tuple[int, int]
+Shapes = dict[str, tuple[int, ...]]
+
+
+def weight_shapes(vision: int, hidden: int, text: int) -> Shapes:
+    return {
+        "norm_weight": (vision,),
+        "norm_bias": (vision,),
+        "gate_weight": (hidden, vision),
+        "gate_bias": (hidden,),
+        "up_weight": (hidden, vision),
+        "up_bias": (hidden,),
+        "down_weight": (text, hidden),
+        "down_bias": (text,),
+    }
+
+
+@dataclass(frozen=True)
+class Grids:
+    """The grids of a batch's images, and what PyTorch's loop over kinds of grids needs."""
+
+    inputs: list[Grid]  # (height, width) of each image
+    outputs: list[Grid]
+    groups: list[tuple[Grid, torch.Tensor]]  # a grid, and int64 numbers of the images that get it
+    order: torch.Tensor | None  # row r of the result is row order[r] of the groups'; None for one
+
+
+def grids_of(out_grids: Sequence[Grid], device: str) -> Grids:
+    images: dict[Grid, list[int]] = defaultdict(list)
+    for image, grid in enumerate(out_grids):
+        images[grid].append(image)
+    rows = torch.arange(number_of_tokens(out_grids)).split([h * w for h, w in out_grids])
+    order = torch.cat([rows[i] for numbers in images.values() for i in numbers]).argsort()
+    return Grids(
+        inputs=[(SIDE, SIDE)] * len(out_grids),
+        outputs=list(out_grids),
+        groups=[(grid, torch.tensor(numbers, device=device)) for grid, numbers in images.items()],
+        order=order.to(device) if len(images) > 1 else None,
+    )
+
+
+def number_of_tokens(grids: Sequence[Grid]) -> int:
+    return sum(height * width for height, width in grids)
+
+
+def square(images: int, side: int) -> list[Grid]:
+    return [(side, side)] * images
+
+
+def mixed(tens: int) -> list[Grid]:
+    """Return 64, 144 and 256 tokens at 2 : 3 : 5 for 10 images, shuffled, ``tens`` times."""
+    return [(side, side) for side in (16, 12, 16, 8, 16, 12, 16, 8, 12, 16)] * tens
+
+
+def uniform(tens: int) -> list[Grid]:
+    """Return as many images and tokens as ``mixed``, all of one kind: 184 = 8 x 23 tokens each."""
+    return [(8, 23)] * (10 * tens)
+
+
+def random_batches(shapes: Shapes, grids: Sequence[Grid] = ()) -> Callable[..., Batch]:
+    """Return a case's ``batch``: normal inputs, weights that keep their variance, norms around 1.
+
+    Args:
+        shapes: Of the leaves, and of "grad".
+        grids: What is fixed besides.
+    """
+
+    def batch(dtype: torch.dtype, device: str, seed: int, _: Batch | None) -> Batch:
+        generator = torch.Generator(device).manual_seed(seed)
+        leaves = {}
+        for name, shape in shapes.items():
+            values = torch.randn(shape, generator=generator, device=device)
+            if name == "norm_weight":
+                values = 1 + 0.1 * values
+            elif name.endswith("weight"):
+                values = values / shape[1] ** 0.5
+            elif name.endswith("bias"):
+                values = 0.1 * values
+            leaves[name] = values.to(dtype)
+        fixed = grids_of(grids, device) if grids else None
+        return Batch(grad=leaves.pop("grad"), leaves=leaves, fixed=fixed)
+
+    return batch
+
+
+# ---- stages
+
+
+def pool(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Pool flat patches to flat cells. Patches lie channels-last already: nothing is copied."""
+    width = x.shape[-1]
+    images = x.view(-1, SIDE, SIDE, width).permute(0, 3, 1, 2)
+    return F.adaptive_avg_pool2d(images, grid).permute(0, 2, 3, 1).reshape(-1, width)
+
+
+def pool_by_definition(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Let cell i of n average the patches [floor(i S / n), ceil((i + 1) S / n)) of each axis."""
+
+    def averages(cells: int) -> torch.Tensor:
+        rows = torch.zeros(cells, SIDE, dtype=torch.float64)
+        for i in range(cells):
+            start, end = i * SIDE // cells, -(-(i + 1) * SIDE // cells)
+            rows[i, start:end] = 1 / (end - start)
+        return rows.to(x)
+
+    images = x.view(-1, SIDE, SIDE, x.shape[-1])
+    cells = torch.einsum("ih,bhwc,jw->bijc", averages(grid[0]), images, averages(grid[1]))
+    return cells.reshape(-1, x.shape[-1])
+
+
+def by_group(
+    x: torch.Tensor, grids: Grids, stage: Callable[[torch.Tensor, Grid], torch.Tensor]
+) -> torch.Tensor:
+    """Loop over kinds of grids, and bring the rows back into the order of the images."""
+    if grids.order is None:
+        return stage(x, grids.groups[0][0])
+    images = x.view(-1, SIDE * SIDE, x.shape[1])
+    parts = [stage(images[numbers].flatten(0, 1), grid) for grid, numbers in grids.groups]
+    return torch.cat(parts)[grids.order]
+
+
+def layer_norm(x: torch.Tensor, leaves: Leaves) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], leaves["norm_weight"], leaves["norm_bias"], EPS)
+
+
+def gate_up(x: torch.Tensor, leaves: Leaves) -> tuple[torch.Tensor, torch.Tensor]:
+    gate = F.linear(x, leaves["gate_weight"], leaves.get("gate_bias"))
+    return gate, F.linear(x, leaves["up_weight"], leaves.get("up_bias"))
+
+
+def down(product: torch.Tensor, leaves: Leaves) -> torch.Tensor:
+    return F.linear(product, leaves["down_weight"], leaves.get("down_bias"))
+
+
+# ---- ops: eager, and true with ``pool=pool_by_definition`` in float64
+
+
+def pool_norm(leaves: Leaves, grids: Grids, pool: Callable = pool) -> torch.Tensor:
+    return by_group(leaves["x"], grids, lambda x, grid: layer_norm(pool(x, grid), leaves))
+
+
+def swiglu(leaves: Leaves, _: object = None) -> torch.Tensor:
+    gate, up = gate_up(leaves["x"], leaves)
+    return F.silu(gate) * up
+
+
+def project_tokens(leaves: Leaves, grids: Grids, pool: Callable = pool) -> torch.Tensor:
+    def stages(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+        return down(swiglu({**leaves, "x": layer_norm(pool(x, grid), leaves)}), leaves)
+
+    return by_group(leaves["x"], grids, stages)

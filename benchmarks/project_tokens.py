@@ -1,0 +1,74 @@
+"""`project_tokens`: the whole projector, from patches to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from benchmarks import plain
+from benchmarks.cases import TRAINING, Case, Leaves, Variant, run_cases, work_by_mode
+from benchmarks.harness import Run, Work
+from benchmarks.peers import fast, load_peers
+from benchmarks.plain import Grid, Grids, mixed, square, uniform
+from benchmarks.results import LEAN, NO_BIASES
+from tokenflex_kernels import project_tokens
+
+
+def project(leaves: Leaves, grids: Grids, save: str = "preactivation") -> torch.Tensor:
+    weights = {name: leaves.get(name) for name in plain.weight_shapes(*plain.WIDTHS)}
+    options = {"eps": plain.EPS, "save": save}
+    return project_tokens(leaves["x"], grids.inputs, grids.outputs, **weights, **options)
+
+
+OURS = Variant("tokenflex", project, ours=True)
+
+
+def case(
+    name: str,
+    grids: Sequence[Grid],
+    peers: Sequence[Variant],
+    widths: tuple[int, int, int] = plain.WIDTHS,
+) -> Case:
+    vision, hidden, text = widths
+    tokens = plain.number_of_tokens(grids)
+    ours = [OURS, replace(OURS, name=LEAN, call=partial(project, save="input"), modes=TRAINING)]
+    if any(peer.without for peer in peers):  # beside a peer that takes no biases, ours without
+        ours.append(replace(OURS, name=NO_BIASES, without=plain.BIASES))
+    shapes = {"x": (len(grids) * plain.SIDE**2, vision), "grad": (tokens, text)}
+    flops = 2 * tokens * (vision * 2 * hidden + hidden * text)
+    return Case(
+        op="project_tokens",
+        name=name,
+        tokens=tokens,
+        batch=plain.random_batches(shapes | plain.weight_shapes(*widths), grids),
+        truth=partial(plain.project_tokens, pool=plain.pool_by_definition),
+        variants=[*ours, *peers],
+        work=lambda _: work_by_mode(Work(flops=flops), Work(flops=2 * flops)),
+    )
+
+
+def cases(run: Run, peers: Sequence[Variant]) -> Iterator[Case]:
+    few, quick = fast(peers), run.quick
+    if run.device == "cpu":
+        if not quick:
+            yield case("1 image, n=16", square(1, 16), few)
+        yield case("1 image, n=8", square(1, 8), peers)
+        return
+    tens = 4 if quick else 16
+    yield case(f"{10 * tens} images, mixed", mixed(tens), few)
+    yield case(f"{10 * tens} images, uniform", uniform(tens), few)
+    yield case("1 image, n=16", square(1, 16), few)
+    if not quick:
+        yield case("1 image, n=8", square(1, 8), few)
+        for images in (16, 64, 4, 2):
+            yield case(f"{images} images, n=16", square(images, 16), few)
+        yield case("32 images, n=16, D=3584", square(32, 16), few, (*plain.WIDTHS[:2], 3584))
+    for images in (32,) if quick else (32, 128, 8):
+        yield case(f"{images} images, n=16", square(images, 16), peers)
+
+
+def suite(run: Run) -> None:
+    run_cases(cases(run, load_peers("project_tokens", run)), run)

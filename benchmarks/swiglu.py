@@ -1,0 +1,54 @@
+"""`swiglu`: silu(x Wg + bg) * (x Wu + bu). Bound by arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from benchmarks import plain
+from benchmarks.cases import Case, Leaves, Variant, run_cases, work_by_mode
+from benchmarks.harness import Run, Work
+from benchmarks.peers import fast, load_peers
+from tokenflex_kernels import swiglu
+
+WEIGHTS = ("gate_weight", "up_weight", "gate_bias", "up_bias")
+
+
+def ours(leaves: Leaves, _: object) -> torch.Tensor:
+    return swiglu(leaves["x"], *(leaves[name] for name in WEIGHTS))
+
+
+def case(
+    tokens: int, peers: Sequence[Variant], widths: tuple[int, int, int] = plain.WIDTHS
+) -> Case:
+    vision, hidden, _ = widths
+    shapes = {"x": (tokens, vision), "grad": (tokens, hidden)}
+    shapes |= {name: plain.weight_shapes(*widths)[name] for name in WEIGHTS}
+    flops = 2 * tokens * vision * 2 * hidden
+    return Case(
+        op="swiglu",
+        name=f"T={tokens}",
+        tokens=tokens,
+        batch=plain.random_batches(shapes),
+        truth=plain.swiglu,
+        variants=[Variant("tokenflex", ours, ours=True), *peers],
+        work=lambda _: work_by_mode(Work(flops=flops), Work(flops=2 * flops)),
+    )
+
+
+def cases(run: Run, peers: Sequence[Variant]) -> Iterator[Case]:
+    few, quick = fast(peers), run.quick
+    if run.device == "cpu":
+        yield case(64, few)
+        if not quick:
+            yield case(256, peers)
+        return
+    for tokens in (256,) if quick else (4096, 16384, 1024, 512, 256, 64):
+        yield case(tokens, few)
+    for tokens in (8192,) if quick else (8192, 32768, 2048):
+        yield case(tokens, peers)
+
+
+def suite(run: Run) -> None:
+    run_cases(cases(run, load_peers("swiglu", run)), run)
