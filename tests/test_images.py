@@ -336,12 +336,13 @@ PAYLOAD = base64.b64encode(noise(40, 40).tobytes()).decode()
     ("source", "error", "words"),
     [
         ("no/such.png", FileNotFoundError, r"no/such\.png does not exist"),
+        ("no such file", FileNotFoundError, "no such file does not exist"),
         (Path("no/such.png"), FileNotFoundError, r"no/such\.png does not exist"),
         (PAYLOAD, ValueError, "Pillow finds no picture"),
         (PAYLOAD + "*", ValueError, f"got a text of {len(PAYLOAD) + 1} characters"),
         (PAYLOAD[:97], ValueError, "got a text of 97 characters"),
         (PAYLOAD[:255].replace("+", "-"), ValueError, "got a text of 255 characters"),
-        (Path(PAYLOAD[:3000]), FileNotFoundError, "a text of .* characters does not exist"),
+        (Path(PAYLOAD[:3000]), FileNotFoundError, "of a path of .* characters does not exist"),
         ("data:image/png;base64," + PAYLOAD, ValueError, "Pillow finds no picture"),
         ("data:image/png," + PAYLOAD, ValueError, "data URL in base64"),
         ("data:image/png;base64,%%" + PAYLOAD, ValueError, "not base64"),
@@ -356,7 +357,7 @@ PAYLOAD = base64.b64encode(noise(40, 40).tobytes()).decode()
         (np.array([["a"]]), ValueError, "integers or floats"),
         (np.zeros((2, 2), complex), ValueError, "integers or floats"),
     ],
-    ids=range(20),
+    ids=range(21),
 )
 def test_a_refusal_says_what_was_expected_and_never_prints_the_payload(source, error, words):
     with pytest.raises(error, match=words) as info:

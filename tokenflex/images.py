@@ -19,6 +19,7 @@ from __future__ import annotations
 import base64
 import binascii
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -185,7 +186,9 @@ def _readable(name: str) -> Iterator[None]:
 def _opened(file: Path | BinaryIO, name: str | None) -> Iterator[Image.Image]:
     """Open a picture, of which only the head is read."""
     if isinstance(file, Path):
-        name = name or f"image file {_shown(str(file))}"
+        path = str(file)
+        shown = path if len(path) <= 256 else f"of a path of {len(path)} characters"
+        name = name or f"image file {shown}"
         if not _exists(file):
             problem = "is not a file" if _exists(file, Path.exists) else "does not exist"
             raise FileNotFoundError(f"{name} {problem}")
@@ -251,7 +254,8 @@ def _from_text(source: str, name: str) -> Image.Image:
         if _is_path(source):
             raise FileNotFoundError(f"image file {source} does not exist") from None
         raise ValueError(
-            f"{name} must be an existing file, a URL or base64 text, got {_shown(source)}"
+            f"{name} must be an existing file, a URL or base64 text, got a text of {len(source)} "
+            "characters"
         ) from None
     return open_image(BytesIO(content), name)
 
@@ -264,14 +268,9 @@ def _exists(path: Path, look: Callable[[Path], bool] = Path.is_file) -> bool:
 
 
 def _is_path(text: str) -> bool:
-    """Return whether a text is a file's path by its looks: short, with a suffix."""
-    suffix = text.rpartition(".")[2]
-    return len(text) <= 256 and text.isprintable() and suffix.isalnum() and len(suffix) <= 5
-
-
-def _shown(text: str) -> str:
-    """Quote a text that looks like a path; others may be an image, which no error quotes."""
-    return text if _is_path(text) else f"a text of {len(text)} characters"
+    """Return whether a text that names no file looks like a path, not like damaged base64."""
+    is_base64 = re.fullmatch(r"[\w+/-]*=*", text, re.ASCII) and len(text) > 32
+    return len(text) <= 256 and text.isprintable() and not is_base64
 
 
 def _from_base64(text: str, name: str) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import _SingleLevelFunction, once_differentiable
 
 _LIBRARY = torch.library.Library("tokenflex", "FRAGMENT")
 
@@ -70,7 +70,14 @@ def apply(function: Any, *arguments: Any) -> Any:
     if not is_transformed():
         return function.apply(*arguments)
     with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*arguments)
+        return _single_level(function).apply(*arguments)
+
+
+@functools.cache
+def _single_level(function: Any) -> Any:
+    """Return the same Function without what ``Function.apply`` adds for ``torch.func``."""
+    methods = {name: staticmethod(getattr(function, name)) for name in ("forward", "backward")}
+    return type(function.__name__, (_SingleLevelFunction,), methods)
 
 
 def has_tangent(arguments: Sequence[Any]) -> bool:
