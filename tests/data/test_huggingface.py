@@ -96,6 +96,16 @@ def test_a_single_image_that_is_null_is_no_image(tmp_path):
     assert [len(sample.images) for sample in (dataset[0], dataset[1])] == [0, 1]
 
 
+@pytest.mark.parametrize("column", ["thing", "image_bytes"])
+def test_bytes_beside_an_empty_list_of_images_are_a_broken_row(tmp_path, column):
+    columns = {"images": [[], []], column: [b"hello", None], "messages": [MESSAGES] * 2}
+    feature = datasets.List(datasets.Image(decode=False))
+    dataset = HuggingFaceDataset(saved(tmp_path / "rows", columns, {"images": feature}))
+    with pytest.raises(ValueError, match=rf"rows\[0\]: '{column}' looks like pictures"):
+        dataset[0]
+    assert dataset[1].images == ()
+
+
 def test_two_columns_of_images_must_agree(tmp_path):
     columns = {
         "image": [picture(1), picture(1), picture(1)],

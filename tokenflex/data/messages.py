@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from tokenflex.data.faults import BrokenSample
 from tokenflex.data.records import MAX_RECORD_BYTES, Record, read_record
 from tokenflex.data.samples import Sample, SampleOutline
-from tokenflex.files import excerpt, parse_json
+from tokenflex.files import describe_payload, excerpt, parse_json
 from tokenflex.images import image_size, open_image
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -144,7 +144,7 @@ class MessagesDataset:
         """The file of an image, and what errors call it."""
         where = self.where(index)
         file = self.folder.file(path, where)
-        return file, f"{where}: image file {file}"
+        return file, f"{where}: image file {describe_payload(path) or file}"
 
 
 class ImageFolder:
@@ -178,8 +178,9 @@ class ImageFolder:
         file = self.path / path
         try:
             inside = self.allow_outside or file.resolve().is_relative_to(self._real)
-        except (OSError, RuntimeError) as error:  # links in a circle
-            raise ValueError(f"{where}: image {excerpt(path)} cannot be found: {error}") from None
+        except (OSError, RuntimeError) as error:  # links in a circle, or too long
+            reason = getattr(error, "strerror", None) or "its links go in a circle"
+            raise ValueError(f"{where}: image {excerpt(path)} cannot be found: {reason}") from None
         if not inside:
             raise ValueError(
                 f"{where}: image {excerpt(path)} is outside of the data's folder {self.path}; "
