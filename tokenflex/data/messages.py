@@ -259,11 +259,12 @@ def _elements(text: str, name: str) -> Iterator[Any]:
         else:
             if record <= start:
                 record = _next_record(text, start)
-            end = _end_of_damaged(text, start, record)
-            if end is None:
+            boundary = _end_of_damaged(text, start, record)
+            if boundary is None:
                 raise ValueError(
                     f"data file {name} is a JSON list without an end; is it cut off? (in {where})"
                 )
+            end = boundary
             element = _parse_damaged(text[start:end], where)
         yield element
         start = end if text[end] == "]" else _after_blank(text, end + 1)
