@@ -95,7 +95,7 @@ def describe_payload(text: str) -> str | None:
     start = text[:4096].lstrip()
     least = _IMAGE_BASE64_LENGTH if start.startswith(_IMAGE_IN_BASE64) else _BASE64_LENGTH
     unbroken = "".join(start.splitlines()).rstrip()
-    if len(unbroken) >= least and _BASE64.fullmatch(unbroken):
+    if len(unbroken) >= least and not unbroken.isdigit() and _BASE64.fullmatch(unbroken):
         return f"base64 of {len(text):,} characters"
     return None
 

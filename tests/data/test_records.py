@@ -12,6 +12,7 @@ import pytest
 import transformers
 
 from tests.data.test_webdataset import encoded, tar
+from tests.dropin.processors import PROCESSORS, stock_processor
 from tests.models.tiny import picture
 from tokenflex.data.faults import BrokenSample, leaving_out, reason_of
 from tokenflex.data.formats import detect_format
@@ -168,6 +169,7 @@ BROKEN_IMAGES: dict[str, Any] = {
     "a data URL in a part beside images": asked(
         [{"type": "image", "url": f"data:image/png;base64,{PAYLOAD}"}], images=["a.png"]
     ),
+    "a path that is too long with its folder": GOOD | {"image": "ab/" * 1363},
     "a name of 300 bytes": GOOD | {"image": "dir/" + "é" * 150},
     "a URL in a part": asked([{"type": "image_url", "image_url": {"url": "https://x.org/a"}}]),
 }
@@ -473,6 +475,17 @@ def test_the_placeholders_of_transformers_are_known():
         if find_placeholder(word) is None and not re.fullmatch(general, word)
     }
     assert unknown == set()
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_the_placeholders_of_the_families_are_known(name):
+    try:
+        processor = stock_processor(name)
+    except ImportError as error:
+        pytest.skip(str(error))
+    for attribute in ("image_token", "video_token", "boi_token", "eoi_token"):
+        word = str(getattr(processor, attribute, None) or "<image>")
+        assert word == "<image>" or find_placeholder(word)
 
 
 def test_a_video_beside_a_record_in_a_tar_is_not_passed_over(tmp_path):

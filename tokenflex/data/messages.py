@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tokenflex.data.faults import BrokenSample
-from tokenflex.data.records import MAX_RECORD_BYTES, Record, read_record
+from tokenflex.data.records import MAX_PATH_LENGTH, MAX_RECORD_BYTES, Record, read_record
 from tokenflex.data.samples import Sample, SampleOutline
 from tokenflex.files import describe_payload, excerpt, parse_json
 from tokenflex.images import image_size, open_image
@@ -176,6 +176,11 @@ class ImageFolder:
             ValueError: It is outside of the folder, also by a symbolic link.
         """
         file = self.path / path
+        if len(os.fsencode(file)) >= MAX_PATH_LENGTH:
+            raise ValueError(
+                f"{where}: the path of an image must be shorter than {MAX_PATH_LENGTH} bytes with its "
+                f"folder, got {len(os.fsencode(file)):,}"
+            )
         try:
             inside = self.allow_outside or file.resolve().is_relative_to(self._real)
         except (OSError, RuntimeError) as error:  # links in a circle, or too long
