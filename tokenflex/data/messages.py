@@ -176,10 +176,11 @@ class ImageFolder:
             ValueError: It is outside of the folder, also by a symbolic link.
         """
         file = self.path / path
-        if len(os.fsencode(file)) >= MAX_PATH_LENGTH:
+        length = len(os.fsencode(file))
+        if length >= MAX_PATH_LENGTH:
             raise ValueError(
-                f"{where}: the path of an image must be shorter than {MAX_PATH_LENGTH} bytes with its "
-                f"folder, got {len(os.fsencode(file)):,}"
+                f"{where}: the path of an image must have fewer than {MAX_PATH_LENGTH} bytes with "
+                f"its folder, got {length:,}"
             )
         try:
             inside = self.allow_outside or file.resolve().is_relative_to(self._real)
