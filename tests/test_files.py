@@ -33,8 +33,13 @@ def deep(depth: int = 100_000) -> list[Any]:
         ("\ud83d\n", r"'\ud83d\n'"),
         ([10**5000], "[an integer of man...]"),
         (object(), "a object"),
+        (b"\xff" * 1234, "1,234 bytes"),
+        ("data:image/png;base64," + "Qm" * 2095, "a data URL of 4,212 characters"),
+        ("Qm" * 500, "base64 of 1,000 characters"),
+        ("Data: 1, 2", "'Data: 1, 2'"),
+        ("images/train/a.png", "'images/train/a.png'"),
     ],
-    ids=range(14),
+    ids=range(19),
 )
 def test_a_value_is_described(value, described):
     assert excerpt(value) == described

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -50,16 +51,23 @@ def excerpt(value: Any, length: int = 80) -> str:
     """Describe a value for an error message, in at most ``length`` printable characters.
 
     Texts, numbers and short lists of them are quoted, and cut off where they are long. Of another
-    list the size is named, and of an object the keys, so that no deep or large one is walked.
+    list the size is named, and of an object the keys, so that no deep or large one is walked. Data
+    URLs, base64 and bytes are described by their length.
     """
     if isinstance(value, dict):
-        keys = ", ".join(str(key)[:length] for key in list(value)[:length])
+        keys = ", ".join(
+            describe_payload(str(key)) or str(key)[:length] for key in [*value][:length]
+        )
         described = f"an object with keys {keys}" if value else "an object without keys"
     elif isinstance(value, (list, tuple)) and 0 < len(value) <= 8 and _are_plain(value):
         described = f"[{', '.join(excerpt(element, 20) for element in value)}]"
     elif isinstance(value, (list, tuple)):
         described = f"a list of {len(value)}" if value else "an empty list"
-    elif isinstance(value, (str, bytes)):
+    elif isinstance(value, (bytes, bytearray, memoryview)):
+        described = f"{len(value):,} bytes"
+    elif isinstance(value, str) and (payload := describe_payload(value)) is not None:
+        described = payload
+    elif isinstance(value, str):
         described = repr(value[:length])
         described += "" if len(value) <= length else "..."
     elif value is None or isinstance(value, (bool, float)):
@@ -69,6 +77,27 @@ def excerpt(value: Any, length: int = 80) -> str:
     else:
         described = f"a {type(value).__name__}"
     return printable(described, length)
+
+
+_DATA_URL = re.compile(
+    r"\s*data:(?:[\w.+-]+/[\w.+-]+[;,]|[;,]|(?:image|video|audio)/)", re.IGNORECASE
+)
+_BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
+_IMAGE_IN_BASE64 = ("/9j/", "iVBORw0KGg", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
+_IMAGE_BASE64_LENGTH, _BASE64_LENGTH = 24, 100
+"""Characters from which an unbroken text is taken for base64, with an image's start and without."""
+
+
+def describe_payload(text: str) -> str | None:
+    """Describe a data URL or base64 by its length; None for any other text."""
+    if _DATA_URL.match(text):
+        return f"a data URL of {len(text):,} characters"
+    start = text[:4096].lstrip()
+    least = _IMAGE_BASE64_LENGTH if start.startswith(_IMAGE_IN_BASE64) else _BASE64_LENGTH
+    unbroken = "".join(start.splitlines()).rstrip()
+    if len(unbroken) >= least and not unbroken.isdigit() and _BASE64.fullmatch(unbroken):
+        return f"base64 of {len(text):,} characters"
+    return None
 
 
 def _are_plain(values: Sequence[Any]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import datasets
 import numpy as np
 import pytest
@@ -72,6 +74,49 @@ def test_an_image_that_is_none_is_an_error_that_names_the_row(tmp_path):
     for read in (HuggingFaceDataset(path).outline, HuggingFaceDataset(path).__getitem__):
         with pytest.raises(ValueError, match=r"bad\[0\]: an image cannot be read"):
             read(0)
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0], [0]])
+def test_a_null_in_a_list_of_images_is_a_broken_row(tmp_path, order):
+    content = io.BytesIO()
+    picture(1).save(content, "PNG")
+    images = [[None, {"bytes": content.getvalue(), "path": None}][index] for index in order]
+    columns = {"images": [images, [], None], "messages": [MESSAGES] * 3}
+    feature = datasets.List(datasets.Image(decode=False))
+    dataset = HuggingFaceDataset(saved(tmp_path / "rows", columns, {"images": feature}))
+    for read in (dataset.outline, dataset.__getitem__):
+        with pytest.raises(ValueError, match=rf"rows\[0\]: .*no null, got one at {order.index(0)}"):
+            read(0)
+    assert dataset[1].images == dataset[2].images == ()
+
+
+def test_a_single_image_that_is_null_is_no_image(tmp_path):
+    columns = {"image": [None, picture(1)], "messages": [MESSAGES] * 2}
+    dataset = HuggingFaceDataset(saved(tmp_path / "rows", columns, {"image": datasets.Image()}))
+    assert [len(sample.images) for sample in (dataset[0], dataset[1])] == [0, 1]
+
+
+@pytest.mark.parametrize("column", ["thing", "image_bytes"])
+def test_bytes_beside_an_empty_list_of_images_are_a_broken_row(tmp_path, column):
+    columns = {"images": [[], []], column: [b"hello", None], "messages": [MESSAGES] * 2}
+    feature = datasets.List(datasets.Image(decode=False))
+    dataset = HuggingFaceDataset(saved(tmp_path / "rows", columns, {"images": feature}))
+    with pytest.raises(ValueError, match=rf"rows\[0\]: '{column}' looks like pictures"):
+        dataset[0]
+    assert dataset[1].images == ()
+
+
+def test_two_columns_of_images_must_agree(tmp_path):
+    columns = {
+        "image": [picture(1), picture(1), picture(1)],
+        "images": [[picture(1)], [picture(2)], []],
+        "messages": [MESSAGES] * 3,
+    }
+    features = {"image": datasets.Image(), "images": datasets.List(datasets.Image())}
+    dataset = HuggingFaceDataset(saved(tmp_path / "rows", columns, features))
+    assert len(dataset[0].images) == len(dataset[2].images) == 1
+    with pytest.raises(ValueError, match=r"rows\[1\]: images and image hold different images"):
+        dataset[1]
 
 
 def test_other_columns_are_refused_with_their_names(tmp_path):

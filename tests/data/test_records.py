@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+import transformers
 
 from tests.data.test_webdataset import encoded, tar
+from tests.dropin.processors import PROCESSORS, stock_processor
 from tests.models.tiny import picture
-from tokenflex.data.faults import BrokenSample, leaving_out
+from tokenflex.data.faults import BrokenSample, leaving_out, reason_of
 from tokenflex.data.formats import detect_format
 from tokenflex.data.huggingface import HuggingFaceDataset
 from tokenflex.data.llava import LlavaDataset
 from tokenflex.data.messages import MessagesDataset
 from tokenflex.data.mixture import Mixture
+from tokenflex.data.placeholders import find_placeholder
 from tokenflex.data.records import MAX_RECORD_BYTES, read_record
 from tokenflex.data.samples import SampleDataset, Turn
 from tokenflex.data.webdataset import WebDataset
@@ -93,6 +97,46 @@ BROKEN: dict[str, Any] = {
     "a part whose type is a list": asked([{"type": ["text"]}]),
 }
 
+PAYLOAD = "iVBORw0KGgo" + "AbC9" * 60
+BROKEN |= {
+    f"a picture under {next(iter(fields))}": GOOD | fields
+    for fields in (
+        {"base64": PAYLOAD},
+        {"Image_Base64": "AAAA"},
+        {"image_b64": PAYLOAD},
+        {"image_data": "AAAA"},
+        {"image_list": ["dir/a"]},
+        {"imagePath": "dir/a"},
+        {"inputimages": ["dir/a"]},
+        {"metadata": {"image": "dir/a"}},
+        {"nested": {"extra": [{"photo": {"name": "a"}}]}},
+        {"listed": ["a", "b", "c.JFIF"]},
+        {"payload": PAYLOAD},
+        {"link": f"data:application/octet-stream;base64,{PAYLOAD}"},
+        {"sound_of_it": "a.3gp"},
+        {"attachments": [{"name": "a"}]},
+        {"image_id": "000001.jpg"},
+    )
+}
+BROKEN |= {
+    f"a picture in a message under {next(iter(fields))}": {"messages": [USER | fields, ASSISTANT]}
+    for fields in (
+        {"file": "a.png"},
+        {"image_base64": PAYLOAD},
+        {"attachments": [{"path": "dir/a"}]},
+        {"attachment": "dir/a"},
+        {"extra": {"images": ["dir/a"]}},
+    )
+}
+BROKEN |= {
+    "a picture in a turn of LLaVA's": {
+        "conversations": [LLAVA["conversations"][0] | {"file": "a.png"}, LLAVA["conversations"][1]]
+    },
+    "a picture in a part of text": asked([{"type": "text", "text": "What?", "file": "a.png"}]),
+    "base64 in a part": asked([{"type": "image", "base64": PAYLOAD}]),
+    "a source in a part": asked([{"type": "image", "source": {"type": "base64", "data": "AA"}}]),
+}
+
 # Those that name images: tars and tables store these elsewhere.
 BROKEN_IMAGES: dict[str, Any] = {
     "images that are a string": GOOD | {"images": "a.png"},
@@ -111,6 +155,22 @@ BROKEN_IMAGES: dict[str, Any] = {
         [{"type": "image", "image": "a.png"}, {"type": "image"}]
     ),
     "a part with two images": asked([{"type": "image", "image": "a.png", "path": "b.png"}]),
+    "null among images": GOOD | {"images": [None, "a.png"]},
+    "null alone": GOOD | {"images": [None]},
+    "base64 in a part beside images": asked(
+        [{"type": "image", "base64": PAYLOAD}], images=["a.png"]
+    ),
+    "a source in a part beside images": asked(
+        [{"type": "image", "source": "b.png"}], images=["a.png"]
+    ),
+    "an object in a part beside images": asked(
+        [{"type": "image", "image": {"bytes": "AAAA"}}], images=["a.png"]
+    ),
+    "a data URL in a part beside images": asked(
+        [{"type": "image", "url": f"data:image/png;base64,{PAYLOAD}"}], images=["a.png"]
+    ),
+    "a path that is too long with its folder": GOOD | {"image": "ab/" * 1363},
+    "a name of 300 bytes": GOOD | {"image": "dir/" + "é" * 150},
     "a URL in a part": asked([{"type": "image_url", "image_url": {"url": "https://x.org/a"}}]),
 }
 
@@ -284,6 +344,148 @@ def test_an_image_may_be_named_by_its_part(tmp_path):
         (sample,) = lines(tmp_path, [record])
         assert len(sample.images) == 1
         assert sample.conversations[0].turns[0] == Turn("user", "<image>What?")
+
+
+def test_harmless_fields_of_a_record_without_images_are_passed_over():
+    harmless = {
+        "image_id": "000001",
+        "imageId": 7,
+        "video_ids": ["a"],
+        "image_size": [640, 480],
+        "num_images": "0",
+        "has_image": False,
+        "image_box": [0.5, 1, None],
+        "image_info": {"width": 3, "height": 4},
+        "images_seen": 3,
+        "video_caption": "A cat runs.",
+        "img": None,
+        "photo": "",
+        "attachments": [{"path": None}],
+        "source": "wiki",
+        "modality": "image",
+        "digest": "ab" * 32,
+        "tags": ["cat", "image"],
+        "metadata": {"image_id": 3, "images": [], "language": "en"},
+    }
+    turn = USER | {"name": "Ada", "image_id": "3", "attachments": [], "weight": 1}
+    record = {"messages": [turn, ASSISTANT | {"tool_calls": []}]} | harmless
+    assert read_record(record, "x:1")[1] == []
+
+
+def test_other_fields_are_free_beside_pictures():
+    record = GOOD | {"images": ["a.png"], "thumbnail": "b.png", "metadata": {"image": "c.png"}}
+    assert read_record(record, "x:1")[1] == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"image": f"data:image/png;base64,{PAYLOAD}"},
+        {"image": PAYLOAD},
+        {"image": {"bytes": "AAAA"}},
+        {"base64": "AAAA"},
+        {"source": "b.png"},
+    ],
+    ids=str,
+)
+def test_a_part_with_its_own_picture_is_refused_beside_stored_ones(source):
+    record = asked([{"type": "image"} | source, {"type": "text", "text": "What?"}])
+    with pytest.raises(ValueError, match="x:1"):
+        read_record(record, "x:1", stored=["picture"])
+    plain = asked([{"type": "image"}, {"type": "text", "text": "What?"}])
+    assert read_record(plain, "x:1", stored=["picture"])[1] == ["picture"]
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        "Qm" * 3000,
+        "iVBORw0KGgo" + "Qm" * 30,
+        "/9j/" + "Qm/" * 1000,
+        "data:image/png;base64," + "Qm" * 3000,
+        "data:image/png;base64," + "Qm" * 10,
+        "DATA:;base64," + "Qm" * 30,
+    ],
+    ids=range(6),
+)
+@pytest.mark.parametrize(
+    "record",
+    [
+        lambda payload: GOOD | {"image": payload},
+        lambda payload: GOOD | {"images": payload},
+        lambda payload: GOOD | {"images": [payload, 1]},
+        lambda payload: GOOD | {"images": [[payload]]},
+        lambda payload: GOOD | {"images": [{"image": payload}]},
+        lambda payload: GOOD | {"images": {payload: 1}},
+        lambda payload: GOOD | {"video": payload},
+        lambda payload: GOOD | {"picture_of": payload},
+        lambda payload: GOOD | {"id": [payload]},
+        lambda payload: asked([{"type": "image", "image": payload}]),
+        lambda payload: asked([{"type": "image", "image": [payload]}]),
+        lambda payload: asked([{"type": payload}]),
+        lambda payload: asked([payload]),
+        lambda payload: {"messages": payload},
+        lambda payload: {"messages": [{"role": payload, "content": "x"}]},
+    ],
+    ids=range(15),
+)
+def test_no_reason_quotes_a_payload(tmp_path, record, payload):
+    dataset = lines(tmp_path, [GOOD, record(payload)])
+    for read in (dataset.outline, dataset.__getitem__):
+        with pytest.raises((ValueError, OSError), match=r"data\.jsonl:2") as error:
+            read(1)
+        reason = reason_of(error.value)
+        assert "Qm" not in reason
+        assert len(reason.removeprefix(str(tmp_path))) < 300
+
+
+@pytest.mark.parametrize(
+    "placeholder",
+    [
+        *("<IMG_CONTEXT>", "[IMG]", "<start_of_image>", "<|image_1|>", "<|image_27|>", "<image 1>"),
+        *("<video>", "<audio>", "<image_placeholder>", "<im_patch>", "<|vision_start|>"),
+        *("<|IMAGE|>", "<fake_token_around_image>", "<ImageHere>", "<imgpad>", "<|video_pad|>"),
+        *("<image_soft_token>", "<|audio_2|>"),
+    ],
+)
+def test_a_placeholder_of_another_processor_is_refused_in_every_turn(placeholder):
+    for record in (asked(f"what {placeholder}"), asked("what", f"a{placeholder}b")):
+        with pytest.raises(ValueError, match=r"x:1.*a processor writes"):
+            read_record(record, "x:1")
+
+
+def test_texts_that_look_like_a_placeholder_are_texts():
+    for text in ("<Image>", "[img]", "image_1", "<|im_start|>", "a < b > c", "<image", "|image|"):
+        assert find_placeholder(text) is None
+
+
+def test_the_placeholders_of_transformers_are_known():
+    """Of its processors' own defaults; those that are no word for pictures or sound stay text."""
+    general = r"\|SPEAKER\||\|NEWLINE\||<\|(unused_\d+|reserved_.*|pad|object_ref_\w+|box_start)\|>"
+    default = re.compile(
+        r'\b(?:image|img|boi|eoi|video|audio)_\w*token\w*(?:: str)? = ?"([<\[|][^"]+)"'
+    )
+    spelled: set[str] = set()
+    for path in Path(transformers.__file__).parent.glob("models/*/processing_*.py"):
+        spelled.update(default.findall(path.read_text(encoding="utf-8").replace("=", " = ")))
+    assert len(spelled) > 20
+    unknown = {
+        word
+        for word in spelled - {"<image>"}
+        if find_placeholder(word) is None and not re.fullmatch(general, word)
+    }
+    assert unknown == set()
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_the_placeholders_of_the_families_are_known(name):
+    try:
+        processor = stock_processor(name)
+    except ImportError as error:
+        pytest.skip(str(error))
+    for attribute in ("image_token", "video_token", "boi_token", "eoi_token"):
+        word = str(getattr(processor, attribute, None) or "<image>")
+        assert word == "<image>" or find_placeholder(word)
 
 
 def test_a_video_beside_a_record_in_a_tar_is_not_passed_over(tmp_path):

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.models.tiny import picture
 from tokenflex.data.samples import Turn
-from tokenflex.data.webdataset import WebDataset, shards_of
+from tokenflex.data.webdataset import IMAGE_ENDINGS, WebDataset, shards_of
+from tokenflex.images import FORMATS
 
 MESSAGES = {"messages": [{"role": "user", "content": "odd"}, {"role": "assistant", "content": "3"}]}
 LLAVA = {
@@ -203,3 +205,39 @@ def test_tars_without_samples_are_refused(tmp_path):
     tar(tmp_path / "x.tar", {"readme.txt": b"hello"})
     with pytest.raises(ValueError, match="holds no samples in 1 tars"):
         WebDataset(tmp_path)
+
+
+def test_every_ending_of_a_format_that_is_decoded_is_read(tmp_path):
+    endings = {name[1:] for name, form in Image.registered_extensions().items() if form in FORMATS}
+    assert endings <= {*IMAGE_ENDINGS}
+    forms = {"jfif": "JPEG", "jpe": "JPEG", "apng": "PNG", "pgm": "PPM", "pnm": "PPM", "dib": "BMP"}
+    for ending, form in forms.items():
+        path = tar(tmp_path / "a.tar", {f"a.{ending}": encoded(1, form), "a.json": MESSAGES})
+        assert len(WebDataset(path)[0].images) == 1
+
+
+@pytest.mark.parametrize(
+    "ending", ["ico", "tga", "npy", "3gp", "ogv", "pickle", "x.psd", "PYD", "bin", "svg"]
+)
+@pytest.mark.parametrize("record_first", [True, False])
+def test_a_member_that_may_be_a_picture_is_not_passed_over(tmp_path, ending, record_first):
+    members = {"a.json": MESSAGES, f"a.{ending}": b"hello"}
+    if not record_first:
+        members = dict(reversed(members.items()))
+    dataset = WebDataset(tar(tmp_path / "x.tar", {**members, "b.json": MESSAGES}))
+    for read in (dataset.outline, dataset.__getitem__):
+        with pytest.raises(ValueError, match=r"x\.tar: a: .*stored with it"):
+            read(0)
+    assert dataset[1].images == ()
+
+
+@pytest.mark.parametrize("ending", ["txt", "cls", "json5", "meta.json", "CSV", "xml"])
+def test_texts_beside_a_record_without_images_are_passed_over(tmp_path, ending):
+    (sample,) = WebDataset(tar(tmp_path / "x.tar", {"a.json": MESSAGES, f"a.{ending}": b"x"}))
+    assert sample.images == ()
+
+
+def test_an_unknown_member_beside_a_picture_is_passed_over(tmp_path):
+    members = {"a.json": MESSAGES, "a.npy": b"x", "a.png": encoded(1), "lone.npy": b"x"}
+    (sample,) = WebDataset(tar(tmp_path / "x.tar", members))
+    assert len(sample.images) == 1

@@ -242,3 +242,37 @@ def test_a_placeholder_in_a_text_stands_for_no_image(checkpoint):
         for text in ("odd", "<im<image>age>odd")
     )
     assert plain == marked
+
+
+def test_image_parts_are_read_as_in_a_chat(checkpoint, tmp_path):
+    assistant = Assistant(checkpoint, 4, device="cpu")
+    picture(1).save(tmp_path / "a.png")
+    path = str(tmp_path / "a.png")
+    expected = assistant.reply([messages_of("odd")], max_new_tokens=2)
+    for part in (
+        {"type": "image", "url": path},
+        {"type": "image", "path": path},
+        {"type": "image_url", "image_url": {"url": path}},
+    ):
+        messages = [{"role": "user", "content": [part, {"type": "text", "text": "odd"}]}]
+        assert assistant.reply([messages], max_new_tokens=2) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ([{"type": "image"}], r"content\[0\] must hold an image, got none"),
+        ([{"type": "image", "image": None}], r"content\[0\] must hold an image, got none"),
+        ([{"type": "image", "image": "a", "url": "a"}], r"content\[0\] must hold one image"),
+        (["odd"], r"content\[0\]: content must have parts of type text and image, got str"),
+        ([{"type": "text", "text": None}], r"content\[0\]\.text must be a string, got NoneType"),
+        ([{"type": "video", "video": "a.mp4"}], r"content\[0\]: .*got type 'video'"),
+        (3, "content must be a string or a list of parts, got int"),
+    ],
+    ids=str,
+)
+def test_parts_that_are_no_text_or_image_are_refused_by_name(checkpoint, content, error):
+    assistant = Assistant(checkpoint, 4, device="cpu")
+    conversations = [messages_of("odd"), [{"role": "user", "content": content}]]
+    with pytest.raises((TypeError, ValueError), match=r"conversations\[1\]\[0\]\." + error):
+        assistant.reply(conversations, max_new_tokens=2)

@@ -144,13 +144,26 @@ def outline_of_row(
 
 
 def _record(row: dict[str, Any], where: str) -> Record:
-    columns = [row[key] for key in PICTURE_KEYS if row.get(key)]
-    if len(columns) > 1:
-        raise ValueError(f"{where}: images stand in {len(columns)} columns, and only one is read")
-    stored = columns[0] if columns and isinstance(columns[0], list) else columns
-    stored = [image for image in stored if image is not None]
+    columns = {key: row[key] for key in PICTURE_KEYS if row.get(key)}
+    lists = [value if isinstance(value, list) else [value] for value in columns.values()]
+    stored = lists[0] if lists else []
+    if not all(_are_same(images, stored) for images in lists[1:]):
+        raise ValueError(f"{where}: {' and '.join(columns)} hold different images")
+    if None in stored:  # in a list; a single image that is null is no image
+        raise ValueError(f"{where}: images must hold no null, got one at {stored.index(None)}")
     texts = {key: value for key, value in row.items() if key not in PICTURE_KEYS}
     return read_record(texts, where, stored=stored)
+
+
+def _are_same(images: list[Any], others: list[Any]) -> bool:
+    """Compare images by their bytes, or by their paths where they are stored as files."""
+    return [_content(image) for image in images] == [_content(image) for image in others]
+
+
+def _content(image: Any) -> Any:
+    if isinstance(image, dict) and image.get("bytes") is not None:
+        return image["bytes"]
+    return image.get("path") if isinstance(image, dict) else image
 
 
 def _file_of(stored: Any, where: str, folders: Sequence[ImageFolder]) -> Path | BinaryIO:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tokenflex.data.faults import BrokenSample
-from tokenflex.data.records import MAX_RECORD_BYTES, Record, read_record
+from tokenflex.data.records import MAX_PATH_LENGTH, MAX_RECORD_BYTES, Record, read_record
 from tokenflex.data.samples import Sample, SampleOutline
-from tokenflex.files import excerpt, parse_json
+from tokenflex.files import describe_payload, excerpt, parse_json
 from tokenflex.images import image_size, open_image
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -144,7 +144,7 @@ class MessagesDataset:
         """The file of an image, and what errors call it."""
         where = self.where(index)
         file = self.folder.file(path, where)
-        return file, f"{where}: image file {file}"
+        return file, f"{where}: image file {describe_payload(path) or file}"
 
 
 class ImageFolder:
@@ -176,10 +176,17 @@ class ImageFolder:
             ValueError: It is outside of the folder, also by a symbolic link.
         """
         file = self.path / path
+        length = len(os.fsencode(file))
+        if length >= MAX_PATH_LENGTH:
+            raise ValueError(
+                f"{where}: the path of an image must have fewer than {MAX_PATH_LENGTH} bytes with "
+                f"its folder, got {length:,}"
+            )
         try:
             inside = self.allow_outside or file.resolve().is_relative_to(self._real)
-        except (OSError, RuntimeError) as error:  # links in a circle
-            raise ValueError(f"{where}: image {excerpt(path)} cannot be found: {error}") from None
+        except (OSError, RuntimeError) as error:  # links in a circle, or too long
+            reason = getattr(error, "strerror", None) or "its links go in a circle"
+            raise ValueError(f"{where}: image {excerpt(path)} cannot be found: {reason}") from None
         if not inside:
             raise ValueError(
                 f"{where}: image {excerpt(path)} is outside of the data's folder {self.path}; "
@@ -192,6 +199,13 @@ class ImageFolder:
 
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)
 _BLANK = re.compile(r"[ \t\r\n]*")
+_OBJECT_NEXT = re.compile(r",[ \t\r\n]*(?=\{)")
+_DECODER = json.JSONDecoder()
+
+_FIRST_PIECE, _PIECE_GROWTH = 2**12, 8
+"""Characters of a list that are decoded at first, and the growth where an element is longer."""
+
+_LONGEST_WORD = len("-Infinity")
 
 
 class _NoListError(ValueError):
@@ -232,54 +246,129 @@ def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, Any]]:
 def _elements(text: str, name: str) -> Iterator[Any]:
     """Parse the elements of a JSON list one by one, so that a broken one spoils no other.
 
-    In the place of a broken one there is an exception.
+    In the place of a broken one there is an exception. It ends where its brackets say, or in front
+    of the next record that is whole, whichever comes first.
 
     Raises:
         ValueError: The list has no end.
         _NoListError: Something stands behind its end.
     """
-    decode = json.JSONDecoder().raw_decode
     start = _after_blank(text, text.index("[") + 1)
-    damaged = False
+    record = -1  # where the next whole record starts, as far as it was searched for
     for place in itertools.count():
         if text[start : start + 1] == "]":
             break
-        element: Any = None
-        if not damaged:
-            try:
-                element, end = decode(text, start)
-                end = _after_blank(text, end)
-                damaged = text[end : end + 1] not in (",", "]")
-            except (ValueError, RecursionError):
-                damaged = True
-        if damaged:  # from here on by brackets: an error of the decoder walks through all the text
-            end = _end_of_element(text, start)
-            try:
-                element = parse_json(
-                    text[start:end].encode("utf-8", "surrogateescape"), f"{name}[{place}]"
+        where = f"{name}[{place}]"
+        decoded = _decode_element(text, start)
+        if decoded is not None:
+            element, end = decoded
+        else:
+            if record <= start:
+                record = _next_record(text, start)
+            boundary = _end_of_damaged(text, start, record)
+            if boundary is None:
+                raise ValueError(
+                    f"data file {name} is a JSON list without an end; is it cut off? (in {where})"
                 )
-            except ValueError as error:
-                element = error
-        if end >= len(text):
-            raise ValueError(f"data file {name} is a JSON list without an end; is it cut off?")
+            end = boundary
+            element = _parse_damaged(text[start:end], where)
         yield element
         start = end if text[end] == "]" else _after_blank(text, end + 1)
     if _after_blank(text, start + 1) < len(text):
         raise _NoListError
 
 
-def _after_blank(text: str, start: int) -> int:
-    blank = _BLANK.match(text, start)
-    assert blank is not None
-    return blank.end()
+def _decode_element(text: str, start: int) -> tuple[Any, int] | None:
+    """Decode the element at ``start``; None unless a comma or bracket stands behind it.
+
+    Args:
+        text: The list.
+        start: Where the element starts.
+
+    Returns:
+        The element and the position of the comma or bracket.
+    """
+    length = _FIRST_PIECE
+    while True:
+        # Of a piece, since an error of the decoder counts the lines of all the text.
+        piece = text[start : start + length]
+        is_last = start + length >= len(text)
+        try:
+            element, end = _DECODER.raw_decode(piece)
+        except RecursionError:
+            return None
+        except json.JSONDecodeError as error:
+            is_cut = error.pos >= len(piece) - _LONGEST_WORD or error.msg.startswith("Unterminated")
+            if is_last or not is_cut:
+                return None
+        except ValueError:  # an integer of thousands of digits
+            return None
+        else:
+            end = _after_blank(piece, end)
+            if end < len(piece):
+                return (element, start + end) if piece[end] in ",]" else None
+            if is_last:
+                return None
+        length *= _PIECE_GROWTH
 
 
-def _end_of_element(text: str, start: int) -> int:
-    """Find the comma or bracket behind the element at ``start``; the length if there is none."""
+def _next_record(text: str, start: int) -> int:
+    """Find the next comma behind which a whole record starts; the length if there is none."""
+    position = start
+    while (comma := _OBJECT_NEXT.search(text, position)) is not None:
+        decoded = _decode_element(text, comma.end())
+        if decoded is None:
+            position = comma.end()
+        else:
+            element, position = decoded
+            if "messages" in element or "conversations" in element:
+                return comma.start()
+    return len(text)
+
+
+def _end_of_damaged(text: str, start: int, record: int) -> int | None:
+    """Find the comma or bracket behind a damaged element.
+
+    Args:
+        text: The list.
+        start: Where the element starts.
+        record: The comma in front of the next whole record, or the length of the text.
+
+    Returns:
+        Its position, or None where the list is cut off.
+    """
     depth = 0
-    for token in _TOKEN.finditer(text, start):
+    for token in _TOKEN.finditer(text, start, record):
         symbol = token[0]
         if depth == 0 and symbol in ",]":
             return token.start()
         depth += (symbol in "[{") - (symbol in "]}")
-    return len(text)
+    if record < len(text):
+        return record
+    last = len(text.rstrip(" \t\r\n")) - 1
+    return last if text[last] == "]" and not _is_cut(text[start : last + 1]) else None
+
+
+def _is_cut(text: str) -> bool:
+    """Return whether JSON is well formed up to its end, and lacks what follows."""
+    try:
+        _DECODER.raw_decode(text)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(text) or error.msg.startswith("Unterminated")
+    except (ValueError, RecursionError):
+        pass
+    return False
+
+
+def _parse_damaged(text: str, where: str) -> Any:
+    """Parse an element that is no JSON, for the error that says so."""
+    try:
+        return parse_json(text.encode("utf-8", "surrogateescape"), where)
+    except ValueError as error:
+        return error
+
+
+def _after_blank(text: str, start: int) -> int:
+    blank = _BLANK.match(text, start)
+    assert blank is not None
+    return blank.end()

@@ -7,12 +7,13 @@ otherwise be trained on as text alone.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
+from tokenflex.data.media import is_empty, unread_media
+from tokenflex.data.placeholders import find_placeholder
 from tokenflex.data.samples import IMAGE_MARK, Conversation, Turn
-from tokenflex.files import excerpt
+from tokenflex.files import describe_payload, excerpt
 
 Record: TypeAlias = "tuple[str, list[Any], Conversation]"
 """Its id, its pictures, and what is said about them."""
@@ -21,6 +22,9 @@ MAX_RECORD_BYTES = 64 * 2**20
 """Bytes of a record's JSON at most."""
 
 MAX_PATH_LENGTH = 4096
+
+MAX_NAME_BYTES = 255
+"""Bytes of each file's or folder's name in a path, as file systems have it."""
 
 ROLES = ("system", "user", "assistant")
 LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -35,23 +39,11 @@ UNREAD_KEYS = frozenset(
 ) | {"image_url", "image_urls", "image_file", "image_files", "image_bytes", "pixel_values"}
 """Keys of what no reader opens."""
 
-PLACEHOLDERS = (
-    "<IMG_CONTEXT>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-    "<|audio_pad|>",
-    "<|image|>",
-    "<image_soft_token>",
-    "<audio_soft_token>",
-)
-"""Placeholders of other models' processors. Only ``<image>`` stands for a picture here."""
+_PART_KEYS = ("image", "path", "url", "image_path", "image_url")
+"""Keys of an image part, of which one may name its picture."""
 
-_FILE = re.compile(
-    r"\.(avif|bmp|gif|hei[cf]|jp2|jpe?g|png|ppm|svg|tiff?|webp"
-    r"|avi|flv|m4v|mkv|mov|mp4|mpe?g|webm|wmv|aac|flac|m4a|mp3|ogg|opus|wav)([?#].*)?$",
-    re.IGNORECASE | re.DOTALL,
-)
-_FILE_KEYS = {"base64", "bytes", "path", "url"}
+_PAYLOAD_KEYS = ("base64", "bytes", "data", "file", "source")
+"""Keys of an image part under which other programs store its content."""
 
 
 def read_record(value: Any, where: str, stored: Sequence[Any] | None = None) -> Record:
@@ -78,6 +70,10 @@ def read_record(value: Any, where: str, stored: Sequence[Any] | None = None) -> 
     pictures = pictures or of_parts
     if stored is None:
         check_paths(pictures, where)
+    elif any(map(_is_payload, pictures)):
+        raise ValueError(
+            f"{where}: a part or record holds a picture, and others are stored with it"
+        )
     elif pictures and len(pictures) != len(stored):
         raise ValueError(
             f"{where}: the record names {len(pictures)} images, {len(stored)} are stored with it"
@@ -117,7 +113,7 @@ def _checked_text(text: str, where: str) -> str:
 def _pictures(record: dict[str, Any], where: str) -> list[Any]:
     """Return what the record names under one of :data:`PICTURE_KEYS`."""
     _refuse_unread(record, where)
-    named = {key: record[key] for key in PICTURE_KEYS if not _is_empty(record.get(key))}
+    named = {key: record[key] for key in PICTURE_KEYS if not is_empty(record.get(key))}
     if not named:
         return []
     lists = []
@@ -140,40 +136,46 @@ def _refuse_unread(
 ) -> None:
     """Refuse pictures, videos and sounds under a key that is not one of ``allowed``."""
     for key, value in fields.items():
-        if key in allowed or _is_empty(value):
+        if key in allowed or is_empty(value):
             continue
         is_number = isinstance(value, (bool, int, float))  # of frames, for example
         if key.lower() in PICTURE_KEYS or (key.lower() in UNREAD_KEYS and not is_number):
-            raise ValueError(
-                f"{where}: {excerpt(key)} is not read; images belong under one of "
-                f"{', '.join(PICTURE_KEYS)} of the record, got {excerpt(value)}"
-            )
+            raise _unread(key, where)
 
 
 def _check_text_only(record: dict[str, Any], where: str) -> None:
-    """Refuse a record without images that holds what looks like a picture's file elsewhere."""
-    for key, value in record.items():
-        if key not in ("id", "kind", "messages", "conversations") and _is_file(value):
-            raise ValueError(
-                f"{where}: {excerpt(key)} looks like a file of pictures or sound, which is not "
-                f"read; images belong under one of {', '.join(PICTURE_KEYS)}"
-            )
+    """Refuse a record without images that has what looks like a picture or sound elsewhere."""
+    key = "conversations" if record.get("messages") is None else "messages"
+    content = "value" if key == "conversations" else "content"
+    # The other layout's turns are not read, and may say the same as these.
+    _refuse_media(record, where, ("id", "kind", "messages", "conversations", *PICTURE_KEYS))
+    for i, turn in enumerate(record[key]):
+        _refuse_media(turn, f"{where}: {key}[{i}]", ("role", "from", content))
+        if isinstance(turn[content], list):
+            for part in turn[content]:
+                _refuse_media(part, f"{where}: {key}[{i}]", ("type", "text"))
 
 
-def _is_file(value: Any) -> bool:
-    if isinstance(value, list) and value:
-        value = value[0]
-    if isinstance(value, dict):
-        return any(not _is_empty(value.get(key)) for key in _FILE_KEYS)
-    return isinstance(value, str) and (
-        value.startswith(("data:image/", "data:video/", "data:audio/"))
-        or _FILE.search(value[-256:]) is not None
+def _refuse_media(fields: dict[str, Any], where: str, read: Sequence[str]) -> None:
+    key = unread_media(fields, read)
+    if key is not None:
+        raise _unread(key, where)
+
+
+def _unread(key: str, where: str) -> ValueError:
+    return ValueError(
+        f"{where}: {excerpt(key)} looks like pictures or sound that are not read; images belong "
+        f"under one of {', '.join(PICTURE_KEYS)} of the record"
     )
 
 
-def _is_empty(value: Any) -> bool:
-    """Tables fill the fields that a row lacks with nothing."""
-    return value is None or value in ("", b"") or (isinstance(value, (list, dict)) and not value)
+def _is_payload(picture: Any) -> bool:
+    """Return whether a picture is given by its content, not by a path or URL."""
+    if isinstance(picture, dict):
+        return any(not is_empty(picture.get(key)) for key in ("base64", "bytes"))
+    if isinstance(picture, str):
+        return describe_payload(picture) is not None
+    return isinstance(picture, (bytes, bytearray))
 
 
 def check_paths(paths: Sequence[Any], where: str) -> None:
@@ -185,12 +187,18 @@ def check_paths(paths: Sequence[Any], where: str) -> None:
     for path in paths:
         if not isinstance(path, str) or not path:
             raise ValueError(f"{where}: images must be paths, got {excerpt(path)}")
-        if "://" in path[:32] or path.startswith("data:"):
+        if "://" in path[:32] or path.lstrip()[:5].lower() == "data:":
             raise ValueError(
                 f"{where}: images must be files, which are not fetched, got {excerpt(path, 40)}"
             )
         if len(path) > MAX_PATH_LENGTH or "\0" in path:
             raise ValueError(f"{where}: images must be paths, got {excerpt(path)}")
+        longest = max(len(name.encode("utf-8", "surrogatepass")) for name in path.split("/"))
+        if longest > MAX_NAME_BYTES:
+            raise ValueError(
+                f"{where}: names in an image's path must have at most {MAX_NAME_BYTES} bytes, got "
+                f"one of {longest:,}"
+            )
         _checked_text(path, f"{where}: the path of an image")
 
 
@@ -243,12 +251,12 @@ def _content(content: Any, where: str, pictures: list[Any]) -> str:
         raise ValueError(
             f"{where}: content must be a string or a list of parts, got {excerpt(content)}"
         )
-    for placeholder in PLACEHOLDERS:
-        if placeholder in content:
-            raise ValueError(
-                f"{where}: content holds {placeholder}, which a processor writes; images stand at "
-                f"{IMAGE_MARK}"
-            )
+    placeholder = find_placeholder(content)
+    if placeholder is not None:
+        raise ValueError(
+            f"{where}: content holds {placeholder}, which a processor writes; images stand at "
+            f"{IMAGE_MARK}"
+        )
     return _checked_text(content, f"{where}: content")
 
 
@@ -258,10 +266,13 @@ def _part(part: Any, where: str, pictures: list[Any]) -> str:
         _refuse_unread(part, where, allowed=())
         return part["text"]
     if kind in ("image", "image_url"):
-        keys = ("image", "path", "url", "image_path", "image_url")
-        _refuse_unread(part, where, allowed=keys)
-        named = [part[key] for key in keys if not _is_empty(part.get(key))]
-        named = [one.get("url") if isinstance(one, dict) else one for one in named]
+        _refuse_unread(part, where, allowed=_PART_KEYS)
+        for key in _PAYLOAD_KEYS:
+            if not is_empty(part.get(key)):
+                raise _unread(key, where)
+        _refuse_media(part, where, ("type", *_PART_KEYS))
+        named = [part[key] for key in _PART_KEYS if not is_empty(part.get(key))]
+        named = [one.get("url") or one if isinstance(one, dict) else one for one in named]
         if len(named) > 1:
             raise ValueError(f"{where}: a part must name one picture, got {len(named)}")
         pictures += named

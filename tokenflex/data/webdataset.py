@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from tokenflex.data.media import FILE_ENDINGS
 from tokenflex.data.records import MAX_RECORD_BYTES, Record, read_record
 from tokenflex.data.samples import Sample, SampleOutline
 from tokenflex.data.tars import members
@@ -23,16 +24,67 @@ from tokenflex.files import parse_json, printable
 from tokenflex.images import image_size, open_image
 
 IMAGE_ENDINGS = (
-    *("avif", "bmp", "gif", "j2k", "jp2", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"),
+    *(
+        "apng",
+        "avif",
+        "avifs",
+        "bmp",
+        "dib",
+        "gif",
+        "j2c",
+        "j2k",
+        "jfif",
+        "jp2",
+        "jpc",
+        "jpe",
+        "jpeg",
+    ),
+    *("jpf", "jpg", "jpx", "pbm", "pfm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"),
 )
-UNREAD_ENDINGS = (
-    *("aac", "avi", "eps", "flac", "flv", "heic", "heif", "m4a", "m4v", "mkv", "mov", "mp3", "mp4"),
-    *("mpeg", "mpg", "ogg", "opus", "pdf", "svg", "wav", "webm", "wmv"),
-)
+"""Of members in the formats that :data:`tokenflex.images.FORMATS` names."""
+
+UNREAD_ENDINGS = frozenset({*FILE_ENDINGS, "pdf", "ps"} - {*IMAGE_ENDINGS})
 """Of members that a sample would lack without a word, were they passed over."""
+
+TEXT_ENDINGS = frozenset(
+    {
+        *(
+            "",
+            "caption",
+            "captions",
+            "cfg",
+            "cls",
+            "cls2",
+            "conf",
+            "csv",
+            "htm",
+            "html",
+            "id",
+            "idx",
+        ),
+        *(
+            "index",
+            "info",
+            "ini",
+            "inx",
+            "json",
+            "json5",
+            "jsonl",
+            "key",
+            "label",
+            "labels",
+            "lang",
+        ),
+        *("license", "log", "md", "md5", "meta", "metadata", "ndjson", "rst", "score", "sha1"),
+        *("sha256", "srt", "tex", "text", "toml", "transcript", "tsv", "txt", "url", "vtt", "xml"),
+        *("yaml", "yml"),
+    }
+)
+"""Of members that say something of a sample and hold no picture: they are passed over."""
 
 _NONE = (-1, 0)  # in place of a member that is not there
 _UNREAD = (-2, 0)  # in place of a picture that is not read
+_UNKNOWN = (-3, 0)  # in place of a member that may be one
 
 
 class WebDataset:
@@ -41,8 +93,9 @@ class WebDataset:
     The record is one of ``MessagesDataset`` or one of LLaVA's, of at most
     :data:`tokenflex.data.records.MAX_RECORD_BYTES`. The images are those under its key, in the
     order of their names, numbers by value; where the record names images, there must be as many. A
-    sample with a video or sound is broken. Only the tars' headers are read at first; a record is
-    read and checked when its sample is asked for.
+    sample with a video or sound is broken, and so is one without images beside a member that may be
+    one, since its ending is none of text (:data:`TEXT_ENDINGS`). Only the tars' headers are read at
+    first; a record is read and checked when its sample is asked for.
 
     Args:
         path: a tar, a folder of tars, or a pattern of ``*``, ``?``, ``{a,b}`` and ``{000..127}``.
@@ -98,6 +151,11 @@ class WebDataset:
             raise ValueError(f"{where}: there is no {key}.json")
         if _UNREAD in map(tuple, images):
             raise ValueError(f"{where}: a video, sound or drawing is stored with it, and not read")
+        if _UNKNOWN in map(tuple, images):
+            raise ValueError(
+                f"{where}: the record has no images, and a member of an ending that is not read is "
+                "stored with it"
+            )
         if size > MAX_RECORD_BYTES:
             raise ValueError(f"{where}: the record has {size} bytes, more than {MAX_RECORD_BYTES}")
         with shard.open("rb") as file:
@@ -160,6 +218,7 @@ class _ShardIndex:
 def _index_of(shard: Path) -> _ShardIndex:
     index = _ShardIndex()
     seen: set[str] = set()
+    unknown: set[str] = set()  # keys of members of which nothing is known
     names: list[tuple[tuple[tuple[int, str], ...], tuple[int, int]]] = []  # of the sample's images
 
     def close_sample() -> None:
@@ -175,6 +234,8 @@ def _index_of(shard: Path) -> _ShardIndex:
         is_unread = last in UNREAD_ENDINGS
         is_image = last in IMAGE_ENDINGS or is_unread
         if not (is_image or ending == "json"):
+            if last not in TEXT_ENDINGS:
+                unknown.add(key)
             continue
         if not index.keys or index.keys[-1] != key:
             if key in seen:
@@ -192,6 +253,9 @@ def _index_of(shard: Path) -> _ShardIndex:
             index.records[-1] = place
     if index.keys:
         close_sample()
+    for key, images in zip(index.keys, index.images, strict=True):
+        if key in unknown and not images:
+            images.append(_UNKNOWN)
     return index
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from tokenflex.counts import Grid, parse_count, token_grid
 from tokenflex.evaluation.counts import label_of, resolve_count, selector_of
 from tokenflex.evaluation.generation import expand_placeholders, generate_answers
 from tokenflex.images import load_image
-from tokenflex.models.chat import IMAGE_MARK, without_placeholders
+from tokenflex.models.chat import IMAGE_MARK, read_chat, without_placeholders
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.models.vision import EncodedImages
 
@@ -79,15 +79,19 @@ class Assistant:
 
         Args:
             conversations: lists of messages; their ``content`` is a string or a list of
-                ``{"type": "text", "text": ...}`` and ``{"type": "image", "image": ...}`` parts,
-                the image a PIL image or a path. A placeholder that a text spells out is dropped: it
-                would stand for an image that is not there.
+                ``{"type": "text", "text": ...}`` and image parts, as the processor's chat template
+                takes them (:func:`tokenflex.models.chat.read_chat`). A placeholder that a text
+                spells out is dropped: it would stand for an image that is not there.
             **options: for ``generate``; greedy search where they say nothing else.
 
         Raises:
-            ValueError: a part is neither text nor image, or an image cannot be read.
+            TypeError: a message is no dict, or a content or text of another type.
+            ValueError: a part is neither text nor image, or holds no image or several, or an image
+                cannot be read.
         """
-        split = [self._split(messages) for messages in conversations]
+        split = [
+            self._read(messages, f"conversations[{i}]") for i, messages in enumerate(conversations)
+        ]
         images = [image for _, own in split for image in own]
         tiles: list[int] = []
         encoded, first = None, 0
@@ -138,30 +142,24 @@ class Assistant:
         (counts,) = selector.select(self.model, images, tiles, [prompt])
         return [token_grid(count, name=selector.label) for count in counts]
 
-    def _split(
-        self, messages: list[dict[str, Any]]
-    ) -> tuple[list[dict[str, Any]], list[Image.Image]]:
-        """Messages whose image parts are marks, and the images."""
-        images: list[Image.Image] = []
-        shown = []
-        for message in messages:
-            content = message["content"]
-            if isinstance(content, str):
-                content = [{"type": "text", "text": content}]
-            parts: list[dict[str, str]] = []
-            for part in content:
-                if part.get("type") == "text":
-                    text = without_placeholders(
-                        part["text"], [self.processor.image_token, IMAGE_MARK]
-                    )
-                    parts.append({"type": "text", "text": text})
-                elif part.get("type") == "image":
-                    images.append(load_image(part["image"]))
-                    parts.append({"type": "image"})
-                else:
-                    raise ValueError(
-                        f"a message must hold text and images only, got a part of type "
-                        f"{part.get('type')!r}"
-                    )
-            shown.append({**message, "content": parts})
-        return shown, images
+    def _read(self, messages: Any, name: str) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+        """Check a conversation; return its messages without images and placeholders, and images."""
+        placeholders = [self.processor.image_token, IMAGE_MARK]
+        chat = read_chat(_without_placeholders(messages, placeholders), name, placeholders)
+        if chat.parts_without_image:
+            raise ValueError(f"{chat.parts_without_image[0]} must hold an image, got none")
+        return chat.messages, [load_image(image.source, image.name) for image in chat.images]
+
+
+def _without_placeholders(messages: Any, placeholders: Sequence[str]) -> Any:
+    """Remove placeholders from the texts of messages, whatever else they hold."""
+    if isinstance(messages, str):
+        return without_placeholders(messages, placeholders)
+    if isinstance(messages, (list, tuple)):
+        return [_without_placeholders(message, placeholders) for message in messages]
+    if isinstance(messages, Mapping):
+        return {
+            key: _without_placeholders(value, placeholders) if key in ("content", "text") else value
+            for key, value in messages.items()
+        }
+    return messages
