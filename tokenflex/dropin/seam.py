@@ -383,17 +383,21 @@ def _base_variant(stock: Any, family: Family) -> Any:
     ) -> ImageOutputs:
         """Vision tokens of each image, at ``num_image_tokens``: one count, or one per input.
 
-        The other fields are those of the vision encoder, as the stock model returns them:
-        ``output_hidden_states`` and ``output_attentions`` are for it.
+        ``last_hidden_state`` is the vision encoder's, and so are the hidden states and attentions
+        that ``output_hidden_states`` and ``output_attentions`` ask for, as in the stock model.
         """
         image_inputs = dict(zip(names, args, strict=False))
         image_inputs |= {name: value for name, value in kwargs.items() if name in names}
         asked = {name: True for name in _ENCODER_OPTIONS if kwargs.get(name)}
         with _encoder_outputs(self, asked) as encoder_outputs:
             outputs = encode(self, image_inputs, num_image_tokens)
-        for name in ("last_hidden_state", "hidden_states", "attentions"):
-            setattr(outputs, name, getattr(encoder_outputs, name, None))
-        return outputs
+        others = ("last_hidden_state", "hidden_states", "attentions")
+        # A new object, as the order of a tuple is that of the arguments.
+        return ImageOutputs(
+            pooler_output=outputs.pooler_output,
+            deepstack_features=outputs.deepstack_features,
+            **{name: getattr(encoder_outputs, name, None) for name in others},
+        )
 
     # generate passes on the arguments that it finds in the signature.
     get_image_features.__signature__ = _with_count(signature)
