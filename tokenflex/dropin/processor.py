@@ -262,7 +262,9 @@ def _token_numbers(stock: Any, family: Family) -> Any:
     ) -> MultiModalData:
         """Vision tokens of each image in all of its tiles, without the tags around them."""
         check_option_names(self, kwargs, signature.parameters)
-        call = signature.bind(self, image_sizes, *args, **kwargs)
+        # Before transformers 5.23 the stock method makes its options the defaults of later calls.
+        options = {n: v for n, v in kwargs.items() if n not in _TEXT_OPTIONS}
+        call = signature.bind(self, image_sizes, *args, **options)
         if call.arguments.get("video_sizes", kwargs.get("video_sizes")) is not None:
             raise NotImplementedError(
                 f"{family.model_type} with a token-adaptive projector takes images only so far; "
@@ -273,7 +275,6 @@ def _token_numbers(stock: Any, family: Family) -> Any:
             return data
         sizes = [(int(height), int(width)) for height, width in image_sizes]
         counts = _counts_of(self._tokenflex, num_image_tokens, len(sizes))
-        options = {n: v for n, v in kwargs.items() if n not in _TEXT_OPTIONS}
         tokens = {
             (size, count): _tokens_of_blank(self, size, count, options)
             for size, count in dict.fromkeys(zip(sizes, counts, strict=True))
