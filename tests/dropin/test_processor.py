@@ -23,6 +23,7 @@ from tests.dropin.processors import (
 from tests.dropin.test_seam import TOLERANCE, logits
 from tests.dropin.tiny import IMAGE, stock_model
 from tokenflex import TokenCounts, replace_projector, restore_projector
+from tokenflex.dropin.options import check_option_names
 from tokenflex.images import load_image
 
 
@@ -225,6 +226,97 @@ def test_text_alone(name):
         pytest.skip("its stock processor wants images")
     inputs = processor(text=["what is this"], return_tensors="pt")
     assert "num_image_tokens" not in inputs
+
+
+@pytest.mark.parametrize("counts", [None, 9, (2, 3), [9, (2, 3), 4]], ids=str)
+def test_numbers_of_tokens_are_those_of_a_call(name, counts):
+    _, processor = pair(name)
+    if not hasattr(processor, "_get_num_multimodal_tokens"):
+        pytest.skip("its stock processor tells no numbers")
+    if name == "llava-siglip":
+        pytest.skip("its stock processor wants the crop size of a CLIP image processor")
+    pictures = [picture(1), picture(2, 60, 130), picture(3, 130, 70)]
+    of_each = counts if isinstance(counts, list) else [counts] * 3
+    calls = [
+        call(processor, image, image_text(name), num_image_tokens=count)
+        for image, count in zip(pictures, of_each, strict=True)
+    ]
+    sizes = [image.size[::-1] for image in pictures]
+    # A tokenizer's option has no influence, as in the stock processors.
+    options = {"num_image_tokens": counts, "truncation": True, "max_length": 3}
+    data = processor._get_num_multimodal_tokens(image_sizes=sizes, **options)
+    assert data.num_image_tokens == [int((one["input_ids"] == IMAGE).sum()) for one in calls]
+    stock = stock_processor(name)._get_num_multimodal_tokens(image_sizes=sizes)
+    assert data.num_image_patches == stock.num_image_patches
+
+
+def test_numbers_of_tokens_that_cannot_be_known_are_refused():
+    _, processor = pair("llava")
+    numbers = processor._get_num_multimodal_tokens
+    assert numbers().num_image_tokens is None
+    with pytest.raises(ValueError, match="num_image_tokens must have one entry per image"):
+        numbers([(64, 64)], num_image_tokens=[4, 9])
+    with pytest.raises(ValueError, match="nearest squares are 9 and 16"):
+        numbers([(64, 64)], num_image_tokens=10)
+    processor.image_token_counts = TokenCounts((4, 9), (1, 1))
+    with pytest.raises(ValueError, match="draws a count for each prompt"):
+        numbers([(64, 64)])
+    assert numbers([(64, 64)], num_image_tokens=9).num_image_tokens == [9]
+    _, processor = pair("qwen2_vl")
+    with pytest.raises(NotImplementedError, match="images only"):
+        processor._get_num_multimodal_tokens(None, [(2, 64, 64)])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_images_tokens": 9}, "did you mean num_image_tokens"),
+        ({"max_tiles": 3}, "max_tiles is no argument of the processor"),
+        ({"do_resiez": False}, "did you mean do_resize"),
+        ({"images_kwargs": {"do_resiez": False}}, "no argument of images_kwargs; did you mean do_"),
+        ({"text_kwargs": {"paddin": True}}, "no argument of text_kwargs; did you mean padding"),
+        ({"common_kwargs": {"return_tensor": "pt"}}, "did you mean return_tensors"),
+    ],
+)
+def test_misspelt_options_are_refused(options, words):
+    _, processor = pair("llava")
+    with pytest.raises(TypeError, match=words):
+        processor(images=picture(1), text="<image>", **options)
+    messages = chat(picture(1), "what")
+    for given in (options, {"processor_kwargs": options}):
+        with pytest.raises(TypeError, match=words):
+            processor.apply_chat_template(messages, **INPUTS, **given)
+        with pytest.raises(TypeError, match=words):
+            processor.apply_chat_template(messages, **given)
+    with pytest.raises(TypeError, match=words):
+        processor._get_num_multimodal_tokens([(64, 64)], **options)
+
+
+def test_what_the_stock_processor_takes_is_not_refused(name):
+    _, processor = pair(name)
+    groups = processor.valid_processor_kwargs.__annotations__
+    images = {*groups["images_kwargs"].__annotations__}
+    images |= {*processor.image_processor.valid_kwargs.__annotations__}
+    text = {*groups["text_kwargs"].__annotations__}
+    check_option_names(processor, dict.fromkeys({*groups, *images, *text}))
+    check_option_names(processor, {"images_kwargs": dict.fromkeys(images)})
+    check_option_names(processor, {"text_kwargs": dict.fromkeys({*text, "text_pair"})})
+    images, prompt = prompts(name)
+    flags = {"return_mm_token_type_ids": True}
+    for options in (flags, {"text_kwargs": flags}, {"return_metadata": True}):
+        assert call(processor, images, prompt, **options)["num_image_tokens"]
+
+
+def test_what_templates_take_is_not_refused():
+    _, processor = pair("llava")
+    messages = chat(picture(1), "what")
+    plain = processor.apply_chat_template(messages)
+    # transformers hands these to templates that do not take them, too.
+    for variables in ({"reasoning_effort": "low"}, {"bos_token": "<s>"}):
+        assert processor.apply_chat_template(messages, **variables) == plain
+    processor.chat_template = "{{ tone }} " + processor.chat_template
+    told = processor.apply_chat_template(messages, tone="softly")
+    assert told == f"softly {plain}"
 
 
 def test_counts_that_do_not_fit_the_images_are_refused(name):

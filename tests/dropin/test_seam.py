@@ -109,6 +109,60 @@ def test_precomputed_tokens_in_the_stock_model_give_the_same_logits(name):
     assert float((logits(model, inputs) - expected).abs().max()) < TOLERANCE
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers.generation.utils, "_slice_mm_encoder_output"),
+    reason="transformers cuts no images into chunks before 5.23",
+)
+@pytest.mark.parametrize("chunk", [5, 1000])
+def test_a_prompt_in_chunks_is_answered_as_a_whole_one(name, chunk):
+    model, inputs = converted(name), batch(name, PROMPTS)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    whole = model.generate(**inputs, **options)
+    in_chunks = model.generate(**inputs, **options, prefill_chunk_size=chunk)
+    bidirectional = model.config.model_type in ("gemma3", "paligemma")
+    if chunk == 1000 or not bidirectional:  # where a chunk ends, the first tokens see no later ones
+        assert torch.equal(in_chunks.sequences, whole.sequences)
+        for actual, expected in zip(in_chunks.logits, whole.logits, strict=True):
+            assert float((actual - expected).abs().max()) < 1e-4
+
+
+def test_counts_are_checked_before_a_prompt_is_cut():
+    model, inputs = converted("llava"), batch("llava", PROMPTS)
+    inputs["num_image_tokens"] = [25, 9, 16]  # the same total
+    with pytest.raises(ValueError, match="ends a run of placeholders inside image 0"):
+        model.generate(**inputs, max_new_tokens=1, pad_token_id=0, prefill_chunk_size=1000)
+
+
+@pytest.mark.parametrize("options", [(), ("output_hidden_states", "output_attentions")])
+def test_outputs_of_the_vision_encoder_are_the_stock_ones(name, options):
+    model, stock, inputs = converted(name), stock_model(name), batch(name, PROMPTS)
+    names = inspect.signature(stock.base_model.get_image_features).parameters
+    images = {key: inputs[key] for key in names if key in inputs}
+    images |= dict.fromkeys(options, True)
+    for each in (model, stock):
+        each.set_attn_implementation("eager")
+    counts = {"num_image_tokens": inputs["num_image_tokens"]}
+    with torch.no_grad():
+        expected = stock.base_model.get_image_features(**images)
+        actual = model.base_model.get_image_features(**images, **counts)
+        in_order = model.base_model.get_image_features(**images, **counts, return_dict=False)
+    assert torch.equal(actual.last_hidden_state, expected.last_hidden_state)
+    assert torch.equal(in_order[0], actual.last_hidden_state)
+    assert all(map(torch.equal, in_order[1], actual.pooler_output))
+    for field in ("hidden_states", "attentions"):
+        states, stock_states = getattr(actual, field), getattr(expected, field)
+        if states is None or stock_states is None:
+            assert not options or states is stock_states, field
+            continue
+        assert len(states) == len(stock_states), field
+        for state, stock_state in zip(states, stock_states, strict=True):
+            if stock_state is None:  # a layer that was not asked for
+                assert not options, field
+            else:
+                assert torch.equal(state, stock_state), field
+
+
 def test_outputs_come_as_a_tuple_where_that_is_asked_for(name):
     model, inputs = converted(name), batch(name, PROMPTS)
     names = inspect.signature(model.base_model.get_image_features).parameters
@@ -120,10 +174,8 @@ def test_outputs_come_as_a_tuple_where_that_is_asked_for(name):
         assert torch.equal(actual[0], expected.logits)
         assert type(model.base_model.get_image_features(**images, return_dict=False)) is tuple
         model.base_model.config.return_dict = False
-        (tokens, *_) = model.base_model.get_image_features(**images)
+        (_, tokens, *_) = model.base_model.get_image_features(**images)
         assert all(map(torch.equal, tokens, encoded.pooler_output))
-        with pytest.raises(ValueError, match=r"output_hidden_states must be False"):
-            model.base_model.get_image_features(**images, output_hidden_states=True)
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,24 @@ def test_trainer(family, tmp_path):
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=0) is not None
 
 
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "LoRA"])
+def test_smoothed_labels_are_the_next_tokens(family, lora, tmp_path):
+    def loss(smoothing):
+        model, processor = pair(family)
+        data = Samples(family, 4)
+        trainer = Trainer(
+            model=with_lora(model) if lora else model,
+            args=arguments(tmp_path, label_smoothing_factor=smoothing),
+            train_dataset=data,
+            data_collator=ImageTextCollator(processor, 4),
+        )
+        inputs = trainer.data_collator([data[i] for i in range(4)])
+        return float(trainer.compute_loss(trainer.model, inputs).detach())
+
+    assert loss(1e-9) == pytest.approx(loss(0.0), rel=1e-5)
+
+
 # ---- PEFT
 
 

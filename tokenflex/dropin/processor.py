@@ -15,7 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
+from transformers.processing_utils import MultiModalData, TextKwargs
+from transformers.utils.chat_template_utils import _get_template_variables
 
 from tokenflex.counts import (
     Grid,
@@ -27,6 +30,7 @@ from tokenflex.counts import (
     token_grids,
 )
 from tokenflex.dropin.families import Family, family_of
+from tokenflex.dropin.options import check_option_names
 from tokenflex.dropin.sampling import CountStream
 from tokenflex.dropin.variants import variant_of
 from tokenflex.models.chat import IMAGE_MARK, Chat, is_batch, read_chat
@@ -53,6 +57,8 @@ class _Call:
     asked: Grid | list[Grid]
     tiles: list[list[TokenCount]] = field(default_factory=list)
 
+
+_TEXT_OPTIONS = {"text_kwargs", *TextKwargs.__annotations__}  # on which no count depends
 
 # Of this thread or task alone: one processor may serve several at a time.
 _CALL: ContextVar[_Call | None] = ContextVar("_CALL", default=None)
@@ -120,12 +126,17 @@ def processor_variant(stock: Any, family: Family) -> Any:
     """A subclass of a processor's class whose calls take ``num_image_tokens``."""
     signature = inspect.signature(stock.__call__)
     chat_signature = inspect.signature(stock.apply_chat_template)
-    chat_names = inspect.signature(ProcessorMixin.apply_chat_template).parameters
+    call_names = signature.parameters
+    chat_names = {
+        *inspect.signature(ProcessorMixin.apply_chat_template).parameters,
+        *chat_signature.parameters,
+    }
 
     @functools.wraps(stock.__call__)
     def __call__(
         self: Any, *args: Any, num_image_tokens: ImageTokenCounts | None = None, **kwargs: Any
     ) -> BatchFeature:
+        check_option_names(self, kwargs, call_names)
         call = signature.bind_partial(self, *args, **kwargs)
         images = call.arguments.get("images")
         if call.arguments.get("videos", kwargs.get("videos")) is not None:
@@ -171,7 +182,12 @@ def processor_variant(stock: Any, family: Family) -> Any:
         default = templates.get("default") if templates else self.chat_template
         source = default if template is None else templates.get(template, template)
         more = {n: kwargs.pop(n) for n in [*kwargs] if n not in chat_names}
+        # transformers hands these to every template, whether it takes them or not.
+        of_all = {*self.tokenizer.special_tokens_map, "reasoning_effort"}
+        unused = {n: more.pop(n) for n in [*more] if n in of_all}
         variables, options = split_chat_options(source, more, kwargs.pop("processor_kwargs", None))
+        variables |= unused
+        check_option_names(self, options, [*call_names, *_get_template_variables(source)])
         tokenize = bool(given.get("tokenize"))
         if options and not tokenize:
             raise ValueError(
@@ -227,7 +243,46 @@ def processor_variant(stock: Any, family: Family) -> Any:
         "replace_image_token": replace_image_token,
         "image_token_counts": property(image_token_counts, set_image_token_counts),
     }
+    if hasattr(stock, "_get_num_multimodal_tokens"):
+        methods["_get_num_multimodal_tokens"] = _token_numbers(stock, family)
     return variant_of(stock, family, processor_variant, methods)
+
+
+def _token_numbers(stock: Any, family: Family) -> Any:
+    """Make the method that says, of images of given sizes, how many vision tokens they become."""
+    signature = inspect.signature(stock._get_num_multimodal_tokens)
+
+    @functools.wraps(stock._get_num_multimodal_tokens)
+    def _get_num_multimodal_tokens(
+        self: Any,
+        image_sizes: Any = None,
+        *args: Any,
+        num_image_tokens: ImageTokenCounts | None = None,
+        **kwargs: Any,
+    ) -> MultiModalData:
+        """Vision tokens of each image in all of its tiles, without the tags around them."""
+        check_option_names(self, kwargs, signature.parameters)
+        # Before transformers 5.23 the stock method makes its options the defaults of later calls.
+        options = {n: v for n, v in kwargs.items() if n not in _TEXT_OPTIONS}
+        call = signature.bind(self, image_sizes, *args, **options)
+        if call.arguments.get("video_sizes", kwargs.get("video_sizes")) is not None:
+            raise NotImplementedError(
+                f"{family.model_type} with a token-adaptive projector takes images only so far; "
+                "give the frames of a video as images"
+            )
+        data: MultiModalData = stock._get_num_multimodal_tokens(*call.args, **call.kwargs)
+        if image_sizes is None:
+            return data
+        sizes = [(int(height), int(width)) for height, width in image_sizes]
+        counts = _counts_of(self._tokenflex, num_image_tokens, len(sizes))
+        tokens = {
+            (size, count): _tokens_of_blank(self, size, count, options)
+            for size, count in dict.fromkeys(zip(sizes, counts, strict=True))
+        }
+        data.num_image_tokens = [tokens[key] for key in zip(sizes, counts, strict=True)]
+        return data
+
+    return _get_num_multimodal_tokens
 
 
 def _placeholders(processor: Any) -> tuple[list[str], list[str]]:
@@ -291,6 +346,31 @@ def _asked(state: _State, counts: Any, images: Any) -> Grid | list[Grid]:
         return token_grid(counts, name="num_image_tokens")
     entries = getattr(counts, "ndim", 1) and hasattr(counts, "__len__")  # a 0-d array has no length
     return token_grids(counts, len(counts) if entries else 0, name="num_image_tokens")
+
+
+def _counts_of(state: _State, counts: Any, images: int) -> list[Grid]:
+    """Return the grid of each image of which only the size is known."""
+    if counts is None and isinstance(state.counts, CountStream):
+        raise ValueError(
+            "num_image_tokens must be given: this processor draws a count for each prompt, so the "
+            "number of tokens cannot be known before"
+        )
+    return token_grids(state.counts if counts is None else counts, images, name="num_image_tokens")
+
+
+def _tokens_of_blank(
+    processor: Any, size: tuple[int, int], grid: Grid, options: dict[str, Any]
+) -> int:
+    """Return the vision tokens of an image of ``size``, in all of its tiles.
+
+    Families cut images by rules of their own, so a blank one goes through the processor.
+    """
+    height, width = size
+    blank = Image.new("RGB", (width, height))
+    text = getattr(processor, "image_token", None) or processor._tokenflex.image_token
+    inputs = processor(images=blank, text=text, num_image_tokens=grid, **options)
+    tiles: int = len(inputs["num_image_tokens"])
+    return tiles * grid[0] * grid[1]
 
 
 def _drawn(counts: CountStream, images: Any) -> list[Grid]:

@@ -11,7 +11,8 @@ placeholders, and which ``generate`` calls once before the prompt. So three thin
   placeholders and vision tokens line up row by row. It is a hook, not a ``forward``, because
   accelerate and TRL replace ``forward`` on instances;
 * the whole model's class is replaced by a subclass that lets ``num_image_tokens`` through
-  ``generate``'s check of its arguments, and that builds the projector when a conversion is loaded.
+  ``generate``'s check of its arguments, checks a prompt that is read in chunks before it is cut,
+  and builds the projector when a conversion is loaded.
 
 The subclasses have the names and modules of the classes they stand for: transformers converts the
 keys of a checkpoint for its own classes only, which it tells by those.
@@ -21,8 +22,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,11 +38,32 @@ from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, token_grid, tok
 from tokenflex.dropin.families import Deepstack, Family, PatchGrids, family_of
 from tokenflex.dropin.variants import variant_of
 from tokenflex.models.generation import cache_of, repeated_images
+from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.placeholders import placeholder_rows
 from tokenflex.projector import TokenAdaptiveProjector
 from tokenflex_kernels import pool_norm
 
 _STOCK_PROJECTOR = "_tokenflex_stock_projector"  # a tuple, so that it is no submodule
+
+
+@dataclass
+class ImageOutputs(BaseModelOutputWithPooling):
+    """What ``get_image_features`` of a converted model returns.
+
+    Attributes:
+        pooler_output: the vision tokens, a list with [N, D] for each input of the vision encoder.
+        last_hidden_state: of the vision encoder, as from the stock model.
+        hidden_states: likewise, where the stock model returns them.
+        attentions: likewise.
+        deepstack_features: the maps for the first layers of the language model, if there are any.
+    """
+
+    deepstack_features: Any = None
+
+
+@dataclass
+class _CheckedOutputs(ImageOutputs):
+    """Images whose counts fit the whole prompt; a chunk of it may hold any part of them."""
 
 
 def unwrapped(model: Any) -> Any:
@@ -176,7 +201,7 @@ def _merged(grid: torch.Tensor, merge: int) -> torch.Tensor:
 
 def encode(
     base: Any, image_inputs: dict[str, Any], counts: ImageTokenCounts | None
-) -> BaseModelOutputWithPooling:
+) -> ImageOutputs:
     """Images to vision tokens: ``pooler_output`` is a list with [N, D] for each encoder input."""
     family = type(base)._tokenflex_family
     patches = family.patch_grids(base, **image_inputs)
@@ -189,14 +214,52 @@ def encode(
     projector = base.get_submodule(family.projector)
     tokens = projector(rows, out_grids, grids=in_grids)
     pooled = None if layers is None else [_pooled(layer, out_grids, sizes) for layer in layers]
-    return _image_outputs(list(tokens.split(sizes)), pooled)
+    return ImageOutputs(pooler_output=list(tokens.split(sizes)), deepstack_features=pooled)
 
 
-def _image_outputs(tokens: Any, layers: Any) -> BaseModelOutputWithPooling:
-    outputs = BaseModelOutputWithPooling(pooler_output=tokens)
-    if layers is not None:
-        outputs["deepstack_features"] = layers
-    return outputs
+_ENCODERS = ("vision_tower", "vision_model", "visual")  # a base model has one of them
+_ENCODER_OPTIONS = ("output_hidden_states", "output_attentions")
+
+
+@contextmanager
+def _encoder_outputs(base: Any, options: dict[str, bool]) -> Iterator[Any]:
+    """Keep what the vision encoder returns to this thread in a ``with`` block.
+
+    Args:
+        base: the base model.
+        options: what else the encoder is called with.
+
+    Yields:
+        An object with the fields of the encoder's output, once it has been called.
+    """
+    encoder = next((getattr(base, name) for name in _ENCODERS if hasattr(base, name)), None)
+    outputs = SimpleNamespace()
+    if options and encoder is None:
+        raise ValueError(
+            f"{', '.join(options)} must be False for {type(base)._tokenflex_family.model_type}: "
+            f"its vision encoder is none of {', '.join(_ENCODERS)}"
+        )
+    if encoder is None or torch.compiler.is_compiling():  # a compiled forward needs tokens alone
+        yield outputs
+        return
+    thread = threading.get_ident()
+
+    def add_options(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return (args, {**kwargs, **options}) if threading.get_ident() == thread else None
+
+    def keep(_: Any, args: Any, output: Any) -> None:
+        if threading.get_ident() == thread and hasattr(output, "items"):
+            vars(outputs).update(output.items())
+
+    hooks = [
+        encoder.register_forward_pre_hook(add_options, with_kwargs=True),
+        encoder.register_forward_hook(keep),
+    ]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _pooled(
@@ -228,15 +291,23 @@ def _before_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return (), kwargs
     tokens = images.pooler_output
     if isinstance(tokens, (list, tuple)):
-        if kwargs.get("input_ids") is not None:
-            sizes = [len(image) for image in tokens]
-            placeholder_rows(kwargs["input_ids"] == base.config.image_token_id, sizes)
+        # transformers cuts the tokens of a prompt by its placeholders, whatever their image.
+        if kwargs.get("input_ids") is not None and not isinstance(images, _CheckedOutputs):
+            _check_counts(base, kwargs["input_ids"], tokens)
         # A new object: what beam search or the caller holds stays as it is.
-        merged = family.merge(list(tokens))
-        images = _image_outputs(merged, getattr(images, "deepstack_features", None))
+        images = ImageOutputs(
+            pooler_output=family.merge(list(tokens)),
+            deepstack_features=getattr(images, "deepstack_features", None),
+        )
     _set_rope_positions(base, kwargs, counts)
     kwargs["mm_encoder_outputs"] = {**given, "image": images}
     return (), kwargs
+
+
+def _check_counts(model: Any, input_ids: torch.Tensor, tokens: Sequence[torch.Tensor]) -> None:
+    """Refuse vision tokens that do not fit the placeholders, image by image."""
+    sizes = [len(image) for image in tokens]
+    placeholder_rows(input_ids == model.config.image_token_id, sizes)
 
 
 def _check_packing(family: Family, kwargs: dict[str, Any]) -> None:
@@ -309,17 +380,24 @@ def _base_variant(stock: Any, family: Family) -> Any:
     @can_return_tuple
     def get_image_features(
         self: Any, *args: Any, num_image_tokens: ImageTokenCounts | None = None, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
-        """Vision tokens of each image, at ``num_image_tokens``: one count, or one per input."""
-        for name in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(name):
-                raise ValueError(
-                    f"{name} must be False for the images of {family.model_type} with a "
-                    "token-adaptive projector, which gives vision tokens alone, got True"
-                )
+    ) -> ImageOutputs:
+        """Vision tokens of each image, at ``num_image_tokens``: one count, or one per input.
+
+        ``last_hidden_state`` is the vision encoder's, and so are the hidden states and attentions
+        that ``output_hidden_states`` and ``output_attentions`` ask for, as in the stock model.
+        """
         image_inputs = dict(zip(names, args, strict=False))
         image_inputs |= {name: value for name, value in kwargs.items() if name in names}
-        return encode(self, image_inputs, num_image_tokens)
+        asked = {name: True for name in _ENCODER_OPTIONS if kwargs.get(name)}
+        with _encoder_outputs(self, asked) as encoder_outputs:
+            outputs = encode(self, image_inputs, num_image_tokens)
+        others = ("last_hidden_state", "hidden_states", "attentions")
+        # A new object, as the order of a tuple is that of the arguments.
+        return ImageOutputs(
+            pooler_output=outputs.pooler_output,
+            deepstack_features=outputs.deepstack_features,
+            **{name: getattr(encoder_outputs, name, None) for name in others},
+        )
 
     # generate passes on the arguments that it finds in the signature.
     get_image_features.__signature__ = _with_count(signature)
@@ -363,13 +441,52 @@ def model_variant(stock: Any, family: Family) -> Any:
         layers = getattr(images, "deepstack_features", None)
         if layers is not None:
             layers = [[layer[image] for image in order] for layer in layers]
-        repeated = _image_outputs([tokens[image] for image in order], layers)
+        repeated = ImageOutputs(
+            pooler_output=[tokens[image] for image in order], deepstack_features=layers
+        )
         return {**mm_encoder_output, "image": repeated}
+
+    def _prefill(
+        self: Any,
+        input_ids: torch.Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> Any:
+        """Check the counts of each image before the prompt is cut into chunks."""
+        outputs = model_kwargs.get("mm_encoder_outputs") or {}
+        images, cache = outputs.get("image"), cache_of(model_kwargs)
+        tokens = None if images is None else images.pooler_output
+        if (
+            is_first_iteration
+            and generation_config.prefill_chunk_size is not None
+            and isinstance(tokens, (list, tuple))
+            and input_ids.numel()
+            and cache is not None
+        ):
+            mask = model_kwargs.get("attention_mask")
+            length = getattr(generation_config, "_mask_length", -1)
+            length = length if mask is None else mask.shape[1]
+            # transformers tells a whole prompt from the new part of one by the mask.
+            seen = cache.get_seq_length() if length == input_ids.shape[1] else 0
+            _check_counts(self, input_ids[:, seen:], tokens)
+            checked = _CheckedOutputs(
+                pooler_output=list(tokens),
+                deepstack_features=getattr(images, "deepstack_features", None),
+            )
+            model_kwargs["mm_encoder_outputs"] = {**outputs, "image": checked}
+        return stock._prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration)
+
+    def _get_name(self: Any) -> str:
+        # Trainer shifts the labels, where it smooths them, of the classes that it knows by name.
+        return TokenFlexForConditionalGeneration.__name__
 
     methods = {
         "__init__": __init__,
         "_validate_model_kwargs": _validate_model_kwargs,
         "_expand_multimodal_outputs": _expand_multimodal_outputs,
+        "_prefill": _prefill,
+        "_get_name": _get_name,
     }
     return variant_of(stock, family, model_variant, methods)
 
