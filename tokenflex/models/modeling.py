@@ -30,6 +30,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     CausalLMOutputWithPast,
 )
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -769,6 +770,9 @@ def _in_words(grids: list[Grid]) -> str:
 
 AutoModel.register(TokenFlexConfig, TokenFlexModel)
 AutoModelForImageTextToText.register(TokenFlexConfig, TokenFlexForConditionalGeneration)
+_AutoModelForMultimodalLM = getattr(modeling_auto, "AutoModelForMultimodalLM", None)
+if _AutoModelForMultimodalLM is not None:  # not every release that is admitted has it
+    _AutoModelForMultimodalLM.register(TokenFlexConfig, TokenFlexForConditionalGeneration)
 
 # By these names transformers and TRL know what takes images, and Trainer whose labels it must shift
 # where it smooths them. The classes are found in the registries above.
@@ -776,5 +780,9 @@ for _names, _class in (
     (MODEL_MAPPING_NAMES, TokenFlexModel),
     (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, TokenFlexForConditionalGeneration),
     (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, TokenFlexForConditionalGeneration),
+    (
+        getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {}),
+        TokenFlexForConditionalGeneration,
+    ),
 ):
     _names[TokenFlexConfig.model_type] = _class.__name__
