@@ -415,6 +415,27 @@ def test_a_list_is_no_default_count(processor, counts):
         TokenFlexProcessor(processor.image_processor, processor.tokenizer, num_image_tokens=counts)
 
 
+@pytest.mark.parametrize("count", [[4, 9], [4], [], "auto", "16", 10, (4,), (0, 4), 4.0, None])
+def test_the_count_of_a_processor_is_checked_when_it_is_changed(count):
+    processor = digits_processor(num_image_tokens=4)
+    with pytest.raises((TypeError, ValueError)) as refused:
+        processor.num_image_tokens = count
+    with pytest.raises((TypeError, ValueError)) as refused_at_first:
+        TokenFlexProcessor(processor.image_processor, processor.tokenizer, num_image_tokens=count)
+    assert str(refused.value) == str(refused_at_first.value)
+    assert "num_image_tokens must" in str(refused.value)
+    assert processor.num_image_tokens == 4
+
+
+@pytest.mark.parametrize("count", [9, (2, 3)])
+def test_a_count_that_was_changed_is_used_and_saved(tmp_path, count):
+    processor = digits_processor(num_image_tokens=4)
+    processor.num_image_tokens = count
+    assert processor(images=A, text="<image> odd")["num_image_tokens"] == [count]
+    processor.save_pretrained(tmp_path)
+    assert TokenFlexProcessor.from_pretrained(tmp_path).num_image_tokens == count
+
+
 def test_a_list_is_no_default_count_of_a_saved_processor(tmp_path, processor):
     processor.save_pretrained(tmp_path)
     with pytest.raises(TypeError, match="one count for all images"):
