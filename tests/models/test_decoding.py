@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -360,6 +361,15 @@ def test_an_older_checkpoint_learns_what_to_suppress(tmp_path, own):
 def test_a_placeholder_without_an_embedding_is_refused(placeholder):
     with pytest.raises(ValueError, match=f"image_token_id.*{VOCABULARY - 1}.*{placeholder}"):
         tiny_model(image_token_id=placeholder)
+
+
+def test_a_checkpoint_with_a_wrong_placeholder_says_how_to_correct_it(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "image_token_id": VOCABULARY}))
+    with pytest.raises(ValueError, match=r"63.*64.*correct image_token_id in its config\.json"):
+        TokenFlexForConditionalGeneration.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("tied", [True, False])

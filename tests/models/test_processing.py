@@ -204,6 +204,11 @@ PICTURE = picture(4, size=(50, 70))
         ("text_kwargs", {"padding_side": "right", "return_length": True}),
         ("text_kwargs", {"truncation": True, "max_length": 17}),
         ("common_kwargs", {"return_tensors": "np"}),
+        ("common_kwargs", {"padding": "max_length", "max_length": 30}),
+        ("common_kwargs", {"padding_side": "right", "return_tensors": "np"}),
+        ("common_kwargs", {"do_normalize": False}),
+        ("common_kwargs", {"return_mm_token_type_ids": True}),
+        ("common_kwargs", {"return_length": True}),
     ],
 )
 def test_an_option_acts_by_name_and_in_its_group(processor, group, options):
@@ -218,6 +223,22 @@ def test_an_option_acts_by_name_and_in_its_group(processor, group, options):
         assert type(named[name]) is type(grouped[name])
         assert np.array_equal(named[name], grouped[name])
     assert str(named) != str(plain)
+
+
+def test_common_options_come_after_all_others(processor):
+    call = {"images": A, "text": "<image> odd", "padding": "max_length"}
+    common = {"common_kwargs": {"padding": False, "max_length": 40}}
+    assert processor(**call, **common)["input_ids"].shape == (1, 40)
+    grouped = processor(**call, **common, text_kwargs={"max_length": 30})
+    assert grouped["input_ids"].shape == (1, 30)
+    assert processor(**call, common_kwargs=None, max_length=20)["input_ids"].shape == (1, 20)
+
+
+def test_names_of_videos_and_audio_change_nothing(processor):
+    plain = processor(images=A, text="<image> odd")
+    others = processor(images=A, text="<image> odd", fps=2, sampling_rate=16_000)
+    for name in ("input_ids", "pixel_values"):
+        assert torch.equal(plain[name], others[name])
 
 
 def test_tensors_arrays_or_lists(processor):
@@ -281,6 +302,8 @@ def test_what_servers_ask_for(processor):
         ({"images_kwargs": {"do_rescal": False}}, TypeError, "images_kwargs; did you mean do_resc"),
         ({"text_kwargs": {"paddin": False}}, TypeError, "text_kwargs; did you mean padding"),
         ({"common_kwargs": {"colour": 1}}, TypeError, "colour is no argument of common_kwargs"),
+        ({"common_kwargs": {"text_pair": "odd"}}, ValueError, "text_pair cannot be given"),
+        ({"common_kwargs": {"do_rescale": "no"}}, ValueError, "do_rescale.*bool"),
         ({"images_kwargs": 3}, TypeError, "images_kwargs must be a dict, got int"),
         ({"images_kwargs": {"num_image_tokens": 4}}, TypeError, "no argument of images_kwargs"),
         ({"do_rescale": False, "images_kwargs": {"do_rescale": True}}, ValueError, "two times"),
