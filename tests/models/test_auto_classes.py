@@ -19,9 +19,10 @@ from transformers import (
     pipeline,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils import is_torchvision_available
 
 import tokenflex
-from tests.models.tiny import tiny_config, tiny_model
+from tests.models.tiny import picture, tiny_config, tiny_model
 from tokenflex.digits.processor import digits_processor
 from tokenflex.models.auto_map import STUB
 from tokenflex.models.modeling import TokenFlexModel
@@ -30,8 +31,10 @@ CLASSES = {
     "AutoConfig": "TokenFlexConfig",
     "AutoModel": "TokenFlexModel",
     "AutoModelForImageTextToText": "TokenFlexForConditionalGeneration",
+    "AutoModelForMultimodalLM": "TokenFlexForConditionalGeneration",
     "AutoProcessor": "TokenFlexProcessor",
 }
+KNOWN = {auto: name for auto, name in CLASSES.items() if hasattr(transformers, auto)}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,7 @@ def load_each(folder: Path, before: str = "", **options: bool) -> dict[str, str]
         f"""
 {before}
 import transformers
-for name in {list(CLASSES)!r}:
+for name in {list(KNOWN)!r}:
     try:
         loaded = getattr(transformers, name).from_pretrained({str(folder)!r}, **{options})
         print("LOADED", name, type(loaded).__module__, type(loaded).__name__)
@@ -94,7 +97,7 @@ def test_a_process_that_does_not_know_us_is_told_so(folder, modules_cache):
 
 def test_a_process_that_trusts_the_checkpoint_gets_our_classes(folder, modules_cache):
     loaded = load_each(folder, trust_remote_code=True)
-    assert {name: outcome.split()[1] for name, outcome in loaded.items()} == CLASSES
+    assert {name: outcome.split()[1] for name, outcome in loaded.items()} == KNOWN
     assert all(outcome.startswith("tokenflex.models.") for outcome in loaded.values())
     assert list(modules_cache.rglob(STUB))
 
@@ -133,7 +136,7 @@ def test_a_process_that_knows_us_runs_no_code_of_the_checkpoint(
     shutil.copytree(folder, broken)
     (broken / STUB).write_text("raise RuntimeError('code of the checkpoint was run')")
     loaded = load_each(broken, before, **options)
-    assert {name: outcome.split()[1] for name, outcome in loaded.items()} == CLASSES
+    assert {name: outcome.split()[1] for name, outcome in loaded.items()} == KNOWN
     assert not modules_cache.exists()
 
 
@@ -142,7 +145,7 @@ def test_loading_here_neither_asks_nor_warns(folder, recwarn, monkeypatch, modul
         raise AssertionError("asked for trust_remote_code")
 
     monkeypatch.setattr("builtins.input", ask)
-    for auto, name in CLASSES.items():
+    for auto, name in KNOWN.items():
         for options in ({}, {"trust_remote_code": True}):
             loaded = getattr(transformers, auto).from_pretrained(folder, **options)
             assert type(loaded).__name__ == name
@@ -197,6 +200,34 @@ def test_an_architecture_is_found_by_its_name_on_the_package():
     assert not hasattr(transformers, "TokenFlexForNothing")
     assert not hasattr(transformers.models, architecture)
     assert MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["tokenflex"] == architecture
+
+
+needs_multimodal = pytest.mark.skipif(
+    "AutoModelForMultimodalLM" not in KNOWN, reason="this transformers has no such class"
+)
+
+
+@needs_multimodal
+def test_servers_know_a_model_of_any_modality_by_its_name():
+    names = transformers.models.auto.modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    assert names["tokenflex"] == "TokenFlexForConditionalGeneration"
+
+
+@needs_multimodal
+@pytest.mark.skipif(not is_torchvision_available(), reason="the pipeline needs torchvision")
+def test_the_pipeline_of_any_modality_answers(folder):
+    ask = pipeline("any-to-any", model=str(folder))
+    assert type(ask.model) is tokenflex.TokenFlexForConditionalGeneration
+    chat = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": picture(1)}, {"type": "text", "text": " odd"}],
+        }
+    ]
+    same = pipeline("image-text-to-text", model=str(folder))
+    options = {"max_new_tokens": 3, "return_full_text": False}
+    answer, expected = (one(text=chat, **options)[0]["generated_text"] for one in (ask, same))
+    assert answer == expected
 
 
 def test_names_on_the_package_load_nothing_before_they_are_used():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
@@ -260,6 +263,97 @@ def test_from_parts_adds_the_placeholder_to_what_is_suppressed_already():
     assert language.generation_config.suppress_tokens == [9, 1]
 
 
+def prefer(model: TokenFlexForConditionalGeneration, first: int, second: int) -> None:
+    def change_logits(_head, _inputs, logits):
+        logits[..., first], logits[..., second] = 200, 100
+        return logits
+
+    model.lm_head.register_forward_hook(change_logits)
+
+
+def with_another_placeholder(added: int = VOCABULARY + 1):
+    """A model whose placeholder was added to the vocabulary, as docs/models.md says, and inputs."""
+    model = tiny_model()
+    model.resize_token_embeddings(VOCABULARY + 6)
+    model.config.image_token_id = added
+    inputs = two_images()
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, added)
+    return model, inputs
+
+
+def answers(model, inputs, **options) -> set[int]:
+    ids = model.generate(**inputs, **{**GENERATION, **options})
+    return set(ids[:, inputs["input_ids"].shape[1] :].flatten().tolist())
+
+
+@pytest.mark.parametrize("models_own", [None, [], [9], [IMAGE], [9, IMAGE]])
+def test_another_placeholder_takes_the_place_of_the_one_that_was_suppressed(models_own, tmp_path):
+    added = VOCABULARY + 1
+    model, inputs = with_another_placeholder(added)
+    if models_own is not None:
+        model.generation_config.suppress_tokens = models_own
+    expected = sorted({*(models_own or []), added} - {IMAGE})
+    prefer(model, added, 7)
+    assert answers(model, inputs) == {7}
+    assert model.generation_config.suppress_tokens == expected
+    model.save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).suppress_tokens == expected
+
+
+def test_a_model_that_is_saved_at_once_suppresses_its_new_placeholder(tmp_path):
+    model, _ = with_another_placeholder(VOCABULARY + 1)
+    model.save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).suppress_tokens == [VOCABULARY + 1]
+
+
+def test_the_former_placeholder_stays_suppressed_where_the_caller_adds_it():
+    model, inputs = with_another_placeholder(VOCABULARY + 1)
+    model.generate(**inputs, **GENERATION)
+    model.generation_config.suppress_tokens = [IMAGE]
+    model.generate(**inputs, **GENERATION)
+    assert model.generation_config.suppress_tokens == [IMAGE, VOCABULARY + 1]
+
+
+def test_a_copy_of_the_generation_config_follows_the_placeholder():
+    """Pipelines hold such a copy, made before the placeholder changed."""
+    model = tiny_model()
+    copied = copy.deepcopy(model.generation_config)
+    changed = copy.deepcopy(model.generation_config)
+    changed.suppress_tokens = [9, IMAGE]
+    model, inputs = with_another_placeholder(VOCABULARY + 1)
+    prefer(model, VOCABULARY + 1, 7)
+    for config in (copied, changed, GenerationConfig()):
+        before = config.suppress_tokens
+        assert answers(model, inputs, generation_config=config) == {7}
+        assert config.suppress_tokens == before
+    prefer(model, IMAGE, 7)
+    assert answers(model, inputs, generation_config=copied) == {IMAGE}
+
+
+def test_a_list_of_the_call_is_kept():
+    model, inputs = with_another_placeholder(VOCABULARY + 1)
+    prefer(model, VOCABULARY + 1, 7)
+    for options in (
+        {"suppress_tokens": [9]},
+        {"generation_config": GenerationConfig(suppress_tokens=[9])},
+        {"generation_config": GenerationConfig(suppress_tokens=[])},
+    ):
+        assert answers(model, inputs, **options) == {VOCABULARY + 1}
+
+
+@pytest.mark.parametrize("own", [None, [9]])
+def test_an_older_checkpoint_learns_what_to_suppress(tmp_path, own):
+    """Checkpoints were saved without it once, or have a list of their own."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "older")
+    GenerationConfig(suppress_tokens=own).save_pretrained(tmp_path / "older")
+    expected = sorted({*(own or []), IMAGE})
+    loaded = TokenFlexForConditionalGeneration.from_pretrained(tmp_path / "older")
+    assert loaded.generation_config.suppress_tokens == expected
+    loaded.save_pretrained(tmp_path / "again")
+    assert GenerationConfig.from_pretrained(tmp_path / "again").suppress_tokens == expected
+
+
 # ---- the placeholder and the vocabulary
 
 
@@ -267,6 +361,15 @@ def test_from_parts_adds_the_placeholder_to_what_is_suppressed_already():
 def test_a_placeholder_without_an_embedding_is_refused(placeholder):
     with pytest.raises(ValueError, match=f"image_token_id.*{VOCABULARY - 1}.*{placeholder}"):
         tiny_model(image_token_id=placeholder)
+
+
+def test_a_checkpoint_with_a_wrong_placeholder_says_how_to_correct_it(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "image_token_id": VOCABULARY}))
+    with pytest.raises(ValueError, match=r"63.*64.*correct image_token_id in its config\.json"):
+        TokenFlexForConditionalGeneration.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("tied", [True, False])

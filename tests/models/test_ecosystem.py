@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -19,6 +20,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
+from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
     Trainer,
@@ -31,6 +33,7 @@ from tests.models.parallel import results
 from tests.models.test_modeling import GENERATION, one_image
 from tests.models.tiny import (
     IMAGE,
+    PIXELS,
     padded_batch,
     picture,
     pixels,
@@ -40,6 +43,8 @@ from tests.models.tiny import (
 )
 from tokenflex import TokenFlexForConditionalGeneration, TokenFlexProcessor
 from tokenflex.digits.processor import digits_processor
+from tokenflex.images import load_image
+from tokenflex.models.modeling import TokenFlexModel
 from tokenflex_kernels import plan_packing
 
 LORA = {"r": 2, "lora_alpha": 16}
@@ -195,6 +200,33 @@ def test_pipeline_answers_as_generate_does(shards, count):
     )
     assert from_chat[0]["generated_text"].split() == expected.split()
     assert from_text[0]["generated_text"].split() == expected.split()
+
+
+@pytest.mark.parametrize("kind", ["transparent", "16-bit"])
+def test_a_pipeline_shows_pictures_as_the_processor_reads_them(shards, tmp_path, monkeypatch, kind):
+    """Chats do, and pictures that were read before; docs/models.md says so."""
+    generator = np.random.default_rng(0)
+    values = {
+        "transparent": generator.integers(0, 256, (PIXELS, PIXELS, 4), dtype=np.uint8),
+        "16-bit": generator.integers(0, 65536, (PIXELS, PIXELS), dtype=np.uint16),
+    }
+    path = str(tmp_path / "a.png")
+    Image.fromarray(values[kind]).save(path)
+    seen = []
+    encode = TokenFlexModel._encode
+
+    def watch(self, pixel_values, *args, **options):
+        seen.append(pixel_values)
+        return encode(self, pixel_values, *args, **options)
+
+    monkeypatch.setattr(TokenFlexModel, "_encode", watch)
+    ask = pipeline("image-text-to-text", model=str(shards))
+    parts = [{"type": "image", "path": path}, {"type": "text", "text": " odd"}]
+    ask([{"role": "user", "content": parts}], max_new_tokens=1)
+    ask(images=load_image(path), text="<image> odd", max_new_tokens=1)
+    expected = ask.processor(images=path, text="<image> odd")["pixel_values"]
+    assert len(seen) == 2
+    assert all(torch.equal(pixel_values, expected) for pixel_values in seen)
 
 
 def conversation(*parts) -> list[dict]:

@@ -204,6 +204,11 @@ PICTURE = picture(4, size=(50, 70))
         ("text_kwargs", {"padding_side": "right", "return_length": True}),
         ("text_kwargs", {"truncation": True, "max_length": 17}),
         ("common_kwargs", {"return_tensors": "np"}),
+        ("common_kwargs", {"padding": "max_length", "max_length": 30}),
+        ("common_kwargs", {"padding_side": "right", "return_tensors": "np"}),
+        ("common_kwargs", {"do_normalize": False}),
+        ("common_kwargs", {"return_mm_token_type_ids": True}),
+        ("common_kwargs", {"return_length": True}),
     ],
 )
 def test_an_option_acts_by_name_and_in_its_group(processor, group, options):
@@ -218,6 +223,22 @@ def test_an_option_acts_by_name_and_in_its_group(processor, group, options):
         assert type(named[name]) is type(grouped[name])
         assert np.array_equal(named[name], grouped[name])
     assert str(named) != str(plain)
+
+
+def test_common_options_come_after_all_others(processor):
+    call = {"images": A, "text": "<image> odd", "padding": "max_length"}
+    common = {"common_kwargs": {"padding": False, "max_length": 40}}
+    assert processor(**call, **common)["input_ids"].shape == (1, 40)
+    grouped = processor(**call, **common, text_kwargs={"max_length": 30})
+    assert grouped["input_ids"].shape == (1, 30)
+    assert processor(**call, common_kwargs=None, max_length=20)["input_ids"].shape == (1, 20)
+
+
+def test_names_of_videos_and_audio_change_nothing(processor):
+    plain = processor(images=A, text="<image> odd")
+    others = processor(images=A, text="<image> odd", fps=2, sampling_rate=16_000)
+    for name in ("input_ids", "pixel_values"):
+        assert torch.equal(plain[name], others[name])
 
 
 def test_tensors_arrays_or_lists(processor):
@@ -281,6 +302,8 @@ def test_what_servers_ask_for(processor):
         ({"images_kwargs": {"do_rescal": False}}, TypeError, "images_kwargs; did you mean do_resc"),
         ({"text_kwargs": {"paddin": False}}, TypeError, "text_kwargs; did you mean padding"),
         ({"common_kwargs": {"colour": 1}}, TypeError, "colour is no argument of common_kwargs"),
+        ({"common_kwargs": {"text_pair": "odd"}}, ValueError, "text_pair cannot be given"),
+        ({"common_kwargs": {"do_rescale": "no"}}, ValueError, "do_rescale.*bool"),
         ({"images_kwargs": 3}, TypeError, "images_kwargs must be a dict, got int"),
         ({"images_kwargs": {"num_image_tokens": 4}}, TypeError, "no argument of images_kwargs"),
         ({"do_rescale": False, "images_kwargs": {"do_rescale": True}}, ValueError, "two times"),
@@ -413,6 +436,27 @@ def test_a_refusal_never_prints_the_payload(processor, image):
 def test_a_list_is_no_default_count(processor, counts):
     with pytest.raises(TypeError, match="num_image_tokens must be one count for all images"):
         TokenFlexProcessor(processor.image_processor, processor.tokenizer, num_image_tokens=counts)
+
+
+@pytest.mark.parametrize("count", [[4, 9], [4], [], "auto", "16", 10, (4,), (0, 4), 4.0, None])
+def test_the_count_of_a_processor_is_checked_when_it_is_changed(count):
+    processor = digits_processor(num_image_tokens=4)
+    with pytest.raises((TypeError, ValueError)) as refused:
+        processor.num_image_tokens = count
+    with pytest.raises((TypeError, ValueError)) as refused_at_first:
+        TokenFlexProcessor(processor.image_processor, processor.tokenizer, num_image_tokens=count)
+    assert str(refused.value) == str(refused_at_first.value)
+    assert "num_image_tokens must" in str(refused.value)
+    assert processor.num_image_tokens == 4
+
+
+@pytest.mark.parametrize("count", [9, (2, 3)])
+def test_a_count_that_was_changed_is_used_and_saved(tmp_path, count):
+    processor = digits_processor(num_image_tokens=4)
+    processor.num_image_tokens = count
+    assert processor(images=A, text="<image> odd")["num_image_tokens"] == [count]
+    processor.save_pretrained(tmp_path)
+    assert TokenFlexProcessor.from_pretrained(tmp_path).num_image_tokens == count
 
 
 def test_a_list_is_no_default_count_of_a_saved_processor(tmp_path, processor):

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessorPil, Siglip2ImageProcessorPil
+from transformers import (
+    CLIPImageProcessorPil,
+    Siglip2ImageProcessorPil,
+    SiglipImageProcessor,
+    SiglipImageProcessorPil,
+)
+from transformers.utils import is_torchvision_available
 
 from tests.models.tiny import IMAGE, PIXELS, check_same_pixels, picture, tiny_model
 from tokenflex import TokenFlexProcessor
@@ -215,6 +221,58 @@ def test_floats_are_cut_as_they_are():
     )
     assert len(batch["pixel_values"]) == 7
     assert np.array_equal(batch["pixel_values"][4], floats[32:, 32:64].transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("scale", [1, 255, -1])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        SiglipImageProcessorPil,
+        pytest.param(
+            SiglipImageProcessor,
+            marks=pytest.mark.skipif(not is_torchvision_available(), reason="no torchvision"),
+        ),
+    ],
+)
+def test_floats_of_any_range_are_cut(scale, backend):
+    """Bicubic filters overshoot at edges, and no range of values is refused without tiles."""
+    own = digits_processor()
+    values = own.image_processor.to_dict()
+    image_processor = backend(
+        **{name: values[name] for name in ("size", "image_mean", "image_std", "resample")}
+    )
+    processor = TokenFlexProcessor(image_processor, own.tokenizer, 4, max_tiles=6)
+    edge = np.zeros((20, 40, 3), np.float32)
+    edge[:, 20:] = scale
+    options = {"do_rescale": False, "do_normalize": False}
+    for image in (edge, torch.from_numpy(edge).permute(2, 0, 1)):
+        tiles = processor(images=image, text="<image> odd", **options)["pixel_values"]
+        assert tiles.shape == (2, 3, 32, 32)
+        assert (tiles / scale).max() > 1
+        assert (tiles / scale).min() < 0
+        assert float(tiles[1, 0, 16, 24]) == pytest.approx(scale)
+
+
+def test_what_is_no_number_is_cut_too():
+    image = np.full((32, 64, 3), 0.5, np.float32)
+    image[0, 0] = np.nan
+    pixels = tiling_processor(2)(images=image, text="<image>", do_rescale=False)["pixel_values"]
+    assert pixels.isnan().any(dim=(1, 2, 3)).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("limit", [1025, 100_000, 10**30])
+def test_the_number_of_tiles_has_a_bound(limit):
+    """All grids of at most so many tiles are compared for each image."""
+    with pytest.raises(ValueError, match="max_tiles must be at most 1024, got"):
+        tiling_processor(limit)
+    processor = tiling_processor(6)
+    for call in (
+        lambda: processor(images=picture(1), text="<image>", max_tiles=limit),
+        lambda: processor.image_tokens([(32, 32)], max_tiles=limit),
+    ):
+        with pytest.raises(ValueError, match="max_tiles must be at most 1024, got"):
+            call()
+    assert processor.image_tokens([(32, 64)], max_tiles=1024) == [2 * 4]
 
 
 def test_limit_of_a_call_comes_before_the_processors():

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.models.tiny import tiny_model
+from tokenflex.digits.processor import digits_processor
+from tokenflex.models.loading import load_checkpoint
 from tokenflex.models.weights import INDEX, weight_files
 
 
@@ -63,3 +67,27 @@ def test_links_to_the_hubs_blobs_are_read(tmp_path):
     (snapshot / "a.safetensors").symlink_to(tmp_path / "blobs" / "a.safetensors")
     (snapshot / INDEX).write_text(json.dumps({"weight_map": {"x": "a.safetensors"}}))
     assert weight_files(snapshot) == [snapshot / "a.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("part", "field"),
+    [
+        *((None, "projector_hidden_width"), ("text_config", "vocab_size")),
+        *(("text_config", "intermediate_size"), ("vision_config", "intermediate_size")),
+    ],
+)
+@pytest.mark.parametrize("size", [10**11, 10**30])
+def test_a_config_of_huge_sizes_is_refused_before_memory_is_asked_for(tmp_path, part, field, size):
+    tiny_model().save_pretrained(tmp_path)
+    digits_processor(4).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (values if part is None else values[part])[field] = size
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=str(tmp_path)) as error:
+        load_checkpoint(tmp_path)
+    assert time.monotonic() - begin < 5
+    assert "allocate" not in str(error.value)
+    assert "\n" not in str(error.value)
+    if size == 10**11:
+        assert "mismatched keys, the first is" in str(error.value)

@@ -110,9 +110,9 @@ def _known_options(processor: Any) -> dict[str, set[str]]:
 def sort_options(processor: Any, options: Mapping[str, Any]) -> CallOptions:
     """Sort the options of a call, by transformers' rules.
 
-    An option comes from the call, from ``text_kwargs`` and the like, or from what the tokenizer was
-    saved with, in this order. Otherwise the batch is padded to its longest prompt, and tensors are
-    returned.
+    An option comes from the call or from ``text_kwargs`` and the like, from ``common_kwargs``, or
+    from what the tokenizer was saved with, in this order. Otherwise the batch is padded to its
+    longest prompt, and tensors are returned.
 
     Args:
         processor: A transformers processor.
@@ -122,6 +122,7 @@ def sort_options(processor: Any, options: Mapping[str, Any]) -> CallOptions:
         TypeError, ValueError: As :func:`check_names`; or an option is given twice, or is not valid.
     """
     check_names(processor, options)
+    options = _spread_common(options)
     tokenizer = processor.tokenizer
     rest = {
         name: value
@@ -161,6 +162,19 @@ def sort_options(processor: Any, options: Mapping[str, Any]) -> CallOptions:
         return_tensors=_checked_format(formats[0] if formats else "pt"),
         **flags,
     )
+
+
+def _spread_common(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the options in ``common_kwargs`` by name, as transformers hands each to all parts.
+
+    It knows what to do with ``return_tensors`` there. What is given elsewhere comes first.
+    """
+    common = dict(options.get("common_kwargs") or {})
+    groups = [group for name in _GROUPS if name != "common_kwargs" if (group := options.get(name))]
+    given = {*options, *(name for group in groups for name in group)}
+    kept = {name: common.pop(name) for name in ("return_tensors",) if name in common}
+    spread = {name: value for name, value in common.items() if name not in given}
+    return {**options, "common_kwargs": kept, **spread}
 
 
 def _checked_format(return_tensors: Any) -> str | None:

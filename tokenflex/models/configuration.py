@@ -50,6 +50,7 @@ class TokenFlexConfig(SavedWithStub, PretrainedConfig):
         "AutoConfig": "TokenFlexConfig",
         "AutoModel": "TokenFlexModel",
         "AutoModelForImageTextToText": "TokenFlexForConditionalGeneration",
+        "AutoModelForMultimodalLM": "TokenFlexForConditionalGeneration",
         "AutoProcessor": "TokenFlexProcessor",
     }
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}

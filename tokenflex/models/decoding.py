@@ -10,6 +10,7 @@ beams. This adds what it leaves out:
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +29,61 @@ class TokenFlexGeneration(GenerationMixin):
     """``generate`` of :class:`tokenflex.TokenFlexForConditionalGeneration`."""
 
     if TYPE_CHECKING:
+        config: Any
         model: Any
         get_image_features: Any
         get_input_embeddings: Any
 
+    _suppressed_placeholder: int | None = None  # the id that we added to the generation config
+    _former_placeholders: frozenset[int] = frozenset()
+
+    def suppress_placeholder(self) -> None:
+        """Add the placeholder to what the generation config suppresses, in place of a former one.
+
+        The configuration may name another placeholder at any time, and the generation config may
+        be replaced: by ``from_pretrained``, or by the caller. So this is called before answers and
+        before files are written. What else is suppressed stays.
+        """
+        former, current = self._suppressed_placeholder, self.config.image_token_id
+        suppressed = set(self.generation_config.suppress_tokens or ())
+        if former is not None and former != current:
+            suppressed.discard(former)
+            self._former_placeholders |= {former}
+        self.generation_config.suppress_tokens = sorted({*suppressed, current})
+        self._suppressed_placeholder = current
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' own, which replaces the generation config by the saved one."""
+        super().adjust_generation_fn(*args, **kwargs)
+        self.suppress_placeholder()
+
+    def _update_copy(self, generation_config: GenerationConfig) -> GenerationConfig:
+        """Return the generation config of a call with the placeholder of today.
+
+        Pipelines pass a copy of the model's, made when they were built. A list that is the
+        caller's own is kept.
+        """
+        suppressed = generation_config.suppress_tokens
+        if not suppressed:
+            return generation_config  # None takes the model's list, an empty one is the caller's
+        current = self.config.image_token_id
+        placeholders = {*self._former_placeholders, current}
+        models_own = set(self.generation_config.suppress_tokens or ())
+        if set(suppressed) - placeholders == models_own - placeholders:
+            updated = models_own
+        elif self._former_placeholders.isdisjoint(suppressed):
+            return generation_config
+        else:
+            updated = {*suppressed, current}
+        generation_config = copy.deepcopy(generation_config)
+        generation_config.suppress_tokens = sorted(updated)
+        return generation_config
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' ``generate``, whose further arguments are those of :meth:`forward`.
 
-        It never answers with the image placeholder, unless ``suppress_tokens`` says otherwise.
+        It never answers with the image placeholder that the config names, unless the call says
+        ``suppress_tokens`` itself.
         With ``num_image_tokens="auto"`` each image's count is chosen, as ``penalty`` or ``budget``
         say: see :func:`tokenflex.selection.choice.generate_with_choice`.
 
@@ -52,9 +100,9 @@ class TokenFlexGeneration(GenerationMixin):
         """
         if asks_for_choice(kwargs):
             return generate_with_choice(self, *args, **kwargs)
-        generation_config = kwargs.get("generation_config") or self.generation_config
-        if generation_config.suppress_tokens is None:
-            kwargs.setdefault("suppress_tokens", [self.config.image_token_id])
+        self.suppress_placeholder()
+        if kwargs.get("generation_config") is not None:
+            kwargs["generation_config"] = self._update_copy(kwargs["generation_config"])
         draft = kwargs.get("assistant_model")
         if not isinstance(draft, TokenFlexGeneration):
             draft = None

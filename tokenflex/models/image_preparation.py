@@ -54,6 +54,10 @@ class ImagePreparation(ProcessorMixin):
             cut = [self._cut(image, limit, options) for image in inputs]
             tiles = [len(own_tiles) for own_tiles in cut]
             inputs = [tile for own_tiles in cut for tile in own_tiles]
+            if any(isinstance(tile, np.ndarray) for tile in inputs):
+                # They have their size; resizing may allow floats of 0..1 alone, which bicubic
+                # filters leave at edges.
+                options["do_resize"] = False
         processed = self.image_processor(inputs, **{"return_tensors": "pt", **options})
         data: dict[str, Any] = {"pixel_values": processed["pixel_values"]}
         if "spatial_shapes" in processed:  # NaFlex: patches of images of any shape

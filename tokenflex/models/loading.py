@@ -11,7 +11,7 @@ from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.processing import TokenFlexProcessor
 from tokenflex.models.ristretto import MODEL_TYPE as RISTRETTO
 from tokenflex.models.ristretto import load_ristretto
-from tokenflex.models.weights import weight_files
+from tokenflex.models.weights import smaller_tensors, weight_files
 
 NEW_WITH_POSITION = ("model.projector.position.weight",)
 
@@ -42,7 +42,15 @@ def load_checkpoint(
     config.update(changes)
     for file in sorted(folder.glob("*.json")):
         read_json(file, "checkpoint file")  # a broken optional file would be passed over in silence
-    weight_files(folder)
+    files = weight_files(folder)
+    try:
+        too_small = smaller_tensors(files, config)
+    except Exception as error:  # the parts of a model raise their own kinds
+        reason = str(error).partition("\n")[0]  # PyTorch adds where it happened, line by line
+        raise ValueError(
+            f"checkpoint {folder} cannot be loaded: {type(error).__name__}: {reason}"
+        ) from error
+    _refuse_keys(folder, "mismatched_keys", too_small)
     try:
         model, loading = TokenFlexForConditionalGeneration.from_pretrained(
             folder,
@@ -56,13 +64,16 @@ def load_checkpoint(
             f"checkpoint {folder} cannot be loaded: {type(error).__name__}: {error}"
         ) from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in loading[problem] if name not in new)
-        if names:
-            raise ValueError(
-                f"checkpoint {folder} has {len(names)} {problem.replace('_', ' ')}, "
-                f"the first is {names[0]}"
-            )
+        _refuse_keys(folder, problem, [str(n) for n in loading[problem] if n not in new])
     return model.eval(), processor
+
+
+def _refuse_keys(folder: Path, problem: str, names: list[str]) -> None:
+    if names:
+        raise ValueError(
+            f"checkpoint {folder} has {len(names)} {problem.replace('_', ' ')}, "
+            f"the first is {min(names)}"
+        )
 
 
 def check_length(config: TokenFlexConfig, vision_tokens: int) -> None:

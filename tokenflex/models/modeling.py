@@ -30,6 +30,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     CausalLMOutputWithPast,
 )
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -41,7 +42,7 @@ from tokenflex.counts import Grid, ImageTokenCounts, token_grid, token_grids
 from tokenflex.models.attention import PACKED_ATTENTION
 from tokenflex.models.auto_map import InstalledClass
 from tokenflex.models.configuration import TokenFlexConfig
-from tokenflex.models.decoding import TokenFlexGeneration, never_generate
+from tokenflex.models.decoding import TokenFlexGeneration
 from tokenflex.models.generation import RepeatsImages, takes_cache
 from tokenflex.models.head import build_head, transform_logits
 from tokenflex.models.loss import head_cross_entropy, head_distillation
@@ -465,7 +466,7 @@ class TokenFlexForConditionalGeneration(  # type: ignore[misc]
         path = next(name for name, module in self.named_modules() if module is embedding)
         self._tied_weights_keys = {"lm_head.weight": f"{path}.weight"}
         self.post_init()
-        never_generate(self.generation_config, config.image_token_id)
+        self.suppress_placeholder()
 
     @classmethod
     def from_parts(
@@ -498,11 +499,16 @@ class TokenFlexForConditionalGeneration(  # type: ignore[misc]
         use_packed_attention(model.model.language_model)
         model.lm_head = head
         model.generation_config = copy.deepcopy(causal_language_model.generation_config)
-        never_generate(model.generation_config, config.image_token_id)
+        model.suppress_placeholder()
         reference = model.lm_head.weight
         projector = model.model.projector.to_empty(device=reference.device)
         projector.to(reference.dtype).reset_parameters()
         return model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' own, whose generation config suppresses the placeholder of the config."""
+        self.suppress_placeholder()
+        super().save_pretrained(*args, **kwargs)
 
     @property
     def takes_shared_prefixes(self) -> bool:
@@ -764,6 +770,9 @@ def _in_words(grids: list[Grid]) -> str:
 
 AutoModel.register(TokenFlexConfig, TokenFlexModel)
 AutoModelForImageTextToText.register(TokenFlexConfig, TokenFlexForConditionalGeneration)
+_AutoModelForMultimodalLM = getattr(modeling_auto, "AutoModelForMultimodalLM", None)
+if _AutoModelForMultimodalLM is not None:  # not every release that is admitted has it
+    _AutoModelForMultimodalLM.register(TokenFlexConfig, TokenFlexForConditionalGeneration)
 
 # By these names transformers and TRL know what takes images, and Trainer whose labels it must shift
 # where it smooths them. The classes are found in the registries above.
@@ -771,5 +780,9 @@ for _names, _class in (
     (MODEL_MAPPING_NAMES, TokenFlexModel),
     (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, TokenFlexForConditionalGeneration),
     (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, TokenFlexForConditionalGeneration),
+    (
+        getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {}),
+        TokenFlexForConditionalGeneration,
+    ),
 ):
     _names[TokenFlexConfig.model_type] = _class.__name__

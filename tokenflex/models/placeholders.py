@@ -142,5 +142,6 @@ def check_placeholder(image_token_id: int, vocab_size: int) -> None:
         raise ValueError(
             f"image_token_id must be from 0 to {vocab_size - 1}, a row of the embedding of "
             f"vocab_size {vocab_size}, got {image_token_id}: for a token that was added to the "
-            "tokenizer, call resize_token_embeddings first"
+            "tokenizer, call resize_token_embeddings first; where a checkpoint names a wrong one, "
+            "correct image_token_id in its config.json"
         )

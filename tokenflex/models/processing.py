@@ -14,6 +14,7 @@ import torch
 from transformers import AutoProcessor, BatchFeature
 
 from tokenflex.counts import AUTO, TokenCount, token_grid, tokens_of
+from tokenflex.files import excerpt
 from tokenflex.models.auto_map import SavedWithStub
 from tokenflex.models.call_options import CallOptions, sort_options
 from tokenflex.models.chat import image_pattern
@@ -40,7 +41,7 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
         image_start: what stands before an image's placeholders, for example ``<img>``.
         image_end: what stands after them.
         max_tiles: images are cut into at most so many tiles, each encoded on its own and with the
-            image's count of vision tokens; 1 cuts none.
+            image's count of vision tokens; 1 cuts none, and 1024 is the most.
         min_tiles: and into at least so many.
         use_thumbnail: give the whole image as one more tile, where there are several.
         patch_size: the encoder's, in pixels; needed where tiles are not square.
@@ -77,12 +78,6 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
         if tokenizer is None or image_processor is None:
             missing = "tokenizer" if tokenizer is None else "image_processor"
             raise ValueError(f"{missing} must be given, got None")
-        if isinstance(num_image_tokens, list):
-            raise TypeError(
-                "num_image_tokens must be one count for all images, an int or an (h, w) tuple, got "
-                f"{num_image_tokens!r}; a call takes a list with one count per image"
-            )
-        token_grid(num_image_tokens, name="num_image_tokens")
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -120,6 +115,27 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
             backend.no_padding()
             backend.no_truncation()
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @property
+    def num_image_tokens(self) -> TokenCount:
+        """The count used when a call names none: an int (a perfect square) or an (h, w) tuple.
+
+        Raises:
+            TypeError, ValueError: It is set to what is not one count.
+        """
+        count: TokenCount = self.__dict__["num_image_tokens"]
+        return count
+
+    @num_image_tokens.setter
+    def num_image_tokens(self, count: TokenCount) -> None:
+        if isinstance(count, (list, str)):
+            raise TypeError(
+                "num_image_tokens must be one count for all images, an int or an (h, w) tuple, got "
+                f"{excerpt(count)}; a call takes a list with one count per image, or 'auto'"
+            )
+        token_grid(count, name="num_image_tokens")
+        # By its own name, as transformers saves the attributes that __init__ names.
+        self.__dict__["num_image_tokens"] = count
 
     @property
     def image_prompt(self) -> str:

@@ -12,17 +12,22 @@ import numpy as np
 from PIL import Image
 
 from tokenflex.counts import Grid
+from tokenflex.files import excerpt
 from tokenflex.images import load_image
 from tokenflex_kernels._checks import check_count
+
+MAX_TILES = 1024  # all grids of at most so many tiles are compared for each image
 
 
 def check_tile_limits(min_tiles: object, max_tiles: object) -> tuple[int, int]:
     """Both as ints.
 
     Raises:
-        TypeError, ValueError: not ints of at least 1, or the lower above the upper.
+        TypeError, ValueError: not ints from 1 to 1024, or the lower above the upper.
     """
     low, high = check_count("min_tiles", min_tiles), check_count("max_tiles", max_tiles)
+    if high > MAX_TILES:
+        raise ValueError(f"max_tiles must be at most {MAX_TILES}, got {excerpt(high)}")
     if low > high:
         raise ValueError(f"min_tiles must not exceed max_tiles, got {low} and {high}")
     return low, high

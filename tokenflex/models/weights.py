@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
+from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -73,6 +74,38 @@ def widest_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return reduce(torch.promote_types, (dtype for dtype in dtypes if dtype.is_floating_point))
 
 
+def smaller_tensors(files: Iterable[Path], config: TokenFlexConfig) -> list[str]:
+    """Return the names of saved tensors with fewer elements than a model of ``config`` gives them.
+
+    Of a wrong config transformers would allocate such tensors, however large, before it compares
+    them. Here nothing is allocated and no tensor is read.
+
+    Args:
+        files: safetensors files of the checkpoint.
+        config: of the model. Of a quantized one no tensors are compared: they are saved packed.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        return []
+    elements = {
+        name: tensor.numel() for name, tensor in _model_without_memory(config).state_dict().items()
+    }
+    smaller = []
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (it is no dict)
+                if prod(opened.get_slice(name).get_shape()) < elements.get(name, 0):
+                    smaller.append(name)
+    return smaller
+
+
+def _model_without_memory(config: TokenFlexConfig) -> Any:
+    """Return a model on the meta device, whose tensors have shapes alone."""
+    from tokenflex.models.modeling import TokenFlexForConditionalGeneration
+
+    with torch.device("meta"):
+        return TokenFlexForConditionalGeneration(config)
+
+
 def check_fit(folder: Path, config: TokenFlexConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse tensors that are not exactly those of a model of this config.
 
@@ -84,10 +117,7 @@ def check_fit(folder: Path, config: TokenFlexConfig, shapes: Mapping[str, tuple[
     Raises:
         ValueError: a tensor is missing, unexpected or of another shape; the first is named.
     """
-    from tokenflex.models.modeling import TokenFlexForConditionalGeneration
-
-    with torch.device("meta"):
-        model = TokenFlexForConditionalGeneration(config)
+    model = _model_without_memory(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     problems = {
