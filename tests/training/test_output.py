@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from accelerate.state import AcceleratorState
 
 from tests.training.runs import metrics, stage, tiny_values, write_config
 from tokenflex.cli import main
+from tokenflex.locks import NAME as LOCK
 from tokenflex.locks import FolderInUseError, locked
 from tokenflex.training.config import TrainConfig, load_config
 from tokenflex.training.loop import Trainer
@@ -97,6 +99,83 @@ def test_a_state_file_of_others_is_not_removed(tmp_path):
     with pytest.raises(ValueError, match=r"state\.pt cannot be read"):
         train(configured(tmp_path), fresh=True)
     assert contents(tmp_path / "run") == theirs
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "dangling link", "foreign state", "aged state"])
+def test_a_state_that_is_not_one_makes_no_folder_ours(tmp_path, kind, fresh):
+    folder = tmp_path / "run"
+    names = ("metrics.jsonl", "report.json", "evaluations.jsonl", "broken_samples.json")
+    put(folder, (*names, "thesis.tex"))
+    if kind == "folder":
+        put(folder, ("state.pt/shard0",))
+    elif kind == "dangling link":
+        (folder / "state.pt").symlink_to(tmp_path / "none")
+    elif kind == "foreign state":
+        torch.save({"model": 1}, folder / "state.pt")
+    else:
+        put(folder, ("state.1.pt",))
+    before = contents(folder)
+    with pytest.raises(ValueError, match=r"holds files of something else|state(\.1)?\.pt"):
+        train(configured(tmp_path), fresh=fresh)
+    assert contents(folder) == before
+    assert os.path.lexists(folder / ("state.1.pt" if kind == "aged state" else "state.pt"))
+
+
+def test_a_stale_lock_in_a_folder_that_is_refused_is_not_touched(tmp_path):
+    put(tmp_path / "run", ("notes.md",))
+    (tmp_path / "run" / LOCK).write_text("process 1 on host")
+    before = contents(tmp_path / "run")
+    with pytest.raises(ValueError, match="something else"):
+        train(configured(tmp_path))
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_lock_of_others_is_refused_and_not_touched(tmp_path):
+    put(tmp_path, ("victim",))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).symlink_to(tmp_path / "victim")
+    with pytest.raises(FileExistsError, match="in the place of a lock"):
+        train(configured(tmp_path))
+    assert (tmp_path / "victim").read_text() == "mine: victim"
+
+
+@pytest.mark.parametrize("name", ["state.pt", "state.1.pt", "report.json", "metrics.jsonl"])
+@pytest.mark.parametrize("kind", ["folder", "dangling link"])
+def test_what_cannot_be_replaced_by_a_file_is_refused_at_the_start(finished, tmp_path, name, kind):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    path = tmp_path / "run" / name
+    path.unlink(missing_ok=True)
+    if kind == "folder":
+        put(path, ("mine",))
+    else:
+        path.symlink_to(tmp_path / "none")
+    before = contents(tmp_path / "run")
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} must be a file to be replaced"):
+        train(configured(tmp_path), fresh=True)
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_checkpoint_that_is_a_link_is_refused_before_training(finished, tmp_path, fresh):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    shutil.move(tmp_path / "run" / "checkpoint", tmp_path / "elsewhere")
+    (tmp_path / "run" / "checkpoint").symlink_to(tmp_path / "elsewhere")
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=r"checkpoint must be a folder .* it is a link"):
+        train(configured(tmp_path), fresh=fresh)
+    (tmp_path / "run.yaml").unlink()
+    assert contents(tmp_path) == before
+
+
+def test_a_damaged_configuration_of_a_run_is_named(finished, tmp_path):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text('{"model": ')
+    before = contents(tmp_path / "run")
+    for fresh in (False, True):
+        with pytest.raises(ValueError, match=r"config\.json is not JSON.*nothing says what run"):
+            train(configured(tmp_path), fresh=fresh)
+    assert contents(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize("names", [(), ("config.yaml", "train.log")])

@@ -158,12 +158,13 @@ def test_a_whole_state_that_torch_cannot_load_now_is_not_put_aside(
 
 def test_only_states_of_a_run_are_removed(tmp_path):
     kept = run_states(tmp_path / "run")
-    for name in ("state.backup.pt", "state.100.pt", "mystate.pt", "state.pt.bak"):
+    for name in ("state.backup.pt", "state.100.pt", "mystate.pt", "state.pt.bak", "state.5.pt"):
         (tmp_path / "run" / name).write_text("mine")
-    assert [path.name for path in saved_states(kept.path)] == ["state.pt", "state.1.pt"]
+    torch.save(state_of(3), tmp_path / "run" / "state.2.pt")  # from before there were digests
+    assert [path.name for path in saved_states(kept.path)][:2] == ["state.pt", "state.1.pt"]
     kept.remove()
     assert sorted(os.listdir(tmp_path / "run")) == [
-        *("mystate.pt", "state.100.pt", "state.backup.pt", "state.pt.bak"),
+        *("mystate.pt", "state.100.pt", "state.5.pt", "state.backup.pt", "state.pt.bak"),
     ]
 
 

@@ -94,7 +94,7 @@ def save_state(path: Path, state: dict[str, Any], *, keep: int = 1) -> None:
 
     def age_the_others() -> None:
         for age in range(keep - 1, 0, -1):
-            if _aged(path, age - 1).exists():
+            if _aged(path, age - 1).is_file():
                 _aged(path, age - 1).replace(_aged(path, age))
 
     write_atomically(path, write, make_room=age_the_others)
@@ -104,6 +104,26 @@ def saved_states(path: Path, *, keep: int = 1) -> list[Path]:
     """The states that lie at ``path``, the newest first."""
     paths = [_aged(path, age) for age in range(max(keep, STATES_KEPT))]
     return [state for state in paths if state.is_file()]
+
+
+def remove_states(path: Path, *, keep: int = 1) -> None:
+    """Delete the states that lie at ``path``, and no file that a run has not written."""
+    for state in saved_states(path, keep=keep):
+        if _is_state(state):
+            state.unlink()
+
+
+def _is_state(path: Path) -> bool:
+    """Return whether a file is a state, by its end where it has a digest."""
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - len(_MARK) - _DIGEST, 0))
+        if file.read(len(_MARK)) == _MARK:
+            return True
+    try:
+        load_state(path)
+    except DamagedStateError:
+        return False
+    return True
 
 
 def put_aside(state: Path) -> Path:
@@ -245,22 +265,32 @@ def check_checkpoint_folder(directory: Path) -> None:
     """Refuse to put a checkpoint in the place of something that is none of ours.
 
     Raises:
-        FileExistsError: it is a file, or a folder with another model.
+        FileExistsError: it is a file, a link, or a folder with another model.
     """
+    if directory.is_symlink():
+        raise FileExistsError(
+            f"{directory} must be a folder to be replaced by a checkpoint, and it is a link; move "
+            "it, or give an output on the disk that it leads to"
+        )
     if not directory.exists():
         return
     if directory.is_dir():
         if not any(_CHECKPOINT_NAMES.fullmatch(name) for name in os.listdir(directory)):
             return
-        try:
-            config = read_json(directory / "config.json")
-        except (OSError, ValueError):
-            config = None
-        if isinstance(config, dict) and config.get("model_type") == TokenFlexConfig.model_type:
+        if is_checkpoint(directory):
             return
     raise FileExistsError(
         f"{directory} must be a TokenFLEX checkpoint to be replaced by one, and it is not; move it"
     )
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Return whether a folder's ``config.json`` is that of a TokenFLEX model."""
+    try:
+        config = read_json(directory / "config.json")
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == TokenFlexConfig.model_type
 
 
 def restore_folder(previous: Path, directory: Path) -> None:

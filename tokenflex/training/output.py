@@ -15,8 +15,11 @@ from tokenflex.files import read_json, sync_folder
 from tokenflex.locks import NAME as LOCK
 from tokenflex.locks import FolderLock
 from tokenflex.training.checkpoint import (
+    DamagedStateError,
     check_checkpoint_folder,
+    is_checkpoint,
     load_state,
+    remove_states,
     restore_folder,
     saved_states,
 )
@@ -67,10 +70,11 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output must be a folder, but {self.path} is a file")
+        if self.path.is_dir():
+            self._check()  # before the lock is written into it, too
         self._lock.acquire()
         try:
-            self._check_ours()
-            check_checkpoint_folder(self.path / CHECKPOINT)
+            self._check()
         except BaseException:
             self.release(undo=True)
             raise
@@ -79,16 +83,47 @@ class RunFolder:
         """Unlock the folder; ``undo`` also deletes it, if it is new and empty."""
         self._lock.release(undo=undo)
 
+    def _check(self) -> None:
+        self._check_ours()
+        check_checkpoint_folder(self.path / CHECKPOINT)
+        for path in self._written_files():
+            if os.path.lexists(path) and not path.is_file():
+                raise ValueError(f"{path} must be a file to be replaced by a run, move it")
+
+    def _written_files(self) -> list[Path]:
+        names = [*_REPLACED, *(f"state.{age}.pt" for age in range(1, self._keep_states))]
+        return [self.path / name for name in names]
+
     def _check_ours(self) -> None:
         names = {name for name in os.listdir(self.path) if name != LOCK}
         if names <= _BEFORE_A_RUN or is_run(self.path):
             return
-        if STATE in names and not _is_json(self.path / CONFIG):
-            return  # the state itself says what it is of
+        damage = _damage_of(self.path / CONFIG)
+        if damage is not None:
+            problems = []
+            for state in saved_states(self.path / STATE, keep=self._keep_states):
+                try:
+                    load_state(state)
+                except DamagedStateError as error:
+                    problems.append(error)
+                else:
+                    return  # the state itself says what it is of
+            if CONFIG in names and self._has_traces():
+                raise ValueError(
+                    f"{damage}, so nothing says what run output {self.path} holds; give another "
+                    "output, or put the file back"
+                )
+            if problems:
+                raise problems[0]
         raise ValueError(
             f"output {self.path} holds files of something else, {sorted(names)[0]!r} among them, "
             "and no run; give an empty folder, or one that does not exist"
         )
+
+    def _has_traces(self) -> bool:
+        """Return whether there is what only a run writes: a line of metrics, or its model."""
+        metrics, model = self.path / METRICS, self.path / CHECKPOINT / "config.json"
+        return is_checkpoint(model.parent) or (metrics.is_file() and bool(read_lines(metrics)))
 
     def prepare(self, *, resumed: bool, fresh: bool) -> None:
         """Clear up after a killed process, and remove what an earlier run has left.
@@ -96,22 +131,14 @@ class RunFolder:
         Args:
             resumed: The run continues: its files stay.
             fresh: The run begins anew: states are removed too.
-
-        Raises:
-            ValueError: A file that would be removed is not a run's.
         """
-        states = saved_states(self.path / STATE, keep=self._keep_states)
-        if fresh and not is_run(self.path):
-            for state in states:
-                load_state(state)  # a file of that name could be anybody's
         self._remove_leftovers()
         (self.path / NON_FINITE).unlink(missing_ok=True)
         if resumed:
             return
         (self.path / BROKEN_SAMPLES).unlink(missing_ok=True)
         if fresh:
-            for state in states:
-                state.unlink()
+            remove_states(self.path / STATE, keep=self._keep_states)
 
     def begin_records(self) -> None:
         """Remove what an earlier run has logged."""
@@ -150,12 +177,13 @@ def is_run(folder: Path) -> bool:
     return isinstance(config, dict) and config.keys() >= _KEYS_OF_A_RUN
 
 
-def _is_json(path: Path) -> bool:
+def _damage_of(path: Path) -> str | None:
+    """Return why a JSON file cannot be read; None where it can."""
     try:
         read_json(path)
-    except (OSError, ValueError):
-        return False
-    return True
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def finished_report(config: TrainConfig, fingerprint: str) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from tokenflex.training.checkpoint import (
     DamagedStateError,
     load_state,
     put_aside,
+    remove_states,
     save_state,
     saved_states,
 )
@@ -144,8 +145,7 @@ class RunStates:
 
     def remove(self) -> None:
         """Delete them all: the run is done."""
-        for path in saved_states(self.path, keep=self._keep):
-            path.unlink()
+        remove_states(self.path, keep=self._keep)
         sync_folder(self.path.parent)
 
 
