@@ -17,6 +17,8 @@ from tests.training.runs import tiny_values
 from tokenflex import files
 from tokenflex.digits.processor import digits_processor
 from tokenflex.files import write_json
+from tokenflex.selection.router import Router
+from tokenflex.selection.storage import save_router
 from tokenflex.training import checkpoint, states
 from tokenflex.training.agreement import OtherProcessError
 from tokenflex.training.checkpoint import (
@@ -254,13 +256,14 @@ def test_what_others_have_put_beside_a_checkpoint_is_kept_when_it_is_replaced(tm
     (folder / "notes.md").write_text("mine")
     (folder / "plots").mkdir()
     (folder / "plots" / "a.png").write_text("mine")
-    for name in ("router.safetensors", "report.json", "mine.txt"):
-        (folder / "router").mkdir(exist_ok=True)
-        (folder / "router" / name).write_text(name)
+    save_router(Router([4, 9], 8, 8), folder, {})
+    (folder / "router" / "mine.txt").write_text("mine")
+    (folder / "linked").symlink_to(tmp_path)
     save_model(folder, tiny_model(seed=1), digits_processor(9))
     assert (folder / "notes.md").read_text() == (folder / "plots" / "a.png").read_text() == "mine"
     # A router goes with the weights that it was made for.
     assert os.listdir(folder / "router") == ["mine.txt"]
+    assert (folder / "linked").is_symlink()
     assert os.listdir(tmp_path) == ["checkpoint"]
 
 

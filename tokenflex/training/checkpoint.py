@@ -9,8 +9,10 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, TypeAlias, cast
 
 import torch
 
@@ -35,6 +37,9 @@ STATES_KEPT = 10
 """``state.pt`` and ``state.1.pt`` to ``state.9.pt`` are a run's, or more of them with a larger
 ``keep_states``; copies under other names are their owner's."""
 
+Sizes: TypeAlias = "Mapping[str, int]"
+"""Name of a file in a checkpoint -> its bytes."""
+
 # What follows the archive that torch writes: a mark, and the digest of all bytes before it.
 _MARK = b"tokenflex blake2"
 _DIGEST = hashlib.blake2b().digest_size
@@ -48,6 +53,9 @@ _CHECKPOINT_NAMES = re.compile(
     r"|tokenizer\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|vocab\.json"
     r"|vocab\.txt|merges\.txt|spiece\.model|chat_template\.(jinja|json)"
 )
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _ROUTER_NAMES = (router.WEIGHTS, router.REPORT, router.CURVE)
 
 
@@ -230,13 +238,27 @@ def _check_archive(path: Path) -> None:
 
 
 def save_model(
-    directory: Path, model: Any, processor: Any, weights: dict[str, Any] | None = None
-) -> None:
+    directory: Path,
+    model: Any,
+    processor: Any,
+    weights: dict[str, Any] | None = None,
+    *,
+    replaced: Sizes | None = None,
+) -> Sizes:
     """Model and processor as transformers writes them; the folder appears whole or not at all.
 
-    It takes the place of an earlier checkpoint. Files in that one which no checkpoint has (notes,
-    say) are kept. When this returns, all is on the disk. ``weights`` are the model's, where it
-    holds only shards of them itself.
+    It takes the place of an earlier checkpoint. Files in that one are kept unless an earlier save
+    wrote them or this one writes them anew. When this returns, all is on the disk.
+
+    Args:
+        directory: The checkpoint's folder.
+        model: The model.
+        processor: Its processor.
+        weights: The model's, where it holds only shards of them itself.
+        replaced: What the save of the earlier checkpoint returned, if that is known.
+
+    Returns:
+        The names and sizes of the files that were written.
 
     Raises:
         FileExistsError: the folder holds something else.
@@ -251,14 +273,17 @@ def save_model(
         model.save_pretrained(temporary, state_dict=None if weights is None else {**weights})
         processor.save_pretrained(temporary)
         settle_folder(temporary)
+        files = [path for path in sorted(temporary.iterdir()) if path.is_file()]
+        written = {path.name: path.stat().st_size for path in files}
         if directory.exists():
             directory.rename(previous)
         temporary.rename(directory)
         sync_folder(directory.parent)
     finally:
         if previous.exists():
-            restore_folder(previous, directory)
+            restore_folder(previous, directory, replaced)
         shutil.rmtree(temporary, ignore_errors=True)
+    return written
 
 
 def check_checkpoint_folder(directory: Path) -> None:
@@ -293,27 +318,55 @@ def is_checkpoint(directory: Path) -> bool:
     return isinstance(config, dict) and config.get("model_type") == TokenFlexConfig.model_type
 
 
-def restore_folder(previous: Path, directory: Path) -> None:
+def restore_folder(previous: Path, directory: Path, written: Sizes | None = None) -> None:
     """End the replacement of a checkpoint's folder, which was renamed to ``previous`` before.
 
-    Either it goes back, where there is no new one, or what is not a checkpoint's in it goes into
-    the new one and the rest is deleted.
+    Either it goes back, where there is no new one, or what others have put into it goes into the
+    new one and the rest is deleted.
+
+    Args:
+        previous: The renamed folder.
+        directory: The checkpoint's folder.
+        written: Names and sizes of the files in ``previous`` that its save wrote, if known. Its
+            weights are known without them.
     """
     if not directory.exists():
         previous.rename(directory)
         return
-    _move_others(previous, directory, _CHECKPOINT_NAMES.fullmatch)
+    sizes, weights = written or {}, _weights_of(previous)
+
+    def is_ours(path: Path) -> bool:
+        return path.name in weights or sizes.get(path.name) == path.stat().st_size
+
+    _move_others(previous, directory, is_ours)
     shutil.rmtree(previous)
 
 
-def _move_others(source: Path, target: Path, is_ours: Any) -> None:
+def _weights_of(checkpoint: Path) -> set[str]:
+    """Return the names of the weights that a checkpoint has, in one file or as its index says."""
+    names = {_WEIGHTS}
+    try:
+        index = read_json(checkpoint / _INDEX)
+        shards = {*index["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return names
+    return names | {_INDEX} | {name for name in shards if _SHARD.fullmatch(str(name))}
+
+
+def _is_named(names: Sequence[str], path: Path) -> bool:
+    return path.name in names
+
+
+def _move_others(source: Path, target: Path, is_ours: Callable[[Path], bool]) -> None:
     for entry in [*source.iterdir()]:
-        if (
-            entry.name == router.FOLDER and entry.is_dir()
-        ):  # chosen for the weights that are replaced
-            others = [name for name in os.listdir(entry) if name not in _ROUTER_NAMES]
-            if others:
+        is_folder = entry.is_dir() and not entry.is_symlink()
+        if is_folder and entry.name == router.FOLDER:
+            # It was chosen for the weights that are replaced.
+            ours = _ROUTER_NAMES if router.is_router_file(entry / router.WEIGHTS) else ()
+            if any(name not in ours for name in os.listdir(entry)):
                 (target / router.FOLDER).mkdir(exist_ok=True)
-                _move_others(entry, target / router.FOLDER, _ROUTER_NAMES.__contains__)
-        elif not is_ours(entry.name) and not (target / entry.name).exists():
+                _move_others(entry, target / router.FOLDER, partial(_is_named, ours))
+        elif os.path.lexists(target / entry.name):
+            continue
+        elif is_folder or entry.is_symlink() or not is_ours(entry):
             entry.rename(target / entry.name)
