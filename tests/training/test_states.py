@@ -80,6 +80,17 @@ def test_a_state_is_what_torch_and_zip_read_too(tmp_path):
     assert zipfile.ZipFile(tmp_path / "state.pt").testzip() is None
 
 
+def test_a_state_that_lost_its_digest_is_damaged(tmp_path):
+    """What is left is an archive as states of earlier versions were, whole by its checksums."""
+    path = tmp_path / "state.pt"
+    save_state(path, state_of(3))
+    assert "digest" not in load_state(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rindex(b"tokenflex blake2")])
+    with pytest.raises(DamagedStateError, match="digest is cut off"):
+        load_state(path)
+
+
 def test_a_state_from_before_there_were_digests_loads_or_is_damaged(tmp_path):
     path = tmp_path / "state.pt"
     torch.save(state_of(7), path)

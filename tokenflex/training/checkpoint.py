@@ -42,6 +42,7 @@ Sizes: TypeAlias = "Mapping[str, int]"
 
 # What follows the archive that torch writes: a mark, and the digest of all bytes before it.
 _MARK = b"tokenflex blake2"
+_HAS_DIGEST = "digest"
 _DIGEST = hashlib.blake2b().digest_size
 _END_OF_ZIP = b"PK\x05\x06"
 _END_OF_ZIP_SIZE = 22
@@ -81,7 +82,8 @@ class _Hashing(io.BufferedIOBase):
 def save_state(path: Path, state: dict[str, Any], *, keep: int = 1) -> None:
     """A training state, atomically; the ``keep - 1`` before it stay as `state.1.pt`, `state.2.pt`..
 
-    The file is what ``torch.save`` writes, and after it a digest of all its bytes.
+    The file is what ``torch.save`` writes, and after it a digest of all its bytes. The state itself
+    says that there is one, so that a file that was cut off just before it is not taken for whole.
 
     Raises:
         OSError: it could not be written (a full disk, say); the earlier states are as they were.
@@ -91,7 +93,7 @@ def save_state(path: Path, state: dict[str, Any], *, keep: int = 1) -> None:
         try:
             with temporary.open("wb") as file:
                 hashing = _Hashing(file)
-                torch.save(state, cast("IO[bytes]", hashing))
+                torch.save({**state, _HAS_DIGEST: True}, cast("IO[bytes]", hashing))
                 file.write(_MARK + hashing.hash.digest())
         except (OSError, RuntimeError) as error:  # torch's writer wraps some of the first
             reason = str(error).splitlines()[0]
@@ -180,6 +182,8 @@ def load_state(path: Path) -> dict[str, Any]:
         raise DamagedStateError(
             f"training state {path} is not one of ours: it lacks {missing[0]!r}"
         )
+    if state.pop(_HAS_DIGEST, False) and not has_digest:
+        raise DamagedStateError(f"training state {path} cannot be read: its digest is cut off")
     return state
 
 

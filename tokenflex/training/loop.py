@@ -211,7 +211,8 @@ class Trainer:
         A run that was finished before only returns its report.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C or SIGTERM came; the state of the last whole step is saved.
+            KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP came; the state of the last whole step is
+                saved.
             WorkerDiedError, DataExhaustedError, StreamError: there is no more data; the state of
                 the last whole step is saved.
             NonFiniteLossError: the loss or the gradients are NaN or infinite.
