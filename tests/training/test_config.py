@@ -414,7 +414,7 @@ def test_all_contradictions_of_a_part_are_named(tmp_path):
         ("stages.0", "warmup_steps must not exceed"),
         ("stages.1", "betas must be in [0, 1), got (2.0, 3.0)"),
         ("evaluation", "counts must be a perfect square"),
-        ("evaluation", "asked once: give it no epochs"),
+        ("evaluation", "data of an evaluation is asked once"),
         ("sharding", "precision must be 'bf16' or 'no'"),
         ("data", "weight is for the parts of a mixture"),
     ):
