@@ -118,3 +118,64 @@ def test_another_error_is_not_a_lock_that_is_held(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", failing)
     with pytest.raises(OSError, match="Input/output"):
         FolderLock(tmp_path).acquire()
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "file", "long", "folder"])
+def test_what_is_not_a_lock_is_neither_written_nor_deleted(tmp_path, kind):
+    folder, theirs = tmp_path / "out", tmp_path / "theirs"
+    folder.mkdir()
+    lock = folder / NAME
+    content = f"process 1 on host{'x' * 9999 if kind == 'long' else chr(10) + 'mine'}"
+    theirs.write_text(content)
+    if kind == "link":
+        lock.symlink_to(theirs)
+    elif kind == "dangling link":
+        lock.symlink_to(tmp_path / "none")
+    elif kind == "hard link":
+        theirs.write_text("process 1 on host")
+        os.link(theirs, lock)
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+        lock.write_text(content)
+    before = lock.lstat(), theirs.read_text()
+    with pytest.raises(FileExistsError, match=r"place of a lock and is not one"):
+        FolderLock(folder).acquire()
+    assert (lock.lstat().st_ino, theirs.read_text()) == (before[0].st_ino, before[1])
+    assert lock.lstat().st_size == before[0].st_size
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("content", ["", "process 12 on host"])
+def test_a_lock_that_a_killed_process_has_left_is_taken(tmp_path, content):
+    (tmp_path / NAME).write_text(content)
+    with locked(tmp_path):
+        assert (tmp_path / NAME).read_text().startswith(f"process {os.getpid()} on ")
+    assert not (tmp_path / NAME).exists()
+
+
+def test_a_file_that_took_the_locks_place_meanwhile_is_not_deleted(tmp_path):
+    with locked(tmp_path):
+        (tmp_path / NAME).unlink()
+        (tmp_path / NAME).write_text("mine")
+    assert (tmp_path / NAME).read_text() == "mine"
+
+
+def test_a_released_lock_is_free_though_a_forked_child_is_alive(tmp_path):
+    """A loader worker shares the open file, and with it the lock."""
+    lock = FolderLock(tmp_path)
+    lock.acquire()
+    path, kept = tmp_path / NAME, tmp_path / "kept"
+    os.link(path, kept)  # the same file again, as the child's lock is on the file
+    child = os.fork()
+    if not child:
+        signal.pause()
+        os._exit(0)
+    try:
+        lock.release()
+        other = os.open(kept, os.O_RDWR)
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(other)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

@@ -8,12 +8,14 @@ import time
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ECHO = 1.0  # seconds; a launcher passes on the signal that its whole group has just got
 
 
 class Interruption:
-    """Notes Ctrl-C (or SIGTERM) inside a ``with`` block, for the block to act on when it can.
+    """Notes Ctrl-C, SIGTERM or SIGHUP in a ``with`` block, for the block to act on when it can.
+
+    SIGHUP stays ignored where it is already, as ``nohup`` has it.
 
     A second signal is not noted but raises KeyboardInterrupt at once. One within a second of the
     first is the same signal: torchrun passes on to its processes what systemd, Slurm or a terminal
@@ -27,7 +29,9 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():  # only there it is allowed
-            self._previous = {one: signal.signal(one, self._note) for one in _SIGNALS}
+            has_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            noted = _SIGNALS[:-1] if has_nohup else _SIGNALS
+            self._previous = {number: signal.signal(number, self._note) for number in noted}
         return self
 
     def __exit__(self, *error: object) -> None:

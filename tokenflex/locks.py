@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import socket
+import stat
 import time
 import warnings
 from collections.abc import Iterator
@@ -17,6 +19,8 @@ from tokenflex.errors import ReportedError
 NAME = ".tokenflex.lock"
 PATIENCE = 1.0  # seconds; the loader workers of a killed process hold its lock until they end
 _RETRY_AFTER = 0.05  # seconds
+_LONGEST = 400  # bytes of a lock file
+_CONTENT = re.compile(rb"(process \d+ on [^\n]*)?")
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -30,7 +34,8 @@ class FolderLock:
 
     The lock is ``flock`` on a file in the folder. The kernel releases it when the process ends,
     however it ends. On NFS it also holds between machines where the server's lock service runs. On
-    a file system without locks a warning says that nothing is guarded.
+    a file system without locks a warning says that nothing is guarded. A link, or a file with other
+    content than a lock's, is neither written nor deleted.
 
     Args:
         folder: The folder.
@@ -48,12 +53,13 @@ class FolderLock:
 
         Raises:
             FolderInUseError: Another process holds the lock; the message names it.
+            FileExistsError: What lies in the lock's place is not a lock.
             OSError: The folder cannot be created or written.
         """
         give_up = time.monotonic() + PATIENCE
         while self._descriptor is None:
             self._create_folder()
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = self._open()
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if self._is_current(descriptor):
@@ -79,8 +85,9 @@ class FolderLock:
             finally:
                 if descriptor >= 0:
                     os.close(descriptor)
+        content = f"process {os.getpid()} on {socket.gethostname()}".encode()
         os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        os.pwrite(self._descriptor, content[: _LONGEST - 1], 0)
 
     def release(self, *, undo: bool = False) -> None:
         """Unlock the folder.
@@ -89,7 +96,8 @@ class FolderLock:
             undo: Also delete the folders that :meth:`acquire` created, as far as they are empty.
         """
         if self._descriptor is not None:
-            self.path.unlink(missing_ok=True)
+            if self._is_current(self._descriptor):
+                self.path.unlink(missing_ok=True)
             # Forked children share the lock, so closing alone would not release it.
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             os.close(self._descriptor)
@@ -102,6 +110,33 @@ class FolderLock:
                     break
         self._created = []
 
+    def _open(self) -> int:
+        """Open the lock file, which is created if there is none.
+
+        Raises:
+            FileExistsError: It is a link, a folder, or a file that no lock has written.
+        """
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR):
+                raise FileExistsError(self._is_no_lock()) from None
+            raise
+        status = os.fstat(descriptor)
+        is_lock = (
+            stat.S_ISREG(status.st_mode)
+            and status.st_nlink <= 1  # 0: its holder has just deleted it
+            and status.st_size < _LONGEST
+            and _CONTENT.fullmatch(os.pread(descriptor, _LONGEST, 0))
+        )
+        if not is_lock:
+            os.close(descriptor)
+            raise FileExistsError(self._is_no_lock())
+        return descriptor
+
+    def _is_no_lock(self) -> str:
+        return f"{self.path} is in the place of a lock and is not one of this package; move it"
+
     def _create_folder(self) -> None:
         missing = [self.folder, *self.folder.parents]
         missing = [folder for folder in missing if not folder.exists()]
@@ -111,7 +146,7 @@ class FolderLock:
     def _is_current(self, descriptor: int) -> bool:
         """Return whether the locked file still is the one at the path, not one just deleted."""
         try:
-            return os.path.samestat(os.fstat(descriptor), self.path.stat())
+            return os.path.samestat(os.fstat(descriptor), self.path.lstat())
         except FileNotFoundError:
             return False
 

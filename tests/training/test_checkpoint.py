@@ -138,11 +138,15 @@ def test_a_saved_model_loads_whole(tmp_path):
 def test_saving_again_replaces_the_folder_whole(tmp_path):
     folder = tmp_path / "checkpoint"
     save_model(folder, tiny_model(seed=0), digits_processor(9))
-    (folder / "model-00001-of-00002.safetensors").write_text("of another model")
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for name in shards:
+        (folder / name).write_text("of another model")
+    index = {"weight_map": {"a": shards[0], "b": shards[1], "c": "../escape.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     newer = tiny_model(seed=1)
     save_model(folder, newer, digits_processor(16))
     assert names(tmp_path) == ["checkpoint"]
-    assert "model-00001-of-00002.safetensors" not in names(folder)
+    assert not {*shards, "model.safetensors.index.json"} & {*names(folder)}
     loaded, processor = load_checkpoint(folder)
     assert processor.num_image_tokens == 16
     assert torch.equal(loaded.lm_head.weight, newer.lm_head.weight)

@@ -368,9 +368,57 @@ def test_yaml_that_would_exhaust_the_machine_is_one_short_error(tmp_path, text):
 
 
 def test_a_large_value_is_not_printed(tmp_path):
-    for value in (["x"] * 1000, "x" * 10_000, {"k" * 1000: 1}):
-        for key in ("seed", "model.pooling", "stages", "mode"):
-            assert len(error_of(tmp_path, changed(key, value))) < 5000
+    many = {f"{'k' * 1000}{number}": 1 for number in range(1000)}
+    for value in (["x" * 1000] * 1000, "x" * 1_000_000, {"k" * 1_000_000: 1}, many):
+        for key in ("seed", "model.pooling", "stages", "mode", "data"):
+            assert len(error_of(tmp_path, changed(key, value))) < 200_000
+    assert error_of(tmp_path, changed("stages", ["x"] * 3000)).endswith("and 2000 more")
+
+
+def test_more_than_fifty_mistakes_are_all_named(tmp_path):
+    values = {**demo_values(), **{f"x{number}": 1 for number in range(60)}}
+    values["stages"][0] |= {"y0": 1, "y1": 2}
+    message = error_of(tmp_path, values)
+    assert all(f"x{number} is no known key (got 1" in message for number in range(60))
+    assert "stages.0.y1 is no known key (got 2)" in message
+    assert message.count("expected one of") == 2  # the run's keys and a stage's, once each
+    assert " more" not in message
+
+
+def test_a_list_whose_entries_are_wrong_is_not_called_too_short(tmp_path):
+    message = error_of(tmp_path, changed("stages", [stage(max_length=-3)]))
+    assert "stages.0.max_length: " in message
+    assert "at least 1 item" not in message
+    assert "at least 1 item" in error_of(tmp_path, changed("stages", []))
+
+
+def test_all_contradictions_of_a_part_are_named(tmp_path):
+    wrong = {
+        **{"tokens": 5.0, "weights": [1], "betas": [2, 3], "learning_rate": {"text": -1}},
+        **{"counts": [4, 17, 5], "warmup_steps": 9, "warmup_share": 0.5},
+    }
+    values = changed("stages", [stage(**wrong), stage(betas=[2, 3])])
+    values |= {"sharding": "full", "precision": "fp16"}
+    values["evaluation"] |= {"counts": [5, 10]}
+    values["evaluation"]["data"] |= {"epochs": 2}
+    values["data"]["weight"] = 2.0
+    parts = error_of(tmp_path, values).split("; ")
+    for key, words in (
+        ("stages.0", "exactly one of steps and tokens"),
+        ("stages.0", "counts and weights must have one entry each"),
+        ("stages.0", "counts[1] must be a perfect square"),
+        ("stages.0", "counts[2] must be a perfect square"),
+        ("stages.0", "betas must be in [0, 1), got (2.0, 3.0)"),
+        ("stages.0", "learning_rate must not be negative"),
+        ("stages.0", "at most one of warmup_steps and warmup_share"),
+        ("stages.0", "warmup_steps must not exceed"),
+        ("stages.1", "betas must be in [0, 1), got (2.0, 3.0)"),
+        ("evaluation", "counts must be a perfect square"),
+        ("evaluation", "data of an evaluation is asked once"),
+        ("sharding", "precision must be 'bf16' or 'no'"),
+        ("data", "weight is for the parts of a mixture"),
+    ):
+        assert any(f"{key}: {words}" in part for part in parts), (key, words)
 
 
 def test_references_that_stay_small_are_read(tmp_path):

@@ -100,7 +100,8 @@ def test_files_that_come_and_go_are_named(tmp_path):
 
 
 def test_of_a_large_file_both_ends_and_samples_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_digests, "WHOLE", 1000)
+    monkeypatch.setattr(data_digests, "SAMPLED", 1000)
+    monkeypatch.setattr(data_digests, "WHOLE", 2000)
     monkeypatch.setattr(data_digests, "_BLOCK", 100)
     path = tmp_path / "a.arrow"
     path.write_bytes(os.urandom(100_000))
@@ -116,6 +117,26 @@ def test_of_a_large_file_both_ends_and_samples_are_read(tmp_path, monkeypatch):
     assert 0 < sum(noticed[4:]) < len(noticed[4:])
     path.write_bytes(content[:-1])
     assert digests_of([config]) != before
+
+
+def test_any_byte_of_a_file_of_some_size_counts(tmp_path):
+    """Above the size from which blocks are sampled, too."""
+    path = tmp_path / "a.tar"
+    content = bytearray(12 << 20)
+    path.write_bytes(content)
+    config = DataConfig(name="huggingface", path=path)
+    before = json.loads(json.dumps(digests_of([config])))
+    check_unchanged(before, digests_of([config]))
+    content[1_000_003] = 1  # between two blocks
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="holds other bytes of the same number"):
+        check_unchanged(before, digests_of([config]))
+    of_old = {name: digest[:2] for name, digest in before.items()}
+    check_unchanged(of_old, digests_of([config]))  # all that such a state knows is as it was
+    content[0] = 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="holds other bytes of the same number"):
+        check_unchanged(of_old, digests_of([config]))
 
 
 # ---- runs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from accelerate.state import AcceleratorState
 
 from tests.training.runs import metrics, stage, tiny_values, write_config
 from tokenflex.cli import main
+from tokenflex.locks import NAME as LOCK
 from tokenflex.locks import FolderInUseError, locked
+from tokenflex.training import loop, output
 from tokenflex.training.config import TrainConfig, load_config
 from tokenflex.training.loop import Trainer
 from tokenflex.training.output import RunFolder, finished_report
-from tokenflex.training.states import fingerprint
+from tokenflex.training.states import RunStates, fingerprint
 
 SHORT = {"encoder_warm_up": None, "stages": [stage(steps=2)]}
 
@@ -99,6 +102,83 @@ def test_a_state_file_of_others_is_not_removed(tmp_path):
     assert contents(tmp_path / "run") == theirs
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "dangling link", "foreign state", "aged state"])
+def test_a_state_that_is_not_one_makes_no_folder_ours(tmp_path, kind, fresh):
+    folder = tmp_path / "run"
+    names = ("metrics.jsonl", "report.json", "evaluations.jsonl", "broken_samples.json")
+    put(folder, (*names, "thesis.tex"))
+    if kind == "folder":
+        put(folder, ("state.pt/shard0",))
+    elif kind == "dangling link":
+        (folder / "state.pt").symlink_to(tmp_path / "none")
+    elif kind == "foreign state":
+        torch.save({"model": 1}, folder / "state.pt")
+    else:
+        put(folder, ("state.1.pt",))
+    before = contents(folder)
+    with pytest.raises(ValueError, match=r"holds files of something else|state(\.1)?\.pt"):
+        train(configured(tmp_path), fresh=fresh)
+    assert contents(folder) == before
+    assert os.path.lexists(folder / ("state.1.pt" if kind == "aged state" else "state.pt"))
+
+
+def test_a_stale_lock_in_a_folder_that_is_refused_is_not_touched(tmp_path):
+    put(tmp_path / "run", ("notes.md",))
+    (tmp_path / "run" / LOCK).write_text("process 1 on host")
+    before = contents(tmp_path / "run")
+    with pytest.raises(ValueError, match="something else"):
+        train(configured(tmp_path))
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_lock_of_others_is_refused_and_not_touched(tmp_path):
+    put(tmp_path, ("victim",))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).symlink_to(tmp_path / "victim")
+    with pytest.raises(FileExistsError, match="in the place of a lock"):
+        train(configured(tmp_path))
+    assert (tmp_path / "victim").read_text() == "mine: victim"
+
+
+@pytest.mark.parametrize("name", ["state.pt", "state.1.pt", "report.json", "metrics.jsonl"])
+@pytest.mark.parametrize("kind", ["folder", "dangling link"])
+def test_what_cannot_be_replaced_by_a_file_is_refused_at_the_start(finished, tmp_path, name, kind):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    path = tmp_path / "run" / name
+    path.unlink(missing_ok=True)
+    if kind == "folder":
+        put(path, ("mine",))
+    else:
+        path.symlink_to(tmp_path / "none")
+    before = contents(tmp_path / "run")
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} must be a file to be replaced"):
+        train(configured(tmp_path), fresh=True)
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_checkpoint_that_is_a_link_is_refused_before_training(finished, tmp_path, fresh):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    shutil.move(tmp_path / "run" / "checkpoint", tmp_path / "elsewhere")
+    (tmp_path / "run" / "checkpoint").symlink_to(tmp_path / "elsewhere")
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=r"checkpoint must be a folder .* it is a link"):
+        train(configured(tmp_path), fresh=fresh)
+    (tmp_path / "run.yaml").unlink()
+    assert contents(tmp_path) == before
+
+
+def test_a_damaged_configuration_of_a_run_is_named(finished, tmp_path):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text('{"model": ')
+    before = contents(tmp_path / "run")
+    for fresh in (False, True):
+        with pytest.raises(ValueError, match=r"config\.json is not JSON.*nothing says what run"):
+            train(configured(tmp_path), fresh=fresh)
+    assert contents(tmp_path / "run") == before
+
+
 @pytest.mark.parametrize("names", [(), ("config.yaml", "train.log")])
 def test_an_empty_folder_and_one_that_an_ablation_made_are_taken(tmp_path, names):
     (tmp_path / "run").mkdir()
@@ -139,7 +219,7 @@ def test_leftovers_of_a_killed_run_are_removed_or_put_back(tmp_path):
     (folder / "checkpoint").rename(folder / ".checkpoint.12.old")
     run = RunFolder(folder)
     run.claim()
-    run.prepare(resumed=True, fresh=False)
+    run.prepare(fingerprint(load_config(tmp_path / "run.yaml")), resumed=True, fresh=False)
     run.release()
     assert (folder / "checkpoint" / "model.safetensors").exists()
     assert theirs.items() <= contents(folder).items()
@@ -215,6 +295,23 @@ def test_what_is_finished_and_what_is_not(finished, tmp_path):
     (tmp_path / "run" / "state.pt").touch()
     assert report_of(config) is None
     (tmp_path / "run" / "state.pt").unlink()
+    for damage in (lambda path: path.write_text("{"), Path.unlink):
+        damage(tmp_path / "run" / "metrics.jsonl")
+        assert report_of(config) == report_of(load_config(finished / "run.yaml"))
+
+
+def test_of_runs_of_earlier_versions_the_last_step_says_that_they_are_finished(finished, tmp_path):
+    """They noted nothing in their configuration."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    config, noted = load_config(configured(tmp_path)), tmp_path / "run" / "config.json"
+    values = json.loads(noted.read_text())
+    expected, training = report_of(config), values["run"]["training"]
+    del values["run"]
+    noted.write_text(json.dumps(values))
+    report = report_of(config)
+    assert report == expected
+    assert [one["steps"] for one in report["stages"]] == [2]
+    assert training["stages"] == report["stages"]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     (tmp_path / "run" / "metrics.jsonl").write_text(lines[0])  # begun anew, and killed
     assert report_of(config) is None
@@ -232,9 +329,98 @@ def test_a_finished_run_that_is_damaged_is_an_error(finished, tmp_path, name):
         report_of(config)
 
 
+def test_a_finished_run_whose_checkpoint_is_gone_is_an_error(finished, tmp_path):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint")
+    with pytest.raises(ValueError, match=r"checkpoint of a finished run is damaged: it is gone"):
+        train(configured(tmp_path))
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_run_begun_anew_is_not_finished_from_its_first_moment(finished, tmp_path, noted):
+    """Before it has logged a line, or done anything else in the folder."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    if not noted:
+        values = json.loads(path.read_text())
+        del values["run"]
+        path.write_text(json.dumps(values))
+    config = load_config(configured(tmp_path))
+    assert report_of(config) is not None
+    trainer = Trainer(config, fresh=True)
+    assert report_of(config) is None
+    trainer.folder.begin_records()
+    assert report_of(config) is None
+    trainer.folder.release()
+
+
+def test_a_run_is_marked_as_finished_after_all_that_it_saves(tmp_path, monkeypatch):
+    """What counts is the order: a machine may lose its power between any two of these."""
+    calls: list[str] = []
+
+    def recorded(owner, name, label):
+        original = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            calls.append(label(*args))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    recorded(loop, "save_model", lambda *_: "model")
+    recorded(loop, "write_json", lambda path, _: path.name)
+    recorded(RunFolder, "sync", lambda *_: "sync")
+    recorded(output, "write_json", lambda _, value: f"finished {value['run']['finished']}")
+    recorded(RunStates, "save", lambda *_: "state")
+    recorded(RunStates, "remove", lambda *_: "states removed")
+    train(configured(tmp_path))
+    assert calls[0] == "finished False"
+    assert calls[1:3] == ["sync", "state"]
+    assert calls[3:] == ["model", "report.json", "sync", "finished True", "states removed"]
+
+
+def test_a_finished_run_that_is_now_to_be_evaluated_says_how(tmp_path, capsys):
+    train(configured(tmp_path, evaluation=None))
+    assert main(["train", str(configured(tmp_path))]) == 0
+    said = capsys.readouterr().out
+    checkpoint = tmp_path / "run" / "checkpoint"
+    assert f"finished: `tokenflex evaluate {checkpoint} ...` evaluates it; --fresh" in said
+    assert said.rstrip().endswith(f"Its model is in {checkpoint}")
+    assert "nothing to do" not in said
+
+
+def test_files_that_no_save_wrote_stay_in_a_checkpoint_that_is_made_anew(finished, tmp_path):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoint"
+    written = json.loads((tmp_path / "run" / "config.json").read_text())["run"]["checkpoint"]
+    assert written == {path.name: path.stat().st_size for path in folder.iterdir()}
+    theirs = put(
+        folder,
+        (
+            *("adapter_config.json", "adapter_model.safetensors", "merges.txt", "vocab.txt"),
+            *("added_tokens.json", "model-00001-of-00002.safetensors", "router/report.json"),
+            "../state.5.pt",
+        ),
+    )
+    train(configured(tmp_path, evaluation=None), fresh=True)
+    assert {name: (folder / name).read_bytes() for name in theirs} == theirs
+
+
+def test_what_an_earlier_save_wrote_goes_with_it(finished, tmp_path):
+    """A file that the new model does not have, but the old one had."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    folder, noted = tmp_path / "run" / "checkpoint", tmp_path / "run" / "config.json"
+    put(folder, ("vocab.json", "merges.txt"))
+    values = json.loads(noted.read_text())
+    values["run"]["checkpoint"] |= {"vocab.json": len("mine: vocab.json"), "merges.txt": 1}
+    noted.write_text(json.dumps(values))
+    train(configured(tmp_path, evaluation=None), fresh=True)
+    assert not (folder / "vocab.json").exists()
+    assert (folder / "merges.txt").exists()  # of another size than the one that was written
+
+
 def test_fresh_trains_a_finished_run_anew(finished, tmp_path, capsys):
     shutil.copytree(finished / "run", tmp_path / "run")
-    (tmp_path / "run" / "metrics.jsonl").unlink()
     assert main(["train", str(configured(tmp_path)), "--fresh"]) == 0
     assert len(metrics(tmp_path / "run")) == 2
     assert "nothing to do" not in capsys.readouterr().out

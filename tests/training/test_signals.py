@@ -107,6 +107,20 @@ def test_a_second_signal_ends_at_once_unless_it_echoes_the_first(monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def test_a_lost_terminal_stops_a_run_unless_it_is_ignored_already():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert interruption.requested
+        assert signal.signal(signal.SIGHUP, signal.SIG_IGN) is signal.SIG_DFL
+        with Interruption() as interruption:  # as nohup starts it
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not interruption.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 # ---- workers
 
 

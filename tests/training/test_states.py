@@ -17,6 +17,8 @@ from tests.training.runs import tiny_values
 from tokenflex import files
 from tokenflex.digits.processor import digits_processor
 from tokenflex.files import write_json
+from tokenflex.selection.router import Router
+from tokenflex.selection.storage import save_router
 from tokenflex.training import checkpoint, states
 from tokenflex.training.agreement import OtherProcessError
 from tokenflex.training.checkpoint import (
@@ -76,6 +78,17 @@ def test_a_state_is_what_torch_and_zip_read_too(tmp_path):
     save_state(tmp_path / "state.pt", state_of(3))
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 3
     assert zipfile.ZipFile(tmp_path / "state.pt").testzip() is None
+
+
+def test_a_state_that_lost_its_digest_is_damaged(tmp_path):
+    """What is left is an archive as states of earlier versions were, whole by its checksums."""
+    path = tmp_path / "state.pt"
+    save_state(path, state_of(3))
+    assert "digest" not in load_state(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rindex(b"tokenflex blake2")])
+    with pytest.raises(DamagedStateError, match="digest is cut off"):
+        load_state(path)
 
 
 def test_a_state_from_before_there_were_digests_loads_or_is_damaged(tmp_path):
@@ -158,12 +171,13 @@ def test_a_whole_state_that_torch_cannot_load_now_is_not_put_aside(
 
 def test_only_states_of_a_run_are_removed(tmp_path):
     kept = run_states(tmp_path / "run")
-    for name in ("state.backup.pt", "state.100.pt", "mystate.pt", "state.pt.bak"):
+    for name in ("state.backup.pt", "state.100.pt", "mystate.pt", "state.pt.bak", "state.5.pt"):
         (tmp_path / "run" / name).write_text("mine")
-    assert [path.name for path in saved_states(kept.path)] == ["state.pt", "state.1.pt"]
+    torch.save(state_of(3), tmp_path / "run" / "state.2.pt")  # from before there were digests
+    assert [path.name for path in saved_states(kept.path)][:2] == ["state.pt", "state.1.pt"]
     kept.remove()
     assert sorted(os.listdir(tmp_path / "run")) == [
-        *("mystate.pt", "state.100.pt", "state.backup.pt", "state.pt.bak"),
+        *("mystate.pt", "state.100.pt", "state.5.pt", "state.backup.pt", "state.pt.bak"),
     ]
 
 
@@ -253,13 +267,14 @@ def test_what_others_have_put_beside_a_checkpoint_is_kept_when_it_is_replaced(tm
     (folder / "notes.md").write_text("mine")
     (folder / "plots").mkdir()
     (folder / "plots" / "a.png").write_text("mine")
-    for name in ("router.safetensors", "report.json", "mine.txt"):
-        (folder / "router").mkdir(exist_ok=True)
-        (folder / "router" / name).write_text(name)
+    save_router(Router([4, 9], 8, 8), folder, {})
+    (folder / "router" / "mine.txt").write_text("mine")
+    (folder / "linked").symlink_to(tmp_path)
     save_model(folder, tiny_model(seed=1), digits_processor(9))
     assert (folder / "notes.md").read_text() == (folder / "plots" / "a.png").read_text() == "mine"
     # A router goes with the weights that it was made for.
     assert os.listdir(folder / "router") == ["mine.txt"]
+    assert (folder / "linked").is_symlink()
     assert os.listdir(tmp_path) == ["checkpoint"]
 
 

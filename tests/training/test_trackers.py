@@ -16,7 +16,7 @@ from tokenflex.cli import main
 from tokenflex.training.checkpoint import load_state
 from tokenflex.training.config import TrainConfig
 from tokenflex.training.loop import Trainer
-from tokenflex.training.trackers import flat
+from tokenflex.training.trackers import flat, remove_event_files
 
 EVALUATION = {
     "data": {"name": "digits", "split": "test", "size": 4, "questions": 2},
@@ -158,6 +158,31 @@ def test_a_fresh_run_begins_with_empty_trackers(tmp_path):
         Trainer(config, fresh=True).run()
     assert len(scalars(tmp_path / "run").Scalars("training/loss")) == 6
     assert len(list((tmp_path / "run" / "trackers" / "tokenflex").glob("events*"))) == 1
+
+
+@pytest.mark.parametrize("link", ["trackers", "trackers/tokenflex"])
+def test_events_behind_a_link_are_left_alone(tmp_path, link):
+    shared = tmp_path / "shared" / "tokenflex"
+    shared.mkdir(parents=True)
+    events = shared / "events.out.tfevents.1"
+    events.touch()
+    (tmp_path / "run" / link).parent.mkdir(parents=True)
+    (tmp_path / "run" / link).symlink_to(shared if "/" in link else shared.parent)
+    remove_event_files(tmp_path / "run" / "trackers")
+    assert events.exists()
+    assert (tmp_path / "run" / link).is_symlink()
+
+
+def test_only_events_where_a_run_writes_them_are_removed(tmp_path):
+    folder = tmp_path / "tokenflex"
+    ours = ["events.out.tfevents.1", "17.5/events.out.tfevents.2", "17.5/hparams.yml"]
+    theirs = ["mine/events.out.tfevents.3", "17.5/notes.md", "18/a/hparams.yml"]
+    for name in ours + theirs:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "19").symlink_to(folder / "mine")
+    remove_event_files(tmp_path)
+    assert [name for name in ours + theirs if (folder / name).exists()] == theirs
 
 
 def test_without_trackers_there_is_no_folder(tmp_path):

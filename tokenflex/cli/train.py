@@ -52,12 +52,19 @@ def _train(options: argparse.Namespace) -> int:
 
         print(format_plan(plan_run(config, options.processes)))
         return 0
-    from tokenflex.training.output import finished_report
+    from tokenflex.training.output import CHECKPOINT, finished_report
     from tokenflex.training.states import fingerprint
 
-    if not options.fresh and finished_report(config, fingerprint(config)) is not None:
+    finished = None if options.fresh else finished_report(config, fingerprint(config))
+    if finished is not None:
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"{config.output} holds this run, finished: nothing to do; --fresh trains anew")
+            checkpoint, left = config.output / CHECKPOINT, "nothing to do"
+            if config.evaluation is not None and "accuracy" not in finished:
+                left = f"`tokenflex evaluate {checkpoint} ...` evaluates it"
+            print(
+                f"{config.output} holds this run, finished: {left}; --fresh trains anew. "
+                f"Its model is in {checkpoint}"
+            )
         return 0
     from tokenflex.training.agreement import OtherProcessError, is_lost_connection
     from tokenflex.training.loop import Trainer

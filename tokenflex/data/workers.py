@@ -17,7 +17,7 @@ from tokenflex.errors import ReportedError
 
 T = TypeVar("T")
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class WorkerDiedError(ReportedError):

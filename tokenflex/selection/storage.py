@@ -63,13 +63,14 @@ def check_router_folder(checkpoint: str | Path) -> None:
     """
     folder = Path(checkpoint) / FOLDER
     for name in (WEIGHTS, REPORT, CURVE):
-        if (folder / name).exists() and not _is_router_file(folder / WEIGHTS):
+        if (folder / name).exists() and not is_router_file(folder / WEIGHTS):
             raise FileExistsError(
                 f"{folder / name} exists and was not written with a router; move it"
             )
 
 
-def _is_router_file(path: Path) -> bool:
+def is_router_file(path: Path) -> bool:
+    """Return whether a file is one that :func:`save_router` has written."""
     try:
         with safe_open(path, framework="pt") as opened:
             return "router" in (opened.metadata() or {})

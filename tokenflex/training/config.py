@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from tokenflex.counts import TokenCount, TokenCounts, token_grid, tokens_of
 from tokenflex.data.steps import Draw
 from tokenflex.digits.canvas import CELL_PIXELS
 from tokenflex.positions import check_image_positions
 from tokenflex.training.data_config import DataConfig
-from tokenflex.training.strict import Float, Int, Strict, read_yaml
+from tokenflex.training.strict import Float, Int, Strict, read_yaml, reason_of
 from tokenflex.training.trackers import check_names
 
 MAX_INT32 = 2**31 - 1
+
+
+def _has_no_weight(data: DataConfig) -> DataConfig:
+    if data.weight != 1:
+        raise ValueError(
+            f"weight is for the parts of a mixture: give data by itself none, got {data.weight}"
+        )
+    return data
+
+
+WholeData = Annotated[DataConfig, AfterValidator(_has_no_weight)]
 
 
 class PartConfig(Strict):
@@ -28,11 +41,9 @@ class PartConfig(Strict):
     path: str | None = None
     config: dict[str, Any] | None = None
 
-    @model_validator(mode="after")
-    def _at_least_one(self) -> PartConfig:
+    def contradictions(self) -> Iterator[str]:
         if self.path is None and self.config is None:
-            raise ValueError("give a path, a config or both, got neither")
-        return self
+            yield "give a path, a config or both, got neither"
 
 
 class ModelConfig(Strict):
@@ -59,27 +70,26 @@ class ModelConfig(Strict):
     max_tiles: Int = Field(default=1, ge=1)
     use_thumbnail: bool = False
 
-    @model_validator(mode="after")
-    def _processor_has_a_source(self) -> ModelConfig:
-        token_grid(self.num_image_tokens, name="num_image_tokens")
-        check_image_positions(self.image_positions, self.projector_position)
+    def contradictions(self) -> Iterator[str]:
+        checks: tuple[Callable[[], object], ...] = (
+            partial(token_grid, self.num_image_tokens, name="num_image_tokens"),
+            partial(check_image_positions, self.image_positions, self.projector_position),
+        )
+        yield from filter(None, map(reason_of, checks))
         if self.processor is None and (self.vision.path is None or self.text.path is None):
-            raise ValueError(
+            yield (
                 "processor must be 'digits' unless vision and text both have a path, got "
                 f"processor={self.processor!r}"
             )
         if self.processor is not None and self.max_tiles > 1:
-            raise ValueError(
-                f"max_tiles must be 1 with processor {self.processor!r}, got {self.max_tiles}"
-            )
+            yield (f"max_tiles must be 1 with processor {self.processor!r}, got {self.max_tiles}")
         if self.processor is not None and self.image_token != "<image>":
-            raise ValueError(
+            yield (
                 f"image_token must not be given with processor {self.processor!r}, which has its "
                 f"own, got {self.image_token!r}"
             )
         if self.use_thumbnail and self.max_tiles == 1:
-            raise ValueError("use_thumbnail needs max_tiles above 1, got max_tiles=1")
-        return self
+            yield "use_thumbnail needs max_tiles above 1, got max_tiles=1"
 
 
 class EncoderWarmUpConfig(Strict):
@@ -116,7 +126,7 @@ class StageConfig(Strict):
     tokens: Float | None = Field(default=None, gt=0, lt=float("inf"))
     batch_size: Int = Field(ge=1)
     learning_rate: dict[Literal["vision", "projector", "text"], Float]
-    data: DataConfig | None = None
+    data: WholeData | None = None
     counts: tuple[TokenCount, ...] = (64, 144, 256)
     weights: tuple[Float, ...] = (0.2, 0.3, 0.5)
     draw: Draw = "sample"
@@ -159,64 +169,71 @@ class StageConfig(Strict):
         """Different samples a step; with ``draw`` "all" each is shown at every count."""
         return self.batch_size // (len(self.counts) if self.draw == "all" else 1)
 
-    @model_validator(mode="after")
-    def _values_make_sense(self) -> StageConfig:
+    def contradictions(self) -> Iterator[str]:
         if (self.steps is None) == (self.tokens is None):
-            raise ValueError(
+            yield (
                 "exactly one of steps and tokens must be given, got "
                 f"steps={self.steps} and tokens={self.tokens}"
             )
         if self.warmup_steps and self.warmup_share:
-            raise ValueError(
+            yield (
                 "at most one of warmup_steps and warmup_share may be given, got "
                 f"{self.warmup_steps} and {self.warmup_share}"
             )
         if self.steps is not None and self.warmup_steps > self.steps:
-            raise ValueError(
+            yield (
                 f"warmup_steps must not exceed the stage's {self.steps} steps, got "
                 f"{self.warmup_steps}: it would never reach its learning rate"
             )
         if self.max_length and self.max_tokens and self.max_length > self.max_tokens:
-            raise ValueError(
+            yield (
                 f"max_length must not exceed max_tokens of {self.max_tokens}, which a conversation "
                 f"must fit, got {self.max_length}"
             )
-        TokenCounts(self.counts, self.weights)
-        grids = [token_grid(count) for count in self.counts]
-        if len({*grids}) < len(grids):
-            raise ValueError(f"counts must differ from each other, got {self.counts}")
+        wrong_counts = [*self._wrong_counts()]
+        yield from wrong_counts
+        if not wrong_counts and len({*map(token_grid, self.counts)}) < len(self.counts):
+            yield f"counts must differ from each other, got {self.counts}"
         if self.draw == "all":
-            if self.batch_size % len(self.counts):
-                raise ValueError(
+            if self.counts and self.batch_size % len(self.counts):
+                yield (
                     f"batch_size must be a multiple of the {len(self.counts)} counts with draw: "
                     f"all, got {self.batch_size}"
                 )
             if len({*self.weights}) > 1:
-                raise ValueError(
+                yield (
                     "weights must be equal with draw: all, which shows every count as often, got "
                     f"{self.weights}"
                 )
         if self.distillation and self.draw == "all":
-            raise ValueError(
+            yield (
                 "distillation must be 0 with draw: all, which shows the largest count itself, got "
                 f"{self.distillation}"
             )
-        if self.distillation and len({tokens_of(count) for count in self.drawn_counts}) < 2:
-            raise ValueError(
+        sizes = set() if wrong_counts else {*map(tokens_of, self.drawn_counts)}
+        if self.distillation and not wrong_counts and len(sizes) < 2:
+            yield (
                 f"distillation of {self.distillation} needs counts of at least two sizes with odds "
                 f"above 0, got counts {self.counts} with weights {self.weights}"
             )
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+            yield f"betas must be in [0, 1), got {self.betas}"
         if not all(0 <= rate < float("inf") for rate in self.learning_rate.values()):
-            raise ValueError(
-                f"learning_rate must not be negative, and be finite, got {self.learning_rate}"
-            )
+            yield (f"learning_rate must not be negative, and be finite, got {self.learning_rate}")
         if not any(self.learning_rate.values()):
-            raise ValueError(
+            yield (
                 f"learning_rate must be above 0 for at least one module, got {self.learning_rate}"
             )
-        return self
+
+    def _wrong_counts(self) -> Iterator[str]:
+        for index, count in enumerate(self.counts):
+            wrong = reason_of(partial(token_grid, count, name=f"counts[{index}]"))
+            if wrong is not None:
+                yield wrong
+        # Of counts that are right, so that their number and the weights are looked at in any case.
+        wrong = reason_of(lambda: TokenCounts((1,) * len(self.counts), self.weights))
+        if wrong is not None:
+            yield wrong
 
 
 class SampleConfig(Strict):
@@ -237,14 +254,12 @@ class SampleConfig(Strict):
         """Tiles that stand in the language model's rows."""
         return self.tiles if self.shown_tiles is None else self.shown_tiles
 
-    @model_validator(mode="after")
-    def _answers_are_text(self) -> SampleConfig:
+    def contradictions(self) -> Iterator[str]:
         if self.answer_tokens > self.text_tokens:
-            raise ValueError(
+            yield (
                 f"answer_tokens must not exceed text_tokens, got {self.answer_tokens} and "
                 f"{self.text_tokens}"
             )
-        return self
 
 
 class EvaluationConfig(Strict):
@@ -254,28 +269,22 @@ class EvaluationConfig(Strict):
     stage and, with ``at_stage_end``, after its last; after training all of them are.
     """
 
-    data: DataConfig
+    data: WholeData
     counts: tuple[TokenCount, ...]
     batch_size: Int = Field(default=64, ge=1)
     every: Int | None = Field(default=None, ge=1)
     at_stage_end: bool = False
     samples: Int = Field(default=256, ge=1)
 
-    @model_validator(mode="after")
-    def _data_has_a_size(self) -> EvaluationConfig:
+    def contradictions(self) -> Iterator[str]:
         if any(one.streaming for one in (self.data, *self.data.parts)):
-            raise ValueError("data of an evaluation must not be streaming, got streaming=True")
+            yield "data of an evaluation must not be streaming, got streaming=True"
         if any(one.epochs is not None for one in (self.data, *self.data.parts)):
-            raise ValueError("data of an evaluation is asked once: give it no epochs")
-        return self
-
-    @model_validator(mode="after")
-    def _counts_are_grids(self) -> EvaluationConfig:
+            yield "data of an evaluation is asked once: give it no epochs"
         if not self.counts:
-            raise ValueError(f"counts must name at least one count, got {self.counts}")
-        for count in self.counts:
-            token_grid(count, name="counts")
-        return self
+            yield f"counts must name at least one count, got {self.counts}"
+        checks = (partial(token_grid, count, name="counts") for count in self.counts)
+        yield from filter(None, map(reason_of, checks))
 
 
 class TrainConfig(Strict):
@@ -296,7 +305,7 @@ class TrainConfig(Strict):
 
     output: Path
     model: ModelConfig
-    data: DataConfig
+    data: WholeData
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     encoder_warm_up: EncoderWarmUpConfig | None = None
     evaluation: EvaluationConfig | None = None
@@ -319,42 +328,37 @@ class TrainConfig(Strict):
         """What ``stage`` is trained on."""
         return self.data if stage.data is None else stage.data
 
-    @model_validator(mode="after")
-    def _weights_have_a_use(self) -> TrainConfig:
-        alone = [self.data, *(stage.data for stage in self.stages if stage.data is not None)]
-        alone += [] if self.evaluation is None else [self.evaluation.data]
-        if any(data.weight != 1 for data in alone):
-            raise ValueError("weight is for the parts of a mixture: give data by itself none")
-        return self
-
-    @model_validator(mode="after")
-    def _canvases_fit_the_encoder(self) -> TrainConfig:
-        """The words for cells and the size of pictures follow from the encoder's image size."""
-        if self.model.processor != "digits" or self.model.vision.config is None:
-            return self
-        size = self.model.vision.config.get("image_size")
-        used = [self.data_of(stage) for stage in self.stages]
-        used += [] if self.evaluation is None else [self.evaluation.data]
-        for data in (part for one in used for part in (one, *one.parts)):
-            if data.name == "digits" and data.cells * CELL_PIXELS != size:
-                raise ValueError(
-                    f"model.vision.config must have image_size {data.cells * CELL_PIXELS} for "
-                    f"canvases of {data.cells} x {data.cells} cells, got {size!r}"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _warm_up_is_for_digits(self) -> TrainConfig:
+    def contradictions(self) -> Iterator[str]:
+        yield from self._canvases_that_do_not_fit()
         if self.encoder_warm_up is not None and self.model.start is not None:
-            raise ValueError(
+            yield (
                 "encoder_warm_up must not be given with model.start, whose encoder is trained, "
                 f"got start={str(self.model.start)!r}"
             )
         if self.encoder_warm_up is not None and self.model.processor != "digits":
-            raise ValueError(
-                f"encoder_warm_up needs model.processor: digits, got {self.model.processor!r}"
-            )
-        return self
+            yield (f"encoder_warm_up needs model.processor: digits, got {self.model.processor!r}")
+
+    def _canvases_that_do_not_fit(self) -> Iterator[str]:
+        """The words for cells and the size of pictures follow from the encoder's image size."""
+        if self.model.processor != "digits" or self.model.vision.config is None:
+            return
+        size = self.model.vision.config.get("image_size")
+        used = [self.data_of(stage) for stage in self.stages]
+        used += [] if self.evaluation is None else [self.evaluation.data]
+        parts = [part for data in used for part in (data, *data.parts)]
+        for cells in dict.fromkeys(part.cells for part in parts if part.name == "digits"):
+            if cells * CELL_PIXELS != size:
+                yield (
+                    f"model.vision.config must have image_size {cells * CELL_PIXELS} for "
+                    f"canvases of {cells} x {cells} cells, got {size!r}"
+                )
+
+    @field_validator("sharding")
+    @classmethod
+    def _shards_take_no_loss_scaler(cls, sharding: str, before: ValidationInfo) -> str:
+        if sharding == "full" and before.data.get("precision") == "fp16":
+            raise ValueError("precision must be 'bf16' or 'no' with sharding: full, got 'fp16'")
+        return sharding
 
     @field_validator("trackers")
     @classmethod
@@ -363,12 +367,6 @@ class TrainConfig(Strict):
         if len({*trackers}) < len(trackers):
             raise ValueError(f"trackers must differ from each other, got {', '.join(trackers)}")
         return trackers
-
-    @model_validator(mode="after")
-    def _shards_take_no_loss_scaler(self) -> TrainConfig:
-        if self.sharding == "full" and self.precision == "fp16":
-            raise ValueError("precision must be 'bf16' or 'no' with sharding: full, got 'fp16'")
-        return self
 
 
 def load_config(path: str | Path) -> TrainConfig:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from tokenflex.training.strict import Float, Int, Strict
 
@@ -53,39 +54,37 @@ class DataConfig(Strict):
     parts: tuple[DataConfig, ...] = ()
     weight: Float = Field(default=1.0, gt=0, lt=float("inf"))
 
-    @model_validator(mode="after")
-    def _keys_fit_the_name(self) -> DataConfig:
+    def contradictions(self) -> Iterator[str]:
         if (self.name in ("digits", "mixture")) != (self.path is None):
-            raise ValueError(
+            yield (
                 "path must be given with name: messages, llava, webdataset or huggingface, and "
                 f"only there, got name={self.name!r} and "
                 f"path={None if self.path is None else str(self.path)!r}"
             )
         if (self.name == "mixture") != bool(self.parts):
-            raise ValueError(
+            yield (
                 "parts must be given with name: mixture, and only there, got "
                 f"name={self.name!r} and {len(self.parts)} parts"
             )
         if any(part.name == "mixture" for part in self.parts):
-            raise ValueError("parts must not be mixtures themselves, got one that is")
+            yield "parts must not be mixtures themselves, got one that is"
         elsewhere = set().union(*KEYS_OF.values()) - KEYS_OF[self.name]
         for key in sorted(elsewhere & self.model_fields_set):
             if getattr(self, key) != type(self).model_fields[key].default:
                 users = ", ".join(name for name, keys in KEYS_OF.items() if key in keys)
-                raise ValueError(
+                yield (
                     f"{key} must be given with name: {users} only, got name={self.name!r} and "
                     f"{key}={getattr(self, key)!r}"
                 )
         if self.shuffle_buffer != SHUFFLE_BUFFER and not self.streaming:
-            raise ValueError(
+            yield (
                 f"shuffle_buffer needs streaming: true, got shuffle_buffer={self.shuffle_buffer}"
             )
         if self.name == "mixture" and self.epochs is not None:
-            raise ValueError(
+            yield (
                 f"epochs must be given to the parts of a mixture, got epochs={self.epochs} beside "
                 "them"
             )
         if self.name == "digits" and self.split not in DIGITS_SPLITS:
             known = ", ".join(repr(split) for split in DIGITS_SPLITS)
-            raise ValueError(f"split must be one of {known} with name: digits, got {self.split!r}")
-        return self
+            yield f"split must be one of {known} with name: digits, got {self.split!r}"

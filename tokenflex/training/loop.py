@@ -35,7 +35,7 @@ from tokenflex.training.build import (
     check_supply,
     modules_of,
 )
-from tokenflex.training.checkpoint import save_model
+from tokenflex.training.checkpoint import Sizes, save_model
 from tokenflex.training.config import StageConfig, TrainConfig
 from tokenflex.training.data_digests import check_unchanged, digests_of
 from tokenflex.training.engine import (
@@ -201,8 +201,8 @@ class Trainer:
         self.records: list[dict[str, Any]] = []
 
     def _take_folder(self, fresh: bool) -> None:
-        self.folder.prepare(resumed=self.resumed is not None, fresh=fresh)
-        self.states.keep_config()
+        resumed = self.resumed is not None
+        self.folder.prepare(fingerprint(self.config), resumed=resumed, fresh=fresh)
         self.states.put_unreadable_aside()
 
     def run(self) -> dict[str, Any]:
@@ -211,7 +211,8 @@ class Trainer:
         A run that was finished before only returns its report.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C or SIGTERM came; the state of the last whole step is saved.
+            KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP came; the state of the last whole step is
+                saved.
             WorkerDiedError, DataExhaustedError, StreamError: there is no more data; the state of
                 the last whole step is saved.
             NonFiniteLossError: the loss or the gradients are NaN or infinite.
@@ -560,10 +561,17 @@ class Trainer:
         from_main(save, self.is_main)
 
     def _finish(self) -> dict[str, Any]:
-        report = training_report(self.records)
+        report = training = training_report(self.records)
         weights = model_weights(self.model, keep=self.is_main)
+        written: Sizes = {}
         if self.is_main:
-            save_model(self.output / CHECKPOINT, self.model, self.processor, weights)
+            written = save_model(
+                self.output / CHECKPOINT,
+                self.model,
+                self.processor,
+                weights,
+                replaced=self.folder.checkpoint_files,
+            )
         if self.evaluator is not None:
             report = {**self.evaluator.run_last(self.model, weights), **report}
         if self.is_main:
@@ -572,6 +580,7 @@ class Trainer:
             else:
                 (self.output / REPORT).unlink(missing_ok=True)  # of an earlier checkpoint
             self.folder.sync()
+            self.folder.finish(fingerprint(self.config), training, written)
             self.states.remove()
         return report
 

@@ -11,12 +11,16 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from tokenflex.files import read_json, sync_folder
+from tokenflex.files import read_json, sync_folder, write_json
 from tokenflex.locks import NAME as LOCK
 from tokenflex.locks import FolderLock
 from tokenflex.training.checkpoint import (
+    DamagedStateError,
+    Sizes,
     check_checkpoint_folder,
+    is_checkpoint,
     load_state,
+    remove_states,
     restore_folder,
     saved_states,
 )
@@ -42,6 +46,9 @@ _LEFTOVER = re.compile(
 # What an ablation puts into a run's folder before the run begins.
 _BEFORE_A_RUN = {"config.yaml", "train.log"}
 _KEYS_OF_A_RUN = {"model", "data", "stages", "seed"}
+# In config.json, beside what the run is made by: whether it is finished, its report on training,
+# and the files of the checkpoint that lies there. Runs of earlier versions have no such key.
+_PROGRESS = "run"
 
 
 class RunFolder:
@@ -54,6 +61,8 @@ class RunFolder:
 
     def __init__(self, path: Path, *, keep_states: int = 1) -> None:
         self.path = path
+        self.checkpoint_files: dict[str, int] = {}
+        """Names and sizes of what the save of the checkpoint that lies there has written."""
         self._keep_states = keep_states
         self._lock = FolderLock(path)
 
@@ -67,10 +76,11 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output must be a folder, but {self.path} is a file")
+        if self.path.is_dir():
+            self._check()  # before the lock is written into it, too
         self._lock.acquire()
         try:
-            self._check_ours()
-            check_checkpoint_folder(self.path / CHECKPOINT)
+            self._check()
         except BaseException:
             self.release(undo=True)
             raise
@@ -79,39 +89,81 @@ class RunFolder:
         """Unlock the folder; ``undo`` also deletes it, if it is new and empty."""
         self._lock.release(undo=undo)
 
+    def _check(self) -> None:
+        self._check_ours()
+        check_checkpoint_folder(self.path / CHECKPOINT)
+        for path in self._written_files():
+            if os.path.lexists(path) and not path.is_file():
+                raise ValueError(f"{path} must be a file to be replaced by a run, move it")
+
+    def _written_files(self) -> list[Path]:
+        names = [*_REPLACED, *(f"state.{age}.pt" for age in range(1, self._keep_states))]
+        return [self.path / name for name in names]
+
     def _check_ours(self) -> None:
         names = {name for name in os.listdir(self.path) if name != LOCK}
         if names <= _BEFORE_A_RUN or is_run(self.path):
             return
-        if STATE in names and not _is_json(self.path / CONFIG):
-            return  # the state itself says what it is of
+        damage = _damage_of(self.path / CONFIG)
+        if damage is not None:
+            problems = []
+            for state in saved_states(self.path / STATE, keep=self._keep_states):
+                try:
+                    load_state(state)
+                except DamagedStateError as error:
+                    problems.append(error)
+                else:
+                    return  # the state itself says what it is of
+            if CONFIG in names and self._has_traces():
+                raise ValueError(
+                    f"{damage}, so nothing says what run output {self.path} holds; give another "
+                    "output, or put the file back"
+                )
+            if problems:
+                raise problems[0]
         raise ValueError(
             f"output {self.path} holds files of something else, {sorted(names)[0]!r} among them, "
             "and no run; give an empty folder, or one that does not exist"
         )
 
-    def prepare(self, *, resumed: bool, fresh: bool) -> None:
-        """Clear up after a killed process, and remove what an earlier run has left.
+    def _has_traces(self) -> bool:
+        """Return whether there is what only a run writes: a line of metrics, or its model."""
+        metrics, model = self.path / METRICS, self.path / CHECKPOINT / "config.json"
+        return is_checkpoint(model.parent) or (metrics.is_file() and bool(read_lines(metrics)))
+
+    def prepare(self, fingerprint: str, *, resumed: bool, fresh: bool) -> None:
+        """Note that a run begins, clear up after a killed one, and remove what an earlier one left.
 
         Args:
+            fingerprint: The part of the run's configuration, as JSON, that a run is compared by.
             resumed: The run continues: its files stay.
             fresh: The run begins anew: states are removed too.
-
-        Raises:
-            ValueError: A file that would be removed is not a run's.
         """
-        states = saved_states(self.path / STATE, keep=self._keep_states)
-        if fresh and not is_run(self.path):
-            for state in states:
-                load_state(state)  # a file of that name could be anybody's
+        _, progress = _read_config(self.path)
+        self.checkpoint_files = _sizes_in(progress)
+        self._note(fingerprint, finished=False)  # before anything of a finished run is removed
         self._remove_leftovers()
         (self.path / NON_FINITE).unlink(missing_ok=True)
         if resumed:
             return
         (self.path / BROKEN_SAMPLES).unlink(missing_ok=True)
         if fresh:
-            for state in states:
-                state.unlink()
+            remove_states(self.path / STATE, keep=self._keep_states)
+
+    def finish(self, fingerprint: str, training: dict[str, Any], written: Sizes) -> None:
+        """Note that the run is finished, when all that it saved is on the disk.
+
+        Args:
+            fingerprint: As of :meth:`prepare`.
+            training: What its report says of training.
+            written: Names and sizes of the checkpoint's files.
+        """
+        self.checkpoint_files = {**written}
+        self._note(fingerprint, finished=True, training=training)
+
+    def _note(self, fingerprint: str, **progress: Any) -> None:
+        progress["checkpoint"] = self.checkpoint_files
+        write_json(self.path / CONFIG, {**json.loads(fingerprint), _PROGRESS: progress})
 
     def begin_records(self) -> None:
         """Remove what an earlier run has logged."""
@@ -130,11 +182,11 @@ class RunFolder:
     def _remove_leftovers(self) -> None:
         for path in [*self.path.iterdir()]:
             leftover = _LEFTOVER.fullmatch(path.name)
-            if leftover is None:
+            if leftover is None or path.is_symlink():
                 continue
             if leftover["kind"] == "old":
-                if leftover["folder"]:
-                    restore_folder(path, self.path / CHECKPOINT)
+                if leftover["folder"] and path.is_dir():
+                    restore_folder(path, self.path / CHECKPOINT, self.checkpoint_files)
             elif path.is_dir() and leftover["folder"]:
                 shutil.rmtree(path)
             elif path.is_file() and not leftover["folder"]:
@@ -143,19 +195,41 @@ class RunFolder:
 
 def is_run(folder: Path) -> bool:
     """Return whether a folder's ``config.json`` is what a run was made by."""
+    return read_fingerprint(folder) is not None
+
+
+def read_fingerprint(folder: Path) -> dict[str, Any] | None:
+    """Return what the run in a folder was made by; None where its ``config.json`` is none."""
+    config, _ = _read_config(folder)
+    return config
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Return what a run was made by, and what it noted of its progress; None for what is none."""
     try:
         config = read_json(folder / CONFIG)
     except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.keys() >= _KEYS_OF_A_RUN
+        return None, None
+    if not isinstance(config, dict) or not config.keys() >= _KEYS_OF_A_RUN:
+        return None, None
+    progress = config.pop(_PROGRESS, None)
+    return config, progress if isinstance(progress, dict) else None
 
 
-def _is_json(path: Path) -> bool:
+def _sizes_in(progress: dict[str, Any] | None) -> dict[str, int]:
+    sizes = {} if progress is None else progress.get("checkpoint")
+    if not isinstance(sizes, dict):
+        return {}
+    return {name: size for name, size in sizes.items() if isinstance(size, int)}
+
+
+def _damage_of(path: Path) -> str | None:
+    """Return why a JSON file cannot be read; None where it can."""
     try:
         read_json(path)
-    except (OSError, ValueError):
-        return False
-    return True
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def finished_report(config: TrainConfig, fingerprint: str) -> dict[str, Any] | None:
@@ -170,22 +244,34 @@ def finished_report(config: TrainConfig, fingerprint: str) -> dict[str, Any] | N
     """
     folder = config.output
     checkpoint = folder / CHECKPOINT
-    if (folder / STATE).exists() or not checkpoint.is_dir() or not is_run(folder):
+    made_by, progress = _read_config(folder)
+    if (folder / STATE).exists() or made_by != json.loads(fingerprint):
         return None
-    if read_json(folder / CONFIG) != json.loads(fingerprint):
+    if progress is None:
+        report = _report_without_progress(config)
+    else:
+        report = progress.get("training") if progress.get("finished") is True else None
+    if not isinstance(report, dict):
         return None
-    metrics = folder / METRICS
-    lines = read_lines(metrics) if metrics.is_file() else []
-    if metrics.is_file() and not _is_last(lines[-1] if lines else {}, config):
-        return None  # begun anew after the checkpoint was written
     _check_checkpoint(checkpoint)
-    report = training_report(_records(lines))
     if (folder / REPORT).exists():
         saved = read_json(folder / REPORT, "report file")
         if not isinstance(saved, dict) or "accuracy" not in saved:
             raise ValueError(_damaged(folder / REPORT, "it is not a report"))
         report = {**report, **saved}
     return report
+
+
+def _report_without_progress(config: TrainConfig) -> dict[str, Any] | None:
+    """Return what a finished run of an earlier version, which noted nothing, says of training.
+
+    It has a checkpoint, and no metrics or those of its last step.
+    """
+    metrics = config.output / METRICS
+    lines = read_lines(metrics) if metrics.is_file() else []
+    if metrics.is_file() and not _is_last(lines[-1] if lines else {}, config):
+        return None  # begun anew after the checkpoint was written
+    return training_report(_records(lines)) if (config.output / CHECKPOINT).is_dir() else None
 
 
 def _is_last(line: dict[str, Any], config: TrainConfig) -> bool:
@@ -211,11 +297,13 @@ def _records(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _check_checkpoint(checkpoint: Path) -> None:
-    """Refuse a checkpoint whose files are cut off.
+    """Refuse a checkpoint that is gone, or whose files are cut off.
 
     Raises:
         ValueError: One is; the message names it.
     """
+    if not checkpoint.is_dir():
+        raise ValueError(_damaged(checkpoint, "it is gone"))
     read_json(checkpoint / "config.json", "checkpoint file")
     weights = sorted(checkpoint.glob("*.safetensors"))
     if not weights:

@@ -17,17 +17,19 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from tokenflex.errors import ReportedError
-from tokenflex.files import sync_folder, write_json
+from tokenflex.files import sync_folder
 from tokenflex.training.agreement import OtherProcessError
 from tokenflex.training.checkpoint import (
     DamagedStateError,
     load_state,
     put_aside,
+    remove_states,
     save_state,
     saved_states,
 )
 from tokenflex.training.config import TrainConfig
 from tokenflex.training.data_digests import Digests
+from tokenflex.training.output import read_fingerprint
 from tokenflex.training.sharding import like, whole
 
 T = TypeVar("T")
@@ -65,7 +67,6 @@ class RunStates:
 
     def __init__(self, config: TrainConfig) -> None:
         self.path = config.output / "state.pt"
-        self._config_path = config.output / "config.json"
         self._keep = config.keep_states
         self._fingerprint = fingerprint(config)
         self._stages = [stage.name for stage in config.stages]
@@ -73,26 +74,17 @@ class RunStates:
         self.data: Digests = {}
         """Digests of the run's data files, which go into every state."""
 
-    def keep_config(self) -> None:
-        """Write down what the folder is made by."""
-        write_json(self._config_path, json.loads(self._fingerprint))
-
     def _check_folder(self) -> None:
         """Refuse a folder that another configuration's run, finished or not, has left.
 
         Raises:
             ValueError: it has.
         """
-        if not self._config_path.is_file():
-            return
-        try:
-            there = json.loads(self._config_path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            return  # the state itself says what it is of
-        if there != json.loads(self._fingerprint):
+        made_by = read_fingerprint(self.path.parent)
+        if made_by is not None and made_by != json.loads(self._fingerprint):
             raise ValueError(
-                f"{self._config_path} is of a run of another configuration; give another output, "
-                "or --fresh to begin anew"
+                f"{self.path.with_name('config.json')} is of a run of another "
+                "configuration; give another output, or --fresh to begin anew"
             )
 
     def save(self, state: dict[str, Any]) -> None:
@@ -144,8 +136,7 @@ class RunStates:
 
     def remove(self) -> None:
         """Delete them all: the run is done."""
-        for path in saved_states(self.path, keep=self._keep):
-            path.unlink()
+        remove_states(self.path, keep=self._keep)
         sync_folder(self.path.parent)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from tokenflex.files import excerpt, printable
 
@@ -14,13 +15,46 @@ M = TypeVar("M", bound=BaseModel)
 
 MAX_VALUES = 100_000
 REASON_LENGTH = 500  # characters of an error
-MOST_MISTAKES = 50  # that an error names one by one
+KEY_LENGTH = 100  # characters of where a mistake is
+MOST_MISTAKES = 1000  # that an error names one by one; a file of a stranger may have many more
+
+
+class ContradictionsError(ValueError):
+    """Values of one part of a configuration do not go together.
+
+    Args:
+        reasons: All that is wrong with it, a sentence each.
+    """
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        super().__init__("; ".join(reasons))
+        self.reasons = reasons
 
 
 class Strict(BaseModel):
     """Unknown keys are errors, and nothing changes after the file is read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def contradictions(self) -> Iterator[str]:
+        """Yield what is wrong with values that are each allowed by themselves, all of it."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _has_no_contradictions(self) -> Strict:
+        reasons = [*self.contradictions()]
+        if reasons:
+            raise ContradictionsError(reasons)
+        return self
+
+
+def reason_of(check: Callable[[], object]) -> str | None:
+    """Return what a check raises, for :meth:`Strict.contradictions`; None where it passes."""
+    try:
+        check()
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def _no_answer(value: Any) -> Any:
@@ -121,30 +155,51 @@ def read_yaml(path: str | Path, model: type[M]) -> M:
 
 
 def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
-    mistakes = [_message(problem, model) for problem in error.errors()]
+    problems = error.errors()
+    nested = {
+        problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))
+    }
+    mistakes: list[str] = []
+    described: set[type[BaseModel]] = set()
+    for problem in problems:
+        # Of a list whose entries are wrong pydantic says that it is too short, as none are left.
+        if problem["type"] == "too_short" and problem["loc"] in nested:
+            continue
+        mistakes += _messages(problem, model, described)
     if len(mistakes) > MOST_MISTAKES:
         mistakes[MOST_MISTAKES:] = [f"and {len(mistakes) - MOST_MISTAKES} more"]
     return "; ".join(mistakes)
 
 
-def _message(problem: Any, model: type[BaseModel]) -> str:
+def _messages(
+    problem: Any, model: type[BaseModel], described: set[type[BaseModel]]
+) -> Iterator[str]:
+    """Yield what is wrong; of models in ``described`` the known keys were named before."""
     key = ".".join(str(part) for part in problem["loc"] if part != "[key]") or "the file"
-    given = excerpt(problem["input"])
+    key, given = printable(key, KEY_LENGTH), excerpt(problem["input"])
     if problem["type"] == "extra_forbidden":
-        allowed = _keys_beside(problem["loc"], model)
-        return f"{key} is no known key (got {given}; expected one of {allowed})"
-    if problem["type"] == "missing":
-        return f"{key} is missing"
-    if problem["type"] == "value_error":  # one of ours: it says itself what came
-        return f"{key}: {printable(str(problem['ctx']['error']), REASON_LENGTH)}"
-    return f"{key}: {problem['msg']} (got {given})"
+        owner = _model_at(problem["loc"], model)
+        expected = (
+            "" if owner in described else f"; expected one of {', '.join(owner.model_fields)}"
+        )
+        described.add(owner)
+        yield f"{key} is no known key (got {given}{expected})"
+    elif problem["type"] == "missing":
+        yield f"{key} is missing"
+    elif problem["type"] == "value_error":  # one of ours: it says itself what came
+        error = problem["ctx"]["error"]
+        for reason in getattr(error, "reasons", [str(error)]):
+            yield f"{key}: {printable(reason, REASON_LENGTH)}"
+    else:
+        yield f"{key}: {problem['msg']} (got {given})"
 
 
-def _keys_beside(location: tuple[int | str, ...], model: Any) -> str:
-    """The keys that are known where an unknown one was found."""
+def _model_at(location: tuple[int | str, ...], model: Any) -> type[BaseModel]:
+    """Return the model in which a key was found."""
     for part in location[:-1]:
         if isinstance(part, str):
             annotation = model.model_fields[part].annotation
             candidates = [annotation, *getattr(annotation, "__args__", ())]
             model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return ", ".join(model.model_fields)
+    found: type[BaseModel] = model
+    return found

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 PROJECT = "tokenflex"
 FOLDER = "trackers"
+_TIME = re.compile(r"\d+(\.\d+)?")
 
 
 def check_names(trackers: Collection[str]) -> None:
@@ -73,17 +75,21 @@ def start_trackers(accelerator: Any, config: Mapping[str, Any], *, first_step: i
 def remove_event_files(folder: Path) -> None:
     """Remove what TensorBoard was told in an earlier run, and the folders that are then empty.
 
-    Other trackers keep a run of their own for each, under a name of its own.
+    Other trackers keep a run of their own for each, under a name of its own. A link is left as it
+    is: what it leads to may be shared with other runs.
     """
     events = folder / PROJECT
-    for path in sorted(events.rglob("*"), reverse=True):  # what is in a folder before it
-        if path.name.startswith("events.out.tfevents.") or path.name == "hparams.yml":
-            path.unlink()
-        elif path.is_dir() and not path.is_symlink():
-            _remove_if_empty(path)
-    for path in (events, folder):
-        if path.is_dir():
-            _remove_if_empty(path)
+    if folder.is_symlink() or events.is_symlink() or not events.is_dir():
+        return
+    # A run writes into the project's folder and, of its settings, into one named by the time.
+    own = [path for path in events.iterdir() if _TIME.fullmatch(path.name)]
+    for parent in [*(path for path in own if path.is_dir() and not path.is_symlink()), events]:
+        for path in [*parent.iterdir()]:
+            is_written = path.name.startswith("events.out.tfevents.") or path.name == "hparams.yml"
+            if is_written and path.is_file() and not path.is_symlink():
+                path.unlink()
+        _remove_if_empty(parent)
+    _remove_if_empty(folder)
 
 
 def _remove_if_empty(folder: Path) -> None:
