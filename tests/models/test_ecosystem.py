@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
+import transformers
 from datasets import Dataset
+from packaging import version
 from peft import (
     LoraConfig,
     PeftModel,
@@ -492,6 +495,11 @@ def model_for_prompts(**changes) -> TokenFlexForConditionalGeneration:
         return TokenFlexForConditionalGeneration(config)
 
 
+@pytest.mark.skipif(
+    version.parse(transformers.__version__) >= version.parse("5.24")
+    and version.parse(peft.__version__) <= version.parse("0.21.2"),
+    reason="peft 0.21.2 loses learned prompts under transformers 5.24, of stock models too",
+)
 @pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig])
 @pytest.mark.parametrize("positions", [None, "normalized"])
 def test_learned_prompts_stand_before_images(kind, positions):
