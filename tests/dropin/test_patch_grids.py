@@ -9,6 +9,8 @@ from math import isqrt
 
 import pytest
 import torch
+import transformers
+from packaging import version
 
 from tests.dropin.test_seam import converted
 from tests.dropin.tiny import (
@@ -113,6 +115,8 @@ def test_patch_grids_are_what_the_stock_projector_is_given(name):
         "llava-pixtral",
     ):
         assert grids == [WIDE, TALL]
+    if name == "lfm2_vl" and version.parse(transformers.__version__) >= version.parse("5.24"):
+        pytest.skip("since transformers 5.24 its projector is given blocks of all images as one")
     stock = given_to_stock_projector(name, inputs)
     if name == "qwen2_5_vl":  # its tower goes by windows, and puts cells in order afterwards
         windows = pytest.importorskip("transformers.vision_utils")
