@@ -109,10 +109,13 @@ def test_precomputed_tokens_in_the_stock_model_give_the_same_logits(name):
     assert float((logits(model, inputs) - expected).abs().max()) < TOLERANCE
 
 
-@pytest.mark.skipif(
+CUTS_IMAGES = pytest.mark.skipif(
     not hasattr(transformers.generation.utils, "_slice_mm_encoder_output"),
     reason="transformers cuts no images into chunks before 5.23",
 )
+
+
+@CUTS_IMAGES
 @pytest.mark.parametrize("chunk", [5, 1000])
 def test_a_prompt_in_chunks_is_answered_as_a_whole_one(name, chunk):
     model, inputs = converted(name), batch(name, PROMPTS)
@@ -127,11 +130,22 @@ def test_a_prompt_in_chunks_is_answered_as_a_whole_one(name, chunk):
             assert float((actual - expected).abs().max()) < 1e-4
 
 
+@CUTS_IMAGES
 def test_counts_are_checked_before_a_prompt_is_cut():
     model, inputs = converted("llava"), batch("llava", PROMPTS)
     inputs["num_image_tokens"] = [25, 9, 16]  # the same total
     with pytest.raises(ValueError, match="ends a run of placeholders inside image 0"):
         model.generate(**inputs, max_new_tokens=1, pad_token_id=0, prefill_chunk_size=1000)
+
+
+def test_chunks_that_would_leave_images_out_are_refused(monkeypatch):
+    monkeypatch.delattr(transformers.generation.utils, "_slice_mm_encoder_output", raising=False)
+    model, inputs = converted("llava"), batch("llava", PROMPTS)
+    options = {"max_new_tokens": 1, "pad_token_id": 0}
+    with pytest.raises(ValueError, match="prefill_chunk_size must be None"):
+        model.generate(**inputs, **options, prefill_chunk_size=1000)
+    text = {name: inputs[name][:1, :3] for name in ("input_ids", "attention_mask")}
+    assert model.generate(**text, **options, prefill_chunk_size=2).shape == (1, 4)
 
 
 @pytest.mark.parametrize("options", [(), ("output_hidden_states", "output_attentions")])

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.generation import utils as generation_utils
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
@@ -464,6 +465,11 @@ def model_variant(stock: Any, family: Family) -> Any:
             and input_ids.numel()
             and cache is not None
         ):
+            if not hasattr(generation_utils, "_slice_mm_encoder_output"):
+                raise ValueError(
+                    "prefill_chunk_size must be None for prompts with images before transformers "
+                    f"5.23, which leaves the images out, got {generation_config.prefill_chunk_size}"
+                )
             mask = model_kwargs.get("attention_mask")
             length = getattr(generation_config, "_mask_length", -1)
             length = length if mask is None else mask.shape[1]
