@@ -385,6 +385,8 @@ def test_other_fields_are_free_beside_pictures():
         {"image": {"bytes": "AAAA"}},
         {"base64": "AAAA"},
         {"source": "b.png"},
+        {"source": "dir/b"},
+        {"data": "AAAA"},
     ],
     ids=str,
 )
