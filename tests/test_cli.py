@@ -694,6 +694,7 @@ def test_fresh_keeps_the_old_state_until_the_new_run_can_begin(command, tmp_path
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "state.pt").write_bytes(b"precious")
     values = tiny_values(tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(values))  # so the folder is a run's
     values["data"] = {"name": "messages", "path": str(tmp_path / "none.jsonl")}
     config = write_config(tmp_path / "run.yaml", values)
     assert_one_line(command("train", config, "--fresh"), "none.jsonl")
