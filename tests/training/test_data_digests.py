@@ -119,6 +119,20 @@ def test_of_a_large_file_both_ends_and_samples_are_read(tmp_path, monkeypatch):
     assert digests_of([config]) != before
 
 
+def test_files_are_read_whole_up_to_a_bound_on_all_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_digests, "SAMPLED", 1000)
+    monkeypatch.setattr(data_digests, "_BLOCK", 100)
+    for name in "abc":
+        (tmp_path / f"{name}.arrow").write_bytes(os.urandom(3000))
+    config = DataConfig(name="huggingface", path=tmp_path)
+    unbounded = digests_of([config])
+    monkeypatch.setattr(data_digests, "ALL_WHOLE", 6000)
+    bounded = digests_of([config])
+    assert [len(digest) for digest in bounded.values()] == [3, 3, 2]
+    check_unchanged(unbounded, bounded)  # what both have is the same
+    check_unchanged(bounded, unbounded)
+
+
 def test_any_byte_of_a_file_of_some_size_counts(tmp_path):
     """Above the size from which blocks are sampled, too."""
     path = tmp_path / "a.tar"
