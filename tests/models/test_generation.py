@@ -30,8 +30,8 @@ def prompts(*rows: list[int]) -> torch.Tensor:
     ],
 )
 def test_images_of_a_prompt_stay_together(rows, counts, expected):
-    assert repeated_images(prompts(*rows), counts, IMAGE, 2) == expected
+    assert repeated_images(prompts(*rows) == IMAGE, counts, 2) == expected
 
 
 def test_images_without_placeholders_are_kept_for_the_forward_to_refuse():
-    assert repeated_images(prompts([4], [4]), [4, 4, 4], IMAGE, 2) == [0, 0, 1, 2, 1, 2]
+    assert repeated_images(prompts([4], [4]) == IMAGE, [4, 4, 4], 2) == [0, 0, 1, 2, 1, 2]

@@ -438,7 +438,7 @@ def model_variant(stock: Any, family: Family) -> Any:
                 self, input_ids, mm_encoder_output, expand_size, inputs_embeds
             )
         sizes = [len(image) for image in tokens]
-        order = repeated_images(input_ids, sizes, self.config.image_token_id, expand_size)
+        order = repeated_images(input_ids == self.config.image_token_id, sizes, expand_size)
         layers = getattr(images, "deepstack_features", None)
         if layers is not None:
             layers = [[layer[image] for image in order] for layer in layers]

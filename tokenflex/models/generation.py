@@ -18,6 +18,8 @@ import torch
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from tokenflex.models.placeholders import embedded_placeholders
+
 
 def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Let a ``forward`` with ``past_key_values`` take it as ``cache``, its name since 5.24."""
@@ -38,21 +40,19 @@ def cache_of(arguments: Mapping[str, Any]) -> Any:
 
 
 def repeated_images(
-    input_ids: torch.Tensor, token_counts: Sequence[int], image_token_id: int, times: int
+    is_placeholder: torch.Tensor, token_counts: Sequence[int], times: int
 ) -> list[int]:
     """Return the order of a batch's images once each of its prompts is repeated.
 
     Args:
-        input_ids: int64 [B, L], the prompts before they are repeated.
+        is_placeholder: bool [B, L], where the prompts hold vision tokens, before they are repeated.
         token_counts: vision tokens of each image, in order of appearance.
-        image_token_id: placeholder of a vision token in ``input_ids``.
         times: sequences that each prompt becomes.
 
     Returns:
         Indices of images, as many as ``times`` the images.
     """
-    placeholders = (input_ids == image_token_id).sum(-1).tolist()
-    row_ends = list(accumulate(placeholders))
+    row_ends = list(accumulate(is_placeholder.sum(-1).tolist()))
     images_of: list[list[int]] = [[] for _ in row_ends]
     first = 0
     for image, count in enumerate(token_counts):
@@ -82,11 +82,10 @@ class RepeatsImages:
                 **{name: model_kwargs.pop(name, None) for name in names}
             )
             model_kwargs["mm_encoder_outputs"] = {"image": images}
-        if images is not None and input_ids is not None and input_ids.numel() and expand_size > 1:
+        if images is not None and input_ids is not None and expand_size > 1:
             tokens = list(images.pooler_output)
-            order = repeated_images(
-                input_ids, [len(image) for image in tokens], self.config.image_token_id, expand_size
-            )
+            is_placeholder = self._placeholders_of_prompts(input_ids, model_kwargs)
+            order = repeated_images(is_placeholder, [len(image) for image in tokens], expand_size)
             del model_kwargs["mm_encoder_outputs"]
             input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
                 expand_size, is_encoder_decoder, input_ids, **model_kwargs
@@ -95,6 +94,18 @@ class RepeatsImages:
             return input_ids, {**model_kwargs, "mm_encoder_outputs": {"image": repeated}}
         return super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+
+    def _placeholders_of_prompts(
+        self, input_ids: torch.Tensor, model_kwargs: Mapping[str, Any]
+    ) -> torch.Tensor:
+        if input_ids.numel():
+            return input_ids == self.config.image_token_id
+        return embedded_placeholders(
+            model_kwargs["inputs_embeds"],
+            self.get_input_embeddings(),  # type: ignore[attr-defined]
+            self.config.image_token_id,
+            model_kwargs.get("attention_mask"),
         )
 
     if "mm_encoder_outputs" not in MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL:
