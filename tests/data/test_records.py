@@ -464,6 +464,7 @@ def test_texts_that_look_like_a_placeholder_are_texts():
 def test_the_placeholders_of_transformers_are_known():
     """Of its processors' own defaults; those that are no word for pictures or sound stay text."""
     general = r"\|SPEAKER\||\|NEWLINE\||<\|(unused_\d+|reserved_.*|pad|object_ref_\w+|box_start)\|>"
+    general += r"|<extra_id_\d+>"
     default = re.compile(
         r'\b(?:image|img|boi|eoi|video|audio)_\w*token\w*(?:: str)? = ?"([<\[|][^"]+)"'
     )
