@@ -355,7 +355,7 @@ def test_a_run_begun_anew_is_not_finished_from_its_first_moment(finished, tmp_pa
 
 
 def test_a_run_is_marked_as_finished_after_all_that_it_saves(tmp_path, monkeypatch):
-    """What counts is the order: a machine may lose its power between any two of these."""
+    """Check the order: a machine may lose its power between any two of these."""
     calls: list[str] = []
 
     def recorded(owner, name, label):

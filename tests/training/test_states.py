@@ -81,7 +81,7 @@ def test_a_state_is_what_torch_and_zip_read_too(tmp_path):
 
 
 def test_a_state_that_lost_its_digest_is_damaged(tmp_path):
-    """What is left is an archive as states of earlier versions were, whole by its checksums."""
+    """Without its digest it is an archive as earlier versions wrote, whole by its checksums."""
     path = tmp_path / "state.pt"
     save_state(path, state_of(3))
     assert "digest" not in load_state(path)

@@ -49,7 +49,7 @@ _STOCK_PROJECTOR = "_tokenflex_stock_projector"  # a tuple, so that it is no sub
 
 @dataclass
 class ImageOutputs(BaseModelOutputWithPooling):
-    """What ``get_image_features`` of a converted model returns.
+    """The outputs of ``get_image_features`` of a converted model.
 
     Attributes:
         pooler_output: the vision tokens, a list with [N, D] for each input of the vision encoder.
