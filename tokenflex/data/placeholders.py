@@ -14,7 +14,7 @@ _WORDS = """
     <image_here> <im_patch> <im_start> <im_end> <|patch|> <|IMG_PATCH|> <|START_OF_IMG|>
     <|END_OF_IMG|> <|IMG_LINE_BREAK|> <|img_thumbnail|> <|media_pad|> <|content_image|>
     <image_start> <image_end> <|image_start|> <|image_end|> <|IMAGE_START|> <|IMAGE_END|>
-    <start_of_image> <end_of_image> <begin_of_image> <|begin_of_image|> <|end_of_image|>
+    <boi> <eoi> <start_of_image> <end_of_image> <begin_of_image> <|begin_of_image|> <|end_of_image|>
     <fake_token_around_image> <global-img> <low_res_im_start> <low_res_im_end> <image_newline>
     <patch_newline> <IMG> <IMG_ROW> <IMG_COL> <IMG_END> [IMG] [IMG_BREAK] [IMG_END] <image_token>
     <|vision_start|> <|vision_end|> <|vision_pad|> <|VISION_START|> <|VISION_END|> <|vision_eos|>
