@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from transformers.processing_utils import AudioKwargs, ImagesKwargs, TextKwargs, VideosKwargs
+
+from tokenflex.models.call_options import check_known
 
 _GROUPS = {
     "text_kwargs": ("tokenizer", TextKwargs),
@@ -39,7 +40,7 @@ def check_option_names(
     of_groups = set().union(*groups.values())
     own = set(processor.valid_processor_kwargs.__annotations__)
     for name, value in options.items():
-        _check_name(name, {*of_groups, *own, *groups, *_OF_ALL, *_INPUTS, *more}, "the processor")
+        check_known(name, {*of_groups, *own, *groups, *_OF_ALL, *_INPUTS, *more}, "the processor")
         known = of_groups if name == "common_kwargs" else groups.get(name)
         # An image processor of one's own may not say what it takes.
         if known is None or not isinstance(value, Mapping):
@@ -47,7 +48,7 @@ def check_option_names(
         if name == "images_kwargs" and not hasattr(processor.image_processor, "valid_kwargs"):
             continue
         for option in value:
-            _check_name(option, known, name)
+            check_known(option, known, name)
 
 
 def _known_in(processor: Any, group: str) -> set[str]:
@@ -71,10 +72,3 @@ def _arguments(method: Callable[..., Any] | None) -> list[str]:
     parameters = list(inspect.signature(method).parameters.values())[1:]
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     return [parameter.name for parameter in parameters if parameter.kind not in kinds]
-
-
-def _check_name(name: str, known: set[str], owner: str) -> None:
-    if name not in known:
-        nearest = difflib.get_close_matches(name, sorted(known), n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise TypeError(f"{name} is no argument of {owner}{hint}")

@@ -78,11 +78,20 @@ def check_names(processor: Any, options: Mapping[str, Any], more: Iterable[str] 
             _check_name(option, setting, inside | _REFUSED.keys(), name)
 
 
-def _check_name(name: str, value: Any, known: set[str], owner: str) -> None:
+def check_known(name: str, known: set[str], owner: str) -> None:
+    """Refuse an option that ``owner`` does not take.
+
+    Raises:
+        TypeError: ``name`` is not among ``known``; the message holds the nearest one that is.
+    """
     if name not in known:
         nearest = difflib.get_close_matches(name, sorted(known), n=1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise TypeError(f"{name} is no argument of {owner}{hint}")
+
+
+def _check_name(name: str, value: Any, known: set[str], owner: str) -> None:
+    check_known(name, known, owner)
     if name in _REFUSED and value is not None and value is not False:
         raise ValueError(f"{name} cannot be given: {_REFUSED[name]}")
 
