@@ -10,11 +10,11 @@ from tests.models.test_modeling import GENERATION, CallCounter
 from tests.models.test_ristretto import released_tensors, write_release
 from tests.models.test_tiling import tiling_processor
 from tests.models.tiny import picture, tiny_model
-from tests.selection.planted import FixedRouter
+from tests.routing.planted import FixedRouter
 from tokenflex.answers import answer_at_counts
 from tokenflex.cli import main
 from tokenflex.digits.processor import digits_processor
-from tokenflex.selection.storage import attach_router
+from tokenflex.routing.storage import attach_router
 
 COUNTS = (4, (2, 3), 16)
 

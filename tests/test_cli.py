@@ -21,10 +21,10 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 
+from experiments.ablation.runner import JobFailedError
 from tests.models.tiny import picture, tiny_model
 from tests.training.runs import ROOT, metrics, temporary_files, tiny_values, write_config
 from tokenflex import TokenFlexForConditionalGeneration, TokenFlexProcessor
-from tokenflex.ablation.runner import JobFailedError
 from tokenflex.cli import main
 from tokenflex.data.samples import DataExhaustedError
 from tokenflex.data.streaming import StreamError
@@ -35,8 +35,8 @@ from tokenflex.errors import ReportedError
 from tokenflex.evaluation import evaluate
 from tokenflex.locks import FolderInUseError, locked
 from tokenflex.models.loading import load_checkpoint
-from tokenflex.selection import training as router_training
-from tokenflex.selection.storage import load_router
+from tokenflex.routing import training as router_training
+from tokenflex.routing.storage import load_router
 from tokenflex.training.checkpoint import STATE_KEYS, save_model
 from tokenflex.training.faults import NonFiniteLossError
 from tokenflex_kernels import info
@@ -99,7 +99,7 @@ def test_help_has_an_example_that_is_a_command(command, name, tmp_path, monkeypa
     def needs_no_files(*_, **__):
         raise ValueError("an ablation takes minutes")
 
-    monkeypatch.setattr("tokenflex.ablation.run.ablate", needs_no_files)
+    monkeypatch.setattr("experiments.ablation.run.ablate", needs_no_files)
     words = re.findall(r"'[^']*'|\S+", example)[1:]
     _, _, errors = command(*(word.strip("'") for word in words))
     assert all("usage:" not in line for line in errors)
@@ -846,14 +846,14 @@ def test_a_penalty_of_evaluate_is_refused_before_the_work(command, routed, monke
 
 
 def test_auto_where_counts_cannot_be_chosen(command, checkpoint, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tokenflex.selection", None)
-    monkeypatch.setitem(sys.modules, "tokenflex.selection.choice", None)
+    monkeypatch.setitem(sys.modules, "tokenflex.routing", None)
+    monkeypatch.setitem(sys.modules, "tokenflex.routing.choice", None)
     base = ("evaluate", checkpoint, "--data", "digits", "--size", 2)
-    assert_one_line(command(*base, "--counts", "4,auto"), "auto", "tokenflex.selection")
+    assert_one_line(command(*base, "--counts", "4,auto"), "auto", "tokenflex.routing")
 
 
 def test_auto_asks_what_the_checkpoint_chooses_with(command, checkpoint, monkeypatch):
-    """A stand-in for `tokenflex.selection`: 4 for a sample's first question, 9 for seven others."""
+    """A stand-in for `tokenflex.routing`: 4 for a sample's first question, 9 for seven others."""
 
     def choose_counts(
         model, input_ids, *, attention_mask, encoded_images, tiles_per_image, **options
@@ -874,10 +874,10 @@ def test_auto_asks_what_the_checkpoint_chooses_with(command, checkpoint, monkeyp
         load_router=load_router,
         attach_router=lambda model, router: model.__dict__.__setitem__("router", router),
     )
-    monkeypatch.setitem(sys.modules, "tokenflex.selection", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "tokenflex.routing", SimpleNamespace())
     choice = SimpleNamespace(choose_counts=choose_counts)
-    monkeypatch.setitem(sys.modules, "tokenflex.selection.choice", choice)
-    monkeypatch.setitem(sys.modules, "tokenflex.selection.storage", storage)
+    monkeypatch.setitem(sys.modules, "tokenflex.routing.choice", choice)
+    monkeypatch.setitem(sys.modules, "tokenflex.routing.storage", storage)
     base = ("evaluate", checkpoint, "--data", "digits", "--size", 2)
     code, out, errors = command(*base, "--counts", "auto,4")
     assert (code, errors) == (0, [])

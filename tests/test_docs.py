@@ -15,8 +15,8 @@ from tests.dropin.tiny import stock_model
 from tests.models.tiny import WIDTH, picture, tiny_model
 from tokenflex import TokenCounts
 from tokenflex.digits.processor import digits_processor
-from tokenflex.selection.router import Router
-from tokenflex.selection.storage import save_router
+from tokenflex.routing.router import Router
+from tokenflex.routing.storage import save_router
 
 DOCS = Path(__file__).parents[1] / "docs"
 MODELS = (DOCS / "models.md").read_text(encoding="utf-8")

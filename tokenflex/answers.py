@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from tokenflex.counts import AUTO, ImageTokenCounts
 from tokenflex.models.chat import without_placeholders
-from tokenflex.selection.cascade import generate_with_escalation
+from tokenflex.routing.cascade import generate_with_escalation
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ def answer_at_counts(
             choice is part of the time to the first token.
         max_new_tokens: of an answer.
         max_tiles: as the processor takes it.
-        penalty: for "auto", see :func:`tokenflex.selection.choice.choose_counts`.
+        penalty: for "auto", see :func:`tokenflex.routing.choice.choose_counts`.
         budget: likewise.
         confidence: for "auto", in place of the two: the threshold of a cascade, see
-            :func:`tokenflex.selection.cascade.generate_with_escalation`.
+            :func:`tokenflex.routing.cascade.generate_with_escalation`.
 
     Raises:
         ValueError: ``confidence`` is given with another, or as the two functions say.

@@ -16,7 +16,7 @@ import torch
 Grid: TypeAlias = tuple[int, int]
 TokenCount: TypeAlias = int | Grid  # a perfect square, or (height, width)
 ImageTokenCounts: TypeAlias = "TokenCount | Sequence[TokenCount] | torch.Tensor"
-AUTO: Literal["auto"] = "auto"  # in place of a count: chosen for each image by tokenflex.selection
+AUTO: Literal["auto"] = "auto"  # in place of a count: chosen for each image by tokenflex.routing
 
 
 def join_calls(values: Any, number: int) -> Any:

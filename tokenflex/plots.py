@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from tokenflex.files import excerpt, write_atomically
 from tokenflex.plot_labels import label_points, spread
-from tokenflex.selection.curve import PROMPT_QUESTIONS, CurvePoint
+from tokenflex.routing.curve import PROMPT_QUESTIONS, CurvePoint
 
 OVERALL = "#1f4e79"
 KINDS = ("#e07b39", "#4c9f70", "#b5495b", "#7a6bb0", "#c2a03a", "#3f8fa8", "#8c6d5a", "#808080")
@@ -232,7 +232,7 @@ def plot_selection(points: Sequence[CurvePoint], path: Path) -> None:
     """Accuracy against vision tokens of every way of choosing the count.
 
     Args:
-        points: what :func:`tokenflex.selection.curve.selection_curve` returns.
+        points: what :func:`tokenflex.routing.curve.selection_curve` returns.
         path: the PNG to write, atomically.
 
     Raises:

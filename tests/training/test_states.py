@@ -17,8 +17,8 @@ from tests.training.runs import tiny_values
 from tokenflex import files
 from tokenflex.digits.processor import digits_processor
 from tokenflex.files import write_json
-from tokenflex.selection.router import Router
-from tokenflex.selection.storage import save_router
+from tokenflex.routing.router import Router
+from tokenflex.routing.storage import save_router
 from tokenflex.training import checkpoint, states
 from tokenflex.training.agreement import OtherProcessError
 from tokenflex.training.checkpoint import (

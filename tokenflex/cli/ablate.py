@@ -50,10 +50,10 @@ def add_to(commands: CommandLine) -> None:
 
 def _ablate(options: argparse.Namespace) -> int:
     quiet_libraries()
-    from tokenflex.ablation.checks import quick_checks
-    from tokenflex.ablation.run import ablate
-    from tokenflex.ablation.scales import SCALES
-    from tokenflex.ablation.tables import accuracy_table
+    from experiments.ablation.checks import quick_checks
+    from experiments.ablation.run import ablate
+    from experiments.ablation.scales import SCALES
+    from experiments.ablation.tables import accuracy_table
 
     if options.output is None:
         options.output = (

@@ -47,7 +47,7 @@ def add_to(commands: CommandLine) -> None:
 def _route(options: argparse.Namespace) -> int:
     quiet_libraries()
     from tokenflex.locks import locked
-    from tokenflex.selection.storage import FOLDER, check_router_folder
+    from tokenflex.routing.storage import FOLDER, check_router_folder
 
     if not options.model.is_dir():
         raise FileNotFoundError(f"checkpoint folder {options.model} does not exist")
@@ -62,11 +62,11 @@ def _route_into(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from tokenflex.models.loading import check_length, load_checkpoint
-    from tokenflex.selection.curve import as_rows, format_curve, selection_curve
-    from tokenflex.selection.grading import grade
-    from tokenflex.selection.router import check_counts
-    from tokenflex.selection.storage import CURVE, save_router
-    from tokenflex.selection.training import train_router
+    from tokenflex.routing.curve import as_rows, format_curve, selection_curve
+    from tokenflex.routing.grading import grade
+    from tokenflex.routing.router import check_counts
+    from tokenflex.routing.storage import CURVE, save_router
+    from tokenflex.routing.training import train_router
 
     counts = check_counts(options.counts)
     if options.data == "digits" and (options.image_folder or options.allow_outside):

@@ -48,7 +48,7 @@ class RoutedCounts:
 
     Args:
         checkpoint: the folder that the model was loaded from.
-        penalty: see :func:`tokenflex.selection.choice.choose_counts`; the router's own if None.
+        penalty: see :func:`tokenflex.routing.choice.choose_counts`; the router's own if None.
 
     Raises:
         FileNotFoundError: it holds no router.
@@ -60,13 +60,13 @@ class RoutedCounts:
 
     def __init__(self, checkpoint: str | Path, penalty: float | None = None) -> None:
         try:
-            self._choice = import_module("tokenflex.selection.choice")
-            storage = import_module("tokenflex.selection.storage")
+            self._choice = import_module("tokenflex.routing.choice")
+            storage = import_module("tokenflex.routing.storage")
             if penalty is not None:  # before the work, not after it
-                import_module("tokenflex.selection.router").check_penalty(penalty)
+                import_module("tokenflex.routing.router").check_penalty(penalty)
         except ModuleNotFoundError as error:
             raise ValueError(
-                "the count auto needs tokenflex.selection, which this version does not have: give "
+                "the count auto needs tokenflex.routing, which this version does not have: give "
                 "counts like 64,144,256"
             ) from error
         self._attach, self._router = storage.attach_router, storage.load_router(checkpoint)

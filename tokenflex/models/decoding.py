@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenflex.models.placeholders import ImageTokens, merge_images
 from tokenflex.positions import shared_image_positions
-from tokenflex.selection.choice import asks_for_choice, generate_with_choice
+from tokenflex.routing.choice import asks_for_choice, generate_with_choice
 
 _DRAFT = "draft_image"  # the draft's images among ``mm_encoder_outputs``, which it is handed too
 
@@ -85,7 +85,7 @@ class TokenFlexGeneration(GenerationMixin):
         It never answers with the image placeholder that the config names, unless the call says
         ``suppress_tokens`` itself.
         With ``num_image_tokens="auto"`` each image's count is chosen, as ``penalty`` or ``budget``
-        say: see :func:`tokenflex.selection.choice.generate_with_choice`.
+        say: see :func:`tokenflex.routing.choice.generate_with_choice`.
 
         An ``assistant_model`` that is a TokenFLEX model sees the images as well, at the same
         counts: encoded by itself, or ``encoded_images``, which must then be of its own encoder.

@@ -57,7 +57,7 @@ from tokenflex.models.prefixes import SharedPrefixes
 from tokenflex.models.vision import EncodedImages, encode
 from tokenflex.positions import shared_image_positions
 from tokenflex.projector import TokenAdaptiveProjector
-from tokenflex.selection.choice import choose_counts, refuse_auto
+from tokenflex.routing.choice import choose_counts, refuse_auto
 from tokenflex_kernels import PackPlan, merge_vision, pack_embeddings
 
 
@@ -522,7 +522,7 @@ class TokenFlexForConditionalGeneration(  # type: ignore[misc]
         self.lm_head = value
 
     def choose_counts(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
-        """See :func:`tokenflex.selection.choice.choose_counts`."""
+        """See :func:`tokenflex.routing.choice.choose_counts`."""
         return choose_counts(self, input_ids, **kwargs)
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:

@@ -18,7 +18,7 @@ import torch
 
 from tokenflex.files import read_json, settle_folder, sync_folder, write_atomically
 from tokenflex.models.configuration import TokenFlexConfig
-from tokenflex.selection import storage as router
+from tokenflex.routing import storage as router
 
 STATE_KEYS = (
     "config",

@@ -1,0 +1,171 @@
+"""What is compared: ways to choose the vision-token count while training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import isqrt
+from typing import Any
+
+from experiments.ablation.scales import Scale
+
+PAPER_ODDS = (0.2, 0.3, 0.5)
+POSITIONS = {"projector_position": "normalized", "image_positions": "shared"}
+SPREAD = 0.3  # of the images, over grids that no model is asked at
+LONGER = 2.5  # times the steps: then one model sees the vision tokens of three specialists
+SIZES = ("small", "middle", "large")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What regimes of a seed go on from: the encoder's warm-up, then an alignment.
+
+    Attributes:
+        name: of its folders, and in ``report.json``.
+        title: in tables.
+        stage: keys of the alignment (:class:`tokenflex.training.config.StageConfig`).
+        model: keys of the model (:class:`tokenflex.training.config.ModelConfig`) that differ.
+    """
+
+    name: str
+    title: str
+    stage: Mapping[str, Any]
+    model: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Regime:
+    """One way to train, as what it changes; all else is the same for all.
+
+    Attributes:
+        name: of its folders, and in ``report.json``.
+        title: in tables and figures.
+        start: what it goes on from.
+        stage: keys of its stage (:class:`tokenflex.training.config.StageConfig`).
+        model: keys of the model (:class:`tokenflex.training.config.ModelConfig`) that differ from
+            the start's.
+    """
+
+    name: str
+    title: str
+    start: Start
+    stage: Mapping[str, Any]
+    model: Mapping[str, Any] = field(default_factory=dict)
+
+    def but(
+        self,
+        name: str,
+        title: str,
+        *,
+        start: Start | None = None,
+        stage: Mapping[str, Any] | None = None,
+        model: Mapping[str, Any] | None = None,
+    ) -> Regime:
+        """The same with something changed, which its name and title then say too."""
+        return Regime(
+            f"{self.name}-{name}",
+            f"{self.title}, {title}",
+            start or self.start,
+            {**self.stage, **(stage or {})},
+            {**self.model, **(model or {})},
+        )
+
+
+def regimes(scale: Scale) -> dict[str, Regime]:
+    """All that can be compared at the three counts of ``scale``, by name."""
+    of_paper = _of_paper(scale)
+    any_count = _any_count(scale, of_paper["stochastic"])
+    closing = _closing_the_gap(scale, {**of_paper, **any_count})
+    return {**of_paper, **any_count, **closing}
+
+
+def _of_paper(scale: Scale) -> dict[str, Regime]:
+    start = _start_at(scale.counts[-1])
+    every = [*scale.counts]
+    return _by_name(
+        *(
+            Regime(f"fixed-{size}", f"fixed {count}", start, _at(count))
+            for size, count in zip(SIZES, scale.counts, strict=True)
+        ),
+        *(
+            Regime(name, title, start, {"counts": every, "weights": [*odds], **stage})
+            for name, title, odds, stage in (
+                ("stochastic", "stochastic 2:3:5", PAPER_ODDS, {}),
+                ("odds-1-1-1", "stochastic 1:1:1", (1.0, 1.0, 1.0), {}),
+                ("odds-5-3-2", "stochastic 5:3:2", (0.5, 0.3, 0.2), {}),
+                # One count for a batch: what MQT does on each rank, and the released code asserts.
+                ("per-step", "one count a step, 2:3:5", PAPER_ODDS, {"draw": "step"}),
+                # Every image at every count: what M3 does.
+                ("all-counts", "every image at all counts", (1.0, 1.0, 1.0), {"draw": "all"}),
+            )
+        ),
+    )
+
+
+def _any_count(scale: Scale, stochastic: Regime) -> dict[str, Regime]:
+    """Made to answer at counts that they never trained with, and each part of that alone."""
+    grids = other_grids(scale.counts)
+    spread = {
+        "counts": [*scale.counts, *map(list, grids)],
+        "weights": [
+            *((1 - SPREAD) * odds for odds in PAPER_ODDS),
+            *[SPREAD / len(grids)] * len(grids),
+        ],
+    }
+    at_projector = {"projector_position": POSITIONS["projector_position"]}
+    positions = replace(stochastic, name="positions", title="2:3:5, positions", model=POSITIONS)
+    # Shared text positions alone are no model: nothing would tell an image's tokens apart.
+    plain = replace(stochastic, title="2:3:5")
+    projector = plain.but("projector", "positions at the projector alone", model=at_projector)
+    return _by_name(
+        positions,
+        positions.but("spread", "other grids", stage=spread),
+        plain.but("spread", "other grids alone", stage=spread),
+        projector,
+        projector.but("spread", "other grids", stage=spread),
+    )
+
+
+def _closing_the_gap(scale: Scale, known: Mapping[str, Regime]) -> dict[str, Regime]:
+    """What may bring the one model up to the specialists, and the specialists to compare with."""
+    one = known["positions"]
+    specialists = [
+        known[f"fixed-{size}"].but("positions", "positions", model=POSITIONS) for size in SIZES
+    ]
+    longer = {"steps": round(LONGER * scale.steps)}
+    wide = replace(scale, width=2 * scale.width, initializer_range=scale.initializer_range / 2**0.5)
+    own = _start_at(scale.counts[-1])
+    wide_start = Start(f"{own.name}-wide", f"{own.title}, twice as wide", own.stage, wide.model())
+    found = [*specialists]
+    for name in ("odds-1-1-1", "odds-5-3-2"):
+        found.append(known[name].but("positions", "positions", model=POSITIONS))
+    found.append(one.but("distilled", "KL to its largest", stage={"distillation": 1.0}))
+    for each in (one, *specialists[:2]):  # at the largest count there is no gap
+        found.append(each.but("longer", f"{LONGER:g} x the steps", stage=longer))
+        found.append(each.but("wide", "twice as wide", start=wide_start))
+    for specialist, size, count in zip(specialists[:2], SIZES, scale.counts, strict=False):
+        start = _start_at(count, f"-{size}")
+        found.append(specialist.but("own-start", f"aligned at {count}", start=start))
+    return _by_name(*found)
+
+
+def _at(count: int) -> dict[str, Any]:
+    return {"counts": [count], "weights": [1.0]}
+
+
+def _start_at(count: int, suffix: str = "") -> Start:
+    return Start(f"start{suffix}", f"the start: {count} alone, before the regimes", _at(count))
+
+
+def _by_name(*several: Regime) -> dict[str, Regime]:
+    return {one.name: one for one in several}
+
+
+def other_grids(counts: tuple[int, int, int]) -> list[tuple[int, int]]:
+    """Eight grids around the trained squares, none of which a scale asks at.
+
+    For 4, 9 and 16: 1 x 2, 2 x 5, 3 x 5 and 4 x 5, each also on its side.
+    """
+    small, middle, large = map(isqrt, counts)
+    pairs = [(small - 1, small), *((side, large + 1) for side in (small, middle, large))]
+    return [grid for height, width in pairs for grid in ((height, width), (width, height))]

@@ -1,0 +1,82 @@
+"""``tokenflex ablate``: plan, run, report."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.ablation.figures import write_figures
+from experiments.ablation.gap import format_gap, write_gap_figure
+from experiments.ablation.jobs import plan_jobs
+from experiments.ablation.report import format_report
+from experiments.ablation.results import collect
+from experiments.ablation.runner import run_jobs
+from experiments.ablation.scales import Scale
+from experiments.ablation.suites import regimes_of
+from experiments.ablation.unseen import format_unseen
+from tokenflex.files import write_atomically, write_json
+
+
+def ablate(
+    scale: Scale,
+    output: Path,
+    *,
+    suite: str = "paper",
+    seeds: int | None = None,
+    at_once: int | None = None,
+    show_bar: bool = True,
+) -> dict[str, Any]:
+    """Train every regime of a suite on every seed, and write what came of it into ``output``.
+
+    A folder for each run, and by suite: "paper" ``report.md``, ``report.json``, ``figure1.png``,
+    ``figure3.png`` and ``odds.png``; "gap" ``gap.md``, ``gap.json`` and ``gap.png``; "unseen"
+    ``unseen.md`` and ``unseen.json``. What is done already is not done again: an interrupted
+    ablation continues, more seeds add to what is there, and suites share the runs they have in
+    common.
+
+    Args:
+        scale: task, model and budget.
+        output: the folder.
+        suite: what is compared, see :mod:`experiments.ablation.suites`.
+        seeds: how many; as many as ``scale`` says if None.
+        at_once: runs at a time; one a core on the CPU, and one on a GPU, if None.
+        show_bar: whether to show a progress bar.
+
+    Returns:
+        What the JSON file holds, see :func:`experiments.ablation.results.collect`.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM came; the same call continues.
+        JobFailedError: a run failed.
+        ValueError: an unknown suite; the folder holds another ablation, or one is at work in it.
+    """
+    chosen = regimes_of(suite, scale)
+    on_gpu = torch.cuda.is_available()
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    at_once = at_once or (1 if on_gpu else cores)
+    # Drawing canvases must keep up with a GPU; on the CPU the cores are busy with other runs.
+    workers = max(cores // at_once - 1, 0) if on_gpu else 0
+    jobs = plan_jobs(
+        scale, chosen, range(seeds or scale.seeds), on_gpu=on_gpu, workers=min(workers, 16)
+    )
+    run_jobs(jobs, output, at_once=at_once, on_gpu=on_gpu, show_bar=show_bar)
+    machine = f"{at_once} run{'s' * (at_once > 1)} at once on " + (
+        torch.cuda.get_device_name() if on_gpu else f"{cores} CPU cores, one thread each"
+    )
+    report = collect(scale, chosen, jobs, output, machine)
+    if suite == "gap":
+        write_gap_figure(report, output / "gap.png")
+        name, page = "gap", format_gap(report)
+    elif suite == "unseen":
+        name, page = "unseen", format_unseen(report)
+    else:
+        write_figures(report, output)
+        name, page = "report", format_report(report)
+    write_atomically(output / f"{name}.md", lambda path: path.write_text(page, encoding="utf-8"))
+    write_json(output / f"{name}.json", report)
+    return report

@@ -1,0 +1,87 @@
+"""Which regimes are compared with each other, and for what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from experiments.ablation.regimes import LONGER, SIZES, Regime, regimes
+from experiments.ablation.scales import Scale
+
+SPECIALISTS = tuple(f"fixed-{size}" for size in SIZES)
+MAIN = (*SPECIALISTS, "stochastic")
+ODDS = ("odds-5-3-2", "odds-1-1-1", "stochastic")
+MIXING = ("stochastic", "per-step", "all-counts")
+ANY_COUNT = ("positions", "positions-spread")
+"""Made to answer at counts that they never trained with; not of the paper."""
+
+UNSEEN = (
+    "stochastic",
+    "stochastic-spread",
+    "stochastic-projector",
+    "stochastic-projector-spread",
+    *ANY_COUNT,
+)
+
+
+@dataclass(frozen=True)
+class Lever:
+    """Something that may bring one model up to three specialists.
+
+    Attributes:
+        title: what was done.
+        one: the model of all counts.
+        specialists: those it is compared with, at the small, middle and large count; there may be
+            none for the larger ones.
+    """
+
+    title: str
+    one: str
+    specialists: tuple[str, ...]
+
+
+def _changed(suffix: str) -> tuple[str, ...]:
+    return tuple(f"{name}-{suffix}" for name in SPECIALISTS)
+
+
+_POSITIONED = _changed("positions")
+LEVERS = (
+    Lever("as in the paper", "stochastic", SPECIALISTS),
+    Lever("positions, for both", "positions", _POSITIONED),
+    Lever("and odds 1:1:1", "odds-1-1-1-positions", _POSITIONED),
+    Lever("and odds 5:3:2", "odds-5-3-2-positions", _POSITIONED),
+    Lever("and KL to its answers at the largest count", "positions-distilled", _POSITIONED),
+    Lever(f"and {LONGER:g} x the steps, for the one", "positions-longer", _POSITIONED),
+    Lever(
+        f"and {LONGER:g} x the steps, for both",
+        "positions-longer",
+        _changed("positions-longer")[:2],
+    ),
+    Lever("and twice as wide, for both", "positions-wide", _changed("positions-wide")[:2]),
+    Lever(
+        "positions; specialists aligned at their own count",
+        "positions",
+        tuple(f"{name}-own-start" for name in _POSITIONED[:2]),
+    ),
+)
+
+SUITES: dict[str, tuple[str, ...]] = {
+    "paper": (*SPECIALISTS, *dict.fromkeys((*reversed(ODDS), *MIXING, *ANY_COUNT))),
+    "gap": tuple(
+        dict.fromkeys(name for lever in LEVERS for name in (lever.one, *lever.specialists))
+    ),
+    "unseen": UNSEEN,
+}
+"""Names of regimes, in the order in which they run."""
+
+
+def regimes_of(suite: str, scale: Scale) -> list[Regime]:
+    """What a suite trains at ``scale``.
+
+    Raises:
+        ValueError: an unknown suite.
+    """
+    if suite not in SUITES:
+        raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {suite!r}")
+    known = regimes(scale)
+    names = (scale.regimes if suite == "paper" else ()) or SUITES[suite]
+    return [known[name] for name in names]

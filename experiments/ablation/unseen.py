@@ -1,0 +1,52 @@
+"""``unseen.md``: what makes a model answer at counts that it never trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.ablation.suites import UNSEEN
+from experiments.ablation.tables import (
+    accuracy_rows,
+    asked_and_seeds,
+    below_nearest,
+    markdown_table,
+    nearest_sentence,
+    nearest_trained,
+)
+
+
+def format_unseen(report: Mapping[str, Any]) -> str:
+    """The whole page, from what :func:`experiments.ablation.results.collect` returns."""
+    counts, unseen = report["counts"], report["unseen"]
+    head = ["trained with", *(f"at {count}" for count in counts)]
+    beside = [
+        "trained with",
+        *(f"{count} (to {nearest_trained(report, count)})" for count in unseen),
+    ]
+    differences = [
+        [
+            report["regimes"][name]["title"],
+            *(f"{100 * gain:+.1f}" for gain in below_nearest(report, name).values()),
+        ]
+        for name in UNSEEN
+    ]
+    sections = [
+        f"# Counts that were never trained, scale {report['scale']}",
+        asked_and_seeds(report),
+        "Every model draws the count of each training image. Positions are two settings, a "
+        "position at the projector's output (`projector_position: normalized`) and one text "
+        "position for all tokens of an image (`image_positions: shared`, which needs the first); "
+        "other grids are 30 % of the images on grids that nobody is asked at.",
+        "## At the counts that were trained",
+        markdown_table(head, accuracy_rows(report, UNSEEN, counts)),
+        "## At others",
+        markdown_table(
+            ["trained with", *(f"at {count}" for count in unseen)],
+            accuracy_rows(report, UNSEEN, unseen),
+        ),
+        "Beside the trained count that has the most like tokens, in points (means over seeds):",
+        markdown_table(beside, differences),
+        "\n".join(f"- {nearest_sentence(report, name)}" for name in UNSEEN),
+    ]
+    return "\n\n".join(sections) + "\n"

@@ -1,0 +1,216 @@
+"""What is run: every regime gets the same budget from the same start."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from experiments.ablation.jobs import Job, plan_jobs
+from experiments.ablation.regimes import PAPER_ODDS, other_grids, regimes
+from experiments.ablation.results import collect
+from experiments.ablation.scales import LARGE, QUICK, SCALES, SMALL
+from experiments.ablation.suites import LEVERS, SUITES, regimes_of
+from tests.experiments.ablation.tiny import TINY
+from tokenflex.cli import main
+from tokenflex.counts import token_grid
+from tokenflex.digits.processor import digits_vocabulary
+from tokenflex.training.config import TrainConfig
+
+
+def jobs_of(scale=SMALL, seeds=(0, 1, 2), **options) -> list[Job]:
+    return plan_jobs(scale, regimes_of("paper", scale), seeds, on_gpu=False, **options)
+
+
+def config_of(job: Job) -> TrainConfig:
+    return TrainConfig.model_validate(job.config)
+
+
+@pytest.mark.parametrize("scale", [SMALL, LARGE, QUICK], ids=lambda scale: scale.name)
+def test_every_regime_has_the_same_budget(scale):
+    """Steps, images shown a step, learning rates, schedule: all but what a regime is about."""
+    jobs = [job for job in jobs_of(scale) if job.needs]
+    assert len(jobs) == 3 * (len(scale.regimes) or 10)
+    own = {"name", "counts", "weights", "draw"}
+    budgets = {
+        json.dumps(config_of(job).stages[0].model_dump(mode="json", exclude=own)) for job in jobs
+    }
+    assert len(budgets) == 1
+    assert {job.steps for job in jobs} == {scale.steps}
+    evaluations = {config_of(job).evaluation.model_dump_json() for job in jobs}
+    assert len(evaluations) == 1
+
+
+def test_every_regime_of_a_seed_starts_from_the_same_checkpoint():
+    jobs = jobs_of()
+    for seed in range(3):
+        of_seed = [job for job in jobs if job.seed == seed]
+        (start,) = [job for job in of_seed if job.needs is None]
+        assert {job.config["model"].get("start") for job in of_seed if job is not start} == {
+            f"seed{seed}/start/checkpoint"
+        }
+        assert {job.config["seed"] for job in of_seed} == {seed}
+        assert "projector_position" not in start.config["model"]
+    assert len({job.name for job in jobs}) == len(jobs) == 33
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=lambda scale: scale.name)
+def test_no_regime_trains_at_a_count_that_is_asked_as_unseen(scale):
+    unseen = {token_grid(count) for count in scale.unseen}
+    for one in regimes(scale).values():
+        trained = [tuple(n) if isinstance(n, list) else n for n in one.stage["counts"]]
+        assert not unseen & {token_grid(count) for count in trained}, one.name
+    assert other_grids((4, 9, 16)) == [
+        *((1, 2), (2, 1), (2, 5), (5, 2)),
+        *((3, 5), (5, 3), (4, 5), (5, 4)),
+    ]
+
+
+def test_the_start_is_at_the_largest_count_alone():
+    start = config_of(jobs_of()[0])
+    assert start.encoder_warm_up is not None
+    assert start.stages[0].counts == (16,)
+
+
+def test_models_are_asked_on_scans_of_their_own_split():
+    for job in jobs_of():
+        config = config_of(job)
+        assert (config.data.split, config.evaluation.data.split) == ("train", "test")
+        assert config.evaluation.counts == (4, 9, 16, *SMALL.unseen)
+
+
+def test_regimes_are_those_of_the_paper():
+    known = regimes(SMALL)
+    assert [known[f"fixed-{size}"].stage["counts"] for size in ("small", "middle", "large")] == [
+        [4],
+        [9],
+        [16],
+    ]
+    odds = {name: known[name].stage["weights"] for name in ("stochastic", "odds-5-3-2")}
+    assert odds == {"stochastic": [0.2, 0.3, 0.5], "odds-5-3-2": [0.5, 0.3, 0.2]}
+    assert known["per-step"].stage["draw"] == "step"
+    assert known["all-counts"].stage["draw"] == "all"
+
+
+def test_a_regime_of_another_start_waits_for_it():
+    known = regimes(SMALL)
+    names = ("fixed-small", "positions-wide", "fixed-small-positions-wide")
+    jobs = plan_jobs(SMALL, [known[name] for name in names], [0], on_gpu=False)
+    assert [(job.name, job.needs) for job in jobs] == [
+        ("seed0/start", None),
+        ("seed0/fixed-small", "seed0/start"),
+        ("seed0/start-wide", None),
+        ("seed0/positions-wide", "seed0/start-wide"),
+        ("seed0/fixed-small-positions-wide", "seed0/start-wide"),
+    ]
+    widths = [job.config["model"]["text"]["config"]["hidden_size"] for job in jobs]
+    assert widths == [64, 64, 128, 128, 128]
+    assert jobs[3].config["model"]["image_positions"] == "shared"
+    assert jobs[1].config == plan_jobs(SMALL, [known[names[0]]], [0], on_gpu=False)[1].config
+
+
+def test_suites_share_the_runs_they_have_in_common():
+    """Their jobs of one name are the same, so one folder can hold all suites."""
+    known: dict[str, Job] = {}
+    for suite in SUITES:
+        for job in plan_jobs(SMALL, regimes_of(suite, SMALL), [0, 1], on_gpu=False):
+            assert known.setdefault(job.name, job) == job
+    assert len(known) == 2 * (4 + len({name for names in SUITES.values() for name in names}))
+
+
+@pytest.mark.parametrize("suite", ["gap", "unseen"])
+def test_every_run_of_the_other_suites_is_a_valid_configuration(suite):
+    for job in plan_jobs(SMALL, regimes_of(suite, SMALL), [0], on_gpu=False):
+        config_of(job)
+
+
+def test_a_longer_run_sees_the_vision_tokens_of_three_specialists():
+    longer = regimes(SMALL)["positions-longer"]
+    mean = sum(n * odds for n, odds in zip((4, 9, 16), PAPER_ODDS, strict=True))
+    assert longer.stage["steps"] * mean == pytest.approx(SMALL.steps * (4 + 9 + 16), rel=0.01)
+
+
+def test_every_lever_compares_with_its_own_count():
+    """A specialist is trained at the count of its place."""
+    known = regimes(SMALL)
+    for lever in LEVERS:
+        trained = [known[name].stage["counts"] for name in lever.specialists]
+        assert trained == [[count] for count in SMALL.counts[: len(trained)]], lever.title
+        assert known[lever.one].stage["counts"] == [*SMALL.counts]
+
+
+def test_an_unknown_suite_is_refused(capsys):
+    assert main(["ablate", "--suite", "paperr"]) == 2
+    assert "suite must be one of paper, gap, unseen, got 'paperr'" in capsys.readouterr().err
+    assert main(["ablate", "--quick", "--suite", "gap"]) == 2
+    assert "--quick is of the suite paper" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=lambda scale: scale.name)
+def test_every_scale_has_a_valid_configuration(scale):
+    assert len(digits_vocabulary(scale.cells)) <= scale.vocabulary
+    assert scale.batch_size % 3 == 0
+    for job in jobs_of(scale, seeds=(0,)):
+        config_of(job)
+
+
+def test_on_a_gpu_precision_and_workers_are_those_of_the_scale():
+    (start, *_) = plan_jobs(LARGE, [regimes(LARGE)["stochastic"]], [0], on_gpu=True, workers=12)
+    config = config_of(start)
+    assert (config.precision, config.workers, config.threads) == ("bf16", 12, None)
+
+
+def test_a_folder_of_another_ablation_is_refused(tmp_path):
+    for job in jobs_of(TINY, seeds=(0,)):
+        job.write_config(tmp_path)
+        job.write_config(tmp_path)  # the same again is a continuation
+    for job in jobs_of(TINY, seeds=(0,), workers=3):  # on another machine too
+        job.write_config(tmp_path)
+    other = jobs_of(replace(TINY, steps=41), seeds=(0,))[1]
+    with pytest.raises(ValueError, match=r"holds another ablation: .*config\.yaml differs"):
+        other.write_config(tmp_path)
+
+
+def test_a_report_that_is_cut_off_is_named(tmp_path):
+    job = jobs_of(TINY, seeds=(0,))[0]
+    job.write_config(tmp_path)
+    (tmp_path / job.name / "report.json").write_text('{"accu')
+    with pytest.raises(ValueError, match=r"seed0/start/report\.json is not JSON"):
+        job.report(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"accuracy": {}}'])
+def test_a_report_of_something_else_is_named(tmp_path, text):
+    job = jobs_of(TINY, seeds=(0,))[0]
+    job.write_config(tmp_path)
+    (tmp_path / job.name / "report.json").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"start/report\.json lacks .*stages, standard_error; delete"
+    ):
+        job.report(tmp_path)
+
+
+def test_a_damaged_configuration_is_named(tmp_path):
+    job = jobs_of(TINY, seeds=(0,))[0]
+    job.write_config(tmp_path)
+    (tmp_path / job.name / "config.yaml").write_text("seed: [")
+    with pytest.raises(ValueError, match=r"seed0/start/config\.yaml is damaged"):
+        job.write_config(tmp_path)
+
+
+def test_what_a_teacher_sees_counts(tmp_path):
+    """Every image once more, at the largest count."""
+    cost = {}
+    for name in ("positions", "positions-distilled"):
+        jobs = plan_jobs(SMALL, [regimes(SMALL)[name]], [0], on_gpu=False)
+        for job in jobs:
+            folder = tmp_path / job.name
+            folder.mkdir(parents=True, exist_ok=True)
+            stages = [{"tokens_per_image": 11.5, "seconds": 1.0}]
+            found = {"accuracy": {}, "accuracy_by_kind": {}, "standard_error": {"4": 0.1}}
+            report = {**found, "questions": {}, "samples": 1, "stages": stages}
+            (folder / "report.json").write_text(json.dumps(report))
+        rows = collect(SMALL, [regimes(SMALL)[name]], jobs, tmp_path, "")["regimes"]
+        cost[name] = rows[name]["vision_tokens"]["mean"] / (SMALL.steps * SMALL.batch_size)
+    assert cost == {"positions": 11.5, "positions-distilled": 11.5 + 16}

@@ -1,0 +1,194 @@
+"""The page and the pictures, from a report that was made up."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from experiments.ablation.checks import quick_checks
+from experiments.ablation.figures import write_figures
+from experiments.ablation.gap import format_gap, gains, write_gap_figure
+from experiments.ablation.report import format_report
+from experiments.ablation.results import difference, spread_of
+from experiments.ablation.suites import LEVERS, SUITES
+from experiments.ablation.tables import accuracy_table, below_nearest, nearest_trained
+from experiments.ablation.unseen import format_unseen
+from tests.experiments.ablation.tiny import canned_report
+
+
+def section(page: str, title: str) -> str:
+    return page.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def cells(text: str, first: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {first} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_spread_is_the_sample_standard_deviation():
+    assert spread_of([1.0, 2.0, 4.0]) == {
+        "mean": pytest.approx(7 / 3),
+        "spread": pytest.approx((14 / 6) ** 0.5),  # ((4/3)^2 + (1/3)^2 + (5/3)^2) / 2
+        "values": [1.0, 2.0, 4.0],
+    }
+    assert spread_of([0.5])["spread"] is None
+
+
+def test_accuracies_stand_beside_the_papers():
+    table = section(format_report(canned_report()), "Trained with, asked at")
+    assert cells(table, "fixed 4") == [
+        *("86.0 ± 1.0", "51.0 ± 1.0", "56.0 ± 1.0"),
+        *("57.5", "57.4", "56.2"),
+    ]
+    assert cells(table, "stochastic 2:3:5")[3:] == ["58.7", "60.0", "60.7"]
+    assert cells(table, "the start")[3:] == ["-"] * 3
+    assert "second-hand" in table
+
+
+def test_differences_are_paired_by_seed():
+    """Both models are a point better with each seed: their difference has no spread."""
+    report = canned_report()
+    gap = difference(report, "stochastic", "fixed-small", "4")
+    assert gap["mean"] == pytest.approx(-0.05)
+    assert gap["spread"] == pytest.approx(0, abs=1e-12)
+    claims = section(format_report(report), "The paper's claim, here")
+    assert cells(claims, "fixed 4") == ["**-5.0 ± 0.0**", "+40.0 ± 0.0", "+44.5 ± 0.0"]
+    assert cells(claims, "fixed 16") == ["+55.0 ± 0.0", "+60.0 ± 0.0", "**+0.5 ± 0.0**"]
+
+
+def test_the_verdict_names_where_the_stochastic_model_is_behind():
+    claims = section(format_report(canned_report()), "The paper's claim, here")
+    assert "at least 35.0 and at most 60.0 points below the stochastic one" in claims
+    assert "behind at 4 (-5.0), 9 (-3.0) and ahead at 16 (+0.5)" in claims
+
+
+def test_the_verdict_turns_with_the_numbers():
+    report = canned_report()
+    for row, value in (("fixed-small", 0.7), ("fixed-middle", 0.8), ("fixed-large", 0.9)):
+        for count in report["counts"]:
+            report["regimes"][row]["accuracy"][count] = spread_of([value - 0.3] * 3)
+    claims = section(format_report(report), "The paper's claim, here")
+    assert "ahead at 4" in claims
+    assert "behind" not in claims
+    report["regimes"]["fixed-small"]["accuracy"]["16"] = spread_of([1.2] * 3)
+    assert "not always below" in format_report(report)
+
+
+def test_grids_stand_in_the_table_of_unseen_counts():
+    table = section(format_report(canned_report()), "Counts that no model was trained with")
+    assert "at 2x3" in table
+    assert cells(table, "stochastic 2:3:5") == ["61.0 ± 1.0", "71.0 ± 1.0"]
+
+
+def test_unseen_counts_are_compared_with_the_nearest_that_was_trained():
+    """6 tokens are nearer to 4 than to 9, 7 are not; 12 to 9, 13 to 16."""
+    report = canned_report()
+    near = {"1x6": "4", "7x1": "9", "3x4": "9", "13x1": "16", "2x8": "16", "1x5": "4", "11x1": "9"}
+    assert {label: nearest_trained(report, label) for label in near} == near
+    assert [nearest_trained(report, label) for label in ("1", "2x3", "3x4", "2x4", "25")] == [
+        *("4", "4", "9", "9", "16")
+    ]
+    gain = below_nearest(report, "positions")
+    assert gain == {"25": pytest.approx(0.9 - 0.97), "2x3": pytest.approx(0.86 - 0.83)}
+    said = section(format_report(report), "Counts that no model was trained with")
+    assert (
+        "2:3:5, positions: at 1 of 2 within 5 points below it, 2x3 (+3.0); not at 25 (-7.0)."
+        in said
+    )
+    assert "other grids: at 1 of 2 within 5 points below it, 25 (-1.0); not at 2x3 (-9.0)." in said
+
+
+def test_the_page_of_unseen_counts_has_each_part_alone():
+    page = format_unseen(canned_report(names=("start", *SUITES["unseen"])))
+    others = section(page, "At others")
+    assert "| 2:3:5, positions at the projector alone | 51.0 ± 1.0 | 51.0 ± 1.0 |" in others
+    assert "| 2:3:5, positions | -7.0 | +3.0 |" in others
+    assert "| trained with | 25 (to 16) | 2x3 (to 4) |" in others
+
+
+def test_each_lever_is_measured_against_its_own_specialists():
+    report = canned_report(names=("start", *SUITES["gap"]))
+    report["regimes"]["fixed-small-positions-wide"]["accuracy"]["4"] = spread_of([0.65, 0.66, 0.7])
+    page = format_gap(report)
+    table = page.split("## Accuracies")[0]
+    assert cells(table, "as in the paper")[:3] == ["-5.0 ± 0.0", "-3.0 ± 0.0", "+0.5 ± 0.0"]
+    assert cells(table, "positions, for both")[:3] == ["-3.0 ± 0.0", "-1.0 ± 0.0", "-2.0 ± 0.0"]
+    wide = cells(table, "and twice as wide, for both")
+    assert wide == ["+4.0 ± 1.7", "-12.0 ± 0.0", "-", "288k : 576k"]
+    assert "- as in the paper: behind by at most 5.0, at 4; ahead at 16 (+0.5)." in page
+    assert "- and odds 1:1:1: behind by at most 16.0, at 4; ahead at none." in page
+
+
+def test_the_gap_has_its_figure(tmp_path):
+    report = canned_report(names=("start", *SUITES["gap"]))
+    write_gap_figure(report, tmp_path / "gap.png")
+    assert len(Image.open(tmp_path / "gap.png").convert("L").getcolors(256)) > 20
+    assert {len(gains(report, lever)) for lever in LEVERS} == {2, 3}
+
+
+def test_odds_and_ways_to_mix_have_their_tables():
+    page = format_report(canned_report())
+    assert cells(section(page, "Odds"), "stochastic 5:3:2")[3:] == ["58.5", "59.5", "59.6"]
+    mixing = section(page, "Ways to mix counts")
+    assert cells(mixing, "one count a step, 2:3:5")[0] == "80.0 ± 1.0"
+    assert cells(mixing, "every image at all counts")[2] == "96.0 ± 1.0"
+
+
+def test_cost_is_compared_with_the_largest_count():
+    table = section(format_report(canned_report()), "Cost")
+    assert cells(table, "fixed 4") == ["18000", "72,000 (-75%)", "61 ± 1", "2.0 B", "8.2"]
+    assert cells(table, "fixed 16")[1] == "288,000"
+
+
+def test_every_kind_of_question_has_its_column():
+    table = section(format_report(canned_report()), "By kind of question")
+    assert "| trained with | at | colour | odd | read |" in table
+    assert "| fixed 4 | 16 | 56.0 ± 1.0 | 56.5 ± 1.0 | 36.0 ± 1.0 |" in table
+    assert "read 39" in table
+
+
+def test_one_seed_has_no_spread_and_says_so():
+    page = format_report(canned_report(seeds=1))
+    assert "1 seed (no spread)" in page
+    assert "±" not in page
+
+
+def test_two_regimes_are_enough_for_a_report(tmp_path):
+    report = canned_report(seeds=1, names=("start", "fixed-large", "stochastic"))
+    page = format_report(report)
+    assert "## Odds" not in page
+    assert "![Odds]" not in page
+    write_figures(report, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figure1.png", "figure3.png"]
+
+
+def test_the_terminal_shows_every_count():
+    lines = accuracy_table(canned_report(seeds=1)).splitlines()
+    assert lines[0].split()[-5:] == ["4", "9", "16", "25", "2x3"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_figures_are_drawn(tmp_path: Path):
+    write_figures(canned_report(), tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["figure1.png", "figure3.png", "odds.png"]
+    for name in names:
+        assert len(Image.open(tmp_path / name).convert("L").getcolors(256)) > 20, name
+
+
+def test_quick_checks_name_what_fails():
+    report = canned_report(seeds=1, names=("start", "fixed-large", "stochastic"))
+    assert all(check.holds for check in quick_checks(report))
+    collapsed = copy.deepcopy(report)
+    collapsed["regimes"]["fixed-large"]["accuracy"]["4"] = spread_of([0.7])
+    (failed,) = [check for check in quick_checks(collapsed) if not check.holds]
+    assert str(failed) == (
+        "FAILED: accuracy at 4, stochastic minus fixed 16 must exceed 0.15, got 0.100"
+    )
+    unread = copy.deepcopy(report)
+    unread["regimes"]["stochastic"]["accuracy_by_kind"]["read"]["16"] = spread_of([0.1])
+    (failed,) = [check for check in quick_checks(unread) if not check.holds]
+    assert "`read` at 16" in failed.claim

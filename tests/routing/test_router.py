@@ -1,0 +1,200 @@
+"""The router finds what is planted, its penalty is a price, and its training touches nothing."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.models.test_modeling import CallCounter
+from tests.models.tiny import tiny_model
+from tests.routing.planted import COUNTS, planted_grades
+from tokenflex.digits.dataset import DigitsDataset
+from tokenflex.digits.processor import digits_processor
+from tokenflex.routing import training
+from tokenflex.routing.curve import routed, score
+from tokenflex.routing.router import Router, best, utilities
+from tokenflex.routing.training import fit_router, train_router
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return fit_router(planted_grades(90), max_drop=0.0)
+
+
+def test_the_router_learns_which_question_needs_which_count_of_which_image(fitted):
+    router, _ = fitted
+    unseen = planted_grades(60, seed=1)
+    smallest_right = best(unseen.right.double().numpy())
+    agreement = (routed(router, unseen, 0.2) == smallest_right).mean()
+    assert {0, 1, 2} == {*smallest_right.tolist()}
+    assert agreement > 0.95
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    monkeypatch.setattr(training, "STEPS", 100)
+
+
+def test_its_own_penalty_costs_no_more_than_it_may_and_saves_tokens(fitted):
+    _, report = fitted
+    assert report.largest_accuracy == pytest.approx(1)
+    assert report.accuracy >= report.largest_accuracy
+    assert report.tokens < 0.7 * report.largest_tokens
+    assert report.penalty > 0
+
+
+DROPS = (0.05, 0.1, 0.4)
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_a_larger_drop_allows_a_larger_penalty():
+    noisy = planted_grades(90)
+    flipped = torch.rand(noisy.right.shape, generator=torch.Generator().manual_seed(3)) < 0.2
+    noisy.right.logical_xor_(flipped)
+    reports = [fit_router(noisy, max_drop=drop)[1] for drop in DROPS]
+    tokens = [report.tokens for report in reports]
+    assert tokens == sorted(tokens, reverse=True)
+    assert tokens[0] > tokens[-1]
+    for report, drop in zip(reports, DROPS, strict=True):
+        assert report.accuracy >= report.largest_accuracy - drop - 1e-9
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_a_question_counts_on_one_side_of_the_split_with_its_image():
+    grades = planted_grades(10)
+    _, report = fit_router(grades, held_out=0.3)
+    assert (report.questions, report.held_out_questions) == (28, 12)
+    part = grades.of_samples(torch.tensor([False] * 7 + [True, False, True]))
+    assert len(part) == 8
+    assert part.samples.tolist() == [7] * 4 + [9] * 4
+    assert part.pair_questions.tolist() == list(range(8))
+    assert torch.equal(part.images[part.pair_images], grades.images[[7] * 4 + [9] * 4])
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_one_seed_gives_one_router():
+    first, again, other = (fit_router(planted_grades(9), seed=seed)[0] for seed in (0, 0, 1))
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+    assert not torch.equal(other.image.weight, again.image.weight)
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_training_leaves_the_model_as_it_is_and_encodes_an_image_once():
+    model, processor = tiny_model().train(), digits_processor()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    encoder = CallCounter(model.model.vision_model)
+    modes, asked = [], []
+    model.register_forward_hook(lambda module, *_: modes.append(module.training))
+    dataset = DigitsDataset("validation", size=6, questions=3)
+    router, report = train_router(
+        model, processor, dataset, COUNTS, batch_size=4, on_samples=asked.append
+    )
+    assert encoder.calls == 2
+    assert asked == [4, 2]
+    assert {*modes} == {False}
+    assert model.training
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert report.questions + report.held_out_questions == 18
+    assert report.parameters == sum(p.numel() for p in router.parameters())
+
+
+# ---- the penalty
+
+
+@given(
+    st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=1, max_size=8),
+    st.lists(st.floats(0, 5), min_size=2, max_size=6),
+)
+def test_no_question_gets_more_tokens_at_a_higher_penalty(chances, penalties):
+    picks = [best(utilities(np.array(chances), COUNTS, p)) for p in sorted(penalties)]
+    for cheap, dear in pairwise(picks):
+        assert (dear <= cheap).all()
+
+
+def test_the_penalty_is_in_shares_of_right_answers_per_all_of_the_largest_counts_tokens():
+    chances = np.array([[0.70, 0.70, 0.79]])  # 16 brings .09 more than 4, for 75 % more of 16
+    assert best(utilities(chances, COUNTS, 0.119)).tolist() == [2]
+    assert best(utilities(chances, COUNTS, 0.121)).tolist() == [0]
+
+
+def test_of_equal_counts_the_fewest_tokens_are_taken():
+    assert best(utilities(np.array([[0.5, 0.5, 0.5], [0.4, 0.5, 0.5]]), COUNTS, 0.0)).tolist() == [
+        0,
+        1,
+    ]
+
+
+def test_choose_takes_the_routers_own_penalty_unless_told():
+    router = Router(COUNTS, 4, 6, penalty=10.0)
+    torch.nn.init.zeros_(router.right.weight)
+    with torch.no_grad():
+        router.right.bias.copy_(torch.tensor([-1.0, 0.0, 1.0]))
+    inputs = torch.zeros(2, 8), torch.zeros(2, 6)
+    assert router.choose(*inputs) == [4, 4]
+    assert router.choose(*inputs, penalty=0.0) == [16, 16]
+
+
+@pytest.mark.parametrize(("penalty", "error"), [(-0.1, ValueError), (float("nan"), ValueError)])
+def test_penalties_that_are_none_are_refused(penalty, error):
+    with pytest.raises(error, match="penalty must be finite and at least 0"):
+        utilities(np.zeros((1, 3)), COUNTS, penalty)
+    with pytest.raises(TypeError, match=r"penalty must be a number, got '0.1'"):
+        utilities(np.zeros((1, 3)), COUNTS, "0.1")
+
+
+# ---- what it is
+
+
+def test_its_size_follows_from_two_widths():
+    router = Router((64, 144, 256), 1152, 3584)
+    parameters = sum(parameter.numel() for parameter in router.parameters())
+    assert parameters == 16 * (2 * 1152 + 1 + 3584 + 1) + 3 * 17
+    assert parameters < 100_000
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [((4,), "two or more"), ((4, 4), "two or more"), ((4, 10), "counts.1. must be a perfect sq")],
+)
+def test_counts_that_leave_no_choice_are_refused(counts, message):
+    with pytest.raises(ValueError, match=message):
+        Router(counts, 4, 4)
+
+
+def test_counts_come_in_rising_order():
+    assert Router((16, 4, 9), 4, 4).counts == (4, 9, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"held_out": 0}, "held_out must"), ({"max_drop": 1}, "max_drop must")],
+)
+def test_settings_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        fit_router(planted_grades(4), **options)
+
+
+def test_one_sample_is_too_few():
+    with pytest.raises(ValueError, match="at least 2 samples with images"):
+        fit_router(planted_grades(1))
+
+
+def test_accuracy_and_tokens_weigh_kinds_alike():
+    grades = planted_grades(3).of_samples(torch.tensor([True, False, True]))
+    # sample 0 is easy, sample 2 is not: fine questions are right at 9 in one of two
+    assert score(grades, np.ones(8, dtype=np.int64)) == pytest.approx((0.75, 9.0))
+    rare = planted_grades(3)
+    rare = rare.of_samples(torch.tensor([True, True, True]))
+    kinds = ("fine",) + ("coarse",) * 11
+    rare = type(rare)(**{**rare.__dict__, "kinds": kinds})
+    accuracy, _ = score(rare, np.zeros(12, dtype=np.int64))
+    right = rare.right[:, 0].double()
+    assert accuracy == pytest.approx(float((right[0] + right[1:].mean()) / 2))

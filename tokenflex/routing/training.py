@@ -1,0 +1,230 @@
+"""A router from graded questions, in seconds: the model itself stays as it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from tokenflex.data.samples import SampleDataset
+from tokenflex.routing.curve import routed, score
+from tokenflex.routing.grading import Grades, grade
+from tokenflex.routing.router import Router
+
+STEPS = 1000
+BATCH = 512
+LEARNING_RATE = 2e-3
+WEIGHT_DECAY = 0.05
+CHECK_EVERY = 50  # steps between looks at the held-out part
+PATIENCE = 12  # looks without a better one
+PENALTIES = (0.0, *np.geomspace(0.002, 1.0, 28).round(4).tolist())
+
+
+@dataclass(frozen=True)
+class RouterReport:
+    """What training a router took and gave.
+
+    Attributes:
+        parameters: of the router.
+        questions: it was fitted on.
+        held_out_questions: it was stopped and its penalty was found on.
+        grading_seconds: encoding and asking, at all counts.
+        fitting_seconds: of the router itself.
+        steps: of the optimiser, up to the router that is kept.
+        penalty: its own, where a call names none: of those that cost at most ``max_drop`` of the
+            largest count's accuracy on the held-out part, the one with the fewest tokens; 0 if even
+            that costs more.
+        accuracy: held out, of the router at that penalty.
+        tokens: held out, vision tokens a question of the router at that penalty.
+        largest_accuracy: held out, always at the largest count.
+        largest_tokens: likewise.
+    """
+
+    parameters: int
+    questions: int
+    held_out_questions: int
+    grading_seconds: float
+    fitting_seconds: float
+    steps: int
+    penalty: float
+    accuracy: float
+    tokens: float
+    largest_accuracy: float
+    largest_tokens: float
+
+
+def train_router(
+    model: Any,
+    processor: Any,
+    dataset: SampleDataset,
+    counts: Sequence[int],
+    *,
+    max_drop: float = 0.01,
+    held_out: float = 0.2,
+    hidden_width: int = 16,
+    seed: int = 0,
+    batch_size: int = 64,
+    on_samples: Callable[[int], object] = lambda samples: None,
+) -> tuple[Router, RouterReport]:
+    """Ask everything at every count, and learn what is answered right at which.
+
+    Use questions that the model was not trained on: it knows too much about those.
+
+    Args:
+        model: a :class:`tokenflex.TokenFlexForConditionalGeneration`; nothing in it changes.
+        processor: its processor.
+        dataset: questions with their answers.
+        counts: to choose from, two or more perfect squares.
+        max_drop: share of right answers that the router's own penalty may cost.
+        held_out: share of the samples that the router is not fitted on.
+        hidden_width: of the router.
+        seed: of its first weights, its batches and the held-out part.
+        batch_size: samples a pass of the model.
+        on_samples: called with the number of samples after each.
+
+    Raises:
+        TypeError: a count is not an int.
+        ValueError: fewer than two counts or two samples with images, or a number out of its range.
+    """
+    _check_shares(held_out, max_drop)  # before the work, not after it
+    started = time.perf_counter()
+    grades = grade(model, processor, dataset, counts, batch_size=batch_size, on_samples=on_samples)
+    graded = time.perf_counter() - started
+    return fit_router(
+        grades,
+        max_drop=max_drop,
+        held_out=held_out,
+        hidden_width=hidden_width,
+        seed=seed,
+        grading_seconds=graded,
+    )
+
+
+def fit_router(
+    grades: Grades,
+    *,
+    max_drop: float = 0.01,
+    held_out: float = 0.2,
+    hidden_width: int = 16,
+    seed: int = 0,
+    grading_seconds: float = 0.0,
+) -> tuple[Router, RouterReport]:
+    """A router for questions that are graded; the arguments are those of :func:`train_router`."""
+    _check_shares(held_out, max_drop)
+    started = time.perf_counter()
+    fitted, tested = _split(grades, held_out, seed)
+    router = Router(
+        grades.counts,
+        grades.images.shape[1] // 2,
+        grades.questions.shape[1],
+        hidden_width=hidden_width,
+    )
+    steps = _fit(router, fitted, tested, torch.Generator().manual_seed(seed))
+    penalty = _largest_penalty(router, tested, max_drop)
+    router.penalty = penalty
+    accuracy, tokens = score(tested, routed(router, tested, penalty))
+    always = np.full(len(tested), len(grades.counts) - 1)
+    largest_accuracy, largest_tokens = score(tested, always)
+    return router, RouterReport(
+        parameters=sum(parameter.numel() for parameter in router.parameters()),
+        questions=len(fitted),
+        held_out_questions=len(tested),
+        grading_seconds=grading_seconds,
+        fitting_seconds=time.perf_counter() - started,
+        steps=steps,
+        penalty=penalty,
+        accuracy=accuracy,
+        tokens=tokens,
+        largest_accuracy=largest_accuracy,
+        largest_tokens=largest_tokens,
+    )
+
+
+def _check_shares(held_out: float, max_drop: float) -> None:
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
+    if not 0 <= max_drop < 1:
+        raise ValueError(f"max_drop must be at least 0 and below 1, got {max_drop}")
+
+
+def _split(grades: Grades, held_out: float, seed: int) -> tuple[Grades, Grades]:
+    """By samples: questions about one image are never on both sides."""
+    with_images = grades.samples[grades.tiles > 0].unique()
+    if len(with_images) < 2:
+        raise ValueError(
+            f"dataset must hold at least 2 samples with images to fit a router on, got "
+            f"{len(with_images)}"
+        )
+    order = torch.randperm(len(with_images), generator=torch.Generator().manual_seed(seed))
+    tested = min(max(1, round(held_out * len(with_images))), len(with_images) - 1)
+    sides = []
+    for samples in (with_images[order[tested:]], with_images[order[:tested]]):
+        chosen = torch.zeros(int(grades.samples.max()) + 1, dtype=torch.bool)
+        chosen[samples] = True
+        sides.append(grades.of_samples(chosen))
+    return sides[0], sides[1]
+
+
+def _fit(router: Router, fitted: Grades, tested: Grades, generator: torch.Generator) -> int:
+    """Train in place until the held-out part gains no more; the steps up to the best."""
+    images, questions, right, weights = _pairs(fitted)
+    for name, values in (("image", images), ("question", questions)):
+        std, mean = torch.std_mean(values, dim=0, correction=0)
+        getattr(router, f"{name}_mean").copy_(mean)
+        getattr(router, f"{name}_std").copy_(std + 1e-5)
+    for linear in (router.image, router.question, router.right):
+        torch.nn.init.normal_(linear.weight, std=linear.in_features**-0.5, generator=generator)
+        torch.nn.init.zeros_(linear.bias)
+    optimizer = torch.optim.AdamW(router.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    kept, kept_loss, kept_step = router.state_dict(), float("inf"), 0
+    for step in range(1, STEPS + 1):
+        drawn = torch.randint(len(images), (BATCH,), generator=generator)
+        loss = _loss(router, images[drawn], questions[drawn], right[drawn], weights[drawn])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if step % CHECK_EVERY == 0:
+            with torch.no_grad():
+                held_out = float(_loss(router, *_pairs(tested)))
+            if held_out < kept_loss:
+                kept = {name: value.clone() for name, value in router.state_dict().items()}
+                kept_loss, kept_step = held_out, step
+            elif step - kept_step >= PATIENCE * CHECK_EVERY:
+                break
+    router.load_state_dict(kept)
+    router.eval()
+    return kept_step
+
+
+def _pairs(grades: Grades) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Statistics, embeddings, right or wrong, and weight of each pair of image and question."""
+    owners = grades.pair_questions
+    return (
+        grades.images[grades.pair_images],
+        grades.questions[owners],
+        grades.right[owners].float(),
+        1 / torch.bincount(owners)[owners].float(),
+    )
+
+
+def _loss(
+    router: Router,
+    images: torch.Tensor,
+    questions: torch.Tensor,
+    right: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    losses = F.binary_cross_entropy_with_logits(router(images, questions), right, reduction="none")
+    return (losses.mean(1) * weights).sum() / weights.sum()
+
+
+def _largest_penalty(router: Router, tested: Grades, max_drop: float) -> float:
+    largest, _ = score(tested, np.full(len(tested), len(tested.counts) - 1))
+    scores = {penalty: score(tested, routed(router, tested, penalty)) for penalty in PENALTIES}
+    allowed = [p for p, (accuracy, _) in scores.items() if accuracy >= largest - max_drop]
+    return min(allowed, key=lambda p: (scores[p][1], p), default=0.0)
