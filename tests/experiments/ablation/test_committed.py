@@ -17,7 +17,7 @@ from experiments.ablation.suites import LEVERS, UNSEEN
 from experiments.ablation.tables import below_nearest, points
 from experiments.ablation.unseen import format_unseen
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 FOLDER = DOCS / "results/ablate"
 FORMATS = {"report": format_report, "gap": format_gap, "unseen": format_unseen}
 
