@@ -88,6 +88,17 @@ _MISSING = [requirement for requirement in _NEEDED_BY if _is_missing(requirement
 collect_ignore = sorted({path for requirement in _MISSING for path in _NEEDED_BY[requirement]})
 
 
+@pytest.fixture
+def own_accelerator_and_threads():
+    """Leave neither accelerate's global state nor a number of threads to the next test."""
+    from accelerate.state import AcceleratorState
+
+    threads = torch.get_num_threads()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(threads)
+
+
 def pytest_report_header() -> str | None:
     if not _MISSING:
         return None

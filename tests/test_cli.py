@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 
@@ -41,18 +40,12 @@ from tokenflex.training.checkpoint import STATE_KEYS, save_model
 from tokenflex.training.faults import NonFiniteLossError
 from tokenflex_kernels import info
 
+pytestmark = pytest.mark.usefixtures("own_accelerator_and_threads")
+
 COMMANDS = (
     *("info", "train", "evaluate", "harness", "route", "generate", "convert", "ablate", "plot"),
 )
 BAR = re.compile(r"\d+%\||\| \d+/\d+ \[")
-
-
-@pytest.fixture(autouse=True)
-def _own_accelerator_and_threads():
-    threads = torch.get_num_threads()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

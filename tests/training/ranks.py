@@ -15,20 +15,20 @@ from accelerate.state import AcceleratorState
 
 from tokenflex.training import states
 from tokenflex.training.config import load_config
-from tokenflex.training.loop import Trainer
+from tokenflex.training.loop import TrainingRun
 
 RANK = int(os.environ["RANK"])
 
 
 def run(config: str, event: str | None) -> None:
-    trainer = Trainer(load_config(config))
-    step, count = trainer._step, [0]
+    training = TrainingRun(load_config(config))
+    step, count = training._step, [0]
 
     def with_event(*args, **kwargs):
         count[0] += 1
         if count[0] == 5 and RANK == 1:  # on one rank alone
             if event == "signal":
-                trainer.interruption.requested = True
+                training.interruption.requested = True
             elif event == "error":
                 raise RuntimeError("rank 1 has had enough")
         return step(*args, **kwargs)
@@ -36,12 +36,12 @@ def run(config: str, event: str | None) -> None:
     def full_disk(*args, **kwargs):
         raise OSError("the disk is full")
 
-    trainer._step = with_event
+    training._step = with_event
     save = states.save_state
     if event == "full disk" and RANK == 0:
         states.save_state = full_disk
     try:
-        trainer.run()
+        training.run()
     finally:
         states.save_state = save
 

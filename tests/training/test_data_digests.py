@@ -17,13 +17,7 @@ from tokenflex.training.checkpoint import load_state, save_state
 from tokenflex.training.config import load_config
 from tokenflex.training.data_config import DataConfig
 from tokenflex.training.data_digests import check_unchanged, digests_of
-from tokenflex.training.loop import Trainer
-
-
-@pytest.fixture(autouse=True)
-def _own_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+from tokenflex.training.loop import TrainingRun
 
 
 def records(path: Path, number: int = 4) -> None:
@@ -166,17 +160,17 @@ def stopped(tmp_path: Path) -> tuple[Path, Path]:
         evaluation=None,
     )
     config = write_config(tmp_path / "run.yaml", values)
-    trainer = Trainer(load_config(config))
-    step, count = trainer._step, [0]
+    training = TrainingRun(load_config(config))
+    step, count = training._step, [0]
 
     def counting(*args, **kwargs):
         count[0] += 1
-        trainer.interruption.requested = count[0] == 2
+        training.interruption.requested = count[0] == 2
         return step(*args, **kwargs)
 
-    trainer._step = counting
+    training._step = counting
     with pytest.raises(KeyboardInterrupt):
-        trainer.run()
+        training.run()
     AcceleratorState._reset_state(reset_partial_state=True)
     return config, tmp_path / "data.jsonl"
 
@@ -202,4 +196,4 @@ def test_a_state_without_digests_continues(tmp_path):
     assert list(state.pop("data")) == [str(data)]
     save_state(path, state)
     data.write_text("\n".join(data.read_text().splitlines()[:9]))
-    Trainer(load_config(config)).run()
+    TrainingRun(load_config(config)).run()

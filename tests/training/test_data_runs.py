@@ -28,18 +28,10 @@ from tokenflex.training.build import build_dataset, build_order, check_supply
 from tokenflex.training.config import TrainConfig, load_config
 from tokenflex.training.evaluations import merged
 from tokenflex.training.faults import BrokenSamplesError
-from tokenflex.training.loop import Trainer
+from tokenflex.training.loop import TrainingRun
 from tokenflex.training.plan import measure_samples, plan_run
 
 TURNS = [{"role": "user", "content": "odd"}, {"role": "assistant", "content": "3"}]
-
-
-@pytest.fixture(autouse=True)
-def _own_accelerator_and_threads():
-    threads = torch.get_num_threads()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
 
 
 def png(index: int) -> bytes:
@@ -95,7 +87,7 @@ def configured(output: Path, data: dict, **changes) -> Path:
 
 
 def train(config: Path) -> None:
-    Trainer(load_config(config)).run()
+    TrainingRun(load_config(config)).run()
 
 
 class Killed(BaseException):
@@ -260,7 +252,9 @@ def test_evaluation_leaves_out_and_names_broken_samples(tmp_path):
     assert [one["index"] for one in report["broken_samples"]] == [0, 2, 4, 7]
     assert report["questions"] == {"": 5}
     with pytest.raises(BrokenSamplesError, match="3 broken samples are more than"):
-        Trainer(load_config(configured(tmp_path / "few", digits, **changes, max_broken_samples=2)))
+        TrainingRun(
+            load_config(configured(tmp_path / "few", digits, **changes, max_broken_samples=2))
+        )
     AcceleratorState._reset_state(reset_partial_state=True)
     config = configured(tmp_path / "last", digits, **changes, max_broken_samples=3)
     with pytest.raises(BrokenSamplesError, match="4 broken samples are more than"):
@@ -374,5 +368,5 @@ def test_a_stage_cuts_conversations_to_its_max_length(tmp_path):
 def test_a_run_whose_data_will_not_do_is_refused_before_it_begins(tmp_path):
     data = {**tars(tmp_path / "data"), "epochs": 2}
     with pytest.raises(ValueError, match="epochs end at 24"):
-        Trainer(load_config(configured(tmp_path / "run", data)))
+        TrainingRun(load_config(configured(tmp_path / "run", data)))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

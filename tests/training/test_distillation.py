@@ -23,17 +23,11 @@ from tokenflex.models.loading import load_checkpoint
 from tokenflex.training.config import StageConfig, TrainConfig, load_config
 from tokenflex.training.engine import target_weights
 from tokenflex.training.flops import forward_flops, teacher_flops, tile_cost, training_flops
-from tokenflex.training.loop import Trainer
+from tokenflex.training.loop import TrainingRun
 from tokenflex.training.plan import plan_run
 from tokenflex.training.records import StageRecord
 
 COUNTS = TokenCounts((4, 9, 16), (0.2, 0.3, 0.5), seed=0)
-
-
-@pytest.fixture(autouse=True)
-def _own_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def configured(tmp_path, name="run", **changes) -> TrainConfig:
@@ -41,11 +35,11 @@ def configured(tmp_path, name="run", **changes) -> TrainConfig:
     return TrainConfig.model_validate(tiny_values(tmp_path / name, **{**common, **changes}))
 
 
-def train(config: TrainConfig) -> Trainer:
+def train(config: TrainConfig) -> TrainingRun:
     AcceleratorState._reset_state(reset_partial_state=True)
-    trainer = Trainer(config)
-    trainer.run()
-    return trainer
+    training = TrainingRun(config)
+    training.run()
+    return training
 
 
 # ---- the configuration
@@ -158,11 +152,11 @@ def samples_of(batch: PackedBatch, counts: list[int]) -> PackedBatch:
     return PackingCollator(digits_processor(16), COUNTS, share_prefix=True)(drawn)
 
 
-def step_by_hand(trainer: Trainer, distillation: float) -> tuple[float, float, float]:
+def step_by_hand(training: TrainingRun, distillation: float) -> tuple[float, float, float]:
     """(loss, distillation loss, gradient norm) of the first step, from plain forward passes."""
-    model, settings = trainer.model, trainer.config.stages[0]
-    trainer._learning_modules(settings)
-    bins = next(trainer._steps(0, 0)).bins
+    model, settings = training.model, training.config.stages[0]
+    training._learning_modules(settings)
+    bins = next(training._steps(0, 0)).bins
     assert len(bins) > 1
     losses = divergences = total = 0.0
     for one in bins:
@@ -192,9 +186,9 @@ def test_a_step_is_what_two_plain_passes_say(tmp_path, loss, draw):
     odds = {"counts": [4, 16], "weights": [0.9, 0.1]}
     stages = [stage(steps=1, **options, **odds, distillation=0.7)]
     config = configured(tmp_path, stages=stages)
-    trainer = Trainer(config)
-    expected = step_by_hand(trainer, 0.7)
-    trainer.run()
+    training = TrainingRun(config)
+    expected = step_by_hand(training, 0.7)
+    training.run()
     (line,) = metrics(tmp_path / "run")
     found = line["loss"], line["distillation_loss"], line["gradient_norm"]
     assert found == pytest.approx(expected, rel=1e-4)
@@ -230,8 +224,8 @@ def test_a_run_that_died_or_recomputes_has_the_same_numbers(tmp_path):
     train(configured(tmp_path, "whole", stages=STAGES))
     train(configured(tmp_path, "recomputed", stages=STAGES, gradient_checkpointing=True))
     AcceleratorState._reset_state(reset_partial_state=True)
-    trainer = Trainer(configured(tmp_path, "stopped", stages=STAGES, save_every=1))
-    step, left = trainer._step, [4]
+    training = TrainingRun(configured(tmp_path, "stopped", stages=STAGES, save_every=1))
+    step, left = training._step, [4]
 
     def dying(*args, **kwargs):
         left[0] -= 1
@@ -239,9 +233,9 @@ def test_a_run_that_died_or_recomputes_has_the_same_numbers(tmp_path):
             raise Killed
         return step(*args, **kwargs)
 
-    trainer._step = dying
+    training._step = dying
     with pytest.raises(Killed):
-        trainer.run()
+        training.run()
     train(configured(tmp_path, "stopped", stages=STAGES, save_every=1))
     expected = metrics(tmp_path / "whole")
     assert len(expected) == 5
@@ -277,21 +271,21 @@ def test_bins_of_text_alone_have_a_teacher(tmp_path):
 
 def test_a_teachers_arithmetic_is_counted(tmp_path):
     model = tiny_model()
-    forward, training = forward_flops(model), training_flops(model, ("projector",))
+    forward, backward = forward_flops(model), training_flops(model, ("projector",))
     assert teacher_flops(model) == replace(forward, tile=0)
-    assert tile_cost(model, ("projector",)) == training.tile_cost
+    assert tile_cost(model, ("projector",)) == backward.tile_cost
     seen = 16 * (forward.token + forward.vision_token)
-    expected = (training.tile + seen) / training.token
+    expected = (backward.tile + seen) / backward.token
     assert tile_cost(model, ("projector",), 16) == pytest.approx(expected)
 
     config = configured(tmp_path, stages=[stage(steps=2), stage(steps=2, distillation=1.0)])
     without, with_teacher = plan_run(config)
-    trainer = Trainer(config)
+    training = TrainingRun(config)
     step = StepPacker(
         DigitsDataset("train", size=20, questions=2),
-        PackingCollator(trainer.processor, COUNTS, share_prefix=True, teacher_count=16),
+        PackingCollator(training.processor, COUNTS, share_prefix=True, teacher_count=16),
     )([(0, index) for index in range(20)])
-    added = teacher_flops(trainer.model).total(
+    added = teacher_flops(training.model).total(
         tiles=step.tiles,
         vision_tokens=step.teacher_vision_tokens,
         tokens=step.teacher_tokens,
@@ -303,7 +297,7 @@ def test_a_teachers_arithmetic_is_counted(tmp_path):
 
     rates = []
     for settings in config.stages:
-        meter = trainer._meter(settings, StageRecord.begin(settings.name))
+        meter = training._meter(settings, StageRecord.begin(settings.name))
         for packed in meter.waiting(iter([step])):
             meter.add(packed)
         seconds = meter.record.counts["seconds"]

@@ -32,19 +32,13 @@ from tokenflex.models.loading import load_checkpoint
 from tokenflex.training.checkpoint import load_state
 from tokenflex.training.config import load_config
 from tokenflex.training.engine import build_accelerator
-from tokenflex.training.loop import Trainer
+from tokenflex.training.loop import TrainingRun
 
 pytestmark = pytest.mark.slow
 
 PATIENCE = 120  # seconds before processes count as hanging
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 SHARDED = {"sharding": "full"}
-
-
-@pytest.fixture(autouse=True)
-def _own_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def torchrun(*arguments: object) -> subprocess.Popen:
@@ -61,17 +55,17 @@ def torchrun(*arguments: object) -> subprocess.Popen:
 
 def stop_alone(config: Path, steps: int) -> None:
     """One process, stopped by a signal after ``steps`` steps."""
-    trainer = Trainer(load_config(config))
-    step, count = trainer._step, [0]
+    training = TrainingRun(load_config(config))
+    step, count = training._step, [0]
 
     def counting(*args, **kwargs):
         count[0] += 1
-        trainer.interruption.requested = count[0] == steps
+        training.interruption.requested = count[0] == steps
         return step(*args, **kwargs)
 
-    trainer._step = counting
+    training._step = counting
     with pytest.raises(KeyboardInterrupt):
-        trainer.run()
+        training.run()
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -117,7 +111,7 @@ class Session:
         }
         for name, changes in {"alone": {}, "evaluated": SHARDED}.items():
             self.configure(name, **{**changes, "evaluation": evaluation})
-        Trainer(load_config(self.config("alone"))).run()
+        TrainingRun(load_config(self.config("alone"))).run()
         AcceleratorState._reset_state(reset_partial_state=True)
         stop_alone(self.config("one to two"), 6)
         replicated = self.configure("continued", where="sharded to replicated")
@@ -213,7 +207,7 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(session):
 
 
 def test_one_process_continues_what_two_began(session):
-    Trainer(load_config(session.config("two to one"))).run()
+    TrainingRun(load_config(session.config("two to one"))).run()
     assert session.losses("two to one") == pytest.approx(session.losses("alone"), abs=1e-5)
 
 
@@ -274,7 +268,7 @@ def test_sigterm_to_torchrun_saves_and_ends_all(tmp_path):
 
     shorter = {**LONG, "stages": [stage(steps=stopped, schedule="constant", batch_size=4)]}
     values = tiny_values(tmp_path / "alone", **shorter)
-    Trainer(load_config(write_config(tmp_path / "alone.yaml", values))).run()
+    TrainingRun(load_config(write_config(tmp_path / "alone.yaml", values))).run()
     ours = [line["loss"] for line in metrics(tmp_path / "run")]
     alone = [line["loss"] for line in metrics(tmp_path / "alone")]
     assert ours[:20] == pytest.approx(alone[:20], abs=1e-5)

@@ -14,15 +14,8 @@ from tokenflex.training import layers
 from tokenflex.training.config import TrainConfig
 from tokenflex.training.engine import with_a_tile
 from tokenflex.training.layers import adapted_layers, layers_of
-from tokenflex.training.loop import Trainer
+from tokenflex.training.loop import TrainingRun
 from tokenflex_kernels import plan_packing
-
-
-@pytest.fixture(autouse=True)
-def _own_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
 
 # Parts that learn behind parts that do not: gradients go through frozen layers too.
 STAGES = [
@@ -39,7 +32,7 @@ def configured(tmp_path, name="run", **changes) -> TrainConfig:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
-    Trainer(configured(folder)).run()
+    TrainingRun(configured(folder)).run()
     AcceleratorState._reset_state(reset_partial_state=True)
     return folder / "run"
 
@@ -52,14 +45,14 @@ def weights(output):
 
 
 def test_recomputed_layers_give_the_same_run_bit_by_bit(plain, tmp_path):
-    trainer = Trainer(configured(tmp_path, gradient_checkpointing=True))
-    trainer.run()
+    training = TrainingRun(configured(tmp_path, gradient_checkpointing=True))
+    training.run()
     assert metrics(tmp_path / "run") == metrics(plain)
     expected = weights(plain)
     for name, tensor in weights(tmp_path / "run").items():
         assert torch.equal(tensor, expected[name]), name
-    assert trainer.model.model.projector.save == "preactivation"
-    assert not any("forward" in vars(layer) for layer in layers_of(trainer.model))
+    assert training.model.model.projector.save == "preactivation"
+    assert not any("forward" in vars(layer) for layer in layers_of(training.model))
 
 
 @pytest.mark.parametrize(
@@ -71,8 +64,8 @@ def test_layers_that_gradients_go_through_run_twice(tmp_path, learning, passes):
     config = configured(
         tmp_path, gradient_checkpointing=True, stages=[stage(steps=1, learning_rate=learning)]
     )
-    trainer = Trainer(config)
-    inner = trainer.model.model
+    training = TrainingRun(config)
+    inner = training.model.model
     counts = []
     for part in (inner.vision_model, inner.language_model):
         calls = []
@@ -80,16 +73,16 @@ def test_layers_that_gradients_go_through_run_twice(tmp_path, learning, passes):
         norm = next(one for name, one in layer.named_modules() if "norm" in name)
         norm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         counts.append(calls)
-    trainer.run()
+    training.run()
     assert tuple(map(len, counts)) == passes
 
 
-def kept_bytes(trainer: Trainer) -> int:
+def kept_bytes(training: TrainingRun) -> int:
     """What autograd holds between forward and backward, weights aside."""
-    config = trainer.config
-    trainer._learning_modules(config.stages[0])
-    (batch,) = next(trainer._steps(0, 0)).bins
-    own = {one.untyped_storage().data_ptr() for one in trainer.model.parameters()}
+    config = training.config
+    training._learning_modules(config.stages[0])
+    (batch,) = next(training._steps(0, 0)).bins
+    own = {one.untyped_storage().data_ptr() for one in training.model.parameters()}
     kept = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -99,10 +92,10 @@ def kept_bytes(trainer: Trainer) -> int:
         return tensor
 
     with (
-        adapted_layers(trainer.model, config, config.stages[0].learning),
+        adapted_layers(training.model, config, config.stages[0].learning),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        trainer.model(
+        training.model(
             **batch.model_inputs(),
             targets=batch.targets,
             target_weights=torch.ones(len(batch.targets)),
@@ -117,7 +110,7 @@ def test_recomputed_layers_keep_less(tmp_path):
         for part in ("vision", "text"):
             values["model"][part]["config"]["num_hidden_layers"] = 4
         values |= {"stages": [stage(batch_size=8)], "encoder_warm_up": None, "evaluation": None}
-        sizes.append(kept_bytes(Trainer(TrainConfig.model_validate(values))))
+        sizes.append(kept_bytes(TrainingRun(TrainConfig.model_validate(values))))
         AcceleratorState._reset_state(reset_partial_state=True)
     assert sizes[1] < 0.3 * sizes[0]
 
@@ -145,9 +138,9 @@ def test_compiled_layers_give_the_same_run_and_continue_exactly(tmp_path):
     """Also recomputed; every step has other lengths, and yet there are few graphs."""
     stages = [stage(steps=5, max_tokens=100)]
     both = {"compile": True, "gradient_checkpointing": True, "save_every": 1, "stages": stages}
-    Trainer(configured(tmp_path, "plain", stages=stages)).run()
+    TrainingRun(configured(tmp_path, "plain", stages=stages)).run()
     AcceleratorState._reset_state(reset_partial_state=True)
-    Trainer(configured(tmp_path, "whole", **both)).run()
+    TrainingRun(configured(tmp_path, "whole", **both)).run()
     losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("whole", "plain")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert weights(tmp_path / "whole").keys() == weights(tmp_path / "plain").keys()
@@ -155,8 +148,8 @@ def test_compiled_layers_give_the_same_run_and_continue_exactly(tmp_path):
     assert 0 < graphs <= 12
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    trainer = Trainer(configured(tmp_path, "stopped", **both))
-    step, count = trainer._step, [0]
+    training = TrainingRun(configured(tmp_path, "stopped", **both))
+    step, count = training._step, [0]
 
     def dying(*args, **kwargs):
         count[0] += 1
@@ -164,11 +157,11 @@ def test_compiled_layers_give_the_same_run_and_continue_exactly(tmp_path):
             raise Killed
         return step(*args, **kwargs)
 
-    trainer._step = dying
+    training._step = dying
     with pytest.raises(Killed):
-        trainer.run()
+        training.run()
     AcceleratorState._reset_state(reset_partial_state=True)
-    Trainer(configured(tmp_path, "stopped", **both)).run()
+    TrainingRun(configured(tmp_path, "stopped", **both)).run()
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
 
 
@@ -178,7 +171,7 @@ def test_compiled_layers_give_the_same_run_and_continue_exactly(tmp_path):
 def test_a_bin_of_text_alone_trains_where_text_is_frozen(tmp_path):
     data = own_data(tmp_path, 6, broken=(), text_only=(0, 1, 2, 3))
     bins = [stage(steps=6, batch_size=2, learning_rate={"projector": 0.01}, max_tokens=20)]
-    Trainer(configured(tmp_path, data=data, stages=bins)).run()
+    TrainingRun(configured(tmp_path, data=data, stages=bins)).run()
     lines = metrics(tmp_path / "run")
     assert 0 in {line["tiles"] for line in lines}
     assert len(lines) == 6

@@ -17,7 +17,7 @@ from tokenflex.training import evaluations as training_evaluations
 from tokenflex.training.checkpoint import load_state
 from tokenflex.training.config import TrainConfig
 from tokenflex.training.evaluations import Share, merged
-from tokenflex.training.loop import Trainer
+from tokenflex.training.loop import TrainingRun
 
 EVALUATION = {
     "data": {"name": "digits", "split": "test", "size": 12, "questions": 2},
@@ -43,7 +43,7 @@ DURING = {**EVALUATION, "every": 2, "at_stage_end": True, "samples": 5}
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
-    Trainer(config_of(folder, evaluation=DURING)).run()
+    TrainingRun(config_of(folder, evaluation=DURING)).run()
     return folder
 
 
@@ -59,14 +59,14 @@ def test_it_comes_every_so_many_steps_and_at_the_end_of_stages(whole):
 
 
 def test_without_the_end_of_stages(tmp_path):
-    Trainer(config_of(tmp_path / "run", evaluation={**DURING, "at_stage_end": False})).run()
+    TrainingRun(config_of(tmp_path / "run", evaluation={**DURING, "at_stage_end": False})).run()
     places = [(line["stage"], line["step"]) for line in evaluations(tmp_path / "run")]
     assert places == [(0, 2), (0, 4), (1, 2)]
 
 
 @pytest.mark.parametrize("evaluation", [None, EVALUATION])
 def test_training_does_not_notice(whole, tmp_path, evaluation):
-    Trainer(config_of(tmp_path / "run", evaluation=evaluation)).run()
+    TrainingRun(config_of(tmp_path / "run", evaluation=evaluation)).run()
     assert metrics(tmp_path / "run") == metrics(whole)
     assert not (tmp_path / "run" / "evaluations.jsonl").exists()
 
@@ -74,14 +74,14 @@ def test_training_does_not_notice(whole, tmp_path, evaluation):
 def test_dropout_is_what_makes_it_notice(whole, tmp_path, monkeypatch):
     """The check on the test above: a generator that is not put back changes the losses."""
     monkeypatch.setattr("torch.random.fork_rng", lambda devices: nullcontext())
-    Trainer(config_of(tmp_path / "run", evaluation=DURING)).run()
+    TrainingRun(config_of(tmp_path / "run", evaluation=DURING)).run()
     assert metrics(tmp_path / "run") != metrics(whole)
 
 
 def test_seconds_of_evaluation_are_not_training(tmp_path, monkeypatch):
     """By a clock on which a step takes 2 seconds and an evaluation 1000."""
-    trainer, now = Trainer(config_of(tmp_path / "run", evaluation=DURING)), [0.0]
-    step, together, meter_of = trainer._step, trainer.evaluator.run, trainer._meter
+    training, now = TrainingRun(config_of(tmp_path / "run", evaluation=DURING)), [0.0]
+    step, together, meter_of = training._step, training.evaluator.run, training._meter
 
     def taking(seconds, work):
         def timed(*args):
@@ -95,10 +95,10 @@ def test_seconds_of_evaluation_are_not_training(tmp_path, monkeypatch):
         made._clock = lambda: now[0]
         return made
 
-    monkeypatch.setattr(trainer, "_step", taking(2, step))
-    monkeypatch.setattr(trainer.evaluator, "run", taking(1000, together))
-    monkeypatch.setattr(trainer, "_meter", meter)
-    report = trainer.run()
+    monkeypatch.setattr(training, "_step", taking(2, step))
+    monkeypatch.setattr(training.evaluator, "run", taking(1000, together))
+    monkeypatch.setattr(training, "_meter", meter)
+    report = training.run()
     assert now[0] == 7 * 2 + 5 * 1000
     assert [one["seconds"] for one in report["stages"]] == [8, 6]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -125,15 +125,15 @@ def test_stopped_in_an_evaluation_it_is_done_once_when_the_run_continues(
 ):
     """4 forward passes each: in the first evaluation, in the second, in the third."""
     config = config_of(tmp_path / "run", evaluation=DURING, save_every=100)
-    trainer = Trainer(config)
+    training = TrainingRun(config)
     stopping(monkeypatch, batch)
     with pytest.raises(KeyboardInterrupt):
-        trainer.run()
+        training.run()
     done = evaluations(tmp_path / "run") if batch > 4 else []
     assert len(done) == (batch - 1) // 4
     saved, last = load_state(tmp_path / "run" / "state.pt"), metrics(tmp_path / "run")[-1]
     assert (saved["stage"], saved["step"]) == (last["stage"], last["step"])
-    Trainer(config).run()
+    TrainingRun(config).run()
     assert evaluations(tmp_path / "run") == evaluations(whole)
     assert len(metrics(tmp_path / "run")) == 7
 
@@ -151,18 +151,18 @@ def test_killed_after_an_evaluation_it_stands_in_the_file_once(
     class Killed(BaseException):
         pass
 
-    trainer, asked = Trainer(config), []
-    track = trainer._track
+    training, asked = TrainingRun(config), []
+    track = training._track
 
     def dying(kind, line):
         if kind == "evaluation" and (line["stage"], line["step"]) == place:
             raise Killed
         track(kind, line)
 
-    monkeypatch.setattr(trainer, "_track", dying)
+    monkeypatch.setattr(training, "_track", dying)
     with pytest.raises(Killed):
-        trainer.run()
-    again = Trainer(config)
+        training.run()
+    again = TrainingRun(config)
     together = again.evaluator.run
     monkeypatch.setattr(
         again.evaluator, "run", lambda model, n: asked.append(n) or together(model, n)

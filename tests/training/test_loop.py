@@ -19,7 +19,6 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState
 
 from tests.training.runs import (
     ROOT,
@@ -41,17 +40,9 @@ from tokenflex.models.loading import load_checkpoint
 from tokenflex.training.checkpoint import load_state
 from tokenflex.training.config import load_config
 from tokenflex.training.faults import BrokenSamplesError, NonFiniteLossError
-from tokenflex.training.loop import Trainer
+from tokenflex.training.loop import TrainingRun
 
 PATIENCE = 90  # seconds before a subprocess counts as hanging
-
-
-@pytest.fixture(autouse=True)
-def _own_accelerator_and_threads():
-    threads = torch.get_num_threads()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
 
 
 def configured(tmp_path: Path, name: str = "run", **changes) -> Path:
@@ -60,7 +51,7 @@ def configured(tmp_path: Path, name: str = "run", **changes) -> Path:
 
 
 def train(config: Path, **options) -> dict:
-    return Trainer(load_config(config), **options).run()
+    return TrainingRun(load_config(config), **options).run()
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -166,9 +157,9 @@ def test_training_learns(tmp_path):
 def test_modules_without_a_learning_rate_do_not_change(tmp_path, module):
     stages = [stage(learning_rate={module: 0.01})]
     config = configured(tmp_path, encoder_warm_up=None, evaluation=None, stages=stages)
-    trainer = Trainer(load_config(config))
-    before = copy.deepcopy(trainer.model.state_dict())
-    trainer.run()
+    training = TrainingRun(load_config(config))
+    before = copy.deepcopy(training.model.state_dict())
+    training.run()
     prefixes = {
         "vision": ("model.vision_model.",),
         "projector": ("model.projector.",),
@@ -186,9 +177,9 @@ def test_modules_without_a_learning_rate_do_not_change(tmp_path, module):
 def test_a_learning_rate_of_zero_freezes(tmp_path):
     stages = [stage(learning_rate={"projector": 0.01, "text": 0, "vision": 0})]
     config = configured(tmp_path, encoder_warm_up=None, evaluation=None, stages=stages)
-    trainer = Trainer(load_config(config))
-    before = copy.deepcopy(trainer.model.state_dict())
-    trainer.run()
+    training = TrainingRun(load_config(config))
+    before = copy.deepcopy(training.model.state_dict())
+    training.run()
     for name, tensor in weights(tmp_path / "run").items():
         if not name.startswith("model.projector."):
             assert torch.equal(tensor, before[name]), name
@@ -219,26 +210,26 @@ def answer_loss(model, processor, keys, counts, questions) -> torch.Tensor:
 def test_first_gradient_is_that_of_the_mean_over_all_answer_tokens(tmp_path, monkeypatch, warm_up):
     one_step = [stage(steps=1, warmup_steps=0, max_grad_norm=1e9)]
     config = configured(tmp_path, encoder_warm_up=warm_up, evaluation=None, stages=one_step)
-    trainer, seen = Trainer(load_config(config)), {}
+    training, seen = TrainingRun(load_config(config)), {}
     step = torch.optim.AdamW.step
 
     def recording(optimizer, *args, **kwargs):
-        seen["weights"] = copy.deepcopy(trainer.model.state_dict())
+        seen["weights"] = copy.deepcopy(training.model.state_dict())
         seen["gradients"] = [
-            None if p.grad is None else p.grad.clone() for p in trainer.model.parameters()
+            None if p.grad is None else p.grad.clone() for p in training.model.parameters()
         ]
         return step(optimizer, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", recording)
-        trainer.run()
+        training.run()
 
     (keys,) = StepSampler(EpochOrder(20, 0), first_position=0, steps=1, batch_size=3)
     counts = TokenCounts((4, 9, 16), (0.2, 0.3, 0.5), seed=0)
     assert len({counts.draw(index, epoch) for epoch, index in keys}) > 1
-    model = copy.deepcopy(trainer.model).train().requires_grad_(True)
+    model = copy.deepcopy(training.model).train().requires_grad_(True)
     model.load_state_dict(seen["weights"])
-    loss = answer_loss(model, trainer.processor, keys, counts, questions=2)
+    loss = answer_loss(model, training.processor, keys, counts, questions=2)
     loss.backward()
     assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
     for (name, parameter), gradient in zip(
@@ -252,17 +243,17 @@ def test_clipping_measures_the_gradients_of_this_step_only(tmp_path, monkeypatch
     """What a module that is frozen now has learned before must not shrink the others' steps."""
     one_step = [stage(steps=1, learning_rate={"projector": 0.01}, warmup_steps=0)]
     config = configured(tmp_path, evaluation=None, stages=one_step)
-    trainer, step, holders = Trainer(load_config(config)), torch.optim.AdamW.step, set()
+    training, step, holders = TrainingRun(load_config(config)), torch.optim.AdamW.step, set()
 
     def recording(optimizer, *args, **kwargs):
         holders.clear()
-        holders.update(n for n, p in trainer.model.named_parameters() if p.grad is not None)
+        holders.update(n for n, p in training.model.named_parameters() if p.grad is not None)
         return step(optimizer, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", recording)
-        trainer.run()
-    assert holders == {n for n in trainer.model.state_dict() if n.startswith("model.projector.")}
+        training.run()
+    assert holders == {n for n in training.model.state_dict() if n.startswith("model.projector.")}
 
 
 def free_port() -> int:
@@ -332,7 +323,7 @@ class Killed(BaseException):
 def train_until(monkeypatch, config: Path, steps: int, **options) -> None:
     """Run, and die instead of the optimiser step after ``steps`` of them."""
     left, step = [steps], torch.optim.AdamW.step
-    trainer = Trainer(load_config(config), **options)
+    training = TrainingRun(load_config(config), **options)
 
     def counting(optimizer, *args, **kwargs):
         left[0] -= 1
@@ -343,7 +334,7 @@ def train_until(monkeypatch, config: Path, steps: int, **options) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", counting)
         with pytest.raises(Killed):
-            trainer.run()
+            training.run()
 
 
 # The encoder's warm-up takes the first 2 optimiser steps, the stages 4 and 6.
@@ -407,7 +398,7 @@ def test_dropout_that_packed_attention_has_not_is_known_before_the_first_stage(t
     values["model"]["text"]["config"]["attention_dropout"] = 0.1
     config = write_config(tmp_path / "run.yaml", values)
     with pytest.raises(ValueError, match=r"attention_dropout of model\.text .* be 0.*'all', got"):
-        Trainer(load_config(config))
+        TrainingRun(load_config(config))
     assert not (tmp_path / "run").exists()
 
 
@@ -504,16 +495,16 @@ def test_the_samples_of_a_step_whose_loss_is_nan_are_saved(tmp_path, monkeypatch
         evaluation=None,
         encoder_warm_up=None,
     )
-    left, step = [7], Trainer._step
+    left, step = [7], TrainingRun._step
 
-    def poisoned(trainer, model, *args, **kwargs):
+    def poisoned(training, model, *args, **kwargs):
         left[0] -= 1
         if left[0] == 0:
             with torch.no_grad():
-                next(trainer.model.model.projector.parameters()).fill_(float("nan"))
-        return step(trainer, model, *args, **kwargs)
+                next(training.model.model.projector.parameters()).fill_(float("nan"))
+        return step(training, model, *args, **kwargs)
 
-    monkeypatch.setattr(Trainer, "_step", poisoned)
+    monkeypatch.setattr(TrainingRun, "_step", poisoned)
     with pytest.raises(NonFiniteLossError, match="step 7 of"):
         train(config)
     saved = json.loads((tmp_path / "run" / "non_finite.json").read_text())
@@ -575,13 +566,13 @@ def test_stages_walk_through_data_of_their_own(tmp_path, monkeypatch):
     ]
     mixture = {"name": "mixture", "parts": parts}
     changes = {"data": mixture, "encoder_warm_up": None, "evaluation": None, "save_every": 1}
-    seen, original = [], Trainer._step
+    seen, original = [], TrainingRun._step
 
-    def recording(trainer, model, optimizer, packed, stage):
+    def recording(training, model, optimizer, packed, stage):
         seen.append(sorted(name for batch in packed.bins for name in batch.sample_ids))
-        return original(trainer, model, optimizer, packed, stage)
+        return original(training, model, optimizer, packed, stage)
 
-    monkeypatch.setattr(Trainer, "_step", recording)
+    monkeypatch.setattr(TrainingRun, "_step", recording)
     train(configured(tmp_path, "whole", stages=stages, **changes))
     names = [f"digits-{split}-{i}" for split in ("train", "validation") for i in range(20)]
     order = MixtureOrder([20, 20], [3, 1], seed=0)
@@ -652,16 +643,16 @@ def test_square_weights_count_long_answers_less(tmp_path, monkeypatch):
 def test_frozen_modules_are_in_evaluation_mode(tmp_path, monkeypatch):
     stages = [stage(steps=1, learning_rate={"projector": 0.01, "text": 0.01})]
     config = configured(tmp_path, stages=stages, encoder_warm_up=None, evaluation=None)
-    trainer, modes, step = Trainer(load_config(config)), {}, torch.optim.AdamW.step
+    training, modes, step = TrainingRun(load_config(config)), {}, torch.optim.AdamW.step
 
     def recording(optimizer, *args, **kwargs):
-        inner = trainer.model.model
+        inner = training.model.model
         for name in ("vision_model", "projector", "language_model"):
             modes[name] = {module.training for module in getattr(inner, name).modules()}
         return step(optimizer, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", recording)
-    trainer.run()
+    training.run()
     assert modes == {"vision_model": {False}, "projector": {True}, "language_model": {True}}
 
 

@@ -18,19 +18,11 @@ from tokenflex.locks import NAME as LOCK
 from tokenflex.locks import FolderInUseError, locked
 from tokenflex.training import loop, output
 from tokenflex.training.config import TrainConfig, load_config
-from tokenflex.training.loop import Trainer
+from tokenflex.training.loop import TrainingRun
 from tokenflex.training.output import RunFolder, finished_report
 from tokenflex.training.states import RunStates, fingerprint
 
 SHORT = {"encoder_warm_up": None, "stages": [stage(steps=2)]}
-
-
-@pytest.fixture(autouse=True)
-def _own_accelerator_and_threads():
-    threads = torch.get_num_threads()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
 
 
 def configured(tmp_path: Path, **changes) -> Path:
@@ -40,7 +32,7 @@ def configured(tmp_path: Path, **changes) -> Path:
 
 def train(config: Path, **options) -> dict:
     try:
-        return Trainer(load_config(config), **options).run()
+        return TrainingRun(load_config(config), **options).run()
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -241,14 +233,14 @@ def test_another_model_in_the_checkpoints_place_is_known_before_training(tmp_pat
 
 
 def test_a_folder_in_use_is_refused_and_not_touched(tmp_path):
-    trainer = Trainer(load_config(configured(tmp_path, evaluation=None)))
+    training = TrainingRun(load_config(configured(tmp_path, evaluation=None)))
     AcceleratorState._reset_state(reset_partial_state=True)
     before = contents(tmp_path / "run")
     for fresh in (False, True):
         with pytest.raises(FolderInUseError, match="in use by another process"):
             train(configured(tmp_path, evaluation=None), fresh=fresh)
     assert contents(tmp_path / "run") == before
-    trainer.folder.release()
+    training.folder.release()
     train(configured(tmp_path, evaluation=None))
 
 
@@ -347,11 +339,11 @@ def test_a_run_begun_anew_is_not_finished_from_its_first_moment(finished, tmp_pa
         path.write_text(json.dumps(values))
     config = load_config(configured(tmp_path))
     assert report_of(config) is not None
-    trainer = Trainer(config, fresh=True)
+    training = TrainingRun(config, fresh=True)
     assert report_of(config) is None
-    trainer.folder.begin_records()
+    training.folder.begin_records()
     assert report_of(config) is None
-    trainer.folder.release()
+    training.folder.release()
 
 
 def test_a_run_is_marked_as_finished_after_all_that_it_saves(tmp_path, monkeypatch):

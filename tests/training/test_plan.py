@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from tests.training.runs import metrics, own_data, stage, tiny_values, write_config
 from tests.training.test_build import config_of
@@ -14,16 +13,10 @@ from tests.training.test_engine import kept_bytes
 from tokenflex.cli import main
 from tokenflex.training.build import build_model, build_processor
 from tokenflex.training.config import TrainConfig, load_config
-from tokenflex.training.loop import Trainer
+from tokenflex.training.loop import TrainingRun
 from tokenflex.training.plan import format_plan, measure_samples, plan_run
 
 SAMPLE = {"text_tokens": 40, "answer_tokens": 20, "tiles": 2}
-
-
-@pytest.fixture(autouse=True)
-def _own_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def tiny(tmp_path, **changes) -> TrainConfig:
@@ -34,8 +27,8 @@ def test_expected_tokens_and_tiles_are_near_those_of_the_run(tmp_path):
     stages = [stage(steps=60, batch_size=8)]
     config = tiny(tmp_path, stages=stages, evaluation=None, encoder_warm_up=None)
     (plan,) = plan_run(config)
-    trainer = Trainer(config)
-    trainer.run()
+    training = TrainingRun(config)
+    training.run()
     lines = metrics(tmp_path / "run")
     assert plan.steps == len(lines)
     assert plan.tokens == pytest.approx(sum(line["tokens"] for line in lines), rel=0.05)
@@ -47,7 +40,7 @@ def test_a_budget_in_tokens_is_planned_in_expected_steps(tmp_path):
     del stages[1]["steps"]
     config = tiny(tmp_path, stages=stages, evaluation=None, encoder_warm_up=None)
     in_steps, in_tokens = plan_run(config)
-    Trainer(config).run()
+    TrainingRun(config).run()
     taken = [line["step"] for line in metrics(tmp_path / "run") if line["stage"] == 1][-1]
     assert in_tokens.steps == pytest.approx(taken, rel=0.1)
     assert in_tokens.tokens == pytest.approx(6000, rel=0.05)
@@ -68,11 +61,11 @@ def test_grids_are_planned_by_their_tokens(tmp_path):
 def test_trained_parameters_are_those_that_learn(tmp_path, learning):
     config = tiny(tmp_path, stages=[stage(learning_rate=learning)])
     (plan,) = plan_run(config)
-    trainer = Trainer(config)
-    groups = trainer._learning_modules(config.stages[0])
+    training = TrainingRun(config)
+    groups = training._learning_modules(config.stages[0])
     learned = sum(one.numel() for group in groups for one in group["params"])
     assert sum(plan.trained_parameters.values()) == learned
-    weights = sum(one.numel() for one in trainer.model.parameters())
+    weights = sum(one.numel() for one in training.model.parameters())
     assert plan.state_bytes == 4 * weights + 12 * learned
 
 
@@ -84,7 +77,7 @@ def test_activations_are_estimated_within_a_factor_of_two(tmp_path, recomputed):
         values["model"][part]["config"]["num_hidden_layers"] = 3
     config = TrainConfig.model_validate(values)
     (plan,) = plan_run(config)
-    assert 0.5 < plan.activation_bytes / kept_bytes(Trainer(config)) < 2
+    assert 0.5 < plan.activation_bytes / kept_bytes(TrainingRun(config)) < 2
 
 
 def test_of_a_sharded_run_a_process_holds_its_share_and_what_is_gathered(tmp_path):
@@ -92,7 +85,7 @@ def test_of_a_sharded_run_a_process_holds_its_share_and_what_is_gathered(tmp_pat
     (alone,), (shared,) = plan_run(sharded, 1), plan_run(sharded, 4)
     (replicated,) = plan_run(tiny(tmp_path, stages=[stage(batch_size=4)]), 4)
     assert alone.state_bytes == replicated.state_bytes
-    model = Trainer(sharded).model
+    model = TrainingRun(sharded).model
     inner, gathered = model.model, sum(one.numel() for one in model.parameters())
     sizes = []
     for unit in (*inner.vision_model.encoder.layers, *inner.language_model.layers, inner.projector):

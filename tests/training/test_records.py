@@ -20,7 +20,7 @@ from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor
 from tokenflex.training.config import StageConfig, TrainConfig
 from tokenflex.training.flops import Flops
-from tokenflex.training.loop import Trainer
+from tokenflex.training.loop import TrainingRun
 from tokenflex.training.peaks import peak_flops
 from tokenflex.training.records import (
     TIMING_KEYS,
@@ -299,28 +299,28 @@ def token_stages() -> list[dict]:
     return [first, stage(name="second", steps=3)]
 
 
-def trained(folder, **changes) -> Trainer:
+def trained(folder, **changes) -> TrainingRun:
     common = {"encoder_warm_up": None, "evaluation": None}
     config = TrainConfig.model_validate(tiny_values(folder, **common, **changes))
-    trainer = Trainer(config)
-    trainer.seen = []
-    original = trainer._step
+    training = TrainingRun(config)
+    training.seen = []
+    original = training._step
 
     def recording(model, optimizer, packed, stage):
         names = sorted(name for batch in packed.bins for name in batch.sample_ids)
-        trainer.seen.append(names)
+        training.seen.append(names)
         return original(model, optimizer, packed, stage)
 
-    trainer._step = recording
-    trainer.run()
-    return trainer
+    training._step = recording
+    training.run()
+    return training
 
 
 @pytest.fixture(scope="module")
 def in_tokens(tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("tokens") / "run"
-    trainer = trained(folder, stages=token_stages())
-    return SimpleNamespace(folder=folder, trainer=trainer)
+    training = trained(folder, stages=token_stages())
+    return SimpleNamespace(folder=folder, training=training)
 
 
 def test_a_stage_ends_with_the_first_step_that_reaches_its_tokens(in_tokens):
@@ -332,8 +332,8 @@ def test_a_stage_ends_with_the_first_step_that_reaches_its_tokens(in_tokens):
 
 def test_the_next_stage_goes_on_where_the_tokens_ended(in_tokens):
     steps = len([line for line in metrics(in_tokens.folder) if line["stage"] == 0])
-    order = in_tokens.trainer.orders[in_tokens.trainer.config.data]
-    for place, names in enumerate(in_tokens.trainer.seen[steps:], steps):
+    order = in_tokens.training.orders[in_tokens.training.config.data]
+    for place, names in enumerate(in_tokens.training.seen[steps:], steps):
         expected = [f"digits-train-{order[3 * place + one][1]}" for one in range(3)]
         assert names == sorted(expected)
 
@@ -343,7 +343,7 @@ def test_a_run_in_tokens_that_died_continues_with_the_same_numbers(
     in_tokens, tmp_path, monkeypatch, died_at
 ):
     """In the middle of its first stage, and in the next one."""
-    total = len(in_tokens.trainer.seen)
+    total = len(in_tokens.training.seen)
     values = tiny_values(tmp_path / "run", stages=token_stages())
     values |= {"encoder_warm_up": None, "evaluation": None, "save_every": 2}
     config = TrainConfig.model_validate(values)
@@ -358,8 +358,8 @@ def test_a_run_in_tokens_that_died_continues_with_the_same_numbers(
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", dying)
         with pytest.raises(KeyboardInterrupt):
-            Trainer(config).run()
-    Trainer(config).run()
+            TrainingRun(config).run()
+    TrainingRun(config).run()
     assert metrics(tmp_path / "run") == metrics(in_tokens.folder)
 
 
@@ -406,7 +406,7 @@ def test_counts_add_up_over_the_stage(in_tokens):
         drawn = [sum(int(c) * n for c, n in line["counts"].items()) for line in lines]
         assert drawn == [line["vision_tokens"] for line in lines]
     assert [line["global_step"] for line in metrics(in_tokens.folder)] == list(
-        range(1, len(in_tokens.trainer.seen) + 1)
+        range(1, len(in_tokens.training.seen) + 1)
     )
     assert {line["padding_share"] for line in metrics(in_tokens.folder)} == {0.0}
 

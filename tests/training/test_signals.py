@@ -27,7 +27,7 @@ from tokenflex.interruption import ECHO, Interruption
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.training.checkpoint import load_state
 from tokenflex.training.config import load_config
-from tokenflex.training.loop import Trainer
+from tokenflex.training.loop import TrainingRun
 
 STEPS = 400
 LONG = {
@@ -47,21 +47,13 @@ EVALUATED = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _own_accelerator_and_threads():
-    threads = torch.get_num_threads()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
-
-
 def configured(tmp_path: Path, name: str = "run", **changes) -> Path:
     values = tiny_values(tmp_path / name, **{**LONG, **changes})
     return write_config(tmp_path / f"{name}.yaml", values)
 
 
 def train(config: Path) -> None:
-    Trainer(load_config(config)).run()
+    TrainingRun(load_config(config)).run()
     AcceleratorState._reset_state(reset_partial_state=True)
 
 

@@ -8,23 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from tests.training.runs import metrics, stage, tiny_values, write_config
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.training.build import build_model, build_processor
 from tokenflex.training.config import TrainConfig, load_config
-from tokenflex.training.loop import Trainer
+from tokenflex.training.loop import TrainingRun
 
 ALL_COUNTS = {"counts": [4, 9, 16], "weights": [1, 1, 1], "draw": "all"}
-
-
-@pytest.fixture(autouse=True)
-def _own_accelerator_and_threads():
-    threads = torch.get_num_threads()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +23,7 @@ def start(tmp_path_factory) -> Path:
     """A checkpoint at 16 tokens."""
     folder = tmp_path_factory.mktemp("start")
     values = tiny_values(folder / "run", stages=[stage(counts=[16], weights=[1], steps=2)])
-    Trainer(load_config(write_config(folder / "run.yaml", values))).run()
+    TrainingRun(load_config(write_config(folder / "run.yaml", values))).run()
     return folder / "run" / "checkpoint"
 
 
@@ -71,12 +62,12 @@ def test_a_started_model_knows_the_counts_that_now_come(start, tmp_path):
 
 
 def test_training_goes_on_from_the_start(start, tmp_path):
-    Trainer(started(tmp_path, start)).run()
+    TrainingRun(started(tmp_path, start)).run()
     trained, _ = load_checkpoint(tmp_path / "run" / "checkpoint")
     assert digest(trained.state_dict()) != digest(load_checkpoint(start)[0].state_dict())
     first = metrics(tmp_path / "run")[0]["loss"]
     fresh = tiny_values(tmp_path / "fresh", stages=[stage()])
-    Trainer(load_config(write_config(tmp_path / "fresh.yaml", fresh))).run()
+    TrainingRun(load_config(write_config(tmp_path / "fresh.yaml", fresh))).run()
     assert first != metrics(tmp_path / "fresh")[0]["loss"]
 
 
@@ -98,12 +89,12 @@ def test_a_start_of_another_architecture_is_refused(start, tmp_path, part, key, 
     target[key] = value
     config = load_config(write_config(tmp_path / "run.yaml", values))
     with pytest.raises(ValueError, match=message):
-        Trainer(config)
+        TrainingRun(config)
 
 
 def test_a_start_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere.config\.json does not exist"):
-        Trainer(started(tmp_path, tmp_path / "nowhere"))
+        TrainingRun(started(tmp_path, tmp_path / "nowhere"))
 
 
 def test_a_start_needs_no_warm_up(start, tmp_path):
@@ -114,13 +105,13 @@ def test_a_start_needs_no_warm_up(start, tmp_path):
 
 def test_a_run_from_another_start_is_another_run(start, tmp_path):
     first = started(tmp_path, start, stages=[stage(steps=6)])
-    trainer = Trainer(first)
-    trainer.interruption.requested = True
+    training = TrainingRun(first)
+    training.interruption.requested = True
     with pytest.raises(KeyboardInterrupt):
-        trainer.run()
+        training.run()
     model = first.model.model_copy(update={"start": Path(f"{start}/../checkpoint")})
     with pytest.raises(ValueError, match="unfinished run of another configuration"):
-        Trainer(first.model_copy(update={"model": model}))
+        TrainingRun(first.model_copy(update={"model": model}))
 
 
 # ---- one count a step, or all of them
@@ -131,22 +122,22 @@ def test_a_stopped_run_gives_the_same_numbers(how, start, tmp_path):
     """Two stages on the same data: the second goes on where the first stopped, and is stopped."""
     stages = [stage(name="first", steps=2, **how), stage(name="second", steps=6, **how)]
     whole = started(tmp_path / "whole", start, stages=stages)
-    Trainer(whole).run()
+    TrainingRun(whole).run()
     halves = started(tmp_path / "halves", start, stages=stages, save_every=1)
-    trainer = Trainer(halves)
-    take = trainer._step
+    training = TrainingRun(halves)
+    take = training._step
     taken = 0
 
     def stop_at_the_fifth(*arguments):
         nonlocal taken
         taken += 1
-        trainer.interruption.requested = taken == 5
+        training.interruption.requested = taken == 5
         return take(*arguments)
 
-    trainer._step = stop_at_the_fifth
+    training._step = stop_at_the_fifth
     with pytest.raises(KeyboardInterrupt):
-        trainer.run()
-    Trainer(halves).run()
+        training.run()
+    TrainingRun(halves).run()
     lines = metrics(tmp_path / "whole" / "run")
     assert len(lines) == 8
     assert metrics(tmp_path / "halves" / "run") == lines
@@ -155,16 +146,16 @@ def test_a_stopped_run_gives_the_same_numbers(how, start, tmp_path):
 def test_every_image_at_all_counts_reads_a_third_of_the_images(start, tmp_path):
     """The budget is in images shown, so that regimes can be compared."""
     config = started(tmp_path, start, stages=[stage(steps=4, batch_size=6, **ALL_COUNTS)])
-    trainer = Trainer(config)
+    training = TrainingRun(config)
     read: set[str] = set()
-    take = trainer._step
+    take = training._step
 
     def note(model, optimizer, packed, of_stage):
         read.update(name for batch in packed.bins for name in batch.sample_ids)
         return take(model, optimizer, packed, of_stage)
 
-    trainer._step = note
-    trainer.run()
+    training._step = note
+    training.run()
     assert len(read) == 4 * 2
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["tokens_per_image"] == pytest.approx((4 + 9 + 16) / 3)
@@ -199,7 +190,7 @@ def test_positions_may_be_switched_on_from_a_start_without(start, tmp_path):
         actual = model.get_image_features(pixels, counts).pooler_output
         for a, b in zip(actual, expected, strict=True):
             assert torch.equal(a, b)
-    Trainer(config).run()
+    TrainingRun(config).run()
     trained = load_checkpoint(config.output / "checkpoint")[0]
     assert trained.model.projector.position.weight.any()
     with pytest.raises(ValueError, match="projector_position = 'normalized', but the"):

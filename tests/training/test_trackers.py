@@ -15,7 +15,7 @@ from tests.training.runs import evaluations, metrics, stage, tiny_values, write_
 from tokenflex.cli import main
 from tokenflex.training.checkpoint import load_state
 from tokenflex.training.config import TrainConfig
-from tokenflex.training.loop import Trainer
+from tokenflex.training.loop import TrainingRun
 from tokenflex.training.trackers import flat, remove_event_files
 
 EVALUATION = {
@@ -80,11 +80,11 @@ def config_of(folder: Path, *trackers: str, **changes) -> TrainConfig:
 
 
 def test_a_tracker_hears_every_line(notebook, tmp_path):
-    Trainer(config_of(tmp_path / "run", "notebook")).run()
-    training = [(step, one) for step, one in notebook.told if "training/loss" in one]
+    TrainingRun(config_of(tmp_path / "run", "notebook")).run()
+    logged = [(step, one) for step, one in notebook.told if "training/loss" in one]
     lines = metrics(tmp_path / "run")
-    assert [step for step, _ in training] == [1, 2, 3, 4, 5, 6]
-    for (_, told), line in zip(training, lines, strict=True):
+    assert [step for step, _ in logged] == [1, 2, 3, 4, 5, 6]
+    for (_, told), line in zip(logged, lines, strict=True):
         assert told["training/loss"] == line["loss"]
         assert told["training/learning_rate/text"] == line["learning_rate"]["text"]
         assert told["training/counts/16"] == line["counts"].get("16") or "16" not in line["counts"]
@@ -98,14 +98,14 @@ def test_a_tracker_hears_every_line(notebook, tmp_path):
 
 
 def test_a_run_that_fails_finishes_its_trackers(notebook, tmp_path, monkeypatch):
-    trainer = Trainer(config_of(tmp_path / "run", "notebook"))
+    training = TrainingRun(config_of(tmp_path / "run", "notebook"))
 
     def failing(*args):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(trainer, "_step", failing)
+    monkeypatch.setattr(training, "_step", failing)
     with pytest.raises(RuntimeError, match="no"):
-        trainer.run()
+        training.run()
     assert notebook.heard[-1] == "finish"
 
 
@@ -121,8 +121,8 @@ def float32(value: float) -> float:
 def test_tensorboard_holds_the_values_of_a_run_that_died_once_each(tmp_path, monkeypatch):
     """The steps between the last state and its death were logged twice; the second time counts."""
     config = config_of(tmp_path / "run", "tensorboard", save_every=3)
-    trainer, left = Trainer(config), [4]
-    step = trainer._step
+    training, left = TrainingRun(config), [4]
+    step = training._step
 
     def dying(*args):
         left[0] -= 1
@@ -130,12 +130,12 @@ def test_tensorboard_holds_the_values_of_a_run_that_died_once_each(tmp_path, mon
             raise KeyboardInterrupt
         return step(*args)
 
-    monkeypatch.setattr(trainer, "_step", dying)
+    monkeypatch.setattr(training, "_step", dying)
     with pytest.raises(KeyboardInterrupt):
-        trainer.run()
+        training.run()
     assert len(metrics(tmp_path / "run")) == 4
     assert load_state(tmp_path / "run" / "state.pt")["stage"] == 0  # after the second step
-    Trainer(config).run()
+    TrainingRun(config).run()
 
     lines, events = metrics(tmp_path / "run"), scalars(tmp_path / "run")
     for tag, values in {
@@ -155,7 +155,7 @@ def test_tensorboard_holds_the_values_of_a_run_that_died_once_each(tmp_path, mon
 def test_a_fresh_run_begins_with_empty_trackers(tmp_path):
     config = config_of(tmp_path / "run", "tensorboard", evaluation=None)
     for _ in range(2):
-        Trainer(config, fresh=True).run()
+        TrainingRun(config, fresh=True).run()
     assert len(scalars(tmp_path / "run").Scalars("training/loss")) == 6
     assert len(list((tmp_path / "run" / "trackers" / "tokenflex").glob("events*"))) == 1
 
@@ -186,7 +186,7 @@ def test_only_events_where_a_run_writes_them_are_removed(tmp_path):
 
 
 def test_without_trackers_there_is_no_folder(tmp_path):
-    Trainer(config_of(tmp_path / "run", evaluation=None)).run()
+    TrainingRun(config_of(tmp_path / "run", evaluation=None)).run()
     assert not (tmp_path / "run" / "trackers").exists()
 
 

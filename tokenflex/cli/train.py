@@ -67,16 +67,16 @@ def _train(options: argparse.Namespace) -> int:
             )
         return 0
     from tokenflex.training.agreement import OtherProcessError, is_lost_connection
-    from tokenflex.training.loop import Trainer
+    from tokenflex.training.loop import TrainingRun
 
-    trainer = Trainer(config, fresh=options.fresh, accept_changed_data=options.accept_changed_data)
+    run = TrainingRun(config, fresh=options.fresh, accept_changed_data=options.accept_changed_data)
     try:
-        report = trainer.run()
+        report = run.run()
     except RuntimeError as error:
-        if trainer.accelerator.num_processes > 1 and is_lost_connection(error):
+        if run.accelerator.num_processes > 1 and is_lost_connection(error):
             raise OtherProcessError(f"another process of the run is gone: {error}") from error
         raise
-    if not trainer.is_main:
+    if not run.is_main:
         return 0
     from tokenflex.training.curves import plot_curves
 

@@ -86,7 +86,7 @@ from tokenflex.training.states import (
 from tokenflex.training.trackers import check_installed, flat, start_trackers
 
 
-class Trainer:
+class TrainingRun:
     """One run of a configuration, in ``config.output``:
 
     ``metrics.jsonl`` (a line every ``log_every`` steps), ``evaluations.jsonl`` (a line for every
