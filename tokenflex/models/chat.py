@@ -18,6 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from tokenflex.models.image_inputs import NamedImage
 
 IMAGE_MARK = "<image>"
+"""The mark of an image in texts, whatever the tokenizer's own placeholder is."""
 IMAGE_KEYS = ("image", "url", "path", "base64")
 """Keys of an image part, of which one holds the image."""
 
