@@ -15,7 +15,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tokenflex.data.huggingface import outline_of_row
-from tokenflex.data.llava import LlavaDataset
 from tokenflex.data.messages import ImageFolder, MessagesDataset
 from tokenflex.data.records import PICTURE_KEYS, UNREAD_KEYS, read_record
 from tokenflex.data.samples import SampleDataset
@@ -142,7 +141,7 @@ def test_files_of_records_hold_samples_or_broken_ones(records):
                 archive.addfile(info, io.BytesIO(text.encode()))
         opened: list[SampleDataset] = [
             MessagesDataset(folder / "lines"),
-            LlavaDataset(folder / "list"),
+            MessagesDataset(folder / "list"),
             WebDataset(folder / "x.tar"),
         ]
         for dataset in opened:

@@ -10,7 +10,6 @@ import pytest
 
 from tests.models.tiny import picture
 from tokenflex.data.huggingface import HuggingFaceDataset
-from tokenflex.data.llava import LlavaDataset
 from tokenflex.data.messages import MessagesDataset
 from tokenflex.data.streaming import StreamingDataset
 from tokenflex.training.build import build_dataset
@@ -53,18 +52,16 @@ def write(data: Path, paths: list[str]) -> Path:
     return data / "data.jsonl"
 
 
-@pytest.mark.parametrize("make", [MessagesDataset, LlavaDataset])
-def test_paths_that_stay_in_the_folder_are_read(data, make):
+def test_paths_that_stay_in_the_folder_are_read(data):
     for path in (write(data, inside(data)), data.parent / "linked" / "data.jsonl"):
-        dataset = make(path)
+        dataset = MessagesDataset(path)
         assert len(dataset) == 1 + len(inside(data))
         for index in range(1, len(dataset)):
             assert dataset[index].images[0].tobytes() == picture(1).tobytes()
 
 
-@pytest.mark.parametrize("make", [MessagesDataset, LlavaDataset])
-def test_paths_that_leave_the_folder_are_broken_samples(data, make):
-    dataset = make(write(data, outside(data)))
+def test_paths_that_leave_the_folder_are_broken_samples(data):
+    dataset = MessagesDataset(write(data, outside(data)))
     for index, path in enumerate(outside(data), 1):
         for read in (dataset.outline, dataset.__getitem__):
             message = r"data\.jsonl:\d+: image .* is outside of the data's folder .*allow_outside"
@@ -88,10 +85,9 @@ def test_a_link_to_itself_is_one_broken_sample(data):
         dataset[1]
 
 
-@pytest.mark.parametrize("make", [MessagesDataset, LlavaDataset])
-def test_with_a_folder_of_images_that_one_counts(data, make):
+def test_with_a_folder_of_images_that_one_counts(data):
     path = write(data, ["a.png", "b.png", str(data / "a.png")])
-    dataset = make(path, data.parent / "secret")
+    dataset = MessagesDataset(path, data.parent / "secret")
     assert dataset[2].images[0].tobytes() == picture(2).tobytes()
     for index, error in ((1, FileNotFoundError), (3, ValueError)):
         with pytest.raises(error, match=r"a\.png"):

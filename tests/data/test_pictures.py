@@ -12,7 +12,6 @@ import pytest
 from PIL import ExifTags, Image
 
 from tokenflex.data.huggingface import HuggingFaceDataset
-from tokenflex.data.llava import LlavaDataset
 from tokenflex.data.messages import MessagesDataset
 from tokenflex.data.streaming import StreamingDataset
 from tokenflex.data.webdataset import WebDataset
@@ -55,7 +54,7 @@ def from_messages(folder, content):
 def from_llava(folder, content):
     (folder / "a.png").write_bytes(content)
     (folder / "d.json").write_text(json.dumps([{"image": "a.png", "conversations": TURNS}]))
-    return LlavaDataset(folder / "d.json")
+    return MessagesDataset(folder / "d.json")
 
 
 def from_webdataset(folder, content):

@@ -15,15 +15,14 @@ from tests.data.test_webdataset import encoded, tar
 from tests.dropin.processors import PROCESSORS, stock_processor
 from tests.models.tiny import picture
 from tokenflex.data.faults import BrokenSample, leaving_out, reason_of
-from tokenflex.data.formats import detect_format
 from tokenflex.data.huggingface import HuggingFaceDataset
-from tokenflex.data.llava import LlavaDataset
 from tokenflex.data.messages import MessagesDataset
 from tokenflex.data.mixture import Mixture
 from tokenflex.data.placeholders import find_placeholder
 from tokenflex.data.records import MAX_RECORD_BYTES, read_record
 from tokenflex.data.samples import SampleDataset, Turn
 from tokenflex.data.webdataset import WebDataset
+from tokenflex.formats import detect_format
 
 USER = {"role": "user", "content": "What is it?"}
 ASSISTANT = {"role": "assistant", "content": "A cat."}
@@ -188,13 +187,7 @@ def lines(folder: Path, records: list[Any], start: bytes = b"") -> SampleDataset
 def llava_list(folder: Path, records: list[Any], start: bytes = b"") -> SampleDataset:
     path = folder / "data.json"
     path.write_bytes(start + b"\n[\n" + b",\n ".join(map(as_bytes, records)) + b"]\n\n")
-    return LlavaDataset(path)
-
-
-def llava_lines(folder: Path, records: list[Any], start: bytes = b"") -> SampleDataset:
-    path = folder / "data.jsonl"
-    path.write_bytes(start + b"\n".join(map(as_bytes, records)))
-    return LlavaDataset(path)
+    return MessagesDataset(path)
 
 
 def tars(folder: Path, records: list[Any], start: bytes = b"") -> SampleDataset:
@@ -206,7 +199,7 @@ def mixture(folder: Path, records: list[Any], start: bytes = b"") -> SampleDatas
     return Mixture([lines(folder, records, start), lines(folder, records[::2])])
 
 
-FORMATS = [lines, llava_list, llava_lines, tars, mixture]
+FORMATS = [lines, llava_list, tars, mixture]
 
 
 @pytest.mark.parametrize("make", FORMATS)
@@ -222,7 +215,7 @@ def test_a_broken_record_is_a_value_error_that_names_its_place(tmp_path, make, r
         assert len(message) < 300
 
 
-@pytest.mark.parametrize("make", [lines, llava_list, llava_lines])
+@pytest.mark.parametrize("make", [lines, llava_list])
 @pytest.mark.parametrize("record", BROKEN_IMAGES.values(), ids=BROKEN_IMAGES)
 def test_a_broken_path_is_a_value_error_that_names_its_place(tmp_path, make, record):
     picture(1).save(tmp_path / "a.png")
@@ -236,7 +229,7 @@ def test_a_broken_path_is_a_value_error_that_names_its_place(tmp_path, make, rec
 def test_all_broken_records_of_a_file_are_known_when_it_is_opened(tmp_path):
     """Also those behind one that cannot be parsed, in a list as well as in lines."""
     records = [GOOD, *BROKEN.values(), GOOD]
-    for make in (lines, llava_list, llava_lines):
+    for make in (lines, llava_list):
         dataset = make(tmp_path, records)
         assert [one.index for one in dataset.broken] == [*range(1, len(BROKEN) + 1)]
         assert len(dataset) == len(records)
@@ -248,7 +241,7 @@ def test_all_broken_records_of_a_file_are_known_when_it_is_opened(tmp_path):
         assert str(error.value) == one.reason
 
 
-@pytest.mark.parametrize("make", [lines, llava_list, llava_lines])
+@pytest.mark.parametrize("make", [lines, llava_list])
 def test_a_file_without_a_good_record_is_an_error_at_once(tmp_path, make):
     with pytest.raises(ValueError, match=r"no samples that can be read, out of 5: .*data.*; .*; "):
         make(tmp_path, ["a", "b", "c", "d", "e"])
@@ -260,7 +253,7 @@ def test_a_list_that_is_cut_off_is_an_error_at_once(tmp_path):
     for length in (*range(1, len(content) - 1, 7), len(content) - 1):
         (tmp_path / "data.json").write_text(content[:length])
         with pytest.raises(ValueError, match=r"data\.json is a JSON list without an end"):
-            LlavaDataset(tmp_path / "data.json")
+            MessagesDataset(tmp_path / "data.json")
 
 
 def test_a_file_of_lines_may_begin_with_a_list(tmp_path):
@@ -328,7 +321,7 @@ def test_an_image_is_seen_under_every_key(tmp_path, turns, named):
     picture(1).save(tmp_path / "a.png")
     stored = tar(tmp_path / "x.tar", {"0.json": turns | named, "0.png": encoded(1)})
     for dataset in (
-        *(make(tmp_path, [turns | named]) for make in (lines, llava_list, llava_lines)),
+        *(make(tmp_path, [turns | named]) for make in (lines, llava_list)),
         WebDataset(stored),
     ):
         (sample,) = dataset

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import random
 import zipfile
@@ -167,6 +168,18 @@ def test_a_whole_state_that_torch_cannot_load_now_is_not_put_aside(
             kept.read()
     kept.put_unreadable_aside()
     assert kept.read()["step"] == 2
+
+
+def test_a_state_of_an_earlier_version_may_have_its_keys_in_another_order(tmp_path):
+    config = TrainConfig.model_validate(tiny_values(tmp_path))
+    values = json.loads(states.fingerprint(config))
+    reordered = json.dumps(dict(reversed(values.items())))
+    save_state(tmp_path / "state.pt", {**state_of(3), "config": reordered})
+    assert RunStates(config).read()["step"] == 3
+    other = json.dumps({**values, "seed": 5})
+    save_state(tmp_path / "state.pt", {**state_of(3), "config": other})
+    with pytest.raises(ValueError, match="another configuration"):
+        RunStates(config).read()
 
 
 def test_only_states_of_a_run_are_removed(tmp_path):

@@ -156,40 +156,24 @@ def _checkpoint_of(options: argparse.Namespace) -> Path:
 
 
 def _evaluation_data(options: argparse.Namespace) -> Any:
-    """The data set that the options name; one that they do not fit is refused."""
-    from typing import get_args
-
-    from tokenflex.data.formats import detect_format
+    """Return the data set that the options describe; options that do not fit it are refused."""
+    from tokenflex.formats import FORMATS, detect_format
     from tokenflex.training.data_config import DataConfig
 
-    known = [*get_args(DataConfig.model_fields["name"].annotation)]
-    known.remove("mixture")
     name = options.format
     if name is None:
-        name = "digits" if options.data == "digits" else detect_format(options.data)
-    if name not in known:
-        raise ValueError(f"--format must be one of {', '.join(known)}, got {name!r}")
-    values: dict[str, Any] = {"name": name}
-    if name == "digits":
-        values |= {"size": options.size or 1024}
-    else:
-        values |= {"path": Path(options.data)}
-    if name in ("digits", "huggingface"):
-        values |= {"split": options.split or "test"}
-    if name in ("llava", "messages"):
-        values |= {"image_folder": options.image_folder}
-    if name in ("llava", "messages", "huggingface"):
-        values |= {"allow_outside": options.allow_outside}
-    for option in ("size", "split", "image_folder", "allow_outside"):
-        if getattr(options, option) not in (None, False) and option not in values:
+        name = options.data if options.data in FORMATS else detect_format(options.data)
+    if name not in FORMATS:
+        raise ValueError(f"--format must be one of {', '.join(FORMATS)}, got {name!r}")
+    data_format = FORMATS[name]
+    values: dict[str, Any] = {"path": Path(options.data)} if data_format.needs_path else {}
+    defaults = {"size": 1024, "split": "test", "image_folder": None, "allow_outside": False}
+    for option, default in defaults.items():
+        given = getattr(options, option)
+        if option in data_format.keys:
+            values[option] = given or default
+        elif given not in (None, False):
             raise ValueError(f"--{option.replace('_', '-')} does not fit data of format {name}")
-    if options.split is not None and name == "digits":
-        _check_digits_split(options.split)
-    return DataConfig(**values)
-
-
-def _check_digits_split(split: str) -> None:
-    from tokenflex.training.data_config import DIGITS_SPLITS
-
-    if split not in DIGITS_SPLITS:
-        raise ValueError(f"--split must be one of {', '.join(DIGITS_SPLITS)}, got {split!r}")
+    for problem in data_format.options.model_construct(**values).contradictions():
+        raise ValueError(f"--{problem}")
+    return DataConfig(name=name, **values)

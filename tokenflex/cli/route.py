@@ -120,7 +120,7 @@ def _route_into(options: argparse.Namespace) -> int:
 
 def _dataset(data: str, digits_split: str, options: argparse.Namespace) -> Any:
     """'digits' in a split and size, or what evaluation reads, too."""
-    from tokenflex.data.formats import detect_format
+    from tokenflex.formats import detect_format
     from tokenflex.training.build import build_dataset
     from tokenflex.training.data_config import DataConfig
 

@@ -8,10 +8,14 @@ import os
 import re
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pydantic import Field
+
 from tokenflex.data.faults import BrokenSample
+from tokenflex.data.format import DataFormat, FormatOptions
 from tokenflex.data.records import MAX_PATH_LENGTH, MAX_RECORD_BYTES, Record, read_record
 from tokenflex.data.samples import Sample, SampleOutline
 from tokenflex.files import describe_payload, excerpt, parse_json
@@ -372,3 +376,54 @@ def _after_blank(text: str, start: int) -> int:
     blank = _BLANK.match(text, start)
     assert blank is not None
     return blank.end()
+
+
+# ---------------------------------------------------------------------- the format
+
+
+class MessagesOptions(FormatOptions):
+    """Keys of ``name: messages`` and ``name: llava``."""
+
+    # Folder that paths of images are relative to; that of the data file if None.
+    image_folder: Path | None = None
+    # Read images at paths outside of that folder. It changes no sample that can be read.
+    allow_outside: bool = Field(default=False, exclude=True)
+
+
+def layout_of(path: Path) -> str | None:
+    """Return the key of a file's turns, "messages" or "conversations"; None for other files.
+
+    A list, and a file whose first line has ``conversations`` alone, is in LLaVA's layout. A
+    byte-order mark and blank lines may come first.
+    """
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        first = first_byte(file)
+        line = file.readline(MAX_RECORD_BYTES) if first == b"{" else b""
+    if first not in (b"[", b"{", b""):
+        return None
+    try:
+        record = parse_json(line, "line") if line else {}
+    except ValueError:  # its reader says what is wrong
+        record = {}
+    is_llava = first == b"[" or ("messages" not in record and "conversations" in record)
+    return "conversations" if is_llava else "messages"
+
+
+def _open(options: MessagesOptions) -> MessagesDataset:
+    assert options.path is not None
+    return MessagesDataset(options.path, options.image_folder, allow_outside=options.allow_outside)
+
+
+_MESSAGES = DataFormat(
+    name="messages",
+    open=_open,
+    options=MessagesOptions,
+    recognises=lambda path: layout_of(path) == "messages",
+    reads_whole_files=True,
+)
+_LLAVA = replace(
+    _MESSAGES, name="llava", recognises=lambda path: layout_of(path) == "conversations"
+)
+FORMATS = (_MESSAGES, _LLAVA)

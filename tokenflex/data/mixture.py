@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -86,6 +87,14 @@ class Mixture:
         part, inner = self._places.place_of(index)
         return outline_of(self.parts[part], inner)
 
+    def order(
+        self, weights: Sequence[float], seed: int, epochs: Sequence[int | None]
+    ) -> MixtureOrder:
+        """Return the order over this mixture; the arguments are those of :class:`MixtureOrder`."""
+        for i, part in enumerate(self.parts):
+            order_of(part, seed + i)
+        return MixtureOrder([size_of(part) for part in self.parts], weights, seed, epochs)
+
 
 class MixtureOrder:
     """The order over a :class:`Mixture`: each part shuffled anew each of its own epochs.
@@ -150,6 +159,21 @@ class MixtureOrder:
             return None
         block, left = divmod(held, self._quotas[part])
         return block * BLOCK + int((self._parts_of(block) == part).nonzero()[left])
+
+
+def order_of(dataset: Any, seed: int, epochs: int | None = None) -> Order:
+    """Return the order of a data set that is not a mixture.
+
+    Args:
+        dataset: The data set. A stream shuffles itself: it is set to the order of ``seed``.
+        seed: Another seed gives another order.
+        epochs: Passes until the data is exhausted, None for no bound. A stream bounds itself.
+    """
+    size = size_of(dataset)
+    if size is None:
+        dataset.shuffle(seed)
+        return StreamOrder()
+    return EpochOrder(size, seed, epochs)
 
 
 def _quotas(weights: Sequence[float]) -> list[int]:

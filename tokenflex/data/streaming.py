@@ -10,9 +10,19 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from tokenflex.data.huggingface import image_folders, load_rows, outline_of_row, sample_of
+from pydantic import Field
+
+from tokenflex.data.format import DataFormat, FormatOptions
+from tokenflex.data.huggingface import (
+    HuggingFaceDataset,
+    image_folders,
+    load_rows,
+    outline_of_row,
+    sample_of,
+)
 from tokenflex.data.samples import DataExhaustedError, Sample, SampleOutline, StreamError
 
 ROWS_READ = 16  # at a time
@@ -155,3 +165,36 @@ class StreamingDataset:
         if position // self._length * self._length != self._next:
             self._kept.clear()  # whole passes are left out
         self._start(position // self._length)
+
+
+class HuggingFaceOptions(FormatOptions):
+    """Keys of ``name: huggingface``."""
+
+    split: str = "train"
+    streaming: bool = False  # read rows as they come, without a copy of all of them
+    shuffle_buffer: int = Field(default=1000, ge=1)  # rows of a stream among which one is drawn
+    # Read images at paths outside of the data's folder. It changes no sample that can be read.
+    allow_outside: bool = Field(default=False, exclude=True)
+
+    def contradictions(self) -> Iterator[str]:
+        default = HuggingFaceOptions.model_fields["shuffle_buffer"].default
+        if self.shuffle_buffer != default and not self.streaming:
+            yield f"shuffle_buffer needs streaming: true, got shuffle_buffer={self.shuffle_buffer}"
+
+
+def _open(options: HuggingFaceOptions) -> HuggingFaceDataset | StreamingDataset:
+    path, split, outside = str(options.path), options.split, options.allow_outside
+    if not options.streaming:
+        return HuggingFaceDataset(path, split, allow_outside=outside)
+    return StreamingDataset(
+        path,
+        split,
+        shuffle_buffer=options.shuffle_buffer,
+        epochs=options.epochs,
+        allow_outside=outside,
+    )
+
+
+FORMATS = (
+    DataFormat(name="huggingface", open=_open, options=HuggingFaceOptions, recognises=Path.is_dir),
+)

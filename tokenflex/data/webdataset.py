@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from tokenflex.data.format import DataFormat
 from tokenflex.data.media import FILE_ENDINGS
 from tokenflex.data.records import MAX_RECORD_BYTES, Record, read_record
 from tokenflex.data.samples import Sample, SampleOutline
@@ -291,3 +292,12 @@ class _Member(io.RawIOBase):
         count = self._file.readinto(memoryview(buffer)[:length])  # type: ignore[attr-defined]
         self._position += count
         return count
+
+
+FORMATS = (
+    DataFormat(
+        name="webdataset",
+        open=lambda options: WebDataset(options.path),
+        files=shards_of,
+    ),
+)

@@ -21,18 +21,11 @@ from transformers import (
 )
 
 from tokenflex.counts import TokenCount, token_grid
-from tokenflex.data.huggingface import HuggingFaceDataset
-from tokenflex.data.llava import LlavaDataset
-from tokenflex.data.messages import MessagesDataset
-from tokenflex.data.mixture import Mixture, MixtureOrder
-from tokenflex.data.order import EpochOrder, Order, StreamOrder
-from tokenflex.data.samples import SampleDataset, size_of
-from tokenflex.data.streaming import StreamingDataset
-from tokenflex.data.webdataset import WebDataset
-from tokenflex.digits.canvas import CELL_PIXELS
-from tokenflex.digits.dataset import DigitsDataset
-from tokenflex.digits.processor import digits_processor
+from tokenflex.data.mixture import Mixture, order_of
+from tokenflex.data.order import Order
+from tokenflex.data.samples import SampleDataset
 from tokenflex.files import excerpt
+from tokenflex.formats import FRESH_PARTS
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.loading import load_checkpoint, read_config
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
@@ -42,49 +35,22 @@ from tokenflex.training.data_config import DataConfig
 
 
 def build_dataset(config: DataConfig) -> SampleDataset:
-    """The data set that ``config`` names."""
-    if config.name == "digits":
-        return DigitsDataset(
-            config.split, size=config.size, questions=config.questions, cells=config.cells
-        )
-    if config.name == "mixture":
+    """Open the data set that ``config`` names."""
+    if config.parts:
         return Mixture([build_dataset(part) for part in config.parts])
-    assert config.path is not None  # checked by DataConfig
-    if config.name in ("messages", "llava"):
-        reader = LlavaDataset if config.name == "llava" else MessagesDataset
-        return reader(config.path, config.image_folder, allow_outside=config.allow_outside)
-    if config.name == "webdataset":
-        return WebDataset(config.path)
-    if config.streaming:
-        return StreamingDataset(
-            str(config.path),
-            config.split,
-            shuffle_buffer=config.shuffle_buffer,
-            epochs=config.epochs,
-            allow_outside=config.allow_outside,
-        )
-    return HuggingFaceDataset(str(config.path), config.split, allow_outside=config.allow_outside)
+    return config.format.open(config.format.options_of(config))
 
 
 def build_order(config: DataConfig, dataset: SampleDataset, seed: int) -> Order:
-    """The order in which training walks through ``dataset``, which ``config`` named.
+    """Return the order in which training walks through the ``dataset`` of ``config``.
 
     A stream keeps its order itself: it is set to that of ``seed`` here.
     """
     if isinstance(dataset, Mixture):
-        for place, part in enumerate(dataset.parts):
-            if isinstance(part, StreamingDataset):
-                part.shuffle(seed + place)
-        return MixtureOrder(
-            [size_of(part) for part in dataset.parts],
-            [part.weight for part in config.parts],
-            seed,
-            [part.epochs for part in config.parts],
+        return dataset.order(
+            [part.weight for part in config.parts], seed, [part.epochs for part in config.parts]
         )
-    if isinstance(dataset, StreamingDataset):
-        dataset.shuffle(seed)
-        return StreamOrder()
-    return EpochOrder(len(dataset), seed, config.epochs)
+    return order_of(dataset, seed, config.epochs)
 
 
 def check_supply(config: TrainConfig, orders: Mapping[DataConfig, Order]) -> None:
@@ -140,9 +106,9 @@ def check_dropout(model: Any, config: TrainConfig) -> None:
 
 def build_processor(config: ModelConfig) -> TokenFlexProcessor:
     """The processor, with ``image_token`` known to its tokenizer."""
-    if config.processor == "digits":
-        cells = _vision_config(config.vision).image_size // CELL_PIXELS
-        return digits_processor(config.num_image_tokens, cells=cells)
+    if config.processor is not None:
+        image_size = _vision_config(config.vision).image_size
+        return FRESH_PARTS[config.processor].processor(config.num_image_tokens, image_size)
     assert config.vision.path is not None  # checked by ModelConfig, as is the other
     assert config.text.path is not None
     tokenizer = _pretrained(AutoTokenizer, config.text.path)

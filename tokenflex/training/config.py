@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from tokenflex.counts import TokenCount, TokenCounts, token_grid, tokens_of
 from tokenflex.data.steps import Draw
-from tokenflex.digits.canvas import CELL_PIXELS
+from tokenflex.formats import FRESH_PARTS
 from tokenflex.positions import check_image_positions
 from tokenflex.training.data_config import DataConfig
 from tokenflex.training.strict import Float, Int, Strict, read_yaml, reason_of
@@ -49,8 +49,9 @@ class PartConfig(Strict):
 class ModelConfig(Strict):
     """What is trained.
 
-    ``processor`` is "digits", or None to take the image processor of ``vision.path`` and the
-    tokenizer of ``text.path``; ``image_token`` is added to the tokenizer if it is not there.
+    ``processor`` names a data format that brings one, or is None to take the image processor of
+    ``vision.path`` and the tokenizer of ``text.path``; ``image_token`` is added to the tokenizer if
+    it is not there.
     Images are cut into at most ``max_tiles`` tiles, each at the sample's count.
     With ``start`` all weights come from that TokenFLEX checkpoint folder, whose parts must be those
     that are described here.
@@ -60,7 +61,7 @@ class ModelConfig(Strict):
     vision: PartConfig
     text: PartConfig
     start: Path | None = None
-    processor: Literal["digits"] | None = None
+    processor: Literal[(*FRESH_PARTS,)] | None = None  # type: ignore[valid-type]
     image_token: str = "<image>"
     pooling: Literal["adaptive", "resize"] = "adaptive"
     projector_hidden_width: Int | None = Field(default=None, ge=1)
@@ -77,8 +78,9 @@ class ModelConfig(Strict):
         )
         yield from filter(None, map(reason_of, checks))
         if self.processor is None and (self.vision.path is None or self.text.path is None):
+            names = " or ".join(map(repr, FRESH_PARTS))
             yield (
-                "processor must be 'digits' unless vision and text both have a path, got "
+                f"processor must be {names} unless vision and text both have a path, got "
                 f"processor={self.processor!r}"
             )
         if self.processor is not None and self.max_tiles > 1:
@@ -93,7 +95,7 @@ class ModelConfig(Strict):
 
 
 class EncoderWarmUpConfig(Strict):
-    """The digits encoder's warm-up, in place of pretrained weights."""
+    """The warm-up of a fresh encoder, in place of pretrained weights."""
 
     steps: Int = Field(ge=1)
     batch_size: Int = Field(default=32, ge=1)
@@ -329,29 +331,28 @@ class TrainConfig(Strict):
         return self.data if stage.data is None else stage.data
 
     def contradictions(self) -> Iterator[str]:
-        yield from self._canvases_that_do_not_fit()
+        yield from self._pictures_that_do_not_fit()
         if self.encoder_warm_up is not None and self.model.start is not None:
             yield (
                 "encoder_warm_up must not be given with model.start, whose encoder is trained, "
                 f"got start={str(self.model.start)!r}"
             )
-        if self.encoder_warm_up is not None and self.model.processor != "digits":
-            yield (f"encoder_warm_up needs model.processor: digits, got {self.model.processor!r}")
+        if self.encoder_warm_up is not None and self.model.processor is None:
+            names = " or ".join(FRESH_PARTS)
+            yield f"encoder_warm_up needs model.processor: {names}, got None"
 
-    def _canvases_that_do_not_fit(self) -> Iterator[str]:
-        """The words for cells and the size of pictures follow from the encoder's image size."""
-        if self.model.processor != "digits" or self.model.vision.config is None:
+    def _pictures_that_do_not_fit(self) -> Iterator[str]:
+        """Compare the pictures of a format with the image size of the encoder it brings."""
+        name, vision = self.model.processor, self.model.vision.config
+        if name not in FRESH_PARTS or vision is None:
             return
-        size = self.model.vision.config.get("image_size")
         used = [self.data_of(stage) for stage in self.stages]
         used += [] if self.evaluation is None else [self.evaluation.data]
-        parts = [part for data in used for part in (data, *data.parts)]
-        for cells in dict.fromkeys(part.cells for part in parts if part.name == "digits"):
-            if cells * CELL_PIXELS != size:
-                yield (
-                    f"model.vision.config must have image_size {cells * CELL_PIXELS} for "
-                    f"canvases of {cells} x {cells} cells, got {size!r}"
-                )
+        parts = [part for data in used for part in (data, *data.parts) if part.name == name]
+        problems = (
+            FRESH_PARTS[name].image_problem(part, vision.get("image_size")) for part in parts
+        )
+        yield from dict.fromkeys(filter(None, problems))
 
     @field_validator("sharding")
     @classmethod

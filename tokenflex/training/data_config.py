@@ -1,90 +1,87 @@
-"""What a configuration says of data."""
+"""A data set in a configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, create_model
 
+from tokenflex.data.format import DataFormat
+from tokenflex.formats import FORMATS
 from tokenflex.training.strict import Float, Int, Strict
 
-DIGITS_SPLITS = ("train", "validation", "test")
-SHUFFLE_BUFFER = 1000  # rows
-
-# Which keys have an effect with which name, besides path, epochs and weight.
-KEYS_OF: dict[str, set[str]] = {
-    "digits": {"split", "size", "questions", "cells"},
-    "messages": {"image_folder", "allow_outside"},
-    "llava": {"image_folder", "allow_outside"},
-    "webdataset": set(),
-    "huggingface": {"split", "streaming", "shuffle_buffer", "allow_outside"},
-    "mixture": set(),
-}
+MIXTURE = "mixture"
 
 
-class DataConfig(Strict):
+def _format_keys() -> dict[str, Any]:
+    """Return the keys of all formats, as pydantic's ``create_model`` takes them."""
+    numbers: dict[Any, Any] = {int: Int, float: Float}
+    keys: dict[str, Any] = {}
+    for known in FORMATS.values():
+        for key, field in known.keys.items():
+            annotation = numbers.get(field.annotation, field.annotation)
+            for bound in field.metadata:
+                annotation = Annotated[annotation, bound]
+            keys[key] = (annotation, Field(default=field.default, exclude=field.exclude))
+    return keys
+
+
+_FORMAT_KEYS = _format_keys()
+_NAMES: Any = Literal[(*FORMATS, MIXTURE)]
+_FormatKeys: Any = create_model("_FormatKeys", __base__=Strict, name=(_NAMES, ...), **_FORMAT_KEYS)
+
+
+class DataConfig(_FormatKeys):
     """A data set.
 
-    ``name`` is "digits", the offline task; "messages", a JSONL file (``MessagesDataset``); "llava",
-    a file in LLaVA's layout; "webdataset", tars (``WebDataset``); "huggingface", a data set of
-    the ``datasets`` library, read as it comes with ``streaming``, the next row drawn from
-    ``shuffle_buffer`` of them; "mixture", several ``parts``, each drawn from in proportion to its
-    ``weight``. Training may go through it ``epochs`` times; without a bound it does so as often as
-    the stages' steps ask. Images of "messages" and "llava" lie in ``image_folder``, or beside the
-    file; one that lies outside of that folder (of "huggingface": of the data set's own) is a broken
-    sample, unless ``allow_outside`` is true. ``cells`` are those of a canvas of "digits", per side.
+    ``name`` is that of a registered format, or "mixture". Beside the keys below, data takes those
+    of its format's ``options``; see :mod:`tokenflex.formats`.
     """
 
-    name: Literal["digits", "messages", "llava", "webdataset", "huggingface", "mixture"]
+    # Where the data lies, for formats that are read from somewhere.
     path: Path | None = None
-    image_folder: Path | None = None
-    # Like ``epochs``, no part of what a state is compared by.
-    allow_outside: bool = Field(default=False, exclude=True)
-    split: str = "train"
-    cells: Int = Field(default=4, ge=4, multiple_of=2)
-    streaming: bool = False
-    shuffle_buffer: Int = Field(default=SHUFFLE_BUFFER, ge=1)
-    # A bound changes no sample before it: a run that ended at one may go on with another. So it is
-    # no part of what a state is compared by.
+    # Passes that training may take through the data; None for as many as its stages need. A bound
+    # changes no sample before it, so a run that ended at one may continue with another.
     epochs: Int | None = Field(default=None, ge=1, exclude=True)
-    size: Int = Field(default=100_000, ge=1)
-    questions: Int = Field(default=8, ge=1)
+    # The data sets of a mixture.
     parts: tuple[DataConfig, ...] = ()
+    # How often a part of a mixture is drawn from, relative to the others.
     weight: Float = Field(default=1.0, gt=0, lt=float("inf"))
 
+    @property
+    def format(self) -> DataFormat:
+        """The format of data that is not a mixture."""
+        return FORMATS[self.name]
+
     def contradictions(self) -> Iterator[str]:
-        if (self.name in ("digits", "mixture")) != (self.path is None):
+        is_mixture = self.name == MIXTURE
+        if (self.path is None) != (is_mixture or not self.format.needs_path):
+            *names, last = [name for name, known in FORMATS.items() if known.needs_path]
             yield (
-                "path must be given with name: messages, llava, webdataset or huggingface, and "
-                f"only there, got name={self.name!r} and "
-                f"path={None if self.path is None else str(self.path)!r}"
+                f"path must be given with name: {', '.join(names)} or {last}, and only there, got "
+                f"name={self.name!r} and path={None if self.path is None else str(self.path)!r}"
             )
-        if (self.name == "mixture") != bool(self.parts):
+        if is_mixture != bool(self.parts):
             yield (
                 "parts must be given with name: mixture, and only there, got "
                 f"name={self.name!r} and {len(self.parts)} parts"
             )
-        if any(part.name == "mixture" for part in self.parts):
+        if any(part.name == MIXTURE for part in self.parts):
             yield "parts must not be mixtures themselves, got one that is"
-        elsewhere = set().union(*KEYS_OF.values()) - KEYS_OF[self.name]
-        for key in sorted(elsewhere & self.model_fields_set):
-            if getattr(self, key) != type(self).model_fields[key].default:
-                users = ", ".join(name for name, keys in KEYS_OF.items() if key in keys)
+        for key in sorted(self.model_fields_set & _FORMAT_KEYS.keys()):
+            users = [name for name, known in FORMATS.items() if key in known.keys]
+            default = DataConfig.model_fields[key].default
+            if self.name not in users and getattr(self, key) != default:
                 yield (
-                    f"{key} must be given with name: {users} only, got name={self.name!r} and "
-                    f"{key}={getattr(self, key)!r}"
+                    f"{key} must be given with name: {', '.join(users)} only, got "
+                    f"name={self.name!r} and {key}={getattr(self, key)!r}"
                 )
-        if self.shuffle_buffer != SHUFFLE_BUFFER and not self.streaming:
-            yield (
-                f"shuffle_buffer needs streaming: true, got shuffle_buffer={self.shuffle_buffer}"
-            )
-        if self.name == "mixture" and self.epochs is not None:
+        if is_mixture and self.epochs is not None:
             yield (
                 f"epochs must be given to the parts of a mixture, got epochs={self.epochs} beside "
                 "them"
             )
-        if self.name == "digits" and self.split not in DIGITS_SPLITS:
-            known = ", ".join(repr(split) for split in DIGITS_SPLITS)
-            yield f"split must be one of {known} with name: digits, got {self.split!r}"
+        if not is_mixture:
+            yield from self.format.options_of(self).contradictions()

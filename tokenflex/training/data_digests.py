@@ -21,16 +21,11 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tokenflex.data.webdataset import shards_of
 from tokenflex.training.data_config import DataConfig
 
 SAMPLED = 4 << 20  # bytes above which there is a digest of blocks
 WHOLE = 256 << 20  # bytes up to which a file of rows is read whole
 ALL_WHOLE = 2 << 30  # bytes of such files together; 1 GB takes about 2 s at each start
-_ROWS = {
-    *(".arrow", ".parquet", ".json", ".jsonl", ".csv", ".tsv", ".txt", ".xml", ".tar", ".zip"),
-    *(".gz", ".bz2", ".xz", ".zst"),
-}
 _BLOCK = 64 << 10
 _BLOCKS = 16
 _READ = 4 << 20
@@ -84,22 +79,9 @@ def _files_of(config: DataConfig) -> Iterator[tuple[Path, bool]]:
     """The files of a data set, and whether its reader reads them whole."""
     for part in config.parts:
         yield from _files_of(part)
-    if config.path is None:
-        return
-    if config.name in ("messages", "llava"):
-        if config.path.is_file():  # or its reader says so
-            yield config.path, True
-    elif config.name == "webdataset":
-        for shard in shards_of(config.path):
-            yield shard, False
-    elif config.path.is_file():
-        yield config.path, False
-    elif config.path.is_dir():
-        for path in sorted(config.path.rglob("*")):
-            # The library leaves caches of what it has computed beside the rows.
-            is_of_rows = path.suffix in _ROWS and not path.name.startswith(("cache-", "."))
-            if is_of_rows and path.is_file():
-                yield path, False
+    if config.path is not None:
+        for path in config.format.files(config.path):
+            yield path, config.format.reads_whole_files
 
 
 def _digest_of(path: Path, *, whole: bool, most: int) -> tuple[int, str] | tuple[int, str, str]:

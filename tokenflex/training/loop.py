@@ -20,8 +20,8 @@ from tokenflex.counts import TokenCounts, tokens_of
 from tokenflex.data.order import StepSampler, load_in_order
 from tokenflex.data.packing import PackingCollator
 from tokenflex.data.steps import PackedStep, StepPacker
-from tokenflex.digits.encoder import warm_up_encoder
 from tokenflex.files import write_json
+from tokenflex.formats import FRESH_PARTS
 from tokenflex.interruption import Interruption
 from tokenflex.models.loading import check_length
 from tokenflex.training.agreement import AgreedStop
@@ -271,6 +271,8 @@ class TrainingRun:
         warm_up = self.config.encoder_warm_up
         if warm_up is None:
             return
+        assert self.config.model.processor is not None  # checked by TrainConfig
+        fresh_parts = FRESH_PARTS[self.config.model.processor]
         record = StageRecord.begin("encoder warm-up")
         began = time.perf_counter()
         with self._progress("encoder warm-up", warm_up.steps) as bar:
@@ -281,7 +283,7 @@ class TrainingRun:
                 bar.update()
                 self.interruption.check()
 
-            warm_up_encoder(
+            fresh_parts.warm_up(
                 self.model.model.vision_model,
                 self.processor,
                 steps=warm_up.steps,

@@ -87,6 +87,13 @@ class RunStates:
                 "configuration; give another output, or --fresh to begin anew"
             )
 
+    def _is_of_this_run(self, saved: Any) -> bool:
+        """Compare a state's configuration; versions may have its keys in another order."""
+        try:
+            return bool(json.loads(saved) == json.loads(self._fingerprint))
+        except (TypeError, ValueError):
+            return False
+
     def save(self, state: dict[str, Any]) -> None:
         """Save what a run needs to continue, and age the states before."""
         save_state(
@@ -112,7 +119,7 @@ class RunStates:
             except DamagedStateError as error:
                 problems.append(str(error))
                 continue
-            if state["config"] != self._fingerprint:
+            if not self._is_of_this_run(state["config"]):
                 raise ValueError(
                     f"{path} holds an unfinished run of another configuration; give another "
                     "output, or --fresh to begin anew"
