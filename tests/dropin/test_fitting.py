@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.dropin.processors import picture, stock_processor
-from tests.dropin.test_seam import converted, logits, projector_of
+from tests.dropin.test_model import converted, logits, projector_of
 from tests.dropin.tiny import (
     END,
     IMAGE,
@@ -19,7 +19,9 @@ from tests.dropin.tiny import (
     stock_model,
 )
 from tokenflex import TokenCounts, replace_projector
-from tokenflex.dropin import fit_projector, seam
+from tokenflex.dropin import fit_projector
+from tokenflex.dropin.model import as_stock
+from tokenflex.dropin.variants import is_converted
 
 
 def model_with_a_projector_to_imitate(name: str):
@@ -46,7 +48,7 @@ def test_fitted_tokens_are_near_the_stock_ones(name, record_property):
     assert report.held_out < 0.95
     assert model.training
     assert not frozen.training
-    assert seam.is_converted(model)
+    assert is_converted(model)
     model(**batch(name, PROMPTS, labels=True)).loss.backward()
     assert all(p.grad is not None for p in projector_of(model).parameters())
 
@@ -59,11 +61,11 @@ def test_fit_is_of_the_tokens_that_the_stock_model_makes():
     with torch.no_grad():
         fitted = model.base_model.get_image_features(**images, num_image_tokens=64)
         stock = model_with_a_projector_to_imitate("paligemma")
-        with seam.as_stock(stock) as base:
+        with as_stock(stock) as base:
             expected = base.get_image_features(**images).pooler_output
     fitted = torch.stack(fitted.pooler_output)
     assert float((fitted - expected).norm() / expected.norm()) < 0.1
-    assert seam.is_converted(stock)
+    assert is_converted(stock)
 
 
 # ---- step 0, where it matters: in front of a language model that reads images
@@ -102,7 +104,7 @@ def test_loss_at_step_0_is_near_the_stock_model_s(name, stock_count, record_prop
 
         @torch.no_grad()
         def loss(count: int) -> float:
-            options = {"num_image_tokens": count} if seam.is_converted(model) else {}
+            options = {"num_image_tokens": count} if is_converted(model) else {}
             return float(model(**questions(64, count, 999), **options).loss)
 
         stock = loss(stock_count)
@@ -153,7 +155,7 @@ def test_failed_fit_leaves_the_stock_model():
     model, processor = stock_model("llava"), stock_processor("llava")
     with pytest.raises(ValueError, match="at least one picture"):
         replace_projector(model, processor, num_image_tokens=16, images=[])
-    assert not seam.is_converted(model)
+    assert not is_converted(model)
     stock = stock_model("llava")
     inputs = batch("llava", [PROMPTS[0]._replace(counts=[64])])
     del inputs["num_image_tokens"]

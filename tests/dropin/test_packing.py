@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.dropin.test_seam import TOLERANCE, converted, logits
+from tests.dropin.test_model import TOLERANCE, converted, logits
 from tests.dropin.tiny import IMAGE, MODELS, PROMPTS, START, Prompt, batch, model_type, stock_model
-from tokenflex.dropin import pack_inputs, seam
+from tokenflex.dropin import model as converted_classes
+from tokenflex.dropin import pack_inputs
 from tokenflex.dropin.families import family_of
 
 SAMPLES = [*PROMPTS, Prompt([5, 6, 7], [], []), Prompt([8, START, IMAGE, 9], [4], [7])]
@@ -54,7 +55,7 @@ def test_the_comparison_would_see_a_leak(name, monkeypatch):
     """The control: with a cache transformers joins the samples, where nobody refuses."""
     model = converted(name)
     packed = pack_inputs(model, batch(name, SAMPLES))
-    monkeypatch.setattr(seam, "_check_packing", lambda family, kwargs: None)
+    monkeypatch.setattr(converted_classes, "check_packing", lambda family, kwargs: None)
     together = logits(model, without_boundaries(packed))[0].split(lengths_of(packed))
     alone = logits(model, batch(name, [SAMPLES[1]]))[0]
     assert float((together[1] - alone).abs().max()) > 1e-3

@@ -12,7 +12,7 @@ import torch
 import transformers
 from packaging import version
 
-from tests.dropin.test_seam import converted
+from tests.dropin.test_model import converted
 from tests.dropin.tiny import (
     PATCH,
     PIXELS,
@@ -22,8 +22,8 @@ from tests.dropin.tiny import (
     pixels,
     stock_model,
 )
-from tokenflex.dropin import seam
 from tokenflex.dropin.families import family_of
+from tokenflex.dropin.features import flat_grids
 
 WIDE, TALL = (4, 8), (6, 2)  # patches
 
@@ -109,7 +109,7 @@ def cells_in_raster_order(rows: torch.Tensor, grids: list) -> torch.Tensor:
 @torch.no_grad()
 def test_patch_grids_are_what_the_stock_projector_is_given(name):
     model, inputs = converted(name), inputs_of(name)
-    rows, grids = seam.flat_grids(family_of(model.config).patch_grids(model.base_model, **inputs))
+    rows, grids = flat_grids(family_of(model.config).patch_grids(model.base_model, **inputs))
     if any(key in inputs for key in ("image_grid_thw", "spatial_shapes")) or name in (
         "mistral3",
         "llava-pixtral",
@@ -136,7 +136,7 @@ def test_patch_grids_are_what_the_stock_projector_is_given(name):
 def test_an_earlier_layer_is_the_one_of_the_stock_model(family):
     model, inputs = converted(family), inputs_of(family)
     model.config.vision_feature_layer = 1
-    rows, _ = seam.flat_grids(family_of(model.config).patch_grids(model.base_model, **inputs))
+    rows, _ = flat_grids(family_of(model.config).patch_grids(model.base_model, **inputs))
     stock = given_to_stock_projector(family, inputs, vision_feature_layer=1)
     assert torch.allclose(rows, stock, atol=1e-6)
     last = given_to_stock_projector(family, inputs, vision_feature_layer=-1)

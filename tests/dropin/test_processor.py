@@ -20,7 +20,7 @@ from tests.dropin.processors import (
     picture,
     stock_processor,
 )
-from tests.dropin.test_seam import TOLERANCE, logits
+from tests.dropin.test_model import TOLERANCE, logits
 from tests.dropin.tiny import IMAGE, stock_model
 from tokenflex import TokenCounts, replace_projector, restore_projector
 from tokenflex.dropin.options import check_option_names

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 import tokenflex
 from tests.dropin.processors import picture, stock_processor
-from tests.dropin.test_seam import converted, logits, projector_of
+from tests.dropin.test_model import converted, logits, projector_of
 from tests.dropin.tiny import PROMPTS, Prompt, batch, stock_model
 from tokenflex import replace_projector, restore_projector
 from tokenflex.dropin import supported_families

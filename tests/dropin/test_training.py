@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from tests.dropin.processors import image_text, picture, stock_processor
-from tests.dropin.test_seam import converted, logits, projector_of
+from tests.dropin.test_model import converted, logits, projector_of
 from tests.dropin.tiny import IMAGE, PROMPTS, batch, image_inputs, stock_model
 from tokenflex import TokenCounts, replace_projector, restore_projector
 from tokenflex.dropin import (

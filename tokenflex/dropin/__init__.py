@@ -1,12 +1,13 @@
 """A token-adaptive projector in place of the one that an existing vision-language model has."""
 
-# ruff: noqa: E402  # an old release is named before a module misses what it lacks
+# ruff: noqa: E402, F401  # an old release is named before a module misses what it lacks
 
 from tokenflex_kernels.versions import require
 
 # The first release whose models meet images in one place.
 require("transformers", "5.18", "tokenflex.dropin")
 
+import tokenflex.dropin.adapters  # registers the built-in families
 from tokenflex.dropin.collation import ImageTextCollator, MaskImageLabels
 from tokenflex.dropin.families import (
     Deepstack,

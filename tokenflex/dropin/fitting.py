@@ -22,8 +22,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokenflex.counts import Grid, TokenCount, token_grid
-from tokenflex.dropin import seam
 from tokenflex.dropin.families import family_of
+from tokenflex.dropin.features import default_count, flat_grids
+from tokenflex.dropin.model import as_stock, stock_projector_of
+from tokenflex.dropin.variants import is_converted, unwrapped
 from tokenflex_kernels import pool_norm
 
 _RIDGES = (1e-8, 1e-6, 1e-4, 1e-2, 1.0)
@@ -76,8 +78,8 @@ def fit_projector(
     Raises:
         ValueError: the model is not converted in place, or there are no images.
     """
-    model = seam.unwrapped(model)
-    stock = seam.stock_projector_of(model) if seam.is_converted(model) else None
+    model = unwrapped(model)
+    stock = stock_projector_of(model) if is_converted(model) else None
     if stock is None:
         raise ValueError(
             "model must be converted in place by replace_projector: the stock projector to imitate "
@@ -94,8 +96,8 @@ def fit_projector(
     try:
         with torch.no_grad():
             patches = family.patch_grids(base, **inputs)
-            rows, in_grids = seam.flat_grids(patches, model.config.tokenflex["patch_merge"])
-            target, target_grids = _stock_tokens(model, inputs, seam.flat_grids(patches)[1])
+            rows, in_grids = flat_grids(patches, model.config.tokenflex["patch_merge"])
+            target, target_grids = _stock_tokens(model, inputs, flat_grids(patches)[1])
             report = _fit(projector, rows, in_grids, target, target_grids, grids)
     finally:
         for module, training in modes.items():
@@ -104,7 +106,7 @@ def fit_projector(
 
 
 def _default_grids(config: Any) -> list[Grid]:
-    height, width = token_grid(seam.default_count(config))
+    height, width = token_grid(default_count(config))
     return [
         (height // divisor, width // divisor)
         for divisor in (1, 2, 3)
@@ -141,7 +143,7 @@ def _stock_tokens(
     """The stock projector's tokens, flat [sum of h*w, D] and row-major, and each image's (h, w)."""
     family = family_of(model.config)
     caught: list[torch.Tensor] = []
-    with seam.as_stock(model) as base:
+    with as_stock(model) as base:
         if family.stock_tokens is not None:
             caught.append(family.stock_tokens(base, **inputs))
         else:

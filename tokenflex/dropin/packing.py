@@ -1,9 +1,8 @@
-"""Samples of one padded batch in one row without padding, for families where that is exact.
+"""Packing: the samples of a padded batch in one row without padding.
 
 transformers keeps packed samples apart by their positions, which start again with each, but only
-where there is neither an attention mask nor a cache; otherwise samples see each other, and nothing
-says so. What :func:`pack_inputs` returns has neither, and a converted model refuses a packed row
-that has.
+where there is neither an attention mask nor a cache. Otherwise samples attend to each other without
+an error. :func:`pack_inputs` returns neither, and a converted model refuses a packed row with one.
 """
 
 from __future__ import annotations
@@ -12,63 +11,67 @@ from typing import Any
 
 import torch
 
-from tokenflex.dropin import seam
-from tokenflex.dropin.families import family_of
+from tokenflex.dropin.families import Family
+from tokenflex.dropin.mrope import rope_positions
+from tokenflex.dropin.variants import is_converted, unwrapped
+from tokenflex.models.generation import cache_of
 
 _PER_TOKEN = ("input_ids", "labels", "mm_token_type_ids")
 
 
 def pack_inputs(model: Any, inputs: Any) -> dict[str, Any]:
-    """One padding-free row from a padded batch.
+    """Pack a padded batch into one row.
 
     Args:
-        model: a converted model, with or without PEFT; Qwen's positions are its to compute.
-        inputs: what the processor returned for the samples, padded on either side: ``input_ids``
-            and ``attention_mask`` [B, L], image inputs, ``num_image_tokens``, and ``labels`` where
-            there are any.
+        model: A converted model, with or without PEFT. It computes the positions of Qwen-like
+            models.
+        inputs: Outputs of the processor, padded on either side: ``input_ids`` and
+            ``attention_mask`` [B, L], image inputs, ``num_image_tokens`` and, optionally,
+            ``labels``.
 
     Returns:
         Keyword arguments of the model: ``input_ids`` (and ``labels``, -100 at the first row of each
         sample) int64 [1, total], ``position_ids`` [1, total] (with M-RoPE [4, 1, total]),
         ``cu_seq_lens_q`` and ``_k`` int32 [B + 1], ``max_length_q`` and ``_k`` ints,
-        ``use_cache=False``, and the image inputs as they were.
+        ``use_cache=False``, and the image inputs unchanged.
 
     Raises:
-        ValueError: the model is not converted, its family cannot be packed (with the reason), or
-            ``inputs`` is no padded batch.
+        ValueError: The model is not converted, its family cannot be packed (with the reason), or
+            ``inputs`` is not a padded batch.
     """
-    model = seam.unwrapped(model)
-    if not seam.is_converted(model):
+    model = unwrapped(model)
+    if not is_converted(model):
         raise ValueError("model must have a token-adaptive projector: call replace_projector first")
-    family = family_of(model.config)
-    if family.no_packing:
-        raise ValueError(f"{family.model_type} cannot be packed: {family.no_packing}")
+    base = model.base_model
+    _check_family(type(base)._tokenflex_family)
     packed = dict(inputs)
-    mask = packed.pop("attention_mask", None)
-    ids = packed.get("input_ids")
+    mask, ids = packed.pop("attention_mask", None), packed.get("input_ids")
     if not isinstance(ids, torch.Tensor) or mask is None or mask.shape != ids.shape:
+        shapes = [
+            f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+            for value in (ids, mask)
+        ]
         raise ValueError(
             "inputs must hold input_ids and attention_mask as tensors [B, L], got "
-            f"{_shape(ids)} and {_shape(mask)}"
+            f"{' and '.join(shapes)}"
         )
     seen = mask.bool()
     lengths = mask.sum(-1).tolist()
     starts = torch.tensor([0, *lengths]).cumsum(0)
     positions = (mask.cumsum(-1) - 1)[seen][None]
-    if hasattr(model.base_model, "get_rope_index"):
-        # The rows of text positions come first: they say where samples start.
-        rope = _rope_positions(model.base_model, packed, mask)
+    if hasattr(base, "get_rope_index"):
+        # Text positions come first: they tell where samples start.
+        rope = rope_positions(base, packed, mask)
         positions = torch.cat([positions[None], rope[:, seen][:, None]])
     for name in _PER_TOKEN:
         if packed.get(name) is not None:
             packed[name] = packed[name][seen][None]
     if packed.get("labels") is not None:
-        labels = packed["labels"].clone()  # a sample's last row must not predict the next sample
+        # The last row of a sample must not predict the first one of the next.
         firsts = [start for start, length in zip(starts.tolist(), lengths, strict=False) if length]
-        labels[0, firsts] = -100
-        packed["labels"] = labels
+        packed["labels"][0, firsts] = -100
     boundaries = starts.to(torch.int32).to(ids.device)
-    packed |= {
+    return packed | {
         "position_ids": positions,
         "cu_seq_lens_q": boundaries,
         "cu_seq_lens_k": boundaries,
@@ -76,23 +79,57 @@ def pack_inputs(model: Any, inputs: Any) -> dict[str, Any]:
         "max_length_k": max(lengths, default=0),
         "use_cache": False,
     }
-    return packed
 
 
-def _rope_positions(base: Any, inputs: dict[str, Any], mask: torch.Tensor) -> torch.Tensor:
-    """[3, B, L]"""
-    types = inputs.get("mm_token_type_ids")
-    if types is None:
-        types = (inputs["input_ids"] == base.config.image_token_id).long()
-    positions, _ = base.get_rope_index(
-        inputs["input_ids"],
-        mm_token_type_ids=types,
-        image_grid_thw=inputs.get("image_grid_thw"),
-        num_image_tokens=inputs.get("num_image_tokens"),
-        attention_mask=mask,
-    )
-    return positions
+def check_packing(family: Family, kwargs: dict[str, Any]) -> None:
+    """Refuse the arguments of a forward whose packed samples would attend to each other.
+
+    Raises:
+        ValueError: The family cannot be packed, or the arguments allow a cache, hold a mask, or
+            hold M-RoPE positions without text positions.
+    """
+    positions: Any = kwargs.get("position_ids")
+    mask: Any = kwargs.get("attention_mask")
+    start_again = _start_again(positions, mask, kwargs)
+    if kwargs.get("cu_seq_lens_q") is None and not start_again:
+        return
+    _check_family(family)
+    if kwargs.get("use_cache") is not False or mask is not None:
+        raise ValueError(
+            "packed rows need use_cache=False and no attention_mask, or samples would see each "
+            f"other; got use_cache={kwargs.get('use_cache')} and attention_mask "
+            f"{'None' if mask is None else 'given'}"
+        )
+    if start_again and _lack_text(positions):
+        raise ValueError(
+            "packed rows need position_ids [4, 1, total], text positions first, or samples would "
+            f"see each other; got shape {tuple(positions.shape)}"
+        )
 
 
-def _shape(value: Any) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+def _check_family(family: Family) -> None:
+    if family.no_packing:
+        raise ValueError(f"{family.model_type} cannot be packed: {family.no_packing}")
+
+
+def _lack_text(positions: torch.Tensor) -> bool:
+    """Return whether M-RoPE positions have three rows: without those of text, which come first."""
+    return positions.ndim == 3 and len(positions) == 3
+
+
+def _start_again(positions: Any, mask: Any, kwargs: dict[str, Any]) -> bool:
+    """Return whether a row holds several samples: its positions do not always increase."""
+    cache = cache_of(kwargs)
+    if positions is None or (cache is not None and cache.get_seq_length()):
+        return False
+    if mask is not None and not (
+        isinstance(mask, torch.Tensor) and mask.shape[1:] == positions.shape[-1:]
+    ):
+        return False  # a mask [.., L, L], or one per kind of layer, keeps samples apart itself
+    steps = (positions[0] if positions.ndim == 3 else positions).diff(dim=-1)
+    # Without text positions, row 0 is of frames: the same within an image.
+    starts = steps < (0 if _lack_text(positions) else 1)
+    if mask is not None:  # padding is not a sample
+        seen = mask.bool()
+        starts = starts & seen[:, 1:] & seen[:, :-1]
+    return bool(starts.any())

@@ -1,13 +1,12 @@
-"""The seam on the processor's side: as many placeholders as the image is to have tokens.
+"""The class of a converted processor: as many placeholders as an image has vision tokens.
 
-A processor of transformers asks its ``replace_image_token`` for the text that stands for an image.
-A converted one asks the stock method, and then changes the length of each run of placeholders in
-its answer: tags of rows, columns and tiles stay where the family puts them.
+A processor of transformers gets the text that stands for an image from its ``replace_image_token``.
+A converted one changes only the length of each run of placeholders in that text: the family's tags
+of rows, columns and tiles stay where they are.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 from contextvars import ContextVar
@@ -29,10 +28,10 @@ from tokenflex.counts import (
     token_grid,
     token_grids,
 )
-from tokenflex.dropin.families import Family, family_of
+from tokenflex.dropin.families import family_of
 from tokenflex.dropin.options import check_option_names
 from tokenflex.dropin.sampling import CountStream
-from tokenflex.dropin.variants import variant_of
+from tokenflex.dropin.variants import Variant, variant_of
 from tokenflex.models.chat import IMAGE_MARK, Chat, is_batch, read_chat
 from tokenflex.models.conversations import (
     images_of_chats,
@@ -41,10 +40,12 @@ from tokenflex.models.conversations import (
 )
 from tokenflex.models.image_inputs import name_images, read_images
 
+_TEXT_OPTIONS = {"text_kwargs", *TextKwargs.__annotations__}  # without effect on vision tokens
+
 
 @dataclass
 class _State:
-    """What a converted processor knows beside what the stock one does."""
+    """What a converted processor adds to the stock one: its placeholder and its default counts."""
 
     image_token: str
     counts: TokenCount | CountStream
@@ -52,13 +53,11 @@ class _State:
 
 @dataclass
 class _Call:
-    """A call of a converted processor that is under way."""
+    """A running call: the grid of all images or of each, and the counts per tile of those done."""
 
-    asked: Grid | list[Grid]
-    tiles: list[list[TokenCount]] = field(default_factory=list)
+    grids: Grid | list[Grid]
+    counts: list[list[TokenCount]] = field(default_factory=list)
 
-
-_TEXT_OPTIONS = {"text_kwargs", *TextKwargs.__annotations__}  # on which no count depends
 
 # Of this thread or task alone: one processor may serve several at a time.
 _CALL: ContextVar[_Call | None] = ContextVar("_CALL", default=None)
@@ -68,16 +67,16 @@ def convert_processor(processor: Any, config: Any, num_image_tokens: TokenCount)
     """Change a processor in place, so that it takes ``num_image_tokens``.
 
     Args:
-        processor: of a supported family, with a tokenizer.
-        config: the model's; its ``image_token_id`` is the placeholder.
-        num_image_tokens: the count used when a call names none.
+        processor: Of a supported family, with a tokenizer.
+        config: The model's; its ``image_token_id`` is the placeholder.
+        num_image_tokens: The count of images where a call gives none.
 
     Returns:
         ``processor``.
 
     Raises:
-        TypeError: it is no processor with an image processor and a tokenizer.
-        ValueError: the model's placeholder is not a token of its tokenizer.
+        TypeError: It is not a processor with a tokenizer.
+        ValueError: The model's placeholder is not a token of its tokenizer.
     """
     tokenizer = getattr(processor, "tokenizer", None)
     if not isinstance(processor, ProcessorMixin) or tokenizer is None:
@@ -91,20 +90,28 @@ def convert_processor(processor: Any, config: Any, num_image_tokens: TokenCount)
             f"processor does not fit the model: its tokenizer has no token of id "
             f"{config.image_token_id}, the model's image_token_id"
         )
-    family = family_of(config)
-    if not hasattr(type(processor), "_tokenflex_family"):
+    if not isinstance(processor, Variant):
         stock: Any = type(processor)
-        processor.__class__ = processor_variant(stock, family)
+        optional = (_TokenNumbers,) if hasattr(stock, "_get_num_multimodal_tokens") else ()
+        processor.__class__ = variant_of(stock, family_of(config), (ConvertedProcessor, *optional))
     processor._tokenflex = _State(token, num_image_tokens)
     return processor
 
 
+def restore_processor(processor: Any) -> Any:
+    """Undo :func:`convert_processor`, in place; a stock processor stays as it is."""
+    if isinstance(processor, Variant):
+        processor.__class__ = processor._tokenflex_stock_class
+        del processor._tokenflex
+    return processor
+
+
 def check_default_count(count: Any, *, name: str) -> None:
-    """Refuse what is not one count for all images; a list would be one per image.
+    """Refuse anything but one count for all images; a list would be one count per image.
 
     Raises:
-        TypeError: neither an int nor an (h, w) tuple of ints.
-        ValueError: not a perfect square, or a side below 1.
+        TypeError: It is neither an int nor an (h, w) tuple of ints.
+        ValueError: It is not a perfect square, or a side is below 1.
     """
     if isinstance(count, list):
         raise TypeError(
@@ -113,82 +120,93 @@ def check_default_count(count: Any, *, name: str) -> None:
     token_grid(count, name=name)
 
 
-def restore_processor(processor: Any) -> Any:
-    """The stock processor again, in place; one that is not converted stays as it is."""
-    if hasattr(type(processor), "_tokenflex_family"):
-        processor.__class__ = type(processor)._tokenflex_stock_class
-        del processor._tokenflex
-    return processor
+class ConvertedProcessor(Variant):
+    """Changes of a processor's class, whose calls then take ``num_image_tokens``."""
 
+    _tokenflex: _State
 
-@functools.cache
-def processor_variant(stock: Any, family: Family) -> Any:
-    """A subclass of a processor's class whose calls take ``num_image_tokens``."""
-    signature = inspect.signature(stock.__call__)
-    chat_signature = inspect.signature(stock.apply_chat_template)
-    call_names = signature.parameters
-    chat_names = {
-        *inspect.signature(ProcessorMixin.apply_chat_template).parameters,
-        *chat_signature.parameters,
-    }
+    @property
+    def image_token_counts(self) -> TokenCount | TokenCounts:
+        """The count of images where a call gives none, or the TokenCounts that draws it."""
+        counts = self._tokenflex.counts
+        return counts.counts if isinstance(counts, CountStream) else counts
 
-    @functools.wraps(stock.__call__)
+    @image_token_counts.setter
+    def image_token_counts(self, counts: TokenCount | TokenCounts) -> None:
+        if isinstance(counts, TokenCounts):
+            self._tokenflex.counts = CountStream(counts)
+        else:
+            check_default_count(counts, name="image_token_counts")
+            self._tokenflex.counts = counts
+
     def __call__(
-        self: Any, *args: Any, num_image_tokens: ImageTokenCounts | None = None, **kwargs: Any
+        self, *args: Any, num_image_tokens: ImageTokenCounts | None = None, **kwargs: Any
     ) -> BatchFeature:
-        check_option_names(self, kwargs, call_names)
-        call = signature.bind_partial(self, *args, **kwargs)
-        images = call.arguments.get("images")
-        if call.arguments.get("videos", kwargs.get("videos")) is not None:
-            raise NotImplementedError(
-                f"{family.model_type} with a token-adaptive projector takes images only so far; "
-                "give the frames of a video as images"
-            )
+        """Return the model inputs of texts and images.
+
+        Args:
+            *args: As the stock processor takes them.
+            num_image_tokens: One count for all images, or one per image.
+            **kwargs: As the stock processor takes them.
+        """
+        signature = inspect.signature(super().__call__)
+        check_option_names(self, kwargs, signature.parameters)
+        arguments = {**signature.bind_partial(*args).arguments, **kwargs}
+        images = arguments.get("images")
+        if arguments.get("videos") is not None:
+            raise self._tokenflex_family.videos_refused()
         if images is not None:
-            read = _read_images(self, images, kwargs)
-            kwargs = _without_layout(kwargs)
-            call = signature.bind_partial(self, *args, **kwargs)
-            call.arguments["images"] = read
+            arguments = {**_without_layout(arguments), "images": _read_images(self, images, kwargs)}
         if kwargs.get("multi_page") or (kwargs.get("images_kwargs") or {}).get("multi_page"):
             raise ValueError(
-                f"multi_page is not for a {family.model_type} with a token-adaptive projector: its "
-                "pages share one run of placeholders; give one image per prompt"
+                f"multi_page is not for a {self._tokenflex_family.model_type} with a "
+                "token-adaptive projector: its pages share one run of placeholders; give one image "
+                "per prompt"
             )
-        state: _State = self._tokenflex
-        this = _Call(_asked(state, num_image_tokens, images))
-        before = _CALL.set(this)
+        call = _Call(_grids_of_call(self._tokenflex, num_image_tokens, images))
+        outer = _CALL.set(call)
         try:
-            inputs = stock.__call__(*call.args, **call.kwargs)
+            inputs = super().__call__(**arguments)
         finally:
-            _CALL.reset(before)
-        asked, tiles = this.asked, this.tiles
-        if isinstance(asked, list) and len(asked) != len(tiles):
+            _CALL.reset(outer)
+        if isinstance(call.grids, list) and len(call.grids) != len(call.counts):
             raise ValueError(
-                f"num_image_tokens must have one entry per image: got {len(asked)} entries for "
-                f"{len(tiles)} images"
+                f"num_image_tokens must have one entry per image: got {len(call.grids)} entries "
+                f"for {len(call.counts)} images"
             )
-        if tiles:
-            # Host ints from here to the kernels: never a tensor that would be read back.
-            inputs["num_image_tokens"] = [count for image in tiles for count in image]
-            _check_all_there(inputs, self.tokenizer.convert_tokens_to_ids(state.image_token))
+        if call.counts:
+            # Host ints from here to the kernels: a tensor would be read back from the device.
+            inputs["num_image_tokens"] = [count for image in call.counts for count in image]
+            _check_all_there(inputs, image_token_id(self))
         return inputs
 
-    @functools.wraps(stock.apply_chat_template)
-    def apply_chat_template(self: Any, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        call = chat_signature.bind_partial(self, conversation, *args)
-        given = {**call.arguments, **kwargs}
-        template = given.get("chat_template")
-        templates = self.chat_template if isinstance(self.chat_template, dict) else {}
-        default = templates.get("default") if templates else self.chat_template
-        source = default if template is None else templates.get(template, template)
-        more = {n: kwargs.pop(n) for n in [*kwargs] if n not in chat_names}
-        # transformers hands these to every template, whether it takes them or not.
-        of_all = {*self.tokenizer.special_tokens_map, "reasoning_effort"}
-        unused = {n: more.pop(n) for n in [*more] if n in of_all}
-        variables, options = split_chat_options(source, more, kwargs.pop("processor_kwargs", None))
-        variables |= unused
-        check_option_names(self, options, [*call_names, *_get_template_variables(source)])
-        tokenize = bool(given.get("tokenize"))
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the prompt of a conversation, or model inputs with ``tokenize=True``.
+
+        Args:
+            conversation: A list of messages, or a list of those.
+            *args: As the stock processor takes them.
+            **kwargs: Likewise. Those that neither the stock method nor the chat template takes are
+                options of the processor, as those in ``processor_kwargs``.
+        """
+        signature = inspect.signature(super().apply_chat_template)
+        arguments = {**signature.bind_partial(conversation, *args).arguments, **kwargs}
+        named = {*inspect.signature(ProcessorMixin.apply_chat_template).parameters}
+        named |= {*signature.parameters}
+        more = {name: arguments.pop(name) for name in [*arguments] if name not in named}
+        template = _template_source(self.chat_template, arguments.get("chat_template"))
+        # transformers gives these to every template, whether it takes them or not.
+        for_all = {*self.tokenizer.special_tokens_map, "reasoning_effort"}
+        unused = {name: more.pop(name) for name in [*more] if name in for_all}
+        variables, options = split_chat_options(
+            template, more, arguments.pop("processor_kwargs", None)
+        )
+        names = [
+            *inspect.signature(super().__call__).parameters,
+            *_get_template_variables(template),
+        ]
+        check_option_names(self, options, names)
+        tokenize = bool(arguments.get("tokenize"))
         if options and not tokenize:
             raise ValueError(
                 f"{', '.join(sorted(options))} must be given with tokenize=True, or to the call "
@@ -199,17 +217,19 @@ def processor_variant(stock: Any, family: Family) -> Any:
             read_chat(messages, name, placeholders, foreign)
             for messages, name in named_conversations(conversation)
         ]
-        messages = [_with_images(self, chat, options, tokenize) for chat in chats]
-        call.arguments["conversation"] = messages if is_batch(conversation) else messages[0]
-        kwargs |= {"processor_kwargs": options} if options else {}
-        return stock.apply_chat_template(*call.args, **call.kwargs, **kwargs, **variables)
+        conversations = [_with_images(self, chat, options, tokenize) for chat in chats]
+        arguments["conversation"] = conversations if is_batch(conversation) else conversations[0]
+        if options:
+            arguments["processor_kwargs"] = options
+        return super().apply_chat_template(**arguments, **variables, **unused)
 
-    def replace_image_token(self: Any, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
-        stock_text = stock.replace_image_token(self, image_inputs, image_idx, **kwargs)
-        state: _State = self._tokenflex
+    def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
+        """Return the text of one image, at the count that the running call has for it."""
+        stock_text = super().replace_image_token(image_inputs, image_idx, **kwargs)
+        family, token = self._tokenflex_family, self._tokenflex.image_token
         row_break = getattr(self, "image_break_token", None)
         text = stock_text.replace(row_break, "") if row_break else stock_text
-        run = re.compile(f"(?:{re.escape(state.image_token)})+")
+        run = re.compile(f"(?:{re.escape(token)})+")
         runs = len(run.findall(text))
         tiles = runs if family.tiles is None else family.tiles(self, image_inputs, image_idx)
         if not runs or tiles % runs:
@@ -217,42 +237,22 @@ def processor_variant(stock: Any, family: Family) -> Any:
                 f"image {image_idx} has {tiles} tiles, but {runs} runs of placeholders in "
                 f"{stock_text!r}"
             )
-        this = _CALL.get()
-        if this is None:
+        call = _CALL.get()
+        if call is None:
             raise ValueError("replace_image_token is part of a call of the processor")
-        height, width = _grid_of(this.asked, image_idx)
-        count: TokenCount = height * width if height == width else (height, width)
-        this.tiles.append([count] * tiles)
-        return run.sub(state.image_token * (height * width * (tiles // runs)), text)
-
-    def image_token_counts(self: Any) -> TokenCount | TokenCounts:
-        """The count of images whose call names none, or the :class:`TokenCounts` to draw from."""
-        counts = self._tokenflex.counts
-        return counts.counts if isinstance(counts, CountStream) else counts
-
-    def set_image_token_counts(self: Any, counts: TokenCount | TokenCounts) -> None:
-        if isinstance(counts, TokenCounts):
-            self._tokenflex.counts = CountStream(counts)
-        else:
-            check_default_count(counts, name="image_token_counts")
-            self._tokenflex.counts = counts
-
-    methods = {
-        "__call__": __call__,
-        "apply_chat_template": apply_chat_template,
-        "replace_image_token": replace_image_token,
-        "image_token_counts": property(image_token_counts, set_image_token_counts),
-    }
-    if hasattr(stock, "_get_num_multimodal_tokens"):
-        methods["_get_num_multimodal_tokens"] = _token_numbers(stock, family)
-    return variant_of(stock, family, processor_variant, methods)
+        if isinstance(call.grids, list) and image_idx >= len(call.grids):
+            raise ValueError(
+                f"num_image_tokens must have one entry per image: got {len(call.grids)} entries, "
+                "but there are more images"
+            )
+        height, width = call.grids[image_idx] if isinstance(call.grids, list) else call.grids
+        call.counts.append([height * width if height == width else (height, width)] * tiles)
+        return run.sub(token * (height * width * (tiles // runs)), text)
 
 
-def _token_numbers(stock: Any, family: Family) -> Any:
-    """Make the method that says, of images of given sizes, how many vision tokens they become."""
-    signature = inspect.signature(stock._get_num_multimodal_tokens)
+class _TokenNumbers(Variant):
+    """A further change of a class that can tell the number of tokens from the size of an image."""
 
-    @functools.wraps(stock._get_num_multimodal_tokens)
     def _get_num_multimodal_tokens(
         self: Any,
         image_sizes: Any = None,
@@ -260,59 +260,88 @@ def _token_numbers(stock: Any, family: Family) -> Any:
         num_image_tokens: ImageTokenCounts | None = None,
         **kwargs: Any,
     ) -> MultiModalData:
-        """Vision tokens of each image in all of its tiles, without the tags around them."""
+        """Return the vision tokens of each image in all of its tiles, without tags around them."""
+        stock = super()._get_num_multimodal_tokens
+        signature = inspect.signature(stock)
         check_option_names(self, kwargs, signature.parameters)
         # Before transformers 5.23 the stock method makes its options the defaults of later calls.
-        options = {n: v for n, v in kwargs.items() if n not in _TEXT_OPTIONS}
-        call = signature.bind(self, image_sizes, *args, **options)
-        if call.arguments.get("video_sizes", kwargs.get("video_sizes")) is not None:
-            raise NotImplementedError(
-                f"{family.model_type} with a token-adaptive projector takes images only so far; "
-                "give the frames of a video as images"
-            )
-        data: MultiModalData = stock._get_num_multimodal_tokens(*call.args, **call.kwargs)
+        options = {name: value for name, value in kwargs.items() if name not in _TEXT_OPTIONS}
+        arguments = {**signature.bind(image_sizes, *args).arguments, **options}
+        if arguments.get("video_sizes") is not None:
+            raise self._tokenflex_family.videos_refused()
+        data: MultiModalData = stock(**arguments)
         if image_sizes is None:
             return data
+        counts = self._tokenflex.counts if num_image_tokens is None else num_image_tokens
+        if isinstance(counts, CountStream):
+            raise ValueError(
+                "num_image_tokens must be given: this processor draws a count for each prompt, so "
+                "the number of tokens cannot be known before"
+            )
         sizes = [(int(height), int(width)) for height, width in image_sizes]
-        counts = _counts_of(self._tokenflex, num_image_tokens, len(sizes))
+        grids = token_grids(counts, len(sizes), name="num_image_tokens")
         tokens = {
-            (size, count): _tokens_of_blank(self, size, count, options)
-            for size, count in dict.fromkeys(zip(sizes, counts, strict=True))
+            image: _tokens_of_blank(self, *image, options)
+            for image in dict.fromkeys(zip(sizes, grids, strict=True))
         }
-        data.num_image_tokens = [tokens[key] for key in zip(sizes, counts, strict=True)]
+        data.num_image_tokens = [tokens[image] for image in zip(sizes, grids, strict=True)]
         return data
 
-    return _get_num_multimodal_tokens
+
+def image_token_id(processor: Any) -> int:
+    """Return the id of a converted processor's placeholder."""
+    token: int = processor.tokenizer.convert_tokens_to_ids(processor._tokenflex.image_token)
+    return token
+
+
+def _tokens_of_blank(
+    processor: Any, size: tuple[int, int], grid: Grid, options: dict[str, Any]
+) -> int:
+    """Return the vision tokens of an image of ``size``, in all of its tiles.
+
+    Families cut images by rules of their own, so a blank image goes through the processor.
+    """
+    height, width = size
+    text = getattr(processor, "image_token", None) or processor._tokenflex.image_token
+    blank = Image.new("RGB", (width, height))
+    inputs = processor(images=blank, text=text, num_image_tokens=grid, **options)
+    return len(inputs["num_image_tokens"]) * grid[0] * grid[1]
+
+
+def _template_source(templates: Any, name: str | None) -> Any:
+    """Return the source of the chat template that is named, or the default one."""
+    if not isinstance(templates, dict):
+        templates = {"default": templates}
+    return templates.get("default") if name is None else templates.get(name, name)
 
 
 def _placeholders(processor: Any) -> tuple[list[str], list[str]]:
     """Return what stands for an image in the processor's prompts, and what users write for it."""
-    names = ("image_token", "boi_token")  # of which a family's prompts hold one
+    names = ("image_token", "boi_token")  # a family's prompts hold one of them
     tokens = [getattr(processor, name, None) for name in names]
-    own = [*dict.fromkeys([processor._tokenflex.image_token, *filter(None, tokens)])]
-    return own, [] if IMAGE_MARK in own else [IMAGE_MARK]
+    placeholders = [*dict.fromkeys([processor._tokenflex.image_token, *filter(None, tokens)])]
+    return placeholders, [] if IMAGE_MARK in placeholders else [IMAGE_MARK]
 
 
 def _with_images(
     processor: Any, chat: Chat, options: dict[str, Any], tokenize: bool
 ) -> list[dict[str, Any]]:
-    """Return a conversation's messages with their images read, where they will be used."""
+    """Return the messages of a conversation, with their images read if it will be tokenized."""
     if not tokenize or not chat.images:
         return chat.messages
     images_of_chats([chat], options.get("images"))
-    read = iter(_read_images(processor, chat.images, options))
-    return [
-        {
-            **message,
-            "content": [
-                {**part, "image": next(read)} if part["type"] == "image" else part
-                for part in message["content"]
-            ],
-        }
-        if isinstance(message.get("content"), list)
-        else message
-        for message in chat.messages
-    ]
+    images = iter(_read_images(processor, chat.images, options))
+    messages = []
+    for message in chat.messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [
+                {**part, "image": next(images)} if part["type"] == "image" else part
+                for part in content
+            ]
+            message = {**message, "content": parts}
+        messages.append(message)
+    return messages
 
 
 def _read_images(processor: Any, images: Any, options: dict[str, Any]) -> Any:
@@ -328,7 +357,7 @@ def _read_images(processor: Any, images: Any, options: dict[str, Any]) -> Any:
 
 
 def _without_layout(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options without the layout of arrays, once these are read."""
+    """Return options without the layout of arrays, which have been read."""
     return {
         name: _without_layout(value) if name in ("images_kwargs", "common_kwargs") else value
         for name, value in options.items()
@@ -336,72 +365,30 @@ def _without_layout(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _asked(state: _State, counts: Any, images: Any) -> Grid | list[Grid]:
-    """One grid for all images of a call, or one per image."""
-    if counts is None:
-        if isinstance(state.counts, CountStream):
-            return _drawn(state.counts, images)
-        counts = state.counts
+def _grids_of_call(state: _State, counts: Any, images: Any) -> Grid | list[Grid]:
+    """Return the grid of all images of a call, or of each."""
+    if counts is None and isinstance(state.counts, CountStream):
+        # One draw per prompt, for all of its images; per image where they come as one list.
+        prompts = (
+            images if isinstance(images, (list, tuple)) else [] if images is None else [images]
+        )
+        sizes = [len(prompt) if isinstance(prompt, (list, tuple)) else 1 for prompt in prompts]
+        return [grid for size in sizes for grid in [token_grid(state.counts.next())] * size]
+    counts = state.counts if counts is None else counts
     if is_one_count(counts):
         return token_grid(counts, name="num_image_tokens")
-    entries = getattr(counts, "ndim", 1) and hasattr(counts, "__len__")  # a 0-d array has no length
-    return token_grids(counts, len(counts) if entries else 0, name="num_image_tokens")
+    has_length = getattr(counts, "ndim", 1) and hasattr(counts, "__len__")  # not a 0-d array
+    return token_grids(counts, len(counts) if has_length else 0, name="num_image_tokens")
 
 
-def _counts_of(state: _State, counts: Any, images: int) -> list[Grid]:
-    """Return the grid of each image of which only the size is known."""
-    if counts is None and isinstance(state.counts, CountStream):
-        raise ValueError(
-            "num_image_tokens must be given: this processor draws a count for each prompt, so the "
-            "number of tokens cannot be known before"
-        )
-    return token_grids(state.counts if counts is None else counts, images, name="num_image_tokens")
-
-
-def _tokens_of_blank(
-    processor: Any, size: tuple[int, int], grid: Grid, options: dict[str, Any]
-) -> int:
-    """Return the vision tokens of an image of ``size``, in all of its tiles.
-
-    Families cut images by rules of their own, so a blank one goes through the processor.
-    """
-    height, width = size
-    blank = Image.new("RGB", (width, height))
-    text = getattr(processor, "image_token", None) or processor._tokenflex.image_token
-    inputs = processor(images=blank, text=text, num_image_tokens=grid, **options)
-    tiles: int = len(inputs["num_image_tokens"])
-    return tiles * grid[0] * grid[1]
-
-
-def _drawn(counts: CountStream, images: Any) -> list[Grid]:
-    """A count per prompt, for all of its images; per image where they come as one list."""
-    if images is None:
-        return []
-    groups = images if isinstance(images, (list, tuple)) else [images]
-    sizes = [len(group) if isinstance(group, (list, tuple)) else 1 for group in groups]
-    return [grid for size in sizes for grid in [token_grid(counts.next())] * size]
-
-
-def _check_all_there(inputs: BatchFeature, image_token_id: int) -> None:
+def _check_all_there(inputs: BatchFeature, placeholder: int) -> None:
     if "input_ids" not in inputs:
         return
-    counts = inputs["num_image_tokens"]
+    counts, ids = inputs["num_image_tokens"], inputs["input_ids"]
     expected = sum(c[0] * c[1] if isinstance(c, tuple) else c for c in counts)
-    ids = inputs["input_ids"]
     if isinstance(ids, torch.Tensor):
-        kept = int((ids == image_token_id).sum())
+        kept = int((ids == placeholder).sum())
     else:
-        kept = sum(list(row).count(image_token_id) for row in ids)
+        kept = sum(list(row).count(placeholder) for row in ids)
     if kept != expected:
         raise ValueError(f"truncation must not cut vision tokens: {kept} of {expected} are left")
-
-
-def _grid_of(asked: Grid | list[Grid], image_idx: int) -> Grid:
-    if isinstance(asked, tuple):
-        return asked
-    if image_idx >= len(asked):
-        raise ValueError(
-            f"num_image_tokens must have one entry per image: got {len(asked)} entries, but "
-            "there are more images"
-        )
-    return asked[image_idx]

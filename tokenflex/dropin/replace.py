@@ -1,4 +1,4 @@
-"""Replace a model's projector by a token-adaptive one, bring it back, load conversions."""
+"""Replace the projector of a model, restore the stock one, and load conversions."""
 
 from __future__ import annotations
 
@@ -10,20 +10,28 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from tokenflex.counts import TokenCount
-from tokenflex.dropin import seam
 from tokenflex.dropin.families import family_of
+from tokenflex.dropin.features import default_count
 from tokenflex.dropin.fitting import fit_projector
+from tokenflex.dropin.model import (
+    install,
+    model_variant,
+    new_projector,
+    stock_projector_of,
+    uninstall,
+)
 from tokenflex.dropin.processor import check_default_count, convert_processor, restore_processor
+from tokenflex.dropin.variants import is_converted, unwrapped
 from tokenflex_kernels.axis_weights import check_mode
 from tokenflex_kernels.checks import check_count
 
 _LOGGER = logging.getLogger(__name__)
-# What config.tokenflex holds: all that a projector is made from.
+# The fields of config.tokenflex, from which a projector is built.
 _OPTIONS = frozenset(
     ["hidden_width", "num_image_tokens", "patch_merge", "pooling", "text_width", "vision_width"]
 )
-# What says where a checkpoint is, for its config and processor as for its weights.
-_WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+# Arguments of from_pretrained that locate a checkpoint: for its config and processor, too.
+_LOCATION = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def replace_projector(
@@ -37,38 +45,39 @@ def replace_projector(
     hidden_width: int | None = None,
     pooling: str = "adaptive",
 ) -> Any:
-    """Give a vision-language model of transformers a token-adaptive projector, in place.
+    """Replace the projector of a transformers vision-language model by a token-adaptive one.
 
-    Afterwards ``processor(..., num_image_tokens=...)``, ``model(**inputs)`` and
-    ``model.generate(**inputs)`` take an int, an (h, w), or one of those per image. Everything else
-    of the model stays: its class's name, its other weights, saving, ``generate``.
+    The model is changed in place. Afterwards ``processor(..., num_image_tokens=...)``,
+    ``model(**inputs)`` and ``model.generate(**inputs)`` take an int, an (h, w), or one of those per
+    image. Everything else about the model stays the same: its class name, its other weights,
+    saving and ``generate``.
 
-    A count is per input of the vision encoder: an image cut into five tiles has five times as many.
+    A count is per input of the vision encoder: an image cut into five tiles has five times as many
+    tokens.
 
     Args:
-        model: a model for image-text-to-text of a supported family
+        model: A model for image-text-to-text of a supported family
             (:func:`tokenflex.dropin.supported_families`).
-        processor: its processor, changed in place too; None if you write placeholders yourself.
-        num_image_tokens: vision tokens per image where a call names no count.
-        init: "fit": imitate the stock projector on ``images``
-            (:func:`tokenflex.dropin.fit_projector`); "random": PyTorch's initialisation. None is
-            "fit" where images are given.
-        images: for "fit", a handful of pictures for the processor, or image inputs of the model as
-            a dict.
-        patch_merge: m; the projector sees m x m patches side by side as one, on a grid m times
-            coarser. None is what the stock projector does (2 for InternVL or Qwen, 1 for LLaVA):
-            as much detail per token as before. 1 pools the patches themselves, with m * m times
-            narrower weights.
-        hidden_width: of the projector's gated unit; 3 * m times the width of a patch if None.
+        processor: Its processor, also changed in place; None if you write placeholders yourself.
+        num_image_tokens: Vision tokens per image where a call gives no count.
+        init: "fit" to imitate the stock projector on ``images``
+            (:func:`tokenflex.dropin.fit_projector`), or "random" for PyTorch's initialisation. The
+            default is "fit" with images, and "random" without.
+        images: For "fit": a few pictures for the processor, or image inputs of the model as a dict.
+        patch_merge: m; m x m patches are concatenated to one before they are pooled, on a grid m
+            times coarser. The default is that of the stock projector (2 for InternVL or Qwen, 1
+            for LLaVA), which keeps as much detail per token as before. 1 pools the patches
+            themselves, with weights m * m times narrower.
+        hidden_width: Width of the gated unit; 3 * m times the width of a patch by default.
         pooling: "adaptive" (the paper) or "resize" (the released model).
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: ``model`` is not a whole transformers model, or an argument not of its kind.
-        ValueError: an unsupported family (the message lists the supported ones), a model that is
-            converted already, or arguments that do not fit together.
+        TypeError: ``model`` is not a whole transformers model, or an argument has a wrong type.
+        ValueError: The family is not supported (the message lists those that are), the model is
+            already converted, or arguments do not fit together.
     """
     if not isinstance(model, PreTrainedModel) or model.base_model is model:
         raise TypeError(
@@ -76,7 +85,7 @@ def replace_projector(
             f"afterwards), got {type(model).__name__}"
         )
     family = family_of(model.config)
-    if seam.is_converted(model):
+    if is_converted(model):
         raise ValueError(
             "model has a token-adaptive projector already; restore_projector brings the stock one "
             "back"
@@ -92,12 +101,13 @@ def replace_projector(
         raise ValueError("pictures need a processor; give one, or image inputs as a dict")
     if patch_merge is None:
         patch_merge = family.stock_patch_merge(model.config)
+    patch_merge = check_count("patch_merge", patch_merge)
     patch_width = family.width(model.config)
     if hidden_width is None:
-        hidden_width = 3 * check_count("patch_merge", patch_merge) * patch_width
+        hidden_width = 3 * patch_merge * patch_width
     options = {
         "num_image_tokens": num_image_tokens,
-        "patch_merge": check_count("patch_merge", patch_merge),
+        "patch_merge": patch_merge,
         "vision_width": patch_merge**2 * patch_width,
         "text_width": model.config.get_text_config().hidden_size,
         "hidden_width": check_count("hidden_width", hidden_width),
@@ -109,8 +119,8 @@ def replace_projector(
     stock = model.base_model.get_submodule(family.stock_projector)
     reference = next(iter(stock.parameters()), model.get_input_embeddings().weight)
     dtype = reference.dtype if reference.dtype.is_floating_point else model.dtype
-    projector = seam.new_projector(model.config).to(reference.device, dtype).train(model.training)
-    seam.install(model, projector, keep_stock=True)
+    projector = new_projector(model.config).to(reference.device, dtype).train(model.training)
+    install(model, projector, keep_stock=True)
     if init == "fit":
         try:
             report = fit_projector(model, images, processor)
@@ -127,33 +137,33 @@ def replace_projector(
 
 
 def restore_projector(model: Any, processor: Any = None) -> Any:
-    """Bring the stock projector back, in place: the model as before :func:`replace_projector`.
+    """Undo :func:`replace_projector`, in place.
 
     Args:
-        model: a model converted in place, with or without PEFT.
-        processor: its processor.
+        model: A model that was converted in place, with or without PEFT.
+        processor: Its processor.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: the model is not converted, or was loaded as a conversion, which does not hold
+        ValueError: The model is not converted, or was loaded as a conversion, which does not hold
             the stock projector.
     """
-    inner = seam.unwrapped(model)
-    if not seam.is_converted(inner):
+    inner = unwrapped(model)
+    if not is_converted(inner):
         raise ValueError("model has its stock projector: there is nothing to restore")
-    stock = seam.stock_projector_of(inner)
+    stock = stock_projector_of(inner)
     if stock is None:
         raise ValueError(
             "model was loaded as a conversion, which does not hold the stock projector: load the "
             "stock model instead"
         )
-    family = family_of(inner.config)
-    reference = next(inner.base_model.get_submodule(family.projector).parameters())
-    # What moved or changed dtype since then did so without the stock projector.
+    projector = inner.base_model.get_submodule(family_of(inner.config).projector)
+    reference = next(projector.parameters())
+    # The kept projector missed all changes of device, dtype and mode.
     stock.to(reference.device, reference.dtype).train(inner.training)
-    seam.uninstall(inner)
+    uninstall(inner)
     del inner.config.tokenflex
     if processor is not None:
         restore_processor(processor)
@@ -161,12 +171,12 @@ def restore_projector(model: Any, processor: Any = None) -> Any:
 
 
 def projector_name(model: Any) -> str:
-    """The dotted name of the projector in a converted model, for PEFT's ``modules_to_save``.
+    """Return the dotted name of a converted model's projector, for PEFT's ``modules_to_save``.
 
     Raises:
-        ValueError: the model is of no supported family.
+        ValueError: The model's family is not supported.
     """
-    model = seam.unwrapped(model)
+    model = unwrapped(model)
     return f"{model.base_model_prefix}.{family_of(model.config).projector}"
 
 
@@ -179,31 +189,33 @@ def from_pretrained(
     processor: Any = None,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
-    """A vision-language model with a token-adaptive projector, and its processor.
+    """Load a vision-language model with a token-adaptive projector, and its processor.
 
     Args:
-        name_or_path: stock weights of a supported family, which get a fresh projector, or a
-            conversion saved with ``save_pretrained``.
-        num_image_tokens: vision tokens per image where a call names no count; None is the saved
-            one, or 256.
-        init, images: how a fresh projector starts, see :func:`replace_projector`; a conversion has
-            no use for images, and refuses ``init``.
-        processor: use this one instead of loading it from ``name_or_path``.
-        **kwargs: for ``AutoModelForImageTextToText.from_pretrained``, for example ``dtype``.
+        name_or_path: Stock weights of a supported family, which get a new projector, or a
+            conversion that was saved with ``save_pretrained``.
+        num_image_tokens: Vision tokens per image where a call gives no count; by default the saved
+            count, or 256.
+        init: Initialisation of a new projector, see :func:`replace_projector`. Refused for a
+            conversion.
+        images: Pictures for a new projector, see :func:`replace_projector`. Not used for a
+            conversion.
+        processor: Replaces the processor in ``name_or_path``.
+        **kwargs: For ``AutoModelForImageTextToText.from_pretrained``, for example ``dtype``.
 
     Returns:
         (model, processor).
 
     Raises:
-        ValueError: an unsupported family, or a conversion whose weights are not complete.
+        ValueError: The family is not supported, or the weights of a conversion are incomplete.
     """
-    where = {name: kwargs[name] for name in _WHERE if name in kwargs}
+    location = {name: kwargs[name] for name in _LOCATION if name in kwargs}
     config = kwargs.pop("config", None)
     if config is None:
-        config = AutoConfig.from_pretrained(name_or_path, **where)
+        config = AutoConfig.from_pretrained(name_or_path, **location)
     family = family_of(config)
     if processor is None:
-        processor = AutoProcessor.from_pretrained(name_or_path, **where)
+        processor = AutoProcessor.from_pretrained(name_or_path, **location)
     if getattr(config, "tokenflex", None) is None:
         model = AutoModelForImageTextToText.from_pretrained(name_or_path, config=config, **kwargs)
         count = 256 if num_image_tokens is None else num_image_tokens
@@ -224,7 +236,7 @@ def from_pretrained(
         check_default_count(num_image_tokens, name="num_image_tokens")
         config.tokenflex["num_image_tokens"] = num_image_tokens
     stock_class = AutoModelForImageTextToText._model_mapping[type(config)]
-    model, loading = seam.model_variant(stock_class, family).from_pretrained(
+    model, loading = model_variant(stock_class, family).from_pretrained(
         name_or_path, config=config, output_loading_info=True, **kwargs
     )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -234,5 +246,5 @@ def from_pretrained(
                 f"checkpoint {name_or_path} has {len(names)} {problem.replace('_', ' ')}, the "
                 f"first is {names[0]}"
             )
-    convert_processor(processor, config, seam.default_count(config))
+    convert_processor(processor, config, default_count(config))
     return model, processor

@@ -1,46 +1,64 @@
-"""Subclasses that stand in for the class of a live object, under its name.
+"""Subclasses that replace the class of a live model or processor, under the name of that class.
 
-transformers reads names: the class's in ``config.json``, its module's for the conversion of
-checkpoint keys. A variant therefore has those of the class it stands for, and copies and pickles
-make it again from that class.
+transformers reads names: it writes the class's to ``config.json``, and converts the keys of a
+checkpoint only for classes of its own modules. A variant therefore has the name and the module of
+its stock class. Copies and pickles create it again from that class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 from tokenflex.dropin.families import Family
 
+_Stock: Any = object  # for a type checker, super() then has any method
 
-def variant_of(
-    stock: Any, family: Family, factory: Callable[[Any, Family], Any], methods: dict[str, Any]
-) -> Any:
-    """A subclass of ``stock`` with ``methods``.
+
+class Variant(_Stock):
+    """Base of the mixins that change a stock class; their ``super()`` is the stock class."""
+
+    _tokenflex_family: Family
+    _tokenflex_stock_class: Any
+    _tokenflex_mixins: tuple[type, ...]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        _, _, *state = super().__reduce_ex__(protocol)
+        arguments = self._tokenflex_stock_class, self._tokenflex_family, self._tokenflex_mixins
+        return _new, arguments, *state
+
+
+@functools.cache
+def variant_of(stock: Any, family: Family, mixins: tuple[type, ...]) -> Any:
+    """Return a subclass of ``stock`` with the methods of ``mixins``.
 
     Args:
-        stock: the class it stands for.
-        family: what its methods read as ``_tokenflex_family``.
-        factory: the function of a module that makes this variant from ``stock`` and ``family``.
-        methods: what is overridden.
+        stock: The class to replace.
+        family: What the methods read as ``_tokenflex_family``.
+        mixins: Subclasses of :class:`Variant`, the most specific first.
     """
-
-    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
-        _, _, *state = stock.__reduce_ex__(self, protocol)
-        return _new, (factory, stock, family), *state
-
     body = {
-        **methods,
-        "__reduce_ex__": __reduce_ex__,
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,
         "__doc__": stock.__doc__,
         "_tokenflex_family": family,
         "_tokenflex_stock_class": stock,
+        "_tokenflex_mixins": mixins,
     }
-    return type(stock.__name__, (stock,), body)
+    return type(stock.__name__, (*mixins, stock), body)
 
 
-def _new(factory: Callable[[Any, Family], Any], stock: Any, family: Family) -> Any:
-    variant = factory(stock, family)
+def unwrapped(model: Any) -> Any:
+    """Return the transformers model inside a PEFT or data-parallel wrapper, or the model itself."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_converted(model: Any) -> bool:
+    """Return whether a model, or base model, has a token-adaptive projector."""
+    return isinstance(getattr(model, "base_model", model), Variant)
+
+
+def _new(stock: Any, family: Family, mixins: tuple[type, ...]) -> Any:
+    variant = variant_of(stock, family, mixins)
     return variant.__new__(variant)

@@ -1,0 +1,170 @@
+"""Image features of a converted model: from the image inputs of a family to vision tokens."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, token_grids
+from tokenflex.dropin.families import VISION_ENCODERS, Deepstack, PatchGrids, vision_encoder
+from tokenflex_kernels import pool_norm
+
+_ENCODER_OPTIONS = ("output_hidden_states", "output_attentions")
+_ENCODER_FIELDS = ("last_hidden_state", "hidden_states", "attentions")
+
+
+@dataclass
+class ImageOutputs(BaseModelOutputWithPooling):
+    """The outputs of ``get_image_features`` of a converted model.
+
+    Attributes:
+        pooler_output: The vision tokens, a list with one [N, D] per input of the vision encoder.
+        last_hidden_state: Of the vision encoder, as the stock model returns it.
+        hidden_states: Likewise, where the stock model returns them.
+        attentions: Likewise.
+        deepstack_features: Feature maps for the first layers of the language model, or None.
+    """
+
+    deepstack_features: Any = None
+
+
+@dataclass
+class CheckedOutputs(ImageOutputs):
+    """Outputs whose counts fit the whole prompt, so that a chunk of it need not be checked."""
+
+
+def tokens_per_image(outputs: Any) -> list[torch.Tensor] | None:
+    """Return the list of vision tokens in ``outputs``; None without images or a list."""
+    tokens = getattr(outputs, "pooler_output", None)
+    return list(tokens) if isinstance(tokens, (list, tuple)) else None
+
+
+@functools.cache
+def image_input_names(stock: Any) -> list[str]:
+    """Return the names of the arguments of a stock base class's ``get_image_features``."""
+    parameters = inspect.signature(stock.get_image_features).parameters
+    return [name for name in parameters if name not in ("self", "kwargs")]
+
+
+def default_count(config: Any) -> TokenCount:
+    """Return the count that a converted model uses where a call gives none."""
+    count = config.tokenflex["num_image_tokens"]
+    return tuple(count) if isinstance(count, list) else count  # JSON has no tuples
+
+
+def flat_grids(patches: PatchGrids | Deepstack, merge: int = 1) -> tuple[torch.Tensor, list[Grid]]:
+    """Flatten patch grids.
+
+    Args:
+        patches: [images, H, W, C], or one [H, W, C] per image.
+        merge: m; m x m patches are concatenated to one of width m * m * C.
+
+    Returns:
+        [sum of H*W / m**2, m * m * C], and (H / m, W / m) per image.
+
+    Raises:
+        ValueError: m does not divide a grid.
+    """
+    if isinstance(patches, Deepstack):
+        patches = patches.grids
+    if isinstance(patches, torch.Tensor):
+        patches = _merged(patches, merge)
+        images, height, width, channels = patches.shape
+        return patches.reshape(-1, channels), [(height, width)] * images
+    grids = [_merged(grid, merge) for grid in patches]
+    rows = torch.cat([grid.flatten(0, 1) for grid in grids])
+    return rows, [(grid.shape[0], grid.shape[1]) for grid in grids]
+
+
+def _merged(grid: torch.Tensor, merge: int) -> torch.Tensor:
+    """[.., H, W, C] -> [.., H / m, W / m, m * m * C]."""
+    if merge == 1:
+        return grid
+    height, width = grid.shape[-3:-1]
+    if height % merge or width % merge:
+        raise ValueError(
+            f"patch_merge={merge} must divide every patch grid, got one of {height} x {width}"
+        )
+    cells = grid.unflatten(-2, (-1, merge)).unflatten(-4, (-1, merge))
+    return cells.transpose(-4, -3).flatten(-3)
+
+
+def image_features(
+    base: Any,
+    image_inputs: dict[str, Any],
+    counts: ImageTokenCounts | None,
+    options: dict[str, bool],
+) -> ImageOutputs:
+    """Encode images to vision tokens.
+
+    Args:
+        base: A converted base model.
+        image_inputs: By name, for the family's adapter.
+        counts: For all inputs of the vision encoder or one for each; the model's default if None.
+        options: ``output_hidden_states`` and ``output_attentions``, as the stock model takes them.
+    """
+    family, config = type(base)._tokenflex_family, base.config
+    with _recorded_encoder(base, options) as encoder_outputs:
+        patches = family.patch_grids(base, **image_inputs)
+    rows, in_grids = flat_grids(patches, config.tokenflex["patch_merge"])
+    counts = default_count(config) if counts is None else counts
+    out_grids = token_grids(counts, len(in_grids), name="num_image_tokens")
+    sizes = [height * width for height, width in out_grids]
+    # Through __call__, and looked up at each call: PEFT and FSDP wrap the module.
+    tokens = base.get_submodule(family.projector)(rows, out_grids, grids=in_grids)
+    layers = patches.layers if isinstance(patches, Deepstack) else None
+    if layers is not None:
+        layers = [list(pool_norm(*flat_grids(maps), out_grids).split(sizes)) for maps in layers]
+    return ImageOutputs(
+        pooler_output=list(tokens.split(sizes)),
+        deepstack_features=layers,
+        **{name: getattr(encoder_outputs, name, None) for name in _ENCODER_FIELDS},
+    )
+
+
+@contextmanager
+def _recorded_encoder(base: Any, options: dict[str, bool]) -> Iterator[SimpleNamespace]:
+    """Give the vision encoder more options in a ``with`` block, and record its outputs.
+
+    Calls from other threads are left alone: one model may serve several at a time.
+
+    Yields:
+        A namespace with the fields of the encoder's outputs, once it has been called.
+    """
+    encoder, outputs = vision_encoder(base), SimpleNamespace()
+    options = {name: True for name in _ENCODER_OPTIONS if options.get(name)}
+    if options and encoder is None:
+        raise ValueError(
+            f"{', '.join(options)} must be False for {type(base)._tokenflex_family.model_type}: "
+            f"its vision encoder is none of {', '.join(VISION_ENCODERS)}"
+        )
+    if encoder is None or torch.compiler.is_compiling():  # a compiled forward needs tokens alone
+        yield outputs
+        return
+    thread = threading.get_ident()
+
+    def add_options(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return (args, {**kwargs, **options}) if threading.get_ident() == thread else None
+
+    def record(_: Any, args: Any, output: Any) -> None:
+        if threading.get_ident() == thread and hasattr(output, "items"):
+            vars(outputs).update(output.items())
+
+    hooks = [
+        encoder.register_forward_pre_hook(add_options, with_kwargs=True),
+        encoder.register_forward_hook(record),
+    ]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
