@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tokenflex_kernels.triton_kernels.launch import launch
+from tokenflex_kernels.launch import launch
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tokenflex_kernels import PoolPlan, plan_pooling, pool_norm
-from tokenflex_kernels.pool_plan import LARGE_BATCH, plan_uniform
+from tokenflex_kernels.pool_norm.plan import LARGE_BATCH, plan_uniform
 
 
 class TestRuns:

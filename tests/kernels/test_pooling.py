@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tokenflex_kernels import pool_norm
-from tokenflex_kernels.axis_weights import LARGE_AXIS, _cached_map, axis_map
+from tokenflex_kernels.pool_norm.axis_weights import LARGE_AXIS, _cached_map, axis_map
 
 MODES = ("adaptive", "resize")
 NARROW_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

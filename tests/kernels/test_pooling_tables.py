@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from tokenflex_kernels import plan_pooling, pooling_tables
-from tokenflex_kernels.axis_weights import axis_map
-from tokenflex_kernels.pooling_tables import CACHED_TABLES, IMAGE_FIELDS, build_tables
+from tokenflex_kernels import plan_pooling
+from tokenflex_kernels.pool_norm import tables as pooling_tables
+from tokenflex_kernels.pool_norm.axis_weights import axis_map
+from tokenflex_kernels.pool_norm.tables import CACHED_TABLES, IMAGE_FIELDS, build_tables
 
 MODES = ("adaptive", "resize")
 CPU = torch.device("cpu")

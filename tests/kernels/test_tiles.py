@@ -19,7 +19,7 @@ import pytest
 )
 def test_tf32_is_used_only_if_the_user_allows_it(setting, expected):
     code = (
-        "import torch; from tokenflex_kernels.triton_kernels.tiles import dot_precision; "
+        "import torch; from tokenflex_kernels.launch import dot_precision; "
         f"{setting}; print(dot_precision(torch.float32), dot_precision(torch.bfloat16))"
     )
     # A process of its own: PyTorch refuses to mix its older and newer switches.

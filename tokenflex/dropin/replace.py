@@ -14,8 +14,8 @@ from tokenflex.dropin import seam
 from tokenflex.dropin.families import family_of
 from tokenflex.dropin.fitting import fit_projector
 from tokenflex.dropin.processor import check_default_count, convert_processor, restore_processor
-from tokenflex_kernels.axis_weights import check_mode
 from tokenflex_kernels.checks import check_count
+from tokenflex_kernels.pool_norm.axis_weights import check_mode
 
 _LOGGER = logging.getLogger(__name__)
 # What config.tokenflex holds: all that a projector is made from.

@@ -8,12 +8,15 @@ tests, and those that need real sizes, on a machine that has one.
 from __future__ import annotations
 
 import os
-from types import SimpleNamespace
+import sys
+from contextlib import ExitStack
 
 import pytest
 import torch
 
-from tokenflex_kernels import _projector_ops, launch_configs
+from tokenflex_kernels import launch, launch_configs
+from tokenflex_kernels.pool_norm import stages as pool_norm_stages
+from tokenflex_kernels.swiglu import stages as swiglu_stages
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -43,33 +46,23 @@ def _seed_and_environment(monkeypatch):
 @pytest.fixture
 def launched(monkeypatch) -> list[str]:
     """The names of the kernels that are launched from here on, in order."""
-    from tokenflex_kernels.triton_kernels import down_gradient, gate_up, input_gradient, pooling
-    from tokenflex_kernels.triton_kernels import launch as launching
-
     names: list[str] = []
 
-    def launch(kernel, programs, *args, **options):
+    def record(kernel, programs, *args, **options):
         if programs > 0:
             names.append(kernel.__name__.removesuffix("_kernel"))
-        launching.launch(kernel, programs, *args, **options)
+        launch.launch(kernel, programs, *args, **options)
 
-    for module in (down_gradient, gate_up, input_gradient, pooling):
-        monkeypatch.setattr(module, "launch", launch)
+    for module in (pool_norm_stages, swiglu_stages):
+        monkeypatch.setattr(module, "launch", record)
     return names
 
 
 @pytest.fixture
-def use_config(monkeypatch):
+def use_config():
     """``use_config(stage=config, ..)`` puts configs in the place of the table's; None: cuBLAS."""
-
-    def use(**configs) -> None:
-        def launch_config(stage, *call):
-            found = launch_configs.launch_config(stage, *call)
-            return configs.get(stage, found)
-
-        monkeypatch.setattr(_projector_ops, "launch_config", launch_config)
-
-    return use
+    with ExitStack() as stack:
+        yield lambda **configs: stack.enter_context(launch_configs.overriding(**configs))
 
 
 @pytest.fixture
@@ -80,17 +73,14 @@ def products(use_config):
 
 @pytest.fixture
 def stages(monkeypatch):
-    """The stages that run from here on, by name, with their positional arguments, in order."""
-    ran: list[tuple[str, tuple]] = []
-    real = _projector_ops._kernels()
+    """The stages that run from here on, in order: the name of each and its arguments by name."""
+    ran: list[tuple[str, dict]] = []
 
-    def record(name):
-        def stage(*args, **options):
-            ran.append((name, options))
-            return getattr(real, name)(*args, **options)
+    def record(stage, *call):
+        if stage != "pointwise":  # a part of other stages
+            ran.append((stage, dict(sys._getframe(1).f_locals)))
+        return launch_configs.config_for(stage, *call)
 
-        return stage
-
-    recorded = SimpleNamespace(**{name: record(name) for name in vars(real)})
-    monkeypatch.setattr(_projector_ops, "_kernels", lambda: recorded)
+    for module in (pool_norm_stages, swiglu_stages):
+        monkeypatch.setattr(module, "config_for", record)
     return ran

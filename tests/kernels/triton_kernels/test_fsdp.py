@@ -17,11 +17,12 @@ def _compare_with_one_process(rank: int, rendezvous: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
     from tokenflex import TokenAdaptiveProjector
-    from tokenflex_kernels import _projector_ops as ops
+    from tokenflex_kernels.project_tokens import op as project_tokens_op
 
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     fused = []
-    op, ops.project_tokens = ops.project_tokens, lambda *args: fused.append(1) or op(*args)
+    op = project_tokens_op.fused_project_tokens
+    project_tokens_op.fused_project_tokens = lambda *args: fused.append(1) or op(*args)
     for save in ("preactivation", "input"):
         torch.manual_seed(0)
         whole = TokenAdaptiveProjector(8, 6, hidden_width=12, save=save)

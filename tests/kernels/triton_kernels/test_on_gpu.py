@@ -24,7 +24,7 @@ from tests.kernels.triton_kernels.common import (
     rows_of,
     run,
 )
-from tokenflex_kernels import plan_pooling, pool_norm, pooling_tables, project_tokens, swiglu
+from tokenflex_kernels import plan_pooling, pool_norm, project_tokens, swiglu
 from tokenflex_kernels.launch_configs import (
     NAMES,
     PRODUCTS,
@@ -34,6 +34,7 @@ from tokenflex_kernels.launch_configs import (
     parse_stage,
     read_table,
 )
+from tokenflex_kernels.pool_norm.tables import CACHED_TABLES, pooling_tables
 
 pytestmark = pytest.mark.gpu
 
@@ -250,9 +251,9 @@ class TestGraphs:
         grids = fresh_grids()
         x = torch.randn(rows_of(grids[0]), 64, device="cuda")
         graph, out = capture(lambda: pool_norm(x, *grids))
-        for height in range(1, pooling_tables.CACHED_TABLES + 8):
+        for height in range(1, CACHED_TABLES + 8):
             other = plan_pooling([(height, 2)], [(1, 1)])
-            pooling_tables.pooling_tables(other.grids, "adaptive", x.device)
+            pooling_tables(other.grids, "adaptive", x.device)
         junk = [torch.full((4096,), -1, dtype=torch.int32, device="cuda") for _ in range(512)]
         x.copy_(torch.randn_like(x))
         graph.replay()

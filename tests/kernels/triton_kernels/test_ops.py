@@ -18,11 +18,11 @@ from tests.kernels.triton_kernels.common import (
     parameters_of,
     run,
 )
-from tokenflex_kernels import _projector_ops as ops
 from tokenflex_kernels import plan_pooling, pool_norm, project_tokens, swiglu
 from tokenflex_kernels.backend import select_backend
-from tokenflex_kernels.pooling import MAX_WIDTH
+from tokenflex_kernels.pool_norm.op import MAX_WIDTH
 
+OPS = torch.ops.tokenflex
 WIDTH, HIDDEN, TEXT = 6, 10, 4
 IN_GRIDS, OUT_GRIDS = [(3, 2), (1, 2)], [(2, 2), (1, 3)]
 PLAN = plan_pooling(IN_GRIDS, OUT_GRIDS)
@@ -50,7 +50,7 @@ class TestOpcheck:
         norm = [rows(WIDTH, requires_grad=requires_grad) for _ in range(parameters)]
         norm += [None] * (2 - parameters)
         x = rows(PATCHES, WIDTH, requires_grad=requires_grad)
-        torch.library.opcheck(ops.pool_norm, (x, *norm, *POOLED, mode, 1e-5))
+        torch.library.opcheck(OPS.pool_norm.default, (x, *norm, *POOLED, mode, 1e-5))
 
     @pytest.mark.parametrize("requires_grad", [False, True])
     @pytest.mark.parametrize("has_bias", [False, True])
@@ -60,7 +60,7 @@ class TestOpcheck:
         for weight in weights:
             if weight is not None:
                 weight.requires_grad_(requires_grad)
-        torch.library.opcheck(ops.swiglu, (x, *weights))
+        torch.library.opcheck(OPS.swiglu.default, (x, *weights))
 
     @pytest.mark.parametrize("wanted", [(), ("x", *PARAMETERS)])
     @pytest.mark.parametrize("save", SAVES)
@@ -70,7 +70,7 @@ class TestOpcheck:
             parameters[name].requires_grad_()
         x = rows(PATCHES, WIDTH, requires_grad="x" in wanted)
         torch.library.opcheck(
-            ops.project_tokens, (x, *parameters.values(), *POOLED, "adaptive", 1e-5, save)
+            OPS.project_tokens.default, (x, *parameters.values(), *POOLED, "adaptive", 1e-5, save)
         )
 
     def test_project_tokens_without_biases(self, device, rows):
@@ -78,7 +78,7 @@ class TestOpcheck:
         parameters = parameters_of(WIDTH, HIDDEN, TEXT, device=device, missing=missing)
         x = rows(PATCHES, WIDTH, requires_grad=True)
         arguments = (x, *parameters.values(), *POOLED, "adaptive", 1e-5, "preactivation")
-        torch.library.opcheck(ops.project_tokens, arguments)
+        torch.library.opcheck(OPS.project_tokens.default, arguments)
 
     @pytest.mark.parametrize("save", [False, True])
     @pytest.mark.parametrize("parameters", [0, 1, 2])
@@ -86,32 +86,32 @@ class TestOpcheck:
     def test_pool_norm_forward(self, rows, save, parameters, dtype):
         norm = [rows(WIDTH) for _ in range(parameters)] + [None] * (2 - parameters)
         arguments = (rows(PATCHES, WIDTH), *norm, *POOLED, "adaptive", 1e-5, dtype, save)
-        torch.library.opcheck(ops.pool_norm_forward, arguments)
+        torch.library.opcheck(OPS.pool_norm_forward.default, arguments)
 
     @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
     def test_pool_norm_backward(self, rows, dtype, wanted):
         saved = rows(CELLS, WIDTH), rows(CELLS, WIDTH), rows(CELLS).abs(), rows(WIDTH)
         torch.library.opcheck(
-            ops.pool_norm_backward,
+            OPS.pool_norm_backward.default,
             (*saved, PLAN.grids, PATCHES, "resize", dtype, *wanted),
         )
 
     def test_pool_norm_backward_without_norm(self, rows):
         arguments = (rows(CELLS, WIDTH), rows(0, WIDTH), rows(0), None, PLAN.grids, PATCHES)
         wanted = "adaptive", torch.float32, False, False
-        torch.library.opcheck(ops.pool_norm_backward, (*arguments, *wanted))
+        torch.library.opcheck(OPS.pool_norm_backward.default, (*arguments, *wanted))
 
     @pytest.mark.parametrize("has_bias", [False, True])
     def test_scale_shift(self, rows, has_bias):
         arguments = (rows(CELLS, WIDTH), rows(WIDTH), rows(WIDTH) if has_bias else None)
-        torch.library.opcheck(ops.scale_shift, arguments)
+        torch.library.opcheck(OPS.scale_shift.default, arguments)
 
     @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
     @pytest.mark.parametrize("has_bias", [False, True])
     def test_gate_up(self, device, rows, wanted, has_bias):
         weights = gated_of(WIDTH, HIDDEN, device=device, missing=() if has_bias else GATED[2:])
-        torch.library.opcheck(ops.gate_up, (rows(7, WIDTH), *weights, *wanted))
+        torch.library.opcheck(OPS.gate_up.default, (rows(7, WIDTH), *weights, *wanted))
 
     @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)])
     @pytest.mark.parametrize("has_weight", [False, True])
@@ -119,11 +119,11 @@ class TestOpcheck:
         dy = rows(7, TEXT if has_weight else HIDDEN)
         weight = rows(TEXT, HIDDEN) if has_weight else None
         arguments = (dy, weight, rows(7, HIDDEN), rows(7, HIDDEN), *wanted)
-        torch.library.opcheck(ops.down_gradient, arguments)
+        torch.library.opcheck(OPS.down_gradient.default, arguments)
 
     def test_input_gradient(self, rows):
         arguments = (rows(7, 2 * HIDDEN), rows(HIDDEN, WIDTH), rows(HIDDEN, WIDTH))
-        torch.library.opcheck(ops.input_gradient, arguments)
+        torch.library.opcheck(OPS.input_gradient.default, arguments)
 
     @pytest.mark.parametrize(
         "op",
@@ -140,7 +140,7 @@ class TestOpcheck:
             "pool_norm_forward": (x, rows(WIDTH), None, *batch, x.dtype, True),
             "gate_up": (x, *weights, True, True),
         }[op]
-        torch.library.opcheck(getattr(ops, op), arguments)
+        torch.library.opcheck(getattr(OPS, op).default, arguments)
 
 
 def calls(device):

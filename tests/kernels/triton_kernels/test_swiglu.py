@@ -25,8 +25,8 @@ from tests.kernels.triton_kernels.common import (
     wide,
 )
 from tokenflex_kernels import swiglu
+from tokenflex_kernels.launch import can_describe
 from tokenflex_kernels.launch_configs import INTERPRETER, launch_config
-from tokenflex_kernels.triton_kernels import tiles
 
 NAMES = ("x", *GATED)
 FUSED = launch_config("gate_up", 1, torch.float32, INTERPRETER)  # tiles of 32 x 32 x 32
@@ -230,10 +230,10 @@ torch.testing.assert_close(swiglu(x, weight, weight), swiglu(x.contiguous(), wei
 
     def test_can_describe_wants_aligned_rows(self, device):
         matrix = torch.zeros(4, 16, device=device)
-        assert tiles.can_describe(matrix, matrix[1:], matrix[:, 4:], matrix[::2])
+        assert can_describe(matrix, matrix[1:], matrix[:, 4:], matrix[::2])
         for other in (matrix[:, 1:], matrix[:, ::2], matrix.T, matrix[:1].expand(4, 16)):
-            assert not tiles.can_describe(matrix, other)
-        assert not tiles.can_describe(torch.zeros(4, 15, device=device))
+            assert not can_describe(matrix, other)
+        assert not can_describe(torch.zeros(4, 15, device=device))
 
 
 class TestGradients:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tokenflex_kernels.axis_weights import CACHED_MAPS, LARGE_AXIS, axis_map
 from tokenflex_kernels.checks import autocast_enabled
 from tokenflex_kernels.library import (
     batch,
@@ -24,7 +23,8 @@ from tokenflex_kernels.library import (
     differentiate_linear,
     side_by_side,
 )
-from tokenflex_kernels.pool_plan import PoolPlan, Run
+from tokenflex_kernels.pool_norm.axis_weights import CACHED_MAPS, LARGE_AXIS, axis_map
+from tokenflex_kernels.pool_norm.plan import PoolPlan, Run
 
 _AS_IS = nullcontext()
 

@@ -9,11 +9,10 @@ Maths, per image and with one small map per axis (see ``axis_weights``):
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from tokenflex_kernels import _projector_ops as ops
-from tokenflex_kernels.axis_weights import check_mode
 from tokenflex_kernels.backend import select_backend
 from tokenflex_kernels.checks import (
     Grid,
@@ -23,8 +22,17 @@ from tokenflex_kernels.checks import (
     check_shape,
     check_tensor,
 )
-from tokenflex_kernels.pool_plan import PoolPlan, grids_of, plan_pooling
-from tokenflex_kernels.reference import pooling as reference
+from tokenflex_kernels.library import below_autograd, define_fused, differentiable_once
+from tokenflex_kernels.pool_norm import reference
+from tokenflex_kernels.pool_norm.axis_weights import check_mode
+from tokenflex_kernels.pool_norm.plan import PoolPlan, grids_of, plan_pooling
+from tokenflex_kernels.pool_norm.stages import (
+    launch_pool_norm_forward,
+    pool_norm_backward,
+    pool_norm_forward,
+)
+
+Gradients = tuple[torch.Tensor | None, ...]
 
 MAX_WIDTH = 8192  # a program of the kernels holds whole rows in registers
 
@@ -68,12 +76,12 @@ def pool_norm(
     eps = check_eps(eps)
     check_norm(x, weight, bias, prefix="")
     if select_backend("pool_norm", x.device, beyond_triton=beyond_triton(x)) == "triton":
-        return ops.pool_norm(x, weight, bias, grids_of(plan), plan.num_cells, mode, eps)
+        return fused_pool_norm(x, weight, bias, grids_of(plan), plan.num_cells, mode, eps)
     return reference.pool_norm(x, plan, mode=mode, weight=weight, bias=bias, eps=eps)
 
 
 def beyond_triton(x: torch.Tensor) -> str | None:
-    """What about ``x`` the kernels are not made for, None if nothing."""
+    """Return the property of ``x`` that the kernels are not made for, or None."""
     if x.dtype == torch.float64:
         return "float64"
     if x.shape[1] > MAX_WIDTH:
@@ -84,7 +92,7 @@ def beyond_triton(x: torch.Tensor) -> str | None:
 def check_plan(
     x: torch.Tensor, in_grids: Sequence[Grid] | PoolPlan, out_grids: Sequence[Grid] | None
 ) -> PoolPlan:
-    """``x`` checked, and the plan of the batch: made of both lists, or given; it fits ``x``."""
+    """Check ``x`` and return the plan of the batch, made of both lists or given."""
     check_tensor("x", x, ndim=2)
     check_float("x", x)
     if isinstance(in_grids, PoolPlan):
@@ -121,3 +129,71 @@ def check_norm(
             check_float(name, parameter)
             check_shape(name, parameter, (x.shape[1],), "[C]")
             check_like(name, parameter, "x", x)
+
+
+# ---- The fused op: kernels and autograd.
+
+
+def _fused_pool_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    grids: torch.Tensor,
+    cells: int,
+    mode: str,
+    eps: float,
+) -> torch.Tensor:
+    return launch_pool_norm_forward(x, weight, bias, grids, cells, mode, eps, x.dtype, False)[0]
+
+
+class PoolNorm(torch.autograd.Function):
+    """Keep normalised rows and one float a row where x or the weight requires grad."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        weight, bias, grids, _, mode, _ = arguments
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
+        with below_autograd():
+            out, normalised, inverse_std = pool_norm_forward(
+                x, *arguments, x.dtype, needs_x or needs_weight
+            )
+        ctx.save_for_backward(normalised, inverse_std, weight, grids)
+        ctx.batch = x.shape[0], mode
+        ctx.dtypes = x.dtype, *dtypes_of(weight, bias)
+        return out
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        kept = *ctx.saved_tensors, *ctx.batch
+        grads = pool_norm_gradients(grad, kept, ctx.needs_input_grad, ctx.dtypes)
+        return *grads, *(None,) * 4
+
+
+def pool_norm_gradients(
+    grad: torch.Tensor,
+    kept: tuple[Any, ...],
+    needs: Sequence[bool],
+    dtypes: Sequence[torch.dtype | None],
+) -> Gradients:
+    """Return the gradients of x, weight and bias, each in its own dtype; None where not needed.
+
+    ``kept`` has the arguments of the stage from ``normalised`` to ``mode``.
+    """
+    dtype = dtypes[0] if needs[0] else None
+    grads = pool_norm_backward(grad, *kept, dtype, needs[1], needs[2])
+    wanted = zip(grads, needs[:3], dtypes, strict=True)
+    return tuple(result.to(dtype) if needed else None for result, needed, dtype in wanted)
+
+
+def dtypes_of(*tensors: torch.Tensor | None) -> list[torch.dtype | None]:
+    """Return the dtype of each tensor, None for None."""
+    return [None if tensor is None else tensor.dtype for tensor in tensors]
+
+
+fused_pool_norm = define_fused(
+    "pool_norm",
+    lambda x, weight, bias, grids, cells, mode, eps: x.new_empty(cells, x.shape[1]),
+    _fused_pool_norm,
+    PoolNorm,
+)

@@ -22,9 +22,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from tokenflex_kernels.axis_weights import axis_map
 from tokenflex_kernels.checks import Grid
-from tokenflex_kernels.pool_plan import RUN_FIELDS, count_rows
+from tokenflex_kernels.pool_norm.axis_weights import axis_map
+from tokenflex_kernels.pool_norm.plan import RUN_FIELDS, count_rows
 
 IMAGE_FIELDS = 10
 CACHED_TABLES = 256  # mostly of a few kilobytes each

@@ -30,14 +30,10 @@ row once.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from tokenflex_kernels.launch_configs import RowConfig
-from tokenflex_kernels.layout import neighbours
-from tokenflex_kernels.pooling_tables import IMAGE_FIELDS, PoolingTables
-from tokenflex_kernels.triton_kernels.launch import cdiv, launch, next_power_of_2
+from tokenflex_kernels.pool_norm.tables import IMAGE_FIELDS
 
 _IMAGE_FIELDS = tl.constexpr(IMAGE_FIELDS)
 
@@ -169,65 +165,6 @@ def pool_norm_forward_kernel(
         else:  # one exact division, as PyTorch's pooling has it; "/" is approximate in Triton
             result = tl.div_rn(total, area + tl.zeros_like(total))
         tl.store(out + cell * width + channels, result.to(out.dtype.element_ty), mask=in_row)
-
-
-def pool_norm_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    tables: PoolingTables,
-    *,
-    eps: float,
-    dtype: torch.dtype,
-    save: bool,
-    config: RowConfig,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch the forward kernel.
-
-    Args:
-        x: [patches, C], any row stride.
-        weight, bias: [C] or None; without weight there is no normalisation and nothing to save.
-        tables: of the batch, with at least one image.
-        dtype: of the result.
-        save: whether to keep what backward reads.
-
-    Returns:
-        out [cells, C]; and, saved or else of no rows, normalised [cells, C] in ``dtype`` and
-        inverse_std float32 [cells].
-    """
-    x, weight, bias = neighbours(x), _vector(weight), _vector(bias)
-    width = x.shape[1]
-    save = save and weight is not None
-    out = x.new_empty(tables.num_cells, width, dtype=dtype)
-    normalised = x.new_empty(tables.num_cells if save else 0, width, dtype=dtype)
-    inverse_std = x.new_empty(len(normalised), dtype=torch.float32)
-    programs_per_image = max(h * cdiv(w, config.columns) for h, w in tables.out_grids)
-    launch(
-        pool_norm_forward_kernel,
-        tables.num_images * programs_per_image if width > 0 else 0,
-        x,
-        x,
-        weight,
-        bias,
-        out,
-        normalised,
-        inverse_std,
-        tables.images,
-        tables.axes,
-        tables.weights,
-        x.stride(0),
-        width,
-        programs_per_image,
-        EPS=eps,
-        WEIGHTED=tables.weighted,
-        NORM=weight is not None,
-        BIAS=bias is not None,
-        SAVE=save,
-        CELLS=config.columns,
-        UNROLL=config.unroll,
-        **_row_options(config, width),
-    )
-    return out, normalised, inverse_std
 
 
 @triton.jit(do_not_specialize=_PER_BATCH, do_not_specialize_on_alignment=_TABLES)
@@ -365,129 +302,6 @@ def norm_gradient_kernel(
         tl.store(partial_bias + program * width + channels, bias_sum, mask=in_row)
 
 
-def pool_norm_backward(
-    grad: torch.Tensor,
-    normalised: torch.Tensor,
-    inverse_std: torch.Tensor,
-    weight: torch.Tensor | None,
-    tables: PoolingTables,
-    *,
-    dtype: torch.dtype,
-    grad_weight: bool,
-    grad_bias: bool,
-    config: RowConfig,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Launch the backward kernel.
-
-    Args:
-        grad: [cells, C], any strides.
-        normalised, inverse_std: what forward saved; of no rows where ``weight`` is None.
-        weight: as in forward.
-        tables: as in forward.
-        dtype: of the gradient of x.
-        grad_weight, grad_bias: whether these are wanted.
-
-    Returns:
-        The gradients of x [patches, C] in ``dtype``, and of weight and bias, float32 [C]; None for
-        those that are not wanted.
-    """
-    grad, weight = neighbours(grad), _vector(weight)
-    width = grad.shape[1]
-    programs_per_image = _backward_programs(tables, config)
-    programs = tables.num_images * programs_per_image if width > 0 else 0
-    grad_x = grad.new_empty(tables.num_patches, width, dtype=dtype)
-    partial_weight, partial_bias = _partial_sums(grad, programs, grad_weight, grad_bias)
-    launch(
-        pool_norm_backward_kernel,
-        programs,
-        grad,
-        grad,
-        normalised,
-        inverse_std,
-        weight,
-        grad_x,
-        partial_weight,
-        partial_bias,
-        tables.images,
-        tables.axes,
-        tables.weights,
-        grad.stride(0),
-        width,
-        programs_per_image,
-        WEIGHTED=tables.weighted,
-        NORM=weight is not None,
-        GRAD_WEIGHT=grad_weight,
-        GRAD_BIAS=grad_bias,
-        ROWS=config.rows,
-        COLUMNS=config.columns,
-        **_row_options(config, width),
-    )
-    return grad_x, _added_up(partial_weight), _added_up(partial_bias)
-
-
-def mostly_idle(tables: PoolingTables, config: RowConfig) -> bool:
-    """Whether most places of backward's programs have no patch: one large grid among small ones.
-
-    A partial sum a program, idle ones too, is then more than :func:`norm_gradient` would need.
-    """
-    programs = tables.num_images * _backward_programs(tables, config)
-    return programs * config.rows * config.columns > 4 * tables.num_patches
-
-
-def _backward_programs(tables: PoolingTables, config: RowConfig) -> int:
-    """Programs for each image: as many as the image that needs most."""
-    return max(cdiv(h, config.rows) * cdiv(w, config.columns) for h, w in tables.in_grids)
-
-
-def norm_gradient(
-    grad: torch.Tensor,
-    normalised: torch.Tensor,
-    *,
-    grad_weight: bool,
-    grad_bias: bool,
-    config: RowConfig,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of weight and bias alone: x needs none (a frozen encoder), or is apart.
-
-    Reads each row of ``grad`` [cells, C], and of ``normalised`` if the weight's is wanted, once.
-    """
-    grad = neighbours(grad)
-    cells, width = grad.shape
-    programs = cdiv(cells, config.rows) if width > 0 else 0
-    partial_weight, partial_bias = _partial_sums(grad, programs, grad_weight, grad_bias)
-    launch(
-        norm_gradient_kernel,
-        programs,
-        grad,
-        grad,
-        normalised,
-        partial_weight,
-        partial_bias,
-        grad.stride(0),
-        cells,
-        width,
-        GRAD_WEIGHT=grad_weight,
-        GRAD_BIAS=grad_bias,
-        ROWS=config.rows,
-        **_row_options(config, width),
-    )
-    return _added_up(partial_weight), _added_up(partial_bias)
-
-
-def _partial_sums(
-    grad: torch.Tensor, programs: int, grad_weight: bool, grad_bias: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    shape = programs, grad.shape[1]
-    return (
-        grad.new_empty(shape, dtype=torch.float32) if grad_weight else None,
-        grad.new_empty(shape, dtype=torch.float32) if grad_bias else None,
-    )
-
-
-def _added_up(partial: torch.Tensor | None) -> torch.Tensor | None:
-    return None if partial is None else partial.sum(0)
-
-
 @triton.jit(do_not_specialize=["rows"])
 def scale_shift_kernel(
     normalised,
@@ -513,52 +327,3 @@ def scale_shift_kernel(
         if BIAS:
             result += shift
         tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)
-
-
-def scale_shift(
-    normalised: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    *,
-    config: RowConfig,
-) -> torch.Tensor:
-    """normalised * weight + bias, [cells, C]: LayerNorm's result again, from what it saved.
-
-    Memory-bound: reads and writes each row once.
-    """
-    weight, bias = neighbours(weight), _vector(bias)
-    rows, width = normalised.shape
-    out = torch.empty_like(normalised)
-    launch(
-        scale_shift_kernel,
-        cdiv(rows, config.rows) if width > 0 else 0,
-        normalised,
-        normalised,
-        weight,
-        bias,
-        out,
-        rows,
-        width,
-        BIAS=bias is not None,
-        ROWS=config.rows,
-        **_row_options(config, width),
-    )
-    return out
-
-
-def _vector(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    return None if parameter is None else neighbours(parameter)
-
-
-def _row_options(config: RowConfig, width: int) -> dict[str, int]:
-    """A row of ``width`` in registers, as many warps to it as the config's to a row of 2048.
-
-    Never so many that their registers are more than a multiprocessor has. Widths that are no
-    multiple of 16 are read element by element, with an address each: they get all registers.
-    """
-    block = next_power_of_2(width)
-    warps = max(1, config.num_warps * block // 2048)
-    most = 65536 // (32 * config.max_registers)
-    warps = min(warps, 1 << (most.bit_length() - 1))
-    registers = config.max_registers if width % 16 == 0 else min(255, 65536 // (32 * warps))
-    return {"BLOCK_C": block, "num_warps": warps, "maxnreg": registers}
