@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-pytestmark = pytest.mark.slow
+from tests.kernels.common import ON_TRITON
+
+pytestmark = [ON_TRITON, pytest.mark.slow]
 
 
 def _compare_with_one_process(rank: int, rendezvous: str) -> None:

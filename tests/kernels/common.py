@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+# Of every file of kernel tests.
+ON_TRITON = pytest.mark.usefixtures("device", "kernel_environment")
 MODES = ("adaptive", "resize")
 SAVES = ("preactivation", "input")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels.triton_kernels.common import (
+from tests.kernels.common import (
     GATED,
     MODES,
+    ON_TRITON,
     PARAMETERS,
     SAVES,
     assert_as_close_as_eager,
@@ -36,7 +37,7 @@ from tokenflex_kernels.launch_configs import (
 )
 from tokenflex_kernels.pool_norm.tables import CACHED_TABLES, pooling_tables
 
-pytestmark = pytest.mark.gpu
+pytestmark = [ON_TRITON, pytest.mark.gpu]
 
 WIDTH, HIDDEN, TEXT = 1152, 3456, 2048
 # Two thousand tokens and more: the configs of a training batch, not those of one image.
@@ -174,7 +175,7 @@ class TestRepeatability:
         code = """
 import torch
 from tokenflex_kernels import project_tokens
-from tests.kernels.triton_kernels.common import parameters_of
+from tests.kernels.common import parameters_of
 torch.use_deterministic_algorithms(True)
 p = parameters_of(96, 160, 64, torch.bfloat16, "cuda")
 leaves = [torch.randn(2 * 81, 96, device="cuda").bfloat16(), *p.values()]
@@ -186,7 +187,7 @@ for save in ("preactivation", "input"):
     torch.autograd.grad(out.float().square().sum(), leaves)
 torch.cuda.synchronize()
 """
-        path = os.pathsep.join([str(Path(__file__).parents[3]), *(p for p in sys.path if p)])
+        path = os.pathsep.join([str(Path(__file__).parents[2]), *(p for p in sys.path if p)])
         result = subprocess.run(
             [sys.executable, "-c", code],
             env={**os.environ, "PYTHONPATH": path, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"},

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tests.kernels.triton_kernels.common import (
+from tests.kernels.common import (
     DTYPES,
     FEW_IN_GRIDS,
     FEW_OUT_GRIDS,
     IN_GRIDS,
     MODES,
+    ON_TRITON,
     OUT_GRIDS,
     SPREADS,
     assert_as_close_as_eager,
@@ -28,6 +29,8 @@ from tests.kernels.triton_kernels.common import (
 )
 from tokenflex_kernels import pool_norm
 from tokenflex_kernels.launch_configs import INTERPRETER, launch_config
+
+pytestmark = ON_TRITON
 
 SUBSETS = [flags for flags in product([False, True], repeat=3) if any(flags)]
 

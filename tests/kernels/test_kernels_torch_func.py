@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.func import grad, hessian, jacrev, jvp, vjp, vmap
 
-from tests.kernels.triton_kernels.common import GATED, PARAMETERS, gated_of, parameters_of
+from tests.kernels.common import GATED, ON_TRITON, PARAMETERS, gated_of, parameters_of
 from tokenflex_kernels import pool_norm, project_tokens, swiglu
+
+pytestmark = ON_TRITON
 
 WIDTH, HIDDEN, TEXT = 6, 10, 4
 GRIDS = [(3, 2), (1, 2)], [(2, 2), (1, 3)]

@@ -10,8 +10,9 @@ import torch._dynamo.testing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.kernels.triton_kernels.common import (
+from tests.kernels.common import (
     GATED,
+    ON_TRITON,
     PARAMETERS,
     SAVES,
     gated_of,
@@ -21,6 +22,8 @@ from tests.kernels.triton_kernels.common import (
 from tokenflex_kernels import plan_pooling, pool_norm, project_tokens, swiglu
 from tokenflex_kernels.backend import select_backend
 from tokenflex_kernels.pool_norm.op import MAX_WIDTH
+
+pytestmark = ON_TRITON
 
 OPS = torch.ops.tokenflex
 WIDTH, HIDDEN, TEXT = 6, 10, 4

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tests.kernels.triton_kernels.common import (
+from tests.kernels.common import (
     DTYPES,
     FEW_IN_GRIDS,
     FEW_OUT_GRIDS,
     IN_GRIDS,
     MODES,
+    ON_TRITON,
     OUT_GRIDS,
     PARAMETERS,
     SAVES,
@@ -34,6 +35,8 @@ from tests.kernels.triton_kernels.common import (
 )
 from tokenflex_kernels import plan_pooling, project_tokens
 from tokenflex_kernels.launch_configs import INTERPRETER, launch_config
+
+pytestmark = ON_TRITON
 
 NAMES = ("x", *PARAMETERS)
 BIASES = tuple(name for name in PARAMETERS if name.endswith("bias"))
@@ -249,7 +252,7 @@ class TestLayouts:
 GUARDED = """
 import ctypes, mmap
 import torch
-from tests.kernels.triton_kernels.common import *
+from tests.kernels.common import *
 from tokenflex_kernels import project_tokens, swiglu
 
 regions = []

@@ -1,8 +1,8 @@
-"""Where these tests run: compiled kernels on a GPU, or Triton's interpreter on the CPU.
+"""Fixtures of the tests of Triton kernels, which are in files named ``test_kernels*.py``.
 
-``TRITON_INTERPRET=1 python -m pytest tests/kernels/triton_kernels`` runs them without a GPU; Triton
-reads the variable as it is imported, so it cannot be set in here. ``pytest -m gpu`` runs the same
-tests, and those that need real sizes, on a machine that has one.
+``TRITON_INTERPRET=1 python -m pytest`` with those files runs them without a GPU, in Triton's
+interpreter; Triton reads the variable as it is imported, so it cannot be set in here.
+``pytest -m gpu`` runs the same tests, and those that need real sizes, on a machine that has a GPU.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ else:
     DEVICES = [pytest.param("cpu", id="interpreter", marks=pytest.mark.skip(reason=reason))]
 
 
-@pytest.fixture(params=DEVICES, autouse=True)
+@pytest.fixture(params=DEVICES)
 def device(request) -> str:
-    """Where the tensors of a test go: every test here takes it, be it only for the marks."""
+    """The device of a test's tensors; it also marks or skips the test."""
     return request.param
 
 
-@pytest.fixture(autouse=True)
-def _seed_and_environment(monkeypatch):
+@pytest.fixture
+def kernel_environment(monkeypatch):
+    """A seed, and the variables that let the ops take the kernels."""
     torch.manual_seed(0)
     monkeypatch.delenv("TOKENFLEX_BACKEND", raising=False)
     if INTERPRETED:

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tests.kernels.triton_kernels.common import (
+from tests.kernels.common import (
     DTYPES,
     GATED,
+    ON_TRITON,
     SPREADS,
     assert_as_close_as_eager,
     check,
@@ -27,6 +28,8 @@ from tests.kernels.triton_kernels.common import (
 from tokenflex_kernels import swiglu
 from tokenflex_kernels.launch import can_describe
 from tokenflex_kernels.launch_configs import INTERPRETER, launch_config
+
+pytestmark = ON_TRITON
 
 NAMES = ("x", *GATED)
 FUSED = launch_config("gate_up", 1, torch.float32, INTERPRETER)  # tiles of 32 x 32 x 32
