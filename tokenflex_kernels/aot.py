@@ -149,8 +149,8 @@ def set_target(architecture: str) -> None:
 
 def compile_all(architecture: str, candidates: bool = False) -> list[Compiled]:
     """Every kernel, variant, dtype and shipped config (or candidate) for one architecture."""
+    from tokenflex_kernels import launch
     from tokenflex_kernels.stage_calls import ODD, RAGGED, REFERENCE, stage_calls
-    from tokenflex_kernels.triton_kernels import launch
     from tokenflex_kernels.tune import candidate_configs
 
     set_target(architecture)

@@ -13,6 +13,8 @@ The first bucket whose ``up_to`` is at least the rows of a call answers it.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,6 +97,31 @@ def architecture(device: torch.device) -> str:
 def _cuda_architecture(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{10 * major + minor}"
+
+
+_overrides: dict[str, Config | None] = {}
+
+
+@contextmanager
+def overriding(**configs: Config | None) -> Iterator[None]:
+    """Use these configs of stages instead of the table's: for tuning, compiling and tests."""
+    before = dict(_overrides)
+    _overrides.update(configs)
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
+
+
+def config_for(stage: str, like: torch.Tensor, rows: int) -> Any:
+    """Return the config of ``stage`` for a call on ``rows`` rows, of dtype and device of ``like``.
+
+    A ``RowConfig`` or ``TileConfig``, see ``STAGES``; None stands for PyTorch's matrix product.
+    """
+    if stage in _overrides:
+        return _overrides[stage]
+    return launch_config(stage, rows, like.dtype, architecture(like.device))
 
 
 def launch_config(stage: str, rows: int, dtype: torch.dtype, architecture: str) -> Config | None:
