@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.utils.benchmark
-from tokenflex_kernels import balance_bins
 
 from benchmarks.harness import SEED
 from benchmarks.machine import ROOT
@@ -38,6 +37,7 @@ from benchmarks.results import NewRow, Row, publish
 from benchmarks.tables import table
 from tokenflex.counts import TokenCounts
 from tokenflex.training.flops import Flops, training_flops
+from tokenflex_kernels import balance_bins
 
 NO_BOUND = 2**30
 TARGET = 0.95  # of the arithmetic saving, packed by cost

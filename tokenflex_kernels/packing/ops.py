@@ -228,7 +228,7 @@ class _PackEmbeddings(torch.autograd.Function):
         ctx.num_rows, ctx.num_vision = embedding.shape[0], vision.shape[0]
         ctx.sparse_ids, ctx.shown_once = sparse_ids, shown_once
         with below_autograd():
-            return pack_embeddings(embedding, vision, source, vision_rows)
+            return pack_embeddings(embedding, vision, source, vision_rows, None, shown_once)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
