@@ -47,7 +47,7 @@ PROJECTOR = {
 PACKING = {
     "pack_embeddings": (
         "(Tensor embedding, Tensor vision, Tensor source, Tensor vision_rows,"
-        " SymInt? sparse_ids=None) -> Tensor"
+        " SymInt? sparse_ids=None, bool shown_once=True) -> Tensor"
     ),
     "merge_vision": (
         "(Tensor inputs_embeds, Tensor vision, Tensor vision_rows) -> (Tensor, Tensor)"
