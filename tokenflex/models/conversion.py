@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from tokenflex.files import excerpt, read_json, settle_folder, sync_folder
 from tokenflex.models.configuration import TokenFlexConfig
-from tokenflex.models.decoding import never_generate
+from tokenflex.models.generation import never_generate
 from tokenflex.models.loading import read_config
 from tokenflex.models.processing import TokenFlexProcessor
 from tokenflex.models.ristretto import (

@@ -22,7 +22,7 @@ from transformers.image_utils import PILImageResampling
 
 from tokenflex.files import excerpt, read_json
 from tokenflex.models.configuration import TokenFlexConfig
-from tokenflex.models.decoding import never_generate
+from tokenflex.models.generation import never_generate
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.processing import TokenFlexProcessor
 from tokenflex.models.weights import check_fit, tensors, weight_files, widest_dtype
