@@ -100,13 +100,8 @@ def parse_count(text: str | int, *, name: str = "a count") -> TokenCount:
 
 
 def tokens_of(count: TokenCount) -> int:
-    """How many tokens ``count`` stands for: a perfect square itself, h * w of a grid.
-
-    Raises:
-        TypeError, ValueError: as :func:`token_grid`.
-    """
-    height, width = token_grid(count)
-    return height * width
+    """Return how many tokens a valid ``count`` stands for: itself, or h * w of a grid."""
+    return count if isinstance(count, int) else count[0] * count[1]
 
 
 def is_one_count(counts: object) -> bool:

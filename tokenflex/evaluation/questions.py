@@ -12,7 +12,7 @@ from tokenflex.counts import Grid
 from tokenflex.data.encoding import IGNORE, ConversationEncoder
 from tokenflex.data.faults import NO_SAMPLE_TO_BLAME, BrokenSample, leaving_out
 from tokenflex.data.samples import Conversation, Sample, SampleDataset
-from tokenflex.data.sharing import EncodedConversation
+from tokenflex.data.sequences import TokenSequence
 from tokenflex.models.vision import EncodedImages
 
 
@@ -58,9 +58,7 @@ class PreparedSample:
             raise ValueError(f"sample {self.id}: {error}") from error
         return torch.tensor(ids, dtype=torch.int64)
 
-    def encoded(
-        self, encode: ConversationEncoder, conversation: Conversation
-    ) -> EncodedConversation:
+    def encoded(self, encode: ConversationEncoder, conversation: Conversation) -> TokenSequence:
         """The conversation with its answers, as training reads it.
 
         Raises:
@@ -72,7 +70,7 @@ class PreparedSample:
             raise ValueError(f"sample {self.id}: {error}") from error
         if not (labels[1:] != IGNORE).any():  # what nothing precedes is not predicted
             raise ValueError(f"sample {self.id}: a conversation holds no answer to grade")
-        return ids, labels, len(self.tiles)
+        return TokenSequence(ids, labels, slice(0, len(self.tiles)))
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ class ReadBatch:
         return PreparedBatch(data["pixel_values"], data.get("grids"), prepared, broken)
 
 
-def text_before_answers(encoded: EncodedConversation, image_token_id: int) -> torch.Tensor:
+def text_before_answers(encoded: TokenSequence, image_token_id: int) -> torch.Tensor:
     """int64 [length]: a conversation up to its first answer, with a placeholder for every image.
 
     This is what there is when its images' counts are chosen. Placeholders of images in later turns
@@ -150,8 +148,8 @@ def text_before_answers(encoded: EncodedConversation, image_token_id: int) -> to
         encoded: see :meth:`PreparedSample.encoded`.
         image_token_id: the placeholder.
     """
-    ids, labels, _ = encoded
-    first = int((labels != IGNORE).nonzero()[0])
+    ids = encoded.ids
+    first = int((encoded.labels != IGNORE).nonzero()[0])
     later = ids[first:]
     return torch.cat([ids[:first], later[later == image_token_id]])
 
@@ -173,7 +171,7 @@ class Question:
     sample: PreparedSample
     conversation: Conversation
     prompt_ids: torch.Tensor | None = None
-    encoded: EncodedConversation | None = None
+    encoded: TokenSequence | None = None
     grids: tuple[Grid, ...] = ()
 
     @property

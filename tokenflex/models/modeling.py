@@ -15,6 +15,7 @@ import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -265,7 +266,6 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         encoded_images: EncodedImages | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         plan: PackPlan | None = None,
-        vision_index: torch.Tensor | None = None,
         shared_prefixes: SharedPrefixes | None = None,
         **kwargs: Any,
     ) -> TokenFlexModelOutput:
@@ -288,7 +288,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             for name, value in others.items():
                 if value is not None:
                     raise ValueError(f"plan holds the whole batch: give no {name} with it")
-            return self._forward_packed(plan, images, vision_index, shared_prefixes, **kwargs)
+            return self._forward_packed(plan, images, shared_prefixes, **kwargs)
         if shared_prefixes is not None:
             raise ValueError("shared_prefixes are those of a plan: give the plan with them")
 
@@ -343,7 +343,6 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         self,
         plan: PackPlan,
         images: ImageTokens | None,
-        vision_index: torch.Tensor | None,
         shared_prefixes: SharedPrefixes | None,
         **kwargs: Any,
     ) -> TokenFlexModelOutput:
@@ -355,17 +354,13 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         if images is None:
             vision = table.new_zeros(0, table.shape[1])
         else:
+            _check_counts(plan, images.counts)
             vision = images.tokens.to(table.device, table.dtype)
-        if vision_index is not None:
-            vision = vision.index_select(0, vision_index)
-        elif images is not None and tuple(images.counts) != plan.token_counts:
-            raise ValueError(
-                "num_image_tokens must be the counts that the plan was made for, "
-                f"{plan.token_counts}, got {tuple(images.counts)}"
-            )
         if type(embedding) is nn.Embedding and type(table) in (torch.Tensor, nn.Parameter):
             packed = pack_embeddings(table, vision, plan)
         else:  # scaled, adapted or sharded: more than its table
+            if plan.image_index is not None:
+                vision = vision.index_select(0, plan.vision_tokens())
             packed = merge_vision(embedding(plan.input_ids), vision, plan.vision_rows)
         boundaries: dict[str, Any] = {
             "cu_seq_lens_q": plan.cu_seqlens,
@@ -390,9 +385,12 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
                     f"{PACKED_ATTENTION!r} or flash: {implementation!r} knows samples by their "
                     "positions"
                 )
-            shown = images.image_of_each(plan.vision_rows.device)
-            shown = shown if vision_index is None else shown[vision_index]
-            position_ids = shared_image_positions(position_ids, plan.vision_rows, shown)
+            rows = plan.vision_rows
+            shown = images.image_of_each(rows.device)
+            if plan.image_index is not None:
+                rows, order = rows.sort()
+                shown = shown[plan.vision_tokens()[order]]
+            position_ids = shared_image_positions(position_ids, rows, shown)
         outputs = self.language_model(
             inputs_embeds=packed[None],
             position_ids=position_ids[None],
@@ -514,7 +512,6 @@ class TokenFlexForConditionalGeneration(
         encoded_images: EncodedImages | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         plan: PackPlan | None = None,
-        vision_index: torch.Tensor | None = None,
         shared_prefixes: SharedPrefixes | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         targets: torch.Tensor | None = None,
@@ -543,10 +540,9 @@ class TokenFlexForConditionalGeneration(
             encoded_images: :meth:`encode_images` of the tiles in place of ``pixel_values``: images
                 encoded once serve any number of calls, each at its own counts.
             mm_encoder_outputs: ``{"image": get_image_features(...)}``, the same at one count.
-            plan: a packed batch in place of ``input_ids``; sequences do not see each other.
-            vision_index: int64 [vision rows of the plan], with ``plan``: which row of the
-                projected vision tokens stands at each vision row; row v at vision row v if None.
-                It lets several sequences show one image that is encoded once.
+            plan: a packed batch in place of ``input_ids``; sequences do not see each other. Its
+                ``image_index`` lets several of them show one image that is encoded once, and each
+                of its images may then be several tiles.
             shared_prefixes: with ``plan``, which of its sequences go on from another, see
                 :func:`tokenflex.models.prefixes.share_prefixes`; for models that
                 :attr:`takes_shared_prefixes`.
@@ -555,8 +551,8 @@ class TokenFlexForConditionalGeneration(
                 place of ``labels``; see :func:`tokenflex.models.loss.head_cross_entropy`.
             target_weights: [N], how much each of the ``targets`` counts.
             teacher: with ``targets``, the same samples at other counts: ``num_image_tokens``,
-                ``plan``, ``vision_index``, ``shared_prefixes`` and ``logits_to_keep`` of a second
-                pass, without gradients, over images that are encoded once for both.
+                ``plan``, ``shared_prefixes`` and ``logits_to_keep`` of a second pass, without
+                gradients, over images that are encoded once for both.
             distillation: what KL(p_teacher || p_student) at the targets counts in the loss; see
                 :func:`tokenflex.models.loss.head_distillation`.
 
@@ -588,7 +584,6 @@ class TokenFlexForConditionalGeneration(
             encoded_images=encoded_images,
             mm_encoder_outputs=mm_encoder_outputs,
             plan=plan,
-            vision_index=vision_index,
             shared_prefixes=shared_prefixes,
             return_dict=True,
             **kwargs,
@@ -669,6 +664,18 @@ def use_packed_attention(language_model: PreTrainedModel) -> None:
     """Replace "sdpa" by the same attention that also takes packed rows; keep other choices."""
     if language_model.config._attn_implementation == "sdpa":
         language_model.set_attn_implementation(PACKED_ATTENTION)
+
+
+def _check_counts(plan: PackPlan, counts: Sequence[int]) -> None:
+    """Refuse vision tokens of other images than the plan's, each of which may be several tiles."""
+    fits = tuple(counts) == plan.token_counts
+    if not fits and plan.image_index is not None and sum(counts) == plan.num_vision_tokens:
+        fits = {0, *accumulate(counts)}.issuperset(accumulate(plan.token_counts))
+    if not fits:
+        raise ValueError(
+            "num_image_tokens must be the counts that the plan was made for, "
+            f"{plan.token_counts}, got {tuple(counts)}"
+        )
 
 
 def _check_shared_prefixes(shared: SharedPrefixes, plan: PackPlan, implementation: str) -> None:
