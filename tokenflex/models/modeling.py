@@ -44,16 +44,14 @@ from tokenflex.models.attention import PACKED_ATTENTION
 from tokenflex.models.auto_counts import refuse_auto
 from tokenflex.models.auto_map import InstalledClass
 from tokenflex.models.configuration import TokenFlexConfig
-from tokenflex.models.decoding import TokenFlexGeneration
-from tokenflex.models.generation import RepeatsImages, takes_cache
+from tokenflex.models.generation import TokenFlexGeneration, takes_cache
 from tokenflex.models.head import build_head, transform_logits
 from tokenflex.models.loss import head_cross_entropy, head_distillation
 from tokenflex.models.placeholders import (
     ImageTokens,
+    check_device,
     check_placeholder,
-    embedded_placeholders,
-    merge_images,
-    placeholder_rows,
+    merge_prompt,
 )
 from tokenflex.models.prefixes import SharedPrefixes
 from tokenflex.models.vision import EncodedImages, encode
@@ -237,7 +235,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
     def _encode(
         self, pixel_values: torch.Tensor, grids: Grid | Sequence[Grid] | None, **options: Any
     ) -> tuple[EncodedImages, Any]:
-        _check_device("pixel_values", pixel_values, self.vision_model)
+        check_device("pixel_values", pixel_values, self.vision_model)
         if pixel_values.is_floating_point():
             pixel_values = pixel_values.to(self.dtype)
         return encode(self.vision_model, self.config.vision_config, pixel_values, grids, **options)
@@ -294,26 +292,14 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         if shared_prefixes is not None:
             raise ValueError("shared_prefixes are those of a plan: give the plan with them")
 
-        first_call = past_key_values is None or not past_key_values.get_seq_length()
-        inputs_embeds, is_placeholder, name = self.embed(
-            input_ids, inputs_embeds, attention_mask, images is not None or first_call
+        inputs_embeds, attention_mask, position_ids = self.merge_prompt(
+            images,
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            seen=0 if past_key_values is None else past_key_values.get_seq_length(),
         )
-        batch, length = inputs_embeds.shape[:2]
-        if images is not None:
-            inputs_embeds, rows = merge_images(inputs_embeds, is_placeholder, images, name)
-            if self.config.image_positions == "shared":
-                seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-                if position_ids is None:
-                    position_ids = torch.arange(seen, seen + length, device=rows.device)
-                if attention_mask is None:  # or transformers takes equal positions for new samples
-                    attention_mask = rows.new_ones(batch, seen + length)
-                position_ids = shared_image_positions(
-                    position_ids.expand(batch, length).flatten(),
-                    rows,
-                    images.image_of_each(rows.device),
-                ).view(batch, length)
-        elif first_call:
-            placeholder_rows(is_placeholder, [], name)  # there must be none
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -349,28 +335,9 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             raise ValueError("encoded_images hold their grids: give no grids with them")
         return self._project(encoded_images, num_image_tokens)
 
-    def embed(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        find_placeholders: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, str]:
-        """Return embeddings [B, L, D], where they are placeholders, and the name of the input."""
-        embedding = self.get_input_embeddings()
-        if inputs_embeds is not None and input_ids is None:
-            is_placeholder = torch.empty(0, dtype=torch.bool)
-            if find_placeholders:
-                is_placeholder = embedded_placeholders(
-                    inputs_embeds, embedding, self.config.image_token_id, attention_mask
-                )
-            return inputs_embeds, is_placeholder, "inputs_embeds"
-        if inputs_embeds is not None or input_ids is None:
-            raise ValueError("give exactly one of input_ids, inputs_embeds and plan")
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
-        _check_device("input_ids", input_ids, embedding)
-        return embedding(input_ids), input_ids == self.config.image_token_id, "input_ids"
+    def merge_prompt(self, images: ImageTokens | None, **prompt: Any) -> Any:
+        """Embed a padded batch with its images, see :func:`~placeholders.merge_prompt`."""
+        return merge_prompt(self.get_input_embeddings(), self.config, images, **prompt)
 
     def _forward_packed(
         self,
@@ -449,8 +416,8 @@ class TokenFlexOutput(CausalLMOutputWithPast):
 
 
 # transformers looks for its own mixin among the direct bases.
-class TokenFlexForConditionalGeneration(  # type: ignore[misc]
-    TokenFlexPreTrainedModel, TokenFlexGeneration, RepeatsImages, GenerationMixin
+class TokenFlexForConditionalGeneration(
+    TokenFlexPreTrainedModel, TokenFlexGeneration, GenerationMixin
 ):
     """A vision-language model whose vision-token count is an argument of the call."""
 
@@ -753,15 +720,6 @@ def _model_output(outputs: Any, images: ImageTokens | None) -> TokenFlexModelOut
         attentions=outputs.attentions,
         image_hidden_states=None if images is None else images.tokens,
     )
-
-
-def _check_device(name: str, tensor: torch.Tensor, module: nn.Module) -> None:
-    """Refuse an input on another device than the weights it meets first."""
-    if hasattr(module, "_hf_hook"):
-        return  # accelerate moves inputs, and may keep the weights elsewhere
-    device = next(module.parameters()).device
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on the model's device, {device}, got {tensor.device}")
 
 
 def _in_words(grids: list[Grid]) -> str:
