@@ -177,7 +177,7 @@ class PackingCollator:
         sample, count = drawn.sample, drawn.count
         if count is None:
             count = self.counts.draw(drawn.index, drawn.epoch)
-        tiles = self.processor.image_tokens(sample.image_sizes, 1)
+        tiles = self.processor.image_tokens(list(sample.image_sizes), 1)
         longest = tokens_of(count if self.teacher_count is None else self.teacher_count)
         try:
             sequences = [

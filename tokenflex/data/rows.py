@@ -37,10 +37,10 @@ class PackedRow:
     targets: torch.Tensor
     targets_per_conversation: list[int] = field(default_factory=list)
 
-    def to(self: RowT, device: torch.device | str) -> RowT:
+    def to(self: RowT, device: torch.device | str, non_blocking: bool = True) -> RowT:
         """Return the row with its tensors on ``device``."""
         moved = {
-            entry.name: value.to(device, non_blocking=True)
+            entry.name: value.to(device, non_blocking=non_blocking)
             for entry in fields(self)
             if hasattr(value := getattr(self, entry.name), "to")
         }

@@ -45,16 +45,16 @@ class Sample:
     conversations: tuple[Conversation, ...]
 
     @property
-    def image_sizes(self) -> list[tuple[int, int]]:
+    def image_sizes(self) -> tuple[tuple[int, int], ...]:
         """(height, width) of each image in pixels."""
-        return [
+        return tuple(
             image if isinstance(image, tuple) else (image.height, image.width)
             for image in self.images
-        ]
+        )
 
     def outline(self) -> Sample:
         """Return the sample with the sizes of its images in their place."""
-        return Sample(self.id, tuple(self.image_sizes), self.conversations)
+        return Sample(self.id, self.image_sizes, self.conversations)
 
 
 class SampleDataset(Protocol):
