@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import accumulate
 from math import ceil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,14 @@ def pool_image(image, out_grid, mode):
     if multiple != tuple(image.shape[2:]):
         image = F.interpolate(image, size=multiple, mode="bilinear", align_corners=True)
     return F.avg_pool2d(image, windows)
+
+
+def dense_map(axis, size):
+    """The weights of an axis map [cells, size], zeros and all, before division."""
+    matrix = np.zeros((len(axis.first), size))
+    for row, first, count, start in zip(matrix, axis.first, axis.counts, axis.starts, strict=True):
+        row[first : first + count] = axis.values[start : start + count]
+    return matrix
 
 
 def windows_of(in_grid, out_grid, mode):

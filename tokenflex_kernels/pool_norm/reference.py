@@ -1,7 +1,7 @@
 """Pooling and LayerNorm in plain PyTorch.
 
-A cell is made of the patches of its window and of no others, forward and backward: a product with
-a matrix that has zeros outside the windows would spread one NaN or infinity over the whole image.
+Only the patches of its window are added up for a cell, forward and backward: a product with a
+matrix that has zeros outside the windows would spread one NaN or infinity over the whole image.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from tokenflex_kernels.checks import autocast_enabled
 from tokenflex_kernels.library import (
+    Op,
     batch,
     below_autograd,
     define,
@@ -61,12 +62,9 @@ def _pool(x: torch.Tensor, runs: tuple[Run, ...], mode: str) -> torch.Tensor:
 
     pooled = list(patches)
     for (in_h, in_w, out_h, out_w), members in alike.items():
-        rows = (
-            torch.cat([patches[index] for index in members])
-            if len(members) > 1
-            else (patches[members[0]])
-        )
-        cells = _pool_alike(rows, (in_h, in_w), (out_h, out_w), mode)
+        rows = [patches[index] for index in members]
+        rows_alike = torch.cat(rows) if len(rows) > 1 else rows[0]
+        cells = _pool_alike(rows_alike, (in_h, in_w), (out_h, out_w), mode)
         sizes = [runs[index][0] * out_h * out_w for index in members]
         for index, part in zip(members, cells.split(sizes), strict=True):
             pooled[index] = part
@@ -76,7 +74,7 @@ def _pool(x: torch.Tensor, runs: tuple[Run, ...], mode: str) -> torch.Tensor:
 def _pool_alike(
     x: torch.Tensor, in_grid: tuple[int, int], out_grid: tuple[int, int], mode: str
 ) -> torch.Tensor:
-    """P_h X P_w^T for images of one grid: [images * H * W, C] -> [images * h * w, C]."""
+    """Return P_h X P_w^T for images of one grid: [images * H * W, C] -> [images * h * w, C]."""
     (in_h, in_w), (out_h, out_w), width = in_grid, out_grid, x.shape[1]
     is_average = mode == "adaptive" or (in_h % out_h == 0 and in_w % out_w == 0)
     # Other devices take some grids only, or have no deterministic gradient. Of a single cell, the
@@ -88,106 +86,81 @@ def _pool_alike(
     return pool_axis(bands.reshape(-1, in_w, width), out_w, mode).reshape(-1, width)
 
 
-# ---- one axis of any map, as an op: a compiler need not know its tables
+# ---- One axis of any map, as an op: a compiler need not know its tables.
+
+# Weighted sums of rows: the rows and their weights, and the index of the first of each sum.
+Bags = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-class _Bags(NamedTuple):
-    """Weighted sums of rows: of those before the second start, then before the third, and so on."""
-
-    rows: np.ndarray
-    weights: np.ndarray
-    starts: np.ndarray
-
-
-def _bags_of_cells(size: int, cells: int, mode: str) -> _Bags:
-    """Return the patches of each cell."""
+def _bags(size: int, cells: int, mode: str, transposed: bool) -> Bags:
+    """Return the patches of each cell, or transposed, the cells that each patch is part of."""
     axis = axis_map(size, cells, mode)
-    _, patches = axis.entries()
-    return _Bags(patches, axis.averages(), np.cumsum(axis.counts) - axis.counts)
-
-
-def _bags_of_patches(size: int, cells: int, mode: str) -> _Bags:
-    """Return the cells that each patch is part of: the transpose."""
-    axis = axis_map(size, cells, mode)
-    numbers, patches = axis.entries()
+    cell_numbers, patches = axis.entries()
+    if not transposed:
+        return patches, axis.averages(), axis.starts
     order = np.argsort(patches, kind="stable")
     starts = np.searchsorted(patches[order], np.arange(size))
-    return _Bags(numbers[order], axis.averages()[order], starts)
+    return cell_numbers[order], axis.averages()[order], starts
 
 
-_bags_of_cells_of_small = lru_cache(CACHED_MAPS)(_bags_of_cells)
-_bags_of_patches_of_small = lru_cache(CACHED_MAPS)(_bags_of_patches)
+_cached_bags = lru_cache(2 * CACHED_MAPS)(_bags)
 
 
 def _pool_axis(x: torch.Tensor, cells: int, mode: str) -> torch.Tensor:
-    is_small = max(x.shape[1], cells) <= LARGE_AXIS
-    make = _bags_of_cells_of_small if is_small else _bags_of_cells
-    return _weighted_sums(x, make(x.shape[1], cells, mode))
+    return _weighted_sums(x, x.shape[1], cells, mode, False)
 
 
 def _spread_axis(grad: torch.Tensor, size: int, mode: str) -> torch.Tensor:
-    is_small = max(size, grad.shape[1]) <= LARGE_AXIS
-    make = _bags_of_patches_of_small if is_small else _bags_of_patches
-    return _weighted_sums(grad, make(size, grad.shape[1], mode))
+    return _weighted_sums(grad, size, grad.shape[1], mode, True)
 
 
-def _weighted_sums(x: torch.Tensor, bags: _Bags) -> torch.Tensor:
-    """The sums for each x[i], [images, size, D] -> [images, bags, D]."""
-    images, size, width = x.shape
+def _weighted_sums(x: torch.Tensor, size: int, cells: int, mode: str, spread: bool) -> torch.Tensor:
+    """Return [images, cells, D] of [images, size, D], or with ``spread`` the other way round."""
+    make = _cached_bags if max(size, cells) <= LARGE_AXIS else _bags
+    bags = make(size, cells, mode, spread)
+    images, num_rows, width = x.shape
     if x.numel() == 0:
-        return x.new_zeros(images, len(bags.starts), width)
+        return x.new_zeros(images, len(bags[2]), width)
     rows, weights, starts = (torch.from_numpy(array).to(x.device) for array in bags)
     weights = weights.to(x.dtype)
     if images > 1:
         image = torch.arange(images, device=x.device)[:, None]
-        rows = (rows + image * size).flatten()
+        rows = (rows + image * num_rows).flatten()
         starts = (starts + image * len(weights)).flatten()
         weights = weights.expand(images, -1).flatten()
     sums, *_ = torch.embedding_bag(
         x.reshape(-1, width), rows, starts, mode=0, per_sample_weights=weights
     )
-    return sums.view(images, len(bags.starts), width)
+    return sums.view(images, len(bags[2]), width)
 
 
-pool_axis = define(
-    "pool_axis(Tensor x, SymInt cells, str mode)",
-    lambda x, cells, mode: x.new_empty(x.shape[0], cells, x.shape[2]),
-    _pool_axis,
-    keys=["CompositeExplicitAutograd"],
-)
-spread_axis = define(
-    "spread_axis(Tensor grad, SymInt size, str mode)",
-    lambda grad, size, mode: grad.new_empty(grad.shape[0], size, grad.shape[2]),
-    _spread_axis,
-    keys=["CompositeExplicitAutograd"],
-)
+def _shape(x: torch.Tensor, length: int, mode: str) -> torch.Tensor:
+    return x.new_empty(x.shape[0], length, x.shape[2])
 
 
-class _PoolAxis(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cells: int, mode: str) -> torch.Tensor:
-        ctx.size, ctx.mode = x.shape[1], mode
-        with below_autograd():
-            return pool_axis(x, cells, mode)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return spread_axis(grad, ctx.size, ctx.mode), None, None
+_HOST_AND_DEVICE = ["CompositeExplicitAutograd"]
+pool_axis = define("pool_axis", _shape, _pool_axis, keys=_HOST_AND_DEVICE)
+spread_axis = define("spread_axis", _shape, _spread_axis, keys=_HOST_AND_DEVICE)
 
 
-class _SpreadAxis(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, grad: torch.Tensor, size: int, mode: str) -> torch.Tensor:
-        ctx.cells, ctx.mode = grad.shape[1], mode
-        with below_autograd():
-            return spread_axis(grad, size, mode)
+def _transposes(op: Op, transpose: Op) -> type[torch.autograd.Function]:
+    """Return the Function of ``op``, whose derivative is the other op."""
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return pool_axis(grad, ctx.cells, ctx.mode), None, None
+    class Axis(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, length: int, mode: str) -> torch.Tensor:
+            ctx.length, ctx.mode = x.shape[1], mode
+            with below_autograd():
+                return op(x, length, mode)
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+            return transpose(grad, ctx.length, ctx.mode), None, None
+
+    return Axis
 
 
-differentiate_linear("pool_axis", pool_axis, _PoolAxis, floats=1)
-differentiate_linear("spread_axis", spread_axis, _SpreadAxis, floats=1)
+differentiate_linear("pool_axis", pool_axis, _transposes(pool_axis, spread_axis), floats=1)
+differentiate_linear("spread_axis", spread_axis, _transposes(spread_axis, pool_axis), floats=1)
 batch("pool_axis", side_by_side(pool_axis, floats=1))
 batch("spread_axis", side_by_side(spread_axis, floats=1))

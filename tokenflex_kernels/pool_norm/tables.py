@@ -63,13 +63,12 @@ class _AxisTable(NamedTuple):
 def _axis_table(size: int, cells: int, mode: str) -> _AxisTable:
     """One axis as the kernels read it, in O(size + cells); the first weights count from 0 here."""
     axis = axis_map(size, cells, mode)
-    starts = np.cumsum(axis.counts) - axis.counts
     patches = np.arange(size)
     # Windows only move forward, and so do their ends.
     cover = np.searchsorted(axis.first + axis.counts, patches, side="right")
     covers = np.searchsorted(axis.first, patches, side="right") - cover
     return _AxisTable(
-        np.stack([axis.first, axis.counts, axis.divisors, starts], 1).astype(np.int32),
+        np.stack([axis.first, axis.counts, axis.divisors, axis.starts], 1).astype(np.int32),
         np.stack([np.where(covers > 0, cover, 0), covers], 1).astype(np.int32),
         axis.values.astype(np.float32),
     )

@@ -7,6 +7,7 @@ import tracemalloc
 from itertools import accumulate, product
 from math import ceil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.kernels.common import dense_map
 from tokenflex_kernels import pool_norm
 from tokenflex_kernels.pool_norm.axis_weights import LARGE_AXIS, _cached_map, axis_map
 
@@ -165,9 +167,9 @@ class TestValues:
         assert rms_error(pool_norm(x, [(5, 7)], [(2, 3)], weight=weight).detach(), truth) < 1e-2
 
 
-def dense(axis):
-    weights = torch.tensor(axis.weights, dtype=torch.float64)
-    return weights / torch.tensor(axis.divisors)[:, None]
+def averages(size, cells, mode):
+    axis = axis_map(size, cells, mode)
+    return torch.from_numpy(dense_map(axis, size)) / torch.tensor(axis.divisors)[:, None]
 
 
 class TestAxisMaps:
@@ -177,7 +179,7 @@ class TestAxisMaps:
     @pytest.mark.parametrize("mode", MODES)
     def test_rows_are_averages(self, mode):
         for size, cells in product(self.SIZES, self.CELLS):
-            weights = dense(axis_map(size, cells, mode))
+            weights = averages(size, cells, mode)
             assert weights.shape == (cells, size)
             assert weights.dtype == torch.float64
             assert bool((weights >= 0).all()), (size, cells)
@@ -187,14 +189,15 @@ class TestAxisMaps:
         for size, cells in product(self.SIZES, self.CELLS):
             patches = torch.eye(size, dtype=torch.float64)[None]
             expected = F.adaptive_avg_pool1d(patches, cells)[0].T
-            torch.testing.assert_close(dense(axis_map(size, cells, "adaptive")), expected)
+            torch.testing.assert_close(averages(size, cells, "adaptive"), expected)
 
     def test_divisors_are_whole_and_the_weights_sum_to_them(self):
         assert axis_map(27, 8, "adaptive").divisors == (4, 4, 5, 4, 4, 5, 4, 4)
         assert axis_map(27, 12, "resize").divisors == (3,) * 12
         for size, cells, mode in product(self.SIZES, self.CELLS, MODES):
             axis = axis_map(size, cells, mode)
-            assert [sum(row) for row in axis.weights] == pytest.approx(axis.divisors, rel=1e-12)
+            sums = dense_map(axis, size).sum(1)
+            assert sums == pytest.approx(axis.divisors, rel=1e-12)
 
     @pytest.mark.parametrize("mode", MODES)
     def test_windows_hold_the_weights_that_are_not_zero(self, mode):
@@ -202,10 +205,9 @@ class TestAxisMaps:
             axis = axis_map(size, cells, mode)
             assert len(axis.values) == axis.counts.sum()
             assert (axis.values > 0).all()
-            matrix = torch.zeros(cells, size, dtype=torch.float64)
-            rows, patches = map(torch.from_numpy, axis.entries())
-            matrix[rows, patches] = torch.from_numpy(axis.values)
-            assert torch.equal(matrix, torch.tensor(axis.weights, dtype=torch.float64))
+            matrix = np.zeros((cells, size))
+            matrix[axis.entries()] = axis.values
+            assert np.array_equal(matrix, dense_map(axis, size))
 
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize(
