@@ -111,6 +111,21 @@ def printable(text: str, length: int) -> str:
     return line if len(line) <= length else line[: length - 3] + "..."
 
 
+def check_utf8(text: str, name: str) -> str:
+    """Return ``text`` if UTF-8 can hold it.
+
+    Raises:
+        ValueError: Half of a surrogate pair is in it. The message begins with ``name``.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds half of a surrogate pair at character {error.start}, which is no text"
+        ) from None
+    return text
+
+
 def check_replaceable(report: Path, keys: Collection[str], others: Iterable[Path] = ()) -> None:
     """Refuse to replace a report that this package has not written.
 
