@@ -9,12 +9,12 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
+from tokenflex.errors import REASON_LENGTH
 from tokenflex.files import excerpt, printable
 
 M = TypeVar("M", bound=BaseModel)
 
 MAX_VALUES = 100_000
-REASON_LENGTH = 500  # characters of an error
 KEY_LENGTH = 100  # characters of where a mistake is
 MOST_MISTAKES = 1000  # that an error names one by one; a file of a stranger may have many more
 
