@@ -1,4 +1,4 @@
-"""Reading and writing of files: JSON parsed with one set of rules, files replaced in one step."""
+"""Files: JSON parsed by one set of rules, values quoted in errors, atomic writes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def parse_json(content: bytes, name: str) -> Any:
 
     Args:
         content: The bytes of one JSON value.
-        name: What errors call it, for example ``data.jsonl:3``.
+        name: Name of the content in error messages, for example ``data.jsonl:3``.
 
     Raises:
         ValueError: The content is not JSON in UTF-8, or nests too deeply. The message does not
@@ -36,7 +36,7 @@ def read_json(path: Path, kind: str = "file") -> Any:
 
     Args:
         path: The file.
-        kind: What errors call it, for example "checkpoint file".
+        kind: Kind of the file in error messages, for example "checkpoint file".
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -50,9 +50,9 @@ def read_json(path: Path, kind: str = "file") -> Any:
 def excerpt(value: Any, length: int = 80) -> str:
     """Describe a value for an error message, in at most ``length`` printable characters.
 
-    Texts, numbers and short lists of them are quoted, and cut off where they are long. Of another
-    list the size is named, and of an object the keys, so that no deep or large one is walked. Data
-    URLs, base64 and bytes are described by their length.
+    Texts, numbers and short lists of them are quoted, and cut off if they are long. Another list
+    is described by its size and an object by its keys, so that no deep or large value is walked.
+    Data URLs, base64 and bytes are described by their length.
     """
     if isinstance(value, dict):
         keys = ", ".join(
@@ -85,7 +85,7 @@ _DATA_URL = re.compile(
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
 _IMAGE_IN_BASE64 = ("/9j/", "iVBORw0KGg", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
 _IMAGE_BASE64_LENGTH, _BASE64_LENGTH = 24, 100
-"""Characters from which an unbroken text is taken for base64, with an image's start and without."""
+"""Least length of an unbroken text that counts as base64, with an image's start and without."""
 
 
 def describe_payload(text: str) -> str | None:
@@ -111,16 +111,31 @@ def printable(text: str, length: int) -> str:
     return line if len(line) <= length else line[: length - 3] + "..."
 
 
+def check_utf8(text: str, name: str) -> str:
+    """Return ``text`` if UTF-8 can hold it.
+
+    Raises:
+        ValueError: Half of a surrogate pair is in it. The message begins with ``name``.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds half of a surrogate pair at character {error.start}, which is no text"
+        ) from None
+    return text
+
+
 def check_replaceable(report: Path, keys: Collection[str], others: Iterable[Path] = ()) -> None:
     """Refuse to replace a report that this package has not written.
 
     Args:
-        report: A JSON file; it need not exist.
-        keys: What the object in it, or each of a list of them, has if it is one of ours.
-        others: Files that are written beside it. They are ours if the report exists.
+        report: A JSON file, which need not exist.
+        keys: Keys of an object, or of each in a list, that this package writes there.
+        others: Files that are written beside it. They are this package's if the report exists.
 
     Raises:
-        FileExistsError: A file would be replaced that is not ours.
+        FileExistsError: A file that this package has not written would be replaced.
     """
     if report.exists():
         try:
@@ -142,10 +157,10 @@ def check_replaceable(report: Path, keys: Collection[str], others: Iterable[Path
 def write_atomically(
     path: Path, write: Callable[[Path], object], *, make_room: Callable[[], object] = lambda: None
 ) -> None:
-    """Let ``write`` fill a temporary file, then put it in the place of ``path`` in one step.
+    """Let ``write`` fill a temporary file, then rename it to ``path``.
 
     When this returns, the file and its name are on the disk. Its permissions follow the umask.
-    ``make_room`` is called in between, when the new file is whole and on the disk.
+    ``make_room`` is called before the renaming, when the new file is whole and on the disk.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -162,14 +177,14 @@ def write_atomically(
 
 
 def _create(path: Path) -> int:
-    """Create an empty file, in place of an earlier one; return the mode that the umask gives it."""
+    """Create an empty file or replace one; return the mode that the umask gives it."""
     path.unlink(missing_ok=True)
     with path.open("xb") as file:
         return stat.S_IMODE(os.fstat(file.fileno()).st_mode)
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk, as far as its file system can."""
+    """Put the names in a folder on the disk, if its file system can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

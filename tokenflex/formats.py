@@ -9,7 +9,7 @@ from pkgutil import iter_modules
 import tokenflex.data
 import tokenflex.digits
 from tokenflex.data.format import DataFormat, FreshParts
-from tokenflex.data.messages import first_byte
+from tokenflex.data.json_records import first_byte
 
 
 def _find_formats() -> dict[str, DataFormat]:

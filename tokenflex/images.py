@@ -1,16 +1,16 @@
-"""One reading of a picture: whatever it is stored as becomes the same upright RGB pixels.
+"""The one reading of a picture, from any form to the same upright RGB pixels.
 
 Data sets, the processor, tiles, the command line and the harnesses all open pictures here, so that
-a model is asked about the pixels that it was trained on:
+a model sees the same pixels in use as in training:
 
 * the first frame, turned as the EXIF orientation says;
 * transparent pixels laid over white;
 * 8 bits a channel: unsigned 16-bit values are divided by 257, and floats in 0..1 multiplied by 255
-  (of 16-bit color files Pillow keeps the high byte).
-  Other integers and floats are kept where they lie in 0..255, divided by 257 where they lie in
-  0..65535, and otherwise stretched from their smallest value to their largest.
+  (Pillow keeps the high byte of 16-bit color files). Other numbers are kept if they all lie in
+  0..255, divided by 257 if they lie in 0..65535, and otherwise stretched from their smallest value
+  to their largest.
 
-Files come from strangers. Only the raster formats in :data:`FORMATS` are decoded, never one for
+Files may come from strangers. Only the raster formats in :data:`FORMATS` are decoded, never one for
 which Pillow starts another program (EPS), and no picture of more than :func:`max_pixels` pixels.
 """
 
@@ -20,7 +20,7 @@ import base64
 import binascii
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from http.client import HTTPException
@@ -34,22 +34,19 @@ import torch
 from PIL import ExifTags, Image
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow's names of the formats that are decoded, where Pillow was built with them."""
+"""Pillow's names of the formats that are decoded, if Pillow was built with them."""
 
 MAX_PIXELS = 89_478_485
-"""Pixels of a picture at most, unless ``TOKENFLEX_MAX_PIXELS`` says otherwise.
-
-As RGB they are 256 MiB; reading them takes up to 1.4 GiB for a moment.
-"""
+"""Default limit of a picture's pixels. Reading as many takes up to 1.4 GiB for a moment."""
 
 MAX_DOWNLOAD = 256 * 2**20
-"""Bytes that are read from a URL at most."""
+"""Largest content that is read from a URL, in bytes."""
 
 DOWNLOAD_SECONDS = 10.0
-"""Seconds that a server has to answer."""
+"""Time that a server has to answer."""
 
 Source: TypeAlias = "Image.Image | np.ndarray | torch.Tensor | bytes | str | os.PathLike[str]"
-"""A picture as callers have it: see :func:`load_image`."""
+"""Any form of a picture: see :func:`load_image`."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -63,19 +60,18 @@ _TURNS = {
 """EXIF orientation -> the turn that makes the picture upright."""
 
 _GRAY_STEPS = {"L;2": 85, "L;4": 17}
-"""Pillow's name of a depth of gray -> 8-bit levels from one value to the next."""
+"""Pillow's name of a depth of gray -> step from one value to the next in 8-bit levels."""
 
 _CHANNELS = (1, 2, 3, 4)
 
 OVERSHOOT = 1.5
-"""Floats of a range 0..1 may exceed it by a little, where a resize has sharpened edges."""
+"""Largest value of floats that are taken for 0..1, which a resize that sharpens may exceed."""
 
 
 def max_pixels() -> int:
-    """Return the bound on a picture's width times height.
+    """Return the limit of a picture's width times height.
 
-    It is ``TOKENFLEX_MAX_PIXELS`` of the environment, which worker processes inherit, or
-    :data:`MAX_PIXELS`.
+    It is ``TOKENFLEX_MAX_PIXELS`` of the environment, or :data:`MAX_PIXELS`.
 
     Raises:
         ValueError: The variable is not a positive integer.
@@ -92,30 +88,20 @@ def load_image(source: Source, name: str = "image") -> Image.Image:
     """Turn anything that holds a picture into upright RGB pixels.
 
     Args:
-        source: A PIL image; an array or tensor [H, W], [H, W, C] or [C, H, W] of 1 to 4 channels
-            (gray, gray and alpha, RGB, RGBA); the bytes of an image file, or an open one; a path;
-            an http(s) URL; a data URL; or base64 text.
-        name: What errors call it.
+        source: A PIL image; an array or tensor as :func:`channels_last` takes it; the bytes of an
+            image file, or an open one; a path; an http(s) URL; a data URL; or base64 text.
+        name: Name of the picture in error messages.
 
     Raises:
-        FileNotFoundError: There is no file at the path.
+        FileNotFoundError: No file exists at the path.
         OSError: The URL cannot be read.
         TypeError: ``source`` is of another type.
-        ValueError: It is not a picture of a known format, is cut off, or has too many pixels. The
+        ValueError: The picture is not of a known format, is cut off, or has too many pixels. The
             message does not quote the source.
     """
-    if isinstance(source, Image.Image):
+    if isinstance(source, (Image.Image, np.ndarray, torch.Tensor)):
         with _readable(name):
-            return _decode(source)
-    if isinstance(source, np.ndarray):
-        with _readable(name):
-            return _from_array(source, channels_first=False)
-    if isinstance(source, torch.Tensor):
-        values = source.detach().cpu()
-        with _readable(name):
-            # NumPy has no bfloat16.
-            values = values.float() if values.dtype == torch.bfloat16 else values
-            return _from_array(values.numpy(), channels_first=True)
+            return _decode(source) if isinstance(source, Image.Image) else _from_array(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return open_image(BytesIO(source), name)
     if isinstance(source, str):
@@ -130,16 +116,44 @@ def load_image(source: Source, name: str = "image") -> Image.Image:
     )
 
 
+def channels_last(source: np.ndarray | torch.Tensor) -> np.ndarray:
+    """Return an array or tensor of pixels as an array [H, W] or [H, W, C].
+
+    Args:
+        source: [H, W], [H, W, C] or [C, H, W] of 1 to 4 channels (gray, gray and alpha, RGB, RGBA).
+            If both ends could be channels, they are the first dimension of a tensor, and the last
+            of an array.
+
+    Raises:
+        ValueError: ``source`` is of another shape.
+    """
+    is_tensor = isinstance(source, torch.Tensor)
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu()
+        # NumPy has no bfloat16.
+        source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
+    if source.ndim == 2:
+        return source
+    is_first = source.ndim == 3 and source.shape[0] in _CHANNELS
+    is_last = source.ndim == 3 and source.shape[-1] in _CHANNELS
+    if not (is_first or is_last):
+        raise ValueError(
+            "its shape must be [height, width], [height, width, channels] or [channels, height, "
+            f"width] with 1 to 4 channels, got {list(source.shape)}"
+        )
+    return source.transpose(1, 2, 0) if is_first and (is_tensor or not is_last) else source
+
+
 def open_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
     """Read an image file as upright RGB pixels.
 
     Args:
         file: A path, or an open file.
-        name: What errors call it; ``image file PATH`` if None.
+        name: Name of the picture in error messages; ``image file PATH`` if None.
 
     Raises:
-        FileNotFoundError: There is no file at the path.
-        ValueError: It is not a picture of a known format, is cut off, or has too many pixels.
+        FileNotFoundError: No file exists at the path.
+        ValueError: The picture is not of a known format, is cut off, or has too many pixels.
     """
     with _opened(file, name) as image:
         return _decode(image)
@@ -148,13 +162,7 @@ def open_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
 def image_size(file: Path | BinaryIO, name: str | None = None) -> tuple[int, int]:
     """Return (height, width) in pixels of the upright picture, from the file's head alone.
 
-    Args:
-        file: A path, or an open file.
-        name: What errors call it; ``image file PATH`` if None.
-
-    Raises:
-        FileNotFoundError: There is no file at the path.
-        ValueError: It is not a picture of a known format, or has too many pixels.
+    The arguments and errors are those of :func:`open_image`.
     """
     with _opened(file, name) as image:
         if image.format == "PNG" and _has_late_metadata(image):
@@ -169,7 +177,7 @@ def image_size(file: Path | BinaryIO, name: str | None = None) -> tuple[int, int
 
 @contextmanager
 def _readable(name: str) -> Iterator[None]:
-    """Turn whatever a decoder raises into a ValueError that names the picture."""
+    """Turn any error of a decoder into a ValueError that names the picture."""
     try:
         yield
     except Image.UnidentifiedImageError:  # its message quotes memory addresses
@@ -184,13 +192,13 @@ def _readable(name: str) -> Iterator[None]:
 
 @contextmanager
 def _opened(file: Path | BinaryIO, name: str | None) -> Iterator[Image.Image]:
-    """Open a picture, of which only the head is read."""
+    """Open a picture and read only its head."""
     if isinstance(file, Path):
         path = str(file)
         shown = path if len(path) <= 256 else f"of a path of {len(path)} characters"
         name = name or f"image file {shown}"
-        if not _exists(file):
-            problem = "is not a file" if _exists(file, Path.exists) else "does not exist"
+        if not _is_file(file):
+            problem = "is not a file" if os.path.exists(file) else "does not exist"
             raise FileNotFoundError(f"{name} {problem}")
     limit = max_pixels()
     if Image.MAX_IMAGE_PIXELS is not None and limit > max(MAX_PIXELS, Image.MAX_IMAGE_PIXELS):
@@ -216,7 +224,7 @@ def _check_pixels(image: Image.Image) -> None:
 
 
 def _has_late_metadata(image: Image.Image) -> bool:
-    """Look for a PNG's metadata behind its pixels, without decoding any."""
+    """Return whether a PNG has metadata behind its pixels, which are not decoded."""
     file: Any = image.fp  # type: ignore[attr-defined]
     position = file.tell()
     try:
@@ -246,7 +254,7 @@ def _from_text(source: str, name: str) -> Image.Image:
         if not comma or not head.endswith(";base64"):
             raise ValueError(f"{name} must be a data URL in base64, got one without ';base64,'")
         return open_image(BytesIO(_from_base64(payload, name)), name)
-    if _exists(Path(source)):
+    if _is_file(Path(source)):
         return open_image(Path(source))
     try:
         content = _from_base64(source, name)
@@ -260,9 +268,9 @@ def _from_text(source: str, name: str) -> Image.Image:
     return open_image(BytesIO(content), name)
 
 
-def _exists(path: Path, look: Callable[[Path], bool] = Path.is_file) -> bool:
+def _is_file(path: Path) -> bool:
     try:
-        return look(path)
+        return path.is_file()
     except (OSError, ValueError):  # too long for a path, or with a null byte
         return False
 
@@ -281,7 +289,7 @@ def _from_base64(text: str, name: str) -> bytes:
 
 
 def _download(url: str, name: str) -> bytes:
-    """Read a URL, up to a bound."""
+    """Read at most :data:`MAX_DOWNLOAD` bytes from a URL."""
     shown = url.split("?")[0][:200]  # a query may hold a secret
     request = Request(url, headers={"User-Agent": "tokenflex"})
     try:
@@ -299,7 +307,7 @@ def _download(url: str, name: str) -> bytes:
 
 
 def _decode(image: Image.Image) -> Image.Image:
-    """Convert to upright, opaque, 8-bit RGB; the image itself if it is that already."""
+    """Convert to upright, opaque, 8-bit RGB; return the image itself if it is so already."""
     _check_pixels(image)  # one that a caller opened may not be decoded yet
     _scale_transparency(image)
     image.load()
@@ -325,7 +333,7 @@ def _decode(image: Image.Image) -> Image.Image:
 
 
 def _scale_transparency(image: Image.Image) -> None:
-    """Bring the transparent color of a PNG to the 8 bits that Pillow brings its pixels to."""
+    """Scale the transparent color of a PNG to 8 bits, as Pillow scales its pixels."""
     transparent, tiles = image.info.get("transparency"), getattr(image, "tile", ())
     if image.format != "PNG" or transparent is None or not tiles:
         return
@@ -337,40 +345,26 @@ def _scale_transparency(image: Image.Image) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1..8; 1 (upright) where there is none or it is damaged."""
+    """Return the EXIF orientation, 1..8; 1 (upright) if it is missing or damaged."""
     try:
         # Pillow's own method for PNG would decode the pixels first.
         value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except Exception:  # a damaged EXIF block says nothing of the pixels
+    except Exception:  # a damaged EXIF block does not spoil the pixels
         return 1
     return value if value in _TURNS else 1
 
 
-def _from_array(array: np.ndarray, *, channels_first: bool) -> Image.Image:
-    if not array.size:
+def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
+    if 0 in array.shape:
         raise ValueError(f"it has no pixels, but shape {list(array.shape)}")
-    levels = _gray_levels(_channels_last(array, channels_first=channels_first))
+    levels = _gray_levels(channels_last(array))
     if levels.ndim == 3 and levels.shape[-1] == 1:
         levels = levels[..., 0]
     return _decode(Image.fromarray(np.ascontiguousarray(levels)))
 
 
-def _channels_last(array: np.ndarray, *, channels_first: bool) -> np.ndarray:
-    """View as [H, W] or [H, W, C]; ``channels_first`` decides where both ends could be channels."""
-    if array.ndim == 2:
-        return array
-    first = array.ndim == 3 and array.shape[0] in _CHANNELS
-    last = array.ndim == 3 and array.shape[-1] in _CHANNELS
-    if not (first or last):
-        raise ValueError(
-            "its shape must be [height, width], [height, width, channels] or [channels, height, "
-            f"width] with 1 to 4 channels, got {list(array.shape)}"
-        )
-    return array.transpose(1, 2, 0) if first and (channels_first or not last) else array
-
-
 def _gray_levels(values: np.ndarray) -> np.ndarray:
-    """Bring numbers of any type to uint8, by the rule at the top of this module."""
+    """Convert numbers of any type to uint8, by the rule at the top of this module."""
     kind = values.dtype.kind
     if values.dtype == np.uint8:
         return values

@@ -1,4 +1,4 @@
-"""Stopping a run between two steps, where everything is whole."""
+"""Interruption of a run between two steps, when its state is consistent."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ECHO = 1.0  # seconds; a launcher passes on the signal that its whole group has just got
+ECHO = 1.0  # seconds; a launcher passes on a signal that its whole group has just received
 
 
 class Interruption:
-    """Notes Ctrl-C, SIGTERM or SIGHUP in a ``with`` block, for the block to act on when it can.
+    """Note Ctrl-C, SIGTERM or SIGHUP during a ``with`` block, which acts on it when it can.
 
-    SIGHUP stays ignored where it is already, as ``nohup`` has it.
+    SIGHUP stays ignored if it already is, as under ``nohup``.
 
-    A second signal is not noted but raises KeyboardInterrupt at once. One within a second of the
-    first is the same signal: torchrun passes on to its processes what systemd, Slurm or a terminal
-    has sent to them already.
+    A second signal raises KeyboardInterrupt at once. A signal within a second of the first counts
+    as the same: torchrun passes on to its processes what systemd, Slurm or a terminal has already
+    sent to them.
     """
 
     def __init__(self) -> None:
@@ -28,15 +28,15 @@ class Interruption:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():  # only there it is allowed
-            has_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-            noted = _SIGNALS[:-1] if has_nohup else _SIGNALS
+        if threading.current_thread() is threading.main_thread():  # Python allows it only there
+            is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            noted = _SIGNALS[:-1] if is_ignored else _SIGNALS
             self._previous = {number: signal.signal(number, self._note) for number in noted}
         return self
 
     def __exit__(self, *error: object) -> None:
-        for one, handler in self._previous.items():
-            signal.signal(one, handler)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.requested:
@@ -46,6 +46,6 @@ class Interruption:
             raise KeyboardInterrupt
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if a signal came."""
+        """Raise KeyboardInterrupt if a signal was noted."""
         if self.requested:
             raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""One process at a time in a folder, by a lock that the end of the process releases."""
+"""Locks on folders, which the end of the holding process releases."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pathlib import Path
 from tokenflex.errors import ReportedError
 
 NAME = ".tokenflex.lock"
-PATIENCE = 1.0  # seconds; the loader workers of a killed process hold its lock until they end
+PATIENCE = 1.0  # seconds; the workers of a killed process hold its lock until they end
 _RETRY_AFTER = 0.05  # seconds
-_LONGEST = 400  # bytes of a lock file
+_MAX_BYTES = 400  # of a lock file
 _CONTENT = re.compile(rb"(process \d+ on [^\n]*)?")
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -32,10 +32,10 @@ class FolderInUseError(ReportedError):
 class FolderLock:
     """An exclusive lock on a folder, which is created if it does not exist.
 
-    The lock is ``flock`` on a file in the folder. The kernel releases it when the process ends,
-    however it ends. On NFS it also holds between machines where the server's lock service runs. On
-    a file system without locks a warning says that nothing is guarded. A link, or a file with other
-    content than a lock's, is neither written nor deleted.
+    The lock is ``flock`` on a file in the folder. The kernel releases it when the process ends in
+    any way. On NFS it also holds between machines if the server's lock service runs. A file system
+    without locks gives a warning that nothing is guarded. A link, or a file with other content than
+    a lock's, is neither written nor deleted.
 
     Args:
         folder: The folder.
@@ -53,7 +53,7 @@ class FolderLock:
 
         Raises:
             FolderInUseError: Another process holds the lock; the message names it.
-            FileExistsError: What lies in the lock's place is not a lock.
+            FileExistsError: The lock's file exists and is not a lock.
             OSError: The folder cannot be created or written.
         """
         give_up = time.monotonic() + PATIENCE
@@ -87,13 +87,13 @@ class FolderLock:
                     os.close(descriptor)
         content = f"process {os.getpid()} on {socket.gethostname()}".encode()
         os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, content[: _LONGEST - 1], 0)
+        os.pwrite(self._descriptor, content[: _MAX_BYTES - 1], 0)
 
     def release(self, *, undo: bool = False) -> None:
         """Unlock the folder.
 
         Args:
-            undo: Also delete the folders that :meth:`acquire` created, as far as they are empty.
+            undo: Also delete the folders that :meth:`acquire` created, if they are empty.
         """
         if self._descriptor is not None:
             if self._is_current(self._descriptor):
@@ -111,31 +111,31 @@ class FolderLock:
         self._created = []
 
     def _open(self) -> int:
-        """Open the lock file, which is created if there is none.
+        """Open the lock file, or create it.
 
         Raises:
             FileExistsError: It is a link, a folder, or a file that no lock has written.
         """
+        foreign = FileExistsError(
+            f"{self.path} is in the place of a lock and is not one of this package; move it"
+        )
         try:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.EISDIR):
-                raise FileExistsError(self._is_no_lock()) from None
+                raise foreign from None
             raise
         status = os.fstat(descriptor)
         is_lock = (
             stat.S_ISREG(status.st_mode)
             and status.st_nlink <= 1  # 0: its holder has just deleted it
-            and status.st_size < _LONGEST
-            and _CONTENT.fullmatch(os.pread(descriptor, _LONGEST, 0))
+            and status.st_size < _MAX_BYTES
+            and _CONTENT.fullmatch(os.pread(descriptor, _MAX_BYTES, 0))
         )
         if not is_lock:
             os.close(descriptor)
-            raise FileExistsError(self._is_no_lock())
+            raise foreign
         return descriptor
-
-    def _is_no_lock(self) -> str:
-        return f"{self.path} is in the place of a lock and is not one of this package; move it"
 
     def _create_folder(self) -> None:
         missing = [self.folder, *self.folder.parents]
@@ -144,7 +144,7 @@ class FolderLock:
         self._created += [folder for folder in reversed(missing) if folder not in self._created]
 
     def _is_current(self, descriptor: int) -> bool:
-        """Return whether the locked file still is the one at the path, not one just deleted."""
+        """Return whether the locked file is still at the path, and was not just deleted."""
         try:
             return os.path.samestat(os.fstat(descriptor), self.path.lstat())
         except FileNotFoundError:

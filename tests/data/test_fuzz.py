@@ -14,16 +14,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tokenflex.data.huggingface import outline_of_row
-from tokenflex.data.messages import ImageFolder, MessagesDataset
-from tokenflex.data.records import PICTURE_KEYS, UNREAD_KEYS, read_record
+from tokenflex.data.huggingface import HuggingFaceDataset
+from tokenflex.data.image_paths import ImageFolder
+from tokenflex.data.media import MEDIA_KEYS, PICTURE_KEYS
+from tokenflex.data.messages import MessagesDataset
+from tokenflex.data.records import read_record
 from tokenflex.data.samples import SampleDataset
 from tokenflex.data.webdataset import WebDataset
 
 KEYS = st.sampled_from(
     [
         *("id", "kind", "messages", "conversations", "role", "content", "from", "value", "type"),
-        *("text", "url", "path", "bytes", *PICTURE_KEYS, *sorted(UNREAD_KEYS)[:8]),
+        *("text", "url", "path", "bytes", *PICTURE_KEYS, *sorted(MEDIA_KEYS)[:8]),
     ]
 )
 TEXTS = st.one_of(
@@ -171,4 +173,6 @@ def test_files_of_any_bytes_are_refused_in_one_line(content, start):
 @given(RECORDS)
 def test_a_row_is_one_or_a_short_value_error(record):
     row = record if isinstance(record, dict) else {"messages": record}
-    check(lambda: outline_of_row(row, "data[1]", [ImageFolder("/nowhere")]))
+    dataset = HuggingFaceDataset.__new__(HuggingFaceDataset)
+    dataset.path, dataset._rows, dataset._folders = "data", [row], [ImageFolder("/nowhere")]
+    check(lambda: dataset.outline(0))

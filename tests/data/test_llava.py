@@ -151,8 +151,8 @@ def test_an_element_is_decoded_in_pieces_as_it_is_in_whole(tmp_path, monkeypatch
     for ascii_only in (True, False):
         path.write_text(json.dumps(records, ensure_ascii=ascii_only), encoding="utf-8")
         for length in (1, 2, 7, 32, 100):
-            monkeypatch.setattr("tokenflex.data.messages._FIRST_PIECE", length)
-            monkeypatch.setattr("tokenflex.data.messages._PIECE_GROWTH", 2)
+            monkeypatch.setattr("tokenflex.data.json_records._FIRST_PIECE", length)
+            monkeypatch.setattr("tokenflex.data.json_records._PIECE_GROWTH", 2)
             dataset = MessagesDataset(path)
             assert [sample.id for sample in dataset] == [record["id"] for record in records]
 

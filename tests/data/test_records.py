@@ -262,7 +262,7 @@ def test_a_file_of_lines_may_begin_with_a_list(tmp_path):
 
 
 def test_a_line_without_an_end_is_not_held_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("tokenflex.data.messages.MAX_RECORD_BYTES", 200)
+    monkeypatch.setattr("tokenflex.data.json_records.MAX_RECORD_BYTES", 200)
     dataset = lines(tmp_path, [GOOD, asked("x" * 1000), GOOD])
     (one,) = dataset.broken
     assert (one.index, "jsonl:2 is longer than 200 bytes" in one.reason) == (1, True)

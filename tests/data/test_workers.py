@@ -48,8 +48,23 @@ def test_a_death_is_told_where_data_is_waited_for():
     end = time.monotonic() + 0.3
     while time.monotonic() < end:  # an optimiser step
         pass
-    with pytest.raises(WorkerDiedError, match="a data-loader worker ended"):
+    with pytest.raises(WorkerDiedError, match=r"a data-loader worker ended: process \d+: Killed"):
         list(steps)
+    assert multiprocessing.active_children() == []
+
+
+def fails_at_five(keys):
+    if keys[0][1] == 5:
+        raise KeyError("five", 5)
+    return keys[0][1]
+
+
+def test_an_error_of_a_worker_comes_in_order_and_ends_the_others():
+    steps = load_in_order(fails_at_five, KEYS, workers=2)
+    assert [next(steps) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(KeyError) as error:
+        next(steps)
+    assert error.value.args == ("five", 5)
     assert multiprocessing.active_children() == []
 
 

@@ -1,8 +1,8 @@
-"""Conversations to token ids and labels: only what the assistant says is learned."""
+"""Encoding of conversations to token ids and labels: only the assistant's turns are learned."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,15 +16,15 @@ CACHED_CONVERSATIONS = 4096
 
 
 class ConversationEncoder:
-    """Turns conversations into ids and labels with a tokenizer's chat template.
+    """Encode conversations to ids and labels with a tokenizer's chat template.
 
     Args:
-        tokenizer: a transformers tokenizer with a chat template.
-        image_prompt: what stands for an image in a prompt, with one placeholder in it.
-        image_token: the placeholder; ``image_prompt`` itself if None.
+        tokenizer: A transformers tokenizer with a chat template.
+        image_prompt: The text of an image in a prompt, with one placeholder in it.
+        image_token: The placeholder; ``image_prompt`` itself if None.
 
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: The tokenizer has no chat template.
     """
 
     def __init__(self, tokenizer: Any, image_prompt: str, image_token: str | None = None) -> None:
@@ -42,12 +42,12 @@ class ConversationEncoder:
     def __call__(
         self, conversation: Conversation, num_images: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids and labels, int64 [length] each, with one placeholder per image.
+        """Return ids and labels, int64 [length] each, with one placeholder per image.
 
-        Labels are aligned with the ids and -100 outside the assistant's turns.
+        Labels are aligned with the ids, and -100 outside the assistant's turns.
 
         Raises:
-            ValueError: the template does not build a conversation turn by turn, or a text holds the
+            ValueError: The template does not build a conversation turn by turn, or a text holds the
                 placeholder.
         """
         key = (conversation, num_images)
@@ -58,10 +58,10 @@ class ConversationEncoder:
         return self._cache[key]
 
     def check_placeholders(self, ids: Sequence[int], num_images: int) -> None:
-        """Check that there is a placeholder for each image, and no other.
+        """Check that ``ids`` hold one placeholder for each image.
 
         Raises:
-            ValueError: there are more, or fewer.
+            ValueError: They hold more, or fewer.
         """
         placeholder = self.tokenizer.convert_tokens_to_ids(self.image_token)
         is_known = self.tokenizer.convert_ids_to_tokens(placeholder) == self.image_token
@@ -72,7 +72,7 @@ class ConversationEncoder:
             )
 
     def prompt(self, conversation: Conversation, num_images: int) -> str:
-        """The text that asks for the next turn of the assistant."""
+        """Return the text that the assistant's next turn continues."""
         return self._render(self._messages(conversation, num_images), ask=True)
 
     def _encode(
@@ -80,19 +80,18 @@ class ConversationEncoder:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ids: list[int] = []
         labels: list[int] = []
-        for text, learned in self._segments(conversation, num_images):
+        for text, is_learned in self._segments(conversation, num_images):
             tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             ids += tokens
-            labels += tokens if learned else [IGNORE] * len(tokens)
+            labels += tokens if is_learned else [IGNORE] * len(tokens)
         if ids:  # a conversation without an answer has none
             self.check_placeholders(ids, num_images)
         return torch.tensor(ids, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64)
 
-    def _segments(self, conversation: Conversation, num_images: int) -> list[tuple[str, bool]]:
-        """The rendered text in pieces, each with whether it is learned."""
+    def _segments(self, conversation: Conversation, num_images: int) -> Iterator[tuple[str, bool]]:
+        """Yield the rendered text in pieces, each with whether it is learned."""
         messages = self._messages(conversation, num_images)
-        segments: list[tuple[str, bool]] = []
-        done = ""
+        earlier = ""
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -100,48 +99,43 @@ class ConversationEncoder:
                 raise ValueError("a conversation must begin with a question, got an answer")
             asked = self._render(messages[:i], ask=True)
             answered = self._render(messages[: i + 1], ask=False)
-            if not asked.startswith(done) or not answered.startswith(asked):
+            if not asked.startswith(earlier) or not answered.startswith(asked):
                 raise ValueError(
                     "chat_template must build a conversation turn by turn, but it rewrites "
                     f"earlier text when turn {i} is added"
                 )
-            segments += [(asked[len(done) :], False), (answered[len(asked) :], True)]
-            done = answered
-        return segments
+            yield asked[len(earlier) :], False
+            yield answered[len(asked) :], True
+            earlier = answered
 
     def _messages(self, conversation: Conversation, num_images: int) -> list[dict[str, Any]]:
+        """Return the turns as a chat template takes them, in parts if they have images."""
         for turn in conversation.turns:
             if self.image_token != IMAGE_MARK and self.image_token in turn.text:
                 raise ValueError(
                     f"a text of the {turn.role} holds {self.image_token}, the processor's own "
                     f"placeholder; images stand at {IMAGE_MARK}"
                 )
-        contents = [_parts_of(turn.text) for turn in conversation.turns]
-        marked = any(IMAGE_MARK in turn.text for turn in conversation.turns)
-        if num_images and not marked:
-            asked = [i for i, turn in enumerate(conversation.turns) if turn.role == "user"]
-            if not asked:
+        texts = [turn.text for turn in conversation.turns]
+        roles = [turn.role for turn in conversation.turns]
+        if num_images and not any(IMAGE_MARK in text for text in texts):
+            if "user" not in roles:
                 raise ValueError(f"{num_images} images need a user turn to stand in, got none")
-            contents[asked[0]] = [{"type": "image"}] * num_images + contents[asked[0]]
+            first = roles.index("user")
+            texts[first] = IMAGE_MARK * num_images + texts[first]
         return [
-            {
-                "role": turn.role,
-                "content": content if {"type": "image"} in content else turn.text,
-            }
-            for turn, content in zip(conversation.turns, contents, strict=True)
+            {"role": role, "content": _parts_of(text) if IMAGE_MARK in text else text}
+            for role, text in zip(roles, texts, strict=True)
         ]
 
     def _render(self, messages: list[dict[str, Any]], *, ask: bool) -> str:
-        images = [
-            "image"
-            for message in messages
-            if not isinstance(message["content"], str)
-            for part in message["content"]
-            if part["type"] == "image"
-        ]
+        contents = [message["content"] for message in messages]
+        num_images = sum(
+            content.count({"type": "image"}) for content in contents if isinstance(content, list)
+        )
         try:
             text, _ = render(
-                Chat(messages, parts_without_image=images),
+                Chat(messages, parts_without_image=["image"] * num_images),
                 self.tokenizer.get_chat_template(),
                 placeholder=self.image_token,
                 image_prompt=self.image_prompt,
@@ -156,7 +150,7 @@ class ConversationEncoder:
 
 
 def _parts_of(text: str) -> list[dict[str, str]]:
-    """Split a turn's text where its images stand."""
+    """Split a turn's text at its images."""
     parts: list[dict[str, str]] = []
     for i, piece in enumerate(text.split(IMAGE_MARK)):
         parts += [{"type": "image"}] * (i > 0)

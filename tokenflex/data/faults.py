@@ -1,4 +1,4 @@
-"""Samples that cannot be read: left out one by one, with the reason, up to a limit."""
+"""Samples that cannot be read: they are left out, with the reason, up to a limit."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tokenflex.data.samples import DataExhaustedError, SampleDataset, StreamError
+from tokenflex.errors import REASON_LENGTH
 from tokenflex.files import printable
 
-REASON_LENGTH = 500
 MAX_BROKEN_SAMPLES = 100
-"""Samples that are left out at most, unless a caller says otherwise."""
+"""Default limit of samples that are left out."""
 
 NO_SAMPLE_TO_BLAME = (DataExhaustedError, StreamError, MemoryError)
-"""Errors that another sample would meet as well: they are never taken for a broken sample."""
+"""Errors that another sample would meet as well: no sample counts as broken for them."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class BrokenSample:
 
 
 class BrokenSamplesError(ValueError):
-    """More samples than allowed could not be read; the message names one.
+    """More samples than allowed cannot be read; the message names one.
 
     Attributes:
-        broken: All of them, as far as they are known.
+        broken: All broken samples that are known.
     """
 
     def __init__(self, message: str, broken: Sequence[BrokenSample] = ()) -> None:
@@ -40,10 +40,9 @@ class BrokenSamplesError(ValueError):
 
 @contextmanager
 def leaving_out(dataset: SampleDataset, index: int, broken: list[BrokenSample]) -> Iterator[None]:
-    """Add a data set's sample to ``broken`` where the block raises, whatever it raises.
+    """Add a sample to ``broken`` if the block raises, since a strange record may raise anything.
 
-    A strange record may bring any library to raise anything. The errors in
-    :data:`NO_SAMPLE_TO_BLAME` pass through.
+    The errors in :data:`NO_SAMPLE_TO_BLAME` pass through.
     """
     try:
         yield
@@ -57,15 +56,15 @@ def leaving_out(dataset: SampleDataset, index: int, broken: list[BrokenSample]) 
 
 
 def where_of(dataset: SampleDataset, index: int) -> str:
-    """Return what the data set calls a sample, for example its file and line; empty if nothing."""
+    """Return the data set's name for a sample, such as its file and line; empty if it has none."""
     return printable(dataset.where(index), REASON_LENGTH) if hasattr(dataset, "where") else ""
 
 
 def reason_of(error: Exception) -> str:
     """Describe an error on one short line.
 
-    The type is named where it is not one that readers raise on purpose, because such an error may
-    be a fault of this package instead of the sample's.
+    An error that readers do not raise on purpose is named by its type: it may be a fault of this
+    package instead of the sample's.
     """
     text = str(error)
     if not isinstance(error, (ValueError, OSError)) or not text:
@@ -76,27 +75,23 @@ def reason_of(error: Exception) -> str:
 def broken_records(dataset: SampleDataset) -> list[BrokenSample]:
     """Return the records that ``dataset`` found broken when it was opened.
 
-    Readers of whole files look at every record. Those of tars, tables and streams look at a record
-    when it is asked for, and know of none before.
+    Readers of whole files check every record then. Readers of tars, tables and streams check a
+    record when its sample is read, and know of none before.
     """
     return list(getattr(dataset, "broken", ()))
 
 
 def warn_of_broken(broken: Sequence[BrokenSample]) -> None:
-    """Warn of each sample that is left out, by name."""
-    for one in broken:
-        warnings.warn(f"left out: {one.reason}", stacklevel=2)
+    """Warn of each sample that is left out, with the reason."""
+    for sample in broken:
+        warnings.warn(f"left out: {sample.reason}", stacklevel=2)
 
 
 def check_broken(broken: Sequence[BrokenSample], most: int | None) -> None:
-    """Check that no more samples are broken than allowed.
-
-    Args:
-        broken: The samples, each once.
-        most: How many there may be; None for any number.
+    """Check that at most ``most`` samples are broken; None allows any number.
 
     Raises:
-        BrokenSamplesError: There are more.
+        BrokenSamplesError: More samples are broken.
     """
     if most is not None and len(broken) > most:
         raise BrokenSamplesError(

@@ -1,53 +1,51 @@
-"""A user's own data: a file of records, and images that are files."""
+"""A file of records, and images that are files."""
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
-import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pydantic import Field
 
 from tokenflex.data.faults import BrokenSample
 from tokenflex.data.format import DataFormat, FormatOptions
-from tokenflex.data.records import MAX_PATH_LENGTH, MAX_RECORD_BYTES, Record, read_record
-from tokenflex.data.samples import Sample
-from tokenflex.files import describe_payload, excerpt, parse_json
-from tokenflex.images import image_size, open_image
+from tokenflex.data.image_paths import ImageFolder
+from tokenflex.data.json_records import NoListError, first_byte, list_elements, parsed_lines
+from tokenflex.data.records import MAX_RECORD_BYTES, Record, RecordDataset, read_record
+from tokenflex.files import describe_payload, parse_json
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NAMED_IN_ERRORS = 3
 
 
-class MessagesDataset:
+class MessagesDataset(RecordDataset):
     """Samples from a file of records, one a line (JSONL) or all in one JSON list.
 
     A record is ``{"images": ["a.png"], "messages": [{"role": "user", "content": "What is it?"},
-    {"role": "assistant", "content": "A cat."}]}``, or one in LLaVA's layout (see
-    :class:`tokenflex.data.llava.LlavaDataset`). ``content`` is a string, with ``<image>`` where
-    images stand (before the first user turn if nowhere), or a list of ``{"type": "image"}`` and
-    ``{"type": "text", "text": ...}`` parts. A single image may also be given as ``image``. ``id``
-    and ``kind`` (a label to group accuracies by) are optional.
+    {"role": "assistant", "content": "A cat."}]}``. ``content`` is a string with ``<image>`` at the
+    images, or without, in which case they stand before the first user turn; or it is a list of
+    ``{"type": "image"}`` and ``{"type": "text", "text": ...}`` parts. A single image may also be
+    given as ``image``. ``id`` and ``kind`` (a label to group accuracies by) are optional.
+
+    In LLaVA's layout a record is ``{"image": "a.png", "conversations": [{"from": "human", "value":
+    "<image>What is it?"}, {"from": "gpt", "value": "A cat."}]}``.
 
     The whole file is read and checked at once. A record that is not of this form keeps its index,
-    stands in :attr:`broken`, and raises when it is asked for. Images are opened when they are asked
-    for.
+    is listed in :attr:`broken`, and raises when it is read. Images are opened when a sample is
+    read.
 
     Args:
         path: The file, in UTF-8 with or without a byte-order mark.
-        image_folder: What image paths are relative to. The file's own folder if None.
+        image_folder: Folder that image paths are relative to. The file's own folder if None.
         allow_outside: Read images whose path leaves that folder, by ``..``, from the root of the
             file system, or by a symbolic link. Otherwise such a record is broken.
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: It holds no samples, or none that can be read. The message names the first ones.
+        ValueError: The file holds no samples, or none that can be read; or it is a list that is cut
+            off. The message names the first broken records.
     """
 
     def __init__(
@@ -57,31 +55,25 @@ class MessagesDataset:
         *,
         allow_outside: bool = False,
     ) -> None:
-        path = Path(path)
-        self.folder = ImageFolder(
-            path.parent if image_folder is None else image_folder, allow_outside
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"data file {path} does not exist")
+        self._folder = ImageFolder(
+            self.path.parent if image_folder is None else image_folder, allow_outside
         )
-        self.path = path
-        self._lines = array("Q")  # of the records; none of those of a list
-        self._records = self._read()  # of a broken one, the reason
+        self._lines = array("Q")  # line number of each record; empty for a list
+        self._records = self._read()  # for a broken record, the reason
         if not self._records:
             raise ValueError(f"data file {path} holds no samples, in a list or one a line")
-        if len(self.broken) == len(self._records):
-            named = "; ".join(one.reason for one in self.broken[:_NAMED_IN_ERRORS])
+        broken = self.broken
+        if len(broken) == len(self._records):
+            named = "; ".join(sample.reason for sample in broken[:_NAMED_IN_ERRORS])
             raise ValueError(
                 f"data file {path} holds no samples that can be read, out of "
                 f"{len(self._records)}: {named}"
             )
 
     def _read(self) -> list[Record | str]:
-        """Read and check the file's records.
-
-        Raises:
-            FileNotFoundError: The file does not exist.
-            ValueError: It is a list that is cut off.
-        """
-        if not self.path.is_file():
-            raise FileNotFoundError(f"data file {self.path} does not exist")
         name = str(self.path)
         with self.path.open("rb") as file:
             if first_byte(file) == b"[":
@@ -89,31 +81,31 @@ class MessagesDataset:
                 text = file.read().decode("utf-8", "surrogateescape")
                 try:
                     return [
-                        self._checked(value, f"{name}[{place}]")
-                        for place, value in enumerate(_elements(text, name))
+                        self._checked(value, f"{name}[{i}]")
+                        for i, value in enumerate(list_elements(text, name))
                     ]
-                except _NoListError:
+                except NoListError:
                     pass  # lines, of which the first is a list
             records = []
-            for number, value in _lines(file, name):
+            for number, value in parsed_lines(file, name):
                 self._lines.append(number)
                 records.append(self._checked(value, f"{name}:{number}"))
             return records
 
-    def where(self, index: int) -> str:
-        """Return the file and line of a record, or its place in the list."""
-        return f"{self.path}:{self._lines[index]}" if self._lines else f"{self.path}[{index}]"
-
     def _checked(self, value: Any, where: str) -> Record | str:
-        if isinstance(value, Exception):
-            return str(value)
         try:
+            if isinstance(value, ValueError):
+                raise value
             record = read_record(value, where)
             for path in record[1]:
-                self.folder.check(path, where)
+                self._folder.check(path, where)
         except ValueError as error:
             return str(error)
         return record
+
+    def where(self, index: int) -> str:
+        """Return the file and line of a record, or its index in the list."""
+        return f"{self.path}:{self._lines[index]}" if self._lines else f"{self.path}[{index}]"
 
     @property
     def broken(self) -> list[BrokenSample]:
@@ -127,264 +119,25 @@ class MessagesDataset:
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> Sample:
-        name, paths, conversation = self._record(index)
-        images = tuple(open_image(*self._image(path, index)) for path in paths)
-        return Sample(name, images, (conversation,))
-
-    def outline(self, index: int) -> Sample:
-        """Return the sample's text and the sizes that its image files state; no pixels are read."""
-        name, paths, conversation = self._record(index)
-        sizes = tuple(image_size(*self._image(path, index)) for path in paths)
-        return Sample(name, sizes, (conversation,))
-
     def _record(self, index: int) -> Record:
         record = self._records[index]
         if isinstance(record, str):
             raise ValueError(record)
         return record
 
-    def _image(self, path: str, index: int) -> tuple[Path, str]:
-        """The file of an image, and what errors call it."""
-        where = self.where(index)
-        file = self.folder.file(path, where)
-        return file, f"{where}: image file {describe_payload(path) or file}"
+    def _image_files(self, images: Sequence[Any], where: str) -> Iterator[tuple[Path, str]]:
+        for path in images:
+            file = self._folder.file(path, where)
+            yield file, f"{where}: image file {describe_payload(path) or file}"
 
 
-class ImageFolder:
-    """A folder that the paths of a data set are relative to, and should not leave.
-
-    Args:
-        path: The folder.
-        allow_outside: Whether they may.
-    """
-
-    def __init__(self, path: str | Path, allow_outside: bool = False) -> None:
-        self.path = Path(path)
-        self.allow_outside = allow_outside
-        self._real = self.path.resolve()
-
-    def check(self, path: str, where: str) -> None:
-        """Check a path by its text, and on the disk only where that seems to leave the folder.
-
-        Raises:
-            ValueError: It leaves the folder. The message begins with ``where``.
-        """
-        if path.startswith("/") or ".." in path:
-            self.file(path, where)
-
-    def file(self, path: str, where: str) -> Path:
-        """Return the file at ``path``.
-
-        Raises:
-            ValueError: It is outside of the folder, also by a symbolic link.
-        """
-        file = self.path / path
-        length = len(os.fsencode(file))
-        if length >= MAX_PATH_LENGTH:
-            raise ValueError(
-                f"{where}: the path of an image must have fewer than {MAX_PATH_LENGTH} bytes with "
-                f"its folder, got {length:,}"
-            )
-        try:
-            inside = self.allow_outside or file.resolve().is_relative_to(self._real)
-        except (OSError, RuntimeError) as error:  # links in a circle, or too long
-            reason = getattr(error, "strerror", None) or "its links go in a circle"
-            raise ValueError(f"{where}: image {excerpt(path)} cannot be found: {reason}") from None
-        if not inside:
-            raise ValueError(
-                f"{where}: image {excerpt(path)} is outside of the data's folder {self.path}; "
-                "allow_outside permits that"
-            )
-        return file
-
-
-# ---------------------------------------------------------------------- records of a file
-
-_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)
-_BLANK = re.compile(r"[ \t\r\n]*")
-_OBJECT_NEXT = re.compile(r",[ \t\r\n]*(?=\{)")
-_DECODER = json.JSONDecoder()
-
-_FIRST_PIECE, _PIECE_GROWTH = 2**12, 8
-"""Characters of a list that are decoded at first, and the growth where an element is longer."""
-
-_LONGEST_WORD = len("-Infinity")
-
-
-class _NoListError(ValueError):
-    """A file that begins with a JSON list and continues behind it."""
-
-
-def first_byte(file: BinaryIO) -> bytes:
-    """Go to the first byte that is neither a byte-order mark nor blank, and return it.
-
-    It is empty where the file holds nothing else.
-    """
-    file.seek(len(BYTE_ORDER_MARK) if file.read(3) == BYTE_ORDER_MARK else 0)
-    while (byte := file.read(1)).isspace():
-        pass
-    file.seek(-len(byte), os.SEEK_CUR)
-    return byte
-
-
-def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, Any]]:
-    """Parse every line that is not blank, by its number; an exception in the place of a bad one."""
-    file.seek(0)
-    for number in itertools.count(1):
-        line = file.readline(MAX_RECORD_BYTES + 1)
-        if not line:
-            return
-        where = f"{name}:{number}"
-        if len(line) > MAX_RECORD_BYTES:
-            while line and not line.endswith(b"\n"):
-                line = file.readline(MAX_RECORD_BYTES)
-            yield number, ValueError(f"{where} is longer than {MAX_RECORD_BYTES} bytes")
-        elif line.removeprefix(BYTE_ORDER_MARK).strip():
-            try:
-                yield number, parse_json(line.rstrip(b"\r\n"), where)
-            except ValueError as error:
-                yield number, error
-
-
-def _elements(text: str, name: str) -> Iterator[Any]:
-    """Parse the elements of a JSON list one by one, so that a broken one spoils no other.
-
-    In the place of a broken one there is an exception. It ends where its brackets say, or in front
-    of the next record that is whole, whichever comes first.
-
-    Raises:
-        ValueError: The list has no end.
-        _NoListError: Something stands behind its end.
-    """
-    start = _after_blank(text, text.index("[") + 1)
-    record = -1  # where the next whole record starts, as far as it was searched for
-    for place in itertools.count():
-        if text[start : start + 1] == "]":
-            break
-        where = f"{name}[{place}]"
-        decoded = _decode_element(text, start)
-        if decoded is not None:
-            element, end = decoded
-        else:
-            if record <= start:
-                record = _next_record(text, start)
-            boundary = _end_of_damaged(text, start, record)
-            if boundary is None:
-                raise ValueError(
-                    f"data file {name} is a JSON list without an end; is it cut off? (in {where})"
-                )
-            end = boundary
-            element = _parse_damaged(text[start:end], where)
-        yield element
-        start = end if text[end] == "]" else _after_blank(text, end + 1)
-    if _after_blank(text, start + 1) < len(text):
-        raise _NoListError
-
-
-def _decode_element(text: str, start: int) -> tuple[Any, int] | None:
-    """Decode the element at ``start``; None unless a comma or bracket stands behind it.
-
-    Args:
-        text: The list.
-        start: Where the element starts.
-
-    Returns:
-        The element and the position of the comma or bracket.
-    """
-    length = _FIRST_PIECE
-    while True:
-        # Of a piece, since an error of the decoder counts the lines of all the text.
-        piece = text[start : start + length]
-        is_last = start + length >= len(text)
-        try:
-            element, end = _DECODER.raw_decode(piece)
-        except RecursionError:
-            return None
-        except json.JSONDecodeError as error:
-            is_cut = error.pos >= len(piece) - _LONGEST_WORD or error.msg.startswith("Unterminated")
-            if is_last or not is_cut:
-                return None
-        except ValueError:  # an integer of thousands of digits
-            return None
-        else:
-            end = _after_blank(piece, end)
-            if end < len(piece):
-                return (element, start + end) if piece[end] in ",]" else None
-            if is_last:
-                return None
-        length *= _PIECE_GROWTH
-
-
-def _next_record(text: str, start: int) -> int:
-    """Find the next comma behind which a whole record starts; the length if there is none."""
-    position = start
-    while (comma := _OBJECT_NEXT.search(text, position)) is not None:
-        decoded = _decode_element(text, comma.end())
-        if decoded is None:
-            position = comma.end()
-        else:
-            element, position = decoded
-            if "messages" in element or "conversations" in element:
-                return comma.start()
-    return len(text)
-
-
-def _end_of_damaged(text: str, start: int, record: int) -> int | None:
-    """Find the comma or bracket behind a damaged element.
-
-    Args:
-        text: The list.
-        start: Where the element starts.
-        record: The comma in front of the next whole record, or the length of the text.
-
-    Returns:
-        Its position, or None where the list is cut off.
-    """
-    depth = 0
-    for token in _TOKEN.finditer(text, start, record):
-        symbol = token[0]
-        if depth == 0 and symbol in ",]":
-            return token.start()
-        depth += (symbol in "[{") - (symbol in "]}")
-    if record < len(text):
-        return record
-    last = len(text.rstrip(" \t\r\n")) - 1
-    return last if text[last] == "]" and not _is_cut(text[start : last + 1]) else None
-
-
-def _is_cut(text: str) -> bool:
-    """Return whether JSON is well formed up to its end, and lacks what follows."""
-    try:
-        _DECODER.raw_decode(text)
-    except json.JSONDecodeError as error:
-        return error.pos >= len(text) or error.msg.startswith("Unterminated")
-    except (ValueError, RecursionError):
-        pass
-    return False
-
-
-def _parse_damaged(text: str, where: str) -> Any:
-    """Parse an element that is no JSON, for the error that says so."""
-    try:
-        return parse_json(text.encode("utf-8", "surrogateescape"), where)
-    except ValueError as error:
-        return error
-
-
-def _after_blank(text: str, start: int) -> int:
-    blank = _BLANK.match(text, start)
-    assert blank is not None
-    return blank.end()
-
-
-# ---------------------------------------------------------------------- the format
+# ---------------------------------------------------------------------- the formats
 
 
 class MessagesOptions(FormatOptions):
     """Keys of ``name: messages`` and ``name: llava``."""
 
-    # Folder that paths of images are relative to; that of the data file if None.
+    # Folder that image paths are relative to; that of the data file if None.
     image_folder: Path | None = None
     # Read images at paths outside of that folder. It changes no sample that can be read.
     allow_outside: bool = Field(default=False, exclude=True)
@@ -393,18 +146,18 @@ class MessagesOptions(FormatOptions):
 def layout_of(path: Path) -> str | None:
     """Return the key of a file's turns, "messages" or "conversations"; None for other files.
 
-    A list, and a file whose first line has ``conversations`` alone, is in LLaVA's layout. A
+    A list, and a file whose first line has only ``conversations``, is in LLaVA's layout. A
     byte-order mark and blank lines may come first.
     """
     if not path.is_file():
         return None
     with path.open("rb") as file:
         first = first_byte(file)
-        line = file.readline(MAX_RECORD_BYTES) if first == b"{" else b""
+        line = file.readline(MAX_RECORD_BYTES) if first == b"{" else b"{}"
     if first not in (b"[", b"{", b""):
         return None
     try:
-        record = parse_json(line, "line") if line else {}
+        record = parse_json(line, "line")
     except ValueError:  # its reader says what is wrong
         record = {}
     is_llava = first == b"[" or ("messages" not in record and "conversations" in record)
@@ -412,7 +165,7 @@ def layout_of(path: Path) -> str | None:
 
 
 def _open(options: MessagesOptions) -> MessagesDataset:
-    assert options.path is not None
+    assert options.path is not None  # checked by DataConfig
     return MessagesDataset(options.path, options.image_folder, allow_outside=options.allow_outside)
 
 

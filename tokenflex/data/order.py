@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
 from tokenflex.data.samples import DataExhaustedError, SampleDataset
-from tokenflex.data.workers import iterate, start_worker
+from tokenflex.data.workers import map_in_order
 
 T = TypeVar("T")
 
@@ -112,29 +110,6 @@ class StepSampler:
             yield keys
 
 
-class _Keys(Dataset[tuple[int, int]]):
-    """The sampler's keys as they are; samples are read by what packs them."""
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[int, int]:
-        return key
-
-
-class _AsValue(Generic[T]):
-    """From a step's keys to what ``pack`` makes of them, or to the error that stopped it.
-
-    A loader would wrap a worker's error in the text of its traceback; as a value it arrives whole.
-    """
-
-    def __init__(self, pack: Callable[[list[tuple[int, int]]], T]) -> None:
-        self.pack = pack
-
-    def __call__(self, keys: list[tuple[int, int]]) -> T | Exception:
-        try:
-            return self.pack(keys)
-        except Exception as error:
-            return error
-
-
 def load_in_order(
     pack: Callable[[list[tuple[int, int]]], T],
     sampler: StepSampler | list[list[tuple[int, int]]],
@@ -144,23 +119,11 @@ def load_in_order(
     """Draw, read, encode and pack in ``workers`` processes, in the sampler's order.
 
     Raises:
-        DataExhaustedError: after the last whole step, where the sampler has no more.
-        WorkerDiedError: a worker has ended.
-        Exception: whatever ``pack`` raised, in a worker or here.
+        DataExhaustedError: After the last whole step, where the sampler has no more.
+        WorkerDiedError: A worker has ended.
+        Exception: Whatever ``pack`` raised, in a worker or here.
     """
-    loader = DataLoader(
-        _Keys(),
-        batch_sampler=sampler,
-        collate_fn=_AsValue(pack),
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=start_worker,
-    )
-    with closing(iterate(loader)) as steps:
-        for step in steps:
-            if isinstance(step, Exception):
-                raise step
-            yield step
+    yield from map_in_order(pack, sampler, workers=workers)
     if isinstance(sampler, StepSampler) and sampler.exhausted is not None:
         raise sampler.exhausted
 

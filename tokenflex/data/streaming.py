@@ -1,8 +1,8 @@
-"""A stream of rows that is asked like a data set: by position, though it is read in one direction.
+"""A stream of rows that is read like a data set: by position, though only in one direction.
 
 The order is the ``datasets`` library's: shards shuffled, then a shuffle buffer, anew each pass. It
-follows from the seed alone, so every worker and every rank sees the same sample at a position, and
-a run that resumes walks there again: rows are read on the way, never decoded.
+follows from the seed alone, so every worker and every rank sees the same sample at a position. A
+run that resumes walks to its position again; the rows on the way are read but not decoded.
 """
 
 from __future__ import annotations
@@ -16,35 +16,29 @@ from typing import Any
 from pydantic import Field
 
 from tokenflex.data.format import DataFormat, FormatOptions
-from tokenflex.data.huggingface import (
-    HuggingFaceDataset,
-    image_folders,
-    load_rows,
-    outline_of_row,
-    sample_of,
-)
-from tokenflex.data.samples import DataExhaustedError, Sample, StreamError
+from tokenflex.data.huggingface import HuggingFaceDataset, image_folders, load_rows
+from tokenflex.data.samples import DataExhaustedError, StreamError
 
 ROWS_READ = 16  # at a time
-ROWS_KEPT = 1024  # at first: those of a step are asked for twice, for the outline and the pixels
+ROWS_KEPT = 1024  # at first: rows of a step are read twice, for the outline and the pixels
 
 
-class StreamingDataset:
+class StreamingDataset(HuggingFaceDataset):
     """An endless data set over the rows of ``load_dataset(..., streaming=True)``, pass after pass.
 
-    ``dataset[position]`` is the sample that stands there in the shuffled stream. Positions are
-    meant to be asked for in rising order, as training does; one that lies further back than the
-    rows still kept starts the stream anew, which is right but slow.
+    ``dataset[position]`` is the sample at that position of the shuffled stream. Positions are
+    meant to rise, as training reads them. A position before the rows that are still kept starts the
+    stream anew, which is right but slow.
 
     Args:
-        path: what ``load_dataset`` takes, or a folder that ``save_to_disk`` wrote.
-        split: which split of it.
-        shuffle_buffer: rows among which the next one is drawn.
-        epochs: after how many passes the data is exhausted; None for never.
-        allow_outside: as :class:`tokenflex.data.huggingface.HuggingFaceDataset` takes it.
+        path: What ``load_dataset`` takes, or a folder that ``save_to_disk`` wrote.
+        split: The split.
+        shuffle_buffer: Rows among which the next one is drawn.
+        epochs: Passes until the data is exhausted; None for no bound.
+        allow_outside: As for :class:`tokenflex.data.huggingface.HuggingFaceDataset`.
 
     Raises:
-        ValueError: it cannot be loaded, has other columns, or is empty.
+        ValueError: The data set cannot be loaded, has other columns, or is empty.
     """
 
     def __init__(
@@ -57,9 +51,9 @@ class StreamingDataset:
         allow_outside: bool = False,
     ) -> None:
         self.path = path
-        self._folders = image_folders(path, allow_outside)
         self.epochs = epochs
         self.shuffle_buffer = shuffle_buffer
+        self._folders = image_folders(path, allow_outside)
         self._rows = load_rows(path, split, streaming=True).with_format("arrow")
         self._length: int | None = None  # rows of a pass, once one is over
         self._rows_kept = ROWS_KEPT
@@ -70,7 +64,7 @@ class StreamingDataset:
             raise ValueError(str(error)) from error
 
     def shuffle(self, seed: int) -> None:
-        """Take the order of ``seed``; another one gives another order."""
+        """Take the order of ``seed``; another seed gives another order."""
         # One shard at a time: several would be read by threads, which do not survive a fork.
         self._shuffled = self._rows.shuffle(
             seed=seed, buffer_size=self.shuffle_buffer, max_buffer_input_shards=1
@@ -80,35 +74,24 @@ class StreamingDataset:
     def __len__(self) -> int:
         raise TypeError(f"data set {self.path} is a stream and has no length")
 
-    def __getitem__(self, position: int) -> Sample:
-        return sample_of(self._row(position), self.where(position), self._folders)
-
-    def where(self, position: int) -> str:
-        """Return the data set and the row's position in the stream."""
-        return f"{self.path}[{position}]"
-
-    def outline(self, position: int) -> Sample:
-        """The row's text and the sizes that its images' heads state."""
-        return outline_of_row(self._row(position), self.where(position), self._folders)
-
     def __getstate__(self) -> dict[str, Any]:
-        """What a worker gets where it is not forked: a walk does not travel."""
+        """Return the state for a worker that is not forked; a walk cannot be pickled."""
         self._stop()
         return self.__dict__
 
     # ------------------------------------------------------------------ the walk
 
     def _row(self, position: int) -> dict[str, Any]:
-        """The row as plain Python values; images as bytes or paths.
+        """Return the row as plain Python values; images are bytes or paths.
 
         Raises:
-            DataExhaustedError: the stream has been passed ``epochs`` times.
-            StreamError: reading failed.
+            DataExhaustedError: The stream has been passed ``epochs`` times.
+            StreamError: Reading failed.
         """
         if self._walk is not None and self._process != os.getpid():
             self._stop()  # a forked worker would move the files of the process it comes from
         if self._kept and position < self._kept[0][0]:
-            # The next step will ask for as many again.
+            # The next step will go back as far.
             self._rows_kept = max(self._rows_kept, 2 * (self._next - position))
             self._stop()
         if self._walk is None:
@@ -123,31 +106,31 @@ class StreamingDataset:
         self._kept: deque[tuple[int, Any]] = deque()  # (first position, table)
         self._next = 0
 
-    def _start(self, number: int) -> None:
+    def _start(self, epoch: int) -> None:
         """Begin a pass; all passes have the same rows."""
-        if self.epochs is not None and number >= self.epochs:
+        if self.epochs is not None and epoch >= self.epochs:
             self._stop()
             raise DataExhaustedError(
                 f"data set {self.path} ended after {self.epochs} epochs of {self._length} samples; "
                 "allow more epochs, or fewer steps"
             )
-        self._process, self._walk = os.getpid(), self._tables(number)
-        self._pass_start = self._next = number * (self._length or 0)
+        self._process, self._walk = os.getpid(), self._tables(epoch)
+        self._pass_start = self._next = epoch * (self._length or 0)
 
-    def _tables(self, number: int) -> Iterator[Any]:
-        """Arrow tables of a pass."""
-        self._shuffled.set_epoch(number)
-        # Not `iter(rows)`: in a loader's worker that would give a share of the rows only.
+    def _tables(self, epoch: int) -> Iterator[Any]:
+        """Return the Arrow tables of a pass."""
+        self._shuffled.set_epoch(epoch)
+        # Not `iter(rows)`, which in a loader's worker would give only a share of the rows.
         return self._shuffled.iter(batch_size=ROWS_READ)
 
     def _advance(self, position: int) -> None:
-        """Read the next rows, or go over to the pass that holds ``position``."""
+        """Read the next rows, or begin the pass that holds ``position``."""
         assert self._walk is not None
         try:
             table = next(self._walk, None)
-        except Exception as error:  # whatever the files or the network make of it
+        except Exception as error:  # of the files or the network, of any kind
             broken_at = self._next
-            self._stop()  # what is left of a walk that failed would look like the end of a pass
+            self._stop()  # the rest of a walk that failed would look like the end of a pass
             reason = " ".join(str(error).split())
             raise StreamError(
                 f"data set {self.path} cannot be read at position {broken_at} of the stream: "

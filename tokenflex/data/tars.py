@@ -1,8 +1,8 @@
-"""The headers of an uncompressed tar from a stranger, read in linear time and bounded memory.
+"""Headers of an uncompressed tar from a stranger, read in linear time and bounded memory.
 
-``tarfile`` decodes each block. The walk from block to block is our own, because ``tarfile`` follows
-headers that name other headers by recursion, reads a header's claimed size into memory, and takes a
-negative size for granted.
+``tarfile`` decodes each block. The walk from block to block is not ``tarfile``'s, which follows
+headers that name other headers by recursion, reads a header's claimed size into memory, and trusts
+a negative size.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from tokenflex.files import excerpt
 
 MAX_HEADER_BYTES = 2**16
-"""Bytes of a header for a long name (GNU) or for extended attributes (PAX) at most."""
+"""Largest header for a long name (GNU) or for extended attributes (PAX)."""
 
 MAX_HEADERS = 8
-"""Such headers in front of a member at most."""
+"""Most of such headers before a member."""
 
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL, _SOLARIS = b"L", b"K", b"x", b"g", b"X"
 _EXTENSIONS = (_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL, _SOLARIS)
@@ -37,7 +36,7 @@ _WITHOUT_CONTENT = (
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a tar: its name, and where its content lies in bytes."""
+    """A file in a tar: its name, and the offset and size of its content in bytes."""
 
     name: str
     offset: int
@@ -45,57 +44,65 @@ class Member:
 
 
 def members(path: Path) -> Iterator[Member]:
-    """Read the headers of a tar, one after another.
+    """Yield the files of a tar from their headers, one after another.
 
     Raises:
-        ValueError: The tar is cut off, damaged or compressed, has a member of negative size or one
-            that goes beyond its end, a sparse one, or too many or too long headers for one member.
+        ValueError: The tar is cut off, damaged or compressed; or a member has a negative size, goes
+            beyond the tar's end, is sparse, or has too many or too long headers.
     """
-    with path.open("rb") as file:
-        yield from _members(file, path, os.fstat(file.fileno()).st_size)
-
-
-def _members(file: BinaryIO, path: Path, length: int) -> Iterator[Member]:
     offset = headers = 0
-    override: dict[str, str] = {}  # what headers say of the next member
-    while True:
-        file.seek(offset)
-        block = file.read(tarfile.BLOCKSIZE)
-        if block == bytes(tarfile.BLOCKSIZE):
-            break
-        header = _header(block, path, offset)
-        content = offset + tarfile.BLOCKSIZE
-        size = header.size
-        if "size" in override and header.type not in _EXTENSIONS:
-            size = _number(override["size"], path, offset)
-        if header.type == tarfile.GNUTYPE_SPARSE or any("GNU.sparse" in key for key in override):
-            raise ValueError(f"data file {path} has a sparse member (at byte {offset})")
-        if header.type in _WITHOUT_CONTENT:
-            size = 0
-        if size < 0:
-            raise ValueError(f"data file {path} has a member of size {size} (at byte {offset})")
-        if content + size > length:
-            raise ValueError(
-                f"data file {path} has a member of {excerpt(size, 30)} bytes that goes beyond its "
-                f"end (at byte {offset}); is it cut off?"
-            )
-        if header.type in _EXTENSIONS:
-            headers += 1
-            if headers > MAX_HEADERS or size > MAX_HEADER_BYTES:
+    override: dict[str, str] = {}  # attributes of the next member
+
+    def fault(problem: str) -> ValueError:
+        return ValueError(f"data file {path} has {problem} (at byte {offset})")
+
+    with path.open("rb") as file:
+        length = os.fstat(file.fileno()).st_size
+        while True:
+            file.seek(offset)
+            block = file.read(tarfile.BLOCKSIZE)
+            if block == bytes(tarfile.BLOCKSIZE):
+                break
+            header = _header(block, path, offset)
+            content, size = offset + tarfile.BLOCKSIZE, header.size
+            if "size" in override and header.type not in _EXTENSIONS:
+                text = override["size"]
+                if not text.isascii() or not text.isdigit() or len(text) > 20:
+                    raise fault(f"a member of size {excerpt(text, 30)}")
+                size = int(text)
+            if header.type == tarfile.GNUTYPE_SPARSE or any("GNU.sparse" in k for k in override):
+                raise fault("a sparse member")
+            if header.type in _WITHOUT_CONTENT:
+                size = 0
+            if size < 0:
+                raise fault(f"a member of size {size}")
+            if content + size > length:
                 raise ValueError(
-                    f"data file {path} has a member with more than {MAX_HEADERS} headers, or one "
-                    f"of more than {MAX_HEADER_BYTES} bytes (at byte {offset})"
+                    f"data file {path} has a member of {excerpt(size, 30)} bytes that goes beyond "
+                    f"its end (at byte {offset}); is it cut off?"
                 )
-            _apply(header.type, file.read(size), override, path, offset)
-        else:
-            if header.type in _FILES:
-                yield Member(override.get("path", header.name), content, size)
-            headers, override = 0, {}
-        offset = content + -(size // -tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    if override:
-        raise ValueError(f"data file {path} ends with a header of no member (at byte {offset})")
-    if any(file.read(tarfile.RECORDSIZE)):
-        raise ValueError(f"data file {path} goes on after its end mark; are these several tars?")
+            if header.type in _EXTENSIONS:
+                headers += 1
+                if headers > MAX_HEADERS or size > MAX_HEADER_BYTES:
+                    raise fault(
+                        f"a member with more than {MAX_HEADERS} headers, or one of more than "
+                        f"{MAX_HEADER_BYTES} bytes"
+                    )
+                try:
+                    override |= _attributes(header.type, file.read(size))
+                except ValueError as error:
+                    raise fault(str(error)) from None
+            else:
+                if header.type in _FILES:
+                    yield Member(override.get("path", header.name), content, size)
+                headers, override = 0, {}
+            offset = content + -(size // -tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if override:
+            raise ValueError(f"data file {path} ends with a header of no member (at byte {offset})")
+        if any(file.read(tarfile.RECORDSIZE)):
+            raise ValueError(
+                f"data file {path} goes on after its end mark; are these several tars?"
+            )
 
 
 def _header(block: bytes, path: Path, offset: int) -> tarfile.TarInfo:
@@ -111,21 +118,21 @@ def _header(block: bytes, path: Path, offset: int) -> tarfile.TarInfo:
         raise ValueError(f"data file {path} {problem}") from error
 
 
-def _apply(kind: bytes, content: bytes, override: dict[str, str], path: Path, offset: int) -> None:
-    """Note what a header says of the member behind it."""
+def _attributes(kind: bytes, content: bytes) -> dict[str, str]:
+    """Return the attributes of the next member in a header's content."""
     if kind == _LONG_NAME:
-        override["path"] = _text(content.partition(b"\0")[0])
-    elif kind != _LONG_LINK:
-        attributes = dict(_attributes(content, path, offset))
-        if kind != _PAX_GLOBAL:
-            override |= attributes
-        elif attributes.keys() & {"path", "size"}:
-            raise ValueError(
-                f"data file {path} states a name or size for all members (at byte {offset})"
-            )
+        return {"path": _text(content.partition(b"\0")[0])}
+    if kind == _LONG_LINK:
+        return {}
+    attributes = dict(_pax_lines(content))
+    if kind != _PAX_GLOBAL:
+        return attributes
+    if attributes.keys() & {"path", "size"}:
+        raise ValueError("a name or size for all members")
+    return {}
 
 
-def _attributes(content: bytes, path: Path, offset: int) -> Iterator[tuple[str, str]]:
+def _pax_lines(content: bytes) -> Iterator[tuple[str, str]]:
     """Parse the lines ``LENGTH KEY=VALUE`` of a PAX header."""
     while content.strip(b"\0"):
         digits = content[:8].partition(b" ")[0]
@@ -133,18 +140,10 @@ def _attributes(content: bytes, path: Path, offset: int) -> Iterator[tuple[str, 
         line = content[len(digits) + 1 : length]
         key, equals, value = line.partition(b"=")
         if not equals or len(content) < length or not line.endswith(b"\n"):
-            raise ValueError(f"data file {path} has a damaged PAX header (at byte {offset})")
+            raise ValueError("a damaged PAX header")
         yield _text(key), _text(value[:-1])
         content = content[length:]
 
 
 def _text(content: bytes) -> str:
     return content.decode("utf-8", "surrogateescape")
-
-
-def _number(text: str, path: Path, offset: int) -> int:
-    if not text.isascii() or not text.isdigit() or len(text) > 20:
-        raise ValueError(
-            f"data file {path} has a member of size {excerpt(text, 30)} (at byte {offset})"
-        )
-    return int(text)

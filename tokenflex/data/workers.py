@@ -1,36 +1,89 @@
-"""Loader workers that end with the process they read for, never before it and never after it."""
+"""Worker processes that read data ahead. They end with the process that they read for."""
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, TypeVar
 
-from torch.utils.data import DataLoader
+import torch
 
 from tokenflex.errors import ReportedError
 
+K = TypeVar("K")
 T = TypeVar("T")
 
+AHEAD = 4  # items that each worker has at hand
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_function: Callable[[Any], Any]  # in a worker, what it calls
 
 
 class WorkerDiedError(ReportedError):
     """A process that reads data has ended: killed, out of memory, or by a fault of its own."""
 
 
-def start_worker(worker: int) -> None:
-    """Prepare a loader worker: the main process alone decides when it ends.
+def map_in_order(
+    function: Callable[[K], T], items: Iterable[K], *, workers: int = 0
+) -> Generator[T, None, None]:
+    """Yield ``function(item)`` for each item, computed ahead in ``workers`` processes.
+
+    Close the generator to end the workers early.
+
+    Args:
+        function: The function. It is sent to each worker once.
+        items: The items, which are taken ahead of the values that are yielded.
+        workers: Processes; 0 calls the function here.
+
+    Raises:
+        WorkerDiedError: A worker has ended.
+        Exception: Whatever ``function`` raised.
+    """
+    if not workers:
+        yield from map(function, items)
+        return
+    items = iter(items)
+    before = {*multiprocessing.active_children()}
+    pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(function,))
+    processes: Collection[Any] = ()
+    try:
+        with _blocked_signals():
+            pending = deque(pool.submit(_call, item) for item in islice(items, AHEAD * workers))
+        processes = {*multiprocessing.active_children()} - before
+        while pending:
+            try:
+                value: T = pending.popleft().result()
+                following: list[Future[T]] = [pool.submit(_call, item) for item in islice(items, 1)]
+            except BrokenProcessPool as error:
+                raise WorkerDiedError(
+                    f"a data-loader worker ended: {_death_of(processes) or error}; with a lack of "
+                    "memory, fewer workers or smaller steps help"
+                ) from error
+            pending += following
+            yield value
+    finally:
+        for process in processes:
+            process.kill()  # workers only read; asked to end, each would finish its item first
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(function: Callable[[Any], Any]) -> None:
+    """Prepare a worker, which ignores signals: the main process alone decides when it ends.
 
     A signal to a whole process group (Ctrl-C, systemd, Slurm) reaches workers as well, but the main
-    process still needs them for the step that it is in. When the main process ends without a word,
-    its workers end too.
+    process still needs them for its current step. A worker also ends with a main process that was
+    killed.
     """
+    global _function
+    _function = function
+    torch.set_num_threads(1)
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -44,40 +97,8 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def iterate(loader: DataLoader[Any]) -> Generator[Any, None, None]:
-    """Iterate over a loader whose workers were prepared by :func:`start_worker`.
-
-    The death of a worker is told where data is waited for. PyTorch raises it between any two
-    instructions, also in the middle of an optimiser step.
-
-    Raises:
-        WorkerDiedError: A worker has ended.
-    """
-    if not loader.num_workers:
-        yield from loader
-        return
-    before = set(multiprocessing.active_children())
-    with _deaths:
-        with _blocked_signals():
-            batches = iter(loader)
-        workers = set(multiprocessing.active_children()) - before
-        _living.add(workers)
-        try:
-            while True:
-                try:
-                    batch = _deaths.next_of(batches)
-                except StopIteration:
-                    return
-                except (RuntimeError, OSError, EOFError) as error:
-                    reason = " ".join(str(error).split()) or type(error).__name__
-                    raise WorkerDiedError(
-                        f"a data-loader worker ended: {reason}; with a lack of memory, fewer "
-                        "workers or smaller steps help"
-                    ) from error
-                yield batch
-        finally:
-            _living.end(workers)
-            del batches
+def _call(item: Any) -> Any:
+    return _function(item)
 
 
 @contextmanager
@@ -90,84 +111,11 @@ def _blocked_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _Living:
-    """Workers that this process must end, at the latest when it ends itself.
-
-    Python would ask them to with a signal, which they ignore, and wait.
-    """
-
-    def __init__(self) -> None:
-        self._workers: set[Any] = set()
-        self._process = 0
-
-    def add(self, workers: set[Any]) -> None:
-        if self._process != os.getpid():  # also in a fork, whose workers these are not
-            self._process, self._workers = os.getpid(), set()
-            atexit.register(self._end_all)
-        self._workers |= workers
-
-    def end(self, workers: set[Any]) -> None:
-        """Kill workers: they only read. Asked to end, each would finish its step first."""
-        for worker in workers:
-            worker.kill()
-        for worker in workers:
-            worker.join()  # a worker that has been waited for is no death to be told
-        self._workers -= workers
-
-    def _end_all(self) -> None:
-        if self._process == os.getpid():
-            self.end({*self._workers})
-
-
-_living = _Living()
-
-
-class _Deaths:
-    """PyTorch's handler of SIGCHLD, which raises, held back until data is waited for."""
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._waiting = False
-        self._noted = False
-        self._handler: Any = None
-
-    def __enter__(self) -> None:
-        self._depth += 1
-
-    def __exit__(self, *error: object) -> None:
-        self._depth -= 1
-        if not self._depth:
-            if self._handler is not None and signal.getsignal(signal.SIGCHLD) == self._handle:
-                signal.signal(signal.SIGCHLD, self._handler)
-            self._handler = None
-            self._noted = False
-
-    def next_of(self, batches: Iterator[T]) -> T:
-        """Return the next item; raise for a worker that has died meanwhile or since the last."""
-        self._hold_back()
-        self._waiting = True
-        try:
-            if self._noted:
-                self._noted = False
-                self._handler(signal.SIGCHLD, None)
-            return next(batches)
-        finally:
-            self._waiting = False
-
-    def _hold_back(self) -> None:
-        """Take the place of the handler, which a loader sets when it starts its workers."""
-        if self._handler is not None or threading.current_thread() != threading.main_thread():
-            return
-        handler = signal.getsignal(signal.SIGCHLD)
-        if callable(handler):
-            self._handler = handler
-            signal.signal(signal.SIGCHLD, self._handle)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self._waiting:
-            self._handler(number, frame)
-        else:
-            self._noted = True
-
-
-_deaths = _Deaths()
+def _death_of(processes: Iterable[Any]) -> str | None:
+    """Describe how the first of some processes has ended; None if all are alive."""
+    for process in processes:
+        code = process.exitcode
+        if code is not None:
+            end = f"exited with code {code}" if code >= 0 else signal.strsignal(-code)
+            return f"process {process.pid}: {end}"
+    return None

@@ -1,1 +1,1 @@
-"""The offline task: questions about handwritten digits on a canvas, coarse to fine."""
+"""Built-in sample data: questions about handwritten digits on a canvas, coarse to fine."""

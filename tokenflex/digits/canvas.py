@@ -1,8 +1,8 @@
-"""Canvases of coloured handwritten digits, and what can be asked about them.
+"""Canvases of coloured handwritten digits, and questions about them.
 
 The digits are real scans (scikit-learn's ``load_digits``, from the UCI optical recognition set).
-4 x 4 cells of 8 x 8 pixels hold 3 to 9 digits; one is yellow, the others red, green or blue with
-one colour more frequent. Larger canvases hold as many digits per cell.
+A canvas of 4 x 4 cells, of 8 x 8 pixels each, holds 3 to 9 digits. One is yellow, the others are
+red, green or blue, with one colour more frequent. Larger canvases hold as many digits per cell.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from math import isqrt
 import numpy as np
 from numpy.typing import NDArray
 
-CELLS = 4  # per side, unless a larger canvas is asked for
+CELLS = 4  # per side by default
 CELL_PIXELS = 8
 COLOURS = ("red", "green", "blue", "yellow")
 YELLOW = 3
 BLANK = -1
 QUADRANTS = ("top-left", "top-right", "bottom-left", "bottom-right")
 QUESTIONS = ("read", "colour", "odd", "majority", "where", "count")
-# How often each is asked: reading a digit takes the most learning.
+# Odds of each question: reading a digit takes the most learning.
 QUESTION_ODDS = (0.4, 0.15, 0.15, 0.1, 0.1, 0.1)
 _UP_TO = np.cumsum(QUESTION_ODDS) / sum(QUESTION_ODDS)
 # Scans of one split are never drawn for another.
@@ -30,7 +30,7 @@ SPLITS = {"train": (0, 1297), "validation": (1297, 1497), "test": (1497, 1797)}
 _INK = np.array([[1.0, 0.25, 0.25], [0.25, 1.0, 0.25], [0.3, 0.4, 1.0], [1.0, 0.9, 0.1]])
 _NOISE = 0.05
 _DOMINANT_SHARE = 0.55
-_ASK_FILLED_SHARE = 0.85  # of `read` and `colour` questions
+_ASK_FILLED_SHARE = 0.85  # of "read" and "colour" questions
 
 
 @cache
@@ -44,12 +44,12 @@ def _scans() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
 
 @dataclass(frozen=True)
 class Canvas:
-    """One picture and the truth about it.
+    """A picture and the truth about it.
 
     Attributes:
         pixels: uint8 [side, side, 3], 8 pixels a cell.
-        digits: int [cells^2], the digit of each cell, BLANK where there is none.
-        colours: int [cells^2], index into COLOURS, BLANK where there is no digit.
+        digits: int [cells^2], the digit of each cell, or BLANK.
+        colours: int [cells^2], the colour of each cell's digit in COLOURS, or BLANK.
     """
 
     pixels: NDArray[np.uint8]
@@ -58,11 +58,11 @@ class Canvas:
 
     @property
     def cells(self) -> int:
-        """Per side."""
+        """Cells per side."""
         return isqrt(len(self.digits))
 
     def answer(self, question: str, cell: int | None = None) -> str:
-        """The right answer; ``cell`` (from 0, row by row) is needed by "read" and "colour"."""
+        """Return the right answer. "read" and "colour" need a ``cell``, from 0, row by row."""
         if question in ("read", "colour"):
             if cell is None:
                 raise ValueError(
@@ -86,15 +86,12 @@ class Canvas:
 
 
 def fewest_and_most(side: int) -> tuple[int, int]:
-    """How many digits a canvas of ``side`` x ``side`` cells holds: 3 to 9 of 16."""
+    """Return the bounds of a canvas's number of digits: 3 and 9 of 16 cells."""
     return 3 * side * side // 16, 9 * side * side // 16
 
 
 def draw_canvas(rng: np.random.Generator, split: str, side: int = CELLS) -> Canvas:
-    """A random canvas of ``side`` x ``side`` cells with scans of ``split``.
-
-    ``split`` is "train", "validation" or "test".
-    """
+    """Draw a random canvas of ``side`` x ``side`` cells with scans of a split in SPLITS."""
     scans, labels = _scans()
     cells = side * side
     fewest, most = fewest_and_most(side)
@@ -115,7 +112,7 @@ def draw_canvas(rng: np.random.Generator, split: str, side: int = CELLS) -> Canv
 
 
 def _draw_colours(rng: np.random.Generator, number: int) -> NDArray[np.int64]:
-    """Red, green or blue for ``number`` digits, one of them more often than each other one."""
+    """Draw red, green or blue for ``number`` digits, with one colour the most frequent."""
     while True:
         dominant = rng.integers(YELLOW)
         others = rng.integers(YELLOW, size=number)
@@ -126,7 +123,7 @@ def _draw_colours(rng: np.random.Generator, number: int) -> NDArray[np.int64]:
 
 
 def draw_question(rng: np.random.Generator, canvas: Canvas) -> tuple[str, str, str]:
-    """A random question about ``canvas``: (kind, prompt, answer)."""
+    """Draw a random question about ``canvas``: (kind, prompt, answer)."""
     kind = QUESTIONS[int(_UP_TO.searchsorted(rng.random(), side="right"))]
     if kind not in ("read", "colour"):
         return kind, kind, canvas.answer(kind)
@@ -137,5 +134,5 @@ def draw_question(rng: np.random.Generator, canvas: Canvas) -> tuple[str, str, s
 
 
 def cell_name(cell: int, side: int = CELLS) -> str:
-    """The word for a cell, one token: "r1c1" is the top-left one, "r4c4" the bottom-right of 16."""
+    """Return the word for a cell, one token: "r1c1" is the top-left, "r4c4" the last of 16."""
     return f"r{cell // side + 1}c{cell % side + 1}"

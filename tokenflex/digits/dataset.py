@@ -1,4 +1,4 @@
-"""The digits task as a data set of samples, behind the same interface as a user's own data."""
+"""The digits task as a data set of samples."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from PIL import Image
 from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.digits.canvas import CELLS, SPLITS, draw_canvas, draw_question
 
-RECENT = 1024
+RECENT = 1024  # samples that are kept
 
 
 class DigitsDataset:
-    """Canvases with questions about them; each question is a conversation of its own.
+    """Canvases with questions about them. Each question is its own conversation.
 
     Args:
         split: "train", "validation" or "test"; their scans are disjoint.
-        size: canvases in the data set.
-        questions: per canvas.
-        seed: another seed gives other canvases.
-        cells: of a canvas, per side.
+        size: Canvases in the data set.
+        questions: Questions per canvas.
+        seed: Another seed gives other canvases.
+        cells: Cells per side of a canvas.
 
     Raises:
-        ValueError: an unknown split, a size or number of questions below 1, or cells that are no
-            even number from 4 on.
+        ValueError: The split is unknown, the size or number of questions is below 1, or ``cells``
+            is not an even number from 4 on.
     """
 
     def __init__(

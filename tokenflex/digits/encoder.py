@@ -1,7 +1,7 @@
 """A short warm-up of the vision encoder, in place of the pretrained weights of a real model.
 
-SigLIP arrives knowing what it looks at; a random encoder does not, and a language model cannot
-teach it in a few minutes. So it first learns which digit and colour each cell holds.
+A pretrained encoder such as SigLIP recognises what it sees. A random one does not, and a language
+model cannot teach it in a few minutes. So it first learns the digit and colour of each cell.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def warm_up_encoder(
     """Train ``vision_model`` in place to tell the digit and colour of each cell.
 
     Args:
-        vision_model: returns ``last_hidden_state`` [B, patches, C], patches a multiple of the cells
-            per side on each axis.
-        processor: makes ``pixel_values`` of canvases; its image size says how many cells they have.
-        steps: optimiser steps, with a linear warm-up and a cosine to zero.
-        batch_size: canvases a step.
-        learning_rate: the highest.
-        seed: of the canvases and the two heads, which are thrown away.
-        on_step: called with each step's loss.
+        vision_model: Returns ``last_hidden_state`` [B, patches, C] of a square grid of patches,
+            whose side is a multiple of the cells per side.
+        processor: Makes ``pixel_values`` of canvases; its image size gives their number of cells.
+        steps: Optimiser steps, with a linear warm-up and a cosine to zero.
+        batch_size: Canvases a step.
+        learning_rate: The highest learning rate.
+        seed: Seed of the canvases and of the classifying head, which is thrown away.
+        on_step: Called with each step's loss.
     """
     cells = processor.image_processor.size["height"] // CELL_PIXELS
     device = next(vision_model.parameters()).device
@@ -71,12 +71,12 @@ def warm_up_encoder(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         on_step(loss.item())
-    # Or the training that follows would find these gradients and take them for its own.
+    # Otherwise the training that follows would add to these gradients.
     vision_model.zero_grad(set_to_none=True)
 
 
 def _mean_of_cells(features: torch.Tensor, cells: int) -> torch.Tensor:
-    """[B, patches, C] -> [B, cells^2, C], the mean over each cell's patches."""
+    """Average each cell's patches: [B, patches, C] -> [B, cells^2, C]."""
     side = math.isqrt(features.shape[1])
     per_cell = side // cells
     grid = features.unflatten(1, (cells, per_cell, cells, per_cell))
@@ -84,7 +84,7 @@ def _mean_of_cells(features: torch.Tensor, cells: int) -> torch.Tensor:
 
 
 def _cell_loss(logits: torch.Tensor, canvases: list[Canvas]) -> torch.Tensor:
-    """Cross entropy of each cell's digit and colour; blank is a class of its own."""
+    """Return the cross entropy of each cell's digit and colour, with a class for blank cells."""
 
     def classes(values: list[np.ndarray], blank: int) -> torch.Tensor:
         stacked = np.stack(values)

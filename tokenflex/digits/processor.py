@@ -1,4 +1,4 @@
-"""The tokenizer and image processor of the digits task: one token a word."""
+"""Tokenizer and image processor of the digits task. A word is one token."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHAT_TEMPLATE = (
 
 
 def digits_vocabulary(cells: int = CELLS) -> dict[str, int]:
-    """Word -> token id: special tokens, digits, colours, places, questions, cells, numbers."""
+    """Return the token id of each word."""
     words = [*SPECIAL_TOKENS, *map(str, range(10)), *COLOURS, "blank", *QUADRANTS, *QUESTIONS]
     words += [cell_name(cell, cells) for cell in range(cells * cells)]
     words += map(str, range(10, fewest_and_most(cells)[1] + 1))
@@ -36,7 +36,7 @@ def digits_vocabulary(cells: int = CELLS) -> dict[str, int]:
 
 
 def digits_processor(num_image_tokens: TokenCount = 16, cells: int = CELLS) -> TokenFlexProcessor:
-    """A processor for the digits task, ``cells`` per side, made from nothing but this file."""
+    """Build a processor for canvases of ``cells`` per side, without any saved file."""
     model = WordLevel(digits_vocabulary(cells), unk_token="<unk>")
     backend = Tokenizer(model)
     backend.pre_tokenizer = WhitespaceSplit()

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
-from tokenflex.data.faults import REASON_LENGTH
+from tokenflex.errors import REASON_LENGTH
 from tokenflex.files import excerpt, printable
 
 M = TypeVar("M", bound=BaseModel)
