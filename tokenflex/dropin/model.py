@@ -298,14 +298,11 @@ def uninstall(model: Any) -> None:
 
 @contextmanager
 def as_stock(model: Any) -> Iterator[Any]:
-    """Yield the base model as it was before :func:`install`, within a ``with`` block."""
+    """Yield the stock base model within a ``with`` block, and convert it again afterwards."""
     base = model.base_model
-    variant, name = type(base), type(base)._tokenflex_family.stock_projector
-    installed = base.get_submodule(name)
-    base.__class__ = variant._tokenflex_stock_class
-    base.set_submodule(name, stock_projector_of(model))
+    projector = base.get_submodule(type(base)._tokenflex_family.projector)
+    uninstall(model)
     try:
         yield base
     finally:
-        base.set_submodule(name, installed)
-        base.__class__ = variant
+        install(model, projector, keep_stock=True)
