@@ -9,9 +9,6 @@ from PIL import Image
 
 from tokenflex.errors import ReportedError
 
-IMAGE_MARK = "<image>"
-"""Where an image stands in a turn's text, whatever the tokenizer's own placeholder is."""
-
 
 @dataclass(frozen=True)
 class Turn:
@@ -33,9 +30,10 @@ class Conversation:
 class Sample:
     """Images and the conversations about them; conversations do not see each other.
 
-    The turns of a conversation hold :data:`IMAGE_MARK` once per image, or not at all, in which case
-    the images stand before its first user turn. Images of a sample are encoded once, however many
-    conversations there are, and share the sample's vision-token count.
+    The turns of a conversation hold ``<image>`` (:data:`tokenflex.models.chat.IMAGE_MARK`) once per
+    image, or not at all, in which case the images stand before its first user turn. Images of a
+    sample are encoded once, however many conversations there are, and share the sample's
+    vision-token count.
     """
 
     id: str

@@ -18,14 +18,14 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from tokenflex.models.auto_counts import ChoosesCounts, asks_for_choice
 from tokenflex.models.placeholders import ImageTokens, merge_images
 from tokenflex.positions import shared_image_positions
-from tokenflex.routing.choice import asks_for_choice, generate_with_choice
 
 _DRAFT = "draft_image"  # the draft's images among ``mm_encoder_outputs``, which it is handed too
 
 
-class TokenFlexGeneration(GenerationMixin):
+class TokenFlexGeneration(ChoosesCounts, GenerationMixin):
     """``generate`` of :class:`tokenflex.TokenFlexForConditionalGeneration`."""
 
     if TYPE_CHECKING:
@@ -84,8 +84,9 @@ class TokenFlexGeneration(GenerationMixin):
 
         It never answers with the image placeholder that the config names, unless the call says
         ``suppress_tokens`` itself.
-        With ``num_image_tokens="auto"`` each image's count is chosen, as ``penalty`` or ``budget``
-        say: see :func:`tokenflex.routing.choice.generate_with_choice`.
+        With ``num_image_tokens="auto"`` each image's count is chosen (:meth:`choose_counts`), as
+        ``penalty`` or ``budget`` say. The answer begins with the prompts as they were given, and an
+        output object also holds ``num_image_tokens``, the count of each tile.
 
         An ``assistant_model`` that is a TokenFLEX model sees the images as well, at the same
         counts: encoded by itself, or ``encoded_images``, which must then be of its own encoder.
@@ -99,7 +100,7 @@ class TokenFlexGeneration(GenerationMixin):
             ...     model.generate(**inputs, encoded_images=images)
         """
         if asks_for_choice(kwargs):
-            return generate_with_choice(self, *args, **kwargs)
+            return self._generate_with_choice(*args, **kwargs)
         self.suppress_placeholder()
         if kwargs.get("generation_config") is not None:
             kwargs["generation_config"] = self._update_copy(kwargs["generation_config"])

@@ -40,6 +40,7 @@ from transformers.utils.generic import can_return_tuple
 
 from tokenflex.counts import Grid, ImageTokenCounts, token_grid, token_grids
 from tokenflex.models.attention import PACKED_ATTENTION
+from tokenflex.models.auto_counts import refuse_auto
 from tokenflex.models.auto_map import InstalledClass
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.decoding import TokenFlexGeneration
@@ -57,7 +58,6 @@ from tokenflex.models.prefixes import SharedPrefixes
 from tokenflex.models.vision import EncodedImages, encode
 from tokenflex.positions import shared_image_positions
 from tokenflex.projector import TokenAdaptiveProjector
-from tokenflex.routing.choice import choose_counts, refuse_auto
 from tokenflex_kernels import PackPlan, merge_vision, pack_embeddings
 
 
@@ -520,10 +520,6 @@ class TokenFlexForConditionalGeneration(  # type: ignore[misc]
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
-
-    def choose_counts(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
-        """See :func:`tokenflex.routing.choice.choose_counts`."""
-        return choose_counts(self, input_ids, **kwargs)
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See :meth:`TokenFlexModel.get_image_features`."""

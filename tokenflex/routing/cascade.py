@@ -15,8 +15,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from tokenflex.counts import AUTO, TokenCount, token_grid
+from tokenflex.models.auto_counts import CHOICE_INPUTS
 from tokenflex.models.loading import check_length
-from tokenflex.routing.choice import INPUTS, read_inputs, trained_counts
+from tokenflex.routing.choice import read_inputs, trained_counts
 from tokenflex.routing.expansion import Prompts
 
 # What confidence is read from, and what it means only for greedy search.
@@ -92,7 +93,7 @@ def generate_with_escalation(
     sizes = [height * width for height, width in map(token_grid, ladder)]
     if not sizes or sizes != sorted(set(sizes)):
         raise ValueError(f"counts must rise from the first to the last, got {list(ladder)}")
-    inputs = {name: kwargs.pop(name) for name in INPUTS if name in kwargs}
+    inputs = {name: kwargs.pop(name) for name in CHOICE_INPUTS if name in kwargs}
     prompts, encoded = read_inputs(model, input_ids, **inputs)
     rows = len(prompts.rows)
     for row in range(rows):  # before the first answer, not once an unsure one gets there

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,15 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from tokenflex.counts import AUTO, Grid, TokenCount, token_grid
+from tokenflex.models.auto_counts import ChoosesCounts, join_words
 from tokenflex.models.vision import EncodedImages
 from tokenflex.routing.budget import detail_kept, spread
 from tokenflex.routing.expansion import Prompts, read_prompts
 from tokenflex.routing.features import image_statistics, question_embeddings
 from tokenflex.routing.router import best, utilities
 from tokenflex.routing.storage import has_router, router_of
-
-INPUTS = ("attention_mask", "pixel_values", "grids", "encoded_images", "tiles_per_image")
-_KNOBS = ("penalty", "budget")
 
 
 @torch.no_grad()
@@ -58,7 +56,7 @@ def choose_counts(
         TypeError: an argument is not of its kind.
         ValueError: arguments do not fit together, or ``budget`` is too small.
     """
-    num_image_tokens = _joined(num_image_tokens)
+    num_image_tokens = join_words(num_image_tokens)
     if not isinstance(num_image_tokens, str) or num_image_tokens != AUTO:
         raise ValueError(
             f"num_image_tokens must be 'auto' where counts are to be chosen, with penalty or "
@@ -72,65 +70,6 @@ def choose_counts(
     else:
         counts = _within(model, prompts, encoded, penalty, budget)
     return {**prompts.expanded(counts), "encoded_images": encoded}
-
-
-def generate_with_choice(model: Any, inputs: Any = None, **kwargs: Any) -> Any:
-    """``generate`` at chosen counts. Its answer begins with the prompts as they were given.
-
-    Args:
-        model: a :class:`tokenflex.TokenFlexForConditionalGeneration`.
-        inputs: ``input_ids``, or they are among ``kwargs``.
-        **kwargs: those of :func:`choose_counts`, and what ``generate`` takes besides.
-
-    Returns:
-        What ``generate`` returns. With ``return_dict_in_generate`` it has ``num_image_tokens``, the
-        count chosen for each tile.
-    """
-    asked = {
-        name: kwargs.pop(name) for name in ("num_image_tokens", *_KNOBS, *INPUTS) if name in kwargs
-    }
-    named = kwargs.pop("input_ids", None)
-    given = named if inputs is None else inputs
-    if given is None:
-        raise ValueError("input_ids must be given where counts are to be chosen, got None")
-    chosen = choose_counts(model, given, **asked)
-    output = model.generate(**chosen, **kwargs)
-    sequences = output if isinstance(output, torch.Tensor) else output.sequences
-    new = sequences[:, chosen["input_ids"].shape[1] :]
-    asked_again = given.repeat_interleave(len(new) // len(given), 0)
-    sequences = torch.cat([asked_again.to(new.device), new], dim=1)
-    if isinstance(output, torch.Tensor):
-        return sequences
-    output.sequences = sequences
-    output.num_image_tokens = chosen.get("num_image_tokens", [])
-    return output
-
-
-def asks_for_choice(kwargs: Mapping[str, Any]) -> bool:
-    """Whether arguments of ``generate`` leave counts to be chosen."""
-    return isinstance(_joined(kwargs.get("num_image_tokens")), str) or any(
-        kwargs.get(name) is not None for name in (*_KNOBS, "tiles_per_image")
-    )
-
-
-def _joined(num_image_tokens: Any) -> Any:
-    """Return the one word of several calls, which a pipeline batches into a list."""
-    words = num_image_tokens if isinstance(num_image_tokens, list) else []
-    alike = bool(words) and all(isinstance(word, str) and word == words[0] for word in words)
-    return words[0] if alike else num_image_tokens
-
-
-def refuse_auto(num_image_tokens: Any) -> None:
-    """An error for what needs counts that are chosen already: training, and every forward pass.
-
-    Raises:
-        ValueError: ``num_image_tokens`` is "auto".
-    """
-    if isinstance(_joined(num_image_tokens), str):
-        raise ValueError(
-            f"num_image_tokens must be counts here, got {num_image_tokens!r}: 'auto' is for "
-            "generate; for a forward pass call model(**model.choose_counts(**inputs))"
-        )
 
 
 def read_inputs(
@@ -235,3 +174,6 @@ def trained_counts(model: Any) -> tuple[TokenCount, ...]:
         height, width = token_grid(count)
         by_size.setdefault(height * width, count)
     return tuple(by_size[size] for size in sorted(by_size))
+
+
+ChoosesCounts.count_chooser = staticmethod(choose_counts)  # the models' hook
