@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.torchvision_ops import make_torchvision_importable
-from tokenflex_kernels._versions import require
+from tokenflex_kernels.versions import require
 
 make_torchvision_importable()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenflex_kernels import _versions
+from tokenflex_kernels import versions
 
 ROOT = Path(__file__).parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -19,24 +19,24 @@ PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 @pytest.mark.parametrize("found", ["5.16.1", "5.16.1.dev0", "4.57.0", "5"])
 def test_an_older_release_is_refused(monkeypatch, found):
-    monkeypatch.setattr(_versions, "version", lambda package: found)
+    monkeypatch.setattr(versions, "version", lambda package: found)
     with pytest.raises(ImportError) as error:
-        _versions.require("transformers", "5.17", "tokenflex.models")
+        versions.require("transformers", "5.17", "tokenflex.models")
     assert str(error.value) == f"tokenflex.models needs transformers >= 5.17, found {found}"
 
 
 @pytest.mark.parametrize("found", ["5.17", "5.17.0", "5.17.0.dev0", "5.100", "6.0a1", "5.17+cu130"])
 def test_a_release_from_the_oldest_on_is_taken(monkeypatch, found):
-    monkeypatch.setattr(_versions, "version", lambda package: found)
-    _versions.require("transformers", "5.17")
+    monkeypatch.setattr(versions, "version", lambda package: found)
+    versions.require("transformers", "5.17")
 
 
 def test_a_package_that_is_missing_is_not_too_old(monkeypatch):
     def version(package):
         raise PackageNotFoundError(package)
 
-    monkeypatch.setattr(_versions, "version", version)
-    _versions.require("triton", "3.6")
+    monkeypatch.setattr(versions, "version", version)
+    versions.require("triton", "3.6")
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ import {module}
 
 def test_the_drop_in_names_the_release_that_it_needs(monkeypatch):
     pytest.importorskip("transformers")
-    monkeypatch.setattr(_versions, "version", lambda package: "5.17.0")
+    monkeypatch.setattr(versions, "version", lambda package: "5.17.0")
     for name in [name for name in sys.modules if name.startswith("tokenflex.dropin")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=r"tokenflex\.dropin needs transformers >= 5\.18, found"):

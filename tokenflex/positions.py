@@ -11,9 +11,8 @@ from functools import cache
 
 import torch
 
-from tokenflex_kernels._library import define
-from tokenflex_kernels._projector_ops import grids_of
-from tokenflex_kernels.pool_plan import RUN_FIELDS, PoolPlan
+from tokenflex_kernels.library import define
+from tokenflex_kernels.pool_plan import RUN_FIELDS, PoolPlan, grids_of
 
 IMAGE_POSITIONS = ("sequential", "shared")
 OCTAVES = 4

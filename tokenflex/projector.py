@@ -12,14 +12,14 @@ from torch.utils.checkpoint import checkpoint
 from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, is_one_count, token_grid
 from tokenflex.counts import token_grids as grids_of_counts
 from tokenflex.positions import NUM_FEATURES, cell_positions, check_position
-from tokenflex_kernels._checks import (
+from tokenflex_kernels.axis_weights import check_mode
+from tokenflex_kernels.checks import (
     check_count,
     check_eps,
     check_float,
     check_grids,
     check_tensor,
 )
-from tokenflex_kernels.axis_weights import check_mode
 from tokenflex_kernels.pool_plan import PoolPlan, plan_pooling, plan_uniform
 from tokenflex_kernels.pooling import pool_norm
 from tokenflex_kernels.projection import check_save, project_tokens

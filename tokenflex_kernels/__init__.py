@@ -2,12 +2,12 @@
 
 A grid is a (height, width) pair of host ints. Flat features hold images one after another,
 row-major. Every op has a plain-PyTorch reference that runs on the CPU; ``TOKENFLEX_BACKEND``
-chooses between implementations (see ``tokenflex_kernels._backend``). Importing never touches CUDA.
+chooses between implementations (see ``tokenflex_kernels.backend``). Importing never touches CUDA.
 """
 
 # ruff: noqa: E402  # an old release is named before a module misses what it lacks
 
-from tokenflex_kernels._versions import require
+from tokenflex_kernels.versions import require
 
 require("torch", "2.11")
 require("triton", "3.6")

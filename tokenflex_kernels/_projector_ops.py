@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 
-from tokenflex_kernels._library import (
+from tokenflex_kernels.launch_configs import Config, architecture, launch_config
+from tokenflex_kernels.library import (
     apply,
     batch,
     below_autograd,
@@ -41,8 +42,6 @@ from tokenflex_kernels._library import (
     refuse_derivatives,
     requires_grad,
 )
-from tokenflex_kernels.launch_configs import Config, architecture, launch_config
-from tokenflex_kernels.pool_plan import PoolPlan, is_watched
 from tokenflex_kernels.pooling_tables import pooling_tables
 
 Tensors = tuple[torch.Tensor, ...]
@@ -69,25 +68,6 @@ def _kernels() -> SimpleNamespace:
 def _config(stage: str, like: torch.Tensor, rows: int) -> Any:
     config: Config | None = launch_config(stage, rows, like.dtype, architecture(like.device))
     return config
-
-
-# ---- grids
-
-
-grid_tensor = define(
-    "grid_tensor(SymInt[] runs)",
-    lambda runs: torch.empty(len(runs), dtype=torch.int64, device="cpu"),
-    lambda runs: torch.tensor(runs, dtype=torch.int64, device="cpu"),
-    keys=["CompositeExplicitAutograd"],
-)
-
-
-def grids_of(plan: PoolPlan) -> torch.Tensor:
-    """``plan.grids``, or where a graph or a mode must see how they come about, an op's result."""
-    if plan.grids is None or is_watched():
-        grids: torch.Tensor = grid_tensor([field for run in plan.runs for field in run])
-        return grids
-    return plan.grids
 
 
 # ---- stages

@@ -38,9 +38,9 @@ from typing import Any
 
 import torch
 
-from tokenflex_kernels._backend import extension
-from tokenflex_kernels._layout import neighbours
-from tokenflex_kernels._library import (
+from tokenflex_kernels.backend import extension
+from tokenflex_kernels.layout import neighbours
+from tokenflex_kernels.library import (
     batch,
     below_autograd,
     define,

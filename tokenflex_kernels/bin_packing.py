@@ -16,8 +16,8 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from tokenflex_kernels._backend import extension, select_backend
-from tokenflex_kernels._checks import check_int, check_ints
+from tokenflex_kernels.backend import extension, select_backend
+from tokenflex_kernels.checks import check_int, check_ints
 from tokenflex_kernels.reference import bin_packing as reference
 from tokenflex_kernels.reference.packing import MAX_INT32
 

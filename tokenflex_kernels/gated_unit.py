@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from tokenflex_kernels import _projector_ops as ops
-from tokenflex_kernels._backend import select_backend
-from tokenflex_kernels._checks import (
+from tokenflex_kernels.backend import select_backend
+from tokenflex_kernels.checks import (
     autocast_enabled,
     check_float,
     check_like,

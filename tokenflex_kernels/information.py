@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tokenflex_kernels._backend import (
+from tokenflex_kernels.backend import (
     IMPLEMENTATIONS,
     extension,
     requested_backend,

@@ -14,11 +14,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from tokenflex_kernels._backend import extension, select_backend
-from tokenflex_kernels._checks import check_int, check_ints
-from tokenflex_kernels._set_once import SetOnce
+from tokenflex_kernels.backend import extension, select_backend
+from tokenflex_kernels.checks import check_int, check_ints
 from tokenflex_kernels.reference import packing as reference
 from tokenflex_kernels.reference.packing import PlanRows
+from tokenflex_kernels.set_once import SetOnce
 
 Ints: TypeAlias = "Sequence[int] | np.ndarray | torch.Tensor"
 

@@ -22,8 +22,8 @@ from typing import NoReturn
 import torch
 
 from tokenflex_kernels import _row_movers as ops
-from tokenflex_kernels._backend import select_backend
-from tokenflex_kernels._checks import autocast_enabled, check_float, check_like, check_tensor
+from tokenflex_kernels.backend import select_backend
+from tokenflex_kernels.checks import autocast_enabled, check_float, check_like, check_tensor
 from tokenflex_kernels.pack_plan import PackPlan, plan_packing
 from tokenflex_kernels.reference import packing as reference
 from tokenflex_kernels.reference.packing import MAX_INT32

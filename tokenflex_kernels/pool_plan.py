@@ -14,8 +14,9 @@ from itertools import chain, groupby
 
 import torch
 
-from tokenflex_kernels._checks import Grid, check_grids
-from tokenflex_kernels._set_once import SetOnce
+from tokenflex_kernels.checks import Grid, check_grids
+from tokenflex_kernels.library import define
+from tokenflex_kernels.set_once import SetOnce
 
 Run = tuple[int, int, int, int, int]
 RUN_FIELDS = 5
@@ -130,3 +131,19 @@ def count_rows(runs: Iterable[Sequence[int]]) -> tuple[int, int]:
         patches += images * in_h * in_w
         cells += images * out_h * out_w
     return patches, cells
+
+
+grid_tensor = define(
+    "grid_tensor(SymInt[] runs)",
+    lambda runs: torch.empty(len(runs), dtype=torch.int64, device="cpu"),
+    lambda runs: torch.tensor(runs, dtype=torch.int64, device="cpu"),
+    keys=["CompositeExplicitAutograd"],
+)
+
+
+def grids_of(plan: PoolPlan) -> torch.Tensor:
+    """Return ``plan.grids``, or an op's result where a graph or a mode must see how it is made."""
+    if plan.grids is None or is_watched():
+        grids: torch.Tensor = grid_tensor([field for run in plan.runs for field in run])
+        return grids
+    return plan.grids

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 
 from tokenflex_kernels import _projector_ops as ops
-from tokenflex_kernels._backend import select_backend
-from tokenflex_kernels._checks import (
+from tokenflex_kernels.axis_weights import check_mode
+from tokenflex_kernels.backend import select_backend
+from tokenflex_kernels.checks import (
     Grid,
     check_eps,
     check_float,
@@ -22,8 +23,7 @@ from tokenflex_kernels._checks import (
     check_shape,
     check_tensor,
 )
-from tokenflex_kernels.axis_weights import check_mode
-from tokenflex_kernels.pool_plan import PoolPlan, plan_pooling
+from tokenflex_kernels.pool_plan import PoolPlan, grids_of, plan_pooling
 from tokenflex_kernels.reference import pooling as reference
 
 MAX_WIDTH = 8192  # a program of the kernels holds whole rows in registers
@@ -68,7 +68,7 @@ def pool_norm(
     eps = check_eps(eps)
     check_norm(x, weight, bias, prefix="")
     if select_backend("pool_norm", x.device, beyond_triton=beyond_triton(x)) == "triton":
-        return ops.pool_norm(x, weight, bias, ops.grids_of(plan), plan.num_cells, mode, eps)
+        return ops.pool_norm(x, weight, bias, grids_of(plan), plan.num_cells, mode, eps)
     return reference.pool_norm(x, plan, mode=mode, weight=weight, bias=bias, eps=eps)
 
 

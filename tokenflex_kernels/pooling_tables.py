@@ -22,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from tokenflex_kernels._checks import Grid
 from tokenflex_kernels.axis_weights import axis_map
+from tokenflex_kernels.checks import Grid
 from tokenflex_kernels.pool_plan import RUN_FIELDS, count_rows
 
 IMAGE_FIELDS = 10

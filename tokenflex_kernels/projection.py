@@ -13,16 +13,16 @@ from collections.abc import Sequence
 import torch
 
 from tokenflex_kernels import _projector_ops as ops
-from tokenflex_kernels._backend import select_backend
-from tokenflex_kernels._checks import Grid, check_eps, check_tensor
 from tokenflex_kernels.axis_weights import check_mode
+from tokenflex_kernels.backend import select_backend
+from tokenflex_kernels.checks import Grid, check_eps, check_tensor
 from tokenflex_kernels.gated_unit import (
     check_gated_unit,
     check_linear_bias,
     check_linear_weight,
     in_autocast_dtype,
 )
-from tokenflex_kernels.pool_plan import PoolPlan
+from tokenflex_kernels.pool_plan import PoolPlan, grids_of
 from tokenflex_kernels.pooling import beyond_triton, check_norm, check_plan
 from tokenflex_kernels.reference import projection as reference
 
@@ -96,7 +96,7 @@ def project_tokens(
             norm_weight,
             norm_bias,
             *in_autocast_dtype(gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias),
-            ops.grids_of(plan),
+            grids_of(plan),
             plan.num_cells,
             mode,
             eps,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokenflex_kernels._checks import Grid
+from tokenflex_kernels.checks import Grid
 from tokenflex_kernels.launch_configs import TileConfig, architecture, launch_config
 from tokenflex_kernels.pool_plan import PoolPlan, plan_uniform
 from tokenflex_kernels.pooling_tables import pooling_tables

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokenflex_kernels._checks import Grid
+from tokenflex_kernels.checks import Grid
 from tokenflex_kernels.launch_configs import (
     DTYPES,
     NAMES,

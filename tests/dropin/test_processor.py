@@ -23,7 +23,7 @@ from tests.dropin.processors import (
 from tests.dropin.test_model import TOLERANCE, logits
 from tests.dropin.tiny import IMAGE, stock_model
 from tokenflex import TokenCounts, replace_projector, restore_projector
-from tokenflex.dropin.options import check_option_names
+from tokenflex.dropin.processor import check_option_names
 from tokenflex.images import load_image
 
 

@@ -13,8 +13,8 @@ import torch
 
 import tokenflex
 import tokenflex_kernels
-from tokenflex_kernels import _backend, bin_pack, info, pool_norm
-from tokenflex_kernels._backend import IMPLEMENTATIONS, select_backend
+from tokenflex_kernels import backend, bin_pack, info, pool_norm
+from tokenflex_kernels.backend import IMPLEMENTATIONS, select_backend
 
 OPS = (
     "pool_norm",
@@ -43,7 +43,7 @@ def extension_with(monkeypatch):
 
     def replace(has_cuda):
         compiled = None if has_cuda is None else SimpleNamespace(has_cuda=has_cuda)
-        monkeypatch.setattr(_backend, "extension", lambda: compiled)
+        monkeypatch.setattr(backend, "extension", lambda: compiled)
 
     return replace
 
@@ -53,10 +53,10 @@ def hidden_extension(monkeypatch):
     """Python's own way to make a module importable no more."""
     monkeypatch.setitem(sys.modules, "tokenflex_kernels._C", None)
     monkeypatch.delattr(tokenflex_kernels, "_C", raising=False)
-    _backend.extension.cache_clear()
+    backend.extension.cache_clear()
     yield
     monkeypatch.undo()
-    _backend.extension.cache_clear()
+    backend.extension.cache_clear()
 
 
 def pool():
@@ -156,7 +156,7 @@ class TestSelection:
 
 class TestExtension:
     def test_hidden_extension_is_none_and_ops_still_run(self, hidden_extension):
-        assert _backend.extension() is None
+        assert backend.extension() is None
         assert sorted(map(sorted, bin_pack([3, 2, 1], 3))) == [[0], [1, 2]]
 
     def test_a_broken_build_does_not_pass_for_no_build(self, monkeypatch, hidden_extension):
@@ -165,7 +165,7 @@ class TestExtension:
 
         monkeypatch.setattr(importlib, "import_module", fail)
         with pytest.raises(ImportError, match="undefined symbol"):
-            _backend.extension()
+            backend.extension()
 
     def test_a_missing_module_inside_the_extension_is_not_hidden(
         self, monkeypatch, hidden_extension
@@ -175,7 +175,7 @@ class TestExtension:
 
         monkeypatch.setattr(importlib, "import_module", fail)
         with pytest.raises(ModuleNotFoundError, match="numpy"):
-            _backend.extension()
+            backend.extension()
 
 
 class TestInfo:
@@ -185,7 +185,7 @@ class TestInfo:
         assert set(answer["versions"]) >= {"tokenflex", "torch", "triton", "numpy"}
         assert torch.__version__.startswith(answer["versions"]["torch"].split("+")[0])
         assert set(answer["extension"]) == {"built", "cuda", "cuda_architectures"}
-        assert answer["extension"]["built"] is (_backend.extension() is not None)
+        assert answer["extension"]["built"] is (backend.extension() is not None)
         assert answer["device"]["type"] == ("cuda" if torch.cuda.is_available() else "cpu")
         assert answer["device"]["name"]
         assert answer["backend"] == "auto"

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tokenflex_kernels import pack_embeddings, plan_packing
-from tokenflex_kernels._backend import extension
+from tokenflex_kernels.backend import extension
 
 SETUP = Path(__file__).parents[2] / "setup.py"
 PLAN = plan_packing([[1, 9]], [2], 9)

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from tokenflex_kernels._backend import extension
+from tokenflex_kernels.backend import extension
 
 ROWS = 1_000_000
 OFFSETS = np.array([0, ROWS], np.int64)

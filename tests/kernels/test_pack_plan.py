@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
 from tokenflex_kernels import PackPlan, plan_packing
-from tokenflex_kernels._backend import extension
+from tokenflex_kernels.backend import extension
 
 IMAGE = -200
 TENSORS = ("input_ids", "position_ids", "labels", "source", "vision_rows", "cu_seqlens")

@@ -317,7 +317,7 @@ def test_data_parallel_training_sums_into_its_buckets(tmp_path):
 
 
 def test_a_missing_extension_leaves_the_reference(monkeypatch):
-    monkeypatch.setattr("tokenflex_kernels._backend.extension", lambda: None)
+    monkeypatch.setattr("tokenflex_kernels.backend.extension", lambda: None)
     monkeypatch.setattr("tokenflex_kernels._row_movers.extension", lambda: None)
     table, vision = rows(6, "cpu"), rows(7, "cpu")
     packed = pack_embeddings(table, vision, PLAN)

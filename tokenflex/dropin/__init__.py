@@ -2,7 +2,7 @@
 
 # ruff: noqa: E402, F401  # an old release is named before a module misses what it lacks
 
-from tokenflex_kernels._versions import require
+from tokenflex_kernels.versions import require
 
 # The first release whose models meet images in one place.
 require("transformers", "5.18", "tokenflex.dropin")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,9 +30,9 @@ from tokenflex.counts import (
     token_grids,
 )
 from tokenflex.dropin.families import family_of
-from tokenflex.dropin.options import check_option_names
 from tokenflex.dropin.sampling import CountStream
 from tokenflex.dropin.variants import Variant, variant_of
+from tokenflex.models.call_options import check_known, known_options
 from tokenflex.models.chat import IMAGE_MARK, Chat, is_batch, read_chat
 from tokenflex.models.conversations import (
     images_of_chats,
@@ -286,6 +287,41 @@ class _TokenNumbers(Variant):
         }
         data.num_image_tokens = [tokens[image] for image in zip(sizes, grids, strict=True)]
         return data
+
+
+_FURTHER_OPTIONS = {
+    *("common_kwargs", "return_metadata", "sanitize_control_tokens", "num_image_tokens"),
+    *("images", "text", "videos", "audio", "audios"),
+}
+
+
+def check_option_names(processor: Any, options: dict[str, Any], more: Iterable[str] = ()) -> None:
+    """Refuse options that neither the stock processor nor a part of it takes.
+
+    transformers would ignore them.
+
+    Args:
+        processor: A transformers processor.
+        options: Arguments of a call.
+        more: Further known names.
+
+    Raises:
+        TypeError: A name is unknown; the message holds the nearest known name.
+    """
+    if not options:
+        return
+    groups = known_options(processor)
+    of_groups = set().union(*groups.values())
+    declared = processor.valid_processor_kwargs.__annotations__
+    known = {*of_groups, *groups, *declared, *_FURTHER_OPTIONS, *more}
+    if not hasattr(processor.image_processor, "valid_kwargs"):
+        del groups["images_kwargs"]  # a custom image processor may not declare what it takes
+    for name, value in options.items():
+        check_known(name, known, "the processor")
+        in_group = of_groups if name == "common_kwargs" else groups.get(name)
+        if in_group is not None and isinstance(value, Mapping):
+            for option in value:
+                check_known(option, in_group, name)
 
 
 def image_token_id(processor: Any) -> int:

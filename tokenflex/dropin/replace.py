@@ -22,8 +22,8 @@ from tokenflex.dropin.model import (
 )
 from tokenflex.dropin.processor import check_default_count, convert_processor, restore_processor
 from tokenflex.dropin.variants import is_converted, unwrapped
-from tokenflex_kernels._checks import check_count
 from tokenflex_kernels.axis_weights import check_mode
+from tokenflex_kernels.checks import check_count
 
 _LOGGER = logging.getLogger(__name__)
 # The fields of config.tokenflex, from which a projector is built.

@@ -23,7 +23,7 @@ from tokenflex.models.conversations import ConversationProcessor
 from tokenflex.models.image_inputs import name_images
 from tokenflex.models.image_preparation import ImagePreparation
 from tokenflex.models.tiling import check_tile_limits
-from tokenflex_kernels._checks import check_count
+from tokenflex_kernels.checks import check_count
 
 
 class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation):

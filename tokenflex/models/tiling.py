@@ -14,7 +14,7 @@ from PIL import Image
 from tokenflex.counts import Grid
 from tokenflex.files import excerpt
 from tokenflex.images import load_image
-from tokenflex_kernels._checks import check_count
+from tokenflex_kernels.checks import check_count
 
 MAX_TILES = 1024  # all grids of at most so many tiles are compared for each image
 

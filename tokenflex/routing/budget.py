@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tokenflex.counts import Grid
 from tokenflex.models.vision import EncodedImages
 from tokenflex_kernels import pool_norm
-from tokenflex_kernels._checks import check_count
+from tokenflex_kernels.checks import check_count
 
 
 def spread(

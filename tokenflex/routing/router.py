@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tokenflex.counts import token_grid
-from tokenflex_kernels._checks import check_count
+from tokenflex_kernels.checks import check_count
 
 
 class Router(nn.Module):

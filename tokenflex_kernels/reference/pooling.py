@@ -15,15 +15,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tokenflex_kernels._checks import autocast_enabled
-from tokenflex_kernels._library import (
+from tokenflex_kernels.axis_weights import CACHED_MAPS, LARGE_AXIS, axis_map
+from tokenflex_kernels.checks import autocast_enabled
+from tokenflex_kernels.library import (
     batch,
     below_autograd,
     define,
     differentiate_linear,
     side_by_side,
 )
-from tokenflex_kernels.axis_weights import CACHED_MAPS, LARGE_AXIS, axis_map
 from tokenflex_kernels.pool_plan import PoolPlan, Run
 
 _AS_IS = nullcontext()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tokenflex_kernels._library import is_transformed
+from tokenflex_kernels.library import is_transformed
 from tokenflex_kernels.pool_plan import PoolPlan
 from tokenflex_kernels.reference.gated_unit import swiglu
 from tokenflex_kernels.reference.pooling import pool_norm

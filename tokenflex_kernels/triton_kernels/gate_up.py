@@ -16,8 +16,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from tokenflex_kernels._layout import neighbours
 from tokenflex_kernels.launch_configs import TileConfig
+from tokenflex_kernels.layout import neighbours
 from tokenflex_kernels.triton_kernels.launch import launch
 from tokenflex_kernels.triton_kernels.tiles import (
     can_describe,

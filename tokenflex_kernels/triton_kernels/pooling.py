@@ -34,8 +34,8 @@ import torch
 import triton
 import triton.language as tl
 
-from tokenflex_kernels._layout import neighbours
 from tokenflex_kernels.launch_configs import RowConfig
+from tokenflex_kernels.layout import neighbours
 from tokenflex_kernels.pooling_tables import IMAGE_FIELDS, PoolingTables
 from tokenflex_kernels.triton_kernels.launch import cdiv, launch, next_power_of_2
 

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tokenflex_kernels._layout import neighbours
 from tokenflex_kernels.launch_configs import TileConfig
+from tokenflex_kernels.layout import neighbours
 from tokenflex_kernels.triton_kernels.launch import cdiv
 
 MAX_BLOCK = 512  # rows of a tile

@@ -20,7 +20,7 @@ from tests.kernels.triton_kernels.common import (
 )
 from tokenflex_kernels import _projector_ops as ops
 from tokenflex_kernels import plan_pooling, pool_norm, project_tokens, swiglu
-from tokenflex_kernels._backend import select_backend
+from tokenflex_kernels.backend import select_backend
 from tokenflex_kernels.pooling import MAX_WIDTH
 
 WIDTH, HIDDEN, TEXT = 6, 10, 4
