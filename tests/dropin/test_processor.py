@@ -20,7 +20,7 @@ from tests.dropin.table import IMAGE
 from tests.dropin.test_model import TOLERANCE, logits
 from tests.dropin.tiny import stock_model
 from tokenflex import TokenCounts, replace_projector, restore_projector
-from tokenflex.dropin.processor import check_option_names
+from tokenflex.dropin.inputs import check_option_names
 from tokenflex.images import load_image
 
 
