@@ -46,7 +46,7 @@ _TEXT_OPTIONS = {"text_kwargs", *TextKwargs.__annotations__}  # without effect o
 
 @dataclass
 class _State:
-    """What a converted processor adds to the stock one: its placeholder and its default counts."""
+    """State of a converted processor: its placeholder, and the counts of calls without counts."""
 
     image_token: str
     counts: TokenCount | CountStream
@@ -54,7 +54,7 @@ class _State:
 
 @dataclass
 class _Call:
-    """A running call: the grid of all images or of each, and the counts per tile of those done."""
+    """A running call: the grid of all images or of each, and the counts of the tiles so far."""
 
     grids: Grid | list[Grid]
     counts: list[list[TokenCount]] = field(default_factory=list)

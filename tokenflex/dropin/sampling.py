@@ -19,7 +19,7 @@ class CountStream:
     so ``torch.manual_seed`` repeats a run.
 
     Attributes:
-        counts: What to draw from.
+        counts: The distribution of counts.
         drawn: Number of draws in this process so far.
     """
 
