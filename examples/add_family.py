@@ -1,10 +1,10 @@
-"""Teach replace_projector a family that it does not know: LightOnOCR, in one function.
+"""Register a family of models for replace_projector: LightOnOCR, in one function.
 
     python examples/add_family.py
 
-LightOnOCR's Pixtral tower sees all images in one row of patches, each at its own size, and its
-``vision_projection`` merges 2 x 2 of them into a token. What is to be said about the family is how
-that row becomes one patch grid an image. The model here is tiny, with random weights.
+LightOnOCR's Pixtral tower encodes all images in one row of patches, each image at its own size. Its
+``vision_projection`` merges 2 x 2 patches into a token. The function splits that row into one patch
+grid per image. The model here is tiny, with random weights.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Choose the vision-token count of an existing model when you ask it.
+"""Choose the number of vision tokens of an existing model at each call.
 
     python examples/choose_counts.py
     python examples/choose_counts.py --model PATH_OR_NAME --image a.png b.png --counts 64 256
 
-Without --model: a tiny LLaVA with random weights, whose answers mean nothing; what counts is that
-they arrive. With --model: stock weights of any supported family, or a conversion that you saved.
+The default model is a tiny LLaVA with random weights, whose answers are meaningless. --model takes
+stock weights of any supported family, or a saved conversion.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DIGITS = Path(__file__).with_name("digits.png")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="folder or name; a tiny random LLaVA if left out")
+    parser.add_argument("--model", help="folder or name; default: a tiny random LLaVA")
     parser.add_argument("--image", nargs="+", type=Path, default=[DIGITS, DIGITS])
     parser.add_argument("--prompt", default="which colour is this")
     parser.add_argument("--counts", nargs="+", type=int, default=[4, 16, 64])
@@ -36,10 +36,10 @@ def main() -> None:
         model.eval()
     else:
         model, processor = tiny_llava()
-        # Stock weights get a fresh projector, which imitates the stock one on these pictures.
+        # The new projector starts as an imitation of the stock one on these pictures.
         tokenflex.replace_projector(model, processor, num_image_tokens=64, images=images)
 
-    def ask(pictures: list[Image.Image], counts: int | list[int]) -> None:
+    def answer(pictures: list[Image.Image], counts: int | list[int]) -> None:
         conversations = [
             [{"role": "user", "content": [{"type": "image", "image": picture}, text]}]
             for picture in pictures
@@ -63,9 +63,9 @@ def main() -> None:
     text = {"type": "text", "text": options.prompt}
     print(f"{'counts':>12}  {'prompt':>6}  {'seconds':>7}  answers")
     for count in options.counts:  # one count for all images of a call
-        ask(images, count)
+        answer(images, count)
     mixed = [options.counts[i % len(options.counts)] for i in range(len(images))]
-    ask(images, mixed)  # one for each, in one batch
+    answer(images, mixed)  # one per image, in one batch
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""A benchmark of your own at every count, in the table that harnesses' results are merged into.
+"""Run your own benchmark at every count, into the same table as the public harnesses.
 
     python examples/every_count.py
     python examples/every_count.py --model CHECKPOINT --counts 4 2x3 16
 
-Without --model: a tiny model with random weights, which knows nothing: its scores mean nothing.
-The benchmark is a stub, a few questions about pictures of digits. lmms-eval and VLMEvalKit go the
-same way: `tokenflex harness --help`.
+The default model is tiny and has random weights, so its scores are meaningless. The benchmark is a
+stub with a few questions about pictures of digits. For lmms-eval and VLMEvalKit, see
+`tokenflex harness --help`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tokenflex.harnesses.table import Score, Scores, merge
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="checkpoint folder; tiny and random if left out")
+    parser.add_argument("--model", type=Path, help="checkpoint folder; default: tiny and random")
     parser.add_argument("--counts", nargs="+", default=["4", "9", "16"])
     parser.add_argument("--canvases", type=int, default=8, help="questions of the stub benchmark")
     options = parser.parse_args()
@@ -37,7 +37,7 @@ def main() -> None:
         checkpoint = options.model or random_checkpoint(Path(folder))
 
         def run(count: str) -> Scores:
-            """What a harness does: every question of every benchmark, at this count."""
+            """Answer every question of the benchmark at one count."""
             assistant = Assistant(checkpoint, count)
             data = DigitsDataset("test", size=options.canvases, questions=1)
             right = tokens = 0
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def random_checkpoint(folder: Path) -> Path:
-    """A model of the digits task's shape that has learned nothing."""
+    """Save an untrained model for pictures of digits."""
     processor = digits_processor()
     sides = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     config = TokenFlexConfig(

@@ -5,8 +5,8 @@
 
 Needs pip install 'tokenflex[hf,train]' peft.
 
-The task is made on the spot (which colour is the square, and on which side). The tiny default model
-is first taught it with its stock projector, so that there is something to convert.
+The task is generated: the colour and the side of a square. The tiny default model first learns it
+with its stock projector, so that there is a trained model to convert.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,6 +57,21 @@ class Squares(Dataset):
         }
 
 
+def stock_batch(processor, samples: list[dict]) -> dict:
+    """Make the same batches as ImageTextCollator, for a model that is not converted yet."""
+    batch = processor.apply_chat_template(
+        [sample["messages"] for sample in samples],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "right"},
+    )
+    ids = batch["input_ids"]
+    image = processor.tokenizer.convert_tokens_to_ids("<image>")
+    batch["labels"] = ids.masked_fill((ids == image) | (batch["attention_mask"] == 0), -100)
+    return batch
+
+
 def train(model, collator, data: Dataset, steps: int, rate: float, folder: Path) -> None:
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -63,7 +79,7 @@ def train(model, collator, data: Dataset, steps: int, rate: float, folder: Path)
         per_device_train_batch_size=16,
         learning_rate=rate,
         lr_scheduler_type="cosine",
-        remove_unused_columns=False,  # the collator wants the samples as they are
+        remove_unused_columns=False,  # the collator takes whole samples
         report_to=[],
         save_strategy="no",
         logging_steps=max(1, steps // 4),
@@ -80,10 +96,10 @@ def loss_at(model, processor, count: int, data: Squares) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="folder or name; a tiny random LLaVA if left out")
+    parser.add_argument("--model", help="folder or name; default: a tiny random LLaVA")
     parser.add_argument("--counts", nargs="+", type=int, default=[4, 16, 64])
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--out", type=Path, help="where to save; a temporary folder if left out")
+    parser.add_argument("--out", type=Path, help="folder to save in; default: a temporary one")
     options = parser.parse_args()
     training, held_out = Squares(2000, seed=0), Squares(64, seed=1)
 
@@ -98,23 +114,18 @@ def main() -> None:
             model, processor = tokenflex.from_pretrained(options.model)
         else:
             model, processor = tiny_llava()
-            train(model, StockCollator(processor), training, options.steps, 3e-3, folder)
+            train(model, partial(stock_batch, processor), training, options.steps, 3e-3, folder)
             tokenflex.replace_projector(model, processor, num_image_tokens=max(options.counts))
         pictures = [training.picture(i)[0] for i in range(32)]
         report = fit_projector(model, pictures, processor, counts=options.counts)
         print(f"relative error of the projector: {report.before:.2f}, fitted {report.after:.2f}")
         before = [loss_at(model, processor, count, held_out) for count in options.counts]
 
-        # Small counts are drawn less often, as in the paper.
+        # Small counts are less frequent, as in the paper.
         counts = TokenCounts(tuple(options.counts), tuple(range(2, 2 + len(options.counts))))
-        adapted = get_peft_model(
-            model,
-            LoraConfig(
-                r=8,
-                target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-                modules_to_save=[projector_name(model)],
-            ),
-        )
+        linears = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        lora = LoraConfig(r=8, target_modules=linears, modules_to_save=[projector_name(model)])
+        adapted = get_peft_model(model, lora)
         collator = ImageTextCollator(processor, counts)
         train(adapted, collator, training, options.steps, 1e-3, folder)
         after = [loss_at(adapted, processor, count, held_out) for count in options.counts]
@@ -129,26 +140,6 @@ def main() -> None:
     print(f"{'tokens':>8}  {'before':>8}  {'after':>8}  {'loaded':>8}   loss on held-out pictures")
     for row in zip(options.counts, before, after, again, strict=True):
         print("{:8d}  {:8.3f}  {:8.3f}  {:8.3f}".format(*row))
-
-
-class StockCollator:
-    """The same batches for a model that is not converted yet."""
-
-    def __init__(self, processor) -> None:
-        self.processor = processor
-
-    def __call__(self, samples: list[dict]) -> dict:
-        batch = self.processor.apply_chat_template(
-            [sample["messages"] for sample in samples],
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "right"},
-        )
-        image = self.processor.tokenizer.convert_tokens_to_ids("<image>")
-        ids = batch["input_ids"]
-        batch["labels"] = ids.masked_fill((ids == image) | (batch["attention_mask"] == 0), -100)
-        return batch
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A LLaVA of 60 thousand random weights with its processor, so that the examples run anywhere."""
+"""A LLaVA with 60 thousand random weights and its processor, on which the examples run anywhere."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TEMPLATE = (
 
 
 def tiny_llava(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A SigLIP tower of 8 x 8 patches and a Qwen2 of two layers each; stock, not converted."""
+    """Return a stock LLaVA: a SigLIP tower with 8 x 8 patches and a Qwen2, of two layers each."""
     layers = {
         "hidden_size": 48,
         "intermediate_size": 96,

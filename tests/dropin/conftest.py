@@ -29,7 +29,7 @@ def pytest_addoption(parser) -> None:
     parser.addoption(
         "--dropin-report",
         action="store_true",
-        help="write docs/results/dropin/report.json and the tables of docs/dropin.md",
+        help="write the tables of docs/dropin.md and experiments/dropin.md",
     )
 
 

@@ -1,14 +1,13 @@
-"""What a run of these tests says about each family, for docs/dropin.md.
+"""Results of a run of these tests for each family, for docs/dropin.md and experiments/dropin.md.
 
     PYTHONPATH=.venv-torchvision python -m pytest tests/dropin --dropin-report
 
-writes docs/results/dropin/report.json, and the tables of docs/dropin.md from it. The folder is the
-one that `make test-torchvision` installs into.
+writes the table of families of docs/dropin.md, and the measurements of experiments/dropin.md.
+`make test-torchvision` installs into that folder.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +21,7 @@ from tests.dropin.tiny import MODELS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/dropin.md"
-REPORT = ROOT / "docs/results/dropin/report.json"
+RECORD = ROOT / "experiments/dropin.md"
 
 # column -> the tests that must have passed for a family
 COLUMNS = {
@@ -42,14 +41,14 @@ COLUMNS = {
 
 
 class Outcomes:
-    """Collects what each test said about each family."""
+    """The outcomes of each test for each family."""
 
     def __init__(self) -> None:
         self.results: dict[tuple[str, str], list[str]] = {}
         self.properties: dict[tuple[str, str], dict[str, Any]] = {}
 
     def add(self, report: Any) -> None:
-        """One phase of one test; only what was called, or skipped, counts."""
+        """Add one phase of one test; only calls, skips and failures count."""
         match = re.match(r"(\w+)(?:\[(.*)\])?$", report.nodeid.rpartition("::")[2])
         if match is None or (report.when != "call" and not report.skipped and not report.failed):
             return
@@ -62,7 +61,7 @@ class Outcomes:
             self.properties.setdefault(key, {}).update(report.user_properties)
 
     def report(self) -> dict[str, Any]:
-        """The table as data, and what was measured on the way."""
+        """Return the cells of the table, and the measurements."""
         families = {
             name: {column: self._cell(name, column) for column in COLUMNS} for name in MODELS
         }
@@ -107,47 +106,52 @@ def _torchvision_version() -> str | None:
         return None
 
 
-def tables(report: dict[str, Any]) -> dict[str, str]:
-    """The tables of the page, by name."""
-    columns = [*COLUMNS]
-    rows = ["| family | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+def families_table(report: dict[str, Any]) -> str:
+    """The table of docs/dropin.md."""
+    rows = ["| family | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     rows += [
-        f"| {name} | " + " | ".join(cells[column] for column in columns) + " |"
+        f"| {name} | " + " | ".join(cells[column] for column in COLUMNS) + " |"
         for name, cells in report["families"].items()
     ]
-    losses = ["| family | stock | fresh, random | fresh, fitted |", "|---|---|---|---|"]
+    return "\n".join(rows)
+
+
+def measurements(report: dict[str, Any]) -> dict[str, str]:
+    """The tables of experiments/dropin.md, by name."""
+    versions = [f"{name} {report[name]}" for name in ("transformers", "torch", "torchvision")]
+    losses = ["| family | stock | new, random | new, fitted |", "|---|---|---|---|"]
     losses += [
         f"| {name} | {loss['stock']:.3f} | {loss['random']:.2f} | {loss['fitted']:.3f} |"
         for name, loss in report["loss_at_step_0"].items()
     ]
-    errors = ["| family | random | fitted | fitted, on images held out |", "|---|---|---|---|"]
+    errors = ["| family | random | fitted | fitted, on held-out images |", "|---|---|---|---|"]
     errors += [
         f"| {name} | {error['before']:.2f} | {error['after']:.2f} | {error['held_out']:.2f} |"
         for name, error in report["relative_error"].items()
     ]
     return {
-        "families": "\n".join(rows),
+        "versions": ", ".join(versions),
         "loss at step 0": "\n".join(losses),
         "relative error": "\n".join(errors),
     }
 
 
-def with_tables(page: str, report: dict[str, Any]) -> str:
-    """The page with its tables written from the report."""
-    for name, table in tables(report).items():
+def with_tables(text: str, tables: dict[str, str]) -> str:
+    """``text`` with its tables replaced."""
+    for name, table in tables.items():
         start, end = f"<!-- table: {name} -->", "<!-- end of table -->"
         pattern = re.compile(f"{re.escape(start)}\n.*?\n{re.escape(end)}", flags=re.DOTALL)
-        page, found = pattern.subn(f"{start}\n{table}\n{end}", page)
-        if found != 1:
-            raise ValueError(f"{PAGE.name} must hold {start!r} once, found it {found} times")
-    return page
+        text, number = pattern.subn(f"{start}\n{table}\n{end}", text)
+        if number != 1:
+            raise ValueError(f"the page must hold {start!r} once, found it {number} times")
+    return text
 
 
 def write(report: dict[str, Any]) -> None:
-    """Rewrite the report and the page.
+    """Rewrite the tables of both pages.
 
     Raises:
-        ValueError: the run left out a column or a measurement; both files stay as they were.
+        ValueError: The run left out a column or a measurement; both files stay as they were.
     """
     cells = report["families"].values()
     lacking = [column for column in COLUMNS if "not run" in [row[column] for row in cells]]
@@ -156,7 +160,12 @@ def write(report: dict[str, Any]) -> None:
         raise ValueError(
             f"the report needs a run of all of tests/dropin, this one lacks {', '.join(lacking)}"
         )
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(with_tables(page, report), encoding="utf-8")
+    pages = {
+        path: with_tables(path.read_text(encoding="utf-8"), tables)
+        for path, tables in (
+            (PAGE, {"families": families_table(report)}),
+            (RECORD, measurements(report)),
+        )
+    }
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")

@@ -7,9 +7,10 @@ import torch
 from transformers import SiglipImageProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from tests.dropin.processors import picture, tokenizer
+from tests.dropin.processors import picture
+from tests.dropin.table import IMAGE, model_type, tokenizer
 from tests.dropin.test_model import logits
-from tests.dropin.tiny import IMAGE, MODELS, PROMPTS, batch, model_type, stock_model
+from tests.dropin.tiny import MODELS, PROMPTS, batch, stock_model
 from tokenflex import register_family, replace_projector
 from tokenflex.dropin import adapters, families, square_grids, supported_families
 from tokenflex.dropin.features import flat_grids

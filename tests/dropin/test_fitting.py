@@ -6,18 +6,9 @@ import pytest
 import torch
 
 from tests.dropin.processors import picture, stock_processor
+from tests.dropin.table import END, IMAGE, PIXELS, START, image_inputs, pixels
 from tests.dropin.test_model import converted, logits, projector_of
-from tests.dropin.tiny import (
-    END,
-    IMAGE,
-    PIXELS,
-    PROMPTS,
-    START,
-    batch,
-    image_inputs,
-    pixels,
-    stock_model,
-)
+from tests.dropin.tiny import PROMPTS, batch, stock_model
 from tokenflex import TokenCounts, replace_projector
 from tokenflex.dropin import fit_projector
 from tokenflex.dropin.model import as_stock

@@ -11,7 +11,8 @@ import torch
 import transformers
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tests.dropin.tiny import IMAGE, PROMPTS, START, Prompt, batch, image_inputs, stock_model
+from tests.dropin.table import IMAGE, START, image_inputs
+from tests.dropin.tiny import PROMPTS, Prompt, batch, stock_model
 from tokenflex import TokenAdaptiveProjector, replace_projector
 from tokenflex.dropin.families import family_of
 

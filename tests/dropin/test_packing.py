@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.dropin.table import IMAGE, START, model_type
 from tests.dropin.test_model import TOLERANCE, converted, logits
-from tests.dropin.tiny import IMAGE, MODELS, PROMPTS, START, Prompt, batch, model_type, stock_model
+from tests.dropin.tiny import MODELS, PROMPTS, Prompt, batch, stock_model
 from tokenflex.dropin import model as converted_classes
 from tokenflex.dropin import pack_inputs
 from tokenflex.dropin.families import family_of

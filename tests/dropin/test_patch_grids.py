@@ -12,16 +12,9 @@ import torch
 import transformers
 from packaging import version
 
+from tests.dropin.table import PATCH, PIXELS, VISION_WIDTH, image_inputs, model_type, pixels
 from tests.dropin.test_model import converted
-from tests.dropin.tiny import (
-    PATCH,
-    PIXELS,
-    VISION_WIDTH,
-    image_inputs,
-    model_type,
-    pixels,
-    stock_model,
-)
+from tests.dropin.tiny import stock_model
 from tokenflex.dropin.families import family_of
 from tokenflex.dropin.features import flat_grids
 

@@ -15,15 +15,12 @@ import torch
 from PIL import Image
 from transformers import pipeline
 
-from tests.dropin.processors import (
-    image_text,
-    picture,
-    stock_processor,
-)
+from tests.dropin.processors import image_text, picture, stock_processor
+from tests.dropin.table import IMAGE
 from tests.dropin.test_model import TOLERANCE, logits
-from tests.dropin.tiny import IMAGE, stock_model
+from tests.dropin.tiny import stock_model
 from tokenflex import TokenCounts, replace_projector, restore_projector
-from tokenflex.dropin.options import check_option_names
+from tokenflex.dropin.inputs import check_option_names
 from tokenflex.images import load_image
 
 

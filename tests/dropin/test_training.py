@@ -10,8 +10,9 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from tests.dropin.processors import image_text, picture, stock_processor
+from tests.dropin.table import IMAGE, image_inputs
 from tests.dropin.test_model import converted, logits, projector_of
-from tests.dropin.tiny import IMAGE, PROMPTS, batch, image_inputs, stock_model
+from tests.dropin.tiny import PROMPTS, batch, stock_model
 from tokenflex import TokenCounts, replace_projector, restore_projector
 from tokenflex.dropin import (
     ImageTextCollator,

@@ -1,4 +1,4 @@
-"""``tokenflex convert``: from and to the layout of the released checkpoint."""
+"""``tokenflex convert``: checkpoints from and to the layout of the released model."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from tokenflex.cli.parser import CommandLine
 
 
 def add_to(commands: CommandLine) -> None:
-    """The command and its arguments."""
+    """Add the command and its arguments."""
     convert = commands.add(
         "convert",
         _convert,
         "write a released Ristretto checkpoint as a TokenFLEX one, or the reverse",
         "tokenflex convert models/Ristretto-3B models/ristretto-tokenflex",
     )
-    convert.add_argument("source", type=Path, help="checkpoint folder; its config says the layout")
+    convert.add_argument("source", type=Path, help="checkpoint folder, in either layout")
     convert.add_argument("target", type=Path, help="folder to write, which must not exist")
-    convert.add_argument("--system-message", help="what conversations begin with, from Ristretto")
+    convert.add_argument(
+        "--system-message", help="first message of conversations, only from Ristretto"
+    )
 
 
 def _convert(options: argparse.Namespace) -> int:

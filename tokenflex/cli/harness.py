@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def add_to(commands: CommandLine) -> None:
-    """The command and its arguments."""
+    """Add the command and its arguments."""
     harness = commands.add(
         "harness",
         _harness,
-        "a public harness's benchmarks at every count, in one table",
+        "run a public harness's benchmarks at every count, into one table",
         "tokenflex harness lmms-eval runs/demo/checkpoint --benchmarks mmstar --counts 4,9,16 "
         "--output runs/mmstar",
     )
@@ -28,25 +28,23 @@ def add_to(commands: CommandLine) -> None:
     harness.add_argument("model", type=Path, metavar="MODEL", help="checkpoint folder")
     harness.add_argument("--benchmarks", required=True, help="the harness's names, with commas")
     harness.add_argument(
-        "--counts", type=comma_separated, required=True, help="as of evaluate: 64,144,12x16,auto"
+        "--counts", type=comma_separated, required=True, help="for example 64,144,12x16,auto"
     )
     harness.add_argument("--output", type=Path, required=True, help="folder for table.md and .json")
-    harness.add_argument("--max-tiles", type=positive, help="cut images into at most so many")
-    lmms_eval = harness.add_argument_group("lmms-eval alone")
-    lmms_eval.add_argument(
-        "--batch-size", type=positive, help="questions of one batch; 1 if left out"
-    )
+    harness.add_argument("--max-tiles", type=positive, help="most tiles of an image")
+    lmms_eval = harness.add_argument_group("only for lmms-eval")
+    lmms_eval.add_argument("--batch-size", type=positive, help="questions per batch; default 1")
     lmms_eval.add_argument("--limit", type=positive, help="questions of each benchmark")
     lmms_eval.add_argument(
         "--include-path",
         type=Path,
         action="append",
         metavar="FOLDER",
-        help="folder with tasks of your own; may be given several times",
+        help="folder with your own tasks; may be given several times",
     )
     vlmevalkit = harness.add_argument_group(
-        "vlmevalkit alone",
-        "Whatever follows -- goes to VLMEvalKit's script as it is: -- --judge exact_matching",
+        "only for vlmevalkit",
+        "Arguments after -- are passed to VLMEvalKit's script: -- --judge exact_matching",
     )
     vlmevalkit.add_argument("--run-py", type=Path, help="the script in a copy of VLMEvalKit")
     harness.passed_on = "arguments"
@@ -58,7 +56,6 @@ def _harness(options: argparse.Namespace) -> int:
     from tokenflex.harnesses.driver import HarnessError
 
     _check(options)
-    # Before the work, not after it.
     keys = ("benchmark", "metric", "count", "value")
     check_replaceable(options.output / "table.json", keys, [options.output / "table.md"])
     options.output.mkdir(parents=True, exist_ok=True)
@@ -105,12 +102,7 @@ def _run(options: argparse.Namespace) -> CountTable:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse what the named harness would not use.
-
-    Raises:
-        FileNotFoundError: there is no checkpoint folder.
-        ValueError: the harness is unknown, or an option is of the other one.
-    """
+    """Refuse options that the named harness would not use."""
     from tokenflex.harnesses.driver import HARNESSES
 
     if options.harness not in HARNESSES:

@@ -1,10 +1,10 @@
-"""A token-adaptive projector in place of the one that an existing vision-language model has."""
+"""Token-adaptive projectors in existing vision-language models of transformers."""
 
-# ruff: noqa: E402, F401  # an old release is named before a module misses what it lacks
+# ruff: noqa: E402, F401  # an old release is refused before its modules lack a name
 
 from tokenflex_kernels.versions import require
 
-# The first release whose models meet images in one place.
+# The first release whose models all read images in get_image_features.
 require("transformers", "5.18", "tokenflex.dropin")
 
 import tokenflex.dropin.adapters  # registers the built-in families

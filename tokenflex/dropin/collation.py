@@ -1,4 +1,4 @@
-"""Batches for fine-tuning: a count drawn for each sample, no loss on placeholders."""
+"""Collators for fine-tuning: a count per sample, and no loss on image placeholders."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from tokenflex.counts import TokenCount, TokenCounts
+from tokenflex.dropin.processor import image_token_id
 from tokenflex.dropin.sampling import CountStream
 
 IGNORE = -100
@@ -16,21 +15,24 @@ IGNORE = -100
 
 @dataclass
 class ImageTextCollator:
-    """Collator for ``transformers.Trainer``: samples to model inputs with labels.
+    """Collator for ``transformers.Trainer`` that makes model inputs with labels from samples.
 
     A sample is a dict with ``messages``, a conversation as ``apply_chat_template`` takes it, images
     inside; or with ``text`` and ``images``, a prompt with placeholders and a list of its images.
-    Use ``remove_unused_columns=False`` with it.
+    Train with ``remove_unused_columns=False``.
+
+    A batch holds the outputs of the processor, right-padded, and ``labels``: ``input_ids`` with
+    -100 on padding and image placeholders.
 
     Args:
-        processor: a converted one.
-        counts: draws a count for each sample, which all of its images share; a TokenCounts draws
-            from the keys "index" and "epoch" (0 if there is none) of a sample that has an index,
-            the same for any worker, rank and resumed run; else one after another. None leaves the
-            count to the processor.
+        processor: A converted processor.
+        counts: One count for all images; or a :class:`tokenflex.TokenCounts`, which draws a count
+            for each sample, shared by all of its images. A sample with an "index" gets the draw for
+            it and its "epoch" (0 by default), which is the same for any worker, rank and resumed
+            run; others get one draw after another. The default leaves the counts to the processor.
 
-    Returns of a call: what the processor returns, right-padded, and ``labels``: ``input_ids`` with
-    -100 on padding and image placeholders.
+    Raises:
+        ValueError: The processor is not converted.
     """
 
     processor: Any
@@ -46,105 +48,85 @@ class ImageTextCollator:
             self._stream = CountStream(self.counts)
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> Any:
-        """A batch.
+        """Return the batch of some samples.
 
         Raises:
-            ValueError: samples of both kinds, or of none, or a number of images that the family's
-                processor does not take.
+            ValueError: Samples are of both kinds or of none, or have a number of images that the
+                family's processor does not take.
         """
-        options: dict[str, Any] = {"padding": True, "padding_side": "right"}
         if all("messages" in sample for sample in samples):
             conversations = [sample["messages"] for sample in samples]
-            images = [_images_of(conversation) for conversation in conversations]
-            options["num_image_tokens"] = self._counts(samples, images)
+            images = [_count_images(conversation) for conversation in conversations]
             batch = self.processor.apply_chat_template(
                 conversations,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
-                processor_kwargs=options,
+                processor_kwargs=self._options(samples, images),
             )
         elif all("text" in sample for sample in samples):
-            images = [len(sample.get("images") or []) for sample in samples]
-            options["num_image_tokens"] = self._counts(samples, images)
+            pictures = [list(sample.get("images") or []) for sample in samples]
+            images = [len(of_sample) for of_sample in pictures]
+            family = self.processor._tokenflex_family
+            if family.flat_images and {*images} != {1}:
+                raise ValueError(
+                    f"samples of {family.model_type} must have one image each, got {images}"
+                )
+            flat = [picture for of_sample in pictures for picture in of_sample]
             batch = self.processor(
-                images=self._nested_or_flat(samples) if any(images) else None,
+                images=(flat if family.flat_images else pictures) if flat else None,
                 text=[sample["text"] for sample in samples],
                 return_tensors="pt",
-                **options,
+                **self._options(samples, images),
             )
         else:
             raise ValueError(
                 "samples must all have 'messages', or all have 'text', got keys "
                 f"{[sorted(sample) for sample in samples]}"
             )
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE)
-        batch["labels"] = labels
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE)
         return mask_image_labels(batch, self.processor)
 
-    def _counts(self, samples: Sequence[Mapping[str, Any]], images: list[int]) -> Any:
-        """A count per image, or what the processor makes of its own default."""
-        if self._stream is None:
-            return self.counts
-        return [
-            count
-            for sample, number in zip(samples, images, strict=True)
-            for count in [self._draw(sample)] * number
-        ]
-
-    def _nested_or_flat(self, samples: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """The images of each sample, as the family's processor wants them."""
-        images = [list(sample.get("images") or []) for sample in samples]
-        family = self.processor._tokenflex_family
-        if not family.flat_images:
-            return images
-        if any(len(of_sample) != 1 for of_sample in images):
-            raise ValueError(
-                f"samples of {family.model_type} must have one image each, got "
-                f"{[len(of_sample) for of_sample in images]}"
-            )
-        return [image for (image,) in images]
-
-    def _draw(self, sample: Mapping[str, Any]) -> TokenCount:
-        assert self._stream is not None
-        if "index" in sample:
-            return self._stream.counts.draw(int(sample["index"]), int(sample.get("epoch", 0)))
-        return self._stream.next()
+    def _options(self, samples: Sequence[Mapping[str, Any]], images: list[int]) -> dict[str, Any]:
+        counts: Any = self.counts
+        if self._stream is not None:
+            counts = [
+                count
+                for sample, number in zip(samples, images, strict=True)
+                for count in [self._stream.draw(sample)] * number
+            ]
+        return {"padding": True, "padding_side": "right", "num_image_tokens": counts}
 
 
 @dataclass
 class MaskImageLabels:
-    """Another collator, with no loss on image placeholders; TRL's leaves them in the labels.
+    """Collator around another one that leaves image placeholders in the labels, such as TRL's.
 
     Args:
-        collator: samples -> a batch with ``input_ids`` and ``labels``.
-        processor: a converted one.
+        collator: Makes a batch with ``input_ids`` and ``labels`` from samples.
+        processor: A converted processor.
     """
 
     collator: Callable[[Any], Any]
     processor: Any
 
     def __call__(self, samples: Any) -> Any:
-        """The collator's batch, its labels -100 on placeholders."""
+        """Return the collator's batch, with -100 as the labels of placeholders."""
         return mask_image_labels(self.collator(samples), self.processor)
 
 
 def mask_image_labels(batch: Any, processor: Any) -> Any:
-    """Set ``labels`` to -100 where ``input_ids`` hold placeholders; returns ``batch``.
+    """Set ``labels`` to -100 where ``input_ids`` hold placeholders, and return ``batch``.
 
-    A placeholder's embedding is an image's token: nothing predicts its id, and a loss on it would
-    weigh samples by their counts.
+    Nothing predicts the id of a placeholder, whose embedding is a vision token, and a loss on it
+    would weigh samples by their counts.
     """
-    token = processor.tokenizer.convert_tokens_to_ids(processor._tokenflex.image_token)
-    batch["labels"] = torch.where(batch["input_ids"] == token, IGNORE, batch["labels"])
+    is_placeholder = batch["input_ids"] == image_token_id(processor)
+    batch["labels"] = batch["labels"].masked_fill(is_placeholder, IGNORE)
     return batch
 
 
-def _images_of(conversation: Sequence[Mapping[str, Any]]) -> int:
-    parts = [part for message in conversation for part in _parts(message)]
+def _count_images(conversation: Sequence[Mapping[str, Any]]) -> int:
+    contents = [message.get("content") for message in conversation]
+    parts = [part for parts in contents if isinstance(parts, (list, tuple)) for part in parts]
     return sum(isinstance(part, Mapping) and part.get("type") == "image" for part in parts)
-
-
-def _parts(message: Mapping[str, Any]) -> Sequence[Any]:
-    content = message.get("content")
-    return content if isinstance(content, (list, tuple)) else []

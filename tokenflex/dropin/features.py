@@ -48,6 +48,12 @@ def tokens_per_image(outputs: Any) -> list[torch.Tensor] | None:
     return list(tokens) if isinstance(tokens, (list, tuple)) else None
 
 
+def with_tokens(outputs: Any, tokens: Any, kind: Any = ImageOutputs) -> Any:
+    """Return new outputs with other vision tokens, and the deepstack features of ``outputs``."""
+    layers = getattr(outputs, "deepstack_features", None)
+    return kind(pooler_output=tokens, deepstack_features=layers)
+
+
 @functools.cache
 def image_input_names(stock: Any) -> list[str]:
     """Return the names of the arguments of a stock base class's ``get_image_features``."""

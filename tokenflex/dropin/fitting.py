@@ -1,18 +1,18 @@
-"""A fresh projector that imitates the one it replaces, by least squares.
+"""Initialisation of a new projector that imitates the stock one, by least squares.
 
-Training then starts from a model that already speaks about images, not from noise. What is asked of
-the projector at a count: the stock projector's tokens, averaged to that count's grid.
+Training then starts from a model that can already describe images. At each count, the targets are
+the stock projector's tokens, averaged to the grid of that count.
 
-The gated unit silu(gate x) * (up x) is set so that its hidden units are of two kinds: some are
-linear in x (no gate; along the directions that the best linear map needs most), the others are
-those of an ordinary network of one layer (up is 1, gate random). ``down`` on top of them is a
-linear least-squares problem, solved in float64 with a ridge that is chosen on images held out.
+Hidden units of the gated unit silu(gate x) * (up x) are of two kinds. Some are linear in x (a
+constant gate; along the directions that the best linear map needs most). The others are those of a
+network with one layer (up is 1, the gate is random). ``down`` on top of them is a linear
+least-squares problem, which is solved in float64 with a ridge that is chosen on held-out images.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any
@@ -22,27 +22,27 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokenflex.counts import Grid, TokenCount, token_grid
-from tokenflex.dropin.families import family_of
-from tokenflex.dropin.features import default_count, flat_grids
+from tokenflex.dropin.features import default_count, flat_grids, image_input_names
 from tokenflex.dropin.model import as_stock, stock_projector_of
 from tokenflex.dropin.variants import is_converted, unwrapped
 from tokenflex_kernels import pool_norm
 
 _RIDGES = (1e-8, 1e-6, 1e-4, 1e-2, 1.0)
+_DEFAULT_RIDGE = 1e-4
 
 
 @dataclass(frozen=True)
 class FitReport:
-    """How well a fitted projector imitates the stock one.
+    """Errors of a projector against the stock one.
 
     Errors are relative: |projector - stock| / |stock|, both as Frobenius norms over all tokens.
 
     Attributes:
-        before: of the projector as it was.
-        after: of the fitted one, on the images it was fitted on.
-        held_out: of one fitted on the other images, on the last quarter of them; None for fewer
-            than two images.
-        tokens: vision tokens that were fitted.
+        before: Error of the projector as it was.
+        after: Error of the fitted projector, on the images it was fitted on.
+        held_out: Error on the last quarter of the images, of a projector fitted on the others; None
+            for fewer than two images.
+        tokens: Number of vision tokens that were fitted.
     """
 
     before: float
@@ -58,25 +58,25 @@ def fit_projector(
     *,
     counts: Sequence[TokenCount] | None = None,
 ) -> FitReport:
-    """Make the projector of a model converted in place imitate the stock one, in closed form.
+    """Fit the projector of a model that was converted in place to the stock one, in closed form.
 
-    Costs one pass of the vision tower over ``images``, and a linear system of the projector's
-    hidden width.
+    Costs one pass of the vision encoder over ``images`` and the solution of a linear system of the
+    projector's hidden width.
 
     Args:
-        model: converted by :func:`tokenflex.replace_projector`, which kept the stock projector;
+        model: Converted by :func:`tokenflex.replace_projector`, which kept the stock projector;
             with or without PEFT.
-        images: a handful of pictures for ``processor``, or image inputs of the model as a dict
-            ("pixel_values" and what comes with them).
-        processor: the model's; may be None for a dict.
-        counts: the counts to imitate at; the default count, a quarter and a ninth of it (as far as
-            its sides divide) if None.
+        images: A few pictures for ``processor``, or image inputs of the model as a dict
+            ("pixel_values" and what belongs to them).
+        processor: The model's processor; may be None for a dict.
+        counts: The counts to fit at; by default the model's default count, a quarter and a ninth of
+            it, as far as its sides divide.
 
     Returns:
         The errors before and after.
 
     Raises:
-        ValueError: the model is not converted in place, or there are no images.
+        ValueError: The model was not converted in place, or there are no images.
     """
     model = unwrapped(model)
     stock = stock_projector_of(model) if is_converted(model) else None
@@ -85,40 +85,34 @@ def fit_projector(
             "model must be converted in place by replace_projector: the stock projector to imitate "
             "is not there"
         )
-    base, family = model.base_model, family_of(model.config)
+    base, config = model.base_model, model.config
+    family = type(base)._tokenflex_family
     projector: Any = base.get_submodule(family.projector)
     reference = next(projector.parameters())
     stock.to(reference.device, reference.dtype)
     inputs = _image_inputs(base, images, processor, reference.device)
-    grids = _default_grids(model.config) if counts is None else [token_grid(c) for c in counts]
+    if counts is None:
+        height, width = token_grid(default_count(config))
+        divisors = [d for d in (1, 2, 3) if not height % d and not width % d]
+        grids = [(height // d, width // d) for d in divisors]
+    else:
+        grids = [token_grid(count) for count in counts]
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             patches = family.patch_grids(base, **inputs)
-            rows, in_grids = flat_grids(patches, model.config.tokenflex["patch_merge"])
-            target, target_grids = _stock_tokens(model, inputs, flat_grids(patches)[1])
-            report = _fit(projector, rows, in_grids, target, target_grids, grids)
+            target = _stock_tokens(model, inputs, flat_grids(patches)[1])
+            rows = flat_grids(patches, config.tokenflex["patch_merge"])
+            return _fit(projector, rows, target, grids)
     finally:
         for module, training in modes.items():
             module.training = training
-    return report
-
-
-def _default_grids(config: Any) -> list[Grid]:
-    height, width = token_grid(default_count(config))
-    return [
-        (height // divisor, width // divisor)
-        for divisor in (1, 2, 3)
-        if not height % divisor and not width % divisor
-    ]
 
 
 def _image_inputs(base: Any, images: Any, processor: Any, device: Any) -> dict[str, Any]:
-    """What the base model's ``get_image_features`` takes, for pictures or given inputs."""
-    if isinstance(images, Mapping):
-        given = dict(images)
-    else:
+    """Return the arguments of the base model's ``get_image_features`` for pictures or inputs."""
+    if not isinstance(images, Mapping):
         if processor is None:
             raise ValueError("pictures need a processor; give one, or image inputs as a dict")
         pictures = list(images) if isinstance(images, (list, tuple)) else [images]
@@ -126,35 +120,34 @@ def _image_inputs(base: Any, images: Any, processor: Any, device: Any) -> dict[s
             raise ValueError("images must hold at least one picture, got none")
         options = {}
         if (merge := getattr(processor, "spatial_merge_size", 1)) > 1:
-            # Mistral3's processor has images resized to whole groups of patches.
+            # Mistral3's processor resizes images to whole groups of patches.
             options["patch_size"] = processor.patch_size * merge
-        given = dict(processor.image_processor(pictures, return_tensors="pt", **options))
-    names = inspect.signature(type(base).get_image_features).parameters
+        images = processor.image_processor(pictures, return_tensors="pt", **options)
     return {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in given.items()
-        if name in names and name != "num_image_tokens"
+        name: images[name].to(device) if isinstance(images[name], torch.Tensor) else images[name]
+        for name in image_input_names(type(base)._tokenflex_stock_class)
+        if name in images
     }
 
 
 def _stock_tokens(
     model: Any, inputs: dict[str, Any], in_grids: list[Grid]
 ) -> tuple[torch.Tensor, list[Grid]]:
-    """The stock projector's tokens, flat [sum of h*w, D] and row-major, and each image's (h, w)."""
-    family = family_of(model.config)
-    caught: list[torch.Tensor] = []
+    """Return the stock projector's tokens, flat [sum of h*w, D], and the (h, w) of each image."""
+    family = type(model.base_model)._tokenflex_family
+    recorded: list[torch.Tensor] = []
     with as_stock(model) as base:
         if family.stock_tokens is not None:
-            caught.append(family.stock_tokens(base, **inputs))
+            recorded.append(family.stock_tokens(base, **inputs))
         else:
-            handle = base.get_submodule(family.stock_projector).register_forward_hook(
-                lambda module, args, output: caught.append(output)
+            hook = base.get_submodule(family.stock_projector).register_forward_hook(
+                lambda module, args, output: recorded.append(output)
             )
             try:
                 base.get_image_features(**inputs)
             finally:
-                handle.remove()
-    tokens = torch.cat([output.flatten(0, -2) for output in caught])
+                hook.remove()
+    tokens = torch.cat([output.flatten(0, -2) for output in recorded])
     patches = sum(height * width for height, width in in_grids)
     # A stock projector keeps the grid, or merges m x m patches into a token.
     merge = isqrt(patches // len(tokens))
@@ -169,100 +162,96 @@ def _stock_tokens(
 
 def _fit(
     projector: Any,
-    rows: torch.Tensor,
-    in_grids: list[Grid],
-    target: torch.Tensor,
-    target_grids: list[Grid],
+    patches: tuple[torch.Tensor, list[Grid]],
+    target: tuple[torch.Tensor, list[Grid]],
     counts: list[Grid],
 ) -> FitReport:
-    images = len(in_grids)
-    # Per count and image: the tokens wanted, and the projector's own pooled and normed input.
-    wanted, inputs, image_of_row = [], [], []
-    rows, target = rows.double(), target.double()
-    for grid in counts:
-        wanted.append(pool_norm(target, target_grids, [grid] * images, mode=projector.pooling))
-        inputs.append(pool_norm(rows, in_grids, [grid] * images, mode=projector.pooling))
-        image_of_row.append(torch.arange(images).repeat_interleave(grid[0] * grid[1]))
-    y, pooled = torch.cat(wanted), torch.cat(inputs)
-    image = torch.cat(image_of_row).to(y.device)
+    """Fit ``projector`` to map flat patches to flat tokens, each with the grids of its images."""
+    images = len(patches[1])
+    x, y = (
+        torch.cat(
+            [
+                pool_norm(rows.double(), grids, [count] * images, mode=projector.pooling)
+                for count in counts
+            ]
+        )
+        for rows, grids in (patches, target)
+    )
+    image_of_row = torch.cat(
+        [torch.arange(images).repeat_interleave(height * width) for height, width in counts]
+    ).to(y.device)
 
-    before = _relative_error(_outputs(projector, pooled), y)
-    _set_hidden_units(projector, pooled, y)
-    hidden = _hidden(projector, pooled)
-    held_out, ridge = None, _RIDGES[len(_RIDGES) // 2]
+    before = _relative_error(_outputs(projector, x), y)
+    _set_hidden_units(projector, x, y)
+    hidden = _hidden(projector, x)
+    held_out, ridge = None, _DEFAULT_RIDGE
     if images > 1:
-        kept = image < images - max(1, images // 4)
-        solve = _ridge_solver(hidden[kept], y[kept])
-        errors = {
-            r: _relative_error(_with_ones(hidden[~kept]) @ solve(r), y[~kept]) for r in _RIDGES
-        }
-        ridge = min(errors, key=lambda r: errors[r])
-        held_out = errors[ridge]
+        fitted = image_of_row < images - max(1, images // 4)
+        solve = _ridge_solver(hidden[fitted], y[fitted])
+        others = _with_ones(hidden[~fitted])
+        errors = {r: _relative_error(others @ solve(r), y[~fitted]) for r in _RIDGES}
+        ridge, held_out = min(errors.items(), key=lambda item: item[1])
     solution = _ridge_solver(hidden, y)(ridge)
     projector.down.weight.copy_(solution[:-1].T)
     projector.down.bias.copy_(solution[-1])
-    after = _relative_error(_outputs(projector, pooled), y)
+    after = _relative_error(_outputs(projector, x), y)
     return FitReport(before, after, held_out, len(y))
 
 
-def _set_hidden_units(projector: Any, pooled: torch.Tensor, y: torch.Tensor) -> None:
-    """Half of the hidden units or fewer linear in the input, the others a random network's."""
+def _set_hidden_units(projector: Any, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Make up to half of the hidden units linear in the input, and the others random."""
     for name in ("layernorm", "gate", "up"):
         getattr(projector, name).reset_parameters()
     gate, up = projector.gate, projector.up
-    rows = _linear_directions(_normed(projector, pooled), y, projector.hidden_width // 2)
-    linear = len(rows)
+    normed = copy.deepcopy(projector.layernorm).double()(x)
+    directions = _linear_directions(normed, y, projector.hidden_width // 2)
+    linear = len(directions)
     gate.weight[:linear] = 0
     gate.bias[:linear] = 1
-    up.weight[:linear] = rows.to(up.weight)
+    up.weight[:linear] = directions.to(up.weight)
     up.bias[:linear] = 0
-    # Entries of variance 1 / C: the gate's inputs are then of size 1, where silu bends.
+    # With entries of variance 1 / C, the gate's outputs are of size 1, where silu bends.
     nn.init.normal_(gate.weight[linear:], std=projector.vision_width**-0.5)
     up.weight[linear:] = 0
     up.bias[linear:] = 1
 
 
 def _linear_directions(x: torch.Tensor, y: torch.Tensor, most: int) -> torch.Tensor:
-    """[L, C], the directions of the input that a linear map to ``y`` needs most (reduced rank)."""
-    weight = _ridge_solver(x, y)(_RIDGES[len(_RIDGES) // 2])[:-1]
-    fitted = x @ weight
+    """Return [L, C], the directions of x that a linear map to y needs most (reduced rank)."""
+    weight = _ridge_solver(x, y)(_DEFAULT_RIDGE)[:-1]
+    mapped = x @ weight
     # Eigenvalues come in ascending order.
-    axes = torch.linalg.eigh(fitted.T @ fitted).eigenvectors.flip(1)
+    axes = torch.linalg.eigh(mapped.T @ mapped).eigenvectors.flip(1)
     rows = (weight @ axes[:, : min(most, x.shape[1], y.shape[1])]).T
     return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-30)
 
 
-def _hidden(projector: Any, pooled: torch.Tensor) -> torch.Tensor:
-    """The gated unit in float64, of the weights as they are stored."""
-    gate, up, x = projector.gate, projector.up, _normed(projector, pooled)
-    gated = F.silu(F.linear(x, gate.weight.double(), gate.bias.double()))
-    return gated * F.linear(x, up.weight.double(), up.bias.double())
-
-
-def _normed(projector: Any, pooled: torch.Tensor) -> torch.Tensor:
-    norm = projector.layernorm
-    return F.layer_norm(
-        pooled, norm.normalized_shape, norm.weight.double(), norm.bias.double(), norm.eps
+def _hidden(projector: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return the hidden units of pooled patches, in float64 with the weights as stored."""
+    norm, gate, up = (
+        copy.deepcopy(layer).double()
+        for layer in (projector.layernorm, projector.gate, projector.up)
     )
+    x = norm(x)
+    return F.silu(gate(x)) * up(x)
 
 
-def _outputs(projector: Any, pooled: torch.Tensor) -> torch.Tensor:
-    down = projector.down
-    return F.linear(_hidden(projector, pooled), down.weight.double(), down.bias.double())
+def _outputs(projector: Any, x: torch.Tensor) -> torch.Tensor:
+    return copy.deepcopy(projector.down).double()(_hidden(projector, x))
 
 
-def _with_ones(hidden: torch.Tensor) -> torch.Tensor:
-    return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], dim=1)
+def _with_ones(x: torch.Tensor) -> torch.Tensor:
+    return F.pad(x, (0, 1), value=1.0)
 
 
-def _ridge_solver(hidden: torch.Tensor, y: torch.Tensor) -> Any:
-    """ridge -> [H + 1, D], the weights and the bias that fit ``y`` best."""
-    x = _with_ones(hidden)
+def _ridge_solver(x: torch.Tensor, y: torch.Tensor) -> Callable[[float], torch.Tensor]:
+    """Return a function from a ridge to [H + 1, D], the weights and the bias that fit y best."""
+    x = _with_ones(x)
     gram, right = x.T @ x, x.T @ y
     scale = gram.diagonal().mean()
 
     def solve(ridge: float) -> torch.Tensor:
-        damped = gram + torch.diag(torch.full_like(gram[0], float(ridge * scale)))
+        damped = gram + ridge * scale * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         return torch.cholesky_solve(right, torch.linalg.cholesky(damped))
 
     return solve

@@ -35,6 +35,7 @@ from tokenflex.dropin.features import (
     image_features,
     image_input_names,
     tokens_per_image,
+    with_tokens,
 )
 from tokenflex.dropin.mrope import RopePositions, set_rope_positions
 from tokenflex.dropin.packing import check_packing
@@ -146,10 +147,7 @@ def _before_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if kwargs.get("input_ids") is not None and not isinstance(images, CheckedOutputs):
             _check_counts(base, kwargs["input_ids"], tokens)
         # A new object: the caller or beam search may use the given one again.
-        images = ImageOutputs(
-            pooler_output=family.merge(tokens),
-            deepstack_features=getattr(images, "deepstack_features", None),
-        )
+        images = with_tokens(images, family.merge(tokens))
     set_rope_positions(base, kwargs, counts)
     kwargs["mm_encoder_outputs"] = {**encoded, "image": images}
     return (), kwargs
@@ -189,12 +187,9 @@ class ConvertedModel(Variant):
             )
         sizes = [len(image) for image in tokens]
         order = repeated_images(input_ids == self.config.image_token_id, sizes, expand_size)
-        layers = getattr(images, "deepstack_features", None)
-        if layers is not None:
-            layers = [[layer[image] for image in order] for layer in layers]
-        repeated = ImageOutputs(
-            pooler_output=[tokens[image] for image in order], deepstack_features=layers
-        )
+        repeated = with_tokens(images, [tokens[image] for image in order])
+        if (layers := repeated.deepstack_features) is not None:
+            repeated.deepstack_features = [[layer[image] for image in order] for layer in layers]
         return {**mm_encoder_output, "image": repeated}
 
     def _prefill(
@@ -221,10 +216,7 @@ class ConvertedModel(Variant):
             # The mask tells whether the ids are a whole prompt or only its part after the cache.
             seen = cache.get_seq_length() if length == input_ids.shape[1] else 0
             _check_counts(self, input_ids[:, seen:], tokens)
-            checked = CheckedOutputs(
-                pooler_output=tokens,
-                deepstack_features=getattr(outputs["image"], "deepstack_features", None),
-            )
+            checked = with_tokens(outputs["image"], tokens, CheckedOutputs)
             model_kwargs["mm_encoder_outputs"] = {**outputs, "image": checked}
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
@@ -298,14 +290,11 @@ def uninstall(model: Any) -> None:
 
 @contextmanager
 def as_stock(model: Any) -> Iterator[Any]:
-    """Yield the base model as it was before :func:`install`, within a ``with`` block."""
+    """Yield the stock base model within a ``with`` block, and convert it again afterwards."""
     base = model.base_model
-    variant, name = type(base), type(base)._tokenflex_family.stock_projector
-    installed = base.get_submodule(name)
-    base.__class__ = variant._tokenflex_stock_class
-    base.set_submodule(name, stock_projector_of(model))
+    projector = base.get_submodule(type(base)._tokenflex_family.projector)
+    uninstall(model)
     try:
         yield base
     finally:
-        base.set_submodule(name, installed)
-        base.__class__ = variant
+        install(model, projector, keep_stock=True)

@@ -29,23 +29,24 @@ from tokenflex.counts import (
     token_grids,
 )
 from tokenflex.dropin.families import family_of
-from tokenflex.dropin.options import check_option_names
+from tokenflex.dropin.inputs import (
+    arguments_by_name,
+    check_option_names,
+    images_of_call,
+    read_conversation,
+    template_source,
+    without_layout,
+)
 from tokenflex.dropin.sampling import CountStream
 from tokenflex.dropin.variants import Variant, variant_of
-from tokenflex.models.chat import IMAGE_MARK, Chat, is_batch, read_chat
-from tokenflex.models.conversations import (
-    images_of_chats,
-    named_conversations,
-    split_chat_options,
-)
-from tokenflex.models.image_inputs import name_images, read_images
+from tokenflex.models.conversations import split_chat_options
 
 _TEXT_OPTIONS = {"text_kwargs", *TextKwargs.__annotations__}  # without effect on vision tokens
 
 
 @dataclass
 class _State:
-    """What a converted processor adds to the stock one: its placeholder and its default counts."""
+    """State of a converted processor: its placeholder, and the counts of calls without counts."""
 
     image_token: str
     counts: TokenCount | CountStream
@@ -53,7 +54,7 @@ class _State:
 
 @dataclass
 class _Call:
-    """A running call: the grid of all images or of each, and the counts per tile of those done."""
+    """A running call: the grid of all images or of each, and the counts of the tiles so far."""
 
     grids: Grid | list[Grid]
     counts: list[list[TokenCount]] = field(default_factory=list)
@@ -149,14 +150,15 @@ class ConvertedProcessor(Variant):
             num_image_tokens: One count for all images, or one per image.
             **kwargs: As the stock processor takes them.
         """
-        signature = inspect.signature(super().__call__)
-        check_option_names(self, kwargs, signature.parameters)
-        arguments = {**signature.bind_partial(*args).arguments, **kwargs}
+        stock = super().__call__
+        check_option_names(self, kwargs, inspect.signature(stock).parameters)
+        arguments = arguments_by_name(stock, args, kwargs)
         images = arguments.get("images")
         if arguments.get("videos") is not None:
             raise self._tokenflex_family.videos_refused()
         if images is not None:
-            arguments = {**_without_layout(arguments), "images": _read_images(self, images, kwargs)}
+            arguments = without_layout(arguments)
+            arguments["images"] = images_of_call(self, images, kwargs)
         if kwargs.get("multi_page") or (kwargs.get("images_kwargs") or {}).get("multi_page"):
             raise ValueError(
                 f"multi_page is not for a {self._tokenflex_family.model_type} with a "
@@ -166,7 +168,7 @@ class ConvertedProcessor(Variant):
         call = _Call(_grids_of_call(self._tokenflex, num_image_tokens, images))
         outer = _CALL.set(call)
         try:
-            inputs = super().__call__(**arguments)
+            inputs = stock(**arguments)
         finally:
             _CALL.reset(outer)
         if isinstance(call.grids, list) and len(call.grids) != len(call.counts):
@@ -189,39 +191,32 @@ class ConvertedProcessor(Variant):
             **kwargs: Likewise. Those that neither the stock method nor the chat template takes are
                 options of the processor, as those in ``processor_kwargs``.
         """
-        signature = inspect.signature(super().apply_chat_template)
-        arguments = {**signature.bind_partial(conversation, *args).arguments, **kwargs}
-        named = {*inspect.signature(ProcessorMixin.apply_chat_template).parameters}
-        named |= {*signature.parameters}
+        stock = super().apply_chat_template
+        arguments = arguments_by_name(stock, (conversation, *args), kwargs)
+        named = {
+            *inspect.signature(stock).parameters,
+            *inspect.signature(ProcessorMixin.apply_chat_template).parameters,
+        }
         more = {name: arguments.pop(name) for name in [*arguments] if name not in named}
-        template = _template_source(self.chat_template, arguments.get("chat_template"))
+        template = template_source(self.chat_template, arguments.get("chat_template"))
         # transformers gives these to every template, whether it takes them or not.
         for_all = {*self.tokenizer.special_tokens_map, "reasoning_effort"}
         unused = {name: more.pop(name) for name in [*more] if name in for_all}
         variables, options = split_chat_options(
             template, more, arguments.pop("processor_kwargs", None)
         )
-        names = [
-            *inspect.signature(super().__call__).parameters,
-            *_get_template_variables(template),
-        ]
-        check_option_names(self, options, names)
+        call_parameters = inspect.signature(super().__call__).parameters
+        check_option_names(self, options, [*call_parameters, *_get_template_variables(template)])
         tokenize = bool(arguments.get("tokenize"))
         if options and not tokenize:
             raise ValueError(
                 f"{', '.join(sorted(options))} must be given with tokenize=True, or to the call "
                 "that takes the text"
             )
-        placeholders, foreign = _placeholders(self)
-        chats = [
-            read_chat(messages, name, placeholders, foreign)
-            for messages, name in named_conversations(conversation)
-        ]
-        conversations = [_with_images(self, chat, options, tokenize) for chat in chats]
-        arguments["conversation"] = conversations if is_batch(conversation) else conversations[0]
+        arguments["conversation"] = read_conversation(self, conversation, options, tokenize)
         if options:
             arguments["processor_kwargs"] = options
-        return super().apply_chat_template(**arguments, **variables, **unused)
+        return stock(**arguments, **variables, **unused)
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         """Return the text of one image, at the count that the running call has for it."""
@@ -262,11 +257,10 @@ class _TokenNumbers(Variant):
     ) -> MultiModalData:
         """Return the vision tokens of each image in all of its tiles, without tags around them."""
         stock = super()._get_num_multimodal_tokens
-        signature = inspect.signature(stock)
-        check_option_names(self, kwargs, signature.parameters)
+        check_option_names(self, kwargs, inspect.signature(stock).parameters)
         # Before transformers 5.23 the stock method makes its options the defaults of later calls.
         options = {name: value for name, value in kwargs.items() if name not in _TEXT_OPTIONS}
-        arguments = {**signature.bind(image_sizes, *args).arguments, **options}
+        arguments = arguments_by_name(stock, (image_sizes, *args), options)
         if arguments.get("video_sizes") is not None:
             raise self._tokenflex_family.videos_refused()
         data: MultiModalData = stock(**arguments)
@@ -306,63 +300,6 @@ def _tokens_of_blank(
     blank = Image.new("RGB", (width, height))
     inputs = processor(images=blank, text=text, num_image_tokens=grid, **options)
     return len(inputs["num_image_tokens"]) * grid[0] * grid[1]
-
-
-def _template_source(templates: Any, name: str | None) -> Any:
-    """Return the source of the chat template that is named, or the default one."""
-    if not isinstance(templates, dict):
-        templates = {"default": templates}
-    return templates.get("default") if name is None else templates.get(name, name)
-
-
-def _placeholders(processor: Any) -> tuple[list[str], list[str]]:
-    """Return what stands for an image in the processor's prompts, and what users write for it."""
-    names = ("image_token", "boi_token")  # a family's prompts hold one of them
-    tokens = [getattr(processor, name, None) for name in names]
-    placeholders = [*dict.fromkeys([processor._tokenflex.image_token, *filter(None, tokens)])]
-    return placeholders, [] if IMAGE_MARK in placeholders else [IMAGE_MARK]
-
-
-def _with_images(
-    processor: Any, chat: Chat, options: dict[str, Any], tokenize: bool
-) -> list[dict[str, Any]]:
-    """Return the messages of a conversation, with their images read if it will be tokenized."""
-    if not tokenize or not chat.images:
-        return chat.messages
-    images_of_chats([chat], options.get("images"))
-    images = iter(_read_images(processor, chat.images, options))
-    messages = []
-    for message in chat.messages:
-        content = message.get("content")
-        if isinstance(content, list):
-            parts = [
-                {**part, "image": next(images)} if part["type"] == "image" else part
-                for part in content
-            ]
-            message = {**message, "content": parts}
-        messages.append(message)
-    return messages
-
-
-def _read_images(processor: Any, images: Any, options: dict[str, Any]) -> Any:
-    """Read the images of a call, nested as they are given."""
-    named, per_prompt = name_images(images)
-    groups = (options.get("common_kwargs"), options.get("images_kwargs"), options)
-    merged = {name: value for group in groups for name, value in (group or {}).items()}
-    read = read_images(named, processor.image_processor, merged)
-    if per_prompt is not None:
-        rest = iter(read)
-        return [[next(rest) for _ in range(number)] for number in per_prompt]
-    return read if isinstance(images, (list, tuple)) or len(read) != 1 else read[0]
-
-
-def _without_layout(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options without the layout of arrays, which have been read."""
-    return {
-        name: _without_layout(value) if name in ("images_kwargs", "common_kwargs") else value
-        for name, value in options.items()
-        if name != "input_data_format"
-    }
 
 
 def _grids_of_call(state: _State, counts: Any, images: Any) -> Grid | list[Grid]:

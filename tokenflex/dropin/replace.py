@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +96,6 @@ def replace_projector(
         raise ValueError(f"init must be 'fit' or 'random', got {init!r}")
     if init == "fit" and images is None:
         raise ValueError("init='fit' needs images to fit on, got images=None")
-    if images is not None and not isinstance(images, Mapping) and processor is None:
-        raise ValueError("pictures need a processor; give one, or image inputs as a dict")
     if patch_merge is None:
         patch_merge = family.stock_patch_merge(model.config)
     patch_merge = check_count("patch_merge", patch_merge)

@@ -34,7 +34,7 @@ def variant_of(stock: Any, family: Family, mixins: tuple[type, ...]) -> Any:
 
     Args:
         stock: The class to replace.
-        family: What the methods read as ``_tokenflex_family``.
+        family: The family, which the methods read as ``_tokenflex_family``.
         mixins: Subclasses of :class:`Variant`, the most specific first.
     """
     body = {

@@ -1,1 +1,1 @@
-"""TokenFLEX inside the public evaluation harnesses, and every count in one table."""
+"""Adapters for public evaluation harnesses, and tables of benchmarks by counts."""

@@ -1,4 +1,4 @@
-"""A checkpoint that answers conversations at one count: what every harness's adapter asks."""
+"""A checkpoint that answers conversations at one count, for the adapters of all harnesses."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from tokenflex.evaluation.generation import expand_placeholders, generate_answer
 from tokenflex.images import load_image
 from tokenflex.models.chat import IMAGE_MARK, read_chat, without_placeholders
 from tokenflex.models.loading import load_checkpoint
-from tokenflex.models.vision import EncodedImages
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer and what it cost.
+    """An answer and its cost.
 
     Attributes:
-        text: the answer.
-        prompt_tokens: text and vision tokens that were read.
-        vision_tokens: how many of them stand for images.
-        new_tokens: of the answer, its end included.
+        text: The answer.
+        prompt_tokens: Text and vision tokens of the prompt.
+        vision_tokens: Vision tokens among them.
+        new_tokens: Tokens of the answer, including the one that ends it.
     """
 
     text: str
@@ -37,17 +36,17 @@ class Reply:
 
 
 class Assistant:
-    """Loads a checkpoint and answers at ``tokens``, whatever is asked.
+    """A loaded checkpoint that answers every question at one count.
 
     Args:
-        checkpoint: folder of a TokenFLEX (or released Ristretto) checkpoint.
-        tokens: vision tokens of each tile: ``64``, ``"12x16"`` or ``"auto"``.
-        max_tiles: images are cut into at most so many; the processor's own if None.
-        device: where to run; a GPU if there is one.
+        checkpoint: Folder of a TokenFLEX (or released Ristretto) checkpoint.
+        tokens: Vision tokens of each tile: ``64``, ``"12x16"`` or ``"auto"``.
+        max_tiles: Most tiles of an image; the processor's default if None.
+        device: A GPU by default, if there is one.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: the checkpoint or the count is not valid.
+        FileNotFoundError: The folder does not exist.
+        ValueError: The checkpoint or the count is not valid.
     """
 
     def __init__(
@@ -70,80 +69,71 @@ class Assistant:
 
     @property
     def label(self) -> str:
-        """How tables name the count."""
+        """The name of the count in tables."""
         return label_of(self.count)
 
     @torch.no_grad()
     def reply(self, conversations: Sequence[list[dict[str, Any]]], **options: Any) -> list[Reply]:
-        """The answer to each conversation, in one batch.
+        """Answer conversations in one batch.
 
         Args:
-            conversations: lists of messages; their ``content`` is a string or a list of
+            conversations: Lists of messages. Their ``content`` is a string or a list of
                 ``{"type": "text", "text": ...}`` and image parts, as the processor's chat template
-                takes them (:func:`tokenflex.models.chat.read_chat`). A placeholder that a text
-                spells out is dropped: it would stand for an image that is not there.
-            **options: for ``generate``; greedy search where they say nothing else.
+                takes them (:func:`tokenflex.models.chat.read_chat`). Placeholders in texts are
+                removed.
+            **options: For ``generate``; greedy search by default.
 
         Raises:
-            TypeError: a message is no dict, or a content or text of another type.
-            ValueError: a part is neither text nor image, or holds no image or several, or an image
+            TypeError: A message is no dict, or a content or text is of a wrong type.
+            ValueError: A part is neither text nor image, or holds no image or several, or an image
                 cannot be read.
         """
-        split = [
+        chats = [
             self._read(messages, f"conversations[{i}]") for i, messages in enumerate(conversations)
         ]
-        images = [image for _, own in split for image in own]
-        tiles: list[int] = []
-        encoded, first = None, 0
+        images = [image for _, images in chats for image in images]
+        encoded: Any = None
         if images:
             data, tiles = self.processor.process_images(images, max_tiles=self.max_tiles)
             pixels = data["pixel_values"].to(self.model.device)
             encoded = self.model.encode_images(pixels, data.get("grids"))
-        left = iter(tiles)
-        prompts, vision_tokens, costs = [], [], []
-        for messages, own in split:
+            remaining_tiles = iter(tiles)
+        image_token_id, tokenizer = self.processor.image_token_id, self.processor.tokenizer
+        prompts, costs = [], []
+        tile_grids: list[Grid] = []
+        for messages, chat_images in chats:
             text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-            ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-            prompt = torch.tensor(ids, dtype=torch.int64)
-            own_tiles = [next(left) for _ in own]
-            last = first + sum(own_tiles)
-            grids: list[Grid] = []
-            projected: list[torch.Tensor] = []
-            if encoded is not None and own:
-                shown = encoded.select(range(first, last))
-                grids = self._grids(shown, own_tiles, prompt)
-                projected = self.model.get_image_features(
-                    num_image_tokens=[
-                        grid for grid, n in zip(grids, own_tiles, strict=True) for _ in range(n)
-                    ],
-                    encoded_images=shown,
-                ).pooler_output
-            first = last
-            per_image = [n * h * w for n, (h, w) in zip(own_tiles, grids, strict=True)]
-            image_token_id = self.processor.image_token_id
-            prompts.append(expand_placeholders(prompt, per_image, image_token_id))
-            vision_tokens.append(projected)
-            costs.append(sum(per_image))
-        answers = generate_answers(
-            self.model, self.processor.tokenizer, prompts, vision_tokens, **options
-        )
+            prompt = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+            tiles = [next(remaining_tiles) for _ in chat_images]
+            grids = self._grids(encoded, len(tile_grids), tiles, prompt)
+            tokens = [n * height * width for n, (height, width) in zip(tiles, grids, strict=True)]
+            tile_grids += [grid for n, grid in zip(tiles, grids, strict=True) for _ in range(n)]
+            prompts.append(expand_placeholders(prompt.long(), tokens, image_token_id))
+            costs.append(sum(tokens))
+        vision = []
+        if images:
+            vision = self.model.get_image_features(
+                num_image_tokens=tile_grids, encoded_images=encoded
+            ).pooler_output
+        answers = generate_answers(self.model, tokenizer, prompts, [vision], **options)
         return [
             Reply(answer.text, len(prompt), cost, answer.tokens)
             for answer, prompt, cost in zip(answers, prompts, costs, strict=True)
         ]
 
     def _grids(
-        self, images: EncodedImages, tiles: Sequence[int], prompt: torch.Tensor
+        self, encoded: Any, first_tile: int, tiles: Sequence[int], prompt: torch.Tensor
     ) -> list[Grid]:
-        """The grid of each image of one prompt."""
+        """Return the grid of each image of one prompt, whose tiles begin at ``first_tile``."""
         selector = selector_of(self.count)
-        if selector is None:
-            return [token_grid(self.count, name="tokens")] * len(tiles)
+        if selector is None or not tiles:
+            return [token_grid(self.count, name="tokens") for _ in tiles]
+        images = encoded.select(range(first_tile, first_tile + sum(tiles)))
         (counts,) = selector.select(self.model, images, tiles, [prompt])
         return [token_grid(count, name=selector.label) for count in counts]
 
     def _read(self, messages: Any, name: str) -> tuple[list[dict[str, Any]], list[Image.Image]]:
-        """Check a conversation; return its messages without images and placeholders, and images."""
+        """Return the checked messages of a conversation without images, and its images."""
         placeholders = [self.processor.image_token, IMAGE_MARK]
         chat = read_chat(_without_placeholders(messages, placeholders), name, placeholders)
         if chat.parts_without_image:
@@ -152,7 +142,7 @@ class Assistant:
 
 
 def _without_placeholders(messages: Any, placeholders: Sequence[str]) -> Any:
-    """Remove placeholders from the texts of messages, whatever else they hold."""
+    """Remove placeholders from the texts of messages, and leave everything else."""
     if isinstance(messages, str):
         return without_placeholders(messages, placeholders)
     if isinstance(messages, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Run a harness at every count, for the same benchmarks, and merge what it says into one table."""
+"""Run a harness at every count for the same benchmarks, and merge its results into one table."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ HARNESSES = ("lmms-eval", "vlmevalkit")
 _LMMS_EVAL = ("lmms-eval", "pip install lmms-eval")
 _VLMEVALKIT = ("VLMEvalKit", "install VLMEvalKit (github.com/open-compass/VLMEvalKit)")
 
-# Options of VLMEvalKit's script that :func:`run_vlmevalkit` gives itself.
-_GIVEN_TO_VLMEVALKIT = ("--model", "--data", "--work-dir")
+# Options of VLMEvalKit's script that run_vlmevalkit sets.
+_SET_FOR_VLMEVALKIT = ("--model", "--data", "--work-dir")
 
 
 class HarnessError(Exception):
-    """A harness failed. The message is one line, the cause is the harness's own exception.
+    """A failure of a harness. The message is one line, the cause is the harness's exception.
 
     Args:
-        message: which harness failed at which count, and what it said.
-        exit_code: of the harness where it ended the process, else 2.
+        message: The harness, the count at which it failed, and its own message.
+        exit_code: Of the harness if it ended the process, else 2.
     """
 
     def __init__(self, message: str, exit_code: int = 2) -> None:
@@ -45,20 +45,22 @@ class HarnessError(Exception):
 
 @contextmanager
 def _failures_of(harness: str, doing: str) -> Iterator[None]:
-    """Turn whatever a harness raises into a :class:`HarnessError`."""
+    """Convert any exception of a harness to a :class:`HarnessError`."""
     try:
         yield
     except SystemExit as stop:
         if stop.code is None or stop.code == 0:
             return
         code = stop.code if isinstance(stop.code, int) else 1
-        said = "" if isinstance(stop.code, int) else f": {_in_one_line(stop.code)}"
-        raise HarnessError(f"{harness} ended {doing} with exit code {code}{said}", code) from stop
+        message = "" if isinstance(stop.code, int) else f": {_in_one_line(stop.code)}"
+        raise HarnessError(
+            f"{harness} ended {doing} with exit code {code}{message}", code
+        ) from stop
     except ModuleNotFoundError as error:
         raise HarnessError(f"{harness} failed {doing}: it needs {error.name}") from error
     except Exception as error:
-        said = f"{type(error).__name__}: {_in_one_line(error)}".removesuffix(": ")
-        raise HarnessError(f"{harness} failed {doing}: {said}") from error
+        message = f"{type(error).__name__}: {_in_one_line(error)}".removesuffix(": ")
+        raise HarnessError(f"{harness} failed {doing}: {message}") from error
 
 
 def _in_one_line(message: object) -> str:
@@ -69,8 +71,8 @@ def _load(module: str, harness: str, install: str) -> Any:
     """Import a module of a harness.
 
     Raises:
-        HarnessError: the harness is installed and cannot be imported.
-        ImportError: it is not installed; ``install`` says how to.
+        HarnessError: The harness is installed but cannot be imported.
+        ImportError: It is not installed; the message holds ``install``.
     """
     try:
         with _failures_of(harness, "to load"):
@@ -83,13 +85,13 @@ def _load(module: str, harness: str, install: str) -> Any:
 
 
 def count_names(counts: Sequence[int | str]) -> list[str]:
-    """Return how tables name the counts, once all of them are valid.
+    """Check counts, and return their names in tables.
 
     Args:
         counts: ``64``, ``"12x16"`` or ``"auto"``.
 
     Raises:
-        ValueError: a count is not valid, or named twice.
+        ValueError: A count is not valid, or given twice.
     """
     names = [
         count if count == "auto" else label_of(parse_count(count, name="counts"))
@@ -101,14 +103,11 @@ def count_names(counts: Sequence[int | str]) -> list[str]:
 
 
 def every_count(run: Callable[[str], Scores], counts: Sequence[int | str]) -> dict[str, Scores]:
-    """``run(count)`` for each count, by the count's name.
+    """Call ``run`` with the name of each count, and return its scores by that name.
 
     Args:
-        run: runs all benchmarks at one count, and gives benchmark -> metric -> score.
-        counts: as :func:`count_names` takes them; all are checked before the first is run.
-
-    Raises:
-        ValueError: a count is not valid, or named twice.
+        run: Runs all benchmarks at one count; returns benchmark -> metric -> score.
+        counts: As :func:`count_names` takes them. All are checked first.
     """
     return {name: run(name) for name in count_names(counts)}
 
@@ -123,35 +122,32 @@ def run_lmms_eval(
     simple_evaluate: Callable[..., Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> CountTable:
-    """Run lmms-eval's tasks at every count, the checkpoint loaded anew for each.
+    """Run tasks of lmms-eval at every count. The checkpoint is loaded again for each.
 
     Args:
-        checkpoint: checkpoint folder.
-        counts: as :func:`every_count` takes them.
-        tasks: lmms-eval's names, or those of the tasks in ``include_path``.
-        max_tiles: the same at every count.
-        include_path: folders with tasks of your own, searched beside lmms-eval's.
-        simple_evaluate: ``lmms_eval.evaluator.simple_evaluate`` if None.
-        **options: for it, for example ``batch_size`` or ``limit``.
+        checkpoint: Checkpoint folder.
+        counts: As :func:`count_names` takes them.
+        tasks: Names of lmms-eval's tasks, or of those in ``include_path``.
+        max_tiles: Most tiles of an image, at every count.
+        include_path: Folders with further tasks.
+        simple_evaluate: ``lmms_eval.evaluator.simple_evaluate`` by default.
+        **options: Options of it, for example ``batch_size`` or ``limit``.
 
     Raises:
         HarnessError: lmms-eval failed.
         ImportError: lmms-eval is not installed.
-        NotADirectoryError: a folder of ``include_path`` does not exist.
-        ValueError: a path that lmms-eval's own syntax cannot hold, or a task that it does not know.
+        NotADirectoryError: A folder of ``include_path`` does not exist.
+        ValueError: lmms-eval's syntax cannot hold the path, or a task or a count is unknown.
     """
     if set(",='\"{}") & set(str(checkpoint)):
         raise ValueError(
             f"checkpoint must be a path without commas, equal signs, quotes and braces for "
             f"lmms-eval's model_args, got {str(checkpoint)!r}"
         )
-    count_names(counts)  # before the seconds that lmms-eval takes to load
-    if simple_evaluate is None:
-        simple_evaluate = _load("lmms_eval.evaluator", *_LMMS_EVAL).simple_evaluate
+    count_names(counts)  # lmms-eval takes seconds to load
+    evaluate = simple_evaluate or _load("lmms_eval.evaluator", *_LMMS_EVAL).simple_evaluate
+    if simple_evaluate is None or include_path:
         options["task_manager"] = _task_manager(tasks, include_path)
-    elif include_path:
-        options["task_manager"] = _task_manager(tasks, include_path)
-    evaluate = simple_evaluate
     tiles = "" if max_tiles is None else f",max_tiles={max_tiles}"
     groups: set[str] = set()
 
@@ -161,23 +157,23 @@ def run_lmms_eval(
             results = evaluate(
                 model="tokenflex", model_args=arguments, tasks=list(tasks), **options
             )
-        results = results or {"results": {}}  # only the first of several processes gets them
+        results = results or {"results": {}}  # only the first of several processes has results
         members = results.get("group_subtasks", {})
         groups.update(name for name, subtasks in members.items() if subtasks)
         return lmms_eval_scores(results)
 
     scores = every_count(run, counts)
-    # A group's own row may be empty, for its tasks have theirs.
+    # The row of a group may be empty: its tasks have rows.
     return merge(scores, [task for task in tasks if task not in groups])
 
 
 def _task_manager(tasks: Sequence[str], include_path: Sequence[str | Path]) -> Any:
-    """lmms-eval's index of tasks, once it is known to hold ``tasks``."""
-    for folder in include_path:
-        if not Path(folder).is_dir():
-            raise NotADirectoryError(f"include_path must name folders, got {str(folder)!r}")
-    TaskManager = _load("lmms_eval.tasks", *_LMMS_EVAL).TaskManager
+    """Return lmms-eval's index of tasks, which holds ``tasks``."""
     folders = [str(folder) for folder in include_path]
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise NotADirectoryError(f"include_path must name folders, got {folder!r}")
+    TaskManager = _load("lmms_eval.tasks", *_LMMS_EVAL).TaskManager
     with _failures_of("lmms-eval", "to index its tasks"):
         manager = TaskManager(include_path=folders, model_name="tokenflex")
         unknown = [task for task in tasks if task not in manager.all_tasks]
@@ -199,24 +195,24 @@ def run_vlmevalkit(
     max_tiles: int | None = None,
     arguments: Sequence[str] = (),
 ) -> CountTable:
-    """Run VLMEvalKit's benchmarks at every count, by its own ``run.py`` in this process.
+    """Run benchmarks of VLMEvalKit at every count, by its own ``run.py`` in this process.
 
     Args:
-        checkpoint: checkpoint folder.
-        counts: as :func:`every_count` takes them.
+        checkpoint: Checkpoint folder.
+        counts: As :func:`count_names` takes them.
         benchmarks: VLMEvalKit's names.
-        run_py: the script in a copy of VLMEvalKit.
-        work_dir: where it writes; results that lie there already are refused, or an old score could
-            stand in for one that failed, unless ``arguments`` say ``--reuse``.
-        max_tiles: the same at every count and benchmark.
-        arguments: more of the script's own, for example ``["--judge", "exact_matching"]``.
+        run_py: The script in a copy of VLMEvalKit.
+        work_dir: Its output folder, which must be empty unless ``arguments`` hold ``--reuse``: an
+            old score could replace that of a failed run.
+        max_tiles: Most tiles of an image, at every count.
+        arguments: Further arguments of the script, for example ``["--judge", "exact_matching"]``.
 
     Raises:
-        FileExistsError: ``work_dir`` holds results already.
-        FileNotFoundError: there is no such script.
-        HarnessError: the script failed, or ended the process with an exit code other than 0.
+        FileExistsError: ``work_dir`` holds results.
+        FileNotFoundError: The script does not exist.
+        HarnessError: The script failed, or ended the process with an exit code other than 0.
         ImportError: VLMEvalKit is not installed.
-        ValueError: ``arguments`` hold an option that is given by this function.
+        ValueError: A count is not valid, or ``arguments`` hold an option that is set here.
     """
     if not run_py.is_file():
         raise FileNotFoundError(f"VLMEvalKit's script {run_py} does not exist")
@@ -225,9 +221,9 @@ def run_vlmevalkit(
             f"{work_dir} holds results already: name another folder, or give --reuse to continue"
         )
     for argument in arguments:
-        if argument.partition("=")[0] in _GIVEN_TO_VLMEVALKIT:
+        if argument.partition("=")[0] in _SET_FOR_VLMEVALKIT:
             raise ValueError(
-                f"arguments must not hold {argument}: {', '.join(_GIVEN_TO_VLMEVALKIT)} are the "
+                f"arguments must not hold {argument}: {', '.join(_SET_FOR_VLMEVALKIT)} are the "
                 "checkpoint at each count, the benchmarks and the output folder"
             )
     count_names(counts)
@@ -236,13 +232,8 @@ def run_vlmevalkit(
 
     def run(count: str) -> Scores:
         (name,) = register(checkpoint, [count], max_tiles=max_tiles)
-        before, sys.argv = (
-            sys.argv,
-            [
-                str(run_py),
-                *("--model", name, "--data", *benchmarks, "--work-dir", str(work_dir), *arguments),
-            ],
-        )
+        command = [str(run_py), "--model", name, "--data", *benchmarks]
+        before, sys.argv = sys.argv, [*command, "--work-dir", str(work_dir), *arguments]
         try:
             with _failures_of("VLMEvalKit", f"at {count} tokens"):
                 runpy.run_path(str(run_py), run_name="__main__")

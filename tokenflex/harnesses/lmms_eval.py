@@ -2,7 +2,7 @@
 
     lmms-eval --model tokenflex --model_args pretrained=DIR,tokens=144 --tasks mmstar
 
-The count is an argument of the model, never of the benchmark: one run is one count.
+The count is an argument of the model, never of the benchmark: each run has one count.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ except ModuleNotFoundError as error:
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from tokenflex.harnesses.assistant import Assistant, Reply
+from tokenflex.harnesses.assistant import Assistant
 
-MAX_NEW_TOKENS = 1024  # where a task does not say
-MAX_ROUNDS = 64  # a task without an end of its own would be asked for ever
+MAX_NEW_TOKENS = 1024  # for tasks that give no limit
+MAX_ROUNDS = 64  # for tasks that never end
 
 
 class TokenFlex(lmms):
     """The adapter, written against lmms-eval 0.7.3.
 
     Args:
-        pretrained: checkpoint folder.
-        tokens: vision tokens of each tile: ``64``, ``12x16`` or ``auto``; must be given.
-        max_tiles: images are cut into at most so many; the processor's own if None.
-        batch_size: questions of one call of ``generate``.
-        device: as lmms-eval gives it; with several processes each has its own.
-        max_batch_size: not used; lmms-eval may give it to any model.
+        pretrained: Checkpoint folder.
+        tokens: Vision tokens of each tile: ``64``, ``12x16`` or ``auto``; required.
+        max_tiles: Most tiles of an image; the processor's default if None.
+        batch_size: Questions per call of ``generate``.
+        device: Used in a single process; several processes have one device each.
+        max_batch_size: Ignored. lmms-eval may pass it to any model.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: the checkpoint or the count is not valid.
+        FileNotFoundError: The folder does not exist.
+        ValueError: The checkpoint or the count is not valid.
     """
 
     is_simple = False
@@ -60,42 +60,44 @@ class TokenFlex(lmms):
         self.accelerator = Accelerator()
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
-        alone = self._world_size == 1
-        self.device = device if alone and device else self.accelerator.device
+        is_single = self._world_size == 1
+        self.device = device if is_single and device else self.accelerator.device
         self.batch_size = int(batch_size)
         self.assistant = Assistant(pretrained, tokens, max_tiles=max_tiles, device=self.device)
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """An answer to each request, with the tokens it read (vision included) and wrote.
+        """Answer each request, and count the tokens of its prompt (vision included) and answer.
 
-        ``until`` is passed over, as lmms-eval's other chat models do: the harness sets it to an
-        empty line for every task that says nothing, which would cut answers into paragraphs.
+        ``until`` is ignored, as in the other chat models of lmms-eval: by default the harness sets
+        it to an empty line, which would cut answers into paragraphs.
         """
-        results: list[Any] = [None] * len(requests)
+        results: list[Any] = []
         bar = tqdm(total=len(requests), disable=self.rank != 0, desc="Model Responding")
-        for places in self._batches(requests):
+        for batch in self._batches(requests):
             conversations = []
-            for place in places:
-                _, doc_to_messages, options, doc_id, task, split = requests[place].args
-                conversations.append(
-                    _messages(doc_to_messages(self.task_dict[task][split][doc_id]))
-                )
-            options = requests[places[0]].args[2]
+            for request in batch:
+                _, doc_to_messages, _, doc_id, task, split = request.args
+                document = self.task_dict[task][split][doc_id]
+                conversations.append(_messages(doc_to_messages(document)))
+            options = batch[0].args[2]
             replies = self.assistant.reply(conversations, **_generation(options))
-            for place, reply in zip(places, replies, strict=True):
-                results[place] = _result(reply)
-                context = requests[place].args[0]
-                self.cache_hook.add_partial("generate_until", (context, options), reply.text)
+            for request, reply in zip(batch, replies, strict=True):
+                counts = TokenCounts(
+                    input_tokens=reply.prompt_tokens, output_tokens=reply.new_tokens
+                )
+                results.append(GenerationResult(text=reply.text, token_counts=counts))
+                key = (request.args[0], options)
+                self.cache_hook.add_partial("generate_until", key, reply.text)
                 bar.update()
         bar.close()
         return results
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
-        """The answers of all rounds of each request; the task says what is asked next, and ends."""
+        """Answer all rounds of each request; the task gives the next question, or ends."""
         return [self._rounds(request) for request in requests]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Not supported: lmms-eval's chat tasks only generate."""
+        """Refuse: lmms-eval's chat tasks only generate."""
         raise NotImplementedError(
             "tokenflex answers generate_until and generate_until_multi_round tasks, not "
             "loglikelihood ones"
@@ -120,20 +122,20 @@ class TokenFlex(lmms):
             messages, _, _, info = following
         raise RuntimeError(f"task {task} does not end after {MAX_ROUNDS} rounds")
 
-    def _batches(self, requests: list[Instance]) -> list[list[int]]:
-        """Places of requests that are generated together: neighbours with the same options."""
-        batches: list[list[int]] = []
-        for place, request in enumerate(requests):
-            same = batches and requests[batches[-1][0]].args[2] == request.args[2]
-            if same and len(batches[-1]) < self.batch_size:
-                batches[-1].append(place)
+    def _batches(self, requests: list[Instance]) -> list[list[Instance]]:
+        """Group neighbouring requests with the same options."""
+        batches: list[list[Instance]] = []
+        for request in requests:
+            same_options = batches and batches[-1][-1].args[2] == request.args[2]
+            if same_options and len(batches[-1]) < self.batch_size:
+                batches[-1].append(request)
             else:
-                batches.append([place])
+                batches.append([request])
         return batches
 
 
 def _messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """lmms-eval's messages in transformers' layout; other parts are refused by the assistant."""
+    """Convert lmms-eval's messages to transformers' layout; the assistant refuses other parts."""
     return [
         {
             "role": message["role"],
@@ -147,7 +149,7 @@ def _messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _generation(options: dict[str, Any]) -> dict[str, Any]:
-    """A task's ``generation_kwargs`` as ``generate`` takes them: greedy unless it samples."""
+    """Convert a task's ``generation_kwargs`` to options of ``generate``."""
     chosen = {
         "max_new_tokens": options.get("max_new_tokens") or MAX_NEW_TOKENS,
         "num_beams": options.get("num_beams") or 1,
@@ -157,8 +159,3 @@ def _generation(options: dict[str, Any]) -> dict[str, Any]:
         if options.get("top_p") is not None:
             chosen["top_p"] = options["top_p"]
     return chosen
-
-
-def _result(reply: Reply) -> GenerationResult:
-    counts = TokenCounts(input_tokens=reply.prompt_tokens, output_tokens=reply.new_tokens)
-    return GenerationResult(text=reply.text, token_counts=counts)

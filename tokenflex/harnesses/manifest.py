@@ -1,4 +1,4 @@
-"""What lmms-eval reads from our entry point: light, as it is loaded for every model there."""
+"""The entry point for lmms-eval; light, because it is loaded for every model there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def lmms_eval_manifest() -> Any:
-    """The ``ModelManifest`` of the model ``tokenflex``."""
+    """Return the ``ModelManifest`` of the model ``tokenflex``."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(

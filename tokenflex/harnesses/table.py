@@ -1,4 +1,4 @@
-"""One table of benchmarks by counts, from what a harness says of each count."""
+"""One table of benchmarks by counts, from a harness's results at each count."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ MISSING = "missing"
 
 @dataclass(frozen=True)
 class Score:
-    """A benchmark's number, and its standard error where the harness gives one."""
+    """The number of a benchmark, and its standard error if the harness reports one."""
 
     value: float
     standard_error: float | None = None
+
+    def __str__(self) -> str:
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.4g}"
+        return f"{self.value:.4g}{error}"
 
 
 Scores = Mapping[str, Mapping[str, Score]]  # benchmark -> metric -> score
@@ -30,8 +34,8 @@ class CountTable:
     """Every metric of every benchmark at every count.
 
     Attributes:
-        counts: the columns.
-        rows: (benchmark, metric) -> count -> score; a count that gave none has no entry.
+        counts: The columns.
+        rows: (benchmark, metric) -> count -> score, without entries for missing scores.
     """
 
     counts: list[str]
@@ -39,94 +43,92 @@ class CountTable:
 
     @property
     def missing(self) -> list[tuple[str, str, str]]:
-        """(benchmark, metric, count) of each hole: a run that failed must not pass unseen."""
+        """The benchmark, metric and count of each missing score."""
         return [
-            (benchmark, metric, count)
-            for (benchmark, metric), row in self.rows.items()
+            (*row, count)
+            for row, scores in self.rows.items()
             for count in self.counts
-            if count not in row
+            if count not in scores
         ]
 
     def markdown(self) -> str:
-        """The table as Markdown; holes are named as such."""
+        """Return the table as Markdown; missing scores are marked."""
         lines = [f"| benchmark | metric | {' | '.join(self.counts)} |"]
-        lines.append("|---|---" + "|---" * len(self.counts) + "|")
-        for (benchmark, metric), row in self.rows.items():
-            cells = [_cell(row.get(count)) for count in self.counts]
-            lines.append(f"| {benchmark} | {metric} | {' | '.join(cells)} |")
+        lines.append("|---" * (2 + len(self.counts)) + "|")
+        for row, scores in self.rows.items():
+            cells = [str(scores.get(count, MISSING)) for count in self.counts]
+            lines.append(f"| {' | '.join([*row, *cells])} |")
         return "\n".join(lines) + "\n"
 
     def as_json(self) -> list[dict[str, Any]]:
-        """One record a number, ``value`` None where it is missing."""
+        """Return one record per score, with None for missing scores."""
         return [
             {
                 "benchmark": benchmark,
                 "metric": metric,
                 "count": count,
-                "value": row[count].value if count in row else None,
-                "standard_error": row[count].standard_error if count in row else None,
+                "value": scores[count].value if count in scores else None,
+                "standard_error": scores[count].standard_error if count in scores else None,
             }
-            for (benchmark, metric), row in self.rows.items()
+            for (benchmark, metric), scores in self.rows.items()
             for count in self.counts
         ]
 
 
 def merge(scores: Mapping[str, Scores], benchmarks: Sequence[str] = ()) -> CountTable:
-    """One table from the scores at each count.
+    """Merge the scores at each count into one table.
 
     Args:
-        scores: count -> benchmark -> metric -> score.
-        benchmarks: those that were asked for: one without any score gets a row of holes.
+        scores: Count -> benchmark -> metric -> score.
+        benchmarks: The benchmarks that were run. One without any score gets an empty row.
     """
     rows: dict[tuple[str, str], dict[str, Score]] = {}
     for count, by_benchmark in scores.items():
         for benchmark, metrics in by_benchmark.items():
             for metric, score in metrics.items():
                 rows.setdefault((benchmark, metric), {})[count] = score
-    known = {benchmark for benchmark, _ in rows}
-    rows |= {(benchmark, "-"): {} for benchmark in benchmarks if benchmark not in known}
+    with_scores = {benchmark for benchmark, _ in rows}
+    rows |= {(benchmark, "-"): {} for benchmark in benchmarks if benchmark not in with_scores}
     return CountTable(list(scores), dict(sorted(rows.items())))
 
 
 def lmms_eval_scores(results: Mapping[str, Any]) -> dict[str, dict[str, Score]]:
-    """Scores from what ``lmms_eval.evaluator.simple_evaluate`` returns, or its results file holds.
+    """Read scores from the results of ``lmms_eval.evaluator.simple_evaluate``, or its file.
 
-    Keys are ``metric,filter`` and ``metric_stderr,filter``; all else is not a score, other
-    standard errors (``metric_stderr_clt``) least of all.
+    Keys of scores are ``metric,filter`` and ``metric_stderr,filter``. Other keys, such as
+    ``metric_stderr_clt,filter``, are ignored.
     """
     scores: dict[str, dict[str, Score]] = {}
     for task, values in results["results"].items():
-        found = {}
         for key, value in values.items():
             metric, comma, name = key.partition(",")
             if not comma or "_stderr" in metric or not _is_number(value):
                 continue
             error = values.get(f"{metric}_stderr,{name}")
             label = metric if name == "none" else f"{metric} ({name})"
-            found[label] = Score(float(value), float(error) if _is_number(error) else None)
-        if found:
-            scores[task] = found
+            score = Score(float(value), float(error) if _is_number(error) else None)
+            scores.setdefault(task, {})[label] = score
     return scores
 
 
 def vlmevalkit_scores(folder: Path, model: str, benchmarks: Sequence[str]) -> dict[str, Any]:
-    """Scores from the ``*acc.csv`` and ``*score.csv``/``.json`` files of one model's folder.
+    """Read scores from the ``*acc.csv`` and ``*score.csv``/``.json`` files of a model's folder.
 
-    Which numbers there are is each benchmark's own affair; all are taken, named by the cells of
-    their row and their column.
+    Each benchmark has numbers of its own. All of them are read, and named by the cells of their
+    row and by their column.
 
     Args:
-        folder: the model's folder in VLMEvalKit's work directory.
-        model: its name.
-        benchmarks: those that were run.
+        folder: The model's folder in VLMEvalKit's work directory.
+        model: Its name.
+        benchmarks: The benchmarks that were run.
     """
     scores: dict[str, dict[str, Score]] = {}
     for path in sorted(folder.glob(f"{model}_*")):
         if not re.search(r"(acc|score)\.(csv|json)$", path.name):
             continue
         rest = path.name.removeprefix(f"{model}_")
-        # MMBench_DEV_EN_V11's files begin like MMBench_DEV_EN's.
-        owners = [one for one in benchmarks if rest.startswith(f"{one}_")]
+        # The files of MMBench_DEV_EN_V11 begin like those of MMBench_DEV_EN.
+        owners = [benchmark for benchmark in benchmarks if rest.startswith(f"{benchmark}_")]
         if owners:
             if path.suffix == ".json":
                 numbers = _numbers_of_json(read_json(path, "result file"))
@@ -163,13 +165,6 @@ def _number(text: str | None) -> float | None:
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, int):  # one that no float holds is no score
+    if isinstance(value, int):  # that a float can hold
         return not isinstance(value, bool) and value.bit_length() < 1024
     return isinstance(value, float)
-
-
-def _cell(score: Score | None) -> str:
-    if score is None:
-        return MISSING
-    error = "" if score.standard_error is None else f" ± {score.standard_error:.4g}"
-    return f"{score.value:.4g}{error}"

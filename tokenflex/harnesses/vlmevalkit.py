@@ -1,10 +1,10 @@
-"""TokenFLEX as a model of VLMEvalKit: one entry per count, the same count for every benchmark.
+"""TokenFLEX as models of VLMEvalKit: one per count, with the same count for every benchmark.
 
     from tokenflex.harnesses.vlmevalkit import register
     register("runs/my-model/checkpoint", [64, 144, 256])  # TokenFLEX-n64, -n144, -n256
 
-An adapter that picks a count per benchmark reports the best of several models as one; here the
-benchmark's name reaches neither the count nor the tiles.
+With a count per benchmark, an adapter would report the best of several models as one. So the
+benchmark's name affects neither the count nor the tiles.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ MAX_NEW_TOKENS = 1024
 
 
 class TokenFlex(BaseModel):
-    """The adapter; prompts are the toolkit's own for each benchmark.
+    """The adapter, with the toolkit's own prompts for each benchmark.
 
     Args:
-        checkpoint: checkpoint folder.
-        tokens: vision tokens of each tile: ``64``, ``"12x16"`` or ``"auto"``.
-        max_tiles: images are cut into at most so many; the processor's own if None.
-        **options: for ``generate``; greedy, at most 1024 new tokens, where they say nothing else.
+        checkpoint: Checkpoint folder.
+        tokens: Vision tokens of each tile: ``64``, ``"12x16"`` or ``"auto"``.
+        max_tiles: Most tiles of an image; the processor's default if None.
+        **options: For ``generate``; greedy search and at most 1024 new tokens by default.
     """
 
     INSTALL_REQ = False
@@ -53,15 +53,14 @@ class TokenFlex(BaseModel):
         self.options = {"max_new_tokens": MAX_NEW_TOKENS, **options}
 
     def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
-        """The answer to an interleaved message; ``dataset`` changes nothing.
+        """Answer an interleaved message; ``dataset`` has no effect.
 
         Raises:
-            ValueError: a part is neither text nor image.
+            ValueError: A part is neither text nor image.
         """
         content = [{"type": part["type"], part["type"]: part["value"]} for part in message]
-        return self.assistant.reply([[{"role": "user", "content": content}]], **self.options)[
-            0
-        ].text
+        conversation = [{"role": "user", "content": content}]
+        return self.assistant.reply([conversation], **self.options)[0].text
 
 
 def register(
@@ -75,17 +74,19 @@ def register(
     """Add one model per count to VLMEvalKit's list, and return their names.
 
     Args:
-        checkpoint: checkpoint folder.
-        counts: as :class:`TokenFlex` takes ``tokens``.
-        name: what the names begin with; ``-n64`` and so on follow.
-        supported: the list to add to; ``vlmeval.config.supported_VLM`` if None.
-        **options: for :class:`TokenFlex`, the same at every count.
+        checkpoint: Checkpoint folder.
+        counts: As :class:`TokenFlex` takes ``tokens``.
+        name: Beginning of the names, which ``-n64`` and so on follow.
+        supported: The list to add to; ``vlmeval.config.supported_VLM`` by default.
+        **options: For :class:`TokenFlex`, the same at every count.
     """
     if supported is None:
         from vlmeval.config import supported_VLM
 
         supported = supported_VLM
-    names = [f"{name}-n{count}" for count in counts]
-    for one, count in zip(names, counts, strict=True):
-        supported[one] = partial(TokenFlex, checkpoint=str(checkpoint), tokens=count, **options)
-    return names
+    models = {
+        f"{name}-n{count}": partial(TokenFlex, checkpoint=str(checkpoint), tokens=count, **options)
+        for count in counts
+    }
+    supported.update(models)
+    return [*models]

@@ -1,0 +1,128 @@
+"""Inputs of a converted processor: options, images and conversations of a call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from tokenflex.models.call_options import check_known, known_options
+from tokenflex.models.chat import IMAGE_MARK, Chat, is_batch, read_chat
+from tokenflex.models.conversations import images_of_chats, named_conversations
+from tokenflex.models.image_inputs import name_images, read_images
+
+_FURTHER_OPTIONS = {
+    *("common_kwargs", "return_metadata", "sanitize_control_tokens", "num_image_tokens"),
+    *("images", "text", "videos", "audio", "audios"),
+}
+
+
+def check_option_names(processor: Any, options: dict[str, Any], more: Iterable[str] = ()) -> None:
+    """Refuse options that neither the stock processor nor a part of it takes.
+
+    transformers would ignore them.
+
+    Args:
+        processor: A transformers processor.
+        options: Arguments of a call.
+        more: Further known names.
+
+    Raises:
+        TypeError: A name is unknown; the message holds the nearest known name.
+    """
+    if not options:
+        return
+    groups = known_options(processor)
+    of_groups = set().union(*groups.values())
+    declared = processor.valid_processor_kwargs.__annotations__
+    known = {*of_groups, *groups, *declared, *_FURTHER_OPTIONS, *more}
+    if not hasattr(processor.image_processor, "valid_kwargs"):
+        del groups["images_kwargs"]  # a custom image processor may not declare what it takes
+    for name, value in options.items():
+        check_known(name, known, "the processor")
+        in_group = of_groups if name == "common_kwargs" else groups.get(name)
+        if in_group is not None and isinstance(value, Mapping):
+            for option in value:
+                check_known(option, in_group, name)
+
+
+def arguments_by_name(
+    method: Callable[..., Any], args: Iterable[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a call of a method that takes ``**kwargs``, by name."""
+    arguments = inspect.signature(method).bind_partial(*args, **kwargs).arguments
+    others = arguments.pop("kwargs", {})
+    return {**arguments, **others}
+
+
+def template_source(templates: Any, name: str | None) -> Any:
+    """Return the source of the chat template that is named, or the default one."""
+    if not isinstance(templates, dict):
+        templates = {"default": templates}
+    return templates.get("default") if name is None else templates.get(name, name)
+
+
+def read_conversation(
+    processor: Any, conversation: Any, options: dict[str, Any], tokenize: bool
+) -> Any:
+    """Check a conversation, or a batch of them, and read its images if it will be tokenized.
+
+    Args:
+        processor: A converted processor.
+        conversation: A list of messages, or a list of those.
+        options: Options of the processor's call.
+        tokenize: Whether the images will be used.
+
+    Raises:
+        TypeError, ValueError: As :func:`tokenflex.models.chat.read_chat`.
+    """
+    # The texts that stand for an image in the prompts of a family.
+    names = ("image_token", "boi_token")
+    tokens = [processor._tokenflex.image_token, *(getattr(processor, n, None) for n in names)]
+    placeholders = [token for token in dict.fromkeys(tokens) if token]
+    foreign = [] if IMAGE_MARK in placeholders else [IMAGE_MARK]
+    conversations = []
+    for messages, name in named_conversations(conversation):
+        chat = read_chat(messages, name, placeholders, foreign)
+        if tokenize and chat.images:
+            images_of_chats([chat], options.get("images"))
+            conversations.append(_with_images(processor, chat, options))
+        else:
+            conversations.append(chat.messages)
+    return conversations if is_batch(conversation) else conversations[0]
+
+
+def _with_images(processor: Any, chat: Chat, options: dict[str, Any]) -> list[dict[str, Any]]:
+    images = iter(images_of_call(processor, chat.images, options))
+    messages = []
+    for message in chat.messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [
+                {**part, "image": next(images)} if part["type"] == "image" else part
+                for part in content
+            ]
+            message = {**message, "content": parts}
+        messages.append(message)
+    return messages
+
+
+def images_of_call(processor: Any, images: Any, options: dict[str, Any]) -> Any:
+    """Read the images of a call, nested as they are given."""
+    named, per_prompt = name_images(images)
+    groups = (options.get("common_kwargs"), options.get("images_kwargs"), options)
+    merged = {name: value for group in groups for name, value in (group or {}).items()}
+    read = read_images(named, processor.image_processor, merged)
+    if per_prompt is not None:
+        rest = iter(read)
+        return [[next(rest) for _ in range(number)] for number in per_prompt]
+    return read if isinstance(images, (list, tuple)) or len(read) != 1 else read[0]
+
+
+def without_layout(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options without the layout of arrays, which have been read."""
+    return {
+        name: without_layout(value) if name in ("images_kwargs", "common_kwargs") else value
+        for name, value in options.items()
+        if name != "input_data_format"
+    }
