@@ -16,7 +16,7 @@ from tests.routing.planted import COUNTS, planted_grades
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor
 from tokenflex.routing import training
-from tokenflex.routing.curve import routed, score
+from tokenflex.routing.grading import routed, score
 from tokenflex.routing.router import Router, best, utilities
 from tokenflex.routing.training import fit_router, train_router
 

@@ -105,7 +105,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _largest_count(model: Any, options: argparse.Namespace) -> Any:
     """Of those that auto may choose."""
-    from tokenflex.routing.choice import known_counts, trained_counts
+    from tokenflex.routing.ladder import known_counts, trained_counts
     from tokenflex.routing.storage import router_of
 
     if options.confidence is not None:
