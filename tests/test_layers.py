@@ -32,6 +32,7 @@ ROOMS = (
     "files",
     "images",
     "counts",
+    "prompts",
     "positions",
     "plot_labels",
     "plots",

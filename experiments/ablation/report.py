@@ -1,4 +1,4 @@
-"""``report.md``: tables with mean and spread over seeds, the paper's figures beside them."""
+"""``report.md``: tables with mean and spread over seeds beside the paper's figures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAPERS = "the paper's, on its benchmarks (second-hand)"
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """The whole page, from what :func:`experiments.ablation.results.collect` returns."""
+    """Format the page of a report of :func:`experiments.ablation.results.collect`."""
     have = report["regimes"]
     main = [name for name in MAIN if name in have]
     sections = [_head(report)]
@@ -74,7 +74,7 @@ def _head(report: Mapping[str, Any]) -> str:
 
 
 def _claims(report: Mapping[str, Any], main: Sequence[str]) -> str:
-    """Both halves of the paper's claim, as they turned out here."""
+    """Compare both halves of the paper's claim with the results."""
     counts = report["counts"]
     lines = ["## The paper's claim, here", ""]
     lines.append("Stochastic minus the fixed model, paired by seed, in points:")
@@ -94,7 +94,7 @@ def _claims(report: Mapping[str, Any], main: Sequence[str]) -> str:
 
 
 def _verdict(report: Mapping[str, Any], main: Sequence[str]) -> str:
-    """In words: whether fixed models fall behind off their count, and win on it."""
+    """Say whether fixed models are behind at other counts, and ahead at their own."""
     off: list[tuple[float, str]] = []
     own: list[tuple[float, str]] = []
     for place, name in enumerate(SPECIALISTS):

@@ -132,16 +132,6 @@ def test_of_equal_counts_the_fewest_tokens_are_taken():
     ]
 
 
-def test_choose_takes_the_routers_own_penalty_unless_told():
-    router = Router(COUNTS, 4, 6, penalty=10.0)
-    torch.nn.init.zeros_(router.right.weight)
-    with torch.no_grad():
-        router.right.bias.copy_(torch.tensor([-1.0, 0.0, 1.0]))
-    inputs = torch.zeros(2, 8), torch.zeros(2, 6)
-    assert router.choose(*inputs) == [4, 4]
-    assert router.choose(*inputs, penalty=0.0) == [16, 16]
-
-
 @pytest.mark.parametrize(("penalty", "error"), [(-0.1, ValueError), (float("nan"), ValueError)])
 def test_penalties_that_are_none_are_refused(penalty, error):
     with pytest.raises(error, match="penalty must be finite and at least 0"):

@@ -12,11 +12,12 @@ from PIL import Image
 
 from tokenflex.counts import Grid, parse_count, token_grid
 from tokenflex.evaluation.counts import label_of, selector_of
-from tokenflex.evaluation.generation import expand_placeholders, generate_answers
+from tokenflex.evaluation.generation import generate_answers
 from tokenflex.images import load_image
 from tokenflex.models.chat import IMAGE_MARK, read_chat, without_placeholders
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.models.vision import EncodedImages
+from tokenflex.prompts import expand_placeholders
 from tokenflex.routing.policies import policy_names
 from tokenflex.routing.selector import resolve_count
 

@@ -15,6 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from tokenflex.counts import AUTO, TokenCount, tokens_of
+from tokenflex.evaluation.generation import answer_length
 from tokenflex.models.loading import check_length
 from tokenflex.routing.choice import INPUTS, read_inputs
 from tokenflex.routing.ladder import trained_counts
@@ -141,7 +142,6 @@ def _answers(
     ends = options.get("eos_token_id", model.generation_config.eos_token_id)
     answers = []
     for row, tokens in enumerate(new.cpu()):
-        stops = torch.isin(tokens, torch.tensor([] if ends is None else ends)).nonzero().flatten()
-        length = int(stops[0]) + 1 if len(stops) else len(tokens)
+        length = answer_length(tokens, ends)
         answers.append((new[row, :length], float(certain[row, :length].min())))
     return answers

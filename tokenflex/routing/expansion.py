@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tokenflex.counts import TokenCount, join_calls, tokens_of
+from tokenflex.prompts import expand_placeholders, left_padded
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,13 @@ class Prompts:
             count per tile.
         """
         pairs = [*zip(counts, self.tiles, strict=True)]
-        repeats = iter([tokens_of(count) * tiles for count, tiles in pairs])
-        rows = [self._expanded_row(row, repeats) for row in self.rows]
+        sizes = [tokens_of(count) * tiles for count, tiles in pairs]
+        rows = [
+            expand_placeholders(
+                ids, [sizes[image] for image in self.images_of(row)], self.image_token_id
+            )
+            for row, ids in enumerate(self.rows)
+        ]
         ids, mask = left_padded(rows, self.pad_token_id)
         inputs: dict[str, Any] = {
             "input_ids": ids.to(self.device),
@@ -75,23 +81,6 @@ class Prompts:
         if self.tiles:
             inputs["num_image_tokens"] = [count for count, tiles in pairs for _ in range(tiles)]
         return inputs
-
-    def _expanded_row(self, row: torch.Tensor, repeats: Iterator[int]) -> torch.Tensor:
-        times = torch.ones_like(row)
-        for position in (row == self.image_token_id).nonzero().flatten().tolist():
-            times[position] = next(repeats)
-        return row.repeat_interleave(times)
-
-
-def left_padded(rows: Sequence[torch.Tensor], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``input_ids`` and ``attention_mask``, int64 [B, L], of rows of unequal lengths."""
-    length = max(map(len, rows))
-    ids = torch.full((len(rows), length), pad)
-    mask = torch.zeros(len(rows), length, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        ids[i, length - len(row) :] = row
-        mask[i, length - len(row) :] = 1
-    return ids, mask
 
 
 def read_prompts(

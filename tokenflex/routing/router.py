@@ -80,14 +80,6 @@ class Router(nn.Module):
         """Return the probability of a right answer, [pairs, counts], see :meth:`forward`."""
         return self(images, questions).double().sigmoid().numpy()
 
-    def choose(
-        self, images: torch.Tensor, questions: torch.Tensor, penalty: float | None = None
-    ) -> list[int]:
-        """Return the count with the highest utility for each pair, at the default penalty."""
-        penalty = self.penalty if penalty is None else penalty
-        choice = best(utilities(self.probabilities(images, questions), self.counts, penalty))
-        return [self.counts[i] for i in choice]
-
 
 def utilities(
     probabilities: NDArray[np.float64], counts: Sequence[int], penalty: float

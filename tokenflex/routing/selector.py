@@ -12,8 +12,8 @@ import torch
 from tokenflex.counts import TokenCount
 from tokenflex.evaluation.counts import AskedCount
 from tokenflex.models.vision import EncodedImages
+from tokenflex.prompts import left_padded
 from tokenflex.routing.choice import choose_counts
-from tokenflex.routing.expansion import left_padded
 from tokenflex.routing.policies import find_policy
 
 
