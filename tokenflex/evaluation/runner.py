@@ -200,34 +200,31 @@ def _report(
     seconds: dict[str, float],
     encoding_seconds: float,
 ) -> dict[str, Any]:
-    report: dict[str, Any] = {
+    accuracy = {label: accuracy_of(rows) for label, rows in verdicts.items()}
+    tokens = {label: vision_tokens_of(rows) for label, rows in verdicts.items()}
+    groups = {label: group_by_kind(rows) for label, rows in verdicts.items()}
+    first = next(iter(groups.values()))  # every count answers the same questions
+    by_kind = {
+        kind: {label: accuracy_of(of_label[kind]) for label, of_label in groups.items()}
+        for kind in first
+    }
+    return {
         "score": score,
-        "accuracy": {},
-        "standard_error": {},
-        "accuracy_by_kind": defaultdict(dict),
-        "standard_error_by_kind": defaultdict(dict),
-        "questions": {},
-        "samples": 0,
-        "vision_tokens_per_image": {},
-        "vision_tokens_per_question": {},
-        "vision_tokens_per_question_unweighted": {},
-        "evaluation_seconds": {},
+        "accuracy": _each("value", accuracy),
+        "standard_error": _each("standard_error", accuracy),
+        "accuracy_by_kind": {kind: _each("value", row) for kind, row in by_kind.items()},
+        "standard_error_by_kind": {
+            kind: _each("standard_error", row) for kind, row in by_kind.items()
+        },
+        "questions": {kind: len(rows) for kind, rows in first.items()},
+        "samples": len({row.sample for rows in first.values() for row in rows}),
+        "vision_tokens_per_image": _each("per_image", tokens),
+        "vision_tokens_per_question": _each("per_question", tokens),
+        "vision_tokens_per_question_unweighted": _each("per_question_unweighted", tokens),
+        "evaluation_seconds": {label: encoding_seconds + seconds[label] for label in verdicts},
         "encoding_seconds": encoding_seconds,
     }
-    for label, rows in verdicts.items():
-        overall = accuracy_of(rows)
-        report["accuracy"][label] = overall.value
-        report["standard_error"][label] = overall.standard_error
-        groups = group_by_kind(rows)
-        for kind, of_kind in groups.items():
-            accuracy = accuracy_of(of_kind)
-            report["accuracy_by_kind"][kind][label] = accuracy.value
-            report["standard_error_by_kind"][kind][label] = accuracy.standard_error
-        report["questions"] = {kind: len(of_kind) for kind, of_kind in groups.items()}
-        report["samples"] = len({row.sample for row in rows})
-        tokens = vision_tokens_of(rows)
-        report["vision_tokens_per_image"][label] = tokens.per_image
-        report["vision_tokens_per_question"][label] = tokens.per_question
-        report["vision_tokens_per_question_unweighted"][label] = tokens.per_question_unweighted
-        report["evaluation_seconds"][label] = encoding_seconds + seconds[label]
-    return {key: dict(value) if isinstance(value, dict) else value for key, value in report.items()}
+
+
+def _each(attribute: str, row: dict[str, Any]) -> dict[str, Any]:
+    return {label: getattr(value, attribute) for label, value in row.items()}
