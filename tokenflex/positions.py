@@ -117,6 +117,6 @@ def shared_image_positions(
     # An image ends where the next one begins, or where text or another sequence does.
     ends = rows.new_ones(len(rows), dtype=torch.bool)
     ends[:-1] = (rows[1:] != rows[:-1] + 1) | (images[1:] != images[:-1])
-    places = torch.arange(len(rows), device=rows.device)
-    last = torch.where(ends, places, len(rows)).flip(0).cummin(0).values.flip(0)
+    indices = torch.arange(len(rows), device=rows.device)
+    last = torch.where(ends, indices, len(rows)).flip(0).cummin(0).values.flip(0)
     return position_ids.index_copy(0, rows.long(), position_ids[rows[last].long()])

@@ -32,12 +32,12 @@ def format_gap(report: Mapping[str, Any]) -> str:
     for lever in LEVERS:
         shown = [points(gain, signed=True) for gain in by_lever[lever.title].values()]
         differences.append([lever.title, *_filled(shown, counts), _tokens(report, lever)])
-        one = regimes[lever.one]["accuracy"]
+        accuracy = regimes[lever.one]["accuracy"]
         specialists = [
             points(regimes[name]["accuracy"][count])
             for count, name in zip(counts, lever.specialists, strict=False)
         ]
-        accuracies.append([lever.title, "one", *(points(one[count]) for count in counts)])
+        accuracies.append([lever.title, "one", *(points(accuracy[count]) for count in counts)])
         accuracies.append([lever.title, "specialists", *_filled(specialists, counts)])
     sections = [
         f"# One model beside the specialists, scale {report['scale']}",

@@ -34,6 +34,6 @@ COST: dict[str, tuple[float, float]] = {
 
 def gains() -> list[str]:
     """Return the stochastic model minus each fixed model at that model's own count, in points."""
-    fixed = (TRAINED_WITH[f"fixed-{size}"] for size in ("small", "middle", "large"))
-    pairs = zip(TRAINED_WITH["stochastic"], fixed, strict=True)
-    return [f"{value - own[i]:+.1f}" for i, (value, own) in enumerate(pairs)]
+    rows = (TRAINED_WITH[f"fixed-{size}"] for size in ("small", "middle", "large"))
+    pairs = zip(TRAINED_WITH["stochastic"], rows, strict=True)
+    return [f"{value - fixed[i]:+.1f}" for i, (value, fixed) in enumerate(pairs)]

@@ -131,19 +131,21 @@ def _any_count(scale: Scale, stochastic: Regime) -> dict[str, Regime]:
 
 def _closing_the_gap(scale: Scale, known: Mapping[str, Regime]) -> dict[str, Regime]:
     """Return the regimes of :data:`experiments.ablation.suites.LEVERS` and their specialists."""
-    one = known["positions"]
+    positions = known["positions"]
     specialists = [
         known[f"fixed-{size}"].but("positions", "positions", model=POSITIONS) for size in SIZES
     ]
     longer = {"steps": round(LONGER * scale.steps)}
     wide = replace(scale, width=2 * scale.width, initializer_range=scale.initializer_range / 2**0.5)
-    own = _start_at(scale.counts[-1])
-    wide_start = Start(f"{own.name}-wide", f"{own.title}, twice as wide", own.stage, wide.model())
+    base = _start_at(scale.counts[-1])
+    wide_start = Start(
+        f"{base.name}-wide", f"{base.title}, twice as wide", base.stage, wide.model()
+    )
     closing = [*specialists]
     for name in ("odds-1-1-1", "odds-5-3-2"):
         closing.append(known[name].but("positions", "positions", model=POSITIONS))
-    closing.append(one.but("distilled", "KL to its largest", stage={"distillation": 1.0}))
-    for regime in (one, *specialists[:2]):  # at the largest count there is no gap
+    closing.append(positions.but("distilled", "KL to its largest", stage={"distillation": 1.0}))
+    for regime in (positions, *specialists[:2]):  # at the largest count there is no gap
         closing.append(regime.but("longer", f"{LONGER:g} x the steps", stage=longer))
         closing.append(regime.but("wide", "twice as wide", start=wide_start))
     for specialist, size, count in zip(specialists[:2], SIZES, scale.counts, strict=False):

@@ -66,8 +66,8 @@ def _claims(report: Mapping[str, Any], main: Sequence[str]) -> str:
     """Compare both halves of the paper's claim with the results."""
     counts = report["counts"]
     rows = []
-    own: list[tuple[float, str]] = []  # gains of the stochastic model, in points
-    other: list[tuple[float, str]] = []
+    at_own: list[tuple[float, str]] = []  # gains of the stochastic model, in points
+    at_other: list[tuple[float, str]] = []
     for own_index, name in enumerate(SPECIALISTS):
         if name not in main:
             continue
@@ -76,21 +76,21 @@ def _claims(report: Mapping[str, Any], main: Sequence[str]) -> str:
             gain = difference(report, "stochastic", name, count)
             cell = points(gain, signed=True)
             cells.append(f"**{cell}**" if i == own_index else cell)
-            (own if i == own_index else other).append((100 * gain["mean"], count))
+            (at_own if i == own_index else at_other).append((100 * gain["mean"], count))
         rows.append([report["regimes"][name]["title"], *cells])
     head = ["compared with", *(f"at {count}" for count in counts)]
     return (
         "## The paper's claim, here\n\n"
         "Stochastic minus the fixed model, paired by seed, in points:\n\n"
-        f"{markdown_table(head, rows)}\n\n{_verdict(own, other)}"
+        f"{markdown_table(head, rows)}\n\n{_verdict(at_own, at_other)}"
     )
 
 
-def _verdict(own: Sequence[tuple[float, str]], other: Sequence[tuple[float, str]]) -> str:
+def _verdict(at_own: Sequence[tuple[float, str]], at_other: Sequence[tuple[float, str]]) -> str:
     """Say whether fixed models are behind at other counts, and ahead at their own."""
-    least_gain, most_gain = min(other)[0], max(other)[0]
-    ahead = ", ".join(f"{count} ({gain:+.1f})" for gain, count in own if gain > 0)
-    behind = ", ".join(f"{count} ({gain:+.1f})" for gain, count in own if gain <= 0)
+    least_gain, most_gain = min(at_other)[0], max(at_other)[0]
+    ahead = ", ".join(f"{count} ({gain:+.1f})" for gain, count in at_own if gain > 0)
+    behind = ", ".join(f"{count} ({gain:+.1f})" for gain, count in at_own if gain <= 0)
     if least_gain > 0:
         first = (
             f"Off their own count, fixed models are at least {least_gain:.1f} and at most "

@@ -1,4 +1,4 @@
-"""The study of a router that ``tokenflex route`` trains: the curve of all selectors."""
+"""Study of the router of ``tokenflex route``: the curve of all selectors."""
 
 from __future__ import annotations
 

@@ -24,8 +24,7 @@ def plot_selection(points: Sequence[CurvePoint], path: Path) -> None:
     """
     of: dict[str, list[CurvePoint]] = defaultdict(list)
     for point in points:
-        own = point.selector == "router" and point.setting == "own"
-        of["own" if own else point.selector].append(point)
+        of["own" if point.setting == "own" else point.selector].append(point)
     always = sorted(of["always"], key=lambda point: point.tokens)
     if not always:
         raise ValueError("points must hold a count that is always used, got none")

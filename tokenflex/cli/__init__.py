@@ -63,9 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def command_modules() -> Iterator[ModuleType]:
     """Yield the modules that add commands, by name; those of the repository come last."""
-    for found in pkgutil.iter_modules(__path__):
-        if not found.name.startswith("_"):
-            module = import_module(f"{__name__}.{found.name}")
+    for info in pkgutil.iter_modules(__path__):
+        if not info.name.startswith("_"):
+            module = import_module(f"{__name__}.{info.name}")
             if hasattr(module, "add_to"):
                 yield module
     folder = REPOSITORY / "experiments"

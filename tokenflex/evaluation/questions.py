@@ -168,7 +168,7 @@ def read_questions(
     model: Any,
     processor: Any,
     dataset: SampleDataset,
-    question: Callable[[ConversationEncoder, PreparedSample, Conversation], Question],
+    to_question: Callable[[ConversationEncoder, PreparedSample, Conversation], Question],
     broken: list[BrokenSample],
     *,
     batch_size: int,
@@ -182,7 +182,7 @@ def read_questions(
         model: A :class:`tokenflex.TokenFlexForConditionalGeneration`; its mode is restored.
         processor: Its processor.
         dataset: The samples.
-        question: Makes the question of a conversation; a sample for which it raises is left out.
+        to_question: Makes the question of a conversation; a sample is left out if it raises.
         broken: Receives the samples that are left out.
         batch_size: Samples of a batch.
         workers: Data-loader processes.
@@ -212,7 +212,7 @@ def read_questions(
             for sample in batch.samples:
                 with leaving_out(dataset, sample.index, batch.broken):
                     batch.questions.append(
-                        [question(encode, sample, talk) for talk in sample.conversations]
+                        [to_question(encode, sample, talk) for talk in sample.conversations]
                     )
             num_asked += len(batch.questions)
             broken += batch.broken

@@ -95,7 +95,7 @@ def evaluate(
         raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
     chooses = any(selector_of(count) is not None for count in counts)
 
-    def question(
+    def to_question(
         encode: ConversationEncoder, sample: PreparedSample, conversation: Conversation
     ) -> Question:
         if score != FORCED:
@@ -113,7 +113,7 @@ def evaluate(
         model,
         processor,
         dataset,
-        question,
+        to_question,
         broken,
         batch_size=batch_size,
         workers=workers,

@@ -121,7 +121,7 @@ def grade(
     """
     counts = check_counts(counts)
 
-    def question(
+    def to_question(
         encode: ConversationEncoder, sample: PreparedSample, conversation: Conversation
     ) -> Question:
         encoded = sample.encoded(encode, conversation)
@@ -138,7 +138,7 @@ def grade(
         model,
         processor,
         dataset,
-        question,
+        to_question,
         [],
         batch_size=batch_size,
         max_broken_samples=max_broken_samples,
@@ -153,11 +153,12 @@ def grade(
                     images_of[sample.index] = range(num_images, num_images + len(sample.tiles))
                     num_images += len(sample.tiles)
                 asked = [question for of_sample in batch.questions for question in of_sample]
-                for one in asked:
-                    pairs += [(image, len(kinds)) for image in images_of[one.sample.index]]
-                    tiles.append(sum(one.sample.tiles))
-                    samples.append(one.sample.index)
-                    kinds.append(one.conversation.kind)
+                for question in asked:
+                    sample = question.sample
+                    pairs += [(image, len(kinds)) for image in images_of[sample.index]]
+                    tiles.append(sum(sample.tiles))
+                    samples.append(sample.index)
+                    kinds.append(question.conversation.kind)
                 graded = []
                 for count in counts:
                     grid = token_grid(count)
