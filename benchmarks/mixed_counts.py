@@ -36,8 +36,8 @@ from benchmarks.models import Samples, Step, fields, random_model
 from benchmarks.results import NewRow, Row, publish
 from benchmarks.tables import table
 from tokenflex.counts import TokenCounts
-from tokenflex.data.balance import deal
 from tokenflex.training.flops import Flops, training_flops
+from tokenflex_kernels import balance_bins
 
 NO_BOUND = 2**30
 TARGET = 0.95  # of the arithmetic saving, packed by cost
@@ -110,13 +110,14 @@ def share_step(way: str, samples: Samples, ranks: int, tile_cost: float) -> list
     """Return the sample numbers of each rank."""
     if way == PADDED:
         return [rank.tolist() for rank in np.array_split(np.arange(len(samples.rows)), ranks)]
-    return deal(
-        samples.rows.tolist(),
-        samples.tiles.tolist(),
+    return balance_bins(
+        samples.rows,
+        samples.tiles,
         max_tokens=NO_BOUND,
         max_tiles=NO_BOUND,
         tile_cost=tile_cost if way == BY_COST else 0.0,
-        num_ranks=ranks,
+        multiple_of=ranks,
+        exchange=True,
     )
 
 

@@ -1,10 +1,9 @@
 // Both packers are greedy: samples in falling order, each into the best bin that has room for it. A scan
-// over the bins would cost O(bins) per sample; each class below keeps them in the order its question
-// is asked in.
+// over the bins would cost O(bins) per sample; each class below keeps them in a tree instead.
 #include "bin_packing.h"
 
 #include <algorithm>
-#include <map>
+#include <memory>
 #include <numeric>
 #include <queue>
 #include <utility>
@@ -21,21 +20,22 @@ std::vector<int64_t> falling(const std::vector<int64_t>& keys) {
   return order;
 }
 
-// Sample s lies in bin `bin_of[s]`; bin b comes at place `place_of[b]`. A counting sort: samples keep
-// the order they are given in.
-Bins flatten(const std::vector<int64_t>& order, const std::vector<int64_t>& bin_of,
-             const std::vector<int64_t>& place_of) {
+// The bin of each sample.
+struct Assignment {
+  std::vector<int64_t> bin_of;
+  int64_t num_bins = 0;
+};
+
+// A counting sort: the samples of a bin keep the order that they are given in.
+Bins flatten(const std::vector<int64_t>& order, const Assignment& assignment) {
   Bins bins;
-  bins.offsets.assign(place_of.size() + 1, 0);
-  for (const int64_t sample : order) {
-    ++bins.offsets[size_t(place_of[size_t(bin_of[size_t(sample)])]) + 1];
-  }
+  bins.offsets.assign(size_t(assignment.num_bins) + 1, 0);
+  for (const int64_t bin : assignment.bin_of) ++bins.offsets[size_t(bin) + 1];
   std::partial_sum(bins.offsets.begin(), bins.offsets.end(), bins.offsets.begin());
   std::vector<int64_t> next(bins.offsets);
   bins.order.resize(order.size());
   for (const int64_t sample : order) {
-    const auto place = size_t(place_of[size_t(bin_of[size_t(sample)])]);
-    bins.order[size_t(next[place]++)] = sample;
+    bins.order[size_t(next[size_t(assignment.bin_of[size_t(sample)])]++)] = sample;
   }
   return bins;
 }
@@ -50,12 +50,11 @@ class Rooms {
     nodes_.assign(size_t(2 * leaves_), capacity);
   }
 
-  // Takes a sample's room from the first bin that has it, and says which bin that was.
-  int64_t take(Load sample) {
+  // Takes a sample's room from the first bin that has it; returns the bin.
+  int64_t put(Load sample) {
     int64_t node = 1;
-    for (;;) {
-      if (fits(sample, node)) {
-        if (node >= leaves_) break;
+    while (!sample.fits(nodes_[size_t(node)]) || node < leaves_) {
+      if (sample.fits(nodes_[size_t(node)])) {
         node *= 2;
       } else {  // the next subtree to the right
         while (node % 2 == 1) node /= 2;
@@ -63,8 +62,7 @@ class Rooms {
       }
     }
     const int64_t bin = node - leaves_;
-    nodes_[size_t(node)].tokens -= sample.tokens;
-    nodes_[size_t(node)].tiles -= sample.tiles;
+    nodes_[size_t(node)] = nodes_[size_t(node)] - sample;
     while ((node /= 2) >= 1) {
       const Load &left = nodes_[size_t(2 * node)], &right = nodes_[size_t(2 * node + 1)];
       nodes_[size_t(node)] = {std::max(left.tokens, right.tokens),
@@ -74,72 +72,106 @@ class Rooms {
   }
 
  private:
-  bool fits(Load sample, int64_t node) const {
-    const Load& room = nodes_[size_t(node)];
-    return sample.tokens <= room.tokens && sample.tiles <= room.tiles;
-  }
-
   int64_t leaves_ = 1;
   std::vector<Load> nodes_;  // node 1 is the root, node i has children 2i and 2i + 1
 };
 
-// Bins by the room they have for tiles. Among those of equal room for tiles the cheapest is the one
-// with the most room for tokens, so a heap for each has its only candidate on top, and there are as
-// many heaps as different numbers: a handful.
+// Bins by the room they have for tiles. Among those of equal room for tiles the cheapest is the one with
+// the most room for tokens, so a heap for each has its only candidate on top. The heaps are the leaves of
+// a binary tree over the numbers of tiles, made where they are used; a node holds the most room for tokens
+// and the most worth of a room below it, so that subtrees are passed over.
 class BalancedBins {
  public:
   BalancedBins(int64_t num_bins, Load capacity, Price price)
       : price_(price), room_(size_t(num_bins), capacity) {
-    std::vector<Entry> entries;
-    for (int64_t bin = 0; bin < num_bins; ++bin) entries.push_back({capacity.tokens, -bin});
-    by_tiles_.emplace(capacity.tiles, Heap(std::less<Entry>(), std::move(entries)));
+    while (size_ <= capacity.tiles) size_ *= 2;
+    for (int64_t bin = 0; bin < num_bins; ++bin) push(root_, 0, size_, bin);
   }
 
-  // Puts a sample into the cheapest bin with room for it, and says which; -1 where there is none.
+  // Puts a sample into the cheapest bin with room for it; returns the bin, -1 where none has room. The
+  // cheaper bin is the one whose room is worth more. Of equal ones the lower wins.
   int64_t put(Load sample) {
-    const auto none = by_tiles_.end();
-    auto best = none;
-    int64_t most = 0, best_bin = -1;
-    for (auto it = by_tiles_.lower_bound(sample.tiles); it != none; ++it) {
-      const auto [tokens, minus_bin] = it->second.top();
-      if (tokens < sample.tokens) continue;
-      // The cheaper bin is the one whose room is worth more. Of equal ones the lower wins.
-      const int64_t worth = price_.of({tokens, it->first});
-      if (best == none || worth > most || (worth == most && -minus_bin < best_bin)) {
-        best = it;
-        most = worth;
-        best_bin = -minus_bin;
-      }
-    }
-    if (best == none) return -1;
-    best->second.pop();
-    if (best->second.empty()) by_tiles_.erase(best);
-    Load& room = room_[size_t(best_bin)];
-    room = {room.tokens - sample.tokens, room.tiles - sample.tiles};
-    by_tiles_[room.tiles].push({room.tokens, -best_bin});
-    return best_bin;
+    Bin best;
+    find(root_, 0, size_, sample, best);
+    if (best == Bin()) return -1;
+    const int64_t bin = -best.second;
+    pop(root_, 0, size_, room_[size_t(bin)].tiles);
+    room_[size_t(bin)] = room_[size_t(bin)] - sample;
+    push(root_, 0, size_, bin);
+    return bin;
   }
 
-  Load room(int64_t bin) const { return room_[size_t(bin)]; }
+  int64_t worth(int64_t bin) const { return price_.of(room_[size_t(bin)]); }
 
  private:
-  using Entry = std::pair<int64_t, int64_t>;  // room for tokens, minus the bin
-  using Heap = std::priority_queue<Entry>;
+  struct Bin : std::pair<int64_t, int64_t> {  // a number, minus the bin: the largest is the one to take
+    Bin() : pair(-1, 0) {}
+    Bin(int64_t number, int64_t bin) : pair(number, -bin) {}
+  };
+  struct Node {
+    int64_t tokens = -1;  // the most room
+    Bin best;             // the most worth, and its bin
+    std::unique_ptr<Node> children[2];
+    std::priority_queue<Bin> bins;  // of a leaf, by their room for tokens
+  };
+
+  // A node is that of [first, first + size) tiles.
+  void find(const Node& node, int64_t first, int64_t size, Load sample, Bin& best) const {
+    if (node.tokens < sample.tokens || first + size <= sample.tiles || node.best <= best) return;
+    if (size == 1) {
+      best = node.best;
+      return;
+    }
+    const int64_t half = size / 2;
+    const auto& [left, right] = node.children;
+    const bool right_first = right && (!left || right->best > left->best);
+    if (right_first) find(*right, first + half, half, sample, best);
+    if (left) find(*left, first, half, sample, best);
+    if (right && !right_first) find(*right, first + half, half, sample, best);
+  }
+
+  void push(Node& node, int64_t first, int64_t size, int64_t bin) {
+    const Load room = room_[size_t(bin)];
+    node.tokens = std::max(node.tokens, room.tokens);
+    node.best = std::max(node.best, Bin(price_.of(room), bin));
+    if (size == 1) return node.bins.push(Bin(room.tokens, bin));
+    const int64_t half = size / 2;
+    const bool right = room.tiles >= first + half;
+    std::unique_ptr<Node>& child = node.children[right];
+    if (!child) child = std::make_unique<Node>();
+    push(*child, first + right * half, half, bin);
+  }
+
+  void pop(Node& node, int64_t first, int64_t size, int64_t tiles) {
+    node.tokens = -1;
+    node.best = Bin();
+    if (size == 1) {
+      node.bins.pop();
+      if (node.bins.empty()) return;
+      const auto [tokens, minus_bin] = node.bins.top();
+      node.tokens = tokens;
+      node.best = Bin(price_.of({tokens, tiles}), -minus_bin);
+      return;
+    }
+    const int64_t half = size / 2;
+    const bool right = tiles >= first + half;
+    pop(*node.children[right], first + right * half, half, tiles);
+    for (const std::unique_ptr<Node>& child : node.children) {
+      if (!child) continue;
+      node.tokens = std::max(node.tokens, child->tokens);
+      node.best = std::max(node.best, child->best);
+    }
+  }
 
   Price price_;
   std::vector<Load> room_;
-  std::map<int64_t, Heap> by_tiles_;  // no heap is empty
+  int64_t size_ = 1;
+  Node root_;
 };
 
 int64_t next_multiple(int64_t number, int64_t multiple) {
   return (number + multiple - 1) / multiple * multiple;
 }
-
-// Which bin each sample lies in.
-struct Assignment {
-  std::vector<int64_t> bin_of;
-  int64_t num_bins = 0;
-};
 
 // The samples by falling share of a bin, of its tokens or its tiles, whichever is larger.
 std::vector<int64_t> falling_shares(const std::vector<Load>& samples, Load capacity) {
@@ -154,77 +186,119 @@ std::vector<int64_t> falling_shares(const std::vector<Load>& samples, Load capac
 Assignment first_fit(const std::vector<Load>& samples, const std::vector<int64_t>& order,
                      Load capacity) {
   Rooms rooms(int64_t(samples.size()), capacity);
-  Assignment found{std::vector<int64_t>(samples.size())};
+  Assignment bins{std::vector<int64_t>(samples.size())};
   for (const int64_t sample : order) {
-    const int64_t bin = rooms.take(samples[size_t(sample)]);
-    found.bin_of[size_t(sample)] = bin;
-    found.num_bins = std::max(found.num_bins, bin + 1);
+    const int64_t bin = rooms.put(samples[size_t(sample)]);
+    bins.bin_of[size_t(sample)] = bin;
+    bins.num_bins = std::max(bins.num_bins, bin + 1);
   }
-  return found;
-}
-
-std::vector<int64_t> in_place(int64_t num_bins) {
-  std::vector<int64_t> places(static_cast<size_t>(num_bins));
-  std::iota(places.begin(), places.end(), 0);
-  return places;
+  return bins;
 }
 
 // Makes `num_bins` of fewer bins: the costliest that holds several samples gives its cheapest one, until
 // none is empty or all hold one.
-Assignment spread(Assignment found, const std::vector<int64_t>& order,
+Assignment spread(Assignment assignment, const std::vector<int64_t>& order,
                   const std::vector<int64_t>& costs, int64_t num_bins) {
-  const Bins bins = flatten(order, found.bin_of, in_place(found.num_bins));
+  const Bins bins = flatten(order, assignment);
   std::vector<int64_t> ends(bins.offsets.begin() + 1, bins.offsets.end());
   std::priority_queue<std::pair<int64_t, int64_t>> givers;  // cost, minus the bin
   const auto add = [&](int64_t cost, int64_t bin) {
     if (ends[size_t(bin)] - bins.offsets[size_t(bin)] > 1) givers.push({cost, -bin});
   };
-  for (int64_t bin = 0; bin < found.num_bins; ++bin) {
+  for (int64_t bin = 0; bin < assignment.num_bins; ++bin) {
     int64_t cost = 0;
     for (int64_t at = bins.offsets[size_t(bin)]; at < ends[size_t(bin)]; ++at) {
       cost += costs[size_t(bins.order[size_t(at)])];
     }
     add(cost, bin);
   }
-  for (; found.num_bins < num_bins && !givers.empty(); ++found.num_bins) {
+  for (; assignment.num_bins < num_bins && !givers.empty(); ++assignment.num_bins) {
     const auto [cost, minus_bin] = givers.top();
     givers.pop();
     const int64_t sample = bins.order[size_t(--ends[size_t(-minus_bin)])];
-    found.bin_of[size_t(sample)] = found.num_bins;
+    assignment.bin_of[size_t(sample)] = assignment.num_bins;
     add(cost - costs[size_t(sample)], -minus_bin);
   }
-  found.num_bins = num_bins;
-  return found;
+  assignment.num_bins = num_bins;
+  return assignment;
 }
 
-// The bins by falling cost, without the empty ones that no multiple asks for. Those are the last: among
-// bins of no cost a sample goes to the lowest.
-Bins by_falling_cost(const Assignment& found, const std::vector<int64_t>& order,
-                     const std::vector<int64_t>& costs, int64_t multiple) {
-  std::vector<int64_t> bin_costs(size_t(found.num_bins), 0);
-  for (const int64_t sample : order) {
-    bin_costs[size_t(found.bin_of[size_t(sample)])] += costs[size_t(sample)];
+// Numbers the bins by falling cost.
+void sort_bins(Assignment& bins, const std::vector<int64_t>& costs) {
+  std::vector<int64_t> bin_costs(size_t(bins.num_bins), 0);
+  for (size_t sample = 0; sample < costs.size(); ++sample) {
+    bin_costs[size_t(bins.bin_of[sample])] += costs[sample];
   }
-  std::vector<int64_t> place_of(bin_costs.size());
-  int64_t place = 0;
-  for (const int64_t bin : falling(bin_costs)) place_of[size_t(bin)] = place++;
-  Bins bins = flatten(order, found.bin_of, place_of);
-  const auto all = int64_t(order.size());
-  const auto used = std::lower_bound(bins.offsets.begin(), bins.offsets.end(), all);
-  bins.offsets.resize(size_t(next_multiple(used - bins.offsets.begin(), multiple)) + 1);
-  return bins;
+  std::vector<int64_t> number(bin_costs.size());
+  int64_t next = 0;
+  for (const int64_t bin : falling(bin_costs)) number[size_t(bin)] = next++;
+  for (int64_t& bin : bins.bin_of) bin = number[size_t(bin)];
+}
+
+// See `balanced_bins`. Of `num_bins` samples more, of no size, each bin holds one: to give a sample away is
+// to swap it for that.
+void exchange_samples(Assignment& bins, std::vector<Load> samples, std::vector<int64_t> costs,
+                      Load capacity) {
+  const size_t num_samples = samples.size();
+  std::vector<int64_t> bin_of = bins.bin_of;
+  for (int64_t bin = 0; bin < bins.num_bins; ++bin) bin_of.push_back(bin);
+  samples.resize(bin_of.size());
+  costs.resize(bin_of.size());
+
+  std::vector<Load> loads(size_t(bins.num_bins));
+  std::vector<int64_t> bin_costs(size_t(bins.num_bins));
+  for (size_t sample = 0; sample < num_samples; ++sample) {
+    const auto bin = size_t(bin_of[sample]);
+    loads[bin] = loads[bin] + samples[sample];
+    bin_costs[bin] += costs[sample];
+  }
+  const double enough = 1.002 * std::accumulate(costs.begin(), costs.end(), 0.0);
+  for (;;) {
+    const auto costliest =
+        size_t(std::max_element(bin_costs.begin(), bin_costs.end()) - bin_costs.begin());
+    int64_t best = bin_costs[costliest];
+    if (double(best) * double(bins.num_bins) <= enough) break;
+    size_t given = num_samples, taken = 0;
+    for (size_t own = 0; own < num_samples; ++own) {
+      if (size_t(bin_of[own]) != costliest) continue;
+      for (size_t other = 0; other < samples.size(); ++other) {
+        const auto bin = size_t(bin_of[other]);
+        const int64_t saved = costs[own] - costs[other];
+        const int64_t costlier = std::max(bin_costs[costliest] - saved, bin_costs[bin] + saved);
+        if (bin == costliest || costlier >= best) continue;
+        const Load moved = samples[own] - samples[other];
+        if (!(loads[costliest] - moved).fits(capacity) || !(loads[bin] + moved).fits(capacity)) {
+          continue;
+        }
+        best = costlier;
+        given = own;
+        taken = other;
+      }
+    }
+    if (given == num_samples) break;
+    const auto bin = size_t(bin_of[taken]);
+    const Load moved = samples[given] - samples[taken];
+    const int64_t saved = costs[given] - costs[taken];
+    loads[costliest] = loads[costliest] - moved;
+    loads[bin] = loads[bin] + moved;
+    bin_costs[costliest] -= saved;
+    bin_costs[bin] += saved;
+    bin_of[given] = int64_t(bin);
+    if (taken < num_samples) bin_of[taken] = int64_t(costliest);
+  }
+  bin_of.resize(num_samples);
+  bins.bin_of = std::move(bin_of);
 }
 
 }  // namespace
 
 Bins first_fit_decreasing(const std::vector<Load>& samples, Load capacity) {
   const std::vector<int64_t> order = falling_shares(samples, capacity);
-  const Assignment found = first_fit(samples, order, capacity);
-  return flatten(order, found.bin_of, in_place(found.num_bins));
+  return flatten(order, first_fit(samples, order, capacity));
 }
 
 Bins balanced_bins(const std::vector<Load>& samples, Load capacity, Price price, int64_t least,
-                   int64_t multiple) {
+                   int64_t multiple, bool exchange) {
   std::vector<int64_t> costs;
   for (const Load& sample : samples) costs.push_back(price.of(sample));
   const std::vector<int64_t> order = falling(costs);
@@ -234,20 +308,20 @@ Bins balanced_bins(const std::vector<Load>& samples, Load capacity, Price price,
   double best_score = 0;
   // Whether the samples fit into so many bins, the cheapest first.
   const auto fit_into = [&](int64_t num_bins) {
-    BalancedBins balanced(num_bins, capacity, price);
-    Assignment found{std::vector<int64_t>(samples.size()), num_bins};
+    BalancedBins rooms(num_bins, capacity, price);
+    Assignment bins{std::vector<int64_t>(samples.size()), num_bins};
     for (const int64_t sample : order) {
-      const int64_t bin = balanced.put(samples[size_t(sample)]);
+      const int64_t bin = rooms.put(samples[size_t(sample)]);
       if (bin < 0) return false;
-      found.bin_of[size_t(sample)] = bin;
+      bins.bin_of[size_t(sample)] = bin;
     }
     int64_t most = 0;
     for (int64_t bin = 0; bin < num_bins; ++bin) {
-      most = std::max(most, price.of(capacity) - price.of(balanced.room(bin)));
+      most = std::max(most, price.of(capacity) - rooms.worth(bin));
     }
     const double score = double(num_bins) * double(most);  // max / mean, times the total
     if (best.num_bins == 0 || score < best_score) {
-      best = std::move(found);
+      best = std::move(bins);
       best_score = score;
     }
     return true;
@@ -269,7 +343,16 @@ Bins balanced_bins(const std::vector<Load>& samples, Load capacity, Price price,
       best = spread(std::move(tight), order, costs, num_bins);
     }
   }
-  return by_falling_cost(best, order, costs, multiple);
+  sort_bins(best, costs);
+  // Without the empty bins that no multiple asks for. They are the last: among bins of no cost a sample
+  // goes to the lowest.
+  const int64_t used = 1 + *std::max_element(best.bin_of.begin(), best.bin_of.end());
+  best.num_bins = next_multiple(used, multiple);
+  if (exchange) {
+    exchange_samples(best, samples, costs, capacity);
+    sort_bins(best, costs);
+  }
+  return flatten(order, best);
 }
 
 }  // namespace tokenflex

@@ -6,7 +6,7 @@
 
 namespace tokenflex {
 
-// Bin b holds the samples order[offsets[b] .. offsets[b + 1]), in the order they were put there. Flat,
+// Bin b holds the samples order[offsets[b] .. offsets[b + 1]), the first that was put there first. Flat,
 // because a vector for each of many bins costs more than the packing.
 struct Bins {
   std::vector<int64_t> order;    // [samples]
@@ -14,8 +14,12 @@ struct Bins {
 };
 
 struct Load {
-  int64_t tokens;
-  int64_t tiles;
+  int64_t tokens = 0;
+  int64_t tiles = 0;
+
+  Load operator+(Load other) const { return {tokens + other.tokens, tiles + other.tiles}; }
+  Load operator-(Load other) const { return {tokens - other.tokens, tiles - other.tiles}; }
+  bool fits(Load room) const { return tokens <= room.tokens && tiles <= room.tiles; }
 };
 
 // First-fit-decreasing: the sample with the largest share of a bin first, of its tokens or its tiles (ties:
@@ -26,8 +30,8 @@ Bins first_fit_decreasing(const std::vector<Load>& samples, Load capacity);
 
 // What a token and a tile cost, in one integer unit: exact, and so the same on every machine.
 struct Price {
-  int64_t token;
-  int64_t tile;
+  int64_t token = 0;
+  int64_t tile = 0;
 
   int64_t of(Load load) const { return token * load.tokens + tile * load.tiles; }
 };
@@ -39,10 +43,14 @@ struct Price {
 // the best. It goes up to 11/9 `least` + 1 bins. If the samples fit into none of these, it takes as many
 // bins as first-fit-decreasing finds, and if they do not fit into those by cost, its very bins. The
 // number of bins is rounded up to a multiple of `multiple`, and by no more than that are there more bins
-// than samples, or empty ones. Returns them by falling cost. Expects every sample to fit into an empty
-// bin, and no cost of a full bin to pass int64. O(n log n) a try, times the number of different tile
-// counts.
+// than samples, or empty ones. Returns them by falling cost, the samples of each by falling cost. Expects
+// every sample to fit into an empty bin, and no cost of a full bin to pass int64. A try is O(n log n)
+// where the cheapest bins have room.
+//
+// With `exchange` the costliest bin then swaps a sample for one of another bin, or gives it away, whatever
+// makes the costlier of the two cheapest (ties: the lower index given, then taken; to take nothing comes
+// last), until nothing helps or it is 0.2 % above the mean. An exchange is O(its samples * n).
 Bins balanced_bins(const std::vector<Load>& samples, Load capacity, Price price, int64_t least,
-                   int64_t multiple);
+                   int64_t multiple, bool exchange);
 
 }  // namespace tokenflex

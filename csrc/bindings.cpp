@@ -3,9 +3,11 @@
 // tokenflex_kernels check shapes, dtypes and devices and keep the tensors alive. Every function that
 // works on a batch gives up the GIL meanwhile. std::invalid_argument becomes ValueError,
 // std::runtime_error RuntimeError.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -34,39 +36,42 @@ T* at(Address address) {
 
 // ---- planning
 
-PlanInput plan_input(Address ids, Address offsets, int64_t num_samples, Address counts,
-                     int64_t num_images, int64_t image_token_id, bool expanded) {
-  return {at<const int64_t>(ids),
-          at<const int64_t>(offsets),
-          num_samples,
-          at<const int64_t>(counts),
-          num_images,
-          image_token_id,
-          expanded};
-}
+using Ints = py::array_t<int64_t, py::array::c_style>;
 
-py::tuple plan_count(Address ids, Address offsets, int64_t num_samples, Address counts,
-                     int64_t num_images, int64_t image_token_id, bool expanded) {
-  const PlanInput input =
-      plan_input(ids, offsets, num_samples, counts, num_images, image_token_id, expanded);
+// Checks and counts, allocates, fills. Nobody else may write to the arrays meanwhile.
+py::dict plan(const Ints& ids, const Ints& offsets, const Ints& counts,
+              const std::optional<Ints>& image_index, int64_t image_token_id, bool expanded,
+              const std::optional<Ints>& given_labels, int64_t ignore_index) {
+  const PlanInput input = {ids.data(),
+                           offsets.data(),
+                           offsets.size() - 1,
+                           counts.data(),
+                           counts.size(),
+                           image_index ? image_index->data() : nullptr,
+                           image_index ? image_index->size() : counts.size(),
+                           image_token_id,
+                           expanded};
+  const PlanLabels labels = {given_labels ? given_labels->data() : nullptr, ignore_index};
   PlanTotals totals;
   {
     const py::gil_scoped_release release;
     totals = check_and_count(input);
   }
-  return py::make_tuple(totals.rows, totals.vision_rows, totals.max_token_id,
-                        totals.num_token_ids);
-}
-
-void plan_fill(Address ids, Address offsets, int64_t num_samples, Address counts,
-               int64_t num_images, int64_t image_token_id, bool expanded, Address given_labels,
-               int64_t ignore_index, Address input_ids, Address position_ids, Address labels,
-               Address source, Address vision_rows, Address cu_seqlens) {
-  const py::gil_scoped_release release;
-  fill_plan(plan_input(ids, offsets, num_samples, counts, num_images, image_token_id, expanded),
-            {at<const int64_t>(given_labels), ignore_index},
-            {at<int64_t>(input_ids), at<int64_t>(position_ids), at<int64_t>(labels),
-             at<int32_t>(source), at<int32_t>(vision_rows), at<int32_t>(cu_seqlens)});
+  py::array_t<int64_t> tokens(totals.rows), positions(totals.rows), targets(totals.rows);
+  py::array_t<int32_t> source(totals.rows), vision_rows(totals.vision_rows);
+  py::array_t<int32_t> cu_seqlens(offsets.size());
+  const PlanBuffers buffers = {tokens.mutable_data(),      positions.mutable_data(),
+                               targets.mutable_data(),     source.mutable_data(),
+                               vision_rows.mutable_data(), cu_seqlens.mutable_data()};
+  {
+    const py::gil_scoped_release release;
+    fill_plan(input, labels, buffers);
+  }
+  using namespace py::literals;
+  return py::dict("input_ids"_a = tokens, "position_ids"_a = positions, "labels"_a = targets,
+                  "source"_a = source, "vision_rows"_a = vision_rows, "cu_seqlens"_a = cu_seqlens,
+                  "max_token_id"_a = totals.max_token_id,
+                  "num_token_ids"_a = totals.num_token_ids);
 }
 
 void merge_source(Address vision_rows, bool is_int64, int64_t num_vision, Address source,
@@ -99,29 +104,29 @@ void merge_source_cuda(Address vision_rows, bool is_int64, int64_t num_vision, A
 // collector is on, and it is for Python to pause that.
 py::tuple as_tuple(const Bins& bins) { return py::make_tuple(bins.order, bins.offsets); }
 
-py::tuple bin_pack(Address lengths, int64_t num_samples, int64_t capacity) {
+py::tuple bin_pack(const Ints& lengths, int64_t capacity) {
+  const int64_t* length = lengths.data();
+  std::vector<Load> samples(size_t(lengths.size()));
   Bins bins;
   {
     const py::gil_scoped_release release;
-    std::vector<Load> samples(static_cast<size_t>(num_samples));
-    for (size_t i = 0; i < samples.size(); ++i) samples[i] = {at<const int64_t>(lengths)[i], 0};
+    for (Load& sample : samples) sample.tokens = *length++;
     bins = first_fit_decreasing(samples, {capacity, 0});
   }
   return as_tuple(bins);
 }
 
-py::tuple balance_bins(Address tokens, Address tiles, int64_t num_samples, int64_t max_tokens,
+py::tuple balance_bins(const Ints& tokens, const Ints& tiles, int64_t max_tokens,
                        int64_t max_tiles, int64_t token_price, int64_t tile_price, int64_t least,
-                       int64_t multiple) {
+                       int64_t multiple, bool exchange) {
+  const int64_t *token = tokens.data(), *tile = tiles.data();
+  std::vector<Load> samples(size_t(tokens.size()));
   Bins bins;
   {
     const py::gil_scoped_release release;
-    std::vector<Load> samples(static_cast<size_t>(num_samples));
-    for (size_t i = 0; i < samples.size(); ++i) {
-      samples[i] = {at<const int64_t>(tokens)[i], at<const int64_t>(tiles)[i]};
-    }
+    for (Load& sample : samples) sample = {*token++, *tile++};
     bins = balanced_bins(samples, {max_tokens, max_tiles}, {token_price, tile_price}, least,
-                         multiple);
+                         multiple, exchange);
   }
   return as_tuple(bins);
 }
@@ -281,8 +286,7 @@ PYBIND11_MODULE(_C, module) {
   using namespace tokenflex;
   module.doc() = "Packing on the host and the device. Private: use tokenflex_kernels.";
 
-  module.def("plan_count", &plan_count);
-  module.def("plan_fill", &plan_fill);
+  module.def("plan", &plan);
   module.def("merge_source", &merge_source);
   module.def("bin_pack", &bin_pack);
   module.def("balance_bins", &balance_bins);

@@ -1,6 +1,6 @@
 // The host planner. Time and memory O(tokens + rows); a handful of microseconds for a batch, so it is
 // single-threaded. The checks run one after another rather than in one clever loop: each reads the
-// tokens once, from cache, and says one thing. `reference/packing.py` has the same checks in the same
+// tokens once, from cache, and says one thing. `tokenflex_kernels/packing/reference.py` has the same checks in the same
 // order and words.
 #include "pack_plan.h"
 
@@ -8,6 +8,7 @@
 #include <iterator>
 #include <limits>
 #include <sstream>
+#include <string>
 #include <vector>
 
 #include "refuse.h"
@@ -19,7 +20,7 @@ namespace {
 // Rows, vision rows and token ids are int32 on the device.
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 
-int64_t check_counts(const PlanInput& in) {
+void check_counts(const PlanInput& in) {
   // A compact placeholder with no tokens just vanishes. An expanded image of none would appear nowhere,
   // so nothing could tell which sample it belongs to.
   const int64_t least = in.expanded ? 1 : 0;
@@ -36,7 +37,20 @@ int64_t check_counts(const PlanInput& in) {
              "] = ", count, " goes beyond");
     }
   }
-  return sum;
+}
+
+// How many vision rows there are. No sum of int32 counts over images in memory can pass int64.
+int64_t check_images(const PlanInput& in) {
+  int64_t rows = 0;
+  for (int64_t shown = 0; shown < in.num_shown; ++shown) {
+    const int64_t image = in.image(shown);
+    if (image < 0 || image >= in.num_images) {
+      refuse("image_index[", shown, "] must be an image of token_counts, in [0, ", in.num_images,
+             "), got ", image);
+    }
+    rows += in.counts[image];
+  }
+  return rows;
 }
 
 struct TokenScan {
@@ -99,48 +113,76 @@ int64_t sample_of_placeholder(const PlanInput& in, int64_t wanted) {
   }
 }
 
+const char* name_of_counts(const PlanInput& in) {
+  return in.image_index ? "image_index" : "token_counts";
+}
+
 void check_compact(const PlanInput& in, int64_t placeholders) {
-  if (placeholders == in.num_images) return;
+  if (placeholders == in.num_shown) return;
   std::ostringstream first;
-  if (placeholders > in.num_images) {
-    first << "; the counts run out in sample " << sample_of_placeholder(in, in.num_images);
+  if (placeholders > in.num_shown) {
+    first << "; the counts run out in sample " << sample_of_placeholder(in, in.num_shown);
   }
-  refuse("token_counts has ", in.num_images, " counts, but input_ids has ", placeholders,
+  refuse(name_of_counts(in), " has ", in.num_shown, " counts, but input_ids has ", placeholders,
          " placeholders (token ", in.image_token_id, ")", first.str());
 }
 
 // Every run of neighbouring placeholders must hold a whole number of images. A run ends with its
 // sample, so no image straddles two samples.
-void check_expanded(const PlanInput& in, int64_t placeholders, int64_t sum) {
-  int64_t image = 0;
+void check_expanded(const PlanInput& in, int64_t placeholders, int64_t vision_rows) {
+  const auto refuse_totals = [&](const std::string& where) {
+    refuse(name_of_counts(in), " adds up to ", vision_rows, " over ", in.num_shown,
+           " images, but input_ids has ", placeholders, " placeholders (token ", in.image_token_id,
+           ")", where);
+  };
+  int64_t shown = 0;
   for (int64_t sample = 0; sample < in.num_samples; ++sample) {
     const int64_t end = in.offsets[sample + 1];
     for (int64_t at = in.offsets[sample]; at < end; ++at) {
       int64_t run = 0;
       for (; at < end && in.ids[at] == in.image_token_id; ++at) ++run;
-      for (; run > 0; run -= in.counts[image++]) {
-        if (image == in.num_images) {
-          refuse("token_counts adds up to ", sum, " over ", in.num_images,
-                 " images, but input_ids has ", placeholders, " placeholders (token ",
-                 in.image_token_id, "); the counts run out in sample ", sample);
+      while (run > 0) {
+        if (shown == in.num_shown) {
+          refuse_totals("; the counts run out in sample " + std::to_string(sample));
         }
+        const int64_t image = in.image(shown++);
         if (run < in.counts[image]) {
           refuse("token_counts[", image, "] = ", in.counts[image], ", but input_ids[", sample,
                  "] has a run of placeholders that leaves ", run, " for image ", image);
         }
+        run -= in.counts[image];
       }
     }
   }
-  if (image < in.num_images) {
-    refuse("token_counts adds up to ", sum, " over ", in.num_images, " images, but input_ids has ",
-           placeholders, " placeholders (token ", in.image_token_id, ")");
+  if (shown < in.num_shown) refuse_totals("");
+}
+
+// The vision rows of an image.
+struct Image {
+  int64_t first_token = 0;
+  int64_t first_row = 0;  // in vision_rows
+  int64_t times = 0;      // shown in the batch
+  int64_t seen = 0;       // shown so far
+};
+
+std::vector<Image> find_images(const PlanInput& in) {
+  std::vector<Image> images(size_t(in.num_images));
+  for (int64_t shown = 0; shown < in.num_shown; ++shown) ++images[size_t(in.image(shown))].times;
+  int64_t token = 0, row = 0;
+  for (int64_t image = 0; image < in.num_images; ++image) {
+    images[size_t(image)].first_token = token;
+    images[size_t(image)].first_row = row;
+    token += in.counts[image];
+    row += in.counts[image] * images[size_t(image)].times;
   }
+  return images;
 }
 
 }  // namespace
 
 PlanTotals check_and_count(const PlanInput& in) {
-  const int64_t vision_rows = check_counts(in);
+  check_counts(in);
+  const int64_t vision_rows = check_images(in);
   const TokenScan scan = check_tokens(in);
   if (in.expanded) {
     check_expanded(in, scan.placeholders, vision_rows);
@@ -158,9 +200,9 @@ PlanTotals check_and_count(const PlanInput& in) {
 
 void fill_plan(const PlanInput& in, const PlanLabels& given, const PlanBuffers& out) {
   const int64_t* labels = given.labels ? given.labels : in.ids;
-  int64_t row = 0;
-  int64_t image = 0;
-  int64_t vision = 0;
+  std::vector<Image> images = find_images(in);
+  int64_t row = 0, shown = 0;
+  int64_t token_of_image = 0;
 
   out.cu_seqlens[0] = 0;
   for (int64_t sample = 0; sample < in.num_samples; ++sample) {
@@ -179,10 +221,16 @@ void fill_plan(const PlanInput& in, const PlanLabels& given, const PlanBuffers& 
         write(token, labels[at], int32_t(token));
         continue;
       }
-      for (int64_t left = in.expanded ? 1 : in.counts[image++]; left > 0; --left) {
-        out.vision_rows[vision] = int32_t(row);
-        write(token, given.ignore_index, vision_entry(int32_t(vision)));
-        ++vision;
+      const int64_t index = in.image(shown), count = in.counts[index];
+      Image& image = images[size_t(index)];
+      for (int64_t left = in.expanded ? 1 : count; left > 0; --left, ++token_of_image) {
+        out.vision_rows[image.first_row + token_of_image * image.times + image.seen] = int32_t(row);
+        write(token, given.ignore_index, vision_entry(int32_t(image.first_token + token_of_image)));
+      }
+      if (token_of_image == count) {
+        ++image.seen;
+        ++shown;
+        token_of_image = 0;
       }
     }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections import Counter
 
 import pytest
 
@@ -32,6 +34,25 @@ def test_answers_are_those_of_separate_calls_and_the_encoder_runs_once():
     assert encoder.calls == 1
     assert [answer.text for answer in answers] == expected
     assert [answer.vision_tokens for answer in answers] == [8, 12, 32]
+
+
+def test_images_are_processed_once_for_all_counts(monkeypatch):
+    model, processor = tiny_model(trained_num_image_tokens=[4, 16]), tiling_processor(6)
+    calls = Counter()
+
+    def count_calls(frame, event, _):
+        if event == "call":
+            calls[frame.f_code.co_qualname] += 1
+
+    sys.setprofile(count_calls)
+    try:
+        ask = (model, processor, [picture(1, (32, 64)), picture(2)], "<image> odd <image>")
+        answers = list(answer_at_counts(*ask, (4, (2, 3), "auto", 16), max_new_tokens=2, budget=40))
+    finally:
+        sys.setprofile(None)
+    assert len(answers) == 4
+    assert calls["ImagePreparation.process_images"] == 1
+    assert calls["cut_tiles"] == 2
 
 
 def test_each_answers_time_is_that_of_its_own_call_with_the_encoding(monkeypatch):

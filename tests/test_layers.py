@@ -56,7 +56,7 @@ ROOMS = (
 DOORS = {"tokenflex", "tokenflex._auto_classes"}
 """Load public classes on demand. They may name any room, and no room imports them."""
 
-PENDING_ROOMS: set[tuple[str, str]] = {("models", "routing"), ("training", "digits")}
+PENDING_ROOMS: set[tuple[str, str]] = {("training", "digits")}
 PENDING_PRIVATE = {
     "tokenflex_kernels._checks",
     "tokenflex_kernels._library",

@@ -17,11 +17,17 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# transformers' registry -> our module that registers itself there when it is imported
+# transformers' registry -> our modules that register themselves when they are imported: classes in
+# that registry, and tokenflex.routing.choice as the model's `count_chooser`, since the model must
+# not import what stands above it. tokenflex.routing.choice must not import
+# tokenflex.models.modeling, which loads the registry and so is only half imported at that time.
 _REGISTRARS = {
-    "transformers.models.auto.configuration_auto": "tokenflex.models.configuration",
-    "transformers.models.auto.modeling_auto": "tokenflex.models.modeling",
-    "transformers.models.auto.processing_auto": "tokenflex.models.processing",
+    "transformers.models.auto.configuration_auto": ("tokenflex.models.configuration",),
+    "transformers.models.auto.modeling_auto": (
+        "tokenflex.models.modeling",
+        "tokenflex.routing.choice",
+    ),
+    "transformers.models.auto.processing_auto": ("tokenflex.models.processing",),
 }
 PACKAGE = "transformers"
 # What they look up there -> our module that defines it
@@ -66,7 +72,8 @@ def _register(registry: str) -> None:
         _offer_classes(sys.modules[PACKAGE])
         return
     try:
-        importlib.import_module(_REGISTRARS[registry])
+        for module in _REGISTRARS[registry]:
+            importlib.import_module(module)
     except ImportError as error:  # another transformers than ours: it must work on without us
         warnings.warn(f"tokenflex is not registered with transformers: {error}", stacklevel=2)
 

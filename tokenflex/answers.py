@@ -1,4 +1,4 @@
-"""One question about some images, answered at several counts: the encoder runs once."""
+"""One question about some images, answered at several counts: images are encoded once."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from typing import Any, Literal
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from tokenflex.counts import AUTO, ImageTokenCounts
+from tokenflex.counts import AUTO, ImageTokenCounts, TokenCount, token_grids
 from tokenflex.models.chat import without_placeholders
+from tokenflex.models.loading import check_length
 from tokenflex.routing.cascade import generate_with_escalation
+from tokenflex.routing.ladder import known_counts, trained_counts
+from tokenflex.routing.storage import router_of
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer and what it cost.
+    """An answer and its cost.
 
     Attributes:
         vision_tokens: of all images together.
-        read_vision_tokens: with those of the prompts of a cascade's answers that were given up.
-        first_token_seconds: encoding the images, reading the prompt, and the first token; of a
-            cascade the first of the answer that counts, after all others.
-        seconds: to the end of the answer, encoding included.
+        read_vision_tokens: also those of the prompts of a cascade's discarded answers.
+        first_token_seconds: time to encode the images, read the prompt and give the first token; of
+            a cascade the first token of its last answer.
+        seconds: time to the end of the answer, encoding included.
         text: the answer.
     """
 
@@ -48,27 +51,30 @@ def answer_at_counts(
     budget: int | None = None,
     confidence: float | None = None,
 ) -> Iterator[Answer]:
-    """The greedy answer at each count, whatever search the model's generation config names.
+    """Yield the greedy answer at each count, whatever search the generation config names.
 
-    Images are encoded once; the time that took is part of every answer's, which so are the times of
-    a call at that count alone. A first call, of the text alone, is not timed.
+    Images are processed and encoded once. The time of encoding is part of every answer's time, so
+    that each time is that of a call at this count alone. A first call, of the text alone, is not
+    timed.
 
     Args:
         model: a :class:`tokenflex.TokenFlexForConditionalGeneration` in evaluation mode.
         processor: its processor.
         images: PIL images, arrays or tensors.
         prompt: text with one placeholder per image.
-        counts: what the processor takes as ``num_image_tokens``, once per answer. For "auto" the
-            choice is part of the time to the first token.
-        max_new_tokens: of an answer.
+        counts: what the processor takes as ``num_image_tokens``, once per answer. With "auto" the
+            time to the first token includes the choice.
+        max_new_tokens: the most tokens of an answer.
         max_tiles: as the processor takes it.
         penalty: for "auto", see :func:`tokenflex.routing.choice.choose_counts`.
-        budget: likewise.
+        budget: for "auto", as ``penalty``.
         confidence: for "auto", in place of the two: the threshold of a cascade, see
             :func:`tokenflex.routing.cascade.generate_with_escalation`.
 
     Raises:
-        ValueError: ``confidence`` is given with another, or as the two functions say.
+        FileNotFoundError: counts are to be chosen, and no router is saved with the model.
+        ValueError: ``confidence`` is given with another, images need more positions than the
+            language model has, or as the two functions say.
     """
     if confidence is not None and (penalty, budget) != (None, None):
         raise ValueError(
@@ -81,57 +87,73 @@ def answer_at_counts(
         "pad_token_id": tokenizer.pad_token_id,
     }
     greedy = {"do_sample": False, "num_beams": 1}  # beams cannot be timed token by token
-    question = without_placeholders(prompt, [processor.image_token])
-    warm_up = processor(text=question, add_special_tokens=False)
+
+    def read(text: str, tiles: Sequence[int], **count: Any) -> Any:
+        # As in training: the chat template writes all special tokens.
+        inputs = processor.encode_text(text, tiles, add_special_tokens=False, **count)
+        return inputs.to(model.device)
+
+    data, tiles = ({}, []) if not images else processor.process_images(images, max_tiles=max_tiles)
+    for count in counts if tiles else ():  # before the work, not after it
+        auto = count == AUTO
+        most = _largest_count(model, budget, confidence) if auto else count
+        grids = token_grids(most, len(tiles), name="num_image_tokens")
+        tokens = sum(n * height * width for n, (height, width) in zip(tiles, grids, strict=True))
+        check_length(model.config, tokens if budget is None or not auto else min(tokens, budget))
+    warm_up = read(without_placeholders(prompt, [processor.image_token]), [])
     if warm_up["input_ids"].numel():
-        model.generate(**warm_up.to(model.device), **greedy, **options, max_new_tokens=1)
+        model.generate(**warm_up, **greedy, **options, max_new_tokens=1)
     encoded, encoding_seconds = None, 0.0
-    if images:
-        data, _ = processor.process_images(images, max_tiles=max_tiles)
+    if tiles:
         started = time.perf_counter()
         with torch.no_grad():
             encoded = model.encode_images(data["pixel_values"].to(model.device), data.get("grids"))
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         encoding_seconds = time.perf_counter() - started
+    options["max_new_tokens"] = max_new_tokens
     for count in counts:
-        # As in training: the chat template writes whatever special tokens there are.
-        inputs = processor(
-            images=list(images) or None,
-            text=prompt,
-            num_image_tokens=count,
-            max_tiles=max_tiles,
-            add_special_tokens=False,
-        )
-        for name in ("pixel_values", "grids"):
-            inputs.pop(name, None)
-        inputs = {**inputs.to(model.device), "encoded_images": encoded}
+        inputs = {**read(prompt, tiles, num_image_tokens=count), "encoded_images": encoded}
         clock = _FirstTokenClock()
-        asked = {**options, "max_new_tokens": max_new_tokens, "streamer": clock}
         auto = inputs.get("num_image_tokens") == AUTO
         if auto and confidence is not None:
-            tried = generate_with_escalation(model, threshold=confidence, **inputs, **asked)
-            new = tried.new_tokens[0]
-            (vision_tokens,), (read,) = tried.vision_tokens, tried.prefill_tokens
+            cascade = generate_with_escalation(
+                model, threshold=confidence, **inputs, **options, streamer=clock
+            )
+            new = cascade.new_tokens[0]
+            (vision_tokens,), (read_tokens,) = cascade.vision_tokens, cascade.prefill_tokens
         else:
             if auto:
                 inputs = model.choose_counts(**inputs, penalty=penalty, budget=budget)
-            new = model.generate(**inputs, **greedy, **asked)[0, inputs["input_ids"].shape[1] :]
+            output = model.generate(**inputs, **greedy, **options, streamer=clock)
+            new = output[0, inputs["input_ids"].shape[1] :]
             vision_tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
-            read = vision_tokens
+            read_tokens = vision_tokens
         seconds = clock.seconds()
         yield Answer(
             vision_tokens=vision_tokens,
-            read_vision_tokens=read,
+            read_vision_tokens=read_tokens,
             first_token_seconds=encoding_seconds + clock.first_token_seconds,
             seconds=encoding_seconds + seconds,
             text=tokenizer.decode(new, skip_special_tokens=True).strip(),
         )
 
 
+def _largest_count(model: Any, budget: int | None, confidence: float | None) -> TokenCount:
+    """Return the largest count that "auto" may choose."""
+    if confidence is not None:
+        return trained_counts(model)[-1]
+    if budget is not None:
+        return known_counts(model)[-1]
+    return router_of(model).counts[-1]
+
+
 class _FirstTokenClock(BaseStreamer):
-    """``generate`` hands over the prompt first, then every token once it is on the host. Of
-    several calls, one after the other, the last one's first token counts."""
+    """The time to the first token, from a streamer.
+
+    ``generate`` passes it the prompt, then every token once it is on the host. Of several calls the
+    last one's first token counts.
+    """
 
     def __init__(self) -> None:
         self.started = time.perf_counter()

@@ -101,13 +101,8 @@ def parse_count(text: str | int, *, name: str = "a count") -> TokenCount:
 
 
 def tokens_of(count: TokenCount) -> int:
-    """Return the number of tokens of a count: the count itself, or h * w of a grid.
-
-    Raises:
-        TypeError, ValueError: As :func:`token_grid`.
-    """
-    height, width = token_grid(count)
-    return height * width
+    """Return the number of tokens of a valid count: the count itself, or h * w of a grid."""
+    return count if isinstance(count, int) else count[0] * count[1]
 
 
 def is_one_count(counts: object) -> bool:

@@ -12,11 +12,12 @@ from tokenflex_kernels._versions import require
 require("torch", "2.11")
 require("triton", "3.6")
 
-from tokenflex_kernels.bin_packing import balance_bins, bin_pack
 from tokenflex_kernels.gated_unit import swiglu
 from tokenflex_kernels.information import info
 from tokenflex_kernels.packing import (
     PackPlan,
+    balance_bins,
+    bin_pack,
     merge_vision,
     pack_embeddings,
     plan_packing,

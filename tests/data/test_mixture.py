@@ -8,7 +8,7 @@ import pytest
 
 from tokenflex.data.mixture import BLOCK, Mixture, MixtureOrder
 from tokenflex.data.order import EpochOrder
-from tokenflex.data.samples import DataExhaustedError, SampleOutline
+from tokenflex.data.samples import DataExhaustedError, Sample
 from tokenflex.digits.dataset import DigitsDataset
 
 
@@ -66,7 +66,7 @@ def test_a_mixture_holds_its_parts_one_after_another():
     names = [mixture[index].id for index in range(5)]
     assert names == [part[i].id for part in parts for i in range(len(part))]
     assert [mixture.outline(index).id for index in range(5)] == names
-    assert mixture.outline(4) == SampleOutline(names[4], ((32, 32),), mixture[4].conversations)
+    assert mixture.outline(4) == Sample(names[4], ((32, 32),), mixture[4].conversations)
     for index in (-1, 5):
         with pytest.raises(IndexError, match=r"0\.\.4"):
             mixture[index]

@@ -80,12 +80,10 @@ def test_batch_is_what_the_written_out_rows_say(processor, epoch):
     assert batch.plan.position_ids.tolist() == [position for _, position, _, _ in rows]
     assert list(batch.plan.lengths) == [len(sequence) for _, _, sequence in sequences]
     # Which projected row stands at each row of the batch.
-    shown = batch.vision_index.tolist()
     source = batch.plan.source.tolist()
-    assert [shown[~s] if s < 0 else None for s in source] == [token for *_, token in rows]
-    assert batch.plan.vision_rows.tolist() == [
-        r for r, row in enumerate(rows) if row[3] is not None
-    ]
+    assert [~s if s < 0 else None for s in source] == [token for *_, token in rows]
+    shown = sorted((row[3], r) for r, row in enumerate(rows) if row[3] is not None)
+    assert batch.plan.vision_rows.tolist() == [r for _, r in shown]
     # The row before a learned row predicts it.
     targets = [[r - 1, ids[r]] for r, row in enumerate(rows) if row[2] and row[1] > 0]
     assert torch.stack([batch.target_rows, batch.targets], 1).tolist() == targets
@@ -116,7 +114,6 @@ def test_grids_are_packed_as_the_tokens_they_stand_for(processor):
     assert batch.num_image_tokens == [names[count] for count in expected.num_image_tokens]
     assert set(batch.num_image_tokens) == {(1, 4), (8, 2)}
     assert torch.equal(batch.plan.source, expected.plan.source)
-    assert torch.equal(batch.vision_index, expected.vision_index)
     with torch.no_grad():
         logits = tiny_model()(**batch.model_inputs()).logits
         squares_logits = tiny_model()(**expected.model_inputs()).logits
@@ -137,7 +134,7 @@ def test_conversations_of_a_sample_share_its_vision_rows(processor):
     batch = PackingCollator(processor, TokenCounts((4,), (1,)))(drawn(SAMPLES[:1]))
     assert batch.pixel_values.shape[0] == 1
     assert batch.num_image_tokens == [4]
-    assert batch.vision_index.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert batch.plan.vision_tokens().tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_pixels_are_the_image_processors(processor):
@@ -157,7 +154,7 @@ def test_text_only_batch_runs(processor):
     batch = PackingCollator(processor, COUNTS)(drawn(SAMPLES[2:3]))
     assert batch.pixel_values.shape[0] == 0
     assert batch.num_image_tokens == []
-    assert batch.vision_index.tolist() == []
+    assert batch.plan.vision_rows.tolist() == []
     with torch.no_grad():
         logits = tiny_model()(**batch.model_inputs()).logits
     assert logits.shape[1] == len(batch.targets) == 3
@@ -235,7 +232,8 @@ def test_shared_rows_written_out(processor):
         *range(4, 8),
         *range(8),
     ]
-    assert batch.vision_index.tolist() == list(range(8))
+    assert batch.plan.vision_tokens().tolist() == list(range(8))
+    assert batch.plan.shown_once
     assert batch.num_image_tokens == [4, 4]
     assert batch.target_rows.tolist() == [4, 5, 8, 9, 16, 17]
     targets = processor.tokenizer.convert_ids_to_tokens(batch.targets.tolist())
@@ -246,7 +244,7 @@ def test_shared_rows_written_out(processor):
 def test_images_after_what_is_common_are_shown_again(processor):
     batch = sharing(processor, TokenCounts((4,), (1,)))(drawn([LATER]))
     assert batch.shared_prefixes.parents == (-1, 0, 0)
-    assert batch.vision_index.tolist() == [0, 1, 2, 3, *[4, 5, 6, 7] * 2]
+    assert batch.plan.vision_tokens().tolist() == [0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 7]
 
 
 @pytest.mark.parametrize("epoch", range(3))
@@ -285,7 +283,7 @@ def assert_same_batch(actual: PackedBatch, expected: PackedBatch) -> None:
     assert torch.equal(actual.plan.source, expected.plan.source)
     assert torch.equal(actual.plan.labels, expected.plan.labels)
     assert actual.plan.lengths == expected.plan.lengths
-    assert torch.equal(actual.vision_index, expected.vision_index)
+    assert actual.plan.image_index == expected.plan.image_index
     assert torch.equal(actual.target_rows, expected.target_rows)
     assert torch.equal(actual.targets, expected.targets)
     assert actual.num_image_tokens == expected.num_image_tokens
@@ -319,6 +317,6 @@ def test_a_moved_batch_keeps_its_host_numbers(processor):
     moved = batch.to("meta")
     assert moved.pixel_values.is_meta
     assert moved.plan.source.is_meta
-    assert moved.vision_index.is_meta
+    assert moved.targets.is_meta
     assert moved.num_image_tokens == batch.num_image_tokens
     assert moved.plan.lengths == batch.plan.lengths

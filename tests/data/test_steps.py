@@ -12,7 +12,6 @@ from tokenflex.data.samples import (
     Conversation,
     DataExhaustedError,
     Sample,
-    SampleOutline,
     StreamError,
     Turn,
 )
@@ -39,12 +38,12 @@ class MixedSizes:
     def _images(self, index: int) -> int:
         return 1 + index % 4
 
-    def outline(self, index: int) -> SampleOutline:
+    def outline(self, index: int) -> Sample:
         if index in self.no_outline:
             raise FileNotFoundError(f"{index}.png does not exist")
         answer = " ".join(["3"] * (1 + index * 7 % 8))
         talk = Conversation((Turn("user", "odd"), Turn("assistant", answer)))
-        return SampleOutline(f"sample-{index}", ((32, 32),) * self._images(index), (talk,))
+        return Sample(f"sample-{index}", ((32, 32),) * self._images(index), (talk,))
 
     def __getitem__(self, index: int) -> Sample:
         outline = self.outline(index)
@@ -143,13 +142,13 @@ def test_no_rank_always_has_the_costliest_bin(collator):
 class ManyQuestions(MixedSizes):
     """Up to eight questions about the pictures of a sample."""
 
-    def outline(self, index: int) -> SampleOutline:
+    def outline(self, index: int) -> Sample:
         outline = super().outline(index)
         talks = tuple(
             Conversation((Turn("user", f"read r{1 + i // 4}c{1 + i % 4}"), Turn("assistant", "3")))
             for i in range(1 + index % 8)
         )
-        return SampleOutline(outline.id, outline.image_sizes, talks)
+        return Sample(outline.id, outline.images, talks)
 
 
 @pytest.mark.parametrize("share_prefix", [False, True])
@@ -194,7 +193,7 @@ class Raising(MixedSizes):
         super().__init__()
         self.error, self.stage = error, stage
 
-    def outline(self, index: int) -> SampleOutline:
+    def outline(self, index: int) -> Sample:
         if (self.stage, index) == ("outline", 3):
             raise self.error
         return super().outline(index)
@@ -289,12 +288,12 @@ def test_a_processors_placeholder_in_a_text_is_a_broken_sample(token, turn, imag
     own = PackingCollator(processor, COUNTS)
 
     class Texts(MixedSizes):
-        def outline(self, index: int) -> SampleOutline:
+        def outline(self, index: int) -> Sample:
             texts = ["odd", "3"]
             if index == 3:
                 texts[turn] += f" {token}" * 2
             talk = Conversation((Turn("user", texts[0]), Turn("assistant", texts[1])))
-            return SampleOutline(f"sample-{index}", ((32, 32),) * self._images(index), (talk,))
+            return Sample(f"sample-{index}", ((32, 32),) * self._images(index), (talk,))
 
         def _images(self, index: int) -> int:
             return images

@@ -11,9 +11,9 @@ from tests.models.tiny import picture
 from tokenflex import TokenCounts
 from tokenflex.data.encoding import IGNORE
 from tokenflex.data.packing import DrawnSample, PackingCollator
-from tokenflex.data.samples import Conversation, Sample, SampleOutline, Turn
+from tokenflex.data.samples import Conversation, Sample, Turn
+from tokenflex.data.sequences import TokenSequence, truncate
 from tokenflex.data.steps import StepPacker
-from tokenflex.data.truncation import truncate
 from tokenflex.digits.processor import digits_processor
 
 IMAGE = 3
@@ -39,11 +39,9 @@ def rows(ids: torch.Tensor, lengths: list[int]) -> int:
 @settings(deadline=None, max_examples=300)
 def test_the_longest_beginning_with_whole_images_that_ends_in_an_answer(conversation, max_length):
     ids, labels, lengths = conversation
+    whole = TokenSequence(ids, labels, slice(0, len(lengths)))
     if rows(ids, lengths) <= max_length:
-        kept_ids, kept_labels, images = truncate(ids, labels, lengths, IMAGE, max_length)
-        assert torch.equal(kept_ids, ids)
-        assert torch.equal(kept_labels, labels)
-        assert images == len(lengths)
+        assert truncate(whole, lengths, IMAGE, max_length) is whole
         return
     # By hand: every beginning that ends with a learned token and fits; the last is wanted.
     fitting = [
@@ -53,12 +51,12 @@ def test_the_longest_beginning_with_whole_images_that_ends_in_an_answer(conversa
     ]
     if not fitting:
         with pytest.raises(ValueError, match=f"max_length of {max_length} leaves nothing"):
-            truncate(ids, labels, lengths, IMAGE, max_length)
+            truncate(whole, lengths, IMAGE, max_length)
         return
-    kept_ids, kept_labels, images = truncate(ids, labels, lengths, IMAGE, max_length)
-    assert torch.equal(kept_ids, ids[: fitting[-1]])
-    assert torch.equal(kept_labels, labels[: fitting[-1]])
-    assert images == int((kept_ids == IMAGE).sum())
+    kept = truncate(whole, lengths, IMAGE, max_length)
+    assert torch.equal(kept.ids, ids[: fitting[-1]])
+    assert torch.equal(kept.labels, labels[: fitting[-1]])
+    assert kept.images == slice(0, int((kept.ids == IMAGE).sum()))
 
 
 # ---- in the collator: "<image> odd" -> "3 <eos>", twice
@@ -103,7 +101,7 @@ def test_images_that_do_not_fit_are_not_encoded(max_length, answers, images):
     assert words(batch) == answers
     assert batch.num_image_tokens == [4] * images
     assert len(batch.pixel_values) == images
-    assert len(batch.vision_index) == 4 * images
+    assert len(batch.plan.vision_rows) == 4 * images
     if max_length is not None:
         assert batch.plan.num_tokens <= max_length
 
@@ -129,7 +127,7 @@ def test_an_image_that_another_conversation_still_shows_is_encoded_once():
     sample = Sample("both", (picture(1), picture(2)), (first, second))
     batch = collated(sample, 4, 11)
     assert batch.num_image_tokens == [4, 4]
-    assert batch.vision_index.tolist() == [*range(4), *range(8)]
+    assert batch.plan.image_index == (0, 0, 1)
     assert [targets for _, targets in batch.answers] == [2, 2]
 
 
@@ -138,10 +136,8 @@ class CutAtNine:
     last sample has nothing left.
     """
 
-    def outline(self, index: int) -> SampleOutline:
-        sample = self[index]
-        sizes = tuple((image.height, image.width) for image in sample.images)
-        return SampleOutline(sample.id, sizes, sample.conversations)
+    def outline(self, index: int) -> Sample:
+        return self[index].outline()
 
     def __getitem__(self, index: int) -> Sample:
         images = 3 if index == 20 else 2
@@ -163,7 +159,7 @@ def test_a_step_is_planned_as_it_is_packed_and_names_what_is_left_out():
     assert step.tokens == batch.plan.num_tokens
     assert step.tiles == len(batch.num_image_tokens) == 40
     assert step.vision_tokens == sum(batch.num_image_tokens)
-    assert len(batch.vision_index) < 2 * step.vision_tokens  # some show one image of two
+    assert len(batch.plan.vision_rows) < 2 * step.vision_tokens  # some show one image of two
     (broken,) = step.broken
     assert broken.index == 20
     assert broken.reason.startswith("sample s20: max_length of 20 leaves nothing to learn")

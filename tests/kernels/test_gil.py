@@ -14,10 +14,9 @@ from tokenflex_kernels._backend import extension
 ROWS = 1_000_000
 OFFSETS = np.array([0, ROWS], np.int64)
 NOTHING = np.empty(0, np.int64)
-IDS, TOKENS, LABELS, POSITIONS = (np.zeros(ROWS, np.int64) for _ in range(4))
+IDS = np.zeros(ROWS, np.int64)
 ZEROS, FILLED = (np.zeros(ROWS, np.int32) for _ in range(2))
 ORDER = np.arange(ROWS)
-BOUNDS = np.empty(2, np.int32)
 LENGTHS = np.full(20_000, 7)
 MANY, PARTIALS = (np.zeros((ROWS, 4), np.float32) for _ in range(2))
 ONE = np.zeros((1, 4), np.float32)
@@ -27,17 +26,12 @@ def at(array: np.ndarray) -> int:
     return array.ctypes.data
 
 
-PLAN = (at(IDS), at(OFFSETS), 1, at(NOTHING), 0, -1, False)
 # Each call takes a millisecond or more.
 CALLS = {
-    "plan_count": PLAN,
-    "plan_fill": (
-        *(*PLAN, 0, -100, at(TOKENS), at(POSITIONS), at(LABELS)),
-        *(at(FILLED), at(NOTHING), at(BOUNDS)),
-    ),
+    "plan": (IDS, OFFSETS, NOTHING, None, -1, False, None, -100),
     "merge_source": (at(NOTHING), True, 0, at(FILLED), ROWS),
-    "bin_pack": (at(LENGTHS), len(LENGTHS), 100),
-    "balance_bins": (at(LENGTHS), at(LENGTHS), len(LENGTHS), 100, 100, 1, 1, 1, 1),
+    "bin_pack": (LENGTHS, 100),
+    "balance_bins": (LENGTHS, LENGTHS, 100, 100, 1, 1, 1, 1, False),
     "pack_rows": (at(ONE), 16, at(ONE), 16, at(MANY), 16, at(ZEROS), 1, 0, ROWS, 16, 1),
     "gather_rows": (at(ONE), 16, at(MANY), 16, at(ZEROS), 1, ROWS, 16, 1),
     "sum_rows": (

@@ -31,28 +31,35 @@ def plan_with(backend: str, *args, **kwargs) -> PackPlan:
         return plan_packing(*args, **kwargs)
 
 
-def naive_rows(samples, counts, labels, ignore_index):
+def naive_rows(samples, counts, labels, ignore_index, image_index=None):
     """The packed batch as a list of (token, position, label, source) per sample."""
-    counts, vision = iter(counts), 0
+    images = iter(range(len(counts)) if image_index is None else image_index)
+    ends = [0, *np.cumsum(counts, dtype=int)]
     for tokens, targets in zip(samples, labels, strict=True):
         rows = []
         for token, target in zip(tokens, targets, strict=True):
-            for _ in range(next(counts) if token == IMAGE else 1):
-                is_vision = token == IMAGE
-                target = ignore_index if is_vision or not rows else target
-                rows.append((token, len(rows), target, ~vision if is_vision else token))
-                vision += is_vision
+            sources = [token]
+            if token == IMAGE:
+                image = next(images)
+                sources = [~vision for vision in range(ends[image], ends[image + 1])]
+            for source in sources:
+                target = ignore_index if source < 0 or not rows else target
+                rows.append((token, len(rows), target, source))
         yield rows
 
 
 @st.composite
 def batches(draw, least_count=0):
-    """Prompts of text and placeholders, and a count for each placeholder."""
+    """Prompts of text and placeholders, counts, and the image of each placeholder or None."""
     token = st.one_of(st.just(IMAGE), st.integers(0, 5), st.just(2**31 - 1))
     samples = draw(st.lists(st.lists(token, max_size=8), max_size=5))
     images = sum(sample.count(IMAGE) for sample in samples)
-    counts = draw(st.lists(st.integers(least_count, 5), min_size=images, max_size=images))
-    return samples, counts
+    if draw(st.booleans()):
+        counts = draw(st.lists(st.integers(least_count, 5), min_size=images, max_size=images))
+        return samples, counts, None
+    counts = draw(st.lists(st.integers(least_count, 5), min_size=1, max_size=4))
+    shown = st.integers(0, len(counts) - 1)
+    return samples, counts, draw(st.lists(shown, min_size=images, max_size=images))
 
 
 def assert_same_plan(plan: PackPlan, expected: PackPlan) -> None:
@@ -60,7 +67,8 @@ def assert_same_plan(plan: PackPlan, expected: PackPlan) -> None:
         actual, wanted = getattr(plan, name), getattr(expected, name)
         assert actual.dtype == wanted.dtype, name
         assert actual.tolist() == wanted.tolist(), name
-    for name in ("lengths", "max_token_id", "num_token_ids"):
+    facts = ("lengths", "max_token_id", "num_token_ids", "token_counts", "num_vision_tokens")
+    for name in (*facts, "image_index", "shown_once"):
         assert getattr(plan, name) == getattr(expected, name), name
 
 
@@ -71,7 +79,7 @@ def assert_same_plan(plan: PackPlan, expected: PackPlan) -> None:
 @given(batch=batches(), with_labels=st.booleans(), ignore_index=st.sampled_from([-100, -1]))
 @settings(deadline=None, max_examples=60)
 def test_plan_is_what_the_naive_loop_writes(backend, batch, with_labels, ignore_index):
-    samples, counts = batch
+    samples, counts, index = batch
     given_labels = [[token + 7 for token in sample] for sample in samples]
     plan = plan_with(
         backend,
@@ -80,17 +88,22 @@ def test_plan_is_what_the_naive_loop_writes(backend, batch, with_labels, ignore_
         IMAGE,
         labels=given_labels if with_labels else None,
         ignore_index=ignore_index,
+        image_index=index,
     )
 
     by_sample = list(
-        naive_rows(samples, counts, given_labels if with_labels else samples, ignore_index)
+        naive_rows(samples, counts, given_labels if with_labels else samples, ignore_index, index)
     )
     rows = [row for sample in by_sample for row in sample]
     assert plan.input_ids.tolist() == [row[0] for row in rows]
     assert plan.position_ids.tolist() == [row[1] for row in rows]
     assert plan.labels.tolist() == [row[2] for row in rows]
     assert plan.source.tolist() == [row[3] for row in rows]
-    assert plan.vision_rows.tolist() == [at for at, row in enumerate(rows) if row[3] < 0]
+    shown = sorted((~row[3], at) for at, row in enumerate(rows) if row[3] < 0)
+    assert plan.vision_rows.tolist() == [at for _, at in shown]
+    assert plan.vision_tokens().tolist() == [token for token, _ in shown]
+    assert plan.num_vision_tokens == sum(counts)
+    assert plan.shown_once == (index is None or sorted(index) == list(range(len(counts))))
     assert plan.lengths == tuple(len(sample) for sample in by_sample)
     assert plan.cu_seqlens.tolist() == [0, *np.cumsum(plan.lengths, dtype=int)]
     text = {row[3] for row in rows if row[3] >= 0}
@@ -125,15 +138,15 @@ def test_different_token_ids_are_counted(backend, largest):
 @given(batch=batches(least_count=1))
 @settings(deadline=None, max_examples=60)
 def test_expanded_prompts_plan_like_compact_ones(backend, batch):
-    samples, counts = batch
-    images = iter(counts)
+    samples, counts, index = batch
+    shown = iter(counts if index is None else [counts[image] for image in index])
     repeated = [
-        [copy for token in sample for copy in [token] * (next(images) if token == IMAGE else 1)]
+        [copy for token in sample for copy in [token] * (next(shown) if token == IMAGE else 1)]
         for sample in samples
     ]
     assert_same_plan(
-        plan_with(backend, repeated, counts, IMAGE, expanded=True),
-        plan_with(backend, samples, counts, IMAGE),
+        plan_with(backend, repeated, counts, IMAGE, expanded=True, image_index=index),
+        plan_with(backend, samples, counts, IMAGE, image_index=index),
     )
 
 
@@ -165,25 +178,20 @@ def test_inputs_are_left_as_they_were(backend):
 
 
 def test_planning_reads_copies():
-    """Two passes over a batch that a thread of the collator may write to meanwhile: what the first
-    one checks, the second one must find. The addresses are nobody else's."""
-    sample, counts = np.array([1, IMAGE, 2]), np.array([3])
-    labels = sample + 7
-    compiled, seen = extension(), []
+    """A thread of the collator may write to a batch while the extension reads it."""
+    sample, counts, images = np.array([1, IMAGE, 2]), np.array([3]), np.array([0])
+    labels, seen = sample + 7, []
 
     class Spy:
-        def plan_count(self, ids, offsets, samples, counts, *rest):
-            seen.extend([ids, counts])
-            return compiled.plan_count(ids, offsets, samples, counts, *rest)
+        def plan(self, *arguments):
+            seen.extend(value for value in arguments if isinstance(value, np.ndarray))
+            return extension().plan(*arguments)
 
-        def plan_fill(self, *arguments):
-            seen.append(arguments[7])
-            compiled.plan_fill(*arguments)
-
-    with patch("tokenflex_kernels.pack_plan.extension", Spy):
-        plan_packing([sample], counts, IMAGE, labels=[labels])
-    assert len(seen) == 3
-    assert not {array.ctypes.data for array in (sample, counts, labels)} & set(seen)
+    with patch("tokenflex_kernels.packing.plan.extension", Spy):
+        plan_packing([sample], counts, IMAGE, labels=[labels], image_index=images)
+    assert len(seen) == 5
+    for given_array in (sample, counts, labels, images):
+        assert not any(np.shares_memory(given_array, array) for array in seen)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, sets a limit on addresses")
@@ -315,6 +323,25 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("index", "expanded", "error", "message"),
+    [
+        ([0, 2], False, ValueError, r"image_index\[1\] .* of token_counts, in \[0, 2\), got 2"),
+        ([0, -1], False, ValueError, r"image_index\[1\] .* \[0, 2\), got -1"),
+        ([0], False, ValueError, "image_index has 1 counts, .* 2 placeholders .*out in sample 1"),
+        ([0, 1, 1], False, ValueError, "image_index has 3 counts, but input_ids has 2 placeholder"),
+        ([0], True, ValueError, "image_index adds up to 1 over 1 images, .* 2 .*out in sample 1"),
+        ([0, 0, 0], True, ValueError, "adds up to 3 over 3 images, but input_ids has 2 placehold"),
+        ([0, 1], True, ValueError, r"token_counts\[1\] = 4, .* leaves 1 for image 1"),
+        ([0.0, 1.0], False, TypeError, "image_index must hold ints, got float64"),
+    ],
+)
+def test_refuses_an_index_that_does_not_fit(backend, index, expanded, error, message):
+    with pytest.raises(error, match=message):
+        plan_with(backend, [[IMAGE], [IMAGE]], [1, 4], IMAGE, expanded=expanded, image_index=index)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", REFUSED)
 def test_refuses_with_both_numbers(backend, case):
     (samples, counts, expanded), message = REFUSED[case]
@@ -326,16 +353,18 @@ def test_refuses_with_both_numbers(backend, case):
     samples=st.lists(st.lists(st.sampled_from([IMAGE, IMAGE, 3, 4, -1, 2**31]), max_size=5)),
     counts=st.lists(st.sampled_from([1, 1, 2, 3, 0, -1, 2**31]), max_size=6),
     expanded=st.booleans(),
+    index=st.none() | st.lists(st.integers(-1, 3), max_size=5),
 )
-@settings(deadline=None, max_examples=300)
-def test_both_planners_refuse_the_same_batches_in_the_same_words(samples, counts, expanded):
+@settings(deadline=None, max_examples=400)
+def test_both_planners_refuse_the_same_batches_in_the_same_words(samples, counts, expanded, index):
+    options = {"expanded": expanded, "image_index": index}
     try:
-        wanted = plan_with("reference", samples, counts, IMAGE, expanded=expanded)
+        wanted = plan_with("reference", samples, counts, IMAGE, **options)
     except ValueError as error:
         with pytest.raises(ValueError, match=f"^{re.escape(str(error))}$"):
-            plan_with("auto", samples, counts, IMAGE, expanded=expanded)
+            plan_with("auto", samples, counts, IMAGE, **options)
     else:
-        assert_same_plan(plan_with("auto", samples, counts, IMAGE, expanded=expanded), wanted)
+        assert_same_plan(plan_with("auto", samples, counts, IMAGE, **options), wanted)
 
 
 EDGES = [0, 1, 2, -1, 2**31 - 1, 2**31, 2**32, 2**32 + 1, 2**62, 2**63 - 1, -(2**31), -(2**63)]

@@ -78,8 +78,14 @@ def batches(draw):
     token = st.one_of(st.just(IMAGE), st.integers(0, 5))
     samples = draw(st.lists(st.lists(token, max_size=6), max_size=4))
     images = sum(sample.count(IMAGE) for sample in samples)
-    counts = draw(st.lists(st.integers(0, 5), min_size=images, max_size=images))
-    return plan_packing(samples, counts, IMAGE)
+    if not draw(st.booleans()):
+        counts = draw(st.lists(st.integers(0, 5), min_size=images, max_size=images))
+        return plan_packing(samples, counts, IMAGE)
+    # Images in any order, some of them shown several times and others not at all.
+    counts = draw(st.lists(st.integers(0, 5), min_size=1, max_size=4))
+    shown = st.integers(0, len(counts) - 1)
+    index = draw(st.lists(shown, min_size=images, max_size=images))
+    return plan_packing(samples, counts, IMAGE, image_index=index)
 
 
 def naive_pack(table, vision, source):
@@ -104,7 +110,7 @@ EXAMPLE = plan_packing([[1, IMAGE, 2, 2], [], [IMAGE, 5, IMAGE], [3]], [3, 0, 4]
 @settings(deadline=None, max_examples=80)
 def test_packing_unpacking_and_merging_are_exact(backend, device, plan, dtype, width, layouts):
     table = layouts[0](6, width, dtype, device)
-    vision = layouts[1](plan.vision_rows.shape[0], width, dtype, device)
+    vision = layouts[1](plan.num_vision_tokens, width, dtype, device)
     source = plan.source
     plan = plan.to(device)
     with backend_set_to(backend):
@@ -112,16 +118,17 @@ def test_packing_unpacking_and_merging_are_exact(backend, device, plan, dtype, w
         assert packed.dtype == dtype
         assert packed.is_contiguous()
         assert torch.equal(packed, naive_pack(table, vision, source))
-        assert torch.equal(unpack_vision(packed, plan), vision)
+        shown = vision[plan.vision_tokens()]
+        assert torch.equal(unpack_vision(packed, plan), shown)
 
         base = layouts[0](plan.num_tokens, width, dtype, device)
         before = base.clone()
-        merged = merge_vision(base, vision, plan.vision_rows)
+        merged = merge_vision(base, shown, plan.vision_rows)
         wanted = base.clone()
-        wanted[plan.vision_rows.long()] = vision
+        wanted[plan.vision_rows.long()] = shown
         assert torch.equal(merged, wanted)
         assert torch.equal(base, before)
-        assert torch.equal(unpack_vision(merged, plan), vision)
+        assert torch.equal(unpack_vision(merged, plan), shown)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -245,12 +252,13 @@ def assert_gradients_are_the_references(function, inputs, needs, grad):
 def test_gradients_are_those_of_autograd(device, plan, width, needs, layout):
     """In float64, for any inputs that need one, from incoming gradients of any layout."""
     plan = plan.to(device)
-    vision_tokens = plan.vision_rows.shape[0]
+    vision_rows = plan.vision_rows.shape[0]
     table = contiguous(6, width, torch.float64, device)
     base = contiguous(plan.num_tokens, width, torch.float64, device)
-    vision = contiguous(vision_tokens, width, torch.float64, device)
+    vision = contiguous(plan.num_vision_tokens, width, torch.float64, device)
+    shown = contiguous(vision_rows, width, torch.float64, device)
     grad = layout(plan.num_tokens, width, torch.float64, device)
-    vision_grad = layout(vision_tokens, width, torch.float64, device)
+    vision_grad = layout(vision_rows, width, torch.float64, device)
 
     def pack(table, vision):
         return pack_embeddings(table, vision, plan)
@@ -262,17 +270,22 @@ def test_gradients_are_those_of_autograd(device, plan, width, needs, layout):
         return unpack_vision(packed, plan)
 
     assert_gradients_are_the_references(pack, (table, vision), needs, grad)
-    assert_gradients_are_the_references(merge, (base, vision), needs, grad)
+    assert_gradients_are_the_references(merge, (base, shown), needs, grad)
     assert_gradients_are_the_references(unpack, (base,), (True,), vision_grad)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_keep_the_dtype_and_repeat_bit_by_bit(dtype, device):
-    plan = plan_packing([[1, 2, IMAGE, 1] * 40] * 3, [5] * 120, IMAGE).to(device)
+@pytest.mark.parametrize("images", [120, 3])
+def test_gradients_keep_the_dtype_and_repeat_bit_by_bit(dtype, device, images):
+    """Of 120 images that are shown once, or 3 of them 40 times each."""
+    index = [place % images for place in range(120)]
+    prompts = [[1, 2, IMAGE, 1] * 40] * 3
+    plan = plan_packing(prompts, [5] * images, IMAGE, image_index=index).to(device)
+    assert plan.shown_once == (images == 120)
     inputs = (
         torch.randn(6, 9, dtype=dtype, device=device),
-        torch.randn(600, 9, dtype=dtype, device=device),
+        torch.randn(5 * images, 9, dtype=dtype, device=device),
     )
     grad = torch.randn(plan.num_tokens, 9, dtype=dtype, device=device)
 
@@ -314,13 +327,13 @@ def test_a_frozen_table_costs_no_table_gradient():
     table = torch.randn(6, 4)
     vision = torch.randn(EXAMPLE.vision_rows.shape[0], 4, requires_grad=True)
     packed = pack_embeddings(table, vision, EXAMPLE)
-    with patch("tokenflex_kernels._row_movers.table_gradient") as table_gradient:
+    with patch("tokenflex_kernels.packing.ops.table_gradient") as table_gradient:
         packed.sum().backward()
     table_gradient.assert_not_called()
     assert torch.equal(vision.grad, torch.ones_like(vision))
 
 
-@pytest.mark.parametrize("op", ["pack", "unpack", "merge"])
+@pytest.mark.parametrize("op", ["pack", "pack again", "unpack", "merge"])
 def test_second_derivatives_are_those_of_the_formula(op):
     function, leaves = ops_of_floats()[op]
     leaves = tuple(leaf.requires_grad_() for leaf in leaves)
@@ -350,6 +363,45 @@ def test_a_sparse_gradient_refuses_a_second_derivative():
         grad.to_dense().square().sum().backward()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_image_that_is_shown_again_gets_the_sum_of_its_gradients(dtype, device):
+    """Made in float32 (float64 for float64) and rounded once, against sums in float64."""
+    index = [0, 2, 0, 0, 2]
+    plan = plan_packing(
+        [[IMAGE, 1], [IMAGE, IMAGE, IMAGE, 5, IMAGE]], [3, 2, 4], IMAGE, image_index=index
+    ).to(device)
+    table = torch.randn(6, 8, dtype=dtype, device=device)
+    vision = torch.randn(9, 8, dtype=dtype, device=device, requires_grad=True)
+    grad = torch.randn(plan.num_tokens, 8, dtype=dtype, device=device)
+    pack_embeddings(table, vision, plan).backward(grad)
+    wanted = torch.zeros(9, 8, dtype=torch.float64, device=device)
+    for row, entry in enumerate(plan.source.tolist()):
+        if entry < 0:
+            wanted[~entry] += grad[row]
+    tolerance = torch.finfo(dtype).eps
+    torch.testing.assert_close(vision.grad.double(), wanted, rtol=tolerance, atol=4 * tolerance)
+    assert not vision.grad[3:5].any()
+
+
+def test_images_in_another_order_are_gathered():
+    """Their gradient is that of images in order: a row each, and nothing to add up."""
+    plan = plan_packing([[IMAGE, 1, IMAGE]], [3, 2], IMAGE, image_index=[1, 0])
+    assert plan.vision_rows.tolist() == [3, 4, 5, 0, 1]
+    vision = torch.randn(5, 4, requires_grad=True)
+    packed = pack_embeddings(torch.randn(6, 4), vision, plan)
+    with patch("tokenflex_kernels.packing.ops.table_gradient") as table_gradient:
+        packed.backward(grad := torch.randn(6, 4))
+    table_gradient.assert_not_called()
+    assert torch.equal(vision.grad, grad[plan.vision_rows.long()])
+    assert torch.equal(unpack_vision(packed, plan), vision)
+
+
+SHOWN_AGAIN = plan_packing(
+    [[1, IMAGE, 2], [IMAGE, 5, IMAGE]], [3, 1, 4], IMAGE, image_index=[2, 0, 2]
+)
+
+
 def ops_of_floats():
     """Each op as a function of its float tensors, with those tensors."""
     table = torch.randn(6, 4, dtype=torch.float64)
@@ -357,6 +409,10 @@ def ops_of_floats():
     vision = torch.randn(EXAMPLE.vision_rows.shape[0], 4, dtype=torch.float64)
     return {
         "pack": (lambda table, vision: pack_embeddings(table, vision, EXAMPLE), (table, vision)),
+        "pack again": (
+            lambda table, vision: pack_embeddings(table, vision, SHOWN_AGAIN),
+            (table, torch.randn(8, 4, dtype=torch.float64)),
+        ),
         "merge": (
             lambda base, vision: merge_vision(base, vision, EXAMPLE.vision_rows),
             (base, vision),
@@ -365,7 +421,7 @@ def ops_of_floats():
     }
 
 
-@pytest.mark.parametrize("op", ["pack", "merge", "unpack"])
+@pytest.mark.parametrize("op", ["pack", "pack again", "merge", "unpack"])
 def test_forward_mode_gives_the_op_of_the_tangents(op):
     """The ops are linear. Below autograd the tangents would be lost without a word."""
     function, inputs = ops_of_floats()[op]
@@ -382,7 +438,7 @@ def test_forward_mode_gives_the_op_of_the_tangents(op):
     assert torch.equal(tangent, function(*zeros, tangents[-1]))
 
 
-@pytest.mark.parametrize("op", ["pack", "merge", "unpack"])
+@pytest.mark.parametrize("op", ["pack", "pack again", "merge", "unpack"])
 def test_forward_and_backward_mode_meet(op):
     """A tangent and a gradient of one call, as Hessian-vector products ask for."""
     function, inputs = ops_of_floats()[op]

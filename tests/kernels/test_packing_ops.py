@@ -12,11 +12,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from tokenflex_kernels import _row_movers as ops
 from tokenflex_kernels import merge_vision, pack_embeddings, plan_packing, unpack_vision
+from tokenflex_kernels.packing import ops
 
 IMAGE = -200
 PLAN = plan_packing([[1, IMAGE, 2, 2], [], [IMAGE, 5, IMAGE], [3]], [3, 0, 4], IMAGE)
+SHOWN_AGAIN = plan_packing(
+    [[1, IMAGE, 2, 2], [], [IMAGE, 5, IMAGE], [3]], [3, 0, 4], IMAGE, image_index=[2, 0, 2]
+)
 TEXT_ONLY = plan_packing([[1, 2], [3]], [], IMAGE)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -110,6 +113,28 @@ def test_opcheck_with_one_input_that_needs_no_gradient():
     torch.library.opcheck(
         ops.pack_embeddings, (rows(6, "cpu"), rows(7, "cpu", requires_grad=False), *maps)
     )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_with_images_that_are_shown_again(device):
+    plan = SHOWN_AGAIN.to(device)
+    arguments = (rows(6, device), rows(7, device), plan.source, plan.vision_rows, None, False)
+    torch.library.opcheck(ops.pack_embeddings, arguments)
+
+
+def test_compiled_packing_of_images_that_are_shown_again():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(pack, fullgraph=True, dynamic=True, backend=counter)
+    for length in range(4, 12):
+        index = [place % 3 for place in range(length)]
+        plan = plan_packing([[1, IMAGE]] * length, [2, length, 3], IMAGE, image_index=index)
+        table, vision = rows(6, "cpu"), rows(5 + length, "cpu")
+        actual = results_and_gradients(compiled, table, vision, plan)
+        wanted = results_and_gradients(pack, table, vision, plan)
+        for ours, theirs in zip(actual, wanted, strict=True):
+            assert torch.equal(ours, theirs)
+    assert counter.frame_count <= 2
 
 
 def test_fake_tensors_get_shapes_and_touch_no_memory():
@@ -318,7 +343,7 @@ def test_data_parallel_training_sums_into_its_buckets(tmp_path):
 
 def test_a_missing_extension_leaves_the_reference(monkeypatch):
     monkeypatch.setattr("tokenflex_kernels._backend.extension", lambda: None)
-    monkeypatch.setattr("tokenflex_kernels._row_movers.extension", lambda: None)
+    monkeypatch.setattr("tokenflex_kernels.packing.ops.extension", lambda: None)
     table, vision = rows(6, "cpu"), rows(7, "cpu")
     packed = pack_embeddings(table, vision, PLAN)
     assert torch.equal(unpack_vision(packed, PLAN), vision)

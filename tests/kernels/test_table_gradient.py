@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tokenflex_kernels import _row_movers as ops
 from tokenflex_kernels import pack_embeddings, plan_packing
+from tokenflex_kernels.packing import ops
 
 IMAGE = -200
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -228,8 +228,8 @@ def test_a_frozen_table_is_no_work(sparse_grad, needs_vision):
     table = torch.randn(6, 4)
     vision = torch.randn(7, 4, requires_grad=needs_vision)
     with (
-        patch("tokenflex_kernels._row_movers._text_by_id") as sort,
-        patch("tokenflex_kernels._row_movers._sum_rows") as add,
+        patch("tokenflex_kernels.packing.ops._text_by_id") as sort,
+        patch("tokenflex_kernels.packing.ops._sum_rows") as add,
     ):
         packed = pack_embeddings(table, vision, PLAN, sparse_grad=sparse_grad)
         assert packed.requires_grad == needs_vision

@@ -14,7 +14,6 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
 from tests.kernels.test_pooling import MODES, eager
-from tokenflex_kernels import _row_movers as ops
 from tokenflex_kernels import (
     merge_vision,
     pack_embeddings,
@@ -23,9 +22,11 @@ from tokenflex_kernels import (
     project_tokens,
     unpack_vision,
 )
+from tokenflex_kernels.packing import ops
 
 IMAGE = 9
 PLAN = plan_packing([[1, IMAGE, 5], [IMAGE, 7, 1]], [3, 2], IMAGE)
+AGAIN = plan_packing([[1, IMAGE, 5], [IMAGE, 7, IMAGE]], [3, 2], IMAGE, image_index=[1, 0, 1])
 ROWS, VISION, TABLE, WIDTH, BATCH = PLAN.num_tokens, 5, 10, 3, 2
 
 
@@ -38,6 +39,10 @@ def packing():
     vision_rows = PLAN.vision_rows.long()
     return {
         "pack": (lambda table, vision: pack_embeddings(table, vision, PLAN), (TABLE, VISION)),
+        "pack again": (
+            lambda table, vision: pack_embeddings(table, vision, AGAIN),
+            (TABLE, VISION),
+        ),
         "merge": (lambda base, vision: merge_vision(base, vision, vision_rows), (ROWS, VISION)),
         "merge 3-D": (
             lambda base, vision: merge_vision(base[None], vision, PLAN.vision_rows),

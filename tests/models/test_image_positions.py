@@ -66,10 +66,10 @@ def test_each_tile_of_an_image_has_a_position_of_its_own():
     inputs = {"input_ids": torch.tensor([[5] + [IMAGE] * 8 + [6]]), "pixel_values": pixels(2)}
     model, expected = shared_model(), [0, 4, 4, 4, 4, 8, 8, 8, 8, 9]
     assert seen_positions(model, **inputs, num_image_tokens=4) == expected
-    # A plan knows no tiles: both stand at one placeholder, and the index says whose rows they are.
-    plan, index = plan_packing([[5, IMAGE, 6]], [8], IMAGE), torch.arange(8)
+    # A plan knows no tiles: both stand at one placeholder.
+    plan = plan_packing([[5, IMAGE, 6]], [8], IMAGE, image_index=[0])
     inputs = {"plan": plan, "pixel_values": pixels(2), "num_image_tokens": 4}
-    assert seen_positions(model, **inputs, vision_index=index) == expected
+    assert seen_positions(model, **inputs) == expected
 
 
 def test_padding_and_a_mask_move_positions_as_they_do_without_images():
@@ -109,14 +109,11 @@ def test_packed_gives_what_each_prompt_gives_alone(training):
 
 def test_one_image_in_two_sequences_by_index():
     model, image = shared_model(), pixels(1, seed=1)
-    plan = plan_packing([[5, IMAGE, 6, 7], [8, 9, IMAGE, 10]], [9, 9], IMAGE)
+    prompts = [[5, IMAGE, 6, 7], [8, 9, IMAGE, 10]]
+    plan = plan_packing(prompts, [9, 9], IMAGE)
+    shown_twice = plan_packing(prompts, [9], IMAGE, image_index=[0, 0])
     with torch.no_grad():
-        once = model(
-            plan=plan,
-            pixel_values=image,
-            num_image_tokens=[9],
-            vision_index=torch.arange(9).repeat(2),
-        ).logits
+        once = model(plan=shown_twice, pixel_values=image, num_image_tokens=[9]).logits
         twice = model(
             plan=plan, pixel_values=image.repeat(2, 1, 1, 1), num_image_tokens=[9, 9]
         ).logits

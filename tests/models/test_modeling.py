@@ -43,6 +43,13 @@ SEARCHES = {
 }
 
 
+class AdaptedEmbedding(torch.nn.Embedding):
+    """An embedding that may be more than its table, as adapters make it."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        super().__init__(*weight.shape, _weight=weight.detach())
+
+
 class CallCounter:
     """How often a module runs."""
 
@@ -285,13 +292,16 @@ def test_images_encoded_once_give_the_same_logits():
 # ---- one image in several sequences
 
 
-def test_vision_index_shows_one_image_to_two_sequences():
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_plan_shows_one_image_to_two_sequences(adapted):
     model = tiny_model().train()
-    plan = plan_packing([[5, IMAGE, 6, 7], [8, 9, IMAGE, 10]], [9, 9], IMAGE)
-    image, index = pixels(1, seed=1), torch.arange(9).repeat(2)
+    if adapted:  # more than its table
+        model.set_input_embeddings(AdaptedEmbedding(model.get_input_embeddings().weight))
+    prompts = [[5, IMAGE, 6, 7], [8, 9, IMAGE, 10]]
+    image = pixels(1, seed=1)
     encoder = CallCounter(model.model.vision_model)
 
-    def gradients_and_logits(**inputs):
+    def gradients_and_logits(plan, **inputs):
         model.zero_grad()
         output = model(plan=plan, labels=plan.labels[None], **inputs)
         output.loss.backward()
@@ -300,11 +310,15 @@ def test_vision_index_shows_one_image_to_two_sequences():
         ]
 
     shared, shared_gradients = gradients_and_logits(
-        pixel_values=image, num_image_tokens=[9], vision_index=index
+        plan_packing(prompts, [9], IMAGE, image_index=[0, 0]),
+        pixel_values=image,
+        num_image_tokens=[9],
     )
     assert encoder.calls == 1
     twice, twice_gradients = gradients_and_logits(
-        pixel_values=image.repeat(2, 1, 1, 1), num_image_tokens=[9, 9]
+        plan_packing(prompts, [9, 9], IMAGE),
+        pixel_values=image.repeat(2, 1, 1, 1),
+        num_image_tokens=[9, 9],
     )
 
     assert float((shared - twice).abs().max()) < 1e-6
@@ -312,19 +326,31 @@ def test_vision_index_shows_one_image_to_two_sequences():
         assert float((a - b).abs().max()) < 1e-5 * max(1.0, float(b.abs().max()))
 
 
-def test_vision_index_chooses_the_rows():
-    model = tiny_model()
-    plan = plan_packing([[5, IMAGE, 6], [7, IMAGE, 8]], [4, 4], IMAGE)
+def test_a_plan_shows_images_in_another_order():
+    model, prompts = tiny_model(), [[5, IMAGE, 6], [7, IMAGE, 8]]
+    plan = plan_packing(prompts, [4, 4], IMAGE)
+    crossed = plan_packing(prompts, [4, 4], IMAGE, image_index=[1, 0])
     images = pixels(2, seed=4)
-    crossed = torch.tensor([4, 5, 6, 7, 0, 1, 2, 3])
     with torch.no_grad():
-        by_index = model(
-            plan=plan, pixel_values=images, num_image_tokens=4, vision_index=crossed
-        ).logits
+        by_index = model(plan=crossed, pixel_values=images, num_image_tokens=4).logits
         by_pixels = model(plan=plan, pixel_values=images.flip(0), num_image_tokens=4).logits
         plain = model(plan=plan, pixel_values=images, num_image_tokens=4).logits
     assert float((by_index - by_pixels).abs().max()) < 1e-6
     assert float((by_index - plain).abs().max()) > 1e-2
+
+
+def test_an_image_of_a_plan_may_be_several_tiles():
+    model, images = tiny_model(), pixels(3, seed=4)
+    prompts = [[5, IMAGE, 6], [7, IMAGE, 8]]
+    tiled = plan_packing(prompts, [8, 4], IMAGE, image_index=[0, 1])
+    with torch.no_grad():
+        logits = model(plan=tiled, pixel_values=images, num_image_tokens=4).logits
+        prompts[0].insert(1, IMAGE)
+        plan = plan_packing(prompts, [4, 4, 4], IMAGE)
+        assert torch.equal(logits, model(plan=plan, pixel_values=images, num_image_tokens=4).logits)
+    for counts in ([9, 4], [4, 4], [4, 4, 4, 4]):
+        with pytest.raises(ValueError, match=r"counts that the plan was made for, \(8, 4\), got"):
+            model(plan=tiled, pixel_values=pixels(len(counts)), num_image_tokens=counts)
 
 
 # ---- the loss and the logits asked for

@@ -147,6 +147,26 @@ def test_each_tile_of_an_image_gets_its_count(thumbnail, tiles):
     assert processor.image_tokens(images, [4, 9, (1, 3)]) == [4 * a, 9 * b, 3 * c]
 
 
+@pytest.mark.parametrize("counts", [None, [4, (1, 3)], "auto"])
+def test_prompts_about_processed_images_are_those_of_a_call(counts):
+    processor = tiling_processor(use_thumbnail=True)
+    images, text = [picture(1, (64, 96)), picture(2)], ["<image> odd", "odd <image>"]
+    expected = processor(images=images, text=text, num_image_tokens=counts)
+    data, tiles = processor.process_images(images)
+    inputs = processor.encode_text(text, tiles, num_image_tokens=counts)
+    assert torch.equal(expected.pop("pixel_values"), data["pixel_values"])
+    assert inputs.keys() == expected.keys()
+    for name in ("input_ids", "attention_mask"):
+        assert torch.equal(inputs.pop(name), expected.pop(name))
+    assert dict(inputs) == dict(expected)
+    with pytest.raises(ValueError, match="max_tiles is for images, which are processed already"):
+        processor.encode_text(text, tiles, max_tiles=1)
+    with pytest.raises(ValueError, match="do_rescale is for images"):
+        processor.encode_text(text, tiles, do_rescale=False)
+    with pytest.raises(ValueError, match=r"got 2 \(per prompt \[1, 1\]\) for 1 images"):
+        processor.encode_text(text, [1])
+
+
 def test_cost_is_known_from_sizes_alone():
     processor = tiling_processor(use_thumbnail=True)
     assert processor.image_tokens([(64, 96), (32, 32)], 9) == [63, 9]

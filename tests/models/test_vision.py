@@ -113,7 +113,7 @@ def test_naflex_trains_packed(naflex, naflex_model):
     ("changes", "words"),
     [
         ({"grids": None}, "grids .*None"),
-        ({"grids": [(8, 8)]}, "grids .* 1 for 2 images"),
+        ({"grids": [(8, 8)]}, "grids .* 1 entries for 2 images"),
         ({"grids": [(8, 8), (9, 8)]}, r"grids\[1\] = \(9, 8\) holds 72 patches.* 64 per image"),
         ({"pixel_values": pixels(2)}, r"pixel_values .*patches, 48.*\(2, 3, 32, 32\)"),
     ],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, Siglip2ImageProcessorPil
@@ -180,6 +183,34 @@ def test_a_router_of_another_model_is_refused():
         attach_router(tiny_model(), Router(COUNTS, 16, 32))
     with pytest.raises(ValueError, match="of text_width 32, got 16"):
         attach_router(tiny_model(), Router(COUNTS, 32, 16))
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["tokenflex.models.loading", "tokenflex.routing.choice", "tokenflex.routing.cascade"],
+)
+def test_the_hook_is_set_whatever_is_imported_first(first):
+    code = (
+        f"import {first}; from tokenflex.models.modeling import TokenFlexForConditionalGeneration; "
+        "assert TokenFlexForConditionalGeneration.count_chooser is not None"
+    )
+    warnings = ["-W", "error::UserWarning"]
+    subprocess.run([sys.executable, *warnings, "-c", code], check=True)
+
+
+def test_a_model_may_have_a_chooser_of_its_own():
+    model, processor = tiny_model(), digits_processor()
+    inputs = processor(images=IMAGES[2], text=TEXTS[2], num_image_tokens="auto")
+    fixed = processor(images=IMAGES[2], text=TEXTS[2], num_image_tokens=9)
+    model.count_chooser = lambda model, input_ids, **options: dict(fixed)
+    answer = model.generate(**inputs, **GENERATION)
+    length = inputs["input_ids"].shape[1]
+    assert torch.equal(answer[:, :length], inputs["input_ids"])
+    expected = model.generate(**fixed, **GENERATION)[:, fixed["input_ids"].shape[1] :]
+    assert torch.equal(answer[:, length:], expected)
+    model.count_chooser = None
+    with pytest.raises(ValueError, match=r"import tokenflex\.routing"):
+        model.choose_counts(**inputs)
 
 
 # ---- what must be refused

@@ -188,9 +188,12 @@ def test_a_bin_of_text_alone_trains_where_text_is_frozen(tmp_path):
 def test_a_blank_tile_changes_no_number(vision):
     model = tiny_model(vision=vision)
     plan = plan_packing([[5, 6, 7]], [], 3)
-    none = torch.zeros(0, dtype=torch.int64)
-    rows = torch.tensor([0, 1])
-    empty = PackedBatch(torch.zeros(0, 3, 1, 1), [], plan, none, rows, plan.input_ids[1:])
+    empty = PackedBatch(
+        pixel_values=torch.zeros(0, 3, 1, 1),
+        plan=plan,
+        target_rows=torch.tensor([0, 1]),
+        targets=plan.input_ids[1:],
+    )
     logits = model(**empty.model_inputs()).logits
     batch = with_a_tile(empty, model, 4)
     assert len(batch.pixel_values) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from tokenflex.cli.common import device, quiet_libraries
 from tokenflex.cli.options import counts_grids_or_auto, positive, probability
@@ -52,31 +51,30 @@ def add_to(commands: CommandLine) -> None:
 
 def _generate(options: argparse.Namespace) -> int:
     quiet_libraries()
+    from jinja2 import TemplateError
+
     from tokenflex.answers import answer_at_counts
     from tokenflex.counts import AUTO
-    from tokenflex.data.encoding import ConversationEncoder
-    from tokenflex.data.samples import Conversation, Turn
     from tokenflex.images import open_image
-    from tokenflex.models.loading import check_length, load_checkpoint
+    from tokenflex.models.chat import parts_of
+    from tokenflex.models.loading import load_checkpoint
 
     images = [open_image(path) for path in options.image]
     model, processor = load_checkpoint(options.model)
     model.to(device())
-    conversation = Conversation((Turn("user", options.prompt),))
-    encoder = ConversationEncoder(
-        processor.tokenizer, processor.image_prompt, processor.image_token
-    )
-    prompt = encoder.prompt(conversation, len(images))
     counts = options.tokens or [processor.num_image_tokens]
-    for knob in ("penalty", "budget", "confidence"):
-        if AUTO not in counts and getattr(options, knob) is not None:
-            raise ValueError(f"--{knob} is for --tokens auto, got it with --tokens {counts}")
-    for count in counts:
-        most = _largest_count(model, options) if count == AUTO else count
-        tokens = sum(processor.image_tokens(images, most, max_tiles=options.max_tiles))
-        if count == AUTO and options.budget is not None:
-            tokens = min(tokens, options.budget)
-        check_length(model.config, tokens)
+    for name in ("penalty", "budget", "confidence"):
+        if AUTO not in counts and getattr(options, name) is not None:
+            raise ValueError(f"--{name} is for --tokens auto, got it with --tokens {counts}")
+    image, content = {"type": "image"}, parts_of(options.prompt)
+    if image not in content:
+        content = [image] * len(images) + content if images else options.prompt
+    try:
+        prompt = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+    except TemplateError as error:
+        raise ValueError(f"chat_template cannot be rendered: {error}") from error
     answers = answer_at_counts(
         model,
         processor,
@@ -89,27 +87,14 @@ def _generate(options: argparse.Namespace) -> int:
         budget=options.budget,
         confidence=options.confidence,
     )
-    cascade = options.confidence is not None
-    for place, answer in enumerate(answers):
-        if place == 0:  # what cannot be answered prints nothing
-            all_tries = f"{'all':>7}  " * cascade
-            print(f"{'tokens':>7}  {all_tries}{'first_s':>7}  {'total_s':>7}  answer")
-        all_tries = f"{answer.read_vision_tokens:>7}  " * cascade
-        print(
-            f"{answer.vision_tokens:>7}  {all_tries}{answer.first_token_seconds:>7.3f}  "
-            f"{answer.seconds:>7.3f}  {answer.text}",
-            flush=True,
-        )
+    # The table has one column more for a cascade, whose discarded answers read images too.
+    all_tries = options.confidence is not None
+    for i, answer in enumerate(answers):
+        if i == 0:  # after the first answer, so that an error prints no table
+            names = ["tokens", *["all"] * all_tries, "first_s", "total_s"]
+            print("  ".join([*(f"{name:>7}" for name in names), "answer"]))
+        tokens = [answer.vision_tokens, *[answer.read_vision_tokens] * all_tries]
+        columns = [f"{number:>7}" for number in tokens]
+        columns += [f"{answer.first_token_seconds:>7.3f}", f"{answer.seconds:>7.3f}"]
+        print("  ".join([*columns, answer.text]), flush=True)
     return 0
-
-
-def _largest_count(model: Any, options: argparse.Namespace) -> Any:
-    """Of those that auto may choose."""
-    from tokenflex.routing.ladder import known_counts, trained_counts
-    from tokenflex.routing.storage import router_of
-
-    if options.confidence is not None:
-        return trained_counts(model)[-1]
-    if options.budget is not None:
-        return known_counts(model)[-1]
-    return router_of(model).counts[-1]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from tokenflex.data.samples import IMAGE_MARK, Conversation
-from tokenflex.models.chat import Chat, image_pattern, render
+from tokenflex.data.samples import Conversation
+from tokenflex.models.chat import IMAGE_MARK, Chat, image_pattern, render
 
 IGNORE = -100
 CACHED_CONVERSATIONS = 4096

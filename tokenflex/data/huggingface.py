@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 from tokenflex.data.messages import ImageFolder
 from tokenflex.data.records import PICTURE_KEYS, Record, check_paths, read_record
-from tokenflex.data.samples import Sample, SampleOutline
+from tokenflex.data.samples import Sample
 from tokenflex.files import excerpt, printable
 from tokenflex.images import image_size, open_image
 
@@ -48,7 +48,7 @@ class HuggingFaceDataset:
         """Return the data set and the row's place in it."""
         return f"{self.path}[{index}]"
 
-    def outline(self, index: int) -> SampleOutline:
+    def outline(self, index: int) -> Sample:
         """The row's text and the sizes that its images' heads state."""
         return outline_of_row(self._rows[index], self.where(index), self._folders)
 
@@ -132,15 +132,13 @@ def sample_of(row: dict[str, Any], where: str, folders: Sequence[ImageFolder]) -
     return Sample(name, pixels, (conversation,))
 
 
-def outline_of_row(
-    row: dict[str, Any], where: str, folders: Sequence[ImageFolder]
-) -> SampleOutline:
+def outline_of_row(row: dict[str, Any], where: str, folders: Sequence[ImageFolder]) -> Sample:
     """A row without its pixels; arguments and errors are those of :func:`sample_of`."""
     name, images, conversation = _record(row, where)
     sizes = tuple(
         image_size(_file_of(image, where, folders), f"{where}: an image") for image in images
     )
-    return SampleOutline(name, sizes, (conversation,))
+    return Sample(name, sizes, (conversation,))
 
 
 def _record(row: dict[str, Any], where: str) -> Record:

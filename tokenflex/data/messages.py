@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from tokenflex.data.faults import BrokenSample
 from tokenflex.data.records import MAX_PATH_LENGTH, MAX_RECORD_BYTES, Record, read_record
-from tokenflex.data.samples import Sample, SampleOutline
+from tokenflex.data.samples import Sample
 from tokenflex.files import describe_payload, excerpt, parse_json
 from tokenflex.images import image_size, open_image
 
@@ -128,11 +128,11 @@ class MessagesDataset:
         images = tuple(open_image(*self._image(path, index)) for path in paths)
         return Sample(name, images, (conversation,))
 
-    def outline(self, index: int) -> SampleOutline:
+    def outline(self, index: int) -> Sample:
         """Return the sample's text and the sizes that its image files state; no pixels are read."""
         name, paths, conversation = self._record(index)
         sizes = tuple(image_size(*self._image(path, index)) for path in paths)
-        return SampleOutline(name, sizes, (conversation,))
+        return Sample(name, sizes, (conversation,))
 
     def _record(self, index: int) -> Record:
         record = self._records[index]

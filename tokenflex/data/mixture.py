@@ -10,7 +10,7 @@ import torch
 
 from tokenflex.data.faults import BrokenSample, broken_records, where_of
 from tokenflex.data.order import EpochOrder, Order, StreamOrder
-from tokenflex.data.samples import Sample, SampleDataset, SampleOutline, size_of
+from tokenflex.data.samples import Sample, SampleDataset, size_of
 from tokenflex.data.steps import outline_of
 
 BLOCK = 1000  # samples within which the weights are kept
@@ -81,7 +81,7 @@ class Mixture:
         part, inner = self._places.place_of(index)
         return where_of(self.parts[part], inner)
 
-    def outline(self, index: int) -> SampleOutline:
+    def outline(self, index: int) -> Sample:
         """The part's outline of its sample."""
         part, inner = self._places.place_of(index)
         return outline_of(self.parts[part], inner)

@@ -12,8 +12,9 @@ from typing import Any, TypeAlias
 
 from tokenflex.data.media import is_empty, unread_media
 from tokenflex.data.placeholders import find_placeholder
-from tokenflex.data.samples import IMAGE_MARK, Conversation, Turn
+from tokenflex.data.samples import Conversation, Turn
 from tokenflex.files import describe_payload, excerpt
+from tokenflex.models.chat import IMAGE_MARK
 
 Record: TypeAlias = "tuple[str, list[Any], Conversation]"
 """Its id, its pictures, and what is said about them."""

@@ -1,16 +1,11 @@
-"""What a data set gives: images and what is said about them."""
+"""Samples of a data set: images and what is said about them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
-
-from PIL import Image
+from typing import Any, Literal, Protocol
 
 from tokenflex.errors import ReportedError
-
-IMAGE_MARK = "<image>"
-"""Where an image stands in a turn's text, whatever the tokenizer's own placeholder is."""
 
 
 @dataclass(frozen=True)
@@ -33,34 +28,44 @@ class Conversation:
 class Sample:
     """Images and the conversations about them; conversations do not see each other.
 
-    The turns of a conversation hold :data:`IMAGE_MARK` once per image, or not at all, in which case
-    the images stand before its first user turn. Images of a sample are encoded once, however many
-    conversations there are, and share the sample's vision-token count.
+    The turns of a conversation hold ``<image>`` (:data:`tokenflex.models.chat.IMAGE_MARK`) once per
+    image, or not at all, in which case the images stand before its first user turn. Images of a
+    sample are encoded once, however many conversations there are, and share the sample's
+    vision-token count.
+
+    Attributes:
+        id: for messages.
+        images: PIL images; in an outline, from which a sample's size follows, the (height, width)
+            of each in pixels.
+        conversations: what is said about them.
     """
 
     id: str
-    images: tuple[Image.Image, ...]
+    images: tuple[Any, ...]
     conversations: tuple[Conversation, ...]
 
+    @property
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of each image in pixels."""
+        return [
+            image if isinstance(image, tuple) else (image.height, image.width)
+            for image in self.images
+        ]
 
-@dataclass(frozen=True)
-class SampleOutline:
-    """What a sample's size follows from: its conversations, (height, width) of each image."""
-
-    id: str
-    image_sizes: tuple[tuple[int, int], ...]
-    conversations: tuple[Conversation, ...]
+    def outline(self) -> Sample:
+        """Return the sample with the sizes of its images in their place."""
+        return Sample(self.id, tuple(self.image_sizes), self.conversations)
 
 
 class SampleDataset(Protocol):
-    """A data set: any object with a length whose items are samples, the same at every asking.
+    """A data set: any object with a length whose items are samples, the same at every reading.
 
-    One with a method ``outline(index) -> SampleOutline``, which opens no pixels, spares every rank
-    from reading the images of all others. That of a stream has no end, and ``len`` is a TypeError.
-    A sample that cannot be read raises when it is asked for, and keeps its index. A data set may
-    name those that it knows of beforehand in an attribute ``broken``, a list of
-    :class:`tokenflex.data.faults.BrokenSample`, and a sample's place in its files by a method
-    ``where(index) -> str``.
+    One with a method ``outline(index) -> Sample``, which gives the sizes of the images in their
+    place and opens no pixels, spares every rank from reading the images of all others. A stream has
+    no end, and ``len`` of it is a TypeError. A sample that cannot be read raises when it is read,
+    and keeps its index. A data set may name those that it knows of beforehand in an attribute
+    ``broken``, a list of :class:`tokenflex.data.faults.BrokenSample`, and a sample's place in its
+    files by a method ``where(index) -> str``.
     """
 
     def __len__(self) -> int: ...
@@ -77,7 +82,7 @@ class StreamError(ReportedError):
 
 
 def size_of(dataset: SampleDataset) -> int | None:
-    """How many samples there are; None for a stream, which does not know."""
+    """Return how many samples there are; None for a stream, which does not know."""
     try:
         return len(dataset)
     except TypeError:

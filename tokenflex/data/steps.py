@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
+from operator import mul
 from typing import Literal, TypeAlias
 
 from tokenflex.counts import TokenCount, TokenCounts, tokens_of
-from tokenflex.data.balance import deal
-from tokenflex.data.encoding import IGNORE
 from tokenflex.data.faults import NO_SAMPLE_TO_BLAME, BrokenSample, leaving_out
-from tokenflex.data.packing import DrawnSample, FittedSample, PackedBatch, PackingCollator
-from tokenflex.data.samples import Sample, SampleDataset, SampleOutline
-from tokenflex_kernels.reference.packing import MAX_INT32
+from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
+from tokenflex.data.samples import Sample, SampleDataset
+from tokenflex_kernels import balance_bins
+
+MAX_INT32 = 2**31 - 1
 
 Key = tuple[int, int]  # (epoch, sample index)
 
@@ -61,21 +63,6 @@ class PackedStep:
     def rows(self) -> int:
         """Rows that this rank's forward passes compute, padding and stand-ins included."""
         return sum(batch.plan.num_tokens for batch in self.bins)
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """A sample of the step at one count, before its images are read."""
-
-    key: Key
-    drawn: TokenCount
-    fitted: FittedSample
-    count: int  # vision tokens of a tile
-    tokens: int
-    tiles: int
-    targets: int
-    teacher_tokens: int
-    teacher_vision_tokens: int
 
 
 class StepPacker:
@@ -121,82 +108,79 @@ class StepPacker:
         sample would meet as well (:data:`tokenflex.data.faults.NO_SAMPLE_TO_BLAME`).
 
         Raises:
-            ValueError: no sample of the step is left, the message says what is wrong with one.
+            ValueError: no sample of the step is left; the message says what is wrong with one.
         """
         broken: list[BrokenSample] = []
-        planned: list[_Planned] = []
-        for key, drawn in views_of(keys, self.collator.counts, self.draw):
-            with leaving_out(self.dataset, key[1], broken):
-                planned.append(self._plan(key, drawn))
-        dealt = deal(
-            [one.tokens for one in planned],
-            [one.tiles for one in planned],
+        planned: list[DrawnSample] = []
+        for (epoch, index), count in views_of(keys, self.collator.counts, self.draw):
+            with leaving_out(self.dataset, index, broken):
+                outline = outline_of(self.dataset, index)
+                planned.append(self._fit(DrawnSample(index, epoch, outline, count)))
+        counts = [one.tokens_per_tile for one in planned]
+        tokens = [one.num_tokens(one.tokens_per_tile) for one in planned]
+        tiles = [sum(one.tiles) for one in planned]
+        bins = balance_bins(
+            tokens,
+            tiles,
             max_tokens=self.max_tokens,
             max_tiles=self.max_tiles,
             tile_cost=self.tile_cost,
-            num_ranks=self.num_ranks,
+            multiple_of=self.num_ranks,
+            exchange=True,
         )
-        costs = [sum(self._cost(planned[i]) for i in members) for members in dealt]
-        places = [*_places_of(self.rank, len(dealt), self.num_ranks)]
+        costs = [sum(tokens[i] + self.tile_cost * tiles[i] for i in members) for members in bins]
         packed: list[PackedBatch] = []
-        read: set[tuple[int, int, TokenCount | None]] = set()
-        for place in places:
-            batch, members = self._packed([planned[i] for i in dealt[place]], broken)
+        rank_tokens = 0
+        rank_bins = [*_bins_of(self.rank, len(bins), self.num_ranks)]
+        for number in rank_bins:
+            # In the order of the step, whatever order they were dealt in.
+            batch, members = self._pack([planned[i] for i in sorted(bins[number])], broken)
             packed += [] if batch is None else [batch]
-            read |= {(one.epoch, one.index, one.count) for one in members}
+            rank_tokens += sum(one.num_tokens(one.tokens_per_tile) for one in members)
         # A rank whose samples are fewer or broken still takes part in every exchange of gradients.
-        missing = len(places) - len(packed)
+        missing = len(rank_bins) - len(packed)
         stand_in = packed[0] if packed else self._any_batch(planned)
         if stand_in is None:
             reason = broken[0].reason if broken else "there are none"
             raise ValueError(f"none of the {len(keys)} samples of a step can be read: {reason}")
-        packed += [_without_targets(stand_in)] * missing
+        packed += [stand_in.without_targets()] * missing
+        teacher = self.collator.teacher_count
+        seen_by_teacher = 0 if teacher is None else tokens_of(teacher)
         return PackedStep(
             bins=packed,
             samples=len(planned),
-            tokens=sum(one.tokens for one in planned),
-            tiles=sum(one.tiles for one in planned),
-            vision_tokens=sum(one.tiles * one.count for one in planned),
-            targets=sum(one.targets for one in planned),
-            counts=dict(sorted(Counter(one.count for one in planned if one.tiles).items())),
-            rank_tokens=sum(one.tokens for one in planned if (*one.key, one.drawn) in read),
+            tokens=sum(tokens),
+            tiles=sum(tiles),
+            vision_tokens=sum(map(mul, tiles, counts)),
+            targets=sum(one.num_targets for one in planned),
+            counts=dict(sorted(Counter(compress(counts, tiles)).items())),
+            rank_tokens=rank_tokens,
             cost_balance=max(costs) * len(costs) / sum(costs),
             broken=broken,
-            teacher_tokens=sum(one.teacher_tokens for one in planned),
-            teacher_vision_tokens=sum(one.teacher_vision_tokens for one in planned),
+            teacher_tokens=sum(one.num_tokens(seen_by_teacher) for one in planned if teacher),
+            teacher_vision_tokens=sum(tiles) * seen_by_teacher,
         )
 
-    def _plan(self, key: Key, drawn: TokenCount) -> _Planned:
-        outline = outline_of(self.dataset, key[1])
-        fitted, count = self.collator.fit(outline, drawn), tokens_of(drawn)
-        tiles = sum(fitted.tiles)
-        image_counts = [count * one for one in fitted.tiles]
-        tokens = sum(one.num_tokens(image_counts) for one in fitted.sequences)
-        teacher_tokens = teacher_count = 0
-        if self.collator.teacher_count is not None:
-            teacher_count = tokens_of(self.collator.teacher_count)
-            seen = [teacher_count * one for one in fitted.tiles]
-            teacher_tokens = sum(one.num_tokens(seen) for one in fitted.sequences)
-        targets = sum(int((one.labels != IGNORE).sum()) for one in fitted.sequences)
+    def _fit(self, drawn: DrawnSample) -> DrawnSample:
+        fitted = self.collator.fit(drawn)
         for name, size, bound in (
-            ("max_tokens", tokens, self.max_tokens),
-            ("max_tiles", tiles, self.max_tiles),
+            ("max_tokens", fitted.num_tokens(fitted.tokens_per_tile), self.max_tokens),
+            ("max_tiles", sum(fitted.tiles), self.max_tiles),
         ):
             if size > bound:
-                raise ValueError(f"sample {outline.id} has {size}, more than {name} of {bound}")
-        seen_by_teacher = teacher_tokens, teacher_count * tiles
-        return _Planned(key, drawn, fitted, count, tokens, tiles, targets, *seen_by_teacher)
+                raise ValueError(
+                    f"sample {drawn.sample.id} has {size}, more than {name} of {bound}"
+                )
+        return fitted
 
-    def _packed(
-        self, planned: Sequence[_Planned], broken: list[BrokenSample]
+    def _pack(
+        self, planned: Sequence[DrawnSample], broken: list[BrokenSample]
     ) -> tuple[PackedBatch | None, list[DrawnSample]]:
-        """A bin, and the samples in it; None where none of them can be read."""
+        """Pack a bin: the batch and the samples in it, None where none of them can be read."""
         members = []
         for one in planned:
-            epoch, index = one.key
-            with leaving_out(self.dataset, index, broken):
-                sample = self.dataset[index]
-                members.append(DrawnSample(index, epoch, sample, one.drawn, one.fitted))
+            with leaving_out(self.dataset, one.index, broken):
+                members.append(replace(one, sample=self.dataset[one.index]))
         if not members:
             return None, []
         try:
@@ -215,20 +199,17 @@ class StepPacker:
             self.collator([member])
         return len(broken) == before
 
-    def _any_batch(self, planned: list[_Planned]) -> PackedBatch | None:
-        """A batch of the first sample of the step that can be read, whoever's it is."""
+    def _any_batch(self, planned: list[DrawnSample]) -> PackedBatch | None:
+        """Pack the first sample of the step that can be read, whichever rank it is of."""
         for one in planned:
-            batch, _ = self._packed([one], [])
+            batch, _ = self._pack([one], [])
             if batch is not None:
                 return batch
         return None
 
-    def _cost(self, one: _Planned) -> float:
-        return one.tokens + self.tile_cost * one.tiles
-
 
 def views_of(keys: Sequence[Key], counts: TokenCounts, draw: Draw) -> list[tuple[Key, TokenCount]]:
-    """Each sample of a step with a count to show it at: a pure function of the keys."""
+    """Return each sample of a step with a count to show it at: a pure function of the keys."""
     if draw == "all":
         return [(key, count) for key in keys for count in counts.counts]
     # What a whole step draws is what its first sample draws.
@@ -239,28 +220,15 @@ def views_of(keys: Sequence[Key], counts: TokenCounts, draw: Draw) -> list[tuple
     ]
 
 
-def outline_of(dataset: SampleDataset, index: int) -> SampleOutline:
-    """The data set's own outline of a sample, or that of the sample read whole."""
-    if hasattr(dataset, "outline"):
-        return dataset.outline(index)
-    sample: Sample = dataset[index]
-    sizes = tuple((image.height, image.width) for image in sample.images)
-    return SampleOutline(sample.id, sizes, sample.conversations)
+def outline_of(dataset: SampleDataset, index: int) -> Sample:
+    """Return the data set's own outline of a sample, or that of the sample read whole."""
+    return dataset.outline(index) if hasattr(dataset, "outline") else dataset[index].outline()
 
 
-def _places_of(rank: int, num_bins: int, num_ranks: int) -> Iterator[int]:
-    """The bins of a rank. They come by falling cost: dealt to and fro, so that no rank leads."""
+def _bins_of(rank: int, num_bins: int, num_ranks: int) -> Iterator[int]:
+    """Yield the bins of a rank.
+
+    They come by falling cost and are dealt to and fro, so that no rank leads.
+    """
     for turn in range(num_bins // num_ranks):
         yield turn * num_ranks + (num_ranks - 1 - rank if turn % 2 else rank)
-
-
-def _without_targets(batch: PackedBatch) -> PackedBatch:
-    """The same forward pass with nothing to learn."""
-    none = batch.targets[:0]
-    teacher = batch.teacher
-    if teacher is not None:
-        row = replace(teacher.row, target_rows=none, targets=none, targets_per_conversation=[])
-        teacher = replace(teacher, row=row)
-    return replace(
-        batch, target_rows=none, targets=none, answers=[], sample_ids=[], teacher=teacher
-    )

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tokenflex.data.huggingface import image_folders, load_rows, outline_of_row, sample_of
-from tokenflex.data.samples import DataExhaustedError, Sample, SampleOutline, StreamError
+from tokenflex.data.samples import DataExhaustedError, Sample, StreamError
 
 ROWS_READ = 16  # at a time
 ROWS_KEPT = 1024  # at first: those of a step are asked for twice, for the outline and the pixels
@@ -77,7 +77,7 @@ class StreamingDataset:
         """Return the data set and the row's position in the stream."""
         return f"{self.path}[{position}]"
 
-    def outline(self, position: int) -> SampleOutline:
+    def outline(self, position: int) -> Sample:
         """The row's text and the sizes that its images' heads state."""
         return outline_of_row(self._row(position), self.where(position), self._folders)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from tokenflex.data.media import FILE_ENDINGS
 from tokenflex.data.records import MAX_RECORD_BYTES, Record, read_record
-from tokenflex.data.samples import Sample, SampleOutline
+from tokenflex.data.samples import Sample
 from tokenflex.data.tars import members
 from tokenflex.files import parse_json, printable
 from tokenflex.images import image_size, open_image
@@ -125,10 +125,10 @@ class WebDataset:
         (name, _, conversation), images = self._read(index, open_image)
         return Sample(name, tuple(images), (conversation,))
 
-    def outline(self, index: int) -> SampleOutline:
+    def outline(self, index: int) -> Sample:
         """The record's text and the sizes that its images' heads state."""
         (name, _, conversation), sizes = self._read(index, image_size)
-        return SampleOutline(name, tuple(sizes), (conversation,))
+        return Sample(name, tuple(sizes), (conversation,))
 
     def where(self, index: int) -> str:
         """Return the shard and key of a sample."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tokenflex.data.layout import RowLayout
-from tokenflex.data.sharing import prefix_and_branches, whole_conversations
+from tokenflex.data.rows import plan_row
+from tokenflex.data.sequences import TokenSequence, prefix_and_branches
 from tokenflex.evaluation.generation import generate_answers
 from tokenflex.evaluation.questions import ProjectedImages, Question
 from tokenflex.evaluation.scoring import RULES
@@ -52,25 +52,25 @@ def grade_forced(
     Returns:
         Tensors on the host.
     """
-    layout = RowLayout(processor.image_token_id)
-    ends = [0, *accumulate(len(tokens) for tokens in vision.tokens)]
+    samples: list[tuple[list[TokenSequence], int]] = []
+    tokens_per_image: list[int] = []
+    first_images: dict[range, int] = {}
     asked = zip(questions, vision.places, strict=True)
     for _, group in groupby(asked, key=lambda pair: (pair[0].sample.index, pair[0].grids)):
         members = list(group)
-        encoded = [question.encoded for question, _ in members if question.encoded is not None]
+        sequences = [question.encoded for question, _ in members if question.encoded is not None]
         if model.takes_shared_prefixes:
-            sequences = prefix_and_branches(encoded, processor.image_token_id)
-        else:
-            sequences = whole_conversations(encoded)
-        question, place = members[0]
-        shown = torch.arange(ends[place.start], ends[place.stop])
-        layout.add(sequences, shown.split(question.tokens_per_image))
-    row = layout.plan()
+            sequences = prefix_and_branches(sequences, processor.image_token_id)
+        question, tiles = members[0]
+        if tiles not in first_images:
+            first_images[tiles] = len(tokens_per_image)
+            tokens_per_image += question.tokens_per_image
+        samples.append((sequences, first_images[tiles]))
+    row = plan_row(samples, tokens_per_image, processor.image_token_id)
     batch = row.to(model.device)
     logits = model(
         plan=batch.plan,
         mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=vision.tokens)},
-        vision_index=batch.vision_index,
         shared_prefixes=batch.shared_prefixes,
         logits_to_keep=batch.target_rows,
     ).logits[0]

@@ -20,7 +20,7 @@ from tokenflex.data.faults import (
 )
 from tokenflex.data.order import load_in_order
 from tokenflex.data.samples import Conversation, Sample, SampleDataset
-from tokenflex.data.sharing import EncodedConversation
+from tokenflex.data.sequences import TokenSequence
 from tokenflex.models.vision import EncodedImages
 
 
@@ -66,9 +66,7 @@ class PreparedSample:
             raise ValueError(f"sample {self.id}: {error}") from error
         return torch.tensor(ids, dtype=torch.int64)
 
-    def encoded(
-        self, encode: ConversationEncoder, conversation: Conversation
-    ) -> EncodedConversation:
+    def encoded(self, encode: ConversationEncoder, conversation: Conversation) -> TokenSequence:
         """Return the conversation with its answers as in training.
 
         Raises:
@@ -80,7 +78,7 @@ class PreparedSample:
             raise ValueError(f"sample {self.id}: {error}") from error
         if not (labels[1:] != IGNORE).any():  # a first token is not predicted
             raise ValueError(f"sample {self.id}: a conversation holds no answer to grade")
-        return ids, labels, len(self.tiles)
+        return TokenSequence(ids, labels, slice(0, len(self.tiles)))
 
 
 @dataclass(frozen=True)
@@ -227,7 +225,7 @@ def read_questions(
         )
 
 
-def text_before_answers(encoded: EncodedConversation, image_token_id: int) -> torch.Tensor:
+def text_before_answers(encoded: TokenSequence, image_token_id: int) -> torch.Tensor:
     """Return a conversation up to its first answer, with a placeholder for every image.
 
     Counts are chosen by this text. Placeholders of images in later turns stand at the end.
@@ -239,8 +237,8 @@ def text_before_answers(encoded: EncodedConversation, image_token_id: int) -> to
     Returns:
         int64 [length].
     """
-    ids, labels, _ = encoded
-    first = int((labels != IGNORE).nonzero()[0])
+    ids = encoded.ids
+    first = int((encoded.labels != IGNORE).nonzero()[0])
     later = ids[first:]
     return torch.cat([ids[:first], later[later == image_token_id]])
 
@@ -262,7 +260,7 @@ class Question:
     sample: PreparedSample
     conversation: Conversation
     prompt_ids: torch.Tensor | None = None
-    encoded: EncodedConversation | None = None
+    encoded: TokenSequence | None = None
     grids: tuple[Grid, ...] = ()
 
     @property

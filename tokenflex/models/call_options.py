@@ -1,4 +1,7 @@
-"""Options of one call of the processor: each goes to the part that takes it, or is refused."""
+"""Options of one call of a processor: each goes to the part that takes it, or is refused.
+
+transformers' processors ignore an option that nobody takes, so that a misspelt one has no effect.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,16 @@ from tokenflex.counts import ImageTokenCounts
 
 _OWN = ("num_image_tokens", "max_tiles")
 _FLAGS = ("return_mm_token_type_ids", "return_text_replacement_offsets")
-_GROUPS = ("text_kwargs", "images_kwargs", "videos_kwargs", "audio_kwargs", "common_kwargs")
+_PARTS = {
+    "text_kwargs": ("tokenizer", TextKwargs),
+    "images_kwargs": ("image_processor", ImagesKwargs),
+    "videos_kwargs": ("video_processor", VideosKwargs),
+    "audio_kwargs": ("feature_extractor", AudioKwargs),
+}
+"""Group of options -> the part of a processor that takes them, and their names in transformers."""
+_GROUPS = (*_PARTS, "common_kwargs")
+_INTERNAL = {"padding_strategy", "truncation_strategy", "image_like_kwargs"}
+"""Arguments of a part's methods that it computes itself."""
 _REFUSED = {
     "videos": "give the frames of a video as images",
     "audio": "the model reads text and images",
@@ -29,18 +41,97 @@ _REFUSED = {
 }
 
 
+def known_options(processor: Any) -> dict[str, set[str]]:
+    """Return the names of the options in each group, ``text_kwargs`` and so on.
+
+    These are the names that transformers gives to all models, those that the processor or its part
+    declares, and the arguments of the part's methods.
+
+    Args:
+        processor: a transformers processor.
+    """
+    declared = processor.valid_processor_kwargs.__annotations__
+    groups = {}
+    for group, (part_name, common) in _PARTS.items():
+        part = getattr(processor, part_name, None)
+        declarations = (common, declared.get(group), getattr(part, "valid_kwargs", None))
+        names = {n for options in declarations for n in getattr(options, "__annotations__", ())}
+        for method in ("__call__", "_encode_plus", "_batch_encode_plus", "preprocess"):
+            names.update(_arguments(getattr(type(part), method, None)))
+        groups[group] = names - _INTERNAL
+    groups["text_kwargs"].update(("split_special_tokens", *_FLAGS))
+    return groups
+
+
+def _arguments(method: Any) -> list[str]:
+    """Return the named arguments of a part's method, without ``self`` and what it processes."""
+    if method is None:
+        return []
+    parameters = list(inspect.signature(method).parameters.values())[2:]
+    return [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+
+
+def check_known(name: str, known: set[str], owner: str) -> None:
+    """Refuse an option that ``owner`` does not take.
+
+    Raises:
+        TypeError: ``name`` is not in ``known``; the message holds the nearest name that is.
+    """
+    if name not in known:
+        nearest = difflib.get_close_matches(name, sorted(known), n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise TypeError(f"{name} is no argument of {owner}{hint}")
+
+
+def check_names(
+    processor: Any, options: Mapping[str, Any], more: Iterable[str] = ()
+) -> dict[str, set[str]]:
+    """Refuse options of our processor that no part of it takes.
+
+    Args:
+        processor: a :class:`tokenflex.TokenFlexProcessor`.
+        options: arguments of a call beside images and text.
+        more: further known names.
+
+    Returns:
+        The :func:`known_options`.
+
+    Raises:
+        TypeError: a name is unknown; the message holds the nearest known name.
+        ValueError: the option asks for something that the model cannot do.
+    """
+    groups = known_options(processor)
+    of_groups = set().union(*groups.values())
+    for name, value in options.items():
+        known = {*_OWN, *_GROUPS, *more, *of_groups}
+        _check_option(name, value, known, "the processor or its tokenizer")
+        if name not in _GROUPS or value is None:
+            continue
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name} must be a dict, got {type(value).__name__}")
+        for option, setting in value.items():
+            _check_option(option, setting, groups.get(name, of_groups), name)
+    return groups
+
+
+def _check_option(name: str, value: Any, known: set[str], owner: str) -> None:
+    check_known(name, known | _REFUSED.keys(), owner)
+    if name in _REFUSED and value is not None and value is not False:
+        raise ValueError(f"{name} cannot be given: {_REFUSED[name]}")
+
+
 @dataclass(frozen=True)
 class CallOptions:
     """Options of one call, sorted by the part that takes them.
 
     Attributes:
         num_image_tokens: None for the processor's own.
-        max_tiles: Likewise.
-        images_kwargs: For the image processor.
-        text_kwargs: For the tokenizer.
+        max_tiles: None for the processor's own.
+        images_kwargs: for the image processor.
+        text_kwargs: for the tokenizer.
         return_tensors: "pt", "np" or None.
-        return_mm_token_type_ids: Tell placeholders from text.
-        return_text_replacement_offsets: Tell where images stand in the text.
+        return_mm_token_type_ids: return which tokens are placeholders.
+        return_text_replacement_offsets: return where images stand in the text.
     """
 
     num_image_tokens: ImageTokenCounts | Literal["auto"] | None
@@ -52,85 +143,21 @@ class CallOptions:
     return_text_replacement_offsets: bool
 
 
-def check_names(processor: Any, options: Mapping[str, Any], more: Iterable[str] = ()) -> None:
-    """Refuse options that nobody takes: transformers passes over them in silence.
-
-    Args:
-        processor: With a ``tokenizer`` and an ``image_processor``.
-        options: Arguments of a call beside images and text.
-        more: Further names that are known.
-
-    Raises:
-        TypeError: A name is unknown; the message holds the nearest known one.
-        ValueError: The option asks for something that the model cannot do.
-    """
-    groups = _known_options(processor)
-    own = [*_OWN, *_FLAGS, *_GROUPS, *more]
-    known = {*own, *_REFUSED, *(name for group in groups.values() for name in group)}
-    for name, value in options.items():
-        _check_name(name, value, known, "the processor or its tokenizer")
-        if name not in _GROUPS or value is None:
-            continue
-        if not isinstance(value, Mapping):
-            raise TypeError(f"{name} must be a dict, got {type(value).__name__}")
-        inside = set().union(*groups.values()) if name == "common_kwargs" else groups[name]
-        for option, setting in value.items():
-            _check_name(option, setting, inside | _REFUSED.keys(), name)
-
-
-def check_known(name: str, known: set[str], owner: str) -> None:
-    """Refuse an option that ``owner`` does not take.
-
-    Raises:
-        TypeError: ``name`` is not among ``known``; the message holds the nearest one that is.
-    """
-    if name not in known:
-        nearest = difflib.get_close_matches(name, sorted(known), n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise TypeError(f"{name} is no argument of {owner}{hint}")
-
-
-def _check_name(name: str, value: Any, known: set[str], owner: str) -> None:
-    check_known(name, known, owner)
-    if name in _REFUSED and value is not None and value is not False:
-        raise ValueError(f"{name} cannot be given: {_REFUSED[name]}")
-
-
-def _known_options(processor: Any) -> dict[str, set[str]]:
-    """Return the names of the options in each group."""
-    image_options = getattr(processor.image_processor, "valid_kwargs", None)
-    tokenizer_call = inspect.signature(type(processor.tokenizer).__call__).parameters
-    return {
-        "text_kwargs": {
-            *TextKwargs.__annotations__,
-            *(n for n, p in tokenizer_call.items() if p.kind is not p.VAR_KEYWORD and n != "self"),
-            "split_special_tokens",
-        },
-        "images_kwargs": {
-            *ImagesKwargs.__annotations__,
-            *getattr(image_options, "__annotations__", ()),
-        },
-        # There is nothing that they could act on; code for any model gives them all the same.
-        "videos_kwargs": {*VideosKwargs.__annotations__},
-        "audio_kwargs": {*AudioKwargs.__annotations__},
-    }
-
-
 def sort_options(processor: Any, options: Mapping[str, Any]) -> CallOptions:
     """Sort the options of a call, by transformers' rules.
 
-    An option comes from the call or from ``text_kwargs`` and the like, from ``common_kwargs``, or
-    from what the tokenizer was saved with, in this order. Otherwise the batch is padded to its
-    longest prompt, and tensors are returned.
+    An option comes from the call or from ``text_kwargs`` and the like, then from ``common_kwargs``,
+    then from what the tokenizer was saved with. By default the batch is padded to its longest
+    prompt, and tensors are returned.
 
     Args:
-        processor: A transformers processor.
-        options: Arguments of a call beside images and text.
+        processor: a :class:`tokenflex.TokenFlexProcessor`.
+        options: arguments of a call beside images and text.
 
     Raises:
-        TypeError, ValueError: As :func:`check_names`; or an option is given twice, or is not valid.
+        TypeError, ValueError: as :func:`check_names`; or an option is given twice, or is not valid.
     """
-    check_names(processor, options)
+    known = check_names(processor, options)
     options = _spread_common(options)
     tokenizer = processor.tokenizer
     rest = {
@@ -138,9 +165,9 @@ def sort_options(processor: Any, options: Mapping[str, Any]) -> CallOptions:
         for name, value in options.items()
         if name not in _OWN and name not in _REFUSED and not (name in _GROUPS and value is None)
     }
-    # Of the tokenizer's arguments transformers knows those in TextKwargs alone.
-    more = _known_options(processor)["text_kwargs"] - TextKwargs.__annotations__.keys()
-    others = {name: rest.pop(name) for name in more & rest.keys()}
+    # transformers merges the tokenizer's options that TextKwargs names, and no others.
+    unnamed = known["text_kwargs"] - TextKwargs.__annotations__.keys()
+    others = {name: rest.pop(name) for name in unnamed & rest.keys()}
     try:
         merged = processor._merge_kwargs(
             processor.valid_processor_kwargs, tokenizer_init_kwargs=tokenizer.init_kwargs, **rest
@@ -153,7 +180,7 @@ def sort_options(processor: Any, options: Mapping[str, Any]) -> CallOptions:
     for name in _REFUSED:
         text.pop(name, None)
     formats = [group.pop("return_tensors") for group in (text, images) if "return_tensors" in group]
-    if any(one != formats[0] for one in formats):
+    if formats and formats[0] != formats[-1]:
         raise ValueError(
             f"return_tensors must be the same for text and images, got {formats[0]!r} and "
             f"{formats[1]!r}"
@@ -168,25 +195,25 @@ def sort_options(processor: Any, options: Mapping[str, Any]) -> CallOptions:
             "return_token_type_ids": False,
             **text,
         },
-        return_tensors=_checked_format(formats[0] if formats else "pt"),
+        return_tensors=_check_format(formats[0] if formats else "pt"),
         **flags,
     )
 
 
 def _spread_common(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the options in ``common_kwargs`` by name, as transformers hands each to all parts.
+    """Return the options with those in ``common_kwargs`` given by name, unless given elsewhere.
 
-    It knows what to do with ``return_tensors`` there. What is given elsewhere comes first.
+    transformers merges only ``return_tensors`` from there.
     """
     common = dict(options.get("common_kwargs") or {})
-    groups = [group for name in _GROUPS if name != "common_kwargs" if (group := options.get(name))]
-    given = {*options, *(name for group in groups for name in group)}
+    groups = [options.get(name) or {} for name in _PARTS]
     kept = {name: common.pop(name) for name in ("return_tensors",) if name in common}
-    spread = {name: value for name, value in common.items() if name not in given}
-    return {**options, "common_kwargs": kept, **spread}
+    for name in {*options, *(name for group in groups for name in group)}:
+        common.pop(name, None)
+    return {**options, "common_kwargs": kept, **common}
 
 
-def _checked_format(return_tensors: Any) -> str | None:
+def _check_format(return_tensors: Any) -> str | None:
     if isinstance(return_tensors, TensorType):
         return_tensors = return_tensors.value
     if return_tensors not in ("pt", "np", None):

@@ -1,8 +1,8 @@
-"""Conversations: messages of text and images, written out by any chat template.
+"""Conversations: messages of text and images, rendered by any chat template.
 
 The content of a message is a string or a list of parts. Some chat templates iterate the parts and
 write each image themselves; those of plain language models take strings. :func:`render` gives the
-template what it understands, and checks that every image was written once.
+template the form that it understands, and checks that every image was written once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from tokenflex.models.image_inputs import NamedImage
 
 IMAGE_MARK = "<image>"
-IMAGE_KEYS = ("image", "url", "path", "base64")
+"""The mark of an image in texts, whatever the tokenizer's own placeholder is."""
+IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 """Keys of an image part, of which one holds the image."""
 
 _PARTS_AS_TEXT = re.compile(r"""['"]type['"]\s*:\s*['"](?:text|image)['"]""")
@@ -29,11 +30,11 @@ class Chat:
     """A conversation that was checked.
 
     Attributes:
-        messages: With contents that are strings, or lists of ``{"type": "text", "text": ...}`` and
+        messages: with contents that are strings, or lists of ``{"type": "text", "text": ...}`` and
             ``{"type": "image"}``.
-        images: The images that its parts hold, in order of appearance.
-        parts_without_image: The names of image parts that hold none.
-        written: How many placeholders its contents spell out.
+        images: the images that its parts hold, in order of appearance.
+        parts_without_image: the names of image parts that hold no image.
+        written: the number of placeholders that its contents spell out.
     """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -51,8 +52,8 @@ def is_batch(conversation: Any) -> bool:
     """Return whether ``conversation`` is a list of conversations, not one.
 
     Raises:
-        TypeError: It is no list.
-        ValueError: It is empty.
+        TypeError: it is no list.
+        ValueError: it is empty.
     """
     if isinstance(conversation, (str, bytes, Mapping)) or not isinstance(conversation, Sequence):
         raise TypeError(
@@ -64,24 +65,35 @@ def is_batch(conversation: Any) -> bool:
     return isinstance(conversation[0], (list, tuple))
 
 
+def parts_of(text: str) -> list[dict[str, str]]:
+    """Split a text into parts: an image for each :data:`IMAGE_MARK`, and the text between them."""
+    parts: list[dict[str, str]] = []
+    for i, piece in enumerate(text.split(IMAGE_MARK)):
+        if i:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
 def read_chat(
     conversation: Any, name: str, placeholders: Sequence[str], foreign: Sequence[str] = ()
 ) -> Chat:
     """Check a conversation's messages and take the images out of them.
 
-    A placeholder in a text would stand for an image that is not there, or push others from their
-    places. It is refused, but for the processor's own in a conversation whose contents are strings:
-    there it says where images stand that are given beside the conversation.
+    A placeholder in a text would stand for an image that does not exist, or move others. It is
+    refused, except the processor's own in a conversation whose contents are strings: these mark the
+    images that are given beside the conversation.
 
     Args:
-        conversation: A list of messages; they are not changed.
-        name: What errors call it.
-        placeholders: What stands for an image in the processor's prompts.
-        foreign: What users may write in their place; it is refused everywhere.
+        conversation: a list of messages; they are not changed.
+        name: its name in errors.
+        placeholders: texts that stand for an image in the processor's prompts.
+        foreign: texts that users may write in their place; refused everywhere.
 
     Raises:
-        TypeError: A message is no dict, or a content or text of another type than it should be.
-        ValueError: A part is neither text nor image, holds several images, or a text holds a
+        TypeError: a message is no dict, or a content or text is of a wrong type.
+        ValueError: a part is neither text nor image or holds several images, or a text holds a
             placeholder.
     """
     chat = Chat()
@@ -89,7 +101,7 @@ def read_chat(
     for i, message in enumerate(conversation):
         if not isinstance(message, Mapping):
             raise TypeError(f"{name}[{i}] must be a dict, got {type(message).__name__}")
-        # Chat templates show None as a word, and handle a missing key.
+        # Chat templates print None as a word, and handle a missing key.
         shown = {key: value for key, value in message.items() if value is not None}
         content, content_name = shown.get("content"), f"{name}[{i}].content"
         if isinstance(content, str):
@@ -123,8 +135,7 @@ def _read_part(part: Any, name: str, chat: Chat, placeholders: Sequence[str]) ->
         got = type(part).__name__ if not isinstance(part, Mapping) else f"type {str(kind)[:40]!r}"
         hint = "; give the frames of a video as images" if kind == "video" else ""
         raise ValueError(f"{name}: content must have parts of type text and image, got {got}{hint}")
-    keys = (*IMAGE_KEYS, "image_url")
-    given = [key for key in keys if part.get(key) is not None]
+    given = [key for key in IMAGE_KEYS if part.get(key) is not None]
     if len(given) > 1:
         raise ValueError(f"{name} must hold one image, got {' and '.join(given)}")
     if not given:
@@ -149,7 +160,7 @@ def _check_text(text: str, name: str, placeholders: Sequence[str]) -> None:
 
 
 def without_placeholders(text: str, placeholders: Sequence[str]) -> str:
-    """Remove placeholders from a text, also those that appear where another one was."""
+    """Remove placeholders from a text, also those that a removal creates."""
     while any(placeholder in text for placeholder in placeholders):
         for placeholder in placeholders:
             text = text.replace(placeholder, "")
@@ -157,12 +168,12 @@ def without_placeholders(text: str, placeholders: Sequence[str]) -> str:
 
 
 def image_pattern(image_start: str, placeholder: str, image_end: str) -> re.Pattern[str]:
-    """Match a placeholder with the marks around it, which a prompt may hold already or leave out.
+    """Match a placeholder, and the marks around it where a prompt holds them.
 
     Args:
-        image_start: What stands before an image's placeholders.
-        placeholder: The placeholder.
-        image_end: What stands after them; a prompt may leave out the space that it ends in.
+        image_start: the mark before an image's placeholders.
+        placeholder: the placeholder.
+        image_end: the mark after them; a prompt may leave out its trailing white space.
     """
     end = image_end.rstrip()
     parts = (image_start, placeholder, end, image_end[len(end) :])
@@ -181,26 +192,26 @@ def render(
     variables: Mapping[str, Any],
     **options: Any,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Write a conversation out with a chat template.
+    """Render a conversation with a chat template.
 
     The contents are tried as they are, with parts only where there are images, as strings with
-    ``image_prompt`` where images stand, and as parts. The first form is taken of which the template
+    ``image_prompt`` in place of images, and as parts. The first form is taken of which the template
     writes every image once and every text.
 
     Args:
-        chat: The conversation.
-        chat_template: The source of a Jinja template.
-        placeholder: What must stand once for each image.
-        image_prompt: What stands for an image in a content that is a string.
-        variables: Of the template.
-        **options: For transformers' ``render_jinja_template``, for example ``tools``.
+        chat: the conversation.
+        chat_template: the source of a Jinja template.
+        placeholder: the text that must be written once for each image.
+        image_prompt: the text of an image in a content that is a string.
+        variables: of the template.
+        **options: for transformers' ``render_jinja_template``, for example ``tools``.
 
     Returns:
         The text, and the (start, end) of its ``{% generation %}`` blocks.
 
     Raises:
-        ValueError: The template writes another number of images than there are.
-        jinja2.TemplateError: It cannot be rendered.
+        ValueError: the template writes another number of images than there are.
+        jinja2.TemplateError: it cannot be rendered.
     """
     texts = [text for message in chat.messages for text in _texts_of(message)]
     quoted_parts = sum(len(_PARTS_AS_TEXT.findall(text)) for text in texts)
@@ -219,39 +230,44 @@ def render(
             continue  # the list was printed, not iterated
         written = text.count(placeholder)
         if written > chat.num_placeholders:
-            raise _wrong_number(placeholder, written, chat.num_placeholders)
+            break
         if written == chat.num_placeholders:
             rendered = text, spans[0] if spans else []
             if all(content.strip() in text for content in texts):
                 return rendered
             incomplete.append(rendered)
-    if incomplete:  # the template leaves text out on purpose, such as earlier reasoning
-        return incomplete[0]
+    else:
+        if incomplete:  # the template leaves text out on purpose, such as earlier reasoning
+            return incomplete[0]
     if written is not None:
-        raise _wrong_number(placeholder, written, chat.num_placeholders)
-    # A template's own refusal says more than what it stumbles over in a form not made for it.
+        raise ValueError(
+            f"chat_template must write {placeholder!r} once per image, but wrote it {written} "
+            f"times for {chat.num_placeholders} images; does a text spell it?"
+        )
+    # A template's own refusal says more than an error on a form it was not made for.
     failure = next((e for e in errors if type(e) is TemplateError), errors[-1])
     if isinstance(failure, ValueError):  # transformers quotes the conversation
         raise ValueError(str(failure).partition("Final message to continue:")[0][:300]) from None
     raise failure
 
 
-def _wrong_number(placeholder: str, written: int, images: int) -> ValueError:
-    return ValueError(
-        f"chat_template must write {placeholder!r} once per image, but wrote it {written} times "
-        f"for {images} images; does a text spell it?"
-    )
-
-
 def _forms(messages: list[dict[str, Any]], image_prompt: str) -> Iterator[list[dict[str, Any]]]:
-    """Yield the messages with the same contents in each form that a template may understand."""
+    """Yield the messages in each form that a template may understand."""
+
+    def as_text(content: Any) -> str:
+        if isinstance(content, str):
+            return content
+        return "".join(part.get("text", image_prompt) for part in content)
+
+    def as_text_without_images(content: Any) -> Any:
+        has_image = not isinstance(content, str) and {"type": "image"} in content
+        return content if has_image else as_text(content)
+
+    def as_parts(content: Any) -> Any:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
     tried: list[list[dict[str, Any]]] = []
-    for convert in (
-        lambda content: content,
-        lambda content: content if _has_image(content) else _as_text(content, image_prompt),
-        lambda content: _as_text(content, image_prompt),
-        _as_parts,
-    ):
+    for convert in (lambda content: content, as_text_without_images, as_text, as_parts):
         form = [
             {**message, "content": convert(message["content"])} if "content" in message else message
             for message in messages
@@ -259,20 +275,6 @@ def _forms(messages: list[dict[str, Any]], image_prompt: str) -> Iterator[list[d
         if form not in tried:
             tried.append(form)
             yield form
-
-
-def _as_parts(content: Any) -> list[dict[str, str]]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-def _as_text(content: Any, image_prompt: str) -> str:
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text", image_prompt) for part in content)
-
-
-def _has_image(content: Any) -> bool:
-    return not isinstance(content, str) and any(part["type"] == "image" for part in content)
 
 
 def _texts_of(message: Mapping[str, Any]) -> list[str]:
@@ -290,28 +292,27 @@ def assistant_masks(
     """Mark the tokens of each row that an assistant wrote.
 
     Args:
-        offsets: The (start, end) of each token in the text with all placeholders repeated.
-        spans: The (start, end) of what assistants wrote, before placeholders were repeated.
-        replacements: What the processor returns as ``text_replacement_offsets``.
+        offsets: the (start, end) of each token in the text with all placeholders repeated.
+        spans: the (start, end) of an assistant's texts, before placeholders were repeated.
+        replacements: the processor's ``text_replacement_offsets``.
 
     Returns:
         A list of 0 and 1 per row.
     """
     masks = []
     for tokens, written, replaced in zip(offsets, spans, replacements, strict=True):
-        moved = [
-            [
-                point + sum(_growth(one) for one in replaced if one["span"][1] <= point)
-                for point in span
-            ]
-            for span in written
-        ]
+        moved = [[_moved(point, replaced) for point in span] for span in written]
         masks.append(
             [int(any(start < to and end > at for at, to in moved)) for start, end in tokens]
         )
     return masks
 
 
-def _growth(replaced: Mapping[str, Any]) -> int:
-    start, end = replaced["span"]
-    return len(replaced["replacement"]) - (end - start)
+def _moved(point: int, replacements: Sequence[Mapping[str, Any]]) -> int:
+    """Return the position of ``point`` once the placeholders before it are repeated."""
+    growth = 0
+    for replaced in replacements:
+        start, end = replaced["span"]
+        if end <= point:
+            growth += len(replaced["replacement"]) - (end - start)
+    return point + growth

@@ -25,7 +25,7 @@ _MASK_NEEDS = {
     "return_offsets_mapping": "offset_mapping",
     "return_text_replacement_offsets": "text_replacement_offsets",
 }
-"""Options of a call that masks of answers are made from -> the names of what they return."""
+"""Options of a call that assistant masks need -> the names of their outputs."""
 
 
 class ConversationProcessor(ProcessorMixin):
@@ -58,32 +58,32 @@ class ConversationProcessor(ProcessorMixin):
         The ``content`` of a message is a string, or a list of ``{"type": "text", "text": ...}`` and
         ``{"type": "image", "image": ...}`` parts (or ``url``, ``path``, ``base64``; OpenAI's
         ``image_url`` parts too). A template that iterates parts writes the images itself. Others
-        get a string with :attr:`image_prompt` where images stand, so that the template of any
+        get a string with :attr:`image_prompt` in place of images, so that the template of any
         language model serves.
 
         A placeholder in the text of a part is refused. In a conversation whose contents are strings
-        it stands for an image that is given beside it, as ``images`` in ``processor_kwargs``.
+        it marks an image that is given beside it, as ``images`` in ``processor_kwargs``.
 
         Args:
             conversation: a list of messages, or a list of those.
             chat_template: in place of the processor's own, or the name of one of its templates.
-            tools: for the template, as ``documents``.
+            tools: for the template.
             documents: for the template.
-            add_generation_prompt: end with what begins an answer.
+            add_generation_prompt: end with the beginning of an answer.
             continue_final_message: leave the last message open.
             return_assistant_tokens_mask: return ``assistant_masks`` too, 1 for tokens in the
                 template's ``{% generation %}`` blocks.
             tokenize: return model inputs, not text.
             return_tensors: as the processor takes it; its default with "auto".
-            return_dict: with ``tokenize``: all inputs, not ``input_ids`` alone.
+            return_dict: with ``tokenize``, return all inputs, not ``input_ids`` alone.
             load_audio_from_video: must be False.
             processor_kwargs: for the processor, for example ``{"num_image_tokens": 64}``.
-            **kwargs: for the template where it has a variable of this name, else for the processor.
+            **kwargs: variables of the template, and options of the processor.
 
         Raises:
-            TypeError: a message is of the wrong type, or nobody takes an argument.
+            TypeError: a message is of the wrong type, or an argument is unknown.
             ValueError: a part is neither text nor image, an image is missing, a text holds a
-                placeholder, or an argument is given that would have no effect.
+                placeholder, or an argument would have no effect.
         """
         if load_audio_from_video:
             raise ValueError("load_audio_from_video must be False: the model reads text and images")
@@ -102,41 +102,39 @@ class ConversationProcessor(ProcessorMixin):
             )
         if return_assistant_tokens_mask:
             self._check_assistant_mask(template, tokenize and return_dict)
-        batched = is_batch(conversation)
         foreign = [IMAGE_MARK] if self.image_token != IMAGE_MARK else []
-        chats = [
-            read_chat(messages, name, [self.image_token], foreign)
-            for messages, name in named_conversations(conversation)
-        ]
-        rendered = [
-            render(
+        variables = {
+            "image_token": self.image_token,
+            **self.tokenizer.special_tokens_map,
+            **variables,
+        }
+        chats, texts, spans = [], [], []
+        for messages, name in named_conversations(conversation):
+            chat = read_chat(messages, name, [self.image_token], foreign)
+            text, answer_spans = render(
                 chat,
                 template,
                 placeholder=self.image_token,
                 image_prompt=self.image_prompt,
-                variables={
-                    "image_token": self.image_token,
-                    **self.tokenizer.special_tokens_map,
-                    **variables,
-                },
+                variables=variables,
                 tools=tools,
                 documents=documents,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 return_assistant_tokens_mask=return_assistant_tokens_mask,
             )
-            for chat in chats
-        ]
-        texts = [text for text, _ in rendered]
+            chats.append(chat)
+            texts.append(text)
+            spans.append(answer_spans)
         if not tokenize:
-            return texts if batched else texts[0]
+            return texts if is_batch(conversation) else texts[0]
         options["images"] = images_of_chats(chats, options.get("images"))
         if return_tensors != "auto":
             options["return_tensors"] = return_tensors
         if "add_special_tokens" not in (options.get("text_kwargs") or {}):
             options.setdefault("add_special_tokens", False)  # the template writes them
         if return_assistant_tokens_mask:
-            return self._with_assistant_masks(texts, [spans for _, spans in rendered], options)
+            return self._with_assistant_masks(texts, spans, options)
         inputs = self(text=texts, **options)
         return inputs if return_dict else inputs["input_ids"]
 
@@ -144,14 +142,14 @@ class ConversationProcessor(ProcessorMixin):
         """Return the source of a template by its name, of the default one if None."""
         own = self.chat_template
         templates = own if isinstance(own, dict) else {} if own is None else {"default": own}
-        if chat_template is None and "default" not in templates:
+        if chat_template is not None:
+            return templates.get(chat_template, chat_template)
+        if "default" not in templates:
             names = ", ".join(templates) or "none"
             raise ValueError(
                 f"chat_template must be given: the processor has no default one, only {names}"
             )
-        if chat_template is None:
-            return templates["default"]
-        return templates.get(chat_template, chat_template)
+        return templates["default"]
 
     def _check_assistant_mask(self, template: str, returns_dict: bool) -> None:
         if not returns_dict:
@@ -188,7 +186,7 @@ def split_chat_options(
     """Return the variables of a chat template among ``kwargs``, and options of the processor.
 
     Raises:
-        ValueError: An option is given in ``kwargs`` and in ``processor_kwargs``.
+        ValueError: an option is given in ``kwargs`` and in ``processor_kwargs``.
     """
     names = _get_template_variables(chat_template)
     variables = {name: value for name, value in kwargs.items() if name in names}
@@ -200,23 +198,24 @@ def split_chat_options(
 
 
 def named_conversations(conversation: Sequence[Any]) -> list[tuple[Any, str]]:
-    """Return each conversation of a batch, or the only one, and what errors call it."""
+    """Return each conversation of a batch, or the only one, and its name in errors."""
     if not is_batch(conversation):
         return [(conversation, "messages")]
     return [(messages, f"conversation[{i}]") for i, messages in enumerate(conversation)]
 
 
 def images_of_chats(chats: Sequence[Chat], beside: Any) -> Any:
-    """Return the images of conversations, a list per conversation; None if there are none.
+    """Return the images of conversations, a list per conversation, or None without images.
 
     Args:
-        chats: The conversations.
-        beside: Images that are given beside them, for image parts without one.
+        chats: the conversations.
+        beside: images that are given beside them, for image parts without one.
 
     Raises:
-        ValueError: An image part has no image, or images are given both ways.
+        ValueError: an image part has no image, or images are given both ways.
     """
     inside = [chat.images for chat in chats]
+    names = [image.name for images in inside for image in images]
     if beside is None:
         missing = [name for chat in chats for name in chat.parts_without_image]
         if missing:
@@ -224,10 +223,9 @@ def images_of_chats(chats: Sequence[Chat], beside: Any) -> Any:
                 f"{missing[0]} is an image part without an image: it needs one of image, url, path "
                 "and base64"
             )
-        return inside if any(inside) else None
-    if any(inside):
-        name = next(images[0].name for images in inside if images)
+        return inside if names else None
+    if names:
         raise ValueError(
-            f"images must be given in the messages or beside them, got both: {name} holds one"
+            f"images must be given in the messages or beside them, got both: {names[0]} holds one"
         )
     return beside

@@ -1,6 +1,6 @@
-"""A checkpoint folder rewritten in another layout: the released model's, or ours.
+"""Conversion of a checkpoint folder between the released model's layout and ours.
 
-Tensors go from file to file, one file at a time, bit by bit; no model is built.
+Tensors are copied from file to file, one file at a time, unchanged; no model is built.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 
 from tokenflex.files import excerpt, read_json, settle_folder, sync_folder
 from tokenflex.models.configuration import TokenFlexConfig
-from tokenflex.models.decoding import never_generate
+from tokenflex.models.generation import never_generate
 from tokenflex.models.loading import read_config
 from tokenflex.models.processing import TokenFlexProcessor
+from tokenflex.models.ristretto import MODEL_TYPE as RISTRETTO
 from tokenflex.models.ristretto import (
-    MODEL_TYPE,
     generation_config,
     read_ristretto_config,
     ristretto_config,
@@ -43,7 +43,7 @@ def convert(source: str | Path, target: str | Path, *, system_message: str | Non
     """Write a released checkpoint as a TokenFLEX checkpoint, or the reverse.
 
     Args:
-        source: folder with a checkpoint; its config.json says of which layout.
+        source: folder with a checkpoint; its config.json tells the layout.
         target: folder to write. It appears whole or not at all.
         system_message: as :func:`tokenflex.load_ristretto` takes it; from the released layout only.
 
@@ -51,9 +51,9 @@ def convert(source: str | Path, target: str | Path, *, system_message: str | Non
         The layout that was written, "tokenflex" or "ristretto".
 
     Raises:
-        FileNotFoundError: the source, or one of its files, is not there.
-        FileExistsError: the target is.
-        ValueError: the source is of neither layout, broken, or cannot be held by the other.
+        FileNotFoundError: the source, or one of its files, does not exist.
+        FileExistsError: the target exists.
+        ValueError: the source is of neither layout, broken, or the other layout cannot hold it.
     """
     source, target = Path(source), Path(target)
     if not source.is_dir():
@@ -62,36 +62,28 @@ def convert(source: str | Path, target: str | Path, *, system_message: str | Non
         raise FileExistsError(f"target folder {target} exists; name one that does not")
     config = read_json(source / "config.json", "checkpoint file")
     model_type = config.get("model_type") if isinstance(config, dict) else None
-    writers: dict[str, tuple[str, Callable[[Path], None]]] = {
-        MODEL_TYPE: (
-            TokenFlexConfig.model_type,
-            lambda folder: _write_tokenflex(source, folder, system_message),
-        ),
-        TokenFlexConfig.model_type: (
-            MODEL_TYPE,
-            lambda folder: _write_ristretto(source, folder),
-        ),
-    }
-    if model_type not in writers:
+    if model_type not in (RISTRETTO, TokenFlexConfig.model_type):
         raise ValueError(
             f"checkpoint file {source / 'config.json'} must have model_type 'ristretto' or "
             f"'tokenflex', got {excerpt(model_type)}"
         )
-    if system_message is not None and model_type != MODEL_TYPE:
+    if system_message is not None and model_type != RISTRETTO:
         raise ValueError(
             "system_message is for a source in the released layout, got one for a TokenFLEX source"
         )
-    layout, write = writers[model_type]
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
-        write(temporary)
+        if model_type == RISTRETTO:
+            _write_tokenflex(source, temporary, system_message)
+        else:
+            _write_ristretto(source, temporary)
         settle_folder(temporary)
         temporary.rename(target)
         sync_folder(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return layout
+    return TokenFlexConfig.model_type if model_type == RISTRETTO else RISTRETTO
 
 
 def _write_tokenflex(source: Path, target: Path, system_message: str | None) -> None:
@@ -116,9 +108,8 @@ def _write_ristretto(source: Path, target: Path) -> None:
     except Exception as error:  # tokenizers and templates raise their own kinds
         raise ValueError(f"processor in {source} cannot be loaded: {error}") from error
     released = ristretto_config(config, processor)
-    ours: dict[str, tuple[int, ...]] = {}
-    _write_weights(source, target, ristretto_name, ours)
-    check_fit(source, config, ours)
+    shapes, _ = _write_weights(source, target, ristretto_name)
+    check_fit(source, config, {tokenflex_name(name): shape for name, shape in shapes.items()})
     text = json.dumps(released, indent=2, sort_keys=True) + "\n"
     (target / "config.json").write_text(text, encoding="utf-8")
     processor.tokenizer.save_pretrained(target)
@@ -127,14 +118,12 @@ def _write_ristretto(source: Path, target: Path) -> None:
 
 
 def _write_weights(
-    source: Path,
-    target: Path,
-    rename: Callable[[str], str],
-    original_shapes: dict[str, tuple[int, ...]] | None = None,
+    source: Path, target: Path, rename: Callable[[str], str]
 ) -> tuple[dict[str, tuple[int, ...]], torch.dtype]:
-    """Every tensor under its other name, in as many files; their new shapes and widest dtype.
+    """Write every tensor under its other name, in as many files.
 
-    ``original_shapes`` is filled with the shapes under the old names.
+    Returns:
+        The shapes by the new names, in the order of the files, and the widest dtype.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes, size = set(), 0
@@ -149,8 +138,6 @@ def _write_weights(
             renamed[new], shapes[new] = tensor, tuple(tensor.shape)
             dtypes.add(tensor.dtype)
             size += tensor.numel() * tensor.element_size()
-            if original_shapes is not None:
-                original_shapes[name] = shapes[new]
         written = "model.safetensors"
         if len(files) > 1:
             written = f"model-{number:05d}-of-{len(files):05d}.safetensors"

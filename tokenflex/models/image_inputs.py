@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tokenflex.counts import Grid
 from tokenflex.images import load_image
 
 
 @dataclass(frozen=True)
 class NamedImage:
-    """An image as the caller gave it, and what errors call it."""
+    """An image as the caller gave it, and its name in errors."""
 
     source: Any
     name: str
@@ -26,20 +25,20 @@ def name_images(images: Any, name: str = "images") -> tuple[list[NamedImage], li
     """Bring the images of a call into one list, in order of appearance.
 
     Args:
-        images: An image, a list of images, or a list of those per prompt. An array or tensor of
+        images: an image, a list of images, or a list of those per prompt. An array or tensor of
             four dimensions is a list of images.
-        name: What errors call them.
+        name: their name in errors.
 
     Returns:
-        The images; and how many each prompt has, where they come as a list per prompt, else None.
+        The images; and the number of each prompt's images where they come as a list per prompt,
+        else None.
 
     Raises:
-        ValueError: Lists are nested more deeply.
+        ValueError: lists are nested more deeply.
     """
     if not _is_list(images):
         return [_named(images, name)], None
-    nested = any(_is_list(entry) for entry in images)
-    if not nested:
+    if not any(_is_list(entry) for entry in images):
         return [_named(image, f"{name}[{i}]") for i, image in enumerate(images)], None
     flat, per_prompt = [], []
     for i, entry in enumerate(images):
@@ -64,31 +63,52 @@ def _named(image: Any, name: str) -> NamedImage:
     return image if isinstance(image, NamedImage) else NamedImage(image, name)
 
 
-def read_image(
-    image: NamedImage, *, keep_floats: bool, channels_first: bool | None = None
-) -> Image.Image | np.ndarray:
-    """Read an image as upright RGB pixels.
+def read_images(
+    images: Sequence[NamedImage], image_processor: Any, options: Mapping[str, Any]
+) -> list[Image.Image | np.ndarray]:
+    """Read the images of a call as upright RGB pixels.
 
     Args:
-        image: Whatever :func:`tokenflex.images.load_image` takes.
-        keep_floats: Leave an array or tensor of floats as it is, [3, H, W].
-        channels_first: The layout of arrays and tensors; None guesses it from their shape.
+        images: sources are whatever :func:`tokenflex.images.load_image` takes.
+        image_processor: a transformers image processor.
+        options: those of the image processor in this call. ``input_data_format`` is the layout of
+            arrays and tensors, guessed from their shape by default; images that were read no longer
+            need it. With ``do_rescale=False`` arrays and tensors of floats are not brought to 8
+            bits, and come as float arrays [3, H, W].
 
     Raises:
-        FileNotFoundError, OSError, TypeError, ValueError: It cannot be read.
+        FileNotFoundError, OSError, TypeError, ValueError: an image cannot be read.
     """
-    source, name = image.source, image.name
-    if not isinstance(source, (np.ndarray, torch.Tensor)):
-        return load_image(source, name)
-    if channels_first is None:
-        channels_first = isinstance(source, torch.Tensor)
-    else:  # load_image takes tensors for channels first, arrays for channels last
-        source = torch.as_tensor(source) if channels_first else np.asarray(source)
-    is_float = (
-        source.is_floating_point() if isinstance(source, torch.Tensor) else source.dtype.kind == "f"
-    )
-    if not (keep_floats and is_float):
-        return load_image(source, name)
+    layout = options.get("input_data_format")
+    if layout not in (None, "channels_first", "channels_last"):
+        raise ValueError(
+            "input_data_format must be 'channels_first' or 'channels_last', got "
+            f"{str(layout)[:40]!r}"
+        )
+    do_rescale = options.get("do_rescale")
+    if do_rescale is None:
+        do_rescale = getattr(image_processor, "do_rescale", True)
+    read = []
+    for image in images:
+        source = image.source
+        if layout is not None and isinstance(source, (np.ndarray, torch.Tensor)):
+            # load_image takes tensors for channels first, and arrays for channels last.
+            first = layout == "channels_first"
+            source = torch.as_tensor(source) if first else np.asarray(source)
+        keeps_floats = do_rescale is False and _holds_floats(source)
+        read.append((_float_pixels if keeps_floats else load_image)(source, image.name))
+    return read
+
+
+def _holds_floats(source: Any) -> bool:
+    if isinstance(source, torch.Tensor):
+        return source.is_floating_point()
+    return isinstance(source, np.ndarray) and source.dtype.kind == "f"
+
+
+def _float_pixels(source: torch.Tensor | np.ndarray, name: str) -> np.ndarray:
+    """Return floats as they are, as [3, H, W]."""
+    channels_first = isinstance(source, torch.Tensor)
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu().float().numpy()
     if source.ndim == 2:
@@ -103,47 +123,3 @@ def read_image(
             f"got shape {list(source.shape)}"
         )
     return np.ascontiguousarray(np.broadcast_to(pixels, (3, *pixels.shape[1:])))
-
-
-def read_images(
-    images: Sequence[NamedImage], image_processor: Any, options: Mapping[str, Any]
-) -> list[Any]:
-    """Read the images of a call, as the options of the image processor say.
-
-    Args:
-        images: The images.
-        image_processor: A transformers image processor.
-        options: Of the call. ``input_data_format`` is the layout of arrays and tensors; the images
-            that are read no longer need it.
-    """
-    layout = options.get("input_data_format")
-    if layout not in (None, "channels_first", "channels_last"):
-        raise ValueError(
-            "input_data_format must be 'channels_first' or 'channels_last', got "
-            f"{str(layout)[:40]!r}"
-        )
-    do_rescale = options.get("do_rescale")
-    if do_rescale is None:
-        do_rescale = getattr(image_processor, "do_rescale", True)
-    return [
-        read_image(
-            image,
-            keep_floats=do_rescale is False,
-            channels_first=None if layout is None else layout == "channels_first",
-        )
-        for image in images
-    ]
-
-
-def pixel_size(image: Any, name: str) -> Grid:
-    """Return (height, width) of an image as it is cut, or of a (height, width) pair itself."""
-    if isinstance(image, (tuple, list)):
-        height, width = image
-        return int(height), int(width)
-    width, height = load_image(image, name).size
-    return height, width
-
-
-def stack_sizes(pixel_values: Sequence[Any]) -> list[Grid]:
-    """Return (height, width) in pixels of each processed image."""
-    return [(int(np.shape(one)[-2]), int(np.shape(one)[-1])) for one in pixel_values]

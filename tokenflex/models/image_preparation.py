@@ -11,13 +11,14 @@ from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import MultiModalData
 
 from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, token_grids
+from tokenflex.images import load_image
 from tokenflex.models.call_options import sort_options
-from tokenflex.models.image_inputs import name_images, pixel_size, read_images, stack_sizes
+from tokenflex.models.image_inputs import name_images, read_images
 from tokenflex.models.tiling import best_tile_grid, check_tile_limits, cut_tiles, num_tiles
 
 
 class ImagePreparation(ProcessorMixin):
-    """The side of the processor that images go through."""
+    """The part of the processor that prepares images."""
 
     if TYPE_CHECKING:
         num_image_tokens: TokenCount
@@ -29,7 +30,7 @@ class ImagePreparation(ProcessorMixin):
     def process_images(
         self, images: Sequence[Any], max_tiles: int | None = None, **options: Any
     ) -> tuple[dict[str, Any], list[int]]:
-        """Return what the encoder takes, and how many of its inputs (tiles) each image became.
+        """Return the encoder's inputs, and the number of tiles that each image became.
 
         Args:
             images: whatever :func:`tokenflex.images.load_image` takes.
@@ -52,36 +53,39 @@ class ImagePreparation(ProcessorMixin):
         tiles = [1] * len(inputs)
         if limit > 1:
             cut = [self._cut(image, limit, options) for image in inputs]
-            tiles = [len(own_tiles) for own_tiles in cut]
-            inputs = [tile for own_tiles in cut for tile in own_tiles]
+            tiles = [len(tiles_of_image) for tiles_of_image in cut]
+            inputs = [tile for tiles_of_image in cut for tile in tiles_of_image]
             if any(isinstance(tile, np.ndarray) for tile in inputs):
-                # They have their size; resizing may allow floats of 0..1 alone, which bicubic
-                # filters leave at edges.
+                # They have their size; resizing may accept floats of 0..1 alone, and bicubic
+                # filters overshoot at edges.
                 options["do_resize"] = False
         processed = self.image_processor(inputs, **{"return_tensors": "pt", **options})
-        data: dict[str, Any] = {"pixel_values": processed["pixel_values"]}
+        pixel_values = processed["pixel_values"]
         if "spatial_shapes" in processed:  # NaFlex: patches of images of any shape
             shapes = processed["spatial_shapes"]
-            data["grids"] = [(int(height), int(width)) for height, width in shapes]
+            grids: list[Grid] | None = [(int(height), int(width)) for height, width in shapes]
         else:
-            grids = self._patch_grids(stack_sizes(data["pixel_values"]))
-            if grids is not None:
-                data["grids"] = grids
-        return data, tiles
+            sizes = [(int(np.shape(p)[-2]), int(np.shape(p)[-1])) for p in pixel_values]
+            grids = self._patch_grids(sizes)
+        data = {"pixel_values": pixel_values}
+        return (data if grids is None else {**data, "grids": grids}), tiles
 
     def _cut(self, image: Any, max_tiles: int, options: Mapping[str, Any]) -> list[Any]:
         tile_size = self._tile_size(options)
         size = image.shape[-2:] if isinstance(image, np.ndarray) else image.size[::-1]
+        resample = options.get("resample")
+        if resample is None:
+            resample = getattr(self.image_processor, "resample", None)
         return cut_tiles(
             image,
             tile_size,
             self._tile_grid(size, max_tiles, tile_size),
             use_thumbnail=self.use_thumbnail,
-            resample=self._resample(options),
+            resample=int(PILImageResampling.BICUBIC if resample is None else resample),
         )
 
     def _patch_grids(self, sizes: list[Grid]) -> list[Grid] | None:
-        """Return the grid of each tile in patches where the model cannot tell it from the pixels.
+        """Return each tile's grid in patches, or None where the model can tell it from the pixels.
 
         It can where tiles are square, and of the size that the image processor gives by default.
         """
@@ -105,12 +109,12 @@ class ImagePreparation(ProcessorMixin):
         max_tiles: int | None = None,
         **options: Any,
     ) -> list[int]:
-        """Return how many vision tokens each image will cost, all its tiles together.
+        """Return the number of vision tokens of each image, all its tiles together.
 
         Args:
             images: images, or their (height, width) in pixels.
             num_image_tokens: as the processor is called with it.
-            max_tiles: likewise.
+            max_tiles: as the processor is called with it.
             **options: for the image processor, for example ``size``.
         """
         grids = self._count_grids(num_image_tokens, len(images))
@@ -120,11 +124,11 @@ class ImagePreparation(ProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[Grid] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Return the tokens and tiles of images of these (height, width), which servers ask for.
+        """Return the tokens and tiles of images of these sizes, as servers ask for them.
 
         Args:
-            image_sizes: The sizes, in pixels.
-            **kwargs: What the processor will be called with.
+            image_sizes: (height, width) in pixels.
+            **kwargs: options that the processor will be called with.
         """
         options = sort_options(self, kwargs)
         counts = options.num_image_tokens
@@ -135,13 +139,10 @@ class ImagePreparation(ProcessorMixin):
             )
         if image_sizes is None:
             return MultiModalData()
+        max_tiles, images_kwargs = options.max_tiles, options.images_kwargs
         return MultiModalData(
-            num_image_tokens=self.image_tokens(
-                image_sizes, counts, options.max_tiles, **options.images_kwargs
-            ),
-            num_image_patches=self._num_tiles(
-                image_sizes, options.max_tiles, options.images_kwargs
-            ),
+            num_image_tokens=self.image_tokens(image_sizes, counts, max_tiles, **images_kwargs),
+            num_image_patches=self._num_tiles(image_sizes, max_tiles, images_kwargs),
         )
 
     def _count_grids(self, counts: ImageTokenCounts | None, images: int) -> list[Grid]:
@@ -149,10 +150,8 @@ class ImagePreparation(ProcessorMixin):
         return token_grids(counts, images, name="num_image_tokens")
 
     def _max_tiles(self, max_tiles: int | None) -> int:
-        if max_tiles is None:
-            return self.max_tiles
-        # Fewer than the processor's own minimum is what the caller wants then.
-        return check_tile_limits(1, max_tiles)[1]
+        # A call may go below the processor's own minimum.
+        return self.max_tiles if max_tiles is None else check_tile_limits(1, max_tiles)[1]
 
     def _num_tiles(
         self, images: Sequence[Any], max_tiles: int | None, options: Mapping[str, Any]
@@ -161,21 +160,24 @@ class ImagePreparation(ProcessorMixin):
         if limit == 1:
             return [1] * len(images)
         tile_size = self._tile_size(options)
-        sizes = [pixel_size(image, f"images[{i}]") for i, image in enumerate(images)]
+        sizes = [
+            image if isinstance(image, (tuple, list)) else load_image(image, name).size[::-1]
+            for image, name in ((image, f"images[{i}]") for i, image in enumerate(images))
+        ]
         return [
             num_tiles(self._tile_grid(size, limit, tile_size), self.use_thumbnail) for size in sizes
         ]
 
-    def _tile_grid(self, size: Any, max_tiles: int, tile_size: Grid) -> Grid:
+    def _tile_grid(self, size: Sequence[int], max_tiles: int, tile_size: Grid) -> Grid:
         height, width = size
         lowest = min(self.min_tiles, max_tiles)
-        return best_tile_grid((height, width), tile_size, max_tiles, lowest)
+        return best_tile_grid((int(height), int(width)), tile_size, max_tiles, lowest)
 
     def _configured_size(self, options: Mapping[str, Any]) -> Grid | None:
-        """Return (height, width) of what the image processor gives, None if it depends on images.
+        """Return the (height, width) that the image processor gives, None if it depends on images.
 
         Args:
-            options: Of one call; its own count where they say nothing.
+            options: those of a call; without a size among them the image processor's own counts.
         """
         for name in ("crop_size", "size"):
             size = options.get(name)
@@ -192,15 +194,9 @@ class ImagePreparation(ProcessorMixin):
     def _tile_size(self, options: Mapping[str, Any]) -> Grid:
         size = self._configured_size(options)
         if size is None:
-            own = getattr(self.image_processor, "size", None)
             raise ValueError(
                 "max_tiles above 1 needs an image_processor with a size of height and width, got "
-                f"{type(self.image_processor).__name__} with size {own}"
+                f"{type(self.image_processor).__name__} with size "
+                f"{getattr(self.image_processor, 'size', None)}"
             )
         return size
-
-    def _resample(self, options: Mapping[str, Any]) -> int:
-        resample = options.get("resample")
-        if resample is None:
-            resample = getattr(self.image_processor, "resample", None)
-        return int(PILImageResampling.BICUBIC if resample is None else resample)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tokenflex.files import excerpt, read_json
+from tokenflex.files import read_json
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.processing import TokenFlexProcessor
 from tokenflex.models.ristretto import MODEL_TYPE as RISTRETTO
 from tokenflex.models.ristretto import load_ristretto
-from tokenflex.models.weights import smaller_tensors, weight_files
+from tokenflex.models.weights import read_config_values, smaller_tensors, weight_files
 
 NEW_WITH_POSITION = ("model.projector.position.weight",)
 
@@ -19,34 +19,35 @@ NEW_WITH_POSITION = ("model.projector.position.weight",)
 def load_checkpoint(
     path: str | Path, **changes: Any
 ) -> tuple[TokenFlexForConditionalGeneration, TokenFlexProcessor]:
-    """The model, in evaluation mode, and the processor saved in ``path``.
+    """Load a model, in evaluation mode, and its processor.
 
     A released Ristretto checkpoint is read as :func:`tokenflex.load_ristretto` does.
 
     Args:
         path: the folder.
-        changes: values for fields of a TokenFLEX checkpoint's config, in place of the saved ones.
+        **changes: values for fields of a TokenFLEX checkpoint's config, in place of the saved ones.
             With a ``projector_position`` that the checkpoint lacks, its term begins at zero.
 
     Raises:
-        FileNotFoundError: the folder or one of its files is not there.
+        FileNotFoundError: the folder or one of its files does not exist.
         ValueError: a file is cut off, or the weights do not fit the config.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
-    if _model_type(folder / "config.json") == RISTRETTO:
+    values = read_json(folder / "config.json", "checkpoint file")
+    if isinstance(values, dict) and values.get("model_type") == RISTRETTO:
         return load_ristretto(folder)
     config = read_config(folder / "config.json")
     new = NEW_WITH_POSITION if config.projector_position is None else ()
     config.update(changes)
     for file in sorted(folder.glob("*.json")):
-        read_json(file, "checkpoint file")  # a broken optional file would be passed over in silence
+        read_json(file, "checkpoint file")  # transformers ignores a broken optional file
     files = weight_files(folder)
     try:
         too_small = smaller_tensors(files, config)
     except Exception as error:  # the parts of a model raise their own kinds
-        reason = str(error).partition("\n")[0]  # PyTorch adds where it happened, line by line
+        reason = str(error).partition("\n")[0]  # PyTorch adds a traceback, line by line
         raise ValueError(
             f"checkpoint {folder} cannot be loaded: {type(error).__name__}: {reason}"
         ) from error
@@ -77,7 +78,7 @@ def _refuse_keys(folder: Path, problem: str, names: list[str]) -> None:
 
 
 def check_length(config: TokenFlexConfig, vision_tokens: int) -> None:
-    """Refuse a prompt whose images alone are longer than what the language model was made for.
+    """Refuse a prompt whose images alone exceed the positions of the language model.
 
     Raises:
         ValueError: ``vision_tokens`` exceeds the language model's positions.
@@ -90,28 +91,14 @@ def check_length(config: TokenFlexConfig, vision_tokens: int) -> None:
         )
 
 
-def _model_type(path: Path) -> Any:
-    values = read_json(path, "checkpoint file")
-    return values.get("model_type") if isinstance(values, dict) else None
-
-
 def read_config(path: Path) -> TokenFlexConfig:
-    """A TokenFLEX config.json.
+    """Read a TokenFLEX config.json.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: it does not exist.
         ValueError: it is another model's, or not valid.
     """
-    model_type = _model_type(path)
-    values = read_json(path, "checkpoint file")
-    if model_type != TokenFlexConfig.model_type:
-        raise ValueError(
-            f"checkpoint file {path} must have model_type 'tokenflex', got {excerpt(model_type)}"
-        )
-    for part in ("vision_config", "text_config"):
-        if not isinstance(values.get(part), dict):
-            given = excerpt(values.get(part))
-            raise ValueError(f"checkpoint file {path} must hold {part}, got {given}")
+    values = read_config_values(path, TokenFlexConfig.model_type, "vision_config", "text_config")
     try:
         return TokenFlexConfig.from_dict(values)
     except Exception as error:  # transformers checks fields with exceptions of its own

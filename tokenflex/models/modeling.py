@@ -15,6 +15,7 @@ import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -40,24 +41,22 @@ from transformers.utils.generic import can_return_tuple
 
 from tokenflex.counts import Grid, ImageTokenCounts, token_grid, token_grids
 from tokenflex.models.attention import PACKED_ATTENTION
+from tokenflex.models.auto_counts import refuse_auto
 from tokenflex.models.auto_map import InstalledClass
 from tokenflex.models.configuration import TokenFlexConfig
-from tokenflex.models.decoding import TokenFlexGeneration
-from tokenflex.models.generation import RepeatsImages, takes_cache
+from tokenflex.models.generation import TokenFlexGeneration, takes_cache
 from tokenflex.models.head import build_head, transform_logits
 from tokenflex.models.loss import head_cross_entropy, head_distillation
 from tokenflex.models.placeholders import (
     ImageTokens,
+    check_device,
     check_placeholder,
-    embedded_placeholders,
-    merge_images,
-    placeholder_rows,
+    merge_prompt,
 )
 from tokenflex.models.prefixes import SharedPrefixes
 from tokenflex.models.vision import EncodedImages, encode
 from tokenflex.positions import shared_image_positions
 from tokenflex.projector import TokenAdaptiveProjector
-from tokenflex.routing.choice import choose_counts, refuse_auto
 from tokenflex_kernels import PackPlan, merge_vision, pack_embeddings
 
 
@@ -236,7 +235,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
     def _encode(
         self, pixel_values: torch.Tensor, grids: Grid | Sequence[Grid] | None, **options: Any
     ) -> tuple[EncodedImages, Any]:
-        _check_device("pixel_values", pixel_values, self.vision_model)
+        check_device("pixel_values", pixel_values, self.vision_model)
         if pixel_values.is_floating_point():
             pixel_values = pixel_values.to(self.dtype)
         return encode(self.vision_model, self.config.vision_config, pixel_values, grids, **options)
@@ -267,7 +266,6 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         encoded_images: EncodedImages | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         plan: PackPlan | None = None,
-        vision_index: torch.Tensor | None = None,
         shared_prefixes: SharedPrefixes | None = None,
         **kwargs: Any,
     ) -> TokenFlexModelOutput:
@@ -290,30 +288,18 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             for name, value in others.items():
                 if value is not None:
                     raise ValueError(f"plan holds the whole batch: give no {name} with it")
-            return self._forward_packed(plan, images, vision_index, shared_prefixes, **kwargs)
+            return self._forward_packed(plan, images, shared_prefixes, **kwargs)
         if shared_prefixes is not None:
             raise ValueError("shared_prefixes are those of a plan: give the plan with them")
 
-        first_call = past_key_values is None or not past_key_values.get_seq_length()
-        inputs_embeds, is_placeholder, name = self.embed(
-            input_ids, inputs_embeds, attention_mask, images is not None or first_call
+        inputs_embeds, attention_mask, position_ids = self.merge_prompt(
+            images,
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            seen=0 if past_key_values is None else past_key_values.get_seq_length(),
         )
-        batch, length = inputs_embeds.shape[:2]
-        if images is not None:
-            inputs_embeds, rows = merge_images(inputs_embeds, is_placeholder, images, name)
-            if self.config.image_positions == "shared":
-                seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-                if position_ids is None:
-                    position_ids = torch.arange(seen, seen + length, device=rows.device)
-                if attention_mask is None:  # or transformers takes equal positions for new samples
-                    attention_mask = rows.new_ones(batch, seen + length)
-                position_ids = shared_image_positions(
-                    position_ids.expand(batch, length).flatten(),
-                    rows,
-                    images.image_of_each(rows.device),
-                ).view(batch, length)
-        elif first_call:
-            placeholder_rows(is_placeholder, [], name)  # there must be none
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -349,34 +335,14 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             raise ValueError("encoded_images hold their grids: give no grids with them")
         return self._project(encoded_images, num_image_tokens)
 
-    def embed(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        find_placeholders: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, str]:
-        """Return embeddings [B, L, D], where they are placeholders, and the name of the input."""
-        embedding = self.get_input_embeddings()
-        if inputs_embeds is not None and input_ids is None:
-            is_placeholder = torch.empty(0, dtype=torch.bool)
-            if find_placeholders:
-                is_placeholder = embedded_placeholders(
-                    inputs_embeds, embedding, self.config.image_token_id, attention_mask
-                )
-            return inputs_embeds, is_placeholder, "inputs_embeds"
-        if inputs_embeds is not None or input_ids is None:
-            raise ValueError("give exactly one of input_ids, inputs_embeds and plan")
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
-        _check_device("input_ids", input_ids, embedding)
-        return embedding(input_ids), input_ids == self.config.image_token_id, "input_ids"
+    def merge_prompt(self, images: ImageTokens | None, **prompt: Any) -> Any:
+        """Embed a padded batch with its images, see :func:`~placeholders.merge_prompt`."""
+        return merge_prompt(self.get_input_embeddings(), self.config, images, **prompt)
 
     def _forward_packed(
         self,
         plan: PackPlan,
         images: ImageTokens | None,
-        vision_index: torch.Tensor | None,
         shared_prefixes: SharedPrefixes | None,
         **kwargs: Any,
     ) -> TokenFlexModelOutput:
@@ -388,17 +354,13 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         if images is None:
             vision = table.new_zeros(0, table.shape[1])
         else:
+            _check_counts(plan, images.counts)
             vision = images.tokens.to(table.device, table.dtype)
-        if vision_index is not None:
-            vision = vision.index_select(0, vision_index)
-        elif images is not None and tuple(images.counts) != plan.token_counts:
-            raise ValueError(
-                "num_image_tokens must be the counts that the plan was made for, "
-                f"{plan.token_counts}, got {tuple(images.counts)}"
-            )
         if type(embedding) is nn.Embedding and type(table) in (torch.Tensor, nn.Parameter):
             packed = pack_embeddings(table, vision, plan)
         else:  # scaled, adapted or sharded: more than its table
+            if plan.image_index is not None:
+                vision = vision.index_select(0, plan.vision_tokens())
             packed = merge_vision(embedding(plan.input_ids), vision, plan.vision_rows)
         boundaries: dict[str, Any] = {
             "cu_seq_lens_q": plan.cu_seqlens,
@@ -423,9 +385,12 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
                     f"{PACKED_ATTENTION!r} or flash: {implementation!r} knows samples by their "
                     "positions"
                 )
-            shown = images.image_of_each(plan.vision_rows.device)
-            shown = shown if vision_index is None else shown[vision_index]
-            position_ids = shared_image_positions(position_ids, plan.vision_rows, shown)
+            rows = plan.vision_rows
+            shown = images.image_of_each(rows.device)
+            if plan.image_index is not None:
+                rows, order = rows.sort()
+                shown = shown[plan.vision_tokens()[order]]
+            position_ids = shared_image_positions(position_ids, rows, shown)
         outputs = self.language_model(
             inputs_embeds=packed[None],
             position_ids=position_ids[None],
@@ -451,8 +416,8 @@ class TokenFlexOutput(CausalLMOutputWithPast):
 
 
 # transformers looks for its own mixin among the direct bases.
-class TokenFlexForConditionalGeneration(  # type: ignore[misc]
-    TokenFlexPreTrainedModel, TokenFlexGeneration, RepeatsImages, GenerationMixin
+class TokenFlexForConditionalGeneration(
+    TokenFlexPreTrainedModel, TokenFlexGeneration, GenerationMixin
 ):
     """A vision-language model whose vision-token count is an argument of the call."""
 
@@ -521,10 +486,6 @@ class TokenFlexForConditionalGeneration(  # type: ignore[misc]
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
-    def choose_counts(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
-        """See :func:`tokenflex.routing.choice.choose_counts`."""
-        return choose_counts(self, input_ids, **kwargs)
-
     def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See :meth:`TokenFlexModel.get_image_features`."""
         return self.model.get_image_features(*args, **kwargs)
@@ -551,7 +512,6 @@ class TokenFlexForConditionalGeneration(  # type: ignore[misc]
         encoded_images: EncodedImages | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         plan: PackPlan | None = None,
-        vision_index: torch.Tensor | None = None,
         shared_prefixes: SharedPrefixes | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         targets: torch.Tensor | None = None,
@@ -580,10 +540,9 @@ class TokenFlexForConditionalGeneration(  # type: ignore[misc]
             encoded_images: :meth:`encode_images` of the tiles in place of ``pixel_values``: images
                 encoded once serve any number of calls, each at its own counts.
             mm_encoder_outputs: ``{"image": get_image_features(...)}``, the same at one count.
-            plan: a packed batch in place of ``input_ids``; sequences do not see each other.
-            vision_index: int64 [vision rows of the plan], with ``plan``: which row of the
-                projected vision tokens stands at each vision row; row v at vision row v if None.
-                It lets several sequences show one image that is encoded once.
+            plan: a packed batch in place of ``input_ids``; sequences do not see each other. Its
+                ``image_index`` lets several of them show one image that is encoded once, and each
+                of its images may then be several tiles.
             shared_prefixes: with ``plan``, which of its sequences go on from another, see
                 :func:`tokenflex.models.prefixes.share_prefixes`; for models that
                 :attr:`takes_shared_prefixes`.
@@ -592,8 +551,8 @@ class TokenFlexForConditionalGeneration(  # type: ignore[misc]
                 place of ``labels``; see :func:`tokenflex.models.loss.head_cross_entropy`.
             target_weights: [N], how much each of the ``targets`` counts.
             teacher: with ``targets``, the same samples at other counts: ``num_image_tokens``,
-                ``plan``, ``vision_index``, ``shared_prefixes`` and ``logits_to_keep`` of a second
-                pass, without gradients, over images that are encoded once for both.
+                ``plan``, ``shared_prefixes`` and ``logits_to_keep`` of a second pass, without
+                gradients, over images that are encoded once for both.
             distillation: what KL(p_teacher || p_student) at the targets counts in the loss; see
                 :func:`tokenflex.models.loss.head_distillation`.
 
@@ -625,7 +584,6 @@ class TokenFlexForConditionalGeneration(  # type: ignore[misc]
             encoded_images=encoded_images,
             mm_encoder_outputs=mm_encoder_outputs,
             plan=plan,
-            vision_index=vision_index,
             shared_prefixes=shared_prefixes,
             return_dict=True,
             **kwargs,
@@ -708,6 +666,18 @@ def use_packed_attention(language_model: PreTrainedModel) -> None:
         language_model.set_attn_implementation(PACKED_ATTENTION)
 
 
+def _check_counts(plan: PackPlan, counts: Sequence[int]) -> None:
+    """Refuse vision tokens of other images than the plan's, each of which may be several tiles."""
+    fits = tuple(counts) == plan.token_counts
+    if not fits and plan.image_index is not None and sum(counts) == plan.num_vision_tokens:
+        fits = {0, *accumulate(counts)}.issuperset(accumulate(plan.token_counts))
+    if not fits:
+        raise ValueError(
+            "num_image_tokens must be the counts that the plan was made for, "
+            f"{plan.token_counts}, got {tuple(counts)}"
+        )
+
+
 def _check_shared_prefixes(shared: SharedPrefixes, plan: PackPlan, implementation: str) -> None:
     if implementation != PACKED_ATTENTION:
         raise ValueError(
@@ -750,15 +720,6 @@ def _model_output(outputs: Any, images: ImageTokens | None) -> TokenFlexModelOut
         attentions=outputs.attentions,
         image_hidden_states=None if images is None else images.tokens,
     )
-
-
-def _check_device(name: str, tensor: torch.Tensor, module: nn.Module) -> None:
-    """Refuse an input on another device than the weights it meets first."""
-    if hasattr(module, "_hf_hook"):
-        return  # accelerate moves inputs, and may keep the weights elsewhere
-    device = next(module.parameters()).device
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on the model's device, {device}, got {tensor.device}")
 
 
 def _in_words(grids: list[Grid]) -> str:

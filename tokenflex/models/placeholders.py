@@ -1,4 +1,4 @@
-"""Find the image placeholders of a prompt, and put vision tokens in their place."""
+"""Find the image placeholders of a prompt, and replace them by vision tokens."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.positions import shared_image_positions
 from tokenflex_kernels import merge_vision
 
 
@@ -29,37 +31,92 @@ class ImageTokens:
 
     @classmethod
     def from_outputs(cls, outputs: BaseModelOutputWithPooling, width: int) -> ImageTokens:
-        """Those of ``get_image_features``; ``width`` is D, which an empty list does not say."""
+        """Read the outputs of ``get_image_features``. ``width`` is D, for no images."""
         per_image = list(outputs.pooler_output)
         tokens = torch.cat(per_image) if per_image else torch.zeros(0, width)
         return cls(tokens, [len(image) for image in per_image])
 
     def image_of_each(self, device: torch.device) -> torch.Tensor:
-        """int64 [sum of counts]: the image that each token belongs to."""
+        """Return the image of each token, int64 [sum of counts]."""
         sizes = torch.tensor(self.counts, dtype=torch.int64, device=device)
         images = torch.arange(len(self.counts), device=device)
         return images.repeat_interleave(sizes, output_size=sum(self.counts))
 
 
-def merge_images(
-    inputs_embeds: torch.Tensor, is_placeholder: torch.Tensor, images: ImageTokens, name: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replace the placeholders of a padded batch by the vision tokens.
+def merge_prompt(
+    embedding: nn.Module,
+    config: TokenFlexConfig,
+    images: ImageTokens | None,
+    *,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    seen: int,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Embed a padded batch and replace its placeholders by vision tokens.
 
     Args:
-        inputs_embeds: [B, L, D].
-        is_placeholder: bool [B, L].
-        images: as many vision tokens as there are placeholders.
-        name: the argument that holds the placeholders, for the error.
+        embedding: the language model's input embeddings.
+        config: the model's.
+        images: as many vision tokens as there are placeholders; None without images.
+        input_ids: int64 or int32 [B, L].
+        inputs_embeds: [B, L, D] in place of ``input_ids``.
+        attention_mask: [B, seen + L], or None.
+        position_ids: int64 [B, L] or [1, L], or None.
+        seen: rows of each sequence that the cache holds.
 
     Returns:
-        The merged embeddings [B, L, D], and the rows of the vision tokens in [B * L].
+        Merged embeddings [B, L, D], the attention mask and the position ids. The last two change
+        only where all tokens of an image share a position.
 
     Raises:
-        ValueError: placeholders and counts do not fit together.
+        TypeError: ``input_ids`` are not integers.
+        ValueError: placeholders and counts do not fit together, or not exactly one of
+            ``input_ids`` and ``inputs_embeds`` is given.
     """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids, inputs_embeds and plan")
+    if inputs_embeds is None:
+        assert input_ids is not None
+        name = "input_ids"
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
+        check_device(name, input_ids, embedding)
+        inputs_embeds = embedding(input_ids)
+        is_placeholder = input_ids == config.image_token_id
+    elif images is None and seen:
+        return inputs_embeds, attention_mask, position_ids
+    else:
+        name = "inputs_embeds"
+        is_placeholder = embedded_placeholders(
+            inputs_embeds, embedding, config.image_token_id, attention_mask
+        )
+    if images is None:
+        if not seen:
+            placeholder_rows(is_placeholder, [], name)  # there must be none
+        return inputs_embeds, attention_mask, position_ids
     rows = placeholder_rows(is_placeholder, images.counts, name)
-    return merge_vision(inputs_embeds, images.tokens.to(inputs_embeds), rows), rows
+    merged = merge_vision(inputs_embeds, images.tokens.to(inputs_embeds), rows)
+    if config.image_positions == "shared":
+        batch, length = merged.shape[:2]
+        if position_ids is None:
+            position_ids = torch.arange(seen, seen + length, device=rows.device)
+        if attention_mask is None:  # or transformers takes equal positions for new samples
+            attention_mask = rows.new_ones(batch, seen + length)
+        flat = position_ids.expand(batch, length).flatten()
+        shared = shared_image_positions(flat, rows, images.image_of_each(rows.device))
+        position_ids = shared.view(batch, length)
+    return merged, attention_mask, position_ids
+
+
+def check_device(name: str, tensor: torch.Tensor, module: nn.Module) -> None:
+    """Refuse an input on another device than the weights it meets first."""
+    if hasattr(module, "_hf_hook"):
+        return  # accelerate moves inputs, and may keep the weights elsewhere
+    device = next(module.parameters()).device
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the model's device, {device}, got {tensor.device}")
 
 
 def embedded_placeholders(
@@ -70,14 +127,14 @@ def embedded_placeholders(
 ) -> torch.Tensor:
     """Return where ``inputs_embeds`` hold the embedding of the placeholder: bool [B, L].
 
-    Padding is left out, as its vectors may be anything: those of a placeholder that was never
-    trained, zeros, are common.
+    Padding is left out, as its vectors may be anything. Zeros, which are also the embedding of a
+    placeholder that was never trained, are common.
     """
     with torch.no_grad():
         token = torch.full((1,), image_token_id, dtype=torch.int64, device=inputs_embeds.device)
         placeholder = embedding(token).to(inputs_embeds)
         is_placeholder = (inputs_embeds == placeholder).all(-1)
-    # A static cache brings masks of its own, a dict, which say nothing of padding here.
+    # A static cache has a dict of masks, which do not tell padding.
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         seen = attention_mask[:, -inputs_embeds.shape[1] :].to(is_placeholder.device)
         is_placeholder = is_placeholder & seen.bool()
@@ -87,11 +144,11 @@ def embedded_placeholders(
 def placeholder_rows(
     is_placeholder: torch.Tensor, counts: Sequence[int], name: str = "input_ids"
 ) -> torch.Tensor:
-    """Return the rows of a flattened batch that hold placeholders, once they fit ``counts``.
+    """Return the rows of a flattened batch that hold placeholders, and check them.
 
-    Totals alone would let two images of swapped counts through, so images must also end where runs
-    of placeholders end; a run may hold several (the tiles of one). Reads the mask back from the
-    device, once a prompt.
+    Equal totals alone would accept two images with swapped counts. So a run of placeholders must
+    end where an image ends; it may hold several images, such as the tiles of one. The mask is read
+    back from the device, once a prompt.
 
     Args:
         is_placeholder: bool [B, L] or [L].
@@ -133,10 +190,10 @@ def placeholder_rows(
 
 
 def check_placeholder(image_token_id: int, vocab_size: int) -> None:
-    """Refuse a placeholder that the embedding table has no row for.
+    """Refuse a placeholder without a row in the embedding table.
 
     Raises:
-        ValueError: it has none; the message names both numbers.
+        ValueError: the message names both numbers.
     """
     if not 0 <= image_token_id < vocab_size:
         raise ValueError(

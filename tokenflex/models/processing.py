@@ -1,7 +1,7 @@
-"""Images and prompts to model inputs; the one object that decides both numbers that must agree.
+"""Images and prompts to model inputs.
 
-A prompt holds ``image_token`` once per image. The processor repeats it as often as the image is to
-have vision tokens, and hands the same counts to the model as ``num_image_tokens``.
+A prompt holds ``image_token`` once per image. The processor repeats it once per vision token of the
+image, and passes the same counts to the model as ``num_image_tokens``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoProcessor, BatchFeature
 
-from tokenflex.counts import AUTO, TokenCount, token_grid, tokens_of
+from tokenflex.counts import AUTO, Grid, TokenCount, token_grid, tokens_of
 from tokenflex.files import excerpt
 from tokenflex.models.auto_map import SavedWithStub
 from tokenflex.models.call_options import CallOptions, sort_options
@@ -35,15 +35,14 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
     Args:
         image_processor: a transformers image processor that gives ``pixel_values``.
         tokenizer: a transformers tokenizer that knows ``image_token`` as one token.
-        num_image_tokens: the count used when a call names none: an int (a perfect square) or an
-            (h, w) tuple.
+        num_image_tokens: the default count: an int (a perfect square) or an (h, w) tuple.
         image_token: the placeholder in prompts, and of each vision token in ``input_ids``.
-        image_start: what stands before an image's placeholders, for example ``<img>``.
-        image_end: what stands after them.
-        max_tiles: images are cut into at most so many tiles, each encoded on its own and with the
-            image's count of vision tokens; 1 cuts none, and 1024 is the most.
-        min_tiles: and into at least so many.
-        use_thumbnail: give the whole image as one more tile, where there are several.
+        image_start: the text before an image's placeholders, for example ``<img>``.
+        image_end: the text after them.
+        max_tiles: the most tiles that an image is cut into, from 1 (do not cut) to 1024. Each is
+            encoded on its own, and has the image's count of vision tokens.
+        min_tiles: the fewest tiles that an image is cut into.
+        use_thumbnail: add the whole image as one more tile, where there are several.
         patch_size: the encoder's, in pixels; needed where tiles are not square.
         chat_template: Jinja template of :meth:`apply_chat_template`; the tokenizer's if None.
 
@@ -99,14 +98,14 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
 
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Make a processor of what was saved; JSON keeps the pair of a grid as a list."""
+        """Make a processor of saved values. JSON keeps the pair of a grid as a list."""
         count = processor_dict.get("num_image_tokens")
         if isinstance(count, list):
             processor_dict = {**processor_dict, "num_image_tokens": tuple(count)}
         return super().from_args_and_dict(args, processor_dict, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, without the padding and truncation of the last call.
+        """Save the processor as transformers does, without padding and truncation of the last call.
 
         The tokenizers library would save these as the tokenizer's own.
         """
@@ -118,10 +117,10 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
 
     @property
     def num_image_tokens(self) -> TokenCount:
-        """The count used when a call names none: an int (a perfect square) or an (h, w) tuple.
+        """The default count: an int (a perfect square) or an (h, w) tuple.
 
         Raises:
-            TypeError, ValueError: It is set to what is not one count.
+            TypeError, ValueError: it is set to something else.
         """
         count: TokenCount = self.__dict__["num_image_tokens"]
         return count
@@ -165,9 +164,8 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
                 ``common_kwargs``:
 
                 - ``num_image_tokens``: an int (a perfect square) or (h, w) for all images, or a
-                  list with one per image; the processor's own ``num_image_tokens`` if None. Each
-                  tile of an image gets as many. With "auto", one placeholder stands for each image,
-                  and ``generate`` chooses.
+                  list with one per image, for each of the image's tiles. With "auto", one
+                  placeholder stands for each image, and ``generate`` chooses the counts.
                 - ``max_tiles``: in place of the processor's own.
                 - options of the image processor, for example ``size`` or ``do_rescale``. With
                   ``do_rescale=False`` arrays and tensors of floats reach it as they are.
@@ -187,7 +185,7 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
             ``num_image_tokens`` is that, and ``tiles_per_image`` the tiles of each image.
 
         Raises:
-            TypeError: ``text`` is not made of strings, or nobody takes an argument.
+            TypeError: ``text`` is not made of strings, or an argument is unknown.
             ValueError: images, placeholders and counts do not fit together, an argument is not
                 valid, or truncation cut an image's tokens.
         """
@@ -196,19 +194,8 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
         named, per_prompt = ([], None) if images is None else name_images(images)
         if text is None and not named:
             raise ValueError("text must be a prompt or a list of prompts, got None")
-        if text is not None and not isinstance(text, (str, list, tuple)):
-            raise TypeError(
-                f"text must be a string or a list of strings, got {type(text).__name__}"
-            )
-        prompts = None if text is None else [text] if isinstance(text, str) else list(text)
-        placeholders = self._check_prompts(prompts, len(named), per_prompt)
-        counts: Any = options.num_image_tokens
-        auto = isinstance(counts, str)
-        if auto:
-            if counts != AUTO:
-                raise ValueError(f"num_image_tokens must be counts or 'auto', got {counts!r}")
-            counts = 1  # a placeholder
-        image_grids = self._count_grids(counts, len(named))
+        prompts = [] if text is None else self._read_prompts(text, len(named), per_prompt)
+        grids = self._chosen_grids(options, len(named))
         data: dict[str, Any] = {}
         tiles: list[int] = []
         if named:
@@ -218,28 +205,56 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
                 return_tensors=options.return_tensors,
                 **options.images_kwargs,
             )
-        if auto and named:
-            data |= {"num_image_tokens": AUTO, "tiles_per_image": tiles}
-        elif named:
-            # Host ints from here to the kernels: never a tensor that would be read back.
-            data["num_image_tokens"] = [
-                height * width if height == width else (height, width)
-                for (height, width), n in zip(image_grids, tiles, strict=True)
-                for _ in range(n)
-            ]
-        if prompts is None:
-            return BatchFeature(data)
-        image_inputs = {**data, "tiles_per_image": tiles}
-        texts = [self.replace_image_token(image_inputs, i) for i in range(len(named))]
-        encoded = self._encode(prompts, texts, placeholders, options)
+        data |= _counts_of_tiles(grids, tiles)
+        encoded = self._encode(prompts, data, tiles, options) if prompts else {}
         return BatchFeature({**encoded, **data})
 
-    def _check_prompts(
-        self, prompts: list[Any] | None, num_images: int, per_prompt: list[int] | None
-    ) -> list[int]:
-        """Return how many images each prompt has."""
-        if prompts is None:
-            return []
+    def encode_text(
+        self, text: str | Sequence[str], tiles_per_image: Sequence[int], **kwargs: Any
+    ) -> BatchFeature:
+        """Return model inputs for prompts about images that are processed already.
+
+        With :meth:`process_images` it does what a call does, for any number of counts of the same
+        images, which are processed once.
+
+        Args:
+            text: a prompt or a list of prompts, each with one ``image_token`` per image.
+            tiles_per_image: the tiles of each image, as :meth:`process_images` returns them.
+            **kwargs: as for a call, without options of the image processor.
+
+        Returns:
+            What a call returns, without ``pixel_values`` and ``grids``.
+
+        Raises:
+            TypeError, ValueError: as for a call.
+        """
+        options = sort_options(self, kwargs)
+        unused = [*options.images_kwargs, *["max_tiles"] * (options.max_tiles is not None)]
+        if unused:
+            raise ValueError(f"{unused[0]} is for images, which are processed already")
+        tiles = list(tiles_per_image)
+        prompts = self._read_prompts(text, len(tiles))
+        data = _counts_of_tiles(self._chosen_grids(options, len(tiles)), tiles)
+        return BatchFeature({**self._encode(prompts, data, tiles, options), **data})
+
+    def _chosen_grids(self, options: CallOptions, images: int) -> list[Grid] | None:
+        """Return the token grid of each image, None where they are chosen later."""
+        counts = options.num_image_tokens
+        if isinstance(counts, str):
+            if counts != AUTO:
+                raise ValueError(f"num_image_tokens must be counts or 'auto', got {counts!r}")
+            return None
+        return self._count_grids(counts, images)
+
+    def _read_prompts(
+        self, text: Any, num_images: int, per_prompt: list[int] | None = None
+    ) -> list[str]:
+        """Return the prompts, once they hold a placeholder for each image."""
+        if not isinstance(text, (str, list, tuple)):
+            raise TypeError(
+                f"text must be a string or a list of strings, got {type(text).__name__}"
+            )
+        prompts = [text] if isinstance(text, str) else list(text)
         if not prompts:
             raise ValueError("text must hold at least one prompt, got an empty list")
         for i, prompt in enumerate(prompts):
@@ -258,26 +273,26 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
                 f"as the number of images, got {sum(placeholders)} (per prompt {placeholders}) for "
                 f"{num_images} images"
             )
-        return placeholders
+        return prompts
 
     def _encode(
-        self,
-        prompts: list[str],
-        image_texts: list[str],
-        placeholders: list[int],
-        options: CallOptions,
+        self, prompts: list[str], data: dict[str, Any], tiles: list[int], options: CallOptions
     ) -> dict[str, Any]:
         """Put the text of each image in the place of its placeholder, and tokenize."""
+        inputs = {**data, "tiles_per_image": tiles}
+        image_texts = [self.replace_image_token(inputs, i) for i in range(len(tiles))]
         replacements = iter(image_texts)
         expanded = [self._expand(prompt, replacements) for prompt in prompts]
-        encoded = self.tokenizer(
-            [text for text, _ in expanded],
-            return_tensors=options.return_tensors,
-            **options.text_kwargs,
+        encoded = dict(
+            self.tokenizer(
+                [text for text, _ in expanded],
+                return_tensors=options.return_tensors,
+                **options.text_kwargs,
+            )
         )
+        images_per_row = [len(offsets) for _, offsets in expanded]
         tokens = [text.count(self.image_token) for text in image_texts]
-        self._check_nothing_cut(encoded["input_ids"], placeholders, tokens)
-        encoded = dict(encoded)
+        self._check_nothing_cut(encoded["input_ids"], images_per_row, tokens)
         if options.return_mm_token_type_ids:
             encoded["mm_token_type_ids"] = self._token_types(encoded["input_ids"])
         if options.return_text_replacement_offsets:
@@ -288,10 +303,10 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
         """Return the text that stands for an image, one placeholder per vision token.
 
         Args:
-            image_inputs: What a call returns for the images, with ``tiles_per_image`` where these
+            image_inputs: the outputs of a call for the images, with ``tiles_per_image`` where these
                 are not one each.
-            image_idx: The image.
-            **kwargs: Not used.
+            image_idx: the index of the image.
+            **kwargs: not used.
         """
         counts = image_inputs["num_image_tokens"]
         if counts == AUTO:
@@ -349,6 +364,17 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
                     f"row {row}, whose images {list(range(first, first + images))} have {tokens}"
                 )
             first += images
+
+
+def _counts_of_tiles(grids: list[Grid] | None, tiles: list[int]) -> dict[str, Any]:
+    """Return the model's inputs that tell the count of each tile."""
+    if not tiles:
+        return {}
+    if grids is None:
+        return {"num_image_tokens": AUTO, "tiles_per_image": tiles}
+    # Host ints from here to the kernels: never a tensor that would be read back.
+    counts = [height * width if height == width else (height, width) for height, width in grids]
+    return {"num_image_tokens": [c for c, n in zip(counts, tiles, strict=True) for _ in range(n)]}
 
 
 AutoProcessor.register(TokenFlexConfig, TokenFlexProcessor)

@@ -1,7 +1,7 @@
-"""The released checkpoint, LiAutoAD/Ristretto-3B: its config, its names, its way with images.
+"""The released checkpoint, LiAutoAD/Ristretto-3B: its config, its tensors and its image processing.
 
-What is known of its layout (its public configuration, modelling code and callers) stands here and
-nowhere else: to read it as a TokenFLEX model, and to write one in that layout.
+All knowledge of its layout, from its public configuration and modelling code, is in this module: to
+read it as a TokenFLEX model, and to write a model in that layout.
 """
 
 from __future__ import annotations
@@ -20,20 +20,26 @@ from transformers import (
 )
 from transformers.image_utils import PILImageResampling
 
-from tokenflex.files import excerpt, read_json
+from tokenflex.files import excerpt
 from tokenflex.models.configuration import TokenFlexConfig
-from tokenflex.models.decoding import never_generate
+from tokenflex.models.generation import never_generate
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.processing import TokenFlexProcessor
-from tokenflex.models.weights import check_fit, tensors, weight_files, widest_dtype
+from tokenflex.models.weights import (
+    check_fit,
+    read_config_values,
+    tensors,
+    weight_files,
+    widest_dtype,
+)
 
 MODEL_TYPE = "ristretto"
 TRAINED_COUNTS = (64, 144, 256)
 IMAGE_TOKEN, IMAGE_START, IMAGE_END = "<IMG_CONTEXT>", "<img>", "</img>"
 LANGUAGE_MODELS = {"Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
 
-# The release's names -> ours. The first that fits is taken: newer releases of transformers save the
-# encoder without the second "vision_model.".
+# The release's names -> ours; the first prefix that fits is taken. Newer releases of transformers
+# save the encoder without the second "vision_model.".
 _NAMES = {
     "vision_model.vision_model.": "model.vision_model.",
     "vision_model.": "model.vision_model.",
@@ -44,7 +50,7 @@ _NAMES = {
     "language_model.model.": "model.language_model.",
     "language_model.lm_head.": "lm_head.",
 }
-# What the release's config says of images, and what it is where it says nothing.
+# Fields of the release's config about images, and their defaults.
 _DEFAULTS = {
     "num_image_token": 256,
     "select_layer": -1,
@@ -56,7 +62,7 @@ _DEFAULTS = {
     "pad2square": False,
 }
 
-# ChatML, for tokenizers without a template and for a system message of one's own.
+# ChatML, for tokenizers without a template and for another system message.
 _CHATML = (
     "{{% if {system!r} and messages[0]['role'] != 'system' %}}"
     "{{{{ '<|im_start|>system\n' + {system!r} + '<|im_end|>\n' }}}}{{% endif %}}"
@@ -70,18 +76,17 @@ _CHATML = (
 def load_ristretto(
     path: str | Path, *, system_message: str | None = None, **kwargs: Any
 ) -> tuple[TokenFlexForConditionalGeneration, TokenFlexProcessor]:
-    """Model, in evaluation mode, and processor from a local copy of the released checkpoint.
+    """Load a model, in evaluation mode, and its processor from the released checkpoint.
 
     Args:
         path: folder with config.json, safetensors files and the tokenizer's files.
-        system_message: what conversations begin with; None takes the tokenizer's own template.
-        **kwargs: for ``from_pretrained``, for example ``dtype`` and ``device_map``; ``dtype`` is
-            that of the files if it is not given, the widest where they hold several.
+        system_message: the system message of conversations; None keeps the tokenizer's template.
+        **kwargs: for ``from_pretrained``, for example ``dtype`` and ``device_map``. The default
+            ``dtype`` is that of the files, the widest where they hold several.
 
     Raises:
-        FileNotFoundError: the folder or one of its files is not there.
-        ValueError: a file is cut off or the checkpoint is of another layout; the message names
-            what is.
+        FileNotFoundError: the folder or one of its files does not exist.
+        ValueError: a file is cut off, or the checkpoint is of another layout; the message names it.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -106,11 +111,7 @@ def load_ristretto(
 
 
 def tokenflex_name(name: str) -> str:
-    """Our name of a tensor of the release.
-
-    Raises:
-        ValueError: the release has no tensor of that name.
-    """
+    """Return our name of a tensor of the release."""
     for theirs, ours in _NAMES.items():
         if name.startswith(theirs):
             return ours + name[len(theirs) :]
@@ -118,11 +119,7 @@ def tokenflex_name(name: str) -> str:
 
 
 def ristretto_name(name: str) -> str:
-    """The release's name of one of our tensors.
-
-    Raises:
-        ValueError: a TokenFLEX model has no tensor of that name.
-    """
+    """Return the release's name of one of our tensors."""
     for theirs, ours in _NAMES.items():
         if name.startswith(ours):
             return theirs + name[len(ours) :]
@@ -133,23 +130,14 @@ def ristretto_name(name: str) -> str:
 
 
 def read_ristretto_config(folder: Path) -> dict[str, Any]:
-    """The release's config.json, checked.
+    """Read the release's config.json.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is another model's, or asks for something that we do not do.
+        FileNotFoundError: it does not exist.
+        ValueError: it is another model's, or needs something that TokenFLEX does not do.
     """
     path = folder / "config.json"
-    values = read_json(path, "checkpoint file")
-    model_type = values.get("model_type") if isinstance(values, dict) else None
-    if model_type != MODEL_TYPE:
-        raise ValueError(
-            f"checkpoint file {path} must have model_type {MODEL_TYPE!r}, got {excerpt(model_type)}"
-        )
-    for part in ("vision_config", "llm_config"):
-        if not isinstance(values.get(part), dict):
-            given = excerpt(values.get(part))
-            raise ValueError(f"checkpoint file {path} must hold {part}, got {given}")
+    values = read_config_values(path, MODEL_TYPE, "vision_config", "llm_config")
     architectures = values["llm_config"].get("architectures") or ["none"]
     supported: dict[str, tuple[Any, list[Any]]] = {
         "select_layer": (values.get("select_layer", -1), [-1]),
@@ -160,11 +148,11 @@ def read_ristretto_config(folder: Path) -> dict[str, Any]:
         ),
         "llm_config.architectures": (architectures[0], list(LANGUAGE_MODELS)),
     }
-    for name, (value, known) in supported.items():
-        if value not in known:
+    for name, (value, allowed) in supported.items():
+        if value not in allowed:
             raise ValueError(
-                f"checkpoint file {path} has {name} {excerpt(value)}, and we know {known[0]!r}"
-                + "".join(f" and {other!r}" for other in known[1:])
+                f"checkpoint file {path} has {name} {excerpt(value)}, and we know "
+                + " and ".join(map(repr, allowed))
             )
     return values
 
@@ -172,12 +160,12 @@ def read_ristretto_config(folder: Path) -> dict[str, Any]:
 def tokenflex_config(
     released: Mapping[str, Any], image_token_id: int, names: Mapping[str, Any]
 ) -> TokenFlexConfig:
-    """Our config of a released one.
+    """Return our config of a released one.
 
     Args:
-        released: what :func:`read_ristretto_config` gives.
+        released: of :func:`read_ristretto_config`.
         image_token_id: of the tokenizer's ``<IMG_CONTEXT>``.
-        names: our names of the tensors: they tell whether the encoder's pooling head is there.
+        names: our names of the tensors, which tell whether the encoder has its pooling head.
     """
     vision = dict(released["vision_config"])
     vision["vision_use_head"] = any(name.startswith("model.vision_model.head.") for name in names)
@@ -192,17 +180,17 @@ def tokenflex_config(
             num_image_tokens=_value(released, "num_image_token"),
             pooling="resize",
             trained_num_image_tokens=TRAINED_COUNTS,
-            ristretto=rest,  # what we have no use for: to write it back
+            ristretto=rest,  # unused fields, to write them back
         )
     except Exception as error:  # transformers checks fields with exceptions of its own
         raise ValueError(f"released configuration is not valid: {error}") from error
 
 
 def ristretto_config(config: TokenFlexConfig, processor: TokenFlexProcessor) -> dict[str, Any]:
-    """The release's config.json for one of our models.
+    """Return the release's config.json for one of our models.
 
     Raises:
-        ValueError: that layout cannot hold the model; the message names what does not fit.
+        ValueError: that layout cannot hold the model; the message names the field.
     """
     vision, text = config.vision_config, config.text_config
     model_types = {name: architecture for architecture, name in LANGUAGE_MODELS.items()}
@@ -248,7 +236,7 @@ def ristretto_config(config: TokenFlexConfig, processor: TokenFlexProcessor) -> 
 
 
 def generation_config(folder: Path, tokenizer: Any) -> GenerationConfig:
-    """That of the folder, or one that ends answers at the tokenizer's end of a turn."""
+    """Read the folder's, or make one that ends answers at the tokenizer's end of a turn."""
     if (folder / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(folder)
     return GenerationConfig(
@@ -268,7 +256,7 @@ def _value(released: Mapping[str, Any], name: str) -> Any:
 
 def _tile_limits(released: Mapping[str, Any]) -> tuple[int, int]:
     if not _value(released, "dynamic_image_size"):
-        return 1, 1  # whatever numbers stand beside it
+        return 1, 1  # whatever the limits are
     return _value(released, "min_dynamic_patch"), _value(released, "max_dynamic_patch")
 
 
@@ -278,7 +266,7 @@ def _tile_limits(released: Mapping[str, Any]) -> tuple[int, int]:
 def ristretto_processor(
     folder: Path, released: Mapping[str, Any], system_message: str | None = None
 ) -> TokenFlexProcessor:
-    """Tiles of the encoder's size in RGB, mean and std 0.5, between ``<img>`` and ``</img>``.
+    """Make a processor of RGB tiles of the encoder's size, with mean and std 0.5.
 
     Raises:
         ValueError: the tokenizer cannot be read, or lacks the tokens of images.

@@ -1,6 +1,7 @@
 """From pixels to patch features, whatever the encoder: fixed tiles, other shapes, or NaFlex.
 
-Counts play no part here: what is encoded once can be pooled to any number of vision tokens.
+Counts play no part here: images that were encoded once can be pooled to any number of vision
+tokens.
 """
 
 from __future__ import annotations
@@ -8,17 +9,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
 
-from tokenflex.counts import Grid, is_one_count, join_calls, token_grid
+from tokenflex.counts import Grid, token_grids
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Patch features of images, or of tiles: all that is needed of them for any count.
+    """Patch features of images, or of tiles, for any number of vision tokens.
 
     Attributes:
         features: float [sum of H*W, C], image after image, row-major.
@@ -40,19 +43,19 @@ class EncodedImages:
         return len(self.grids)
 
     def to(self, *args: Any, **kwargs: Any) -> EncodedImages:
-        """The same with its features moved as ``torch.Tensor.to`` does."""
+        """Return a copy with its features moved as ``torch.Tensor.to`` does."""
         return EncodedImages(self.features.to(*args, **kwargs), self.grids)
 
-    def select(self, places: Sequence[int]) -> EncodedImages:
-        """The images at these places, in this order; one may be named more than once."""
+    def select(self, images: Sequence[int]) -> EncodedImages:
+        """Return the images at these indices, in this order; an index may be repeated."""
         parts = self.features.split([height * width for height, width in self.grids])
-        chosen = [parts[place] for place in places]
+        chosen = [parts[image] for image in images]
         features = torch.cat(chosen) if chosen else self.features[:0]
-        return EncodedImages(features, tuple(self.grids[place] for place in places))
+        return EncodedImages(features, tuple(self.grids[image] for image in images))
 
 
 def takes_patches(vision_model: PreTrainedModel) -> bool:
-    """Whether the encoder takes patches of images of any shape (NaFlex), not pixels of one size."""
+    """Return whether the encoder takes patches of images of any shape (NaFlex), not pixels."""
     return "spatial_shapes" in _parameters(vision_model)
 
 
@@ -65,7 +68,7 @@ def encode(
 ) -> tuple[EncodedImages, Any]:
     """Return the encoder's last layer, without special tokens or padding, and its whole output.
 
-    Of no images the features are [0, C], yet the encoder runs, on a blank tile: in distributed
+    Without images the features are [0, C], yet the encoder runs, on a blank tile: in distributed
     training every process must run the same modules, and each parameter gets its gradient, zero.
 
     Args:
@@ -79,25 +82,25 @@ def encode(
 
     Raises:
         TypeError: pixels are not floats.
-        ValueError: pixels, grids and encoder do not fit together, or the encoder gives no row of
-            features per patch.
+        ValueError: pixels, grids and encoder do not fit together, or the encoder does not give a
+            row of features per patch.
     """
     if not pixel_values.is_floating_point():
         raise TypeError(f"pixel_values must be normalised floats, got {pixel_values.dtype}")
     images = len(pixel_values)
-    named = None if grids is None else _grid_per_image(grids, images)
+    per_image = None if grids is None else token_grids(grids, images, name="grids")
     run_encoder = _encode_patches if takes_patches(vision_model) else _encode_pixels
     if not images:
         tile, grid = blank_tile(vision_model, config)
         blank, outputs = run_encoder(vision_model, config, tile.to(pixel_values), grid, options)
         return blank.select([]), outputs
-    return run_encoder(vision_model, config, pixel_values, named, options)
+    return run_encoder(vision_model, config, pixel_values, per_image, options)
 
 
 def blank_tile(
     vision_model: PreTrainedModel, config: PretrainedConfig
 ) -> tuple[torch.Tensor, list[Grid]]:
-    """Zeros that :func:`encode` takes for one tile, and their grid."""
+    """Return zeros that :func:`encode` takes for one tile, and their grid."""
     channels = getattr(config, "num_channels", 3)
     patch_height, patch_width = _pair(config.patch_size)
     if takes_patches(vision_model):
@@ -112,7 +115,7 @@ def _encode_pixels(
     vision_model: PreTrainedModel,
     config: PretrainedConfig,
     pixel_values: torch.Tensor,
-    named: list[Grid] | None,
+    grids: list[Grid] | None,
     options: dict[str, Any],
 ) -> tuple[EncodedImages, Any]:
     channels = getattr(config, "num_channels", 3)
@@ -121,34 +124,31 @@ def _encode_pixels(
             f"pixel_values must be [tiles, {channels}, height, width], got shape "
             f"{tuple(pixel_values.shape)}"
         )
-    height, width = pixel_values.shape[-2:]
+    images, _, height, width = pixel_values.shape
     patch_height, patch_width = _pair(config.patch_size)
     grid = height // patch_height, width // patch_width
     size = getattr(config, "image_size", None)
-    if size is not None and (height, width) != _pair(size):
-        if named is None:
-            expected_height, expected_width = _pair(size)
+    expected_height, expected_width = (height, width) if size is None else _pair(size)
+    resized = (height, width) != (expected_height, expected_width)
+    if resized:
+        if grids is None:
             raise ValueError(
                 f"pixel_values must be {expected_height} x {expected_width} as the encoder's "
                 f"image_size, or come with grids, got {height} x {width}"
             )
         if "interpolate_pos_encoding" in _parameters(vision_model):
             options = {"interpolate_pos_encoding": True, **options}
-    for i, one in enumerate(named or []):
-        if one != grid:
+    for i, given in enumerate(grids or []):
+        if given != grid:
             raise ValueError(
                 f"grids[{i}] must be {grid} for pixel_values of {height} x {width} and patches of "
-                f"{patch_height} x {patch_width}, got {one}"
+                f"{patch_height} x {patch_width}, got {given}"
             )
     encoder = type(vision_model).__name__
     try:
         outputs = vision_model(pixel_values=pixel_values, return_dict=True, **options)
     except RuntimeError as error:
-        if (
-            size is None
-            or (height, width) == _pair(size)
-            or isinstance(error, torch.OutOfMemoryError)
-        ):
+        if not resized or isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(
             f"{encoder} of image_size {size} cannot encode pixel_values of {height} x {width}: "
@@ -156,7 +156,6 @@ def _encode_pixels(
         ) from error
     features = outputs.last_hidden_state
     patches = grid[0] * grid[1]
-    images = len(pixel_values)
     if features.ndim != 3 or len(features) != images or features.shape[1] < patches:
         raise ValueError(
             f"{encoder} must give last_hidden_state [{images}, at least {patches}, C] for patches "
@@ -190,31 +189,19 @@ def _encode_patches(
                 f"grids[{i}] = {(height, width)} holds {height * width} patches, but pixel_values "
                 f"have {length} per image"
             )
-    # All from host numbers: nothing is read back from the device.
+    # Computed from host numbers: nothing is read back from the device.
     patches = torch.tensor([height * width for height, width in grids])
-    real = torch.arange(length) < patches[:, None]
+    is_patch = torch.arange(length) < patches[:, None]
     outputs = vision_model(
         pixel_values=pixel_values,
-        pixel_attention_mask=real.to(pixel_values.device),
+        pixel_attention_mask=is_patch.to(pixel_values.device),
         spatial_shapes=torch.tensor(grids),
         return_dict=True,
         **options,
     )
     features = outputs.last_hidden_state
-    rows = real.flatten().nonzero().squeeze(1).to(features.device)
+    rows = is_patch.flatten().nonzero().squeeze(1).to(features.device)
     return EncodedImages(features.flatten(0, 1).index_select(0, rows), tuple(grids)), outputs
-
-
-def _grid_per_image(grids: Grid | Sequence[Grid], images: int) -> list[Grid]:
-    grids = join_calls(grids, images)
-    if is_one_count(grids):
-        return [token_grid(grids, name="grids")] * images
-    per_image = [token_grid(grid, name=f"grids[{i}]") for i, grid in enumerate(grids)]
-    if len(per_image) != images:
-        raise ValueError(
-            f"grids must have one entry per image: got {len(per_image)} for {images} images"
-        )
-    return per_image
 
 
 def _pair(size: int | Sequence[int]) -> Grid:
@@ -225,5 +212,5 @@ def _pair(size: int | Sequence[int]) -> Grid:
 
 
 def _parameters(vision_model: PreTrainedModel) -> Any:
-    # Of the class: libraries replace an instance's forward by one of their own.
+    # Of the class, as libraries replace the forward of an instance.
     return inspect.signature(type(vision_model).forward).parameters

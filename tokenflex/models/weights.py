@@ -1,4 +1,4 @@
-"""Weight files of a checkpoint folder: which tensors there are, and whether a model fits them."""
+"""Files of a checkpoint folder: its config, its tensors, and whether a model fits them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,39 @@ from safetensors import SafetensorError, safe_open
 
 from tokenflex.files import excerpt, read_json
 from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 
 INDEX = "model.safetensors.index.json"
 
 
+def read_config_values(path: Path, model_type: str, *parts: str) -> dict[str, Any]:
+    """Read a config.json of a model type, which holds a config for each of its parts.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: it is another model's, or lacks a part.
+    """
+    values = read_json(path, "checkpoint file")
+    given = values.get("model_type") if isinstance(values, dict) else None
+    if given != model_type:
+        raise ValueError(
+            f"checkpoint file {path} must have model_type {model_type!r}, got {excerpt(given)}"
+        )
+    for part in parts:
+        if not isinstance(values.get(part), dict):
+            raise ValueError(
+                f"checkpoint file {path} must hold {part}, got {excerpt(values.get(part))}"
+            )
+    config: dict[str, Any] = values
+    return config
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files, each opened once to see that it is whole.
+    """Return the folder's safetensors files, once each was opened to see that it is whole.
 
     Raises:
         FileNotFoundError: there is none, or one that the index names is missing.
-        ValueError: a file is cut off, or the index is not one of files in the folder.
+        ValueError: a file is cut off, or the index names files outside of the folder.
     """
     files = sorted(folder.glob("*.safetensors"))
     if (folder / INDEX).exists():
@@ -42,10 +65,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _indexed(index: Any, path: Path) -> list[str]:
-    """The files that an index names, each once.
+    """Return the files that an index names, each once.
 
-    Their names must stay in the folder. What they are links to is not looked at: in the hub's cache
-    every file is a link that leads out of its folder.
+    Their names must stay in the folder. Links are followed: in the hub's cache every file is a link
+    that leads out of its folder.
     """
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict):
@@ -63,62 +86,59 @@ def _indexed(index: Any, path: Path) -> list[str]:
 
 
 def tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and value of every tensor of a safetensors file, read one at a time."""
+    """Yield name and value of every tensor of a safetensors file, read one at a time."""
     with safe_open(file, framework="pt") as opened:
         for name in opened.keys():  # noqa: SIM118 (it is no dict)
             yield name, opened.get_tensor(name)
 
 
 def widest_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The float type that holds every value of these; float32 for float16 with bfloat16."""
+    """Return the float type that holds every value of these; float32 for float16 with bfloat16."""
     return reduce(torch.promote_types, (dtype for dtype in dtypes if dtype.is_floating_point))
+
+
+def _shapes_of_model(config: TokenFlexConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a model, without allocating any."""
+    with torch.device("meta"):
+        model = TokenFlexForConditionalGeneration(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def smaller_tensors(files: Iterable[Path], config: TokenFlexConfig) -> list[str]:
     """Return the names of saved tensors with fewer elements than a model of ``config`` gives them.
 
-    Of a wrong config transformers would allocate such tensors, however large, before it compares
-    them. Here nothing is allocated and no tensor is read.
+    With a wrong config transformers would allocate such tensors, however large, before it compares
+    them. This function allocates nothing and reads no tensor.
 
     Args:
         files: safetensors files of the checkpoint.
-        config: of the model. Of a quantized one no tensors are compared: they are saved packed.
+        config: of the model. Tensors of a quantized one, which are saved packed, are not compared.
     """
     if getattr(config, "quantization_config", None) is not None:
         return []
-    elements = {
-        name: tensor.numel() for name, tensor in _model_without_memory(config).state_dict().items()
-    }
+    shapes = _shapes_of_model(config)
     smaller = []
     for file in files:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (it is no dict)
-                if prod(opened.get_slice(name).get_shape()) < elements.get(name, 0):
+                saved = prod(opened.get_slice(name).get_shape())
+                if name in shapes and saved < prod(shapes[name]):
                     smaller.append(name)
     return smaller
-
-
-def _model_without_memory(config: TokenFlexConfig) -> Any:
-    """Return a model on the meta device, whose tensors have shapes alone."""
-    from tokenflex.models.modeling import TokenFlexForConditionalGeneration
-
-    with torch.device("meta"):
-        return TokenFlexForConditionalGeneration(config)
 
 
 def check_fit(folder: Path, config: TokenFlexConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse tensors that are not exactly those of a model of this config.
 
     Args:
-        folder: where they come from, for errors.
+        folder: the checkpoint's folder, for errors.
         config: of the model.
         shapes: name in our model -> shape.
 
     Raises:
         ValueError: a tensor is missing, unexpected or of another shape; the first is named.
     """
-    model = _model_without_memory(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = _shapes_of_model(config)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     problems = {
         "missing tensors": [name for name in expected if name not in shapes and name not in tied],

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from tokenflex.counts import AUTO, TokenCount, tokens_of
+from tokenflex.counts import AUTO, TokenCount, token_grid
 from tokenflex.evaluation.generation import answer_length
+from tokenflex.models.auto_counts import CHOICE_INPUTS
 from tokenflex.models.loading import check_length
-from tokenflex.routing.choice import INPUTS, read_inputs
+from tokenflex.routing.choice import read_inputs
 from tokenflex.routing.ladder import trained_counts
 
 # Confidence is read from the logits of greedy search.
@@ -90,10 +91,10 @@ def generate_with_escalation(
     if not isinstance(num_image_tokens, str) or num_image_tokens != AUTO:
         raise ValueError(f"num_image_tokens must be 'auto', got {num_image_tokens!r}")
     ladder = trained_counts(model) if counts is None else tuple(counts)
-    sizes = [tokens_of(count) for count in ladder]
+    sizes = [height * width for height, width in map(token_grid, ladder)]
     if not sizes or sizes != sorted(set(sizes)):
         raise ValueError(f"counts must rise from the first to the last, got {list(ladder)}")
-    inputs = {name: kwargs.pop(name) for name in INPUTS if name in kwargs}
+    inputs = {name: kwargs.pop(name) for name in CHOICE_INPUTS if name in kwargs}
     prompts, encoded = read_inputs(model, input_ids, **inputs)
     rows = range(len(prompts.rows))
     images = [prompts.images_of(row) for row in rows]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from tokenflex.counts import AUTO, Grid
+from tokenflex.models.auto_counts import ChoosesCounts, join_words
 from tokenflex.models.vision import EncodedImages
 from tokenflex.routing.expansion import Prompts, read_prompts
 from tokenflex.routing.policies import find_policy
-
-INPUTS = ("attention_mask", "pixel_values", "grids", "encoded_images", "tiles_per_image")
-_KNOBS = ("penalty", "budget")
 
 
 @torch.no_grad()
@@ -52,71 +50,12 @@ def choose_counts(
         TypeError: An argument has a wrong type.
         ValueError: Arguments do not fit together, or ``budget`` is too small.
     """
-    policy = find_policy(_joined(num_image_tokens))
+    policy = find_policy(join_words(num_image_tokens))
     prompts, encoded = read_inputs(model, input_ids, **inputs)
     if encoded is None:
         return prompts.expanded([])
     counts = policy.choose(model, prompts, encoded, penalty=penalty, budget=budget)
     return {**prompts.expanded(counts), "encoded_images": encoded}
-
-
-def generate_with_choice(model: Any, inputs: Any = None, **kwargs: Any) -> Any:
-    """``generate`` at chosen counts. Its answer begins with the prompts as they were given.
-
-    Args:
-        model: a :class:`tokenflex.TokenFlexForConditionalGeneration`.
-        inputs: ``input_ids``, or they are among ``kwargs``.
-        **kwargs: those of :func:`choose_counts`, and what ``generate`` takes besides.
-
-    Returns:
-        What ``generate`` returns. With ``return_dict_in_generate`` it has ``num_image_tokens``, the
-        count chosen for each tile.
-    """
-    asked = {
-        name: kwargs.pop(name) for name in ("num_image_tokens", *_KNOBS, *INPUTS) if name in kwargs
-    }
-    named = kwargs.pop("input_ids", None)
-    given = named if inputs is None else inputs
-    if given is None:
-        raise ValueError("input_ids must be given where counts are to be chosen, got None")
-    chosen = choose_counts(model, given, **asked)
-    output = model.generate(**chosen, **kwargs)
-    sequences = output if isinstance(output, torch.Tensor) else output.sequences
-    new = sequences[:, chosen["input_ids"].shape[1] :]
-    asked_again = given.repeat_interleave(len(new) // len(given), 0)
-    sequences = torch.cat([asked_again.to(new.device), new], dim=1)
-    if isinstance(output, torch.Tensor):
-        return sequences
-    output.sequences = sequences
-    output.num_image_tokens = chosen.get("num_image_tokens", [])
-    return output
-
-
-def asks_for_choice(kwargs: Mapping[str, Any]) -> bool:
-    """Whether arguments of ``generate`` leave counts to be chosen."""
-    return isinstance(_joined(kwargs.get("num_image_tokens")), str) or any(
-        kwargs.get(name) is not None for name in (*_KNOBS, "tiles_per_image")
-    )
-
-
-def _joined(num_image_tokens: Any) -> Any:
-    """Return the one word of several calls, which a pipeline batches into a list."""
-    words = num_image_tokens if isinstance(num_image_tokens, list) else []
-    alike = bool(words) and all(isinstance(word, str) and word == words[0] for word in words)
-    return words[0] if alike else num_image_tokens
-
-
-def refuse_auto(num_image_tokens: Any) -> None:
-    """An error for what needs counts that are chosen already: training, and every forward pass.
-
-    Raises:
-        ValueError: ``num_image_tokens`` is "auto".
-    """
-    if isinstance(_joined(num_image_tokens), str):
-        raise ValueError(
-            f"num_image_tokens must be counts here, got {num_image_tokens!r}: 'auto' is for "
-            "generate; for a forward pass call model(**model.choose_counts(**inputs))"
-        )
 
 
 def read_inputs(
@@ -147,3 +86,6 @@ def read_inputs(
         0 if encoded_images is None else len(encoded_images),
     )
     return prompts, encoded_images
+
+
+ChoosesCounts.count_chooser = staticmethod(choose_counts)  # the models' hook

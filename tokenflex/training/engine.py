@@ -161,12 +161,7 @@ def with_a_tile(batch: PackedBatch, model: Any, count: TokenCount) -> PackedBatc
         return batch
     pixels, grids = blank_tile(model.model.vision_model, model.config.vision_config)
     pixels = pixels.to(batch.plan.input_ids.device)
-    teacher = batch.teacher
-    if teacher is not None:
-        teacher = replace(teacher, num_image_tokens=[count])
-    return replace(
-        batch, pixel_values=pixels, grids=grids, num_image_tokens=[count], teacher=teacher
-    )
+    return replace(batch.with_unseen_tile(count), pixel_values=pixels, grids=grids)
 
 
 def target_weights(batch: PackedBatch, loss: str) -> torch.Tensor:

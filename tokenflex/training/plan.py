@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 
 from tokenflex.counts import TokenCounts, tokens_of
-from tokenflex.data.encoding import IGNORE
 from tokenflex.data.faults import (
     BrokenSample,
     broken_records,
@@ -21,7 +20,7 @@ from tokenflex.data.faults import (
     leaving_out,
     warn_of_broken,
 )
-from tokenflex.data.packing import FittedSample, PackingCollator
+from tokenflex.data.packing import DrawnSample, PackingCollator
 from tokenflex.data.samples import DataExhaustedError, size_of
 from tokenflex.data.steps import outline_of
 from tokenflex.models.loading import check_length
@@ -125,13 +124,14 @@ def measure_samples(config: TrainConfig, data: DataConfig, *, share_prefix: bool
     check_supply(config, {data: order})
     size = size_of(dataset)
     asked = MEASURED_SAMPLES if size is None else min(size, MEASURED_SAMPLES)
-    samples: list[FittedSample] = []
+    samples: list[DrawnSample] = []
     broken: list[BrokenSample] = []
     for position in range(asked):
         try:
             index = order[position][1]
             with leaving_out(dataset, index, broken):  # as training does
-                samples.append(collator.fit(outline_of(dataset, index), 1))
+                drawn = DrawnSample(index, 0, outline_of(dataset, index), 1)
+                samples.append(collator.fit(drawn))
         except DataExhaustedError:
             break
     if not samples:
@@ -140,10 +140,10 @@ def measure_samples(config: TrainConfig, data: DataConfig, *, share_prefix: bool
     text = answers = tiles = shown = 0
     for fitted in samples:
         tiles += sum(fitted.tiles)
-        for one in fitted.sequences:
-            shown += sum(fitted.tiles[one.images])
-            text += one.num_tokens([0] * len(fitted.tiles))
-            answers += int((one.labels != IGNORE).sum())
+        answers += fitted.num_targets
+        for sequence in fitted.sequences or ():
+            shown += sum(fitted.tiles[sequence.images])
+            text += sequence.num_tokens([0] * len(fitted.tiles))
     measured = len(samples)
     return SampleConfig(
         text_tokens=text / measured,

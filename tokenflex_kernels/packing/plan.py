@@ -1,15 +1,15 @@
-"""`plan_packing`: where every row of a packed batch comes from, settled on the host.
+"""Plan a packed batch on the host: where every row comes from.
 
-Token counts are host ints from the moment they are chosen, so the whole layout of a batch is known
-before anything reaches the device: the collator plans, the device only moves rows, and nothing ever
-waits to read a length back.
+Token counts are host ints from the moment they are chosen, so the layout of a batch is known before
+anything reaches the device. The collator plans, the device only moves rows, and nothing ever waits
+to read a length back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,8 +17,7 @@ import torch
 from tokenflex_kernels._backend import extension, select_backend
 from tokenflex_kernels._checks import check_int, check_ints
 from tokenflex_kernels._set_once import SetOnce
-from tokenflex_kernels.reference import packing as reference
-from tokenflex_kernels.reference.packing import PlanRows
+from tokenflex_kernels.packing import reference
 
 Ints: TypeAlias = "Sequence[int] | np.ndarray | torch.Tensor"
 
@@ -27,10 +26,10 @@ _TENSORS = ("input_ids", "position_ids", "labels", "source", "vision_rows", "cu_
 
 @dataclass(eq=False, kw_only=True)
 class PackPlan(SetOnce):
-    """The layout of one padding-free batch; made by :func:`plan_packing`. Its fields never change.
+    """The layout of one padding-free batch, made by :func:`plan_packing`. Its fields never change.
 
     ``total`` is the number of rows of the batch, ``vision`` that of its vision rows. The tensors
-    move with :meth:`to`; the other fields are facts for the host, which need no look at a tensor.
+    move with :meth:`to`; the other fields stay on the host.
     """
 
     input_ids: torch.Tensor
@@ -40,15 +39,23 @@ class PackPlan(SetOnce):
     labels: torch.Tensor
     """int64 [total], unshifted: ``ignore_index`` on vision rows and on each sample's first row."""
     source: torch.Tensor
-    """int32 [total]: the token id of a text row, ~v on the row of vision token v."""
+    """int32 [total]: the token id of a text row, ~v on a row of vision token v."""
     vision_rows: torch.Tensor
-    """int32 [vision]: the row of each vision token, ascending."""
+    """int32 [vision]: the row of each vision token, in the order of the vision tokens.
+
+    Of an image that is shown several times, each token has its rows here, ascending."""
     cu_seqlens: torch.Tensor
     """int32 [samples + 1]: sample s is rows cu_seqlens[s] to cu_seqlens[s + 1]."""
     lengths: tuple[int, ...]
     """Rows per sample."""
     token_counts: tuple[int, ...]
-    """Vision tokens per image, in order of appearance."""
+    """Vision tokens per image, in the order of the vision tokens."""
+    image_index: tuple[int, ...] | None = None
+    """The image that each placeholder shows; None where each image is shown once, in order."""
+    num_vision_tokens: int
+    """Vision tokens of all images, shown or not."""
+    shown_once: bool = True
+    """Each vision token has exactly one row."""
     max_seqlen: int
     """Rows of the longest sample, 0 in an empty batch."""
     max_token_id: int
@@ -66,11 +73,15 @@ class PackPlan(SetOnce):
         """Samples of the batch, those of no rows included."""
         return self.cu_seqlens.shape[0] - 1
 
+    def vision_tokens(self) -> torch.Tensor:
+        """Return the vision token that stands at each of ``vision_rows``, int32 [vision]."""
+        return ~self.source[self.vision_rows]
+
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PackPlan:
-        """The plan with its tensors on ``device``; their dtypes are part of the plan, and stay.
+        """Return the plan with its tensors on ``device``. Their dtypes stay.
 
         Raises:
-            TypeError: ``device`` is no device: a dtype, say, as a tensor's ``to`` would take.
+            TypeError: ``device`` is no device, for example a dtype.
         """
         if not isinstance(device, (torch.device, str, int)):
             raise TypeError(f"device must be a torch.device, str or int, got {device!r}")
@@ -82,7 +93,10 @@ class PackPlan(SetOnce):
         )
 
     def pin_memory(self) -> PackPlan:
-        """The plan in pinned memory, for ``to(device, non_blocking=True)``; DataLoader calls it."""
+        """Return the plan in pinned memory, for ``to(device, non_blocking=True)``.
+
+        A DataLoader calls it.
+        """
         return replace(self, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
 
 
@@ -94,17 +108,19 @@ def plan_packing(
     labels: Sequence[Ints] | None = None,
     ignore_index: int = -100,
     expanded: bool = False,
+    image_index: Ints | None = None,
 ) -> PackPlan:
     """Plan one padding-free batch in which every image has its own number of vision tokens.
 
     Runs on the host in O(tokens + rows), in the collator or a DataLoader worker; needs no device.
-    A plan takes 28 bytes a row, 4 more a vision row and 4 a sample, however many rows are counted.
+    A plan takes 28 bytes a row, 4 more a vision row and 4 a sample.
 
     Args:
         input_ids: one 1-D sequence of token ids per sample: ints, a numpy array or a CPU tensor. A
             token equal to ``image_token_id`` is a placeholder; any other is text, in [0, 2^31).
-        token_counts: vision tokens per image, one int for each image of the batch in order of
-            appearance. At 0 the placeholder vanishes; with ``expanded`` it must be at least 1.
+        token_counts: vision tokens per image, one int for each image of the batch, in the order in
+            which the vision tokens lie. At 0 the placeholder vanishes; with ``expanded`` it must be
+            at least 1.
         image_token_id: the placeholder's id, any int64 (LLaVA's is -200).
         labels: one 1-D sequence per sample, aligned with ``input_ids`` and unshifted, as Hugging
             Face models expect; None supervises every text token. Placeholders' labels are not read.
@@ -112,19 +128,23 @@ def plan_packing(
         expanded: False for one placeholder per image; True where placeholders are repeated already,
             once per vision token. Neighbouring placeholders may then belong to several images, but
             text never splits an image and no image straddles two samples.
+        image_index: the image of ``token_counts`` that each placeholder shows (with ``expanded``,
+            each of its runs), in order of appearance. Images may be shown in any order, several
+            times, or not at all. None: each once, in order of appearance.
 
     Returns:
         The :class:`PackPlan`, in CPU memory.
 
     Raises:
-        ValueError: a text token outside [0, 2^31), a negative count, counts that do not match the
-            placeholders, labels that do not match ``input_ids``, more than 2^31 - 1 rows, or a
-            tensor that is not on the CPU.
+        ValueError: a text token outside [0, 2^31), a negative count, counts or an ``image_index``
+            that do not match the placeholders, labels that do not match ``input_ids``, more than
+            2^31 - 1 rows, or a tensor that is not on the CPU.
         TypeError: an argument is not made of ints, or ``expanded`` is not a bool.
     """
     samples = _check_samples("input_ids", input_ids)
-    # A copy, so that nobody can change what was checked before it is used.
+    # Copies, so that nobody can change what was checked before it is used.
     counts = check_ints("token_counts", token_counts).copy()
+    images = None if image_index is None else check_ints("image_index", image_index).copy()
     given = None if labels is None else _check_labels(labels, samples)
     image_token_id = check_int("image_token_id", image_token_id)
     ignore_index = check_int("ignore_index", ignore_index)
@@ -132,21 +152,36 @@ def plan_packing(
         raise TypeError(f"expanded must be a bool, got {expanded!r}")
 
     if select_backend("plan_packing") == "reference":
-        rows = reference.plan_packing(
+        fields = reference.plan_packing(
             [sample.tolist() for sample in samples],
             counts.tolist(),
+            None if images is None else images.tolist(),
             image_token_id,
             None if given is None else [sample.tolist() for sample in given],
             ignore_index,
             expanded,
         )
     else:
-        rows = _plan_compiled(samples, counts, image_token_id, given, ignore_index, expanded)
-    lengths = tuple(np.diff(rows.cu_seqlens).tolist())
+        compiled = extension()
+        assert compiled is not None, "select_backend chose an extension that is not built"
+        offsets = np.zeros(len(samples) + 1, np.int64)
+        np.cumsum([sample.size for sample in samples], out=offsets[1:])
+        ids = _joined(samples)
+        targets = None if given is None else _joined(given)
+        fields = compiled.plan(
+            ids, offsets, counts, images, image_token_id, expanded, targets, ignore_index
+        )
+    lengths = tuple(np.diff(fields["cu_seqlens"]).tolist())
+    # numpy's memory: torch would allocate on the default device, or not at all under a
+    # FakeTensorMode.
+    fields |= {name: torch.from_numpy(fields[name]) for name in _TENSORS}
     return PackPlan(
-        **_tensors(rows),
+        **fields,
         lengths=lengths,
         token_counts=tuple(counts.tolist()),
+        image_index=None if images is None else tuple(images.tolist()),
+        num_vision_tokens=int(counts.sum()),
+        shown_once=images is None or np.array_equal(np.sort(images), np.arange(counts.size)),
         max_seqlen=max(lengths, default=0),
     )
 
@@ -177,65 +212,6 @@ def _check_labels(labels: Sequence[Ints], samples: list[np.ndarray]) -> list[np.
     return checked
 
 
-def _plan_compiled(
-    samples: list[np.ndarray],
-    counts: np.ndarray,
-    image_token_id: int,
-    labels: list[np.ndarray] | None,
-    ignore_index: int,
-    expanded: bool,
-) -> PlanRows:
-    """Check and count, allocate, fill: two passes of the extension over memory of our own."""
-    compiled = extension()
-    assert compiled is not None, "select_backend chose an extension that is not built"
-    offsets = np.zeros(len(samples) + 1, np.int64)
-    np.cumsum([sample.size for sample in samples], out=offsets[1:])
-    # A copy too: the second pass must read what the first one checked.
-    ids = _joined(samples)
-    given = None if labels is None else _joined(labels)
-
-    batch = (
-        ids.ctypes.data,
-        offsets.ctypes.data,
-        len(samples),
-        counts.ctypes.data,
-        counts.size,
-        image_token_id,
-        expanded,
-    )
-    total, vision, max_token_id, num_token_ids = compiled.plan_count(*batch)
-    rows = PlanRows(
-        input_ids=np.empty(total, np.int64),
-        position_ids=np.empty(total, np.int64),
-        labels=np.empty(total, np.int64),
-        source=np.empty(total, np.int32),
-        vision_rows=np.empty(vision, np.int32),
-        cu_seqlens=np.empty(len(samples) + 1, np.int32),
-        max_token_id=max_token_id,
-        num_token_ids=num_token_ids,
-    )
-    compiled.plan_fill(
-        *batch,
-        0 if given is None else given.ctypes.data,
-        ignore_index,
-        rows.input_ids.ctypes.data,
-        rows.position_ids.ctypes.data,
-        rows.labels.ctypes.data,
-        rows.source.ctypes.data,
-        rows.vision_rows.ctypes.data,
-        rows.cu_seqlens.ctypes.data,
-    )
-    return rows
-
-
-def _tensors(rows: PlanRows) -> dict[str, Any]:
-    """The fields of a plan. Filled by numpy, because torch would make its own memory on whatever
-    device is the default, or none at all under a FakeTensorMode."""
-    return {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        for name, value in rows._asdict().items()
-    }
-
-
 def _joined(samples: list[np.ndarray]) -> np.ndarray:
+    """Copy the samples into one array."""
     return np.concatenate(samples) if samples else np.empty(0, np.int64)

@@ -7,11 +7,11 @@
 
 Packing and unpacking get both halves of the row map, ``source`` int32 [total] and ``vision_rows``
 int32 [vision]: one drives the forward pass, the other the backward pass, and they are all that is
-saved. A gradient is a row mover again, or the sum of table rows:
+saved. A gradient is a row mover again, or sums of rows:
 
     op                of embedding / inputs_embeds / packed            of vision
-    pack_embeddings   table_gradient (text rows, summed by token id;   unpack_vision
-                      sparse_table_gradient: those of the ids in use)
+    pack_embeddings   table_gradient (text rows, summed by token id;   unpack_vision; table_gradient
+                      sparse_table_gradient: those of the ids in use)  where not shown_once
     merge_vision      keep_text      (vision rows become zero)         unpack_vision
     unpack_vision     spread_vision  (text rows become zero)
 
@@ -20,9 +20,9 @@ derivatives of any order; of the sparse table gradient there are first ones only
 ``torch.vmap`` a mover runs once for the whole batch, on wider rows: it looks at row numbers alone,
 so the rows of all examples stand side by side in one row.
 
-``tokenflex_kernels.packing`` checks arguments and says which are wrong. An op that is called on its
-own looks at dtypes, widths and strides alone, so that it reads what its tensors hold; row numbers
-are checked on the CPU.
+The public functions check arguments and say which are wrong. An op that is called on its own looks
+at dtypes, widths and strides alone, so that it reads what its tensors hold; row numbers are checked
+on the CPU.
 
 The extension knows no torch: it takes addresses, byte strides and sizes, so this is where tensors
 become those: rows of any stride, elements of a row next to each other. It copies bytes; only the
@@ -58,6 +58,7 @@ def _pack(
     source: torch.Tensor,
     vision_rows: torch.Tensor,
     sparse_ids: int | None = None,
+    shown_once: bool = True,
 ) -> torch.Tensor:
     return _pack_rows(table, vision, source)
 
@@ -169,8 +170,8 @@ def _like_vision_rows(
 
 pack_embeddings = define(
     "pack_embeddings(Tensor embedding, Tensor vision, Tensor source, Tensor vision_rows, "
-    "SymInt? sparse_ids=None)",
-    lambda embedding, vision, source, vision_rows, sparse_ids=None: _like_source(embedding, source),
+    "SymInt? sparse_ids=None, bool shown_once=True)",
+    lambda embedding, vision, source, *_: _like_source(embedding, source),
     _pack,
 )
 # The second result is the `source` that makes merging a packing whose table is inputs_embeds: each
@@ -221,11 +222,13 @@ class _PackEmbeddings(torch.autograd.Function):
         source: torch.Tensor,
         vision_rows: torch.Tensor,
         sparse_ids: int | None = None,
+        shown_once: bool = True,
     ) -> torch.Tensor:
         ctx.save_for_backward(source, vision_rows)
-        ctx.num_rows, ctx.sparse_ids = embedding.shape[0], sparse_ids
+        ctx.num_rows, ctx.num_vision = embedding.shape[0], vision.shape[0]
+        ctx.sparse_ids, ctx.shown_once = sparse_ids, shown_once
         with below_autograd():
-            return pack_embeddings(embedding, vision, source, vision_rows)
+            return pack_embeddings(embedding, vision, source, vision_rows, None, shown_once)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
@@ -244,8 +247,13 @@ class _PackEmbeddings(torch.autograd.Function):
                 device=sums.device,
                 is_coalesced=True,
             )
-        grad_vision = unpack_vision(grad, source, vision_rows) if needs_vision else None
-        return grad_embedding, grad_vision, None, None, None
+        grad_vision = None
+        if needs_vision and ctx.shown_once:
+            grad_vision = unpack_vision(grad, source, vision_rows)
+        elif needs_vision:  # ~source: the vision tokens are the ids, and the text rows are others
+            text_rows = source.shape[0] - vision_rows.shape[0]
+            grad_vision = table_gradient(grad, ~source, text_rows, ctx.num_vision)
+        return grad_embedding, grad_vision, None, None, None, None
 
 
 class _MergeVision(torch.autograd.Function):
@@ -329,9 +337,11 @@ class _TableGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         (source,) = ctx.saved_tensors
-        no_vision = grad.new_zeros(ctx.num_vision, grad.shape[1])
+        # One row of zeros is shown wherever a row counted for nothing.
+        nothing = grad.new_zeros(1, grad.shape[1])
         rows = _vision_rows(source, ctx.num_vision)
-        return pack_embeddings(grad, no_vision, source, rows), None, None, None
+        others = source.clamp(min=-1)
+        return pack_embeddings(grad, nothing, others, rows, None, False), None, None, None
 
 
 def _vision_rows(source: torch.Tensor, num_vision: int) -> torch.Tensor:
@@ -355,7 +365,7 @@ def _batch_packing(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) 
     if in_dims[0] is None and not any(dim is not None for dim in in_dims[2:]):
         # A table is too large to stand there once for each example; its text rows are not.
         arguments = _text_first(*arguments)
-        in_dims = in_dims[: len(arguments)]
+        in_dims = (*in_dims[:4], None, None)
     return side_by_side(pack_embeddings, floats=2)(info, in_dims, *arguments)
 
 
@@ -365,12 +375,13 @@ def _text_first(
     source: torch.Tensor,
     vision_rows: torch.Tensor,
     sparse_ids: int | None = None,
+    shown_once: bool = True,
 ) -> tuple[Any, ...]:
     """Arguments of the same packing, whose table has a row for each packed row."""
-    no_vision = embedding.new_zeros(vision_rows.shape[0], embedding.shape[1])
-    text = pack_embeddings(embedding, no_vision, source, vision_rows, sparse_ids)
-    own = torch.arange(source.shape[0], dtype=source.dtype, device=source.device)
-    return text, vision, torch.where(source >= 0, own, source), vision_rows
+    nothing = embedding.new_zeros(1, embedding.shape[1])
+    text = pack_embeddings(embedding, nothing, source.clamp(min=-1), vision_rows, sparse_ids, False)
+    numbers = torch.arange(source.shape[0], dtype=source.dtype, device=source.device)
+    return text, vision, torch.where(source >= 0, numbers, source), vision_rows, None, shown_once
 
 
 batch("pack_embeddings", _batch_packing)

@@ -1,4 +1,4 @@
-"""Packing: text and vision rows into one padding-free buffer, and back.
+"""Pack text and vision rows into one padding-free buffer, and unpack them.
 
     pack_embeddings   packed[r] = embedding[input_ids[r]] or vision[v], as the plan says
     unpack_vision     vision[v] = packed[vision_rows[v]]
@@ -7,9 +7,10 @@
 Each reads and writes every row once, in one launch driven by an int32 row map, with O(rows) extra
 memory and no synchronisation; `merge_vision`, which is given row numbers instead of a map, makes
 one first, in two small launches. Backward is again a row mover, by the inverse map, so gradients
-are repeatable bit by bit; only the embedding table sums rows, in an order that the plan decides.
+are repeatable bit by bit; only the embedding table, and images that are shown several times, sum
+rows, in an order that the plan decides.
 
-This file checks arguments and chooses the backend; the ops are in `_row_movers`. All of it may be
+This file checks arguments and chooses the backend; the torch ops are in `ops`. All of it may be
 called in ``torch.compile(fullgraph=True, dynamic=True)`` and transformed by ``torch.func``, which
 takes derivatives of any order. Plain autograd takes the first.
 """
@@ -21,14 +22,11 @@ from typing import NoReturn
 
 import torch
 
-from tokenflex_kernels import _row_movers as ops
 from tokenflex_kernels._backend import select_backend
 from tokenflex_kernels._checks import autocast_enabled, check_float, check_like, check_tensor
-from tokenflex_kernels.pack_plan import PackPlan, plan_packing
-from tokenflex_kernels.reference import packing as reference
-from tokenflex_kernels.reference.packing import MAX_INT32
-
-__all__ = ["PackPlan", "merge_vision", "pack_embeddings", "plan_packing", "unpack_vision"]
+from tokenflex_kernels.packing import ops, reference
+from tokenflex_kernels.packing.plan import PackPlan
+from tokenflex_kernels.packing.reference import MAX_INT32
 
 
 def pack_embeddings(
@@ -42,8 +40,10 @@ def pack_embeddings(
 
     Args:
         embedding: float [V, D], the embedding table.
-        vision: float [vision, D], one row per vision token, in the dtype of ``embedding``. Under
-            autocast, where a projector's output and the table may differ, it is cast to that dtype.
+        vision: float [vision tokens, D], those of one image after another, in the dtype of
+            ``embedding``. Under autocast, where a projector's output and the table may differ, it
+            is cast to that dtype. A token that the plan shows several times gets the sum of its
+            rows' gradients, added up in a fixed order.
         plan: the batch's plan, on the same device.
         sparse_grad: False for a table gradient of the table's own shape and layout, as most
             optimizers and FSDP ask for. True for a coalesced sparse COO tensor that has a row for
@@ -66,7 +66,13 @@ def pack_embeddings(
     _check_rows("embedding", embedding, ndim=2)
     _check_rows("vision", vision, ndim=2)
     _check_plan(plan, "embedding", embedding)
-    _check_vision(vision, plan.vision_rows.shape[0], "plan.vision_rows", "embedding", embedding)
+    if plan.shown_once:
+        _check_vision(
+            vision, plan.vision_rows.shape[0], "entry of plan.vision_rows", "embedding", embedding
+        )
+    else:
+        tokens = "vision token of plan.token_counts"
+        _check_vision(vision, plan.num_vision_tokens, tokens, "embedding", embedding)
     if plan.max_token_id >= embedding.shape[0]:
         raise ValueError(
             f"embedding must have a row for every text token: the plan's largest id is "
@@ -78,13 +84,14 @@ def pack_embeddings(
     maps = plan.source, plan.vision_rows
     if select_backend("pack_embeddings", embedding.device) == "reference":
         return reference.pack_embeddings(embedding, vision, *maps, sparse_grad)
-    if sparse_grad:
-        return ops.pack_embeddings(embedding, vision, *maps, plan.num_token_ids)
-    return ops.pack_embeddings(embedding, vision, *maps)
+    sparse_ids = plan.num_token_ids if sparse_grad else None
+    return ops.pack_embeddings(embedding, vision, *maps, sparse_ids, plan.shown_once)
 
 
 def unpack_vision(packed: torch.Tensor, plan: PackPlan) -> torch.Tensor:
-    """The vision rows of a packed buffer, in the order of the vision tokens. Differentiable once.
+    """Return the vision rows of a packed buffer, in the order of ``plan.vision_rows``.
+
+    That is the order of the vision tokens. Differentiable once.
 
     Args:
         packed: float [total, D].
@@ -105,7 +112,7 @@ def unpack_vision(packed: torch.Tensor, plan: PackPlan) -> torch.Tensor:
         raise ValueError(
             f"packed must have the plan's {plan.num_tokens} rows, but has {packed.shape[0]}"
         )
-    if select_backend("unpack_vision", packed.device) == "reference":
+    if not plan.shown_once or select_backend("unpack_vision", packed.device) == "reference":
         return reference.unpack_vision(packed, plan.vision_rows)
     return ops.unpack_vision(packed, plan.source, plan.vision_rows)
 
@@ -113,7 +120,7 @@ def unpack_vision(packed: torch.Tensor, plan: PackPlan) -> torch.Tensor:
 def merge_vision(
     inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor
 ) -> torch.Tensor:
-    """A copy of ``inputs_embeds`` with some of its rows replaced by vision tokens.
+    """Return a copy of ``inputs_embeds`` with some of its rows replaced by vision tokens.
 
     What ``masked_scatter`` does in other models, by row number instead of by mask. Differentiable
     once, in both float tensors.
@@ -142,7 +149,9 @@ def merge_vision(
     if inputs_embeds.ndim < 1:
         raise ValueError("inputs_embeds must have at least 1 dimension, got shape ()")
     check_like("vision_rows", vision_rows, "inputs_embeds", inputs_embeds)
-    _check_vision(vision, vision_rows.shape[0], "vision_rows", "inputs_embeds", inputs_embeds)
+    _check_vision(
+        vision, vision_rows.shape[0], "entry of vision_rows", "inputs_embeds", inputs_embeds
+    )
     rows = math.prod(inputs_embeds.shape[:-1])
     if vision_rows.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"vision_rows must be int32 or int64, got {vision_rows.dtype}")
@@ -208,7 +217,7 @@ def _check_vision(
     check_like("vision", vision, other_name, other)
     if vision.shape[0] != rows:
         raise ValueError(
-            f"vision must have one row per entry of {rows_name}, {rows}, but has {vision.shape[0]}"
+            f"vision must have one row per {rows_name}, {rows}, but has {vision.shape[0]}"
         )
     if vision.shape[1] != other.shape[-1]:
         raise ValueError(

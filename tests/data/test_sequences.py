@@ -1,25 +1,21 @@
-"""What a sample's conversations can share, written out by hand."""
+"""Prefixes that a sample's conversations share, written out by hand."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tokenflex.data.sharing import (
-    EncodedConversation,
-    common_length,
-    prefix_and_branches,
-    whole_conversations,
-)
+from tokenflex.data.sequences import TokenSequence, common_length, prefix_and_branches
 
 IMAGE = 3
 
 
-def encoded(ids: str, learned: str = "") -> EncodedConversation:
+def encoded(ids: str, learned: str = "") -> TokenSequence:
     """Letters as ids, "I" an image; under each learned one stands a "^"."""
     tokens = torch.tensor([IMAGE if one == "I" else ord(one) for one in ids], dtype=torch.int64)
     is_learned = torch.tensor([one == "^" for one in learned.ljust(len(ids))], dtype=torch.bool)
-    return tokens, torch.where(is_learned, tokens, -100), ids.count("I")
+    labels = torch.where(is_learned, tokens, -100)
+    return TokenSequence(tokens, labels, slice(0, ids.count("I")))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +83,6 @@ def test_conversations_with_nothing_in_common_stay_whole(num_talks):
     sequences = prefix_and_branches(talks, IMAGE)
     expected = [("aIX", ["first"], False), ("bIY", ["first"], False)]
     assert parts(sequences, ["first"]) == expected[:num_talks]
-    assert parts(whole_conversations(talks), ["first"]) == expected[:num_talks]
 
 
 def test_labels_go_with_their_tokens():
@@ -110,8 +105,4 @@ def test_a_conversation_that_was_cut_off_shows_the_images_it_has_left():
         ("sI", ["first"], False),
         ("aIX", ["second"], True),
         ("bY", [], True),
-    ]
-    assert parts(whole_conversations(talks), ["first", "second"]) == [
-        ("sIaIX", ["first", "second"], False),
-        ("sIbY", ["first"], False),
     ]
