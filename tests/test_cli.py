@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,6 +101,85 @@ def test_help_lists_the_commands(command):
     code, out, _ = command("--help")
     assert code == 0
     assert all(name in out for name in COMMANDS)
+
+
+# ---- the registry of commands
+
+NEW_COMMAND = """
+def add_to(commands):
+    commands.add("greet", lambda options: print("hello") or 0, "greet", "tokenflex greet")
+"""
+
+
+def test_a_command_is_one_file(tmp_path):
+    """Of the package, or of a folder in experiments; ``common`` and others are none."""
+    for package in ("tokenflex", "tokenflex_kernels"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("*.so"))
+    (tmp_path / "tokenflex/cli/greet.py").write_text(NEW_COMMAND)
+    (tmp_path / "experiments/farewell").mkdir(parents=True)
+    for folder in ("experiments", "experiments/farewell"):
+        (tmp_path / folder / "__init__.py").touch()
+    farewell = NEW_COMMAND.replace("greet", "farewell").replace("hello", "goodbye")
+    (tmp_path / "experiments/farewell/command.py").write_text(farewell)
+    (tmp_path / "pyproject.toml").touch()
+    assert package_alone(tmp_path, "greet").stdout == "hello\n"
+    assert package_alone(tmp_path, "farewell").stdout == "goodbye\n"
+    (tmp_path / "pyproject.toml").unlink()  # no clone of the repository
+    assert package_alone(tmp_path, "farewell").returncode == 2
+
+
+def package_alone(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line as a process that finds packages in ``folder``, and is elsewhere."""
+    (folder / "elsewhere").mkdir(exist_ok=True)
+    return subprocess.run(
+        [sys.executable, "-m", "tokenflex", *arguments],
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        cwd=folder / "elsewhere",
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+
+
+def test_the_package_alone_says_that_ablate_is_in_the_repository(tmp_path):
+    for package in ("tokenflex", "tokenflex_kernels"):
+        (tmp_path / package).symlink_to(ROOT / package)
+    for arguments in (["ablate"], ["ablate", "--quick"], ["ablate", "--help"]):
+        result = package_alone(tmp_path, *arguments)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert re.fullmatch(
+            "tokenflex: ablate is an experiment, .* a clone of the repository.*\n", result.stderr
+        )
+    listed = package_alone(tmp_path, "--help").stdout
+    assert "evaluate" in listed
+    assert "ablate" not in listed
+    options = ("route", "--model", ".", "--data", "digits", "--counts", "4,9")
+    result = package_alone(tmp_path, *options, "--measure-on", "digits")
+    assert result.returncode == 2
+    assert "--measure-on needs a clone of the repository" in result.stderr
+
+
+def test_ablate_is_found_from_any_folder(tmp_path):
+    for name in ("tokenflex", "tokenflex_kernels", "experiments", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    result = package_alone(tmp_path, "ablate", "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "--quick" in result.stdout
+
+
+def test_help_loads_none_of_the_libraries():
+    program = (
+        "import sys; from tokenflex.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'matplotlib', 'pydantic'} & {*sys.modules}\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 # ---- info
@@ -838,21 +916,14 @@ def test_a_penalty_of_evaluate_is_refused_before_the_work(command, routed, monke
     assert_one_line(command(*base, "--penalty", -1), "penalty", "got -1")
 
 
-def test_auto_where_counts_cannot_be_chosen(command, checkpoint, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tokenflex.routing", None)
-    monkeypatch.setitem(sys.modules, "tokenflex.routing.choice", None)
-    base = ("evaluate", checkpoint, "--data", "digits", "--size", 2)
-    assert_one_line(command(*base, "--counts", "4,auto"), "auto", "tokenflex.routing")
-
-
 def test_auto_asks_what_the_checkpoint_chooses_with(command, checkpoint, monkeypatch):
-    """A stand-in for `tokenflex.routing`: 4 for a sample's first question, 9 for seven others."""
+    """A stand-in for a router: 4 for a sample's first question, 9 for the seven others."""
 
     def choose_counts(
         model, input_ids, *, attention_mask, encoded_images, tiles_per_image, **options
     ):
         assert model.router == "the router"
-        assert options == {"penalty": None}
+        assert options == {"num_image_tokens": "auto", "penalty": None}
         placeholders = (input_ids == model.config.image_token_id).sum(1).tolist()
         assert placeholders == [1] * len(input_ids)
         assert len(encoded_images) == sum(tiles_per_image) == len(input_ids)
@@ -863,14 +934,12 @@ def test_auto_asks_what_the_checkpoint_chooses_with(command, checkpoint, monkeyp
         assert path == checkpoint
         return "the router"
 
-    storage = SimpleNamespace(
-        load_router=load_router,
-        attach_router=lambda model, router: model.__dict__.__setitem__("router", router),
-    )
-    monkeypatch.setitem(sys.modules, "tokenflex.routing", SimpleNamespace())
-    choice = SimpleNamespace(choose_counts=choose_counts)
-    monkeypatch.setitem(sys.modules, "tokenflex.routing.choice", choice)
-    monkeypatch.setitem(sys.modules, "tokenflex.routing.storage", storage)
+    def attach_router(model, router):
+        model.__dict__["router"] = router
+
+    monkeypatch.setattr("tokenflex.routing.policies.auto.load_router", load_router)
+    monkeypatch.setattr("tokenflex.routing.policies.auto.attach_router", attach_router)
+    monkeypatch.setattr("tokenflex.routing.selector.choose_counts", choose_counts)
     base = ("evaluate", checkpoint, "--data", "digits", "--size", 2)
     code, out, errors = command(*base, "--counts", "auto,4")
     assert (code, errors) == (0, [])

@@ -14,7 +14,7 @@ from tokenflex.counts import AUTO, ImageTokenCounts, TokenCount, token_grids
 from tokenflex.models.chat import without_placeholders
 from tokenflex.models.loading import check_length
 from tokenflex.routing.cascade import generate_with_escalation
-from tokenflex.routing.choice import known_counts, trained_counts
+from tokenflex.routing.ladder import known_counts, trained_counts
 from tokenflex.routing.storage import router_of
 
 

@@ -1,4 +1,4 @@
-"""Token counts: from what a user may write to the grid it stands for, and the stochastic draw."""
+"""Token counts: their grids, their text form, and the stochastic draw of training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import torch
 Grid: TypeAlias = tuple[int, int]
 TokenCount: TypeAlias = int | Grid  # a perfect square, or (height, width)
 ImageTokenCounts: TypeAlias = "TokenCount | Sequence[TokenCount] | torch.Tensor"
-AUTO: Literal["auto"] = "auto"  # in place of a count: chosen for each image by tokenflex.routing
+AUTO: Literal["auto"] = "auto"
+"""Stands in place of a count that :mod:`tokenflex.routing` chooses for each image."""
 
 
 def join_calls(values: Any, number: int) -> Any:
@@ -47,22 +48,22 @@ def _check_int(name: str, value: object) -> None:
 
 
 def token_grid(count: object, *, name: str = "num_tokens") -> Grid:
-    """The (height, width) grid of tokens that ``count`` stands for.
+    """Return the (height, width) grid of ``count`` tokens.
 
     Args:
-        count: a perfect square n*n, or a (height, width) pair, of host ints.
-        name: the argument that errors name.
+        count: A perfect square n*n, or a (height, width) pair, of host ints.
+        name: Name of the argument in errors.
 
     Raises:
         TypeError: ``count`` is neither an int nor a pair of ints.
-        ValueError: a side is below 1, or an int is not a perfect square (the message names the
+        ValueError: A side is below 1, or an int is not a perfect square (the message holds the
             nearest squares).
     """
     if _is_int(count):
         number = int(count)  # type: ignore[call-overload]
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
-        # A compiler can trace sqrt only, which is exact below 2^52.
+        # A compiler cannot trace isqrt; sqrt is exact below 2^52.
         side = int(sqrt(number)) if torch.compiler.is_compiling() else isqrt(number)
         if side * side != number:
             raise ValueError(
@@ -81,10 +82,10 @@ def token_grid(count: object, *, name: str = "num_tokens") -> Grid:
 
 
 def parse_count(text: str | int, *, name: str = "a count") -> TokenCount:
-    """What a user writes, as a count: ``64``, or ``12x16`` for a grid of height x width.
+    """Parse a count, ``64``, or a grid of height x width, ``12x16``.
 
     Raises:
-        ValueError: it is neither, or no square grid has so many tokens.
+        ValueError: The text is neither, or the count is not a perfect square.
     """
     try:
         sides = [int(side) for side in str(text).split("x")]
@@ -100,14 +101,14 @@ def parse_count(text: str | int, *, name: str = "a count") -> TokenCount:
 
 
 def tokens_of(count: TokenCount) -> int:
-    """Return how many tokens a valid ``count`` stands for: itself, or h * w of a grid."""
+    """Return the number of tokens of a valid count: the count itself, or h * w of a grid."""
     return count if isinstance(count, int) else count[0] * count[1]
 
 
 def is_one_count(counts: object) -> bool:
-    """Whether ``counts`` is one count for all images: an int, or a tuple of two ints (a grid).
+    """Return whether ``counts`` is one count for all images: an int, or a tuple of two ints.
 
-    A list is always one entry per image, a tuple of two ints always a grid.
+    A list always has one entry per image, and a tuple of two ints is always a grid.
     """
     return _is_int(counts) or (
         isinstance(counts, tuple) and len(counts) == 2 and all(_is_int(side) for side in counts)
@@ -115,17 +116,17 @@ def is_one_count(counts: object) -> bool:
 
 
 def token_grids(counts: object, num_images: int, *, name: str = "num_tokens") -> list[Grid]:
-    """One grid per image, from one count for all or one per image.
+    """Return one grid per image.
 
     Args:
-        counts: an int or a (height, width) tuple for all images, or a list, 1-D tensor or other
+        counts: An int or a (height, width) tuple for all images, or a list, 1-D tensor or other
             sequence with one of those per image. A tuple of two ints is a grid.
-        num_images: images that the counts are for.
-        name: the argument that errors name.
+        num_images: Number of images.
+        name: Name of the argument in errors.
 
     Raises:
-        TypeError: an entry is not a count.
-        ValueError: the number of entries is not ``num_images``, or an entry is no valid count.
+        TypeError: An entry is not a count.
+        ValueError: The number of entries is not ``num_images``, or an entry is not a valid count.
     """
     counts = join_calls(counts, num_images)
     if is_one_count(counts):
@@ -154,9 +155,9 @@ _MASK = (1 << 64) - 1
 
 
 def stateless_random(*key: int) -> float:
-    """A number in [0, 1) that depends on nothing but the integers of ``key``.
+    """Return a number in [0, 1) that is a pure function of the integers of ``key``.
 
-    The finaliser of SplitMix64 (Steele, Lea & Flood, 2014), chained over the key.
+    It is the finaliser of SplitMix64 (Steele, Lea & Flood, 2014), chained over the key.
     """
     state = 0
     for part in key:
@@ -172,15 +173,14 @@ class TokenCounts:
     """The stochastic vision-token count of training (arXiv 2504.03154: 64, 144, 256 at 2:3:5).
 
     Args:
-        counts: the counts to draw from: perfect squares, or (height, width) pairs for grids that
-            are not square.
-        weights: their odds, non-negative, in any scale.
-        seed: another seed gives other draws.
+        counts: Counts to draw from: perfect squares, or (height, width) pairs.
+        weights: Odds of the counts, non-negative, in any scale.
+        seed: Seed of the draws.
 
     Raises:
-        TypeError: a count is not an int or a pair of them, or a weight not a number.
-        ValueError: no counts, a count that is no grid, a negative weight, all weights zero, or as
-            many weights as counts are not given.
+        TypeError: A count is not an int or a pair of ints, or a weight is not a number.
+        ValueError: There are no counts, the numbers of counts and weights differ, a count is not a
+            valid one, a weight is negative, or all weights are zero.
     """
 
     counts: tuple[TokenCount, ...] = (64, 144, 256)
@@ -201,8 +201,8 @@ class TokenCounts:
             )
         for i, count in enumerate(self.counts):
             token_grid(count, name=f"counts[{i}]")
-        # Lists, as YAML has them, become pairs that can be compared and hashed.
-        counts = (tuple(one) if isinstance(one, Sequence) else one for one in self.counts)
+        # Lists of YAML become tuples, which can be hashed.
+        counts = (tuple(n) if isinstance(n, Sequence) else n for n in self.counts)
         object.__setattr__(self, "counts", tuple(counts))
         for i, weight in enumerate(self.weights):
             if isinstance(weight, bool) or not isinstance(weight, Real):
@@ -215,9 +215,9 @@ class TokenCounts:
             )
 
     def draw(self, sample_index: int, epoch: int = 0) -> TokenCount:
-        """The count of a sample, as it was given: a pure function of (seed, epoch, sample_index).
+        """Return the count of a sample, a pure function of (seed, epoch, sample_index).
 
-        So it is the same whatever worker, rank or resumed run asks.
+        It is the same in every worker, rank and resumed run.
 
         Raises:
             TypeError: ``sample_index`` or ``epoch`` is not an int.
@@ -230,6 +230,6 @@ class TokenCounts:
 
     @property
     def expected(self) -> float:
-        """The mean number of tokens under the odds."""
+        """Mean number of tokens under the odds."""
         pairs = zip(self.counts, self.weights, strict=True)
         return sum(tokens_of(count) * weight for count, weight in pairs) / sum(self.weights)

@@ -1,7 +1,7 @@
-"""Where a vision token's cell lies in its image, in features that belong to no grid.
+"""Positions of vision tokens in their images, as features that are the same for every grid.
 
-A language model that knows a token's place by its index alone learns the grids it was trained with
-and misreads all others. The place of a cell in its image means the same on every grid.
+A language model that knows a token's position by its index alone learns the grids of its training
+and misreads all others. The position of a cell in its image means the same on every grid.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ NUM_FEATURES = 2 * 2 * OCTAVES
 
 
 def cell_positions(plan: PoolPlan, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The features of every cell that comes out of ``plan``: [sum of h*w, NUM_FEATURES].
+    """Return the position features of every cell of ``plan``: [sum of h*w, NUM_FEATURES].
 
-    For each axis, of an image that reaches from 0 to 1: the means over the cell of sin and cos of
-    ``2^k pi y``, k = 0 .. 3. So they are pooled as the patches are: the features of a cell are the
-    mean of those of its parts, and say where it lies as well as how large it is. Means of Fourier
-    features over a region: Mip-NeRF (Barron et al., 2021).
+    For each axis of an image from 0 to 1 they are the means over the cell of sin and cos of
+    ``2^k pi y``, k = 0 .. 3. The features of a cell are the mean of those of its parts, as for
+    pooled patches, and hold its position and its size. Means of Fourier features over a region are
+    those of Mip-NeRF (Barron et al., 2021).
     """
     positions: torch.Tensor = _cell_positions(grids_of(plan), plan.num_cells, dtype, device)
     return positions
 
 
 def check_position(position: object, *, name: str = "position") -> str | None:
-    """``position`` itself, once it is known to be None or "normalized"."""
+    """Return ``position`` if it is None or "normalized"; raise a ValueError otherwise."""
     if position is not None and position != "normalized":
         raise ValueError(f"{name} must be None or 'normalized', got {position!r}")
     return None if position is None else str(position)
 
 
 def check_image_positions(image_positions: object, projector_position: str | None) -> str:
-    """``image_positions`` itself, once it is known to go with ``projector_position``."""
+    """Return ``image_positions`` if it fits ``projector_position``; raise a ValueError if not."""
     if image_positions not in IMAGE_POSITIONS:
         raise ValueError(
             f"image_positions must be one of {', '.join(IMAGE_POSITIONS)}, got {image_positions!r}"
@@ -62,13 +62,13 @@ def _positions_of_grids(
     return torch.cat(images) if images else _shape(grids, 0, dtype, device)
 
 
-# Kept for good, a few kilobytes a grid: a CUDA graph knows no more of them than their address.
+# Kept forever, a few kilobytes per grid, because a CUDA graph refers to their address.
 @cache
 def _grid_positions(
     height: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """[h*w, NUM_FEATURES], row-major."""
-    with torch.inference_mode(False):  # backward may need it
+    with torch.inference_mode(False):  # backward may save it
         rows = _axis_positions(height)[:, None].expand(-1, width, -1)
         columns = _axis_positions(width)[None].expand(height, -1, -1)
         return torch.cat([rows, columns], -1).flatten(0, 1).to(device, dtype)
@@ -79,7 +79,7 @@ def _axis_positions(cells: int) -> torch.Tensor:
     octaves = 2.0 ** torch.arange(OCTAVES, dtype=torch.float64)
     centres = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
     angles = centres[:, None] * math.pi * octaves
-    # The mean of a wave over a cell is its value in the middle times this.
+    # The mean of a wave over a cell is its value at the centre times this factor.
     damping = torch.sinc(octaves / (2 * cells))
     return torch.cat([angles.sin() * damping, angles.cos() * damping], -1)
 
@@ -101,21 +101,21 @@ _cell_positions = define(
 def shared_image_positions(
     position_ids: torch.Tensor, rows: torch.Tensor, images: torch.Tensor
 ) -> torch.Tensor:
-    """Positions in which all tokens of an image stand where its last one stood.
+    """Return positions in which all tokens of an image have the position of its last token.
 
-    The text after an image is then as far from its tokens whatever their number, and text keeps the
-    positions it had, those of tokens generated later included.
+    The distance of text to an image before it then does not depend on the image's count. Text keeps
+    its positions, tokens that are generated later included.
 
     Args:
         position_ids: int64 [total], 0, 1, 2, .. within each sequence.
-        rows: int [vision]; the rows of the vision tokens, ascending.
-        images: int [vision]; which image each of them is of.
+        rows: int [vision], rows of the vision tokens, ascending.
+        images: int [vision], index of each vision token's image.
     """
     if not len(rows):
         return position_ids
     # An image ends where the next one begins, or where text or another sequence does.
     ends = rows.new_ones(len(rows), dtype=torch.bool)
     ends[:-1] = (rows[1:] != rows[:-1] + 1) | (images[1:] != images[:-1])
-    places = torch.arange(len(rows), device=rows.device)
-    last = torch.where(ends, places, len(rows)).flip(0).cummin(0).values.flip(0)
+    indices = torch.arange(len(rows), device=rows.device)
+    last = torch.where(ends, indices, len(rows)).flip(0).cummin(0).values.flip(0)
     return position_ids.index_copy(0, rows.long(), position_ids[rows[last].long()])

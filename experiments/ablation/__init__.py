@@ -1,1 +1,1 @@
-"""The paper's claim put to the test: models that differ in counts alone, asked at every count."""
+"""Test of the paper's claim: models that differ in their training counts, at every count."""

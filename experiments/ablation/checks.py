@@ -1,4 +1,4 @@
-"""What a quick ablation must show, or something is broken."""
+"""Checks of a quick ablation, which fail if something is broken."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Check:
-    """A figure that must exceed a bound."""
+    """A value that must exceed a bound."""
 
     claim: str
     value: float
@@ -25,13 +25,13 @@ class Check:
 
 
 def quick_checks(report: Mapping[str, Any]) -> list[Check]:
-    """The first half of the paper's claim, and that both models learned to read.
+    """Check the first half of the paper's claim, and that both models learned to read.
 
-    The bounds are a tenth or more below the worst of three seeds: docs/results/ablate/quick.json.
+    The bounds are at least 0.1 below the worst of three seeds in docs/results/ablate/quick.json.
 
     Args:
-        report: of :func:`experiments.ablation.results.collect`, with the regimes "fixed-large" and
-            "stochastic".
+        report: Report of :func:`experiments.ablation.results.collect` with the regimes
+            "fixed-large" and "stochastic".
     """
     small, large = report["counts"][0], report["counts"][-1]
     stochastic, fixed = (report["regimes"][name] for name in ("stochastic", "fixed-large"))

@@ -1,4 +1,4 @@
-"""Pictures of an ablation's report, after Figures 1 and 3 of the paper."""
+"""Figures of an ablation's report, after Figures 1 and 3 of the paper."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.ablation import paper
 from experiments.ablation.suites import MAIN, ODDS
-from tokenflex.plots import plt, save_figure
+from tokenflex.plots import finish, plt, save_figure
 
 COLOURS = {
     "fixed-small": "#e07b39",
@@ -19,12 +19,12 @@ COLOURS = {
     "odds-5-3-2": "#7a6bb0",
     "positions-spread": "#1f4e79",
 }
-MENDED = "positions-spread"
-"""Not of the paper: drawn beside its regimes, to show what becomes of counts never trained."""
+ADDED = "positions-spread"
+"""A regime beyond the paper, drawn beside its regimes at counts that were never trained."""
 
 
 def write_figures(report: Mapping[str, Any], folder: Path) -> None:
-    """``figure1.png``, ``figure3.png`` and, where odds were compared, ``odds.png``."""
+    """Write ``figure1.png``, ``figure3.png`` and, if odds were compared, ``odds.png``."""
     main = [name for name in MAIN if name in report["regimes"]]
     odds = [name for name in ODDS if name in report["regimes"]]
     save_figure(_figure1(report, main), folder / "figure1.png")
@@ -38,28 +38,20 @@ def _figure1(report: Mapping[str, Any], names: Sequence[str]) -> Any:
     for name in names:
         row = report["regimes"][name]
         _curve(ours, row["accuracy"], _squares(report), name, label=row["title"])
-    if MENDED in report["regimes"]:
-        row = report["regimes"][MENDED]
+        trained = paper.TRAINED_WITH[name]
+        theirs.plot(paper.COUNTS, trained, color=COLOURS[name], marker="o", linewidth=_width(name))
+    if ADDED in report["regimes"]:
+        row = report["regimes"][ADDED]
         label = f"{row['title']} (ours)"
-        _curve(ours, row["accuracy"], _squares(report), MENDED, label=label, linestyle="--")
-    for name in names:
-        theirs.plot(
-            paper.COUNTS,
-            paper.TRAINED_WITH[name],
-            color=COLOURS[name],
-            marker="o",
-            linewidth=_weight(name),
-        )
+        _curve(ours, row["accuracy"], _squares(report), ADDED, label=label, linestyle="--")
     seeds = len(report["seeds"])
     bars = ", bars: standard deviation" if seeds > 1 else ""
     ours.set_title(f"digits task, {seeds} seed{'s' * (seeds > 1)}{bars}", loc="left", fontsize=10)
     ours.set_ylabel("accuracy, %")
     theirs.set_title("the paper's claim (second-hand), 8 benchmarks", loc="left", fontsize=10)
-    theirs.set_xticks(paper.COUNTS)
     _finish(ours, _squares(report), report["counts"])
     _finish(theirs, [str(count) for count in paper.COUNTS], [])
-    handles, labels = ours.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    _legend(figure, ours)
     return figure
 
 
@@ -68,20 +60,19 @@ def _by_kind(report: Mapping[str, Any], names: Sequence[str]) -> Any:
     figure, grid = plt.subplots(
         2, -(len(kinds) // -2), figsize=(9.5, 5.6), sharey=True, layout="constrained", squeeze=False
     )
-    places = grid.flatten()
-    for axes, kind in zip(places, kinds, strict=False):
+    cells = grid.flatten()
+    for axes, kind in zip(cells, kinds, strict=False):
         for name in names:
             row = report["regimes"][name]
             _curve(axes, row["accuracy_by_kind"][kind], _squares(report), name, label=row["title"])
         axes.set_title(kind, loc="left", fontsize=10)
-        axes.set_ylim(-2, 104)  # bars of a share may reach beyond what it can be
+        axes.set_ylim(-2, 104)  # bars may extend beyond the range of a share
         _finish(axes, _squares(report), report["counts"])
-    for axes in places[len(kinds) :]:
+    for axes in cells[len(kinds) :]:
         axes.set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel("accuracy, %")
-    handles, labels = places[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), frameon=False)
+    _legend(figure, cells[0])
     return figure
 
 
@@ -94,29 +85,28 @@ def _curve(
     label: str,
     linestyle: str = "-",
 ) -> None:
-    cells = [accuracy[count] for count in counts]
     axes.errorbar(
         [int(count) for count in counts],
-        [100 * cell["mean"] for cell in cells],
-        [100 * (cell["spread"] or 0.0) for cell in cells],
+        [100 * accuracy[count]["mean"] for count in counts],
+        [100 * (accuracy[count]["spread"] or 0.0) for count in counts],
         color=COLOURS[name],
         marker="o",
         markersize=4.5,
-        linewidth=_weight(name),
+        linewidth=_width(name),
         linestyle=linestyle,
         elinewidth=1,
         label=label,
     )
 
 
-def _weight(name: str) -> float:
+def _width(name: str) -> float:
     return 2.6 if name == "stochastic" else 1.6
 
 
 def _squares(report: Mapping[str, Any]) -> list[str]:
-    """Counts that are numbers, in order: grids that are not square stand in the tables alone."""
-    asked = [*report["counts"], *report["unseen"]]
-    return sorted((count for count in asked if count.isdecimal()), key=int)
+    """Return the square counts in order; other grids are in the tables only."""
+    counts = [*report["counts"], *report["unseen"]]
+    return sorted((count for count in counts if count.isdecimal()), key=int)
 
 
 def _finish(axes: Any, counts: Sequence[str], trained: Sequence[str]) -> None:
@@ -124,5 +114,9 @@ def _finish(axes: Any, counts: Sequence[str], trained: Sequence[str]) -> None:
         axes.axvline(int(count), color="#cccccc", linewidth=1, linestyle=":", zorder=0)
     axes.set_xticks([int(count) for count in counts])
     axes.set_xlabel("vision tokens per image" + (" (dotted: trained)" if trained else ""))
-    axes.grid(axis="y", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    finish(axes)
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)

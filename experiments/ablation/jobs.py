@@ -1,4 +1,4 @@
-"""An ablation as a list of training runs, each a configuration in a folder of its own."""
+"""An ablation as a list of training runs, each with a configuration and a folder."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tokenflex.training.strict import parse_yaml
 
 CONFIG = "config.yaml"
 REPORT = "report.json"
+_REPORT_KEYS = {"accuracy", "accuracy_by_kind", "standard_error", "questions", "stages"}
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,12 @@ class Job:
     """One training run.
 
     Attributes:
-        name: also its folder under the ablation's.
-        regime: the regime's name, or that of the start.
-        seed: of the data's order, the counts and the fresh weights.
-        config: of the run. Paths in it are relative to the ablation's folder.
-        steps: of training.
-        needs: the job whose checkpoint it starts from.
+        name: Name, and the folder within the ablation's.
+        regime: Name of the regime or of the start.
+        seed: Seed of the data's order, the counts and the initial weights.
+        config: Configuration. Its paths are relative to the ablation's folder.
+        steps: Training steps.
+        needs: Name of the job whose checkpoint it starts from.
     """
 
     name: str
@@ -39,14 +40,14 @@ class Job:
     needs: str | None = None
 
     def is_done(self, output: Path) -> bool:
-        """Whether its report is there, which is the last thing that a run writes."""
+        """Return whether the report exists, which a run writes last."""
         return (output / self.name / REPORT).is_file()
 
     def report(self, output: Path) -> dict[str, Any]:
-        """What the run found.
+        """Read the run's report.
 
         Raises:
-            ValueError: its report is not JSON, or not that of a run.
+            ValueError: The file is not JSON, or not a run's report.
         """
         path = output / self.name / REPORT
         again = "delete its folder and run again"
@@ -54,28 +55,27 @@ class Job:
             report = read_json(path, "report file")
         except ValueError as error:
             raise ValueError(f"{error}; {again}") from error
-        expected = {"accuracy", "accuracy_by_kind", "standard_error", "questions", "stages"}
-        missing = sorted(expected - {*report}) if isinstance(report, dict) else sorted(expected)
+        missing = sorted(_REPORT_KEYS - {*report} if isinstance(report, dict) else _REPORT_KEYS)
         if missing:
             raise ValueError(f"report file {path} lacks {', '.join(missing)}; {again}")
         return report
 
     def write_config(self, output: Path) -> None:
-        """Write the configuration into the job's folder, or find it there.
+        """Write the configuration into the job's folder, unless it is there already.
 
         Raises:
-            ValueError: the folder holds a run of another configuration, or a damaged one.
+            ValueError: The folder holds a run of another configuration, or a damaged one.
         """
         path = output / self.name / CONFIG
         text = yaml.safe_dump(self.config, sort_keys=False)
         if path.exists():
             try:
-                there = parse_yaml(path.read_bytes(), "it")
+                written = parse_yaml(path.read_bytes(), "it")
             except ValueError as error:
                 raise ValueError(
                     f"configuration {path} is damaged: {error}; delete its folder and run again"
                 ) from error
-            if _compared(there) != _compared(self.config):
+            if _compared(written) != _compared(self.config):
                 raise ValueError(
                     f"output {output} holds another ablation: {path} differs from what this one "
                     "runs; give another --output, or delete that one"
@@ -85,7 +85,7 @@ class Job:
 
 
 def _compared(config: Any) -> Any:
-    """A configuration without what only says how the machine is used."""
+    """Return a configuration without the keys about the use of the machine."""
     if not isinstance(config, dict):
         return config
     return {key: value for key, value in config.items() if key not in ("workers", "threads")}
@@ -94,10 +94,9 @@ def _compared(config: Any) -> Any:
 def plan_jobs(
     scale: Scale, regimes: Iterable[Regime], seeds: Sequence[int], *, on_gpu: bool, workers: int = 0
 ) -> list[Job]:
-    """Every run: for each seed the starts that are needed, and the regimes from them.
+    """Return the runs of each seed: the starts, and the regimes that continue from them.
 
-    All regimes of a seed that have the same start go on from the same checkpoint, and in the same
-    order of data.
+    Regimes of one seed and start have the same checkpoint and the same order of data.
     """
     jobs: dict[str, Job] = {}
     regimes = list(regimes)
@@ -116,7 +115,7 @@ def plan_jobs(
 def _start_job(scale: Scale, start: Start, seed: int, on_gpu: bool, workers: int) -> Job:
     name = f"seed{seed}/{start.name}"
     stage = scale.stage("alignment", scale.start_steps, **start.stage)
-    # Fewer starts than cores may run: another process draws their canvases.
+    # Starts may be fewer than cores, so another process draws their canvases.
     workers = max(workers, 1)
     config = _config(scale, name, seed, {**scale.model(), **start.model}, stage, on_gpu, workers)
     config["encoder_warm_up"] = {

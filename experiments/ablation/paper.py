@@ -1,7 +1,7 @@
-"""The paper's figures (arXiv 2504.03154), second-hand: read from a public summary of its tables.
+"""The paper's figures (arXiv 2504.03154), second-hand, from a public summary of its tables.
 
-They are its claims on SigLIP-400M + Qwen2.5-7B and eight benchmarks, not ours; they stand beside
-ours to compare directions, not values.
+They are claims on SigLIP-400M + Qwen2.5-7B and eight benchmarks. They stand beside ours to compare
+directions, not values.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COST: dict[str, tuple[float, float]] = {
 
 
 def gains() -> list[str]:
-    """Its stochastic model minus the fixed one at each fixed model's own count, in points."""
-    fixed = (TRAINED_WITH[f"fixed-{size}"] for size in ("small", "middle", "large"))
-    pairs = zip(TRAINED_WITH["stochastic"], fixed, strict=True)
-    return [f"{one - own[place]:+.1f}" for place, (one, own) in enumerate(pairs)]
+    """Return the stochastic model minus each fixed model at that model's own count, in points."""
+    rows = (TRAINED_WITH[f"fixed-{size}"] for size in ("small", "middle", "large"))
+    pairs = zip(TRAINED_WITH["stochastic"], rows, strict=True)
+    return [f"{value - fixed[i]:+.1f}" for i, (value, fixed) in enumerate(pairs)]

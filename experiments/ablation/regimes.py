@@ -1,4 +1,4 @@
-"""What is compared: ways to choose the vision-token count while training."""
+"""Regimes: ways to choose the vision-token count in training."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from experiments.ablation.scales import Scale
 
 PAPER_ODDS = (0.2, 0.3, 0.5)
 POSITIONS = {"projector_position": "normalized", "image_positions": "shared"}
-SPREAD = 0.3  # of the images, over grids that no model is asked at
-LONGER = 2.5  # times the steps: then one model sees the vision tokens of three specialists
+SPREAD = 0.3
+"""Share of the images at grids that are not evaluated."""
+LONGER = 2.5
+"""Factor of the steps with which one model sees the vision tokens of three specialists."""
 SIZES = ("small", "middle", "large")
 
 
 @dataclass(frozen=True)
 class Start:
-    """What regimes of a seed go on from: the encoder's warm-up, then an alignment.
+    """Training before the regimes of a seed: the encoder's warm-up, then an alignment.
 
     Attributes:
-        name: of its folders, and in ``report.json``.
-        title: in tables.
-        stage: keys of the alignment (:class:`tokenflex.training.config.StageConfig`).
-        model: keys of the model (:class:`tokenflex.training.config.ModelConfig`) that differ.
+        name: Name of the folders, and in ``report.json``.
+        title: Name in tables.
+        stage: Keys of the alignment (:class:`tokenflex.training.config.StageConfig`).
+        model: Keys of the model (:class:`tokenflex.training.config.ModelConfig`) that differ from
+            the scale's.
     """
 
     name: str
@@ -35,14 +38,14 @@ class Start:
 
 @dataclass(frozen=True)
 class Regime:
-    """One way to train, as what it changes; all else is the same for all.
+    """One way to train, as its changes to a common configuration.
 
     Attributes:
-        name: of its folders, and in ``report.json``.
-        title: in tables and figures.
-        start: what it goes on from.
-        stage: keys of its stage (:class:`tokenflex.training.config.StageConfig`).
-        model: keys of the model (:class:`tokenflex.training.config.ModelConfig`) that differ from
+        name: Name of the folders, and in ``report.json``.
+        title: Name in tables and figures.
+        start: Training before the regime.
+        stage: Keys of the stage (:class:`tokenflex.training.config.StageConfig`).
+        model: Keys of the model (:class:`tokenflex.training.config.ModelConfig`) that differ from
             the start's.
     """
 
@@ -61,7 +64,7 @@ class Regime:
         stage: Mapping[str, Any] | None = None,
         model: Mapping[str, Any] | None = None,
     ) -> Regime:
-        """The same with something changed, which its name and title then say too."""
+        """Return the regime with changes, whose name and title are added to its own."""
         return Regime(
             f"{self.name}-{name}",
             f"{self.title}, {title}",
@@ -72,7 +75,7 @@ class Regime:
 
 
 def regimes(scale: Scale) -> dict[str, Regime]:
-    """All that can be compared at the three counts of ``scale``, by name."""
+    """Return every regime at the three counts of ``scale``, by name."""
     of_paper = _of_paper(scale)
     any_count = _any_count(scale, of_paper["stochastic"])
     closing = _closing_the_gap(scale, {**of_paper, **any_count})
@@ -103,7 +106,7 @@ def _of_paper(scale: Scale) -> dict[str, Regime]:
 
 
 def _any_count(scale: Scale, stochastic: Regime) -> dict[str, Regime]:
-    """Made to answer at counts that they never trained with, and each part of that alone."""
+    """Return the regimes for counts that were not trained, and each of their parts alone."""
     grids = other_grids(scale.counts)
     spread = {
         "counts": [*scale.counts, *map(list, grids)],
@@ -114,7 +117,7 @@ def _any_count(scale: Scale, stochastic: Regime) -> dict[str, Regime]:
     }
     at_projector = {"projector_position": POSITIONS["projector_position"]}
     positions = replace(stochastic, name="positions", title="2:3:5, positions", model=POSITIONS)
-    # Shared text positions alone are no model: nothing would tell an image's tokens apart.
+    # Shared text positions need the projector's, or an image's tokens could not be told apart.
     plain = replace(stochastic, title="2:3:5")
     projector = plain.but("projector", "positions at the projector alone", model=at_projector)
     return _by_name(
@@ -127,26 +130,28 @@ def _any_count(scale: Scale, stochastic: Regime) -> dict[str, Regime]:
 
 
 def _closing_the_gap(scale: Scale, known: Mapping[str, Regime]) -> dict[str, Regime]:
-    """What may bring the one model up to the specialists, and the specialists to compare with."""
-    one = known["positions"]
+    """Return the regimes of :data:`experiments.ablation.suites.LEVERS` and their specialists."""
+    positions = known["positions"]
     specialists = [
         known[f"fixed-{size}"].but("positions", "positions", model=POSITIONS) for size in SIZES
     ]
     longer = {"steps": round(LONGER * scale.steps)}
     wide = replace(scale, width=2 * scale.width, initializer_range=scale.initializer_range / 2**0.5)
-    own = _start_at(scale.counts[-1])
-    wide_start = Start(f"{own.name}-wide", f"{own.title}, twice as wide", own.stage, wide.model())
-    found = [*specialists]
+    base = _start_at(scale.counts[-1])
+    wide_start = Start(
+        f"{base.name}-wide", f"{base.title}, twice as wide", base.stage, wide.model()
+    )
+    closing = [*specialists]
     for name in ("odds-1-1-1", "odds-5-3-2"):
-        found.append(known[name].but("positions", "positions", model=POSITIONS))
-    found.append(one.but("distilled", "KL to its largest", stage={"distillation": 1.0}))
-    for each in (one, *specialists[:2]):  # at the largest count there is no gap
-        found.append(each.but("longer", f"{LONGER:g} x the steps", stage=longer))
-        found.append(each.but("wide", "twice as wide", start=wide_start))
+        closing.append(known[name].but("positions", "positions", model=POSITIONS))
+    closing.append(positions.but("distilled", "KL to its largest", stage={"distillation": 1.0}))
+    for regime in (positions, *specialists[:2]):  # at the largest count there is no gap
+        closing.append(regime.but("longer", f"{LONGER:g} x the steps", stage=longer))
+        closing.append(regime.but("wide", "twice as wide", start=wide_start))
     for specialist, size, count in zip(specialists[:2], SIZES, scale.counts, strict=False):
         start = _start_at(count, f"-{size}")
-        found.append(specialist.but("own-start", f"aligned at {count}", start=start))
-    return _by_name(*found)
+        closing.append(specialist.but("own-start", f"aligned at {count}", start=start))
+    return _by_name(*closing)
 
 
 def _at(count: int) -> dict[str, Any]:
@@ -157,14 +162,14 @@ def _start_at(count: int, suffix: str = "") -> Start:
     return Start(f"start{suffix}", f"the start: {count} alone, before the regimes", _at(count))
 
 
-def _by_name(*several: Regime) -> dict[str, Regime]:
-    return {one.name: one for one in several}
+def _by_name(*regimes: Regime) -> dict[str, Regime]:
+    return {regime.name: regime for regime in regimes}
 
 
 def other_grids(counts: tuple[int, int, int]) -> list[tuple[int, int]]:
-    """Eight grids around the trained squares, none of which a scale asks at.
+    """Return eight grids around the trained squares that no scale evaluates.
 
-    For 4, 9 and 16: 1 x 2, 2 x 5, 3 x 5 and 4 x 5, each also on its side.
+    For 4, 9 and 16 they are 1 x 2, 2 x 5, 3 x 5 and 4 x 5, and the same with sides exchanged.
     """
     small, middle, large = map(isqrt, counts)
     pairs = [(small - 1, small), *((side, large + 1) for side in (small, middle, large))]

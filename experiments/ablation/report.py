@@ -1,4 +1,4 @@
-"""``report.md``: tables with mean and spread over seeds, the paper's figures beside them."""
+"""``report.md``: tables with mean and spread over seeds beside the paper's figures."""
 
 from __future__ import annotations
 
@@ -21,116 +21,100 @@ PAPERS = "the paper's, on its benchmarks (second-hand)"
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """The whole page, from what :func:`experiments.ablation.results.collect` returns."""
-    have = report["regimes"]
-    main = [name for name in MAIN if name in have]
+    """Format the page of a report of :func:`experiments.ablation.results.collect`."""
+
+    def known(names: Sequence[str]) -> list[str]:
+        return [name for name in names if name in report["regimes"]]
+
+    counts, main, any_count = report["counts"], known(MAIN), known(ANY_COUNT)
     sections = [_head(report)]
     if "stochastic" in main and len(main) > 1:
         sections.append(_claims(report, main))
-    sections += [
-        _accuracy_section(
-            report,
-            "Trained with, asked at",
-            [*starts_of(report), *main],
-            report["counts"],
-            paper.TRAINED_WITH,
-        ),
-    ]
+    rows = [*starts_of(report), *main]
+    sections.append(_accuracy(report, "Trained with, asked at", rows, counts, paper.TRAINED_WITH))
     if report["unseen"]:
         title = "Counts that no model was trained with"
-        mended = [name for name in ANY_COUNT if name in have]
-        sections.append(_accuracy_section(report, title, [*main, *mended], report["unseen"]))
-        if mended:
-            sections[-1] += "\n\nBeside the nearest trained count, in points:\n\n" + "\n".join(
-                f"- {nearest_sentence(report, name)}" for name in mended
-            )
+        sections.append(_accuracy(report, title, [*main, *any_count], report["unseen"]))
+    if report["unseen"] and any_count:
+        sections.append("Beside the nearest trained count, in points:")
+        sections.append("\n".join(f"- {nearest_sentence(report, name)}" for name in any_count))
     for title, names, theirs in (
-        ("Odds", ODDS, paper.ODDS),
-        ("Ways to mix counts", MIXING, {}),
-        ("Positions", ("stochastic", *ANY_COUNT), {}),
+        ("Odds", known(ODDS), paper.ODDS),
+        ("Ways to mix counts", known(MIXING), {}),
+        ("Positions", known(("stochastic", *ANY_COUNT)), {}),
     ):
-        some = [name for name in names if name in have]
-        if len(some) > 1:
-            sections.append(_accuracy_section(report, title, some, report["counts"], theirs))
-    sections += [_cost_section(report), _kinds_section(report, main), _figures(report)]
+        if len(names) > 1:
+            sections.append(_accuracy(report, title, names, counts, theirs))
+    sections += [_cost(report), _kinds(report, main), *_figures(known(ODDS))]
     return "\n\n".join(sections) + "\n"
 
 
 def _head(report: Mapping[str, Any]) -> str:
     first = report["regimes"][starts_of(report)[0]]
     regime = next(row for row in report["regimes"].values() if not row["is_start"])
-    return "\n".join(
-        [
-            f"# Ablation of the vision-token count, scale {report['scale']}",
-            "",
-            asked_and_seeds(report),
-            "",
-            f"Each seed has one start, {report['start']['warm_up_steps']} steps of the encoder "
-            f"alone and {first['steps']} at {report['counts'][-1]} tokens; every regime goes on "
-            f"from it for {regime['steps']} steps of {report['batch_size']} shown images, with the "
-            "same order of data, the same learning rates and schedule.",
-        ]
+    return (
+        f"# Ablation of the vision-token count, scale {report['scale']}\n\n"
+        f"{asked_and_seeds(report)}\n\n"
+        f"Each seed has one start, {report['start']['warm_up_steps']} steps of the encoder "
+        f"alone and {first['steps']} at {report['counts'][-1]} tokens; every regime goes on "
+        f"from it for {regime['steps']} steps of {report['batch_size']} shown images, with the "
+        "same order of data, the same learning rates and schedule."
     )
 
 
 def _claims(report: Mapping[str, Any], main: Sequence[str]) -> str:
-    """Both halves of the paper's claim, as they turned out here."""
+    """Compare both halves of the paper's claim with the results."""
     counts = report["counts"]
-    lines = ["## The paper's claim, here", ""]
-    lines.append("Stochastic minus the fixed model, paired by seed, in points:")
-    head = ["compared with", *(f"at {count}" for count in counts)]
     rows = []
-    for own, name in enumerate(SPECIALISTS):
+    at_own: list[tuple[float, str]] = []  # gains of the stochastic model, in points
+    at_other: list[tuple[float, str]] = []
+    for own_index, name in enumerate(SPECIALISTS):
         if name not in main:
             continue
         cells = []
-        for place, count in enumerate(counts):
-            cell = points(difference(report, "stochastic", name, count), signed=True)
-            cells.append(f"**{cell}**" if place == own else cell)
+        for i, count in enumerate(counts):
+            gain = difference(report, "stochastic", name, count)
+            cell = points(gain, signed=True)
+            cells.append(f"**{cell}**" if i == own_index else cell)
+            (at_own if i == own_index else at_other).append((100 * gain["mean"], count))
         rows.append([report["regimes"][name]["title"], *cells])
-    lines += ["", markdown_table(head, rows), ""]
-    lines.append(_verdict(report, main))
-    return "\n".join(lines)
+    head = ["compared with", *(f"at {count}" for count in counts)]
+    return (
+        "## The paper's claim, here\n\n"
+        "Stochastic minus the fixed model, paired by seed, in points:\n\n"
+        f"{markdown_table(head, rows)}\n\n{_verdict(at_own, at_other)}"
+    )
 
 
-def _verdict(report: Mapping[str, Any], main: Sequence[str]) -> str:
-    """In words: whether fixed models fall behind off their count, and win on it."""
-    off: list[tuple[float, str]] = []
-    own: list[tuple[float, str]] = []
-    for place, name in enumerate(SPECIALISTS):
-        if name in main:
-            for i, count in enumerate(report["counts"]):
-                gain = 100 * difference(report, "stochastic", name, count)["mean"]
-                (own if i == place else off).append((gain, count))
-    least_gain, most_gain = min(off)[0], max(off)[0]
-    ahead = [f"{count} ({gain:+.1f})" for gain, count in own if gain > 0]
-    behind = [f"{count} ({gain:+.1f})" for gain, count in own if gain <= 0]
-    sentences = [
-        f"Off their own count, fixed models are at least {least_gain:.1f} and at most "
-        f"{most_gain:.1f} points below the stochastic one."
-        if least_gain > 0
-        else "Off its own count, a fixed model is not always below the stochastic one: the "
-        f"difference goes from {least_gain:+.1f} to {most_gain:+.1f} points."
-    ]
-    if behind:
-        sentences.append(
-            f"On a fixed model's own count (bold) the stochastic one is behind at "
-            f"{', '.join(behind)}"
-            + (f" and ahead at {', '.join(ahead)}." if ahead else "; the paper has it ahead.")
+def _verdict(at_own: Sequence[tuple[float, str]], at_other: Sequence[tuple[float, str]]) -> str:
+    """Say whether fixed models are behind at other counts, and ahead at their own."""
+    least_gain, most_gain = min(at_other)[0], max(at_other)[0]
+    ahead = ", ".join(f"{count} ({gain:+.1f})" for gain, count in at_own if gain > 0)
+    behind = ", ".join(f"{count} ({gain:+.1f})" for gain, count in at_own if gain <= 0)
+    if least_gain > 0:
+        first = (
+            f"Off their own count, fixed models are at least {least_gain:.1f} and at most "
+            f"{most_gain:.1f} points below the stochastic one."
         )
     else:
-        sentences.append(
-            f"On a fixed model's own count (bold) the stochastic one is ahead at {', '.join(ahead)}"
-            ", as in the paper."
+        first = (
+            "Off its own count, a fixed model is not always below the stochastic one: the "
+            f"difference goes from {least_gain:+.1f} to {most_gain:+.1f} points."
         )
-    sentences.append(
+    second = "On a fixed model's own count (bold) the stochastic one is "
+    if not behind:
+        second += f"ahead at {ahead}, as in the paper."
+    else:
+        rest = f" and ahead at {ahead}." if ahead else "; the paper has it ahead."
+        second += f"behind at {behind}{rest}"
+    return (
+        f"{first} {second} "
         f"In the paper's table (second-hand) it is ahead by {', '.join(paper.gains())} points at "
         f"{', '.join(map(str, paper.COUNTS))} tokens; its abstract says 1.6, 1.0 and 0.4 %."
     )
-    return " ".join(sentences)
 
 
-def _accuracy_section(
+def _accuracy(
     report: Mapping[str, Any],
     title: str,
     names: Sequence[str],
@@ -147,30 +131,23 @@ def _accuracy_section(
     return f"## {title}\n\n{markdown_table(head, rows)}\n\nRight of ours: {PAPERS}."
 
 
-def _cost_section(report: Mapping[str, Any]) -> str:
-    have = {name: row for name, row in report["regimes"].items() if not row["is_start"]}
-    largest = have.get("fixed-large")
+def _cost(report: Mapping[str, Any]) -> str:
+    regimes = {name: row for name, row in report["regimes"].items() if not row["is_start"]}
+    largest = regimes.get("fixed-large")
     head = ["trained with", "images shown", "vision tokens", "seconds"]
     head += ["paper: vision tokens", "paper: hours on 64 A100"]
     rows = []
-    for name, row in have.items():
+    for name, row in regimes.items():
         tokens, seconds = row["vision_tokens"]["mean"], row["seconds"]
         less = ""
         if largest and name != "fixed-large":
             less = f" ({tokens / largest['vision_tokens']['mean'] - 1:+.0%})"
         spread = "" if seconds["spread"] is None else f" ± {seconds['spread']:.0f}"
-        theirs = (
-            [f"{paper.COST[name][0]} B", f"{paper.COST[name][1]}"] if name in paper.COST else []
-        )
-        rows.append(
-            [
-                row["title"],
-                str(row["views"]),
-                f"{tokens:,.0f}{less}",
-                f"{seconds['mean']:.0f}{spread}",
-                *(theirs or ["-", "-"]),
-            ]
-        )
+        theirs = ["-", "-"]
+        if name in paper.COST:
+            theirs = [f"{paper.COST[name][0]} B", f"{paper.COST[name][1]}"]
+        time = f"{seconds['mean']:.0f}{spread}"
+        rows.append([row["title"], str(row["views"]), f"{tokens:,.0f}{less}", time, *theirs])
     return (
         f"## Cost\n\n{markdown_table(head, rows)}\n\nOf a regime's own stage. Vision tokens are "
         f"counted once an image that is shown. Seconds: {report['machine']}; here the encoder, "
@@ -179,35 +156,27 @@ def _cost_section(report: Mapping[str, Any]) -> str:
     )
 
 
-def _kinds_section(report: Mapping[str, Any], main: Sequence[str]) -> str:
-    kinds = list(report["questions"])
-    head = ["trained with", "at", *kinds]
-    rows = [
-        [
-            report["regimes"][name]["title"],
-            count,
-            *(points(report["regimes"][name]["accuracy_by_kind"][kind][count]) for kind in kinds),
-        ]
-        for name in main
-        for count in report["counts"]
-    ]
-    asked = ", ".join(f"{kind} {number}" for kind, number in report["questions"].items())
-    return f"## By kind of question\n\n{markdown_table(head, rows)}\n\nQuestions: {asked}."
+def _kinds(report: Mapping[str, Any], main: Sequence[str]) -> str:
+    questions = report["questions"]
+    rows = []
+    for row in (report["regimes"][name] for name in main):
+        for count in report["counts"]:
+            cells = [points(row["accuracy_by_kind"][kind][count]) for kind in questions]
+            rows.append([row["title"], count, *cells])
+    table = markdown_table(["trained with", "at", *questions], rows)
+    numbers = ", ".join(f"{kind} {number}" for kind, number in questions.items())
+    return f"## By kind of question\n\n{table}\n\nQuestions: {numbers}."
 
 
-def _figures(report: Mapping[str, Any]) -> str:
-    lines = [
+def _figures(odds: Sequence[str]) -> list[str]:
+    paragraphs = [
         "## Figures",
-        "",
         "After the paper's Figure 1: accuracy against tokens, ours and the paper's.",
-        "",
         "![Accuracy against vision tokens](figure1.png)",
-        "",
         "After the paper's Figure 3, with kinds of question in place of benchmarks: the same "
         "models, at every square count that was asked.",
-        "",
         "![The same by kind of question](figure3.png)",
     ]
-    if sum(name in report["regimes"] for name in ODDS) > 1:
-        lines += ["", "The odds, by kind of question.", "", "![Odds](odds.png)"]
-    return "\n".join(lines)
+    if len(odds) > 1:
+        paragraphs += ["The odds, by kind of question.", "![Odds](odds.png)"]
+    return paragraphs

@@ -1,4 +1,4 @@
-"""What the runs of an ablation found, over its seeds."""
+"""Results of an ablation's runs, over its seeds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tokenflex.evaluation.counts import label_of
 
 
 def spread_of(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and sample standard deviation (None for a single value), and the values."""
+    """Return mean, sample standard deviation (None for a single value), and the values."""
     mean = sum(values) / len(values)
     spread = None
     if len(values) > 1:
@@ -26,26 +26,26 @@ def spread_of(values: Sequence[float]) -> dict[str, Any]:
 def collect(
     scale: Scale, regimes: Collection[Regime], jobs: Sequence[Job], output: Path, machine: str
 ) -> dict[str, Any]:
-    """``report.json`` of an ablation whose jobs are all done.
+    """Return ``report.json`` of an ablation whose jobs are all done.
 
     Returns:
-        ``regimes``: by name, the starts first, each with ``title``, ``is_start``, ``accuracy``
+        ``regimes``: rows by name, the starts first. A row has ``title``, ``is_start``, ``accuracy``
         (count -> :func:`spread_of` over seeds), ``accuracy_by_kind`` (kind -> count -> the same),
-        ``steps`` and ``views`` (images shown), ``vision_tokens`` (a teacher's included) and
-        ``seconds`` of the training that is its own, over seeds. Beside it ``scale``, ``counts``,
-        ``unseen``, ``seeds``, ``questions`` (kind -> how many), ``samples``, ``standard_error``
-        (the largest of any model at any count, from the questions asked) and ``machine``.
+        ``steps``, ``views`` (images shown), ``vision_tokens`` (a teacher's included) and
+        ``seconds`` of its own training, over seeds. Besides, ``scale``, ``counts``, ``unseen``,
+        ``seeds``, ``questions`` (number by kind), ``samples``, ``standard_error`` (the largest of
+        any model at any count, from the questions alone) and ``machine``.
     """
     reports = {job.name: job.report(output) for job in jobs}
     starts = {regime.start.name: regime.start for regime in regimes}
     compared: list[Start | Regime] = [*starts.values(), *regimes]
     rows: dict[str, dict[str, Any]] = {
-        one.name: {
-            "title": one.title,
-            "is_start": isinstance(one, Start),
-            **_row([job for job in jobs if job.regime == one.name], reports),
+        row.name: {
+            "title": row.title,
+            "is_start": isinstance(row, Start),
+            **_row([job for job in jobs if job.regime == row.name], reports),
         }
-        for one in compared
+        for row in compared
     }
     first = next(iter(reports.values()))
     return {
@@ -66,41 +66,40 @@ def collect(
 
 
 def _row(jobs: Sequence[Job], reports: Mapping[str, Any]) -> dict[str, Any]:
-    found = [reports[job.name] for job in jobs]
-    # The last stage is the regime's own; before a start's there is the encoder's warm-up.
-    stages = [report["stages"][-1] for report in found]
+    of_jobs = [reports[job.name] for job in jobs]
+    # The last stage is the regime's own; a start has the encoder's warm-up before it.
+    stages = [report["stages"][-1] for report in of_jobs]
     shown = [job.steps * job.config["stages"][0]["batch_size"] for job in jobs]
+    tokens = [
+        views * (stage["tokens_per_image"] + _teacher_tokens(job))
+        for views, stage, job in zip(shown, stages, jobs, strict=True)
+    ]
     return {
-        "accuracy": {
-            count: spread_of([report["accuracy"][count] for report in found])
-            for count in found[0]["accuracy"]
-        },
+        "accuracy": _over_seeds([report["accuracy"] for report in of_jobs]),
         "accuracy_by_kind": {
-            kind: {
-                count: spread_of([report["accuracy_by_kind"][kind][count] for report in found])
-                for count in row
-            }
-            for kind, row in found[0]["accuracy_by_kind"].items()
+            kind: _over_seeds([report["accuracy_by_kind"][kind] for report in of_jobs])
+            for kind in of_jobs[0]["accuracy_by_kind"]
         },
         "steps": jobs[0].steps,
         "views": shown[0],
-        "vision_tokens": spread_of(
-            [
-                views * (stage["tokens_per_image"] + _teacher_tokens(job))
-                for views, stage, job in zip(shown, stages, jobs, strict=True)
-            ]
-        ),
+        "vision_tokens": spread_of(tokens),
         "seconds": spread_of([stage["seconds"] for stage in stages]),
     }
 
 
+def _over_seeds(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    return {count: spread_of([row[count] for row in rows]) for count in rows[0]}
+
+
 def _teacher_tokens(job: Job) -> int:
-    """What a teacher sees of every image: it is shown each at the largest count."""
+    """Return the tokens of an image that a teacher sees, at the largest count."""
     stage = job.config["stages"][0]
     return max(map(tokens_of, stage["counts"])) if stage.get("distillation") else 0
 
 
 def difference(report: Mapping[str, Any], first: str, second: str, count: str) -> dict[str, Any]:
-    """Accuracy of ``first`` minus that of ``second`` at ``count``, paired by seed."""
-    one, other = (report["regimes"][name]["accuracy"][count]["values"] for name in (first, second))
-    return spread_of([a - b for a, b in zip(one, other, strict=True)])
+    """Return the accuracy of ``first`` minus that of ``second`` at ``count``, paired by seed."""
+    values, others = (
+        report["regimes"][name]["accuracy"][count]["values"] for name in (first, second)
+    )
+    return spread_of([a - b for a, b in zip(values, others, strict=True)])

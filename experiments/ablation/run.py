@@ -1,4 +1,4 @@
-"""``tokenflex ablate``: plan, run, report."""
+"""An ablation from its plan to its report."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ def ablate(
     at_once: int | None = None,
     show_bar: bool = True,
 ) -> dict[str, Any]:
-    """Train every regime of a suite on every seed, and write what came of it into ``output``.
+    """Train every regime of a suite on every seed, and write the results into ``output``.
 
-    A folder for each run, and by suite: "paper" ``report.md``, ``report.json``, ``figure1.png``,
-    ``figure3.png`` and ``odds.png``; "gap" ``gap.md``, ``gap.json`` and ``gap.png``; "unseen"
-    ``unseen.md`` and ``unseen.json``. What is done already is not done again: an interrupted
-    ablation continues, more seeds add to what is there, and suites share the runs they have in
-    common.
+    Besides a folder for each run, the suite "paper" writes ``report.md``, ``report.json``,
+    ``figure1.png``, ``figure3.png`` and ``odds.png``; "gap" writes ``gap.md``, ``gap.json`` and
+    ``gap.png``; "unseen" writes ``unseen.md`` and ``unseen.json``. Runs that are done are not
+    repeated: an interrupted ablation continues, more seeds are added, and suites share runs.
 
     Args:
-        scale: task, model and budget.
-        output: the folder.
-        suite: what is compared, see :mod:`experiments.ablation.suites`.
-        seeds: how many; as many as ``scale`` says if None.
-        at_once: runs at a time; one a core on the CPU, and one on a GPU, if None.
-        show_bar: whether to show a progress bar.
+        scale: Task, model and budget.
+        output: The folder.
+        suite: The compared regimes, see :mod:`experiments.ablation.suites`.
+        seeds: Number of seeds; the scale's if None.
+        at_once: Parallel runs; one per core, or one on a GPU, if None.
+        show_bar: Show a progress bar.
 
     Returns:
-        What the JSON file holds, see :func:`experiments.ablation.results.collect`.
+        The content of the JSON file, see :func:`experiments.ablation.results.collect`.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C or SIGTERM came; the same call continues.
-        JobFailedError: a run failed.
-        ValueError: an unknown suite; the folder holds another ablation, or one is at work in it.
+        KeyboardInterrupt: On Ctrl-C or SIGTERM; the same call continues.
+        JobFailedError: A run failed.
+        ValueError: The suite is unknown, the folder holds another ablation, or one is running in
+            it.
     """
     chosen = regimes_of(suite, scale)
     on_gpu = torch.cuda.is_available()
@@ -59,7 +59,7 @@ def ablate(
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     at_once = at_once or (1 if on_gpu else cores)
-    # Drawing canvases must keep up with a GPU; on the CPU the cores are busy with other runs.
+    # On a GPU, canvases are drawn by the free cores; on a CPU, all cores train.
     workers = max(cores // at_once - 1, 0) if on_gpu else 0
     jobs = plan_jobs(
         scale, chosen, range(seeds or scale.seeds), on_gpu=on_gpu, workers=min(workers, 16)

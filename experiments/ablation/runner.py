@@ -1,4 +1,4 @@
-"""Runs jobs as processes of their own, several at once; what is done stays done."""
+"""Runs jobs as processes, several at once; jobs that are done are not repeated."""
 
 from __future__ import annotations
 
@@ -20,23 +20,25 @@ from tokenflex.interruption import Interruption
 
 LOG = "train.log"
 LOCK = ".lock"
-PACKAGE_ROOT = Path(__file__).parents[2]
-LOOK_EVERY = 0.2  # seconds
-LOCK_PATIENCE = 30.0  # seconds: jobs of a killed ablation save their states and end
+REPOSITORY = Path(__file__).parents[2]
+LOOK_EVERY = 0.2
+"""Seconds between two looks at the jobs."""
+LOCK_PATIENCE = 30.0
+"""Seconds that jobs of a killed ablation have to save their states."""
 LAST_LINES = 15
 
 
 class JobFailedError(ReportedError):
-    """A job ended without a report; the message names it and ends with its last words."""
+    """A job ended without a report; the message holds its name and the end of its log."""
 
 
 class _Running:
-    """A job's process. Its input is a pipe that closes when we end: the job then ends as well."""
+    """A job's process. It ends when its input closes, and so when this process ends."""
 
     def __init__(self, job: Job, output: Path, lock: int, *, on_gpu: bool) -> None:
         self.job = job
         self.log = output / job.name / LOG
-        paths = [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")]
+        paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path for path in paths if path),
@@ -51,38 +53,52 @@ class _Running:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C reaches us, and we tell the jobs
+                start_new_session=True,  # Ctrl-C reaches this process, which stops the jobs
                 pass_fds=(lock,),
             )
 
     def stop(self) -> None:
-        """Ask it to save its state and end."""
+        """Ask the process to save its state and end."""
         assert self.process.stdin is not None
         self.process.stdin.close()
 
-    def last_words(self) -> str:
-        """The end of what it wrote."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(lines[-LAST_LINES:])
+    def has_ended(self, output: Path) -> bool:
+        """Return whether the process has ended.
+
+        Raises:
+            JobFailedError: It ended without a report.
+        """
+        code = self.process.poll()
+        if code is None:
+            return False
+        self.stop()
+        if not self.job.is_done(output):
+            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+            end = "\n".join(lines[-LAST_LINES:])
+            raise JobFailedError(
+                f"job {self.job.name} ended with exit status {code} and without a report; the end "
+                f"of {self.log}:\n{end}"
+            )
+        return True
 
 
 def command_of(job: Job) -> list[str]:
-    """What its process runs, in the ablation's folder."""
+    """Return the command of a job's process, which runs in the ablation's folder."""
     return [sys.executable, "-m", "experiments.ablation.worker", f"{job.name}/{CONFIG}"]
 
 
 def run_jobs(
     jobs: Sequence[Job], output: Path, *, at_once: int, on_gpu: bool, show_bar: bool = True
 ) -> None:
-    """Run every job that is not done, each after the one that it needs, ``at_once`` at a time.
+    """Run every job that is not done after the one that it needs, ``at_once`` at a time.
 
-    Killed at any moment, the same call goes on: jobs that are done stay, those that were running
-    resume from their own states.
+    The same call continues after a kill at any moment: done jobs stay, and running jobs resume from
+    their states.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C or SIGTERM came; every running job has saved its state.
-        JobFailedError: one failed; the others have stopped, their states saved.
-        ValueError: the folder holds another ablation, or one is at work in it.
+        KeyboardInterrupt: On Ctrl-C or SIGTERM, after every running job has saved its state.
+        JobFailedError: A job failed; the others have stopped and saved their states.
+        ValueError: The folder holds another ablation, or one is running in it.
     """
     if output.is_dir() and any(output.iterdir()) and not (output / LOCK).exists():
         raise ValueError(
@@ -90,55 +106,45 @@ def run_jobs(
             "or one that does not exist"
         )
     output.mkdir(parents=True, exist_ok=True)
-    with _alone_in(output) as lock:
+    with _locked(output) as lock:
         for job in jobs:
             job.write_config(output)
         waiting = [job for job in jobs if not job.is_done(output)]
         running: list[_Running] = []
-        with _bar(jobs, show_bar) as bar, Interruption() as interruption:
+        bar = tqdm(
+            total=sum(job.steps for job in jobs),
+            unit="step",
+            desc="ablation",
+            disable=not show_bar,
+            dynamic_ncols=True,
+            mininterval=1,
+        )
+        with bar, Interruption() as interruption:
             try:
                 while waiting or running:
                     interruption.check()
-                    for job in _ready(waiting, output, at_once - len(running)):
+                    ready = [job for job in waiting if _is_ready(job, output)]
+                    for job in ready[: at_once - len(running)]:
                         waiting.remove(job)
                         running.append(_Running(job, output, lock, on_gpu=on_gpu))
                     _show(bar, jobs, running, output)
                     time.sleep(LOOK_EVERY)
-                    running = [one for one in running if not _has_ended(one, output)]
+                    running = [job for job in running if not job.has_ended(output)]
                 _show(bar, jobs, running, output)
             finally:
-                _stop_all(running)
+                for process in running:
+                    process.stop()
+                for process in running:
+                    process.process.wait()
 
 
-def _ready(waiting: Sequence[Job], output: Path, free: int) -> list[Job]:
-    """The next jobs whose start is there."""
-    ready = [job for job in waiting if job.needs is None or (output / job.needs / REPORT).is_file()]
-    return ready[: max(free, 0)]
-
-
-def _has_ended(one: _Running, output: Path) -> bool:
-    code = one.process.poll()
-    if code is None:
-        return False
-    one.stop()
-    if not one.job.is_done(output):
-        raise JobFailedError(
-            f"job {one.job.name} ended with exit status {code} and without a report; the end of "
-            f"{one.log}:\n{one.last_words()}"
-        )
-    return True
-
-
-def _stop_all(running: Sequence[_Running]) -> None:
-    for one in running:
-        one.stop()
-    for one in running:
-        one.process.wait()
+def _is_ready(job: Job, output: Path) -> bool:
+    return job.needs is None or (output / job.needs / REPORT).is_file()
 
 
 @contextmanager
-def _alone_in(output: Path) -> Iterator[int]:
-    """Hold the folder's lock. Jobs hold it too: those of a killed ablation are waited for."""
+def _locked(output: Path) -> Iterator[int]:
+    """Hold the folder's lock. Jobs hold it too, so that those of a killed ablation end first."""
     with (output / LOCK).open("w") as lock:
         give_up = time.monotonic() + LOCK_PATIENCE
         while True:
@@ -154,34 +160,21 @@ def _alone_in(output: Path) -> Iterator[int]:
         yield lock.fileno()
 
 
-# ---------------------------------------------------------------------- progress
-
-
-def _bar(jobs: Sequence[Job], shown: bool) -> tqdm:
-    return tqdm(
-        total=sum(job.steps for job in jobs),
-        unit="step",
-        desc="ablation",
-        disable=not shown,
-        dynamic_ncols=True,
-        mininterval=1,
-    )
-
-
 def _show(bar: tqdm, jobs: Sequence[Job], running: Sequence[_Running], output: Path) -> None:
-    """Steps of all jobs; steps of an earlier half of this ablation do not count for the rate."""
+    """Show the steps of all jobs; steps before a continuation do not count for the rate."""
     done = [job for job in jobs if job.is_done(output)]
-    at = {one.job.name: steps_done(output / one.job.name) for one in running if one.job not in done}
-    steps = sum(job.steps for job in done) + sum(at.values())
+    names = [process.job.name for process in running if process.job not in done]
+    steps_of = {name: steps_done(output / name) for name in names}
+    steps = sum(job.steps for job in done) + sum(steps_of.values())
     if not bar.n and steps:
         bar.initial = bar.n = steps
     bar.update(max(steps - bar.n, 0))
-    names = ", ".join(f"{name} {step}" for name, step in at.items())
-    bar.set_postfix_str(f"{len(done)} of {len(jobs)} runs done; {names}", refresh=False)
+    shown = ", ".join(f"{name} {step}" for name, step in steps_of.items())
+    bar.set_postfix_str(f"{len(done)} of {len(jobs)} runs done; {shown}", refresh=False)
 
 
 def steps_done(folder: Path) -> int:
-    """The step that a run logged last."""
+    """Return the last step that a run has logged."""
     try:
         with (folder / "metrics.jsonl").open("rb") as file:
             file.seek(0, os.SEEK_END)
@@ -189,4 +182,4 @@ def steps_done(folder: Path) -> int:
             lines = file.read().splitlines()
         return int(parse_json(lines[-1], "line")["step"])
     except (OSError, IndexError, ValueError, KeyError, TypeError):
-        return 0  # nothing yet, or a line that is being written
+        return 0  # no line yet, or an incomplete one

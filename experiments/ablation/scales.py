@@ -1,4 +1,4 @@
-"""How large an ablation is: the canvas, the model, and the budget that every regime gets."""
+"""Scales of an ablation: the canvas, the model, and the budget of every regime."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from tokenflex.digits.canvas import CELL_PIXELS
 
 @dataclass(frozen=True)
 class Scale:
-    """The task, the model and the budget.
+    """Task, model and budget.
 
     Attributes:
-        name: in the report.
-        cells: of a canvas, per side.
-        counts: those that are trained: small, middle, large.
-        unseen: those that no regime trains, numbers or (height, width) grids.
-        width, layers, heads: of the encoder and of the language model.
-        vocabulary: rows of the language model's embedding.
-        initializer_range: of the language model.
-        warm_up_steps, warm_up_batch: of the encoder.
-        start_steps: of the alignment that all regimes start from, at the largest count.
-        steps: of each regime.
-        batch_size: images shown a step, a multiple of the three counts.
-        learning_rate: the highest.
-        evaluated: canvases asked, of the test split; eight questions each.
-        precision: of training on a GPU; a CPU trains in float32.
-        seeds: how many, unless the user says so.
-        regimes: those of the suite `paper` that are trained; all if empty.
+        name: Name in the report.
+        cells: Cells of a canvas, per side.
+        counts: Trained counts: small, middle, large.
+        unseen: Counts that no regime trains, numbers or (height, width) grids.
+        width, layers, heads: Sizes of the encoder and the language model.
+        vocabulary: Rows of the language model's embedding.
+        initializer_range: Initializer range of the language model.
+        warm_up_steps, warm_up_batch: Steps and batch size of the encoder's warm-up.
+        start_steps: Steps of the alignment before all regimes, at the largest count.
+        steps: Steps of each regime.
+        batch_size: Images shown per step, a multiple of the three counts.
+        learning_rate: Highest learning rate.
+        evaluated: Canvases of the test split that are evaluated, with eight questions each.
+        precision: Precision of training on a GPU; a CPU trains in float32.
+        seeds: Default number of seeds.
+        regimes: Trained regimes of the suite `paper`; all if empty.
     """
 
     name: str
@@ -54,12 +54,12 @@ class Scale:
 
     @property
     def asked(self) -> list[int | list[int]]:
-        """Every count that models are asked at, as a configuration has it."""
+        """Every evaluated count, in the form of a configuration."""
         unseen = [count if isinstance(count, int) else [*count] for count in self.unseen]
         return [*self.counts, *unseen]
 
     def model(self) -> dict[str, Any]:
-        """The configuration's ``model``: SigLIP and Qwen2 from transformers, both small."""
+        """Return the configuration's ``model``: small SigLIP and Qwen2 models of transformers."""
         part = {
             "hidden_size": self.width,
             "num_hidden_layers": self.layers,
@@ -94,7 +94,7 @@ class Scale:
         }
 
     def stage(self, name: str, steps: int, **changes: Any) -> dict[str, Any]:
-        """A stage that trains everything."""
+        """Return a stage that trains all modules."""
         modules = ("vision", "projector", "text")
         return {
             "name": name,
@@ -125,7 +125,7 @@ SMALL = Scale(
     evaluated=1024,
 )
 
-# For CI: one seed, and no more steps than the checks need.
+# For CI: one seed, and as few steps as the checks need.
 QUICK = replace(
     SMALL,
     name="quick",
@@ -138,7 +138,7 @@ QUICK = replace(
     regimes=("fixed-large", "stochastic"),
 )
 
-# For a GPU; nothing of it was measured yet.
+# For a GPU; not measured yet.
 LARGE = Scale(
     name="large",
     cells=8,

@@ -1,4 +1,4 @@
-"""Which regimes are compared with each other, and for what."""
+"""Suites: the regimes that are compared with each other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAIN = (*SPECIALISTS, "stochastic")
 ODDS = ("odds-5-3-2", "odds-1-1-1", "stochastic")
 MIXING = ("stochastic", "per-step", "all-counts")
 ANY_COUNT = ("positions", "positions-spread")
-"""Made to answer at counts that they never trained with; not of the paper."""
+"""Regimes beyond the paper, for counts that were not trained."""
 
 UNSEEN = (
     "stochastic",
@@ -25,13 +25,13 @@ UNSEEN = (
 
 @dataclass(frozen=True)
 class Lever:
-    """Something that may bring one model up to three specialists.
+    """A measure that may bring one model up to three specialists.
 
     Attributes:
-        title: what was done.
-        one: the model of all counts.
-        specialists: those it is compared with, at the small, middle and large count; there may be
-            none for the larger ones.
+        title: Description in tables.
+        one: Name of the model for all counts.
+        specialists: Names of the models for the small, middle and large count; those of the larger
+            counts may be missing.
     """
 
     title: str
@@ -71,14 +71,14 @@ SUITES: dict[str, tuple[str, ...]] = {
     ),
     "unseen": UNSEEN,
 }
-"""Names of regimes, in the order in which they run."""
+"""Names of each suite's regimes, in the order of the runs."""
 
 
 def regimes_of(suite: str, scale: Scale) -> list[Regime]:
-    """What a suite trains at ``scale``.
+    """Return the regimes of a suite at ``scale``.
 
     Raises:
-        ValueError: an unknown suite.
+        ValueError: The suite is unknown.
     """
     if suite not in SUITES:
         raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {suite!r}")

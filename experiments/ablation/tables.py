@@ -1,4 +1,4 @@
-"""What the pages of an ablation have in common: figures in points, tables, what was asked."""
+"""Parts of an ablation's pages: figures in points, tables, and sentences."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 
 def points(spread: Mapping[str, Any], *, signed: bool = False) -> str:
-    """Mean and standard deviation in percentage points; the mean alone of a single seed."""
+    """Format mean and standard deviation (if any) in percentage points."""
     mean = f"{100 * spread['mean']:{'+' if signed else ''}.1f}"
     return mean if spread["spread"] is None else f"{mean} ± {100 * spread['spread']:.1f}"
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """Format a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -22,13 +22,13 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def accuracy_rows(
     report: Mapping[str, Any], names: Sequence[str], counts: Sequence[str]
 ) -> list[list[str]]:
-    """Title and accuracy at ``counts`` of each regime."""
+    """Return title and accuracies of each regime."""
     rows = [report["regimes"][name] for name in names]
     return [[row["title"], *(points(row["accuracy"][count]) for count in counts)] for row in rows]
 
 
 def accuracy_table(report: Mapping[str, Any]) -> str:
-    """For a terminal: every regime at every count."""
+    """Format the accuracy of every regime at every count for a terminal."""
     counts = [*report["counts"], *report["unseen"]]
     rows = [
         ["trained with, asked at", *counts],
@@ -46,12 +46,12 @@ def accuracy_table(report: Mapping[str, Any]) -> str:
 
 
 def starts_of(report: Mapping[str, Any]) -> list[str]:
-    """Names of the rows that are no regimes but what they went on from."""
+    """Return the names of the starts."""
     return [name for name, row in report["regimes"].items() if row["is_start"]]
 
 
 def asked_and_seeds(report: Mapping[str, Any]) -> str:
-    """In words: what accuracy is of, over how many seeds, and how sure."""
+    """Describe the questions, the seeds and the standard error in words."""
     seeds, kinds = report["seeds"], report["questions"]
     spread = "mean ± sample standard deviation over them" if len(seeds) > 1 else "no spread"
     return (
@@ -64,13 +64,13 @@ def asked_and_seeds(report: Mapping[str, Any]) -> str:
 
 
 def nearest_trained(report: Mapping[str, Any], label: str) -> str:
-    """The trained count that has the most like tokens: ``"9"`` for ``"3x4"``."""
-    tokens = _tokens(label)
+    """Return the trained count with the nearest number of tokens: ``"9"`` for ``"3x4"``."""
+    tokens = prod(map(int, label.split("x")))
     return min(report["counts"], key=lambda count: abs(int(count) - tokens))
 
 
 def below_nearest(report: Mapping[str, Any], name: str) -> dict[str, float]:
-    """Count that ``name`` was not trained with -> accuracy there minus that at the nearest."""
+    """Return by unseen count the accuracy minus that at the nearest trained count."""
     accuracy = report["regimes"][name]["accuracy"]
     return {
         label: accuracy[label]["mean"] - accuracy[nearest_trained(report, label)]["mean"]
@@ -79,14 +79,10 @@ def below_nearest(report: Mapping[str, Any], name: str) -> dict[str, float]:
 
 
 def nearest_sentence(report: Mapping[str, Any], name: str, bound: float = 0.05) -> str:
-    """In words: at which unseen counts a regime is within ``bound`` of the nearest trained one."""
+    """Say at which unseen counts a regime is within ``bound`` of the nearest trained one."""
     below = below_nearest(report, name)
     near = [f"{label} ({100 * gain:+.1f})" for label, gain in below.items() if gain >= -bound]
     far = [f"{label} ({100 * gain:+.1f})" for label, gain in below.items() if gain < -bound]
     title = report["regimes"][name]["title"]
     said = f"{title}: at {len(near)} of {len(below)} within {100 * bound:.0f} points below it"
     return f"{said}, {', '.join(near) or 'none'}" + (f"; not at {', '.join(far)}." if far else ".")
-
-
-def _tokens(label: str) -> int:
-    return prod(map(int, label.split("x")))

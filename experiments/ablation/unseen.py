@@ -1,4 +1,4 @@
-"""``unseen.md``: what makes a model answer at counts that it never trained with."""
+"""``unseen.md``: accuracy at counts that were not trained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from experiments.ablation.tables import (
 
 
 def format_unseen(report: Mapping[str, Any]) -> str:
-    """The whole page, from what :func:`experiments.ablation.results.collect` returns."""
+    """Format the page of a report of :func:`experiments.ablation.results.collect`."""
     counts, unseen = report["counts"], report["unseen"]
     head = ["trained with", *(f"at {count}" for count in counts)]
     beside = [

@@ -1,4 +1,4 @@
-"""One job's process: ``tokenflex train`` that ends when the process that started it does."""
+"""Process of one job: ``tokenflex train``, which ends together with its parent."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tokenflex.cli import main
 
 
 def _end_with_parent() -> None:
-    """Stop as SIGTERM does, state saved, once nobody holds the other end of our input."""
-    os.read(sys.stdin.fileno(), 1)  # returns at the end: nothing is ever written
+    """Save the state and stop, as on SIGTERM, when the input is closed."""
+    os.read(sys.stdin.fileno(), 1)  # returns when the input is closed: nothing is written
     os.kill(os.getpid(), signal.SIGTERM)
 
 

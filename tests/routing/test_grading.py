@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.routing.curve import selection_curve
 from tests.evaluation.test_runner import half_taught, processor  # noqa: F401 (fixtures)
 from tests.models.test_modeling import CallCounter
 from tests.models.test_tiling import tiling_processor
@@ -18,13 +19,12 @@ from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor
 from tokenflex.evaluation import evaluate
 from tokenflex.evaluation import grading as forced_grading
-from tokenflex.evaluation.counts import resolve_count
 from tokenflex.routing.cascade import generate_with_escalation
 from tokenflex.routing.choice import choose_counts
-from tokenflex.routing.curve import routed, score, selection_curve
 from tokenflex.routing.features import image_statistics, question_embeddings
-from tokenflex.routing.grading import grade
+from tokenflex.routing.grading import grade, routed, score
 from tokenflex.routing.router import Router
+from tokenflex.routing.selector import resolve_count
 from tokenflex.routing.storage import attach_router, save_router
 
 
@@ -278,7 +278,7 @@ def test_no_samples_are_refused():
     class Nothing(Several):
         samples = ()
 
-    with pytest.raises(ValueError, match="must hold samples"):
+    with pytest.raises(ValueError, match="at least one sample"):
         grade(tiny_model(), digits_processor(), Nothing(), COUNTS)
 
 

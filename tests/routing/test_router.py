@@ -16,7 +16,7 @@ from tests.routing.planted import COUNTS, planted_grades
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor
 from tokenflex.routing import training
-from tokenflex.routing.curve import routed, score
+from tokenflex.routing.grading import routed, score
 from tokenflex.routing.router import Router, best, utilities
 from tokenflex.routing.training import fit_router, train_router
 
@@ -130,16 +130,6 @@ def test_of_equal_counts_the_fewest_tokens_are_taken():
         0,
         1,
     ]
-
-
-def test_choose_takes_the_routers_own_penalty_unless_told():
-    router = Router(COUNTS, 4, 6, penalty=10.0)
-    torch.nn.init.zeros_(router.right.weight)
-    with torch.no_grad():
-        router.right.bias.copy_(torch.tensor([-1.0, 0.0, 1.0]))
-    inputs = torch.zeros(2, 8), torch.zeros(2, 6)
-    assert router.choose(*inputs) == [4, 4]
-    assert router.choose(*inputs, penalty=0.0) == [16, 16]
 
 
 @pytest.mark.parametrize(("penalty", "error"), [(-0.1, ValueError), (float("nan"), ValueError)])

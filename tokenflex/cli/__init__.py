@@ -1,60 +1,85 @@
-"""The command line: ``tokenflex info``, ``train``, ``evaluate``, ``ablate``, ``route`` and others.
+"""The command line: ``tokenflex info``, ``train``, ``evaluate``, ``route`` and others.
 
-A command is a file: its arguments, then what it does. Its imports are its own, so that
-``tokenflex info`` works with the core alone.
+A command is a module of this package with a function ``add_to``, which adds the command and its
+arguments. Such a module imports what the command needs inside of its functions, so that
+``tokenflex --help`` is quick and ``tokenflex info`` works with the core alone.
+
+A clone of the repository has more commands: modules ``command`` of the packages in
+``experiments/``.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import pkgutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 
-from tokenflex.cli import (
-    ablate,
-    convert,
-    evaluate,
-    generate,
-    harness,
-    info,
-    plot,
-    route,
-    train,
-)
 from tokenflex.cli.parser import USER_ERROR, CommandLine
 
-COMMANDS = (info, train, evaluate, harness, route, generate, convert, ablate, plot)  # as in --help
+REPOSITORY = Path(__file__).parents[2]
+REPOSITORY_COMMANDS = ("ablate",)
+"""Commands of ``experiments/``, which the installed package lacks."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code, 2 for anything the user can mend."""
+    """Run one command; return its exit code, 2 for anything that the user can mend."""
+    words = [*(sys.argv[1:] if arguments is None else arguments)]
     line = CommandLine()
-    for command in COMMANDS:
-        command.add_to(line)
-    options = line.parser.parse_args(arguments)
+    for module in command_modules():
+        module.add_to(line)
+    if words[:1] and words[0] in REPOSITORY_COMMANDS and words[0] not in line.names:
+        return _fail(
+            f"{words[0]} is an experiment, which a clone of the repository has and the installed "
+            "package has not: run python -m tokenflex in the clone"
+        )
+    options = line.parser.parse_args(words)
     try:
         return options.run(options)
     except KeyboardInterrupt:
         if options.debug:
             raise
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the impatient: we are on our way out
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only break the exit
         return _fail("interrupted" + _how_to_continue(options))
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader of the output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as error:
         if options.debug or _is_ours(error):
             raise
-        trains = ("train", "evaluate", "ablate", "route", "plot")
-        extra = "train" if options.command in trains else "hf"
+        extra = options.extra
         return _fail(f"{options.command} needs {error.name}; pip install 'tokenflex[{extra}]'")
     except Exception as error:
         reason = _what_to_mend(error)
-        if options.debug or reason is None:  # a fault of the program: its traceback, exit code 1
+        if options.debug or reason is None:  # a fault of the program: traceback, exit code 1
             raise
         return _fail(reason)
+
+
+def command_modules() -> Iterator[ModuleType]:
+    """Yield the modules that add commands, by name; those of the repository come last."""
+    for info in pkgutil.iter_modules(__path__):
+        if not info.name.startswith("_"):
+            module = import_module(f"{__name__}.{info.name}")
+            if hasattr(module, "add_to"):
+                yield module
+    folder = REPOSITORY / "experiments"
+    if not (REPOSITORY / "pyproject.toml").is_file() or not folder.is_dir():
+        return
+    if str(REPOSITORY) not in sys.path:
+        sys.path.append(str(REPOSITORY))
+    for path in sorted(folder.glob("*/command.py")):
+        name = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+        try:
+            yield import_module(name)
+        except ModuleNotFoundError as error:
+            if not name.startswith(error.name or ""):  # not a foreign package of that name
+                raise
 
 
 _NO_DEVICE = (
@@ -66,10 +91,10 @@ _NO_DEVICE = (
 
 
 def _what_to_mend(error: Exception) -> str | None:
-    """Return the line for an error that a user can mend; None for a fault of the program.
+    """Return one line for an error that a user can mend; None for a fault of the program.
 
-    The second kind includes TypeError, and RuntimeError but for our own and those of PyTorch that
-    are about the machine.
+    A TypeError is a fault of the program. So is a RuntimeError, except for those of this package
+    and those of PyTorch about the machine.
     """
     from tokenflex.errors import ReportedError
 
@@ -83,9 +108,7 @@ def _what_to_mend(error: Exception) -> str | None:
             "out of memory: less of it is needed with fewer tokens, tiles or samples at a time "
             f"({message or type(error).__name__})"
         )
-    if any(words in message for words in _NO_DEVICE):
-        return message
-    return None
+    return message if any(words in message for words in _NO_DEVICE) else None
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -95,8 +118,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _is_ours(error: ImportError) -> bool:
-    """Return whether a module of this package is missing, or a name in one."""
-    return (error.name or "").partition(".")[0] in ("tokenflex", "tokenflex_kernels")
+    """Return whether a module of this project, or a name in one, is missing."""
+    return (error.name or "").partition(".")[0] in ("tokenflex", "tokenflex_kernels", "experiments")
 
 
 def _fail(message: str) -> int:
@@ -105,8 +128,8 @@ def _fail(message: str) -> int:
 
 
 def _how_to_continue(options: argparse.Namespace) -> str:
-    if options.command == "ablate":
-        return f"; the same command continues from what is in {options.output}"
+    if resumable := getattr(options, "resumable", None):
+        return f"; the same command continues from what is in {resumable}"
     output = getattr(options, "running_output", None)
     if output is None or not (output / "state.pt").exists():
         return ""

@@ -1,4 +1,4 @@
-"""What several commands begin with."""
+"""Helpers of several commands."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import warnings
 
 
 def device() -> str:
-    """Where models run: on the GPU if there is one."""
+    """Return the device of models: "cuda" if there is a GPU, else "cpu"."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def quiet_libraries() -> None:
-    """Keep other libraries' bars and notices out of ours, and warnings to one line each."""
+    """Silence progress bars and notices of other libraries, and print warnings as one line."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging

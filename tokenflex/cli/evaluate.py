@@ -1,4 +1,4 @@
-"""``tokenflex evaluate``: a checkpoint on the user's own data, at every count."""
+"""``tokenflex evaluate``: accuracy of a checkpoint at every count, on any data."""
 
 from __future__ import annotations
 
@@ -17,54 +17,61 @@ from tokenflex.cli.parser import CommandLine
 
 
 def add_to(commands: CommandLine) -> None:
-    """The command and its arguments."""
+    """Add the command and its arguments."""
     evaluate = commands.add(
         "evaluate",
         _evaluate,
-        "accuracy of a checkpoint at every count: a table, and with --output a page and a plot",
+        "measure a checkpoint's accuracy at every count: a table, with --output a page and a plot",
         "tokenflex evaluate runs/demo/checkpoint --data digits --counts 4,9,2x6,16",
+        extra="train",
     )
     evaluate.add_argument("model", type=Path, nargs="?", metavar="MODEL", help="checkpoint folder")
-    evaluate.add_argument("--model", type=Path, dest="model_option", help="the same, by name")
+    evaluate.add_argument("--model", type=Path, dest="model_option", help="checkpoint folder")
     evaluate.add_argument(
         "--data",
         required=True,
-        help="'digits', a file of messages or of LLaVA's records (JSONL or a JSON list), or a "
-        "Hugging Face folder",
+        help="'digits', a file of messages or LLaVA records (JSONL or a JSON list), or the folder "
+        "of a Hugging Face data set",
     )
-    evaluate.add_argument("--format", help="the data's, where its content does not tell")
+    evaluate.add_argument("--format", help="format of the data (default: detected)")
     evaluate.add_argument(
         "--counts",
         type=counts_grids_or_auto,
         required=True,
-        help="counts, grids of height x width, or auto (chosen per question): 64,144,12x16,auto",
+        help="counts, grids of height x width, or auto (chosen per image): 64,144,12x16,auto",
     )
     evaluate.add_argument(
         "--penalty",
         type=float,
-        help="of auto: share of right answers given up to save all tokens; the router's own if "
-        "left out",
+        help="with auto: share of right answers given up to save all tokens (default: the "
+        "router's)",
     )
     evaluate.add_argument(
         "--score",
         default="forced",
-        help="forced (the exact answer, without generating), or of a generated answer: exact "
-        "(up to case and punctuation), choice (its option letter) or contains",
+        help="forced: the exact answer, without generating it (default); exact: the generated "
+        "answer up to case and punctuation; choice: its option letter; contains: the answer in it",
     )
-    evaluate.add_argument("--split", help="of digits or a Hugging Face data set; test if left out")
-    evaluate.add_argument("--image-folder", type=Path, help="what image paths are relative to")
+    evaluate.add_argument("--split", help="of digits or a Hugging Face data set (test)")
+    evaluate.add_argument("--image-folder", type=Path, help="folder of relative image paths")
     evaluate.add_argument("--allow-outside", action="store_true", help=ALLOW_OUTSIDE)
     evaluate.add_argument(
         "--max-broken-samples",
         type=non_negative,
         default=100,
-        help="samples that cannot be read are left out and named, at most so many (100)",
+        help="largest number of unreadable samples, which are left out and named (100)",
     )
-    evaluate.add_argument("--size", type=positive, help="canvases, with --data digits")
-    evaluate.add_argument("--batch-size", type=positive, default=64, help="samples a forward pass")
-    evaluate.add_argument("--workers", type=int, default=0, help="processes that read images")
-    evaluate.add_argument("--max-tiles", type=positive, help="cut images into at most so many")
-    evaluate.add_argument("--max-new-tokens", type=positive, default=64, help="longest answer")
+    evaluate.add_argument(
+        "--size", type=positive, help="number of canvases, with --data digits (1024)"
+    )
+    evaluate.add_argument(
+        "--batch-size", type=positive, default=64, help="samples per forward pass (64)"
+    )
+    evaluate.add_argument("--workers", type=int, default=0, help="processes that read images (0)")
+    evaluate.add_argument("--max-tiles", type=positive, help="largest number of tiles of an image")
+    evaluate.add_argument(
+        "--max-new-tokens", type=positive, default=64, help="length of an answer (64)"
+    )
     evaluate.add_argument(
         "--output", type=Path, help="folder for report.json, report.md and accuracy.png"
     )
@@ -79,8 +86,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     output = options.output
     if output is None:
         return _evaluate_into(options)
-    # Before the work, not after it.
-    if output.suffix == ".json":
+    if output.suffix == ".json":  # checked before the work, not after it
         check_report_file(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         return _evaluate_into(options)
@@ -98,11 +104,11 @@ def _evaluate_into(options: argparse.Namespace) -> int:
     from tokenflex.counts import AUTO, tokens_of
     from tokenflex.data.faults import BrokenSample, broken_records, check_broken, warn_of_broken
     from tokenflex.evaluation import evaluate
-    from tokenflex.evaluation.counts import resolve_count
     from tokenflex.evaluation.report import format_table, write_report
     from tokenflex.evaluation.scoring import SCORES
     from tokenflex.files import write_json
     from tokenflex.models.loading import check_length, load_checkpoint
+    from tokenflex.routing.selector import resolve_count
     from tokenflex.training.build import build_dataset
 
     if options.score not in SCORES:
@@ -135,7 +141,7 @@ def _evaluate_into(options: argparse.Namespace) -> int:
             max_broken_samples=options.max_broken_samples,
             on_batch=bar.update,
         )
-    warn_of_broken([BrokenSample(**one) for one in report.get("broken_samples", [])])
+    warn_of_broken([BrokenSample(**sample) for sample in report.get("broken_samples", [])])
     print(format_table(report))
     title = f"{folder.resolve().name} on {Path(options.data).name}"
     if options.penalty is not None:

@@ -1,4 +1,4 @@
-"""``tokenflex info``: what is installed, with the core alone."""
+"""``tokenflex info``: versions, device and backends; it needs the core alone."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from tokenflex.cli.parser import CommandLine
 
 
 def add_to(commands: CommandLine) -> None:
-    """The command and its arguments."""
+    """Add the command and its arguments."""
     info = commands.add(
-        "info", _info, "what is installed and which backend each op uses", "tokenflex info"
+        "info", _info, "show what is installed and the backend of each op", "tokenflex info"
     )
     info.add_argument("--json", action="store_true", help="print as JSON")
 

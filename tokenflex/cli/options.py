@@ -1,15 +1,15 @@
-"""What the value of an option may be; what it may not is an error that argparse shows."""
+"""Types of options; argparse shows the error of a value that is not allowed."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-ALLOW_OUTSIDE = "read images that lie outside of the data's folder, which are refused otherwise"
+ALLOW_OUTSIDE = "also read images outside of the data's folder (default: refuse them)"
 
 
 def counts_or_grids(text: str, *words: str) -> list[Any]:
-    """Counts and grids, for example 64,12x16, and ``words`` as they are."""
+    """Parse counts and grids, for example 64,12x16; return ``words`` unchanged."""
     from tokenflex.counts import parse_count
 
     try:
@@ -19,24 +19,24 @@ def counts_or_grids(text: str, *words: str) -> list[Any]:
 
 
 def counts_grids_or_auto(text: str) -> list[Any]:
-    """Counts and grids, and auto, for example 64,12x16,auto."""
-    from tokenflex.counts import AUTO
+    """Parse counts, grids and count policies, for example 64,12x16,auto."""
+    from tokenflex.routing.policies import policy_names
 
-    return counts_or_grids(text, AUTO)
+    return counts_or_grids(text, *policy_names())
 
 
 def comma_separated(text: str) -> list[str]:
-    """What stands between commas."""
+    """Split at commas."""
     return text.split(",")
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """Parse an int of at least 1."""
     return _at_least(1, text)
 
 
 def non_negative(text: str) -> int:
-    """A whole number from 0 on."""
+    """Parse an int of at least 0."""
     return _at_least(0, text)
 
 
@@ -51,7 +51,7 @@ def _at_least(lowest: int, text: str) -> int:
 
 
 def probability(text: str) -> float:
-    """A number from 0 to 1."""
+    """Parse a number from 0 to 1."""
     try:
         value = float(text)
     except ValueError:

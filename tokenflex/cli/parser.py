@@ -1,4 +1,4 @@
-"""The parser that commands add themselves to."""
+"""The parser of the command line."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ USER_ERROR = 2
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Errors in one line, like all others; ``--help`` has the usage.
+    """A parser whose errors are one line; ``--help`` prints the usage.
 
     Attributes:
-        passed_on: name of the option that holds what follows the first ``--``, word for word; None
-            leaves ``--`` to argparse, which takes what follows for positional arguments.
+        passed_on: Name of the option that receives the words after the first ``--`` unchanged. If
+            None, argparse takes them for positional arguments.
     """
 
     passed_on: str | None = None
@@ -23,7 +23,7 @@ class OneLineParser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
-        """Read the arguments; those after ``--`` are not looked at where they are passed on."""
+        """Parse the arguments; those after ``--`` are passed on unparsed."""
         if self.passed_on is None:
             return super().parse_known_args(args, namespace)
         words = list(sys.argv[1:] if args is None else args)
@@ -33,7 +33,7 @@ class OneLineParser(argparse.ArgumentParser):
         return options, unknown
 
     def error(self, message: str) -> NoReturn:
-        """Print the line and exit."""
+        """Print the message and exit."""
         self.exit(USER_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
@@ -41,8 +41,8 @@ class CommandLine:
     """``tokenflex`` and its commands.
 
     Attributes:
-        parser: of all of them; what it reads has ``command``, ``run`` and ``debug`` besides a
-            command's own arguments.
+        parser: The parser of all commands. Its result holds ``command``, ``run``, ``extra`` and
+            ``debug`` besides the arguments of a command.
     """
 
     def __init__(self) -> None:
@@ -54,23 +54,31 @@ class CommandLine:
             dest="command", required=True, metavar="COMMAND"
         )
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the commands."""
+        return [*self._commands.choices]
+
     def add(
         self,
         name: str,
         run: Callable[[argparse.Namespace], int],
         summary: str,
         example: str,
+        *,
+        extra: str = "hf",
     ) -> OneLineParser:
-        """A command without arguments.
+        """Add a command without arguments.
 
         Args:
-            name: of the command.
-            run: what it does, once all arguments are read; returns the exit code.
-            summary: what it does, in a line.
-            example: a call of it.
+            name: Name of the command.
+            run: Function that runs the command with the parsed arguments and returns the exit code.
+            summary: One line for the help text.
+            example: A call of the command.
+            extra: Extra of the distribution with the packages that the command needs.
 
         Returns:
-            Where its arguments go.
+            The parser that takes the command's arguments.
         """
         command = self._commands.add_parser(
             name,
@@ -80,5 +88,5 @@ class CommandLine:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, extra=extra)
         return command

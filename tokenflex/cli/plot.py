@@ -1,4 +1,4 @@
-"""``tokenflex plot``: the pictures of a run, drawn again."""
+"""``tokenflex plot``: curves and accuracy of a run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from tokenflex.cli.parser import CommandLine
 
 
 def add_to(commands: CommandLine) -> None:
-    """The command and its arguments."""
+    """Add the command and its arguments."""
     plot = commands.add(
         "plot",
         _plot,
-        "draw a run's curves, finished or still going, and its report if there is one",
+        "draw the curves of a finished or running run, and its accuracy if it has a report",
         "tokenflex plot runs/demo",
+        extra="train",
     )
-    plot.add_argument("run_folder", type=Path, metavar="RUN", help="the output folder of a run")
+    plot.add_argument("run_folder", type=Path, metavar="RUN", help="output folder of the run")
 
 
 def _plot(options: argparse.Namespace) -> int:
@@ -27,7 +28,7 @@ def _plot(options: argparse.Namespace) -> int:
     path = options.run_folder / "report.json"
     if (options.run_folder / "metrics.jsonl").is_file():
         print(plot_curves(options.run_folder))
-        if not path.is_file():  # a run that is still going, or evaluates nothing
+        if not path.is_file():  # a running run, or one without an evaluation
             return 0
     if not path.is_file():
         raise FileNotFoundError(f"report file {path} does not exist, nor metrics.jsonl beside it")

@@ -1,47 +1,58 @@
-"""``tokenflex route``: a checkpoint's router, trained and measured."""
+"""``tokenflex route``: train a checkpoint's router, and measure it on other data."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenflex.cli.common import device, quiet_libraries
 from tokenflex.cli.options import ALLOW_OUTSIDE, counts_or_grids, positive
 from tokenflex.cli.parser import CommandLine
 
+if TYPE_CHECKING:
+    from tokenflex.routing.grading import Grades
+    from tokenflex.routing.router import Router
+
+study: Callable[[Grades, Router], tuple[dict[str, Any], Callable[[Path], str]]] | None = None
+"""Hook of ``experiments/routing``: measures a router. It returns entries of the router's report,
+and a function that draws into the router's folder and returns a table."""
+
 
 def add_to(commands: CommandLine) -> None:
-    """The command and its arguments."""
+    """Add the command and its arguments."""
     route = commands.add(
         "route",
         _route,
-        "make a checkpoint choose its own counts: train its router, and measure it on other data",
+        "train a router that chooses the counts of a checkpoint, and measure it on other data",
         "tokenflex route --model runs/demo/checkpoint --data digits --counts 4,9,16",
+        extra="train",
     )
     route.add_argument("--model", type=Path, required=True, help="checkpoint folder")
     route.add_argument(
         "--data",
         required=True,
-        help="'digits' (validation split), or data as evaluate takes it, unseen by the model",
+        help="'digits' (validation split), or data as of evaluate that the model has not seen",
     )
     route.add_argument(
         "--counts", type=counts_or_grids, required=True, help="for example 64,144,256"
     )
     route.add_argument(
         "--measure-on",
-        help="'digits' (test split), or other data; for digits, digits if not given",
+        help="'digits' (test split), or other data; needs a clone of the repository (default: "
+        "digits for digits)",
     )
     route.add_argument(
         "--max-drop",
         type=float,
         default=0.01,
-        help="share of right answers that auto may cost where no penalty is named (0.01)",
+        help="share of right answers that the router may cost without a --penalty (0.01)",
     )
-    route.add_argument("--image-folder", type=Path, help="what image paths are relative to")
+    route.add_argument("--image-folder", type=Path, help="folder of relative image paths")
     route.add_argument("--allow-outside", action="store_true", help=ALLOW_OUTSIDE)
     route.add_argument("--size", type=positive, default=1024, help="canvases of digits (1024)")
-    route.add_argument("--batch-size", type=positive, default=64, help="samples a pass")
+    route.add_argument("--batch-size", type=positive, default=64, help="samples per pass (64)")
 
 
 def _route(options: argparse.Namespace) -> int:
@@ -62,52 +73,39 @@ def _route_into(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from tokenflex.models.loading import check_length, load_checkpoint
-    from tokenflex.routing.curve import as_rows, format_curve, selection_curve
     from tokenflex.routing.grading import grade
     from tokenflex.routing.router import check_counts
-    from tokenflex.routing.storage import CURVE, save_router
+    from tokenflex.routing.storage import save_router
     from tokenflex.routing.training import train_router
 
     counts = check_counts(options.counts)
     if options.data == "digits" and (options.image_folder or options.allow_outside):
         raise ValueError("--image-folder and --allow-outside do not fit --data digits")
+    if options.measure_on and study is None:
+        raise ValueError(
+            "--measure-on needs a clone of the repository, which has the study of the router"
+        )
     measured = options.measure_on or ("digits" if options.data == "digits" else None)
-    asked = _dataset(options.data, "validation", options)
-    others = None if measured is None else _dataset(measured, "test", options)
+    trained_on = _dataset(options.data, "validation", options)
+    others = _dataset(measured, "test", options) if measured and study else None
     model, processor = load_checkpoint(options.model)
     check_length(model.config, max(counts))
     model.to(device())
-    samples = len(asked) + (0 if others is None else len(others))
-    with tqdm(total=samples, desc="asking", unit="sample", dynamic_ncols=True) as bar:
+    samples = len(trained_on) + (0 if others is None else len(others))
+    with tqdm(total=samples, desc="grading", unit="sample", dynamic_ncols=True) as bar:
+        batches = {"batch_size": options.batch_size, "on_samples": bar.update}
         router, report = train_router(
-            model,
-            processor,
-            asked,
-            counts,
-            max_drop=options.max_drop,
-            batch_size=options.batch_size,
-            on_samples=bar.update,
+            model, processor, trained_on, counts, max_drop=options.max_drop, **batches
         )
-        grades = None
-        if others is not None:
-            grades = grade(
-                model,
-                processor,
-                others,
-                counts,
-                batch_size=options.batch_size,
-                on_samples=bar.update,
-            )
+        grades = None if others is None else grade(model, processor, others, counts, **batches)
     summary: dict[str, Any] = {"counts": list(router.counts), **asdict(report)}
-    if grades is not None:
-        points = selection_curve(grades, router)
-        summary["curve"] = as_rows(points)
+    draw = None
+    if grades is not None and study is not None:
+        entries, draw = study(grades, router)
+        summary |= entries
     folder = save_router(router, options.model, summary)
-    if grades is not None:
-        from tokenflex.plots import plot_selection
-
-        plot_selection(points, folder / CURVE)
-        print(format_curve(points))
+    if draw is not None:
+        print(draw(folder))
     print(
         f"{report.parameters} parameters, {report.grading_seconds:.0f} s of asking and "
         f"{report.fitting_seconds:.0f} s of fitting; held out, auto costs "

@@ -18,6 +18,7 @@ def add_to(commands: CommandLine) -> None:
         _train,
         "train as a configuration says; a run that was stopped continues",
         "tokenflex train configs/demo.yaml",
+        extra="train",
     )
     train.add_argument("config", type=Path, help="YAML file, see configs/")
     train.add_argument("--output", type=Path, help="folder to write to, in place of the config's")

@@ -9,36 +9,21 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from tokenflex.prompts import left_padded
+
 
 @dataclass(frozen=True)
 class GeneratedAnswer:
-    """What the model said, and in how many tokens, the one that ends it included."""
+    """The text of an answer and its number of tokens, the one that ends it included."""
 
     text: str
     tokens: int
 
 
-def expand_placeholders(
-    ids: torch.Tensor, tokens_per_image: Sequence[int], image_token_id: int
-) -> torch.Tensor:
-    """A prompt's ids with each image's placeholder repeated as often as it has vision tokens.
-
-    Args:
-        ids: int64 [length], one placeholder an image.
-        tokens_per_image: of all tiles together.
-        image_token_id: the placeholder.
-
-    Raises:
-        ValueError: there are not as many placeholders as images.
-    """
-    places = (ids == image_token_id).nonzero().squeeze(1)
-    if len(places) != len(tokens_per_image):
-        raise ValueError(
-            f"the prompt holds {len(places)} placeholders for {len(tokens_per_image)} images"
-        )
-    repeats = torch.ones_like(ids)
-    repeats[places] = torch.tensor(tokens_per_image, dtype=torch.int64)
-    return ids.repeat_interleave(repeats)
+def answer_length(tokens: torch.Tensor, ends: int | Sequence[int] | None) -> int:
+    """Return the number of tokens up to the first that ends an answer, that one included."""
+    stops = torch.isin(tokens, torch.tensor([] if ends is None else ends)).nonzero().flatten()
+    return int(stops[0]) + 1 if len(stops) else len(tokens)
 
 
 def generate_answers(
@@ -48,24 +33,19 @@ def generate_answers(
     vision_tokens: Sequence[Sequence[torch.Tensor]],
     **options: Any,
 ) -> list[GeneratedAnswer]:
-    """The answer to each prompt, all in one left-padded batch.
+    """Return the answer to each prompt, from one left-padded batch.
 
     Args:
-        model: a :class:`tokenflex.TokenFlexForConditionalGeneration` in evaluation mode.
-        tokenizer: its processor's.
-        prompts: int64 [length] each, see :func:`expand_placeholders`.
-        vision_tokens: for each prompt the [count, D] vision tokens of its tiles.
-        **options: for ``generate``; greedy search where they say nothing else.
+        model: A :class:`tokenflex.TokenFlexForConditionalGeneration` in evaluation mode.
+        tokenizer: Its processor's tokenizer.
+        prompts: int64 [length] each, see :func:`tokenflex.prompts.expand_placeholders`.
+        vision_tokens: The [count, D] vision tokens of each prompt's tiles.
+        **options: Options of ``generate``; the default is greedy search.
     """
     ends = model.generation_config.eos_token_id
     ends = tokenizer.eos_token_id if ends is None else ends
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    length = max(map(len, prompts))
-    ids = torch.full((len(prompts), length), pad, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for place, prompt in enumerate(prompts):
-        ids[place, length - len(prompt) :] = prompt
-        mask[place, length - len(prompt) :] = 1
+    ids, mask = left_padded(prompts, pad)
     tiles = [tile for images in vision_tokens for tile in images]
     output = model.generate(
         input_ids=ids.to(model.device),
@@ -77,14 +57,9 @@ def generate_answers(
         pad_token_id=pad,
         **{"do_sample": False, "num_beams": 1, **options},
     )
-    answers = output[:, length:]
+    answers = output[:, ids.shape[1] :].cpu()
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    stops = {ends} if isinstance(ends, int) else {*(ends or ())}
     return [
-        GeneratedAnswer(text.strip(), _length_of(row, stops))
-        for text, row in zip(texts, answers.tolist(), strict=True)
+        GeneratedAnswer(text.strip(), answer_length(tokens, ends))
+        for text, tokens in zip(texts, answers, strict=True)
     ]
-
-
-def _length_of(row: list[int], ends: set[int]) -> int:
-    return next((place + 1 for place, token in enumerate(row) if token in ends), len(row))

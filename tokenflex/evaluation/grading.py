@@ -12,21 +12,23 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenflex.data.rows import plan_row
 from tokenflex.data.sequences import TokenSequence, prefix_and_branches
-from tokenflex.evaluation.generation import expand_placeholders, generate_answers
+from tokenflex.evaluation.generation import generate_answers
 from tokenflex.evaluation.questions import ProjectedImages, Question
 from tokenflex.evaluation.scoring import RULES
+from tokenflex.prompts import expand_placeholders
 
-ROWS_AT_ONCE = 256  # of logits that become probabilities
+ROWS_AT_ONCE = 256
+"""Rows of logits that become probabilities at once."""
 
 
 @dataclass(frozen=True)
 class ForcedGrades:
-    """Of each question's answers, every token after the right ones before it.
+    """Grades of answers of which each token follows the right tokens before it.
 
     Attributes:
-        right: bool [questions], whether each token of the answers is the likeliest.
-        confidence: float32 [questions], the probability of the likeliest token where that is
-            lowest. Up to a first mistake it is generation's own.
+        right: bool [questions], True where each token of the answers is the likeliest.
+        confidence: float32 [questions], the lowest probability of a likeliest token. Up to a first
+            mistake it equals that of generation.
     """
 
     right: torch.Tensor
@@ -36,16 +38,16 @@ class ForcedGrades:
 def grade_forced(
     model: Any, processor: Any, questions: Sequence[Question], vision: ProjectedImages
 ) -> ForcedGrades:
-    """Grades from one forward pass.
+    """Grade forced answers in one forward pass.
 
-    All questions stand in one packed row, and none sees another; those about the same images at
-    the same counts share their rows where the model can.
+    All questions stand in one packed row, and none sees another. Questions about the same images at
+    the same counts share the rows of the images if the model can.
 
     Args:
-        model: a :class:`tokenflex.TokenFlexForConditionalGeneration` in evaluation mode.
-        processor: its processor.
-        questions: one or more, encoded, those of a sample next to each other.
-        vision: their images.
+        model: A :class:`tokenflex.TokenFlexForConditionalGeneration` in evaluation mode.
+        processor: Its processor.
+        questions: One or more encoded questions; those of a sample are next to each other.
+        vision: The images of the questions.
 
     Returns:
         Tensors on the host.
@@ -73,11 +75,12 @@ def grade_forced(
         logits_to_keep=batch.target_rows,
     ).logits[0]
     hits = (logits.argmax(-1) == batch.targets).cpu().split(row.targets_per_conversation)
-    # A part of the rows at a time: the probabilities of all would be another copy of the logits.
+    # In parts, because the probabilities of all rows would be another copy of the logits.
     highest = [part.float().softmax(-1).amax(-1) for part in logits.split(ROWS_AT_ONCE)]
     certain = torch.cat(highest).cpu().split(row.targets_per_conversation)
     return ForcedGrades(
-        torch.stack([one.all() for one in hits]), torch.stack([one.min() for one in certain])
+        torch.stack([of_question.all() for of_question in hits]),
+        torch.stack([of_question.min() for of_question in certain]),
     )
 
 
@@ -91,27 +94,27 @@ def grade_generated(
     batch_size: int,
     max_new_tokens: int,
 ) -> list[bool]:
-    """Whether each generated answer is right by the rule named ``score``.
+    """Return whether each generated answer is right by the rule named ``score``.
 
     Raises:
-        ValueError: a reference answer does not suit the rule; the message names the sample.
+        ValueError: A reference answer does not suit the rule; the message names the sample.
     """
     right = []
     for first in range(0, len(questions), batch_size):
-        last = first + batch_size
-        some = questions[first:last]
-        tokens = [[vision.tokens[tile] for tile in place] for place in vision.places[first:last]]
-        prompts = [_prompt(one, processor.image_token_id) for one in some]
+        batch = questions[first : first + batch_size]
+        tiles = vision.places[first : first + batch_size]
+        tokens = [[vision.tokens[tile] for tile in of_question] for of_question in tiles]
+        prompts = [_prompt(question, processor.image_token_id) for question in batch]
         answers = generate_answers(
             model, processor.tokenizer, prompts, tokens, max_new_tokens=max_new_tokens
         )
-        for one, answer in zip(some, answers, strict=True):
-            turns = one.conversation.turns
+        for question, answer in zip(batch, answers, strict=True):
+            turns = question.conversation.turns
             reference = next(turn.text for turn in reversed(turns) if turn.role == "assistant")
             try:
                 right.append(RULES[score](answer.text, reference))
             except ValueError as error:
-                raise ValueError(f"sample {one.sample.id}: {error}") from error
+                raise ValueError(f"sample {question.sample.id}: {error}") from error
     return right
 
 

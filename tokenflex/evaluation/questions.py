@@ -1,16 +1,24 @@
-"""From samples to questions whose images are encoded, and to their vision tokens at a count."""
+"""Samples become questions with encoded images, and vision tokens at a choice of counts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from tokenflex.counts import Grid
 from tokenflex.data.encoding import IGNORE, ConversationEncoder
-from tokenflex.data.faults import NO_SAMPLE_TO_BLAME, BrokenSample, leaving_out
+from tokenflex.data.faults import (
+    NO_SAMPLE_TO_BLAME,
+    BrokenSample,
+    BrokenSamplesError,
+    broken_records,
+    check_broken,
+    leaving_out,
+)
+from tokenflex.data.order import load_in_order
 from tokenflex.data.samples import Conversation, Sample, SampleDataset
 from tokenflex.data.sequences import TokenSequence
 from tokenflex.models.vision import EncodedImages
@@ -18,14 +26,14 @@ from tokenflex.models.vision import EncodedImages
 
 @dataclass(frozen=True)
 class PreparedSample:
-    """A sample whose images have become tiles of its batch.
+    """A sample whose images are tiles of its batch.
 
     Attributes:
-        index: in the data set.
-        id: for messages.
-        tiles: how many each image became.
-        first_tile: where the first stands among those of the batch.
-        conversations: what is asked.
+        index: Index in the data set.
+        id: Name in messages.
+        tiles: Number of tiles of each image.
+        first_tile: Index of the first tile within the batch.
+        conversations: The questions with their answers.
     """
 
     index: int
@@ -36,22 +44,22 @@ class PreparedSample:
 
     @property
     def tile_range(self) -> range:
-        """Its tiles among those of the batch."""
+        """Indices of the sample's tiles within the batch."""
         return range(self.first_tile, self.first_tile + sum(self.tiles))
 
     def prompt_ids(self, encode: ConversationEncoder, conversation: Conversation) -> torch.Tensor:
-        """int64 [length]: the prompt for the conversation's last answer, a placeholder an image.
+        """Return the prompt of the last answer, with a placeholder per image: int64 [length].
 
         Raises:
-            ValueError: there is no answer, or images stand behind it.
+            ValueError: The conversation has no answer, or shows images after it.
         """
         turns = conversation.turns
-        answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
+        answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
         if not answers:
             raise ValueError(f"sample {self.id}: a conversation holds no answer to compare with")
-        asked = Conversation(turns[: answers[-1]], conversation.kind)
+        question = Conversation(turns[: answers[-1]], conversation.kind)
         try:
-            prompt = encode.prompt(asked, len(self.tiles))
+            prompt = encode.prompt(question, len(self.tiles))
             ids = encode.tokenizer(prompt, add_special_tokens=False)["input_ids"]
             encode.check_placeholders(ids, len(self.tiles))
         except ValueError as error:
@@ -59,37 +67,48 @@ class PreparedSample:
         return torch.tensor(ids, dtype=torch.int64)
 
     def encoded(self, encode: ConversationEncoder, conversation: Conversation) -> TokenSequence:
-        """The conversation with its answers, as training reads it.
+        """Return the conversation with its answers as in training.
 
         Raises:
-            ValueError: it cannot be encoded, or holds no answer.
+            ValueError: It cannot be encoded, or has no answer.
         """
         try:
             ids, labels = encode(conversation, len(self.tiles))
         except ValueError as error:
             raise ValueError(f"sample {self.id}: {error}") from error
-        if not (labels[1:] != IGNORE).any():  # what nothing precedes is not predicted
+        if not (labels[1:] != IGNORE).any():  # a first token is not predicted
             raise ValueError(f"sample {self.id}: a conversation holds no answer to grade")
         return TokenSequence(ids, labels, slice(0, len(self.tiles)))
 
 
 @dataclass(frozen=True)
-class PreparedBatch:
-    """The encoder's inputs, the questions about them, and the samples that were left out."""
+class Batch:
+    """Inputs of the encoder and the questions about them.
+
+    Attributes:
+        pixel_values: [tiles, ...], as the processor returns them.
+        grids: Patch grids of the tiles where the encoder needs them.
+        samples: The samples that could be read.
+        broken: The samples that are left out.
+        questions: Questions of each sample that can be asked; no entry for other samples.
+        num_samples: Samples of the data set that the batch covers, broken ones included.
+    """
 
     pixel_values: torch.Tensor
     grids: list[Grid] | None
     samples: list[PreparedSample]
     broken: list[BrokenSample]
+    questions: list[list[Question]] = field(default_factory=list)
+    num_samples: int = 0
 
 
 class ReadBatch:
-    """Reads samples and processes their images. Runs in data-loader workers.
+    """Reads samples and processes their images, in data-loader workers too.
 
     Args:
-        dataset: where samples come from.
-        processor: a :class:`tokenflex.TokenFlexProcessor`.
-        max_tiles: as it takes it.
+        dataset: The samples.
+        processor: A :class:`tokenflex.TokenFlexProcessor`.
+        max_tiles: Largest number of tiles of an image, see the processor.
     """
 
     def __init__(self, dataset: SampleDataset, processor: Any, max_tiles: int | None) -> None:
@@ -97,8 +116,8 @@ class ReadBatch:
         self.processor = processor
         self.max_tiles = max_tiles
 
-    def __call__(self, keys: Sequence[tuple[int, int]]) -> PreparedBatch:
-        """Read the samples of these (epoch, index) keys; those that cannot be are left out."""
+    def __call__(self, keys: Sequence[tuple[int, int]]) -> Batch:
+        """Read the samples of (epoch, index) keys, leaving out those that cannot be read."""
         broken: list[BrokenSample] = []
         samples: list[tuple[int, Sample]] = []
         for _, index in keys:
@@ -108,45 +127,115 @@ class ReadBatch:
                     raise ValueError(f"sample {sample.id}: holds no conversation to ask")
                 samples.append((index, sample))
         try:
-            return self._prepared(samples, broken)
+            return self._processed(samples, broken, len(keys))
         except NO_SAMPLE_TO_BLAME:
             raise
         except Exception:
             before = len(broken)
             for index, sample in samples:
                 with leaving_out(self.dataset, index, broken):
-                    self._prepared([(index, sample)], [])
-            if len(broken) == before:  # none of them is to blame
+                    self._processed([(index, sample)], [], 1)
+            if len(broken) == before:  # no single sample is to blame
                 raise
-            left_out = {one.index for one in broken}
-            return self._prepared([one for one in samples if one[0] not in left_out], broken)
+            left_out = {sample.index for sample in broken}
+            rest = [(index, sample) for index, sample in samples if index not in left_out]
+            return self._processed(rest, broken, len(keys))
 
-    def _prepared(
-        self, samples: Sequence[tuple[int, Sample]], broken: list[BrokenSample]
-    ) -> PreparedBatch:
+    def _processed(
+        self, samples: Sequence[tuple[int, Sample]], broken: list[BrokenSample], num_samples: int
+    ) -> Batch:
         images = [image for _, sample in samples for image in sample.images]
         data: dict[str, Any] = {"pixel_values": torch.zeros(0, 3, 1, 1)}
         tiles: list[int] = []
         if images:
             data, tiles = self.processor.process_images(images, max_tiles=self.max_tiles)
-        left, first = iter(tiles), 0
+        remaining, first = iter(tiles), 0
         prepared = []
         for index, sample in samples:
-            own = tuple(next(left) for _ in sample.images)
-            prepared.append(PreparedSample(index, sample.id, own, first, sample.conversations))
-            first += sum(own)
-        return PreparedBatch(data["pixel_values"], data.get("grids"), prepared, broken)
+            of_sample = tuple(next(remaining) for _ in sample.images)
+            prepared.append(
+                PreparedSample(index, sample.id, of_sample, first, sample.conversations)
+            )
+            first += sum(of_sample)
+        return Batch(
+            data["pixel_values"], data.get("grids"), prepared, broken, num_samples=num_samples
+        )
+
+
+def read_questions(
+    model: Any,
+    processor: Any,
+    dataset: SampleDataset,
+    to_question: Callable[[ConversationEncoder, PreparedSample, Conversation], Question],
+    broken: list[BrokenSample],
+    *,
+    batch_size: int,
+    workers: int = 0,
+    max_tiles: int | None = None,
+    max_broken_samples: int | None,
+) -> Generator[Batch, None, None]:
+    """Read a data set in batches, with the model in evaluation mode until the iterator is closed.
+
+    Args:
+        model: A :class:`tokenflex.TokenFlexForConditionalGeneration`; its mode is restored.
+        processor: Its processor.
+        dataset: The samples.
+        to_question: Makes the question of a conversation; a sample is left out if it raises.
+        broken: Receives the samples that are left out.
+        batch_size: Samples of a batch.
+        workers: Data-loader processes.
+        max_tiles: Largest number of tiles of an image; the processor's default if None.
+        max_broken_samples: Largest number of samples to leave out; None for no bound.
+
+    Raises:
+        BrokenSamplesError: More samples than allowed are broken, or all of them; the message names
+            one.
+        ValueError: The data set is empty.
+    """
+    if not len(dataset):
+        raise ValueError("dataset must hold at least one sample, got none")
+    check_broken(broken_records(dataset), max_broken_samples)
+    encode = ConversationEncoder(processor.tokenizer, processor.image_prompt, processor.image_token)
+    keys = [(0, index) for index in range(len(dataset))]
+    batches = load_in_order(
+        ReadBatch(dataset, processor, max_tiles),
+        [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)],
+        workers=workers,
+    )
+    was_training = model.training
+    model.eval()
+    num_asked = 0
+    try:
+        for batch in batches:
+            for sample in batch.samples:
+                with leaving_out(dataset, sample.index, batch.broken):
+                    batch.questions.append(
+                        [to_question(encode, sample, talk) for talk in sample.conversations]
+                    )
+            num_asked += len(batch.questions)
+            broken += batch.broken
+            check_broken(broken, max_broken_samples)
+            yield batch
+    finally:
+        batches.close()
+        model.train(was_training)
+    if not num_asked:
+        raise BrokenSamplesError(
+            f"none of the {len(dataset)} samples can be asked: {broken[0].reason}", broken
+        )
 
 
 def text_before_answers(encoded: TokenSequence, image_token_id: int) -> torch.Tensor:
-    """int64 [length]: a conversation up to its first answer, with a placeholder for every image.
+    """Return a conversation up to its first answer, with a placeholder for every image.
 
-    This is what there is when its images' counts are chosen. Placeholders of images in later turns
-    stand at the end.
+    Counts are chosen by this text. Placeholders of images in later turns stand at the end.
 
     Args:
-        encoded: see :meth:`PreparedSample.encoded`.
-        image_token_id: the placeholder.
+        encoded: See :meth:`PreparedSample.encoded`.
+        image_token_id: The placeholder.
+
+    Returns:
+        int64 [length].
     """
     ids = encoded.ids
     first = int((encoded.labels != IGNORE).nonzero()[0])
@@ -159,13 +248,13 @@ class Question:
     """One conversation at one choice of counts.
 
     Attributes:
-        sample: whose images it shows.
-        conversation: the question with its answer.
-        prompt_ids: what counts are chosen by: :func:`text_before_answers` where answers are
-            forced, else the prompt of the answer that is generated, see
-            :meth:`PreparedSample.prompt_ids`; None where answers are forced and nothing chooses.
-        encoded: see :meth:`PreparedSample.encoded`; None where answers are generated.
-        grids: (height, width) vision tokens of each image's tiles; empty until they are chosen.
+        sample: The sample with the images.
+        conversation: The question with its answer.
+        prompt_ids: The text that counts are chosen by: :func:`text_before_answers` of forced
+            answers, :meth:`PreparedSample.prompt_ids` of generated ones; None for forced answers
+            at given counts.
+        encoded: See :meth:`PreparedSample.encoded`; None for generated answers.
+        grids: (height, width) vision tokens of each image's tiles; empty before the choice.
     """
 
     sample: PreparedSample
@@ -183,11 +272,11 @@ class Question:
 
 @dataclass(frozen=True)
 class ProjectedImages:
-    """Vision tokens of a batch's images, each image projected once per grid that is asked of it.
+    """Vision tokens of a batch's images, each image projected once per grid.
 
     Attributes:
         tokens: [count, D] of every projected tile.
-        places: for each question, which of ``tokens`` are its tiles, in order.
+        places: Indices into ``tokens`` of each question's tiles, in order.
     """
 
     tokens: list[torch.Tensor]
@@ -195,24 +284,25 @@ class ProjectedImages:
 
 
 def project(model: Any, encoded: EncodedImages, questions: Sequence[Question]) -> ProjectedImages:
-    """The vision tokens of every question; those about one sample at the same grids share theirs.
+    """Project the images of every question; questions about one sample at equal grids share them.
 
     Args:
-        model: a :class:`tokenflex.TokenFlexForConditionalGeneration`.
-        encoded: the tiles of the batch.
-        questions: those of the batch.
+        model: A :class:`tokenflex.TokenFlexForConditionalGeneration`.
+        encoded: The tiles of the batch.
+        questions: The questions of the batch.
     """
     ranges: dict[tuple[int, tuple[Grid, ...]], range] = {}
     tiles: list[int] = []
     grids: list[Grid] = []
-    for one in questions:
-        key = (one.sample.index, one.grids)
+    for question in questions:
+        sample = question.sample
+        key = (sample.index, question.grids)
         if key not in ranges:
-            ranges[key] = range(len(tiles), len(tiles) + sum(one.sample.tiles))
-            tiles += one.sample.tile_range
-            for count, grid in zip(one.sample.tiles, one.grids, strict=True):
+            ranges[key] = range(len(tiles), len(tiles) + sum(sample.tiles))
+            tiles += sample.tile_range
+            for count, grid in zip(sample.tiles, question.grids, strict=True):
                 grids += [grid] * count
     images = encoded if tiles == [*range(len(encoded))] else encoded.select(tiles)
     projected = model.get_image_features(num_image_tokens=grids, encoded_images=images)
-    places = [ranges[one.sample.index, one.grids] for one in questions]
+    places = [ranges[question.sample.index, question.grids] for question in questions]
     return ProjectedImages(projected.pooler_output, places)

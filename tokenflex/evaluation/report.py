@@ -1,4 +1,4 @@
-"""A report for people: one table, in the terminal and in Markdown, and a folder with everything."""
+"""Reports of evaluations: a table in the terminal, and a folder with a page, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from tokenflex.evaluation.scoring import FORCED
 from tokenflex.files import check_replaceable, write_atomically, write_json
 
 _KEYS = ("accuracy", "questions")
-WIDTH = 16  # of the names before a row's numbers
+WIDTH = 16
+"""Characters of the names before a row's numbers."""
 
 
 def format_table(report: dict[str, Any]) -> str:
-    """What the terminal shows; of a training run's report as well."""
+    """Format a report, of an evaluation or a training run, for the terminal."""
     labels = list(report["accuracy"])
     lines = [_row("vision tokens", labels)]
     lines += [_row(name, cells) for name, cells in _rows(report, labels)]
@@ -23,7 +24,7 @@ def format_table(report: dict[str, Any]) -> str:
 
 
 def format_markdown(report: dict[str, Any], title: str) -> str:
-    """The same as a page of its own."""
+    """Format a report as a Markdown page."""
     labels = list(report["accuracy"])
     lines = [f"# {title}", "", f"| vision tokens | {' | '.join(labels)} |"]
     lines.append("|---" * (len(labels) + 1) + "|")
@@ -38,17 +39,17 @@ def format_markdown(report: dict[str, Any], title: str) -> str:
 
 
 def check_report_folder(folder: Path) -> None:
-    """Refuse a folder where :func:`write_report` would replace a file of something else.
+    """Check that :func:`write_report` replaces files of reports only.
 
     Raises:
-        FileExistsError: It would.
+        FileExistsError: A file of something else exists.
     """
     others = (folder / "report.md", folder / "accuracy.png")
     check_replaceable(folder / "report.json", _KEYS, others)
 
 
 def check_report_file(path: Path) -> None:
-    """Refuse to replace a file that is not a report.
+    """Check that a file to replace is a report.
 
     Raises:
         FileExistsError: It is something else.
@@ -57,10 +58,10 @@ def check_report_file(path: Path) -> None:
 
 
 def write_report(folder: Path, report: dict[str, Any], title: str) -> None:
-    """``report.json``, ``report.md`` and ``accuracy.png`` in ``folder``, each whole or not there.
+    """Write ``report.json``, ``report.md`` and ``accuracy.png`` into ``folder``, each atomically.
 
     Raises:
-        OSError: they cannot be written, or would replace what is not a report.
+        OSError: They cannot be written, or would replace a file of something else.
     """
     from tokenflex.plots import plot_accuracy
 
@@ -94,7 +95,7 @@ def _rows(report: dict[str, Any], labels: list[str]) -> list[tuple[str, list[str
     for name, key, form in _MEASURES:
         if key in report:
             values = [report[key][label] for label in labels]
-            rows.append((name, ["-" if v is None else form.format(v) for v in values]))
+            rows.append((name, ["-" if value is None else form.format(value) for value in values]))
     return rows
 
 

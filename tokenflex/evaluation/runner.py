@@ -1,10 +1,11 @@
-"""Ask every question at every count: images are read and encoded once for all of them."""
+"""Evaluation of every question at every count; images are read and encoded once for all counts."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,24 +13,15 @@ import torch
 
 from tokenflex.counts import token_grid
 from tokenflex.data.encoding import ConversationEncoder
-from tokenflex.data.faults import (
-    MAX_BROKEN_SAMPLES,
-    BrokenSample,
-    BrokenSamplesError,
-    broken_records,
-    check_broken,
-    leaving_out,
-)
-from tokenflex.data.order import load_in_order
+from tokenflex.data.faults import MAX_BROKEN_SAMPLES, BrokenSample
 from tokenflex.data.samples import Conversation, SampleDataset
 from tokenflex.evaluation.counts import AskedCount, labels_of, selector_of
 from tokenflex.evaluation.grading import grade_forced, grade_generated
 from tokenflex.evaluation.questions import (
-    PreparedBatch,
     PreparedSample,
     Question,
-    ReadBatch,
     project,
+    read_questions,
     text_before_answers,
 )
 from tokenflex.evaluation.scoring import FORCED, SCORES
@@ -52,71 +44,85 @@ def evaluate(
     max_broken_samples: int | None = MAX_BROKEN_SAMPLES,
     on_batch: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
-    """Share of conversations answered right, at each count.
+    """Compute the share of conversations answered right at each count.
 
-    With ``score="forced"`` an answer is right when every one of its tokens is the most likely one
-    after the right tokens before it: the same as asking whether greedy generation would give
-    exactly that answer, in one forward pass. Of a conversation all answers must be right.
+    With ``score="forced"`` an answer is right when each of its tokens is the most likely one after
+    the right tokens before it. Greedy generation would then give exactly that answer; the grade
+    takes one forward pass. All answers of a conversation must be right.
 
     With ``"exact"``, ``"choice"`` or ``"contains"`` the last answer of each conversation is
-    generated greedily, after the turns before it as they stand in the data, and its text is
-    compared by the rule of that name in :mod:`tokenflex.evaluation.scoring`.
+    generated greedily after the earlier turns of the data, and its text is compared by the rule of
+    that name in :mod:`tokenflex.evaluation.scoring`.
 
     Args:
-        model: a :class:`tokenflex.TokenFlexForConditionalGeneration`; its mode is left as it was.
-        processor: its processor.
-        dataset: what to ask.
-        counts: what to ask at, per tile: perfect squares, (height, width) grids, or objects that
-            choose per question (:class:`tokenflex.evaluation.CountSelector`).
-        score: one of the above.
-        batch_size: samples an encoder pass; also questions at most in one call of ``generate``.
-        workers: data-loader processes.
-        max_tiles: images are cut into at most so many tiles; the processor's own if None.
-        max_new_tokens: of a generated answer.
-        max_broken_samples: samples that cannot be read or encoded are left out, at most so many;
-            None for no bound.
-        on_batch: called after each count of each batch.
+        model: A :class:`tokenflex.TokenFlexForConditionalGeneration`; its mode is restored.
+        processor: Its processor.
+        dataset: The questions with their answers.
+        counts: Counts per tile: perfect squares, (height, width) grids, or objects that choose per
+            question (:class:`tokenflex.evaluation.CountSelector`).
+        score: One of the four scores above.
+        batch_size: Samples of an encoder pass, and the largest number of questions in one call of
+            ``generate``.
+        workers: Data-loader processes.
+        max_tiles: Largest number of tiles of an image; the processor's default if None.
+        max_new_tokens: Largest length of a generated answer.
+        max_broken_samples: Largest number of samples left out because they cannot be read or
+            encoded; None for no bound.
+        on_batch: Called after each count of each batch.
 
     Returns:
-        ``score``; by count, named as :func:`tokenflex.evaluation.counts.label_of` does:
-        ``accuracy`` (the mean over kinds, so that rare kinds weigh the same), ``standard_error``
-        (robust to questions about one image; None for one sample), ``vision_tokens_per_image`` and
-        ``_per_question`` (means over kinds as well) and ``_per_question_unweighted`` (see
-        :class:`tokenflex.evaluation.statistics.VisionTokens`), ``evaluation_seconds`` (encoding
-        included, as if each count were asked alone); ``accuracy_by_kind`` and
-        ``standard_error_by_kind`` (kind -> count), ``questions`` (kind -> how many), ``samples``,
-        ``encoding_seconds`` and ``image_backend`` (what resized the images, "pil" or
-        "torchvision"); where samples were left out, ``broken_samples`` (index and reason of each).
-        All is as in JSON.
+        A report that JSON can hold. By count, with the labels of
+        :func:`tokenflex.evaluation.counts.label_of`: ``accuracy`` (mean over kinds, so that rare
+        kinds have the same weight), ``standard_error`` (robust to questions about one image; None
+        for one sample), ``vision_tokens_per_image``, ``vision_tokens_per_question`` (means over
+        kinds as well), ``vision_tokens_per_question_unweighted`` (see
+        :class:`tokenflex.evaluation.statistics.VisionTokens`) and ``evaluation_seconds`` (as if
+        the count were evaluated alone, encoding included). By kind and count:
+        ``accuracy_by_kind`` and ``standard_error_by_kind``. Besides, ``score``, ``questions``
+        (number by kind), ``samples``, ``encoding_seconds``, ``image_backend`` ("pil" or
+        "torchvision", which resized the images) and, if samples were left out, ``broken_samples``
+        (index and reason of each).
 
     Raises:
-        TypeError: a count is neither a count nor a selector.
-        BrokenSamplesError: more samples than allowed are broken, or all of them; the message names
+        TypeError: A count is neither a count nor a selector.
+        BrokenSamplesError: More samples than allowed are broken, or all of them; the message names
             one.
-        ValueError: no or equal counts, an unknown score, an empty data set, or an answer that does
-            not suit the score.
+        ValueError: Counts are missing or repeated, the score is unknown, the data set is empty, or
+            an answer does not suit the score.
     """
     labels = labels_of(counts)
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
-    if not len(dataset):
-        raise ValueError("dataset must hold at least one sample, got none")
-    check_broken(broken_records(dataset), max_broken_samples)
-    was_training = model.training
-    model.eval()
+    chooses = any(selector_of(count) is not None for count in counts)
+
+    def to_question(
+        encode: ConversationEncoder, sample: PreparedSample, conversation: Conversation
+    ) -> Question:
+        if score != FORCED:
+            ids = sample.prompt_ids(encode, conversation)
+            return Question(sample, conversation, prompt_ids=ids)
+        encoded = sample.encoded(encode, conversation)
+        text = text_before_answers(encoded, processor.image_token_id) if chooses else None
+        return Question(sample, conversation, prompt_ids=text, encoded=encoded)
+
     verdicts: dict[str, list[Verdict]] = defaultdict(list)
     seconds = dict.fromkeys(labels, 0.0)
     encoding_seconds = 0.0
     broken: list[BrokenSample] = []
-    encode = ConversationEncoder(processor.tokenizer, processor.image_prompt, processor.image_token)
-    read = ReadBatch(dataset, processor, max_tiles)
-    batches = load_in_order(read, _batches(len(dataset), batch_size), workers=workers)
-    try:
+    batches = read_questions(
+        model,
+        processor,
+        dataset,
+        to_question,
+        broken,
+        batch_size=batch_size,
+        workers=workers,
+        max_tiles=max_tiles,
+        max_broken_samples=max_broken_samples,
+    )
+    with closing(batches):
         for batch in batches:
-            asked = _asked(dataset, batch, encode, processor.image_token_id, counts, score)
-            broken += batch.broken
-            check_broken(broken, max_broken_samples)
-            if not asked:
+            if not batch.questions:
                 for _ in counts:
                     on_batch()
                 continue
@@ -126,7 +132,7 @@ def evaluate(
             encoding_seconds += _seconds_since(started, model.device)
             for label, count in zip(labels, counts, strict=True):
                 started = time.perf_counter()
-                questions = _at_count(model, encoded, asked, count)
+                questions = _at_count(model, encoded, batch.questions, count)
                 vision = project(model, encoded, questions)
                 if score == FORCED:
                     right = grade_forced(model, processor, questions, vision).right.tolist()
@@ -142,70 +148,26 @@ def evaluate(
                     )
                 verdicts[label] += [
                     Verdict(
-                        sample=one.sample.index,
-                        kind=one.conversation.kind,
+                        sample=asked.sample.index,
+                        kind=asked.conversation.kind,
                         right=is_right,
-                        images=len(one.sample.tiles),
-                        vision_tokens=sum(one.tokens_per_image),
+                        images=len(asked.sample.tiles),
+                        vision_tokens=sum(asked.tokens_per_image),
                     )
-                    for one, is_right in zip(questions, right, strict=True)
+                    for asked, is_right in zip(questions, right, strict=True)
                 ]
                 seconds[label] += _seconds_since(started, model.device)
                 on_batch()
-    finally:
-        batches.close()
-        model.train(was_training)
-    if not verdicts:
-        raise BrokenSamplesError(
-            f"none of the {len(dataset)} samples can be asked: {broken[0].reason}", broken
-        )
     report = _report(score, verdicts, seconds, encoding_seconds)
-    # PIL's and torchvision's filters differ by a grey level in places, and so may answers.
+    # The filters of PIL and torchvision differ by a grey level in places, so answers may differ.
     report["image_backend"] = getattr(processor.image_processor, "backend", None)
     return report | ({"broken_samples": [asdict(sample) for sample in broken]} if broken else {})
-
-
-def _batches(samples: int, batch_size: int) -> list[list[tuple[int, int]]]:
-    """(epoch, index) keys of each batch."""
-    return [
-        [(0, index) for index in range(first, min(first + batch_size, samples))]
-        for first in range(0, samples, batch_size)
-    ]
-
-
-def _asked(
-    dataset: SampleDataset,
-    batch: PreparedBatch,
-    encode: ConversationEncoder,
-    image_token_id: int,
-    counts: Sequence[AskedCount],
-    score: str,
-) -> list[list[Question]]:
-    """Every conversation of each sample, with what it takes to ask it, but no counts yet.
-
-    Samples that cannot be encoded join those of the batch that are left out.
-    """
-    chosen = any(selector_of(count) is not None for count in counts)
-
-    def question(sample: PreparedSample, conversation: Conversation) -> Question:
-        if score != FORCED:
-            prompt = sample.prompt_ids(encode, conversation)
-            return Question(sample, conversation, prompt_ids=prompt)
-        encoded = sample.encoded(encode, conversation)
-        shown = text_before_answers(encoded, image_token_id) if chosen else None
-        return Question(sample, conversation, prompt_ids=shown, encoded=encoded)
-
-    asked = []
-    for sample in batch.samples:
-        with leaving_out(dataset, sample.index, batch.broken):
-            asked.append([question(sample, conversation) for conversation in sample.conversations])
-    return asked
 
 
 def _at_count(
     model: Any, encoded: EncodedImages, asked: Sequence[Sequence[Question]], count: AskedCount
 ) -> list[Question]:
-    """Every question with the grid of each of its images."""
+    """Return every question with the grid of each of its images."""
     selector = selector_of(count)
     questions = []
     for of_sample in asked:
@@ -214,12 +176,15 @@ def _at_count(
             grids = [(token_grid(count, name="counts"),) * len(sample.tiles)] * len(of_sample)
         else:
             images = encoded.select(sample.tile_range)
-            prompts = [one.prompt_ids for one in of_sample if one.prompt_ids is not None]
+            prompts = [asked.prompt_ids for asked in of_sample if asked.prompt_ids is not None]
             grids = [
-                tuple(token_grid(one, name=selector.label) for one in counts)
+                tuple(token_grid(chosen, name=selector.label) for chosen in counts)
                 for counts in selector.select(model, images, sample.tiles, prompts)
             ]
-        questions += [replace(one, grids=own) for one, own in zip(of_sample, grids, strict=True)]
+        questions += [
+            replace(question, grids=of_images)
+            for question, of_images in zip(of_sample, grids, strict=True)
+        ]
     return questions
 
 
@@ -235,34 +200,31 @@ def _report(
     seconds: dict[str, float],
     encoding_seconds: float,
 ) -> dict[str, Any]:
-    report: dict[str, Any] = {
+    accuracy = {label: accuracy_of(rows) for label, rows in verdicts.items()}
+    tokens = {label: vision_tokens_of(rows) for label, rows in verdicts.items()}
+    groups = {label: group_by_kind(rows) for label, rows in verdicts.items()}
+    first = next(iter(groups.values()))  # every count answers the same questions
+    by_kind = {
+        kind: {label: accuracy_of(of_label[kind]) for label, of_label in groups.items()}
+        for kind in first
+    }
+    return {
         "score": score,
-        "accuracy": {},
-        "standard_error": {},
-        "accuracy_by_kind": defaultdict(dict),
-        "standard_error_by_kind": defaultdict(dict),
-        "questions": {},
-        "samples": 0,
-        "vision_tokens_per_image": {},
-        "vision_tokens_per_question": {},
-        "vision_tokens_per_question_unweighted": {},
-        "evaluation_seconds": {},
+        "accuracy": _each("value", accuracy),
+        "standard_error": _each("standard_error", accuracy),
+        "accuracy_by_kind": {kind: _each("value", row) for kind, row in by_kind.items()},
+        "standard_error_by_kind": {
+            kind: _each("standard_error", row) for kind, row in by_kind.items()
+        },
+        "questions": {kind: len(rows) for kind, rows in first.items()},
+        "samples": len({row.sample for rows in first.values() for row in rows}),
+        "vision_tokens_per_image": _each("per_image", tokens),
+        "vision_tokens_per_question": _each("per_question", tokens),
+        "vision_tokens_per_question_unweighted": _each("per_question_unweighted", tokens),
+        "evaluation_seconds": {label: encoding_seconds + seconds[label] for label in verdicts},
         "encoding_seconds": encoding_seconds,
     }
-    for label, rows in verdicts.items():
-        overall = accuracy_of(rows)
-        report["accuracy"][label] = overall.value
-        report["standard_error"][label] = overall.standard_error
-        groups = group_by_kind(rows)
-        for kind, of_kind in groups.items():
-            one = accuracy_of(of_kind)
-            report["accuracy_by_kind"][kind][label] = one.value
-            report["standard_error_by_kind"][kind][label] = one.standard_error
-        report["questions"] = {kind: len(of_kind) for kind, of_kind in groups.items()}
-        report["samples"] = len({row.sample for row in rows})
-        tokens = vision_tokens_of(rows)
-        report["vision_tokens_per_image"][label] = tokens.per_image
-        report["vision_tokens_per_question"][label] = tokens.per_question
-        report["vision_tokens_per_question_unweighted"][label] = tokens.per_question_unweighted
-        report["evaluation_seconds"][label] = encoding_seconds + seconds[label]
-    return {key: dict(value) if isinstance(value, dict) else value for key, value in report.items()}
+
+
+def _each(attribute: str, row: dict[str, Any]) -> dict[str, Any]:
+    return {label: getattr(value, attribute) for label, value in row.items()}

@@ -1,4 +1,4 @@
-"""Is a generated answer right? Rules that need no judge."""
+"""Rules that compare a generated answer with its reference, without a judge."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import re
 import unicodedata
 from collections.abc import Callable
 
-FORCED = "forced"  # not a rule: no text is generated, see `evaluate`
+FORCED = "forced"
+"""The score without a generated text, see :func:`tokenflex.evaluation.evaluate`."""
 
 _QUOTES = "\"'`\u201c\u201d\u2018\u2019\u00ab\u00bb"  # straight, curly and angular
 _ENDS = ".,;:!?"
@@ -18,7 +19,7 @@ _BRACKETED = re.compile(r"\(([A-Z])\)")
 
 
 def normalise(text: str) -> str:
-    """Case, white space, outer quotes and closing punctuation do not count; signs and units do."""
+    """Drop case, white space, outer quotes and closing punctuation; keep signs and units."""
     text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     while (shorter := text.strip(_QUOTES).rstrip(_ENDS).strip()) != text:
         text = shorter
@@ -26,10 +27,10 @@ def normalise(text: str) -> str:
 
 
 def option_letter(text: str) -> str | None:
-    """The option that a multiple-choice answer names, or None.
+    """Return the option that a multiple-choice answer names, or None.
 
-    ``B``, ``(B)``, ``B. A cat``, ``The answer is B`` and ``It must be (B)`` all name B; ``A cat``
-    names none, and nor does a text that brackets two different letters.
+    ``B``, ``(B)``, ``B. A cat``, ``The answer is B`` and ``It must be (B)`` all name B. ``A cat``
+    and a text with two different letters in brackets name none.
     """
     text = text.strip().strip(_QUOTES).strip()
     if alone := _ALONE.fullmatch(text.rstrip(_ENDS).upper()):
@@ -43,15 +44,15 @@ def option_letter(text: str) -> str | None:
 
 
 def exact(answer: str, reference: str) -> bool:
-    """Both are the same after :func:`normalise`."""
+    """Return whether both texts are equal after :func:`normalise`."""
     return normalise(answer) == normalise(reference)
 
 
 def choice(answer: str, reference: str) -> bool:
-    """Both name the same option letter.
+    """Return whether both texts name the same option letter.
 
     Raises:
-        ValueError: the reference names none.
+        ValueError: The reference names none.
     """
     wanted = option_letter(reference)
     if wanted is None:
@@ -60,10 +61,10 @@ def choice(answer: str, reference: str) -> bool:
 
 
 def contains(answer: str, reference: str) -> bool:
-    """The reference stands in the answer as whole words and numbers: 3 is not in 13, 3.5 or -3.
+    """Return whether the answer has the reference as whole words; 13, 3.5 and -3 do not have 3.
 
     Raises:
-        ValueError: the reference is empty.
+        ValueError: The reference is empty.
     """
     wanted = normalise(reference)
     if not wanted:

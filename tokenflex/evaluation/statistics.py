@@ -1,4 +1,4 @@
-"""Shares of right answers, how far chance may have moved them, and what the questions cost."""
+"""Accuracy with its standard error, and vision tokens of questions."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from math import sqrt
 
 @dataclass(frozen=True)
 class Verdict:
-    """One question that was answered.
+    """Result of one question.
 
     Attributes:
-        sample: the sample it belongs to; questions about the same images are not independent.
-        kind: what accuracies are grouped by.
-        right: whether the answer is.
-        images: how many it shows.
-        vision_tokens: of all of them together.
+        sample: Index of the sample; questions about the same images are not independent.
+        kind: Kind of question, by which accuracies are grouped.
+        right: True for a right answer.
+        images: Number of images.
+        vision_tokens: Vision tokens of all images together.
     """
 
     sample: int
@@ -32,8 +32,9 @@ class Accuracy:
     """A share of right answers.
 
     Attributes:
-        value: the share; of several kinds, the mean of theirs, so that rare kinds weigh the same.
-        standard_error: of ``value``; None for a single sample, which says nothing about others.
+        value: The share, or the mean of the shares of several kinds, so that kinds have the same
+            weight.
+        standard_error: Standard error of ``value``; None for a single sample.
     """
 
     value: float
@@ -41,12 +42,12 @@ class Accuracy:
 
 
 def accuracy_of(verdicts: Sequence[Verdict]) -> Accuracy:
-    """The mean over kinds, with a standard error that is robust to questions sharing a sample.
+    """Return the mean over kinds, with a standard error robust to questions that share a sample.
 
-    Each sample moves the mean by its influence, the sum over its questions of
-    (right - share of the kind) / (questions of the kind * kinds); the variance is the sum of their
-    squares times S / (S - 1) for S samples (the linearised, cluster-robust variance of a ratio).
-    For one question a sample and one kind this is the binomial p (1 - p) / (S - 1).
+    The influence of a sample is the sum over its questions of
+    (right - share of the kind) / (questions of the kind * kinds). The variance is the sum of the
+    squared influences times S / (S - 1) for S samples (the linearised, cluster-robust variance of a
+    ratio). For one question a sample and one kind it is the binomial p (1 - p) / (S - 1).
     """
     by_kind = group_by_kind(verdicts)
     shares = {kind: sum(v.right for v in rows) / len(rows) for kind, rows in by_kind.items()}
@@ -55,24 +56,22 @@ def accuracy_of(verdicts: Sequence[Verdict]) -> Accuracy:
         for verdict in rows:
             weight = 1 / (len(rows) * len(by_kind))
             influence[verdict.sample] += (verdict.right - shares[kind]) * weight
-    value = sum(shares.values()) / len(shares)
+    accuracy = sum(shares.values()) / len(shares)
     samples = len(influence)
     if samples < 2:
-        return Accuracy(value, None)
-    variance = sum(one * one for one in influence.values()) * samples / (samples - 1)
-    return Accuracy(value, sqrt(variance))
+        return Accuracy(accuracy, None)
+    variance = sum(value * value for value in influence.values()) * samples / (samples - 1)
+    return Accuracy(accuracy, sqrt(variance))
 
 
 @dataclass(frozen=True)
 class VisionTokens:
-    """What questions cost, weighed as accuracy is: the mean over kinds.
+    """Vision tokens of questions. Kinds have the same weight, as in the accuracy.
 
     Attributes:
-        per_image: of a kind, tokens of its questions by the images they show; of several, the mean
-            of those that show any; 0 if none does.
-        per_question: of a kind, the mean over its questions; of several, the mean of theirs.
-        per_question_unweighted: the mean over all questions, whatever their kind: what asking
-            exactly these questions costs.
+        per_image: Tokens per image, as the mean over the kinds with images; 0 if there are none.
+        per_question: Tokens per question, as the mean over kinds.
+        per_question_unweighted: Tokens per question, as the mean over all questions.
     """
 
     per_image: float
@@ -81,7 +80,7 @@ class VisionTokens:
 
 
 def vision_tokens_of(verdicts: Sequence[Verdict]) -> VisionTokens:
-    """Vision tokens of one or more questions."""
+    """Return the vision tokens of one or more questions."""
     sums = [
         (sum(v.vision_tokens for v in rows), sum(v.images for v in rows), len(rows))
         for rows in group_by_kind(verdicts).values()
@@ -95,7 +94,7 @@ def vision_tokens_of(verdicts: Sequence[Verdict]) -> VisionTokens:
 
 
 def group_by_kind(verdicts: Sequence[Verdict]) -> dict[str, list[Verdict]]:
-    """The verdicts of each kind, kinds in order."""
+    """Return the verdicts of each kind; kinds are sorted."""
     groups: dict[str, list[Verdict]] = defaultdict(list)
     for verdict in verdicts:
         groups[verdict.kind].append(verdict)

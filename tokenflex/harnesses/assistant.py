@@ -11,11 +11,14 @@ import torch
 from PIL import Image
 
 from tokenflex.counts import Grid, parse_count, token_grid
-from tokenflex.evaluation.counts import label_of, resolve_count, selector_of
-from tokenflex.evaluation.generation import expand_placeholders, generate_answers
+from tokenflex.evaluation.counts import label_of, selector_of
+from tokenflex.evaluation.generation import generate_answers
 from tokenflex.images import load_image
 from tokenflex.models.chat import IMAGE_MARK, read_chat, without_placeholders
 from tokenflex.models.loading import load_checkpoint
+from tokenflex.prompts import expand_placeholders
+from tokenflex.routing.policies import policy_names
+from tokenflex.routing.selector import resolve_count
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Assistant:
     ) -> None:
         if tokens is None:
             raise ValueError("tokens must name a count such as 64, 12x16 or auto, got None")
-        parsed = tokens if tokens == "auto" else parse_count(tokens, name="tokens")
+        parsed = tokens if tokens in policy_names() else parse_count(tokens, name="tokens")
         self.count = resolve_count(parsed, checkpoint)
         self.max_tiles = max_tiles
         self.model, self.processor = load_checkpoint(checkpoint)

@@ -20,6 +20,7 @@ from tokenflex.harnesses.table import (
     merge,
     vlmevalkit_scores,
 )
+from tokenflex.routing.policies import policy_names
 
 HARNESSES = ("lmms-eval", "vlmevalkit")
 
@@ -94,7 +95,7 @@ def count_names(counts: Sequence[int | str]) -> list[str]:
         ValueError: A count is not valid, or given twice.
     """
     names = [
-        count if count == "auto" else label_of(parse_count(count, name="counts"))
+        count if count in policy_names() else label_of(parse_count(count, name="counts"))
         for count in counts
     ]
     if not names or len({*names}) < len(names):

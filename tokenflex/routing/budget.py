@@ -1,8 +1,8 @@
-"""A total of vision tokens spread over a prompt's images: each upgrade goes where it is worth most.
+"""A total of vision tokens spread over a prompt's images: each upgrade goes where it gains most.
 
-What an image is worth at a count comes from the router where there is one. Without one it is what
-pooling keeps of the image's detail: the variance between its pooled patches, which a blank page
-does not have and a page of print only has at a large count.
+With a router, the worth of an image at a count is the router's probability. Without one it is the
+detail that pooling keeps: the variance between pooled patches, which is zero for a blank page and
+high for a page of print at a large count only.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from tokenflex_kernels.checks import check_count
 def spread(
     worth: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], budget: int, *, name: str
 ) -> list[int]:
-    """Greedy on worth gained per token. Every image starts at its first, cheapest choice.
+    """Choose a count for each image greedily, by the worth gained per token.
 
-    Of all upgrades that still fit and gain anything, the one with the highest gain per token is
-    made, of equal ones the first image's smallest; until there is none.
+    Every image starts at its cheapest choice. The upgrade with the highest gain per token is made
+    next, until no upgrade gains anything within the budget. Of equal upgrades, the first image's
+    smallest one is made.
 
     Args:
-        worth: of each image at each choice, in any unit.
-        costs: vision tokens likewise, rising along an image's choices.
-        budget: what the costs of all chosen must not exceed.
-        name: of the prompt, for errors.
+        worth: Worth of each image at each choice, in any unit.
+        costs: Vision tokens of each image at each choice, rising.
+        budget: Bound of the total cost.
+        name: Name of the prompt in errors.
 
     Returns:
-        The place of each image's choice.
+        The index of each image's choice.
 
     Raises:
         TypeError: ``budget`` is not an int.
-        ValueError: even the cheapest choices exceed it; both numbers are named.
+        ValueError: The cheapest choices exceed the budget; the message holds both numbers.
     """
     check_count("budget", budget)
-    chosen = [0] * len(costs)
+    choice = [0] * len(costs)
     left = budget - sum(cost[0] for cost in costs)
     if left < 0:
         raise ValueError(
@@ -51,38 +52,36 @@ def spread(
     while True:
         upgrades = [
             ((worth[i][now] - worth[i][j]) / (costs[i][j] - costs[i][now]), i, j)
-            for i, now in enumerate(chosen)
+            for i, now in enumerate(choice)
             for j in range(now + 1, len(costs[i]))
             if costs[i][j] - costs[i][now] <= left and worth[i][j] > worth[i][now]
         ]
         if not upgrades:
-            return chosen
+            return choice
         _, i, j = min(upgrades)  # the highest gain per token
-        left -= costs[i][j] - costs[i][chosen[i]]
-        chosen[i] = j
+        left -= costs[i][j] - costs[i][choice[i]]
+        choice[i] = j
 
 
 def detail_kept(
     encoded: EncodedImages, tiles_per_image: Sequence[int], grids: Sequence[Grid], pooling: str
 ) -> NDArray[np.float64]:
-    """The worth of each image at each grid by its content alone, [images, grids].
+    """Return the worth of each image at each grid by its content alone, [images, grids].
 
-    Patch features are normalised one by one, as the projector does; the variance between a tile's
-    pooled ones, the mean over channels, is added up over the image's tiles.
+    Patch features are normalised as in the projector and pooled. The worth of an image is the sum
+    over its tiles of the variance between pooled patches, averaged over channels.
 
     Args:
-        encoded: the tiles, image after image.
-        tiles_per_image: they add up to the tiles of ``encoded``.
-        grids: of the counts to choose from.
+        encoded: The tiles, image after image.
+        tiles_per_image: Number of tiles of each image, adding up to those of ``encoded``.
+        grids: Grids of the counts to choose from.
         pooling: "adaptive" or "resize", as the model pools.
     """
     features = F.layer_norm(encoded.features.float(), encoded.features.shape[-1:])
     kept = []
-    for height, width in grids:
-        pooled = pool_norm(
-            features, list(encoded.grids), [(height, width)] * len(encoded), mode=pooling
-        )
-        tokens = pooled.unflatten(0, (len(encoded), height * width))
+    for grid in grids:
+        pooled = pool_norm(features, list(encoded.grids), [grid] * len(encoded), mode=pooling)
+        tokens = pooled.unflatten(0, (len(encoded), grid[0] * grid[1]))
         per_tile = tokens.var(dim=1, correction=0).mean(-1).double().cpu()
         kept.append([float(tiles.sum()) for tiles in per_tile.split(list(tiles_per_image))])
     return np.array(kept).T.reshape(len(tiles_per_image), len(grids))

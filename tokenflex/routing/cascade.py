@@ -1,7 +1,7 @@
 """The confidence cascade: answer with few vision tokens, and with more where the model is unsure.
 
-Images are encoded once; pooling them again costs next to nothing beside that. What an escalation
-does cost is reading the prompt again, at the larger count.
+Images are encoded once. An escalation costs another pooling, which is cheap, and another reading of
+the prompt at the larger count.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from tokenflex.counts import AUTO, TokenCount, token_grid
+from tokenflex.evaluation.generation import answer_length
 from tokenflex.models.auto_counts import CHOICE_INPUTS
 from tokenflex.models.loading import check_length
-from tokenflex.routing.choice import read_inputs, trained_counts
-from tokenflex.routing.expansion import Prompts
+from tokenflex.routing.choice import read_inputs
+from tokenflex.routing.ladder import trained_counts
 
-# What confidence is read from, and what it means only for greedy search.
+# Confidence is read from the logits of greedy search.
 _GREEDY = {
     "do_sample": False,
     "num_beams": 1,
@@ -31,14 +32,14 @@ _GREEDY = {
 
 @dataclass(frozen=True)
 class EscalatedAnswers:
-    """What a cascade answered. Lists have an entry per row of the batch.
+    """Answers of a cascade, with an entry per row of the batch.
 
     Attributes:
         new_tokens: int64 [B, longest answer], without the prompts, padded at the end.
-        counts: at which the answer was given; None for a row without images.
-        confidences: of that answer, the probability of its least certain token.
-        vision_tokens: of that answer's prompt.
-        prefill_tokens: vision tokens of all the row's tries.
+        counts: Count of the final answer; None for a row without images.
+        confidences: Probability of the least certain token of the final answer.
+        vision_tokens: Vision tokens of the final answer's prompt.
+        prefill_tokens: Vision tokens of all tries of the row.
     """
 
     new_tokens: torch.Tensor
@@ -58,25 +59,25 @@ def generate_with_escalation(
     num_image_tokens: str = AUTO,
     **kwargs: Any,
 ) -> EscalatedAnswers:
-    """Greedy answers at the smallest count; those below ``threshold`` again at the next, and so on.
+    """Answer greedily at the smallest count, and again at the next one below ``threshold``.
 
-    At a threshold of 0 all answers are the smallest count's, above 1 all are the largest's.
+    At a threshold of 0 all answers come from the smallest count, above 1 from the largest.
 
     Args:
-        model: a :class:`tokenflex.TokenFlexForConditionalGeneration` in evaluation mode.
-        input_ids: int64 [B, L], one placeholder per image, as the processor gives it for
-            ``num_image_tokens="auto"``; so are ``attention_mask``, ``pixel_values``, ``grids`` and
-            ``tiles_per_image`` (or ``encoded_images`` in place of pixels).
-        threshold: answers whose least certain token is below this probability are tried again.
-        counts: to try, from few vision tokens to many; those the model was trained with if None.
+        model: A :class:`tokenflex.TokenFlexForConditionalGeneration` in evaluation mode.
+        input_ids: int64 [B, L], one placeholder per image, as the processor returns them for
+            ``num_image_tokens="auto"``. The same holds for ``attention_mask``, ``pixel_values``,
+            ``grids`` and ``tiles_per_image`` (or ``encoded_images`` in place of pixels).
+        threshold: An answer whose least certain token has a lower probability is tried again.
+        counts: Counts to try, rising; those the model was trained with if None.
         num_image_tokens: "auto".
-        **kwargs: for ``generate``, for example ``max_new_tokens``; answers stay greedy.
+        **kwargs: Options of ``generate``, for example ``max_new_tokens``; the search is greedy.
 
     Raises:
         TypeError: ``threshold`` is not a number.
-        ValueError: ``threshold`` is NaN, no counts are known, they do not rise, the largest of them
-            exceeds the language model's positions, ``kwargs`` ask for another search, or inputs do
-            not fit together.
+        ValueError: ``threshold`` is NaN, no counts are known, they do not rise, the largest exceeds
+            the language model's positions, ``kwargs`` ask for another search, or inputs do not fit
+            together.
     """
     if not isinstance(threshold, (int, float)) or isinstance(threshold, bool):
         raise TypeError(f"threshold must be a number, got {threshold!r}")
@@ -95,27 +96,29 @@ def generate_with_escalation(
         raise ValueError(f"counts must rise from the first to the last, got {list(ladder)}")
     inputs = {name: kwargs.pop(name) for name in CHOICE_INPUTS if name in kwargs}
     prompts, encoded = read_inputs(model, input_ids, **inputs)
-    rows = len(prompts.rows)
-    for row in range(rows):  # before the first answer, not once an unsure one gets there
+    rows = range(len(prompts.rows))
+    images = [prompts.images_of(row) for row in rows]
+    num_tiles = [sum(prompts.tiles[image] for image in of_row) for of_row in images]
+    for row in rows:  # before the first answer, not after an unsure one
         try:
-            check_length(model.config, sizes[-1] * _num_tiles(prompts, row))
+            check_length(model.config, sizes[-1] * num_tiles[row])
         except ValueError as error:
             raise ValueError(f"counts {list(ladder)} at row {row}: {error}") from error
-    images = prompts.images_per_row
-    answers: list[torch.Tensor] = [input_ids[0, :0]] * rows
-    chosen: list[TokenCount | None] = [None] * rows
-    confidences, vision_tokens, prefill_tokens = [0.0] * rows, [0] * rows, [0] * rows
-    unsure = list(range(rows))
+    answers: list[torch.Tensor] = [input_ids[0, :0]] * len(rows)
+    chosen: list[TokenCount | None] = [None] * len(rows)
+    confidences = [0.0] * len(rows)
+    vision_tokens, prefill_tokens = [0] * len(rows), [0] * len(rows)
+    unsure = [*rows]
     for count, size in zip(ladder, sizes, strict=True):
-        tried = prompts.select(unsure)
-        places = prompts.tiles_of([image for row in unsure for image in prompts.images_of(row)])
-        shown = {} if not places or encoded is None else {"encoded_images": encoded.select(places)}
-        said = _answers(model, {**tried.expanded([count] * len(tried.tiles)), **shown}, kwargs)
-        for row, (tokens, confidence) in zip(unsure, said, strict=True):
+        batch = prompts.select(unsure).expanded([count] * sum(len(images[row]) for row in unsure))
+        tiles = prompts.tiles_of([image for row in unsure for image in images[row]])
+        if tiles and encoded is not None:
+            batch["encoded_images"] = encoded.select(tiles)
+        for row, (tokens, confidence) in zip(unsure, _answers(model, batch, kwargs), strict=True):
             answers[row], confidences[row] = tokens, confidence
             if images[row]:
                 chosen[row] = count
-                vision_tokens[row] = size * _num_tiles(prompts, row)
+                vision_tokens[row] = size * num_tiles[row]
                 prefill_tokens[row] += vision_tokens[row]
         unsure = [row for row in unsure if images[row] and confidences[row] < threshold]
         if not unsure:
@@ -132,25 +135,14 @@ def generate_with_escalation(
 def _answers(
     model: Any, inputs: dict[str, Any], options: dict[str, Any]
 ) -> list[tuple[torch.Tensor, float]]:
-    """Each row's new tokens up to its end, and the probability of the least certain one."""
+    """Return each row's new tokens and the probability of the least certain one."""
     output = model.generate(**inputs, **options)
     new = output.sequences[:, inputs["input_ids"].shape[1] :]
-    logits = torch.stack(output.logits, dim=1).float()  # before any processor, [B, new, V]
+    logits = torch.stack(output.logits, dim=1).float()  # before any logits processor, [B, new, V]
     certain = logits.softmax(-1).gather(2, new[..., None].to(logits.device)).squeeze(2).cpu()
+    ends = options.get("eos_token_id", model.generation_config.eos_token_id)
     answers = []
     for row, tokens in enumerate(new.cpu()):
-        length = _length(tokens, options.get("eos_token_id", model.generation_config.eos_token_id))
+        length = answer_length(tokens, ends)
         answers.append((new[row, :length], float(certain[row, :length].min())))
     return answers
-
-
-def _length(tokens: torch.Tensor, ends: int | Sequence[int] | None) -> int:
-    """New tokens up to the first that ends an answer, that one included."""
-    if ends is None:
-        return len(tokens)
-    stops = torch.isin(tokens, torch.tensor(ends)).nonzero().flatten()
-    return int(stops[0]) + 1 if len(stops) else len(tokens)
-
-
-def _num_tiles(prompts: Prompts, row: int) -> int:
-    return sum(prompts.tiles[image] for image in prompts.images_of(row))

@@ -1,27 +1,28 @@
-"""Prompts whose counts are not chosen yet: one placeholder an image, any number of tiles."""
+"""Prompts before the choice of counts: one placeholder per image, with any number of tiles."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
 import torch
 
-from tokenflex.counts import TokenCount, join_calls, token_grid
+from tokenflex.counts import TokenCount, join_calls, tokens_of
+from tokenflex.prompts import expand_placeholders, left_padded
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """A batch of prompts without padding, to be expanded at whatever counts are chosen.
+    """A batch of prompts without padding, to be expanded at the chosen counts.
 
     Attributes:
         rows: int64 [length] each, on the host, one placeholder per image.
-        tiles: of each image, in order of appearance over all rows.
-        image_token_id: the placeholder.
-        pad_token_id: what stands in padding.
-        device: where expanded inputs go.
+        tiles: Number of tiles of each image, in order of appearance over all rows.
+        image_token_id: The placeholder.
+        pad_token_id: The token of padding.
+        device: Device of the expanded inputs.
     """
 
     rows: tuple[torch.Tensor, ...]
@@ -32,67 +33,54 @@ class Prompts:
 
     @property
     def images_per_row(self) -> list[int]:
+        """Number of images of each row."""
         return [int((row == self.image_token_id).sum()) for row in self.rows]
 
     def questions(self) -> list[torch.Tensor]:
-        """Each row's text tokens."""
+        """Return each row's text tokens."""
         return [row[row != self.image_token_id] for row in self.rows]
 
     def images_of(self, row: int) -> range:
-        """The images of a row, as places among all."""
+        """Return the indices of a row's images."""
         ends = [0, *accumulate(self.images_per_row)]
         return range(ends[row], ends[row + 1])
 
     def tiles_of(self, images: Sequence[int]) -> list[int]:
-        """The tiles of these images, as places among all."""
+        """Return the indices of these images' tiles."""
         ends = [0, *accumulate(self.tiles)]
         return [tile for image in images for tile in range(ends[image], ends[image + 1])]
 
     def select(self, rows: Sequence[int]) -> Prompts:
-        """Some of the rows, with their images."""
+        """Return some of the rows, with their images."""
         tiles = [self.tiles[image] for row in rows for image in self.images_of(row)]
-        return Prompts(
-            tuple(self.rows[row] for row in rows),
-            tuple(tiles),
-            self.image_token_id,
-            self.pad_token_id,
-            self.device,
-        )
+        return replace(self, rows=tuple(self.rows[row] for row in rows), tiles=tuple(tiles))
 
     def expanded(self, counts: Sequence[TokenCount]) -> dict[str, Any]:
-        """What ``generate`` takes, padded on the left.
+        """Return inputs of ``generate``, padded on the left.
 
         Args:
-            counts: of each image; each of its tiles gets as many vision tokens.
+            counts: Count of each image, for each of its tiles.
 
         Returns:
             ``input_ids`` and ``attention_mask`` [B, L], and with images ``num_image_tokens``, a
             count per tile.
         """
-        sizes = [height * width for height, width in map(token_grid, counts)]
-        repeats = iter([size * tiles for size, tiles in zip(sizes, self.tiles, strict=True)])
-        rows = [self._expanded_row(row, repeats) for row in self.rows]
-        length = max(map(len, rows))
-        ids = torch.full((len(rows), length), self.pad_token_id)
-        mask = torch.zeros(len(rows), length, dtype=torch.int64)
-        for i, row in enumerate(rows):
-            ids[i, length - len(row) :] = row
-            mask[i, length - len(row) :] = 1
+        pairs = [*zip(counts, self.tiles, strict=True)]
+        sizes = [tokens_of(count) * tiles for count, tiles in pairs]
+        rows = [
+            expand_placeholders(
+                ids, [sizes[image] for image in self.images_of(row)], self.image_token_id
+            )
+            for row, ids in enumerate(self.rows)
+        ]
+        ids, mask = left_padded(rows, self.pad_token_id)
         inputs: dict[str, Any] = {
             "input_ids": ids.to(self.device),
             "attention_mask": mask.to(self.device),
         }
         if self.tiles:
-            inputs["num_image_tokens"] = [
-                count for count, tiles in zip(counts, self.tiles, strict=True) for _ in range(tiles)
-            ]
+            inputs["num_image_tokens"] = [count for count, tiles in pairs for _ in range(tiles)]
         return inputs
-
-    def _expanded_row(self, row: torch.Tensor, repeats: Iterator[int]) -> torch.Tensor:
-        times = torch.ones_like(row)
-        for place in (row == self.image_token_id).nonzero().flatten().tolist():
-            times[place] = next(repeats)
-        return row.repeat_interleave(times)
 
 
 def read_prompts(
@@ -103,18 +91,19 @@ def read_prompts(
     tiles_per_image: Sequence[int] | None,
     num_tiles: int,
 ) -> Prompts:
-    """Prompts of a padded batch, once their placeholders fit the tiles that are given.
+    """Return the prompts of a padded batch.
 
     Args:
         input_ids: int64 [B, L], one placeholder per image.
-        attention_mask: [B, L], 0 on padding; None where there is none.
-        image_token_id: the placeholder.
-        pad_token_id: None if the tokenizer has none.
-        tiles_per_image: one each if None.
-        num_tiles: how many tiles there are.
+        attention_mask: [B, L], 0 on padding; None without padding.
+        image_token_id: The placeholder.
+        pad_token_id: The token of padding; None if the tokenizer has none.
+        tiles_per_image: Number of tiles of each image; 1 each if None.
+        num_tiles: Number of tiles of all images.
 
     Raises:
-        ValueError: placeholders, images and tiles do not fit together; the numbers are named.
+        ValueError: Placeholders, images and tiles do not fit together; the message holds the
+            numbers.
     """
     ids = input_ids.cpu()
     real = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()

@@ -1,7 +1,7 @@
-"""What the router sees: statistics of an image's patches, and the question as a bag of words.
+"""Inputs of the router: statistics of an image's patches, and the mean embedding of a question.
 
-Both cost next to nothing beside the encoder, and neither depends on a count. They end on the host
-in float32, where counts are needed: one read from the device for a whole batch.
+Both are cheap beside the encoder and independent of the count. They end on the host in float32,
+where counts are needed, with one transfer for a whole batch.
 """
 
 from __future__ import annotations
@@ -15,32 +15,30 @@ from tokenflex.models.vision import EncodedImages
 
 
 def image_statistics(encoded: EncodedImages, tiles_per_image: Sequence[int]) -> torch.Tensor:
-    """Mean and standard deviation of each image's patch features, over all its tiles.
+    """Return mean and standard deviation of each image's patch features, over all its tiles.
 
     Args:
-        encoded: the tiles, image after image.
-        tiles_per_image: they add up to the tiles of ``encoded``.
+        encoded: The tiles, image after image.
+        tiles_per_image: Number of tiles of each image, adding up to those of ``encoded``.
 
     Returns:
         float32 [images, 2 * C] on the host.
     """
     patches = iter([height * width for height, width in encoded.grids])
     rows = [sum(next(patches) for _ in range(tiles)) for tiles in tiles_per_image]
-    statistics = []
+    statistics = [torch.zeros(0, 2 * encoded.features.shape[1], device=encoded.features.device)]
     for features in encoded.features.split(rows):
         std, mean = torch.std_mean(features.float(), dim=0, correction=0)
-        statistics.append(torch.cat([mean, std]))
-    if not statistics:
-        return torch.zeros(0, 2 * encoded.features.shape[1])
-    return torch.stack(statistics).cpu()
+        statistics.append(torch.cat([mean, std])[None])
+    return torch.cat(statistics).cpu()
 
 
 def question_embeddings(embedding: Any, questions: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The mean input embedding of each question's tokens; zeros where there are none.
+    """Return the mean input embedding of each question's tokens; zeros for an empty question.
 
     Args:
-        embedding: the language model's, a module from int64 ids to [..., D].
-        questions: int64 [length] each, text tokens only.
+        embedding: The language model's embedding, from int64 ids to [..., D].
+        questions: Text token ids, int64 [length] each.
 
     Returns:
         float32 [questions, D] on the host.

@@ -1,56 +1,53 @@
-"""Every question of a data set at every count, from one pass of the encoder: what selectors are
-trained on and measured by."""
+"""Grades of every question at every count, which routers are trained on and measured by."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tokenflex.counts import token_grid
 from tokenflex.data.encoding import ConversationEncoder
-from tokenflex.data.faults import (
-    MAX_BROKEN_SAMPLES,
-    BrokenSample,
-    BrokenSamplesError,
-    broken_records,
-    check_broken,
-    leaving_out,
-    warn_of_broken,
-)
-from tokenflex.data.samples import SampleDataset
+from tokenflex.data.faults import MAX_BROKEN_SAMPLES, warn_of_broken
+from tokenflex.data.samples import Conversation, SampleDataset
 from tokenflex.evaluation.grading import grade_forced
 from tokenflex.evaluation.questions import (
-    PreparedBatch,
+    PreparedSample,
     Question,
-    ReadBatch,
     project,
+    read_questions,
     text_before_answers,
 )
 from tokenflex.routing.features import image_statistics, question_embeddings
-from tokenflex.routing.router import check_counts
+from tokenflex.routing.router import Router, best, check_counts, utilities
+
+Choice = NDArray[np.int64]
+"""[questions], the index of each question's count."""
 
 
 @dataclass(frozen=True)
 class Grades:
-    """What a model knew at which count, and what a router may see of each question.
+    """The questions that a model answers right at each count, and the router's view of them.
 
-    Questions and images are numbered in the data set's order; a pair is a question and one of the
-    images it is about.
+    Questions and images are numbered in the data set's order. A pair is a question and one of its
+    images.
 
     Attributes:
         counts: K counts, rising.
-        right: bool [questions, K], answered right with all its images at that count.
+        right: bool [questions, K], answered right with all images at that count.
         confidence: float32 [questions, K], see
-            :class:`tokenflex.evaluation.grading.ForcedGrades`, as is ``right``.
-        tiles: int64 [questions], of all its images: its vision tokens at n are n * tiles.
-        samples: int64 [questions], the sample it is from.
-        kinds: of each question.
-        images: float32 [images, 2C], their statistics.
-        questions: float32 [questions, D], their embeddings.
+            :class:`tokenflex.evaluation.grading.ForcedGrades`.
+        tiles: int64 [questions], tiles of all images; a question has n * tiles vision tokens at n.
+        samples: int64 [questions], index of the sample.
+        kinds: Kind of each question.
+        images: float32 [images, 2C], statistics of the images.
+        questions: float32 [questions, D], embeddings of the questions.
         pair_images: int64 [pairs].
         pair_questions: int64 [pairs].
     """
@@ -70,19 +67,15 @@ class Grades:
         return len(self.kinds)
 
     def weights(self) -> torch.Tensor:
-        """float64 [questions], adding up to 1: every kind weighs the same, as in evaluation."""
+        """Return the weight of each question, float64 [questions]; kinds have equal weights."""
         sizes = Counter(self.kinds)
         shares = [1 / (len(sizes) * sizes[kind]) for kind in self.kinds]
         return torch.tensor(shares, dtype=torch.float64)
 
     def of_samples(self, chosen: torch.Tensor) -> Grades:
-        """The questions of some samples.
-
-        Args:
-            chosen: bool [samples].
-        """
+        """Return the questions of the samples that ``chosen``, bool [samples], marks."""
         kept = chosen[self.samples]
-        place = kept.cumsum(0) - 1
+        new_index = kept.cumsum(0) - 1
         pairs = kept[self.pair_questions]
         return replace(
             self,
@@ -93,7 +86,7 @@ class Grades:
             kinds=tuple(kind for kind, keep in zip(self.kinds, kept.tolist(), strict=True) if keep),
             questions=self.questions[kept],
             pair_images=self.pair_images[pairs],
-            pair_questions=place[self.pair_questions[pairs]],
+            pair_questions=new_index[self.pair_questions[pairs]],
         )
 
 
@@ -108,126 +101,138 @@ def grade(
     max_broken_samples: int | None = MAX_BROKEN_SAMPLES,
     on_samples: Callable[[int], object] = lambda samples: None,
 ) -> Grades:
-    """Ask everything at every count, as evaluation does.
+    """Grade every question at every count, as evaluation does, with one pass of the encoder.
 
     Args:
-        model: a :class:`tokenflex.TokenFlexForConditionalGeneration`; its mode is left as it was.
-        processor: its processor.
-        dataset: what to ask.
-        counts: two or more perfect squares.
-        batch_size: samples a pass.
-        max_broken_samples: samples that cannot be read or encoded are left out with a warning, at
-            most so many; None for no bound.
-        on_samples: called with the number of samples after each pass.
+        model: A :class:`tokenflex.TokenFlexForConditionalGeneration`; its mode is restored.
+        processor: Its processor.
+        dataset: The questions with their answers.
+        counts: Two or more perfect squares.
+        batch_size: Samples of a pass.
+        max_broken_samples: Largest number of samples left out, with a warning, because they cannot
+            be read or encoded; None for no bound.
+        on_samples: Called with the number of samples after each pass.
 
     Raises:
-        TypeError: a count is not an int.
-        BrokenSamplesError: more samples than allowed are broken, or all of them; one is named.
-        ValueError: counts are fewer than two.
+        TypeError: A count is not an int.
+        BrokenSamplesError: More samples than allowed are broken, or all of them; the message names
+            one.
+        ValueError: There are fewer than two counts, or the data set is empty.
     """
     counts = check_counts(counts)
-    was_training = model.training
-    model.eval()
-    encode = ConversationEncoder(processor.tokenizer, processor.image_prompt, processor.image_token)
-    read = ReadBatch(dataset, processor, max_tiles=None)
-    parts: list[Grades] = []
-    broken: list[BrokenSample] = []
-    check_broken(broken_records(dataset), max_broken_samples)
-    try:
-        for first in range(0, len(dataset), batch_size):
-            indices = range(first, min(first + batch_size, len(dataset)))
-            batch = read([(0, index) for index in indices])
-            part = _grade_batch(model, processor, encode, dataset, batch, counts)
-            parts += [] if part is None else [part]
-            broken += batch.broken
-            check_broken(broken, max_broken_samples)
-            on_samples(len(indices))
-    finally:
-        model.train(was_training)
-    warn_of_broken(broken)
-    if broken and not parts:
-        raise BrokenSamplesError(
-            f"none of the {len(dataset)} samples can be asked: {broken[0].reason}", broken
-        )
-    return _joined(parts)
 
+    def to_question(
+        encode: ConversationEncoder, sample: PreparedSample, conversation: Conversation
+    ) -> Question:
+        encoded = sample.encoded(encode, conversation)
+        text = text_before_answers(encoded, processor.image_token_id)
+        return Question(sample, conversation, prompt_ids=text, encoded=encoded)
 
-def _grade_batch(
-    model: Any,
-    processor: Any,
-    encode: ConversationEncoder,
-    dataset: SampleDataset,
-    batch: PreparedBatch,
-    counts: tuple[int, ...],
-) -> Grades | None:
-    """None where no sample of the batch can be asked; those that cannot join ``batch.broken``."""
-    questions_of: dict[int, list[Question]] = {}  # by the sample's index
-    for sample in batch.samples:
-        with leaving_out(dataset, sample.index, batch.broken):
-            questions_of[sample.index] = [
-                Question(sample, conversation, encoded=sample.encoded(encode, conversation))
-                for conversation in sample.conversations
-            ]
-    if not questions_of:
-        return None
-    encoded = model.encode_images(batch.pixel_values.to(model.device), batch.grids)
-    asked: list[Question] = []
+    right, confidence, images, embeddings = [], [], [], []
+    tiles: list[int] = []
+    samples: list[int] = []
+    kinds: list[str] = []
     pairs: list[tuple[int, int]] = []
-    tiles: list[int] = []  # of every image
-    for sample in batch.samples:
-        images = range(len(tiles), len(tiles) + len(sample.tiles))
-        tiles += sample.tiles
-        for question in questions_of.get(sample.index, []):
-            pairs += [(image, len(asked)) for image in images]
-            asked.append(question)
-    graded = []
-    for count in counts:
-        grid = token_grid(count)
-        questions = [replace(one, grids=(grid,) * len(one.sample.tiles)) for one in asked]
-        vision = project(model, encoded, questions)
-        graded.append(grade_forced(model, processor, questions, vision))
+    num_images = 0
+    batches = read_questions(
+        model,
+        processor,
+        dataset,
+        to_question,
+        [],
+        batch_size=batch_size,
+        max_broken_samples=max_broken_samples,
+    )
+    with closing(batches):
+        for batch in batches:
+            warn_of_broken(batch.broken)
+            if batch.questions:
+                encoded = model.encode_images(batch.pixel_values.to(model.device), batch.grids)
+                images_of = {}
+                for sample in batch.samples:
+                    images_of[sample.index] = range(num_images, num_images + len(sample.tiles))
+                    num_images += len(sample.tiles)
+                asked = [question for of_sample in batch.questions for question in of_sample]
+                for question in asked:
+                    sample = question.sample
+                    pairs += [(image, len(kinds)) for image in images_of[sample.index]]
+                    tiles.append(sum(sample.tiles))
+                    samples.append(sample.index)
+                    kinds.append(question.conversation.kind)
+                graded = []
+                for count in counts:
+                    grid = token_grid(count)
+                    at_count = [replace(q, grids=(grid,) * len(q.sample.tiles)) for q in asked]
+                    vision = project(model, encoded, at_count)
+                    graded.append(grade_forced(model, processor, at_count, vision))
+                right.append(torch.stack([grades.right for grades in graded], dim=1))
+                confidence.append(torch.stack([grades.confidence for grades in graded], dim=1))
+                tiles_per_image = [n for sample in batch.samples for n in sample.tiles]
+                images.append(image_statistics(encoded, tiles_per_image))
+                ids = [question.prompt_ids for question in asked]
+                words = [text[text != processor.image_token_id] for text in ids if text is not None]
+                embeddings.append(question_embeddings(model.get_input_embeddings(), words))
+            on_samples(batch.num_samples)
     pair_images, pair_questions = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
-    words = [_question(one, processor.image_token_id) for one in asked]
     return Grades(
         counts=counts,
-        right=torch.stack([one.right for one in graded], dim=1),
-        confidence=torch.stack([one.confidence for one in graded], dim=1),
-        tiles=torch.tensor([sum(one.sample.tiles) for one in asked]),
-        samples=torch.tensor([one.sample.index for one in asked]),
-        kinds=tuple(one.conversation.kind for one in asked),
-        images=image_statistics(encoded, tiles),
-        questions=question_embeddings(model.get_input_embeddings(), words),
+        right=torch.cat(right),
+        confidence=torch.cat(confidence),
+        tiles=torch.tensor(tiles),
+        samples=torch.tensor(samples),
+        kinds=tuple(kinds),
+        images=torch.cat(images),
+        questions=torch.cat(embeddings),
         pair_images=pair_images,
         pair_questions=pair_questions,
     )
 
 
-def _question(question: Question, image_token_id: int) -> torch.Tensor:
-    """The words before the first answer."""
-    assert question.encoded is not None
-    asked = text_before_answers(question.encoded, image_token_id)
-    return asked[asked != image_token_id]
+def mean_chances(router: Router, grades: Grades) -> NDArray[np.float64]:
+    """Return the mean probability of a right answer over each question's images.
+
+    Returns:
+        [questions, counts]; 0 for a question without images.
+
+    Raises:
+        ValueError: The router's counts differ from those of the grades.
+    """
+    if router.counts != grades.counts:
+        raise ValueError(
+            f"grades must be at the router's counts, {router.counts}, got {grades.counts}"
+        )
+    owners = grades.pair_questions.numpy()
+    sums = np.zeros((len(grades), len(grades.counts)))
+    images, questions = grades.images[grades.pair_images], grades.questions[grades.pair_questions]
+    np.add.at(sums, owners, router.probabilities(images, questions))
+    num_images = np.bincount(owners, minlength=len(grades)).clip(1)
+    return sums / num_images[:, None]
 
 
-def _joined(parts: Sequence[Grades]) -> Grades:
-    if not parts:
-        raise ValueError("dataset must hold samples to grade, got none")
-    images = questions = 0
-    pair_images, pair_questions = [], []
-    for part in parts:
-        pair_images.append(part.pair_images + images)
-        pair_questions.append(part.pair_questions + questions)
-        images += len(part.images)
-        questions += len(part)
-    return Grades(
-        counts=parts[0].counts,
-        right=torch.cat([part.right for part in parts]),
-        confidence=torch.cat([part.confidence for part in parts]),
-        tiles=torch.cat([part.tiles for part in parts]),
-        samples=torch.cat([part.samples for part in parts]),
-        kinds=tuple(kind for part in parts for kind in part.kinds),
-        images=torch.cat([part.images for part in parts]),
-        questions=torch.cat([part.questions for part in parts]),
-        pair_images=torch.cat(pair_images),
-        pair_questions=torch.cat(pair_questions),
-    )
+def routed(router: Router, grades: Grades, penalty: float) -> Choice:
+    """Return the router's choice at a penalty.
+
+    A question about several images gets one count for all of them, by the mean of their
+    probabilities, because it was graded that way. ``generate`` chooses for each image.
+
+    Raises:
+        ValueError: The router's counts differ from those of the grades.
+    """
+    return best(utilities(mean_chances(router, grades), grades.counts, penalty))
+
+
+def score(
+    grades: Grades, choice: Choice, weights: torch.Tensor | None = None
+) -> tuple[float, float]:
+    """Return accuracy and vision tokens per question at a choice of counts.
+
+    Args:
+        grades: K questions.
+        choice: Choice for each question.
+        weights: float64 [K], adding up to 1; if None, every kind has the same weight.
+    """
+    weights = grades.weights() if weights is None else weights
+    index = torch.from_numpy(choice)
+    right = grades.right.gather(1, index[:, None]).squeeze(1)
+    tokens = torch.tensor(grades.counts)[index] * grades.tiles
+    return float((weights * right).sum()), float((weights * tokens).sum())

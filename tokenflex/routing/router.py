@@ -1,4 +1,4 @@
-"""The router: from an image and a question to the chance of a right answer at each count."""
+"""The router: from an image and a question to the probability of a right answer at each count."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from tokenflex_kernels.checks import check_count
 class Router(nn.Module):
     """A gated sum of image and question, and one sigmoid per count: "answered right at n".
 
-    With one hidden layer of ``hidden_width``, its size is about
-    ``hidden_width * (2 * vision_width + text_width)``, whatever the vocabulary. It runs on the
+    The size is about ``hidden_width * (2 * vision_width + text_width)``. The router runs on the
     host in float32.
 
     Args:
-        counts: the counts to choose from, perfect squares.
-        vision_width: C, the encoder's features.
-        text_width: D, the language model's input embeddings.
-        hidden_width: of the hidden layer.
-        penalty: the one used where a call names none, see :func:`utilities`.
+        counts: Counts to choose from, perfect squares.
+        vision_width: C, the width of the encoder's features.
+        text_width: D, the width of the language model's input embeddings.
+        hidden_width: Width of the hidden layer.
+        penalty: Default penalty, see :func:`utilities`.
 
     Raises:
-        TypeError: a count or a width is not an int, the penalty not a number.
-        ValueError: fewer than two counts, the same count twice, or a number out of its range.
+        TypeError: A count or a width is not an int, or the penalty is not a number.
+        ValueError: There are fewer than two counts, a count is repeated, or a number is out of its
+            range.
     """
 
     image_mean: torch.Tensor
@@ -64,11 +64,12 @@ class Router(nn.Module):
         self.right = nn.Linear(hidden_width, len(self.counts))
 
     def forward(self, images: torch.Tensor, questions: torch.Tensor) -> torch.Tensor:
-        """Logits of "answered right", [pairs, counts].
+        """Return logits of "answered right", [pairs, counts].
 
         Args:
-            images: float32 [pairs, 2C], see :func:`tokenflex.routing.features.image_statistics`.
-            questions: float32 [pairs, D], see :func:`~tokenflex.routing.features`.
+            images: float32 [pairs, 2C], from :func:`tokenflex.routing.features.image_statistics`.
+            questions: float32 [pairs, D], from
+                :func:`tokenflex.routing.features.question_embeddings`.
         """
         image = self.image((images - self.image_mean) / self.image_std)
         question = self.question((questions - self.question_mean) / self.question_std)
@@ -76,25 +77,17 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def probabilities(self, images: torch.Tensor, questions: torch.Tensor) -> NDArray[np.float64]:
-        """Chance of a right answer, [pairs, counts]; the arguments are those of ``forward``."""
+        """Return the probability of a right answer, [pairs, counts], see :meth:`forward`."""
         return self(images, questions).double().sigmoid().numpy()
-
-    def choose(
-        self, images: torch.Tensor, questions: torch.Tensor, penalty: float | None = None
-    ) -> list[int]:
-        """The count of the highest utility for each pair; the router's own penalty if None."""
-        penalty = self.penalty if penalty is None else penalty
-        choice = best(utilities(self.probabilities(images, questions), self.counts, penalty))
-        return [self.counts[i] for i in choice]
 
 
 def utilities(
     probabilities: NDArray[np.float64], counts: Sequence[int], penalty: float
 ) -> NDArray[np.float64]:
-    """p(right at n) - penalty * n / largest count.
+    """Return p(right at n) - penalty * n / largest count.
 
-    So ``penalty`` is the share of right answers given up to save all of the largest count's tokens:
-    at 0.1, tokens must bring ten points of accuracy per hundred per cent. At 0 they are free.
+    ``penalty`` is the share of right answers given up to save all tokens of the largest count. At
+    0.1, tokens must bring ten points of accuracy per hundred per cent; at 0 they are free.
 
     Raises:
         TypeError: ``penalty`` is not a number.
@@ -105,16 +98,16 @@ def utilities(
 
 
 def best(utility: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The place of the highest utility in each row; of equal ones the first, the fewest tokens."""
+    """Return the index of each row's highest utility; the smallest index of equal ones."""
     return utility.argmax(-1)
 
 
 def check_counts(counts: Sequence[int]) -> tuple[int, ...]:
-    """The counts in rising order, once they are two or more different perfect squares.
+    """Return the counts in rising order.
 
     Raises:
-        TypeError: a count is not an int.
-        ValueError: fewer than two, one twice, or one that is no perfect square.
+        TypeError: A count is not an int.
+        ValueError: There are fewer than two counts, or one is repeated or no perfect square.
     """
     for i, count in enumerate(counts):
         check_count(f"counts[{i}]", count)
@@ -125,11 +118,11 @@ def check_counts(counts: Sequence[int]) -> tuple[int, ...]:
 
 
 def check_penalty(penalty: Any) -> float:
-    """A finite number of at least 0.
+    """Return ``penalty`` as a float.
 
     Raises:
-        TypeError: it is not a number.
-        ValueError: it is negative or not finite.
+        TypeError: It is not a number.
+        ValueError: It is negative or not finite.
     """
     if isinstance(penalty, bool) or not isinstance(penalty, Real):
         raise TypeError(f"penalty must be a number, got {penalty!r}")

@@ -1,7 +1,7 @@
-"""A router beside its checkpoint: ``CHECKPOINT/router/``, whole or not there.
+"""A router beside its checkpoint, in ``CHECKPOINT/router/``.
 
-``router.safetensors`` holds the weights, and in its header the settings as JSON, so that the two
-are written in one step. ``report.json`` is what its training measured, for people.
+``router.safetensors`` holds the weights and, in its header, the settings as JSON, so that both are
+written in one step. ``report.json`` holds the measurements of training, for people.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ REPORT = "report.json"
 CURVE = "curve.png"
 _SETTINGS = ("counts", "vision_width", "text_width", "hidden_width", "penalty")
 _ATTRIBUTE = "_token_router"
-# What settings and tensors of strangers raise, the last where a claimed size exceeds any integer.
+# Errors of foreign settings and tensors; OverflowError where a claimed size exceeds any integer.
 _NOT_WHOLE = (
     *(SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, OverflowError),
 )
 
 
 def save_router(router: Router, checkpoint: str | Path, report: dict[str, Any]) -> Path:
-    """Write a router and its report into a checkpoint's folder, in place of an earlier one.
+    """Write a router and its report into a checkpoint's folder, replacing an earlier router.
 
     Returns:
-        The folder they are in.
+        The router's folder.
 
     Raises:
-        FileNotFoundError: the checkpoint folder is not there.
-        FileExistsError: a file would be replaced that is not a router's.
+        FileNotFoundError: The checkpoint folder does not exist.
+        FileExistsError: A file to replace does not belong to a router.
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
@@ -56,10 +56,10 @@ def save_router(router: Router, checkpoint: str | Path, report: dict[str, Any]) 
 
 
 def check_router_folder(checkpoint: str | Path) -> None:
-    """Refuse a checkpoint where :func:`save_router` would replace a file of something else.
+    """Check that :func:`save_router` replaces a router's files only.
 
     Raises:
-        FileExistsError: it would.
+        FileExistsError: A file of something else exists.
     """
     folder = Path(checkpoint) / FOLDER
     for name in (WEIGHTS, REPORT, CURVE):
@@ -70,7 +70,7 @@ def check_router_folder(checkpoint: str | Path) -> None:
 
 
 def is_router_file(path: Path) -> bool:
-    """Return whether a file is one that :func:`save_router` has written."""
+    """Return whether :func:`save_router` has written the file."""
     try:
         with safe_open(path, framework="pt") as opened:
             return "router" in (opened.metadata() or {})
@@ -79,11 +79,11 @@ def is_router_file(path: Path) -> bool:
 
 
 def load_router(checkpoint: str | Path) -> Router:
-    """The router that lies in a checkpoint's folder.
+    """Load the router of a checkpoint's folder.
 
     Raises:
-        FileNotFoundError: there is none; the message says how to make one.
-        ValueError: the file is cut off, is not a router's, or holds values that are not finite.
+        FileNotFoundError: The checkpoint has no router; the message says how to make one.
+        ValueError: The file is cut off, is not a router's, or holds values that are not finite.
     """
     path = Path(checkpoint) / FOLDER / WEIGHTS
     if not path.is_file():
@@ -101,10 +101,9 @@ def load_router(checkpoint: str | Path) -> Router:
         router = Router(**settings)
         router.load_state_dict(weights)
     except _NOT_WHOLE as error:
-        reason = str(error)
         raise ValueError(
             f"router file {path} is not a whole router: {type(error).__name__}: "
-            f"{printable(reason, 300)}"
+            f"{printable(str(error), 300)}"
         ) from error
     for name, tensor in weights.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -113,10 +112,10 @@ def load_router(checkpoint: str | Path) -> Router:
 
 
 def _check_shapes(settings: Any, shapes: dict[str, list[int]]) -> None:
-    """Compare what settings claim with the file's header, before anything is allocated.
+    """Compare settings with the shapes in the file's header before anything is allocated.
 
     Raises:
-        ValueError: the tensors are not those of a router of these settings.
+        ValueError: The shapes do not follow from the settings.
     """
     if not isinstance(settings, dict) or set(settings) - set(_SETTINGS):
         raise ValueError(f"its settings must be {', '.join(_SETTINGS)}, got {excerpt(settings)}")
@@ -131,10 +130,10 @@ def _check_shapes(settings: Any, shapes: dict[str, list[int]]) -> None:
 
 
 def attach_router(model: Any, router: Router) -> None:
-    """Let ``model`` choose with ``router``. It does not become one of the model's weights.
+    """Attach ``router`` to ``model`` as its chooser, not as one of its weights.
 
     Raises:
-        ValueError: the router was made for features or embeddings of another width.
+        ValueError: The router was made for features or embeddings of another width.
     """
     for name, width in (
         ("vision_width", model.config.vision_config.hidden_size),
@@ -148,11 +147,11 @@ def attach_router(model: Any, router: Router) -> None:
 
 
 def router_of(model: Any) -> Router:
-    """The attached router, or the one that lies beside the weights ``model`` was loaded from.
+    """Return the attached router, or load the one beside the weights of ``model``.
 
     Raises:
-        FileNotFoundError: there is neither; the message says how to make one.
-        ValueError: the file is broken, or does not fit the model.
+        FileNotFoundError: There is no router; the message says how to make one.
+        ValueError: The file is broken, or does not fit the model.
     """
     if _ATTRIBUTE not in model.__dict__:
         attach_router(model, load_router(model.name_or_path or "CHECKPOINT"))
@@ -160,7 +159,7 @@ def router_of(model: Any) -> Router:
 
 
 def has_router(model: Any) -> bool:
-    """Whether :func:`router_of` has one to give, whole or broken."""
+    """Return whether a router is attached, or a file of one exists, whole or broken."""
     if _ATTRIBUTE in model.__dict__:
         return True
     return bool(model.name_or_path) and (Path(model.name_or_path) / FOLDER / WEIGHTS).is_file()

@@ -1,4 +1,4 @@
-"""A router from graded questions, in seconds: the model itself stays as it is."""
+"""Training of a router on graded questions, in seconds; the model itself stays unchanged."""
 
 from __future__ import annotations
 
@@ -12,37 +12,38 @@ import torch
 import torch.nn.functional as F
 
 from tokenflex.data.samples import SampleDataset
-from tokenflex.routing.curve import routed, score
-from tokenflex.routing.grading import Grades, grade
+from tokenflex.routing.grading import Grades, grade, routed, score
 from tokenflex.routing.router import Router
 
 STEPS = 1000
 BATCH = 512
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.05
-CHECK_EVERY = 50  # steps between looks at the held-out part
-PATIENCE = 12  # looks without a better one
+CHECK_EVERY = 50
+"""Steps between evaluations on the held-out part."""
+PATIENCE = 12
+"""Evaluations without an improvement before training stops."""
 PENALTIES = (0.0, *np.geomspace(0.002, 1.0, 28).round(4).tolist())
 
 
 @dataclass(frozen=True)
 class RouterReport:
-    """What training a router took and gave.
+    """Cost and result of training a router.
 
     Attributes:
-        parameters: of the router.
-        questions: it was fitted on.
-        held_out_questions: it was stopped and its penalty was found on.
-        grading_seconds: encoding and asking, at all counts.
-        fitting_seconds: of the router itself.
-        steps: of the optimiser, up to the router that is kept.
-        penalty: its own, where a call names none: of those that cost at most ``max_drop`` of the
-            largest count's accuracy on the held-out part, the one with the fewest tokens; 0 if even
-            that costs more.
-        accuracy: held out, of the router at that penalty.
-        tokens: held out, vision tokens a question of the router at that penalty.
-        largest_accuracy: held out, always at the largest count.
-        largest_tokens: likewise.
+        parameters: Parameters of the router.
+        questions: Questions of the training part.
+        held_out_questions: Questions that early stopping and the penalty were chosen on.
+        grading_seconds: Seconds of encoding and grading at all counts.
+        fitting_seconds: Seconds of fitting the router.
+        steps: Optimiser steps up to the router that is kept.
+        penalty: Default penalty of the router. Of the penalties that cost at most ``max_drop`` of
+            the largest count's accuracy on the held-out part, it is the one with the fewest tokens;
+            0 if all cost more.
+        accuracy: Held-out accuracy of the router at that penalty.
+        tokens: Held-out vision tokens per question of the router at that penalty.
+        largest_accuracy: Held-out accuracy of the largest count.
+        largest_tokens: Held-out vision tokens per question of the largest count.
     """
 
     parameters: int
@@ -71,37 +72,37 @@ def train_router(
     batch_size: int = 64,
     on_samples: Callable[[int], object] = lambda samples: None,
 ) -> tuple[Router, RouterReport]:
-    """Ask everything at every count, and learn what is answered right at which.
+    """Grade every question at every count, and fit a router to the grades.
 
-    Use questions that the model was not trained on: it knows too much about those.
+    Use questions that the model was not trained on, because it answers those too well.
 
     Args:
-        model: a :class:`tokenflex.TokenFlexForConditionalGeneration`; nothing in it changes.
-        processor: its processor.
-        dataset: questions with their answers.
-        counts: to choose from, two or more perfect squares.
-        max_drop: share of right answers that the router's own penalty may cost.
-        held_out: share of the samples that the router is not fitted on.
-        hidden_width: of the router.
-        seed: of its first weights, its batches and the held-out part.
-        batch_size: samples a pass of the model.
-        on_samples: called with the number of samples after each.
+        model: A :class:`tokenflex.TokenFlexForConditionalGeneration`; it stays unchanged.
+        processor: Its processor.
+        dataset: The questions with their answers.
+        counts: Two or more perfect squares to choose from.
+        max_drop: Share of right answers that the router's default penalty may cost.
+        held_out: Share of the samples that the router is not fitted on.
+        hidden_width: Hidden width of the router.
+        seed: Seed of the initial weights, the batches and the held-out part.
+        batch_size: Samples of a pass of the model.
+        on_samples: Called with the number of samples after each pass.
 
     Raises:
-        TypeError: a count is not an int.
-        ValueError: fewer than two counts or two samples with images, or a number out of its range.
+        TypeError: A count is not an int.
+        ValueError: There are fewer than two counts or two samples with images, or a number is out
+            of its range.
     """
     _check_shares(held_out, max_drop)  # before the work, not after it
     started = time.perf_counter()
     grades = grade(model, processor, dataset, counts, batch_size=batch_size, on_samples=on_samples)
-    graded = time.perf_counter() - started
     return fit_router(
         grades,
         max_drop=max_drop,
         held_out=held_out,
         hidden_width=hidden_width,
         seed=seed,
-        grading_seconds=graded,
+        grading_seconds=time.perf_counter() - started,
     )
 
 
@@ -114,7 +115,7 @@ def fit_router(
     seed: int = 0,
     grading_seconds: float = 0.0,
 ) -> tuple[Router, RouterReport]:
-    """A router for questions that are graded; the arguments are those of :func:`train_router`."""
+    """Fit a router to grades; the arguments are those of :func:`train_router`."""
     _check_shares(held_out, max_drop)
     started = time.perf_counter()
     fitted, tested = _split(grades, held_out, seed)
@@ -125,11 +126,11 @@ def fit_router(
         hidden_width=hidden_width,
     )
     steps = _fit(router, fitted, tested, torch.Generator().manual_seed(seed))
-    penalty = _largest_penalty(router, tested, max_drop)
-    router.penalty = penalty
-    accuracy, tokens = score(tested, routed(router, tested, penalty))
-    always = np.full(len(tested), len(grades.counts) - 1)
-    largest_accuracy, largest_tokens = score(tested, always)
+    largest_accuracy, largest_tokens = score(tested, np.full(len(tested), len(grades.counts) - 1))
+    scores = {penalty: score(tested, routed(router, tested, penalty)) for penalty in PENALTIES}
+    allowed = [p for p, (value, _) in scores.items() if value >= largest_accuracy - max_drop]
+    router.penalty = min(allowed, key=lambda p: (scores[p][1], p), default=0.0)
+    accuracy, tokens = scores[router.penalty]
     return router, RouterReport(
         parameters=sum(parameter.numel() for parameter in router.parameters()),
         questions=len(fitted),
@@ -137,7 +138,7 @@ def fit_router(
         grading_seconds=grading_seconds,
         fitting_seconds=time.perf_counter() - started,
         steps=steps,
-        penalty=penalty,
+        penalty=router.penalty,
         accuracy=accuracy,
         tokens=tokens,
         largest_accuracy=largest_accuracy,
@@ -153,7 +154,7 @@ def _check_shares(held_out: float, max_drop: float) -> None:
 
 
 def _split(grades: Grades, held_out: float, seed: int) -> tuple[Grades, Grades]:
-    """By samples: questions about one image are never on both sides."""
+    """Split by samples, so that questions about one image are never in both parts."""
     with_images = grades.samples[grades.tiles > 0].unique()
     if len(with_images) < 2:
         raise ValueError(
@@ -162,16 +163,16 @@ def _split(grades: Grades, held_out: float, seed: int) -> tuple[Grades, Grades]:
         )
     order = torch.randperm(len(with_images), generator=torch.Generator().manual_seed(seed))
     tested = min(max(1, round(held_out * len(with_images))), len(with_images) - 1)
-    sides = []
+    parts = []
     for samples in (with_images[order[tested:]], with_images[order[:tested]]):
         chosen = torch.zeros(int(grades.samples.max()) + 1, dtype=torch.bool)
         chosen[samples] = True
-        sides.append(grades.of_samples(chosen))
-    return sides[0], sides[1]
+        parts.append(grades.of_samples(chosen))
+    return parts[0], parts[1]
 
 
 def _fit(router: Router, fitted: Grades, tested: Grades, generator: torch.Generator) -> int:
-    """Train in place until the held-out part gains no more; the steps up to the best."""
+    """Train until the held-out loss stops improving; return the steps up to the best router."""
     images, questions, right, weights = _pairs(fitted)
     for name, values in (("image", images), ("question", questions)):
         std, mean = torch.std_mean(values, dim=0, correction=0)
@@ -190,10 +191,10 @@ def _fit(router: Router, fitted: Grades, tested: Grades, generator: torch.Genera
         optimizer.step()
         if step % CHECK_EVERY == 0:
             with torch.no_grad():
-                held_out = float(_loss(router, *_pairs(tested)))
-            if held_out < kept_loss:
+                held_out_loss = float(_loss(router, *_pairs(tested)))
+            if held_out_loss < kept_loss:
                 kept = {name: value.clone() for name, value in router.state_dict().items()}
-                kept_loss, kept_step = held_out, step
+                kept_loss, kept_step = held_out_loss, step
             elif step - kept_step >= PATIENCE * CHECK_EVERY:
                 break
     router.load_state_dict(kept)
@@ -202,7 +203,7 @@ def _fit(router: Router, fitted: Grades, tested: Grades, generator: torch.Genera
 
 
 def _pairs(grades: Grades) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Statistics, embeddings, right or wrong, and weight of each pair of image and question."""
+    """Return statistics, embeddings, targets and weight of each pair of image and question."""
     owners = grades.pair_questions
     return (
         grades.images[grades.pair_images],
@@ -221,10 +222,3 @@ def _loss(
 ) -> torch.Tensor:
     losses = F.binary_cross_entropy_with_logits(router(images, questions), right, reduction="none")
     return (losses.mean(1) * weights).sum() / weights.sum()
-
-
-def _largest_penalty(router: Router, tested: Grades, max_drop: float) -> float:
-    largest, _ = score(tested, np.full(len(tested), len(tested.counts) - 1))
-    scores = {penalty: score(tested, routed(router, tested, penalty)) for penalty in PENALTIES}
-    allowed = [p for p, (accuracy, _) in scores.items() if accuracy >= largest - max_drop]
-    return min(allowed, key=lambda p: (scores[p][1], p), default=0.0)

@@ -1,4 +1,4 @@
-"""Pictures of a run: its loss, rates, speed and accuracy, finished or still going."""
+"""Curves of a run, finished or running: loss, learning rates, speed, balance and accuracy."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
-from tokenflex.plots import plt, save_figure
+from tokenflex.plots import BLUE, finish, plt, save_figure
 from tokenflex.training.records import read_lines
 
-INK, SECOND, MUTED = "#1f4e79", "#e07b39", "#8a8f98"
+ORANGE, GREEN, MUTED, SHADE = "#e07b39", "#4c9f70", "#8a8f98", "#f1f4f8"
 COUNTS = ("#9ecae1", "#4292c6", "#08519c", "#08306b", "#c7b3e5", "#7a6bb0")
-SHADE = "#f1f4f8"
-SMOOTHED = 50  # lines of the file in the mean, or a tenth of them if they are fewer
+SMOOTHED = 50
+"""Lines of the file in a mean, or a tenth of the file if that is less."""
 
 Line = dict[str, Any]
 
@@ -26,11 +27,11 @@ def plot_curves(run: Path) -> Path:
     """Draw ``curves.png`` in the folder of a run, from ``metrics.jsonl`` and ``evaluations.jsonl``.
 
     Returns:
-        The picture.
+        The path of the PNG file.
 
     Raises:
-        FileNotFoundError: there is no ``metrics.jsonl``.
-        ValueError: it holds no line of a training run.
+        FileNotFoundError: There is no ``metrics.jsonl``.
+        ValueError: The file holds no line of a training run.
     """
     path = run / "metrics.jsonl"
     if not path.is_file():
@@ -38,19 +39,16 @@ def plot_curves(run: Path) -> Path:
     lines = [line for line in read_lines(path) if {"global_step", "loss"} <= line.keys()]
     if not lines:
         raise ValueError(f"metrics file {path} holds no line of a training run")
-    found = run / "evaluations.jsonl"
-    evaluations = [
-        line
-        for line in (read_lines(found) if found.is_file() else [])
-        if {"global_step", "accuracy"} <= line.keys()
-    ]
-    figure = _draw(lines, evaluations)
+    evaluations: list[Line] = []
+    if (run / "evaluations.jsonl").is_file():
+        records = read_lines(run / "evaluations.jsonl")
+        evaluations = [line for line in records if {"global_step", "accuracy"} <= line.keys()]
     picture = run / "curves.png"
-    save_figure(figure, picture)
+    save_figure(_draw(lines, evaluations), picture)
     return picture
 
 
-def _draw(lines: Sequence[Line], evaluations: Sequence[Line]) -> Any:
+def _draw(lines: Sequence[Line], evaluations: Sequence[Line]) -> Figure:
     top = ["loss", "loss", "accuracy" if evaluations else "loss"]
     layout: list[Any] = [top, ["rate", "speed", "balance"]]
     figure, axes = plt.subplot_mosaic(
@@ -66,21 +64,20 @@ def _draw(lines: Sequence[Line], evaluations: Sequence[Line]) -> Any:
     if evaluations:
         _accuracy(axes["accuracy"], evaluations)
     stages = _stages(lines)
-    for name, one in axes.items():
-        _shade(one, stages, named=name == "loss")
-        one.set_xlabel("step")
-        one.xaxis.set_major_locator(MaxNLocator(integer=True))
-        one.set_xlim(stages[0][1], max(stages[-1][2], stages[0][1] + 1))
-        one.grid(axis="y", alpha=0.3)
-        one.spines[["top", "right"]].set_visible(False)
-        one.tick_params(length=0)
+    for name, part in axes.items():
+        _shade(part, stages, named=name == "loss")
+        part.set_xlabel("step")
+        part.xaxis.set_major_locator(MaxNLocator(integer=True))
+        part.set_xlim(stages[0][1], max(stages[-1][2], stages[0][1] + 1))
+        finish(part)
+        part.tick_params(length=0)
     return figure
 
 
 def _loss(axes: Axes, lines: Sequence[Line]) -> None:
-    steps, losses = _series(lines, "loss")
-    _faint_and_smooth(axes, steps, losses, INK)
-    # A first loss far above all others would flatten what comes after.
+    losses = _series(lines, "loss")
+    _faint_and_smooth(axes, lines, losses, BLUE)
+    # A first loss far above all others would flatten the rest.
     low, high = np.quantile(losses, [0, 0.99])
     margin = 0.08 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + 2 * margin)
@@ -88,11 +85,11 @@ def _loss(axes: Axes, lines: Sequence[Line]) -> None:
 
 
 def _learning_rates(axes: Axes, lines: Sequence[Line]) -> None:
-    colours = {"vision": SECOND, "projector": INK, "text": "#4c9f70"}
-    rates = [line.get("learning_rate") for line in lines]
-    modules = [name for name in colours if any(name in (one or {}) for one in rates)]
-    for width, name in zip((4.2, 2.6, 1.1), modules, strict=False):  # they may lie on each other
-        values = [np.nan if not one else one.get(name, np.nan) for one in rates]
+    colours = {"vision": ORANGE, "projector": BLUE, "text": GREEN}
+    rates = [line.get("learning_rate") or {} for line in lines]
+    modules = [name for name in colours if any(name in rate for rate in rates)]
+    for width, name in zip((4.2, 2.6, 1.1), modules, strict=False):  # equal rates stay visible
+        values = [rate.get(name, np.nan) for rate in rates]
         axes.plot(_steps(lines), values, color=colours[name], linewidth=width, label=name)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -101,27 +98,25 @@ def _learning_rates(axes: Axes, lines: Sequence[Line]) -> None:
 
 
 def _speed(axes: Axes, lines: Sequence[Line]) -> None:
-    steps, speeds = _series(lines, "tokens_per_second")
-    _faint_and_smooth(axes, steps, speeds, INK)
+    speeds, shares = _series(lines, "tokens_per_second"), 100 * _series(lines, "mfu")
+    _faint_and_smooth(axes, lines, speeds, BLUE)
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_ylim(0, 1.15 * np.nanmax(speeds))
-    shares = 100 * _series(lines, "mfu")[1]
     if np.isnan(shares).all():
         _title(axes, "tokens a second", "")
         return
-    _title(axes, "tokens a second", "and MFU, in per cent", colour=SECOND)
-    other = axes.twinx()
-    _faint_and_smooth(other, steps, shares, SECOND)
-    # Lower than the tokens, so that the two do not hide each other where they go together.
-    other.set_ylim(0, 1.6 * np.nanmax(shares))
-    other.tick_params(length=0, labelcolor=SECOND)
-    other.spines[["top", "right"]].set_visible(False)
+    _title(axes, "tokens a second", "and MFU, in per cent", colour=ORANGE)
+    right = axes.twinx()
+    _faint_and_smooth(right, lines, shares, ORANGE)
+    right.set_ylim(0, 1.6 * np.nanmax(shares))  # below the tokens, so that both stay visible
+    right.tick_params(length=0, labelcolor=ORANGE)
+    right.spines[["top", "right"]].set_visible(False)
 
 
 def _balance(axes: Axes, lines: Sequence[Line]) -> None:
-    steps, values = _series(lines, "cost_balance")
-    axes.plot(steps, values, ".", color=INK, alpha=0.35, markersize=3, markeredgewidth=0)
-    axes.plot(steps, smooth(values), color=INK, linewidth=1.8)
+    values = _series(lines, "cost_balance")
+    axes.plot(_steps(lines), values, ".", color=BLUE, alpha=0.35, markersize=3, markeredgewidth=0)
+    axes.plot(_steps(lines), smooth(values), color=BLUE, linewidth=1.8)
     axes.axhline(1, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.set_ylim(0.98, max(1.1, 1.02 * np.nanmax(values)))
     _title(axes, "cost balance", "costliest bin over the mean")
@@ -129,10 +124,17 @@ def _balance(axes: Axes, lines: Sequence[Line]) -> None:
 
 def _accuracy(axes: Axes, evaluations: Sequence[Line]) -> None:
     counts = sorted({int(count) for line in evaluations for count in line["accuracy"]})
-    steps = _steps(evaluations)
     for colour, count in zip(COUNTS * len(counts), counts, strict=False):
         values = [line["accuracy"].get(str(count), np.nan) for line in evaluations]
-        axes.plot(steps, values, color=colour, marker="o", markersize=4, label=count, clip_on=False)
+        axes.plot(
+            _steps(evaluations),
+            values,
+            color=colour,
+            marker="o",
+            markersize=4,
+            label=count,
+            clip_on=False,
+        )
     highest = max(value for line in evaluations for value in line["accuracy"].values())
     axes.set_ylim(0, min(1.05, 1.3 * highest + 0.05))
     axes.legend(
@@ -141,36 +143,35 @@ def _accuracy(axes: Axes, evaluations: Sequence[Line]) -> None:
     _title(axes, "accuracy", "during training")
 
 
-def _faint_and_smooth(axes: Axes, steps: list[int], values: np.ndarray, colour: str) -> None:
-    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.9)
-    axes.plot(steps, smooth(values), color=colour, linewidth=2)
+def _faint_and_smooth(axes: Axes, lines: Sequence[Line], values: np.ndarray, colour: str) -> None:
+    axes.plot(_steps(lines), values, color=colour, alpha=0.25, linewidth=0.9)
+    axes.plot(_steps(lines), smooth(values), color=colour, linewidth=2)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """A centred mean over :data:`SMOOTHED` lines; over those of them that are there."""
+    """Return the centred mean over :data:`SMOOTHED` lines, leaving out missing values."""
     window = np.ones(max(1, min(SMOOTHED, len(values) // 10)))
-    there = np.isfinite(values)
-    sums = np.convolve(np.where(there, values, 0.0), window, "same")
+    finite = np.isfinite(values)
+    sums = np.convolve(np.where(finite, values, 0.0), window, "same")
     with np.errstate(invalid="ignore"):
-        return np.where(there, sums / np.convolve(there, window, "same"), np.nan)
+        return np.where(finite, sums / np.convolve(finite, window, "same"), np.nan)
 
 
 def _stages(lines: Sequence[Line]) -> list[tuple[str, int, int]]:
-    """(name, first step, last step) of each stage."""
+    """Return (name, first step, last step) of each stage."""
     stages: list[tuple[str, int, int]] = []
     for line in lines:
-        name = str(line.get("stage_name", line["stage"]))
         first = line["global_step"] - line["step"]
         if stages and stages[-1][1] == first:
             stages.pop()
-        stages.append((name, first, line["global_step"]))
+        stages.append((str(line.get("stage_name", line["stage"])), first, line["global_step"]))
     return stages
 
 
 def _shade(axes: Axes, stages: Sequence[tuple[str, int, int]], *, named: bool) -> None:
     axes.set_axisbelow(True)
-    for place, (name, first, last) in enumerate(stages):
-        if place % 2:
+    for i, (name, first, last) in enumerate(stages):
+        if i % 2:
             axes.axvspan(first, last, color=SHADE, zorder=0, linewidth=0)
         if named:
             axes.annotate(
@@ -194,7 +195,8 @@ def _steps(lines: Sequence[Line]) -> list[int]:
     return [line["global_step"] for line in lines]
 
 
-def _series(lines: Sequence[Line], key: str) -> tuple[list[int], np.ndarray]:
-    """Steps and values; a gap where a line has none."""
-    values = [line.get(key) for line in lines]
-    return _steps(lines), np.array([np.nan if one is None else one for one in values], dtype=float)
+def _series(lines: Sequence[Line], key: str) -> np.ndarray:
+    """Return a value of each line, NaN for a missing one."""
+    return np.array(
+        [np.nan if (value := line.get(key)) is None else value for line in lines], float
+    )

@@ -9,23 +9,22 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 
-from tests.models.tiny import WIDTH, picture, tiny_model
-from tests.routing.planted import COUNTS, FixedRouter, planted_grades
-from tokenflex.data.samples import Conversation, Sample, Turn
-from tokenflex.digits.processor import digits_processor
-from tokenflex.plots import plot_selection
-from tokenflex.routing.choice import choose_counts
-from tokenflex.routing.curve import (
+from experiments.routing.curve import (
     CurvePoint,
     as_rows,
     budgeted,
     budgets_between,
     escalated,
     format_curve,
-    routed,
     selection_curve,
 )
-from tokenflex.routing.grading import Grades, grade
+from experiments.routing.figures import plot_selection
+from tests.models.tiny import WIDTH, picture, tiny_model
+from tests.routing.planted import COUNTS, FixedRouter, planted_grades
+from tokenflex.data.samples import Conversation, Sample, Turn
+from tokenflex.digits.processor import digits_processor
+from tokenflex.routing.choice import choose_counts
+from tokenflex.routing.grading import Grades, grade, routed
 from tokenflex.routing.router import Router
 from tokenflex.routing.storage import attach_router
 

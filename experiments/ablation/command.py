@@ -1,4 +1,4 @@
-"""``tokenflex ablate``: ways of training compared on one budget."""
+"""``tokenflex ablate``: compare ways of training on one budget."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from tokenflex.cli.parser import CommandLine
 
 
 def add_to(commands: CommandLine) -> None:
-    """The command and its arguments."""
+    """Add the command and its arguments."""
     ablate = commands.add(
         "ablate",
         _ablate,
-        "train fixed and stochastic models on one budget, ask each at every count, write a report; "
-        "continues where it stopped",
+        "train models at fixed and stochastic counts on one budget and report their accuracy at "
+        "every count; continues after an interruption",
         "tokenflex ablate --output runs/ablate",
+        extra="train",
     )
     scale = ablate.add_mutually_exclusive_group()
     scale.add_argument(
@@ -33,18 +34,18 @@ def add_to(commands: CommandLine) -> None:
         action="store_const",
         dest="scale",
         const="quick",
-        help="one seed of two regimes, and exit status 1 if they do not show what they must",
+        help="one seed of two regimes; exit code 1 if a check of their accuracies fails",
     )
     ablate.add_argument(
         "--suite",
         default="paper",
-        help="paper: fixed counts, stochastic ones, ways to mix them (the default); gap: what "
-        "brings one model up to the specialists; unseen: what makes it answer at other counts",
+        help="paper: fixed and stochastic counts (the default); gap: one model beside "
+        "specialists; unseen: accuracy at counts that were not trained",
     )
-    ablate.add_argument("--seeds", type=positive, help="how many; small 3, large 1, quick 1")
+    ablate.add_argument("--seeds", type=positive, help="number of seeds; small 3, large 1, quick 1")
     ablate.add_argument("--output", type=Path, help="folder (default: runs/ablate, -large, -quick)")
     ablate.add_argument(
-        "--jobs", type=positive, help="runs at a time (default: one a core; one on a GPU)"
+        "--jobs", type=positive, help="parallel runs (default: one per core, one on a GPU)"
     )
 
 
@@ -56,13 +57,11 @@ def _ablate(options: argparse.Namespace) -> int:
     from experiments.ablation.tables import accuracy_table
 
     if options.output is None:
-        options.output = (
-            Path("runs/ablate")
-            if options.scale == "small"
-            else (Path(f"runs/ablate-{options.scale}"))
-        )
+        suffix = "" if options.scale == "small" else f"-{options.scale}"
+        options.output = Path(f"runs/ablate{suffix}")
     if options.scale == "quick" and options.suite != "paper":
         raise ValueError(f"--quick is of the suite paper, got it with --suite {options.suite}")
+    options.resumable = options.output
     report = ablate(
         SCALES[options.scale],
         options.output,

@@ -1,0 +1,33 @@
+"""Study of the router of ``tokenflex route``: the curve of all selectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenflex.cli import route
+from tokenflex.cli.parser import CommandLine
+
+if TYPE_CHECKING:
+    from tokenflex.routing.grading import Grades
+    from tokenflex.routing.router import Router
+
+
+def add_to(commands: CommandLine) -> None:
+    """Add the study to ``tokenflex route``."""
+    route.study = _study
+
+
+def _study(grades: Grades, router: Router) -> tuple[dict[str, Any], Callable[[Path], str]]:
+    from experiments.routing.curve import as_rows, format_curve, selection_curve
+    from experiments.routing.figures import plot_selection
+    from tokenflex.routing.storage import CURVE
+
+    points = selection_curve(grades, router)
+
+    def draw(folder: Path) -> str:
+        plot_selection(points, folder / CURVE)
+        return format_curve(points)
+
+    return {"curve": as_rows(points)}, draw
