@@ -14,9 +14,11 @@ from benchmarks.prompts import IMAGE, Packed, Prompts
 from benchmarks.results import SPARSE
 from tokenflex_kernels import merge_vision, pack_embeddings
 
+SHARES = {"cuda": 2.5, "cpu": 6}  # of a run's time
+
 Peers = Sequence[Variant]
 
-# What packing computes gradients for: none, all that training a projector asks for, all.
+# The gradients that packing computes: none, those that training a projector needs, all.
 FORWARD, FROZEN_TABLE, TRAINED_TABLE = "", "frozen table", "trained table"
 SPARSE_TABLE = "sparse table gradient"
 KINDS: dict[str, tuple[Sequence[str], Sequence[str]]] = {  # modes, and leaves that are trained
@@ -89,7 +91,7 @@ def merge_case(prompts: Prompts, peers: Peers) -> Case:
 def random_batch(
     prompts: Prompts, text: str, dtype: torch.dtype, device: str, seed: int, first: Batch | None
 ) -> Batch:
-    """Return random rows, of the "table" (the same for all batches) or of "embeds"."""
+    """Return random rows: of the "table", which all batches share, or of "embeds"."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def rows(number: int) -> torch.Tensor:
@@ -110,7 +112,7 @@ def distinct_ids(prompts: Prompts) -> int:
 
 
 def pack_work(prompts: Prompts, ids: int | None, itemsize: int) -> dict[str, Work]:
-    """Return the bytes that must move: no cache helps, nothing moves twice, row maps left out.
+    """Return the bytes that must move, without caches, repetitions and row maps.
 
     Forward reads and writes every row. Backward reads and writes the vision rows' gradient; with a
     trained table it also reads the text rows' gradient and writes a row of sums for each of its
@@ -122,8 +124,7 @@ def pack_work(prompts: Prompts, ids: int | None, itemsize: int) -> dict[str, Wor
 
 
 def batches(run: Run) -> list[Prompts]:
-    """Return the batches. On a CPU the largest is last, so that a busy one misses the fewest; on a
-    GPU it is first."""
+    """Return the batches: on a GPU the largest first, on a CPU last, where time may run out."""
     if run.device == "cuda":
         largest = Prompts(64, 220, 2048, 151_936)
         sizes = ((256, 220, 2048), (64, 220, 3584), (16, 220, 2048), (1, 220, 2048))

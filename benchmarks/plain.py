@@ -37,12 +37,12 @@ def weight_shapes(vision: int, hidden: int, text: int) -> Shapes:
 
 @dataclass(frozen=True)
 class Grids:
-    """The grids of a batch's images, and what PyTorch's loop over kinds of grids needs."""
+    """The grids of a batch's images, and the indices of PyTorch's loop over kinds of grids."""
 
     inputs: list[Grid]  # (height, width) of each image
     outputs: list[Grid]
-    groups: list[tuple[Grid, torch.Tensor]]  # a grid, and int64 numbers of the images that get it
-    order: torch.Tensor | None  # row r of the result is row order[r] of the groups'; None for one
+    groups: list[tuple[Grid, torch.Tensor]]  # a grid, and int64 numbers of its images
+    order: torch.Tensor | None  # row r of the result is row order[r] of the groups; None for one
 
 
 def grids_of(out_grids: Sequence[Grid], device: str) -> Grids:
@@ -81,8 +81,8 @@ def random_batches(shapes: Shapes, grids: Sequence[Grid] = ()) -> Callable[..., 
     """Return a case's ``batch``: normal inputs, weights that keep their variance, norms around 1.
 
     Args:
-        shapes: Of the leaves, and of "grad".
-        grids: What is fixed besides.
+        shapes: Shapes of the leaves, and of "grad".
+        grids: The batch's ``fixed``.
     """
 
     def batch(dtype: torch.dtype, device: str, seed: int, _: Batch | None) -> Batch:
@@ -114,7 +114,7 @@ def pool(x: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def pool_by_definition(x: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Let cell i of n average the patches [floor(i S / n), ceil((i + 1) S / n)) of each axis."""
+    """Average the patches [floor(i S / n), ceil((i + 1) S / n)) of each axis in cell i of n."""
 
     def averages(cells: int) -> torch.Tensor:
         rows = torch.zeros(cells, SIDE, dtype=torch.float64)
@@ -131,7 +131,7 @@ def pool_by_definition(x: torch.Tensor, grid: Grid) -> torch.Tensor:
 def by_group(
     x: torch.Tensor, grids: Grids, stage: Callable[[torch.Tensor, Grid], torch.Tensor]
 ) -> torch.Tensor:
-    """Loop over kinds of grids, and bring the rows back into the order of the images."""
+    """Apply a stage to each kind of grid, and put the rows into the order of the images."""
     if grids.order is None:
         return stage(x, grids.groups[0][0])
     images = x.view(-1, SIDE * SIDE, x.shape[1])
@@ -152,7 +152,7 @@ def down(product: torch.Tensor, leaves: Leaves) -> torch.Tensor:
     return F.linear(product, leaves["down_weight"], leaves.get("down_bias"))
 
 
-# ---- ops: eager, and true with ``pool=pool_by_definition`` in float64
+# ---- ops: the eager way, and with ``pool=pool_by_definition`` in float64 the truth
 
 
 def pool_norm(leaves: Leaves, grids: Grids, pool: Callable = pool) -> torch.Tensor:

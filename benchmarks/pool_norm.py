@@ -8,16 +8,19 @@ from functools import partial
 import torch
 
 from benchmarks import plain
-from benchmarks.cases import Case, Leaves, Variant, run_cases, work_by_mode
+from benchmarks.cases import Case, Leaves, Variant, fast, run_cases, work_by_mode
 from benchmarks.harness import Run, Work
-from benchmarks.peers import fast, load_peers
+from benchmarks.peers import load_peers
 from benchmarks.plain import Grid, Grids, mixed, square, uniform
 from tokenflex_kernels import pool_norm
 
+SHARES = {"cuda": 2, "cpu": 2}  # of a run's time
+
 
 def ours(leaves: Leaves, grids: Grids) -> torch.Tensor:
-    norm = {"weight": leaves["norm_weight"], "bias": leaves["norm_bias"], "eps": plain.EPS}
-    return pool_norm(leaves["x"], grids.inputs, grids.outputs, **norm)
+    weight, bias = leaves["norm_weight"], leaves["norm_bias"]
+    arguments = (leaves["x"], grids.inputs, grids.outputs)
+    return pool_norm(*arguments, weight=weight, bias=bias, eps=plain.EPS)
 
 
 def case(
@@ -31,7 +34,7 @@ def case(
         row = width * itemsize
         return work_by_mode(Work((patches + tokens) * row), Work((patches + 2 * tokens) * row))
 
-    shapes = {"x": (patches, width), "grad": (tokens, width)}
+    shapes: plain.Shapes = {"x": (patches, width), "grad": (tokens, width)}
     shapes |= {"norm_weight": (width,), "norm_bias": (width,)}
     return Case(
         op="pool_norm",

@@ -1,8 +1,8 @@
-"""A suite in a process of its own, watched: what hangs or dies is a row, and the rest goes on.
+"""A suite in a process of its own, watched: a hang or a crash costs rows, not the run.
 
-The process says which row it is about to measure, and sends each row when it is there. If it stays
-silent for too long, or ends, that row gets the reason; another process goes on with the rest of the
-suite, without the variant that was to blame.
+The process sends the row that it is about to measure, and each row when it is measured. If it stays
+silent for too long, or ends, that row gets the reason; another process continues with the rest of
+the suite, without the variant that was to blame.
 """
 
 from __future__ import annotations
@@ -14,22 +14,21 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any
 
-from benchmarks.harness import Deadline, Run, reason
+from benchmarks.harness import DTYPES, Deadline, Run, reason
 from benchmarks.results import NewRow, new_row
 
 Suite = Callable[[Run], None]
 CONTEXT = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
 START_SECONDS = 60.0  # to import PyTorch on a busy machine
 ROW_SECONDS = 120.0  # compiling one shape takes a minute
-GRACE_SECONDS = 10.0  # what has begun may go on so long after its suite's time
+GRACE_SECONDS = 10.0  # a call that has begun may run so long after its suite's time
 LATE = "not run: no time left, stopped while it ran"
 
 
 @dataclass
 class Watched:
-    """A suite's progress over its processes, as :class:`Run` takes it."""
+    """A suite and its progress over several processes, as :class:`Run` takes it."""
 
     name: str
     suite: Suite
@@ -42,8 +41,8 @@ class Watched:
         """Yield the suite's rows as they come, until it has ended or its time is over.
 
         Args:
-            seconds: For the suite. It aims at less, since importing takes a while too; silence for
-                three quarters of it is taken for a hang, so that others get some time as well.
+            seconds: For the suite. It aims at less, since importing takes a while too. A silence of
+                three quarters of it counts as a hang, so that others get some time as well.
         """
         deadline, row_seconds = Deadline(seconds), min(ROW_SECONDS, 0.75 * seconds)
         while True:
@@ -62,13 +61,13 @@ class Watched:
             else:
                 yield [current]
                 if not current["case"] or key in self.done:
-                    return  # nobody knows what to leave out
+                    return  # nothing to leave out is known
                 self.done.add(key)
 
     def _one_process(
         self, deadline: Deadline, row_seconds: float, current: NewRow
     ) -> Generator[list[NewRow], None, str]:
-        """Yield rows, keep ``current`` up to date, and return why the process did not end well."""
+        """Yield rows, keep ``current`` up to date, and return why the process failed, or ""."""
         receiver, sender = CONTEXT.Pipe(duplex=False)
         process = CONTEXT.Process(target=_work, args=(sender, self, 0.8 * deadline.left))
         process.start()
@@ -93,31 +92,29 @@ class Watched:
             process.join()
             return f"failed: the process ended with {process.exitcode}"
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # compilers that it started too
+            if process.pid:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # compilers that it started too
             process.kill()
             process.join()
 
 
 def _work(connection: Connection, watched: Watched, seconds: float) -> None:
-    """Run the suite in this process, which is the first of a group of its own."""
+    """Run the suite in this process, which becomes the first of a process group."""
     os.setsid()
-
-    def send(kind: str, value: Any) -> None:
-        connection.send((kind, value))
-
     run = Run(
         device=watched.device,
         quick=watched.quick,
         deadline=Deadline(seconds),
-        emit=lambda rows: send("rows", rows),
-        begin=lambda row: send("begin", row),
+        emit=lambda rows: connection.send(("rows", rows)),
+        begin=lambda row: connection.send(("begin", row)),
         done=watched.done,
         banned=watched.banned,
+        dtype=DTYPES[watched.device],
     )
     try:
         watched.suite(run)
     except BaseException as error:
-        send("end", reason(error))
+        connection.send(("end", reason(error)))
         raise
-    send("end", "")
+    connection.send(("end", ""))

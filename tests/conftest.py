@@ -36,7 +36,6 @@ _OF_THE_MODEL = [
     "harnesses",
     "test_answers.py",
     "test_docs.py",
-    "benchmarks/test_first_token.py",
     "test_examples.py",
     "test_plots.py",
 ]
@@ -64,7 +63,6 @@ _NEEDED_BY = {
         "routing/test_route.py",
         "test_cli.py",
         "test_plots.py",
-        "benchmarks/test_first_token.py",
     ],
     "datasets": ["models/test_ecosystem.py", "data/test_huggingface.py"],
     "peft": ["models/test_ecosystem.py"],

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.cases import Batch, Case, Variant, run_cases, work_by_mode
-from benchmarks.harness import Deadline, Run, Work
+from benchmarks.harness import DTYPES, Deadline, Run, Work
 from benchmarks.results import NewRow
 
 
 def run_of(device: str = "cpu", quick: bool = False, emit: Callable = print) -> Run:
-    return Run(device, quick, Deadline(60), emit)
+    return Run(device, quick, Deadline(60), emit, dtype=DTYPES[device])
 
 
 def rows_of(*cases: Case, dtype: torch.dtype = torch.float64, **options: object) -> list[NewRow]:

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import ceilings, host_cost
 from benchmarks.harness import NO_TIME, Deadline, Run
 from benchmarks.host_cost import OPS
-from benchmarks.machine import ROOT
+from benchmarks.results import ROOT
 
 
 def rows_of(suite, **options):
