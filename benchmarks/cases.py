@@ -7,7 +7,7 @@ and compute at least. A variant, ours or a peer's, is a function of the same inp
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,11 +37,6 @@ class Batch:
     leaves: Leaves  # the tensors that can be differentiated, by name
     grad: torch.Tensor  # the gradient of the result
     fixed: Any = None  # the rest: grids, a plan
-
-
-def work_by_mode(forward: Work, backward: Work) -> dict[str, Work]:
-    both = Work(forward.bytes + backward.bytes, forward.flops + backward.flops)
-    return {"forward": forward, "backward": backward, "forward+backward": both}
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,8 @@ class Case:
     batch: Callable[[torch.dtype, str, int, Batch | None], Batch]
     truth: Call  # the result, from leaves in float64
     variants: Sequence[Variant]  # ours, and those of peers that are installed
-    work: Callable[[int], Mapping[str, Work]]  # (bytes of a number) -> work by mode
+    numbers: tuple[int, int] = (0, 0)  # that forward and backward must read and write
+    flops: tuple[int, int] = (0, 0)  # that forward and backward must compute
     trained: Collection[str] | None = None  # leaves that require a gradient; all if None
     shared: Collection[str] = ()  # leaves that all batches have in common, as a model has
     modes: Sequence[str] = MODES  # those that are measured
@@ -93,6 +89,11 @@ class Case:
 
     def trained_names(self, leaves: Leaves) -> list[str]:
         return [name for name in leaves if self.trained is None or name in self.trained]
+
+    def work(self, mode: str, itemsize: int) -> Work:
+        parts = [("forward", "backward").index(part) for part in mode.split("+")]
+        numbers, flops = (sum(cost[i] for i in parts) for cost in (self.numbers, self.flops))
+        return Work(itemsize * numbers, flops)
 
 
 def run_cases(cases: Iterable[Case], run: Run) -> None:
@@ -146,7 +147,7 @@ class Inputs:
                 row=self.case.row(mode, variant.name)
                 | {"backend": info()["ops"][self.case.op] if variant.ours else "", **columns},
                 calls=partial(self._calls, variant, mode, self.batches),
-                work=self.case.work(self.run.dtype.itemsize)[mode],
+                work=self.case.work(mode, self.run.dtype.itemsize),
                 check=partial(self.worst_error, variant, mode),
                 costs=partial(self._costs, variant, mode),
                 timing="eager" if mode in variant.waits else "graph",

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,8 +57,7 @@ class Run:
         return str(self.dtype).removeprefix("torch.")
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """Bytes and operations that one call needs at least."""
 
     bytes: int = 0

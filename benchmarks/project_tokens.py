@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from benchmarks import plain
-from benchmarks.cases import TRAINING, Case, Leaves, Variant, fast, run_cases, work_by_mode
-from benchmarks.harness import Run, Work
+from benchmarks.cases import TRAINING, Case, Leaves, Variant, fast, run_cases
+from benchmarks.harness import Run
 from benchmarks.peers import load_peers
 from benchmarks.plain import Grid, Grids, mixed, square, uniform
 from benchmarks.results import LEAN, NO_BIASES
@@ -49,7 +49,7 @@ def case(
         batch=plain.random_batches(shapes | plain.weight_shapes(*widths), grids),
         truth=partial(plain.project_tokens, pool=plain.pool_by_definition),
         variants=[*ours, *peers],
-        work=lambda _: work_by_mode(Work(flops=flops), Work(flops=2 * flops)),
+        flops=(flops, 2 * flops),
     )
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from benchmarks import plain
-from benchmarks.cases import Case, Leaves, Variant, fast, run_cases, work_by_mode
-from benchmarks.harness import Run, Work
+from benchmarks.cases import Case, Leaves, Variant, fast, run_cases
+from benchmarks.harness import Run
 from benchmarks.peers import load_peers
 from tokenflex_kernels import swiglu
 
@@ -35,7 +35,7 @@ def case(
         batch=plain.random_batches(shapes),
         truth=plain.swiglu,
         variants=[Variant("tokenflex", ours, ours=True), *peers],
-        work=lambda _: work_by_mode(Work(flops=flops), Work(flops=2 * flops)),
+        flops=(flops, 2 * flops),
     )
 
 

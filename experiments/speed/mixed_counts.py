@@ -32,7 +32,6 @@ import torch
 import torch.utils.benchmark
 
 from benchmarks.harness import SEED
-from benchmarks.report import table
 from benchmarks.results import NewRow, Row
 from experiments.speed.models import RESULTS, Samples, Step, fields, publish, random_model
 from tokenflex.counts import TokenCounts
@@ -219,7 +218,7 @@ def verdict(rows: Sequence[Row]) -> str:
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """Return what each way saves: predicted, and measured where it was."""
+    """Return the savings of each way as a table: predicted, and measured where possible."""
     lines: list[Sequence[str]] = [("model", "stage", "tiles", "arithmetic", *WAYS, "")]
     for at in range(0, len(rows), len(WAYS)):
         ways = rows[at : at + len(WAYS)]
@@ -229,7 +228,8 @@ def format_table(rows: Sequence[Row]) -> str:
             if cells[0]:
                 savings = (ways[0]["arithmetic_saving"], *cells)
                 lines.append((*names, *(f"{float(cell):.1%}" for cell in savings), kind))
-    return table(*lines)
+    rows = ["".join(f"| {cell} " if cell else "| " for cell in line) + "|" for line in lines]
+    return "\n".join([rows[0], "|---" * len(lines[0]) + "|", *rows[1:]])
 
 
 def is_tiled(row: Row) -> bool:

@@ -164,9 +164,9 @@ def test_mixed_and_uniform_have_as_many_images_and_tokens():
 
 
 def test_ideal_bytes_of_pooling():
-    work = pool_norm.case("small", [(2, 2)] * 3, [], 8).work(2)
-    assert work["forward"].bytes == 2 * 8 * 3 * (729 + 4)
-    assert work["backward"].bytes == 2 * 8 * 3 * (729 + 8)
+    case = pool_norm.case("small", [(2, 2)] * 3, [], 8)
+    assert case.work("forward", 2).bytes == 2 * 8 * 3 * (729 + 4)
+    assert case.work("backward", 2).bytes == 2 * 8 * 3 * (729 + 8)
 
 
 @pytest.mark.parametrize("cases", [pool_norm.cases, swiglu.cases, project_tokens.cases])
@@ -305,7 +305,8 @@ def test_ideal_bytes_of_packing_count_each_row_once():
     prompts = Prompts(2, 2, 1, 9, count=3)
 
     def moved(ids):
-        return [work.bytes for work in packing.pack_work(prompts, ids, 4).values()]
+        case = square_case(numbers=packing.pack_numbers(prompts, ids))
+        return [case.work(mode, 4).bytes for mode in MODES]
 
     assert moved(None) == [4 * 20, 4 * 12, 4 * 32]
     assert moved(3) == [4 * 20, 4 * (12 + 4 + 3), 4 * (32 + 4 + 3)]
