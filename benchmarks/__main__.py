@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import ceilings, host_cost, packing, pool_norm, project_tokens, swiglu
 from benchmarks.harness import NO_TIME, Deadline
-from benchmarks.processes import Watched
+from benchmarks.processes import watched_rows
 from benchmarks.report import report
 from benchmarks.results import (
     COLUMNS,
@@ -58,7 +58,7 @@ def run_suites(
             yield [new_row(op=f"{name} suite", status=NO_TIME)]
             continue
         print(f"{name}: up to {share:.0f} s", flush=True)
-        yield from Watched(name, SUITES[name].suite, device, quick).rows(share)
+        yield from watched_rows(name, SUITES[name].suite, device, quick, share)
         print(f"{name}: ended after {seconds - deadline.left:.0f} s in all", flush=True)
 
 

@@ -8,7 +8,7 @@ or is wrong becomes a row with the reason.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -37,6 +37,10 @@ class Deadline:
         return self._end - time.monotonic()
 
 
+def ignore(_: NewRow) -> None:
+    """Do nothing with a row that is about to be measured."""
+
+
 @dataclass
 class Run:
     """The settings of a suite, and the functions that its rows go to."""
@@ -47,9 +51,9 @@ class Run:
     emit: Callable[[list[NewRow]], object]  # takes rows as soon as they are measured
     # Takes the row that is about to be measured: the parent process then knows what this process
     # was doing if it hangs or dies.
-    begin: Callable[[NewRow], object] = lambda row: None
-    done: Collection[tuple[str, str, str]] = ()  # (op, case, mode) of an earlier process
-    banned: Mapping[str, NewRow] = field(default_factory=dict)  # variants that hung or killed one
+    begin: Callable[[NewRow], object] = ignore
+    done: set[tuple[str, str, str]] = field(default_factory=set)  # (op, case, mode) of rows so far
+    banned: dict[str, NewRow] = field(default_factory=dict)  # variants that hung or ended a process
     dtype: torch.dtype = torch.float32  # of inputs and weights
 
     @property

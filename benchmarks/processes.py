@@ -12,7 +12,6 @@ import os
 import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
 from benchmarks.harness import DTYPES, Deadline, Run, reason
@@ -26,94 +25,84 @@ GRACE_SECONDS = 10.0  # a call that has begun may run so long after its suite's 
 LATE = "not run: no time left, stopped while it ran"
 
 
-@dataclass
-class Watched:
-    """A suite and its progress over several processes, as :class:`Run` takes it."""
+def watched_rows(
+    name: str, suite: Suite, device: str, quick: bool, seconds: float
+) -> Iterator[list[NewRow]]:
+    """Yield a suite's rows as they come, until it has ended or its time is over.
 
-    name: str
-    suite: Suite
-    device: str
-    quick: bool
-    done: set[tuple[str, str, str]] = field(default_factory=set)
-    banned: dict[str, NewRow] = field(default_factory=dict)
+    Args:
+        name: Name of the suite, for rows about the suite itself.
+        suite: Measures and emits rows; it runs in another process.
+        device, quick: As in :class:`Run`.
+        seconds: Time for the suite. It aims at less, since importing takes a while too. A silence
+            of three quarters of it counts as a hang, so that others get some time as well.
+    """
+    run = Run(device, quick, Deadline(seconds), emit=print, dtype=DTYPES[device])
+    row_seconds = min(ROW_SECONDS, 0.75 * seconds)
+    while True:
+        current = new_row(op=f"{name} suite")
+        why = yield from _one_process(suite, run, row_seconds, current)
+        if not why:
+            return
+        current["status"] = why
+        variant, key = current["variant"], (current["op"], current["case"], current["mode"])
+        if run.deadline.left < 1:
+            late = new_row(op=f"{name} suite", status=f"stopped after {seconds:.0f} s")
+            yield [current, late]
+            return
+        if variant and variant not in run.banned:
+            run.banned[variant] = current  # the next process writes its rows
+        else:
+            yield [current]
+            if not current["case"] or key in run.done:
+                return  # nothing to leave out is known
+            run.done.add(key)
 
-    def rows(self, seconds: float) -> Iterator[list[NewRow]]:
-        """Yield the suite's rows as they come, until it has ended or its time is over.
 
-        Args:
-            seconds: For the suite. It aims at less, since importing takes a while too. A silence of
-                three quarters of it counts as a hang, so that others get some time as well.
-        """
-        deadline, row_seconds = Deadline(seconds), min(ROW_SECONDS, 0.75 * seconds)
+def _one_process(
+    suite: Suite, run: Run, row_seconds: float, current: NewRow
+) -> Generator[list[NewRow], None, str]:
+    """Yield rows, keep ``current`` up to date, and return why the process failed, or ""."""
+    nothing = dict(current)
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_work, args=(sender, suite, run))
+    process.start()
+    sender.close()
+    patience = START_SECONDS
+    try:
         while True:
-            current = new_row(op=f"{self.name} suite")
-            why = yield from self._one_process(deadline, row_seconds, current)
-            if not why:
-                return
-            current["status"] = why
-            variant, key = current["variant"], (current["op"], current["case"], current["mode"])
-            if deadline.left < 1:
-                late = new_row(op=f"{self.name} suite", status=f"stopped after {seconds:.0f} s")
-                yield [current, late]
-                return
-            if variant and variant not in self.banned:
-                self.banned[variant] = current  # the next process writes its rows
+            left = max(0.0, run.deadline.left) + GRACE_SECONDS
+            if not receiver.poll(min(patience, left)):
+                return f"failed: hung for {patience:.0f} s" if patience < left else LATE
+            kind, value = receiver.recv()
+            patience = row_seconds
+            if kind == "end":
+                return value
+            if kind == "begin":
+                current |= value
             else:
-                yield [current]
-                if not current["case"] or key in self.done:
-                    return  # nothing to leave out is known
-                self.done.add(key)
-
-    def _one_process(
-        self, deadline: Deadline, row_seconds: float, current: NewRow
-    ) -> Generator[list[NewRow], None, str]:
-        """Yield rows, keep ``current`` up to date, and return why the process failed, or ""."""
-        receiver, sender = CONTEXT.Pipe(duplex=False)
-        process = CONTEXT.Process(target=_work, args=(sender, self, 0.8 * deadline.left))
-        process.start()
-        sender.close()
-        patience = START_SECONDS
-        try:
-            while True:
-                left = max(0.0, deadline.left) + GRACE_SECONDS
-                if not receiver.poll(min(patience, left)):
-                    return f"failed: hung for {patience:.0f} s" if patience < left else LATE
-                kind, value = receiver.recv()
-                patience = row_seconds
-                if kind == "end":
-                    return value
-                if kind == "begin":
-                    current |= value
-                else:
-                    current |= new_row(op=f"{self.name} suite")
-                    self.done |= {(row["op"], row["case"], row["mode"]) for row in value}
-                    yield value
-        except (EOFError, OSError):  # the latter in the middle of a message
-            process.join()
-            return f"failed: the process ended with {process.exitcode}"
-        finally:
-            if process.pid:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # compilers that it started too
-            process.kill()
-            process.join()
+                current |= nothing
+                run.done |= {(row["op"], row["case"], row["mode"]) for row in value}
+                yield value
+    except (EOFError, OSError):  # the latter in the middle of a message
+        process.join()
+        return f"failed: the process ended with {process.exitcode}"
+    finally:
+        if process.pid:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # compilers that it started too
+        process.kill()
+        process.join()
 
 
-def _work(connection: Connection, watched: Watched, seconds: float) -> None:
+def _work(connection: Connection, suite: Suite, run: Run) -> None:
     """Run the suite in this process, which becomes the first of a process group."""
     os.setsid()
-    run = Run(
-        device=watched.device,
-        quick=watched.quick,
-        deadline=Deadline(seconds),
-        emit=lambda rows: connection.send(("rows", rows)),
-        begin=lambda row: connection.send(("begin", row)),
-        done=watched.done,
-        banned=watched.banned,
-        dtype=DTYPES[watched.device],
-    )
+    run.deadline = Deadline(0.8 * run.deadline.left)
+    run.emit = lambda rows: connection.send(("rows", rows))
+    run.begin = lambda row: connection.send(("begin", row))
     try:
-        watched.suite(run)
+        suite(run)
     except BaseException as error:
         connection.send(("end", reason(error)))
         raise

@@ -92,13 +92,13 @@ def suites_return(monkeypatch):
         suite = SimpleNamespace(suite=None, SHARES={"cpu": 1.0})
         monkeypatch.setattr(command, "SUITES", dict.fromkeys(outcomes, suite))
 
-        def rows(watched, seconds):
-            for outcome in outcomes[watched.name]:
+        def rows(name, *_):
+            for outcome in outcomes[name]:
                 if isinstance(outcome, BaseException):
                     raise outcome
                 yield [dict(outcome)]
 
-        monkeypatch.setattr(command.Watched, "rows", rows)
+        monkeypatch.setattr(command, "watched_rows", rows)
 
     return install
 
