@@ -228,8 +228,8 @@ def format_table(rows: Sequence[Row]) -> str:
             if cells[0]:
                 savings = (ways[0]["arithmetic_saving"], *cells)
                 lines.append((*names, *(f"{float(cell):.1%}" for cell in savings), kind))
-    rows = ["".join(f"| {cell} " if cell else "| " for cell in line) + "|" for line in lines]
-    return "\n".join([rows[0], "|---" * len(lines[0]) + "|", *rows[1:]])
+    header, *body = ["".join(f"| {c} " if c else "| " for c in line) + "|" for line in lines]
+    return "\n".join([header, "|---" * len(lines[0]) + "|", *body])
 
 
 def is_tiled(row: Row) -> bool:

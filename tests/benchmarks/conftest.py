@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 
 from benchmarks import cases, costs
-
-# ``make gpu`` needs the [bench] extra for its pictures only.
-collect_ignore = [] if find_spec("matplotlib") else ["test_plots.py", "test_report.py"]
 
 
 @pytest.fixture(autouse=True)

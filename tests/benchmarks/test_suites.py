@@ -1,4 +1,4 @@
-"""Suites that are no cases of an op: the ceilings, and the host's costs."""
+"""The suites of ceilings and of host costs."""
 
 from __future__ import annotations
 
@@ -73,6 +73,7 @@ def test_host_costs_go_on_where_a_process_died_and_stop_in_time():
 
 
 def test_host_costs_run_under_pytest_benchmark():
+    pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     options = ["benchmarks/test_host_cost.py", "-k", "merge_vision", "--benchmark-disable"]
     done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
