@@ -1,4 +1,4 @@
-"""The projector in plain PyTorch: its shapes and random inputs, the eager way, and the truth.
+"""The projector in plain PyTorch, which is the eager peer and in float64 the truth, and its inputs.
 
 Shapes are SigLIP's and Qwen2.5's: 27 x 27 patches of 1152 features, 3456 hidden, 2048 or 3584 out.
 """
@@ -113,21 +113,6 @@ def pool(x: torch.Tensor, grid: Grid) -> torch.Tensor:
     return F.adaptive_avg_pool2d(images, grid).permute(0, 2, 3, 1).reshape(-1, width)
 
 
-def pool_by_definition(x: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Average the patches [floor(i S / n), ceil((i + 1) S / n)) of each axis in cell i of n."""
-
-    def averages(cells: int) -> torch.Tensor:
-        rows = torch.zeros(cells, SIDE, dtype=torch.float64)
-        for i in range(cells):
-            start, end = i * SIDE // cells, -(-(i + 1) * SIDE // cells)
-            rows[i, start:end] = 1 / (end - start)
-        return rows.to(x)
-
-    images = x.view(-1, SIDE, SIDE, x.shape[-1])
-    cells = torch.einsum("ih,bhwc,jw->bijc", averages(grid[0]), images, averages(grid[1]))
-    return cells.reshape(-1, x.shape[-1])
-
-
 def by_group(
     x: torch.Tensor, grids: Grids, stage: Callable[[torch.Tensor, Grid], torch.Tensor]
 ) -> torch.Tensor:
@@ -152,10 +137,10 @@ def down(product: torch.Tensor, leaves: Leaves) -> torch.Tensor:
     return F.linear(product, leaves["down_weight"], leaves.get("down_bias"))
 
 
-# ---- ops: the eager way, and with ``pool=pool_by_definition`` in float64 the truth
+# ---- ops
 
 
-def pool_norm(leaves: Leaves, grids: Grids, pool: Callable = pool) -> torch.Tensor:
+def pool_norm(leaves: Leaves, grids: Grids) -> torch.Tensor:
     return by_group(leaves["x"], grids, lambda x, grid: layer_norm(pool(x, grid), leaves))
 
 
@@ -164,7 +149,7 @@ def swiglu(leaves: Leaves, _: object = None) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-def project_tokens(leaves: Leaves, grids: Grids, pool: Callable = pool) -> torch.Tensor:
+def project_tokens(leaves: Leaves, grids: Grids) -> torch.Tensor:
     def stages(x: torch.Tensor, grid: Grid) -> torch.Tensor:
         return down(swiglu({**leaves, "x": layer_norm(pool(x, grid), leaves)}), leaves)
 

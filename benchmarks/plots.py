@@ -32,7 +32,7 @@ def draw(rows: Sequence[Row], csv_path: Path) -> list[Path]:
     """Draw the pictures beside the CSV, and delete earlier ones that would have no content now."""
     measured = [row for row in rows if row["status"] == "ok"]
     written = []
-    for picture in (throughput, speed_up, memory, mixed_counts):
+    for picture in (throughput, speed_up):
         name = picture.__name__.replace("_", "-")
         path = csv_path.with_name(f"{csv_path.stem}-{name}.png")
         figure = picture(measured)
@@ -141,68 +141,11 @@ def speed_up(rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
-def memory(rows: Sequence[Row]) -> Figure | None:
-    """The bytes a token that training keeps and reaches, at the largest size of each variant."""
-    largest: dict[tuple[str, str], Row] = {}
-    for row in rows:
-        training = row["mode"] == "forward+backward" and row["saved_bytes"]
-        if training and not OTHER.search(row["case"]):
-            key = (row["op"], row["variant"])
-            largest[key] = max(largest.get(key, row), row, key=lambda row: int(row["tokens"]))
-
-    def kib_a_token(column: str) -> list[float]:
-        values = [float(row[column] or 0) / int(row["tokens"]) for row in largest.values()]
-        return [value / 1024 for value in values]
-
-    names = [f"{op}: {label(row)}, T={row['tokens']}" for (op, _), row in largest.items()]
-    columns = {
-        "kept from forward to backward, KiB a token": kib_a_token("saved_bytes"),
-        "peak of forward + backward, KiB a token": kib_a_token("peak_bytes"),
-    }
-    return bars(names, columns, [variant.startswith(OURS) for _, variant in largest])
-
-
-def mixed_counts(rows: Sequence[Row]) -> Figure | None:
-    """A batch of 64, 144 and 256 tokens against a uniform one of as many images and tokens."""
-    names, shares, results = [], [], Results(rows)
-    for row in rows:
-        uniform = results.beside(row, case=row["case"].replace("mixed", "uniform"))
-        if row["mode"] == "backward" or not row["case"].endswith("mixed") or not uniform:
-            continue
-        for batch, kind in ((uniform, "uniform"), (row, "mixed")):
-            time = f"{float(batch['p50_us']) / 1000:.3g} ms"
-            names.append(f"{row['op']}, {row['mode']}: {label(row)}, {time}, {kind}")
-            shares.append(float(batch["p50_us"]) / float(uniform["p50_us"]))
-    title = "time over that of a uniform batch of as many images and tokens"
-    return bars(names, {title: shares}, [name.endswith("mixed") for name in names])
-
-
 # ---- drawing
 
 
 def label(row: Row) -> str:
     return f"{row['variant']} ({row['backend']})" if row["backend"] else row["variant"]
-
-
-def bars(
-    names: Sequence[str], columns: dict[str, list[float]], ours: Sequence[bool]
-) -> Figure | None:
-    """Draw a panel for each column and a bar for each name, ours in our colour."""
-    if not names:
-        return None
-    size = (3.2 * len(columns) + 6, 0.36 * len(names) + 1.4)
-    figure, grid = plt.subplots(
-        1, len(columns), figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
-    for axes, (title, values) in zip(grid.flat, columns.items(), strict=True):
-        for at, value in enumerate(values):
-            axes.barh(-at, value, color=OUR_COLOUR if ours[at] else GREY, height=0.66)
-            note(axes, f"{value:.4g}", (value, -at))
-        axes.set_yticks([-at for at in range(len(names))], names, fontsize=8)
-        axes.set_title(title, loc="left", fontsize=9)
-        axes.margins(x=0.16)
-        tidy(axes)
-    return figure
 
 
 def note(

@@ -47,7 +47,7 @@ def case(
         name=name,
         tokens=tokens,
         batch=plain.random_batches(shapes | plain.weight_shapes(*widths), grids),
-        truth=partial(plain.project_tokens, pool=plain.pool_by_definition),
+        truth=plain.project_tokens,
         variants=[*ours, *peers],
         flops=(flops, 2 * flops),
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.results import KEY, Results, Row
-from benchmarks.targets import verdicts
+from benchmarks.targets import over_uniform, verdicts
 from tokenflex.files import write_atomically
 
 FEW_SAMPLES = 5
@@ -45,6 +45,7 @@ def report_text(rows: Sequence[Row]) -> str:
         "Not measured": "\n".join(reasons),
         "Each op against each peer": overview(results),
         "Where a peer is faster": losses(results),
+        "Mixed counts": mixed_counts(results),
         "Targets": table(("target", "verdict"), *targets),
     }
     parts = [f"## {title}\n\n{text}\n" for title, text in sections.items() if text]
@@ -71,17 +72,21 @@ def measured(results: Results) -> str:
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in results.measured:
         groups[row["op"], row["case"], row["mode"]].append(row)
-    titles = ("median", "wall clock", "of copy", "of matmul", "peak MiB", "backend", "note")
+    titles = (
+        *("median", "wall clock", "of copy", "of matmul", "peak MiB", "saved MiB"),
+        *("backend", "note"),
+    )
     lines: list[Sequence[str]] = [(*KEY, *titles)]
     for group in groups.values():
         best = clearly_fastest(group)
         for row in group:
             shares = (row["share_of_copy"], row["share_of_matmul"])
+            sizes = (row["peak_bytes"], row["saved_bytes"])
             cells = (
                 f"{float(row['p50_us']):.1f}{'*' if row is best else ''}",
                 f"{float(row['eager_us']):.1f}" if row["eager_us"] else "",
                 *(f"{100 * float(share):.1f}%" if share else "" for share in shares),
-                f"{int(row['peak_bytes']) / 2**20:.1f}" if row["peak_bytes"] else "",
+                *(f"{int(size) / 2**20:.1f}" if size else "" for size in sizes),
             )
             lines.append((*(row[name] for name in KEY), *cells, row["backend"], row["note"]))
     return table(*lines)
@@ -130,6 +135,16 @@ def losses(results: Results) -> str:
     header = ("op", "case", "mode", "peer", "ours", "peer's", "peer / ours")
     count = f"A peer is faster in {len(lost)} of {len(pairs)} comparisons."
     return f"{count}\n\n{table(header, *lines)}"
+
+
+def mixed_counts(results: Results) -> str:
+    """Return mixed batches against uniform ones of the same numbers of images and tokens."""
+    lines = []
+    for row in results.measured:
+        if row["case"].endswith("mixed") and (figure := over_uniform(results, row, "")):
+            ratio = f"{figure.value:.2f} {figure.remark}".rstrip()
+            lines.append((*(row[name] for name in KEY), ratio))
+    return table((*KEY, "mixed / uniform"), *lines) if lines else ""
 
 
 def table(*lines: Sequence[str]) -> str:

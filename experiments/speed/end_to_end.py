@@ -23,6 +23,7 @@ import torch
 from benchmarks import ceilings
 from benchmarks.costs import peak_bytes
 from benchmarks.harness import DTYPES, SEED, Deadline, Entry, Run, Work, failure_in, measure
+from benchmarks.report import table
 from benchmarks.results import NewRow, Row, add_shares, environment, new_row
 from experiments.speed.models import RESULTS, Samples, Step, fields, publish, random_model
 from tokenflex.training.flops import training_flops
@@ -141,44 +142,30 @@ def row_of(shape: Shape, run: Run, name: str, samples: Samples | None = None) ->
     )
 
 
-def savings(rows: Sequence[Row]) -> list[str]:
-    """Return sentences on the share of the saved tokens that becomes time."""
-    steps = {(row["case"].split()[0], row["variant"]): row for row in steps_of(rows)}
-    lines = []
+def summary(rows: Sequence[Row]) -> str:
+    """Return a table of the steps, and the share of the saved tokens that becomes time."""
+    steps = [row for row in rows if row["op"] == "end_to_end" and row["status"] == "ok"]
+    lines = [
+        (
+            *(row["case"], row["variant"], f"{float(row['p50_us']) / 1000:.1f}"),
+            *(row["tokens_per_s"], f"{100 * float(row['share_of_matmul'] or 0):.1f}%"),
+            f"{int(row['peak_bytes'] or 0) / 2**20:.0f}",
+        )
+        for row in steps
+    ]
+    header = ("counts", "batch", "ms a step", "tokens a second", "of matmul", "peak MiB")
+    parts = [table(header, *lines)]
+    by_way = {(row["case"].split()[0], row["variant"]): row for row in steps}
     for variant in ("packed", "padded"):
-        fixed, mixed = steps.get(("fixed", variant)), steps.get(("mixed", variant))
+        fixed, mixed = by_way.get(("fixed", variant)), by_way.get(("mixed", variant))
         if fixed and mixed:
             tokens = 1 - int(mixed["tokens"]) / int(fixed["tokens"])
             seconds = 1 - float(mixed["p50_us"]) / float(fixed["p50_us"])
-            lines.append(
+            parts.append(
                 f"{variant}: mixed counts save {tokens:.1%} of the sequence and {seconds:.1%} of "
                 f"the time: {seconds / tokens:.0%} of the saving becomes time"
             )
-    return lines
-
-
-def steps_of(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row["op"] == "end_to_end" and row["status"] == "ok"]
-
-
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw time, tokens a second, arithmetic and memory of each step."""
-    from benchmarks.plots import bars, machine, save
-
-    steps = steps_of(rows)
-    columns = {
-        title: [scale * float(row[column] or 0) for row in steps]
-        for title, column, scale in (
-            ("milliseconds a step", "p50_us", 1e-3),
-            ("tokens a second, no padding", "tokens_per_s", 1),
-            ("% of the measured matmul rate", "share_of_matmul", 100),
-            ("peak memory, MiB", "peak_bytes", 2**-20),
-        )
-    }
-    names = [f"{row['case']}, {row['variant']}" for row in steps]
-    if figure := bars(names, columns, [row["variant"] == "packed" for row in steps]):
-        figure.suptitle(machine(rows[0]), x=0.01, ha="left", fontsize=9, color="#555555")
-        save(figure, path)
+    return "\n".join(parts)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -187,25 +174,19 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=30.0, help="time limit for the samples")
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS / "end-to-end", help="folder for CSV and picture"
-    )
+    folder = RESULTS / "end-to-end"
+    parser.add_argument("--out", type=Path, default=folder, help="folder for the CSV")
     options = parser.parse_args(arguments)
     if options.seconds <= 0:
         parser.error(f"--seconds must be positive, got {options.seconds:g}")
     rows: list[NewRow] = []
-    run = Run(
-        device=options.device,
-        quick=False,
-        deadline=Deadline(options.seconds),
-        emit=rows.extend,
-        dtype=DTYPES[options.device],
-    )
+    dtype = DTYPES[options.device]
+    run = Run(options.device, False, Deadline(options.seconds), emit=rows.extend, dtype=dtype)
     ceilings.suite(run)
     rows += measured(shape_of(options.device), run)
     add_shares(rows, environment(options.device))
-    published = publish(rows, options.device, options.out, draw)
-    print(*savings(published), sep="\n")
+    published = publish(rows, options.device, options.out)
+    print(summary(published))
     return int(any(row["status"] != "ok" for row in published))
 
 

@@ -20,7 +20,7 @@ import argparse
 import sys
 import timeit
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -238,46 +238,38 @@ def is_tiled(row: Row) -> bool:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw savings of time beside that of arithmetic: the measured model, then predictions."""
-    from benchmarks.plots import plt, save
+    from benchmarks.plots import OUR_COLOUR, PEER_COLOURS, plt, save, tidy
 
     measured = [row for row in rows if row["measured_saving"]]
     predicted = [row for row in rows if not row["measured_saving"] and is_tiled(row)]
-    figure, (left, right) = plt.subplots(
+    figure, panels = plt.subplots(
         1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=(1, 2.6)
     )
-    bars(left, measured, "measured_saving", lambda row: "tiles" if is_tiled(row) else "one tile")
-    bars(
-        right,
-        predicted,
-        "predicted_saving",
-        lambda row: "\n".join([row["model"].rpartition("-")[2], *row["stage"].split()]),
-    )
-    title = f"measured: scaled model, {measured[0]['ranks']} ranks"
-    left.set_title(title, loc="left", fontsize=10)
-    title = f"SigLIP-400M + Qwen2.5, tiled images, {predicted[0]['ranks']} ranks"
-    right.set_title(f"predicted: {title}", loc="left", fontsize=10)
-    left.set_ylabel("time saved against the largest count")
-    right.legend(frameon=False, fontsize=9, ncols=2, loc="upper right")
+    colours = dict(zip(WAYS, (OUR_COLOUR, PEER_COLOURS[0], PEER_COLOURS[-1]), strict=True))
+    for axes, shown, kind in zip(
+        panels, (measured, predicted), ("measured", "predicted"), strict=True
+    ):
+        groups = [shown[i : i + len(WAYS)] for i in range(0, len(shown), len(WAYS))]
+        at = np.arange(len(groups))
+        for offset, (way, colour) in zip((-0.27, 0, 0.27), colours.items(), strict=True):
+            heights = [float(row[f"{kind}_saving"]) for row in shown if row["way"] == way]
+            axes.bar(at + offset, heights, 0.25, color=colour, label=way)
+        ideal = [float(group[0]["arithmetic_saving"]) for group in groups]
+        style = {"color": "black", "linestyle": "--", "linewidth": 1, "label": "arithmetic"}
+        axes.hlines(ideal, at - 0.42, at + 0.42, **style)
+        names = [
+            f"{row['model'].rpartition('-')[2]}\n{'tiles' if is_tiled(row) else 'one tile'}\n"
+            + row["stage"].replace(" ", "\n")
+            for row, *_ in groups
+        ]
+        axes.set_xticks(at, names, fontsize=8)
+        axes.set_title(f"{kind}, {shown[0]['ranks']} ranks", loc="left", fontsize=10)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        tidy(axes, grid="y")
+    panels[0].set_ylabel("time saved against the largest count")
+    panels[1].legend(frameon=False, fontsize=9, ncols=2, loc="upper right")
     save(figure, path)
-
-
-def bars(axes: Any, rows: Sequence[Row], column: str, name: Callable[[Row], str]) -> None:
-    """Draw a bar for each way, in groups by ``name``, and the arithmetic saving as a line."""
-    from benchmarks.plots import OUR_COLOUR, PEER_COLOURS, tidy
-
-    groups = list(dict.fromkeys(map(name, rows)))
-    at = np.arange(len(groups))
-    colours = (OUR_COLOUR, PEER_COLOURS[0], PEER_COLOURS[-1])
-    for offset, way, colour in zip((-0.27, 0, 0.27), WAYS, colours, strict=True):
-        heights = {name(row): float(row[column]) for row in rows if row["way"] == way}
-        axes.bar(at + offset, [heights[group] for group in groups], 0.25, color=colour, label=way)
-    ideal = {name(row): float(row["arithmetic_saving"]) for row in rows}
-    style = {"color": "black", "linestyle": "--", "linewidth": 1, "label": "arithmetic"}
-    axes.hlines([ideal[group] for group in groups], at - 0.42, at + 0.42, **style)
-    axes.set_xticks(at, groups, fontsize=8)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    tidy(axes, grid="y")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Models of random weights, their training steps, and the CSV and picture of a study."""
+"""Models of random weights, their training steps, and the CSV of a study."""
 
 from __future__ import annotations
 
@@ -136,13 +136,17 @@ class Step:
 
 
 def publish(
-    rows: Sequence[NewRow], device: str, folder: Path, draw: Callable[[list[Row], Path], object]
+    rows: Sequence[NewRow],
+    device: str,
+    folder: Path,
+    draw: Callable[[list[Row], Path], object] | None = None,
 ) -> list[Row]:
-    """Write the machine's CSV and the picture beside it, and return the rows as written."""
+    """Write the machine's CSV, draw a picture beside it, and return the rows as written."""
     shared = environment(device)
     path = folder / f"{machine_name(shared)}.csv"
     write_csv(path, rows, shared)
     published = read_csv(path)
-    draw(published, path.with_suffix(".png"))
+    if draw:
+        draw(published, path.with_suffix(".png"))
     print(f"{len(rows)} rows in {path}")
     return published

@@ -55,37 +55,3 @@ def test_throughput_has_the_measured_ceiling_as_a_line():
     assert (set(ceiling.get_ydata()), ceiling.get_linestyle()) == ({4300}, "--")
     assert "measured copy: 4.3e+03 GB/s" in [text.get_text() for text in pooling.texts]
     assert set(gate_up.lines[-1].get_ydata()) == {780}
-
-
-def test_memory_is_kib_a_token_at_the_largest_size_of_each():
-    both = {"mode": "forward+backward"}
-    sizes = {"saved_bytes": 8192 * 1024 * 2, "peak_bytes": 8192 * 1024 * 6}
-    half = {"saved_bytes": 4096 * 1024 * 3, "peak_bytes": 4096 * 1024 * 9, "tokens": 4096}
-    compiled = "torch.compile, max-autotune"
-    rows = [
-        row("project_tokens", "16 images, n=16", "tokenflex", 1, **both, **(half)),
-        row("project_tokens", "32 images, n=16", "tokenflex", 1, **both, **sizes),
-        row("project_tokens", "16 images, n=16", compiled, 1, **both, **half),
-        row("pack_embeddings", "4x, frozen table", "tokenflex", 1, **both, **sizes),
-        row("pack_embeddings", "4x, trained table", "tokenflex", 1, **both, **half),
-    ]
-    saved, peak = plots.memory(rows).axes
-    assert (widths(saved), widths(peak)) == ([2, 3, 2], [6, 9, 6])
-    assert labels(saved) == [
-        "project_tokens: tokenflex (triton), T=8192",
-        f"project_tokens: {compiled}, T=4096",
-        "pack_embeddings: tokenflex (triton), T=8192",
-    ]
-
-
-def test_mixed_is_held_against_uniform():
-    rows = [
-        row("pool_norm", "40 images, mixed", "tokenflex", 3000),
-        row("pool_norm", "40 images, uniform", "tokenflex", 2000),
-    ]
-    (axes,) = plots.mixed_counts(rows).axes
-    assert widths(axes) == [1, 1.5]
-    assert labels(axes) == [
-        "pool_norm, forward: tokenflex (triton), 2 ms, uniform",
-        "pool_norm, forward: tokenflex (triton), 3 ms, mixed",
-    ]

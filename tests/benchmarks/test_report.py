@@ -15,7 +15,7 @@ from benchmarks.targets import verdicts
 from tests.benchmarks.rows import row
 
 PUBLISHED = sorted(RESULTS.glob("*.csv"))
-PICTURES = ("throughput", "speed-up", "memory", "mixed-counts")
+PICTURES = ("throughput", "speed-up")
 
 
 def everything():
@@ -34,7 +34,7 @@ def everything():
     ):
         for variant, p50 in (("tokenflex", 10), ("PyTorch eager", 20), ("quack-kernels", 9)):
             for mode in ("forward", "forward+backward"):
-                values = {column: 500, "saved_bytes": 100, "peak_bytes": 3 * 2**20}
+                values = {column: 500, "saved_bytes": 2**19, "peak_bytes": 3 * 2**20}
                 rows.append(row(op, case, variant, p50, mode=mode, **values))
     return rows
 
@@ -48,7 +48,20 @@ def test_the_report_has_rows_reasons_losses_and_verdicts_and_draws(capsys, tmp_p
     report([*everything(), skipped], tmp_path / "x.csv")
     text = (tmp_path / "x.md").read_text(encoding="utf-8")
     lines = [cells_of(line) for line in text.splitlines()]
-    swiglu = ["swiglu", "T=8192", "forward", "tokenflex", "10.0", "", "", "", "3.0", "triton", ""]
+    swiglu = [
+        "swiglu",
+        "T=8192",
+        "forward",
+        "tokenflex",
+        "10.0",
+        "",
+        "",
+        "",
+        "3.0",
+        "0.5",
+        "triton",
+        "",
+    ]
     assert swiglu in lines
     assert "- pool_norm, forward, liger-kernel: not installed" in text.splitlines()
     assert "A peer is faster in 12 of 24 comparisons." in text
@@ -79,10 +92,13 @@ def test_nothing_measured_is_nothing_drawn(tmp_path):
 
 
 def test_pictures_of_an_earlier_run_do_not_stay_beside_new_rows(tmp_path):
-    for name in ("x-memory.png", "x-quick-memory.png"):
+    for name in ("x-speed-up.png", "x-quick-speed-up.png"):
         (tmp_path / name).write_bytes(b"old")
     plots.draw([row("swiglu", "T=8192", "tokenflex", 1, tflop_per_s=9)], tmp_path / "x.csv")
-    assert {path.name for path in tmp_path.iterdir()} == {"x-throughput.png", "x-quick-memory.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "x-throughput.png",
+        "x-quick-speed-up.png",
+    }
 
 
 def timed(variant, p50, spread=1.0, **values):
@@ -130,6 +146,17 @@ def test_an_overview_has_the_worst_and_the_best_case():
     _, _, line = module.overview(Results(rows)).splitlines()
     wanted = ["project_tokens (triton)", "PyTorch eager", "0.50", "3.00", "1 of 2"]
     assert cells_of(line) == wanted
+
+
+def test_mixed_counts_are_compared_with_uniform_ones():
+    rows = [
+        row("pool_norm", "40 images, mixed", "tokenflex", 3000),
+        row("pool_norm", "40 images, uniform", "tokenflex", 2000),
+        row("pool_norm", "160 images, mixed", "tokenflex", 3000),
+    ]
+    _, _, line = module.mixed_counts(Results(rows)).splitlines()
+    assert cells_of(line) == ["pool_norm", "40 images, mixed", "forward", "tokenflex", "1.50"]
+    assert module.mixed_counts(Results(rows[1:])) == ""
 
 
 def test_the_machine_is_told_with_how_much_to_trust():
