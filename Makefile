@@ -4,8 +4,8 @@
 #              minutes (no GPU needed)
 # make test-versions   the quick tests on the oldest and the newest releases that the package admits
 #              (minutes; downloads some GB of CUDA builds of torch, no GPU needed)
-# make gpu     build with CUDA into the Python at hand, run the GPU tests and benchmarks (offline)
-# make tune    measure every kernel config on the GPU at hand, write the table into OUT
+# make gpu     build with CUDA into $(PYTHON), run the GPU tests and benchmarks (offline)
+# make tune    measure every kernel configuration on this machine's GPU, write the table into OUT
 # make sanitize        the extension under AddressSanitizer and UndefinedBehaviorSanitizer (no GPU needed)
 # make sanitize-gpu    the GPU tests of packing under compute-sanitizer, where that is installed
 # make setup   the virtual environment alone
