@@ -1,10 +1,10 @@
 """Build of the compiled extension ``tokenflex_kernels._C``; everything else is in pyproject.toml.
 
-The C++ half always builds. The CUDA half is added where an ``nvcc`` is found ($CUDA_HOME, then
-PATH, then /usr/local/cuda), and the build says in one line which it is. Torch is not needed.
+The C++ half always builds. The CUDA half is added if an ``nvcc`` exists ($CUDA_HOME, then PATH,
+then /usr/local/cuda), and the build prints one line that says which. Torch is not needed.
 
 Environment:
-    TOKENFLEX_CUDA                0: never use nvcc; 1: fail when there is no nvcc
+    TOKENFLEX_CUDA                0: never use nvcc; 1: fail if there is no nvcc
     TOKENFLEX_CUDA_ARCHITECTURES  compute capabilities to build for, e.g. "90" or "80;90"
     CXX, CXXFLAGS                 the C++ compiler (default c++) and further flags
 """
@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -26,21 +25,22 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, ExecError, OptionError
 
 ROOT = Path(__file__).resolve().parent
+EXPORTS = ROOT / "csrc" / "exports.map"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 
-# Object files are rebuilt when their command line, their source or a header of theirs changes.
+# Ninja rebuilds an object file when its command line, its source or a header of it changes.
 NINJA_RULES = """\
 ninja_required_version = 1.5
 
 rule cxx
-  command = {cxx} -MMD -MF $out.d {cxx_flags} -c $in -o $out
+  command = {cxx} -MMD -MF $out.d -c $in -o $out
   description = C++ $in
   depfile = $out.d
   deps = gcc
 
 rule cuda
-  command = {nvcc} -MD -MF $out.d {nvcc_flags} -c $in -o $out
+  command = {nvcc} -MD -MF $out.d -c $in -o $out
   description = CUDA $in
   depfile = $out.d
   deps = gcc
@@ -51,27 +51,8 @@ rule link
 """
 
 
-@dataclass(frozen=True)
-class Cuda:
-    """An nvcc and the architectures to build for, e.g. ("80", "90"), oldest first."""
-
-    nvcc: str
-    architectures: tuple[str, ...]
-
-    @property
-    def targets(self) -> list[str]:
-        """Machine code for each architecture, and PTX of the newest for those still to come."""
-        return [f"sm_{arch}" for arch in self.architectures] + [f"compute_{self.architectures[-1]}"]
-
-    @property
-    def gencode(self) -> list[str]:
-        return [
-            f"-gencode=arch=compute_{target.split('_')[1]},code={target}" for target in self.targets
-        ]
-
-
 def find_nvcc() -> str | None:
-    """The nvcc to build with, or None for a C++-only build; prints the reason for the latter."""
+    """Return the nvcc to build with; None, after printing the reason, for a C++-only build."""
     wish = os.environ.get("TOKENFLEX_CUDA", "")
     if wish not in ("", "0", "1"):
         raise OptionError(f"TOKENFLEX_CUDA must be 0 or 1 where it is set, but is {wish!r}")
@@ -90,8 +71,8 @@ def find_nvcc() -> str | None:
     return nvcc
 
 
-def choose_architectures(nvcc: str) -> tuple[str, ...]:
-    """Those asked for, or else those of ``ARCHITECTURES`` that this nvcc knows, oldest first."""
+def choose_architectures(nvcc: str) -> list[str]:
+    """Return the wanted architectures, or else those of ``ARCHITECTURES`` that nvcc supports."""
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False)
     known = re.findall(r"\bsm_(\w+)", listed.stdout)
     if not set(known) & set(ARCHITECTURES):
@@ -99,97 +80,88 @@ def choose_architectures(nvcc: str) -> tuple[str, ...]:
             f"{nvcc} builds for none of {', '.join(ARCHITECTURES)} (it lists: {' '.join(known)}); "
             "TOKENFLEX_CUDA=0 builds without it"
         )
-    asked = re.split(r"[;,\s]+", os.environ.get("TOKENFLEX_CUDA_ARCHITECTURES", "").strip("; ,"))
-    if asked == [""]:
-        return tuple(arch for arch in ARCHITECTURES if arch in known)
-    unknown = [arch for arch in asked if arch not in known]
-    if unknown:
+    wanted = re.findall(r"[^;,\s]+", os.environ.get("TOKENFLEX_CUDA_ARCHITECTURES", ""))
+    if unknown := [arch for arch in wanted if arch not in known]:
         raise OptionError(
             f"TOKENFLEX_CUDA_ARCHITECTURES asks for {', '.join(unknown)}, but {nvcc} knows "
             f"{', '.join(known)}"
         )
-    return tuple(sorted(set(asked), key=int))
+    return sorted(set(wanted), key=int) or [arch for arch in ARCHITECTURES if arch in known]
 
 
 def find_ninja() -> str:
-    """The ninja that pip installed for this build, or the one on PATH."""
+    """Return the ninja that pip installed for this build, or the one on PATH."""
     try:
         import ninja
+
+        return os.path.join(ninja.BIN_DIR, "ninja")
     except ModuleNotFoundError:
-        on_path = shutil.which("ninja")
-        if on_path is None:
-            raise ExecError("building tokenflex needs ninja: pip install ninja") from None
-        return on_path
-    return os.path.join(ninja.BIN_DIR, "ninja")
+        if on_path := shutil.which("ninja"):
+            return on_path
+        raise ExecError("building tokenflex needs ninja: pip install ninja") from None
 
 
-def command_line(*parts: str | Path) -> str:
-    """Words as one line of a ninja file, quoted for the shell."""
-    return shlex.join(str(part) for part in parts).replace("$", "$$")
+def command_line(*parts: str) -> str:
+    """Return words as one line of a ninja file, quoted for the shell."""
+    return shlex.join(parts).replace("$", "$$")
 
 
 def ninja_path(path: Path) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
-def ninja_file(sources: list[Path], objects: Path, output: Path, cuda: Cuda | None) -> str:
-    """The build as ninja reads it: one object per source, and one shared library of them all."""
+def ninja_file(sources: list[Path], objects: Path, output: Path, nvcc: str | None) -> str:
+    """Return the build file for ninja: one object per source, and one shared library of them."""
     import pybind11
 
     cxx = shlex.split(os.environ.get("CXX", "c++"))
-    user_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
+    flags = shlex.split(os.environ.get("CXXFLAGS", ""))
     includes = [f"-isystem{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}"]
-    exports = ROOT / "csrc" / "exports.map"
-    rules: dict[str, str] = {"nvcc": "false", "nvcc_flags": ""}
-
-    if cuda is None:
-        defines: list[str] = []
-        linker = [*cxx, *user_flags]
-        link_flags = ["-pthread", f"-Wl,--version-script={exports}"]
-        if sys.platform == "darwin":  # its linker has no version scripts
-            link_flags = ["-undefined", "dynamic_lookup", "-Wl,-exported_symbol,_PyInit__C"]
-    else:
-        defines = [f'-DTOKENFLEX_CUDA="{" ".join(cuda.targets)}"']
+    linker, defines, cuda = [*cxx, *flags], [], ["false"]
+    link_flags = ["-pthread", f"-Wl,--version-script={EXPORTS}"]
+    if nvcc:
+        architectures = choose_architectures(nvcc)
+        # Machine code for each architecture, and PTX of the newest for later ones.
+        targets = [f"sm_{arch}" for arch in architectures] + [f"compute_{architectures[-1]}"]
+        print(f"tokenflex: building with CUDA for {', '.join(targets)}", flush=True)
+        gencode = [f"-gencode=arch=compute_{t.split('_')[1]},code={t}" for t in targets]
         host_compiler = [f"-ccbin={cxx[-1]}"] if "CXX" in os.environ else []
         host_flags = [f"-Xcompiler={flag}" for flag in ("-fPIC", "-fvisibility=hidden")]
-        rules["nvcc"] = command_line(cuda.nvcc)
-        rules["nvcc_flags"] = command_line(
-            "-std=c++17", "-O3", *host_compiler, *host_flags, "--threads=0", *cuda.gencode
-        )
-        # nvcc links, because it knows where its own cudart lies.
-        linker = [cuda.nvcc, *host_compiler, "-cudart=static"]
-        link_flags = ["-lpthread", f"-Xlinker=--version-script={exports}"]
+        cuda = [nvcc, "-std=c++17", "-O3", *host_compiler, *host_flags, "--threads=0", *gencode]
+        defines = [f'-DTOKENFLEX_CUDA="{" ".join(targets)}"']
+        linker = [nvcc, *host_compiler, "-cudart=static"]  # nvcc knows the path of its cudart
+        link_flags = ["-lpthread", f"-Xlinker=--version-script={EXPORTS}"]
+    elif sys.platform == "darwin":  # its linker has no version scripts
+        link_flags = ["-undefined", "dynamic_lookup", "-Wl,-exported_symbol,_PyInit__C"]
 
-    rules["cxx"] = command_line(*cxx)
-    rules["cxx_flags"] = command_line(*CXX_FLAGS, *includes, *defines, *user_flags)
-    rules["linker"] = command_line(*linker)
-    rules["link_flags"] = command_line(*link_flags)
-
-    lines = [NINJA_RULES.format(**rules)]
-    built = [objects / f"{source.name}.o" for source in sources]
-    for source, target in zip(sources, built, strict=True):
-        rule = "cuda" if source.suffix == ".cu" else "cxx"
-        lines.append(f"build {ninja_path(target)}: {rule} {ninja_path(source)}")
-    inputs = " ".join(map(ninja_path, built))
-    lines.append(f"build {ninja_path(output)}: link {inputs} | {ninja_path(exports)}")
-    return "\n".join(lines) + "\n"
+    built = [ninja_path(objects / f"{source.name}.o") for source in sources]
+    rules = NINJA_RULES.format(
+        cxx=command_line(*cxx, *CXX_FLAGS, *includes, *defines, *flags),
+        nvcc=command_line(*cuda),
+        linker=command_line(*linker),
+        link_flags=command_line(*link_flags),
+    )
+    lines = [
+        f"build {target}: {'cuda' if source.suffix == '.cu' else 'cxx'} {ninja_path(source)}"
+        for source, target in zip(sources, built, strict=True)
+    ]
+    link = f"build {ninja_path(output)}: link {' '.join(built)} | {ninja_path(EXPORTS)}"
+    return "\n".join([rules, *lines, link]) + "\n"
 
 
 class NinjaBuild(build_ext):
-    """Builds the extension with ninja: in parallel, and only what changed."""
+    """Builds the extension with ninja: in parallel, and only changed files."""
 
     def build_extension(self, ext: Extension) -> None:
         nvcc = find_nvcc()
-        cuda = None if nvcc is None else Cuda(nvcc, choose_architectures(nvcc))
         sources = [ROOT / source for source in ext.sources]
-        if cuda is not None:
-            print(f"tokenflex: building with CUDA for {', '.join(cuda.targets)}", flush=True)
+        if nvcc:
             sources += sorted((ROOT / "csrc").glob("*.cu"))
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         objects = Path(self.build_temp).resolve()
         objects.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
-        (objects / "build.ninja").write_text(ninja_file(sources, objects, output, cuda))
+        (objects / "build.ninja").write_text(ninja_file(sources, objects, output, nvcc))
 
         verbose = ["-v"] if self.verbose > 1 else []
         done = subprocess.run([find_ninja(), "-C", str(objects), *verbose], check=False)

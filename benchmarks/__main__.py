@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: measure this machine; write its CSV, its pictures and its verdicts.
+"""``python -m benchmarks``: measure this machine; write its CSV, its pictures and its report.
 
 Each suite runs in a process of its own with a share of the time. Rows are written as they come, to
 a file beside the CSV of an earlier run, which is replaced when all suites have ended.
@@ -11,40 +11,39 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks import (
-    ceilings,
-    end_to_end,
-    host_cost,
-    packing,
-    pool_norm,
-    project_tokens,
-    swiglu,
-)
+from benchmarks import ceilings, host_cost, packing, pool_norm, project_tokens, swiglu
 from benchmarks.harness import NO_TIME, Deadline
-from benchmarks.machine import DATA_SHEETS, ROOT, environment, machine_name
-from benchmarks.processes import Watched
+from benchmarks.processes import watched_rows
 from benchmarks.report import report
-from benchmarks.results import COLUMNS, OURS, NewRow, new_row, read_csv, write_csv
+from benchmarks.results import (
+    COLUMNS,
+    OURS,
+    RESULTS,
+    ROOT,
+    NewRow,
+    add_shares,
+    environment,
+    machine_name,
+    new_row,
+    read_csv,
+    write_csv,
+)
 
-RESULTS = ROOT / "benchmarks/results"
-INTERRUPTED_STATUS = 130  # as shells have it
-SECONDS = {True: 95.0, False: 450.0}  # quick or not
-
-# Each with its share of the time, on a GPU and on a CPU.
 SUITES = {
-    "ceilings": (ceilings.suite, {"cuda": 1, "cpu": 1}),
-    "host_cost": (host_cost.suite, {"cuda": 2, "cpu": 3}),
-    "packing": (packing.suite, {"cuda": 2.5, "cpu": 6}),
-    "pool_norm": (pool_norm.suite, {"cuda": 2, "cpu": 2}),
-    "project_tokens": (project_tokens.suite, {"cuda": 5, "cpu": 2.5}),
-    "swiglu": (swiglu.suite, {"cuda": 3, "cpu": 1.5}),
-    "end_to_end": (end_to_end.suite, {"cuda": 2, "cpu": 2}),
+    "ceilings": ceilings,
+    "host_cost": host_cost,
+    "packing": packing,
+    "pool_norm": pool_norm,
+    "project_tokens": project_tokens,
+    "swiglu": swiglu,
 }
+INTERRUPTED_STATUS = 130  # the convention of shells
+SECONDS = {True: 95.0, False: 450.0}  # quick or not
 
 
 def run_suites(
@@ -53,35 +52,19 @@ def run_suites(
     """Yield the rows of each suite, one process after the other."""
     deadline = Deadline(seconds)
     for index, name in enumerate(names):
-        weights = [SUITES[other][1][device] for other in names[index:]]
+        weights = [SUITES[other].SHARES[device] for other in names[index:]]
         share = deadline.left * weights[0] / sum(weights)
         if share < 1:
             yield [new_row(op=f"{name} suite", status=NO_TIME)]
             continue
         print(f"{name}: up to {share:.0f} s", flush=True)
-        yield from Watched(name, SUITES[name][0], device, quick).rows(share)
-        print(f"{name}: {seconds - deadline.left:.0f} s gone", flush=True)
-
-
-def add_shares(rows: Sequence[NewRow], shared: Mapping[str, object]) -> None:
-    """Fill in the shares of the ceilings that were measured, and of those in the data sheet."""
-    ceilings = {row["variant"]: row for row in rows if row["op"] == "ceiling"}
-    sheet = DATA_SHEETS.get(str(shared["gpu"]), (None, None))
-    for rate, ceiling, column, stated in (
-        ("gb_per_s", "copy", "share_of_copy", sheet[0]),
-        ("tflop_per_s", "matmul", "share_of_matmul", sheet[1]),
-    ):
-        measured = ceilings.get(ceiling, {}).get(rate)
-        for row in rows:
-            if row[rate] != "" and measured:
-                row[column] = round(row[rate] / measured, 4)
-            if row[rate] != "" and stated:
-                row["share_of_sheet"] = round(row[rate] / stated, 4)
+        yield from watched_rows(name, SUITES[name].suite, device, quick, share)
+        print(f"{name}: ended after {seconds - deadline.left:.0f} s in all", flush=True)
 
 
 def failed(row: NewRow) -> bool:
     """Return whether a suite did not end, or something of ours went wrong (a peer may)."""
-    ours = row["variant"].startswith(OURS) or row["op"] in ("end_to_end", "host_cost")
+    ours = row["variant"].startswith(OURS) or row["op"] == "host_cost"
     return row["op"].endswith(" suite") or (ours and row["status"].startswith("failed"))
 
 
@@ -90,7 +73,7 @@ def measure(names: Sequence[str], device: str, quick: bool, seconds: float, fold
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the suites: ops and clocks of the CPU
         if "OMP_NUM_THREADS" not in os.environ:
-            # On a CPU that others use too, threads wait for the one that has lost its core.
+            # On a shared CPU, threads wait for the thread that has lost its core.
             os.environ["OMP_NUM_THREADS"] = "1"
             torch.set_num_threads(1)
     start = time.perf_counter()
@@ -117,15 +100,15 @@ def measure(names: Sequence[str], device: str, quick: bool, seconds: float, fold
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few cases, under two minutes")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if available")
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), help="default: cuda where there is one"
+        "--out",
+        type=Path,
+        help=f"folder for CSV, pictures and report, default: {RESULTS.relative_to(ROOT)}",
     )
-    parser.add_argument(
-        "--out", type=Path, help=f"folder for CSV and plots, default: {RESULTS.relative_to(ROOT)}"
-    )
-    parser.add_argument("--seconds", type=float, help="for all suites together")
+    parser.add_argument("--seconds", type=float, help="time limit for all suites together")
     parser.add_argument("--only", help=f"suites, of {', '.join(SUITES)}; needs --out")
-    parser.add_argument("--report", type=Path, help="measure nothing: plots and table of this CSV")
+    parser.add_argument("--report", type=Path, help="measure nothing: report on this CSV again")
     options = parser.parse_args(arguments)
     if options.report:
         try:
@@ -145,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--only must be of {', '.join(SUITES)}, got {', '.join(unknown) or repr('')}")
     if options.only is not None and options.out is None:
         parser.error(
-            f"--only measures a part, and would take the place of all in {RESULTS.name}: "
+            f"--only measures a part, and would replace the complete run in {RESULTS.name}: "
             "name another folder with --out"
         )
     folder = options.out or RESULTS

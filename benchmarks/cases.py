@@ -7,25 +7,23 @@ and compute at least. A variant, ours or a peer's, is a function of the same inp
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.clocks import Calls
 from benchmarks.costs import peak_bytes, saved_bytes, synchronisations
 from benchmarks.harness import NO_TIME, SEED, Entry, Run, Work, failure_in, measure
-from benchmarks.machine import last_level_cache
-from benchmarks.results import NewRow, new_row
+from benchmarks.results import NewRow, last_level_cache, new_row
 from tokenflex_kernels import info
 
 MODES = ("forward", "backward", "forward+backward")
 TRAINING = ("backward", "forward+backward")
 MAX_SETS = 256
 
-# The largest relative error (2-norm) against float64 that is taken for the same computation.
+# The largest relative error (2-norm) against float64 that counts as the same computation.
 LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4, torch.float64: 1e-10}
 
 Leaves = dict[str, torch.Tensor]
@@ -41,30 +39,30 @@ class Batch:
     fixed: Any = None  # the rest: grids, a plan
 
 
-def work_by_mode(forward: Work, backward: Work) -> dict[str, Work]:
-    both = Work(forward.bytes + backward.bytes, forward.flops + backward.flops)
-    return {"forward": forward, "backward": backward, "forward+backward": both}
-
-
 @dataclass(frozen=True)
 class Variant:
     """One way to compute a case."""
 
-    name: str  # as the CSV has it
+    name: str  # as in the CSV
     call: Call
     ours: bool = False  # whether it calls an op of ours
     # Brings the leaves into the layout that a package keeps its weights in, untimed. It must be
     # linear, because gradients are compared in that layout too.
     prepare: Callable[[Leaves], Leaves] = lambda leaves: leaves
     without: Collection[str] = ()  # leaves that it cannot take; its truth is computed without them
-    truth: Call | None = None  # its own, where it is not to compute the case's result
+    truth: Call | None = None  # its own, if it computes something else than the case's result
     modes: Collection[str] = MODES  # those it can run
     waits: Collection[str] = ()  # modes that wait for the device, and cannot be captured
-    slow_start: bool = False  # compiles or tunes for long at every new size
+    slow_start: bool = False  # compiles or tunes for a minute at every new size
 
     def leaves(self, batch: Batch) -> Leaves:
         taken = {name: leaf for name, leaf in batch.leaves.items() if name not in self.without}
         return self.prepare(taken)
+
+
+def fast(variants: Sequence[Variant]) -> list[Variant]:
+    """Return the variants that start without compiling or tuning."""
+    return [variant for variant in variants if not variant.slow_start]
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,8 @@ class Case:
     batch: Callable[[torch.dtype, str, int, Batch | None], Batch]
     truth: Call  # the result, from leaves in float64
     variants: Sequence[Variant]  # ours, and those of peers that are installed
-    work: Callable[[int], Mapping[str, Work]]  # (bytes of a number) -> work by mode
+    numbers: tuple[int, int] = (0, 0)  # that forward and backward must read and write
+    flops: tuple[int, int] = (0, 0)  # that forward and backward must compute
     trained: Collection[str] | None = None  # leaves that require a gradient; all if None
     shared: Collection[str] = ()  # leaves that all batches have in common, as a model has
     modes: Sequence[str] = MODES  # those that are measured
@@ -91,18 +90,14 @@ class Case:
     def trained_names(self, leaves: Leaves) -> list[str]:
         return [name for name in leaves if self.trained is None or name in self.trained]
 
-
-def number_of_sets(bytes_per_set: int, cache_bytes: int) -> int:
-    """Return how many sets of buffers are together three times the cache.
-
-    At least two, and no more than ``MAX_SETS``: batches of a few kilobytes measure the cost of a
-    call, wherever their inputs are.
-    """
-    return min(MAX_SETS, max(2, -(-3 * cache_bytes // bytes_per_set)))
+    def work(self, mode: str, itemsize: int) -> Work:
+        parts = [("forward", "backward").index(part) for part in mode.split("+")]
+        numbers, flops = (sum(cost[i] for i in parts) for cost in (self.numbers, self.flops))
+        return Work(itemsize * numbers, flops)
 
 
 def run_cases(cases: Iterable[Case], run: Run) -> None:
-    """Measure one case after another, mode by mode; what finds no time left gets a row too."""
+    """Measure one case after another, mode by mode; a case without time left gets a row too."""
     for case in cases:
         start, inputs = time.perf_counter(), None
         for mode in case.modes:
@@ -113,7 +108,7 @@ def run_cases(cases: Iterable[Case], run: Run) -> None:
                 run.emit([row | {"status": NO_TIME}])
                 continue
             run.begin(row)
-            with failure_in(row, run):  # a batch that does not fit into memory, say
+            with failure_in(row, run):  # for example a batch that does not fit into memory
                 inputs = inputs or Inputs(case, run)
                 run.emit(measure(inputs.entries(mode), run))
             if row["status"]:
@@ -122,7 +117,13 @@ def run_cases(cases: Iterable[Case], run: Run) -> None:
             print(f"  {case.op}, {case.name}: {time.perf_counter() - start:.1f} s", flush=True)
 
 
-# ---- from a case to its entries
+def number_of_sets(bytes_per_set: int, cache_bytes: int) -> int:
+    """Return how many sets of buffers are together three times the cache.
+
+    At least two, and no more than ``MAX_SETS``: batches of a few kilobytes measure the cost of a
+    call, wherever their inputs are.
+    """
+    return min(MAX_SETS, max(2, -(-3 * cache_bytes // bytes_per_set)))
 
 
 class Inputs:
@@ -140,12 +141,13 @@ class Inputs:
 
     def entries(self, mode: str) -> list[Entry]:
         """Return an entry for each variant that has the mode."""
-        work = self.case.work(self.run.dtype.itemsize)[mode]
+        columns = {"dtype": self.run.dtype_name, "sets": len(self.batches)}
         return [
             Entry(
-                row=self._row(variant, mode),
+                row=self.case.row(mode, variant.name)
+                | {"backend": info()["ops"][self.case.op] if variant.ours else "", **columns},
                 calls=partial(self._calls, variant, mode, self.batches),
-                work=work,
+                work=self.case.work(mode, self.run.dtype.itemsize),
                 check=partial(self.worst_error, variant, mode),
                 costs=partial(self._costs, variant, mode),
                 timing="eager" if mode in variant.waits else "graph",
@@ -154,45 +156,42 @@ class Inputs:
             if mode in variant.modes
         ]
 
-    def _row(self, variant: Variant, mode: str) -> NewRow:
-        backend = info()["ops"][self.case.op] if variant.ours else ""
-        columns = {"backend": backend, "dtype": self.run.dtype_name, "sets": len(self.batches)}
-        return self.case.row(mode, variant.name) | columns
-
-    def _calls(self, variant: Variant, mode: str, batches: Sequence[Batch]) -> Calls:
+    def _calls(
+        self, variant: Variant, mode: str, batches: Sequence[Batch]
+    ) -> list[Callable[[], Any]]:
         """Return a call per batch; results are a tensor (forward), or the leaves' gradients."""
         calls: list[Callable[[], Any]] = []
         for batch in batches:
-            leaves = variant.leaves(batch)
-            if mode == "forward":
-                calls.append(partial(_forward, variant.call, leaves, batch.fixed))
-                continue
-            leaves, trained = self._require_grad(leaves)
+            leaves = self._leaves(variant, batch, mode != "forward")
+            forward = partial(variant.call, leaves, batch.fixed)
+            trained = [leaf for leaf in leaves.values() if leaf.requires_grad]
             gradients = partial(torch.autograd.grad, inputs=trained, grad_outputs=batch.grad)
-            if mode == "backward":
-                result = variant.call(leaves, batch.fixed)
-                calls.append(partial(gradients, result, retain_graph=True))
+            if mode == "forward":
+                calls.append(torch.no_grad()(forward))
+            elif mode == "backward":
+                calls.append(partial(gradients, forward(), retain_graph=True))
             else:
-                forward = partial(variant.call, leaves, batch.fixed)
-                calls.append(lambda forward=forward, gradients=gradients: gradients(forward()))
+                calls.append(partial(_forward_and_backward, forward, gradients))
         return calls
 
-    def _require_grad(self, leaves: Leaves) -> tuple[Leaves, list[torch.Tensor]]:
-        """Return the same memory as leaves of a new graph, and those that require a gradient."""
-        names = self.case.trained_names(leaves)
-        fresh = {name: leaf.detach().requires_grad_(name in names) for name, leaf in leaves.items()}
-        return fresh, [fresh[name] for name in names]
+    def _leaves(self, variant: Variant, batch: Batch, training: bool) -> Leaves:
+        """Return the variant's inputs as leaves of a new graph, in the batch's memory."""
+        leaves = variant.leaves(batch)
+        trained = self.case.trained_names(leaves) if training else []
+        return {
+            name: leaf.detach().requires_grad_(name in trained) for name, leaf in leaves.items()
+        }
 
     def _costs(self, variant: Variant, mode: str) -> NewRow:
-        (call,) = self._calls(variant, mode, self.batches[:1])
-        call()  # loading code, tables and thread pools is no part of it
+        batch = self.batches[0]
+        (call,) = self._calls(variant, mode, [batch])
+        call()  # loading code, tables and thread pools does not count
         row: NewRow = {
             "peak_bytes": peak_bytes(call, self.run.device),
             "synchronisations": synchronisations(call, self.run.device),
         }
         if mode == "forward+backward":
-            batch = self.batches[0]
-            leaves, _ = self._require_grad(variant.leaves(batch))
+            leaves = self._leaves(variant, batch, True)
             forward = partial(variant.call, leaves, batch.fixed)
             row["saved_bytes"] = saved_bytes(forward, [*leaves.values(), batch.grad])
         return row
@@ -206,11 +205,10 @@ class Inputs:
         worst = 0.0
         for index in sorted({0, len(self.batches) - 1}):
             truth = self._truth(variant, mode == "forward", index)
-            actual = self._named(variant, mode, results[index])
             if mode != "forward":
                 truth = variant.prepare(truth)
-            for name in actual:
-                error = relative_error(actual[name], truth[name])
+            for name, actual in self._named(variant, mode, results[index]).items():
+                error = relative_error(actual, truth[name])
                 limit = 0.0 if name in self.case.exact else LIMITS[self.run.dtype]
                 if not error <= limit:
                     raise ValueError(
@@ -227,9 +225,10 @@ class Inputs:
         if key not in self._truths:
             batch = self.batches[index]
             leaves = {name: leaf.double() for name, leaf in batch.leaves.items()}
-            doubled = Batch(leaves, batch.grad.double(), batch.fixed)
             mode = "forward" if forward else "forward+backward"
-            (call,) = self._calls(reference, mode, [doubled])
+            (call,) = self._calls(
+                reference, mode, [Batch(leaves, batch.grad.double(), batch.fixed)]
+            )
             self._truths[key] = self._named(reference, mode, call())
         return self._truths[key]
 
@@ -240,9 +239,8 @@ class Inputs:
         return dict(zip(names, result, strict=True))
 
 
-@torch.no_grad()
-def _forward(call: Call, leaves: Leaves, fixed: Any) -> torch.Tensor:
-    return call(leaves, fixed)
+def _forward_and_backward(forward: Callable[[], Any], gradients: Callable[[Any], Any]) -> Any:
+    return gradients(forward())
 
 
 def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:

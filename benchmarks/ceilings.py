@@ -1,4 +1,4 @@
-"""The ceilings: how fast this device copies and multiplies. All other rates are shares of these."""
+"""The rates at which this device copies and multiplies. All other rates are shares of these."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from functools import partial
 import torch
 
 from benchmarks.harness import Entry, Run, Work, measure
-from benchmarks.machine import clocks
-from benchmarks.results import new_row
+from benchmarks.results import gpu_clocks, new_row
+
+SHARES = {"cuda": 1, "cpu": 1}  # of a run's time
 
 
 def suite(run: Run) -> None:
@@ -24,6 +25,6 @@ def suite(run: Run) -> None:
     ):
         row = new_row(op="ceiling", case=case, mode="forward", variant=name, dtype=dtype, sets=1)
         rows = measure([Entry(row, partial(list, [call]), work)], run, seconds=3.0)
-        if speed := clocks(run.device):
+        if speed := gpu_clocks(run.device):
             rows[0]["note"] = f"clocks right after: {speed}"
         run.emit(rows)

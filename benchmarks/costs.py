@@ -1,14 +1,128 @@
-"""The costs of a call beside its time: memory, and waiting for the device."""
+"""The costs of a call: time, memory, and waiting for the device.
+
+A clock gets one call for each set of buffers and works through the sets in turn, so that no call
+finds its inputs in the cache. Times are microseconds per call. The loops are those of ``timeit``,
+``torch.utils.benchmark`` and ``triton.testing``; a clock adds that clocks can take turns, and that
+it keeps the results, which are then checked.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import math
+import timeit
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.benchmark
+
+Calls = Sequence[Callable[[], Any]]
+SAMPLE_SECONDS = 2e-3
+MAX_CALLS_IN_GRAPH = 64
+TURN_MS = 10  # replays of a graph in one turn
+
+
+class HostClock:
+    """The wall clock of ``torch.utils.benchmark``, which waits for the GPU before each reading.
+
+    Args:
+        make_calls: Returns one call per set of buffers. Each runs twice before anything is timed.
+    """
+
+    timing = "host"
+
+    def __init__(self, make_calls: Callable[[], Calls]) -> None:
+        self.calls = make_calls()
+        self.results: list[Any] = [None] * len(self.calls)
+        self.samples: list[float] = []
+        self._next = 0
+        self._timer = timeit.Timer(self._call_next, timer=torch.utils.benchmark.timer)
+        self.wall_us(len(self.calls))
+        self.seconds = max(1e-7, self.wall_us(len(self.calls)) / 1e6)
+        self.inner = math.ceil(SAMPLE_SECONDS / self.seconds)
+
+    def _call_next(self) -> None:
+        self.results[self._next] = None  # frees its memory: results must not pile up
+        self.results[self._next] = self.calls[self._next]()
+        self._next = (self._next + 1) % len(self.calls)
+
+    def wall_us(self, number: int) -> float:
+        """Return the wall clock of a call, host and device, over ``number`` calls in a row."""
+        return 1e6 * self._timer.timeit(number) / number
+
+    def sample(self) -> None:
+        """Add the measurements of one turn to ``samples``."""
+        self.samples.append(self.wall_us(self.inner))
+
+
+class GraphClock(HostClock):
+    """The GPU's own clock: ``triton.testing.do_bench`` of a CUDA graph of the calls.
+
+    The replay of a graph is the time of the kernels, without the host. Calls that cannot be
+    captured run one by one between the GPU's events; ``timing`` is then "eager", not "graph".
+
+    Args:
+        make_calls: As for :class:`HostClock`. It runs on the stream that will be captured, because
+            autograd runs a backward on the stream of its forward.
+        capture: False for calls that are known to wait for the device.
+    """
+
+    def __init__(self, make_calls: Callable[[], Calls], *, capture: bool = True) -> None:
+        self.stream = torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            super().__init__(make_calls)
+        self.inner = calls_in_graph(self.seconds, len(self.calls))
+        graph = self._captured() if capture else None
+        self.timing = "graph" if graph else "eager"
+        self._run = graph.replay if graph else self._run_calls
+
+    def _run_calls(self) -> None:
+        for _ in range(self.inner):
+            self._call_next()
+
+    def _captured(self) -> torch.cuda.CUDAGraph | None:
+        before = torch.cuda.current_stream()
+        graph = torch.cuda.CUDAGraph()
+        self._next = 0
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                self._run_calls()
+        except RuntimeError:
+            # Where the end of a capture fails, torch.cuda.graph leaves its own stream current, and
+            # nothing that was captured so far has been computed.
+            torch.cuda.set_stream(before)
+            torch.cuda.synchronize()
+            self._next = 0
+            self.wall_us(len(self.calls))
+            return None
+        with torch.cuda.stream(self.stream):
+            graph.replay()  # capturing computes nothing; now the results exist
+        torch.cuda.synchronize()
+        return graph
+
+    def wall_us(self, number: int) -> float:
+        with torch.cuda.stream(self.stream):
+            return super().wall_us(number)
+
+    def sample(self) -> None:
+        from triton.testing import do_bench  # which platforms without a GPU may lack
+
+        with torch.cuda.stream(self.stream):
+            times = do_bench(self._run, warmup=0, rep=TURN_MS, return_mode="all")
+        self.samples += [1e3 * milliseconds / self.inner for milliseconds in times]
+
+
+def calls_in_graph(seconds: float, sets: int) -> int:
+    """Return the calls that a graph holds: whole rounds of the sets, a few milliseconds in all."""
+    rounds = math.ceil(SAMPLE_SECONDS / (seconds * sets))
+    return sets * max(1, min(rounds, MAX_CALLS_IN_GRAPH // sets))
+
+
+# ---- memory and waiting
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> int | None:
@@ -46,7 +160,7 @@ def _resident_bytes(field: str) -> int:
 def synchronisations(call: Callable[[], Any], device: str) -> int | None:
     """Count how often PyTorch waits for the device during a call; None on the CPU.
 
-    PyTorch knows of its own waiting only. Waiting by others shows when a graph cannot capture it.
+    PyTorch counts its own waiting only. Waiting by others shows when a graph cannot capture it.
     """
     if device != "cuda":
         return None
@@ -68,7 +182,7 @@ def saved_bytes(forward: Callable[[], Any], given: Sequence[torch.Tensor]) -> in
 
     Args:
         forward: Computes the result.
-        given: Inputs and weights, which the caller holds anyway and which are left out.
+        given: Inputs and weights, which the caller holds in any case and which are left out.
     """
     held = {tensor.untyped_storage().data_ptr() for tensor in given}
     kept: dict[int, torch.Tensor] = {}

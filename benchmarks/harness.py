@@ -1,6 +1,6 @@
 """The protocol: truth, then time, then truth again.
 
-Each entry is run and its results are compared with what they must be. What is right is timed, in
+Each entry runs and its results are compared with what they must be. Right entries are timed, in
 turns; then the results in the very buffers that were timed are compared again. An entry that fails
 or is wrong becomes a row with the reason.
 """
@@ -8,19 +8,20 @@ or is wrong becomes a row with the reason.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from benchmarks.clocks import Calls, GraphClock, HostClock, percentiles, sample_in_turn
+from benchmarks.costs import Calls, GraphClock, HostClock
 from benchmarks.results import NewRow
 
 SEED = 0
 NO_TIME = "not run: no time left"
-DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}  # of inputs and weights
 ROUNDS = 50
 ROUNDS_OF_GRAPHS = 10  # of several samples each
 
@@ -36,31 +37,31 @@ class Deadline:
         return self._end - time.monotonic()
 
 
+def ignore(_: NewRow) -> None:
+    """Do nothing with a row that is about to be measured."""
+
+
 @dataclass
 class Run:
-    """Settings of a suite, and the places its rows go to."""
+    """The settings of a suite, and the functions that its rows go to."""
 
     device: str  # "cuda" or "cpu"
     quick: bool  # a few cases, for a short time
     deadline: Deadline
     emit: Callable[[list[NewRow]], object]  # takes rows as soon as they are measured
-    # Is told the row that is about to be measured, so that whoever watches this process knows what
-    # it was busy with if it hangs or dies.
-    begin: Callable[[NewRow], object] = lambda row: None
-    done: Collection[tuple[str, str, str]] = ()  # (op, case, mode) of an earlier process
-    banned: Mapping[str, NewRow] = field(default_factory=dict)  # variants that hung or killed one
-    dtype: torch.dtype | None = None  # of inputs and weights; the device's in DTYPES if None
-
-    def __post_init__(self) -> None:
-        self.dtype = self.dtype or DTYPES[self.device]
+    # Takes the row that is about to be measured: the parent process then knows what this process
+    # was doing if it hangs or dies.
+    begin: Callable[[NewRow], object] = ignore
+    done: set[tuple[str, str, str]] = field(default_factory=set)  # (op, case, mode) of rows so far
+    banned: dict[str, NewRow] = field(default_factory=dict)  # variants that hung or ended a process
+    dtype: torch.dtype = torch.float32  # of inputs and weights
 
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """Bytes and operations that one call needs at least."""
 
     bytes: int = 0
@@ -86,13 +87,12 @@ def measure(entries: Sequence[Entry], run: Run, seconds: float = 1.0) -> list[Ne
     """Return a row for each entry: checked, timed in turns, and checked again.
 
     Args:
-        entries: What is compared with each other.
+        entries: The calls to compare with each other.
         run: Device, and whether to be quick.
         seconds: Time to sample for; a quick run takes a fifth.
     """
-    clocks: dict[str, HostClock] = {}
-    by_name = {f"{entry.row['case']}, {entry.row['variant']}": entry for entry in entries}
-    for name, entry in by_name.items():
+    pairs: list[tuple[Entry, HostClock]] = []
+    for entry in entries:
         if failure := run.banned.get(entry.row["variant"]):
             why, where = failure["status"], (failure["case"], failure["mode"])
             if where != (entry.row["case"], entry.row["mode"]):
@@ -103,18 +103,13 @@ def measure(entries: Sequence[Entry], run: Run, seconds: float = 1.0) -> list[Ne
         with failure_in(entry.row, run):
             entry.row |= entry.costs()
             clock = _clock(entry, run.device)
-            entry.check(clock.results)  # a wrong result is not timed at all
-            clocks[name] = clock
-    of_host = all(clock.timing == "host" for clock in clocks.values())
-    rounds = ROUNDS if of_host else ROUNDS_OF_GRAPHS
-    if run.quick:
-        rounds, seconds = rounds * 3 // 10, seconds / 5
-    failed = sample_in_turn(clocks, rounds, seconds, lambda name: run.begin(by_name[name].row))
-    for name, clock in clocks.items():
-        entry = by_name[name]
+            entry.check(clock.results)  # a wrong result is not timed
+            pairs.append((entry, clock))
+    sample_in_turn(pairs, run, seconds)
+    for entry, clock in pairs:
+        if entry.row["status"]:
+            continue
         with failure_in(entry.row, run):
-            if name in failed:
-                raise failed[name]
             entry.row["error"] = entry.check(clock.results)
             entry.row |= times(clock, entry.row["tokens"], entry.work) | {"status": "ok"}
     return [entry.row for entry in entries]
@@ -126,12 +121,37 @@ def _clock(entry: Entry, device: str) -> HostClock:
     return GraphClock(entry.calls, capture=entry.timing == "graph")
 
 
+def sample_in_turn(pairs: Sequence[tuple[Entry, HostClock]], run: Run, seconds: float) -> None:
+    """Sample clocks A B C A B C .., so that all of them meet the same drift of the machine.
+
+    The status of an entry whose clock fails says why; the others go on without it.
+
+    Args:
+        pairs: The entries with their clocks.
+        run: As for :func:`measure`.
+        seconds: Time after which three rounds are enough.
+    """
+    of_host = all(clock.timing == "host" for _, clock in pairs)
+    rounds = ROUNDS if of_host else ROUNDS_OF_GRAPHS
+    if run.quick:
+        rounds, seconds = rounds * 3 // 10, seconds / 5
+    start = time.perf_counter()
+    for turn in range(rounds):
+        if turn >= 3 and time.perf_counter() - start > seconds:
+            break
+        for entry, clock in pairs:
+            if not entry.row["status"]:
+                run.begin(entry.row)
+                with failure_in(entry.row, run):
+                    clock.sample()
+
+
 @contextmanager
 def failure_in(row: NewRow, run: Run) -> Iterator[None]:
     """Turn an exception into the row's status.
 
-    If the GPU fails from now on whatever it does, the error ends this process instead, and the next
-    one goes on without the variant.
+    If the GPU has failed for good, synchronising raises again and ends this process; the next
+    process goes on without the variant.
     """
     try:
         yield
@@ -150,7 +170,8 @@ def reason(error: BaseException) -> str:
 
 def times(clock: HostClock, tokens: int | str, work: Work) -> NewRow:
     """Return the columns of a clock that has sampled; rates are those of the median."""
-    p20, p50, p80 = (round(value, 3) for value in percentiles(clock.samples))
+    percentiles = np.percentile(clock.samples, (20, 50, 80), method="nearest")
+    p20, p50, p80 = (round(float(value), 3) for value in percentiles)
     row: NewRow = {"timing": clock.timing, "p20_us": p20, "p50_us": p50, "p80_us": p80}
     row["samples"] = len(clock.samples)
     if tokens != "":

@@ -28,15 +28,18 @@ from tokenflex_kernels import (
     unpack_vision,
 )
 
+SHARES = {"cuda": 2, "cpu": 3}  # of a run's time
+
 OPS = (
     *("pool_norm", "swiglu", "project_tokens"),
     *("pack_embeddings", "unpack_vision", "merge_vision"),
 )
 WIDTH = 16
+TILE_COST = 51
 
 
 def op_calls(device: str, requires_grad: bool) -> dict[str, Callable[[], torch.Tensor]]:
-    """Return each op with small arguments: 4 x 4 patches to 2 x 2, four rows to pack."""
+    """Return a call of each op with small arguments: 4 x 4 patches to 2 x 2, four rows to pack."""
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device, requires_grad=requires_grad)
@@ -45,7 +48,7 @@ def op_calls(device: str, requires_grad: bool) -> dict[str, Callable[[], torch.T
     patches, norm, weight = tensor(16, WIDTH), tensor(WIDTH), tensor(WIDTH, WIDTH)
     table, vision, packed = tensor(5, WIDTH), tensor(2, WIDTH), tensor(4, WIDTH)
     grids = ([(4, 4)], [(2, 2)])
-    parameters = {
+    parameters: dict[str, Any] = {
         f"{part}_{kind}": weight if kind == "weight" and part != "norm" else norm
         for part in ("norm", "gate", "up", "down")
         for kind in ("weight", "bias")
@@ -69,6 +72,15 @@ def sample_sizes(samples: int) -> tuple[np.ndarray, np.ndarray]:
     return (text + counts * tiles)[:samples], tiles[:samples]
 
 
+def note_of_bins(call: Callable[[], list[list[int]]]) -> dict[str, str]:
+    """Return the number of bins, and the cost of the costliest bin over the mean."""
+    bins = call()
+    tokens, tiles = sample_sizes(100_000)
+    costs = np.array([(tokens[i] + TILE_COST * tiles[i]).sum() for i in bins])
+    spread = round(float(costs.max() / costs.mean()), 4)
+    return {"note": f"bins {len(bins)}; max/mean cost {spread}"}
+
+
 def groups(device: str) -> Iterator[tuple[str, dict[str, Callable[[], Any]]]]:
     """Yield cases, and the calls of each by op."""
     yield "no grad", op_calls(device, requires_grad=False)
@@ -76,9 +88,9 @@ def groups(device: str) -> Iterator[tuple[str, dict[str, Callable[[], Any]]]]:
     for prompts in (Prompts(16, 500, 0, 32_000), Prompts(1600, 500, 0, 32_000)):
         yield prompts.name, {"plan_packing": partial(plan_packing, *prompts.arguments(), IMAGE)}
     yield "", {"bin_pack": partial(bin_pack, sample_sizes(100_000)[0], 8192)}
-    bounds = {"max_tokens": 8192, "max_tiles": 48, "tile_cost": 51, "multiple_of": 8}
+    bounds: dict[str, Any] = {"max_tokens": 8192, "max_tiles": 48, "multiple_of": 8}
     for samples in (2_000, 100_000):
-        call = partial(balance_bins, *sample_sizes(samples), **bounds)
+        call = partial(balance_bins, *sample_sizes(samples), **bounds, tile_cost=TILE_COST)
         yield str(samples), {"balance_bins": call}
 
 
@@ -91,19 +103,11 @@ def suite(run: Run) -> None:
         for op, call in calls.items():
             row = new_row(op="host_cost", case=case, mode="forward", variant=op)
             row["backend"] = backends[op]
-            costs = partial(balance, call) if op == "balance_bins" else dict
-            make_calls = partial(list, [call])
-            entries.append(Entry(row, make_calls, Work(), costs=costs, timing="host"))
+            entry = Entry(row, partial(list, [call]), Work(), timing="host")
+            if op == "balance_bins":
+                entry.costs = partial(note_of_bins, call)
+            entries.append(entry)
         if run.deadline.left > 0:
             run.emit(measure(entries, run))
         else:
             run.emit([entry.row | {"status": NO_TIME} for entry in entries])
-
-
-def balance(call: Callable[[], list[list[int]]]) -> dict[str, str]:
-    """Note the number of bins, and the costliest over the mean."""
-    bins = call()
-    tokens, tiles = sample_sizes(100_000)
-    costs = np.array([(tokens[i] + 51 * tiles[i]).sum() for i in bins])
-    spread = round(float(costs.max() / costs.mean()), 4)
-    return {"note": f"bins {len(bins)}; max/mean cost {spread}"}

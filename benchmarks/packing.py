@@ -7,16 +7,18 @@ from functools import partial
 
 import torch
 
-from benchmarks.cases import TRAINING, Batch, Case, Leaves, Variant, run_cases, work_by_mode
-from benchmarks.harness import SEED, Run, Work
+from benchmarks.cases import TRAINING, Batch, Case, Leaves, Variant, run_cases
+from benchmarks.harness import SEED, Run
 from benchmarks.peers import SPARSE_GRADIENT, load_peers, look_up
 from benchmarks.prompts import IMAGE, Packed, Prompts
 from benchmarks.results import SPARSE
 from tokenflex_kernels import merge_vision, pack_embeddings
 
+SHARES = {"cuda": 2.5, "cpu": 6}  # of a run's time
+
 Peers = Sequence[Variant]
 
-# What packing computes gradients for: none, all that training a projector asks for, all.
+# The gradients that packing computes: none, those that training a projector needs, all.
 FORWARD, FROZEN_TABLE, TRAINED_TABLE = "", "frozen table", "trained table"
 SPARSE_TABLE = "sparse table gradient"
 KINDS: dict[str, tuple[Sequence[str], Sequence[str]]] = {  # modes, and leaves that are trained
@@ -57,7 +59,7 @@ def pack_case(prompts: Prompts, kind: str, peers: Peers) -> Case:
         batch=partial(random_batch, prompts, "table"),
         truth=true_pack,
         variants=[OURS_SPARSE if kind == SPARSE_TABLE else OURS, *peers],
-        work=partial(pack_work, prompts, distinct_ids(prompts) if "table" in trained else None),
+        numbers=pack_numbers(prompts, distinct_ids(prompts) if "table" in trained else None),
         trained=trained,
         shared=("table",),
         modes=modes,
@@ -66,14 +68,8 @@ def pack_case(prompts: Prompts, kind: str, peers: Peers) -> Case:
 
 
 def merge_case(prompts: Prompts, peers: Peers) -> Case:
-    """Embeddings and vision rows both need a gradient."""
-
-    def work(itemsize: int) -> dict[str, Work]:
-        # Backward reads every row of the gradient; it writes the vision rows' and, with zeros in
-        # their place, that of the embeddings.
-        row, forward = prompts.width * itemsize, 2 * prompts.tokens
-        return work_by_mode(Work(forward * row), Work((forward + sum(prompts.counts)) * row))
-
+    """Return a case in which embeddings and vision rows both need a gradient."""
+    rows, vision = 2 * prompts.tokens, sum(prompts.counts)
     return Case(
         op="merge_vision",
         name=prompts.name,
@@ -81,7 +77,9 @@ def merge_case(prompts: Prompts, peers: Peers) -> Case:
         batch=partial(random_batch, prompts, "embeds"),
         truth=true_merge,
         variants=[Variant("tokenflex", merge, ours=True), *peers],
-        work=work,
+        # Backward reads every row of the gradient; it writes the vision rows' and, with zeros in
+        # their place, that of the embeddings.
+        numbers=(rows * prompts.width, (rows + vision) * prompts.width),
         exact=("result", "vision", "embeds"),
     )
 
@@ -89,7 +87,7 @@ def merge_case(prompts: Prompts, peers: Peers) -> Case:
 def random_batch(
     prompts: Prompts, text: str, dtype: torch.dtype, device: str, seed: int, first: Batch | None
 ) -> Batch:
-    """Return random rows, of the "table" (the same for all batches) or of "embeds"."""
+    """Return random rows: of the "table", which all batches share, or of "embeds"."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def rows(number: int) -> torch.Tensor:
@@ -109,21 +107,20 @@ def distinct_ids(prompts: Prompts) -> int:
     return ids[ids != IMAGE].unique().numel()
 
 
-def pack_work(prompts: Prompts, ids: int | None, itemsize: int) -> dict[str, Work]:
-    """Return the bytes that must move: no cache helps, nothing moves twice, row maps left out.
+def pack_numbers(prompts: Prompts, ids: int | None) -> tuple[int, int]:
+    """Return the numbers that forward and backward move, without caches, repetitions and row maps.
 
     Forward reads and writes every row. Backward reads and writes the vision rows' gradient; with a
     trained table it also reads the text rows' gradient and writes a row of sums for each of its
-    ``ids`` in use. (The zeros in the rest of a dense [V, D] gradient are not counted.)
+    ``ids`` in use. (The zeros in the rest of a dense [V, D] gradient do not count.)
     """
-    row, vision = prompts.width * itemsize, sum(prompts.counts)
+    vision = sum(prompts.counts)
     sums = 0 if ids is None else prompts.tokens - vision + ids
-    return work_by_mode(Work(2 * prompts.tokens * row), Work((2 * vision + sums) * row))
+    return 2 * prompts.tokens * prompts.width, (2 * vision + sums) * prompts.width
 
 
 def batches(run: Run) -> list[Prompts]:
-    """Return the batches. On a CPU the largest is last, so that a busy one misses the fewest; on a
-    GPU it is first."""
+    """Return the batches: on a GPU the largest first, on a CPU last, where time may run out."""
     if run.device == "cuda":
         largest = Prompts(64, 220, 2048, 151_936)
         sizes = ((256, 220, 2048), (64, 220, 3584), (16, 220, 2048), (1, 220, 2048))

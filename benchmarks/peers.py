@@ -1,15 +1,15 @@
-"""Peers: what other packages do instead of our ops. Adding one is one function here, and its test.
+"""Peers: what other packages offer in place of our ops. A new peer is one function here and a test.
 
-``@peer(op, name)`` registers a function (leaves, fixed) -> result; with ``module`` that module,
-imported once, comes before its arguments. A package that is not installed is a row that says so, as
-is a call that fails, computes something else, hangs or ends its process. ``plain.py`` and
-``prompts.py`` say what leaves and fixed are, ``Variant`` what else a package may need.
+``@peer(op, name)`` registers a function (leaves, fixed) -> result. With ``module``, the function
+gets that module, imported once, as its first argument. ``plain.py`` and ``prompts.py`` define
+leaves and fixed; :class:`Variant` lists further options. A package that is not installed is a row
+that says so, as is a call that fails, computes something else, hangs or ends its process.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -51,7 +51,7 @@ def peer(op: str, name: str, *, module: str = "", **options: Any) -> Callable[[A
 
 
 def load_peers(op: str, run: Run) -> list[Variant]:
-    """Return the op's peers that are at hand, and emit a row for each of the others."""
+    """Return the op's peers that are installed, and emit a row for each of the others."""
     variants, missing = [], []
     for name, load in PEERS.get(op, {}).items():
         row = new_row(op=op, variant=name)
@@ -74,11 +74,6 @@ def load_peers(op: str, run: Run) -> list[Variant]:
     return variants
 
 
-def fast(peers: Sequence[Variant]) -> list[Variant]:
-    """Return those that do not compile or tune for a minute at every new size."""
-    return [variant for variant in peers if not variant.slow_start]
-
-
 # ---- PyTorch
 
 
@@ -93,7 +88,7 @@ def true_product(leaves: Leaves, _: object) -> torch.Tensor:
 
 @peer("swiglu", "bare product", prepare=both_weights, truth=true_product, modes=("forward",))
 def bare_product(leaves: Leaves, _: object = None) -> torch.Tensor:
-    """Multiply, with the same FLOPs, and do nothing else."""
+    """Multiply with the same FLOPs, and do nothing else."""
     return leaves["x"] @ leaves["weight"].T
 
 
@@ -111,7 +106,7 @@ for call in (plain.pool_norm, plain.swiglu, plain.project_tokens):
 
 
 # ---- Liger-Kernel: its LayerNorm, and its silu(gate) * up between PyTorch's products. The backward
-# of the latter writes into what its forward saved, so that it cannot be timed alone.
+# of silu(gate) * up writes into what its forward saved, so it cannot be timed alone.
 
 LIGER = {"name": "liger-kernel", "module": "liger_kernel.ops"}
 ONCE = ("forward", "forward+backward")
@@ -180,7 +175,7 @@ def flash_project_tokens(flash: ModuleType, leaves: Leaves, grids: Grids) -> tor
     return flash.flash_swiglu(plain.pool_norm(leaves, grids)[None], *weights)[0]
 
 
-# ---- packing. Models look all ids up first, the placeholder's too, then put the vision rows in.
+# ---- packing. Models look up all ids first, the placeholder's too, then put the vision rows in.
 
 
 def look_up(leaves: Leaves, packed: Packed) -> torch.Tensor:
@@ -200,7 +195,7 @@ def masked_scatter_pack(leaves: Leaves, packed: Packed) -> torch.Tensor:
 
 @peer("pack_embeddings", "embedding + index_put")
 def index_put_pack(leaves: Leaves, packed: Packed) -> torch.Tensor:
-    """Put vision rows in by number, known beforehand; in place where autograd allows it."""
+    """Put vision rows in by known row numbers; in place where autograd allows it."""
     embeds = look_up(leaves, packed)
     put = embeds.index_put if embeds.requires_grad else embeds.index_put_
     return put((packed.rows,), leaves["vision"])
@@ -237,7 +232,7 @@ def flash_attn_pack(flash: ModuleType, leaves: Leaves, packed: Packed) -> torch.
 
 @peer(SPARSE_GRADIENT, "embedding(sparse) + index_put")
 def sparse_index_put_pack(leaves: Leaves, packed: Packed) -> torch.Tensor:
-    """Look up sparsely: the table's gradient has a row per row of the batch, not added up."""
+    """Look up with a sparse gradient of the table: a row per row of the batch, not added up."""
     embeds = F.embedding(packed.plan.input_ids, leaves["table"], sparse=True)
     return embeds.index_put((packed.rows,), leaves["vision"])
 

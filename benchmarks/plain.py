@@ -1,4 +1,4 @@
-"""The projector in plain PyTorch: its shapes and random inputs, the eager way, and the truth.
+"""The projector in plain PyTorch, which is the eager peer and in float64 the truth, and its inputs.
 
 Shapes are SigLIP's and Qwen2.5's: 27 x 27 patches of 1152 features, 3456 hidden, 2048 or 3584 out.
 """
@@ -37,12 +37,12 @@ def weight_shapes(vision: int, hidden: int, text: int) -> Shapes:
 
 @dataclass(frozen=True)
 class Grids:
-    """The grids of a batch's images, and what PyTorch's loop over kinds of grids needs."""
+    """The grids of a batch's images, and the indices of PyTorch's loop over kinds of grids."""
 
     inputs: list[Grid]  # (height, width) of each image
     outputs: list[Grid]
-    groups: list[tuple[Grid, torch.Tensor]]  # a grid, and int64 numbers of the images that get it
-    order: torch.Tensor | None  # row r of the result is row order[r] of the groups'; None for one
+    groups: list[tuple[Grid, torch.Tensor]]  # a grid, and int64 numbers of its images
+    order: torch.Tensor | None  # row r of the result is row order[r] of the groups; None for one
 
 
 def grids_of(out_grids: Sequence[Grid], device: str) -> Grids:
@@ -81,8 +81,8 @@ def random_batches(shapes: Shapes, grids: Sequence[Grid] = ()) -> Callable[..., 
     """Return a case's ``batch``: normal inputs, weights that keep their variance, norms around 1.
 
     Args:
-        shapes: Of the leaves, and of "grad".
-        grids: What is fixed besides.
+        shapes: Shapes of the leaves, and of "grad".
+        grids: The batch's ``fixed``.
     """
 
     def batch(dtype: torch.dtype, device: str, seed: int, _: Batch | None) -> Batch:
@@ -113,25 +113,10 @@ def pool(x: torch.Tensor, grid: Grid) -> torch.Tensor:
     return F.adaptive_avg_pool2d(images, grid).permute(0, 2, 3, 1).reshape(-1, width)
 
 
-def pool_by_definition(x: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Let cell i of n average the patches [floor(i S / n), ceil((i + 1) S / n)) of each axis."""
-
-    def averages(cells: int) -> torch.Tensor:
-        rows = torch.zeros(cells, SIDE, dtype=torch.float64)
-        for i in range(cells):
-            start, end = i * SIDE // cells, -(-(i + 1) * SIDE // cells)
-            rows[i, start:end] = 1 / (end - start)
-        return rows.to(x)
-
-    images = x.view(-1, SIDE, SIDE, x.shape[-1])
-    cells = torch.einsum("ih,bhwc,jw->bijc", averages(grid[0]), images, averages(grid[1]))
-    return cells.reshape(-1, x.shape[-1])
-
-
 def by_group(
     x: torch.Tensor, grids: Grids, stage: Callable[[torch.Tensor, Grid], torch.Tensor]
 ) -> torch.Tensor:
-    """Loop over kinds of grids, and bring the rows back into the order of the images."""
+    """Apply a stage to each kind of grid, and put the rows into the order of the images."""
     if grids.order is None:
         return stage(x, grids.groups[0][0])
     images = x.view(-1, SIDE * SIDE, x.shape[1])
@@ -152,10 +137,10 @@ def down(product: torch.Tensor, leaves: Leaves) -> torch.Tensor:
     return F.linear(product, leaves["down_weight"], leaves.get("down_bias"))
 
 
-# ---- ops: eager, and true with ``pool=pool_by_definition`` in float64
+# ---- ops
 
 
-def pool_norm(leaves: Leaves, grids: Grids, pool: Callable = pool) -> torch.Tensor:
+def pool_norm(leaves: Leaves, grids: Grids) -> torch.Tensor:
     return by_group(leaves["x"], grids, lambda x, grid: layer_norm(pool(x, grid), leaves))
 
 
@@ -164,7 +149,7 @@ def swiglu(leaves: Leaves, _: object = None) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-def project_tokens(leaves: Leaves, grids: Grids, pool: Callable = pool) -> torch.Tensor:
+def project_tokens(leaves: Leaves, grids: Grids) -> torch.Tensor:
     def stages(x: torch.Tensor, grid: Grid) -> torch.Tensor:
         return down(swiglu({**leaves, "x": layer_norm(pool(x, grid), leaves)}), leaves)
 

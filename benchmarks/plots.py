@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any, Literal
 
 import matplotlib
 
@@ -15,31 +17,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from benchmarks.results import OURS, WALL_CLOCK, Comparison, Results, Row, comparisons
+from benchmarks.results import OURS, WALL_CLOCK, Comparison, Results, Row
 
 OUR_COLOUR, GREY = "#1f4e79", "#b0b0b0"
 OUR_COLOURS = (OUR_COLOUR, "#5b8db8", "#9dbfdb")
 PEER_COLOURS = ("#e07b39", "#4c9f70", "#b5495b", "#7a6bb0", "#c2a03a", "#8c6d5a", "#808080")
-TITLES = {
-    "pool_norm": "pool + LayerNorm",
-    "swiglu": "gate/up + SwiGLU",
-    "project_tokens": "projector",
-    "pack_embeddings": "packing",
-    "merge_vision": "merging",
-}
+NOT_OPS = ("ceiling", "host_cost", "end_to_end")
+GRADIENTS = ("frozen table", "trained table", "sparse table gradient")
+# Cases outside a series of sizes: other widths, several kinds of grid, other gradients.
+OTHER = re.compile(r"mixed|uniform|D=(?!2048\b)|\+ 0 vision|trained table|sparse table gradient")
 
 
 def draw(rows: Sequence[Row], csv_path: Path) -> list[Path]:
-    """Draw every picture that the rows have something for, and delete the others: they would be of
-    an earlier run.
-
-    Args:
-        rows: Of the CSV.
-        csv_path: Its path; pictures are called after it and stand beside it.
-    """
+    """Draw the pictures beside the CSV, and delete earlier ones that would have no content now."""
     measured = [row for row in rows if row["status"] == "ok"]
     written = []
-    for picture in (throughput, speed_up, memory, mixed_counts, end_to_end):
+    for picture in (throughput, speed_up):
         name = picture.__name__.replace("_", "-")
         path = csv_path.with_name(f"{csv_path.stem}-{name}.png")
         figure = picture(measured)
@@ -66,32 +59,33 @@ def machine(row: Row) -> str:
 
 
 def throughput(rows: Sequence[Row]) -> Figure | None:
-    """Bandwidth and arithmetic against T, the measured ceilings as lines."""
-    panels = []
-    for op, mode, column, unit, ceiling in (
-        ("pool_norm", "forward", "gb_per_s", "GB/s", "copy"),
-        ("swiglu", "forward", "tflop_per_s", "TFLOP/s", "matmul"),
-        ("project_tokens", "forward+backward", "tflop_per_s", "TFLOP/s", "matmul"),
-        ("pack_embeddings", "forward", "gb_per_s", "GB/s", "copy"),
-    ):
-        series = defaultdict(list)
-        for row in of(rows, op, mode):
-            if is_plain(row) and row[column]:
-                series[label(row)].append((int(row["tokens"]), float(row[column])))
-        if series:
-            panels.append((f"{TITLES[op]}, {mode}", series, column, unit, ceiling))
+    """Bandwidth, or arithmetic, of each op and mode against T, the measured ceiling as a line."""
+    panels: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        is_op = row["op"] not in NOT_OPS and (row["gb_per_s"] or row["tflop_per_s"])
+        if is_op and row["mode"] != "backward" and not OTHER.search(row["case"]):
+            panels[row["op"], row["mode"]].append(row)
     if not panels:
         return None
-    figure, grid = plt.subplots(2, 2, figsize=(11, 9), layout="constrained")
+    lines = -(-len(panels) // 2)
+    figure, grid = plt.subplots(
+        lines, 2, figsize=(11, 4.5 * lines), squeeze=False, layout="constrained"
+    )
     for axes in grid.flat[len(panels) :]:
         axes.remove()
-    for axes, (title, series, column, unit, ceiling) in zip(grid.flat, panels, strict=False):
+    for axes, ((op, mode), panel) in zip(grid.flat, panels.items(), strict=False):
+        moves = panel[0]["gb_per_s"]
+        column, unit = ("gb_per_s", "GB/s") if moves else ("tflop_per_s", "TFLOP/s")
+        series = defaultdict(list)
+        for row in panel:
+            series[label(row)].append((int(row["tokens"]), float(row[column])))
         ours, peers = iter(OUR_COLOURS), cycle(PEER_COLOURS)
         for name, points in series.items():
             colour = next(ours if name.startswith(OURS) else peers)
             width = 2.2 if name.startswith(f"{OURS} ") else 1.4
             line = zip(*sorted(points), strict=True)
             axes.plot(*line, "o-", label=name, color=colour, linewidth=width)
+        ceiling = "copy" if moves else "matmul"
         for row in rows:
             if row["op"] == "ceiling" and row["variant"] == ceiling:
                 value = float(row[column])
@@ -99,7 +93,7 @@ def throughput(rows: Sequence[Row]) -> Figure | None:
                 text = f"measured {ceiling}: {value:.3g} {unit}"
                 left = (0.01, value)  # a share of the axis, and a value
                 note(axes, text, left, (0, 6), xycoords=("axes fraction", "data"))
-        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_title(f"{op}, {mode}", loc="left", fontsize=11)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel("T, rows of the result")
@@ -112,20 +106,18 @@ def throughput(rows: Sequence[Row]) -> Figure | None:
 
 
 def speed_up(rows: Sequence[Row]) -> Figure | None:
-    """The time of each peer over ours: a bar for the worst case, a dot for every one."""
+    """The time of each peer over ours: a bar for the worst case, a dot for every case."""
     groups: dict[tuple[str, str], list[Comparison]] = defaultdict(list)
-    for pair in comparisons(rows):
-        op, mode, ending = pair.kind
-        if op in TITLES:
-            title = ", ".join(filter(None, (TITLES[op], mode, ending)))
-            groups[title, pair.peer["variant"]].append(pair)
+    for pair in Results(rows).comparisons():
+        ending = next((end for end in GRADIENTS if pair.ours["case"].endswith(end)), "")
+        title = ", ".join(filter(None, (pair.ours["op"], pair.ours["mode"], ending)))
+        groups[title, pair.peer["variant"]].append(pair)
     if not groups:
         return None
     figure, axes = plt.subplots(figsize=(11, 0.25 * len(groups) + 1.6), layout="constrained")
-    bars = sorted(groups.items(), key=lambda group: list(TITLES).index(group[1][0].kind[0]))
-    colours = dict(zip(dict.fromkeys(title for (title, _), _ in bars), cycle(PEER_COLOURS)))
+    colours = dict(zip(dict.fromkeys(title for title, _ in groups), cycle(PEER_COLOURS)))
     labels, ratios = [], []
-    for at, ((title, peer), pairs) in enumerate(bars):
+    for at, ((title, peer), pairs) in enumerate(groups.items()):
         values = [pair.figure.value for pair in pairs]
         worst = min(pairs, key=lambda pair: pair.figure.value)
         axes.barh(-at, min(values) - 1, left=1, color=colours[title], height=0.72)
@@ -134,130 +126,36 @@ def speed_up(rows: Sequence[Row]) -> Figure | None:
         clock = f", {WALL_CLOCK}" if any(pair.figure.remark for pair in pairs) else ""
         labels.append(f"{title} ({pairs[0].ours['backend']}):  {peer}{clock}")
         ratios += values
-    axes.set_yticks([-at for at in range(len(bars))], labels, fontsize=7.5)
-    axes.set_ylim(-len(bars) + 0.4, 0.6)
+    axes.set_yticks([-at for at in range(len(groups))], labels, fontsize=7.5)
+    axes.set_ylim(-len(groups) + 0.4, 0.6)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
     axes.set_xlim(0.8 * min(1, *ratios), 3 * max(1, *ratios))
     axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel(
-        "time of the peer over ours (right of 1: we are faster); bar and number: the worst case, "
-        "dots: all",
-        fontsize=9,
-    )
+    axes.tick_params(axis="x", labelsize=7)
+    reading = "right of 1: we are faster\nbar and number: the worst case; dots: all"
+    axes.set_xlabel(f"time of the peer over ours; {reading}", fontsize=9)
     tidy(axes)
     return figure
 
 
-def memory(rows: Sequence[Row]) -> Figure | None:
-    """The bytes that a training step of projector and packing keeps and reaches, per token."""
-    largest: dict[tuple[str, str], Row] = {}
-    for op, ending in (("project_tokens", ""), ("pack_embeddings", "frozen table")):
-        for row in of(rows, op, "forward+backward"):
-            if is_plain(row) and row["case"].endswith(ending) and row["saved_bytes"]:
-                before = largest.setdefault((op, row["variant"]), row)
-                if int(row["tokens"]) > int(before["tokens"]):
-                    largest[op, row["variant"]] = row
-    names = [f"{TITLES[op]}: {label(row)}, T={row['tokens']}" for (op, _), row in largest.items()]
-
-    def kib_a_token(column: str) -> list[float]:
-        values = [float(row[column] or 0) / int(row["tokens"]) for row in largest.values()]
-        return [value / 1024 for value in values]
-
-    columns = {
-        "kept from forward to backward, KiB a token": kib_a_token("saved_bytes"),
-        "peak of forward + backward, KiB a token": kib_a_token("peak_bytes"),
-    }
-    return bars(names, columns, [variant.startswith(OURS) for _, variant in largest])
-
-
-def mixed_counts(rows: Sequence[Row]) -> Figure | None:
-    """A batch of 64, 144 and 256 tokens against one of as many images and tokens, all alike."""
-    names, shares = [], []
-    for row in rows:
-        uniform = Results(rows).beside(row, case=row["case"].replace("mixed", "uniform"))
-        if row["mode"] == "backward" or not row["case"].endswith("mixed") or not uniform:
-            continue
-        for batch, kind in ((uniform, "uniform"), (row, "mixed")):
-            time = f"{float(batch['p50_us']) / 1000:.3g} ms"
-            names.append(f"{TITLES[row['op']]}, {row['mode']}: {label(row)}, {time}, {kind}")
-            shares.append(float(batch["p50_us"]) / float(uniform["p50_us"]))
-    title = "time over that of a uniform batch of as many images and tokens"
-    return bars(names, {title: shares}, [name.endswith("mixed") for name in names])
-
-
-def end_to_end(rows: Sequence[Row]) -> Figure | None:
-    """A training step: fixed and mixed counts, padded and packed."""
-    steps = [row for row in rows if row["op"] == "end_to_end"]
-    columns = {
-        title: [scale * float(row[column] or 0) for row in steps]
-        for title, column, scale in (
-            ("milliseconds a step", "p50_us", 1e-3),
-            ("tokens a second, no padding", "tokens_per_s", 1),
-            ("% of the measured matmul rate", "share_of_matmul", 100),
-            ("peak memory, MiB", "peak_bytes", 2**-20),
-        )
-    }
-    names = [f"{row['case']}, {row['variant']}" for row in steps]
-    return bars(names, columns, [row["variant"] == "packed" for row in steps])
-
-
-# ---- choosing rows
-
-
-def of(rows: Sequence[Row], op: str, mode: str) -> list[Row]:
-    return [row for row in rows if (row["op"], row["mode"]) == (op, mode)]
-
-
-def is_plain(row: Row) -> bool:
-    """Return whether a case has the one width and kind of grid that a series of sizes has."""
-    words = ("mixed", "uniform", "D=3584", "D=64", "D=8", "text + 0 vision")
-    return not any(row["case"].endswith(word) or f"{word} " in row["case"] for word in words)
+# ---- drawing
 
 
 def label(row: Row) -> str:
     return f"{row['variant']} ({row['backend']})" if row["backend"] else row["variant"]
 
 
-# ---- drawing
-
-
-def bars(
-    names: Sequence[str], columns: dict[str, Sequence[float]], ours: Sequence[bool]
-) -> Figure | None:
-    """Draw a panel for each column and a bar for each name, ours in our colour."""
-    if not names:
-        return None
-    size = (3.2 * len(columns) + 6, 0.36 * len(names) + 1.4)
-    figure, grid = plt.subplots(
-        1, len(columns), figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
-    for axes, (title, values) in zip(grid.flat, columns.items(), strict=True):
-        for at, value in enumerate(values):
-            axes.barh(-at, value, color=OUR_COLOUR if ours[at] else GREY, height=0.66)
-            note(axes, f"{value:.4g}", (value, -at))
-        axes.set_yticks([-at for at in range(len(names))], names, fontsize=8)
-        axes.set_title(title, loc="left", fontsize=9)
-        axes.margins(x=0.16)
-        tidy(axes)
-    return figure
-
-
 def note(
-    axes: Axes,
-    text: str,
-    at: tuple[float, float],
-    offset: tuple[float, float] = (4, 0),
-    xycoords: str | tuple[str, str] = "data",
+    axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float] = (4, 0), **how: Any
 ) -> None:
     """Write beside a point."""
-    options = {"textcoords": "offset points", "va": "center", "fontsize": 8}
-    axes.annotate(text, at, offset, xycoords=xycoords, **options)
+    axes.annotate(text, at, offset, textcoords="offset points", va="center", fontsize=8, **how)
 
 
-def tidy(axes: Axes, grid: str = "x") -> None:
+def tidy(axes: Axes, grid: Literal["x", "y", "both"] = "x") -> None:
     axes.grid(axis=grid, alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

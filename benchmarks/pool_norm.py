@@ -3,44 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import torch
 
 from benchmarks import plain
-from benchmarks.cases import Case, Leaves, Variant, run_cases, work_by_mode
-from benchmarks.harness import Run, Work
-from benchmarks.peers import fast, load_peers
+from benchmarks.cases import Case, Leaves, Variant, fast, run_cases
+from benchmarks.harness import Run
+from benchmarks.peers import load_peers
 from benchmarks.plain import Grid, Grids, mixed, square, uniform
 from tokenflex_kernels import pool_norm
 
+SHARES = {"cuda": 2, "cpu": 2}  # of a run's time
+
 
 def ours(leaves: Leaves, grids: Grids) -> torch.Tensor:
-    norm = {"weight": leaves["norm_weight"], "bias": leaves["norm_bias"], "eps": plain.EPS}
-    return pool_norm(leaves["x"], grids.inputs, grids.outputs, **norm)
+    weight, bias = leaves["norm_weight"], leaves["norm_bias"]
+    arguments = (leaves["x"], grids.inputs, grids.outputs)
+    return pool_norm(*arguments, weight=weight, bias=bias, eps=plain.EPS)
 
 
 def case(
     name: str, grids: Sequence[Grid], peers: Sequence[Variant], width: int = plain.WIDTHS[0]
 ) -> Case:
     tokens, patches = plain.number_of_tokens(grids), len(grids) * plain.SIDE**2
-
-    def work(itemsize: int) -> dict[str, Work]:
-        # Forward reads patches and writes tokens; backward reads the tokens' gradient and the
-        # normalised rows, and writes the patches' gradient.
-        row = width * itemsize
-        return work_by_mode(Work((patches + tokens) * row), Work((patches + 2 * tokens) * row))
-
-    shapes = {"x": (patches, width), "grad": (tokens, width)}
+    shapes: plain.Shapes = {"x": (patches, width), "grad": (tokens, width)}
     shapes |= {"norm_weight": (width,), "norm_bias": (width,)}
     return Case(
         op="pool_norm",
         name=name,
         tokens=tokens,
         batch=plain.random_batches(shapes, grids),
-        truth=partial(plain.pool_norm, pool=plain.pool_by_definition),
+        truth=plain.pool_norm,
         variants=[Variant("tokenflex", ours, ours=True), *peers],
-        work=work,
+        # Forward reads patches and writes tokens; backward reads the tokens' gradient and the
+        # normalised rows, and writes the patches' gradient.
+        numbers=((patches + tokens) * width, (patches + 2 * tokens) * width),
     )
 
 

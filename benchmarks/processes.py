@@ -1,8 +1,8 @@
-"""A suite in a process of its own, watched: what hangs or dies is a row, and the rest goes on.
+"""A suite in a process of its own, watched: a hang or a crash costs rows, not the run.
 
-The process says which row it is about to measure, and sends each row when it is there. If it stays
-silent for too long, or ends, that row gets the reason; another process goes on with the rest of the
-suite, without the variant that was to blame.
+The process sends the row that it is about to measure, and each row when it is measured. If it stays
+silent for too long, or ends, that row gets the reason; another process continues with the rest of
+the suite, without the variant that was to blame.
 """
 
 from __future__ import annotations
@@ -12,112 +12,98 @@ import os
 import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any
 
-from benchmarks.harness import Deadline, Run, reason
+from benchmarks.harness import DTYPES, Deadline, Run, reason
 from benchmarks.results import NewRow, new_row
 
 Suite = Callable[[Run], None]
 CONTEXT = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
 START_SECONDS = 60.0  # to import PyTorch on a busy machine
 ROW_SECONDS = 120.0  # compiling one shape takes a minute
-GRACE_SECONDS = 10.0  # what has begun may go on so long after its suite's time
+GRACE_SECONDS = 10.0  # a call that has begun may run so long after its suite's time
 LATE = "not run: no time left, stopped while it ran"
 
 
-@dataclass
-class Watched:
-    """A suite's progress over its processes, as :class:`Run` takes it."""
+def watched_rows(
+    name: str, suite: Suite, device: str, quick: bool, seconds: float
+) -> Iterator[list[NewRow]]:
+    """Yield a suite's rows as they come, until it has ended or its time is over.
 
-    name: str
-    suite: Suite
-    device: str
-    quick: bool
-    done: set[tuple[str, str, str]] = field(default_factory=set)
-    banned: dict[str, NewRow] = field(default_factory=dict)
+    Args:
+        name: Name of the suite, for rows about the suite itself.
+        suite: Measures and emits rows; it runs in another process.
+        device, quick: As in :class:`Run`.
+        seconds: Time for the suite. It aims at less, since importing takes a while too. A silence
+            of three quarters of it counts as a hang, so that others get some time as well.
+    """
+    run = Run(device, quick, Deadline(seconds), emit=print, dtype=DTYPES[device])
+    row_seconds = min(ROW_SECONDS, 0.75 * seconds)
+    while True:
+        current = new_row(op=f"{name} suite")
+        why = yield from _one_process(suite, run, row_seconds, current)
+        if not why:
+            return
+        current["status"] = why
+        variant, key = current["variant"], (current["op"], current["case"], current["mode"])
+        if run.deadline.left < 1:
+            late = new_row(op=f"{name} suite", status=f"stopped after {seconds:.0f} s")
+            yield [current, late]
+            return
+        if variant and variant not in run.banned:
+            run.banned[variant] = current  # the next process writes its rows
+        else:
+            yield [current]
+            if not current["case"] or key in run.done:
+                return  # nothing to leave out is known
+            run.done.add(key)
 
-    def rows(self, seconds: float) -> Iterator[list[NewRow]]:
-        """Yield the suite's rows as they come, until it has ended or its time is over.
 
-        Args:
-            seconds: For the suite. It aims at less, since importing takes a while too; silence for
-                three quarters of it is taken for a hang, so that others get some time as well.
-        """
-        deadline, row_seconds = Deadline(seconds), min(ROW_SECONDS, 0.75 * seconds)
+def _one_process(
+    suite: Suite, run: Run, row_seconds: float, current: NewRow
+) -> Generator[list[NewRow], None, str]:
+    """Yield rows, keep ``current`` up to date, and return why the process failed, or ""."""
+    nothing = dict(current)
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_work, args=(sender, suite, run))
+    process.start()
+    sender.close()
+    patience = START_SECONDS
+    try:
         while True:
-            current = new_row(op=f"{self.name} suite")
-            why = yield from self._one_process(deadline, row_seconds, current)
-            if not why:
-                return
-            current["status"] = why
-            variant, key = current["variant"], (current["op"], current["case"], current["mode"])
-            if deadline.left < 1:
-                late = new_row(op=f"{self.name} suite", status=f"stopped after {seconds:.0f} s")
-                yield [current, late]
-                return
-            if variant and variant not in self.banned:
-                self.banned[variant] = current  # the next process writes its rows
+            left = max(0.0, run.deadline.left) + GRACE_SECONDS
+            if not receiver.poll(min(patience, left)):
+                return f"failed: hung for {patience:.0f} s" if patience < left else LATE
+            kind, value = receiver.recv()
+            patience = row_seconds
+            if kind == "end":
+                return value
+            if kind == "begin":
+                current |= value
             else:
-                yield [current]
-                if not current["case"] or key in self.done:
-                    return  # nobody knows what to leave out
-                self.done.add(key)
-
-    def _one_process(
-        self, deadline: Deadline, row_seconds: float, current: NewRow
-    ) -> Generator[list[NewRow], None, str]:
-        """Yield rows, keep ``current`` up to date, and return why the process did not end well."""
-        receiver, sender = CONTEXT.Pipe(duplex=False)
-        process = CONTEXT.Process(target=_work, args=(sender, self, 0.8 * deadline.left))
-        process.start()
-        sender.close()
-        patience = START_SECONDS
-        try:
-            while True:
-                left = max(0.0, deadline.left) + GRACE_SECONDS
-                if not receiver.poll(min(patience, left)):
-                    return f"failed: hung for {patience:.0f} s" if patience < left else LATE
-                kind, value = receiver.recv()
-                patience = row_seconds
-                if kind == "end":
-                    return value
-                if kind == "begin":
-                    current |= value
-                else:
-                    current |= new_row(op=f"{self.name} suite")
-                    self.done |= {(row["op"], row["case"], row["mode"]) for row in value}
-                    yield value
-        except (EOFError, OSError):  # the latter in the middle of a message
-            process.join()
-            return f"failed: the process ended with {process.exitcode}"
-        finally:
+                current |= nothing
+                run.done |= {(row["op"], row["case"], row["mode"]) for row in value}
+                yield value
+    except (EOFError, OSError):  # the latter in the middle of a message
+        process.join()
+        return f"failed: the process ended with {process.exitcode}"
+    finally:
+        if process.pid:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # compilers that it started too
-            process.kill()
-            process.join()
+        process.kill()
+        process.join()
 
 
-def _work(connection: Connection, watched: Watched, seconds: float) -> None:
-    """Run the suite in this process, which is the first of a group of its own."""
+def _work(connection: Connection, suite: Suite, run: Run) -> None:
+    """Run the suite in this process, which becomes the first of a process group."""
     os.setsid()
-
-    def send(kind: str, value: Any) -> None:
-        connection.send((kind, value))
-
-    run = Run(
-        device=watched.device,
-        quick=watched.quick,
-        deadline=Deadline(seconds),
-        emit=lambda rows: send("rows", rows),
-        begin=lambda row: send("begin", row),
-        done=watched.done,
-        banned=watched.banned,
-    )
+    run.deadline = Deadline(0.8 * run.deadline.left)
+    run.emit = lambda rows: connection.send(("rows", rows))
+    run.begin = lambda row: connection.send(("begin", row))
     try:
-        watched.suite(run)
+        suite(run)
     except BaseException as error:
-        send("end", reason(error))
+        connection.send(("end", reason(error)))
         raise
-    send("end", "")
+    connection.send(("end", ""))

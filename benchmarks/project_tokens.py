@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from benchmarks import plain
-from benchmarks.cases import TRAINING, Case, Leaves, Variant, run_cases, work_by_mode
-from benchmarks.harness import Run, Work
-from benchmarks.peers import fast, load_peers
+from benchmarks.cases import TRAINING, Case, Leaves, Variant, fast, run_cases
+from benchmarks.harness import Run
+from benchmarks.peers import load_peers
 from benchmarks.plain import Grid, Grids, mixed, square, uniform
 from benchmarks.results import LEAN, NO_BIASES
 from tokenflex_kernels import project_tokens
 
+SHARES = {"cuda": 5, "cpu": 2.5}  # of a run's time
+
 
 def project(leaves: Leaves, grids: Grids, save: str = "preactivation") -> torch.Tensor:
-    weights = {name: leaves.get(name) for name in plain.weight_shapes(*plain.WIDTHS)}
-    options = {"eps": plain.EPS, "save": save}
-    return project_tokens(leaves["x"], grids.inputs, grids.outputs, **weights, **options)
+    options: dict[str, Any] = dict.fromkeys(plain.BIASES) | leaves
+    x = options.pop("x")
+    return project_tokens(x, grids.inputs, grids.outputs, **options, eps=plain.EPS, save=save)
 
 
 OURS = Variant("tokenflex", project, ours=True)
@@ -44,9 +47,9 @@ def case(
         name=name,
         tokens=tokens,
         batch=plain.random_batches(shapes | plain.weight_shapes(*widths), grids),
-        truth=partial(plain.project_tokens, pool=plain.pool_by_definition),
+        truth=plain.project_tokens,
         variants=[*ours, *peers],
-        work=lambda _: work_by_mode(Work(flops=flops), Work(flops=2 * flops)),
+        flops=(flops, 2 * flops),
     )
 
 

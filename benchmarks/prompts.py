@@ -1,4 +1,4 @@
-"""Prompts to pack: samples of text with one image each, and what packing's peers need of them."""
+"""Prompts to pack: samples of text with one image each, as packing's peers need them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Packed:
-    """Our plan, and what peers are given instead."""
+    """Our plan, and the peers' equivalents of it."""
 
     plan: PackPlan
     rows: torch.Tensor  # int64 [vision], numbers of the vision rows

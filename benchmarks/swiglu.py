@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from benchmarks import plain
-from benchmarks.cases import Case, Leaves, Variant, run_cases, work_by_mode
-from benchmarks.harness import Run, Work
-from benchmarks.peers import fast, load_peers
+from benchmarks.cases import Case, Leaves, Variant, fast, run_cases
+from benchmarks.harness import Run
+from benchmarks.peers import load_peers
 from tokenflex_kernels import swiglu
+
+SHARES = {"cuda": 3, "cpu": 1.5}  # of a run's time
 
 WEIGHTS = ("gate_weight", "up_weight", "gate_bias", "up_bias")
 
@@ -23,7 +25,7 @@ def case(
     tokens: int, peers: Sequence[Variant], widths: tuple[int, int, int] = plain.WIDTHS
 ) -> Case:
     vision, hidden, _ = widths
-    shapes = {"x": (tokens, vision), "grad": (tokens, hidden)}
+    shapes: plain.Shapes = {"x": (tokens, vision), "grad": (tokens, hidden)}
     shapes |= {name: plain.weight_shapes(*widths)[name] for name in WEIGHTS}
     flops = 2 * tokens * vision * 2 * hidden
     return Case(
@@ -33,7 +35,7 @@ def case(
         batch=plain.random_batches(shapes),
         truth=plain.swiglu,
         variants=[Variant("tokenflex", ours, ours=True), *peers],
-        work=lambda _: work_by_mode(Work(flops=flops), Work(flops=2 * flops)),
+        flops=(flops, 2 * flops),
     )
 
 

@@ -1,9 +1,9 @@
-"""Targets that the project set itself before anything was measured, and whether a run meets them.
+"""The targets that the project set before anything was measured, and whether a run meets them.
 
 The table is ``targets.csv``: a line is a figure, its bound, and the rows it is about. A target is
-judged by the worst of its cases, small batches included. A result of ours that is wrong misses the
-target; cases that did not run are counted beside those that met it. Targets of a GPU are judged by
-rows of a GPU only, and none by plain PyTorch (``reference``).
+judged by the worst of its cases, small batches included. A wrong result of ours misses the target;
+cases that did not run are counted. A GPU's targets are judged by rows of a GPU only, and no target
+by plain PyTorch (``reference``).
 """
 
 from __future__ import annotations
@@ -18,15 +18,12 @@ from benchmarks.results import Figure, Results, Row, ratio, speed_up
 
 TABLE = Path(__file__).with_name("targets.csv")
 NOT_MEASURED = "not measured here"
-SUITES = {
-    "pack_embeddings": "packing",
-    "merge_vision": "packing",
-}  # the others are called as the op
+SUITES = {"pack_embeddings": "packing", "merge_vision": "packing"}  # others have the op's name
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Judgement of one target."""
+    """The judgement of one target."""
 
     name: str
     met: bool | None  # None where nothing was measured
@@ -43,7 +40,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
 
 def judge(target: Row, results: Results) -> Verdict:
     """Judge one line of the table."""
-    bound, at_least = float(target["bound"]), target["sense"] == ">="
+    name, bound, at_least = target["target"], float(target["bound"]), target["sense"] == ">="
     measured: list[tuple[Figure, Row]] = []
     failed: list[Row] = []
     not_run = 0
@@ -57,10 +54,10 @@ def judge(target: Row, results: Results) -> Verdict:
             failed.append(row)
         else:
             not_run += 1
-    if target["peer"] and not results.has(target["peer"]):
-        failed = []  # there was nothing to be held against
+    if target["peer"] and all(row["variant"] != target["peer"] for row in results.measured):
+        failed = []  # without the peer there is no comparison
     left_out = f", {not_run} not run" if not_run else ""
-    if did_not_end(target, results):  # nobody knows which cases are missing
+    if did_not_end(target, results):  # the number of missing cases is unknown
         left_out += ", and the suite did not end"
     reached = [f.value >= bound if at_least else f.value <= bound for f, _ in measured]
     total = len(measured) + len(failed) + not_run
@@ -68,9 +65,9 @@ def judge(target: Row, results: Results) -> Verdict:
     if failed:
         where = f"{_where(failed[0])}: {failed[0]['status']}"
         text = f"SHORT: {len(failed)} of ours failed ({where}); {cases}"
-        return Verdict(target["target"], met=False, value=None, text=text)
+        return Verdict(name, met=False, value=None, text=text)
     if not measured:
-        return Verdict(target["target"], met=None, value=None, text=NOT_MEASURED + left_out)
+        return Verdict(name, met=None, value=None, text=NOT_MEASURED + left_out)
     figure, row = (min if at_least else max)(measured, key=lambda pair: pair[0].value)
     where = ", ".join(filter(None, (_where(row), figure.remark)))
     worst = f"{figure.value:.3g} at worst ({where})"
@@ -79,7 +76,7 @@ def judge(target: Row, results: Results) -> Verdict:
         text = f"{cases}, {gap} to spare: {worst}" if gap else f"{cases}: {worst}"
     else:
         text = f"SHORT{f' by {gap}' if gap else ''}: {worst}; {cases}"
-    return Verdict(target["target"], met=all(reached), value=figure.value, text=text)
+    return Verdict(name, met=all(reached), value=figure.value, text=text)
 
 
 def did_not_end(target: Row, results: Results) -> bool:
@@ -90,7 +87,7 @@ def did_not_end(target: Row, results: Results) -> bool:
 
 
 def is_about(target: Row, row: Row) -> bool:
-    """Return whether a row counts: ours, whatever became of it, or a case that did not run."""
+    """Return whether a row counts: ours, with any status, or a case that did not run."""
     tokens = float(row["tokens"] or math.inf)
     return (
         row["op"] in target["ops"].split("; ")
@@ -110,7 +107,7 @@ def _where(row: Row) -> str:
 
 # ---- figures: (results, our row, peer) -> the figure of one row, None where it has none
 
-Value = Callable[[Results, Row, str], "Figure | None"]
+Value = Callable[[Results, Row, str], Figure | None]
 
 
 def beside(compare: Callable[[Row, Row], Figure | None]) -> Value:
@@ -142,7 +139,7 @@ def microseconds(_: Results, row: Row, __: str) -> Figure | None:
 
 
 def synchronisations(_: Results, row: Row, __: str) -> Figure | None:
-    """As PyTorch counts them; what could not be captured has waited, whoever counts."""
+    """As PyTorch counts them; a call that could not be captured has waited at least once."""
     if row["synchronisations"] == "":
         return None
     counted = int(row["synchronisations"])

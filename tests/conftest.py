@@ -1,46 +1,35 @@
-"""What all tests share: no network, no GPU tests without a GPU, no tests of extras that are absent.
+"""Settings of all tests: no network, no GPU tests without a GPU, no tests of absent extras.
 
-``make test`` installs everything. ``make gpu`` uses the Python at hand, which may hold the core
-alone: what needs more is then left out, and the report's header says so.
+``make test`` installs everything. ``make gpu`` uses the Python on PATH, which may have the core
+alone: tests that need more are then left out, and the report's header names them.
 """
 
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
+from importlib import metadata
 
 # Tensors here are tiny: more threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from tests.torchvision_ops import make_torchvision_importable
-from tokenflex_kernels.versions import require
 
 make_torchvision_importable()
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-_OF_THE_MODEL = [
-    "experiments",
-    "models",
-    "dropin",
-    "data",
-    "digits",
-    "training",
-    "routing",
-    "test_cli.py",
-    "evaluation",
-    "harnesses",
-    "test_answers.py",
-    "test_docs.py",
-    "benchmarks/test_first_token.py",
-    "test_examples.py",
-    "test_plots.py",
+_MODEL_TESTS = [
+    *("data", "digits", "dropin", "evaluation", "experiments", "harnesses", "models"),
+    *("routing", "training"),
+    *("test_answers.py", "test_cli.py", "test_docs.py", "test_examples.py", "test_plots.py"),
 ]
-_NEEDED_BY = {
+_TRAINING_TESTS = ["experiments/ablation", "training", "test_cli.py"]
+_TESTS_BY_REQUIREMENT = {
     "hypothesis": [
         "kernels/test_bin_packing.py",
         "kernels/test_pack_plan.py",
@@ -51,20 +40,21 @@ _NEEDED_BY = {
         "routing/test_budget.py",
         "routing/test_router.py",
     ],
-    "transformers": _OF_THE_MODEL,
+    "transformers": _MODEL_TESTS,
     "transformers>=5.18": ["dropin", "test_docs.py", "test_examples.py"],
-    "PIL": _OF_THE_MODEL,
-    "sklearn": ["experiments", "digits", "training", "evaluation", "routing", "test_cli.py"],
-    "accelerate": ["experiments", "training", "test_cli.py"],
-    "pydantic": ["experiments", "training", "test_cli.py"],
+    "pillow": _MODEL_TESTS,
+    "scikit-learn": [*_TRAINING_TESTS, "digits", "evaluation", "routing"],
+    "accelerate": _TRAINING_TESTS,
+    "pydantic": _TRAINING_TESTS,
     "matplotlib": [
         "experiments",
         "training",
+        "benchmarks/test_plots.py",
+        "benchmarks/test_report.py",
         "routing/test_curve.py",
         "routing/test_route.py",
         "test_cli.py",
         "test_plots.py",
-        "benchmarks/test_first_token.py",
     ],
     "datasets": ["models/test_ecosystem.py", "data/test_huggingface.py"],
     "peft": ["models/test_ecosystem.py"],
@@ -72,20 +62,18 @@ _NEEDED_BY = {
 }
 
 
-def _is_missing(requirement: str) -> bool:
-    package, _, oldest = requirement.partition(">=")
-    if find_spec(package) is None:
-        return True
+def _is_missing(text: str) -> bool:
+    requirement = Requirement(text)
     try:
-        require(package, oldest or "0")
-    except ImportError:
+        version = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
         return True
-    return False
+    return not requirement.specifier.contains(version, prereleases=True)
 
 
-_MISSING = [requirement for requirement in _NEEDED_BY if _is_missing(requirement)]
+_MISSING = [requirement for requirement in _TESTS_BY_REQUIREMENT if _is_missing(requirement)]
 
-collect_ignore = sorted({path for requirement in _MISSING for path in _NEEDED_BY[requirement]})
+collect_ignore = sorted({path for text in _MISSING for path in _TESTS_BY_REQUIREMENT[text]})
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The README is true: its Python runs, its figures are those of the committed report."""
+"""The README's Python runs, its figures are those of the committed report, and links exist."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md"]
+PAGES += sorted(ROOT.glob("experiments/*/README.md"))
 
 
 @pytest.mark.parametrize("code", SNIPPETS)
@@ -25,18 +27,22 @@ def test_there_are_snippets() -> None:
 
 def test_figures_in_the_readme_are_those_of_the_report() -> None:
     report = json.loads((ROOT / "docs/results/demo/report.json").read_text(encoding="utf-8"))
-    counts = re.search(r"^\| vision tokens \|(.*)\|$", README, flags=re.MULTILINE)
-    shown = re.search(r"^\| accuracy on held-out images \|(.*)\|$", README, flags=re.MULTILINE)
-    assert counts is not None
-    assert shown is not None
-    table = dict(
-        zip(
-            counts[1].replace(" ", "").split("|"), shown[1].replace(" ", "").split("|"), strict=True
-        )
-    )
+
+    def cells(title: str) -> list[str]:
+        (row,) = re.findall(rf"^\| {title} \|(.*)\|$", README, flags=re.MULTILINE)
+        return row.replace(" ", "").split("|")
+
+    table = dict(zip(cells("vision tokens"), cells("accuracy on held-out images"), strict=True))
     assert table == {count: f"{value:.3f}" for count, value in report["accuracy"].items()}
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:)([^)]+)\)", README))
-def test_links_in_the_readme_lead_somewhere(target: str) -> None:
-    assert (ROOT / target).exists()
+@pytest.mark.parametrize(
+    ("page", "target"),
+    [
+        pytest.param(page, target, id=f"{page.relative_to(ROOT)}-{target}")
+        for page in PAGES
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8"))
+    ],
+)
+def test_links_lead_somewhere(page: Path, target: str) -> None:
+    assert (page.parent / target).exists()

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.cases import Batch, Case, Variant, run_cases, work_by_mode
-from benchmarks.harness import Deadline, Run, Work
+from benchmarks.cases import Batch, Case, Variant, run_cases
+from benchmarks.harness import DTYPES, Deadline, Run
 from benchmarks.results import NewRow
 
 
 def run_of(device: str = "cpu", quick: bool = False, emit: Callable = print) -> Run:
-    return Run(device, quick, Deadline(60), emit)
+    return Run(device, quick, Deadline(60), emit, dtype=DTYPES[device])
 
 
 def rows_of(*cases: Case, dtype: torch.dtype = torch.float64, **options: object) -> list[NewRow]:
@@ -32,11 +32,9 @@ def square_case(*variants: Variant, **changes: object) -> Case:
         )
         return Batch({"a": a, "b": b}, grad)
 
-    def work(itemsize: int) -> dict[str, Work]:
-        return work_by_mode(Work(18 * itemsize, 6), Work(18 * itemsize, 6))
-
     fields = {"op": "product", "name": "six", "tokens": 6, "batch": batch, "truth": product}
-    return Case(**{**fields, "variants": variants, "work": work, **changes})
+    fields |= {"numbers": (18, 18), "flops": (6, 6)}
+    return Case(**{**fields, "variants": variants, **changes})
 
 
 def product(leaves: dict[str, torch.Tensor], _: object = None) -> torch.Tensor:

@@ -42,9 +42,8 @@ def wrong_backward(leaves, fixed):
 def test_another_result_is_never_timed_and_a_row_says_why(call, modes, monkeypatch):
     timed = []
 
-    def sample(clocks, *arguments):
-        timed.append(list(clocks))
-        return {}
+    def sample(pairs, *arguments):
+        timed.append(list(pairs))
 
     wrong = Variant("wrong", call, modes=modes)
     rows = rows_of(square_case(Variant("right", product), wrong))

@@ -1,4 +1,4 @@
-"""The GPU's clock, and what is read from the device. Elsewhere fakes stand in: test_clocks.py."""
+"""The GPU's clock and readings on a real device. test_costs.py uses fakes elsewhere."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from benchmarks.cases import Variant
-from benchmarks.clocks import GraphClock
-from benchmarks.costs import peak_bytes, synchronisations
-from benchmarks.machine import environment, last_level_cache
+from benchmarks.costs import GraphClock, peak_bytes, synchronisations
 from benchmarks.packing import FORWARD, FROZEN_TABLE, pack_case
 from benchmarks.peers import load_peers
 from benchmarks.prompts import Prompts
+from benchmarks.results import environment, last_level_cache
 from tests.benchmarks.small import rows_of, run_of, square_case
 
 pytestmark = pytest.mark.gpu

@@ -156,6 +156,23 @@ def test_a_loop_over_groups_keeps_the_images_order():
     torch.testing.assert_close(plain.by_group(x, grids, plain.pool), wanted)
 
 
+@pytest.mark.parametrize("grid", [(1, 1), (3, 2), (8, 23), (27, 27)])
+def test_pooling_is_that_of_the_definition(grid):
+    """Cell i of n averages the patches [floor(i S / n), ceil((i + 1) S / n)) of each axis."""
+
+    def averages(cells):
+        rows = torch.zeros(cells, plain.SIDE, dtype=torch.float64)
+        for i in range(cells):
+            start, end = i * plain.SIDE // cells, -(-(i + 1) * plain.SIDE // cells)
+            rows[i, start:end] = 1 / (end - start)
+        return rows
+
+    x = torch.randn(2 * plain.SIDE**2, 4, dtype=torch.float64)
+    images = x.view(2, plain.SIDE, plain.SIDE, 4)
+    cells = torch.einsum("ih,bhwc,jw->bijc", averages(grid[0]), images, averages(grid[1]))
+    torch.testing.assert_close(plain.pool(x, grid), cells.reshape(-1, 4))
+
+
 def test_mixed_and_uniform_have_as_many_images_and_tokens():
     tokens = 2 * (2 * 64 + 3 * 144 + 5 * 256)
     assert number_of_tokens(mixed(2)) == number_of_tokens(uniform(2)) == tokens
@@ -164,9 +181,9 @@ def test_mixed_and_uniform_have_as_many_images_and_tokens():
 
 
 def test_ideal_bytes_of_pooling():
-    work = pool_norm.case("small", [(2, 2)] * 3, [], 8).work(2)
-    assert work["forward"].bytes == 2 * 8 * 3 * (729 + 4)
-    assert work["backward"].bytes == 2 * 8 * 3 * (729 + 8)
+    case = pool_norm.case("small", [(2, 2)] * 3, [], 8)
+    assert case.work("forward", 2).bytes == 2 * 8 * 3 * (729 + 4)
+    assert case.work("backward", 2).bytes == 2 * 8 * 3 * (729 + 8)
 
 
 @pytest.mark.parametrize("cases", [pool_norm.cases, swiglu.cases, project_tokens.cases])
@@ -305,7 +322,8 @@ def test_ideal_bytes_of_packing_count_each_row_once():
     prompts = Prompts(2, 2, 1, 9, count=3)
 
     def moved(ids):
-        return [work.bytes for work in packing.pack_work(prompts, ids, 4).values()]
+        case = square_case(numbers=packing.pack_numbers(prompts, ids))
+        return [case.work(mode, 4).bytes for mode in MODES]
 
     assert moved(None) == [4 * 20, 4 * 12, 4 * 32]
     assert moved(3) == [4 * 20, 4 * (12 + 4 + 3), 4 * (32 + 4 + 3)]

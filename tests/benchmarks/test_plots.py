@@ -28,7 +28,7 @@ def test_right_of_one_means_that_we_are_faster():
     assert [bar.get_x() for bar in axes.patches] == [1, 1]
     assert [text.get_text() for text in axes.texts] == ["0.50 at T=16", "2.00 at T=8192"]
     assert [list(line.get_xdata()) for line in axes.lines[:2]] == [[3, 0.5], [2]]
-    assert labels(axes)[0] == "packing, forward (triton):  index_put"
+    assert labels(axes)[0] == "pack_embeddings, forward (triton):  index_put"
 
 
 def test_a_speed_up_by_the_wall_clock_says_so():
@@ -38,7 +38,7 @@ def test_a_speed_up_by_the_wall_clock_says_so():
     ]
     (axes,) = plots.speed_up(rows).axes
     assert widths(axes) == [1]
-    assert labels(axes) == ["merging, forward (triton):  masked_scatter, wall clock"]
+    assert labels(axes) == ["merge_vision, forward (triton):  masked_scatter, wall clock"]
 
 
 def test_throughput_has_the_measured_ceiling_as_a_line():
@@ -55,50 +55,3 @@ def test_throughput_has_the_measured_ceiling_as_a_line():
     assert (set(ceiling.get_ydata()), ceiling.get_linestyle()) == ({4300}, "--")
     assert "measured copy: 4.3e+03 GB/s" in [text.get_text() for text in pooling.texts]
     assert set(gate_up.lines[-1].get_ydata()) == {780}
-
-
-def test_memory_is_kib_a_token_at_the_largest_size_of_each():
-    both = {"mode": "forward+backward"}
-    sizes = {"saved_bytes": 8192 * 1024 * 2, "peak_bytes": 8192 * 1024 * 6}
-    half = {"saved_bytes": 4096 * 1024 * 3, "peak_bytes": 4096 * 1024 * 9, "tokens": 4096}
-    compiled = "torch.compile, max-autotune"
-    rows = [
-        row("project_tokens", "16 images, n=16", "tokenflex", 1, **both, **(half)),
-        row("project_tokens", "32 images, n=16", "tokenflex", 1, **both, **sizes),
-        row("project_tokens", "16 images, n=16", compiled, 1, **both, **half),
-        row("pack_embeddings", "4x, frozen table", "tokenflex", 1, **both, **sizes),
-        row("pack_embeddings", "4x, trained table", "tokenflex", 1, **both, **half),
-    ]
-    saved, peak = plots.memory(rows).axes
-    assert (widths(saved), widths(peak)) == ([2, 3, 2], [6, 9, 6])
-    assert labels(saved) == [
-        "projector: tokenflex (triton), T=8192",
-        f"projector: {compiled}, T=4096",
-        "packing: tokenflex (triton), T=8192",
-    ]
-
-
-def test_mixed_is_held_against_uniform():
-    rows = [
-        row("pool_norm", "40 images, mixed", "tokenflex", 3000),
-        row("pool_norm", "40 images, uniform", "tokenflex", 2000),
-    ]
-    (axes,) = plots.mixed_counts(rows).axes
-    assert widths(axes) == [1, 1.5]
-    assert labels(axes) == [
-        "pool + LayerNorm, forward: tokenflex (triton), 2 ms, uniform",
-        "pool + LayerNorm, forward: tokenflex (triton), 3 ms, mixed",
-    ]
-
-
-def test_a_step_in_milliseconds_with_its_tokens_use_and_memory():
-    values = {"mode": "forward+backward", "tokens_per_s": 500, "share_of_matmul": 0.4}
-    rows = [row("end_to_end", "fixed 256", "packed", 2500, **values, peak_bytes=3 * 2**20)]
-    figure = plots.end_to_end(rows)
-    assert [widths(axes) for axes in figure.axes] == [[2.5], [500], [40], [3]]
-    assert [axes.get_title(loc="left") for axes in figure.axes] == [
-        "milliseconds a step",
-        "tokens a second, no padding",
-        "% of the measured matmul rate",
-        "peak memory, MiB",
-    ]

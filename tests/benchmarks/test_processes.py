@@ -13,7 +13,7 @@ import pytest
 from benchmarks import peers, processes
 from benchmarks.cases import MODES, Variant, run_cases
 from benchmarks.harness import NO_TIME
-from benchmarks.processes import Watched
+from benchmarks.processes import watched_rows
 from tests.benchmarks.small import product, square_case
 
 FORWARD = ("forward",)
@@ -28,7 +28,7 @@ def _fork(monkeypatch):
 
 def rows_of(suite, seconds=30.0):
     start = time.monotonic()
-    rows = [row for rows in Watched("some", suite, "cpu", True).rows(seconds) for row in rows]
+    rows = [row for rows in watched_rows("some", suite, "cpu", True, seconds) for row in rows]
     assert time.monotonic() - start < 15
     return [(row["op"], row["case"], row["mode"], row["variant"], row["status"]) for row in rows]
 
@@ -114,11 +114,9 @@ def test_an_error_of_the_suite_itself_is_a_row_after_those_that_it_had_measured(
         run_cases([square_case(Variant("right", product), modes=FORWARD)], run)
         raise ValueError("no more cases")
 
-    watched = Watched("some", suite, "cpu", True)
-    (first,), (last,) = watched.rows(30.0)
+    (first,), (last,) = watched_rows("some", suite, "cpu", True, 30.0)
     assert (first["variant"], first["status"]) == ("right", "ok")
     assert (last["op"], last["status"]) == ("some suite", "failed: ValueError: no more cases")
-    assert watched.banned == {}
 
 
 def test_a_suite_that_does_not_end_in_its_time_is_stopped(monkeypatch):
@@ -152,7 +150,7 @@ def test_an_interrupted_run_ends_its_process():
         run.emit([{"op": "first", "case": "", "mode": ""}])
         time.sleep(60)
 
-    rows = Watched("some", suite, "cpu", True).rows(30.0)
+    rows = watched_rows("some", suite, "cpu", True, 30.0)
     assert next(rows)[0]["op"] == "first"
     start = time.monotonic()
     rows.close()

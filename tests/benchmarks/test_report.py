@@ -1,30 +1,21 @@
-"""The report, its pictures and the CSV behind them, from rows as a CSV has them."""
+"""The report, and the published CSVs."""
 
 from __future__ import annotations
 
 import csv
-import platform
+import sys
 
 import pytest
-import torch
 
 from benchmarks import plots
-from benchmarks.machine import ROOT, environment
-from benchmarks.report import report, token_savings
-from benchmarks.results import COLUMNS, read_csv, write_csv
+from benchmarks import report as module
+from benchmarks.report import report
+from benchmarks.results import COLUMNS, RESULTS, Results, read_csv, write_csv
 from benchmarks.targets import verdicts
 from tests.benchmarks.rows import row
 
-STEPS = [
-    row("end_to_end", "fixed 256", "packed", 100, tokens=1000, mode="forward+backward"),
-    row("end_to_end", "mixed 64/144/256 2:3:5", "packed", 90, tokens=800, mode="forward+backward"),
-]
-
-
-def test_what_share_of_the_tokens_saved_becomes_time():
-    (line,) = token_savings(STEPS)
-    assert line.startswith("packed: mixed counts save 20.0% of the sequence and 10.0% of the time")
-    assert line.endswith("50% of the saving becomes time")
+PUBLISHED = sorted(RESULTS.glob("*.csv"))
+PICTURES = ("throughput", "speed-up")
 
 
 def everything():
@@ -32,7 +23,6 @@ def everything():
     rows = [
         row("ceiling", "2 GiB", "copy", 1, gb_per_s=4300),
         row("ceiling", "8192^3", "matmul", 1, tflop_per_s=780),
-        *STEPS,
     ]
     for op, case, column in (
         ("pool_norm", "128 images, n=16", "gb_per_s"),
@@ -44,101 +34,181 @@ def everything():
     ):
         for variant, p50 in (("tokenflex", 10), ("PyTorch eager", 20), ("quack-kernels", 9)):
             for mode in ("forward", "forward+backward"):
-                values = {column: 500, "saved_bytes": 100, "peak_bytes": 300}
+                values = {column: 500, "saved_bytes": 2**19, "peak_bytes": 3 * 2**20}
                 rows.append(row(op, case, variant, p50, mode=mode, **values))
     return rows
 
 
+def cells_of(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_report_has_rows_reasons_losses_and_verdicts_and_draws(capsys, tmp_path):
+    skipped = row("pool_norm", "", "liger-kernel", "") | {"status": "not installed"}
+    report([*everything(), skipped], tmp_path / "x.csv")
+    text = (tmp_path / "x.md").read_text(encoding="utf-8")
+    lines = [cells_of(line) for line in text.splitlines()]
+    swiglu = [
+        "swiglu",
+        "T=8192",
+        "forward",
+        "tokenflex",
+        "10.0",
+        "",
+        "",
+        "",
+        "3.0",
+        "0.5",
+        "triton",
+        "",
+    ]
+    assert swiglu in lines
+    assert "- pool_norm, forward, liger-kernel: not installed" in text.splitlines()
+    assert "A peer is faster in 12 of 24 comparisons." in text
+    assert {verdict.name for verdict in verdicts([])} <= {line[0] for line in lines}
+    printed = capsys.readouterr().out
+    assert printed.startswith(text)
+    assert printed.count("drew ") == len(list(tmp_path.glob("x-*.png"))) == len(PICTURES)
+
+
+def test_a_report_without_matplotlib_says_so(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "benchmarks.plots", None)
+    report(everything(), tmp_path / "x.csv")
+    assert "is not installed (pip install 'tokenflex[bench]')" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["x.md"]
+
+
 def test_every_picture_is_drawn_from_the_csv_alone(tmp_path):
     path = tmp_path / "some-gpu.csv"
-    rows = everything()
-    write_csv(path, rows, {})
+    write_csv(path, everything(), {})
     pictures = plots.draw(read_csv(path), path)
-    assert [picture.name for picture in pictures] == [
-        f"some-gpu-{name}.png"
-        for name in ("throughput", "speed-up", "memory", "mixed-counts", "end-to-end")
-    ]
+    assert [picture.name for picture in pictures] == [f"some-gpu-{name}.png" for name in PICTURES]
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
 def test_nothing_measured_is_nothing_drawn(tmp_path):
-    failed = [one | {"status": "failed: RuntimeError: no"} for one in everything()]
+    failed = [line | {"status": "failed: RuntimeError: no"} for line in everything()]
     assert plots.draw(failed, tmp_path / "x.csv") == []
 
 
 def test_pictures_of_an_earlier_run_do_not_stay_beside_new_rows(tmp_path):
-    for name in ("x-memory.png", "x-quick-memory.png"):
+    for name in ("x-speed-up.png", "x-quick-speed-up.png"):
         (tmp_path / name).write_bytes(b"old")
-    plots.draw(STEPS, tmp_path / "x.csv")  # nothing of memory among them
-    assert {path.name for path in tmp_path.iterdir()} == {"x-end-to-end.png", "x-quick-memory.png"}
+    plots.draw([row("swiglu", "T=8192", "tokenflex", 1, tflop_per_s=9)], tmp_path / "x.csv")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "x-throughput.png",
+        "x-quick-speed-up.png",
+    }
 
 
-def test_the_report_has_rows_reasons_and_verdicts_and_draws(capsys, tmp_path):
-    skipped = row("pool_norm", "", "liger-kernel", "") | {"status": "not installed"}
-    report([*everything(), skipped], tmp_path / "x.csv")
-    lines = capsys.readouterr().out.splitlines()
-    assert any(
-        line.split()[:2] == ["swiglu", "T=8192"] and line.split()[-3:] == ["10.0", "us", "triton"]
-        for line in lines
-    )
-    assert "  pool_norm, forward, liger-kernel: not installed" in lines
-    at = lines.index("targets:")
-    assert lines[at + len(verdicts([])) + 1].startswith("drew")
-    assert any("projector, T >= 2048: >= 1.2x eager" in line and "met" in line for line in lines)
-    assert len(list(tmp_path.glob("x-*.png"))) == 5
-
-
-# ---- files
-
-
-def test_csv_has_the_environment_and_no_host_name(tmp_path):
-    shared = environment("cpu")
-    write_csv(tmp_path / "out.csv", [{"a": 1, "b": "x,y"}, {"a": 2, "b": ""}], shared)
-    rows = read_csv(tmp_path / "out.csv")
-    assert [(one["a"], one["b"]) for one in rows] == [("1", "x,y"), ("2", "")]
-    assert rows[0]["torch"] == torch.__version__
-    assert list(rows[0]) == ["a", "b", *shared]
-    assert platform.node() not in rows[0].values()
-
-
-def test_a_file_is_replaced_as_a_whole(tmp_path):
-    path = tmp_path / "x.csv"
-    write_csv(path, [{"a": 1}], {"b": 2})
-    with pytest.raises(ValueError, match="dict contains fields"):
-        write_csv(path, [{"a": 3}, {"unknown": 4}], {"b": 2})
-    assert read_csv(path) == [{"a": "1", "b": "2"}]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["x.csv"]
+def timed(variant, p50, spread=1.0, **values):
+    percentiles = {"p20_us": p50 - spread, "p80_us": p50 + spread}
+    return row("merge_vision", "4x", variant, p50, **percentiles, **{"samples": 50, **values})
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("ours", "peer", "fastest"),
     [
-        ("", "must have the columns of a result, got none called a"),
-        ("b\n1\n", "must have the columns of a result, got none called a"),
-        ("a,b\n", "must have rows, got none"),
-        ("a,b\n1\n", "must have a value for every column"),
-        ("a,b\n1,2,3\n", "must have a value for every column"),
+        (timed("tokenflex", 1000), timed("index_put", 2000), ["1000.0*", "2000.0"]),
+        (timed("tokenflex", 2000), timed("index_put", 1000), ["2000.0", "1000.0*"]),
+        (timed("tokenflex", 1000), timed("index_put", 1001.5), ["1000.0", "1001.5"]),  # overlap
+        (timed("tokenflex", 1000, samples=3), timed("index_put", 2000), ["1000.0", "2000.0"]),
+        (timed("tokenflex", 1000), timed("index_put", 2000, samples=4), ["1000.0", "2000.0"]),
     ],
 )
-def test_what_is_no_csv_of_results_is_refused(tmp_path, text, message):
-    path = tmp_path / "x.csv"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=message):
-        read_csv(path, ("a",))
+def test_a_mark_is_on_the_fastest_where_that_is_clear(ours, peer, fastest):
+    lines = module.measured(Results([ours, peer])).splitlines()[2:]
+    assert [cells_of(line)[4] for line in lines] == fastest
 
 
-RESULTS = sorted((ROOT / "benchmarks/results").glob("*.csv"))
+def test_every_loss_is_listed_worst_first():
+    rows = [
+        timed("tokenflex", 1000),
+        timed("index_put", 800),
+        timed("masked_scatter", 500),
+        timed("nested", 1500),
+        row("swiglu", "T=8", "tokenflex", 9),
+        row("swiglu", "T=8", "PyTorch eager", 9.5),
+    ]
+    count, _, _, _, *lines = module.losses(Results(rows)).splitlines()
+    assert count == "A peer is faster in 2 of 4 comparisons."
+    assert [cells_of(line) for line in lines] == [
+        ["merge_vision", "4x", "forward", "masked_scatter", "1000.0", "500.0", "0.50"],
+        ["merge_vision", "4x", "forward", "index_put", "1000.0", "800.0", "0.80"],
+    ]
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_an_overview_has_the_worst_and_the_best_case():
+    rows = []
+    for case, ours, peer in (("8 images", 10, 5), ("16 images", 10, 30)):
+        rows += [row("project_tokens", case, "tokenflex", ours)]
+        rows += [row("project_tokens", case, "PyTorch eager", peer)]
+    _, _, line = module.overview(Results(rows)).splitlines()
+    wanted = ["project_tokens (triton)", "PyTorch eager", "0.50", "3.00", "1 of 2"]
+    assert cells_of(line) == wanted
+
+
+def test_mixed_counts_are_compared_with_uniform_ones():
+    rows = [
+        row("pool_norm", "40 images, mixed", "tokenflex", 3000),
+        row("pool_norm", "40 images, uniform", "tokenflex", 2000),
+        row("pool_norm", "160 images, mixed", "tokenflex", 3000),
+    ]
+    _, _, line = module.mixed_counts(Results(rows)).splitlines()
+    assert cells_of(line) == ["pool_norm", "40 images, mixed", "forward", "tokenflex", "1.50"]
+    assert module.mixed_counts(Results(rows[1:])) == ""
+
+
+def test_the_machine_is_told_with_how_much_to_trust():
+    rows = [
+        row("a", "", "tokenflex", 1, samples=3, cores=2, sets=7),
+        row("a", "", "", "", status="not run: no time left"),
+    ]
+    text = module.machine(Results(rows))
+    assert text.startswith("Measured on Some GPU;")
+    assert "1 rows have times, 1 of them from fewer than 5 samples; 1 found no time left." in text
+    assert text.endswith("up to 7 sets of buffers.")
+
+
+# ---- published CSVs
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)
 def test_published_results_are_complete(path):
     with path.open(newline="", encoding="utf-8") as file:
         assert next(csv.reader(file))[: len(COLUMNS)] == list(COLUMNS)
     rows = read_csv(path)
-    ok = [one for one in rows if one["status"] == "ok"]
-    assert {one["op"] for one in ok} >= {"ceiling", "host_cost", "pack_embeddings", "end_to_end"}
-    assert all(float(one["p20_us"]) <= float(one["p50_us"]) <= float(one["p80_us"]) for one in ok)
-    assert all(one["cpu"] and one["torch"] and one["commit"] for one in rows)
+    ok = [line for line in rows if line["status"] == "ok"]
+    ops = {"ceiling", "host_cost", "pack_embeddings", "pool_norm", "swiglu", "project_tokens"}
+    assert {line["op"] for line in ok} >= ops
+    assert all(
+        float(line["p20_us"]) <= float(line["p50_us"]) <= float(line["p80_us"]) for line in ok
+    )
+    assert all(line["cpu"] and line["torch"] and line["commit"] for line in rows)
     assert "/" + "tmp" not in path.read_text(encoding="utf-8")
-    for name in ("throughput", "speed-up", "memory", "mixed-counts", "end-to-end"):
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == module.report_text(rows)
+    for name in PICTURES:
         assert path.with_name(f"{path.stem}-{name}.png").exists()
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)
+def test_rates_and_shares_in_the_csv_are_those_of_its_times(path):
+    """A figure or a column that was changed by hand does not fit the others."""
+    rows = [line for line in read_csv(path) if line["status"] == "ok"]
+    ceilings = {line["variant"]: line for line in rows if line["op"] == "ceiling"}
+    for line in rows:
+        p50 = float(line["p50_us"])
+        if line["ideal_bytes"]:
+            rate = float(line["ideal_bytes"]) / p50 / 1e3
+            assert float(line["gb_per_s"]) == pytest.approx(rate, rel=1e-3, abs=2e-3), line
+            copy = float(ceilings["copy"]["gb_per_s"])
+            assert float(line["share_of_copy"]) == pytest.approx(rate / copy, rel=1e-2, abs=1e-3)
+        if line["flops"]:
+            rate = float(line["flops"]) / p50 / 1e6
+            assert float(line["tflop_per_s"]) == pytest.approx(rate, rel=1e-3, abs=2e-5), line
+            share, matmul = line["share_of_matmul"], float(ceilings["matmul"]["tflop_per_s"])
+            assert float(share) == pytest.approx(rate / matmul, rel=1e-2, abs=1e-3)
+        if line["tokens_per_s"]:
+            tokens = 1e6 * float(line["tokens"]) / p50
+            assert float(line["tokens_per_s"]) == pytest.approx(tokens, rel=1e-3, abs=1)
+        assert p50 > 0

@@ -1,4 +1,4 @@
-"""Suites that are no cases of an op: the ceilings, and the host's costs."""
+"""The suites of ceilings and of host costs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from benchmarks import ceilings, host_cost
 from benchmarks.harness import NO_TIME, Deadline, Run
 from benchmarks.host_cost import OPS
-from benchmarks.machine import ROOT
+from benchmarks.results import ROOT
 
 
 def rows_of(suite, **options):
@@ -73,6 +73,7 @@ def test_host_costs_go_on_where_a_process_died_and_stop_in_time():
 
 
 def test_host_costs_run_under_pytest_benchmark():
+    pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     options = ["benchmarks/test_host_cost.py", "-k", "merge_vision", "--benchmark-disable"]
     done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from benchmarks.results import comparisons
+from benchmarks.results import Results
 from benchmarks.targets import FIGURES, NOT_MEASURED, TABLE, verdicts
 from tests.benchmarks.rows import not_run, row
 
@@ -205,12 +205,12 @@ def test_unlike_clocks_are_compared_by_the_wall_clock_of_both():
     verdict = verdict_of(UNLIKE, "pack: >= 5x masked_scatter")
     assert verdict.value == pytest.approx(2)
     assert "4x, forward, wall clock" in verdict.text
-    (one,) = comparisons(UNLIKE)
+    (one,) = Results(UNLIKE).comparisons()
     assert (one.figure.value, one.figure.remark) == (2, "wall clock")
 
 
 def test_like_clocks_are_compared_by_their_medians():
-    (one,) = comparisons([UNLIKE[0], UNLIKE[1] | {"timing": "graph"}])
+    (one,) = Results([UNLIKE[0], UNLIKE[1] | {"timing": "graph"}]).comparisons()
     assert (one.figure.value, one.figure.remark) == (10, "")
 
 
@@ -223,7 +223,7 @@ def test_peers_are_held_against_ours_that_does_the_same():
         row("pack_embeddings", "4x, sparse table gradient", "embedding(sparse) + index_put", 15),
         row("pack_embeddings", "5x", SCATTER, 15),  # nothing of ours beside it
     ]
-    assert [one.figure.value for one in comparisons(rows)] == [0.5, 3]
+    assert [one.figure.value for one in Results(rows).comparisons()] == [0.5, 3]
 
 
 def test_what_could_not_be_captured_has_waited():

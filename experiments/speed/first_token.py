@@ -1,8 +1,8 @@
-"""``python -m benchmarks.first_token``: seconds to the first token against vision tokens.
+"""``python -m experiments.speed.first_token``: seconds to the first token against vision tokens.
 
-A model of random weights, SigLIP-B at 384 px and Qwen2.5-0.5B in shape, answers one prompt about
-one image with one token, at several counts: from its pixels, and from images encoded before. Counts
-take turns; the best and the median of all rounds are written.
+A model of random weights, with the shapes of SigLIP-B at 384 px and Qwen2.5-0.5B, answers a prompt
+about one image with one token, at several counts: from pixels, and from images encoded before.
+Counts take turns; the CSV has the best and the median of all rounds.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from typing import Any
 import torch
 import torch.utils.benchmark
 
-from benchmarks.harness import SEED
-from benchmarks.machine import ROOT
-from benchmarks.models import fields, random_model
+from benchmarks.harness import DTYPES, SEED
 from benchmarks.prompts import IMAGE
-from benchmarks.results import NewRow, Row, publish
+from benchmarks.results import NewRow, Row
+from experiments.speed.models import RESULTS, fields, publish, random_model
 
 TEXT_TOKENS = 32
 COUNTS = (16, 64, 144, 256, 400, 576)
@@ -77,7 +76,7 @@ def measure(model: Any, counts: Sequence[int], rounds: int) -> list[NewRow]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw seconds against vision tokens: a line a way, best and median."""
+    """Draw the best and the median seconds against vision tokens, a line for each way."""
     from benchmarks.plots import machine, plt, save, tidy
 
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
@@ -104,16 +103,17 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.first_token", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.speed.first_token", description=__doc__
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured")
-    folder = ROOT / "benchmarks/results/first-token"
-    parser.add_argument("--out", type=Path, default=folder, help="folder for CSV and plot")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each count")
+    folder = RESULTS / "first-token"
+    parser.add_argument("--out", type=Path, default=folder, help="folder for CSV and picture")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
-    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    model = random_model(VISION, TEXT, options.device, dtype).eval()
+    model = random_model(VISION, TEXT, options.device, DTYPES[options.device]).eval()
     rows = publish(measure(model, COUNTS, options.rounds), options.device, options.out, draw)
     for row in rows:
         print(f"{row['vision_tokens']:>5}  {row['best_s']:>8} s  {row['way']}")

@@ -1,4 +1,4 @@
-"""What mixed counts save: how steps are shared, predicted and measured, on a tiny model."""
+"""Savings of mixed counts: steps shared, predicted and measured on a tiny model."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import mixed_counts as bench
-from benchmarks.machine import ROOT
-from benchmarks.models import fields, random_model
-from benchmarks.results import read_csv
+from benchmarks.results import ROOT, read_csv
+from experiments.speed import mixed_counts as study
+from experiments.speed.models import RESULTS, fields, random_model
 
 TINY = dataclasses.replace(
-    bench.SCALED,
+    study.SCALED,
     vision=fields(16, 16, 1, 2, image_size=128, patch_size=16),
-    text=bench.SCALED.text | fields(16, 16, 2, 2, num_key_value_heads=2, vocab_size=32),
+    text=study.SCALED.text | fields(16, 16, 2, 2, num_key_value_heads=2, vocab_size=32),
 )
-FLOPS = bench.Flops(tile=51.0, vision_token=0.0, token=1.0, target=0.0)
+FLOPS = study.Flops(tile=51.0, vision_token=0.0, token=1.0, target=0.0)
 MANY = {"steps": 4, "ranks": 8, "per_rank": 8}
 
 
@@ -29,27 +28,27 @@ def model():
     return random_model(TINY.vision, TINY.text, "cpu")
 
 
-@pytest.mark.parametrize("way", bench.WAYS)
+@pytest.mark.parametrize("way", study.WAYS)
 def test_every_sample_is_on_one_rank(way):
-    sizes = bench.draw_step(TINY, 0, 32, tiled=True)
-    shares = bench.share_step(way, sizes, 4, 18.0)
+    sizes = study.draw_step(TINY, 0, 32, tiled=True)
+    shares = study.share_step(way, sizes, 4, 18.0)
     assert len(shares) == 4
     assert sorted(i for members in shares for i in members) == list(range(32))
 
 
 def test_counts_are_drawn_at_the_odds_and_text_is_the_same_for_both_regimes():
-    sizes = [bench.draw_step(TINY, step, 64, tiled=False) for step in range(30)]
-    counts = np.concatenate([one.counts for one in sizes])
+    sizes = [study.draw_step(TINY, step, 64, tiled=False) for step in range(30)]
+    counts = np.concatenate([step.counts for step in sizes])
     odds = {n: (counts == n).mean() for n in TINY.counts}
     assert odds == pytest.approx({16: 0.2, 36: 0.3, 64: 0.5}, abs=0.03)
-    largest = bench.with_largest(TINY, sizes[0])
+    largest = study.with_largest(TINY, sizes[0])
     assert set(largest.counts) == {64}
     assert (largest.text == sizes[0].text).all()
 
 
 def test_operations_of_a_padded_rank_are_those_of_its_longest_sample():
     sizes = ([10, 30], [1, 1], [16, 64], [5, 15])
-    samples = bench.Samples(*map(np.array, sizes))
+    samples = study.Samples(*map(np.array, sizes))
     packed = samples.operations(FLOPS, [0, 1])
     padded = samples.operations(FLOPS, [0, 1], padded=True)
     assert packed == 26 + 94 + 2 * 51
@@ -57,8 +56,8 @@ def test_operations_of_a_padded_rank_are_those_of_its_longest_sample():
 
 
 def test_prediction_of_equal_ranks_is_the_arithmetic():
-    """One rank has nobody to wait for: all of the saving is time, but where it is padded."""
-    by_cost, by_tokens, padded = bench.predict(
+    """One rank waits for no other: all of the saving becomes time, except where it is padded."""
+    by_cost, by_tokens, padded = study.predict(
         TINY, FLOPS, steps=3, ranks=1, per_rank=8, tiled=True
     )
     for row in (by_cost, by_tokens):
@@ -68,18 +67,18 @@ def test_prediction_of_equal_ranks_is_the_arithmetic():
 
 
 def test_cost_balanced_bins_keep_the_saving_that_others_lose():
-    rows = {row["way"]: row for row in bench.predict(TINY, FLOPS, tiled=True, **MANY)}
-    assert rows[bench.BY_COST]["predicted_share"] >= bench.TARGET
-    assert rows[bench.BY_COST]["balance"] <= 1.03
-    assert rows[bench.BY_TOKENS]["predicted_share"] < 0.9
-    assert rows[bench.PADDED]["times_ideal"] > 2
+    rows = {row["way"]: row for row in study.predict(TINY, FLOPS, tiled=True, **MANY)}
+    assert rows[study.BY_COST]["predicted_share"] >= study.TARGET
+    assert rows[study.BY_COST]["balance"] <= 1.03
+    assert rows[study.BY_TOKENS]["predicted_share"] < 0.9
+    assert rows[study.PADDED]["times_ideal"] > 2
 
 
 def test_a_padded_rank_computes_the_loss_and_gradients_of_a_packed_one(model):
-    samples = bench.draw_step(TINY, 1, 3, tiled=True)
+    samples = study.draw_step(TINY, 1, 3, tiled=True)
 
     def gradients(packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        loss = bench.Step(model, samples, [0, 2, 1], packed)()
+        loss = study.Step(model, samples, [0, 2, 1], packed)()
         return loss, model.model.projector.gate.weight.grad.clone()
 
     (loss, gradient), (truth, expected) = gradients(False), gradients(True)
@@ -88,19 +87,19 @@ def test_a_padded_rank_computes_the_loss_and_gradients_of_a_packed_one(model):
 
 
 def test_measured_seconds_are_those_of_the_slowest_rank(model, monkeypatch):
-    """A rank takes as long as its tiles, by a clock of our own."""
+    """A fake clock makes a rank take as long as its tiles."""
 
     def timer(step, timer):
         return SimpleNamespace(timeit=lambda number: len(step.inputs["num_image_tokens"]))
 
-    monkeypatch.setattr(bench.timeit, "Timer", timer)
-    monkeypatch.setattr(bench, "random_model", lambda *_: model)
-    rows = bench.measure(TINY, "cpu", steps=2, ranks=4, per_rank=4, rounds=2, tiled=True)
+    monkeypatch.setattr(study.timeit, "Timer", timer)
+    monkeypatch.setattr(study, "random_model", lambda *_: model)
+    rows = study.measure(TINY, "cpu", steps=2, ranks=4, per_rank=4, rounds=2, tiled=True)
     for row in rows:
         slowest = 0
         for step in range(2):
-            mixed = bench.draw_step(TINY, step, 16, tiled=True)
-            shares = bench.share_step(row["way"], mixed, 4, row["tile_cost"])
+            mixed = study.draw_step(TINY, step, 16, tiled=True)
+            shares = study.share_step(row["way"], mixed, 4, row["tile_cost"])
             slowest += max(mixed.tiles[members].sum() for members in shares)
         assert row["seconds_mixed"] == slowest
         assert row["measured_balance"] >= 1
@@ -108,12 +107,12 @@ def test_measured_seconds_are_those_of_the_slowest_rank(model, monkeypatch):
 
 
 def test_command_writes_rows_a_plot_and_a_verdict(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "SCALED", TINY)
-    monkeypatch.setattr(bench, "FAMILY", bench.FAMILY[:1])
-    few = functools.partial(bench.family_predictions, steps=2, ranks=4)
-    monkeypatch.setattr(bench, "family_predictions", few)
+    monkeypatch.setattr(study, "SCALED", TINY)
+    monkeypatch.setattr(study, "FAMILY", study.FAMILY[:1])
+    few = functools.partial(study.family_predictions, steps=2, ranks=4)
+    monkeypatch.setattr(study, "family_predictions", few)
     options = ["--device", "cpu", "--steps", "1", "--rounds", "1", "--ranks", "2"]
-    assert bench.main([*options, "--out", str(tmp_path)]) == 0
+    assert study.main([*options, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.csv")
     assert path.with_suffix(".png").stat().st_size > 1000
     rows = read_csv(path)
@@ -123,9 +122,9 @@ def test_command_writes_rows_a_plot_and_a_verdict(tmp_path, monkeypatch, capsys)
 
 
 def test_verdict_counts_the_cases_that_fall_short():
-    row = {"way": bench.BY_COST, "predicted_share": "0.99", "measured_share": "0.94"}
-    other = {"way": bench.PADDED, "predicted_share": "0.1", "measured_share": "0.1"}
-    text = bench.verdict([row, {**row, "measured_share": ""}, other])
+    row = {"way": study.BY_COST, "predicted_share": "0.99", "measured_share": "0.94"}
+    other = {"way": study.PADDED, "predicted_share": "0.1", "measured_share": "0.1"}
+    text = study.verdict([row, {**row, "measured_share": ""}, other])
     assert "predicted 0.990 at worst, met on 2 of 2" in text
     assert "measured 0.940 at worst, met on 0 of 1" in text
 
@@ -133,14 +132,14 @@ def test_verdict_counts_the_cases_that_fall_short():
 @pytest.mark.parametrize("option", ["--steps", "--rounds", "--ranks"])
 def test_nothing_to_measure_is_refused(option, capsys):
     with pytest.raises(SystemExit):
-        bench.main([option, "0"])
+        study.main([option, "0"])
     assert f"{option} must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_what_runs_is_what_the_operations_count(model):
-    samples = bench.draw_step(TINY, 1, 3, tiled=True)
-    step = bench.Step(model, samples, [0, 1, 2], packed=True)
-    none = bench.Flops(tile=0.0, vision_token=0.0, token=0.0, target=0.0)
+    samples = study.draw_step(TINY, 1, 3, tiled=True)
+    step = study.Step(model, samples, [0, 1, 2], packed=True)
+    none = study.Flops(tile=0.0, vision_token=0.0, token=0.0, target=0.0)
 
     def counted(name: str) -> float:
         flops = dataclasses.replace(none, **{name: 1.0})
@@ -155,19 +154,19 @@ def test_what_runs_is_what_the_operations_count(model):
 
 def test_the_table_has_a_line_for_what_was_predicted_and_one_for_what_was_measured():
     row = {"model": "m", "stage": "s", "tiled": "True", "arithmetic_saving": "0.2"}
-    saved = {way: {"predicted_saving": "0.1", "measured_saving": ""} for way in bench.WAYS}
-    saved[bench.BY_COST] = {"predicted_saving": "0.19", "measured_saving": ""}
-    lines = bench.format_table([{**row, **one} for one in saved.values()]).splitlines()
+    saved = {way: {"predicted_saving": "0.1", "measured_saving": ""} for way in study.WAYS}
+    saved[study.BY_COST] = {"predicted_saving": "0.19", "measured_saving": ""}
+    lines = study.format_table([{**row, **way} for way in saved.values()]).splitlines()
     assert lines[2:] == ["| m | s | many | 20.0% | 19.0% | 10.0% | 10.0% | predicted |"]
-    measured = [{**row, **one, "measured_saving": "0.15"} for one in saved.values()]
-    assert len(bench.format_table(measured).splitlines()) == 4
+    measured = [{**row, **way, "measured_saving": "0.15"} for way in saved.values()]
+    assert len(study.format_table(measured).splitlines()) == 4
 
 
 def test_the_documents_have_the_table_of_the_results():
-    (path,) = (ROOT / "benchmarks/results/mixed-counts").glob("*.csv")
+    (path,) = (RESULTS / "mixed-counts").glob("*.csv")
     page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
     rows = read_csv(path)
-    assert bench.format_table(rows) in page
-    assert bench.verdict(rows).partition(": ")[2] in " ".join(page.split())
+    assert study.format_table(rows) in page
+    assert study.verdict(rows).partition(": ")[2] in " ".join(page.split())
     machine = f"{rows[0]['cpu']}, {rows[0]['cores']} cores, load {rows[0]['load']}, commit"
     assert f"{machine} {rows[0]['commit']}" in page

@@ -1,9 +1,10 @@
-"""Models of random weights, and their training steps: samples packed into one row, or padded."""
+"""Models of random weights, their training steps, and the CSV of a study."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,16 @@ import torch.nn.functional as F
 
 from benchmarks.harness import SEED
 from benchmarks.prompts import IMAGE
+from benchmarks.results import NewRow, Row, environment, machine_name, read_csv, write_csv
 from tokenflex.training.flops import Flops
 from tokenflex_kernels import plan_packing
 
-NO_LOSS = -100  # the label of tokens that are not learned
+RESULTS = Path(__file__).with_name("results")
+IGNORED = -100  # the label of tokens without a loss
 
 
 def fields(width: int, hidden: int, layers: int, heads: int, **others: Any) -> dict[str, Any]:
-    """Return the fields of a configuration that the encoder and the language model both have."""
+    """Return the configuration's fields that the encoder and the language model share."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     return dict(zip(names, (width, hidden, layers, heads), strict=True)) | others
 
@@ -32,8 +35,8 @@ def random_model(
     Args:
         vision: Fields of the SigLIP configuration.
         text: Fields of the Qwen2 configuration.
-        device: Of the weights; "meta" for a model that is only counted.
-        dtype: Of the weights.
+        device: Device of the weights; "meta" for a model whose operations are only counted.
+        dtype: Type of the weights.
     """
     from transformers import Qwen2Config, SiglipVisionConfig
 
@@ -52,12 +55,12 @@ def random_model(
 
 @dataclass(frozen=True)
 class Samples:
-    """The sizes of some samples, an array each."""
+    """The sizes of several samples, an array each."""
 
     text: np.ndarray  # text tokens
     tiles: np.ndarray  # tiles of the image
     counts: np.ndarray  # vision tokens of each tile
-    answers: np.ndarray  # how many of the last text tokens are learned
+    answers: np.ndarray  # number of text tokens at the end that have a loss
 
     @property
     def rows(self) -> np.ndarray:
@@ -65,7 +68,7 @@ class Samples:
         return self.text + self.tiles * self.counts
 
     def operations(self, flops: Flops, members: Sequence[int], padded: bool = False) -> float:
-        """Return the operations of some of the samples, packed or padded to the longest."""
+        """Return the operations of the samples ``members``, packed or padded to the longest."""
         rows, tiles = self.rows[members], self.tiles[members]
         return flops.total(
             tiles=float(tiles.sum()),
@@ -76,10 +79,10 @@ class Samples:
 
 
 class Step:
-    """Forward and backward of some samples, of random numbers; gradients stay until the next step.
+    """Forward and backward of samples of random numbers; gradients stay until the next step.
 
     Args:
-        model: Of :func:`random_model`.
+        model: A model of :func:`random_model`.
         samples: The sizes.
         members: Numbers of the samples that take part.
         packed: Whether they are one row, or padded to the longest.
@@ -87,21 +90,22 @@ class Step:
 
     def __init__(self, model: Any, samples: Samples, members: Sequence[int], packed: bool) -> None:
         side, vocabulary = model.config.vision_config.image_size, model.lm_head.weight.shape[0]
-        prompts, labels, pixels, counts = [], [], [], []
+        prompts, labels, pixels = [], [], []
+        counts: list[int] = []
         for i in members:
+            tiles, length = int(samples.tiles[i]), int(samples.text[i])
             generator = torch.Generator().manual_seed(SEED + i)
-            text = torch.randint(2, vocabulary, (int(samples.text[i]),), generator=generator)
-            prompts.append(torch.cat([torch.full((int(samples.tiles[i]),), IMAGE), text]))
+            text = torch.randint(2, vocabulary, (length,), generator=generator)
+            prompts.append(torch.cat([torch.full((tiles,), IMAGE), text]))
             labels.append(prompts[-1].clone())
-            labels[-1][: -samples.answers[i]] = NO_LOSS
-            size = (int(samples.tiles[i]), 3, side, side)
-            pixels.append(torch.randn(size, generator=generator))
-            counts += [int(samples.counts[i])] * int(samples.tiles[i])
+            labels[-1][: -samples.answers[i]] = IGNORED
+            pixels.append(torch.randn(tiles, 3, side, side, generator=generator))
+            counts += [int(samples.counts[i])] * tiles
         plan = plan_packing(prompts, counts, IMAGE, labels=labels)
-        learned = (plan.labels[1:] != NO_LOSS).nonzero().squeeze(1)
+        learned = (plan.labels[1:] != IGNORED).nonzero().squeeze(1)
         self.model, device = model, model.device
         self.answers = plan.labels[learned + 1].to(device)
-        self.inputs = {
+        self.inputs: dict[str, Any] = {
             "pixel_values": torch.cat(pixels).to(device, next(model.parameters()).dtype),
             "num_image_tokens": counts,
             "use_cache": False,
@@ -119,7 +123,7 @@ class Step:
         self.learned = learned.to(device)
 
     def loss(self) -> torch.Tensor:
-        """Return the mean loss. The output layer sees the rows that have one, however they lie."""
+        """Return the mean loss. The output layer sees only the rows that have one."""
         hidden = self.model.model(**self.inputs).last_hidden_state
         logits = self.model.lm_head(hidden.flatten(0, 1)[self.learned])
         return F.cross_entropy(logits.float(), self.answers)
@@ -129,3 +133,20 @@ class Step:
         loss = self.loss()
         loss.backward()
         return loss.detach()
+
+
+def publish(
+    rows: Sequence[NewRow],
+    device: str,
+    folder: Path,
+    draw: Callable[[list[Row], Path], object] | None = None,
+) -> list[Row]:
+    """Write the machine's CSV, draw a picture beside it, and return the rows as written."""
+    shared = environment(device)
+    path = folder / f"{machine_name(shared)}.csv"
+    write_csv(path, rows, shared)
+    published = read_csv(path)
+    if draw:
+        draw(published, path.with_suffix(".png"))
+    print(f"{len(rows)} rows in {path}")
+    return published

@@ -1,4 +1,4 @@
-"""Seconds to the first token: what is measured, on a tiny model, and what is written."""
+"""Seconds to the first token, measured and written for a tiny model."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import csv
 
 import pytest
 
-from benchmarks import first_token
-from benchmarks.machine import ROOT, environment
-from benchmarks.models import fields, random_model
-from benchmarks.results import read_csv
+from benchmarks.results import environment, read_csv
+from experiments.speed import first_token
+from experiments.speed.models import RESULTS, fields, random_model
 from tests.models.test_modeling import CallCounter
 
 VISION = fields(16, 16, 1, 2, image_size=32, patch_size=4)
@@ -51,7 +50,7 @@ def test_command_writes_rows_with_their_machine_and_a_plot(monkeypatch, tmp_path
 
 def test_committed_results_are_whole():
     """Each count both ways; the plot beside them was drawn from them."""
-    for path in (ROOT / "benchmarks/results/first-token").glob("*.csv"):
+    for path in (RESULTS / "first-token").glob("*.csv"):
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         assert len(rows) == 2 * len(first_token.COUNTS)

@@ -1,17 +1,17 @@
-"""``python -m benchmarks.mixed_counts``: how much of the arithmetic that mixed counts save is time.
+"""``python -m experiments.speed.mixed_counts``: how much of the saved arithmetic becomes time.
 
 Counts drawn per image cost fewer operations than the largest for all. Whether that is less time
-depends on how samples share a step, because all ranks wait for the slowest. Three ways, each with
-mixed counts and with the largest alone:
+depends on how samples share a step, because all ranks wait for the slowest. Three ways are
+compared, each with mixed counts and with the largest alone:
 
 * ``packed by cost``: bins of equal tokens + a * tiles, as `tokenflex train` deals them;
-* ``packed by tokens``: bins of equal tokens, whatever the encoder has to do (a = 0);
+* ``packed by tokens``: bins of equal tokens, without the encoder's cost (a = 0);
 * ``padded``: batches of equal numbers of samples, padded to the longest of a rank.
 
 *Predicted* are operations of the slowest rank, for a scaled model and for SigLIP-400M with the
 Qwen2.5 family; *measured* are seconds of forward and backward of the scaled model. The ranks of a
-step are measured one after another on one device, and the step takes as long as the slowest. No
-gradients are exchanged in it: that takes as long whatever the counts.
+step are measured one after another on one device, and the step takes as long as the slowest. The
+exchange of gradients is left out: it takes as long for all counts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from __future__ import annotations
 import argparse
 import sys
 import timeit
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -31,10 +32,8 @@ import torch
 import torch.utils.benchmark
 
 from benchmarks.harness import SEED
-from benchmarks.machine import ROOT
-from benchmarks.models import Samples, Step, fields, random_model
-from benchmarks.results import NewRow, Row, publish
-from benchmarks.tables import table
+from benchmarks.results import NewRow, Row
+from experiments.speed.models import RESULTS, Samples, Step, fields, publish, random_model
 from tokenflex.counts import TokenCounts
 from tokenflex.training.flops import Flops, training_flops
 from tokenflex_kernels import balance_bins
@@ -43,7 +42,7 @@ NO_BOUND = 2**30
 TARGET = 0.95  # of the arithmetic saving, packed by cost
 BY_COST, BY_TOKENS, PADDED = "packed by cost", "packed by tokens", "padded"
 WAYS = (BY_COST, BY_TOKENS, PADDED)
-STAGES = {  # the paper's three, by what learns
+STAGES = {  # the paper's three, and the parts that each trains
     "alignment": ("projector",),
     "vision enhancement": ("vision", "projector"),
     "instruction tuning": ("vision", "projector", "text"),
@@ -55,36 +54,31 @@ class Shape:
     """A model and its samples."""
 
     name: str
-    counts: tuple[int, ...]  # vision tokens of a tile, at 2 : 3 : 5
-    vision: dict[str, Any]  # fields of the SigLIP configuration
     text: dict[str, Any]  # fields of the Qwen2 configuration
-    median_text: (
-        float  # tokens of the median sample, of a log-normal distribution; half are learned
-    )
+    vision: dict[str, Any]  # fields of the SigLIP configuration
+    counts: tuple[int, ...] = (64, 144, 256)  # vision tokens of a tile, at 2 : 3 : 5
+    median_text: float = 150.0  # tokens of a log-normal distribution; half of a text has a loss
 
 
 def qwen(vocab_size: int, num_key_value_heads: int, *sizes: int) -> dict[str, Any]:
+    width, hidden, layers, heads = sizes
     others = {"vocab_size": vocab_size, "num_key_value_heads": num_key_value_heads}
-    return fields(*sizes, **others, tie_word_embeddings=False)
+    return fields(width, hidden, layers, heads, **others, tie_word_embeddings=False)
 
 
-PAPER = {
-    "counts": (64, 144, 256),
-    "vision": fields(1152, 4304, 27, 16, image_size=384, patch_size=14),
-    "median_text": 150.0,
-}
+SIGLIP = fields(1152, 4304, 27, 16, image_size=384, patch_size=14)
 FAMILY = (
-    Shape("SigLIP-400M + Qwen2.5-7B", text=qwen(152064, 4, 3584, 18944, 28, 28), **PAPER),
-    Shape("SigLIP-400M + Qwen2.5-3B", text=qwen(151936, 2, 2048, 11008, 36, 16), **PAPER),
-    Shape("SigLIP-400M + Qwen2.5-0.5B", text=qwen(151936, 2, 896, 4864, 24, 14), **PAPER),
+    Shape("SigLIP-400M + Qwen2.5-7B", qwen(152064, 4, 3584, 18944, 28, 28), SIGLIP),
+    Shape("SigLIP-400M + Qwen2.5-3B", qwen(151936, 2, 2048, 11008, 36, 16), SIGLIP),
+    Shape("SigLIP-400M + Qwen2.5-0.5B", qwen(151936, 2, 896, 4864, 24, 14), SIGLIP),
 )
 # A quarter of the patches, counts and text; the encoder's tile is worth about as many rows of the
 # language model, beside a quarter of the vision tokens, as in the 7B model.
 SCALED = Shape(
     "scaled",
+    qwen(512, 8, 512, 1408, 2, 8),
+    fields(192, 768, 1, 3, image_size=224, patch_size=16),
     counts=(16, 36, 64),
-    vision=fields(192, 768, 1, 3, image_size=224, patch_size=16),
-    text=qwen(512, 8, 512, 1408, 2, 8),
     median_text=37.5,
 )
 
@@ -97,8 +91,8 @@ def draw_step(shape: Shape, step: int, samples: int, *, tiled: bool) -> Samples:
     rng = np.random.default_rng((SEED, step))
     text = np.clip(rng.lognormal(np.log(shape.median_text), 0.9, samples), 8, 2048).astype(int)
     tiles = np.clip(rng.geometric(0.45, samples), 1, 12)
-    drawn = TokenCounts(shape.counts, (0.2, 0.3, 0.5), seed=SEED)
-    counts = np.array([drawn.draw(step * samples + i) for i in range(samples)])
+    policy = TokenCounts(shape.counts, (0.2, 0.3, 0.5), seed=SEED)
+    counts = np.array([policy.draw(step * samples + i) for i in range(samples)])
     return Samples(text, tiles if tiled else np.ones_like(tiles), counts, np.maximum(1, text // 2))
 
 
@@ -121,7 +115,7 @@ def share_step(way: str, samples: Samples, ranks: int, tile_cost: float) -> list
     )
 
 
-# ---- predictions
+# ---- predictions and measurements
 
 
 def predict(
@@ -130,7 +124,7 @@ def predict(
     """Return a row for each way: the share that the arithmetic saves, and the slowest rank."""
     rows = []
     for way in WAYS:
-        # Mixed counts, then the largest. ``needed``: without padding, were all ranks equal.
+        # Mixed counts, then the largest. ``needed``: without padding, if all ranks were equal.
         slowest, needed, computed = np.zeros(2), np.zeros(2), np.zeros(2)
         for step in range(steps):
             mixed = draw_step(shape, step, ranks * per_rank, tiled=tiled)
@@ -158,27 +152,22 @@ def predict(
 
 def family_predictions(*, steps: int = 40, ranks: int = 64, per_rank: int = 8) -> list[NewRow]:
     """Predict the paper's model and its smaller sisters, in each of the paper's stages."""
-    sizes = {"steps": steps, "ranks": ranks, "per_rank": per_rank}
     rows = []
     for member in FAMILY:
         model = random_model(member.vision, member.text, "meta")
-        for (stage, learning), tiled in product(STAGES.items(), (False, True)):
-            flops = training_flops(model, learning)
-            for row in predict(member, flops, **sizes, tiled=tiled):
-                rows.append({"stage": stage, **row})
+        for (stage, parts), tiled in product(STAGES.items(), (False, True)):
+            flops = training_flops(model, parts)
+            ways = predict(member, flops, steps=steps, ranks=ranks, per_rank=per_rank, tiled=tiled)
+            rows += [{"stage": stage, **row} for row in ways]
     return rows
-
-
-# ---- measurements
 
 
 def measure(
     shape: Shape, device: str, *, steps: int, ranks: int, per_rank: int, rounds: int, tiled: bool
 ) -> list[NewRow]:
-    """Return the rows of :func:`predict` for a model that is run, with seconds beside them."""
+    """Return the rows of :func:`predict` for a model that runs, with seconds beside them."""
     model = random_model(shape.vision, shape.text, device)
     flops = training_flops(model, STAGES["instruction tuning"])
-    sizes = {"steps": steps, "ranks": ranks, "per_rank": per_rank, "tiled": tiled}
     keys = list(product(WAYS, (0, 1)))  # mixed counts, then the largest
     slowest, average = dict.fromkeys(keys, 0.0), dict.fromkeys(keys, 0.0)
     for step in range(steps):
@@ -193,15 +182,15 @@ def measure(
         }
         if step == 0:  # the first call of all allocates
             work[BY_COST, 1][0]()
-        seconds = {key: [[] for _ in range(ranks)] for key in keys}
+        seconds: dict[Any, list[float]] = defaultdict(list)
         for _, rank, key in product(range(rounds), range(ranks), keys):  # neighbours are compared
             clock = timeit.Timer(work[key][rank], timer=torch.utils.benchmark.timer)
-            seconds[key][rank].append(clock.timeit(1))
+            seconds[key, rank].append(clock.timeit(1))
         for key in keys:
-            medians = [median(taken) for taken in seconds[key]]
+            medians = [median(seconds[key, rank]) for rank in range(ranks)]
             slowest[key] += max(medians)
             average[key] += mean(medians)
-    rows = predict(shape, flops, **sizes)
+    rows = predict(shape, flops, steps=steps, ranks=ranks, per_rank=per_rank, tiled=tiled)
     for row in rows:
         mixed_s, largest_s = (slowest[row["way"], regime] for regime in (0, 1))
         row |= {
@@ -230,8 +219,8 @@ def verdict(rows: Sequence[Row]) -> str:
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """Return what each way saves: predicted, and measured where it was."""
-    lines = [("model", "stage", "tiles", "arithmetic", *WAYS, "")]
+    """Return the savings of each way as a table: predicted, and measured where possible."""
+    lines: list[Sequence[str]] = [("model", "stage", "tiles", "arithmetic", *WAYS, "")]
     for at in range(0, len(rows), len(WAYS)):
         ways = rows[at : at + len(WAYS)]
         names = (ways[0]["model"], ways[0]["stage"], "many" if is_tiled(ways[0]) else "one")
@@ -240,7 +229,8 @@ def format_table(rows: Sequence[Row]) -> str:
             if cells[0]:
                 savings = (ways[0]["arithmetic_saving"], *cells)
                 lines.append((*names, *(f"{float(cell):.1%}" for cell in savings), kind))
-    return table(*lines)
+    header, *body = ["".join(f"| {c} " if c else "| " for c in line) + "|" for line in lines]
+    return "\n".join([header, "|---" * len(lines[0]) + "|", *body])
 
 
 def is_tiled(row: Row) -> bool:
@@ -249,68 +239,67 @@ def is_tiled(row: Row) -> bool:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw savings of time beside that of arithmetic: the measured model, then predictions."""
-    from benchmarks.plots import plt, save
+    from benchmarks.plots import OUR_COLOUR, PEER_COLOURS, plt, save, tidy
 
     measured = [row for row in rows if row["measured_saving"]]
     predicted = [row for row in rows if not row["measured_saving"] and is_tiled(row)]
-    size, widths = (11, 4.6), (1, 2.6)
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=size, layout="constrained", width_ratios=widths
+    figure, panels = plt.subplots(
+        1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=(1, 2.6)
     )
-    bars(left, measured, "measured_saving", lambda row: "tiles" if is_tiled(row) else "one tile")
-    bars(
-        right,
-        predicted,
-        "predicted_saving",
-        lambda row: "\n".join([row["model"].rpartition("-")[2], *row["stage"].split()]),
-    )
-    title = f"measured: scaled model, {measured[0]['ranks']} ranks"
-    left.set_title(title, loc="left", fontsize=10)
-    title = f"SigLIP-400M + Qwen2.5, tiled images, {predicted[0]['ranks']} ranks"
-    right.set_title(f"predicted: {title}", loc="left", fontsize=10)
-    left.set_ylabel("time saved against the largest count")
-    right.legend(frameon=False, fontsize=9, ncols=2, loc="upper right")
+    colours = dict(zip(WAYS, (OUR_COLOUR, PEER_COLOURS[0], PEER_COLOURS[-1]), strict=True))
+    for axes, shown, kind in zip(
+        panels, (measured, predicted), ("measured", "predicted"), strict=True
+    ):
+        groups = [shown[i : i + len(WAYS)] for i in range(0, len(shown), len(WAYS))]
+        at = np.arange(len(groups))
+        for offset, (way, colour) in zip((-0.27, 0, 0.27), colours.items(), strict=True):
+            heights = [float(row[f"{kind}_saving"]) for row in shown if row["way"] == way]
+            axes.bar(at + offset, heights, 0.25, color=colour, label=way)
+        ideal = [float(group[0]["arithmetic_saving"]) for group in groups]
+        style = {"color": "black", "linestyle": "--", "linewidth": 1, "label": "arithmetic"}
+        axes.hlines(ideal, at - 0.42, at + 0.42, **style)
+        names = [
+            f"{row['model'].rpartition('-')[2]}\n{'tiles' if is_tiled(row) else 'one tile'}\n"
+            + row["stage"].replace(" ", "\n")
+            for row, *_ in groups
+        ]
+        axes.set_xticks(at, names, fontsize=8)
+        axes.set_title(f"{kind}, {shown[0]['ranks']} ranks", loc="left", fontsize=10)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        tidy(axes, grid="y")
+    panels[0].set_ylabel("time saved against the largest count")
+    panels[1].legend(frameon=False, fontsize=9, ncols=2, loc="upper right")
     save(figure, path)
 
 
-def bars(axes: Any, rows: Sequence[Row], column: str, name: Callable[[Row], str]) -> None:
-    from benchmarks.plots import tidy
-
-    groups = list(dict.fromkeys(map(name, rows)))
-    colours = ("#1f4e79", "#e07b39", "#808080")
-    for offset, way, colour in zip((-0.27, 0, 0.27), WAYS, colours, strict=True):
-        heights = {name(row): float(row[column]) for row in rows if row["way"] == way}
-        at = np.arange(len(groups)) + offset
-        axes.bar(at, [heights[group] for group in groups], 0.25, color=colour, label=way)
-    ideal = {name(row): float(row["arithmetic_saving"]) for row in rows}
-    at = np.arange(len(groups))
-    heights = [ideal[group] for group in groups]
-    style = {"color": "black", "linestyle": "--", "linewidth": 1, "label": "arithmetic"}
-    axes.hlines(heights, at - 0.42, at + 0.42, **style)
-    axes.set_xticks(at, groups, fontsize=8)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    tidy(axes, grid="y")
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.mixed_counts", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.speed.mixed_counts", description=__doc__
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=3, help="measured steps")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each step")
     parser.add_argument("--ranks", type=int, default=8, help="ranks of a measured step")
-    folder = ROOT / "benchmarks/results/mixed-counts"
-    parser.add_argument("--out", type=Path, default=folder, help="folder for CSV and plot")
+    folder = RESULTS / "mixed-counts"
+    parser.add_argument("--out", type=Path, default=folder, help="folder for CSV and picture")
     options = parser.parse_args(arguments)
     for name in ("steps", "rounds", "ranks"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     if options.device == "cpu":
-        torch.set_num_threads(1)  # on a shared machine threads wait for each other's core
-    sizes = {"steps": options.steps, "ranks": options.ranks, "rounds": options.rounds}
+        torch.set_num_threads(1)  # on a shared CPU threads wait for the one without a core
     rows: list[NewRow] = []
     for tiled in (False, True):
-        rows += measure(SCALED, options.device, **sizes, per_rank=8, tiled=tiled)
+        rows += measure(
+            SCALED,
+            options.device,
+            steps=options.steps,
+            ranks=options.ranks,
+            per_rank=8,
+            rounds=options.rounds,
+            tiled=tiled,
+        )
     rows += [dict.fromkeys(rows[0], "") | row for row in family_predictions()]
     published = publish(rows, options.device, options.out, draw)
     print(format_table(published))

@@ -1,4 +1,4 @@
-"""The training step of the end-to-end benchmark, at a shape of a few thousand parameters."""
+"""The training step of the end-to-end study, with a few thousand parameters."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import end_to_end
-from benchmarks.end_to_end import Shape, rows, step_flops
 from benchmarks.harness import Deadline, Run
-from benchmarks.models import Step, fields, random_model
-from benchmarks.results import COLUMNS
+from benchmarks.results import COLUMNS, ROOT, new_row, read_csv
+from experiments.speed import end_to_end
+from experiments.speed.end_to_end import Shape, measured, step_flops
+from experiments.speed.models import Step, fields, random_model
+from tests.benchmarks.rows import row
 
 TINY = Shape(
     vision=fields(32, 64, 1, 4, image_size=32, patch_size=4),
@@ -29,24 +30,24 @@ def model():
 
 def test_four_ways_and_the_same_loss(model, monkeypatch):
     monkeypatch.setattr(end_to_end, "peak_bytes", lambda call, device: 100 + call().ndim)
-    four = rows(TINY, RUN)
-    assert [(row["case"], row["variant"], row["status"]) for row in four] == [
+    four = measured(TINY, RUN)
+    assert [(line["case"], line["variant"], line["status"]) for line in four] == [
         ("fixed 16", "padded", "ok"),
         ("fixed 16", "packed", "ok"),
         ("mixed 4/9/16 2:3:5", "padded", "ok"),
         ("mixed 4/9/16 2:3:5", "packed", "ok"),
     ]
-    assert all(tuple(row) == COLUMNS for row in four)
-    assert [row["tokens"] for row in four] == [320, 320, 160 + 115, 160 + 115]
-    assert max(row["error"] for row in four) < 1e-4
-    assert [row["peak_bytes"] for row in four] == [100] * 4  # of a step, which gives a number
-    for row in four:
-        samples = TINY.batch(mixed=row["case"].startswith("mixed"))
-        assert row["flops"] == step_flops(model, samples)
+    assert all(tuple(line) == COLUMNS for line in four)
+    assert [line["tokens"] for line in four] == [320, 320, 160 + 115, 160 + 115]
+    assert max(line["error"] for line in four) < 1e-4
+    assert [line["peak_bytes"] for line in four] == [100] * 4  # of a step, which gives a number
+    for line in four:
+        samples = TINY.batch(mixed=line["case"].startswith("mixed"))
+        assert line["flops"] == step_flops(model, samples)
 
 
 def test_shapes_on_a_gpu_are_siglip_400m_and_qwen2_5_3b_cut_in_depth():
-    shape = end_to_end.shape_of(Run("cuda", False, Deadline(1), emit=print))
+    shape = end_to_end.shape_of("cuda")
     names = ("hidden_size", "intermediate_size", "num_attention_heads")
     assert [shape.vision[name] for name in names] == [1152, 4304, 16]
     assert [shape.text[name] for name in names] == [2048, 11_008, 16]
@@ -91,10 +92,10 @@ def test_another_loss_is_a_row_with_the_reason_and_no_time(monkeypatch, wrong_on
         return call(step) * off
 
     monkeypatch.setattr(Step, "__call__", wrong)
-    for row in rows(TINY, RUN):
-        failed = row["status"].startswith("failed: ValueError: loss must be that of each sample")
-        assert failed is (row["variant"] == wrong_one)
-        assert (row["p50_us"] == "") is failed
+    for line in measured(TINY, RUN):
+        failed = line["status"].startswith("failed: ValueError: loss must be that of each sample")
+        assert failed is (line["variant"] == wrong_one)
+        assert (line["p50_us"] == "") is failed
 
 
 def test_how_far_a_loss_may_be_off():
@@ -112,12 +113,12 @@ def test_a_model_that_does_not_build_is_a_row(monkeypatch):
         raise ImportError("transformers is too old")
 
     monkeypatch.setattr(end_to_end, "random_model", build)
-    (row,) = rows(TINY, RUN)
-    assert row["status"] == "failed: ImportError: transformers is too old"
+    (line,) = measured(TINY, RUN)
+    assert line["status"] == "failed: ImportError: transformers is too old"
 
 
 def test_flops_are_those_that_pytorch_counts():
-    """But for the pooling, which is counted as nothing, and attention to what comes later."""
+    """Pooling, which counts as nothing, and attention to later rows are left out."""
     samples = TINY.batch(mixed=False)
     model = random_model(TINY.vision, TINY.text, "cpu")
     model.set_attn_implementation("eager")  # whose products are counted
@@ -130,3 +131,43 @@ def test_flops_are_those_that_pytorch_counts():
     pooling = 2 * TINY.samples * width * (patches**2 * cells + patches * cells**2)
     forward = counter.get_total_flops() - pooling - later
     assert step_flops(model, samples) == pytest.approx(3 * forward, rel=0.01)
+
+
+# ---- the report
+
+STEPS = [
+    row("end_to_end", "fixed 256", "packed", 100, tokens=1000, mode="forward+backward"),
+    row("end_to_end", "mixed 64/144/256 2:3:5", "packed", 90, tokens=800, mode="forward+backward"),
+]
+
+
+def test_the_summary_has_each_step_and_the_share_of_the_saving_that_becomes_time():
+    values = {"tokens_per_s": 500, "share_of_matmul": 0.4, "peak_bytes": 3 * 2**20}
+    steps = [{**step, **{name: str(value) for name, value in values.items()}} for step in STEPS]
+    *_, fixed, mixed, sentence = end_to_end.summary(steps).splitlines()
+    cells = [cell.strip() for cell in fixed.strip("|").split("|")]
+    assert cells == ["fixed 256", "packed", "0.1", "500", "40.0%", "3"]
+    assert mixed.startswith("| mixed 64/144/256 2:3:5 | packed")
+    assert sentence.startswith("packed: mixed counts save 20.0% of the sequence and 10.0% of the")
+    assert sentence.endswith("50% of the saving becomes time")
+
+
+def test_a_run_of_the_benchmarks_with_a_training_step_stays_readable():
+    """The study was a suite of ``python -m benchmarks`` when that run was published."""
+    rows = read_csv(ROOT / "benchmarks/results/cpu-amd-epyc-2-cores.csv")
+    assert end_to_end.summary(rows).count("of the saving becomes time") == 2
+
+
+def test_command_writes_ceilings_and_steps(monkeypatch, tmp_path, capsys):
+    def ceilings(run):
+        run.emit([new_row(op="ceiling", variant="matmul", status="ok", tflop_per_s=4.0)])
+
+    monkeypatch.setattr(end_to_end.ceilings, "suite", ceilings)
+    monkeypatch.setattr(end_to_end, "shape_of", lambda device: TINY)
+    arguments = ["--device", "cpu", "--seconds", "0.3", "--out", str(tmp_path)]
+    assert end_to_end.main(arguments) == 0
+    (path,) = tmp_path.glob("*.csv")
+    assert [bool(line["share_of_matmul"]) for line in read_csv(path)] == [True] * 5
+    assert capsys.readouterr().out.count("of the saving becomes time") == 2
+    with pytest.raises(SystemExit):
+        end_to_end.main(["--seconds", "0"])
