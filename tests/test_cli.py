@@ -895,7 +895,7 @@ def test_more_marks_than_images(command, checkpoint):
         ("evaluate", "--format", "mixture", ["mixture", "messages"]),
         ("evaluate", "--split", "dev", ["dev", "validation"]),
         ("evaluate", "--image-folder", "images", ["--image-folder", "digits"]),
-        ("evaluate", "--workers", "-1", ["num_workers"]),
+        ("evaluate", "--workers", "-1", ["workers", "-1"]),
         ("generate", "--tokens", "0", ["0"]),
         ("generate", "--max-new-tokens", "0", ["0"]),
         ("evaluate", "--counts", "4,12", ["12", "9 and 16"]),
