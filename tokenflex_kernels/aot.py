@@ -1,9 +1,9 @@
 """``python -m tokenflex_kernels.aot``: compile every kernel and shipped config, without a GPU.
 
-Each stage is launched on meta tensors of the reference widths, for each architecture of the table of
-configs, each dtype and each variant. So a GPU would run the kernels compiled here, with the same
-arguments specialised. In bfloat16, widths that are multiples of 16 but not of tiles, and odd widths,
-are compiled too.
+Each stage is launched on meta tensors of the reference widths, for each architecture of the table,
+each dtype and each variant. So a GPU would run the kernels compiled here, with the same arguments
+specialised. In bfloat16, widths that are multiples of 16 but not of tiles, and odd widths, are
+compiled too.
 
 Prints registers, stack, shared memory and the matrix instruction of each kernel. Exits with 1 if a
 kernel spills (stack above 0), computes in double precision (``.f64`` in the PTX), takes more shared
@@ -37,7 +37,7 @@ from tokenflex_kernels.launch_configs import (
     read_table,
 )
 
-# Bytes of dynamic shared memory that a block can have, by compute capability (CUDA programming guide).
+# Dynamic shared memory of a block in bytes, by compute capability (CUDA programming guide).
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 
@@ -148,11 +148,8 @@ def compile_all(architecture: str, candidates: bool = False) -> list[Compiled]:
     set_target(architecture)
     compiled: list[Compiled] = []
     stages = read_table()[architecture]["stages"]
-    kinds = {
-        "": (REFERENCE, [*DTYPES]),
-        "ragged": (RAGGED, ["bfloat16"]),
-        "odd": (ODD, ["bfloat16"]),
-    }
+    narrow = ["bfloat16"]
+    kinds = {"": (REFERENCE, [*DTYPES]), "ragged": (RAGGED, narrow), "odd": (ODD, narrow)}
     for stage, (kind, (widths, dtypes)) in itertools.product(STAGES, kinds.items()):
         buckets = parse_stage(stages, stage)
         for name in (name for name in buckets if name in dtypes):

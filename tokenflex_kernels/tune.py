@@ -165,7 +165,7 @@ def fastest(timings: Sequence[Timing], before: Config | None = None) -> Timing:
 
 
 def buckets(choices: Sequence[tuple[int, Config | None]]) -> list[dict[str, Any]]:
-    """Return the table's buckets from (rows, config) by rising rows: equal neighbours become one."""
+    """Return buckets from (rows, config) by rising rows; equal neighbours become one."""
     merged: list[dict[str, Any]] = []
     for rows, config in choices:
         use = "library" if config is None else config._asdict()
@@ -244,7 +244,9 @@ def main(arguments: list[str] | None = None) -> int:
             _, call = next(stage_calls(stage, DTYPES[dtype], images, out_grid, device))
             measured = measure(stage, rows, DTYPES[dtype], call, candidates, clock)
             best = fastest(measured, choices[-1][1] if choices else None)
-            library = next((timing.microseconds for timing in measured if not timing.config), None)
+            library = next(
+                (timing.microseconds for timing in measured if timing.config is None), None
+            )
             against = f", library {library:.1f}" if library and stage in PRODUCTS else ""
             print(
                 f"{stage:19} {dtype:9} {rows:6} rows: {best.microseconds:8.1f} us{against}"
