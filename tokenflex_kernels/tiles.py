@@ -27,16 +27,9 @@ def tile_position(
 @triton.jit
 def load_tile(
     source,
-    row,
-    column,
-    rows,
-    columns,
-    stride,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    WHOLE_COLUMNS: tl.constexpr,
-    TMA: tl.constexpr,
-):
+    row, column, rows, columns, stride,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     """source[row : row + BLOCK_R, column : column + BLOCK_C], zeros beyond its rows and columns.
 
     ``source`` is a pointer to row-major elements, or with TMA a descriptor of them. WHOLE_COLUMNS

@@ -45,17 +45,10 @@ _TABLES = ["images", "axes", "window_weights"]  # parts of one buffer, aligned a
 @triton.jit
 def _column_sum(
     x,
-    x_stride,
-    first_row,
-    row_step,
-    count,
-    weights,
-    in_row,
-    channels,
-    WEIGHTED: tl.constexpr,
-    UNROLL: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    x_stride, first_row, row_step, count,
+    weights, in_row, channels,
+    WEIGHTED: tl.constexpr, UNROLL: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """sum_k u(k) x[first_row + k row_step], UNROLL loads in flight at once."""
     total = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, count, UNROLL):
@@ -72,27 +65,11 @@ def _column_sum(
 
 @triton.jit(do_not_specialize=_PER_BATCH, do_not_specialize_on_alignment=_TABLES)
 def pool_norm_forward_kernel(
-    x,
-    weight,
-    bias,
-    out,
-    normalised,
-    inverse_std,
-    images,
-    axes,
-    window_weights,
-    x_stride,
-    width,
-    programs_per_image,
-    EPS: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    NORM: tl.constexpr,
-    BIAS: tl.constexpr,
-    SAVE: tl.constexpr,
-    CELLS: tl.constexpr,
-    UNROLL: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    x, weight, bias, out, normalised, inverse_std, images, axes, window_weights,
+    x_stride, width, programs_per_image,
+    EPS: tl.constexpr, WEIGHTED: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+    SAVE: tl.constexpr, CELLS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     image = images + tl.program_id(0) // programs_per_image * _IMAGE_FIELDS
     part = tl.program_id(0) % programs_per_image
     first_patch = tl.load(image)
@@ -169,27 +146,12 @@ def pool_norm_forward_kernel(
 
 @triton.jit(do_not_specialize=_PER_BATCH, do_not_specialize_on_alignment=_TABLES)
 def pool_norm_backward_kernel(
-    grad,
-    normalised,
-    inverse_std,
-    weight,
-    grad_x,
-    partial_weight,
-    partial_bias,
-    images,
-    axes,
+    grad, normalised, inverse_std, weight, grad_x, partial_weight, partial_bias, images, axes,
     window_weights,
-    grad_stride,
-    width,
-    programs_per_image,
-    WEIGHTED: tl.constexpr,
-    NORM: tl.constexpr,
-    GRAD_WEIGHT: tl.constexpr,
-    GRAD_BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    grad_stride, width, programs_per_image,
+    WEIGHTED: tl.constexpr, NORM: tl.constexpr, GRAD_WEIGHT: tl.constexpr, GRAD_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     image = images + tl.program_id(0) // programs_per_image * _IMAGE_FIELDS
     part = tl.program_id(0) % programs_per_image
     first_patch = tl.load(image)
@@ -270,18 +232,10 @@ def pool_norm_backward_kernel(
 
 @triton.jit(do_not_specialize=["cells"])
 def norm_gradient_kernel(
-    grad,
-    normalised,
-    partial_weight,
-    partial_bias,
-    grad_stride,
-    cells,
-    width,
-    GRAD_WEIGHT: tl.constexpr,
-    GRAD_BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    grad, normalised, partial_weight, partial_bias,
+    grad_stride, cells, width,
+    GRAD_WEIGHT: tl.constexpr, GRAD_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     channels = tl.arange(0, BLOCK_C)
     in_row = channels < width
     weight_sum = tl.zeros((BLOCK_C,), tl.float32)
@@ -304,16 +258,10 @@ def norm_gradient_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def scale_shift_kernel(
-    normalised,
-    weight,
-    bias,
-    out,
-    rows,
-    width,
-    BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    normalised, weight, bias, out,
+    rows, width,
+    BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     channels = tl.arange(0, BLOCK_C)
     in_row = channels < width
     scale = tl.load(weight + channels, mask=in_row, other=0.0).to(tl.float32)

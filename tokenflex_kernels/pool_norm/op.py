@@ -127,7 +127,7 @@ def check_norm(
         if parameter is not None:
             check_tensor(name, parameter)
             check_float(name, parameter)
-            check_shape(name, parameter, (x.shape[1],), "[C]")
+            check_shape(name, parameter, (x.shape[1],), "C")
             check_like(name, parameter, "x", x)
 
 

@@ -1,8 +1,8 @@
-"""`plan_pooling`: which grids the images of a batch have and get, settled on the host.
+"""`plan_pooling`: the patch grids and output grids of a batch, checked once on the host.
 
-A batch may mix grids freely. Its plan is made once, in a collator say, and serves every op and
-every call; it is also what a compiler can treat as one dynamic thing, where it would compile lists
-of grids anew for each length.
+A batch may mix grids freely. Its plan is made once, for example in a collator, and serves every op
+and every call. A compiler treats a plan as one dynamic value, whereas it would compile anew for
+each length of lists of grids.
 """
 
 from __future__ import annotations
@@ -26,19 +26,22 @@ LARGE_BATCH = 4096  # images; plans of more are not kept: they would be the memo
 
 @dataclass(eq=False, kw_only=True)
 class PoolPlan(SetOnce):
-    """The grids of one batch; made by :func:`plan_pooling`. Its fields never change."""
+    """The grids of one batch, made by :func:`plan_pooling`. Its fields never change.
+
+    Attributes:
+        runs: (images, H, W, h, w) for each run of equal images; a uniform batch has one.
+        grids: ``runs`` as an int64 [5 * runs] tensor on the host; None while a compiler traces.
+            It is flat because a compiler specialises dimensions of 1.
+        num_images: images of the batch.
+        num_patches: sum of H * W, the rows of the input.
+        num_cells: sum of h * w, the rows of the result.
+    """
 
     runs: tuple[Run, ...]
-    """(images, H, W, h, w) for each run of images alike: a uniform batch has one."""
     grids: torch.Tensor | None
-    """``runs`` as an int64 [5 * runs] tensor on the host; None while a compiler traces.
-
-    Flat, because a compiler makes programs of their own for dimensions of 1."""
     num_images: int
     num_patches: int
-    """Sum of H * W: the rows of what is pooled."""
     num_cells: int
-    """Sum of h * w: the rows that come out."""
 
 
 def plan_pooling(in_grids: Sequence[Grid], out_grids: Sequence[Grid]) -> PoolPlan:
@@ -73,21 +76,21 @@ def plan_pooling(in_grids: Sequence[Grid], out_grids: Sequence[Grid]) -> PoolPla
 
 
 def plan_uniform(num_images: int, in_grid: Grid, out_grid: Grid) -> PoolPlan:
-    """The plan of ``num_images`` images of one grid, pooled to one grid; all known to be right.
+    """Plan ``num_images`` images of one grid, pooled to one grid; the arguments are not checked.
 
-    It is one run, so a compiler need not know how many images there are.
+    The plan is one run, so a compiler need not know the number of images.
     """
     runs = ((num_images, *in_grid, *out_grid),)
     return _plan(runs) if _is_traced() else _plan_of_runs(runs)
 
 
 def _is_traced() -> bool:
-    """Whether a plan made now belongs to a graph or a mode, not to the cache."""
+    """Return whether a plan made now belongs to a graph or a mode, not to the cache."""
     return torch.compiler.is_compiling() or is_watched()
 
 
 def is_watched() -> bool:
-    """Whether a mode of PyTorch watches each op: that of fake tensors knows no others."""
+    """Return whether a PyTorch mode intercepts ops, such as that of fake tensors."""
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
@@ -125,7 +128,7 @@ def _plan(runs: tuple[Run, ...], grids: torch.Tensor | None = None) -> PoolPlan:
 
 
 def count_rows(runs: Iterable[Sequence[int]]) -> tuple[int, int]:
-    """How many patches and how many cells the runs hold."""
+    """Return the numbers of patches and of cells in the runs."""
     patches = cells = 0
     for images, in_h, in_w, out_h, out_w in runs:
         patches += images * in_h * in_w
@@ -133,10 +136,14 @@ def count_rows(runs: Iterable[Sequence[int]]) -> tuple[int, int]:
     return patches, cells
 
 
+def _grid_tensor(runs: list[int]) -> torch.Tensor:
+    return torch.tensor(runs, dtype=torch.int64, device="cpu")
+
+
 grid_tensor = define(
-    "grid_tensor(SymInt[] runs)",
+    "grid_tensor",
     lambda runs: torch.empty(len(runs), dtype=torch.int64, device="cpu"),
-    lambda runs: torch.tensor(runs, dtype=torch.int64, device="cpu"),
+    _grid_tensor,
     keys=["CompositeExplicitAutograd"],
 )
 

@@ -1,15 +1,16 @@
-"""The pooling of a batch as three small tables on the device, beside the rows all that is read.
+"""The pooling of a batch as three small tables on the device, which kernels read beside the rows.
 
-    images   int32 [images, 10]    where an image's patches and cells lie, and its two axes' tables
+    images   int32 [images, 10]    first rows of an image, its grids, and its axes' tables
     axes     int32                 for each kind of axis: windows [cells, 4], covers [size, 2]
     weights  float32               for each kind of axis: the weights of its windows, one by one
 
-Window i of an axis: first patch, patches, divisor, first weight. Cover p of an axis: the first cell
-whose window holds patch p, and how many cells do; windows only move forward, so these cells are
-neighbours. The forward kernel reads windows; the backward kernel gathers by covers, then windows.
+A window of an axis: first patch, number of patches, divisor, first weight. A cover of an axis: the
+first cell whose window holds a patch, and the number of such cells, which are neighbours because
+windows only move forward. The forward kernel reads windows; the backward kernel gathers by covers,
+then windows.
 
-Grids are host integers, so the tables are made on the host and copied without waiting for the
-device; a batch whose grids came before finds them there already.
+The tables are made on the host from host integers, copied without waiting for the device, and
+cached for the next batch with the same grids.
 """
 
 from __future__ import annotations
@@ -32,42 +33,39 @@ CACHED_BYTES = 2**26  # of all of them
 
 
 class PoolingTables(NamedTuple):
-    """The tables of one batch on one device, and the sizes that a launch needs."""
+    """The tables of one batch on one device, and the sizes that a launch needs.
+
+    Attributes:
+        images: int32 [images, 10]: first patch row, H, W, first cell row, h, w, then the offsets in
+            ``axes`` of the vertical and horizontal windows, and the vertical and horizontal covers.
+        axes: int32, flat.
+        weights: float32, flat.
+        weighted: whether any weight is not 1; in the adaptive mode all are.
+        in_grids, out_grids: the different grids of the batch.
+        num_images, num_patches, num_cells: sizes of the batch.
+        num_bytes: of the three tables and of their key in the cache.
+    """
 
     images: torch.Tensor
-    """int32 [images, 10]: first patch row, H, W, first cell row, h, w, then the offsets in ``axes``
-    of the vertical and horizontal windows, and of the vertical and horizontal covers."""
     axes: torch.Tensor
-    """int32, flat."""
     weights: torch.Tensor
-    """float32, flat."""
     weighted: bool
-    """Whether any weight is not 1: the adaptive mode needs no look at ``weights``."""
     in_grids: tuple[Grid, ...]
-    """The different patch grids of the batch."""
     out_grids: tuple[Grid, ...]
-    """The different cell grids of the batch."""
     num_images: int
     num_patches: int
     num_cells: int
     num_bytes: int
-    """Of the three tables and of their key in the cache."""
 
 
-class _AxisTable(NamedTuple):
-    windows: np.ndarray
-    covers: np.ndarray
-    weights: np.ndarray
-
-
-def _axis_table(size: int, cells: int, mode: str) -> _AxisTable:
-    """One axis as the kernels read it, in O(size + cells); the first weights count from 0 here."""
+def _axis_table(size: int, cells: int, mode: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return windows, covers and weights of one axis, in O(size + cells)."""
     axis = axis_map(size, cells, mode)
     patches = np.arange(size)
     # Windows only move forward, and so do their ends.
     cover = np.searchsorted(axis.first + axis.counts, patches, side="right")
     covers = np.searchsorted(axis.first, patches, side="right") - cover
-    return _AxisTable(
+    return (
         np.stack([axis.first, axis.counts, axis.divisors, axis.starts], 1).astype(np.int32),
         np.stack([np.where(covers > 0, cover, 0), covers], 1).astype(np.int32),
         axis.values.astype(np.float32),
@@ -77,7 +75,7 @@ def _axis_table(size: int, cells: int, mode: str) -> _AxisTable:
 def build_tables(
     runs: Sequence[tuple[int, int, int, int, int]], mode: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``images``, ``axes`` and ``weights`` of a batch, on the host."""
+    """Return ``images``, ``axes`` and ``weights`` of a batch, on the host."""
     axes: list[np.ndarray] = []
     weights: list[np.ndarray] = []
     offsets: dict[tuple[int, int], tuple[int, int]] = {}  # (size, cells) -> its two tables
@@ -86,13 +84,13 @@ def build_tables(
         for kind in ((in_h, out_h), (in_w, out_w)):
             if kind in offsets:
                 continue
-            table = _axis_table(*kind, mode)
-            windows = table.windows + np.array([0, 0, 0, num_weights], np.int32)
+            windows, covers, axis_weights = _axis_table(*kind, mode)
+            windows[:, 3] += num_weights
             offsets[kind] = num_ints, num_ints + windows.size
-            axes += [windows.ravel(), table.covers.ravel()]
-            weights.append(table.weights)
-            num_ints += windows.size + table.covers.size
-            num_weights += table.weights.size
+            axes += [windows.ravel(), covers.ravel()]
+            weights.append(axis_weights)
+            num_ints += windows.size + covers.size
+            num_weights += axis_weights.size
 
     rows = []
     for _, in_h, in_w, out_h, out_w in runs:
@@ -106,29 +104,29 @@ def build_tables(
     return images.astype(np.int32), np.concatenate(axes), np.concatenate(weights)
 
 
-class _Upload(NamedTuple):
-    """Tables on a CUDA device, and when they got there."""
+class _Entry(NamedTuple):
+    """Cached tables; on CUDA also the stream that copied them, and the event of the copy."""
 
     tables: PoolingTables
-    stream: int
-    done: torch.cuda.Event
+    stream: int | None = None
+    done: torch.cuda.Event | None = None
 
 
 # Least recently used first. Tables that a CUDA graph was captured with stay for good: the graph
 # holds nothing but their address.
 _Key = tuple[bytes, str, torch.device]
-_cached: OrderedDict[_Key, PoolingTables | _Upload] = OrderedDict()
-_captured: dict[_Key, PoolingTables | _Upload] = {}
+_cached: OrderedDict[_Key, _Entry] = OrderedDict()
+_captured: dict[_Key, _Entry] = {}
 _lock = Lock()
 
 
 def pooling_tables(grids: torch.Tensor, mode: str, device: torch.device) -> PoolingTables:
-    """The tables of a batch on ``device``, from the cache or made now; never waits for the device.
+    """Return the tables of a batch, from the cache or made now, without waiting for the device.
 
     Args:
         grids: int64 [5 * runs] on the host, at least one run: see :attr:`PoolPlan.grids`.
         mode: "adaptive" or "resize".
-        device: where the kernels run. For CUDA, the tables are ready for the current stream.
+        device: of the kernels. On CUDA, the tables are ready for the current stream.
 
     Raises:
         ValueError: the batch has more patches or cells than int32 counts.
@@ -136,17 +134,17 @@ def pooling_tables(grids: torch.Tensor, mode: str, device: torch.device) -> Pool
     """
     key = grids.numpy().tobytes(), mode, device
     with _lock:
-        found = _cached.get(key) or _captured.get(key)
+        entry = _cached.get(key) or _captured.get(key)
         if key in _cached:
             _cached.move_to_end(key)
-    if found is None:
-        found = _make(key, grids)
-    if isinstance(found, PoolingTables):
-        return found
-    return _on_current_stream(key, found)
+    if entry is None:
+        entry = _make(key, grids)
+    if entry.done is not None:
+        _await_copy(key, entry, entry.done)
+    return entry.tables
 
 
-def _make(key: _Key, grids: torch.Tensor) -> PoolingTables | _Upload:
+def _make(key: _Key, grids: torch.Tensor) -> _Entry:
     _, mode, device = key
     on_cuda = device.type == "cuda"
     if on_cuda and torch.cuda.is_current_stream_capturing():
@@ -160,41 +158,39 @@ def _make(key: _Key, grids: torch.Tensor) -> PoolingTables | _Upload:
         if rows > 2**31 - 1:
             raise ValueError(f"{name} must hold at most {2**31 - 1} rows in all, got {rows}")
     images, axes, weights = build_tables(runs, mode)
-    tables = PoolingTables(
-        *_copy(images, axes, weights, device),
-        weighted=bool((weights != 1).any()),
-        in_grids=tuple({(in_h, in_w) for _, in_h, in_w, _, _ in runs}),
-        out_grids=tuple({(out_h, out_w) for _, _, _, out_h, out_w in runs}),
-        num_images=len(images),
-        num_patches=num_patches,
-        num_cells=num_cells,
-        num_bytes=images.nbytes + axes.nbytes + weights.nbytes + grids.nbytes,
+    entry = _Entry(
+        PoolingTables(
+            *_copy(images, axes, weights, device),
+            weighted=bool((weights != 1).any()),
+            in_grids=tuple({(in_h, in_w) for _, in_h, in_w, _, _ in runs}),
+            out_grids=tuple({(out_h, out_w) for _, _, _, out_h, out_w in runs}),
+            num_images=len(images),
+            num_patches=num_patches,
+            num_cells=num_cells,
+            num_bytes=images.nbytes + axes.nbytes + weights.nbytes + grids.nbytes,
+        )
     )
-    made: PoolingTables | _Upload = tables
     if on_cuda:
         stream = torch.cuda.current_stream(device)
-        made = _Upload(tables, stream.cuda_stream, stream.record_event())
+        entry = entry._replace(stream=stream.cuda_stream, done=stream.record_event())
     with _lock:
-        _cached[key] = made
+        _cached[key] = entry
         _evict()
-    return made
+    return entry
 
 
 def _evict() -> None:
     """Drop the least recently used tables beyond the cache's bounds, but never the newest."""
-    num_bytes = sum(
-        (made if isinstance(made, PoolingTables) else made.tables).num_bytes
-        for made in _cached.values()
-    )
+    num_bytes = sum(entry.tables.num_bytes for entry in _cached.values())
     while len(_cached) > CACHED_TABLES or (len(_cached) > 1 and num_bytes > CACHED_BYTES):
-        _, made = _cached.popitem(last=False)
-        num_bytes -= (made if isinstance(made, PoolingTables) else made.tables).num_bytes
+        _, entry = _cached.popitem(last=False)
+        num_bytes -= entry.tables.num_bytes
 
 
 def _copy(
     images: np.ndarray, axes: np.ndarray, weights: np.ndarray, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The tables on ``device`` by one copy; float32 weights travel as the int32 of their bits."""
+    """Copy the tables to ``device`` at once; float32 weights travel as the int32 of their bits."""
     packed = np.concatenate([images.ravel(), axes, weights.view(np.int32)])
     flat = torch.from_numpy(packed)
     if device.type == "cuda":
@@ -204,16 +200,15 @@ def _copy(
     return parts[0].view(images.shape), parts[1], parts[2].view(torch.float32)
 
 
-def _on_current_stream(key: _Key, upload: _Upload) -> PoolingTables:
-    tables, first_stream, done = upload
-    device = tables.images.device
-    stream = torch.cuda.current_stream(device)
+def _await_copy(key: _Key, entry: _Entry, done: torch.cuda.Event) -> None:
+    """Make the current stream wait for the copy, if another stream made it."""
+    images = entry.tables.images
+    stream = torch.cuda.current_stream(images.device)
     if torch.cuda.is_current_stream_capturing():
-        # A capture begins with a synchronisation: the copy is over. Waiting for an event from
+        # A capture begins with a synchronisation, so the copy is over. Waiting for an event from
         # outside would be an error.
         with _lock:
-            _captured[key] = upload
-    elif stream.cuda_stream != first_stream:
+            _captured[key] = entry
+    elif stream.cuda_stream != entry.stream:
         stream.wait_event(done)
-        tables.images.record_stream(stream)  # the three tables share its memory
-    return tables
+        images.record_stream(stream)  # the three tables share its memory

@@ -15,7 +15,13 @@ import torch
 import torch.nn.functional as F
 
 from tokenflex_kernels.backend import select_backend
-from tokenflex_kernels.checks import Grid, check_eps, check_tensor
+from tokenflex_kernels.checks import (
+    Grid,
+    check_eps,
+    check_linear,
+    check_tensor,
+    in_autocast_dtype,
+)
 from tokenflex_kernels.library import below_autograd, define_fused, differentiable_once
 from tokenflex_kernels.pool_norm.axis_weights import check_mode
 from tokenflex_kernels.pool_norm.op import (
@@ -33,13 +39,7 @@ from tokenflex_kernels.pool_norm.stages import (
 )
 from tokenflex_kernels.project_tokens import reference
 from tokenflex_kernels.project_tokens.weights import ProjectorWeights
-from tokenflex_kernels.swiglu.op import (
-    check_gated_unit,
-    check_linear_bias,
-    check_linear_weight,
-    in_autocast_dtype,
-    weight_gradients,
-)
+from tokenflex_kernels.swiglu.op import weight_gradients
 from tokenflex_kernels.swiglu.stages import (
     down_gradient,
     gate_up,
@@ -104,21 +104,16 @@ def project_tokens(
     check_save(save)
     check_tensor("norm_weight", norm_weight)
     check_norm(x, norm_weight, norm_bias, prefix="norm_")
-    gate_weight, up_weight, gate_bias, up_bias = check_gated_unit(
-        x, gate_weight, up_weight, gate_bias, up_bias
-    )
-    check_tensor("down_weight", down_weight, ndim=2)
-    text_width, hidden_width = down_weight.shape[0], gate_weight.shape[0]
-    down_weight = check_linear_weight(
-        "down_weight", down_weight, x, (text_width, hidden_width), "[D, H]"
-    )
-    down_bias = check_linear_bias("down_bias", down_bias, x, text_width, "[D]")
-    gated_and_down = gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias
+    width = x.shape[1]
+    gate_weight, gate_bias = check_linear("gate", gate_weight, gate_bias, x, width, "H, C")
+    hidden = gate_weight.shape[0]
+    up_weight, up_bias = check_linear("up", up_weight, up_bias, x, width, "H, C", hidden)
+    down_weight, down_bias = check_linear("down", down_weight, down_bias, x, hidden, "D, H")
+    linears = gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias
     if select_backend("project_tokens", x.device, beyond_triton=beyond_triton(x)) == "triton":
-        weights = norm_weight, norm_bias, *in_autocast_dtype(*gated_and_down)
-        grids = grids_of(plan)
-        return fused_project_tokens(x, *weights, grids, plan.num_cells, mode, eps, save)
-    weights = ProjectorWeights(norm_weight, norm_bias, *gated_and_down)
+        weights = norm_weight, norm_bias, *in_autocast_dtype(x.device, *linears)
+        return fused_project_tokens(x, *weights, grids_of(plan), plan.num_cells, mode, eps, save)
+    weights = ProjectorWeights(norm_weight, norm_bias, *linears)
     return reference.project_tokens(x, plan, weights, mode=mode, eps=eps, save=save)
 
 

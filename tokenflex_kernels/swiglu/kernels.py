@@ -41,32 +41,12 @@ from tokenflex_kernels.tiles import load_tile, tile_position
 
 @triton.jit(do_not_specialize=["rows"])
 def gate_up_kernel(
-    x,
-    gate_weight,
-    up_weight,
-    gate_bias,
-    up_bias,
-    product,
-    gate,
-    up,
-    rows,
-    hidden,
-    width,
-    x_stride,
-    gate_stride,
-    up_stride,
-    GATE_BIAS: tl.constexpr,
-    UP_BIAS: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    SAVE: tl.constexpr,
-    WHOLE_K: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
+    x, gate_weight, up_weight, gate_bias, up_bias, product, gate, up,
+    rows, hidden, width, x_stride, gate_stride, up_stride,
+    GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, PRODUCT: tl.constexpr, SAVE: tl.constexpr,
+    WHOLE_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
     m, n = tile_position(rows, hidden, BLOCK_M, BLOCK_N, GROUP_M)
     g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -97,15 +77,10 @@ def gate_up_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def gated_product_kernel(
-    gate,
-    up,
-    product,
-    rows,
-    hidden,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
+    gate, up, product,
+    rows, hidden,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
     m, n = tile_position(rows, hidden, BLOCK_M, BLOCK_N, GROUP_M)
     row = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
@@ -120,21 +95,10 @@ def gated_product_kernel(
 
 @triton.jit
 def _store_gradients(
-    dp,
-    gate,
-    up,
-    grads,
-    product,
-    partial_bias,
-    m,
-    n,
-    rows,
-    hidden,
-    PRODUCT: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    dp, gate, up, grads, product, partial_bias,
+    m, n, rows, hidden,
+    PRODUCT: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """All that follows from one float32 tile of d product, [BLOCK_M, BLOCK_N]."""
     row = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
@@ -176,30 +140,12 @@ def _columns(tile, part: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def down_gradient_kernel(
-    dy,
-    down_weight,
-    gate,
-    up,
-    grads,
-    product,
-    partial_bias,
-    rows,
-    hidden,
-    text_width,
-    dy_stride,
-    down_stride,
-    PRODUCT: tl.constexpr,
-    BIAS: tl.constexpr,
-    WHOLE_K: tl.constexpr,
-    WHOLE_N: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    dy, down_weight, gate, up, grads, product, partial_bias,
+    rows, hidden, text_width, dy_stride, down_stride,
+    PRODUCT: tl.constexpr, BIAS: tl.constexpr, WHOLE_K: tl.constexpr, WHOLE_N: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     m, n = tile_position(rows, hidden, BLOCK_M, BLOCK_N, GROUP_M)
     dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, text_width, BLOCK_K):
@@ -219,21 +165,11 @@ def down_gradient_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def gate_gradient_kernel(
-    dp,
-    gate,
-    up,
-    grads,
-    product,
-    partial_bias,
-    rows,
-    hidden,
-    dp_stride,
-    PRODUCT: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    dp, gate, up, grads, product, partial_bias,
+    rows, hidden, dp_stride,
+    PRODUCT: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     GROUP_M: tl.constexpr,
-):
+):  # fmt: skip
     m, n = tile_position(rows, hidden, BLOCK_M, BLOCK_N, GROUP_M)
     tile = load_tile(dp, m, n, rows, hidden, dp_stride, BLOCK_M, BLOCK_N, False, False)
     _store_gradients(
@@ -244,26 +180,11 @@ def gate_gradient_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def input_gradient_kernel(
-    grad_gate,
-    grad_up,
-    gate_weight,
-    up_weight,
-    grad_x,
-    rows,
-    hidden,
-    width,
-    grad_stride,
-    gate_stride,
-    up_stride,
-    WHOLE_K: tl.constexpr,
-    WHOLE_N: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
+    grad_gate, grad_up, gate_weight, up_weight, grad_x,
+    rows, hidden, width, grad_stride, gate_stride, up_stride,
+    WHOLE_K: tl.constexpr, WHOLE_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
     m, n = tile_position(rows, width, BLOCK_M, BLOCK_N, GROUP_M)
     dx = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, hidden, BLOCK_K):

@@ -11,14 +11,7 @@ from typing import Any
 import torch
 
 from tokenflex_kernels.backend import select_backend
-from tokenflex_kernels.checks import (
-    autocast_enabled,
-    check_float,
-    check_like,
-    check_shape,
-    check_tensor,
-    match_weight,
-)
+from tokenflex_kernels.checks import check_float, check_linear, check_tensor, in_autocast_dtype
 from tokenflex_kernels.library import below_autograd, define_fused, differentiable_once
 from tokenflex_kernels.swiglu import reference
 from tokenflex_kernels.swiglu.stages import down_gradient, gate_up, input_gradient, launch_gate_up
@@ -53,62 +46,15 @@ def swiglu(
     """
     check_tensor("x", x, ndim=2)
     check_float("x", x)
-    gate_weight, up_weight, gate_bias, up_bias = check_gated_unit(
-        x, gate_weight, up_weight, gate_bias, up_bias
-    )
+    width = x.shape[1]
+    gate_weight, gate_bias = check_linear("gate", gate_weight, gate_bias, x, width, "H, C")
+    rows = gate_weight.shape[0]
+    up_weight, up_bias = check_linear("up", up_weight, up_bias, x, width, "H, C", rows)
+    weights = gate_weight, up_weight, gate_bias, up_bias
     beyond = "float64" if x.dtype == torch.float64 else None
     if select_backend("swiglu", x.device, beyond_triton=beyond) == "triton":
-        return fused_swiglu(*in_autocast_dtype(x, gate_weight, up_weight, gate_bias, up_bias))
-    return reference.swiglu(x, gate_weight, up_weight, gate_bias, up_bias)
-
-
-def in_autocast_dtype(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Return all tensors in the dtype that autocast gives a Linear, if it is on."""
-    device = tensors[0].device if tensors[0] is not None else torch.device("cpu")
-    if not autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device.type)
-    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
-
-
-def check_gated_unit(
-    x: torch.Tensor,
-    gate_weight: torch.Tensor,
-    up_weight: torch.Tensor,
-    gate_bias: torch.Tensor | None,
-    up_bias: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Check the parameters against ``x`` [T, C]; return them in the dtype the products need."""
-    check_tensor("gate_weight", gate_weight, ndim=2)
-    hidden_width = gate_weight.shape[0]
-    return (
-        check_linear_weight("gate_weight", gate_weight, x, (hidden_width, x.shape[1]), "[H, C]"),
-        check_linear_weight("up_weight", up_weight, x, (hidden_width, x.shape[1]), "[H, C]"),
-        check_linear_bias("gate_bias", gate_bias, x, hidden_width, "[H]"),
-        check_linear_bias("up_bias", up_bias, x, hidden_width, "[H]"),
-    )
-
-
-def check_linear_weight(
-    name: str, weight: torch.Tensor, x: torch.Tensor, shape: tuple[int, int], meaning: str
-) -> torch.Tensor:
-    """Check a Linear's weight against ``x``; return it in the dtype the product needs."""
-    check_tensor(name, weight, ndim=2)
-    check_shape(name, weight, shape, meaning)
-    check_like(name, weight, "x", x)
-    return match_weight(name, weight, x)
-
-
-def check_linear_bias(
-    name: str, bias: torch.Tensor | None, x: torch.Tensor, width: int, meaning: str
-) -> torch.Tensor | None:
-    """Check a Linear's bias likewise; None stays None."""
-    if bias is None:
-        return None
-    check_tensor(name, bias)
-    check_shape(name, bias, (width,), meaning)
-    check_like(name, bias, "x", x)
-    return match_weight(name, bias, x)
+        return fused_swiglu(*in_autocast_dtype(x.device, x, *weights))
+    return reference.swiglu(x, *weights)
 
 
 # ---- The fused op: kernels and autograd.
