@@ -64,23 +64,7 @@ def _pack(
 
 
 def _unpack(packed: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor) -> torch.Tensor:
-    _check_map("vision_rows", vision_rows)
-    packed = neighbours(packed)
-    rows, width = vision_rows.size(0), packed.size(1)
-    row_bytes = width * packed.element_size()
-    vision = packed.new_empty(rows, width)
-    mover = _mover("gather_rows", vision)
-    mover(
-        *_rows(packed),
-        vision.data_ptr(),
-        row_bytes,
-        vision_rows.data_ptr(),
-        *(() if packed.is_cuda else (packed.size(0),)),
-        rows,
-        row_bytes,
-        *_place(vision),
-    )
-    return vision
+    return _pack_rows(packed, packed[:0], vision_rows, "vision_rows")
 
 
 def _keep_text(rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
@@ -139,7 +123,7 @@ def _merge(
         _compiled().merge_source_cuda(*job, *_place(source))
     else:
         _compiled().merge_source(*job)
-    return _pack_rows(table, vision, source, inputs_embeds.shape), source
+    return _pack_rows(table, vision, source, shape=inputs_embeds.shape), source
 
 
 # ---- the shapes of their results, for torch.compile
@@ -208,140 +192,78 @@ sparse_table_gradient = define(
 )
 
 
-# ---- autograd
+# ---- autograd: each gradient returns those of the op's float tensors, from that of its result
 
 Gradients = tuple[torch.Tensor | None, ...]
 
 
-class _PackEmbeddings(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        embedding: torch.Tensor,
-        vision: torch.Tensor,
-        source: torch.Tensor,
-        vision_rows: torch.Tensor,
-        sparse_ids: int | None = None,
-        shown_once: bool = True,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(source, vision_rows)
-        ctx.num_rows, ctx.num_vision = embedding.shape[0], vision.shape[0]
-        ctx.sparse_ids, ctx.shown_once = sparse_ids, shown_once
-        with below_autograd():
-            return pack_embeddings(embedding, vision, source, vision_rows, None, shown_once)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
-        source, vision_rows = ctx.saved_tensors
-        needs_embedding, needs_vision, *_ = ctx.needs_input_grad
-        grad_embedding = None
-        if needs_embedding and ctx.sparse_ids is None:
-            grad_embedding = table_gradient(grad, source, vision_rows.shape[0], ctx.num_rows)
-        elif needs_embedding:
-            ids, sums = sparse_table_gradient(grad, source, vision_rows.shape[0], ctx.sparse_ids)
-            # torch.sparse_coo_tensor warns of checks that are off, up to 2.11 even if told so.
-            grad_embedding = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors(
-                *(1, 1, (ctx.num_rows, grad.shape[1]), ids[None], sums),
-                dtype=sums.dtype,
-                layout=torch.sparse_coo,
-                device=sums.device,
-                is_coalesced=True,
-            )
-        grad_vision = None
-        if needs_vision and ctx.shown_once:
-            grad_vision = unpack_vision(grad, source, vision_rows)
-        elif needs_vision:  # ~source: the vision tokens are the ids, and the text rows are others
-            text_rows = source.shape[0] - vision_rows.shape[0]
-            grad_vision = table_gradient(grad, ~source, text_rows, ctx.num_vision)
-        return grad_embedding, grad_vision, None, None, None, None
-
-
-class _MergeVision(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        with below_autograd():
-            merged, source = merge_vision(inputs_embeds, vision, vision_rows)
-        ctx.save_for_backward(source, vision_rows)
-        return merged, source
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> Gradients:
-        source, vision_rows = ctx.saved_tensors
-        needs_inputs, needs_vision, *_ = ctx.needs_input_grad
-        rows = _as_rows(grad)
-        numbers = vision_rows.to(torch.int32).contiguous()
-        return (
-            keep_text(rows, source).view(grad.shape) if needs_inputs else None,
-            unpack_vision(rows, source, numbers) if needs_vision else None,
-            None,
+def _of_packing(
+    ctx: Any,
+    grad: torch.Tensor,
+    source: torch.Tensor,
+    vision_rows: torch.Tensor,
+    sparse_ids: int | None = None,
+    shown_once: bool = True,
+) -> Gradients:
+    needs_embedding, needs_vision, *_ = ctx.needs_input_grad
+    num_rows, num_vision = ctx.sizes
+    grad_embedding = grad_vision = None
+    if needs_embedding and sparse_ids is None:
+        grad_embedding = table_gradient(grad, source, vision_rows.shape[0], num_rows)
+    elif needs_embedding:
+        ids, sums = sparse_table_gradient(grad, source, vision_rows.shape[0], sparse_ids)
+        # torch.sparse_coo_tensor warns of checks that are off, up to 2.11 even if told so.
+        grad_embedding = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors(
+            *(1, 1, (num_rows, grad.shape[1]), ids[None], sums),
+            dtype=sums.dtype,
+            layout=torch.sparse_coo,
+            device=sums.device,
+            is_coalesced=True,
         )
+    if needs_vision and shown_once:
+        grad_vision = unpack_vision(grad, source, vision_rows)
+    elif needs_vision:  # in ~source the vision tokens are the ids, and text rows are of no table
+        text_rows = source.shape[0] - vision_rows.shape[0]
+        grad_vision = table_gradient(grad, ~source, text_rows, num_vision)
+    return grad_embedding, grad_vision
 
 
-class _UnpackVision(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, packed: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(source)
-        with below_autograd():
-            return unpack_vision(packed, source, vision_rows)
+def _of_merging(
+    ctx: Any, grad: torch.Tensor, vision_rows: torch.Tensor, source: torch.Tensor
+) -> Gradients:
+    needs_inputs, needs_vision, *_ = ctx.needs_input_grad
+    rows = _as_rows(grad)
+    numbers = vision_rows.to(torch.int32).contiguous()
+    return (
+        keep_text(rows, source).view(grad.shape) if needs_inputs else None,
+        unpack_vision(rows, source, numbers) if needs_vision else None,
+    )
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
-        (source,) = ctx.saved_tensors
-        return spread_vision(grad, source), None, None
+
+def _of_unpacking(
+    ctx: Any, grad: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor
+) -> Gradients:
+    return (spread_vision(grad, source),)
 
 
 # Those of the gradients: a torch.func transform around another one differentiates them.
 
 
-class _KeepText(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(source)
-        with below_autograd():
-            return keep_text(rows, source)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
-        (source,) = ctx.saved_tensors
-        return keep_text(grad, source), None  # a merge leaves each text row where it is
+def _of_keeping_text(ctx: Any, grad: torch.Tensor, source: torch.Tensor) -> Gradients:
+    return (keep_text(grad, source),)  # a merge leaves each text row where it is
 
 
-class _SpreadVision(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, vision: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(source)
-        ctx.num_vision = vision.shape[0]
-        with below_autograd():
-            return spread_vision(vision, source)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
-        (source,) = ctx.saved_tensors
-        return unpack_vision(grad, source, _vision_rows(source, ctx.num_vision)), None
+def _of_spreading_vision(ctx: Any, grad: torch.Tensor, source: torch.Tensor) -> Gradients:
+    return (unpack_vision(grad, source, _vision_rows(source, ctx.sizes[0])),)
 
 
-class _TableGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, grad: torch.Tensor, source: torch.Tensor, num_vision: int, num_rows: int
-    ) -> torch.Tensor:
-        ctx.save_for_backward(source)
-        ctx.num_vision = num_vision
-        with below_autograd():
-            return table_gradient(grad, source, num_vision, num_rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
-        (source,) = ctx.saved_tensors
-        # One row of zeros is shown wherever a row counted for nothing.
-        nothing = grad.new_zeros(1, grad.shape[1])
-        rows = _vision_rows(source, ctx.num_vision)
-        others = source.clamp(min=-1)
-        return pack_embeddings(grad, nothing, others, rows, None, False), None, None, None
+def _of_table_gradient(
+    ctx: Any, grad: torch.Tensor, source: torch.Tensor, num_vision: int, num_rows: int
+) -> Gradients:
+    # One row of zeros is shown wherever a row counted for nothing.
+    nothing = grad.new_zeros(1, grad.shape[1])
+    rows = _vision_rows(source, num_vision)
+    return (pack_embeddings(grad, nothing, source.clamp(min=-1), rows, None, False),)
 
 
 def _vision_rows(source: torch.Tensor, num_vision: int) -> torch.Tensor:
@@ -349,12 +271,39 @@ def _vision_rows(source: torch.Tensor, num_vision: int) -> torch.Tensor:
     return torch.argsort(source)[:num_vision].flip(0).to(torch.int32)
 
 
-differentiate_linear("pack_embeddings", pack_embeddings, _PackEmbeddings, floats=2)
-differentiate_linear("merge_vision", merge_vision, _MergeVision, floats=2)
-differentiate_linear("unpack_vision", unpack_vision, _UnpackVision, floats=1)
-differentiate_linear("keep_text", keep_text, _KeepText, floats=1)
-differentiate_linear("spread_vision", spread_vision, _SpreadVision, floats=1)
-differentiate_linear("table_gradient", table_gradient, _TableGradient, floats=1)
+def _differentiate(name: str, op: Any, gradient: Callable[..., Gradients], *, floats: int) -> None:
+    """Give an op, which is linear in its first ``floats`` arguments, their gradient.
+
+    Row maps are saved for it, those that the op returns too, and numbers; of the float tensors
+    their rows are noted.
+    """
+
+    class RowMove(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            others = arguments[floats:]
+            maps = [other for other in others if isinstance(other, torch.Tensor)]
+            with below_autograd():
+                result = op(*arguments)
+            ctx.save_for_backward(*maps, *(result[1:] if isinstance(result, tuple) else ()))
+            ctx.numbers, ctx.no_gradients = others[len(maps) :], [None] * len(others)
+            ctx.sizes = [value.shape[0] for value in arguments[:floats]]
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            gradients = gradient(ctx, grads[0], *ctx.saved_tensors, *ctx.numbers)
+            return *gradients, *ctx.no_gradients
+
+    differentiate_linear(name, op, RowMove, floats)
+
+
+_differentiate("pack_embeddings", pack_embeddings, _of_packing, floats=2)
+_differentiate("merge_vision", merge_vision, _of_merging, floats=2)
+_differentiate("unpack_vision", unpack_vision, _of_unpacking, floats=1)
+_differentiate("keep_text", keep_text, _of_keeping_text, floats=1)
+_differentiate("spread_vision", spread_vision, _of_spreading_vision, floats=1)
+_differentiate("table_gradient", table_gradient, _of_table_gradient, floats=1)
 refuse_derivatives("sparse_table_gradient", sparse_table_gradient)
 
 
@@ -399,13 +348,14 @@ def _pack_rows(
     table: torch.Tensor,
     vision: torch.Tensor,
     source: torch.Tensor,
+    name: str = "source",
     shape: torch.Size | None = None,
 ) -> torch.Tensor:
     """packed[r] = table[source[r]] if source[r] >= 0 else vision[~source[r]]; one launch.
 
     ``shape`` is that of the result where it is not [rows, D]: a view would cost 2 us more.
     """
-    _check_map("source", source)
+    _check_map(name, source)
     rows, width = source.size(0), table.size(1)
     if vision.dtype is not table.dtype or vision.size(1) != width:
         raise TypeError(
@@ -415,20 +365,20 @@ def _pack_rows(
     table, vision = neighbours(table), neighbours(vision)
     row_bytes = width * table.element_size()
     packed = table.new_empty((rows, width) if shape is None else shape)
-    # On the host the mover checks its map against the rows there are; a device would have to be
-    # waited for.
-    mover = _mover("pack_rows", packed)
-    mover(
+    job = (
         *_rows(table),
         *_rows(vision),
         packed.data_ptr(),
         row_bytes,
         source.data_ptr(),
-        *(() if packed.is_cuda else (table.size(0), vision.size(0))),
         rows,
         row_bytes,
-        *_place(packed),
     )
+    if packed.is_cuda:
+        _compiled().pack_rows_cuda(*job, *_place(packed))
+    else:  # which can check its map; a device would have to be waited for
+        bounds = table.size(0), vision.size(0), name == "vision_rows"
+        _compiled().pack_rows(*job, *bounds, *_place(packed))
     return packed
 
 
@@ -513,12 +463,6 @@ def _compiled() -> ModuleType:
     if compiled is None:
         raise RuntimeError("this op needs the extension tokenflex_kernels._C, which is not built")
     return compiled
-
-
-def _mover(name: str, tensor: torch.Tensor) -> Callable[..., None]:
-    """The extension's mover for the memory of ``tensor``, waiting for the rows and their size."""
-    mover: Callable[..., None] = getattr(_compiled(), f"{name}_cuda" if tensor.is_cuda else name)
-    return mover
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, ...]:
