@@ -9,8 +9,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
-from tokenflex.data.samples import DataExhaustedError, SampleDataset
+from tokenflex.data.samples import DataExhaustedError
 from tokenflex.data.workers import iterate, start_worker
 
 T = TypeVar("T")
@@ -163,27 +162,3 @@ def load_in_order(
             yield step
     if isinstance(sampler, StepSampler) and sampler.exhausted is not None:
         raise sampler.exhausted
-
-
-class _ReadAndPack:
-    """All samples of a step in one batch, as evaluation wants them."""
-
-    def __init__(self, dataset: SampleDataset, collator: PackingCollator) -> None:
-        self.dataset = dataset
-        self.collator = collator
-
-    def __call__(self, keys: list[tuple[int, int]]) -> PackedBatch:
-        return self.collator(
-            [DrawnSample(index, epoch, self.dataset[index]) for epoch, index in keys]
-        )
-
-
-def packed_batches(
-    dataset: SampleDataset,
-    collator: PackingCollator,
-    sampler: StepSampler | list[list[tuple[int, int]]],
-    *,
-    workers: int = 0,
-) -> Generator[PackedBatch, None, None]:
-    """One batch a step, whatever its size; see :func:`load_in_order`."""
-    return load_in_order(_ReadAndPack(dataset, collator), sampler, workers=workers)

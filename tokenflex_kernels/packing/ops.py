@@ -17,16 +17,15 @@ saved. A gradient is a row mover again, or sums of rows:
 
 Each gradient is linear in turn, and a mover or a table gradient is its own gradient. So there are
 derivatives of any order; of the sparse table gradient there are first ones only. Under
-``torch.vmap`` a mover runs once for the whole batch, on wider rows: it looks at row numbers alone,
-so the rows of all examples stand side by side in one row.
+``torch.vmap`` a mover runs once for the whole batch, on wider rows: it depends on row numbers
+alone, so the rows of all examples stand side by side in one row.
 
-The public functions check arguments and say which are wrong. An op that is called on its own looks
-at dtypes, widths and strides alone, so that it reads what its tensors hold; row numbers are checked
-on the CPU.
+The public functions check arguments and name the wrong one. An op that is called on its own checks
+dtypes, widths and strides alone, so that it reads no memory but its tensors'; row numbers are
+checked on the CPU.
 
-The extension knows no torch: it takes addresses, byte strides and sizes, so this is where tensors
-become those: rows of any stride, elements of a row next to each other. It copies bytes; only the
-sums of table rows look at a dtype.
+The extension knows no torch: it takes addresses, byte strides and sizes. Rows may have any stride;
+the elements of a row are next to each other. It copies bytes; only sums of rows depend on a dtype.
 """
 
 from __future__ import annotations
@@ -92,10 +91,10 @@ def _sparse_table_gradient(
     ids, rows = _text_by_id(source, num_vision)
     slots = torch.cumsum(torch.diff(ids, prepend=ids[:1]) != 0, 0, dtype=torch.int32)
     if not source.is_cuda:
-        found = int(slots[-1]) + 1 if slots.shape[0] else 0
-        if found != num_ids:
+        different = int(slots[-1]) + 1 if slots.shape[0] else 0
+        if different != num_ids:
             raise ValueError(
-                f"source must have the plan's {num_ids} different token ids, but has {found}"
+                f"source must have the plan's {num_ids} different token ids, but has {different}"
             )
     first = torch.searchsorted(slots, torch.arange(num_ids, dtype=torch.int32, device=slots.device))
     sums = grad.new_empty(num_ids, grad.shape[1])
@@ -158,9 +157,9 @@ pack_embeddings = define(
     lambda embedding, vision, source, *_: _like_source(embedding, source),
     _pack,
 )
-# The second result is the `source` that makes merging a packing whose table is inputs_embeds: each
-# row is written once, where a copy and a scatter would write the vision rows twice. On the CPU it
-# refuses rows out of range and rows that come twice; inside an op, it does so when compiled too.
+# The second result is the `source` of a packing whose table is inputs_embeds: each row is written
+# once, where a copy and a scatter would write the vision rows twice. On the CPU the op refuses rows
+# out of range and rows that come twice, in compiled functions too.
 merge_vision = define(
     "merge_vision(Tensor inputs_embeds, Tensor vision, Tensor vision_rows)",
     _like_merge,
@@ -172,15 +171,15 @@ unpack_vision = define(
 )
 keep_text = define("keep_text(Tensor rows, Tensor source)", _like_source, _keep_text)
 spread_vision = define("spread_vision(Tensor vision, Tensor source)", _like_source, _spread_vision)
-# The text rows of `grad`, added up by token id in an order that `source` alone decides. How many
-# they are is known from `num_vision`, without a look at the device.
+# The text rows of `grad`, added up by token id in an order that `source` alone decides. Their
+# number follows from `num_vision`, without waiting for the device.
 table_gradient = define(
     "table_gradient(Tensor grad, Tensor source, SymInt num_vision, SymInt num_rows)",
     lambda grad, source, num_vision, num_rows: grad.new_empty(num_rows, grad.shape[1]),
     _table_gradient,
 )
-# The same for the ids in use alone: these, ascending, and their rows of sums. The plan knows how
-# many they are; to count them on a device would mean waiting for it.
+# The ids in use, ascending, and their sums alone. The plan has counted them: to count them on a
+# device would mean waiting for it.
 sparse_table_gradient = define(
     "sparse_table_gradient(Tensor grad, Tensor source, SymInt num_vision, SymInt num_ids)",
     lambda grad, source, num_vision, num_ids: (
@@ -192,7 +191,7 @@ sparse_table_gradient = define(
 )
 
 
-# ---- autograd: each gradient returns those of the op's float tensors, from that of its result
+# ---- autograd: each function returns the gradients of an op's float tensors
 
 Gradients = tuple[torch.Tensor | None, ...]
 
@@ -267,15 +266,15 @@ def _of_table_gradient(
 
 
 def _vision_rows(source: torch.Tensor, num_vision: int) -> torch.Tensor:
-    """The row of each vision token, int32: in order, ``source`` begins with the last token's."""
+    """Return the row of each vision token, int32: sorted, ``source`` begins with the last token's."""
     return torch.argsort(source)[:num_vision].flip(0).to(torch.int32)
 
 
 def _differentiate(name: str, op: Any, gradient: Callable[..., Gradients], *, floats: int) -> None:
-    """Give an op, which is linear in its first ``floats`` arguments, their gradient.
+    """Give an op its gradient; it is linear in its first ``floats`` arguments.
 
-    Row maps are saved for it, those that the op returns too, and numbers; of the float tensors
-    their rows are noted.
+    ``gradient`` gets the gradient of the result and the op's other arguments; a row map that the op
+    returns comes after its row maps. Of the float tensors only the numbers of rows are kept.
     """
 
     class RowMove(torch.autograd.Function):
@@ -326,7 +325,7 @@ def _text_first(
     sparse_ids: int | None = None,
     shown_once: bool = True,
 ) -> tuple[Any, ...]:
-    """Arguments of the same packing, whose table has a row for each packed row."""
+    """Return the arguments of the same packing from a table with a row for each packed row."""
     nothing = embedding.new_zeros(1, embedding.shape[1])
     text = pack_embeddings(embedding, nothing, source.clamp(min=-1), vision_rows, sparse_ids, False)
     numbers = torch.arange(source.shape[0], dtype=source.dtype, device=source.device)
@@ -399,16 +398,16 @@ def _check_gradient(grad: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def _text_by_id(source: torch.Tensor, num_vision: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The token ids of the text rows, int32 ascending, and their rows, int64 ascending for each id.
+    """Return the token ids of the text rows, int32 ascending, and their rows, int64.
 
-    Vision entries are negative: sorted they come first, and the rest is found by their number.
+    The rows of an id ascend. Vision entries are negative: sorted, they come first.
     """
     if not source.is_cuda:
-        found = int(torch.count_nonzero(source < 0))
-        if found != num_vision:
+        vision = int(torch.count_nonzero(source < 0))
+        if vision != num_vision:
             raise ValueError(
                 f"source must have one vision row per entry of vision_rows, {num_vision}, "
-                f"but has {found}"
+                f"but has {vision}"
             )
     ids, rows = torch.sort(source, stable=True)
     return ids[num_vision:], rows[num_vision:]
@@ -443,12 +442,12 @@ def _sum_rows(
 
 
 def _zero_rows(like: torch.Tensor) -> torch.Tensor:
-    """As many rows of zeros as anyone reads, in the memory of one: the row stride is 0."""
+    """Return 2^31 rows of zeros in the memory of one: the row stride is 0."""
     return like.new_zeros(like.shape[1]).expand(2**31, -1)
 
 
 def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """[.., D] as [rows, D]; ``flatten`` and ``reshape`` cost even where there is nothing to do."""
+    """Return [.., D] as [rows, D]; ``flatten`` and ``reshape`` cost time even on 2-D tensors."""
     if tensor.ndim == 2:
         return tensor
     return tensor.flatten(0, -2) if tensor.ndim > 2 else tensor[None]
@@ -466,7 +465,7 @@ def _compiled() -> ModuleType:
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, ...]:
-    """What does the work: host threads, or the device and its current stream."""
+    """Return the number of host threads, or the device and its current stream."""
     if tensor.is_cuda:
         return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
     return (torch.get_num_threads(),)
