@@ -1,4 +1,4 @@
-"""Which samples make up which step: a pure function of the seed, so a run can stop anywhere."""
+"""The samples of each step: a pure function of the seed, so that a run can stop anywhere."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 class Order(Protocol):
-    """Which sample stands at a position of training, known without walking to it.
+    """The sample at each position of training, known without walking to it.
 
-    ``end`` is the first position that there is no sample for; None where there is no such, or only
-    reading will tell.
+    ``end`` is the first position without a sample; None where there is none, or where only reading
+    can tell.
     """
 
     end: int | None
@@ -33,7 +33,7 @@ class EpochOrder:
     Args:
         num_samples: size of the data set.
         seed: another seed gives other orders.
-        epochs: after how many the data is exhausted; None for never.
+        epochs: passes after which the data is exhausted; None for no bound.
 
     Raises:
         ValueError: the data set is empty.
@@ -49,7 +49,7 @@ class EpochOrder:
         self._order = torch.empty(0, dtype=torch.int64)
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        """(epoch, sample index) of the ``position``-th sample that training sees.
+        """Return (epoch, sample index) of the ``position``-th sample that training sees.
 
         Raises:
             DataExhaustedError: ``position`` is beyond the last epoch.
@@ -73,20 +73,20 @@ class StreamOrder:
     end: int | None = None
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        """(0, ``position``): a stream counts on through its passes."""
+        """Return (0, ``position``): a stream counts on through its passes."""
         return 0, position
 
 
 class StepSampler:
     """The (epoch, index) keys of each step's samples, over all ranks.
 
-    Where the data runs out before the steps do, it ends with the last whole step and notes why in
-    ``exhausted``: a loader asks for keys ahead of the steps that are still to be taken.
+    Where the data runs out before the steps do, it ends with the last whole step and keeps the
+    error in ``exhausted``: a loader takes keys ahead of the steps that use them.
 
     Args:
-        order: the order to walk through.
-        first_position: where the walk begins.
-        steps: how many steps to give.
+        order: the order of the samples.
+        first_position: the position of the first sample.
+        steps: number of steps.
         batch_size: samples a step.
     """
 
@@ -112,16 +112,16 @@ class StepSampler:
 
 
 class _Keys(Dataset[tuple[int, int]]):
-    """The sampler's keys as they are; samples are read by what packs them."""
+    """The sampler's keys themselves; samples are read where they are packed."""
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[int, int]:
         return key
 
 
 class _AsValue(Generic[T]):
-    """From a step's keys to what ``pack`` makes of them, or to the error that stopped it.
+    """Calls ``pack`` and returns its error as a value.
 
-    A loader would wrap a worker's error in the text of its traceback; as a value it arrives whole.
+    A loader would wrap a worker's error in the text of its traceback.
     """
 
     def __init__(self, pack: Callable[[list[tuple[int, int]]], T]) -> None:
@@ -145,7 +145,7 @@ def load_in_order(
     Raises:
         DataExhaustedError: after the last whole step, where the sampler has no more.
         WorkerDiedError: a worker has ended.
-        Exception: whatever ``pack`` raised, in a worker or here.
+        Exception: an error of ``pack``, in a worker or in this process.
     """
     loader = DataLoader(
         _Keys(),

@@ -266,7 +266,7 @@ def _of_table_gradient(
 
 
 def _vision_rows(source: torch.Tensor, num_vision: int) -> torch.Tensor:
-    """Return the row of each vision token, int32: sorted, ``source`` begins with the last token's."""
+    """Return the row of each vision token, int32. Sorted, ``source`` begins with the last one."""
     return torch.argsort(source)[:num_vision].flip(0).to(torch.int32)
 
 
