@@ -141,70 +141,35 @@ PackMap pack_map(Address table, int64_t table_stride, Address vision, int64_t vi
           at<const int32_t>(source)};
 }
 
-GatherMap gather_map(Address from, int64_t from_stride, Address to, int64_t to_stride,
-                     Address index) {
-  return {{at<const char>(from), from_stride}, {at<char>(to), to_stride}, at<const int32_t>(index)};
-}
-
 void pack_rows(Address table, int64_t table_stride, Address vision, int64_t vision_stride,
-               Address packed, int64_t packed_stride, Address source, int64_t table_rows,
-               int64_t vision_rows, int64_t rows, int64_t row_bytes, int threads) {
+               Address packed, int64_t packed_stride, Address source, int64_t rows,
+               int64_t row_bytes, int64_t table_rows, int64_t vision_rows, bool unpacks,
+               int threads) {
   const py::gil_scoped_release release;
-  check_source(at<const int32_t>(source), rows, table_rows, vision_rows);
+  if (unpacks) {
+    check_vision_rows(at<const int32_t>(source), rows, table_rows);
+  } else {
+    check_source(at<const int32_t>(source), rows, table_rows, vision_rows);
+  }
   move_rows(pack_map(table, table_stride, vision, vision_stride, packed, packed_stride, source),
             rows, row_bytes, threads);
 }
 
-void gather_rows(Address from, int64_t from_stride, Address to, int64_t to_stride, Address index,
-                 int64_t from_rows, int64_t rows, int64_t row_bytes, int threads) {
-  const py::gil_scoped_release release;
-  check_index(at<const int32_t>(index), rows, from_rows);
-  move_rows(gather_map(from, from_stride, to, to_stride, index), rows, row_bytes, threads);
-}
-
 // For tests: how the device divides rows among threads and splits a row, and the device's threads one
 // after another.
-template <class Map>
-py::tuple grid_of(const Map& map, int64_t rows, int64_t row_bytes) {
+py::tuple pack_rows_by_threads(Address table, int64_t table_stride, Address vision,
+                               int64_t vision_stride, Address packed, int64_t packed_stride,
+                               Address source, int64_t rows, int64_t row_bytes, bool moves) {
+  const PackMap map =
+      pack_map(table, table_stride, vision, vision_stride, packed, packed_stride, source);
   const MoverGrid grid = mover_grid(map.alignment_bits(), rows, row_bytes);
-  return py::make_tuple(grid.wide, grid.threads_per_row, grid.blocks);
-}
-
-template <class Map>
-void move_by_threads(const Map& map, int64_t rows, int64_t row_bytes) {
-  const MoverGrid grid = mover_grid(map.alignment_bits(), rows, row_bytes);
-  const auto work = grid.wide ? move_as_thread<true, Map> : move_as_thread<false, Map>;
-  for (int64_t block = 0; block < grid.blocks; ++block) {
+  const auto work = grid.wide ? move_as_thread<true> : move_as_thread<false>;
+  for (int64_t block = 0; moves && block < grid.blocks; ++block) {
     for (int thread = 0; thread < kMoverBlock; ++thread) {
       work(map, rows, row_bytes, grid.threads_per_row, block, thread);
     }
   }
-}
-
-py::tuple pack_grid(Address table, int64_t table_stride, Address vision, int64_t vision_stride,
-                    Address packed, int64_t packed_stride, Address source, int64_t rows,
-                    int64_t row_bytes) {
-  return grid_of(
-      pack_map(table, table_stride, vision, vision_stride, packed, packed_stride, source), rows,
-      row_bytes);
-}
-
-void pack_rows_by_threads(Address table, int64_t table_stride, Address vision,
-                          int64_t vision_stride, Address packed, int64_t packed_stride,
-                          Address source, int64_t rows, int64_t row_bytes) {
-  move_by_threads(
-      pack_map(table, table_stride, vision, vision_stride, packed, packed_stride, source), rows,
-      row_bytes);
-}
-
-py::tuple gather_grid(Address from, int64_t from_stride, Address to, int64_t to_stride,
-                      Address index, int64_t rows, int64_t row_bytes) {
-  return grid_of(gather_map(from, from_stride, to, to_stride, index), rows, row_bytes);
-}
-
-void gather_rows_by_threads(Address from, int64_t from_stride, Address to, int64_t to_stride,
-                            Address index, int64_t rows, int64_t row_bytes) {
-  move_by_threads(gather_map(from, from_stride, to, to_stride, index), rows, row_bytes);
+  return py::make_tuple(grid.wide, grid.threads_per_row, grid.blocks);
 }
 
 py::tuple row_split(Address from, Address to, int64_t bytes) {
@@ -260,13 +225,6 @@ void pack_rows_cuda(Address table, int64_t table_stride, Address vision, int64_t
       pack_map(table, table_stride, vision, vision_stride, packed, packed_stride, source), rows,
       row_bytes, device, stream);
 }
-
-void gather_rows_cuda(Address from, int64_t from_stride, Address to, int64_t to_stride,
-                      Address index, int64_t rows, int64_t row_bytes, int device, Address stream) {
-  const py::gil_scoped_release release;
-  move_rows_cuda(gather_map(from, from_stride, to, to_stride, index), rows, row_bytes, device,
-                 stream);
-}
 #endif
 
 // What the extension was built for, e.g. {"sm_80", "sm_90", "compute_90"}.
@@ -293,14 +251,10 @@ PYBIND11_MODULE(_C, module) {
 
   module.def("access_bytes", &access_bytes);
   module.def("worthwhile_parts", &worthwhile_parts);
-  module.def("pack_grid", &pack_grid);
   module.def("pack_rows_by_threads", &pack_rows_by_threads);
-  module.def("gather_grid", &gather_grid);
-  module.def("gather_rows_by_threads", &gather_rows_by_threads);
   module.def("row_split", &row_split);
   module.def("copy_row_by_lanes", &copy_row_by_lanes);
   module.def("pack_rows", &pack_rows);
-  module.def("gather_rows", &gather_rows);
 
   module.attr("sum_tile") = kTile;
   module.def("sum_rows", &sum_rows_on_host);
@@ -310,7 +264,6 @@ PYBIND11_MODULE(_C, module) {
   module.attr("has_cuda") = true;
   module.def("merge_source_cuda", &merge_source_cuda);
   module.def("pack_rows_cuda", &pack_rows_cuda);
-  module.def("gather_rows_cuda", &gather_rows_cuda);
   module.def("sum_rows_cuda", &sum_rows_on_device);
   module.def("cuda_device_count", &cuda_device_count);
 #else

@@ -36,8 +36,8 @@ inline MoverGrid mover_grid(uint64_t alignment_bits, int64_t rows, int64_t row_b
 }
 
 // What thread `thread` of block `block` moves.
-template <bool kWide, class Map>
-TOKENFLEX_HOST_DEVICE void move_as_thread(const Map& map, int64_t rows, int64_t row_bytes,
+template <bool kWide>
+TOKENFLEX_HOST_DEVICE void move_as_thread(const PackMap& map, int64_t rows, int64_t row_bytes,
                                           int threads_per_row, int64_t block, int thread) {
   const int rows_per_block = kMoverBlock / threads_per_row;
   const int64_t row = block * rows_per_block + thread / threads_per_row;

@@ -1,14 +1,13 @@
-// Where the bytes of a row come from and go to: the one place that knows.
+// The bytes of a row: where they come from and go to. The one place that knows.
 //
-// A mover copies `rows` rows of `row_bytes` bytes each. Which source row meets which destination row
-// is a *map*: a small value type, called with a row number, that answers with two addresses. The CPU
-// and the CUDA mover run the same maps:
+// A mover copies `rows` rows of `row_bytes` bytes each. A map, called with a row number, answers with two
+// addresses; the CPU and the CUDA mover run the same map:
 //
-//   PackMap      packed[r]    <- source[r] >= 0 ? table[source[r]] : vision[~source[r]]
-//   GatherMap    to[r]        <- from[index[r]]
+//   packed[r] <- source[r] >= 0 ? table[source[r]] : vision[~source[r]]
 //
-// Row numbers are int32 in memory, offsets int64 in registers: a tensor may pass 2^31 elements long
-// before it has 2^31 rows. Strides are in bytes and may be anything, 0 and negative included.
+// A plain gather is the same without vision rows. Row numbers are int32 in memory, offsets int64 in
+// registers: a tensor may pass 2^31 elements long before it has 2^31 rows. Strides are in bytes and may be
+// anything, 0 and negative included.
 #pragma once
 
 #include <cstdint>
@@ -57,17 +56,6 @@ struct PackMap {
   uint64_t alignment_bits() const {
     return table.alignment_bits() | vision.alignment_bits() | packed.alignment_bits();
   }
-};
-
-struct GatherMap {
-  ConstRows from;
-  Rows to;
-  const int32_t* index;
-
-  TOKENFLEX_HOST_DEVICE RowCopy operator()(int64_t row) const {
-    return {from.row(index[row]), to.row(row)};
-  }
-  uint64_t alignment_bits() const { return from.alignment_bits() | to.alignment_bits(); }
 };
 
 // The widest access in bytes, at most 16, that divides every address, stride and size whose bits were

@@ -13,8 +13,7 @@
 namespace tokenflex {
 namespace {
 
-template <class Map>
-void copy_range(const Map& map, int64_t begin, int64_t end, int64_t row_bytes) {
+void copy_range(const PackMap& map, int64_t begin, int64_t end, int64_t row_bytes) {
   for (int64_t row = begin; row < end; ++row) {
     const RowCopy copy = map(row);
     std::memcpy(copy.to, copy.from, size_t(row_bytes));
@@ -45,20 +44,17 @@ void check_source(const int32_t* source, int64_t rows, int64_t table_rows, int64
          " table and ", vision_rows, " vision rows, got ", source[row]);
 }
 
-void check_index(const int32_t* index, int64_t rows, int64_t from_rows) {
-  const int64_t row = first_outside(index, rows, 0, from_rows);
-  if (row < 0) return;
-  refuse("vision_rows[", row, "] must be a packed row, in [0, ", from_rows, "), got ", index[row]);
+void check_vision_rows(const int32_t* vision_rows, int64_t rows, int64_t packed_rows) {
+  const int64_t v = first_outside(vision_rows, rows, 0, packed_rows);
+  if (v < 0) return;
+  refuse("vision_rows[", v, "] must be a packed row, in [0, ", packed_rows, "), got ",
+         vision_rows[v]);
 }
 
-template <class Map>
-void move_rows(const Map& map, int64_t rows, int64_t row_bytes, int threads) {
+void move_rows(const PackMap& map, int64_t rows, int64_t row_bytes, int threads) {
   if (rows <= 0 || row_bytes <= 0) return;
   in_parts(rows, worthwhile_parts(rows, rows * row_bytes, threads),
            [&](int64_t begin, int64_t end) { copy_range(map, begin, end, row_bytes); });
 }
-
-template void move_rows(const PackMap&, int64_t, int64_t, int);
-template void move_rows(const GatherMap&, int64_t, int64_t, int);
 
 }  // namespace tokenflex

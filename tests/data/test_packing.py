@@ -7,7 +7,7 @@ import torch
 
 from tests.models.tiny import IMAGE, picture, tiny_model
 from tokenflex import TokenCounts
-from tokenflex.data.order import packed_batches
+from tokenflex.data.order import load_in_order
 from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
 from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.digits.dataset import DigitsDataset
@@ -290,12 +290,19 @@ def assert_same_batch(actual: PackedBatch, expected: PackedBatch) -> None:
     assert (actual.answers, actual.sample_ids) == (expected.answers, expected.sample_ids)
 
 
+def packed_batches(dataset, collator, keys, workers=0) -> list[PackedBatch]:
+    def pack(step):
+        return collator([DrawnSample(index, epoch, dataset[index]) for epoch, index in step])
+
+    return list(load_in_order(pack, keys, workers=workers))
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_give_the_same_batches_in_the_same_order(processor, workers):
     dataset, collator = DigitsDataset(size=20, questions=2), PackingCollator(processor, COUNTS)
     keys = [[(0, 3), (0, 1)], [(1, 3), (0, 7)], [(2, 19)], [(0, 0), (0, 2), (0, 4)], [(5, 5)]]
-    inline = list(packed_batches(dataset, collator, keys, workers=0))
-    remote = list(packed_batches(dataset, collator, keys, workers=workers))
+    inline = packed_batches(dataset, collator, keys)
+    remote = packed_batches(dataset, collator, keys, workers)
     assert [batch.sample_ids for batch in inline][1] == ["digits-train-3", "digits-train-7"]
     for a, b in zip(remote, inline, strict=True):
         assert_same_batch(a, b)

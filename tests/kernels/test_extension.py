@@ -151,7 +151,6 @@ class Rows:
 
 
 SOURCE = np.array([2, ~0, ~3, 0, ~1, 1, 2, ~2] * 37, np.int32)  # 3 table and 4 vision rows
-INDEX = np.array([4, 0, 3, 3, 1] * 41, np.int32)  # of 5 rows
 # How one of the rows may lie: aligned to 16 bytes, at another address, at another distance.
 LIES = {"aligned": (0, 0), "address": (4, 0), "stride": (0, 8), "both": (2, 3)}
 
@@ -166,28 +165,18 @@ def test_the_threads_of_a_device_pack_every_row(row_bytes, which, lies):
         for name, rows in [("table", 3), ("vision", 4), ("packed", len(SOURCE))]
     )
     job = (*table.place, *vision.place, *packed.place, SOURCE.ctypes.data, len(SOURCE), row_bytes)
-    wide, threads_per_row, blocks = extension().pack_grid(*job)
+    wide, threads_per_row, blocks = extension().pack_rows_by_threads(*job, True)
     assert wide == (row_bytes % 16 == 0 and lies == "aligned")
     assert 256 % threads_per_row == 0
     assert blocks == -(-len(SOURCE) // (256 // threads_per_row))
-    extension().pack_rows_by_threads(*job)
     for row, entry in enumerate(SOURCE.tolist()):
         assert np.array_equal(packed[row], table[entry] if entry >= 0 else vision[~entry])
 
 
-@pytest.mark.parametrize("lies", LIES)
-@pytest.mark.parametrize("which", ["from", "to"])
-@pytest.mark.parametrize("row_bytes", [16, 48, 100, 4096])
-def test_the_threads_of_a_device_gather_every_row(row_bytes, which, lies):
-    source, target = (
-        Rows.random(rows, row_bytes, *(LIES[lies] if name == which else (0, 0)))
-        for name, rows in [("from", 5), ("to", len(INDEX))]
-    )
-    job = (*source.place, *target.place, INDEX.ctypes.data, len(INDEX), row_bytes)
-    assert extension().gather_grid(*job)[0] == (row_bytes % 16 == 0 and lies == "aligned")
-    extension().gather_rows_by_threads(*job)
-    for row, index in enumerate(INDEX.tolist()):
-        assert np.array_equal(target[row], source[index])
+def grid_of(stride, row_bytes, rows, offset=0):
+    """(wide, threads_per_row, blocks) for a table at address ``offset``, and no row moved."""
+    job = (offset, stride, 0, stride, 0, stride, 0, rows, row_bytes)
+    return extension().pack_rows_by_threads(*job, False)
 
 
 @pytest.mark.parametrize(
@@ -203,15 +192,14 @@ def test_the_threads_of_a_device_gather_every_row(row_bytes, which, lies):
     ],
 )
 def test_a_row_has_a_thread_for_four_accesses(row_bytes, offset, threads_per_row):
-    job = (offset, row_bytes, 0, row_bytes, 0, 1000, row_bytes)
     blocks = -(-1000 // (256 // threads_per_row))
-    assert extension().gather_grid(*job)[1:] == (threads_per_row, blocks)
+    assert grid_of(row_bytes, row_bytes, 1000, offset)[1:] == (threads_per_row, blocks)
 
 
 def test_rows_that_are_no_whole_number_of_accesses_are_split():
     """Though every address and stride is a multiple of 16."""
-    assert extension().gather_grid(0, 112, 0, 112, 0, 10, 100)[0] is False
-    assert extension().gather_grid(0, 112, 0, 112, 0, 10, 96)[0] is True
+    assert grid_of(112, 100, 10)[0] is False
+    assert grid_of(112, 96, 10)[0] is True
 
 
 FAR = 2**32  # bytes: in 32 bits, nothing
@@ -223,12 +211,9 @@ def test_rows_may_lie_four_gigabytes_apart():
     where = {name: Rows(bytes_, 0, FAR, 64) for name, bytes_ in memory.items()}
     for number, rows in enumerate(where.values()):
         rows[0][:], rows[1][:] = 10 * number, 10 * number + 1
-    source, index = np.array([1, ~1], np.int32), np.array([1, 0], np.int32)
-    places = where["from"].place, where["to"].place
-    extension().gather_rows(*places[0], *places[1], index.ctypes.data, 2, 2, 64, 1)
-    assert [set(where["to"][row].tolist()) for row in (0, 1)] == [{1}, {0}]
-    both = (*places[0], *where["vision"].place, *places[1], source.ctypes.data)
-    extension().pack_rows(*both, 2, 2, 2, 64, 1)
+    source = np.array([1, ~1], np.int32)
+    places = (*where["from"].place, *where["vision"].place, *where["to"].place)
+    extension().pack_rows(*places, source.ctypes.data, 2, 64, 2, 2, False, 1)
     assert [set(where["to"][row].tolist()) for row in (0, 1)] == [{1}, {21}]
 
 
@@ -258,7 +243,7 @@ def test_a_launch_without_a_gpu_is_an_error_in_cudas_words():
     with pytest.raises(
         RuntimeError, match=r"cudaGetDevice failed: cudaError\w+: .*(driver|device)"
     ):
-        extension().gather_rows_cuda(0, 16, 0, 16, 0, 1, 16, 0, 0)
+        extension().pack_rows_cuda(0, 16, 0, 16, 0, 16, 0, 1, 16, 0, 0)
 
 
 def test_an_unknown_backend_is_refused(monkeypatch):

@@ -32,8 +32,7 @@ CALLS = {
     "merge_source": (at(NOTHING), True, 0, at(FILLED), ROWS),
     "bin_pack": (LENGTHS, 100),
     "balance_bins": (LENGTHS, LENGTHS, 100, 100, 1, 1, 1, 1, False),
-    "pack_rows": (at(ONE), 16, at(ONE), 16, at(MANY), 16, at(ZEROS), 1, 0, ROWS, 16, 1),
-    "gather_rows": (at(ONE), 16, at(MANY), 16, at(ZEROS), 1, ROWS, 16, 1),
+    "pack_rows": (at(ONE), 16, at(ONE), 16, at(MANY), 16, at(ZEROS), ROWS, 16, 1, 0, False, 1),
     "sum_rows": (
         *(at(MANY), 16, at(ONE), 16, at(PARTIALS), 16, at(ZEROS), at(ORDER), ROWS, 4),
         *("float32", 1, 1),

@@ -1,4 +1,4 @@
-"""Which samples make up which step: a pure function of the seed, so a run can stop anywhere."""
+"""The samples of each step: a pure function of the seed, so that a run can stop anywhere."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
-from tokenflex.data.samples import DataExhaustedError, SampleDataset
+from tokenflex.data.samples import DataExhaustedError
 from tokenflex.data.workers import map_in_order
 
 T = TypeVar("T")
 
 
 class Order(Protocol):
-    """Which sample stands at a position of training, known without walking to it.
+    """The sample at each position of training, known without walking to it.
 
-    ``end`` is the first position that there is no sample for; None where there is no such, or only
-    reading will tell.
+    ``end`` is the first position without a sample; None where there is none, or where only reading
+    can tell.
     """
 
     end: int | None
@@ -32,7 +31,7 @@ class EpochOrder:
     Args:
         num_samples: size of the data set.
         seed: another seed gives other orders.
-        epochs: after how many the data is exhausted; None for never.
+        epochs: passes after which the data is exhausted; None for no bound.
 
     Raises:
         ValueError: the data set is empty.
@@ -48,7 +47,7 @@ class EpochOrder:
         self._order = torch.empty(0, dtype=torch.int64)
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        """(epoch, sample index) of the ``position``-th sample that training sees.
+        """Return (epoch, sample index) of the ``position``-th sample that training sees.
 
         Raises:
             DataExhaustedError: ``position`` is beyond the last epoch.
@@ -72,20 +71,20 @@ class StreamOrder:
     end: int | None = None
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        """(0, ``position``): a stream counts on through its passes."""
+        """Return (0, ``position``): a stream counts on through its passes."""
         return 0, position
 
 
 class StepSampler:
     """The (epoch, index) keys of each step's samples, over all ranks.
 
-    Where the data runs out before the steps do, it ends with the last whole step and notes why in
-    ``exhausted``: a loader asks for keys ahead of the steps that are still to be taken.
+    Where the data runs out before the steps do, it ends with the last whole step and keeps the
+    error in ``exhausted``: a loader takes keys ahead of the steps that use them.
 
     Args:
-        order: the order to walk through.
-        first_position: where the walk begins.
-        steps: how many steps to give.
+        order: the order of the samples.
+        first_position: the position of the first sample.
+        steps: number of steps.
         batch_size: samples a step.
     """
 
@@ -121,32 +120,8 @@ def load_in_order(
     Raises:
         DataExhaustedError: After the last whole step, where the sampler has no more.
         WorkerDiedError: A worker has ended.
-        Exception: Whatever ``pack`` raised, in a worker or here.
+        Exception: An error of ``pack``, in a worker or in this process.
     """
     yield from map_in_order(pack, sampler, workers=workers)
     if isinstance(sampler, StepSampler) and sampler.exhausted is not None:
         raise sampler.exhausted
-
-
-class _ReadAndPack:
-    """All samples of a step in one batch, as evaluation wants them."""
-
-    def __init__(self, dataset: SampleDataset, collator: PackingCollator) -> None:
-        self.dataset = dataset
-        self.collator = collator
-
-    def __call__(self, keys: list[tuple[int, int]]) -> PackedBatch:
-        return self.collator(
-            [DrawnSample(index, epoch, self.dataset[index]) for epoch, index in keys]
-        )
-
-
-def packed_batches(
-    dataset: SampleDataset,
-    collator: PackingCollator,
-    sampler: StepSampler | list[list[tuple[int, int]]],
-    *,
-    workers: int = 0,
-) -> Generator[PackedBatch, None, None]:
-    """One batch a step, whatever its size; see :func:`load_in_order`."""
-    return load_in_order(_ReadAndPack(dataset, collator), sampler, workers=workers)

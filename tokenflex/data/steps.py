@@ -1,8 +1,8 @@
 """One optimiser step: counts drawn, samples dealt into bins of equal cost, this rank's bins packed.
 
-Every rank deals the whole step from the samples' outlines (texts and image sizes), which costs no
-pixels, and so arrives at the same bins without a word to the others; it then reads the images of
-its own bins only. A step is a pure function of its keys.
+Every rank deals the whole step from the samples' outlines (texts and image sizes), which takes no
+pixels. So all ranks arrive at the same bins without communication, and each reads the images of its
+own bins only. A step is a pure function of its keys.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Draw: TypeAlias = Literal["sample", "step", "all"]
 
 @dataclass(frozen=True)
 class PackedStep:
-    """What one rank works on in one step.
+    """The work of one rank in one step.
 
     Attributes:
         bins: forward passes, as many on every rank; gradients add up over them. A sample that is
@@ -41,7 +41,7 @@ class PackedStep:
         counts: vision-token count -> samples with images that drew it, over all ranks.
         rank_tokens: rows that this rank's samples were planned to take, those it could read.
         cost_balance: the costliest bin of all ranks over their mean, 1 where all are equal.
-        broken: samples that this rank left out.
+        broken: samples that this rank has left out.
         teacher_tokens, teacher_vision_tokens: of all ranks, as planned, in the passes of a teacher;
             0 where there is none.
     """
@@ -69,15 +69,15 @@ class StepPacker:
     """Turns a step's keys into this rank's bins. Runs in data-loader workers.
 
     Args:
-        dataset: where samples come from.
-        collator: knows the counts and their odds, encodes texts, packs.
-        draw: whether a count is drawn for each sample, as in the paper, or once for the step, or
-            every sample is shown at all of them.
+        dataset: the samples.
+        collator: draws counts, encodes texts, packs.
+        draw: "sample" draws a count for each sample, as in the paper; "step" draws one for the
+            step; "all" shows every sample at all counts.
         max_tokens: rows of a bin at most, text and vision; None for no bound.
         max_tiles: encoder inputs of a bin at most; None for no bound.
-        tile_cost: what encoding a tile costs, in rows of the language model.
-        rank: this process.
-        num_ranks: how many processes.
+        tile_cost: the cost of encoding a tile, in rows of the language model.
+        rank: the index of this process.
+        num_ranks: number of processes.
     """
 
     def __init__(

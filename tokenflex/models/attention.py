@@ -1,8 +1,8 @@
 """Attention over packed sequences, under the name ``tokenflex_varlen`` in transformers.
 
 A packed row holds many samples; each must attend to itself only. transformers recognises packed
-rows from ``position_ids``, but not when a cache or a mask is present, and then leaks between
-samples without a word. This implementation takes the boundaries themselves (``cu_seq_lens_q``,
+rows from ``position_ids``, but not when a cache or a mask is present; then samples see each other,
+and nothing warns of it. This implementation takes the boundaries themselves (``cu_seq_lens_q``,
 ``max_length_q``, the names of transformers' flash attention), needs no mask of T x T entries, and
 does for an ordinary padded batch exactly what "sdpa" does.
 
@@ -45,15 +45,15 @@ def packed_attention_forward(
     shared_prefixes: SharedPrefixes | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """transformers' attention function: causal within each sequence of a packed row.
+    """Attend causally within each sequence of a packed row, as transformers' attention function.
 
     Args:
         query: [1, heads, T, head width]; key and value likewise with the key-value heads.
         attention_mask: used only for calls that are not packed.
         dropout: probability; packed calls support 0 only.
         scaling: of the scores; 1/sqrt(head width) if None.
-        cu_seq_lens_q: int32 [sequences + 1] on the device, the rows where sequences start; given
-            exactly when the call is packed.
+        cu_seq_lens_q: int32 [sequences + 1] on the device, the rows where sequences start; None
+            where the call is not packed.
         max_length_q: the longest sequence, a host int.
         sequence_lengths: int64 [sequences] on the host, the rows of each sequence. A tensor: for a
             tuple a compiler would make a graph a length.
@@ -124,7 +124,7 @@ def _by_length(
     key_rows: torch.Tensor | None,
     scaling: float | None,
 ) -> torch.Tensor:
-    """One causal attention call per distinct shape, over all sequences of so many rows and keys."""
+    """Call causal attention once per distinct (rows, keys), over all sequences of that shape."""
     alike: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     starts = zip(accumulate(lengths, initial=0), accumulate(key_lengths, initial=0), strict=True)
     for start, shape in zip(starts, zip(lengths, key_lengths, strict=True), strict=False):
@@ -160,7 +160,7 @@ def _sequences(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _aligned_at_the_end(length: int, key_length: int, device: torch.device) -> torch.Tensor | None:
-    """Which keys each query sees; None where PyTorch's own causal mask, or none, says the same."""
+    """Return the mask of the keys; None where PyTorch's causal mask, or no mask, is the same."""
     if length in (1, key_length):
         return None
     every = torch.ones(length, key_length, dtype=torch.bool, device=device)
@@ -176,7 +176,7 @@ def _flash(
     shared_prefixes: SharedPrefixes | None,
     scaling: float | None,
 ) -> torch.Tensor:
-    """PyTorch's own variable-length flash attention.
+    """Call PyTorch's variable-length flash attention.
 
     It aligns the causal mask at the last row, as flash attention does since its version 2.1.
     """

@@ -1,4 +1,4 @@
-"""One prefix, many branches: sequences of a packed row that go on where another one ends.
+"""Shared prefixes: sequences of a packed row that go on where another one ends.
 
 Several questions about one image need its vision tokens once. The sequence that holds them is the
 prefix; each question is a branch, a sequence of its own that sees the prefix and then itself:
@@ -25,7 +25,7 @@ from tokenflex_kernels import PackPlan
 
 @dataclass(frozen=True)
 class SharedPrefixes:
-    """What attention and positions need to know of branches; made by :func:`share_prefixes`.
+    """Rows and positions of branches, for attention; made by :func:`share_prefixes`.
 
     Attributes:
         parents: for each sequence of the plan the prefix it goes on from, -1 for none.
@@ -44,7 +44,7 @@ class SharedPrefixes:
     cu_seqlens: torch.Tensor
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> SharedPrefixes:
-        """The same with its tensors on ``device``."""
+        """Return the same with its tensors on ``device``."""
         return replace(
             self,
             position_ids=self.position_ids.to(device, non_blocking=non_blocking),
@@ -58,11 +58,11 @@ def share_prefixes(plan: PackPlan, parents: Sequence[int]) -> SharedPrefixes:
 
     Args:
         plan: in CPU memory; its sequences are the prefixes, the branches, and any others.
-        parents: for each sequence the place of its prefix, an earlier sequence that is no branch
+        parents: for each sequence the index of its prefix, an earlier sequence that is no branch
             itself, or -1.
 
     Raises:
-        ValueError: not one parent a sequence, or a parent that is none of the allowed ones.
+        ValueError: ``parents`` has another length than the plan, or names no such sequence.
     """
     parents = tuple(parents)
     if len(parents) != plan.num_samples:

@@ -1,31 +1,27 @@
 """Fill bins with samples of different sizes: as few bins as fit, or bins of equal cost.
 
-A bin is what one rank works on in one step. Where every sample has its own number of tokens per
+A bin is the work of one rank in one step. Where every sample has its own number of tokens per
 image, bins of equal length are not bins of equal work: those that drew few tokens per image hold
-more images, and the slowest rank sets the pace. `balance_bins` is for that.
+more images, and the slowest rank sets the pace. `balance_bins` makes their costs equal.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
 from itertools import pairwise
 from numbers import Real
-from typing import TypeAlias
 
 import numpy as np
-import torch
 
 from tokenflex_kernels.backend import extension, select_backend
 from tokenflex_kernels.checks import check_int, check_ints
 from tokenflex_kernels.packing import reference_bins as reference
+from tokenflex_kernels.packing.plan import Ints
 from tokenflex_kernels.packing.reference import MAX_INT32
 
 _UNITS = 1024  # of cost to a row's; integers, so that equal costs are equal on every machine
 _MAX_TILE_COST = 2**20
 _MANY_RANKS = 2**16
-
-Ints: TypeAlias = "Sequence[int] | np.ndarray | torch.Tensor"
 
 
 def bin_pack(lengths: Ints, capacity: int) -> list[list[int]]:
@@ -72,39 +68,37 @@ def balance_bins(
     """Assign samples to bins of nearly equal cost, none beyond its tokens or its tiles.
 
     The cost of a bin is its tokens + ``tile_cost`` * its tiles. The costliest sample goes first
-    (among equals the lower index), each into the cheapest bin with room for it. It starts with L
-    bins, fewer than which can never do (if samples could be cut; or as many as there are samples of
-    more than half a bin), and adds 1 % while a sample finds no room, or while the costliest bin is
+    (among equals the lower index), each into the cheapest bin with room for it. Packing starts with
+    L bins, the fewest that could do if samples could be cut (or as many as there are samples of
+    more than half a bin). It adds 1 % while a sample finds no room, or while the costliest bin is
     more than 2 % above the mean; of the latter it makes ten tries and keeps the best. The result is
     a pure function of the arguments.
 
     There are at most max(11/9 L + 1, F) bins, rounded up to ``multiple_of``, where F is what
-    first-fit-decreasing by the larger share, of ``max_tokens`` or of ``max_tiles``, would need. So
-    where only one of the two bounds is ever met there are no more than 11/9 of the fewest, + 1; of
+    first-fit-decreasing by the larger share, of ``max_tokens`` or of ``max_tiles``, would need.
+    Where only one of the two bounds is ever met, that is no more than 11/9 of the fewest, + 1; for
     two bounds at once no such proof is known. A try is O(n log n) in the compiled extension where
     the cheapest bins have room.
-
-    With a handful of samples a bin the last ones no longer fill the gaps. ``exchange`` then lets
-    the costliest bin swap a sample for one of another bin, or give it away, whatever helps most,
-    until nothing does or the costliest bin is 0.2 % above the mean. An exchange is O(samples of the
-    costliest bin x all samples); a step of 64 ranks and 8 samples each needs about 40.
 
     Args:
         tokens: language-model rows per sample, vision and text, non-negative ints: a sequence, a
             numpy array or a CPU tensor.
         tiles: vision-encoder inputs per sample, likewise.
-        max_tokens: rows a bin may hold, in [1, 2^31).
-        max_tiles: tiles a bin may hold, in [0, 2^31).
-        tile_cost: the cost of a tile in units of a row's: the FLOPs of one through the vision
-            encoder over those of the other through the language model. In [0, 2^20]; rounded to
-            1/1024.
+        max_tokens: rows that a bin may hold, in [1, 2^31).
+        max_tiles: tiles that a bin may hold, in [0, 2^31).
+        tile_cost: the cost of a tile in rows: the FLOPs of a tile through the vision encoder over
+            those of a row through the language model. In [0, 2^20]; rounded to 1/1024.
         multiple_of: the number of bins is a multiple of this: the ranks that share a step. At least
-            1 and at most the number of samples, or 2^16 if they are fewer. Only this leaves bins
+            1 and at most the number of samples, or 2^16 if they are fewer. It alone leaves bins
             empty, fewer than ``multiple_of``, where the samples are fewer than the bins.
+        exchange: afterwards let the costliest bin swap a sample for one of another bin, or give it
+            away, whichever helps most, until nothing helps or it is 0.2 % above the mean. With a
+            handful of samples a bin the last ones do not fill the gaps. An exchange is O(samples of
+            the bin x all samples); a step of 64 ranks and 8 samples each needs about 40.
 
     Returns:
-        For each bin its sample indices in the order they were placed, the costliest first. The bins
-        come by falling cost, so that ``multiple_of`` neighbours make a step of equal ranks.
+        For each bin its sample indices, the costliest first. The bins come by falling cost, so that
+        ``multiple_of`` neighbours make a step of equal ranks.
 
     Raises:
         ValueError: a number is outside the ranges above, a sample is larger than a bin, or
@@ -131,7 +125,7 @@ def balance_bins(
     if token_array.size == 0:
         return []
 
-    # Fewer can never do: not if samples could be cut, and no two of more than half a bin share one.
+    # Fewer never suffice, even if samples could be cut; two of more than half a bin share none.
     least = max(
         1,
         -(-int(token_array.sum()) // max_tokens),
@@ -139,32 +133,20 @@ def balance_bins(
         np.count_nonzero(2 * token_array > max_tokens),
         np.count_nonzero(2 * tile_array > max_tiles),
     )
-    bounds = (max_tokens, max_tiles)
     prices = (_UNITS, round(_UNITS * float(tile_cost)))
+    options = (max_tokens, max_tiles, *prices, least, multiple_of, exchange)
     if select_backend("balance_bins") == "reference":
-        return reference.balance_bins(
-            token_array.tolist(),
-            tile_array.tolist(),
-            *bounds,
-            *prices,
-            least,
-            multiple_of,
-            exchange,
-        )
+        return reference.balance_bins(token_array.tolist(), tile_array.tolist(), *options)
     compiled = extension()
     assert compiled is not None
-    return _as_lists(
-        *compiled.balance_bins(
-            token_array, tile_array, *bounds, *prices, least, multiple_of, exchange
-        )
-    )
+    return _as_lists(*compiled.balance_bins(token_array, tile_array, *options))
 
 
 def _as_lists(order: list[int], offsets: list[int]) -> list[list[int]]:
-    """Bin b is order[offsets[b] : offsets[b + 1]].
+    """Return the bins, bin b being order[offsets[b] : offsets[b + 1]].
 
-    The garbage collector rests meanwhile. It wakes once for so many new lists, and would look
-    through every object of the process again and again, for lists that cannot be garbage yet.
+    The garbage collector is off meanwhile: many new lists would wake it again and again to look
+    through every object of the process.
     """
     was_enabled = gc.isenabled()
     gc.disable()

@@ -5,14 +5,14 @@
     merge_vision      out = inputs_embeds, with out[vision_rows[v]] = vision[v]
 
 Each reads and writes every row once, in one launch driven by an int32 row map, with O(rows) extra
-memory and no synchronisation; `merge_vision`, which is given row numbers instead of a map, makes
-one first, in two small launches. Backward is again a row mover, by the inverse map, so gradients
-are repeatable bit by bit; only the embedding table, and images that are shown several times, sum
-rows, in an order that the plan decides.
+memory and no synchronisation; `merge_vision`, which is given row numbers, makes the map first, in
+two small launches. The backward pass is a row mover by the inverse map. Only the gradients of the
+embedding table, and of images that are shown several times, sum rows, in an order that the plan
+decides: gradients repeat bit by bit.
 
-This file checks arguments and chooses the backend; the torch ops are in `ops`. All of it may be
-called in ``torch.compile(fullgraph=True, dynamic=True)`` and transformed by ``torch.func``, which
-takes derivatives of any order. Plain autograd takes the first.
+This file checks arguments and chooses the backend; the torch ops are in `ops`. The functions may be
+called in ``torch.compile(fullgraph=True, dynamic=True)`` and transformed by ``torch.func``.
+Derivatives may be of any order.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def pack_embeddings(
     """Write a batch's text and vision rows into one packed buffer, as ``plan`` lays it out.
 
     The result is what an embedding lookup followed by ``masked_scatter`` gives, without the
-    intermediate and the mask. Differentiable once, in both tensors; the table's gradient is
-    computed only if the table requires it.
+    intermediate and the mask. Differentiable in both tensors; the table's gradient is computed only
+    if the table requires it.
 
     Args:
         embedding: float [V, D], the embedding table.
@@ -91,7 +91,7 @@ def pack_embeddings(
 def unpack_vision(packed: torch.Tensor, plan: PackPlan) -> torch.Tensor:
     """Return the vision rows of a packed buffer, in the order of ``plan.vision_rows``.
 
-    That is the order of the vision tokens. Differentiable once.
+    That is the order of the vision tokens. Differentiable.
 
     Args:
         packed: float [total, D].
@@ -122,8 +122,8 @@ def merge_vision(
 ) -> torch.Tensor:
     """Return a copy of ``inputs_embeds`` with some of its rows replaced by vision tokens.
 
-    What ``masked_scatter`` does in other models, by row number instead of by mask. Differentiable
-    once, in both float tensors.
+    It does what ``masked_scatter`` does in other models, by row number instead of by mask.
+    Differentiable in both float tensors.
 
     Args:
         inputs_embeds: float [.., D]; its leading dimensions count as one, row-major.
@@ -184,7 +184,7 @@ def _check_plan(plan: PackPlan, name: str, tensor: torch.Tensor) -> None:
 
 
 def _refuse_maps(plan: PackPlan) -> NoReturn:
-    """The movers read a row map as it was planned: one int32 after another."""
+    """Refuse row maps that are not contiguous int32."""
     for name in ("source", "vision_rows"):
         rows = getattr(plan, name)
         if rows.dtype != torch.int32:
@@ -228,7 +228,7 @@ def _check_vision(
 def _like_autocast(
     name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor
 ) -> torch.Tensor:
-    """``tensor`` in the dtype of ``other``: as models cast image features to their embeddings."""
+    """Return ``tensor`` in the dtype of ``other``, to which autocast may cast it."""
     if tensor.dtype == other.dtype:
         return tensor
     if autocast_enabled(tensor.device):

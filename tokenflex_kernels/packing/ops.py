@@ -17,16 +17,15 @@ saved. A gradient is a row mover again, or sums of rows:
 
 Each gradient is linear in turn, and a mover or a table gradient is its own gradient. So there are
 derivatives of any order; of the sparse table gradient there are first ones only. Under
-``torch.vmap`` a mover runs once for the whole batch, on wider rows: it looks at row numbers alone,
-so the rows of all examples stand side by side in one row.
+``torch.vmap`` a mover runs once for the whole batch, on wider rows: it depends on row numbers
+alone, so the rows of all examples stand side by side in one row.
 
-The public functions check arguments and say which are wrong. An op that is called on its own looks
-at dtypes, widths and strides alone, so that it reads what its tensors hold; row numbers are checked
-on the CPU.
+The public functions check arguments and name the wrong one. An op that is called on its own checks
+dtypes, widths and strides alone, so that it reads no memory but its tensors'; row numbers are
+checked on the CPU.
 
-The extension knows no torch: it takes addresses, byte strides and sizes, so this is where tensors
-become those: rows of any stride, elements of a row next to each other. It copies bytes; only the
-sums of table rows look at a dtype.
+The extension knows no torch: it takes addresses, byte strides and sizes. Rows may have any stride;
+the elements of a row are next to each other. It copies bytes; only sums of rows depend on a dtype.
 """
 
 from __future__ import annotations
@@ -64,23 +63,7 @@ def _pack(
 
 
 def _unpack(packed: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor) -> torch.Tensor:
-    _check_map("vision_rows", vision_rows)
-    packed = neighbours(packed)
-    rows, width = vision_rows.size(0), packed.size(1)
-    row_bytes = width * packed.element_size()
-    vision = packed.new_empty(rows, width)
-    mover = _mover("gather_rows", vision)
-    mover(
-        *_rows(packed),
-        vision.data_ptr(),
-        row_bytes,
-        vision_rows.data_ptr(),
-        *(() if packed.is_cuda else (packed.size(0),)),
-        rows,
-        row_bytes,
-        *_place(vision),
-    )
-    return vision
+    return _pack_rows(packed, packed[:0], vision_rows, "vision_rows")
 
 
 def _keep_text(rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
@@ -108,10 +91,10 @@ def _sparse_table_gradient(
     ids, rows = _text_by_id(source, num_vision)
     slots = torch.cumsum(torch.diff(ids, prepend=ids[:1]) != 0, 0, dtype=torch.int32)
     if not source.is_cuda:
-        found = int(slots[-1]) + 1 if slots.shape[0] else 0
-        if found != num_ids:
+        different = int(slots[-1]) + 1 if slots.shape[0] else 0
+        if different != num_ids:
             raise ValueError(
-                f"source must have the plan's {num_ids} different token ids, but has {found}"
+                f"source must have the plan's {num_ids} different token ids, but has {different}"
             )
     first = torch.searchsorted(slots, torch.arange(num_ids, dtype=torch.int32, device=slots.device))
     sums = grad.new_empty(num_ids, grad.shape[1])
@@ -139,7 +122,7 @@ def _merge(
         _compiled().merge_source_cuda(*job, *_place(source))
     else:
         _compiled().merge_source(*job)
-    return _pack_rows(table, vision, source, inputs_embeds.shape), source
+    return _pack_rows(table, vision, source, shape=inputs_embeds.shape), source
 
 
 # ---- the shapes of their results, for torch.compile
@@ -174,9 +157,9 @@ pack_embeddings = define(
     lambda embedding, vision, source, *_: _like_source(embedding, source),
     _pack,
 )
-# The second result is the `source` that makes merging a packing whose table is inputs_embeds: each
-# row is written once, where a copy and a scatter would write the vision rows twice. On the CPU it
-# refuses rows out of range and rows that come twice; inside an op, it does so when compiled too.
+# The second result is the `source` of a packing whose table is inputs_embeds: each row is written
+# once, where a copy and a scatter would write the vision rows twice. On the CPU the op refuses rows
+# out of range and rows that come twice, in compiled functions too.
 merge_vision = define(
     "merge_vision(Tensor inputs_embeds, Tensor vision, Tensor vision_rows)",
     _like_merge,
@@ -188,15 +171,15 @@ unpack_vision = define(
 )
 keep_text = define("keep_text(Tensor rows, Tensor source)", _like_source, _keep_text)
 spread_vision = define("spread_vision(Tensor vision, Tensor source)", _like_source, _spread_vision)
-# The text rows of `grad`, added up by token id in an order that `source` alone decides. How many
-# they are is known from `num_vision`, without a look at the device.
+# The text rows of `grad`, added up by token id in an order that `source` alone decides. Their
+# number follows from `num_vision`, without waiting for the device.
 table_gradient = define(
     "table_gradient(Tensor grad, Tensor source, SymInt num_vision, SymInt num_rows)",
     lambda grad, source, num_vision, num_rows: grad.new_empty(num_rows, grad.shape[1]),
     _table_gradient,
 )
-# The same for the ids in use alone: these, ascending, and their rows of sums. The plan knows how
-# many they are; to count them on a device would mean waiting for it.
+# The ids in use, ascending, and their sums alone. The plan has counted them: to count them on a
+# device would mean waiting for it.
 sparse_table_gradient = define(
     "sparse_table_gradient(Tensor grad, Tensor source, SymInt num_vision, SymInt num_ids)",
     lambda grad, source, num_vision, num_ids: (
@@ -208,153 +191,118 @@ sparse_table_gradient = define(
 )
 
 
-# ---- autograd
+# ---- autograd: each function returns the gradients of an op's float tensors
 
 Gradients = tuple[torch.Tensor | None, ...]
 
 
-class _PackEmbeddings(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        embedding: torch.Tensor,
-        vision: torch.Tensor,
-        source: torch.Tensor,
-        vision_rows: torch.Tensor,
-        sparse_ids: int | None = None,
-        shown_once: bool = True,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(source, vision_rows)
-        ctx.num_rows, ctx.num_vision = embedding.shape[0], vision.shape[0]
-        ctx.sparse_ids, ctx.shown_once = sparse_ids, shown_once
-        with below_autograd():
-            return pack_embeddings(embedding, vision, source, vision_rows, None, shown_once)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
-        source, vision_rows = ctx.saved_tensors
-        needs_embedding, needs_vision, *_ = ctx.needs_input_grad
-        grad_embedding = None
-        if needs_embedding and ctx.sparse_ids is None:
-            grad_embedding = table_gradient(grad, source, vision_rows.shape[0], ctx.num_rows)
-        elif needs_embedding:
-            ids, sums = sparse_table_gradient(grad, source, vision_rows.shape[0], ctx.sparse_ids)
-            # torch.sparse_coo_tensor warns of checks that are off, up to 2.11 even if told so.
-            grad_embedding = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors(
-                *(1, 1, (ctx.num_rows, grad.shape[1]), ids[None], sums),
-                dtype=sums.dtype,
-                layout=torch.sparse_coo,
-                device=sums.device,
-                is_coalesced=True,
-            )
-        grad_vision = None
-        if needs_vision and ctx.shown_once:
-            grad_vision = unpack_vision(grad, source, vision_rows)
-        elif needs_vision:  # ~source: the vision tokens are the ids, and the text rows are others
-            text_rows = source.shape[0] - vision_rows.shape[0]
-            grad_vision = table_gradient(grad, ~source, text_rows, ctx.num_vision)
-        return grad_embedding, grad_vision, None, None, None, None
-
-
-class _MergeVision(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        with below_autograd():
-            merged, source = merge_vision(inputs_embeds, vision, vision_rows)
-        ctx.save_for_backward(source, vision_rows)
-        return merged, source
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> Gradients:
-        source, vision_rows = ctx.saved_tensors
-        needs_inputs, needs_vision, *_ = ctx.needs_input_grad
-        rows = _as_rows(grad)
-        numbers = vision_rows.to(torch.int32).contiguous()
-        return (
-            keep_text(rows, source).view(grad.shape) if needs_inputs else None,
-            unpack_vision(rows, source, numbers) if needs_vision else None,
-            None,
+def _of_packing(
+    ctx: Any,
+    grad: torch.Tensor,
+    source: torch.Tensor,
+    vision_rows: torch.Tensor,
+    sparse_ids: int | None = None,
+    shown_once: bool = True,
+) -> Gradients:
+    needs_embedding, needs_vision, *_ = ctx.needs_input_grad
+    num_rows, num_vision = ctx.sizes
+    grad_embedding = grad_vision = None
+    if needs_embedding and sparse_ids is None:
+        grad_embedding = table_gradient(grad, source, vision_rows.shape[0], num_rows)
+    elif needs_embedding:
+        ids, sums = sparse_table_gradient(grad, source, vision_rows.shape[0], sparse_ids)
+        # torch.sparse_coo_tensor warns of checks that are off, up to 2.11 even if told so.
+        grad_embedding = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors(
+            *(1, 1, (num_rows, grad.shape[1]), ids[None], sums),
+            dtype=sums.dtype,
+            layout=torch.sparse_coo,
+            device=sums.device,
+            is_coalesced=True,
         )
+    if needs_vision and shown_once:
+        grad_vision = unpack_vision(grad, source, vision_rows)
+    elif needs_vision:  # in ~source the vision tokens are the ids, and text rows are of no table
+        text_rows = source.shape[0] - vision_rows.shape[0]
+        grad_vision = table_gradient(grad, ~source, text_rows, num_vision)
+    return grad_embedding, grad_vision
 
 
-class _UnpackVision(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, packed: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(source)
-        with below_autograd():
-            return unpack_vision(packed, source, vision_rows)
+def _of_merging(
+    ctx: Any, grad: torch.Tensor, vision_rows: torch.Tensor, source: torch.Tensor
+) -> Gradients:
+    needs_inputs, needs_vision, *_ = ctx.needs_input_grad
+    rows = _as_rows(grad)
+    numbers = vision_rows.to(torch.int32).contiguous()
+    return (
+        keep_text(rows, source).view(grad.shape) if needs_inputs else None,
+        unpack_vision(rows, source, numbers) if needs_vision else None,
+    )
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
-        (source,) = ctx.saved_tensors
-        return spread_vision(grad, source), None, None
+
+def _of_unpacking(
+    ctx: Any, grad: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor
+) -> Gradients:
+    return (spread_vision(grad, source),)
 
 
 # Those of the gradients: a torch.func transform around another one differentiates them.
 
 
-class _KeepText(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(source)
-        with below_autograd():
-            return keep_text(rows, source)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
-        (source,) = ctx.saved_tensors
-        return keep_text(grad, source), None  # a merge leaves each text row where it is
+def _of_keeping_text(ctx: Any, grad: torch.Tensor, source: torch.Tensor) -> Gradients:
+    return (keep_text(grad, source),)  # a merge leaves each text row where it is
 
 
-class _SpreadVision(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, vision: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(source)
-        ctx.num_vision = vision.shape[0]
-        with below_autograd():
-            return spread_vision(vision, source)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
-        (source,) = ctx.saved_tensors
-        return unpack_vision(grad, source, _vision_rows(source, ctx.num_vision)), None
+def _of_spreading_vision(ctx: Any, grad: torch.Tensor, source: torch.Tensor) -> Gradients:
+    return (unpack_vision(grad, source, _vision_rows(source, ctx.sizes[0])),)
 
 
-class _TableGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, grad: torch.Tensor, source: torch.Tensor, num_vision: int, num_rows: int
-    ) -> torch.Tensor:
-        ctx.save_for_backward(source)
-        ctx.num_vision = num_vision
-        with below_autograd():
-            return table_gradient(grad, source, num_vision, num_rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
-        (source,) = ctx.saved_tensors
-        # One row of zeros is shown wherever a row counted for nothing.
-        nothing = grad.new_zeros(1, grad.shape[1])
-        rows = _vision_rows(source, ctx.num_vision)
-        others = source.clamp(min=-1)
-        return pack_embeddings(grad, nothing, others, rows, None, False), None, None, None
+def _of_table_gradient(
+    ctx: Any, grad: torch.Tensor, source: torch.Tensor, num_vision: int, num_rows: int
+) -> Gradients:
+    # One row of zeros is shown wherever a row counted for nothing.
+    nothing = grad.new_zeros(1, grad.shape[1])
+    rows = _vision_rows(source, num_vision)
+    return (pack_embeddings(grad, nothing, source.clamp(min=-1), rows, None, False),)
 
 
 def _vision_rows(source: torch.Tensor, num_vision: int) -> torch.Tensor:
-    """The row of each vision token, int32: in order, ``source`` begins with the last token's."""
+    """Return the row of each vision token, int32. Sorted, ``source`` begins with the last one."""
     return torch.argsort(source)[:num_vision].flip(0).to(torch.int32)
 
 
-differentiate_linear("pack_embeddings", pack_embeddings, _PackEmbeddings, floats=2)
-differentiate_linear("merge_vision", merge_vision, _MergeVision, floats=2)
-differentiate_linear("unpack_vision", unpack_vision, _UnpackVision, floats=1)
-differentiate_linear("keep_text", keep_text, _KeepText, floats=1)
-differentiate_linear("spread_vision", spread_vision, _SpreadVision, floats=1)
-differentiate_linear("table_gradient", table_gradient, _TableGradient, floats=1)
+def _differentiate(name: str, op: Any, gradient: Callable[..., Gradients], *, floats: int) -> None:
+    """Give an op its gradient; it is linear in its first ``floats`` arguments.
+
+    ``gradient`` gets the gradient of the result and the op's other arguments; a row map that the op
+    returns comes after its row maps. Of the float tensors only the numbers of rows are kept.
+    """
+
+    class RowMove(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            others = arguments[floats:]
+            maps = [other for other in others if isinstance(other, torch.Tensor)]
+            with below_autograd():
+                result = op(*arguments)
+            ctx.save_for_backward(*maps, *(result[1:] if isinstance(result, tuple) else ()))
+            ctx.numbers, ctx.no_gradients = others[len(maps) :], [None] * len(others)
+            ctx.sizes = [value.shape[0] for value in arguments[:floats]]
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            gradients = gradient(ctx, grads[0], *ctx.saved_tensors, *ctx.numbers)
+            return *gradients, *ctx.no_gradients
+
+    differentiate_linear(name, op, RowMove, floats)
+
+
+_differentiate("pack_embeddings", pack_embeddings, _of_packing, floats=2)
+_differentiate("merge_vision", merge_vision, _of_merging, floats=2)
+_differentiate("unpack_vision", unpack_vision, _of_unpacking, floats=1)
+_differentiate("keep_text", keep_text, _of_keeping_text, floats=1)
+_differentiate("spread_vision", spread_vision, _of_spreading_vision, floats=1)
+_differentiate("table_gradient", table_gradient, _of_table_gradient, floats=1)
 refuse_derivatives("sparse_table_gradient", sparse_table_gradient)
 
 
@@ -377,7 +325,7 @@ def _text_first(
     sparse_ids: int | None = None,
     shown_once: bool = True,
 ) -> tuple[Any, ...]:
-    """Arguments of the same packing, whose table has a row for each packed row."""
+    """Return the arguments of the same packing from a table with a row for each packed row."""
     nothing = embedding.new_zeros(1, embedding.shape[1])
     text = pack_embeddings(embedding, nothing, source.clamp(min=-1), vision_rows, sparse_ids, False)
     numbers = torch.arange(source.shape[0], dtype=source.dtype, device=source.device)
@@ -399,13 +347,14 @@ def _pack_rows(
     table: torch.Tensor,
     vision: torch.Tensor,
     source: torch.Tensor,
+    name: str = "source",
     shape: torch.Size | None = None,
 ) -> torch.Tensor:
     """packed[r] = table[source[r]] if source[r] >= 0 else vision[~source[r]]; one launch.
 
     ``shape`` is that of the result where it is not [rows, D]: a view would cost 2 us more.
     """
-    _check_map("source", source)
+    _check_map(name, source)
     rows, width = source.size(0), table.size(1)
     if vision.dtype is not table.dtype or vision.size(1) != width:
         raise TypeError(
@@ -415,20 +364,20 @@ def _pack_rows(
     table, vision = neighbours(table), neighbours(vision)
     row_bytes = width * table.element_size()
     packed = table.new_empty((rows, width) if shape is None else shape)
-    # On the host the mover checks its map against the rows there are; a device would have to be
-    # waited for.
-    mover = _mover("pack_rows", packed)
-    mover(
+    job = (
         *_rows(table),
         *_rows(vision),
         packed.data_ptr(),
         row_bytes,
         source.data_ptr(),
-        *(() if packed.is_cuda else (table.size(0), vision.size(0))),
         rows,
         row_bytes,
-        *_place(packed),
     )
+    if packed.is_cuda:
+        _compiled().pack_rows_cuda(*job, *_place(packed))
+    else:  # which can check its map; a device would have to be waited for
+        bounds = table.size(0), vision.size(0), name == "vision_rows"
+        _compiled().pack_rows(*job, *bounds, *_place(packed))
     return packed
 
 
@@ -449,16 +398,16 @@ def _check_gradient(grad: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def _text_by_id(source: torch.Tensor, num_vision: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The token ids of the text rows, int32 ascending, and their rows, int64 ascending for each id.
+    """Return the token ids of the text rows, int32 ascending, and their rows, int64.
 
-    Vision entries are negative: sorted they come first, and the rest is found by their number.
+    The rows of an id ascend. Vision entries are negative: sorted, they come first.
     """
     if not source.is_cuda:
-        found = int(torch.count_nonzero(source < 0))
-        if found != num_vision:
+        vision = int(torch.count_nonzero(source < 0))
+        if vision != num_vision:
             raise ValueError(
                 f"source must have one vision row per entry of vision_rows, {num_vision}, "
-                f"but has {found}"
+                f"but has {vision}"
             )
     ids, rows = torch.sort(source, stable=True)
     return ids[num_vision:], rows[num_vision:]
@@ -493,12 +442,12 @@ def _sum_rows(
 
 
 def _zero_rows(like: torch.Tensor) -> torch.Tensor:
-    """As many rows of zeros as anyone reads, in the memory of one: the row stride is 0."""
+    """Return 2^31 rows of zeros in the memory of one: the row stride is 0."""
     return like.new_zeros(like.shape[1]).expand(2**31, -1)
 
 
 def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """[.., D] as [rows, D]; ``flatten`` and ``reshape`` cost even where there is nothing to do."""
+    """Return [.., D] as [rows, D]; ``flatten`` and ``reshape`` cost time even on 2-D tensors."""
     if tensor.ndim == 2:
         return tensor
     return tensor.flatten(0, -2) if tensor.ndim > 2 else tensor[None]
@@ -515,14 +464,8 @@ def _compiled() -> ModuleType:
     return compiled
 
 
-def _mover(name: str, tensor: torch.Tensor) -> Callable[..., None]:
-    """The extension's mover for the memory of ``tensor``, waiting for the rows and their size."""
-    mover: Callable[..., None] = getattr(_compiled(), f"{name}_cuda" if tensor.is_cuda else name)
-    return mover
-
-
 def _place(tensor: torch.Tensor) -> tuple[int, ...]:
-    """What does the work: host threads, or the device and its current stream."""
+    """Return the number of host threads, or the device and its current stream."""
     if tensor.is_cuda:
         return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
     return (torch.get_num_threads(),)
