@@ -148,6 +148,14 @@ BROKEN_IMAGES: dict[str, Any] = {
     "half an emoji in a path": GOOD | {"image": f"{HALF}.png"},
     "a null byte in a path": GOOD | {"image": "a\0.png"},
     "an endless path": GOOD | {"image": "a/" * 5000},
+    "a video in a message beside images": {
+        "images": ["a.png"],
+        "messages": [USER | {"video": "a.mp4"}, ASSISTANT],
+    },
+    "a sound in a text beside images": asked(
+        [{"type": "text", "text": "What?", "audio": "a.wav"}], images=["a.png"]
+    ),
+    "a video beside images": GOOD | {"images": ["a.png"], "video": "a.mp4"},
     "two keys that differ": GOOD | {"image": "a.png", "images": ["b.png"]},
     "parts and images that differ": asked([{"type": "image", "image": "a.png"}], images=["b.png"]),
     "one part of two with its image": asked(

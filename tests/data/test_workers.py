@@ -75,6 +75,19 @@ def test_a_loader_that_is_closed_leaves_no_worker():
     assert multiprocessing.active_children() == []
 
 
+def sleeps(keys):
+    time.sleep(60 * keys[0][1])
+
+
+def test_a_loader_that_is_closed_does_not_wait_for_a_busy_worker():
+    began = time.monotonic()
+    steps = load_in_order(sleeps, KEYS, workers=1)
+    next(steps)
+    steps.close()
+    assert multiprocessing.active_children() == []
+    assert time.monotonic() - began < 30
+
+
 def test_a_busy_worker_ends_with_its_parent():
     parent = subprocess.Popen(
         [sys.executable, "-c", BUSY],

@@ -94,8 +94,9 @@ class Mixture:
         self, weights: Sequence[float], seed: int, epochs: Sequence[int | None]
     ) -> MixtureOrder:
         """Return the order over this mixture; the arguments are those of :class:`MixtureOrder`."""
-        for i, part in enumerate(self.parts):
-            order_of(part, seed + i)
+        for i, (part, size) in enumerate(zip(self.parts, self._sizes, strict=True)):
+            if size is None:
+                order_of(part, seed + i)  # a stream keeps its order itself
         return MixtureOrder(self._sizes, weights, seed, epochs)
 
 

@@ -1,7 +1,7 @@
-"""Words that processors write where pictures, videos and sounds stand.
+"""Placeholders of pictures, videos and sounds in the prompts of known processors.
 
-In a record's text they would be trained on as text, in rows without a vision token. Only
-``<image>`` stands for a picture here.
+Training would see them as text if a record held them. Only ``<image>`` stands for a picture in a
+record.
 """
 
 from __future__ import annotations
@@ -35,6 +35,6 @@ _PATTERN = re.compile("|".join([*map(re.escape, PLACEHOLDERS), _NUMBERED]))
 
 
 def find_placeholder(text: str) -> str | None:
-    """Return the first placeholder in a text, spelled exactly; None if there is none."""
+    """Return the first placeholder in a text, spelled exactly, or None."""
     match = _PATTERN.search(text)
     return None if match is None else match[0][:80]

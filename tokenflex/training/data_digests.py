@@ -1,16 +1,17 @@
 """Digests of a run's data files, by which a resumed run notices that its data has changed.
 
-The order of samples follows from their number, so other data under the same names would be another
-run. A digest covers
+The order of samples follows from their number, so other data under the same names would make
+another run. A digest covers
 
-- the whole of a JSONL or JSON file of records, which is read whole anyway;
-- of a tar or a file of Arrow, Parquet or other rows: the whole up to 256 MiB, of the first 2 GiB of
-  such files; else its size, both ends and 16 blocks of 64 KiB spread evenly over it.
+- a whole file that its reader reads whole anyway, such as a file of records;
+- a whole file of any other kind (a tar, a file of rows) up to 256 MiB, among the first 2 GiB of
+  such files;
+- of a larger file, its size, both ends and 16 blocks of 64 KiB spread evenly over it.
 
-Pictures in files of their own, and data sets by their name on a hub, are not covered.
+Pictures in files of their own are not covered, nor are data sets on a hub.
 
-States of earlier versions have the digest of blocks alone of files above 4 MiB. So both are made,
-and compared as far as a state has them.
+States of earlier versions have only the digest of blocks for files above 4 MiB. So both digests are
+computed, and compared if a state has them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _BLOCKS = 16
 _READ = 4 << 20
 
 Digests: TypeAlias = "dict[str, tuple[int, str] | tuple[int, str, str]]"
-"""Path -> size and digest; of a file with a digest of blocks, that one and the digest of it all."""
+"""Path -> size and digest; for a file with a digest of blocks, that one and the whole file's."""
 
 
 def digests_of(configs: Iterable[DataConfig]) -> Digests:
@@ -51,7 +52,7 @@ def digests_of(configs: Iterable[DataConfig]) -> Digests:
 
 
 def check_unchanged(saved: Mapping[str, Any], current: Digests) -> None:
-    """Compare the digests in a state with those of today.
+    """Compare the digests in a state with the current ones.
 
     Raises:
         ValueError: A file has changed, is gone or is new; the message names the first.
@@ -76,7 +77,7 @@ def check_unchanged(saved: Mapping[str, Any], current: Digests) -> None:
 
 
 def _files_of(config: DataConfig) -> Iterator[tuple[Path, bool]]:
-    """The files of a data set, and whether its reader reads them whole."""
+    """Yield the files of a data set, and whether its reader reads them whole."""
     for part in config.parts:
         yield from _files_of(part)
     if config.path is not None:
