@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from tokenflex.digits.dataset import DigitsDataset
-from tokenflex.training.records import TIMING_KEYS
+from tokenflex.training.metrics import TIMING_KEYS
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "demo.yaml"

@@ -37,10 +37,10 @@ from tokenflex.data.order import EpochOrder, StepSampler
 from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.models.loading import load_checkpoint
-from tokenflex.training.checkpoint import load_state
 from tokenflex.training.config import load_config
 from tokenflex.training.faults import BrokenSamplesError, NonFiniteLossError
 from tokenflex.training.loop import TrainingRun
+from tokenflex.training.states import load_state
 
 PATIENCE = 90  # seconds before a subprocess counts as hanging
 
@@ -321,12 +321,17 @@ class Killed(BaseException):
 
 
 def train_until(monkeypatch, config: Path, steps: int, **options) -> None:
-    """Run, and die instead of the optimiser step after ``steps`` of them."""
+    """Run, and die instead of the optimiser step after ``steps`` of them.
+
+    PyTorch fills a new optimiser by a step with zero gradients before it restores a saved one; that
+    is no step of the run.
+    """
     left, step = [steps], torch.optim.AdamW.step
     training = TrainingRun(load_config(config), **options)
 
     def counting(optimizer, *args, **kwargs):
-        left[0] -= 1
+        parameters = [one for group in optimizer.param_groups for one in group["params"]]
+        left[0] -= any(one.grad is not None and bool(one.grad.any()) for one in parameters)
         if left[0] < 0:
             raise Killed
         return step(optimizer, *args, **kwargs)

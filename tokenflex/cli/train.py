@@ -53,9 +53,8 @@ def _train(options: argparse.Namespace) -> int:
         print(format_plan(plan_run(config, options.processes)))
         return 0
     from tokenflex.training.output import CHECKPOINT, finished_report
-    from tokenflex.training.states import fingerprint
 
-    finished = None if options.fresh else finished_report(config, fingerprint(config))
+    finished = None if options.fresh else finished_report(config)
     if finished is not None:
         if int(os.environ.get("RANK", "0")) == 0:
             checkpoint, left = config.output / CHECKPOINT, "nothing to do"
