@@ -79,7 +79,7 @@ def test_layers_that_gradients_go_through_run_twice(tmp_path, learning, passes):
 
 
 def kept_bytes(training: TrainingRun) -> int:
-    """What autograd holds between forward and backward, weights aside."""
+    """Return the bytes that autograd keeps between forward and backward, without weights."""
     config = training.config
     build_optimizer(training.model, config.stages[0])
     (batch,) = next(load_steps(training.setup, 0, [])).bins

@@ -1,4 +1,4 @@
-"""Training: what a run leaves behind, what it may not change, and that stopping changes nothing."""
+"""A run: the files it leaves, the modules it must not change, the same numbers after a stop."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def test_first_gradient_is_that_of_the_mean_over_all_answer_tokens(tmp_path, mon
 
 
 def test_clipping_measures_the_gradients_of_this_step_only(tmp_path, monkeypatch):
-    """What a module that is frozen now has learned before must not shrink the others' steps."""
+    """Earlier gradients of a module that is frozen now must not shrink the others' steps."""
     one_step = [stage(steps=1, learning_rate={"projector": 0.01}, warmup_steps=0)]
     config = configured(tmp_path, evaluation=None, stages=one_step)
     training, step, holders = TrainingRun(load_config(config)), torch.optim.AdamW.step, set()

@@ -1,4 +1,4 @@
-"""What a run says of itself: counts that are exact, rates over the right seconds."""
+"""Records of a run: counts are exact, and rates are over the right seconds."""
 
 from __future__ import annotations
 

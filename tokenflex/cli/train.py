@@ -1,4 +1,4 @@
-"""``tokenflex train``: a run as its configuration says, or only its plan."""
+"""``tokenflex train``: train as a configuration says, or only print the plan."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenflex.cli.parser import CommandLine
 
 
 def add_to(commands: CommandLine) -> None:
-    """The command and its arguments."""
+    """Add the command and its arguments."""
     train = commands.add(
         "train",
         _train,

@@ -340,7 +340,7 @@ class TrainConfig(Strict):
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Type of matrix products: "no" for float32. Weights and optimiser states are float32."""
     sharding: Literal["none", "full"] = free(default="none")
-    """Whether each process holds the whole model ("none", DDP) or a share of it ("full", FSDP2).
+    """Share of the model on each process: all of it ("none", DDP) or a shard ("full", FSDP2).
     *Free.*"""
     gradient_checkpointing: bool = free(default=False)
     """Keep only the input of a layer and compute the rest again in the backward pass. *Free.*"""

@@ -91,15 +91,9 @@ def optimize(
     *,
     interrupted: bool = False,
 ) -> StepOutcome:
-    """Learn from one step.
+    """Learn from one step; ``model`` and ``optimizer`` are those that :func:`prepare` returned.
 
-    Args:
-        accelerator: The accelerator.
-        model: The model that :func:`prepare` returned.
-        optimizer: The optimiser that :func:`prepare` returned.
-        packed: The data of the step.
-        stage: The stage.
-        interrupted: A signal came to this process. All processes are told here.
+    ``interrupted`` says that a signal came to this process. All processes are told here.
 
     Raises:
         AgreedStop: Another process has no data for this step; nothing was learned from it.

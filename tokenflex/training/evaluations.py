@@ -65,14 +65,8 @@ class Share:
 class Evaluator:
     """Evaluates the model of a run as its configuration says, on all processes.
 
-    Args:
-        settings: Configuration of the evaluation.
-        dataset: The questions.
-        processor: The model's processor.
-        accelerator: Knows the processes.
-        interruption: A signal to any process stops the evaluation on all.
-        workers: Data-loader processes.
-        max_broken_samples: Most samples that are left out because they cannot be read.
+    A signal to any of them stops the evaluation on all. At most ``max_broken_samples`` samples that
+    cannot be read are left out.
 
     Raises:
         BrokenSamplesError: More records of the data set are broken.
@@ -104,10 +98,7 @@ class Evaluator:
         return (is_last and self.settings.at_stage_end) or (every is not None and step % every == 0)
 
     def run(self, model: Any, samples: int) -> dict[str, Any]:
-        """Evaluate on the first ``samples``.
-
-        Returns:
-            The report of :func:`tokenflex.evaluation.evaluate`, the same on every process.
+        """Evaluate on the first ``samples``; every process returns the report of :func:`evaluate`.
 
         Raises:
             AgreedStop: A signal came, or a process cannot read its data.
@@ -131,14 +122,9 @@ class Evaluator:
             raise AgreedStop(KeyboardInterrupt() if interrupted else error) from error
 
     def run_last(self, model: Any, weights: dict[str, Any]) -> dict[str, Any]:
-        """Evaluate on all of the data, after training.
+        """Evaluate on all of the data after training, where the main process has whole ``weights``.
 
-        Args:
-            model: The model.
-            weights: Its whole weights, on the main process.
-
-        Returns:
-            The report; an empty one on a process that has nothing but shards.
+        A process that has nothing but shards returns an empty report.
 
         Raises:
             AgreedStop: A signal came, or a process cannot read its data.
@@ -153,10 +139,9 @@ class Evaluator:
         return report
 
     def _alone(self, model: Any, weights: dict[str, Any], samples: int) -> dict[str, Any] | None:
-        """Evaluate a second, whole model on this process, which cannot run the others' shards.
+        """Evaluate a second, whole model on this process; None if a signal came.
 
-        Returns:
-            The report; None if a signal came, so that the others hear of it.
+        This process cannot run the shards of the others, which wait for its result.
         """
         data = Share(self.dataset, samples, rank=0, num_ranks=1)
         with torch.random.fork_rng(devices=_cuda_devices(self.accelerator.device)):

@@ -30,12 +30,8 @@ def check_finite(
 ) -> None:
     """Stop at the step that broke the model: later ones would blame other samples.
 
-    Args:
-        accelerator: Knows the processes. All have the same outcome, so all raise.
-        outcome: The result of the step.
-        packed: The data of the step.
-        place: The stage's name and the step in it.
-        path: The file to name the samples of all processes in.
+    ``place`` is the stage's name and the step in it. The file at ``path`` names the samples of all
+    processes, which have the same outcome.
 
     Raises:
         NonFiniteLossError: The loss or the norm of the gradients is NaN or infinite.
@@ -63,12 +59,7 @@ def check_finite(
 
 
 class BrokenSamples:
-    """The samples that were left out, each once, in a file that names them.
-
-    Args:
-        path: The file.
-        most: Most samples that may be broken.
-    """
+    """The samples that were left out, each once, at most ``most`` of them, in a file."""
 
     def __init__(self, path: Path, most: int) -> None:
         self.path = path
@@ -93,12 +84,9 @@ class BrokenSamples:
             self.add(0, [], writes=writes)
 
     def add(self, data: int, broken: list[BrokenSample], *, writes: bool) -> None:
-        """Name the samples of a data set that any process left out.
+        """Name the samples of data set ``data`` that any process left out.
 
-        Args:
-            data: Index of the data set.
-            broken: The samples that this process left out.
-            writes: This process writes the file.
+        The process that ``writes`` keeps the file.
 
         Raises:
             BrokenSamplesError: They are too many now.

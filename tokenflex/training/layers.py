@@ -40,15 +40,10 @@ def sharded_units(model: Any) -> list[nn.Module]:
 def adapted_layers(model: Any, config: TrainConfig, learning: Collection[str]) -> Iterator[None]:
     """Run the layers of ``model`` as ``config`` says, inside a ``with`` block.
 
-    With ``gradient_checkpointing`` a layer that gradients pass keeps only its input, and so does
-    the projector between its norm and its last product. With ``compile`` each layer is compiled by
-    itself for any number of rows: layers of one kind share the code, and new lengths of packed rows
-    need no new code.
-
-    Args:
-        model: A :class:`tokenflex.TokenFlexForConditionalGeneration`.
-        config: Configuration of the run.
-        learning: Those of "vision", "projector" and "text" that learn.
+    With ``gradient_checkpointing`` a layer that gradients pass (``learning`` names what learns)
+    keeps only its input, and so does the projector between its norm and its last product. With
+    ``compile`` each layer is compiled by itself for any number of rows: layers of one kind share
+    the code, and new lengths of packed rows need no new code.
     """
     inner = model.model
     text, vision = layers_of(inner.language_model), layers_of(inner.vision_model)

@@ -247,10 +247,7 @@ class TrainingRun:
             tqdm.write(f"{stage.name}, step {place['step']}: accuracy at {shown}")
 
     def _save_state(self, optimizer: Any, scheduler: Any) -> None:
-        """Save the state of the last step, if that has not been done.
-
-        Every process has a part of the state, and all stop if it cannot be written.
-        """
+        """Save the state of the last step, if that has not been done; all have a part of it."""
         place = self._place()
         if place["step"] == self.saved_step:
             return

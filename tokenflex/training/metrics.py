@@ -18,7 +18,7 @@ from tokenflex.training.config import StageConfig
 from tokenflex.training.engine import StepOutcome
 
 COUNTED = ("samples", "tokens", "vision_tokens", "tiles", "targets")
-"""What is counted in each step and added up over a stage; attributes of a ``PackedStep``."""
+"""Attributes of a ``PackedStep`` that are logged, and added up over a stage."""
 
 
 @dataclass(frozen=True)
@@ -111,16 +111,8 @@ def metrics_line(
 ) -> dict[str, Any]:
     """Return a line of ``metrics.jsonl``.
 
-    Args:
-        place: Values of ``stage``, ``stage_name``, ``step`` and ``global_step``.
-        stage: The stage.
-        counts: Counts of the stage so far, of a :class:`StageRecord`.
-        outcome: The result of the step.
-        packed: The data of the step.
-        learning_rates: Of each module that learns, after the step.
-        processes: Number of processes.
-        broken_samples: Samples left out so far.
-        rates: What :meth:`Meter.rates` returned.
+    ``place`` is of :func:`place_of`, ``counts`` of the :class:`StageRecord`, ``learning_rates`` of
+    the modules that learn, and ``rates`` of :meth:`Meter.rates`.
     """
     values = {
         **place,

@@ -54,12 +54,7 @@ _PROGRESS = "run"
 
 
 class RunFolder:
-    """The output folder of a run.
-
-    Args:
-        path: The folder; it need not exist.
-        keep_states: How many states the run keeps.
-    """
+    """The output folder of a run, which need not exist, with at most ``keep_states`` states."""
 
     def __init__(self, path: Path, *, keep_states: int = 1) -> None:
         self.path = path
@@ -150,10 +145,8 @@ class RunFolder:
     def prepare(self, fingerprint: str, *, resumed: bool, fresh: bool) -> None:
         """Note that a run begins; remove what a killed one and an earlier one have left.
 
-        Args:
-            fingerprint: What :meth:`TrainConfig.fingerprint` returned.
-            resumed: The run continues: its files stay.
-            fresh: The run begins anew: states are removed too.
+        The files of a run that is ``resumed`` stay. Those of one that is not, and its states too if
+        it begins ``fresh``, are removed.
         """
         _, progress = _read_config(self.path)
         self.checkpoint_files = _sizes_in(progress)
@@ -169,10 +162,7 @@ class RunFolder:
     def finish(self, fingerprint: str, training: dict[str, Any], written: Sizes) -> None:
         """Note that the run is finished. Everything it saved must be on the disk.
 
-        Args:
-            fingerprint: What :meth:`TrainConfig.fingerprint` returned.
-            training: The report on training.
-            written: Names and sizes of the checkpoint's files.
+        ``training`` is the report on training, ``written`` the result of :func:`save_model`.
         """
         self.checkpoint_files = {**written}
         self._note(fingerprint, finished=True, training=training)
@@ -258,7 +248,7 @@ def finished_report(config: TrainConfig) -> dict[str, Any] | None:
     if (folder / REPORT).exists():
         saved = read_json(folder / REPORT, "report file")
         if not isinstance(saved, dict) or "accuracy" not in saved:
-            raise ValueError(_damaged(folder / REPORT, "it is not a report"))
+            raise _damaged(folder / REPORT, "it is not a report")
         report = {**report, **saved}
     return report
 
@@ -280,37 +270,32 @@ def _report_without_progress(config: TrainConfig) -> dict[str, Any] | None:
 
 def _records(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the counts of each stage, from its last line."""
-    keys = ("stage_name", "seconds", "stage_tokens", "stage_vision_tokens", "stage_tiles")
-    last = {line["stage"]: line for line in lines if all(key in line for key in keys)}
-    return [
-        {
-            "name": line["stage_name"],
-            "steps": line["step"],
-            "seconds": line["seconds"],
-            **{key: line[f"stage_{key}"] for key in ("tokens", "vision_tokens", "tiles")},
-        }
-        for _, line in sorted(last.items())
-    ]
+    keys = {
+        **{"name": "stage_name", "steps": "step", "seconds": "seconds"},
+        **{key: f"stage_{key}" for key in ("tokens", "vision_tokens", "tiles")},
+    }
+    last = {line["stage"]: line for line in lines if line.keys() >= {*keys.values()}}
+    return [{key: line[name] for key, name in keys.items()} for _, line in sorted(last.items())]
 
 
 def _check_checkpoint(checkpoint: Path) -> None:
     """Raise ValueError for a checkpoint that is gone, or for its first file that is cut off."""
     if not checkpoint.is_dir():
-        raise ValueError(_damaged(checkpoint, "it is gone"))
+        raise _damaged(checkpoint, "it is gone")
     read_json(checkpoint / "config.json", "checkpoint file")
     weights = sorted(checkpoint.glob("*.safetensors"))
     if not weights:
-        raise ValueError(_damaged(checkpoint, "it has no weights"))
+        raise _damaged(checkpoint, "it has no weights")
     for path in weights:
         try:
             with safe_open(path, framework="pt"):
                 pass  # compares the size that the header states
         except SafetensorError as error:
-            raise ValueError(_damaged(path, str(error))) from error
+            raise _damaged(path, str(error)) from error
 
 
-def _damaged(path: Path, reason: str) -> str:
-    return (
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(
         f"{path} of a finished run is damaged: {reason}; --fresh trains anew, or give another "
         "output"
     )

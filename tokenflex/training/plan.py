@@ -106,12 +106,8 @@ def plan_run(config: TrainConfig, processes: int = 1) -> list[StagePlan]:
 def measure_samples(config: TrainConfig, data: DataConfig, *, share_prefix: bool) -> SampleConfig:
     """Return the mean of the first training samples, from texts and image sizes alone.
 
+    With ``share_prefix`` what a sample's conversations have in common counts once, as it is packed.
     Broken records of a file are named in warnings.
-
-    Args:
-        config: The configuration.
-        data: The data.
-        share_prefix: Count what a sample's conversations have in common once, as it is packed.
 
     Raises:
         BrokenSamplesError: More records of a file are broken than ``max_broken_samples``.

@@ -51,18 +51,11 @@ class StageRecord:
 
 
 class Meter:
-    """Times the steps of a stage and turns them into rates.
+    """Times the steps of a stage and turns them into rates over the steps since the last rates.
 
     The clock runs while a step waits for data and computes, not while the run saves, evaluates or
-    draws bars. Rates are over the steps since the last ones.
-
-    Args:
-        record: Where each step is counted as well.
-        flops: Arithmetic of the stage.
-        teacher_flops: Arithmetic of a teacher's forward pass, if the stage has a teacher.
-        peak: Peak of all processes' devices in operations a second; None if unknown.
-        device: The device of the model.
-        clock: Returns seconds.
+    draws bars. Each step is counted in ``record`` as well. ``peak`` is that of all processes'
+    devices in operations a second, None if unknown; ``clock`` returns seconds.
     """
 
     def __init__(
@@ -148,11 +141,7 @@ class Meter:
 
 
 class MetricsFile:
-    """Lines of JSON, one for every step that is logged or evaluated after.
-
-    Args:
-        path: The file. It is created with the first line.
-    """
+    """A file of lines of JSON, one for every step that is logged or evaluated after."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -40,7 +40,7 @@ from tokenflex.training.trackers import check_installed
 
 
 class Setup:
-    """What a run needs before its first step. If it fails, nothing in the folder has changed.
+    """Everything that a run needs before its first step. A failure changes nothing in its folder.
 
     Args:
         config: The configuration.

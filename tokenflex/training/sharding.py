@@ -68,12 +68,9 @@ def refresh_shards(model: Any) -> None:
 
 
 def model_weights(model: Any) -> dict[str, Any]:
-    """Return the whole weights by name, on the host. Every process must call it.
+    """Return name -> whole weight, on the host of the first process. Every process must call it.
 
-    A weight with two names (of a head and an embedding) is one tensor.
-
-    Returns:
-        Name -> tensor on the first process; an empty dict on the others.
+    A weight with two names (of a head and an embedding) is one tensor. Other processes get nothing.
     """
     weights: dict[str, Any] = get_model_state_dict(model, options=_WHOLE)
     first_names: dict[int, str] = {}
@@ -85,11 +82,10 @@ def model_weights(model: Any) -> dict[str, Any]:
 
 
 def optimizer_state(model: Any, optimizer: Any) -> dict[str, Any]:
-    """Return the whole state of an optimiser, on the host. Every process must call it.
+    """Return the whole state of an optimiser, on the host of the first process.
 
-    Returns:
-        ``moments``, by the names of parameters, and ``groups``, the settings of each parameter
-        group; both empty on all processes but the first.
+    ``moments`` has what it knows of each parameter, by name, and ``groups`` the settings of each
+    parameter group. Every process must call it; the others get nothing.
     """
     state: Any = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
     groups = [
@@ -102,10 +98,7 @@ def optimizer_state(model: Any, optimizer: Any) -> dict[str, Any]:
 def restore_optimizer(model: Any, optimizer: Any, state: dict[str, Any]) -> None:
     """Restore what :func:`optimizer_state` returned. Every process must call it.
 
-    Args:
-        model: The model, sharded or not.
-        optimizer: A new optimiser of its parameters.
-        state: The whole state. On all processes but the first the names in ``moments`` are enough.
+    On all processes but the first the names in ``moments`` are enough.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [

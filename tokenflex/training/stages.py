@@ -95,12 +95,8 @@ def load_steps(
 ) -> Generator[PackedStep | Exception, None, None]:
     """Yield the steps left of a stage, and at their end the error that prevents the next one.
 
-    Each step is a pure function of the configuration and of its place in the run.
-
-    Args:
-        setup: The setup of the run.
-        stage_index: The stage.
-        records: Counts of the stages that have begun, this one among them if it has.
+    Each step is a pure function of the configuration and of its place in the run. ``records`` are
+    the counts of the stages that have begun, this one among them if it has.
     """
     config, model = setup.config, setup.model
     stage = config.stages[stage_index]
