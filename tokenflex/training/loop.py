@@ -70,6 +70,8 @@ class TrainingRun:
         self.accelerator, self.interruption = setup.accelerator, setup.interruption
         self.model, self.processor = setup.model, setup.processor
         self.evaluator, self.broken, self.is_main = setup.evaluator, setup.broken, setup.is_main
+        self.resumed, setup.resumed = setup.resumed, None
+        """The state to continue from, until it is restored: it is large."""
         self.records: list[dict[str, Any]] = []
         """Counts of the encoder's warm-up, if there is one, and of each stage that has begun."""
         self.saved_step = 0
@@ -95,11 +97,8 @@ class TrainingRun:
             if self.setup.finished is not None:
                 return self.setup.finished
             with self.interruption:
-                state = self.setup.resumed
-                self._begin(state)
-                for index in range(0 if state is None else state["stage"], len(self.config.stages)):
-                    self._run_stage(index, state)
-                    state = None
+                for stage_index in range(self._begin(), len(self.config.stages)):
+                    self._run_stage(stage_index)
                 return self._finish()
         except AgreedStop as stop:
             raise stop.reason from stop.reason.__cause__
@@ -108,8 +107,9 @@ class TrainingRun:
                 tracker.finish()
             self.setup.folder.release()
 
-    def _begin(self, state: dict[str, Any] | None) -> None:
-        """Restore weights, counts and files of a resumed run, or begin a new one."""
+    def _begin(self) -> int:
+        """Restore weights, counts and files of a resumed run; return the index of its stage."""
+        state = self.resumed
         if state is not None:
             self.records, self.broken.reasons = state["records"], state["broken"]
             if self.is_main:  # the other processes get the weights before the first step
@@ -126,21 +126,23 @@ class TrainingRun:
             self.records.append(warm_up(self.setup, self.config.encoder_warm_up))
         if self.setup.is_sharded:
             shard(self.model, self.accelerator.device, self.config.precision)
+        return 0 if state is None else state["stage"]
 
-    def _run_stage(self, stage_index: int, state: dict[str, Any] | None) -> None:
-        """Train a stage, from the beginning or from a state."""
-        stage = self.config.stages[stage_index]
-        if state is None:
+    def _run_stage(self, stage_index: int) -> None:
+        """Train a stage, from its beginning or from the state of a resumed run."""
+        stage, is_resumed = self.config.stages[stage_index], self.resumed is not None
+        if not is_resumed:
             self.records.append(StageRecord.begin(stage.name).counts)
         record = StageRecord(self.records[-1])
         optimizer = build_optimizer(self.model, stage)
         scheduler = build_scheduler(optimizer, stage, record)
-        if state is not None:
-            restore_state(state, self.accelerator, self.model, optimizer, scheduler)
+        if self.resumed is not None:
+            restore_state(self.resumed, self.accelerator, self.model, optimizer, scheduler)
+            self.resumed = None
         self.saved_step = record.counts["steps"]
         meter = build_meter(self.setup, stage, record)
         model, optimizer = prepare(self.accelerator, self.model, optimizer)
-        if state is not None and not interrupted_anywhere(self.accelerator, self.interruption):
+        if is_resumed and not interrupted_anywhere(self.accelerator, self.interruption):
             self._evaluate_if_due(stage, only_missing=True)
         unit = "step" if stage.tokens is None else "token"
         bar: tqdm = progress_bar(
