@@ -35,8 +35,9 @@ from tokenflex.locks import FolderInUseError, locked
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.routing import training as router_training
 from tokenflex.routing.storage import load_router
-from tokenflex.training.checkpoint import STATE_KEYS, save_model
+from tokenflex.training.checkpoint import save_model
 from tokenflex.training.faults import NonFiniteLossError
+from tokenflex.training.states import STATE_KEYS
 from tokenflex_kernels import info
 
 pytestmark = pytest.mark.usefixtures("own_accelerator_and_threads")

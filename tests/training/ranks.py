@@ -1,4 +1,4 @@
-"""What each process of ``torchrun -m tests.training.ranks RUNS.json`` does: several runs in turn.
+"""Train several runs in turn, in each process of ``torchrun -m tests.training.ranks RUNS.json``.
 
 Starting processes takes longer than tiny runs, so those that need two share them. RUNS.json lists
 [configuration, event or None]; what became of each run is in ``<output>.<rank>.json``.

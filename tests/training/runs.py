@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from tokenflex.digits.dataset import DigitsDataset
-from tokenflex.training.records import TIMING_KEYS
+from tokenflex.training.metrics import TIMING_KEYS
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "demo.yaml"
@@ -73,12 +73,12 @@ def write_config(path: Path, values: Any) -> Path:
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
-    """What was logged, without how long it took."""
+    """Return the logged lines without timings."""
     return untimed(output / "metrics.jsonl")
 
 
 def evaluations(output: Path) -> list[dict[str, Any]]:
-    """What was found in the middle of training, without how long it took."""
+    """Return the lines of evaluations during training without timings."""
     return untimed(output / "evaluations.jsonl")
 
 

@@ -11,12 +11,8 @@ from tests.models.tiny import picture, prompts, tiny_model
 from tokenflex.digits.processor import digits_processor
 from tokenflex.files import write_atomically, write_json
 from tokenflex.models.loading import load_checkpoint
-from tokenflex.training.checkpoint import (
-    STATE_KEYS,
-    load_state,
-    save_model,
-    save_state,
-)
+from tokenflex.training.checkpoint import save_model
+from tokenflex.training.states import STATE_KEYS, load_state, save_state
 
 
 class Stopped(BaseException):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from tests.training.runs import DEMO, demo_values, stage, tiny_values, write_config
+from tokenflex.training import config
 from tokenflex.training.config import TrainConfig, load_config
 from tokenflex.training.strict import parse_yaml
 
@@ -54,6 +56,26 @@ def test_the_demo_loads_with_its_values():
     assert config.stages[1].weights == (0.2, 0.3, 0.5)
     assert config.evaluation.counts == (4, 9, 16)
     assert config.encoder_warm_up.steps == values["encoder_warm_up"]["steps"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        *(config.PartConfig, config.ModelConfig, config.EncoderWarmUpConfig, config.StageConfig),
+        *(config.SampleConfig, config.EvaluationConfig, config.TrainConfig),
+    ],
+)
+def test_every_key_is_described_beside_its_field(part):
+    undescribed = [key for key, field in part.model_fields.items() if not field.description]
+    assert undescribed == []
+
+
+def test_keys_that_may_change_between_two_halves_of_a_run_say_so():
+    fields = TrainConfig.model_fields
+    said = {key for key, field in fields.items() if "*Free.*" in field.description}
+    kept = json.loads(load_config(DEMO).fingerprint()).keys()
+    assert kept == fields.keys() - said
+    assert {"output", "workers", "evaluation", "sharding", "compile"} <= said
 
 
 def test_counts_may_be_grids():

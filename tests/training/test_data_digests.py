@@ -13,11 +13,11 @@ from accelerate.state import AcceleratorState
 from tests.training.runs import metrics, own_data, stage, tiny_values, write_config
 from tokenflex.cli import main
 from tokenflex.training import data_digests
-from tokenflex.training.checkpoint import load_state, save_state
 from tokenflex.training.config import load_config
 from tokenflex.training.data_config import DataConfig
 from tokenflex.training.data_digests import check_unchanged, digests_of
 from tokenflex.training.loop import TrainingRun
+from tokenflex.training.states import load_state, save_state
 
 
 def records(path: Path, number: int = 4) -> None:

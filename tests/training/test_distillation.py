@@ -26,6 +26,7 @@ from tokenflex.training.flops import forward_flops, teacher_flops, tile_cost, tr
 from tokenflex.training.loop import TrainingRun
 from tokenflex.training.plan import plan_run
 from tokenflex.training.records import StageRecord
+from tokenflex.training.stages import build_meter, build_optimizer, load_steps
 
 COUNTS = TokenCounts((4, 9, 16), (0.2, 0.3, 0.5), seed=0)
 
@@ -155,8 +156,8 @@ def samples_of(batch: PackedBatch, counts: list[int]) -> PackedBatch:
 def step_by_hand(training: TrainingRun, distillation: float) -> tuple[float, float, float]:
     """(loss, distillation loss, gradient norm) of the first step, from plain forward passes."""
     model, settings = training.model, training.config.stages[0]
-    training._learning_modules(settings)
-    bins = next(training._steps(0, 0)).bins
+    build_optimizer(model, settings)
+    bins = next(load_steps(training.setup, 0, [])).bins
     assert len(bins) > 1
     losses = divergences = total = 0.0
     for one in bins:
@@ -297,7 +298,7 @@ def test_a_teachers_arithmetic_is_counted(tmp_path):
 
     rates = []
     for settings in config.stages:
-        meter = training._meter(settings, StageRecord.begin(settings.name))
+        meter = build_meter(training.setup, settings, StageRecord.begin(settings.name))
         for packed in meter.waiting(iter([step])):
             meter.add(packed)
         seconds = meter.record.counts["seconds"]

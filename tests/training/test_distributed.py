@@ -29,10 +29,10 @@ from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor
 from tokenflex.evaluation import evaluate
 from tokenflex.models.loading import load_checkpoint
-from tokenflex.training.checkpoint import load_state
 from tokenflex.training.config import load_config
 from tokenflex.training.engine import build_accelerator
 from tokenflex.training.loop import TrainingRun
+from tokenflex.training.states import load_state
 
 pytestmark = pytest.mark.slow
 

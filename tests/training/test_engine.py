@@ -15,6 +15,7 @@ from tokenflex.training.config import TrainConfig
 from tokenflex.training.engine import with_a_tile
 from tokenflex.training.layers import adapted_layers, layers_of
 from tokenflex.training.loop import TrainingRun
+from tokenflex.training.stages import build_optimizer, load_steps
 from tokenflex_kernels import plan_packing
 
 # Parts that learn behind parts that do not: gradients go through frozen layers too.
@@ -78,10 +79,10 @@ def test_layers_that_gradients_go_through_run_twice(tmp_path, learning, passes):
 
 
 def kept_bytes(training: TrainingRun) -> int:
-    """What autograd holds between forward and backward, weights aside."""
+    """Return the bytes that autograd keeps between forward and backward, without weights."""
     config = training.config
-    training._learning_modules(config.stages[0])
-    (batch,) = next(training._steps(0, 0)).bins
+    build_optimizer(training.model, config.stages[0])
+    (batch,) = next(load_steps(training.setup, 0, [])).bins
     own = {one.untyped_storage().data_ptr() for one in training.model.parameters()}
     kept = {}
 

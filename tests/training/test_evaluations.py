@@ -14,10 +14,11 @@ from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.evaluation import evaluate
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.training import evaluations as training_evaluations
-from tokenflex.training.checkpoint import load_state
+from tokenflex.training import loop
 from tokenflex.training.config import TrainConfig
 from tokenflex.training.evaluations import Share, merged
 from tokenflex.training.loop import TrainingRun
+from tokenflex.training.states import load_state
 
 EVALUATION = {
     "data": {"name": "digits", "split": "test", "size": 12, "questions": 2},
@@ -81,7 +82,7 @@ def test_dropout_is_what_makes_it_notice(whole, tmp_path, monkeypatch):
 def test_seconds_of_evaluation_are_not_training(tmp_path, monkeypatch):
     """By a clock on which a step takes 2 seconds and an evaluation 1000."""
     training, now = TrainingRun(config_of(tmp_path / "run", evaluation=DURING)), [0.0]
-    step, together, meter_of = training._step, training.evaluator.run, training._meter
+    step, together, meter_of = training._step, training.evaluator.run, loop.build_meter
 
     def taking(seconds, work):
         def timed(*args):
@@ -97,7 +98,7 @@ def test_seconds_of_evaluation_are_not_training(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "_step", taking(2, step))
     monkeypatch.setattr(training.evaluator, "run", taking(1000, together))
-    monkeypatch.setattr(training, "_meter", meter)
+    monkeypatch.setattr(loop, "build_meter", meter)
     report = training.run()
     assert now[0] == 7 * 2 + 5 * 1000
     assert [one["seconds"] for one in report["stages"]] == [8, 6]

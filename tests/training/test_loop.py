@@ -1,4 +1,4 @@
-"""Training: what a run leaves behind, what it may not change, and that stopping changes nothing."""
+"""A run: the files it leaves, the modules it must not change, the same numbers after a stop."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from tokenflex.data.order import EpochOrder, StepSampler
 from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.models.loading import load_checkpoint
-from tokenflex.training.checkpoint import load_state
 from tokenflex.training.config import load_config
 from tokenflex.training.faults import BrokenSamplesError, NonFiniteLossError
 from tokenflex.training.loop import TrainingRun
+from tokenflex.training.states import load_state
 
 PATIENCE = 90  # seconds before a subprocess counts as hanging
 
@@ -240,7 +240,7 @@ def test_first_gradient_is_that_of_the_mean_over_all_answer_tokens(tmp_path, mon
 
 
 def test_clipping_measures_the_gradients_of_this_step_only(tmp_path, monkeypatch):
-    """What a module that is frozen now has learned before must not shrink the others' steps."""
+    """Earlier gradients of a module that is frozen now must not shrink the others' steps."""
     one_step = [stage(steps=1, learning_rate={"projector": 0.01}, warmup_steps=0)]
     config = configured(tmp_path, evaluation=None, stages=one_step)
     training, step, holders = TrainingRun(load_config(config)), torch.optim.AdamW.step, set()
@@ -321,12 +321,17 @@ class Killed(BaseException):
 
 
 def train_until(monkeypatch, config: Path, steps: int, **options) -> None:
-    """Run, and die instead of the optimiser step after ``steps`` of them."""
+    """Run, and die instead of the optimiser step after ``steps`` of them.
+
+    PyTorch fills a new optimiser by a step with zero gradients before it restores a saved one; that
+    is no step of the run.
+    """
     left, step = [steps], torch.optim.AdamW.step
     training = TrainingRun(load_config(config), **options)
 
     def counting(optimizer, *args, **kwargs):
-        left[0] -= 1
+        parameters = [one for group in optimizer.param_groups for one in group["params"]]
+        left[0] -= any(one.grad is not None and bool(one.grad.any()) for one in parameters)
         if left[0] < 0:
             raise Killed
         return step(optimizer, *args, **kwargs)

@@ -20,7 +20,7 @@ from tokenflex.training import loop, output
 from tokenflex.training.config import TrainConfig, load_config
 from tokenflex.training.loop import TrainingRun
 from tokenflex.training.output import RunFolder, finished_report
-from tokenflex.training.states import RunStates, fingerprint
+from tokenflex.training.states import RunStates
 
 SHORT = {"encoder_warm_up": None, "stages": [stage(steps=2)]}
 
@@ -211,7 +211,7 @@ def test_leftovers_of_a_killed_run_are_removed_or_put_back(tmp_path):
     (folder / "checkpoint").rename(folder / ".checkpoint.12.old")
     run = RunFolder(folder)
     run.claim()
-    run.prepare(fingerprint(load_config(tmp_path / "run.yaml")), resumed=True, fresh=False)
+    run.prepare(load_config(tmp_path / "run.yaml").fingerprint(), resumed=True, fresh=False)
     run.release()
     assert (folder / "checkpoint" / "model.safetensors").exists()
     assert theirs.items() <= contents(folder).items()
@@ -240,7 +240,7 @@ def test_a_folder_in_use_is_refused_and_not_touched(tmp_path):
         with pytest.raises(FolderInUseError, match="in use by another process"):
             train(configured(tmp_path, evaluation=None), fresh=fresh)
     assert contents(tmp_path / "run") == before
-    training.folder.release()
+    training.setup.folder.release()
     train(configured(tmp_path, evaluation=None))
 
 
@@ -275,7 +275,7 @@ def test_a_finished_run_says_so_and_trains_nothing(finished, capsys):
 
 
 def report_of(config: TrainConfig) -> dict | None:
-    return finished_report(config, fingerprint(config))
+    return finished_report(config)
 
 
 def test_what_is_finished_and_what_is_not(finished, tmp_path):
@@ -341,9 +341,9 @@ def test_a_run_begun_anew_is_not_finished_from_its_first_moment(finished, tmp_pa
     assert report_of(config) is not None
     training = TrainingRun(config, fresh=True)
     assert report_of(config) is None
-    training.folder.begin_records()
+    training.setup.folder.begin_records()
     assert report_of(config) is None
-    training.folder.release()
+    training.setup.folder.release()
 
 
 def test_a_run_is_marked_as_finished_after_all_that_it_saves(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from tokenflex.training.build import build_model, build_processor
 from tokenflex.training.config import TrainConfig, load_config
 from tokenflex.training.loop import TrainingRun
 from tokenflex.training.plan import format_plan, measure_samples, plan_run
+from tokenflex.training.stages import build_optimizer
 
 SAMPLE = {"text_tokens": 40, "answer_tokens": 20, "tiles": 2}
 
@@ -62,7 +63,7 @@ def test_trained_parameters_are_those_that_learn(tmp_path, learning):
     config = tiny(tmp_path, stages=[stage(learning_rate=learning)])
     (plan,) = plan_run(config)
     training = TrainingRun(config)
-    groups = training._learning_modules(config.stages[0])
+    groups = build_optimizer(training.model, config.stages[0]).param_groups
     learned = sum(one.numel() for group in groups for one in group["params"])
     assert sum(plan.trained_parameters.values()) == learned
     weights = sum(one.numel() for one in training.model.parameters())

@@ -1,4 +1,4 @@
-"""What a run says of itself: counts that are exact, rates over the right seconds."""
+"""Records of a run: counts are exact, and rates are over the right seconds."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ from tokenflex.digits.processor import digits_processor
 from tokenflex.training.config import StageConfig, TrainConfig
 from tokenflex.training.flops import Flops
 from tokenflex.training.loop import TrainingRun
+from tokenflex.training.metrics import METRICS, TIMING_KEYS, bar_text, metrics_table
 from tokenflex.training.peaks import peak_flops
 from tokenflex.training.records import (
-    TIMING_KEYS,
     Meter,
     MetricsFile,
     StageRecord,
     read_lines,
-    summary,
 )
-from tokenflex.training.schedule import learning_rate_factor
+from tokenflex.training.stages import learning_rate_factor
 
 
 def step_of(**changes) -> PackedStep:
@@ -119,7 +118,7 @@ def test_without_a_known_peak_there_is_no_mfu(meter):
     run_steps(meter, [step_of()], wait=0, work=2, rest=0)
     line = meter.rates([[0, 100, 0, 0]])
     assert line["mfu"] is None
-    shown = summary({**line, "loss": 1.0, "cost_balance": 1.0, "broken_samples": 0})
+    shown = bar_text({**line, "loss": 1.0, "cost_balance": 1.0, "broken_samples": 0})
     assert "MFU" not in shown
     assert "3.04GFLOP/s" in shown
 
@@ -134,7 +133,7 @@ def test_waiting_is_the_mean_and_memory_the_most_of_all_processes(meter):
 def test_the_bar_is_short(meter):
     run_steps(meter, [step_of(tokens=12_340_000)], wait=0, work=2, rest=0)
     line = meter.rates([[5, 100, 0, 0]])
-    text = summary({**line, "loss": 1.23456, "cost_balance": 1.0449, "broken_samples": 3})
+    text = bar_text({**line, "loss": 1.23456, "cost_balance": 1.0449, "broken_samples": 3})
     assert text.startswith("loss 1.235, 6.17M tok/s, 1.50 tiles/s, MFU ")
     assert text.endswith("pad 5%, balance 1.045, broken 3")
     assert len(text) < 100
@@ -332,7 +331,7 @@ def test_a_stage_ends_with_the_first_step_that_reaches_its_tokens(in_tokens):
 
 def test_the_next_stage_goes_on_where_the_tokens_ended(in_tokens):
     steps = len([line for line in metrics(in_tokens.folder) if line["stage"] == 0])
-    order = in_tokens.training.orders[in_tokens.training.config.data]
+    order = in_tokens.training.setup.orders[in_tokens.training.config.data]
     for place, names in enumerate(in_tokens.training.seen[steps:], steps):
         expected = [f"digits-train-{order[3 * place + one][1]}" for one in range(3)]
         assert names == sorted(expected)
@@ -388,13 +387,16 @@ def test_a_budget_may_be_written_as_a_power_of_ten():
 # ---- a whole run
 
 
-def test_a_line_has_every_documented_key(in_tokens):
-    """docs/training.md has a row for each."""
+def test_a_line_has_every_metric_in_order(in_tokens):
     raw = json.loads((in_tokens.folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert raw.keys() >= TIMING_KEYS
+    assert [*raw] == [one.key for one in METRICS if one.key != "distillation_loss"]
+
+
+def test_the_documentation_has_the_table_of_metrics():
+    """After a change of METRICS put what metrics_table() returns into docs/training.md."""
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    missing = [key for key in raw if f"`{key}`" not in text and not key.startswith("stage_")]
-    assert missing == []
+    assert f"\n\n{metrics_table()}\n\n" in text
 
 
 def test_counts_add_up_over_the_stage(in_tokens):

@@ -25,9 +25,9 @@ from tests.training.processes import (
 from tests.training.runs import metrics, stage, temporary_files, tiny_values, write_config
 from tokenflex.interruption import ECHO, Interruption
 from tokenflex.models.loading import load_checkpoint
-from tokenflex.training.checkpoint import load_state
 from tokenflex.training.config import load_config
 from tokenflex.training.loop import TrainingRun
+from tokenflex.training.states import load_state
 
 STEPS = 400
 LONG = {

@@ -47,7 +47,7 @@ def built(config: TrainConfig):
 
 
 def test_a_run_begins_with_the_weights_of_its_start(start, tmp_path):
-    """Whatever its seed and its counts: the same start for all regimes of an ablation."""
+    """With any seed and any counts: all regimes of an ablation start alike."""
     saved = digest(load_checkpoint(start)[0].state_dict())
     for seed, one in enumerate([stage(counts=[4], weights=[1]), stage(**ALL_COUNTS)]):
         model = built(started(tmp_path / str(seed), start, seed=seed + 1, stages=[one]))

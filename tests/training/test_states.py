@@ -20,18 +20,19 @@ from tokenflex.digits.processor import digits_processor
 from tokenflex.files import write_json
 from tokenflex.routing.router import Router
 from tokenflex.routing.storage import save_router
-from tokenflex.training import checkpoint, states
-from tokenflex.training.agreement import OtherProcessError
-from tokenflex.training.checkpoint import (
+from tokenflex.training import agreement, checkpoint
+from tokenflex.training.agreement import OtherProcessError, from_main
+from tokenflex.training.checkpoint import save_model
+from tokenflex.training.config import TrainConfig
+from tokenflex.training.sharding import optimizer_state, restore_optimizer
+from tokenflex.training.states import (
     STATE_KEYS,
     DamagedStateError,
+    RunStates,
     load_state,
-    save_model,
     save_state,
     saved_states,
 )
-from tokenflex.training.config import TrainConfig
-from tokenflex.training.states import RunStates, from_main
 
 
 def state_of(step: int = 0) -> dict:
@@ -103,6 +104,31 @@ def test_a_state_from_before_there_were_digests_loads_or_is_damaged(tmp_path):
         load_state(path)
 
 
+# ---- what a state holds
+
+
+def test_an_optimiser_is_restored_without_states_of_parameters_that_had_no_gradient(tmp_path):
+    """As SigLIP's pooling head; also from states of before, which have an empty entry for them."""
+    model = torch.nn.ModuleDict({"used": torch.nn.Linear(3, 2), "unused": torch.nn.Linear(3, 2)})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model["used"](torch.ones(4, 3)).sum().backward()
+    optimizer.step()
+    model.zero_grad()
+    state = optimizer_state(model, optimizer)
+    assert {*state["moments"]} == {"used.weight", "used.bias"}
+    state["moments"]["unused.weight"] = {}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    restored = torch.optim.AdamW(model.parameters(), lr=0.5)
+    restore_optimizer(model, restored, state)
+    assert {*restored.state} == {*model["used"].parameters()}
+    assert restored.param_groups[0]["lr"] == 0.1
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            assert torch.equal(restored.state[parameter][key], value), key
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
 # ---- errors that say nothing of the state
 
 
@@ -140,7 +166,7 @@ def test_a_state_that_cannot_be_read_now_is_not_put_aside(tmp_path, monkeypatch,
         ) as info:
             kept.read()
     assert info.value.errno == number
-    kept.put_unreadable_aside()
+    kept.put_damaged_aside()
     assert sorted(os.listdir(tmp_path / "run")) == ["state.1.pt", "state.pt"]
     assert kept.read()["step"] == 2
 
@@ -166,13 +192,13 @@ def test_a_whole_state_that_torch_cannot_load_now_is_not_put_aside(
         patch.setattr(torch, "load", failing)
         with pytest.raises(expected):
             kept.read()
-    kept.put_unreadable_aside()
+    kept.put_damaged_aside()
     assert kept.read()["step"] == 2
 
 
 def test_a_state_of_an_earlier_version_may_have_its_keys_in_another_order(tmp_path):
     config = TrainConfig.model_validate(tiny_values(tmp_path))
-    values = json.loads(states.fingerprint(config))
+    values = json.loads(config.fingerprint())
     reordered = json.dumps(dict(reversed(values.items())))
     save_state(tmp_path / "state.pt", {**state_of(3), "config": reordered})
     assert RunStates(config).read()["step"] == 3
@@ -197,7 +223,7 @@ def test_only_states_of_a_run_are_removed(tmp_path):
 def test_other_processes_hear_of_any_error_of_the_first(monkeypatch):
     """An error of the main process keeps its type there; the others stop with one of their own."""
     sent = []
-    monkeypatch.setattr(states, "broadcast_object_list", lambda shared: sent.append([*shared]))
+    monkeypatch.setattr(agreement, "broadcast_object_list", lambda shared: sent.append([*shared]))
 
     def failing():
         raise KeyError("a fault")
@@ -208,7 +234,7 @@ def test_other_processes_hear_of_any_error_of_the_first(monkeypatch):
     def receive(shared):
         shared[:] = sent[0]
 
-    monkeypatch.setattr(states, "broadcast_object_list", receive)
+    monkeypatch.setattr(agreement, "broadcast_object_list", receive)
     with pytest.raises(OtherProcessError, match="first process failed: KeyError"):
         from_main(failing, False)
 

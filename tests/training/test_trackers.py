@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.training.runs import evaluations, metrics, stage, tiny_values, write_config
 from tokenflex.cli import main
-from tokenflex.training.checkpoint import load_state
 from tokenflex.training.config import TrainConfig
 from tokenflex.training.loop import TrainingRun
+from tokenflex.training.states import load_state
 from tokenflex.training.trackers import flat, remove_event_files
 
 EVALUATION = {
@@ -192,7 +192,7 @@ def test_without_trackers_there_is_no_folder(tmp_path):
 
 def test_a_missing_package_is_one_line_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: [])
-    monkeypatch.setattr("tokenflex.training.loop.build_model", None)
+    monkeypatch.setattr("tokenflex.training.setup.build_model", None)
     values = tiny_values(tmp_path / "run", trackers=["tensorboard"])
     path = write_config(tmp_path / "run.yaml", values)
     assert main(["train", str(path)]) == 2

@@ -1,4 +1,4 @@
-"""``tokenflex train``: a run as its configuration says, or only its plan."""
+"""``tokenflex train``: train as a configuration says, or only print the plan."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenflex.cli.parser import CommandLine
 
 
 def add_to(commands: CommandLine) -> None:
-    """The command and its arguments."""
+    """Add the command and its arguments."""
     train = commands.add(
         "train",
         _train,
@@ -54,9 +54,8 @@ def _train(options: argparse.Namespace) -> int:
         print(format_plan(plan_run(config, options.processes)))
         return 0
     from tokenflex.training.output import CHECKPOINT, finished_report
-    from tokenflex.training.states import fingerprint
 
-    finished = None if options.fresh else finished_report(config, fingerprint(config))
+    finished = None if options.fresh else finished_report(config)
     if finished is not None:
         if int(os.environ.get("RANK", "0")) == 0:
             checkpoint, left = config.output / CHECKPOINT, "nothing to do"

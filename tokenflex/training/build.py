@@ -1,4 +1,4 @@
-"""From a configuration to the objects it names."""
+"""Build what a configuration names: data sets and their order, processor, model."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ from tokenflex.models.processing import TokenFlexProcessor
 from tokenflex.training.config import ModelConfig, PartConfig, TrainConfig
 from tokenflex.training.data_config import DataConfig
 
+# What the model's architecture consists of beside its encoder and its language model.
+_ARCHITECTURE = ("pooling", "projector_hidden_width", "projector_position", "image_positions")
+
 
 def build_dataset(config: DataConfig) -> SampleDataset:
     """Open the data set that ``config`` names."""
@@ -54,17 +57,13 @@ def build_order(config: DataConfig, dataset: SampleDataset, seed: int) -> Order:
 
 
 def check_supply(config: TrainConfig, orders: Mapping[DataConfig, Order]) -> None:
-    """No stage may need more samples than ``epochs`` of its data hold, as far as sizes are known.
-
-    Raises:
-        ValueError: one does; the message names it.
-    """
+    """Raise ValueError for a stage that needs more samples than the ``epochs`` of its data hold."""
     needed = dict.fromkeys(orders, 0)
     for stage in config.stages:
         data = config.data_of(stage)
         if data not in orders:
             continue
-        # How many steps a budget in tokens takes is not known before: at least none.
+        # The steps of a budget in tokens are not known before: at least none.
         needed[data] += (stage.steps or 0) * stage.samples_read
         end = orders[data].end
         if end is not None and needed[data] > end:
@@ -75,11 +74,7 @@ def check_supply(config: TrainConfig, orders: Mapping[DataConfig, Order]) -> Non
 
 
 def check_processes(config: TrainConfig, processes: int) -> None:
-    """Every process must have a sample of every step.
-
-    Raises:
-        ValueError: a stage has fewer samples a step than there are processes.
-    """
+    """Raise ValueError for a stage with fewer samples a step than there are processes."""
     for stage in config.stages:
         if stage.batch_size < processes:
             raise ValueError(
@@ -89,11 +84,7 @@ def check_processes(config: TrainConfig, processes: int) -> None:
 
 
 def check_dropout(model: Any, config: TrainConfig) -> None:
-    """Our packed attention has no dropout: say so before the stages that come before.
-
-    Raises:
-        ValueError: a stage trains a language model whose attention drops out.
-    """
+    """Raise ValueError for a stage that trains dropout in attention: packed attention has none."""
     dropout = getattr(model.config.text_config, "attention_dropout", 0.0)
     if dropout and model.takes_shared_prefixes:
         for stage in config.stages:
@@ -105,7 +96,7 @@ def check_dropout(model: Any, config: TrainConfig) -> None:
 
 
 def build_processor(config: ModelConfig) -> TokenFlexProcessor:
-    """The processor, with ``image_token`` known to its tokenizer."""
+    """Return the processor, with ``image_token`` known to its tokenizer."""
     if config.processor is not None:
         image_size = _vision_config(config.vision).image_size
         return FRESH_PARTS[config.processor].processor(config.num_image_tokens, image_size)
@@ -124,16 +115,12 @@ def build_processor(config: ModelConfig) -> TokenFlexProcessor:
 
 
 def empty_model(config: ModelConfig) -> TokenFlexForConditionalGeneration:
-    """The model on the meta device: every shape, no weights. Reads no more than configurations."""
+    """Return the model on the meta device, from configurations alone: shapes without weights."""
     model_config = TokenFlexConfig(
         vision_config=_vision_config(config.vision),
         text_config=_text_config(config.text),
         image_token_id=0,
-        num_image_tokens=config.num_image_tokens,
-        pooling=config.pooling,
-        projector_hidden_width=config.projector_hidden_width,
-        projector_position=config.projector_position,
-        image_positions=config.image_positions,
+        **_own_keys(config),
     )
     with torch.device("meta"), _architecture_named("vision and model.text"):
         return TokenFlexForConditionalGeneration(model_config)
@@ -142,13 +129,16 @@ def empty_model(config: ModelConfig) -> TokenFlexForConditionalGeneration:
 def build_model(
     config: ModelConfig, processor: TokenFlexProcessor, counts: Collection[TokenCount] = ()
 ) -> TokenFlexForConditionalGeneration:
-    """The model: fresh where a config is given, pretrained where a path is; or as it starts.
+    """Return the model: from ``config.start``, or of parts that are fresh or pretrained.
 
-    ``counts`` are those it will be trained with: a saved model warns of others.
+    Args:
+        config: The configuration.
+        processor: The processor.
+        counts: Token counts that it will be trained at. A saved model warns of others.
 
     Raises:
-        FileNotFoundError: ``config.start`` is not there.
-        ValueError: a part cannot be loaded, or ``config.start`` is of another architecture.
+        FileNotFoundError: ``config.start`` does not exist.
+        ValueError: A part cannot be loaded, or ``config.start`` has another architecture.
     """
     if config.start is not None:
         return _ending_answers(_started_model(config, processor, counts), processor.tokenizer)
@@ -160,24 +150,22 @@ def build_model(
         vision_config=vision_config,
         text_config=language_model.config,
         image_token_id=processor.image_token_id,
-        num_image_tokens=config.num_image_tokens,
-        pooling=config.pooling,
-        projector_hidden_width=config.projector_hidden_width,
-        projector_position=config.projector_position,
-        image_positions=config.image_positions,
         trained_num_image_tokens=sorted(counts, key=token_grid) or None,
+        **_own_keys(config),
     )
     model = TokenFlexForConditionalGeneration.from_parts(model_config, vision, language_model)
     return _ending_answers(model, processor.tokenizer)
 
 
+def _own_keys(config: Any) -> dict[str, Any]:
+    """Return the keys of a model that neither its encoder nor its language model has."""
+    return {key: getattr(config, key) for key in ("num_image_tokens", *_ARCHITECTURE)}
+
+
 def _ending_answers(
     model: TokenFlexForConditionalGeneration, tokenizer: Any
 ) -> TokenFlexForConditionalGeneration:
-    """``model``, whose ``generate`` stops where the tokenizer's answers end.
-
-    Where its own generation config says where, that stays: it may name several tokens.
-    """
+    """Let ``generate`` stop at the tokenizer's end of answers, unless the model knows its ends."""
     generation = model.generation_config
     if generation.eos_token_id is None:
         generation.eos_token_id = tokenizer.eos_token_id
@@ -189,9 +177,9 @@ def _ending_answers(
 def _started_model(
     config: ModelConfig, processor: TokenFlexProcessor, counts: Collection[TokenCount]
 ) -> TokenFlexForConditionalGeneration:
-    """The model of ``config.start``; what is described beside it must be so.
+    """Return the model of ``config.start``, which must be as the configuration describes it.
 
-    Positions may be switched on: their term begins at zero.
+    Positions may be switched on, as their term begins at zero.
     """
     assert config.start is not None
     saved = read_config(config.start / "config.json")
@@ -220,7 +208,7 @@ def _started_model(
 
 
 def _architecture(config: TokenFlexConfig) -> dict[str, Any]:
-    """What the model is made of, by name; not what a checkpoint notes of how it was saved."""
+    """Return the architecture of a model by key, without what notes how it was saved."""
     parts = {
         f"{part}.{key}": value
         for part in ("vision_config", "text_config")
@@ -229,12 +217,11 @@ def _architecture(config: TokenFlexConfig) -> dict[str, Any]:
         if key not in ("architectures", "dtype", "transformers_version", "vocab_size")
         and not key.startswith("_")
     }
-    own = ("pooling", "projector_hidden_width", "projector_position", "image_positions")
-    return {**parts, **{key: getattr(config, key) for key in own}}
+    return {**parts, **{key: getattr(config, key) for key in _ARCHITECTURE}}
 
 
 def modules_of(model: Any) -> dict[str, list[nn.Module]]:
-    """What the names of a stage's ``learning_rate`` stand for."""
+    """Return the modules that the names of a stage's ``learning_rate`` stand for."""
     inner = model.model
     return {
         "vision": [inner.vision_model],
@@ -264,11 +251,7 @@ def _build_language_model(part: PartConfig) -> PreTrainedModel:
 
 @contextmanager
 def _architecture_named(parts: str) -> Iterator[None]:
-    """Name the part of the configuration that no model can be built of.
-
-    Raises:
-        ValueError: transformers or torch raised, whatever kind of error.
-    """
+    """Turn whatever transformers or torch raises into a ValueError that names the part."""
     try:
         yield
     except (MemoryError, OSError, ValueError):
@@ -296,7 +279,7 @@ def _saved_vision_config(path: str | None) -> PretrainedConfig:
 
 
 def _check_architecture(part: PartConfig, config: PretrainedConfig) -> None:
-    """What the configuration states about a pretrained part must be so."""
+    """Raise ValueError for a pretrained part that is not as the configuration describes it."""
     for key, expected in (part.config or {}).items():
         actual = getattr(config, key, None)
         if actual != expected:
@@ -307,14 +290,14 @@ def _check_architecture(part: PartConfig, config: PretrainedConfig) -> None:
 
 
 def _pretrained(auto_class: Any, path: str | None, **options: Any) -> Any:
-    """``auto_class.from_pretrained``, with an error that names the path."""
+    """Call ``auto_class.from_pretrained``, with an error that names the path."""
     try:
         return auto_class.from_pretrained(path, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"path {path!r} cannot be loaded: {error}") from error
 
 
-# What models read although configs do not declare it before transformers 5.23.
+# Keys that models read although their configs do not declare them before transformers 5.23.
 _UNDECLARED = {
     "siglip_vision_model": ["vision_use_head"],
     "siglip2_vision_model": ["vision_use_head"],
@@ -329,7 +312,7 @@ def _fresh_config(part: PartConfig) -> PretrainedConfig:
             f"config must name a model_type that transformers knows, got {excerpt(model_type)}"
         )
     config_class = CONFIG_MAPPING[model_type]
-    # transformers keeps unknown keys without a word: a misspelt width would train the default.
+    # transformers keeps unknown keys silently: a misspelt width would train the default.
     known = {
         *config_class().to_dict(),
         *config_class.attribute_map,

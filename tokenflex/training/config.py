@@ -20,6 +20,11 @@ from tokenflex.training.trackers import check_names
 MAX_INT32 = 2**31 - 1
 
 
+# Marks a key that may change between two halves of a run.
+FREE: dict[str, Any] = {"free": True}
+free = partial(Field, json_schema_extra=FREE)
+
+
 def _has_no_weight(data: DataConfig) -> DataConfig:
     if data.weight != 1:
         raise ValueError(
@@ -32,14 +37,16 @@ WholeData = Annotated[DataConfig, AfterValidator(_has_no_weight)]
 
 
 class PartConfig(Strict):
-    """The vision encoder or language model: pretrained from ``path``, or fresh from ``config``.
+    """The vision encoder or language model, pretrained or fresh.
 
-    With both, the weights come from ``path`` and must be of the architecture that ``config``
-    states; a dry run then needs neither the weights nor the path.
+    With both keys the weights come from ``path``, and their architecture must be that of
+    ``config``; a dry run then needs neither the weights nor the path.
     """
 
     path: str | None = None
+    """Folder or hub name of pretrained weights."""
     config: dict[str, Any] | None = None
+    """Architecture: the keys of a transformers config, ``model_type`` among them."""
 
     def contradictions(self) -> Iterator[str]:
         if self.path is None and self.config is None:
@@ -47,29 +54,33 @@ class PartConfig(Strict):
 
 
 class ModelConfig(Strict):
-    """What is trained.
-
-    ``processor`` names a data format that brings one, or is None to take the image processor of
-    ``vision.path`` and the tokenizer of ``text.path``; ``image_token`` is added to the tokenizer if
-    it is not there.
-    Images are cut into at most ``max_tiles`` tiles, each at the sample's count.
-    With ``start`` all weights come from that TokenFLEX checkpoint folder, whose parts must be those
-    that are described here.
-    ``projector_position`` and ``image_positions`` are those of :class:`tokenflex.TokenFlexConfig`.
-    """
+    """The model that is trained, and its processor."""
 
     vision: PartConfig
+    """The vision encoder."""
     text: PartConfig
+    """The language model."""
     start: Path | None = None
+    """TokenFLEX checkpoint to take all weights from. Its parts must be those described here."""
     processor: Literal[(*FRESH_PARTS,)] | None = None  # type: ignore[valid-type]
+    """Data format that brings a processor; None for the image processor of ``vision.path`` and the
+    tokenizer of ``text.path``."""
     image_token: str = "<image>"
+    """Placeholder of an image in texts. It is added to a tokenizer that does not know it."""
     pooling: Literal["adaptive", "resize"] = "adaptive"
+    """Pooling of the patch grid, as in :func:`tokenflex_kernels.pool_norm`."""
     projector_hidden_width: Int | None = Field(default=None, ge=1)
+    """Width between gate/up and down of the projector; None for 3 x the encoder's width."""
     projector_position: Literal["normalized"] | None = None
+    """Position term of vision tokens, as in :class:`tokenflex.TokenFlexConfig`."""
     image_positions: Literal["sequential", "shared"] = "sequential"
+    """Text positions of an image's tokens, as in :class:`tokenflex.TokenFlexConfig`."""
     num_image_tokens: Int = 256
+    """Vision tokens per image by default, a perfect square. Stages draw from their own counts."""
     max_tiles: Int = Field(default=1, ge=1)
+    """Most tiles that an image is cut into; each tile has the count of its sample."""
     use_thumbnail: bool = False
+    """Add a thumbnail of the whole image to the tiles of an image that is cut."""
 
     def contradictions(self) -> Iterator[str]:
         checks: tuple[Callable[[], object], ...] = (
@@ -98,55 +109,65 @@ class EncoderWarmUpConfig(Strict):
     """The warm-up of a fresh encoder, in place of pretrained weights."""
 
     steps: Int = Field(ge=1)
+    """Optimiser steps."""
     batch_size: Int = Field(default=32, ge=1)
+    """Images a step."""
     learning_rate: Float = Field(default=3e-3, gt=0)
+    """Learning rate of AdamW."""
 
 
 class StageConfig(Strict):
-    """One stage of training, on ``data`` or, without it, on that of the whole run.
-
-    ``learning_rate`` names the modules that learn; a module that is not named is frozen.
-    It lasts ``steps`` optimiser steps, or until it has seen ``tokens`` rows of the language model,
-    text and vision: it then ends with the first step that reaches them, and the schedule follows
-    the rows, not the steps. The learning rate rises over ``warmup_steps`` steps, or over
-    ``warmup_share`` of the stage.
-    ``counts`` and ``weights`` are the token counts, perfect squares or [height, width] pairs, and
-    their odds; ``draw`` says whether a count is drawn for each "sample", as in the paper, or once
-    for a "step", or every sample is shown at "all" counts, each a sample of its own in
-    ``batch_size``. Conversations of more than ``max_length`` rows, text and vision, are cut off.
-    The ``batch_size`` samples of a step, over all processes, are dealt into forward passes of equal
-    cost that hold at most ``max_tokens`` rows and ``max_tiles`` tiles each.
-    ``loss`` says how answer tokens weigh: all the same ("token"), or by one over the square root of
-    their answer's length ("square"), as the released model was trained.
-    With ``distillation`` the loss of an answer token is its cross entropy plus so many times
-    KL(teacher || student), where the teacher is the same model at the same step, without a
-    gradient, shown the sample at the largest count that has odds.
-    """
+    """One stage of training: which modules learn, how long, on what, at which token counts."""
 
     name: str
+    """Name of the stage in logs and reports."""
     steps: Int | None = Field(default=None, ge=1)
+    """Length of the stage in optimiser steps. Exactly one of ``steps`` and ``tokens`` is given."""
     tokens: Float | None = Field(default=None, gt=0, lt=float("inf"))
+    """Length of the stage in rows of the language model, text and vision. The stage ends with the
+    first step that reaches them, and the schedule follows the rows, not the steps."""
     batch_size: Int = Field(ge=1)
+    """Samples a step, over all processes."""
     learning_rate: dict[Literal["vision", "projector", "text"], Float]
+    """Learning rate of each module that learns. A module without one, or with 0, is frozen."""
     data: WholeData | None = None
+    """Data of this stage; None for that of the whole run."""
     counts: tuple[TokenCount, ...] = (64, 144, 256)
+    """Vision tokens per tile: perfect squares or [height, width] pairs."""
     weights: tuple[Float, ...] = (0.2, 0.3, 0.5)
+    """Odds of the counts."""
     draw: Draw = "sample"
+    """Draw a count for each "sample", as in the paper, or once for a "step"; or show every sample
+    at "all" counts, where each view counts as a sample of ``batch_size``."""
     max_tokens: Int | None = Field(default=None, ge=1, le=MAX_INT32)
+    """Most rows of the language model in one forward pass."""
     max_tiles: Int | None = Field(default=None, ge=1, le=MAX_INT32)
+    """Most tiles in one forward pass."""
     max_length: Int | None = Field(default=None, ge=2)
+    """Most rows of a conversation, text and vision. Longer ones are cut off."""
     loss: Literal["token", "square"] = "token"
+    """Weight of an answer token: "token" for 1, "square" for one over the square root of its
+    answer's length, as the released model was trained."""
     distillation: Float = Field(default=0.0, ge=0, lt=float("inf"))
+    """Weight of KL(teacher || student) in an answer token's loss, beside its cross entropy. The
+    teacher is the model itself at the same step, without gradients, at the largest drawn count."""
     warmup_steps: Int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises from zero."""
     warmup_share: Float = Field(default=0.0, ge=0, lt=1)
+    """Share of the stage over which the learning rate rises from zero; not with
+    ``warmup_steps``."""
     schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up: half a cosine down to zero, or constant."""
     weight_decay: Float = Field(default=0.02, ge=0, lt=float("inf"))
+    """Weight decay of AdamW."""
     betas: tuple[Float, Float] = (0.9, 0.98)
+    """Decay rates of AdamW's two moments."""
     max_grad_norm: Float = Field(default=1.0, gt=0)
+    """Norm to which gradients are clipped."""
 
     @property
     def learning(self) -> tuple[str, ...]:
-        """The modules that learn."""
+        """The names of the modules that learn."""
         return tuple(name for name, rate in self.learning_rate.items() if rate)
 
     @property
@@ -156,19 +177,19 @@ class StageConfig(Strict):
 
     @property
     def teacher_count(self) -> TokenCount | None:
-        """The count that the teacher of ``distillation`` sees; None where there is none."""
+        """The count at which the teacher of ``distillation`` sees a sample; None without one."""
         return max(self.drawn_counts, key=tokens_of) if self.distillation else None
 
     @property
     def budget(self) -> float:
-        """How long the stage is: in tokens where it has ``tokens``, else in steps."""
+        """The length of the stage, in tokens if it has ``tokens``, else in steps."""
         budget = self.steps if self.tokens is None else self.tokens
         assert budget is not None  # checked below
         return budget
 
     @property
     def samples_read(self) -> int:
-        """Different samples a step; with ``draw`` "all" each is shown at every count."""
+        """Different samples a step. With ``draw: all`` each is shown at every count."""
         return self.batch_size // (len(self.counts) if self.draw == "all" else 1)
 
     def contradictions(self) -> Iterator[str]:
@@ -232,28 +253,28 @@ class StageConfig(Strict):
             wrong = reason_of(partial(token_grid, count, name=f"counts[{index}]"))
             if wrong is not None:
                 yield wrong
-        # Of counts that are right, so that their number and the weights are looked at in any case.
+        # Valid counts in their place, to check their number and the weights in any case.
         wrong = reason_of(lambda: TokenCounts((1,) * len(self.counts), self.weights))
         if wrong is not None:
             yield wrong
 
 
 class SampleConfig(Strict):
-    """The mean sample, for a dry run where the data is not at hand.
-
-    ``text_tokens`` are all but images, ``answer_tokens`` those of them that are learned, ``tiles``
-    what its images are cut into, ``shown_tiles`` those that stand in the language model's rows:
-    more than ``tiles`` where conversations each show them instead of sharing them.
-    """
+    """The mean sample, for a dry run (``--dry-run``) on a machine that does not have the data."""
 
     text_tokens: Float = Field(ge=1)
+    """Rows of the language model that are text."""
     answer_tokens: Float = Field(ge=1)
+    """Those of them that are learned."""
     tiles: Float = Field(ge=0)
+    """Tiles that the sample's images are cut into."""
     shown_tiles: Float | None = Field(default=None, ge=0)
+    """Tiles in the rows of the language model; more than ``tiles`` where several conversations each
+    repeat them. None for ``tiles``."""
 
     @property
     def shown(self) -> float:
-        """Tiles that stand in the language model's rows."""
+        """Tiles in the rows of the language model."""
         return self.tiles if self.shown_tiles is None else self.shown_tiles
 
     def contradictions(self) -> Iterator[str]:
@@ -265,23 +286,27 @@ class SampleConfig(Strict):
 
 
 class EvaluationConfig(Strict):
-    """The data set and the counts to report accuracy at, after training and, if asked, during it.
-
-    During training the first ``samples`` of the data set are asked, ``every`` so many steps of a
-    stage and, with ``at_stage_end``, after its last; after training all of them are.
-    """
+    """Accuracy at several counts, after training and, if wanted, during it."""
 
     data: WholeData
+    """The questions."""
     counts: tuple[TokenCount, ...]
+    """Vision tokens per tile to evaluate at."""
     batch_size: Int = Field(default=64, ge=1)
+    """Questions in one forward pass."""
     every: Int | None = Field(default=None, ge=1)
+    """Steps of a stage between two evaluations during training; None for no such evaluations."""
     at_stage_end: bool = False
+    """Evaluate after the last step of every stage as well."""
     samples: Int = Field(default=256, ge=1)
+    """Samples of an evaluation during training, the first of the data. After training all of the
+    data is evaluated."""
 
     def contradictions(self) -> Iterator[str]:
-        if any(one.streaming for one in (self.data, *self.data.parts)):
+        parts = (self.data, *self.data.parts)
+        if any(part.streaming for part in parts):
             yield "data of an evaluation must not be streaming, got streaming=True"
-        if any(one.epochs is not None for one in (self.data, *self.data.parts)):
+        if any(part.epochs is not None for part in parts):
             yield "data of an evaluation is asked once: give it no epochs"
         if not self.counts:
             yield f"counts must name at least one count, got {self.counts}"
@@ -290,45 +315,68 @@ class EvaluationConfig(Strict):
 
 
 class TrainConfig(Strict):
-    """A whole run. ``output`` is relative to the working directory.
+    """A whole run.
 
-    ``sample`` is for ``--dry-run`` alone.
-    Of several processes each holds the whole model (``sharding: none``, DDP) or a share of it
-    (``full``, FSDP2). ``gradient_checkpointing`` keeps of a layer its input alone and computes the
-    rest again in backward; ``compile`` has torch.compile compile each layer. None of the three
-    changes what is learned, and all may change between two halves of a run.
-    A state to resume from is saved every ``save_every`` steps; the last ``keep_states`` are kept.
-    Samples that cannot be read are named in ``broken_samples.json`` and skipped, at most
-    ``max_broken_samples`` of them.
-    ``trackers`` are told what ``metrics.jsonl`` is told: names that accelerate knows
-    ("tensorboard", "wandb", ...). ``peak_tflops`` is what a process's device can do at most, for
-    the share that is done of it (MFU); known GPUs have their data sheet's.
+    A run may be stopped and continued. Keys whose comment says so (*free*) may change in between:
+    they say where a run writes, how fast it is and how much it logs, and change no number that is
+    learned.
     """
 
-    output: Path
+    output: Path = free()
+    """Folder of the run, relative to the working directory. *Free.*"""
     model: ModelConfig
+    """The model and its processor."""
     data: WholeData
+    """Training data of all stages that have none of their own."""
     stages: tuple[StageConfig, ...] = Field(min_length=1)
+    """The stages, in order."""
     encoder_warm_up: EncoderWarmUpConfig | None = None
-    evaluation: EvaluationConfig | None = None
-    sample: SampleConfig | None = None
+    """Warm-up of the encoder before the first stage; None for none."""
+    evaluation: EvaluationConfig | None = free(default=None)
+    """Evaluation during and after training; None for none. *Free.*"""
+    sample: SampleConfig | None = free(default=None)
+    """The mean sample, for ``--dry-run`` alone; None to measure it on the data. *Free.*"""
     seed: Int = Field(default=0, ge=0, lt=2**32)
+    """Seed of initial weights, the order of samples, and drawn counts."""
     precision: Literal["no", "bf16", "fp16"] = "no"
-    sharding: Literal["none", "full"] = "none"
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    workers: Int = Field(default=1, ge=0)
-    threads: Int | None = Field(default=None, ge=1)
-    log_every: Int = Field(default=10, ge=1)
-    save_every: Int = Field(default=200, ge=1)
-    keep_states: Int = Field(default=2, ge=1)
-    max_broken_samples: Int = Field(default=100, ge=0)
-    trackers: tuple[str, ...] = ()
-    peak_tflops: Float | None = Field(default=None, gt=0, lt=float("inf"))
+    """Type of matrix products: "no" for float32. Weights and optimiser states are float32."""
+    sharding: Literal["none", "full"] = free(default="none")
+    """Share of the model on each process: all of it ("none", DDP) or a shard ("full", FSDP2).
+    *Free.*"""
+    gradient_checkpointing: bool = free(default=False)
+    """Keep only the input of a layer and compute the rest again in the backward pass. *Free.*"""
+    compile: bool = free(default=False)
+    """Compile each layer with ``torch.compile``. *Free.*"""
+    workers: Int = free(default=1, ge=0)
+    """Data loader processes of each training process; 0 to load in the training process. *Free.*"""
+    threads: Int | None = free(default=None, ge=1)
+    """CPU threads of PyTorch; None for its default. *Free.*"""
+    log_every: Int = free(default=10, ge=1)
+    """Steps between two lines of ``metrics.jsonl``. *Free.*"""
+    save_every: Int = free(default=200, ge=1)
+    """Steps between two saved states. *Free.*"""
+    keep_states: Int = free(default=2, ge=1)
+    """Number of the newest states to keep. *Free.*"""
+    max_broken_samples: Int = free(default=100, ge=0)
+    """Most samples that cannot be read. They are skipped and named in ``broken_samples.json``;
+    one more stops the run. *Free.*"""
+    trackers: tuple[str, ...] = free(default=())
+    """Trackers that get every logged line: names that accelerate knows ("tensorboard", "wandb").
+    *Free.*"""
+    peak_tflops: Float | None = free(default=None, gt=0, lt=float("inf"))
+    """Peak of one process's device in 10^12 operations a second, for MFU; None for the data sheet
+    of a known GPU. *Free.*"""
 
     def data_of(self, stage: StageConfig) -> DataConfig:
-        """What ``stage`` is trained on."""
+        """Return the data that ``stage`` is trained on."""
         return self.data if stage.data is None else stage.data
+
+    def fingerprint(self) -> str:
+        """Return as JSON all keys that the numbers of a run depend on, to compare two runs by."""
+        free_keys = {
+            key for key, field in type(self).model_fields.items() if field.json_schema_extra == FREE
+        }
+        return self.model_dump_json(exclude=free_keys)
 
     def contradictions(self) -> Iterator[str]:
         yield from self._pictures_that_do_not_fit()
@@ -371,11 +419,5 @@ class TrainConfig(Strict):
 
 
 def load_config(path: str | Path) -> TrainConfig:
-    """Read and check a YAML configuration.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not YAML, gives a key twice, has an unknown one or a value that is not
-            allowed; one line names the key, what came and what was expected.
-    """
+    """Read and check a YAML configuration; raises what :func:`read_yaml` does."""
     return read_yaml(path, TrainConfig)

@@ -1,4 +1,4 @@
-"""One optimiser step over a rank's bins: forward, the loss of the whole step, backward, update."""
+"""One optimiser step over a process's bins: forward, loss of the whole step, backward, update."""
 
 from __future__ import annotations
 
@@ -18,47 +18,47 @@ from tokenflex.data.steps import PackedStep
 from tokenflex.models.vision import blank_tile
 from tokenflex.training.agreement import AgreedStop, other_process_stopped, share
 from tokenflex.training.config import StageConfig, TrainConfig
-from tokenflex.training.sharding import is_sharded, note_what_learns
+from tokenflex.training.sharding import is_sharded, refresh_shards
 from tokenflex.training.trackers import tracker_arguments
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What came of a step, the same on every rank.
+    """The result of a step, the same on every process.
 
     Attributes:
-        loss: float32 scalar, the weighted mean over the answer tokens of all ranks.
-        norm: scalar, the gradients' norm before it was clipped.
-        broken: samples that ranks left out, each counted by every rank that met it.
-        interrupted: whether a signal came to any rank before the step.
-        distillation_loss: float32 scalar, the part of the loss that is ``distillation`` times this;
-            None where that is off.
+        loss: Weighted mean over the answer tokens of all processes.
+        norm: Norm of the gradients before they were clipped.
+        broken: Number of samples that were left out, counted by every process that met them.
+        interrupted: A signal came to any process before the step.
+        distillation_loss: The mean that ``distillation`` multiplies; 0 without distillation.
     """
 
-    loss: torch.Tensor
-    norm: torch.Tensor
+    loss: float
+    norm: float
     broken: int
     interrupted: bool
-    distillation_loss: torch.Tensor | None = None
+    distillation_loss: float = 0.0
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """The engine that knows devices, precision and processes.
+    """Return the accelerator, which knows devices, precision and processes.
 
     Raises:
-        ValueError: it was launched with FSDP of its own.
+        ValueError: The run was launched with accelerate's own FSDP, or with processes that
+            accelerate does not find.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError(
             "sharding: full in the configuration shards; launch without accelerate's FSDP "
             "(--use_fsdp, distributed_type: FSDP), got ACCELERATE_USE_FSDP=true"
         )
-    # Encoders have parts that no patch goes through, as SigLIP's pooling head.
+    # Encoders have parts that no patch goes through, such as SigLIP's pooling head.
     replicas = DistributedDataParallelKwargs(
         find_unused_parameters=True, gradient_as_bucket_view=True
     )
     accelerator = Accelerator(
-        # Left alone, accelerate takes each process that torchrun starts on a CPU for the only one.
+        # By default accelerate takes each process that torchrun starts on a CPU for the only one.
         cpu=not torch.accelerator.is_available(),
         mixed_precision=config.precision,
         kwargs_handlers=[replicas],
@@ -74,9 +74,9 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def prepare(accelerator: Accelerator, model: Any, optimizer: Any) -> tuple[Any, Any]:
-    """Model and optimiser of a stage as :func:`optimize` takes them."""
+    """Return model and optimiser of a stage as :func:`optimize` takes them."""
     if is_sharded(model):
-        note_what_learns(model)
+        refresh_shards(model)
         return model, optimizer
     prepared: tuple[Any, Any] = accelerator.prepare(model, optimizer)
     return prepared
@@ -91,27 +91,30 @@ def optimize(
     *,
     interrupted: bool = False,
 ) -> StepOutcome:
-    """Learn from one step; ``model`` and ``optimizer`` are those that :func:`prepare` gave.
+    """Learn from one step; ``model`` and ``optimizer`` are those that :func:`prepare` returned.
 
-    ``interrupted`` is whether a signal came to this rank: all learn of it here.
+    ``interrupted`` says that a signal came to this process. All processes are told here.
 
     Raises:
-        AgreedStop: another rank has no data for this step; nothing was learned from it.
+        AgreedStop: Another process has no data for this step; nothing was learned from it.
     """
     device = accelerator.device
     weights = [target_weights(batch, stage.loss).to(device) for batch in packed.bins]
-    weight_here = sum(float(w.sum()) for w in weights)
-    weight_everywhere, broken_everywhere, interrupted_everywhere, failed_anywhere = share(
-        accelerator, weight_here, len(packed.broken), interrupted, False
+    total_weight, broken, interruptions, failures = share(
+        accelerator,
+        sum(float(weight.sum()) for weight in weights),
+        len(packed.broken),
+        interrupted,
+        False,
     )
-    if failed_anywhere:
-        raise AgreedStop(KeyboardInterrupt()) if interrupted_everywhere else other_process_stopped()
+    if failures:
+        raise AgreedStop(KeyboardInterrupt()) if interruptions else other_process_stopped()
     count = min(stage.drawn_counts, key=tokens_of)
     loss, distillation_loss = torch.zeros(2, device=device)
-    for place, (batch, weight) in enumerate(zip(packed.bins, weights, strict=True), start=1):
-        last = place == len(packed.bins)
-        # Shards exchange gradients after every bin: whole ones would need the memory of no shards.
-        with nullcontext() if last or is_sharded(model) else accelerator.no_sync(model):
+    for index, (batch, weight) in enumerate(zip(packed.bins, weights, strict=True)):
+        is_last = index == len(packed.bins) - 1
+        # Shards exchange gradients after every bin: whole gradients would undo their saving.
+        with nullcontext() if is_last or is_sharded(model) else accelerator.no_sync(model):
             batch = with_a_tile(batch.to(device), accelerator.unwrap_model(model), count)
             with accelerator.autocast():
                 inputs = batch.model_inputs()
@@ -119,43 +122,44 @@ def optimize(
                     inputs["teacher"] = batch.teacher.model_inputs()
                     inputs["distillation"] = stage.distillation
                 outputs = model(**inputs, targets=batch.targets, target_weights=weight)
-            part = outputs.loss / weight_everywhere
+            part = outputs.loss / total_weight
             # Gradients are averaged over ranks; the parts of all ranks add up to the loss.
             accelerator.backward(part * accelerator.num_processes)
             loss += part.detach()
             if stage.distillation:
-                distillation_loss += outputs.distillation_loss / weight_everywhere
+                distillation_loss += outputs.distillation_loss / total_weight
     norm = accelerator.clip_grad_norm_(model.parameters(), stage.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if stage.distillation:
+        distillation_loss = accelerator.reduce(distillation_loss, "sum")
     return StepOutcome(
-        loss=accelerator.reduce(loss, "sum"),
-        norm=norm.full_tensor() if isinstance(norm, DTensor) else norm,
-        broken=int(broken_everywhere),
-        interrupted=bool(interrupted_everywhere),
-        distillation_loss=accelerator.reduce(distillation_loss, "sum")
-        if stage.distillation
-        else None,
+        loss=accelerator.reduce(loss, "sum").item(),
+        norm=(norm.full_tensor() if isinstance(norm, DTensor) else norm).item(),
+        broken=int(broken),
+        interrupted=bool(interruptions),
+        distillation_loss=distillation_loss.item(),
     )
 
 
 def stop_without_data(
     accelerator: Accelerator, error: Exception, *, interrupted: bool = False
 ) -> AgreedStop:
-    """Tell the other ranks, which are at :func:`optimize`, that this one has no data for the step.
+    """Tell the other processes, which are at :func:`optimize`, that this one has no data.
 
     Returns:
-        What to raise: ``error``, or KeyboardInterrupt where a signal came to any rank.
+        The exception to raise: with ``error``, or with KeyboardInterrupt where a signal came to any
+        process.
     """
-    *_, interrupted_everywhere, _ = share(accelerator, 0, 0, interrupted, True)
-    return AgreedStop(KeyboardInterrupt() if interrupted_everywhere else error)
+    *_, interruptions, _ = share(accelerator, 0, 0, interrupted, True)
+    return AgreedStop(KeyboardInterrupt() if interruptions else error)
 
 
 def with_a_tile(batch: PackedBatch, model: Any, count: TokenCount) -> PackedBatch:
-    """``batch``, with a blank tile of ``count`` vision tokens, which no row shows, if it has none.
+    """Return ``batch``, with a blank tile of ``count`` vision tokens if it has no tile.
 
-    Then a bin of text alone has a gradient too, zero, where text does not learn; and processes that
-    gather shards together run the same modules.
+    No row shows the tile. With it a bin of text alone has a gradient, zero, where text does not
+    learn, and processes that gather shards together run the same modules.
     """
     if len(batch.pixel_values):
         return batch
@@ -165,10 +169,10 @@ def with_a_tile(batch: PackedBatch, model: Any, count: TokenCount) -> PackedBatc
 
 
 def target_weights(batch: PackedBatch, loss: str) -> torch.Tensor:
-    """float32 [targets]: how much each answer token of ``batch`` counts.
+    """Return the weight of each answer token of ``batch``, float32 [targets].
 
-    "square" is one over the square root of the answer's length, between every token (0) and every
-    answer (1) counting the same: what the released model was trained with.
+    "square" is one over the square root of the answer's length, as the released model was trained:
+    between equal tokens (power 0) and equal answers (power 1).
     """
     if loss == "token":
         return torch.ones(len(batch.targets))

@@ -1,4 +1,4 @@
-"""Evaluation by all processes together, in the middle of training, which it must not disturb."""
+"""Evaluate a model that is being trained, on all processes together and without a trace."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from tokenflex.counts import TokenCount
 from tokenflex.data.faults import (
     BrokenSample,
     BrokenSamplesError,
@@ -23,21 +22,19 @@ from tokenflex.data.faults import (
 from tokenflex.data.samples import Sample, SampleDataset
 from tokenflex.evaluation import evaluate
 from tokenflex.interruption import Interruption
-from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
-from tokenflex.training.agreement import AgreedStop, other_process_stopped, share
+from tokenflex.training.agreement import AgreedStop, from_main, interrupted_anywhere, share
 from tokenflex.training.config import EvaluationConfig
 from tokenflex.training.records import progress_bar
-from tokenflex.training.states import from_main, model_weights
+from tokenflex.training.sharding import is_sharded, model_weights
 
-# The kind of a question that a process asks only because the others have one more.
-_STAND_IN = "stand-in"
+_STAND_IN = "stand-in"  # kind of the questions of a sample that belongs to another process
 
 
 class Share:
-    """One process's samples of the first ``size`` of a data set: as many as every other has.
+    """One process's share of the first ``size`` samples of a data set, as large as every other.
 
-    Where the last ones are short of a sample they get a stand-in, whose questions do not count.
+    A process that is short of a sample gets a stand-in, whose questions do not count.
     """
 
     def __init__(self, dataset: SampleDataset, size: int, *, rank: int, num_ranks: int) -> None:
@@ -61,25 +58,18 @@ class Share:
         sample = self.dataset[self.place_of(index)]
         if index * self.num_ranks + self.rank < self.size:
             return sample
-        asked = [replace(one, kind=_STAND_IN) for one in sample.conversations]
-        return replace(sample, conversations=tuple(asked))
+        questions = [replace(question, kind=_STAND_IN) for question in sample.conversations]
+        return replace(sample, conversations=tuple(questions))
 
 
 class Evaluator:
-    """Asks a run's model as its configuration says, on all processes.
+    """Evaluates the model of a run as its configuration says, on all processes.
 
-    Args:
-        settings: of the evaluation.
-        dataset: what is asked.
-        processor: the model's.
-        accelerator: knows the processes.
-        interruption: a signal to any process stops the evaluation on all.
-        shards: whether the processes hold shards of the model.
-        workers: data-loader processes.
-        max_broken_samples: samples that cannot be asked are left out and named, at most so many.
+    A signal to any of them stops the evaluation on all. At most ``max_broken_samples`` samples that
+    cannot be read are left out.
 
     Raises:
-        BrokenSamplesError: more records of the data set are broken.
+        BrokenSamplesError: More records of the data set are broken.
     """
 
     def __init__(
@@ -90,33 +80,31 @@ class Evaluator:
         accelerator: Accelerator,
         interruption: Interruption,
         *,
-        shards: bool,
         workers: int,
         max_broken_samples: int,
     ) -> None:
         check_broken(broken_records(dataset), max_broken_samples)
         self.settings = settings
         self.dataset = dataset
+        self.processor = processor
         self.accelerator = accelerator
         self.interruption = interruption
-        self.shards = shards
-        self._asked: dict[str, Any] = {
-            "processor": processor,
-            "counts": settings.counts,
-            "batch_size": settings.batch_size,
-            "workers": workers,
-            "max_broken_samples": max_broken_samples,
-        }
+        self.workers = workers
+        self.max_broken_samples = max_broken_samples
+
+    def is_due(self, step: int, is_last: bool) -> bool:
+        """Return whether to evaluate after a step of a stage, the last one or not."""
+        every = self.settings.every
+        return (is_last and self.settings.at_stage_end) or (every is not None and step % every == 0)
 
     def run(self, model: Any, samples: int) -> dict[str, Any]:
-        """Over the first ``samples``; the same report on every process.
+        """Evaluate on the first ``samples``; every process returns the report of :func:`evaluate`.
 
         Raises:
-            AgreedStop: a signal came, or a process cannot read its data.
+            AgreedStop: A signal came, or a process cannot read its data.
         """
-        is_main, ranks = self.accelerator.is_main_process, self.accelerator.num_processes
-        if self.shards:
-            weights = model_weights(model, keep=is_main)
+        if is_sharded(model):
+            weights, is_main = model_weights(model), self.accelerator.is_main_process
             try:
                 report = from_main(lambda: self._alone(model, weights, samples), is_main)
             except Exception as error:  # on every process
@@ -124,34 +112,24 @@ class Evaluator:
             if report is None:
                 raise AgreedStop(KeyboardInterrupt())
             return report
-        asked = Share(self.dataset, samples, rank=self.accelerator.process_index, num_ranks=ranks)
-        with self._bar(asked) as bar:
-
-            def on_batch() -> None:
-                bar.update()
-                if interrupted_anywhere(self.accelerator, self.interruption):
-                    raise AgreedStop(KeyboardInterrupt())
-
-            try:
-                return evaluate_together(
-                    self.accelerator, model, asked, on_batch=on_batch, **self._asked
-                )
-            except AgreedStop:
-                raise
-            except Exception as error:
-                # The others hear of it after their batch.
-                interrupted, _ = share(self.accelerator, self.interruption.requested, True)
-                raise AgreedStop(KeyboardInterrupt() if interrupted else error) from error
+        try:
+            return self._together(model, samples)
+        except AgreedStop:
+            raise
+        except Exception as error:
+            # The other processes are told of it after their batch.
+            interrupted, _ = share(self.accelerator, self.interruption.requested, True)
+            raise AgreedStop(KeyboardInterrupt() if interrupted else error) from error
 
     def run_last(self, model: Any, weights: dict[str, Any]) -> dict[str, Any]:
-        """Over all of the data, after training; nothing on a process that only holds shards.
+        """Evaluate on all of the data after training, where the main process has whole ``weights``.
 
-        ``weights`` are the whole model's, on the main process.
+        A process that has nothing but shards returns an empty report.
 
         Raises:
-            AgreedStop: as :meth:`run`.
+            AgreedStop: A signal came, or a process cannot read its data.
         """
-        if not self.shards:
+        if not is_sharded(model):
             return self.run(model, len(self.dataset))
         if not self.accelerator.is_main_process:
             return {}
@@ -161,154 +139,104 @@ class Evaluator:
         return report
 
     def _alone(self, model: Any, weights: dict[str, Any], samples: int) -> dict[str, Any] | None:
-        """By this process, with whole weights: it cannot run the others' shards.
+        """Evaluate a second, whole model on this process; None if a signal came.
 
-        None where a signal stopped it: the others wait for an answer.
+        This process cannot run the shards of the others, which wait for its result.
         """
-        asked = Share(self.dataset, samples, rank=0, num_ranks=1)
-        with self._bar(asked) as bar:
-
-            def on_batch() -> None:
-                bar.update()
-                self.interruption.check()
-
+        data = Share(self.dataset, samples, rank=0, num_ranks=1)
+        with torch.random.fork_rng(devices=_cuda_devices(self.accelerator.device)):
+            whole = TokenFlexForConditionalGeneration(model.config)
+            whole.load_state_dict(weights)
+            whole.to(self.accelerator.device).eval()
             try:
-                return evaluate_alone(
-                    model.config,
-                    weights,
-                    self.accelerator.device,
-                    asked,
-                    on_batch=on_batch,
-                    **self._asked,
-                )
+                return self._evaluate(whole, data, self.max_broken_samples, self.interruption.check)
             except KeyboardInterrupt:
                 return None
 
-    def _bar(self, share: Share) -> tqdm:
-        batches = -(len(share) // -self.settings.batch_size) * len(self.settings.counts)
+    def _together(self, model: Any, samples: int) -> dict[str, Any]:
+        """Evaluate on a share of the samples and merge the reports of all processes.
+
+        Every process takes part in the same exchanges and gets the same result, or the same error.
+        """
+        rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
+        data = Share(self.dataset, samples, rank=rank, num_ranks=num_ranks)
+
+        def check() -> None:
+            if interrupted_anywhere(self.accelerator, self.interruption):
+                raise AgreedStop(KeyboardInterrupt())
+
+        with _undisturbed(model):
+            if num_ranks == 1:
+                return self._evaluate(model, data, self.max_broken_samples, check)
+            try:
+                report = self._evaluate(model, data, None, check)
+            except BrokenSamplesError as error:  # all samples of the share are broken
+                report = {"broken_samples": [asdict(sample) for sample in error.broken]}
+        report["broken_samples"] = [
+            sample | {"index": data.place_of(sample["index"])}
+            for sample in report.get("broken_samples", [])
+        ]
+        report = merged(gather_object([report]))
+        broken = [BrokenSample(**sample) for sample in report.get("broken_samples", [])]
+        check_broken(broken, self.max_broken_samples)
+        return report
+
+    def _evaluate(
+        self, model: Any, data: Share, max_broken: int | None, check: Callable[[], object]
+    ) -> dict[str, Any]:
+        batches = -(len(data) // -self.settings.batch_size) * len(self.settings.counts)
         shown = self.accelerator.is_main_process
-        return progress_bar("evaluation", batches, unit="batch", leave=False, shown=shown)
+        bar: tqdm
+        with progress_bar("evaluation", batches, unit="batch", leave=False, shown=shown) as bar:
 
+            def on_batch() -> None:
+                bar.update()
+                check()
 
-def interrupted_anywhere(accelerator: Accelerator, interruption: Interruption) -> bool:
-    """Return whether a signal came to any process, so that all stop at the same place.
-
-    Raises:
-        AgreedStop: another process has stopped.
-    """
-    interrupted, failed = share(accelerator, interruption.requested, False)
-    if failed and not interrupted:
-        raise other_process_stopped()
-    return bool(interrupted)
-
-
-def evaluate_together(
-    accelerator: Accelerator,
-    model: Any,
-    share: Share,
-    *,
-    processor: Any,
-    counts: Sequence[TokenCount],
-    batch_size: int,
-    workers: int,
-    max_broken_samples: int,
-    on_batch: Callable[[], object],
-) -> dict[str, Any]:
-    """:func:`tokenflex.evaluation.evaluate` over the shares of all processes.
-
-    Every process takes part in the same exchanges and gets the same result, or the same error.
-    Modes of modules and states of random generators are afterwards as they were.
-    """
-    alone = accelerator.num_processes == 1
-    with _undisturbed(model):
-        try:
-            own = evaluate(
+            return evaluate(
                 model,
-                processor,
-                share,
-                counts,
-                batch_size=batch_size,
-                workers=workers,
-                max_broken_samples=max_broken_samples if alone else None,
+                self.processor,
+                data,
+                self.settings.counts,
+                batch_size=self.settings.batch_size,
+                workers=self.workers,
+                max_broken_samples=max_broken,
                 on_batch=on_batch,
             )
-        except BrokenSamplesError as error:
-            if alone:
-                raise
-            own = {"broken_samples": [asdict(one) for one in error.broken]}  # all of its share
-    if alone:
-        return own
-    own["broken_samples"] = [
-        one | {"index": share.place_of(one["index"])} for one in own.get("broken_samples", [])
-    ]
-    report = merged(gather_object([own]))
-    check_broken(
-        [BrokenSample(**one) for one in report.get("broken_samples", [])], max_broken_samples
-    )
-    return report
-
-
-def evaluate_alone(
-    config: TokenFlexConfig,
-    weights: dict[str, Any],
-    device: torch.device,
-    share: Share,
-    *,
-    processor: Any,
-    counts: Sequence[TokenCount],
-    batch_size: int,
-    workers: int,
-    max_broken_samples: int,
-    on_batch: Callable[[], object],
-) -> dict[str, Any]:
-    """:func:`tokenflex.evaluation.evaluate` of a model of ``weights``, by this process alone.
-
-    It holds a second, whole model meanwhile. Random generators are afterwards as they were.
-    """
-    devices = [torch.cuda.current_device()] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        model = TokenFlexForConditionalGeneration(config)
-        model.load_state_dict(weights)
-        return evaluate(
-            model.to(device).eval(),
-            processor,
-            share,
-            counts,
-            batch_size=batch_size,
-            workers=workers,
-            max_broken_samples=max_broken_samples,
-            on_batch=on_batch,
-        )
 
 
 def merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One report from those of several processes, stand-ins left out.
+    """Merge the reports of several processes; leave out stand-ins.
 
     Raises:
-        BrokenSamplesError: no process could ask a sample.
+        BrokenSamplesError: No process could read a sample.
     """
-    reasons = {one["index"]: one for report in reports for one in report.get("broken_samples", [])}
+    reasons = {
+        sample["index"]: sample for report in reports for sample in report.get("broken_samples", [])
+    }
     broken = [reasons[index] for index in sorted(reasons)]
     reports = [report for report in reports if "accuracy" in report]
     if not reports:
         raise BrokenSamplesError(f"no sample can be asked: {broken[0]['reason']}")
-    kinds = sorted({kind for one in reports for kind in one["questions"]} - {_STAND_IN})
-    asked = {kind: sum(one["questions"].get(kind, 0) for one in reports) for kind in kinds}
+    kinds = sorted({kind for report in reports for kind in report["questions"]} - {_STAND_IN})
+    questions = {
+        kind: sum(report["questions"].get(kind, 0) for report in reports) for kind in kinds
+    }
     by_kind: dict[str, dict[str, float]] = {kind: {} for kind in kinds}
     accuracy = {}
     for count in reports[0]["accuracy"]:
         for kind in kinds:
             right = sum(
-                one["accuracy_by_kind"][kind][count] * one["questions"][kind]
-                for one in reports
-                if kind in one["questions"]
+                report["accuracy_by_kind"][kind][count] * report["questions"][kind]
+                for report in reports
+                if kind in report["questions"]
             )
-            by_kind[kind][count] = right / asked[kind]
+            by_kind[kind][count] = right / questions[kind]
         accuracy[count] = sum(by_kind[kind][count] for kind in kinds) / len(kinds)
     report = {
         "accuracy": accuracy,
         "accuracy_by_kind": by_kind,
-        "questions": asked,
+        "questions": questions,
         "image_backend": reports[0].get("image_backend"),
     }
     return report | ({"broken_samples": broken} if broken else {})
@@ -316,13 +244,16 @@ def merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def _undisturbed(model: Any) -> Iterator[None]:
-    """Modules in the modes they had: in a stage some learn and others are frozen."""
+    """Restore the modes of modules, some of which learn, and the states of random generators."""
     modes = [(module, module.training) for module in model.modules()]
     # Data loaders draw from the generator that dropout draws from.
-    devices = [torch.cuda.current_device()] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=_cuda_devices(model.device)):
         try:
             yield
         finally:
             for module, mode in modes:
                 module.training = mode
+
+
+def _cuda_devices(device: torch.device) -> list[int]:
+    return [torch.cuda.current_device()] if device.type == "cuda" else []

@@ -1,4 +1,4 @@
-"""What a run stops for: a loss that is no number, and too many samples that cannot be read."""
+"""Faults that stop a run: a loss that is no number, and too many samples that cannot be read."""
 
 from __future__ import annotations
 
@@ -14,49 +14,44 @@ from tokenflex.data.samples import SampleDataset
 from tokenflex.data.steps import PackedStep
 from tokenflex.errors import ReportedError
 from tokenflex.files import write_json
+from tokenflex.training.engine import StepOutcome
 
 
 class NonFiniteLossError(ReportedError):
-    """The loss became NaN or infinite; the message names the step and the file of its samples."""
+    """The loss is NaN or infinite; the message names the step and the file of its samples."""
 
 
 def check_finite(
     accelerator: Accelerator,
-    loss: float,
-    norm: float,
+    outcome: StepOutcome,
     packed: PackedStep,
     place: tuple[str, int],
     path: Path,
 ) -> None:
     """Stop at the step that broke the model: later ones would blame other samples.
 
-    Args:
-        accelerator: loss and norm are the same on all of its processes, so all come here.
-        loss, norm: of the step, and of its gradients.
-        packed: the step.
-        place: the stage's name and the step in it.
-        path: where to name the samples of all processes.
+    ``place`` is the stage's name and the step in it. The file at ``path`` names the samples of all
+    processes, which have the same outcome.
 
     Raises:
-        NonFiniteLossError: one of the two is NaN or infinite.
+        NonFiniteLossError: The loss or the norm of the gradients is NaN or infinite.
     """
-    # In float16 the loss scaler skips steps whose gradients overflowed, and goes on.
+    loss, norm = outcome.loss, outcome.norm
+    # In float16 the loss scaler skips steps whose gradients overflowed, and training goes on.
     norm_counts = accelerator.mixed_precision != "fp16"
     if math.isfinite(loss) and (math.isfinite(norm) or not norm_counts):
         return
     sample_ids = gather_object([name for batch in packed.bins for name in batch.sample_ids])
     stage, step = place
     if accelerator.is_main_process:
-        write_json(
-            path,
-            {
-                "stage": stage,
-                "step": step,
-                "loss": str(loss),  # JSON has no NaN
-                "gradient_norm": str(norm),
-                "sample_ids": sample_ids,
-            },
-        )
+        report = {
+            "stage": stage,
+            "step": step,
+            "loss": str(loss),  # JSON has no NaN
+            "gradient_norm": str(norm),
+            "sample_ids": sample_ids,
+        }
+        write_json(path, report)
     raise NonFiniteLossError(
         f"loss and gradient norm must be finite, got {loss} and {norm} at step {step} of stage "
         f"{stage!r}; its {len(sample_ids)} samples, {sample_ids[0]} and so on, are in {path}"
@@ -64,18 +59,13 @@ def check_finite(
 
 
 class BrokenSamples:
-    """The samples that were left out, each once, in a file that names them.
-
-    Args:
-        path: the file.
-        most: how many there may be.
-    """
+    """The samples that were left out, each once, at most ``most`` of them, in a file."""
 
     def __init__(self, path: Path, most: int) -> None:
         self.path = path
         self.most = most
         self.reasons: dict[tuple[int, int], str] = {}
-        """(data set, index) -> why; part of a state."""
+        """(data set, index) -> reason; part of a state."""
 
     def __len__(self) -> int:
         return len(self.reasons)
@@ -87,18 +77,22 @@ class BrokenSamples:
             BrokenSamplesError: They are too many. The file names all of them.
         """
         for data, dataset in enumerate(datasets):
-            self.reasons |= {(data, one.index): one.reason for one in broken_records(dataset)}
+            self.reasons |= {
+                (data, sample.index): sample.reason for sample in broken_records(dataset)
+            }
         if self.reasons:
             self.add(0, [], writes=writes)
 
-    def add(self, data: int, found: list[BrokenSample], *, writes: bool) -> None:
-        """Name what any process left out of a data set; the one that ``writes`` keeps the file.
+    def add(self, data: int, broken: list[BrokenSample], *, writes: bool) -> None:
+        """Name the samples of data set ``data`` that any process left out.
+
+        The process that ``writes`` keeps the file.
 
         Raises:
-            BrokenSamplesError: they are too many now.
+            BrokenSamplesError: They are too many now.
         """
-        # Every rank plans the whole step: what a plan finds broken comes from all of them.
-        self.reasons |= {(data, one.index): one.reason for one in gather_object(found)}
+        # Every process plans the whole step and finds what is broken, so each sample comes often.
+        self.reasons |= {(data, sample.index): sample.reason for sample in gather_object(broken)}
         if writes:
             named = [
                 {"data": data, "index": index, "reason": reason}

@@ -1,4 +1,4 @@
-"""What training costs in arithmetic: floating-point operations of each part, forward and backward.
+"""Floating-point operations of each part of a model, forward and backward.
 
 A matrix product of n weights takes 2n operations a row. Pooling, norms and activations are left
 out (below 1 % together), as is attention inside the language model: below 1 % of a 7B model at 512
@@ -25,11 +25,11 @@ class Flops:
 
     @property
     def tile_cost(self) -> float:
-        """What encoding a tile costs in rows of the language model."""
+        """Cost of encoding a tile, in rows of the language model."""
         return self.tile / self.token
 
     def total(self, *, tiles: float, vision_tokens: float, tokens: float, targets: float) -> float:
-        """Operations for so many of each."""
+        """Return the operations for these numbers of each."""
         return (
             tiles * self.tile
             + vision_tokens * self.vision_token
@@ -39,14 +39,14 @@ class Flops:
 
 
 def training_flops(model: Any, learning: Collection[str]) -> Flops:
-    """A forward and backward pass.
+    """Return the operations of a forward and backward pass.
 
     The gradient of a module's inputs costs as much as its forward pass, and so does that of its
     weights; each is computed only where something that learns needs it.
 
     Args:
-        model: a :class:`tokenflex.TokenFlexForConditionalGeneration`; it may be on the meta device.
-        learning: which of "vision", "projector" and "text" learn.
+        model: A :class:`tokenflex.TokenFlexForConditionalGeneration`, also on the meta device.
+        learning: Those of "vision", "projector" and "text" that learn.
     """
     vision, projector = (float(name in learning) for name in ("vision", "projector"))
     text = float("text" in learning)
@@ -61,18 +61,19 @@ def training_flops(model: Any, learning: Collection[str]) -> Flops:
 
 
 def teacher_flops(model: Any) -> Flops:
-    """A teacher's forward pass, over images that the student's has encoded."""
+    """Return the operations of a teacher's forward pass over encoded images."""
     return replace(forward_flops(model), tile=0.0)
 
 
 def tile_cost(model: Any, learning: Collection[str], teacher_vision_tokens: int = 0) -> float:
-    """What a tile costs in rows of the language model, with those it takes in a teacher's pass.
+    """Return the cost of a tile in rows of the language model, with its rows in a teacher's pass.
 
-    The rows that text takes there are left out: about as many in every sample.
+    Rows of text in the teacher's pass are left out: every sample has about as many.
 
     Args:
-        model, learning: as for :func:`training_flops`.
-        teacher_vision_tokens: of a tile; 0 for no teacher.
+        model: As for :func:`training_flops`.
+        learning: As for :func:`training_flops`.
+        teacher_vision_tokens: Vision tokens of a tile in the teacher's pass; 0 without a teacher.
     """
     training, teacher = training_flops(model, learning), teacher_flops(model)
     seen = teacher_vision_tokens * (teacher.vision_token + teacher.token)
@@ -80,7 +81,7 @@ def tile_cost(model: Any, learning: Collection[str], teacher_vision_tokens: int 
 
 
 def forward_flops(model: Any) -> Flops:
-    """A forward pass alone; ``model`` as for :func:`training_flops`."""
+    """Return the operations of a forward pass; ``model`` as for :func:`training_flops`."""
     inner, config = model.model, model.config.vision_config
     encoder = inner.vision_model
     patches = getattr(config, "num_patches", None) or _grid_cells(config)
@@ -102,7 +103,7 @@ def _grid_cells(config: Any) -> int:
 
 
 def _linear_weights(module: nn.Module) -> int:
-    """Weights of the linear layers; a pooling head, which no patch goes through, is left out."""
+    """Count the weights of linear layers, without a pooling head, which no patch goes through."""
     return sum(
         layer.weight.numel()
         for name, layer in module.named_modules()

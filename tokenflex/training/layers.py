@@ -1,10 +1,9 @@
-"""How the layers of encoder and language model run in a stage: recomputed, compiled, or neither.
+"""Recompute or compile the layers of encoder and language model during a stage.
 
 A layer is what transformers marks as one that may be recomputed. Its ``forward`` is replaced on
 the instance and put back after the stage, so names of weights, hooks (FSDP's stay outside) and
-modes are those of the model. transformers' own switch would not do: it recomputes in training mode
-only, and frozen layers, which gradients go through on their way to the projector, are in
-evaluation mode.
+modes do not change. transformers' own switch recomputes in training mode only; frozen layers, which
+gradients pass on their way to the projector, are in evaluation mode.
 """
 
 from __future__ import annotations
@@ -23,27 +22,28 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tokenflex.training.config import TrainConfig
 
 BACKEND = "inductor"
-"""torch.compile's."""
+"""Backend of ``torch.compile``."""
 
 
 def layers_of(module: nn.Module) -> list[nn.Module]:
-    """The layers of an encoder or a language model, in order."""
-    return [one for one in module.modules() if isinstance(one, GradientCheckpointingLayer)]
+    """Return the layers of an encoder or a language model, in order."""
+    return [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
+
+
+def sharded_units(model: Any) -> list[nn.Module]:
+    """Return the parts of a model whose weights are gathered together; the rest is one more."""
+    inner = model.model
+    return [*layers_of(inner.vision_model), *layers_of(inner.language_model), inner.projector]
 
 
 @contextmanager
 def adapted_layers(model: Any, config: TrainConfig, learning: Collection[str]) -> Iterator[None]:
-    """Inside, the layers of ``model`` run as ``config`` says.
+    """Run the layers of ``model`` as ``config`` says, inside a ``with`` block.
 
-    With ``gradient_checkpointing`` a layer that gradients go through keeps its input alone, and so
-    does the projector between its norm and its last product. With ``compile`` each layer is
-    compiled by itself, for any number of rows: layers of one kind share the code, and the packed
-    rows' lengths make no new one.
-
-    Args:
-        model: a :class:`tokenflex.TokenFlexForConditionalGeneration`.
-        config: the run's.
-        learning: which of "vision", "projector" and "text" learn.
+    With ``gradient_checkpointing`` a layer that gradients pass (``learning`` names what learns)
+    keeps only its input, and so does the projector between its norm and its last product. With
+    ``compile`` each layer is compiled by itself for any number of rows: layers of one kind share
+    the code, and new lengths of packed rows need no new code.
     """
     inner = model.model
     text, vision = layers_of(inner.language_model), layers_of(inner.vision_model)
@@ -53,7 +53,7 @@ def adapted_layers(model: Any, config: TrainConfig, learning: Collection[str]) -
         for layer in text + vision:
             forward = layer.forward
             if config.compile:
-                # Of the class: each instance has one of its own only inside this block.
+                # The method of the class: only inside this block does an instance have its own.
                 plain = inspect.unwrap(type(layer).forward).__get__(layer)
                 forward = torch.compile(plain, dynamic=True, backend=BACKEND)
             if layer in recomputed:

@@ -1,4 +1,4 @@
-"""A run's folder: one run at a time, in no folder of others, and no file of others is touched."""
+"""The folder of a run: for one run at a time, and without a change to what others put into it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from tokenflex.files import read_json, sync_folder, write_json
 from tokenflex.locks import NAME as LOCK
 from tokenflex.locks import FolderLock
 from tokenflex.training.checkpoint import (
-    DamagedStateError,
     Sizes,
     check_checkpoint_folder,
     is_checkpoint,
-    load_state,
-    remove_states,
     restore_folder,
-    saved_states,
 )
 from tokenflex.training.config import TrainConfig
 from tokenflex.training.records import read_lines, training_report
+from tokenflex.training.states import (
+    DamagedStateError,
+    load_state,
+    remove_states,
+    saved_states,
+)
 from tokenflex.training.trackers import FOLDER as TRACKERS
 from tokenflex.training.trackers import remove_event_files
 
@@ -38,7 +40,7 @@ REPORT = "report.json"
 NON_FINITE = "non_finite.json"
 BROKEN_SAMPLES = "broken_samples.json"
 
-# Files that a run replaces in one step, under its lock: no process but a dead one is at them.
+# Files that a run replaces in one step, under its lock. Temporary ones are of dead processes.
 _REPLACED = (CONFIG, STATE, METRICS, EVALUATIONS, REPORT, NON_FINITE, BROKEN_SAMPLES)
 _LEFTOVER = re.compile(
     rf"\.(?:{'|'.join(map(re.escape, _REPLACED))}|(?P<folder>{CHECKPOINT}))\.\d+\.(?P<kind>tmp|old)"
@@ -46,28 +48,23 @@ _LEFTOVER = re.compile(
 # What an ablation puts into a run's folder before the run begins.
 _BEFORE_A_RUN = {"config.yaml", "train.log"}
 _KEYS_OF_A_RUN = {"model", "data", "stages", "seed"}
-# In config.json, beside what the run is made by: whether it is finished, its report on training,
-# and the files of the checkpoint that lies there. Runs of earlier versions have no such key.
+# Key of config.json beside those of the configuration: whether the run is finished, its report on
+# training, and the files of its checkpoint. Runs of earlier versions have no such key.
 _PROGRESS = "run"
 
 
 class RunFolder:
-    """The output folder of a run.
-
-    Args:
-        path: The folder; it need not exist.
-        keep_states: How many states the run keeps.
-    """
+    """The output folder of a run, which need not exist, with at most ``keep_states`` states."""
 
     def __init__(self, path: Path, *, keep_states: int = 1) -> None:
         self.path = path
         self.checkpoint_files: dict[str, int] = {}
-        """Names and sizes of what the save of the checkpoint that lies there has written."""
+        """Names and sizes of the files that the save of the present checkpoint wrote."""
         self._keep_states = keep_states
         self._lock = FolderLock(path)
 
     def claim(self) -> None:
-        """Lock the folder, and refuse one that holds other things than a run.
+        """Lock the folder; refuse one that holds anything but a run.
 
         Raises:
             FolderInUseError: Another run is at work in it.
@@ -77,7 +74,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output must be a folder, but {self.path} is a file")
         if self.path.is_dir():
-            self._check()  # before the lock is written into it, too
+            self._check()  # also before the lock is written into it
         self._lock.acquire()
         try:
             self._check()
@@ -102,10 +99,11 @@ class RunFolder:
 
     def _check_ours(self) -> None:
         names = {name for name in os.listdir(self.path) if name != LOCK}
-        if names <= _BEFORE_A_RUN or is_run(self.path):
+        if names <= _BEFORE_A_RUN or read_fingerprint(self.path) is not None:
             return
-        damage = _damage_of(self.path / CONFIG)
-        if damage is not None:
+        try:
+            read_json(self.path / CONFIG)
+        except (OSError, ValueError) as damage:
             problems = []
             for state in saved_states(self.path / STATE, keep=self._keep_states):
                 try:
@@ -113,31 +111,42 @@ class RunFolder:
                 except DamagedStateError as error:
                     problems.append(error)
                 else:
-                    return  # the state itself says what it is of
+                    return  # the state holds the configuration as well
             if CONFIG in names and self._has_traces():
                 raise ValueError(
                     f"{damage}, so nothing says what run output {self.path} holds; give another "
                     "output, or put the file back"
-                )
+                ) from damage
             if problems:
-                raise problems[0]
+                raise problems[0] from damage
         raise ValueError(
             f"output {self.path} holds files of something else, {sorted(names)[0]!r} among them, "
             "and no run; give an empty folder, or one that does not exist"
         )
 
+    def check_configuration(self, fingerprint: str) -> None:
+        """Refuse the folder of a run of another configuration, finished or not.
+
+        Raises:
+            ValueError: The run in the folder has another fingerprint.
+        """
+        made_by = read_fingerprint(self.path)
+        if made_by is not None and made_by != json.loads(fingerprint):
+            raise ValueError(
+                f"{self.path / CONFIG} is of a run of another configuration; give another output, "
+                "or --fresh to begin anew"
+            )
+
     def _has_traces(self) -> bool:
-        """Return whether there is what only a run writes: a line of metrics, or its model."""
+        """Return whether the folder has what only a run writes: a line of metrics or a model."""
         metrics, model = self.path / METRICS, self.path / CHECKPOINT / "config.json"
         return is_checkpoint(model.parent) or (metrics.is_file() and bool(read_lines(metrics)))
 
     def prepare(self, fingerprint: str, *, resumed: bool, fresh: bool) -> None:
-        """Note that a run begins, clear up after a killed one, and remove what an earlier one left.
+        """Note that a run begins; remove what a killed one and an earlier one have left.
 
-        Args:
-            fingerprint: The part of the run's configuration, as JSON, that a run is compared by.
-            resumed: The run continues: its files stay.
-            fresh: The run begins anew: states are removed too.
+        The files of a run that is ``resumed`` stay. Those of one that is not, and its states too if
+        it begins ``fresh``, are removed.
         """
         _, progress = _read_config(self.path)
         self.checkpoint_files = _sizes_in(progress)
@@ -151,12 +160,9 @@ class RunFolder:
             remove_states(self.path / STATE, keep=self._keep_states)
 
     def finish(self, fingerprint: str, training: dict[str, Any], written: Sizes) -> None:
-        """Note that the run is finished, when all that it saved is on the disk.
+        """Note that the run is finished. Everything it saved must be on the disk.
 
-        Args:
-            fingerprint: As of :meth:`prepare`.
-            training: What its report says of training.
-            written: Names and sizes of the checkpoint's files.
+        ``training`` is the report on training, ``written`` the result of :func:`save_model`.
         """
         self.checkpoint_files = {**written}
         self._note(fingerprint, finished=True, training=training)
@@ -172,7 +178,7 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
 
     def sync(self) -> None:
-        """Put the lines that were added to files, and the folder's names, on the disk."""
+        """Write the lines that were added to files, and the names of the folder, to the disk."""
         for name in (METRICS, EVALUATIONS):
             if (self.path / name).is_file():
                 with (self.path / name).open("rb+") as file:
@@ -194,18 +200,17 @@ class RunFolder:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder's ``config.json`` is what a run was made by."""
+    """Return whether a folder's ``config.json`` is that of a run."""
     return read_fingerprint(folder) is not None
 
 
 def read_fingerprint(folder: Path) -> dict[str, Any] | None:
-    """Return what the run in a folder was made by; None where its ``config.json`` is none."""
-    config, _ = _read_config(folder)
-    return config
+    """Return the fingerprint of the run in a folder; None where its ``config.json`` has none."""
+    return _read_config(folder)[0]
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Return what a run was made by, and what it noted of its progress; None for what is none."""
+    """Return a run's fingerprint and what it noted of its progress; None for what is missing."""
     try:
         config = read_json(folder / CONFIG)
     except (OSError, ValueError):
@@ -223,29 +228,15 @@ def _sizes_in(progress: dict[str, Any] | None) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if isinstance(size, int)}
 
 
-def _damage_of(path: Path) -> str | None:
-    """Return why a JSON file cannot be read; None where it can."""
-    try:
-        read_json(path)
-    except (OSError, ValueError) as error:
-        return str(error)
-    return None
-
-
-def finished_report(config: TrainConfig, fingerprint: str) -> dict[str, Any] | None:
-    """Return the report of a run of ``config`` that is finished in its folder; else None.
-
-    Args:
-        config: The run's configuration.
-        fingerprint: The part of it, as JSON, that a run is compared by.
+def finished_report(config: TrainConfig) -> dict[str, Any] | None:
+    """Return the report of a finished run of ``config`` in its folder; None if none is finished.
 
     Raises:
-        ValueError: The run is finished, and something of what it left is damaged.
+        ValueError: The run is finished, and some of what it left is damaged.
     """
     folder = config.output
-    checkpoint = folder / CHECKPOINT
     made_by, progress = _read_config(folder)
-    if (folder / STATE).exists() or made_by != json.loads(fingerprint):
+    if (folder / STATE).exists() or made_by != json.loads(config.fingerprint()):
         return None
     if progress is None:
         report = _report_without_progress(config)
@@ -253,71 +244,58 @@ def finished_report(config: TrainConfig, fingerprint: str) -> dict[str, Any] | N
         report = progress.get("training") if progress.get("finished") is True else None
     if not isinstance(report, dict):
         return None
-    _check_checkpoint(checkpoint)
+    _check_checkpoint(folder / CHECKPOINT)
     if (folder / REPORT).exists():
         saved = read_json(folder / REPORT, "report file")
         if not isinstance(saved, dict) or "accuracy" not in saved:
-            raise ValueError(_damaged(folder / REPORT, "it is not a report"))
+            raise _damaged(folder / REPORT, "it is not a report")
         report = {**report, **saved}
     return report
 
 
 def _report_without_progress(config: TrainConfig) -> dict[str, Any] | None:
-    """Return what a finished run of an earlier version, which noted nothing, says of training.
+    """Return the report on training of a finished run of an earlier version, which noted nothing.
 
     It has a checkpoint, and no metrics or those of its last step.
     """
     metrics = config.output / METRICS
     lines = read_lines(metrics) if metrics.is_file() else []
-    if metrics.is_file() and not _is_last(lines[-1] if lines else {}, config):
-        return None  # begun anew after the checkpoint was written
+    if metrics.is_file():
+        stage, last = config.stages[-1], lines[-1] if lines else {}
+        done = last.get("step" if stage.tokens is None else "stage_tokens", 0)
+        if last.get("stage") != len(config.stages) - 1 or done < stage.budget:
+            return None  # begun anew after the checkpoint was written
     return training_report(_records(lines)) if (config.output / CHECKPOINT).is_dir() else None
 
 
-def _is_last(line: dict[str, Any], config: TrainConfig) -> bool:
-    """Return whether a line of the metrics is that of the run's last step."""
-    stage = config.stages[-1]
-    done = line.get("step" if stage.tokens is None else "stage_tokens", 0)
-    return line.get("stage") == len(config.stages) - 1 and done >= stage.budget
-
-
 def _records(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The counts of each stage, from its last line."""
-    keys = ("stage_name", "seconds", "stage_tokens", "stage_vision_tokens", "stage_tiles")
-    last = {line["stage"]: line for line in lines if all(key in line for key in keys)}
-    return [
-        {
-            "name": line["stage_name"],
-            "steps": line["step"],
-            "seconds": line["seconds"],
-            **{key: line[f"stage_{key}"] for key in ("tokens", "vision_tokens", "tiles")},
-        }
-        for _, line in sorted(last.items())
-    ]
+    """Return the counts of each stage, from its last line."""
+    keys = {
+        **{"name": "stage_name", "steps": "step", "seconds": "seconds"},
+        **{key: f"stage_{key}" for key in ("tokens", "vision_tokens", "tiles")},
+    }
+    last = {line["stage"]: line for line in lines if line.keys() >= {*keys.values()}}
+    return [{key: line[name] for key, name in keys.items()} for _, line in sorted(last.items())]
 
 
 def _check_checkpoint(checkpoint: Path) -> None:
-    """Refuse a checkpoint that is gone, or whose files are cut off.
-
-    Raises:
-        ValueError: One is; the message names it.
-    """
+    """Raise ValueError for a checkpoint that is gone, or for its first file that is cut off."""
     if not checkpoint.is_dir():
-        raise ValueError(_damaged(checkpoint, "it is gone"))
+        raise _damaged(checkpoint, "it is gone")
     read_json(checkpoint / "config.json", "checkpoint file")
     weights = sorted(checkpoint.glob("*.safetensors"))
     if not weights:
-        raise ValueError(_damaged(checkpoint, "it has no weights"))
+        raise _damaged(checkpoint, "it has no weights")
     for path in weights:
         try:
             with safe_open(path, framework="pt"):
                 pass  # compares the size that the header states
         except SafetensorError as error:
-            raise ValueError(_damaged(path, str(error))) from error
+            raise _damaged(path, str(error)) from error
 
 
-def _damaged(path: Path, reason: str) -> str:
-    return (
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(
         f"{path} of a finished run is damaged: {reason}; --fresh trains anew, or give another "
         "output"
     )

@@ -1,7 +1,7 @@
-"""What a GPU can compute at most, from NVIDIA's data sheets: what MFU is a share of.
+"""Peak arithmetic of GPUs, from NVIDIA's data sheets: the 100 % of MFU.
 
-Dense figures, without sparsity, of the tensor cores: bfloat16 and float16 are the same, TF32 is
-what float32 products take where PyTorch is allowed to; plain float32 runs on the other cores.
+Dense figures of the tensor cores. bfloat16 and float16 are the same; TF32 is used for float32
+products where PyTorch may use it; plain float32 runs on the other cores.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _PEAKS = {
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Operations a second, or None for what is not in the table (a CPU, a slice of a GPU).
+    """Return operations a second; None for what is not in the table (a CPU, a slice of a GPU).
 
     Args:
-        device_name: as ``torch.cuda.get_device_name`` gives it.
+        device_name: What ``torch.cuda.get_device_name`` returns.
         precision: "bf16", "fp16" or "no", as in a configuration.
     """
     words = device_name.replace("-", " ").split()

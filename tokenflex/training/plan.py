@@ -1,4 +1,4 @@
-"""What a run will do and cost, before anything is loaded: ``tokenflex train CONFIG --dry-run``.
+"""Plan what a run does and costs: ``tokenflex train CONFIG --dry-run``.
 
 The model is built on the meta device, from configurations alone: no weights are read or allocated.
 """
@@ -37,31 +37,30 @@ from tokenflex.training.build import (
 from tokenflex.training.config import SampleConfig, StageConfig, TrainConfig
 from tokenflex.training.data_config import DataConfig
 from tokenflex.training.flops import Flops, teacher_flops, tile_cost, training_flops
-from tokenflex.training.layers import layers_of
+from tokenflex.training.layers import layers_of, sharded_units
 
 MEASURED_SAMPLES = 64
-_FLOAT32 = 4  # weights, gradients and both of Adam's moments, in bytes
+_FLOAT32 = 4  # bytes of weights, gradients and both of Adam's moments
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage, over all processes unless said otherwise.
+    """The plan of one stage, over all processes unless said otherwise.
 
     Attributes:
-        name: the stage's.
-        trained_parameters: module -> how many parameters learn; frozen modules are left out.
-        steps, samples: optimiser steps, and samples in all of them; of a budget in tokens, the
-            expected ones.
-        steps_are_expected: whether it is that.
-        tokens: expected rows of the language model, text and vision.
-        vision_tokens: the expected share of them that is vision.
-        flops: expected floating-point operations, forward and backward.
-        flops_saved: how much of them the drawn counts save against the largest one, at most 1; a
-            teacher's pass may cost more than they save.
-        tile_cost: what encoding a tile costs, in rows of the language model.
-        state_bytes: weights, gradients and optimiser state of one process; where they are sharded
-            its share of them, and the weights that are gathered at once.
-        activation_bytes: estimated for one forward pass and its backward pass.
+        name: The stage's name.
+        trained_parameters: Module -> parameters that learn, without frozen modules.
+        steps, samples: Optimiser steps, and samples in all of them.
+        steps_are_expected: The stage has a budget in tokens, so both are expected numbers.
+        tokens: Expected rows of the language model, text and vision.
+        vision_tokens: Expected rows that are vision.
+        flops: Expected floating-point operations, forward and backward.
+        flops_saved: Share of them that the drawn counts save against the largest one. Negative
+            where a teacher's pass costs more than they save.
+        tile_cost: Cost of encoding a tile, in rows of the language model.
+        state_bytes: Weights, gradients and optimiser state of one process. With shards its share of
+            them, and the weights that are gathered at once.
+        activation_bytes: Estimate for one forward and backward pass.
     """
 
     name: str
@@ -79,25 +78,23 @@ class StagePlan:
 
 
 def plan_run(config: TrainConfig, processes: int = 1) -> list[StagePlan]:
-    """A plan for each stage, run by so many processes.
+    """Plan each stage of a run on a number of processes.
 
-    The mean sample is ``config.sample`` where that is given, and measured on the first samples of
-    the data otherwise.
+    The mean sample is ``config.sample``, or else measured on the first samples of the data.
 
     Raises:
-        ValueError: a part's configuration is not valid, a count exceeds the model's positions,
+        ValueError: The configuration of a part is not valid, a count exceeds the model's positions,
             there are more processes than samples a step, or no sample can be read.
-        FileNotFoundError: a file that must be there is not.
+        FileNotFoundError: A required file does not exist.
     """
     check_processes(config, processes)
     model = empty_model(config.model)
     counts = [tokens_of(count) for stage in config.stages for count in stage.counts]
     check_length(model.config, max(counts))
     used = dict.fromkeys(config.data_of(stage) for stage in config.stages)
+    shares = model.takes_shared_prefixes
     samples = {
-        data: config.sample
-        or measure_samples(config, data, share_prefix=model.takes_shared_prefixes)
-        for data in used
+        data: config.sample or measure_samples(config, data, share_prefix=shares) for data in used
     }
     return [
         _plan_stage(stage, model, samples[config.data_of(stage)], config, processes)
@@ -106,14 +103,14 @@ def plan_run(config: TrainConfig, processes: int = 1) -> list[StagePlan]:
 
 
 def measure_samples(config: TrainConfig, data: DataConfig, *, share_prefix: bool) -> SampleConfig:
-    """The mean sample among the first that training sees, from texts and image sizes alone.
+    """Return the mean of the first training samples, from texts and image sizes alone.
 
     With ``share_prefix`` what a sample's conversations have in common counts once, as it is packed.
-    All records of a file that are broken are named in warnings.
+    Broken records of a file are named in warnings.
 
     Raises:
-        BrokenSamplesError: more records of a file are broken than ``max_broken_samples``.
-        ValueError: no sample can be read.
+        BrokenSamplesError: More records of a file are broken than ``max_broken_samples``.
+        ValueError: No sample can be read.
     """
     dataset, processor = build_dataset(data), build_processor(config.model)
     known = broken_records(dataset)
@@ -123,10 +120,10 @@ def measure_samples(config: TrainConfig, data: DataConfig, *, share_prefix: bool
     collator = PackingCollator(processor, TokenCounts((1,), (1.0,)), share_prefix=share_prefix)
     check_supply(config, {data: order})
     size = size_of(dataset)
-    asked = MEASURED_SAMPLES if size is None else min(size, MEASURED_SAMPLES)
+    num_read = MEASURED_SAMPLES if size is None else min(size, MEASURED_SAMPLES)
     samples: list[DrawnSample] = []
     broken: list[BrokenSample] = []
-    for position in range(asked):
+    for position in range(num_read):
         try:
             index = order[position][1]
             with leaving_out(dataset, index, broken):  # as training does
@@ -136,7 +133,7 @@ def measure_samples(config: TrainConfig, data: DataConfig, *, share_prefix: bool
             break
     if not samples:
         reason = broken[-1].reason if broken else "there are none"
-        raise ValueError(f"none of the first {asked} samples can be read: {reason}")
+        raise ValueError(f"none of the first {num_read} samples can be read: {reason}")
     text = answers = tiles = shown = 0
     for fitted in samples:
         tiles += sum(fitted.tiles)
@@ -144,12 +141,11 @@ def measure_samples(config: TrainConfig, data: DataConfig, *, share_prefix: bool
         for sequence in fitted.sequences or ():
             shown += sum(fitted.tiles[sequence.images])
             text += sequence.num_tokens([0] * len(fitted.tiles))
-    measured = len(samples)
     return SampleConfig(
-        text_tokens=text / measured,
-        answer_tokens=answers / measured,
-        tiles=tiles / measured,
-        shown_tiles=shown / measured,
+        text_tokens=text / len(samples),
+        answer_tokens=answers / len(samples),
+        tiles=tiles / len(samples),
+        shown_tiles=shown / len(samples),
     )
 
 
@@ -159,7 +155,7 @@ def _plan_stage(
     flops = training_flops(model, stage.learning)
     expected = TokenCounts(stage.counts, stage.weights).expected
     tokens = sample.text_tokens + sample.shown * expected
-    # A budget in tokens ends with the step that reaches it.
+    # A stage with a budget in tokens ends with the step that reaches it.
     steps = stage.steps or math.ceil(stage.budget / (stage.batch_size * tokens))
     samples = steps * stage.batch_size
     cost = samples * _sample_flops(flops, sample, expected)
@@ -167,8 +163,7 @@ def _plan_stage(
     teacher = 0 if stage.teacher_count is None else tokens_of(stage.teacher_count)
     if teacher:
         cost += samples * _sample_flops(teacher_flops(model), sample, teacher)
-    trained = {name: _parameters(model, name) for name in stage.learning}
-    weights = sum(parameter.numel() for parameter in model.parameters())
+    trained = {name: _parameters(modules_of(model)[name]) for name in stage.learning}
     return StagePlan(
         name=stage.name,
         trained_parameters=trained,
@@ -180,7 +175,7 @@ def _plan_stage(
         flops=cost,
         flops_saved=1 - cost / largest,
         tile_cost=tile_cost(model, stage.learning, teacher),
-        state_bytes=_state_bytes(model, weights, sum(trained.values()), config, processes),
+        state_bytes=_state_bytes(model, sum(trained.values()), config, processes),
         activation_bytes=_activation_bytes(stage, model, sample, tokens, config),
     )
 
@@ -194,22 +189,18 @@ def _sample_flops(flops: Flops, sample: SampleConfig, count: float) -> float:
     )
 
 
-def _parameters(model: Any, name: str) -> int:
+def _parameters(modules: Collection[nn.Module]) -> int:
     # The head may share its weight with the embedding: each tensor once.
-    parts = modules_of(model)[name]
-    return sum(one.numel() for one in {p for part in parts for p in part.parameters()})
+    return sum(p.numel() for p in {p for module in modules for p in module.parameters()})
 
 
-def _state_bytes(
-    model: Any, weights: int, trained: int, config: TrainConfig, processes: int
-) -> int:
+def _state_bytes(model: Any, trained: int, config: TrainConfig, processes: int) -> int:
+    weights = _parameters([model])
     everything = _FLOAT32 * (weights + 3 * trained)
     if config.sharding == "none" or processes == 1:
         return everything
-    inner = model.model
-    units = [*layers_of(inner.vision_model), *layers_of(inner.language_model), inner.projector]
-    sizes = [sum(one.numel() for one in unit.parameters()) for unit in units]
-    # All that is in no unit, a unit at work, and the next one on its way.
+    sizes = [_parameters([unit]) for unit in sharded_units(model)]
+    # Gathered are the weights of no unit, of the unit at work, and of the next one.
     gathered = weights - sum(sizes) + 2 * max(sizes)
     return -(-everything // processes) + gathered * _width(config)
 
@@ -221,81 +212,81 @@ def _width(config: TrainConfig) -> int:
 def _activation_bytes(
     stage: StageConfig, model: Any, sample: SampleConfig, tokens: float, config: TrainConfig
 ) -> float:
-    """What backward reads again: inputs and outputs of the linear layers a gradient goes through.
+    """Estimate what the backward pass reads: inputs and outputs of linear layers with a gradient.
 
-    An estimate: norms and attention keep about as much as layers that share an input save. Of
-    recomputed layers it is each one's input, and all of the one at work.
+    Norms and attention keep about as much as layers that share an input save. Of recomputed layers
+    it is the input of each, and all of the one at work.
     """
-    width = _width(config)
     rows = stage.batch_size * tokens
     tiles = stage.batch_size * sample.tiles
     bin_rows = min(rows, stage.max_tokens or rows)
     bin_tiles = min(tiles, stage.max_tiles or tiles, tiles * bin_rows / rows)
-    vision = model.config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    counts = TokenCounts(stage.counts, stage.weights).expected
-    inner, recomputes = model.model, config.gradient_checkpointing
+    vision, inner = model.config.vision_config, model.model
     parts = [(inner.language_model, bin_rows, "text" in stage.learning)]
     if "vision" in stage.learning:
+        patches = (vision.image_size // vision.patch_size) ** 2
         parts.append((inner.vision_model, bin_tiles * patches, True))
     kept = at_work = 0.0
     for part, part_rows, learns in parts:
         layers = layers_of(part)
-        if recomputes:
+        if config.gradient_checkpointing:
             kept += part_rows * part.config.hidden_size * len(layers)
             at_work = max(at_work, part_rows * _linear_widths(layers[0], learns))
         else:
             kept += part_rows * _linear_widths(part, learns)
     if {"vision", "projector"} & set(stage.learning):
-        projected = bin_tiles * counts * _linear_widths(inner.projector, True)
-        kept, at_work = (kept, max(at_work, projected)) if recomputes else (kept + projected, 0)
+        expected = TokenCounts(stage.counts, stage.weights).expected
+        projected = bin_tiles * expected * _linear_widths(inner.projector, True)
+        if config.gradient_checkpointing:
+            at_work = max(at_work, projected)
+        else:
+            kept += projected
     targets = sample.answer_tokens * stage.batch_size * bin_rows / rows
     # Of a chunk the logits, their softmax and their gradient.
     logits = min(targets * model.lm_head.weight.shape[0], CHUNK_LOGITS) * 3 * _FLOAT32
-    return (kept + at_work) * width + logits
+    return (kept + at_work) * _width(config) + logits
 
 
 def _linear_widths(module: nn.Module, learns: bool) -> int:
-    """Elements a row that the linear layers keep; frozen ones do not need their inputs."""
+    """Return the elements a row that linear layers keep; frozen ones do not need their inputs."""
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     return sum(learns * layer.in_features + layer.out_features for layer in layers)
 
 
 def format_plan(plans: Collection[StagePlan]) -> str:
-    """The plan as a table and its totals, for a terminal."""
-    head = ("stage", "trained", "steps", "samples", "tokens", "vision", "FLOP", "saved", "GiB")
-    rows = [
-        (
-            plan.name,
-            f"{_short(sum(plan.trained_parameters.values()))} {'+'.join(plan.trained_parameters)}",
-            "~" * plan.steps_are_expected + str(plan.steps),
-            _short(plan.samples),
-            _short(plan.tokens),
-            _short(plan.vision_tokens),
-            f"{plan.flops:.2e}",
-            f"{plan.flops_saved:.1%}",
-            f"{plan.state_bytes / 2**30:.1f} + {plan.activation_bytes / 2**30:.1f}",
-        )
-        for plan in plans
+    """Return the plan as a table and its totals, for a terminal."""
+    rows: list[tuple[str, ...]] = [
+        ("stage", "trained", "steps", "samples", "tokens", "vision", "FLOP", "saved", "GiB")
     ]
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    lines = [
-        "  ".join(
+    for plan in plans:
+        trained = plan.trained_parameters
+        rows.append(
+            (
+                plan.name,
+                f"{_short(sum(trained.values()))} {'+'.join(trained)}",
+                "~" * plan.steps_are_expected + str(plan.steps),
+                *map(_short, (plan.samples, plan.tokens, plan.vision_tokens)),
+                f"{plan.flops:.2e}",
+                f"{plan.flops_saved:.1%}",
+                f"{plan.state_bytes / 2**30:.1f} + {plan.activation_bytes / 2**30:.1f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        aligned = [
             cell.ljust(width) if column < 2 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (head, *rows)
-    ]
-    total = sum(plan.flops for plan in plans)
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{total:.2e} floating-point operations in all",
-            "trained: parameters and modules. saved: of the arithmetic, against the largest count.",
-            "GiB of one process: weights, gradients, optimiser + activations (estimated).",
         ]
-    )
+        lines.append("  ".join(aligned).rstrip())
+    total = sum(plan.flops for plan in plans)
+    lines += [
+        "",
+        f"{total:.2e} floating-point operations in all",
+        "trained: parameters and modules. saved: of the arithmetic, against the largest count.",
+        "GiB of one process: weights, gradients, optimiser + activations (estimated).",
+    ]
+    return "\n".join(lines)
 
 
 def _short(number: float) -> str:

@@ -1,10 +1,10 @@
-"""Configurations read strictly: unknown and repeated keys, and answers for numbers, are errors."""
+"""Read YAML into pydantic models strictly: unknown keys, repeated keys and true for 1 fail."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
@@ -15,8 +15,8 @@ from tokenflex.files import excerpt, printable
 M = TypeVar("M", bound=BaseModel)
 
 MAX_VALUES = 100_000
-KEY_LENGTH = 100  # characters of where a mistake is
-MOST_MISTAKES = 1000  # that an error names one by one; a file of a stranger may have many more
+KEY_LENGTH = 100  # characters of a key in an error
+MOST_MISTAKES = 1000  # named one by one in an error; a file may have many more
 
 
 class ContradictionsError(ValueError):
@@ -32,12 +32,12 @@ class ContradictionsError(ValueError):
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors, and nothing changes after the file is read."""
+    """A part of a configuration: unknown keys are errors, and its values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     def contradictions(self) -> Iterator[str]:
-        """Yield what is wrong with values that are each allowed by themselves, all of it."""
+        """Yield all that is wrong with values that are each allowed by themselves."""
         yield from ()
 
     @model_validator(mode="after")
@@ -49,7 +49,7 @@ class Strict(BaseModel):
 
 
 def reason_of(check: Callable[[], object]) -> str | None:
-    """Return what a check raises, for :meth:`Strict.contradictions`; None where it passes."""
+    """Return the message of what a check raises; None if it passes."""
     try:
         check()
     except (TypeError, ValueError) as error:
@@ -69,7 +69,7 @@ Float = Annotated[float, BeforeValidator(_no_answer)]
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML as it is meant to be: of a key that is given twice the last one would win in silence."""
+    """Refuses a key that is given twice, of which PyYAML silently keeps the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -84,11 +84,11 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def parse_yaml(content: bytes, name: str) -> Any:
-    """Parse YAML from a stranger, in UTF-8.
+    """Parse one YAML document in UTF-8, from an untrusted source.
 
     Args:
-        content: The bytes of one document.
-        name: What errors call it.
+        content: The bytes.
+        name: Name of the document in errors.
 
     Raises:
         ValueError: It is not YAML, gives a key twice, nests too deeply, or refers to itself or so
@@ -105,7 +105,7 @@ def parse_yaml(content: bytes, name: str) -> Any:
         return loader.construct_document(node)
     except RecursionError:
         raise ValueError(f"{name} nests lists and mappings too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # also numbers and dates that are none
+    except (yaml.YAMLError, ValueError) as error:  # also invalid numbers and dates
         reason = printable(str(error), REASON_LENGTH)
         raise ValueError(f"{name} is not YAML: {reason}") from error
     finally:
@@ -114,11 +114,9 @@ def parse_yaml(content: bytes, name: str) -> Any:
 
 
 def _expanded_size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
-    """Count the values that a node stands for, those that it refers to each time.
+    """Count the values that a node stands for; what it refers to counts each time.
 
-    Args:
-        node: Of a document's graph.
-        sizes: Of nodes that were counted, by identity; None while one is being counted.
+    ``sizes`` holds those of nodes that were counted, by identity; None while one is being counted.
     """
     if isinstance(node, yaml.ScalarNode):
         return 1
@@ -135,12 +133,12 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
 
 
 def read_yaml(path: str | Path, model: type[M]) -> M:
-    """``model`` from a YAML file.
+    """Return a ``model`` with the values of a YAML file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not YAML, gives a key twice, has an unknown one or a value that is not
-            allowed; one line names the key, what came and what was expected.
+        FileNotFoundError: The file does not exist.
+        ValueError: It is not YAML, gives a key twice, has an unknown key or a value that is not
+            allowed. One line names each key with what was given and what was expected.
     """
     path = Path(path)
     if not path.is_file():
@@ -162,7 +160,7 @@ def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
     mistakes: list[str] = []
     described: set[type[BaseModel]] = set()
     for problem in problems:
-        # Of a list whose entries are wrong pydantic says that it is too short, as none are left.
+        # pydantic calls a list of wrong entries too short, as none are left.
         if problem["type"] == "too_short" and problem["loc"] in nested:
             continue
         mistakes += _messages(problem, model, described)
@@ -174,7 +172,7 @@ def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
 def _messages(
     problem: Any, model: type[BaseModel], described: set[type[BaseModel]]
 ) -> Iterator[str]:
-    """Yield what is wrong; of models in ``described`` the known keys were named before."""
+    """Yield messages; the known keys of models in ``described`` have been named before."""
     key = ".".join(str(part) for part in problem["loc"] if part != "[key]") or "the file"
     key, given = printable(key, KEY_LENGTH), excerpt(problem["input"])
     if problem["type"] == "extra_forbidden":
@@ -186,7 +184,7 @@ def _messages(
         yield f"{key} is no known key (got {given}{expected})"
     elif problem["type"] == "missing":
         yield f"{key} is missing"
-    elif problem["type"] == "value_error":  # one of ours: it says itself what came
+    elif problem["type"] == "value_error":  # one of ours, whose message is complete
         error = problem["ctx"]["error"]
         for reason in getattr(error, "reasons", [str(error)]):
             yield f"{key}: {printable(reason, REASON_LENGTH)}"
@@ -195,11 +193,10 @@ def _messages(
 
 
 def _model_at(location: tuple[int | str, ...], model: Any) -> type[BaseModel]:
-    """Return the model in which a key was found."""
+    """Return the model that a key belongs to."""
     for part in location[:-1]:
         if isinstance(part, str):
             annotation = model.model_fields[part].annotation
             candidates = [annotation, *getattr(annotation, "__args__", ())]
             model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    found: type[BaseModel] = model
-    return found
+    return cast("type[BaseModel]", model)

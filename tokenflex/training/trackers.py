@@ -1,4 +1,4 @@
-"""TensorBoard, W&B and the others that accelerate knows: told what the metrics file is told."""
+"""Log to TensorBoard, W&B and other trackers through accelerate."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 PROJECT = "tokenflex"
 FOLDER = "trackers"
 _TIME = re.compile(r"\d+(\.\d+)?")
 
 
 def check_names(trackers: Collection[str]) -> None:
-    """Only what accelerate knows.
-
-    Raises:
-        ValueError: one of the names is unknown.
-    """
+    """Raise ValueError for a name that accelerate does not know."""
     if not trackers:
         return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -29,16 +27,12 @@ def check_names(trackers: Collection[str]) -> None:
 
 
 def check_installed(trackers: Collection[str]) -> None:
-    """accelerate leaves out, without a word, a tracker whose package is missing.
-
-    Raises:
-        ValueError: a package is missing; the message says what to install.
-    """
+    """Raise ValueError for a tracker without its package, which accelerate leaves out silently."""
     if not trackers:
         return
     from accelerate.tracking import LoggerType, get_available_trackers
 
-    # Those that were registered with accelerate by hand are not in its enumeration.
+    # Trackers that were registered with accelerate by hand are not in its enumeration.
     packaged = {str(name) for name in LoggerType.list()}
     available = {str(name) for name in get_available_trackers()}
     for name in trackers:
@@ -49,7 +43,7 @@ def check_installed(trackers: Collection[str]) -> None:
 
 
 def tracker_arguments(trackers: Collection[str], output: Path) -> dict[str, Any]:
-    """What an Accelerator needs to know of them; they write into the run's folder."""
+    """Return the arguments of an Accelerator whose trackers write into the folder of a run."""
     if not trackers:
         return {}
     from accelerate.utils import ProjectConfiguration
@@ -58,32 +52,39 @@ def tracker_arguments(trackers: Collection[str], output: Path) -> dict[str, Any]
     return {"log_with": list(trackers), "project_config": folders}
 
 
-def start_trackers(accelerator: Any, config: Mapping[str, Any], *, first_step: int) -> None:
-    """Begin to track, or go on: at ``first_step``, the next that will be logged.
+def start_trackers(accelerator: Any, config: BaseModel, *, first_step: int) -> None:
+    """Start the trackers, or continue at ``first_step``, the next that will be logged.
 
-    TensorBoard is told to hide what it has from there on, which a run that died had logged after
-    its last state. Other trackers keep it, or refuse to log a step twice (W&B).
+    TensorBoard hides what it has from there on, which a run that died had logged after its last
+    state. Other trackers keep it, or refuse to log a step twice (W&B).
     """
+    values = config.model_dump(mode="json", exclude_none=True)
     accelerator.init_trackers(
         PROJECT,
-        # TensorBoard writes a further event file for it: once is enough.
-        config=None if first_step else dict(flat(config, texts=True)),
+        # TensorBoard writes another event file for it: once is enough.
+        config=None if first_step else dict(flat(values, texts=True)),
         init_kwargs={"tensorboard": {"purge_step": first_step}} if first_step else {},
     )
 
 
-def remove_event_files(folder: Path) -> None:
-    """Remove what TensorBoard was told in an earlier run, and the folders that are then empty.
+def log_to_trackers(accelerator: Any, kind: str, line: dict[str, Any]) -> None:
+    """Log the numbers of a line, with names that begin with ``kind``."""
+    values = {key: value for key, value in line.items() if key not in ("step", "global_step")}
+    accelerator.log(dict(flat(values, kind)), step=line["global_step"])
 
-    Other trackers keep a run of their own for each, under a name of its own. A link is left as it
-    is: what it leads to may be shared with other runs.
+
+def remove_event_files(folder: Path) -> None:
+    """Remove the event files of an earlier run, and the folders that are then empty.
+
+    Other trackers give each run a name of its own. Links stay as they are: other runs may share
+    what they lead to.
     """
     events = folder / PROJECT
     if folder.is_symlink() or events.is_symlink() or not events.is_dir():
         return
-    # A run writes into the project's folder and, of its settings, into one named by the time.
-    own = [path for path in events.iterdir() if _TIME.fullmatch(path.name)]
-    for parent in [*(path for path in own if path.is_dir() and not path.is_symlink()), events]:
+    # A run writes into the project's folder, and its settings into one named by the time.
+    dated = [path for path in events.iterdir() if _TIME.fullmatch(path.name)]
+    for parent in [*(path for path in dated if path.is_dir() and not path.is_symlink()), events]:
         for path in [*parent.iterdir()]:
             is_written = path.name.startswith("events.out.tfevents.") or path.name == "hparams.yml"
             if is_written and path.is_file() and not path.is_symlink():
@@ -98,9 +99,9 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def flat(values: Any, prefix: str = "", *, texts: bool = False) -> Iterator[tuple[str, Any]]:
-    """Names like "learning_rate/text" and their numbers; None is left out.
+    """Yield the numbers of nested values with names like "learning_rate/text"; leave out None.
 
-    ``texts`` keeps texts, and lists as texts.
+    With ``texts`` also yield texts, and lists as texts.
     """
     if isinstance(values, Mapping):
         for name, value in values.items():

@@ -19,7 +19,7 @@ from experiments.ablation.results import spread_of
 from experiments.ablation.run import ablate
 from tests.experiments.ablation.tiny import TINY, TINY_LARGE, canned_report
 from tokenflex.cli import main
-from tokenflex.training.records import TIMING_KEYS
+from tokenflex.training.metrics import TIMING_KEYS
 
 pytestmark = pytest.mark.slow
 
