@@ -1,7 +1,7 @@
 """TokenFLEX: vision-language models whose vision-token count is chosen per image.
 
-The names below are loaded when first used: the projector and the counts need PyTorch only, the rest
-needs an extra, and says which one when it is missing. Importing this module alone takes no time.
+The names below are loaded when first used, so that importing this module is fast. The projector and
+the counts need PyTorch only; the others need an extra, and name it when it is missing.
 """
 
 from __future__ import annotations
