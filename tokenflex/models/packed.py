@@ -24,14 +24,7 @@ def pack_prompts(
     images: ImageTokens | None,
     shared_prefixes: SharedPrefixes | None,
 ) -> dict[str, Any]:
-    """Return the inputs of the language model for a packed row.
-
-    Args:
-        language_model: the language model without its head.
-        config: the model's.
-        plan: the row's, on the model's device.
-        images: the vision tokens of the plan's images; None without images.
-        shared_prefixes: the plan's, see :func:`tokenflex.models.prefixes.share_prefixes`.
+    """Return the inputs of the language model (without its head) for a packed row.
 
     Raises:
         ValueError: counts or prefixes are not the plan's, or the language model's attention cannot

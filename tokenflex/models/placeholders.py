@@ -56,19 +56,8 @@ def merge_prompt(
 ) -> dict[str, Any]:
     """Return the inputs of the language model for a padded batch with its images.
 
-    Args:
-        embedding: the language model's input embeddings.
-        config: the model's.
-        images: as many vision tokens as there are placeholders; None without images.
-        input_ids: int64 or int32 [B, L].
-        inputs_embeds: [B, L, D] in place of ``input_ids``.
-        attention_mask: [B, seen + L], or None.
-        position_ids: int64 [B, L] or [1, L], or None.
-        seen: rows of each sequence that the cache holds.
-
-    Returns:
-        ``inputs_embeds`` [B, L, D], ``attention_mask`` and ``position_ids``. The last two change
-        only where all tokens of an image share a position.
+    ``attention_mask`` [B, seen + L] and ``position_ids`` [B, L] or [1, L] may be None, and change
+    only where all tokens of an image share a position. ``seen`` is the length of the cache.
 
     Raises:
         TypeError: ``input_ids`` are not integers.
@@ -148,13 +137,8 @@ def placeholder_rows(
     """Return the rows of a flattened batch that hold placeholders, and check them.
 
     Equal totals alone would accept two images with swapped counts. So a run of placeholders must
-    end where an image ends; it may hold several images, such as the tiles of one. The mask is read
-    back from the device, once a prompt.
-
-    Args:
-        is_placeholder: bool [B, L] or [L].
-        counts: vision tokens of each image.
-        name: the argument that holds the placeholders, for the error.
+    end where an image ends; it may hold several images, such as the tiles of one. The mask
+    ``is_placeholder`` [B, L] or [L] is read back from the device, once a prompt.
 
     Raises:
         ValueError: a run of placeholders does not end where an image's vision tokens end; the

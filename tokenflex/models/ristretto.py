@@ -162,10 +162,7 @@ def tokenflex_config(
 ) -> TokenFlexConfig:
     """Return our config of a released one.
 
-    Args:
-        released: of :func:`read_ristretto_config`.
-        image_token_id: of the tokenizer's ``<IMG_CONTEXT>``.
-        names: our names of the tensors, which tell whether the encoder has its pooling head.
+    The names of our tensors tell whether the encoder has its pooling head.
     """
     vision = dict(released["vision_config"])
     vision["vision_use_head"] = any(name.startswith("model.vision_model.head.") for name in names)
