@@ -253,7 +253,7 @@ def _value(released: Mapping[str, Any], name: str) -> Any:
 
 def _tile_limits(released: Mapping[str, Any]) -> tuple[int, int]:
     if not _value(released, "dynamic_image_size"):
-        return 1, 1  # whatever the limits are
+        return 1, 1  # the limits have no effect
     return _value(released, "min_dynamic_patch"), _value(released, "max_dynamic_patch")
 
 

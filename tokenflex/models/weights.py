@@ -44,7 +44,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the folder's safetensors files, once each was opened to see that it is whole.
 
     Raises:
-        FileNotFoundError: there is none, or one that the index names is missing.
+        FileNotFoundError: no file exists, or one that the index names is missing.
         ValueError: a file is cut off, or the index names files outside of the folder.
     """
     files = sorted(folder.glob("*.safetensors"))
