@@ -1,7 +1,7 @@
 """TokenFLEX: vision-language models whose vision-token count is chosen per image.
 
-The names below are loaded when first used: the projector and the counts need PyTorch only, the rest
-needs an extra, and says which one when it is missing. Importing this module alone takes no time.
+The names below are loaded when first used, so that importing this module is fast. The projector and
+the counts need PyTorch only; the others need an extra, and name it when it is missing.
 """
 
 from __future__ import annotations
@@ -12,18 +12,22 @@ from typing import TYPE_CHECKING, Any
 from tokenflex._auto_classes import register_with_transformers
 
 if TYPE_CHECKING:
-    from tokenflex.counts import TokenCounts
-    from tokenflex.dropin.families import register_family
-    from tokenflex.dropin.replace import from_pretrained, replace_projector, restore_projector
-    from tokenflex.models.configuration import TokenFlexConfig
-    from tokenflex.models.modeling import TokenFlexForConditionalGeneration
-    from tokenflex.models.processing import TokenFlexProcessor
-    from tokenflex.models.ristretto import load_ristretto
-    from tokenflex.projector import TokenAdaptiveProjector
+    from tokenflex.counts import TokenCounts as TokenCounts
+    from tokenflex.dropin.families import register_family as register_family
+    from tokenflex.dropin.replace import from_pretrained as from_pretrained
+    from tokenflex.dropin.replace import replace_projector as replace_projector
+    from tokenflex.dropin.replace import restore_projector as restore_projector
+    from tokenflex.models.configuration import TokenFlexConfig as TokenFlexConfig
+    from tokenflex.models.modeling import (
+        TokenFlexForConditionalGeneration as TokenFlexForConditionalGeneration,
+    )
+    from tokenflex.models.processing import TokenFlexProcessor as TokenFlexProcessor
+    from tokenflex.models.ristretto import load_ristretto as load_ristretto
+    from tokenflex.projector import TokenAdaptiveProjector as TokenAdaptiveProjector
 
 __version__ = "0.1.0"
 
-# name -> (module that defines it, extra that brings what the module imports; "" is the core)
+# name -> (module that defines it, extra that installs the module's imports; "" is the core)
 _LAZY = {
     "TokenAdaptiveProjector": ("tokenflex.projector", ""),
     "TokenCounts": ("tokenflex.counts", ""),
@@ -36,20 +40,7 @@ _LAZY = {
     "replace_projector": ("tokenflex.dropin.replace", "hf"),
     "restore_projector": ("tokenflex.dropin.replace", "hf"),
 }
-
-__all__ = [
-    "TokenAdaptiveProjector",
-    "TokenCounts",
-    "TokenFlexConfig",
-    "TokenFlexForConditionalGeneration",
-    "TokenFlexProcessor",
-    "from_pretrained",
-    "load_ristretto",
-    "register_family",
-    "replace_projector",
-    "restore_projector",
-]
-
+__all__ = list(_LAZY)
 
 register_with_transformers()
 

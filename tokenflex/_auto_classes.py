@@ -1,9 +1,10 @@
-"""Make transformers' Auto classes know our model, without importing transformers ourselves.
+"""Registration of our model with transformers' Auto classes, without importing transformers.
 
-``import tokenflex`` must stay light and work where transformers is not installed; yet after it,
-``AutoModelForImageTextToText.from_pretrained`` must know a saved model. So ours is registered at
-the moment transformers loads its own registries. Trainers and servers that look the class of a
-checkpoint up by its name find it on the transformers package, which loads it when it is asked for.
+``import tokenflex`` must be fast and work without transformers; yet after it,
+``AutoModelForImageTextToText.from_pretrained`` must know a saved model. So our classes are
+registered when transformers loads its registries. Trainers and servers that look the class of a
+checkpoint up by its name find it as an attribute of the transformers package, loaded when first
+used.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _REGISTRARS = {
     "transformers.models.auto.processing_auto": ("tokenflex.models.processing",),
 }
 PACKAGE = "transformers"
-# What they look up there -> our module that defines it
+# class name -> our module that defines it
 _CLASSES = {
     "TokenFlexConfig": "tokenflex.models.configuration",
     "TokenFlexForConditionalGeneration": "tokenflex.models.modeling",
@@ -40,7 +41,7 @@ _CLASSES = {
 
 
 class _RegisterAfterImport(MetaPathFinder):
-    """Finds nothing itself; adds our registration to the end of a registry's own import."""
+    """A finder that adds our registration to the end of a registry's import."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -74,14 +75,14 @@ def _register(registry: str) -> None:
     try:
         for module in _REGISTRARS[registry]:
             importlib.import_module(module)
-    except ImportError as error:  # another transformers than ours: it must work on without us
+    except ImportError as error:  # an unsupported transformers must still work
         warnings.warn(f"tokenflex is not registered with transformers: {error}", stacklevel=2)
 
 
 def _offer_classes(package: ModuleType) -> None:
     """Give the package our classes as attributes that are loaded when first used.
 
-    Through its class: transformers may make the package a second time, and others hold the first.
+    They are added to its class, as transformers may make the package a second time.
     """
     lazy: Any = type(package)
     if lazy is ModuleType or hasattr(lazy, "_tokenflex_classes"):
@@ -98,8 +99,8 @@ def _offer_classes(package: ModuleType) -> None:
 
 
 def register_with_transformers() -> None:
-    """Register now with what transformers has loaded, and later with what it has not."""
+    """Register with the loaded modules of transformers now, and with others when they load."""
     sys.meta_path.insert(0, _RegisterAfterImport())
     for registry in (PACKAGE, *_REGISTRARS):
-        if sys.modules.get(registry) is not None:  # None is how tests say "not installed"
+        if sys.modules.get(registry) is not None:  # tests set None for "not installed"
             _register(registry)

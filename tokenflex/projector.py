@@ -26,7 +26,7 @@ from tokenflex_kernels.project_tokens.op import check_save, project_tokens
 
 
 class TokenAdaptiveProjector(nn.Module):
-    """Pool, normalise and project patch features to as many vision tokens as asked for.
+    """Pool, normalise and project patch features to a chosen number of vision tokens.
 
     Adaptive average pooling + LayerNorm + SwiGLU, as in TokenFLEX (arXiv 2504.03154). Its
     parameters do not depend on the count, so one projector serves every budget and a batch may mix
@@ -36,18 +36,18 @@ class TokenAdaptiveProjector(nn.Module):
     Args:
         vision_width: C, width of the patch features.
         text_width: D, width of the language model.
-        hidden_width: H of the gated unit; 3 * vision_width if None, as in the paper.
-        num_tokens: the count used when ``forward`` is given none.
+        hidden_width: H of the SwiGLU; 3 * vision_width if None, as in the paper.
+        num_tokens: the default count of ``forward``.
         pooling: "adaptive" (the paper) or "resize" (the released model).
         eps: of the LayerNorm.
-        save: "preactivation" or "input": what training keeps for backward, see
+        save: "preactivation" or "input", which training keeps for backward, see
             :func:`tokenflex_kernels.project_tokens`.
-        position: None (the paper), or "normalized" to add a learned linear map of where each
-            token's cell lies in its image (:func:`tokenflex.positions.cell_positions`), so that
-            tokens of grids that were never trained know their place too. It begins at zero.
+        position: None (the paper), or "normalized" to add a learned linear map of the position of
+            each token's cell in its image (:func:`tokenflex.positions.cell_positions`), which also
+            holds for grids that were never trained. It begins at zero.
 
     Raises:
-        TypeError, ValueError: an argument is not of the kind or range described above.
+        TypeError, ValueError: an argument is of a wrong type or out of its range.
 
     Example:
         >>> projector = TokenAdaptiveProjector(vision_width=1152, text_width=2048)
@@ -76,7 +76,7 @@ class TokenAdaptiveProjector(nn.Module):
         hidden_width = 3 * vision_width if hidden_width is None else hidden_width
         self.hidden_width = check_count("hidden_width", hidden_width)
         grid = token_grid(num_tokens)
-        # A pair may come as a list (JSON has no tuples), but a list means one count per image.
+        # JSON has lists in place of pairs, but a list of counts has one per image.
         self.num_tokens: TokenCount = grid if isinstance(num_tokens, Sequence) else num_tokens
         self.pooling = check_mode(pooling, name="pooling")
         self.save = check_save(save)
@@ -90,7 +90,7 @@ class TokenAdaptiveProjector(nn.Module):
             nn.init.zeros_(self.position.weight)
 
     def reset_parameters(self) -> None:
-        """Fresh weights: PyTorch's initialisation of a LayerNorm and of Linears, no position."""
+        """Initialise the weights as PyTorch does, and the position with zeros."""
         for module in (self.layernorm, self.gate, self.up, self.down):
             module.reset_parameters()
         if self.position is not None:
@@ -104,7 +104,7 @@ class TokenAdaptiveProjector(nn.Module):
         *,
         plan: PoolPlan | None = None,
     ) -> torch.Tensor:
-        """Vision tokens for every image.
+        """Return the vision tokens of every image.
 
         Args:
             features: float [B, L, C], L patches per image; or flat [sum of L, C] with ``grids``.
@@ -112,15 +112,15 @@ class TokenAdaptiveProjector(nn.Module):
                 with one of those per image; the projector's own ``num_tokens`` if None.
             grids: the images' patch grids: an (H, W) tuple for all images of a batch, or one per
                 image; None for a batch of square grids.
-            plan: both at once, as :func:`tokenflex_kernels.plan_pooling` made them in a data
-                loader, say: no work is left for the call, and a compiled projector takes any
-                number of images.
+            plan: a plan of both, for example of a data loader, in place of ``num_tokens`` and
+                ``grids`` (:func:`tokenflex_kernels.plan_pooling`). A compiled projector then takes
+                any number of images.
 
         Returns:
             [B, N, D] for one count; flat [sum of N, D] for a sequence of counts or a plan.
 
         Raises:
-            TypeError: ``features`` is not a float tensor, or a count or grid is not made of ints.
+            TypeError: ``features`` is not a float tensor, or a count or grid has other than ints.
             ValueError: counts, grids and features do not fit together.
         """
         check_tensor("features", features)
@@ -158,7 +158,9 @@ class TokenAdaptiveProjector(nn.Module):
         if self.position is None:
             return tokens
         weight = self.position.weight
-        dtype = weight.dtype if weight.is_floating_point() else tokens.dtype  # ints: quantised
+        dtype = (
+            weight.dtype if weight.is_floating_point() else tokens.dtype
+        )  # quantised weights are ints
         offsets = self.position(cell_positions(plan, dtype, tokens.device))
         return tokens + offsets.to(tokens.dtype)
 
@@ -182,7 +184,7 @@ class TokenAdaptiveProjector(nn.Module):
         )
 
     def _is_plain(self) -> bool:
-        """Whether the submodules are what the fused op assumes: their weights and nothing else.
+        """Return True if the submodules are plain layers, as the fused op assumes.
 
         Adapters (LoRA), quantised layers, sharded layers and hooks replace or extend them.
         """
@@ -201,7 +203,7 @@ class TokenAdaptiveProjector(nn.Module):
         )
 
     def _project_by_modules(self, rows: torch.Tensor, plan: PoolPlan) -> torch.Tensor:
-        """The same maths through the submodules' own forward."""
+        """Compute the same through the forward of the submodules."""
         pooled = pool_norm(rows, plan, mode=self.pooling)
         if self.save == "input":
             return checkpoint(self._feed_forward, pooled, use_reentrant=False)
@@ -218,53 +220,48 @@ class TokenAdaptiveProjector(nn.Module):
 def _patch_grids(
     features: torch.Tensor, grids: Grid | Sequence[Grid] | None
 ) -> tuple[int, Grid | list[Grid]]:
-    """How many images, and their patch grid or one for each, checked against the patches."""
+    """Return the number of images, and their patch grid or a list with one for each."""
+    batched, patches = features.ndim == 3, features.shape[-2]  # of an image, or of all
     if grids is None:
-        if features.ndim == 2:
+        if not batched:
             raise ValueError(
                 f"grids must name each image's (H, W) when features are flat, got None for "
                 f"features of shape {tuple(features.shape)}"
             )
-        batch, patches, _ = features.shape
         try:
-            square = token_grid(patches, name="grids")
+            return len(features), token_grid(patches, name="grids")
         except ValueError:
             raise ValueError(
                 f"grids must be given when an image's {patches} patches are no square grid"
             ) from None
-        return batch, square
     if is_one_count(grids):
-        one = token_grid(grids, name="grids")
-        patches = one[0] * one[1]
-        if features.ndim == 3 and features.shape[1] != patches:
+        grid = token_grid(grids, name="grids")
+        size = grid[0] * grid[1]
+        if batched and patches != size:
             raise ValueError(
-                f"grids = {one} holds {patches} patches, but features have {features.shape[1]} "
+                f"grids = {grid} holds {size} patches, but features have {patches} per image"
+            )
+        if not batched and patches % size:
+            raise ValueError(
+                f"grids={grid} holds {size} patches an image, but the {patches} rows of features "
+                "are no multiple of that"
+            )
+        return len(features) if batched else patches // size, grid
+    per_image = check_grids("grids", grids)
+    sizes = [height * width for height, width in per_image]
+    if not batched and patches != sum(sizes):
+        raise ValueError(
+            f"grids of {len(per_image)} images hold {sum(sizes)} patches, but features have "
+            f"{patches} rows"
+        )
+    if batched and len(per_image) != len(features):
+        raise ValueError(
+            f"grids must have one entry per image: got {len(per_image)} for {len(features)} images"
+        )
+    for i, size in enumerate(sizes if batched else ()):
+        if size != patches:
+            raise ValueError(
+                f"grids[{i}] = {per_image[i]} holds {size} patches, but features have {patches} "
                 "per image"
             )
-        if features.shape[0] % patches and features.ndim == 2:
-            raise ValueError(
-                f"grids={one} holds {patches} patches an image, but the {features.shape[0]} rows "
-                "of features are no multiple of that"
-            )
-        return features.shape[0] // (1 if features.ndim == 3 else patches), one
-    per_image = check_grids("grids", grids)
-    if features.ndim == 3:
-        batch, patches, _ = features.shape
-        if len(per_image) != batch:
-            raise ValueError(
-                f"grids must have one entry per image: got {len(per_image)} for {batch} images"
-            )
-        for i, (height, width) in enumerate(per_image):
-            if height * width != patches:
-                raise ValueError(
-                    f"grids[{i}] = {(height, width)} holds {height * width} patches, but features "
-                    f"have {patches} per image"
-                )
-        return batch, per_image
-    patches = sum(height * width for height, width in per_image)
-    if patches != features.shape[0]:
-        raise ValueError(
-            f"grids of {len(per_image)} images hold {patches} patches, but features have "
-            f"{features.shape[0]} rows"
-        )
     return len(per_image), per_image

@@ -55,6 +55,12 @@ def packed(batch) -> dict:
     return {"plan": plan, "pixel_values": pixel_values, "num_image_tokens": counts}
 
 
+def test_adjacent_images_of_a_plan_in_another_order_end_where_each_ends():
+    plan = plan_packing([[5, IMAGE, IMAGE, 6]], [4, 9], IMAGE, image_index=[1, 0])
+    inputs = {"plan": plan, "pixel_values": pixels(2), "num_image_tokens": [4, 9]}
+    assert seen_positions(shared_model(), **inputs) == [0, *[9] * 9, *[13] * 4, 14]
+
+
 def test_text_after_an_image_stands_next_to_all_of_its_tokens():
     one = prompt([5, IMAGE, 6, 7, IMAGE, 8], [4, (2, 3)])
     inputs = {**prompt(one.ids, [4, 6]).inputs(), "num_image_tokens": one.counts}

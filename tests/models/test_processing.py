@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import TypedDict
+
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoProcessor, PreTrainedTokenizerFast
+from transformers.processing_utils import ProcessingKwargs
 
 from tests.models.tiny import IMAGE, PIXELS, check_same_pixels, picture, tiny_model
 from tokenflex import TokenFlexProcessor
 from tokenflex.digits.processor import digits_processor
+from tokenflex.models.call_options import known_options
 
 
 @pytest.fixture(scope="module")
@@ -323,6 +328,25 @@ def test_what_servers_ask_for(processor):
 def test_options_that_nobody_takes(processor, options, error, words):
     with pytest.raises(error, match=words):
         processor(images=A, text="<image> odd", **options)
+
+
+def test_names_of_options_are_those_that_parts_declare_and_take():
+    class Options(TypedDict):
+        sharpness: float
+
+    class Tokenizer:
+        def __call__(self, text, boxes=None, **kwargs): ...
+
+    processor = SimpleNamespace(
+        valid_processor_kwargs=ProcessingKwargs,
+        tokenizer=Tokenizer(),
+        image_processor=SimpleNamespace(valid_kwargs=Options),
+    )
+    groups = known_options(processor)
+    assert {"boxes", "padding", "split_special_tokens"} <= groups["text_kwargs"]
+    assert not {"text", "self", "kwargs"} & groups["text_kwargs"]
+    assert {"sharpness", "do_resize"} <= groups["images_kwargs"]
+    assert groups.keys() == {"text_kwargs", "images_kwargs", "videos_kwargs", "audio_kwargs"}
 
 
 def test_options_of_other_modalities_have_nothing_to_act_on(processor):

@@ -11,7 +11,7 @@ from tokenflex.cli.parser import CommandLine
 
 
 def add_to(commands: CommandLine) -> None:
-    """The command and its arguments."""
+    """Add the command and its arguments."""
     generate = commands.add(
         "generate",
         _generate,
@@ -21,7 +21,7 @@ def add_to(commands: CommandLine) -> None:
     )
     generate.add_argument("--model", type=Path, required=True, help="checkpoint folder")
     generate.add_argument("--image", type=Path, action="append", default=[], help="may be repeated")
-    generate.add_argument("--prompt", required=True, help="what to ask")
+    generate.add_argument("--prompt", required=True, help="the question")
     generate.add_argument(
         "--tokens",
         type=counts_grids_or_auto,
@@ -45,7 +45,7 @@ def add_to(commands: CommandLine) -> None:
         "of the answer has a probability below this, for example 0.9; needs no router. The table "
         "then also shows the vision tokens of all tries",
     )
-    generate.add_argument("--max-tiles", type=positive, help="cut images into at most so many")
+    generate.add_argument("--max-tiles", type=positive, help="the most tiles of an image")
     generate.add_argument("--max-new-tokens", type=positive, default=64, help="longest answer")
 
 

@@ -1,9 +1,9 @@
-"""Lead transformers' Auto classes from a saved checkpoint to the installed tokenflex.
+"""The ``auto_map`` of saved checkpoints, by which transformers' Auto classes find tokenflex.
 
 In a process that has imported tokenflex the Auto classes know our classes. In any other they read
 the ``auto_map`` of ``config.json`` and ``processor_config.json``, which names a module beside the
-weights. That module only imports tokenflex, and is run with ``trust_remote_code=True`` alone:
-without it transformers refuses to load, where it would otherwise hand out a bare tokenizer.
+weights. That module only imports tokenflex, and runs only with ``trust_remote_code=True``. Without
+that, transformers refuses to load; without an ``auto_map`` it would return a bare tokenizer.
 """
 
 from __future__ import annotations
@@ -28,14 +28,11 @@ __all__ = [
 
 
 class InstalledClass:
-    """A class of tokenflex's own, which transformers must not copy into checkpoints."""
+    """A class whose source transformers must not copy into checkpoints."""
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Do nothing: transformers calls this on what it finds through an ``auto_map``.
-
-        It would save a copy of the source file with each checkpoint, which could not be imported.
-        """
+        """Do nothing; transformers would save a copy of the source file with each checkpoint."""
 
 
 class SavedWithStub(InstalledClass):
@@ -44,13 +41,13 @@ class SavedWithStub(InstalledClass):
     auto_classes: ClassVar[dict[str, str]] = {}
 
     def to_dict(self) -> dict[str, Any]:
-        """transformers' own, with the ``auto_map``."""
+        """Return the values that transformers saves, and the ``auto_map``."""
         stub = STUB.removesuffix(".py")
         auto_map = {auto: f"{stub}.{name}" for auto, name in self.auto_classes.items()}
         values: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         return {**values, "auto_map": auto_map}
 
     def to_json_file(self, json_file_path: Any, *args: Any, **kwargs: Any) -> None:
-        """transformers' own, with the module beside the file."""
+        """Save as transformers does, with the module beside the file."""
         super().to_json_file(json_file_path, *args, **kwargs)  # type: ignore[misc]
         Path(json_file_path).with_name(STUB).write_text(_STUB_SOURCE, encoding="utf-8")

@@ -46,9 +46,6 @@ def known_options(processor: Any) -> dict[str, set[str]]:
 
     These are the names that transformers gives to all models, those that the processor or its part
     declares, and the arguments of the part's methods.
-
-    Args:
-        processor: a transformers processor.
     """
     declared = processor.valid_processor_kwargs.__annotations__
     groups = {}
@@ -86,15 +83,12 @@ def check_known(name: str, known: set[str], owner: str) -> None:
 def check_names(
     processor: Any, options: Mapping[str, Any], more: Iterable[str] = ()
 ) -> dict[str, set[str]]:
-    """Refuse options of our processor that no part of it takes.
+    """Refuse options of our processor that no part of it takes; return :func:`known_options`.
 
     Args:
         processor: a :class:`tokenflex.TokenFlexProcessor`.
         options: arguments of a call beside images and text.
         more: further known names.
-
-    Returns:
-        The :func:`known_options`.
 
     Raises:
         TypeError: a name is unknown; the message holds the nearest known name.
@@ -149,10 +143,6 @@ def sort_options(processor: Any, options: Mapping[str, Any]) -> CallOptions:
     An option comes from the call or from ``text_kwargs`` and the like, then from ``common_kwargs``,
     then from what the tokenizer was saved with. By default the batch is padded to its longest
     prompt, and tensors are returned.
-
-    Args:
-        processor: a :class:`tokenflex.TokenFlexProcessor`.
-        options: arguments of a call beside images and text.
 
     Raises:
         TypeError, ValueError: as :func:`check_names`; or an option is given twice, or is not valid.

@@ -86,7 +86,7 @@ def read_chat(
     images that are given beside the conversation.
 
     Args:
-        conversation: a list of messages; they are not changed.
+        conversation: a list of messages.
         name: its name in errors.
         placeholders: texts that stand for an image in the processor's prompts.
         foreign: texts that users may write in their place; refused everywhere.
@@ -170,10 +170,7 @@ def without_placeholders(text: str, placeholders: Sequence[str]) -> str:
 def image_pattern(image_start: str, placeholder: str, image_end: str) -> re.Pattern[str]:
     """Match a placeholder, and the marks around it where a prompt holds them.
 
-    Args:
-        image_start: the mark before an image's placeholders.
-        placeholder: the placeholder.
-        image_end: the mark after them; a prompt may leave out its trailing white space.
+    A prompt may leave out the white space at the end of ``image_end``.
     """
     end = image_end.rstrip()
     parts = (image_start, placeholder, end, image_end[len(end) :])
@@ -289,15 +286,12 @@ def assistant_masks(
     spans: Sequence[Sequence[tuple[int, int]]],
     replacements: Sequence[Sequence[Mapping[str, Any]]],
 ) -> list[list[int]]:
-    """Mark the tokens of each row that an assistant wrote.
+    """Return a list of 0 and 1 per row, 1 for the tokens that an assistant wrote.
 
     Args:
         offsets: the (start, end) of each token in the text with all placeholders repeated.
         spans: the (start, end) of an assistant's texts, before placeholders were repeated.
         replacements: the processor's ``text_replacement_offsets``.
-
-    Returns:
-        A list of 0 and 1 per row.
     """
     masks = []
     for tokens, written, replaced in zip(offsets, spans, replacements, strict=True):

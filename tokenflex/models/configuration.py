@@ -1,4 +1,4 @@
-"""What a TokenFLEX model is made of: a vision encoder, a projector and a language model."""
+"""The configuration of a model: a vision encoder, a projector and a language model."""
 
 from __future__ import annotations
 
@@ -17,30 +17,28 @@ from tokenflex_kernels.pool_norm.axis_weights import check_mode
 class TokenFlexConfig(SavedWithStub, PretrainedConfig):
     """Configuration of :class:`TokenFlexForConditionalGeneration`.
 
-    The tiny demo model and SigLIP-400M + Qwen2.5 differ in nothing but these values.
-
     Args:
         vision_config: config, or dict with a ``model_type``, of any transformers vision encoder
             that returns patch features as ``last_hidden_state``; SigLIP by default.
         text_config: config, or dict with a ``model_type``, of a transformers causal language model
-            with ``inputs_embeds`` and a ``past_key_values`` cache; Qwen2 by default. What it
-            does to its logits must be known (:mod:`tokenflex.models.head`); others are refused.
-        image_token_id: the placeholder that stands for one vision token in ``input_ids``.
-        num_image_tokens: vision tokens per image where a call names no count.
+            with ``inputs_embeds`` and a ``past_key_values`` cache; Qwen2 by default. Its transform
+            of logits must be one of :mod:`tokenflex.models.head`.
+        image_token_id: the placeholder of one vision token in ``input_ids``.
+        num_image_tokens: the default number of vision tokens per image.
         pooling: "adaptive" (the paper) or "resize" (the released model).
         projector_hidden_width: width of the gated unit; 3 * vision width if None.
         projector_eps: of the projector's LayerNorm.
-        projector_position: None, or "normalized" for a learned term of where in the image each
-            token's cell lies, see :class:`tokenflex.TokenAdaptiveProjector`.
-        image_positions: "sequential" counts the vision tokens of an image like text; "shared" gives
-            all of them the position of its last one, so that no distance depends on their number:
-            only the term of ``projector_position``, which it needs, tells them apart. The two
-            together make one model answer at counts it was never trained with.
-        trained_num_image_tokens: the counts the model was trained with, where that is known; it
-            warns of others.
+        projector_position: None, or "normalized" for a learned term of the position of each token's
+            cell in its image, see :class:`tokenflex.TokenAdaptiveProjector`.
+        image_positions: "sequential" numbers an image's vision tokens like text; "shared" gives all
+            of them the position of its last one, so that no distance depends on their number. It
+            needs ``projector_position``, which alone then distinguishes them. The two together
+            let a model answer at counts it was not trained with.
+        trained_num_image_tokens: the counts the model was trained with, if known. The model warns
+            of others.
 
     Raises:
-        TypeError: a value is not of the kind described above.
+        TypeError: a value is of a wrong type.
         ValueError: an unknown ``model_type``, ``pooling`` or position, a count that is no square
             grid, a vision encoder without ``hidden_size`` or ``patch_size``.
     """

@@ -140,8 +140,9 @@ class ConversationProcessor(ProcessorMixin):
 
     def _chat_template(self, chat_template: str | None) -> str:
         """Return the source of a template by its name, of the default one if None."""
-        own = self.chat_template
-        templates = own if isinstance(own, dict) else {} if own is None else {"default": own}
+        templates = self.chat_template or {}
+        if isinstance(templates, str):
+            templates = {"default": templates}
         if chat_template is not None:
             return templates.get(chat_template, chat_template)
         if "default" not in templates:

@@ -140,11 +140,10 @@ class TokenFlexGeneration(ChoosesCounts, ChunkedPrefill, GenerationMixin):
         counts: encoded by itself, or ``encoded_images``, which must then be of its own encoder.
 
         Example:
-            >>> inputs = processor(images=picture, text=question)
-            >>> images = model.encode_images(inputs["pixel_values"])
+            >>> data, tiles = processor.process_images([picture])
+            >>> images = model.encode_images(data["pixel_values"])
             >>> for count in (64, 144, 256):  # one pass of the encoder for three answers
-            ...     inputs = processor(images=picture, text=question, num_image_tokens=count)
-            ...     inputs.pop("pixel_values")
+            ...     inputs = processor.encode_text(question, tiles, num_image_tokens=count)
             ...     model.generate(**inputs, encoded_images=images)
         """
         if asks_for_choice(kwargs):

@@ -1,7 +1,7 @@
-"""From the language model's last hidden states to logits, as its own class does it.
+"""The head: from the language model's last hidden states to logits, as its own class computes them.
 
 transformers keeps a language model's head in its causal class, not in the model under it. Most are
-one Linear; what a family does besides (a bias, a scale, a cap) stands here.
+one Linear; some families add a bias, a scale or a cap.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
-# What other families do to their logits -> the value with which they leave them alone.
+# Fields of families that transform logits in another way -> the value that has no effect.
 _UNKNOWN_FIELDS = {
     "lm_head_multiplier": 1,
     "output_multiplier": 1,
@@ -24,7 +24,7 @@ _UNKNOWN_FIELDS = {
 
 
 def build_head(config: PretrainedConfig) -> nn.Linear:
-    """A fresh output layer, with a bias where the language model's own class has one.
+    """Make an output layer, with a bias where the language model's own class has one.
 
     Args:
         config: the language model's.
@@ -39,7 +39,7 @@ def build_head(config: PretrainedConfig) -> nn.Linear:
         raise ValueError(
             f"text_config must be of a causal language model, got model_type {config.model_type!r}"
         )
-    with torch.device("meta"):  # nothing but its shape
+    with torch.device("meta"):  # only its shape is needed
         head: Any = causal_class(copy.deepcopy(config)).get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.in_features != config.hidden_size:
         raise ValueError(
@@ -50,25 +50,25 @@ def build_head(config: PretrainedConfig) -> nn.Linear:
 
 
 def check_logits(config: PretrainedConfig) -> None:
-    """Refuse a language model that does to its logits what :func:`transform_logits` does not.
+    """Refuse a language model whose logits :func:`transform_logits` does not compute.
 
     Raises:
-        ValueError: it does; the message names the field of its config.
+        ValueError: the message names the field of its config.
     """
     unknown = dict(_UNKNOWN_FIELDS)
-    if config.model_type == "hyperclovax":  # it multiplies by what Granite divides by
+    if config.model_type == "hyperclovax":  # multiplies by it, where Granite divides
         unknown["logits_scaling"] = 1
     for name, neutral in unknown.items():
         value = getattr(config, name, neutral)
         if value is not None and value != neutral:
             raise ValueError(
                 f"text_config.{name} of model_type {config.model_type!r} must be {neutral}, as "
-                f"what it does to logits is not known here, got {value}"
+                f"its effect on logits is not known, got {value}"
             )
 
 
 def transform_logits(logits: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
-    """What the language model's family does to the output of its head.
+    """Transform the output of the head as the language model's family does.
 
     ``logit_scale`` multiplies (Cohere), ``logits_scaling`` divides (Granite), and
     ``final_logit_softcapping`` c gives c * tanh(logits / c) (Gemma 2).

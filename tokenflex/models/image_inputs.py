@@ -66,15 +66,10 @@ def _named(image: Any, name: str) -> NamedImage:
 def read_images(
     images: Sequence[NamedImage], image_processor: Any, options: Mapping[str, Any]
 ) -> list[Image.Image | np.ndarray]:
-    """Read the images of a call as upright RGB pixels.
+    """Read the images of a call as upright RGB pixels, as the image processor's options say.
 
-    Args:
-        images: sources are whatever :func:`tokenflex.images.load_image` takes.
-        image_processor: a transformers image processor.
-        options: those of the image processor in this call. ``input_data_format`` is the layout of
-            arrays and tensors, guessed from their shape by default; images that were read no longer
-            need it. With ``do_rescale=False`` arrays and tensors of floats are not brought to 8
-            bits, and come as float arrays [3, H, W].
+    ``input_data_format`` is the layout of arrays and tensors, guessed from their shape by default.
+    With ``do_rescale=False`` floats are not brought to 8 bits, and become arrays [3, H, W].
 
     Raises:
         FileNotFoundError, OSError, TypeError, ValueError: an image cannot be read.

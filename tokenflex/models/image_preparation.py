@@ -33,7 +33,7 @@ class ImagePreparation(ProcessorMixin):
         """Return the encoder's inputs, and the number of tiles that each image became.
 
         Args:
-            images: whatever :func:`tokenflex.images.load_image` takes.
+            images: as :func:`tokenflex.images.load_image` takes them.
             max_tiles: in place of the processor's own.
             **options: for the image processor; ``return_tensors`` is "pt" by default.
 

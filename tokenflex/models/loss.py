@@ -1,13 +1,13 @@
-"""Cross entropy of a language model's head in chunks: never the logits of all targets at once.
+"""Cross entropy of a language model's head in chunks, without the logits of all targets at once.
 
-At 150 000 words of vocabulary a target's logits take 0.6 MB, their softmax and gradient as much
-again: more than everything else a small language model keeps of a token. Here forward goes through
-the targets chunk by chunk and computes the gradients of each while its logits are at hand, so that
-the logits are neither kept nor computed again; backward only multiplies by what comes from above.
-(The idea is Liger-Kernel's, arXiv 2410.10989; this is plain PyTorch.)
+At a vocabulary of 150 000 a target's logits take 0.6 MB, and their softmax and gradient as much
+again: more than all other activations of a token in a small language model. Forward goes through
+the targets in chunks and computes the gradients of each chunk with its logits, so that logits are
+neither kept nor computed again. Backward only multiplies by the incoming gradient. (The idea is
+Liger-Kernel's, arXiv 2410.10989; this is plain PyTorch.)
 
-Memory: a chunk of logits a few times over, a gradient of the hidden rows, and one of the weight in
-float32 where it learns. Arithmetic: the head's three products, as without chunks; a teacher's
+Memory: a few copies of a chunk of logits, the gradient of the hidden rows, and that of the weight
+in float32 if it learns. Arithmetic: the head's three products, as without chunks; a teacher's
 logits are one more.
 """
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 CHUNK_LOGITS = 2**26
-"""Logits of a chunk, a teacher's included: 256 MiB in float32."""
+"""Logits of a chunk, with a teacher's: 256 MiB in float32."""
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -34,7 +34,7 @@ def head_cross_entropy(
     target_weights: torch.Tensor,
     transform: Transform = lambda logits: logits,
 ) -> torch.Tensor:
-    """The weighted sum of ``-log softmax(transform(hidden @ weight.T + bias))[target]``.
+    """Return the weighted sum of ``-log softmax(transform(hidden @ weight.T + bias))[target]``.
 
     Products are in the type that autocast gives, else in that of ``hidden``; the rest in float32
     (float64 for float64).
@@ -44,11 +44,11 @@ def head_cross_entropy(
         weight: [V, D].
         bias: [V] or None.
         targets: int64 [N], each from 0 to V - 1.
-        target_weights: [N], how much each target counts; no gradient.
-        transform: what the family does to its logits, element by element of a row.
+        target_weights: [N], the weight of each target; without a gradient.
+        transform: the family's transform of logits, elementwise.
 
     Returns:
-        A scalar, 0 for no targets; differentiable once, in ``hidden``, ``weight`` and ``bias``.
+        A scalar, 0 without targets; differentiable once, in ``hidden``, ``weight`` and ``bias``.
 
     Raises:
         ValueError: the shapes do not fit together.
@@ -69,20 +69,20 @@ def head_distillation(
     distillation: float,
     transform: Transform = lambda logits: logits,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`head_cross_entropy` plus ``distillation`` times how far a teacher's answers are.
+    """Return :func:`head_cross_entropy` plus ``distillation`` times the divergence from a teacher.
 
-    That is the sum of KL(p_teacher || p_student), weighted as the cross entropy is. Teacher and
-    student go through the same head; nothing has a gradient on the teacher's side.
+    The divergence is the sum of KL(p_teacher || p_student), weighted as the cross entropy is.
+    Teacher and student share the head; the teacher's side has no gradient.
 
     Args:
         hidden, weight, bias, targets, target_weights, transform: as for
             :func:`head_cross_entropy`.
-        teacher_hidden: [N, D], of the same targets in the same order.
+        teacher_hidden: [N, D], of the same targets.
         distillation: the weight of the divergence.
 
     Returns:
-        Two scalars: the loss, differentiable as :func:`head_cross_entropy`'s, and the sum of the
-        divergences that is in it, without a gradient.
+        Two scalars: the loss, differentiable as :func:`head_cross_entropy`'s, and the divergence in
+        it, without a gradient.
 
     Raises:
         ValueError: the shapes do not fit together.
@@ -140,24 +140,25 @@ class _HeadLoss(torch.autograd.Function):
             cast = weight.to(dtype)
             cast_bias = None if bias is None else bias.to(dtype)
             for first in range(0, len(hidden), rows):
-                here = slice(first, first + rows)
-                inputs = hidden[here].to(dtype)
+                chunk = slice(first, first + rows)
+                inputs = hidden[chunk].to(dtype)
                 logits = F.linear(inputs, cast, cast_bias).to(wide)
                 teacher = None
                 if teacher_hidden is not None:
-                    seen = F.linear(teacher_hidden[here].to(dtype), cast, cast_bias).to(wide)
-                    teacher = F.log_softmax(transform(seen), -1)
-                    del seen
+                    teacher_logits = F.linear(teacher_hidden[chunk].to(dtype), cast, cast_bias).to(
+                        wide
+                    )
+                    teacher = F.log_softmax(transform(teacher_logits), -1)
+                    del teacher_logits
                 with torch.enable_grad():
                     logits.requires_grad_()
                     student = F.log_softmax(transform(logits), -1)
-                    each = F.nll_loss(student, targets[here], reduction="none")
+                    losses = F.nll_loss(student, targets[chunk], reduction="none")
                     if teacher is not None:
-                        apart = F.kl_div(student, teacher, reduction="none", log_target=True)
-                        apart = apart.sum(-1)
-                        divergence += (apart.detach() * target_weights[here]).sum()
-                        each = each + distillation * apart
-                    loss = (each * target_weights[here]).sum()
+                        kl = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+                        divergence += (kl.detach() * target_weights[chunk]).sum()
+                        losses = losses + distillation * kl
+                    loss = (losses * target_weights[chunk]).sum()
                 total += loss.detach()
                 if not any(ctx.needs_input_grad[:3]):
                     continue
@@ -166,7 +167,7 @@ class _HeadLoss(torch.autograd.Function):
                     grad_bias += grad.sum(0)
                 grad = grad.to(dtype)
                 if grad_hidden is not None:
-                    torch.mm(grad, cast, out=grad_hidden[here])
+                    torch.mm(grad, cast, out=grad_hidden[chunk])
                 if grad_weight is not None:
                     grad_weight += grad.T @ inputs
         ctx.gradients = grad_hidden, grad_weight, grad_bias
@@ -177,6 +178,6 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         gradients = ctx.gradients
-        del ctx.gradients  # nobody needs them twice
-        scaled = (None if one is None else one.mul_(grad) for one in gradients)
+        del ctx.gradients  # they are scaled in place
+        scaled = (None if g is None else g.mul_(grad) for g in gradients)
         return (*scaled, None, None, None, None, None)

@@ -1,21 +1,19 @@
 """The model: image -> encoder -> projector -> vision tokens; with the text, one sequence -> logits.
 
-Two ways in, through one ``forward``:
+``forward`` takes a batch in one of two forms:
 
-* ``input_ids`` [B, L], padded, one placeholder per vision token: what ``generate`` and other
-  libraries call;
+* ``input_ids`` [B, L], padded, with one placeholder per vision token, as ``generate`` and other
+  libraries call it (:mod:`tokenflex.models.placeholders`);
 * ``plan``, a :class:`tokenflex_kernels.PackPlan`: every sample of a batch in one row without
-  padding, for training and evaluation.
+  padding, for training and evaluation (:mod:`tokenflex.models.packed`).
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -39,29 +37,24 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from tokenflex.counts import Grid, ImageTokenCounts, token_grid, token_grids
+from tokenflex.counts import Grid, ImageTokenCounts, token_grid
 from tokenflex.models.attention import PACKED_ATTENTION
-from tokenflex.models.auto_counts import refuse_auto
 from tokenflex.models.auto_map import InstalledClass
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.generation import TokenFlexGeneration, takes_cache
 from tokenflex.models.head import build_head, transform_logits
+from tokenflex.models.image_features import ImageFeatures
 from tokenflex.models.loss import head_cross_entropy, head_distillation
-from tokenflex.models.placeholders import (
-    ImageTokens,
-    check_device,
-    check_placeholder,
-    merge_prompt,
-)
+from tokenflex.models.packed import pack_prompts
+from tokenflex.models.placeholders import check_placeholder, merge_prompt
 from tokenflex.models.prefixes import SharedPrefixes
-from tokenflex.models.vision import EncodedImages, encode
-from tokenflex.positions import shared_image_positions
+from tokenflex.models.vision import EncodedImages
 from tokenflex.projector import TokenAdaptiveProjector
-from tokenflex_kernels import PackPlan, merge_vision, pack_embeddings
+from tokenflex_kernels import PackPlan
 
 
 class TokenFlexPreTrainedModel(InstalledClass, PreTrainedModel):
-    """What transformers needs to know about both models."""
+    """The properties of both models that transformers reads."""
 
     config_class = TokenFlexConfig
     config: TokenFlexConfig
@@ -80,7 +73,7 @@ class TokenFlexPreTrainedModel(InstalledClass, PreTrainedModel):
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> nn.Module:
-        """transformers' own, which must leave the placeholder its row.
+        """Resize the embedding as transformers does, but keep the row of the placeholder.
 
         Raises:
             ValueError: ``image_token_id`` would lie outside the vocabulary.
@@ -97,7 +90,7 @@ class TokenFlexPreTrainedModel(InstalledClass, PreTrainedModel):
 
 @dataclass
 class TokenFlexModelOutput(BaseModelOutputWithPast):
-    """transformers' output, and the images of the call.
+    """Output of the model without its head.
 
     Attributes:
         image_hidden_states: [sum of counts, D], the vision tokens; None without images.
@@ -106,7 +99,7 @@ class TokenFlexModelOutput(BaseModelOutputWithPast):
     image_hidden_states: torch.Tensor | None = None
 
 
-class TokenFlexModel(TokenFlexPreTrainedModel):
+class TokenFlexModel(ImageFeatures, TokenFlexPreTrainedModel):
     """Encoder, projector and language model, without the language model's head."""
 
     def __init__(self, config: TokenFlexConfig) -> None:
@@ -132,7 +125,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         linears = (self.projector.gate, self.projector.up, self.projector.down)
         position = self.projector.position
         if any(module is linear for linear in linears):
-            # PyTorch's own initialisation: its scale follows the width, transformers' does not.
+            # PyTorch's initialisation has a scale that follows the width; transformers' has not.
             module.reset_parameters()
         elif position is not None and module is position:
             nn.init.zeros_(position.weight)
@@ -144,112 +137,6 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
-
-    @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        num_image_tokens: ImageTokenCounts | None = None,
-        grids: Grid | Sequence[Grid] | None = None,
-        encoded_images: EncodedImages | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """Project every tile to its own number of vision tokens; encode it if it is not yet.
-
-        Args:
-            pixel_values: as :meth:`encode_images` takes them.
-            num_image_tokens: one count for all tiles or one per tile; the config's if None.
-            grids: as :meth:`encode_images` takes them.
-            encoded_images: what :meth:`encode_images` gave, in place of pixels and grids.
-            **kwargs: for the encoder, for example ``output_hidden_states``; and ``return_dict``.
-
-        Returns:
-            ``last_hidden_state``, patch features [sum of H*W, C], and ``pooler_output``, a list
-            with [count, D] vision tokens for each tile; ``hidden_states`` and ``attentions`` of the
-            encoder where they are asked for.
-
-        Raises:
-            ValueError: counts and tiles do not fit together.
-
-        Warns:
-            UserWarning: once for a count that the model was not trained with, where the config
-                says with which it was.
-        """
-        if (pixel_values is None) == (encoded_images is None):
-            raise ValueError("give exactly one of pixel_values and encoded_images")
-        outputs = None
-        if encoded_images is None:
-            assert pixel_values is not None
-            encoded_images, outputs = self._encode(pixel_values, grids, **kwargs)
-        else:
-            for name, value in {"grids": grids, **kwargs}.items():
-                if value is not None and value is not False:
-                    raise ValueError(
-                        f"encoded_images come from an encoder that has run: give no {name} with "
-                        "them"
-                    )
-        images = self._project(encoded_images, num_image_tokens)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=encoded_images.features,
-            pooler_output=list(images.tokens.split(images.counts)),
-            hidden_states=getattr(outputs, "hidden_states", None),
-            attentions=getattr(outputs, "attentions", None),
-        )
-
-    def _project(
-        self, encoded_images: EncodedImages, num_image_tokens: ImageTokenCounts | None
-    ) -> ImageTokens:
-        refuse_auto(num_image_tokens)
-        counts = self.projector.num_tokens if num_image_tokens is None else num_image_tokens
-        out_grids = token_grids(counts, len(encoded_images), name="num_image_tokens")
-        self._warn_of_unknown(out_grids)
-        # Without images too: in distributed training every rank must run the same modules.
-        in_grids = list(encoded_images.grids)
-        features, dtype = encoded_images.features, next(self.projector.parameters()).dtype
-        if dtype != torch.float32:  # float32 weights serve any features, others their own type
-            features = features.to(dtype)
-        tokens = self.projector(features, out_grids, grids=in_grids)
-        return ImageTokens(tokens, [height * width for height, width in out_grids])
-
-    def encode_images(
-        self, pixel_values: torch.Tensor, grids: Grid | Sequence[Grid] | None = None
-    ) -> EncodedImages:
-        """Run the encoder, once for any number of counts asked for afterwards.
-
-        Args:
-            pixel_values: [tiles, 3, height, width]; for a NaFlex encoder (SigLIP 2) [images,
-                patches, 3 * patch size^2], as its image processor gives them.
-            grids: (height, width) in patches, of all tiles or of each: needed by NaFlex encoders,
-                and where tiles are of another shape than the encoder's ``image_size``.
-
-        Returns:
-            The patch features of the encoder's last layer, without special tokens or padding.
-
-        Raises:
-            TypeError: ``pixel_values`` are not floats.
-            ValueError: pixels, grids and encoder do not fit together.
-        """
-        encoded_images, _ = self._encode(pixel_values, grids)
-        return encoded_images
-
-    def _encode(
-        self, pixel_values: torch.Tensor, grids: Grid | Sequence[Grid] | None, **options: Any
-    ) -> tuple[EncodedImages, Any]:
-        check_device("pixel_values", pixel_values, self.vision_model)
-        if pixel_values.is_floating_point():
-            pixel_values = pixel_values.to(self.dtype)
-        return encode(self.vision_model, self.config.vision_config, pixel_values, grids, **options)
-
-    def _warn_of_unknown(self, grids: list[Grid]) -> None:
-        if not self._known_counts or self._known_counts.issuperset(grids):
-            return
-        unknown = sorted(set(grids) - self._known_counts)
-        self._known_counts.update(unknown)  # warned of once
-        warnings.warn(
-            f"num_image_tokens asks for {_in_words(unknown)} vision tokens, but the model was "
-            f"trained with {self.config.trained_num_image_tokens}: answers may be worse",
-            stacklevel=2,
-        )
 
     @can_return_tuple
     @takes_cache
@@ -269,7 +156,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         shared_prefixes: SharedPrefixes | None = None,
         **kwargs: Any,
     ) -> TokenFlexModelOutput:
-        """Hidden states of a padded batch, or of a packed row when ``plan`` is given.
+        """Return hidden states of a padded batch, or of a packed row when ``plan`` is given.
 
         The arguments are those of :meth:`TokenFlexForConditionalGeneration.forward`.
         """
@@ -277,133 +164,38 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         images = self._image_tokens(
             pixel_values, num_image_tokens, grids, encoded_images, mm_encoder_outputs
         )
-        if plan is not None:
-            others = {
-                "input_ids": input_ids,
-                "inputs_embeds": inputs_embeds,
-                "attention_mask": attention_mask,
-                "position_ids": position_ids,
-                "past_key_values": past_key_values,
-            }
-            for name, value in others.items():
+        prompt = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+        }
+        if plan is None:
+            if shared_prefixes is not None:
+                raise ValueError("shared_prefixes are those of a plan: give the plan with them")
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            inputs = merge_prompt(
+                self.get_input_embeddings(), self.config, images, **prompt, seen=seen
+            )
+            inputs["past_key_values"] = past_key_values
+        else:
+            for name, value in {**prompt, "past_key_values": past_key_values}.items():
                 if value is not None:
                     raise ValueError(f"plan holds the whole batch: give no {name} with it")
-            return self._forward_packed(plan, images, shared_prefixes, **kwargs)
-        if shared_prefixes is not None:
-            raise ValueError("shared_prefixes are those of a plan: give the plan with them")
-
-        inputs_embeds, attention_mask, position_ids = self.merge_prompt(
-            images,
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            seen=0 if past_key_values is None else past_key_values.get_seq_length(),
+            inputs = pack_prompts(self.language_model, self.config, plan, images, shared_prefixes)
+        outputs = self.language_model(**{**kwargs, **inputs}, return_dict=True)
+        return TokenFlexModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=None if images is None else images.tokens,
         )
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            return_dict=True,
-            **kwargs,
-        )
-        return _model_output(outputs, images)
-
-    def _image_tokens(
-        self,
-        pixel_values: torch.Tensor | None,
-        num_image_tokens: ImageTokenCounts | None,
-        grids: Grid | Sequence[Grid] | None,
-        encoded_images: EncodedImages | None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
-    ) -> ImageTokens | None:
-        """Return the vision tokens of a call's images, None where it has none."""
-        outputs = (mm_encoder_outputs or {}).get("image")
-        sources = [outputs, pixel_values, encoded_images]
-        if sum(source is not None for source in sources) > 1:
-            raise ValueError(
-                "give the images as one of pixel_values, encoded_images and mm_encoder_outputs"
-            )
-        if outputs is not None:
-            return ImageTokens.from_outputs(outputs, self.config.text_config.hidden_size)
-        if pixel_values is not None:
-            encoded_images, _ = self._encode(pixel_values, grids)
-        elif encoded_images is None:
-            return None
-        elif grids is not None:
-            raise ValueError("encoded_images hold their grids: give no grids with them")
-        return self._project(encoded_images, num_image_tokens)
-
-    def merge_prompt(self, images: ImageTokens | None, **prompt: Any) -> Any:
-        """Embed a padded batch with its images, see :func:`~placeholders.merge_prompt`."""
-        return merge_prompt(self.get_input_embeddings(), self.config, images, **prompt)
-
-    def _forward_packed(
-        self,
-        plan: PackPlan,
-        images: ImageTokens | None,
-        shared_prefixes: SharedPrefixes | None,
-        **kwargs: Any,
-    ) -> TokenFlexModelOutput:
-        implementation = self.language_model.config._attn_implementation
-        if shared_prefixes is not None:
-            _check_shared_prefixes(shared_prefixes, plan, implementation)
-        embedding = self.get_input_embeddings()
-        table: torch.Tensor = embedding.weight
-        if images is None:
-            vision = table.new_zeros(0, table.shape[1])
-        else:
-            _check_counts(plan, images.counts)
-            vision = images.tokens.to(table.device, table.dtype)
-        if type(embedding) is nn.Embedding and type(table) in (torch.Tensor, nn.Parameter):
-            packed = pack_embeddings(table, vision, plan)
-        else:  # scaled, adapted or sharded: more than its table
-            if plan.image_index is not None:
-                vision = vision.index_select(0, plan.vision_tokens())
-            packed = merge_vision(embedding(plan.input_ids), vision, plan.vision_rows)
-        boundaries: dict[str, Any] = {
-            "cu_seq_lens_q": plan.cu_seqlens,
-            "cu_seq_lens_k": plan.cu_seqlens,
-            "max_length_q": plan.max_seqlen,
-            "max_length_k": plan.max_seqlen,
-        }
-        position_ids, attention_mask = plan.position_ids, None
-        if implementation == PACKED_ATTENTION:
-            boundaries["sequence_lengths"] = torch.tensor(plan.lengths, dtype=torch.int64)
-            if shared_prefixes is not None:
-                boundaries["shared_prefixes"] = shared_prefixes
-                position_ids = shared_prefixes.position_ids
-            # transformers leaves a mask of four dimensions alone; ours reads the boundaries.
-            attention_mask = packed.new_empty(1, 1, 0, 0)
-        elif not implementation.startswith("flash"):
-            boundaries = {}  # sdpa, eager, flex: transformers masks by position_ids
-        if self.config.image_positions == "shared" and images is not None and images.counts:
-            if not boundaries:
-                raise ValueError(
-                    "image_positions='shared' packs with the language model's attention "
-                    f"{PACKED_ATTENTION!r} or flash: {implementation!r} knows samples by their "
-                    "positions"
-                )
-            rows = plan.vision_rows
-            shown = images.image_of_each(rows.device)
-            if plan.image_index is not None:
-                rows, order = rows.sort()
-                shown = shown[plan.vision_tokens()[order]]
-            position_ids = shared_image_positions(position_ids, rows, shown)
-        outputs = self.language_model(
-            inputs_embeds=packed[None],
-            position_ids=position_ids[None],
-            attention_mask=attention_mask,
-            return_dict=True,
-            **{**kwargs, **boundaries, "use_cache": False},
-        )
-        return _model_output(outputs, images)
 
 
 @dataclass
 class TokenFlexOutput(CausalLMOutputWithPast):
-    """transformers' output, and of a loss with a teacher the part that it is ``distillation`` of.
+    """Output of the model.
 
     Attributes:
         image_hidden_states: [sum of counts, D], the vision tokens; None without images.
@@ -440,7 +232,7 @@ class TokenFlexForConditionalGeneration(
         vision_model: PreTrainedModel,
         causal_language_model: PreTrainedModel,
     ) -> TokenFlexForConditionalGeneration:
-        """A model around an encoder and a language model that are there, with their weights.
+        """Make a model around an existing encoder and language model, with their weights.
 
         Args:
             config: its ``vision_config`` and ``text_config`` must be those of the parts.
@@ -448,10 +240,10 @@ class TokenFlexForConditionalGeneration(
             causal_language_model: the language model with its head.
 
         Raises:
-            ValueError: the head is not the one that a model of ``config`` has: it could not be
-                loaded again once saved.
+            ValueError: the head is not the one that a model of ``config`` has, so that a saved
+                model could not be loaded again.
         """
-        with torch.device("meta"):  # a frame: both big parts are at hand, do not fill them twice
+        with torch.device("meta"):  # allocate no weights for the parts that exist
             model = cls(config)
         head = causal_language_model.get_output_embeddings()
         if _describe(head) != _describe(model.lm_head):
@@ -471,13 +263,13 @@ class TokenFlexForConditionalGeneration(
         return model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """transformers' own, whose generation config suppresses the placeholder of the config."""
+        """Save as transformers does, with the placeholder suppressed in the generation config."""
         self.suppress_placeholder()
         super().save_pretrained(*args, **kwargs)
 
     @property
     def takes_shared_prefixes(self) -> bool:
-        """Whether sequences of a plan may share prefixes: only our own attention knows how."""
+        """True if sequences of a plan may share prefixes, which only our attention supports."""
         return self.model.language_model.config._attn_implementation == PACKED_ATTENTION
 
     def get_output_embeddings(self) -> nn.Module:
@@ -520,7 +312,7 @@ class TokenFlexForConditionalGeneration(
         distillation: float = 0.0,
         **kwargs: Any,
     ) -> TokenFlexOutput:
-        """Logits, and the loss where ``labels`` are given; with ``targets`` the loss alone.
+        """Return logits, and the loss where ``labels`` are given; with ``targets`` the loss alone.
 
         Args:
             input_ids: int64 [B, L] with one ``image_token_id`` per vision token.
@@ -534,7 +326,7 @@ class TokenFlexForConditionalGeneration(
             inputs_embeds: [B, L, D] in place of ``input_ids``; images then stand where it holds
                 the placeholder's embedding.
             labels: int64 like ``input_ids`` (for a packed row [1, total]), -100 where there is no
-                loss; the mean over the others is taken.
+                loss. The loss is the mean over the others.
             grids: (height, width) of all tiles or of each in patches, where they are not the
                 encoder's square: see :meth:`encode_images`.
             encoded_images: :meth:`encode_images` of the tiles in place of ``pixel_values``: images
@@ -543,17 +335,17 @@ class TokenFlexForConditionalGeneration(
             plan: a packed batch in place of ``input_ids``; sequences do not see each other. Its
                 ``image_index`` lets several of them show one image that is encoded once, and each
                 of its images may then be several tiles.
-            shared_prefixes: with ``plan``, which of its sequences go on from another, see
+            shared_prefixes: with ``plan``, its sequences that continue another, see
                 :func:`tokenflex.models.prefixes.share_prefixes`; for models that
                 :attr:`takes_shared_prefixes`.
-            logits_to_keep: the last so many positions, or the positions of a 1-D index; 0 is all.
+            logits_to_keep: the number of last positions, or a 1-D index of positions; 0 is all.
             targets: int64 [N], the next token at each of the kept positions, row after row, in
                 place of ``labels``; see :func:`tokenflex.models.loss.head_cross_entropy`.
-            target_weights: [N], how much each of the ``targets`` counts.
+            target_weights: [N], the weight of each target in the loss.
             teacher: with ``targets``, the same samples at other counts: ``num_image_tokens``,
                 ``plan``, ``shared_prefixes`` and ``logits_to_keep`` of a second pass, without
                 gradients, over images that are encoded once for both.
-            distillation: what KL(p_teacher || p_student) at the targets counts in the loss; see
+            distillation: the weight of KL(p_teacher || p_student) at the targets in the loss; see
                 :func:`tokenflex.models.loss.head_distillation`.
 
         Returns:
@@ -621,14 +413,14 @@ class TokenFlexForConditionalGeneration(
     def _teacher_hidden(
         self, images: EncodedImages | None, *, logits_to_keep: torch.Tensor, **inputs: Any
     ) -> torch.Tensor:
-        """[targets, D] of the teacher's pass, in the mode that the modules are in.
+        """Return [targets, D] of the teacher's pass, in the mode that the modules are in.
 
-        It goes before the student's pass, which keeps for backward what this one does not.
+        It runs before the student's pass, so that its memory is free again by then.
         """
         if images is not None:
             images = EncodedImages(images.features.detach(), images.grids)
         device = self.get_input_embeddings().weight.device.type
-        # PyTorch before #165068 caches what is cast without gradients: the student would find it.
+        # PyTorch before #165068 caches casts without gradients, which the student would reuse.
         autocasts = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=autocasts, cache_enabled=False):
             hidden = self.model(encoded_images=images, return_dict=True, **inputs).last_hidden_state
@@ -661,38 +453,13 @@ class TokenFlexForConditionalGeneration(
 
 
 def use_packed_attention(language_model: PreTrainedModel) -> None:
-    """Replace "sdpa" by the same attention that also takes packed rows; keep other choices."""
+    """Replace "sdpa" by the same attention for packed rows too; keep other choices."""
     if language_model.config._attn_implementation == "sdpa":
         language_model.set_attn_implementation(PACKED_ATTENTION)
 
 
-def _check_counts(plan: PackPlan, counts: Sequence[int]) -> None:
-    """Refuse vision tokens of other images than the plan's, each of which may be several tiles."""
-    fits = tuple(counts) == plan.token_counts
-    if not fits and plan.image_index is not None and sum(counts) == plan.num_vision_tokens:
-        fits = {0, *accumulate(counts)}.issuperset(accumulate(plan.token_counts))
-    if not fits:
-        raise ValueError(
-            "num_image_tokens must be the counts that the plan was made for, "
-            f"{plan.token_counts}, got {tuple(counts)}"
-        )
-
-
-def _check_shared_prefixes(shared: SharedPrefixes, plan: PackPlan, implementation: str) -> None:
-    if implementation != PACKED_ATTENTION:
-        raise ValueError(
-            f"shared_prefixes need the language model's attention to be {PACKED_ATTENTION!r}, got "
-            f"{implementation!r}: give each sequence its own prefix instead"
-        )
-    if len(shared.parents) != plan.num_samples or len(shared.position_ids) != plan.num_tokens:
-        raise ValueError(
-            f"shared_prefixes must be of the plan, of {plan.num_samples} sequences and "
-            f"{plan.num_tokens} rows, got {len(shared.parents)} and {len(shared.position_ids)}"
-        )
-
-
 def _check_language_model(language_model: PreTrainedModel) -> None:
-    """Refuse what takes no vision tokens, or has a cache of its own, as Mamba does."""
+    """Refuse language models without embeddings as inputs, or with another cache, as Mamba's."""
     parameters = inspect.signature(type(language_model).forward).parameters
     # Since transformers 5.24 all caches have one name, those of states without positions as well.
     has_cache = "past_key_values" in parameters or {"cache", "position_ids"} <= {*parameters}
@@ -712,31 +479,14 @@ def _describe(head: Any) -> str:
     return f"{list(head.weight.shape)} with {bias}"
 
 
-def _model_output(outputs: Any, images: ImageTokens | None) -> TokenFlexModelOutput:
-    return TokenFlexModelOutput(
-        last_hidden_state=outputs.last_hidden_state,
-        past_key_values=outputs.past_key_values,
-        hidden_states=outputs.hidden_states,
-        attentions=outputs.attentions,
-        image_hidden_states=None if images is None else images.tokens,
-    )
-
-
-def _in_words(grids: list[Grid]) -> str:
-    sides = (
-        str(height * width) if height == width else f"{height} x {width}" for height, width in grids
-    )
-    return ", ".join(sides)
-
-
 AutoModel.register(TokenFlexConfig, TokenFlexModel)
 AutoModelForImageTextToText.register(TokenFlexConfig, TokenFlexForConditionalGeneration)
 _AutoModelForMultimodalLM = getattr(modeling_auto, "AutoModelForMultimodalLM", None)
-if _AutoModelForMultimodalLM is not None:  # not every release that is admitted has it
+if _AutoModelForMultimodalLM is not None:  # not in every supported release
     _AutoModelForMultimodalLM.register(TokenFlexConfig, TokenFlexForConditionalGeneration)
 
-# By these names transformers and TRL know what takes images, and Trainer whose labels it must shift
-# where it smooths them. The classes are found in the registries above.
+# By these names transformers and TRL know the models that take images, and transformers' Trainer
+# those whose labels it must shift for label smoothing. The registries above hold the classes.
 for _names, _class in (
     (MODEL_MAPPING_NAMES, TokenFlexModel),
     (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, TokenFlexForConditionalGeneration),

@@ -53,22 +53,11 @@ def merge_prompt(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     seen: int,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Embed a padded batch and replace its placeholders by vision tokens.
+) -> dict[str, Any]:
+    """Return the inputs of the language model for a padded batch with its images.
 
-    Args:
-        embedding: the language model's input embeddings.
-        config: the model's.
-        images: as many vision tokens as there are placeholders; None without images.
-        input_ids: int64 or int32 [B, L].
-        inputs_embeds: [B, L, D] in place of ``input_ids``.
-        attention_mask: [B, seen + L], or None.
-        position_ids: int64 [B, L] or [1, L], or None.
-        seen: rows of each sequence that the cache holds.
-
-    Returns:
-        Merged embeddings [B, L, D], the attention mask and the position ids. The last two change
-        only where all tokens of an image share a position.
+    ``attention_mask`` [B, seen + L] and ``position_ids`` [B, L] or [1, L] may be None, and change
+    only where all tokens of an image share a position. ``seen`` is the length of the cache.
 
     Raises:
         TypeError: ``input_ids`` are not integers.
@@ -77,37 +66,38 @@ def merge_prompt(
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids, inputs_embeds and plan")
-    if inputs_embeds is None:
-        assert input_ids is not None
-        name = "input_ids"
+    name = "inputs_embeds" if input_ids is None else "input_ids"
+    if input_ids is not None:
         if input_ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
         check_device(name, input_ids, embedding)
         inputs_embeds = embedding(input_ids)
-        is_placeholder = input_ids == config.image_token_id
-    elif images is None and seen:
-        return inputs_embeds, attention_mask, position_ids
-    else:
-        name = "inputs_embeds"
-        is_placeholder = embedded_placeholders(
-            inputs_embeds, embedding, config.image_token_id, attention_mask
-        )
-    if images is None:
-        if not seen:
-            placeholder_rows(is_placeholder, [], name)  # there must be none
-        return inputs_embeds, attention_mask, position_ids
-    rows = placeholder_rows(is_placeholder, images.counts, name)
-    merged = merge_vision(inputs_embeds, images.tokens.to(inputs_embeds), rows)
-    if config.image_positions == "shared":
-        batch, length = merged.shape[:2]
-        if position_ids is None:
-            position_ids = torch.arange(seen, seen + length, device=rows.device)
-        if attention_mask is None:  # or transformers takes equal positions for new samples
-            attention_mask = rows.new_ones(batch, seen + length)
-        flat = position_ids.expand(batch, length).flatten()
-        shared = shared_image_positions(flat, rows, images.image_of_each(rows.device))
-        position_ids = shared.view(batch, length)
-    return merged, attention_mask, position_ids
+    assert inputs_embeds is not None
+    if images is not None or not seen:
+        if input_ids is not None:
+            is_placeholder = input_ids == config.image_token_id
+        else:
+            is_placeholder = embedded_placeholders(
+                inputs_embeds, embedding, config.image_token_id, attention_mask
+            )
+        # Without images the prompt must hold no placeholder.
+        rows = placeholder_rows(is_placeholder, [] if images is None else images.counts, name)
+    if images is not None:
+        inputs_embeds = merge_vision(inputs_embeds, images.tokens.to(inputs_embeds), rows)
+        if config.image_positions == "shared":
+            batch, length = inputs_embeds.shape[:2]
+            if position_ids is None:
+                position_ids = torch.arange(seen, seen + length, device=rows.device)
+            if attention_mask is None:  # or transformers takes equal positions for new samples
+                attention_mask = rows.new_ones(batch, seen + length)
+            flat = position_ids.expand(batch, length).flatten()
+            shared = shared_image_positions(flat, rows, images.image_of_each(rows.device))
+            position_ids = shared.view(batch, length)
+    return {
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+    }
 
 
 def check_device(name: str, tensor: torch.Tensor, module: nn.Module) -> None:
@@ -147,13 +137,8 @@ def placeholder_rows(
     """Return the rows of a flattened batch that hold placeholders, and check them.
 
     Equal totals alone would accept two images with swapped counts. So a run of placeholders must
-    end where an image ends; it may hold several images, such as the tiles of one. The mask is read
-    back from the device, once a prompt.
-
-    Args:
-        is_placeholder: bool [B, L] or [L].
-        counts: vision tokens of each image.
-        name: the argument that holds the placeholders, for the error.
+    end where an image ends; it may hold several images, such as the tiles of one. The mask
+    ``is_placeholder`` [B, L] or [L] is read back from the device, once a prompt.
 
     Raises:
         ValueError: a run of placeholders does not end where an image's vision tokens end; the

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig, GenerationMixin
 
-from tokenflex.models.placeholders import ImageTokens
+from tokenflex.models.placeholders import ImageTokens, merge_prompt
 
 
 class ChunkedPrefill(GenerationMixin):
     """A mixin that reads prompts with images in chunks."""
 
     if TYPE_CHECKING:
-        model: Any
+        config: Any
+        get_input_embeddings: Any
 
     def _prefill(
         self,
@@ -51,26 +52,28 @@ class ChunkedPrefill(GenerationMixin):
             prompt = {"input_ids": new_ids.to(self.device), "inputs_embeds": None}
         images = None
         if outputs.get("image") is not None:
-            width = self.model.config.text_config.hidden_size
+            width = self.config.text_config.hidden_size
             images = ImageTokens.from_outputs(outputs["image"], width)
         new = next(x.shape[1] for x in prompt.values() if x is not None)
         positions = model_kwargs["position_ids"]
-        merged, attention_mask, new_positions = self.model.merge_prompt(
+        merged = merge_prompt(
+            self.get_input_embeddings(),
+            self.config,
             images,
             **prompt,
             attention_mask=attention_mask,
             position_ids=positions[:, -new:],
             seen=seen,
         )
-        batch = len(merged)
-        positions = torch.cat(
-            [positions[:, :-new].expand(batch, -1), new_positions.expand(batch, -1)], 1
-        )
+        embeds, attention_mask = merged["inputs_embeds"], merged["attention_mask"]
+        batch = len(embeds)
+        parts = (positions[:, :-new], merged["position_ids"])
+        positions = torch.cat([part.expand(batch, -1) for part in parts], 1)
 
         forward = self.__call__
         if self._valid_auto_compile_criteria(model_kwargs, generation_config):
             forward = self.get_compiled_call(generation_config.compile_config)
-        ids = torch.zeros(batch, new, dtype=torch.int64, device=merged.device)  # only their shape
+        ids = torch.zeros(batch, new, dtype=torch.int64, device=embeds.device)  # only their shape
         others = {"attention_mask", "position_ids", "inputs_embeds", "mm_encoder_outputs"}
         chunk_kwargs = {key: value for key, value in model_kwargs.items() if key not in others}
         for start in range(0, new, size):
@@ -87,7 +90,7 @@ class ChunkedPrefill(GenerationMixin):
                     "prefill_chunk_size must be None for a prompt with learned embeddings before "
                     f"it, got {size}"
                 )
-            inputs |= {"input_ids": None, "inputs_embeds": merged[:, start:end]}
+            inputs |= {"input_ids": None, "inputs_embeds": embeds[:, start:end]}
             result = forward(**inputs, return_dict=True)
             chunk_kwargs[cache_name] = model_kwargs[cache_name] = getattr(result, cache_name)
         return result

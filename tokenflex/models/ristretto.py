@@ -162,10 +162,7 @@ def tokenflex_config(
 ) -> TokenFlexConfig:
     """Return our config of a released one.
 
-    Args:
-        released: of :func:`read_ristretto_config`.
-        image_token_id: of the tokenizer's ``<IMG_CONTEXT>``.
-        names: our names of the tensors, which tell whether the encoder has its pooling head.
+    The names of our tensors tell whether the encoder has its pooling head.
     """
     vision = dict(released["vision_config"])
     vision["vision_use_head"] = any(name.startswith("model.vision_model.head.") for name in names)
@@ -256,7 +253,7 @@ def _value(released: Mapping[str, Any], name: str) -> Any:
 
 def _tile_limits(released: Mapping[str, Any]) -> tuple[int, int]:
     if not _value(released, "dynamic_image_size"):
-        return 1, 1  # whatever the limits are
+        return 1, 1  # the limits have no effect
     return _value(released, "min_dynamic_patch"), _value(released, "max_dynamic_patch")
 
 

@@ -16,11 +16,11 @@ from tokenflex.files import excerpt
 from tokenflex.images import load_image
 from tokenflex_kernels.checks import check_count
 
-MAX_TILES = 1024  # all grids of at most so many tiles are compared for each image
+MAX_TILES = 1024  # every grid up to this number of tiles is compared for each image
 
 
 def check_tile_limits(min_tiles: object, max_tiles: object) -> tuple[int, int]:
-    """Both as ints.
+    """Return both limits as ints.
 
     Raises:
         TypeError, ValueError: not ints from 1 to 1024, or the lower above the upper.
@@ -34,10 +34,10 @@ def check_tile_limits(min_tiles: object, max_tiles: object) -> tuple[int, int]:
 
 
 def best_tile_grid(image_size: Grid, tile_size: Grid, max_tiles: int, min_tiles: int = 1) -> Grid:
-    """The (rows, columns) of tiles whose shape is closest to the image's.
+    """Return the (rows, columns) of tiles whose shape is closest to the image's.
 
-    Grids are compared by the difference of width / height. Of equally close ones (2 x 2 and 1 x 1)
-    the one with more tiles is taken if the image has more than half its pixels.
+    Grids are compared by the difference of width / height. Of equally close grids (2 x 2 and 1 x 1)
+    the larger is taken if the image has more than half its pixels.
 
     Args:
         image_size: (height, width) of the image in pixels.
@@ -63,7 +63,7 @@ def best_tile_grid(image_size: Grid, tile_size: Grid, max_tiles: int, min_tiles:
 
 
 def num_tiles(grid: Grid, use_thumbnail: bool) -> int:
-    """Encoder inputs of an image cut into ``grid``: a thumbnail is one more, of several tiles."""
+    """Return the number of tiles of an image cut into ``grid``, with its thumbnail."""
     tiles = grid[0] * grid[1]
     return tiles + (use_thumbnail and tiles > 1)
 
@@ -74,7 +74,7 @@ def cut_tiles(
     """Resize an image to ``grid`` tiles and cut it row by row, as RGB.
 
     Args:
-        image: an array of floats [3, height, width], whose tiles are such arrays; or whatever else
+        image: an array of floats [3, height, width], whose tiles are such arrays; or whatever
             :func:`tokenflex.images.load_image` takes.
         tile_size: (height, width) of a tile in pixels.
         grid: (rows, columns).
@@ -88,7 +88,9 @@ def cut_tiles(
             _cut(channel, tile_size, grid, use_thumbnail=use_thumbnail, resample=filter_)
             for channel in channels
         ]
-        return [np.stack([np.asarray(one) for one in tile]) for tile in zip(*cut, strict=True)]
+        return [
+            np.stack([np.asarray(channel) for channel in tile]) for tile in zip(*cut, strict=True)
+        ]
     picture = load_image(image)
     return _cut(picture, tile_size, grid, use_thumbnail=use_thumbnail, resample=filter_)
 

@@ -74,10 +74,7 @@ def encode(
     Args:
         vision_model: a transformers vision encoder.
         config: its config.
-        pixel_values: [images, channels, height, width]; of a NaFlex encoder [images, patches,
-            channels * patch size^2], padded at the end.
-        grids: (H, W) in patches, of all images or of each. Needed by NaFlex encoders, and where
-            pixels are of another size than the encoder's ``image_size``.
+        pixel_values: as :meth:`ImageFeatures.encode_images` takes them, as are ``grids``.
         **options: further arguments of the encoder, for example ``output_hidden_states``.
 
     Raises:

@@ -44,7 +44,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the folder's safetensors files, once each was opened to see that it is whole.
 
     Raises:
-        FileNotFoundError: there is none, or one that the index names is missing.
+        FileNotFoundError: no file exists, or one that the index names is missing.
         ValueError: a file is cut off, or the index names files outside of the folder.
     """
     files = sorted(folder.glob("*.safetensors"))
@@ -108,11 +108,8 @@ def smaller_tensors(files: Iterable[Path], config: TokenFlexConfig) -> list[str]
     """Return the names of saved tensors with fewer elements than a model of ``config`` gives them.
 
     With a wrong config transformers would allocate such tensors, however large, before it compares
-    them. This function allocates nothing and reads no tensor.
-
-    Args:
-        files: safetensors files of the checkpoint.
-        config: of the model. Tensors of a quantized one, which are saved packed, are not compared.
+    them. This function allocates nothing and reads no tensor. Tensors of a quantized model, which
+    are saved packed, are not compared.
     """
     if getattr(config, "quantization_config", None) is not None:
         return []
@@ -128,12 +125,7 @@ def smaller_tensors(files: Iterable[Path], config: TokenFlexConfig) -> list[str]
 
 
 def check_fit(folder: Path, config: TokenFlexConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse tensors that are not exactly those of a model of this config.
-
-    Args:
-        folder: the checkpoint's folder, for errors.
-        config: of the model.
-        shapes: name in our model -> shape.
+    """Refuse tensors that are not exactly those of a model of this config, by name and shape.
 
     Raises:
         ValueError: a tensor is missing, unexpected or of another shape; the first is named.
