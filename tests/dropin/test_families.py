@@ -116,7 +116,8 @@ def tagged(layout: str, name: str):
     words = tokenizer("<image>", ["<break>", "<end>", "<tile>"])
     processor = TaggedProcessor(SiglipImageProcessor(size={"height": 8, "width": 8}), words)
     processor.layout = layout
-    return convert_processor(processor, stock_model(name).config, 16)
+    convert_processor(processor, stock_model(name).config, 16)
+    return processor
 
 
 def call(processor, count):
