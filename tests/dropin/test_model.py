@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -306,6 +308,27 @@ def test_a_second_turn_continues_the_first(name):
         assert again.shape == fresh.shape
     else:
         assert torch.equal(again, fresh)
+
+
+def test_threads_may_share_a_model():
+    """Each call waits in the vision encoder, before and after, until the other one is as far."""
+    model, images = converted("llava"), [image_inputs("llava", [seed]) for seed in (1, 2)]
+    expected = [model.base_model.get_image_features(**image) for image in images]
+    both, encoder = threading.Barrier(2, timeout=20), model.base_model.vision_tower
+    forward = encoder.forward
+
+    def waiting(*args, **kwargs):
+        both.wait()
+        outputs = forward(*args, **kwargs)
+        both.wait()
+        return outputs
+
+    encoder.forward = waiting
+    with ThreadPoolExecutor(2) as threads:
+        actual = [*threads.map(lambda image: model.base_model.get_image_features(**image), images)]
+    for outputs, alone in zip(actual, expected, strict=True):
+        assert torch.equal(outputs.last_hidden_state, alone.last_hidden_state)
+        assert all(map(torch.equal, outputs.pooler_output, alone.pooler_output))
 
 
 def test_hooks_of_accelerate_before_and_after_converting(name):
