@@ -311,17 +311,20 @@ def test_a_second_turn_continues_the_first(name):
 
 
 def test_threads_may_share_a_model():
-    """Each call waits in the vision encoder, before and after, until the other one is as far."""
+    """Each call waits for the other one in the vision encoder, and again behind its hooks."""
     model, images = converted("llava"), [image_inputs("llava", [seed]) for seed in (1, 2)]
     expected = [model.base_model.get_image_features(**image) for image in images]
     both, encoder = threading.Barrier(2, timeout=20), model.base_model.vision_tower
     forward = encoder.forward
 
+    def wait(*_) -> None:
+        both.wait()
+
     def waiting(*args, **kwargs):
         both.wait()
-        outputs = forward(*args, **kwargs)
+        encoder.register_forward_hook(wait)
         both.wait()
-        return outputs
+        return forward(*args, **kwargs)
 
     encoder.forward = waiting
     with ThreadPoolExecutor(2) as threads:
