@@ -81,6 +81,12 @@ def test_model_types_must_be_strings(model_types):
         register_family(*model_types)
 
 
+def test_misspelt_options_are_refused(registry):
+    with pytest.raises(TypeError, match="patchmerge"):
+        register_family("mine", patchmerge=2)(lambda base, **_: None)
+    assert "mine" not in supported_families()
+
+
 def test_a_family_of_one_s_own(registry):
     seen = []
 
