@@ -1,4 +1,4 @@
-"""The registry, and the parts that adapters are made of."""
+"""The registry, and the building blocks of adapters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokenflex.dropin.processor import convert_processor
 
 @pytest.fixture
 def registry(monkeypatch):
-    """What a test registers is gone after it."""
+    """Remove what a test registers."""
     monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
 
 
@@ -105,7 +105,7 @@ def test_a_family_of_one_s_own(registry):
 
 
 class TaggedProcessor(ProcessorMixin):
-    """A processor whose text for an image is what a test says."""
+    """A processor whose text for an image a test sets."""
 
     image_token = "<image>"
     image_break_token = "<break>"

@@ -89,7 +89,7 @@ def test_text_alone(name):
 
 
 def test_precomputed_tokens_in_the_stock_model_give_the_same_logits(name):
-    """The oracle: nothing but the image features, and Qwen's positions, is changed."""
+    """Oracle: only the image features, and Qwen's positions, change."""
     if name == "smolvlm" and transformers.__version__.startswith("5.20."):
         pytest.skip("that stock model takes only counts that its patch size divides")
     model, stock = converted(name), stock_model(name)

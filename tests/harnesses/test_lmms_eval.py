@@ -1,4 +1,4 @@
-"""The adapter for lmms-eval: found by entry point, one count a run, tokens counted."""
+"""The adapter for lmms-eval: its entry point, one count per run, token counts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def entry_point():
 
 
 def load(adapter, checkpoint, tokens, **config):
-    """As lmms-eval makes a model: arguments from a string, the rest from its own options."""
+    """Make a model as lmms-eval does: from a string of arguments, and its own options."""
     lm = adapter.TokenFlex.create_from_arg_string(
         f"pretrained={checkpoint},tokens={tokens}",
         {"device": "cpu", "max_batch_size": None, **config},
@@ -88,7 +88,7 @@ def test_answers_and_token_counts_are_those_of_generate(
 
 
 def test_the_adapter_never_looks_at_the_name_of_the_task(adapter, checkpoint, greedy):
-    """Answers, tokens and rounds come without it, so no task can have a count of its own."""
+    """Answers, tokens and rounds do not depend on it, so no task can have a special count."""
     lm = load(adapter, checkpoint, 9)
     lm.task_dict = OneTask(lm.task_dict["digits"])
     options = {"max_new_tokens": 4}

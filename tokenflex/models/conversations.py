@@ -226,7 +226,6 @@ def images_of_chats(chats: Sequence[Chat], beside: Any) -> Any:
         return inside if names else None
     if names:
         raise ValueError(
-            "images must be given in the messages or beside them, got both: "
-            f"{names[0]} holds one"
+            f"images must be given in the messages or beside them, got both: {names[0]} holds one"
         )
     return beside
