@@ -19,7 +19,7 @@ def name(request) -> str:
 
 @pytest.fixture(params=PROCESSORS)
 def processor_name(request) -> str:
-    """The same, where its processor can be built here."""
+    """Likewise, for processors that can be built without torchvision."""
     if request.param in NEED_TORCHVISION and not _HAS_TORCHVISION:
         pytest.skip("transformers processes its images with torchvision only")
     return request.param

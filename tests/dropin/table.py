@@ -304,7 +304,7 @@ def pixels(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def image_inputs(name: str, images: Sequence[int]) -> dict[str, Any]:
-    """What the family's image processor gives for square images; an int seeds each."""
+    """Return the outputs of the family's image processor for square images; an int seeds each."""
     number = len(images)
 
     def stacked(*shape: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The registry, and the parts that adapters are made of."""
+"""The registry, and the building blocks of adapters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokenflex.dropin.processor import convert_processor
 
 @pytest.fixture
 def registry(monkeypatch):
-    """What a test registers is gone after it."""
+    """Remove what a test registers."""
     monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
 
 
@@ -81,6 +81,12 @@ def test_model_types_must_be_strings(model_types):
         register_family(*model_types)
 
 
+def test_misspelt_options_are_refused(registry):
+    with pytest.raises(TypeError, match="patchmerge"):
+        register_family("mine", patchmerge=2)(lambda base, **_: None)
+    assert "mine" not in supported_families()
+
+
 def test_a_family_of_one_s_own(registry):
     seen = []
 
@@ -99,7 +105,7 @@ def test_a_family_of_one_s_own(registry):
 
 
 class TaggedProcessor(ProcessorMixin):
-    """A processor whose text for an image is what a test says."""
+    """A processor whose text for an image a test sets."""
 
     image_token = "<image>"
     image_break_token = "<break>"
@@ -116,7 +122,8 @@ def tagged(layout: str, name: str):
     words = tokenizer("<image>", ["<break>", "<end>", "<tile>"])
     processor = TaggedProcessor(SiglipImageProcessor(size={"height": 8, "width": 8}), words)
     processor.layout = layout
-    return convert_processor(processor, stock_model(name).config, 16)
+    convert_processor(processor, stock_model(name).config, 16)
+    return processor
 
 
 def call(processor, count):

@@ -26,7 +26,7 @@ def model_with_a_projector_to_imitate(name: str):
 
 
 def test_fitted_tokens_are_near_the_stock_ones(name, record_property):
-    """The images are noise to random towers: the hardest there are to generalise from."""
+    """Images of noise and random encoders are the hardest case to generalise from."""
     model = model_with_a_projector_to_imitate(name).train()
     frozen = next(model.base_model.children()).eval()
     with torch.random.fork_rng():
@@ -71,7 +71,7 @@ def pictures_of(classes: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def questions(number: int, tokens: int, seed: int) -> dict:
-    """Which of eight kinds of pictures is it? The answer is one of eight tokens."""
+    """Make questions after one of eight kinds of pictures, answered by one of eight tokens."""
     classes = torch.randint(CLASSES, (number,), generator=torch.Generator().manual_seed(seed))
     prompt = torch.tensor([[3, START, *[IMAGE] * tokens, END, 4]]).expand(number, -1)
     ids = torch.cat([prompt, 60 + classes[:, None]], dim=1)
@@ -110,7 +110,7 @@ def test_loss_at_step_0_is_near_the_stock_model_s(name, stock_count, record_prop
     assert fitted < stock + 0.1
 
 
-# ---- how it is asked for
+# ---- arguments
 
 
 def test_pictures_go_through_the_processor(processor_name):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -87,7 +89,7 @@ def test_text_alone(name):
 
 
 def test_precomputed_tokens_in_the_stock_model_give_the_same_logits(name):
-    """The oracle: nothing but the image features, and Qwen's positions, is changed."""
+    """Oracle: only the image features, and Qwen's positions, change."""
     if name == "smolvlm" and transformers.__version__.startswith("5.20."):
         pytest.skip("that stock model takes only counts that its patch size divides")
     model, stock = converted(name), stock_model(name)
@@ -306,6 +308,30 @@ def test_a_second_turn_continues_the_first(name):
         assert again.shape == fresh.shape
     else:
         assert torch.equal(again, fresh)
+
+
+def test_threads_may_share_a_model():
+    """Each call waits for the other one in the vision encoder, and again behind its hooks."""
+    model, images = converted("llava"), [image_inputs("llava", [seed]) for seed in (1, 2)]
+    expected = [model.base_model.get_image_features(**image) for image in images]
+    both, encoder = threading.Barrier(2, timeout=20), model.base_model.vision_tower
+    forward = encoder.forward
+
+    def wait(*_) -> None:
+        both.wait()
+
+    def waiting(*args, **kwargs):
+        both.wait()
+        encoder.register_forward_hook(wait)
+        both.wait()
+        return forward(*args, **kwargs)
+
+    encoder.forward = waiting
+    with ThreadPoolExecutor(2) as threads:
+        actual = [*threads.map(lambda image: model.base_model.get_image_features(**image), images)]
+    for outputs, alone in zip(actual, expected, strict=True):
+        assert torch.equal(outputs.last_hidden_state, alone.last_hidden_state)
+        assert all(map(torch.equal, outputs.pooler_output, alone.pooler_output))
 
 
 def test_hooks_of_accelerate_before_and_after_converting(name):

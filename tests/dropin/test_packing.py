@@ -1,4 +1,4 @@
-"""Packed samples do not see each other; families where they would are refused."""
+"""Packed samples do not attend to each other; families where they would are refused."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def test_boundaries_of_the_packed_row():
 
 
 def without_boundaries(packed) -> dict:
-    """As DataCollatorWithFlattening has it: positions alone say where samples start."""
+    """Return a packed row like DataCollatorWithFlattening: only positions show where samples start."""
     boundaries = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "use_cache")
     return {key: value for key, value in packed.items() if key not in boundaries}
 
 
 def test_the_comparison_would_see_a_leak(name, monkeypatch):
-    """The control: with a cache transformers joins the samples, where nobody refuses."""
+    """Control: with a cache and without our check, transformers joins the samples."""
     model = converted(name)
     packed = pack_inputs(model, batch(name, SAMPLES))
     monkeypatch.setattr(converted_classes, "check_packing", lambda family, kwargs: None)

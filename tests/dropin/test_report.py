@@ -1,4 +1,4 @@
-"""The page about the drop-in says what the tests said."""
+"""The table of families on the page matches the tests."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ MODELS = sorted(CONFIGS)
 
 
 def stock_model(name: str, seed: int = 0) -> Any:
-    """The same weights at every call with the same arguments, in evaluation mode."""
+    """Return a model in evaluation mode, with weights that depend only on the arguments."""
     config = CONFIGS[name]()
     mapping = transformers.AutoModelForImageTextToText._model_mapping
     with torch.random.fork_rng():
@@ -47,7 +47,7 @@ PROMPTS = [
 
 
 def batch(name: str, prompts: Sequence[Prompt], *, labels: bool = False) -> dict[str, Any]:
-    """The prompts as one left-padded batch, as the family's processor would give it."""
+    """Return the prompts as one left-padded batch, like the family's processor."""
     tiles = tiles_per_image(name)
     rows = [_expanded(prompt, tiles) for prompt in prompts]
     length = max(map(len, rows))

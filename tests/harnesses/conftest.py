@@ -1,4 +1,4 @@
-"""A checkpoint to ask, and the harnesses: stand-ins, and what is installed."""
+"""A tiny checkpoint, and the harnesses: stand-ins and installed packages."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory, processor) -> Path:
 
 @pytest.fixture
 def standins(monkeypatch) -> None:
-    """No harness is installed but the stand-ins."""
+    """Replace all harnesses by the stand-ins."""
     for name, module in modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     for name in ADAPTERS:
@@ -40,7 +40,7 @@ def standins(monkeypatch) -> None:
 
 @pytest.fixture(params=["stand-in", "installed"])
 def adapter(request, monkeypatch):
-    """Our module for lmms-eval, over the stand-in and over the package itself."""
+    """Our module for lmms-eval, with the stand-in and with the package."""
     if request.param == "stand-in":
         request.getfixturevalue("standins")
     else:
@@ -51,7 +51,7 @@ def adapter(request, monkeypatch):
 
 @pytest.fixture(scope="session")
 def greedy(processor):
-    """(answer, tokens read, tokens written) by the processor and ``generate``, one at a time."""
+    """Return (answer, prompt tokens, new tokens) by the processor and ``generate``."""
     model = tiny_model()
 
     def answer(images, text, count, length, **options):

@@ -1,4 +1,4 @@
-"""Names of benchmarks that nobody can have made an exception for, or look at."""
+"""Arbitrary names of benchmarks, and a name that must not be read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 
 def arbitrary_names(seed: int, number: int = 12) -> list[str]:
-    """Letters, digits and underscores, some behind the beginnings that benchmarks often have."""
+    """Return random names, some with the beginnings that benchmarks often have."""
     draw = random.Random(seed)
     beginnings = ("", "MM", "mm", "MMStar_", "mmstar", "Math", "ai2d", "OCR", "Hallusion")
     letters = string.ascii_letters + string.digits
@@ -19,7 +19,7 @@ def arbitrary_names(seed: int, number: int = 12) -> list[str]:
 
 
 class Unreadable:
-    """Stands where a benchmark's name does: it may be handed on, and nothing else."""
+    """Stand-in for a benchmark's name that may only be passed on."""
 
     def __getattribute__(self, name: str) -> NoReturn:
         raise AssertionError(f"the name of the benchmark was read: {name}")
@@ -53,7 +53,7 @@ for _operator in (
 
 
 class OneTask:
-    """A task dictionary that gives the same documents for any name, without looking at it."""
+    """A task dictionary with the same documents for any name, which it does not read."""
 
     def __init__(self, documents: Any) -> None:
         self.documents = documents

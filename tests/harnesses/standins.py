@@ -85,7 +85,7 @@ class ModelManifest:
 
 
 class TaskManager:
-    """Knows a few names, and that of each ``NAME.yaml`` below an included folder."""
+    """Has a few names, and that of each ``NAME.yaml`` below an included folder."""
 
     def __init__(self, verbosity="INFO", include_path=None, include_defaults=True, model_name=None):
         own = [path.stem for folder in include_path or () for path in Path(folder).rglob("*.yaml")]
@@ -112,7 +112,7 @@ class BaseModel:
 
 
 def modules() -> dict[str, ModuleType]:
-    """Name -> stand-in module, for ``sys.modules``."""
+    """Return the stand-in modules by name, for ``sys.modules``."""
     contents: dict[str, dict[str, Any]] = {
         "lmms_eval": {},
         "lmms_eval.api": {},

@@ -17,7 +17,7 @@ from tokenflex.harnesses.driver import HarnessError, run_lmms_eval, run_vlmevalk
 
 pytestmark = pytest.mark.usefixtures("standins")
 
-# What VLMEvalKit's script does with its arguments: each model answers each benchmark.
+# Like VLMEvalKit's script: each model answers each benchmark.
 RUN_PY = """
 import argparse, pathlib
 from vlmeval.config import supported_VLM
@@ -41,7 +41,7 @@ for name in options.model:
         (folder / f"{name}_{benchmark}_acc.csv").write_text(f"split,Overall\\ndev,{tokens}\\n")
 """
 
-# The same, but the models are not loaded: what is asked of which is all it shows.
+# The same without loading the models.
 RUN_PY_WITHOUT_ANSWERS = """
 import argparse, pathlib
 from vlmeval.config import supported_VLM
@@ -59,7 +59,7 @@ for name in options.model:
 """
 
 
-# A script that writes down what it was called with, word for word.
+# A script that saves its arguments.
 RUN_PY_THAT_REPEATS = """
 import json, pathlib, sys
 pathlib.Path(__file__).with_name("called.json").write_text(json.dumps(sys.argv[1:]))
@@ -164,7 +164,7 @@ def test_lmms_eval_is_asked_for_every_task_at_every_count(checkpoint):
 
 
 def test_vlmevalkit_is_asked_for_every_benchmark_at_every_count(checkpoint, tmp_path):
-    """The count of the model that is named is what this script writes as its score."""
+    """This script writes the count of the named model as its score."""
     (tmp_path / "run.py").write_text(RUN_PY_WITHOUT_ANSWERS)
     table = run_vlmevalkit(
         checkpoint,
@@ -204,7 +204,7 @@ def test_the_command_writes_the_table(checkpoint, tmp_path, capsys, monkeypatch)
     assert "| mmstar | acc | 0.04 ± 0.01 | 0.16 ± 0.01 |" in page
     assert page in capsys.readouterr().out
     assert len(json.loads((tmp_path / "out" / "table.json").read_text())) == 4
-    # What failed is an error, once the rest is written.
+    # A failed benchmark is an error, after the rest is written.
     assert main([*base, str(tmp_path / "more"), "--benchmarks", "failing,mmstar"]) == 2
     assert "failing - 4" in capsys.readouterr().err
     assert "| failing | - | missing | missing |" in (tmp_path / "more" / "table.md").read_text()
@@ -349,7 +349,7 @@ def test_tasks_of_ones_own_are_found_on_the_include_path(checkpoint, tmp_path, c
 
 
 class Unfamiliar(Exception):
-    """An exception of a library that no list of exceptions foresees."""
+    """An exception that no list of exceptions contains."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The adapter for lmms-eval: found by entry point, one count a run, tokens counted."""
+"""The adapter for lmms-eval: its entry point, one count per run, token counts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.harnesses.names import OneTask, Unreadable
 from tests.models.tiny import picture
@@ -30,7 +31,7 @@ def entry_point():
 
 
 def load(adapter, checkpoint, tokens, **config):
-    """As lmms-eval makes a model: arguments from a string, the rest from its own options."""
+    """Make a model as lmms-eval does: from a string of arguments, and its own options."""
     lm = adapter.TokenFlex.create_from_arg_string(
         f"pretrained={checkpoint},tokens={tokens}",
         {"device": "cpu", "max_batch_size": None, **config},
@@ -87,7 +88,7 @@ def test_answers_and_token_counts_are_those_of_generate(
 
 
 def test_the_adapter_never_looks_at_the_name_of_the_task(adapter, checkpoint, greedy):
-    """Answers, tokens and rounds come without it, so no task can have a count of its own."""
+    """Answers, tokens and rounds do not depend on it, so no task can have a special count."""
     lm = load(adapter, checkpoint, 9)
     lm.task_dict = OneTask(lm.task_dict["digits"])
     options = {"max_new_tokens": 4}
@@ -211,27 +212,28 @@ def test_auto_chooses_from_images_that_are_encoded_once(checkpoint, greedy):
         label = "auto"
 
         def select(self, model, images, tiles, prompts):
+            shown.append(images.features)
             return [[4 if len(ids) == 2 else 16] * len(tiles) for ids in prompts]
 
-    assistant, passes = Assistant(checkpoint, 4, device="cpu"), []
+    assistant, passes, shown = Assistant(checkpoint, 4, device="cpu"), [], []
     assistant.count = ByLength()
     assistant.model.model.vision_model.register_forward_hook(
         lambda module, inputs, output: passes.append(len(output.last_hidden_state))
     )
-    replies = assistant.reply(
-        [messages_of("odd"), messages_of("read r1c1"), messages_of("odd")], max_new_tokens=3
-    )
+    questions, counts = ["odd", "read r1c1", "odd"], [4, 16, 4]
+    chats = [messages_of(question, seed) for seed, question in enumerate(questions)]
+    replies = assistant.reply(chats, max_new_tokens=3)
     assert assistant.label == "auto"
     assert passes == [3]
-    assert [reply.vision_tokens for reply in replies] == [4, 16, 4]
-    for reply, question, count in zip(
-        replies, ["odd", "read r1c1", "odd"], [4, 16, 4], strict=True
-    ):
-        assert reply.text == greedy([picture(1)], f"<image>{question}", count, 3)[0]
+    assert [reply.vision_tokens for reply in replies] == counts
+    for seed, (reply, question, count) in enumerate(zip(replies, questions, counts, strict=True)):
+        assert reply.text == greedy([picture(seed)], f"<image>{question}", count, 3)[0]
+        assistant.reply([chats[seed]], max_new_tokens=1)
+        assert torch.allclose(shown[seed], shown[-1], atol=1e-5)  # each chat's own images
 
 
-def messages_of(question):
-    image = {"type": "image", "image": picture(1)}
+def messages_of(question, seed=1):
+    image = {"type": "image", "image": picture(seed)}
     return [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
 
 

@@ -1,4 +1,4 @@
-"""One table from what the harnesses say; what they do not say is seen to be missing."""
+"""One table from the harnesses' results, with missing scores marked."""
 
 from __future__ import annotations
 

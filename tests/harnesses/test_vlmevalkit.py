@@ -1,4 +1,4 @@
-"""The adapter for VLMEvalKit: one entry a count, whatever the benchmark."""
+"""The adapter for VLMEvalKit: one entry per count, for all benchmarks."""
 
 from __future__ import annotations
 

@@ -83,17 +83,17 @@ def _harness(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> CountTable:
     from tokenflex.harnesses.driver import run_lmms_eval, run_vlmevalkit
 
-    common = (options.model, options.counts, options.benchmarks.split(","))
+    arguments = (options.model, options.counts, options.benchmarks.split(","))
     if options.harness == "lmms-eval":
         return run_lmms_eval(
-            *common,
+            *arguments,
             max_tiles=options.max_tiles,
             include_path=options.include_path or (),
             batch_size=options.batch_size or 1,
             limit=options.limit,
         )
     return run_vlmevalkit(
-        *common,
+        *arguments,
         run_py=options.run_py,
         work_dir=options.output / "vlmevalkit",
         max_tiles=options.max_tiles,
@@ -107,16 +107,16 @@ def _check(options: argparse.Namespace) -> None:
 
     if options.harness not in HARNESSES:
         raise ValueError(f"HARNESS must be one of {', '.join(HARNESSES)}, got {options.harness!r}")
-    if (options.harness == "vlmevalkit") != (options.run_py is not None):
+    is_lmms_eval = options.harness == "lmms-eval"
+    if is_lmms_eval == (options.run_py is not None):
         raise ValueError("--run-py must be given with vlmevalkit, and only there")
-    if options.harness == "lmms-eval" and options.arguments:
+    if is_lmms_eval and options.arguments:
         raise ValueError(
             "arguments after -- are for VLMEvalKit's script, and lmms-eval takes none: got "
             f"{' '.join(options.arguments)}"
         )
-    if options.harness == "vlmevalkit":
-        for name in ("batch_size", "limit", "include_path"):
-            if getattr(options, name) is not None:
-                raise ValueError(f"--{name.replace('_', '-')} is for lmms-eval, not for vlmevalkit")
+    for name in ("batch_size", "limit", "include_path"):
+        if not is_lmms_eval and getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for lmms-eval, not for vlmevalkit")
     if not options.model.is_dir():
         raise FileNotFoundError(f"checkpoint folder {options.model} does not exist")

@@ -167,7 +167,7 @@ def family_of(config: Any) -> Family:
 # ---- building blocks of adapters
 
 
-VISION_ENCODERS = ("vision_tower", "vision_model", "visual")  # a base model has one of them
+VISION_ENCODERS = ("vision_tower", "vision_model", "vision_encoder", "visual")  # one per model
 
 
 def vision_encoder(base: Any) -> Any:

@@ -68,17 +68,9 @@ def default_count(config: Any) -> TokenCount:
 
 
 def flat_grids(patches: PatchGrids | Deepstack, merge: int = 1) -> tuple[torch.Tensor, list[Grid]]:
-    """Flatten patch grids.
+    """Flatten patch grids to [sum of H*W / m**2, m * m * C], and (H / m, W / m) per image.
 
-    Args:
-        patches: [images, H, W, C], or one [H, W, C] per image.
-        merge: m; m x m patches are concatenated to one of width m * m * C.
-
-    Returns:
-        [sum of H*W / m**2, m * m * C], and (H / m, W / m) per image.
-
-    Raises:
-        ValueError: m does not divide a grid.
+    m is ``merge``: m x m patches are concatenated to one.
     """
     if isinstance(patches, Deepstack):
         patches = patches.grids
@@ -110,13 +102,9 @@ def image_features(
     counts: ImageTokenCounts | None,
     options: dict[str, bool],
 ) -> ImageOutputs:
-    """Encode images to vision tokens.
+    """Encode the image inputs of a converted base model to vision tokens.
 
-    Args:
-        base: A converted base model.
-        image_inputs: By name, for the family's adapter.
-        counts: For all inputs of the vision encoder or one for each; the model's default if None.
-        options: ``output_hidden_states`` and ``output_attentions``, as the stock model takes them.
+    ``options`` may hold ``output_hidden_states`` and ``output_attentions``.
     """
     family, config = type(base)._tokenflex_family, base.config
     with _recorded_encoder(base, options) as encoder_outputs:
@@ -139,12 +127,9 @@ def image_features(
 
 @contextmanager
 def _recorded_encoder(base: Any, options: dict[str, bool]) -> Iterator[SimpleNamespace]:
-    """Give the vision encoder more options in a ``with`` block, and record its outputs.
+    """Give the vision encoder more options, and yield a namespace that gets its outputs.
 
-    Calls from other threads are left alone: one model may serve several at a time.
-
-    Yields:
-        A namespace with the fields of the encoder's outputs, once it has been called.
+    Calls from other threads are not affected: one model may serve several at a time.
     """
     encoder, outputs = vision_encoder(base), SimpleNamespace()
     options = {name: True for name in _ENCODER_OPTIONS if options.get(name)}

@@ -18,17 +18,9 @@ _FURTHER_OPTIONS = {
 
 
 def check_option_names(processor: Any, options: dict[str, Any], more: Iterable[str] = ()) -> None:
-    """Refuse options that neither the stock processor nor a part of it takes.
+    """Refuse options that neither the stock processor nor a part of it takes, nor ``more`` names.
 
     transformers would ignore them.
-
-    Args:
-        processor: A transformers processor.
-        options: Arguments of a call.
-        more: Further known names.
-
-    Raises:
-        TypeError: A name is unknown; the message holds the nearest known name.
     """
     if not options:
         return
@@ -65,17 +57,7 @@ def template_source(templates: Any, name: str | None) -> Any:
 def read_conversation(
     processor: Any, conversation: Any, options: dict[str, Any], tokenize: bool
 ) -> Any:
-    """Check a conversation, or a batch of them, and read its images if it will be tokenized.
-
-    Args:
-        processor: A converted processor.
-        conversation: A list of messages, or a list of those.
-        options: Options of the processor's call.
-        tokenize: Whether the images will be used.
-
-    Raises:
-        TypeError, ValueError: As :func:`tokenflex.models.chat.read_chat`.
-    """
+    """Check a conversation, or a batch of them, and read its images if it will be tokenized."""
     # The texts that stand for an image in the prompts of a family.
     names = ("image_token", "boi_token")
     tokens = [processor._tokenflex.image_token, *(getattr(processor, n, None) for n in names)]

@@ -27,7 +27,7 @@ from transformers.generation import utils as generation_utils
 from transformers.utils.generic import can_return_tuple
 
 from tokenflex.counts import ImageTokenCounts
-from tokenflex.dropin.families import Family, family_of
+from tokenflex.dropin.families import family_of
 from tokenflex.dropin.features import (
     CheckedOutputs,
     ImageOutputs,
@@ -39,7 +39,7 @@ from tokenflex.dropin.features import (
 )
 from tokenflex.dropin.mrope import RopePositions, set_rope_positions
 from tokenflex.dropin.packing import check_packing
-from tokenflex.dropin.variants import Variant, variant_of
+from tokenflex.dropin.variants import Variant, change_class, restore_class
 from tokenflex.models.generation import cache_of, repeated_images
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.placeholders import placeholder_rows
@@ -95,6 +95,8 @@ def _without_videos(stock: Any) -> Any:
 
 
 class _ScatteredTokens(Variant):
+    _tokenflex_method = "inputs_merger"
+
     def inputs_merger(
         self: Any,
         input_ids: torch.Tensor | None,
@@ -113,15 +115,6 @@ class _ScatteredTokens(Variant):
             mask = input_ids == self.config.image_token_id
         tokens = image_hidden_states.to(inputs_embeds)
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1), tokens)
-
-
-# For methods that only some stock classes have.
-_OPTIONAL_MIXINS = {"get_rope_index": RopePositions, "inputs_merger": _ScatteredTokens}
-
-
-def _base_variant(stock: Any, family: Family) -> Any:
-    optional = [mixin for name, mixin in _OPTIONAL_MIXINS.items() if hasattr(stock, name)]
-    return variant_of(stock, family, (ConvertedBase, *optional))
 
 
 def _before_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -225,11 +218,6 @@ class ConvertedModel(Variant):
         return TokenFlexForConditionalGeneration.__name__
 
 
-def model_variant(stock: Any, family: Family) -> Any:
-    """Return the class of a converted whole model."""
-    return variant_of(stock, family, (ConvertedModel,))
-
-
 # ---- installation
 
 
@@ -246,23 +234,19 @@ def new_projector(config: Any) -> TokenAdaptiveProjector:
 
 
 def install(model: Any, projector: nn.Module, *, keep_stock: bool) -> None:
-    """Put ``projector`` into a stock model and change its classes.
+    """Put ``projector`` into a stock model whose config has ``tokenflex``, and change its classes.
 
-    Args:
-        model: A stock model whose config has ``tokenflex``.
-        projector: Replaces the stock projector.
-        keep_stock: Keep the stock projector outside the module tree, for :func:`uninstall` and
-            fitting.
+    ``keep_stock`` keeps the stock projector outside the module tree, to restore or imitate it.
     """
     base, family = model.base_model, family_of(model.config)
     stock = base.get_submodule(family.stock_projector)
     if family.stand_in is not None:
         base.set_submodule(family.stock_projector, family.stand_in(base))
     base.set_submodule(family.projector, projector)
-    base.__class__ = _base_variant(type(base), family)
+    change_class(base, family, ConvertedBase, RopePositions, _ScatteredTokens)
     base.register_forward_pre_hook(_before_forward, with_kwargs=True)
     if not isinstance(model, Variant):  # a loaded conversion is one from the start
-        model.__class__ = model_variant(type(model), family)
+        change_class(model, family, ConvertedModel)
     if keep_stock:
         setattr(model, _STOCK_PROJECTOR, (stock,))
 
@@ -283,8 +267,8 @@ def uninstall(model: Any) -> None:
         if hook is _before_forward:
             del base._forward_pre_hooks[key]
             base._forward_pre_hooks_with_kwargs.pop(key, None)
-    base.__class__ = type(base)._tokenflex_stock_class
-    model.__class__ = type(model)._tokenflex_stock_class
+    restore_class(base)
+    restore_class(model)
     delattr(model, _STOCK_PROJECTOR)
 
 

@@ -16,6 +16,8 @@ from tokenflex.models.generation import cache_of
 class RopePositions(Variant):
     """Changes of a base model's class that has ``get_rope_index``."""
 
+    _tokenflex_method = "get_rope_index"
+
     def get_rope_index(
         self: Any,
         input_ids: torch.Tensor,

@@ -82,12 +82,7 @@ def pack_inputs(model: Any, inputs: Any) -> dict[str, Any]:
 
 
 def check_packing(family: Family, kwargs: dict[str, Any]) -> None:
-    """Refuse the arguments of a forward whose packed samples would attend to each other.
-
-    Raises:
-        ValueError: The family cannot be packed, or the arguments allow a cache, hold a mask, or
-            hold M-RoPE positions without text positions.
-    """
+    """Refuse the arguments of a forward whose packed samples would attend to each other."""
     positions: Any = kwargs.get("position_ids")
     mask: Any = kwargs.get("attention_mask")
     start_again = _start_again(positions, mask, kwargs)

@@ -38,7 +38,7 @@ from tokenflex.dropin.inputs import (
     without_layout,
 )
 from tokenflex.dropin.sampling import CountStream
-from tokenflex.dropin.variants import Variant, variant_of
+from tokenflex.dropin.variants import Variant, change_class, restore_class
 from tokenflex.models.conversations import split_chat_options
 
 _TEXT_OPTIONS = {"text_kwargs", *TextKwargs.__annotations__}  # without effect on vision tokens
@@ -64,21 +64,8 @@ class _Call:
 _CALL: ContextVar[_Call | None] = ContextVar("_CALL", default=None)
 
 
-def convert_processor(processor: Any, config: Any, num_image_tokens: TokenCount) -> Any:
-    """Change a processor in place, so that it takes ``num_image_tokens``.
-
-    Args:
-        processor: Of a supported family, with a tokenizer.
-        config: The model's; its ``image_token_id`` is the placeholder.
-        num_image_tokens: The count of images where a call gives none.
-
-    Returns:
-        ``processor``.
-
-    Raises:
-        TypeError: It is not a processor with a tokenizer.
-        ValueError: The model's placeholder is not a token of its tokenizer.
-    """
+def convert_processor(processor: Any, config: Any, num_image_tokens: TokenCount) -> None:
+    """Change the processor of a model in place, so that it takes ``num_image_tokens``."""
     tokenizer = getattr(processor, "tokenizer", None)
     if not isinstance(processor, ProcessorMixin) or tokenizer is None:
         raise TypeError(
@@ -92,28 +79,19 @@ def convert_processor(processor: Any, config: Any, num_image_tokens: TokenCount)
             f"{config.image_token_id}, the model's image_token_id"
         )
     if not isinstance(processor, Variant):
-        stock: Any = type(processor)
-        optional = (_TokenNumbers,) if hasattr(stock, "_get_num_multimodal_tokens") else ()
-        processor.__class__ = variant_of(stock, family_of(config), (ConvertedProcessor, *optional))
+        change_class(processor, family_of(config), ConvertedProcessor, _TokenNumbers)
     processor._tokenflex = _State(token, num_image_tokens)
-    return processor
 
 
-def restore_processor(processor: Any) -> Any:
+def restore_processor(processor: Any) -> None:
     """Undo :func:`convert_processor`, in place; a stock processor stays as it is."""
     if isinstance(processor, Variant):
-        processor.__class__ = processor._tokenflex_stock_class
+        restore_class(processor)
         del processor._tokenflex
-    return processor
 
 
 def check_default_count(count: Any, *, name: str) -> None:
-    """Refuse anything but one count for all images; a list would be one count per image.
-
-    Raises:
-        TypeError: It is neither an int nor an (h, w) tuple of ints.
-        ValueError: It is not a perfect square, or a side is below 1.
-    """
+    """Refuse anything but one count for all images; a list would be one count per image."""
     if isinstance(count, list):
         raise TypeError(
             f"{name} must be one count for all images, an int or an (h, w) tuple, got {count!r}"
@@ -246,7 +224,9 @@ class ConvertedProcessor(Variant):
 
 
 class _TokenNumbers(Variant):
-    """A further change of a class that can tell the number of tokens from the size of an image."""
+    """Changes of a processor's class that counts the tokens of images by their sizes."""
+
+    _tokenflex_method = "_get_num_multimodal_tokens"
 
     def _get_num_multimodal_tokens(
         self: Any,
@@ -291,10 +271,7 @@ def image_token_id(processor: Any) -> int:
 def _tokens_of_blank(
     processor: Any, size: tuple[int, int], grid: Grid, options: dict[str, Any]
 ) -> int:
-    """Return the vision tokens of an image of ``size``, in all of its tiles.
-
-    Families cut images by rules of their own, so a blank image goes through the processor.
-    """
+    # Families cut images by rules of their own, so a blank image goes through the processor.
     height, width = size
     text = getattr(processor, "image_token", None) or processor._tokenflex.image_token
     blank = Image.new("RGB", (width, height))

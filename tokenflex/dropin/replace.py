@@ -13,14 +13,14 @@ from tokenflex.dropin.families import family_of
 from tokenflex.dropin.features import default_count
 from tokenflex.dropin.fitting import fit_projector
 from tokenflex.dropin.model import (
+    ConvertedModel,
     install,
-    model_variant,
     new_projector,
     stock_projector_of,
     uninstall,
 )
 from tokenflex.dropin.processor import check_default_count, convert_processor, restore_processor
-from tokenflex.dropin.variants import is_converted, unwrapped
+from tokenflex.dropin.variants import is_converted, unwrapped, variant_of
 from tokenflex_kernels.checks import check_count
 from tokenflex_kernels.pool_norm.axis_weights import check_mode
 
@@ -48,11 +48,8 @@ def replace_projector(
 
     The model is changed in place. Afterwards ``processor(..., num_image_tokens=...)``,
     ``model(**inputs)`` and ``model.generate(**inputs)`` take an int, an (h, w), or one of those per
-    image. Everything else about the model stays the same: its class name, its other weights,
-    saving and ``generate``.
-
-    A count is per input of the vision encoder: an image cut into five tiles has five times as many
-    tokens.
+    image. A count is per input of the vision encoder: an image cut into five tiles has five times
+    as many tokens. Everything else about the model stays the same.
 
     Args:
         model: A model for image-text-to-text of a supported family
@@ -233,7 +230,8 @@ def from_pretrained(
         check_default_count(num_image_tokens, name="num_image_tokens")
         config.tokenflex["num_image_tokens"] = num_image_tokens
     stock_class = AutoModelForImageTextToText._model_mapping[type(config)]
-    model, loading = model_variant(stock_class, family).from_pretrained(
+    model_class = variant_of(stock_class, family, (ConvertedModel,))
+    model, loading = model_class.from_pretrained(
         name_or_path, config=config, output_loading_info=True, **kwargs
     )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -18,6 +18,7 @@ _Stock: Any = object  # for a type checker, super() then has any method
 class Variant(_Stock):
     """Base of the mixins that change a stock class; their ``super()`` is the stock class."""
 
+    _tokenflex_method = ""  # the mixin is only for stock classes with this method
     _tokenflex_family: Family
     _tokenflex_stock_class: Any
     _tokenflex_mixins: tuple[type, ...]
@@ -30,13 +31,7 @@ class Variant(_Stock):
 
 @functools.cache
 def variant_of(stock: Any, family: Family, mixins: tuple[type, ...]) -> Any:
-    """Return a subclass of ``stock`` with the methods of ``mixins``.
-
-    Args:
-        stock: The class to replace.
-        family: The family, which the methods read as ``_tokenflex_family``.
-        mixins: Subclasses of :class:`Variant`, the most specific first.
-    """
+    """Return a subclass of ``stock`` with the methods of ``mixins``, subclasses of Variant."""
     body = {
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,
@@ -46,6 +41,18 @@ def variant_of(stock: Any, family: Family, mixins: tuple[type, ...]) -> Any:
         "_tokenflex_mixins": mixins,
     }
     return type(stock.__name__, (*mixins, stock), body)
+
+
+def change_class(instance: Any, family: Family, *mixins: type[Variant]) -> None:
+    """Replace the class of ``instance`` by a variant, with those mixins whose method it has."""
+    stock: Any = type(instance)
+    fitting = (m for m in mixins if not m._tokenflex_method or hasattr(stock, m._tokenflex_method))
+    instance.__class__ = variant_of(stock, family, tuple(fitting))
+
+
+def restore_class(instance: Any) -> None:
+    """Undo :func:`change_class`."""
+    instance.__class__ = instance._tokenflex_stock_class
 
 
 def unwrapped(model: Any) -> Any:

@@ -35,7 +35,6 @@ class HarnessError(Exception):
     """A failure of a harness. The message is one line, the cause is the harness's exception.
 
     Args:
-        message: The harness, the count at which it failed, and its own message.
         exit_code: Of the harness if it ended the process, else 2.
     """
 
@@ -69,12 +68,7 @@ def _in_one_line(message: object) -> str:
 
 
 def _load(module: str, harness: str, install: str) -> Any:
-    """Import a module of a harness.
-
-    Raises:
-        HarnessError: The harness is installed but cannot be imported.
-        ImportError: It is not installed; the message holds ``install``.
-    """
+    """Import a module of a harness; ``install`` is the hint of the error if it is missing."""
     try:
         with _failures_of(harness, "to load"):
             return importlib.import_module(module)
