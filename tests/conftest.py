@@ -60,7 +60,6 @@ _NEEDED_BY = {
     "matplotlib": [
         "experiments",
         "training",
-        "routing/test_curve.py",
         "routing/test_route.py",
         "test_cli.py",
         "test_plots.py",

@@ -92,3 +92,13 @@ def test_prompts_without_images_get_no_counts(tmp_path):
     selector = PolicySelector("auto", tmp_path)
     prompts = [torch.tensor([5, 6]), torch.tensor([7])]
     assert selector.select(None, None, (), prompts) == [[], []]
+
+
+def test_each_prompt_gets_a_count_per_image_whatever_its_tiles(alternating, tmp_path):
+    """Two images of two tiles and one, shown by three prompts."""
+    model = tiny_model()
+    images = model.encode_images(torch.randn(3, 3, 32, 32))
+    image = model.config.image_token_id
+    prompts = [torch.tensor([image, 5, image, *[6] * length]) for length in range(3)]
+    selector = PolicySelector(alternating, tmp_path)
+    assert selector.select(model, images, (2, 1), prompts) == [[4, 9]] * 3
