@@ -51,7 +51,6 @@ _TESTS_BY_REQUIREMENT = {
         "training",
         "benchmarks/test_plots.py",
         "benchmarks/test_report.py",
-        "routing/test_curve.py",
         "routing/test_route.py",
         "test_cli.py",
         "test_plots.py",

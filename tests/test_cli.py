@@ -150,7 +150,7 @@ def test_the_package_alone_says_that_ablate_is_in_the_repository(tmp_path):
         result = package_alone(tmp_path, *arguments)
         assert (result.returncode, result.stdout) == (2, "")
         assert re.fullmatch(
-            "tokenflex: ablate is an experiment, .* a clone of the repository.*\n", result.stderr
+            "tokenflex: ablate needs a clone of the repository, because .*\n", result.stderr
         )
     listed = package_alone(tmp_path, "--help").stdout
     assert "evaluate" in listed

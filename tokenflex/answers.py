@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers.generation.streamers import BaseStreamer
@@ -14,8 +14,8 @@ from tokenflex.counts import AUTO, ImageTokenCounts, TokenCount, token_grids
 from tokenflex.models.chat import without_placeholders
 from tokenflex.models.loading import check_length
 from tokenflex.routing.cascade import generate_with_escalation
-from tokenflex.routing.ladder import known_counts, trained_counts
-from tokenflex.routing.storage import router_of
+from tokenflex.routing.ladder import trained_counts
+from tokenflex.routing.policies import find_policy
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def answer_at_counts(
     processor: Any,
     images: Sequence[Any],
     prompt: str,
-    counts: Sequence[ImageTokenCounts | Literal["auto"]],
+    counts: Sequence[ImageTokenCounts | str],
     *,
     max_new_tokens: int = 64,
     max_tiles: int | None = None,
@@ -62,8 +62,9 @@ def answer_at_counts(
         processor: its processor.
         images: PIL images, arrays or tensors.
         prompt: text with one placeholder per image.
-        counts: what the processor takes as ``num_image_tokens``, once per answer. With "auto" the
-            time to the first token includes the choice.
+        counts: what the processor takes as ``num_image_tokens``, or a policy of
+            :mod:`tokenflex.routing.policies`, once per answer. With a policy the time to the first
+            token includes the choice.
         max_new_tokens: the most tokens of an answer.
         max_tiles: as the processor takes it.
         penalty: for "auto", see :func:`tokenflex.routing.choice.choose_counts`.
@@ -95,11 +96,12 @@ def answer_at_counts(
 
     data, tiles = ({}, []) if not images else processor.process_images(images, max_tiles=max_tiles)
     for count in counts if tiles else ():  # before the work, not after it
-        auto = count == AUTO
-        most = _largest_count(model, budget, confidence) if auto else count
+        most, bound = count, None
+        if isinstance(count, str):
+            most, bound = _largest_count(model, count, budget, confidence), budget
         grids = token_grids(most, len(tiles), name="num_image_tokens")
         tokens = sum(n * height * width for n, (height, width) in zip(tiles, grids, strict=True))
-        check_length(model.config, tokens if budget is None or not auto else min(tokens, budget))
+        check_length(model.config, tokens if bound is None else min(tokens, bound))
     warm_up = read(without_placeholders(prompt, [processor.image_token]), [])
     if warm_up["input_ids"].numel():
         model.generate(**warm_up, **greedy, **options, max_new_tokens=1)
@@ -113,7 +115,8 @@ def answer_at_counts(
         encoding_seconds = time.perf_counter() - started
     options["max_new_tokens"] = max_new_tokens
     for count in counts:
-        inputs = {**read(prompt, tiles, num_image_tokens=count), "encoded_images": encoded}
+        given = AUTO if isinstance(count, str) else count
+        inputs = {**read(prompt, tiles, num_image_tokens=given), "encoded_images": encoded}
         clock = _FirstTokenClock()
         auto = inputs.get("num_image_tokens") == AUTO
         if auto and confidence is not None:
@@ -124,6 +127,7 @@ def answer_at_counts(
             (vision_tokens,), (read_tokens,) = cascade.vision_tokens, cascade.prefill_tokens
         else:
             if auto:
+                inputs["num_image_tokens"] = count
                 inputs = model.choose_counts(**inputs, penalty=penalty, budget=budget)
             output = model.generate(**inputs, **greedy, **options, streamer=clock)
             new = output[0, inputs["input_ids"].shape[1] :]
@@ -139,13 +143,13 @@ def answer_at_counts(
         )
 
 
-def _largest_count(model: Any, budget: int | None, confidence: float | None) -> TokenCount:
-    """Return the largest count that "auto" may choose."""
+def _largest_count(
+    model: Any, policy: str, budget: int | None, confidence: float | None
+) -> TokenCount:
+    """Return the largest count that a policy or a cascade may choose."""
     if confidence is not None:
         return trained_counts(model)[-1]
-    if budget is not None:
-        return known_counts(model)[-1]
-    return router_of(model).counts[-1]
+    return find_policy(policy).largest(model, budget)
 
 
 class _FirstTokenClock(BaseStreamer):

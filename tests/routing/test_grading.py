@@ -108,6 +108,23 @@ def test_tiles_texts_and_several_images_are_graded_as_evaluation_does():
         assert torch.equal(getattr(one_by_one, name), getattr(grades, name))
 
 
+class Reversed(Several):
+    """Those of :class:`Several`, the sample of two images first."""
+
+    samples = Several.samples[::-1]
+
+
+def test_images_are_numbered_over_all_samples():
+    """A sample of several images before others, in one batch and in several."""
+    model, words = tiny_model(), digits_processor()
+    forward = grade(model, words, Several(), COUNTS)
+    for batch_size in (1, 64):
+        grades = grade(model, words, Reversed(), COUNTS, batch_size=batch_size)
+        assert grades.pair_questions.tolist() == [0, 0, 1, 1, 3]
+        assert grades.pair_images.tolist() == [0, 1, 0, 1, 2]
+        torch.testing.assert_close(grades.images, forward.images[[1, 2, 0]])
+
+
 def test_the_router_sees_in_use_what_it_saw_in_training():
     model, cutting = tiny_model(), tiling_processor(6, use_thumbnail=True)
     grades = grade(model, cutting, Several(), COUNTS)

@@ -10,6 +10,7 @@ import torch
 
 from tests.models.tiny import picture, tiny_model
 from tests.routing.planted import COUNTS, FixedRouter
+from tokenflex.answers import answer_at_counts
 from tokenflex.cli.options import counts_grids_or_auto
 from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.digits.processor import digits_processor
@@ -23,6 +24,9 @@ from tokenflex.routing.storage import save_router
 ALTERNATING = """
 def load(checkpoint, penalty):
     return lambda model: None
+
+def largest(model, budget):
+    return 9
 
 def choose(model, prompts, encoded, *, penalty, budget):
     return [(4, 9)[i % 2] for i in range(len(prompts.tiles))]
@@ -59,6 +63,10 @@ def test_a_policy_is_one_file(alternating, tmp_path):
     talk = Conversation((Turn("user", "<image> odd <image>"), Turn("assistant", "3")))
     samples = [Sample("two", (picture(1), picture(2)), (talk,))]
     counts = [4, resolve_count(alternating, tmp_path), 9]
+    (answer,) = answer_at_counts(
+        model, processor, list(samples[0].images), "<image> odd <image>", [alternating]
+    )
+    assert answer.vision_tokens == 13
     report = evaluate(model, processor, samples, counts)
     assert report["vision_tokens_per_question"] == {"4": 8.0, alternating: 13.0, "9": 18.0}
 
@@ -84,3 +92,13 @@ def test_prompts_without_images_get_no_counts(tmp_path):
     selector = PolicySelector("auto", tmp_path)
     prompts = [torch.tensor([5, 6]), torch.tensor([7])]
     assert selector.select(None, None, (), prompts) == [[], []]
+
+
+def test_each_prompt_gets_a_count_per_image_whatever_its_tiles(alternating, tmp_path):
+    """Two images of two tiles and one, shown by three prompts."""
+    model = tiny_model()
+    images = model.encode_images(torch.randn(3, 3, 32, 32))
+    image = model.config.image_token_id
+    prompts = [torch.tensor([image, 5, image, *[6] * length]) for length in range(3)]
+    selector = PolicySelector(alternating, tmp_path)
+    assert selector.select(model, images, (2, 1), prompts) == [[4, 9]] * 3

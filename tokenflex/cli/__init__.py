@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_to(line)
     if words[:1] and words[0] in REPOSITORY_COMMANDS and words[0] not in line.names:
         return _fail(
-            f"{words[0]} is an experiment, which a clone of the repository has and the installed "
-            "package has not: run python -m tokenflex in the clone"
+            f"{words[0]} needs a clone of the repository, because the installed package does not "
+            f"include experiments: run `python -m tokenflex {words[0]}` in the clone"
         )
     options = line.parser.parse_args(words)
     try:

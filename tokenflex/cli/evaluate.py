@@ -79,20 +79,19 @@ def add_to(commands: CommandLine) -> None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     quiet_libraries()
-    from tokenflex.evaluation.report import check_report_file, check_report_folder
+    from tokenflex.evaluation.report import check_output
     from tokenflex.locks import locked
     from tokenflex.training.output import is_run
 
     output = options.output
     if output is None:
         return _evaluate_into(options)
-    if output.suffix == ".json":  # checked before the work, not after it
-        check_report_file(output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        return _evaluate_into(options)
     if is_run(output):
         raise ValueError(f"--output {output} is the folder of a training run; give another one")
-    check_report_folder(output)
+    check_output(output)  # before the work, not after it
+    if output.suffix == ".json":
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return _evaluate_into(options)
     output.mkdir(parents=True, exist_ok=True)
     with locked(output):
         return _evaluate_into(options)
@@ -101,12 +100,11 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _evaluate_into(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from tokenflex.counts import AUTO, tokens_of
+    from tokenflex.counts import tokens_of
     from tokenflex.data.faults import BrokenSample, broken_records, check_broken, warn_of_broken
     from tokenflex.evaluation import evaluate
     from tokenflex.evaluation.report import format_table, write_report
     from tokenflex.evaluation.scoring import SCORES
-    from tokenflex.files import write_json
     from tokenflex.models.loading import check_length, load_checkpoint
     from tokenflex.routing.selector import resolve_count
     from tokenflex.training.build import build_dataset
@@ -114,7 +112,7 @@ def _evaluate_into(options: argparse.Namespace) -> int:
     if options.score not in SCORES:
         raise ValueError(f"--score must be one of {', '.join(SCORES)}, got {options.score!r}")
     folder = _checkpoint_of(options)
-    if options.penalty is not None and AUTO not in options.counts:
+    if options.penalty is not None and not any(isinstance(n, str) for n in options.counts):
         raise ValueError(f"--penalty is for the count auto, got it with {options.counts}")
     counts = [resolve_count(count, folder, options.penalty) for count in options.counts]
     dataset = build_dataset(_evaluation_data(options))
@@ -147,9 +145,7 @@ def _evaluate_into(options: argparse.Namespace) -> int:
     if options.penalty is not None:
         report["penalty"] = options.penalty
         title += f", auto at a penalty of {options.penalty:g}"
-    if options.output is not None and options.output.suffix == ".json":
-        write_json(options.output, report)
-    elif options.output is not None:
+    if options.output is not None:
         write_report(options.output, report, title)
     return 0
 

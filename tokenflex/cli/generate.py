@@ -54,7 +54,6 @@ def _generate(options: argparse.Namespace) -> int:
     from jinja2 import TemplateError
 
     from tokenflex.answers import answer_at_counts
-    from tokenflex.counts import AUTO
     from tokenflex.images import open_image
     from tokenflex.models.chat import parts_of
     from tokenflex.models.loading import load_checkpoint
@@ -63,8 +62,9 @@ def _generate(options: argparse.Namespace) -> int:
     model, processor = load_checkpoint(options.model)
     model.to(device())
     counts = options.tokens or [processor.num_image_tokens]
+    chooses = any(isinstance(count, str) for count in counts)
     for name in ("penalty", "budget", "confidence"):
-        if AUTO not in counts and getattr(options, name) is not None:
+        if not chooses and getattr(options, name) is not None:
             raise ValueError(f"--{name} is for --tokens auto, got it with --tokens {counts}")
     image, content = {"type": "image"}, parts_of(options.prompt)
     if image not in content:

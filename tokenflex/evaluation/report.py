@@ -38,39 +38,37 @@ def format_markdown(report: dict[str, Any], title: str) -> str:
     return "\n".join(lines)
 
 
-def check_report_folder(folder: Path) -> None:
+def check_output(output: Path) -> None:
     """Check that :func:`write_report` replaces files of reports only.
 
     Raises:
         FileExistsError: A file of something else exists.
     """
-    others = (folder / "report.md", folder / "accuracy.png")
-    check_replaceable(folder / "report.json", _KEYS, others)
+    if output.suffix == ".json":
+        check_replaceable(output, _KEYS)
+    else:
+        others = (output / "report.md", output / "accuracy.png")
+        check_replaceable(output / "report.json", _KEYS, others)
 
 
-def check_report_file(path: Path) -> None:
-    """Check that a file to replace is a report.
+def write_report(output: Path, report: dict[str, Any], title: str) -> None:
+    """Write a ``.json`` file, or ``report.json``, ``report.md`` and ``accuracy.png`` in a folder.
 
-    Raises:
-        FileExistsError: It is something else.
-    """
-    check_replaceable(path, _KEYS)
-
-
-def write_report(folder: Path, report: dict[str, Any], title: str) -> None:
-    """Write ``report.json``, ``report.md`` and ``accuracy.png`` into ``folder``, each atomically.
+    Each file is written atomically.
 
     Raises:
-        OSError: They cannot be written, or would replace a file of something else.
+        OSError: The files cannot be written, or would replace a file of something else.
     """
     from tokenflex.plots import plot_accuracy
 
-    check_report_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    plot_accuracy(report, folder / "accuracy.png")
+    check_output(output)
+    if output.suffix == ".json":
+        write_json(output, report)
+        return
+    plot_accuracy(report, output / "accuracy.png")
     page = format_markdown(report, title)
-    write_atomically(folder / "report.md", lambda path: path.write_text(page, encoding="utf-8"))
-    write_json(folder / "report.json", report)
+    write_atomically(output / "report.md", lambda path: path.write_text(page, encoding="utf-8"))
+    write_json(output / "report.json", report)
 
 
 _EXPLANATION = (

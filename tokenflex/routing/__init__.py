@@ -1,1 +1,1 @@
-"""Choosing the vision-token count: by a router, by confidence, or within a budget."""
+"""Choice of the vision-token count: by a router, by confidence, or within a budget."""

@@ -5,6 +5,7 @@ Each module of this package is a policy, and its name stands in place of a count
 
 * ``load(checkpoint, penalty)``: check the penalty and read files of the checkpoint's folder before
   any other work; return a function that prepares a model with them.
+* ``largest(model, budget)``: return the largest count that it may choose.
 * ``choose(model, prompts, encoded, *, penalty, budget)``: return a count for each image of
   ``prompts`` (:class:`tokenflex.routing.expansion.Prompts`), which ``encoded`` holds the tiles of.
 """
@@ -27,6 +28,8 @@ class CountPolicy(Protocol):
     """The functions of a policy's module."""
 
     def load(self, checkpoint: str | Path, penalty: float | None) -> Callable[[Any], None]: ...
+
+    def largest(self, model: Any, budget: int | None) -> TokenCount: ...
 
     def choose(
         self,

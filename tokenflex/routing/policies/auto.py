@@ -34,6 +34,11 @@ def load(checkpoint: str | Path, penalty: float | None) -> Callable[[Any], None]
     return partial(attach_router, router=load_router(checkpoint))
 
 
+def largest(model: Any, budget: int | None) -> TokenCount:
+    """Return the router's largest count, or with a budget that of the known counts."""
+    return (router_of(model).counts if budget is None else known_counts(model))[-1]
+
+
 def choose(
     model: Any,
     prompts: Prompts,
