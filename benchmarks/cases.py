@@ -121,7 +121,7 @@ def number_of_sets(bytes_per_set: int, cache_bytes: int) -> int:
     """Return how many sets of buffers are together three times the cache.
 
     At least two, and no more than ``MAX_SETS``: batches of a few kilobytes measure the cost of a
-    call, wherever their inputs are.
+    call, in the cache or not.
     """
     return min(MAX_SETS, max(2, -(-3 * cache_bytes // bytes_per_set)))
 

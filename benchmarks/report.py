@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.results import KEY, Results, Row
-from benchmarks.targets import over_uniform, verdicts
+from benchmarks.results import KEY, Results, Row, speed_up
+from benchmarks.targets import verdicts
 from tokenflex.files import write_atomically
 
 FEW_SAMPLES = 5
@@ -141,7 +141,8 @@ def mixed_counts(results: Results) -> str:
     """Return mixed batches against uniform ones of the same numbers of images and tokens."""
     lines = []
     for row in results.measured:
-        if row["case"].endswith("mixed") and (figure := over_uniform(results, row, "")):
+        uniform = results.uniform(row)
+        if row["case"].endswith("mixed") and uniform and (figure := speed_up(uniform, row)):
             ratio = f"{figure.value:.2f} {figure.remark}".rstrip()
             lines.append((*(row[name] for name in KEY), ratio))
     return table((*KEY, "mixed / uniform"), *lines) if lines else ""

@@ -214,6 +214,10 @@ class Results:
         wanted = row | changes
         return self._by_key.get(tuple(wanted[name] for name in KEY))
 
+    def uniform(self, row: Row) -> Row | None:
+        """Return the row of the uniform batch that a mixed one is compared with."""
+        return self.beside(row, case=row["case"].replace("mixed", "uniform"))
+
     def comparisons(self) -> list[Comparison]:
         """Return each measured row of a peer beside ours that computes the same."""
         pairs = []

@@ -48,7 +48,10 @@ def judge(target: Row, results: Results) -> Verdict:
         if not is_about(target, row):
             continue
         if row["status"] == "ok":
-            if figure := FIGURES[target["figure"]](results, row, target["peer"]):
+            other = results.uniform(row)
+            if target["figure"] != "over_uniform":
+                other = results.beside(row, variant=target["peer"] or row["variant"])
+            if other and (figure := FIGURES[target["figure"]](row, other)):
                 measured.append((figure, row))
         elif row["variant"] and row["status"].startswith("failed"):
             failed.append(row)
@@ -105,56 +108,39 @@ def _where(row: Row) -> str:
     return row["variant"] if row["op"] == "host_cost" else f"{row['case']}, {row['mode']}"
 
 
-# ---- figures: (results, our row, peer) -> the figure of one row, None where it has none
-
-Value = Callable[[Results, Row, str], Figure | None]
+# ---- figures of our row beside another: the peer's, or the uniform batch's
 
 
-def beside(compare: Callable[[Row, Row], Figure | None]) -> Value:
-    """Return a figure of our row and the peer's of the same case."""
-
-    def value(results: Results, row: Row, peer: str) -> Figure | None:
-        other = results.beside(row, variant=peer)
-        return compare(row, other) if other else None
-
-    return value
-
-
-def over_uniform(results: Results, row: Row, _: str) -> Figure | None:
-    """The time of a mixed batch over that of the uniform one."""
-    uniform = results.beside(row, case=row["case"].replace("mixed", "uniform"))
-    return speed_up(uniform, row) if uniform else None
-
-
-def share_of_copy(_: Results, row: Row, __: str) -> Figure | None:
-    if not row["share_of_copy"]:
+def share_of_copy(ours: Row, _: Row) -> Figure | None:
+    if not ours["share_of_copy"]:
         return None
-    sheet = row["share_of_sheet"]
+    sheet = ours["share_of_sheet"]
     remark = f"{float(sheet):.3g} of the data sheet" if sheet else ""
-    return Figure(float(row["share_of_copy"]), remark)
+    return Figure(float(ours["share_of_copy"]), remark)
 
 
-def microseconds(_: Results, row: Row, __: str) -> Figure | None:
-    return Figure(float(row["p50_us"])) if row["case"] == "no grad" and row["backend"] else None
+def microseconds(ours: Row, _: Row) -> Figure | None:
+    is_op = ours["case"] == "no grad" and ours["backend"]
+    return Figure(float(ours["p50_us"])) if is_op else None
 
 
-def synchronisations(_: Results, row: Row, __: str) -> Figure | None:
+def synchronisations(ours: Row, _: Row) -> Figure | None:
     """As PyTorch counts them; a call that could not be captured has waited at least once."""
-    if row["synchronisations"] == "":
+    if ours["synchronisations"] == "":
         return None
-    counted = int(row["synchronisations"])
-    if row["timing"] == "graph":
+    counted = int(ours["synchronisations"])
+    if ours["timing"] == "graph":
         return Figure(counted)
     return Figure(max(1, counted), "not captured in a graph")
 
 
-FIGURES: dict[str, Value] = {
-    "faster": beside(speed_up),
-    "slower": beside(lambda ours, peer: speed_up(peer, ours)),
-    "faster_by_wall_clock": beside(lambda ours, peer: ratio(peer, ours, "eager_us")),
-    "saved": beside(lambda ours, peer: ratio(ours, peer, "saved_bytes")),
-    "inexact": beside(lambda ours, peer: ratio(ours, peer, "error")),
-    "over_uniform": over_uniform,
+FIGURES: dict[str, Callable[[Row, Row], Figure | None]] = {
+    "faster": speed_up,
+    "slower": lambda ours, peer: speed_up(peer, ours),
+    "faster_by_wall_clock": lambda ours, peer: ratio(peer, ours, "eager_us"),
+    "saved": lambda ours, peer: ratio(ours, peer, "saved_bytes"),
+    "inexact": lambda ours, peer: ratio(ours, peer, "error"),
+    "over_uniform": lambda ours, uniform: speed_up(uniform, ours),
     "share_of_copy": share_of_copy,
     "microseconds": microseconds,
     "synchronisations": synchronisations,

@@ -1,14 +1,16 @@
-"""The host's costs of :mod:`benchmarks.host_cost` under pytest-benchmark, to compare two commits.
+"""The calls of :mod:`benchmarks.host_cost` under pytest-benchmark, to compare two commits.
 
     python -m pytest benchmarks/test_host_cost.py --benchmark-autosave
     python -m pytest benchmarks/test_host_cost.py --benchmark-compare
 
-No figure is asserted here, and none is published: the rows of the CSV come from the harness.
+These figures are neither checked nor published: the rows of the CSV come from the harness.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -23,5 +25,5 @@ CALLS = [
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_host_cost(benchmark, call):
+def test_host_cost(benchmark: Any, call: Callable[[], Any]) -> None:
     assert benchmark(call) is not None

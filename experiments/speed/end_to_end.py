@@ -9,12 +9,10 @@ runs on the answers only, an eighth of the text. The loss must be that of each s
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +20,10 @@ import torch
 
 from benchmarks import ceilings
 from benchmarks.costs import peak_bytes
-from benchmarks.harness import DTYPES, SEED, Deadline, Entry, Run, Work, failure_in, measure
+from benchmarks.harness import DTYPES, SEED, Deadline, Entry, Run, Work, measure
 from benchmarks.report import table
 from benchmarks.results import NewRow, Row, add_shares, environment, new_row
-from experiments.speed.models import RESULTS, Samples, Step, fields, publish, random_model
+from experiments.speed.models import Samples, Step, fields, parse_options, publish, random_model
 from tokenflex.training.flops import training_flops
 from tokenflex_kernels import info
 
@@ -93,26 +91,23 @@ def step_flops(model: Any, samples: Samples) -> int:
 
 def measured(shape: Shape, run: Run) -> list[NewRow]:
     """Return a row for each of {fixed, mixed} x {padded, packed}; ``error`` is the loss's."""
-    failure = row_of(shape, run, "")
-    with failure_in(failure, run):
-        model = random_model(shape.vision, shape.text, run.device, run.dtype)
-        entries = []
-        for name in ("fixed", "mixed"):
-            samples = shape.batch(mixed=name == "mixed")
-            expected = loss_of_each_alone(model, samples)
-            for variant in ("padded", "packed"):
-                step = Step(model, samples, range(shape.samples), variant == "packed")
-                entry = Entry(
-                    row=row_of(shape, run, name, samples) | {"variant": variant},
-                    calls=partial(list, [step]),  # a step touches more than any cache holds
-                    work=Work(flops=step_flops(model, samples)),
-                    check=partial(loss_error, expected=expected, limit=LOSS_LIMITS[run.dtype]),
-                    costs=partial(peak_of, step, run.device),
-                    timing="host",
-                )
-                entries.append(entry)
-        return measure(entries, run, seconds=run.deadline.left / 3)
-    return [failure]
+    model = random_model(shape.vision, shape.text, run.device, run.dtype)
+    entries = []
+    for name in ("fixed", "mixed"):
+        samples = shape.batch(mixed=name == "mixed")
+        expected = loss_of_each_alone(model, samples)
+        for variant in ("padded", "packed"):
+            step = Step(model, samples, range(shape.samples), variant == "packed")
+            entry = Entry(
+                row=row_of(shape, run, name, samples) | {"variant": variant},
+                calls=partial(list, [step]),  # a step touches more than any cache holds
+                work=Work(flops=step_flops(model, samples)),
+                check=partial(loss_error, expected=expected, limit=LOSS_LIMITS[run.dtype]),
+                costs=partial(peak_of, step, run.device),
+                timing="host",
+            )
+            entries.append(entry)
+    return measure(entries, run, seconds=run.deadline.left / 3)
 
 
 def peak_of(step: Step, device: str) -> NewRow:
@@ -121,14 +116,14 @@ def peak_of(step: Step, device: str) -> NewRow:
     return {"peak_bytes": peak_bytes(step, device)}
 
 
-def row_of(shape: Shape, run: Run, name: str, samples: Samples | None = None) -> NewRow:
-    vision, text = shape.vision, shape.text
-    small, middle, large = shape.counts
+def row_of(shape: Shape, run: Run, name: str, samples: Samples) -> NewRow:
+    vision, text, counts = shape.vision, shape.text, shape.counts
     patches = (vision["image_size"] // vision["patch_size"]) ** 2
+    mixed = f"mixed {'/'.join(map(str, counts))} 2:3:5"
     return new_row(
         op="end_to_end",
-        case=f"mixed {small}/{middle}/{large} 2:3:5" if name == "mixed" else f"{name} {large}",
-        tokens=int(samples.rows.sum()) if samples else "",
+        case=mixed if name == "mixed" else f"fixed {counts[-1]}",
+        tokens=int(samples.rows.sum()),
         mode="forward+backward",
         backend=info()["ops"]["project_tokens"],
         dtype=run.dtype_name,
@@ -169,16 +164,8 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.speed.end_to_end", description=__doc__
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=30.0, help="time limit for the samples")
-    folder = RESULTS / "end-to-end"
-    parser.add_argument("--out", type=Path, default=folder, help="folder for the CSV")
-    options = parser.parse_args(arguments)
-    if options.seconds <= 0:
-        parser.error(f"--seconds must be positive, got {options.seconds:g}")
+    seconds = (30, "time limit for the samples")
+    options = parse_options("end_to_end", __doc__, arguments, seconds=seconds)
     rows: list[NewRow] = []
     dtype = DTYPES[options.device]
     run = Run(options.device, False, Deadline(options.seconds), emit=rows.extend, dtype=dtype)

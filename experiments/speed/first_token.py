@@ -7,7 +7,6 @@ Counts take turns; the CSV has the best and the median of all rounds.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import timeit
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ import torch.utils.benchmark
 from benchmarks.harness import DTYPES, SEED
 from benchmarks.prompts import IMAGE
 from benchmarks.results import NewRow, Row
-from experiments.speed.models import RESULTS, fields, publish, random_model
+from experiments.speed.models import fields, parse_options, publish, random_model
 
 TEXT_TOKENS = 32
 COUNTS = (16, 64, 144, 256, 400, 576)
@@ -103,16 +102,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.speed.first_token", description=__doc__
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each count")
-    folder = RESULTS / "first-token"
-    parser.add_argument("--out", type=Path, default=folder, help="folder for CSV and picture")
-    options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {options.rounds}")
+    rounds = (5, "measurements of each count")
+    options = parse_options("first_token", __doc__, arguments, rounds=rounds)
     model = random_model(VISION, TEXT, options.device, DTYPES[options.device]).eval()
     rows = publish(measure(model, COUNTS, options.rounds), options.device, options.out, draw)
     for row in rows:

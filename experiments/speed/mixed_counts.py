@@ -16,7 +16,6 @@ exchange of gradients is left out: it takes as long for all counts.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import timeit
 from collections import defaultdict
@@ -33,7 +32,7 @@ import torch.utils.benchmark
 
 from benchmarks.harness import SEED
 from benchmarks.results import NewRow, Row
-from experiments.speed.models import RESULTS, Samples, Step, fields, publish, random_model
+from experiments.speed.models import Samples, Step, fields, parse_options, publish, random_model
 from tokenflex.counts import TokenCounts
 from tokenflex.training.flops import Flops, training_flops
 from tokenflex_kernels import balance_bins
@@ -274,19 +273,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.speed.mixed_counts", description=__doc__
+    options = parse_options(
+        "mixed_counts",
+        __doc__,
+        arguments,
+        steps=(3, "measured steps"),
+        rounds=(3, "measurements of each step"),
+        ranks=(8, "ranks of a measured step"),
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each step")
-    parser.add_argument("--ranks", type=int, default=8, help="ranks of a measured step")
-    folder = RESULTS / "mixed-counts"
-    parser.add_argument("--out", type=Path, default=folder, help="folder for CSV and picture")
-    options = parser.parse_args(arguments)
-    for name in ("steps", "rounds", "ranks"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     if options.device == "cpu":
         torch.set_num_threads(1)  # on a shared CPU threads wait for the one without a core
     rows: list[NewRow] = []

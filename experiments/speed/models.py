@@ -1,7 +1,8 @@
-"""Models of random weights, their training steps, and the CSV of a study."""
+"""Models of random weights, their training steps, and the options and CSV of a study."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,30 @@ class Step:
         loss = self.loss()
         loss.backward()
         return loss.detach()
+
+
+def parse_options(
+    study: str, about: str | None, arguments: list[str] | None, **numbers: tuple[int, str]
+) -> argparse.Namespace:
+    """Return a command's options: ``device``, ``out``, and positive numbers.
+
+    Args:
+        study: The module's name, which names the folder of its results too.
+        about: The description in ``--help``.
+        arguments: The words of the command line; None for those of this process.
+        **numbers: Default and description of each number.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m experiments.speed.{study}", description=about)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    folder = RESULTS / study.replace("_", "-")
+    parser.add_argument("--out", type=Path, default=folder, help="folder for CSV and picture")
+    for name, (default, description) in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=description)
+    options = parser.parse_args(arguments)
+    for name in numbers:
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    return options
 
 
 def publish(

@@ -152,14 +152,14 @@ def test_a_process_that_takes_over_goes_on_where_the_last_one_died():
     ]
 
 
-def test_what_is_about_to_run_is_told_before_it_runs():
-    told = []
+def test_what_is_about_to_run_is_announced_before_it_runs():
+    begun = []
 
     def call(leaves, _):
-        assert told[-1]["variant"] == "right"
+        assert begun[-1]["variant"] == "right"
         return product(leaves)
 
-    rows = rows_of(square_case(Variant("right", call)), begin=told.append)
+    rows = rows_of(square_case(Variant("right", call)), begin=begun.append)
     assert {row["status"] for row in rows} == {"ok"}
 
 

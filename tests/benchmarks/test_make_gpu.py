@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STEPS = ("pip", "tokenflex.cli", "pytest", "benchmarks", "experiments.speed.end_to_end")
 
-# Notes its arguments, and fails where it is told to.
+# Writes its arguments to a log, and fails at the step {fails}.
 PYTHON = """#!/bin/sh
 echo "$TOKENFLEX_CUDA $TOKENFLEX_CUDA_ARCHITECTURES $@" >> "{log}"
 case "$*" in
@@ -63,7 +63,7 @@ def test_every_step_runs_offline_for_the_gpu_at_hand(make, tmp_path):
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_no_single_failure_stops_it_and_each_is_told(make, step):
+def test_no_single_failure_stops_it_and_each_shows(make, step):
     done, calls = make(fails=step)
     assert done.returncode != 0
     assert len(calls) == len(STEPS)

@@ -215,10 +215,10 @@ def test_a_peer_is_one_function(monkeypatch):
 
 
 def test_torch_compile_takes_each_shape_and_leaves_graphs_to_us(monkeypatch):
-    asked = []
-    monkeypatch.setattr(torch, "compile", lambda call, **options: asked.append(options) or call)
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda call, **options: compiled.append(options) or call)
     (variant,) = (v for v in load_peers("swiglu", run_of()) if v.name == COMPILED)
-    assert asked == [{"mode": "max-autotune-no-cudagraphs", "dynamic": False}]
+    assert compiled == [{"mode": "max-autotune-no-cudagraphs", "dynamic": False}]
     assert (variant.call, variant.slow_start) == (plain.swiglu, True)
 
 

@@ -1,4 +1,4 @@
-"""What the pictures show: which way round, in which units, beside which lines."""
+"""The content of the pictures: directions, units and lines."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def test_a_package_that_ends_the_process_when_it_is_imported_is_a_row(monkeypatc
     ]
 
 
-def test_a_hang_in_the_middle_of_sampling_is_told_by_name():
+def test_a_hang_in_the_middle_of_sampling_is_reported_by_name():
     calls = []
 
     def hangs_late(leaves, _):

@@ -159,7 +159,7 @@ def test_mixed_counts_are_compared_with_uniform_ones():
     assert module.mixed_counts(Results(rows[1:])) == ""
 
 
-def test_the_machine_is_told_with_how_much_to_trust():
+def test_the_machine_stands_beside_how_much_to_trust():
     rows = [
         row("a", "", "tokenflex", 1, samples=3, cores=2, sets=7),
         row("a", "", "", "", status="not run: no time left"),

@@ -21,8 +21,8 @@ from benchmarks.results import (
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """The commands that are run; nvidia-smi knows no GPU by its number."""
+def commands(monkeypatch):
+    """Commands that are run; nvidia-smi knows no GPU by its identifier."""
     commands = []
 
     def run(command, **_):
@@ -39,30 +39,30 @@ def asked(monkeypatch):
     return commands
 
 
-def test_driver_and_clocks_are_those_of_the_gpu_in_use(asked):
+def test_driver_and_clocks_are_those_of_the_gpu_in_use(commands):
     columns = results.environment("cuda")
     assert (columns["gpu"], columns["driver"], columns["clocks"]) == (
         "NVIDIA H200",
         "an answer",
         "an answer",
     )
-    queries = [command for command in asked if command[0] == "nvidia-smi"]
+    queries = [command for command in commands if command[0] == "nvidia-smi"]
     clocks = "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem"
     assert [query[1] for query in queries] == 2 * ["--query-gpu=driver_version"] + 2 * [clocks]
     assert [query[3:] for query in queries] == 2 * [("--id=GPU-1-2",), ()]
 
 
-def test_a_tree_with_changes_is_called_dirty(asked):
+def test_a_tree_with_changes_is_called_dirty(commands):
     assert results.environment("cpu")["commit"] == "an answer"
-    assert asked == [("git", "-C", str(results.ROOT), "describe", "--always", "--dirty")]
+    assert commands == [("git", "-C", str(results.ROOT), "describe", "--always", "--dirty")]
 
 
-def test_a_tree_without_history_is_named_by_the_environment(asked, monkeypatch):
+def test_a_tree_without_history_is_named_by_the_environment(commands, monkeypatch):
     monkeypatch.setenv("TOKENFLEX_COMMIT", "abc")
     assert results.environment("cpu")["commit"] == "abc"
 
 
-def test_the_last_cache_of_a_gpu_is_its_l2(asked):
+def test_the_last_cache_of_a_gpu_is_its_l2(commands):
     assert last_level_cache("cuda") == 50
 
 

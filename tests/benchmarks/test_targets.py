@@ -50,8 +50,8 @@ def rows_of(name, value, case="8 images"):
 
 
 def verdict_of(rows, name):
-    (found,) = [verdict for verdict in verdicts(rows) if verdict.name == name]
-    return found
+    (verdict,) = [v for v in verdicts(rows) if v.name == name]
+    return verdict
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -158,7 +158,7 @@ def test_a_wrong_result_of_ours_misses_the_target():
         "SHORT: 1 of ours failed (32 images, forward: failed: ValueError: result of set 0 is off); "
         "met on 1 of 2 cases"
     )
-    # What was held against nothing says nothing: no such peer is installed here.
+    # Without the peer there is no comparison.
     assert verdict_of(rows, "projector, T >= 2048: >= liger-kernel").text == NOT_MEASURED
 
 
@@ -194,7 +194,7 @@ def test_nothing_is_judged_where_nothing_was_measured():
     assert {verdict.met for verdict in verdicts([])} == {None}
 
 
-# A graph leaves the host out: it is never held against a wall clock.
+# A graph leaves the host out: it is never compared with a wall clock.
 UNLIKE = [
     row("pack_embeddings", "4x", "tokenflex", 10, eager_us=60),
     row("pack_embeddings", "4x", SCATTER, 100, eager_us=120, timing="eager"),
@@ -205,13 +205,13 @@ def test_unlike_clocks_are_compared_by_the_wall_clock_of_both():
     verdict = verdict_of(UNLIKE, "pack: >= 5x masked_scatter")
     assert verdict.value == pytest.approx(2)
     assert "4x, forward, wall clock" in verdict.text
-    (one,) = Results(UNLIKE).comparisons()
-    assert (one.figure.value, one.figure.remark) == (2, "wall clock")
+    (pair,) = Results(UNLIKE).comparisons()
+    assert (pair.figure.value, pair.figure.remark) == (2, "wall clock")
 
 
 def test_like_clocks_are_compared_by_their_medians():
-    (one,) = Results([UNLIKE[0], UNLIKE[1] | {"timing": "graph"}]).comparisons()
-    assert (one.figure.value, one.figure.remark) == (10, "")
+    (pair,) = Results([UNLIKE[0], UNLIKE[1] | {"timing": "graph"}]).comparisons()
+    assert (pair.figure.value, pair.figure.remark) == (10, "")
 
 
 def test_peers_are_held_against_ours_that_does_the_same():
@@ -223,7 +223,7 @@ def test_peers_are_held_against_ours_that_does_the_same():
         row("pack_embeddings", "4x, sparse table gradient", "embedding(sparse) + index_put", 15),
         row("pack_embeddings", "5x", SCATTER, 15),  # nothing of ours beside it
     ]
-    assert [one.figure.value for one in Results(rows).comparisons()] == [0.5, 3]
+    assert [pair.figure.value for pair in Results(rows).comparisons()] == [0.5, 3]
 
 
 def test_what_could_not_be_captured_has_waited():

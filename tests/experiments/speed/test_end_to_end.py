@@ -108,15 +108,6 @@ def test_how_far_a_loss_may_be_off():
     assert (limits[torch.bfloat16], limits[torch.float32]) == (2e-2, 1e-4)
 
 
-def test_a_model_that_does_not_build_is_a_row(monkeypatch):
-    def build(*_):
-        raise ImportError("transformers is too old")
-
-    monkeypatch.setattr(end_to_end, "random_model", build)
-    (line,) = measured(TINY, RUN)
-    assert line["status"] == "failed: ImportError: transformers is too old"
-
-
 def test_flops_are_those_that_pytorch_counts():
     """Pooling, which counts as nothing, and attention to later rows are left out."""
     samples = TINY.batch(mixed=False)
@@ -164,7 +155,7 @@ def test_command_writes_ceilings_and_steps(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(end_to_end.ceilings, "suite", ceilings)
     monkeypatch.setattr(end_to_end, "shape_of", lambda device: TINY)
-    arguments = ["--device", "cpu", "--seconds", "0.3", "--out", str(tmp_path)]
+    arguments = ["--device", "cpu", "--seconds", "1", "--out", str(tmp_path)]
     assert end_to_end.main(arguments) == 0
     (path,) = tmp_path.glob("*.csv")
     assert [bool(line["share_of_matmul"]) for line in read_csv(path)] == [True] * 5
