@@ -85,10 +85,12 @@ def differentiate(name: str, op: Op, function: Any) -> None:
 
     In forward mode the function is called too, and refuses: it has no jvp.
     """
-    record = _recorder(op, function)
 
     def autograd(*arguments: Any) -> Any:
-        return apply(function, *arguments) if has_tangent(arguments) else record(*arguments)
+        if has_tangent(arguments) or _requires_grad(arguments):
+            return apply(function, *arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
 
     _LIBRARY.impl(name, autograd, "Autograd")
 
@@ -150,14 +152,18 @@ def _recorder(op: Op, function: Any, tensors: int | None = None) -> Op:
     """Return ``function.apply`` where one of the first ``tensors`` requires grad, else ``op``."""
 
     def record(*arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            isinstance(value, torch.Tensor) and value.requires_grad for value in arguments[:tensors]
-        ):
+        if _requires_grad(arguments[:tensors]):
             return apply(function, *arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
 
     return record
+
+
+def _requires_grad(arguments: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in arguments
+    )
 
 
 def is_transformed() -> bool:
