@@ -11,6 +11,7 @@ records that level alone.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -51,6 +52,8 @@ def define(
     if arguments:
         _LIBRARY.define(f"{schema} -> {returns}")
     else:
+        # Evaluated here: releases of torch differ in the names that they find in annotations.
+        kernel.__signature__ = inspect.signature(kernel, eval_str=True)  # type: ignore[attr-defined]
         _LIBRARY.define(name + torch.library.infer_schema(kernel, mutates_args=()))
     for key in keys:
         _LIBRARY.impl(name, kernel, key)
