@@ -125,14 +125,14 @@ _has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def match_weight(name: str, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return ``weight`` in the dtype that a matrix product with ``x`` needs.
+    """Return ``weight`` in the dtype that a matrix product with ``x``, of floats, needs.
 
     Under autocast the product chooses the dtype itself. Outside it, float32 (master) weights
     serve float16 and bfloat16 activations; any other mixture is refused.
     """
-    check_float(name, weight)
     if weight.dtype == x.dtype:
         return weight
+    check_float(name, weight)
     if autocast_enabled(x.device) and torch.float64 not in (weight.dtype, x.dtype):
         return weight
     if weight.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16):

@@ -106,24 +106,28 @@ def num_tiles(rows: int, columns: int, config: TileConfig) -> int:
     return cdiv(rows, config.block_m) * cdiv(columns, config.block_n)
 
 
-def tile_options(config: TileConfig, *, registers: bool = True) -> dict[str, Any]:
-    """Return the options that all kernels on tiles share; ``registers`` whether to limit them."""
+def pointwise_options(config: TileConfig, *, limit_registers: bool) -> dict[str, Any]:
+    """Return the options that all pointwise kernels share."""
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "GROUP_M": config.group_m,
         "num_warps": config.num_warps,
-        "maxnreg": config.max_registers if registers else None,
+        "maxnreg": config.max_registers if limit_registers else None,
     }
 
 
 def product_options(config: TileConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Return the options that all matrix products share."""
     return {
-        **tile_options(config),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
         "PRECISION": dot_precision(dtype),
+        "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        "maxnreg": config.max_registers,
     }
 
 

@@ -11,6 +11,7 @@ records that level alone.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -51,6 +52,8 @@ def define(
     if arguments:
         _LIBRARY.define(f"{schema} -> {returns}")
     else:
+        # Evaluated here: releases of torch differ in the names that they find in annotations.
+        kernel.__signature__ = inspect.signature(kernel, eval_str=True)  # type: ignore[attr-defined]
         _LIBRARY.define(name + torch.library.infer_schema(kernel, mutates_args=()))
     for key in keys:
         _LIBRARY.impl(name, kernel, key)
@@ -85,10 +88,12 @@ def differentiate(name: str, op: Op, function: Any) -> None:
 
     In forward mode the function is called too, and refuses: it has no jvp.
     """
-    record = _recorder(op, function)
 
     def autograd(*arguments: Any) -> Any:
-        return apply(function, *arguments) if has_tangent(arguments) else record(*arguments)
+        if has_tangent(arguments) or _requires_grad(arguments):
+            return apply(function, *arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
 
     _LIBRARY.impl(name, autograd, "Autograd")
 
@@ -150,14 +155,18 @@ def _recorder(op: Op, function: Any, tensors: int | None = None) -> Op:
     """Return ``function.apply`` where one of the first ``tensors`` requires grad, else ``op``."""
 
     def record(*arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            isinstance(value, torch.Tensor) and value.requires_grad for value in arguments[:tensors]
-        ):
+        if _requires_grad(arguments[:tensors]):
             return apply(function, *arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
 
     return record
+
+
+def _requires_grad(arguments: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in arguments
+    )
 
 
 def is_transformed() -> bool:

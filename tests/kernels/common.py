@@ -1,4 +1,4 @@
-"""What these tests compare with: PyTorch's own ops, and how far from the truth is near enough."""
+"""PyTorch's own ops to compare with, and the errors that are allowed."""
 
 from __future__ import annotations
 

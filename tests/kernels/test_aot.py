@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_python(folder, code):
-    """What ``code`` prints, as JSON, run by a Python that compiles and does not interpret."""
+    """Run ``code`` by a Python that compiles and does not interpret; return its output as JSON."""
     script = folder / "script.py"  # Triton reads a kernel's source from its file
     script.write_text(code, encoding="utf-8")
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -1,4 +1,4 @@
-"""What only a GPU shows: real sizes, every shipped config, streams, CUDA graphs, large tensors."""
+"""Tests that need a GPU: real sizes, every shipped config, streams, CUDA graphs, large tensors."""
 
 from __future__ import annotations
 

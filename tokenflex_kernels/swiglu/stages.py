@@ -19,10 +19,10 @@ from tokenflex_kernels.launch import (
     divisible,
     launch,
     num_tiles,
+    pointwise_options,
     product_options,
     source,
     takes,
-    tile_options,
     tileable,
 )
 from tokenflex_kernels.launch_configs import TileConfig, config_for
@@ -121,7 +121,7 @@ def gated_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         num_tiles(rows, hidden, config),
         gate,
         *(gate, up, product, rows, hidden),
-        **tile_options(config, registers=divisible(hidden)),
+        **pointwise_options(config, limit_registers=divisible(hidden)),
     )
     return product
 
@@ -149,7 +149,7 @@ def launch_down_gradient(
         gradients float32 [2H], of no rows where not wanted.
     """
     if len(gate) == 0:
-        grads, recomputed, sums = _down_gradient_shapes(dy, down_weight, gate, up, product, bias)
+        grads, recomputed, sums = _down_gradient_results(gate, product, _sums_shape(gate, bias))
         return grads, recomputed, sums.zero_()
     rows, hidden = gate.shape
     config: TileConfig | None = None
@@ -159,20 +159,18 @@ def launch_down_gradient(
             dy, down_weight, config = dy @ down_weight, None, None
     dy = tileable(dy)
     tile: TileConfig = config or config_for("pointwise", gate, rows)
-    grads = gate.new_empty(rows, 2 * hidden)
-    recomputed = gate.new_empty(rows if product else 0, hidden)
-    tiles_m = cdiv(rows, tile.block_m)
-    partial_bias = gate.new_empty(tiles_m if bias else 0, 2 * hidden, dtype=torch.float32)
-    results = gate, up, grads, recomputed, partial_bias
+    partials = (cdiv(rows, tile.block_m) if bias else 0, 2 * hidden)
+    grads, recomputed, sums = _down_gradient_results(gate, product, partials)
+    pointers = gate, up, grads, recomputed, sums
     if down_weight is None:
         launch(
             _kernels().gate_gradient_kernel,
             num_tiles(rows, hidden, tile),
             gate,
-            *(dy, *results, rows, hidden, dy.stride(0)),
+            *(dy, *pointers, rows, hidden, dy.stride(0)),
             PRODUCT=product,
             BIAS=bias,
-            **tile_options(tile, registers=divisible(hidden, dy.stride(0))),
+            **pointwise_options(tile, limit_registers=divisible(hidden, dy.stride(0))),
         )
     else:
         down_weight = tileable(down_weight)
@@ -184,7 +182,7 @@ def launch_down_gradient(
             gate,
             source(dy, [tile.block_m, tile.block_k], tma),
             source(down_weight, [tile.block_k, tile.block_n], tma),
-            *(*results, rows, hidden, text_width, dy.stride(0), down_weight.stride(0)),
+            *(*pointers, rows, hidden, text_width, dy.stride(0), down_weight.stride(0)),
             PRODUCT=product,
             BIAS=bias,
             WHOLE_K=text_width % tile.block_k == 0,
@@ -193,24 +191,20 @@ def launch_down_gradient(
             PARTS=max(1, tile.block_n // 32),
             **product_options(tile, dy.dtype),
         )
-    return grads, recomputed, partial_bias.sum(0) if bias else partial_bias
+    return grads, recomputed, sums.sum(0) if bias else sums
 
 
-def _down_gradient_shapes(
-    dy: torch.Tensor,
-    down_weight: torch.Tensor | None,
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    product: bool,
-    bias: bool,
-) -> Triple:
+def _down_gradient_results(gate: torch.Tensor, product: bool, sums: tuple[int, ...]) -> Triple:
     rows, hidden = gate.shape
-    sums = (2 * hidden,) if bias else (0, 2 * hidden)
     return (
         gate.new_empty(rows, 2 * hidden),
         gate.new_empty(rows if product else 0, hidden),
         gate.new_empty(sums, dtype=torch.float32),
     )
+
+
+def _sums_shape(gate: torch.Tensor, bias: bool) -> tuple[int, ...]:
+    return (2 * gate.shape[1],) if bias else (0, 2 * gate.shape[1])
 
 
 def launch_input_gradient(
@@ -259,7 +253,13 @@ gate_up = define_stage(
     ),
     launch_gate_up,
 )
-down_gradient = define_stage("down_gradient", _down_gradient_shapes, launch_down_gradient)
+down_gradient = define_stage(
+    "down_gradient",
+    lambda dy, down_weight, gate, up, product, bias: _down_gradient_results(
+        gate, product, _sums_shape(gate, bias)
+    ),
+    launch_down_gradient,
+)
 input_gradient = define_stage(
     "input_gradient",
     lambda grads, gate_weight, up_weight: grads.new_empty(grads.shape[0], gate_weight.shape[1]),

@@ -266,7 +266,7 @@ def test_meta_tensors_give_shapes():
 
 
 class TestCallOrder:
-    """What one call did (and cached) must not change a later one. Grids here occur nowhere else."""
+    """A call and its caches do not change a later one. Its grids occur in no other test."""
 
     def test_inference_mode_first_then_training(self):
         x = float64(37 * 31)

@@ -228,7 +228,7 @@ class TestLimits:
 
 
 class Stream:
-    """What the code asks of a CUDA stream, written down."""
+    """A CUDA stream that records its waits."""
 
     def __init__(self, number):
         self.cuda_stream = number

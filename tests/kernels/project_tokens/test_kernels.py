@@ -164,7 +164,7 @@ class TestNumerics:
     def test_a_bad_patch_or_gradient_spoils_what_shares_its_window(
         self, device, products, widths, config, save
     ):
-        """Whatever else lies in the same tiles, and in the lanes beyond the rows and columns."""
+        """Other values of the same tiles, and lanes beyond rows and columns, are not spoilt."""
         products(config)
         grids, windows = ([(3, 4)] * 2, [(2, 2)] * 2), windows_of((3, 4), (2, 2), "adaptive")
         windows = windows.to(device)
