@@ -348,7 +348,7 @@ def test_an_image_of_a_plan_may_be_several_tiles():
         prompts[0].insert(1, IMAGE)
         plan = plan_packing(prompts, [4, 4, 4], IMAGE)
         assert torch.equal(logits, model(plan=plan, pixel_values=images, num_image_tokens=4).logits)
-    for counts in ([9, 4], [4, 4], [4, 4, 4, 4]):
+    for counts in ([9, 4], [4, 4], [4, 4, 4, 4], [4, (2, 4)]):
         with pytest.raises(ValueError, match=r"counts that the plan was made for, \(8, 4\), got"):
             model(plan=tiled, pixel_values=pixels(len(counts)), num_image_tokens=counts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -37,13 +38,18 @@ class DrawnSample:
     sequences: list[TokenSequence] | None = None
     tiles: list[int] = field(default_factory=list)
 
-    @property
+    @cached_property
     def tokens_per_tile(self) -> int:
         """Vision tokens of a tile."""
         assert self.count is not None
         return tokens_of(self.count)
 
-    def num_tokens(self, tokens_per_tile: int) -> int:
+    @cached_property
+    def num_tokens(self) -> int:
+        """Rows of a fitted sample."""
+        return self.num_tokens_at(self.tokens_per_tile)
+
+    def num_tokens_at(self, tokens_per_tile: int) -> int:
         """Return the rows that a fitted sample takes at so many vision tokens a tile."""
         assert self.sequences is not None
         per_image = [tokens_per_tile * tiles for tiles in self.tiles]

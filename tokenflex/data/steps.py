@@ -117,7 +117,7 @@ class StepPacker:
                 outline = outline_of(self.dataset, index)
                 planned.append(self._fit(DrawnSample(index, epoch, outline, count)))
         counts = [one.tokens_per_tile for one in planned]
-        tokens = [one.num_tokens(one.tokens_per_tile) for one in planned]
+        tokens = [one.num_tokens for one in planned]
         tiles = [sum(one.tiles) for one in planned]
         bins = balance_bins(
             tokens,
@@ -136,7 +136,7 @@ class StepPacker:
             # In the order of the step, whatever order they were dealt in.
             batch, members = self._pack([planned[i] for i in sorted(bins[number])], broken)
             packed += [] if batch is None else [batch]
-            rank_tokens += sum(one.num_tokens(one.tokens_per_tile) for one in members)
+            rank_tokens += sum(one.num_tokens for one in members)
         # A rank whose samples are fewer or broken still takes part in every exchange of gradients.
         missing = len(rank_bins) - len(packed)
         stand_in = packed[0] if packed else self._any_batch(planned)
@@ -157,14 +157,14 @@ class StepPacker:
             rank_tokens=rank_tokens,
             cost_balance=max(costs) * len(costs) / sum(costs),
             broken=broken,
-            teacher_tokens=sum(one.num_tokens(seen_by_teacher) for one in planned if teacher),
+            teacher_tokens=sum(one.num_tokens_at(seen_by_teacher) for one in planned if teacher),
             teacher_vision_tokens=sum(tiles) * seen_by_teacher,
         )
 
     def _fit(self, drawn: DrawnSample) -> DrawnSample:
         fitted = self.collator.fit(drawn)
         for name, size, bound in (
-            ("max_tokens", fitted.num_tokens(fitted.tokens_per_tile), self.max_tokens),
+            ("max_tokens", fitted.num_tokens, self.max_tokens),
             ("max_tiles", sum(fitted.tiles), self.max_tiles),
         ):
             if size > bound:

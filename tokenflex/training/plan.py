@@ -137,10 +137,10 @@ def measure_samples(config: TrainConfig, data: DataConfig, *, share_prefix: bool
     text = answers = tiles = shown = 0
     for fitted in samples:
         tiles += sum(fitted.tiles)
+        text += fitted.num_tokens_at(0)
         answers += fitted.num_targets
         for sequence in fitted.sequences or ():
             shown += sum(fitted.tiles[sequence.images])
-            text += sequence.num_tokens([0] * len(fitted.tiles))
     return SampleConfig(
         text_tokens=text / len(samples),
         answer_tokens=answers / len(samples),
