@@ -53,7 +53,7 @@ class FormatOptions(BaseModel):
 
 @dataclass(frozen=True)
 class FreshParts:
-    """What a format brings for a model that is built from nothing but a configuration.
+    """Parts of a format for a model that is built from a configuration alone.
 
     Attributes:
         processor: Build a processor from ``num_image_tokens`` and the encoder's ``image_size``.
