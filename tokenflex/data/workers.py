@@ -43,9 +43,12 @@ def map_in_order(
         workers: Processes; 0 calls the function here.
 
     Raises:
+        ValueError: ``workers`` is negative.
         WorkerDiedError: A worker has ended.
         Exception: Whatever ``function`` raised.
     """
+    if workers < 0:
+        raise ValueError(f"num_workers must be at least 0, got {workers}")
     if not workers:
         yield from map(function, items)
         return
