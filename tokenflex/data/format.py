@@ -17,24 +17,21 @@ from pydantic.fields import FieldInfo
 
 from tokenflex.data.samples import SampleDataset
 
-_ROW_FILES = frozenset(
-    [
-        ".arrow",
-        ".parquet",
-        ".json",
-        ".jsonl",
-        ".csv",
-        ".tsv",
-        ".txt",
-        ".xml",
-        ".tar",
-        ".zip",
-        ".gz",
-        ".bz2",
-        ".xz",
-        ".zst",
+_ENDINGS = "arrow parquet json jsonl csv tsv txt xml tar zip gz bz2 xz zst"
+_ROW_FILES = frozenset(f".{ending}" for ending in _ENDINGS.split())
+
+
+def row_files(path: Path) -> list[Path]:
+    """Return the file at ``path``, or the files of rows in the folder."""
+    if path.is_file():
+        return [path]
+    return [
+        file
+        for file in sorted(path.rglob("*"))
+        # The ``datasets`` library leaves caches of its results beside the rows.
+        if file.suffix in _ROW_FILES and not file.name.startswith(("cache-", "."))
+        if file.is_file()
     ]
-)
 
 
 class FormatOptions(BaseModel):
@@ -53,7 +50,7 @@ class FormatOptions(BaseModel):
 
 @dataclass(frozen=True)
 class FreshParts:
-    """What a format brings for a model that is built from nothing but a configuration.
+    """Parts of a format for a model that is built from a configuration alone.
 
     Attributes:
         processor: Build a processor from ``num_image_tokens`` and the encoder's ``image_size``.
@@ -88,7 +85,7 @@ class DataFormat:
     options: type[FormatOptions] = FormatOptions
     needs_path: bool = True
     recognises: Callable[[Path], bool] = lambda path: False
-    files: Callable[[Path], Iterable[Path]] = lambda path: row_files(path)
+    files: Callable[[Path], Iterable[Path]] = row_files
     reads_whole_files: bool = False
     fresh_parts: FreshParts | None = None
 
@@ -102,16 +99,3 @@ class DataFormat:
         """Return the values of this format's keys in a checked configuration."""
         keys = self.options.model_fields
         return self.options.model_construct(**{key: getattr(config, key) for key in keys})
-
-
-def row_files(path: Path) -> list[Path]:
-    """Return the file at ``path`` or those in the folder; none where the path is neither."""
-    if path.is_file():
-        return [path]
-    return [
-        file
-        for file in sorted(path.rglob("*"))
-        # The ``datasets`` library leaves caches of its results beside the rows.
-        if file.suffix in _ROW_FILES and not file.name.startswith(("cache-", "."))
-        if file.is_file()
-    ]

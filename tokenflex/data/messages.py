@@ -16,6 +16,7 @@ from tokenflex.data.image_paths import ImageFolder
 from tokenflex.data.json_records import NoListError, first_byte, list_elements, parsed_lines
 from tokenflex.data.records import MAX_RECORD_BYTES, Record, RecordDataset, read_record
 from tokenflex.files import describe_payload, parse_json
+from tokenflex.images import open_image as open_image  # users import it from this module too
 
 _NAMED_IN_ERRORS = 3
 

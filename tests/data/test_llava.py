@@ -1,4 +1,4 @@
-"""LLaVA's JSON: the same samples as its messages, and each bad record named."""
+"""LLaVA's JSON: the same samples as of messages, and each bad record named."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.models.tiny import picture
-from tokenflex.data.messages import MessagesDataset
+from tokenflex.data.llava import LlavaDataset
 from tokenflex.data.samples import Turn
 from tokenflex.data.steps import outline_of
 
@@ -33,7 +33,7 @@ def test_records_become_samples(tmp_path):
         {"conversations": [{"from": "human", "value": "hello"}, TURNS[1]]},
         {"id": 7, "image": ["a.png", "a.png"], "conversations": two},
     )
-    first, text, both = MessagesDataset(path)
+    first, text, both = LlavaDataset(path)
     assert (first.id, len(first.images)) == ("one", 1)
     assert first.conversations[0].turns == (
         Turn("system", "be brief"),
@@ -48,11 +48,11 @@ def test_images_may_lie_in_a_folder_of_their_own(tmp_path):
     (tmp_path / "pictures").mkdir()
     picture(1, (10, 20)).save(tmp_path / "pictures" / "a.png")
     path = write(tmp_path, {"image": "a.png", "conversations": TURNS})
-    dataset = MessagesDataset(path, tmp_path / "pictures")
+    dataset = LlavaDataset(path, tmp_path / "pictures")
     width, height = dataset[0].images[0].size
     assert outline_of(dataset, 0).image_sizes == ((height, width),)
     with pytest.raises(FileNotFoundError, match=r"a\.png"):
-        MessagesDataset(path)[0]
+        LlavaDataset(path)[0]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_images_may_lie_in_a_folder_of_their_own(tmp_path):
 )
 def test_a_bad_record_is_named_by_file_and_place(tmp_path, record, words):
     path = write(tmp_path, {"image": "a.png", "conversations": TURNS}, record)
-    dataset = MessagesDataset(path)
+    dataset = LlavaDataset(path)
     with pytest.raises(ValueError, match=r"data\.json\[1\]") as error:
         dataset[1]
     assert words in str(error.value)
@@ -82,12 +82,12 @@ def test_a_bad_record_is_named_by_file_and_place(tmp_path, record, words):
 def test_a_file_that_is_no_list(tmp_path, content, words):
     (tmp_path / "data.json").write_text(content)
     with pytest.raises(ValueError, match=rf"data\.json.*{words}"):
-        MessagesDataset(tmp_path / "data.json")
+        LlavaDataset(tmp_path / "data.json")
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.json does not exist"):
-        MessagesDataset(tmp_path / "none.json")
+        LlavaDataset(tmp_path / "none.json")
 
 
 WHOLE = {
@@ -119,7 +119,7 @@ def test_a_record_with_unbalanced_brackets_spoils_no_other(tmp_path, damaged, sp
         ([whole, damaged, whole, damaged, whole], [1, 3]),
     ):
         path.write_text("[" + f",{space}".join(records) + "]\n")
-        dataset = MessagesDataset(path)
+        dataset = LlavaDataset(path)
         assert len(dataset) == len(records)
         assert [one.index for one in dataset.broken] == expected
         assert all(f"data.json[{one.index}] is not JSON" in one.reason for one in dataset.broken)
@@ -128,7 +128,7 @@ def test_a_record_with_unbalanced_brackets_spoils_no_other(tmp_path, damaged, sp
 @pytest.mark.parametrize("damaged", ['{"conversations": [}', '{"id": 1}}', '{"id": "x}\n', "{'a'}"])
 def test_the_last_record_of_a_list_may_be_damaged(tmp_path, damaged):
     (tmp_path / "data.json").write_text(f"[{json.dumps(WHOLE)}, {damaged}]\n")
-    dataset = MessagesDataset(tmp_path / "data.json")
+    dataset = LlavaDataset(tmp_path / "data.json")
     assert [one.index for one in dataset.broken] == [1]
     assert len(dataset) == 2
 
@@ -138,7 +138,7 @@ def test_a_list_that_is_cut_off_behind_a_damaged_record_names_the_place(tmp_path
     for end in ('{"conversations": [{"from": "hum', '{"conversations": [{"from": "human"}]'):
         (tmp_path / "data.json").write_text(f'[{whole}, {{"id": [}}, {whole}, {end}')
         with pytest.raises(ValueError, match=r"a JSON list without an end.*in .*data\.json\[3\]"):
-            MessagesDataset(tmp_path / "data.json")
+            LlavaDataset(tmp_path / "data.json")
 
 
 def test_an_element_is_decoded_in_pieces_as_it_is_in_whole(tmp_path, monkeypatch):
@@ -153,7 +153,7 @@ def test_an_element_is_decoded_in_pieces_as_it_is_in_whole(tmp_path, monkeypatch
         for length in (1, 2, 7, 32, 100):
             monkeypatch.setattr("tokenflex.data.json_records._FIRST_PIECE", length)
             monkeypatch.setattr("tokenflex.data.json_records._PIECE_GROWTH", 2)
-            dataset = MessagesDataset(path)
+            dataset = LlavaDataset(path)
             assert [sample.id for sample in dataset] == [record["id"] for record in records]
 
 
@@ -164,5 +164,5 @@ def test_many_damaged_records_are_read_in_linear_time(tmp_path, damaged):
     path.write_text("[" + ",\n".join([whole, *[damaged] * 20_000, whole]) + "]")
     start = time.perf_counter()
     with contextlib.suppress(ValueError):
-        MessagesDataset(path)
+        LlavaDataset(path)
     assert time.perf_counter() - start < 10
