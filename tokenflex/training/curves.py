@@ -1,4 +1,4 @@
-"""Pictures of a run: its loss, rates, speed and accuracy, finished or still going."""
+"""Draw the loss, learning rates, speed and accuracy of a run, finished or not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokenflex.training.records import read_lines
 INK, SECOND, MUTED = "#1f4e79", "#e07b39", "#8a8f98"
 COUNTS = ("#9ecae1", "#4292c6", "#08519c", "#08306b", "#c7b3e5", "#7a6bb0")
 SHADE = "#f1f4f8"
-SMOOTHED = 50  # lines of the file in the mean, or a tenth of them if they are fewer
+SMOOTHED = 50  # lines in a mean, at most a tenth of all
 
 Line = dict[str, Any]
 
@@ -26,11 +26,11 @@ def plot_curves(run: Path) -> Path:
     """Draw ``curves.png`` in the folder of a run, from ``metrics.jsonl`` and ``evaluations.jsonl``.
 
     Returns:
-        The picture.
+        The path of the picture.
 
     Raises:
-        FileNotFoundError: there is no ``metrics.jsonl``.
-        ValueError: it holds no line of a training run.
+        FileNotFoundError: The folder has no ``metrics.jsonl``.
+        ValueError: The file has no line of a training run.
     """
     path = run / "metrics.jsonl"
     if not path.is_file():
@@ -38,13 +38,10 @@ def plot_curves(run: Path) -> Path:
     lines = [line for line in read_lines(path) if {"global_step", "loss"} <= line.keys()]
     if not lines:
         raise ValueError(f"metrics file {path} holds no line of a training run")
-    found = run / "evaluations.jsonl"
-    evaluations = [
-        line
-        for line in (read_lines(found) if found.is_file() else [])
-        if {"global_step", "accuracy"} <= line.keys()
-    ]
-    figure = _draw(lines, evaluations)
+    path = run / "evaluations.jsonl"
+    evaluations = read_lines(path) if path.is_file() else []
+    keys = {"global_step", "accuracy"}
+    figure = _draw(lines, [line for line in evaluations if keys <= line.keys()])
     picture = run / "curves.png"
     save_figure(figure, picture)
     return picture
@@ -66,14 +63,14 @@ def _draw(lines: Sequence[Line], evaluations: Sequence[Line]) -> Any:
     if evaluations:
         _accuracy(axes["accuracy"], evaluations)
     stages = _stages(lines)
-    for name, one in axes.items():
-        _shade(one, stages, named=name == "loss")
-        one.set_xlabel("step")
-        one.xaxis.set_major_locator(MaxNLocator(integer=True))
-        one.set_xlim(stages[0][1], max(stages[-1][2], stages[0][1] + 1))
-        one.grid(axis="y", alpha=0.3)
-        one.spines[["top", "right"]].set_visible(False)
-        one.tick_params(length=0)
+    for name, panel in axes.items():
+        _shade(panel, stages, named=name == "loss")
+        panel.set_xlabel("step")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.set_xlim(stages[0][1], max(stages[-1][2], stages[0][1] + 1))
+        panel.grid(axis="y", alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(length=0)
     return figure
 
 
@@ -89,10 +86,10 @@ def _loss(axes: Axes, lines: Sequence[Line]) -> None:
 
 def _learning_rates(axes: Axes, lines: Sequence[Line]) -> None:
     colours = {"vision": SECOND, "projector": INK, "text": "#4c9f70"}
-    rates = [line.get("learning_rate") for line in lines]
-    modules = [name for name in colours if any(name in (one or {}) for one in rates)]
-    for width, name in zip((4.2, 2.6, 1.1), modules, strict=False):  # they may lie on each other
-        values = [np.nan if not one else one.get(name, np.nan) for one in rates]
+    rates = [line.get("learning_rate") or {} for line in lines]
+    modules = [name for name in colours if any(name in rate for rate in rates)]
+    for width, name in zip((4.2, 2.6, 1.1), modules, strict=False):  # lines may coincide
+        values = [rate.get(name, np.nan) for rate in rates]
         axes.plot(_steps(lines), values, color=colours[name], linewidth=width, label=name)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -112,7 +109,7 @@ def _speed(axes: Axes, lines: Sequence[Line]) -> None:
     _title(axes, "tokens a second", "and MFU, in per cent", colour=SECOND)
     other = axes.twinx()
     _faint_and_smooth(other, steps, shares, SECOND)
-    # Lower than the tokens, so that the two do not hide each other where they go together.
+    # Lower than the tokens, so that similar curves do not hide each other.
     other.set_ylim(0, 1.6 * np.nanmax(shares))
     other.tick_params(length=0, labelcolor=SECOND)
     other.spines[["top", "right"]].set_visible(False)
@@ -147,16 +144,16 @@ def _faint_and_smooth(axes: Axes, steps: list[int], values: np.ndarray, colour: 
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """A centred mean over :data:`SMOOTHED` lines; over those of them that are there."""
+    """Return a centred mean over :data:`SMOOTHED` lines, gaps left out."""
     window = np.ones(max(1, min(SMOOTHED, len(values) // 10)))
-    there = np.isfinite(values)
-    sums = np.convolve(np.where(there, values, 0.0), window, "same")
+    is_known = np.isfinite(values)
+    sums = np.convolve(np.where(is_known, values, 0.0), window, "same")
     with np.errstate(invalid="ignore"):
-        return np.where(there, sums / np.convolve(there, window, "same"), np.nan)
+        return np.where(is_known, sums / np.convolve(is_known, window, "same"), np.nan)
 
 
 def _stages(lines: Sequence[Line]) -> list[tuple[str, int, int]]:
-    """(name, first step, last step) of each stage."""
+    """Return (name, first step, last step) of each stage."""
     stages: list[tuple[str, int, int]] = []
     for line in lines:
         name = str(line.get("stage_name", line["stage"]))
@@ -169,8 +166,8 @@ def _stages(lines: Sequence[Line]) -> list[tuple[str, int, int]]:
 
 def _shade(axes: Axes, stages: Sequence[tuple[str, int, int]], *, named: bool) -> None:
     axes.set_axisbelow(True)
-    for place, (name, first, last) in enumerate(stages):
-        if place % 2:
+    for index, (name, first, last) in enumerate(stages):
+        if index % 2:
             axes.axvspan(first, last, color=SHADE, zorder=0, linewidth=0)
         if named:
             axes.annotate(
@@ -195,6 +192,8 @@ def _steps(lines: Sequence[Line]) -> list[int]:
 
 
 def _series(lines: Sequence[Line], key: str) -> tuple[list[int], np.ndarray]:
-    """Steps and values; a gap where a line has none."""
+    """Return steps and values, with NaN where a line has none."""
     values = [line.get(key) for line in lines]
-    return _steps(lines), np.array([np.nan if one is None else one for one in values], dtype=float)
+    return _steps(lines), np.array(
+        [np.nan if value is None else value for value in values], dtype=float
+    )
