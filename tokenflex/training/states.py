@@ -80,7 +80,7 @@ class RunStates:
             except DamagedStateError as error:
                 problems.append(str(error))
                 continue
-            if not self._is_of_this_run(state["config"]):
+            if json.loads(state["config"]) != json.loads(self.fingerprint):
                 raise ValueError(
                     f"{path} holds an unfinished run of another configuration; give another "
                     "output, or --fresh to begin anew"
@@ -96,13 +96,6 @@ class RunStates:
         if problems:
             raise ValueError(f"{problems[0]}; no earlier state can be read, --fresh begins anew")
         return None
-
-    def _is_of_this_run(self, saved: Any) -> bool:
-        """Compare a state's configuration; versions may have its keys in another order."""
-        try:
-            return bool(json.loads(saved) == json.loads(self.fingerprint))
-        except (TypeError, ValueError):
-            return False
 
     def put_damaged_aside(self) -> None:
         """Rename the damaged states that :meth:`read` found: neither read again nor lost."""
