@@ -47,7 +47,7 @@ def test_boundaries_of_the_packed_row():
 
 
 def without_boundaries(packed) -> dict:
-    """Return a packed row like DataCollatorWithFlattening: only positions show where samples start."""
+    """Return a row like DataCollatorWithFlattening, where only positions tell samples apart."""
     boundaries = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "use_cache")
     return {key: value for key, value in packed.items() if key not in boundaries}
 
