@@ -43,8 +43,9 @@ test-cpu:
 test-training:
 	$(BIN)/python -m pytest tests/training
 
+KERNEL_TESTS := $(wildcard tests/kernels/test_kernels*.py tests/kernels/*/test_kernels*.py)
 test-kernels:
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton_kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(KERNEL_TESTS)
 	$(BIN)/python -m tokenflex_kernels.aot --quiet
 
 # transformers has image processors of two kinds, and takes torchvision's where that is installed.
@@ -75,7 +76,7 @@ test-versions: setup
 
 QUICK_TESTS := -m 'not slow and not gpu' --no-header -p no:cacheprovider
 test-oldest test-newest: test-%: $(VERSIONS)/%/.ready
-	TRITON_INTERPRET=1 nice $(VERSIONS)/$*/bin/python -m pytest $(QUICK_TESTS) tests/kernels/triton_kernels
+	TRITON_INTERPRET=1 nice $(VERSIONS)/$*/bin/python -m pytest $(QUICK_TESTS) $(KERNEL_TESTS)
 	nice $(VERSIONS)/$*/bin/python -m pytest $(QUICK_TESTS) \
 	  tests/kernels tests/models tests/data tests/dropin tests/training
 

@@ -45,7 +45,7 @@ _NEEDED_BY = {
         "kernels/test_bin_packing.py",
         "kernels/test_pack_plan.py",
         "kernels/test_packing.py",
-        "kernels/test_pooling.py",
+        "kernels/pool_norm/test_pool_norm.py",
         "data/test_fuzz.py",
         "data/test_order.py",
         "routing/test_budget.py",

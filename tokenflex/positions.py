@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 from tokenflex_kernels.library import define
-from tokenflex_kernels.pool_plan import RUN_FIELDS, PoolPlan, grids_of
+from tokenflex_kernels.pool_norm.plan import RUN_FIELDS, PoolPlan, grids_of
 
 IMAGE_POSITIONS = ("sequential", "shared")
 OCTAVES = 4

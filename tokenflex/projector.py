@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, is_one_count, token_grid
 from tokenflex.counts import token_grids as grids_of_counts
 from tokenflex.positions import NUM_FEATURES, cell_positions, check_position
-from tokenflex_kernels.axis_weights import check_mode
 from tokenflex_kernels.checks import (
     check_count,
     check_eps,
@@ -20,9 +19,10 @@ from tokenflex_kernels.checks import (
     check_grids,
     check_tensor,
 )
-from tokenflex_kernels.pool_plan import PoolPlan, plan_pooling, plan_uniform
-from tokenflex_kernels.pooling import pool_norm
-from tokenflex_kernels.projection import check_save, project_tokens
+from tokenflex_kernels.pool_norm.axis_weights import check_mode
+from tokenflex_kernels.pool_norm.op import pool_norm
+from tokenflex_kernels.pool_norm.plan import PoolPlan, plan_pooling, plan_uniform
+from tokenflex_kernels.project_tokens.op import check_save, project_tokens
 
 
 class TokenAdaptiveProjector(nn.Module):

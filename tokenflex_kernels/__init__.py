@@ -13,7 +13,6 @@ require("torch", "2.11")
 require("triton", "3.6")
 
 from tokenflex_kernels.bin_packing import balance_bins, bin_pack
-from tokenflex_kernels.gated_unit import swiglu
 from tokenflex_kernels.information import info
 from tokenflex_kernels.packing import (
     PackPlan,
@@ -22,9 +21,10 @@ from tokenflex_kernels.packing import (
     plan_packing,
     unpack_vision,
 )
-from tokenflex_kernels.pool_plan import PoolPlan, plan_pooling
-from tokenflex_kernels.pooling import pool_norm
-from tokenflex_kernels.projection import project_tokens
+from tokenflex_kernels.pool_norm.op import pool_norm
+from tokenflex_kernels.pool_norm.plan import PoolPlan, plan_pooling
+from tokenflex_kernels.project_tokens.op import project_tokens
+from tokenflex_kernels.swiglu.op import swiglu
 
 __all__ = [
     "PackPlan",

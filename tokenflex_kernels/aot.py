@@ -1,13 +1,13 @@
 """``python -m tokenflex_kernels.aot``: compile every kernel and shipped config, without a GPU.
 
-Each launcher is called on meta tensors of the reference widths, for each architecture of the table
-of configs, each dtype, and each variant of what a call can ask for. So what is compiled here is
-what a GPU would run, with the same arguments specialised. In bfloat16, also at widths that are
-multiples of 16 but of no tile, and at odd ones.
+Each stage is launched on meta tensors of the reference widths, for each architecture of the table,
+each dtype and each variant. So a GPU would run the kernels compiled here, with the same arguments
+specialised. In bfloat16, widths that are multiples of 16 but not of tiles, and odd widths, are
+compiled too.
 
 Prints registers, stack, shared memory and the matrix instruction of each kernel. Exits with 1 if a
 kernel spills (stack above 0), computes in double precision (``.f64`` in the PTX), takes more shared
-memory than a block can have, reads no 16 bytes at a time where widths allow it, or is a matrix
+memory than a block can have, does not read 16 bytes at a time where widths allow it, or is a matrix
 product without ``wgmma`` on sm_90.
 """
 
@@ -37,12 +37,12 @@ from tokenflex_kernels.launch_configs import (
     read_table,
 )
 
-# What one block may have of dynamic shared memory, by compute capability (CUDA programming guide).
+# Dynamic shared memory of a block in bytes, by compute capability (CUDA programming guide).
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 
 class Compiled(NamedTuple):
-    """One kernel as the compiler left it."""
+    """The properties of one compiled kernel."""
 
     architecture: str
     kernel: str
@@ -50,37 +50,30 @@ class Compiled(NamedTuple):
     registers: int
     stack: int
     shared: int
-    instruction: str
-    """The matrix instruction, "" where there is none."""
-    doubles: bool
-    """Whether ``.f64`` occurs in the PTX."""
-    wide: bool
-    """Whether rows are read 16 bytes at a time, or by the copy engine."""
+    instruction: str  # the matrix instruction, or ""
+    doubles: bool  # whether ``.f64`` occurs in the PTX
+    wide: bool  # whether rows are read 16 bytes at a time, or by the copy engine
 
 
 def faults(compiled: Compiled) -> list[str]:
-    """What is wrong with a kernel, in words; empty if nothing is."""
-    found = []
-    if compiled.stack > 0:
-        found.append(f"spills: {compiled.stack} bytes of stack")
-    if compiled.doubles:
-        found.append(".f64 in the PTX")
-    if not compiled.wide and " odd " not in compiled.variant:
-        found.append("no 16-byte loads")
+    """Return the faults of a kernel in words."""
     number = int(compiled.architecture.removeprefix("sm_"))
     limit = SHARED_LIMIT.get(number, min(SHARED_LIMIT.values()))
-    if compiled.shared > limit:
-        found.append(f"{compiled.shared} bytes of shared memory, a block has {limit}")
     product = compiled.kernel.removesuffix("_kernel") in PRODUCTS
-    if product and not compiled.instruction:
-        found.append("no matrix instruction")
-    if product and number == 90 and compiled.instruction != "wgmma":
-        found.append(f"no wgmma but {compiled.instruction or 'nothing'}")
-    return found
+    instruction = compiled.instruction or "nothing"
+    checks = {
+        f"spills: {compiled.stack} bytes of stack": compiled.stack > 0,
+        ".f64 in the PTX": compiled.doubles,
+        "no 16-byte loads": not compiled.wide and " odd " not in compiled.variant,
+        f"{compiled.shared} bytes of shared memory, a block has {limit}": compiled.shared > limit,
+        "no matrix instruction": product and not compiled.instruction,
+        f"no wgmma but {instruction}": product and number == 90 and instruction != "wgmma",
+    }
+    return [words for words, is_fault in checks.items() if is_fault]
 
 
 def inspect(architecture: str, kernel: str, variant: str, compiled: Any) -> Compiled:
-    """Read what the compiler says of a kernel, and what its machine code says."""
+    """Read the properties of a kernel from Triton's metadata, PTX and machine code."""
     ptx: str = compiled.asm["ptx"]
     instructions = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}
     registers, stack = resource_usage(compiled.asm["cubin"])
@@ -99,7 +92,7 @@ def inspect(architecture: str, kernel: str, variant: str, compiled: Any) -> Comp
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack of a cubin's kernel, by the cuobjdump that Triton carries."""
+    """Return registers and bytes of stack of a cubin's kernel, by Triton's own cuobjdump."""
     import triton
 
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -112,14 +105,14 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
             capture_output=True,
             text=True,
         ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", output)
-    if found is None:
-        raise RuntimeError(f"cuobjdump said nothing of registers and stack:\n{output}")
-    return int(found[1]), int(found[2])
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", output)
+    if usage is None:
+        raise RuntimeError(f"cuobjdump reported no registers and stack:\n{output}")
+    return int(usage[1]), int(usage[2])
 
 
 class _NoGpuDriver:
-    """Enough of a driver for Triton to compile for ``architecture`` and for nothing else."""
+    """A driver with which Triton can compile for ``architecture``, and nothing else."""
 
     def __init__(self, architecture: str) -> None:
         self._number = int(architecture.removeprefix("sm_"))
@@ -137,10 +130,9 @@ class _NoGpuDriver:
 
 
 def set_target(architecture: str) -> None:
-    """From now on, launches on meta tensors compile for ``architecture``.
+    """Make launches on meta tensors compile for ``architecture`` from now on.
 
-    What was compiled for another target stays cached under the one device that there is: call this
-    once in a process.
+    Call this once in a process: Triton caches its binaries by device, of which there is only one.
     """
     from triton.runtime import driver
 
@@ -148,42 +140,39 @@ def set_target(architecture: str) -> None:
 
 
 def compile_all(architecture: str, candidates: bool = False) -> list[Compiled]:
-    """Every kernel, variant, dtype and shipped config (or candidate) for one architecture."""
+    """Compile every kernel, variant, dtype and shipped config (or candidate)."""
+    from tokenflex_kernels import launch
     from tokenflex_kernels.stage_calls import ODD, RAGGED, REFERENCE, stage_calls
-    from tokenflex_kernels.triton_kernels import launch
     from tokenflex_kernels.tune import candidate_configs
 
     set_target(architecture)
     compiled: list[Compiled] = []
     stages = read_table()[architecture]["stages"]
-    one = ("bfloat16",)
-    kinds = {"": (REFERENCE, (*DTYPES,)), "ragged": (RAGGED, one), "odd": (ODD, one)}
+    narrow = ["bfloat16"]
+    kinds = {"": (REFERENCE, [*DTYPES]), "ragged": (RAGGED, narrow), "odd": (ODD, narrow)}
     for stage, (kind, (widths, dtypes)) in itertools.product(STAGES, kinds.items()):
-        for name, buckets in parse_stage(stages, stage).items():
-            if name not in dtypes:
-                continue
-            shipped = [config for _, config in buckets]
-            configs = (
-                candidate_configs(stage, DTYPES[name], architecture) if candidates else shipped
-            )
-            for variant, call in stage_calls(
-                stage, DTYPES[name], 2, (16, 16), torch.device("meta"), widths
-            ):
-                for config in dict.fromkeys(configs):
-                    if config is None:
-                        continue
-                    sizes = "/".join(str(int(field or 0)) for field in config)
-                    label = " ".join(filter(None, (name, kind, variant, sizes)))
+        buckets = parse_stage(stages, stage)
+        for name in (name for name in buckets if name in dtypes):
+            dtype = DTYPES[name]
+            configs = [config for _, config in buckets[name]]
+            if candidates:
+                configs = candidate_configs(stage, dtype, architecture)
+            calls = stage_calls(stage, dtype, 2, (16, 16), torch.device("meta"), widths)
+            for (variant, call), config in itertools.product(calls, dict.fromkeys(configs)):
+                if config is None:
+                    continue
+                sizes = "/".join(str(int(field or 0)) for field in config)
+                label = " ".join(filter(None, (name, kind, variant, sizes)))
 
-                    def keep(kernel: str, result: Any, label: str = label) -> None:
-                        compiled.append(inspect(architecture, kernel, label, result))
+                def keep(kernel: str, result: Any, label: str = label) -> None:
+                    compiled.append(inspect(architecture, kernel, label, result))
 
-                    launch.on_compile = keep
-                    before = len(compiled)
-                    call(config=config)
-                    seen = {one.kernel for one in compiled[before:]}
-                    if stage in PRODUCTS and kind != "odd" and f"{stage}_kernel" not in seen:
-                        raise RuntimeError(f"{label}: {stage} was not compiled, only {seen}")
+                launch.on_compile = keep
+                before = len(compiled)
+                call(config=config)
+                kernels = {result.kernel for result in compiled[before:]}
+                if stage in PRODUCTS and kind != "odd" and f"{stage}_kernel" not in kernels:
+                    raise RuntimeError(f"{label}: {stage} was not compiled, only {kernels}")
     return compiled
 
 
@@ -212,23 +201,21 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 makes Triton interpret: unset it to compile")
 
-    # A process for each architecture: Triton keeps what it compiled for the one device it sees.
+    # A process for each architecture: see set_target.
     with ProcessPoolExecutor(
         options.jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
     ) as pool:
-        by_architecture = pool.map(
-            partial(compile_all, candidates=options.candidates), architectures
-        )
-        compiled = [one for several in by_architecture for one in several]
+        compile_each = partial(compile_all, candidates=options.candidates)
+        compiled = list(itertools.chain.from_iterable(pool.map(compile_each, architectures)))
     bad = 0
-    for one in compiled:
-        wrong = faults(one)
+    for result in compiled:
+        wrong = faults(result)
         bad += bool(wrong)
         if wrong or not options.quiet:
             print(
-                f"{one.architecture:7} {one.kernel:27} {one.variant:55} {one.registers:3} registers"
-                f" {one.stack:4} stack {one.shared:6} shared  {one.instruction:7}"
-                f" {'; '.join(wrong)}".rstrip()
+                f"{result.architecture:7} {result.kernel:27} {result.variant:55}"
+                f" {result.registers:3} registers {result.stack:4} stack {result.shared:6} shared "
+                f" {result.instruction:7} {'; '.join(wrong)}".rstrip()
             )
     print(f"{len(compiled)} kernels for {', '.join(architectures)}: {bad} with faults")
     return 1 if bad else 0

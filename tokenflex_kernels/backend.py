@@ -1,7 +1,7 @@
-"""Which implementation an op runs: decided per call, from device and ``TOKENFLEX_BACKEND``.
+"""The implementation that an op runs, chosen for each call by device and ``TOKENFLEX_BACKEND``.
 
-Every op has a ``reference``, its meaning in plain PyTorch (or plain Python for the host ops), which
-runs anywhere. Faster implementations stand beside it:
+Every op has a ``reference`` in plain PyTorch (or plain Python for the host ops), which runs
+anywhere. Some have faster implementations:
 
 * ``cpp``: the compiled extension on host memory;
 * ``cuda``: the compiled extension on CUDA tensors;
@@ -10,7 +10,7 @@ runs anywhere. Faster implementations stand beside it:
 ``TOKENFLEX_BACKEND=auto`` (the default) takes the fastest implementation that runs on the tensors'
 device. ``reference`` takes the reference for every op. ``triton`` and ``cuda`` take that
 implementation for every op that has one, leave the other ops at their automatic choice, and refuse
-tensors that it cannot run on: what was asked for explicitly is never replaced in silence.
+tensors that it cannot run on: an explicit choice is never replaced silently.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 
 @cache
 def extension() -> ModuleType | None:
-    """The compiled extension ``tokenflex_kernels._C``, or None where it was not built."""
+    """Return the compiled extension ``tokenflex_kernels._C``, or None where it was not built."""
     try:
         return importlib.import_module("tokenflex_kernels._C")
     except ModuleNotFoundError as error:
-        # Only "there is no such module" means "not built"; a broken build must not hide.
+        # Only a missing module means "not built"; a broken build must not hide.
         if error.name != "tokenflex_kernels._C":
             raise
         return None
 
 
 def requested_backend() -> str:
-    """The value of ``TOKENFLEX_BACKEND``, checked.
+    """Return the value of ``TOKENFLEX_BACKEND``.
 
     Raises:
-        ValueError: the variable holds anything but one of ``BACKENDS``.
+        ValueError: the value is not one of ``BACKENDS``.
     """
     value = os.environ.get("TOKENFLEX_BACKEND", "auto")
     if value not in BACKENDS:
@@ -79,20 +79,20 @@ def _runs_on(implementation: str, device_type: str) -> bool:
 
 @cache
 def _has_triton() -> bool:
-    """Whether Triton is there, and for NVIDIA: the kernels are launched with its options."""
+    """Return whether Triton is installed, and for NVIDIA: launches use options of its own."""
     return importlib.util.find_spec("triton") is not None and torch.version.hip is None
 
 
 def select_backend(
     op: str, device: torch.device | str = "cpu", *, beyond_triton: str | None = None
 ) -> str:
-    """The implementation of ``op`` to run on tensors of ``device``.
+    """Return the implementation of ``op`` to run on tensors of ``device``.
 
     Args:
         op: a key of ``IMPLEMENTATIONS``.
         device: of the op's tensors.
-        beyond_triton: what about these tensors the Triton kernels are not made for, None if
-            nothing: the reference takes such calls.
+        beyond_triton: the property of these tensors that the Triton kernels do not support, or
+            None. The reference takes such calls.
 
     Returns:
         One of "triton", "cuda", "cpp", "reference".

@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops: messages name the argument, what came, what was expected."""
+"""Argument checks shared by the ops: errors name the argument, the value and what is expected."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INT_DTYPES = (
 
 
 def check_tensor(name: str, value: object, *, ndim: int | None = None) -> torch.Tensor:
-    """``value`` itself, once it is known to be a tensor of ``ndim`` dimensions."""
+    """Check that ``value`` is a dense tensor, of ``ndim`` dimensions if given, and return it."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout is not torch.strided:
@@ -37,27 +37,27 @@ def check_tensor(name: str, value: object, *, ndim: int | None = None) -> torch.
 
 
 def check_float(name: str, value: torch.Tensor) -> None:
-    """Refuse dtypes that the ops do not compute in."""
+    """Check that the ops compute in the dtype of ``value``."""
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
 
 
 def check_like(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    """Refuse a tensor on another device than its partner."""
+    """Check that a tensor is on the device of ``other``."""
     if value.device != other.device:
         raise ValueError(
             f"{name} must be on the device of {other_name}, {other.device}, got {value.device}"
         )
 
 
-def check_shape(name: str, value: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
-    """Refuse a tensor of another shape; ``meaning`` spells the shape in symbols, e.g. "[H, C]"."""
+def check_shape(name: str, value: torch.Tensor, shape: tuple[int, ...], symbols: str) -> None:
+    """Check the shape of a tensor; ``symbols`` spell it in errors, e.g. "H, C"."""
     if tuple(value.shape) != shape:
-        raise ValueError(f"{name} must have shape {meaning} = {shape}, got {tuple(value.shape)}")
+        raise ValueError(f"{name} must have shape [{symbols}] = {shape}, got {tuple(value.shape)}")
 
 
 def check_grids(name: str, grids: object) -> list[Grid]:
-    """``grids`` as a list of (height, width) pairs of positive host integers."""
+    """Return ``grids`` as a list of (height, width) pairs of positive host integers."""
     if isinstance(grids, torch.Tensor) or not isinstance(grids, Sequence):
         raise TypeError(
             f"{name} must be a sequence of (height, width) pairs of ints, one per image, "
@@ -84,7 +84,7 @@ def check_grids(name: str, grids: object) -> list[Grid]:
 
 
 def _are_plain_grids(grids: Sequence[Any]) -> bool:
-    """Whether all are tuples of two positive ints: looked at in C, for large batches."""
+    """Return whether all are tuples of two positive ints, by loops in C for large batches."""
     if set(map(type, grids)) != {tuple} or set(map(len, grids)) != {2}:
         return False
     sides = list(chain.from_iterable(grids))
@@ -92,7 +92,7 @@ def _are_plain_grids(grids: Sequence[Any]) -> bool:
 
 
 def check_count(name: str, value: object) -> int:
-    """``value`` as a host int of at least 1."""
+    """Return ``value`` as a host int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < 1:
@@ -101,7 +101,7 @@ def check_count(name: str, value: object) -> int:
 
 
 def check_eps(eps: object) -> float:
-    """``eps`` as a positive float."""
+    """Return ``eps`` as a positive float."""
     if isinstance(eps, bool) or not isinstance(eps, Real):
         raise TypeError(f"eps must be a float, got {eps!r}")
     value = float(eps)
@@ -111,7 +111,7 @@ def check_eps(eps: object) -> float:
 
 
 def autocast_enabled(device: torch.device) -> bool:
-    """Whether autocast chooses dtypes on ``device``; False where there is no autocast (meta)."""
+    """Return whether autocast chooses dtypes on ``device``; the meta device has no autocast."""
     kind = device.type
     return _has_autocast(kind) and torch.is_autocast_enabled(kind)
 
@@ -120,19 +120,19 @@ def _has_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
 
 
-# Up to 2.11, a compiler cannot look into it. It never changes: see select_backend.
+# Up to torch 2.11, a compiler cannot look into it. It never changes: see select_backend.
 _has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def match_weight(name: str, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """``weight`` in the dtype that a matrix product with ``x`` needs.
+    """Return ``weight`` in the dtype that a matrix product with ``x``, of floats, needs.
 
     Under autocast the product chooses the dtype itself. Outside it, float32 (master) weights
     serve float16 and bfloat16 activations; any other mixture is refused.
     """
-    check_float(name, weight)
     if weight.dtype == x.dtype:
         return weight
+    check_float(name, weight)
     if autocast_enabled(x.device) and torch.float64 not in (weight.dtype, x.dtype):
         return weight
     if weight.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16):
@@ -143,8 +143,45 @@ def match_weight(name: str, weight: torch.Tensor, x: torch.Tensor) -> torch.Tens
     )
 
 
+def check_linear(
+    name: str,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    x: torch.Tensor,
+    width: int,
+    symbols: str,
+    rows: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Check a Linear of ``width`` inputs; return its parameters in the dtype for products with x.
+
+    ``symbols`` spell the weight's shape in errors, e.g. "H, C"; ``rows`` of None take any number.
+    """
+    weight_name, bias_name = f"{name}_weight", f"{name}_bias"
+    check_tensor(weight_name, weight, ndim=2)
+    rows = weight.shape[0] if rows is None else rows
+    check_shape(weight_name, weight, (rows, width), symbols)
+    check_like(weight_name, weight, "x", x)
+    weight = match_weight(weight_name, weight, x)
+    if bias is not None:
+        check_tensor(bias_name, bias)
+        check_shape(bias_name, bias, (rows,), symbols[:1])
+        check_like(bias_name, bias, "x", x)
+        bias = match_weight(bias_name, bias, x)
+    return weight, bias
+
+
+def in_autocast_dtype(
+    device: torch.device, *tensors: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the tensors in the dtype that autocast gives a Linear on ``device``, if it is on."""
+    if not autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device.type)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+
+
 def check_int(name: str, value: object) -> int:
-    """``value`` as a host int that fits int64."""
+    """Return ``value`` as a host int that fits int64."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
     number = int(value)
@@ -154,9 +191,9 @@ def check_int(name: str, value: object) -> int:
 
 
 def check_ints(name: str, values: object) -> np.ndarray:
-    """``values``, a 1-D sequence, array or CPU tensor of ints, as a contiguous int64 array.
+    """Return a 1-D sequence, array or CPU tensor of ints as a contiguous int64 array.
 
-    What is one already is returned as it is: copy what must not change.
+    The result may share memory with ``values``: copy what must not change.
     """
     if isinstance(values, torch.Tensor):
         array = _tensor_of_ints(name, values)
@@ -169,7 +206,7 @@ def check_ints(name: str, values: object) -> np.ndarray:
     if array.ndim != 1:
         raise ValueError(f"{name} must have 1 dimension, got shape {array.shape}")
     if array.dtype.kind not in "iu" and array.size > 0:
-        # numpy's own word for ints beyond 64 bits is object
+        # numpy has dtype object for ints beyond 64 bits
         for index, value in enumerate(array if array.dtype.kind == "O" else ()):
             check_int(f"{name}[{index}]", value)
         raise TypeError(f"{name} must hold ints, got {array.dtype}")
@@ -180,7 +217,7 @@ def check_ints(name: str, values: object) -> np.ndarray:
 
 
 def _tensor_of_ints(name: str, values: torch.Tensor) -> np.ndarray:
-    """A host tensor's memory as an array; what has no such memory is refused before numpy is."""
+    """Return the memory of a host tensor as an array; refuse tensors without such memory."""
     if values.device.type != "cpu":
         raise ValueError(f"{name} is read on the host: expected the CPU, got {values.device}")
     if values.layout != torch.strided:
@@ -199,8 +236,8 @@ def _tensor_of_ints(name: str, values: torch.Tensor) -> np.ndarray:
 
 
 def _sequence_of_ints(name: str, values: Sequence[object]) -> np.ndarray:
-    """The array of a sequence. numpy is told the dtype where it would guess: it makes floats of
-    large next to negative ints, and ints of bools next to ints."""
+    """Return a sequence as an array, of a given dtype because numpy would guess: it makes floats
+    of large ints beside negative ones, and ints of bools beside ints."""
     kinds = set(map(type, values))
     if kinds & {bool, np.bool_}:
         index = next(at for at, value in enumerate(values) if isinstance(value, (bool, np.bool_)))

@@ -1,4 +1,4 @@
-"""`info`: what is installed here and which implementation each op will run."""
+"""`info`: the installed versions and the implementation that each op will run."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def _version(package: str) -> str | None:
 
 
 def info() -> dict[str, Any]:
-    """Versions, the extension, the device, and the backend that each op will use on it.
+    """Return versions, the extension, the device, and the backend that each op will use on it.
 
-    Nothing here needs a GPU or a driver.
+    This needs neither a GPU nor a driver.
 
     Returns:
         ``versions`` (package -> version or None), ``extension`` (``built``, ``cuda``,

@@ -1,4 +1,4 @@
-"""What all kernels, of Triton and of the extension, ask of a tensor's layout."""
+"""The layout that all kernels, of Triton and of the extension, need of a tensor."""
 
 from __future__ import annotations
 
@@ -6,8 +6,5 @@ import torch
 
 
 def neighbours(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` with the elements of its last dimension next to each other, a copy if need be.
-
-    Rows may lie at any distance.
-    """
+    """Return ``tensor``, copied if the elements of its last dimension are not adjacent."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()

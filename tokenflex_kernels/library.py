@@ -1,12 +1,17 @@
-"""The ops' namespace in torch.library, ``torch.ops.tokenflex``, and how an op gets into it.
+"""Registration of the ops in torch.library: ``torch.ops.tokenflex``.
 
-``Library.define`` and ``impl``, and one ``autograd.Function`` where an op has a gradient:
-``torch.library.custom_op`` adds several times their cost to every call.
+Ops are registered by ``Library.define`` and ``Library.impl``, and those with a gradient have one
+``autograd.Function``: ``torch.library.custom_op`` adds several times their cost to every call.
+
+Within ``torch.func`` each transform is a level, and a call passes through the levels from the
+innermost outwards. The autograd kernel of an op runs once for each level of differentiation and
+records that level alone.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -15,6 +20,9 @@ import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction, once_differentiable
+
+Op = Callable[..., Any]
+BatchingRule = Callable[..., tuple[Any, Any]]
 
 _LIBRARY = torch.library.Library("tokenflex", "FRAGMENT")
 
@@ -26,35 +34,139 @@ def define(
     *,
     returns: str = "Tensor",
     keys: Sequence[str] = ("CPU", "CUDA"),
-) -> Callable[..., Any]:
-    """Define the op ``tokenflex::<schema> -> returns``.
+) -> Op:
+    """Define the op ``tokenflex::<name>``.
 
     Args:
-        schema: "name(Tensor x, ..)".
-        shapes: what a compiler is told the op does: results of the right shapes.
-        kernel: what it does, on tensors of either device.
-        returns: the results' types.
-        keys: what the kernel is registered for.
+        schema: the name of the op, whose schema is then inferred from the annotations of
+            ``kernel``; or "name(Tensor x, ..)".
+        shapes: the op on fake tensors: returns results of the right shapes.
+        kernel: the op on real tensors.
+        returns: types of the results, where ``schema`` lists the arguments.
+        keys: dispatch keys that the kernel is registered for.
 
     Returns:
         The op.
     """
-    name = schema[: schema.index("(")]
-    _LIBRARY.define(f"{schema} -> {returns}")
+    name, *arguments = schema.split("(", 1)
+    if arguments:
+        _LIBRARY.define(f"{schema} -> {returns}")
+    else:
+        # Evaluated here: releases of torch differ in the names that they find in annotations.
+        kernel.__signature__ = inspect.signature(kernel, eval_str=True)  # type: ignore[attr-defined]
+        _LIBRARY.define(name + torch.library.infer_schema(kernel, mutates_args=()))
     for key in keys:
         _LIBRARY.impl(name, kernel, key)
     torch.library.register_fake(f"tokenflex::{name}", shapes, lib=_LIBRARY)
-    op: Callable[..., Any] = getattr(torch.ops.tokenflex, name).default
+    op: Op = getattr(torch.ops.tokenflex, name).default
     return op
 
 
-def differentiate(name: str, autograd: Callable[..., Any]) -> None:
-    """Call ``autograd`` instead of the op's kernel, whether or not a tensor requires grad."""
+def define_stage(name: str, shapes: Callable[..., Any], kernel: Callable[..., Any]) -> Op:
+    """Define an op that is one step of a forward or backward pass and has no derivative."""
+    op = define(name, shapes, kernel)
+    refuse_derivatives(name, op)
+    batch(name, one_by_one(op))
+    return op
+
+
+def define_fused(
+    name: str, shapes: Callable[..., Any], kernel: Callable[..., Any], function: Any
+) -> Op:
+    """Define an op that has the derivative of the ``autograd.Function``."""
+    op = define(name, shapes, kernel)
+    differentiate(name, op, function)
+    batch(name, one_by_one(op))
+    return op
+
+
+# ---- Derivatives.
+
+
+def differentiate(name: str, op: Op, function: Any) -> None:
+    """Give ``op`` the derivative of the ``autograd.Function``, at no cost where none is recorded.
+
+    In forward mode the function is called too, and refuses: it has no jvp.
+    """
+
+    def autograd(*arguments: Any) -> Any:
+        if has_tangent(arguments) or _requires_grad(arguments):
+            return apply(function, *arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
     _LIBRARY.impl(name, autograd, "Autograd")
 
 
-# ---- torch.func. Its transforms are levels, which a call goes through from the innermost outwards.
-# An op's autograd kernel runs once for each level of differentiation and records that level alone.
+def differentiate_linear(name: str, op: Op, function: Any, floats: int) -> None:
+    """Give ``op`` the derivative of ``function``; its first ``floats`` arguments are float tensors.
+
+    Forward mode needs no derivative: the op is linear in those tensors together, so its tangent is
+    the op of their tangents.
+    """
+    record = _recorder(op, function, floats)
+
+    def autograd(*arguments: Any) -> Any:
+        if not has_tangent(arguments[:floats]):
+            return record(*arguments)
+        others = arguments[floats:]
+        duals = [forward_ad.unpack_dual(tensor, level=0) for tensor in arguments[:floats]]
+        tangents = [
+            torch.zeros_like(dual.primal) if dual.tangent is None else dual.tangent
+            for dual in duals
+        ]
+        result = record(*(dual.primal for dual in duals), *others)
+        tangent = record(*tangents, *others)
+        if isinstance(result, tuple):  # with a row map
+            return forward_ad.make_dual(result[0], tangent[0], level=0), result[1]
+        return forward_ad.make_dual(result, tangent, level=0)
+
+    _LIBRARY.impl(name, autograd, "Autograd")
+
+
+def refuse_derivatives(name: str, op: Op) -> None:
+    """Make a derivative of ``op`` an error, where it would be zero otherwise."""
+    message = (
+        f"tokenflex::{name} has no derivative: it is a part of a kernel that was marked with "
+        "@once_differentiable and has no jvp. TOKENFLEX_BACKEND=reference has all derivatives"
+    )
+
+    class Refusal(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            with below_autograd():
+                return op(*arguments)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            raise RuntimeError(message)
+
+    record = _recorder(op, Refusal)
+
+    def autograd(*arguments: Any) -> Any:
+        if has_tangent(arguments):
+            raise NotImplementedError(message)
+        return record(*arguments)
+
+    _LIBRARY.impl(name, autograd, "Autograd")
+
+
+def _recorder(op: Op, function: Any, tensors: int | None = None) -> Op:
+    """Return ``function.apply`` where one of the first ``tensors`` requires grad, else ``op``."""
+
+    def record(*arguments: Any) -> Any:
+        if _requires_grad(arguments[:tensors]):
+            return apply(function, *arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    return record
+
+
+def _requires_grad(arguments: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in arguments
+    )
 
 
 def is_transformed() -> bool:
@@ -94,11 +206,6 @@ def has_tangent(arguments: Sequence[Any]) -> bool:
     )
 
 
-def requires_grad(arguments: Sequence[Any]) -> bool:
-    """Return whether any of the arguments is a tensor that requires grad."""
-    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in arguments)
-
-
 def below_autograd() -> AbstractContextManager[None]:
     """Call ops as the ``forward`` of a Function does: not recorded here, but at levels further out.
 
@@ -132,71 +239,15 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     return once
 
 
-def differentiate_linear(name: str, op: Callable[..., Any], function: Any, floats: int) -> None:
-    """Give ``op`` the derivative that ``function`` has, at no cost where none is asked for.
-
-    The first ``floats`` arguments are its float tensors. In forward mode it needs no derivative:
-    each op is linear in those, all of them together, so its tangent is the op of their tangents.
-    """
-
-    def autograd(*arguments: Any) -> Any:
-        if not has_tangent(arguments[:floats]):
-            return backward_mode(*arguments)
-        others = arguments[floats:]
-        duals = [forward_ad.unpack_dual(tensor, level=0) for tensor in arguments[:floats]]
-        tangents = [
-            torch.zeros_like(dual.primal) if dual.tangent is None else dual.tangent
-            for dual in duals
-        ]
-        result = backward_mode(*(dual.primal for dual in duals), *others)
-        tangent = backward_mode(*tangents, *others)
-        if isinstance(result, tuple):  # with a row map
-            return forward_ad.make_dual(result[0], tangent[0], level=0), result[1]
-        return forward_ad.make_dual(result, tangent, level=0)
-
-    def backward_mode(*arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any(value.requires_grad for value in arguments[:floats]):
-            return apply(function, *arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*arguments)
-
-    differentiate(name, autograd)
+# ---- torch.vmap.
 
 
-def refuse_derivatives(name: str, op: Callable[..., Any]) -> None:
-    """Make a derivative of ``op`` an error, where it would be zero otherwise."""
-    message = (
-        f"tokenflex::{name} has no derivative: it is a part of a kernel that was marked with "
-        "@once_differentiable and has no jvp. TOKENFLEX_BACKEND=reference has all derivatives"
-    )
-
-    class Refusal(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:
-            with below_autograd():
-                return op(*arguments)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            raise RuntimeError(message)
-
-    def autograd(*arguments: Any) -> Any:
-        if has_tangent(arguments):
-            raise NotImplementedError(message)
-        if torch.is_grad_enabled() and requires_grad(arguments):
-            return apply(Refusal, *arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*arguments)
-
-    differentiate(name, autograd)
-
-
-def batch(name: str, rule: Callable[..., Any]) -> None:
-    """Run an op under ``torch.vmap`` by ``rule``, as :func:`torch.library.register_vmap` has it."""
+def batch(name: str, rule: BatchingRule) -> None:
+    """Run an op under ``torch.vmap`` by ``rule``, see :func:`torch.library.register_vmap`."""
     torch.library.register_vmap(f"tokenflex::{name}", rule, lib=_LIBRARY)
 
 
-def one_by_one(op: Callable[..., Any]) -> Callable[..., Any]:
+def one_by_one(op: Op) -> BatchingRule:
     """Return the rule that calls ``op`` once for each example."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
@@ -216,11 +267,12 @@ def one_by_one(op: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-def side_by_side(op: Callable[..., Any], floats: int) -> Callable[..., Any]:
+def side_by_side(op: Op, floats: int) -> BatchingRule:
     """Return the rule that calls ``op`` once, with the examples side by side in its rows.
 
     For ops that treat the columns of their rows alike: the first ``floats`` arguments, and the
-    result, or the first of two. Examples with other arguments of their own are calls of their own.
+    result, or the first of two. Where other arguments differ between examples, ``op`` is called
+    once for each.
     """
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
@@ -233,14 +285,14 @@ def side_by_side(op: Callable[..., Any], floats: int) -> Callable[..., Any]:
         ]
         result = op(*rows, *arguments[floats:])
         if isinstance(result, tuple):  # with a row map, which all examples share
-            return (_apart(result[0], size), result[1]), (result[0].ndim - 1, None)
-        return _apart(result, size), result.ndim - 1
+            return (_split_columns(result[0], size), result[1]), (result[0].ndim - 1, None)
+        return _split_columns(result, size), result.ndim - 1
 
     return rule
 
 
 def _side_by_side(rows: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
-    """[.., size * D]: ``size`` examples [.., D] along ``dim``, or one that all of them share."""
+    """Return [.., size * D]: ``size`` examples [.., D] along ``dim``, or one that all share."""
     if dim is None:
         rows = rows.unsqueeze(-2).expand(*rows.shape[:-1], size, -1)
     else:
@@ -248,5 +300,5 @@ def _side_by_side(rows: torch.Tensor, dim: int | None, size: int) -> torch.Tenso
     return rows.flatten(-2)
 
 
-def _apart(rows: torch.Tensor, size: int) -> torch.Tensor:
+def _split_columns(rows: torch.Tensor, size: int) -> torch.Tensor:
     return rows.unflatten(-1, (size, rows.shape[-1] // size))

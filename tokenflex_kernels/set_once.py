@@ -1,4 +1,4 @@
-"""Plans do not change once made: what was computed from one would no longer fit it."""
+"""The base of plans, which must not change: results computed from a plan would not fit it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 class SetOnce:
     """Attributes that may be set once.
 
-    Not ``dataclass(frozen=True)``: as one of those enters a compiled function, torch.compile (up to
-    2.11 at least) reads every field, tuples of one entry per image too, and so compiles anew for
-    each number of images. Of any other object it reads what the function uses.
+    Not ``dataclass(frozen=True)``: torch.compile (up to 2.11 at least) reads every field of one
+    that enters a compiled function, also tuples with an entry per image, so it would compile anew
+    for each number of images. Of other objects it reads only the fields that the function uses.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -1,10 +1,8 @@
-"""Every stage as a model calls it: what ``aot`` compiles and ``tune`` times.
-
-Importing this imports Triton.
-"""
+"""Every stage as a model calls it: what ``aot`` compiles and ``tune`` times."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,19 +10,30 @@ from typing import Any, NamedTuple
 import torch
 
 from tokenflex_kernels.checks import Grid
-from tokenflex_kernels.launch_configs import TileConfig, architecture, launch_config
-from tokenflex_kernels.pool_plan import PoolPlan, plan_uniform
-from tokenflex_kernels.pooling_tables import pooling_tables
-from tokenflex_kernels.triton_kernels import pooling
-from tokenflex_kernels.triton_kernels.down_gradient import down_gradient
-from tokenflex_kernels.triton_kernels.gate_up import gate_up, gated_product
-from tokenflex_kernels.triton_kernels.input_gradient import input_gradient
+from tokenflex_kernels.launch_configs import Config, overriding
+from tokenflex_kernels.pool_norm.axis_weights import MODES
+from tokenflex_kernels.pool_norm.plan import grids_of, plan_uniform
+from tokenflex_kernels.pool_norm.stages import (
+    launch_pool_norm_backward,
+    launch_pool_norm_forward,
+    launch_scale_shift,
+)
+from tokenflex_kernels.swiglu.stages import (
+    gated_product,
+    launch_down_gradient,
+    launch_gate_up,
+    launch_input_gradient,
+)
 
 IN_GRID = (27, 27)  # of SigLIP at 384 px
+FLAGS = ((True, True), (False, True), (False, False))  # the product, sums for the biases
+
+# The name of a variant of a stage, and a function that runs it.
+Variant = tuple[str, Callable[..., Any]]
 
 
 class Widths(NamedTuple):
-    """Of a projector: C, H and D."""
+    """Widths of a projector: C, H and D."""
 
     vision: int
     hidden: int
@@ -35,12 +44,9 @@ REFERENCE = Widths(1152, 3456, 2048)  # SigLIP, the paper's factor of 3, Qwen2.5
 RAGGED = Widths(1104, 3248, 2064)  # multiples of 16, but not of tiles
 ODD = Widths(1151, 3453, 2047)  # multiples of nothing: no wide loads, and the library's products
 
-# The variant of a stage, and a function that runs it with a given config.
-StageCall = tuple[str, Callable[..., object]]
-
 
 def rows_of_stage(stage: str, images: int, out_grid: Grid) -> int:
-    """The rows by which ``launch_config`` chooses for such a batch."""
+    """Return the rows by which ``launch_config`` chooses for such a batch."""
     height, width = IN_GRID if stage == "pool_norm_backward" else out_grid
     return images * height * width
 
@@ -52,14 +58,14 @@ def stage_calls(
     out_grid: Grid,
     device: torch.device,
     widths: Widths = REFERENCE,
-) -> Iterator[StageCall]:
-    """The variants of ``stage``, the one that training runs first; each takes ``config=``.
+) -> Iterator[Variant]:
+    """Yield the variants of ``stage``, the one that training runs first; each takes ``config=``.
 
     Args:
         stage: one of ``launch_configs.STAGES``.
         dtype: of rows and weights.
         images: each of 27 x 27 patches.
-        out_grid: what each is pooled to.
+        out_grid: the grid that each is pooled to.
         device: "meta" to compile only; elsewhere the tensors hold normal random numbers.
         widths: of the projector.
     """
@@ -69,99 +75,87 @@ def stage_calls(
             return torch.empty(shape, dtype=dtype, device=device)
         return torch.randn(shape, dtype=dtype, device=device) * scale
 
-    if stage.startswith(("pool_norm", "norm", "scale")):
-        plan = plan_uniform(images, IN_GRID, out_grid)
-        yield from _row_stages(stage, dtype, plan, widths.vision, device, rows)
+    if stage in ("pool_norm_forward", "pool_norm_backward", "norm_gradient", "scale_shift"):
+        variants = _row_stages(stage, images, out_grid, widths.vision, dtype, rows)
     else:
-        yield from _tile_stages(stage, images * out_grid[0] * out_grid[1], widths, rows)
+        variants = _tile_stages(stage, images * out_grid[0] * out_grid[1], widths, rows)
+    for name, run in variants:
+        yield name, partial(_with_config, stage, run)
+
+
+def _with_config(stage: str, run: Callable[[], Any], config: Config | None) -> Any:
+    with overriding(**{stage: config}):
+        return run()
 
 
 def _row_stages(
     stage: str,
-    dtype: torch.dtype,
-    plan: PoolPlan,
+    images: int,
+    out_grid: Grid,
     width: int,
-    device: torch.device,
+    dtype: torch.dtype,
     rows: Callable[..., torch.Tensor],
-) -> Iterator[StageCall]:
-    weight = rows(width)
-    cells = rows(plan.num_cells, width)
-    inverse_std = rows(len(cells)).float().abs()
+) -> Iterator[Variant]:
+    plan = plan_uniform(images, IN_GRID, out_grid)
+    weight, cells = rows(width), rows(plan.num_cells, width)
+    inverse_std = rows(plan.num_cells).float().abs()
+    saved = cells, cells, inverse_std, weight
+    patches, grids = plan.num_patches, grids_of(plan)
     if stage == "norm_gradient":
-        yield "", partial(pooling.norm_gradient, cells, cells, grad_weight=True, grad_bias=True)
-        return
-    if stage == "scale_shift":
-        yield "", partial(pooling.scale_shift, cells, weight, weight)
-        return
-    for mode in ("adaptive", "resize"):
-        assert plan.grids is not None
-        tables = pooling_tables(plan.grids, mode, device)
-        if stage == "pool_norm_forward":
-            x = rows(plan.num_patches, width)
-            forward = partial(pooling.pool_norm_forward, tables=tables, eps=1e-5, dtype=dtype)
-            yield f"{mode} norm save", partial(forward, x, weight, weight, save=True)
-            yield f"{mode} norm", partial(forward, x, weight, weight, save=False)
-            yield f"{mode}", partial(forward, x, None, None, save=False)
-        elif stage == "pool_norm_backward":
-            backward = partial(pooling.pool_norm_backward, tables=tables, dtype=dtype)
-            for wanted in (True, False):
-                yield (
-                    f"{mode} norm{' weight' * wanted}",
-                    partial(
-                        backward,
-                        *(cells, cells, inverse_std, weight),
-                        grad_weight=wanted,
-                        grad_bias=wanted,
-                    ),
-                )
-            no_norm = (cells, cells[:0], inverse_std[:0], None)
-            yield f"{mode}", partial(backward, *no_norm, grad_weight=False, grad_bias=False)
+        yield (
+            "",
+            partial(
+                launch_pool_norm_backward, *saved, grids, patches, "adaptive", None, True, True
+            ),
+        )
+    elif stage == "scale_shift":
+        yield "", partial(launch_scale_shift, cells, weight, weight)
+    elif stage == "pool_norm_forward":
+        x = rows(patches, width)
+        for mode, (name, norm, save) in itertools.product(
+            MODES, ((" norm save", weight, True), (" norm", weight, False), ("", None, False))
+        ):
+            yield (
+                mode + name,
+                partial(
+                    launch_pool_norm_forward,
+                    *(x, norm, norm, grids, plan.num_cells, mode, 1e-5, dtype, save),
+                ),
+            )
+    else:
+        no_norm = cells, cells[:0], inverse_std[:0], None
+        for mode, (name, kept, sums) in itertools.product(
+            MODES, ((" norm weight", saved, True), (" norm", saved, False), ("", no_norm, False))
+        ):
+            yield (
+                mode + name,
+                partial(launch_pool_norm_backward, *kept, grids, patches, mode, dtype, sums, sums),
+            )
 
 
 def _tile_stages(
     stage: str, tokens: int, widths: Widths, rows: Callable[..., torch.Tensor]
-) -> Iterator[StageCall]:
+) -> Iterator[Variant]:
     weight = rows(widths.hidden, widths.vision, scale=widths.vision**-0.5)
     hidden = rows(tokens, widths.hidden)
-    pointwise = launch_config("pointwise", tokens, hidden.dtype, architecture(hidden.device))
-    assert isinstance(pointwise, TileConfig)
-    outputs = ((True, True), (False, True), (False, False))  # the product, sums for the biases
     if stage == "gate_up":
         x, bias = rows(tokens, widths.vision), rows(widths.hidden)
-        forward = partial(gate_up, x, weight, weight, pointwise=pointwise)
-        for product, save in ((True, True), (True, False), (False, True)):
-            yield (
-                " ".join(["bias"] + ["product"] * product + ["save"] * save),
-                partial(forward, bias, bias, product=product, save=save),
-            )
-        yield "product", partial(forward, None, None, product=True, save=False)
-    elif stage == "down_gradient":
-        dy = rows(tokens, widths.text)
-        down_weight = rows(widths.text, widths.hidden, scale=widths.hidden**-0.5)
-        for product, sums in outputs:
-            yield (
-                " ".join(["product"] * product + ["bias"] * sums),
-                partial(
-                    down_gradient,
-                    *(dy, down_weight, hidden, hidden),
-                    product=product,
-                    bias=sums,
-                    pointwise=pointwise,
-                ),
-            )
+        forward = partial(launch_gate_up, x, weight, weight)
+        yield "bias product save", partial(forward, bias, bias, True, True)
+        yield "bias product", partial(forward, bias, bias, True, False)
+        yield "bias save", partial(forward, bias, bias, False, True)
+        yield "product", partial(forward, None, None, True, False)
     elif stage == "input_gradient":
-        yield "", partial(input_gradient, rows(tokens, 2 * widths.hidden), weight, weight)
-    elif stage == "pointwise":
-        yield "product", partial(gated_product, hidden, hidden)
-        for product, sums in outputs:
-            yield (
-                " ".join(["gradients"] + ["product"] * product + ["bias"] * sums),
-                _gate_gradient(hidden, product=product, bias=sums),
-            )
-
-
-def _gate_gradient(hidden: torch.Tensor, **wanted: bool) -> Callable[..., object]:
-    def call(config: Any) -> object:
-        return down_gradient(hidden, None, hidden, hidden, **wanted, config=None, pointwise=config)
-
-    return call
+        yield "", partial(launch_input_gradient, rows(tokens, 2 * widths.hidden), weight, weight)
+    else:
+        dy, down_weight = hidden, None
+        if stage == "down_gradient":
+            dy = rows(tokens, widths.text)
+            down_weight = rows(widths.text, widths.hidden, scale=widths.hidden**-0.5)
+        else:
+            yield "product", partial(gated_product, hidden, hidden)
+        backward = partial(launch_down_gradient, dy, down_weight, hidden, hidden)
+        for flags in FLAGS:
+            wanted = [name for name, flag in zip(("product", "bias"), flags, strict=True) if flag]
+            name = " ".join(["gradients"] * (down_weight is None) + wanted)
+            yield name, partial(backward, *flags)

@@ -1,10 +1,9 @@
 """``python -m tokenflex_kernels.tune``: measure the candidates on this GPU, write the table.
 
-For each stage, dtype and size of batch, every candidate config runs the variant that training
-runs, at the reference shapes; products also have PyTorch's own (cuBLAS) among them. The fastest
-whose result agrees with the first one's is written to ``launch_configs.json`` under the GPU's
-architecture; stages that were not measured keep what they have. A CSV of all times goes beside it
-if asked for.
+For each stage, dtype and batch size, every candidate config runs the variant that training runs, at
+the reference shapes; the candidates of products include PyTorch's own (cuBLAS). The fastest whose
+result agrees with the first one's is written to ``launch_configs.json`` under the GPU's
+architecture; stages that were not measured keep their configs. ``--csv`` writes all times.
 """
 
 from __future__ import annotations
@@ -50,19 +49,18 @@ CLEARLY_FASTER = 0.98  # a challenger must be: otherwise neighbouring sizes flip
 
 
 class Timing(NamedTuple):
-    """What was measured of one candidate."""
+    """The time of one candidate."""
 
     stage: str
     dtype: str
     rows: int
     config: Config | None
-    microseconds: float
-    """NaN where the candidate did not run."""
+    microseconds: float  # NaN where the candidate did not run
     remark: str
 
 
 def candidate_configs(stage: str, dtype: torch.dtype, architecture: str) -> list[Config | None]:
-    """What is worth a try for a stage: None stands for PyTorch's own product."""
+    """Return the configs to try for a stage; None stands for PyTorch's own product."""
     if STAGES[stage] is RowConfig:
         return list(_row_candidates(stage))
     if stage == "pointwise":
@@ -109,11 +107,11 @@ def measure(
     candidates: Sequence[Config | None],
     clock: Callable[[Callable[[], Any]], float],
 ) -> list[Timing]:
-    """Time every candidate; one that fails, or computes something else, is marked, not counted.
+    """Time every candidate; one that fails or has another result gets a remark instead of a time.
 
     Args:
         call: runs the stage; takes ``config=``.
-        clock: the microseconds of a function of no arguments.
+        clock: returns the microseconds of a function without arguments.
     """
     timings: list[Timing] = []
     expected: list[torch.Tensor] | None = None
@@ -139,7 +137,7 @@ def _tensors(results: Any) -> list[torch.Tensor]:
 
 
 def _agree(results: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
-    """Within what two orders of summing and roundings to 8 bits can differ by."""
+    """Return whether two orders of summing and rounding to 8 bits can explain the difference."""
     for result, other in zip(results, expected, strict=True):
         difference = (result.float() - other.float()).norm()
         if not difference <= 1e-2 * other.float().norm():  # NaN does not pass
@@ -148,7 +146,9 @@ def _agree(results: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
 
 
 def fastest(timings: Sequence[Timing], before: Config | None = None) -> Timing:
-    """The quickest candidate; but ``before``, the choice for the size below, if none is clearly so.
+    """Return the quickest candidate, or that of ``before`` unless the quickest is clearly faster.
+
+    ``before`` is the choice for the next smaller size.
 
     Raises:
         RuntimeError: no candidate ran.
@@ -165,7 +165,7 @@ def fastest(timings: Sequence[Timing], before: Config | None = None) -> Timing:
 
 
 def buckets(choices: Sequence[tuple[int, Config | None]]) -> list[dict[str, Any]]:
-    """The table's buckets from (rows, config) by rising rows: equal neighbours become one."""
+    """Return buckets from (rows, config) by rising rows; equal neighbours become one."""
     merged: list[dict[str, Any]] = []
     for rows, config in choices:
         use = "library" if config is None else config._asdict()
@@ -183,7 +183,7 @@ def write_table(
     """Put the tuned stages of one architecture into the table at ``path``; the rest stays.
 
     Raises:
-        ValueError: what would be written is no valid table.
+        ValueError: the new table would not be valid.
     """
     table = json.loads(path.read_text(encoding="utf-8"))
     entry = table.get(name) or json.loads(json.dumps(table[nearest(name, tuple(table))]))
@@ -244,7 +244,9 @@ def main(arguments: list[str] | None = None) -> int:
             _, call = next(stage_calls(stage, DTYPES[dtype], images, out_grid, device))
             measured = measure(stage, rows, DTYPES[dtype], call, candidates, clock)
             best = fastest(measured, choices[-1][1] if choices else None)
-            library = next((one.microseconds for one in measured if one.config is None), None)
+            library = next(
+                (timing.microseconds for timing in measured if timing.config is None), None
+            )
             against = f", library {library:.1f}" if library and stage in PRODUCTS else ""
             print(
                 f"{stage:19} {dtype:9} {rows:6} rows: {best.microseconds:8.1f} us{against}"

@@ -1,4 +1,4 @@
-"""The oldest releases of other packages that ours work with."""
+"""Check that the installed releases of other packages are new enough."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def require(package: str, oldest: str, needed_by: str = "tokenflex") -> None:
-    """Refuse an installed release that is too old. A package that is missing is reported elsewhere.
+    """Refuse an installed release that is too old; a missing package is not an error here.
 
     Args:
         package: name of its distribution.
@@ -26,6 +26,6 @@ def require(package: str, oldest: str, needed_by: str = "tokenflex") -> None:
 
 
 def _numbers(release: str) -> tuple[int, ...]:
-    """The leading numbers of a version: (2, 13, 0) of ``2.13.0a1+cpu``."""
+    """Return the leading numbers of a version: (2, 13, 0) of ``2.13.0a1+cpu``."""
     numbers = re.match(r"\d+(?:\.\d+)*", release)
     return tuple(int(number) for number in numbers[0].split(".")) if numbers else ()

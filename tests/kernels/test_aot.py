@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_python(folder, code):
-    """What ``code`` prints, as JSON, run by a Python that compiles and does not interpret."""
+    """Run ``code`` by a Python that compiles and does not interpret; return its output as JSON."""
     script = folder / "script.py"  # Triton reads a kernel's source from its file
     script.write_text(code, encoding="utf-8")
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -46,13 +46,13 @@ from collections import defaultdict
 import torch
 from tokenflex_kernels import aot
 aot.set_target("sm_90")
-from tokenflex_kernels.launch_configs import INTERPRETER, launch_config
-from tokenflex_kernels.pool_plan import plan_pooling
-from tokenflex_kernels.pooling_tables import pooling_tables
-from tokenflex_kernels.triton_kernels import launch, pooling
-from tokenflex_kernels.triton_kernels.down_gradient import down_gradient
-from tokenflex_kernels.triton_kernels.gate_up import gate_up
-from tokenflex_kernels.triton_kernels.input_gradient import input_gradient
+from tokenflex_kernels import launch
+from tokenflex_kernels.launch_configs import INTERPRETER, launch_config, overriding
+from tokenflex_kernels.pool_norm.plan import plan_pooling, plan_uniform
+from tokenflex_kernels.pool_norm.stages import (
+    launch_pool_norm_backward, launch_pool_norm_forward, launch_scale_shift)
+from tokenflex_kernels.swiglu.stages import (
+    launch_down_gradient, launch_gate_up, launch_input_gradient)
 
 binaries, launches = defaultdict(set), defaultdict(int)
 
@@ -76,19 +76,26 @@ BATCHES = """
 grids = [(1, 1), (27, 27), (5, 7), (16, 16), (31, 2), (3, 1), (32, 32), (13, 11), (8, 64), (9, 9)]
 cells = [(1, 1), (8, 8), (2, 3), (16, 16), (3, 1), (12, 12), (5, 5), (1, 16), (7, 4), (4, 4)]
 config = launch_config("pool_norm_forward", 1, torch.float32, INTERPRETER)
+stages = "pool_norm_forward", "pool_norm_backward", "norm_gradient", "scale_shift"
 for batch in range(50):
     images = 1 + batch * 5 % 37
     in_grids = [grids[(batch + image * image) % 10] for image in range(images)]
     out_grids = [cells[(batch * 3 + image) % 10] for image in range(images)]
-    tables = pooling_tables(plan_pooling(in_grids, out_grids).grids, MODE, meta)
-    x, weight = rows(tables.num_patches, WIDTH), rows(WIDTH)
-    out, normalised, inverse_std = pooling.pool_norm_forward(
-        x, weight, weight, tables, eps=1e-5, dtype=x.dtype, save=True, config=config)
-    wanted = dict(grad_weight=True, grad_bias=True, config=config)
-    saved = normalised, inverse_std, weight
-    pooling.pool_norm_backward(out, *saved, tables, dtype=x.dtype, **wanted)
-    pooling.norm_gradient(out, normalised, **wanted)
-    pooling.scale_shift(normalised, weight, weight, config=config)
+    plan = plan_pooling(in_grids, out_grids)
+    x, weight = rows(plan.num_patches, WIDTH), rows(WIDTH)
+    with overriding(**dict.fromkeys(stages, config)):
+        out, normalised, inverse_std = launch_pool_norm_forward(
+            x, weight, weight, plan.grids, plan.num_cells, MODE, 1e-5, x.dtype, True)
+        saved = normalised, inverse_std, weight, plan.grids, plan.num_patches, MODE
+        launch_pool_norm_backward(out, *saved, x.dtype, False, False)
+        launch_pool_norm_backward(out, *saved, None, True, True)
+        launch_scale_shift(normalised, weight, weight)
+    # Images alike, with a program for each patch: none is idle, so the kernel adds up the sums too.
+    plan = plan_uniform(images, in_grids[0], out_grids[0])
+    cell_rows, stds = rows(plan.num_cells, WIDTH), rows(plan.num_cells, dtype=torch.float32)
+    saved = cell_rows, stds, weight, plan.grids, plan.num_patches, MODE
+    with overriding(pool_norm_backward=config._replace(rows=1, columns=1)):
+        launch_pool_norm_backward(cell_rows, *saved, x.dtype, True, True)
 report()
 """
 
@@ -100,11 +107,11 @@ assert len(set(lengths)) == 50
 for length in lengths:
     x = rows(length, WIDTH)
     for fused in (config, None):
-        product, g, u = gate_up(
-            x, gate, gate, bias, bias, product=True, save=True, config=fused, pointwise=config)
-        grads, _, _ = down_gradient(
-            rows(length, TEXT), down, g, u, product=True, bias=True, config=fused, pointwise=config)
-        input_gradient(grads, gate, gate, config=fused)
+        products = dict.fromkeys(("gate_up", "down_gradient", "input_gradient"), fused)
+        with overriding(pointwise=config, **products):
+            product, g, u = launch_gate_up(x, gate, gate, bias, bias, True, True)
+            grads, _, _ = launch_down_gradient(rows(length, TEXT), down, g, u, True, True)
+            launch_input_gradient(grads, gate, gate)
 report()
 """
 
@@ -116,10 +123,17 @@ class TestCompilations:
     @pytest.mark.parametrize(("mode", "variants"), [("adaptive", 1), ("resize", 2)])
     def test_fifty_batches_share_one_binary_of_each_row_kernel(self, tmp_path, mode, variants):
         counted = run_python(tmp_path, COUNTING + f"MODE = {mode!r}\n" + BATCHES)
-        pooling = dict.fromkeys(("pool_norm_forward_kernel", "pool_norm_backward_kernel"), variants)
-        rows = dict.fromkeys(("norm_gradient_kernel", "scale_shift_kernel"), 1)
-        assert counted["binaries"] == {**pooling, **rows}
-        assert counted["launches"] == dict.fromkeys({**pooling, **rows}, 50)
+        # The gathering kernel has one binary with sums for weight and bias, and one without.
+        assert counted["binaries"] == {
+            "pool_norm_forward_kernel": variants,
+            "pool_norm_backward_kernel": 2 * variants,
+            "norm_gradient_kernel": 1,
+            "scale_shift_kernel": 1,
+        }
+        assert counted["launches"] == {
+            **dict.fromkeys(counted["binaries"], 50),
+            "pool_norm_backward_kernel": 100,
+        }
 
     @pytest.mark.parametrize("tma", [False, True])
     def test_fifty_lengths_share_one_binary_of_each_product(self, tmp_path, tma):
@@ -201,7 +215,7 @@ import torch, triton
 import triton.language as tl
 from tokenflex_kernels import aot
 aot.set_target("sm_90")
-from tokenflex_kernels.triton_kernels import launch
+from tokenflex_kernels import launch
 
 @triton.jit
 def good(x, N: tl.constexpr):

@@ -1,4 +1,4 @@
-"""Which implementation runs, what `info` says about it, and how light the imports are."""
+"""The choice of implementation, the report of `info`, and light imports."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""On which device a kernel is launched."""
+"""Launching: the device of a kernel, and the precision of float32 products."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tokenflex_kernels.triton_kernels.launch import launch
+from tokenflex_kernels.launch import launch
 
 
 @pytest.fixture
@@ -56,3 +58,22 @@ def test_another_kind_of_device_is_refused(launches):
     like = SimpleNamespace(device=SimpleNamespace(type="xpu", index=0))
     with pytest.raises(ValueError, match=r"CUDA tensors.*got xpu tensors"):
         launch(kernel, 1, like)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("pass", "ieee"),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
+        ("torch.set_float32_matmul_precision('highest')", "ieee"),
+    ],
+)
+def test_tf32_is_used_only_if_the_user_allows_it(setting, expected):
+    code = (
+        "import torch; from tokenflex_kernels.launch import dot_precision; "
+        f"{setting}; print(dot_precision(torch.float32), dot_precision(torch.bfloat16))"
+    )
+    # A process of its own: PyTorch refuses to mix its older and newer switches.
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [expected, "ieee"]

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch._dynamo
 
-from tests.kernels.triton_kernels.common import MODES, eager_project, parameters_of, windows_of
+from tests.kernels.common import MODES, eager_project, parameters_of, windows_of
 from tokenflex_kernels import pool_norm, project_tokens
-from tokenflex_kernels.reference import pooling as reference
+from tokenflex_kernels.pool_norm import reference
 
 WIDTH, CHANNEL = 4, 2
 GRIDS = [

@@ -13,7 +13,7 @@ import torch._dynamo
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
-from tests.kernels.test_pooling import MODES, eager
+from tests.kernels.pool_norm.test_pool_norm import MODES, eager
 from tokenflex_kernels import _row_movers as ops
 from tokenflex_kernels import (
     merge_vision,

@@ -49,4 +49,4 @@ if __name__ == "__main__":
     )
     torch.save(saved, folder / f"{dist.get_rank()}.pt")
     dist.destroy_process_group()
-    os._exit(0)  # see tests/kernels/triton_kernels/test_fsdp.py
+    os._exit(0)  # see tests/kernels/project_tokens/test_kernels_sharded.py

@@ -21,8 +21,8 @@ from tokenflex.dropin.model import (
 )
 from tokenflex.dropin.processor import check_default_count, convert_processor, restore_processor
 from tokenflex.dropin.variants import is_converted, unwrapped, variant_of
-from tokenflex_kernels.axis_weights import check_mode
 from tokenflex_kernels.checks import check_count
+from tokenflex_kernels.pool_norm.axis_weights import check_mode
 
 _LOGGER = logging.getLogger(__name__)
 # The fields of config.tokenflex, from which a projector is built.

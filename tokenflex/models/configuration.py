@@ -10,8 +10,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from tokenflex.counts import TokenCount, token_grid
 from tokenflex.models.auto_map import SavedWithStub
 from tokenflex.positions import check_image_positions, check_position
-from tokenflex_kernels.axis_weights import check_mode
 from tokenflex_kernels.checks import check_count, check_eps
+from tokenflex_kernels.pool_norm.axis_weights import check_mode
 
 
 class TokenFlexConfig(SavedWithStub, PretrainedConfig):

@@ -1,0 +1,91 @@
+"""Fixtures of the tests of Triton kernels, which are in files named ``test_kernels*.py``.
+
+``TRITON_INTERPRET=1 python -m pytest`` with those files runs them without a GPU, in Triton's
+interpreter; Triton reads the variable as it is imported, so it cannot be set in here.
+``pytest -m gpu`` runs the same tests, and those that need real sizes, on a machine that has a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from tokenflex_kernels import launch, launch_configs
+from tokenflex_kernels.pool_norm import stages as pool_norm_stages
+from tokenflex_kernels.swiglu import stages as swiglu_stages
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if INTERPRETED:
+    DEVICES = [pytest.param("cpu", id="interpreter")]
+elif torch.cuda.is_available():
+    DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu)]
+else:
+    reason = "needs TRITON_INTERPRET=1 or a CUDA device"
+    DEVICES = [pytest.param("cpu", id="interpreter", marks=pytest.mark.skip(reason=reason))]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> str:
+    """The device of a test's tensors; it also marks or skips the test."""
+    return request.param
+
+
+@pytest.fixture
+def kernel_environment(monkeypatch):
+    """A seed, and the variables that let the ops take the kernels."""
+    torch.manual_seed(0)
+    monkeypatch.delenv("TOKENFLEX_BACKEND", raising=False)
+    if INTERPRETED:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[str]:
+    """The names of the kernels that are launched from here on, in order."""
+    names: list[str] = []
+
+    def record(kernel, programs, *args, **options):
+        if programs > 0:
+            names.append(kernel.__name__.removesuffix("_kernel"))
+        launch.launch(kernel, programs, *args, **options)
+
+    for module in (pool_norm_stages, swiglu_stages):
+        monkeypatch.setattr(module, "launch", record)
+    return names
+
+
+@pytest.fixture
+def use_config():
+    """``use_config(stage=config, ..)`` puts configs in the place of the table's; None: cuBLAS."""
+    with ExitStack() as stack:
+        yield lambda **configs: stack.enter_context(launch_configs.overriding(**configs))
+
+
+@pytest.fixture
+def products(use_config):
+    """``products(config)``: every matrix product runs with ``config``; None: by the library."""
+    return lambda config: use_config(**dict.fromkeys(launch_configs.PRODUCTS, config))
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """The stages that run from here on, in order: the name of each and its arguments by name."""
+    ran: list[tuple[str, dict]] = []
+
+    def record(stage, *call):
+        frame = sys._getframe(1)
+        name = frame.f_code.co_name.removeprefix("launch_").lstrip("_")
+        # A stage that leaves its product to PyTorch looks up a pointwise config too.
+        again = stage == "pointwise" and bool(ran) and ran[-1][0] == name
+        if name != "gated_product" and not again:
+            ran.append((name, dict(frame.f_locals)))
+        return launch_configs.config_for(stage, *call)
+
+    for module in (pool_norm_stages, swiglu_stages):
+        monkeypatch.setattr(module, "config_for", record)
+    return ran

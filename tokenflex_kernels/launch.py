@@ -1,0 +1,178 @@
+"""One way to launch every Triton kernel: on a GPU, in Triton's interpreter, or only to compile it.
+
+The device of the tensors decides:
+
+* ``cuda``: launched on the current stream of that device;
+* ``cpu``: run by Triton's interpreter (``TRITON_INTERPRET=1``), for tests without a GPU;
+* ``meta``: compiled for the active target and not launched: ``python -m tokenflex_kernels.aot``
+  and the tests that count compilations call the very code that launches.
+
+Importing this does not import Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from tokenflex_kernels.launch_configs import TileConfig
+from tokenflex_kernels.layout import neighbours
+
+MAX_BLOCK = 512  # rows of a tile
+
+# Called with the name and Triton's compiled kernel of each kernel compiled for meta tensors.
+on_compile: Callable[[str, Any], None] | None = None
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. (Triton's own is made for kernels, and takes microseconds on the host.)"""
+    return -(-a // b)
+
+
+def launch(kernel: Any, programs: int, like: torch.Tensor, *args: Any, **options: Any) -> None:
+    """Launch ``programs`` instances of ``kernel`` on the device of ``like``; none for none.
+
+    ``args`` are the kernel's run-time arguments, ``options`` its constants, ``num_warps`` and
+    ``num_stages``.
+    """
+    if programs == 0:
+        return
+    kind = like.device.type
+    if kind == "cuda":
+        if like.device.index == torch.cuda.current_device():
+            kernel[(programs,)](*args, **options)
+        else:
+            with torch.cuda.device(like.device):
+                kernel[(programs,)](*args, **options)
+    elif kind == "meta":
+        compiled = kernel.warmup(*args, grid=(programs,), **options)
+        if on_compile is not None:
+            on_compile(kernel.__name__, compiled)
+    elif kind == "cpu" and _is_interpreted(kernel):
+        _interpret(kernel, programs, args, options)
+    else:
+        raise ValueError(
+            "Triton kernels run on CUDA tensors, or on CPU tensors if TRITON_INTERPRET=1 was set "
+            f"before Triton was imported; got {kind} tensors"
+        )
+
+
+def _is_interpreted(kernel: Any) -> bool:
+    from triton.runtime.jit import JITFunction
+
+    return not isinstance(kernel, JITFunction)
+
+
+@cache
+def _descriptor_type() -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor
+
+
+def _interpret(kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Run the interpreter, with bfloat16 as float32: it would cut bits off instead of rounding, and
+    multiply bits instead of numbers. Results are rounded once, as they are copied back."""
+    widened: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def widen(value: Any) -> Any:
+        if isinstance(value, _descriptor_type()):
+            return replace(value, base=widen(value.base))
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.bfloat16:
+            return value
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in widened:  # the same memory may come as several arguments
+            narrow = torch.empty(0, dtype=value.dtype).set_(storage)
+            widened[storage.data_ptr()] = narrow, narrow.float()
+        wide = widened[storage.data_ptr()][1]
+        return wide.as_strided(value.size(), value.stride(), value.storage_offset())
+
+    kernel[(programs,)](*map(widen, args), **options)
+    for narrow, wide in widened.values():
+        # Only what was written is written back: inputs are left alone.
+        changed = wide != narrow.float()
+        narrow[changed] = wide[changed].to(narrow.dtype)
+
+
+# ---- Matrix products.
+
+
+def num_tiles(rows: int, columns: int, config: TileConfig) -> int:
+    """Return the number of programs of a product with a result of [rows, columns]."""
+    return cdiv(rows, config.block_m) * cdiv(columns, config.block_n)
+
+
+def pointwise_options(config: TileConfig, *, limit_registers: bool) -> dict[str, Any]:
+    """Return the options that all pointwise kernels share."""
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "GROUP_M": config.group_m,
+        "num_warps": config.num_warps,
+        "maxnreg": config.max_registers if limit_registers else None,
+    }
+
+
+def product_options(config: TileConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the options that all matrix products share."""
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "PRECISION": dot_precision(dtype),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "maxnreg": config.max_registers,
+    }
+
+
+def tileable(matrix: torch.Tensor) -> torch.Tensor:
+    """Return ``matrix`` as ``load_tile`` can read it: offsets in a tile are int32."""
+    matrix = neighbours(matrix)
+    return matrix if matrix.stride(0) < 2**31 // MAX_BLOCK else matrix.contiguous()
+
+
+def divisible(*numbers: int) -> bool:
+    """Return whether all are multiples of 16, as wide loads need of sides, strides, addresses."""
+    return all(number % 16 == 0 for number in numbers)
+
+
+def takes(config: TileConfig, rows: torch.Tensor, *weights: torch.Tensor) -> bool:
+    """Return whether this config is for a product of ``rows`` and ``weights``: see ``ragged``."""
+    return config.ragged or (
+        divisible(rows.data_ptr(), rows.shape[1], rows.stride(0))
+        and all(divisible(w.data_ptr(), *w.shape, w.stride(0)) for w in weights)
+    )
+
+
+def can_describe(*matrices: torch.Tensor) -> bool:
+    """Return whether tensor-map descriptors can hold these: 16-byte addresses and strides."""
+    return all(
+        matrix.data_ptr() % 16 == 0
+        and matrix.stride(0) * matrix.element_size() % 16 == 0
+        and matrix.stride(0) > 0
+        and matrix.stride(1) == 1
+        for matrix in matrices
+    )
+
+
+def source(matrix: torch.Tensor, block: list[int], tma: bool) -> Any:
+    """Return what ``load_tile`` reads tiles of ``block`` from: the matrix, or its descriptor."""
+    if not tma:
+        return matrix
+    return _descriptor_type()(matrix, list(matrix.shape), list(matrix.stride()), block)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Return the precision of products of tiles.
+
+    That of float32 is IEEE unless the user allows tf32, as of PyTorch's products.
+    """
+    # The legacy flag sets the new one; reading the legacy one after the new was set is an error.
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"

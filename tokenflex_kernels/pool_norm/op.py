@@ -1,0 +1,199 @@
+"""`pool_norm`: pool patch grids to any other grids and normalise, a mixed batch in one call.
+
+Maths, per image and with one small map per axis (see ``axis_weights``):
+
+    pooled = P_h X P_w^T                  X: [H, W, C] patches -> [h, w, C] cells
+    out = (pooled - mean) / sqrt(var + eps) * weight + bias          over C, if weight is given
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tokenflex_kernels.backend import select_backend
+from tokenflex_kernels.checks import (
+    Grid,
+    check_eps,
+    check_float,
+    check_like,
+    check_shape,
+    check_tensor,
+)
+from tokenflex_kernels.library import below_autograd, define_fused, differentiable_once
+from tokenflex_kernels.pool_norm import reference
+from tokenflex_kernels.pool_norm.axis_weights import check_mode
+from tokenflex_kernels.pool_norm.plan import PoolPlan, grids_of, plan_pooling
+from tokenflex_kernels.pool_norm.stages import (
+    launch_pool_norm_forward,
+    pool_norm_backward,
+    pool_norm_forward,
+)
+
+Gradients = tuple[torch.Tensor | None, ...]
+
+MAX_WIDTH = 8192  # a program of the kernels holds whole rows in registers
+
+
+def pool_norm(
+    x: torch.Tensor,
+    in_grids: Sequence[Grid] | PoolPlan,
+    out_grids: Sequence[Grid] | None = None,
+    *,
+    mode: str = "adaptive",
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """Pool each image's patch grid to its own output grid, then LayerNorm if ``weight`` is given.
+
+    Images may differ in both grids. Pooling and normalisation are computed in float32 (float64
+    for float64 inputs) and rounded once, to the dtype of ``x``. The kernels have first derivatives
+    only; the reference has all. A NaN or infinite patch spoils the cells whose window holds it.
+
+    Args:
+        x: float [sum of H*W, C], the images' patches one image after another, row-major.
+        in_grids: one (H, W) per image, host ints; or the batch's :func:`plan_pooling`.
+        out_grids: one (h, w) per image, host ints; nothing beside a plan.
+        mode: "adaptive" is PyTorch's adaptive average pooling (the paper, arXiv 2504.03154);
+            "resize" is the released model's: bilinear with aligned corners to the next multiple,
+            then average.
+        weight: LayerNorm scale, float [C]; None skips the normalisation.
+        bias: LayerNorm shift, float [C]; needs ``weight``.
+        eps: added to the variance.
+
+    Returns:
+        [sum of h*w, C] in the dtype of ``x``, one image after another, row-major.
+
+    Raises:
+        TypeError: an argument is not a tensor, not of a float dtype, or not (height, width) pairs.
+        ValueError: shapes, devices, grids or ``mode`` do not fit together.
+    """
+    plan = check_plan(x, in_grids, out_grids)
+    mode = check_mode(mode)
+    eps = check_eps(eps)
+    check_norm(x, weight, bias, prefix="")
+    if select_backend("pool_norm", x.device, beyond_triton=beyond_triton(x)) == "triton":
+        return fused_pool_norm(x, weight, bias, grids_of(plan), plan.num_cells, mode, eps)
+    return reference.pool_norm(x, plan, mode=mode, weight=weight, bias=bias, eps=eps)
+
+
+def beyond_triton(x: torch.Tensor) -> str | None:
+    """Return the property of ``x`` that the kernels are not made for, or None."""
+    if x.dtype == torch.float64:
+        return "float64"
+    if x.shape[1] > MAX_WIDTH:
+        return f"rows of more than {MAX_WIDTH} features"
+    return None
+
+
+def check_plan(
+    x: torch.Tensor, in_grids: Sequence[Grid] | PoolPlan, out_grids: Sequence[Grid] | None
+) -> PoolPlan:
+    """Check ``x`` and return the plan of the batch, made of both lists or given."""
+    check_tensor("x", x, ndim=2)
+    check_float("x", x)
+    if isinstance(in_grids, PoolPlan):
+        if out_grids is not None:
+            raise TypeError(
+                "out_grids must not be given beside a PoolPlan, which has them, got "
+                f"{type(out_grids).__name__}"
+            )
+        plan = in_grids
+    elif out_grids is None:
+        raise TypeError(
+            "out_grids must be a sequence of (height, width) pairs where in_grids is not a "
+            "PoolPlan, got NoneType"
+        )
+    else:
+        plan = plan_pooling(in_grids, out_grids)
+    if x.shape[0] != plan.num_patches:
+        raise ValueError(
+            f"x must have one row per patch: in_grids of {plan.num_images} images hold "
+            f"{plan.num_patches} patches, but x has {x.shape[0]} rows"
+        )
+    return plan
+
+
+def check_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, *, prefix: str
+) -> None:
+    """Check LayerNorm's parameters against the width of ``x``."""
+    if weight is None and bias is not None:
+        raise ValueError(f"{prefix}bias needs {prefix}weight: got a bias and no weight")
+    for name, parameter in ((f"{prefix}weight", weight), (f"{prefix}bias", bias)):
+        if parameter is not None:
+            check_tensor(name, parameter)
+            check_float(name, parameter)
+            check_shape(name, parameter, (x.shape[1],), "C")
+            check_like(name, parameter, "x", x)
+
+
+# ---- The fused op: kernels and autograd.
+
+
+def _fused_pool_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    grids: torch.Tensor,
+    cells: int,
+    mode: str,
+    eps: float,
+) -> torch.Tensor:
+    return launch_pool_norm_forward(x, weight, bias, grids, cells, mode, eps, x.dtype, False)[0]
+
+
+class PoolNorm(torch.autograd.Function):
+    """Keep normalised rows and one float a row where x or the weight requires grad."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        weight, bias, grids, _, mode, _ = arguments
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
+        with below_autograd():
+            out, normalised, inverse_std = pool_norm_forward(
+                x, *arguments, x.dtype, needs_x or needs_weight
+            )
+        ctx.save_for_backward(normalised, inverse_std, weight, grids)
+        ctx.batch = x.shape[0], mode
+        ctx.dtypes = x.dtype, *dtypes_of(weight, bias)
+        return out
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        kept = *ctx.saved_tensors, *ctx.batch
+        grads = pool_norm_gradients(grad, kept, ctx.needs_input_grad, ctx.dtypes)
+        return *grads, *(None,) * 4
+
+
+def pool_norm_gradients(
+    grad: torch.Tensor,
+    kept: tuple[Any, ...],
+    needs: Sequence[bool],
+    dtypes: Sequence[torch.dtype | None],
+) -> Gradients:
+    """Return the gradients of x, weight and bias, each in its own dtype; None where not needed.
+
+    ``kept`` has the arguments of the stage from ``normalised`` to ``mode``.
+    """
+    dtype = dtypes[0] if needs[0] else None
+    grads = pool_norm_backward(grad, *kept, dtype, needs[1], needs[2])
+    wanted = zip(grads, needs[:3], dtypes, strict=True)
+    return tuple(result.to(dtype) if needed else None for result, needed, dtype in wanted)
+
+
+def dtypes_of(*tensors: torch.Tensor | None) -> list[torch.dtype | None]:
+    """Return the dtype of each tensor, None for None."""
+    return [None if tensor is None else tensor.dtype for tensor in tensors]
+
+
+fused_pool_norm = define_fused(
+    "pool_norm",
+    lambda x, weight, bias, grids, cells, mode, eps: x.new_empty(cells, x.shape[1]),
+    _fused_pool_norm,
+    PoolNorm,
+)

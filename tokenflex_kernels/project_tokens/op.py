@@ -1,0 +1,234 @@
+"""`project_tokens`: the token-adaptive projector as one differentiable op.
+
+    tokens = LayerNorm(pool(x))                                   [sum h*w, C]
+    out = (silu(tokens Wg^T + bg) * (tokens Wu^T + bu)) Wd^T + bd     [sum h*w, D]
+
+Source: TokenFLEX, arXiv 2504.03154; the projector of the released LiAutoAD/Ristretto-3B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tokenflex_kernels.backend import select_backend
+from tokenflex_kernels.checks import (
+    Grid,
+    check_eps,
+    check_linear,
+    check_tensor,
+    in_autocast_dtype,
+)
+from tokenflex_kernels.library import below_autograd, define_fused, differentiable_once
+from tokenflex_kernels.pool_norm.axis_weights import check_mode
+from tokenflex_kernels.pool_norm.op import (
+    beyond_triton,
+    check_norm,
+    check_plan,
+    dtypes_of,
+    pool_norm_gradients,
+)
+from tokenflex_kernels.pool_norm.plan import PoolPlan, grids_of
+from tokenflex_kernels.pool_norm.stages import (
+    launch_pool_norm_forward,
+    pool_norm_forward,
+    scale_shift,
+)
+from tokenflex_kernels.project_tokens import reference
+from tokenflex_kernels.project_tokens.weights import ProjectorWeights
+from tokenflex_kernels.swiglu.op import weight_gradients
+from tokenflex_kernels.swiglu.stages import (
+    down_gradient,
+    gate_up,
+    input_gradient,
+    launch_gate_up,
+)
+
+Gradients = tuple[torch.Tensor | None, ...]
+
+SAVE_CHOICES = ("preactivation", "input")
+
+
+def project_tokens(
+    x: torch.Tensor,
+    in_grids: Sequence[Grid] | PoolPlan,
+    out_grids: Sequence[Grid] | None = None,
+    *,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor | None,
+    gate_weight: torch.Tensor,
+    gate_bias: torch.Tensor | None,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    mode: str = "adaptive",
+    eps: float = 1e-5,
+    save: str = "preactivation",
+) -> torch.Tensor:
+    """Pool, normalise and project patches into vision tokens, each image to its own grid.
+
+    The kernels have first derivatives only; the reference has all.
+
+    Args:
+        x: float [sum of H*W, C], the images' patches one image after another, row-major.
+        in_grids: one (H, W) per image, host ints; or the batch's :func:`plan_pooling`.
+        out_grids: one (h, w) per image, host ints: image i becomes h*w tokens; nothing beside a
+            plan.
+        norm_weight: float [C].
+        norm_bias: float [C] or None.
+        gate_weight: float [H, C].
+        gate_bias: float [H] or None.
+        up_weight: float [H, C].
+        up_bias: float [H] or None.
+        down_weight: float [D, H].
+        down_bias: float [D] or None.
+        mode: "adaptive" or "resize", see :func:`tokenflex_kernels.pool_norm`.
+        eps: of the LayerNorm.
+        save: what training keeps for backward: "preactivation" keeps gate and up, "input" keeps
+            the pooled rows and computes gate and up again (one more matrix product, less memory).
+
+    Returns:
+        [sum of h*w, D] in the dtype that the last Linear would give: that of ``x``, or autocast's.
+
+    Raises:
+        TypeError: an argument is not a tensor or of a dtype that does not go with ``x``.
+        ValueError: shapes, devices, grids, ``mode`` or ``save`` do not fit together.
+    """
+    plan = check_plan(x, in_grids, out_grids)
+    mode = check_mode(mode)
+    eps = check_eps(eps)
+    check_save(save)
+    check_tensor("norm_weight", norm_weight)
+    check_norm(x, norm_weight, norm_bias, prefix="norm_")
+    width = x.shape[1]
+    gate_weight, gate_bias = check_linear("gate", gate_weight, gate_bias, x, width, "H, C")
+    hidden = gate_weight.shape[0]
+    up_weight, up_bias = check_linear("up", up_weight, up_bias, x, width, "H, C", hidden)
+    down_weight, down_bias = check_linear("down", down_weight, down_bias, x, hidden, "D, H")
+    linears = gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias
+    if select_backend("project_tokens", x.device, beyond_triton=beyond_triton(x)) == "triton":
+        weights = norm_weight, norm_bias, *in_autocast_dtype(x.device, *linears)
+        return fused_project_tokens(x, *weights, grids_of(plan), plan.num_cells, mode, eps, save)
+    weights = ProjectorWeights(norm_weight, norm_bias, *linears)
+    return reference.project_tokens(x, plan, weights, mode=mode, eps=eps, save=save)
+
+
+def check_save(save: object) -> str:
+    """Check that ``save`` is one of ``SAVE_CHOICES``, and return it."""
+    if save not in SAVE_CHOICES:
+        raise ValueError(f"save must be one of {', '.join(SAVE_CHOICES)}, got {save!r}")
+    return str(save)
+
+
+# ---- The fused op: kernels and autograd.
+
+
+def _fused_project_tokens(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor | None,
+    gate_weight: torch.Tensor,
+    gate_bias: torch.Tensor | None,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    grids: torch.Tensor,
+    cells: int,
+    mode: str,
+    eps: float,
+    save: str,
+) -> torch.Tensor:
+    tokens, _, _ = launch_pool_norm_forward(
+        x, norm_weight, norm_bias, grids, cells, mode, eps, gate_weight.dtype, False
+    )
+    product, _, _ = launch_gate_up(tokens, gate_weight, up_weight, gate_bias, up_bias, True, False)
+    return F.linear(product, down_weight, down_bias)
+
+
+def _split(arguments: tuple[Any, ...]) -> tuple[ProjectorWeights, tuple[Any, ...]]:
+    """Return the weights, and grids, cells, mode, eps and save."""
+    return ProjectorWeights(*arguments[:8]), arguments[8:]
+
+
+def _shape(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    weights, (_, cells, *_) = _split(arguments)
+    return x.new_empty(cells, weights.down_weight.shape[0], dtype=weights.gate_weight.dtype)
+
+
+class ProjectTokens(torch.autograd.Function):
+    """Keep for a token of C features and H hidden, where an input or weight requires grad:
+
+    ``save="preactivation"``: normalised (C), gate and up (2 H), one float;
+    ``save="input"``: normalised (C), one float; gate and up are computed again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        weights, (grids, cells, mode, eps, save) = _split(arguments)
+        needs = ProjectorWeights(*ctx.needs_input_grad[1:9])
+        through_gate = any(ctx.needs_input_grad[:7])
+        keep_gate_up = through_gate and save == "preactivation"
+        # Where nothing before the down projection is trained, its input is all that it needs.
+        keep_product = needs.down_weight and not through_gate and save == "preactivation"
+        keep_rows = through_gate or (needs.down_weight and save == "input")
+        norm, dtype = weights[:2], weights.gate_weight.dtype
+        with below_autograd():
+            tokens, normalised, inverse_std = pool_norm_forward(
+                x, *norm, grids, cells, mode, eps, dtype, keep_rows
+            )
+            product, gate, up = gate_up(tokens, *weights.gated_unit, True, keep_gate_up)
+            out = F.linear(product, weights.down_weight, weights.down_bias)
+        kept_product = product if keep_product else None
+        ctx.save_for_backward(
+            *(normalised, inverse_std, gate, up, kept_product), *weights[:-1], grids
+        )
+        ctx.batch, ctx.save = (x.shape[0], mode), save
+        ctx.norm_dtypes = dtypes_of(x, *norm)
+        return out
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        normalised, inverse_std, gate, up, product, *saved, grids = ctx.saved_tensors
+        weights = ProjectorWeights._make([*saved, None])
+        needs_inputs, needs = ctx.needs_input_grad[:3], ProjectorWeights(*ctx.needs_input_grad[1:9])
+        through_gate = any(ctx.needs_input_grad[:7])
+        recompute = ctx.save == "input" and (through_gate or needs.down_weight)
+
+        tokens = None
+        if needs.gate_weight or needs.up_weight or recompute:
+            tokens = scale_shift(normalised, weights.norm_weight, weights.norm_bias)
+        if recompute:
+            product, gate, up = gate_up(tokens, *weights.gated_unit, not through_gate, through_gate)
+
+        d_inputs: Gradients = (None,) * 3  # x and the norm's
+        d_gate = d_gate_bias = d_up = d_up_bias = None
+        if through_gate:
+            grads, product, bias = down_gradient(
+                *(grad, weights.down_weight, gate, up),
+                *(needs.down_weight, needs.gate_bias or needs.up_bias),
+            )
+            d_gate, d_up, d_gate_bias, d_up_bias = weight_gradients(
+                grads, bias, tokens, needs.gated_unit
+            )
+            if any(needs_inputs):
+                d_inputs = pool_norm_gradients(
+                    input_gradient(grads, weights.gate_weight, weights.up_weight),
+                    (normalised, inverse_std, weights.norm_weight, grids, *ctx.batch),
+                    needs_inputs,
+                    ctx.norm_dtypes,
+                )
+        d_down = grad.t() @ product if needs.down_weight else None
+        d_down_bias = grad.sum(0) if needs.down_bias else None
+        return (
+            *(*d_inputs, d_gate, d_gate_bias, d_up, d_up_bias, d_down, d_down_bias),
+            *(None,) * 5,
+        )
+
+
+fused_project_tokens = define_fused("project_tokens", _shape, _fused_project_tokens, ProjectTokens)

@@ -1,0 +1,126 @@
+"""`swiglu`: the gated unit, two matrix products and their gate in one op.
+
+out = silu(x Wg^T + bg) * (x Wu^T + bu)            x: [T, C], Wg and Wu: [H, C] -> [T, H]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tokenflex_kernels.backend import select_backend
+from tokenflex_kernels.checks import check_float, check_linear, check_tensor, in_autocast_dtype
+from tokenflex_kernels.library import below_autograd, define_fused, differentiable_once
+from tokenflex_kernels.swiglu import reference
+from tokenflex_kernels.swiglu.stages import down_gradient, gate_up, input_gradient, launch_gate_up
+
+Gradients = tuple[torch.Tensor | None, ...]
+
+
+def swiglu(
+    x: torch.Tensor,
+    gate_weight: torch.Tensor,
+    up_weight: torch.Tensor,
+    gate_bias: torch.Tensor | None = None,
+    up_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """silu(x Wg^T + bg) * (x Wu^T + bu); the weights are those of two plain Linears.
+
+    The kernels have first derivatives only; the reference has all.
+
+    Args:
+        x: float [T, C].
+        gate_weight: float [H, C], the branch that SiLU is applied to.
+        up_weight: float [H, C].
+        gate_bias: float [H] or None.
+        up_bias: float [H] or None.
+
+    Returns:
+        [T, H] in the dtype that two Linears would give: that of ``x``, or autocast's.
+
+    Raises:
+        TypeError: an argument is not a tensor or of a dtype that does not go with ``x``.
+        ValueError: shapes or devices do not fit together.
+    """
+    check_tensor("x", x, ndim=2)
+    check_float("x", x)
+    width = x.shape[1]
+    gate_weight, gate_bias = check_linear("gate", gate_weight, gate_bias, x, width, "H, C")
+    rows = gate_weight.shape[0]
+    up_weight, up_bias = check_linear("up", up_weight, up_bias, x, width, "H, C", rows)
+    weights = gate_weight, up_weight, gate_bias, up_bias
+    beyond = "float64" if x.dtype == torch.float64 else None
+    if select_backend("swiglu", x.device, beyond_triton=beyond) == "triton":
+        return fused_swiglu(*in_autocast_dtype(x.device, x, *weights))
+    return reference.swiglu(x, *weights)
+
+
+# ---- The fused op: kernels and autograd.
+
+
+def _fused_swiglu(
+    x: torch.Tensor,
+    gate_weight: torch.Tensor,
+    up_weight: torch.Tensor,
+    gate_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+) -> torch.Tensor:
+    return launch_gate_up(x, gate_weight, up_weight, gate_bias, up_bias, True, False)[0]
+
+
+class Swiglu(torch.autograd.Function):
+    """Keep gate and up, 2 H a row, and the inputs that the wanted gradients need."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *weights: torch.Tensor | None) -> torch.Tensor:
+        needs_x, *needs_weights = ctx.needs_input_grad[:3]
+        with below_autograd():
+            product, gate, up = gate_up(x, *weights, True, True)
+        kept_x = x if any(needs_weights) else None
+        ctx.save_for_backward(kept_x, *(weights[:2] if needs_x else (None, None)), gate, up)
+        return product
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        x, gate_weight, up_weight, gate, up = ctx.saved_tensors
+        needs_x, *needs = ctx.needs_input_grad
+        grads, _, bias = down_gradient(grad, None, gate, up, False, needs[2] or needs[3])
+        return (
+            input_gradient(grads, gate_weight, up_weight) if needs_x else None,
+            *weight_gradients(grads, bias, x, needs),
+        )
+
+
+def weight_gradients(
+    grads: torch.Tensor, bias: torch.Tensor, x: torch.Tensor | None, needs: Sequence[bool]
+) -> Gradients:
+    """Return the gradients of gate weight, up weight, gate bias and up bias; None if not needed.
+
+    Args:
+        grads: of gate and up, [T, 2H].
+        bias: the sums of ``grads`` over rows, float32 [2H].
+        x: [T, C]; may be None where no weight needs a gradient.
+        needs: whether each of the four needs a gradient.
+    """
+    halves = [grads.shape[1] // 2] * 2
+    weights: Sequence[torch.Tensor | None] = (None, None)
+    if x is not None and needs[0] and needs[1]:
+        weights = (grads.t() @ x).split(halves)  # one product for both
+    elif x is not None:
+        parts = grads.split(halves, dim=1)
+        weights = [part.t() @ x if needs[i] else None for i, part in enumerate(parts)]
+    biases = bias.to(grads.dtype).split(halves) if needs[2] or needs[3] else (None, None)
+    return *weights, *(part if needs[2 + i] else None for i, part in enumerate(biases))
+
+
+fused_swiglu = define_fused(
+    "swiglu",
+    lambda x, gate_weight, up_weight, gate_bias, up_bias: x.new_empty(
+        x.shape[0], gate_weight.shape[0]
+    ),
+    _fused_swiglu,
+    Swiglu,
+)

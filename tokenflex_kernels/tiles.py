@@ -1,0 +1,49 @@
+"""Device functions that the matrix products share: the order of tiles, and reading one."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_position(
+    rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr
+):
+    """The (row, column) of this program's tile.
+
+    Programs that run at the same time should share what they read: GROUP_M tiles of rows are walked
+    column by column, so that a group's rows and the weights both stay in L2.
+    """
+    program = tl.program_id(0)
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    per_group = GROUP_M * tl.cdiv(columns, BLOCK_N)
+    first_m = program // per_group * GROUP_M
+    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    within = program % per_group
+    return (first_m + within % group_m) * BLOCK_M, within // group_m * BLOCK_N
+
+
+@triton.jit
+def load_tile(
+    source,
+    row, column, rows, columns, stride,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """source[row : row + BLOCK_R, column : column + BLOCK_C], zeros beyond its rows and columns.
+
+    ``source`` is a pointer to row-major elements, or with TMA a descriptor of them. WHOLE_COLUMNS
+    promises that no tile reaches beyond the last column.
+    """
+    if TMA:
+        return source.load([row, column])
+    else:
+        # int64 for where the tile is, int32 within it: fewer registers for the same address.
+        r = tl.arange(0, BLOCK_R)
+        c = tl.arange(0, BLOCK_C)
+        tile = source + tl.cast(row, tl.int64) * stride + column
+        at = tile + r[:, None] * stride + c[None, :]
+        inside = (row + r < rows)[:, None]
+        if not WHOLE_COLUMNS:
+            inside = inside & (column + c < columns)[None, :]
+        return tl.load(at, mask=inside, other=0.0)
