@@ -68,13 +68,14 @@ class TestTokenGrid:
 
 
 class TestTokensOf:
-    @pytest.mark.parametrize(("count", "tokens"), [(16, 16), ((3, 5), 15), ([2, 1], 2)])
-    def test_is_the_size_of_the_grid(self, count, tokens):
-        assert tokens_of(count) == tokens
+    """Of counts that :func:`token_grid` has admitted where they came in."""
 
-    def test_misuse(self):
-        with pytest.raises(ValueError, match="nearest squares are 9 and 16"):
-            tokens_of(15)
+    @pytest.mark.parametrize(
+        ("count", "tokens"), [(16, 16), (np.int64(16), 16), ((3, 5), 15), ([2, 1], 2)]
+    )
+    def test_is_the_size_of_the_grid(self, count, tokens):
+        height, width = token_grid(count)
+        assert tokens_of(count) == tokens == height * width
 
 
 class TestTokenGrids:

@@ -102,7 +102,7 @@ def parse_count(text: str | int, *, name: str = "a count") -> TokenCount:
 
 def tokens_of(count: TokenCount) -> int:
     """Return the number of tokens of a valid count: the count itself, or h * w of a grid."""
-    return count if isinstance(count, int) else count[0] * count[1]
+    return count[0] * count[1] if isinstance(count, Sequence) else int(count)
 
 
 def is_one_count(counts: object) -> bool:
