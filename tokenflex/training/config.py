@@ -16,6 +16,7 @@ from tokenflex.positions import check_image_positions
 from tokenflex.training.data_config import DataConfig
 from tokenflex.training.strict import Float, Int, Strict, read_yaml, reason_of
 from tokenflex.training.trackers import check_names
+from tokenflex_kernels.pool_norm.axis_weights import MODES
 
 MAX_INT32 = 2**31 - 1
 
@@ -67,7 +68,7 @@ class ModelConfig(Strict):
     tokenizer of ``text.path``."""
     image_token: str = "<image>"
     """Placeholder of an image in texts. It is added to a tokenizer that does not know it."""
-    pooling: Literal["adaptive", "resize"] = "adaptive"
+    pooling: Literal[(*MODES,)] = "adaptive"  # type: ignore[valid-type]
     """Pooling of the patch grid, as in :func:`tokenflex_kernels.pool_norm`."""
     projector_hidden_width: Int | None = Field(default=None, ge=1)
     """Width between gate/up and down of the projector; None for 3 x the encoder's width."""
