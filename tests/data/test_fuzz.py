@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tokenflex.data.huggingface import HuggingFaceDataset
@@ -171,6 +171,7 @@ def test_files_of_any_bytes_are_refused_in_one_line(content, start):
 @pytest.mark.slow
 @FUZZED
 @given(RECORDS)
+@example({"messages": ASKED, "images": [{"bytes": False}]})
 def test_a_row_is_one_or_a_short_value_error(record):
     row = record if isinstance(record, dict) else {"messages": record}
     dataset = HuggingFaceDataset.__new__(HuggingFaceDataset)

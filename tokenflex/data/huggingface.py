@@ -64,9 +64,11 @@ class HuggingFaceDataset(RecordDataset):
     def _image_file(self, image: Any, where: str) -> Path | BinaryIO:
         if not isinstance(image, dict):
             raise ValueError(f"{where}: an image must have bytes or a path, got {excerpt(image)}")
-        if image.get("bytes") is not None:
-            return BytesIO(image["bytes"])
-        path = image.get("path")
+        content, path = image.get("bytes"), image.get("path")
+        if isinstance(content, bytes):
+            return BytesIO(content)
+        if content is not None:
+            raise ValueError(f"{where}: an image's bytes must be bytes, got {excerpt(content)}")
         if path is None:
             raise ValueError(f"{where}: an image has neither bytes nor a path")
         check_paths([path], where)
