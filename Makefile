@@ -132,7 +132,8 @@ sanitize: setup
 	CXXFLAGS="$(SANITIZERS)" TOKENFLEX_CUDA=0 $(BIN)/python setup.py build_ext --inplace
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest \
-	  -m 'not slow and not gpu' $(addprefix tests/kernels/test_,pack_plan.py packing.py table_gradient.py bin_packing.py extension.py); \
+	  -m 'not slow and not gpu' tests/kernels/test_extension.py \
+	  $(addprefix tests/kernels/packing/test_,plan.py packing.py table_gradient.py bins.py); \
 	status=$$?; $(BIN)/python setup.py build_ext --inplace; exit $$status
 
 # Its tools look at every access of every thread, which takes minutes: each has a time limit.
@@ -141,7 +142,7 @@ sanitize-gpu:
 	@failed=0; \
 	for tool in memcheck racecheck synccheck; do \
 	  timeout 300 compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -q -m 'gpu and not slow' \
-	    tests/kernels/test_packing_cuda.py -k 'values or strided or map_of_a_merge' || failed=1; \
+	    tests/kernels/packing/test_cuda.py -k 'values or strided or map_of_a_merge' || failed=1; \
 	done; \
 	exit $$failed
 

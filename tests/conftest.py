@@ -31,9 +31,9 @@ _MODEL_TESTS = [
 _TRAINING_TESTS = ["experiments/ablation", "training", "test_cli.py"]
 _TESTS_BY_REQUIREMENT = {
     "hypothesis": [
-        "kernels/test_bin_packing.py",
-        "kernels/test_pack_plan.py",
-        "kernels/test_packing.py",
+        "kernels/packing/test_bins.py",
+        "kernels/packing/test_packing.py",
+        "kernels/packing/test_plan.py",
         "kernels/pool_norm/test_pool_norm.py",
         "data/test_fuzz.py",
         "data/test_order.py",

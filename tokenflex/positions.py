@@ -91,10 +91,7 @@ def _shape(
 
 
 _cell_positions = define(
-    "cell_positions(Tensor grids, SymInt cells, ScalarType dtype, Device device)",
-    _shape,
-    _positions_of_grids,
-    keys=["CompositeExplicitAutograd"],
+    "cell_positions", _shape, _positions_of_grids, keys=["CompositeExplicitAutograd"]
 )
 
 

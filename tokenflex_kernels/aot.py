@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tokenflex_kernels import launch
 from tokenflex_kernels.launch_configs import (
     DTYPES,
     INTERPRETER,
@@ -36,9 +37,13 @@ from tokenflex_kernels.launch_configs import (
     parse_stage,
     read_table,
 )
+from tokenflex_kernels.stage_calls import ODD, RAGGED, REFERENCE, stage_calls
+from tokenflex_kernels.tune import candidate_configs
 
 # Dynamic shared memory of a block in bytes, by compute capability (CUDA programming guide).
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+# The last two are compiled in bfloat16 alone.
+WIDTHS = {"": REFERENCE, "ragged": RAGGED, "odd": ODD}
 
 
 class Compiled(NamedTuple):
@@ -141,38 +146,32 @@ def set_target(architecture: str) -> None:
 
 def compile_all(architecture: str, candidates: bool = False) -> list[Compiled]:
     """Compile every kernel, variant, dtype and shipped config (or candidate)."""
-    from tokenflex_kernels import launch
-    from tokenflex_kernels.stage_calls import ODD, RAGGED, REFERENCE, stage_calls
-    from tokenflex_kernels.tune import candidate_configs
-
     set_target(architecture)
+    binaries: list[tuple[str, Any]] = []
+    launch.on_compile = lambda *binary: binaries.append(binary)
     compiled: list[Compiled] = []
-    stages = read_table()[architecture]["stages"]
-    narrow = ["bfloat16"]
-    kinds = {"": (REFERENCE, [*DTYPES]), "ragged": (RAGGED, narrow), "odd": (ODD, narrow)}
-    for stage, (kind, (widths, dtypes)) in itertools.product(STAGES, kinds.items()):
-        buckets = parse_stage(stages, stage)
-        for name in (name for name in buckets if name in dtypes):
+    table = read_table()[architecture]["stages"]
+    for stage, (kind, widths) in itertools.product(STAGES, WIDTHS.items()):
+        for name, buckets in parse_stage(table, stage).items():
+            if kind and name != "bfloat16":
+                continue
             dtype = DTYPES[name]
-            configs = [config for _, config in buckets[name]]
+            configs = [config for _, config in buckets]
             if candidates:
                 configs = candidate_configs(stage, dtype, architecture)
+            kernel_configs = [config for config in dict.fromkeys(configs) if config is not None]
             calls = stage_calls(stage, dtype, 2, (16, 16), torch.device("meta"), widths)
-            for (variant, call), config in itertools.product(calls, dict.fromkeys(configs)):
-                if config is None:
-                    continue
+            for (variant, call), config in itertools.product(calls, kernel_configs):
+                binaries.clear()
+                call(config=config)
                 sizes = "/".join(str(int(field or 0)) for field in config)
                 label = " ".join(filter(None, (name, kind, variant, sizes)))
-
-                def keep(kernel: str, result: Any, label: str = label) -> None:
-                    compiled.append(inspect(architecture, kernel, label, result))
-
-                launch.on_compile = keep
-                before = len(compiled)
-                call(config=config)
-                kernels = {result.kernel for result in compiled[before:]}
+                kernels = {kernel for kernel, _ in binaries}
                 if stage in PRODUCTS and kind != "odd" and f"{stage}_kernel" not in kernels:
                     raise RuntimeError(f"{label}: {stage} was not compiled, only {kernels}")
+                compiled += [
+                    inspect(architecture, kernel, label, code) for kernel, code in binaries
+                ]
     return compiled
 
 

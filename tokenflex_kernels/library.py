@@ -28,33 +28,26 @@ _LIBRARY = torch.library.Library("tokenflex", "FRAGMENT")
 
 
 def define(
-    schema: str,
+    name: str,
     shapes: Callable[..., Any],
     kernel: Callable[..., Any],
     *,
-    returns: str = "Tensor",
     keys: Sequence[str] = ("CPU", "CUDA"),
 ) -> Op:
-    """Define the op ``tokenflex::<name>``.
+    """Define the op ``tokenflex::<name>``, with the schema that the kernel's annotations state.
 
     Args:
-        schema: the name of the op, whose schema is then inferred from the annotations of
-            ``kernel``; or "name(Tensor x, ..)".
+        name: of the op.
         shapes: the op on fake tensors: returns results of the right shapes.
         kernel: the op on real tensors.
-        returns: types of the results, where ``schema`` lists the arguments.
         keys: dispatch keys that the kernel is registered for.
 
     Returns:
         The op.
     """
-    name, *arguments = schema.split("(", 1)
-    if arguments:
-        _LIBRARY.define(f"{schema} -> {returns}")
-    else:
-        # Evaluated here: releases of torch differ in the names that they find in annotations.
-        kernel.__signature__ = inspect.signature(kernel, eval_str=True)  # type: ignore[attr-defined]
-        _LIBRARY.define(name + torch.library.infer_schema(kernel, mutates_args=()))
+    # Evaluated here: releases of torch differ in the names that they find in annotations.
+    kernel.__signature__ = inspect.signature(kernel, eval_str=True)  # type: ignore[attr-defined]
+    _LIBRARY.define(name + torch.library.infer_schema(kernel, mutates_args=()))
     for key in keys:
         _LIBRARY.impl(name, kernel, key)
     torch.library.register_fake(f"tokenflex::{name}", shapes, lib=_LIBRARY)

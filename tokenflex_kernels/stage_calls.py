@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,7 +25,8 @@ from tokenflex_kernels.swiglu.stages import (
 )
 
 IN_GRID = (27, 27)  # of SigLIP at 384 px
-FLAGS = ((True, True), (False, True), (False, False))  # the product, sums for the biases
+# Variants of down_gradient: whether it makes the product, and sums for the biases.
+GRADIENTS = {"product bias": (True, True), "bias": (False, True), "": (False, False)}
 
 # The name of a variant of a stage, and a function that runs it.
 Variant = tuple[str, Callable[..., Any]]
@@ -99,38 +99,36 @@ def _row_stages(
     plan = plan_uniform(images, IN_GRID, out_grid)
     weight, cells = rows(width), rows(plan.num_cells, width)
     inverse_std = rows(plan.num_cells).float().abs()
-    saved = cells, cells, inverse_std, weight
     patches, grids = plan.num_patches, grids_of(plan)
+    with_norm = cells, cells, inverse_std, weight
+    without_norm = cells, cells[:0], inverse_std[:0], None
+
+    def backward(saved: Any, mode: str, dtype: torch.dtype | None, sums: bool) -> partial[Any]:
+        arguments = *saved, grids, patches, mode, dtype, sums, sums
+        return partial(launch_pool_norm_backward, *arguments)
+
     if stage == "norm_gradient":
-        yield (
-            "",
-            partial(
-                launch_pool_norm_backward, *saved, grids, patches, "adaptive", None, True, True
-            ),
-        )
+        yield "", backward(with_norm, "adaptive", None, True)
     elif stage == "scale_shift":
         yield "", partial(launch_scale_shift, cells, weight, weight)
-    elif stage == "pool_norm_forward":
-        x = rows(patches, width)
-        for mode, (name, norm, save) in itertools.product(
-            MODES, ((" norm save", weight, True), (" norm", weight, False), ("", None, False))
-        ):
-            yield (
-                mode + name,
-                partial(
-                    launch_pool_norm_forward,
-                    *(x, norm, norm, grids, plan.num_cells, mode, 1e-5, dtype, save),
-                ),
-            )
+    elif stage == "pool_norm_backward":
+        for mode in MODES:
+            yield f"{mode} norm weight", backward(with_norm, mode, dtype, True)
+            yield f"{mode} norm", backward(with_norm, mode, dtype, False)
+            yield mode, backward(without_norm, mode, dtype, False)
     else:
-        no_norm = cells, cells[:0], inverse_std[:0], None
-        for mode, (name, kept, sums) in itertools.product(
-            MODES, ((" norm weight", saved, True), (" norm", saved, False), ("", no_norm, False))
-        ):
+        x = rows(patches, width)
+        for mode in MODES:
+            batch = grids, plan.num_cells, mode, 1e-5, dtype
             yield (
-                mode + name,
-                partial(launch_pool_norm_backward, *kept, grids, patches, mode, dtype, sums, sums),
+                f"{mode} norm save",
+                partial(launch_pool_norm_forward, x, weight, weight, *batch, True),
             )
+            yield (
+                f"{mode} norm",
+                partial(launch_pool_norm_forward, x, weight, weight, *batch, False),
+            )
+            yield mode, partial(launch_pool_norm_forward, x, None, None, *batch, False)
 
 
 def _tile_stages(
@@ -147,15 +145,13 @@ def _tile_stages(
         yield "product", partial(forward, None, None, True, False)
     elif stage == "input_gradient":
         yield "", partial(launch_input_gradient, rows(tokens, 2 * widths.hidden), weight, weight)
-    else:
-        dy, down_weight = hidden, None
-        if stage == "down_gradient":
-            dy = rows(tokens, widths.text)
-            down_weight = rows(widths.text, widths.hidden, scale=widths.hidden**-0.5)
-        else:
-            yield "product", partial(gated_product, hidden, hidden)
-        backward = partial(launch_down_gradient, dy, down_weight, hidden, hidden)
-        for flags in FLAGS:
-            wanted = [name for name, flag in zip(("product", "bias"), flags, strict=True) if flag]
-            name = " ".join(["gradients"] * (down_weight is None) + wanted)
-            yield name, partial(backward, *flags)
+    elif stage == "down_gradient":
+        down_weight = rows(widths.text, widths.hidden, scale=widths.hidden**-0.5)
+        dy = rows(tokens, widths.text)
+        for name, flags in GRADIENTS.items():
+            yield name, partial(launch_down_gradient, dy, down_weight, hidden, hidden, *flags)
+    else:  # pointwise: the rest of a stage whose product is the library's
+        yield "product", partial(gated_product, hidden, hidden)
+        for name, flags in GRADIENTS.items():
+            gradients = partial(launch_down_gradient, hidden, None, hidden, hidden, *flags)
+            yield f"gradients {name}".rstrip(), gradients

@@ -14,6 +14,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,6 @@ from tokenflex_kernels.checks import Grid
 from tokenflex_kernels.launch_configs import (
     DTYPES,
     NAMES,
-    PRODUCTS,
     STAGES,
     TABLE_PATH,
     Config,
@@ -33,6 +33,7 @@ from tokenflex_kernels.launch_configs import (
     nearest,
     parse_stage,
 )
+from tokenflex_kernels.stage_calls import rows_of_stage, stage_calls
 
 # (images, tokens of each): from one small image to a training batch.
 SIZES: tuple[tuple[int, Grid], ...] = (
@@ -46,6 +47,16 @@ SIZES: tuple[tuple[int, Grid], ...] = (
     (128, (16, 16)),
 )
 CLEARLY_FASTER = 0.98  # a challenger must be: otherwise neighbouring sizes flip between equals
+# Of each stage on rows: rows, columns, unroll, num_warps, max_registers.
+ROW_CHOICES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "pool_norm_forward": ((1,), (1, 2, 4, 8, 16), (2, 4), (4, 8), (64, 128)),
+    "pool_norm_backward": ((1, 3, 9), (3, 9, 27), (1,), (4, 8), (128,)),
+    "norm_gradient": ((4, 16, 64, 128), (1,), (1,), (4, 8), (64,)),
+    "scale_shift": ((1, 2, 4, 8), (1,), (1,), (4, 8), (64,)),
+}
+
+# stage -> dtype -> buckets, as the table has them.
+Tuned = dict[str, dict[str, list[dict[str, Any]]]]
 
 
 class Timing(NamedTuple):
@@ -62,7 +73,7 @@ class Timing(NamedTuple):
 def candidate_configs(stage: str, dtype: torch.dtype, architecture: str) -> list[Config | None]:
     """Return the configs to try for a stage; None stands for PyTorch's own product."""
     if STAGES[stage] is RowConfig:
-        return list(_row_candidates(stage))
+        return [RowConfig(*choice) for choice in itertools.product(*ROW_CHOICES[stage])]
     if stage == "pointwise":
         return [
             TileConfig(m, n, 0, 8, warps, 1, max_registers=128)
@@ -85,18 +96,6 @@ def candidate_configs(stage: str, dtype: torch.dtype, architecture: str) -> list
         if shared <= (220_000 if newest else 160_000) and registers <= 128:
             configs.append(TileConfig(m, n, k, 8, warps, stages, tma))
     return configs
-
-
-def _row_candidates(stage: str) -> list[RowConfig]:
-    if stage == "pool_norm_forward":
-        choices = itertools.product((1,), (1, 2, 4, 8, 16), (2, 4), (4, 8), (64, 128))
-    elif stage == "pool_norm_backward":
-        choices = itertools.product((1, 3, 9), (3, 9, 27), (1,), (4, 8), (128,))
-    elif stage == "norm_gradient":
-        choices = itertools.product((4, 16, 64, 128), (1,), (1,), (4, 8), (64,))
-    else:
-        choices = itertools.product((1, 2, 4, 8), (1,), (1,), (4, 8), (64,))
-    return [RowConfig(*choice) for choice in choices]
 
 
 def measure(
@@ -177,25 +176,23 @@ def buckets(choices: Sequence[tuple[int, Config | None]]) -> list[dict[str, Any]
     return merged
 
 
-def write_table(
-    path: Path, name: str, source: str, tuned: dict[str, dict[str, list[dict[str, Any]]]]
-) -> None:
+def write_table(path: Path, name: str, source: str, tuned: Tuned) -> None:
     """Put the tuned stages of one architecture into the table at ``path``; the rest stays.
 
     Raises:
         ValueError: the new table would not be valid.
     """
     table = json.loads(path.read_text(encoding="utf-8"))
-    entry = table.get(name) or json.loads(json.dumps(table[nearest(name, tuple(table))]))
+    stages = deepcopy(table[nearest(name, tuple(table))]["stages"])
     for stage, by_dtype in tuned.items():
         kept = {
             dtype: stage_buckets
-            for dtypes, stage_buckets in entry["stages"][stage].items()
+            for dtypes, stage_buckets in stages[stage].items()
             for dtype in dtypes.split(",")
         }
-        entry["stages"][stage] = kept | by_dtype
-        parse_stage(entry["stages"], stage)
-    table[name] = {"source": source, "stages": entry["stages"]}
+        stages[stage] = kept | by_dtype
+        parse_stage(stages, stage)
+    table[name] = {"source": source, "stages": stages}
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
@@ -226,8 +223,6 @@ def main(arguments: list[str] | None = None) -> int:
 
     import triton
 
-    from tokenflex_kernels.stage_calls import rows_of_stage, stage_calls
-
     def clock(run: Callable[[], Any]) -> float:
         milliseconds: float = triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
         return 1000 * milliseconds
@@ -235,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     name = architecture(device)
     timings: list[Timing] = []
-    tuned: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    tuned: Tuned = {}
     for stage, dtype in itertools.product(stages, dtypes):
         candidates = candidate_configs(stage, DTYPES[dtype], name)
         choices: list[tuple[int, Config | None]] = []
@@ -244,12 +239,13 @@ def main(arguments: list[str] | None = None) -> int:
             _, call = next(stage_calls(stage, DTYPES[dtype], images, out_grid, device))
             measured = measure(stage, rows, DTYPES[dtype], call, candidates, clock)
             best = fastest(measured, choices[-1][1] if choices else None)
-            library = next(
-                (timing.microseconds for timing in measured if timing.config is None), None
-            )
-            against = f", library {library:.1f}" if library and stage in PRODUCTS else ""
+            library = [
+                f", library {timing.microseconds:.1f}"
+                for timing in measured
+                if timing.config is None
+            ]
             print(
-                f"{stage:19} {dtype:9} {rows:6} rows: {best.microseconds:8.1f} us{against}"
+                f"{stage:19} {dtype:9} {rows:6} rows: {best.microseconds:8.1f} us{''.join(library)}"
                 f"  {best.config or 'library'}",
                 flush=True,
             )

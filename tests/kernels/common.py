@@ -141,6 +141,24 @@ def rms(tensor) -> float:
     return tensor.detach().cpu().double().square().mean().sqrt().item()
 
 
+def rms_error(actual, truth) -> float:
+    return rms(actual.detach().cpu().double() - truth)
+
+
+def assert_equal_in_float64(actual, expected, tolerance=1e-12):
+    assert actual.dtype == expected.dtype == torch.float64
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def assert_not_less_exact(ours, peer, truth):
+    """R1 to the letter, where no rounding has to be allowed; results by name."""
+    assert ours.keys() == peer.keys() == truth.keys()
+    for name, expected in truth.items():
+        assert ours[name].dtype == peer[name].dtype, name
+        assert ours[name].device == peer[name].device, name
+        assert rms_error(ours[name], expected) <= 1.2 * rms_error(peer[name], expected), name
+
+
 def assert_as_close_as_eager(ours, peer, truth, *, ulps=4):
     """R1: error against float64 at most 1.2 times that of eager PyTorch in the same dtypes.
 
@@ -159,9 +177,9 @@ def assert_as_close_as_eager(ours, peer, truth, *, ulps=4):
         if expected.numel() == 0:
             continue
         rounding = rms(expected.to(result.dtype).double() - expected)
-        error = rms(result.cpu().double() - expected)
+        error = rms_error(result, expected)
         last_bits = ulps * torch.finfo(torch.float32).eps * rms(expected)
-        limit = max(1.2 * max(rms(allowed.cpu().double() - expected), rounding), last_bits)
+        limit = max(1.2 * max(rms_error(allowed, expected), rounding), last_bits)
         assert error <= limit, f"{name}: error {error:.3g}, allowed {limit:.3g}"
 
 

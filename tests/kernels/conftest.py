@@ -1,4 +1,4 @@
-"""Fixtures of the tests of Triton kernels, which are in files named ``test_kernels*.py``.
+"""A seed for every test, and fixtures of the files ``test_kernels*.py``, on Triton kernels.
 
 ``TRITON_INTERPRET=1 python -m pytest`` with those files runs them without a GPU, in Triton's
 interpreter; Triton reads the variable as it is imported, so it cannot be set in here.
@@ -35,10 +35,14 @@ def device(request) -> str:
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def kernel_environment(monkeypatch):
-    """A seed, and the variables that let the ops take the kernels."""
-    torch.manual_seed(0)
+    """The variables that let the ops take the kernels."""
     monkeypatch.delenv("TOKENFLEX_BACKEND", raising=False)
     if INTERPRETED:
         monkeypatch.setenv("TRITON_INTERPRET", "1")

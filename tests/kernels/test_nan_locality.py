@@ -26,11 +26,6 @@ GRIDS = [
 BAD = [float("nan"), float("inf"), -float("inf")]
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=["native average", "windows"])
 def every_path(request, monkeypatch):
     """With PyTorch's own average where it serves, and without it, as on other devices."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import tokenflex.positions  # noqa: F401  # registers its op
 import tokenflex_kernels  # noqa: F401  # registers the ops
 
 PROJECTOR = {
@@ -43,6 +44,7 @@ PROJECTOR = {
     "grid_tensor": "(SymInt[] runs) -> Tensor",
     "pool_axis": "(Tensor x, SymInt cells, str mode) -> Tensor",
     "spread_axis": "(Tensor grad, SymInt size, str mode) -> Tensor",
+    "cell_positions": "(Tensor grids, SymInt cells, ScalarType dtype, Device device) -> Tensor",
 }
 PACKING = {
     "pack_embeddings": (

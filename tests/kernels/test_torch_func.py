@@ -13,7 +13,7 @@ import torch._dynamo
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
-from tests.kernels.pool_norm.test_pool_norm import MODES, eager
+from tests.kernels.common import MODES, eager_pool_norm
 from tokenflex_kernels import (
     merge_vision,
     pack_embeddings,
@@ -118,11 +118,6 @@ def assert_equals_the_reference(call):
     assert len(actual) == len(expected) > 0
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 class TestPacking:
@@ -271,7 +266,7 @@ class TestPooling:
                 return BATCHED[transform](pooled, (torch.stack([x, x.exp()]), weight), (0, None))
             return TRANSFORMS[transform](pooled, (x, weight))
 
-        ours, theirs = tree_leaves(run(pool_norm)), tree_leaves(run(eager))
+        ours, theirs = tree_leaves(run(pool_norm)), tree_leaves(run(eager_pool_norm))
         for actual, expected in zip(ours, theirs, strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 

@@ -32,6 +32,7 @@ from tests.models.tiny import (
     vision_config,
 )
 from tokenflex import TokenFlexConfig, TokenFlexForConditionalGeneration
+from tokenflex.counts import token_grid
 from tokenflex.models.modeling import TokenFlexModel
 from tokenflex_kernels import plan_packing
 
@@ -114,6 +115,19 @@ def test_a_grid_of_unequal_sides_is_pooled_to_that_grid(grid):
     assert torch.equal(images.pooler_output[0], expected)
     assert logits.shape[1] == height * width + 3
     assert torch.equal(logits, listed)
+
+
+def test_every_count_is_validated_once(monkeypatch):
+    model, validated = tiny_model(), []
+
+    def record(count, **options):
+        validated.append(count)
+        return token_grid(count, **options)
+
+    for module in ("tokenflex.counts", "tokenflex.projector"):
+        monkeypatch.setattr(f"{module}.token_grid", record)
+    model.get_image_features(pixels(2), [4, (2, 3)])
+    assert validated == [4, (2, 3)]
 
 
 def test_unequal_grids_are_not_transposed():

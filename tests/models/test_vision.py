@@ -248,6 +248,8 @@ def test_images_come_one_way(other):
 def test_encoded_images_know_their_length():
     with pytest.raises(ValueError, match=r"\[16, C\] for the 2 grids.*\(15, 8\)"):
         EncodedImages(torch.zeros(15, 8), ((2, 4), (4, 2)))
+    with pytest.raises(ValueError, match=r"^grids\[0\] must .* at least 1, got \(-2, -4\)"):
+        EncodedImages(torch.zeros(8, 8), ((-2, -4),))
     images = EncodedImages(torch.zeros(16, 8), ((2, 4), (4, 2)))
     assert len(images) == 2
     assert images.to(torch.bfloat16).features.dtype == torch.bfloat16

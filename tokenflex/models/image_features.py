@@ -16,6 +16,7 @@ from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.placeholders import ImageTokens, check_device
 from tokenflex.models.vision import EncodedImages, encode
 from tokenflex.projector import TokenAdaptiveProjector
+from tokenflex_kernels import plan_pooling
 
 
 class ImageFeatures:
@@ -144,7 +145,7 @@ class ImageFeatures:
         features, dtype = encoded_images.features, next(self.projector.parameters()).dtype
         if dtype != torch.float32:  # float32 weights serve any features, others their own type
             features = features.to(dtype)
-        tokens = self.projector(features, out_grids, grids=list(encoded_images.grids))
+        tokens = self.projector(features, plan=plan_pooling(encoded_images.grids, out_grids))
         return ImageTokens(tokens, [height * width for height, width in out_grids])
 
     def _warn_of_unknown(self, grids: list[Grid]) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tokenflex.counts import Grid, token_grids
+from tokenflex_kernels.checks import check_grids
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -32,6 +33,7 @@ class EncodedImages:
     grids: tuple[Grid, ...]
 
     def __post_init__(self) -> None:
+        check_grids("grids", self.grids)
         rows = sum(height * width for height, width in self.grids)
         if self.features.ndim != 2 or len(self.features) != rows:
             raise ValueError(

@@ -52,14 +52,14 @@ from tokenflex_kernels.library import (
 
 
 def _pack(
-    table: torch.Tensor,
+    embedding: torch.Tensor,
     vision: torch.Tensor,
     source: torch.Tensor,
     vision_rows: torch.Tensor,
     sparse_ids: int | None = None,
     shown_once: bool = True,
 ) -> torch.Tensor:
-    return _pack_rows(table, vision, source)
+    return _pack_rows(embedding, vision, source)
 
 
 def _unpack(packed: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor) -> torch.Tensor:
@@ -152,42 +152,33 @@ def _like_vision_rows(
 
 
 pack_embeddings = define(
-    "pack_embeddings(Tensor embedding, Tensor vision, Tensor source, Tensor vision_rows, "
-    "SymInt? sparse_ids=None, bool shown_once=True)",
+    "pack_embeddings",
     lambda embedding, vision, source, *_: _like_source(embedding, source),
     _pack,
 )
 # The second result is the `source` of a packing whose table is inputs_embeds: each row is written
 # once, where a copy and a scatter would write the vision rows twice. On the CPU the op refuses rows
 # out of range and rows that come twice, in compiled functions too.
-merge_vision = define(
-    "merge_vision(Tensor inputs_embeds, Tensor vision, Tensor vision_rows)",
-    _like_merge,
-    _merge,
-    returns="(Tensor, Tensor)",
-)
-unpack_vision = define(
-    "unpack_vision(Tensor packed, Tensor source, Tensor vision_rows)", _like_vision_rows, _unpack
-)
-keep_text = define("keep_text(Tensor rows, Tensor source)", _like_source, _keep_text)
-spread_vision = define("spread_vision(Tensor vision, Tensor source)", _like_source, _spread_vision)
+merge_vision = define("merge_vision", _like_merge, _merge)
+unpack_vision = define("unpack_vision", _like_vision_rows, _unpack)
+keep_text = define("keep_text", _like_source, _keep_text)
+spread_vision = define("spread_vision", _like_source, _spread_vision)
 # The text rows of `grad`, added up by token id in an order that `source` alone decides. Their
 # number follows from `num_vision`, without waiting for the device.
 table_gradient = define(
-    "table_gradient(Tensor grad, Tensor source, SymInt num_vision, SymInt num_rows)",
+    "table_gradient",
     lambda grad, source, num_vision, num_rows: grad.new_empty(num_rows, grad.shape[1]),
     _table_gradient,
 )
 # The ids in use, ascending, and their sums alone. The plan has counted them: to count them on a
 # device would mean waiting for it.
 sparse_table_gradient = define(
-    "sparse_table_gradient(Tensor grad, Tensor source, SymInt num_vision, SymInt num_ids)",
+    "sparse_table_gradient",
     lambda grad, source, num_vision, num_ids: (
         source.new_empty(num_ids, dtype=torch.int64),
         grad.new_empty(num_ids, grad.shape[1]),
     ),
     _sparse_table_gradient,
-    returns="(Tensor, Tensor)",
 )
 
 

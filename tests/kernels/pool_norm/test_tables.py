@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.common import dense_map
+from tests.kernels.common import MODES, dense_map
 from tokenflex_kernels import plan_pooling
 from tokenflex_kernels.pool_norm import tables as pooling_tables
 from tokenflex_kernels.pool_norm.axis_weights import axis_map
 from tokenflex_kernels.pool_norm.tables import CACHED_TABLES, IMAGE_FIELDS, build_tables
 
-MODES = ("adaptive", "resize")
 CPU = torch.device("cpu")
 SIZES, CELLS = (1, 2, 3, 7, 12, 16, 27), (1, 2, 3, 8, 12, 16, 29)
 IN_GRIDS = [(27, 27), (5, 7), (5, 7), (1, 1), (7, 5), (27, 27), (4, 9)]

@@ -2,98 +2,42 @@
 
 from __future__ import annotations
 
-from math import ceil
+from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from tests.kernels import common
+from tests.kernels.common import (
+    DTYPES,
+    PARAMETERS,
+    SAVES,
+    assert_not_less_exact,
+    eager_project,
+    rms_error,
+    rows_of,
+    together,
+    wide,
+)
 from tokenflex_kernels import project_tokens
 
-SAVES = ("preactivation", "input")
-NARROW_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-PARAMETERS = (
-    "norm_weight",
-    "norm_bias",
-    "gate_weight",
-    "gate_bias",
-    "up_weight",
-    "up_bias",
-    "down_weight",
-    "down_bias",
-)
 BIASES = tuple(name for name in PARAMETERS if name.endswith("bias"))
 IN_GRIDS, OUT_GRIDS = [(5, 7), (4, 4), (2, 3)], [(2, 3), (2, 2), (3, 4)]
-needs_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
-
-def rows_of(grids) -> int:
-    return sum(height * width for height, width in grids)
 
 
 def parameters_of(width=6, hidden=10, text=4, dtype=torch.float64):
-    shapes = [(width,)] * 2 + [(hidden, width), (hidden,)] * 2 + [(text, hidden), (text,)]
-    return {
-        name: torch.randn(shape, dtype=dtype) / shape[-1] ** 0.5 * (4 if len(shape) == 1 else 1)
-        for name, shape in zip(PARAMETERS, shapes, strict=True)
-    }
-
-
-def pool_image(image, out_grid, mode):
-    """[1, C, H, W] -> [1, C, h, w]."""
-    if mode == "adaptive":
-        return F.adaptive_avg_pool2d(image, out_grid)
-    windows = tuple(ceil(image.shape[2 + axis] / out_grid[axis]) for axis in (0, 1))
-    multiple = tuple(window * cells for window, cells in zip(windows, out_grid, strict=True))
-    if multiple != tuple(image.shape[2:]):
-        image = F.interpolate(image, size=multiple, mode="bilinear", align_corners=True)
-    return F.avg_pool2d(image, windows)
-
-
-def chain(x, in_grids, out_grids, *, mode="adaptive", eps=1e-5, **parameters):
-    """Pool, LayerNorm, gate and up, down: PyTorch's own ops in the dtype of ``x``."""
-    p = {name: parameters.get(name) for name in PARAMETERS}
-    tokens = []
-    for rows, in_grid, out_grid in zip(
-        x.split([rows_of([grid]) for grid in in_grids]), in_grids, out_grids, strict=True
-    ):
-        image = rows.reshape(1, *in_grid, -1).permute(0, 3, 1, 2)
-        tokens.append(pool_image(image, out_grid, mode).flatten(2)[0].T)
-    tokens = F.layer_norm(torch.cat(tokens), (x.shape[1],), p["norm_weight"], p["norm_bias"], eps)
-    gate = F.linear(tokens, p["gate_weight"], p["gate_bias"])
-    up = F.linear(tokens, p["up_weight"], p["up_bias"])
-    return F.linear(F.silu(gate) * up, p["down_weight"], p["down_bias"])
+    return common.parameters_of(width, hidden, text, dtype)
 
 
 def assert_equal_in_float64(actual, expected):
-    assert actual.dtype == expected.dtype == torch.float64
-    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
-
-
-def rms_error(actual, truth) -> float:
-    return (actual.double().cpu() - truth).square().mean().sqrt().item()
+    common.assert_equal_in_float64(actual, expected, tolerance=1e-11)
 
 
 def run(op, x, parameters, gradient, in_grids=IN_GRIDS, out_grids=OUT_GRIDS, **options):
     """The output and the gradients of x and of every parameter, by name."""
-    x = x.detach().requires_grad_()
-    leaves = {
-        name: None if tensor is None else tensor.detach().requires_grad_()
-        for name, tensor in parameters.items()
-    }
-    out = op(x, in_grids, out_grids, **leaves, **options)
-    wanted = {"x": x, **{name: leaf for name, leaf in leaves.items() if leaf is not None}}
-    gradients = torch.autograd.grad(out, list(wanted.values()), gradient)
-    return {"out": out.detach(), **dict(zip(wanted, gradients, strict=True))}
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
+    op = partial(op, in_grids=in_grids, out_grids=out_grids, **options)
+    return common.run(op, {"x": x, **parameters}, gradient)
 
 
 @pytest.fixture
@@ -121,7 +65,7 @@ class TestValues:
         gradient = torch.randn(rows_of(out_grids), 4, dtype=torch.float64)
         arguments = (x, parameters_of(), gradient, in_grids, out_grids)
         ours = run(project_tokens, *arguments, mode=mode, eps=0.1, save=save)
-        truth = run(chain, *arguments, mode=mode, eps=0.1)
+        truth = run(eager_project, *arguments, mode=mode, eps=0.1)
         assert ours.keys() == truth.keys()
         assert ours["out"].shape == gradient.shape
         for name, expected in truth.items():
@@ -131,14 +75,16 @@ class TestValues:
         x = 1e-3 * x  # small variance: eps carries weight
         parameters = parameters_of()
         actual = project_tokens(x, IN_GRIDS, OUT_GRIDS, **parameters)
-        assert_equal_in_float64(actual, chain(x, IN_GRIDS, OUT_GRIDS, **parameters, eps=1e-5))
+        assert_equal_in_float64(
+            actual, eager_project(x, IN_GRIDS, OUT_GRIDS, **parameters, eps=1e-5)
+        )
 
     @pytest.mark.parametrize("save", SAVES)
     @pytest.mark.parametrize("missing", [*((name,) for name in BIASES), BIASES])
     def test_each_bias_is_optional(self, x, gradient, missing, save):
         parameters = {**parameters_of(), **dict.fromkeys(missing)}
         ours = run(project_tokens, x, parameters, gradient, save=save)
-        truth = run(chain, x, parameters, gradient)
+        truth = run(eager_project, x, parameters, gradient)
         assert ours.keys() == truth.keys()
         for name, expected in truth.items():
             assert_equal_in_float64(ours[name], expected)
@@ -158,27 +104,25 @@ class TestPrecision:
     """R1: not further from float64 than 1.2 times eager PyTorch in the same dtype."""
 
     @pytest.mark.parametrize("save", SAVES)
-    @pytest.mark.parametrize("dtype", NARROW_DTYPES, ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_forward_and_backward(self, dtype, save):
         in_grids, out_grids = [(12, 12), (5, 7), (9, 9)], [(8, 8), (2, 3), (5, 5)]
-        squares = dict.fromkeys(("out", "x", *PARAMETERS), (0.0, 0.0))
+        draws = []
         # A bias gradient is a few numbers: only over several draws is its error more than luck.
         for _ in range(8):
             x = torch.randn(rows_of(in_grids), 48, dtype=dtype)
             parameters = parameters_of(48, 96, 40, dtype)
             gradient = torch.randn(rows_of(out_grids), 40, dtype=dtype)
-            wide = {name: tensor.double() for name, tensor in parameters.items()}
-            ours = run(project_tokens, x, parameters, gradient, in_grids, out_grids, save=save)
-            peer = run(chain, x, parameters, gradient, in_grids, out_grids)
-            truth = run(chain, x.double(), wide, gradient.double(), in_grids, out_grids)
-            for name, expected in truth.items():
-                assert ours[name].dtype == dtype
-                squares[name] = tuple(
-                    total + rms_error(result[name], expected) ** 2
-                    for total, result in zip(squares[name], (ours, peer), strict=True)
+            batch = x, parameters, gradient, in_grids, out_grids
+            precise = x.double(), wide(parameters), gradient.double(), in_grids, out_grids
+            draws.append(
+                (
+                    run(project_tokens, *batch, save=save),
+                    run(eager_project, *batch),
+                    run(eager_project, *precise),
                 )
-        for name, (error, allowed) in squares.items():
-            assert error**0.5 <= 1.2 * allowed**0.5, name
+            )
+        assert_not_less_exact(*map(together, zip(*draws, strict=True)))
 
 
 class TestDtypes:
@@ -191,7 +135,7 @@ class TestDtypes:
         assert all(ours[name].dtype == torch.float32 for name in PARAMETERS)
 
     @pytest.mark.parametrize("save", SAVES)
-    @pytest.mark.parametrize("dtype", NARROW_DTYPES, ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_autocast_gives_the_dtypes_of_linears(self, x, gradient, dtype, save):
         x, parameters = x.to(dtype), parameters_of(dtype=torch.float32)
         with torch.autocast("cpu", torch.bfloat16):
@@ -199,8 +143,7 @@ class TestDtypes:
         assert ours["out"].dtype == torch.bfloat16
         assert ours["x"].dtype == dtype
         assert all(ours[name].dtype == torch.float32 for name in PARAMETERS)
-        wide = {name: tensor.double() for name, tensor in parameters.items()}
-        truth = run(chain, x.double(), wide, gradient)
+        truth = run(eager_project, x.double(), wide(parameters), gradient)
         for name, expected in truth.items():
             # bfloat16 keeps 8 bits; a missing term or a wrong one is off by far more.
             assert rms_error(ours[name], expected) <= 0.03 * expected.square().mean().sqrt(), name
@@ -287,7 +230,7 @@ class TestGradients:
     )
     def test_any_subset_may_require_grad(self, x, gradient, wanted, save):
         parameters = parameters_of()
-        truth = run(chain, x, parameters, gradient)
+        truth = run(eager_project, x, parameters, gradient)
         inputs = {"x": x, **parameters}
         for name in wanted:
             inputs[name].requires_grad_()
@@ -322,7 +265,7 @@ class TestGradients:
             (out.sin().sum() + (out * out).sum()).backward()
             return leaf.grad
 
-        assert_equal_in_float64(used_twice(project_tokens, save=save), used_twice(chain))
+        assert_equal_in_float64(used_twice(project_tokens, save=save), used_twice(eager_project))
 
     @pytest.mark.parametrize("save", SAVES)
     @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -337,7 +280,7 @@ class TestGradients:
             return checkpoint(op, x, *parameters.values(), use_reentrant=use_reentrant)
 
         ours = run_backward(checkpointed, x, parameters, gradient)
-        truth = run_backward(chain, x, parameters, gradient)
+        truth = run_backward(eager_project, x, parameters, gradient)
         for name, expected in truth.items():
             assert_equal_in_float64(ours[name], expected)
 
@@ -423,7 +366,7 @@ class TestMisuse:
 
 @pytest.mark.parametrize("save", SAVES)
 @pytest.mark.parametrize(
-    "dtype", [pytest.param(dtype, marks=needs_gpu, id=str(dtype)) for dtype in NARROW_DTYPES]
+    "dtype", [pytest.param(dtype, marks=pytest.mark.gpu, id=str(dtype)) for dtype in DTYPES]
 )
 def test_cuda_is_as_close_to_float64_as_eager_cuda(dtype, save):
     in_grids, out_grids = [(27, 27)] * 3, [(8, 8), (12, 12), (16, 16)]
@@ -435,11 +378,8 @@ def test_cuda_is_as_close_to_float64_as_eager_cuda(dtype, save):
         tensors = {name: tensor.to(device, to) for name, tensor in parameters.items()}
         return x.to(device, to), tensors, gradient.to(device, to), in_grids, out_grids
 
-    ours = run(project_tokens, *at("cuda", dtype), save=save)
-    peer = run(chain, *at("cuda", dtype))
-    truth = run(chain, *at("cpu", torch.float64))
-    for name, expected in truth.items():
-        assert ours[name].device.type == "cuda"
-        assert ours[name].dtype == dtype
-        error, allowed = (rms_error(result[name], expected) for result in (ours, peer))
-        assert error <= 1.2 * allowed, name
+    assert_not_less_exact(
+        run(project_tokens, *at("cuda", dtype), save=save),
+        run(eager_project, *at("cuda", dtype)),
+        run(eager_project, *at("cpu", torch.float64)),
+    )

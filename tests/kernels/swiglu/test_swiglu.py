@@ -9,14 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.kernels.common import (
+    DTYPES,
+    GATED,
+    assert_equal_in_float64,
+    assert_not_less_exact,
+    eager_swiglu,
+    gated_of,
+    rms_error,
+    run,
+    wide,
+)
 from tokenflex_kernels import swiglu
 
-NARROW_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-NAMES = ("x", "gate_weight", "up_weight", "gate_bias", "up_bias")
-needs_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+NAMES = ("x", *GATED)
 
 
 def formula(x, gate_weight, up_weight, gate_bias=None, up_bias=None):
@@ -26,38 +32,19 @@ def formula(x, gate_weight, up_weight, gate_bias=None, up_bias=None):
     return gate / (1 + torch.exp(-gate)) * up
 
 
-def eager(x, gate_weight, up_weight, gate_bias=None, up_bias=None):
-    return F.silu(F.linear(x, gate_weight, gate_bias)) * F.linear(x, up_weight, up_bias)
-
-
 def inputs_of(tokens=7, width=5, hidden=11, dtype=torch.float64):
     """Random inputs in the order of ``NAMES``; products of unit scale."""
-    return [
-        torch.randn(tokens, width, dtype=dtype),
-        *(torch.randn(2, hidden, width, dtype=dtype) / width**0.5),
-        *torch.randn(2, hidden, dtype=dtype),
-    ]
+    return [torch.randn(tokens, width, dtype=dtype), *gated_of(width, hidden, dtype)]
 
 
-def assert_equal_in_float64(actual, expected):
-    assert actual.dtype == expected.dtype == torch.float64
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-
-
-def rms_error(actual, truth) -> float:
-    return (actual.double().cpu() - truth).square().mean().sqrt().item()
-
-
-def run(op, inputs, gradient, dtype, device="cpu"):
-    """The output and every gradient of ``op`` with everything in ``dtype`` on ``device``."""
-    leaves = [tensor.detach().to(device, dtype).requires_grad_() for tensor in inputs]
-    out = op(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, gradient.to(device, dtype))]
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
+def ours_peer_and_truth(inputs, gradient):
+    """Outputs and gradients by name, of `swiglu`, of PyTorch, and of the formula in float64."""
+    named = dict(zip(NAMES, inputs, strict=True))
+    return (
+        run(swiglu, named, gradient),
+        run(eager_swiglu, named, gradient),
+        run(formula, wide(named), gradient.cpu().double()),
+    )
 
 
 class TestValues:
@@ -94,20 +81,11 @@ class TestValues:
 class TestPrecision:
     """R1: not further from float64 than 1.2 times eager PyTorch in the same dtype."""
 
-    @pytest.mark.parametrize("dtype", NARROW_DTYPES, ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_forward_and_backward(self, dtype):
         inputs = inputs_of(96, 64, 130, dtype)
         gradient = torch.randn(96, 130, dtype=dtype)
-        results = zip(
-            ("out", *NAMES),
-            run(swiglu, inputs, gradient, dtype),
-            run(eager, inputs, gradient, dtype),
-            run(formula, inputs, gradient, torch.float64),
-            strict=True,
-        )
-        for name, ours, peer, truth in results:
-            assert ours.dtype == dtype
-            assert rms_error(ours, truth) <= 1.2 * rms_error(peer, truth), name
+        assert_not_less_exact(*ours_peer_and_truth(inputs, gradient))
 
 
 class TestDtypes:
@@ -121,7 +99,7 @@ class TestDtypes:
         assert out.dtype == dtype
         narrow = [tensor.detach().to(dtype) for tensor in parameters]
         truth = formula(x.double(), *(tensor.double() for tensor in narrow))
-        assert rms_error(out.detach(), truth) <= 1.2 * rms_error(eager(x, *narrow), truth)
+        assert rms_error(out.detach(), truth) <= 1.2 * rms_error(eager_swiglu(x, *narrow), truth)
         out.sum().backward()
         for tensor in parameters:
             assert tensor.grad.dtype == torch.float32
@@ -306,20 +284,10 @@ class TestMisuse:
 
 
 @pytest.mark.parametrize(
-    "dtype", [pytest.param(dtype, marks=needs_gpu, id=str(dtype)) for dtype in NARROW_DTYPES]
+    "dtype", [pytest.param(dtype, marks=pytest.mark.gpu, id=str(dtype)) for dtype in DTYPES]
 )
 def test_cuda_is_as_close_to_float64_as_eager_cuda(dtype):
     tokens = 64 + 144 + 256
-    inputs = inputs_of(tokens, 1152, 3456, dtype)
-    gradient = torch.randn(tokens, 3456, dtype=dtype)
-    results = zip(
-        ("out", *NAMES),
-        run(swiglu, inputs, gradient, dtype, "cuda"),
-        run(eager, inputs, gradient, dtype, "cuda"),
-        run(formula, inputs, gradient, torch.float64),
-        strict=True,
-    )
-    for name, ours, peer, truth in results:
-        assert ours.device.type == "cuda"
-        assert ours.dtype == dtype
-        assert rms_error(ours, truth) <= 1.2 * rms_error(peer, truth), name
+    inputs = [tensor.cuda() for tensor in inputs_of(tokens, 1152, 3456, dtype)]
+    gradient = torch.randn(tokens, 3456, dtype=dtype).cuda()
+    assert_not_less_exact(*ours_peer_and_truth(inputs, gradient))
