@@ -57,13 +57,13 @@ def add_to(commands: CommandLine) -> None:
 
 def _route(options: argparse.Namespace) -> int:
     quiet_libraries()
+    from tokenflex.files import checkpoint_folder
     from tokenflex.locks import locked
     from tokenflex.routing.storage import FOLDER, check_router_folder
 
-    if not options.model.is_dir():
-        raise FileNotFoundError(f"checkpoint folder {options.model} does not exist")
+    folder = checkpoint_folder(options.model) / FOLDER
     check_router_folder(options.model)  # before the work, not after it
-    with locked(options.model / FOLDER):
+    with locked(folder):
         return _route_into(options)
 
 

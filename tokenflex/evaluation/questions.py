@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tokenflex.counts import Grid
+from tokenflex.counts import Grid, tokens_of_images
 from tokenflex.data.encoding import IGNORE, ConversationEncoder
 from tokenflex.data.faults import (
     NO_SAMPLE_TO_BLAME,
@@ -266,8 +266,7 @@ class Question:
     @property
     def tokens_per_image(self) -> list[int]:
         """Vision tokens of each image, all its tiles together."""
-        pairs = zip(self.sample.tiles, self.grids, strict=True)
-        return [tiles * height * width for tiles, (height, width) in pairs]
+        return tokens_of_images(self.sample.tiles, self.grids)
 
 
 @dataclass(frozen=True)

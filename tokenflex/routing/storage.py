@@ -14,7 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tokenflex.files import excerpt, parse_json, printable, write_atomically, write_json
+from tokenflex.files import (
+    checkpoint_folder,
+    excerpt,
+    parse_json,
+    printable,
+    write_atomically,
+    write_json,
+)
 from tokenflex.routing.router import Router
 
 FOLDER = "router"
@@ -39,11 +46,8 @@ def save_router(router: Router, checkpoint: str | Path, report: dict[str, Any]) 
         FileNotFoundError: The checkpoint folder does not exist.
         FileExistsError: A file to replace does not belong to a router.
     """
-    checkpoint = Path(checkpoint)
-    if not checkpoint.is_dir():
-        raise FileNotFoundError(f"checkpoint folder {checkpoint} does not exist")
+    folder = checkpoint_folder(checkpoint) / FOLDER
     check_router_folder(checkpoint)
-    folder = checkpoint / FOLDER
     folder.mkdir(exist_ok=True)
     settings = json.dumps({name: getattr(router, name) for name in _SETTINGS})
     weights = {name: tensor.contiguous() for name, tensor in router.state_dict().items()}
