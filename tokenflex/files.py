@@ -48,11 +48,7 @@ def read_json(path: Path, kind: str = "file") -> Any:
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """Return the path of a checkpoint folder.
-
-    Raises:
-        FileNotFoundError: The folder does not exist.
-    """
+    """Return the path of a checkpoint folder, or raise FileNotFoundError if none exists there."""
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"checkpoint folder {folder} does not exist")

@@ -57,12 +57,10 @@ def add_to(commands: CommandLine) -> None:
 
 def _route(options: argparse.Namespace) -> int:
     quiet_libraries()
-    from tokenflex.files import checkpoint_folder
     from tokenflex.locks import locked
-    from tokenflex.routing.storage import FOLDER, check_router_folder
+    from tokenflex.routing.storage import check_router_folder
 
-    folder = checkpoint_folder(options.model) / FOLDER
-    check_router_folder(options.model)  # before the work, not after it
+    folder = check_router_folder(options.model)  # before the work, not after it
     with locked(folder):
         return _route_into(options)
 

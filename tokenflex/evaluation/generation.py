@@ -27,11 +27,7 @@ def answer_length(tokens: torch.Tensor, ends: int | Sequence[int] | None) -> int
 
 
 def special_tokens(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Return ``eos_token_id`` and ``pad_token_id`` for ``generate``.
-
-    The model's ends of answers come before the tokenizer's; an end also pads where nothing else
-    does.
-    """
+    """Return ``eos_token_id`` and ``pad_token_id`` for ``generate``."""
     ends, pad = model.generation_config.eos_token_id, tokenizer.pad_token_id
     return {
         "eos_token_id": tokenizer.eos_token_id if ends is None else ends,

@@ -70,11 +70,7 @@ def load_checkpoint(
 def refuse_faults(
     checkpoint: object, loading: Mapping[str, Iterable[Any]], allowed: Collection[str] = ()
 ) -> None:
-    """Refuse the keys that transformers' ``output_loading_info`` names, except those ``allowed``.
-
-    Raises:
-        ValueError: Keys are missing, unexpected or mismatched; the first one is named.
-    """
+    """Refuse faulty keys in transformers' loading information, except those ``allowed``."""
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = [str(name) for name in loading.get(problem, ()) if name not in allowed]
         if names:
