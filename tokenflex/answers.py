@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from tokenflex.counts import AUTO, ImageTokenCounts, TokenCount, token_grids
+from tokenflex.counts import AUTO, ImageTokenCounts, TokenCount, token_grids, tokens_of_images
+from tokenflex.evaluation.generation import special_tokens
 from tokenflex.models.chat import without_placeholders
 from tokenflex.models.loading import check_length
 from tokenflex.routing.cascade import generate_with_escalation
@@ -82,11 +83,7 @@ def answer_at_counts(
             f"confidence must be given alone, got penalty {penalty} and budget {budget} with it"
         )
     tokenizer = processor.tokenizer
-    ends = model.generation_config.eos_token_id
-    options = {
-        "eos_token_id": tokenizer.eos_token_id if ends is None else ends,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    options = special_tokens(model, tokenizer)
     greedy = {"do_sample": False, "num_beams": 1}  # beams cannot be timed token by token
 
     def read(text: str, tiles: Sequence[int], **count: Any) -> Any:
@@ -100,7 +97,7 @@ def answer_at_counts(
         if isinstance(count, str):
             most, bound = _largest_count(model, count, budget, confidence), budget
         grids = token_grids(most, len(tiles), name="num_image_tokens")
-        tokens = sum(n * height * width for n, (height, width) in zip(tiles, grids, strict=True))
+        tokens = sum(tokens_of_images(tiles, grids))
         check_length(model.config, tokens if bound is None else min(tokens, bound))
     warm_up = read(without_placeholders(prompt, [processor.image_token]), [])
     if warm_up["input_ids"].numel():

@@ -105,6 +105,11 @@ def tokens_of(count: TokenCount) -> int:
     return count[0] * count[1] if isinstance(count, Sequence) else int(count)
 
 
+def tokens_of_images(tiles: Sequence[int], grids: Sequence[Grid]) -> list[int]:
+    """Return the vision tokens of each image, from its number of tiles and the grid of each."""
+    return [n * height * width for n, (height, width) in zip(tiles, grids, strict=True)]
+
+
 def is_one_count(counts: object) -> bool:
     """Return whether ``counts`` is one count for all images: an int, or a tuple of two ints.
 

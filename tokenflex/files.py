@@ -47,6 +47,14 @@ def read_json(path: Path, kind: str = "file") -> Any:
     return parse_json(path.read_bytes(), f"{kind} {path}")
 
 
+def checkpoint_folder(path: str | Path) -> Path:
+    """Return the path of a checkpoint folder, or raise FileNotFoundError if none exists there."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
+    return folder
+
+
 def excerpt(value: Any, length: int = 80) -> str:
     """Describe a value for an error message, in at most ``length`` printable characters.
 

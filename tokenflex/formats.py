@@ -27,7 +27,7 @@ FORMATS = _find_formats()
 FRESH_PARTS: dict[str, FreshParts] = {
     name: known.fresh_parts for name, known in FORMATS.items() if known.fresh_parts is not None
 }
-"""What formats bring for models without pretrained parts, by the formats' names."""
+"""Parts of formats for models without pretrained parts, by the formats' names."""
 
 
 def detect_format(path: str | Path) -> str:

@@ -20,7 +20,7 @@ import base64
 import binascii
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from http.client import HTTPException
@@ -61,8 +61,6 @@ _TURNS = {
 
 _GRAY_STEPS = {"L;2": 85, "L;4": 17}
 """Pillow's name of a depth of gray -> step from one value to the next in 8-bit levels."""
-
-_CHANNELS = (1, 2, 3, 4)
 
 OVERSHOOT = 1.5
 """Largest value of floats that are taken for 0..1, which a resize that sharpens may exceed."""
@@ -116,17 +114,21 @@ def load_image(source: Source, name: str = "image") -> Image.Image:
     )
 
 
-def channels_last(source: np.ndarray | torch.Tensor) -> np.ndarray:
+def channels_last(
+    source: np.ndarray | torch.Tensor, channels: Sequence[int] = (1, 2, 3, 4)
+) -> np.ndarray:
     """Return an array or tensor of pixels as an array [H, W] or [H, W, C].
 
     Args:
-        source: [H, W], [H, W, C] or [C, H, W] of 1 to 4 channels (gray, gray and alpha, RGB, RGBA).
-            If both ends could be channels, they are the first dimension of a tensor, and the last
-            of an array.
+        source: [H, W], [H, W, C] or [C, H, W]. If both ends could be channels, they are the first
+            dimension of a tensor, and the last of an array.
+        channels: The possible C, 1 to 4 by default (gray, gray and alpha, RGB, RGBA).
 
     Raises:
-        ValueError: ``source`` is of another shape.
+        ValueError: ``source`` is of another shape, or has no pixels.
     """
+    if 0 in source.shape:
+        raise ValueError(f"it has no pixels, but shape {list(source.shape)}")
     is_tensor = isinstance(source, torch.Tensor)
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu()
@@ -134,12 +136,12 @@ def channels_last(source: np.ndarray | torch.Tensor) -> np.ndarray:
         source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
     if source.ndim == 2:
         return source
-    is_first = source.ndim == 3 and source.shape[0] in _CHANNELS
-    is_last = source.ndim == 3 and source.shape[-1] in _CHANNELS
+    is_first = source.ndim == 3 and source.shape[0] in channels
+    is_last = source.ndim == 3 and source.shape[-1] in channels
     if not (is_first or is_last):
         raise ValueError(
             "its shape must be [height, width], [height, width, channels] or [channels, height, "
-            f"width] with 1 to 4 channels, got {list(source.shape)}"
+            f"width] with {channels[0]} to {channels[-1]} channels, got {list(source.shape)}"
         )
     return source.transpose(1, 2, 0) if is_first and (is_tensor or not is_last) else source
 
@@ -355,8 +357,6 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
-    if 0 in array.shape:
-        raise ValueError(f"it has no pixels, but shape {list(array.shape)}")
     levels = _gray_levels(channels_last(array))
     if levels.ndim == 3 and levels.shape[-1] == 1:
         levels = levels[..., 0]

@@ -18,11 +18,11 @@ def require(package: str, oldest: str, needed_by: str = "tokenflex") -> None:
         ImportError: the installed release is older.
     """
     try:
-        found = version(package)
+        installed = version(package)
     except PackageNotFoundError:
         return
-    if _numbers(found) < _numbers(oldest):
-        raise ImportError(f"{needed_by} needs {package} >= {oldest}, found {found}")
+    if _numbers(installed) < _numbers(oldest):
+        raise ImportError(f"{needed_by} needs {package} >= {oldest}, found {installed}")
 
 
 def _numbers(release: str) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ def gains(report: Mapping[str, Any], lever: Lever) -> dict[str, dict[str, Any]]:
     """Return by count the accuracy of the one model minus that of the specialist, by seed."""
     # A lever without specialists at the larger counts compares at the smaller ones only.
     pairs = zip(report["counts"], lever.specialists, strict=False)
-    return {count: difference(report, lever.one, name, count) for count, name in pairs}
+    return {count: difference(report, lever.general, name, count) for count, name in pairs}
 
 
 def format_gap(report: Mapping[str, Any]) -> str:
@@ -32,7 +32,7 @@ def format_gap(report: Mapping[str, Any]) -> str:
     for lever in LEVERS:
         shown = [points(gain, signed=True) for gain in by_lever[lever.title].values()]
         differences.append([lever.title, *_filled(shown, counts), _tokens(report, lever)])
-        accuracy = regimes[lever.one]["accuracy"]
+        accuracy = regimes[lever.general]["accuracy"]
         specialists = [
             points(regimes[name]["accuracy"][count])
             for count, name in zip(counts, lever.specialists, strict=False)
@@ -107,4 +107,4 @@ def _filled(cells: Sequence[str], counts: Sequence[str]) -> list[str]:
 def _tokens(report: Mapping[str, Any], lever: Lever) -> str:
     tokens = {name: row["vision_tokens"]["mean"] for name, row in report["regimes"].items()}
     specialists = sum(tokens[name] for name in lever.specialists)
-    return f"{tokens[lever.one] / 1000:,.0f}k : {specialists / 1000:,.0f}k"
+    return f"{tokens[lever.general] / 1000:,.0f}k : {specialists / 1000:,.0f}k"

@@ -29,13 +29,13 @@ class Lever:
 
     Attributes:
         title: Description in tables.
-        one: Name of the model for all counts.
+        general: Name of the model for all counts.
         specialists: Names of the models for the small, middle and large count; those of the larger
             counts may be missing.
     """
 
     title: str
-    one: str
+    general: str
     specialists: tuple[str, ...]
 
 
@@ -67,7 +67,7 @@ LEVERS = (
 SUITES: dict[str, tuple[str, ...]] = {
     "paper": (*SPECIALISTS, *dict.fromkeys((*reversed(ODDS), *MIXING, *ANY_COUNT))),
     "gap": tuple(
-        dict.fromkeys(name for lever in LEVERS for name in (lever.one, *lever.specialists))
+        dict.fromkeys(name for lever in LEVERS for name in (lever.general, *lever.specialists))
     ),
     "unseen": UNSEEN,
 }

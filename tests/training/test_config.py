@@ -13,8 +13,10 @@ import yaml
 from pydantic import ValidationError
 
 from tests.training.runs import DEMO, demo_values, stage, tiny_values, write_config
+from tokenflex.formats import FORMATS
 from tokenflex.training import config
 from tokenflex.training.config import TrainConfig, load_config
+from tokenflex.training.data_config import DataConfig
 from tokenflex.training.strict import parse_yaml
 
 REMOVED = object()
@@ -63,11 +65,20 @@ def test_the_demo_loads_with_its_values():
     [
         *(config.PartConfig, config.ModelConfig, config.EncoderWarmUpConfig, config.StageConfig),
         *(config.SampleConfig, config.EvaluationConfig, config.TrainConfig),
+        DataConfig,
+        *dict.fromkeys(known.options for known in FORMATS.values()),
     ],
 )
 def test_every_key_is_described_beside_its_field(part):
     undescribed = [key for key, field in part.model_fields.items() if not field.description]
     assert undescribed == []
+
+
+def test_keys_of_data_name_the_formats_that_take_them():
+    fields = DataConfig.model_fields
+    assert fields["image_folder"].description.endswith("For messages, llava.")
+    assert fields["allow_outside"].description.count("For messages, llava, huggingface.") == 1
+    assert "For digits. Split of the data set. For huggingface." in fields["split"].description
 
 
 def test_keys_that_may_change_between_two_halves_of_a_run_say_so():

@@ -7,6 +7,7 @@ import signal
 from contextlib import nullcontext
 
 import pytest
+import torch
 
 from tests.training.runs import evaluations, metrics, stage, tiny_values
 from tokenflex.data.samples import Conversation, Sample, Turn
@@ -72,11 +73,19 @@ def test_training_does_not_notice(whole, tmp_path, evaluation):
     assert not (tmp_path / "run" / "evaluations.jsonl").exists()
 
 
-def test_dropout_is_what_makes_it_notice(whole, tmp_path, monkeypatch):
-    """The check on the test above: a generator that is not put back changes the losses."""
-    monkeypatch.setattr("torch.random.fork_rng", lambda devices: nullcontext())
+@pytest.mark.parametrize("is_put_back", [True, False])
+def test_random_numbers_of_evaluation_are_put_back(whole, tmp_path, monkeypatch, is_put_back):
+    """Dropout draws from the same generator: one that is not put back changes the losses."""
+
+    def drawing(*args, **kwargs):
+        torch.rand(1)
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(training_evaluations, "evaluate", drawing)
+    if not is_put_back:
+        monkeypatch.setattr("torch.random.fork_rng", lambda devices: nullcontext())
     TrainingRun(config_of(tmp_path / "run", evaluation=DURING)).run()
-    assert metrics(tmp_path / "run") != metrics(whole)
+    assert (metrics(tmp_path / "run") == metrics(whole)) is is_put_back
 
 
 def test_seconds_of_evaluation_are_not_training(tmp_path, monkeypatch):

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenflex.training.data_config import DataConfig
 
 
 def device() -> str:
@@ -21,3 +27,41 @@ def quiet_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def data_config(
+    data: str,
+    given: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+    name: str | None = None,
+) -> DataConfig:
+    """Return the configuration of the data that a command's options describe.
+
+    Args:
+        data: The name of a format, such as "digits", or the path of the data.
+        given: Options by their keys in a configuration; None or False for one that was not given.
+        defaults: Values of options that were not given, for formats that take them.
+        name: The format of the data at the path; detected if None.
+
+    Raises:
+        FileNotFoundError: Nothing exists at the path.
+        ValueError: The format is unknown, an option does not fit it, or a value is not allowed.
+    """
+    from tokenflex.formats import FORMATS, detect_format
+    from tokenflex.training.data_config import DataConfig
+
+    if name is None:
+        name = data if data in FORMATS else detect_format(data)
+    if name not in FORMATS:
+        raise ValueError(f"--format must be one of {', '.join(FORMATS)}, got {name!r}")
+    data_format = FORMATS[name]
+    values: dict[str, Any] = {"path": Path(data)} if data_format.needs_path else {}
+    values |= {key: value for key, value in (defaults or {}).items() if key in data_format.keys}
+    for key, value in given.items():
+        if value not in (None, False):
+            if key not in data_format.keys:
+                raise ValueError(f"--{key.replace('_', '-')} does not fit data of format {name}")
+            values[key] = value
+    for problem in data_format.options.model_construct(**values).contradictions():
+        raise ValueError(f"--{problem}")
+    return DataConfig(name=name, **values)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from tokenflex.cli.common import device, quiet_libraries
+from tokenflex.cli.common import data_config, device, quiet_libraries
 from tokenflex.cli.options import (
     ALLOW_OUTSIDE,
     counts_grids_or_auto,
@@ -14,6 +13,8 @@ from tokenflex.cli.options import (
     positive,
 )
 from tokenflex.cli.parser import CommandLine
+
+_DEFAULTS = {"size": 1024, "split": "test"}
 
 
 def add_to(commands: CommandLine) -> None:
@@ -115,7 +116,8 @@ def _evaluate_into(options: argparse.Namespace) -> int:
     if options.penalty is not None and not any(isinstance(n, str) for n in options.counts):
         raise ValueError(f"--penalty is for the count auto, got it with {options.counts}")
     counts = [resolve_count(count, folder, options.penalty) for count in options.counts]
-    dataset = build_dataset(_evaluation_data(options))
+    given = {key: getattr(options, key) for key in (*_DEFAULTS, "image_folder", "allow_outside")}
+    dataset = build_dataset(data_config(options.data, given, _DEFAULTS, options.format))
     if len(known := broken_records(dataset)) > options.max_broken_samples:
         warn_of_broken(known)
     check_broken(known, options.max_broken_samples)
@@ -155,27 +157,3 @@ def _checkpoint_of(options: argparse.Namespace) -> Path:
         given = "none" if options.model is None else "both"
         raise ValueError(f"give one checkpoint folder, as MODEL or with --model, got {given}")
     return options.model or options.model_option
-
-
-def _evaluation_data(options: argparse.Namespace) -> Any:
-    """Return the data set that the options describe; options that do not fit it are refused."""
-    from tokenflex.formats import FORMATS, detect_format
-    from tokenflex.training.data_config import DataConfig
-
-    name = options.format
-    if name is None:
-        name = options.data if options.data in FORMATS else detect_format(options.data)
-    if name not in FORMATS:
-        raise ValueError(f"--format must be one of {', '.join(FORMATS)}, got {name!r}")
-    data_format = FORMATS[name]
-    values: dict[str, Any] = {"path": Path(options.data)} if data_format.needs_path else {}
-    defaults = {"size": 1024, "split": "test", "image_folder": None, "allow_outside": False}
-    for option, default in defaults.items():
-        given = getattr(options, option)
-        if option in data_format.keys:
-            values[option] = given or default
-        elif given not in (None, False):
-            raise ValueError(f"--{option.replace('_', '-')} does not fit data of format {name}")
-    for problem in data_format.options.model_construct(**values).contradictions():
-        raise ValueError(f"--{problem}")
-    return DataConfig(name=name, **values)

@@ -103,6 +103,7 @@ def _run(options: argparse.Namespace) -> CountTable:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse options that the named harness would not use."""
+    from tokenflex.files import checkpoint_folder
     from tokenflex.harnesses.driver import HARNESSES
 
     if options.harness not in HARNESSES:
@@ -118,5 +119,4 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("batch_size", "limit", "include_path"):
         if not is_lmms_eval and getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} is for lmms-eval, not for vlmevalkit")
-    if not options.model.is_dir():
-        raise FileNotFoundError(f"checkpoint folder {options.model} does not exist")
+    checkpoint_folder(options.model)

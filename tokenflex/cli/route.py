@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenflex.cli.common import device, quiet_libraries
+from tokenflex.cli.common import data_config, device, quiet_libraries
 from tokenflex.cli.options import ALLOW_OUTSIDE, counts_or_grids, positive
 from tokenflex.cli.parser import CommandLine
 
@@ -58,12 +58,10 @@ def add_to(commands: CommandLine) -> None:
 def _route(options: argparse.Namespace) -> int:
     quiet_libraries()
     from tokenflex.locks import locked
-    from tokenflex.routing.storage import FOLDER, check_router_folder
+    from tokenflex.routing.storage import check_router_folder
 
-    if not options.model.is_dir():
-        raise FileNotFoundError(f"checkpoint folder {options.model} does not exist")
-    check_router_folder(options.model)  # before the work, not after it
-    with locked(options.model / FOLDER):
+    folder = check_router_folder(options.model)  # before the work, not after it
+    with locked(folder):
         return _route_into(options)
 
 
@@ -117,14 +115,11 @@ def _route_into(options: argparse.Namespace) -> int:
 
 
 def _dataset(data: str, digits_split: str, options: argparse.Namespace) -> Any:
-    """'digits' in a split and size, or what evaluation reads, too."""
-    from tokenflex.formats import detect_format
+    """Open 'digits' in a split and size, or data at a path."""
     from tokenflex.training.build import build_dataset
-    from tokenflex.training.data_config import DataConfig
 
     if data == "digits":
-        return build_dataset(DataConfig(name="digits", split=digits_split, size=options.size))
-    values: dict[str, Any] = {"name": detect_format(data), "path": Path(data)}
-    if options.image_folder is not None:
-        values |= {"image_folder": options.image_folder}
-    return build_dataset(DataConfig(**values, allow_outside=options.allow_outside))
+        given = {"split": digits_split, "size": options.size}
+    else:
+        given = {"image_folder": options.image_folder, "allow_outside": options.allow_outside}
+    return build_dataset(data_config(data, given))

@@ -9,7 +9,7 @@ import torch
 from jinja2 import TemplateError
 
 from tokenflex.data.samples import Conversation
-from tokenflex.models.chat import IMAGE_MARK, Chat, image_pattern, render
+from tokenflex.models.chat import IMAGE_MARK, Chat, image_pattern, parts_of, render
 
 IGNORE = -100
 CACHED_CONVERSATIONS = 4096
@@ -124,7 +124,7 @@ class ConversationEncoder:
             first = roles.index("user")
             texts[first] = IMAGE_MARK * num_images + texts[first]
         return [
-            {"role": role, "content": _parts_of(text) if IMAGE_MARK in text else text}
+            {"role": role, "content": parts_of(text) if IMAGE_MARK in text else text}
             for role, text in zip(roles, texts, strict=True)
         ]
 
@@ -147,12 +147,3 @@ class ConversationEncoder:
         start, _, end = self.image_prompt.partition(self.image_token)
         pattern = image_pattern(start, self.image_token, end)
         return pattern.sub(lambda _: self.image_prompt, text)  # some templates write no marks
-
-
-def _parts_of(text: str) -> list[dict[str, str]]:
-    """Split a turn's text at its images."""
-    parts: list[dict[str, str]] = []
-    for i, piece in enumerate(text.split(IMAGE_MARK)):
-        parts += [{"type": "image"}] * (i > 0)
-        parts += [{"type": "text", "text": piece}] * bool(piece)
-    return parts

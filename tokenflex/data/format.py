@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
 from tokenflex.data.samples import SampleDataset
@@ -37,11 +37,15 @@ def row_files(path: Path) -> list[Path]:
 class FormatOptions(BaseModel):
     """Keys of a configuration that one format understands, with their types, defaults and bounds.
 
-    Formats may share a key if they define it alike.
+    A docstring below a key describes it. Formats may share a key if they define it alike.
     """
 
-    path: Path | None = None  # of the data; None for a format without one
-    epochs: int | None = None  # passes that training may take; None for no bound
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    path: Path | None = None
+    """Path of the data; None for a format without one."""
+    epochs: int | None = None
+    """Most passes of training through the data; None for no bound."""
 
     def contradictions(self) -> Iterator[str]:
         """Yield what is wrong with values that are each allowed by themselves."""

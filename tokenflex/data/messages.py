@@ -138,10 +138,10 @@ class MessagesDataset(RecordDataset):
 class MessagesOptions(FormatOptions):
     """Keys of ``name: messages`` and ``name: llava``."""
 
-    # Folder that image paths are relative to; that of the data file if None.
     image_folder: Path | None = None
-    # Read images at paths outside of that folder. It changes no sample that can be read.
+    """Folder that image paths are relative to; that of the data file if None."""
     allow_outside: bool = Field(default=False, exclude=True)
+    """Read images at paths outside of the folder too. It changes no sample that can be read."""
 
 
 def layout_of(path: Path) -> str | None:

@@ -116,9 +116,9 @@ class StepPacker:
             with leaving_out(self.dataset, index, broken):
                 outline = outline_of(self.dataset, index)
                 planned.append(self._fit(DrawnSample(index, epoch, outline, count)))
-        counts = [one.tokens_per_tile for one in planned]
-        tokens = [one.num_tokens for one in planned]
-        tiles = [sum(one.tiles) for one in planned]
+        counts = [sample.tokens_per_tile for sample in planned]
+        tokens = [sample.num_tokens for sample in planned]
+        tiles = [sum(sample.tiles) for sample in planned]
         bins = balance_bins(
             tokens,
             tiles,
@@ -136,7 +136,7 @@ class StepPacker:
             # In the order of the step, whatever order they were dealt in.
             batch, members = self._pack([planned[i] for i in sorted(bins[number])], broken)
             packed += [] if batch is None else [batch]
-            rank_tokens += sum(one.num_tokens for one in members)
+            rank_tokens += sum(sample.num_tokens for sample in members)
         # A rank whose samples are fewer or broken still takes part in every exchange of gradients.
         missing = len(rank_bins) - len(packed)
         stand_in = packed[0] if packed else self._any_batch(planned)
@@ -152,12 +152,14 @@ class StepPacker:
             tokens=sum(tokens),
             tiles=sum(tiles),
             vision_tokens=sum(map(mul, tiles, counts)),
-            targets=sum(one.num_targets for one in planned),
+            targets=sum(sample.num_targets for sample in planned),
             counts=dict(sorted(Counter(compress(counts, tiles)).items())),
             rank_tokens=rank_tokens,
             cost_balance=max(costs) * len(costs) / sum(costs),
             broken=broken,
-            teacher_tokens=sum(one.num_tokens_at(seen_by_teacher) for one in planned if teacher),
+            teacher_tokens=sum(
+                sample.num_tokens_at(seen_by_teacher) for sample in planned if teacher
+            ),
             teacher_vision_tokens=sum(tiles) * seen_by_teacher,
         )
 
@@ -178,9 +180,9 @@ class StepPacker:
     ) -> tuple[PackedBatch | None, list[DrawnSample]]:
         """Pack a bin: the batch and the samples in it, None where none of them can be read."""
         members = []
-        for one in planned:
-            with leaving_out(self.dataset, one.index, broken):
-                members.append(replace(one, sample=self.dataset[one.index]))
+        for sample in planned:
+            with leaving_out(self.dataset, sample.index, broken):
+                members.append(replace(sample, sample=self.dataset[sample.index]))
         if not members:
             return None, []
         try:
@@ -201,8 +203,8 @@ class StepPacker:
 
     def _any_batch(self, planned: list[DrawnSample]) -> PackedBatch | None:
         """Pack the first sample of the step that can be read, whichever rank it is of."""
-        for one in planned:
-            batch, _ = self._pack([one], [])
+        for sample in planned:
+            batch, _ = self._pack([sample], [])
             if batch is not None:
                 return batch
         return None

@@ -154,10 +154,13 @@ class HuggingFaceOptions(FormatOptions):
     """Keys of ``name: huggingface``."""
 
     split: str = "train"
-    streaming: bool = False  # read rows as they come, without a copy of all of them
-    shuffle_buffer: int = Field(default=1000, ge=1)  # rows of a stream among which one is drawn
-    # Read images at paths outside of the data's folder. It changes no sample that can be read.
+    """Split of the data set."""
+    streaming: bool = False
+    """Read rows as they come, without a copy of all of them."""
+    shuffle_buffer: int = Field(default=1000, ge=1)
+    """Rows of a stream among which the next one is drawn."""
     allow_outside: bool = Field(default=False, exclude=True)
+    """Read images at paths outside of the folder too. It changes no sample that can be read."""
 
     def contradictions(self) -> Iterator[str]:
         default = HuggingFaceOptions.model_fields["shuffle_buffer"].default

@@ -18,10 +18,14 @@ from tokenflex.digits.processor import digits_processor
 class DigitsOptions(FormatOptions):
     """Keys of ``name: digits``."""
 
-    split: str = "train"  # "train", "validation" or "test"
-    size: int = Field(default=100_000, ge=1)  # canvases
-    questions: int = Field(default=8, ge=1)  # per canvas
-    cells: int = Field(default=CELLS, ge=4, multiple_of=2)  # per side of a canvas
+    split: str = "train"
+    """Split of the task: "train", "validation" or "test"."""
+    size: int = Field(default=100_000, ge=1)
+    """Number of canvases."""
+    questions: int = Field(default=8, ge=1)
+    """Questions about each canvas."""
+    cells: int = Field(default=CELLS, ge=4, multiple_of=2)
+    """Cells along a side of a canvas."""
 
     def contradictions(self) -> Iterator[str]:
         if self.split not in SPLITS:

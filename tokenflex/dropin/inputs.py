@@ -47,13 +47,6 @@ def arguments_by_name(
     return {**arguments, **others}
 
 
-def template_source(templates: Any, name: str | None) -> Any:
-    """Return the source of the chat template that is named, or the default one."""
-    if not isinstance(templates, dict):
-        templates = {"default": templates}
-    return templates.get("default") if name is None else templates.get(name, name)
-
-
 def read_conversation(
     processor: Any, conversation: Any, options: dict[str, Any], tokenize: bool
 ) -> Any:

@@ -43,6 +43,7 @@ from tokenflex.dropin.variants import Variant, change_class, restore_class
 from tokenflex.models.generation import cache_of, repeated_images
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.placeholders import placeholder_rows
+from tokenflex.models.prefill import new_prompt_ids
 from tokenflex.projector import TokenAdaptiveProjector
 
 _STOCK_PROJECTOR = "_tokenflex_stock_projector"  # holds a tuple, so that it is no submodule
@@ -203,12 +204,9 @@ class ConvertedModel(Variant):
                     "prefill_chunk_size must be None for prompts with images before transformers "
                     f"5.23, which leaves the images out, got {chunk_size}"
                 )
-            mask = model_kwargs.get("attention_mask")
-            length = getattr(generation_config, "_mask_length", -1)
-            length = length if mask is None else mask.shape[1]
-            # The mask tells whether the ids are a whole prompt or only its part after the cache.
-            seen = cache.get_seq_length() if length == input_ids.shape[1] else 0
-            _check_counts(self, input_ids[:, seen:], tokens)
+            mask, seen = model_kwargs.get("attention_mask"), cache.get_seq_length()
+            new_ids = new_prompt_ids(input_ids, mask, generation_config, seen)
+            _check_counts(self, new_ids, tokens)
             checked = with_tokens(outputs["image"], tokens, CheckedOutputs)
             model_kwargs["mm_encoder_outputs"] = {**outputs, "image": checked}
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)

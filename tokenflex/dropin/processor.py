@@ -34,12 +34,15 @@ from tokenflex.dropin.inputs import (
     check_option_names,
     images_of_call,
     read_conversation,
-    template_source,
     without_layout,
 )
 from tokenflex.dropin.sampling import CountStream
 from tokenflex.dropin.variants import Variant, change_class, restore_class
-from tokenflex.models.conversations import split_chat_options
+from tokenflex.models.conversations import (
+    check_tokenized,
+    split_chat_options,
+    template_source,
+)
 
 _TEXT_OPTIONS = {"text_kwargs", *TextKwargs.__annotations__}  # without effect on vision tokens
 
@@ -186,11 +189,7 @@ class ConvertedProcessor(Variant):
         call_parameters = inspect.signature(super().__call__).parameters
         check_option_names(self, options, [*call_parameters, *_get_template_variables(template)])
         tokenize = bool(arguments.get("tokenize"))
-        if options and not tokenize:
-            raise ValueError(
-                f"{', '.join(sorted(options))} must be given with tokenize=True, or to the call "
-                "that takes the text"
-            )
+        check_tokenized(options, tokenize)
         arguments["conversation"] = read_conversation(self, conversation, options, tokenize)
         if options:
             arguments["processor_kwargs"] = options

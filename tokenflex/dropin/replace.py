@@ -21,6 +21,7 @@ from tokenflex.dropin.model import (
 )
 from tokenflex.dropin.processor import check_default_count, convert_processor, restore_processor
 from tokenflex.dropin.variants import is_converted, unwrapped, variant_of
+from tokenflex.models.loading import refuse_faults
 from tokenflex_kernels.checks import check_count
 from tokenflex_kernels.pool_norm.axis_weights import check_mode
 
@@ -234,12 +235,6 @@ def from_pretrained(
     model, loading = model_class.from_pretrained(
         name_or_path, config=config, output_loading_info=True, **kwargs
     )
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if loading.get(problem):
-            names = sorted(str(name) for name in loading[problem])
-            raise ValueError(
-                f"checkpoint {name_or_path} has {len(names)} {problem.replace('_', ' ')}, the "
-                f"first is {names[0]}"
-            )
+    refuse_faults(name_or_path, loading)
     convert_processor(processor, config, default_count(config))
     return model, processor

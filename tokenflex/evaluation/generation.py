@@ -26,6 +26,15 @@ def answer_length(tokens: torch.Tensor, ends: int | Sequence[int] | None) -> int
     return int(stops[0]) + 1 if len(stops) else len(tokens)
 
 
+def special_tokens(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Return ``eos_token_id`` and ``pad_token_id`` for ``generate``."""
+    ends, pad = model.generation_config.eos_token_id, tokenizer.pad_token_id
+    return {
+        "eos_token_id": tokenizer.eos_token_id if ends is None else ends,
+        "pad_token_id": tokenizer.eos_token_id if pad is None else pad,
+    }
+
+
 def generate_answers(
     model: Any,
     tokenizer: Any,
@@ -42,10 +51,8 @@ def generate_answers(
         vision_tokens: The [count, D] vision tokens of each prompt's tiles.
         **options: Options of ``generate``; the default is greedy search.
     """
-    ends = model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids, mask = left_padded(prompts, pad)
+    tokens = special_tokens(model, tokenizer)
+    ids, mask = left_padded(prompts, tokens["pad_token_id"])
     tiles = [tile for images in vision_tokens for tile in images]
     output = model.generate(
         input_ids=ids.to(model.device),
@@ -53,13 +60,11 @@ def generate_answers(
         mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=tiles)}
         if tiles
         else None,
-        eos_token_id=ends,
-        pad_token_id=pad,
-        **{"do_sample": False, "num_beams": 1, **options},
+        **{"do_sample": False, "num_beams": 1, **tokens, **options},
     )
     answers = output[:, ids.shape[1] :].cpu()
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return [
-        GeneratedAnswer(text.strip(), answer_length(tokens, ends))
-        for text, tokens in zip(texts, answers, strict=True)
+        GeneratedAnswer(text.strip(), answer_length(answer, tokens["eos_token_id"]))
+        for text, answer in zip(texts, answers, strict=True)
     ]

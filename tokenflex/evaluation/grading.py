@@ -8,12 +8,11 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenflex.data.rows import plan_row
 from tokenflex.data.sequences import TokenSequence, prefix_and_branches
 from tokenflex.evaluation.generation import generate_answers
-from tokenflex.evaluation.questions import ProjectedImages, Question
+from tokenflex.evaluation.questions import Question, QuestionImages
 from tokenflex.evaluation.scoring import RULES
 from tokenflex.prompts import expand_placeholders
 
@@ -36,7 +35,7 @@ class ForcedGrades:
 
 
 def grade_forced(
-    model: Any, processor: Any, questions: Sequence[Question], vision: ProjectedImages
+    model: Any, processor: Any, questions: Sequence[Question], images: QuestionImages
 ) -> ForcedGrades:
     """Grade forced answers in one forward pass.
 
@@ -47,7 +46,7 @@ def grade_forced(
         model: A :class:`tokenflex.TokenFlexForConditionalGeneration` in evaluation mode.
         processor: Its processor.
         questions: One or more encoded questions; those of a sample are next to each other.
-        vision: The images of the questions.
+        images: The images of the questions.
 
     Returns:
         Tensors on the host.
@@ -55,7 +54,7 @@ def grade_forced(
     samples: list[tuple[list[TokenSequence], int]] = []
     tokens_per_image: list[int] = []
     first_images: dict[range, int] = {}
-    asked = zip(questions, vision.places, strict=True)
+    asked = zip(questions, images.tiles, strict=True)
     for _, group in groupby(asked, key=lambda pair: (pair[0].sample.index, pair[0].grids)):
         members = list(group)
         sequences = [question.encoded for question, _ in members if question.encoded is not None]
@@ -70,7 +69,8 @@ def grade_forced(
     batch = row.to(model.device)
     logits = model(
         plan=batch.plan,
-        mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=vision.tokens)},
+        encoded_images=images.encoded,
+        num_image_tokens=images.grids,
         shared_prefixes=batch.shared_prefixes,
         logits_to_keep=batch.target_rows,
     ).logits[0]
@@ -88,7 +88,7 @@ def grade_generated(
     model: Any,
     processor: Any,
     questions: Sequence[Question],
-    vision: ProjectedImages,
+    images: QuestionImages,
     score: str,
     *,
     batch_size: int,
@@ -99,11 +99,14 @@ def grade_generated(
     Raises:
         ValueError: A reference answer does not suit the rule; the message names the sample.
     """
+    projected = model.get_image_features(
+        num_image_tokens=images.grids, encoded_images=images.encoded
+    ).pooler_output
     right = []
     for first in range(0, len(questions), batch_size):
         batch = questions[first : first + batch_size]
-        tiles = vision.places[first : first + batch_size]
-        tokens = [[vision.tokens[tile] for tile in of_question] for of_question in tiles]
+        tiles = images.tiles[first : first + batch_size]
+        tokens = [[projected[tile] for tile in of_question] for of_question in tiles]
         prompts = [_prompt(question, processor.image_token_id) for question in batch]
         answers = generate_answers(
             model, processor.tokenizer, prompts, tokens, max_new_tokens=max_new_tokens

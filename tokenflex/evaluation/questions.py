@@ -1,4 +1,4 @@
-"""Samples become questions with encoded images, and vision tokens at a choice of counts."""
+"""Samples become questions with encoded images, at a choice of counts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tokenflex.counts import Grid
+from tokenflex.counts import Grid, tokens_of_images
 from tokenflex.data.encoding import IGNORE, ConversationEncoder
 from tokenflex.data.faults import (
     NO_SAMPLE_TO_BLAME,
@@ -266,28 +266,28 @@ class Question:
     @property
     def tokens_per_image(self) -> list[int]:
         """Vision tokens of each image, all its tiles together."""
-        pairs = zip(self.sample.tiles, self.grids, strict=True)
-        return [tiles * height * width for tiles, (height, width) in pairs]
+        return tokens_of_images(self.sample.tiles, self.grids)
 
 
 @dataclass(frozen=True)
-class ProjectedImages:
-    """Vision tokens of a batch's images, each image projected once per grid.
+class QuestionImages:
+    """Images of a batch's questions, each once per grid.
 
     Attributes:
-        tokens: [count, D] of every projected tile.
-        places: Indices into ``tokens`` of each question's tiles, in order.
+        encoded: Their tiles.
+        grids: (height, width) vision tokens of each tile.
+        tiles: Indices of each question's tiles, in order.
     """
 
-    tokens: list[torch.Tensor]
-    places: list[range]
+    encoded: EncodedImages
+    grids: list[Grid]
+    tiles: list[range]
 
 
-def project(model: Any, encoded: EncodedImages, questions: Sequence[Question]) -> ProjectedImages:
-    """Project the images of every question; questions about one sample at equal grids share them.
+def images_of(encoded: EncodedImages, questions: Sequence[Question]) -> QuestionImages:
+    """Return the images of every question; questions about one sample at equal grids share them.
 
     Args:
-        model: A :class:`tokenflex.TokenFlexForConditionalGeneration`.
         encoded: The tiles of the batch.
         questions: The questions of the batch.
     """
@@ -302,7 +302,7 @@ def project(model: Any, encoded: EncodedImages, questions: Sequence[Question]) -
             tiles += sample.tile_range
             for count, grid in zip(sample.tiles, question.grids, strict=True):
                 grids += [grid] * count
-    images = encoded if tiles == [*range(len(encoded))] else encoded.select(tiles)
-    projected = model.get_image_features(num_image_tokens=grids, encoded_images=images)
-    places = [ranges[question.sample.index, question.grids] for question in questions]
-    return ProjectedImages(projected.pooler_output, places)
+    if tiles != [*range(len(encoded))]:
+        encoded = encoded.select(tiles)
+    of_questions = [ranges[question.sample.index, question.grids] for question in questions]
+    return QuestionImages(encoded, grids, of_questions)

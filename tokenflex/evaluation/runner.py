@@ -20,7 +20,7 @@ from tokenflex.evaluation.grading import grade_forced, grade_generated
 from tokenflex.evaluation.questions import (
     PreparedSample,
     Question,
-    project,
+    images_of,
     read_questions,
     text_before_answers,
 )
@@ -133,15 +133,15 @@ def evaluate(
             for label, count in zip(labels, counts, strict=True):
                 started = time.perf_counter()
                 questions = _at_count(model, encoded, batch.questions, count)
-                vision = project(model, encoded, questions)
+                images = images_of(encoded, questions)
                 if score == FORCED:
-                    right = grade_forced(model, processor, questions, vision).right.tolist()
+                    right = grade_forced(model, processor, questions, images).right.tolist()
                 else:
                     right = grade_generated(
                         model,
                         processor,
                         questions,
-                        vision,
+                        images,
                         score,
                         batch_size=batch_size,
                         max_new_tokens=max_new_tokens,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from tokenflex.counts import Grid, parse_count, token_grid
+from tokenflex.counts import Grid, parse_count, token_grid, tokens_of_images
 from tokenflex.evaluation.counts import label_of, selector_of
 from tokenflex.evaluation.generation import generate_answers
 from tokenflex.images import load_image
@@ -109,7 +109,7 @@ class Assistant:
             prompt = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
             tiles = [next(remaining_tiles) for _ in chat_images]
             grids = self._grids(encoded, len(tile_grids), tiles, prompt)
-            tokens = [n * height * width for n, (height, width) in zip(tiles, grids, strict=True)]
+            tokens = tokens_of_images(tiles, grids)
             tile_grids += [grid for n, grid in zip(tiles, grids, strict=True) for _ in range(n)]
             prompts.append(expand_placeholders(prompt.long(), tokens, image_token_id))
             costs.append(sum(tokens))

@@ -149,9 +149,9 @@ def _by_length(
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     if not outputs:
         return query.transpose(1, 2)
-    place = torch.empty_like(all_rows := torch.cat(order))
-    place[all_rows] = torch.arange(len(all_rows), device=all_rows.device)
-    return torch.cat(outputs).index_select(0, place).unsqueeze(0)
+    row_order = torch.empty_like(all_rows := torch.cat(order))
+    row_order[all_rows] = torch.arange(len(all_rows), device=all_rows.device)
+    return torch.cat(outputs).index_select(0, row_order).unsqueeze(0)
 
 
 def _sequences(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

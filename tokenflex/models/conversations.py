@@ -92,14 +92,15 @@ class ConversationProcessor(ProcessorMixin):
                 "continue_final_message and add_generation_prompt exclude each other: one leaves "
                 "the last message open, the other begins a new one"
             )
-        template = self._chat_template(chat_template)
+        template = template_source(self.chat_template, chat_template)
+        if template is None:
+            names = ", ".join(self.chat_template or {}) or "none"
+            raise ValueError(
+                f"chat_template must be given: the processor has no default one, only {names}"
+            )
         variables, options = split_chat_options(template, kwargs, processor_kwargs)
         check_names(self, options, more=[*_get_template_variables(template), "images"])
-        if options and not tokenize:
-            raise ValueError(
-                f"{', '.join(sorted(options))} must be given with tokenize=True, or to the call "
-                "that takes the text"
-            )
+        check_tokenized(options, tokenize)
         if return_assistant_tokens_mask:
             self._check_assistant_mask(template, tokenize and return_dict)
         foreign = [IMAGE_MARK] if self.image_token != IMAGE_MARK else []
@@ -138,20 +139,6 @@ class ConversationProcessor(ProcessorMixin):
         inputs = self(text=texts, **options)
         return inputs if return_dict else inputs["input_ids"]
 
-    def _chat_template(self, chat_template: str | None) -> str:
-        """Return the source of a template by its name, of the default one if None."""
-        templates = self.chat_template or {}
-        if isinstance(templates, str):
-            templates = {"default": templates}
-        if chat_template is not None:
-            return templates.get(chat_template, chat_template)
-        if "default" not in templates:
-            names = ", ".join(templates) or "none"
-            raise ValueError(
-                f"chat_template must be given: the processor has no default one, only {names}"
-            )
-        return templates["default"]
-
     def _check_assistant_mask(self, template: str, returns_dict: bool) -> None:
         if not returns_dict:
             need = "tokenize=True and return_dict=True"
@@ -179,6 +166,22 @@ class ConversationProcessor(ProcessorMixin):
             if not options.get(option):
                 del inputs[name]
         return inputs
+
+
+def template_source(templates: Any, name: str | None) -> Any:
+    """Return the source of the chat template that is named, or the default one; None without."""
+    if not isinstance(templates, Mapping):
+        templates = {"default": templates}
+    return templates.get("default") if name is None else templates.get(name, name)
+
+
+def check_tokenized(options: Mapping[str, Any], tokenize: bool) -> None:
+    """Refuse options of the processor where a prompt is rendered alone."""
+    if options and not tokenize:
+        raise ValueError(
+            f"{', '.join(sorted(options))} must be given with tokenize=True, or to the call that "
+            "takes the text"
+        )
 
 
 def split_chat_options(

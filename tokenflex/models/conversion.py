@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tokenflex.files import excerpt, read_json, settle_folder, sync_folder
+from tokenflex.files import checkpoint_folder, excerpt, read_json, settle_folder, sync_folder
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.generation import never_generate
 from tokenflex.models.loading import read_config
@@ -55,9 +55,7 @@ def convert(source: str | Path, target: str | Path, *, system_message: str | Non
         FileExistsError: the target exists.
         ValueError: the source is of neither layout, broken, or the other layout cannot hold it.
     """
-    source, target = Path(source), Path(target)
-    if not source.is_dir():
-        raise FileNotFoundError(f"checkpoint folder {source} does not exist")
+    source, target = checkpoint_folder(source), Path(target)
     if target.exists():
         raise FileExistsError(f"target folder {target} exists; name one that does not")
     config = read_json(source / "config.json", "checkpoint file")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tokenflex.images import load_image
+from tokenflex.images import channels_last, load_image
 
 
 @dataclass(frozen=True)
@@ -103,18 +103,14 @@ def _holds_floats(source: Any) -> bool:
 
 def _float_pixels(source: torch.Tensor | np.ndarray, name: str) -> np.ndarray:
     """Return floats as they are, as [3, H, W]."""
-    channels_first = isinstance(source, torch.Tensor)
     if isinstance(source, torch.Tensor):
-        source = source.detach().cpu().float().numpy()
-    if source.ndim == 2:
-        pixels = source[None]
-    elif source.shape[-1] in (1, 3) and not (channels_first and source.shape[0] in (1, 3)):
-        pixels = np.moveaxis(source, -1, 0)
-    else:
-        pixels = source
-    if pixels.ndim != 3 or pixels.shape[0] not in (1, 3) or not pixels.size:
+        source = source.float()
+    try:
+        pixels = np.atleast_3d(channels_last(source, channels=(1, 3)))
+    except ValueError:
         raise ValueError(
             f"{name} must have 1 or 3 channels where do_rescale=False keeps floats as they are, "
             f"got shape {list(source.shape)}"
-        )
-    return np.ascontiguousarray(np.broadcast_to(pixels, (3, *pixels.shape[1:])))
+        ) from None
+    rgb = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+    return np.ascontiguousarray(rgb.transpose(2, 0, 1))

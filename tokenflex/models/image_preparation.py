@@ -10,7 +10,7 @@ from transformers import ProcessorMixin
 from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import MultiModalData
 
-from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, token_grids
+from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, token_grids, tokens_of_images
 from tokenflex.images import load_image
 from tokenflex.models.call_options import sort_options
 from tokenflex.models.image_inputs import name_images, read_images
@@ -119,7 +119,7 @@ class ImagePreparation(ProcessorMixin):
         """
         grids = self._count_grids(num_image_tokens, len(images))
         tiles = self._num_tiles(images, max_tiles, options)
-        return [n * height * width for n, (height, width) in zip(tiles, grids, strict=True)]
+        return tokens_of_images(tiles, grids)
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[Grid] | None = None, **kwargs: Any

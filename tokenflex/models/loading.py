@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenflex.files import read_json
+from tokenflex.files import checkpoint_folder, read_json
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.processing import TokenFlexProcessor
@@ -32,9 +33,7 @@ def load_checkpoint(
         FileNotFoundError: the folder or one of its files does not exist.
         ValueError: a file is cut off, or the weights do not fit the config.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
+    folder = checkpoint_folder(path)
     values = read_json(folder / "config.json", "checkpoint file")
     if isinstance(values, dict) and values.get("model_type") == RISTRETTO:
         return load_ristretto(folder)
@@ -51,7 +50,7 @@ def load_checkpoint(
         raise ValueError(
             f"checkpoint {folder} cannot be loaded: {type(error).__name__}: {reason}"
         ) from error
-    _refuse_keys(folder, "mismatched_keys", too_small)
+    refuse_faults(folder, {"mismatched_keys": too_small})
     try:
         model, loading = TokenFlexForConditionalGeneration.from_pretrained(
             folder,
@@ -64,17 +63,21 @@ def load_checkpoint(
         raise ValueError(
             f"checkpoint {folder} cannot be loaded: {type(error).__name__}: {error}"
         ) from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        _refuse_keys(folder, problem, [str(n) for n in loading[problem] if n not in new])
+    refuse_faults(folder, loading, allowed=new)
     return model.eval(), processor
 
 
-def _refuse_keys(folder: Path, problem: str, names: list[str]) -> None:
-    if names:
-        raise ValueError(
-            f"checkpoint {folder} has {len(names)} {problem.replace('_', ' ')}, "
-            f"the first is {min(names)}"
-        )
+def refuse_faults(
+    checkpoint: object, loading: Mapping[str, Iterable[Any]], allowed: Collection[str] = ()
+) -> None:
+    """Refuse faulty keys in transformers' loading information, except those ``allowed``."""
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = [str(name) for name in loading.get(problem, ()) if name not in allowed]
+        if names:
+            raise ValueError(
+                f"checkpoint {checkpoint} has {len(names)} {problem.replace('_', ' ')}, "
+                f"the first is {min(names)}"
+            )
 
 
 def check_length(config: TokenFlexConfig, vision_tokens: int) -> None:

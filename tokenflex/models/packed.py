@@ -31,11 +31,12 @@ def pack_prompts(
             take them.
     """
     attention = language_model.config._attn_implementation
+    knows_samples = attention == PACKED_ATTENTION or attention.startswith("flash")
     if shared_prefixes is not None:
         _check_shared_prefixes(shared_prefixes, plan, attention)
     position_ids = plan.position_ids if shared_prefixes is None else shared_prefixes.position_ids
     if config.image_positions == "shared" and images is not None and images.counts:
-        if attention != PACKED_ATTENTION and not attention.startswith("flash"):
+        if not knows_samples:
             raise ValueError(
                 "image_positions='shared' packs with the language model's attention "
                 f"{PACKED_ATTENTION!r} or flash: {attention!r} knows samples by their positions"
@@ -52,7 +53,7 @@ def pack_prompts(
         "attention_mask": None,
         "use_cache": False,
     }
-    if attention != PACKED_ATTENTION and not attention.startswith("flash"):
+    if not knows_samples:
         return inputs  # sdpa, eager, flex: transformers masks by position_ids
     inputs |= {
         "cu_seq_lens_q": plan.cu_seqlens,

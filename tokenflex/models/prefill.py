@@ -15,6 +15,22 @@ from transformers import GenerationConfig, GenerationMixin
 from tokenflex.models.placeholders import ImageTokens, merge_prompt
 
 
+def new_prompt_ids(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    generation_config: GenerationConfig,
+    seen: int,
+) -> torch.Tensor:
+    """Return the ids that the cache, which holds ``seen`` tokens, does not hold yet.
+
+    The mask tells whether ``input_ids`` are a whole prompt or only its part after the cache, as in
+    transformers.
+    """
+    length = getattr(generation_config, "_mask_length", -1)
+    length = length if attention_mask is None else attention_mask.shape[1]
+    return input_ids[:, seen:] if length == input_ids.shape[1] else input_ids
+
+
 class ChunkedPrefill(GenerationMixin):
     """A mixin that reads prompts with images in chunks."""
 
@@ -45,10 +61,7 @@ class ChunkedPrefill(GenerationMixin):
         if inputs_embeds is not None:  # always the whole prompt
             prompt = {"input_ids": None, "inputs_embeds": inputs_embeds[:, seen:]}
         else:
-            length = getattr(generation_config, "_mask_length", -1)
-            length = length if attention_mask is None else attention_mask.shape[1]
-            # As transformers tells a whole prompt from the new part of one.
-            new_ids = input_ids[:, seen:] if length == input_ids.shape[1] else input_ids
+            new_ids = new_prompt_ids(input_ids, attention_mask, generation_config, seen)
             prompt = {"input_ids": new_ids.to(self.device), "inputs_embeds": None}
         images = None
         if outputs.get("image") is not None:

@@ -70,27 +70,27 @@ def share_prefixes(plan: PackPlan, parents: Sequence[int]) -> SharedPrefixes:
             f"parents must name one for each of the plan's {plan.num_samples} sequences, got "
             f"{len(parents)}"
         )
-    for place, parent in enumerate(parents):
-        if parent != -1 and not (0 <= parent < place and parents[parent] == -1):
+    for sequence, parent in enumerate(parents):
+        if parent != -1 and not (0 <= parent < sequence and parents[parent] == -1):
             raise ValueError(
-                f"parents[{place}] must be -1 or an earlier sequence that has no parent itself, "
+                f"parents[{sequence}] must be -1 or an earlier sequence that has no parent itself, "
                 f"got {parent}"
             )
-    own = torch.tensor(plan.lengths, dtype=torch.int64)
-    first = own.cumsum(0) - own
+    lengths = torch.tensor(plan.lengths, dtype=torch.int64)
+    first = lengths.cumsum(0) - lengths
     parent_of = torch.tensor(parents, dtype=torch.int64)
     # A branch of no rows sees nothing; nor does a sequence without a parent see another.
-    before = torch.where((parent_of >= 0) & (own > 0), own[parent_of], 0)
-    seen = before + own
+    before = torch.where((parent_of >= 0) & (lengths > 0), lengths[parent_of], 0)
+    seen = before + lengths
     # The rows seen are runs, two for each sequence: its prefix's, then its own.
     run_starts = torch.stack([first[parent_of], first], 1).flatten()
-    runs = torch.stack([before, own], 1).flatten()
+    runs = torch.stack([before, lengths], 1).flatten()
     key_rows = (run_starts - runs.cumsum(0) + runs).repeat_interleave(runs)
     return SharedPrefixes(
         parents=parents,
         lengths=tuple(seen.tolist()),
         max_length=max(seen.tolist(), default=0),
-        position_ids=plan.position_ids + before.repeat_interleave(own),
+        position_ids=plan.position_ids + before.repeat_interleave(lengths),
         key_rows=key_rows + torch.arange(len(key_rows)),
         cu_seqlens=torch.cat([seen.new_zeros(1), seen.cumsum(0)]).to(torch.int32),
     )

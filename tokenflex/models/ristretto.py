@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.image_utils import PILImageResampling
 
-from tokenflex.files import excerpt
+from tokenflex.files import checkpoint_folder, excerpt
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.generation import never_generate
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
@@ -88,9 +88,7 @@ def load_ristretto(
         FileNotFoundError: the folder or one of its files does not exist.
         ValueError: a file is cut off, or the checkpoint is of another layout; the message names it.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
+    folder = checkpoint_folder(path)
     released = read_ristretto_config(folder)
     processor = ristretto_processor(folder, released, system_message)
     weights: dict[str, torch.Tensor] = {}

@@ -20,7 +20,7 @@ from tokenflex.evaluation.grading import grade_forced
 from tokenflex.evaluation.questions import (
     PreparedSample,
     Question,
-    project,
+    images_of,
     read_questions,
     text_before_answers,
 )
@@ -148,14 +148,14 @@ def grade(
             warn_of_broken(batch.broken)
             if batch.questions:
                 encoded = model.encode_images(batch.pixel_values.to(model.device), batch.grids)
-                images_of = {}
+                indices_of = {}
                 for sample in batch.samples:
-                    images_of[sample.index] = range(num_images, num_images + len(sample.tiles))
+                    indices_of[sample.index] = range(num_images, num_images + len(sample.tiles))
                     num_images += len(sample.tiles)
                 asked = [question for of_sample in batch.questions for question in of_sample]
                 for question in asked:
                     sample = question.sample
-                    pairs += [(image, len(kinds)) for image in images_of[sample.index]]
+                    pairs += [(image, len(kinds)) for image in indices_of[sample.index]]
                     tiles.append(sum(sample.tiles))
                     samples.append(sample.index)
                     kinds.append(question.conversation.kind)
@@ -163,8 +163,9 @@ def grade(
                 for count in counts:
                     grid = token_grid(count)
                     at_count = [replace(q, grids=(grid,) * len(q.sample.tiles)) for q in asked]
-                    vision = project(model, encoded, at_count)
-                    graded.append(grade_forced(model, processor, at_count, vision))
+                    graded.append(
+                        grade_forced(model, processor, at_count, images_of(encoded, at_count))
+                    )
                 right.append(torch.stack([grades.right for grades in graded], dim=1))
                 confidence.append(torch.stack([grades.confidence for grades in graded], dim=1))
                 tiles_per_image = [n for sample in batch.samples for n in sample.tiles]

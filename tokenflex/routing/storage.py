@@ -14,7 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tokenflex.files import excerpt, parse_json, printable, write_atomically, write_json
+from tokenflex.files import (
+    checkpoint_folder,
+    excerpt,
+    parse_json,
+    printable,
+    write_atomically,
+    write_json,
+)
 from tokenflex.routing.router import Router
 
 FOLDER = "router"
@@ -39,11 +46,7 @@ def save_router(router: Router, checkpoint: str | Path, report: dict[str, Any]) 
         FileNotFoundError: The checkpoint folder does not exist.
         FileExistsError: A file to replace does not belong to a router.
     """
-    checkpoint = Path(checkpoint)
-    if not checkpoint.is_dir():
-        raise FileNotFoundError(f"checkpoint folder {checkpoint} does not exist")
-    check_router_folder(checkpoint)
-    folder = checkpoint / FOLDER
+    folder = check_router_folder(checkpoint)
     folder.mkdir(exist_ok=True)
     settings = json.dumps({name: getattr(router, name) for name in _SETTINGS})
     weights = {name: tensor.contiguous() for name, tensor in router.state_dict().items()}
@@ -55,18 +58,20 @@ def save_router(router: Router, checkpoint: str | Path, report: dict[str, Any]) 
     return folder
 
 
-def check_router_folder(checkpoint: str | Path) -> None:
-    """Check that :func:`save_router` replaces a router's files only.
+def check_router_folder(checkpoint: str | Path) -> Path:
+    """Return the router's folder, of which :func:`save_router` replaces a router's files only.
 
     Raises:
+        FileNotFoundError: The checkpoint folder does not exist.
         FileExistsError: A file of something else exists.
     """
-    folder = Path(checkpoint) / FOLDER
+    folder = checkpoint_folder(checkpoint) / FOLDER
     for name in (WEIGHTS, REPORT, CURVE):
         if (folder / name).exists() and not is_router_file(folder / WEIGHTS):
             raise FileExistsError(
                 f"{folder / name} exists and was not written with a router; move it"
             )
+    return folder
 
 
 def is_router_file(path: Path) -> bool:

@@ -372,6 +372,11 @@ class TrainConfig(Strict):
         """Return the data that ``stage`` is trained on."""
         return self.data if stage.data is None else stage.data
 
+    @property
+    def stage_data(self) -> tuple[DataConfig, ...]:
+        """Data of all stages, each once."""
+        return tuple(dict.fromkeys(self.data_of(stage) for stage in self.stages))
+
     def fingerprint(self) -> str:
         """Return as JSON all keys that the numbers of a run depend on, to compare two runs by."""
         free_keys = {
@@ -395,8 +400,7 @@ class TrainConfig(Strict):
         name, vision = self.model.processor, self.model.vision.config
         if name not in FRESH_PARTS or vision is None:
             return
-        used = [self.data_of(stage) for stage in self.stages]
-        used += [] if self.evaluation is None else [self.evaluation.data]
+        used = [*self.stage_data, *([] if self.evaluation is None else [self.evaluation.data])]
         parts = [part for data in used for part in (data, *data.parts) if part.name == name]
         problems = (
             FRESH_PARTS[name].image_problem(part, vision.get("image_size")) for part in parts

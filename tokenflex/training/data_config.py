@@ -24,31 +24,43 @@ def _format_keys() -> dict[str, Any]:
             annotation = numbers.get(field.annotation, field.annotation)
             for bound in field.metadata:
                 annotation = Annotated[annotation, bound]
-            keys[key] = (annotation, Field(default=field.default, exclude=field.exclude))
+            options = {"default": field.default, "exclude": field.exclude}
+            keys[key] = (annotation, Field(**options, description=_description(key)))
     return keys
+
+
+def _description(key: str) -> str:
+    """Return what the formats say of a key, each text with the names of its formats."""
+    formats: dict[str, list[str]] = {}
+    for known in FORMATS.values():
+        if key in known.keys:
+            formats.setdefault(known.keys[key].description or "", []).append(known.name)
+    texts = (f"{text} For {', '.join(names)}." for text, names in formats.items())
+    return " ".join(texts).lstrip()
 
 
 _FORMAT_KEYS = _format_keys()
 _NAMES: Any = Literal[(*FORMATS, MIXTURE)]
-_FormatKeys: Any = create_model("_FormatKeys", __base__=Strict, name=(_NAMES, ...), **_FORMAT_KEYS)
+_NAME = (_NAMES, Field(description='Name of a registered format, or "mixture".'))
+_FormatKeys: Any = create_model("_FormatKeys", __base__=Strict, name=_NAME, **_FORMAT_KEYS)
 
 
 class DataConfig(_FormatKeys):
     """A data set.
 
-    ``name`` is that of a registered format, or "mixture". Beside the keys below, data takes those
-    of its format's ``options``; see :mod:`tokenflex.formats`.
+    Beside the keys below, data takes those of its format's ``options``; see
+    :mod:`tokenflex.formats`.
     """
 
-    # Where the data lies, for formats that are read from somewhere.
     path: Path | None = None
-    # Passes that training may take through the data; None for as many as its stages need. A bound
-    # changes no sample before it, so a run that ended at one may continue with another.
+    """Path of the data, for formats that are read from one."""
     epochs: Int | None = Field(default=None, ge=1, exclude=True)
-    # The data sets of a mixture.
+    """Most passes of training through the data; None for as many as its stages need. A bound
+    changes no sample before it, so a run that ended at one may continue with another."""
     parts: tuple[DataConfig, ...] = ()
-    # How often a part of a mixture is drawn from, relative to the others.
+    """Data sets of a mixture."""
     weight: Float = Field(default=1.0, gt=0, lt=float("inf"))
+    """How often a part of a mixture is drawn from, relative to the others."""
 
     @property
     def format(self) -> DataFormat:

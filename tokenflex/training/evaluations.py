@@ -48,14 +48,14 @@ class Share:
 
     def where(self, index: int) -> str:
         """Return the data set's name for the sample."""
-        return where_of(self.dataset, self.place_of(index))
+        return where_of(self.dataset, self.position_of(index))
 
-    def place_of(self, index: int) -> int:
+    def position_of(self, index: int) -> int:
         """Return the data set's index of the sample at ``index``; the last one for a stand-in."""
         return min(index * self.num_ranks + self.rank, self.size - 1)
 
     def __getitem__(self, index: int) -> Sample:
-        sample = self.dataset[self.place_of(index)]
+        sample = self.dataset[self.position_of(index)]
         if index * self.num_ranks + self.rank < self.size:
             return sample
         questions = [replace(question, kind=_STAND_IN) for question in sample.conversations]
@@ -173,7 +173,7 @@ class Evaluator:
             except BrokenSamplesError as error:  # all samples of the share are broken
                 report = {"broken_samples": [asdict(sample) for sample in error.broken]}
         report["broken_samples"] = [
-            sample | {"index": data.place_of(sample["index"])}
+            sample | {"index": data.position_of(sample["index"])}
             for sample in report.get("broken_samples", [])
         ]
         report = merged(gather_object([report]))

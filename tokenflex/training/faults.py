@@ -25,13 +25,13 @@ def check_finite(
     accelerator: Accelerator,
     outcome: StepOutcome,
     packed: PackedStep,
-    place: tuple[str, int],
+    stage: str,
+    step: int,
     path: Path,
 ) -> None:
     """Stop at the step that broke the model: later ones would blame other samples.
 
-    ``place`` is the stage's name and the step in it. The file at ``path`` names the samples of all
-    processes, which have the same outcome.
+    The file at ``path`` names the samples of all processes, which have the same outcome.
 
     Raises:
         NonFiniteLossError: The loss or the norm of the gradients is NaN or infinite.
@@ -42,7 +42,6 @@ def check_finite(
     if math.isfinite(loss) and (math.isfinite(norm) or not norm_counts):
         return
     sample_ids = gather_object([name for batch in packed.bins for name in batch.sample_ids])
-    stage, step = place
     if accelerator.is_main_process:
         report = {
             "stage": stage,

@@ -26,7 +26,7 @@ from tokenflex.training.output import CHECKPOINT, NON_FINITE, REPORT
 from tokenflex.training.records import (
     Meter,
     StageRecord,
-    place_of,
+    position_of,
     progress_bar,
     training_report,
 )
@@ -120,7 +120,7 @@ class TrainingRun:
         elif self.is_main and state is not None:
             for file in (self.setup.metrics, self.setup.evaluations):
                 file.cut(state["stage"], state["step"])
-        first_step = 0 if state is None else self._place()["global_step"] + 1
+        first_step = 0 if state is None else self._position()["global_step"] + 1
         start_trackers(self.accelerator, self.config, first_step=first_step)
         if state is None and self.config.encoder_warm_up is not None:
             self.records.append(warm_up(self.setup, self.config.encoder_warm_up))
@@ -159,8 +159,8 @@ class TrainingRun:
                     meter.add(packed)
                     scheduler.step()
                     step, is_last = record.counts["steps"], record.done(stage) >= stage.budget
-                    place, path = (stage.name, step), self.config.output / NON_FINITE
-                    check_finite(self.accelerator, outcome, packed, place, path)
+                    path = self.config.output / NON_FINITE
+                    check_finite(self.accelerator, outcome, packed, stage.name, step, path)
                     bar.update(1 if stage.tokens is None else packed.tokens)
                     if step % self.config.log_every == 0 or is_last:
                         self._log(stage, outcome, packed, scheduler, meter, bar)
@@ -191,8 +191,8 @@ class TrainingRun:
     def _stages(self) -> list[dict[str, Any]]:
         return self.records[self.config.encoder_warm_up is not None :]
 
-    def _place(self) -> dict[str, Any]:
-        return place_of(self._stages())
+    def _position(self) -> dict[str, Any]:
+        return position_of(self._stages())
 
     def _log(
         self,
@@ -207,7 +207,7 @@ class TrainingRun:
         rates = meter.rates(self.accelerator.gather(shared).tolist())
         if self.is_main:
             line = metrics_line(
-                self._place(),
+                self._position(),
                 stage,
                 self.records[-1],
                 outcome,
@@ -229,13 +229,13 @@ class TrainingRun:
 
         With ``only_missing`` not if that was done before the run was stopped.
         """
-        place, record = self._place(), StageRecord(self.records[-1])
+        position, record = self._position(), StageRecord(self.records[-1])
         is_last = record.done(stage) >= stage.budget
-        if self.evaluator is None or not self.evaluator.is_due(place["step"], is_last):
+        if self.evaluator is None or not self.evaluator.is_due(position["step"], is_last):
             return
         lines = self.setup.evaluations
         if only_missing and from_main(
-            lambda: lines.has(place["stage"], place["step"]), self.is_main
+            lambda: lines.has(position["stage"], position["step"]), self.is_main
         ):
             return
         began = time.perf_counter()
@@ -243,19 +243,19 @@ class TrainingRun:
         if self.is_main:
             kept = ("accuracy", "accuracy_by_kind", "questions", "broken_samples")
             values = {key: report[key] for key in kept if key in report}
-            lines.append({**place, **values, "seconds": round(time.perf_counter() - began, 3)})
-            self._track("evaluation", {**place, "accuracy": report["accuracy"]})
+            lines.append({**position, **values, "seconds": round(time.perf_counter() - began, 3)})
+            self._track("evaluation", {**position, "accuracy": report["accuracy"]})
             shown = "  ".join(f"{n}: {share:.3f}" for n, share in report["accuracy"].items())
-            tqdm.write(f"{stage.name}, step {place['step']}: accuracy at {shown}")
+            tqdm.write(f"{stage.name}, step {position['step']}: accuracy at {shown}")
 
     def _save_state(self, optimizer: Any, scheduler: Any) -> None:
         """Save the state of the last step, if that has not been done; all have a part of it."""
-        place = self._place()
-        if place["step"] == self.saved_step:
+        position = self._position()
+        if position["step"] == self.saved_step:
             return
-        self.saved_step = place["step"]
+        self.saved_step = position["step"]
         state = {
-            **{key: place[key] for key in ("stage", "step")},
+            **{key: position[key] for key in ("stage", "step")},
             **gather_state(self.accelerator, self.model, optimizer, scheduler),
             "records": self.records,
             "broken": self.broken.reasons,

@@ -98,7 +98,7 @@ TIMING_KEYS = frozenset(metric.key for metric in METRICS if metric.over in ("lin
 
 
 def metrics_line(
-    place: dict[str, Any],
+    position: dict[str, Any],
     stage: StageConfig,
     counts: dict[str, Any],
     outcome: StepOutcome,
@@ -111,11 +111,11 @@ def metrics_line(
 ) -> dict[str, Any]:
     """Return a line of ``metrics.jsonl``.
 
-    ``place`` is of :func:`place_of`, ``counts`` of the :class:`StageRecord`, ``learning_rates`` of
-    the modules that learn, and ``rates`` of :meth:`Meter.rates`.
+    ``position`` is of :func:`position_of`, ``counts`` of the :class:`StageRecord`,
+    ``learning_rates`` of the modules that learn, and ``rates`` of :meth:`Meter.rates`.
     """
     values = {
-        **place,
+        **position,
         "loss": outcome.loss,
         # float16 has steps whose gradients overflowed, and JSON has no infinity.
         "gradient_norm": outcome.norm if math.isfinite(outcome.norm) else None,

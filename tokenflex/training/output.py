@@ -9,11 +9,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from tokenflex.files import read_json, sync_folder, write_json
 from tokenflex.locks import NAME as LOCK
 from tokenflex.locks import FolderLock
+from tokenflex.models.weights import weight_files
 from tokenflex.training.checkpoint import (
     Sizes,
     check_checkpoint_folder,
@@ -283,15 +282,10 @@ def _check_checkpoint(checkpoint: Path) -> None:
     if not checkpoint.is_dir():
         raise _damaged(checkpoint, "it is gone")
     read_json(checkpoint / "config.json", "checkpoint file")
-    weights = sorted(checkpoint.glob("*.safetensors"))
-    if not weights:
-        raise _damaged(checkpoint, "it has no weights")
-    for path in weights:
-        try:
-            with safe_open(path, framework="pt"):
-                pass  # compares the size that the header states
-        except SafetensorError as error:
-            raise _damaged(path, str(error)) from error
+    try:
+        weight_files(checkpoint)
+    except (FileNotFoundError, ValueError) as error:
+        raise _damaged(checkpoint, str(error)) from error
 
 
 def _damaged(path: Path, reason: str) -> ValueError:

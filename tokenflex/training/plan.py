@@ -91,10 +91,10 @@ def plan_run(config: TrainConfig, processes: int = 1) -> list[StagePlan]:
     model = empty_model(config.model)
     counts = [tokens_of(count) for stage in config.stages for count in stage.counts]
     check_length(model.config, max(counts))
-    used = dict.fromkeys(config.data_of(stage) for stage in config.stages)
     shares = model.takes_shared_prefixes
     samples = {
-        data: config.sample or measure_samples(config, data, share_prefix=shares) for data in used
+        data: config.sample or measure_samples(config, data, share_prefix=shares)
+        for data in config.stage_data
     }
     return [
         _plan_stage(stage, model, samples[config.data_of(stage)], config, processes)

@@ -206,7 +206,7 @@ def progress_bar(
     )
 
 
-def place_of(stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def position_of(stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return where training is, as lines say it, from the counts of the stages that have begun."""
     return {
         "stage": len(stages) - 1,

@@ -112,7 +112,7 @@ class Setup:
 
     def _open_data(self, accept_changed_data: bool) -> None:
         config = self.config
-        used = dict.fromkeys(config.data_of(stage) for stage in config.stages)
+        used = config.stage_data
 
         def check_data() -> None:
             self.states.data = digests_of(used)

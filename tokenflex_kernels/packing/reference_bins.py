@@ -21,15 +21,15 @@ def _first_fit_decreasing(
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []
     for index in sorted(range(len(tokens)), key=lambda index: -shares[index]):
-        for place in range(len(bins)):
-            if tokens[index] <= room[place][0] and tiles[index] <= room[place][1]:
+        for number in range(len(bins)):
+            if tokens[index] <= room[number][0] and tiles[index] <= room[number][1]:
                 break
         else:
-            place = len(bins)
+            number = len(bins)
             bins.append([])
             room.append((max_tokens, max_tiles))
-        bins[place].append(index)
-        room[place] = room[place][0] - tokens[index], room[place][1] - tiles[index]
+        bins[number].append(index)
+        room[number] = room[number][0] - tokens[index], room[number][1] - tiles[index]
     return bins
 
 

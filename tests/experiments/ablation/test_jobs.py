@@ -137,7 +137,7 @@ def test_every_lever_compares_with_its_own_count():
     for lever in LEVERS:
         trained = [known[name].stage["counts"] for name in lever.specialists]
         assert trained == [[count] for count in SMALL.counts[: len(trained)]], lever.title
-        assert known[lever.one].stage["counts"] == [*SMALL.counts]
+        assert known[lever.general].stage["counts"] == [*SMALL.counts]
 
 
 def test_an_unknown_suite_is_refused(capsys):
