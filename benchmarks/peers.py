@@ -187,7 +187,7 @@ def scatter(embeds: torch.Tensor, ids: torch.Tensor, vision: torch.Tensor) -> to
     return embeds.masked_scatter((ids == IMAGE).unsqueeze(-1).expand_as(embeds), vision)
 
 
-# The gradient of masked_scatter counts the mask's ones, and waits for that count.
+# The backward pass of masked_scatter counts the mask, which synchronises the device.
 @peer("pack_embeddings", "embedding + masked_scatter", waits=TRAINING)
 def masked_scatter_pack(leaves: Leaves, packed: Packed) -> torch.Tensor:
     return scatter(look_up(leaves, packed), packed.plan.input_ids, leaves["vision"])

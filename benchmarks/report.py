@@ -138,7 +138,7 @@ def losses(results: Results) -> str:
 
 
 def mixed_counts(results: Results) -> str:
-    """Return mixed batches against uniform ones of the same numbers of images and tokens."""
+    """Compare mixed batches with uniform ones of equal image and token counts."""
     lines = []
     for row in results.measured:
         uniform = results.uniform(row)

@@ -239,8 +239,8 @@ def _counterpart(row: Row) -> str:
 def speed_up(ours: Row, peer: Row) -> Figure | None:
     """Return the peer's time over ours; None where one of them has no time.
 
-    The replay of a graph leaves the host out. Where only one of the two could be captured, the
-    wall clock of both is compared, and the figure says so.
+    A CUDA-graph replay excludes the host's time. If only one of the two was captured, the wall
+    clock times of both are compared, and the figure says so.
     """
     if ours["timing"] == peer["timing"]:
         return ratio(peer, ours, "p50_us")

@@ -53,6 +53,15 @@ ROOMS = (
 )
 """The rooms of ``tokenflex``, lowest first; each may import those before it."""
 
+REGISTRIES = {
+    "benchmarks.peers",
+    "tokenflex.cli",
+    "tokenflex.formats",
+    "tokenflex.harnesses.driver",
+    "tokenflex.routing.policies",
+}
+"""Modules that import others by a name that they compute."""
+
 DOORS = {"tokenflex", "tokenflex._auto_classes"}
 """Load public classes on demand. They may name any room, and no room imports them."""
 
@@ -83,7 +92,7 @@ def modules_named_in(tree: ast.AST, name: str, known: Mapping[str, Path]) -> Ite
                 base = ".".join([*parents, *([base] if base else [])])
             for alias in node.names:
                 inner = f"{base}.{alias.name}"
-                yield inner if inner in known else base
+                yield inner if inner in known or alias.name.startswith("_") else base
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             for argument in node.args[:1]:
                 if isinstance(argument, ast.Constant):
@@ -119,6 +128,29 @@ def test_packages_import_those_below_them():
         return imported != package and imported not in PACKAGES[package]
 
     assert arrows(wrong) == []
+
+
+def test_only_registries_import_by_name():
+    """Others would hide an arrow: by a variable, an f-string, another name of the function."""
+
+    def names(tree: ast.AST) -> set[str]:
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        calls = [c for c in calls if ast.unparse(c.func).endswith("import_module")]
+        constant = [c for c in calls if len(c.args) == 1 and isinstance(c.args[0], ast.Constant)]
+        plain = {id(c.func) for c in constant if not str(c.args[0].value).startswith(".")}
+        loads = [n for n in ast.walk(tree) if isinstance(n, (ast.Name, ast.Attribute))]
+        used = {n.id if isinstance(n, ast.Name) else n.attr for n in loads if id(n) not in plain}
+        renamed = {
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+            if alias.asname
+        }
+        return (used | renamed) & {"import_module", "__import__", "resolve_name"}
+
+    trees = {name: ast.parse(path.read_text("utf-8")) for name, path in sources().items()}
+    assert {name for name, tree in trees.items() if names(tree)} - DOORS == REGISTRIES
 
 
 def test_no_private_module_is_imported_by_another_package():

@@ -244,7 +244,7 @@ def _sequence_of_ints(name: str, values: Sequence[object]) -> np.ndarray:
         raise TypeError(f"{name} must hold ints, got bool: {name}[{index}] is {values[index]}")
     try:
         if kinds and all(issubclass(kind, Integral) for kind in kinds):
-            # In numpy's own ints an overflow would wrap; in Python's it is an error.
+            # Python ints raise an error on overflow; numpy ints would wrap.
             ints = values if kinds == {int} else [int(value) for value in values]  # type: ignore[call-overload]
             return np.array(ints, np.int64)
         return np.asarray(values)

@@ -218,10 +218,10 @@ def _below_one_level() -> Iterator[None]:
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """``once_differentiable`` for plain autograd.
+    """Apply ``once_differentiable`` to ``backward`` outside of ``torch.func``.
 
-    Within ``torch.func`` it would take a second derivative for zero. There the ops that
-    ``backward`` calls have derivatives, or refuse.
+    Inside of it, second derivatives would be zero. There the ops that ``backward`` calls have
+    derivatives of their own, or refuse.
     """
     refusing = once_differentiable(backward)
 

@@ -18,7 +18,7 @@ COLOURS = ("#e07b39", "#4c9f70", "#b5495b")
 
 def gains(report: Mapping[str, Any], lever: Lever) -> dict[str, dict[str, Any]]:
     """Return by count the accuracy of the one model minus that of the specialist, by seed."""
-    # A lever without specialists at the larger counts compares at the smaller ones only.
+    # Where no specialist exists at larger counts, only the smaller counts are compared.
     pairs = zip(report["counts"], lever.specialists, strict=False)
     return {count: difference(report, lever.general, name, count) for count, name in pairs}
 

@@ -67,7 +67,7 @@ def collect(
 
 def _row(jobs: Sequence[Job], reports: Mapping[str, Any]) -> dict[str, Any]:
     of_jobs = [reports[job.name] for job in jobs]
-    # The last stage is the regime's own; a start has the encoder's warm-up before it.
+    # The last stage belongs to the regime; a start also has the encoder's warm-up before it.
     stages = [report["stages"][-1] for report in of_jobs]
     shown = [job.steps * job.config["stages"][0]["batch_size"] for job in jobs]
     tokens = [

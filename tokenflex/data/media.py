@@ -48,7 +48,7 @@ _NUMBERS = (bool, int, float, decimal.Decimal, datetime.date, datetime.time, dat
 
 
 def is_empty(value: Any) -> bool:
-    """Return whether a field holds nothing; tables fill the fields that a row lacks so."""
+    """Return True for an empty field; tables fill missing fields with such values."""
     return value is None or value in ("", b"") or (isinstance(value, (list, dict)) and not value)
 
 

@@ -71,7 +71,7 @@ class StreamOrder:
     end: int | None = None
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        """Return (0, ``position``): a stream counts on through its passes."""
+        """Return (0, ``position``): a stream's position keeps increasing across passes."""
         return 0, position
 
 

@@ -20,7 +20,7 @@ from tokenflex.data.huggingface import HuggingFaceDataset, image_folders, load_r
 from tokenflex.data.samples import DataExhaustedError, StreamError
 
 ROWS_READ = 16  # at a time
-ROWS_KEPT = 1024  # at first: rows of a step are read twice, for the outline and the pixels
+ROWS_KEPT = 1024  # initially; each step reads its rows twice, for the outline and the pixels
 
 
 class StreamingDataset(HuggingFaceDataset):

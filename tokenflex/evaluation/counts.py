@@ -14,7 +14,7 @@ from tokenflex.models.vision import EncodedImages
 class CountSelector(Protocol):
     """Chooses counts per question from encoded images.
 
-    :func:`tokenflex.routing.policies.resolve_count` returns one for a name such as "auto".
+    :func:`tokenflex.routing.selector.resolve_count` returns one for a name such as "auto".
 
     Attributes:
         label: Name in tables.

@@ -79,10 +79,10 @@ def share_prefixes(plan: PackPlan, parents: Sequence[int]) -> SharedPrefixes:
     lengths = torch.tensor(plan.lengths, dtype=torch.int64)
     first = lengths.cumsum(0) - lengths
     parent_of = torch.tensor(parents, dtype=torch.int64)
-    # A branch of no rows sees nothing; nor does a sequence without a parent see another.
+    # Empty branches attend to nothing; sequences without a parent attend only to themselves.
     before = torch.where((parent_of >= 0) & (lengths > 0), lengths[parent_of], 0)
     seen = before + lengths
-    # The rows seen are runs, two for each sequence: its prefix's, then its own.
+    # Each sequence attends to two runs of rows: its prefix's and its own.
     run_starts = torch.stack([first[parent_of], first], 1).flatten()
     runs = torch.stack([before, lengths], 1).flatten()
     key_rows = (run_starts - runs.cumsum(0) + runs).repeat_interleave(runs)

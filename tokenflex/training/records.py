@@ -19,7 +19,7 @@ from tokenflex.training.metrics import COUNTED, tokens_per_image
 
 T = TypeVar("T")
 
-_COSTS = ("tiles", "vision_tokens", "tokens", "targets")  # what arithmetic follows from
+_COSTS = ("tiles", "vision_tokens", "tokens", "targets")  # quantities that the FLOPs depend on
 _TEACHERS = ("teacher_tokens", "teacher_vision_tokens")
 
 

@@ -55,8 +55,8 @@ def tracker_arguments(trackers: Collection[str], output: Path) -> dict[str, Any]
 def start_trackers(accelerator: Any, config: BaseModel, *, first_step: int) -> None:
     """Start the trackers, or continue at ``first_step``, the next that will be logged.
 
-    TensorBoard hides what it has from there on, which a run that died had logged after its last
-    state. Other trackers keep it, or refuse to log a step twice (W&B).
+    TensorBoard hides events at or after ``first_step``, which a run logged after its last saved
+    state before it died. Other trackers keep such events, or refuse to log a step twice (W&B).
     """
     values = config.model_dump(mode="json", exclude_none=True)
     accelerator.init_trackers(

@@ -433,7 +433,7 @@ def _sum_rows(
 
 
 def _zero_rows(like: torch.Tensor) -> torch.Tensor:
-    """Return 2^31 rows of zeros in the memory of one: the row stride is 0."""
+    """Return a [2^31, D] view of a single row of zeros, with a row stride of 0."""
     return like.new_zeros(like.shape[1]).expand(2**31, -1)
 
 

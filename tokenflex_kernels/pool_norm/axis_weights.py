@@ -68,8 +68,13 @@ def axis_map(size: int, cells: int, mode: str) -> AxisMap:
     return make(size, cells, mode)
 
 
+def is_average(size: int, cells: int, mode: str) -> bool:
+    """Return whether the map is that of adaptive pooling, which PyTorch has an op for."""
+    return mode == "adaptive" or (mode == "resize" and size % cells == 0)
+
+
 def _make_map(size: int, cells: int, mode: str) -> AxisMap:
-    if mode == "adaptive" or size % cells == 0:
+    if is_average(size, cells, mode):
         cell = np.arange(cells)
         first = cell * size // cells
         counts = -((cell + 1) * size // -cells) - first

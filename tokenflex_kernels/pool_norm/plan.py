@@ -21,7 +21,7 @@ from tokenflex_kernels.set_once import SetOnce
 Run = tuple[int, int, int, int, int]
 RUN_FIELDS = 5
 CACHED_PLANS = 1024
-LARGE_BATCH = 4096  # images; plans of more are not kept: they would be the memory of 1024 batches
+LARGE_BATCH = 4096  # images; 1024 cached plans of larger batches would take too much memory
 
 
 @dataclass(eq=False, kw_only=True)
@@ -85,7 +85,7 @@ def plan_uniform(num_images: int, in_grid: Grid, out_grid: Grid) -> PoolPlan:
 
 
 def _is_traced() -> bool:
-    """Return whether a plan made now belongs to a graph or a mode, not to the cache."""
+    """Return True while tracing or in a special mode, when a plan must not be cached."""
     return torch.compiler.is_compiling() or is_watched()
 
 

@@ -24,7 +24,12 @@ from tokenflex_kernels.library import (
     differentiate_linear,
     side_by_side,
 )
-from tokenflex_kernels.pool_norm.axis_weights import CACHED_MAPS, LARGE_AXIS, axis_map
+from tokenflex_kernels.pool_norm.axis_weights import (
+    CACHED_MAPS,
+    LARGE_AXIS,
+    axis_map,
+    is_average,
+)
 from tokenflex_kernels.pool_norm.plan import PoolPlan, Run
 
 _AS_IS = nullcontext()
@@ -76,10 +81,10 @@ def _pool_alike(
 ) -> torch.Tensor:
     """Return P_h X P_w^T for images of one grid: [images * H * W, C] -> [images * h * w, C]."""
     (in_h, in_w), (out_h, out_w), width = in_grid, out_grid, x.shape[1]
-    is_average = mode == "adaptive" or (in_h % out_h == 0 and in_w % out_w == 0)
+    averages = is_average(in_h, out_h, mode) and is_average(in_w, out_w, mode)
     # Other devices take some grids only, or have no deterministic gradient. Of a single cell, the
     # gradient is slower.
-    if is_average and x.device.type == "cpu" and width > 0 and out_h * out_w > 1:
+    if averages and x.device.type == "cpu" and width > 0 and out_h * out_w > 1:
         images = x.reshape(-1, in_h, in_w, width).permute(0, 3, 1, 2)
         return F.adaptive_avg_pool2d(images, out_grid).permute(0, 2, 3, 1).reshape(-1, width)
     bands = pool_axis(x.reshape(-1, in_h, in_w * width), out_h, mode)
