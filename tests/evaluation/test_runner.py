@@ -21,7 +21,9 @@ from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import SPECIAL_TOKENS, digits_processor
 from tokenflex.evaluation import evaluate
+from tokenflex.evaluation.questions import PreparedSample, Question, images_of
 from tokenflex.evaluation.scoring import RULES
+from tokenflex.models.vision import EncodedImages
 
 COUNTS = (4, 9, 16)
 
@@ -586,3 +588,14 @@ def test_a_report_says_what_resized_the_images(processor, dataset):
     other = TokenFlexProcessor(image_processor, processor.tokenizer, num_image_tokens=9)
     report = evaluate(tiny_model(), other, dataset, [4])
     assert report["image_backend"] == ("torchvision" if find_spec("torchvision") else "pil")
+
+
+def test_each_tile_has_the_grid_of_its_image_and_equal_questions_share_tiles():
+    sample = PreparedSample(0, "a", (1, 2), 0, ())
+    wide = Question(sample, Conversation(()), grids=((2, 8), (3, 3)))
+    square = Question(sample, Conversation(()), grids=((4, 4), (3, 3)))
+    encoded = EncodedImages(torch.zeros(12, 2), ((2, 2),) * 3)
+    images = images_of(encoded, [wide, wide, square])
+    assert images.grids == [(2, 8), (3, 3), (3, 3), (4, 4), (3, 3), (3, 3)]
+    assert images.tiles == [range(3), range(3), range(3, 6)]
+    assert len(images.encoded) == 6
