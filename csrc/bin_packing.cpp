@@ -3,6 +3,7 @@
 #include "bin_packing.h"
 
 #include <algorithm>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <queue>
@@ -12,7 +13,8 @@ namespace tokenflex {
 namespace {
 
 // The samples by falling key; among equals the lower index first.
-std::vector<int64_t> falling(const std::vector<int64_t>& keys) {
+template <typename Key>
+std::vector<int64_t> falling(const std::vector<Key>& keys) {
   std::vector<int64_t> order(keys.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
@@ -223,21 +225,26 @@ Assignment spread(Assignment assignment, const std::vector<int64_t>& order,
   return assignment;
 }
 
-// Numbers the bins by falling cost.
-void sort_bins(Assignment& bins, const std::vector<int64_t>& costs) {
-  std::vector<int64_t> bin_costs(size_t(bins.num_bins), 0);
-  for (size_t sample = 0; sample < costs.size(); ++sample) {
-    bin_costs[size_t(bins.bin_of[sample])] += costs[sample];
-  }
+// Numbers the bins by falling cost; among equals in the order so far.
+template <typename Cost>
+void number_by_falling_cost(Assignment& bins, const std::vector<Cost>& bin_costs) {
   std::vector<int64_t> number(bin_costs.size());
   int64_t next = 0;
   for (const int64_t bin : falling(bin_costs)) number[size_t(bin)] = next++;
   for (int64_t& bin : bins.bin_of) bin = number[size_t(bin)];
 }
 
+void sort_bins(Assignment& bins, const std::vector<int64_t>& costs) {
+  std::vector<int64_t> bin_costs(size_t(bins.num_bins), 0);
+  for (size_t sample = 0; sample < costs.size(); ++sample) {
+    bin_costs[size_t(bins.bin_of[sample])] += costs[sample];
+  }
+  number_by_falling_cost(bins, bin_costs);
+}
+
 // See `balanced_bins`. Of `num_bins` samples more, of no size, each bin holds one: to give a sample away is
-// to swap it for that.
-void exchange_samples(Assignment& bins, std::vector<Load> samples, std::vector<int64_t> costs,
+// to swap it for that. Costs are only added, subtracted and compared, each in a fixed order.
+void exchange_samples(Assignment& bins, std::vector<Load> samples, std::vector<double> costs,
                       Load capacity) {
   const size_t num_samples = samples.size();
   std::vector<int64_t> bin_of = bins.bin_of;
@@ -246,25 +253,26 @@ void exchange_samples(Assignment& bins, std::vector<Load> samples, std::vector<i
   costs.resize(bin_of.size());
 
   std::vector<Load> loads(size_t(bins.num_bins));
-  std::vector<int64_t> bin_costs(size_t(bins.num_bins));
+  std::vector<double> bin_costs(size_t(bins.num_bins));
   for (size_t sample = 0; sample < num_samples; ++sample) {
     const auto bin = size_t(bin_of[sample]);
     loads[bin] = loads[bin] + samples[sample];
     bin_costs[bin] += costs[sample];
   }
-  const double enough = 1.002 * std::accumulate(costs.begin(), costs.end(), 0.0);
+  const double total = std::accumulate(bin_costs.begin(), bin_costs.end(), 0.0);
+  const double mean = total / double(bins.num_bins);
   for (;;) {
     const auto costliest =
         size_t(std::max_element(bin_costs.begin(), bin_costs.end()) - bin_costs.begin());
-    int64_t best = bin_costs[costliest];
-    if (double(best) * double(bins.num_bins) <= enough) break;
-    size_t given = num_samples, taken = 0;
+    if (bin_costs[costliest] <= 1.002 * mean) break;
+    double best = std::numeric_limits<double>::infinity();
+    size_t given = 0, taken = 0;
     for (size_t own = 0; own < num_samples; ++own) {
       if (size_t(bin_of[own]) != costliest) continue;
       for (size_t other = 0; other < samples.size(); ++other) {
         const auto bin = size_t(bin_of[other]);
-        const int64_t saved = costs[own] - costs[other];
-        const int64_t costlier = std::max(bin_costs[costliest] - saved, bin_costs[bin] + saved);
+        const double saved = costs[own] - costs[other];
+        const double costlier = std::max(bin_costs[costliest] - saved, bin_costs[bin] + saved);
         if (bin == costliest || costlier >= best) continue;
         const Load moved = samples[own] - samples[other];
         if (!(loads[costliest] - moved).fits(capacity) || !(loads[bin] + moved).fits(capacity)) {
@@ -275,10 +283,11 @@ void exchange_samples(Assignment& bins, std::vector<Load> samples, std::vector<i
         taken = other;
       }
     }
-    if (given == num_samples) break;
+    // A gain must be more than a rounding error, so that the exchanges end.
+    if (best >= bin_costs[costliest] - 1e-6 * mean) break;
     const auto bin = size_t(bin_of[taken]);
     const Load moved = samples[given] - samples[taken];
-    const int64_t saved = costs[given] - costs[taken];
+    const double saved = costs[given] - costs[taken];
     loads[costliest] = loads[costliest] - moved;
     loads[bin] = loads[bin] + moved;
     bin_costs[costliest] -= saved;
@@ -288,6 +297,7 @@ void exchange_samples(Assignment& bins, std::vector<Load> samples, std::vector<i
   }
   bin_of.resize(num_samples);
   bins.bin_of = std::move(bin_of);
+  number_by_falling_cost(bins, bin_costs);
 }
 
 }  // namespace
@@ -298,7 +308,7 @@ Bins first_fit_decreasing(const std::vector<Load>& samples, Load capacity) {
 }
 
 Bins balanced_bins(const std::vector<Load>& samples, Load capacity, Price price, int64_t least,
-                   int64_t multiple, bool exchange) {
+                   int64_t multiple, const std::vector<double>& exchange_costs) {
   std::vector<int64_t> costs;
   for (const Load& sample : samples) costs.push_back(price.of(sample));
   const std::vector<int64_t> order = falling(costs);
@@ -348,10 +358,7 @@ Bins balanced_bins(const std::vector<Load>& samples, Load capacity, Price price,
   // goes to the lowest.
   const int64_t used = 1 + *std::max_element(best.bin_of.begin(), best.bin_of.end());
   best.num_bins = next_multiple(used, multiple);
-  if (exchange) {
-    exchange_samples(best, samples, costs, capacity);
-    sort_bins(best, costs);
-  }
+  if (!exchange_costs.empty()) exchange_samples(best, samples, exchange_costs, capacity);
   return flatten(order, best);
 }
 

@@ -47,10 +47,10 @@ struct Price {
 // every sample to fit into an empty bin, and no cost of a full bin to pass int64. A try is O(n log n)
 // where the cheapest bins have room.
 //
-// With `exchange` the costliest bin then swaps a sample for one of another bin, or gives it away, whatever
+// With `exchange_costs`, one cost a sample, the costliest bin by these costs then swaps a sample for one of another bin, or gives it away, whatever
 // makes the costlier of the two cheapest (ties: the lower index given, then taken; to take nothing comes
 // last), until nothing helps or it is 0.2 % above the mean. An exchange is O(its samples * n).
 Bins balanced_bins(const std::vector<Load>& samples, Load capacity, Price price, int64_t least,
-                   int64_t multiple, bool exchange);
+                   int64_t multiple, const std::vector<double>& exchange_costs);
 
 }  // namespace tokenflex

@@ -37,6 +37,7 @@ T* at(Address address) {
 // ---- planning
 
 using Ints = py::array_t<int64_t, py::array::c_style>;
+using Doubles = py::array_t<double, py::array::c_style>;
 
 // Checks and counts, allocates, fills. Nobody else may write to the arrays meanwhile.
 py::dict plan(const Ints& ids, const Ints& offsets, const Ints& counts,
@@ -118,15 +119,17 @@ py::tuple bin_pack(const Ints& lengths, int64_t capacity) {
 
 py::tuple balance_bins(const Ints& tokens, const Ints& tiles, int64_t max_tokens,
                        int64_t max_tiles, int64_t token_price, int64_t tile_price, int64_t least,
-                       int64_t multiple, bool exchange) {
+                       int64_t multiple, const Doubles& exchange_costs) {
   const int64_t *token = tokens.data(), *tile = tiles.data();
+  const std::vector<double> costs(exchange_costs.data(),
+                                  exchange_costs.data() + exchange_costs.size());
   std::vector<Load> samples(size_t(tokens.size()));
   Bins bins;
   {
     const py::gil_scoped_release release;
     for (Load& sample : samples) sample = {*token++, *tile++};
     bins = balanced_bins(samples, {max_tokens, max_tiles}, {token_price, tile_price}, least,
-                         multiple, exchange);
+                         multiple, costs);
   }
   return as_tuple(bins);
 }

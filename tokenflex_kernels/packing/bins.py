@@ -87,7 +87,8 @@ def balance_bins(
         max_tokens: rows that a bin may hold, in [1, 2^31).
         max_tiles: tiles that a bin may hold, in [0, 2^31).
         tile_cost: the cost of a tile in rows: the FLOPs of a tile through the vision encoder over
-            those of a row through the language model. In [0, 2^20]; rounded to 1/1024.
+            those of a row through the language model. In [0, 2^20]; rounded to 1/1024, except for
+            exchanges.
         multiple_of: the number of bins is a multiple of this: the ranks that share a step. At least
             1 and at most the number of samples, or 2^16 if they are fewer. It alone leaves bins
             empty, fewer than ``multiple_of``, where the samples are fewer than the bins.
@@ -134,7 +135,9 @@ def balance_bins(
         np.count_nonzero(2 * tile_array > max_tiles),
     )
     prices = (_UNITS, round(_UNITS * float(tile_cost)))
-    options = (max_tokens, max_tiles, *prices, least, multiple_of, exchange)
+    # Exchanges compare costs that are not rounded. None is made without costs.
+    costs = token_array + float(tile_cost) * tile_array if exchange else np.empty(0)
+    options = (max_tokens, max_tiles, *prices, least, multiple_of, costs)
     if select_backend("balance_bins") == "reference":
         return reference.balance_bins(token_array.tolist(), tile_array.tolist(), *options)
     compiled = extension()

@@ -1,9 +1,8 @@
-"""The two ways of filling bins in plain Python."""
+"""The two ways of filling bins in plain Python and numpy."""
 
 from __future__ import annotations
 
-from operator import itemgetter
-from typing import TypeAlias
+import numpy as np
 
 
 def bin_pack(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -42,7 +41,7 @@ def balance_bins(
     tile_price: int,
     least: int,
     multiple: int,
-    exchange: bool,
+    exchange_costs: np.ndarray,
 ) -> list[list[int]]:
     """The costliest first (ties: the lower index first), each into the cheapest bin with room.
 
@@ -51,9 +50,9 @@ def balance_bins(
     best is kept. It ends at 11/9 ``least`` + 1 bins, and takes as many as first-fit-decreasing
     needs only where none of these would do. The bins come by falling cost.
 
-    With ``exchange`` the costliest bin swaps a sample for one of another bin, or for nothing,
-    whatever makes the costlier of the two cheapest, until nothing helps or it is 0.2 % above the
-    mean.
+    With ``exchange_costs``, float64 [samples], the costliest bin by these costs swaps a sample for
+    one of another bin, or for nothing, whatever makes the costlier of the two cheapest, until
+    nothing helps or it is 0.2 % above the mean.
     """
     costs = [token_price * a + tile_price * b for a, b in zip(tokens, tiles, strict=True)]
     order = sorted(range(len(tokens)), key=lambda index: -costs[index])
@@ -94,50 +93,56 @@ def balance_bins(
         best = bins or _spread(tight, costs, num_bins)
         best.sort(key=lambda members: -_load(members, costs))
     best = best[: _next_multiple(sum(map(bool, best)), multiple)]
-    if not exchange:
+    if not exchange_costs.size:
         return best
-    while (
-        pair := _best_exchange(best, costs, (tokens, max_tokens), (tiles, max_tiles))
-    ) is not None:
-        (given, giver), (taken, taker) = pair
-        giver.remove(given)
-        taker.append(given)
-        if taken is not None:
-            taker.remove(taken)
-            giver.append(taken)
-    for members in best:
+    sizes = np.stack([exchange_costs, np.array(tokens, float), np.array(tiles, float)])
+    evened = _exchange(best, sizes, np.array([np.inf, max_tokens, max_tiles]))
+    for members in evened:
         members.sort(key=lambda index: (-costs[index], index))
-    return sorted(best, key=lambda members: -_load(members, costs))
+    return evened
 
 
-_Given: TypeAlias = "tuple[int, list[int]]"  # a sample and its bin
-_Taken: TypeAlias = "tuple[int | None, list[int]]"
+def _exchange(bins: list[list[int]], sizes: np.ndarray, bounds: np.ndarray) -> list[list[int]]:
+    """Exchange samples of the costliest bin as long as that helps; return bins by falling cost.
 
-
-def _best_exchange(
-    bins: list[list[int]], costs: list[int], *bounds: tuple[list[int], int]
-) -> tuple[_Given, _Taken] | None:
-    """Return the sample that the costliest bin gives and the one that it takes; None to stop."""
-    costliest = max(bins, key=lambda members: _load(members, costs))
-    best = _load(costliest, costs)
-    if float(best) * len(bins) <= 1.002 * float(sum(costs)):
-        return None
-    samples = sorted(((index, members) for members in bins for index in members), key=itemgetter(0))
-    sides: list[_Taken] = [*samples, *((None, members) for members in bins)]
-    pair = None
-    for given in sorted(costliest):
-        for taken, members in sides:
-            if members is costliest:
-                continue
-            left = [index for index in costliest if index != given]
-            left += [] if taken is None else [taken]
-            right = [index for index in members if index != taken] + [given]
-            costlier = max(_load(left, costs), _load(right, costs))
-            if costlier < best and all(
-                max(_load(left, sizes), _load(right, sizes)) <= most for sizes, most in bounds
-            ):
-                best, pair = costlier, ((given, costliest), (taken, members))
-    return pair
+    Args:
+        bins: sample indices per bin.
+        sizes: float64 [3, samples]; the cost, tokens and tiles of each sample.
+        bounds: float64 [3]; the most of each that a bin may hold.
+    """
+    num_samples = sizes.shape[1]
+    # To give a sample away is to swap it for nothing: each bin holds one such nothing, at the end.
+    sizes = np.concatenate([sizes, np.zeros((3, len(bins)))], axis=1)
+    bin_of = np.empty(sizes.shape[1], dtype=np.int64)
+    for bin_index, members in enumerate(bins):
+        bin_of[members] = bin_index
+    bin_of[num_samples:] = np.arange(len(bins))
+    loads = np.stack([np.bincount(bin_of, size, minlength=len(bins)) for size in sizes])
+    mean = loads[0].cumsum()[-1] / len(bins)
+    bounds = bounds[:, None, None]
+    while True:
+        costliest = int(loads[0].argmax())
+        if loads[0, costliest] <= 1.002 * mean:
+            break
+        givers = np.flatnonzero(bin_of[:num_samples] == costliest)
+        moved = sizes[:, givers, None] - sizes[:, None, :]  # [3, givers, any]
+        left, right = loads[:, costliest, None, None] - moved, loads[:, None, bin_of] + moved
+        costlier = np.maximum(left[0], right[0])
+        # Both bins' bounds: a swap may cost less and yet hold more tiles.
+        is_beyond = ((left > bounds) | (right > bounds)).any(0)
+        costlier[is_beyond | (bin_of == costliest)] = np.inf
+        given, taken = divmod(int(costlier.argmin()), costlier.shape[1])
+        # A gain must be more than a rounding error, so that the exchanges end.
+        if costlier[given, taken] >= loads[0, costliest] - 1e-6 * mean:
+            break
+        other, difference = bin_of[taken], moved[:, given, taken]
+        loads[:, costliest] -= difference
+        loads[:, other] += difference
+        bin_of[givers[given]] = other
+        if taken < num_samples:
+            bin_of[taken] = costliest
+    evened = [np.flatnonzero(bin_of[:num_samples] == b).tolist() for b in range(len(bins))]
+    return [evened[b] for b in np.argsort(-loads[0], kind="stable")]
 
 
 def _spread(bins: list[list[int]], costs: list[int], num_bins: int) -> list[list[int]]:
