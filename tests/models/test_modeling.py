@@ -351,6 +351,8 @@ def test_a_plan_shows_images_in_another_order():
         plain = model(plan=plan, pixel_values=images, num_image_tokens=4).logits
     assert float((by_index - by_pixels).abs().max()) < 1e-6
     assert float((by_index - plain).abs().max()) > 1e-2
+    with pytest.raises(TypeError, match="vision_index .* image_index"):
+        model(plan=plan, pixel_values=images, num_image_tokens=4, vision_index=torch.arange(8))
 
 
 def test_an_image_of_a_plan_may_be_several_tiles():

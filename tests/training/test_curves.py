@@ -98,6 +98,14 @@ def test_a_finished_run_has_every_curve(tmp_path, figures):
     assert temporary_files(tmp_path) == []
 
 
+def test_grids_of_tokens_have_a_curve_each(tmp_path, figures):
+    write(tmp_path / "metrics.jsonl", [line(step) for step in (1, 2)])
+    write(tmp_path / "evaluations.jsonl", [evaluation(2, n16=0.9, n2x3=0.6, n4=0.5)])
+    curves.plot_curves(tmp_path)
+    (axes,) = [a for a in figures[0].axes if a.get_title(loc="left") == "accuracy"]
+    assert [drawn.get_label() for drawn in axes.get_lines()] == ["4", "2x3", "16"]
+
+
 def test_a_run_that_still_goes_is_drawn_as_far_as_it_is(tmp_path, figures, capsys):
     """No report, no evaluation yet, no known peak, and half a line at the end."""
     lines = [line(step, mfu=None) for step in range(1, 4)]

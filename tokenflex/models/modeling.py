@@ -182,6 +182,10 @@ class TokenFlexModel(ImageFeatures, TokenFlexPreTrainedModel):
             for name, value in {**prompt, "past_key_values": past_key_values}.items():
                 if value is not None:
                     raise ValueError(f"plan holds the whole batch: give no {name} with it")
+            if "vision_index" in kwargs:  # would be lost among the language model's options
+                raise TypeError(
+                    "vision_index is part of the plan: give image_index to plan_packing"
+                )
             inputs = pack_prompts(self.language_model, self.config, plan, images, shared_prefixes)
         outputs = self.language_model(**{**kwargs, **inputs}, return_dict=True)
         return TokenFlexModelOutput(

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
+from tokenflex.counts import parse_count, tokens_of
 from tokenflex.plots import BLUE, finish, plt, save_figure
 from tokenflex.training.records import read_lines
 
@@ -123,9 +124,10 @@ def _balance(axes: Axes, lines: Sequence[Line]) -> None:
 
 
 def _accuracy(axes: Axes, evaluations: Sequence[Line]) -> None:
-    counts = sorted({int(count) for line in evaluations for count in line["accuracy"]})
+    labels = {count for line in evaluations for count in line["accuracy"]}
+    counts = sorted(labels, key=lambda count: (tokens_of(parse_count(count)), count))
     for colour, count in zip(COUNTS * len(counts), counts, strict=False):
-        values = [line["accuracy"].get(str(count), np.nan) for line in evaluations]
+        values = [line["accuracy"].get(count, np.nan) for line in evaluations]
         axes.plot(
             _steps(evaluations),
             values,

@@ -63,7 +63,9 @@ def _pack(
 
 
 def _unpack(packed: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor) -> torch.Tensor:
-    return _pack_rows(packed, packed[:0], vision_rows, "vision_rows")
+    packed = neighbours(packed)
+    # No row number is negative, so the second table is not read; an empty slice would cost 2 us.
+    return _pack_rows(packed, packed, vision_rows, "vision_rows")
 
 
 def _keep_text(rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
