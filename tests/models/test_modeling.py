@@ -351,7 +351,7 @@ def test_a_plan_shows_images_in_another_order():
         plain = model(plan=plan, pixel_values=images, num_image_tokens=4).logits
     assert float((by_index - by_pixels).abs().max()) < 1e-6
     assert float((by_index - plain).abs().max()) > 1e-2
-    with pytest.raises(TypeError, match="vision_index .* image_index"):
+    with pytest.raises(TypeError, match=r"vision_index .* image_index"):
         model(plan=plan, pixel_values=images, num_image_tokens=4, vision_index=torch.arange(8))
 
 
