@@ -36,7 +36,7 @@ def device(request) -> str:
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def fixed_seed():  # not "seed": tests have parameters of that name, which would take its place
     torch.manual_seed(0)
 
 
