@@ -70,7 +70,9 @@ import sys
 from pathlib import Path
 
 import tokenflex.data
+from tests.torchvision_ops import make_torchvision_importable
 
+make_torchvision_importable()
 tokenflex.data.__path__.append(sys.argv[1])
 from tokenflex.formats import FORMATS, detect_format
 from tokenflex.training.build import build_dataset, build_order
