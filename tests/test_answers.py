@@ -171,7 +171,7 @@ def test_a_question_without_images():
 
 
 def test_the_released_layout_answers_too(tmp_path, capsys):
-    """What the command asks with is one image's run between <img> and </img>, and a new line."""
+    """The prompt of the command has one image's run between <img> and </img>, and a new line."""
     folder = write_release(tmp_path / "r", released_tensors())
     picture(1, (300, 700)).save(tmp_path / "a.png")
     arguments = ["generate", "--model", str(folder), "--image", str(tmp_path / "a.png")]

@@ -141,7 +141,7 @@ def test_no_label_hides_another(draw, name):
 
 
 def overlap(a, b) -> bool:
-    """Whether they overlap by more than a pixel or two of leading."""
+    """Return True if they overlap by more than a pixel or two of leading."""
     return min(a.x1, b.x1) - max(a.x0, b.x0) > 2 and min(a.y1, b.y1) - max(a.y0, b.y0) > 2
 
 

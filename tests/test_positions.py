@@ -1,4 +1,4 @@
-"""Where cells lie in their image, and the projector's term of that, against the formula."""
+"""Positions of cells in their image, and the projector's term of that, against the formula."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def test_rows_that_are_done_with_are_let_go(path, monkeypatch):
 
 
 class Names:
-    """What a packer does, without its work."""
+    """A packer that does none of the work."""
 
     def __init__(self, dataset: StreamingDataset) -> None:
         self.dataset = dataset

@@ -61,7 +61,7 @@ def cells_of(pixels: np.ndarray) -> np.ndarray:
 
 
 def see(pixels: np.ndarray) -> Seen:
-    """What each cell shows, from pixels alone; None if it is blank."""
+    """Return the content of each cell from pixels alone; None if it is blank."""
     pictures, digits = scans()
     seen: Seen = []
     for cell in cells_of(pixels):

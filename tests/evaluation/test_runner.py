@@ -34,7 +34,7 @@ def processor():
 
 
 def greedy_answer(model, processor, sample: Sample, question: str, count: int, length: int) -> str:
-    """What generation says, up to its end-of-answer or ``length`` tokens."""
+    """Return the generated answer, up to its end-of-answer or ``length`` tokens."""
     encoder = ConversationEncoder(processor.tokenizer, processor.image_token)
     prompt = encoder.prompt(Conversation((Turn("user", question),)), len(sample.images))
     inputs = processor(images=list(sample.images) or None, text=prompt, num_image_tokens=count)

@@ -49,7 +49,7 @@ def written_out(inputs, teacher_hidden, distillation, transform=unchanged):
 
 
 def both(function, inputs, *options):
-    """What ``function`` gives, and the gradients of thrice its loss."""
+    """Return the result of ``function``, and the gradients of thrice its loss."""
     divergence = []
 
     def loss(*_):

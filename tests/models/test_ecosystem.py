@@ -1,4 +1,4 @@
-"""What other libraries do with the model: shards, devices, pipelines, trainers, adapters."""
+"""The model in other libraries: shards, devices, pipelines, trainers, adapters."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class AdaptedEmbedding(torch.nn.Embedding):
 
 
 class CallCounter:
-    """How often a module runs."""
+    """Count the calls of a module."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.calls = 0

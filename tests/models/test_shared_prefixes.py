@@ -370,7 +370,7 @@ def varlen_stand_in(
     window_size,
     enable_gqa=False,
 ):
-    """What ``torch.nn.attention.varlen`` computes on a device, sequence by sequence."""
+    """Compute ``torch.nn.attention.varlen`` sequence by sequence, as on a device."""
     assert window_size == (-1, 0)
     assert max_q == max(cu_seq_q.diff().tolist(), default=0)
     assert max_k == max(cu_seq_k.diff().tolist(), default=0)

@@ -353,7 +353,7 @@ def test_tiled_batch_gives_what_each_prompt_gives_alone():
 
 @pytest.mark.parametrize("thumbnail", [True, False])
 def test_tiles_train_packed(thumbnail):
-    """What training sees of tiled images is what the processor gives for the same prompts."""
+    """Training sees tiled images as the processor gives them for the same prompts."""
     model, processor = tiny_model(), tiling_processor(4, use_thumbnail=thumbnail)
     turns = (Turn("user", "odd <image> <image>"), Turn("assistant", "7"))
     samples = [

@@ -117,7 +117,7 @@ class Prompt(NamedTuple):
         return [i for i in self.ids for _ in range(next(counts) if i == IMAGE else 1)]
 
     def inputs(self) -> dict[str, Any]:
-        """What the padded path takes, for this prompt alone."""
+        """Return inputs of the padded path for this prompt alone."""
         inputs: dict[str, Any] = {"input_ids": torch.tensor([self.expanded()])}
         if self.counts:
             inputs |= {"pixel_values": self.pixels, "num_image_tokens": self.counts}

@@ -110,7 +110,7 @@ def _route_into(options: argparse.Namespace) -> int:
         f"{report.largest_accuracy - report.accuracy:.3f} of accuracy at "
         f"{report.tokens / report.largest_tokens:.0%} of the tokens"
     )
-    if study is None:
+    if measured and study is None:
         print("no curve was measured: that needs a clone of the repository")
     print(f"the router is in {folder}")
     return 0

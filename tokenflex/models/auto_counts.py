@@ -1,7 +1,7 @@
 """``num_image_tokens="auto"``: the model's side of counts that are chosen for each image.
 
-How a count is chosen is not the model's business: it calls a hook, which :mod:`tokenflex.routing`
-sets when it is imported. ``tokenflex/_auto_classes.py`` imports that with the model.
+The model calls a hook to choose counts. Importing :mod:`tokenflex.routing.choice` sets the hook,
+and ``tokenflex/_auto_classes.py`` imports that module with the model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class ChoosesCounts:
     Attributes:
         count_chooser: ``count_chooser(model, input_ids, **inputs_and_options)`` returns inputs of
             ``generate`` with every image's count chosen and its placeholders repeated. None until
-            :mod:`tokenflex.routing` is imported. To choose in another way, set it on a model.
+            :mod:`tokenflex.routing.choice` is imported. To choose in another way, set it on a
+            model.
     """
 
     count_chooser: ClassVar[Callable[..., dict[str, Any]] | None] = None
@@ -36,7 +37,7 @@ class ChoosesCounts:
         if self.count_chooser is None:
             raise ValueError(
                 "num_image_tokens='auto' needs a count_chooser, and the model has none: import "
-                "tokenflex.routing, which sets it"
+                "tokenflex.routing.choice, which sets it"
             )
         return self.count_chooser(self, input_ids, **kwargs)
 

@@ -60,7 +60,7 @@ class DataConfig(_FormatKeys):
     parts: tuple[DataConfig, ...] = ()
     """Data sets of a mixture."""
     weight: Float = Field(default=1.0, gt=0, lt=float("inf"))
-    """How often a part of a mixture is drawn from, relative to the others."""
+    """Share of samples drawn from a part of a mixture, relative to the other parts' weights."""
 
     @property
     def format(self) -> DataFormat:

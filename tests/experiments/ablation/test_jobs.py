@@ -1,4 +1,4 @@
-"""What is run: every regime gets the same budget from the same start."""
+"""The jobs of a suite: every regime gets the same budget from the same start."""
 
 from __future__ import annotations
 

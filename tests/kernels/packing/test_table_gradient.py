@@ -55,7 +55,7 @@ CASES = {
 
 
 def sums_in_order(grad, source, num_rows):
-    """What segments.h promises, a row at a time."""
+    """Check the promises of segments.h, a row at a time."""
     precise = grad.to(torch.promote_types(grad.dtype, torch.float32))
     sums = torch.zeros(num_rows, grad.shape[1], dtype=grad.dtype)
     zero = torch.zeros(grad.shape[1], dtype=precise.dtype)
