@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 
 from tests.models.tiny import picture
 from tokenflex import TokenFlexProcessor
-from tokenflex.data.encoding import CACHED_CONVERSATIONS, IGNORE, ConversationEncoder
+from tokenflex.data.encoding import CACHED_CONVERSATIONS, ConversationEncoder
 from tokenflex.data.samples import Conversation, Turn
+from tokenflex.data.sequences import IGNORE
 from tokenflex.digits.processor import digits_processor
 
 ROLE_TEMPLATE = (
@@ -38,6 +40,12 @@ def encoder_with(template: str | None = None) -> ConversationEncoder:
     return ConversationEncoder(tokenizer, "<image>")
 
 
+def encode(encoder: ConversationEncoder, talk: Conversation, num_images: int):
+    (sequence,) = encoder([talk], num_images)
+    assert sequence.images == slice(0, num_images)
+    return sequence.ids, sequence.labels
+
+
 def words(encoder, ids) -> list[str]:
     return encoder.tokenizer.convert_ids_to_tokens([int(i) for i in ids])
 
@@ -50,7 +58,7 @@ def learned(encoder, ids, labels) -> list[str]:
 
 def test_the_answer_and_its_end_are_learned():
     encoder = encoder_with()
-    ids, labels = encoder(conversation("read r1c1", "7"), num_images=1)
+    ids, labels = encode(encoder, conversation("read r1c1", "7"), num_images=1)
     assert words(encoder, ids) == ["<image>", "read", "r1c1", "7", "<eos>"]
     assert labels.tolist() == [IGNORE] * 3 + ids[3:].tolist()
     assert ids.dtype == labels.dtype
@@ -59,7 +67,7 @@ def test_the_answer_and_its_end_are_learned():
 def test_several_turns_learn_each_answer():
     encoder = encoder_with(ROLE_TEMPLATE)
     talk = conversation("odd", "3", "count", "5", "where", "top-left", system="short")
-    ids, labels = encoder(talk, num_images=0)
+    ids, labels = encode(encoder, talk, num_images=0)
     assert " ".join(words(encoder, ids)) == (
         "system : short <eos> user : odd <eos> assistant : 3 <eos> "
         "user : count <eos> assistant : 5 <eos> user : where <eos> assistant : top-left <eos>"
@@ -69,17 +77,17 @@ def test_several_turns_learn_each_answer():
 
 def test_a_last_question_without_an_answer_is_not_learned():
     encoder = encoder_with(ROLE_TEMPLATE)
-    ids, labels = encoder(conversation("odd", "3", "count"), num_images=0)
+    ids, labels = encode(encoder, conversation("odd", "3", "count"), num_images=0)
     assert learned(encoder, ids, labels) == ["3", "<eos>"]
 
 
 def test_images_stand_before_the_first_user_turn_unless_marked():
     encoder = encoder_with(ROLE_TEMPLATE)
     talk = conversation("odd", "3", "count", "5", system="short")
-    ids, _ = encoder(talk, num_images=2)
+    ids, _ = encode(encoder, talk, num_images=2)
     assert words(encoder, ids)[3:9] == ["<eos>", "user", ":", "<image>", "<image>", "odd"]
     marked = conversation("odd", "3", "count <image> where", "5")
-    ids, _ = encoder(marked, num_images=1)
+    ids, _ = encode(encoder, marked, num_images=1)
     assert words(encoder, ids).count("<image>") == 1
     assert words(encoder, ids)[8:13] == ["user", ":", "count", "<image>", "where"]
 
@@ -88,7 +96,7 @@ def test_the_tokenizers_own_placeholder_replaces_the_mark():
     tokenizer = copy.deepcopy(digits_processor().tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<picture>"]})
     encoder = ConversationEncoder(tokenizer, "<picture>")
-    ids, _ = encoder(conversation("read <image> odd", "7"), num_images=1)
+    ids, _ = encode(encoder, conversation("read <image> odd", "7"), num_images=1)
     assert words(encoder, ids)[:3] == ["read", "<picture>", "odd"]
 
 
@@ -118,7 +126,9 @@ def test_training_reads_what_a_chat_reads(words_of):
         encoder = ConversationEncoder(
             processor.tokenizer, processor.image_prompt, processor.image_token
         )
-        ids, labels = encoder(conversation(words_of, "7"), num_images=words_of.count("<image>"))
+        ids, labels = encode(
+            encoder, conversation(words_of, "7"), num_images=words_of.count("<image>")
+        )
         content = []
         for i, piece in enumerate(words_of.split("<image>")):
             content += [{"type": "image", "image": picture(i)}] * (i > 0)
@@ -134,20 +144,21 @@ def test_training_reads_what_a_chat_reads(words_of):
 def test_the_number_of_images_is_part_of_the_question():
     """The encoder remembers conversations; the same words about other images are another one."""
     encoder, talk = encoder_with(), conversation("odd", "7")
-    lengths = [len(encoder(talk, n)[0]) for n in (0, 1, 2, 1, 0)]
+    lengths = [len(encode(encoder, talk, n)[0]) for n in (0, 1, 2, 1, 0)]
     assert lengths == [3, 4, 5, 4, 3]
 
 
 def test_memory_is_bounded():
     encoder = encoder_with()
     for n in range(CACHED_CONVERSATIONS + 5):
-        encoder(Conversation((Turn("user", "odd"), Turn("assistant", "7")), kind=str(n)), 0)
+        talk = Conversation((Turn("user", "odd"), Turn("assistant", "7")), kind=str(n))
+        encode(encoder, talk, 0)
     assert len(encoder._cache) <= CACHED_CONVERSATIONS
 
 
 def test_a_prompt_is_the_beginning_of_what_was_trained():
     encoder = encoder_with(ROLE_TEMPLATE)
-    ids, labels = encoder(conversation("odd", "3"), num_images=1)
+    ids, labels = encode(encoder, conversation("odd", "3"), num_images=1)
     prompt = encoder.prompt(Conversation((Turn("user", "odd"),)), num_images=1)
     asked = encoder.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert asked == ids[labels == IGNORE].tolist()
@@ -155,9 +166,9 @@ def test_a_prompt_is_the_beginning_of_what_was_trained():
 
 def test_a_template_that_rewrites_the_past_is_refused():
     encoder = encoder_with(REWRITING_TEMPLATE)
-    encoder(conversation("odd", "3"), num_images=0)  # one turn has no past
+    encode(encoder, conversation("odd", "3"), num_images=0)  # one turn has no past
     with pytest.raises(ValueError, match=r"turn by turn.*turn 3"):
-        encoder(conversation("odd", "3", "count", "5"), num_images=0)
+        encode(encoder, conversation("odd", "3", "count", "5"), num_images=0)
 
 
 def test_a_tokenizer_without_a_template_is_refused():
@@ -171,7 +182,7 @@ def test_images_without_a_user_turn_are_refused():
     """Not StopIteration: a data loader takes that for the end of the data."""
     only_answer = Conversation((Turn("assistant", "7"),))
     with pytest.raises(ValueError, match="user"):
-        encoder_with()(only_answer, num_images=1)
+        encode(encoder_with(), only_answer, num_images=1)
 
 
 @pytest.mark.parametrize("texts", [("odd <picture>", "3"), ("odd", "3 <picture>")])
@@ -180,7 +191,7 @@ def test_a_text_that_holds_the_placeholder_is_refused(texts, images):
     tokenizer = copy.deepcopy(digits_processor().tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<picture>"]})
     encoder = ConversationEncoder(tokenizer, "<picture>")
-    for read in (encoder, encoder.prompt):
+    for read in (partial(encode, encoder), encoder.prompt):
         with pytest.raises(ValueError, match="holds <picture>, the processor's own placeholder"):
             read(conversation(*texts), images)
 
@@ -189,9 +200,9 @@ def test_a_text_that_holds_the_placeholder_is_refused(texts, images):
 def test_a_conversation_has_a_placeholder_for_each_image(text, images):
     message = f"one placeholder, <image>, for each of its {images} images, got {text.count('<')}"
     with pytest.raises(ValueError, match=message):
-        encoder_with()(conversation(text, "3"), images)
+        encode(encoder_with(), conversation(text, "3"), images)
 
 
 def test_an_image_behind_the_last_answer_is_refused():
     with pytest.raises(ValueError, match="for each of its 1 images, got 0"):
-        encoder_with()(conversation("odd", "3", "count <image>"), 1)
+        encode(encoder_with(), conversation("odd", "3", "count <image>"), 1)
