@@ -6,6 +6,10 @@ import copy
 from functools import partial
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tests.models.tiny import picture
 from tokenflex import TokenFlexProcessor
@@ -206,3 +210,76 @@ def test_a_conversation_has_a_placeholder_for_each_image(text, images):
 def test_an_image_behind_the_last_answer_is_refused():
     with pytest.raises(ValueError, match="for each of its 1 images, got 0"):
         encode(encoder_with(), conversation("odd", "3", "count <image>"), 1)
+
+
+# ---------------------------------------------------------------------- one call for all texts
+
+TEMPLATES = {
+    "marks": "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}",
+    "stripped": "{% for m in messages %}{{ m.content | trim }} {% endfor %}",
+    "nothing between": "{% for m in messages %}{{ m.content }}{% endfor %}",
+    "last turn marked": "{% for m in messages %}{{ m.content }}{% if loop.last %}.{% endif %}"
+    "{% endfor %}",
+    "earlier answers dropped": "{% for m in messages %}{% if m.role == 'user' or loop.last %}"
+    "{{ m.content }}{% endif %} {% endfor %}",
+    "words before answers": "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %} b"
+    "{% endif %}{{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant: b{% endif %}",
+}
+
+
+def merging_tokenizer(pre_tokenizer, template: str) -> PreTrainedTokenizerFast:
+    """Letters, and pairs that merge: also where the end of one turn meets the next."""
+    letters = [*map(chr, range(33, 127)), "Ġ", "▁"]
+    merges = [("a", "b"), ("b", "a"), ("ab", "ab"), ("b", "["), ("]", "a"), ("Ġ", "a"), ("▁", "a")]
+    vocabulary = {"<image>": 0, **{letter: i + 1 for i, letter in enumerate(letters)}}
+    for pair in merges:
+        vocabulary["".join(pair)] = len(vocabulary)
+    backend = Tokenizer(models.BPE(vocabulary, merges))
+    backend.pre_tokenizer = pre_tokenizer
+    backend.add_special_tokens(["<image>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
+
+
+def piece_by_piece(tokenizer, talk: Conversation, images: int):
+    """(ids, labels) by a call of the tokenizer for every turn; None where turns rewrite others."""
+    messages = [{"role": turn.role, "content": turn.text} for turn in talk.turns]
+    messages[0]["content"] = "<image>" * images + messages[0]["content"]
+    written, ids, labels = "", [], []
+    for i in range(1, len(messages), 2):
+        options = [(messages[:i], True, False), (messages[: i + 1], False, True)]
+        for shown, ask, is_learned in options:
+            text = tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=ask)
+            if not text.startswith(written):
+                return None
+            tokens = tokenizer(text[len(written) :], add_special_tokens=False)["input_ids"]
+            ids += tokens
+            labels += tokens if is_learned else [IGNORE] * len(tokens)
+            written = text
+    return ids, labels
+
+
+@pytest.mark.parametrize("pre_tokenizer", ["bytes", "words with a space before the first"])
+@pytest.mark.parametrize("template", TEMPLATES)
+@given(
+    st.lists(st.lists(st.text("ab ", min_size=1, max_size=5), min_size=1, max_size=5), max_size=5),
+    st.integers(0, 2),
+)
+@settings(deadline=None, max_examples=25)
+def test_one_call_tokenizes_as_a_call_for_each_turn(pre_tokenizer, template, texts, images):
+    pre_tokenizers_of = {
+        "bytes": pre_tokenizers.ByteLevel(add_prefix_space=False),
+        "words with a space before the first": pre_tokenizers.Metaspace(),
+    }
+    tokenizer = merging_tokenizer(pre_tokenizers_of[pre_tokenizer], TEMPLATES[template])
+    talks = [conversation(*text) for text in texts]
+    expected = [piece_by_piece(tokenizer, talk, images) for talk in talks]
+    encoder = ConversationEncoder(tokenizer, "<image>")
+    if None in expected:
+        with pytest.raises(ValueError, match="turn by turn"):
+            encoder(talks, images)
+    regular = [(talk, pieces) for talk, pieces in zip(talks, expected, strict=True) if pieces]
+    sequences = encoder([talk for talk, _ in regular], images)
+    encoded = [(sequence.ids.tolist(), sequence.labels.tolist()) for sequence in sequences]
+    assert encoded == [pieces for _, pieces in regular]
