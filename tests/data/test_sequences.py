@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-import torch
 
 from tokenflex.data.sequences import TokenSequence, common_length, prefix_and_branches
 
@@ -12,9 +12,9 @@ IMAGE = 3
 
 def encoded(ids: str, learned: str = "") -> TokenSequence:
     """Letters as ids, "I" an image; under each learned one stands a "^"."""
-    tokens = torch.tensor([IMAGE if one == "I" else ord(one) for one in ids], dtype=torch.int64)
-    is_learned = torch.tensor([one == "^" for one in learned.ljust(len(ids))], dtype=torch.bool)
-    labels = torch.where(is_learned, tokens, -100)
+    tokens = np.array([IMAGE if one == "I" else ord(one) for one in ids], np.int64)
+    is_learned = np.array([one == "^" for one in learned.ljust(len(ids))], bool)
+    labels = np.where(is_learned, tokens, -100)
     return TokenSequence(tokens, labels, slice(0, ids.count("I")))
 
 

@@ -15,8 +15,9 @@ from sklearn.datasets import load_digits
 from transformers import SiglipVisionModel
 
 from tests.models.tiny import vision_config
-from tokenflex.data.encoding import IGNORE, ConversationEncoder
+from tokenflex.data.encoding import ConversationEncoder
 from tokenflex.data.samples import Conversation, Sample, Turn
+from tokenflex.data.sequences import IGNORE
 from tokenflex.digits.canvas import (
     BLANK,
     CELLS,
@@ -243,10 +244,10 @@ def test_no_sample_holds_an_unknown_word():
     processor, dataset = digits_processor(), DigitsDataset(size=40)
     encode = ConversationEncoder(processor.tokenizer, processor.image_token)
     for i in range(len(dataset)):
-        for conversation in dataset[i].conversations:
-            ids, labels = encode(conversation, 1)
-            assert processor.tokenizer.unk_token_id not in ids.tolist()
-            answer = processor.tokenizer.decode(labels[labels != IGNORE])
+        conversations = dataset[i].conversations
+        for conversation, encoded in zip(conversations, encode(conversations, 1), strict=True):
+            assert processor.tokenizer.unk_token_id not in encoded.ids.tolist()
+            answer = processor.tokenizer.decode(encoded.labels[encoded.labels != IGNORE])
             assert answer.split() == [conversation.turns[1].text, "<eos>"]
 
 

@@ -13,8 +13,8 @@ from transformers import get_scheduler
 
 from tests.training.runs import ROOT, demo_values, metrics, stage, tiny_values, untimed
 from tokenflex import TokenCounts
-from tokenflex.data.encoding import IGNORE
 from tokenflex.data.packing import DrawnSample, PackingCollator
+from tokenflex.data.sequences import IGNORE
 from tokenflex.data.steps import PackedStep, StepPacker
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
+import numpy as np
 from jinja2 import TemplateError
 
 from tokenflex.data.samples import Conversation
+from tokenflex.data.sequences import IGNORE, TokenSequence
 from tokenflex.models.chat import IMAGE_MARK, Chat, image_pattern, parts_of, render
 
-IGNORE = -100
 CACHED_CONVERSATIONS = 4096
 
 
@@ -35,27 +35,31 @@ class ConversationEncoder:
         self.tokenizer = tokenizer
         self.image_prompt = image_prompt
         self.image_token = image_prompt if image_token is None else image_token
+        start, _, end = image_prompt.partition(self.image_token)
+        self._image_pattern = image_pattern(start, self.image_token, end)
         # Questions repeat (the digits task has a few hundred with their answers). A plain dict, so
         # that a collator can travel to worker processes.
-        self._cache: dict[tuple[Conversation, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._cache: dict[tuple[Conversation, int], TokenSequence] = {}
 
     def __call__(
-        self, conversation: Conversation, num_images: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ids and labels, int64 [length] each, with one placeholder per image.
+        self, conversations: Sequence[Conversation], num_images: int
+    ) -> list[TokenSequence]:
+        """Return the conversations about ``num_images`` images, with one placeholder per image.
 
-        Labels are aligned with the ids, and -100 outside the assistant's turns.
+        Labels are -100 outside the assistant's turns.
 
         Raises:
             ValueError: The template does not build a conversation turn by turn, or a text holds the
                 placeholder.
         """
-        key = (conversation, num_images)
-        if key not in self._cache:
-            if len(self._cache) >= CACHED_CONVERSATIONS:
+        keys = [(conversation, num_images) for conversation in conversations]
+        if new := [key for key in dict.fromkeys(keys) if key not in self._cache]:
+            if len(self._cache) + len(new) > CACHED_CONVERSATIONS:
                 self._cache.clear()
-            self._cache[key] = self._encode(conversation, num_images)
-        return self._cache[key]
+                new = [*dict.fromkeys(keys)]
+            encoded = self._encode([conversation for conversation, _ in new], num_images)
+            self._cache |= zip(new, encoded, strict=True)
+        return [self._cache[key] for key in keys]
 
     def check_placeholders(self, ids: Sequence[int], num_images: int) -> None:
         """Check that ``ids`` hold one placeholder for each image.
@@ -76,17 +80,26 @@ class ConversationEncoder:
         return self._render(self._messages(conversation, num_images), ask=True)
 
     def _encode(
-        self, conversation: Conversation, num_images: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ids: list[int] = []
-        labels: list[int] = []
-        for text, is_learned in self._segments(conversation, num_images):
-            tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            ids += tokens
-            labels += tokens if is_learned else [IGNORE] * len(tokens)
-        if ids:  # a conversation without an answer has none
-            self.check_placeholders(ids, num_images)
-        return torch.tensor(ids, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64)
+        self, conversations: Sequence[Conversation], num_images: int
+    ) -> list[TokenSequence]:
+        segments = [[*self._segments(talk, num_images)] for talk in conversations]
+        texts = [text for of_talk in segments for text, _ in of_talk]
+        # One call for all; the tokens of a text do not depend on the others.
+        tokenized = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        tokens_of_texts = iter(tokenized)
+        sequences = []
+        for of_talk in segments:
+            ids: list[int] = []
+            labels: list[int] = []
+            for _, is_learned in of_talk:
+                tokens = next(tokens_of_texts)
+                ids += tokens
+                labels += tokens if is_learned else [IGNORE] * len(tokens)
+            if ids:  # a conversation without an answer has none
+                self.check_placeholders(ids, num_images)
+            arrays = np.array([ids, labels], np.int64)
+            sequences.append(TokenSequence(arrays[0], arrays[1], slice(0, num_images)))
+        return sequences
 
     def _segments(self, conversation: Conversation, num_images: int) -> Iterator[tuple[str, bool]]:
         """Yield the rendered text in pieces, each with whether it is learned."""
@@ -144,6 +157,5 @@ class ConversationEncoder:
             )
         except TemplateError as error:
             raise ValueError(f"chat_template cannot be rendered: {error}") from error
-        start, _, end = self.image_prompt.partition(self.image_token)
-        pattern = image_pattern(start, self.image_token, end)
-        return pattern.sub(lambda _: self.image_prompt, text)  # some templates write no marks
+        # Some templates write no marks.
+        return self._image_pattern.sub(lambda _: self.image_prompt, text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from tokenflex.counts import Grid, TokenCount, TokenCounts, tokens_of
 from tokenflex.data.encoding import ConversationEncoder
 from tokenflex.data.rows import PackedRow, plan_row
-from tokenflex.data.samples import Conversation, Sample
+from tokenflex.data.samples import Sample
 from tokenflex.data.sequences import TokenSequence, prefix_and_branches, truncate
 
 
@@ -29,6 +28,9 @@ class DrawnSample:
         sequences: one a conversation, or their common prefix and their branches; None until
             :meth:`PackingCollator.fit`.
         tiles: of each image that a conversation shows.
+        num_targets: answer tokens of a fitted sample.
+        text_tokens: its text rows, those that conversations share once.
+        shown_tiles: its tiles, as often as they are shown.
     """
 
     index: int
@@ -37,29 +39,24 @@ class DrawnSample:
     count: TokenCount | None = None
     sequences: list[TokenSequence] | None = None
     tiles: list[int] = field(default_factory=list)
+    num_targets: int = 0
+    text_tokens: int = 0
+    shown_tiles: int = 0
 
-    @cached_property
+    @property
     def tokens_per_tile(self) -> int:
         """Vision tokens of a tile."""
         assert self.count is not None
         return tokens_of(self.count)
 
-    @cached_property
+    @property
     def num_tokens(self) -> int:
         """Rows of a fitted sample."""
         return self.num_tokens_at(self.tokens_per_tile)
 
     def num_tokens_at(self, tokens_per_tile: int) -> int:
         """Return the rows that a fitted sample takes at so many vision tokens a tile."""
-        assert self.sequences is not None
-        per_image = [tokens_per_tile * tiles for tiles in self.tiles]
-        return sum(sequence.num_tokens(per_image) for sequence in self.sequences)
-
-    @property
-    def num_targets(self) -> int:
-        """Answer tokens of a fitted sample."""
-        assert self.sequences is not None
-        return sum(sequence.num_targets for sequence in self.sequences)
+        return self.text_tokens + tokens_per_tile * self.shown_tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,25 +181,28 @@ class PackingCollator:
         if count is None:
             count = self.counts.draw(drawn.index, drawn.epoch)
         tiles = self.processor.image_tokens(list(sample.image_sizes), 1)
-        longest = tokens_of(count if self.teacher_count is None else self.teacher_count)
+        image_token_id = self.processor.image_token_id
         try:
-            sequences = [
-                self._fit_conversation(talk, [longest * number for number in tiles])
-                for talk in sample.conversations
-            ]
+            sequences = self.encode(sample.conversations, len(tiles))
+            if self.max_length is not None:
+                longest = tokens_of(count if self.teacher_count is None else self.teacher_count)
+                per_image = [longest * number for number in tiles]
+                sequences = [
+                    truncate(sequence, per_image, image_token_id, self.max_length)
+                    for sequence in sequences
+                ]
         except ValueError as error:
             raise ValueError(f"sample {sample.id}: {error}") from error
-        shown = max((sequence.images.stop for sequence in sequences), default=0)
+        num_targets = sum(sequence.num_targets for sequence in sequences)
+        tiles = tiles[: max((sequence.images.stop for sequence in sequences), default=0)]
         if self.share_prefix:
-            sequences = prefix_and_branches(sequences, self.processor.image_token_id)
-        return replace(drawn, count=count, sequences=sequences, tiles=tiles[:shown])
-
-    def _fit_conversation(
-        self, conversation: Conversation, tokens_per_image: Sequence[int]
-    ) -> TokenSequence:
-        images = len(tokens_per_image)
-        sequence = TokenSequence(*self.encode(conversation, images), slice(0, images))
-        if self.max_length is None:
-            return sequence
-        image_token_id = self.processor.image_token_id
-        return truncate(sequence, tokens_per_image, image_token_id, self.max_length)
+            sequences = prefix_and_branches(sequences, image_token_id)
+        return replace(
+            drawn,
+            count=count,
+            sequences=sequences,
+            tiles=tiles,
+            num_targets=num_targets,
+            text_tokens=sum(sequence.num_tokens([0] * len(tiles)) for sequence in sequences),
+            shown_tiles=sum(sum(tiles[sequence.images]) for sequence in sequences),
+        )

@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from tokenflex.counts import TokenCount, tokens_of
-from tokenflex.data.encoding import IGNORE
-from tokenflex.data.sequences import TokenSequence
+from tokenflex.data.sequences import IGNORE, TokenSequence
 from tokenflex.models.prefixes import SharedPrefixes, share_prefixes
 from tokenflex_kernels import PackPlan, plan_packing
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-import torch
 
-from tokenflex.data.encoding import IGNORE
+IGNORE = -100
+"""The label of a token that is not learned."""
 
 
 @dataclass(frozen=True)
@@ -16,14 +17,14 @@ class TokenSequence:
     """A conversation, or a part of one that is packed as a sequence of its own.
 
     Attributes:
-        ids, labels: int64 [length], with one placeholder an image; labels are -100 where nothing
-            is learned.
+        ids, labels: int64 [length], with one placeholder an image; labels are aligned with the ids,
+            and -100 where nothing is learned.
         images: which of the sample's images stand in it.
         is_branch: whether it goes on from the sample's first sequence, which is then their prefix.
     """
 
-    ids: torch.Tensor
-    labels: torch.Tensor
+    ids: np.ndarray
+    labels: np.ndarray
     images: slice
     is_branch: bool = False
 
@@ -32,10 +33,15 @@ class TokenSequence:
         shown = tokens_per_image[self.images]
         return len(self.ids) - len(shown) + sum(shown)
 
-    @property
+    @cached_property
     def num_targets(self) -> int:
         """Tokens that are learned."""
-        return int((self.labels != IGNORE).sum())
+        return int(np.count_nonzero(self.labels != IGNORE))
+
+    @cached_property
+    def first_target(self) -> int:
+        """Index of the first token that is learned; the length if none is."""
+        return _first(self.labels != IGNORE)
 
 
 def truncate(
@@ -60,17 +66,18 @@ def truncate(
         ValueError: nothing that is learned would be left.
     """
     ids, labels = conversation.ids, conversation.labels
-    is_image = ids == image_token_id
-    rows = torch.ones_like(ids)
-    rows[is_image] = torch.tensor(tokens_per_image, dtype=torch.int64)
-    ends = rows.cumsum(0)  # rows up to and with each token
-    if len(ids) == 0 or int(ends[-1]) <= max_length:
+    num_tokens = conversation.num_tokens(tokens_per_image)
+    if not ids.size or num_tokens <= max_length:
         return conversation
-    learned = ((labels != IGNORE) & ~is_image & (ends <= max_length)).nonzero()
+    is_image = ids == image_token_id
+    rows = np.ones_like(ids)
+    rows[is_image] = tokens_per_image
+    ends = rows.cumsum()  # rows up to and with each token
+    learned = np.flatnonzero((labels != IGNORE) & ~is_image & (ends <= max_length))
     # The very first row has none before it to be predicted from.
-    if not len(learned) or int(learned[-1]) == 0:
+    if not learned.size or learned[-1] == 0:
         raise ValueError(
-            f"max_length of {max_length} leaves nothing to learn of its {int(ends[-1])} rows"
+            f"max_length of {max_length} leaves nothing to learn of its {num_tokens} rows"
         )
     end = int(learned[-1]) + 1
     return TokenSequence(ids[:end], labels[:end], slice(0, int(is_image[:end].sum())))
@@ -94,11 +101,10 @@ def prefix_and_branches(
     shown = int((ids == image_token_id).sum())
     prefix = TokenSequence(ids, conversations[0].labels[:length], slice(0, shown))
     branches = [
-        replace(
-            conversation,
-            ids=conversation.ids[length:],
-            labels=conversation.labels[length:],
-            images=slice(shown, conversation.images.stop),
+        TokenSequence(
+            conversation.ids[length:],
+            conversation.labels[length:],
+            slice(shown, conversation.images.stop),
             is_branch=True,
         )
         for conversation in conversations
@@ -114,11 +120,10 @@ def common_length(conversations: Sequence[TokenSequence]) -> int:
     """
     if len(conversations) < 2:
         return 0
-    labels = [conversation.labels.numpy() for conversation in conversations]
-    length = min(_first(label != IGNORE) for label in labels) - 1
+    length = min(conversation.first_target for conversation in conversations) - 1
     if length < 1:
         return 0
-    heads = np.stack([conversation.ids[:length].numpy() for conversation in conversations])
+    heads = np.stack([conversation.ids[:length] for conversation in conversations])
     return _first((heads != heads[0]).any(0))
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from tokenflex.counts import Grid, tokens_of_images
-from tokenflex.data.encoding import IGNORE, ConversationEncoder
+from tokenflex.data.encoding import ConversationEncoder
 from tokenflex.data.faults import (
     NO_SAMPLE_TO_BLAME,
     BrokenSample,
@@ -20,7 +21,7 @@ from tokenflex.data.faults import (
 )
 from tokenflex.data.order import load_in_order
 from tokenflex.data.samples import Conversation, Sample, SampleDataset
-from tokenflex.data.sequences import TokenSequence
+from tokenflex.data.sequences import IGNORE, TokenSequence
 from tokenflex.models.vision import EncodedImages
 
 
@@ -73,12 +74,12 @@ class PreparedSample:
             ValueError: It cannot be encoded, or has no answer.
         """
         try:
-            ids, labels = encode(conversation, len(self.tiles))
+            (encoded,) = encode([conversation], len(self.tiles))
         except ValueError as error:
             raise ValueError(f"sample {self.id}: {error}") from error
-        if not (labels[1:] != IGNORE).any():  # a first token is not predicted
+        if not (encoded.labels[1:] != IGNORE).any():  # a first token is not predicted
             raise ValueError(f"sample {self.id}: a conversation holds no answer to grade")
-        return TokenSequence(ids, labels, slice(0, len(self.tiles)))
+        return encoded
 
 
 @dataclass(frozen=True)
@@ -237,10 +238,8 @@ def text_before_answers(encoded: TokenSequence, image_token_id: int) -> torch.Te
     Returns:
         int64 [length].
     """
-    ids = encoded.ids
-    first = int((encoded.labels != IGNORE).nonzero()[0])
-    later = ids[first:]
-    return torch.cat([ids[:first], later[later == image_token_id]])
+    before, later = np.split(encoded.ids, [encoded.first_target])
+    return torch.from_numpy(np.concatenate([before, later[later == image_token_id]]))
 
 
 @dataclass(frozen=True)

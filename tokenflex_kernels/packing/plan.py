@@ -21,6 +21,7 @@ from tokenflex_kernels.set_once import SetOnce
 
 Ints: TypeAlias = "Sequence[int] | np.ndarray | torch.Tensor"
 
+_INT64 = np.dtype(np.int64)
 _TENSORS = ("input_ids", "position_ids", "labels", "source", "vision_rows", "cu_seqlens")
 
 
@@ -193,7 +194,13 @@ def _check_samples(name: str, samples: Sequence[Ints]) -> list[np.ndarray]:
         )
     if isinstance(samples, (np.ndarray, torch.Tensor)) and samples.ndim == 0:
         raise ValueError(f"{name} must have one 1-D sequence of ints per sample, got shape ()")
-    return [check_ints(f"{name}[{index}]", sample) for index, sample in enumerate(samples)]
+    # A collator gives hundreds of arrays that need no conversion.
+    return [
+        sample
+        if type(sample) is np.ndarray and sample.dtype == _INT64 and sample.ndim == 1
+        else check_ints(f"{name}[{index}]", sample)
+        for index, sample in enumerate(samples)
+    ]
 
 
 def _check_labels(labels: Sequence[Ints], samples: list[np.ndarray]) -> list[np.ndarray]:
