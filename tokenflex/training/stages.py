@@ -19,7 +19,6 @@ from tokenflex.training.peaks import peak_flops
 from tokenflex.training.records import Meter, StageRecord
 from tokenflex.training.setup import Setup
 
-
 FUSED_DEVICES = ("cpu", "cuda")
 """Devices on which AdamW updates all weights in one call. A state keeps how its run updates."""
 
