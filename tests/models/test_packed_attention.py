@@ -17,6 +17,7 @@ from tests.models.tiny import (
 )
 from tokenflex import TokenFlexConfig, TokenFlexForConditionalGeneration
 from tokenflex.models.attention import packed_attention_forward
+from tokenflex.models.attention_blocks import AttentionBlocks
 from tokenflex_kernels import plan_packing
 
 TOLERANCE = 1e-5
@@ -160,7 +161,7 @@ def test_order_of_the_samples_does_not_matter():
     with torch.no_grad():
         straight = packed_logits(model, prompts())
         shuffled = packed_logits(model, [prompts()[i] for i in order])
-    assert largest_difference(shuffled, [straight[i] for i in order]) < 1e-6
+    assert largest_difference(shuffled, [straight[i] for i in order]) < TOLERANCE
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -283,12 +284,12 @@ def heads(length: int, *, count: int = 2, batch: int = 1, seed: int = 0) -> torc
     return torch.randn(batch, count, length, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def boundaries(lengths: tuple[int, ...]) -> dict:
+def boundaries(lengths: tuple[int, ...], parents: tuple[int, ...] = ()) -> dict:
     starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return {
         "cu_seq_lens_q": starts,
         "max_length_q": max(lengths, default=0),
-        "sequence_lengths": torch.tensor(lengths),
+        "blocks": AttentionBlocks(lengths, parents),
     }
 
 
@@ -338,7 +339,7 @@ def test_attention_over_no_rows(lengths):
         ({"keys": 9}, "5 queries and 9 keys"),
         ({"dropout": 0.5}, r"dropout=0\.5"),
         ({"sliding_window": 2}, "sliding_window=2"),
-        ({"sequence_lengths": None}, "sequence_lengths"),
+        ({"blocks": None}, "blocks=None"),
         ({"max_length_q": None}, "max_length_q"),
     ],
 )

@@ -339,9 +339,8 @@ def test_attention_is_the_masked_softmax_over_random_trees(forest, num_heads):
         heads(sum(lengths), count=count, seed=seed).double().requires_grad_()
         for seed, count in enumerate((num_heads[0], num_heads[1], num_heads[1]))
     )
-    output, _ = packed_attention_forward(
-        torch.nn.Module(), query, key, value, None, shared_prefixes=shared, **boundaries(lengths)
-    )
+    ours = {**boundaries(lengths, shared.parents), "shared_prefixes": shared}
+    output, _ = packed_attention_forward(torch.nn.Module(), query, key, value, None, **ours)
     expected = masked_attention(query, key, value, lengths, shared.parents)
     assert output.shape == expected.shape
     assert torch.allclose(output, expected, rtol=0, atol=1e-12)
@@ -395,7 +394,7 @@ def varlen_stand_in(
 def test_the_call_made_on_a_device_is_the_same_attention(forest, num_heads):
     """All but the kernel, which the GPU tests run: rows gathered, boundaries, gradients."""
     lengths, shared = layout(forest)
-    ours = {**boundaries(lengths), "shared_prefixes": shared}
+    ours = {**boundaries(lengths, shared.parents), "shared_prefixes": shared}
     query, key, value = inputs = [
         heads(sum(lengths), count=count, seed=seed).double().requires_grad_()
         for seed, count in enumerate((num_heads[0], num_heads[1], num_heads[1]))

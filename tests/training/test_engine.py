@@ -12,7 +12,7 @@ from tokenflex.data.packing import PackedBatch
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.training import layers
 from tokenflex.training.config import TrainConfig
-from tokenflex.training.engine import with_a_tile
+from tokenflex.training.engine import with_blank_tile
 from tokenflex.training.layers import adapted_layers, layers_of
 from tokenflex.training.loop import TrainingRun
 from tokenflex.training.stages import build_optimizer, load_steps
@@ -189,11 +189,10 @@ def test_a_blank_tile_changes_no_number(vision):
         targets=plan.input_ids[1:],
     )
     logits = model(**empty.model_inputs()).logits
-    batch = with_a_tile(empty, model, 4)
+    batch = with_blank_tile(empty, model, 4)
     assert len(batch.pixel_values) == 1
     with_tile = model(**batch.model_inputs()).logits
     assert torch.equal(with_tile, logits)
     with_tile.sum().backward()
     for name, parameter in model.model.projector.named_parameters():
         assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
-    assert with_a_tile(batch, model, 9) is batch

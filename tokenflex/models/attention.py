@@ -14,10 +14,7 @@ k keys, query i sees the first k - q + i + 1 keys: the causal mask is aligned at
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
-from collections.abc import Sequence
 from functools import cache
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,6 +23,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from tokenflex.models.attention_blocks import AttentionBlocks
 from tokenflex.models.prefixes import SharedPrefixes
 
 PACKED_ATTENTION = "tokenflex_varlen"
@@ -41,7 +39,7 @@ def packed_attention_forward(
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
-    sequence_lengths: torch.Tensor | None = None,
+    blocks: AttentionBlocks | None = None,
     shared_prefixes: SharedPrefixes | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -55,8 +53,7 @@ def packed_attention_forward(
         cu_seq_lens_q: int32 [sequences + 1] on the device, the rows where sequences start; None
             where the call is not packed.
         max_length_q: the longest sequence, a host int.
-        sequence_lengths: int64 [sequences] on the host, the rows of each sequence. A tensor: for a
-            tuple a compiler would make a graph a length.
+        blocks: of the same sequences and ``shared_prefixes``, planned once for all layers.
         shared_prefixes: which sequences go on from another; None where none does.
 
     Returns:
@@ -69,10 +66,10 @@ def packed_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if sequence_lengths is None or max_length_q is None:
+    if blocks is None or max_length_q is None:
         raise ValueError(
-            "packed attention needs sequence_lengths and max_length_q beside cu_seq_lens_q, got "
-            f"sequence_lengths={sequence_lengths} and max_length_q={max_length_q}"
+            "packed attention needs blocks and max_length_q beside cu_seq_lens_q, got "
+            f"blocks={blocks} and max_length_q={max_length_q}"
         )
     if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
         raise ValueError(
@@ -90,81 +87,54 @@ def packed_attention_forward(
                 f"sequences of up to {longest} rows"
             )
     output = _attend(
-        query, key, value, cu_seq_lens_q, max_length_q, sequence_lengths, shared_prefixes, scaling
+        query, key, value, cu_seq_lens_q, max_length_q, blocks, shared_prefixes, scaling
     )
     return output, None
 
 
-@torch.compiler.disable  # it reads the lengths
+@torch.compiler.disable  # it reads the runs
 def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     cu_seq_lens: torch.Tensor,
     max_length: int,
-    lengths: torch.Tensor,
+    blocks: AttentionBlocks,
     shared_prefixes: SharedPrefixes | None,
     scaling: float | None,
 ) -> torch.Tensor:
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _has_varlen_attention():
         return _flash(query, key, value, cu_seq_lens, max_length, shared_prefixes, scaling)
-    rows = lengths.tolist()
-    if shared_prefixes is None:
-        return _by_length(query, key, value, rows, rows, None, scaling)
-    seen = shared_prefixes.lengths
-    return _by_length(query, key, value, rows, seen, shared_prefixes.key_rows, scaling)
+    return _by_blocks(query, key, value, blocks, scaling)
 
 
-def _by_length(
+def _by_blocks(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lengths: Sequence[int],
-    key_lengths: Sequence[int],
-    key_rows: torch.Tensor | None,
+    blocks: AttentionBlocks,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Call causal attention once per distinct (rows, keys), over all sequences of that shape."""
-    alike: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-    starts = zip(accumulate(lengths, initial=0), accumulate(key_lengths, initial=0), strict=True)
-    for start, shape in zip(starts, zip(lengths, key_lengths, strict=True), strict=False):
-        if shape[0]:
-            alike[shape].append(start)
-
-    order, outputs = [], []
-    for (length, key_length), firsts in alike.items():
-        first = torch.tensor(firsts)
-        rows = (first[:, :1] + torch.arange(length)).to(query.device, non_blocking=True)
-        seen = (first[:, 1:] + torch.arange(key_length)).to(query.device, non_blocking=True)
-        order.append(rows.flatten())
+    """Call attention once per run of ``blocks``."""
+    if not blocks.sizes:
+        return query.transpose(1, 2)
+    queries, keys, values = (x.split(blocks.sizes, 2) for x in (query, key, value))
+    outputs = []
+    for run, (prefix, mask) in enumerate(zip(blocks.prefixes, blocks.masks(query), strict=True)):
+        k, v = keys[run], values[run]
+        if prefix is not None:
+            k, v = torch.cat([keys[prefix], k], 2), torch.cat([values[prefix], v], 2)
         attended = F.scaled_dot_product_attention(
-            _sequences(query, rows),
-            _sequences(key, seen if key_rows is None else key_rows[seen]),
-            _sequences(value, seen if key_rows is None else key_rows[seen]),
-            attn_mask=_aligned_at_the_end(length, key_length, query.device),
-            is_causal=length == key_length,
+            queries[run],
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        outputs.append(attended.transpose(1, 2).flatten(0, 1))
-    if not outputs:
-        return query.transpose(1, 2)
-    row_order = torch.empty_like(all_rows := torch.cat(order))
-    row_order[all_rows] = torch.arange(len(all_rows), device=all_rows.device)
-    return torch.cat(outputs).index_select(0, row_order).unsqueeze(0)
-
-
-def _sequences(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """[1, heads, T, width] at ``rows`` [sequences, length] -> [sequences, heads, length, width]."""
-    return x[0].index_select(1, rows.flatten()).unflatten(1, rows.shape).transpose(0, 1)
-
-
-def _aligned_at_the_end(length: int, key_length: int, device: torch.device) -> torch.Tensor | None:
-    """Return the mask of the keys; None where PyTorch's causal mask, or no mask, is the same."""
-    if length in (1, key_length):
-        return None
-    every = torch.ones(length, key_length, dtype=torch.bool, device=device)
-    return every.tril(key_length - length)
+        outputs.append(attended.transpose(1, 2))
+    return torch.cat(outputs, 1)
 
 
 def _flash(

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tokenflex.models.attention import PACKED_ATTENTION
+from tokenflex.models.attention_blocks import AttentionBlocks
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.placeholders import ImageTokens
 from tokenflex.models.prefixes import SharedPrefixes
@@ -62,7 +63,8 @@ def pack_prompts(
         "max_length_k": plan.max_seqlen,
     }
     if attention == PACKED_ATTENTION:
-        inputs["sequence_lengths"] = torch.tensor(plan.lengths, dtype=torch.int64)
+        parents = () if shared_prefixes is None else shared_prefixes.parents
+        inputs["blocks"] = AttentionBlocks(plan.lengths, parents)
         # transformers leaves a mask of four dimensions alone; ours reads the boundaries.
         inputs["attention_mask"] = packed.new_empty(1, 1, 0, 0)
         if shared_prefixes is not None:

@@ -78,6 +78,8 @@ def prepare(accelerator: Accelerator, model: Any, optimizer: Any) -> tuple[Any, 
     if is_sharded(model):
         refresh_shards(model)
         return model, optimizer
+    if accelerator.scaler is None:  # accelerate's wrapper only scales gradients, and looks for LOMO
+        return accelerator.prepare(model), optimizer
     prepared: tuple[Any, Any] = accelerator.prepare(model, optimizer)
     return prepared
 
@@ -115,7 +117,9 @@ def optimize(
         is_last = index == len(packed.bins) - 1
         # Shards exchange gradients after every bin: whole gradients would undo their saving.
         with nullcontext() if is_last or is_sharded(model) else accelerator.no_sync(model):
-            batch = with_a_tile(batch.to(device), accelerator.unwrap_model(model), count)
+            batch = batch.to(device)
+            if not len(batch.pixel_values):
+                batch = with_blank_tile(batch, accelerator.unwrap_model(model), count)
             with accelerator.autocast():
                 inputs = batch.model_inputs()
                 if batch.teacher is not None:
@@ -128,7 +132,8 @@ def optimize(
             loss += part.detach()
             if stage.distillation:
                 distillation_loss += outputs.distillation_loss / total_weight
-    norm = accelerator.clip_grad_norm_(model.parameters(), stage.max_grad_norm)
+    learning = [weight for group in optimizer.param_groups for weight in group["params"]]
+    norm = accelerator.clip_grad_norm_(learning, stage.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if stage.distillation:
@@ -155,14 +160,12 @@ def stop_without_data(
     return AgreedStop(KeyboardInterrupt() if interruptions else error)
 
 
-def with_a_tile(batch: PackedBatch, model: Any, count: TokenCount) -> PackedBatch:
-    """Return ``batch``, with a blank tile of ``count`` vision tokens if it has no tile.
+def with_blank_tile(batch: PackedBatch, model: Any, count: TokenCount) -> PackedBatch:
+    """Return a ``batch`` without tiles with a blank one of ``count`` vision tokens.
 
     No row shows the tile. With it a bin of text alone has a gradient, zero, where text does not
     learn, and processes that gather shards together run the same modules.
     """
-    if len(batch.pixel_values):
-        return batch
     pixels, grids = blank_tile(model.model.vision_model, model.config.vision_config)
     pixels = pixels.to(batch.plan.input_ids.device)
     return replace(batch.with_unseen_tile(count), pixel_values=pixels, grids=grids)

@@ -18,6 +18,9 @@ from tokenflex.training.flops import peak_flops, teacher_flops, tile_cost, train
 from tokenflex.training.records import Meter, StageRecord
 from tokenflex.training.setup import Setup
 
+FUSED_DEVICES = ("cpu", "cuda")
+"""Devices on which AdamW updates all weights in one call. A state keeps how its run updates."""
+
 
 def build_optimizer(model: Any, stage: StageConfig) -> torch.optim.Optimizer:
     """Freeze all modules but those that learn in ``stage``; return an optimiser of the others."""
@@ -36,7 +39,12 @@ def build_optimizer(model: Any, stage: StageConfig) -> torch.optim.Optimizer:
         for parameter in ordered:
             parameter.requires_grad_(True)
         groups.append({"params": ordered, "lr": rate})
-    return torch.optim.AdamW(groups, betas=stage.betas, weight_decay=stage.weight_decay)
+    return torch.optim.AdamW(
+        groups,
+        betas=stage.betas,
+        weight_decay=stage.weight_decay,
+        fused=model.device.type in FUSED_DEVICES or None,
+    )
 
 
 def build_scheduler(
