@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -13,7 +13,7 @@ import torch
 from tokenflex.counts import Grid, TokenCount, TokenCounts, tokens_of
 from tokenflex.data.encoding import ConversationEncoder
 from tokenflex.data.rows import PackedRow, plan_row
-from tokenflex.data.samples import Conversation, Sample
+from tokenflex.data.samples import Sample
 from tokenflex.data.sequences import TokenSequence, prefix_and_branches, truncate
 
 
@@ -141,6 +141,12 @@ class PackingCollator:
         tiles: list[int] = []
         if images := [image for item in fitted for image in item.sample.images[: len(item.tiles)]]:
             data, tiles = self.processor.process_images(images)
+        return self.pack(fitted, data, tiles)
+
+    def pack(
+        self, fitted: Sequence[DrawnSample], data: Mapping[str, Any], tiles: Sequence[int]
+    ) -> PackedBatch:
+        """Pack fitted samples with the encoder's inputs, and the tiles that each image became."""
         row = self._plan(fitted, tiles)
         teacher = None
         if self.teacher_count is not None:
@@ -180,29 +186,34 @@ class PackingCollator:
         Raises:
             ValueError: it cannot be encoded, or a conversation has nothing left to learn.
         """
-        sample, count = drawn.sample, drawn.count
-        if count is None:
-            count = self.counts.draw(drawn.index, drawn.epoch)
+        sample = drawn.sample
+        images = len(sample.images)
         tiles = self.processor.image_tokens(list(sample.image_sizes), 1)
-        longest = tokens_of(count if self.teacher_count is None else self.teacher_count)
         try:
             sequences = [
-                self._fit_conversation(talk, [longest * number for number in tiles])
+                TokenSequence(*self.encode(talk, images), slice(0, images))
                 for talk in sample.conversations
             ]
+            return self.fit_sequences(drawn, sequences, tiles)
         except ValueError as error:
             raise ValueError(f"sample {sample.id}: {error}") from error
+
+    def fit_sequences(
+        self, drawn: DrawnSample, sequences: Sequence[TokenSequence], tiles: Sequence[int]
+    ) -> DrawnSample:
+        """Do what :meth:`fit` does for encoded conversations and the tiles of each image."""
+        count = drawn.count
+        if count is None:
+            count = self.counts.draw(drawn.index, drawn.epoch)
+        sequences = list(sequences)
+        if self.max_length is not None:
+            longest = tokens_of(count if self.teacher_count is None else self.teacher_count)
+            tokens_per_image = [longest * number for number in tiles]
+            sequences = [
+                truncate(sequence, tokens_per_image, self.processor.image_token_id, self.max_length)
+                for sequence in sequences
+            ]
         shown = max((sequence.images.stop for sequence in sequences), default=0)
         if self.share_prefix:
             sequences = prefix_and_branches(sequences, self.processor.image_token_id)
-        return replace(drawn, count=count, sequences=sequences, tiles=tiles[:shown])
-
-    def _fit_conversation(
-        self, conversation: Conversation, tokens_per_image: Sequence[int]
-    ) -> TokenSequence:
-        images = len(tokens_per_image)
-        sequence = TokenSequence(*self.encode(conversation, images), slice(0, images))
-        if self.max_length is None:
-            return sequence
-        image_token_id = self.processor.image_token_id
-        return truncate(sequence, tokens_per_image, image_token_id, self.max_length)
+        return replace(drawn, count=count, sequences=sequences, tiles=list(tiles[:shown]))
