@@ -152,6 +152,7 @@ class TokenFlexModel(ImageFeatures, TokenFlexPreTrainedModel):
         grids: Grid | Sequence[Grid] | None = None,
         encoded_images: EncodedImages | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_index: Sequence[int] | None = None,
         plan: PackPlan | None = None,
         shared_prefixes: SharedPrefixes | None = None,
         target_rows: torch.Tensor | None = None,
@@ -163,8 +164,10 @@ class TokenFlexModel(ImageFeatures, TokenFlexPreTrainedModel):
         ``target_rows`` are not used: TRL, which computes the loss itself, hands on a whole batch.
         """
         check_placeholder(self.config.image_token_id, self.config.text_config.vocab_size)
+        if plan is not None and image_index is not None:
+            raise ValueError("image_index is part of the plan: give it to plan_packing")
         images = self._image_tokens(
-            pixel_values, num_image_tokens, grids, encoded_images, mm_encoder_outputs
+            pixel_values, num_image_tokens, grids, encoded_images, mm_encoder_outputs, image_index
         )
         prompt = {
             "input_ids": input_ids,
@@ -312,6 +315,7 @@ class TokenFlexForConditionalGeneration(
         grids: Grid | Sequence[Grid] | None = None,
         encoded_images: EncodedImages | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_index: Sequence[int] | None = None,
         plan: PackPlan | None = None,
         shared_prefixes: SharedPrefixes | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -343,6 +347,9 @@ class TokenFlexForConditionalGeneration(
             encoded_images: :meth:`encode_images` of the tiles in place of ``pixel_values``: images
                 encoded once serve any number of calls, each at its own counts.
             mm_encoder_outputs: ``{"image": get_image_features(...)}``, the same at one count.
+            image_index: the tile that each run of placeholders shows, in order of appearance, so
+                that several prompts may show one image that is encoded once; host ints. None where
+                each is shown once, in order.
             plan: a packed batch in place of ``input_ids``; sequences do not see each other. Its
                 ``image_index`` lets several of them show one image that is encoded once, and each
                 of its images may then be several tiles.
@@ -389,6 +396,7 @@ class TokenFlexForConditionalGeneration(
             grids=grids,
             encoded_images=encoded_images,
             mm_encoder_outputs=mm_encoder_outputs,
+            image_index=image_index,
             plan=plan,
             shared_prefixes=shared_prefixes,
             return_dict=True,
