@@ -243,6 +243,19 @@ def test_generate_answers_once_a_count(command, checkpoint, image):
     assert {count: " ".join(answer.split()) for count, answer in answers(out).items()} == expected
 
 
+def test_generate_answers_several_prompts_as_each_alone(command, checkpoint, image):
+    base = ("generate", "--model", checkpoint, "--image", image, "--tokens", "4,9")
+    base = (*base, "--max-new-tokens", 3)
+    prompts = ("read r1c1", "odd <image> odd")
+    alone = [command(*base, "--prompt", prompt)[1].splitlines() for prompt in prompts]
+    _, together, _ = command(*base, "--prompt", prompts[0], "--prompt", prompts[1])
+    title, *rows = [line.split() for line in together.splitlines()]
+    assert title == ["prompt", "tokens", "first_s", "total_s", "answer"]
+    expected = [line.split() for pair in zip(*alone, strict=True) for line in pair]
+    assert [row[0] for row in rows] == ["1", "2", "1", "2"]
+    assert [(row[1], row[4:]) for row in rows] == [(row[0], row[3:]) for row in expected[2:]]
+
+
 def test_generate_uses_the_checkpoints_count_and_counts_all_images(command, checkpoint, image):
     base = ("generate", "--model", checkpoint, "--prompt", "odd", "--max-new-tokens", 1)
     assert list(answers(command(*base, "--image", image)[1])) == [9]

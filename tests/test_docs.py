@@ -29,7 +29,8 @@ def snippets_of(page: str, language: str = "python") -> list[str]:
     return [b.removeprefix(f"{language}\n") for b in blocks if b.startswith(f"{language}\n")]
 
 
-def test_python_of_the_models_page_runs_in_order(tmp_path):
+def test_python_of_the_models_page_runs_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     tiny_model().save_pretrained(tmp_path)
     digits_processor(16).save_pretrained(tmp_path)
     save_router(Router((4, 9, 16), WIDTH, WIDTH), tmp_path, {})
@@ -37,8 +38,9 @@ def test_python_of_the_models_page_runs_in_order(tmp_path):
     snippets = snippets_of(MODELS)
     assert len(snippets) >= 7
     for snippet in snippets:
-        exec(compile(snippet, "docs/models.md", "exec"), names)
-    assert names["loss"].item() > 0
+        quick = snippet.replace("max_steps=100", "max_steps=1, report_to=[], use_cpu=True")
+        exec(compile(quick, "docs/models.md", "exec"), names)
+    assert names["trainer"].state.global_step == 1
     assert names["answer"][0]["generated_text"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -42,6 +43,13 @@ def test_every_count(run):
     assert lines[0] == "| benchmark | metric | 4 | 2x3 |"
     assert lines[2].startswith("| digits | exact_match | ")
     assert lines[3] == "| digits | vision tokens | 4 | 6 |"
+
+
+def test_train_with_trainer(run, tmp_path):
+    out = run("train_with_trainer.py", "--steps", 8, "--out", tmp_path)
+    before, after = re.findall(r"(\d\.\d{3}) (?:before|after)", out)
+    assert float(after) < float(before)
+    assert (tmp_path / "config.json").exists()
 
 
 def test_add_family(run):

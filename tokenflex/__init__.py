@@ -13,6 +13,7 @@ from tokenflex._auto_classes import register_with_transformers
 
 if TYPE_CHECKING:
     from tokenflex.counts import TokenCounts as TokenCounts
+    from tokenflex.data.trainer import DataCollatorWithPacking as DataCollatorWithPacking
     from tokenflex.dropin.families import register_family as register_family
     from tokenflex.dropin.replace import from_pretrained as from_pretrained
     from tokenflex.dropin.replace import replace_projector as replace_projector
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "TokenAdaptiveProjector": ("tokenflex.projector", ""),
     "TokenCounts": ("tokenflex.counts", ""),
+    "DataCollatorWithPacking": ("tokenflex.data.trainer", "hf"),
     "TokenFlexConfig": ("tokenflex.models.configuration", "hf"),
     "TokenFlexForConditionalGeneration": ("tokenflex.models.modeling", "hf"),
     "TokenFlexProcessor": ("tokenflex.models.processing", "hf"),

@@ -1,4 +1,4 @@
-"""One question about some images, answered at several counts: images are encoded once."""
+"""Questions about some images, answered at several counts: images are encoded once."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Answer:
     Attributes:
         vision_tokens: of all images together.
         read_vision_tokens: also those of the prompts of a cascade's discarded answers.
-        first_token_seconds: time to encode the images, read the prompt and give the first token; of
-            a cascade the first token of its last answer.
-        seconds: time to the end of the answer, encoding included.
+        first_token_seconds: time to encode the images, read the prompts and give the first token;
+            of a cascade the first token of its last answer.
+        seconds: time to the end of the answers to all prompts, encoding included.
         text: the answer.
     """
 
@@ -43,7 +43,7 @@ def answer_at_counts(
     model: Any,
     processor: Any,
     images: Sequence[Any],
-    prompt: str,
+    prompts: Sequence[str],
     counts: Sequence[ImageTokenCounts | str],
     *,
     max_new_tokens: int = 64,
@@ -52,20 +52,20 @@ def answer_at_counts(
     budget: int | None = None,
     confidence: float | None = None,
 ) -> Iterator[Answer]:
-    """Yield the greedy answer at each count, whatever search the generation config names.
+    """Yield each prompt's greedy answer at each count, whatever search the model's config names.
 
-    Images are processed and encoded once. The time of encoding is part of every answer's time, so
-    that each time is that of a call at this count alone. A first call, of the text alone, is not
-    timed.
+    Images are processed and encoded once, and the prompts of a count are one batch. The time of
+    encoding is part of every answer's time, so that each time is that of a call at this count
+    alone. A first call, of the text alone, is not timed.
 
     Args:
         model: a :class:`tokenflex.TokenFlexForConditionalGeneration` in evaluation mode.
         processor: its processor.
         images: PIL images, arrays or tensors.
-        prompt: text with one placeholder per image.
+        prompts: texts with one placeholder per image each, about the same images.
         counts: what the processor takes as ``num_image_tokens``, or a policy of
-            :mod:`tokenflex.routing.policies`, once per answer. With a policy the time to the first
-            token includes the choice.
+            :mod:`tokenflex.routing.policies`; all prompts are answered at each. With a policy the
+            time to the first token includes the choice.
         max_new_tokens: the most tokens of an answer.
         max_tiles: as the processor takes it.
         penalty: for "auto", see :func:`tokenflex.routing.choice.choose_counts`.
@@ -86,9 +86,9 @@ def answer_at_counts(
     options = special_tokens(model, tokenizer)
     greedy = {"do_sample": False, "num_beams": 1}  # beams cannot be timed token by token
 
-    def read(text: str, tiles: Sequence[int], **count: Any) -> Any:
+    def read(texts: Sequence[str], tiles: Sequence[int], **count: Any) -> Any:
         # As in training: the chat template writes all special tokens.
-        inputs = processor.encode_text(text, tiles, add_special_tokens=False, **count)
+        inputs = processor.encode_text([texts], tiles, add_special_tokens=False, **count)
         return inputs.to(model.device)
 
     data, tiles = ({}, []) if not images else processor.process_images(images, max_tiles=max_tiles)
@@ -99,7 +99,8 @@ def answer_at_counts(
         grids = token_grids(most, len(tiles), name="num_image_tokens")
         tokens = sum(tokens_of_images(tiles, grids))
         check_length(model.config, tokens if bound is None else min(tokens, bound))
-    warm_up = read(without_placeholders(prompt, [processor.image_token]), [])
+    texts = [without_placeholders(prompt, [processor.image_token]) for prompt in prompts]
+    warm_up = read(texts, [])
     if warm_up["input_ids"].numel():
         model.generate(**warm_up, **greedy, **options, max_new_tokens=1)
     encoded, encoding_seconds = None, 0.0
@@ -113,31 +114,32 @@ def answer_at_counts(
     options["max_new_tokens"] = max_new_tokens
     for count in counts:
         given = AUTO if isinstance(count, str) else count
-        inputs = {**read(prompt, tiles, num_image_tokens=given), "encoded_images": encoded}
+        inputs = {**read(prompts, tiles, num_image_tokens=given), "encoded_images": encoded}
         clock = _FirstTokenClock()
         auto = inputs.get("num_image_tokens") == AUTO
         if auto and confidence is not None:
             cascade = generate_with_escalation(
                 model, threshold=confidence, **inputs, **options, streamer=clock
             )
-            new = cascade.new_tokens[0]
-            (vision_tokens,), (read_tokens,) = cascade.vision_tokens, cascade.prefill_tokens
+            new = cascade.new_tokens
+            vision_tokens, read_tokens = cascade.vision_tokens, cascade.prefill_tokens
         else:
             if auto:
                 inputs["num_image_tokens"] = count
                 inputs = model.choose_counts(**inputs, penalty=penalty, budget=budget)
             output = model.generate(**inputs, **greedy, **options, streamer=clock)
-            new = output[0, inputs["input_ids"].shape[1] :]
-            vision_tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
+            new = output[:, inputs["input_ids"].shape[1] :]
+            vision_tokens = (inputs["input_ids"] == processor.image_token_id).sum(-1).tolist()
             read_tokens = vision_tokens
         seconds = clock.seconds()
-        yield Answer(
-            vision_tokens=vision_tokens,
-            read_vision_tokens=read_tokens,
-            first_token_seconds=encoding_seconds + clock.first_token_seconds,
-            seconds=encoding_seconds + seconds,
-            text=tokenizer.decode(new, skip_special_tokens=True).strip(),
-        )
+        for row, text in enumerate(tokenizer.batch_decode(new, skip_special_tokens=True)):
+            yield Answer(
+                vision_tokens=vision_tokens[row],
+                read_vision_tokens=read_tokens[row],
+                first_token_seconds=encoding_seconds + clock.first_token_seconds,
+                seconds=encoding_seconds + seconds,
+                text=text.strip(),
+            )
 
 
 def _largest_count(

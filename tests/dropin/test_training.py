@@ -183,6 +183,22 @@ def test_trainer(family, tmp_path):
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=0) is not None
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "llava_onevision"])
+def test_packed_batches_have_the_loss_of_padded_ones(family, tmp_path):
+    def loss(packed: bool) -> float:
+        model, processor = pair(family)
+        collate = ImageTextCollator(processor, COUNTS)
+        trainer = Trainer(
+            model=model,
+            args=arguments(tmp_path, gradient_accumulation_steps=2, dataloader_num_workers=packed),
+            train_dataset=Samples(family, 24, chat=False),
+            data_collator=(lambda rows: pack_inputs(model, collate(rows))) if packed else collate,
+        )
+        return float(trainer.train().training_loss)
+
+    assert loss(True) == pytest.approx(loss(False), rel=1e-4)
+
+
 @pytest.mark.parametrize("family", ["llava", "gemma3"])
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "LoRA"])
 def test_smoothed_labels_are_the_next_tokens(family, lora, tmp_path):

@@ -1,4 +1,4 @@
-"""``tokenflex generate``: one prompt, answered at several counts."""
+"""``tokenflex generate``: prompts about some images, answered at several counts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,19 @@ def add_to(commands: CommandLine) -> None:
     generate = commands.add(
         "generate",
         _generate,
-        "answer a prompt about images, once per count, with seconds to the first token and in all",
+        "answer prompts about images, once per count, with seconds to the first token and in all",
         "tokenflex generate --model runs/demo/checkpoint --image examples/digits.png "
         "--prompt 'read r1c1' --tokens 4,9,16",
     )
     generate.add_argument("--model", type=Path, required=True, help="checkpoint folder")
     generate.add_argument("--image", type=Path, action="append", default=[], help="may be repeated")
-    generate.add_argument("--prompt", required=True, help="the question")
+    generate.add_argument(
+        "--prompt",
+        required=True,
+        action="append",
+        help="the question; may be repeated: the images are encoded once for all, and the seconds "
+        "are those of all answers at a count",
+    )
     generate.add_argument(
         "--tokens",
         type=counts_grids_or_auto,
@@ -66,20 +72,21 @@ def _generate(options: argparse.Namespace) -> int:
     for name in ("penalty", "budget", "confidence"):
         if not chooses and getattr(options, name) is not None:
             raise ValueError(f"--{name} is for --tokens auto, got it with --tokens {counts}")
-    image, content = {"type": "image"}, parts_of(options.prompt)
-    if image not in content:
-        content = [image] * len(images) + content if images else options.prompt
+    conversations = []
+    for prompt in options.prompt:
+        image, content = {"type": "image"}, parts_of(prompt)
+        if image not in content:
+            content = [image] * len(images) + content if images else prompt
+        conversations.append([{"role": "user", "content": content}])
     try:
-        prompt = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
+        prompts = processor.apply_chat_template(conversations, add_generation_prompt=True)
     except TemplateError as error:
         raise ValueError(f"chat_template cannot be rendered: {error}") from error
     answers = answer_at_counts(
         model,
         processor,
         images,
-        prompt,
+        prompts,
         counts,
         max_new_tokens=options.max_new_tokens,
         max_tiles=options.max_tiles,
@@ -87,14 +94,16 @@ def _generate(options: argparse.Namespace) -> int:
         budget=options.budget,
         confidence=options.confidence,
     )
-    # The table has one column more for a cascade, whose discarded answers read images too.
-    all_tries = options.confidence is not None
+    # The table has one column more for a cascade, whose discarded answers read images too, and one
+    # for the number of the prompt.
+    all_tries, several = options.confidence is not None, len(prompts) > 1
     for i, answer in enumerate(answers):
         if i == 0:  # after the first answer, so that an error prints no table
-            names = ["tokens", *["all"] * all_tries, "first_s", "total_s"]
+            names = [*["prompt"] * several, "tokens", *["all"] * all_tries, "first_s", "total_s"]
             print("  ".join([*(f"{name:>7}" for name in names), "answer"]))
-        tokens = [answer.vision_tokens, *[answer.read_vision_tokens] * all_tries]
-        columns = [f"{number:>7}" for number in tokens]
+        numbers = [*[i % len(prompts) + 1] * several, answer.vision_tokens]
+        numbers += [answer.read_vision_tokens] * all_tries
+        columns = [f"{number:>7}" for number in numbers]
         columns += [f"{answer.first_token_seconds:>7.3f}", f"{answer.seconds:>7.3f}"]
         print("  ".join([*columns, answer.text]), flush=True)
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -138,6 +138,12 @@ class PackingCollator:
         tiles: list[int] = []
         if images := [image for item in fitted for image in item.sample.images[: len(item.tiles)]]:
             data, tiles = self.processor.process_images(images)
+        return self.pack(fitted, data, tiles)
+
+    def pack(
+        self, fitted: Sequence[DrawnSample], data: Mapping[str, Any], tiles: Sequence[int]
+    ) -> PackedBatch:
+        """Pack fitted samples with the encoder's inputs, and the tiles that each image became."""
         row = self._plan(fitted, tiles)
         teacher = None
         if self.teacher_count is not None:
@@ -177,24 +183,31 @@ class PackingCollator:
         Raises:
             ValueError: it cannot be encoded, or a conversation has nothing left to learn.
         """
-        sample, count = drawn.sample, drawn.count
-        if count is None:
-            count = self.counts.draw(drawn.index, drawn.epoch)
+        sample = drawn.sample
         tiles = self.processor.image_tokens(list(sample.image_sizes), 1)
-        image_token_id = self.processor.image_token_id
         try:
-            sequences = self.encode(sample.conversations, len(tiles))
-            if self.max_length is not None:
-                longest = tokens_of(count if self.teacher_count is None else self.teacher_count)
-                per_image = [longest * number for number in tiles]
-                sequences = [
-                    truncate(sequence, per_image, image_token_id, self.max_length)
-                    for sequence in sequences
-                ]
+            return self.fit_sequences(drawn, self.encode(sample.conversations, len(tiles)), tiles)
         except ValueError as error:
             raise ValueError(f"sample {sample.id}: {error}") from error
+
+    def fit_sequences(
+        self, drawn: DrawnSample, sequences: Sequence[TokenSequence], tiles: Sequence[int]
+    ) -> DrawnSample:
+        """Do what :meth:`fit` does for encoded conversations and the tiles of each image."""
+        count = drawn.count
+        if count is None:
+            count = self.counts.draw(drawn.index, drawn.epoch)
+        image_token_id = self.processor.image_token_id
+        sequences = list(sequences)
+        if self.max_length is not None:
+            longest = tokens_of(count if self.teacher_count is None else self.teacher_count)
+            tokens_per_image = [longest * number for number in tiles]
+            sequences = [
+                truncate(sequence, tokens_per_image, image_token_id, self.max_length)
+                for sequence in sequences
+            ]
         num_targets = sum(sequence.num_targets for sequence in sequences)
-        tiles = tiles[: max((sequence.images.stop for sequence in sequences), default=0)]
+        tiles = list(tiles[: max((sequence.images.stop for sequence in sequences), default=0)])
         if self.share_prefix:
             sequences = prefix_and_branches(sequences, image_token_id)
         return replace(

@@ -11,7 +11,14 @@ from typing import Any, ClassVar
 
 import torch
 
-CHOICE_INPUTS = ("attention_mask", "pixel_values", "grids", "encoded_images", "tiles_per_image")
+CHOICE_INPUTS = (
+    "attention_mask",
+    "pixel_values",
+    "grids",
+    "encoded_images",
+    "image_index",
+    "tiles_per_image",
+)
 """Inputs of :meth:`ChoosesCounts.choose_counts` beside ``input_ids``."""
 CHOICE_OPTIONS = ("num_image_tokens", "penalty", "budget")
 """Its options."""

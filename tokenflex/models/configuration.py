@@ -52,6 +52,8 @@ class TokenFlexConfig(SavedWithStub, PretrainedConfig):
         "AutoProcessor": "TokenFlexProcessor",
     }
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    # Trainer's predictions are logits alone.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "image_hidden_states"]
 
     def __init__(
         self,

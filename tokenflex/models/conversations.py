@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,11 +62,14 @@ class ConversationProcessor(ProcessorMixin):
         get a string with :attr:`image_prompt` in place of images, so that the template of any
         language model serves.
 
+        Conversations in an inner list share their images, as prompts do: each shows the same ones,
+        the same objects, or only the first one holds them.
+
         A placeholder in the text of a part is refused. In a conversation whose contents are strings
         it marks an image that is given beside it, as ``images`` in ``processor_kwargs``.
 
         Args:
-            conversation: a list of messages, or a list of those.
+            conversation: a list of messages, a list of those, or a list of lists of those.
             chat_template: in place of the processor's own, or the name of one of its templates.
             tools: for the template.
             documents: for the template.
@@ -110,7 +114,9 @@ class ConversationProcessor(ProcessorMixin):
             **variables,
         }
         chats, texts, spans = [], [], []
-        for messages, name in named_conversations(conversation):
+        groups = named_groups(conversation)
+        named = [*chain(*groups)] if groups else named_conversations(conversation)
+        for messages, name in named:
             chat = read_chat(messages, name, [self.image_token], foreign)
             text, answer_spans = render(
                 chat,
@@ -127,16 +133,21 @@ class ConversationProcessor(ProcessorMixin):
             chats.append(chat)
             texts.append(text)
             spans.append(answer_spans)
+        prompts: Any = texts
+        if groups is not None:
+            remaining = iter(texts)
+            prompts = [[*islice(remaining, len(group))] for group in groups]
+            chats = shared_chats(chats, [len(group) for group in groups])
         if not tokenize:
-            return texts if is_batch(conversation) else texts[0]
+            return prompts if is_batch(conversation) else texts[0]
         options["images"] = images_of_chats(chats, options.get("images"))
         if return_tensors != "auto":
             options["return_tensors"] = return_tensors
         if "add_special_tokens" not in (options.get("text_kwargs") or {}):
             options.setdefault("add_special_tokens", False)  # the template writes them
         if return_assistant_tokens_mask:
-            return self._with_assistant_masks(texts, spans, options)
-        inputs = self(text=texts, **options)
+            return self._with_assistant_masks(prompts, spans, options)
+        inputs = self(text=prompts, **options)
         return inputs if return_dict else inputs["input_ids"]
 
     def _check_assistant_mask(self, template: str, returns_dict: bool) -> None:
@@ -151,9 +162,9 @@ class ConversationProcessor(ProcessorMixin):
         raise ValueError(f"return_assistant_tokens_mask needs {need}")
 
     def _with_assistant_masks(
-        self, texts: list[str], spans: list[list[tuple[int, int]]], options: dict[str, Any]
+        self, prompts: Any, spans: list[list[tuple[int, int]]], options: dict[str, Any]
     ) -> BatchFeature:
-        inputs = self(text=texts, **{**options, **dict.fromkeys(_MASK_NEEDS, True)})
+        inputs = self(text=prompts, **{**options, **dict.fromkeys(_MASK_NEEDS, True)})
         offsets, ids = inputs["offset_mapping"], inputs["input_ids"]
         rows = offsets if isinstance(offsets, list) else offsets.tolist()
         masks: Any = assistant_masks(rows, spans, inputs["text_replacement_offsets"])
@@ -206,6 +217,49 @@ def named_conversations(conversation: Sequence[Any]) -> list[tuple[Any, str]]:
     if not is_batch(conversation):
         return [(conversation, "messages")]
     return [(messages, f"conversation[{i}]") for i, messages in enumerate(conversation)]
+
+
+def named_groups(conversation: Sequence[Any]) -> list[list[tuple[Any, str]]] | None:
+    """Return inner lists of conversations with their names; None where there are no such lists.
+
+    Raises:
+        ValueError: an inner list is empty, or is one conversation beside lists of those.
+    """
+    if not is_batch(conversation) or not any(group and is_batch(group) for group in conversation):
+        return None
+    for i, group in enumerate(conversation):
+        if not is_batch(group):
+            raise ValueError(
+                f"conversation[{i}] must be a list of conversations as others are, got messages"
+            )
+    return [
+        [(messages, f"conversation[{i}][{j}]") for j, messages in enumerate(group)]
+        for i, group in enumerate(conversation)
+    ]
+
+
+def shared_chats(chats: Sequence[Chat], group_sizes: Sequence[int]) -> list[Chat]:
+    """Return the conversation that holds the images of each group, its first.
+
+    Raises:
+        ValueError: another one of the group holds other images.
+    """
+    remaining = iter(chats)
+    leaders = []
+    for i, size in enumerate(group_sizes):
+        leader, *others = islice(remaining, size)
+        for j, chat in enumerate(others, 1):
+            same = len(chat.images) == len(leader.images) and all(
+                image.source is shown.source
+                for image, shown in zip(chat.images, leader.images, strict=True)
+            )
+            if chat.images and not same:
+                raise ValueError(
+                    f"conversation[{i}][{j}] must show the images of conversation[{i}][0], the "
+                    "same objects, got others"
+                )
+        leaders.append(leader)
+    return leaders
 
 
 def images_of_chats(chats: Sequence[Chat], beside: Any) -> Any:

@@ -21,7 +21,7 @@ from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREF
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenflex.models.auto_counts import ChoosesCounts, asks_for_choice
-from tokenflex.models.placeholders import embedded_placeholders
+from tokenflex.models.placeholders import embedded_placeholders, in_order
 from tokenflex.models.prefill import ChunkedPrefill
 
 _DRAFT = "draft_image"  # the draft's images among `mm_encoder_outputs`, which it is given too
@@ -136,6 +136,9 @@ class TokenFlexGeneration(ChoosesCounts, ChunkedPrefill, GenerationMixin):
         ``penalty`` or ``budget`` say. The answer begins with the prompts as they were given, and an
         output object also holds ``num_image_tokens``, the count of each tile.
 
+        Several prompts about one image need it once, with ``image_index``, which the processor
+        returns for prompts in nested lists: ``processor(images=[a, b], text=[[q1, q2], [q3]])``.
+
         An ``assistant_model`` that is a TokenFLEX model sees the images as well, at the same
         counts: encoded by itself, or ``encoded_images``, which must then be of its own encoder.
 
@@ -182,6 +185,12 @@ class TokenFlexGeneration(ChoosesCounts, ChunkedPrefill, GenerationMixin):
             kwargs["mm_encoder_outputs"] = {
                 modality: _vision_tokens(output) for modality, output in outputs.items()
             }
+            image_index = kwargs.pop("image_index", None)
+            if image_index is not None:
+                images = kwargs["mm_encoder_outputs"]["image"]
+                images.pooler_output = in_order(images.pooler_output, image_index)
+        elif not sources and kwargs.get("image_index") is not None:
+            raise ValueError("image_index tells where images are shown: give the images with it")
         return super().generate(*args, **kwargs)
 
     @torch.no_grad()
@@ -189,7 +198,7 @@ class TokenFlexGeneration(ChoosesCounts, ChunkedPrefill, GenerationMixin):
         self, draft: TokenFlexGeneration | None, kwargs: dict[str, Any]
     ) -> dict[str, BaseModelOutputWithPooling | None]:
         """Take the images out of ``kwargs`` and project them, for the draft too if there is one."""
-        names = ("pixel_values", "num_image_tokens", "grids", "encoded_images")
+        names = ("pixel_values", "num_image_tokens", "grids", "encoded_images", "image_index")
         images = {name: kwargs.pop(name) for name in names if name in kwargs}
         outputs = {"image": _vision_tokens(self.get_image_features(**images, return_dict=True))}
         if draft is None:
@@ -237,7 +246,7 @@ class TokenFlexGeneration(ChoosesCounts, ChunkedPrefill, GenerationMixin):
         images = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
         if images is None and model_kwargs.get("pixel_values") is not None:
             # Only transformers 5.17 has not encoded them by now.
-            names = ("pixel_values", "num_image_tokens", "grids")
+            names = ("pixel_values", "num_image_tokens", "grids", "image_index")
             images = self.get_image_features(
                 **{name: model_kwargs.pop(name, None) for name in names}
             )

@@ -13,7 +13,7 @@ from transformers.utils.generic import can_return_tuple
 from tokenflex.counts import Grid, ImageTokenCounts, token_grids
 from tokenflex.models.auto_counts import refuse_auto
 from tokenflex.models.configuration import TokenFlexConfig
-from tokenflex.models.placeholders import ImageTokens, check_device
+from tokenflex.models.placeholders import ImageTokens, check_device, in_order
 from tokenflex.models.vision import EncodedImages, encode
 from tokenflex.projector import TokenAdaptiveProjector
 from tokenflex_kernels import plan_pooling
@@ -57,6 +57,7 @@ class ImageFeatures:
         num_image_tokens: ImageTokenCounts | None = None,
         grids: Grid | Sequence[Grid] | None = None,
         encoded_images: EncodedImages | None = None,
+        image_index: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Project every tile to its own number of vision tokens.
@@ -66,12 +67,13 @@ class ImageFeatures:
             num_image_tokens: one count for all tiles or one per tile; the config's if None.
             grids: as :meth:`encode_images` takes them.
             encoded_images: the output of :meth:`encode_images`, in place of pixels and grids.
+            image_index: as :meth:`TokenFlexForConditionalGeneration.forward` takes it.
             **kwargs: for the encoder, for example ``output_hidden_states``; and ``return_dict``.
 
         Returns:
             ``last_hidden_state``, patch features [sum of H*W, C], and ``pooler_output``, a list
-            with [count, D] vision tokens for each tile; on request ``hidden_states`` and
-            ``attentions`` of the encoder.
+            with [count, D] vision tokens for each tile, or for each entry of ``image_index``; on
+            request ``hidden_states`` and ``attentions`` of the encoder.
 
         Raises:
             ValueError: counts and tiles do not fit together.
@@ -94,9 +96,10 @@ class ImageFeatures:
                         "them"
                     )
         images = self._project(encoded_images, num_image_tokens)
+        per_image = list(images.tokens.split(images.counts))
         return BaseModelOutputWithPooling(
             last_hidden_state=encoded_images.features,
-            pooler_output=list(images.tokens.split(images.counts)),
+            pooler_output=per_image if image_index is None else in_order(per_image, image_index),
             hidden_states=getattr(outputs, "hidden_states", None),
             attentions=getattr(outputs, "attentions", None),
         )
@@ -108,8 +111,26 @@ class ImageFeatures:
         grids: Grid | Sequence[Grid] | None,
         encoded_images: EncodedImages | None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
+        image_index: Sequence[int] | None,
     ) -> ImageTokens | None:
-        """Return the vision tokens of a call's images, None without images."""
+        """Return the vision tokens of a call's images as they are shown, None without images."""
+        images = self._projected_images(
+            pixel_values, num_image_tokens, grids, encoded_images, mm_encoder_outputs
+        )
+        if image_index is None:
+            return images
+        if images is None:
+            raise ValueError("image_index tells where images are shown: give the images with it")
+        return images.shown(image_index)
+
+    def _projected_images(
+        self,
+        pixel_values: torch.Tensor | None,
+        num_image_tokens: ImageTokenCounts | None,
+        grids: Grid | Sequence[Grid] | None,
+        encoded_images: EncodedImages | None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
+    ) -> ImageTokens | None:
         outputs = (mm_encoder_outputs or {}).get("image")
         sources = [outputs, pixel_values, encoded_images]
         if sum(source is not None for source in sources) > 1:

@@ -152,17 +152,22 @@ class TokenFlexModel(ImageFeatures, TokenFlexPreTrainedModel):
         grids: Grid | Sequence[Grid] | None = None,
         encoded_images: EncodedImages | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_index: Sequence[int] | None = None,
         plan: PackPlan | None = None,
         shared_prefixes: SharedPrefixes | None = None,
+        target_rows: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> TokenFlexModelOutput:
         """Return hidden states of a padded batch, or of a packed row when ``plan`` is given.
 
-        The arguments are those of :meth:`TokenFlexForConditionalGeneration.forward`.
+        The arguments are those of :meth:`TokenFlexForConditionalGeneration.forward`;
+        ``target_rows`` are not used: TRL, which computes the loss itself, hands on a whole batch.
         """
         check_placeholder(self.config.image_token_id, self.config.text_config.vocab_size)
+        if plan is not None and image_index is not None:
+            raise ValueError("image_index is part of the plan: give it to plan_packing")
         images = self._image_tokens(
-            pixel_values, num_image_tokens, grids, encoded_images, mm_encoder_outputs
+            pixel_values, num_image_tokens, grids, encoded_images, mm_encoder_outputs, image_index
         )
         prompt = {
             "input_ids": input_ids,
@@ -179,6 +184,7 @@ class TokenFlexModel(ImageFeatures, TokenFlexPreTrainedModel):
             )
             inputs["past_key_values"] = past_key_values
         else:
+            del prompt["position_ids"]
             for name, value in {**prompt, "past_key_values": past_key_values}.items():
                 if value is not None:
                     raise ValueError(f"plan holds the whole batch: give no {name} with it")
@@ -186,7 +192,9 @@ class TokenFlexModel(ImageFeatures, TokenFlexPreTrainedModel):
                 raise TypeError(
                     "vision_index is part of the plan: give image_index to plan_packing"
                 )
-            inputs = pack_prompts(self.language_model, self.config, plan, images, shared_prefixes)
+            inputs = pack_prompts(
+                self.language_model, self.config, plan, images, shared_prefixes, position_ids
+            )
         outputs = self.language_model(**{**kwargs, **inputs}, return_dict=True)
         return TokenFlexModelOutput(
             last_hidden_state=outputs.last_hidden_state,
@@ -307,11 +315,13 @@ class TokenFlexForConditionalGeneration(
         grids: Grid | Sequence[Grid] | None = None,
         encoded_images: EncodedImages | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_index: Sequence[int] | None = None,
         plan: PackPlan | None = None,
         shared_prefixes: SharedPrefixes | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         targets: torch.Tensor | None = None,
         target_weights: torch.Tensor | None = None,
+        target_rows: torch.Tensor | None = None,
         teacher: dict[str, Any] | None = None,
         distillation: float = 0.0,
         **kwargs: Any,
@@ -325,17 +335,21 @@ class TokenFlexForConditionalGeneration(
             num_image_tokens: an int (a perfect square) or (h, w) for all tiles, or one per tile;
                 the config's ``num_image_tokens`` if None.
             attention_mask: [B, L], 0 on padding.
-            position_ids: int64 [B, L].
+            position_ids: int64 [B, L]; of a packed row [1, total], in place of the plan's.
             past_key_values: transformers' cache.
             inputs_embeds: [B, L, D] in place of ``input_ids``; images then stand where it holds
                 the placeholder's embedding.
             labels: int64 like ``input_ids`` (for a packed row [1, total]), -100 where there is no
-                loss. The loss is the mean over the others.
+                loss. The loss is the mean over the others, or their sum over
+                ``num_items_in_batch`` where that is given.
             grids: (height, width) of all tiles or of each in patches, where they are not the
                 encoder's square: see :meth:`encode_images`.
             encoded_images: :meth:`encode_images` of the tiles in place of ``pixel_values``: images
                 encoded once serve any number of calls, each at its own counts.
             mm_encoder_outputs: ``{"image": get_image_features(...)}``, the same at one count.
+            image_index: the tile that each run of placeholders shows, in order of appearance, so
+                that several prompts may show one image that is encoded once; host ints. None where
+                each is shown once, in order.
             plan: a packed batch in place of ``input_ids``; sequences do not see each other. Its
                 ``image_index`` lets several of them show one image that is encoded once, and each
                 of its images may then be several tiles.
@@ -346,6 +360,9 @@ class TokenFlexForConditionalGeneration(
             targets: int64 [N], the next token at each of the kept positions, row after row, in
                 place of ``labels``; see :func:`tokenflex.models.loss.head_cross_entropy`.
             target_weights: [N], the weight of each target in the loss.
+            target_rows: int64 [1, N], with ``labels`` of one row: the positions before those that
+                are not -100. In training the loss is then computed in chunks from these alone, and
+                no logits are returned; otherwise it has no effect.
             teacher: with ``targets``, the same samples at other counts: ``num_image_tokens``,
                 ``plan``, ``shared_prefixes`` and ``logits_to_keep`` of a second pass, without
                 gradients, over images that are encoded once for both.
@@ -379,6 +396,7 @@ class TokenFlexForConditionalGeneration(
             grids=grids,
             encoded_images=encoded_images,
             mm_encoder_outputs=mm_encoder_outputs,
+            image_index=image_index,
             plan=plan,
             shared_prefixes=shared_prefixes,
             return_dict=True,
@@ -394,9 +412,11 @@ class TokenFlexForConditionalGeneration(
             loss, distillation_loss = self._target_loss(
                 hidden.flatten(0, 1), targets, target_weights, labels, teacher_hidden, distillation
             )
+        elif labels is not None and target_rows is not None and self.training:
+            loss = self._loss_at(hidden, labels, target_rows, kwargs.get("num_items_in_batch"))
         else:
             logits = transform_logits(self.lm_head(hidden), self.config.text_config)
-        if labels is not None:
+        if labels is not None and logits is not None:
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
@@ -412,6 +432,27 @@ class TokenFlexForConditionalGeneration(
             image_hidden_states=outputs.image_hidden_states,
             distillation_loss=distillation_loss,
         )
+
+    def _loss_at(
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        target_rows: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        """Return the mean loss of the labels after ``target_rows``, 0 where there are none."""
+        rows = target_rows[0]
+        targets = labels[0].index_select(0, rows + 1)
+        hidden = hidden[0].index_select(0, rows)
+        number = max(len(rows), 1) if num_items_in_batch is None else num_items_in_batch
+        total: torch.Tensor
+        if type(self.lm_head) is nn.Linear:
+            # Divided afterwards: half precision would lose the gradients of a mean over many.
+            total, _ = self._target_loss(hidden, targets, hidden.new_ones(len(rows)))
+        else:
+            logits = transform_logits(self.lm_head(hidden), self.config.text_config)
+            total = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        return total / number
 
     @torch.no_grad()
     def _teacher_hidden(
@@ -435,9 +476,9 @@ class TokenFlexForConditionalGeneration(
         hidden: torch.Tensor,
         targets: torch.Tensor,
         target_weights: torch.Tensor | None,
-        labels: torch.Tensor | None,
-        teacher_hidden: torch.Tensor | None,
-        distillation: float,
+        labels: torch.Tensor | None = None,
+        teacher_hidden: torch.Tensor | None = None,
+        distillation: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if target_weights is None or labels is not None:
             raise ValueError("targets come with target_weights, and in place of labels")

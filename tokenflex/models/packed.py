@@ -24,18 +24,26 @@ def pack_prompts(
     plan: PackPlan,
     images: ImageTokens | None,
     shared_prefixes: SharedPrefixes | None,
+    position_ids: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """Return the inputs of the language model (without its head) for a packed row.
 
     Raises:
-        ValueError: counts or prefixes are not the plan's, or the language model's attention cannot
-            take them.
+        ValueError: counts, prefixes or positions are not the plan's, or the language model's
+            attention cannot take them.
     """
     attention = language_model.config._attn_implementation
     knows_samples = attention == PACKED_ATTENTION or attention.startswith("flash")
     if shared_prefixes is not None:
         _check_shared_prefixes(shared_prefixes, plan, attention)
-    position_ids = plan.position_ids if shared_prefixes is None else shared_prefixes.position_ids
+    if position_ids is None:
+        row = plan if shared_prefixes is None else shared_prefixes
+        position_ids = row.position_ids[None]
+    elif position_ids.shape != (1, plan.num_tokens):
+        raise ValueError(
+            f"position_ids must be [1, {plan.num_tokens}] as the plan's row, got "
+            f"{list(position_ids.shape)}"
+        )
     if config.image_positions == "shared" and images is not None and images.counts:
         if not knows_samples:
             raise ValueError(
@@ -46,11 +54,11 @@ def pack_prompts(
         if plan.image_index is not None:
             rows, order = rows.sort()
             shown = shown[plan.vision_tokens()[order]]
-        position_ids = shared_image_positions(position_ids, rows, shown)
+        position_ids = shared_image_positions(position_ids[0], rows, shown)[None]
     packed = _pack(language_model.get_input_embeddings(), plan, images)
     inputs: dict[str, Any] = {
         "inputs_embeds": packed[None],
-        "position_ids": position_ids[None],
+        "position_ids": position_ids,
         "attention_mask": None,
         "use_cache": False,
     }

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.positions import shared_image_positions
 from tokenflex_kernels import merge_vision
+from tokenflex_kernels.checks import check_ints
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,35 @@ class ImageTokens:
         tokens = torch.cat(per_image) if per_image else torch.zeros(0, width)
         return cls(tokens, [len(image) for image in per_image])
 
+    def shown(self, image_index: Sequence[int] | torch.Tensor) -> ImageTokens:
+        """Return the images in the order in which prompts show them, see :func:`in_order`."""
+        per_image = in_order(self.tokens.split(self.counts), image_index)
+        tokens = torch.cat(per_image) if per_image else self.tokens[:0]
+        return ImageTokens(tokens, in_order(self.counts, image_index))
+
     def image_of_each(self, device: torch.device) -> torch.Tensor:
         """Return the image of each token, int64 [sum of counts]."""
         sizes = torch.tensor(self.counts, dtype=torch.int64, device=device)
         images = torch.arange(len(self.counts), device=device)
         return images.repeat_interleave(sizes, output_size=sum(self.counts))
+
+
+def in_order(images: Sequence[T], image_index: Sequence[int] | torch.Tensor) -> list[T]:
+    """Return the images that ``image_index`` names, each as often as it does.
+
+    Raises:
+        TypeError: an index is no int.
+        ValueError: there is no such image, or one that is never shown.
+    """
+    if isinstance(image_index, torch.Tensor):
+        image_index = image_index.tolist()
+    order = check_ints("image_index", image_index).tolist()
+    if {*order} != {*range(len(images))}:
+        raise ValueError(
+            f"image_index must name each of the {len(images)} images (tiles) and no others, got "
+            f"{order}"
+        )
+    return [images[image] for image in order]
 
 
 def merge_prompt(

@@ -22,6 +22,7 @@ from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.conversations import ConversationProcessor
 from tokenflex.models.image_inputs import name_images
 from tokenflex.models.image_preparation import ImagePreparation
+from tokenflex.models.prompt_texts import read_prompts, tiles_of_images
 from tokenflex.models.tiling import check_tile_limits
 from tokenflex_kernels.checks import check_count
 
@@ -57,6 +58,7 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
         *ConversationProcessor.skip_tensor_conversion,
         "num_image_tokens",
         "tiles_per_image",
+        "image_index",
         "grids",
     ]
 
@@ -150,7 +152,10 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
         return [name for name in names if name != "token_type_ids"]
 
     def __call__(
-        self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+        **kwargs: Any,
     ) -> BatchFeature:
         """Return model inputs for a batch of prompts.
 
@@ -158,7 +163,9 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
             images: an image, a list of them, or a list per prompt, in order of appearance. An image
                 is whatever :func:`tokenflex.images.load_image` takes: a PIL image, an array or
                 tensor, bytes, a path, a URL, a data URL or base64 text.
-            text: a prompt or a list of prompts, each with one ``image_token`` per image.
+            text: a prompt or a list of prompts, each with one ``image_token`` per image. Prompts in
+                an inner list share their images, which are processed and encoded once:
+                ``images=[a, b], text=[[q1, q2], [q3]]`` are three prompts, two of them about a.
             **kwargs: ``num_image_tokens``, ``max_tiles``, and all options that transformers'
                 processors take, by name or in ``text_kwargs``, ``images_kwargs`` and
                 ``common_kwargs``:
@@ -182,7 +189,9 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
             ``input_ids`` and ``attention_mask`` [B, L]; with images also ``pixel_values``
             [tiles, 3, height, width] and ``num_image_tokens``, a list with one entry per tile.
             ``grids``, a list of (height, width) in patches, where the encoder needs it. With "auto"
-            ``num_image_tokens`` is that, and ``tiles_per_image`` the tiles of each image.
+            ``num_image_tokens`` is that, and ``tiles_per_image`` the tiles of each placeholder's
+            image. For prompts in inner lists also ``image_index``, the tile of ``pixel_values``
+            that each run of placeholders shows.
 
         Raises:
             TypeError: ``text`` is not made of strings, or an argument is unknown.
@@ -194,7 +203,7 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
         named, per_prompt = ([], None) if images is None else name_images(images)
         if text is None and not named:
             raise ValueError("text must be a prompt or a list of prompts, got None")
-        prompts = [] if text is None else self._read_prompts(text, len(named), per_prompt)
+        prompts, shown = read_prompts(text, self.image_token, len(named), per_prompt)
         grids = self._chosen_grids(options, len(named))
         data: dict[str, Any] = {}
         tiles: list[int] = []
@@ -205,12 +214,15 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
                 return_tensors=options.return_tensors,
                 **options.images_kwargs,
             )
-        data |= _counts_of_tiles(grids, tiles)
-        encoded = self._encode(prompts, data, tiles, options) if prompts else {}
+        data |= _counts_of_tiles(grids, tiles, shown)
+        encoded = self._encode(prompts, data, tiles, shown, options) if prompts else {}
         return BatchFeature({**encoded, **data})
 
     def encode_text(
-        self, text: str | Sequence[str], tiles_per_image: Sequence[int], **kwargs: Any
+        self,
+        text: str | Sequence[str] | Sequence[Sequence[str]],
+        tiles_per_image: Sequence[int],
+        **kwargs: Any,
     ) -> BatchFeature:
         """Return model inputs for prompts about images that are processed already.
 
@@ -218,7 +230,7 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
         images, which are processed once.
 
         Args:
-            text: a prompt or a list of prompts, each with one ``image_token`` per image.
+            text: as for a call.
             tiles_per_image: the tiles of each image, as :meth:`process_images` returns them.
             **kwargs: as for a call, without options of the image processor.
 
@@ -233,9 +245,9 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
         if unused:
             raise ValueError(f"{unused[0]} is for images, which are processed already")
         tiles = list(tiles_per_image)
-        prompts = self._read_prompts(text, len(tiles))
-        data = _counts_of_tiles(self._chosen_grids(options, len(tiles)), tiles)
-        return BatchFeature({**self._encode(prompts, data, tiles, options), **data})
+        prompts, shown = read_prompts(text, self.image_token, len(tiles))
+        data = _counts_of_tiles(self._chosen_grids(options, len(tiles)), tiles, shown)
+        return BatchFeature({**self._encode(prompts, data, tiles, shown, options), **data})
 
     def _chosen_grids(self, options: CallOptions, images: int) -> list[Grid] | None:
         """Return the token grid of each image, None where they are chosen later."""
@@ -246,41 +258,19 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
             return None
         return self._count_grids(counts, images)
 
-    def _read_prompts(
-        self, text: Any, num_images: int, per_prompt: list[int] | None = None
-    ) -> list[str]:
-        """Return the prompts, once they hold a placeholder for each image."""
-        if not isinstance(text, (str, list, tuple)):
-            raise TypeError(
-                f"text must be a string or a list of strings, got {type(text).__name__}"
-            )
-        prompts = [text] if isinstance(text, str) else list(text)
-        if not prompts:
-            raise ValueError("text must hold at least one prompt, got an empty list")
-        for i, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise TypeError(f"text[{i}] must be a string, got {type(prompt).__name__}")
-        placeholders = [prompt.count(self.image_token) for prompt in prompts]
-        if per_prompt is not None and per_prompt != placeholders:
-            # Equal totals would show a prompt the image of another.
-            raise ValueError(
-                f"text: the number of {self.image_token} tokens in the prompts should be the same "
-                f"as the number of images of each, got {placeholders} for {per_prompt} images"
-            )
-        if sum(placeholders) != num_images:
-            raise ValueError(
-                f"text: the number of {self.image_token} tokens in the prompts should be the same "
-                f"as the number of images, got {sum(placeholders)} (per prompt {placeholders}) for "
-                f"{num_images} images"
-            )
-        return prompts
-
     def _encode(
-        self, prompts: list[str], data: dict[str, Any], tiles: list[int], options: CallOptions
+        self,
+        prompts: list[str],
+        data: dict[str, Any],
+        tiles: list[int],
+        shown: list[int] | None,
+        options: CallOptions,
     ) -> dict[str, Any]:
         """Put the text of each image in the place of its placeholder, and tokenize."""
         inputs = {**data, "tiles_per_image": tiles}
         image_texts = [self.replace_image_token(inputs, i) for i in range(len(tiles))]
+        if shown is not None:
+            image_texts = [image_texts[image] for image in shown]
         replacements = iter(image_texts)
         expanded = [self._expand(prompt, replacements) for prompt in prompts]
         encoded = dict(
@@ -366,15 +356,20 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
             first += images
 
 
-def _counts_of_tiles(grids: list[Grid] | None, tiles: list[int]) -> dict[str, Any]:
-    """Return the model's inputs that tell the count of each tile."""
+def _counts_of_tiles(
+    grids: list[Grid] | None, tiles: list[int], shown: list[int] | None
+) -> dict[str, Any]:
+    """Return the model's inputs that tell the count of each tile, and where tiles are shown."""
     if not tiles:
         return {}
+    data = {} if shown is None else {"image_index": tiles_of_images(shown, tiles)}
     if grids is None:
-        return {"num_image_tokens": AUTO, "tiles_per_image": tiles}
+        of_placeholders = tiles if shown is None else [tiles[image] for image in shown]
+        return {**data, "num_image_tokens": AUTO, "tiles_per_image": of_placeholders}
     # Host ints from here to the kernels: never a tensor that would be read back.
     counts = [height * width if height == width else (height, width) for height, width in grids]
-    return {"num_image_tokens": [c for c, n in zip(counts, tiles, strict=True) for _ in range(n)]}
+    per_tile = [count for count, number in zip(counts, tiles, strict=True) for _ in range(number)]
+    return {**data, "num_image_tokens": per_tile}
 
 
 AutoProcessor.register(TokenFlexConfig, TokenFlexProcessor)

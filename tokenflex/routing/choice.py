@@ -9,6 +9,7 @@ import torch
 
 from tokenflex.counts import AUTO, Grid
 from tokenflex.models.auto_counts import ChoosesCounts, join_words
+from tokenflex.models.placeholders import in_order
 from tokenflex.models.vision import EncodedImages
 from tokenflex.routing.expansion import Prompts, read_prompts
 from tokenflex.routing.policies import find_policy
@@ -38,8 +39,9 @@ def choose_counts(
         penalty: Share of right answers given up to save all tokens of the largest count. The
             default is the router's penalty, or 0 with a budget.
         budget: Largest number of vision tokens of each prompt.
-        **inputs: ``attention_mask``, ``pixel_values`` and ``grids`` or ``encoded_images``, and
-            ``tiles_per_image`` (default 1 each).
+        **inputs: ``attention_mask``, ``pixel_values`` and ``grids`` or ``encoded_images``,
+            ``tiles_per_image`` of each placeholder (default 1 each), and ``image_index``: prompts
+            that show one image each get a count of their own for it.
 
     Returns:
         ``input_ids`` and ``attention_mask``, padded on the left; with images also
@@ -66,6 +68,7 @@ def read_inputs(
     pixel_values: torch.Tensor | None = None,
     grids: Grid | Sequence[Grid] | None = None,
     encoded_images: EncodedImages | None = None,
+    image_index: Sequence[int] | None = None,
     tiles_per_image: Sequence[int] | None = None,
 ) -> tuple[Prompts, EncodedImages | None]:
     """Return the prompts of a batch and its encoded images, None if it has no images.
@@ -77,6 +80,10 @@ def read_inputs(
         raise ValueError("give the images as one of pixel_values and encoded_images")
     if pixel_values is not None:
         encoded_images = model.encode_images(pixel_values, grids)
+    if image_index is not None:
+        if encoded_images is None:
+            raise ValueError("image_index tells where images are shown: give the images with it")
+        encoded_images = encoded_images.select(in_order(range(len(encoded_images)), image_index))
     prompts = read_prompts(
         input_ids,
         attention_mask,

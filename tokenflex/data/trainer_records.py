@@ -1,0 +1,233 @@
+"""Records as users of Trainer and TRL have them, read for packing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from tokenflex.counts import Grid, TokenCount, token_grids
+from tokenflex.data.media import PICTURE_KEYS
+from tokenflex.data.packing import PackingCollator
+from tokenflex.data.records import read_record
+from tokenflex.data.samples import Conversation, Sample, Turn
+from tokenflex.data.sequences import IGNORE, TokenSequence
+from tokenflex.images import load_image
+from tokenflex.models.chat import image_pattern, read_chat
+
+_TEXT_KEYS = ("messages", "prompt", "completion", "text")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A record that is encoded, without its count.
+
+    Attributes:
+        sample: with its images, none where ``pixel_values`` hold them.
+        sequences: one a conversation, with a placeholder for each image.
+        tiles: of each image.
+        key: (epoch, index) that the count is drawn by; None where the record has none.
+        count: the count that the record is bound to; None to draw one.
+        pixel_values: of processed images, [tiles, ...]; None where ``sample`` holds the images.
+        grids: (height, width) of each tile in patches, where the encoder needs to be told.
+    """
+
+    sample: Sample
+    sequences: list[TokenSequence]
+    tiles: list[int]
+    key: tuple[int, int] | None = None
+    count: TokenCount | None = None
+    pixel_values: torch.Tensor | None = None
+    grids: list[Grid] | None = None
+
+
+def read_example(record: Any, place: int, packer: PackingCollator) -> Example:
+    """Read and encode a record of one of the forms of ``DataCollatorWithPacking``.
+
+    Args:
+        record: the record.
+        place: its place in the batch, for messages.
+        packer: encodes conversations; its processor is that of the records.
+
+    Raises:
+        TypeError, ValueError: it is of no such form; the message names its place.
+    """
+    name = f"records[{place}]"
+    if isinstance(record, Sample):
+        return _encode(record, packer)
+    if not isinstance(record, Mapping):
+        raise TypeError(f"{name} must be a dict or a Sample, got {type(record).__name__}")
+    key = None
+    if record.get("index") is not None:
+        key = int(record.get("epoch") or 0), int(record["index"])
+    if record.get("input_ids") is not None:
+        return _read_features(record, name, key, packer.processor)
+    images, conversations = _read_conversations(record, name, packer.processor.image_token)
+    pictures = tuple(load_image(image, f"{name}.images[{i}]") for i, image in enumerate(images))
+    sample = Sample(str(record.get("id") or name), pictures, tuple(conversations))
+    if not conversations:
+        return _read_texts(record, name, sample, key, packer)
+    asked = 0 if record.get("messages") is not None else len(record.get("prompt") or ())
+    return _encode(sample, packer, key, asked)
+
+
+def _encode(
+    sample: Sample, packer: PackingCollator, key: tuple[int, int] | None = None, asked: int = 0
+) -> Example:
+    """Encode a sample's conversations; of its first ``asked`` turns nothing is learned."""
+    number = len(sample.images)
+    try:
+        sequences = packer.encode(sample.conversations, number)
+        if asked:
+            sequences = [
+                _without_answers(sequence, talk.turns[:asked], number, packer)
+                for sequence, talk in zip(sequences, sample.conversations, strict=True)
+            ]
+    except ValueError as error:
+        raise ValueError(f"{sample.id}: {error}") from error
+    return Example(sample, sequences, _tiles_of(sample, packer), key)
+
+
+def _without_answers(
+    sequence: TokenSequence, turns: Sequence[Turn], num_images: int, packer: PackingCollator
+) -> TokenSequence:
+    """Return a conversation in which the answers among its first ``turns`` are not learned."""
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+    if not answers:
+        return sequence
+    (earlier,) = packer.encode([Conversation(tuple(turns[: answers[-1] + 1]))], num_images)
+    labels = sequence.labels.copy()  # the encoder keeps its own
+    labels[: len(earlier.ids)] = IGNORE
+    return replace(sequence, labels=labels)
+
+
+def _tiles_of(sample: Sample, packer: PackingCollator) -> list[int]:
+    tiles: list[int] = packer.processor.image_tokens(list(sample.image_sizes), 1)
+    return tiles
+
+
+def _read_conversations(
+    record: Mapping[str, Any], name: str, image_token: str
+) -> tuple[list[Any], list[Conversation]]:
+    """Return the images of a record and its conversations, none where it holds plain texts."""
+    beside = record.get("images") if record.get("images") is not None else record.get("image")
+    beside = [] if beside is None else beside if isinstance(beside, (list, tuple)) else [beside]
+    images = [_stored(image) for image in beside]
+    messages = record.get("messages")
+    if messages is None:
+        if not isinstance(record.get("completion"), (list, tuple)):
+            return images, []
+        messages = [*(record.get("prompt") or []), *record["completion"]]
+    nested = bool(messages) and isinstance(messages[0], (list, tuple))
+    others = {key: record[key] for key in record if key not in (*PICTURE_KEYS, *_TEXT_KEYS)}
+    conversations = []
+    inside: list[list[Any]] = []
+    for i, talk in enumerate(messages if nested else [messages]):
+        talk_name = f"{name}.messages[{i}]" if nested else f"{name}.messages"
+        chat = read_chat(talk, talk_name, [image_token])
+        inside.append([_stored(image.source) for image in chat.images])
+        if len(inside[-1]) != len(inside[0]) or any(
+            image is not first for image, first in zip(inside[-1], inside[0], strict=True)
+        ):
+            raise ValueError(f"{talk_name} must show the same images as {name}.messages[0]")
+        if inside[-1] and images:
+            raise ValueError(f"{talk_name} holds images, and others stand beside it: give one")
+        _, _, conversation = read_record(
+            {**others, "messages": chat.messages}, name, stored=images or inside[-1]
+        )
+        conversations.append(conversation)
+    return images or inside[0], conversations
+
+
+def _stored(image: Any) -> Any:
+    """Return what an image of the datasets library that is not decoded holds."""
+    if isinstance(image, Mapping) and ("bytes" in image or "path" in image):
+        return image.get("path") if image.get("bytes") is None else image["bytes"]
+    return image
+
+
+def _read_texts(
+    record: Mapping[str, Any],
+    name: str,
+    sample: Sample,
+    key: tuple[int, int] | None,
+    packer: PackingCollator,
+) -> Example:
+    """Read a prompt with its completion, or a text that is learned whole."""
+    processor = packer.processor
+    if isinstance(record.get("text"), str):
+        texts = [record["text"]]
+    elif all(isinstance(record.get(part), str) for part in ("prompt", "completion")):
+        texts = [record["prompt"], record["completion"]]
+    else:
+        raise ValueError(
+            f"{name} must have messages, prompt and completion, text or input_ids, got "
+            f"{', '.join(record) or 'nothing'}; Trainer takes other columns than the model's "
+            "arguments away unless remove_unused_columns=False"
+        )
+    pattern = image_pattern(processor.image_start, processor.image_token, processor.image_end)
+    parts = [
+        processor.tokenizer(
+            pattern.sub(lambda _: processor.image_prompt, text), add_special_tokens=False
+        )["input_ids"]
+        for text in texts
+    ]
+    ids = np.array([token for part in parts for token in part], np.int64)
+    packer.encode.check_placeholders(ids.tolist(), len(sample.images))
+    labels = np.where(ids == processor.image_token_id, IGNORE, ids)
+    if len(parts) == 2:
+        labels[: len(parts[0])] = IGNORE
+    sequence = TokenSequence(ids, labels, slice(0, len(sample.images)))
+    sample = Sample(sample.id, sample.images, (Conversation(()),))
+    return Example(sample, [sequence], _tiles_of(sample, packer), key)
+
+
+def _read_features(
+    record: Mapping[str, Any], name: str, key: tuple[int, int] | None, processor: Any
+) -> Example:
+    """Read outputs of the processor for one prompt, as tensors, arrays or lists."""
+    ids = torch.as_tensor(record["input_ids"], dtype=torch.int64).reshape(-1)
+    columns = {}
+    for column in ("labels", "attention_mask"):
+        value = ids if record.get(column) is None else torch.as_tensor(record[column])
+        if value.numel() != len(ids):
+            raise ValueError(
+                f"{name}.{column} must be as long as input_ids, {len(ids)}, got {value.numel()}"
+            )
+        columns[column] = value.reshape(-1)
+    is_image = ids == processor.image_token_id
+    keep = torch.ones_like(is_image)
+    if record.get("attention_mask") is not None:
+        keep = columns["attention_mask"].bool()
+    pixels = record.get("pixel_values")
+    pixels = pixels if pixels is None else torch.as_tensor(pixels).contiguous()
+    num_tiles = 0 if pixels is None else len(pixels)
+    tiles = list(record.get("tiles_per_image") or [1] * num_tiles)
+    count: TokenCount | None = None
+    counts = record.get("num_image_tokens")
+    if counts is not None and not isinstance(counts, str):
+        # Expanded already, at one count: of each tile's run one placeholder stays.
+        tiles, grids = [1] * num_tiles, set(token_grids(counts, num_tiles))
+        if len(grids) > 1:
+            raise ValueError(
+                f"{name}.num_image_tokens must be one count for all images of a record, got "
+                f"{counts}; process it with num_image_tokens='auto'"
+            )
+        for height, width in grids:
+            count = height * width if height == width else (height, width)
+            is_first = torch.arange(int(is_image.sum())) % (height * width) == 0
+            keep = keep.masked_scatter(is_image, is_first)
+    ids, labels = ids[keep], columns["labels"][keep].masked_fill(is_image[keep], IGNORE)
+    shown = int(is_image[keep].sum())
+    if shown != len(tiles) or sum(tiles) != num_tiles:
+        raise ValueError(
+            f"{name}.input_ids hold {shown} images, for {len(tiles)} images of {tiles} tiles and "
+            f"{num_tiles} tiles of pixel_values"
+        )
+    sample = Sample(str(record.get("id") or name), (), (Conversation(()),))
+    sequence = TokenSequence(ids.numpy(), labels.numpy(), slice(0, shown))
+    grids_of_tiles = [(int(height), int(width)) for height, width in record.get("grids") or ()]
+    return Example(sample, [sequence], tiles, key, count, pixels, grids_of_tiles or None)
