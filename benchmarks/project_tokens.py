@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks import plain
-from benchmarks.cases import TRAINING, Case, Leaves, Variant, fast, run_cases
+from benchmarks.cases import TRAINING, Case, Leaves, Variant, fast, projector_modes, run_cases
 from benchmarks.harness import Run
 from benchmarks.peers import load_peers
 from benchmarks.plain import Grid, Grids, mixed, square, uniform
@@ -56,9 +56,12 @@ def case(
 def cases(run: Run, peers: Sequence[Variant]) -> Iterator[Case]:
     few, quick = fast(peers), run.quick
     if run.device == "cpu":
+        yield case("B=1, n=8", square(1, 8), few)
         if not quick:
-            yield case("1 image, n=16", square(1, 16), few)
-        yield case("1 image, n=8", square(1, 8), peers)
+            yield case("B=1, n=12", square(1, 12), few)
+            yield case("B=3, mixed", [(8, 8), (12, 12), (16, 16)], few)
+            yield case("B=4, n=16", square(4, 16), few)
+            yield case("B=1, n=16", square(1, 16), peers)  # last: compiling takes longest
         return
     tens = 4 if quick else 16
     yield case(f"{10 * tens} images, mixed", mixed(tens), few)
@@ -74,4 +77,5 @@ def cases(run: Run, peers: Sequence[Variant]) -> Iterator[Case]:
 
 
 def suite(run: Run) -> None:
-    run_cases(cases(run, load_peers("project_tokens", run)), run)
+    some = cases(run, load_peers("project_tokens", run))
+    run_cases((replace(case, modes=projector_modes(run)) for case in some), run)

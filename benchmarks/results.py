@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -18,10 +19,11 @@ from tokenflex.files import write_atomically
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
-KEY = ("op", "case", "mode", "variant")
+KEY = ("op", "case", "mode", "dtype", "threads", "variant")
 COLUMNS = (
     *("op", "case", "tokens", "mode", "variant", "status", "backend", "dtype", "timing"),
     *("p20_us", "p50_us", "p80_us", "eager_us", "samples", "sets", "tokens_per_s"),
+    *("over_ours", "over_ours_low", "over_ours_high"),
     *("ideal_bytes", "gb_per_s", "share_of_copy", "flops", "tflop_per_s", "share_of_matmul"),
     *("share_of_sheet", "peak_bytes", "saved_bytes", "synchronisations", "error", "seed", "note"),
 )
@@ -38,7 +40,11 @@ LEAN = "tokenflex, save=input"
 SPARSE = "tokenflex, sparse_grad"
 EAGER = "PyTorch eager"
 COMPILED = "torch.compile, max-autotune"
+AGAIN = ", again"  # ends the name of a control: a variant that is compared with itself
 WALL_CLOCK = "wall clock"
+# The ops of suites that are not called like their op.
+SUITES = dict.fromkeys(("pack_embeddings", "merge_vision", "unpack_vision"), "packing")
+SUITES["ceiling"] = "ceilings"
 
 NewRow = dict[str, Any]  # as measured
 Row = dict[str, str]  # as read from a CSV
@@ -47,6 +53,18 @@ Row = dict[str, str]  # as read from a CSV
 def new_row(**values: Any) -> NewRow:
     """Return a row with every column, empty except for ``values``."""
     return dict.fromkeys(COLUMNS, "") | values
+
+
+def suite_of(row: NewRow) -> str:
+    """Return the name of the suite that measures a row, or that a row is about."""
+    op = row["op"].removesuffix(" suite")
+    return SUITES.get(op, op)
+
+
+def where(row: Row) -> str:
+    """Return the case of a row, its mode, and on a CPU its dtype and threads."""
+    setting = (row["dtype"], f"threads: {row['threads']}") if row["device"] == "cpu" else ()
+    return ", ".join((row["case"], row["mode"], *setting))
 
 
 # ---- the machine
@@ -90,13 +108,18 @@ def machine_name(columns: Mapping[str, object]) -> str:
 
 
 def last_level_cache(device: str) -> int:
-    """Return the bytes of the GPU's L2 cache, or of the CPU's largest cache."""
+    """Return the bytes of the GPU's L2 cache, or those that the CPU's cores have to themselves.
+
+    A CPU's last cache is shared by all tenants of the machine: hundreds of MiB, of which a batch
+    finds a part or nothing.
+    """
     if device == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    paths = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    sizes = [path.read_text(encoding="utf-8").strip() for path in paths]
-    units = {"K": 2**10, "M": 2**20}
-    return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=32 * 2**20)
+    try:
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text(encoding="utf-8")
+    except OSError:
+        size = "2048K"
+    return len(os.sched_getaffinity(0)) * int(size.strip().rstrip("K")) * 2**10
 
 
 def _cpu_model() -> str:
@@ -168,29 +191,53 @@ def read_csv(path: Path, columns: Sequence[str] = ()) -> list[Row]:
 
 
 def add_shares(rows: Sequence[NewRow], shared: Mapping[str, object]) -> None:
-    """Fill in the shares of the measured ceilings, and of the rates in the data sheet."""
-    ceilings = {row["variant"]: row for row in rows if row["op"] == "ceiling"}
+    """Fill in the shares of the measured ceilings, and of the rates in the data sheet.
+
+    The ceilings are those of the row's dtype and number of threads.
+    """
+
+    def setting(row: NewRow) -> tuple[str, str]:
+        return str(row.get("threads")), row["dtype"]
+
+    ceilings = {(row["variant"], *setting(row)): row for row in rows if row["op"] == "ceiling"}
     sheet = DATA_SHEETS.get(str(shared["gpu"]), (None, None))
     for rate, ceiling, stated in (
         ("gb_per_s", "copy", sheet[0]),
         ("tflop_per_s", "matmul", sheet[1]),
     ):
-        measured = ceilings.get(ceiling, {}).get(rate)
         for row in rows:
+            measured = ceilings.get((ceiling, *setting(row)), {}).get(rate)
             if row[rate] != "" and measured:
-                row[f"share_of_{ceiling}"] = round(row[rate] / measured, 4)
+                row[f"share_of_{ceiling}"] = round(float(row[rate]) / float(measured), 4)
             if row[rate] != "" and stated:
-                row["share_of_sheet"] = round(row[rate] / stated, 4)
+                row["share_of_sheet"] = round(float(row[rate]) / stated, 4)
 
 
 # ---- comparing
 
 
 class Figure(NamedTuple):
-    """A number, and what a reader must know beside it."""
+    """A number, what a reader must know beside it, and its interval where one was measured."""
 
     value: float
     remark: str = ""
+    low: float | None = None
+    high: float | None = None
+
+    def side_of(self, bound: float, margin: float = 0.0) -> int:
+        """Return 1 where the number is above the bound, -1 below, 0 where its interval has both.
+
+        Args:
+            bound: What the number is compared with.
+            margin: Widens the interval, as a share. A number without an interval is its own.
+        """
+        if self.low is None or self.high is None:
+            return 1 if self.value >= bound else -1
+        return int(self.low > bound * (1 + margin)) - int(self.high * (1 + margin) < bound)
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None else f" ({self.low:.2f} to {self.high:.2f})"
+        return f"{self.value:.2f}{interval} {self.remark}".rstrip()
 
 
 class Comparison(NamedTuple):
@@ -199,15 +246,23 @@ class Comparison(NamedTuple):
     ours: Row
     peer: Row
     figure: Figure
+    side: int = 0  # of 1: 1 if we are faster, -1 if we are slower, 0 within noise
 
 
 class Results:
-    """The rows of one machine; the measured ones are found by op, case, mode and variant."""
+    """The rows of one machine; the measured ones are found by their ``KEY``."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self.rows = list(rows)
         self.measured = [row for row in self.rows if row["status"] == "ok"]
         self._by_key = {tuple(row[name] for name in KEY): row for row in self.measured}
+        # By threads: how far the interval of a control is from 1, as far as any. No interval shows
+        # what differs from start to start, such as where memory lies.
+        self.margins: dict[str, float] = defaultdict(float)
+        for _, control, figure, _ in self.controls():
+            low, high = figure.low or figure.value, figure.high or figure.value
+            threads = control["threads"]
+            self.margins[threads] = max(self.margins[threads], low - 1, 1 / high - 1)
 
     def beside(self, row: Row, **changes: str) -> Row | None:
         """Return the measured row that differs from ``row`` in ``changes`` alone."""
@@ -220,17 +275,27 @@ class Results:
 
     def comparisons(self) -> list[Comparison]:
         """Return each measured row of a peer beside ours that computes the same."""
+        peers = [row for row in self.measured if not row["variant"].startswith(OURS)]
+        return self._compared(row for row in peers if not row["variant"].endswith(AGAIN))
+
+    def controls(self) -> list[Comparison]:
+        """Return each measured row of a control beside the variant that it repeats."""
+        return self._compared(row for row in self.measured if row["variant"].endswith(AGAIN))
+
+    def _compared(self, rows: Iterable[Row]) -> list[Comparison]:
         pairs = []
-        for row in self.measured:
-            ours = self.beside(row, variant=_counterpart(row))
-            if row["variant"].startswith(OURS) or not ours:
-                continue
-            if figure := speed_up(ours, row):
-                pairs.append(Comparison(ours, row, figure))
+        for row in rows:
+            other = self.beside(row, variant=counterpart(row))
+            if other and (figure := speed_up(other, row)):
+                side = figure.side_of(1, self.margins.get(row["threads"], 0.0))
+                pairs.append(Comparison(other, row, figure, side))
         return pairs
 
 
-def _counterpart(row: Row) -> str:
+def counterpart(row: NewRow) -> str:
+    """Return the variant that a row is compared with: ours that computes the same."""
+    if row["variant"].endswith(AGAIN):
+        return row["variant"].removesuffix(AGAIN)
     if row["variant"].endswith("no biases"):
         return NO_BIASES
     return SPARSE if row["case"].endswith("sparse table gradient") else OURS
@@ -239,9 +304,13 @@ def _counterpart(row: Row) -> str:
 def speed_up(ours: Row, peer: Row) -> Figure | None:
     """Return the peer's time over ours; None where one of them has no time.
 
-    A CUDA-graph replay excludes the host's time. If only one of the two was captured, the wall
-    clock times of both are compared, and the figure says so.
+    It is the median over the turns that both took, where the peer's row has it. A CUDA-graph replay
+    excludes the host's time. If only one of the two was captured, the wall clock times of both are
+    compared, and the figure says so.
     """
+    if peer["over_ours"] and counterpart(peer) == ours["variant"]:
+        low, high = float(peer["over_ours_low"]), float(peer["over_ours_high"])
+        return Figure(float(peer["over_ours"]), low=low, high=high)
     if ours["timing"] == peer["timing"]:
         return ratio(peer, ours, "p50_us")
     figure = ratio(peer, ours, "eager_us")
