@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullFormatter
 
+from benchmarks.cases import MODES
 from benchmarks.results import EAGER, Comparison, Results, Row, read_csv
 
 OUR_COLOUR, GREY, LOSS = "#1f4e79", "#b0b0b0", "#c1121f"
@@ -79,7 +80,10 @@ def speed_up(panels: Sequence[Panel]) -> Figure | None:
     pairs = [pair for panel in panels for pair in panel.pairs]
     if not pairs:
         return None
-    lines = sorted({line_of(pair) for pair in pairs}, key=lambda line: (OPS.index(line[0]), line))
+    lines = sorted(
+        {line_of(pair) for pair in pairs},
+        key=lambda line: (OPS.index(line[0]), MODES.index(line[1])),
+    )
     peers = sorted({peer_of(pair) for pair in pairs}, key=lambda peer: (peer != EAGER, peer))
     colours = dict(zip(peers, cycle((OUR_COLOUR, *PEER_COLOURS)), strict=False))
     values = [pair.figure.value for pair in pairs]
@@ -100,7 +104,7 @@ def speed_up(panels: Sequence[Panel]) -> Figure | None:
         axes.xaxis.set_major_locator(FixedLocator(TICKS))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.tick_params(which="both", length=0)
+        axes.tick_params(which="both", length=0, labelsize=8)
         sides = Counter(pair.side for pair in panel.pairs)
         counts = f"faster {sides[1]}, within noise {sides[0]}, slower {sides[-1]}"
         axes.set_title(f"{panel.title}\n{counts}", loc="left", fontsize=9)
