@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from benchmarks.comparisons import counterpart
 from benchmarks.costs import Calls, GraphClock, HostClock
 from benchmarks.intervals import paired_ratio
-from benchmarks.results import NewRow, counterpart
+from benchmarks.results import NewRow
 
 SEED = 0
 NO_TIME = "not run: no time left"

@@ -24,7 +24,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullFormatter
 
 from benchmarks.cases import MODES
-from benchmarks.results import EAGER, Comparison, Results, Row, read_csv
+from benchmarks.comparisons import Comparison, Results
+from benchmarks.results import EAGER, Row, read_csv
 
 OUR_COLOUR, GREY, LOSS = "#1f4e79", "#b0b0b0", "#c1121f"
 PEER_COLOURS = ("#e07b39", "#4c9f70", "#b5495b", "#7a6bb0", "#c2a03a", "#8c6d5a", "#808080")

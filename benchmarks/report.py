@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.results import KEY, Comparison, Results, Row, speed_up, where
+from benchmarks.comparisons import Comparison, Results, where
+from benchmarks.results import KEY, Row
 from benchmarks.targets import verdicts
 from tokenflex.files import write_atomically
 
@@ -42,7 +43,6 @@ def report_text(rows: Sequence[Row]) -> str:
         "Noise": noise(results),
         "Each op against each peer": overview(results),
         "Where a peer is faster": losses(results),
-        "Mixed counts": mixed_counts(results),
         "Targets": table(("target", "verdict"), *targets),
     }
     parts = [f"## {title}\n\n{text}\n" for title, text in sections.items() if text]
@@ -136,16 +136,6 @@ def losses(results: Results) -> str:
         f"A peer is faster in {len(lost)} of {len(pairs)} comparisons; {equal} are within noise."
     )
     return f"{count}\n\n{table(header, *lines)}" if lost else count
-
-
-def mixed_counts(results: Results) -> str:
-    """Compare mixed batches with uniform ones of equal image and token counts."""
-    lines = []
-    for row in results.measured:
-        uniform = results.uniform(row)
-        if row["case"].endswith("mixed") and uniform and (figure := speed_up(uniform, row)):
-            lines.append((*(row[name] for name in KEY), str(figure)))
-    return table((*KEY, "mixed / uniform"), *lines) if lines else ""
 
 
 def table(*lines: Sequence[str]) -> str:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.results import Figure, Results, Row, ratio, speed_up, suite_of, where
+from benchmarks.comparisons import Figure, Results, ratio, speed_up, where
+from benchmarks.results import Row, suite_of
 
 TABLE = Path(__file__).with_name("targets.csv")
 NOT_MEASURED = "not measured here"

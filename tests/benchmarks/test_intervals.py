@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
+from benchmarks.comparisons import Figure
 from benchmarks.intervals import median_interval, paired_ratio
-from benchmarks.results import Figure
 
 TURNS = 30
 

@@ -9,8 +9,9 @@ import pytest
 
 from benchmarks import plots
 from benchmarks import report as module
+from benchmarks.comparisons import Results
 from benchmarks.report import report
-from benchmarks.results import COLUMNS, RESULTS, Results, read_csv, write_csv
+from benchmarks.results import COLUMNS, RESULTS, read_csv, write_csv
 from benchmarks.targets import verdicts
 from tests.benchmarks.rows import row
 
@@ -127,18 +128,6 @@ def test_controls_tell_how_far_an_interval_may_be_trusted():
     line = module.noise(Results(rows)).splitlines()[-1]
     assert cells_of(line) == ["2", "1 of 2", "3.0%", "5.0%"]
     assert module.noise(Results(rows[::2])) == ""
-
-
-def test_mixed_counts_are_compared_with_uniform_ones():
-    rows = [
-        row("pool_norm", "40 images, mixed", "tokenflex", 3000),
-        row("pool_norm", "40 images, uniform", "tokenflex", 2000),
-        row("pool_norm", "160 images, mixed", "tokenflex", 3000),
-    ]
-    _, _, line = module.mixed_counts(Results(rows)).splitlines()
-    case = ["pool_norm", "40 images, mixed", "forward", "", "2"]
-    assert cells_of(line) == [*case, "tokenflex", "1.50"]
-    assert module.mixed_counts(Results(rows[1:])) == ""
 
 
 def test_the_machine_stands_beside_how_much_to_trust():
