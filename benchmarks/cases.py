@@ -126,10 +126,10 @@ def run_cases(cases: Iterable[Case], run: Run) -> None:
 def number_of_sets(bytes_per_set: int, cache_bytes: int) -> int:
     """Return how many sets of buffers are together three times the cache.
 
-    At least two, and no more than ``MAX_SETS``: batches of a few kilobytes measure the cost of a
-    call, in the cache or not.
+    No more than ``MAX_SETS``: batches of a few kilobytes measure the cost of a call, in the cache
+    or not.
     """
-    return min(MAX_SETS, max(2, -(-3 * cache_bytes // bytes_per_set)))
+    return min(MAX_SETS, -(-3 * cache_bytes // bytes_per_set))
 
 
 class Inputs:

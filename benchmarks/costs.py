@@ -23,6 +23,7 @@ import torch.utils.benchmark
 
 Calls = Sequence[Callable[[], Any]]
 SAMPLE_SECONDS = 2e-3
+LONG_SECONDS = 0.3
 MAX_CALLS_IN_GRAPH = 64
 TURN_MS = 10  # replays of a graph in one turn
 
@@ -31,7 +32,8 @@ class HostClock:
     """The wall clock of ``torch.utils.benchmark``, which waits for the GPU before each reading.
 
     Args:
-        make_calls: Returns one call per set of buffers. Each runs twice before anything is timed.
+        make_calls: Returns one call per set of buffers. Each runs twice before anything is timed,
+            once if they take long.
         cpu_time: Time that the process computes, all threads together, instead of the wall clock:
             others on the machine do not add to it, and work that moves to another thread counts.
     """
@@ -45,8 +47,9 @@ class HostClock:
         self._next = 0
         timer = time.process_time if cpu_time else torch.utils.benchmark.timer
         self._timer = timeit.Timer(self._call_next, timer=timer)
-        self.wall_us(len(self.calls))
-        self.seconds = max(1e-7, self.wall_us(len(self.calls)) / 1e6)
+        self.seconds = self.wall_us(len(self.calls)) / 1e6
+        if self.seconds * len(self.calls) < LONG_SECONDS:  # else the first round is warm enough
+            self.seconds = max(1e-7, self.wall_us(len(self.calls)) / 1e6)
         self.inner = math.ceil(SAMPLE_SECONDS / self.seconds)
 
     def _call_next(self) -> None:

@@ -93,7 +93,7 @@ class Entry:
     timing: str = "graph"
 
 
-def measure(entries: Sequence[Entry], run: Run, seconds: float = 1.0) -> list[NewRow]:
+def measure(entries: Sequence[Entry], run: Run, seconds: float = 0.7) -> list[NewRow]:
     """Return a row for each entry: checked, timed in turns, and checked again.
 
     Args:

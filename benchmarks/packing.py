@@ -17,7 +17,7 @@ from benchmarks.prompts import IMAGE, Packed, Prompts
 from benchmarks.results import SPARSE
 from tokenflex_kernels import merge_vision, pack_embeddings, unpack_vision
 
-SHARES = {"cuda": 2.5, "cpu": 5}  # of a run's time
+SHARES = {"cuda": 2.5, "cpu": 7}  # of a run's time
 
 Peers = Sequence[Variant]
 

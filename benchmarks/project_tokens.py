@@ -34,10 +34,14 @@ def case(
     grids: Sequence[Grid],
     peers: Sequence[Variant],
     widths: tuple[int, int, int] = plain.WIDTHS,
+    *,
+    lean: bool = True,
 ) -> Case:
     vision, hidden, text = widths
     tokens = plain.number_of_tokens(grids)
-    ours = [OURS, replace(OURS, name=LEAN, call=partial(project, save="input"), modes=TRAINING)]
+    ours = [OURS]
+    if lean:
+        ours.append(replace(OURS, name=LEAN, call=partial(project, save="input"), modes=TRAINING))
     if any(peer.without for peer in peers):  # beside a peer that takes no biases, ours without
         ours.append(replace(OURS, name=NO_BIASES, without=plain.BIASES))
     shapes = {"x": (len(grids) * plain.SIDE**2, vision), "grad": (tokens, text)}
@@ -58,10 +62,11 @@ def cases(run: Run, peers: Sequence[Variant]) -> Iterator[Case]:
     if run.device == "cpu":
         yield case("B=1, n=8", square(1, 8), few)
         if not quick:
-            yield case("B=1, n=12", square(1, 12), few)
-            yield case("B=3, mixed", [(8, 8), (12, 12), (16, 16)], few)
-            yield case("B=4, n=16", square(4, 16), few)
-            yield case("B=1, n=16", square(1, 16), peers)  # last: compiling takes longest
+            yield case("B=1, n=12", square(1, 12), few, lean=False)
+            yield case("B=3, mixed", [(8, 8), (12, 12), (16, 16)], few, lean=False)
+            yield case("B=4, n=16", square(4, 16), few, lean=False)
+            # Last, because compiling takes longest.
+            yield case("B=1, n=16", square(1, 16), peers, lean=False)
         return
     tens = 4 if quick else 16
     yield case(f"{10 * tens} images, mixed", mixed(tens), few)

@@ -52,6 +52,13 @@ def test_a_clock_works_through_its_sets_in_turn():
     assert len(clock.samples) == 2
 
 
+def test_calls_that_take_long_run_once_before_they_are_timed(monkeypatch):
+    monkeypatch.setattr(costs, "LONG_SECONDS", 0.0)
+    calls = []
+    assert HostClock(lambda: [lambda: calls.append(1)]).seconds > 0
+    assert len(calls) == 1
+
+
 def test_wall_clock_is_microseconds_a_call(monkeypatch):
     now = iter(range(100))
     monkeypatch.setattr(torch.utils.benchmark, "timer", lambda: next(now) / 1e3)  # 1 ms a look
