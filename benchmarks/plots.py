@@ -25,10 +25,11 @@ from matplotlib.ticker import FixedLocator, NullFormatter
 
 from benchmarks.cases import MODES
 from benchmarks.comparisons import Comparison, Results
-from benchmarks.results import EAGER, Row, read_csv
+from benchmarks.results import COMPILED, EAGER, Row, read_csv
 
 OUR_COLOUR, GREY, LOSS = "#1f4e79", "#b0b0b0", "#c1121f"
 PEER_COLOURS = ("#e07b39", "#4c9f70", "#b5495b", "#7a6bb0", "#c2a03a", "#8c6d5a", "#808080")
+MORE_COLOURS = ("#56b4e9", "#111111", "#d88fc0")
 OPS = (
     *("pool_norm", "swiglu", "project_tokens"),
     *("pack_embeddings", "merge_vision", "unpack_vision"),
@@ -85,8 +86,9 @@ def speed_up(panels: Sequence[Panel]) -> Figure | None:
         {line_of(pair) for pair in pairs},
         key=lambda line: (OPS.index(line[0]), MODES.index(line[1])),
     )
-    peers = sorted({peer_of(pair) for pair in pairs}, key=lambda peer: (peer != EAGER, peer))
-    colours = dict(zip(peers, cycle((OUR_COLOUR, *PEER_COLOURS)), strict=False))
+    order = (EAGER, COMPILED)
+    peers = sorted({*map(peer_of, pairs)}, key=lambda peer: (peer not in order, peer))
+    colours = dict(zip(peers, cycle((OUR_COLOUR, *PEER_COLOURS, *MORE_COLOURS)), strict=False))
     values = [pair.figure.value for pair in pairs]
     limits = (0.8 * min(0.6, *values), 1.25 * max(2, *values))
     size = (1.9 + 4.2 * len(panels), LINE_INCHES * len(lines) + 1.7)
@@ -113,7 +115,10 @@ def speed_up(panels: Sequence[Panel]) -> Figure | None:
         axes.spines["left"].set_visible(False)
     names = [f"{op}\n{mode.replace('+', ' + ')}" for op, mode in lines]
     grid[0, 0].set_yticks(range(len(lines)), names, fontsize=8)
-    meaning = "time of the peer over ours: right of 1x ours is faster, left of it the peer"
+    meaning = (
+        "time of the peer over ours: right of 1x ours is faster, left of it the peer. "
+        "A dot is a case, larger with more tokens; a line its 99 % interval"
+    )
     figure.supxlabel(meaning, fontsize=9)
     handles = [dot(colour, "o", peer) for peer, colour in colours.items()]
     dtypes = dict.fromkeys(pair.ours["dtype"] for pair in pairs)
@@ -134,7 +139,8 @@ def draw_line(axes: Axes, pairs: Sequence[Comparison], y: int, colours: dict[str
             axes.plot((low, high), (lane, lane), color=colours[peer], linewidth=0.8, alpha=0.5)
         marker = MARKERS.get(pair.ours["dtype"], "s")
         edge, width = (LOSS, 1.3) if pair.side < 0 else ("white", 0.4)
-        axes.plot(value, lane, marker, color=colours[peer], ms=5, mec=edge, mew=width)
+        dot_size = 2.5 + math.log10(1 + float(pair.ours["tokens"]))
+        axes.plot(value, lane, marker, color=colours[peer], ms=dot_size, mec=edge, mew=width)
 
 
 def dot(colour: str, marker: str, label: str, edge: str = "white") -> Line2D:
