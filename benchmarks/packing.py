@@ -161,8 +161,8 @@ def batches(run: Run) -> list[Prompts]:
         Prompts(16, 16, 64, 1_000, count=16),
         Prompts(1, 64, 2048, 8_000, count=64),
         Prompts(4, 64, 2048, 8_000),
-        Prompts(4, 500, 2048, 8_000, count=0),
-        Prompts(16, 220, 2048, 8_000),
+        Prompts(2, 500, 2048, 8_000, count=0),
+        Prompts(8, 220, 2048, 8_000),
     ]
 
 
