@@ -57,10 +57,10 @@ SECONDS = {True: 105.0, False: 560.0}  # quick or not
 Piece = tuple[str, str, int]  # a suite, a dtype, a number of threads
 
 
-def pieces_of(suites: Sequence[str], dtypes: Sequence[str], threads: Sequence[int]) -> list[Piece]:
+def pieces_of(suites: Sequence[str], settings: Sequence[tuple[str, int]]) -> list[Piece]:
     """Return what is measured: each suite at each dtype and number of threads."""
-    pieces = list(product(suites, dtypes, threads))
-    once = (ONCE, "float32" if "float32" in dtypes else dtypes[0], min(threads))
+    pieces = [(suite, *setting) for suite, setting in product(suites, settings)]
+    once = (ONCE, *max(settings, key=lambda setting: (setting[0] == "float32", -setting[1])))
     return [piece for piece in pieces if piece[0] != ONCE or piece == once]
 
 
@@ -177,7 +177,8 @@ def main(arguments: list[str] | None = None) -> int:
         threads = [0]
     if any(number < 1 for number in threads):
         parser.error(f"--threads must be numbers above 0, as 1,2, got {options.threads}")
-    pieces = pieces_of(names, dtypes, threads or THREADS[device])
+    pair = zip if options.quick and not (options.dtypes or options.threads) else product
+    pieces = pieces_of(names, list(pair(dtypes, threads or THREADS[device])))
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

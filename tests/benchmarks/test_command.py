@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -193,10 +194,18 @@ def test_a_part_replaces_its_own_rows_and_keeps_the_others(suites_return, tmp_pa
 
 
 def test_every_suite_runs_at_each_setting_and_the_hosts_costs_once():
-    pieces = command.pieces_of(["host_cost", "swiglu"], ["bfloat16", "float32"], [2, 1])
-    assert pieces == [("host_cost", "float32", 1)] + [
-        ("swiglu", dtype, threads) for dtype in ("bfloat16", "float32") for threads in (2, 1)
-    ]
+    settings = list(itertools.product(["bfloat16", "float32"], [2, 1]))
+    pieces = command.pieces_of(["host_cost", "swiglu"], settings)
+    assert pieces == [("host_cost", "float32", 1), *(("swiglu", *each) for each in settings)]
+
+
+@pytest.mark.parametrize(("options", "number"), [(["--quick"], 2), ([], 4)])
+def test_a_quick_run_measures_half_of_the_settings(options, number, monkeypatch, tmp_path):
+    measured = []
+    monkeypatch.setattr(command, "measure", lambda pieces, *_: measured.extend(pieces) or 0)
+    command.main(["--device", "cpu", "--only", "swiglu", "--out", str(tmp_path), *options])
+    assert len(measured) == number
+    assert {("swiglu", "bfloat16", 2), ("swiglu", "float32", 1)} <= {*measured}
 
 
 def test_time_is_that_of_the_promise():
