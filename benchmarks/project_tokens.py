@@ -63,7 +63,7 @@ def cases(run: Run, peers: Sequence[Variant]) -> Iterator[Case]:
         yield case("B=1, n=8", square(1, 8), few)
         if not quick:
             yield case("B=1, n=12", square(1, 12), few, lean=False)
-            yield case("B=3, mixed", [(8, 8), (12, 12), (16, 16)], few, lean=False)
+            yield case("B=2, mixed", [(8, 8), (12, 12)], few, lean=False)
             yield case("B=4, n=16", square(4, 16), few, lean=False)
             # Last, because compiling takes longest.
             yield case("B=1, n=16", square(1, 16), peers, lean=False)

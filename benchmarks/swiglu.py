@@ -45,7 +45,7 @@ def cases(run: Run, peers: Sequence[Variant]) -> Iterator[Case]:
         peers = [peer for peer in peers if peer.name != "bare product"]
     few, quick = fast(peers), run.quick
     if run.device == "cpu":
-        for tokens in (64,) if quick else (16, 64, 144, 1024):
+        for tokens in (64,) if quick else (16, 64, 144, 512):
             yield case(tokens, few)
         if not quick:
             yield case(256, peers)
