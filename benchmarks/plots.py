@@ -116,7 +116,7 @@ def speed_up(panels: Sequence[Panel]) -> Figure | None:
     names = [f"{op}\n{mode.replace('+', ' + ')}" for op, mode in lines]
     grid[0, 0].set_yticks(range(len(lines)), names, fontsize=8)
     meaning = (
-        "time of the peer over ours: right of 1x ours is faster, left of it the peer. "
+        "time of the peer over ours: right of 1x ours is faster, left of it the peer\n"
         "A dot is a case, larger with more tokens; a line its 99 % interval"
     )
     figure.supxlabel(meaning, fontsize=9)
@@ -124,7 +124,7 @@ def speed_up(panels: Sequence[Panel]) -> Figure | None:
     dtypes = dict.fromkeys(pair.ours["dtype"] for pair in pairs)
     handles += [dot("#555555", MARKERS.get(dtype, "s"), dtype) for dtype in dtypes]
     handles.append(dot("white", "o", "slower, beyond noise", LOSS))
-    style = {"ncols": 2 + 2 * len(panels), "fontsize": 8, "frameon": False}
+    style = {"ncols": 1 + 2 * len(panels), "fontsize": 8, "frameon": False}
     figure.legend(handles=handles, loc="outside upper center", **style)
     return figure
 
