@@ -63,7 +63,8 @@ class Run:
     @property
     def compiles(self) -> bool:
         """Whether torch.compile takes part, which takes up to a minute an op and setting."""
-        return self.threads in (None, 1 if self.dtype == torch.float32 else 2)
+        threads = 1 if self.dtype == torch.float32 else 2
+        return self.device == "cuda" or self.threads in (None, threads)
 
     @property
     def dtype_name(self) -> str:

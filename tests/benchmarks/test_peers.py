@@ -224,6 +224,21 @@ def test_torch_compile_takes_each_shape_and_leaves_graphs_to_us(monkeypatch):
     assert (variant.call, variant.slow_start) == (plain.swiglu, True)
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "threads", "compiles"),
+    [
+        ("cuda", torch.bfloat16, 16, True),
+        ("cpu", torch.float32, 1, True),
+        ("cpu", torch.bfloat16, 2, True),
+        ("cpu", torch.float32, 2, False),
+        ("cpu", torch.bfloat16, 1, False),
+    ],
+)
+def test_a_cpu_compiles_in_two_settings(device, dtype, threads, compiles):
+    run = dataclasses.replace(run_of(device), dtype=dtype, threads=threads)
+    assert run.compiles is compiles
+
+
 def test_peers_that_are_missing_or_broken_or_slow_are_rows(monkeypatch):
     def broken(name):
         raise OSError(f"lib{name}.so: cannot open\nmore")
