@@ -14,7 +14,7 @@ step are measured one after another on one device, and the step takes as long as
 exchange of gradients is left out: it takes as long for all counts.
 
 All ways and counts take turns, rank by rank and in alternating order. A rank's time is the median
-of its ratio to those that it took turns with, so that a change of the machine's speed cancels; the
+of its ratio to those (their median) that it took turns with, so that a change of the machine's speed cancels; the
 interval of a saving is that of the bootstrap over rounds. A CPU counts its time, not others'.
 """
 
@@ -216,7 +216,7 @@ def slowest_ranks(seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Args:
         seconds: [keys, steps, rounds, ranks]; keys took turns at each of the others.
     """
-    neighbours = seconds.mean(axis=0)
+    neighbours = np.median(seconds, axis=0)
     ranks = np.median(seconds / neighbours, axis=2) * np.median(neighbours, axis=1)
     return ranks.max(axis=2).sum(axis=1), ranks.mean(axis=2).sum(axis=1)
 
