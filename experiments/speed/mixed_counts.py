@@ -14,8 +14,9 @@ step are measured one after another on one device, and the step takes as long as
 exchange of gradients is left out: it takes as long for all counts.
 
 All ways and counts take turns, rank by rank and in alternating order. A rank's time is the median
-of its ratio to those (their median) that it took turns with, so that a change of the machine's speed cancels; the
-interval of a saving is that of the bootstrap over rounds. A CPU counts its time, not others'.
+of its ratio to those (their median) that it took turns with, so that a change of the machine's
+speed cancels; the interval of a saving is that of the bootstrap over rounds. A CPU counts its time,
+not others'.
 """
 
 from __future__ import annotations
