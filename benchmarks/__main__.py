@@ -1,7 +1,8 @@
 """``python -m benchmarks``: measure this machine; write its CSV, its pictures and its report.
 
-Each suite runs in a process of its own with a share of the time. Rows are written as they come, to
-a file beside the CSV of an earlier run, which is replaced when all suites have ended.
+Each suite runs at each dtype and number of threads, in a process of its own with a share of the
+time. Rows are written as they come, to a file beside the CSV of earlier runs. When all have ended,
+they replace the rows of the same suites, dtypes and threads in that CSV, which keeps the others.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -31,35 +33,56 @@ from benchmarks.results import (
     machine_name,
     new_row,
     read_csv,
+    suite_of,
     write_csv,
 )
+
+READ_COLUMNS = (*COLUMNS, "device", "cpu", "gpu", "threads", "torch", "commit")
 
 SUITES = {
     "ceilings": ceilings,
     "host_cost": host_cost,
     "packing": packing,
     "pool_norm": pool_norm,
-    "project_tokens": project_tokens,
     "swiglu": swiglu,
+    "project_tokens": project_tokens,
 }
+# On a CPU what takes longest comes last: it has the time that the others leave.
+DTYPES = {"cuda": ["bfloat16"], "cpu": ["bfloat16", "float32"]}
+THREADS = {"cuda": [torch.get_num_threads()], "cpu": [2, 1]}
+ONCE = "host_cost"  # of small float32 tensors, where one thread is enough
 INTERRUPTED_STATUS = 130  # the convention of shells
-SECONDS = {True: 95.0, False: 450.0}  # quick or not
+SECONDS = {True: 105.0, False: 560.0}  # quick or not
+
+Piece = tuple[str, str, int]  # a suite, a dtype, a number of threads
 
 
-def run_suites(
-    names: Sequence[str], device: str, quick: bool, seconds: float
+def pieces_of(suites: Sequence[str], settings: Sequence[tuple[str, int]]) -> list[Piece]:
+    """Return what is measured: each suite at each dtype and number of threads."""
+    pieces = [(suite, *setting) for suite, setting in product(suites, settings)]
+    once = (ONCE, *max(settings, key=lambda setting: (setting[0] == "float32", -setting[1])))
+    return [piece for piece in pieces if piece[0] != ONCE or piece == once]
+
+
+def run_pieces(
+    pieces: Sequence[Piece], device: str, quick: bool, seconds: float
 ) -> Iterator[list[NewRow]]:
-    """Yield the rows of each suite, one process after the other."""
+    """Yield the rows of each piece, one process after the other."""
     deadline = Deadline(seconds)
-    for index, name in enumerate(names):
-        weights = [SUITES[other].SHARES[device] for other in names[index:]]
+    for index, (name, dtype, threads) in enumerate(pieces):
+        weights = [SUITES[other].SHARES[device] for other, *_ in pieces[index:]]
         share = deadline.left * weights[0] / sum(weights)
+        title = f"{name}, {dtype}, threads: {threads}"
+        setting = {"dtype": dtype, "threads": threads}
         if share < 1:
-            yield [new_row(op=f"{name} suite", status=NO_TIME)]
+            yield [new_row(op=f"{name} suite", status=NO_TIME) | setting]
             continue
-        print(f"{name}: up to {share:.0f} s", flush=True)
-        yield from watched_rows(name, SUITES[name].suite, device, quick, share)
-        print(f"{name}: ended after {seconds - deadline.left:.0f} s in all", flush=True)
+        print(f"{title}: up to {share:.0f} s", flush=True)
+        measured = {"dtype": getattr(torch, dtype), "threads": threads}
+        rows = watched_rows(name, SUITES[name].suite, device, quick, share, **measured)
+        for more in rows:
+            yield [row | setting for row in more]
+        print(f"{title}: ended after {seconds - deadline.left:.0f} s in all", flush=True)
 
 
 def failed(row: NewRow) -> bool:
@@ -68,29 +91,45 @@ def failed(row: NewRow) -> bool:
     return row["op"].endswith(" suite") or (ours and row["status"].startswith("failed"))
 
 
-def measure(names: Sequence[str], device: str, quick: bool, seconds: float, folder: Path) -> int:
-    """Run the suites and write their rows; return the exit status."""
+def earlier_rows(path: Path, pieces: Sequence[Piece]) -> list[NewRow]:
+    """Return the rows of earlier runs that these pieces do not measure again."""
+    if not path.exists():
+        return []
+    again = {(suite, dtype, str(threads)) for suite, dtype, threads in pieces}
+    return [
+        dict(row)
+        for row in read_csv(path, READ_COLUMNS)
+        if (suite_of(row), row["dtype"], row["threads"]) not in again
+    ]
+
+
+def measure(
+    pieces: Sequence[Piece],
+    device: str,
+    quick: bool,
+    seconds: float,
+    path: Path,
+    kept: Sequence[NewRow] = (),
+) -> int:
+    """Measure the pieces, write their rows beside ``kept``, and return the exit status."""
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the suites: ops and clocks of the CPU
-        if "OMP_NUM_THREADS" not in os.environ:
-            # On a shared CPU, threads wait for the thread that has lost its core.
-            os.environ["OMP_NUM_THREADS"] = "1"
-            torch.set_num_threads(1)
     start = time.perf_counter()
     shared = environment(device)
-    path = folder / f"{machine_name(shared)}{'-quick' if quick else ''}.csv"
     unfinished = path.with_name(f"{path.name}.unfinished")
     rows: list[NewRow] = []
     try:
-        for more in run_suites(names, device, quick, seconds):
-            rows += more
-            add_shares(rows, shared)
+        for more in run_pieces(pieces, device, quick, seconds):
+            rows += [row | shared | {"threads": row["threads"]} for row in more]
+            add_shares([*kept, *rows], shared)
             if rows:
-                write_csv(unfinished, rows, shared)
+                write_csv(unfinished, [*rows, *kept], {})
     except KeyboardInterrupt:
-        kept = f"{len(rows)} rows in {unfinished}" if rows else "nothing was measured"
-        print(f"interrupted: {kept}", file=sys.stderr)
+        text = f"{len(rows)} rows in {unfinished}" if rows else "nothing was measured"
+        print(f"interrupted: {text}", file=sys.stderr)
         return INTERRUPTED_STATUS
+    rows = sorted([*rows, *kept], key=lambda row: list(SUITES).index(suite_of(row)))
+    write_csv(unfinished, rows, {})
     os.replace(unfinished, path)
     report(read_csv(path), path)
     print(f"{len(rows)} rows in {path}, {time.perf_counter() - start:.0f} s")
@@ -104,15 +143,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out",
         type=Path,
+        default=RESULTS,
         help=f"folder for CSV, pictures and report, default: {RESULTS.relative_to(ROOT)}",
     )
     parser.add_argument("--seconds", type=float, help="time limit for all suites together")
-    parser.add_argument("--only", help=f"suites, of {', '.join(SUITES)}; needs --out")
+    parser.add_argument("--only", default=",".join(SUITES), help="suites, default: %(default)s")
+    parser.add_argument("--dtypes", help="default: bfloat16,float32; on a GPU bfloat16")
+    parser.add_argument("--threads", help="default: 2,1; on a GPU PyTorch's own number")
     parser.add_argument("--report", type=Path, help="measure nothing: report on this CSV again")
     options = parser.parse_args(arguments)
     if options.report:
         try:
-            rows = read_csv(options.report, (*COLUMNS, "device", "cpu", "gpu", "torch", "commit"))
+            rows = read_csv(options.report, READ_COLUMNS)
         except (OSError, ValueError) as error:
             parser.error(f"--report must be a CSV that was written here: {error}")
         report(rows, options.report)
@@ -123,20 +165,30 @@ def main(arguments: list[str] | None = None) -> int:
     seconds = SECONDS[options.quick] if options.seconds is None else options.seconds
     if not 0 < seconds < math.inf:
         parser.error(f"--seconds must be positive and finite, got {seconds:g}")
-    names = list(SUITES) if options.only is None else options.only.split(",")
-    if unknown := [name for name in names if name not in SUITES]:
-        parser.error(f"--only must be of {', '.join(SUITES)}, got {', '.join(unknown) or repr('')}")
-    if options.only is not None and options.out is None:
-        parser.error(
-            f"--only measures a part, and would replace the complete run in {RESULTS.name}: "
-            "name another folder with --out"
-        )
-    folder = options.out or RESULTS
+    names = options.only.split(",")
+    dtypes = options.dtypes.split(",") if options.dtypes else DTYPES[device]
+    for option, given, known in (("only", names, SUITES), ("dtypes", dtypes, DTYPES["cpu"])):
+        if unknown := [name for name in given if name not in known]:
+            text = ", ".join(unknown) or repr("")
+            parser.error(f"--{option} must be of {', '.join(known)}, got {text}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        threads = [int(number) for number in options.threads.split(",")] if options.threads else []
+    except ValueError:
+        threads = [0]
+    if any(number < 1 for number in threads):
+        parser.error(f"--threads must be numbers above 0, as 1,2, got {options.threads}")
+    pair = zip if options.quick and not (options.dtypes or options.threads) else product
+    pieces = pieces_of(names, list(pair(dtypes, threads or THREADS[device])))
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(f"--out must be a folder to write to, got {folder}: {error.strerror}")
-    return measure(names, device, options.quick, seconds, folder)
+        parser.error(f"--out must be a folder to write to, got {options.out}: {error.strerror}")
+    name = f"{machine_name(environment(device))}{'-quick' if options.quick else ''}.csv"
+    try:
+        kept = earlier_rows(options.out / name, pieces)
+    except ValueError as error:
+        parser.error(f"--out has the CSV of another version, to be deleted or moved: {error}")
+    return measure(pieces, device, options.quick, seconds, options.out / name, kept)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import math
+import time
 import timeit
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ import torch.utils.benchmark
 
 Calls = Sequence[Callable[[], Any]]
 SAMPLE_SECONDS = 2e-3
+LONG_SECONDS = 0.3
 MAX_CALLS_IN_GRAPH = 64
 TURN_MS = 10  # replays of a graph in one turn
 
@@ -29,19 +32,24 @@ class HostClock:
     """The wall clock of ``torch.utils.benchmark``, which waits for the GPU before each reading.
 
     Args:
-        make_calls: Returns one call per set of buffers. Each runs twice before anything is timed.
+        make_calls: Returns one call per set of buffers. Each runs twice before anything is timed,
+            once if they take long.
+        cpu_time: Time that the process computes, all threads together, instead of the wall clock:
+            others on the machine do not add to it, and work that moves to another thread counts.
     """
 
-    timing = "host"
-
-    def __init__(self, make_calls: Callable[[], Calls]) -> None:
+    def __init__(self, make_calls: Callable[[], Calls], *, cpu_time: bool = False) -> None:
+        self.timing = "cpu" if cpu_time else "host"
         self.calls = make_calls()
         self.results: list[Any] = [None] * len(self.calls)
         self.samples: list[float] = []
+        self.turns: list[float] = []  # a value for each turn
         self._next = 0
-        self._timer = timeit.Timer(self._call_next, timer=torch.utils.benchmark.timer)
-        self.wall_us(len(self.calls))
-        self.seconds = max(1e-7, self.wall_us(len(self.calls)) / 1e6)
+        timer = time.process_time if cpu_time else torch.utils.benchmark.timer
+        self._timer = timeit.Timer(self._call_next, timer=timer)
+        self.seconds = self.wall_us(len(self.calls)) / 1e6
+        if self.seconds * len(self.calls) < LONG_SECONDS:  # else the first round is warm enough
+            self.seconds = max(1e-7, self.wall_us(len(self.calls)) / 1e6)
         self.inner = math.ceil(SAMPLE_SECONDS / self.seconds)
 
     def _call_next(self) -> None:
@@ -50,12 +58,17 @@ class HostClock:
         self._next = (self._next + 1) % len(self.calls)
 
     def wall_us(self, number: int) -> float:
-        """Return the wall clock of a call, host and device, over ``number`` calls in a row."""
+        """Return the clock's time of a call, host and device, over ``number`` calls in a row."""
         return 1e6 * self._timer.timeit(number) / number
 
     def sample(self) -> None:
-        """Add the measurements of one turn to ``samples``."""
-        self.samples.append(self.wall_us(self.inner))
+        """Add the measurements of one turn to ``samples``, and their median to ``turns``."""
+        samples = self._turn()
+        self.samples += samples
+        self.turns.append(median(samples))
+
+    def _turn(self) -> list[float]:
+        return [self.wall_us(self.inner)]
 
 
 class GraphClock(HostClock):
@@ -108,12 +121,12 @@ class GraphClock(HostClock):
         with torch.cuda.stream(self.stream):
             return super().wall_us(number)
 
-    def sample(self) -> None:
+    def _turn(self) -> list[float]:
         from triton.testing import do_bench  # which platforms without a GPU may lack
 
         with torch.cuda.stream(self.stream):
             times = do_bench(self._run, warmup=0, rep=TURN_MS, return_mode="all")
-        self.samples += [1e3 * milliseconds / self.inner for milliseconds in times]
+        return [1e3 * milliseconds / self.inner for milliseconds in times]
 
 
 def calls_in_graph(seconds: float, sets: int) -> int:

@@ -16,14 +16,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from benchmarks.comparisons import counterpart
 from benchmarks.costs import Calls, GraphClock, HostClock
+from benchmarks.intervals import paired_ratio
 from benchmarks.results import NewRow
 
 SEED = 0
 NO_TIME = "not run: no time left"
-DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}  # of inputs and weights
-ROUNDS = 50
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}  # of a study's inputs and weights
+ROUNDS = 30
 ROUNDS_OF_GRAPHS = 10  # of several samples each
+LEAST_ROUNDS = {"cuda": 3, "cpu": 8}  # fewer values have no interval
 
 
 class Deadline:
@@ -55,6 +58,13 @@ class Run:
     done: set[tuple[str, str, str]] = field(default_factory=set)  # (op, case, mode) of rows so far
     banned: dict[str, NewRow] = field(default_factory=dict)  # variants that hung or ended a process
     dtype: torch.dtype = torch.float32  # of inputs and weights
+    threads: int | None = None  # that PyTorch is set to; None for its own choice
+
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile takes part, which takes up to a minute an op and setting."""
+        threads = 1 if self.dtype == torch.float32 else 2
+        return self.device == "cuda" or self.threads in (None, threads)
 
     @property
     def dtype_name(self) -> str:
@@ -79,11 +89,12 @@ class Entry:
     check: Callable[[Sequence[Any]], float | str] = lambda results: ""
     costs: Callable[[], NewRow] = dict  # columns that are measured outside the clock
     # "graph" for a CUDA graph, where there is a GPU; "eager" for calls that wait for the device and
-    # cannot be captured; "host" for the wall clock
+    # cannot be captured; "host" for the wall clock. On the CPU, one thread is timed by its "cpu"
+    # time, several by the wall clock
     timing: str = "graph"
 
 
-def measure(entries: Sequence[Entry], run: Run, seconds: float = 1.0) -> list[NewRow]:
+def measure(entries: Sequence[Entry], run: Run, seconds: float = 0.7) -> list[NewRow]:
     """Return a row for each entry: checked, timed in turns, and checked again.
 
     Args:
@@ -102,44 +113,56 @@ def measure(entries: Sequence[Entry], run: Run, seconds: float = 1.0) -> list[Ne
         run.begin(entry.row)
         with failure_in(entry.row, run):
             entry.row |= entry.costs()
-            clock = _clock(entry, run.device)
+            clock = _clock(entry, run)
             entry.check(clock.results)  # a wrong result is not timed
             pairs.append((entry, clock))
     sample_in_turn(pairs, run, seconds)
+    clocks = {e.row["variant"]: clock for e, clock in pairs if not e.row["status"]}
     for entry, clock in pairs:
         if entry.row["status"]:
             continue
         with failure_in(entry.row, run):
             entry.row["error"] = entry.check(clock.results)
-            entry.row |= times(clock, entry.row["tokens"], entry.work) | {"status": "ok"}
+            entry.row |= times(clock, entry.row["tokens"], entry.work)
+            other = clocks.get(counterpart(entry.row), clock)
+            if other is not clock and other.timing == clock.timing:
+                entry.row |= compared(clock, other)
+            entry.row["status"] = "ok"
     return [entry.row for entry in entries]
 
 
-def _clock(entry: Entry, device: str) -> HostClock:
-    if device == "cpu" or entry.timing == "host":
-        return HostClock(entry.calls)
+def _clock(entry: Entry, run: Run) -> HostClock:
+    if run.device == "cpu" or entry.timing == "host":
+        return HostClock(entry.calls, cpu_time=run.device == "cpu" and run.threads == 1)
     return GraphClock(entry.calls, capture=entry.timing == "graph")
 
 
+def compared(clock: HostClock, other: HostClock) -> NewRow:
+    """Return the columns of a clock's time over that of another, which took turns with it."""
+    columns = ("over_ours", "over_ours_low", "over_ours_high")
+    ratio = paired_ratio(clock.turns, other.turns)
+    return dict(zip(columns, (float(f"{value:.4g}") for value in ratio), strict=True))
+
+
 def sample_in_turn(pairs: Sequence[tuple[Entry, HostClock]], run: Run, seconds: float) -> None:
-    """Sample clocks A B C A B C .., so that all of them meet the same drift of the machine.
+    """Sample clocks A B C, C B A, A B C .., so that all of them meet the same drift of the machine.
 
     The status of an entry whose clock fails says why; the others go on without it.
 
     Args:
         pairs: The entries with their clocks.
         run: As for :func:`measure`.
-        seconds: Time after which three rounds are enough.
+        seconds: Time after which the least number of rounds is enough.
     """
-    of_host = all(clock.timing == "host" for _, clock in pairs)
-    rounds = ROUNDS if of_host else ROUNDS_OF_GRAPHS
+    of_host = all(clock.timing in ("host", "cpu") for _, clock in pairs)
+    rounds, least = ROUNDS if of_host else ROUNDS_OF_GRAPHS, LEAST_ROUNDS[run.device]
     if run.quick:
-        rounds, seconds = rounds * 3 // 10, seconds / 5
+        rounds, seconds = max(least, rounds * 3 // 10), seconds / 5
     start = time.perf_counter()
     for turn in range(rounds):
-        if turn >= 3 and time.perf_counter() - start > seconds:
+        if turn >= least and time.perf_counter() - start > seconds:
             break
-        for entry, clock in pairs:
+        for entry, clock in pairs[:: -1 if turn % 2 else 1]:
             if not entry.row["status"]:
                 run.begin(entry.row)
                 with failure_in(entry.row, run):
@@ -176,7 +199,7 @@ def times(clock: HostClock, tokens: int | str, work: Work) -> NewRow:
     row["samples"] = len(clock.samples)
     if tokens != "":
         row["tokens_per_s"] = round(1e6 * int(tokens) / p50)
-    if clock.timing != "host":  # the wall clock too, over a tenth of a second
+    if clock.timing not in ("host", "cpu"):  # the wall clock too, over a tenth of a second
         row["eager_us"] = round(clock.wall_us(min(50, max(3, round(0.1 / clock.seconds)))), 3)
     if work.bytes:
         row |= {"ideal_bytes": work.bytes, "gb_per_s": round(1e-3 * work.bytes / p50, 3)}

@@ -1,4 +1,7 @@
-"""`pack_embeddings` and `merge_vision`: text and vision rows in one buffer. Bound by memory."""
+"""`pack_embeddings`, `merge_vision` and `unpack_vision`: text and vision rows in one buffer.
+
+Bound by memory.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ from benchmarks.harness import SEED, Run
 from benchmarks.peers import SPARSE_GRADIENT, load_peers, look_up
 from benchmarks.prompts import IMAGE, Packed, Prompts
 from benchmarks.results import SPARSE
-from tokenflex_kernels import merge_vision, pack_embeddings
+from tokenflex_kernels import merge_vision, pack_embeddings, unpack_vision
 
-SHARES = {"cuda": 2.5, "cpu": 6}  # of a run's time
+SHARES = {"cuda": 2.5, "cpu": 7}  # of a run's time
 
 Peers = Sequence[Variant]
 
@@ -38,12 +41,20 @@ def merge(leaves: Leaves, packed: Packed) -> torch.Tensor:
     return merge_vision(leaves["embeds"], leaves["vision"], packed.plan.vision_rows)
 
 
+def unpack(leaves: Leaves, packed: Packed) -> torch.Tensor:
+    return unpack_vision(leaves["packed"], packed.plan)
+
+
 def true_pack(leaves: Leaves, packed: Packed) -> torch.Tensor:
     return look_up(leaves, packed).index_copy(0, packed.rows, leaves["vision"])
 
 
 def true_merge(leaves: Leaves, packed: Packed) -> torch.Tensor:
     return leaves["embeds"].index_copy(0, packed.rows, leaves["vision"])
+
+
+def true_unpack(leaves: Leaves, packed: Packed) -> torch.Tensor:
+    return leaves["packed"][packed.rows]
 
 
 OURS = Variant("tokenflex", pack, ours=True)
@@ -84,10 +95,25 @@ def merge_case(prompts: Prompts, peers: Peers) -> Case:
     )
 
 
+def unpack_case(prompts: Prompts, peers: Peers) -> Case:
+    rows, vision = prompts.tokens, sum(prompts.counts)
+    return Case(
+        op="unpack_vision",
+        name=prompts.name,
+        tokens=vision,
+        batch=partial(random_batch, prompts, "packed"),
+        truth=true_unpack,
+        variants=[Variant("tokenflex", unpack, ours=True), *peers],
+        # Backward writes zeros where the text is.
+        numbers=(2 * vision * prompts.width, (vision + rows) * prompts.width),
+        exact=("result", "packed"),
+    )
+
+
 def random_batch(
     prompts: Prompts, text: str, dtype: torch.dtype, device: str, seed: int, first: Batch | None
 ) -> Batch:
-    """Return random rows: of the "table", which all batches share, or of "embeds"."""
+    """Return random rows: of the "table", which all batches share, of "embeds" or "packed"."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def rows(number: int) -> torch.Tensor:
@@ -98,7 +124,10 @@ def random_batch(
         leaves = {text: first.leaves[text]}
     else:
         leaves = {text: rows(prompts.vocabulary if text == "table" else prompts.tokens)}
-    leaves["vision"] = rows(sum(prompts.counts))
+    vision = rows(sum(prompts.counts))
+    if text == "packed":
+        return Batch(leaves, vision, prompts.packed(device, seed))
+    leaves["vision"] = vision
     return Batch(leaves, rows(prompts.tokens), prompts.packed(device, seed))
 
 
@@ -126,28 +155,31 @@ def batches(run: Run) -> list[Prompts]:
         sizes = ((256, 220, 2048), (64, 220, 3584), (16, 220, 2048), (1, 220, 2048))
         return [largest, *(Prompts(*size, 151_936) for size in sizes if not run.quick)]
     if run.quick:
-        return [Prompts(4, 64, 2048, 1_000)]
+        return [Prompts(2, 4, 64, 1_000, count=4), Prompts(4, 64, 2048, 1_000)]
     return [
         Prompts(2, 4, 64, 1_000, count=4),
         Prompts(16, 16, 64, 1_000, count=16),
-        Prompts(1, 64, 2048, 32_000),
-        Prompts(4, 64, 2048, 32_000),
-        Prompts(16, 500, 2048, 32_000, count=0),
-        Prompts(16, 220, 2048, 32_000),
+        Prompts(1, 64, 2048, 8_000, count=64),
+        Prompts(4, 64, 2048, 8_000),
+        Prompts(2, 500, 2048, 8_000, count=0),
+        Prompts(8, 220, 2048, 8_000),
     ]
 
 
-def cases(run: Run, packers: Peers, sparse_packers: Peers, mergers: Peers) -> Iterator[Case]:
+def cases(
+    run: Run, packers: Peers, sparse_packers: Peers, mergers: Peers, unpackers: Peers
+) -> Iterator[Case]:
     sizes = batches(run)
     for prompts in sizes:
         yield pack_case(prompts, FORWARD, packers)
         yield pack_case(prompts, FROZEN_TABLE, packers)
         yield merge_case(prompts, mergers)
+        yield unpack_case(prompts, unpackers)
     largest = sizes[0 if run.device == "cuda" else -1]
     yield pack_case(largest, SPARSE_TABLE, sparse_packers)  # a table's gradient takes longest
     yield pack_case(largest, TRAINED_TABLE, packers)
 
 
 def suite(run: Run) -> None:
-    ops = ("pack_embeddings", SPARSE_GRADIENT, "merge_vision")
+    ops = ("pack_embeddings", SPARSE_GRADIENT, "merge_vision", "unpack_vision")
     run_cases(cases(run, *(load_peers(op, run) for op in ops)), run)

@@ -22,7 +22,7 @@ from benchmarks.cases import MODES, TRAINING, Call, Leaves, Variant
 from benchmarks.harness import Run
 from benchmarks.plain import Grid, Grids, by_group, down, gate_up, pool
 from benchmarks.prompts import IMAGE, Packed
-from benchmarks.results import COMPILED, EAGER, new_row
+from benchmarks.results import AGAIN, COMPILED, EAGER, new_row
 
 SPARSE_GRADIENT = "pack_embeddings, sparse gradient"
 
@@ -62,6 +62,8 @@ def load_peers(op: str, run: Run) -> list[Variant]:
                 row["status"] = failure["status"]
             elif name == COMPILED and run.quick:
                 row["status"] = "not run: a quick run compiles nothing"
+            elif name == COMPILED and not run.compiles:
+                row["status"] = "not run: a CPU compiles float32 for 1 thread, bfloat16 for 2"
             else:
                 variants.append(load())
                 continue
@@ -103,6 +105,7 @@ def compiled(call: Call) -> Variant:
 for call in (plain.pool_norm, plain.swiglu, plain.project_tokens):
     peer(call.__name__, EAGER)(call)
     PEERS[call.__name__][COMPILED] = partial(compiled, call)
+peer("pool_norm", EAGER + AGAIN)(plain.pool_norm)
 
 
 # ---- Liger-Kernel: its LayerNorm, and its silu(gate) * up between PyTorch's products. The backward
@@ -116,7 +119,8 @@ ONCE = ("forward", "forward+backward")
 def liger_pool_norm(liger: ModuleType, leaves: Leaves, grids: Grids) -> torch.Tensor:
     def stages(x: torch.Tensor, grid: Grid) -> torch.Tensor:
         weight, bias = leaves["norm_weight"], leaves["norm_bias"]
-        return liger.LigerLayerNormFunction.apply(pool(x, grid), weight, bias, plain.EPS)
+        pooled = pool(x, grid, grids.inputs[0][0])
+        return liger.LigerLayerNormFunction.apply(pooled, weight, bias, plain.EPS)
 
     return by_group(leaves["x"], grids, stages)
 
@@ -243,5 +247,30 @@ def masked_scatter_merge(leaves: Leaves, packed: Packed) -> torch.Tensor:
 
 
 @peer("merge_vision", "index_put")
+@peer("merge_vision", f"index_put{AGAIN}")
 def index_put_merge(leaves: Leaves, packed: Packed) -> torch.Tensor:
     return leaves["embeds"].index_put((packed.rows,), leaves["vision"])
+
+
+# Finding the rows of a mask synchronises the device.
+@peer("merge_vision", "vLLM index mask", waits=MODES)
+def index_mask_merge(leaves: Leaves, packed: Packed) -> torch.Tensor:
+    """Assign through a mask of the rows, as vLLM does in place, to a copy."""
+    embeds = leaves["embeds"].clone()
+    embeds[packed.plan.input_ids == IMAGE] = leaves["vision"]
+    return embeds
+
+
+@peer("unpack_vision", "index")
+def index_unpack(leaves: Leaves, packed: Packed) -> torch.Tensor:
+    return leaves["packed"][packed.rows]
+
+
+@peer("unpack_vision", "index_select")
+def index_select_unpack(leaves: Leaves, packed: Packed) -> torch.Tensor:
+    return leaves["packed"].index_select(0, packed.rows)
+
+
+@peer("unpack_vision", "index by a mask", waits=MODES)
+def index_mask_unpack(leaves: Leaves, packed: Packed) -> torch.Tensor:
+    return leaves["packed"][packed.plan.input_ids == IMAGE]

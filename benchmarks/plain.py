@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -39,20 +40,20 @@ def weight_shapes(vision: int, hidden: int, text: int) -> Shapes:
 class Grids:
     """The grids of a batch's images, and the indices of PyTorch's loop over kinds of grids."""
 
-    inputs: list[Grid]  # (height, width) of each image
+    inputs: list[Grid]  # (height, width) of each image, the same of all
     outputs: list[Grid]
     groups: list[tuple[Grid, torch.Tensor]]  # a grid, and int64 numbers of its images
     order: torch.Tensor | None  # row r of the result is row order[r] of the groups; None for one
 
 
-def grids_of(out_grids: Sequence[Grid], device: str) -> Grids:
+def grids_of(out_grids: Sequence[Grid], device: str, side: int = SIDE) -> Grids:
     images: dict[Grid, list[int]] = defaultdict(list)
     for image, grid in enumerate(out_grids):
         images[grid].append(image)
     rows = torch.arange(number_of_tokens(out_grids)).split([h * w for h, w in out_grids])
     order = torch.cat([rows[i] for numbers in images.values() for i in numbers]).argsort()
     return Grids(
-        inputs=[(SIDE, SIDE)] * len(out_grids),
+        inputs=[(side, side)] * len(out_grids),
         outputs=list(out_grids),
         groups=[(grid, torch.tensor(numbers, device=device)) for grid, numbers in images.items()],
         order=order.to(device) if len(images) > 1 else None,
@@ -77,12 +78,15 @@ def uniform(tens: int) -> list[Grid]:
     return [(8, 23)] * (10 * tens)
 
 
-def random_batches(shapes: Shapes, grids: Sequence[Grid] = ()) -> Callable[..., Batch]:
+def random_batches(
+    shapes: Shapes, grids: Sequence[Grid] = (), side: int = SIDE
+) -> Callable[..., Batch]:
     """Return a case's ``batch``: normal inputs, weights that keep their variance, norms around 1.
 
     Args:
         shapes: Shapes of the leaves, and of "grad".
         grids: The batch's ``fixed``.
+        side: Of each image's square grid of patches.
     """
 
     def batch(dtype: torch.dtype, device: str, seed: int, _: Batch | None) -> Batch:
@@ -97,7 +101,7 @@ def random_batches(shapes: Shapes, grids: Sequence[Grid] = ()) -> Callable[..., 
             elif name.endswith("bias"):
                 values = 0.1 * values
             leaves[name] = values.to(dtype)
-        fixed = grids_of(grids, device) if grids else None
+        fixed = grids_of(grids, device, side) if grids else None
         return Batch(grad=leaves.pop("grad"), leaves=leaves, fixed=fixed)
 
     return batch
@@ -106,10 +110,10 @@ def random_batches(shapes: Shapes, grids: Sequence[Grid] = ()) -> Callable[..., 
 # ---- stages
 
 
-def pool(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+def pool(x: torch.Tensor, grid: Grid, side: int = SIDE) -> torch.Tensor:
     """Pool flat patches to flat cells. Patches lie channels-last already: nothing is copied."""
     width = x.shape[-1]
-    images = x.view(-1, SIDE, SIDE, width).permute(0, 3, 1, 2)
+    images = x.view(-1, side, side, width).permute(0, 3, 1, 2)
     return F.adaptive_avg_pool2d(images, grid).permute(0, 2, 3, 1).reshape(-1, width)
 
 
@@ -119,9 +123,19 @@ def by_group(
     """Apply a stage to each kind of grid, and put the rows into the order of the images."""
     if grids.order is None:
         return stage(x, grids.groups[0][0])
-    images = x.view(-1, SIDE * SIDE, x.shape[1])
+    images = x.view(len(grids.inputs), -1, x.shape[1])
     parts = [stage(images[numbers].flatten(0, 1), grid) for grid, numbers in grids.groups]
     return torch.cat(parts)[grids.order]
+
+
+def by_image(
+    x: torch.Tensor, grids: Grids, stage: Callable[[torch.Tensor, Grid], torch.Tensor]
+) -> torch.Tensor:
+    """Apply a stage to each image: on a CPU, copying images into groups costs more than calls."""
+    if grids.order is None:
+        return stage(x, grids.groups[0][0])
+    images = x.split(len(x) // len(grids.inputs))
+    return torch.cat([stage(*pair) for pair in zip(images, grids.outputs, strict=True)])
 
 
 def layer_norm(x: torch.Tensor, leaves: Leaves) -> torch.Tensor:
@@ -141,7 +155,9 @@ def down(product: torch.Tensor, leaves: Leaves) -> torch.Tensor:
 
 
 def pool_norm(leaves: Leaves, grids: Grids) -> torch.Tensor:
-    return by_group(leaves["x"], grids, lambda x, grid: layer_norm(pool(x, grid), leaves))
+    x, (side, _) = leaves["x"], grids.inputs[0]
+    loop = by_image if x.is_cpu else by_group
+    return layer_norm(loop(x, grids, partial(pool, side=side)), leaves)
 
 
 def swiglu(leaves: Leaves, _: object = None) -> torch.Tensor:
@@ -150,7 +166,4 @@ def swiglu(leaves: Leaves, _: object = None) -> torch.Tensor:
 
 
 def project_tokens(leaves: Leaves, grids: Grids) -> torch.Tensor:
-    def stages(x: torch.Tensor, grid: Grid) -> torch.Tensor:
-        return down(swiglu({**leaves, "x": layer_norm(pool(x, grid), leaves)}), leaves)
-
-    return by_group(leaves["x"], grids, stages)
+    return down(swiglu({**leaves, "x": pool_norm(leaves, grids)}), leaves)

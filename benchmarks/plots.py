@@ -1,13 +1,18 @@
-"""Pictures of a run, drawn from its CSV alone."""
+"""The picture of a run, drawn from its CSV alone: how much faster ours is than each peer.
+
+python -m benchmarks.plots CSV... --out FILE    # several machines side by side
+"""
 
 from __future__ import annotations
 
+import argparse
+import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 
@@ -15,34 +20,41 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullFormatter
 
-from benchmarks.results import OURS, WALL_CLOCK, Comparison, Results, Row
+from benchmarks.cases import MODES
+from benchmarks.comparisons import Comparison, Results
+from benchmarks.results import COMPILED, EAGER, Row, read_csv
 
-OUR_COLOUR, GREY = "#1f4e79", "#b0b0b0"
-OUR_COLOURS = (OUR_COLOUR, "#5b8db8", "#9dbfdb")
+OUR_COLOUR, GREY, LOSS = "#1f4e79", "#b0b0b0", "#c1121f"
 PEER_COLOURS = ("#e07b39", "#4c9f70", "#b5495b", "#7a6bb0", "#c2a03a", "#8c6d5a", "#808080")
-NOT_OPS = ("ceiling", "host_cost", "end_to_end")
-GRADIENTS = ("frozen table", "trained table", "sparse table gradient")
-# Cases outside a series of sizes: other widths, several kinds of grid, other gradients.
-OTHER = re.compile(r"mixed|uniform|D=(?!2048\b)|\+ 0 vision|trained table|sparse table gradient")
+MORE_COLOURS = ("#56b4e9", "#111111", "#d88fc0")
+OPS = (
+    *("pool_norm", "swiglu", "project_tokens"),
+    *("pack_embeddings", "merge_vision", "unpack_vision"),
+)
+MARKERS = {"float32": "o", "bfloat16": "D"}
+TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+LINE_INCHES = 0.5
+
+
+class Panel(NamedTuple):
+    """The comparisons of a machine and a number of threads."""
+
+    title: str
+    pairs: list[Comparison]
 
 
 def draw(rows: Sequence[Row], csv_path: Path) -> list[Path]:
-    """Draw the pictures beside the CSV, and delete earlier ones that would have no content now."""
-    measured = [row for row in rows if row["status"] == "ok"]
-    written = []
-    for picture in (throughput, speed_up):
-        name = picture.__name__.replace("_", "-")
-        path = csv_path.with_name(f"{csv_path.stem}-{name}.png")
-        figure = picture(measured)
-        if figure is None:
-            path.unlink(missing_ok=True)
-            continue
-        figure.suptitle(machine(rows[0]), x=0.01, ha="left", fontsize=9, color="#555555")
-        save(figure, path)
-        written.append(path)
-    return written
+    """Draw the picture beside the CSV, and delete an earlier one that would be empty now."""
+    path = csv_path.with_name(f"{csv_path.stem}-speed-up.png")
+    figure = speed_up(panels_of(rows))
+    if figure is None:
+        path.unlink(missing_ok=True)
+        return []
+    save(figure, path)
+    return [path]
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -55,107 +67,114 @@ def machine(row: Row) -> str:
     return f"{name}   torch {row['torch']}   commit {row['commit']}"
 
 
-# ---- pictures
-
-
-def throughput(rows: Sequence[Row]) -> Figure | None:
-    """Bandwidth, or arithmetic, of each op and mode against T, the measured ceiling as a line."""
-    panels: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for row in rows:
-        is_op = row["op"] not in NOT_OPS and (row["gb_per_s"] or row["tflop_per_s"])
-        if is_op and row["mode"] != "backward" and not OTHER.search(row["case"]):
-            panels[row["op"], row["mode"]].append(row)
-    if not panels:
-        return None
-    lines = -(-len(panels) // 2)
-    figure, grid = plt.subplots(
-        lines, 2, figsize=(11, 4.5 * lines), squeeze=False, layout="constrained"
-    )
-    for axes in grid.flat[len(panels) :]:
-        axes.remove()
-    for axes, ((op, mode), panel) in zip(grid.flat, panels.items(), strict=False):
-        moves = panel[0]["gb_per_s"]
-        column, unit = ("gb_per_s", "GB/s") if moves else ("tflop_per_s", "TFLOP/s")
-        series = defaultdict(list)
-        for row in panel:
-            series[label(row)].append((int(row["tokens"]), float(row[column])))
-        ours, peers = iter(OUR_COLOURS), cycle(PEER_COLOURS)
-        for name, points in series.items():
-            colour = next(ours if name.startswith(OURS) else peers)
-            width = 2.2 if name.startswith(f"{OURS} ") else 1.4
-            line = zip(*sorted(points), strict=True)
-            axes.plot(*line, "o-", label=name, color=colour, linewidth=width)
-        ceiling = "copy" if moves else "matmul"
-        for row in rows:
-            if row["op"] == "ceiling" and row["variant"] == ceiling:
-                value = float(row[column])
-                axes.axhline(value, color=GREY, linestyle="--", linewidth=1)
-                text = f"measured {ceiling}: {value:.3g} {unit}"
-                left = (0.01, value)  # a share of the axis, and a value
-                note(axes, text, left, (0, 6), xycoords=("axes fraction", "data"))
-        axes.set_title(f"{op}, {mode}", loc="left", fontsize=11)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set_xlabel("T, rows of the result")
-        axes.set_ylabel(unit)
-        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
-        below = (0, -0.16)  # where the legend covers nothing
-        axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper left", bbox_to_anchor=below)
-        tidy(axes, grid="both")
-    return figure
-
-
-def speed_up(rows: Sequence[Row]) -> Figure | None:
-    """The time of each peer over ours: a bar for the worst case, a dot for every case."""
-    groups: dict[tuple[str, str], list[Comparison]] = defaultdict(list)
+def panels_of(rows: Sequence[Row]) -> list[Panel]:
+    """Return a panel for each number of threads of a CPU, or one for a GPU."""
+    panels = defaultdict(list)
     for pair in Results(rows).comparisons():
-        ending = next((end for end in GRADIENTS if pair.ours["case"].endswith(end)), "")
-        title = ", ".join(filter(None, (pair.ours["op"], pair.ours["mode"], ending)))
-        groups[title, pair.peer["variant"]].append(pair)
-    if not groups:
+        row = pair.ours
+        cpu = f"{re.sub(r'[(]R[)]', '', row['cpu'])}, threads: {row['threads']}"
+        panels[row["gpu"] or cpu].append(pair)
+    return [Panel(title, pairs) for title, pairs in panels.items()]
+
+
+def speed_up(panels: Sequence[Panel]) -> Figure | None:
+    """Draw a line for each op and mode, a dot for each case, and its interval as whiskers."""
+    pairs = [pair for panel in panels for pair in panel.pairs]
+    if not pairs:
         return None
-    figure, axes = plt.subplots(figsize=(11, 0.25 * len(groups) + 1.6), layout="constrained")
-    colours = dict(zip(dict.fromkeys(title for title, _ in groups), cycle(PEER_COLOURS)))
-    labels, ratios = [], []
-    for at, ((title, peer), pairs) in enumerate(groups.items()):
-        values = [pair.figure.value for pair in pairs]
-        worst = min(pairs, key=lambda pair: pair.figure.value)
-        axes.barh(-at, min(values) - 1, left=1, color=colours[title], height=0.72)
-        axes.plot(values, [-at] * len(values), ".", color="#333333", markersize=4)
-        note(axes, f"{min(values):.2f} at T={worst.peer['tokens']}", (max(1, *values), -at))
-        clock = f", {WALL_CLOCK}" if any(pair.figure.remark for pair in pairs) else ""
-        labels.append(f"{title} ({pairs[0].ours['backend']}):  {peer}{clock}")
-        ratios += values
-    axes.set_yticks([-at for at in range(len(groups))], labels, fontsize=7.5)
-    axes.set_ylim(-len(groups) + 0.4, 0.6)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_xscale("log")
-    axes.set_xlim(0.8 * min(1, *ratios), 3 * max(1, *ratios))
-    axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(axis="x", labelsize=7)
-    reading = "right of 1: we are faster\nbar and number: the worst case; dots: all"
-    axes.set_xlabel(f"time of the peer over ours; {reading}", fontsize=9)
-    tidy(axes)
+    lines = sorted(
+        {line_of(pair) for pair in pairs},
+        key=lambda line: (OPS.index(line[0]), MODES.index(line[1])),
+    )
+    order = (EAGER, COMPILED)
+    peers = sorted({*map(peer_of, pairs)}, key=lambda peer: (peer not in order, peer))
+    colours = dict(zip(peers, cycle((OUR_COLOUR, *PEER_COLOURS, *MORE_COLOURS)), strict=False))
+    values = [pair.figure.value for pair in pairs]
+    limits = (0.8 * min(0.6, *values), 1.25 * max(2, *values))
+    size = (1.9 + 4.2 * len(panels), LINE_INCHES * len(lines) + 1.7)
+    figure, grid = plt.subplots(
+        1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, panel in zip(grid.flat, panels, strict=True):
+        axes.set(xscale="log", xlim=limits, ylim=(len(lines) - 0.4, -0.6))
+        axes.axvspan(limits[0], 1, color=LOSS, alpha=0.06, linewidth=0)
+        axes.axvline(1, color="#222222", linewidth=1)
+        for y, line in enumerate(lines):
+            shown = [pair for pair in panel.pairs if line_of(pair) == line]
+            draw_line(axes, shown, y, colours)
+            if y and line[0] != lines[y - 1][0]:
+                axes.axhline(y - 0.5, color=GREY, linewidth=0.8)
+        axes.xaxis.set_major_locator(FixedLocator(TICKS))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(which="both", length=0, labelsize=8)
+        sides = Counter(pair.side for pair in panel.pairs)
+        counts = f"faster {sides[1]}, within noise {sides[0]}, slower {sides[-1]}"
+        axes.set_title(f"{panel.title}\n{counts}", loc="left", fontsize=9)
+        tidy(axes)
+        axes.spines["left"].set_visible(False)
+    names = [f"{op}\n{mode.replace('+', ' + ')}" for op, mode in lines]
+    grid[0, 0].set_yticks(range(len(lines)), names, fontsize=8)
+    meaning = (
+        "time of the peer over ours: right of 1x ours is faster, left of it the peer\n"
+        "A dot is a case, larger with more tokens; a line its 99 % interval"
+    )
+    figure.supxlabel(meaning, fontsize=9)
+    handles = [dot(colour, "o", peer) for peer, colour in colours.items()]
+    dtypes = dict.fromkeys(pair.ours["dtype"] for pair in pairs)
+    handles += [dot("#555555", MARKERS.get(dtype, "s"), dtype) for dtype in dtypes]
+    handles.append(dot("white", "o", "slower, beyond noise", LOSS))
+    style = {"ncols": 1 + 2 * len(panels), "fontsize": 8, "frameon": False}
+    figure.legend(handles=handles, loc="outside upper center", **style)
     return figure
 
 
-# ---- drawing
+def draw_line(axes: Axes, pairs: Sequence[Comparison], y: int, colours: dict[str, str]) -> None:
+    """Draw the cases of an op and mode, each peer a little below the one before."""
+    peers = [peer for peer in colours if any(peer_of(pair) == peer for pair in pairs)]
+    for pair in sorted(pairs, key=lambda pair: pair.side, reverse=True):  # losses on top
+        peer, (value, _, low, high) = peer_of(pair), pair.figure
+        lane = y + 0.8 * ((peers.index(peer) + 0.5) / len(peers) - 0.5)
+        if low and high and math.isfinite(high):
+            axes.plot((low, high), (lane, lane), color=colours[peer], linewidth=0.8, alpha=0.5)
+        marker = MARKERS.get(pair.ours["dtype"], "s")
+        edge, width = (LOSS, 1.3) if pair.side < 0 else ("white", 0.4)
+        dot_size = 2.5 + math.log10(1 + float(pair.ours["tokens"]))
+        axes.plot(value, lane, marker, color=colours[peer], ms=dot_size, mec=edge, mew=width)
 
 
-def label(row: Row) -> str:
-    return f"{row['variant']} ({row['backend']})" if row["backend"] else row["variant"]
+def dot(colour: str, marker: str, label: str, edge: str = "white") -> Line2D:
+    """Return an entry of the legend."""
+    width = 0.4 if edge == "white" else 1.3
+    style: dict[str, Any] = {"markeredgecolor": edge, "markeredgewidth": width, "linestyle": ""}
+    return Line2D([], [], color=colour, marker=marker, label=label, markersize=6, **style)
 
 
-def note(
-    axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float] = (4, 0), **how: Any
-) -> None:
-    """Write beside a point."""
-    axes.annotate(text, at, offset, textcoords="offset points", va="center", fontsize=8, **how)
+def line_of(pair: Comparison) -> tuple[str, str]:
+    return pair.ours["op"], pair.ours["mode"]
+
+
+def peer_of(pair: Comparison) -> str:
+    """Return the peer's name without what all peers of packing begin with."""
+    return re.sub(r"^(padded )?embedding(\(sparse\))? \+ ", "", pair.peer["variant"])
 
 
 def tidy(axes: Axes, grid: Literal["x", "y", "both"] = "x") -> None:
     axes.grid(axis=grid, alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__)
+    parser.add_argument("csv", type=Path, nargs="+", help="results of one machine each")
+    parser.add_argument("--out", type=Path, required=True, help="the picture, PNG or SVG")
+    options = parser.parse_args()
+    panels = [panel for path in options.csv for panel in panels_of(read_csv(path))]
+    if (figure := speed_up(panels)) is None:
+        parser.error(f"csv must have rows of ours beside a peer's, got none in {options.csv}")
+    save(figure, options.out)
+
+
+if __name__ == "__main__":
+    main()

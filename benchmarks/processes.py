@@ -14,7 +14,9 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
 
-from benchmarks.harness import DTYPES, Deadline, Run, reason
+import torch
+
+from benchmarks.harness import Deadline, Run, reason
 from benchmarks.results import NewRow, new_row
 
 Suite = Callable[[Run], None]
@@ -26,18 +28,25 @@ LATE = "not run: no time left, stopped while it ran"
 
 
 def watched_rows(
-    name: str, suite: Suite, device: str, quick: bool, seconds: float
+    name: str,
+    suite: Suite,
+    device: str,
+    quick: bool,
+    seconds: float,
+    dtype: torch.dtype = torch.float32,
+    threads: int | None = None,
 ) -> Iterator[list[NewRow]]:
     """Yield a suite's rows as they come, until it has ended or its time is over.
 
     Args:
         name: Name of the suite, for rows about the suite itself.
         suite: Measures and emits rows; it runs in another process.
-        device, quick: As in :class:`Run`.
+        device, quick, dtype, threads: As in :class:`Run`.
         seconds: Time for the suite. It aims at less, since importing takes a while too. A silence
             of three quarters of it counts as a hang, so that others get some time as well.
     """
-    run = Run(device, quick, Deadline(seconds), emit=print, dtype=DTYPES[device])
+    deadline = Deadline(seconds)
+    run = Run(device, quick, deadline, emit=print, dtype=dtype, threads=threads)
     row_seconds = min(ROW_SECONDS, 0.75 * seconds)
     while True:
         current = new_row(op=f"{name} suite")
@@ -98,6 +107,8 @@ def _one_process(
 def _work(connection: Connection, suite: Suite, run: Run) -> None:
     """Run the suite in this process, which becomes the first of a process group."""
     os.setsid()
+    if run.threads:
+        torch.set_num_threads(run.threads)
     run.deadline = Deadline(0.8 * run.deadline.left)
     run.emit = lambda rows: connection.send(("rows", rows))
     run.begin = lambda row: connection.send(("begin", row))

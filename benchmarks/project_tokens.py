@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from benchmarks import plain
-from benchmarks.cases import TRAINING, Case, Leaves, Variant, fast, run_cases
+from benchmarks.cases import TRAINING, Case, Leaves, Variant, fast, projector_modes, run_cases
 from benchmarks.harness import Run
 from benchmarks.peers import load_peers
 from benchmarks.plain import Grid, Grids, mixed, square, uniform
 from benchmarks.results import LEAN, NO_BIASES
 from tokenflex_kernels import project_tokens
 
-SHARES = {"cuda": 5, "cpu": 2.5}  # of a run's time
+SHARES = {"cuda": 5, "cpu": 6}  # of a run's time
 
 
 def project(leaves: Leaves, grids: Grids, save: str = "preactivation") -> torch.Tensor:
@@ -34,10 +34,14 @@ def case(
     grids: Sequence[Grid],
     peers: Sequence[Variant],
     widths: tuple[int, int, int] = plain.WIDTHS,
+    *,
+    lean: bool = True,
 ) -> Case:
     vision, hidden, text = widths
     tokens = plain.number_of_tokens(grids)
-    ours = [OURS, replace(OURS, name=LEAN, call=partial(project, save="input"), modes=TRAINING)]
+    ours = [OURS]
+    if lean:
+        ours.append(replace(OURS, name=LEAN, call=partial(project, save="input"), modes=TRAINING))
     if any(peer.without for peer in peers):  # beside a peer that takes no biases, ours without
         ours.append(replace(OURS, name=NO_BIASES, without=plain.BIASES))
     shapes = {"x": (len(grids) * plain.SIDE**2, vision), "grad": (tokens, text)}
@@ -56,9 +60,13 @@ def case(
 def cases(run: Run, peers: Sequence[Variant]) -> Iterator[Case]:
     few, quick = fast(peers), run.quick
     if run.device == "cpu":
+        yield case("B=1, n=8", square(1, 8), few)
         if not quick:
-            yield case("1 image, n=16", square(1, 16), few)
-        yield case("1 image, n=8", square(1, 8), peers)
+            yield case("B=1, n=12", square(1, 12), few, lean=False)
+            yield case("B=2, mixed", [(8, 8), (12, 12)], few, lean=False)
+            yield case("B=4, n=16", square(4, 16), few, lean=False)
+            # Last, because compiling takes longest.
+            yield case("B=1, n=16", square(1, 16), peers, lean=False)
         return
     tens = 4 if quick else 16
     yield case(f"{10 * tens} images, mixed", mixed(tens), few)
@@ -74,4 +82,5 @@ def cases(run: Run, peers: Sequence[Variant]) -> Iterator[Case]:
 
 
 def suite(run: Run) -> None:
-    run_cases(cases(run, load_peers("project_tokens", run)), run)
+    some = cases(run, load_peers("project_tokens", run))
+    run_cases((replace(case, modes=projector_modes(run)) for case in some), run)

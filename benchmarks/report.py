@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.results import KEY, Results, Row, speed_up
+import numpy as np
+
+from benchmarks.comparisons import Comparison, Results, where
+from benchmarks.results import KEY, Row
 from benchmarks.targets import verdicts
 from tokenflex.files import write_atomically
 
@@ -34,18 +37,12 @@ def report(rows: Sequence[Row], path: Path) -> None:
 def report_text(rows: Sequence[Row]) -> str:
     """Return the report as Markdown."""
     results = Results(rows)
-    reasons = [
-        f"- {', '.join(filter(None, (row[name] for name in KEY)))}: {row['status']}"
-        for row in rows
-        if row["status"] != "ok"
-    ]
-    targets = [(verdict.name, verdict.text) for verdict in verdicts(rows)]
+    targets = [(v.name, v.text) for v in verdicts(rows) if v.device in ("", rows[0]["device"])]
     sections = {
-        "Every row": f"Microseconds; * marks a clearly fastest variant.\n\n{measured(results)}",
-        "Not measured": "\n".join(reasons),
+        "Not measured": not_measured(rows),
+        "Noise": noise(results),
         "Each op against each peer": overview(results),
         "Where a peer is faster": losses(results),
-        "Mixed counts": mixed_counts(results),
         "Targets": table(("target", "verdict"), *targets),
     }
     parts = [f"## {title}\n\n{text}\n" for title, text in sections.items() if text]
@@ -58,94 +55,87 @@ def machine(results: Results) -> str:
     no_time = sum("no time left" in row["status"] for row in results.rows)
     few = sum(int(row["samples"]) < FEW_SAMPLES for row in ok)
     sets = max((int(row["sets"] or 0) for row in ok), default=0)
-    name = first["gpu"] or f"{first['cpu']}, {first['cores']} cores, threads: {first['threads']}"
+    name = first["gpu"] or f"{first['cpu']}, {first['cores']} cores"
+
+    def distinct(column: str) -> str:
+        return ", ".join(dict.fromkeys(row[column] for row in results.rows))
+
     return (
-        f"Measured on {name}; load before the run {first['load']}; torch {first['torch']}; commit "
-        f"{first['commit']}. {len(ok)} rows have times, {few} of them from fewer than "
-        f"{FEW_SAMPLES} samples; {no_time} found no time left. Inputs rotate through up to {sets} "
-        "sets of buffers."
+        f"Measured on {name}; threads {distinct('threads')}; load before {distinct('load')}; torch "
+        f"{distinct('torch')}; commit {distinct('commit')}. {len(ok)} rows have times, {few} of "
+        f"them from fewer than {FEW_SAMPLES} samples; {no_time} found no time left. Inputs rotate "
+        f"through up to {sets} sets of buffers."
     )
 
 
-def measured(results: Results) -> str:
-    """Return every row that was measured."""
-    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
-    for row in results.measured:
-        groups[row["op"], row["case"], row["mode"]].append(row)
-    titles = (
-        *("median", "wall clock", "of copy", "of matmul", "peak MiB", "saved MiB"),
-        *("backend", "note"),
+def not_measured(rows: Sequence[Row]) -> str:
+    """Return the reasons of rows without times, equal ones once."""
+    names = ("op", "case", "mode", "variant")
+    counts = Counter(
+        f"- {', '.join(filter(None, (row[name] for name in names)))}: {row['status']}"
+        for row in rows
+        if row["status"] != "ok"
     )
-    lines: list[Sequence[str]] = [(*KEY, *titles)]
-    for group in groups.values():
-        best = clearly_fastest(group)
-        for row in group:
-            shares = (row["share_of_copy"], row["share_of_matmul"])
-            sizes = (row["peak_bytes"], row["saved_bytes"])
-            cells = (
-                f"{float(row['p50_us']):.1f}{'*' if row is best else ''}",
-                f"{float(row['eager_us']):.1f}" if row["eager_us"] else "",
-                *(f"{100 * float(share):.1f}%" if share else "" for share in shares),
-                *(f"{int(size) / 2**20:.1f}" if size else "" for size in sizes),
-            )
-            lines.append((*(row[name] for name in KEY), *cells, row["backend"], row["note"]))
-    return table(*lines)
+    return "\n".join(f"{line} ({n} times)" if n > 1 else line for line, n in counts.items())
 
 
-def clearly_fastest(rows: Sequence[Row]) -> Row | None:
-    """Return the row whose 80th percentile is below the 20th of all others.
-
-    None where no row is, a row has few samples, or there is nothing to compare.
-    """
-    best = min(rows, key=lambda row: float(row["p50_us"]))
-    others = [float(row["p20_us"]) for row in rows if row is not best]
-    enough = all(int(row["samples"]) >= FEW_SAMPLES for row in rows)
-    clear = others and enough and all(float(best["p80_us"]) < other for other in others)
-    return best if clear else None
+def noise(results: Results) -> str:
+    """Return how far controls, variants compared with themselves, were from 1."""
+    controls = results.controls()
+    if not controls:
+        return ""
+    lines = []
+    for threads, margin in results.margins.items():
+        figures = [pair.figure for pair in controls if pair.peer["threads"] == threads]
+        wrong = sum(figure.side_of(1) != 0 for figure in figures)
+        median = np.median([abs(figure.value - 1) for figure in figures])
+        lines.append((threads, f"{wrong} of {len(figures)}", f"{median:.1%}", f"{margin:.1%}"))
+    columns = ("threads", "intervals without 1", "median distance from 1", "margin")
+    return (
+        "A control is a variant that takes turns with itself. Comparisons are called within noise "
+        "if their 99 % interval, widened by the margin, has 1: the margin is that of the worst "
+        f"control.\n\n{table(columns, *lines)}"
+    )
 
 
 def overview(results: Results) -> str:
     """Return each op against each peer: the worst case and the best."""
-    groups: dict[tuple[str, str], list[float]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[Comparison]] = defaultdict(list)
     for pair in results.comparisons():
         op = f"{pair.ours['op']} ({pair.ours['backend']})"
-        groups[op, pair.peer["variant"]].append(pair.figure.value)
+        groups[op, pair.peer["variant"]].append(pair)
     lines = []
-    for names, values in groups.items():
-        slower = f"{sum(value < 1 for value in values)} of {len(values)}"
-        lines.append((*names, f"{min(values):.2f}", f"{max(values):.2f}", slower))
-    worst = "the peer's time over ours, worst case"
-    return table(("ours", "peer", worst, "best", "we are slower in"), *lines)
+    for names, pairs in groups.items():
+        worst = min(pairs, key=lambda pair: pair.figure.value)
+        values = [pair.figure.value for pair in pairs]
+        sides = Counter(pair.side for pair in pairs)
+        counts = (f"{sides[side]} of {len(pairs)}" for side in (-1, 0))
+        rest = (f"{np.median(values):.2f}", f"{max(values):.2f}", *counts, where(worst.peer))
+        lines.append((*names, str(worst.figure), *rest))
+    titles = ("ours", "peer", "the peer's time over ours, worst case", "median", "best")
+    return table((*titles, "we are slower in", "within noise in", "worst case"), *lines)
 
 
 def losses(results: Results) -> str:
     """Return every case in which a peer is faster, the worst first."""
     pairs = results.comparisons()
-    lost = sorted((p for p in pairs if p.figure.value < 1), key=lambda pair: pair.figure.value)
+    lost = sorted((p for p in pairs if p.side < 0), key=lambda pair: pair.figure.value)
     lines = [
         (
-            *(pair.ours[name] for name in ("op", "case", "mode")),
+            *(pair.ours[name] for name in KEY[:-1]),
             pair.peer["variant"],
             f"{float(pair.ours['p50_us']):.1f}",
             f"{float(pair.peer['p50_us']):.1f}",
-            f"{pair.figure.value:.2f} {pair.figure.remark}".rstrip(),
+            str(pair.figure),
         )
         for pair in lost
     ]
-    header = ("op", "case", "mode", "peer", "ours", "peer's", "peer / ours")
-    count = f"A peer is faster in {len(lost)} of {len(pairs)} comparisons."
-    return f"{count}\n\n{table(header, *lines)}"
-
-
-def mixed_counts(results: Results) -> str:
-    """Compare mixed batches with uniform ones of equal image and token counts."""
-    lines = []
-    for row in results.measured:
-        uniform = results.uniform(row)
-        if row["case"].endswith("mixed") and uniform and (figure := speed_up(uniform, row)):
-            ratio = f"{figure.value:.2f} {figure.remark}".rstrip()
-            lines.append((*(row[name] for name in KEY), ratio))
-    return table((*KEY, "mixed / uniform"), *lines) if lines else ""
+    header = (*KEY[:-1], "peer", "ours", "peer's", "peer / ours")
+    equal = sum(pair.side == 0 for pair in pairs)
+    count = (
+        f"A peer is faster in {len(lost)} of {len(pairs)} comparisons; {equal} are within noise."
+    )
+    return f"{count}\n\n{table(header, *lines)}" if lost else count
 
 
 def table(*lines: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Results: the columns of a CSV, the machine in them, reading and writing, and comparing rows."""
+"""Results: the columns of a CSV, the machine in them, reading and writing."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -19,10 +19,11 @@ from tokenflex_kernels.gpus import data_sheet
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
-KEY = ("op", "case", "mode", "variant")
+KEY = ("op", "case", "mode", "dtype", "threads", "variant")
 COLUMNS = (
     *("op", "case", "tokens", "mode", "variant", "status", "backend", "dtype", "timing"),
     *("p20_us", "p50_us", "p80_us", "eager_us", "samples", "sets", "tokens_per_s"),
+    *("over_ours", "over_ours_low", "over_ours_high"),
     *("ideal_bytes", "gb_per_s", "share_of_copy", "flops", "tflop_per_s", "share_of_matmul"),
     *("share_of_sheet", "peak_bytes", "saved_bytes", "synchronisations", "error", "seed", "note"),
 )
@@ -37,7 +38,11 @@ LEAN = "tokenflex, save=input"
 SPARSE = "tokenflex, sparse_grad"
 EAGER = "PyTorch eager"
 COMPILED = "torch.compile, max-autotune"
+AGAIN = ", again"  # ends the name of a control: a variant that is compared with itself
 WALL_CLOCK = "wall clock"
+# The ops of suites that are not called like their op.
+SUITES = dict.fromkeys(("pack_embeddings", "merge_vision", "unpack_vision"), "packing")
+SUITES["ceiling"] = "ceilings"
 
 NewRow = dict[str, Any]  # as measured
 Row = dict[str, str]  # as read from a CSV
@@ -46,6 +51,12 @@ Row = dict[str, str]  # as read from a CSV
 def new_row(**values: Any) -> NewRow:
     """Return a row with every column, empty except for ``values``."""
     return dict.fromkeys(COLUMNS, "") | values
+
+
+def suite_of(row: NewRow) -> str:
+    """Return the name of the suite that measures a row, or that a row is about."""
+    op = row["op"].removesuffix(" suite")
+    return SUITES.get(op, op)
 
 
 # ---- the machine
@@ -89,13 +100,18 @@ def machine_name(columns: Mapping[str, object]) -> str:
 
 
 def last_level_cache(device: str) -> int:
-    """Return the bytes of the GPU's L2 cache, or of the CPU's largest cache."""
+    """Return the bytes of the GPU's L2 cache, or those that the CPU's cores have to themselves.
+
+    A CPU's last cache is shared by all tenants of the machine: hundreds of MiB, of which a batch
+    finds a part or nothing.
+    """
     if device == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    paths = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    sizes = [path.read_text(encoding="utf-8").strip() for path in paths]
-    units = {"K": 2**10, "M": 2**20}
-    return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=32 * 2**20)
+    try:
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text(encoding="utf-8")
+    except OSError:
+        size = "2048K"
+    return len(os.sched_getaffinity(0)) * int(size.strip().rstrip("K")) * 2**10
 
 
 def _cpu_model() -> str:
@@ -167,91 +183,23 @@ def read_csv(path: Path, columns: Sequence[str] = ()) -> list[Row]:
 
 
 def add_shares(rows: Sequence[NewRow], shared: Mapping[str, object]) -> None:
-    """Fill in the shares of the measured ceilings, and of the rates in the data sheet."""
-    ceilings = {row["variant"]: row for row in rows if row["op"] == "ceiling"}
+    """Fill in the shares of the measured ceilings, and of the rates in the data sheet.
+
+    The ceilings are those of the row's dtype and number of threads.
+    """
+
+    def setting(row: NewRow) -> tuple[str, str]:
+        return str(row.get("threads")), row["dtype"]
+
+    ceilings = {(row["variant"], *setting(row)): row for row in rows if row["op"] == "ceiling"}
     sheet = data_sheet(str(shared["gpu"]))
     for rate, ceiling, stated in (
         ("gb_per_s", "copy", sheet and sheet.bandwidth),
         ("tflop_per_s", "matmul", sheet and sheet.half),
     ):
-        measured = ceilings.get(ceiling, {}).get(rate)
         for row in rows:
+            measured = ceilings.get((ceiling, *setting(row)), {}).get(rate)
             if row[rate] != "" and measured:
-                row[f"share_of_{ceiling}"] = round(row[rate] / measured, 4)
+                row[f"share_of_{ceiling}"] = round(float(row[rate]) / float(measured), 4)
             if row[rate] != "" and stated:
-                row["share_of_sheet"] = round(row[rate] / stated, 4)
-
-
-# ---- comparing
-
-
-class Figure(NamedTuple):
-    """A number, and what a reader must know beside it."""
-
-    value: float
-    remark: str = ""
-
-
-class Comparison(NamedTuple):
-    """A row of ours, a peer's of the same case, and the peer's time over ours."""
-
-    ours: Row
-    peer: Row
-    figure: Figure
-
-
-class Results:
-    """The rows of one machine; the measured ones are found by op, case, mode and variant."""
-
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self.rows = list(rows)
-        self.measured = [row for row in self.rows if row["status"] == "ok"]
-        self._by_key = {tuple(row[name] for name in KEY): row for row in self.measured}
-
-    def beside(self, row: Row, **changes: str) -> Row | None:
-        """Return the measured row that differs from ``row`` in ``changes`` alone."""
-        wanted = row | changes
-        return self._by_key.get(tuple(wanted[name] for name in KEY))
-
-    def uniform(self, row: Row) -> Row | None:
-        """Return the row of the uniform batch that a mixed one is compared with."""
-        return self.beside(row, case=row["case"].replace("mixed", "uniform"))
-
-    def comparisons(self) -> list[Comparison]:
-        """Return each measured row of a peer beside ours that computes the same."""
-        pairs = []
-        for row in self.measured:
-            ours = self.beside(row, variant=_counterpart(row))
-            if row["variant"].startswith(OURS) or not ours:
-                continue
-            if figure := speed_up(ours, row):
-                pairs.append(Comparison(ours, row, figure))
-        return pairs
-
-
-def _counterpart(row: Row) -> str:
-    if row["variant"].endswith("no biases"):
-        return NO_BIASES
-    return SPARSE if row["case"].endswith("sparse table gradient") else OURS
-
-
-def speed_up(ours: Row, peer: Row) -> Figure | None:
-    """Return the peer's time over ours; None where one of them has no time.
-
-    A CUDA-graph replay excludes the host's time. If only one of the two was captured, the wall
-    clock times of both are compared, and the figure says so.
-    """
-    if ours["timing"] == peer["timing"]:
-        return ratio(peer, ours, "p50_us")
-    figure = ratio(peer, ours, "eager_us")
-    return figure and Figure(figure.value, WALL_CLOCK)
-
-
-def ratio(above: Row, below: Row, column: str) -> Figure | None:
-    """Return one row's column over another's; None where either is empty."""
-    if not above[column] or not below[column]:
-        return None
-    numerator, denominator = float(above[column]), float(below[column])
-    if not denominator:
-        return Figure(1.0 if not numerator else float("inf"))
-    return Figure(numerator / denominator)
+                row["share_of_sheet"] = round(float(row[rate]) / stated, 4)

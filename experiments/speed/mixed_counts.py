@@ -12,18 +12,22 @@ compared, each with mixed counts and with the largest alone:
 Qwen2.5 family; *measured* are seconds of forward and backward of the scaled model. The ranks of a
 step are measured one after another on one device, and the step takes as long as the slowest. The
 exchange of gradients is left out: it takes as long for all counts.
+
+All ways and counts take turns, rank by rank and in alternating order. A rank's time is the median
+of its ratio to those (their median) that it took turns with, so that a change of the machine's
+speed cancels; the interval of a saving is that of the bootstrap over rounds. A CPU counts its time,
+not others'.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 import timeit
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -41,6 +45,8 @@ NO_BOUND = 2**30
 TARGET = 0.95  # of the arithmetic saving, packed by cost
 BY_COST, BY_TOKENS, PADDED = "packed by cost", "packed by tokens", "padded"
 WAYS = (BY_COST, BY_TOKENS, PADDED)
+RESAMPLES = 400  # of the bootstrap
+CONFIDENCE = 0.95
 STAGES = {  # the paper's three, and the parts that each trains
     "alignment": ("projector",),
     "vision enhancement": ("vision", "projector"),
@@ -168,39 +174,67 @@ def measure(
     model = random_model(shape.vision, shape.text, device)
     flops = training_flops(model, STAGES["instruction tuning"])
     keys = list(product(WAYS, (0, 1)))  # mixed counts, then the largest
-    slowest, average = dict.fromkeys(keys, 0.0), dict.fromkeys(keys, 0.0)
+    seconds = np.empty((len(keys), steps, rounds, ranks))
+    clock = time.process_time if device == "cpu" else torch.utils.benchmark.timer
     for step in range(steps):
         mixed = draw_step(shape, step, ranks * per_rank, tiled=tiled)
         regimes = (mixed, with_largest(shape, mixed))
-        work = {
-            (way, regime): [
+        work = [
+            [
                 Step(model, regimes[regime], rank, packed=way != PADDED)
                 for rank in share_step(way, regimes[regime], ranks, flops.tile_cost)
             ]
             for way, regime in keys
-        }
-        if step == 0:  # the first call of all allocates
-            work[BY_COST, 1][0]()
-        seconds: dict[Any, list[float]] = defaultdict(list)
-        for _, rank, key in product(range(rounds), range(ranks), keys):  # neighbours are compared
-            clock = timeit.Timer(work[key][rank], timer=torch.utils.benchmark.timer)
-            seconds[key, rank].append(clock.timeit(1))
-        for key in keys:
-            medians = [median(seconds[key, rank]) for rank in range(ranks)]
-            slowest[key] += max(medians)
-            average[key] += mean(medians)
+        ]
+        if step == 0:  # the first calls of all allocate
+            for key in range(len(keys)):
+                work[key][0]()
+        for turn, rank in product(range(rounds), range(ranks)):
+            for key in range(len(keys))[:: -1 if turn % 2 else 1]:
+                timer = timeit.Timer(work[key][rank], timer=clock)
+                seconds[key, step, turn, rank] = timer.timeit(1)
     rows = predict(shape, flops, steps=steps, ranks=ranks, per_rank=per_rank, tiled=tiled)
-    for row in rows:
-        mixed_s, largest_s = (slowest[row["way"], regime] for regime in (0, 1))
-        row |= {
-            "seconds_mixed": round(mixed_s, 3),
-            "seconds_largest": round(largest_s, 3),
-            "measured_balance": round(mixed_s / average[row["way"], 0], 4),
-            "measured_saving": round(1 - mixed_s / largest_s, 4),
-            "measured_share": round((1 - mixed_s / largest_s) / row["arithmetic_saving"], 4),
-            "rounds": rounds,
+    slowest, average = slowest_ranks(seconds)
+    savings, low, high = savings_of(seconds)
+    for at, row in enumerate(rows):
+        figures = {
+            "seconds_mixed": slowest[2 * at],
+            "seconds_largest": slowest[2 * at + 1],
+            "measured_balance": slowest[2 * at] / average[2 * at],
+            "measured_saving": savings[at],
+            "measured_share": savings[at] / row["arithmetic_saving"],
+            "share_low": low[at] / row["arithmetic_saving"],
+            "share_high": high[at] / row["arithmetic_saving"],
         }
+        row |= {name: round(float(value), 4) for name, value in figures.items()}
+        row["rounds"] = rounds
     return [{"stage": "instruction tuning", **row} for row in rows]
+
+
+def slowest_ranks(seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the seconds of each key's slowest ranks, and of its ranks on average, over all steps.
+
+    Args:
+        seconds: [keys, steps, rounds, ranks]; keys took turns at each of the others.
+    """
+    neighbours = np.median(seconds, axis=0)
+    ranks = np.median(seconds / neighbours, axis=2) * np.median(neighbours, axis=1)
+    return ranks.max(axis=2).sum(axis=1), ranks.mean(axis=2).sum(axis=1)
+
+
+def savings_of(seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return each way's saving of time, and its bounds by a bootstrap over rounds."""
+
+    def savings(rounds: np.ndarray) -> np.ndarray:
+        slowest, _ = slowest_ranks(seconds[:, :, rounds])
+        return 1 - slowest[::2] / slowest[1::2]
+
+    number, rng = seconds.shape[2], np.random.default_rng(SEED)
+    picks = rng.integers(number, size=(RESAMPLES, number))
+    resampled = [savings(rounds) for rounds in picks]
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(resampled, (tail, 1 - tail), axis=0)
+    return savings(np.arange(number)), low, high
 
 
 # ---- the report
@@ -210,10 +244,14 @@ def verdict(rows: Sequence[Row]) -> str:
     """Judge the target by every row that is packed by cost."""
     parts = []
     for kind in ("predicted", "measured"):
-        cells = [row[f"{kind}_share"] for row in rows if row["way"] == BY_COST]
-        if shares := [float(cell) for cell in cells if cell]:
+        judged = [row for row in rows if row["way"] == BY_COST and row[f"{kind}_share"]]
+        if shares := [float(row[f"{kind}_share"]) for row in judged]:
             met = sum(share >= TARGET for share in shares)
-            parts.append(f"{kind} {min(shares):.3f} at worst, met on {met} of {len(shares)} cases")
+            worst = judged[shares.index(min(shares))]
+            interval = f" ({worst['share_low']} to {worst['share_high']})"
+            interval = interval if kind == "measured" else ""
+            text = f"{kind} {min(shares):.3f}{interval} at worst"
+            parts.append(f"{text}, met on {met} of {len(shares)} cases")
     return f"packed by cost: >= {TARGET:.0%} of the arithmetic saving: {'; '.join(parts)}"
 
 
@@ -277,9 +315,9 @@ def main(arguments: list[str] | None = None) -> int:
         "mixed_counts",
         __doc__,
         arguments,
-        steps=(3, "measured steps"),
-        rounds=(3, "measurements of each step"),
-        ranks=(8, "ranks of a measured step"),
+        steps=(2, "measured steps"),
+        rounds=(7, "measurements of each step"),
+        ranks=(4, "ranks of a measured step"),
     )
     if options.device == "cpu":
         torch.set_num_threads(1)  # on a shared CPU threads wait for the one without a core

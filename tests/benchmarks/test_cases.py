@@ -177,7 +177,7 @@ def test_a_gpu_that_fails_for_good_ends_the_process(monkeypatch):
 def test_sets_exceed_the_cache_threefold_and_hold_different_numbers():
     assert cases.number_of_sets(10, 100) == 30
     assert cases.number_of_sets(7, 100) == 43
-    assert cases.number_of_sets(10**9, 100) == 2
+    assert cases.number_of_sets(10**9, 100) == 1
     assert cases.number_of_sets(1, 10**9) == cases.MAX_SETS
     run = harness.Run("cpu", True, Deadline(9), emit=print, dtype=torch.float64)
     batches = cases.Inputs(square_case(), run).batches
@@ -203,13 +203,20 @@ def test_relative_error():
         (torch.float64, 5e-11, 2e-10),
     ],
 )
-def test_how_far_a_result_may_be_off(dtype, right, wrong):
+@pytest.mark.parametrize("ours", [True, False])
+def test_how_far_a_result_may_be_off(dtype, right, wrong, ours, monkeypatch):
+    """A peer may be less exact than we may, as PyTorch's gradients of a norm in bfloat16 are."""
+    monkeypatch.setattr(cases, "info", lambda: {"ops": {"product": ""}})
+
     def off(by):
         def call(leaves, _):
             exact = leaves["a"].double() * leaves["b"].double()
             return (exact * (1 + by)).to(dtype)
 
-        return Variant(str(by), call, modes=("forward",))
+        return Variant(str(by), call, modes=("forward",), ours=ours)
 
     rows = rows_of(square_case(off(right), off(wrong), modes=("forward",)), dtype=dtype)
-    assert [row["status"].split(":")[0] for row in rows] == ["ok", "failed"]
+    statuses = [row["status"].split(":")[0] for row in rows]
+    assert statuses == (["ok", "failed"] if ours else ["ok", "ok"])
+    peer = Variant("peer", lambda leaves, _: product(leaves) * (1 + 6 * wrong), ours=ours)
+    assert all("is off" in row["status"] for row in rows_of(square_case(peer), dtype=dtype))

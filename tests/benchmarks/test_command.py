@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -21,7 +22,9 @@ from benchmarks.results import ROOT, new_row, read_csv
     [
         (["--only", "swiglu,speed"], "--only must be of ceilings, .*, got speed"),
         (["--only", "", "--out", "x"], "--only must be of ceilings, .*, got ''"),
-        (["--only", "swiglu"], "--only measures a part, .* with --out"),
+        (["--dtypes", "float32,int8"], "--dtypes must be of bfloat16, float32, got int8"),
+        (["--threads", "0"], "--threads must be numbers above 0, as 1,2, got 0"),
+        (["--threads", "1,two"], "--threads must be numbers above 0, as 1,2, got 1,two"),
         (["--seconds", "0"], "--seconds must be positive and finite, got 0"),
         (["--seconds", "nan"], "--seconds must be positive and finite, got nan"),
         (["--seconds", "inf"], "--seconds must be positive and finite, got inf"),
@@ -50,7 +53,7 @@ def test_a_suite_end_to_end(tmp_path):
     done = subprocess.run(
         [
             *(sys.executable, "-m", "benchmarks", "--quick", "--device", "cpu"),
-            *("--only", "ceilings", "--out", str(tmp_path)),
+            *("--only", "ceilings", "--dtypes", "float32", "--out", str(tmp_path)),
         ],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -60,10 +63,9 @@ def test_a_suite_end_to_end(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("*-quick.csv")
-    assert [(row["variant"], row["status"]) for row in read_csv(path)] == [
-        ("copy", "ok"),
-        ("matmul", "ok"),
-    ]
+    rows = [(row["variant"], row["threads"], row["timing"]) for row in read_csv(path)]
+    one, two = ("1", "cpu"), ("2", "host")
+    assert rows == [("copy", *two), ("matmul", *two), ("copy", *one), ("matmul", *one)]
     assert "## Targets" in done.stdout
 
 
@@ -72,7 +74,7 @@ def test_a_suite_end_to_end(tmp_path):
 
 def measured(op, variant, **values):
     times = {"timing": "host", "p20_us": 1.0, "p50_us": 1.0, "p80_us": 1.0, "samples": 5}
-    return new_row(op=op, variant=variant, status="ok", **times) | values
+    return new_row(op=op, variant=variant, status="ok", dtype="float32", **times) | values
 
 
 CEILINGS = [
@@ -92,7 +94,7 @@ def suites_return(monkeypatch):
         suite = SimpleNamespace(suite=None, SHARES={"cpu": 1.0})
         monkeypatch.setattr(command, "SUITES", dict.fromkeys(outcomes, suite))
 
-        def rows(name, *_):
+        def rows(name, *_, dtype, threads):
             for outcome in outcomes[name]:
                 if isinstance(outcome, BaseException):
                     raise outcome
@@ -103,8 +105,10 @@ def suites_return(monkeypatch):
     return install
 
 
-def run_into(folder, *arguments):
-    status = command.main(["--device", "cpu", "--out", str(folder), *arguments])
+def run_into(folder, *arguments, **setting):
+    setting = {"dtypes": "float32", "threads": "1", "only": ",".join(command.SUITES)} | setting
+    options = [word for name, value in setting.items() for word in (f"--{name}", value)]
+    status = command.main(["--device", "cpu", "--out", str(folder), *options, *arguments])
     return status, {path.name for path in folder.iterdir()}
 
 
@@ -133,7 +137,7 @@ def test_shares_of_the_ceilings_are_in_the_csv(suites_return, tmp_path):
     ],
 )
 def test_exit_status(suites_return, tmp_path, row, status):
-    suites_return(ceilings=CEILINGS, swiglu=[row])
+    suites_return(ceilings=CEILINGS, swiglu=[row], host_cost=[])
     assert run_into(tmp_path)[0] == status
 
 
@@ -156,8 +160,9 @@ def test_an_interrupted_run_keeps_its_rows_and_the_results_of_the_last(
 
 def test_without_time_nothing_runs(suites_return):
     suites_return(first=[pytest.fail.Exception("ran")])
-    ((row,),) = command.run_suites(["first"], "cpu", True, 0.5)
+    ((row,),) = command.run_pieces([("first", "float32", 2)], "cpu", True, 0.5)
     assert (row["op"], row["status"]) == ("first suite", "not run: no time left")
+    assert (row["dtype"], row["threads"]) == ("float32", 2)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
@@ -171,23 +176,40 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
     assert "--out must be a folder to write to, got" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("given", "threads"), [(None, "1"), ("2", "2")])
-def test_a_cpu_is_measured_by_one_thread_unless_told(
-    suites_return, monkeypatch, tmp_path, given, threads
-):
-    suites_return(ceilings=CEILINGS)
-    torch.set_num_threads(2)  # the fixture of this folder puts it back
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    if given:
-        monkeypatch.setenv("OMP_NUM_THREADS", given)
-    _, names = run_into(tmp_path)
-    assert os.environ["OMP_NUM_THREADS"] == threads
-    (name,) = [name for name in names if name.endswith(".csv")]
-    assert {row["threads"] for row in read_csv(tmp_path / name)} == {threads}
+def test_a_part_replaces_its_own_rows_and_keeps_the_others(suites_return, tmp_path):
+    first = measured("swiglu", "tokenflex", tokens=8)
+    suites_return(ceilings=CEILINGS, swiglu=[first])
+    _, names = run_into(tmp_path, threads="1,2")
+    (path,) = [tmp_path / name for name in names if name.endswith(".csv")]
+    suites_return(ceilings=CEILINGS, swiglu=[first | {"p50_us": 3.0}])
+    run_into(tmp_path, only="swiglu", threads="2")
+    rows = read_csv(path)
+    assert [(row["op"], row["threads"], row["p50_us"]) for row in rows] == [
+        *(("ceiling", threads, "1.0") for threads in "1122"),
+        *(("swiglu", "2", "3.0"), ("swiglu", "1", "1.0")),
+    ]
+    path.write_text(path.read_text(encoding="utf-8").replace("over_ours", "x"), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        run_into(tmp_path)
+
+
+def test_every_suite_runs_at_each_setting_and_the_hosts_costs_once():
+    settings = list(itertools.product(["bfloat16", "float32"], [2, 1]))
+    pieces = command.pieces_of(["host_cost", "swiglu"], settings)
+    assert pieces == [("host_cost", "float32", 1), *(("swiglu", *each) for each in settings)]
+
+
+@pytest.mark.parametrize(("options", "number"), [(["--quick"], 2), ([], 4)])
+def test_a_quick_run_measures_half_of_the_settings(options, number, monkeypatch, tmp_path):
+    measured = []
+    monkeypatch.setattr(command, "measure", lambda pieces, *_: measured.extend(pieces) or 0)
+    command.main(["--device", "cpu", "--only", "swiglu", "--out", str(tmp_path), *options])
+    assert len(measured) == number
+    assert {("swiglu", "bfloat16", 2), ("swiglu", "float32", 1)} <= {*measured}
 
 
 def test_time_is_that_of_the_promise():
-    """Under two minutes (quick) and under eight, a suite that hangs included."""
+    """Under two minutes (quick) and under ten, a suite that hangs included."""
     assert command.SECONDS[True] + processes.GRACE_SECONDS < 120
-    assert command.SECONDS[False] + processes.GRACE_SECONDS < 480
+    assert command.SECONDS[False] + processes.GRACE_SECONDS < 600
     assert all(suite.SHARES.keys() == {"cuda", "cpu"} for suite in command.SUITES.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -51,6 +52,13 @@ def test_a_clock_works_through_its_sets_in_turn():
     assert len(clock.samples) == 2
 
 
+def test_calls_that_take_long_run_once_before_they_are_timed(monkeypatch):
+    monkeypatch.setattr(costs, "LONG_SECONDS", 0.0)
+    calls = []
+    assert HostClock(lambda: [lambda: calls.append(1)]).seconds > 0
+    assert len(calls) == 1
+
+
 def test_wall_clock_is_microseconds_a_call(monkeypatch):
     now = iter(range(100))
     monkeypatch.setattr(torch.utils.benchmark, "timer", lambda: next(now) / 1e3)  # 1 ms a look
@@ -58,6 +66,13 @@ def test_wall_clock_is_microseconds_a_call(monkeypatch):
     clock = HostClock(lambda: [lambda: None])
     assert clock.wall_us(4) == pytest.approx(250)
     assert clock.inner == math.ceil(5e-3 / 1e-3)
+
+
+def test_one_thread_is_timed_by_what_it_computes():
+    clock = HostClock(lambda: [lambda: time.sleep(0.02)], cpu_time=True)
+    clock.sample()
+    assert clock.timing == "cpu"
+    assert clock.samples[0] < 5e3
 
 
 @pytest.mark.parametrize(
@@ -84,7 +99,8 @@ def test_clocks_take_turns_and_one_that_fails_drops_out():
     run = run_of()
     run.begin = lambda row: begun.append(row["variant"])
     sample_in_turn(pairs, run, seconds=0)
-    assert order == begun == list("abcacac")  # three rounds at least, then time is up
+    # Forth and back, eight rounds at least, then time is up.
+    assert order == begun == list("abc" + "caac" * 3 + "ca")
     statuses = [entry.row["status"] for entry, _ in pairs]
     assert statuses == ["", "failed: RuntimeError: gone", ""]
 
@@ -159,7 +175,9 @@ def test_a_case_goes_through_graphs(monkeypatch, waits):
     """As on a GPU: each mode is captured, but where the variant waits for the device."""
     Fake(monkeypatch)
     monkeypatch.setattr(
-        harness, "_clock", lambda entry, _: GraphClock(entry.calls, capture=entry.timing == "graph")
+        harness,
+        "_clock",
+        lambda entry, run: GraphClock(entry.calls, capture=entry.timing == "graph"),
     )
     rows = rows_of(square_case(Variant("first", product, waits=waits), Variant("other", product)))
     assert {row["status"] for row in rows} == {"ok"}

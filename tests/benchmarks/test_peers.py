@@ -138,7 +138,8 @@ def test_every_stage_is_the_truth(installed):
     for grids in GRIDS:
         rows = rows_of(pool_norm.case("small", grids, installed("pool_norm"), 8))
         assert_all_ok(rows)
-        assert {row["variant"] for row in rows} == {"tokenflex", EAGER, COMPILED, "liger-kernel"}
+        peers_of_pooling = {EAGER, f"{EAGER}, again", COMPILED, "liger-kernel"}
+        assert {row["variant"] for row in rows} == {"tokenflex"} | peers_of_pooling
     rows = rows_of(swiglu.case(5, installed("swiglu"), WIDTHS))
     assert_all_ok(rows)
     forward = {row["variant"] for row in rows if row["mode"] == "forward"}
@@ -154,6 +155,7 @@ def test_a_loop_over_groups_keeps_the_images_order():
     images = zip(x.split(27 * 27), grids.outputs, strict=True)
     wanted = torch.cat([plain.pool(image, grid) for image, grid in images])
     torch.testing.assert_close(plain.by_group(x, grids, plain.pool), wanted)
+    torch.testing.assert_close(plain.by_image(x, grids, plain.pool), wanted)
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (3, 2), (8, 23), (27, 27)])
@@ -222,6 +224,21 @@ def test_torch_compile_takes_each_shape_and_leaves_graphs_to_us(monkeypatch):
     assert (variant.call, variant.slow_start) == (plain.swiglu, True)
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "threads", "compiles"),
+    [
+        ("cuda", torch.bfloat16, 16, True),
+        ("cpu", torch.float32, 1, True),
+        ("cpu", torch.bfloat16, 2, True),
+        ("cpu", torch.float32, 2, False),
+        ("cpu", torch.bfloat16, 1, False),
+    ],
+)
+def test_a_cpu_compiles_in_two_settings(device, dtype, threads, compiles):
+    run = dataclasses.replace(run_of(device), dtype=dtype, threads=threads)
+    assert run.compiles is compiles
+
+
 def test_peers_that_are_missing_or_broken_or_slow_are_rows(monkeypatch):
     def broken(name):
         raise OSError(f"lib{name}.so: cannot open\nmore")
@@ -267,7 +284,8 @@ def test_peers_that_are_missing_or_broken_or_slow_are_rows(monkeypatch):
             SPARSE_GRADIENT,
             {"embedding(sparse) + index_put"},
         ),
-        (packing.merge_case, "merge_vision", {"masked_scatter", "index_put"}),
+        (packing.merge_case, "merge_vision", {"masked_scatter", "index_put", "vLLM index mask"}),
+        (packing.unpack_case, "unpack_vision", {"index", "index_select", "index by a mask"}),
     ],
 )
 def test_every_way_to_pack_is_the_truth(installed, make, op, wanted, count):
@@ -275,7 +293,8 @@ def test_every_way_to_pack_is_the_truth(installed, make, op, wanted, count):
     rows = rows_of(make(prompts, peers=installed(op)))
     assert_all_ok(rows)
     assert {row["variant"] for row in rows} >= wanted
-    assert rows[0]["tokens"] == prompts.tokens == 15 + (3 if count else 64 + 144 + 256)
+    vision = 3 if count else 64 + 144 + 256
+    assert rows[0]["tokens"] == vision + (0 if op == "unpack_vision" else 15)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +303,7 @@ def test_every_way_to_pack_is_the_truth(installed, make, op, wanted, count):
         partial(packing.pack_case, kind=FORWARD),
         partial(packing.pack_case, kind=FROZEN_TABLE),
         packing.merge_case,
+        packing.unpack_case,
     ],
 )
 def test_rows_that_are_only_moved_must_agree_bit_by_bit(make):
@@ -298,10 +318,10 @@ def test_rows_that_are_only_moved_must_agree_bit_by_bit(make):
 @pytest.mark.parametrize("quick", [True, False])
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_packing_is_measured_in_every_way(device, quick):
-    cases = list(packing.cases(run_of(device, quick), [], [], []))
+    cases = list(packing.cases(run_of(device, quick), [], [], [], []))
     *sizes, sparse, trained = [(case.op, case.name, tuple(case.modes)) for case in cases]
     names = list(dict.fromkeys(name.partition(", ")[0] for _, name, _ in sizes))
-    assert len(names) == 1 if quick else len(names) > 4
+    assert len(names) == {"cuda": 1, "cpu": 2}[device] if quick else len(names) > 4
     assert sizes == [
         way
         for name in names
@@ -309,6 +329,7 @@ def test_packing_is_measured_in_every_way(device, quick):
             ("pack_embeddings", name, ("forward",)),
             ("pack_embeddings", f"{name}, frozen table", TRAINING),
             ("merge_vision", name, MODES),
+            ("unpack_vision", name, MODES),
         )
     ]
     # The longest come last: on a CPU the largest batch, and the table's gradient anywhere.

@@ -1,57 +1,62 @@
-"""The content of the pictures: directions, units and lines."""
+"""The content of the picture: directions, marks and labels."""
 
 from __future__ import annotations
+
+from matplotlib.colors import same_color
 
 from benchmarks import plots
 from tests.benchmarks.rows import row
 
 
-def widths(axes):
-    return [round(bar.get_width(), 6) for bar in axes.patches]
+def axes_of(*machine, other=()):
+    return plots.speed_up(plots.panels_of(machine) + plots.panels_of(other)).axes
+
+
+def dots(axes):
+    """Return (x, whether it is marked as slower) of each dot."""
+    lines = [line for line in axes.lines if line.get_marker() != "None"]
+    colours = [line.get_markeredgecolor() for line in lines]
+    slower = [same_color(colour, plots.LOSS) for colour in colours]
+    return sorted((line.get_xdata()[0], at) for line, at in zip(lines, slower, strict=True))
 
 
 def labels(axes):
     return [label.get_text() for label in axes.get_yticklabels()]
 
 
-def test_right_of_one_means_that_we_are_faster():
-    """The bar is the worst case, each case a dot, small and narrow ones too."""
+def test_right_of_one_means_that_we_are_faster_and_every_case_is_a_dot():
     rows = [
         row("pack_embeddings", "16x D=2048", "tokenflex", 10),
-        row("pack_embeddings", "16x D=2048", "index_put", 30),
+        row("pack_embeddings", "16x D=2048", "embedding + index_put", 30),
         row("pack_embeddings", "2x D=64", "tokenflex", 10, tokens=16),
-        row("pack_embeddings", "2x D=64", "index_put", 5, tokens=16),
-        row("pack_embeddings", "16x D=2048", "nested", 20),
+        row("pack_embeddings", "2x D=64", "embedding + index_put", 5, tokens=16),
+        row("pack_embeddings", "16x D=2048", "embedding + nested jagged", 20),
     ]
-    (axes,) = plots.speed_up(rows).axes
-    assert widths(axes) == [0.5 - 1, 2 - 1]
-    assert [bar.get_x() for bar in axes.patches] == [1, 1]
-    assert [text.get_text() for text in axes.texts] == ["0.50 at T=16", "2.00 at T=8192"]
-    assert [list(line.get_xdata()) for line in axes.lines[:2]] == [[3, 0.5], [2]]
-    assert labels(axes)[0] == "pack_embeddings, forward (triton):  index_put"
+    (axes,) = axes_of(*rows)
+    assert dots(axes) == [(0.5, True), (2, False), (3, False)]
+    assert labels(axes) == ["pack_embeddings\nforward"]
+    assert axes.get_title("left").endswith("faster 2, within noise 0, slower 1")
+    names = [text.get_text() for text in axes.figure.legends[0].get_texts()]
+    assert names[:2] == ["index_put", "nested jagged"]
 
 
-def test_a_speed_up_by_the_wall_clock_says_so():
+def test_a_case_within_noise_is_no_loss_and_its_interval_is_drawn():
+    interval = {"over_ours": "0.9", "over_ours_low": "0.7", "over_ours_high": "1.1"}
     rows = [
-        row("merge_vision", "4x", "tokenflex", 1, eager_us=60),
-        row("merge_vision", "4x", "masked_scatter", 100, eager_us=120, timing="eager"),
+        row("merge_vision", "4x", "tokenflex", 10),
+        row("merge_vision", "4x", "index_put", 9, **interval),
     ]
-    (axes,) = plots.speed_up(rows).axes
-    assert widths(axes) == [1]
-    assert labels(axes) == ["merge_vision, forward (triton):  masked_scatter, wall clock"]
+    (axes,) = axes_of(*rows)
+    assert dots(axes) == [(0.9, False)]
+    assert [0.7, 1.1] in [list(line.get_xdata()) for line in axes.lines]
 
 
-def test_throughput_has_the_measured_ceiling_as_a_line():
+def test_each_number_of_threads_and_each_machine_has_a_panel():
     rows = [
-        row("ceiling", "2 GiB", "copy", 1, gb_per_s=4300),
-        row("ceiling", "8192^3", "matmul", 1, tflop_per_s=780),
-        row("pool_norm", "128 images, n=8", "tokenflex", 1, tokens=64, gb_per_s=3000),
-        row("pool_norm", "128 images, n=16", "tokenflex", 1, tokens=256, gb_per_s=4000),
-        row("swiglu", "T=8192", "tokenflex", 1, tflop_per_s=700),
+        row("swiglu", "T=8", variant, p50, device="cpu", threads=threads)
+        for threads in (1, 2)
+        for variant, p50 in (("tokenflex", 1), ("PyTorch eager", 2))
     ]
-    pooling, gate_up = plots.throughput(rows).axes
-    series, ceiling = pooling.lines
-    assert (list(series.get_xdata()), list(series.get_ydata())) == ([64, 256], [3000, 4000])
-    assert (set(ceiling.get_ydata()), ceiling.get_linestyle()) == ({4300}, "--")
-    assert "measured copy: 4.3e+03 GB/s" in [text.get_text() for text in pooling.texts]
-    assert set(gate_up.lines[-1].get_ydata()) == {780}
+    gpu = [row("swiglu", "T=8", "tokenflex", 1), row("swiglu", "T=8", "PyTorch eager", 3)]
+    titles = [axes.get_title("left").splitlines()[0] for axes in axes_of(*rows, other=gpu)]
+    assert titles == ["Some CPU, threads: 1", "Some CPU, threads: 2", "Some GPU"]

@@ -21,8 +21,8 @@ def rows_of(suite, **options):
 
 def test_ceilings_count_what_they_move_and_multiply():
     copy, matmul = rows_of(ceilings.suite)
-    assert copy["case"] == "0.0625 GiB"
-    assert copy["ideal_bytes"] == 2 * 2**26  # read and written
+    assert copy["case"] == "0.03125 GiB"
+    assert copy["ideal_bytes"] == 2 * 2**25  # read and written
     assert matmul["case"] == "1024^3"
     assert matmul["flops"] == 2 * 1024**3
     assert matmul["tflop_per_s"] == pytest.approx(2e-6 * 1024**3 / matmul["p50_us"], rel=1e-3)

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from benchmarks.results import Results
+from benchmarks.comparisons import Results
 from benchmarks.targets import FIGURES, NOT_MEASURED, TABLE, verdicts
 from tests.benchmarks.rows import not_run, row
 
@@ -74,7 +74,8 @@ def test_a_target_is_called_what_it_is(name):
     for word in ("eager", "torch.compile", "liger", "quack", "flash", "masked_scatter", "product"):
         assert (word not in name) or (word in target["peer"])
     cpu = "CPU" in name
-    assert target["device"] == ("" if "host" in name else "cpu" if cpu else "cuda")
+    any_device = name.startswith(("host", "saved", "error"))
+    assert target["device"] == ("" if any_device else "cpu" if cpu else "cuda")
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -119,6 +120,8 @@ T_256 = "projector, T <= 256: >= 2x eager, wall clock"
         ("pack: >= 5x masked_scatter", {"device": "cpu"}, False),
         ("projector, any T: never slower than eager", {"device": "cpu"}, False),
         ("projector, any T: never slower than eager", {"backend": "reference"}, False),
+        ("swiglu on the CPU: never slower than eager", {"backend": "reference"}, True),
+        ("pool_norm on the CPU, T >= 64: >= 3x eager", {"tokens": 16}, False),
     ],
 )
 def test_the_rows_that_a_target_is_about(name, values, counts):
@@ -144,6 +147,32 @@ def test_a_target_is_judged_by_its_worst_case():
     assert verdict_of(better, T_2048).text == (
         "met on 2 of 2 cases, 8.3% to spare: 1.3 at worst (32 images, n=16, forward)"
     )
+
+
+def test_a_bound_within_the_interval_is_met_within_noise():
+    name = "pack on the CPU: >= 1x index_put"
+    ours, peer = rows_of(name, 0.97, "4x")
+
+    def verdict(low, high):
+        figures = {"over_ours": "0.97", "over_ours_low": low, "over_ours_high": high}
+        return verdict_of([ours, peer | figures], name)
+
+    assert verdict("0.95", "1.02").met is True
+    assert "met on 1 of 1 cases (1 within noise)" in verdict("0.95", "1.02").text
+    assert verdict("0.95", "0.99").met is False
+    assert "0.97 at worst (4x, forward, " in verdict("0.95", "0.99").text
+
+
+def test_the_interval_of_a_control_widens_all_others():
+    name = "merge on the CPU: >= 1x index_put"
+    ours, peer = rows_of(name, 0.97, "4x")
+    peer |= {"over_ours": "0.97", "over_ours_low": "0.95", "over_ours_high": "0.99"}
+    control = peer | {"variant": "index_put, again", "over_ours": "1.03", "over_ours_high": "1.04"}
+    for low, met in (("1.02", True), ("0.99", False)):
+        assert verdict_of([ours, peer, control | {"over_ours_low": low}], name).met is met
+    (pair,) = Results([ours, peer, control]).comparisons()
+    assert pair.side == -1  # a control is no peer
+    assert verdict_of([ours, peer, control | {"threads": "1"}], name).met is False
 
 
 def test_a_wrong_result_of_ours_misses_the_target():
