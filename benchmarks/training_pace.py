@@ -489,7 +489,7 @@ def format_table(rows: Sequence[Row]) -> str:
 
 def publish(rows: Sequence[NewRow], folder: Path) -> list[Row]:
     """Write rows into the machine's CSV, in place of those of the same models and questions."""
-    shared = environment("cpu") | {"load": ""}
+    shared = environment("cpu")
     path = folder / f"{machine_name(shared)}.csv"
     measured = {(row["model"], str(row["questions"])) for row in rows}
     earlier = read_csv(path) if path.exists() else []

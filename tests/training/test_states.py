@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import io
 import json
@@ -127,6 +128,35 @@ def test_an_optimiser_is_restored_without_states_of_parameters_that_had_no_gradi
             assert torch.equal(restored.state[parameter][key], value), key
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_run_goes_on_with_the_update_that_its_state_began_with(fused):
+    """A state of before AdamW was fused continues bit by bit, and so does one of today."""
+
+    def learn(model, optimizer) -> None:
+        model(torch.arange(12.0).view(4, 3)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def weights(model) -> list[torch.Tensor]:
+        return [weight.detach().clone() for weight in model.parameters()]
+
+    model = torch.nn.Linear(3, 2)
+    saved = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    for _ in range(3):
+        learn(model, saved)
+    state, before = copy.deepcopy((optimizer_state(model, saved), model.state_dict()))
+    for _ in range(3):
+        learn(model, saved)
+    expected = weights(model)
+    model.load_state_dict(before)
+    resumed = torch.optim.AdamW(model.parameters(), lr=0.5, fused=True)  # as build_optimizer does
+    restore_optimizer(model, resumed, state)
+    assert resumed.param_groups[0]["fused"] is fused
+    for _ in range(3):
+        learn(model, resumed)
+    assert all(map(torch.equal, weights(model), expected))
 
 
 # ---- errors that say nothing of the state
