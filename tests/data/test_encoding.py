@@ -152,6 +152,25 @@ def test_the_number_of_images_is_part_of_the_question():
     assert lengths == [3, 4, 5, 4, 3]
 
 
+def test_new_conversations_of_a_sample_are_one_call_of_the_tokenizer(monkeypatch):
+    texts_of_calls = []
+    tokenize = PreTrainedTokenizerFast.__call__
+
+    def recording(self, texts, **options):
+        texts_of_calls.append(texts)
+        return tokenize(self, texts, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", recording)
+    encoder = encoder_with()
+    known, new = conversation("odd", "3"), conversation("count", "5", "where", "top-left")
+    encoder([known, conversation("read r1c1", "7"), known], 0)
+    encoder([known, new], 0)
+    assert texts_of_calls == [
+        ["odd ", "3<eos>", "read r1c1 ", "7<eos>"],
+        ["count ", "5<eos>", "where ", "top-left<eos>"],
+    ]
+
+
 def test_memory_is_bounded():
     encoder = encoder_with()
     for n in range(CACHED_CONVERSATIONS + 5):

@@ -7,8 +7,9 @@ red, green or blue, with one colour more frequent. Larger canvases hold as many 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from math import isqrt
 
 import numpy as np
@@ -23,7 +24,7 @@ QUADRANTS = ("top-left", "top-right", "bottom-left", "bottom-right")
 QUESTIONS = ("read", "colour", "odd", "majority", "where", "count")
 # Odds of each question: reading a digit takes the most learning.
 QUESTION_ODDS = (0.4, 0.15, 0.15, 0.1, 0.1, 0.1)
-_UP_TO = np.cumsum(QUESTION_ODDS) / sum(QUESTION_ODDS)
+_UP_TO = (np.cumsum(QUESTION_ODDS) / sum(QUESTION_ODDS)).tolist()
 # Scans of one split are never drawn for another.
 SPLITS = {"train": (0, 1297), "validation": (1297, 1497), "test": (1497, 1797)}
 
@@ -61,6 +62,11 @@ class Canvas:
         """Cells per side."""
         return isqrt(len(self.digits))
 
+    @cached_property
+    def filled(self) -> NDArray[np.int64]:
+        """Indices of the cells with a digit."""
+        return np.flatnonzero(self.digits != BLANK)
+
     def answer(self, question: str, cell: int | None = None) -> str:
         """Return the right answer. "read" and "colour" need a ``cell``, from 0, row by row."""
         if question in ("read", "colour"):
@@ -81,7 +87,7 @@ class Canvas:
             plain = self.colours[(self.colours != BLANK) & (self.colours != YELLOW)]
             return COLOURS[int(np.bincount(plain, minlength=YELLOW).argmax())]
         if question == "count":
-            return str(int((self.digits != BLANK).sum()))
+            return str(len(self.filled))
         raise ValueError(f"question must be one of {', '.join(QUESTIONS)}, got {question!r}")
 
 
@@ -117,19 +123,18 @@ def _draw_colours(rng: np.random.Generator, number: int) -> NDArray[np.int64]:
         dominant = rng.integers(YELLOW)
         others = rng.integers(YELLOW, size=number)
         colours = np.where(rng.random(number) < _DOMINANT_SHARE, dominant, others)
-        most, second = np.sort(np.bincount(colours, minlength=YELLOW))[:0:-1]
+        _, second, most = sorted(np.bincount(colours, minlength=YELLOW).tolist())
         if most > second:
             return colours
 
 
 def draw_question(rng: np.random.Generator, canvas: Canvas) -> tuple[str, str, str]:
     """Draw a random question about ``canvas``: (kind, prompt, answer)."""
-    kind = QUESTIONS[int(_UP_TO.searchsorted(rng.random(), side="right"))]
+    kind = QUESTIONS[bisect_right(_UP_TO, rng.random())]
     if kind not in ("read", "colour"):
         return kind, kind, canvas.answer(kind)
-    filled = np.flatnonzero(canvas.digits != BLANK)
-    from_filled = rng.random() < _ASK_FILLED_SHARE
-    cell = int(rng.choice(filled) if from_filled else rng.integers(len(canvas.digits)))
+    cells = canvas.filled if rng.random() < _ASK_FILLED_SHARE else range(len(canvas.digits))
+    cell = int(cells[rng.integers(len(cells))])
     return kind, f"{kind} {cell_name(cell, canvas.cells)}", canvas.answer(kind, cell)
 
 

@@ -168,6 +168,23 @@ def test_inputs_may_be_sequences_arrays_or_tensors(backend, kind):
     )
 
 
+@pytest.mark.parametrize(
+    ("array", "error", "message"),
+    [
+        (np.array([True, False]), TypeError, "must hold ints, got bool"),
+        (np.array([1.0, 2.0]), TypeError, "must hold ints, got float64"),
+        (np.array([2**63], np.uint64), ValueError, "must fit int64"),
+        (np.array([[1, 2]]), ValueError, "must have 1 dimension"),
+    ],
+)
+def test_arrays_of_another_kind_among_int64_are_refused(array, error, message):
+    right = np.array([1, 2])
+    with pytest.raises(error, match=rf"input_ids\[1\].*{message}"):
+        plan_packing([right, array], [], IMAGE)
+    with pytest.raises(error, match=rf"labels\[0\].*{message}"):
+        plan_packing([right, right], [], IMAGE, labels=[array, right])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inputs_are_left_as_they_were(backend):
     samples, counts = [torch.tensor([1, IMAGE, 2])], torch.tensor([3])
