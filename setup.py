@@ -118,7 +118,7 @@ def ninja_file(sources: list[Path], objects: Path, output: Path, nvcc: str | Non
     flags = shlex.split(os.environ.get("CXXFLAGS", ""))
     includes = [f"-isystem{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}"]
     linker, defines, cuda = [*cxx, *flags], [], ["false"]
-    link_flags = ["-pthread", f"-Wl,--version-script={EXPORTS}"]
+    link_flags = ["-pthread", "-ldl", f"-Wl,--version-script={EXPORTS}"]
     if nvcc:
         architectures = choose_architectures(nvcc)
         # Machine code for each architecture, and PTX of the newest for later ones.
@@ -130,7 +130,7 @@ def ninja_file(sources: list[Path], objects: Path, output: Path, nvcc: str | Non
         cuda = [nvcc, "-std=c++17", "-O3", *host_compiler, *host_flags, "--threads=0", *gencode]
         defines = [f'-DTOKENFLEX_CUDA="{" ".join(targets)}"']
         linker = [nvcc, *host_compiler, "-cudart=static"]  # nvcc knows the path of its cudart
-        link_flags = ["-lpthread", f"-Xlinker=--version-script={EXPORTS}"]
+        link_flags = ["-lpthread", "-ldl", f"-Xlinker=--version-script={EXPORTS}"]
     elif sys.platform == "darwin":  # its linker has no version scripts
         link_flags = ["-undefined", "dynamic_lookup", "-Wl,-exported_symbol,_PyInit__C"]
 

@@ -254,6 +254,8 @@ PYBIND11_MODULE(_C, module) {
 
   module.def("access_bytes", &access_bytes);
   module.def("worthwhile_parts", &worthwhile_parts);
+  module.def("has_torch_team", &has_torch_team);
+  module.def("allow_torch_team", &allow_torch_team);
   module.def("pack_rows_by_threads", &pack_rows_by_threads);
   module.def("row_split", &row_split);
   module.def("copy_row_by_lanes", &copy_row_by_lanes);

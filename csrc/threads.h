@@ -1,43 +1,42 @@
-// Sharing work between host threads. There is no pool to keep alive across a fork, so DataLoader workers
-// may call this freely; but a thread costs tens of microseconds to start, so there are no more of them
-// than have a megabyte each to move.
+// Sharing work between host threads.
+//
+// The threads are those of PyTorch's own OpenMP team, if the process has one: a second team would
+// compete with it for the same cores, because its threads spin for a while after each parallel region.
+// The runtime is found when it is first needed, so that neither building nor linking needs torch.
+// Elsewhere, and in a forked process, whose team is gone, threads are started for the call.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <functional>
-#include <thread>
-#include <vector>
 
 namespace tokenflex {
 
-constexpr int64_t kBytesPerThread = 1 << 20;
+constexpr int64_t kBytesPerThread = 1 << 18;  // some tens of microseconds, to wake a thread takes five
 
 // Into how many parts to divide `count` items that move `bytes` bytes in all, for at most `threads`.
 inline int64_t worthwhile_parts(int64_t count, int64_t bytes, int threads) {
   return std::max<int64_t>(1, std::min<int64_t>({threads, bytes / kBytesPerThread, count}));
 }
 
-// Joins on every way out: a std::thread that is destroyed unjoined ends the process, and the next
-// thread may fail to start.
-struct Workers {
-  std::vector<std::thread> threads;
-  ~Workers() {
-    for (std::thread& thread : threads) thread.join();
-  }
-};
+// Calls work(context, begin, end) for `parts` nearly equal ranges that make up [0, count), and returns
+// when all are done. Within a parallel region of the team's, one thread does them all.
+// `work` must not throw.
+using RangeWork = void (*)(const void* context, int64_t begin, int64_t end);
+void run_in_parts(int64_t count, int64_t parts, RangeWork work, const void* context);
 
-// Calls work(begin, end) for `parts` nearly equal ranges that make up [0, count), each on a thread of
-// its own; the caller's thread takes the first. Returns when all are done.
+// The same for a callable work(begin, end).
 template <class Work>
 void in_parts(int64_t count, int64_t parts, const Work& work) {
-  const auto part_begin = [&](int64_t part) { return count * part / parts; };
-  Workers workers;
-  workers.threads.reserve(size_t(parts - 1));
-  for (int64_t part = 1; part < parts; ++part) {
-    workers.threads.emplace_back(std::cref(work), part_begin(part), part_begin(part + 1));
-  }
-  work(0, part_begin(1));
+  if (parts <= 1) return work(0, count);
+  const auto call = [](const void* context, int64_t begin, int64_t end) {
+    (*static_cast<const Work*>(context))(begin, end);
+  };
+  run_in_parts(count, parts, call, &work);
 }
+
+// Whether PyTorch's team does the work here. For tests, and for ThreadSanitizer, which knows nothing of
+// OpenMP: `allow_torch_team(false)` starts threads for each call.
+bool has_torch_team();
+void allow_torch_team(bool allowed);
 
 }  // namespace tokenflex

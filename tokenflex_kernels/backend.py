@@ -3,14 +3,14 @@
 Every op has a ``reference`` in plain PyTorch (or plain Python for the host ops), which runs
 anywhere. Some have faster implementations:
 
-* ``cpp``: the compiled extension on host memory;
+* ``native``: the compiled extension on host memory;
 * ``cuda``: the compiled extension on CUDA tensors;
 * ``triton``: Triton kernels on CUDA tensors.
 
 ``TOKENFLEX_BACKEND=auto`` (the default) takes the fastest implementation that runs on the tensors'
-device. ``reference`` takes the reference for every op. ``triton`` and ``cuda`` take that
-implementation for every op that has one, leave the other ops at their automatic choice, and refuse
-tensors that it cannot run on: an explicit choice is never replaced silently.
+device. ``reference`` takes the reference for every op. ``native``, ``triton`` and ``cuda`` take
+that implementation for every op that has one, leave the other ops at their automatic choice, and
+refuse tensors that it cannot run on: an explicit choice is never replaced silently.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from types import ModuleType
 
 import torch
 
-BACKENDS = ("auto", "reference", "triton", "cuda")
+BACKENDS = ("auto", "reference", "native", "triton", "cuda")
 
 # Fastest first; `reference` is implied as the last of each row.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "pool_norm": ("triton",),
     "swiglu": ("triton",),
     "project_tokens": ("triton",),
-    "plan_packing": ("cpp",),
-    "pack_embeddings": ("cuda", "cpp"),
-    "unpack_vision": ("cuda", "cpp"),
-    "merge_vision": ("cuda", "cpp"),
-    "bin_pack": ("cpp",),
-    "balance_bins": ("cpp",),
+    "plan_packing": ("native",),
+    "pack_embeddings": ("cuda", "native"),
+    "unpack_vision": ("cuda", "native"),
+    "merge_vision": ("cuda", "native"),
+    "bin_pack": ("native",),
+    "balance_bins": ("native",),
 }
 
 
@@ -66,7 +66,7 @@ def requested_backend() -> str:
 
 
 def _runs_on(implementation: str, device_type: str) -> bool:
-    if implementation == "cpp":
+    if implementation == "native":
         return device_type == "cpu" and extension() is not None
     if implementation == "cuda":
         compiled = extension()
@@ -95,7 +95,7 @@ def select_backend(
             None. The reference takes such calls.
 
     Returns:
-        One of "triton", "cuda", "cpp", "reference".
+        One of "triton", "cuda", "native", "reference".
 
     Raises:
         ValueError: ``TOKENFLEX_BACKEND`` is not a known value, or names an implementation that
@@ -133,6 +133,8 @@ select_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _requirement(implementation: str) -> str:
+    if implementation == "native":
+        return "CPU tensors and the compiled extension tokenflex_kernels._C"
     if implementation == "cuda":
         compiled = extension()
         state = "not built"

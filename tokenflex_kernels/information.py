@@ -33,7 +33,7 @@ def info() -> dict[str, Any]:
     Returns:
         ``versions`` (package -> version or None), ``extension`` (``built``, ``cuda``,
         ``cuda_architectures``), ``device`` (``type``, ``name``), ``backend`` (the value of
-        ``TOKENFLEX_BACKEND``) and ``ops`` (op -> "triton", "cuda", "cpp" or "reference").
+        ``TOKENFLEX_BACKEND``) and ``ops`` (op -> "triton", "cuda", "native" or "reference").
 
     Raises:
         ValueError: ``TOKENFLEX_BACKEND`` cannot be honoured.

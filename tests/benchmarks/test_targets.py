@@ -27,7 +27,7 @@ def rows_of(name, value, case="8 images"):
     target = TARGETS[name]
     figure, device = target["figure"], target["device"] or "cuda"
     op, mode, ours = (target[key].split("; ")[0] for key in ("ops", "modes", "variants"))
-    fields = {"mode": mode or "forward", "device": device, "tokens": "", "backend": "cpp"}
+    fields = {"mode": mode or "forward", "device": device, "tokens": "", "backend": "native"}
     fields["tokens"] = target["least_tokens"] or target["most_tokens"]
     case = f"{case}, {target['case_ends']}".removesuffix(", ")
     if figure == "over_uniform":
@@ -243,7 +243,7 @@ def test_host_cost_is_that_of_the_dearest_op_without_gradients():
         row("host_cost", "no grad", "swiglu", 9, backend="triton"),
         row("host_cost", "no grad", "merge_vision", 16, backend="cuda"),
         row("host_cost", "no grad", "pool_norm", 99, backend="reference"),
-        row("host_cost", "no grad", "plan_packing", 9000, backend="cpp"),
+        row("host_cost", "no grad", "plan_packing", 9000, backend="native"),
         row("host_cost", "grad", "swiglu", 90, backend="triton"),
     ]
     text = verdict_of(rows, "host cost of an op call, forward: <= 15 us").text

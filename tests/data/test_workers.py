@@ -14,7 +14,7 @@ import pytest
 from tests.training.processes import is_alive
 from tests.training.runs import ROOT
 from tokenflex.data.order import load_in_order
-from tokenflex.data.workers import WorkerDiedError
+from tokenflex.data.workers import WorkerDiedError, _death_of
 
 KEYS = [[(0, step)] for step in range(40)]
 BUSY = """
@@ -102,3 +102,11 @@ def test_a_busy_worker_ends_with_its_parent():
     while is_alive(worker) and time.monotonic() < end:
         time.sleep(0.02)
     assert not is_alive(worker)
+
+
+def test_an_exit_code_that_is_collected_meanwhile_is_waited_for():
+    class Process:
+        pid, looks = 7, iter([None, None, -signal.SIGKILL])
+        exitcode = property(lambda self: next(self.looks))
+
+    assert _death_of([Process()]) == "process 7: Killed"

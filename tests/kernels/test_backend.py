@@ -80,8 +80,8 @@ class TestSelection:
     @pytest.mark.parametrize("op", MOVERS)
     def test_auto_takes_what_the_extension_can_do(self, extension_with, op):
         expected = {
-            True: ("cpp", "cuda"),
-            False: ("cpp", "reference"),
+            True: ("native", "cuda"),
+            False: ("native", "reference"),
             None: ("reference", "reference"),
         }
         for has_cuda, backends in expected.items():
@@ -89,7 +89,7 @@ class TestSelection:
             assert (select_backend(op, "cpu"), select_backend(op, "cuda")) == backends
 
     def test_auto_takes_the_extension_for_host_ops_where_it_is_built(self, extension_with):
-        for has_cuda, expected in ((True, "cpp"), (False, "cpp"), (None, "reference")):
+        for has_cuda, expected in ((True, "native"), (False, "native"), (None, "reference")):
             extension_with(has_cuda)
             assert select_backend("bin_pack") == select_backend("plan_packing") == expected
 
@@ -141,7 +141,8 @@ class TestSelection:
     def test_an_unknown_value_is_an_error_of_every_op(self, monkeypatch, op, value):
         monkeypatch.setenv("TOKENFLEX_BACKEND", value)
         with pytest.raises(
-            ValueError, match=rf"TOKENFLEX_BACKEND.*auto, reference, triton, cuda.*'{value}'"
+            ValueError,
+            match=rf"TOKENFLEX_BACKEND.*native, triton, cuda.*'{value}'",
         ):
             op()
 
@@ -203,7 +204,7 @@ class TestInfo:
     def test_works_without_the_extension(self, hidden_extension):
         answer = info()
         assert answer["extension"] == {"built": False, "cuda": False, "cuda_architectures": []}
-        assert not {"cpp", "cuda"} & set(answer["ops"].values())
+        assert not {"native", "cuda"} & set(answer["ops"].values())
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
     def test_refuses_a_backend_that_cannot_be_honoured(self, monkeypatch):

@@ -116,14 +116,47 @@ def test_the_lanes_of_a_row_move_every_byte_once(size, lanes):
     [
         (1000, 64 * 2**20, 1, 1),
         (1000, 64 * 2**20, 4, 4),  # as many as there are threads
-        (1000, 3 * 2**20, 4, 3),  # with a megabyte each
-        (1000, 2**20 - 1, 4, 1),  # which is less than a thread is worth
+        (1000, 3 * 2**18, 4, 3),  # with a quarter of a megabyte each
+        (1000, 2**18 - 1, 4, 1),  # which is less than a thread is worth
         (2, 64 * 2**20, 4, 2),  # an item each at least
         (0, 0, 4, 1),
     ],
 )
 def test_threads_share_what_is_worth_a_thread(count, bytes_in_all, threads, parts):
     assert extension().worthwhile_parts(count, bytes_in_all, threads) == parts
+
+
+MOVES_IN_PARTS = """
+import os, numpy as np, torch, tokenflex_kernels as tk
+from tokenflex_kernels.backend import extension
+
+torch.set_num_threads(4)
+plan = tk.plan_packing([torch.tensor([3, 9, 5])], [2047], 9)
+table, vision = torch.randn(10, 256), torch.randn(2047, 256)
+packed = lambda: tk.pack_embeddings(table, vision, plan)
+expected = torch.cat([table[3:4], vision, table[5:6]]).numpy()
+same = lambda result: np.testing.assert_array_equal(result.numpy(), expected)
+"""
+
+
+@pytest.mark.parametrize(
+    "case",
+    {
+        "PyTorch's threads": "assert extension().has_torch_team(); same(packed())",
+        "threads of its own": "extension().allow_torch_team(False); same(packed())",
+        "a forked process": """
+vision.exp()
+child = os.fork()
+if child == 0:
+    same(packed())
+    os._exit(0 if not extension().has_torch_team() else 3)
+assert os.waitpid(child, 0)[1] == 0
+""",
+    }.items(),
+    ids=lambda case: case[0],
+)
+def test_threads_are_torchs_where_it_has_some_and_a_fork_still_moves_rows(case):
+    subprocess.run([sys.executable, "-c", MOVES_IN_PARTS + case[1]], check=True, timeout=60)
 
 
 @dataclass
@@ -248,7 +281,7 @@ def test_a_launch_without_a_gpu_is_an_error_in_cudas_words():
 
 def test_an_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv("TOKENFLEX_BACKEND", "cudnn")
-    with pytest.raises(ValueError, match="one of auto, reference, triton, cuda, but is 'cudnn'"):
+    with pytest.raises(ValueError, match="reference, native, triton, cuda, but is 'cudnn'"):
         plan_packing([[1]], [], 9)
 
 

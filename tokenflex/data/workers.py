@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -114,11 +115,19 @@ def _blocked_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _death_of(processes: Iterable[Any]) -> str | None:
-    """Describe how the first of some processes has ended; None if all are alive."""
-    for process in processes:
-        code = process.exitcode
-        if code is not None:
-            end = f"exited with code {code}" if code >= 0 else signal.strsignal(-code)
-            return f"process {process.pid}: {end}"
-    return None
+def _death_of(processes: Collection[Any]) -> str | None:
+    """Describe how the first of some processes has ended; None if none has after a second.
+
+    The pool's own thread may be collecting the exit code at this moment, so the first look can
+    find none.
+    """
+    deadline = time.monotonic() + 1
+    while True:
+        for process in processes:
+            code = process.exitcode
+            if code is not None:
+                end = f"exited with code {code}" if code >= 0 else signal.strsignal(-code)
+                return f"process {process.pid}: {end}"
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.01)
