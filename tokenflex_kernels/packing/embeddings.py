@@ -191,7 +191,7 @@ def merge_vision(
 
 
 def _runs_at_once(op: str, *tensors: torch.Tensor) -> bool:
-    """Return whether ``op`` may move host tensors at once, which ends in an error or all checked."""
+    """Return whether ``op`` may move ordinary tensors at once, by a call that checks them too."""
     return is_unrecorded(*tensors) and select_backend(op) == "native"
 
 
