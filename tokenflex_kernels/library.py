@@ -17,7 +17,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._C import DispatchKey, DispatchKeySet
@@ -66,12 +66,28 @@ class Op:
             return self._record(*arguments)
         return self._kernel(*arguments)
 
+    def recorded(self, results: Any, *arguments: Any) -> Any:
+        """Return ``results``, which were computed eagerly, as those of a call of the op.
+
+        The Function's ``forward`` gets them after the arguments, as :class:`Results`.
+        """
+        tensors = arguments[: self._tensors]
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+            return self._record(*arguments, Results(results))
+        return results
+
     def below(self, *arguments: Any) -> Any:
         """Call the op as the ``forward`` of a Function does, see :func:`below_autograd`."""
         if _is_plain(arguments[: self._tensors]):
             return self._kernel(*arguments)
         with below_autograd():
             return self.overload(*arguments)
+
+
+class Results(NamedTuple):
+    """Results of an op that need only be recorded."""
+
+    value: Any
 
 
 # The keys that the dispatcher adds to those of the tensors in every call. Tracers, dispatch modes,
@@ -92,16 +108,9 @@ def _is_plain_mode() -> bool:
     )
 
 
-def is_unrecorded(*tensors: Any) -> bool:
-    """Return whether a function may compute at once on these tensors, if they have memory.
-
-    That is plain eager mode, and none of the tensors requires grad.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and _is_plain_mode()
-        and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
-    )
+def is_eager() -> bool:
+    """Return whether a function may compute at once, on ordinary tensors in memory."""
+    return not torch.compiler.is_compiling() and _is_plain_mode()
 
 
 def _is_plain(tensors: Sequence[Any]) -> bool:

@@ -41,6 +41,7 @@ from tokenflex_kernels.backend import extension
 from tokenflex_kernels.layout import neighbours
 from tokenflex_kernels.library import (
     Op,
+    Results,
     batch,
     define,
     differentiate_linear,
@@ -292,11 +293,14 @@ def _differentiate(name: str, op: Op, gradient: Callable[..., Gradients], *, flo
     class RowMove(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
-            others = arguments[floats:]
+            if type(arguments[-1]) is Results:
+                others, result = arguments[floats:-1], arguments[-1].value
+            else:
+                others, result = arguments[floats:], op.below(*arguments)
             maps = [other for other in others if isinstance(other, torch.Tensor)]
-            result = op.below(*arguments)
             ctx.save_for_backward(*maps, *(result[1:] if isinstance(result, tuple) else ()))
-            ctx.numbers, ctx.no_gradients = others[len(maps) :], [None] * len(others)
+            ctx.numbers = others[len(maps) :]
+            ctx.no_gradients = [None] * (len(arguments) - floats)
             ctx.sizes = [value.shape[0] for value in arguments[:floats]]
             return result
 
