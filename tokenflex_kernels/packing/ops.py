@@ -180,9 +180,24 @@ pack_embeddings = define(
 # once, where a copy and a scatter would write the vision rows twice. On the CPU the op refuses rows
 # out of range and rows that come twice, in compiled functions too.
 merge_vision = define("merge_vision", _like_merge, _merge)
-unpack_vision = define("unpack_vision", _like_vision_rows, _unpack)
-keep_text = define("keep_text", _like_source, _keep_text)
-spread_vision = define("spread_vision", _like_source, _spread_vision)
+unpack_vision = define(
+    "unpack_vision",
+    _like_vision_rows,
+    _unpack,
+    at_once=lambda packed, source, vision_rows: on_host(packed, packed, vision_rows, True),
+)
+keep_text = define(
+    "keep_text",
+    _like_source,
+    _keep_text,
+    at_once=lambda rows, source: on_host(rows, None, source),
+)
+spread_vision = define(
+    "spread_vision",
+    _like_source,
+    _spread_vision,
+    at_once=lambda vision, source: on_host(None, vision, source),
+)
 # The text rows of `grad`, added up by token id in an order that `source` alone decides. Their
 # number follows from `num_vision`, without waiting for the device.
 table_gradient = define(
