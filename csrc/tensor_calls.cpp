@@ -63,9 +63,13 @@ struct Method {
   }
 };
 
-// A tensor in host memory that holds the numbers that it stands for.
+bool is_float(dlpack::DataType dtype) {
+  return (dtype.code == dlpack::kFloat && dtype.bits >= 16) ||
+         (dtype.code == dlpack::kBfloat && dtype.bits == 16);
+}
+
+// A tensor in host memory.
 std::optional<dlpack::Tensor> host_tensor(py::handle object) {
-  static const Method is_neg("is_neg");
   const PyTypeObject* type = Py_TYPE(object.ptr());
   const auto is = [&](const py::object& other) { return (PyObject*)type == other.ptr(); };
   if (!is(torch().tensor) && !is(torch().parameter)) return std::nullopt;
@@ -75,13 +79,15 @@ std::optional<dlpack::Tensor> host_tensor(py::handle object) {
     return std::nullopt;
   }
   if (tensor.device.type != dlpack::kCpu || tensor.dtype.lanes != 1) return std::nullopt;
-  if (is_neg(object).ptr() == Py_True) return std::nullopt;
   return tensor;
 }
 
-bool is_float(dlpack::DataType dtype) {
-  return (dtype.code == dlpack::kFloat && dtype.bits >= 16) ||
-         (dtype.code == dlpack::kBfloat && dtype.bits == 16);
+// One of floats, whose memory may hold the negative numbers.
+std::optional<dlpack::Tensor> host_floats(py::handle object) {
+  static const Method is_neg("is_neg");
+  const auto tensor = host_tensor(object);
+  if (!tensor || !is_float(tensor->dtype) || is_neg(object).ptr() == Py_True) return std::nullopt;
+  return tensor;
 }
 
 bool is_int(dlpack::DataType dtype, int bits) {
@@ -100,8 +106,8 @@ struct RowsView {
 };
 
 std::optional<RowsView> float_rows(py::handle object) {
-  const auto tensor = host_tensor(object);
-  if (!tensor || tensor->ndim != 2 || !is_float(tensor->dtype)) return std::nullopt;
+  const auto tensor = host_floats(object);
+  if (!tensor || tensor->ndim != 2) return std::nullopt;
   const int64_t count = tensor->shape[0], width = tensor->shape[1];
   if (tensor->strides[1] != 1 && width > 1) return std::nullopt;
   if (tensor->data == nullptr && count * width > 0) return std::nullopt;  // zeros without memory
@@ -180,7 +186,7 @@ py::object pack_tensors(py::handle table, py::handle vision, py::handle source, 
 // where that is wanted.
 py::object merge_tensors(py::handle inputs_embeds, py::handle vision, py::handle vision_rows,
                          bool wants_source, int threads) {
-  const auto embeds = host_tensor(inputs_embeds);
+  const auto embeds = host_floats(inputs_embeds);
   const auto rows = float_rows(vision);
   const auto numbers = host_ints(vision_rows, true);
   if (!embeds || !rows || !numbers || embeds->ndim < 1 || numbers->count != rows->count) {
@@ -248,11 +254,60 @@ py::object table_gradient(py::handle grad, py::handle source, int64_t num_vision
   return sums;
 }
 
+// Functions of Python's own calling convention, which takes 0.5 us less than pybind11's.
+template <class Call>
+PyObject* with_python_errors(const Call& call) {
+  try {
+    return call().release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+int64_t integer(PyObject* object) {
+  const int64_t value = PyLong_AsLongLong(object);
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+void check_arguments(Py_ssize_t given, Py_ssize_t expected) {
+  if (given != expected) throw std::invalid_argument("another number of arguments is expected");
+}
+
+PyObject* call_pack_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return with_python_errors([&] {
+    check_arguments(count, 7);
+    return pack_tensors(arguments[0], arguments[1], arguments[2], arguments[3] == Py_True,
+                        integer(arguments[4]), integer(arguments[5]), int(integer(arguments[6])));
+  });
+}
+
+PyObject* call_merge_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return with_python_errors([&] {
+    check_arguments(count, 5);
+    return merge_tensors(arguments[0], arguments[1], arguments[2], arguments[3] == Py_True,
+                         int(integer(arguments[4])));
+  });
+}
+
+template <class Function>
+PyMethodDef method(const char* name, Function function) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)),
+          METH_FASTCALL, nullptr};
+}
+
 }  // namespace
 
 void define_tensor_calls(py::module_& module) {
-  module.def("pack_tensors", &pack_tensors);
-  module.def("merge_tensors", &merge_tensors);
+  static PyMethodDef methods[] = {method("pack_tensors", &call_pack_tensors),
+                                  method("merge_tensors", &call_merge_tensors),
+                                  {}};
+  if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw py::error_already_set();
   module.def("table_gradient", &table_gradient);
 }
 

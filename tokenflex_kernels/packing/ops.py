@@ -298,8 +298,10 @@ def _vision_rows(source: torch.Tensor, num_vision: int) -> torch.Tensor:
     return torch.argsort(source)[:num_vision].flip(0).to(torch.int32)
 
 
-def _differentiate(name: str, op: Op, gradient: Callable[..., Gradients], *, floats: int) -> None:
-    """Give an op its gradient; it is linear in its first ``floats`` arguments.
+def _differentiate(
+    name: str, op: Op, gradient: Callable[..., Gradients], *, floats: int, maps: int
+) -> None:
+    """Give an op its gradient; it is linear in its first ``floats`` arguments, then has ``maps``.
 
     ``gradient`` gets the gradient of the result and the op's other arguments; a row map that the op
     returns comes after its row maps. Of the float tensors only the numbers of rows are kept.
@@ -312,9 +314,9 @@ def _differentiate(name: str, op: Op, gradient: Callable[..., Gradients], *, flo
                 others, result = arguments[floats:-1], arguments[-1].value
             else:
                 others, result = arguments[floats:], op.below(*arguments)
-            maps = [other for other in others if isinstance(other, torch.Tensor)]
-            ctx.save_for_backward(*maps, *(result[1:] if isinstance(result, tuple) else ()))
-            ctx.numbers = others[len(maps) :]
+            made = result[1:] if isinstance(result, tuple) else ()
+            ctx.save_for_backward(*others[:maps], *made)
+            ctx.numbers = others[maps:]
             ctx.no_gradients = [None] * (len(arguments) - floats)
             ctx.sizes = [value.shape[0] for value in arguments[:floats]]
             return result
@@ -327,12 +329,12 @@ def _differentiate(name: str, op: Op, gradient: Callable[..., Gradients], *, flo
     differentiate_linear(name, op, RowMove, floats)
 
 
-_differentiate("pack_embeddings", pack_embeddings, _of_packing, floats=2)
-_differentiate("merge_vision", merge_vision, _of_merging, floats=2)
-_differentiate("unpack_vision", unpack_vision, _of_unpacking, floats=1)
-_differentiate("keep_text", keep_text, _of_keeping_text, floats=1)
-_differentiate("spread_vision", spread_vision, _of_spreading_vision, floats=1)
-_differentiate("table_gradient", table_gradient, _of_table_gradient, floats=1)
+_differentiate("pack_embeddings", pack_embeddings, _of_packing, floats=2, maps=2)
+_differentiate("merge_vision", merge_vision, _of_merging, floats=2, maps=1)
+_differentiate("unpack_vision", unpack_vision, _of_unpacking, floats=1, maps=2)
+_differentiate("keep_text", keep_text, _of_keeping_text, floats=1, maps=1)
+_differentiate("spread_vision", spread_vision, _of_spreading_vision, floats=1, maps=1)
+_differentiate("table_gradient", table_gradient, _of_table_gradient, floats=1, maps=1)
 refuse_derivatives("sparse_table_gradient", sparse_table_gradient)
 
 
