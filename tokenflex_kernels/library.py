@@ -126,12 +126,17 @@ def is_eager() -> bool:
 
 
 def _are_plain(tensors: Sequence[Any]) -> bool:
-    """Return whether all have memory; takes 0.3 us for each tensor that is no parameter."""
+    """Return whether all have memory; takes 0.4 us for each tensor that is no parameter."""
     for tensor in tensors:
         kind = type(tensor)
         if kind is torch.Tensor:
             # There may be no memory that holds these very numbers, as after a transform has ended.
-            if tensor.is_meta or tensor.is_neg() or is_functorch_wrapped_tensor(tensor):
+            if (
+                tensor.is_meta
+                or tensor.is_neg()
+                or tensor._is_zerotensor()
+                or is_functorch_wrapped_tensor(tensor)
+            ):
                 return False
         elif kind is not torch.nn.Parameter and tensor is not None:
             return False

@@ -24,7 +24,8 @@ The public functions check arguments and name the wrong one. An op that is calle
 dtypes, widths and strides alone, so that it reads no memory but its tensors'; row numbers are
 checked on the CPU.
 
-The extension knows no torch: it takes addresses, byte strides and sizes. Rows may have any stride;
+The extension links no torch: it takes addresses, byte strides and sizes, and reads ordinary host
+tensors through DLPack. Rows may have any stride;
 the elements of a row are next to each other. It copies bytes; only sums of rows depend on a dtype.
 """
 
