@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "float_types.h"
 #include "refuse.h"
@@ -19,6 +20,15 @@ void with_dtype(const std::string& name, const Work& work) {
   if (name == "float64") return work(double());
   refuse("dtype must be float32, bfloat16, float16 or float64, got ", name);
 }
+
+// The text rows of a plan's `source` by ascending token id, those of an id ascending.
+struct TextRows {
+  std::vector<int32_t> ids;
+  std::vector<int64_t> rows;
+};
+
+// Refuses a source of another number of vision rows than `num_vision`. O(rows): a radix sort.
+TextRows text_by_id(const int32_t* source, int64_t rows, int64_t num_vision);
 
 // On host memory, with up to `threads` threads.
 void sum_rows(const RowSums& job, const std::string& dtype, int threads);

@@ -24,7 +24,8 @@ The public functions check arguments and name the wrong one. An op that is calle
 dtypes, widths and strides alone, so that it reads no memory but its tensors'; row numbers are
 checked on the CPU.
 
-The extension knows no torch: it takes addresses, byte strides and sizes. Rows may have any stride;
+The extension links no torch: it takes addresses, byte strides and sizes, and reads ordinary host
+tensors through DLPack. Rows may have any stride;
 the elements of a row are next to each other. It copies bytes; only sums of rows depend on a dtype.
 """
 
@@ -40,8 +41,9 @@ import torch
 from tokenflex_kernels.backend import extension
 from tokenflex_kernels.layout import neighbours
 from tokenflex_kernels.library import (
+    Op,
+    Results,
     batch,
-    below_autograd,
     define,
     differentiate_linear,
     refuse_derivatives,
@@ -59,26 +61,38 @@ def _pack(
     sparse_ids: int | None = None,
     shown_once: bool = True,
 ) -> torch.Tensor:
-    return _pack_rows(embedding, vision, source)
+    packed = on_host(embedding, vision, source)
+    return _pack_rows(embedding, vision, source) if packed is None else packed
 
 
 def _unpack(packed: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor) -> torch.Tensor:
+    vision = on_host(packed, packed, vision_rows, True)
+    if vision is not None:
+        return vision
     packed = neighbours(packed)
     # No row number is negative, so the second table is not read; an empty slice would cost 2 us.
     return _pack_rows(packed, packed, vision_rows, "vision_rows")
 
 
 def _keep_text(rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    return _pack_rows(rows, _zero_rows(rows), source)
+    kept = on_host(rows, None, source)
+    return _pack_rows(rows, _zero_rows(rows), source) if kept is None else kept
 
 
 def _spread_vision(vision: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    return _pack_rows(_zero_rows(vision), vision, source)
+    spread = on_host(None, vision, source)
+    return _pack_rows(_zero_rows(vision), vision, source) if spread is None else spread
 
 
 def _table_gradient(
     grad: torch.Tensor, source: torch.Tensor, num_vision: int, num_rows: int
 ) -> torch.Tensor:
+    if not grad.is_cuda:
+        gradient: torch.Tensor | None = _compiled().table_gradient(
+            grad, source, num_vision, num_rows, torch.get_num_threads()
+        )
+        if gradient is not None:
+            return gradient
     _check_gradient(grad, source)
     ids, rows = _text_by_id(source, num_vision)
     sums = grad.new_zeros(num_rows, grad.shape[1])
@@ -107,6 +121,11 @@ def _sparse_table_gradient(
 def _merge(
     inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    results: tuple[torch.Tensor, torch.Tensor] | None = merged_on_host(
+        inputs_embeds, vision, vision_rows, True
+    )
+    if results is not None:
+        return results
     if vision_rows.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"vision_rows must be int32 or int64, got {vision_rows.dtype}")
     table = _as_rows(inputs_embeds)
@@ -162,9 +181,24 @@ pack_embeddings = define(
 # once, where a copy and a scatter would write the vision rows twice. On the CPU the op refuses rows
 # out of range and rows that come twice, in compiled functions too.
 merge_vision = define("merge_vision", _like_merge, _merge)
-unpack_vision = define("unpack_vision", _like_vision_rows, _unpack)
-keep_text = define("keep_text", _like_source, _keep_text)
-spread_vision = define("spread_vision", _like_source, _spread_vision)
+unpack_vision = define(
+    "unpack_vision",
+    _like_vision_rows,
+    _unpack,
+    at_once=lambda packed, source, vision_rows: on_host(packed, packed, vision_rows, True),
+)
+keep_text = define(
+    "keep_text",
+    _like_source,
+    _keep_text,
+    at_once=lambda rows, source: on_host(rows, None, source),
+)
+spread_vision = define(
+    "spread_vision",
+    _like_source,
+    _spread_vision,
+    at_once=lambda vision, source: on_host(None, vision, source),
+)
 # The text rows of `grad`, added up by token id in an order that `source` alone decides. Their
 # number follows from `num_vision`, without waiting for the device.
 table_gradient = define(
@@ -225,10 +259,12 @@ def _of_merging(
 ) -> Gradients:
     needs_inputs, needs_vision, *_ = ctx.needs_input_grad
     rows = _as_rows(grad)
-    numbers = vision_rows.to(torch.int32).contiguous()
+    numbers = vision_rows
+    if needs_vision and numbers.dtype is not torch.int32:
+        numbers = numbers.to(torch.int32)
     return (
         keep_text(rows, source).view(grad.shape) if needs_inputs else None,
-        unpack_vision(rows, source, numbers) if needs_vision else None,
+        unpack_vision(rows, source, numbers.contiguous()) if needs_vision else None,
     )
 
 
@@ -263,8 +299,10 @@ def _vision_rows(source: torch.Tensor, num_vision: int) -> torch.Tensor:
     return torch.argsort(source)[:num_vision].flip(0).to(torch.int32)
 
 
-def _differentiate(name: str, op: Any, gradient: Callable[..., Gradients], *, floats: int) -> None:
-    """Give an op its gradient; it is linear in its first ``floats`` arguments.
+def _differentiate(
+    name: str, op: Op, gradient: Callable[..., Gradients], *, floats: int, maps: int
+) -> None:
+    """Give an op its gradient; it is linear in its first ``floats`` arguments, then has ``maps``.
 
     ``gradient`` gets the gradient of the result and the op's other arguments; a row map that the op
     returns comes after its row maps. Of the float tensors only the numbers of rows are kept.
@@ -273,12 +311,14 @@ def _differentiate(name: str, op: Any, gradient: Callable[..., Gradients], *, fl
     class RowMove(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
-            others = arguments[floats:]
-            maps = [other for other in others if isinstance(other, torch.Tensor)]
-            with below_autograd():
-                result = op(*arguments)
-            ctx.save_for_backward(*maps, *(result[1:] if isinstance(result, tuple) else ()))
-            ctx.numbers, ctx.no_gradients = others[len(maps) :], [None] * len(others)
+            if type(arguments[-1]) is Results:
+                others, result = arguments[floats:-1], arguments[-1].value
+            else:
+                others, result = arguments[floats:], op.below(*arguments)
+            made = result[1:] if isinstance(result, tuple) else ()
+            ctx.save_for_backward(*others[:maps], *made)
+            ctx.numbers = others[maps:]
+            ctx.no_gradients = [None] * (len(arguments) - floats)
             ctx.sizes = [value.shape[0] for value in arguments[:floats]]
             return result
 
@@ -290,12 +330,12 @@ def _differentiate(name: str, op: Any, gradient: Callable[..., Gradients], *, fl
     differentiate_linear(name, op, RowMove, floats)
 
 
-_differentiate("pack_embeddings", pack_embeddings, _of_packing, floats=2)
-_differentiate("merge_vision", merge_vision, _of_merging, floats=2)
-_differentiate("unpack_vision", unpack_vision, _of_unpacking, floats=1)
-_differentiate("keep_text", keep_text, _of_keeping_text, floats=1)
-_differentiate("spread_vision", spread_vision, _of_spreading_vision, floats=1)
-_differentiate("table_gradient", table_gradient, _of_table_gradient, floats=1)
+_differentiate("pack_embeddings", pack_embeddings, _of_packing, floats=2, maps=2)
+_differentiate("merge_vision", merge_vision, _of_merging, floats=2, maps=1)
+_differentiate("unpack_vision", unpack_vision, _of_unpacking, floats=1, maps=2)
+_differentiate("keep_text", keep_text, _of_keeping_text, floats=1, maps=1)
+_differentiate("spread_vision", spread_vision, _of_spreading_vision, floats=1, maps=1)
+_differentiate("table_gradient", table_gradient, _of_table_gradient, floats=1, maps=1)
 refuse_derivatives("sparse_table_gradient", sparse_table_gradient)
 
 
@@ -334,6 +374,37 @@ batch("table_gradient", side_by_side(table_gradient, floats=1))
 
 
 # ---- calls into the extension
+
+
+def on_host(
+    table: torch.Tensor | None,
+    vision: torch.Tensor | None,
+    source: torch.Tensor,
+    unpacks: bool = False,
+    num_vision: int = -1,
+    least_table: int = 0,
+) -> torch.Tensor | None:
+    """Return ``_pack_rows`` of ordinary host tensors, from one call that checks and allocates too.
+
+    None where a tensor is on a device, not of contiguous rows or in any other way not ordinary, or
+    where vision has other than ``num_vision`` rows (any for -1), the table less than
+    ``least_table``. A table or vision of None is rows of zeros.
+    """
+    if source.is_cuda:
+        return None
+    moved: torch.Tensor | None = _compiled().pack_tensors(
+        table, vision, source, unpacks, num_vision, least_table, torch.get_num_threads()
+    )
+    return moved
+
+
+def merged_on_host(
+    inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor, source: bool
+) -> Any:
+    """Return the merged rows, with their source if that is wanted; None as ``on_host`` does."""
+    return _compiled().merge_tensors(
+        inputs_embeds, vision, vision_rows, source, torch.get_num_threads()
+    )
 
 
 def _pack_rows(

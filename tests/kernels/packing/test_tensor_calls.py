@@ -1,0 +1,68 @@
+"""Movers that read tensors themselves: which tensors they take, and their results."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tokenflex_kernels import merge_vision, pack_embeddings, plan_packing
+from tokenflex_kernels.packing import ops
+
+IMAGE = -200
+PLAN = plan_packing([[1, IMAGE, 2, 2], [], [IMAGE, 5, IMAGE], [3]], [3, 0, 4], IMAGE)
+VISION = 7
+
+
+def general(table, vision):
+    return ops._pack_rows(table, vision, PLAN.source)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_ordinary_tensors_are_taken(dtype):
+    table, vision = torch.randn(6, 5).to(dtype), torch.randn(9, 5).to(dtype)[1:8]
+    assert torch.equal(ops.on_host(table, vision, PLAN.source), general(table, vision))
+    zeros = torch.zeros_like(vision)
+    assert torch.equal(ops.on_host(table, None, PLAN.source), general(table, zeros))
+
+
+@pytest.mark.parametrize(
+    ("table", "vision"),
+    [
+        (torch.randn(6, 10)[:, ::2], torch.randn(VISION, 5)),
+        (torch.randn(6, 5), torch.randn(VISION, 5).half()),
+        (torch.randn(6, 5), torch.randn(VISION, 4)),
+        (torch.randn(6, 5), torch._neg_view(torch.randn(VISION, 5))),
+        (torch.randn(6, 5), torch._efficientzerotensor((VISION, 5))),
+        (torch.randn(6, 5), torch.randn(VISION, 5, device="meta")),
+        (torch.randn(6, 5), torch.randn(VISION, 5).to_sparse()),
+        (torch.ones(6, 5, dtype=torch.int32), torch.ones(VISION, 5, dtype=torch.int32)),
+    ],
+)
+def test_other_tensors_are_left_to_the_general_way(table, vision):
+    assert ops.on_host(table, vision, PLAN.source) is None
+    assert ops.merged_on_host(table, vision, torch.arange(VISION), False) is None
+
+
+def test_numbers_without_memory_of_their_own_are_packed():
+    table, vision = torch.randn(6, 5), torch.randn(VISION, 5)
+    negative = pack_embeddings(table, torch._neg_view(vision), PLAN)
+    assert torch.equal(negative, general(table, -vision))
+    zeros = torch._efficientzerotensor((VISION, 5))
+    assert torch.equal(pack_embeddings(table, zeros, PLAN), general(table, torch.zeros(VISION, 5)))
+    rows = torch.arange(VISION, dtype=torch.int32)
+    embeds = torch.randn(8, 5)
+    assert torch.equal(merge_vision(embeds, torch._neg_view(vision), rows)[:VISION], -vision)
+
+
+def test_a_plan_and_a_vision_that_do_not_fit_are_left_to_the_checks():
+    table, vision = torch.randn(6, 5), torch.randn(VISION, 5)
+    assert ops.on_host(table, vision, PLAN.source, False, VISION - 1, 0) is None
+    assert ops.on_host(table, vision, PLAN.source, False, VISION, 7) is None
+
+
+def test_a_table_gradient_sorts_ids_of_every_size():
+    digits = torch.randint(0, 3, (3, 3000))
+    ids = (digits[0] + 2**8 * digits[1] + 2**16 * digits[2]).to(torch.int32)
+    grad = torch.randint(-9, 9, (3000, 2)).double()
+    expected = torch.zeros(3 * 2**16, 2).double().index_add_(0, ids, grad)
+    assert torch.equal(ops.table_gradient(grad, ids, 0, 3 * 2**16), expected)
