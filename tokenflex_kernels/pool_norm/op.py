@@ -23,7 +23,6 @@ from tokenflex_kernels.checks import (
     check_tensor,
 )
 from tokenflex_kernels.library import (
-    below_autograd,
     define_fused,
     differentiable_once,
     is_differentiated_by_levels,
@@ -56,7 +55,8 @@ def pool_norm(
 
     Images may differ in both grids. Pooling and normalisation are computed in float32 (float64
     for float64 inputs) and rounded once, to the dtype of ``x``. The kernels have first derivatives
-    only, without a norm all of plain autograd; the reference has all. A NaN or infinite patch spoils the cells whose window holds it.
+    only, without a norm all of plain autograd; the reference has all. A NaN or infinite patch
+    spoils the cells whose window holds it.
 
     Args:
         x: float [sum of H*W, C], the images' patches one image after another, row-major.
@@ -164,10 +164,9 @@ class PoolNorm(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         weight, bias, grids, _, mode, _ = arguments
         needs_x, needs_weight, *_ = ctx.needs_input_grad
-        with below_autograd():
-            out, normalised, inverse_std = pool_norm_forward(
-                x, *arguments, x.dtype, needs_x or needs_weight
-            )
+        out, normalised, inverse_std = pool_norm_forward.below(
+            x, *arguments, x.dtype, needs_x or needs_weight
+        )
         ctx.save_for_backward(normalised, inverse_std, weight, grids)
         ctx.batch = x.shape[0], mode
         ctx.dtypes = x.dtype, *dtypes_of(weight, bias)
