@@ -287,6 +287,15 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_differentiated_by_levels() -> bool:
+    """Return whether a ``torch.func`` transform or forward-mode differentiation is under way."""
+    return is_transformed() or forward_ad._current_level >= 0
+
+
+# Evaluated as a compiler traces: the levels that it traces within are then open.
+is_differentiated_by_levels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def apply(function: Any, *arguments: Any) -> Any:
     """Return ``function.apply(*arguments)``, for the level that the autograd kernel runs at.
 
