@@ -21,7 +21,7 @@ from tests.kernels.common import (
 )
 from tokenflex_kernels import plan_pooling, pool_norm, project_tokens, swiglu
 from tokenflex_kernels.backend import select_backend
-from tokenflex_kernels.pool_norm.op import MAX_WIDTH
+from tokenflex_kernels.pool_norm.stages import MAX_WIDTH
 
 pytestmark = ON_TRITON
 
