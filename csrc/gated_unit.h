@@ -1,0 +1,46 @@
+// The pointwise halves of the gated unit on host memory, around matrix products that are PyTorch's.
+//
+// gate and up are [rows, hidden], contiguous row by row, or column by column (`by_columns`): a product of
+// few rows with wide weights is faster the other way round.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "row_map.h"
+
+namespace tokenflex {
+
+struct GateUp {
+  const void* gate;
+  const void* up;
+  int64_t rows;
+  int64_t hidden;
+  bool by_columns;
+};
+
+// product = activation(gate) * up, contiguous [rows, hidden].
+void gated_product(const GateUp& inputs, void* product, const std::string& dtype, int threads);
+
+// Backward from d product, [rows, hidden] with any row stride:
+//
+//   grads = (d product * up * activation'(gate), d product * activation(gate))     [rows, 2 hidden]
+//   columns = grads^T [2 hidden, rows], product, and sums = the sum of grads over rows [2 hidden], in the
+//   accumulation type; each may be null
+//
+// Columns are summed 32 rows at a time, whatever the number of threads.
+struct GateGradients {
+  ConstRows grad;
+  void* grads;
+  void* columns;
+  void* product;
+  void* sums;
+};
+void gate_gradients(const GateUp& inputs, const GateGradients& results, const std::string& dtype,
+                    int threads);
+
+// to = from^T: [rows, columns] with any row stride -> contiguous [columns, rows].
+void transpose(const ConstRows& from, void* to, int64_t rows, int64_t columns,
+               const std::string& dtype, int threads);
+
+}  // namespace tokenflex
