@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokenflex.files import write_atomically
+from tokenflex_kernels.gpus import data_sheet
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -29,8 +30,6 @@ PACKAGES = (
     *("torch", "triton", "tokenflex", "transformers"),
     *("liger-kernel", "quack-kernels", "flash-swiglu-mlp", "flash-attn"),
 )
-# GB/s and dense bf16 TFLOP/s that the vendor states, by the device's name.
-DATA_SHEETS = {"NVIDIA H200": (4800.0, 989.0), "NVIDIA H100 80GB HBM3": (3350.0, 989.0)}
 
 OURS = "tokenflex"
 NO_BIASES = "tokenflex, no biases"
@@ -170,10 +169,10 @@ def read_csv(path: Path, columns: Sequence[str] = ()) -> list[Row]:
 def add_shares(rows: Sequence[NewRow], shared: Mapping[str, object]) -> None:
     """Fill in the shares of the measured ceilings, and of the rates in the data sheet."""
     ceilings = {row["variant"]: row for row in rows if row["op"] == "ceiling"}
-    sheet = DATA_SHEETS.get(str(shared["gpu"]), (None, None))
+    sheet = data_sheet(str(shared["gpu"]))
     for rate, ceiling, stated in (
-        ("gb_per_s", "copy", sheet[0]),
-        ("tflop_per_s", "matmul", sheet[1]),
+        ("gb_per_s", "copy", sheet and sheet.bandwidth),
+        ("tflop_per_s", "matmul", sheet and sheet.half),
     ):
         measured = ceilings.get(ceiling, {}).get(rate)
         for row in rows:

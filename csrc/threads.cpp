@@ -19,6 +19,10 @@ constexpr const char* kTorchLibrary = "libtorch_cpu.so";
 
 std::atomic<bool> team_is_usable{true};
 
+// Registered as the library is loaded: PyTorch may have started its team before we ever use it.
+[[maybe_unused]] const int registered =
+    pthread_atfork(nullptr, nullptr, [] { team_is_usable = false; });
+
 struct Team {
   void (*parallel)(void (*work)(void*), void* job, unsigned threads, unsigned flags);
   int (*thread_num)();
@@ -43,7 +47,6 @@ Team find_team() {
   find(torch, "omp_get_thread_num", team.thread_num);
   find(torch, "omp_get_num_threads", team.num_threads);
   find(torch, "omp_in_parallel", team.in_parallel);
-  pthread_atfork(nullptr, nullptr, [] { team_is_usable = false; });
   return team;
 }
 

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokenflex_kernels import launch
+from tokenflex_kernels.gpus import SHARED_MEMORY
 from tokenflex_kernels.launch_configs import (
     DTYPES,
     INTERPRETER,
@@ -40,8 +41,6 @@ from tokenflex_kernels.launch_configs import (
 from tokenflex_kernels.stage_calls import ODD, RAGGED, REFERENCE, stage_calls
 from tokenflex_kernels.tune import candidate_configs
 
-# Dynamic shared memory of a block in bytes, by compute capability (CUDA programming guide).
-SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 # The last two are compiled in bfloat16 alone.
 WIDTHS = {"": REFERENCE, "ragged": RAGGED, "odd": ODD}
 
@@ -63,7 +62,7 @@ class Compiled(NamedTuple):
 def faults(compiled: Compiled) -> list[str]:
     """Return the faults of a kernel in words."""
     number = int(compiled.architecture.removeprefix("sm_"))
-    limit = SHARED_LIMIT.get(number, min(SHARED_LIMIT.values()))
+    limit = SHARED_MEMORY.get(number, min(SHARED_MEMORY.values()))
     product = compiled.kernel.removesuffix("_kernel") in PRODUCTS
     instruction = compiled.instruction or "nothing"
     checks = {

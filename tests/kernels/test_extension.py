@@ -145,7 +145,7 @@ same = lambda result: np.testing.assert_array_equal(result.numpy(), expected)
         "PyTorch's threads": "assert extension().has_torch_team(); same(packed())",
         "threads of its own": "extension().allow_torch_team(False); same(packed())",
         "a forked process": """
-same(packed())
+vision.exp()
 child = os.fork()
 if child == 0:
     same(packed())
@@ -281,7 +281,7 @@ def test_a_launch_without_a_gpu_is_an_error_in_cudas_words():
 
 def test_an_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv("TOKENFLEX_BACKEND", "cudnn")
-    with pytest.raises(ValueError, match="one of auto, reference, native, triton, cuda, but is 'cudnn'"):
+    with pytest.raises(ValueError, match="reference, native, triton, cuda, but is 'cudnn'"):
         plan_packing([[1]], [], 9)
 
 

@@ -19,10 +19,9 @@ from tokenflex.data.steps import PackedStep, StepPacker
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor
 from tokenflex.training.config import StageConfig, TrainConfig
-from tokenflex.training.flops import Flops
+from tokenflex.training.flops import Flops, peak_flops
 from tokenflex.training.loop import TrainingRun
 from tokenflex.training.metrics import METRICS, TIMING_KEYS, bar_text, metrics_table
-from tokenflex.training.peaks import peak_flops
 from tokenflex.training.records import (
     Meter,
     MetricsFile,
@@ -224,7 +223,7 @@ def test_peaks_are_those_of_the_data_sheets(name, precision, teraflops):
 def test_float32_products_that_may_be_tf32_have_its_peak(monkeypatch):
     matmul = SimpleNamespace(fp32_precision="tf32")
     cuda = SimpleNamespace(backends=SimpleNamespace(cuda=SimpleNamespace(matmul=matmul)))
-    monkeypatch.setattr("tokenflex.training.peaks.torch", cuda)
+    monkeypatch.setattr("tokenflex.training.flops.torch", cuda)
     assert peak_flops("NVIDIA A100-SXM4-80GB", "no") == 156e12
 
 

@@ -11,7 +11,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
+
+from tokenflex_kernels.gpus import data_sheet
 
 
 @dataclass(frozen=True)
@@ -108,4 +111,21 @@ def _linear_weights(module: nn.Module) -> int:
         layer.weight.numel()
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear) and not name.startswith("head.")
+    )
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Return the operations a second in a GPU's data sheet; None without a sheet.
+
+    Args:
+        device_name: What ``torch.cuda.get_device_name`` returns.
+        precision: "bf16", "fp16" or "no", as in a configuration.
+    """
+    sheet = data_sheet(device_name)
+    if sheet is None:
+        return None
+    if precision != "no":
+        return 1e12 * sheet.half
+    return 1e12 * (
+        sheet.tf32 if torch.backends.cuda.matmul.fp32_precision == "tf32" else sheet.single
     )

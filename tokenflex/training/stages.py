@@ -14,8 +14,7 @@ from tokenflex.data.packing import PackingCollator
 from tokenflex.data.steps import PackedStep, StepPacker
 from tokenflex.training.build import modules_of
 from tokenflex.training.config import StageConfig
-from tokenflex.training.flops import teacher_flops, tile_cost, training_flops
-from tokenflex.training.peaks import peak_flops
+from tokenflex.training.flops import peak_flops, teacher_flops, tile_cost, training_flops
 from tokenflex.training.records import Meter, StageRecord
 from tokenflex.training.setup import Setup
 

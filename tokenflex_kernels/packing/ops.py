@@ -40,8 +40,8 @@ import torch
 from tokenflex_kernels.backend import extension
 from tokenflex_kernels.layout import neighbours
 from tokenflex_kernels.library import (
+    Op,
     batch,
-    below_autograd,
     define,
     differentiate_linear,
     refuse_derivatives,
@@ -263,7 +263,7 @@ def _vision_rows(source: torch.Tensor, num_vision: int) -> torch.Tensor:
     return torch.argsort(source)[:num_vision].flip(0).to(torch.int32)
 
 
-def _differentiate(name: str, op: Any, gradient: Callable[..., Gradients], *, floats: int) -> None:
+def _differentiate(name: str, op: Op, gradient: Callable[..., Gradients], *, floats: int) -> None:
     """Give an op its gradient; it is linear in its first ``floats`` arguments.
 
     ``gradient`` gets the gradient of the result and the op's other arguments; a row map that the op
@@ -275,8 +275,7 @@ def _differentiate(name: str, op: Any, gradient: Callable[..., Gradients], *, fl
         def forward(ctx: Any, *arguments: Any) -> Any:
             others = arguments[floats:]
             maps = [other for other in others if isinstance(other, torch.Tensor)]
-            with below_autograd():
-                result = op(*arguments)
+            result = op.below(*arguments)
             ctx.save_for_backward(*maps, *(result[1:] if isinstance(result, tuple) else ()))
             ctx.numbers, ctx.no_gradients = others[len(maps) :], [None] * len(others)
             ctx.sizes = [value.shape[0] for value in arguments[:floats]]

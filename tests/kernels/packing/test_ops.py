@@ -61,7 +61,7 @@ def op_arguments(plan, device):
 @pytest.mark.parametrize("plan", [PLAN, TEXT_ONLY], ids=["mixed", "text only"])
 def test_every_op_passes_opcheck(plan, device):
     for op, arguments in op_arguments(plan, device).items():
-        torch.library.opcheck(op, arguments)
+        torch.library.opcheck(op.overload, arguments)
 
 
 def strided(rows):
@@ -102,16 +102,16 @@ def test_an_op_called_on_its_own_reads_no_memory_but_its_tensors(op, changes, me
     arguments = op_arguments(PLAN, "cpu")[op]
     arguments = [changes.get(at, lambda same: same)(value) for at, value in enumerate(arguments)]
     with pytest.raises((TypeError, ValueError), match=message):
-        op(*arguments)
+        op.overload(*arguments)
 
 
 def test_opcheck_with_one_input_that_needs_no_gradient():
     maps = (PLAN.source, PLAN.vision_rows)
     torch.library.opcheck(
-        ops.pack_embeddings, (rows(6, "cpu", requires_grad=False), rows(7, "cpu"), *maps)
+        ops.pack_embeddings.overload, (rows(6, "cpu", requires_grad=False), rows(7, "cpu"), *maps)
     )
     torch.library.opcheck(
-        ops.pack_embeddings, (rows(6, "cpu"), rows(7, "cpu", requires_grad=False), *maps)
+        ops.pack_embeddings.overload, (rows(6, "cpu"), rows(7, "cpu", requires_grad=False), *maps)
     )
 
 
@@ -119,7 +119,7 @@ def test_opcheck_with_one_input_that_needs_no_gradient():
 def test_opcheck_with_images_that_are_shown_again(device):
     plan = SHOWN_AGAIN.to(device)
     arguments = (rows(6, device), rows(7, device), plan.source, plan.vision_rows, None, False)
-    torch.library.opcheck(ops.pack_embeddings, arguments)
+    torch.library.opcheck(ops.pack_embeddings.overload, arguments)
 
 
 def test_compiled_packing_of_images_that_are_shown_again():
