@@ -17,6 +17,7 @@
 #include "merge_source.h"
 #include "mover_grid.h"
 #include "pack_plan.h"
+#include "pool_norm.h"
 #include "row_map.h"
 #include "row_movers.h"
 #include "row_split.h"
@@ -263,6 +264,68 @@ void transpose_on_host(Address from, int64_t from_stride, Address to, int64_t ro
   transpose({at<const char>(from), from_stride}, at<void>(to), rows, columns, dtype, threads);
 }
 
+// ---- pooling and LayerNorm
+
+PoolTables pool_tables(Address images, int64_t num_images, Address axes, Address weights,
+                       bool weighted, int64_t num_patches) {
+  return {at<const int32_t>(images), num_images, at<const int32_t>(axes),
+          at<const double>(weights), weighted,   num_patches};
+}
+
+// The tables are the five arguments from `images` on.
+void pool_norm_forward_on_host(Address x, int64_t x_stride, const std::string& dtype,
+                               int64_t width, Address weight, const std::string& weight_dtype,
+                               Address bias, const std::string& bias_dtype, double eps,
+                               Address out, Address normalised, Address inverse_std,
+                               const std::string& out_dtype, Address images, int64_t num_images,
+                               Address axes, Address weights, bool weighted, int64_t num_patches,
+                               int threads) {
+  const py::gil_scoped_release release;
+  pool_norm_forward({pool_tables(images, num_images, axes, weights, weighted, num_patches),
+                     {at<const char>(x), x_stride},
+                     dtype,
+                     width,
+                     {at<const void>(weight), weight_dtype},
+                     {at<const void>(bias), bias_dtype},
+                     eps,
+                     at<void>(out),
+                     at<void>(normalised),
+                     at<void>(inverse_std),
+                     out_dtype},
+                    threads);
+}
+
+void pool_norm_backward_on_host(Address grad, int64_t grad_stride, const std::string& dtype,
+                                int64_t width, Address normalised, Address inverse_std,
+                                Address weight, const std::string& weight_dtype, Address grad_x,
+                                const std::string& grad_x_dtype, Address grad_scale,
+                                Address grad_shift, Address images, int64_t num_images,
+                                Address axes, Address weights, bool weighted,
+                                int64_t num_patches, int threads) {
+  const py::gil_scoped_release release;
+  pool_norm_backward({pool_tables(images, num_images, axes, weights, weighted, num_patches),
+                      {at<const char>(grad), grad_stride},
+                      at<const void>(normalised),
+                      at<const void>(inverse_std),
+                      dtype,
+                      width,
+                      {at<const void>(weight), weight_dtype},
+                      at<void>(grad_x),
+                      grad_x_dtype,
+                      at<void>(grad_scale),
+                      at<void>(grad_shift)},
+                     threads);
+}
+
+void scale_shift_on_host(Address normalised, const std::string& dtype, int64_t rows,
+                         int64_t width, Address weight, const std::string& weight_dtype,
+                         Address bias, const std::string& bias_dtype, Address out, int threads) {
+  const py::gil_scoped_release release;
+  scale_shift(at<const void>(normalised), dtype, rows, width,
+              {at<const void>(weight), weight_dtype}, {at<const void>(bias), bias_dtype},
+              at<void>(out), threads);
+}
+
 // What the extension was built for, e.g. {"sm_80", "sm_90", "compute_90"}.
 std::vector<std::string> cuda_architectures() {
   std::vector<std::string> names;
@@ -278,7 +341,7 @@ std::vector<std::string> cuda_architectures() {
 
 PYBIND11_MODULE(_C, module) {
   using namespace tokenflex;
-  module.doc() = "Packing on the host and the device. Private: use tokenflex_kernels.";
+  module.doc() = "Packing and pooling on the host and the device. Private: use tokenflex_kernels.";
 
   module.def("plan", &plan);
   module.def("merge_source", &merge_source);
@@ -300,6 +363,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("gated_product", &gated_product_on_host);
   module.def("gate_gradients", &gate_gradients_on_host);
   module.def("transpose", &transpose_on_host);
+  module.def("pool_norm_forward", &pool_norm_forward_on_host);
+  module.def("pool_norm_backward", &pool_norm_backward_on_host);
+  module.def("scale_shift", &scale_shift_on_host);
 
   module.attr("cuda_architectures") = cuda_architectures();
 #ifdef TOKENFLEX_CUDA

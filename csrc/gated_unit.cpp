@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "activation.h"
-#include "row_sums.h"
+#include "dtypes.h"
 #include "threads.h"
 #include "vectors.h"
 

@@ -27,7 +27,7 @@ BACKENDS = ("auto", "reference", "native", "triton", "cuda")
 
 # Fastest first; `reference` is implied as the last of each row.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "pool_norm": ("triton",),
+    "pool_norm": ("triton", "native"),
     "swiglu": ("triton",),
     "project_tokens": ("triton",),
     "plan_packing": ("native",),

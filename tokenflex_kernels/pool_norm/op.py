@@ -27,14 +27,13 @@ from tokenflex_kernels.pool_norm import reference
 from tokenflex_kernels.pool_norm.axis_weights import check_mode
 from tokenflex_kernels.pool_norm.plan import PoolPlan, grids_of, plan_pooling
 from tokenflex_kernels.pool_norm.stages import (
+    beyond_triton,
     launch_pool_norm_forward,
     pool_norm_backward,
     pool_norm_forward,
 )
 
 Gradients = tuple[torch.Tensor | None, ...]
-
-MAX_WIDTH = 8192  # a program of the kernels holds whole rows in registers
 
 
 def pool_norm(
@@ -75,18 +74,9 @@ def pool_norm(
     mode = check_mode(mode)
     eps = check_eps(eps)
     check_norm(x, weight, bias, prefix="")
-    if select_backend("pool_norm", x.device, beyond_triton=beyond_triton(x)) == "triton":
+    if select_backend("pool_norm", x.device, beyond_triton=beyond_triton(x)) != "reference":
         return fused_pool_norm(x, weight, bias, grids_of(plan), plan.num_cells, mode, eps)
     return reference.pool_norm(x, plan, mode=mode, weight=weight, bias=bias, eps=eps)
-
-
-def beyond_triton(x: torch.Tensor) -> str | None:
-    """Return the property of ``x`` that the kernels are not made for, or None."""
-    if x.dtype == torch.float64:
-        return "float64"
-    if x.shape[1] > MAX_WIDTH:
-        return f"rows of more than {MAX_WIDTH} features"
-    return None
 
 
 def check_plan(

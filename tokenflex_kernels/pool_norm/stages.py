@@ -1,5 +1,6 @@
-"""The stages of `pool_norm`: how each launches its kernel, registered as torch.library ops.
+"""The stages of `pool_norm`: how each runs its kernel, registered as torch.library ops.
 
+On host memory the extension runs them (``native``), and Triton where it interprets its kernels.
 A stage computes only the results that are wanted, and trusts its arguments. The grids of the batch
 are a small tensor on the host (``PoolPlan.grids``), beside the number of rows that a compiler must
 know, so no length is ever read back from the device.
@@ -13,14 +14,34 @@ from typing import Any
 
 import torch
 
+from tokenflex_kernels.backend import select_backend
 from tokenflex_kernels.launch import cdiv, launch
 from tokenflex_kernels.launch_configs import RowConfig, config_for
 from tokenflex_kernels.layout import neighbours
 from tokenflex_kernels.library import define_stage
+from tokenflex_kernels.pool_norm import native
+from tokenflex_kernels.pool_norm.native import sum_dtype
 from tokenflex_kernels.pool_norm.tables import pooling_tables
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Sums = tuple[torch.Tensor | None, torch.Tensor | None]
+
+MAX_WIDTH = 8192  # a program of the Triton kernels holds whole rows in registers
+
+
+def beyond_triton(x: torch.Tensor) -> str | None:
+    """Return the property of ``x`` that the Triton kernels are not made for, or None."""
+    if x.dtype == torch.float64:
+        return "float64"
+    if x.shape[1] > MAX_WIDTH:
+        return f"rows of more than {MAX_WIDTH} features"
+    return None
+
+
+def _is_native(rows: torch.Tensor) -> bool:
+    if rows.device.type != "cpu":
+        return False
+    return select_backend("pool_norm", "cpu", beyond_triton=beyond_triton(rows)) != "triton"
 
 
 @cache
@@ -53,10 +74,13 @@ def launch_pool_norm_forward(
 
     Returns:
         out [cells, C]; and, saved or else of no rows, normalised [cells, C] in ``dtype`` and
-        inverse_std float32 [cells].
+        inverse_std [cells], float32 (float64 where ``dtype`` is).
     """
     out, normalised, inverse_std = results = _forward_results(x, weight, cells, dtype, save)
-    if len(grids) == 0:
+    if len(grids) == 0 or x.shape[1] == 0:
+        return results
+    if _is_native(x):
+        native.pool_norm_forward(x, weight, bias, grids, mode, eps, *results)
         return results
     config: RowConfig = config_for("pool_norm_forward", x, cells)
     tables = pooling_tables(grids, mode, x.device)
@@ -65,7 +89,7 @@ def launch_pool_norm_forward(
     programs_per_image = max(h * cdiv(w, config.columns) for h, w in tables.out_grids)
     launch(
         _kernels().pool_norm_forward_kernel,
-        tables.num_images * programs_per_image if width > 0 else 0,
+        tables.num_images * programs_per_image,
         x,
         *(x, weight, bias, out, normalised, inverse_std),
         *(tables.images, tables.axes, tables.weights),
@@ -89,7 +113,7 @@ def _forward_results(
     return (
         x.new_empty(cells, x.shape[1], dtype=dtype),
         x.new_empty(saved, x.shape[1], dtype=dtype),
-        x.new_empty(saved, dtype=torch.float32),
+        x.new_empty(saved, dtype=sum_dtype(dtype)),
     )
 
 
@@ -116,15 +140,20 @@ def launch_pool_norm_backward(
         grad_weight, grad_bias: whether these are wanted.
 
     Returns:
-        The gradients of x [patches, C] in ``dtype``, and of weight and bias, float32 [C]; those
-        that are not wanted have no elements.
+        The gradients of x [patches, C] in ``dtype``, and of weight and bias [C], float32 (float64
+        where ``grad`` is); those that are not wanted have no elements.
     """
-    if len(grids) == 0:
+    if len(grids) == 0 or grad.shape[1] == 0:
         results = _backward_shapes(
             *(grad, normalised, inverse_std, weight, grids, patches, mode, dtype),
             *(grad_weight, grad_bias),
         )
         return results[0].zero_(), results[1].zero_(), results[2].zero_()
+    if _is_native(grad):
+        return native.pool_norm_backward(
+            *(grad, normalised, inverse_std, weight, grids, patches, mode, dtype),
+            *(grad_weight, grad_bias),
+        )
     grad, weight = neighbours(grad), _vector(weight)
     width = grad.shape[1]
     grad_x = grad.new_empty(0) if dtype is None else grad.new_empty(patches, width, dtype=dtype)
@@ -141,11 +170,11 @@ def launch_pool_norm_backward(
         # Where most places of the programs have no patch, as of one large grid among small ones,
         # a partial sum for each program is more than a kernel of its own needs.
         if needs_sums and programs * config.rows * config.columns <= 4 * patches:
-            partials = _partial_sums(grad, programs if width > 0 else 0, grad_weight, grad_bias)
+            partials = _partial_sums(grad, programs, grad_weight, grad_bias)
             needs_sums = False
         launch(
             _kernels().pool_norm_backward_kernel,
-            programs if width > 0 else 0,
+            programs,
             grad,
             *(grad, normalised, inverse_std, weight, grad_x, *partials),
             *(tables.images, tables.axes, tables.weights),
@@ -172,8 +201,8 @@ def _backward_shapes(grad: torch.Tensor, *arguments: Any) -> Triple:
     width = grad.shape[1]
     return (
         grad.new_empty(0) if dtype is None else grad.new_empty(patches, width, dtype=dtype),
-        grad.new_empty(width if grad_weight else 0, dtype=torch.float32),
-        grad.new_empty(width if grad_bias else 0, dtype=torch.float32),
+        grad.new_empty(width if grad_weight else 0, dtype=sum_dtype(grad.dtype)),
+        grad.new_empty(width if grad_bias else 0, dtype=sum_dtype(grad.dtype)),
     )
 
 
@@ -212,8 +241,11 @@ def launch_scale_shift(
     """Return normalised * weight + bias, [cells, C]: LayerNorm's result from what it saved."""
     weight, bias = neighbours(weight), _vector(bias)
     rows, width = normalised.shape
-    config: RowConfig = config_for("scale_shift", normalised, rows)
     out = torch.empty_like(normalised)
+    if _is_native(normalised):
+        native.scale_shift(normalised, weight, bias, out)
+        return out
+    config: RowConfig = config_for("scale_shift", normalised, rows)
     launch(
         _kernels().scale_shift_kernel,
         cdiv(rows, config.rows) if width > 0 else 0,

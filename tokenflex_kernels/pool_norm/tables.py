@@ -2,7 +2,7 @@
 
     images   int32 [images, 10]    first rows of an image, its grids, and its axes' tables
     axes     int32                 for each kind of axis: windows [cells, 4], covers [size, 2]
-    weights  float32               for each kind of axis: the weights of its windows, one by one
+    weights  float32 or float64    for each kind of axis: the weights of its windows, one by one
 
 A window of an axis: first patch, number of patches, divisor, first weight. A cover of an axis: the
 first cell whose window holds a patch, and the number of such cells, which are neighbours because
@@ -39,7 +39,7 @@ class PoolingTables(NamedTuple):
         images: int32 [images, 10]: first patch row, H, W, first cell row, h, w, then the offsets in
             ``axes`` of the vertical and horizontal windows, and the vertical and horizontal covers.
         axes: int32, flat.
-        weights: float32, flat.
+        weights: flat.
         weighted: whether any weight is not 1; in the adaptive mode all are.
         in_grids, out_grids: the different grids of the batch.
         num_images, num_patches, num_cells: sizes of the batch.
@@ -68,14 +68,14 @@ def _axis_table(size: int, cells: int, mode: str) -> tuple[np.ndarray, np.ndarra
     return (
         np.stack([axis.first, axis.counts, axis.divisors, axis.starts], 1).astype(np.int32),
         np.stack([np.where(covers > 0, cover, 0), covers], 1).astype(np.int32),
-        axis.values.astype(np.float32),
+        axis.values,
     )
 
 
 def build_tables(
     runs: Sequence[tuple[int, int, int, int, int]], mode: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return ``images``, ``axes`` and ``weights`` of a batch, on the host."""
+    """Return ``images``, ``axes`` and ``weights``, float64, of a batch, on the host."""
     axes: list[np.ndarray] = []
     weights: list[np.ndarray] = []
     offsets: dict[tuple[int, int], tuple[int, int]] = {}  # (size, cells) -> its two tables
@@ -114,25 +114,28 @@ class _Entry(NamedTuple):
 
 # Least recently used first. Tables that a CUDA graph was captured with stay for good: the graph
 # holds nothing but their address.
-_Key = tuple[bytes, str, torch.device]
+_Key = tuple[bytes, str, torch.device, torch.dtype]
 _cached: OrderedDict[_Key, _Entry] = OrderedDict()
 _captured: dict[_Key, _Entry] = {}
 _lock = Lock()
 
 
-def pooling_tables(grids: torch.Tensor, mode: str, device: torch.device) -> PoolingTables:
+def pooling_tables(
+    grids: torch.Tensor, mode: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> PoolingTables:
     """Return the tables of a batch, from the cache or made now, without waiting for the device.
 
     Args:
         grids: int64 [5 * runs] on the host, at least one run: see :attr:`PoolPlan.grids`.
         mode: "adaptive" or "resize".
         device: of the kernels. On CUDA, the tables are ready for the current stream.
+        dtype: of the weights, float32 or float64.
 
     Raises:
         ValueError: the batch has more patches or cells than int32 counts.
         RuntimeError: a CUDA graph is being captured and these grids never ran before.
     """
-    key = grids.numpy().tobytes(), mode, device
+    key = grids.numpy().tobytes(), mode, device, dtype
     with _lock:
         entry = _cached.get(key) or _captured.get(key)
         if key in _cached:
@@ -145,7 +148,7 @@ def pooling_tables(grids: torch.Tensor, mode: str, device: torch.device) -> Pool
 
 
 def _make(key: _Key, grids: torch.Tensor) -> _Entry:
-    _, mode, device = key
+    _, mode, device, dtype = key
     on_cuda = device.type == "cuda"
     if on_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -158,16 +161,17 @@ def _make(key: _Key, grids: torch.Tensor) -> _Entry:
         if rows > 2**31 - 1:
             raise ValueError(f"{name} must hold at most {2**31 - 1} rows in all, got {rows}")
     images, axes, weights = build_tables(runs, mode)
+    parts = _copy(images, axes, weights, device, dtype)
     entry = _Entry(
         PoolingTables(
-            *_copy(images, axes, weights, device),
+            *parts,
             weighted=bool((weights != 1).any()),
             in_grids=tuple({(in_h, in_w) for _, in_h, in_w, _, _ in runs}),
             out_grids=tuple({(out_h, out_w) for _, _, _, out_h, out_w in runs}),
             num_images=len(images),
             num_patches=num_patches,
             num_cells=num_cells,
-            num_bytes=images.nbytes + axes.nbytes + weights.nbytes + grids.nbytes,
+            num_bytes=sum(part.nbytes for part in (*parts, grids)),
         )
     )
     if on_cuda:
@@ -188,16 +192,20 @@ def _evict() -> None:
 
 
 def _copy(
-    images: np.ndarray, axes: np.ndarray, weights: np.ndarray, device: torch.device
+    images: np.ndarray,
+    axes: np.ndarray,
+    weights: np.ndarray,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Copy the tables to ``device`` at once; float32 weights travel as the int32 of their bits."""
-    packed = np.concatenate([images.ravel(), axes, weights.view(np.int32)])
-    flat = torch.from_numpy(packed)
+    """Copy the tables to ``device`` at once; weights travel as int32, in front to be aligned."""
+    bits = torch.from_numpy(weights).to(dtype).view(torch.int32)
+    flat = torch.cat([bits, torch.from_numpy(images).flatten(), torch.from_numpy(axes)])
     if device.type == "cuda":
         flat = flat.pin_memory()
     flat = flat.to(device, non_blocking=True)
-    parts = flat.split([images.size, axes.size, weights.size])
-    return parts[0].view(images.shape), parts[1], parts[2].view(torch.float32)
+    parts = flat.split([len(bits), images.size, axes.size])
+    return parts[1].view(images.shape), parts[2], parts[0].view(dtype)
 
 
 def _await_copy(key: _Key, entry: _Entry, done: torch.cuda.Event) -> None:
