@@ -246,13 +246,11 @@ void gated_product_on_host(Address gate, Address up, int64_t rows, int64_t hidde
 
 void gate_gradients_on_host(Address gate, Address up, int64_t rows, int64_t hidden,
                             bool by_columns, Address grad, int64_t grad_stride, Address grads,
-                            Address columns, Address product, Address sums,
-                            const std::string& dtype, int threads) {
+                            Address product, Address sums, const std::string& dtype, int threads) {
   const py::gil_scoped_release release;
   gate_gradients(gate_up(gate, up, rows, hidden, by_columns),
                  {{at<const char>(grad), grad_stride},
                   at<void>(grads),
-                  at<void>(columns),
                   at<void>(product),
                   at<void>(sums)},
                  dtype, threads);

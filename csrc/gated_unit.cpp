@@ -235,16 +235,11 @@ void differentiate_all(const GateUp& inputs, const GateGradients& results, int t
   const auto gate = matrix<T>(inputs.gate, length), up = matrix<T>(inputs.up, length);
   const Matrix<const T> grad = {reinterpret_cast<const T*>(results.grad.data), results.grad.stride};
   const auto grads = matrix<T>(results.grads, 2 * hidden);
-  const auto columns = matrix<T>(results.columns, rows);
   const auto product = matrix<T>(results.product, hidden);
   Real* sums = static_cast<Real*>(results.sums);
   const int64_t bytes = 6 * rows * hidden * int64_t(sizeof(T));
-  const int64_t width = inputs.by_columns || columns.data ? kSide : kChunk;
+  const int64_t width = inputs.by_columns ? kSide : kChunk;
   share_columns(hidden, bytes, threads, [&](int64_t begin, int64_t end) {
-    if (sums) {
-      std::fill(sums + begin, sums + end, Real(0));
-      std::fill(sums + hidden + begin, sums + hidden + end, Real(0));
-    }
     for_tiles(rows, begin, end, width, [&](const Place& place) {
       T g[kTile], u[kTile];
       const Place up_place = {place.row, hidden + place.column, place.rows, place.columns};
@@ -261,11 +256,6 @@ void differentiate_all(const GateUp& inputs, const GateGradients& results, int t
       part.product = product.data ? product.row(place, 0) : nullptr, part.hidden = hidden;
       if (sums) part.gate_sums = sums + place.column, part.up_sums = sums + up_place.column;
       differentiate(part, place.rows, place.columns);
-      if (!columns.data) return;
-      for (const Place& half : {place, up_place}) {
-        load(Matrix<const T>{grads.data, grads.stride}, half, g);
-        store_turned(g, half, columns);
-      }
     });
   });
 }

@@ -25,14 +25,12 @@ void gated_product(const GateUp& inputs, void* product, const std::string& dtype
 // Backward from d product, [rows, hidden] with any row stride:
 //
 //   grads = (d product * up * activation'(gate), d product * activation(gate))     [rows, 2 hidden]
-//   columns = grads^T [2 hidden, rows], product, and sums = the sum of grads over rows [2 hidden], in the
-//   accumulation type; each may be null
 //
-// Columns are summed 32 rows at a time, whatever the number of threads.
+// product [rows, hidden] is written unless it is null, and the grads' columns are added to sums [2 hidden],
+// in the accumulation type, unless they are null: 32 rows at a time, whatever the number of threads.
 struct GateGradients {
   ConstRows grad;
   void* grads;
-  void* columns;
   void* product;
   void* sums;
 };

@@ -26,6 +26,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction, once_differentiable
 
+from tokenflex_kernels.backend import requested_backend, select_backend
+
 Overload = Callable[..., Any]
 BatchingRule = Callable[..., tuple[Any, Any]]
 
@@ -239,6 +241,18 @@ def _requires_grad(arguments: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(
         isinstance(value, torch.Tensor) and value.requires_grad for value in arguments
     )
+
+
+def choose_backend(op: str, x: torch.Tensor, *, beyond_triton: str | None = None) -> str:
+    """Return the implementation of ``op`` for this call, see :func:`select_backend`.
+
+    Within ``torch.func`` and in forward mode the automatic choice on host memory is the reference,
+    which has derivatives of every order.
+    """
+    choice = select_backend(op, x.device, beyond_triton=beyond_triton)
+    if choice == "native" and (is_transformed() or forward_ad._current_level >= 0):
+        return "reference" if requested_backend() == "auto" else choice
+    return choice
 
 
 def is_transformed() -> bool:
