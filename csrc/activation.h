@@ -45,11 +45,12 @@ TOKENFLEX_INLINE double exp_of_negative(double x) { return std::exp(x); }
 // both s and 1 - s are exact to the last places.
 template <class Real>
 TOKENFLEX_INLINE Activation<Real> activation(Real gate) {
-  const Real e = exp_of_negative(-std::fabs(gate)), divisor = 1 / (1 + e);
+  const Real e = exp_of_negative(-std::fabs(gate)), sum = 1 + e, inverse = 1 / sum;
   // Arithmetic, because a compiler may make branches of choices, and no vectors of those.
   const Real negative = gate < 0, other = 1 - negative;
-  const Real s = (other + negative * e) * divisor, rest = (negative + other * e) * divisor;
-  return {gate * s, s + gate * s * rest};
+  const Real above = other + negative * e, below = negative + other * e;
+  const Real value = gate * above / sum;  // is rounded less often than gate * s
+  return {value, above * inverse + value * (below * inverse)};
 }
 
 }  // namespace tokenflex
