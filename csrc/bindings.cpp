@@ -234,26 +234,24 @@ void pack_rows_cuda(Address table, int64_t table_stride, Address vision, int64_t
 
 // ---- the gated unit
 
-GateUp gate_up(Address gate, Address up, int64_t rows, int64_t hidden, bool by_columns) {
-  return {at<const void>(gate), at<const void>(up), rows, hidden, by_columns};
+GateUp gate_up(Address gate, Address up, int64_t rows, int64_t hidden) {
+  return {at<const void>(gate), at<const void>(up), rows, hidden};
 }
 
 void gated_product_on_host(Address gate, Address up, int64_t rows, int64_t hidden, bool by_columns,
                            Address product, const std::string& dtype, int threads) {
   const py::gil_scoped_release release;
-  gated_product(gate_up(gate, up, rows, hidden, by_columns), at<void>(product), dtype, threads);
+  gated_product(gate_up(gate, up, rows, hidden), by_columns, at<void>(product), dtype, threads);
 }
 
-void gate_gradients_on_host(Address gate, Address up, int64_t rows, int64_t hidden,
-                            bool by_columns, Address grad, int64_t grad_stride, Address grads,
-                            Address product, Address sums, const std::string& dtype, int threads) {
+void gate_gradients_on_host(Address gate, Address up, int64_t rows, int64_t hidden, Address grad,
+                            int64_t grad_stride, Address grads, Address product, Address sums,
+                            const std::string& dtype, int threads) {
   const py::gil_scoped_release release;
-  gate_gradients(gate_up(gate, up, rows, hidden, by_columns),
-                 {{at<const char>(grad), grad_stride},
-                  at<void>(grads),
-                  at<void>(product),
-                  at<void>(sums)},
-                 dtype, threads);
+  gate_gradients(
+      gate_up(gate, up, rows, hidden),
+      {{at<const char>(grad), grad_stride}, at<void>(grads), at<void>(product), at<void>(sums)},
+      dtype, threads);
 }
 
 void transpose_on_host(Address from, int64_t from_stride, Address to, int64_t rows,

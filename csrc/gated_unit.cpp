@@ -1,10 +1,10 @@
-// Traffic: every matrix is read or written once, in tiles of 32 x 32 that stay in the first cache. Tiles
-// of matrices that lie column by column are turned there. Threads share columns, so that a column's sum
-// is the work of one thread.
+// Traffic: every matrix is read or written once. What lies column by column is turned in tiles of 32 x 32
+// that stay in the first cache. Threads share columns, so that a column's sum is the work of one thread.
 #include "gated_unit.h"
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "activation.h"
 #include "dtypes.h"
@@ -29,16 +29,13 @@ TOKENFLEX_VERSIONS void multiply(const T* __restrict gate, const T* __restrict u
   }
 }
 
-// Some columns of up to kSide rows; the strides are in elements.
+// Some columns of up to kSide rows; strides are in elements.
 template <class T>
 struct Gradients {
-  const T *gate, *up;
-  int64_t stride;  // of gate and up
-  const T* grad;
-  int64_t grad_stride;
+  const T *gate, *up, *grad;
+  int64_t hidden, grad_stride;
   T *grad_gate, *grad_up;
-  T* product;  // or null
-  int64_t hidden;
+  T* product;                    // or null
   SumOf<T>*gate_sums, *up_sums;  // to add the columns to, or null
 };
 
@@ -49,7 +46,7 @@ TOKENFLEX_VERSIONS void differentiate(const Gradients<T>& part, int64_t rows, in
   std::fill_n(gate_sum, columns, Real(0));
   std::fill_n(up_sum, columns, Real(0));
   for (int64_t row = 0; row < rows; ++row) {
-    const T *gate = part.gate + row * part.stride, *up = part.up + row * part.stride;
+    const T *gate = part.gate + row * part.hidden, *up = part.up + row * part.hidden;
     const T* grad = part.grad + row * part.grad_stride;
     T *grad_gate = part.grad_gate + 2 * row * part.hidden;
     T *grad_up = part.grad_up + 2 * row * part.hidden;
@@ -106,10 +103,8 @@ struct Place {
   int64_t row, column, rows, columns;
 
   Place turned() const { return {column, row, columns, rows}; }
-  // To the right of this one, as far as it is before column `end`.
-  Place next(int64_t end) const {
-    const int64_t begin = column + columns;
-    return {row, begin, rows, std::min(columns, end - begin)};
+  Place below(int64_t end) const {
+    return {row + rows, column, std::min(rows, end - row - rows), columns};
   }
 };
 
@@ -154,21 +149,14 @@ void store(const T* tile, const Place& place, const Matrix<T>& to) {
 }
 
 // Asks for a tile ahead of its use: its rows lie too far apart for the processor to foresee them.
-template <int kWrite, class T>
+template <class T>
 void prefetch(const Matrix<T>& of, const Place& place) {
   constexpr int64_t kLine = 64 / int64_t(sizeof(T));
   for (int64_t r = 0; r < place.rows; ++r) {
     for (int64_t c = 0; c < place.columns; c += kLine) {
-      __builtin_prefetch(of.row(place, r) + c, kWrite);
+      __builtin_prefetch(of.row(place, r) + c, !std::is_const_v<T>);
     }
   }
-}
-
-template <class T>
-void load_turned(const Matrix<const T>& from, const Place& place, T* tile) {
-  T across[kTile];
-  load(from, place.turned(), across);
-  turn(across, tile);
 }
 
 template <class T>
@@ -188,6 +176,15 @@ void for_tiles(int64_t rows, int64_t begin, int64_t end, int64_t width, const Wo
   }
 }
 
+// The same in tiles of kSide columns, down the rows and then to the right: matrices that lie column by
+// column are read one row of theirs after another.
+template <class Work>
+void for_tiles_down(int64_t rows, int64_t begin, int64_t end, const Work& work) {
+  for (int64_t column = begin; column < end; column += kSide) {
+    for_tiles(rows, column, std::min(end, column + kSide), kSide, work);
+  }
+}
+
 // Calls work(begin, end) for each thread's share of the columns, in whole tiles.
 template <class Work>
 void share_columns(int64_t columns, int64_t bytes, int threads, const Work& work) {
@@ -200,9 +197,9 @@ void share_columns(int64_t columns, int64_t bytes, int threads, const Work& work
 // ---- Whole matrices.
 
 template <class T>
-void multiply_all(const GateUp& inputs, void* product, int threads) {
+void multiply_all(const GateUp& inputs, bool by_columns, void* product, int threads) {
   const int64_t count = inputs.rows * inputs.hidden, bytes = 3 * count * int64_t(sizeof(T));
-  if (!inputs.by_columns) {
+  if (!by_columns) {
     const T *gate = static_cast<const T*>(inputs.gate), *up = static_cast<const T*>(inputs.up);
     T* out = static_cast<T*>(product);
     in_parts(count, worthwhile_parts(count, bytes, threads), [&](int64_t begin, int64_t end) {
@@ -213,12 +210,9 @@ void multiply_all(const GateUp& inputs, void* product, int threads) {
   const auto gate = matrix<T>(inputs.gate, inputs.rows), up = matrix<T>(inputs.up, inputs.rows);
   const auto out = matrix<T>(product, inputs.hidden);
   share_columns(inputs.hidden, bytes, threads, [&](int64_t begin, int64_t end) {
-    for_tiles(inputs.rows, begin, end, kSide, [&](const Place& place) {
+    for_tiles_down(inputs.rows, begin, end, [&](const Place& place) {
       T g[kTile], u[kTile], p[kTile];
-      const Place next = place.next(end);
-      prefetch<0>(gate, next.turned());
-      prefetch<0>(up, next.turned());
-      prefetch<1>(out, place);
+      prefetch(out, place);
       load(gate, place.turned(), g);
       load(up, place.turned(), u);
       multiply(g, u, p, kTile);
@@ -231,30 +225,25 @@ template <class T>
 void differentiate_all(const GateUp& inputs, const GateGradients& results, int threads) {
   using Real = SumOf<T>;
   const int64_t rows = inputs.rows, hidden = inputs.hidden;
-  const int64_t length = inputs.by_columns ? rows : hidden;
-  const auto gate = matrix<T>(inputs.gate, length), up = matrix<T>(inputs.up, length);
+  const auto gate = matrix<T>(inputs.gate, hidden), up = matrix<T>(inputs.up, hidden);
   const Matrix<const T> grad = {reinterpret_cast<const T*>(results.grad.data), results.grad.stride};
   const auto grads = matrix<T>(results.grads, 2 * hidden);
   const auto product = matrix<T>(results.product, hidden);
   Real* sums = static_cast<Real*>(results.sums);
   const int64_t bytes = 6 * rows * hidden * int64_t(sizeof(T));
-  const int64_t width = inputs.by_columns ? kSide : kChunk;
   share_columns(hidden, bytes, threads, [&](int64_t begin, int64_t end) {
-    for_tiles(rows, begin, end, width, [&](const Place& place) {
-      T g[kTile], u[kTile];
-      const Place up_place = {place.row, hidden + place.column, place.rows, place.columns};
-      Gradients<T> part = {};
-      if (inputs.by_columns) {
-        load_turned(gate, place, g);
-        load_turned(up, place, u);
-        part.gate = g, part.up = u, part.stride = kSide;
-      } else {
-        part.gate = gate.row(place, 0), part.up = up.row(place, 0), part.stride = hidden;
-      }
-      part.grad = grad.row(place, 0), part.grad_stride = grad.stride / int64_t(sizeof(T));
-      part.grad_gate = grads.row(place, 0), part.grad_up = grads.row(up_place, 0);
-      part.product = product.data ? product.row(place, 0) : nullptr, part.hidden = hidden;
-      if (sums) part.gate_sums = sums + place.column, part.up_sums = sums + up_place.column;
+    for_tiles(rows, begin, end, kChunk, [&](const Place& place) {
+      T* grad_gate = grads.row(place, 0);
+      const Gradients<T> part = {gate.row(place, 0),
+                                 up.row(place, 0),
+                                 grad.row(place, 0),
+                                 hidden,
+                                 grad.stride / int64_t(sizeof(T)),
+                                 grad_gate,
+                                 grad_gate + hidden,
+                                 product.data ? product.row(place, 0) : nullptr,
+                                 sums ? sums + place.column : nullptr,
+                                 sums ? sums + hidden + place.column : nullptr};
       differentiate(part, place.rows, place.columns);
     });
   });
@@ -266,7 +255,8 @@ void transpose_all(const ConstRows& from, void* to, int64_t rows, int64_t column
   const auto result = matrix<Bits>(to, rows);
   const int64_t bytes = 2 * rows * columns * int64_t(sizeof(Bits));
   share_columns(columns, bytes, threads, [&](int64_t begin, int64_t end) {
-    for_tiles(rows, begin, end, kSide, [&](const Place& place) {
+    for_tiles_down(rows, begin, end, [&](const Place& place) {
+      prefetch(source, place.below(rows));
       Bits tile[kTile];
       load(source, place, tile);
       store_turned(tile, place, result);
@@ -276,9 +266,10 @@ void transpose_all(const ConstRows& from, void* to, int64_t rows, int64_t column
 
 }  // namespace
 
-void gated_product(const GateUp& inputs, void* product, const std::string& dtype, int threads) {
+void gated_product(const GateUp& inputs, bool by_columns, void* product, const std::string& dtype,
+                   int threads) {
   with_dtype(dtype, [&](auto element) {
-    multiply_all<decltype(element)>(inputs, product, threads);
+    multiply_all<decltype(element)>(inputs, by_columns, product, threads);
   });
 }
 

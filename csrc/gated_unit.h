@@ -1,7 +1,4 @@
 // The pointwise halves of the gated unit on host memory, around matrix products that are PyTorch's.
-//
-// gate and up are [rows, hidden], contiguous row by row, or column by column (`by_columns`): a product of
-// few rows with wide weights is faster the other way round.
 #pragma once
 
 #include <cstdint>
@@ -16,13 +13,14 @@ struct GateUp {
   const void* up;
   int64_t rows;
   int64_t hidden;
-  bool by_columns;
 };
 
-// product = activation(gate) * up, contiguous [rows, hidden].
-void gated_product(const GateUp& inputs, void* product, const std::string& dtype, int threads);
+// product = activation(gate) * up, contiguous [rows, hidden]. gate and up are contiguous too, or with
+// `by_columns` their transposes are: of few rows, the products that make them are faster that way.
+void gated_product(const GateUp& inputs, bool by_columns, void* product, const std::string& dtype,
+                   int threads);
 
-// Backward from d product, [rows, hidden] with any row stride:
+// Backward from d product, [rows, hidden] with any row stride, and contiguous gate and up:
 //
 //   grads = (d product * up * activation'(gate), d product * activation(gate))     [rows, 2 hidden]
 //

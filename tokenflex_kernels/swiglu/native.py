@@ -1,14 +1,13 @@
 """The stages of `swiglu` on host memory: PyTorch's matrix products, and the rest by the extension.
 
 A product of few rows with wide weights is faster the other way round, W x^T: its library packs the
-second factor before it multiplies, and leaves the first as it is. So gate and up are computed as
-[H, rows] where there are fewer rows than hidden units, in blocks of rows that stay in the cache
-until they are multiplied. They are kept block after block: only this file knows their order.
+second factor before it multiplies, and leaves the first as it is. Inference computes gate and up
+that way, [H, rows], where there are fewer rows than hidden units, in blocks of rows that stay in
+the cache until they are multiplied. Backward would have to turn what was kept: more time than that
+saves, so training keeps gate and up as [T, H].
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -30,22 +29,20 @@ def gate_up(
     gate: torch.Tensor,
     up: torch.Tensor,
 ) -> None:
-    """Compute product [T, H], gate and up [T * H]; those that are empty are not wanted."""
-    rows, hidden = x.shape[0], gate_weight.shape[0]
-    is_kept = gate.numel() > 0
-    if not is_kept:
-        largest = max(stop - start for start, stop in _blocks(rows, hidden))
-        gate, up = x.new_empty(2, largest * hidden)
-    for start, stop in _blocks(rows, hidden):
-        place = slice(start * hidden, stop * hidden) if is_kept else slice((stop - start) * hidden)
-        parts = gate[place], up[place]
-        _linear_into(x[start:stop], gate_weight, gate_bias, parts[0])
-        _linear_into(x[start:stop], up_weight, up_bias, parts[1])
+    """Compute product, gate and up, [T, H]; those of no rows are not wanted."""
+    if len(gate) > 0:
+        _linear_into(gate, x, gate_weight, gate_bias)
+        _linear_into(up, x, up_weight, up_bias)
         if len(product) > 0:
-            compiled_extension().gated_product(
-                *_gate_up(*parts, stop - start, hidden),
-                *(product[start:].data_ptr(), *_options(product)),
-            )
+            _multiply(gate, up, product, by_columns=False)
+        return
+    blocks = max(1, product.numel() // BLOCK)
+    for part, rows in zip(product.chunk(blocks), x.chunk(blocks), strict=True):
+        by_columns = part.shape[0] < part.shape[1]
+        gate, up = part.new_empty((2, *(reversed(part.shape) if by_columns else part.shape)))
+        for out, weight, bias in ((gate, gate_weight, gate_bias), (up, up_weight, up_bias)):
+            _linear_into(out, rows, weight, bias, by_columns=by_columns)
+        _multiply(gate, up, part, by_columns=by_columns)
 
 
 def down_gradient(
@@ -58,20 +55,14 @@ def down_gradient(
 ) -> None:
     """Compute the gradients from that of the product, [T, H]; see the stage of this name.
 
-    ``product`` and ``sums``, which is zero, may be empty.
+    ``product`` and ``sums``, which is zero, may be of no rows.
     """
-    grad = neighbours(grad)
-    rows, hidden = grad.shape
-    stride = grad.stride(0) * grad.element_size()
-    for start, stop in _blocks(rows, hidden):
-        place = slice(start * hidden, stop * hidden)
-        compiled_extension().gate_gradients(
-            *_gate_up(gate[place], up[place], stop - start, hidden),
-            *(grad.data_ptr() + start * stride, stride, grads[start:].data_ptr()),
-            product[start:].data_ptr() if len(product) > 0 else 0,
-            sums.data_ptr() if sums.numel() > 0 else 0,
-            *_options(grads),
-        )
+    grad, gate, up = neighbours(grad), gate.contiguous(), up.contiguous()
+    compiled_extension().gate_gradients(
+        *(gate.data_ptr(), up.data_ptr(), *gate.shape),
+        *(grad.data_ptr(), grad.stride(0) * grad.element_size(), grads.data_ptr()),
+        *(product.data_ptr(), sums.data_ptr(), *_options(grads)),
+    )
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -104,34 +95,29 @@ def transposed(matrix: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _blocks(rows: int, hidden: int) -> Iterator[tuple[int, int]]:
-    """Yield the first row of each block of about equal length, and that of the next."""
-    blocks = max(1, -(-rows * hidden // BLOCK))
-    length = -(-rows // blocks)
-    for start in range(0, rows, length):
-        yield start, min(start + length, rows)
-
-
 def _linear_into(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    by_columns: bool = False,
 ) -> None:
-    """Write x W^T + b, [rows, H] or, where there are few rows, its transpose."""
-    rows, hidden = x.shape[0], weight.shape[0]
-    if rows < hidden:
-        left, right, out = weight, x.t(), out.view(hidden, rows)
-        bias = None if bias is None else bias[:, None]
-    else:
-        left, right, out = x, weight.t(), out.view(rows, hidden)
+    """Write x W^T + b, [rows, H], or its transpose, into ``out``."""
+    left, right = (weight, x.t()) if by_columns else (x, weight.t())
     if bias is None:
         torch.mm(left, right, out=out)
     else:
-        torch.addmm(bias, left, right, out=out)
+        torch.addmm(bias[:, None] if by_columns else bias, left, right, out=out)
 
 
-def _gate_up(
-    gate: torch.Tensor, up: torch.Tensor, rows: int, hidden: int
-) -> tuple[int, int, int, int, bool]:
-    return gate.data_ptr(), up.data_ptr(), rows, hidden, rows < hidden
+def _multiply(
+    gate: torch.Tensor, up: torch.Tensor, product: torch.Tensor, *, by_columns: bool
+) -> None:
+    compiled_extension().gated_product(
+        *(gate.data_ptr(), up.data_ptr(), *product.shape, by_columns),
+        *(product.data_ptr(), *_options(product)),
+    )
 
 
 def _options(rows: torch.Tensor) -> tuple[str, int]:

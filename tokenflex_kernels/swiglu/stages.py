@@ -74,8 +74,7 @@ def launch_gate_up(
         save: whether gate and up are.
 
     Returns:
-        product, gate and up, each [T, H] in the dtype of x, or of no rows where not wanted. On host
-        memory gate and up are [T * H], for ``down_gradient`` alone to read.
+        product, gate and up, each [T, H] in the dtype of x, or of no rows where not wanted.
     """
     if len(x) == 0:
         return _gate_up_results(x, gate_weight, product, save)
@@ -124,8 +123,11 @@ def _gate_up_results(
 ) -> Triple:
     rows, hidden = x.shape[0], gate_weight.shape[0]
     saved = rows if save else 0
-    shape = (saved * hidden,) if _is_native(x) else (saved, hidden)
-    return x.new_empty(rows if product else 0, hidden), x.new_empty(shape), x.new_empty(shape)
+    return (
+        x.new_empty(rows if product else 0, hidden),
+        x.new_empty(saved, hidden),
+        x.new_empty(saved, hidden),
+    )
 
 
 def gated_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -157,7 +159,7 @@ def launch_down_gradient(
         dy: [T, D], any strides, the gradient of the down projection's result; or d product itself,
             [T, H], where ``down_weight`` is None.
         down_weight: [D, H] or None.
-        gate, up: as forward kept them.
+        gate, up: contiguous [T, H], as forward kept them.
         product: whether the product is wanted.
         bias: whether the sums over rows are.
 
@@ -165,9 +167,9 @@ def launch_down_gradient(
         grads [T, 2H], gate's in the first half of each row; product [T, H] and the biases'
         gradients [2H], float32 (float64 where ``dy`` is), of no rows where not wanted.
     """
-    rows, hidden = _shape_of_product(dy, down_weight)
+    rows, hidden = gate.shape
     if rows == 0 or _is_native(dy):
-        results = _down_gradient_results(gate, rows, hidden, product, _sums_shape(hidden, bias))
+        results = _down_gradient_results(gate, product, _sums_shape(gate, bias))
         results[2].zero_()
         if rows > 0:
             d_product = dy if down_weight is None else dy @ down_weight
@@ -181,7 +183,7 @@ def launch_down_gradient(
     dy = tileable(dy)
     tile: TileConfig = config or config_for("pointwise", gate, rows)
     partials = (cdiv(rows, tile.block_m) if bias else 0, 2 * hidden)
-    grads, recomputed, sums = _down_gradient_results(gate, rows, hidden, product, partials)
+    grads, recomputed, sums = _down_gradient_results(gate, product, partials)
     pointers = gate, up, grads, recomputed, sums
     if down_weight is None:
         launch(
@@ -215,13 +217,8 @@ def launch_down_gradient(
     return grads, recomputed, sums.sum(0) if bias else sums
 
 
-def _shape_of_product(dy: torch.Tensor, down_weight: torch.Tensor | None) -> tuple[int, int]:
-    return dy.shape[0], dy.shape[1] if down_weight is None else down_weight.shape[1]
-
-
-def _down_gradient_results(
-    gate: torch.Tensor, rows: int, hidden: int, product: bool, sums: tuple[int, ...]
-) -> Triple:
+def _down_gradient_results(gate: torch.Tensor, product: bool, sums: tuple[int, ...]) -> Triple:
+    rows, hidden = gate.shape
     return (
         gate.new_empty(rows, 2 * hidden),
         gate.new_empty(rows if product else 0, hidden),
@@ -229,8 +226,8 @@ def _down_gradient_results(
     )
 
 
-def _sums_shape(hidden: int, bias: bool) -> tuple[int, ...]:
-    return (2 * hidden,) if bias else (0, 2 * hidden)
+def _sums_shape(gate: torch.Tensor, bias: bool) -> tuple[int, ...]:
+    return (2 * gate.shape[1],) if bias else (0, 2 * gate.shape[1])
 
 
 def launch_input_gradient(
@@ -249,7 +246,7 @@ def launch_input_gradient(
     if not _is_native(grads):
         config = config_for("input_gradient", grads, len(grads))
     if config is None or not takes(config, grad_gate, gate_weight, up_weight):
-        return (grad_gate @ gate_weight).addmm_(grad_up, up_weight)
+        return torch.addmm(grad_gate @ gate_weight, grad_up, up_weight)
     gate_weight, up_weight = tileable(gate_weight), tileable(up_weight)
     (rows, hidden), width = grad_gate.shape, gate_weight.shape[1]
     tma = config.tma and can_describe(grad_gate, grad_up, gate_weight, up_weight)
@@ -284,10 +281,7 @@ gate_up = define_stage(
 down_gradient = define_stage(
     "down_gradient",
     lambda dy, down_weight, gate, up, product, bias: _down_gradient_results(
-        gate,
-        *(rows_and_hidden := _shape_of_product(dy, down_weight)),
-        product,
-        _sums_shape(rows_and_hidden[1], bias),
+        gate, product, _sums_shape(gate, bias)
     ),
     launch_down_gradient,
 )
