@@ -22,6 +22,7 @@
 #include "row_movers.h"
 #include "row_split.h"
 #include "row_sums.h"
+#include "tensor_calls.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -352,6 +353,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("row_split", &row_split);
   module.def("copy_row_by_lanes", &copy_row_by_lanes);
   module.def("pack_rows", &pack_rows);
+
+  define_tensor_calls(module);
 
   module.attr("sum_tile") = kTile;
   module.def("sum_rows", &sum_rows_on_host);

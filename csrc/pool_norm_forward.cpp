@@ -22,12 +22,13 @@ void sum_window(const PoolNormForward& job, const Image& image, const Window& ro
     add_rows(some, adds, sums, job.width);
     adds = true;
   };
-  for (int64_t r = 0; r < rows.count; ++r) {
-    const int64_t first = image.patch(rows.first + r, columns.first);
-    for (int64_t c = 0; c < columns.count; ++c) {
-      const T* patch = reinterpret_cast<const T*>(job.x.row(first + c));
+  for (int64_t c = 0; c < columns.count; ++c) {
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const int64_t at = image.patch(rows.first + r, columns.first + c);
+      const T* patch = reinterpret_cast<const T*>(job.x.row(at));
       patches.add(patch, Sum(weights_h[r] * weights_w[c]), sum_up);
     }
+    if (c + 1 < columns.count) patches.flush(sum_up);
   }
   sum_up(patches.rest());
 }

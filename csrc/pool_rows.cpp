@@ -10,7 +10,7 @@ namespace {
 // ---- sums of rows
 
 template <int kCount, bool kWeighted, bool kAdds, class T, class Out>
-TOKENFLEX_INLINE void sum_of(const RowSum<T>& rows, Out* __restrict out, int64_t width) {
+TOKENFLEX_INLINE void sum_rows_of(const RowSum<T>& rows, Out* __restrict out, int64_t width) {
   using Sum = SumOf<T>;
   const T* row[kCount];
   Sum weight[kCount];
@@ -30,84 +30,109 @@ TOKENFLEX_INLINE void sum_of(const RowSum<T>& rows, Out* __restrict out, int64_t
 }
 
 template <bool kWeighted, bool kAdds, class T, class Out>
-TOKENFLEX_INLINE void sum_of_any(const RowSum<T>& rows, Out* out, int64_t width) {
+TOKENFLEX_INLINE void sum_any(const RowSum<T>& rows, Out* out, int64_t width) {
   static_assert(kRowsAtOnce == 4, "a case for each count");
   switch (rows.count) {
     case 1:
-      return sum_of<1, kWeighted, kAdds>(rows, out, width);
+      return sum_rows_of<1, kWeighted, kAdds>(rows, out, width);
     case 2:
-      return sum_of<2, kWeighted, kAdds>(rows, out, width);
+      return sum_rows_of<2, kWeighted, kAdds>(rows, out, width);
     case 3:
-      return sum_of<3, kWeighted, kAdds>(rows, out, width);
+      return sum_rows_of<3, kWeighted, kAdds>(rows, out, width);
     case 4:
-      return sum_of<4, kWeighted, kAdds>(rows, out, width);
+      return sum_rows_of<4, kWeighted, kAdds>(rows, out, width);
   }
 }
 
 template <bool kAdds, class T, class Out>
-TOKENFLEX_INLINE void sum_of_rows(const RowSum<T>& rows, Out* out, int64_t width) {
+TOKENFLEX_INLINE void sum_rows(const RowSum<T>& rows, Out* out, int64_t width) {
   if (rows.weighted) {
-    sum_of_any<true, kAdds>(rows, out, width);
+    sum_any<true, kAdds>(rows, out, width);
   } else {
-    sum_of_any<false, kAdds>(rows, out, width);
+    sum_any<false, kAdds>(rows, out, width);
   }
 }
 
 // ---- reductions
 
-template <class Sum>
-struct LanesOf;
-template <>
-struct LanesOf<float> {
-  typedef float type __attribute__((vector_size(64)));
-};
-template <>
-struct LanesOf<double> {
-  typedef double type __attribute__((vector_size(64)));
-};
-template <class Sum>
-using Lanes = typename LanesOf<Sum>::type;
-template <class Sum>
-constexpr int kLaneCount = int(64 / sizeof(Sum));
+// Lanes are added up in this many vectors at once, so that no addition waits for the one before.
+constexpr int kChains = 4;
 
+// Vectors, and vectors in memory that may lie at any address of a number.
 template <class Sum>
-TOKENFLEX_INLINE void load(const Sum* from, Lanes<Sum>& lanes) {
-  std::memcpy(&lanes, from, sizeof lanes);
+struct Vectors;
+template <>
+struct Vectors<float> {
+  typedef float Held __attribute__((vector_size(64)));
+  typedef float Stored __attribute__((vector_size(64), aligned(sizeof(float)), may_alias));
+};
+template <>
+struct Vectors<double> {
+  typedef double Held __attribute__((vector_size(64)));
+  typedef double Stored __attribute__((vector_size(64), aligned(sizeof(double)), may_alias));
+};
+
+template <int kCount, class Sum>
+TOKENFLEX_INLINE Sum total_of(const Sum* values) {
+  if constexpr (kCount == 1) {
+    return values[0];
+  } else {
+    Sum halves[kCount / 2];
+    for (int i = 0; i < kCount / 2; ++i) halves[i] = values[i] + values[i + kCount / 2];
+    return total_of<kCount / 2>(halves);
+  }
 }
 
-// Neighbours first, whose sums are neighbours then.
+// Sums of every kStep-th number of a row.
 template <class Sum>
-TOKENFLEX_INLINE Sum sum_of_lanes(const Lanes<Sum>& lanes) {
-  Sum sums[kLaneCount<Sum>];
-  std::memcpy(sums, &lanes, sizeof lanes);
-  for (int half = kLaneCount<Sum> / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+struct Lanes {
+  using Vector = typename Vectors<Sum>::Held;
+  using Stored = typename Vectors<Sum>::Stored;
+  static constexpr int kVector = int(64 / sizeof(Sum));
+  static constexpr int kStep = kChains * kVector;
+
+  Vector sums[kChains] = {};
+
+  TOKENFLEX_INLINE static const Stored* vectors(const Sum* from) {
+    return reinterpret_cast<const Stored*>(from);
   }
-  return sums[0];
+
+  TOKENFLEX_INLINE Sum total() const {
+    const Vector all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    Sum values[kVector];
+    std::memcpy(values, &all, sizeof all);
+    return total_of<kVector>(values);
+  }
+};
+
+template <class Sum>
+TOKENFLEX_INLINE Sum sum_of(const Sum* row, int64_t width) {
+  using L = Lanes<Sum>;
+  const int64_t whole = width - width % L::kStep;
+  L lanes;
+  for (int64_t k = 0; k < whole; k += L::kStep) {
+    for (int i = 0; i < kChains; ++i) lanes.sums[i] += L::vectors(row + k)[i];
+  }
+  Sum sum = lanes.total();
+  for (int64_t k = whole; k < width; ++k) sum += row[k];
+  return sum;
 }
 
 template <class Sum>
 TOKENFLEX_INLINE Moments<Sum> moments_of(const Sum* row, int64_t width) {
-  constexpr int kStep = kLaneCount<Sum>;
-  const int64_t whole = width - width % kStep;
-  Lanes<Sum> lanes, sums = {};
-  for (int64_t k = 0; k < whole; k += kStep) {
-    load(row + k, lanes);
-    sums += lanes;
-  }
-  Sum sum = sum_of_lanes<Sum>(sums);
-  for (int64_t k = whole; k < width; ++k) sum += row[k];
-  const Sum mean = sum / Sum(width);
-
+  using L = Lanes<Sum>;
+  const int64_t whole = width - width % L::kStep;
+  const Sum mean = sum_of(row, width) / Sum(width);
   // What the rounding of the mean leaves in the deviations is taken out of both moments.
-  Lanes<Sum> rests = {}, squares = {};
-  for (int64_t k = 0; k < whole; k += kStep) {
-    load(row + k, lanes);
-    lanes -= mean;
-    rests += lanes;
-    squares += lanes * lanes;
+  L rests, squares;
+  for (int64_t k = 0; k < whole; k += L::kStep) {
+    for (int i = 0; i < kChains; ++i) {
+      const typename L::Vector deviations = L::vectors(row + k)[i] - mean;
+      rests.sums[i] += deviations;
+      squares.sums[i] += deviations * deviations;
+    }
   }
-  Sum rest = sum_of_lanes<Sum>(rests), square = sum_of_lanes<Sum>(squares);
+  Sum rest = rests.total(), square = squares.total();
   for (int64_t k = whole; k < width; ++k) {
     const Sum deviation = row[k] - mean;
     rest += deviation;
@@ -118,30 +143,17 @@ TOKENFLEX_INLINE Moments<Sum> moments_of(const Sum* row, int64_t width) {
   return {mean + rest, variance < 0 ? Sum(0) : variance};
 }
 
-// The sum of `a`, and of the products of `a` and `b`.
 template <class Sum>
-struct SumAndDot {
-  Sum sum;
-  Sum dot;
-};
-
-template <class Sum>
-TOKENFLEX_INLINE SumAndDot<Sum> sum_and_dot(const Sum* a, const Sum* b, int64_t width) {
-  constexpr int kStep = kLaneCount<Sum>;
-  const int64_t whole = width - width % kStep;
-  Lanes<Sum> of_a, of_b, sums = {}, dots = {};
-  for (int64_t k = 0; k < whole; k += kStep) {
-    load(a + k, of_a);
-    load(b + k, of_b);
-    sums += of_a;
-    dots += of_a * of_b;
+TOKENFLEX_INLINE Sum dot(const Sum* a, const Sum* b, int64_t width) {
+  using L = Lanes<Sum>;
+  const int64_t whole = width - width % L::kStep;
+  L lanes;
+  for (int64_t k = 0; k < whole; k += L::kStep) {
+    for (int i = 0; i < kChains; ++i) lanes.sums[i] += L::vectors(a + k)[i] * L::vectors(b + k)[i];
   }
-  SumAndDot<Sum> result = {sum_of_lanes<Sum>(sums), sum_of_lanes<Sum>(dots)};
-  for (int64_t k = whole; k < width; ++k) {
-    result.sum += a[k];
-    result.dot += a[k] * b[k];
-  }
-  return result;
+  Sum sum = lanes.total();
+  for (int64_t k = whole; k < width; ++k) sum += a[k] * b[k];
+  return sum;
 }
 
 template <bool kSaves, class T>
@@ -160,15 +172,15 @@ TOKENFLEX_INLINE void norm_of(const SumOf<T>* row, SumOf<T> mean, SumOf<T> inver
 template <class T>
 TOKENFLEX_VERSIONS void add_rows(const RowSum<T>& rows, bool adds, SumOf<T>* sums, int64_t width) {
   if (adds) {
-    sum_of_rows<true>(rows, sums, width);
+    sum_rows<true>(rows, sums, width);
   } else {
-    sum_of_rows<false>(rows, sums, width);
+    sum_rows<false>(rows, sums, width);
   }
 }
 
 template <class T>
 TOKENFLEX_VERSIONS void write_rows(const RowSum<SumOf<T>>& rows, T* out, int64_t width) {
-  sum_of_rows<false>(rows, out, width);
+  sum_rows<false>(rows, out, width);
 }
 
 template <class T>
@@ -202,8 +214,8 @@ TOKENFLEX_VERSIONS void norm_gradient(const T* row, const T* normalised, const S
     grad[k] = widened(row[k]) * scale[k];
     scratch[k] = widened(normalised[k]);
   }
-  const SumAndDot<Sum> sums = sum_and_dot<Sum>(grad, scratch, width);
-  const Sum mean = sums.sum / Sum(width), mean_product = sums.dot / Sum(width);
+  const Sum mean = sum_of(grad, width) / Sum(width);
+  const Sum mean_product = dot(grad, scratch, width) / Sum(width);
   for (int64_t k = 0; k < width; ++k) {
     grad[k] = (grad[k] - mean - scratch[k] * mean_product) * factor;
   }

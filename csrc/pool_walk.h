@@ -97,6 +97,12 @@ class RowCollector {
     rows_.weights[rows_.count++] = weight;
   }
 
+  template <class Flush>
+  void flush(const Flush& flush) {
+    flush(rows_);
+    rows_.count = 0;
+  }
+
   // Those that were not handed over, at least one if any was added.
   const RowSum<T>& rest() const { return rows_; }
 

@@ -117,7 +117,47 @@ void sum_rows_of(const RowSums& job, int threads) {
   });
 }
 
+constexpr int kDigitBits = 8;
+
+// Sorts by the digit of the ids at `shift`; equal digits keep their order.
+TextRows sorted_by_digit(const TextRows& text, int shift) {
+  const size_t count = text.ids.size();
+  const auto digit = [&](size_t at) { return uint32_t(text.ids[at]) >> shift & 0xff; };
+  size_t ends[1 << kDigitBits] = {};
+  for (size_t at = 0; at < count; ++at) ++ends[digit(at)];
+  for (int d = 1; d < 1 << kDigitBits; ++d) ends[d] += ends[d - 1];
+  TextRows sorted = {std::vector<int32_t>(count), std::vector<int64_t>(count)};
+  for (size_t at = count; at-- > 0;) {
+    const size_t to = --ends[digit(at)];
+    sorted.ids[to] = text.ids[at];
+    sorted.rows[to] = text.rows[at];
+  }
+  return sorted;
+}
+
 }  // namespace
+
+TextRows text_by_id(const int32_t* source, int64_t rows, int64_t num_vision) {
+  TextRows text;
+  text.ids.reserve(size_t(rows));
+  text.rows.reserve(size_t(rows));
+  int32_t bits = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    if (is_vision(source[row])) continue;
+    text.ids.push_back(source[row]);
+    text.rows.push_back(row);
+    bits |= source[row];
+  }
+  const int64_t vision = rows - int64_t(text.ids.size());
+  if (vision != num_vision) {
+    refuse("source must have one vision row per entry of vision_rows, ", num_vision, ", but has ",
+           vision);
+  }
+  for (int shift = 0; shift < 32 && bits >> shift != 0; shift += kDigitBits) {
+    text = sorted_by_digit(text, shift);
+  }
+  return text;
+}
 
 void sum_rows(const RowSums& job, const std::string& dtype, int threads) {
   if (job.segments.num <= 0 || job.width <= 0) return;

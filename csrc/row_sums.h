@@ -3,11 +3,21 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "dtypes.h"
 #include "segments.h"
 
 namespace tokenflex {
+
+// The text rows of a plan's `source` by ascending token id, those of an id ascending.
+struct TextRows {
+  std::vector<int32_t> ids;
+  std::vector<int64_t> rows;
+};
+
+// Refuses a source of another number of vision rows than `num_vision`. O(rows): a radix sort.
+TextRows text_by_id(const int32_t* source, int64_t rows, int64_t num_vision);
 
 // On host memory, with up to `threads` threads.
 void sum_rows(const RowSums& job, const std::string& dtype, int threads);

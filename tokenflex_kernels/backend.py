@@ -39,6 +39,11 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 }
 
 
+# The memory of os.environ: a look-up takes 0.03 us here and 0.9 us through its methods.
+_VARIABLES: dict[bytes, bytes] = os.environ._data  # type: ignore[attr-defined]
+_BACKEND, _INTERPRET = b"TOKENFLEX_BACKEND", b"TRITON_INTERPRET"
+
+
 @cache
 def extension() -> ModuleType | None:
     """Return the compiled extension ``tokenflex_kernels._C``, or None where it was not built."""
@@ -109,6 +114,14 @@ def select_backend(
         ValueError: ``TOKENFLEX_BACKEND`` is not a known value, or names an implementation that
             this op has but that cannot run on ``device`` or on these tensors.
     """
+    return _choose(op, device, beyond_triton, _VARIABLES.get(_BACKEND), _VARIABLES.get(_INTERPRET))
+
+
+@cache
+def _choose(
+    op: str, device: torch.device | str, beyond_triton: str | None, *variables: bytes | None
+) -> str:
+    """Make the choice of :func:`select_backend`, once for each value of the ``variables``."""
     requested = requested_backend()
     if requested == "reference":
         return "reference"

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from tokenflex_kernels import launch, launch_configs
+from tokenflex_kernels import backend, launch, launch_configs
 from tokenflex_kernels.pool_norm import stages as pool_norm_stages
 from tokenflex_kernels.swiglu import stages as swiglu_stages
 
@@ -38,6 +38,14 @@ def device(request) -> str:
 @pytest.fixture(autouse=True)
 def fixed_seed():  # not "seed": tests have parameters of that name, which would take its place
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def new_choices():
+    """``new_choices()`` makes the choices of backends anew, with another extension in its place."""
+    backend._choose.cache_clear()
+    yield backend._choose.cache_clear
+    backend._choose.cache_clear()
 
 
 @pytest.fixture

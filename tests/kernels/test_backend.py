@@ -38,18 +38,19 @@ def _clean_environment(monkeypatch):
 
 
 @pytest.fixture
-def extension_with(monkeypatch):
+def extension_with(monkeypatch, new_choices):
     """Stand in an extension built with or without CUDA, or (None) none."""
 
     def replace(has_cuda):
         compiled = None if has_cuda is None else SimpleNamespace(has_cuda=has_cuda)
         monkeypatch.setattr(backend, "extension", lambda: compiled)
+        new_choices()
 
     return replace
 
 
 @pytest.fixture
-def hidden_extension(monkeypatch):
+def hidden_extension(monkeypatch, new_choices):
     """Python's own way to make a module importable no more."""
     monkeypatch.setitem(sys.modules, "tokenflex_kernels._C", None)
     monkeypatch.delattr(tokenflex_kernels, "_C", raising=False)
@@ -127,7 +128,7 @@ class TestSelection:
         monkeypatch.setenv("TOKENFLEX_BACKEND", backend)
         assert [select_backend(op, device) for op in without] == automatic
 
-    def test_triton_asked_for_runs_on_cuda_tensors_or_interpreted(self, monkeypatch):
+    def test_triton_asked_for_runs_on_cuda_tensors_or_interpreted(self, monkeypatch, new_choices):
         monkeypatch.setitem(IMPLEMENTATIONS, "pool_norm", ("triton",))
         monkeypatch.setenv("TOKENFLEX_BACKEND", "triton")
         assert select_backend("pool_norm", "cuda") == "triton"

@@ -139,6 +139,7 @@ def test_everything_else_is_the_registered_op_s(kernel_calls, situation):
     call, reached = kernel_calls
     situation(call)
     assert reached == []
+    situation(lambda rows: ops.unpack_vision(rows, *MAPS))  # by its own short way, if by any
 
 
 def test_a_trace_and_a_profile_show_the_op(kernel_calls):

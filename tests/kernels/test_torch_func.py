@@ -178,14 +178,14 @@ class TestPacking:
 
     def test_a_table_that_all_examples_share_is_not_copied_for_each(self, monkeypatch):
         largest = 0
-        pack_rows = ops._pack_rows
+        on_host = ops.on_host
 
         def record(table, *arguments):
             nonlocal largest
             largest = max(largest, table.untyped_storage().nbytes())
-            return pack_rows(table, *arguments)
+            return on_host(table, *arguments)
 
-        monkeypatch.setattr(ops, "_pack_rows", record)
+        monkeypatch.setattr(ops, "on_host", record)
         table = torch.randn(1000, WIDTH)
         vision = torch.randn(BATCH, VISION, WIDTH)
         vmap(lambda vision: pack_embeddings(table, vision, PLAN))(vision)

@@ -24,6 +24,7 @@ import torch
 
 from tokenflex_kernels.backend import select_backend
 from tokenflex_kernels.checks import autocast_enabled, check_float, check_like, check_tensor
+from tokenflex_kernels.library import is_eager
 from tokenflex_kernels.packing import ops, reference
 from tokenflex_kernels.packing.plan import PackPlan
 from tokenflex_kernels.packing.reference import MAX_INT32
@@ -63,6 +64,13 @@ def pack_embeddings(
         ValueError: the rows of ``vision`` or the ids of the text do not fit the plan or the table,
             the widths differ, the devices do, or the plan's row maps are not contiguous.
     """
+    if _runs_at_once("pack_embeddings") and type(plan) is PackPlan and plan.bounds is not None:
+        vision_rows, table_rows, _ = plan.bounds
+        packed = ops.on_host(embedding, vision, plan.source, False, vision_rows, table_rows)
+        if packed is not None and type(sparse_grad) is bool:
+            sparse_ids = plan.num_token_ids if sparse_grad else None
+            others = plan.source, plan.vision_rows, sparse_ids, plan.shown_once
+            return ops.pack_embeddings.recorded(packed, embedding, vision, *others)
     _check_rows("embedding", embedding, ndim=2)
     _check_rows("vision", vision, ndim=2)
     _check_plan(plan, "embedding", embedding)
@@ -106,6 +114,15 @@ def unpack_vision(packed: torch.Tensor, plan: PackPlan) -> torch.Tensor:
         ValueError: ``packed`` has another number of rows than the plan, or is on another device, or
             the plan's row maps are not contiguous.
     """
+    if (
+        _runs_at_once("unpack_vision")
+        and type(plan) is PackPlan
+        and plan.shown_once
+        and plan.bounds is not None
+    ):
+        vision = ops.on_host(packed, packed, plan.vision_rows, True, plan.bounds[2])
+        if vision is not None:
+            return ops.unpack_vision.recorded(vision, packed, plan.source, plan.vision_rows)
     _check_rows("packed", packed, ndim=2)
     _check_plan(plan, "packed", packed)
     if packed.shape[0] != plan.num_tokens:
@@ -141,6 +158,12 @@ def merge_vision(
         ValueError: shapes or devices do not fit together, or (CPU) a row number is out of range or
             comes twice.
     """
+    if _runs_at_once("merge_vision"):
+        tensors = inputs_embeds, vision, vision_rows
+        records = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors[:2])
+        results = ops.merged_on_host(*tensors, records)
+        if results is not None:
+            return ops.merge_vision.recorded(results, *tensors)[0] if records else results
     _check_rows("inputs_embeds", inputs_embeds)
     _check_rows("vision", vision, ndim=2)
     check_tensor("vision_rows", vision_rows, ndim=1)
@@ -164,6 +187,11 @@ def merge_vision(
         return reference.merge_vision(flat, vision, vision_rows).reshape(inputs_embeds.shape)
     merged, _ = ops.merge_vision(inputs_embeds, vision, vision_rows)
     return merged
+
+
+def _runs_at_once(op: str) -> bool:
+    """Return whether ``op`` may move ordinary tensors at once, by a call that checks them too."""
+    return is_eager() and select_backend(op) == "native"
 
 
 def _check_plan(plan: PackPlan, name: str, tensor: torch.Tensor) -> None:

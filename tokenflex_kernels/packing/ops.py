@@ -41,6 +41,7 @@ from tokenflex_kernels.backend import extension
 from tokenflex_kernels.layout import neighbours
 from tokenflex_kernels.library import (
     Op,
+    Results,
     batch,
     define,
     differentiate_linear,
@@ -59,26 +60,38 @@ def _pack(
     sparse_ids: int | None = None,
     shown_once: bool = True,
 ) -> torch.Tensor:
-    return _pack_rows(embedding, vision, source)
+    packed = on_host(embedding, vision, source)
+    return _pack_rows(embedding, vision, source) if packed is None else packed
 
 
 def _unpack(packed: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor) -> torch.Tensor:
+    vision = on_host(packed, packed, vision_rows, True)
+    if vision is not None:
+        return vision
     packed = neighbours(packed)
     # No row number is negative, so the second table is not read; an empty slice would cost 2 us.
     return _pack_rows(packed, packed, vision_rows, "vision_rows")
 
 
 def _keep_text(rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    return _pack_rows(rows, _zero_rows(rows), source)
+    kept = on_host(rows, None, source)
+    return _pack_rows(rows, _zero_rows(rows), source) if kept is None else kept
 
 
 def _spread_vision(vision: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    return _pack_rows(_zero_rows(vision), vision, source)
+    spread = on_host(None, vision, source)
+    return _pack_rows(_zero_rows(vision), vision, source) if spread is None else spread
 
 
 def _table_gradient(
     grad: torch.Tensor, source: torch.Tensor, num_vision: int, num_rows: int
 ) -> torch.Tensor:
+    if not grad.is_cuda:
+        gradient: torch.Tensor | None = _compiled().table_gradient(
+            grad, source, num_vision, num_rows, torch.get_num_threads()
+        )
+        if gradient is not None:
+            return gradient
     _check_gradient(grad, source)
     ids, rows = _text_by_id(source, num_vision)
     sums = grad.new_zeros(num_rows, grad.shape[1])
@@ -107,6 +120,11 @@ def _sparse_table_gradient(
 def _merge(
     inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    results: tuple[torch.Tensor, torch.Tensor] | None = merged_on_host(
+        inputs_embeds, vision, vision_rows, True
+    )
+    if results is not None:
+        return results
     if vision_rows.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"vision_rows must be int32 or int64, got {vision_rows.dtype}")
     table = _as_rows(inputs_embeds)
@@ -162,9 +180,24 @@ pack_embeddings = define(
 # once, where a copy and a scatter would write the vision rows twice. On the CPU the op refuses rows
 # out of range and rows that come twice, in compiled functions too.
 merge_vision = define("merge_vision", _like_merge, _merge)
-unpack_vision = define("unpack_vision", _like_vision_rows, _unpack)
-keep_text = define("keep_text", _like_source, _keep_text)
-spread_vision = define("spread_vision", _like_source, _spread_vision)
+unpack_vision = define(
+    "unpack_vision",
+    _like_vision_rows,
+    _unpack,
+    at_once=lambda packed, source, vision_rows: on_host(packed, packed, vision_rows, True),
+)
+keep_text = define(
+    "keep_text",
+    _like_source,
+    _keep_text,
+    at_once=lambda rows, source: on_host(rows, None, source),
+)
+spread_vision = define(
+    "spread_vision",
+    _like_source,
+    _spread_vision,
+    at_once=lambda vision, source: on_host(None, vision, source),
+)
 # The text rows of `grad`, added up by token id in an order that `source` alone decides. Their
 # number follows from `num_vision`, without waiting for the device.
 table_gradient = define(
@@ -225,10 +258,12 @@ def _of_merging(
 ) -> Gradients:
     needs_inputs, needs_vision, *_ = ctx.needs_input_grad
     rows = _as_rows(grad)
-    numbers = vision_rows.to(torch.int32).contiguous()
+    numbers = vision_rows
+    if needs_vision and numbers.dtype is not torch.int32:
+        numbers = numbers.to(torch.int32)
     return (
         keep_text(rows, source).view(grad.shape) if needs_inputs else None,
-        unpack_vision(rows, source, numbers) if needs_vision else None,
+        unpack_vision(rows, source, numbers.contiguous()) if needs_vision else None,
     )
 
 
@@ -273,11 +308,14 @@ def _differentiate(name: str, op: Op, gradient: Callable[..., Gradients], *, flo
     class RowMove(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
-            others = arguments[floats:]
+            if type(arguments[-1]) is Results:
+                others, result = arguments[floats:-1], arguments[-1].value
+            else:
+                others, result = arguments[floats:], op.below(*arguments)
             maps = [other for other in others if isinstance(other, torch.Tensor)]
-            result = op.below(*arguments)
             ctx.save_for_backward(*maps, *(result[1:] if isinstance(result, tuple) else ()))
-            ctx.numbers, ctx.no_gradients = others[len(maps) :], [None] * len(others)
+            ctx.numbers = others[len(maps) :]
+            ctx.no_gradients = [None] * (len(arguments) - floats)
             ctx.sizes = [value.shape[0] for value in arguments[:floats]]
             return result
 
@@ -333,6 +371,37 @@ batch("table_gradient", side_by_side(table_gradient, floats=1))
 
 
 # ---- calls into the extension
+
+
+def on_host(
+    table: torch.Tensor | None,
+    vision: torch.Tensor | None,
+    source: torch.Tensor,
+    unpacks: bool = False,
+    num_vision: int = -1,
+    least_table: int = 0,
+) -> torch.Tensor | None:
+    """Return ``_pack_rows`` of ordinary host tensors, from one call that checks and allocates too.
+
+    None where a tensor is on a device, not of contiguous rows or in any other way not ordinary, or
+    where vision has other than ``num_vision`` rows (any for -1), the table less than
+    ``least_table``. A table or vision of None is rows of zeros.
+    """
+    if source.is_cuda:
+        return None
+    moved: torch.Tensor | None = _compiled().pack_tensors(
+        table, vision, source, unpacks, num_vision, least_table, torch.get_num_threads()
+    )
+    return moved
+
+
+def merged_on_host(
+    inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor, source: bool
+) -> Any:
+    """Return the merged rows, with their source if that is wanted; None as ``on_host`` does."""
+    return _compiled().merge_tensors(
+        inputs_embeds, vision, vision_rows, source, torch.get_num_threads()
+    )
 
 
 def _pack_rows(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -72,6 +73,18 @@ class PackPlan(SetOnce):
     def num_samples(self) -> int:
         """Samples of the batch, those of no rows included."""
         return self.cu_seqlens.shape[0] - 1
+
+    @cached_property
+    def bounds(self) -> tuple[int, int, int] | None:
+        """Rows of vision, of the table (the least) and of the packed buffer that the row maps need.
+
+        None where the maps are not as :func:`plan_packing` makes them.
+        """
+        maps = self.source, self.vision_rows
+        if not all(rows.dtype == torch.int32 and rows.is_contiguous() for rows in maps):
+            return None
+        vision = self.vision_rows.shape[0] if self.shown_once else self.num_vision_tokens
+        return vision, self.max_token_id + 1, self.num_tokens
 
     def vision_tokens(self) -> torch.Tensor:
         """Return the vision token that stands at each of ``vision_rows``, int32 [vision]."""

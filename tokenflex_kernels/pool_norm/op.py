@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tokenflex_kernels.backend import select_backend
+from tokenflex_kernels.backend import requested_backend, select_backend
 from tokenflex_kernels.checks import (
     Grid,
     check_eps,
@@ -22,7 +22,13 @@ from tokenflex_kernels.checks import (
     check_shape,
     check_tensor,
 )
-from tokenflex_kernels.library import below_autograd, define_fused, differentiable_once
+from tokenflex_kernels.library import (
+    below_autograd,
+    define_fused,
+    differentiable_once,
+    is_differentiated_by_levels,
+    is_transformed,
+)
 from tokenflex_kernels.pool_norm import reference
 from tokenflex_kernels.pool_norm.axis_weights import check_mode
 from tokenflex_kernels.pool_norm.plan import PoolPlan, grids_of, plan_pooling
@@ -50,7 +56,7 @@ def pool_norm(
 
     Images may differ in both grids. Pooling and normalisation are computed in float32 (float64
     for float64 inputs) and rounded once, to the dtype of ``x``. The kernels have first derivatives
-    only; the reference has all. A NaN or infinite patch spoils the cells whose window holds it.
+    only, without a norm all of plain autograd; the reference has all. A NaN or infinite patch spoils the cells whose window holds it.
 
     Args:
         x: float [sum of H*W, C], the images' patches one image after another, row-major.
@@ -74,9 +80,21 @@ def pool_norm(
     mode = check_mode(mode)
     eps = check_eps(eps)
     check_norm(x, weight, bias, prefix="")
-    if select_backend("pool_norm", x.device, beyond_triton=beyond_triton(x)) != "reference":
+    if choose_backend("pool_norm", x) != "reference":
         return fused_pool_norm(x, weight, bias, grids_of(plan), plan.num_cells, mode, eps)
     return reference.pool_norm(x, plan, mode=mode, weight=weight, bias=bias, eps=eps)
+
+
+def choose_backend(op: str, x: torch.Tensor) -> str:
+    """Return the implementation of ``op`` for these rows; see :func:`select_backend`.
+
+    On host memory "auto" leaves ``torch.func`` and forward mode to the reference, which has all
+    derivatives.
+    """
+    backend = select_backend(op, x.device, beyond_triton=beyond_triton(x))
+    if backend == "native" and is_differentiated_by_levels() and requested_backend() == "auto":
+        return "reference"
+    return backend
 
 
 def check_plan(
@@ -137,7 +155,10 @@ def _fused_pool_norm(
 
 
 class PoolNorm(torch.autograd.Function):
-    """Keep normalised rows and one float a row where x or the weight requires grad."""
+    """Keep normalised rows and one float a row where x or the weight requires grad.
+
+    Without a norm the op is linear: where backward is recorded, ops with derivatives run it.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
@@ -153,11 +174,18 @@ class PoolNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @differentiable_once
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
-        kept = *ctx.saved_tensors, *ctx.batch
-        grads = pool_norm_gradients(grad, kept, ctx.needs_input_grad, ctx.dtypes)
-        return *grads, *(None,) * 4
+        _, _, weight, grids = ctx.saved_tensors
+        if weight is None and torch.is_grad_enabled() and not is_transformed():
+            return reference.spread(grad, grids, *ctx.batch).to(ctx.dtypes[0]), *(None,) * 6
+        return _kernel_backward(ctx, grad)
+
+
+@differentiable_once
+def _kernel_backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+    kept = *ctx.saved_tensors, *ctx.batch
+    grads = pool_norm_gradients(grad, kept, ctx.needs_input_grad, ctx.dtypes)
+    return *grads, *(None,) * 4
 
 
 def pool_norm_gradients(

@@ -30,7 +30,7 @@ from tokenflex_kernels.pool_norm.axis_weights import (
     axis_map,
     is_average,
 )
-from tokenflex_kernels.pool_norm.plan import PoolPlan, Run
+from tokenflex_kernels.pool_norm.plan import RUN_FIELDS, PoolPlan, Run
 
 _AS_IS = nullcontext()
 
@@ -74,6 +74,20 @@ def _pool(x: torch.Tensor, runs: tuple[Run, ...], mode: str) -> torch.Tensor:
         for index, part in zip(members, cells.split(sizes), strict=True):
             pooled[index] = part
     return torch.cat(pooled)
+
+
+def spread(grad: torch.Tensor, grids: torch.Tensor, patches: int, mode: str) -> torch.Tensor:
+    """Return the gradient of the patches of a batch, [patches, C]; it has all derivatives.
+
+    Args:
+        grad: of the pooled cells, [cells, C].
+        grids: of the batch, see :attr:`PoolPlan.grids`.
+        patches: rows of the batch.
+        mode: "adaptive" or "resize".
+    """
+    runs = tuple(map(tuple, grids.view(-1, RUN_FIELDS).tolist()))
+    x = grad.new_zeros(patches, grad.shape[1], requires_grad=True)
+    return torch.autograd.grad(_pool(x, runs, mode), x, grad, create_graph=True)[0]
 
 
 def _pool_alike(

@@ -341,7 +341,7 @@ def test_data_parallel_training_sums_into_its_buckets(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_a_missing_extension_leaves_the_reference(monkeypatch):
+def test_a_missing_extension_leaves_the_reference(monkeypatch, new_choices):
     monkeypatch.setattr("tokenflex_kernels.backend.extension", lambda: None)
     monkeypatch.setattr("tokenflex_kernels.packing.ops.extension", lambda: None)
     table, vision = rows(6, "cpu"), rows(7, "cpu")

@@ -245,9 +245,11 @@ def cuda(monkeypatch):
     """A CUDA device that is none: `cuda.stream` is current, `cuda.capturing` says what it does."""
     fake = SimpleNamespace(stream=Stream(7), capturing=False, kept_for=[], copies=0)
 
-    def copy(images, axes, weights, device):
+    def copy(images, axes, weights, device, dtype):
         fake.copies += 1
-        on_device = SimpleNamespace(device=device, record_stream=fake.kept_for.append)
+        on_device = SimpleNamespace(
+            device=device, nbytes=images.nbytes, record_stream=fake.kept_for.append
+        )
         return on_device, torch.from_numpy(axes), torch.from_numpy(weights)
 
     monkeypatch.setattr(pooling_tables, "_copy", copy)
