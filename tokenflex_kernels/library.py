@@ -279,18 +279,6 @@ def _requires_grad(arguments: Sequence[Any]) -> bool:
     )
 
 
-def choose_backend(op: str, x: torch.Tensor, *, beyond_triton: str | None = None) -> str:
-    """Return the implementation of ``op`` for this call, see :func:`select_backend`.
-
-    Within ``torch.func`` and in forward mode the automatic choice on host memory is the reference,
-    which has derivatives of every order.
-    """
-    choice = select_backend(op, x.device, beyond_triton=beyond_triton)
-    if choice == "native" and (is_transformed() or forward_ad._current_level >= 0):
-        return "reference" if requested_backend() == "auto" else choice
-    return choice
-
-
 def is_transformed() -> bool:
     """Return whether a ``torch.func`` transform is under way."""
     return torch._C._are_functorch_transforms_active()
@@ -303,6 +291,18 @@ def is_differentiated_by_levels() -> bool:
 
 # Evaluated as a compiler traces: the levels that it traces within are then open.
 is_differentiated_by_levels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def choose_backend(op: str, x: torch.Tensor, *, beyond_triton: str | None = None) -> str:
+    """Return the implementation of ``op`` for these rows, see :func:`select_backend`.
+
+    On host memory "auto" leaves ``torch.func`` and forward mode to the reference, which has all
+    derivatives.
+    """
+    backend = select_backend(op, x.device, beyond_triton=beyond_triton)
+    if backend == "native" and is_differentiated_by_levels() and requested_backend() == "auto":
+        return "reference"
+    return backend
 
 
 def apply(function: Any, *arguments: Any) -> Any:

@@ -1,10 +1,9 @@
 """The stages of `swiglu` on host memory: PyTorch's matrix products, and the rest by the extension.
 
 A product of few rows with wide weights is faster the other way round, W x^T: its library packs the
-second factor before it multiplies, and leaves the first as it is. Inference computes gate and up
-that way, [H, rows], where there are fewer rows than hidden units, in blocks of rows that stay in
-the cache until they are multiplied. Backward would have to turn what was kept: more time than that
-saves, so training keeps gate and up as [T, H].
+second factor before it multiplies, and leaves the first as it is. But its result must be turned,
+which takes more time where there are many rows, and in training, where backward turns it again.
+Inference computes gate and up in blocks of rows that stay in the cache until they are multiplied.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from tokenflex_kernels.backend import compiled_extension
 from tokenflex_kernels.layout import neighbours
 
 BLOCK = 2**20  # elements of gate, and of up, that are computed at a time
-FEW_ROWS = 16  # times fewer rows than results: the product is taken the other way round
+FEW_ROWS = 16  # rows are few where a product has this many times as many columns
 
 
 def gate_up(
@@ -38,7 +37,7 @@ def gate_up(
         return
     blocks = max(1, product.numel() // BLOCK)
     for part, rows in zip(product.chunk(blocks), x.chunk(blocks), strict=True):
-        by_columns = part.shape[0] < part.shape[1]
+        by_columns = _are_few(rows, gate_weight)
         gate, up = part.new_empty((2, *(reversed(part.shape) if by_columns else part.shape)))
         for out, weight, bias in ((gate, gate_weight, gate_bias), (up, up_weight, up_bias)):
             _linear_into(out, rows, weight, bias, by_columns=by_columns)
@@ -67,7 +66,7 @@ def down_gradient(
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return x W^T + b."""
-    if x.shape[0] * FEW_ROWS > weight.shape[0]:
+    if not _are_few(x, weight):
         return F.linear(x, weight, bias)
     x = x.t()
     columns = weight @ x if bias is None else torch.addmm(bias[:, None], weight, x)
@@ -93,6 +92,10 @@ def transposed(matrix: torch.Tensor) -> torch.Tensor:
         *(result.data_ptr(), rows, columns, *_options(matrix)),
     )
     return result
+
+
+def _are_few(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return x.shape[0] * FEW_ROWS <= weight.shape[0]
 
 
 def _linear_into(

@@ -15,12 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.kernels.common import (
     DTYPES,
     GATED,
+    assert_as_close_as_eager,
     assert_equal_in_float64,
     check,
     eager_swiglu,
     gated_of,
     rms_error,
     run,
+    together,
+    wide,
 )
 from tokenflex_kernels import swiglu
 from tokenflex_kernels.backend import compiled_extension, extension
@@ -32,8 +35,8 @@ pytestmark = [
 ]
 
 NAMES = ("x", *GATED)
-# Fewer rows than hidden units and more: products that lie column by column, and row by row.
-SHAPES = [(1, 7, 9), (40, 96, 70), (33, 20, 130), (70, 9, 33), (100, 3, 1), (129, 8, 64)]
+# Few rows and many: in inference their products lie column by column, or row by row.
+SHAPES = [(1, 7, 9), (1, 5, 100), (33, 20, 600), (70, 9, 33), (100, 3, 1), (129, 8, 64)]
 
 
 @pytest.fixture
@@ -74,6 +77,20 @@ class TestAgainstFloat64:
         missing = [name for name in GATED[2:] if draw.random() < 0.4]
         dtype = draw.choice(DTYPES)
         check_swiglu([inputs_of(*shape, dtype, missing) for _ in range(6)])
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_inference(self, shape, dtype):
+        draws = [inputs_of(*shape, dtype) for _ in range(max(2, 1000 // (shape[0] * shape[2])))]
+        ours, peer, truth = (
+            together([{"out": op(**draw)} for draw in batch])
+            for op, batch in (
+                (swiglu, draws),
+                (eager_swiglu, draws),
+                (eager_swiglu, map(wide, draws)),
+            )
+        )
+        assert_as_close_as_eager(ours, peer, truth)
 
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_float64_is_exact(self, shape):
