@@ -26,9 +26,11 @@ GRIDS = [
 BAD = [float("nan"), float("inf"), -float("inf")]
 
 
-@pytest.fixture(params=["native average", "windows"])
+@pytest.fixture(params=["automatic", "PyTorch's average", "windows"])
 def every_path(request, monkeypatch):
-    """With PyTorch's own average where it serves, and without it, as on other devices."""
+    """By what the CPU runs, and the reference, with PyTorch's own average and as elsewhere."""
+    if request.param != "automatic":
+        monkeypatch.setenv("TOKENFLEX_BACKEND", "reference")
     if request.param == "windows":
 
         def by_windows(x, in_grid, out_grid, mode):

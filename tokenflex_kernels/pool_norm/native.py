@@ -95,7 +95,7 @@ def scale_shift(
     normalised: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
 ) -> None:
     """Write normalised * weight + bias into ``out``; both [cells, C] are contiguous."""
-    weight, bias = _vector(weight), _vector(bias)
+    weight, bias = neighbours(weight), _vector(bias)
     _compiled().scale_shift(
         *(normalised.data_ptr(), _NAMES[normalised.dtype], *normalised.shape),
         *(*_parameter(weight), *_parameter(bias), out.data_ptr(), torch.get_num_threads()),

@@ -22,7 +22,6 @@ from tokenflex_kernels.checks import (
     check_tensor,
 )
 from tokenflex_kernels.library import (
-    below_autograd,
     choose_backend,
     define_fused,
     differentiable_once,
@@ -152,10 +151,9 @@ class PoolNorm(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         weight, bias, grids, _, mode, _ = arguments
         needs_x, needs_weight, *_ = ctx.needs_input_grad
-        with below_autograd():
-            out, normalised, inverse_std = pool_norm_forward(
-                x, *arguments, x.dtype, needs_x or needs_weight
-            )
+        out, normalised, inverse_std = pool_norm_forward.below(
+            x, *arguments, x.dtype, needs_x or needs_weight
+        )
         ctx.save_for_backward(normalised, inverse_std, weight, grids)
         ctx.batch = x.shape[0], mode
         ctx.dtypes = x.dtype, *dtypes_of(weight, bias)
