@@ -1,6 +1,6 @@
 """The stages of `swiglu` on host memory: PyTorch's matrix products, and the rest by the extension.
 
-A product of few rows with wide weights is faster the other way round, W x^T: its library packs the
+A 16-bit product of few rows with wide weights is faster the other way round, W x^T: its library packs the
 second factor before it multiplies, and leaves the first as it is. But its result must be turned,
 which takes more time where there are many rows, and in training, where backward turns it again.
 Inference computes gate and up in blocks of rows that stay in the cache until they are multiplied.
@@ -95,7 +95,8 @@ def transposed(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _are_few(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return x.shape[0] * FEW_ROWS <= weight.shape[0]
+    # Measured: 1.3 times as fast in bfloat16, and slower in float32.
+    return x.element_size() == 2 and x.shape[0] * FEW_ROWS <= weight.shape[0]
 
 
 def _linear_into(
