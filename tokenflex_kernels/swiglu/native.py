@@ -1,7 +1,7 @@
 """The stages of `swiglu` on host memory: PyTorch's matrix products, and the rest by the extension.
 
-A 16-bit product of few rows with wide weights is faster the other way round, W x^T: its library packs the
-second factor before it multiplies, and leaves the first as it is. But its result must be turned,
+A 16-bit product of few rows with wide weights is faster the other way round, W x^T: its library
+packs the second factor before it multiplies, and not the first. But its result must be turned,
 which takes more time where there are many rows, and in training, where backward turns it again.
 Inference computes gate and up in blocks of rows that stay in the cache until they are multiplied.
 """
