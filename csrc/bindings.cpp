@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "bin_packing.h"
+#include "swiglu.h"
 #include "merge_source.h"
 #include "mover_grid.h"
 #include "pack_plan.h"
@@ -232,6 +233,34 @@ void pack_rows_cuda(Address table, int64_t table_stride, Address vision, int64_t
 }
 #endif
 
+// ---- the gated unit
+
+GateUp gate_up(Address gate, Address up, int64_t rows, int64_t hidden) {
+  return {at<const void>(gate), at<const void>(up), rows, hidden};
+}
+
+void gated_product_on_host(Address gate, Address up, int64_t rows, int64_t hidden, bool by_columns,
+                           Address product, const std::string& dtype, int threads) {
+  const py::gil_scoped_release release;
+  gated_product(gate_up(gate, up, rows, hidden), by_columns, at<void>(product), dtype, threads);
+}
+
+void gate_gradients_on_host(Address gate, Address up, int64_t rows, int64_t hidden, Address grad,
+                            int64_t grad_stride, Address grads, Address product, Address sums,
+                            const std::string& dtype, int threads) {
+  const py::gil_scoped_release release;
+  gate_gradients(
+      gate_up(gate, up, rows, hidden),
+      {{at<const char>(grad), grad_stride}, at<void>(grads), at<void>(product), at<void>(sums)},
+      dtype, threads);
+}
+
+void transpose_on_host(Address from, int64_t from_stride, Address to, int64_t rows,
+                       int64_t columns, const std::string& dtype, int threads) {
+  const py::gil_scoped_release release;
+  transpose({at<const char>(from), from_stride}, at<void>(to), rows, columns, dtype, threads);
+}
+
 // ---- pooling and LayerNorm
 
 PoolTables pool_tables(Address images, int64_t num_images, Address axes, Address weights,
@@ -330,6 +359,9 @@ PYBIND11_MODULE(_C, module) {
   module.attr("sum_tile") = kTile;
   module.def("sum_rows", &sum_rows_on_host);
 
+  module.def("gated_product", &gated_product_on_host);
+  module.def("gate_gradients", &gate_gradients_on_host);
+  module.def("transpose", &transpose_on_host);
   module.def("pool_norm_forward", &pool_norm_forward_on_host);
   module.def("pool_norm_backward", &pool_norm_backward_on_host);
   module.def("scale_shift", &scale_shift_on_host);

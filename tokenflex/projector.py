@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +22,7 @@ from tokenflex_kernels.pool_norm.axis_weights import check_mode
 from tokenflex_kernels.pool_norm.op import pool_norm
 from tokenflex_kernels.pool_norm.plan import PoolPlan, plan_pooling, plan_uniform
 from tokenflex_kernels.project_tokens.op import check_save, project_tokens
+from tokenflex_kernels.swiglu.reference import activation
 
 
 class TokenAdaptiveProjector(nn.Module):
@@ -211,7 +211,7 @@ class TokenAdaptiveProjector(nn.Module):
 
     def _feed_forward(self, pooled: torch.Tensor) -> torch.Tensor:
         tokens = self.layernorm(pooled)
-        return self.down(F.silu(self.gate(tokens)) * self.up(tokens))
+        return self.down(activation(self.gate(tokens)) * self.up(tokens))
 
     def extra_repr(self) -> str:
         return f"num_tokens={self.num_tokens}, pooling={self.pooling!r}, save={self.save!r}"

@@ -28,8 +28,8 @@ BACKENDS = ("auto", "reference", "native", "triton", "cuda")
 # Fastest first; `reference` is implied as the last of each row.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "pool_norm": ("triton", "native"),
-    "swiglu": ("triton",),
-    "project_tokens": ("triton",),
+    "swiglu": ("triton", "native"),
+    "project_tokens": ("triton", "native"),
     "plan_packing": ("native",),
     "pack_embeddings": ("cuda", "native"),
     "unpack_vision": ("cuda", "native"),
@@ -54,6 +54,14 @@ def extension() -> ModuleType | None:
         if error.name != "tokenflex_kernels._C":
             raise
         return None
+
+
+def compiled_extension() -> ModuleType:
+    """Return the compiled extension, or raise a RuntimeError where it was not built."""
+    compiled = extension()
+    if compiled is None:
+        raise RuntimeError("this op needs the extension tokenflex_kernels._C, which is not built")
+    return compiled
 
 
 def requested_backend() -> str:
@@ -143,6 +151,7 @@ def _choose(
 # no part of a graph. This is all that torch.compiler.assume_constant_result does, but naming that
 # imports the compiler, and Triton with it.
 select_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+requested_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _requirement(implementation: str) -> str:

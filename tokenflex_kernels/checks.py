@@ -173,11 +173,17 @@ def check_linear(
 def in_autocast_dtype(
     device: torch.device, *tensors: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
-    """Return the tensors in the dtype that autocast gives a Linear on ``device``, if it is on."""
+    """Return the tensors in the dtype that autocast gives a Linear on ``device``, if it is on.
+
+    Autocast leaves float64 alone.
+    """
     if not autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device.type)
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+    return tuple(
+        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+        for tensor in tensors
+    )
 
 
 def check_int(name: str, value: object) -> int:

@@ -26,6 +26,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction, once_differentiable
 
+from tokenflex_kernels.backend import requested_backend, select_backend
+
 Overload = Callable[..., Any]
 BatchingRule = Callable[..., tuple[Any, Any]]
 
@@ -294,6 +296,18 @@ def is_differentiated_by_levels() -> bool:
 
 # Evaluated as a compiler traces: the levels that it traces within are then open.
 is_differentiated_by_levels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def choose_backend(op: str, x: torch.Tensor, *, beyond_triton: str | None = None) -> str:
+    """Return the implementation of ``op`` for these rows, see :func:`select_backend`.
+
+    On host memory "auto" leaves ``torch.func`` and forward mode to the reference, which has all
+    derivatives.
+    """
+    backend = select_backend(op, x.device, beyond_triton=beyond_triton)
+    if backend == "native" and is_differentiated_by_levels() and requested_backend() == "auto":
+        return "reference"
+    return backend
 
 
 def apply(function: Any, *arguments: Any) -> Any:

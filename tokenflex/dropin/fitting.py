@@ -26,6 +26,7 @@ from tokenflex.dropin.features import default_count, flat_grids, image_input_nam
 from tokenflex.dropin.model import as_stock, stock_projector_of
 from tokenflex.dropin.variants import is_converted, unwrapped
 from tokenflex_kernels import pool_norm
+from tokenflex_kernels.swiglu.reference import activation
 
 _RIDGES = (1e-8, 1e-6, 1e-4, 1e-2, 1.0)
 _DEFAULT_RIDGE = 1e-4
@@ -233,7 +234,7 @@ def _hidden(projector: Any, x: torch.Tensor) -> torch.Tensor:
         for layer in (projector.layernorm, projector.gate, projector.up)
     )
     x = norm(x)
-    return F.silu(gate(x)) * up(x)
+    return activation(gate(x)) * up(x)
 
 
 def _outputs(projector: Any, x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from tokenflex_kernels.backend import requested_backend, select_backend
 from tokenflex_kernels.checks import (
     Grid,
     check_eps,
@@ -23,9 +22,9 @@ from tokenflex_kernels.checks import (
     check_tensor,
 )
 from tokenflex_kernels.library import (
+    choose_backend,
     define_fused,
     differentiable_once,
-    is_differentiated_by_levels,
     is_transformed,
 )
 from tokenflex_kernels.pool_norm import reference
@@ -80,21 +79,9 @@ def pool_norm(
     mode = check_mode(mode)
     eps = check_eps(eps)
     check_norm(x, weight, bias, prefix="")
-    if choose_backend("pool_norm", x) != "reference":
+    if choose_backend("pool_norm", x, beyond_triton=beyond_triton(x)) != "reference":
         return fused_pool_norm(x, weight, bias, grids_of(plan), plan.num_cells, mode, eps)
     return reference.pool_norm(x, plan, mode=mode, weight=weight, bias=bias, eps=eps)
-
-
-def choose_backend(op: str, x: torch.Tensor) -> str:
-    """Return the implementation of ``op`` for these rows; see :func:`select_backend`.
-
-    On host memory "auto" leaves ``torch.func`` and forward mode to the reference, which has all
-    derivatives.
-    """
-    backend = select_backend(op, x.device, beyond_triton=beyond_triton(x))
-    if backend == "native" and is_differentiated_by_levels() and requested_backend() == "auto":
-        return "reference"
-    return backend
 
 
 def check_plan(

@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from tokenflex_kernels.backend import select_backend
 from tokenflex_kernels.checks import (
     Grid,
     check_eps,
@@ -22,7 +20,12 @@ from tokenflex_kernels.checks import (
     check_tensor,
     in_autocast_dtype,
 )
-from tokenflex_kernels.library import below_autograd, define_fused, differentiable_once
+from tokenflex_kernels.library import (
+    below_autograd,
+    choose_backend,
+    define_fused,
+    differentiable_once,
+)
 from tokenflex_kernels.pool_norm.axis_weights import check_mode
 from tokenflex_kernels.pool_norm.op import (
     beyond_triton,
@@ -45,6 +48,8 @@ from tokenflex_kernels.swiglu.stages import (
     gate_up,
     input_gradient,
     launch_gate_up,
+    linear,
+    transposed_product,
 )
 
 Gradients = tuple[torch.Tensor | None, ...]
@@ -110,7 +115,7 @@ def project_tokens(
     up_weight, up_bias = check_linear("up", up_weight, up_bias, x, width, "H, C", hidden)
     down_weight, down_bias = check_linear("down", down_weight, down_bias, x, hidden, "D, H")
     linears = gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias
-    if select_backend("project_tokens", x.device, beyond_triton=beyond_triton(x)) == "triton":
+    if choose_backend("project_tokens", x, beyond_triton=beyond_triton(x)) != "reference":
         weights = norm_weight, norm_bias, *in_autocast_dtype(x.device, *linears)
         return fused_project_tokens(x, *weights, grids_of(plan), plan.num_cells, mode, eps, save)
     weights = ProjectorWeights(norm_weight, norm_bias, *linears)
@@ -147,7 +152,7 @@ def _fused_project_tokens(
         x, norm_weight, norm_bias, grids, cells, mode, eps, gate_weight.dtype, False
     )
     product, _, _ = launch_gate_up(tokens, gate_weight, up_weight, gate_bias, up_bias, True, False)
-    return F.linear(product, down_weight, down_bias)
+    return linear(product, down_weight, down_bias)
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[ProjectorWeights, tuple[Any, ...]]:
@@ -177,12 +182,12 @@ class ProjectTokens(torch.autograd.Function):
         keep_product = needs.down_weight and not through_gate and save == "preactivation"
         keep_rows = through_gate or (needs.down_weight and save == "input")
         norm, dtype = weights[:2], weights.gate_weight.dtype
+        tokens, normalised, inverse_std = pool_norm_forward.below(
+            x, *norm, grids, cells, mode, eps, dtype, keep_rows
+        )
+        product, gate, up = gate_up.below(tokens, *weights.gated_unit, True, keep_gate_up)
         with below_autograd():
-            tokens, normalised, inverse_std = pool_norm_forward(
-                x, *norm, grids, cells, mode, eps, dtype, keep_rows
-            )
-            product, gate, up = gate_up(tokens, *weights.gated_unit, True, keep_gate_up)
-            out = F.linear(product, weights.down_weight, weights.down_bias)
+            out = linear(product, weights.down_weight, weights.down_bias)
         kept_product = product if keep_product else None
         ctx.save_for_backward(
             *(normalised, inverse_std, gate, up, kept_product), *weights[:-1], grids
@@ -223,7 +228,7 @@ class ProjectTokens(torch.autograd.Function):
                     needs_inputs,
                     ctx.norm_dtypes,
                 )
-        d_down = grad.t() @ product if needs.down_weight else None
+        d_down = transposed_product(grad, product) if needs.down_weight else None
         d_down_bias = grad.sum(0) if needs.down_bias else None
         return (
             *(*d_inputs, d_gate, d_gate_bias, d_up, d_up_bias, d_down, d_down_bias),

@@ -1,5 +1,8 @@
 """The Triton kernels of the gated unit.
 
+The activation is SiLU. It has its value and derivative in `activation`, which has the same name in
+the reference and in csrc/activation.h: another activation is an edit of these three functions.
+
 Forward, `gate_up`: two matrix products over one reading of x, and their gate.
 
     gate = x Wg^T + bg,   up = x Wu^T + bu,   product = silu(gate) * up
@@ -39,6 +42,14 @@ import triton.language as tl
 from tokenflex_kernels.tiles import load_tile, tile_position
 
 
+@triton.jit
+def activation(gate):
+    """SiLU of float32 values, and its derivative."""
+    s = tl.sigmoid(gate)
+    value = gate * s
+    return value, s + value * (1.0 - s)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def gate_up_kernel(
     x, gate_weight, up_weight, gate_bias, up_bias, product, gate, up,
@@ -71,7 +82,8 @@ def gate_up_kernel(
         tl.store(gate + tile + at, g.to(gate.dtype.element_ty), mask=inside)
         tl.store(up + tile + at, u.to(up.dtype.element_ty), mask=inside)
     if PRODUCT:
-        p = g * tl.sigmoid(g) * u
+        value, _ = activation(g)
+        p = value * u
         tl.store(product + tile + at, p.to(product.dtype.element_ty), mask=inside)
 
 
@@ -89,7 +101,8 @@ def gated_product_kernel(
     at = row[:, None] * hidden + column[None, :]
     g = tl.load(gate + tile + at, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + tile + at, mask=inside, other=0.0).to(tl.float32)
-    p = g * tl.sigmoid(g) * u
+    value, _ = activation(g)
+    p = value * u
     tl.store(product + tile + at, p.to(product.dtype.element_ty), mask=inside)
 
 
@@ -107,13 +120,12 @@ def _store_gradients(
     tile = m.to(tl.int64) * hidden + n
     at = row[:, None] * hidden + column[None, :]
     g = tl.load(gate + tile + at, mask=inside, other=0.0).to(tl.float32)
-    s = tl.sigmoid(g)
-    silu = g * s
+    value, derivative = activation(g)
     u = tl.load(up + tile + at, mask=inside, other=0.0).to(tl.float32)
     if PRODUCT:
-        tl.store(product + tile + at, (silu * u).to(product.dtype.element_ty), mask=inside)
-    du = dp * silu
-    dg = dp * u * (s + silu * (1.0 - s))
+        tl.store(product + tile + at, (value * u).to(product.dtype.element_ty), mask=inside)
+    du = dp * value
+    dg = dp * u * derivative
     tile_grads = grads + m.to(tl.int64) * (2 * hidden) + n
     at_grads = row[:, None] * (2 * hidden) + column[None, :]
     tl.store(tile_grads + at_grads, dg.to(grads.dtype.element_ty), mask=inside)

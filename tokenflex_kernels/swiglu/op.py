@@ -10,11 +10,17 @@ from typing import Any
 
 import torch
 
-from tokenflex_kernels.backend import select_backend
 from tokenflex_kernels.checks import check_float, check_linear, check_tensor, in_autocast_dtype
-from tokenflex_kernels.library import below_autograd, define_fused, differentiable_once
+from tokenflex_kernels.library import choose_backend, define_fused, differentiable_once
 from tokenflex_kernels.swiglu import reference
-from tokenflex_kernels.swiglu.stages import down_gradient, gate_up, input_gradient, launch_gate_up
+from tokenflex_kernels.swiglu.stages import (
+    beyond_triton,
+    down_gradient,
+    gate_up,
+    input_gradient,
+    launch_gate_up,
+    transposed_product,
+)
 
 Gradients = tuple[torch.Tensor | None, ...]
 
@@ -51,8 +57,7 @@ def swiglu(
     rows = gate_weight.shape[0]
     up_weight, up_bias = check_linear("up", up_weight, up_bias, x, width, "H, C", rows)
     weights = gate_weight, up_weight, gate_bias, up_bias
-    beyond = "float64" if x.dtype == torch.float64 else None
-    if select_backend("swiglu", x.device, beyond_triton=beyond) == "triton":
+    if choose_backend("swiglu", x, beyond_triton=beyond_triton(x)) != "reference":
         return fused_swiglu(*in_autocast_dtype(x.device, x, *weights))
     return reference.swiglu(x, *weights)
 
@@ -76,8 +81,7 @@ class Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, *weights: torch.Tensor | None) -> torch.Tensor:
         needs_x, *needs_weights = ctx.needs_input_grad[:3]
-        with below_autograd():
-            product, gate, up = gate_up(x, *weights, True, True)
+        product, gate, up = gate_up.below(x, *weights, True, True)
         kept_x = x if any(needs_weights) else None
         ctx.save_for_backward(kept_x, *(weights[:2] if needs_x else (None, None)), gate, up)
         return product
@@ -101,17 +105,19 @@ def weight_gradients(
 
     Args:
         grads: of gate and up, [T, 2H].
-        bias: the sums of ``grads`` over rows, float32 [2H].
+        bias: the sums of ``grads`` over rows, [2H].
         x: [T, C]; may be None where no weight needs a gradient.
         needs: whether each of the four needs a gradient.
     """
     halves = [grads.shape[1] // 2] * 2
     weights: Sequence[torch.Tensor | None] = (None, None)
     if x is not None and needs[0] and needs[1]:
-        weights = (grads.t() @ x).split(halves)  # one product for both
+        weights = transposed_product(grads, x).split(halves)  # one product for both
     elif x is not None:
         parts = grads.split(halves, dim=1)
-        weights = [part.t() @ x if needs[i] else None for i, part in enumerate(parts)]
+        weights = [
+            transposed_product(part, x) if needs[i] else None for i, part in enumerate(parts)
+        ]
     biases = bias.to(grads.dtype).split(halves) if needs[2] or needs[3] else (None, None)
     return *weights, *(part if needs[2 + i] else None for i, part in enumerate(biases))
 

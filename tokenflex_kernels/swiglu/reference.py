@@ -6,6 +6,11 @@ import torch
 import torch.nn.functional as F
 
 
+def activation(gate: torch.Tensor) -> torch.Tensor:
+    """Return SiLU of ``gate``; the kernels and csrc/activation.h have the same function."""
+    return F.silu(gate)
+
+
 def swiglu(
     x: torch.Tensor,
     gate_weight: torch.Tensor,
@@ -17,4 +22,4 @@ def swiglu(
     gate = F.linear(x, gate_weight, gate_bias)
     up = F.linear(x, up_weight, up_bias)
     compute_dtype = torch.promote_types(gate.dtype, torch.float32)
-    return (F.silu(gate.to(compute_dtype)) * up.to(compute_dtype)).to(gate.dtype)
+    return (activation(gate.to(compute_dtype)) * up.to(compute_dtype)).to(gate.dtype)

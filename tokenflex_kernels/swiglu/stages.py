@@ -1,8 +1,9 @@
-"""The stages of `swiglu`: how each launches its kernel, registered as torch.library ops.
+"""The stages of `swiglu`: how each runs its kernel, registered as torch.library ops.
 
-A stage computes only the results that are wanted, and trusts its arguments. Where the table of
-configs says so, or where sides and addresses do not suit the fused kernel, the matrix products are
-PyTorch's, followed by a pointwise kernel.
+A stage computes only the results that are wanted, and trusts its arguments. On host memory, where
+the table of configs says so, or where sides and addresses do not suit the fused kernel, the matrix
+products are PyTorch's, followed by a pointwise kernel: of the extension on host memory
+(``native``), unless Triton interprets its kernels there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
+from tokenflex_kernels.backend import select_backend
 from tokenflex_kernels.launch import (
     can_describe,
     cdiv,
@@ -28,6 +30,8 @@ from tokenflex_kernels.launch import (
 from tokenflex_kernels.launch_configs import TileConfig, config_for
 from tokenflex_kernels.layout import neighbours
 from tokenflex_kernels.library import define_stage
+from tokenflex_kernels.pool_norm.native import sum_dtype
+from tokenflex_kernels.swiglu import native
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -38,6 +42,17 @@ def _kernels() -> ModuleType:
     from tokenflex_kernels.swiglu import kernels
 
     return kernels
+
+
+def beyond_triton(x: torch.Tensor) -> str | None:
+    """Return the property of ``x`` that the Triton kernels are not made for, or None."""
+    return "float64" if x.dtype == torch.float64 else None
+
+
+def _is_native(x: torch.Tensor) -> bool:
+    if x.device.type != "cpu":
+        return False
+    return select_backend("swiglu", "cpu", beyond_triton=beyond_triton(x)) != "triton"
 
 
 def launch_gate_up(
@@ -63,6 +78,10 @@ def launch_gate_up(
     """
     if len(x) == 0:
         return _gate_up_results(x, gate_weight, product, save)
+    if _is_native(x):
+        results = _gate_up_results(x, gate_weight, product, save)
+        native.gate_up(x, gate_weight, up_weight, gate_bias, up_bias, *results)
+        return results
     config: TileConfig | None = config_for("gate_up", x, len(x))
     if config is None or not takes(config, x, gate_weight, up_weight):
         gate, up = F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)
@@ -146,12 +165,16 @@ def launch_down_gradient(
 
     Returns:
         grads [T, 2H], gate's in the first half of each row; product [T, H] and the biases'
-        gradients float32 [2H], of no rows where not wanted.
+        gradients [2H], float32 (float64 where ``dy`` is), of no rows where not wanted.
     """
-    if len(gate) == 0:
-        grads, recomputed, sums = _down_gradient_results(gate, product, _sums_shape(gate, bias))
-        return grads, recomputed, sums.zero_()
     rows, hidden = gate.shape
+    if rows == 0 or _is_native(dy):
+        results = _down_gradient_results(gate, product, _sums_shape(gate, bias))
+        results[2].zero_()
+        if rows > 0:
+            d_product = dy if down_weight is None else dy @ down_weight
+            native.down_gradient(d_product, gate, up, *results)
+        return results
     config: TileConfig | None = None
     if down_weight is not None:
         config = config_for("down_gradient", gate, rows)
@@ -199,7 +222,7 @@ def _down_gradient_results(gate: torch.Tensor, product: bool, sums: tuple[int, .
     return (
         gate.new_empty(rows, 2 * hidden),
         gate.new_empty(rows if product else 0, hidden),
-        gate.new_empty(sums, dtype=torch.float32),
+        gate.new_empty(sums, dtype=sum_dtype(gate.dtype)),
     )
 
 
@@ -219,7 +242,9 @@ def launch_input_gradient(
     if len(grads) == 0:
         return grads.new_empty(0, gate_weight.shape[1])
     grad_gate, grad_up = grads.chunk(2, dim=1)
-    config: TileConfig | None = config_for("input_gradient", grads, len(grads))
+    config: TileConfig | None = None
+    if not _is_native(grads):
+        config = config_for("input_gradient", grads, len(grads))
     if config is None or not takes(config, grad_gate, gate_weight, up_weight):
         return torch.addmm(grad_gate @ gate_weight, grad_up, up_weight)
     gate_weight, up_weight = tileable(gate_weight), tileable(up_weight)
@@ -264,4 +289,29 @@ input_gradient = define_stage(
     "input_gradient",
     lambda grads, gate_weight, up_weight: grads.new_empty(grads.shape[0], gate_weight.shape[1]),
     launch_input_gradient,
+)
+
+
+# ---- PyTorch's products, in the form that is fastest on host memory. Compilers see other ones.
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return x W^T + b."""
+    return _host_linear.below(x, weight, bias) if _is_native(x) else F.linear(x, weight, bias)
+
+
+def transposed_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return left^T right, a weight's gradient."""
+    return _host_transposed_product(left, right) if _is_native(left) else left.t() @ right
+
+
+_host_linear = define_stage(
+    "host_linear",
+    lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
+    native.linear,
+)
+_host_transposed_product = define_stage(
+    "host_transposed_product",
+    lambda left, right: left.new_empty(left.shape[1], right.shape[1]),
+    native.transposed_product,
 )
