@@ -156,13 +156,14 @@ class PoolNorm(torch.autograd.Function):
         )
         ctx.save_for_backward(normalised, inverse_std, weight, grids)
         ctx.batch = x.shape[0], mode
+        ctx.has_norm = weight is not None
         ctx.dtypes = x.dtype, *dtypes_of(weight, bias)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
-        _, _, weight, grids = ctx.saved_tensors
-        if weight is None and torch.is_grad_enabled() and not is_transformed():
+        if not ctx.has_norm and torch.is_grad_enabled() and not is_transformed():
+            *_, grids = ctx.saved_tensors  # once in a backward, or checkpointing refuses
             return reference.spread(grad, grids, *ctx.batch).to(ctx.dtypes[0]), *(None,) * 6
         return _kernel_backward(ctx, grad)
 
