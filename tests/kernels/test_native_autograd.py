@@ -1,4 +1,4 @@
-"""Native ops under what PyTorch does with a graph: checkpoints, hooks, retained and shared graphs."""
+"""Native ops under what PyTorch does with graphs: checkpoints, hooks, retained graphs."""
 
 from __future__ import annotations
 
