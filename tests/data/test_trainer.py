@@ -179,6 +179,29 @@ def test_answers_of_a_prompt_are_not_learned(processor):
     assert torch.equal(again["labels"], whole["labels"])
 
 
+def test_images_may_stand_after_a_prompts_answers(processor):
+    """The answers of a prompt are left out, whichever turns show the images."""
+    collator = DataCollatorWithPacking(processor, 4)
+
+    def learned(images: int, *texts: str) -> list[str]:
+        talked = messages(*texts)
+        (labels,) = collator(
+            [
+                {
+                    "prompt": talked[:-1],
+                    "completion": talked[-1:],
+                    "images": [picture(i) for i in range(images)],
+                }
+            ]
+        )["labels"]
+        return processor.tokenizer.convert_ids_to_tokens(labels[labels != -100].tolist())
+
+    assert learned(2, "<image> odd", "7", "<image> odd", "8") == ["8", "<eos>"]
+    assert learned(1, "odd", "7", "<image>", "8") == ["8", "<eos>"]
+    assert learned(3, "odd", "7", "odd", "8 9 <image> <image> <image>") == ["8", "9", "<eos>"]
+    assert learned(2, "odd", "7", "odd", "8") == ["8", "<eos>"]
+
+
 def test_tiles_and_truncation(processor):
     tiling = tiling_processor(6, use_thumbnail=True)
     image = picture(1, (64, 96))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,10 +13,10 @@ from tokenflex.counts import Grid, TokenCount, token_grids
 from tokenflex.data.media import PICTURE_KEYS
 from tokenflex.data.packing import PackingCollator
 from tokenflex.data.records import read_record
-from tokenflex.data.samples import Conversation, Sample, Turn
+from tokenflex.data.samples import Conversation, Sample
 from tokenflex.data.sequences import IGNORE, TokenSequence
 from tokenflex.images import load_image
-from tokenflex.models.chat import image_pattern, read_chat
+from tokenflex.models.chat import IMAGE_MARK, image_pattern, read_chat
 
 _TEXT_KEYS = ("messages", "prompt", "completion", "text")
 
@@ -78,12 +78,11 @@ def _encode(
     sample: Sample, packer: PackingCollator, key: tuple[int, int] | None = None, asked: int = 0
 ) -> Example:
     """Encode a sample's conversations; of its first ``asked`` turns nothing is learned."""
-    number = len(sample.images)
     try:
-        sequences = packer.encode(sample.conversations, number)
+        sequences = packer.encode(sample.conversations, len(sample.images))
         if asked:
             sequences = [
-                _without_answers(sequence, talk.turns[:asked], number, packer)
+                _without_answers(sequence, talk, asked, packer)
                 for sequence, talk in zip(sequences, sample.conversations, strict=True)
             ]
     except ValueError as error:
@@ -92,13 +91,18 @@ def _encode(
 
 
 def _without_answers(
-    sequence: TokenSequence, turns: Sequence[Turn], num_images: int, packer: PackingCollator
+    sequence: TokenSequence, conversation: Conversation, asked: int, packer: PackingCollator
 ) -> TokenSequence:
-    """Return a conversation in which the answers among its first ``turns`` are not learned."""
+    """Return a conversation without what is learned among its first ``asked`` turns."""
+    turns, num_images = conversation.turns[:asked], sequence.images.stop
+    is_marked = any(IMAGE_MARK in turn.text for turn in conversation.turns)
     answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
     if not answers:
         return sequence
-    (earlier,) = packer.encode([Conversation(tuple(turns[: answers[-1] + 1]))], num_images)
+    turns = turns[: answers[-1] + 1]
+    if is_marked:  # images that are shown later do not stand in these turns
+        num_images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
+    (earlier,) = packer.encode([Conversation(turns)], num_images)
     labels = sequence.labels.copy()  # the encoder keeps its own
     labels[: len(earlier.ids)] = IGNORE
     return replace(sequence, labels=labels)
