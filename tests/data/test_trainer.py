@@ -246,6 +246,79 @@ def test_what_cannot_be_read_is_named(processor, record, message):
         collator([records()[0], record])
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": "odd 7"}, "records.0. must have one of .*got messages beside text"),
+        ({"prompt": "odd", "completion": "7"}, "got messages beside prompt and completion"),
+        ({"input_ids": [5, 6]}, "got messages beside input_ids"),
+        ({"images": [picture(1)], "image": picture(2)}, "under one key, got images and image"),
+        ({"num_image_tokens": 4}, r"records.0..num_image_tokens belongs to input_ids"),
+        ({"messages": 3}, "records.0..messages must be a list of messages.*got int"),
+        ({"messages": {"role": "user"}}, "records.0..messages must be a list.*got dict"),
+        ({"messages": [messages("odd", "7"), 3]}, r"messages.1. must be a list.*got int"),
+        ({"messages": None, "prompt": "odd", "completion": messages("", "7")[1:]},
+         r"records.0..prompt must be a list of messages or a string.*got str"),
+        ({"messages": None, "prompt": [messages("odd", "7")], "completion": [messages("odd", "7")]},
+         r"records.0..prompt.0. must be a dict, got list"),
+        ({"messages": None, "prompt": messages("odd", "7"), "completion": messages("odd")},
+         r"records.0..completion must hold an assistant turn"),
+        ({"messages": None, "text": 3}, "records.0..text must be a string, got int"),
+        ({"messages": None, "text": "<image> 7"}, "records.0.: .*0 images, got 1"),
+        ({"index": 1.5}, r"records.0..index must be an int, got 1.5"),
+        ({"index": True}, r"records.0..index must be an int, got True"),
+        ({"index": -1}, r"records.0..index must be at least 0, got -1"),
+        ({"index": 1, "epoch": "x"}, r"records.0..epoch must be an int, got 'x'"),
+    ],
+)  # fmt: skip
+def test_nothing_of_a_record_is_ignored(processor, changes, message):
+    record = {"messages": messages("odd", "7"), **changes}
+    with pytest.raises((ValueError, TypeError), match=message):
+        DataCollatorWithPacking(processor, 4)([record])
+
+
+def test_images_are_read_under_every_key(processor, tmp_path):
+    """A path under a key of JSONL files would otherwise train on the text alone."""
+    path = tmp_path / "a.png"
+    picture(1).save(path)
+    collator = DataCollatorWithPacking(processor, 4)
+    talked = {"messages": messages("odd", "7")}
+    expected = collator([{**talked, "images": [picture(1)]}])
+    for beside in (
+        {"image": str(path), "images": []},
+        {"image_path": str(path)},
+        {"image_paths": [path], "image": None},
+    ):
+        same_batch(collator([{**talked, **beside}]), expected)
+    with pytest.raises(FileNotFoundError, match=r"records\[0\].images\[0\].*missing.png"):
+        collator([{**talked, "image": str(tmp_path / "missing.png")}])
+
+
+def test_conversations_may_name_the_same_path(processor, tmp_path):
+    """Paths read from JSON are equal, not the same object."""
+    path = str(tmp_path / "a.png")
+    picture(1).save(path)
+    talks = [
+        [
+            {"role": "user", "content": [{"type": "image", "path": "".join(path)}, text]},
+            *messages("", "7")[1:],
+        ]
+        for text in ({"type": "text", "text": " odd"}, {"type": "text", "text": " count"})
+    ]
+    talks[1][0]["content"][0]["path"] = path[:4] + path[4:]
+    batch = DataCollatorWithPacking(processor, 4)([{"messages": talks}])
+    assert len(batch["pixel_values"]) == 1
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_columns_formatted_as_arrays_are_read(processor, kind):
+    datasets = pytest.importorskip("datasets")
+    row = {"messages": messages("odd", "7"), "index": 3, "length": 12}
+    collator = DataCollatorWithPacking(processor, COUNTS)
+    data = datasets.Dataset.from_list([row]).with_format(kind)
+    same_batch(collator([data[0]]), collator([row]))
+
+
 def test_images_and_features_do_not_mix(processor):
     features = {**processor(images=picture(1), text="<image> odd 7", num_image_tokens="auto")}
     with pytest.raises(ValueError, match="all hold images, or all pixel_values"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,14 @@ from tokenflex.data.sequences import IGNORE, TokenSequence
 from tokenflex.images import load_image
 from tokenflex.models.chat import IMAGE_MARK, image_pattern, read_chat
 
-_TEXT_KEYS = ("messages", "prompt", "completion", "text")
+_FORMS = {
+    "messages": ("messages",),
+    "prompt and completion": ("prompt", "completion"),
+    "text": ("text",),
+    "input_ids": ("input_ids",),
+}
+"""What a record may be, and the keys that make it that."""
+_OWN_KEYS = (*PICTURE_KEYS, "messages", "prompt", "completion", "text", "index", "epoch")
 
 
 @dataclass(frozen=True)
@@ -60,18 +69,119 @@ def read_example(record: Any, place: int, packer: PackingCollator) -> Example:
         return _encode(record, packer)
     if not isinstance(record, Mapping):
         raise TypeError(f"{name} must be a dict or a Sample, got {type(record).__name__}")
-    key = None
-    if record.get("index") is not None:
-        key = int(record.get("epoch") or 0), int(record["index"])
-    if record.get("input_ids") is not None:
+    form = _form_of(record, name)
+    index, epoch = (_whole_number(record.get(key), f"{name}.{key}") for key in ("index", "epoch"))
+    key = None if index is None else (epoch or 0, index)
+    beside = _images_beside(record, name)
+    if form == "input_ids":
+        if beside:
+            raise ValueError(f"{name} must hold input_ids or images, got both")
         return _read_features(record, name, key, packer.processor)
-    images, conversations = _read_conversations(record, name, packer.processor.image_token)
-    pictures = tuple(load_image(image, f"{name}.images[{i}]") for i, image in enumerate(images))
-    sample = Sample(str(record.get("id") or name), pictures, tuple(conversations))
-    if not conversations:
+    if record.get("num_image_tokens") is not None:
+        raise ValueError(
+            f"{name}.num_image_tokens belongs to input_ids; the collator's counts say how many "
+            "tokens the images of other records have"
+        )
+    messages, asked = _messages_of(record, name, form)
+    if messages is None:
+        sample = Sample(_id_of(record, name), _open(beside, name), (Conversation(()),))
         return _read_texts(record, name, sample, key, packer)
-    asked = 0 if record.get("messages") is not None else len(record.get("prompt") or ())
+    images, conversations = _read_conversations(
+        record, messages, beside, name, packer.processor.image_token
+    )
+    sample = Sample(_id_of(record, name), _open(images, name), tuple(conversations))
+    if asked and all(turn.role != "assistant" for turn in conversations[0].turns[asked:]):
+        raise ValueError(f"{name}.completion must hold an assistant turn to learn from, got none")
     return _encode(sample, packer, key, asked)
+
+
+def _form_of(record: Mapping[str, Any], name: str) -> str:
+    """Return which of the forms a record has.
+
+    Raises:
+        ValueError: it has none, or several, of which the others would not be read.
+    """
+    forms = [
+        form for form, keys in _FORMS.items() if all(record.get(key) is not None for key in keys)
+    ]
+    if not forms:
+        raise ValueError(
+            f"{name} must have messages, prompt and completion, text or input_ids, got "
+            f"{', '.join(map(str, record)) or 'nothing'}; Trainer takes other columns than the "
+            "model's arguments away unless remove_unused_columns=False"
+        )
+    if len(forms) > 1:
+        raise ValueError(
+            f"{name} must have one of messages, prompt and completion, text or input_ids, got "
+            f"{' beside '.join(forms)}"
+        )
+    return forms[0]
+
+
+def _whole_number(value: Any, name: str) -> int | None:
+    """Return an int of at least 0, also of an array or tensor of one; None stays None."""
+    if isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 0:
+        value = value.item()
+    if value is None:
+        return None
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {value!r:.80}")
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    return int(value)
+
+
+def _id_of(record: Mapping[str, Any], name: str) -> str:
+    return name if record.get("id") in (None, "") else str(record["id"])
+
+
+def _images_beside(record: Mapping[str, Any], name: str) -> list[Any]:
+    """Return the images that a record holds beside its texts, under one of the keys of images."""
+    found: dict[str, list[Any]] = {}
+    for key in PICTURE_KEYS:
+        value = record.get(key)
+        if value is None:
+            continue
+        images = list(value) if isinstance(value, (list, tuple)) else [value]
+        if images:
+            found[key] = [_stored(image) for image in images]
+    if len(found) > 1:
+        raise ValueError(f"{name} must hold its images under one key, got {' and '.join(found)}")
+    return next(iter(found.values()), [])
+
+
+def _open(images: Sequence[Any], name: str) -> tuple[Any, ...]:
+    opened = []
+    for i, image in enumerate(images):
+        try:
+            opened.append(load_image(image, f"{name}.images[{i}]"))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{name}.images[{i}]: {error}") from error
+    return tuple(opened)
+
+
+def _messages_of(record: Mapping[str, Any], name: str, form: str) -> tuple[list[Any] | None, int]:
+    """Return the messages of a record and how many of them are a prompt; None of plain texts."""
+    keys = _FORMS[form]
+    values = [
+        value.tolist() if isinstance(value := record[key], np.ndarray) else value for key in keys
+    ]
+    if form != "messages" and all(isinstance(value, str) for value in values):
+        return None, 0
+    wanted = {
+        "messages": "a list of messages, or a list of those",
+        "text": "a string",
+    }.get(form, "a list of messages or a string, as the other one is")
+    for key, value in zip(keys, values, strict=True):
+        if form == "text" or not isinstance(value, (list, tuple)):
+            raise TypeError(f"{name}.{key} must be {wanted}, got {type(value).__name__}")
+    if form == "messages":
+        return values[0], 0
+    for key, value in zip(keys, values, strict=True):
+        for i, message in enumerate(value):
+            if not isinstance(message, Mapping):
+                raise TypeError(f"{name}.{key}[{i}] must be a dict, got {type(message).__name__}")
+    return [*values[0], *values[1]], len(values[0])
 
 
 def _encode(
@@ -114,36 +224,43 @@ def _tiles_of(sample: Sample, packer: PackingCollator) -> list[int]:
 
 
 def _read_conversations(
-    record: Mapping[str, Any], name: str, image_token: str
+    record: Mapping[str, Any],
+    messages: Sequence[Any],
+    beside: Sequence[Any],
+    name: str,
+    image_token: str,
 ) -> tuple[list[Any], list[Conversation]]:
-    """Return the images of a record and its conversations, none where it holds plain texts."""
-    beside = record.get("images") if record.get("images") is not None else record.get("image")
-    beside = [] if beside is None else beside if isinstance(beside, (list, tuple)) else [beside]
-    images = [_stored(image) for image in beside]
-    messages = record.get("messages")
-    if messages is None:
-        if not isinstance(record.get("completion"), (list, tuple)):
-            return images, []
-        messages = [*(record.get("prompt") or []), *record["completion"]]
-    nested = bool(messages) and isinstance(messages[0], (list, tuple))
-    others = {key: record[key] for key in record if key not in (*PICTURE_KEYS, *_TEXT_KEYS)}
+    """Return the images of a record and its conversations."""
+    nested = bool(messages) and isinstance(messages[0], (list, tuple, np.ndarray))
+    others = {key: record[key] for key in record if key not in _OWN_KEYS}
+    for key, value in others.items():  # columns of a data set that is formatted as arrays
+        if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) and value.ndim == 0:
+            others[key] = value.item()
     conversations = []
     inside: list[list[Any]] = []
     for i, talk in enumerate(messages if nested else [messages]):
         talk_name = f"{name}.messages[{i}]" if nested else f"{name}.messages"
+        if isinstance(talk, np.ndarray):
+            talk = talk.tolist()
+        if not isinstance(talk, (list, tuple)):
+            raise TypeError(f"{talk_name} must be a list as others are, got {type(talk).__name__}")
         chat = read_chat(talk, talk_name, [image_token])
         inside.append([_stored(image.source) for image in chat.images])
-        if len(inside[-1]) != len(inside[0]) or any(
-            image is not first for image, first in zip(inside[-1], inside[0], strict=True)
-        ):
+        if len(inside[-1]) != len(inside[0]) or not all(map(_is_same, inside[-1], inside[0])):
             raise ValueError(f"{talk_name} must show the same images as {name}.messages[0]")
-        if inside[-1] and images:
+        if inside[-1] and beside:
             raise ValueError(f"{talk_name} holds images, and others stand beside it: give one")
         _, _, conversation = read_record(
-            {**others, "messages": chat.messages}, name, stored=images or inside[-1]
+            {**others, "messages": chat.messages}, name, stored=beside or inside[-1]
         )
         conversations.append(conversation)
-    return images or inside[0], conversations
+    return list(beside) or inside[0], conversations
+
+
+def _is_same(image: Any, other: Any) -> bool:
+    """Return whether two images are one object, or the same path or bytes."""
+    is_text = isinstance(image, (str, bytes, PathLike)) and isinstance(other, type(image))
+    return image is other or (is_text and image == other)
 
 
 def _stored(image: Any) -> Any:
@@ -162,16 +279,8 @@ def _read_texts(
 ) -> Example:
     """Read a prompt with its completion, or a text that is learned whole."""
     processor = packer.processor
-    if isinstance(record.get("text"), str):
-        texts = [record["text"]]
-    elif all(isinstance(record.get(part), str) for part in ("prompt", "completion")):
-        texts = [record["prompt"], record["completion"]]
-    else:
-        raise ValueError(
-            f"{name} must have messages, prompt and completion, text or input_ids, got "
-            f"{', '.join(record) or 'nothing'}; Trainer takes other columns than the model's "
-            "arguments away unless remove_unused_columns=False"
-        )
+    keys = ("text",) if record.get("text") is not None else ("prompt", "completion")
+    texts = [record[key] for key in keys]
     pattern = image_pattern(processor.image_start, processor.image_token, processor.image_end)
     parts = [
         processor.tokenizer(
@@ -180,12 +289,14 @@ def _read_texts(
         for text in texts
     ]
     ids = np.array([token for part in parts for token in part], np.int64)
-    packer.encode.check_placeholders(ids.tolist(), len(sample.images))
+    try:
+        packer.encode.check_placeholders(ids.tolist(), len(sample.images))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     labels = np.where(ids == processor.image_token_id, IGNORE, ids)
     if len(parts) == 2:
         labels[: len(parts[0])] = IGNORE
     sequence = TokenSequence(ids, labels, slice(0, len(sample.images)))
-    sample = Sample(sample.id, sample.images, (Conversation(()),))
     return Example(sample, [sequence], _tiles_of(sample, packer), key)
 
 
