@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import IterableDataset
@@ -237,13 +238,92 @@ def test_tiles_and_truncation(processor):
         ({"input_ids": [IMAGE] * 13, "num_image_tokens": [4, 9],
           "pixel_values": torch.zeros(2, 3, 4, 4)}, "one count for all images of a record"),
         ({"input_ids": [IMAGE] * 5, "num_image_tokens": [4],
-          "pixel_values": torch.zeros(1, 3, 4, 4)}, "hold 2 images, for 1 images"),
+          "pixel_values": torch.zeros(1, 3, 4, 4)}, "hold 5 placeholders, for 1 tiles of 4"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_named(processor, record, message):
     collator = DataCollatorWithPacking(processor, 4)
     with pytest.raises((ValueError, TypeError), match=message):
         collator([records()[0], record])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_ids": [[IMAGE, 5], [IMAGE, 6]]}, r"input_ids must be one row.*\[2, 2\].*several"),
+        ({"input_ids": [IMAGE, 5.5]}, "input_ids must hold ints, got torch.float32"),
+        ({"input_ids": [IMAGE, None]}, "input_ids must be a row of ints, got list"),
+        ({"input_ids": "abc"}, "input_ids must be a row of ints, got str"),
+        ({"input_ids": 5}, r"input_ids must be one row.*shape \[\]"),
+        ({"labels": [-100, None]}, "labels must be a row of ints, got list"),
+        ({"labels": [[-100], [5]]}, r"labels must be one row.*\[2, 1\]"),
+        ({"labels": [True, False]}, "labels must hold ints, got torch.bool"),
+        ({"attention_mask": [0.5, 1.0]}, "attention_mask must hold ints"),
+        ({"attention_mask": [0, 1]}, "attention_mask must not hide placeholders"),
+        ({"num_image_tokens": "aut"}, "num_image_tokens must be counts or 'auto', got 'aut'"),
+        ({"num_image_tokens": [4.0]}, r"records.0..num_image_tokens.0. must be an int"),
+        ({"num_image_tokens": [4]}, "hold 1 placeholders, for 1 tiles of 4 vision tokens"),
+        ({"num_image_tokens": [4], "input_ids": [IMAGE, IMAGE, 5, IMAGE, IMAGE]},
+         "hold text between the 4 placeholders of a tile"),
+        ({"tiles_per_image": [1.0]}, "tiles_per_image must hold ints"),
+        ({"tiles_per_image": [1, 0], "input_ids": [IMAGE, IMAGE]}, r"images of \[1, 0\] tiles"),
+        ({"pixel_values": "x"}, "pixel_values must be an array of floats, got str"),
+        ({"pixel_values": torch.zeros(1, 3, 4, 4, dtype=torch.uint8)}, "must be floats, got torch"),
+        ({"pixel_values": torch.zeros(1, 1, 3, 4, 4)}, r"must be \[tiles.*got shape \[1, 1, 3"),
+        ({"grids": [(1, 1), (1, 1)]}, "grids must have one pair for each of 1 tiles, got 2"),
+        ({"grids": [(1.0, 1.0)]}, r"grids.0. must be a \(height, width\) pair of ints"),
+        ({"images": [picture(1)]}, "must hold input_ids or images, got both"),
+    ],
+)  # fmt: skip
+def test_processed_records_are_checked(processor, changes, message):
+    record = {
+        "input_ids": [IMAGE, 5],
+        "num_image_tokens": "auto",
+        "pixel_values": torch.zeros(1, 3, 4, 4),
+    }
+    collator = DataCollatorWithPacking(processor, 4)
+    assert collator([record])["plan"].lengths == (5,)
+    with pytest.raises((ValueError, TypeError), match=message):
+        collator([{**record, **changes}])
+
+
+def test_processed_records_of_a_batch_fit_together(processor):
+    collator = DataCollatorWithPacking(processor, 4)
+    record = {"input_ids": [IMAGE, 5], "pixel_values": torch.zeros(1, 3, 4, 4)}
+    wide = {**record, "pixel_values": torch.zeros(1, 3, 4, 8)}
+    with pytest.raises(ValueError, match=r"records\[1\].pixel_values must have tiles of \[3, 4, 4"):
+        collator([record, wide])
+    with pytest.raises(ValueError, match="must all hold grids, or none"):
+        collator([record, {**record, "grids": np.array([[1, 1]])}])
+    assert collator([{**record, "grids": np.array([[1, 1]])}])["grids"] == [(1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([], "records must hold at least one record"),
+        (None, "records must be a list of records, got NoneType"),
+        ({"text": "odd"}, "records must be a list of records, got dict"),
+        ("odd", "records must be a list of records, got str"),
+    ],
+)
+def test_a_batch_is_a_list_of_records(processor, records, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        DataCollatorWithPacking(processor, 4)(records)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"counts": [4, 9]}, r"counts must be TokenCounts, an int or a .* pair, got \[4, 9\]"),
+        ({"share_prefix": "no"}, "share_prefix must be a bool, got 'no'"),
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"max_length": 7.5}, "max_length must be an int, got 7.5"),
+    ],
+)
+def test_options_of_the_collator_are_checked(processor, given, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        DataCollatorWithPacking(processor, **given)
 
 
 @pytest.mark.parametrize(

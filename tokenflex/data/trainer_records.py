@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenflex.counts import Grid, TokenCount, token_grids
+from tokenflex.counts import AUTO, Grid, TokenCount, token_grids
 from tokenflex.data.media import PICTURE_KEYS
 from tokenflex.data.packing import PackingCollator
 from tokenflex.data.records import read_record
@@ -19,6 +19,7 @@ from tokenflex.data.samples import Conversation, Sample
 from tokenflex.data.sequences import IGNORE, TokenSequence
 from tokenflex.images import load_image
 from tokenflex.models.chat import IMAGE_MARK, image_pattern, read_chat
+from tokenflex_kernels.checks import check_grids
 
 _FORMS = {
     "messages": ("messages",),
@@ -304,28 +305,35 @@ def _read_features(
     record: Mapping[str, Any], name: str, key: tuple[int, int] | None, processor: Any
 ) -> Example:
     """Read outputs of the processor for one prompt, as tensors, arrays or lists."""
-    ids = torch.as_tensor(record["input_ids"], dtype=torch.int64).reshape(-1)
+    ids = _ints(record["input_ids"], f"{name}.input_ids")
     columns = {}
     for column in ("labels", "attention_mask"):
-        value = ids if record.get(column) is None else torch.as_tensor(record[column])
-        if value.numel() != len(ids):
+        value = ids if record.get(column) is None else _ints(record[column], f"{name}.{column}")
+        if len(value) != len(ids):
             raise ValueError(
-                f"{name}.{column} must be as long as input_ids, {len(ids)}, got {value.numel()}"
+                f"{name}.{column} must be as long as input_ids, {len(ids)}, got {len(value)}"
             )
-        columns[column] = value.reshape(-1)
+        columns[column] = value
     is_image = ids == processor.image_token_id
     keep = torch.ones_like(is_image)
     if record.get("attention_mask") is not None:
         keep = columns["attention_mask"].bool()
-    pixels = record.get("pixel_values")
-    pixels = pixels if pixels is None else torch.as_tensor(pixels).contiguous()
+        if bool((is_image & ~keep).any()):
+            raise ValueError(f"{name}.attention_mask must not hide placeholders of images")
+    pixels = _pixels_of(record, name)
     num_tiles = 0 if pixels is None else len(pixels)
-    tiles = list(record.get("tiles_per_image") or [1] * num_tiles)
+    tiles = [1] * num_tiles
+    if record.get("tiles_per_image") is not None:
+        tiles = _ints(record["tiles_per_image"], f"{name}.tiles_per_image").tolist()
     count: TokenCount | None = None
     counts = record.get("num_image_tokens")
-    if counts is not None and not isinstance(counts, str):
+    if isinstance(counts, str):
+        if counts != AUTO:
+            raise ValueError(f"{name}.num_image_tokens must be counts or 'auto', got {counts!r}")
+    elif counts is not None:
         # Expanded already, at one count: of each tile's run one placeholder stays.
-        tiles, grids = [1] * num_tiles, set(token_grids(counts, num_tiles))
+        tiles = [1] * num_tiles
+        grids = set(token_grids(counts, num_tiles, name=f"{name}.num_image_tokens"))
         if len(grids) > 1:
             raise ValueError(
                 f"{name}.num_image_tokens must be one count for all images of a record, got "
@@ -333,16 +341,93 @@ def _read_features(
             )
         for height, width in grids:
             count = height * width if height == width else (height, width)
-            is_first = torch.arange(int(is_image.sum())) % (height * width) == 0
-            keep = keep.masked_scatter(is_image, is_first)
+            keep = keep.masked_scatter(
+                is_image, _first_of_runs(is_image, num_tiles, height * width, name)
+            )
     ids, labels = ids[keep], columns["labels"][keep].masked_fill(is_image[keep], IGNORE)
     shown = int(is_image[keep].sum())
-    if shown != len(tiles) or sum(tiles) != num_tiles:
+    if shown != len(tiles) or sum(tiles) != num_tiles or min(tiles, default=1) < 1:
         raise ValueError(
             f"{name}.input_ids hold {shown} images, for {len(tiles)} images of {tiles} tiles and "
             f"{num_tiles} tiles of pixel_values"
         )
-    sample = Sample(str(record.get("id") or name), (), (Conversation(()),))
+    sample = Sample(_id_of(record, name), (), (Conversation(()),))
     sequence = TokenSequence(ids.numpy(), labels.numpy(), slice(0, shown))
-    grids_of_tiles = [(int(height), int(width)) for height, width in record.get("grids") or ()]
-    return Example(sample, [sequence], tiles, key, count, pixels, grids_of_tiles or None)
+    return Example(
+        sample, [sequence], tiles, key, count, pixels, _grids_of(record, name, num_tiles)
+    )
+
+
+def _ints(value: Any, name: str) -> torch.Tensor:
+    """Return one row of ints, [length] or [1, length], as int64 [length].
+
+    Raises:
+        TypeError: they are no ints.
+        ValueError: there are several rows, which would become one sequence.
+    """
+    try:
+        row = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name} must be a row of ints, got {type(value).__name__}: {error}"
+        ) from error
+    if row.numel() and (row.dtype == torch.bool or row.is_floating_point() or row.is_complex()):
+        raise TypeError(f"{name} must hold ints, got {row.dtype}")
+    if row.ndim not in (1, 2) or (row.ndim == 2 and len(row) != 1):
+        raise ValueError(
+            f"{name} must be one row, [length] or [1, length], got shape {list(row.shape)}; "
+            "several prompts are several records"
+        )
+    return row.reshape(-1).to("cpu", torch.int64)
+
+
+def _first_of_runs(
+    is_image: torch.Tensor, num_tiles: int, tokens_per_tile: int, name: str
+) -> torch.Tensor:
+    """Return which placeholders begin the run of a tile, bool [placeholders]."""
+    places = is_image.nonzero().squeeze(1)
+    if len(places) != num_tiles * tokens_per_tile:
+        raise ValueError(
+            f"{name}.input_ids hold {len(places)} placeholders, for {num_tiles} tiles of "
+            f"{tokens_per_tile} vision tokens"
+        )
+    runs = places.view(num_tiles, tokens_per_tile)
+    if not bool((runs[:, -1] - runs[:, 0] == tokens_per_tile - 1).all()):
+        raise ValueError(
+            f"{name}.input_ids hold text between the {tokens_per_tile} placeholders of a tile"
+        )
+    return torch.arange(len(places)) % tokens_per_tile == 0
+
+
+def _pixels_of(record: Mapping[str, Any], name: str) -> torch.Tensor | None:
+    value = record.get("pixel_values")
+    if value is None:
+        return None
+    try:
+        pixels = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name}.pixel_values must be an array of floats, got {type(value).__name__}: {error}"
+        ) from error
+    if not pixels.is_floating_point():
+        raise TypeError(f"{name}.pixel_values must be floats, got {pixels.dtype}")
+    if pixels.ndim not in (3, 4):  # 3 are patches of an encoder for any shape
+        raise ValueError(
+            f"{name}.pixel_values must be [tiles, channels, height, width] or [tiles, patches, "
+            f"width], got shape {list(pixels.shape)}"
+        )
+    return pixels.detach().cpu().contiguous()
+
+
+def _grids_of(record: Mapping[str, Any], name: str, num_tiles: int) -> list[Grid] | None:
+    grids = record.get("grids")
+    if isinstance(grids, (np.ndarray, torch.Tensor)):
+        grids = grids.tolist()
+    if grids is None:
+        return None
+    checked = check_grids(f"{name}.grids", grids)
+    if len(checked) != num_tiles:
+        raise ValueError(
+            f"{name}.grids must have one pair for each of {num_tiles} tiles, got {len(checked)}"
+        )
+    return checked or None
