@@ -476,6 +476,40 @@ def test_a_batch_without_targets_has_the_loss_zero(processor):
     assert float(loss) == 0
 
 
+def test_labels_may_be_masked_after_collating(processor):
+    """The loss in training is then still that of evaluation."""
+    model, batch = tiny_model(), DataCollatorWithPacking(processor, COUNTS)(records())
+    learned = (batch["labels"][0] != -100).nonzero().squeeze(1)
+    batch["labels"][0, learned[::2]] = -100
+    for head in (model.lm_head, torch.nn.Sequential(model.lm_head)):
+        model.lm_head = head
+        expected = float(model.eval()(**batch).loss)
+        assert float(model.train()(**batch).loss) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_rows": torch.tensor([0])}, r"target_rows must be \[1, N\], got shape \[1\]"),
+        ({"target_rows": torch.tensor([[0.0]])}, "target_rows must be an int64 tensor, got torch"),
+        ({"target_rows": [[0]]}, "target_rows must be an int64 tensor, got list"),
+        ({"labels": torch.tensor([[5]])}, r"labels of one row, \[1, 3\], got shape \[1, 1\]"),
+        ({"input_ids": torch.full((2, 3), 5), "labels": torch.full((2, 3), 5)},
+         r"labels of one row, \[1, 3\], got shape \[2, 3\]"),
+    ],
+)  # fmt: skip
+def test_target_rows_are_checked(changes, message):
+    inputs = {
+        "input_ids": torch.tensor([[5, 6, 7]]),
+        "labels": torch.tensor([[5, 6, 7]]),
+        "target_rows": torch.tensor([[0, 1]]),
+    }
+    model = tiny_model().train()
+    model(**inputs)
+    with pytest.raises((ValueError, TypeError), match=message):
+        model(**{**inputs, **changes})
+
+
 def test_positions_of_another_row_are_refused(processor):
     batch = DataCollatorWithPacking(processor, 4)(records())
     batch["position_ids"] = batch["position_ids"][:, 1:]
