@@ -273,6 +273,7 @@ def test_what_cannot_be_read_is_named(processor, record, message):
         ({"grids": [(1, 1), (1, 1)]}, "grids must have one pair for each of 1 tiles, got 2"),
         ({"grids": [(1.0, 1.0)]}, r"grids.0. must be a \(height, width\) pair of ints"),
         ({"images": [picture(1)]}, "must hold input_ids or images, got both"),
+        ({"image_index": [1]}, r"image_index must show each of the 1 tiles once.*got \[1\]"),
     ],
 )  # fmt: skip
 def test_processed_records_are_checked(processor, changes, message):
@@ -285,6 +286,24 @@ def test_processed_records_are_checked(processor, changes, message):
     assert collator([record])["plan"].lengths == (5,)
     with pytest.raises((ValueError, TypeError), match=message):
         collator([{**record, **changes}])
+
+
+def test_processed_records_keep_their_pixels(processor):
+    """A batch of processed records is that of their images: each its own pixels, counts, labels."""
+    collator = DataCollatorWithPacking(processor, COUNTS)
+    texts = ["<image> odd 7<eos>", "odd", "<image> count <image> 3<eos>", "<image> where 5<eos>"]
+    images = [[picture(1)], [], [picture(2), picture(3)], [picture(4)]]
+    raw, processed, expanded = [], [], []
+    for i, (text, shown) in enumerate(zip(texts, images, strict=True)):
+        raw.append({"text": text, "images": shown, "index": i})
+        call = {"text": text, "images": shown or None}
+        processed.append({**processor(**call, num_image_tokens="auto"), "index": i})
+        count = COUNTS.draw(i, 0)
+        expanded.append({**processor(**call, num_image_tokens=count), "index": i})
+    expected = collator(raw)
+    assert len({*expected["num_image_tokens"]}) > 1
+    same_batch(collator(processed), expected)
+    same_batch(collator(expanded), expected)
 
 
 def test_processed_records_of_a_batch_fit_together(processor):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from tokenflex.data.samples import Conversation, Sample
 from tokenflex.data.sequences import IGNORE, TokenSequence
 from tokenflex.images import load_image
 from tokenflex.models.chat import IMAGE_MARK, image_pattern, read_chat
+from tokenflex.models.conversations import is_same_image
 from tokenflex_kernels.checks import check_grids
 
 _FORMS = {
@@ -247,7 +247,7 @@ def _read_conversations(
             raise TypeError(f"{talk_name} must be a list as others are, got {type(talk).__name__}")
         chat = read_chat(talk, talk_name, [image_token])
         inside.append([_stored(image.source) for image in chat.images])
-        if len(inside[-1]) != len(inside[0]) or not all(map(_is_same, inside[-1], inside[0])):
+        if len(inside[-1]) != len(inside[0]) or not all(map(is_same_image, inside[-1], inside[0])):
             raise ValueError(f"{talk_name} must show the same images as {name}.messages[0]")
         if inside[-1] and beside:
             raise ValueError(f"{talk_name} holds images, and others stand beside it: give one")
@@ -256,12 +256,6 @@ def _read_conversations(
         )
         conversations.append(conversation)
     return list(beside) or inside[0], conversations
-
-
-def _is_same(image: Any, other: Any) -> bool:
-    """Return whether two images are one object, or the same path or bytes."""
-    is_text = isinstance(image, (str, bytes, PathLike)) and isinstance(other, type(image))
-    return image is other or (is_text and image == other)
 
 
 def _stored(image: Any) -> Any:
@@ -322,6 +316,13 @@ def _read_features(
             raise ValueError(f"{name}.attention_mask must not hide placeholders of images")
     pixels = _pixels_of(record, name)
     num_tiles = 0 if pixels is None else len(pixels)
+    if record.get("image_index") is not None:
+        shown_tiles = _ints(record["image_index"], f"{name}.image_index").tolist()
+        if shown_tiles != [*range(num_tiles)]:
+            raise ValueError(
+                f"{name}.image_index must show each of the {num_tiles} tiles once, in order, got "
+                f"{shown_tiles}"
+            )
     tiles = [1] * num_tiles
     if record.get("tiles_per_image") is not None:
         tiles = _ints(record["tiles_per_image"], f"{name}.tiles_per_image").tolist()
