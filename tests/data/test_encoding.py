@@ -179,6 +179,13 @@ def test_memory_is_bounded():
     assert len(encoder._cache) <= CACHED_CONVERSATIONS
 
 
+def test_what_is_remembered_cannot_be_changed():
+    ids, labels = encode(encoder_with(), conversation("odd", "7"), num_images=1)
+    for array in (ids, labels):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 9
+
+
 def test_a_prompt_is_the_beginning_of_what_was_trained():
     encoder = encoder_with(ROLE_TEMPLATE)
     ids, labels = encode(encoder, conversation("odd", "3"), num_images=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import IterableDataset
@@ -179,6 +180,29 @@ def test_answers_of_a_prompt_are_not_learned(processor):
     assert torch.equal(again["labels"], whole["labels"])
 
 
+def test_images_may_stand_after_a_prompts_answers(processor):
+    """The answers of a prompt are left out, whichever turns show the images."""
+    collator = DataCollatorWithPacking(processor, 4)
+
+    def learned(images: int, *texts: str) -> list[str]:
+        talked = messages(*texts)
+        (labels,) = collator(
+            [
+                {
+                    "prompt": talked[:-1],
+                    "completion": talked[-1:],
+                    "images": [picture(i) for i in range(images)],
+                }
+            ]
+        )["labels"]
+        return processor.tokenizer.convert_ids_to_tokens(labels[labels != -100].tolist())
+
+    assert learned(2, "<image> odd", "7", "<image> odd", "8") == ["8", "<eos>"]
+    assert learned(1, "odd", "7", "<image>", "8") == ["8", "<eos>"]
+    assert learned(3, "odd", "7", "odd", "8 9 <image> <image> <image>") == ["8", "9", "<eos>"]
+    assert learned(2, "odd", "7", "odd", "8") == ["8", "<eos>"]
+
+
 def test_tiles_and_truncation(processor):
     tiling = tiling_processor(6, use_thumbnail=True)
     image = picture(1, (64, 96))
@@ -214,13 +238,184 @@ def test_tiles_and_truncation(processor):
         ({"input_ids": [IMAGE] * 13, "num_image_tokens": [4, 9],
           "pixel_values": torch.zeros(2, 3, 4, 4)}, "one count for all images of a record"),
         ({"input_ids": [IMAGE] * 5, "num_image_tokens": [4],
-          "pixel_values": torch.zeros(1, 3, 4, 4)}, "hold 2 images, for 1 images"),
+          "pixel_values": torch.zeros(1, 3, 4, 4)}, "hold 5 placeholders, for 1 tiles of 4"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_named(processor, record, message):
     collator = DataCollatorWithPacking(processor, 4)
     with pytest.raises((ValueError, TypeError), match=message):
         collator([records()[0], record])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_ids": [[IMAGE, 5], [IMAGE, 6]]}, r"input_ids must be one row.*\[2, 2\].*several"),
+        ({"input_ids": [IMAGE, 5.5]}, "input_ids must hold ints, got torch.float32"),
+        ({"input_ids": [IMAGE, None]}, "input_ids must be a row of ints, got list"),
+        ({"input_ids": "abc"}, "input_ids must be a row of ints, got str"),
+        ({"input_ids": 5}, r"input_ids must be one row.*shape \[\]"),
+        ({"labels": [-100, None]}, "labels must be a row of ints, got list"),
+        ({"labels": [[-100], [5]]}, r"labels must be one row.*\[2, 1\]"),
+        ({"labels": [True, False]}, "labels must hold ints, got torch.bool"),
+        ({"attention_mask": [0.5, 1.0]}, "attention_mask must hold ints"),
+        ({"attention_mask": [0, 1]}, "attention_mask must not hide placeholders"),
+        ({"num_image_tokens": "aut"}, "num_image_tokens must be counts or 'auto', got 'aut'"),
+        ({"num_image_tokens": [4.0]}, r"records.0..num_image_tokens.0. must be an int"),
+        ({"num_image_tokens": [4]}, "hold 1 placeholders, for 1 tiles of 4 vision tokens"),
+        ({"num_image_tokens": [4], "input_ids": [IMAGE, IMAGE, 5, IMAGE, IMAGE]},
+         "hold text between the 4 placeholders of a tile"),
+        ({"tiles_per_image": [1.0]}, "tiles_per_image must hold ints"),
+        ({"tiles_per_image": [1, 0], "input_ids": [IMAGE, IMAGE]}, r"images of \[1, 0\] tiles"),
+        ({"pixel_values": "x"}, "pixel_values must be an array of floats, got str"),
+        ({"pixel_values": torch.zeros(1, 3, 4, 4, dtype=torch.uint8)}, "must be floats, got torch"),
+        ({"pixel_values": torch.zeros(1, 1, 3, 4, 4)}, r"must be \[tiles.*got shape \[1, 1, 3"),
+        ({"grids": [(1, 1), (1, 1)]}, "grids must have one pair for each of 1 tiles, got 2"),
+        ({"grids": [(1.0, 1.0)]}, r"grids.0. must be a \(height, width\) pair of ints"),
+        ({"images": [picture(1)]}, "must hold input_ids or images, got both"),
+        ({"image_index": [1]}, r"image_index must show each of the 1 tiles once.*got \[1\]"),
+    ],
+)  # fmt: skip
+def test_processed_records_are_checked(processor, changes, message):
+    record = {
+        "input_ids": [IMAGE, 5],
+        "num_image_tokens": "auto",
+        "pixel_values": torch.zeros(1, 3, 4, 4),
+    }
+    collator = DataCollatorWithPacking(processor, 4)
+    assert collator([record])["plan"].lengths == (5,)
+    with pytest.raises((ValueError, TypeError), match=message):
+        collator([{**record, **changes}])
+
+
+def test_processed_records_keep_their_pixels(processor):
+    """A batch of processed records is that of their images: each its own pixels, counts, labels."""
+    collator = DataCollatorWithPacking(processor, COUNTS)
+    texts = ["<image> odd 7<eos>", "odd", "<image> count <image> 3<eos>", "<image> where 5<eos>"]
+    images = [[picture(1)], [], [picture(2), picture(3)], [picture(4)]]
+    raw, processed, expanded = [], [], []
+    for i, (text, shown) in enumerate(zip(texts, images, strict=True)):
+        raw.append({"text": text, "images": shown, "index": i})
+        call = {"text": text, "images": shown or None}
+        processed.append({**processor(**call, num_image_tokens="auto"), "index": i})
+        count = COUNTS.draw(i, 0)
+        expanded.append({**processor(**call, num_image_tokens=count), "index": i})
+    expected = collator(raw)
+    assert len({*expected["num_image_tokens"]}) > 1
+    same_batch(collator(processed), expected)
+    same_batch(collator(expanded), expected)
+
+
+def test_processed_records_of_a_batch_fit_together(processor):
+    collator = DataCollatorWithPacking(processor, 4)
+    record = {"input_ids": [IMAGE, 5], "pixel_values": torch.zeros(1, 3, 4, 4)}
+    wide = {**record, "pixel_values": torch.zeros(1, 3, 4, 8)}
+    with pytest.raises(ValueError, match=r"records\[1\].pixel_values must have tiles of \[3, 4, 4"):
+        collator([record, wide])
+    with pytest.raises(ValueError, match="must all hold grids, or none"):
+        collator([record, {**record, "grids": np.array([[1, 1]])}])
+    assert collator([{**record, "grids": np.array([[1, 1]])}])["grids"] == [(1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([], "records must hold at least one record"),
+        (None, "records must be a list of records, got NoneType"),
+        ({"text": "odd"}, "records must be a list of records, got dict"),
+        ("odd", "records must be a list of records, got str"),
+    ],
+)
+def test_a_batch_is_a_list_of_records(processor, records, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        DataCollatorWithPacking(processor, 4)(records)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"counts": [4, 9]}, r"counts must be TokenCounts, an int or a .* pair, got \[4, 9\]"),
+        ({"share_prefix": "no"}, "share_prefix must be a bool, got 'no'"),
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"max_length": 7.5}, "max_length must be an int, got 7.5"),
+    ],
+)
+def test_options_of_the_collator_are_checked(processor, given, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        DataCollatorWithPacking(processor, **given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": "odd 7"}, "records.0. must have one of .*got messages beside text"),
+        ({"prompt": "odd", "completion": "7"}, "got messages beside prompt and completion"),
+        ({"input_ids": [5, 6]}, "got messages beside input_ids"),
+        ({"images": [picture(1)], "image": picture(2)}, "under one key, got images and image"),
+        ({"num_image_tokens": 4}, r"records.0..num_image_tokens belongs to input_ids"),
+        ({"messages": 3}, "records.0..messages must be a list of messages.*got int"),
+        ({"messages": {"role": "user"}}, "records.0..messages must be a list.*got dict"),
+        ({"messages": [messages("odd", "7"), 3]}, r"messages.1. must be a list.*got int"),
+        ({"messages": None, "prompt": "odd", "completion": messages("", "7")[1:]},
+         r"records.0..prompt must be a list of messages or a string.*got str"),
+        ({"messages": None, "prompt": [messages("odd", "7")], "completion": [messages("odd", "7")]},
+         r"records.0..prompt.0. must be a dict, got list"),
+        ({"messages": None, "prompt": messages("odd", "7"), "completion": messages("odd")},
+         r"records.0..completion must hold an assistant turn"),
+        ({"messages": None, "text": 3}, "records.0..text must be a string, got int"),
+        ({"messages": None, "text": "<image> 7"}, "records.0.: .*0 images, got 1"),
+        ({"index": 1.5}, r"records.0..index must be an int, got 1.5"),
+        ({"index": True}, r"records.0..index must be an int, got True"),
+        ({"index": -1}, r"records.0..index must be at least 0, got -1"),
+        ({"index": 1, "epoch": "x"}, r"records.0..epoch must be an int, got 'x'"),
+    ],
+)  # fmt: skip
+def test_nothing_of_a_record_is_ignored(processor, changes, message):
+    record = {"messages": messages("odd", "7"), **changes}
+    with pytest.raises((ValueError, TypeError), match=message):
+        DataCollatorWithPacking(processor, 4)([record])
+
+
+def test_images_are_read_under_every_key(processor, tmp_path):
+    """A path under a key of JSONL files would otherwise train on the text alone."""
+    path = tmp_path / "a.png"
+    picture(1).save(path)
+    collator = DataCollatorWithPacking(processor, 4)
+    talked = {"messages": messages("odd", "7")}
+    expected = collator([{**talked, "images": [picture(1)]}])
+    for beside in (
+        {"image": str(path), "images": []},
+        {"image_path": str(path)},
+        {"image_paths": [path], "image": None},
+    ):
+        same_batch(collator([{**talked, **beside}]), expected)
+    with pytest.raises(FileNotFoundError, match=r"records\[0\].images\[0\].*missing.png"):
+        collator([{**talked, "image": str(tmp_path / "missing.png")}])
+
+
+def test_conversations_may_name_the_same_path(processor, tmp_path):
+    """Paths read from JSON are equal, not the same object."""
+    path = str(tmp_path / "a.png")
+    picture(1).save(path)
+    talks = [
+        [
+            {"role": "user", "content": [{"type": "image", "path": "".join(path)}, text]},
+            *messages("", "7")[1:],
+        ]
+        for text in ({"type": "text", "text": " odd"}, {"type": "text", "text": " count"})
+    ]
+    talks[1][0]["content"][0]["path"] = path[:4] + path[4:]
+    batch = DataCollatorWithPacking(processor, 4)([{"messages": talks}])
+    assert len(batch["pixel_values"]) == 1
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_columns_formatted_as_arrays_are_read(processor, kind):
+    datasets = pytest.importorskip("datasets")
+    row = {"messages": messages("odd", "7"), "index": 3, "length": 12}
+    collator = DataCollatorWithPacking(processor, COUNTS)
+    data = datasets.Dataset.from_list([row]).with_format(kind)
+    same_batch(collator([data[0]]), collator([row]))
 
 
 def test_images_and_features_do_not_mix(processor):
@@ -298,6 +493,40 @@ def test_a_batch_without_targets_has_the_loss_zero(processor):
     loss = tiny_model().train()(**batch).loss
     loss.backward()
     assert float(loss) == 0
+
+
+def test_labels_may_be_masked_after_collating(processor):
+    """The loss in training is then still that of evaluation."""
+    model, batch = tiny_model(), DataCollatorWithPacking(processor, COUNTS)(records())
+    learned = (batch["labels"][0] != -100).nonzero().squeeze(1)
+    batch["labels"][0, learned[::2]] = -100
+    for head in (model.lm_head, torch.nn.Sequential(model.lm_head)):
+        model.lm_head = head
+        expected = float(model.eval()(**batch).loss)
+        assert float(model.train()(**batch).loss) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_rows": torch.tensor([0])}, r"target_rows must be \[1, N\], got shape \[1\]"),
+        ({"target_rows": torch.tensor([[0.0]])}, "target_rows must be an int64 tensor, got torch"),
+        ({"target_rows": [[0]]}, "target_rows must be an int64 tensor, got list"),
+        ({"labels": torch.tensor([[5]])}, r"labels of one row, \[1, 3\], got shape \[1, 1\]"),
+        ({"input_ids": torch.full((2, 3), 5), "labels": torch.full((2, 3), 5)},
+         r"labels of one row, \[1, 3\], got shape \[2, 3\]"),
+    ],
+)  # fmt: skip
+def test_target_rows_are_checked(changes, message):
+    inputs = {
+        "input_ids": torch.tensor([[5, 6, 7]]),
+        "labels": torch.tensor([[5, 6, 7]]),
+        "target_rows": torch.tensor([[0, 1]]),
+    }
+    model = tiny_model().train()
+    model(**inputs)
+    with pytest.raises((ValueError, TypeError), match=message):
+        model(**{**inputs, **changes})
 
 
 def test_positions_of_another_row_are_refused(processor):

@@ -58,6 +58,17 @@ def test_the_longest_beginning_with_whole_images_that_ends_in_an_answer(conversa
     assert kept.images == slice(0, int((kept.ids == IMAGE).sum()))
 
 
+def test_a_sample_without_tokens_is_left_out_before_bins_are_dealt():
+    """Its images stand in no turn: dealt as a sample, it would change the bins of the others."""
+    silent = Sample("silent", (picture(1), picture(2)), (Conversation((Turn("user", "odd"),)),))
+    collator = PackingCollator(digits_processor(), TokenCounts((4,), (1.0,)), max_length=40)
+    step = StepPacker([silent, two_questions()], collator)([(0, 0), (0, 1)])
+    assert [sample.index for sample in step.broken] == [0]
+    assert "without tokens cannot show 2 images" in step.broken[0].reason
+    assert step.samples == 1
+    assert [batch.sample_ids for batch in step.bins] == [["two"]]
+
+
 # ---- in the collator: "<image> odd" -> "3 <eos>", twice
 
 

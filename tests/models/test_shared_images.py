@@ -132,7 +132,7 @@ def test_a_draft_sees_the_images_where_they_are_shown(model):
     assert torch.equal(model.generate(**inputs, **GENERATION, assistant_model=draft), expected)
 
 
-def test_conversations_share_the_images_of_the_first(model):
+def test_conversations_share_the_images_of_the_first(model, tmp_path):
     processor = digits_processor()
 
     def ask(text: str, image=None) -> list[dict]:
@@ -158,6 +158,12 @@ def test_conversations_share_the_images_of_the_first(model):
     ]
     inputs = processor.apply_chat_template(beside, tokenize=True, return_dict=True, images=[A])
     assert inputs["image_index"] == [0, 0]
+    A.save(tmp_path / "a.png")  # paths from JSON are equal, not one object
+    paths = [str(tmp_path / "a.png"), str(tmp_path) + "/a.png"]
+    assert paths[0] is not paths[1]
+    options["num_image_tokens"] = 4
+    shared = processor.apply_chat_template([[ask(" odd", path) for path in paths]], **options)
+    assert shared["image_index"] == [0, 0]
     with pytest.raises(ValueError, match=r"conversation\[0\]\[1\] must show the images of"):
         processor.apply_chat_template([[ask(" odd", A), ask(" odd", B)]], **options)
     with pytest.raises(ValueError, match=r"conversation\[1\] must be a list of conversations"):

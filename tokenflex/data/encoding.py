@@ -98,6 +98,7 @@ class ConversationEncoder:
             if ids:  # a conversation without an answer has none
                 self.check_placeholders(ids, num_images)
             arrays = np.array([ids, labels], np.int64)
+            arrays.setflags(write=False)  # the cache hands the same arrays out again
             sequences.append(TokenSequence(arrays[0], arrays[1], slice(0, num_images)))
         return sequences
 

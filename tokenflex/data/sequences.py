@@ -67,6 +67,11 @@ def truncate(
     """
     ids, labels = conversation.ids, conversation.labels
     num_tokens = conversation.num_tokens(tokens_per_image)
+    if not ids.size and len(tokens_per_image) > 1:
+        # Left out when a step is planned; dealt, it would empty a bin when the bin is packed.
+        raise ValueError(
+            f"a conversation without tokens cannot show {len(tokens_per_image)} images"
+        )
     if not ids.size or num_tokens <= max_length:
         return conversation
     is_image = ids == image_token_id

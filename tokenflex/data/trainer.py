@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from tokenflex.counts import TokenCount, TokenCounts
+from tokenflex.counts import Grid, TokenCount, TokenCounts
 from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
 from tokenflex.data.trainer_records import Example, read_example
+from tokenflex_kernels.checks import check_count
 
 
 class DataCollatorWithPacking:
@@ -74,7 +75,15 @@ class DataCollatorWithPacking:
             )
         if not isinstance(counts, TokenCounts):
             count = processor.num_image_tokens if counts is None else counts
+            if isinstance(count, list):  # [4, 9] is two counts elsewhere, (4, 9) one grid
+                raise TypeError(
+                    f"counts must be TokenCounts, an int or a (height, width) pair, got {count!r}"
+                )
             counts = TokenCounts((count,), (1.0,))
+        if not isinstance(share_prefix, bool):
+            raise TypeError(f"share_prefix must be a bool, got {share_prefix!r}")
+        if max_length is not None:
+            max_length = check_count("max_length", max_length)
         self.packer = PackingCollator(
             processor, counts, share_prefix=share_prefix, max_length=max_length
         )
@@ -85,7 +94,11 @@ class DataCollatorWithPacking:
         Raises:
             TypeError, ValueError: A record cannot be read; the message names its place.
         """
+        if isinstance(records, (str, bytes, Mapping)) or not isinstance(records, Iterable):
+            raise TypeError(f"records must be a list of records, got {type(records).__name__}")
         examples = [read_example(record, i, self.packer) for i, record in enumerate(records)]
+        if not examples:
+            raise ValueError("records must hold at least one record, got none")
         if len({example.pixel_values is None for example in examples if example.tiles}) > 1:
             raise ValueError(
                 "records of a batch must all hold images, or all pixel_values, got both"
@@ -115,12 +128,25 @@ class DataCollatorWithPacking:
         self, examples: Sequence[Example], fitted: Sequence[DrawnSample]
     ) -> PackedBatch:
         """Pack samples whose images are processed already."""
-        pixels, grids = [], []
-        for example, drawn in zip(examples, fitted, strict=True):
-            if example.pixel_values is not None:
+        pixels: list[torch.Tensor] = []
+        grids: list[Grid] = []
+        have_grids = set()
+        for place, (example, drawn) in enumerate(zip(examples, fitted, strict=True)):
+            if example.pixel_values is not None and len(example.pixel_values):
+                size = example.pixel_values.shape[1:]
+                if pixels and size != pixels[0].shape[1:]:
+                    raise ValueError(
+                        f"records[{place}].pixel_values must have tiles of "
+                        f"{list(pixels[0].shape[1:])} as others of the batch, got {list(size)}"
+                    )
+                have_grids.add(example.grids is not None)
                 shown = sum(drawn.tiles)  # truncation may leave images out
                 pixels.append(example.pixel_values[:shown])
                 grids += (example.grids or [])[:shown]
+        if len(have_grids) > 1:
+            raise ValueError("records of a batch must all hold grids, or none of them, got both")
+        if not pixels:
+            return self.packer(fitted)
         data = {"pixel_values": torch.cat(pixels), "grids": grids or None}
         return self.packer.pack(fitted, data, [tiles for drawn in fitted for tiles in drawn.tiles])
 

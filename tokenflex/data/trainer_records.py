@@ -4,21 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
 
-from tokenflex.counts import Grid, TokenCount, token_grids
+from tokenflex.counts import AUTO, Grid, TokenCount, token_grids
 from tokenflex.data.media import PICTURE_KEYS
 from tokenflex.data.packing import PackingCollator
 from tokenflex.data.records import read_record
-from tokenflex.data.samples import Conversation, Sample, Turn
+from tokenflex.data.samples import Conversation, Sample
 from tokenflex.data.sequences import IGNORE, TokenSequence
 from tokenflex.images import load_image
-from tokenflex.models.chat import image_pattern, read_chat
+from tokenflex.models.chat import IMAGE_MARK, image_pattern, read_chat
+from tokenflex.models.conversations import is_same_image
+from tokenflex_kernels.checks import check_grids
 
-_TEXT_KEYS = ("messages", "prompt", "completion", "text")
+_FORMS = {
+    "messages": ("messages",),
+    "prompt and completion": ("prompt", "completion"),
+    "text": ("text",),
+    "input_ids": ("input_ids",),
+}
+"""What a record may be, and the keys that make it that."""
+_OWN_KEYS = (*PICTURE_KEYS, "messages", "prompt", "completion", "text", "index", "epoch")
 
 
 @dataclass(frozen=True)
@@ -60,30 +70,130 @@ def read_example(record: Any, place: int, packer: PackingCollator) -> Example:
         return _encode(record, packer)
     if not isinstance(record, Mapping):
         raise TypeError(f"{name} must be a dict or a Sample, got {type(record).__name__}")
-    key = None
-    if record.get("index") is not None:
-        key = int(record.get("epoch") or 0), int(record["index"])
-    if record.get("input_ids") is not None:
+    form = _form_of(record, name)
+    index, epoch = (_whole_number(record.get(key), f"{name}.{key}") for key in ("index", "epoch"))
+    key = None if index is None else (epoch or 0, index)
+    beside = _images_beside(record, name)
+    if form == "input_ids":
+        if beside:
+            raise ValueError(f"{name} must hold input_ids or images, got both")
         return _read_features(record, name, key, packer.processor)
-    images, conversations = _read_conversations(record, name, packer.processor.image_token)
-    pictures = tuple(load_image(image, f"{name}.images[{i}]") for i, image in enumerate(images))
-    sample = Sample(str(record.get("id") or name), pictures, tuple(conversations))
-    if not conversations:
+    if record.get("num_image_tokens") is not None:
+        raise ValueError(
+            f"{name}.num_image_tokens belongs to input_ids; the collator's counts say how many "
+            "tokens the images of other records have"
+        )
+    messages, asked = _messages_of(record, name, form)
+    if messages is None:
+        sample = Sample(_id_of(record, name), _open(beside, name), (Conversation(()),))
         return _read_texts(record, name, sample, key, packer)
-    asked = 0 if record.get("messages") is not None else len(record.get("prompt") or ())
+    images, conversations = _read_conversations(
+        record, messages, beside, name, packer.processor.image_token
+    )
+    sample = Sample(_id_of(record, name), _open(images, name), tuple(conversations))
+    if asked and all(turn.role != "assistant" for turn in conversations[0].turns[asked:]):
+        raise ValueError(f"{name}.completion must hold an assistant turn to learn from, got none")
     return _encode(sample, packer, key, asked)
+
+
+def _form_of(record: Mapping[str, Any], name: str) -> str:
+    """Return which of the forms a record has.
+
+    Raises:
+        ValueError: it has none, or several, of which the others would not be read.
+    """
+    forms = [
+        form for form, keys in _FORMS.items() if all(record.get(key) is not None for key in keys)
+    ]
+    if not forms:
+        raise ValueError(
+            f"{name} must have messages, prompt and completion, text or input_ids, got "
+            f"{', '.join(map(str, record)) or 'nothing'}; Trainer takes other columns than the "
+            "model's arguments away unless remove_unused_columns=False"
+        )
+    if len(forms) > 1:
+        raise ValueError(
+            f"{name} must have one of messages, prompt and completion, text or input_ids, got "
+            f"{' beside '.join(forms)}"
+        )
+    return forms[0]
+
+
+def _whole_number(value: Any, name: str) -> int | None:
+    """Return an int of at least 0, also of an array or tensor of one; None stays None."""
+    if isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 0:
+        value = value.item()
+    if value is None:
+        return None
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {value!r:.80}")
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    return int(value)
+
+
+def _id_of(record: Mapping[str, Any], name: str) -> str:
+    return name if record.get("id") in (None, "") else str(record["id"])
+
+
+def _images_beside(record: Mapping[str, Any], name: str) -> list[Any]:
+    """Return the images that a record holds beside its texts, under one of the keys of images."""
+    found: dict[str, list[Any]] = {}
+    for key in PICTURE_KEYS:
+        value = record.get(key)
+        if value is None:
+            continue
+        images = list(value) if isinstance(value, (list, tuple)) else [value]
+        if images:
+            found[key] = [_stored(image) for image in images]
+    if len(found) > 1:
+        raise ValueError(f"{name} must hold its images under one key, got {' and '.join(found)}")
+    return next(iter(found.values()), [])
+
+
+def _open(images: Sequence[Any], name: str) -> tuple[Any, ...]:
+    opened = []
+    for i, image in enumerate(images):
+        try:
+            opened.append(load_image(image, f"{name}.images[{i}]"))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{name}.images[{i}]: {error}") from error
+    return tuple(opened)
+
+
+def _messages_of(record: Mapping[str, Any], name: str, form: str) -> tuple[list[Any] | None, int]:
+    """Return the messages of a record and how many of them are a prompt; None of plain texts."""
+    keys = _FORMS[form]
+    values = [
+        value.tolist() if isinstance(value := record[key], np.ndarray) else value for key in keys
+    ]
+    if form != "messages" and all(isinstance(value, str) for value in values):
+        return None, 0
+    wanted = {
+        "messages": "a list of messages, or a list of those",
+        "text": "a string",
+    }.get(form, "a list of messages or a string, as the other one is")
+    for key, value in zip(keys, values, strict=True):
+        if form == "text" or not isinstance(value, (list, tuple)):
+            raise TypeError(f"{name}.{key} must be {wanted}, got {type(value).__name__}")
+    if form == "messages":
+        return values[0], 0
+    for key, value in zip(keys, values, strict=True):
+        for i, message in enumerate(value):
+            if not isinstance(message, Mapping):
+                raise TypeError(f"{name}.{key}[{i}] must be a dict, got {type(message).__name__}")
+    return [*values[0], *values[1]], len(values[0])
 
 
 def _encode(
     sample: Sample, packer: PackingCollator, key: tuple[int, int] | None = None, asked: int = 0
 ) -> Example:
     """Encode a sample's conversations; of its first ``asked`` turns nothing is learned."""
-    number = len(sample.images)
     try:
-        sequences = packer.encode(sample.conversations, number)
+        sequences = packer.encode(sample.conversations, len(sample.images))
         if asked:
             sequences = [
-                _without_answers(sequence, talk.turns[:asked], number, packer)
+                _without_answers(sequence, talk, asked, packer)
                 for sequence, talk in zip(sequences, sample.conversations, strict=True)
             ]
     except ValueError as error:
@@ -92,13 +202,18 @@ def _encode(
 
 
 def _without_answers(
-    sequence: TokenSequence, turns: Sequence[Turn], num_images: int, packer: PackingCollator
+    sequence: TokenSequence, conversation: Conversation, asked: int, packer: PackingCollator
 ) -> TokenSequence:
-    """Return a conversation in which the answers among its first ``turns`` are not learned."""
+    """Return a conversation without what is learned among its first ``asked`` turns."""
+    turns, num_images = conversation.turns[:asked], sequence.images.stop
+    is_marked = any(IMAGE_MARK in turn.text for turn in conversation.turns)
     answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
     if not answers:
         return sequence
-    (earlier,) = packer.encode([Conversation(tuple(turns[: answers[-1] + 1]))], num_images)
+    turns = turns[: answers[-1] + 1]
+    if is_marked:  # images that are shown later do not stand in these turns
+        num_images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
+    (earlier,) = packer.encode([Conversation(turns)], num_images)
     labels = sequence.labels.copy()  # the encoder keeps its own
     labels[: len(earlier.ids)] = IGNORE
     return replace(sequence, labels=labels)
@@ -110,36 +225,37 @@ def _tiles_of(sample: Sample, packer: PackingCollator) -> list[int]:
 
 
 def _read_conversations(
-    record: Mapping[str, Any], name: str, image_token: str
+    record: Mapping[str, Any],
+    messages: Sequence[Any],
+    beside: Sequence[Any],
+    name: str,
+    image_token: str,
 ) -> tuple[list[Any], list[Conversation]]:
-    """Return the images of a record and its conversations, none where it holds plain texts."""
-    beside = record.get("images") if record.get("images") is not None else record.get("image")
-    beside = [] if beside is None else beside if isinstance(beside, (list, tuple)) else [beside]
-    images = [_stored(image) for image in beside]
-    messages = record.get("messages")
-    if messages is None:
-        if not isinstance(record.get("completion"), (list, tuple)):
-            return images, []
-        messages = [*(record.get("prompt") or []), *record["completion"]]
-    nested = bool(messages) and isinstance(messages[0], (list, tuple))
-    others = {key: record[key] for key in record if key not in (*PICTURE_KEYS, *_TEXT_KEYS)}
+    """Return the images of a record and its conversations."""
+    nested = bool(messages) and isinstance(messages[0], (list, tuple, np.ndarray))
+    others = {key: record[key] for key in record if key not in _OWN_KEYS}
+    for key, value in others.items():  # columns of a data set that is formatted as arrays
+        if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) and value.ndim == 0:
+            others[key] = value.item()
     conversations = []
     inside: list[list[Any]] = []
     for i, talk in enumerate(messages if nested else [messages]):
         talk_name = f"{name}.messages[{i}]" if nested else f"{name}.messages"
+        if isinstance(talk, np.ndarray):
+            talk = talk.tolist()
+        if not isinstance(talk, (list, tuple)):
+            raise TypeError(f"{talk_name} must be a list as others are, got {type(talk).__name__}")
         chat = read_chat(talk, talk_name, [image_token])
         inside.append([_stored(image.source) for image in chat.images])
-        if len(inside[-1]) != len(inside[0]) or any(
-            image is not first for image, first in zip(inside[-1], inside[0], strict=True)
-        ):
+        if len(inside[-1]) != len(inside[0]) or not all(map(is_same_image, inside[-1], inside[0])):
             raise ValueError(f"{talk_name} must show the same images as {name}.messages[0]")
-        if inside[-1] and images:
+        if inside[-1] and beside:
             raise ValueError(f"{talk_name} holds images, and others stand beside it: give one")
         _, _, conversation = read_record(
-            {**others, "messages": chat.messages}, name, stored=images or inside[-1]
+            {**others, "messages": chat.messages}, name, stored=beside or inside[-1]
         )
         conversations.append(conversation)
-    return images or inside[0], conversations
+    return list(beside) or inside[0], conversations
 
 
 def _stored(image: Any) -> Any:
@@ -158,16 +274,8 @@ def _read_texts(
 ) -> Example:
     """Read a prompt with its completion, or a text that is learned whole."""
     processor = packer.processor
-    if isinstance(record.get("text"), str):
-        texts = [record["text"]]
-    elif all(isinstance(record.get(part), str) for part in ("prompt", "completion")):
-        texts = [record["prompt"], record["completion"]]
-    else:
-        raise ValueError(
-            f"{name} must have messages, prompt and completion, text or input_ids, got "
-            f"{', '.join(record) or 'nothing'}; Trainer takes other columns than the model's "
-            "arguments away unless remove_unused_columns=False"
-        )
+    keys = ("text",) if record.get("text") is not None else ("prompt", "completion")
+    texts = [record[key] for key in keys]
     pattern = image_pattern(processor.image_start, processor.image_token, processor.image_end)
     parts = [
         processor.tokenizer(
@@ -176,12 +284,14 @@ def _read_texts(
         for text in texts
     ]
     ids = np.array([token for part in parts for token in part], np.int64)
-    packer.encode.check_placeholders(ids.tolist(), len(sample.images))
+    try:
+        packer.encode.check_placeholders(ids.tolist(), len(sample.images))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     labels = np.where(ids == processor.image_token_id, IGNORE, ids)
     if len(parts) == 2:
         labels[: len(parts[0])] = IGNORE
     sequence = TokenSequence(ids, labels, slice(0, len(sample.images)))
-    sample = Sample(sample.id, sample.images, (Conversation(()),))
     return Example(sample, [sequence], _tiles_of(sample, packer), key)
 
 
@@ -189,28 +299,42 @@ def _read_features(
     record: Mapping[str, Any], name: str, key: tuple[int, int] | None, processor: Any
 ) -> Example:
     """Read outputs of the processor for one prompt, as tensors, arrays or lists."""
-    ids = torch.as_tensor(record["input_ids"], dtype=torch.int64).reshape(-1)
+    ids = _ints(record["input_ids"], f"{name}.input_ids")
     columns = {}
     for column in ("labels", "attention_mask"):
-        value = ids if record.get(column) is None else torch.as_tensor(record[column])
-        if value.numel() != len(ids):
+        value = ids if record.get(column) is None else _ints(record[column], f"{name}.{column}")
+        if len(value) != len(ids):
             raise ValueError(
-                f"{name}.{column} must be as long as input_ids, {len(ids)}, got {value.numel()}"
+                f"{name}.{column} must be as long as input_ids, {len(ids)}, got {len(value)}"
             )
-        columns[column] = value.reshape(-1)
+        columns[column] = value
     is_image = ids == processor.image_token_id
     keep = torch.ones_like(is_image)
     if record.get("attention_mask") is not None:
         keep = columns["attention_mask"].bool()
-    pixels = record.get("pixel_values")
-    pixels = pixels if pixels is None else torch.as_tensor(pixels).contiguous()
+        if bool((is_image & ~keep).any()):
+            raise ValueError(f"{name}.attention_mask must not hide placeholders of images")
+    pixels = _pixels_of(record, name)
     num_tiles = 0 if pixels is None else len(pixels)
-    tiles = list(record.get("tiles_per_image") or [1] * num_tiles)
+    if record.get("image_index") is not None:
+        shown_tiles = _ints(record["image_index"], f"{name}.image_index").tolist()
+        if shown_tiles != [*range(num_tiles)]:
+            raise ValueError(
+                f"{name}.image_index must show each of the {num_tiles} tiles once, in order, got "
+                f"{shown_tiles}"
+            )
+    tiles = [1] * num_tiles
+    if record.get("tiles_per_image") is not None:
+        tiles = _ints(record["tiles_per_image"], f"{name}.tiles_per_image").tolist()
     count: TokenCount | None = None
     counts = record.get("num_image_tokens")
-    if counts is not None and not isinstance(counts, str):
+    if isinstance(counts, str):
+        if counts != AUTO:
+            raise ValueError(f"{name}.num_image_tokens must be counts or 'auto', got {counts!r}")
+    elif counts is not None:
         # Expanded already, at one count: of each tile's run one placeholder stays.
-        tiles, grids = [1] * num_tiles, set(token_grids(counts, num_tiles))
+        tiles = [1] * num_tiles
+        grids = set(token_grids(counts, num_tiles, name=f"{name}.num_image_tokens"))
         if len(grids) > 1:
             raise ValueError(
                 f"{name}.num_image_tokens must be one count for all images of a record, got "
@@ -218,16 +342,93 @@ def _read_features(
             )
         for height, width in grids:
             count = height * width if height == width else (height, width)
-            is_first = torch.arange(int(is_image.sum())) % (height * width) == 0
-            keep = keep.masked_scatter(is_image, is_first)
+            keep = keep.masked_scatter(
+                is_image, _first_of_runs(is_image, num_tiles, height * width, name)
+            )
     ids, labels = ids[keep], columns["labels"][keep].masked_fill(is_image[keep], IGNORE)
     shown = int(is_image[keep].sum())
-    if shown != len(tiles) or sum(tiles) != num_tiles:
+    if shown != len(tiles) or sum(tiles) != num_tiles or min(tiles, default=1) < 1:
         raise ValueError(
             f"{name}.input_ids hold {shown} images, for {len(tiles)} images of {tiles} tiles and "
             f"{num_tiles} tiles of pixel_values"
         )
-    sample = Sample(str(record.get("id") or name), (), (Conversation(()),))
+    sample = Sample(_id_of(record, name), (), (Conversation(()),))
     sequence = TokenSequence(ids.numpy(), labels.numpy(), slice(0, shown))
-    grids_of_tiles = [(int(height), int(width)) for height, width in record.get("grids") or ()]
-    return Example(sample, [sequence], tiles, key, count, pixels, grids_of_tiles or None)
+    return Example(
+        sample, [sequence], tiles, key, count, pixels, _grids_of(record, name, num_tiles)
+    )
+
+
+def _ints(value: Any, name: str) -> torch.Tensor:
+    """Return one row of ints, [length] or [1, length], as int64 [length].
+
+    Raises:
+        TypeError: they are no ints.
+        ValueError: there are several rows, which would become one sequence.
+    """
+    try:
+        row = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name} must be a row of ints, got {type(value).__name__}: {error}"
+        ) from error
+    if row.numel() and (row.dtype == torch.bool or row.is_floating_point() or row.is_complex()):
+        raise TypeError(f"{name} must hold ints, got {row.dtype}")
+    if row.ndim not in (1, 2) or (row.ndim == 2 and len(row) != 1):
+        raise ValueError(
+            f"{name} must be one row, [length] or [1, length], got shape {list(row.shape)}; "
+            "several prompts are several records"
+        )
+    return row.reshape(-1).to("cpu", torch.int64)
+
+
+def _first_of_runs(
+    is_image: torch.Tensor, num_tiles: int, tokens_per_tile: int, name: str
+) -> torch.Tensor:
+    """Return which placeholders begin the run of a tile, bool [placeholders]."""
+    places = is_image.nonzero().squeeze(1)
+    if len(places) != num_tiles * tokens_per_tile:
+        raise ValueError(
+            f"{name}.input_ids hold {len(places)} placeholders, for {num_tiles} tiles of "
+            f"{tokens_per_tile} vision tokens"
+        )
+    runs = places.view(num_tiles, tokens_per_tile)
+    if not bool((runs[:, -1] - runs[:, 0] == tokens_per_tile - 1).all()):
+        raise ValueError(
+            f"{name}.input_ids hold text between the {tokens_per_tile} placeholders of a tile"
+        )
+    return torch.arange(len(places)) % tokens_per_tile == 0
+
+
+def _pixels_of(record: Mapping[str, Any], name: str) -> torch.Tensor | None:
+    value = record.get("pixel_values")
+    if value is None:
+        return None
+    try:
+        pixels = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name}.pixel_values must be an array of floats, got {type(value).__name__}: {error}"
+        ) from error
+    if not pixels.is_floating_point():
+        raise TypeError(f"{name}.pixel_values must be floats, got {pixels.dtype}")
+    if pixels.ndim not in (3, 4):  # 3 are patches of an encoder for any shape
+        raise ValueError(
+            f"{name}.pixel_values must be [tiles, channels, height, width] or [tiles, patches, "
+            f"width], got shape {list(pixels.shape)}"
+        )
+    return pixels.detach().cpu().contiguous()
+
+
+def _grids_of(record: Mapping[str, Any], name: str, num_tiles: int) -> list[Grid] | None:
+    grids = record.get("grids")
+    if isinstance(grids, (np.ndarray, torch.Tensor)):
+        grids = grids.tolist()
+    if grids is None:
+        return None
+    checked = check_grids(f"{name}.grids", grids)
+    if len(checked) != num_tiles:
+        raise ValueError(
+            f"{name}.grids must have one pair for each of {num_tiles} tiles, got {len(checked)}"
+        )
+    return checked or None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from itertools import chain, islice
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,7 +64,7 @@ class ConversationProcessor(ProcessorMixin):
         language model serves.
 
         Conversations in an inner list share their images, as prompts do: each shows the same ones,
-        the same objects, or only the first one holds them.
+        the same objects or paths, or only the first one holds them.
 
         A placeholder in the text of a part is refused. In a conversation whose contents are strings
         it marks an image that is given beside it, as ``images`` in ``processor_kwargs``.
@@ -238,6 +239,12 @@ def named_groups(conversation: Sequence[Any]) -> list[list[tuple[Any, str]]] | N
     ]
 
 
+def is_same_image(image: Any, other: Any) -> bool:
+    """Return whether two images are one object, or the same path or bytes."""
+    is_text = isinstance(image, (str, bytes, PathLike)) and isinstance(other, type(image))
+    return image is other or (is_text and image == other)
+
+
 def shared_chats(chats: Sequence[Chat], group_sizes: Sequence[int]) -> list[Chat]:
     """Return the conversation that holds the images of each group, its first.
 
@@ -250,13 +257,13 @@ def shared_chats(chats: Sequence[Chat], group_sizes: Sequence[int]) -> list[Chat
         leader, *others = islice(remaining, size)
         for j, chat in enumerate(others, 1):
             same = len(chat.images) == len(leader.images) and all(
-                image.source is shown.source
+                is_same_image(image.source, shown.source)
                 for image, shown in zip(chat.images, leader.images, strict=True)
             )
             if chat.images and not same:
                 raise ValueError(
                     f"conversation[{i}][{j}] must show the images of conversation[{i}][0], the "
-                    "same objects, got others"
+                    "same objects or paths, got others"
                 )
         leaders.append(leader)
     return leaders

@@ -362,7 +362,7 @@ class TokenFlexForConditionalGeneration(
             target_weights: [N], the weight of each target in the loss.
             target_rows: int64 [1, N], with ``labels`` of one row: the positions before those that
                 are not -100. In training the loss is then computed in chunks from these alone, and
-                no logits are returned; otherwise it has no effect.
+                no logits are returned; otherwise it has no effect. Other labels are not learned.
             teacher: with ``targets``, the same samples at other counts: ``num_image_tokens``,
                 ``plan``, ``shared_prefixes`` and ``logits_to_keep`` of a second pass, without
                 gradients, over images that are encoded once for both.
@@ -441,14 +441,18 @@ class TokenFlexForConditionalGeneration(
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
         """Return the mean loss of the labels after ``target_rows``, 0 where there are none."""
+        _check_target_rows(target_rows, labels, hidden)
         rows = target_rows[0]
         targets = labels[0].index_select(0, rows + 1)
         hidden = hidden[0].index_select(0, rows)
-        number = max(len(rows), 1) if num_items_in_batch is None else num_items_in_batch
+        is_learned = targets != -100  # labels may have been masked since the rows were found
+        number = num_items_in_batch
+        if number is None:
+            number = is_learned.sum().clamp(min=1)
         total: torch.Tensor
         if type(self.lm_head) is nn.Linear:
             # Divided afterwards: half precision would lose the gradients of a mean over many.
-            total, _ = self._target_loss(hidden, targets, hidden.new_ones(len(rows)))
+            total, _ = self._target_loss(hidden, targets.clamp(min=0), is_learned.to(hidden.dtype))
         else:
             logits = transform_logits(self.lm_head(hidden), self.config.text_config)
             total = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
@@ -495,6 +499,21 @@ class TokenFlexForConditionalGeneration(
         if teacher_hidden is None:
             return head_cross_entropy(*inputs, transform), None
         return head_distillation(*inputs, teacher_hidden, distillation, transform)
+
+
+def _check_target_rows(
+    target_rows: torch.Tensor, labels: torch.Tensor, hidden: torch.Tensor
+) -> None:
+    if not isinstance(target_rows, torch.Tensor) or target_rows.dtype != torch.int64:
+        got = getattr(target_rows, "dtype", type(target_rows).__name__)
+        raise TypeError(f"target_rows must be an int64 tensor, got {got}")
+    if target_rows.ndim != 2 or len(target_rows) != 1:
+        raise ValueError(f"target_rows must be [1, N], got shape {list(target_rows.shape)}")
+    if labels.shape != hidden.shape[:2] or len(labels) != 1:
+        raise ValueError(
+            f"target_rows belong to labels of one row, [1, {hidden.shape[1]}], got shape "
+            f"{list(labels.shape)} for hidden states of {list(hidden.shape[:2])}"
+        )
 
 
 def use_packed_attention(language_model: PreTrainedModel) -> None:
