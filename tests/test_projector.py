@@ -384,7 +384,7 @@ class TestFusedOp:
             parameters = {parameter.data_ptr() for parameter in projector.parameters()}
 
             def pack(tensor):
-                if tensor.data_ptr() not in parameters:
+                if tensor.numel() and tensor.data_ptr() not in parameters:
                     kept.append(tensor.shape[-1] if tensor.ndim else 0)
                 return tensor
 

@@ -108,8 +108,9 @@ def test_how_far_a_loss_may_be_off():
     assert (limits[torch.bfloat16], limits[torch.float32]) == (2e-2, 1e-4)
 
 
-def test_flops_are_those_that_pytorch_counts():
+def test_flops_are_those_that_pytorch_counts(monkeypatch):
     """Pooling, which counts as nothing, and attention to later rows are left out."""
+    monkeypatch.setenv("TOKENFLEX_BACKEND", "reference")  # whose products are counted
     samples = TINY.batch(mixed=False)
     model = random_model(TINY.vision, TINY.text, "cpu")
     model.set_attn_implementation("eager")  # whose products are counted
