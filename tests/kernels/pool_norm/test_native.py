@@ -80,6 +80,15 @@ class TestAgainstFloat64:
         ours = {"out": pool_norm(x, *grids, mode=mode, weight=weight)}
         assert_as_close_as_eager(ours, {"out": eager_pool_norm(x, *grids, mode, weight)}, truth)
 
+    @pytest.mark.parametrize("width", [97, 255, 1000])
+    def test_float32_of_any_width_is_as_close_as_eager(self, width):
+        """Without the last bits of a few numbers: what a row's last channels add up to counts."""
+        inputs, gradient = inputs_of([(1, 1)] * 200, width, torch.float32), torch.randn(200, width)
+        grids = {"in_grids": [(1, 1)] * 200, "out_grids": [(1, 1)] * 200}
+        peer, truth = partial(eager_pool_norm, **grids), wide(inputs)
+        ours, eager = (run(op, inputs, gradient) for op in (partial(pool_norm, **grids), peer))
+        assert_as_close_as_eager(ours, eager, run(peer, truth, gradient.double()), ulps=0)
+
     def test_small_values_are_normalised_with_the_eps_of_the_average(self):
         x, weight = 1e-3 * torch.randn(81, 16), torch.ones(16)
         grids = [(9, 9)], [(1, 2)]
