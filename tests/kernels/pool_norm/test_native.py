@@ -180,6 +180,24 @@ assert os.waitpid(child, 0)[1] == 0
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+def test_threads_that_cannot_start_leave_their_work_to_others():
+    code = """
+import resource, torch, tokenflex_kernels as tk
+from tokenflex_kernels.backend import extension
+torch.set_num_threads(4)
+x, weight = torch.randn(2916, 256), torch.ones(256)
+out = torch.ones(8, 2916 * 256).mul_(2)  # memory for the allocator to reuse
+pool = lambda: tk.pool_norm(x, [(27, 27)] * 4, [(8, 8)] * 4, weight=weight)
+expected = pool()
+extension().allow_torch_team(False)
+del out
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**22, -1))  # less than a thread's stack
+assert torch.equal(pool(), expected)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 class TestLayouts:
     @pytest.mark.parametrize(
         "lay_out",
