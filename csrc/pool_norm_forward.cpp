@@ -69,12 +69,17 @@ class Forward {
   void pool_cell(const Image& image, int64_t i, int64_t j, Sum* sums) const {
     const Window &rows = image.windows_h[i], &columns = image.windows_w[j];
     sum_window<T>(job_, image, rows, columns, sums);
-    const Sum area = Sum(int64_t(rows.divisor) * columns.divisor);
+    Sum area = Sum(int64_t(rows.divisor) * columns.divisor);
     const int64_t cell = image.cell(i, j), width = job_.width;
     U* out = static_cast<U*>(job_.out) + cell * width;
     if (!job_.weight.data) return write_average(sums, area, out, width);
 
-    const Moments<Sum> of = moments(sums, width);  // of the sums: the area cancels, but for eps
+    Moments<Sum> of = moments(sums, width);  // of the sums: the area cancels, but for eps
+    if (!std::isfinite(of.variance)) {         // that of the averages may be
+      for (int64_t k = 0; k < width; ++k) sums[k] /= area;
+      area = 1;
+      of = moments(sums, width);
+    }
     const Sum inverse = 1 / std::sqrt(of.variance + area * area * Sum(job_.eps));
     U* normalised = nullptr;
     if (job_.normalised) {

@@ -97,6 +97,15 @@ struct Lanes {
     return reinterpret_cast<const Stored*>(from);
   }
 
+  // The numbers from `at` on that are left of a row, as one of its last vectors, filled up with `fill`.
+  TOKENFLEX_INLINE static Vector rest(const Sum* row, int64_t at, int64_t width, Sum fill) {
+    Sum values[kVector];
+    for (int i = 0; i < kVector; ++i) values[i] = at + i < width ? row[at + i] : fill;
+    Vector vector;
+    std::memcpy(&vector, values, sizeof vector);
+    return vector;
+  }
+
   TOKENFLEX_INLINE Sum total() const {
     const Vector all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     Sum values[kVector];
@@ -113,9 +122,11 @@ TOKENFLEX_INLINE Sum sum_of(const Sum* row, int64_t width) {
   for (int64_t k = 0; k < whole; k += L::kStep) {
     for (int i = 0; i < kChains; ++i) lanes.sums[i] += L::vectors(row + k)[i];
   }
-  Sum sum = lanes.total();
-  for (int64_t k = whole; k < width; ++k) sum += row[k];
-  return sum;
+  for (int i = 0; i < kChains; ++i) {
+    const int64_t at = whole + i * L::kVector;
+    if (at < width) lanes.sums[i] += L::rest(row, at, width, 0);
+  }
+  return lanes.total();
 }
 
 template <class Sum>
@@ -132,14 +143,15 @@ TOKENFLEX_INLINE Moments<Sum> moments_of(const Sum* row, int64_t width) {
       squares.sums[i] += deviations * deviations;
     }
   }
-  Sum rest = rests.total(), square = squares.total();
-  for (int64_t k = whole; k < width; ++k) {
-    const Sum deviation = row[k] - mean;
-    rest += deviation;
-    square += deviation * deviation;
+  for (int i = 0; i < kChains; ++i) {
+    const int64_t at = whole + i * L::kVector;
+    if (at >= width) break;
+    const typename L::Vector deviations = L::rest(row, at, width, mean) - mean;
+    rests.sums[i] += deviations;
+    squares.sums[i] += deviations * deviations;
   }
-  rest /= Sum(width);
-  const Sum variance = square / Sum(width) - rest * rest;
+  const Sum rest = rests.total() / Sum(width);
+  const Sum variance = squares.total() / Sum(width) - rest * rest;
   return {mean + rest, variance < 0 ? Sum(0) : variance};
 }
 
@@ -151,9 +163,11 @@ TOKENFLEX_INLINE Sum dot(const Sum* a, const Sum* b, int64_t width) {
   for (int64_t k = 0; k < whole; k += L::kStep) {
     for (int i = 0; i < kChains; ++i) lanes.sums[i] += L::vectors(a + k)[i] * L::vectors(b + k)[i];
   }
-  Sum sum = lanes.total();
-  for (int64_t k = whole; k < width; ++k) sum += a[k] * b[k];
-  return sum;
+  for (int i = 0; i < kChains; ++i) {
+    const int64_t at = whole + i * L::kVector;
+    if (at < width) lanes.sums[i] += L::rest(a, at, width, 0) * L::rest(b, at, width, 0);
+  }
+  return lanes.total();
 }
 
 template <bool kSaves, class T>

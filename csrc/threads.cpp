@@ -5,6 +5,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -67,8 +68,7 @@ struct Job {
   }
 };
 
-// Joins on every way out: a std::thread that is destroyed unjoined ends the process, and the next
-// thread may fail to start.
+// Joins on every way out: a std::thread that is destroyed unjoined ends the process.
 struct Workers {
   std::vector<std::thread> threads;
   ~Workers() {
@@ -79,10 +79,15 @@ struct Workers {
 void run_in_threads(const Job& job) {
   Workers workers;
   workers.threads.reserve(size_t(job.parts - 1));
-  for (int64_t part = 1; part < job.parts; ++part) {
-    workers.threads.emplace_back([&job, part] { job.run(part); });
+  int64_t part = 1;
+  try {
+    for (; part < job.parts; ++part) {
+      workers.threads.emplace_back([&job, part] { job.run(part); });
+    }
+  } catch (const std::system_error&) {  // no more threads may be started
   }
   job.run(0);
+  for (; part < job.parts; ++part) job.run(part);
 }
 
 // The team may have fewer threads than were asked for.

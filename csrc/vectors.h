@@ -6,6 +6,8 @@
 // cannot run the loader's choice.
 #pragma once
 
+#include <cstdint>  // and with it __GLIBC__
+
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define TOKENFLEX_VERSIONS                                                               \

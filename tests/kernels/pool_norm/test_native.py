@@ -80,6 +80,31 @@ class TestAgainstFloat64:
         ours = {"out": pool_norm(x, *grids, mode=mode, weight=weight)}
         assert_as_close_as_eager(ours, {"out": eager_pool_norm(x, *grids, mode, weight)}, truth)
 
+    @pytest.mark.parametrize("width", [97, 255, 1000])
+    def test_float32_of_any_width_is_as_close_as_eager(self, width):
+        """Without the last bits of a few numbers: what a row's last channels add up to counts."""
+        inputs, gradient = inputs_of([(1, 1)] * 200, width, torch.float32), torch.randn(200, width)
+        grids = {"in_grids": [(1, 1)] * 200, "out_grids": [(1, 1)] * 200}
+        peer, truth = partial(eager_pool_norm, **grids), wide(inputs)
+        ours, eager = (run(op, inputs, gradient) for op in (partial(pool_norm, **grids), peer))
+        assert_as_close_as_eager(ours, eager, run(peer, truth, gradient.double()), ulps=0)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_variances_of_sums_may_overflow(self, dtype):
+        inputs, gradient = inputs_of([(9, 9)], 70, dtype), torch.randn(2, 70, dtype=dtype)
+        inputs["x"] *= 1e18
+        grids = {"in_grids": [(9, 9)], "out_grids": [(1, 2)]}
+        check(partial(pool_norm, **grids), partial(eager_pool_norm, **grids), inputs, gradient)
+
+    def test_subnormal_halves_are_not_flushed(self):
+        x = torch.full((4, 40), 2.0**-20, dtype=torch.float16)
+        assert torch.set_flush_denormal(True)
+        try:
+            pooled = pool_norm(x, [(2, 2)], [(1, 1)])
+        finally:
+            torch.set_flush_denormal(False)
+        assert torch.equal(pooled, x[:1])
+
     def test_small_values_are_normalised_with_the_eps_of_the_average(self):
         x, weight = 1e-3 * torch.randn(81, 16), torch.ones(16)
         grids = [(9, 9)], [(1, 2)]
@@ -151,6 +176,24 @@ child = os.fork()
 if child == 0:
     os._exit(0 if (pool().numpy() == expected.numpy()).all() else 3)
 assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_threads_that_cannot_start_leave_their_work_to_others():
+    code = """
+import resource, torch, tokenflex_kernels as tk
+from tokenflex_kernels.backend import extension
+torch.set_num_threads(4)
+x, weight = torch.randn(2916, 256), torch.ones(256)
+out = torch.ones(8, 2916 * 256).mul_(2)  # memory for the allocator to reuse
+pool = lambda: tk.pool_norm(x, [(27, 27)] * 4, [(8, 8)] * 4, weight=weight)
+expected = pool()
+extension().allow_torch_team(False)
+del out
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**22, -1))  # less than a thread's stack
+assert torch.equal(pool(), expected)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
