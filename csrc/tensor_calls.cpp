@@ -26,15 +26,13 @@ constexpr int64_t kBytesWithoutGil = 1 << 16;  // below, other Python threads ca
 // What is needed of torch, which the extension does not link.
 struct Torch {
   const dlpack::ExchangeApi* api = nullptr;
-  py::object tensor, parameter, empty_like, int32, empty;
+  py::object tensor, parameter, empty_like;
 
   Torch() {
     const py::module_ torch = py::module_::import("torch");
     tensor = torch.attr("Tensor");
     parameter = torch.attr("nn").attr("Parameter");
     empty_like = torch.attr("empty_like");
-    empty = torch.attr("empty");
-    int32 = torch.attr("int32");
     const py::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
     api = static_cast<const dlpack::ExchangeApi*>(
         PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
@@ -115,6 +113,22 @@ std::optional<RowsView> float_rows(py::handle object) {
                   tensor->strides[0] * (tensor->dtype.bits / 8)};
 }
 
+// Contiguous floats [.., width] as rows.
+std::optional<RowsView> contiguous_rows(py::handle object) {
+  const auto tensor = host_floats(object);
+  if (!tensor || tensor->ndim < 1) return std::nullopt;
+  const int64_t width = tensor->shape[tensor->ndim - 1];
+  int64_t count = 1, stride = width;
+  for (int32_t axis = tensor->ndim - 2; axis >= 0; --axis) {
+    if (tensor->shape[axis] > 1 && tensor->strides[axis] != stride) return std::nullopt;
+    count *= tensor->shape[axis], stride *= tensor->shape[axis];
+  }
+  if (width > 1 && tensor->strides[tensor->ndim - 1] != 1) return std::nullopt;
+  if (count > INT32_MAX || (tensor->data == nullptr && count * width > 0)) return std::nullopt;
+  return RowsView{tensor->dtype, count, width, static_cast<char*>(tensor->data),
+                  width * (tensor->dtype.bits / 8)};
+}
+
 struct IntsView {
   const void* data;
   int64_t count;
@@ -182,50 +196,59 @@ py::object pack_tensors(py::handle table, py::handle vision, py::handle source, 
   return packed;
 }
 
-// A copy of contiguous inputs_embeds [.., D] with vision rows in place of some; with its source map
-// where that is wanted.
+std::vector<int32_t> merge_source(const IntsView& vision_rows, int64_t rows) {
+  std::vector<int32_t> source(static_cast<size_t>(rows));
+  const auto fill = [&](const auto* numbers) {
+    fill_merge_source(numbers, vision_rows.count, source.data(), rows);
+  };
+  if (vision_rows.is_int64) {
+    fill(static_cast<const int64_t*>(vision_rows.data));
+  } else {
+    fill(static_cast<const int32_t*>(vision_rows.data));
+  }
+  return source;
+}
+
+// A copy of contiguous inputs_embeds [.., D] with vision rows in place of some.
 py::object merge_tensors(py::handle inputs_embeds, py::handle vision, py::handle vision_rows,
-                         bool wants_source, int threads) {
-  const auto embeds = host_floats(inputs_embeds);
+                         int threads) {
+  const auto embeds = contiguous_rows(inputs_embeds);
   const auto rows = float_rows(vision);
   const auto numbers = host_ints(vision_rows, true);
-  if (!embeds || !rows || !numbers || embeds->ndim < 1 || numbers->count != rows->count) {
-    return py::none();
-  }
-  const int64_t width = embeds->shape[embeds->ndim - 1];
-  if (!(embeds->dtype == rows->dtype) || width != rows->width) return py::none();
-  int64_t count = 1, stride = width;
-  for (int32_t axis = embeds->ndim - 2; axis >= 0; --axis) {
-    if (embeds->shape[axis] > 1 && embeds->strides[axis] != stride) return py::none();
-    count *= embeds->shape[axis], stride *= embeds->shape[axis];
-  }
-  if (width > 1 && embeds->strides[embeds->ndim - 1] != 1) return py::none();
-  if (count > INT32_MAX || (embeds->data == nullptr && count * width > 0)) return py::none();
+  if (!embeds || !rows || !numbers || numbers->count != rows->count) return py::none();
+  if (!(embeds->dtype == rows->dtype) || embeds->width != rows->width) return py::none();
 
-  py::object merged = torch().empty_like(inputs_embeds), source;
-  std::vector<int32_t> scratch;
-  int32_t* entries = nullptr;
-  if (wants_source) {
-    source = torch().empty(count, py::arg("dtype") = torch().int32);
-    entries = reinterpret_cast<int32_t*>(address(source));
-  } else {
-    scratch.resize(size_t(count));
-    entries = scratch.data();
-  }
+  py::object merged = torch().empty_like(inputs_embeds);
   const int64_t row_bytes = rows->row_bytes();
-  const PackMap map = {{static_cast<const char*>(embeds->data), row_bytes},
-                       rows->const_rows(),
-                       {address(merged), row_bytes},
-                       entries};
-  maybe_without_gil(count * row_bytes, [&] {
-    if (numbers->is_int64) {
-      fill_merge_source(static_cast<const int64_t*>(numbers->data), numbers->count, entries, count);
-    } else {
-      fill_merge_source(static_cast<const int32_t*>(numbers->data), numbers->count, entries, count);
-    }
-    move_rows(map, count, row_bytes, threads);
+  const Rows to = {address(merged), row_bytes};
+  maybe_without_gil(embeds->count * row_bytes, [&] {
+    const std::vector<int32_t> source = merge_source(*numbers, embeds->count);
+    move_rows({embeds->const_rows(), rows->const_rows(), to, source.data()}, embeds->count,
+              row_bytes, threads);
   });
-  return wants_source ? py::make_tuple(merged, source) : merged;
+  return merged;
+}
+
+// The gradients of inputs_embeds and vision, or None for those that are not wanted, from that of their
+// merge [.., D], which is contiguous.
+py::object merge_gradients(py::handle grad, py::handle vision_rows, bool wants_inputs,
+                           bool wants_vision, int threads) {
+  const auto rows = contiguous_rows(grad);
+  const auto numbers = host_ints(vision_rows, true);
+  if (!rows || !numbers) return py::none();
+  py::object inputs = py::none(), vision = py::none();
+  static const Method new_empty("new_empty");
+  if (wants_inputs) inputs = torch().empty_like(grad);
+  if (wants_vision) vision = new_empty(grad, py::make_tuple(numbers->count, rows->width));
+  const int64_t row_bytes = rows->row_bytes();
+  const Rows to_inputs = {wants_inputs ? address(inputs) : nullptr, row_bytes};
+  const Rows to_vision = {wants_vision ? address(vision) : nullptr, row_bytes};
+  maybe_without_gil(rows->count * row_bytes, [&] {
+    const std::vector<int32_t> source = merge_source(*numbers, rows->count);
+    const SplitMap map = {rows->const_rows(), to_inputs, to_vision, source.data()};
+    split_rows(map, rows->count, row_bytes, threads);
+  });
+  return py::make_tuple(inputs, vision);
 }
 
 std::string name_of(dlpack::DataType dtype) {
@@ -289,9 +312,16 @@ PyObject* call_pack_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t co
 
 PyObject* call_merge_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return with_python_errors([&] {
+    check_arguments(count, 4);
+    return merge_tensors(arguments[0], arguments[1], arguments[2], int(integer(arguments[3])));
+  });
+}
+
+PyObject* call_merge_gradients(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return with_python_errors([&] {
     check_arguments(count, 5);
-    return merge_tensors(arguments[0], arguments[1], arguments[2], arguments[3] == Py_True,
-                         int(integer(arguments[4])));
+    return merge_gradients(arguments[0], arguments[1], arguments[2] == Py_True,
+                           arguments[3] == Py_True, int(integer(arguments[4])));
   });
 }
 
@@ -306,6 +336,7 @@ PyMethodDef method(const char* name, Function function) {
 void define_tensor_calls(py::module_& module) {
   static PyMethodDef methods[] = {method("pack_tensors", &call_pack_tensors),
                                   method("merge_tensors", &call_merge_tensors),
+                                  method("merge_gradients", &call_merge_gradients),
                                   {}};
   if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw py::error_already_set();
   module.def("table_gradient", &table_gradient);

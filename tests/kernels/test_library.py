@@ -76,9 +76,9 @@ def test_plain_calls_run_the_kernel_at_once(kernel_calls, context):
 def test_a_call_that_is_recorded_is_the_function_s(kernel_calls):
     call, reached = kernel_calls
     rows = torch.nn.Parameter(packed())
-    for unpack in (lambda: call(rows), lambda: ops.unpack_vision(rows, *MAPS)):
-        out = unpack()
-        assert out.grad_fn.name() == "RowMoveBackward"
+    for unpack, function in ((call, "RowMove"), (ops.unpack_vision, "RowsMoved")):
+        out = unpack(rows) if unpack is call else unpack(rows, *MAPS)
+        assert out.grad_fn.name() == f"{function}Backward"
         (gradient,) = torch.autograd.grad(out.sum(), rows)
         assert gradient[:, 0].tolist() == [0, 1, 1, 0]
     assert reached == []

@@ -159,11 +159,9 @@ def merge_vision(
             comes twice.
     """
     if _runs_at_once("merge_vision"):
-        tensors = inputs_embeds, vision, vision_rows
-        records = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors[:2])
-        results = ops.merged_on_host(*tensors, records)
-        if results is not None:
-            return ops.merge_vision.recorded(results, *tensors)[0] if records else results
+        merged = ops.merged_on_host(inputs_embeds, vision, vision_rows)
+        if merged is not None:
+            return ops.merge_vision.recorded(merged, inputs_embeds, vision, vision_rows)
     _check_rows("inputs_embeds", inputs_embeds)
     _check_rows("vision", vision, ndim=2)
     check_tensor("vision_rows", vision_rows, ndim=1)

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -42,10 +43,10 @@ from tokenflex_kernels.backend import extension
 from tokenflex_kernels.layout import neighbours
 from tokenflex_kernels.library import (
     Op,
-    Results,
     batch,
     define,
     differentiate_linear,
+    is_eager_backward,
     refuse_derivatives,
     side_by_side,
 )
@@ -121,16 +122,15 @@ def _sparse_table_gradient(
 def _merge(
     inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    results: tuple[torch.Tensor, torch.Tensor] | None = merged_on_host(
-        inputs_embeds, vision, vision_rows, True
-    )
-    if results is not None:
-        return results
     if vision_rows.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"vision_rows must be int32 or int64, got {vision_rows.dtype}")
     table = _as_rows(inputs_embeds)
+    source = _merge_source(vision_rows, table.size(0))
+    return _pack_rows(table, vision, source, shape=inputs_embeds.shape), source
+
+
+def _merge_source(vision_rows: torch.Tensor, num_rows: int) -> torch.Tensor:
     vision_rows = vision_rows.contiguous()
-    num_rows = table.size(0)
     source = vision_rows.new_empty(num_rows, dtype=torch.int32)
     job = (
         vision_rows.data_ptr(),
@@ -143,7 +143,7 @@ def _merge(
         _compiled().merge_source_cuda(*job, *_place(source))
     else:
         _compiled().merge_source(*job)
-    return _pack_rows(table, vision, source, shape=inputs_embeds.shape), source
+    return source
 
 
 # ---- the shapes of their results, for torch.compile
@@ -247,7 +247,10 @@ def _of_packing(
             is_coalesced=True,
         )
     if needs_vision and shown_once:
-        grad_vision = unpack_vision(grad, source, vision_rows)
+        if is_eager_backward():
+            grad_vision = on_host(grad, grad, vision_rows, True)
+        if grad_vision is None:
+            grad_vision = unpack_vision(grad, source, vision_rows)
     elif needs_vision:  # in ~source the vision tokens are the ids, and text rows are of no table
         text_rows = source.shape[0] - vision_rows.shape[0]
         grad_vision = table_gradient(grad, ~source, text_rows, num_vision)
@@ -255,11 +258,20 @@ def _of_packing(
 
 
 def _of_merging(
-    ctx: Any, grad: torch.Tensor, vision_rows: torch.Tensor, source: torch.Tensor
+    ctx: Any, grad: torch.Tensor, vision_rows: torch.Tensor, source: torch.Tensor | None = None
 ) -> Gradients:
     needs_inputs, needs_vision, *_ = ctx.needs_input_grad
+    if is_eager_backward():
+        gradients: Gradients | None = _compiled().merge_gradients(
+            grad, vision_rows, needs_inputs, needs_vision, torch.get_num_threads()
+        )
+        if gradients is not None:
+            return gradients
     rows = _as_rows(grad)
     numbers = vision_rows
+    if source is None:  # a merge that was computed at once
+        order = torch.arange(-1, ~numbers.shape[0], -1, dtype=torch.int32)
+        source = torch.arange(rows.shape[0], dtype=torch.int32).index_copy(0, numbers.long(), order)
     if needs_vision and numbers.dtype is not torch.int32:
         numbers = numbers.to(torch.int32)
     return (
@@ -271,7 +283,8 @@ def _of_merging(
 def _of_unpacking(
     ctx: Any, grad: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor
 ) -> Gradients:
-    return (spread_vision(grad, source),)
+    spread = on_host(None, grad, source) if is_eager_backward() else None
+    return (spread_vision(grad, source) if spread is None else spread,)
 
 
 # Those of the gradients: a torch.func transform around another one differentiates them.
@@ -300,41 +313,72 @@ def _vision_rows(source: torch.Tensor, num_vision: int) -> torch.Tensor:
 
 
 def _differentiate(
-    name: str, op: Op, gradient: Callable[..., Gradients], *, floats: int, maps: int
+    name: str,
+    op: Op,
+    gradient: Callable[..., Gradients],
+    *,
+    floats: int,
+    maps: int,
+    sized: bool = False,
 ) -> None:
     """Give an op its gradient; it is linear in its first ``floats`` arguments, then has ``maps``.
 
     ``gradient`` gets the gradient of the result and the op's other arguments; a row map that the op
-    returns comes after its row maps. Of the float tensors only the numbers of rows are kept.
+    returns comes after its row maps. Of the float tensors only the numbers of rows are kept, as
+    ``ctx.sizes``, if the gradient is ``sized``.
     """
 
     class RowMove(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
-            if type(arguments[-1]) is Results:
-                others, result = arguments[floats:-1], arguments[-1].value
-            else:
-                others, result = arguments[floats:], op.below(*arguments)
+            others, result = arguments[floats:], op.below(*arguments)
             made = result[1:] if isinstance(result, tuple) else ()
             ctx.save_for_backward(*others[:maps], *made)
             ctx.numbers = others[maps:]
-            ctx.no_gradients = [None] * (len(arguments) - floats)
-            ctx.sizes = [value.shape[0] for value in arguments[:floats]]
+            if sized:
+                ctx.sizes = [value.shape[0] for value in arguments[:floats]]
             return result
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             gradients = gradient(ctx, grads[0], *ctx.saved_tensors, *ctx.numbers)
-            return *gradients, *ctx.no_gradients
+            return *gradients, *[None] * (maps + len(ctx.numbers))
 
+    class RowsMoved(torch.autograd.Function):
+        """The same of a result that is there; ``save_for_backward`` would take 3 us more."""
+
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            result, ctx.others = arguments[-1]
+            # Versions only grow: a sum tells whether one has.
+            ctx.versions = ctx.others[0]._version + ctx.others[maps - 1]._version
+            if sized:
+                ctx.sizes = [value.shape[0] for value in arguments[:floats]]
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> Any:
+            others = ctx.others
+            if ctx.versions != others[0]._version + others[maps - 1]._version:
+                raise RuntimeError(
+                    f"a row map of {name} was modified by an inplace operation after the call, "
+                    "but its gradient needs the map as it was"
+                )
+            return *gradient(ctx, grad, *others), None
+
+    # The engine's own method looks for a backward first, in 1 us.
+    RowsMoved._backward_cls.apply = RowsMoved.backward  # type: ignore[attr-defined]
     differentiate_linear(name, op, RowMove, floats)
+    op.set_result_function(RowsMoved, floats)
 
 
-_differentiate("pack_embeddings", pack_embeddings, _of_packing, floats=2, maps=2)
+_differentiate("pack_embeddings", pack_embeddings, _of_packing, floats=2, maps=2, sized=True)
 _differentiate("merge_vision", merge_vision, _of_merging, floats=2, maps=1)
 _differentiate("unpack_vision", unpack_vision, _of_unpacking, floats=1, maps=2)
 _differentiate("keep_text", keep_text, _of_keeping_text, floats=1, maps=1)
-_differentiate("spread_vision", spread_vision, _of_spreading_vision, floats=1, maps=1)
+_differentiate(
+    "spread_vision", spread_vision, _of_spreading_vision, floats=1, maps=1, sized=True
+)
 _differentiate("table_gradient", table_gradient, _of_table_gradient, floats=1, maps=1)
 refuse_derivatives("sparse_table_gradient", sparse_table_gradient)
 
@@ -399,12 +443,13 @@ def on_host(
 
 
 def merged_on_host(
-    inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor, source: bool
-) -> Any:
-    """Return the merged rows, with their source if that is wanted; None as ``on_host`` does."""
-    return _compiled().merge_tensors(
-        inputs_embeds, vision, vision_rows, source, torch.get_num_threads()
+    inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor
+) -> torch.Tensor | None:
+    """Return the merged rows; None as ``on_host`` does."""
+    merged: torch.Tensor | None = _compiled().merge_tensors(
+        inputs_embeds, vision, vision_rows, torch.get_num_threads()
     )
+    return merged
 
 
 def _pack_rows(
@@ -521,6 +566,7 @@ def _rows(rows: torch.Tensor) -> tuple[int, int]:
     return rows.data_ptr(), rows.stride(0) * rows.element_size()
 
 
+@cache
 def _compiled() -> ModuleType:
     compiled = extension()
     if compiled is None:
