@@ -6,6 +6,7 @@
 #include "tensor_calls.h"
 
 #include <cstdlib>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
@@ -60,6 +61,73 @@ struct Method {
     return py::reinterpret_steal<py::object>(result);
   }
 };
+
+// What may have business with an eager call, as library._is_plain_mode tells it; takes 0.3 us, not 1.3.
+class Modes {
+ public:
+  Modes() {
+    const py::module_ functions = py::module_::import("torch._C");
+    for (const char* name : {"_are_functorch_transforms_active", "_get_tracing_state",
+                             "_is_torch_function_mode_enabled", "_len_torch_dispatch_stack"}) {
+      modes_.push_back(functions.attr(name));
+    }
+    modes_.push_back(py::module_::import("torch").attr("autograd").attr("_profiler_enabled"));
+    is_grad_enabled_ = functions.attr("is_grad_enabled");
+    has_key_ = functions.attr("_dispatch_tls_is_dispatch_key_included");
+    for (const char* name : {"PreDispatch", "PythonDispatcher"}) {
+      keys_.push_back(functions.attr("DispatchKey").attr(name));
+    }
+    forward_ad_ = py::module_::import("torch.autograd.forward_ad");
+  }
+
+  bool is_plain() const {
+    for (const py::object& mode : modes_) {
+      if (is_true(PyObject_CallNoArgs(mode.ptr()))) return false;
+    }
+    for (const py::object& key : keys_) {
+      if (is_true(PyObject_CallOneArg(has_key_.ptr(), key.ptr()))) return false;
+    }
+    static PyObject* level = PyUnicode_InternFromString("_current_level");
+    return PyLong_AsLong(checked(PyObject_GetAttr(forward_ad_.ptr(), level)).ptr()) < 0;
+  }
+
+  bool is_grad_enabled() const { return is_true(PyObject_CallNoArgs(is_grad_enabled_.ptr())); }
+
+  static bool requires_grad(py::handle tensor) {
+    static PyObject* name = PyUnicode_InternFromString("requires_grad");
+    return is_true(PyObject_GetAttr(tensor.ptr(), name));
+  }
+
+ private:
+  static py::object checked(PyObject* result) {
+    if (result == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
+  }
+  static bool is_true(PyObject* result) { return PyObject_IsTrue(checked(result).ptr()) == 1; }
+
+  std::vector<py::object> modes_, keys_;
+  py::object is_grad_enabled_, has_key_, forward_ad_;
+};
+
+const Modes& modes() {
+  static const Modes* loaded = new Modes;  // as above
+  return *loaded;
+}
+
+// The result of a call as autograd is to see it: record(*floats, (result, others)) where it records.
+py::object recorded(py::handle record, std::initializer_list<py::handle> floats, py::object result,
+                    py::handle others) {
+  bool requires_grad = false;
+  for (const py::handle tensor : floats) requires_grad |= Modes::requires_grad(tensor);
+  if (!requires_grad || !modes().is_grad_enabled()) return result;
+  std::vector<PyObject*> arguments;
+  for (const py::handle tensor : floats) arguments.push_back(tensor.ptr());
+  const py::tuple pair = py::make_tuple(result, others);
+  arguments.push_back(pair.ptr());
+  PyObject* seen = PyObject_Vectorcall(record.ptr(), arguments.data(), arguments.size(), nullptr);
+  if (seen == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(seen);
+}
 
 bool is_float(dlpack::DataType dtype) {
   return (dtype.code == dlpack::kFloat && dtype.bits >= 16) ||
@@ -310,16 +378,38 @@ PyObject* call_pack_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t co
   });
 }
 
-PyObject* call_merge_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  return with_python_errors([&] {
-    check_arguments(count, 4);
-    return merge_tensors(arguments[0], arguments[1], arguments[2], int(integer(arguments[3])));
+// The same for a call in plain eager mode alone, which `record` is to record with its `others`: those
+// arguments that are no floats. None for calls that need not be recorded.
+PyObject* call_pack_eagerly(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return with_python_errors([&]() -> py::object {
+    check_arguments(count, 9);
+    const py::handle record = arguments[7], others = arguments[8];
+    if (!modes().is_plain() || (record.is_none() && modes().is_grad_enabled())) return py::none();
+    const bool unpacks = arguments[3] == Py_True;
+    py::object packed =
+        pack_tensors(arguments[0], arguments[1], arguments[2], unpacks, integer(arguments[4]),
+                     integer(arguments[5]), int(integer(arguments[6])));
+    if (packed.is_none() || record.is_none()) return packed;
+    if (unpacks) return recorded(record, {arguments[0]}, packed, others);
+    return recorded(record, {arguments[0], arguments[1]}, packed, others);
+  });
+}
+
+PyObject* call_merge_eagerly(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return with_python_errors([&]() -> py::object {
+    check_arguments(count, 5);
+    if (!modes().is_plain()) return py::none();
+    const py::handle embeds = arguments[0], vision = arguments[1], vision_rows = arguments[2];
+    py::object merged = merge_tensors(embeds, vision, vision_rows, int(integer(arguments[3])));
+    if (merged.is_none()) return merged;
+    return recorded(arguments[4], {embeds, vision}, merged, py::make_tuple(vision_rows));
   });
 }
 
 PyObject* call_merge_gradients(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  return with_python_errors([&] {
+  return with_python_errors([&]() -> py::object {
     check_arguments(count, 5);
+    if (!modes().is_plain() || modes().is_grad_enabled()) return py::none();
     return merge_gradients(arguments[0], arguments[1], arguments[2] == Py_True,
                            arguments[3] == Py_True, int(integer(arguments[4])));
   });
@@ -335,7 +425,8 @@ PyMethodDef method(const char* name, Function function) {
 
 void define_tensor_calls(py::module_& module) {
   static PyMethodDef methods[] = {method("pack_tensors", &call_pack_tensors),
-                                  method("merge_tensors", &call_merge_tensors),
+                                  method("pack_eagerly", &call_pack_eagerly),
+                                  method("merge_eagerly", &call_merge_eagerly),
                                   method("merge_gradients", &call_merge_gradients),
                                   {}};
   if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw py::error_already_set();

@@ -54,7 +54,7 @@ class Op:
         self._at_once = at_once
         types = [str(argument.type) for argument in overload._schema.arguments]
         self._tensors = max((at for at, kind in enumerate(types, 1) if "Tensor" in kind), default=0)
-        self._record = self._record_result = overload
+        self._record = self.record_result = overload
 
     def set_function(self, function: Any) -> None:
         """Let ``function`` record the calls with tensors that require grad."""
@@ -66,7 +66,7 @@ class Op:
         It gets the first ``floats`` arguments and a pair of the result and the other arguments.
         """
         self._floats = floats
-        self._record_result = _apply_lean(function)
+        self.record_result = _apply_lean(function)
 
     def __call__(self, *arguments: Any) -> Any:
         # By itself, because a compiler replaces this test by its result and looks no further.
@@ -90,7 +90,7 @@ class Op:
         if torch.is_grad_enabled():
             floats = arguments[: self._floats]
             if torch._C._any_requires_grad(*floats):
-                return self._record_result(*floats, (result, arguments[self._floats :]))
+                return self.record_result(*floats, (result, arguments[self._floats :]))
         return result
 
     def below(self, *arguments: Any) -> Any:
@@ -121,26 +121,6 @@ def _is_plain_mode() -> bool:
         and not torch._C._is_torch_function_mode_enabled()
         and forward_ad._current_level < 0
         and not torch.autograd._profiler_enabled()  # shows the calls of ops
-    )
-
-
-def is_eager() -> bool:
-    """Return whether a function may compute at once, on ordinary tensors in memory."""
-    return not torch.compiler.is_compiling() and _is_plain_mode()
-
-
-def is_eager_backward() -> bool:
-    """Return the same for the gradient of a call that was eager; takes 0.4 us instead of 1.3.
-
-    Of all who may have business with calls, these can be there in a backward pass alone.
-    """
-    return not (
-        torch.is_grad_enabled()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch.autograd._profiler_enabled()
-        or torch.compiler.is_compiling()
     )
 
 

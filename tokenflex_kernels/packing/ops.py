@@ -46,7 +46,6 @@ from tokenflex_kernels.library import (
     batch,
     define,
     differentiate_linear,
-    is_eager_backward,
     refuse_derivatives,
     side_by_side,
 )
@@ -247,8 +246,7 @@ def _of_packing(
             is_coalesced=True,
         )
     if needs_vision and shown_once:
-        if is_eager_backward():
-            grad_vision = on_host(grad, grad, vision_rows, True)
+        grad_vision = pack_eagerly(grad, grad, vision_rows, (True, -1, 0))
         if grad_vision is None:
             grad_vision = unpack_vision(grad, source, vision_rows)
     elif needs_vision:  # in ~source the vision tokens are the ids, and text rows are of no table
@@ -261,7 +259,7 @@ def _of_merging(
     ctx: Any, grad: torch.Tensor, vision_rows: torch.Tensor, source: torch.Tensor | None = None
 ) -> Gradients:
     needs_inputs, needs_vision, *_ = ctx.needs_input_grad
-    if is_eager_backward():
+    if not grad.is_cuda:
         gradients: Gradients | None = _compiled().merge_gradients(
             grad, vision_rows, needs_inputs, needs_vision, torch.get_num_threads()
         )
@@ -283,7 +281,7 @@ def _of_merging(
 def _of_unpacking(
     ctx: Any, grad: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor
 ) -> Gradients:
-    spread = on_host(None, grad, source) if is_eager_backward() else None
+    spread = pack_eagerly(None, grad, source, (False, -1, 0))
     return (spread_vision(grad, source) if spread is None else spread,)
 
 
@@ -442,12 +440,33 @@ def on_host(
     return moved
 
 
-def merged_on_host(
+def pack_eagerly(
+    table: torch.Tensor | None,
+    vision: torch.Tensor | None,
+    source: torch.Tensor,
+    bounds: tuple[bool, int, int],
+    record: Callable[..., Any] | None = None,
+    others: tuple[Any, ...] = (),
+) -> torch.Tensor | None:
+    """Return ``on_host`` as a call of an op with ``others`` after its float tensors, recorded.
+
+    ``bounds`` are the last three arguments of ``on_host``. None outside of plain eager mode too,
+    and where a gradient without ``record`` would have to be recorded.
+    """
+    if source.is_cuda:
+        return None
+    packed: torch.Tensor | None = _compiled().pack_eagerly(
+        table, vision, source, *bounds, torch.get_num_threads(), record, others
+    )
+    return packed
+
+
+def merge_eagerly(
     inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor
 ) -> torch.Tensor | None:
-    """Return the merged rows; None as ``on_host`` does."""
-    merged: torch.Tensor | None = _compiled().merge_tensors(
-        inputs_embeds, vision, vision_rows, torch.get_num_threads()
+    """Return the merged rows, recorded as a call of ``merge_vision``; None as ``pack_eagerly``."""
+    merged: torch.Tensor | None = _compiled().merge_eagerly(
+        inputs_embeds, vision, vision_rows, torch.get_num_threads(), merge_vision.record_result
     )
     return merged
 

@@ -40,7 +40,7 @@ def test_ordinary_tensors_are_taken(dtype):
 )
 def test_other_tensors_are_left_to_the_general_way(table, vision):
     assert ops.on_host(table, vision, PLAN.source) is None
-    assert ops.merged_on_host(table, vision, torch.arange(VISION)) is None
+    assert ops.merge_eagerly(table, vision, torch.arange(VISION)) is None
 
 
 def test_numbers_without_memory_of_their_own_are_packed():
