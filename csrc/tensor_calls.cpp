@@ -114,16 +114,23 @@ const Modes& modes() {
   return *loaded;
 }
 
-// The result of a call as autograd is to see it: record(*floats, (result, others)) where it records.
+// The result of a call as autograd is to see it: record(*floats, (result, others, sizes)) where it records,
+// with the number of rows of each of `floats`.
 py::object recorded(py::handle record, std::initializer_list<py::handle> floats, py::object result,
                     py::handle others) {
   bool requires_grad = false;
   for (const py::handle tensor : floats) requires_grad |= Modes::requires_grad(tensor);
   if (!requires_grad || !modes().is_grad_enabled()) return result;
   std::vector<PyObject*> arguments;
-  for (const py::handle tensor : floats) arguments.push_back(tensor.ptr());
-  const py::tuple pair = py::make_tuple(result, others);
-  arguments.push_back(pair.ptr());
+  py::tuple sizes(floats.size());
+  for (const py::handle tensor : floats) {
+    dlpack::Tensor view;
+    if (torch().api->view(tensor.ptr(), &view) != 0) throw py::error_already_set();
+    sizes[arguments.size()] = view.shape[0];
+    arguments.push_back(tensor.ptr());
+  }
+  const py::tuple call = py::make_tuple(result, others, sizes);
+  arguments.push_back(call.ptr());
   PyObject* seen = PyObject_Vectorcall(record.ptr(), arguments.data(), arguments.size(), nullptr);
   if (seen == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(seen);

@@ -63,7 +63,8 @@ class Op:
     def set_result_function(self, function: Any, floats: int) -> None:
         """Let ``function`` record the results of such calls, see :meth:`recorded`.
 
-        It gets the first ``floats`` arguments and a pair of the result and the other arguments.
+        It gets the first ``floats`` arguments and a tuple: the result, the other arguments, and the
+        number of rows of each of the first.
         """
         self._floats = floats
         self.record_result = _apply_lean(function)
@@ -90,7 +91,8 @@ class Op:
         if torch.is_grad_enabled():
             floats = arguments[: self._floats]
             if torch._C._any_requires_grad(*floats):
-                return self.record_result(*floats, (result, arguments[self._floats :]))
+                sizes = tuple(tensor.shape[0] for tensor in floats)
+                return self.record_result(*floats, (result, arguments[self._floats :], sizes))
         return result
 
     def below(self, *arguments: Any) -> Any:
@@ -103,7 +105,7 @@ class Op:
 
 def _apply_lean(function: Any) -> Callable[..., Any]:
     """Return ``function.apply`` without what it does for torch.func, which takes 3 us."""
-    return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
+    return super(torch.autograd.Function, function).apply
 
 
 # The keys that the dispatcher adds to those of the tensors in every call. Tracers, dispatch modes,

@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -311,19 +310,12 @@ def _vision_rows(source: torch.Tensor, num_vision: int) -> torch.Tensor:
 
 
 def _differentiate(
-    name: str,
-    op: Op,
-    gradient: Callable[..., Gradients],
-    *,
-    floats: int,
-    maps: int,
-    sized: bool = False,
+    name: str, op: Op, gradient: Callable[..., Gradients], *, floats: int, maps: int
 ) -> None:
     """Give an op its gradient; it is linear in its first ``floats`` arguments, then has ``maps``.
 
     ``gradient`` gets the gradient of the result and the op's other arguments; a row map that the op
-    returns comes after its row maps. Of the float tensors only the numbers of rows are kept, as
-    ``ctx.sizes``, if the gradient is ``sized``.
+    returns comes after its row maps. Of the float tensors only the numbers of rows are kept.
     """
 
     class RowMove(torch.autograd.Function):
@@ -333,8 +325,7 @@ def _differentiate(
             made = result[1:] if isinstance(result, tuple) else ()
             ctx.save_for_backward(*others[:maps], *made)
             ctx.numbers = others[maps:]
-            if sized:
-                ctx.sizes = [value.shape[0] for value in arguments[:floats]]
+            ctx.sizes = [value.shape[0] for value in arguments[:floats]]
             return result
 
         @staticmethod
@@ -347,11 +338,9 @@ def _differentiate(
 
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
-            result, ctx.others = arguments[-1]
+            result, ctx.others, ctx.sizes = arguments[-1]
             # Versions only grow: a sum tells whether one has.
             ctx.versions = ctx.others[0]._version + ctx.others[maps - 1]._version
-            if sized:
-                ctx.sizes = [value.shape[0] for value in arguments[:floats]]
             return result
 
         @staticmethod
@@ -370,13 +359,11 @@ def _differentiate(
     op.set_result_function(RowsMoved, floats)
 
 
-_differentiate("pack_embeddings", pack_embeddings, _of_packing, floats=2, maps=2, sized=True)
+_differentiate("pack_embeddings", pack_embeddings, _of_packing, floats=2, maps=2)
 _differentiate("merge_vision", merge_vision, _of_merging, floats=2, maps=1)
 _differentiate("unpack_vision", unpack_vision, _of_unpacking, floats=1, maps=2)
 _differentiate("keep_text", keep_text, _of_keeping_text, floats=1, maps=1)
-_differentiate(
-    "spread_vision", spread_vision, _of_spreading_vision, floats=1, maps=1, sized=True
-)
+_differentiate("spread_vision", spread_vision, _of_spreading_vision, floats=1, maps=1)
 _differentiate("table_gradient", table_gradient, _of_table_gradient, floats=1, maps=1)
 refuse_derivatives("sparse_table_gradient", sparse_table_gradient)
 
@@ -585,7 +572,6 @@ def _rows(rows: torch.Tensor) -> tuple[int, int]:
     return rows.data_ptr(), rows.stride(0) * rows.element_size()
 
 
-@cache
 def _compiled() -> ModuleType:
     compiled = extension()
     if compiled is None:
