@@ -63,6 +63,11 @@ def op_calls(device: str, requires_grad: bool) -> dict[str, Callable[[], torch.T
     }
 
 
+def with_backward(call: Callable[[], torch.Tensor]) -> None:
+    result = call()
+    result.backward(torch.ones_like(result))
+
+
 def sample_sizes(samples: int) -> tuple[np.ndarray, np.ndarray]:
     """Return tokens and tiles: 1 to 6 tiles of 64, 144 or 256 tokens, text of 220 on average."""
     generator = np.random.default_rng(0)
@@ -84,7 +89,9 @@ def note_of_bins(call: Callable[[], list[list[int]]]) -> dict[str, str]:
 def groups(device: str) -> Iterator[tuple[str, dict[str, Callable[[], Any]]]]:
     """Yield cases, and the calls of each by op."""
     yield "no grad", op_calls(device, requires_grad=False)
-    yield "grad", op_calls(device, requires_grad=True)
+    calls = op_calls(device, requires_grad=True)
+    yield "grad", calls
+    yield "grad, with backward", {op: partial(with_backward, call) for op, call in calls.items()}
     for prompts in (Prompts(16, 500, 0, 32_000), Prompts(1600, 500, 0, 32_000)):
         yield prompts.name, {"plan_packing": partial(plan_packing, *prompts.arguments(), IMAGE)}
     yield "", {"bin_pack": partial(bin_pack, sample_sizes(100_000)[0], 8192)}

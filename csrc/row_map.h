@@ -58,6 +58,15 @@ struct PackMap {
   }
 };
 
+// The way back of a packing whose table has a row for each packed row: vision rows to `vision`, and zeros
+// in their place to `table`. Without data, one of the two is not wanted.
+struct SplitMap {
+  ConstRows packed;
+  Rows table;
+  Rows vision;
+  const int32_t* source;
+};
+
 // The widest access in bytes, at most 16, that divides every address, stride and size whose bits were
 // or-ed together: their lowest common set bit is the largest power of two that divides them all.
 TOKENFLEX_HOST_DEVICE inline int access_bytes(uint64_t bits) {

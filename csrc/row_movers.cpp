@@ -13,10 +13,36 @@
 namespace tokenflex {
 namespace {
 
+// Rows that are neighbours at both ends are copied together: a memcpy for each short row takes longer.
 void copy_range(const PackMap& map, int64_t begin, int64_t end, int64_t row_bytes) {
-  for (int64_t row = begin; row < end; ++row) {
+  RowCopy run = map(begin);
+  int64_t bytes = row_bytes;
+  for (int64_t row = begin + 1; row < end; ++row) {
     const RowCopy copy = map(row);
-    std::memcpy(copy.to, copy.from, size_t(row_bytes));
+    if (copy.from == run.from + bytes && copy.to == run.to + bytes) {
+      bytes += row_bytes;
+      continue;
+    }
+    std::memcpy(run.to, run.from, size_t(bytes));
+    run = copy, bytes = row_bytes;
+  }
+  std::memcpy(run.to, run.from, size_t(bytes));
+}
+
+void split_range(const SplitMap& map, int64_t begin, int64_t end, int64_t row_bytes) {
+  const auto bytes = size_t(row_bytes);
+  for (int64_t row = begin; row < end; ++row) {
+    const char* from = map.packed.row(row);
+    const bool shows_vision = is_vision(map.source[row]);
+    if (shows_vision && map.vision.data != nullptr) {
+      std::memcpy(map.vision.row(vision_row(map.source[row])), from, bytes);
+    }
+    if (map.table.data == nullptr) continue;
+    if (shows_vision) {
+      std::memset(map.table.row(row), 0, bytes);
+    } else {
+      std::memcpy(map.table.row(row), from, bytes);
+    }
   }
 }
 
@@ -55,6 +81,12 @@ void move_rows(const PackMap& map, int64_t rows, int64_t row_bytes, int threads)
   if (rows <= 0 || row_bytes <= 0) return;
   in_parts(rows, worthwhile_parts(rows, rows * row_bytes, threads),
            [&](int64_t begin, int64_t end) { copy_range(map, begin, end, row_bytes); });
+}
+
+void split_rows(const SplitMap& map, int64_t rows, int64_t row_bytes, int threads) {
+  if (rows <= 0 || row_bytes <= 0) return;
+  in_parts(rows, worthwhile_parts(rows, rows * row_bytes, threads),
+           [&](int64_t begin, int64_t end) { split_range(map, begin, end, row_bytes); });
 }
 
 }  // namespace tokenflex

@@ -6,6 +6,7 @@
 #include "tensor_calls.h"
 
 #include <cstdlib>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
@@ -26,15 +27,13 @@ constexpr int64_t kBytesWithoutGil = 1 << 16;  // below, other Python threads ca
 // What is needed of torch, which the extension does not link.
 struct Torch {
   const dlpack::ExchangeApi* api = nullptr;
-  py::object tensor, parameter, empty_like, int32, empty;
+  py::object tensor, parameter, empty_like;
 
   Torch() {
     const py::module_ torch = py::module_::import("torch");
     tensor = torch.attr("Tensor");
     parameter = torch.attr("nn").attr("Parameter");
     empty_like = torch.attr("empty_like");
-    empty = torch.attr("empty");
-    int32 = torch.attr("int32");
     const py::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
     api = static_cast<const dlpack::ExchangeApi*>(
         PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
@@ -62,6 +61,80 @@ struct Method {
     return py::reinterpret_steal<py::object>(result);
   }
 };
+
+// What may have business with an eager call, as library._is_plain_mode tells it; takes 0.3 us, not 1.3.
+class Modes {
+ public:
+  Modes() {
+    const py::module_ functions = py::module_::import("torch._C");
+    for (const char* name : {"_are_functorch_transforms_active", "_get_tracing_state",
+                             "_is_torch_function_mode_enabled", "_len_torch_dispatch_stack"}) {
+      modes_.push_back(functions.attr(name));
+    }
+    modes_.push_back(py::module_::import("torch").attr("autograd").attr("_profiler_enabled"));
+    is_grad_enabled_ = functions.attr("is_grad_enabled");
+    has_key_ = functions.attr("_dispatch_tls_is_dispatch_key_included");
+    for (const char* name : {"PreDispatch", "PythonDispatcher"}) {
+      keys_.push_back(functions.attr("DispatchKey").attr(name));
+    }
+    forward_ad_ = py::module_::import("torch.autograd.forward_ad");
+  }
+
+  bool is_plain() const {
+    for (const py::object& mode : modes_) {
+      if (is_true(PyObject_CallNoArgs(mode.ptr()))) return false;
+    }
+    for (const py::object& key : keys_) {
+      if (is_true(PyObject_CallOneArg(has_key_.ptr(), key.ptr()))) return false;
+    }
+    static PyObject* level = PyUnicode_InternFromString("_current_level");
+    return PyLong_AsLong(checked(PyObject_GetAttr(forward_ad_.ptr(), level)).ptr()) < 0;
+  }
+
+  bool is_grad_enabled() const { return is_true(PyObject_CallNoArgs(is_grad_enabled_.ptr())); }
+
+  static bool requires_grad(py::handle tensor) {
+    static PyObject* name = PyUnicode_InternFromString("requires_grad");
+    return is_true(PyObject_GetAttr(tensor.ptr(), name));
+  }
+
+ private:
+  static py::object checked(PyObject* result) {
+    if (result == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
+  }
+  static bool is_true(PyObject* result) { return PyObject_IsTrue(checked(result).ptr()) == 1; }
+
+  std::vector<py::object> modes_, keys_;
+  py::object is_grad_enabled_, has_key_, forward_ad_;
+};
+
+const Modes& modes() {
+  static const Modes* loaded = new Modes;  // as above
+  return *loaded;
+}
+
+// The result of a call as autograd is to see it: record(*floats, (result, others, sizes)) where it records,
+// with the number of rows of each of `floats`.
+py::object recorded(py::handle record, std::initializer_list<py::handle> floats, py::object result,
+                    py::handle others) {
+  bool requires_grad = false;
+  for (const py::handle tensor : floats) requires_grad |= Modes::requires_grad(tensor);
+  if (!requires_grad || !modes().is_grad_enabled()) return result;
+  std::vector<PyObject*> arguments;
+  py::tuple sizes(floats.size());
+  for (const py::handle tensor : floats) {
+    dlpack::Tensor view;
+    if (torch().api->view(tensor.ptr(), &view) != 0) throw py::error_already_set();
+    sizes[arguments.size()] = view.shape[0];
+    arguments.push_back(tensor.ptr());
+  }
+  const py::tuple call = py::make_tuple(result, others, sizes);
+  arguments.push_back(call.ptr());
+  PyObject* seen = PyObject_Vectorcall(record.ptr(), arguments.data(), arguments.size(), nullptr);
+  if (seen == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(seen);
+}
 
 bool is_float(dlpack::DataType dtype) {
   return (dtype.code == dlpack::kFloat && dtype.bits >= 16) ||
@@ -113,6 +186,22 @@ std::optional<RowsView> float_rows(py::handle object) {
   if (tensor->data == nullptr && count * width > 0) return std::nullopt;  // zeros without memory
   return RowsView{tensor->dtype, count, width, static_cast<char*>(tensor->data),
                   tensor->strides[0] * (tensor->dtype.bits / 8)};
+}
+
+// Contiguous floats [.., width] as rows.
+std::optional<RowsView> contiguous_rows(py::handle object) {
+  const auto tensor = host_floats(object);
+  if (!tensor || tensor->ndim < 1) return std::nullopt;
+  const int64_t width = tensor->shape[tensor->ndim - 1];
+  int64_t count = 1, stride = width;
+  for (int32_t axis = tensor->ndim - 2; axis >= 0; --axis) {
+    if (tensor->shape[axis] > 1 && tensor->strides[axis] != stride) return std::nullopt;
+    count *= tensor->shape[axis], stride *= tensor->shape[axis];
+  }
+  if (width > 1 && tensor->strides[tensor->ndim - 1] != 1) return std::nullopt;
+  if (count > INT32_MAX || (tensor->data == nullptr && count * width > 0)) return std::nullopt;
+  return RowsView{tensor->dtype, count, width, static_cast<char*>(tensor->data),
+                  width * (tensor->dtype.bits / 8)};
 }
 
 struct IntsView {
@@ -182,50 +271,59 @@ py::object pack_tensors(py::handle table, py::handle vision, py::handle source, 
   return packed;
 }
 
-// A copy of contiguous inputs_embeds [.., D] with vision rows in place of some; with its source map
-// where that is wanted.
+std::vector<int32_t> merge_source(const IntsView& vision_rows, int64_t rows) {
+  std::vector<int32_t> source(static_cast<size_t>(rows));
+  const auto fill = [&](const auto* numbers) {
+    fill_merge_source(numbers, vision_rows.count, source.data(), rows);
+  };
+  if (vision_rows.is_int64) {
+    fill(static_cast<const int64_t*>(vision_rows.data));
+  } else {
+    fill(static_cast<const int32_t*>(vision_rows.data));
+  }
+  return source;
+}
+
+// A copy of contiguous inputs_embeds [.., D] with vision rows in place of some.
 py::object merge_tensors(py::handle inputs_embeds, py::handle vision, py::handle vision_rows,
-                         bool wants_source, int threads) {
-  const auto embeds = host_floats(inputs_embeds);
+                         int threads) {
+  const auto embeds = contiguous_rows(inputs_embeds);
   const auto rows = float_rows(vision);
   const auto numbers = host_ints(vision_rows, true);
-  if (!embeds || !rows || !numbers || embeds->ndim < 1 || numbers->count != rows->count) {
-    return py::none();
-  }
-  const int64_t width = embeds->shape[embeds->ndim - 1];
-  if (!(embeds->dtype == rows->dtype) || width != rows->width) return py::none();
-  int64_t count = 1, stride = width;
-  for (int32_t axis = embeds->ndim - 2; axis >= 0; --axis) {
-    if (embeds->shape[axis] > 1 && embeds->strides[axis] != stride) return py::none();
-    count *= embeds->shape[axis], stride *= embeds->shape[axis];
-  }
-  if (width > 1 && embeds->strides[embeds->ndim - 1] != 1) return py::none();
-  if (count > INT32_MAX || (embeds->data == nullptr && count * width > 0)) return py::none();
+  if (!embeds || !rows || !numbers || numbers->count != rows->count) return py::none();
+  if (!(embeds->dtype == rows->dtype) || embeds->width != rows->width) return py::none();
 
-  py::object merged = torch().empty_like(inputs_embeds), source;
-  std::vector<int32_t> scratch;
-  int32_t* entries = nullptr;
-  if (wants_source) {
-    source = torch().empty(count, py::arg("dtype") = torch().int32);
-    entries = reinterpret_cast<int32_t*>(address(source));
-  } else {
-    scratch.resize(size_t(count));
-    entries = scratch.data();
-  }
+  py::object merged = torch().empty_like(inputs_embeds);
   const int64_t row_bytes = rows->row_bytes();
-  const PackMap map = {{static_cast<const char*>(embeds->data), row_bytes},
-                       rows->const_rows(),
-                       {address(merged), row_bytes},
-                       entries};
-  maybe_without_gil(count * row_bytes, [&] {
-    if (numbers->is_int64) {
-      fill_merge_source(static_cast<const int64_t*>(numbers->data), numbers->count, entries, count);
-    } else {
-      fill_merge_source(static_cast<const int32_t*>(numbers->data), numbers->count, entries, count);
-    }
-    move_rows(map, count, row_bytes, threads);
+  const Rows to = {address(merged), row_bytes};
+  maybe_without_gil(embeds->count * row_bytes, [&] {
+    const std::vector<int32_t> source = merge_source(*numbers, embeds->count);
+    move_rows({embeds->const_rows(), rows->const_rows(), to, source.data()}, embeds->count,
+              row_bytes, threads);
   });
-  return wants_source ? py::make_tuple(merged, source) : merged;
+  return merged;
+}
+
+// The gradients of inputs_embeds and vision, or None for those that are not wanted, from that of their
+// merge [.., D], which is contiguous.
+py::object merge_gradients(py::handle grad, py::handle vision_rows, bool wants_inputs,
+                           bool wants_vision, int threads) {
+  const auto rows = contiguous_rows(grad);
+  const auto numbers = host_ints(vision_rows, true);
+  if (!rows || !numbers) return py::none();
+  py::object inputs = py::none(), vision = py::none();
+  static const Method new_empty("new_empty");
+  if (wants_inputs) inputs = torch().empty_like(grad);
+  if (wants_vision) vision = new_empty(grad, py::make_tuple(numbers->count, rows->width));
+  const int64_t row_bytes = rows->row_bytes();
+  const Rows to_inputs = {wants_inputs ? address(inputs) : nullptr, row_bytes};
+  const Rows to_vision = {wants_vision ? address(vision) : nullptr, row_bytes};
+  maybe_without_gil(rows->count * row_bytes, [&] {
+    const std::vector<int32_t> source = merge_source(*numbers, rows->count);
+    const SplitMap map = {rows->const_rows(), to_inputs, to_vision, source.data()};
+    split_rows(map, rows->count, row_bytes, threads);
+  });
+  return py::make_tuple(inputs, vision);
 }
 
 std::string name_of(dlpack::DataType dtype) {
@@ -287,11 +385,40 @@ PyObject* call_pack_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t co
   });
 }
 
-PyObject* call_merge_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  return with_python_errors([&] {
+// The same for a call in plain eager mode alone, which `record` is to record with its `others`: those
+// arguments that are no floats. None for calls that need not be recorded.
+PyObject* call_pack_eagerly(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return with_python_errors([&]() -> py::object {
+    check_arguments(count, 9);
+    const py::handle record = arguments[7], others = arguments[8];
+    if (!modes().is_plain() || (record.is_none() && modes().is_grad_enabled())) return py::none();
+    const bool unpacks = arguments[3] == Py_True;
+    py::object packed =
+        pack_tensors(arguments[0], arguments[1], arguments[2], unpacks, integer(arguments[4]),
+                     integer(arguments[5]), int(integer(arguments[6])));
+    if (packed.is_none() || record.is_none()) return packed;
+    if (unpacks) return recorded(record, {arguments[0]}, packed, others);
+    return recorded(record, {arguments[0], arguments[1]}, packed, others);
+  });
+}
+
+PyObject* call_merge_eagerly(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return with_python_errors([&]() -> py::object {
     check_arguments(count, 5);
-    return merge_tensors(arguments[0], arguments[1], arguments[2], arguments[3] == Py_True,
-                         int(integer(arguments[4])));
+    if (!modes().is_plain()) return py::none();
+    const py::handle embeds = arguments[0], vision = arguments[1], vision_rows = arguments[2];
+    py::object merged = merge_tensors(embeds, vision, vision_rows, int(integer(arguments[3])));
+    if (merged.is_none()) return merged;
+    return recorded(arguments[4], {embeds, vision}, merged, py::make_tuple(vision_rows));
+  });
+}
+
+PyObject* call_merge_gradients(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return with_python_errors([&]() -> py::object {
+    check_arguments(count, 5);
+    if (!modes().is_plain() || modes().is_grad_enabled()) return py::none();
+    return merge_gradients(arguments[0], arguments[1], arguments[2] == Py_True,
+                           arguments[3] == Py_True, int(integer(arguments[4])));
   });
 }
 
@@ -305,7 +432,9 @@ PyMethodDef method(const char* name, Function function) {
 
 void define_tensor_calls(py::module_& module) {
   static PyMethodDef methods[] = {method("pack_tensors", &call_pack_tensors),
-                                  method("merge_tensors", &call_merge_tensors),
+                                  method("pack_eagerly", &call_pack_eagerly),
+                                  method("merge_eagerly", &call_merge_eagerly),
+                                  method("merge_gradients", &call_merge_gradients),
                                   {}};
   if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw py::error_already_set();
   module.def("table_gradient", &table_gradient);

@@ -17,7 +17,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch._C import DispatchKey, DispatchKeySet
@@ -56,12 +56,20 @@ class Op:
         self._at_once = at_once
         types = [str(argument.type) for argument in overload._schema.arguments]
         self._tensors = max((at for at, kind in enumerate(types, 1) if "Tensor" in kind), default=0)
-        self._record = overload
+        self._record = self.record_result = overload
 
-    def set_function(self, function: type[torch.autograd.Function]) -> None:
+    def set_function(self, function: Any) -> None:
         """Let ``function`` record the calls with tensors that require grad."""
-        # Without what Function.apply does for torch.func, which takes 3 us.
-        self._record = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+        self._record = _apply_lean(function)
+
+    def set_result_function(self, function: Any, floats: int) -> None:
+        """Let ``function`` record the results of such calls, see :meth:`recorded`.
+
+        It gets the first ``floats`` arguments and a tuple: the result, the other arguments, and the
+        number of rows of each of the first.
+        """
+        self._floats = floats
+        self.record_result = _apply_lean(function)
 
     def __call__(self, *arguments: Any) -> Any:
         # By itself, because a compiler replaces this test by its result and looks no further.
@@ -70,9 +78,9 @@ class Op:
         if not _is_plain_mode():
             return self.overload(*arguments)
         if self._at_once is not None:
-            results = self._at_once(*arguments)
-            if results is not None:
-                return self.recorded(results, *arguments)
+            result = self._at_once(*arguments)
+            if result is not None:
+                return self.recorded(result, *arguments)
         tensors = arguments[: self._tensors]
         if not _are_plain(tensors):
             return self.overload(*arguments)
@@ -80,15 +88,14 @@ class Op:
             return self._record(*arguments)
         return self._kernel(*arguments)
 
-    def recorded(self, results: Any, *arguments: Any) -> Any:
-        """Return ``results``, which were computed eagerly, as those of a call of the op.
-
-        The Function's ``forward`` gets them after the arguments, as :class:`Results`.
-        """
-        tensors = arguments[: self._tensors]
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
-            return self._record(*arguments, Results(results))
-        return results
+    def recorded(self, result: Any, *arguments: Any) -> Any:
+        """Return ``result``, which was computed eagerly, as that of a call of the op."""
+        if torch.is_grad_enabled():
+            floats = arguments[: self._floats]
+            if torch._C._any_requires_grad(*floats):
+                sizes = tuple(tensor.shape[0] for tensor in floats)
+                return self.record_result(*floats, (result, arguments[self._floats :], sizes))
+        return result
 
     def below(self, *arguments: Any) -> Any:
         """Call the op as the ``forward`` of a Function does, see :func:`below_autograd`."""
@@ -98,10 +105,9 @@ class Op:
             return self.overload(*arguments)
 
 
-class Results(NamedTuple):
-    """Results of an op that need only be recorded."""
-
-    value: Any
+def _apply_lean(function: Any) -> Callable[..., Any]:
+    """Return ``function.apply`` without what it does for torch.func, which takes 3 us."""
+    return super(torch.autograd.Function, function).apply
 
 
 # The keys that the dispatcher adds to those of the tensors in every call. Tracers, dispatch modes,
@@ -120,11 +126,6 @@ def _is_plain_mode() -> bool:
         and forward_ad._current_level < 0
         and not torch.autograd._profiler_enabled()  # shows the calls of ops
     )
-
-
-def is_eager() -> bool:
-    """Return whether a function may compute at once, on ordinary tensors in memory."""
-    return not torch.compiler.is_compiling() and _is_plain_mode()
 
 
 def _are_plain(tensors: Sequence[Any]) -> bool:

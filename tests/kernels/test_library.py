@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenflex_kernels import plan_packing
+from tokenflex_kernels import plan_packing, unpack_vision
 from tokenflex_kernels.library import Op
 from tokenflex_kernels.packing import ops
 
@@ -76,9 +76,9 @@ def test_plain_calls_run_the_kernel_at_once(kernel_calls, context):
 def test_a_call_that_is_recorded_is_the_function_s(kernel_calls):
     call, reached = kernel_calls
     rows = torch.nn.Parameter(packed())
-    for unpack in (lambda: call(rows), lambda: ops.unpack_vision(rows, *MAPS)):
-        out = unpack()
-        assert out.grad_fn.name() == "RowMoveBackward"
+    for unpack, function in ((call, "RowMove"), (ops.unpack_vision, "RowsMoved")):
+        out = unpack(rows) if unpack is call else unpack(rows, *MAPS)
+        assert out.grad_fn.name() == f"{function}Backward"
         (gradient,) = torch.autograd.grad(out.sum(), rows)
         assert gradient[:, 0].tolist() == [0, 1, 1, 0]
     assert reached == []
@@ -135,11 +135,20 @@ def on_negative_bits(call):
         lambda call: torch.compile(call, backend="eager", fullgraph=True)(packed()),
     ],
 )
-def test_everything_else_is_the_registered_op_s(kernel_calls, situation):
+def test_everything_else_is_the_registered_op_s(kernel_calls, situation, monkeypatch):
     call, reached = kernel_calls
     situation(call)
     assert reached == []
     situation(lambda rows: ops.unpack_vision(rows, *MAPS))  # by its own short way, if by any
+    eager, moved = ops.pack_eagerly, []
+
+    def pack_eagerly(*arguments):
+        moved.append(eager(*arguments))
+        return moved[-1]
+
+    monkeypatch.setattr(ops, "pack_eagerly", pack_eagerly)
+    situation(lambda rows: unpack_vision(rows, PLAN))
+    assert all(rows is None for rows in moved)
 
 
 def test_a_trace_and_a_profile_show_the_op(kernel_calls):

@@ -24,7 +24,6 @@ import torch
 
 from tokenflex_kernels.backend import select_backend
 from tokenflex_kernels.checks import autocast_enabled, check_float, check_like, check_tensor
-from tokenflex_kernels.library import is_eager
 from tokenflex_kernels.packing import ops, reference
 from tokenflex_kernels.packing.plan import PackPlan
 from tokenflex_kernels.packing.reference import MAX_INT32
@@ -64,13 +63,24 @@ def pack_embeddings(
         ValueError: the rows of ``vision`` or the ids of the text do not fit the plan or the table,
             the widths differ, the devices do, or the plan's row maps are not contiguous.
     """
-    if _runs_at_once("pack_embeddings") and type(plan) is PackPlan and plan.bounds is not None:
+    if (
+        _may_run_eagerly("pack_embeddings")
+        and type(plan) is PackPlan
+        and type(sparse_grad) is bool
+        and plan.bounds is not None
+    ):
         vision_rows, table_rows, _ = plan.bounds
-        packed = ops.on_host(embedding, vision, plan.source, False, vision_rows, table_rows)
-        if packed is not None and type(sparse_grad) is bool:
-            sparse_ids = plan.num_token_ids if sparse_grad else None
-            others = plan.source, plan.vision_rows, sparse_ids, plan.shown_once
-            return ops.pack_embeddings.recorded(packed, embedding, vision, *others)
+        sparse_ids = plan.num_token_ids if sparse_grad else None
+        packed = ops.pack_eagerly(
+            embedding,
+            vision,
+            plan.source,
+            (False, vision_rows, table_rows),
+            ops.pack_embeddings.record_result,
+            (plan.source, plan.vision_rows, sparse_ids, plan.shown_once),
+        )
+        if packed is not None:
+            return packed
     _check_rows("embedding", embedding, ndim=2)
     _check_rows("vision", vision, ndim=2)
     _check_plan(plan, "embedding", embedding)
@@ -115,14 +125,16 @@ def unpack_vision(packed: torch.Tensor, plan: PackPlan) -> torch.Tensor:
             the plan's row maps are not contiguous.
     """
     if (
-        _runs_at_once("unpack_vision")
+        _may_run_eagerly("unpack_vision")
         and type(plan) is PackPlan
         and plan.shown_once
         and plan.bounds is not None
     ):
-        vision = ops.on_host(packed, packed, plan.vision_rows, True, plan.bounds[2])
+        maps, bounds = (plan.source, plan.vision_rows), (True, plan.bounds[2], 0)
+        record = ops.unpack_vision.record_result
+        vision = ops.pack_eagerly(packed, packed, plan.vision_rows, bounds, record, maps)
         if vision is not None:
-            return ops.unpack_vision.recorded(vision, packed, plan.source, plan.vision_rows)
+            return vision
     _check_rows("packed", packed, ndim=2)
     _check_plan(plan, "packed", packed)
     if packed.shape[0] != plan.num_tokens:
@@ -158,12 +170,10 @@ def merge_vision(
         ValueError: shapes or devices do not fit together, or (CPU) a row number is out of range or
             comes twice.
     """
-    if _runs_at_once("merge_vision"):
-        tensors = inputs_embeds, vision, vision_rows
-        records = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors[:2])
-        results = ops.merged_on_host(*tensors, records)
-        if results is not None:
-            return ops.merge_vision.recorded(results, *tensors)[0] if records else results
+    if _may_run_eagerly("merge_vision"):
+        merged = ops.merge_eagerly(inputs_embeds, vision, vision_rows)
+        if merged is not None:
+            return merged
     _check_rows("inputs_embeds", inputs_embeds)
     _check_rows("vision", vision, ndim=2)
     check_tensor("vision_rows", vision_rows, ndim=1)
@@ -189,9 +199,9 @@ def merge_vision(
     return merged
 
 
-def _runs_at_once(op: str) -> bool:
-    """Return whether ``op`` may move ordinary tensors at once, by a call that checks them too."""
-    return is_eager() and select_backend(op) == "native"
+def _may_run_eagerly(op: str) -> bool:
+    """Return whether to try ``op`` by one call into the extension, which checks the rest."""
+    return not torch.compiler.is_compiling() and select_backend(op) == "native"
 
 
 def _check_plan(plan: PackPlan, name: str, tensor: torch.Tensor) -> None:

@@ -42,7 +42,6 @@ from tokenflex_kernels.backend import extension
 from tokenflex_kernels.layout import neighbours
 from tokenflex_kernels.library import (
     Op,
-    Results,
     batch,
     define,
     differentiate_linear,
@@ -121,16 +120,15 @@ def _sparse_table_gradient(
 def _merge(
     inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    results: tuple[torch.Tensor, torch.Tensor] | None = merged_on_host(
-        inputs_embeds, vision, vision_rows, True
-    )
-    if results is not None:
-        return results
     if vision_rows.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"vision_rows must be int32 or int64, got {vision_rows.dtype}")
     table = _as_rows(inputs_embeds)
+    source = _merge_source(vision_rows, table.size(0))
+    return _pack_rows(table, vision, source, shape=inputs_embeds.shape), source
+
+
+def _merge_source(vision_rows: torch.Tensor, num_rows: int) -> torch.Tensor:
     vision_rows = vision_rows.contiguous()
-    num_rows = table.size(0)
     source = vision_rows.new_empty(num_rows, dtype=torch.int32)
     job = (
         vision_rows.data_ptr(),
@@ -143,7 +141,7 @@ def _merge(
         _compiled().merge_source_cuda(*job, *_place(source))
     else:
         _compiled().merge_source(*job)
-    return _pack_rows(table, vision, source, shape=inputs_embeds.shape), source
+    return source
 
 
 # ---- the shapes of their results, for torch.compile
@@ -247,7 +245,9 @@ def _of_packing(
             is_coalesced=True,
         )
     if needs_vision and shown_once:
-        grad_vision = unpack_vision(grad, source, vision_rows)
+        grad_vision = pack_eagerly(grad, grad, vision_rows, (True, -1, 0))
+        if grad_vision is None:
+            grad_vision = unpack_vision(grad, source, vision_rows)
     elif needs_vision:  # in ~source the vision tokens are the ids, and text rows are of no table
         text_rows = source.shape[0] - vision_rows.shape[0]
         grad_vision = table_gradient(grad, ~source, text_rows, num_vision)
@@ -255,11 +255,20 @@ def _of_packing(
 
 
 def _of_merging(
-    ctx: Any, grad: torch.Tensor, vision_rows: torch.Tensor, source: torch.Tensor
+    ctx: Any, grad: torch.Tensor, vision_rows: torch.Tensor, source: torch.Tensor | None = None
 ) -> Gradients:
     needs_inputs, needs_vision, *_ = ctx.needs_input_grad
+    if not grad.is_cuda:
+        gradients: Gradients | None = _compiled().merge_gradients(
+            grad, vision_rows, needs_inputs, needs_vision, torch.get_num_threads()
+        )
+        if gradients is not None:
+            return gradients
     rows = _as_rows(grad)
     numbers = vision_rows
+    if source is None:  # a merge that was computed at once
+        order = torch.arange(-1, ~numbers.shape[0], -1, dtype=torch.int32)
+        source = torch.arange(rows.shape[0], dtype=torch.int32).index_copy(0, numbers.long(), order)
     if needs_vision and numbers.dtype is not torch.int32:
         numbers = numbers.to(torch.int32)
     return (
@@ -271,7 +280,8 @@ def _of_merging(
 def _of_unpacking(
     ctx: Any, grad: torch.Tensor, source: torch.Tensor, vision_rows: torch.Tensor
 ) -> Gradients:
-    return (spread_vision(grad, source),)
+    spread = pack_eagerly(None, grad, source, (False, -1, 0))
+    return (spread_vision(grad, source) if spread is None else spread,)
 
 
 # Those of the gradients: a torch.func transform around another one differentiates them.
@@ -311,23 +321,42 @@ def _differentiate(
     class RowMove(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
-            if type(arguments[-1]) is Results:
-                others, result = arguments[floats:-1], arguments[-1].value
-            else:
-                others, result = arguments[floats:], op.below(*arguments)
+            others, result = arguments[floats:], op.below(*arguments)
             made = result[1:] if isinstance(result, tuple) else ()
             ctx.save_for_backward(*others[:maps], *made)
             ctx.numbers = others[maps:]
-            ctx.no_gradients = [None] * (len(arguments) - floats)
             ctx.sizes = [value.shape[0] for value in arguments[:floats]]
             return result
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             gradients = gradient(ctx, grads[0], *ctx.saved_tensors, *ctx.numbers)
-            return *gradients, *ctx.no_gradients
+            return *gradients, *[None] * (maps + len(ctx.numbers))
 
+    class RowsMoved(torch.autograd.Function):
+        """The same of a result that is there; ``save_for_backward`` would take 3 us more."""
+
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            result, ctx.others, ctx.sizes = arguments[-1]
+            # Versions only grow: a sum tells whether one has.
+            ctx.versions = ctx.others[0]._version + ctx.others[maps - 1]._version
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> Any:
+            others = ctx.others
+            if ctx.versions != others[0]._version + others[maps - 1]._version:
+                raise RuntimeError(
+                    f"a row map of {name} was modified by an inplace operation after the call, "
+                    "but its gradient needs the map as it was"
+                )
+            return *gradient(ctx, grad, *others), None
+
+    # The engine's own method looks for a backward first, in 1 us.
+    RowsMoved._backward_cls.apply = RowsMoved.backward  # type: ignore[attr-defined]
     differentiate_linear(name, op, RowMove, floats)
+    op.set_result_function(RowsMoved, floats)
 
 
 _differentiate("pack_embeddings", pack_embeddings, _of_packing, floats=2, maps=2)
@@ -398,13 +427,35 @@ def on_host(
     return moved
 
 
-def merged_on_host(
-    inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor, source: bool
-) -> Any:
-    """Return the merged rows, with their source if that is wanted; None as ``on_host`` does."""
-    return _compiled().merge_tensors(
-        inputs_embeds, vision, vision_rows, source, torch.get_num_threads()
+def pack_eagerly(
+    table: torch.Tensor | None,
+    vision: torch.Tensor | None,
+    source: torch.Tensor,
+    bounds: tuple[bool, int, int],
+    record: Callable[..., Any] | None = None,
+    others: tuple[Any, ...] = (),
+) -> torch.Tensor | None:
+    """Return ``on_host`` as a call of an op with ``others`` after its float tensors, recorded.
+
+    ``bounds`` are the last three arguments of ``on_host``. None outside of plain eager mode too,
+    and where a gradient without ``record`` would have to be recorded.
+    """
+    if source.is_cuda:
+        return None
+    packed: torch.Tensor | None = _compiled().pack_eagerly(
+        table, vision, source, *bounds, torch.get_num_threads(), record, others
     )
+    return packed
+
+
+def merge_eagerly(
+    inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor
+) -> torch.Tensor | None:
+    """Return the merged rows, recorded as a call of ``merge_vision``; None as ``pack_eagerly``."""
+    merged: torch.Tensor | None = _compiled().merge_eagerly(
+        inputs_embeds, vision, vision_rows, torch.get_num_threads(), merge_vision.record_result
+    )
+    return merged
 
 
 def _pack_rows(

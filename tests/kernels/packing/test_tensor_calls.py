@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenflex_kernels import merge_vision, pack_embeddings, plan_packing
 from tokenflex_kernels.packing import ops
@@ -40,7 +42,7 @@ def test_ordinary_tensors_are_taken(dtype):
 )
 def test_other_tensors_are_left_to_the_general_way(table, vision):
     assert ops.on_host(table, vision, PLAN.source) is None
-    assert ops.merged_on_host(table, vision, torch.arange(VISION), False) is None
+    assert ops.merge_eagerly(table, vision, torch.arange(VISION)) is None
 
 
 def test_numbers_without_memory_of_their_own_are_packed():
@@ -66,3 +68,64 @@ def test_a_table_gradient_sorts_ids_of_every_size():
     grad = torch.randint(-9, 9, (3000, 2)).double()
     expected = torch.zeros(3 * 2**16, 2).double().index_add_(0, ids, grad)
     assert torch.equal(ops.table_gradient(grad, ids, 0, 3 * 2**16), expected)
+
+
+def merged(dtype, numbers, shape=(3, 7, 5)):
+    torch.manual_seed(0)
+    embeds = torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
+    vision = torch.randn(VISION, shape[-1], dtype=torch.float64).to(dtype).requires_grad_()
+    rows = torch.randperm(embeds[..., 0].numel())[:VISION].to(numbers)
+    return embeds, vision, rows, merge_vision(embeds, vision, rows)
+
+
+@pytest.mark.parametrize("wanted", [(0, 1), (0,), (1,)])
+@pytest.mark.parametrize("numbers", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_gradients_of_a_merge_are_copies(dtype, numbers, wanted):
+    *leaves, rows, out = merged(dtype, numbers)
+    grad = torch.randn_like(out)
+    flat = grad.flatten(0, 1)
+    expected = flat.index_fill(0, rows.long(), 0).view(grad.shape), flat[rows.long()]
+    leaves = [leaves[at] for at in wanted]
+    at_once = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    recorded = torch.autograd.grad(out, leaves, grad, create_graph=True)
+    strided = torch.stack([grad, grad], -1)[..., 0]
+    generally = torch.autograd.grad(out, leaves, strided)
+    for results in (at_once, recorded, generally):
+        for result, at in zip(results, wanted, strict=True):
+            assert torch.equal(result, expected[at])
+
+
+def test_a_row_map_that_changes_before_the_backward_pass_is_an_error():
+    embeds, _, rows, out = merged(torch.float32, torch.int64)
+    rows.copy_(torch.arange(VISION))
+    with pytest.raises(RuntimeError, match="row map of merge_vision was modified"):
+        torch.autograd.grad(out.sum(), embeds)
+
+
+def test_a_mode_sees_the_ops_of_a_backward_pass():
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    embeds, vision, _, out = merged(torch.float32, torch.int64)
+    table = torch.randn(6, 5, requires_grad=True)
+    packed = pack_embeddings(table, vision, PLAN)
+    with Mode():
+        torch.autograd.grad(out, embeds, torch.ones_like(out))
+        torch.autograd.grad(packed, (table, vision), torch.ones_like(packed))
+    ops_seen = [name.split(".")[1] for name in seen if name.startswith("tokenflex.")]
+    assert ops_seen == ["keep_text", "unpack_vision", "table_gradient", "unpack_vision"]
+
+
+def test_tangents_of_a_backward_pass_are_kept():
+    _, vision, rows, out = merged(torch.float32, torch.int64)
+    grad, tangent = torch.randn_like(out), torch.randn_like(out)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(grad, tangent)
+        (result,) = torch.autograd.grad(out, vision, dual)
+        moved = forward_ad.unpack_dual(result).tangent
+    assert torch.equal(moved, tangent.flatten(0, 1)[rows])
