@@ -8,11 +8,16 @@ Inference computes gate and up in blocks of rows that stay in the cache until th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from tokenflex_kernels.backend import compiled_extension
 from tokenflex_kernels.layout import neighbours
+
+Triple = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 BLOCK = 2**20  # elements of gate, and of up, that are computed at a time
 FEW_ROWS = 16  # rows are few where a product has this many times as many columns
@@ -64,6 +69,25 @@ def down_gradient(
     )
 
 
+def gate_up_at_once(
+    x: torch.Tensor,
+    gate_weight: torch.Tensor,
+    up_weight: torch.Tensor,
+    gate_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    save: bool,
+) -> Triple:
+    """Return product, gate and up of an eager call, of ordinary tensors; the last two if saved."""
+    elements = x.shape[0] * gate_weight.shape[0]
+    if not save and (elements >= 2 * BLOCK or _are_few(x, gate_weight)):
+        product = x.new_empty(x.shape[0], gate_weight.shape[0])
+        gate_up(x, gate_weight, up_weight, gate_bias, up_bias, product, product[:0], product[:0])
+        return product, None, None
+    gate, up = F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)
+    product = compiled_extension().gated_product_tensors(gate, up, torch.get_num_threads())
+    return (product, gate, up) if save else (product, None, None)
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return x W^T + b."""
     if not _are_few(x, weight):
@@ -71,6 +95,46 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     x = x.t()
     columns = weight @ x if bias is None else torch.addmm(bias[:, None], weight, x)
     return transposed(columns)
+
+
+def gate_gradients_at_once(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, product: bool, sums: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None:
+    """Return grads, product and sums as the stage ``down_gradient``, from that of the product.
+
+    The last two are None where they are not wanted. All is None where a tensor is not ordinary.
+    """
+    results: Any = compiled_extension().gate_gradient_tensors(
+        neighbours(grad), gate, up, product, sums, torch.get_num_threads()
+    )
+    return results  # type: ignore[no-any-return]
+
+
+def weight_gradients_at_once(
+    grads: torch.Tensor,
+    sums: torch.Tensor | None,
+    x: torch.Tensor | None,
+    needs: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """Return the gradients of gate weight, up weight, gate bias and up bias; None if not needed."""
+    results: list[torch.Tensor | None] = [None] * 4
+    if x is not None and needs[0] and needs[1]:
+        results[:2] = transposed_product(grads, x).chunk(2)  # one product for both
+    elif x is not None and (needs[0] or needs[1]):
+        at = 0 if needs[0] else 1
+        results[at] = transposed_product(grads.chunk(2, dim=1)[at], x)
+    if sums is not None:
+        biases = sums.to(grads.dtype).chunk(2)
+        results[2:] = [bias if need else None for bias, need in zip(biases, needs[2:], strict=True)]
+    return results
+
+
+def input_gradient(
+    grads: torch.Tensor, gate_weight: torch.Tensor, up_weight: torch.Tensor
+) -> torch.Tensor:
+    """Return d gate Wg + d up Wu, [T, C]."""
+    grad_gate, grad_up = grads.chunk(2, dim=1)
+    return torch.addmm(grad_gate @ gate_weight, grad_up, up_weight)
 
 
 def transposed_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
