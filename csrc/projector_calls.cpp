@@ -210,15 +210,16 @@ py::object fit_tensors(PyObject* const* arguments, Py_ssize_t count) {
   return py::bool_(fit);
 }
 
-// (gate, up, threads) -> activation(gate) * up.
+// (gate, up, keeps, threads) -> activation(gate) * up, in the place of gate unless that is kept.
 py::object gated_product_tensors(PyObject* const* arguments) {
   const auto gate = floats(arguments[0], 2), up = floats(arguments[1], 2);
   if (!gate || !up || !gate->is_contiguous() || !up->is_contiguous() || !gate->is_like(*up) ||
       gate->rows != up->rows || gate->width != up->width) {
     return py::none();
   }
-  const int threads = int(integer(arguments[2]));
-  const NewTensor product = new_tensor(arguments[0], {gate->rows, gate->width});
+  const int threads = int(integer(arguments[3]));
+  NewTensor product = {py::reinterpret_borrow<py::object>(arguments[0]), gate->data};
+  if (arguments[2] == Py_True) product = new_tensor(arguments[0], {gate->rows, gate->width});
   maybe_without_gil(gate->bytes(), [&] {
     gated_product({gate->data, up->data, gate->rows, gate->width}, false, product.data,
                   name_of(gate->dtype), threads);
@@ -292,7 +293,7 @@ void define_projector_calls(py::module_& module) {
       method("pool_norm_gradient_tensors", &call<&pool_norm_gradient_tensors, 8>),
       method("scale_shift_tensors", &call<&scale_shift_tensors, 4>),
       method("fit_tensors", &call_fit_tensors),
-      method("gated_product_tensors", &call<&gated_product_tensors, 3>),
+      method("gated_product_tensors", &call<&gated_product_tensors, 4>),
       method("gate_gradient_tensors", &call<&gate_gradient_tensors, 6>),
       {}};
   if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw py::error_already_set();

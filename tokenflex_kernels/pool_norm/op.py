@@ -199,8 +199,10 @@ class PoolNormOnHost(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         if is_eager() and not torch.is_grad_enabled():
-            kept = *ctx.saved_tensors[:3], ctx.tables
-            grads = native.gradients_at_once(grad, *kept, ctx.needs_input_grad[:3])
+            normalised, inverse_std, weight, _ = ctx.saved_tensors
+            grads = native.gradients_at_once(
+                *(grad, normalised, inverse_std, weight, ctx.tables), ctx.needs_input_grad[:3]
+            )
             if grads is not None:
                 return *grads, None
         return *PoolNorm.backward(ctx, grad)[:3], None

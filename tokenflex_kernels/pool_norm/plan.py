@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, groupby
+from typing import Any
 
 import torch
 
@@ -65,7 +66,8 @@ def plan_pooling(in_grids: Sequence[Grid], out_grids: Sequence[Grid]) -> PoolPla
     if not _is_traced():
         try:
             if len(in_grids) <= LARGE_BATCH:
-                return _plan_of_bytes(marshal.dumps((in_grids, out_grids), MARSHAL_VERSION))
+                lists: Any = in_grids, out_grids
+                return _plan_of_bytes(marshal.dumps(lists, MARSHAL_VERSION))
         except (TypeError, ValueError):
             pass  # of other types than Python's own, or wrong: see below
     return _plan_of_lists(in_grids, out_grids)

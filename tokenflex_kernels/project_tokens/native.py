@@ -66,7 +66,7 @@ def forward(
         if rows is None:
             return None
         tokens, normalised, inverse_std = rows if keep_rows else (rows, None, None)
-        product, gate, up = gate_up_at_once(tokens, *weights.gated_unit, keep_gate_up)
+        product, gate, up = gate_up_at_once(tokens, *weights.gated_unit, save=keep_gate_up)
         out = linear(product, weights.down_weight, weights.down_bias)
     return out, Kept(normalised, inverse_std, gate, up, product if keep_product else None)
 
@@ -80,7 +80,7 @@ def backward(
 ) -> list[torch.Tensor | None] | None:
     """Return the gradients of x and the weights; None where ``grad`` is not ordinary."""
     needs_x, *needs_norm = needs_input_grad[:3]
-    needs = ProjectorWeights(*needs_input_grad[1:9])
+    needs: Any = ProjectorWeights(*needs_input_grad[1:9])  # type: ignore[arg-type]
     through_gate = any(needs_input_grad[:7])
     gate, up, product = kept.gate, kept.up, kept.product
     recompute = gate is None and product is None and (through_gate or needs.down_weight)
@@ -91,14 +91,17 @@ def backward(
             kept.normalised, weights.norm_weight, weights.norm_bias, torch.get_num_threads()
         )
     if recompute:
-        recomputed, gate, up = gate_up_at_once(tokens, *weights.gated_unit, through_gate)
+        recomputed, gate, up = gate_up_at_once(tokens, *weights.gated_unit, save=through_gate)
         product = None if through_gate else recomputed
 
     results: list[torch.Tensor | None] = [None] * 9
     if through_gate and gate is not None and up is not None:
         gradients = gate_gradients_at_once(
-            *(grad @ weights.down_weight, gate, up),
-            *(needs.down_weight, needs.gate_bias or needs.up_bias),
+            grad @ weights.down_weight,
+            gate,
+            up,
+            product=needs.down_weight,
+            sums=needs.gate_bias or needs.up_bias,
         )
         if gradients is None:
             return None

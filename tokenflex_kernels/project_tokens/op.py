@@ -265,7 +265,7 @@ class ProjectTokensOnHost(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         if is_eager() and not torch.is_grad_enabled():
             saved = ctx.saved_tensors
-            kept, weights = native.Kept(*saved[:5]), ProjectorWeights(*saved[5:12], None)
+            kept, weights = native.Kept(*saved[:5]), ProjectorWeights._make([*saved[5:12], None])
             grads = native.backward(grad, kept, weights, ctx.tables, ctx.needs_input_grad)
             if grads is not None:
                 return *grads, None
@@ -296,8 +296,8 @@ def _on_host(
     plan, tables = host_plan(in_grids, out_grids, mode, eps)
     if plan is None or tables is None:
         return None
-    batch = native.Batch(plan, tables, mode, eps, save)
     records = torch.is_grad_enabled() and torch._C._any_requires_grad(x, *weights)
+    batch = native.Batch(plan, tables, mode, eps, save)
     results = native.forward(x, weights, batch, records)
     if results is None:
         return None

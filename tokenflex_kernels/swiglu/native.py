@@ -10,7 +10,6 @@ but not in 16 bits, where products of fewer rows are slower.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +76,7 @@ def gate_up_at_once(
     up_weight: torch.Tensor,
     gate_bias: torch.Tensor | None,
     up_bias: torch.Tensor | None,
+    *,
     save: bool,
 ) -> Triple:
     """Return product, gate and up of an eager call, of ordinary tensors; the last two if saved."""
@@ -86,7 +86,7 @@ def gate_up_at_once(
         gate_up(x, gate_weight, up_weight, gate_bias, up_bias, product, product[:0], product[:0])
         return product, None, None
     gate, up = F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)
-    product = compiled_extension().gated_product_tensors(gate, up, torch.get_num_threads())
+    product = compiled_extension().gated_product_tensors(gate, up, save, torch.get_num_threads())
     return (product, gate, up) if save else (product, None, None)
 
 
@@ -100,16 +100,16 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 
 def gate_gradients_at_once(
-    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, product: bool, sums: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None:
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *, product: bool, sums: bool
+) -> Triple | None:
     """Return grads, product and sums as the stage ``down_gradient``, from that of the product.
 
     The last two are None where they are not wanted. All is None where a tensor is not ordinary.
     """
-    results: Any = compiled_extension().gate_gradient_tensors(
+    results: Triple | None = compiled_extension().gate_gradient_tensors(
         neighbours(grad), gate, up, product, sums, torch.get_num_threads()
     )
-    return results  # type: ignore[no-any-return]
+    return results
 
 
 def weight_gradients_at_once(

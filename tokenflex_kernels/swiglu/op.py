@@ -127,7 +127,9 @@ class SwigluOnHost(torch.autograd.Function):
         if is_eager() and not torch.is_grad_enabled():
             x, gate_weight, up_weight, gate, up = ctx.saved_tensors
             needs_x, *needs = ctx.needs_input_grad[:5]
-            results = native.gate_gradients_at_once(grad, gate, up, False, needs[2] or needs[3])
+            results = native.gate_gradients_at_once(
+                grad, gate, up, product=False, sums=needs[2] or needs[3]
+            )
             if results is not None:
                 grads, _, sums = results
                 d_x = native.input_gradient(grads, gate_weight, up_weight) if needs_x else None
@@ -146,9 +148,15 @@ class _FiveInputs:
 _record_on_host = eager_apply(SwigluOnHost)
 
 
-def _on_host(x: torch.Tensor, *weights: torch.Tensor | None) -> torch.Tensor | None:
+def _on_host(
+    x: torch.Tensor,
+    gate_weight: torch.Tensor,
+    up_weight: torch.Tensor,
+    gate_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+) -> torch.Tensor | None:
     """Return the result of an eager call; None where arguments are unusual, or wrong."""
-    gate_weight, up_weight, gate_bias, up_bias = weights
+    weights = gate_weight, up_weight, gate_bias, up_bias
     if (
         select_backend("swiglu") != "native"
         or torch.is_autocast_enabled("cpu")
@@ -157,7 +165,7 @@ def _on_host(x: torch.Tensor, *weights: torch.Tensor | None) -> torch.Tensor | N
         return None
     records = torch.is_grad_enabled() and torch._C._any_requires_grad(x, *weights)
     with torch._C._AutoDispatchBelowAutograd():
-        results = native.gate_up_at_once(x, *weights, records)  # type: ignore[arg-type]
+        results = native.gate_up_at_once(x, *weights, save=records)
     out: torch.Tensor = _record_on_host(x, *weights, results) if records else results[0]
     return out
 
