@@ -18,6 +18,7 @@
 #include "mover_grid.h"
 #include "pack_plan.h"
 #include "pool_norm.h"
+#include "projector_calls.h"
 #include "row_map.h"
 #include "row_movers.h"
 #include "row_split.h"
@@ -355,6 +356,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("pack_rows", &pack_rows);
 
   define_tensor_calls(module);
+  define_projector_calls(module);
 
   module.attr("sum_tile") = kTile;
   module.def("sum_rows", &sum_rows_on_host);

@@ -21,8 +21,9 @@ constexpr int64_t kChunk = 512;  // columns at a time where nothing is turned
 // ---- One tile, as vector instructions.
 
 template <class T>
-TOKENFLEX_VERSIONS void multiply(const T* __restrict gate, const T* __restrict up,
-                                 T* __restrict product, int64_t count) {
+TOKENFLEX_VERSIONS void multiply(const T* gate, const T* __restrict up, T* product,
+                                 int64_t count) {
+#pragma GCC ivdep  // product may be gate itself
   for (int64_t i = 0; i < count; ++i) {
     const auto silu = activation(widened(gate[i]));
     product[i] = rounded<T>(silu.value * widened(up[i]));

@@ -7,12 +7,14 @@ takes any float dtypes whose sums are alike; rows of other dtypes are converted 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
 from tokenflex_kernels.backend import extension
 from tokenflex_kernels.layout import neighbours
+from tokenflex_kernels.pool_norm.plan import PoolPlan
 from tokenflex_kernels.pool_norm.tables import PoolingTables, pooling_tables
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -99,6 +101,77 @@ def scale_shift(
     _compiled().scale_shift(
         *(normalised.data_ptr(), _NAMES[normalised.dtype], *normalised.shape),
         *(*_parameter(weight), *_parameter(bias), out.data_ptr(), torch.get_num_threads()),
+    )
+
+
+# ---- Eager calls, of ordinary tensors of one dtype: checked and allocated by the extension.
+
+MOST_KEPT = 2**16  # bytes of tables that are kept as long as their plan
+
+
+class HostTables(NamedTuple):
+    """The tables of a batch, and what the extension is told of them."""
+
+    arguments: tuple[int, ...]
+    tables: PoolingTables  # owns the memory
+
+
+_kept: WeakKeyDictionary[PoolPlan, dict[str, HostTables]] = WeakKeyDictionary()
+
+
+def host_tables(plan: PoolPlan, mode: str) -> HostTables | None:
+    """Return the tables of a plan with images; None where it was made for a compiler."""
+    by_mode = _kept.get(plan)
+    if by_mode is not None and mode in by_mode:
+        return by_mode[mode]
+    if plan.grids is None or not plan.runs:
+        return None
+    tables = pooling_tables(plan.grids, mode, plan.grids.device, torch.float64)
+    result = HostTables(_batch(tables)[:-1], tables)
+    if tables.num_bytes <= MOST_KEPT:
+        _kept.setdefault(plan, {})[mode] = result
+    return result
+
+
+def pool_norm_at_once(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    tables: HostTables,
+    cells: int,
+    save: bool,
+) -> Any:
+    """Return out, or with ``save`` also normalised and inverse_std, None without a norm.
+
+    None where a tensor is not ordinary, or does not go with the others.
+    """
+    return _compiled().pool_norm_tensors(
+        x, weight, bias, eps, tables.arguments, cells, save, torch.get_num_threads()
+    )
+
+
+def gradients_at_once(
+    grad: torch.Tensor,
+    normalised: torch.Tensor | None,
+    inverse_std: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    tables: HostTables,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor | None, ...] | None:
+    """Return the gradients of x, weight and bias, in the dtype of ``grad``; None if not needed."""
+    if not needs[0] and not needs[1]:
+        return None, None, grad.sum(0)
+    grads = _compiled().pool_norm_gradient_tensors(
+        *(neighbours(grad), normalised, inverse_std, weight, tables.arguments),
+        *(needs[0], needs[1] or needs[2], torch.get_num_threads()),
+    )
+    if grads is None:
+        return None
+    grad_x, *sums = grads
+    dtype = grad.dtype
+    return grad_x, *(
+        total.to(dtype) if needed else None for total, needed in zip(sums, needs[1:], strict=True)
     )
 
 

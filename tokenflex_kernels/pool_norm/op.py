@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tokenflex_kernels.backend import select_backend
 from tokenflex_kernels.checks import (
     Grid,
     check_eps,
@@ -25,10 +26,13 @@ from tokenflex_kernels.library import (
     choose_backend,
     define_fused,
     differentiable_once,
+    eager_apply,
+    is_eager,
+    is_ordinary,
     is_transformed,
 )
-from tokenflex_kernels.pool_norm import reference
-from tokenflex_kernels.pool_norm.axis_weights import check_mode
+from tokenflex_kernels.pool_norm import native, reference
+from tokenflex_kernels.pool_norm.axis_weights import MODES, check_mode
 from tokenflex_kernels.pool_norm.plan import PoolPlan, grids_of, plan_pooling
 from tokenflex_kernels.pool_norm.stages import (
     beyond_triton,
@@ -75,6 +79,10 @@ def pool_norm(
         TypeError: an argument is not a tensor, not of a float dtype, or not (height, width) pairs.
         ValueError: shapes, devices, grids or ``mode`` do not fit together.
     """
+    if is_ordinary(x):
+        out = _on_host(x, in_grids, out_grids, mode, weight, bias, eps)
+        if out is not None:
+            return out
     plan = check_plan(x, in_grids, out_grids)
     mode = check_mode(mode)
     eps = check_eps(eps)
@@ -173,6 +181,80 @@ def _kernel_backward(ctx: Any, grad: torch.Tensor) -> Gradients:
     kept = *ctx.saved_tensors, *ctx.batch
     grads = pool_norm_gradients(grad, kept, ctx.needs_input_grad, ctx.dtypes)
     return *grads, *(None,) * 4
+
+
+class PoolNormOnHost(torch.autograd.Function):
+    """Record what an eager call has computed: ``kept`` is all but the tensors that it was given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: Any, bias: Any, kept: tuple[Any, ...]
+    ) -> torch.Tensor:
+        out, normalised, inverse_std, plan, ctx.tables, mode = kept
+        ctx.save_for_backward(normalised, inverse_std, weight, plan.grids)
+        ctx.batch = x.shape[0], mode
+        ctx.dtypes = x.dtype, *dtypes_of(weight, bias)
+        result: torch.Tensor = out
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        if is_eager() and not torch.is_grad_enabled():
+            normalised, inverse_std, weight, _ = ctx.saved_tensors
+            grads = native.gradients_at_once(
+                *(grad, normalised, inverse_std, weight, ctx.tables), ctx.needs_input_grad[:3]
+            )
+            if grads is not None:
+                return *grads, None
+        return *PoolNorm.backward(ctx, grad)[:3], None
+
+
+_record_on_host = eager_apply(PoolNormOnHost)
+
+
+def _on_host(
+    x: torch.Tensor,
+    in_grids: Sequence[Grid] | PoolPlan,
+    out_grids: Sequence[Grid] | None,
+    mode: str,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor | None:
+    """Return the result of an eager call; None where arguments are unusual, or wrong."""
+    if select_backend("pool_norm") != "native":
+        return None
+    plan, tables = host_plan(in_grids, out_grids, mode, eps)
+    if plan is None or tables is None:
+        return None
+    if not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, bias)):
+        out: torch.Tensor = native.pool_norm_at_once(
+            x, weight, bias, eps, tables, plan.num_cells, False
+        )
+        return out
+    needs_rows = x.requires_grad or (weight is not None and weight.requires_grad)
+    results = native.pool_norm_at_once(x, weight, bias, eps, tables, plan.num_cells, needs_rows)
+    if results is None:
+        return None
+    if not needs_rows:
+        results = results, None, None
+    elif weight is None:
+        results = results[0], x.new_empty(0), x.new_empty(0)
+    result: torch.Tensor = _record_on_host(x, weight, bias, (*results, plan, tables, mode))
+    return result
+
+
+def host_plan(
+    in_grids: Sequence[Grid] | PoolPlan, out_grids: Sequence[Grid] | None, mode: str, eps: float
+) -> tuple[PoolPlan | None, native.HostTables | None]:
+    """Return the plan and the tables of an eager call; None where an argument is unusual."""
+    if type(eps) is not float or not 0 < eps < float("inf") or mode not in MODES:
+        return None, None
+    if type(in_grids) is PoolPlan:
+        plan = in_grids if out_grids is None else None
+    else:
+        plan = None if out_grids is None else plan_pooling(in_grids, out_grids)  # type: ignore[arg-type]
+    return plan, None if plan is None else native.host_tables(plan, mode)
 
 
 def pool_norm_gradients(

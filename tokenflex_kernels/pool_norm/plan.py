@@ -7,10 +7,12 @@ each length of lists of grids.
 
 from __future__ import annotations
 
+import marshal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, groupby
+from typing import Any
 
 import torch
 
@@ -21,6 +23,7 @@ from tokenflex_kernels.set_once import SetOnce
 Run = tuple[int, int, int, int, int]
 RUN_FIELDS = 5
 CACHED_PLANS = 1024
+MARSHAL_VERSION = 2  # the last one whose bytes do not depend on how often an object is referred to
 LARGE_BATCH = 4096  # images; 1024 cached plans of larger batches would take too much memory
 
 
@@ -60,6 +63,17 @@ def plan_pooling(in_grids: Sequence[Grid], out_grids: Sequence[Grid]) -> PoolPla
         >>> plan.num_patches, plan.num_cells
         (1458, 320)
     """
+    if not _is_traced():
+        try:
+            if len(in_grids) <= LARGE_BATCH:
+                lists: Any = in_grids, out_grids
+                return _plan_of_bytes(marshal.dumps(lists, MARSHAL_VERSION))
+        except (TypeError, ValueError):
+            pass  # of other types than Python's own, or wrong: see below
+    return _plan_of_lists(in_grids, out_grids)
+
+
+def _plan_of_lists(in_grids: Sequence[Grid], out_grids: Sequence[Grid]) -> PoolPlan:
     in_list = check_grids("in_grids", in_grids)
     out_list = check_grids("out_grids", out_grids)
     if len(in_list) != len(out_list):
@@ -71,8 +85,16 @@ def plan_pooling(in_grids: Sequence[Grid], out_grids: Sequence[Grid]) -> PoolPla
         # Nothing is compared: it would make a graph for each outcome.
         images = zip(in_list, out_list, strict=True)
         return _plan(tuple((1, *in_grid, *out_grid) for in_grid, out_grid in images))
-    make = _cached_plan_of_lists if len(in_list) <= LARGE_BATCH else _plan_of_lists
-    return make(tuple(in_list), tuple(out_list))
+    runs = groupby(zip(in_list, out_list, strict=True))
+    return _plan_of_runs(
+        tuple((sum(1 for _ in alike), *in_grid, *out_grid) for (in_grid, out_grid), alike in runs)
+    )
+
+
+@lru_cache(CACHED_PLANS)
+def _plan_of_bytes(lists: bytes) -> PoolPlan:
+    """Return the plan of marshalled lists: bytes tell 1 and True apart, and are compared fast."""
+    return _plan_of_lists(*marshal.loads(lists))
 
 
 def plan_uniform(num_images: int, in_grid: Grid, out_grid: Grid) -> PoolPlan:
@@ -94,13 +116,6 @@ def is_watched() -> bool:
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
-def _plan_of_lists(in_grids: tuple[Grid, ...], out_grids: tuple[Grid, ...]) -> PoolPlan:
-    runs = groupby(zip(in_grids, out_grids, strict=True))
-    return _plan_of_runs(
-        tuple((sum(1 for _ in alike), *in_grid, *out_grid) for (in_grid, out_grid), alike in runs)
-    )
-
-
 def _plan_of_runs(runs: tuple[Run, ...]) -> PoolPlan:
     make = _cached_plan_with_grids if len(runs) <= LARGE_BATCH else _plan_with_grids
     return make(runs)
@@ -112,7 +127,6 @@ def _plan_with_grids(runs: tuple[Run, ...]) -> PoolPlan:
     return _plan(runs, grids)
 
 
-_cached_plan_of_lists = lru_cache(CACHED_PLANS)(_plan_of_lists)
 _cached_plan_with_grids = lru_cache(CACHED_PLANS)(_plan_with_grids)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tokenflex_kernels.backend import select_backend
 from tokenflex_kernels.checks import (
     Grid,
     check_eps,
@@ -25,6 +26,9 @@ from tokenflex_kernels.library import (
     choose_backend,
     define_fused,
     differentiable_once,
+    eager_apply,
+    is_eager,
+    is_ordinary,
 )
 from tokenflex_kernels.pool_norm.axis_weights import check_mode
 from tokenflex_kernels.pool_norm.op import (
@@ -32,6 +36,7 @@ from tokenflex_kernels.pool_norm.op import (
     check_norm,
     check_plan,
     dtypes_of,
+    host_plan,
     pool_norm_gradients,
 )
 from tokenflex_kernels.pool_norm.plan import PoolPlan, grids_of
@@ -40,7 +45,7 @@ from tokenflex_kernels.pool_norm.stages import (
     pool_norm_forward,
     scale_shift,
 )
-from tokenflex_kernels.project_tokens import reference
+from tokenflex_kernels.project_tokens import native, reference
 from tokenflex_kernels.project_tokens.weights import ProjectorWeights
 from tokenflex_kernels.swiglu.op import weight_gradients
 from tokenflex_kernels.swiglu.stages import (
@@ -103,6 +108,14 @@ def project_tokens(
         TypeError: an argument is not a tensor or of a dtype that does not go with ``x``.
         ValueError: shapes, devices, grids, ``mode`` or ``save`` do not fit together.
     """
+    weights = ProjectorWeights(
+        *(norm_weight, norm_bias, gate_weight, gate_bias),
+        *(up_weight, up_bias, down_weight, down_bias),
+    )
+    if is_ordinary(x):
+        out = _on_host(x, in_grids, out_grids, weights, mode, eps, save)
+        if out is not None:
+            return out
     plan = check_plan(x, in_grids, out_grids)
     mode = check_mode(mode)
     eps = check_eps(eps)
@@ -116,8 +129,8 @@ def project_tokens(
     down_weight, down_bias = check_linear("down", down_weight, down_bias, x, hidden, "D, H")
     linears = gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias
     if choose_backend("project_tokens", x, beyond_triton=beyond_triton(x)) != "reference":
-        weights = norm_weight, norm_bias, *in_autocast_dtype(x.device, *linears)
-        return fused_project_tokens(x, *weights, grids_of(plan), plan.num_cells, mode, eps, save)
+        parameters = norm_weight, norm_bias, *in_autocast_dtype(x.device, *linears)
+        return fused_project_tokens(x, *parameters, grids_of(plan), plan.num_cells, mode, eps, save)
     weights = ProjectorWeights(norm_weight, norm_bias, *linears)
     return reference.project_tokens(x, plan, weights, mode=mode, eps=eps, save=save)
 
@@ -234,6 +247,62 @@ class ProjectTokens(torch.autograd.Function):
             *(*d_inputs, d_gate, d_gate_bias, d_up, d_up_bias, d_down, d_down_bias),
             *(None,) * 5,
         )
+
+
+class ProjectTokensOnHost(torch.autograd.Function):
+    """Record the eager call that computed the last argument: out, what is kept, and the batch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        *weights, (out, kept, batch) = arguments
+        ctx.save_for_backward(*kept, *weights[:-1], batch.plan.grids)
+        ctx.batch, ctx.save, ctx.tables = (x.shape[0], batch.mode), batch.save, batch.tables
+        ctx.norm_dtypes = dtypes_of(x, *weights[:2])
+        result: torch.Tensor = out
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        if is_eager() and not torch.is_grad_enabled():
+            saved = ctx.saved_tensors
+            kept, weights = native.Kept(*saved[:5]), ProjectorWeights._make([*saved[5:12], None])
+            grads = native.backward(grad, kept, weights, ctx.tables, ctx.needs_input_grad)
+            if grads is not None:
+                return *grads, None
+        return *ProjectTokens.backward(ctx, grad)[:9], None
+
+
+_record_on_host = eager_apply(ProjectTokensOnHost)
+
+
+def _on_host(
+    x: torch.Tensor,
+    in_grids: Sequence[Grid] | PoolPlan,
+    out_grids: Sequence[Grid] | None,
+    weights: ProjectorWeights,
+    mode: str,
+    eps: float,
+    save: str,
+) -> torch.Tensor | None:
+    """Return the result of an eager call; None where arguments are unusual, or wrong."""
+    if (
+        save not in SAVE_CHOICES
+        or weights.norm_weight is None
+        or select_backend("project_tokens") != "native"
+        or torch.is_autocast_enabled("cpu")
+        or not native.fit(x, weights)
+    ):
+        return None
+    plan, tables = host_plan(in_grids, out_grids, mode, eps)
+    if plan is None or tables is None:
+        return None
+    records = torch.is_grad_enabled() and torch._C._any_requires_grad(x, *weights)
+    batch = native.Batch(plan, tables, mode, eps, save)
+    results = native.forward(x, weights, batch, records)
+    if results is None:
+        return None
+    out: torch.Tensor = _record_on_host(x, *weights, (*results, batch)) if records else results[0]
+    return out
 
 
 fused_project_tokens = define_fused("project_tokens", _shape, _fused_project_tokens, ProjectTokens)

@@ -3,10 +3,13 @@
 A 16-bit product of few rows with wide weights is faster the other way round, W x^T: its library
 packs the second factor before it multiplies, and not the first. But its result must be turned,
 which takes more time where there are many rows, and in training, where backward turns it again.
-Inference computes gate and up in blocks of rows that stay in the cache until they are multiplied.
+Inference computes gate and up in blocks of rows that stay in the cache until they are multiplied,
+but not in 16 bits, where products of fewer rows are slower.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,10 @@ import torch.nn.functional as F
 from tokenflex_kernels.backend import compiled_extension
 from tokenflex_kernels.layout import neighbours
 
+Triple = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
 BLOCK = 2**20  # elements of gate, and of up, that are computed at a time
+SMALL_WEIGHT, LARGE_WEIGHT = 2**16, 2**20  # elements
 FEW_ROWS = 16  # rows are few where a product has this many times as many columns
 
 
@@ -35,7 +41,7 @@ def gate_up(
         if len(product) > 0:
             _multiply(gate, up, product, by_columns=False)
         return
-    blocks = max(1, product.numel() // BLOCK)
+    blocks = max(1, product.numel() // BLOCK) if x.element_size() > 2 else 1
     for part, rows in zip(product.chunk(blocks), x.chunk(blocks), strict=True):
         by_columns = _are_few(rows, gate_weight)
         gate, up = part.new_empty((2, *(reversed(part.shape) if by_columns else part.shape)))
@@ -64,6 +70,26 @@ def down_gradient(
     )
 
 
+def gate_up_at_once(
+    x: torch.Tensor,
+    gate_weight: torch.Tensor,
+    up_weight: torch.Tensor,
+    gate_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    *,
+    save: bool,
+) -> Triple:
+    """Return product, gate and up of an eager call, of ordinary tensors; the last two if saved."""
+    in_blocks = x.element_size() > 2 and x.shape[0] * gate_weight.shape[0] >= 2 * BLOCK
+    if not save and (in_blocks or _are_few(x, gate_weight)):
+        product = x.new_empty(x.shape[0], gate_weight.shape[0])
+        gate_up(x, gate_weight, up_weight, gate_bias, up_bias, product, product[:0], product[:0])
+        return product, None, None
+    gate, up = F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)
+    product = compiled_extension().gated_product_tensors(gate, up, save, torch.get_num_threads())
+    return (product, gate, up) if save else (product, None, None)
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return x W^T + b."""
     if not _are_few(x, weight):
@@ -73,13 +99,59 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return transposed(columns)
 
 
+def gate_gradients_at_once(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *, product: bool, sums: bool
+) -> Triple | None:
+    """Return grads, product and sums as the stage ``down_gradient``, from that of the product.
+
+    The last two are None where they are not wanted. All is None where a tensor is not ordinary.
+    """
+    results: Triple | None = compiled_extension().gate_gradient_tensors(
+        neighbours(grad), gate, up, product, sums, torch.get_num_threads()
+    )
+    return results
+
+
+def weight_gradients_at_once(
+    grads: torch.Tensor,
+    sums: torch.Tensor | None,
+    x: torch.Tensor | None,
+    needs: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """Return the gradients of gate weight, up weight, gate bias and up bias; None if not needed."""
+    results: list[torch.Tensor | None] = [None] * 4
+    if x is not None and needs[0] and needs[1]:
+        results[:2] = transposed_product(grads, x).chunk(2)  # one product for both
+    elif x is not None and (needs[0] or needs[1]):
+        at = 0 if needs[0] else 1
+        results[at] = transposed_product(grads.chunk(2, dim=1)[at], x)
+    if sums is not None:
+        biases = sums.to(grads.dtype).chunk(2)
+        results[2:] = [bias if need else None for bias, need in zip(biases, needs[2:], strict=True)]
+    return results
+
+
+def input_gradient(
+    grads: torch.Tensor, gate_weight: torch.Tensor, up_weight: torch.Tensor
+) -> torch.Tensor:
+    """Return d gate Wg + d up Wu, [T, C].
+
+    A product of 16-bit numbers takes 25 us to begin: more than to put small weights together.
+    """
+    if grads.element_size() == 2 and gate_weight.numel() <= SMALL_WEIGHT:
+        return grads @ torch.cat((gate_weight, up_weight))
+    grad_gate, grad_up = grads.chunk(2, dim=1)
+    return torch.addmm(grad_gate @ gate_weight, grad_up, up_weight)
+
+
 def transposed_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return left^T right.
 
     The library's product of 16-bit numbers takes twice the time where its first factor is
-    transposed: more than to transpose it beforehand.
+    transposed: for large weights, more than to transpose it beforehand.
     """
-    return (transposed(left) if left.element_size() == 2 else left.t()) @ right
+    turns = left.element_size() == 2 and left.shape[1] * right.shape[1] >= LARGE_WEIGHT
+    return (transposed(left) if turns else left.t()) @ right
 
 
 def transposed(matrix: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,17 @@ from typing import Any
 
 import torch
 
+from tokenflex_kernels.backend import compiled_extension, select_backend
 from tokenflex_kernels.checks import check_float, check_linear, check_tensor, in_autocast_dtype
-from tokenflex_kernels.library import choose_backend, define_fused, differentiable_once
-from tokenflex_kernels.swiglu import reference
+from tokenflex_kernels.library import (
+    choose_backend,
+    define_fused,
+    differentiable_once,
+    eager_apply,
+    is_eager,
+    is_ordinary,
+)
+from tokenflex_kernels.swiglu import native, reference
 from tokenflex_kernels.swiglu.stages import (
     beyond_triton,
     down_gradient,
@@ -50,6 +58,10 @@ def swiglu(
         TypeError: an argument is not a tensor or of a dtype that does not go with ``x``.
         ValueError: shapes or devices do not fit together.
     """
+    if is_ordinary(x):
+        out = _on_host(x, gate_weight, up_weight, gate_bias, up_bias)
+        if out is not None:
+            return out
     check_tensor("x", x, ndim=2)
     check_float("x", x)
     width = x.shape[1]
@@ -96,6 +108,66 @@ class Swiglu(torch.autograd.Function):
             input_gradient(grads, gate_weight, up_weight) if needs_x else None,
             *weight_gradients(grads, bias, x, needs),
         )
+
+
+class SwigluOnHost(torch.autograd.Function):
+    """Record the eager call that computed the last argument: product, gate and up."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        x, *weights, (product, gate, up) = arguments
+        needs_x, *needs_weights = ctx.needs_input_grad[:3]
+        kept_x = x if any(needs_weights) else None
+        ctx.save_for_backward(kept_x, *(weights[:2] if needs_x else (None, None)), gate, up)
+        result: torch.Tensor = product
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        if is_eager() and not torch.is_grad_enabled():
+            x, gate_weight, up_weight, gate, up = ctx.saved_tensors
+            needs_x, *needs = ctx.needs_input_grad[:5]
+            results = native.gate_gradients_at_once(
+                grad, gate, up, product=False, sums=needs[2] or needs[3]
+            )
+            if results is not None:
+                grads, _, sums = results
+                d_x = native.input_gradient(grads, gate_weight, up_weight) if needs_x else None
+                return d_x, *native.weight_gradients_at_once(grads, sums, x, needs), None
+        return *Swiglu.backward(_FiveInputs(ctx), grad), None
+
+
+class _FiveInputs:
+    """The context of a call without the last argument."""
+
+    def __init__(self, ctx: Any) -> None:
+        self.saved_tensors = ctx.saved_tensors
+        self.needs_input_grad = ctx.needs_input_grad[:5]
+
+
+_record_on_host = eager_apply(SwigluOnHost)
+
+
+def _on_host(
+    x: torch.Tensor,
+    gate_weight: torch.Tensor,
+    up_weight: torch.Tensor,
+    gate_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Return the result of an eager call; None where arguments are unusual, or wrong."""
+    weights = gate_weight, up_weight, gate_bias, up_bias
+    if (
+        select_backend("swiglu") != "native"
+        or torch.is_autocast_enabled("cpu")
+        or not compiled_extension().fit_tensors(x, gate_weight, gate_bias, up_weight, up_bias)
+    ):
+        return None
+    records = torch.is_grad_enabled() and torch._C._any_requires_grad(x, *weights)
+    with torch._C._AutoDispatchBelowAutograd():
+        results = native.gate_up_at_once(x, *weights, save=records)
+    out: torch.Tensor = _record_on_host(x, *weights, results) if records else results[0]
+    return out
 
 
 def weight_gradients(

@@ -241,10 +241,10 @@ def launch_input_gradient(
     """
     if len(grads) == 0:
         return grads.new_empty(0, gate_weight.shape[1])
+    if _is_native(grads):
+        return native.input_gradient(grads, gate_weight, up_weight)
     grad_gate, grad_up = grads.chunk(2, dim=1)
-    config: TileConfig | None = None
-    if not _is_native(grads):
-        config = config_for("input_gradient", grads, len(grads))
+    config: TileConfig | None = config_for("input_gradient", grads, len(grads))
     if config is None or not takes(config, grad_gate, gate_weight, up_weight):
         return torch.addmm(grad_gate @ gate_weight, grad_up, up_weight)
     gate_weight, up_weight = tileable(gate_weight), tileable(up_weight)

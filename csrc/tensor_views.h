@@ -1,0 +1,77 @@
+// Tensors of Python's as C++ sees them, through DLPack's C exchange API, and calls back into torch,
+// which the extension does not link. A view takes 50 ns, where Python takes 80 for an address.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "dlpack.h"
+
+namespace tokenflex {
+
+class TensorViews {
+ public:
+  TensorViews() {
+    namespace py = pybind11;
+    const py::module_ torch = py::module_::import("torch");
+    const py::object tensor = torch.attr("Tensor");
+    tensor_ = tensor.ptr(), parameter_ = py::object(torch.attr("nn").attr("Parameter")).ptr();
+    const py::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
+    api_ = static_cast<const dlpack::ExchangeApi*>(
+        PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
+    while (api_ != nullptr && api_->major != dlpack::kMajorVersion) api_ = api_->previous;
+    if (api_ == nullptr || api_->view == nullptr) {
+      throw std::runtime_error("this release of torch has no version 1 of DLPack's exchange API");
+    }
+  }
+
+  // Ordinary floats on host memory, or none.
+  std::optional<dlpack::Tensor> floats(PyObject* object) const {
+    const PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    if (type != tensor_ && type != parameter_) return std::nullopt;
+    dlpack::Tensor tensor;
+    if (api_->view(object, &tensor) != 0) {  // it has no memory
+      PyErr_Clear();
+      return std::nullopt;
+    }
+    const auto [code, bits, lanes] = tensor.dtype;
+    const bool is_float = (code == dlpack::kFloat && bits >= 16) || code == dlpack::kBfloat;
+    if (tensor.device.type != dlpack::kCpu || lanes != 1 || !is_float) return std::nullopt;
+    if (tensor.data == nullptr || (type == tensor_ && is_negative(object))) return std::nullopt;
+    return tensor;
+  }
+
+  // A tensor that was just made.
+  void* address(PyObject* object) const {
+    dlpack::Tensor tensor;
+    if (api_->view(object, &tensor) != 0) throw pybind11::error_already_set();
+    return tensor.data;
+  }
+
+ private:
+  // Whether the memory holds the negative numbers.
+  static bool is_negative(PyObject* object) {
+    static PyObject* const name = PyUnicode_InternFromString("is_neg");
+    PyObject* result = PyObject_CallMethodNoArgs(object, name);
+    if (result == nullptr) throw pybind11::error_already_set();
+    Py_DECREF(result);  // True and False live on
+    return result == Py_True;
+  }
+
+  const dlpack::ExchangeApi* api_ = nullptr;
+  const PyObject *tensor_, *parameter_;  // torch keeps them
+};
+
+inline const TensorViews& tensor_views() {
+  static const TensorViews* views = new TensorViews;  // never destroyed: Python may end first
+  return *views;
+}
+
+inline std::string name_of(const dlpack::DataType& dtype) {
+  return (dtype.code == dlpack::kBfloat ? "bfloat" : "float") + std::to_string(dtype.bits);
+}
+
+}  // namespace tokenflex
