@@ -71,6 +71,10 @@ class TestAgainstFloat64:
     def test_released_grids(self, side, dtype, mode):
         check_batch([(27, 27)] * 2, [(side, side)] * 2, 130, dtype, mode=mode)
 
+    @pytest.mark.parametrize("mode", MODES)
+    def test_a_row_of_patches_may_begin_where_a_band_does(self, mode):
+        check_batch([(64, 16)], [(16, 8)], 70, torch.float32, mode=mode)
+
     @pytest.mark.parametrize("mean", [-30, 1000])
     @pytest.mark.parametrize("mode", MODES)
     def test_a_far_mean_loses_no_digits(self, mode, mean):
