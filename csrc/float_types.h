@@ -55,16 +55,12 @@ TOKENFLEX_HOST_DEVICE inline float widened(Half value) {
 #ifdef __CUDA_ARCH__
   return __half2float(__ushort_as_half(value.bits));
 #else
-  // Exponent and fraction go to where a float has them, and the exponent grows by the difference of the
-  // biases. A subnormal number is a fraction of 2^-14, to which it is added and taken off again, so that
-  // no subnormal float occurs: torch.set_flush_denormal(True) makes those zero.
-  constexpr uint32_t kLeast = 0x38800000;  // 2^-14
+  // Exponent and fraction go to where a float has them; the factor makes up for the difference of the
+  // biases, of subnormal numbers too. What comes out above 65504 was infinite or no number.
   const uint32_t magnitude = uint32_t(value.bits & 0x7fff) << 13;
-  const uint32_t normal = magnitude + 0x38000000;
-  const uint32_t subnormal = float_bits(float_of(magnitude | kLeast) - float_of(kLeast));
-  const uint32_t special = normal >= 0x47800000 ? 0x7f800000 : 0;  // was infinite or no number
-  const uint32_t number = normal < kLeast ? subnormal : normal;
-  return float_of(number | special | uint32_t(value.bits & 0x8000) << 16);
+  const uint32_t scaled = float_bits(float_of(magnitude) * float_of(0x77800000));  // 2^112
+  const uint32_t special = scaled >= 0x47800000 ? 0x7f800000 : 0;                  // 65536
+  return float_of(scaled | special | uint32_t(value.bits & 0x8000) << 16);
 #endif
 }
 
