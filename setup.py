@@ -27,7 +27,7 @@ from setuptools.errors import CompileError, ExecError, OptionError
 ROOT = Path(__file__).resolve().parent
 EXPORTS = ROOT / "csrc" / "exports.map"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi")
 
 # Ninja rebuilds an object file when its command line, its source or a header of it changes.
 NINJA_RULES = """\

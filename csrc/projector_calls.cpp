@@ -39,7 +39,7 @@ struct Floats {
 
 std::optional<Floats> floats(PyObject* object, int32_t ndim) {
   const auto tensor = tensor_views().floats(object);
-  if (!tensor || tensor->ndim != ndim) return std::nullopt;
+  if (!tensor || tensor->ndim != ndim || tensor->data == nullptr) return std::nullopt;
   const int64_t width = tensor->shape[ndim - 1], rows = ndim == 2 ? tensor->shape[0] : 1;
   if (width < 1 || rows < 1 || (tensor->strides[ndim - 1] != 1 && width > 1)) return std::nullopt;
   const int64_t size = tensor->dtype.bits / 8, stride = ndim == 2 ? tensor->strides[0] : width;

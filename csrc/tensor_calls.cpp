@@ -11,11 +11,11 @@
 #include <string>
 #include <vector>
 
-#include "dlpack.h"
 #include "merge_source.h"
 #include "row_map.h"
 #include "row_movers.h"
 #include "row_sums.h"
+#include "tensor_views.h"
 
 namespace py = pybind11;
 
@@ -23,31 +23,6 @@ namespace tokenflex {
 namespace {
 
 constexpr int64_t kBytesWithoutGil = 1 << 16;  // below, other Python threads can wait
-
-// What is needed of torch, which the extension does not link.
-struct Torch {
-  const dlpack::ExchangeApi* api = nullptr;
-  py::object tensor, parameter, empty_like;
-
-  Torch() {
-    const py::module_ torch = py::module_::import("torch");
-    tensor = torch.attr("Tensor");
-    parameter = torch.attr("nn").attr("Parameter");
-    empty_like = torch.attr("empty_like");
-    const py::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
-    api = static_cast<const dlpack::ExchangeApi*>(
-        PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
-    while (api != nullptr && api->major != dlpack::kMajorVersion) api = api->previous;
-    if (api == nullptr || api->view == nullptr) {
-      throw std::runtime_error("this release of torch has no version 1 of DLPack's exchange API");
-    }
-  }
-};
-
-const Torch& torch() {
-  static const Torch* loaded = new Torch;  // never destroyed: Python may end first
-  return *loaded;
-}
 
 struct Method {
   PyObject* name;
@@ -110,7 +85,7 @@ class Modes {
 };
 
 const Modes& modes() {
-  static const Modes* loaded = new Modes;  // as above
+  static const Modes* loaded = new Modes;  // never destroyed: Python may end first
   return *loaded;
 }
 
@@ -124,9 +99,7 @@ py::object recorded(py::handle record, std::initializer_list<py::handle> floats,
   std::vector<PyObject*> arguments;
   py::tuple sizes(floats.size());
   for (const py::handle tensor : floats) {
-    dlpack::Tensor view;
-    if (torch().api->view(tensor.ptr(), &view) != 0) throw py::error_already_set();
-    sizes[arguments.size()] = view.shape[0];
+    sizes[arguments.size()] = tensor_views().host(tensor.ptr())->shape[0];
     arguments.push_back(tensor.ptr());
   }
   const py::tuple call = py::make_tuple(result, others, sizes);
@@ -134,33 +107,6 @@ py::object recorded(py::handle record, std::initializer_list<py::handle> floats,
   PyObject* seen = PyObject_Vectorcall(record.ptr(), arguments.data(), arguments.size(), nullptr);
   if (seen == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(seen);
-}
-
-bool is_float(dlpack::DataType dtype) {
-  return (dtype.code == dlpack::kFloat && dtype.bits >= 16) ||
-         (dtype.code == dlpack::kBfloat && dtype.bits == 16);
-}
-
-// A tensor in host memory.
-std::optional<dlpack::Tensor> host_tensor(py::handle object) {
-  const PyTypeObject* type = Py_TYPE(object.ptr());
-  const auto is = [&](const py::object& other) { return (PyObject*)type == other.ptr(); };
-  if (!is(torch().tensor) && !is(torch().parameter)) return std::nullopt;
-  dlpack::Tensor tensor;
-  if (torch().api->view(object.ptr(), &tensor) != 0) {  // it has no memory
-    PyErr_Clear();
-    return std::nullopt;
-  }
-  if (tensor.device.type != dlpack::kCpu || tensor.dtype.lanes != 1) return std::nullopt;
-  return tensor;
-}
-
-// One of floats, whose memory may hold the negative numbers.
-std::optional<dlpack::Tensor> host_floats(py::handle object) {
-  static const Method is_neg("is_neg");
-  const auto tensor = host_tensor(object);
-  if (!tensor || !is_float(tensor->dtype) || is_neg(object).ptr() == Py_True) return std::nullopt;
-  return tensor;
 }
 
 bool is_int(dlpack::DataType dtype, int bits) {
@@ -179,7 +125,7 @@ struct RowsView {
 };
 
 std::optional<RowsView> float_rows(py::handle object) {
-  const auto tensor = host_floats(object);
+  const auto tensor = tensor_views().floats(object.ptr());
   if (!tensor || tensor->ndim != 2) return std::nullopt;
   const int64_t count = tensor->shape[0], width = tensor->shape[1];
   if (tensor->strides[1] != 1 && width > 1) return std::nullopt;
@@ -190,7 +136,7 @@ std::optional<RowsView> float_rows(py::handle object) {
 
 // Contiguous floats [.., width] as rows.
 std::optional<RowsView> contiguous_rows(py::handle object) {
-  const auto tensor = host_floats(object);
+  const auto tensor = tensor_views().floats(object.ptr());
   if (!tensor || tensor->ndim < 1) return std::nullopt;
   const int64_t width = tensor->shape[tensor->ndim - 1];
   int64_t count = 1, stride = width;
@@ -211,7 +157,7 @@ struct IntsView {
 };
 
 std::optional<IntsView> host_ints(py::handle object, bool may_be_int64 = false) {
-  const auto tensor = host_tensor(object);
+  const auto tensor = tensor_views().host(object.ptr());
   if (!tensor || tensor->ndim != 1) return std::nullopt;
   const bool is_int64 = may_be_int64 && is_int(tensor->dtype, 64);
   if (!is_int64 && !is_int(tensor->dtype, 32)) return std::nullopt;
@@ -219,10 +165,14 @@ std::optional<IntsView> host_ints(py::handle object, bool may_be_int64 = false) 
   return IntsView{tensor->data, tensor->shape[0], is_int64};
 }
 
+py::object empty_like(py::handle tensor) {
+  static const py::object* function =
+      new py::object(py::module_::import("torch").attr("empty_like"));
+  return (*function)(tensor);
+}
+
 char* address(py::handle tensor) {
-  dlpack::Tensor view;
-  if (torch().api->view(tensor.ptr(), &view) != 0) throw py::error_already_set();
-  return static_cast<char*>(view.data);
+  return static_cast<char*>(tensor_views().address(tensor.ptr()));
 }
 
 template <class Work>
@@ -293,7 +243,7 @@ py::object merge_tensors(py::handle inputs_embeds, py::handle vision, py::handle
   if (!embeds || !rows || !numbers || numbers->count != rows->count) return py::none();
   if (!(embeds->dtype == rows->dtype) || embeds->width != rows->width) return py::none();
 
-  py::object merged = torch().empty_like(inputs_embeds);
+  py::object merged = empty_like(inputs_embeds);
   const int64_t row_bytes = rows->row_bytes();
   const Rows to = {address(merged), row_bytes};
   maybe_without_gil(embeds->count * row_bytes, [&] {
@@ -313,7 +263,7 @@ py::object merge_gradients(py::handle grad, py::handle vision_rows, bool wants_i
   if (!rows || !numbers) return py::none();
   py::object inputs = py::none(), vision = py::none();
   static const Method new_empty("new_empty");
-  if (wants_inputs) inputs = torch().empty_like(grad);
+  if (wants_inputs) inputs = empty_like(grad);
   if (wants_vision) vision = new_empty(grad, py::make_tuple(numbers->count, rows->width));
   const int64_t row_bytes = rows->row_bytes();
   const Rows to_inputs = {wants_inputs ? address(inputs) : nullptr, row_bytes};
@@ -324,10 +274,6 @@ py::object merge_gradients(py::handle grad, py::handle vision_rows, bool wants_i
     split_rows(map, rows->count, row_bytes, threads);
   });
   return py::make_tuple(inputs, vision);
-}
-
-std::string name_of(dlpack::DataType dtype) {
-  return (dtype.code == dlpack::kBfloat ? "bfloat" : "float") + std::to_string(dtype.bits);
 }
 
 // The text rows of grad, added up by token id: [num_rows, D].

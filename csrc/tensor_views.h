@@ -28,8 +28,8 @@ class TensorViews {
     }
   }
 
-  // Ordinary floats on host memory, or none.
-  std::optional<dlpack::Tensor> floats(PyObject* object) const {
+  // A plain tensor in host memory, or none. It may have no elements, and then no address.
+  std::optional<dlpack::Tensor> host(PyObject* object) const {
     const PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
     if (type != tensor_ && type != parameter_) return std::nullopt;
     dlpack::Tensor tensor;
@@ -37,10 +37,19 @@ class TensorViews {
       PyErr_Clear();
       return std::nullopt;
     }
-    const auto [code, bits, lanes] = tensor.dtype;
-    const bool is_float = (code == dlpack::kFloat && bits >= 16) || code == dlpack::kBfloat;
-    if (tensor.device.type != dlpack::kCpu || lanes != 1 || !is_float) return std::nullopt;
-    if (tensor.data == nullptr || (type == tensor_ && is_negative(object))) return std::nullopt;
+    if (tensor.device.type != dlpack::kCpu || tensor.dtype.lanes != 1) return std::nullopt;
+    return tensor;
+  }
+
+  // One of floats, whose memory holds these very numbers.
+  std::optional<dlpack::Tensor> floats(PyObject* object) const {
+    const auto tensor = host(object);
+    if (!tensor) return std::nullopt;
+    const auto [code, bits, lanes] = tensor->dtype;
+    const bool is_float = (code == dlpack::kFloat && bits >= 16) ||
+                          (code == dlpack::kBfloat && bits == 16);
+    const bool is_parameter = reinterpret_cast<PyObject*>(Py_TYPE(object)) == parameter_;
+    if (!is_float || (!is_parameter && is_negative(object))) return std::nullopt;
     return tensor;
   }
 

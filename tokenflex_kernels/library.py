@@ -60,7 +60,7 @@ class Op:
 
     def set_function(self, function: Any) -> None:
         """Let ``function`` record the calls with tensors that require grad."""
-        self._record = _apply_lean(function)
+        self._record = eager_apply(function)
 
     def set_result_function(self, function: Any, floats: int) -> None:
         """Let ``function`` record the results of such calls, see :meth:`recorded`.
@@ -69,7 +69,7 @@ class Op:
         number of rows of each of the first.
         """
         self._floats = floats
-        self.record_result = _apply_lean(function)
+        self.record_result = eager_apply(function)
 
     def __call__(self, *arguments: Any) -> Any:
         # By itself, because a compiler replaces this test by its result and looks no further.
@@ -105,7 +105,7 @@ class Op:
             return self.overload(*arguments)
 
 
-def _apply_lean(function: Any) -> Callable[..., Any]:
+def eager_apply(function: Any) -> Callable[..., Any]:
     """Return ``function.apply`` without what it does for torch.func, which takes 3 us."""
     return super(torch.autograd.Function, function).apply
 
@@ -126,6 +126,11 @@ def _is_plain_mode() -> bool:
         and forward_ad._current_level < 0
         and not torch.autograd._profiler_enabled()  # shows the calls of ops
     )
+
+
+def is_eager() -> bool:
+    """Return whether a function may compute at once, on ordinary tensors in memory."""
+    return not torch.compiler.is_compiling() and _is_plain_mode()
 
 
 def _are_plain(tensors: Sequence[Any]) -> bool:
@@ -309,11 +314,6 @@ def choose_backend(op: str, x: torch.Tensor, *, beyond_triton: str | None = None
     if backend == "native" and is_differentiated_by_levels() and requested_backend() == "auto":
         return "reference"
     return backend
-
-
-def eager_apply(function: Any) -> Callable[..., Any]:
-    """Return ``function.apply`` for eager calls: what it does for torch.func takes 3 us."""
-    return super(torch.autograd.Function, function).apply
 
 
 def is_ordinary(x: object) -> bool:
