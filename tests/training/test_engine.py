@@ -133,6 +133,23 @@ def test_layers_on_a_cpu_take_our_gelu_for_a_stage(tmp_path):
         assert gelu_tanh not in [part.forward for part in activations]
 
 
+def test_hidden_states_of_the_encoder_are_contiguous_in_a_stage(tmp_path):
+    values = tiny_values(tmp_path / "run", encoder_warm_up=None, evaluation=None)
+    training = TrainingRun(TrainConfig.model_validate(values))
+    model, config = training.model, training.config
+    states = []
+    for layer in layers_of(model.model.vision_model):
+        layer.register_forward_hook(lambda _, __, output: states.append(output))
+    pixels = torch.randn(2, 3, 32, 32)
+    expected = model.encode_images(pixels).features
+    states.clear()
+    with adapted_layers(model, config, config.stages[0].learning):
+        features = model.encode_images(pixels).features
+    assert states
+    assert all(state.is_contiguous() for state in states)
+    torch.testing.assert_close(features, expected)
+
+
 # ---- compiled
 
 

@@ -65,6 +65,8 @@ def adapted_layers(model: Any, config: TrainConfig, learning: Collection[str]) -
                 forward = torch.compile(plain, dynamic=True, backend=BACKEND)
             if layer in recomputed:
                 forward = partial(checkpoint, forward, use_reentrant=False)
+            if layer in vision[:1]:
+                forward = partial(_from_contiguous, forward)
             layer.forward = forward
         if config.gradient_checkpointing:
             inner.projector.save = "input"
@@ -73,6 +75,12 @@ def adapted_layers(model: Any, config: TrainConfig, learning: Collection[str]) -
         for module in text + vision + activations:
             vars(module).pop("forward", None)
         inner.projector.save = saved
+
+
+def _from_contiguous(forward: Any, /, *args: Any, **kwargs: Any) -> Any:
+    # A patch embedding leaves channels before patches in memory, and sums keep the layout of their
+    # first term: all layers would copy their inputs for every norm.
+    return forward(*(x.contiguous() for x in args[:1]), *args[1:], **kwargs)
 
 
 def _activations(layers: list[nn.Module], device: torch.device) -> list[nn.Module]:
