@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast, SiglipImageProcessorPil
 from tests.models.tiny import IMAGE, PIXELS, picture
 from tokenflex import TokenFlexProcessor
 from tokenflex.digits.processor import digits_processor
+from tokenflex.models import chat
 from tokenflex.models.chat import assistant_masks, without_placeholders
 
 A, B = picture(1), picture(2)
@@ -110,6 +111,36 @@ def test_texts_without_images_are_written_whole(processor, template, content):
 def test_a_text_may_look_like_a_printed_part(processor):
     words = "what is {'type': 'text'}"
     assert processor.apply_chat_template(user(text(words)), chat_template=STRINGS).endswith(words)
+
+
+def test_a_form_that_fitted_is_tried_first(processor, monkeypatch):
+    rendered = []
+
+    def render_jinja_template(**options):
+        rendered.append(options)
+        return render(**options)
+
+    render = chat.render_jinja_template
+    monkeypatch.setattr(chat, "render_jinja_template", render_jinja_template)
+    template = STRINGS + "{# of this test alone #}"
+    for words, tries in (("a", 2), ("b", 1), ("c", 1)):
+        rendered.clear()
+        messages = user(shown(A), text(words))
+        written = processor.apply_chat_template(messages, chat_template=template)
+        assert (written, len(rendered)) == (f"[user]<image>{words}", tries)
+
+
+def test_a_form_that_fitted_need_not_fit_again(processor):
+    """As this template, which takes strings, except that of one word."""
+    taken = "m.content is string and m.content != 'odd' or m.content is not string"
+    template = (
+        f"{{% for m in messages %}}{{% if not ({taken}) %}}{{{{ 1 + '' }}}}{{% endif %}}"
+        "{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
+    )
+    for words in ("even", "odd", "even"):
+        messages = [{"role": "user", "content": words}]
+        assert processor.apply_chat_template(messages, chat_template=template) == words
 
 
 def test_a_template_may_leave_texts_out(processor):

@@ -8,6 +8,7 @@ from typing import TypedDict
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessingKwargs
@@ -87,6 +88,22 @@ def test_images_flat_or_nested_are_taken_in_order_of_appearance(processor, image
 def test_other_sizes_are_resized(processor):
     batch = processor(images=picture(1, size=(50, 17)), text="<image> odd")
     assert batch["pixel_values"].shape == (1, 3, PIXELS, PIXELS)
+
+
+def test_pictures_that_have_their_size_are_not_resized(processor, monkeypatch):
+    random = np.random.default_rng(0)
+    a, b = (Image.fromarray(random.integers(0, 256, (PIXELS, PIXELS, 3), np.uint8)) for _ in "ab")
+    expected = processor.image_processor([a, b], return_tensors="pt")["pixel_values"]
+
+    def resize(*_, **__):
+        raise AssertionError("resized")
+
+    monkeypatch.setattr(processor.image_processor, "resize", resize)
+    batch = processor(images=[a, b], text="<image> <image>")
+    assert torch.equal(batch["pixel_values"], expected)
+    for options in ({"images": [a, b.resize((20, PIXELS))]}, {"images": [a, b], "size": 20}):
+        with pytest.raises(AssertionError, match="resized"):
+            processor(text="<image> <image>", **options)
 
 
 def test_prompts_are_padded_on_the_left_and_masked(processor):

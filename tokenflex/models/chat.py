@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,14 @@ IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 """Keys of an image part, of which one holds the image."""
 
 _PARTS_AS_TEXT = re.compile(r"""['"]type['"]\s*:\s*['"](?:text|image)['"]""")
+
+
+Rendered = tuple[str, list[tuple[int, int]]]
+"""A text, and the (start, end) of what an assistant wrote in it."""
+
+KNOWN_FORMS = 1024
+_FITTING_FORMS: dict[tuple[Any, ...], int] = {}
+"""Chat template and kinds of messages -> the index of the form that they are rendered in."""
 
 
 @dataclass
@@ -188,12 +197,13 @@ def render(
     image_prompt: str,
     variables: Mapping[str, Any],
     **options: Any,
-) -> tuple[str, list[tuple[int, int]]]:
+) -> Rendered:
     """Render a conversation with a chat template.
 
     The contents are tried as they are, with parts only where there are images, as strings with
     ``image_prompt`` in place of images, and as parts. The first form is taken of which the template
-    writes every image once and every text.
+    writes every image once and every text. Conversations of the same roles and kinds of parts try
+    it first from then on: it takes a template longer to fail than to write.
 
     Args:
         chat: the conversation.
@@ -212,25 +222,48 @@ def render(
     """
     texts = [text for message in chat.messages for text in _texts_of(message)]
     quoted_parts = sum(len(_PARTS_AS_TEXT.findall(text)) for text in texts)
+
+    def write(messages: list[dict[str, Any]]) -> Rendered:
+        (text,), spans = render_jinja_template(
+            conversations=[messages], chat_template=chat_template, **options, **variables
+        )
+        return text, spans[0] if spans else []
+
+    def is_printed(text: str) -> bool:  # a list of parts was, not iterated
+        return len(_PARTS_AS_TEXT.findall(text)) > quoted_parts
+
+    def is_complete(text: str) -> bool:
+        return all(content.strip() in text for content in texts)
+
+    forms = [*_forms(chat.messages, image_prompt)]
+    key = chat_template, *map(_kind, chat.messages)
+    if (form := _FITTING_FORMS.get(key)) is not None:
+        with suppress(Exception):  # a text may make it fail: then the forms are tried in order
+            rendered = write(forms[form])
+            text = rendered[0]
+            fits = text.count(placeholder) == chat.num_placeholders and is_complete(text)
+            if fits and not is_printed(text):
+                return rendered
     errors: list[Exception] = []
-    incomplete: list[tuple[str, list[tuple[int, int]]]] = []
+    incomplete: list[Rendered] = []
     written: int | None = None
-    for messages in _forms(chat.messages, image_prompt):
+    for form, messages in enumerate(forms):
         try:
-            (text,), spans = render_jinja_template(
-                conversations=[messages], chat_template=chat_template, **options, **variables
-            )
+            rendered = write(messages)
         except Exception as error:  # a template fails in any way on a form it was not made for
             errors.append(error)
             continue
-        if len(_PARTS_AS_TEXT.findall(text)) > quoted_parts:
-            continue  # the list was printed, not iterated
+        text = rendered[0]
+        if is_printed(text):
+            continue
         written = text.count(placeholder)
         if written > chat.num_placeholders:
             break
         if written == chat.num_placeholders:
-            rendered = text, spans[0] if spans else []
-            if all(content.strip() in text for content in texts):
+            if is_complete(text):
+                if len(_FITTING_FORMS) == KNOWN_FORMS:
+                    _FITTING_FORMS.clear()
+                _FITTING_FORMS[key] = form
                 return rendered
             incomplete.append(rendered)
     else:
@@ -272,6 +305,13 @@ def _forms(messages: list[dict[str, Any]], image_prompt: str) -> Iterator[list[d
         if form not in tried:
             tried.append(form)
             yield form
+
+
+def _kind(message: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return all of a message but its texts."""
+    content = message.get("content", "")
+    types = "text" if isinstance(content, str) else tuple(part["type"] for part in content)
+    return message.get("role"), types, *sorted(message)
 
 
 def _texts_of(message: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 from transformers import ProcessorMixin
 from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import MultiModalData
@@ -59,6 +60,8 @@ class ImagePreparation(ProcessorMixin):
                 # They have their size; resizing may accept floats of 0..1 alone, and bicubic
                 # filters overshoot at edges.
                 options["do_resize"] = False
+        if self._have_size(inputs, options):
+            options["do_resize"] = False  # resizing would copy them
         processed = self.image_processor(inputs, **{"return_tensors": "pt", **options})
         pixel_values = processed["pixel_values"]
         if "spatial_shapes" in processed:  # NaFlex: patches of images of any shape
@@ -69,6 +72,15 @@ class ImagePreparation(ProcessorMixin):
             grids = self._patch_grids(sizes)
         data = {"pixel_values": pixel_values}
         return (data if grids is None else {**data, "grids": grids}), tiles
+
+    def _have_size(self, images: Sequence[Any], options: Mapping[str, Any]) -> bool:
+        """Return whether all images are 8-bit ones of the size that they would be resized to."""
+        if not getattr(self.image_processor, "do_resize", False):
+            return False
+        size = self._configured_size(options, ("size",))
+        return size is not None and all(
+            isinstance(image, Image.Image) and image.size == size[::-1] for image in images
+        )
 
     def _cut(self, image: Any, max_tiles: int, options: Mapping[str, Any]) -> list[Any]:
         tile_size = self._tile_size(options)
@@ -173,13 +185,16 @@ class ImagePreparation(ProcessorMixin):
         lowest = min(self.min_tiles, max_tiles)
         return best_tile_grid((int(height), int(width)), tile_size, max_tiles, lowest)
 
-    def _configured_size(self, options: Mapping[str, Any]) -> Grid | None:
+    def _configured_size(
+        self, options: Mapping[str, Any], names: Sequence[str] = ("crop_size", "size")
+    ) -> Grid | None:
         """Return the (height, width) that the image processor gives, None if it depends on images.
 
         Args:
             options: those of a call; without a size among them the image processor's own counts.
+            names: the sizes to look for; the first one that is configured counts.
         """
-        for name in ("crop_size", "size"):
+        for name in names:
             size = options.get(name)
             size = getattr(self.image_processor, name, None) if size is None else size
             if isinstance(size, int):
