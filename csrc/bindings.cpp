@@ -14,7 +14,6 @@
 
 #include "bin_packing.h"
 #include "swiglu.h"
-#include "gelu.h"
 #include "merge_source.h"
 #include "mover_grid.h"
 #include "pack_plan.h"
@@ -263,19 +262,6 @@ void transpose_on_host(Address from, int64_t from_stride, Address to, int64_t ro
   transpose({at<const char>(from), from_stride}, at<void>(to), rows, columns, dtype, threads);
 }
 
-// ---- GELU
-
-void gelu_on_host(Address x, Address out, int64_t count, const std::string& dtype, int threads) {
-  const py::gil_scoped_release release;
-  gelu(at<const void>(x), at<void>(out), count, dtype, threads);
-}
-
-void gelu_gradient_on_host(Address x, Address grad, Address grad_x, int64_t count,
-                           const std::string& dtype, int threads) {
-  const py::gil_scoped_release release;
-  gelu_gradient(at<const void>(x), at<const void>(grad), at<void>(grad_x), count, dtype, threads);
-}
-
 // ---- pooling and LayerNorm
 
 PoolTables pool_tables(Address images, int64_t num_images, Address axes, Address weights,
@@ -378,8 +364,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("gated_product", &gated_product_on_host);
   module.def("gate_gradients", &gate_gradients_on_host);
   module.def("transpose", &transpose_on_host);
-  module.def("gelu", &gelu_on_host);
-  module.def("gelu_gradient", &gelu_gradient_on_host);
   module.def("pool_norm_forward", &pool_norm_forward_on_host);
   module.def("pool_norm_backward", &pool_norm_backward_on_host);
   module.def("scale_shift", &scale_shift_on_host);

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from transformers.activations import GELUTanh
 
 from tests.models.tiny import tiny_model
 from tests.training.runs import metrics, own_data, stage, tiny_values
@@ -18,7 +17,6 @@ from tokenflex.training.layers import adapted_layers, layers_of
 from tokenflex.training.loop import TrainingRun
 from tokenflex.training.stages import build_optimizer, load_steps
 from tokenflex_kernels import plan_packing
-from tokenflex_kernels.gelu import gelu_tanh
 
 # Parts that learn behind parts that do not: gradients go through frozen layers too.
 STAGES = [
@@ -119,18 +117,6 @@ def test_recomputed_layers_keep_less(tmp_path):
 
 
 # ---- faster
-
-
-def test_layers_on_a_cpu_take_our_gelu_for_a_stage(tmp_path):
-    values = tiny_values(tmp_path / "run", encoder_warm_up=None, evaluation=None)
-    training = TrainingRun(TrainConfig.model_validate(values))
-    model, config = training.model, training.config
-    activations = [part for part in model.modules() if isinstance(part, GELUTanh)]
-    with adapted_layers(model, config, config.stages[0].learning):
-        assert {part.forward for part in activations} == {gelu_tanh}
-    assert not any("forward" in vars(part) for part in activations)
-    with adapted_layers(model, config.model_copy(update={"compile": True}), ()):
-        assert gelu_tanh not in [part.forward for part in activations]
 
 
 def test_hidden_states_of_the_encoder_are_contiguous_in_a_stage(tmp_path):

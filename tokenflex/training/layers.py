@@ -1,4 +1,4 @@
-"""Recompute, compile or speed up the layers of encoder and language model during a stage.
+"""Recompute or compile the layers of encoder and language model during a stage.
 
 A layer is what transformers marks as one that may be recomputed. Its ``forward`` is replaced on
 the instance and put back after the stage, so names of weights, hooks (FSDP's stay outside) and
@@ -17,12 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.activations import GELUTanh
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tokenflex.training.config import TrainConfig
-from tokenflex_kernels.backend import extension
-from tokenflex_kernels.gelu import gelu_tanh
 
 BACKEND = "inductor"
 """Backend of ``torch.compile``."""
@@ -46,17 +43,13 @@ def adapted_layers(model: Any, config: TrainConfig, learning: Collection[str]) -
     With ``gradient_checkpointing`` a layer that gradients pass (``learning`` names what learns)
     keeps only its input, and so does the projector between its norm and its last product. With
     ``compile`` each layer is compiled by itself for any number of rows: layers of one kind share
-    the code, and new lengths of packed rows need no new code. Without it the GELU of layers on a
-    CPU is :func:`tokenflex_kernels.gelu.gelu_tanh`: PyTorch's takes two to three times as long.
+    the code, and new lengths of packed rows need no new code.
     """
     inner = model.model
     text, vision = layers_of(inner.language_model), layers_of(inner.vision_model)
     recomputed = text + vision * ("vision" in learning) if config.gradient_checkpointing else []
-    activations = [] if config.compile else _activations(text + vision, inner.device)
     saved = inner.projector.save
     try:
-        for activation in activations:
-            activation.forward = gelu_tanh
         for layer in text + vision:
             forward = layer.forward
             if config.compile:
@@ -72,8 +65,8 @@ def adapted_layers(model: Any, config: TrainConfig, learning: Collection[str]) -
             inner.projector.save = "input"
         yield
     finally:
-        for module in text + vision + activations:
-            vars(module).pop("forward", None)
+        for layer in text + vision:
+            vars(layer).pop("forward", None)
         inner.projector.save = saved
 
 
@@ -81,11 +74,3 @@ def _from_contiguous(forward: Any, /, *args: Any, **kwargs: Any) -> Any:
     # A patch embedding leaves channels before patches in memory, and sums keep the layout of their
     # first term: all layers would copy their inputs for every norm.
     return forward(*(x.contiguous() for x in args[:1]), *args[1:], **kwargs)
-
-
-def _activations(layers: list[nn.Module], device: torch.device) -> list[nn.Module]:
-    """Return the modules of ``layers`` that :func:`gelu_tanh` computes faster."""
-    if device.type != "cpu" or extension() is None:
-        return []
-    parts = [part for layer in layers for part in layer.modules()]
-    return [part for part in parts if isinstance(part, GELUTanh)]
