@@ -388,6 +388,18 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     return once
 
 
+class UnpackedContext:
+    """The context of a backward whose tensors are unpacked already: checkpoints allow it once."""
+
+    def __init__(self, ctx: Any, saved_tensors: Sequence[Any], inputs: int) -> None:
+        self._ctx = ctx
+        self.saved_tensors = saved_tensors
+        self.needs_input_grad = ctx.needs_input_grad[:inputs]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
 # ---- torch.vmap.
 
 

@@ -23,6 +23,7 @@ from tokenflex_kernels.checks import (
     check_tensor,
 )
 from tokenflex_kernels.library import (
+    UnpackedContext,
     choose_backend,
     define_fused,
     differentiable_once,
@@ -193,20 +194,22 @@ class PoolNormOnHost(torch.autograd.Function):
         out, normalised, inverse_std, plan, ctx.tables, mode = kept
         ctx.save_for_backward(normalised, inverse_std, weight, plan.grids)
         ctx.batch = x.shape[0], mode
+        ctx.has_norm = weight is not None
         ctx.dtypes = x.dtype, *dtypes_of(weight, bias)
         result: torch.Tensor = out
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        saved = ctx.saved_tensors
         if is_eager() and not torch.is_grad_enabled():
-            normalised, inverse_std, weight, _ = ctx.saved_tensors
+            normalised, inverse_std, weight, _ = saved
             grads = native.gradients_at_once(
                 *(grad, normalised, inverse_std, weight, ctx.tables), ctx.needs_input_grad[:3]
             )
             if grads is not None:
                 return *grads, None
-        return *PoolNorm.backward(ctx, grad)[:3], None
+        return *PoolNorm.backward(UnpackedContext(ctx, saved, 3), grad)[:3], None
 
 
 _record_on_host = eager_apply(PoolNormOnHost)

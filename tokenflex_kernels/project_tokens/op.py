@@ -22,6 +22,7 @@ from tokenflex_kernels.checks import (
     in_autocast_dtype,
 )
 from tokenflex_kernels.library import (
+    UnpackedContext,
     below_autograd,
     choose_backend,
     define_fused,
@@ -263,13 +264,13 @@ class ProjectTokensOnHost(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        saved = ctx.saved_tensors
         if is_eager() and not torch.is_grad_enabled():
-            saved = ctx.saved_tensors
             kept, weights = native.Kept(*saved[:5]), ProjectorWeights._make([*saved[5:12], None])
             grads = native.backward(grad, kept, weights, ctx.tables, ctx.needs_input_grad)
             if grads is not None:
                 return *grads, None
-        return *ProjectTokens.backward(ctx, grad)[:9], None
+        return *ProjectTokens.backward(UnpackedContext(ctx, saved, 9), grad)[:9], None
 
 
 _record_on_host = eager_apply(ProjectTokensOnHost)

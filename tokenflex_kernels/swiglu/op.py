@@ -13,6 +13,7 @@ import torch
 from tokenflex_kernels.backend import compiled_extension, select_backend
 from tokenflex_kernels.checks import check_float, check_linear, check_tensor, in_autocast_dtype
 from tokenflex_kernels.library import (
+    UnpackedContext,
     choose_backend,
     define_fused,
     differentiable_once,
@@ -124,8 +125,9 @@ class SwigluOnHost(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        saved = ctx.saved_tensors
         if is_eager() and not torch.is_grad_enabled():
-            x, gate_weight, up_weight, gate, up = ctx.saved_tensors
+            x, gate_weight, up_weight, gate, up = saved
             needs_x, *needs = ctx.needs_input_grad[:5]
             results = native.gate_gradients_at_once(
                 grad, gate, up, product=False, sums=needs[2] or needs[3]
@@ -134,15 +136,7 @@ class SwigluOnHost(torch.autograd.Function):
                 grads, _, sums = results
                 d_x = native.input_gradient(grads, gate_weight, up_weight) if needs_x else None
                 return d_x, *native.weight_gradients_at_once(grads, sums, x, needs), None
-        return *Swiglu.backward(_FiveInputs(ctx), grad), None
-
-
-class _FiveInputs:
-    """The context of a call without the last argument."""
-
-    def __init__(self, ctx: Any) -> None:
-        self.saved_tensors = ctx.saved_tensors
-        self.needs_input_grad = ctx.needs_input_grad[:5]
+        return *Swiglu.backward(UnpackedContext(ctx, saved, 5), grad), None
 
 
 _record_on_host = eager_apply(SwigluOnHost)
