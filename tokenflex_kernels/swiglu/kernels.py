@@ -1,7 +1,7 @@
 """The Triton kernels of the gated unit.
 
-The activation is SiLU. It has its value and derivative in `activation`, which has the same name in
-the reference and in csrc/activation.h: another activation is an edit of these three functions.
+The activation is SiLU: `activation` and `activation_derivative`. It is also in the reference and in
+csrc/activation.h, and another activation is an edit of these three files.
 
 Forward, `gate_up`: two matrix products over one reading of x, and their gate.
 
@@ -44,10 +44,15 @@ from tokenflex_kernels.tiles import load_tile, tile_position
 
 @triton.jit
 def activation(gate):
-    """SiLU of float32 values, and its derivative."""
+    """SiLU of float32 values."""
+    return gate * tl.sigmoid(gate)
+
+
+@triton.jit
+def activation_derivative(gate):
+    """The derivative of SiLU. Called late, it holds no registers before: some kernels would spill."""
     s = tl.sigmoid(gate)
-    value = gate * s
-    return value, s + value * (1.0 - s)
+    return s + gate * s * (1.0 - s)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -82,8 +87,7 @@ def gate_up_kernel(
         tl.store(gate + tile + at, g.to(gate.dtype.element_ty), mask=inside)
         tl.store(up + tile + at, u.to(up.dtype.element_ty), mask=inside)
     if PRODUCT:
-        value, _ = activation(g)
-        p = value * u
+        p = activation(g) * u
         tl.store(product + tile + at, p.to(product.dtype.element_ty), mask=inside)
 
 
@@ -101,8 +105,7 @@ def gated_product_kernel(
     at = row[:, None] * hidden + column[None, :]
     g = tl.load(gate + tile + at, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + tile + at, mask=inside, other=0.0).to(tl.float32)
-    value, _ = activation(g)
-    p = value * u
+    p = activation(g) * u
     tl.store(product + tile + at, p.to(product.dtype.element_ty), mask=inside)
 
 
@@ -120,12 +123,12 @@ def _store_gradients(
     tile = m.to(tl.int64) * hidden + n
     at = row[:, None] * hidden + column[None, :]
     g = tl.load(gate + tile + at, mask=inside, other=0.0).to(tl.float32)
-    value, derivative = activation(g)
+    value = activation(g)
     u = tl.load(up + tile + at, mask=inside, other=0.0).to(tl.float32)
     if PRODUCT:
         tl.store(product + tile + at, (value * u).to(product.dtype.element_ty), mask=inside)
     du = dp * value
-    dg = dp * u * derivative
+    dg = dp * u * activation_derivative(g)
     tile_grads = grads + m.to(tl.int64) * (2 * hidden) + n
     at_grads = row[:, None] * (2 * hidden) + column[None, :]
     tl.store(tile_grads + at_grads, dg.to(grads.dtype.element_ty), mask=inside)
