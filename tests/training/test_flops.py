@@ -16,7 +16,8 @@ def counted(run) -> int:
     return counter.get_total_flops()
 
 
-def test_forward_flops_are_those_pytorch_counts():
+def test_forward_flops_are_those_pytorch_counts(monkeypatch):
+    monkeypatch.setenv("TOKENFLEX_BACKEND", "reference")  # whose products are counted
     model = tiny_model()
     flops, inner = forward_flops(model), model.model
     inner.vision_model.set_attn_implementation("eager")  # the counter sees no fused attention
