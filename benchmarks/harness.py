@@ -62,7 +62,7 @@ class Run:
 
     @property
     def compiles(self) -> bool:
-        """Whether torch.compile takes part, which takes up to a minute an op and setting."""
+        """True in the settings that torch.compile takes part in: it takes up to a minute an op."""
         threads = 1 if self.dtype == torch.float32 else 2
         return self.device == "cuda" or self.threads in (None, threads)
 

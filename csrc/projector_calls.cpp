@@ -7,6 +7,7 @@
 #include <initializer_list>
 
 #include "pool_norm.h"
+#include "python_calls.h"
 #include "swiglu.h"
 #include "tensor_views.h"
 
@@ -14,15 +15,6 @@ namespace py = pybind11;
 
 namespace tokenflex {
 namespace {
-
-constexpr int64_t kBytesWithoutGil = 1 << 16;  // below, other Python threads can wait
-
-template <class Work>
-void maybe_without_gil(int64_t bytes, const Work& work) {
-  if (bytes < kBytesWithoutGil) return work();
-  const py::gil_scoped_release release;
-  work();
-}
 
 // Rows with neighbouring elements, or one row.
 struct Floats {
@@ -44,12 +36,6 @@ std::optional<Floats> floats(PyObject* object, int32_t ndim) {
   if (width < 1 || rows < 1 || (tensor->strides[ndim - 1] != 1 && width > 1)) return std::nullopt;
   const int64_t size = tensor->dtype.bits / 8, stride = ndim == 2 ? tensor->strides[0] : width;
   return Floats{tensor->dtype, rows, width, static_cast<char*>(tensor->data), stride * size};
-}
-
-int64_t integer(PyObject* object) {
-  const int64_t value = PyLong_AsLongLong(object);
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
 }
 
 // A vector of LayerNorm's parameters for rows of x; `fits` turns false if it is none.
@@ -254,35 +240,13 @@ py::object gate_gradient_tensors(PyObject* const* arguments) {
   return py::make_tuple(grads.tensor, product.tensor, sums.tensor);
 }
 
-// A function of Python's own calling convention, which takes 0.5 us less than pybind11's.
-template <class Call>
-PyObject* checked(Py_ssize_t given, Py_ssize_t expected, const Call& call) {
-  try {
-    if (given != expected) throw std::invalid_argument("another number of arguments is expected");
-    return call().release().ptr();
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const std::invalid_argument& error) {
-    PyErr_SetString(PyExc_ValueError, error.what());
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
-}
-
 template <auto kFunction, int kArguments>
 PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  return checked(count, kArguments, [&] { return kFunction(arguments); });
+  return with_python_errors(count, kArguments, [&] { return kFunction(arguments); });
 }
 
 PyObject* call_fit_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  return checked(count, count == 7 ? 7 : 5, [&] { return fit_tensors(arguments, count); });
-}
-
-template <class Function>
-PyMethodDef method(const char* name, Function function) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)),
-          METH_FASTCALL, nullptr};
+  return with_python_errors(count, count == 7 ? 7 : 5, [&] { return fit_tensors(arguments, count); });
 }
 
 }  // namespace

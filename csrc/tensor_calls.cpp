@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "merge_source.h"
+#include "python_calls.h"
 #include "row_map.h"
 #include "row_movers.h"
 #include "row_sums.h"
@@ -21,8 +22,6 @@ namespace py = pybind11;
 
 namespace tokenflex {
 namespace {
-
-constexpr int64_t kBytesWithoutGil = 1 << 16;  // below, other Python threads can wait
 
 struct Method {
   PyObject* name;
@@ -175,13 +174,6 @@ char* address(py::handle tensor) {
   return static_cast<char*>(tensor_views().address(tensor.ptr()));
 }
 
-template <class Work>
-void maybe_without_gil(int64_t bytes, const Work& work) {
-  if (bytes < kBytesWithoutGil) return work();
-  const py::gil_scoped_release release;
-  work();
-}
-
 // packed[r] = table[source[r]] if source[r] >= 0 else vision[~source[r]]. A table or vision of None is
 // any number of rows of zeros; `expected_vision` of -1 is any number of rows.
 py::object pack_tensors(py::handle table, py::handle vision, py::handle source, bool unpacks,
@@ -298,34 +290,8 @@ py::object table_gradient(py::handle grad, py::handle source, int64_t num_vision
   return sums;
 }
 
-// Functions of Python's own calling convention, which takes 0.5 us less than pybind11's.
-template <class Call>
-PyObject* with_python_errors(const Call& call) {
-  try {
-    return call().release().ptr();
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const std::invalid_argument& error) {
-    PyErr_SetString(PyExc_ValueError, error.what());
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
-}
-
-int64_t integer(PyObject* object) {
-  const int64_t value = PyLong_AsLongLong(object);
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-void check_arguments(Py_ssize_t given, Py_ssize_t expected) {
-  if (given != expected) throw std::invalid_argument("another number of arguments is expected");
-}
-
 PyObject* call_pack_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  return with_python_errors([&] {
-    check_arguments(count, 7);
+  return with_python_errors(count, 7, [&] {
     return pack_tensors(arguments[0], arguments[1], arguments[2], arguments[3] == Py_True,
                         integer(arguments[4]), integer(arguments[5]), int(integer(arguments[6])));
   });
@@ -334,8 +300,7 @@ PyObject* call_pack_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t co
 // The same for a call in plain eager mode alone, which `record` is to record with its `others`: those
 // arguments that are no floats. None for calls that need not be recorded.
 PyObject* call_pack_eagerly(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  return with_python_errors([&]() -> py::object {
-    check_arguments(count, 9);
+  return with_python_errors(count, 9, [&]() -> py::object {
     const py::handle record = arguments[7], others = arguments[8];
     if (!modes().is_plain() || (record.is_none() && modes().is_grad_enabled())) return py::none();
     const bool unpacks = arguments[3] == Py_True;
@@ -349,8 +314,7 @@ PyObject* call_pack_eagerly(PyObject*, PyObject* const* arguments, Py_ssize_t co
 }
 
 PyObject* call_merge_eagerly(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  return with_python_errors([&]() -> py::object {
-    check_arguments(count, 5);
+  return with_python_errors(count, 5, [&]() -> py::object {
     if (!modes().is_plain()) return py::none();
     const py::handle embeds = arguments[0], vision = arguments[1], vision_rows = arguments[2];
     py::object merged = merge_tensors(embeds, vision, vision_rows, int(integer(arguments[3])));
@@ -360,18 +324,11 @@ PyObject* call_merge_eagerly(PyObject*, PyObject* const* arguments, Py_ssize_t c
 }
 
 PyObject* call_merge_gradients(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  return with_python_errors([&]() -> py::object {
-    check_arguments(count, 5);
+  return with_python_errors(count, 5, [&]() -> py::object {
     if (!modes().is_plain() || modes().is_grad_enabled()) return py::none();
     return merge_gradients(arguments[0], arguments[1], arguments[2] == Py_True,
                            arguments[3] == Py_True, int(integer(arguments[4])));
   });
-}
-
-template <class Function>
-PyMethodDef method(const char* name, Function function) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)),
-          METH_FASTCALL, nullptr};
 }
 
 }  // namespace

@@ -5,7 +5,6 @@
 #include <pybind11/pybind11.h>
 
 #include <optional>
-#include <stdexcept>
 #include <string>
 
 #include "dlpack.h"
@@ -19,19 +18,19 @@ class TensorViews {
     const py::module_ torch = py::module_::import("torch");
     const py::object tensor = torch.attr("Tensor");
     tensor_ = tensor.ptr(), parameter_ = py::object(torch.attr("nn").attr("Parameter")).ptr();
+    if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) return;
     const py::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
     api_ = static_cast<const dlpack::ExchangeApi*>(
         PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
     while (api_ != nullptr && api_->major != dlpack::kMajorVersion) api_ = api_->previous;
-    if (api_ == nullptr || api_->view == nullptr) {
-      throw std::runtime_error("this release of torch has no version 1 of DLPack's exchange API");
-    }
+    if (api_ != nullptr && api_->view == nullptr) api_ = nullptr;
   }
 
-  // A plain tensor in host memory, or none. It may have no elements, and then no address.
+  // A plain tensor in host memory, or none. It may have no elements, and then no address. Where torch
+  // has no version 1 of DLPack's exchange API, no tensor is plain.
   std::optional<dlpack::Tensor> host(PyObject* object) const {
     const PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-    if (type != tensor_ && type != parameter_) return std::nullopt;
+    if (api_ == nullptr || (type != tensor_ && type != parameter_)) return std::nullopt;
     dlpack::Tensor tensor;
     if (api_->view(object, &tensor) != 0) {  // it has no memory
       PyErr_Clear();

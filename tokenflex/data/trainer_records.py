@@ -27,7 +27,7 @@ _FORMS = {
     "text": ("text",),
     "input_ids": ("input_ids",),
 }
-"""What a record may be, and the keys that make it that."""
+"""The forms of a record, each with the keys that it is known by."""
 _OWN_KEYS = (*PICTURE_KEYS, "messages", "prompt", "completion", "text", "index", "epoch")
 
 

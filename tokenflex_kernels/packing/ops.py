@@ -33,12 +33,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from tokenflex_kernels.backend import extension
+from tokenflex_kernels.backend import compiled_extension
 from tokenflex_kernels.layout import neighbours
 from tokenflex_kernels.library import (
     Op,
@@ -87,7 +86,7 @@ def _table_gradient(
     grad: torch.Tensor, source: torch.Tensor, num_vision: int, num_rows: int
 ) -> torch.Tensor:
     if not grad.is_cuda:
-        gradient: torch.Tensor | None = _compiled().table_gradient(
+        gradient: torch.Tensor | None = compiled_extension().table_gradient(
             grad, source, num_vision, num_rows, torch.get_num_threads()
         )
         if gradient is not None:
@@ -138,9 +137,9 @@ def _merge_source(vision_rows: torch.Tensor, num_rows: int) -> torch.Tensor:
         num_rows,
     )
     if source.is_cuda:
-        _compiled().merge_source_cuda(*job, *_place(source))
+        compiled_extension().merge_source_cuda(*job, *_place(source))
     else:
-        _compiled().merge_source(*job)
+        compiled_extension().merge_source(*job)
     return source
 
 
@@ -259,7 +258,7 @@ def _of_merging(
 ) -> Gradients:
     needs_inputs, needs_vision, *_ = ctx.needs_input_grad
     if not grad.is_cuda:
-        gradients: Gradients | None = _compiled().merge_gradients(
+        gradients: Gradients | None = compiled_extension().merge_gradients(
             grad, vision_rows, needs_inputs, needs_vision, torch.get_num_threads()
         )
         if gradients is not None:
@@ -421,7 +420,7 @@ def on_host(
     """
     if source.is_cuda:
         return None
-    moved: torch.Tensor | None = _compiled().pack_tensors(
+    moved: torch.Tensor | None = compiled_extension().pack_tensors(
         table, vision, source, unpacks, num_vision, least_table, torch.get_num_threads()
     )
     return moved
@@ -442,7 +441,7 @@ def pack_eagerly(
     """
     if source.is_cuda:
         return None
-    packed: torch.Tensor | None = _compiled().pack_eagerly(
+    packed: torch.Tensor | None = compiled_extension().pack_eagerly(
         table, vision, source, *bounds, torch.get_num_threads(), record, others
     )
     return packed
@@ -452,7 +451,7 @@ def merge_eagerly(
     inputs_embeds: torch.Tensor, vision: torch.Tensor, vision_rows: torch.Tensor
 ) -> torch.Tensor | None:
     """Return the merged rows, recorded as a call of ``merge_vision``; None as ``pack_eagerly``."""
-    merged: torch.Tensor | None = _compiled().merge_eagerly(
+    merged: torch.Tensor | None = compiled_extension().merge_eagerly(
         inputs_embeds, vision, vision_rows, torch.get_num_threads(), merge_vision.record_result
     )
     return merged
@@ -489,10 +488,10 @@ def _pack_rows(
         row_bytes,
     )
     if packed.is_cuda:
-        _compiled().pack_rows_cuda(*job, *_place(packed))
+        compiled_extension().pack_rows_cuda(*job, *_place(packed))
     else:  # which can check its map; a device would have to be waited for
         bounds = table.size(0), vision.size(0), name == "vision_rows"
-        _compiled().pack_rows(*job, *bounds, *_place(packed))
+        compiled_extension().pack_rows(*job, *bounds, *_place(packed))
     return packed
 
 
@@ -535,7 +534,7 @@ def _sum_rows(
 
     Made in float32 (float64 for float64) and rounded once. Other rows of ``sums`` are left alone.
     """
-    compiled = _compiled()
+    compiled = compiled_extension()
     grad = neighbours(grad)
     precision = torch.promote_types(grad.dtype, torch.float32)
     tiles = -(-rows.shape[0] // compiled.sum_tile)
@@ -570,13 +569,6 @@ def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 def _rows(rows: torch.Tensor) -> tuple[int, int]:
     return rows.data_ptr(), rows.stride(0) * rows.element_size()
-
-
-def _compiled() -> ModuleType:
-    compiled = extension()
-    if compiled is None:
-        raise RuntimeError("this op needs the extension tokenflex_kernels._C, which is not built")
-    return compiled
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -6,13 +6,12 @@ takes any float dtypes whose sums are alike; rows of other dtypes are converted 
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 
-from tokenflex_kernels.backend import extension
+from tokenflex_kernels.backend import compiled_extension
 from tokenflex_kernels.layout import neighbours
 from tokenflex_kernels.pool_norm.plan import PoolPlan
 from tokenflex_kernels.pool_norm.tables import PoolingTables, pooling_tables
@@ -46,7 +45,7 @@ def pool_norm_forward(
     if sum_dtype(x.dtype) != sum_dtype(out.dtype):
         x = x.to(sum_dtype(out.dtype))
     x, weight, bias = neighbours(x), _vector(weight), _vector(bias)
-    _compiled().pool_norm_forward(
+    compiled_extension().pool_norm_forward(
         *(*_rows(x), x.shape[1], *_parameter(weight), *_parameter(bias), eps),
         *(out.data_ptr(), normalised.data_ptr(), inverse_std.data_ptr(), _NAMES[out.dtype]),
         *_batch(tables),
@@ -80,7 +79,7 @@ def pool_norm_backward(
 
     tables = pooling_tables(grids, mode, grad.device, torch.float64)
     grad, weight, inverse_std = neighbours(grad), _vector(weight), inverse_std.to(sums)
-    _compiled().pool_norm_backward(
+    compiled_extension().pool_norm_backward(
         *(*_rows(grad), width),
         *(normalised.data_ptr(), inverse_std.data_ptr(), *_parameter(weight)),
         *(grad_x.data_ptr(), _NAMES[grad_x.dtype], weight_sum.data_ptr(), bias_sum.data_ptr()),
@@ -98,7 +97,7 @@ def scale_shift(
 ) -> None:
     """Write normalised * weight + bias into ``out``; both [cells, C] are contiguous."""
     weight, bias = neighbours(weight), _vector(bias)
-    _compiled().scale_shift(
+    compiled_extension().scale_shift(
         *(normalised.data_ptr(), _NAMES[normalised.dtype], *normalised.shape),
         *(*_parameter(weight), *_parameter(bias), out.data_ptr(), torch.get_num_threads()),
     )
@@ -146,7 +145,7 @@ def pool_norm_at_once(
 
     None where a tensor is not ordinary, or does not go with the others.
     """
-    return _compiled().pool_norm_tensors(
+    return compiled_extension().pool_norm_tensors(
         x, weight, bias, eps, tables.arguments, cells, save, torch.get_num_threads()
     )
 
@@ -162,7 +161,7 @@ def gradients_at_once(
     """Return the gradients of x, weight and bias, in the dtype of ``grad``; None if not needed."""
     if not needs[0] and not needs[1]:
         return None, None, grad.sum(0)
-    grads = _compiled().pool_norm_gradient_tensors(
+    grads = compiled_extension().pool_norm_gradient_tensors(
         *(neighbours(grad), normalised, inverse_std, weight, tables.arguments),
         *(needs[0], needs[1] or needs[2], torch.get_num_threads()),
     )
@@ -173,13 +172,6 @@ def gradients_at_once(
     return grad_x, *(
         total.to(dtype) if needed else None for total, needed in zip(sums, needs[1:], strict=True)
     )
-
-
-def _compiled() -> ModuleType:
-    compiled = extension()
-    if compiled is None:
-        raise RuntimeError("this op needs the extension tokenflex_kernels._C, which is not built")
-    return compiled
 
 
 def _vector(parameter: torch.Tensor | None) -> torch.Tensor | None:

@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What backward reads beside the weights; None where no gradient needs it."""
+    """The tensors that backward reads beside the weights; None where no gradient needs one."""
 
     normalised: torch.Tensor | None = None
     inverse_std: torch.Tensor | None = None

@@ -50,7 +50,7 @@ def activation(gate):
 
 @triton.jit
 def activation_derivative(gate):
-    """The derivative of SiLU. Called late, it holds no registers before: some kernels would spill."""
+    """The derivative of SiLU. Call it late: held in registers before, it makes kernels spill."""
     s = tl.sigmoid(gate)
     return s + gate * s * (1.0 - s)
 
