@@ -343,7 +343,6 @@ def test_data_parallel_training_sums_into_its_buckets(tmp_path):
 
 def test_a_missing_extension_leaves_the_reference(monkeypatch, new_choices):
     monkeypatch.setattr("tokenflex_kernels.backend.extension", lambda: None)
-    monkeypatch.setattr("tokenflex_kernels.packing.ops.extension", lambda: None)
     table, vision = rows(6, "cpu"), rows(7, "cpu")
     packed = pack_embeddings(table, vision, PLAN)
     assert torch.equal(unpack_vision(packed, PLAN), vision)
