@@ -54,7 +54,7 @@ class Variant:
     truth: Call | None = None  # its own, if it computes something else than the case's result
     modes: Collection[str] = MODES  # those it can run
     waits: Collection[str] = ()  # modes that wait for the device, and cannot be captured
-    slow_start: bool = False  # compiles or tunes for a minute at every new size
+    slow_start: bool = False  # takes part at few sizes: compiles or tunes for a minute at each
 
     def leaves(self, batch: Batch) -> Leaves:
         taken = {name: leaf for name, leaf in batch.leaves.items() if name not in self.without}

@@ -6,7 +6,17 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from benchmarks.results import AGAIN, KEY, NO_BIASES, OURS, SPARSE, WALL_CLOCK, NewRow, Row
+from benchmarks.results import (
+    AGAIN,
+    KEY,
+    NO_BIASES,
+    OURS,
+    SPARSE,
+    WALL_CLOCK,
+    NewRow,
+    Row,
+    suite_of,
+)
 
 
 class Figure(NamedTuple):
@@ -49,13 +59,20 @@ class Results:
         self.rows = list(rows)
         self.measured = [row for row in self.rows if row["status"] == "ok"]
         self._by_key = {tuple(row[name] for name in KEY): row for row in self.measured}
-        # By threads: how far the interval of a control is from 1, as far as any. No interval shows
-        # what differs from start to start, such as where memory lies.
-        self.margins: dict[str, float] = defaultdict(float)
+        # By suite and threads: how far the interval of a control is from 1, as far as any. No
+        # interval shows what differs from start to start, such as where memory lies.
+        self.margins: dict[tuple[str, str], float] = defaultdict(float)
         for _, control, figure, _ in self.controls():
             low, high = figure.low or figure.value, figure.high or figure.value
-            threads = control["threads"]
-            self.margins[threads] = max(self.margins[threads], low - 1, 1 / high - 1)
+            setting = suite_of(control), control["threads"]
+            self.margins[setting] = max(self.margins[setting], low - 1, 1 / high - 1)
+
+    def margin(self, row: Row) -> float:
+        """Return the share that widens the intervals of a row: its suite's, or the largest."""
+        setting = suite_of(row), row["threads"]
+        if setting in self.margins:
+            return self.margins[setting]
+        return max((m for (_, n), m in self.margins.items() if n == row["threads"]), default=0.0)
 
     def beside(self, row: Row, **changes: str) -> Row | None:
         """Return the measured row that differs from ``row`` in ``changes`` alone."""
@@ -80,7 +97,7 @@ class Results:
         for row in rows:
             other = self.beside(row, variant=counterpart(row))
             if other and (figure := speed_up(other, row)):
-                side = figure.side_of(1, self.margins.get(row["threads"], 0.0))
+                side = figure.side_of(1, self.margin(row))
                 pairs.append(Comparison(other, row, figure, side))
         return pairs
 

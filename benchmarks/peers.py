@@ -105,7 +105,8 @@ def compiled(call: Call) -> Variant:
 for call in (plain.pool_norm, plain.swiglu, plain.project_tokens):
     peer(call.__name__, EAGER)(call)
     PEERS[call.__name__][COMPILED] = partial(compiled, call)
-peer("pool_norm", EAGER + AGAIN)(plain.pool_norm)
+    # Repeating products costs as much as they do: their controls take part where compiled ones do.
+    peer(call.__name__, EAGER + AGAIN, slow_start=call is not plain.pool_norm)(call)
 
 
 # ---- Liger-Kernel: its LayerNorm, and its silu(gate) * up between PyTorch's products. The backward

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.comparisons import Comparison, Results, where
-from benchmarks.results import KEY, Row
+from benchmarks.results import KEY, Row, suite_of
 from benchmarks.targets import verdicts
 from tokenflex.files import write_atomically
 
@@ -85,16 +85,23 @@ def noise(results: Results) -> str:
     if not controls:
         return ""
     lines = []
-    for threads, margin in results.margins.items():
-        figures = [pair.figure for pair in controls if pair.peer["threads"] == threads]
+    for (suite, threads), margin in results.margins.items():
+        figures = [
+            pair.figure
+            for pair in controls
+            if (suite_of(pair.peer), pair.peer["threads"]) == (suite, threads)
+        ]
         wrong = sum(figure.side_of(1) != 0 for figure in figures)
         median = np.median([abs(figure.value - 1) for figure in figures])
-        lines.append((threads, f"{wrong} of {len(figures)}", f"{median:.1%}", f"{margin:.1%}"))
-    columns = ("threads", "intervals without 1", "median distance from 1", "margin")
+        lines.append(
+            (suite, threads, f"{wrong} of {len(figures)}", f"{median:.1%}", f"{margin:.1%}")
+        )
+    columns = ("suite", "threads", "intervals without 1", "median distance from 1", "margin")
     return (
         "A control is a variant that takes turns with itself. Comparisons are called within noise "
         "if their 99 % interval, widened by the margin, has 1: the margin is that of the worst "
-        f"control.\n\n{table(columns, *lines)}"
+        "control of the suite, or of all suites where it has none.\n\n"
+        f"{table(columns, *lines)}"
     )
 
 

@@ -66,7 +66,7 @@ def judge(target: Row, results: Results) -> Verdict:
     if did_not_end(target, results):  # the number of missing cases is unknown
         left_out += ", and the suite did not end"
     reached = [f.value >= bound if at_least else f.value <= bound for f, _ in measured]
-    sides = [f.side_of(bound, results.margins.get(row["threads"], 0.0)) for f, row in measured]
+    sides = [f.side_of(bound, results.margin(row)) for f, row in measured]
     equal = sum(side == 0 and not met for side, met in zip(sides, reached, strict=True))
     reached = [met or side == 0 for side, met in zip(sides, reached, strict=True)]
     total = len(measured) + len(failed) + not_run

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import training_pace
+from benchmarks.results import RESULTS, ROOT, read_csv
 from benchmarks.training_pace import (
     FIXED,
     LOSS_LIMIT,
@@ -93,6 +94,11 @@ def test_measured_rows_replace_those_of_the_same_model_and_questions(tmp_path):
 def test_the_table_says_how_much_of_the_saving_becomes_time():
     fixed = row(model="tiny", loop=FIXED, ratio="1.25", arithmetic_saving="0.25")
     assert "20.0% of 25.0%: 80%" in format_table([fixed])
+
+
+def test_the_documentation_has_the_published_rows():
+    [path] = (RESULTS / "training-pace").glob("*.csv")
+    assert format_table(read_csv(path)) in (ROOT / "benchmarks/README.md").read_text("utf-8")
 
 
 @pytest.mark.slow
