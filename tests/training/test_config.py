@@ -401,10 +401,12 @@ def test_yaml_that_would_exhaust_the_machine_is_one_short_error(tmp_path, text):
 
 
 def test_a_large_value_is_not_printed(tmp_path):
-    many = {f"{'k' * 1000}{number}": 1 for number in range(1000)}
-    for value in (["x" * 1000] * 1000, "x" * 1_000_000, {"k" * 1_000_000: 1}, many):
+    for value in ("x" * 100_000, {"k" * 100_000: 1}):
         for key in ("seed", "model.pooling", "stages", "mode", "data"):
-            assert len(error_of(tmp_path, changed(key, value))) < 200_000
+            assert len(error_of(tmp_path, changed(key, value))) < 1000
+    many = {f"{'k' * 1000}{number}": 1 for number in range(1000)}
+    for key, value in (("stages", ["x" * 1000] * 1000), ("data", many)):
+        assert len(error_of(tmp_path, changed(key, value))) < 200_000
     assert error_of(tmp_path, changed("stages", ["x"] * 3000)).endswith("and 2000 more")
 
 
