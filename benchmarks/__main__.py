@@ -18,7 +18,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ceilings, host_cost, packing, pool_norm, project_tokens, swiglu
+from benchmarks import (
+    ceilings,
+    host_cost,
+    packing,
+    pool_norm,
+    project_and_pack,
+    project_tokens,
+    swiglu,
+)
 from benchmarks.harness import NO_TIME, Deadline
 from benchmarks.processes import watched_rows
 from benchmarks.report import report
@@ -45,6 +53,7 @@ SUITES = {
     "packing": packing,
     "pool_norm": pool_norm,
     "swiglu": swiglu,
+    "project_and_pack": project_and_pack,
     "project_tokens": project_tokens,
 }
 # On a CPU what takes longest comes last: it has the time that the others leave.

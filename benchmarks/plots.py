@@ -31,7 +31,7 @@ OUR_COLOUR, GREY, LOSS = "#1f4e79", "#b0b0b0", "#c1121f"
 PEER_COLOURS = ("#e07b39", "#4c9f70", "#b5495b", "#7a6bb0", "#c2a03a", "#8c6d5a", "#808080")
 MORE_COLOURS = ("#56b4e9", "#111111", "#d88fc0")
 OPS = (
-    *("pool_norm", "swiglu", "project_tokens"),
+    *("pool_norm", "swiglu", "project_tokens", "project_and_pack"),
     *("pack_embeddings", "merge_vision", "unpack_vision"),
 )
 MARKERS = {"float32": "o", "bfloat16": "D"}

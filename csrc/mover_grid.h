@@ -41,7 +41,7 @@ TOKENFLEX_HOST_DEVICE void move_as_thread(const PackMap& map, int64_t rows, int6
                                           int threads_per_row, int64_t block, int thread) {
   const int rows_per_block = kMoverBlock / threads_per_row;
   const int64_t row = block * rows_per_block + thread / threads_per_row;
-  if (row >= rows) return;
+  if (row >= rows || map.skips(row)) return;
   const RowCopy copy = map(row);
   const int lane = thread % threads_per_row;
   if (kWide) {

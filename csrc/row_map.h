@@ -5,9 +5,11 @@
 //
 //   packed[r] <- source[r] >= 0 ? table[source[r]] : vision[~source[r]]
 //
-// A plain gather is the same without vision rows. Row numbers are int32 in memory, offsets int64 in
-// registers: a tensor may pass 2^31 elements long before it has 2^31 rows. Strides are in bytes and may be
-// anything, 0 and negative included.
+// A plain gather is the same without vision rows. Where vision has no address, something else writes those
+// rows, and the mover skips them.
+//
+// Row numbers are int32 in memory, offsets int64 in registers: a tensor may pass 2^31 elements long before
+// it has 2^31 rows. Strides are in bytes and may be anything, 0 and negative included.
 #pragma once
 
 #include <cstdint>
@@ -49,6 +51,9 @@ struct PackMap {
   Rows packed;
   const int32_t* source;
 
+  TOKENFLEX_HOST_DEVICE bool skips(int64_t row) const {
+    return vision.data == nullptr && is_vision(source[row]);
+  }
   TOKENFLEX_HOST_DEVICE RowCopy operator()(int64_t row) const {
     const int32_t entry = source[row];
     return {is_vision(entry) ? vision.row(vision_row(entry)) : table.row(entry), packed.row(row)};

@@ -15,18 +15,19 @@ namespace {
 
 // Rows that are neighbours at both ends are copied together: a memcpy for each short row takes longer.
 void copy_range(const PackMap& map, int64_t begin, int64_t end, int64_t row_bytes) {
-  RowCopy run = map(begin);
-  int64_t bytes = row_bytes;
-  for (int64_t row = begin + 1; row < end; ++row) {
+  RowCopy run = {nullptr, nullptr};
+  int64_t bytes = 0;
+  for (int64_t row = begin; row < end; ++row) {
+    if (map.skips(row)) continue;
     const RowCopy copy = map(row);
-    if (copy.from == run.from + bytes && copy.to == run.to + bytes) {
+    if (bytes > 0 && copy.from == run.from + bytes && copy.to == run.to + bytes) {
       bytes += row_bytes;
       continue;
     }
-    std::memcpy(run.to, run.from, size_t(bytes));
+    if (bytes > 0) std::memcpy(run.to, run.from, size_t(bytes));
     run = copy, bytes = row_bytes;
   }
-  std::memcpy(run.to, run.from, size_t(bytes));
+  if (bytes > 0) std::memcpy(run.to, run.from, size_t(bytes));
 }
 
 void split_range(const SplitMap& map, int64_t begin, int64_t end, int64_t row_bytes) {

@@ -213,6 +213,25 @@ py::object pack_tensors(py::handle table, py::handle vision, py::handle source, 
   return packed;
 }
 
+// packed[r] = table[source[r]] where source[r] >= 0; vision rows are left as they are. Returns whether the
+// tensors are ordinary, fit together, and have been written to.
+bool write_text(py::handle packed, py::handle table, py::handle source, int64_t num_vision,
+                int64_t least_table, int threads) {
+  const auto to = float_rows(packed), from = float_rows(table);
+  const auto ints = host_ints(source);
+  if (!to || !from || !ints || to->count != ints->count) return false;
+  if (!(to->dtype == from->dtype) || to->width != from->width || from->count < least_table) {
+    return false;
+  }
+  const auto entries = static_cast<const int32_t*>(ints->data);
+  const PackMap map = {from->const_rows(), {nullptr, 0}, {to->data, to->stride}, entries};
+  maybe_without_gil(ints->count * to->row_bytes(), [&] {
+    check_source(entries, ints->count, from->count, num_vision);
+    move_rows(map, ints->count, to->row_bytes(), threads);
+  });
+  return true;
+}
+
 std::vector<int32_t> merge_source(const IntsView& vision_rows, int64_t rows) {
   std::vector<int32_t> source(static_cast<size_t>(rows));
   const auto fill = [&](const auto* numbers) {
@@ -297,8 +316,15 @@ PyObject* call_pack_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t co
   });
 }
 
-// The same for a call in plain eager mode alone, which `record` is to record with its `others`: those
-// arguments that are no floats. None for calls that need not be recorded.
+PyObject* call_write_text(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return with_python_errors(count, 6, [&]() -> py::object {
+    return py::bool_(write_text(arguments[0], arguments[1], arguments[2], integer(arguments[3]),
+                                integer(arguments[4]), int(integer(arguments[5]))));
+  });
+}
+
+// As `pack_tensors`, for a call in plain eager mode alone, which `record` is to record with its
+// `others`: those arguments that are no floats. None for calls that need not be recorded.
 PyObject* call_pack_eagerly(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return with_python_errors(count, 9, [&]() -> py::object {
     const py::handle record = arguments[7], others = arguments[8];
@@ -335,6 +361,7 @@ PyObject* call_merge_gradients(PyObject*, PyObject* const* arguments, Py_ssize_t
 
 void define_tensor_calls(py::module_& module) {
   static PyMethodDef methods[] = {method("pack_tensors", &call_pack_tensors),
+                                  method("write_text", &call_write_text),
                                   method("pack_eagerly", &call_pack_eagerly),
                                   method("merge_eagerly", &call_merge_eagerly),
                                   method("merge_gradients", &call_merge_gradients),

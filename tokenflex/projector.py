@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, is_one_count, token_grid
 from tokenflex.counts import token_grids as grids_of_counts
 from tokenflex.positions import NUM_FEATURES, cell_positions, check_position
+from tokenflex_kernels import PackPlan, pack_embeddings, project_and_pack
 from tokenflex_kernels.checks import (
     check_count,
     check_eps,
@@ -153,6 +156,41 @@ class TokenAdaptiveProjector(nn.Module):
         tokens = self._project(rows, plan)
         return tokens.view(num_images, out_grid[0] * out_grid[1], self.text_width)
 
+    def pack(
+        self, features: torch.Tensor, plan: PoolPlan, embedding: torch.Tensor, packing: PackPlan
+    ) -> torch.Tensor:
+        """Return the vision tokens and a batch's text in one packed buffer.
+
+        The same as packing the tokens of :meth:`forward`. Where nothing adds to what ``forward``
+        computes, they are written into the buffer as they are computed.
+
+        Args:
+            features: float [sum of L, C].
+            plan: the images' patch grids and grids of tokens.
+            embedding: float [V, D], the embedding table of the text. The tokens are moved to its
+                device and dtype.
+            packing: the batch's plan, on the device of ``embedding``.
+
+        Returns:
+            [total, D] in the dtype of ``embedding``.
+        """
+        is_alike = features.device == embedding.device and features.dtype == embedding.dtype
+        if is_alike and self._is_called_plainly() and self._is_plain():
+            options = self._fused_options()
+            return project_and_pack(features, plan, embedding=embedding, plan=packing, **options)
+        tokens = self(features, plan=plan).to(embedding.device, embedding.dtype)
+        return pack_embeddings(embedding, tokens, packing)
+
+    def _is_called_plainly(self) -> bool:
+        """Return True if a call computes what the submodules do, and nobody else sees it."""
+        return (
+            type(self) is TokenAdaptiveProjector
+            and self.position is None
+            and self._compiled_call_impl is None
+            and not _is_hooked(self)
+            and not _has_any_global_hook()
+        )
+
     def _project(self, rows: torch.Tensor, plan: PoolPlan) -> torch.Tensor:
         tokens = self._project_pooled(rows, plan)
         if self.position is None:
@@ -167,21 +205,23 @@ class TokenAdaptiveProjector(nn.Module):
     def _project_pooled(self, rows: torch.Tensor, plan: PoolPlan) -> torch.Tensor:
         if not self._is_plain():
             return self._project_by_modules(rows, plan)
-        return project_tokens(
-            rows,
-            plan,
-            norm_weight=self.layernorm.weight,
-            norm_bias=self.layernorm.bias,
-            gate_weight=self.gate.weight,
-            gate_bias=self.gate.bias,
-            up_weight=self.up.weight,
-            up_bias=self.up.bias,
-            down_weight=self.down.weight,
-            down_bias=self.down.bias,
-            mode=self.pooling,
-            eps=self.layernorm.eps,
-            save=self.save,
-        )
+        return project_tokens(rows, plan, **self._fused_options())
+
+    def _fused_options(self) -> dict[str, Any]:
+        """Return the arguments of the fused ops that are the projector's."""
+        return {
+            "norm_weight": self.layernorm.weight,
+            "norm_bias": self.layernorm.bias,
+            "gate_weight": self.gate.weight,
+            "gate_bias": self.gate.bias,
+            "up_weight": self.up.weight,
+            "up_bias": self.up.bias,
+            "down_weight": self.down.weight,
+            "down_bias": self.down.bias,
+            "mode": self.pooling,
+            "eps": self.layernorm.eps,
+            "save": self.save,
+        }
 
     def _is_plain(self) -> bool:
         """Return True if the submodules are plain layers, as the fused op assumes.
@@ -192,14 +232,7 @@ class TokenAdaptiveProjector(nn.Module):
         return (
             type(self.layernorm) is nn.LayerNorm
             and all(type(linear) is nn.Linear for linear in linears)
-            and not any(
-                "forward" in vars(module)  # replaced on the instance, as accelerate does
-                or module._forward_hooks
-                or module._forward_pre_hooks
-                or module._backward_hooks
-                or module._backward_pre_hooks
-                for module in (self.layernorm, *linears)
-            )
+            and not any(map(_is_hooked, (self.layernorm, *linears)))
         )
 
     def _project_by_modules(self, rows: torch.Tensor, plan: PoolPlan) -> torch.Tensor:
@@ -215,6 +248,16 @@ class TokenAdaptiveProjector(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_tokens={self.num_tokens}, pooling={self.pooling!r}, save={self.save!r}"
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        "forward" in vars(module)  # replaced on the instance, as accelerate does
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def _patch_grids(

@@ -24,6 +24,7 @@ from tokenflex_kernels.packing import (
 )
 from tokenflex_kernels.pool_norm.op import pool_norm
 from tokenflex_kernels.pool_norm.plan import PoolPlan, plan_pooling
+from tokenflex_kernels.project_and_pack.op import project_and_pack
 from tokenflex_kernels.project_tokens.op import project_tokens
 from tokenflex_kernels.swiglu.op import swiglu
 
@@ -38,6 +39,7 @@ __all__ = [
     "plan_packing",
     "plan_pooling",
     "pool_norm",
+    "project_and_pack",
     "project_tokens",
     "swiglu",
     "unpack_vision",

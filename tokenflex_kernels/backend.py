@@ -30,6 +30,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "pool_norm": ("triton", "native"),
     "swiglu": ("triton", "native"),
     "project_tokens": ("triton", "native"),
+    "project_and_pack": ("triton", "native"),
     "plan_packing": ("native",),
     "pack_embeddings": ("cuda", "native"),
     "unpack_vision": ("cuda", "native"),

@@ -55,7 +55,7 @@ Config = RowConfig | TileConfig
 Buckets = tuple[tuple[int | None, Config | None], ...]  # (up_to, config)
 
 # The kind of config of each stage. Those of PRODUCTS may be "library" instead: PyTorch's matrix
-# product (cuBLAS), followed by a pointwise kernel where needed.
+# product (cuBLAS), followed by a pointwise kernel, or by packing, where needed.
 STAGES: dict[str, type[RowConfig] | type[TileConfig]] = {
     "pool_norm_forward": RowConfig,
     "pool_norm_backward": RowConfig,
@@ -65,8 +65,9 @@ STAGES: dict[str, type[RowConfig] | type[TileConfig]] = {
     "down_gradient": TileConfig,
     "input_gradient": TileConfig,
     "pointwise": TileConfig,
+    "packed_down": TileConfig,
 }
-PRODUCTS = ("gate_up", "down_gradient", "input_gradient")
+PRODUCTS = ("gate_up", "down_gradient", "input_gradient", "packed_down")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INTERPRETER = "interpreter"

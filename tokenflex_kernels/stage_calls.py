@@ -17,6 +17,7 @@ from tokenflex_kernels.pool_norm.stages import (
     launch_pool_norm_forward,
     launch_scale_shift,
 )
+from tokenflex_kernels.project_and_pack.stages import launch_packed_down
 from tokenflex_kernels.swiglu.stages import (
     gated_product,
     launch_down_gradient,
@@ -150,6 +151,13 @@ def _tile_stages(
         dy = rows(tokens, widths.text)
         for name, flags in GRADIENTS.items():
             yield name, partial(launch_down_gradient, dy, down_weight, hidden, hidden, *flags)
+    elif stage == "packed_down":
+        down_weight = rows(widths.text, widths.hidden, scale=widths.hidden**-0.5)
+        # A batch without text: text rows take as long in all variants.
+        place = torch.arange(tokens, dtype=torch.int32, device=hidden.device)
+        row = rows(1, widths.text), ~place, place, -1
+        yield "bias", partial(launch_packed_down, hidden, down_weight, rows(widths.text), *row)
+        yield "", partial(launch_packed_down, hidden, down_weight, None, *row)
     else:  # pointwise: the rest of a stage whose product is the library's
         yield "product", partial(gated_product, hidden, hidden)
         for name, flags in GRADIENTS.items():

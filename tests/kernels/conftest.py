@@ -16,6 +16,7 @@ import torch
 
 from tokenflex_kernels import backend, launch, launch_configs
 from tokenflex_kernels.pool_norm import stages as pool_norm_stages
+from tokenflex_kernels.project_and_pack import stages as project_and_pack_stages
 from tokenflex_kernels.swiglu import stages as swiglu_stages
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -66,7 +67,7 @@ def launched(monkeypatch) -> list[str]:
             names.append(kernel.__name__.removesuffix("_kernel"))
         launch.launch(kernel, programs, *args, **options)
 
-    for module in (pool_norm_stages, swiglu_stages):
+    for module in (pool_norm_stages, swiglu_stages, project_and_pack_stages):
         monkeypatch.setattr(module, "launch", record)
     return names
 
@@ -98,6 +99,6 @@ def stages(monkeypatch):
             ran.append((name, dict(frame.f_locals)))
         return launch_configs.config_for(stage, *call)
 
-    for module in (pool_norm_stages, swiglu_stages):
+    for module in (pool_norm_stages, swiglu_stages, project_and_pack_stages):
         monkeypatch.setattr(module, "config_for", record)
     return ran

@@ -51,6 +51,7 @@ from tokenflex_kernels.launch_configs import INTERPRETER, launch_config, overrid
 from tokenflex_kernels.pool_norm.plan import plan_pooling, plan_uniform
 from tokenflex_kernels.pool_norm.stages import (
     launch_pool_norm_backward, launch_pool_norm_forward, launch_scale_shift)
+from tokenflex_kernels.project_and_pack.stages import launch_packed_down
 from tokenflex_kernels.swiglu.stages import (
     launch_down_gradient, launch_gate_up, launch_input_gradient)
 
@@ -105,13 +106,15 @@ gate, bias, down = rows(HIDDEN, WIDTH), rows(HIDDEN), rows(TEXT, HIDDEN)
 lengths = [1, 2, 15, 16, 17, 32, 64, 128, 4096, 65536, 2**20, *range(255, 294)]
 assert len(set(lengths)) == 50
 for length in lengths:
-    x = rows(length, WIDTH)
+    x, row_map = rows(length, WIDTH), rows(length, dtype=torch.int32)
     for fused in (config, None):
-        products = dict.fromkeys(("gate_up", "down_gradient", "input_gradient"), fused)
+        names = "gate_up", "down_gradient", "input_gradient", "packed_down"
+        products = dict.fromkeys(names, fused)
         with overriding(pointwise=config, **products):
             product, g, u = launch_gate_up(x, gate, gate, bias, bias, True, True)
             grads, _, _ = launch_down_gradient(rows(length, TEXT), down, g, u, True, True)
             launch_input_gradient(grads, gate, gate)
+            launch_packed_down(product, down, rows(TEXT), rows(3, TEXT), row_map, row_map, -1)
 report()
 """
 
@@ -142,6 +145,7 @@ class TestCompilations:
             "gate_up_kernel",
             "down_gradient_kernel",
             "input_gradient_kernel",
+            "packed_down_kernel",
             "gated_product_kernel",
             "gate_gradient_kernel",
         )

@@ -20,6 +20,7 @@ OPS = (
     "pool_norm",
     "swiglu",
     "project_tokens",
+    "project_and_pack",
     "plan_packing",
     "pack_embeddings",
     "unpack_vision",

@@ -206,6 +206,19 @@ def test_the_threads_of_a_device_pack_every_row(row_bytes, which, lies):
         assert np.array_equal(packed[row], table[entry] if entry >= 0 else vision[~entry])
 
 
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_without_an_address_of_vision_its_rows_are_left_as_they_are(where):
+    table, packed = Rows.random(3, 48), Rows.random(len(SOURCE), 48)
+    before = [packed[row].copy() for row in range(len(SOURCE))]
+    job = (*table.place, 0, 0, *packed.place, SOURCE.ctypes.data, len(SOURCE), 48)
+    if where == "device":
+        extension().pack_rows_by_threads(*job, True)
+    else:
+        extension().pack_rows(*job, 3, 4, False, 1)
+    for row, entry in enumerate(SOURCE.tolist()):
+        assert np.array_equal(packed[row], table[entry] if entry >= 0 else before[row])
+
+
 def grid_of(stride, row_bytes, rows, offset=0):
     """(wide, threads_per_row, blocks) for a table at address ``offset``, and no row moved."""
     job = (offset, stride, 0, stride, 0, stride, 0, rows, row_bytes)

@@ -41,6 +41,16 @@ PROJECTOR = {
         " Tensor up_weight, Tensor? up_bias, Tensor down_weight, Tensor? down_bias, Tensor grids,"
         " SymInt cells, str mode, float eps, str save) -> Tensor"
     ),
+    "project_and_pack": (
+        "(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor gate_weight, Tensor? gate_bias,"
+        " Tensor up_weight, Tensor? up_bias, Tensor down_weight, Tensor? down_bias,"
+        " Tensor embedding, Tensor grids, Tensor source, Tensor vision_rows, SymInt cells,"
+        " str mode, float eps, str save, SymInt vision_start) -> Tensor"
+    ),
+    "packed_down": (
+        "(Tensor product, Tensor down_weight, Tensor? down_bias, Tensor embedding, Tensor source,"
+        " Tensor vision_rows, SymInt vision_start) -> Tensor"
+    ),
     "grid_tensor": "(SymInt[] runs) -> Tensor",
     "pool_axis": "(Tensor x, SymInt cells, str mode) -> Tensor",
     "spread_axis": "(Tensor grad, SymInt size, str mode) -> Tensor",

@@ -73,6 +73,7 @@ def grade_forced(
         num_image_tokens=images.grids,
         shared_prefixes=batch.shared_prefixes,
         logits_to_keep=batch.target_rows,
+        output_image_hidden_states=False,
     ).logits[0]
     hits = (logits.argmax(-1) == batch.targets).cpu().split(row.targets_per_conversation)
     # In parts, because the probabilities of all rows would be another copy of the logits.

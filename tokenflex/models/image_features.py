@@ -13,7 +13,12 @@ from transformers.utils.generic import can_return_tuple
 from tokenflex.counts import Grid, ImageTokenCounts, token_grids
 from tokenflex.models.auto_counts import refuse_auto
 from tokenflex.models.configuration import TokenFlexConfig
-from tokenflex.models.placeholders import ImageTokens, check_device, in_order
+from tokenflex.models.placeholders import (
+    ImageTokens,
+    UnprojectedImages,
+    check_device,
+    in_order,
+)
 from tokenflex.models.vision import EncodedImages, encode
 from tokenflex.projector import TokenAdaptiveProjector
 from tokenflex_kernels import plan_pooling
@@ -95,7 +100,7 @@ class ImageFeatures:
                         f"encoded_images come from an encoder that has run: give no {name} with "
                         "them"
                     )
-        images = self._project(encoded_images, num_image_tokens)
+        images = self._unprojected(encoded_images, num_image_tokens).project()
         per_image = list(images.tokens.split(images.counts))
         return BaseModelOutputWithPooling(
             last_hidden_state=encoded_images.features,
@@ -112,25 +117,33 @@ class ImageFeatures:
         encoded_images: EncodedImages | None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
         image_index: Sequence[int] | None,
-    ) -> ImageTokens | None:
-        """Return the vision tokens of a call's images as they are shown, None without images."""
-        images = self._projected_images(
+        project: bool,
+    ) -> ImageTokens | UnprojectedImages | None:
+        """Return the vision tokens of a call's images as they are shown, None without images.
+
+        With ``project=False`` they may be left to be computed as they are packed.
+        """
+        images = self._images(
             pixel_values, num_image_tokens, grids, encoded_images, mm_encoder_outputs
         )
+        if isinstance(images, UnprojectedImages):
+            if not project and image_index is None:
+                return images
+            images = images.project()
         if image_index is None:
             return images
         if images is None:
             raise ValueError("image_index tells where images are shown: give the images with it")
         return images.shown(image_index)
 
-    def _projected_images(
+    def _images(
         self,
         pixel_values: torch.Tensor | None,
         num_image_tokens: ImageTokenCounts | None,
         grids: Grid | Sequence[Grid] | None,
         encoded_images: EncodedImages | None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
-    ) -> ImageTokens | None:
+    ) -> ImageTokens | UnprojectedImages | None:
         outputs = (mm_encoder_outputs or {}).get("image")
         sources = [outputs, pixel_values, encoded_images]
         if sum(source is not None for source in sources) > 1:
@@ -145,7 +158,7 @@ class ImageFeatures:
             return None
         elif grids is not None:
             raise ValueError("encoded_images hold their grids: give no grids with them")
-        return self._project(encoded_images, num_image_tokens)
+        return self._unprojected(encoded_images, num_image_tokens)
 
     def _encode(
         self, pixel_values: torch.Tensor, grids: Grid | Sequence[Grid] | None, **options: Any
@@ -155,9 +168,9 @@ class ImageFeatures:
             pixel_values = pixel_values.to(self.dtype)
         return encode(self.vision_model, self.config.vision_config, pixel_values, grids, **options)
 
-    def _project(
+    def _unprojected(
         self, encoded_images: EncodedImages, num_image_tokens: ImageTokenCounts | None
-    ) -> ImageTokens:
+    ) -> UnprojectedImages:
         refuse_auto(num_image_tokens)
         counts = self.projector.num_tokens if num_image_tokens is None else num_image_tokens
         out_grids = token_grids(counts, len(encoded_images), name="num_image_tokens")
@@ -166,8 +179,9 @@ class ImageFeatures:
         features, dtype = encoded_images.features, next(self.projector.parameters()).dtype
         if dtype != torch.float32:  # float32 weights serve any features, others their own type
             features = features.to(dtype)
-        tokens = self.projector(features, plan=plan_pooling(encoded_images.grids, out_grids))
-        return ImageTokens(tokens, [height * width for height, width in out_grids])
+        pooling = plan_pooling(encoded_images.grids, out_grids)
+        per_image = [height * width for height, width in out_grids]
+        return UnprojectedImages(self.projector, features, pooling, per_image)
 
     def _warn_of_unknown(self, grids: list[Grid]) -> None:
         if not self._known_counts or self._known_counts.issuperset(grids):

@@ -46,7 +46,12 @@ from tokenflex.models.head import build_head, transform_logits
 from tokenflex.models.image_features import ImageFeatures
 from tokenflex.models.loss import head_cross_entropy, head_distillation
 from tokenflex.models.packed import pack_prompts
-from tokenflex.models.placeholders import check_placeholder, merge_prompt
+from tokenflex.models.placeholders import (
+    ImageTokens,
+    UnprojectedImages,
+    check_placeholder,
+    merge_prompt,
+)
 from tokenflex.models.prefixes import SharedPrefixes
 from tokenflex.models.vision import EncodedImages
 from tokenflex.projector import TokenAdaptiveProjector
@@ -93,7 +98,8 @@ class TokenFlexModelOutput(BaseModelOutputWithPast):
     """Output of the model without its head.
 
     Attributes:
-        image_hidden_states: [sum of counts, D], the vision tokens; None without images.
+        image_hidden_states: [sum of counts, D], the vision tokens; None without images, and with
+            ``output_image_hidden_states=False``.
     """
 
     image_hidden_states: torch.Tensor | None = None
@@ -156,6 +162,7 @@ class TokenFlexModel(ImageFeatures, TokenFlexPreTrainedModel):
         plan: PackPlan | None = None,
         shared_prefixes: SharedPrefixes | None = None,
         target_rows: torch.Tensor | None = None,
+        output_image_hidden_states: bool = True,
         **kwargs: Any,
     ) -> TokenFlexModelOutput:
         """Return hidden states of a padded batch, or of a packed row when ``plan`` is given.
@@ -167,7 +174,9 @@ class TokenFlexModel(ImageFeatures, TokenFlexPreTrainedModel):
         if plan is not None and image_index is not None:
             raise ValueError("image_index is part of the plan: give it to plan_packing")
         images = self._image_tokens(
-            pixel_values, num_image_tokens, grids, encoded_images, mm_encoder_outputs, image_index
+            *(pixel_values, num_image_tokens, grids, encoded_images, mm_encoder_outputs),
+            image_index,
+            project=plan is None or output_image_hidden_states,
         )
         prompt = {
             "input_ids": input_ids,
@@ -178,6 +187,7 @@ class TokenFlexModel(ImageFeatures, TokenFlexPreTrainedModel):
         if plan is None:
             if shared_prefixes is not None:
                 raise ValueError("shared_prefixes are those of a plan: give the plan with them")
+            assert not isinstance(images, UnprojectedImages)
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             inputs = merge_prompt(
                 self.get_input_embeddings(), self.config, images, **prompt, seen=seen
@@ -201,7 +211,9 @@ class TokenFlexModel(ImageFeatures, TokenFlexPreTrainedModel):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=None if images is None else images.tokens,
+            image_hidden_states=images.tokens
+            if isinstance(images, ImageTokens) and output_image_hidden_states
+            else None,
         )
 
 
@@ -210,7 +222,8 @@ class TokenFlexOutput(CausalLMOutputWithPast):
     """Output of the model.
 
     Attributes:
-        image_hidden_states: [sum of counts, D], the vision tokens; None without images.
+        image_hidden_states: [sum of counts, D], the vision tokens; None without images, with
+            ``targets`` and with ``output_image_hidden_states=False``.
         distillation_loss: scalar, the weighted sum of KL(p_teacher || p_student) over the targets,
             without a gradient; None without a teacher.
     """
@@ -324,6 +337,7 @@ class TokenFlexForConditionalGeneration(
         target_rows: torch.Tensor | None = None,
         teacher: dict[str, Any] | None = None,
         distillation: float = 0.0,
+        output_image_hidden_states: bool = True,
         **kwargs: Any,
     ) -> TokenFlexOutput:
         """Return logits, and the loss where ``labels`` are given; with ``targets`` the loss alone.
@@ -368,11 +382,13 @@ class TokenFlexForConditionalGeneration(
                 gradients, over images that are encoded once for both.
             distillation: the weight of KL(p_teacher || p_student) at the targets in the loss; see
                 :func:`tokenflex.models.loss.head_distillation`.
+            output_image_hidden_states: False returns no ``image_hidden_states``. With ``plan`` the
+                projector can then write the vision tokens straight into the packed row.
 
         Returns:
             ``logits`` [B, L, V] ([1, total, V] for a packed row), ``loss``, ``past_key_values``.
-            With ``targets`` no logits, and the loss is their weighted sum; with ``teacher`` also
-            ``distillation_loss``.
+            With ``targets`` no logits and no ``image_hidden_states``, and the loss is their
+            weighted sum; with ``teacher`` also ``distillation_loss``.
 
         Raises:
             ValueError: placeholders, counts and tiles do not fit together; both numbers are named.
@@ -399,6 +415,7 @@ class TokenFlexForConditionalGeneration(
             image_index=image_index,
             plan=plan,
             shared_prefixes=shared_prefixes,
+            output_image_hidden_states=output_image_hidden_states and targets is None,
             return_dict=True,
             **kwargs,
         )
@@ -472,7 +489,9 @@ class TokenFlexForConditionalGeneration(
         # PyTorch before #165068 caches casts without gradients, which the student would reuse.
         autocasts = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=autocasts, cache_enabled=False):
-            hidden = self.model(encoded_images=images, return_dict=True, **inputs).last_hidden_state
+            hidden = self.model(
+                encoded_images=images, output_image_hidden_states=False, return_dict=True, **inputs
+            ).last_hidden_state
         return hidden.index_select(1, logits_to_keep).flatten(0, 1)
 
     def _target_loss(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from tokenflex.models.attention import PACKED_ATTENTION
 from tokenflex.models.attention_blocks import AttentionBlocks
 from tokenflex.models.configuration import TokenFlexConfig
-from tokenflex.models.placeholders import ImageTokens
+from tokenflex.models.placeholders import ImageTokens, UnprojectedImages, image_of_each
 from tokenflex.models.prefixes import SharedPrefixes
 from tokenflex.positions import shared_image_positions
 from tokenflex_kernels import PackPlan, merge_vision, pack_embeddings
@@ -22,7 +22,7 @@ def pack_prompts(
     language_model: PreTrainedModel,
     config: TokenFlexConfig,
     plan: PackPlan,
-    images: ImageTokens | None,
+    images: ImageTokens | UnprojectedImages | None,
     shared_prefixes: SharedPrefixes | None,
     position_ids: torch.Tensor | None = None,
 ) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def pack_prompts(
                 "image_positions='shared' packs with the language model's attention "
                 f"{PACKED_ATTENTION!r} or flash: {attention!r} knows samples by their positions"
             )
-        rows, shown = plan.vision_rows, images.image_of_each(plan.vision_rows.device)
+        rows, shown = plan.vision_rows, image_of_each(images.counts, plan.vision_rows.device)
         if plan.image_index is not None:
             rows, order = rows.sort()
             shown = shown[plan.vision_tokens()[order]]
@@ -80,15 +80,23 @@ def pack_prompts(
     return inputs
 
 
-def _pack(embedding: Any, plan: PackPlan, images: ImageTokens | None) -> torch.Tensor:
+def _pack(
+    embedding: Any, plan: PackPlan, images: ImageTokens | UnprojectedImages | None
+) -> torch.Tensor:
     """Return the embedded row, [total, D]."""
     table: torch.Tensor = embedding.weight
+    is_plain = type(embedding) is nn.Embedding and type(table) in (torch.Tensor, nn.Parameter)
+    if images is not None:
+        _check_counts(plan, images.counts)
+    if isinstance(images, UnprojectedImages):
+        if is_plain:
+            return images.projector.pack(images.features, images.pooling, table, plan)
+        images = images.project()
     if images is None:
         vision = table.new_zeros(0, table.shape[1])
     else:
-        _check_counts(plan, images.counts)
         vision = images.tokens.to(table.device, table.dtype)
-    if type(embedding) is nn.Embedding and type(table) in (torch.Tensor, nn.Parameter):
+    if is_plain:
         return pack_embeddings(table, vision, plan)
     # Scaled, adapted or sharded: more than its table.
     if plan.image_index is not None:

@@ -14,7 +14,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.positions import shared_image_positions
-from tokenflex_kernels import merge_vision
+from tokenflex.projector import TokenAdaptiveProjector
+from tokenflex_kernels import PoolPlan, merge_vision
 from tokenflex_kernels.checks import check_ints
 
 T = TypeVar("T")
@@ -45,11 +46,33 @@ class ImageTokens:
         tokens = torch.cat(per_image) if per_image else self.tokens[:0]
         return ImageTokens(tokens, in_order(self.counts, image_index))
 
-    def image_of_each(self, device: torch.device) -> torch.Tensor:
-        """Return the image of each token, int64 [sum of counts]."""
-        sizes = torch.tensor(self.counts, dtype=torch.int64, device=device)
-        images = torch.arange(len(self.counts), device=device)
-        return images.repeat_interleave(sizes, output_size=sum(self.counts))
+
+@dataclass(frozen=True)
+class UnprojectedImages:
+    """Images whose vision tokens :meth:`project` computes, or packing.
+
+    Attributes:
+        projector: makes the tokens.
+        features: [sum of H*W, C], the patch features of one image after another.
+        pooling: the images' patch grids and grids of tokens.
+        counts: vision tokens of each image; host ints.
+    """
+
+    projector: TokenAdaptiveProjector
+    features: torch.Tensor
+    pooling: PoolPlan
+    counts: list[int]
+
+    def project(self) -> ImageTokens:
+        """Return the vision tokens."""
+        return ImageTokens(self.projector(self.features, plan=self.pooling), self.counts)
+
+
+def image_of_each(counts: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Return the image of each vision token, int64 [sum of counts]."""
+    sizes = torch.tensor(counts, dtype=torch.int64, device=device)
+    images = torch.arange(len(counts), device=device)
+    return images.repeat_interleave(sizes, output_size=sum(counts))
 
 
 def in_order(images: Sequence[T], image_index: Sequence[int] | torch.Tensor) -> list[T]:
@@ -118,7 +141,7 @@ def merge_prompt(
             if attention_mask is None:  # or transformers takes equal positions for new samples
                 attention_mask = rows.new_ones(batch, seen + length)
             flat = position_ids.expand(batch, length).flatten()
-            shared = shared_image_positions(flat, rows, images.image_of_each(rows.device))
+            shared = shared_image_positions(flat, rows, image_of_each(images.counts, rows.device))
             position_ids = shared.view(batch, length)
     return {
         "inputs_embeds": inputs_embeds,

@@ -81,9 +81,8 @@ def pack_embeddings(
         )
         if packed is not None:
             return packed
-    _check_rows("embedding", embedding, ndim=2)
     _check_rows("vision", vision, ndim=2)
-    _check_plan(plan, "embedding", embedding)
+    check_table(embedding, plan)
     if plan.shown_once:
         _check_vision(
             vision, plan.vision_rows.shape[0], "entry of plan.vision_rows", "embedding", embedding
@@ -91,11 +90,6 @@ def pack_embeddings(
     else:
         tokens = "vision token of plan.token_counts"
         _check_vision(vision, plan.num_vision_tokens, tokens, "embedding", embedding)
-    if plan.max_token_id >= embedding.shape[0]:
-        raise ValueError(
-            f"embedding must have a row for every text token: the plan's largest id is "
-            f"{plan.max_token_id}, but embedding has {embedding.shape[0]} rows"
-        )
     if not isinstance(sparse_grad, bool):
         raise TypeError(f"sparse_grad must be a bool, got {sparse_grad!r}")
     vision = _like_autocast("vision", vision, "embedding", embedding)
@@ -202,6 +196,17 @@ def merge_vision(
 def _may_run_eagerly(op: str) -> bool:
     """Return whether to try ``op`` by one call into the extension, which checks the rest."""
     return not torch.compiler.is_compiling() and select_backend(op) == "native"
+
+
+def check_table(embedding: torch.Tensor, plan: PackPlan) -> None:
+    """Check the embedding table, [V, D], and that the plan's text rows are in it."""
+    _check_rows("embedding", embedding, ndim=2)
+    _check_plan(plan, "embedding", embedding)
+    if plan.max_token_id >= embedding.shape[0]:
+        raise ValueError(
+            f"embedding must have a row for every text token: the plan's largest id is "
+            f"{plan.max_token_id}, but embedding has {embedding.shape[0]} rows"
+        )
 
 
 def _check_plan(plan: PackPlan, name: str, tensor: torch.Tensor) -> None:

@@ -495,6 +495,29 @@ def _pack_rows(
     return packed
 
 
+def write_text(
+    packed: torch.Tensor, embedding: torch.Tensor, source: torch.Tensor, num_vision: int
+) -> None:
+    """Write the text rows of ``packed``, [rows, D] and contiguous, from the embedding table.
+
+    The rows of the ``num_vision`` vision tokens, each shown once, are left as they are.
+    """
+    _check_map("source", source)
+    embedding = neighbours(embedding)
+    rows, width = packed.shape
+    row_bytes = width * packed.element_size()
+    no_vision = 0, 0
+    job = (
+        *(*_rows(embedding), *no_vision, packed.data_ptr(), row_bytes),
+        *(source.data_ptr(), rows, row_bytes),
+    )
+    if packed.is_cuda:
+        compiled_extension().pack_rows_cuda(*job, *_place(packed))
+    else:
+        bounds = embedding.size(0), num_vision, False
+        compiled_extension().pack_rows(*job, *bounds, *_place(packed))
+
+
 def _check_map(name: str, rows: torch.Tensor) -> None:
     if rows.dtype is not torch.int32 or not rows.is_contiguous():
         raise TypeError(

@@ -58,6 +58,8 @@ class PackPlan(SetOnce):
     """Vision tokens of all images, shown or not."""
     shown_once: bool = True
     """Each vision token has exactly one row."""
+    vision_start: int = -1
+    """The row of the first vision token where all of them follow it in their order; else -1."""
     max_seqlen: int
     """Rows of the longest sample, 0 in an empty batch."""
     max_token_id: int
@@ -188,6 +190,7 @@ def plan_packing(
     lengths = tuple(np.diff(fields["cu_seqlens"]).tolist())
     # numpy's memory: torch would allocate on the default device, or not at all under a
     # FakeTensorMode.
+    vision_start = _start_of_run(fields["vision_rows"])
     fields |= {name: torch.from_numpy(fields[name]) for name in _TENSORS}
     return PackPlan(
         **fields,
@@ -196,8 +199,16 @@ def plan_packing(
         image_index=None if images is None else tuple(images.tolist()),
         num_vision_tokens=int(counts.sum()),
         shown_once=images is None or np.array_equal(np.sort(images), np.arange(counts.size)),
+        vision_start=vision_start,
         max_seqlen=max(lengths, default=0),
     )
+
+
+def _start_of_run(rows: np.ndarray) -> int:
+    """Return the first of row numbers that ascend by 1, else -1."""
+    if rows.size == 0 or rows[-1] - rows[0] + 1 != rows.size or not (np.diff(rows) == 1).all():
+        return -1
+    return int(rows[0])
 
 
 def _check_samples(name: str, samples: Sequence[Ints]) -> list[np.ndarray]:

@@ -49,10 +49,13 @@ def fit(x: torch.Tensor, weights: ProjectorWeights) -> bool:
     return fits
 
 
-def forward(
+def gated_product(
     x: torch.Tensor, weights: ProjectorWeights, batch: Batch, records: bool
 ) -> tuple[torch.Tensor, Kept] | None:
-    """Return the tokens and what is kept; None where x or the norm's parameters do not fit."""
+    """Return the input of the down projection, [T, H], and the tensors that backward needs.
+
+    None where x or the norm's parameters do not fit. To be called below autograd.
+    """
     through_gate = keep_rows = keep_gate_up = keep_product = False
     if records:
         through_gate = torch._C._any_requires_grad(x, *weights[:6])
@@ -60,15 +63,25 @@ def forward(
         keep_rows = through_gate or (trains_down and not whole)
         keep_gate_up = through_gate and whole
         keep_product = trains_down and not through_gate and whole
+    norm = weights.norm_weight, weights.norm_bias, batch.eps
+    rows = pool_norm_at_once(x, *norm, batch.tables, batch.plan.num_cells, keep_rows)
+    if rows is None:
+        return None
+    tokens, normalised, inverse_std = rows if keep_rows else (rows, None, None)
+    product, gate, up = gate_up_at_once(tokens, *weights.gated_unit, save=keep_gate_up)
+    return product, Kept(normalised, inverse_std, gate, up, product if keep_product else None)
+
+
+def forward(
+    x: torch.Tensor, weights: ProjectorWeights, batch: Batch, records: bool
+) -> tuple[torch.Tensor, Kept] | None:
+    """Return the tokens and what is kept; None where x or the norm's parameters do not fit."""
     with torch._C._AutoDispatchBelowAutograd():
-        norm = weights.norm_weight, weights.norm_bias, batch.eps
-        rows = pool_norm_at_once(x, *norm, batch.tables, batch.plan.num_cells, keep_rows)
-        if rows is None:
+        results = gated_product(x, weights, batch, records)
+        if results is None:
             return None
-        tokens, normalised, inverse_std = rows if keep_rows else (rows, None, None)
-        product, gate, up = gate_up_at_once(tokens, *weights.gated_unit, save=keep_gate_up)
-        out = linear(product, weights.down_weight, weights.down_bias)
-    return out, Kept(normalised, inverse_std, gate, up, product if keep_product else None)
+        product, kept = results
+        return linear(product, weights.down_weight, weights.down_bias), kept
 
 
 def backward(

@@ -118,22 +118,34 @@ def project_tokens(
         if out is not None:
             return out
     plan = check_plan(x, in_grids, out_grids)
-    mode = check_mode(mode)
-    eps = check_eps(eps)
-    check_save(save)
+    mode, eps, save = check_mode(mode), check_eps(eps), check_save(save)
+    weights = check_weights(x, weights)
+    if choose_backend("project_tokens", x, beyond_triton=beyond_triton(x)) != "reference":
+        weights = in_product_dtype(x, weights)
+        return fused_project_tokens(x, *weights, grids_of(plan), plan.num_cells, mode, eps, save)
+    return reference.project_tokens(x, plan, weights, mode=mode, eps=eps, save=save)
+
+
+def check_weights(x: torch.Tensor, weights: ProjectorWeights) -> ProjectorWeights:
+    """Check the projector's weights; return those of Linears in the dtype for products with x."""
+    norm_weight, norm_bias, gate_weight, gate_bias, up_weight, up_bias = weights[:6]
     check_tensor("norm_weight", norm_weight)
     check_norm(x, norm_weight, norm_bias, prefix="norm_")
     width = x.shape[1]
     gate_weight, gate_bias = check_linear("gate", gate_weight, gate_bias, x, width, "H, C")
     hidden = gate_weight.shape[0]
     up_weight, up_bias = check_linear("up", up_weight, up_bias, x, width, "H, C", hidden)
-    down_weight, down_bias = check_linear("down", down_weight, down_bias, x, hidden, "D, H")
+    down_weight, down_bias = check_linear(
+        "down", weights.down_weight, weights.down_bias, x, hidden, "D, H"
+    )
     linears = gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias
-    if choose_backend("project_tokens", x, beyond_triton=beyond_triton(x)) != "reference":
-        parameters = norm_weight, norm_bias, *in_autocast_dtype(x.device, *linears)
-        return fused_project_tokens(x, *parameters, grids_of(plan), plan.num_cells, mode, eps, save)
-    weights = ProjectorWeights(norm_weight, norm_bias, *linears)
-    return reference.project_tokens(x, plan, weights, mode=mode, eps=eps, save=save)
+    return ProjectorWeights(norm_weight, norm_bias, *linears)
+
+
+def in_product_dtype(x: torch.Tensor, weights: ProjectorWeights) -> ProjectorWeights:
+    """Return checked weights with those of Linears in autocast's dtype, if it is on."""
+    linears: Any = in_autocast_dtype(x.device, *weights[2:])
+    return ProjectorWeights(*weights[:2], *linears)
 
 
 def check_save(save: object) -> str:
@@ -189,65 +201,86 @@ class ProjectTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         weights, (grids, cells, mode, eps, save) = _split(arguments)
-        needs = ProjectorWeights(*ctx.needs_input_grad[1:9])
-        through_gate = any(ctx.needs_input_grad[:7])
-        keep_gate_up = through_gate and save == "preactivation"
-        # Where nothing before the down projection is trained, its input is all that it needs.
-        keep_product = needs.down_weight and not through_gate and save == "preactivation"
-        keep_rows = through_gate or (needs.down_weight and save == "input")
-        norm, dtype = weights[:2], weights.gate_weight.dtype
-        tokens, normalised, inverse_std = pool_norm_forward.below(
-            x, *norm, grids, cells, mode, eps, dtype, keep_rows
-        )
-        product, gate, up = gate_up.below(tokens, *weights.gated_unit, True, keep_gate_up)
+        product, saved = keep_for_tokens(ctx, x, weights, grids, cells, mode, eps, save)
+        ctx.save_for_backward(*saved)
         with below_autograd():
-            out = linear(product, weights.down_weight, weights.down_bias)
-        kept_product = product if keep_product else None
-        ctx.save_for_backward(
-            *(normalised, inverse_std, gate, up, kept_product), *weights[:-1], grids
-        )
-        ctx.batch, ctx.save = (x.shape[0], mode), save
-        ctx.norm_dtypes = dtypes_of(x, *norm)
-        return out
+            return linear(product, weights.down_weight, weights.down_bias)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
-        normalised, inverse_std, gate, up, product, *saved, grids = ctx.saved_tensors
-        weights = ProjectorWeights._make([*saved, None])
-        needs_inputs, needs = ctx.needs_input_grad[:3], ProjectorWeights(*ctx.needs_input_grad[1:9])
-        through_gate = any(ctx.needs_input_grad[:7])
-        recompute = ctx.save == "input" and (through_gate or needs.down_weight)
+        return *gradients_of_tokens(ctx, ctx.saved_tensors, grad), *(None,) * 5
 
-        tokens = None
-        if needs.gate_weight or needs.up_weight or recompute:
-            tokens = scale_shift(normalised, weights.norm_weight, weights.norm_bias)
-        if recompute:
-            product, gate, up = gate_up(tokens, *weights.gated_unit, not through_gate, through_gate)
 
-        d_inputs: Gradients = (None,) * 3  # x and the norm's
-        d_gate = d_gate_bias = d_up = d_up_bias = None
-        if through_gate:
-            grads, product, bias = down_gradient(
-                *(grad, weights.down_weight, gate, up),
-                *(needs.down_weight, needs.gate_bias or needs.up_bias),
-            )
-            d_gate, d_up, d_gate_bias, d_up_bias = weight_gradients(
-                grads, bias, tokens, needs.gated_unit
-            )
-            if any(needs_inputs):
-                d_inputs = pool_norm_gradients(
-                    input_gradient(grads, weights.gate_weight, weights.up_weight),
-                    (normalised, inverse_std, weights.norm_weight, grids, *ctx.batch),
-                    needs_inputs,
-                    ctx.norm_dtypes,
-                )
-        d_down = transposed_product(grad, product) if needs.down_weight else None
-        d_down_bias = grad.sum(0) if needs.down_bias else None
-        return (
-            *(*d_inputs, d_gate, d_gate_bias, d_up, d_up_bias, d_down, d_down_bias),
-            *(None,) * 5,
+def keep_for_tokens(
+    ctx: Any,
+    x: torch.Tensor,
+    weights: ProjectorWeights,
+    grids: torch.Tensor,
+    cells: int,
+    mode: str,
+    eps: float,
+    save: str,
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+    """Return the input of the down projection, [T, H], and what to save for its gradients.
+
+    ``ctx`` is of a Function of x and the weights, which come first, and keeps the other arguments
+    of :func:`gradients_of_tokens`.
+    """
+    needs = ProjectorWeights(*ctx.needs_input_grad[1:9])
+    through_gate = any(ctx.needs_input_grad[:7])
+    keep_gate_up = through_gate and save == "preactivation"
+    # Where nothing before the down projection is trained, its input is all that it needs.
+    keep_product = needs.down_weight and not through_gate and save == "preactivation"
+    keep_rows = through_gate or (needs.down_weight and save == "input")
+    norm, dtype = weights[:2], weights.gate_weight.dtype
+    tokens, normalised, inverse_std = pool_norm_forward.below(
+        x, *norm, grids, cells, mode, eps, dtype, keep_rows
+    )
+    product, gate, up = gate_up.below(tokens, *weights.gated_unit, True, keep_gate_up)
+    kept_product = product if keep_product else None
+    ctx.batch, ctx.save = (x.shape[0], mode), save
+    ctx.norm_dtypes = dtypes_of(x, *norm)
+    return product, (normalised, inverse_std, gate, up, kept_product, *weights[:-1], grids)
+
+
+def gradients_of_tokens(
+    ctx: Any, saved: Sequence[torch.Tensor | None], grad: torch.Tensor
+) -> Gradients:
+    """Return the gradients of x and the weights from that of the tokens, [T, D]."""
+    kept: Any = saved
+    normalised, inverse_std, gate, up, product, *saved_weights, grids = kept
+    weights = ProjectorWeights._make([*saved_weights, None])
+    needs_inputs, needs = ctx.needs_input_grad[:3], ProjectorWeights(*ctx.needs_input_grad[1:9])
+    through_gate = any(ctx.needs_input_grad[:7])
+    recompute = ctx.save == "input" and (through_gate or needs.down_weight)
+
+    tokens = None
+    if needs.gate_weight or needs.up_weight or recompute:
+        tokens = scale_shift(normalised, weights.norm_weight, weights.norm_bias)
+    if recompute:
+        product, gate, up = gate_up(tokens, *weights.gated_unit, not through_gate, through_gate)
+
+    d_inputs: Gradients = (None,) * 3  # x and the norm's
+    d_gate = d_gate_bias = d_up = d_up_bias = None
+    if through_gate:
+        grads, product, bias = down_gradient(
+            *(grad, weights.down_weight, gate, up),
+            *(needs.down_weight, needs.gate_bias or needs.up_bias),
         )
+        d_gate, d_up, d_gate_bias, d_up_bias = weight_gradients(
+            grads, bias, tokens, needs.gated_unit
+        )
+        if any(needs_inputs):
+            d_inputs = pool_norm_gradients(
+                input_gradient(grads, weights.gate_weight, weights.up_weight),
+                (normalised, inverse_std, weights.norm_weight, grids, *ctx.batch),
+                needs_inputs,
+                ctx.norm_dtypes,
+            )
+    d_down = transposed_product(grad, product) if needs.down_weight else None
+    d_down_bias = grad.sum(0) if needs.down_bias else None
+    return *d_inputs, d_gate, d_gate_bias, d_up, d_up_bias, d_down, d_down_bias
 
 
 class ProjectTokensOnHost(torch.autograd.Function):

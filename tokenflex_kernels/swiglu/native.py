@@ -99,6 +99,18 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return transposed(columns)
 
 
+def linear_into(
+    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """Write x W^T + b into ``out``, [T, D] and contiguous, on any device."""
+    if not (x.is_cpu and _are_few(x, weight)):
+        _linear_into(out, x, weight, bias)
+        return
+    columns = x.new_empty(len(weight), len(x))
+    _linear_into(columns, x, weight, bias, by_columns=True)
+    _transpose_into(out, columns)
+
+
 def gate_gradients_at_once(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *, product: bool, sums: bool
 ) -> Triple | None:
@@ -156,14 +168,16 @@ def transposed_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 def transposed(matrix: torch.Tensor) -> torch.Tensor:
     """Return the transpose of a matrix, contiguous."""
-    matrix = neighbours(matrix)
-    rows, columns = matrix.shape
-    result = matrix.new_empty(columns, rows)
+    result = matrix.new_empty(matrix.shape[1], matrix.shape[0])
+    _transpose_into(result, neighbours(matrix))
+    return result
+
+
+def _transpose_into(result: torch.Tensor, matrix: torch.Tensor) -> None:
     compiled_extension().transpose(
         *(matrix.data_ptr(), matrix.stride(0) * matrix.element_size()),
-        *(result.data_ptr(), rows, columns, *_options(matrix)),
+        *(result.data_ptr(), *matrix.shape, *_options(matrix)),
     )
-    return result
 
 
 def _are_few(x: torch.Tensor, weight: torch.Tensor) -> bool:
