@@ -140,12 +140,14 @@ py::tuple balance_bins(const Ints& tokens, const Ints& tiles, int64_t max_tokens
 
 // ---- moving rows
 
+// Without an address of vision, a map of text alone.
 PackMap pack_map(Address table, int64_t table_stride, Address vision, int64_t vision_stride,
                  Address packed, int64_t packed_stride, Address source) {
   return {{at<const char>(table), table_stride},
           {at<const char>(vision), vision_stride},
           {at<char>(packed), packed_stride},
-          at<const int32_t>(source)};
+          at<const int32_t>(source),
+          vision == 0};
 }
 
 void pack_rows(Address table, int64_t table_stride, Address vision, int64_t vision_stride,

@@ -55,12 +55,16 @@ TOKENFLEX_HOST_DEVICE inline float widened(Half value) {
 #ifdef __CUDA_ARCH__
   return __half2float(__ushort_as_half(value.bits));
 #else
-  // Exponent and fraction go to where a float has them; the factor makes up for the difference of the
-  // biases, of subnormal numbers too. What comes out above 65504 was infinite or no number.
-  const uint32_t magnitude = uint32_t(value.bits & 0x7fff) << 13;
-  const uint32_t scaled = float_bits(float_of(magnitude) * float_of(0x77800000));  // 2^112
-  const uint32_t special = scaled >= 0x47800000 ? 0x7f800000 : 0;                  // 65536
-  return float_of(scaled | special | uint32_t(value.bits & 0x8000) << 16);
+  // Exponent and fraction go to where a float has them, and the exponent's bias is changed: twice for
+  // infinity and what is no number. Below 2^-14 numbers are multiples of 2^-24, which 0.5 has as its last
+  // digits. No step has a subnormal float: where those count as zero, PyTorch keeps these numbers too.
+  constexpr uint32_t kRebias = uint32_t(127 - 15) << 23, kHalf = 0x3f000000;
+  const uint32_t magnitude = value.bits & 0x7fff;
+  const uint32_t subnormal = float_bits(float_of(kHalf + magnitude) - 0.5f);
+  const uint32_t special = magnitude >= 0x7c00 ? kRebias : 0;
+  const uint32_t normal = (magnitude << 13) + kRebias + special;
+  const uint32_t result = magnitude < 0x400 ? subnormal : normal;
+  return float_of(result | uint32_t(value.bits & 0x8000) << 16);
 #endif
 }
 

@@ -5,7 +5,10 @@
 
 #include <cstring>
 #include <initializer_list>
+#include <vector>
 
+#include "dtypes.h"
+#include "float_types.h"
 #include "pool_norm.h"
 #include "python_calls.h"
 #include "swiglu.h"
@@ -120,8 +123,39 @@ py::object pool_norm_tensors(PyObject* const* arguments) {
   return py::make_tuple(out.tensor, normalised.tensor, inverse_std.tensor);
 }
 
-// (grad, normalised, inverse_std, weight, tables, needs_x, needs_sums, threads) -> the gradients of x,
-// in the dtype of grad, and of scale and shift, in that of sums; None for those that are not needed.
+// Sums over rows, rounded to the dtype of the rows as the work is done.
+class Totals {
+ public:
+  Totals(PyObject* like, const Floats& rows, int64_t count)
+      : result_(new_tensor(like, {count})), count_(count), dtype_(name_of(rows.dtype)) {
+    if (rows.dtype.bits < 32) sums_.resize(size_t(count));
+  }
+
+  void* data() { return sums_.empty() ? result_.data : sums_.data(); }
+
+  const py::object& rounded_result() {
+    if (!sums_.empty()) {
+      with_dtype(dtype_, [&](auto element) {
+        using T = decltype(element);
+        if constexpr (sizeof(T) == 2) {
+          for (int64_t i = 0; i < count_; ++i) {
+            static_cast<T*>(result_.data)[i] = rounded<T>(sums_[size_t(i)]);
+          }
+        }
+      });
+    }
+    return result_.tensor;
+  }
+
+ private:
+  NewTensor result_;
+  int64_t count_;
+  std::string dtype_;
+  std::vector<float> sums_;  // of 16-bit rows
+};
+
+// (grad, normalised, inverse_std, weight, tables, needs_x, needs_scale, needs_shift, threads) -> the
+// gradients of x, scale and shift in the dtype of grad; None for those that are not needed.
 py::object pool_norm_gradient_tensors(PyObject* const* arguments) {
   PyObject* like = arguments[0];
   const auto grad = floats(like, 2);
@@ -137,22 +171,31 @@ py::object pool_norm_gradient_tensors(PyObject* const* arguments) {
   }
   if (!fits) return py::none();
   const PoolTables tables = pool_tables(arguments[4]);
-  const bool needs_x = arguments[5] == Py_True, needs_sums = arguments[6] == Py_True;
-  const int threads = int(integer(arguments[7]));
+  const bool needs_x = arguments[5] == Py_True;
+  const bool needs_scale = arguments[6] == Py_True, needs_shift = arguments[7] == Py_True;
+  const int threads = int(integer(arguments[8]));
 
-  NewTensor grad_x = {py::none(), nullptr}, scale = grad_x, shift = grad_x;
+  NewTensor grad_x = {py::none(), nullptr};
   if (needs_x) grad_x = new_tensor(like, {tables.num_patches, grad->width});
-  if (needs_sums) {
-    scale = new_tensor(like, {grad->width}, sums_dtype(*grad));
-    shift = new_tensor(like, {grad->width}, sums_dtype(*grad));
+  std::optional<Totals> scale, shift;  // both or none
+  if (needs_scale || needs_shift) {
+    scale.emplace(like, *grad, grad->width);
+    shift.emplace(like, *grad, grad->width);
   }
   const std::string dtype = name_of(grad->dtype);
   maybe_without_gil(tables.num_patches * grad->width * (grad->dtype.bits / 8), [&] {
     pool_norm_backward({tables, grad->const_rows(), normalised, inverse_std, dtype, grad->width,
-                        weight, grad_x.data, dtype, scale.data, shift.data},
+                        weight, grad_x.data, dtype, scale ? scale->data() : nullptr,
+                        shift ? shift->data() : nullptr},
                        threads);
   });
-  return py::make_tuple(grad_x.tensor, scale.tensor, shift.tensor);
+  return py::make_tuple(grad_x.tensor, needs_scale ? scale->rounded_result() : py::none(),
+                        needs_shift ? shift->rounded_result() : py::none());
+}
+
+// (like, rows, columns) -> a new tensor of rows, contiguous.
+py::object new_rows(PyObject* const* arguments) {
+  return new_tensor(arguments[0], {integer(arguments[1]), integer(arguments[2])}).tensor;
 }
 
 // (normalised, weight, bias, threads) -> normalised * weight + bias.
@@ -254,7 +297,8 @@ PyObject* call_fit_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t cou
 void define_projector_calls(py::module_& module) {
   static PyMethodDef methods[] = {
       method("pool_norm_tensors", &call<&pool_norm_tensors, 8>),
-      method("pool_norm_gradient_tensors", &call<&pool_norm_gradient_tensors, 8>),
+      method("pool_norm_gradient_tensors", &call<&pool_norm_gradient_tensors, 9>),
+      method("new_rows", &call<&new_rows, 3>),
       method("scale_shift_tensors", &call<&scale_shift_tensors, 4>),
       method("fit_tensors", &call_fit_tensors),
       method("gated_product_tensors", &call<&gated_product_tensors, 4>),

@@ -5,8 +5,8 @@
 //
 //   packed[r] <- source[r] >= 0 ? table[source[r]] : vision[~source[r]]
 //
-// A plain gather is the same without vision rows. Where vision has no address, something else writes those
-// rows, and the mover skips them.
+// A plain gather is the same without vision rows. A map of text alone leaves the vision rows as they are:
+// something else writes them.
 //
 // Row numbers are int32 in memory, offsets int64 in registers: a tensor may pass 2^31 elements long before
 // it has 2^31 rows. Strides are in bytes and may be anything, 0 and negative included.
@@ -50,9 +50,10 @@ struct PackMap {
   ConstRows vision;
   Rows packed;
   const int32_t* source;
+  bool text_alone = false;
 
   TOKENFLEX_HOST_DEVICE bool skips(int64_t row) const {
-    return vision.data == nullptr && is_vision(source[row]);
+    return text_alone && is_vision(source[row]);
   }
   TOKENFLEX_HOST_DEVICE RowCopy operator()(int64_t row) const {
     const int32_t entry = source[row];
@@ -64,11 +65,11 @@ struct PackMap {
 };
 
 // The way back of a packing whose table has a row for each packed row: vision rows to `vision`, and zeros
-// in their place to `table`. Without data, one of the two is not wanted.
+// in their place to `table`. Rows lie next to each other. One of the two is null where it is not wanted.
 struct SplitMap {
-  ConstRows packed;
-  Rows table;
-  Rows vision;
+  const char* packed;
+  char* table;
+  char* vision;
   const int32_t* source;
 };
 

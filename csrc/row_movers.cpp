@@ -13,36 +13,49 @@
 namespace tokenflex {
 namespace {
 
-// Rows that are neighbours at both ends are copied together: a memcpy for each short row takes longer.
+// From nowhere come zeros.
+void copy_run(const char* from, char* to, int64_t bytes) {
+  if (from == nullptr) {
+    std::memset(to, 0, size_t(bytes));
+  } else {
+    std::memcpy(to, from, size_t(bytes));
+  }
+}
+
+// Rows that are neighbours at both ends are copied together: a memcpy for each short row takes longer, and
+// one of many rows passes the cache by.
 void copy_range(const PackMap& map, int64_t begin, int64_t end, int64_t row_bytes) {
   RowCopy run = {nullptr, nullptr};
   int64_t bytes = 0;
   for (int64_t row = begin; row < end; ++row) {
     if (map.skips(row)) continue;
     const RowCopy copy = map(row);
-    if (bytes > 0 && copy.from == run.from + bytes && copy.to == run.to + bytes) {
+    const char* next = run.from == nullptr ? nullptr : run.from + bytes;
+    if (bytes > 0 && copy.from == next && copy.to == run.to + bytes) {
       bytes += row_bytes;
       continue;
     }
-    if (bytes > 0) std::memcpy(run.to, run.from, size_t(bytes));
+    if (bytes > 0) copy_run(run.from, run.to, bytes);
     run = copy, bytes = row_bytes;
   }
-  if (bytes > 0) std::memcpy(run.to, run.from, size_t(bytes));
+  if (bytes > 0) copy_run(run.from, run.to, bytes);
 }
 
 void split_range(const SplitMap& map, int64_t begin, int64_t end, int64_t row_bytes) {
-  const auto bytes = size_t(row_bytes);
-  for (int64_t row = begin; row < end; ++row) {
-    const char* from = map.packed.row(row);
-    const bool shows_vision = is_vision(map.source[row]);
-    if (shows_vision && map.vision.data != nullptr) {
-      std::memcpy(map.vision.row(vision_row(map.source[row])), from, bytes);
+  for (int64_t row = begin, next; row < end; row = next) {
+    const int32_t entry = map.source[row];
+    const bool shows_vision = is_vision(entry);
+    // Entries of vision rows that are neighbours descend.
+    for (next = row + 1; next < end && is_vision(map.source[next]) == shows_vision; ++next) {
+      if (shows_vision && map.source[next] != int64_t(entry) - (next - row)) break;
     }
-    if (map.table.data == nullptr) continue;
-    if (shows_vision) {
-      std::memset(map.table.row(row), 0, bytes);
-    } else {
-      std::memcpy(map.table.row(row), from, bytes);
+    const char* from = map.packed + row * row_bytes;
+    const int64_t bytes = (next - row) * row_bytes;
+    if (shows_vision && map.vision != nullptr) {
+      copy_run(from, map.vision + vision_row(entry) * row_bytes, bytes);
+    }
+    if (map.table != nullptr) {
+      copy_run(shows_vision ? nullptr : from, map.table + row * row_bytes, bytes);
     }
   }
 }
@@ -82,6 +95,14 @@ void move_rows(const PackMap& map, int64_t rows, int64_t row_bytes, int threads)
   if (rows <= 0 || row_bytes <= 0) return;
   in_parts(rows, worthwhile_parts(rows, rows * row_bytes, threads),
            [&](int64_t begin, int64_t end) { copy_range(map, begin, end, row_bytes); });
+}
+
+void clear_rows(char* to, int64_t rows, int64_t row_bytes, int threads) {
+  if (rows <= 0 || row_bytes <= 0) return;
+  in_parts(rows, worthwhile_parts(rows, rows * row_bytes, threads),
+           [&](int64_t begin, int64_t end) {
+             copy_run(nullptr, to + begin * row_bytes, (end - begin) * row_bytes);
+           });
 }
 
 void split_rows(const SplitMap& map, int64_t rows, int64_t row_bytes, int threads) {

@@ -8,11 +8,14 @@
 
 namespace tokenflex {
 
-// On host memory, with up to `threads` threads.
+// On host memory, with up to `threads` threads. A table or vision without data is rows of zeros.
 void move_rows(const PackMap& map, int64_t rows, int64_t row_bytes, int threads);
 
 // The same back again. Each row is read once.
 void split_rows(const SplitMap& map, int64_t rows, int64_t row_bytes, int threads);
+
+// Writes zeros to rows that lie next to each other.
+void clear_rows(char* to, int64_t rows, int64_t row_bytes, int threads);
 
 // Refuses a map that points outside its rows, with std::invalid_argument that names the entry: `source` must
 // be in [-vision_rows, table_rows). Host memory only; 4 bytes a row, next to the row itself.

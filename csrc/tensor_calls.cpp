@@ -120,6 +120,7 @@ struct RowsView {
   int64_t stride;  // bytes
 
   int64_t row_bytes() const { return width * (dtype.bits / 8); }
+  int64_t bytes() const { return count * row_bytes(); }
   ConstRows const_rows() const { return {data, stride}; }
 };
 
@@ -188,8 +189,7 @@ py::object pack_tensors(py::handle table, py::handle vision, py::handle source, 
     return py::none();
   }
   const int64_t row_bytes = first->row_bytes(), endless = int64_t(1) << 31;
-  const std::vector<char> zeros(table.is_none() || vision.is_none() ? size_t(row_bytes) : 0);
-  const ConstRows none = {zeros.data(), 0};
+  const ConstRows none = {nullptr, 0};
   const int64_t table_count = table.is_none() ? endless : first->count;
   const int64_t vision_count = vision.is_none() ? endless : second->count;
   if (table_count < least_table || (expected_vision >= 0 && vision_count != expected_vision)) {
@@ -224,7 +224,7 @@ bool write_text(py::handle packed, py::handle table, py::handle source, int64_t 
     return false;
   }
   const auto entries = static_cast<const int32_t*>(ints->data);
-  const PackMap map = {from->const_rows(), {nullptr, 0}, {to->data, to->stride}, entries};
+  const PackMap map = {from->const_rows(), {nullptr, 0}, {to->data, to->stride}, entries, true};
   maybe_without_gil(ints->count * to->row_bytes(), [&] {
     check_source(entries, ints->count, from->count, num_vision);
     move_rows(map, ints->count, to->row_bytes(), threads);
@@ -274,15 +274,18 @@ py::object merge_gradients(py::handle grad, py::handle vision_rows, bool wants_i
   if (!rows || !numbers) return py::none();
   py::object inputs = py::none(), vision = py::none();
   static const Method new_empty("new_empty");
-  if (wants_inputs) inputs = empty_like(grad);
   if (wants_vision) vision = new_empty(grad, py::make_tuple(numbers->count, rows->width));
-  const int64_t row_bytes = rows->row_bytes();
-  const Rows to_inputs = {wants_inputs ? address(inputs) : nullptr, row_bytes};
-  const Rows to_vision = {wants_vision ? address(vision) : nullptr, row_bytes};
-  maybe_without_gil(rows->count * row_bytes, [&] {
+  if (numbers->count == 0) {  // the inputs came out as they are
+    if (wants_inputs) inputs = py::reinterpret_borrow<py::object>(grad);
+    return py::make_tuple(inputs, vision);
+  }
+  if (wants_inputs) inputs = empty_like(grad);
+  char* to_inputs = wants_inputs ? address(inputs) : nullptr;
+  char* to_vision = wants_vision ? address(vision) : nullptr;
+  maybe_without_gil(rows->bytes(), [&] {
     const std::vector<int32_t> source = merge_source(*numbers, rows->count);
-    const SplitMap map = {rows->const_rows(), to_inputs, to_vision, source.data()};
-    split_rows(map, rows->count, row_bytes, threads);
+    split_rows({rows->data, to_inputs, to_vision, source.data()}, rows->count, rows->row_bytes(),
+               threads);
   });
   return py::make_tuple(inputs, vision);
 }
@@ -293,10 +296,11 @@ py::object table_gradient(py::handle grad, py::handle source, int64_t num_vision
   const auto rows = float_rows(grad);
   const auto ints = host_ints(source);
   if (!rows || !ints || rows->count != ints->count) return py::none();
-  static const Method new_zeros("new_zeros");
-  py::object sums = new_zeros(grad, py::make_tuple(num_rows, rows->width));
+  static const Method new_empty("new_empty");
+  py::object sums = new_empty(grad, py::make_tuple(num_rows, rows->width));
   const Rows to = {address(sums), rows->row_bytes()};
-  maybe_without_gil(rows->count * rows->row_bytes(), [&] {
+  maybe_without_gil((rows->count + num_rows) * rows->row_bytes(), [&] {
+    clear_rows(to.data, num_rows, to.stride, threads);
     const TextRows text =
         text_by_id(static_cast<const int32_t*>(ints->data), ints->count, num_vision);
     const Segments segments = {text.ids.data(), text.rows.data(), int64_t(text.ids.size())};

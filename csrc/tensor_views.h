@@ -8,6 +8,7 @@
 #include <string>
 
 #include "dlpack.h"
+#include "huge_pages.h"
 
 namespace tokenflex {
 
@@ -52,10 +53,13 @@ class TensorViews {
     return tensor;
   }
 
-  // A tensor that was just made.
+  // The address of a tensor that was just made, and is about to be written.
   void* address(PyObject* object) const {
     dlpack::Tensor tensor;
     if (api_->view(object, &tensor) != 0) throw pybind11::error_already_set();
+    int64_t bytes = tensor.dtype.bits / 8;
+    for (int32_t axis = 0; axis < tensor.ndim; ++axis) bytes *= tensor.shape[axis];
+    prefer_huge_pages(tensor.data, bytes);
     return tensor.data;
   }
 

@@ -352,8 +352,6 @@ def _differentiate(
                 )
             return *gradient(ctx, grad, *others), None
 
-    # The engine's own method looks for a backward first, in 1 us.
-    RowsMoved._backward_cls.apply = RowsMoved.backward  # type: ignore[attr-defined]
     differentiate_linear(name, op, RowMove, floats)
     op.set_result_function(RowsMoved, floats)
 

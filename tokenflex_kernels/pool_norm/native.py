@@ -161,17 +161,13 @@ def gradients_at_once(
     """Return the gradients of x, weight and bias, in the dtype of ``grad``; None if not needed."""
     if not needs[0] and not needs[1]:
         return None, None, grad.sum(0)
-    grads = compiled_extension().pool_norm_gradient_tensors(
-        *(neighbours(grad), normalised, inverse_std, weight, tables.arguments),
-        *(needs[0], needs[1] or needs[2], torch.get_num_threads()),
+    results: tuple[torch.Tensor | None, ...] | None = (
+        compiled_extension().pool_norm_gradient_tensors(
+            *(neighbours(grad), normalised, inverse_std, weight, tables.arguments, *needs),
+            torch.get_num_threads(),
+        )
     )
-    if grads is None:
-        return None
-    grad_x, *sums = grads
-    dtype = grad.dtype
-    return grad_x, *(
-        total.to(dtype) if needed else None for total, needed in zip(sums, needs[1:], strict=True)
-    )
+    return results
 
 
 def _vector(parameter: torch.Tensor | None) -> torch.Tensor | None:

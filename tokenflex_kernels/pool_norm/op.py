@@ -27,10 +27,10 @@ from tokenflex_kernels.library import (
     choose_backend,
     define_fused,
     differentiable_once,
-    eager_apply,
     is_eager,
     is_ordinary,
     is_transformed,
+    record_apply,
 )
 from tokenflex_kernels.pool_norm import native, reference
 from tokenflex_kernels.pool_norm.axis_weights import MODES, check_mode
@@ -191,28 +191,34 @@ class PoolNormOnHost(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: Any, bias: Any, kept: tuple[Any, ...]
     ) -> torch.Tensor:
-        out, normalised, inverse_std, plan, ctx.tables, mode = kept
-        ctx.save_for_backward(normalised, inverse_std, weight, plan.grids)
-        ctx.batch = x.shape[0], mode
-        ctx.has_norm = weight is not None
-        ctx.dtypes = x.dtype, *dtypes_of(weight, bias)
+        out, normalised, inverse_std, *ctx.batch = kept
+        ctx.save_for_backward(normalised, inverse_std, weight)
         result: torch.Tensor = out
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
-        saved = ctx.saved_tensors
+        normalised, inverse_std, weight = saved = ctx.saved_tensors
+        plan, tables, mode = ctx.batch
         if is_eager() and not torch.is_grad_enabled():
-            normalised, inverse_std, weight, _ = saved
             grads = native.gradients_at_once(
-                *(grad, normalised, inverse_std, weight, ctx.tables), ctx.needs_input_grad[:3]
+                *(grad, normalised, inverse_std, weight, tables), ctx.needs_input_grad[:3]
             )
             if grads is not None:
                 return *grads, None
-        return *PoolNorm.backward(UnpackedContext(ctx, saved, 3), grad)[:3], None
+        if normalised is None:
+            saved = grad.new_empty(0), grad.new_empty(0), weight
+        context = UnpackedContext(
+            saved_tensors=(*saved, plan.grids),
+            needs_input_grad=ctx.needs_input_grad[:3],
+            batch=(plan.num_patches, mode),
+            has_norm=weight is not None,
+            dtypes=(grad.dtype,) * 3,  # those that are taken at once are of one dtype
+        )
+        return *PoolNorm.backward(context, grad)[:3], None
 
 
-_record_on_host = eager_apply(PoolNormOnHost)
+_record_on_host = record_apply(PoolNormOnHost)
 
 
 def _on_host(
@@ -241,8 +247,6 @@ def _on_host(
         return None
     if not needs_rows:
         results = results, None, None
-    elif weight is None:
-        results = results[0], x.new_empty(0), x.new_empty(0)
     result: torch.Tensor = _record_on_host(x, weight, bias, (*results, plan, tables, mode))
     return result
 

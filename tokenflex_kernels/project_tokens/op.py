@@ -27,9 +27,9 @@ from tokenflex_kernels.library import (
     choose_backend,
     define_fused,
     differentiable_once,
-    eager_apply,
     is_eager,
     is_ordinary,
+    record_apply,
 )
 from tokenflex_kernels.pool_norm.axis_weights import check_mode
 from tokenflex_kernels.pool_norm.op import (
@@ -288,25 +288,30 @@ class ProjectTokensOnHost(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        *weights, (out, kept, batch) = arguments
-        ctx.save_for_backward(*kept, *weights[:-1], batch.plan.grids)
-        ctx.batch, ctx.save, ctx.tables = (x.shape[0], batch.mode), batch.save, batch.tables
-        ctx.norm_dtypes = dtypes_of(x, *weights[:2])
+        *weights, (out, kept, ctx.batch) = arguments
+        ctx.save_for_backward(*kept, *weights[:-1])
         result: torch.Tensor = out
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
-        saved = ctx.saved_tensors
+        saved, batch = ctx.saved_tensors, ctx.batch
         if is_eager() and not torch.is_grad_enabled():
-            kept, weights = native.Kept(*saved[:5]), ProjectorWeights._make([*saved[5:12], None])
-            grads = native.backward(grad, kept, weights, ctx.tables, ctx.needs_input_grad)
+            kept, weights = native.Kept(*saved[:5]), ProjectorWeights._make([*saved[5:], None])
+            grads = native.backward(grad, kept, weights, batch.tables, ctx.needs_input_grad)
             if grads is not None:
                 return *grads, None
-        return *ProjectTokens.backward(UnpackedContext(ctx, saved, 9), grad)[:9], None
+        context = UnpackedContext(
+            saved_tensors=(*saved, batch.plan.grids),
+            needs_input_grad=ctx.needs_input_grad[:9],
+            batch=(batch.plan.num_patches, batch.mode),
+            save=batch.save,
+            norm_dtypes=(grad.dtype,) * 3,  # those that are taken at once are of one dtype
+        )
+        return *ProjectTokens.backward(context, grad)[:9], None
 
 
-_record_on_host = eager_apply(ProjectTokensOnHost)
+_record_on_host = record_apply(ProjectTokensOnHost)
 
 
 def _on_host(

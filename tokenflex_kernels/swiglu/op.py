@@ -17,9 +17,9 @@ from tokenflex_kernels.library import (
     choose_backend,
     define_fused,
     differentiable_once,
-    eager_apply,
     is_eager,
     is_ordinary,
+    record_apply,
 )
 from tokenflex_kernels.swiglu import native, reference
 from tokenflex_kernels.swiglu.stages import (
@@ -136,10 +136,11 @@ class SwigluOnHost(torch.autograd.Function):
                 grads, _, sums = results
                 d_x = native.input_gradient(grads, gate_weight, up_weight) if needs_x else None
                 return d_x, *native.weight_gradients_at_once(grads, sums, x, needs), None
-        return *Swiglu.backward(UnpackedContext(ctx, saved, 5), grad), None
+        context = UnpackedContext(saved_tensors=saved, needs_input_grad=ctx.needs_input_grad[:5])
+        return *Swiglu.backward(context, grad), None
 
 
-_record_on_host = eager_apply(SwigluOnHost)
+_record_on_host = record_apply(SwigluOnHost)
 
 
 def _on_host(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -94,6 +96,42 @@ def test_gradients_of_a_merge_are_copies(dtype, numbers, wanted):
     for results in (at_once, recorded, generally):
         for result, at in zip(results, wanted, strict=True):
             assert torch.equal(result, expected[at])
+
+
+NEIGHBOURS = {
+    "none": [],
+    "ascending": range(3, 3 + VISION),
+    "descending": range(3 + VISION, 3, -1),
+    "to both ends": [20, *range(1, VISION - 1), 0],
+    "in steps": range(0, 3 * VISION, 3),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("numbers", NEIGHBOURS.values(), ids=NEIGHBOURS)
+def test_rows_that_are_neighbours_are_moved_together(numbers, threads):
+    """In runs of vision rows and of text rows, which threads may cut anywhere."""
+    width = 4 * 2**18 // 21
+    embeds = torch.randn(21, width, requires_grad=True)
+    rows = torch.tensor(list(numbers), dtype=torch.int32)
+    vision = torch.randn(len(rows), width, requires_grad=True)
+    grad = torch.randn(21, width)
+    before = grad.clone()
+    with patch("torch.get_num_threads", lambda: threads):
+        out = merge_vision(embeds, vision, rows)
+        of_embeds, of_vision = torch.autograd.grad(out, (embeds, vision), grad)
+        spread = ops.on_host(None, vision.detach(), source_of(rows, 21))
+    assert torch.equal(out, embeds.index_copy(0, rows.long(), vision))
+    assert torch.equal(of_embeds, grad.index_fill(0, rows.long(), 0))
+    assert torch.equal(of_vision, grad[rows])
+    assert torch.equal(spread, torch.zeros(21, width).index_copy(0, rows.long(), vision.detach()))
+    assert torch.equal(grad, before)
+
+
+def source_of(rows, number):
+    """Return the source of a merge: rows of their own number, and vision tokens."""
+    tokens = ~torch.arange(len(rows), dtype=torch.int32)
+    return torch.arange(number, dtype=torch.int32).index_copy(0, rows.long(), tokens)
 
 
 def test_a_row_map_that_changes_before_the_backward_pass_is_an_error():

@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.kernels.common import (
     DTYPES,
@@ -135,6 +136,49 @@ class TestAgainstFloat64:
         expected = run(op, inputs, gradient)
         for name, result in run(op, inputs, gradient, names).items():
             torch.testing.assert_close(result, expected[name])
+        # A mode must see the ops of a backward pass whose forward pass went by at once.
+        leaves = {name: value.requires_grad_(name in names) for name, value in inputs.items()}
+        out = op(**leaves)
+        with FlopCounterMode(display=False):
+            results = torch.autograd.grad(out, [leaves[name] for name in names], gradient)
+        for name, result in zip(names, results, strict=True):
+            torch.testing.assert_close(result, expected[name])
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_a_mode_may_see_backward_without_a_norm(self, mode):
+        x = torch.randn(rows_of(IN_GRIDS), 5, requires_grad=True)
+        gradient = torch.randn(rows_of(OUT_GRIDS), 5)
+        (expected,) = torch.autograd.grad(pool_norm(x, IN_GRIDS, OUT_GRIDS, mode=mode), x, gradient)
+        out = pool_norm(x, IN_GRIDS, OUT_GRIDS, mode=mode)
+        with FlopCounterMode(display=False):
+            (grad,) = torch.autograd.grad(out, x, gradient)
+        torch.testing.assert_close(grad, expected)
+
+    @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+    @pytest.mark.parametrize("sides", [(1, 33), (6, 6), (1, 65)], ids=str)
+    @pytest.mark.parametrize("mode", MODES)
+    def test_windows_and_covers_of_more_rows_than_are_added_at_once(self, mode, sides, dtype):
+        """One cell of all patches, and one patch below all cells."""
+        for grids in ([sides], [(1, 1)]), ([(1, 1)], [sides]):
+            check_batch(*grids, 90, dtype, mode=mode)
+
+
+@pytest.fixture
+def _without_subnormals():
+    """A processor that takes subnormal floats for zero, as some set it for speed."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("needs a processor that can")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.usefixtures("_without_subnormals")
+def test_subnormal_numbers_of_float16_are_kept_as_pytorch_keeps_them():
+    x = torch.arange(-1030, 1030, dtype=torch.int16).view(torch.float16)[:, None].repeat(1, 70)
+    x = torch.cat([torch.where(x.isnan(), 0, x), torch.where(x.isnan(), 0, -x)])
+    grids = [(1, 1)] * len(x)
+    assert torch.equal(x.float().half(), x)
+    assert torch.equal(pool_norm(x, grids, grids), x)
 
 
 # A batch of many bands, whose parts begin within images and between them.

@@ -128,8 +128,10 @@ class TestLayouts:
             for name, t in inputs.items()
         }
         expected = run(swiglu, inputs, gradient)
+        # The library may round the products of another layout otherwise.
+        close = {} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
         for name, result in run(swiglu, laid_out, lay_out(gradient)).items():
-            torch.testing.assert_close(result, expected[name])
+            torch.testing.assert_close(result, expected[name], **close)
 
     @pytest.mark.parametrize("shape", [(1, 70), (7, 1), (1, 1)])
     def test_expanded_gradient_equals_a_dense_one(self, shape):
