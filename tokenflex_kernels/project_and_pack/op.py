@@ -24,15 +24,15 @@ from tokenflex_kernels.library import (
     choose_backend,
     define_fused,
     differentiable_once,
-    eager_apply,
     is_eager,
     is_ordinary,
+    record_apply,
 )
 from tokenflex_kernels.packing import ops
 from tokenflex_kernels.packing.embeddings import check_table, pack_embeddings
 from tokenflex_kernels.packing.plan import PackPlan
 from tokenflex_kernels.pool_norm.axis_weights import check_mode
-from tokenflex_kernels.pool_norm.op import beyond_triton, check_plan, dtypes_of, host_plan
+from tokenflex_kernels.pool_norm.op import beyond_triton, check_plan, host_plan
 from tokenflex_kernels.pool_norm.plan import PoolPlan, grids_of
 from tokenflex_kernels.pool_norm.stages import launch_pool_norm_forward
 from tokenflex_kernels.project_and_pack import native
@@ -244,7 +244,6 @@ class ProjectAndPackOnHost(torch.autograd.Function):
         maps = batch.plan.grids, plan.source, plan.vision_rows
         ctx.save_for_backward(*kept, *weights[:-1], *maps)
         ctx.batch, ctx.save, ctx.tables = (x.shape[0], batch.mode), batch.save, batch.tables
-        ctx.norm_dtypes = dtypes_of(x, *weights[:2])
         ctx.table_rows, ctx.vision_start = embedding.shape[0], plan.vision_start
         result: torch.Tensor = packed
         return result
@@ -266,11 +265,19 @@ class ProjectAndPackOnHost(torch.autograd.Function):
                 if needs[TENSORS - 1]:
                     d_table = ops.table_gradient(grad, source, vision_rows.shape[0], ctx.table_rows)
                 return *gradients, d_table, None
-        unpacked = UnpackedContext(ctx, saved, TENSORS)
-        return *ProjectAndPack.backward(unpacked, grad)[:TENSORS], None
+        context = UnpackedContext(
+            saved_tensors=saved,
+            needs_input_grad=needs[:TENSORS],
+            batch=ctx.batch,
+            save=ctx.save,
+            norm_dtypes=(grad.dtype,) * 3,  # those that are taken at once are of one dtype
+            table_rows=ctx.table_rows,
+            vision_start=ctx.vision_start,
+        )
+        return *ProjectAndPack.backward(context, grad)[:TENSORS], None
 
 
-_record_on_host = eager_apply(ProjectAndPackOnHost)
+_record_on_host = record_apply(ProjectAndPackOnHost)
 
 
 def _on_host(
