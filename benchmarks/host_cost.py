@@ -1,12 +1,15 @@
 """The host's cost of a call: ops with next to nothing to do, planning and bins at real sizes.
 
-On a GPU an op's call returns before its kernels have run.
+On a GPU an op's call returns before its kernels have run. Without one, the projector's ops are
+measured on a stub too, by Triton's path up to its launcher: see ``stubbed_gpu``.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ import torch
 from benchmarks.harness import NO_TIME, Entry, Run, Work, measure
 from benchmarks.prompts import IMAGE, Prompts
 from benchmarks.results import new_row
+from benchmarks.stubbed_gpu import stubbed_gpu
 from tokenflex_kernels import (
     balance_bins,
     bin_pack,
@@ -30,19 +34,22 @@ from tokenflex_kernels import (
 
 SHARES = {"cuda": 2, "cpu": 3}  # of a run's time
 
+KERNEL_OPS = ("pool_norm", "swiglu", "project_tokens")
 OPS = (
-    *("pool_norm", "swiglu", "project_tokens"),
+    *KERNEL_OPS,
     *("pack_embeddings", "unpack_vision", "merge_vision"),
 )
 WIDTH = 16
 TILE_COST = 51
 
 
-def op_calls(device: str, requires_grad: bool) -> dict[str, Callable[[], torch.Tensor]]:
+def op_calls(
+    device: str, requires_grad: bool, dtype: torch.dtype = torch.float32
+) -> dict[str, Callable[[], torch.Tensor]]:
     """Return a call of each op with small arguments: 4 x 4 patches to 2 x 2, four rows to pack."""
 
     def tensor(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=device, requires_grad=requires_grad)
+        return torch.randn(*shape, device=device, dtype=dtype, requires_grad=requires_grad)
 
     plan = plan_packing([[1, IMAGE, 3]], [2], IMAGE).to(device)
     patches, norm, weight = tensor(16, WIDTH), tensor(WIDTH), tensor(WIDTH, WIDTH)
@@ -101,20 +108,42 @@ def groups(device: str) -> Iterator[tuple[str, dict[str, Callable[[], Any]]]]:
         yield str(samples), {"balance_bins": call}
 
 
+def stubbed_groups() -> Iterator[tuple[str, dict[str, Callable[[], Any]]]]:
+    """Yield cases and calls of the ops that have Triton kernels, for a stubbed GPU."""
+    for grad, case in ((False, "no grad"), (True, "grad")):
+        calls = op_calls("cpu", grad, torch.bfloat16)
+        kernels = {op: calls[op] for op in KERNEL_OPS}
+        yield f"{case}, stubbed GPU", kernels
+        if grad:
+            name = f"{case}, with backward, stubbed GPU"
+            yield name, {op: partial(with_backward, call) for op, call in kernels.items()}
+
+
 def suite(run: Run) -> None:
     backends = info()["ops"]
     for case, calls in groups(run.device):
-        if ("host_cost", case, "forward") in run.done:
-            continue
-        entries = []
-        for op, call in calls.items():
-            row = new_row(op="host_cost", case=case, mode="forward", variant=op)
-            row["backend"] = backends[op]
-            entry = Entry(row, partial(list, [call]), Work(), timing="host")
-            if op == "balance_bins":
-                entry.costs = partial(note_of_bins, call)
-            entries.append(entry)
-        if run.deadline.left > 0:
-            run.emit(measure(entries, run))
-        else:
-            run.emit([entry.row | {"status": NO_TIME} for entry in entries])
+        measure_group(case, calls, backends, run)
+    if run.device == "cpu" and find_spec("triton") and os.environ.get("TRITON_INTERPRET") != "1":
+        with stubbed_gpu():
+            for case, calls in stubbed_groups():
+                measure_group(case, calls, dict.fromkeys(calls, "triton"), run)
+
+
+def measure_group(
+    case: str, calls: dict[str, Callable[[], Any]], backends: dict[str, str], run: Run
+) -> None:
+    """Measure the calls of one case in turns, unless its rows exist or no time is left."""
+    if ("host_cost", case, "forward") in run.done:
+        return
+    entries = []
+    for op, call in calls.items():
+        row = new_row(op="host_cost", case=case, mode="forward", variant=op)
+        row["backend"] = backends[op]
+        entry = Entry(row, partial(list, [call]), Work(), timing="host")
+        if op == "balance_bins":
+            entry.costs = partial(note_of_bins, call)
+        entries.append(entry)
+    if run.deadline.left > 0:
+        run.emit(measure(entries, run))
+    else:
+        run.emit([entry.row | {"status": NO_TIME} for entry in entries])

@@ -27,9 +27,9 @@ class TensorViews {
     if (api_ != nullptr && api_->view == nullptr) api_ = nullptr;
   }
 
-  // A plain tensor in host memory, or none. It may have no elements, and then no address. Where torch
+  // A plain tensor on any device, or none. It may have no elements, and then no address. Where torch
   // has no version 1 of DLPack's exchange API, no tensor is plain.
-  std::optional<dlpack::Tensor> host(PyObject* object) const {
+  std::optional<dlpack::Tensor> plain(PyObject* object) const {
     const PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
     if (api_ == nullptr || (type != tensor_ && type != parameter_)) return std::nullopt;
     dlpack::Tensor tensor;
@@ -37,19 +37,30 @@ class TensorViews {
       PyErr_Clear();
       return std::nullopt;
     }
-    if (tensor.device.type != dlpack::kCpu || tensor.dtype.lanes != 1) return std::nullopt;
+    if (tensor.dtype.lanes != 1) return std::nullopt;
     return tensor;
   }
 
-  // One of floats, whose memory holds these very numbers.
+  // One in host memory.
+  std::optional<dlpack::Tensor> host(PyObject* object) const {
+    const auto tensor = plain(object);
+    if (tensor && tensor->device.type != dlpack::kCpu) return std::nullopt;
+    return tensor;
+  }
+
+  // Whether the numbers of a plain tensor are the negative ones of those in memory.
+  bool is_negated(PyObject* object) const {
+    return reinterpret_cast<PyObject*>(Py_TYPE(object)) != parameter_ && is_negative(object);
+  }
+
+  // One of floats in host memory, whose memory holds these very numbers.
   std::optional<dlpack::Tensor> floats(PyObject* object) const {
     const auto tensor = host(object);
     if (!tensor) return std::nullopt;
     const auto [code, bits, lanes] = tensor->dtype;
     const bool is_float = (code == dlpack::kFloat && bits >= 16) ||
                           (code == dlpack::kBfloat && bits == 16);
-    const bool is_parameter = reinterpret_cast<PyObject*>(Py_TYPE(object)) == parameter_;
-    if (!is_float || (!is_parameter && is_negative(object))) return std::nullopt;
+    if (!is_float || is_negated(object)) return std::nullopt;
     return tensor;
   }
 

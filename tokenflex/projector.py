@@ -24,6 +24,7 @@ from tokenflex_kernels.checks import (
 from tokenflex_kernels.pool_norm.axis_weights import check_mode
 from tokenflex_kernels.pool_norm.op import pool_norm
 from tokenflex_kernels.pool_norm.plan import PoolPlan, plan_pooling, plan_uniform
+from tokenflex_kernels.project_tokens.captured import CapturedProjection
 from tokenflex_kernels.project_tokens.op import check_save, project_tokens
 from tokenflex_kernels.swiglu.reference import activation
 
@@ -60,6 +61,8 @@ class TokenAdaptiveProjector(nn.Module):
         >>> projector(patches, [64, 256]).shape  # mixed counts: flat, 64 + 256 rows
         torch.Size([320, 2048])
     """
+
+    _graphs: CapturedProjection | None = None
 
     def __init__(
         self,
@@ -98,6 +101,18 @@ class TokenAdaptiveProjector(nn.Module):
             module.reset_parameters()
         if self.position is not None:
             nn.init.zeros_(self.position.weight)
+
+    def capture_graphs(self, max_graphs: int = 16) -> None:
+        """Project by CUDA graphs from now on, where no gradient is recorded.
+
+        For inference on one or a few images on a GPU, where launching the kernels one by one takes
+        longer than they run. The first call with other grids, counts or weights captures a graph;
+        see :class:`tokenflex_kernels.CapturedProjection`. Other calls run as before.
+
+        Args:
+            max_graphs: that are kept, at least 1.
+        """
+        self._graphs = CapturedProjection(max_graphs)
 
     def forward(
         self,
@@ -205,7 +220,9 @@ class TokenAdaptiveProjector(nn.Module):
     def _project_pooled(self, rows: torch.Tensor, plan: PoolPlan) -> torch.Tensor:
         if not self._is_plain():
             return self._project_by_modules(rows, plan)
-        return project_tokens(rows, plan, **self._fused_options())
+        graphs = self._graphs
+        project = project_tokens if graphs is None or not graphs.takes(rows) else graphs
+        return project(rows, plan, **self._fused_options())
 
     def _fused_options(self) -> dict[str, Any]:
         """Return the arguments of the fused ops that are the projector's."""

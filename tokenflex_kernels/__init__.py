@@ -25,10 +25,12 @@ from tokenflex_kernels.packing import (
 from tokenflex_kernels.pool_norm.op import pool_norm
 from tokenflex_kernels.pool_norm.plan import PoolPlan, plan_pooling
 from tokenflex_kernels.project_and_pack.op import project_and_pack
+from tokenflex_kernels.project_tokens.captured import CapturedProjection
 from tokenflex_kernels.project_tokens.op import project_tokens
 from tokenflex_kernels.swiglu.op import swiglu
 
 __all__ = [
+    "CapturedProjection",
     "PackPlan",
     "PoolPlan",
     "balance_bins",

@@ -2,7 +2,8 @@
 
 The device of the tensors decides:
 
-* ``cuda``: launched on the current stream of that device;
+* ``cuda``: launched on the current stream of that device, by Triton for the first time and
+  without Triton's binder after that (``relaunch``);
 * ``cpu``: run by Triton's interpreter (``TRITON_INTERPRET=1``), for tests without a GPU;
 * ``meta``: compiled for the active target and not launched: ``python -m tokenflex_kernels.aot``
   and the tests that count compilations call the very code that launches.
@@ -12,15 +13,19 @@ Importing this does not import Triton.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
-from typing import Any
+from threading import local
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
+from tokenflex_kernels import relaunch
 from tokenflex_kernels.launch_configs import TileConfig
 from tokenflex_kernels.layout import neighbours
+from tokenflex_kernels.relaunch import Binary, binary_key, binary_of, descriptor_type
 
 MAX_BLOCK = 512  # rows of a tile
 
@@ -33,6 +38,35 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+class Launch(NamedTuple):
+    """One launch of a kernel, as :func:`observed_launches` notes it."""
+
+    kernel: Any
+    programs: int
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    binary: Binary | None  # None in the interpreter, and for launches that are left to Triton
+
+
+class _Observer(local):
+    launches: list[Launch] | None = None
+
+
+_observer = _Observer()
+
+
+@contextmanager
+def observed_launches() -> Iterator[list[Launch]]:
+    """Note every launch of this thread on a GPU or in the interpreter."""
+    before = _observer.launches
+    launches: list[Launch] = []
+    _observer.launches = launches
+    try:
+        yield launches
+    finally:
+        _observer.launches = before
+
+
 def launch(kernel: Any, programs: int, like: torch.Tensor, *args: Any, **options: Any) -> None:
     """Launch ``programs`` instances of ``kernel`` on the device of ``like``; none for none.
 
@@ -41,46 +75,69 @@ def launch(kernel: Any, programs: int, like: torch.Tensor, *args: Any, **options
     """
     if programs == 0:
         return
-    kind = like.device.type
+    binary = None
+    kind = relaunch.device_type(like)
     if kind == "cuda":
-        if like.device.index == torch.cuda.current_device():
-            kernel[(programs,)](*args, **options)
+        index = like.device.index
+        if index == relaunch.current_device():
+            binary = _launch_on_gpu(kernel, programs, index, args, options)
         else:
             with torch.cuda.device(like.device):
-                kernel[(programs,)](*args, **options)
+                binary = _launch_on_gpu(kernel, programs, index, args, options)
     elif kind == "meta":
         compiled = kernel.warmup(*args, grid=(programs,), **options)
         if on_compile is not None:
             on_compile(kernel.__name__, compiled)
-    elif kind == "cpu" and _is_interpreted(kernel):
-        _interpret(kernel, programs, args, options)
+        return
+    elif kind == "cpu" and is_interpreted(kernel):
+        with _disable_current_modes():  # it computes by PyTorch's operations
+            interpret(kernel, programs, args, options)
     else:
         raise ValueError(
             "Triton kernels run on CUDA tensors, or on CPU tensors if TRITON_INTERPRET=1 was set "
             f"before Triton was imported; got {kind} tensors"
         )
+    if _observer.launches is not None:
+        _observer.launches.append(Launch(kernel, programs, args, options, binary))
 
 
-def _is_interpreted(kernel: Any) -> bool:
+_binaries: dict[relaunch.Key, Binary] = {}
+
+
+def _launch_on_gpu(
+    kernel: Any, programs: int, index: int, args: tuple[Any, ...], options: dict[str, Any]
+) -> Binary | None:
+    """Launch on the current device; return the binary, or None if the launch is left to Triton."""
+    key = binary_key(kernel, index, args, options)
+    if key is None or not relaunch.is_ordinary(kernel):
+        kernel[(programs,)](*args, **options)
+        return None
+    binary = _binaries.get(key)
+    if binary is not None:
+        relaunch.run(binary, programs, relaunch.current_stream(index), args)
+        return binary
+    compiled = kernel[(programs,)](*args, **options)
+    binary = binary_of(compiled, kernel, args, options)
+    if binary is not None:
+        _binaries[key] = binary
+    return binary
+
+
+def is_interpreted(kernel: Any) -> bool:
+    """Return whether ``kernel`` runs in Triton's interpreter."""
     from triton.runtime.jit import JITFunction
 
     return not isinstance(kernel, JITFunction)
 
 
-@cache
-def _descriptor_type() -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor
-
-
-def _interpret(kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """Run the interpreter, with bfloat16 as float32: it would cut bits off instead of rounding, and
-    multiply bits instead of numbers. Results are rounded once, as they are copied back."""
+def interpret(kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Run a kernel in the interpreter, with bfloat16 as float32: it would cut bits off instead of
+    rounding, and multiply bits instead of numbers. Results are rounded once, as they are copied
+    back."""
     widened: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def widen(value: Any) -> Any:
-        if isinstance(value, _descriptor_type()):
+        if isinstance(value, descriptor_type()):
             return replace(value, base=widen(value.base))
         if not isinstance(value, torch.Tensor) or value.dtype != torch.bfloat16:
             return value
@@ -165,7 +222,7 @@ def source(matrix: torch.Tensor, block: list[int], tma: bool) -> Any:
     """Return what ``load_tile`` reads tiles of ``block`` from: the matrix, or its descriptor."""
     if not tma:
         return matrix
-    return _descriptor_type()(matrix, list(matrix.shape), list(matrix.stride()), block)
+    return descriptor_type()(matrix, list(matrix.shape), list(matrix.stride()), block)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -173,6 +230,7 @@ def dot_precision(dtype: torch.dtype) -> str:
 
     That of float32 is IEEE unless the user allows tf32, as of PyTorch's products.
     """
+    if dtype != torch.float32:
+        return "ieee"
     # The legacy flag sets the new one; reading the legacy one after the new was set is an error.
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

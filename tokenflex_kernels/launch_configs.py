@@ -108,6 +108,11 @@ def overriding(**configs: Config | None) -> Iterator[None]:
         _overrides.update(before)
 
 
+def is_overridden() -> bool:
+    """Return whether any stage has another config than the table's."""
+    return bool(_overrides)
+
+
 def config_for(stage: str, like: torch.Tensor, rows: int) -> Any:
     """Return the config of ``stage`` for a call on ``rows`` rows, of dtype and device of ``like``.
 

@@ -77,7 +77,7 @@ class Op:
         # By itself, because a compiler replaces this test by its result and looks no further.
         if torch.compiler.is_compiling():
             return self.overload(*arguments)
-        if not _is_plain_mode():
+        if not is_plain_mode():
             tell_counters()
             return self.overload(*arguments)
         if self._at_once is not None:
@@ -102,7 +102,7 @@ class Op:
 
     def below(self, *arguments: Any) -> Any:
         """Call the op as the ``forward`` of a Function does, see :func:`below_autograd`."""
-        if _is_plain_mode() and _are_plain(arguments[: self._tensors]):
+        if is_plain_mode() and _are_plain(arguments[: self._tensors]):
             return self._kernel(*arguments)
         with below_autograd():
             return self.overload(*arguments)
@@ -130,7 +130,7 @@ _USUAL_KEYS = DispatchKeySet(DispatchKey.BackendSelect) | DispatchKeySet(
 _USUAL = _USUAL_KEYS.raw_repr()
 
 
-def _is_plain_mode() -> bool:
+def is_plain_mode() -> bool:
     """Return whether nobody but the dispatcher itself has business with calls; takes 0.5 us."""
     return (
         torch._C._dispatch_tls_local_include_set().raw_repr() | _USUAL == _USUAL
@@ -142,7 +142,7 @@ def _is_plain_mode() -> bool:
 
 def is_eager() -> bool:
     """Return whether a function may compute at once, on ordinary tensors in memory."""
-    return not torch.compiler.is_compiling() and _is_plain_mode()
+    return not torch.compiler.is_compiling() and is_plain_mode()
 
 
 def _are_plain(tensors: Sequence[Any]) -> bool:
@@ -333,6 +333,16 @@ def is_ordinary(x: object) -> bool:
     kind = type(x)
     is_tensor = kind is torch.Tensor or kind is torch.nn.Parameter
     return is_tensor and x.is_cpu and is_eager()  # type: ignore[attr-defined]
+
+
+def may_be_recorded(op: str, x: object) -> bool:
+    """Return whether a call on the rows ``x`` may run recorded kernels: see ``call_records``."""
+    kind = type(x)
+    return (
+        not torch.compiler.is_compiling()
+        and (kind is torch.Tensor or kind is torch.nn.Parameter)
+        and select_backend(op, x.device) == "triton"  # type: ignore[attr-defined]
+    )
 
 
 def apply(function: Any, *arguments: Any) -> Any:

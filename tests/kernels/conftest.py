@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
 import torch
 
+from benchmarks.stubbed_gpu import unrecorded
 from tokenflex_kernels import backend, launch, launch_configs
 from tokenflex_kernels.pool_norm import stages as pool_norm_stages
 from tokenflex_kernels.project_and_pack import stages as project_and_pack_stages
@@ -58,8 +60,8 @@ def kernel_environment(monkeypatch):
 
 
 @pytest.fixture
-def launched(monkeypatch) -> list[str]:
-    """The names of the kernels that are launched from here on, in order."""
+def launched(monkeypatch) -> Iterator[list[str]]:
+    """The names of the kernels that are launched from here on, in order; no call is recorded."""
     names: list[str] = []
 
     def record(kernel, programs, *args, **options):
@@ -69,7 +71,8 @@ def launched(monkeypatch) -> list[str]:
 
     for module in (pool_norm_stages, swiglu_stages, project_and_pack_stages):
         monkeypatch.setattr(module, "launch", record)
-    return names
+    with unrecorded():
+        yield names
 
 
 @pytest.fixture
@@ -87,7 +90,10 @@ def products(use_config):
 
 @pytest.fixture
 def stages(monkeypatch):
-    """The stages that run from here on, in order: the name of each and its arguments by name."""
+    """The stages that run from here on, in order: the name of each and its arguments by name.
+
+    No call is recorded.
+    """
     ran: list[tuple[str, dict]] = []
 
     def record(stage, *call):
@@ -101,4 +107,5 @@ def stages(monkeypatch):
 
     for module in (pool_norm_stages, swiglu_stages, project_and_pack_stages):
         monkeypatch.setattr(module, "config_for", record)
-    return ran
+    with unrecorded():
+        yield ran

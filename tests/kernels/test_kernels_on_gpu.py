@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.stubbed_gpu import unrecorded
 from tests.kernels.common import (
     GATED,
     MODES,
@@ -25,7 +26,15 @@ from tests.kernels.common import (
     rows_of,
     run,
 )
-from tokenflex_kernels import plan_pooling, pool_norm, project_tokens, swiglu
+from tokenflex_kernels import (
+    CapturedProjection,
+    call_records,
+    plan_pooling,
+    pool_norm,
+    project_tokens,
+    swiglu,
+)
+from tokenflex_kernels.call_records import forget_records
 from tokenflex_kernels.launch_configs import (
     NAMES,
     PRODUCTS,
@@ -437,3 +446,114 @@ class TestCompile:
             torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True
         ):
             torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
+
+
+class TestRecordedCalls:
+    """Calls of a kind that came before, see ``call_records``."""
+
+    @pytest.mark.parametrize("save", SAVES)
+    @pytest.mark.parametrize("images", [1, 15])
+    def test_values_and_gradients_are_the_same_bits(self, images, save):
+        in_grids, out_grids = IN_GRIDS[:images], OUT_GRIDS[:images]
+        ours, _ = projection(in_grids, out_grids, save=save)
+        forget_records()
+        for call in range(4):
+            inputs = project_inputs(torch.bfloat16, in_grids)
+            gradient = torch.randn(rows_of(out_grids), TEXT, device="cuda", dtype=torch.bfloat16)
+            results = run(ours, inputs, gradient)
+            with unrecorded():
+                expected = run(ours, inputs, gradient)
+            assert len(call_records._records) == (call > 0)
+            assert all(torch.equal(results[name], expected[name]) for name in expected)
+
+    def test_streams_and_captures(self):
+        in_grids, out_grids = IN_GRIDS[:1], OUT_GRIDS[:1]
+        ours, _ = projection(in_grids, out_grids)
+        inputs = project_inputs(torch.bfloat16, in_grids)
+        with torch.no_grad():
+            expected = [ours(**inputs) for _ in range(4)][-1]
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                elsewhere = [ours(**inputs) for _ in range(4)]
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                captured = ours(**inputs)
+            inputs["x"].mul_(2)
+            graph.replay()
+            assert all(torch.equal(result, expected) for result in elsewhere)
+            assert torch.equal(captured, ours(**inputs))
+
+    def test_a_profiler_sees_each_kernel(self):
+        from triton import knobs
+
+        ours, _ = projection(IN_GRIDS[:1], OUT_GRIDS[:1])
+        inputs = project_inputs(torch.bfloat16, IN_GRIDS[:1])
+        names = []
+
+        def enter(metadata):
+            names.append(metadata.get()["name"])
+
+        with torch.no_grad():
+            counts = []
+            for _ in range(4):
+                del names[:]
+                knobs.runtime.launch_enter_hook.add(enter)
+                ours(**inputs)
+                knobs.runtime.launch_enter_hook.remove(enter)
+                counts.append([*names])
+        assert counts[1:] == counts[:-1]
+        assert counts[0]
+
+
+class TestCapturedProjection:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+    def test_values_are_those_of_the_op(self, dtype):
+        project = CapturedProjection()
+        in_grids = IN_GRIDS[:1]
+        weights = project_inputs(dtype, in_grids)
+        weights.pop("x")
+        with torch.inference_mode():
+            for _ in range(3):
+                for out_grids in ([(8, 8)], [(16, 16)]):
+                    x = torch.randn(rows_of(in_grids), WIDTH, device="cuda").to(dtype)
+                    tokens = project(x, in_grids, out_grids, **weights)
+                    assert torch.equal(tokens, project_tokens(x, in_grids, out_grids, **weights))
+                weights["up_weight"].mul_(1.5)
+            replaced = weights | {"gate_bias": weights["gate_bias"] + 1}
+            tokens = project(x, in_grids, out_grids, **replaced)
+            assert torch.equal(tokens, project_tokens(x, in_grids, out_grids, **replaced))
+        assert len(project) == 3
+
+    def test_a_replay_waits_for_nothing(self):
+        project = CapturedProjection()
+        inputs = project_inputs(torch.bfloat16, IN_GRIDS[:1])
+        with torch.no_grad():
+            project(inputs.pop("x"), IN_GRIDS[:1], OUT_GRIDS[:1], **inputs)
+            x = torch.randn(rows_of(IN_GRIDS[:1]), WIDTH, device="cuda").bfloat16()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                project(x, IN_GRIDS[:1], OUT_GRIDS[:1], **inputs)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    def test_streams_and_evictions(self):
+        project = CapturedProjection(max_graphs=1)
+        inputs = project_inputs(torch.bfloat16, IN_GRIDS[:1])
+        x = inputs.pop("x")
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        torch.cuda.synchronize()
+        results = []
+        with torch.no_grad():
+            for turn in range(8):
+                out_grids = [(8, 8)] if turn % 3 else [(4, 4)]
+                with torch.cuda.stream(streams[turn % 2]):
+                    rows = x * turn
+                    results.append(
+                        (project(rows, IN_GRIDS[:1], out_grids, **inputs), turn, out_grids)
+                    )
+            torch.cuda.synchronize()
+            for tokens, turn, out_grids in results:
+                expected = project_tokens(x * turn, IN_GRIDS[:1], out_grids, **inputs)
+                assert torch.equal(tokens, expected)

@@ -14,6 +14,15 @@ from typing import Any
 import torch
 
 from tokenflex_kernels.backend import select_backend
+from tokenflex_kernels.call_records import (
+    SEEN,
+    RecordedStage,
+    call_key,
+    find_record,
+    keep_record,
+    needs_grad,
+    record_stage,
+)
 from tokenflex_kernels.checks import (
     Grid,
     check_eps,
@@ -30,6 +39,7 @@ from tokenflex_kernels.library import (
     is_eager,
     is_ordinary,
     is_transformed,
+    may_be_recorded,
     record_apply,
 )
 from tokenflex_kernels.pool_norm import native, reference
@@ -41,6 +51,7 @@ from tokenflex_kernels.pool_norm.stages import (
     pool_norm_backward,
     pool_norm_forward,
 )
+from tokenflex_kernels.pool_norm.tables import pooling_tables
 
 Gradients = tuple[torch.Tensor | None, ...]
 
@@ -82,6 +93,10 @@ def pool_norm(
     """
     if is_ordinary(x):
         out = _on_host(x, in_grids, out_grids, mode, weight, bias, eps)
+        if out is not None:
+            return out
+    if may_be_recorded("pool_norm", x):
+        out = _on_device(x, in_grids, out_grids, mode, weight, bias, eps)
         if out is not None:
             return out
     plan = check_plan(x, in_grids, out_grids)
@@ -249,6 +264,96 @@ def _on_host(
         results = results, None, None
     result: torch.Tensor = _record_on_host(x, weight, bias, (*results, plan, tables, mode))
     return result
+
+
+class PoolNormOnDevice(torch.autograd.Function):
+    """Record the call that computed the last argument: its results, grids and mode."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: Any, bias: Any, kept: tuple[Any, ...]
+    ) -> torch.Tensor:
+        out, normalised, inverse_std, grids, mode = kept
+        ctx.save_for_backward(normalised, inverse_std, weight, grids)
+        ctx.batch = x.shape[0], mode
+        ctx.has_norm = weight is not None
+        ctx.dtypes = x.dtype, *dtypes_of(weight, bias)
+        result: torch.Tensor = out
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        return *PoolNorm.backward(ctx, grad)[:3], None
+
+
+_record_on_device = record_apply(PoolNormOnDevice)
+
+
+def _on_device(
+    x: torch.Tensor,
+    in_grids: Sequence[Grid] | PoolPlan,
+    out_grids: Sequence[Grid] | None,
+    mode: str,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor | None:
+    """Return the result of a call of a kind that came before; None for other calls."""
+    plan = device_plan(in_grids, out_grids, mode, eps)
+    if plan is None:
+        return None
+    key = call_key("pool_norm", (x, weight, bias), plan, mode, eps)
+    call = None if key is None else find_record(key)
+    if key is None or call is None:
+        return None
+    if call is SEEN:
+        check_plan(x, in_grids, out_grids)
+        check_mode(mode)
+        check_eps(eps)
+        check_norm(x, weight, bias, prefix="")
+        if beyond_triton(x):
+            return None
+        tensors = x, weight, bias
+        needs = needs_grad(tensors)
+        results, stage = record_pooling(tensors, plan, mode, eps, x.dtype, any(needs[:2]))
+        is_differentiated = bool(needs)
+        keep_record(key, (stage, is_differentiated))
+    else:
+        stage, is_differentiated = call
+        results = stage(x, weight, bias)
+    if not is_differentiated:
+        out: torch.Tensor = results[0]
+        return out
+    recorded: torch.Tensor = _record_on_device(x, weight, bias, (*results, plan.grids, mode))
+    return recorded
+
+
+def record_pooling(
+    tensors: tuple[torch.Tensor | None, ...],
+    plan: PoolPlan,
+    mode: str,
+    eps: float,
+    dtype: torch.dtype,
+    save: bool,
+) -> tuple[tuple[torch.Tensor, ...], RecordedStage]:
+    """Run and record the forward stage on x, weight and bias."""
+    x: Any = tensors[0]
+    grids = grids_of(plan)
+    tables = () if len(grids) == 0 else pooling_tables(grids, mode, x.device)
+    tensors_of_tables = [value for value in tables if isinstance(value, torch.Tensor)]
+    others = grids, plan.num_cells, mode, eps, dtype, save
+    return record_stage(launch_pool_norm_forward, tensors, others, tensors_of_tables)
+
+
+def device_plan(
+    in_grids: Sequence[Grid] | PoolPlan, out_grids: Sequence[Grid] | None, mode: str, eps: float
+) -> PoolPlan | None:
+    """Return the plan of an eager call; None where an argument is unusual."""
+    if type(eps) is not float or type(mode) is not str:
+        return None
+    if type(in_grids) is PoolPlan:
+        return in_grids if out_grids is None else None
+    return None if out_grids is None else plan_pooling(in_grids, out_grids)  # type: ignore[arg-type]
 
 
 def host_plan(

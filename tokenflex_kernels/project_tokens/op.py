@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tokenflex_kernels.backend import select_backend
+from tokenflex_kernels.call_records import SEEN, are_same, call_key, find_record, keep_record
 from tokenflex_kernels.checks import (
     Grid,
     check_eps,
@@ -29,6 +30,7 @@ from tokenflex_kernels.library import (
     differentiable_once,
     is_eager,
     is_ordinary,
+    may_be_recorded,
     record_apply,
 )
 from tokenflex_kernels.pool_norm.axis_weights import check_mode
@@ -36,6 +38,7 @@ from tokenflex_kernels.pool_norm.op import (
     beyond_triton,
     check_norm,
     check_plan,
+    device_plan,
     dtypes_of,
     host_plan,
     pool_norm_gradients,
@@ -46,7 +49,7 @@ from tokenflex_kernels.pool_norm.stages import (
     pool_norm_forward,
     scale_shift,
 )
-from tokenflex_kernels.project_tokens import native, reference
+from tokenflex_kernels.project_tokens import native, recorded, reference
 from tokenflex_kernels.project_tokens.weights import ProjectorWeights
 from tokenflex_kernels.swiglu.op import weight_gradients
 from tokenflex_kernels.swiglu.stages import (
@@ -115,6 +118,10 @@ def project_tokens(
     )
     if is_ordinary(x):
         out = _on_host(x, in_grids, out_grids, weights, mode, eps, save)
+        if out is not None:
+            return out
+    if may_be_recorded("project_tokens", x):
+        out = _on_device(x, in_grids, out_grids, weights, mode, eps, save)
         if out is not None:
             return out
     plan = check_plan(x, in_grids, out_grids)
@@ -342,6 +349,62 @@ def _on_host(
         return None
     out: torch.Tensor = _record_on_host(x, *weights, (*results, batch)) if records else results[0]
     return out
+
+
+class ProjectTokensOnDevice(torch.autograd.Function):
+    """Record the call that computed the last argument: out, what is kept, and the batch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        *weights, (out, kept, grids, mode, save) = arguments
+        ctx.save_for_backward(*kept, *weights[:-1], grids)
+        ctx.batch, ctx.save = (x.shape[0], mode), save
+        ctx.norm_dtypes = dtypes_of(x, *weights[:2])
+        result: torch.Tensor = out
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        return *ProjectTokens.backward(ctx, grad)[:9], None
+
+
+_record_on_device = record_apply(ProjectTokensOnDevice)
+
+
+def _on_device(
+    x: torch.Tensor,
+    in_grids: Sequence[Grid] | PoolPlan,
+    out_grids: Sequence[Grid] | None,
+    weights: ProjectorWeights,
+    mode: str,
+    eps: float,
+    save: str,
+) -> torch.Tensor | None:
+    """Return the result of a call of a kind that came before; None for other calls."""
+    plan = device_plan(in_grids, out_grids, mode, eps)
+    if plan is None or type(save) is not str:
+        return None
+    key = call_key("project_tokens", (x, *weights), plan, mode, eps, save)
+    call = None if key is None else find_record(key)
+    if key is None or call is None:
+        return None
+    if call is SEEN:
+        check_plan(x, in_grids, out_grids)
+        check_mode(mode)
+        check_eps(eps)
+        check_save(save)
+        if not are_same(check_weights(x, weights), weights) or beyond_triton(x):
+            return None
+        out, kept, call = recorded.record(x, weights, plan, mode, eps, save)
+        keep_record(key, call)
+    else:
+        out, kept = call(x, weights)
+    if not call.is_differentiated:
+        result: torch.Tensor = out
+        return result
+    batch = plan.grids, mode, save
+    result = _record_on_device(x, *weights, (out, kept, *batch))
+    return result
 
 
 fused_project_tokens = define_fused("project_tokens", _shape, _fused_project_tokens, ProjectTokens)

@@ -11,6 +11,15 @@ from typing import Any
 import torch
 
 from tokenflex_kernels.backend import compiled_extension, select_backend
+from tokenflex_kernels.call_records import (
+    SEEN,
+    are_same,
+    call_key,
+    find_record,
+    keep_record,
+    needs_grad,
+    record_stage,
+)
 from tokenflex_kernels.checks import check_float, check_linear, check_tensor, in_autocast_dtype
 from tokenflex_kernels.library import (
     UnpackedContext,
@@ -19,6 +28,7 @@ from tokenflex_kernels.library import (
     differentiable_once,
     is_eager,
     is_ordinary,
+    may_be_recorded,
     record_apply,
 )
 from tokenflex_kernels.swiglu import native, reference
@@ -63,16 +73,31 @@ def swiglu(
         out = _on_host(x, gate_weight, up_weight, gate_bias, up_bias)
         if out is not None:
             return out
+    if may_be_recorded("swiglu", x):
+        out = _on_device(x, gate_weight, up_weight, gate_bias, up_bias)
+        if out is not None:
+            return out
+    weights = _checked(x, gate_weight, up_weight, gate_bias, up_bias)
+    if choose_backend("swiglu", x, beyond_triton=beyond_triton(x)) != "reference":
+        return fused_swiglu(*in_autocast_dtype(x.device, x, *weights))
+    return reference.swiglu(x, *weights)
+
+
+def _checked(
+    x: torch.Tensor,
+    gate_weight: torch.Tensor,
+    up_weight: torch.Tensor,
+    gate_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Check the tensors; return the weights and biases in the dtype for products with x."""
     check_tensor("x", x, ndim=2)
     check_float("x", x)
     width = x.shape[1]
     gate_weight, gate_bias = check_linear("gate", gate_weight, gate_bias, x, width, "H, C")
     rows = gate_weight.shape[0]
     up_weight, up_bias = check_linear("up", up_weight, up_bias, x, width, "H, C", rows)
-    weights = gate_weight, up_weight, gate_bias, up_bias
-    if choose_backend("swiglu", x, beyond_triton=beyond_triton(x)) != "reference":
-        return fused_swiglu(*in_autocast_dtype(x.device, x, *weights))
-    return reference.swiglu(x, *weights)
+    return gate_weight, up_weight, gate_bias, up_bias
 
 
 # ---- The fused op: kernels and autograd.
@@ -163,6 +188,56 @@ def _on_host(
         results = native.gate_up_at_once(x, *weights, save=records)
     out: torch.Tensor = _record_on_host(x, *weights, results) if records else results[0]
     return out
+
+
+class SwigluOnDevice(torch.autograd.Function):
+    """Record the call that computed the last argument: product, gate and up."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        x, *weights, (product, gate, up) = arguments
+        needs_x, *needs_weights = ctx.needs_input_grad[:3]
+        kept_x = x if any(needs_weights) else None
+        ctx.save_for_backward(kept_x, *(weights[:2] if needs_x else (None, None)), gate, up)
+        result: torch.Tensor = product
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        return *Swiglu.backward(ctx, grad), None
+
+
+_record_on_device = record_apply(SwigluOnDevice)
+
+
+def _on_device(
+    x: torch.Tensor,
+    gate_weight: torch.Tensor,
+    up_weight: torch.Tensor,
+    gate_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Return the result of a call of a kind that came before; None for other calls."""
+    tensors = x, gate_weight, up_weight, gate_bias, up_bias
+    key = call_key("swiglu", tensors)
+    call = None if key is None else find_record(key)
+    if key is None or call is None:
+        return None
+    if call is SEEN:
+        weights = _checked(*tensors)
+        if not are_same(weights, tensors[1:]) or beyond_triton(x):
+            return None
+        is_differentiated = bool(needs_grad(tensors))
+        results, stage = record_stage(launch_gate_up, tensors, (True, is_differentiated))
+        keep_record(key, (stage, is_differentiated))
+    else:
+        stage, is_differentiated = call
+        results = stage(*tensors)
+    if not is_differentiated:
+        out: torch.Tensor = results[0]
+        return out
+    recorded: torch.Tensor = _record_on_device(*tensors, results)
+    return recorded
 
 
 def weight_gradients(

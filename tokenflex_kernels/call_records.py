@@ -1,0 +1,373 @@
+"""Records of eager calls: what an op allocates and launches for one kind of call, to do it again.
+
+On a GPU an op's call is Python: checks, choices, tables, allocations and launches. All of it but
+the addresses depends on the kind of the call alone: the op, the dtype, shape, strides, device and
+alignment of each tensor, the plan of the batch, options, the tensors that require grad, and the
+stream. So the second call of a kind is recorded, and later ones look the record up, allocate the
+results and launch: one key instead of all checks.
+
+A record is made by watching a stage. It holds what the stage passed to ``launch``: numbers as they
+are, and for a tensor its place among the stage's inputs and results, or the tensor itself if it is
+one of the batch's tables. A stage that does anything else, such as a product of PyTorch's, a copy,
+or a launch on a temporary tensor, is not recorded: later calls of its kind spare the checks and run
+it as it is.
+
+**What a stage must keep to**: all that it computes on the host may depend on the kind of the call,
+and on nothing else of its tensors. The distance between two addresses, for one, is no part of it.
+
+Calls while a CUDA graph is captured are never recorded or repeated: the tables of a captured graph
+must stay for as long as it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from threading import Lock
+from typing import Any, NamedTuple
+
+import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tokenflex_kernels import launch_configs, relaunch
+from tokenflex_kernels.backend import extension
+from tokenflex_kernels.launch import (
+    Launch,
+    dot_precision,
+    interpret,
+    is_interpreted,
+    observed_launches,
+)
+from tokenflex_kernels.library import is_plain_mode
+
+MAX_RECORDS = 256
+MAX_SEEN = 4096  # kinds of calls that came once
+MAX_TABLE_BYTES = 2**20  # of a record, which keeps the tables of its batch
+
+Tensors = Sequence[torch.Tensor | None]
+Stage = Callable[..., tuple[torch.Tensor, ...]]
+Key = tuple[Any, ...]
+
+# ---- The kind of a call.
+
+
+def call_key(op: str, tensors: tuple[Any, ...], *others: Any) -> Key | None:
+    """Return the kind of a call, or None for a call that is not recorded.
+
+    Args:
+        op: its name.
+        tensors: of the call, the rows first; they may be None.
+        others: all else that the call depends on, hashable.
+    """
+    like = tensors[0]
+    kind = relaunch.device_type(like)
+    stream = 0
+    if kind == "cuda":
+        index = like.device.index
+        if index != relaunch.current_device() or relaunch.is_capturing():
+            return None
+        stream = relaunch.current_stream(index)
+    if launch_configs.is_overridden() or torch.is_autocast_enabled(kind):
+        return None
+    described = describe(tensors)
+    if described is None:
+        return None
+    precision = dot_precision(torch.float32) if like.dtype is torch.float32 else None
+    return op, described, stream, precision, *others
+
+
+def describe(tensors: tuple[Any, ...]) -> Any:
+    """Return all that an eager call depends on of ``tensors`` but their numbers, hashable.
+
+    That is the dtype, device, shape and strides of each, its address modulo 16, and whether the
+    call is differentiated by it. The result is None outside of plain eager mode, and if one is
+    neither None nor an ordinary tensor.
+    """
+    compiled = extension()
+    return _described(tensors) if compiled is None else compiled.tensor_key(*tensors)
+
+
+def _described(tensors: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if not is_plain_mode():
+        return None
+    described: list[Any] = [needs_grad(tensors)]
+    for tensor in tensors:
+        kind = type(tensor)
+        if tensor is None:
+            described.append(None)
+            continue
+        if kind is torch.Tensor:
+            if (
+                tensor.is_meta
+                or tensor.is_neg()
+                or tensor._is_zerotensor()
+                or tensor.layout is not torch.strided
+                or is_functorch_wrapped_tensor(tensor)
+            ):
+                return None
+        elif kind is not torch.nn.Parameter:
+            return None
+        described.append(
+            (tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.data_ptr() & 15)
+        )
+    return tuple(described)
+
+
+def needs_grad(tensors: tuple[Any, ...]) -> tuple[bool, ...]:
+    """Return the tensors that a call is differentiated by; () where no backward is recorded."""
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+        return tuple(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return ()
+
+
+def are_same(tensors: Tensors, others: Tensors) -> bool:
+    """Return whether these are the same objects, such as tensors that no check has converted."""
+    return all(tensor is other for tensor, other in zip(tensors, others, strict=True))
+
+
+# ---- One stage.
+
+
+class _Repeat(NamedTuple):
+    """One launch without the tensors of its call.
+
+    Attributes:
+        kernel, programs, options, binary: of the launch.
+        args: its arguments; tensors of the call are missing.
+        places: for each missing one its position in ``args``, its index among the call's tensors
+            and results, and the fields of its tensor-map descriptor if it is passed by one.
+    """
+
+    kernel: Any
+    programs: int
+    options: dict[str, Any]
+    binary: relaunch.Binary | None  # None in the interpreter
+    args: tuple[Any, ...]
+    places: tuple[tuple[int, int, dict[str, Any] | None], ...]
+
+
+class RecordedStage:
+    """A stage for calls of one kind: called with their tensors, it returns the stage's results."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        others: tuple[Any, ...],
+        results: tuple[torch.Tensor, ...],
+        repeats: list[_Repeat] | None,
+        tables: Tensors,
+        offset: int,
+    ) -> None:
+        self._stage, self._others = stage, others
+        self._repeats = repeats
+        self._is_interpreted = any(repeat.binary is None for repeat in repeats or ())
+        # Nothing is written to a tensor of no elements: all calls may share it.
+        self._results = [
+            (tuple(result.shape), result.dtype) if result.numel() > 0 else result
+            for result in results
+        ]
+        self._tables = tables  # kept as long as their addresses
+        self._offset = offset  # of the rows' address from a multiple of 16
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether calls repeat launches; otherwise they run the stage."""
+        return self._repeats is not None
+
+    def __call__(self, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        if self._repeats is None:
+            return self._run_stage(tensors)
+        like: Any = tensors[0]
+        results: list[Any] = [
+            like.new_empty(result[0], dtype=result[1]) if type(result) is tuple else result
+            for result in self._results
+        ]
+        if not self._repeat(self._repeats, like, [*tensors, *results], len(tensors)):
+            return self._run_stage(tensors)
+        return tuple(results)
+
+    def _run_stage(self, tensors: Tensors) -> tuple[torch.Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._stage(*tensors, *self._others)
+
+    def _repeat(self, repeats: list[_Repeat], like: Any, tensors: Tensors, inputs: int) -> bool:
+        """Repeat the launches on tensors and results; return whether that was possible."""
+        if self._is_interpreted:
+            for repeat in repeats:
+                args = _with_tensors(repeat, tensors, tensors)
+                interpret(repeat.kernel, repeat.programs, tuple(args), repeat.options)
+            return True
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        # An allocator may align results less than PyTorch's; rows may be the result of a stage.
+        if addresses[0] & 15 != self._offset:
+            return False
+        for address in addresses[inputs:]:
+            if address & 15:
+                return False
+        for repeat in repeats:
+            if not relaunch.is_ordinary(repeat.kernel):
+                return False
+        stream = relaunch.current_stream(like.device.index)
+        for repeat in repeats:
+            binary: Any = repeat.binary
+            args = _with_tensors(repeat, addresses, tensors)
+            relaunch.run(binary, repeat.programs, stream, args)
+        return True
+
+
+def _with_tensors(repeat: _Repeat, values: Sequence[Any], tensors: Tensors) -> list[Any]:
+    """Return the arguments of a launch, with ``values`` in the places of the call's tensors."""
+    args = list(repeat.args)
+    for position, place, fields in repeat.places:
+        if fields is None:
+            args[position] = values[place]
+        else:
+            # Not checked again: it is of the kind that was checked.
+            descriptor = object.__new__(relaunch.descriptor_type())
+            descriptor.__dict__.update(fields, base=tensors[place])
+            args[position] = descriptor
+    return args
+
+
+def record_stage(
+    stage: Stage, tensors: tuple[Any, ...], others: tuple[Any, ...], tables: Tensors = ()
+) -> tuple[tuple[torch.Tensor, ...], RecordedStage]:
+    """Run a stage and record it.
+
+    Args:
+        stage: takes ``tensors`` and ``others``, and returns new tensors.
+        tensors: ordinary ones or None, the rows first.
+        others: its other arguments.
+        tables: tensors that its launches read beside ``tensors``.
+
+    Returns:
+        The results of this call, and the stage for later ones.
+    """
+    # An object for each argument, though the call may have passed a tensor twice.
+    arguments = [None if tensor is None else tensor.detach() for tensor in tensors]
+    with observed_launches() as launches, _Watch() as watch:
+        results = stage(*arguments, *others)
+    small = sum(table.nbytes for table in tables if table is not None) <= MAX_TABLE_BYTES
+    repeats = None
+    if small and not watch.has_computed:
+        repeats = _repeats(launches, arguments, results, tables)
+    offset = tensors[0].data_ptr() & 15
+    return results, RecordedStage(stage, others, results, repeats, tables, offset)
+
+
+class _Watch(TorchDispatchMode):
+    """Watch a stage for operations of PyTorch that a record does not repeat."""
+
+    HARMLESS = (
+        torch.ops.aten.detach,  # of the grids, which are read on the host
+        # Of tables on another stream than that which copied them: it holds for later calls too.
+        torch.ops.aten.record_stream,
+        torch.ops.aten.empty,
+        torch.ops.aten.empty_like,
+        torch.ops.aten.empty_strided,
+        torch.ops.aten.new_empty,
+        torch.ops.aten.new_empty_strided,
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_computed = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.has_computed |= func.overloadpacket not in self.HARMLESS
+        return func(*args, **(kwargs or {}))
+
+
+def _repeats(
+    launches: Sequence[Launch],
+    tensors: Tensors,
+    results: tuple[torch.Tensor, ...],
+    tables: Tensors,
+) -> list[_Repeat] | None:
+    """Return the launches of a stage without its tensors, or None if they cannot be repeated."""
+    places = {id(tensor): i for i, tensor in enumerate((*tensors, *results)) if tensor is not None}
+    kept = {id(table) for table in tables}
+    repeats: list[_Repeat] = []
+    launched: set[int] = set()
+    for launch in launches:
+        repeat = _without_tensors(launch, places, kept)
+        if repeat is None:
+            return None
+        repeats.append(repeat)
+        launched.update(place for _, place, _ in repeat.places)
+    written = range(len(tensors), len(tensors) + len(results))
+    for place, result in zip(written, results, strict=True):
+        if result.numel() > 0 and (
+            place not in launched or not result.is_contiguous() or result.data_ptr() & 15
+        ):
+            return None  # computed in another way, or allocated
+    return repeats
+
+
+def _without_tensors(launch: Launch, places: dict[int, int], kept: set[int]) -> _Repeat | None:
+    if launch.binary is None and not is_interpreted(launch.kernel):
+        return None  # left to Triton
+    args, missing = list(launch.args), []
+    for position, value in enumerate(args):
+        if isinstance(value, torch.Tensor):
+            if id(value) in places:
+                missing.append((position, places[id(value)], None))
+                args[position] = None
+            elif id(value) not in kept:
+                return None
+            elif launch.binary is not None:
+                args[position] = value.data_ptr()
+        elif type(value) is relaunch.descriptor_type():
+            base = value.base
+            described = [*base.shape, *base.stride()]
+            if id(base) not in places or [*value.shape, *value.strides] != described:
+                return None  # its numbers may depend on more than the kind of the call
+            missing.append((position, places[id(base)], vars(value) | {"base": None}))
+            args[position] = None
+        elif value is not None and type(value) is not int:
+            return None
+    return _Repeat(
+        *(launch.kernel, launch.programs, launch.options, launch.binary),
+        *(tuple(args), tuple(missing)),
+    )
+
+
+# ---- All records.
+
+SEEN = object()
+"""What :func:`find_record` returns for the second call of a kind, which may be recorded."""
+
+_records: dict[Key, Any] = {}
+_seen: set[Key] = set()
+_lock = Lock()
+
+
+def find_record(key: Key) -> Any:
+    """Return what was kept for calls of this kind, ``SEEN``, or None for the first of them."""
+    record = _records.get(key)
+    if record is not None:
+        return record
+    with _lock:
+        if key in _seen:
+            return SEEN
+        if len(_seen) >= MAX_SEEN:
+            _seen.clear()
+        _seen.add(key)
+    return None
+
+
+def keep_record(key: Key, record: Any) -> None:
+    """Keep ``record`` for later calls of this kind, in the place of the oldest one if need be."""
+    with _lock:
+        while len(_records) >= MAX_RECORDS:
+            _records.pop(next(iter(_records)))
+        _records[key] = record
+
+
+def forget_records() -> None:
+    """Forget all kinds of calls."""
+    with _lock:
+        _records.clear()
+        _seen.clear()
