@@ -13,9 +13,11 @@ Importing this does not import Triton.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from threading import local
 from typing import Any, NamedTuple
 
@@ -138,7 +140,8 @@ def interpret(kernel: Any, programs: int, args: tuple[Any, ...], options: dict[s
 
     def widen(value: Any) -> Any:
         if isinstance(value, descriptor_type()):
-            return replace(value, base=widen(value.base))
+            beyond = _beyond_storage(value)
+            return replace(value, base=widen(value.base)) if beyond is None else beyond
         if not isinstance(value, torch.Tensor) or value.dtype != torch.bfloat16:
             return value
         storage = value.untyped_storage()
@@ -155,12 +158,43 @@ def interpret(kernel: Any, programs: int, args: tuple[Any, ...], options: dict[s
         narrow[changed] = wide[changed].to(narrow.dtype)
 
 
+def _beyond_storage(descriptor: Any) -> Any | None:
+    """Return a descriptor of a float32 copy if this one reaches beyond the storage of its base.
+
+    That of two bfloat16 matrices does: the second one is read from its address. None for others.
+    """
+    base, sides = descriptor.base, zip(descriptor.shape, descriptor.strides, strict=True)
+    reach = 1 + sum((size - 1) * stride for size, stride in sides)
+    end = (base.storage_offset() + reach) * base.element_size()
+    if base.dtype != torch.bfloat16 or end <= base.untyped_storage().nbytes():
+        return None
+    memory = (ctypes.c_int16 * reach).from_address(base.data_ptr())
+    narrow = torch.frombuffer(memory, dtype=base.dtype)
+    wide = narrow.as_strided(descriptor.shape, descriptor.strides).float().contiguous()
+    return replace(descriptor, base=wide, strides=list(wide.stride()))
+
+
 # ---- Matrix products.
 
 
 def num_tiles(rows: int, columns: int, config: TileConfig) -> int:
     """Return the number of programs of a product with a result of [rows, columns]."""
     return cdiv(rows, config.block_m) * cdiv(columns, config.block_n)
+
+
+def num_programs(tiles: int, config: TileConfig, device: torch.device) -> int:
+    """Return the number of programs that share ``tiles`` tiles of a persistent kernel."""
+    if config.programs_per_sm is None:
+        return tiles
+    return min(tiles, config.programs_per_sm * _multiprocessors(device))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cuda":
+        count: int = torch.cuda.get_device_properties(device).multi_processor_count
+        return count
+    return 2  # interpreted, or compiled only: few enough that a program walks over several tiles
 
 
 def pointwise_options(config: TileConfig, *, limit_registers: bool) -> dict[str, Any]:
@@ -216,6 +250,36 @@ def can_describe(*matrices: torch.Tensor) -> bool:
         and matrix.stride(1) == 1
         for matrix in matrices
     )
+
+
+def pair_stride(first: torch.Tensor, second: torch.Tensor) -> int | None:
+    """Return the distance from ``first`` to ``second`` in elements, or None.
+
+    It is the first stride of a descriptor of both as [2, R, C]. None where there can be no such
+    descriptor: the matrices differ in shape or stride, or ``second`` does not lie behind ``first``.
+    Strides of a descriptor are below 2^40 bytes.
+    """
+    distance = second.data_ptr() - first.data_ptr()
+    alike = first.shape == second.shape and first.stride() == second.stride()
+    if not alike or not 0 < distance < 2**40 or not can_describe(first, second):
+        return None
+    return distance // first.element_size()
+
+
+def pair_source(
+    first: torch.Tensor, second: torch.Tensor, block: list[int]
+) -> tuple[Any, bool] | None:
+    """Return a descriptor of two matrices as [2, R, C], for tiles of ``block``, and their order.
+
+    The order is whether ``second`` is the first of the two in memory. None where one descriptor
+    cannot hold both: see ``pair_stride``.
+    """
+    for swapped, (lower, upper) in enumerate(((first, second), (second, first))):
+        stride = pair_stride(lower, upper)
+        if stride is not None:
+            shape, strides = [2, *lower.shape], [stride, *lower.stride()]
+            return descriptor_type()(lower, shape, strides, block), bool(swapped)
+    return None
 
 
 def source(matrix: torch.Tensor, block: list[int], tma: bool) -> Any:

@@ -43,13 +43,19 @@ class TileConfig(NamedTuple):
     group_m: int  # tiles of rows that are walked together, for the sake of L2
     num_warps: int
     num_stages: int
-    tma: bool = False  # load tiles through tensor-map descriptors (Hopper and newer)
+    tma: bool = False  # tiles through tensor-map descriptors (Hopper and newer): see ``fits_rows``
     max_registers: int | None = None  # of a thread; None leaves it to ptxas
     # Whether a product takes sides that are not multiples of 16 too. It then loads element by
     # element, for which most tiles have too few registers; other configs leave such products to
     # PyTorch.
     ragged: bool = False
+    # Programs on each multiprocessor, for kernels whose programs walk over tiles; None: as many as
+    # there are tiles.
+    programs_per_sm: int | None = None
 
+
+# Descriptors are built on the host at each launch, for some microseconds that a small call notices.
+MIN_DESCRIBED_ROWS = 513
 
 Config = RowConfig | TileConfig
 Buckets = tuple[tuple[int | None, Config | None], ...]  # (up_to, config)
@@ -91,6 +97,11 @@ def architecture(device: torch.device) -> str:
 def _cuda_architecture(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{10 * major + minor}"
+
+
+def fits_rows(config: Config | None, rows: int) -> bool:
+    """Return whether ``config`` may serve a call on that many rows; small ones do without TMA."""
+    return rows >= MIN_DESCRIBED_ROWS or not (isinstance(config, TileConfig) and config.tma)
 
 
 _overrides: dict[str, Config | None] = {}

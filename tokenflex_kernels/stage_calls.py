@@ -135,17 +135,19 @@ def _row_stages(
 def _tile_stages(
     stage: str, tokens: int, widths: Widths, rows: Callable[..., torch.Tensor]
 ) -> Iterator[Variant]:
-    weight = rows(widths.hidden, widths.vision, scale=widths.vision**-0.5)
+    weights = rows(2, widths.hidden, widths.vision, scale=widths.vision**-0.5)
+    gate_weight, up_weight = weights.unbind()
     hidden = rows(tokens, widths.hidden)
     if stage == "gate_up":
         x, bias = rows(tokens, widths.vision), rows(widths.hidden)
-        forward = partial(launch_gate_up, x, weight, weight)
+        forward = partial(launch_gate_up, x, gate_weight, up_weight)
         yield "bias product save", partial(forward, bias, bias, True, True)
         yield "bias product", partial(forward, bias, bias, True, False)
         yield "bias save", partial(forward, bias, bias, False, True)
         yield "product", partial(forward, None, None, True, False)
     elif stage == "input_gradient":
-        yield "", partial(launch_input_gradient, rows(tokens, 2 * widths.hidden), weight, weight)
+        grads = rows(tokens, 2 * widths.hidden)
+        yield "", partial(launch_input_gradient, grads, gate_weight, up_weight)
     elif stage == "down_gradient":
         down_weight = rows(widths.text, widths.hidden, scale=widths.hidden**-0.5)
         dy = rows(tokens, widths.text)

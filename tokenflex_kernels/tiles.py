@@ -1,4 +1,4 @@
-"""Device functions that the matrix products share: the order of tiles, and reading one."""
+"""Device functions that the matrix products share: the order of tiles, reading and writing one."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ import triton.language as tl
 def tile_position(
     rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr
 ):
-    """The (row, column) of this program's tile.
+    """Return the (row, column) of this program's tile: see `nth_tile_position`."""
+    return nth_tile_position(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+
+
+@triton.jit
+def nth_tile_position(
+    number, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr
+):
+    """Return the (row, column) of a tile by its number.
 
     Programs that run at the same time should share what they read: GROUP_M tiles of rows are walked
     column by column, so that a group's rows and the weights both stay in L2.
     """
-    program = tl.program_id(0)
     tiles_m = tl.cdiv(rows, BLOCK_M)
     per_group = GROUP_M * tl.cdiv(columns, BLOCK_N)
-    first_m = program // per_group * GROUP_M
+    first_m = number // per_group * GROUP_M
     group_m = tl.minimum(tiles_m - first_m, GROUP_M)
-    within = program % per_group
+    within = number % per_group
     return (first_m + within % group_m) * BLOCK_M, within // group_m * BLOCK_N
 
 
@@ -47,3 +54,20 @@ def load_tile(
         if not WHOLE_COLUMNS:
             inside = inside & (column + c < columns)[None, :]
         return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(target, tile, row, column, rows, columns, stride, TMA: tl.constexpr):
+    """Write ``tile`` to ``target`` at (row, column), in its dtype, up to its rows and columns.
+
+    ``target`` is a pointer to row-major elements, or with TMA a descriptor of them.
+    """
+    if TMA:
+        target.store([row, column], tile.to(target.dtype))
+    else:
+        r = tl.arange(0, tile.shape[0])
+        c = tl.arange(0, tile.shape[1])
+        start = target + tl.cast(row, tl.int64) * stride + column
+        at = start + r[:, None] * stride + c[None, :]
+        inside = (row + r < rows)[:, None] & (column + c < columns)[None, :]
+        tl.store(at, tile.to(target.dtype.element_ty), mask=inside)

@@ -102,7 +102,7 @@ report()
 
 LENGTHS = """
 config = launch_config("gate_up", 1, torch.float32, INTERPRETER)._replace(tma=TMA)
-gate, bias, down = rows(HIDDEN, WIDTH), rows(HIDDEN), rows(TEXT, HIDDEN)
+weights, bias, down = rows(2, HIDDEN, WIDTH).unbind(), rows(HIDDEN), rows(TEXT, HIDDEN)
 lengths = [1, 2, 15, 16, 17, 32, 64, 128, 4096, 65536, 2**20, *range(255, 294)]
 assert len(set(lengths)) == 50
 for length in lengths:
@@ -111,9 +111,9 @@ for length in lengths:
         names = "gate_up", "down_gradient", "input_gradient", "packed_down"
         products = dict.fromkeys(names, fused)
         with overriding(pointwise=config, **products):
-            product, g, u = launch_gate_up(x, gate, gate, bias, bias, True, True)
+            product, g, u = launch_gate_up(x, *weights, bias, bias, True, True)
             grads, _, _ = launch_down_gradient(rows(length, TEXT), down, g, u, True, True)
-            launch_input_gradient(grads, gate, gate)
+            launch_input_gradient(grads, *weights)
             launch_packed_down(product, down, rows(TEXT), rows(3, TEXT), row_map, row_map, -1)
 report()
 """
@@ -142,9 +142,9 @@ class TestCompilations:
     def test_fifty_lengths_share_one_binary_of_each_product(self, tmp_path, tma):
         counted = run_python(tmp_path, COUNTING + f"TMA = {tma}\n" + LENGTHS)
         kernels = (
-            "gate_up_kernel",
+            "gate_up_pair_kernel" if tma else "gate_up_kernel",
             "down_gradient_kernel",
-            "input_gradient_kernel",
+            "input_gradient_pair_kernel" if tma else "input_gradient_kernel",
             "packed_down_kernel",
             "gated_product_kernel",
             "gate_gradient_kernel",

@@ -17,6 +17,7 @@ from tokenflex_kernels.launch_configs import (
     RowConfig,
     TileConfig,
     architecture,
+    fits_rows,
     launch_config,
     nearest,
     parse_stage,
@@ -76,12 +77,27 @@ class TestShippedTable:
         if name == INTERPRETER or int(name.removeprefix("sm_")) < 90:
             assert not any(config is not None and config.tma for config in configs)
 
+    @pytest.mark.parametrize("name", SHIPPED)
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_small_calls_build_no_descriptors(self, name, stage):
+        for dtype in DTYPES.values():
+            for rows in (1, 64, 256, 512):
+                assert fits_rows(launch_config(stage, rows, dtype, name), rows)
+
     def test_float32_keeps_its_digits(self):
         # An IEEE product has no tensor cores: PyTorch's is the faster form of it on a GPU.
         for name in SHIPPED:
             if name != INTERPRETER:
                 for stage in PRODUCTS:
                     assert launch_config(stage, 512, torch.float32, name) is None
+
+
+def test_descriptors_are_for_more_than_512_rows():
+    with_tma = TileConfig(**TILE)._replace(tma=True)
+    assert [fits_rows(with_tma, rows) for rows in (1, 512, 513)] == [False, False, True]
+    assert fits_rows(TileConfig(**TILE), 1)
+    assert fits_rows(None, 1)
+    assert fits_rows(launch_config("scale_shift", 1, torch.float32, INTERPRETER), 1)
 
 
 class TestLookup:

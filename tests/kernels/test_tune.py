@@ -47,6 +47,18 @@ class TestCandidates:
             *(False, False, True, True)
         ]
 
+    def test_descriptors_of_gate_up_come_with_programs_that_walk_over_tiles(self):
+        for config in candidate_configs("gate_up", torch.bfloat16, "sm_90")[1:]:
+            assert (config.programs_per_sm in (1, 2)) == config.tma
+
+    def test_the_down_gradient_is_tried_with_two_blocks_on_a_multiprocessor(self):
+        configs = candidate_configs("down_gradient", torch.bfloat16, "sm_90")
+        limited = [config for config in configs if config and config.max_registers == 128]
+        assert {config.tma for config in limited} == {False, True}
+        for config in limited:
+            tiles = config.block_k * (config.block_m + config.block_n) * 2
+            assert 2 * config.num_stages * tiles <= 227 * 1024
+
     def test_products_of_float32_are_the_librarys(self):
         assert candidate_configs("gate_up", torch.float32, "sm_90") == [None]
 

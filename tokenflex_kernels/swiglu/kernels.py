@@ -13,6 +13,11 @@ training also keeps gate and up, from which backward computes the product again;
 backward writes those two and no product. Everything between the products and what is stored stays
 in float32.
 
+`gate_up_pair` does the same for many rows on GPUs with a copy engine. One descriptor holds both
+weights, as [2, H, C] with the distance between them as its first stride, so that a single matrix
+instruction multiplies a tile of x by the tiles of both. It is persistent: each program walks over
+tiles, and loads the next one's operands while it computes and writes the results of the last.
+
 Backward through the gate, `down_gradient`: its derivative in the epilogue of the down projection's
 product. With dy the gradient of the output y = product Wd^T and s = sigmoid(gate):
 
@@ -26,7 +31,7 @@ both weights are one product, and the product if the down weight is trained. d p
 never stored. The sums over rows come as one partial sum a tile, for PyTorch to add up in a fixed
 order. Without Wd the same epilogue runs on a given d product (`gate_gradient_kernel`).
 
-Backward to the input, `input_gradient`: two products into one accumulator.
+Backward to the input, `input_gradient`: one product whose inner side is 2H long.
 
     d x = d gate Wg + d up Wu            [d gate, d up]: [T, 2H], Wg and Wu: [H, C] -> [T, C]
 
@@ -39,13 +44,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenflex_kernels.tiles import load_tile, tile_position
+from tokenflex_kernels.tiles import load_tile, nth_tile_position, store_tile, tile_position
 
 
 @triton.jit
-def activation(gate):
-    """SiLU of float32 values."""
-    return gate * tl.sigmoid(gate)
+def activation(gate, PTX: tl.constexpr = False):
+    """SiLU of float32 values.
+
+    With PTX in NVIDIA's instructions that flush denormal numbers to zero. Triton's own do not, and
+    scale their operands for it: eight more instructions an element, and no other result above
+    1e-36. Triton's interpreter has no PTX.
+    """
+    if PTX:
+        return tl.inline_asm_elementwise(
+            """{
+                .reg .f32 s;
+                mul.f32 s, $1, 0fBFB8AA3B;
+                ex2.approx.ftz.f32 s, s;
+                add.f32 s, s, 0f3F800000;
+                rcp.approx.ftz.f32 s, s;
+                mul.f32 $0, $1, s;
+            }""",  # exp(-gate) = 2^(-gate log2 e), s = 1 / (1 + exp(-gate))
+            "=f,f", [gate], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return gate * tl.sigmoid(gate)
 
 
 @triton.jit
@@ -55,40 +78,81 @@ def activation_derivative(gate):
     return s + gate * s * (1.0 - s)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def gate_up_kernel(
-    x, gate_weight, up_weight, gate_bias, up_bias, product, gate, up,
-    rows, hidden, width, x_stride, gate_stride, up_stride,
+@triton.jit
+def _store_gated(
+    g, u, gate_bias, up_bias, product, gate, up,
+    m, n, rows, hidden,
     GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, PRODUCT: tl.constexpr, SAVE: tl.constexpr,
-    WHOLE_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    TMA: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    m, n = tile_position(rows, hidden, BLOCK_M, BLOCK_N, GROUP_M)
-    g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, width, BLOCK_K):
-        a = load_tile(x, m, k, rows, width, x_stride, BLOCK_M, BLOCK_K, WHOLE_K, TMA)
-        b = load_tile(gate_weight, n, k, hidden, width, gate_stride, BLOCK_N, BLOCK_K, WHOLE_K, TMA)
-        g = tl.dot(a, b.T, g, input_precision=PRECISION)
-        b = load_tile(up_weight, n, k, hidden, width, up_stride, BLOCK_N, BLOCK_K, WHOLE_K, TMA)
-        u = tl.dot(a, b.T, u, input_precision=PRECISION)
-
-    row = tl.arange(0, BLOCK_M)
-    column = tl.arange(0, BLOCK_N)
+    """All that follows from the float32 tiles of both products without bias."""
+    column = tl.arange(0, g.shape[1])
     in_hidden = n + column < hidden
     if GATE_BIAS:
         g += tl.load(gate_bias + n + column, mask=in_hidden, other=0.0).to(tl.float32)[None, :]
     if UP_BIAS:
         u += tl.load(up_bias + n + column, mask=in_hidden, other=0.0).to(tl.float32)[None, :]
-    tile = m.to(tl.int64) * hidden + n
-    at = row[:, None] * hidden + column[None, :]
-    inside = (m + row < rows)[:, None] & in_hidden[None, :]
+    # Stores by descriptors share a buffer: the activation is computed while gate is on its way.
     if SAVE:
-        tl.store(gate + tile + at, g.to(gate.dtype.element_ty), mask=inside)
-        tl.store(up + tile + at, u.to(up.dtype.element_ty), mask=inside)
+        store_tile(gate, g, m, n, rows, hidden, hidden, TMA)
     if PRODUCT:
-        p = activation(g) * u
-        tl.store(product + tile + at, p.to(product.dtype.element_ty), mask=inside)
+        store_tile(product, activation(g, PTX) * u, m, n, rows, hidden, hidden, TMA)
+    if SAVE:
+        store_tile(up, u, m, n, rows, hidden, hidden, TMA)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gate_up_kernel(
+    x, gate_weight, up_weight, gate_bias, up_bias, product, gate, up,
+    rows, hidden, width, x_stride, gate_stride, up_stride,
+    GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, PRODUCT: tl.constexpr, SAVE: tl.constexpr,
+    WHOLE_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    m, n = tile_position(rows, hidden, BLOCK_M, BLOCK_N, GROUP_M)
+    g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, width, BLOCK_K):
+        a = load_tile(x, m, k, rows, width, x_stride, BLOCK_M, BLOCK_K, WHOLE_K, False)
+        b = load_tile(
+            gate_weight, n, k, hidden, width, gate_stride, BLOCK_N, BLOCK_K, WHOLE_K, False
+        )
+        g = tl.dot(a, b.T, g, input_precision=PRECISION)
+        b = load_tile(up_weight, n, k, hidden, width, up_stride, BLOCK_N, BLOCK_K, WHOLE_K, False)
+        u = tl.dot(a, b.T, u, input_precision=PRECISION)
+    _store_gated(
+        g, u, gate_bias, up_bias, product, gate, up, m, n, rows, hidden,
+        GATE_BIAS, UP_BIAS, PRODUCT, SAVE, False, False,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gate_up_pair_kernel(
+    x, weights, gate_bias, up_bias, product, gate, up,
+    rows, hidden, width,
+    UP_FIRST: tl.constexpr, PTX: tl.constexpr, GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr,
+    PRODUCT: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    # All but the biases are descriptors. UP_FIRST: of the two weights, up's lies first in memory.
+    tl.assume(width > 0)  # spares a second epilogue for sums of nothing
+    tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(hidden, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        m, n = nth_tile_position(tile, rows, hidden, BLOCK_M, BLOCK_N, GROUP_M)
+        both = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
+        for k in range(0, width, BLOCK_K):
+            a = x.load([m, k])
+            b = weights.load([0, n, k]).reshape(2 * BLOCK_N, BLOCK_K)
+            both = tl.dot(a, b.T, both, input_precision=PRECISION)
+        halves = tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1))
+        if UP_FIRST:
+            u, g = tl.split(halves)
+        else:
+            g, u = tl.split(halves)
+        _store_gated(
+            g, u, gate_bias, up_bias, product, gate, up, m, n, rows, hidden,
+            GATE_BIAS, UP_BIAS, PRODUCT, SAVE, True, PTX,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -98,15 +162,9 @@ def gated_product_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     m, n = tile_position(rows, hidden, BLOCK_M, BLOCK_N, GROUP_M)
-    row = tl.arange(0, BLOCK_M)
-    column = tl.arange(0, BLOCK_N)
-    inside = (m + row < rows)[:, None] & (n + column < hidden)[None, :]
-    tile = m.to(tl.int64) * hidden + n
-    at = row[:, None] * hidden + column[None, :]
-    g = tl.load(gate + tile + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + tile + at, mask=inside, other=0.0).to(tl.float32)
-    p = activation(g) * u
-    tl.store(product + tile + at, p.to(product.dtype.element_ty), mask=inside)
+    g = load_tile(gate, m, n, rows, hidden, hidden, BLOCK_M, BLOCK_N, False, False).to(tl.float32)
+    u = load_tile(up, m, n, rows, hidden, hidden, BLOCK_M, BLOCK_N, False, False).to(tl.float32)
+    store_tile(product, activation(g) * u, m, n, rows, hidden, hidden, False)
 
 
 @triton.jit
@@ -116,24 +174,18 @@ def _store_gradients(
     PRODUCT: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All that follows from one float32 tile of d product, [BLOCK_M, BLOCK_N]."""
-    row = tl.arange(0, BLOCK_M)
-    column = tl.arange(0, BLOCK_N)
-    in_hidden = n + column < hidden
-    inside = (m + row < rows)[:, None] & in_hidden[None, :]
-    tile = m.to(tl.int64) * hidden + n
-    at = row[:, None] * hidden + column[None, :]
-    g = tl.load(gate + tile + at, mask=inside, other=0.0).to(tl.float32)
+    g = load_tile(gate, m, n, rows, hidden, hidden, BLOCK_M, BLOCK_N, False, False).to(tl.float32)
     value = activation(g)
-    u = tl.load(up + tile + at, mask=inside, other=0.0).to(tl.float32)
+    u = load_tile(up, m, n, rows, hidden, hidden, BLOCK_M, BLOCK_N, False, False).to(tl.float32)
     if PRODUCT:
-        tl.store(product + tile + at, (value * u).to(product.dtype.element_ty), mask=inside)
+        store_tile(product, value * u, m, n, rows, hidden, hidden, False)
     du = dp * value
     dg = dp * u * activation_derivative(g)
-    tile_grads = grads + m.to(tl.int64) * (2 * hidden) + n
-    at_grads = row[:, None] * (2 * hidden) + column[None, :]
-    tl.store(tile_grads + at_grads, dg.to(grads.dtype.element_ty), mask=inside)
-    tl.store(tile_grads + hidden + at_grads, du.to(grads.dtype.element_ty), mask=inside)
+    store_tile(grads, dg, m, n, rows, hidden, 2 * hidden, False)
+    store_tile(grads + hidden, du, m, n, rows, hidden, 2 * hidden, False)
     if BIAS:  # rows beyond the last have gate = up = 0 and add nothing
+        column = tl.arange(0, BLOCK_N)
+        in_hidden = n + column < hidden
         sums = partial_bias + (m // BLOCK_M).to(tl.int64) * (2 * hidden) + n
         tl.store(sums + column, tl.sum(dg, 0), mask=in_hidden)
         tl.store(sums + hidden + column, tl.sum(du, 0), mask=in_hidden)
@@ -195,27 +247,41 @@ def gate_gradient_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def input_gradient_kernel(
-    grad_gate, grad_up, gate_weight, up_weight, grad_x,
-    rows, hidden, width, grad_stride, gate_stride, up_stride,
-    WHOLE_K: tl.constexpr, WHOLE_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    grads, gate_weight, up_weight, grad_x,
+    rows, hidden, width, gate_stride, up_stride,
+    WHOLE_K: tl.constexpr, WHOLE_N: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     m, n = tile_position(rows, width, BLOCK_M, BLOCK_N, GROUP_M)
     dx = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, hidden, BLOCK_K):
-        a = load_tile(grad_gate, m, k, rows, hidden, grad_stride, BLOCK_M, BLOCK_K, WHOLE_K, TMA)
-        b = load_tile(gate_weight, k, n, hidden, width, gate_stride, BLOCK_K, BLOCK_N, WHOLE_N, TMA)
+    steps = tl.cdiv(hidden, BLOCK_K)
+    for step in range(0, 2 * steps):
+        in_gate = step < steps
+        k = tl.where(in_gate, step, step - steps) * BLOCK_K
+        half = grads + tl.where(in_gate, 0, hidden)
+        a = load_tile(half, m, k, rows, hidden, 2 * hidden, BLOCK_M, BLOCK_K, WHOLE_K, False)
+        weight = tl.where(in_gate, gate_weight, up_weight)
+        stride = tl.where(in_gate, gate_stride, up_stride)
+        b = load_tile(weight, k, n, hidden, width, stride, BLOCK_K, BLOCK_N, WHOLE_N, False)
         dx = tl.dot(a, b, dx, input_precision=PRECISION)
-    for k in range(0, hidden, BLOCK_K):
-        a = load_tile(grad_up, m, k, rows, hidden, grad_stride, BLOCK_M, BLOCK_K, WHOLE_K, TMA)
-        b = load_tile(up_weight, k, n, hidden, width, up_stride, BLOCK_K, BLOCK_N, WHOLE_N, TMA)
-        dx = tl.dot(a, b, dx, input_precision=PRECISION)
+    store_tile(grad_x, dx, m, n, rows, width, width, False)
 
-    row = tl.arange(0, BLOCK_M)
-    column = tl.arange(0, BLOCK_N)
-    tile = grad_x + m.to(tl.int64) * width + n
-    tl.store(
-        tile + row[:, None] * width + column[None, :],
-        dx.to(grad_x.dtype.element_ty),
-        mask=(m + row < rows)[:, None] & (n + column < width)[None, :],
-    )
+
+@triton.jit(do_not_specialize=["rows"])
+def input_gradient_pair_kernel(
+    grads, weights, grad_x,
+    rows, hidden, width,
+    UP_FIRST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    m, n = tile_position(rows, width, BLOCK_M, BLOCK_N, GROUP_M)
+    dx = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    steps = tl.cdiv(hidden, BLOCK_K)
+    for step in range(0, 2 * steps):
+        part = step // steps  # of the gradients: 0 is gate's
+        k = step % steps * BLOCK_K
+        # A tile that reaches from gate's gradients into up's meets zeros beyond the weight's rows.
+        a = grads.load([m, part * hidden + k])
+        b = weights.load([1 - part if UP_FIRST else part, k, n]).reshape(BLOCK_K, BLOCK_N)
+        dx = tl.dot(a, b, dx, input_precision=PRECISION)
+    grad_x.store([m, n], dx.to(grad_x.dtype))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,11 @@ from tokenflex_kernels.launch import (
     can_describe,
     cdiv,
     divisible,
+    is_interpreted,
     launch,
+    num_programs,
     num_tiles,
+    pair_source,
     pointwise_options,
     product_options,
     source,
@@ -96,25 +100,42 @@ def launch_gate_up(
         None if bias is None else neighbours(bias) for bias in (gate_bias, up_bias)
     )
     (rows, width), hidden = x.shape, len(gate_weight)
-    tma = config.tma and can_describe(x, gate_weight, up_weight)
-    block_w = [config.block_n, config.block_k]
-    launch(
-        _kernels().gate_up_kernel,
-        num_tiles(rows, hidden, config),
-        x,
-        source(x, [config.block_m, config.block_k], tma),
-        source(gate_weight, block_w, tma),
-        source(up_weight, block_w, tma),
-        *(gate_bias, up_bias, *results, rows, hidden, width),
-        *(x.stride(0), gate_weight.stride(0), up_weight.stride(0)),
-        GATE_BIAS=gate_bias is not None,
-        UP_BIAS=up_bias is not None,
-        PRODUCT=product,
-        SAVE=save,
-        WHOLE_K=width % config.block_k == 0,
-        TMA=tma,
+    options: dict[str, Any] = {
+        "GATE_BIAS": gate_bias is not None,
+        "UP_BIAS": up_bias is not None,
+        "PRODUCT": product,
+        "SAVE": save,
         **product_options(config, x.dtype),
-    )
+    }
+    tiles = num_tiles(rows, hidden, config)
+    pair = None
+    if config.tma and can_describe(x, *(result for result in results if len(result) > 0)):
+        pair = pair_source(gate_weight, up_weight, [2, config.block_n, config.block_k])
+    if pair is not None:
+        weights, up_first = pair
+        block = [config.block_m, config.block_n]
+        kernel = _kernels().gate_up_pair_kernel
+        launch(
+            kernel,
+            num_programs(tiles, config, x.device),
+            x,
+            *(source(x, [config.block_m, config.block_k], True), weights, gate_bias, up_bias),
+            *(source(result, block, len(result) > 0) for result in results),
+            *(rows, hidden, width),
+            UP_FIRST=up_first,
+            PTX=not is_interpreted(kernel),
+            **options,
+        )
+    else:
+        launch(
+            _kernels().gate_up_kernel,
+            tiles,
+            x,
+            *(x, gate_weight, up_weight, gate_bias, up_bias, *results, rows, hidden, width),
+            *(x.stride(0), gate_weight.stride(0), up_weight.stride(0)),
+            WHOLE_K=width % config.block_k == 0,
+            **options,
+        )
     return results
 
 
@@ -243,31 +264,43 @@ def launch_input_gradient(
         return grads.new_empty(0, gate_weight.shape[1])
     if _is_native(grads):
         return native.input_gradient(grads, gate_weight, up_weight)
+    (rows, hidden), width = (len(grads), len(gate_weight)), gate_weight.shape[1]
     grad_gate, grad_up = grads.chunk(2, dim=1)
-    config: TileConfig | None = config_for("input_gradient", grads, len(grads))
+    config: TileConfig | None = config_for("input_gradient", grads, rows)
     if config is None or not takes(config, grad_gate, gate_weight, up_weight):
+        if grads.dtype.itemsize < 4:
+            # One product: the first of two would be rounded. The copy is small beside it.
+            return grads @ torch.cat([gate_weight, up_weight])
         return torch.addmm(grad_gate @ gate_weight, grad_up, up_weight)
     gate_weight, up_weight = tileable(gate_weight), tileable(up_weight)
-    (rows, hidden), width = grad_gate.shape, gate_weight.shape[1]
-    tma = config.tma and can_describe(grad_gate, grad_up, gate_weight, up_weight)
-    block_a = [config.block_m, config.block_k]
-    block_b = [config.block_k, config.block_n]
     grad_x = grads.new_empty(rows, width)
-    launch(
-        _kernels().input_gradient_kernel,
-        num_tiles(rows, width, config),
-        grads,
-        source(grad_gate, block_a, tma),
-        source(grad_up, block_a, tma),
-        source(gate_weight, block_b, tma),
-        source(up_weight, block_b, tma),
-        *(grad_x, rows, hidden, width),
-        *(grads.stride(0), gate_weight.stride(0), up_weight.stride(0)),
-        WHOLE_K=hidden % config.block_k == 0,
-        WHOLE_N=width % config.block_n == 0,
-        TMA=tma,
-        **product_options(config, grads.dtype),
-    )
+    options = product_options(config, grads.dtype)
+    tiles = num_tiles(rows, width, config)
+    pair = None
+    if config.tma and can_describe(grad_gate, grad_up, grad_x):
+        pair = pair_source(gate_weight, up_weight, [1, config.block_k, config.block_n])
+    if pair is not None:
+        weights, up_first = pair
+        launch(
+            _kernels().input_gradient_pair_kernel,
+            tiles,
+            grads,
+            *(source(grads, [config.block_m, config.block_k], True), weights),
+            *(source(grad_x, [config.block_m, config.block_n], True), rows, hidden, width),
+            UP_FIRST=up_first,
+            **options,
+        )
+    else:
+        launch(
+            _kernels().input_gradient_kernel,
+            tiles,
+            grads,
+            *(grads, gate_weight, up_weight, grad_x, rows, hidden, width),
+            *(gate_weight.stride(0), up_weight.stride(0)),
+            WHOLE_K=hidden % config.block_k == 0,
+            WHOLE_N=width % config.block_n == 0,
+            **options,
+        )
     return grad_x
 
 
