@@ -27,11 +27,12 @@ TABLE_PATH = Path(__file__).with_name("launch_configs.json")
 class RowConfig(NamedTuple):
     """The config of a kernel that works on whole rows (pooling and normalisation)."""
 
-    rows: int  # of patches (backward), or rows (scale and shift), that a program owns
-    columns: int  # neighbouring cells (forward) or patches (backward) that a program owns
-    unroll: int  # loads in flight at once
+    rows: int  # of patches (backward), or of cells (norm_gradient, scale_shift), of a program
+    columns: int  # neighbouring cells (forward), or patches (backward, a power of 2), of a program
+    unroll: int  # steps of a loop whose loads may be in flight at once
     num_warps: int  # for rows of 1025 to 2048 features; wider rows get more, narrower ones fewer
     max_registers: int  # of a thread; given because ptxas may choose to spill for occupancy
+    channels: int = 128  # of a tile of patches (backward, whose warps are as given at any width)
 
 
 class TileConfig(NamedTuple):

@@ -13,9 +13,10 @@ from tokenflex_kernels.launch_configs import Config, overriding
 from tokenflex_kernels.pool_norm.axis_weights import MODES
 from tokenflex_kernels.pool_norm.plan import grids_of, plan_uniform
 from tokenflex_kernels.pool_norm.stages import (
-    launch_pool_norm_backward,
+    launch_norm_gradient,
     launch_pool_norm_forward,
     launch_scale_shift,
+    launch_unpool,
 )
 from tokenflex_kernels.project_and_pack.stages import launch_packed_down
 from tokenflex_kernels.swiglu.stages import (
@@ -101,22 +102,22 @@ def _row_stages(
     weight, cells = rows(width), rows(plan.num_cells, width)
     inverse_std = rows(plan.num_cells).float().abs()
     patches, grids = plan.num_patches, grids_of(plan)
-    with_norm = cells, cells, inverse_std, weight
-    without_norm = cells, cells[:0], inverse_std[:0], None
-
-    def backward(saved: Any, mode: str, dtype: torch.dtype | None, sums: bool) -> partial[Any]:
-        arguments = *saved, grids, patches, mode, dtype, sums, sums
-        return partial(launch_pool_norm_backward, *arguments)
+    means = rows(plan.num_cells, 2).float()
+    with_norm = cells, cells, inverse_std, means, weight
+    without_norm = cells, cells[:0], inverse_std[:0], means[:0], None
 
     if stage == "norm_gradient":
-        yield "", backward(with_norm, "adaptive", None, True)
+        reduce = partial(launch_norm_gradient, cells, cells, weight)
+        yield "means weight bias", partial(reduce, True, True, True)
+        yield "means", partial(reduce, True, False, False)
+        yield "weight bias", partial(reduce, False, True, True)
     elif stage == "scale_shift":
         yield "", partial(launch_scale_shift, cells, weight, weight)
     elif stage == "pool_norm_backward":
         for mode in MODES:
-            yield f"{mode} norm weight", backward(with_norm, mode, dtype, True)
-            yield f"{mode} norm", backward(with_norm, mode, dtype, False)
-            yield mode, backward(without_norm, mode, dtype, False)
+            result = grids, patches, mode, dtype
+            yield f"{mode} norm", partial(launch_unpool, *with_norm, *result)
+            yield mode, partial(launch_unpool, *without_norm, *result)
     else:
         x = rows(patches, width)
         for mode in MODES:

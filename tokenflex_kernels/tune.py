@@ -48,12 +48,12 @@ SIZES: tuple[tuple[int, Grid], ...] = (
     (128, (16, 16)),
 )
 CLEARLY_FASTER = 0.98  # a challenger must be: otherwise neighbouring sizes flip between equals
-# Of each stage on rows: rows, columns, unroll, num_warps, max_registers.
+# Of each stage on rows: rows, columns, unroll, num_warps, max_registers, and channels of a tile.
 ROW_CHOICES: dict[str, tuple[tuple[int, ...], ...]] = {
-    "pool_norm_forward": ((1,), (1, 2, 4, 8, 16), (2, 4), (4, 8), (64, 128)),
-    "pool_norm_backward": ((1, 3, 9), (3, 9, 27), (1,), (4, 8), (128,)),
-    "norm_gradient": ((4, 16, 64, 128), (1,), (1,), (4, 8), (64,)),
-    "scale_shift": ((1, 2, 4, 8), (1,), (1,), (4, 8), (64,)),
+    "pool_norm_forward": ((1,), (1, 2, 4, 16), (1, 2), (1, 2, 4), (128,)),
+    "pool_norm_backward": ((1, 3, 9, 27), (4, 8), (1,), (1, 2), (128,), (128, 256)),
+    "norm_gradient": ((4, 16, 32, 64), (1,), (1, 2), (1, 2), (168,)),
+    "scale_shift": ((1, 2, 4, 8), (1,), (1,), (1, 2, 4), (128,)),
 }
 
 # stage -> dtype -> buckets, as the table has them.

@@ -48,7 +48,7 @@ from tokenflex_kernels import aot
 aot.set_target("sm_90")
 from tokenflex_kernels import launch
 from tokenflex_kernels.launch_configs import INTERPRETER, launch_config, overriding
-from tokenflex_kernels.pool_norm.plan import plan_pooling, plan_uniform
+from tokenflex_kernels.pool_norm.plan import plan_pooling
 from tokenflex_kernels.pool_norm.stages import (
     launch_pool_norm_backward, launch_pool_norm_forward, launch_scale_shift)
 from tokenflex_kernels.project_and_pack.stages import launch_packed_down
@@ -76,27 +76,22 @@ def report():
 BATCHES = """
 grids = [(1, 1), (27, 27), (5, 7), (16, 16), (31, 2), (3, 1), (32, 32), (13, 11), (8, 64), (9, 9)]
 cells = [(1, 1), (8, 8), (2, 3), (16, 16), (3, 1), (12, 12), (5, 5), (1, 16), (7, 4), (4, 4)]
-config = launch_config("pool_norm_forward", 1, torch.float32, INTERPRETER)
 stages = "pool_norm_forward", "pool_norm_backward", "norm_gradient", "scale_shift"
+configs = {stage: launch_config(stage, 1, torch.float32, INTERPRETER) for stage in stages}
 for batch in range(50):
     images = 1 + batch * 5 % 37
     in_grids = [grids[(batch + image * image) % 10] for image in range(images)]
     out_grids = [cells[(batch * 3 + image) % 10] for image in range(images)]
     plan = plan_pooling(in_grids, out_grids)
     x, weight = rows(plan.num_patches, WIDTH), rows(WIDTH)
-    with overriding(**dict.fromkeys(stages, config)):
+    with overriding(**configs):
         out, normalised, inverse_std = launch_pool_norm_forward(
             x, weight, weight, plan.grids, plan.num_cells, MODE, 1e-5, x.dtype, True)
         saved = normalised, inverse_std, weight, plan.grids, plan.num_patches, MODE
+        launch_pool_norm_backward(out, *saved, x.dtype, True, True)
         launch_pool_norm_backward(out, *saved, x.dtype, False, False)
         launch_pool_norm_backward(out, *saved, None, True, True)
         launch_scale_shift(normalised, weight, weight)
-    # Images alike, with a program for each patch: none is idle, so the kernel adds up the sums too.
-    plan = plan_uniform(images, in_grids[0], out_grids[0])
-    cell_rows, stds = rows(plan.num_cells, WIDTH), rows(plan.num_cells, dtype=torch.float32)
-    saved = cell_rows, stds, weight, plan.grids, plan.num_patches, MODE
-    with overriding(pool_norm_backward=config._replace(rows=1, columns=1)):
-        launch_pool_norm_backward(cell_rows, *saved, x.dtype, True, True)
 report()
 """
 
@@ -126,16 +121,18 @@ class TestCompilations:
     @pytest.mark.parametrize(("mode", "variants"), [("adaptive", 1), ("resize", 2)])
     def test_fifty_batches_share_one_binary_of_each_row_kernel(self, tmp_path, mode, variants):
         counted = run_python(tmp_path, COUNTING + f"MODE = {mode!r}\n" + BATCHES)
-        # The gathering kernel has one binary with sums for weight and bias, and one without.
+        # The reducing kernel has one binary for means, one for sums, and one for both.
         assert counted["binaries"] == {
             "pool_norm_forward_kernel": variants,
-            "pool_norm_backward_kernel": 2 * variants,
-            "norm_gradient_kernel": 1,
+            "pool_norm_backward_kernel": variants,
+            "norm_gradient_kernel": 3,
             "scale_shift_kernel": 1,
         }
         assert counted["launches"] == {
-            **dict.fromkeys(counted["binaries"], 50),
+            "pool_norm_forward_kernel": 50,
             "pool_norm_backward_kernel": 100,
+            "norm_gradient_kernel": 150,
+            "scale_shift_kernel": 50,
         }
 
     @pytest.mark.parametrize("tma", [False, True])

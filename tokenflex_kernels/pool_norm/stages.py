@@ -24,7 +24,6 @@ from tokenflex_kernels.pool_norm.native import sum_dtype
 from tokenflex_kernels.pool_norm.tables import pooling_tables
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Sums = tuple[torch.Tensor | None, torch.Tensor | None]
 
 MAX_WIDTH = 8192  # a program of the Triton kernels holds whole rows in registers
 
@@ -85,7 +84,6 @@ def launch_pool_norm_forward(
     config: RowConfig = config_for("pool_norm_forward", x, cells)
     tables = pooling_tables(grids, mode, x.device)
     x, weight, bias = neighbours(x), _vector(weight), _vector(bias)
-    width = x.shape[1]
     programs_per_image = max(h * cdiv(w, config.columns) for h, w in tables.out_grids)
     launch(
         _kernels().pool_norm_forward_kernel,
@@ -93,15 +91,14 @@ def launch_pool_norm_forward(
         x,
         *(x, weight, bias, out, normalised, inverse_std),
         *(tables.images, tables.axes, tables.weights),
-        *(x.stride(0), width, programs_per_image),
+        *(x.stride(0), programs_per_image, config.columns),
         EPS=eps,
         WEIGHTED=tables.weighted,
         NORM=weight is not None,
         BIAS=bias is not None,
         SAVE=len(normalised) > 0,
-        CELLS=config.columns,
         UNROLL=config.unroll,
-        **_row_options(config, width),
+        **_row_options(config, x.shape[1]),
     )
     return results
 
@@ -155,43 +152,14 @@ def launch_pool_norm_backward(
             *(grad_weight, grad_bias),
         )
     grad, weight = neighbours(grad), _vector(weight)
-    width = grad.shape[1]
-    grad_x = grad.new_empty(0) if dtype is None else grad.new_empty(patches, width, dtype=dtype)
-    needs_sums = grad_weight or grad_bias
-    partials: Sums = (None, None)
-    if dtype is not None:
-        config: RowConfig = config_for("pool_norm_backward", grad, patches)
-        tables = pooling_tables(grids, mode, grad.device)
-        # As many programs for each image as the image that needs most.
-        programs_per_image = max(
-            cdiv(h, config.rows) * cdiv(w, config.columns) for h, w in tables.in_grids
-        )
-        programs = tables.num_images * programs_per_image
-        # Where most places of the programs have no patch, as of one large grid among small ones,
-        # a partial sum for each program is more than a kernel of its own needs.
-        if needs_sums and programs * config.rows * config.columns <= 4 * patches:
-            partials = _partial_sums(grad, programs, grad_weight, grad_bias)
-            needs_sums = False
-        launch(
-            _kernels().pool_norm_backward_kernel,
-            programs,
-            grad,
-            *(grad, normalised, inverse_std, weight, grad_x, *partials),
-            *(tables.images, tables.axes, tables.weights),
-            *(grad.stride(0), width, programs_per_image),
-            WEIGHTED=tables.weighted,
-            NORM=weight is not None,
-            GRAD_WEIGHT=partials[0] is not None,
-            GRAD_BIAS=partials[1] is not None,
-            ROWS=config.rows,
-            COLUMNS=config.columns,
-            **_row_options(config, width),
-        )
-    if needs_sums:
-        partials = _norm_gradient(grad, normalised, grad_weight, grad_bias)
-    weight_sum, bias_sum = (
-        grad.new_empty(0, dtype=torch.float32) if partial is None else partial.sum(0)
-        for partial in partials
+    needs_means = dtype is not None and weight is not None
+    means, weight_sum, bias_sum = launch_norm_gradient(
+        *(grad, normalised, weight, needs_means, grad_weight, grad_bias)
+    )
+    if dtype is None:
+        return grad.new_empty(0), weight_sum, bias_sum
+    grad_x = launch_unpool(
+        *(grad, normalised, inverse_std, means, weight, grids, patches, mode, dtype)
     )
     return grad_x, weight_sum, bias_sum
 
@@ -206,33 +174,95 @@ def _backward_shapes(grad: torch.Tensor, *arguments: Any) -> Triple:
     )
 
 
-def _norm_gradient(
-    grad: torch.Tensor, normalised: torch.Tensor, grad_weight: bool, grad_bias: bool
-) -> Sums:
-    """Return the partial sums alone: reads each row of ``grad`` and ``normalised`` once."""
+def launch_norm_gradient(
+    grad: torch.Tensor,
+    normalised: torch.Tensor,
+    weight: torch.Tensor | None,
+    means: bool,
+    grad_weight: bool,
+    grad_bias: bool,
+) -> Triple:
+    """Reduce the gradient of each cell, reading each row of ``grad`` and ``normalised`` once.
+
+    Args:
+        grad, normalised, weight: as of ``launch_pool_norm_backward``, features side by side.
+        means, grad_weight, grad_bias: the results that are wanted; without any, nothing runs.
+
+    Returns:
+        float32: for each cell the means of grad * weight and of that times normalised, [cells, 2],
+        and the gradients of weight and bias [C]; those that are not wanted have no elements.
+    """
+
+    def empty(*shape: int) -> torch.Tensor:
+        return grad.new_empty(shape, dtype=torch.float32)
+
+    if not (means or grad_weight or grad_bias):
+        return empty(0), empty(0), empty(0)
     cells, width = grad.shape
     config: RowConfig = config_for("norm_gradient", grad, cells)
-    programs = cdiv(cells, config.rows) if width > 0 else 0
-    partials = _partial_sums(grad, programs, grad_weight, grad_bias)
+    programs = cdiv(cells, config.rows)
+    cell_means = empty(cells, 2) if means else empty(0)
+    weight_sums = empty(programs, width) if grad_weight else empty(0)
+    bias_sums = empty(programs, width) if grad_bias else empty(0)
     launch(
         _kernels().norm_gradient_kernel,
         programs,
         grad,
-        *(grad, normalised, *partials, grad.stride(0), cells, width),
+        *(grad, normalised, weight, cell_means, weight_sums, bias_sums),
+        *(grad.stride(0), cells, config.rows),
+        MEANS=means,
         GRAD_WEIGHT=grad_weight,
         GRAD_BIAS=grad_bias,
-        ROWS=config.rows,
+        UNROLL=config.unroll,
         **_row_options(config, width),
     )
-    return partials
-
-
-def _partial_sums(grad: torch.Tensor, programs: int, grad_weight: bool, grad_bias: bool) -> Sums:
-    shape = programs, grad.shape[1]
     return (
-        grad.new_empty(shape, dtype=torch.float32) if grad_weight else None,
-        grad.new_empty(shape, dtype=torch.float32) if grad_bias else None,
+        cell_means,
+        weight_sums.sum(0) if grad_weight else weight_sums,
+        bias_sums.sum(0) if grad_bias else bias_sums,
     )
+
+
+def launch_unpool(
+    grad: torch.Tensor,
+    normalised: torch.Tensor,
+    inverse_std: torch.Tensor,
+    means: torch.Tensor,
+    weight: torch.Tensor | None,
+    grids: torch.Tensor,
+    patches: int,
+    mode: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return the gradient of x, [patches, C] in ``dtype``.
+
+    The arguments are those of ``launch_pool_norm_backward``, and the ``means`` of
+    ``launch_norm_gradient`` where there is a norm.
+    """
+    width = grad.shape[1]
+    config: RowConfig = config_for("pool_norm_backward", grad, patches)
+    tables = pooling_tables(grids, mode, grad.device)
+    grad_x = grad.new_empty(patches, width, dtype=dtype)
+    channels = min(config.channels, _power_of_2(width))
+    # As many programs for each image as the image that needs most.
+    tiles = max(cdiv(h, config.rows) * cdiv(w, config.columns) for h, w in tables.in_grids)
+    programs_per_image = tiles * cdiv(width, channels)
+    launch(
+        _kernels().pool_norm_backward_kernel,
+        tables.num_images * programs_per_image,
+        grad,
+        *(grad, normalised, inverse_std, means, weight, grad_x),
+        *(tables.images, tables.axes, tables.weights),
+        *(grad.stride(0), programs_per_image, config.rows),
+        WEIGHTED=tables.weighted,
+        NORM=weight is not None,
+        WIDTH=width,
+        COLUMNS=config.columns,
+        CHANNELS=channels,
+        num_warps=config.num_warps,
+        maxnreg=_registers(config, width, config.num_warps),
+    )
+    return grad_x
 
 
 def launch_scale_shift(
@@ -250,9 +280,8 @@ def launch_scale_shift(
         _kernels().scale_shift_kernel,
         cdiv(rows, config.rows) if width > 0 else 0,
         normalised,
-        *(normalised, weight, bias, out, rows, width),
+        *(normalised, weight, bias, out, rows, config.rows),
         BIAS=bias is not None,
-        ROWS=config.rows,
         **_row_options(config, width),
     )
     return out
@@ -265,15 +294,32 @@ def _vector(parameter: torch.Tensor | None) -> torch.Tensor | None:
 def _row_options(config: RowConfig, width: int) -> dict[str, int]:
     """Return the options for rows of ``width`` in registers, whose warps grow with the width.
 
-    Never so many warps that their registers are more than a multiprocessor has. Widths that are no
-    multiple of 16 are read element by element, with an address each: they get all registers.
+    Never so many warps that their registers are more than a multiprocessor has.
     """
-    block = 1 << (width - 1).bit_length()  # the least power of 2 that is not smaller
-    warps = max(1, config.num_warps * block // 2048)
+    head = _power_of_2(cdiv(width, 2))  # the greatest power of 2 below the width
+    warps = max(1, config.num_warps * _power_of_2(width) // 2048)
     most = 65536 // (32 * config.max_registers)
     warps = min(warps, 1 << (most.bit_length() - 1))
-    registers = config.max_registers if width % 16 == 0 else min(255, 65536 // (32 * warps))
-    return {"BLOCK_C": block, "num_warps": warps, "maxnreg": registers}
+    return {
+        "WIDTH": width,
+        "HEAD": head,
+        "TAIL": _power_of_2(max(1, width - head)),
+        "num_warps": warps,
+        "maxnreg": _registers(config, width, warps),
+    }
+
+
+def _power_of_2(number: int) -> int:
+    """Return the least power of 2 that is not below ``number``, which is positive."""
+    return 1 << (number - 1).bit_length()
+
+
+def _registers(config: RowConfig, width: int, warps: int) -> int:
+    """Return the most registers of a thread.
+
+    Widths that are no multiple of 16 are read element by element: they get all registers.
+    """
+    return config.max_registers if width % 16 == 0 else min(255, 65536 // (32 * warps))
 
 
 pool_norm_forward = define_stage(

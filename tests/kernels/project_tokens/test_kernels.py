@@ -133,8 +133,9 @@ class TestAgainstFloat64:
         products(FUSED._replace(ragged=False))
         check(*ours_and_peer(), inputs_of(device, *widths), gradient_of(device, widths[2]))
         assert launched == [
-            "pool_norm_forward", kernels[0], "scale_shift", *kernels[1:], "pool_norm_backward"
-        ]  # fmt: skip
+            *("pool_norm_forward", kernels[0], "scale_shift", *kernels[1:]),
+            *("norm_gradient", "pool_norm_backward"),
+        ]
 
     @pytest.mark.parametrize("name", ["gate_weight", "up_weight", "down_weight"])
     @pytest.mark.parametrize("place", [slice(1, 33), slice(0, 32)])
@@ -328,7 +329,11 @@ class TestGradients:
                 "preactivation",
                 ["down_gradient", "input_gradient", "norm_gradient"],
             ),
-            (["x"], "preactivation", ["down_gradient", "input_gradient", "pool_norm_backward"]),
+            (
+                ["x"],
+                "preactivation",
+                ["down_gradient", "input_gradient", "norm_gradient", "unpool"],
+            ),
             (
                 ["x", "gate_weight"],
                 "input",
@@ -337,7 +342,8 @@ class TestGradients:
                     "gate_up",
                     "down_gradient",
                     "input_gradient",
-                    "pool_norm_backward",
+                    "norm_gradient",
+                    "unpool",
                 ],
             ),
         ],
