@@ -2,6 +2,7 @@
 # make test    lint, types, then side by side the CPU tests, the processors beside torchvision, and the kernels
 #              interpreted and compiled, then the paper's claim on models that are trained for it in two
 #              minutes (no GPU needed)
+# make test-ptx        every kernel's PTX, executed on the CPU: results, races, counts (no GPU needed)
 # make test-versions   the quick tests on the oldest and the newest releases that the package admits
 #              (minutes; downloads some GB of CUDA builds of torch, no GPU needed)
 # make gpu     build with CUDA into $(PYTHON), run the GPU tests and benchmarks (offline)
@@ -15,7 +16,7 @@ OUT ?= runs/gpu
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-cpu test-kernels test-training test-claim test-torchvision \
+.PHONY: demo test test-cpu test-kernels test-ptx test-training test-claim test-torchvision \
   test-versions test-oldest test-newest test-dropin-oldest lint setup gpu tune sanitize sanitize-gpu clean
 
 setup: .venv/.ready
@@ -47,6 +48,13 @@ KERNEL_TESTS := $(wildcard tests/kernels/test_kernels*.py tests/kernels/*/test_k
 test-kernels:
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(KERNEL_TESTS)
 	$(BIN)/python -m tokenflex_kernels.aot --quiet
+
+# `make test` executes a choice of these. Minutes for each architecture; a second run takes seconds,
+# see tests/ptx/results.py.
+PTX_ARCHITECTURES ?= sm_90 sm_80
+test-ptx: setup $(addprefix test-ptx-,$(PTX_ARCHITECTURES))
+test-ptx-%:
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ptx --architectures $* --out docs/results/ptx/$*.csv
 
 # transformers has image processors of two kinds, and takes torchvision's where that is installed.
 # Installed without the torch that it wants, and in a folder of its own, so that all other tests run

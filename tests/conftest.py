@@ -40,6 +40,7 @@ _TESTS_BY_REQUIREMENT = {
         "routing/test_budget.py",
         "routing/test_router.py",
     ],
+    "triton": ["ptx"],
     "transformers": _MODEL_TESTS,
     "transformers>=5.18": ["dropin", "test_docs.py", "test_examples.py"],
     "pillow": _MODEL_TESTS,
