@@ -5,8 +5,10 @@
 # make test-ptx        every kernel's PTX, executed on the CPU: results, races, counts (no GPU needed)
 # make test-versions   the quick tests on the oldest and the newest releases that the package admits
 #              (minutes; downloads some GB of CUDA builds of torch, no GPU needed)
-# make gpu     build with CUDA into $(PYTHON), run the GPU tests and benchmarks (offline)
-# make tune    measure every kernel configuration on this machine's GPU, write the table into OUT
+# make gpu     build with CUDA into $(PYTHON), run every kernel, the GPU tests, the tuner and the benchmarks
+#              within BUDGET=540 seconds; another call continues (offline)
+# make tune    measure kernel configurations on this machine's GPU, write the table into OUT; another
+#              call continues, TUNE_SECONDS=200 limits it
 # make sanitize        the extension under AddressSanitizer and UndefinedBehaviorSanitizer (no GPU needed)
 # make sanitize-gpu    the GPU tests of packing under compute-sanitizer, where that is installed
 # make setup   the virtual environment alone
@@ -109,30 +111,18 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# For an environment that already has torch, triton, pybind11, ninja, setuptools and pytest; for all
-# rows and pictures also matplotlib and transformers. Offline.
-# Builds for this machine's GPU only. Continues after a failed step, and fails at the end. Each step
-# has a time limit; the benchmarks get the rest of nine minutes, except for the last study's.
-gpu: SHELL := /bin/bash -o pipefail
+# For an environment that already has torch, triton, pybind11, ninja, setuptools, pytest and numpy; for
+# all rows and pictures also matplotlib and transformers. Offline. Builds, runs every kernel once, tests,
+# tunes and measures within BUDGET seconds; another call with the same OUT continues. Less than 300
+# seconds do without tuning, and measure one case for each target.
+BUDGET ?= 540
 gpu:
-	mkdir -p "$(OUT)"
-	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu needs a CUDA device")'
-	@failed=0; \
-	export TOKENFLEX_CUDA=1; \
-	export TOKENFLEX_CUDA_ARCHITECTURES=$$($(PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())'); \
-	timeout 150 $(PYTHON) -m pip install --no-build-isolation --no-deps --no-index --editable . || failed=1; \
-	timeout 30 $(PYTHON) -m tokenflex.cli info || failed=1; \
-	timeout --signal=INT --kill-after=10 150 $(PYTHON) -m pytest -m gpu --junitxml="$(OUT)/gpu-tests.xml" || failed=1; \
-	echo "benchmarks begin after $$SECONDS s"; \
-	$(PYTHON) -m benchmarks --device cuda --out "$(OUT)" --seconds $$((425 - SECONDS)) 2>&1 | tee "$(OUT)/benchmarks.log" || failed=1; \
-	timeout 75 $(PYTHON) -m experiments.speed.end_to_end --device cuda --out "$(OUT)/end-to-end" --seconds 30 || failed=1; \
-	echo "make gpu took $$SECONDS s"; \
-	exit $$failed
+	$(PYTHON) -m benchmarks.first_minutes --out "$(OUT)" --seconds $(BUDGET)
 
+# Continues, too: OUT has every time that was measured.
 tune:
-	mkdir -p $(OUT)
-	cp tokenflex_kernels/launch_configs.json $(OUT)/
-	$(PYTHON) -m tokenflex_kernels.tune --table $(OUT)/launch_configs.json --csv $(OUT)/tune.csv
+	$(PYTHON) -m tokenflex_kernels.tune --table "$(OUT)/launch_configs.json" --csv "$(OUT)/tune.csv" \
+	  $(and $(TUNE_SECONDS),--seconds $(TUNE_SECONDS))
 
 # Builds the C++ half anew, runs the tests of all that it does, and builds it as it was.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer

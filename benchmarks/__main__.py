@@ -3,6 +3,8 @@
 Each suite runs at each dtype and number of threads, in a process of its own with a share of the
 time. Rows are written as they come, to a file beside the CSV of earlier runs. When all have ended,
 they replace the rows of the same suites, dtypes and threads in that CSV, which keeps the others.
+With ``--resume``, rows of the same commit stay, and what is missing is measured. Rows of a run that
+was stopped count too. The exit status is then 75 if time ended before all was measured.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from benchmarks import (
     swiglu,
 )
 from benchmarks.harness import NO_TIME, Deadline
-from benchmarks.processes import watched_rows
+from benchmarks.processes import LATE, watched_rows
 from benchmarks.report import report
 from benchmarks.results import (
     COLUMNS,
@@ -44,6 +46,7 @@ from benchmarks.results import (
     suite_of,
     write_csv,
 )
+from tokenflex_kernels.journal import UNFINISHED
 
 READ_COLUMNS = (*COLUMNS, "device", "cpu", "gpu", "threads", "torch", "commit")
 
@@ -64,6 +67,7 @@ INTERRUPTED_STATUS = 130  # the convention of shells
 SECONDS = {True: 105.0, False: 560.0}  # quick or not
 
 Piece = tuple[str, str, int]  # a suite, a dtype, a number of threads
+Done = dict[Piece, set[tuple[str, str, str]]]  # (op, case, mode) of a piece's rows
 
 
 def pieces_of(suites: Sequence[str], settings: Sequence[tuple[str, int]]) -> list[Piece]:
@@ -74,9 +78,14 @@ def pieces_of(suites: Sequence[str], settings: Sequence[tuple[str, int]]) -> lis
 
 
 def run_pieces(
-    pieces: Sequence[Piece], device: str, quick: bool, seconds: float
+    pieces: Sequence[Piece],
+    device: str,
+    quick: bool,
+    seconds: float,
+    done: Done | None = None,
+    for_targets: bool = False,
 ) -> Iterator[list[NewRow]]:
-    """Yield the rows of each piece, one process after the other."""
+    """Yield the rows of each piece, one process after the other, without those that are done."""
     deadline = Deadline(seconds)
     for index, (name, dtype, threads) in enumerate(pieces):
         weights = [SUITES[other].SHARES[device] for other, *_ in pieces[index:]]
@@ -87,8 +96,17 @@ def run_pieces(
             yield [new_row(op=f"{name} suite", status=NO_TIME) | setting]
             continue
         print(f"{title}: up to {share:.0f} s", flush=True)
-        measured = {"dtype": getattr(torch, dtype), "threads": threads}
-        rows = watched_rows(name, SUITES[name].suite, device, quick, share, **measured)
+        rows = watched_rows(
+            name,
+            SUITES[name].suite,
+            device,
+            quick,
+            share,
+            dtype=getattr(torch, dtype),
+            threads=threads,
+            done=(done or {}).get((name, dtype, threads), ()),
+            for_targets=for_targets,
+        )
         for more in rows:
             yield [row | setting for row in more]
         print(f"{title}: ended after {seconds - deadline.left:.0f} s in all", flush=True)
@@ -105,11 +123,47 @@ def earlier_rows(path: Path, pieces: Sequence[Piece]) -> list[NewRow]:
     if not path.exists():
         return []
     again = {(suite, dtype, str(threads)) for suite, dtype, threads in pieces}
-    return [
-        dict(row)
-        for row in read_csv(path, READ_COLUMNS)
-        if (suite_of(row), row["dtype"], row["threads"]) not in again
-    ]
+    return [dict(row) for row in read_csv(path, READ_COLUMNS) if setting_of(dict(row)) not in again]
+
+
+def is_unfinished(row: NewRow) -> bool:
+    """Return whether a row is one that another run would measure, given time."""
+    return row["status"] in (NO_TIME, LATE) or row["status"].startswith("stopped after")
+
+
+def finished_rows(path: Path, pieces: Sequence[Piece], commit: object) -> tuple[list[NewRow], Done]:
+    """Return the rows of these pieces that need no other run, and what they are of.
+
+    Rows of the run that was stopped last come first: of a row that is there twice, it is kept.
+    """
+    settings = {
+        (suite, dtype, str(threads)): (suite, dtype, threads) for suite, dtype, threads in pieces
+    }
+    rows: list[NewRow] = []
+    for source in (unfinished_path(path), path):
+        rows += [dict(row) for row in read_csv(source, READ_COLUMNS)] if source.exists() else []
+    rows = [row for row in rows if setting_of(row) in settings and row["commit"] == commit]
+    missing = {(setting_of(row), case_of(row)) for row in rows if is_unfinished(row)}
+    kept: dict[tuple[object, ...], NewRow] = {}
+    done: Done = {piece: set() for piece in pieces}
+    for row in rows:
+        if row["op"].endswith(" suite") or (setting_of(row), case_of(row)) in missing:
+            continue
+        kept.setdefault((setting_of(row), case_of(row), row["variant"]), row)
+        done[settings[setting_of(row)]].add(case_of(row))
+    return list(kept.values()), done
+
+
+def setting_of(row: NewRow) -> tuple[str, str, str]:
+    return suite_of(row), row["dtype"], str(row["threads"])
+
+
+def case_of(row: NewRow) -> tuple[str, str, str]:
+    return row["op"], row["case"], row["mode"]
+
+
+def unfinished_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.unfinished")
 
 
 def measure(
@@ -119,16 +173,26 @@ def measure(
     seconds: float,
     path: Path,
     kept: Sequence[NewRow] = (),
+    done: Done | None = None,
+    for_targets: bool = False,
 ) -> int:
-    """Measure the pieces, write their rows beside ``kept``, and return the exit status."""
+    """Measure the pieces, write their rows beside ``kept``, and return the exit status.
+
+    Args:
+        pieces, device, quick, seconds: What is measured.
+        path: Of the CSV.
+        kept: Rows that stay in it.
+        done: What ``kept`` has of these pieces; None measures all, and then the status is never 75.
+        for_targets: Measure one case for each target.
+    """
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the suites: ops and clocks of the CPU
     start = time.perf_counter()
     shared = environment(device)
-    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished = unfinished_path(path)
     rows: list[NewRow] = []
     try:
-        for more in run_pieces(pieces, device, quick, seconds):
+        for more in run_pieces(pieces, device, quick, seconds, done, for_targets):
             rows += [row | shared | {"threads": row["threads"]} for row in more]
             add_shares([*kept, *rows], shared)
             if rows:
@@ -142,6 +206,8 @@ def measure(
     os.replace(unfinished, path)
     report(read_csv(path), path)
     print(f"{len(rows)} rows in {path}, {time.perf_counter() - start:.0f} s")
+    if done is not None and any(is_unfinished(row) for row in rows):
+        return UNFINISHED
     return int(any(failed(row) for row in rows))
 
 
@@ -159,6 +225,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(SUITES), help="suites, default: %(default)s")
     parser.add_argument("--dtypes", help="default: bfloat16,float32; on a GPU bfloat16")
     parser.add_argument("--threads", help="default: 2,1; on a GPU PyTorch's own number")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep rows of this commit, measure the others"
+    )
+    parser.add_argument(
+        "--targets", action="store_true", help="one case for each target of targets.csv"
+    )
     parser.add_argument("--report", type=Path, help="measure nothing: report on this CSV again")
     options = parser.parse_args(arguments)
     if options.report:
@@ -192,12 +264,17 @@ def main(arguments: list[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out must be a folder to write to, got {options.out}: {error.strerror}")
-    name = f"{machine_name(environment(device))}{'-quick' if options.quick else ''}.csv"
+    machine = environment(device)
+    name = f"{machine_name(machine)}{'-quick' if options.quick else ''}.csv"
+    path, done = options.out / name, None
     try:
-        kept = earlier_rows(options.out / name, pieces)
+        kept = earlier_rows(path, pieces)
+        if options.resume:
+            finished, done = finished_rows(path, pieces, machine["commit"])
+            kept += finished
     except ValueError as error:
         parser.error(f"--out has the CSV of another version, to be deleted or moved: {error}")
-    return measure(pieces, device, options.quick, seconds, options.out / name, kept)
+    return measure(pieces, device, options.quick, seconds, path, kept, done, options.targets)
 
 
 if __name__ == "__main__":

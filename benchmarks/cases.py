@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.comparisons import uniform_name
 from benchmarks.costs import peak_bytes, saved_bytes, synchronisations
 from benchmarks.harness import NO_TIME, SEED, Entry, Run, Work, failure_in, measure
-from benchmarks.results import NewRow, last_level_cache, new_row
+from benchmarks.results import NewRow, Row, last_level_cache, new_row
+from benchmarks.targets import is_about, read_targets
 from tokenflex_kernels import info
 
 MODES = ("forward", "backward", "forward+backward")
@@ -104,11 +106,16 @@ def projector_modes(run: Run) -> Sequence[str]:
 
 def run_cases(cases: Iterable[Case], run: Run) -> None:
     """Measure one case after another, mode by mode; a case without time left gets a row too."""
+    if run.for_targets:
+        cases = list(cases)
+        wanted = for_targets(cases, run.device)
     for case in cases:
         start, inputs = time.perf_counter(), None
         for mode in case.modes:
             row = case.row(mode)
             if (case.op, case.name, mode) in run.done:
+                continue
+            if run.for_targets and (case.name, mode) not in wanted:
                 continue
             if run.deadline.left <= 0:
                 run.emit([row | {"status": NO_TIME}])
@@ -121,6 +128,39 @@ def run_cases(cases: Iterable[Case], run: Run) -> None:
                 run.emit([row])
         if inputs:
             print(f"  {case.op}, {case.name}: {time.perf_counter() - start:.1f} s", flush=True)
+
+
+def for_targets(cases: Sequence[Case], device: str) -> set[tuple[str, str]]:
+    """Return the name and mode of one case for each target, of those that have its peer.
+
+    A case that is chosen for one target serves others too. Otherwise it is the first with the least
+    variants, since a peer that compiles takes a minute.
+    """
+
+    def row_of(case: Case, mode: str, variant: Variant) -> Row:
+        row = case.row(mode, variant.name) | {"device": device, "backend": "", "status": "ok"}
+        return {name: str(value) for name, value in row.items()}
+
+    wanted: set[tuple[str, str]] = set()
+    by_cost = sorted(cases, key=lambda case: len(case.variants))
+    for target in read_targets():
+        about = [
+            (case, mode)
+            for case in by_cost
+            for mode in case.modes
+            if target["peer"] in ("", *(v.name for v in case.variants if mode in v.modes))
+            and any(
+                mode in variant.modes and is_about(target, row_of(case, mode, variant))
+                for variant in case.variants
+                if variant.ours
+            )
+        ]
+        chosen = [(case.name, mode) for case, mode in about]
+        if not wanted.intersection(chosen):
+            wanted.update(chosen[:1])
+        if target["figure"] == "over_uniform":
+            wanted |= {(uniform_name(name), mode) for name, mode in wanted.intersection(chosen)}
+    return wanted
 
 
 def number_of_sets(bytes_per_set: int, cache_bytes: int) -> int:

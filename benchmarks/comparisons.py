@@ -81,7 +81,7 @@ class Results:
 
     def uniform(self, row: Row) -> Row | None:
         """Return the row of the uniform batch that a mixed one is compared with."""
-        return self.beside(row, case=row["case"].replace("mixed", "uniform"))
+        return self.beside(row, case=uniform_name(row["case"]))
 
     def comparisons(self) -> list[Comparison]:
         """Return each measured row of a peer beside ours that computes the same."""
@@ -135,6 +135,11 @@ def ratio(above: Row, below: Row, column: str) -> Figure | None:
     if not denominator:
         return Figure(1.0 if not numerator else float("inf"))
     return Figure(numerator / denominator)
+
+
+def uniform_name(case: str) -> str:
+    """Return the name of the uniform batch that a mixed one is compared with."""
+    return case.replace("mixed", "uniform")
 
 
 def where(row: Row) -> str:

@@ -59,6 +59,7 @@ class Run:
     banned: dict[str, NewRow] = field(default_factory=dict)  # variants that hung or ended a process
     dtype: torch.dtype = torch.float32  # of inputs and weights
     threads: int | None = None  # that PyTorch is set to; None for its own choice
+    for_targets: bool = False  # measure one case for each target, and no others
 
     @property
     def compiles(self) -> bool:

@@ -41,6 +41,7 @@ OPS = (
 )
 WIDTH = 16
 TILE_COST = 51
+TARGET_CASE = "no grad"
 
 
 def op_calls(
@@ -95,7 +96,7 @@ def note_of_bins(call: Callable[[], list[list[int]]]) -> dict[str, str]:
 
 def groups(device: str) -> Iterator[tuple[str, dict[str, Callable[[], Any]]]]:
     """Yield cases, and the calls of each by op."""
-    yield "no grad", op_calls(device, requires_grad=False)
+    yield TARGET_CASE, op_calls(device, requires_grad=False)
     calls = op_calls(device, requires_grad=True)
     yield "grad", calls
     yield "grad, with backward", {op: partial(with_backward, call) for op, call in calls.items()}
@@ -132,8 +133,11 @@ def suite(run: Run) -> None:
 def measure_group(
     case: str, calls: dict[str, Callable[[], Any]], backends: dict[str, str], run: Run
 ) -> None:
-    """Measure the calls of one case in turns, unless its rows exist or no time is left."""
-    if ("host_cost", case, "forward") in run.done:
+    """Measure the calls of one case in turns.
+
+    Not if its rows exist, or no target is about them in a run for targets.
+    """
+    if ("host_cost", case, "forward") in run.done or (case != TARGET_CASE and run.for_targets):
         return
     entries = []
     for op, call in calls.items():

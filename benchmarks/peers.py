@@ -137,6 +137,45 @@ def liger_project_tokens(liger: ModuleType, leaves: Leaves, grids: Grids) -> tor
     return down(liger_swiglu(liger, {**leaves, "x": pooled}), leaves)
 
 
+# Its fused gate and up, one kernel on SM100; elsewhere two products and its silu(gate) * up.
+@peer(
+    "swiglu",
+    "liger-kernel fused_swiglu, no biases",
+    module="liger_kernel.ops.cutedsl.ops.swiglu",
+    prepare=both_weights,
+    without=plain.BIASES,
+    modes=("forward",),
+)
+def liger_fused_swiglu(liger: ModuleType, leaves: Leaves, _: object = None) -> torch.Tensor:
+    return liger.fused_swiglu(leaves["x"], leaves["weight"])
+
+
+# ---- cuDNN, on SM100 alone. Its MLP, cudnn.gemm.swiglu_mlp, takes outputs as wide as inputs only.
+
+CUDNN_BLOCK = 32  # rows of up, then as many of gate
+
+
+def in_blocks(leaves: Leaves) -> Leaves:
+    """Store rows of up and of gate in turns, a block each."""
+    width = leaves["x"].shape[1]
+    pair = (leaves[name].view(-1, CUDNN_BLOCK, width) for name in ("up_weight", "gate_weight"))
+    return {"x": leaves["x"], "weight": torch.stack(tuple(pair), 1).flatten(0, 2)}
+
+
+@peer(
+    "swiglu",
+    "cudnn, no biases",
+    module="cudnn",
+    prepare=in_blocks,
+    without=plain.BIASES,
+    modes=("forward",),
+)
+def cudnn_swiglu(cudnn: ModuleType, leaves: Leaves, _: object = None) -> torch.Tensor:
+    x, weight = leaves["x"][..., None], leaves["weight"][..., None]
+    dtypes = {"ab12_dtype": x.dtype, "c_dtype": x.dtype}
+    return cudnn.gemm_swiglu_wrapper_sm100(x, weight, **dtypes)["c_tensor"][..., 0]
+
+
 # ---- quack-kernels, in its default configurations (``tuned=False``): it would tune at run time.
 
 
@@ -162,6 +201,36 @@ def quack_project_tokens(quack: ModuleType, leaves: Leaves, grids: Grids) -> tor
     weights = (leaves["gate_up_weight"], leaves["down_weight"])
     biases = {"bias1": leaves["gate_up_bias"], "bias2": leaves["down_bias"]}
     return quack.mlp_func(plain.pool_norm(leaves, grids), *weights, "swiglu", **biases, tuned=False)
+
+
+# The same with the weights of two Linears one after the other: ``concat_layout``. Its product that
+# scales rows for RMSNorm, gemm_norm_gated, does not compute LayerNorm.
+
+
+def stacked(leaves: Leaves) -> Leaves:
+    """Store the rows of gate, then those of up."""
+    rest = {name: leaf for name, leaf in leaves.items() if not name.startswith(("gate_", "up_"))}
+    for kind in ("weight", "bias"):
+        rest[f"gate_up_{kind}"] = torch.cat([leaves[f"gate_{kind}"], leaves[f"up_{kind}"]])
+    return rest
+
+
+STACKED = "quack-kernels, concat_layout"
+
+
+@peer("swiglu", STACKED, module="quack.linear", prepare=stacked, modes=("forward",))
+def quack_stacked_swiglu(quack: ModuleType, leaves: Leaves, _: object) -> torch.Tensor:
+    arguments = (leaves["x"], leaves["gate_up_weight"], "swiglu")
+    options = {"bias": leaves["gate_up_bias"], "store_preact": False, "tuned": False}
+    return quack.linear_gated_func(*arguments, **options, concat_layout=True)[1]
+
+
+@peer("project_tokens", STACKED, module="quack.mlp", prepare=stacked)
+def quack_stacked_project_tokens(quack: ModuleType, leaves: Leaves, grids: Grids) -> torch.Tensor:
+    weights = (leaves["gate_up_weight"], leaves["down_weight"])
+    options = {"bias1": leaves["gate_up_bias"], "bias2": leaves["down_bias"], "tuned": False}
+    tokens = plain.pool_norm(leaves, grids)
+    return quack.mlp_func(tokens, *weights, "swiglu", **options, concat_layout=True)
 
 
 # ---- flash-swiglu-mlp. Its backward takes an output as wide as the input only.
@@ -208,7 +277,7 @@ def index_put_pack(leaves: Leaves, packed: Packed) -> torch.Tensor:
 
 @peer("pack_embeddings", "embedding + vLLM merge", modes=("forward",))
 def vllm_pack(leaves: Leaves, packed: Packed) -> torch.Tensor:
-    """Overwrite in place, by a mask of one column, as vLLM merges for inference."""
+    """Overwrite in place, by a mask of one column, as vLLM did in 2025."""
     mask = (packed.plan.input_ids == IMAGE).unsqueeze(1)
     return look_up(leaves, packed).masked_scatter_(mask, leaves["vision"])
 
@@ -253,12 +322,21 @@ def index_put_merge(leaves: Leaves, packed: Packed) -> torch.Tensor:
     return leaves["embeds"].index_put((packed.rows,), leaves["vision"])
 
 
-# Finding the rows of a mask synchronises the device.
+# vLLM's merge of today: it assigns through a mask of the rows, in place, and keeps that mask on the
+# host, where it finds the rows. Copying their numbers to the device cannot be captured.
+
+
+@peer("pack_embeddings", "embedding + vLLM index mask", modes=("forward",), waits=MODES)
+def host_mask_pack(leaves: Leaves, packed: Packed) -> torch.Tensor:
+    embeds = look_up(leaves, packed)
+    embeds[packed.mask] = leaves["vision"]
+    return embeds
+
+
 @peer("merge_vision", "vLLM index mask", waits=MODES)
-def index_mask_merge(leaves: Leaves, packed: Packed) -> torch.Tensor:
-    """Assign through a mask of the rows, as vLLM does in place, to a copy."""
+def host_mask_merge(leaves: Leaves, packed: Packed) -> torch.Tensor:
     embeds = leaves["embeds"].clone()
-    embeds[packed.plan.input_ids == IMAGE] = leaves["vision"]
+    embeds[packed.mask] = leaves["vision"]
     return embeds
 
 
@@ -272,6 +350,7 @@ def index_select_unpack(leaves: Leaves, packed: Packed) -> torch.Tensor:
     return leaves["packed"].index_select(0, packed.rows)
 
 
+# Finding the rows of a mask on the device synchronises it.
 @peer("unpack_vision", "index by a mask", waits=MODES)
 def index_mask_unpack(leaves: Leaves, packed: Packed) -> torch.Tensor:
     return leaves["packed"][packed.plan.input_ids == IMAGE]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
 
@@ -35,18 +35,22 @@ def watched_rows(
     seconds: float,
     dtype: torch.dtype = torch.float32,
     threads: int | None = None,
+    done: Collection[tuple[str, str, str]] = (),
+    for_targets: bool = False,
 ) -> Iterator[list[NewRow]]:
     """Yield a suite's rows as they come, until it has ended or its time is over.
 
     Args:
         name: Name of the suite, for rows about the suite itself.
         suite: Measures and emits rows; it runs in another process.
-        device, quick, dtype, threads: As in :class:`Run`.
+        device, quick, dtype, threads, for_targets: As in :class:`Run`.
         seconds: Time for the suite. It aims at less, since importing takes a while too. A silence
             of three quarters of it counts as a hang, so that others get some time as well.
+        done: (op, case, mode) of what was measured before.
     """
     deadline = Deadline(seconds)
     run = Run(device, quick, deadline, emit=print, dtype=dtype, threads=threads)
+    run.done, run.for_targets = set(done), for_targets
     row_seconds = min(ROW_SECONDS, 0.75 * seconds)
     while True:
         current = new_row(op=f"{name} suite")

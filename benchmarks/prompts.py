@@ -55,6 +55,7 @@ class Prompts:
         return Packed(
             plan=plan.to(device),
             rows=plan.vision_rows.long().to(device),
+            mask=plan.input_ids == IMAGE,
             text_ids=plan.input_ids[plan.source >= 0].to(device),
             text_pieces=[before, self.text - before] * self.samples,
             padded_ids=pad_sequence(samples, batch_first=True, padding_value=1).to(device),
@@ -68,6 +69,7 @@ class Packed:
 
     plan: PackPlan
     rows: torch.Tensor  # int64 [vision], numbers of the vision rows
+    mask: torch.Tensor  # bool [total] on the host, True on vision rows
     text_ids: torch.Tensor  # int64 [text], the ids of the text rows alone
     text_pieces: list[int]  # numbers of text rows before and after each image, on the host
     padded_ids: torch.Tensor  # int64 [samples, longest], the samples side by side

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 import platform
 import re
@@ -16,6 +17,7 @@ import torch
 
 from tokenflex.files import write_atomically
 from tokenflex_kernels.gpus import data_sheet
+from tokenflex_kernels.launch_configs import TABLE_PATH, table_in_use
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -30,6 +32,7 @@ COLUMNS = (
 PACKAGES = (
     *("torch", "triton", "tokenflex", "transformers"),
     *("liger-kernel", "quack-kernels", "flash-swiglu-mlp", "flash-attn"),
+    "nvidia-cudnn-frontend",
 )
 
 OURS = "tokenflex"
@@ -81,10 +84,19 @@ def environment(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda or "",
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
+        "configs": configs_in_use(),
         # A copy of the tree may come without its history.
         "commit": os.environ.get("TOKENFLEX_COMMIT")
         or _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
     }
+
+
+def configs_in_use() -> str:
+    """Return "shipped", or a short digest of the table of launch configs that is used instead."""
+    path = table_in_use()
+    if path == TABLE_PATH:
+        return "shipped"
+    return f"table {hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
 
 
 def gpu_clocks(device: str) -> str:
@@ -152,11 +164,15 @@ def _output(*command: str) -> str:
 def write_csv(
     path: Path, rows: Sequence[Mapping[str, object]], shared: Mapping[str, object]
 ) -> None:
-    """Write rows of the same columns atomically, each followed by the columns of ``shared``."""
+    """Write rows atomically, each followed by the columns of ``shared``.
+
+    A row may lack columns that others have: those of a version that did not write them.
+    """
+    names = dict.fromkeys(name for row in (*rows, shared) for name in row)
 
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*rows[0], *shared], lineterminator="\n")
+            writer = csv.DictWriter(file, names, lineterminator="\n")
             writer.writeheader()
             writer.writerows({**row, **shared} for row in rows)
 

@@ -11,6 +11,7 @@ from benchmarks import plain
 from benchmarks.cases import Case, Leaves, Variant, fast, projector_modes, run_cases
 from benchmarks.harness import Run
 from benchmarks.peers import load_peers
+from benchmarks.results import NO_BIASES
 from tokenflex_kernels import swiglu
 
 SHARES = {"cuda": 3, "cpu": 4.5}  # of a run's time
@@ -19,7 +20,11 @@ WEIGHTS = ("gate_weight", "up_weight", "gate_bias", "up_bias")
 
 
 def ours(leaves: Leaves, _: object) -> torch.Tensor:
-    return swiglu(leaves["x"], *(leaves[name] for name in WEIGHTS))
+    weights = leaves["gate_weight"], leaves["up_weight"]
+    return swiglu(leaves["x"], *weights, leaves.get("gate_bias"), leaves.get("up_bias"))
+
+
+OURS = Variant("tokenflex", ours, ours=True)
 
 
 def case(
@@ -29,13 +34,16 @@ def case(
     shapes: plain.Shapes = {"x": (tokens, vision), "grad": (tokens, hidden)}
     shapes |= {name: plain.weight_shapes(*widths)[name] for name in WEIGHTS}
     flops = 2 * tokens * vision * 2 * hidden
+    own = [OURS]
+    if any(peer.without for peer in peers):  # beside a peer that takes no biases, ours without
+        own.append(replace(OURS, name=NO_BIASES, without=plain.BIASES))
     return Case(
         op="swiglu",
         name=f"T={tokens}",
         tokens=tokens,
         batch=plain.random_batches(shapes),
         truth=plain.swiglu,
-        variants=[Variant("tokenflex", ours, ours=True), *peers],
+        variants=[*own, *peers],
         flops=(flops, 2 * flops),
     )
 

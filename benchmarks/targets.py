@@ -36,8 +36,13 @@ class Verdict:
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     """Return the verdict on every target of the table."""
     results = Results(rows)
+    return [judge(target, results) for target in read_targets()]
+
+
+def read_targets() -> list[Row]:
+    """Return the lines of the table."""
     with TABLE.open(newline="", encoding="utf-8") as file:
-        return [judge(target, results) for target in csv.DictReader(file)]
+        return list(csv.DictReader(file))
 
 
 def judge(target: Row, results: Results) -> Verdict:

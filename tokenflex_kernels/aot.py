@@ -9,6 +9,9 @@ Prints registers, stack, shared memory and the matrix instruction of each kernel
 kernel spills (stack above 0), computes in double precision (``.f64`` in the PTX), takes more shared
 memory than a block can have, does not read 16 bytes at a time where widths allow it, or is a matrix
 product without ``wgmma`` on sm_90.
+
+AMD's architectures are compiled on request alone (``--architectures gfx942,gfx950``). There,
+registers are vector registers, the stack is scratch memory, and matrix instructions are ``v_mfma``.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ from typing import Any, NamedTuple
 import torch
 
 from tokenflex_kernels import launch
-from tokenflex_kernels.gpus import SHARED_MEMORY
+from tokenflex_kernels.candidates import candidate_configs
+from tokenflex_kernels.gpus import is_amd, number_of, shared_memory
 from tokenflex_kernels.launch_configs import (
     DTYPES,
     INTERPRETER,
@@ -40,7 +44,6 @@ from tokenflex_kernels.launch_configs import (
     read_table,
 )
 from tokenflex_kernels.stage_calls import ODD, RAGGED, REFERENCE, stage_calls
-from tokenflex_kernels.tune import candidate_configs
 
 # The last two are compiled in bfloat16 alone.
 WIDTHS = {"": REFERENCE, "ragged": RAGGED, "odd": ODD}
@@ -56,29 +59,33 @@ class Compiled(NamedTuple):
     stack: int
     shared: int
     instruction: str  # the matrix instruction, or ""
-    doubles: bool  # whether ``.f64`` occurs in the PTX
+    doubles: bool  # whether ``.f64`` occurs in the PTX, or ``_f64`` in AMD's assembly
     wide: bool  # whether rows are read 16 bytes at a time, or by the copy engine
 
 
 def faults(compiled: Compiled) -> list[str]:
     """Return the faults of a kernel in words."""
-    number = int(compiled.architecture.removeprefix("sm_"))
-    limit = SHARED_MEMORY.get(number, min(SHARED_MEMORY.values()))
+    limit = shared_memory(compiled.architecture)
+    code = "assembly" if is_amd(compiled.architecture) else "PTX"
     product = compiled.kernel.startswith(PRODUCTS)
     instruction = compiled.instruction or "nothing"
     checks = {
         f"spills: {compiled.stack} bytes of stack": compiled.stack > 0,
-        ".f64 in the PTX": compiled.doubles,
+        f".f64 in the {code}": compiled.doubles,
         "no 16-byte loads": not compiled.wide and " odd " not in compiled.variant,
         f"{compiled.shared} bytes of shared memory, a block has {limit}": compiled.shared > limit,
         "no matrix instruction": product and not compiled.instruction,
-        f"no wgmma but {instruction}": product and number == 90 and instruction != "wgmma",
+        f"no wgmma but {instruction}": product
+        and compiled.architecture == "sm_90"
+        and instruction != "wgmma",
     }
     return [words for words, is_fault in checks.items() if is_fault]
 
 
 def inspect(architecture: str, kernel: str, variant: str, compiled: Any) -> Compiled:
     """Read the properties of a kernel from Triton's metadata, PTX and machine code."""
+    if is_amd(architecture):
+        return _inspect_amd(architecture, kernel, variant, compiled)
     ptx: str = compiled.asm["ptx"]
     instructions = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}
     registers, stack = resource_usage(compiled.asm["cubin"])
@@ -93,6 +100,29 @@ def inspect(architecture: str, kernel: str, variant: str, compiled: Any) -> Comp
         doubles=".f64" in ptx,
         wide=re.search(r"ld\.global[\w.:]*\.v(4|8)\.b32|ld\.global[\w.:]*\.v2\.b64|cp\.async", ptx)
         is not None,
+    )
+
+
+def _inspect_amd(architecture: str, kernel: str, variant: str, compiled: Any) -> Compiled:
+    assembly: str = compiled.asm["amdgcn"]
+
+    def metadata(name: str) -> int:
+        """Return a number of the kernel's description, which ends the assembly."""
+        value = re.search(rf"^\s*(?:- )?\.{name}:\s*(\d+)$", assembly, flags=re.MULTILINE)
+        if value is None:
+            raise RuntimeError(f"the assembly of {kernel} for {architecture} has no {name}")
+        return int(value[1])
+
+    return Compiled(
+        architecture,
+        kernel,
+        variant,
+        registers=metadata("vgpr_count"),
+        stack=metadata("private_segment_fixed_size"),
+        shared=compiled.metadata.shared,
+        instruction="mfma" if "v_mfma" in assembly else "",
+        doubles=re.search(r"\bv_\w+_f64\b", assembly) is not None,
+        wide=re.search(r"\b(global|buffer)_load_dwordx4\b", assembly) is not None,
     )
 
 
@@ -120,12 +150,14 @@ class _NoGpuDriver:
     """A driver with which Triton can compile for ``architecture``, and nothing else."""
 
     def __init__(self, architecture: str) -> None:
-        self._number = int(architecture.removeprefix("sm_"))
+        self._architecture = architecture
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", self._number, 32)
+        if is_amd(self._architecture):
+            return GPUTarget("hip", self._architecture, 64)
+        return GPUTarget("cuda", number_of(self._architecture), 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -142,6 +174,7 @@ def set_target(architecture: str) -> None:
     from triton.runtime import driver
 
     driver.set_active(_NoGpuDriver(architecture))
+    launch.limits_registers = not is_amd(architecture)
 
 
 def compile_all(architecture: str, candidates: bool = False) -> list[Compiled]:
@@ -191,9 +224,12 @@ def _positive(text: str) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     known = [name for name in read_table() if name != INTERPRETER]
+    nvidia = [name for name in known if not is_amd(name)]
     parser = argparse.ArgumentParser(prog="python -m tokenflex_kernels.aot", description=__doc__)
     parser.add_argument(
-        "--architectures", default=",".join(known), help="comma-separated, of: %(default)s"
+        "--architectures",
+        default=",".join(nvidia),
+        help=f"comma-separated, of {', '.join(known)}; default: %(default)s",
     )
     parser.add_argument(
         "--candidates", action="store_true", help="compile what tune would try, not what is shipped"

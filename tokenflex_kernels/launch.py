@@ -34,6 +34,9 @@ MAX_BLOCK = 512  # rows of a tile
 # Called with the name and Triton's compiled kernel of each kernel compiled for meta tensors.
 on_compile: Callable[[str, Any], None] | None = None
 
+# Whether the compiler takes a limit of registers: NVIDIA's does, AMD's has no such option.
+limits_registers = torch.version.hip is None
+
 
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up. (Triton's own is made for kernels, and takes microseconds on the host.)"""
@@ -174,6 +177,11 @@ def _beyond_storage(descriptor: Any) -> Any | None:
     return replace(descriptor, base=wide, strides=list(wide.stride()))
 
 
+def register_limit(registers: int | None) -> dict[str, int | None]:
+    """Return the option that limits the registers of a thread, where the compiler has one."""
+    return {"maxnreg": registers} if limits_registers else {}
+
+
 # ---- Matrix products.
 
 
@@ -204,7 +212,7 @@ def pointwise_options(config: TileConfig, *, limit_registers: bool) -> dict[str,
         "BLOCK_N": config.block_n,
         "GROUP_M": config.group_m,
         "num_warps": config.num_warps,
-        "maxnreg": config.max_registers if limit_registers else None,
+        **register_limit(config.max_registers if limit_registers else None),
     }
 
 
@@ -218,7 +226,7 @@ def product_options(config: TileConfig, dtype: torch.dtype) -> dict[str, Any]:
         "PRECISION": dot_precision(dtype),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        "maxnreg": config.max_registers,
+        **register_limit(config.max_registers),
     }
 
 

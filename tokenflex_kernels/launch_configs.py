@@ -1,10 +1,11 @@
 """The kernel and block sizes of a call: a pure function of stage, rows, dtype and architecture.
 
-Nothing is tuned at run time. The table is ``launch_configs.json``, which
-``python -m tokenflex_kernels.tune`` writes from measurements on the GPU at hand; the ``source`` of
-each architecture says what was measured. The layout:
+Nothing is tuned at run time. The table is ``launch_configs.json``, or the file that the variable
+``TOKENFLEX_LAUNCH_CONFIGS`` names when the first kernel is launched. ``python -m
+tokenflex_kernels.tune`` writes it from measurements on the GPU at hand; the ``source`` of each
+architecture says what was measured. The layout:
 
-    architecture ("sm_90") -> {"source": .., "stages": stage -> dtype -> [bucket, ..]}
+    architecture ("sm_90", "gfx942") -> {"source": .., "stages": stage -> dtype -> [bucket, ..]}
     bucket: {"up_to": rows or null, "use": "library" or the fields of the stage's config}
 
 A call takes the first bucket whose ``up_to`` is at least its rows.
@@ -13,6 +14,7 @@ A call takes the first bucket whose ``up_to`` is at least its rows.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -21,7 +23,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tokenflex_kernels.gpus import is_amd, number_of
+
 TABLE_PATH = Path(__file__).with_name("launch_configs.json")
+TABLE_VARIABLE = "TOKENFLEX_LAUNCH_CONFIGS"
 
 
 class RowConfig(NamedTuple):
@@ -84,18 +89,22 @@ def architecture(device: torch.device) -> str:
     """Return "sm_90" or similar for a CUDA device, and ``INTERPRETER`` for the CPU.
 
     For the meta device, on which kernels are only compiled: the target that Triton compiles for.
+    PyTorch calls AMD's devices CUDA devices too; theirs is "gfx942" or similar.
     """
     if device.type == "cuda":
         return _cuda_architecture(device)
     if device.type == "meta":
         from triton.runtime import driver
 
-        return f"sm_{driver.active.get_current_target().arch}"
+        target = driver.active.get_current_target()
+        return f"sm_{target.arch}" if target.backend == "cuda" else target.arch
     return INTERPRETER
 
 
 @cache
 def _cuda_architecture(device: torch.device) -> str:
+    if torch.version.hip is not None:  # "gfx942:sramecc+:xnack-"
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{10 * major + minor}"
 
@@ -143,7 +152,7 @@ def launch_config(stage: str, rows: int, dtype: torch.dtype, architecture: str) 
         rows: tokens of the whole batch (patches, in the backward pass of pooling).
         dtype: of the activations: float16, bfloat16 or float32.
         architecture: see :func:`architecture`. One that is not in the table takes the configs of
-            the newest that is not newer than it, or else of the oldest.
+            the newest of its vendor that is not newer than it, or else of the oldest.
     """
     for up_to, config in _buckets(stage, NAMES[dtype], architecture):
         if up_to is None or rows <= up_to:
@@ -158,19 +167,36 @@ def _buckets(stage: str, dtype: str, architecture: str) -> Buckets:
 
 
 @cache
-def read_table(path: Path = TABLE_PATH) -> dict[str, Any]:
-    """Return the table as it is written, by architecture."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_table(path: Path | None = None) -> dict[str, Any]:
+    """Return the table as it is written, by architecture; by default the one that is in use."""
+    return json.loads((path or table_in_use()).read_text(encoding="utf-8"))
+
+
+def table_in_use() -> Path:
+    """Return the path of the table that ``TOKENFLEX_LAUNCH_CONFIGS`` names, or the shipped one."""
+    return Path(os.environ.get(TABLE_VARIABLE) or TABLE_PATH)
 
 
 def nearest(architecture: str, known: tuple[str, ...]) -> str:
-    """Return the entry of the table that serves ``architecture``."""
+    """Return the entry of the table that serves ``architecture``.
+
+    Raises:
+        ValueError: no entry is of its vendor.
+    """
     if architecture in known:
         return architecture
-    numbers = sorted(int(name.removeprefix("sm_")) for name in known if name != INTERPRETER)
-    wanted = int(architecture.removeprefix("sm_"))
-    not_newer = [number for number in numbers if number <= wanted]
-    return f"sm_{not_newer[-1] if not_newer else numbers[0]}"
+    entries = sorted(
+        (number_of(name), name)
+        for name in known
+        if name != INTERPRETER and is_amd(name) == is_amd(architecture)
+    )
+    if not entries:
+        raise ValueError(
+            f"the table of launch configs has no entry for {architecture} or its vendor, only "
+            f"{', '.join(known)}"
+        )
+    not_newer = [name for number, name in entries if number <= number_of(architecture)]
+    return not_newer[-1] if not_newer else entries[0][1]
 
 
 def parse_stage(stages: dict[str, Any], stage: str) -> dict[str, Buckets]:

@@ -11,6 +11,7 @@ import torch
 from tokenflex_kernels.checks import Grid
 from tokenflex_kernels.launch_configs import Config, overriding
 from tokenflex_kernels.pool_norm.axis_weights import MODES
+from tokenflex_kernels.pool_norm.native import sum_dtype
 from tokenflex_kernels.pool_norm.plan import grids_of, plan_uniform
 from tokenflex_kernels.pool_norm.stages import (
     launch_norm_gradient,
@@ -60,6 +61,7 @@ def stage_calls(
     out_grid: Grid,
     device: torch.device,
     widths: Widths = REFERENCE,
+    draw: Callable[..., torch.Tensor] | None = None,
 ) -> Iterator[Variant]:
     """Yield the variants of ``stage``, the one that training runs first; each takes ``config=``.
 
@@ -70,6 +72,7 @@ def stage_calls(
         out_grid: the grid that each is pooled to.
         device: "meta" to compile only; elsewhere the tensors hold normal random numbers.
         widths: of the projector.
+        draw: makes a tensor from its sizes and ``scale``, the factor of its numbers, instead.
     """
 
     def rows(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -77,10 +80,11 @@ def stage_calls(
             return torch.empty(shape, dtype=dtype, device=device)
         return torch.randn(shape, dtype=dtype, device=device) * scale
 
+    make = draw or rows
     if stage in ("pool_norm_forward", "pool_norm_backward", "norm_gradient", "scale_shift"):
-        variants = _row_stages(stage, images, out_grid, widths.vision, dtype, rows)
+        variants = _row_stages(stage, images, out_grid, widths.vision, dtype, make)
     else:
-        variants = _tile_stages(stage, images * out_grid[0] * out_grid[1], widths, rows)
+        variants = _tile_stages(stage, images * out_grid[0] * out_grid[1], widths, make)
     for name, run in variants:
         yield name, partial(_with_config, stage, run)
 
@@ -100,7 +104,7 @@ def _row_stages(
 ) -> Iterator[Variant]:
     plan = plan_uniform(images, IN_GRID, out_grid)
     weight, cells = rows(width), rows(plan.num_cells, width)
-    inverse_std = rows(plan.num_cells).float().abs()
+    inverse_std = rows(plan.num_cells).to(sum_dtype(dtype)).abs()
     patches, grids = plan.num_patches, grids_of(plan)
     means = rows(plan.num_cells, 2).float()
     with_norm = cells, cells, inverse_std, means, weight

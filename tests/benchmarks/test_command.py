@@ -15,6 +15,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import processes
 from benchmarks.results import ROOT, new_row, read_csv
+from tokenflex_kernels.journal import UNFINISHED
 
 
 @pytest.mark.parametrize(
@@ -94,11 +95,12 @@ def suites_return(monkeypatch):
         suite = SimpleNamespace(suite=None, SHARES={"cpu": 1.0})
         monkeypatch.setattr(command, "SUITES", dict.fromkeys(outcomes, suite))
 
-        def rows(name, *_, dtype, threads):
+        def rows(name, *_, done, **options):
             for outcome in outcomes[name]:
                 if isinstance(outcome, BaseException):
                     raise outcome
-                yield [dict(outcome)]
+                if command.case_of(outcome) not in done:
+                    yield [dict(outcome)]
 
         monkeypatch.setattr(command, "watched_rows", rows)
 
@@ -213,3 +215,91 @@ def test_time_is_that_of_the_promise():
     assert command.SECONDS[True] + processes.GRACE_SECONDS < 120
     assert command.SECONDS[False] + processes.GRACE_SECONDS < 600
     assert all(suite.SHARES.keys() == {"cuda", "cpu"} for suite in command.SUITES.values())
+
+
+# ---- a run that continues another
+
+
+def case(name, status="ok", variant="tokenflex", **values):
+    return measured("swiglu", variant, case=name, mode="forward", status=status, **TOKENS, **values)
+
+
+TOKENS = {"tokens": 8, "tokens_per_s": 1.0}
+LATE = "not run: no time left"
+STOPPED = measured("swiglu suite", "", status="stopped after 3 s")
+
+
+def swiglu_rows(folder, pattern="*.csv"):
+    (path,) = folder.glob(pattern)
+    rows = [row for row in read_csv(path) if row["op"].startswith("swiglu")]
+    return [(row["case"], row["variant"], row["status"], row["p50_us"]) for row in rows]
+
+
+def test_another_run_measures_what_is_missing(suites_return, tmp_path):
+    peer = case("one", variant="liger-kernel", status="not installed: no module liger_kernel")
+    suites_return(ceilings=CEILINGS, swiglu=[case("one"), peer, case("two", LATE), STOPPED])
+    assert run_into(tmp_path, "--resume")[0] == UNFINISHED
+    again = [case("one", p50_us=9.0), case("two", p50_us=2.0), case("three", p50_us=3.0)]
+    suites_return(ceilings=CEILINGS, swiglu=again)
+    assert run_into(tmp_path, "--resume")[0] == 0
+    assert sorted(swiglu_rows(tmp_path)) == [
+        ("one", "liger-kernel", peer["status"], "1.0"),
+        ("one", "tokenflex", "ok", "1.0"),
+        ("three", "tokenflex", "ok", "3.0"),
+        ("two", "tokenflex", "ok", "2.0"),
+    ]
+
+
+def test_a_case_of_which_one_variant_found_no_time_is_measured_again(suites_return, tmp_path):
+    late = case("one", "not run: no time left, stopped while it ran", variant="PyTorch eager")
+    suites_return(ceilings=CEILINGS, swiglu=[case("one"), late])
+    assert run_into(tmp_path, "--resume")[0] == UNFINISHED
+    eager = case("one", variant="PyTorch eager", p50_us=4.0)
+    suites_return(ceilings=CEILINGS, swiglu=[case("one", p50_us=3.0), eager])
+    assert run_into(tmp_path, "--resume")[0] == 0
+    assert [row[1:] for row in swiglu_rows(tmp_path)] == [
+        ("tokenflex", "ok", "3.0"),
+        ("PyTorch eager", "ok", "4.0"),
+    ]
+
+
+def test_rows_of_a_run_that_was_interrupted_count(suites_return, tmp_path):
+    suites_return(ceilings=CEILINGS, swiglu=[case("one"), KeyboardInterrupt()])
+    assert run_into(tmp_path, "--resume")[0] == 130
+    suites_return(ceilings=CEILINGS, swiglu=[case("one", p50_us=9.0), case("two")])
+    assert run_into(tmp_path, "--resume")[0] == 0
+    assert [row[0] for row in swiglu_rows(tmp_path)] == ["two", "one"]
+    assert swiglu_rows(tmp_path)[1][-1] == "1.0"
+
+
+@pytest.mark.parametrize(("options", "commit"), [([], "abc"), (["--resume"], "def")])
+def test_rows_of_another_commit_or_without_resume_are_measured_again(
+    suites_return, tmp_path, monkeypatch, options, commit
+):
+    suites_return(ceilings=CEILINGS, swiglu=[case("one")])
+    run_into(tmp_path, "--resume")
+    monkeypatch.setenv("TOKENFLEX_COMMIT", commit)
+    suites_return(ceilings=CEILINGS, swiglu=[case("one", p50_us=9.0)])
+    assert run_into(tmp_path, *options)[0] == 0
+    assert swiglu_rows(tmp_path) == [("one", "tokenflex", "ok", "9.0")]
+
+
+def test_a_wrong_result_fails_a_run_that_continues_too(suites_return, tmp_path):
+    suites_return(ceilings=CEILINGS, swiglu=[case("one", "failed: ValueError: result is off")])
+    assert run_into(tmp_path, "--resume")[0] == 1
+    assert run_into(tmp_path, "--resume")[0] == 1  # it is kept, and still wrong
+
+
+def test_rows_name_the_table_of_configs(suites_return, tmp_path, monkeypatch):
+    suites_return(ceilings=CEILINGS, swiglu=[case("one")])
+    run_into(tmp_path / "shipped")
+    table = tmp_path / "table.json"
+    table.write_text("{}", encoding="utf-8")
+    monkeypatch.setenv("TOKENFLEX_LAUNCH_CONFIGS", str(table))
+    run_into(tmp_path / "tuned")
+    names = []
+    for folder in ("shipped", "tuned"):
+        (path,) = (tmp_path / folder).glob("*.csv")
+        names += {row["configs"] for row in read_csv(path)}
+    assert names[0] == "shipped"
+    assert re.fullmatch("table [0-9a-f]{8}", names[1])

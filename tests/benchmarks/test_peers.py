@@ -20,7 +20,7 @@ from benchmarks.prompts import Prompts
 from benchmarks.results import COMPILED, EAGER
 from tests.benchmarks.small import rows_of, run_of, square_case
 
-WIDTHS = (8, 16, 8)
+WIDTHS = (8, 32, 8)
 SMALL = Prompts(samples=3, text=5, width=8, vocabulary=20)
 GRIDS = [[(8, 8)], [(3, 2), (5, 5), (3, 2)]]
 
@@ -59,20 +59,33 @@ class LayerNorm:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def linear_gated_func(x, weight, activation, bias, store_preact, tuned):
+def linear_gated_func(x, weight, activation, bias, store_preact, tuned, concat_layout=False):
     assert (activation, tuned) == ("swiglu", False)
     before = F.linear(x, weight, bias)
-    return None, F.silu(before[:, ::2]) * before[:, 1::2]
+    gate, up = before.chunk(2, 1) if concat_layout else (before[:, ::2], before[:, 1::2])
+    return None, F.silu(gate) * up
 
 
-def mlp_func(x, weight1, weight2, activation, bias1, bias2, tuned):
-    _, product = linear_gated_func(x, weight1, activation, bias1, True, tuned)
+def mlp_func(x, weight1, weight2, activation, bias1, bias2, tuned, concat_layout=False):
+    _, product = linear_gated_func(x, weight1, activation, bias1, True, tuned, concat_layout)
     return F.linear(product, weight2, bias2)
 
 
 def flash_swiglu(x, gate, up, down):
     assert x.ndim == 3
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def fused_swiglu(x, weight):
+    gate, up = F.linear(x, weight).chunk(2, 1)
+    return F.silu(gate) * up
+
+
+def gemm_swiglu_wrapper_sm100(x, weight, ab12_dtype, c_dtype):
+    assert x.shape[2] == weight.shape[2] == 1
+    assert ab12_dtype == c_dtype == x.dtype
+    up, gate = (x[..., 0] @ weight[..., 0].T).unflatten(1, (-1, 2, 32)).unbind(2)
+    return {"c_tensor": (up * F.silu(gate)).flatten(1)[..., None]}
 
 
 def unpad_input(hidden_states, attention_mask):
@@ -89,6 +102,10 @@ MODULES = {
     "quack.linear": {"linear_gated_func": linear_gated_func},
     "quack.mlp": {"mlp_func": mlp_func},
     "flash_swiglu_mlp": {"flash_swiglu": flash_swiglu},
+    "liger_kernel.ops.cutedsl": {},
+    "liger_kernel.ops.cutedsl.ops": {},
+    "liger_kernel.ops.cutedsl.ops.swiglu": {"fused_swiglu": fused_swiglu},
+    "cudnn": {"gemm_swiglu_wrapper_sm100": gemm_swiglu_wrapper_sm100},
     "flash_attn": {},
     "flash_attn.bert_padding": {"unpad_input": unpad_input},
 }
@@ -119,18 +136,20 @@ def test_every_projector_is_the_truth(installed, grids):
         "tokenflex, save=input",
         "tokenflex, no biases",
         EAGER,
+        f"{EAGER}, again",
         COMPILED,
         "liger-kernel",
         "quack-kernels",
+        "quack-kernels, concat_layout",
     }
     assert by_mode["forward+backward"] == training
     # Where backward writes into what was saved, it cannot be timed alone, many times.
     assert by_mode["backward"] == training - {"liger-kernel"}
     lean, flash = {"tokenflex, save=input"}, {"flash-swiglu-mlp, no biases"}
     assert by_mode["forward"] == training - lean | flash
-    # 16 hidden, 8 in, 8 out; backward is twice forward.
+    # 32 hidden, 8 in, 8 out; backward is twice forward.
     flops = {row["mode"]: row["flops"] for row in rows}
-    once = 2 * number_of_tokens(grids) * (8 * 32 + 16 * 8)
+    once = 2 * number_of_tokens(grids) * (8 * 64 + 32 * 8)
     assert flops == {"forward": once, "backward": 2 * once, "forward+backward": 3 * once}
 
 
@@ -143,9 +162,11 @@ def test_every_stage_is_the_truth(installed):
     rows = rows_of(swiglu.case(5, installed("swiglu"), WIDTHS))
     assert_all_ok(rows)
     forward = {row["variant"] for row in rows if row["mode"] == "forward"}
-    packages = {"liger-kernel", "quack-kernels"}
-    assert forward == {"tokenflex", EAGER, COMPILED, "bare product"} | packages
-    assert rows[0]["flops"] == 2 * 5 * 8 * 32
+    packages = {"liger-kernel", "quack-kernels", "quack-kernels, concat_layout"}
+    packages |= {"tokenflex, no biases", "liger-kernel fused_swiglu, no biases", "cudnn, no biases"}
+    own = {"tokenflex", EAGER, f"{EAGER}, again", COMPILED, "bare product"}
+    assert forward == own | packages
+    assert rows[0]["flops"] == 2 * 5 * 8 * 64
     assert rows[0]["backend"]
 
 
@@ -273,6 +294,7 @@ def test_peers_that_are_missing_or_broken_or_slow_are_rows(monkeypatch):
                 "embedding + masked_scatter",
                 "embedding + index_put",
                 "embedding + vLLM merge",
+                "embedding + vLLM index mask",
                 "embedding + nested jagged",
                 "padded embedding + flash-attn unpad",
             },

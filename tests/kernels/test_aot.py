@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -176,6 +177,8 @@ class TestFaults:
             {"architecture": "sm_100", "instruction": "tcgen05"},
             {"kernel": "pool_norm_forward_kernel", "instruction": ""},
             {"kernel": "gate_gradient_kernel", "instruction": ""},
+            {"architecture": "gfx942", "instruction": "mfma", "shared": 65_536},
+            {"architecture": "gfx950", "instruction": "mfma", "shared": 163_840},
         ],
     )
     def test_none(self, good):
@@ -198,6 +201,9 @@ class TestFaults:
             ({"kernel": "down_gradient_kernel", "instruction": "mma"}, ["no wgmma"]),
             ({"kernel": "input_gradient_kernel", "instruction": "mma"}, ["no wgmma"]),
             ({"kernel": "scale_shift_kernel", "instruction": "", "stack": 16}, ["spills"]),
+            ({"architecture": "gfx942", "shared": 65_537}, ["65537", "65536"]),
+            ({"architecture": "gfx950", "doubles": True, "shared": 0}, [".f64 in the assembly"]),
+            ({"architecture": "gfx942", "instruction": ""}, ["no matrix instruction"]),
         ],
     )
     def test_each_is_named(self, bad, words):
@@ -293,6 +299,74 @@ class TestInspection:
 
     def test_a_product_with_an_older_matrix_instruction_is_seen(self, found):
         assert "no wgmma but mma" in found["input_gradient_kernel"]
+
+
+AMD_KERNELS = """
+import json
+import torch
+from tokenflex_kernels import aot, launch
+aot.set_target("gfx942")
+from tokenflex_kernels.launch_configs import launch_config
+from tokenflex_kernels.stage_calls import stage_calls
+
+found = {}
+
+def compiled(name, binary):
+    result = aot.inspect("gfx942", name, "", binary)
+    found[name] = [aot.faults(result), result.registers, result.instruction]
+
+launch.on_compile = compiled
+meta = torch.device("meta")
+for stage in ("scale_shift", "gate_up"):
+    config = launch_config(stage, 4096, torch.bfloat16, "gfx942")
+    next(stage_calls(stage, torch.bfloat16, 2, (16, 16), meta))[1](config=config)
+print(json.dumps(found))
+"""
+
+
+def test_kernels_compile_for_amd_and_are_inspected(tmp_path):
+    found = run_python(tmp_path, AMD_KERNELS)
+    kernels = found["scale_shift_kernel"], found["gate_up_kernel"]
+    faults_of, registers, instruction = zip(*kernels, strict=True)
+    assert faults_of == ([], [])
+    assert instruction == ("", "mfma")
+    assert all(0 < number <= 512 for number in registers)
+
+
+ASSEMBLY = """
+	v_fma_f32 v4, v4, v5, v6
+	global_load_dwordx4 v[0:3], v4, s[2:3]
+amdhsa.kernels:
+  - .agpr_count:     0
+    .private_segment_fixed_size: 0
+    .sgpr_count:     20
+    .vgpr_count:     64
+    .vgpr_spill_count: 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ("size: 0", "size: 16", ["spills: 16 bytes of stack"]),
+        ("v_fma_f32", "v_fma_f64", [".f64 in the assembly"]),
+        ("dwordx4", "dwordx2", ["no 16-byte loads"]),
+        ("", "", []),
+    ],
+)
+def test_assembly_of_amd_is_read(before, after, expected):
+    binary = SimpleNamespace(
+        asm={"amdgcn": ASSEMBLY.replace(before, after)}, metadata=SimpleNamespace(shared=8192)
+    )
+    found = aot.inspect("gfx942", "scale_shift_kernel", "", binary)
+    assert (found.registers, found.shared, found.instruction) == (64, 8192, "")
+    assert faults(found) == expected
+
+
+def test_assembly_without_its_description_is_an_error():
+    binary = SimpleNamespace(asm={"amdgcn": ""}, metadata=SimpleNamespace(shared=0))
+    with pytest.raises(RuntimeError, match="the assembly of x for gfx942 has no vgpr_count"):
+        aot.inspect("gfx942", "x", "", binary)
 
 
 class TestUsage:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tokenflex_kernels import launch_configs
+from tokenflex_kernels.gpus import is_amd, number_of
 from tokenflex_kernels.launch_configs import (
     DTYPES,
     INTERPRETER,
@@ -30,7 +32,7 @@ TILE = {**launch_config("gate_up", 1, torch.float32, INTERPRETER)._asdict(), "bl
 
 class TestShippedTable:
     def test_has_the_architectures_that_aot_compiles_for(self):
-        assert {"sm_80", "sm_90", "sm_100", INTERPRETER} <= set(SHIPPED)
+        assert {"sm_80", "sm_90", "sm_100", "gfx942", "gfx950", INTERPRETER} <= set(SHIPPED)
 
     @pytest.mark.parametrize("name", SHIPPED)
     def test_says_where_its_numbers_are_from(self, name):
@@ -74,7 +76,7 @@ class TestShippedTable:
             for buckets in parse_stage(stages, stage).values()
             for _, config in buckets
         ]
-        if name == INTERPRETER or int(name.removeprefix("sm_")) < 90:
+        if name == INTERPRETER or is_amd(name) or number_of(name) < 90:
             assert not any(config is not None and config.tma for config in configs)
 
     @pytest.mark.parametrize("name", SHIPPED)
@@ -161,7 +163,7 @@ class TestLookup:
 
 
 class TestArchitecture:
-    KNOWN = ("interpreter", "sm_100", "sm_80", "sm_90")
+    KNOWN = ("interpreter", "sm_100", "sm_80", "gfx950", "sm_90", "gfx942")
 
     @pytest.mark.parametrize(
         ("name", "expected"),
@@ -175,11 +177,19 @@ class TestArchitecture:
             ("sm_103", "sm_100"),
             ("sm_120", "sm_100"),
             ("sm_75", "sm_80"),  # older than all: the oldest
+            ("gfx942", "gfx942"),
+            ("gfx90a", "gfx942"),
+            ("gfx949", "gfx942"),
+            ("gfx1250", "gfx950"),
         ],
     )
     def test_the_newest_that_is_not_newer_serves(self, name, expected):
         assert nearest(name, self.KNOWN) == expected
         assert nearest(name, tuple(reversed(self.KNOWN))) == expected
+
+    def test_a_table_without_its_vendor_is_refused(self):
+        with pytest.raises(ValueError, match="no entry for gfx942 or its vendor, only sm_80"):
+            nearest("gfx942", ("sm_80", "interpreter"))
 
     def test_an_unlisted_one_gets_its_neighbours_configs(self):
         for stage in STAGES:
@@ -188,6 +198,14 @@ class TestArchitecture:
 
     def test_the_cpu_is_the_interpreter(self):
         assert architecture(torch.device("cpu")) == INTERPRETER
+
+    def test_an_amd_gpu_is_named_by_its_compiler(self, monkeypatch):
+        properties = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")
+        monkeypatch.setattr(torch.version, "hip", "7.1")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        launch_configs._cuda_architecture.cache_clear()
+        assert architecture(torch.device("cuda", 0)) == "gfx942"
+        launch_configs._cuda_architecture.cache_clear()
 
     @pytest.mark.gpu
     def test_a_gpu_is_named_by_its_capability(self):
@@ -238,3 +256,13 @@ class TestMalformedTables:
         path = tmp_path / "table.json"
         path.write_text(json.dumps({"sm_90": {"source": "x", "stages": {}}}), encoding="utf-8")
         assert read_table(path) == {"sm_90": {"source": "x", "stages": {}}}
+
+    def test_a_variable_names_the_table_in_use(self, tmp_path, monkeypatch):
+        path = tmp_path / "table.json"
+        path.write_text(json.dumps({"sm_90": {"source": "y", "stages": {}}}), encoding="utf-8")
+        monkeypatch.setenv("TOKENFLEX_LAUNCH_CONFIGS", str(path))
+        read_table.cache_clear()
+        assert read_table() == {"sm_90": {"source": "y", "stages": {}}}
+        monkeypatch.setenv("TOKENFLEX_LAUNCH_CONFIGS", "")
+        read_table.cache_clear()
+        assert set(read_table()) == set(SHIPPED)

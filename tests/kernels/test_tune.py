@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from tokenflex_kernels import tune
+from tokenflex_kernels.gpus import shared_memory
+from tokenflex_kernels.journal import UNFINISHED, Journal
 from tokenflex_kernels.launch_configs import (
     PRODUCTS,
     STAGES,
@@ -18,7 +20,23 @@ from tokenflex_kernels.launch_configs import (
     TileConfig,
     parse_stage,
 )
-from tokenflex_kernels.tune import Timing, buckets, candidate_configs, fastest, measure, write_table
+from tokenflex_kernels.stage_calls import rows_of_stage
+from tokenflex_kernels.tune import (
+    BRIEF,
+    FULL,
+    LOST,
+    SIZES,
+    DeviceLost,
+    OutOfTime,
+    Times,
+    Timing,
+    buckets,
+    candidate_configs,
+    fastest,
+    finalists,
+    search,
+    write_table,
+)
 
 SMALL = TileConfig(64, 64, 64, 8, 4, 3)
 LARGE = TileConfig(128, 128, 64, 8, 8, 3)
@@ -29,7 +47,7 @@ def timing(config, microseconds, remark="") -> Timing:
 
 
 class TestCandidates:
-    @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+    @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"])
     @pytest.mark.parametrize("stage", STAGES)
     def test_are_different_and_of_the_stages_kind(self, stage, architecture):
         configs = candidate_configs(stage, torch.bfloat16, architecture)
@@ -70,52 +88,285 @@ class TestCandidates:
             assert config.num_stages * tiles <= 227 * 1024
             assert 2 * config.block_m * config.block_n <= 128 * 32 * config.num_warps
 
+    @pytest.mark.parametrize("stage", PRODUCTS)
+    def test_amd_has_no_copy_engine_and_less_shared_memory(self, stage):
+        for config in candidate_configs(stage, torch.bfloat16, "gfx942")[1:]:
+            assert not config.tma
+            assert config.max_registers is None
+            blocks = config.block_k * (config.block_m + config.block_n) * 2
+            assert blocks <= shared_memory("gfx942")
+
+    def test_the_down_gradient_tries_half_the_registers(self):
+        configs = candidate_configs("down_gradient", torch.bfloat16, "sm_90")
+        limited = [c for c in configs if c is not None and c.max_registers == 128]
+        assert limited
+        assert {config._replace(max_registers=None) for config in limited} < {*configs}
+
+
+class FakeGpu:
+    """A GPU on which a call takes the microseconds that ``cost(config, rows)`` returns.
+
+    Args:
+        cost: Of a call; 10 by default.
+        results: Results of configs that do not return ones; exceptions are raised.
+        left_out: Why a config is not worth measuring.
+        lost_by: The config that ends all use of the GPU.
+    """
+
+    architecture = "sm_90"
+
+    def __init__(self, cost=None, results=None, left_out=None, lost_by="none"):
+        self.cost = cost or (lambda config, rows: 10.0)
+        self.results, self.reasons, self.lost_by = results or {}, left_out or {}, lost_by
+        self.compiled, self.timed = [], []
+        self.lost = False
+
+    def left_out(self, launches, seconds):
+        if launches:
+            self.compiled.append([launch.config for launch in launches])
+        for launch in launches:
+            yield launch, self.reasons.get(launch.config, "")
+
+    def call(self, stage, dtype, images, out_grid):
+        rows = rows_of_stage(stage, images, out_grid)
+
+        def run(config):
+            self.lost |= config == self.lost_by
+            if self.lost:
+                raise RuntimeError("an illegal memory access was encountered")
+            result = self.results.get(config, torch.ones(3))
+            if isinstance(result, Exception):
+                raise result
+            self.last = config, rows
+            return result
+
+        return run
+
+    def microseconds(self, run, effort):
+        run()
+        self.timed.append((*self.last, effort))
+        return self.cost(*self.last)
+
+    def is_lost(self):
+        return self.lost
+
+
+def times_of(path=None):
+    return Times(Journal(path, Timing._fields, "a GPU"))
+
+
+ONE_IMAGE = SIZES[1]
+
 
 class TestMeasure:
     @staticmethod
-    def run(call, candidates, times=None):
-        times = times or {}
-        clocked = []
-
-        def clock(run):
-            run()
-            clocked.append(1)
-            return times.get(len(clocked), 10.0)
-
-        return measure("gate_up", 64, torch.bfloat16, call, candidates, clock)
+    def run(gpu, candidates, times=None, end=math.inf):
+        times = times or times_of()
+        return times.measure(gpu, "gate_up", "bfloat16", ONE_IMAGE, candidates, FULL, end)
 
     def test_every_candidate_is_timed(self):
-        measured = self.run(lambda config: torch.ones(3), [None, SMALL], {1: 5.0, 2: 7.0})
-        assert [(one.config, one.microseconds, one.remark) for one in measured] == [
-            (None, 5.0, ""),
-            (SMALL, 7.0, ""),
+        gpu = FakeGpu(lambda config, rows: 5.0 if config is None else 7.0)
+        measured = self.run(gpu, [None, SMALL])
+        assert [(one.config, one.rows, one.microseconds, one.remark) for one in measured] == [
+            (None, 256, 5.0, ""),
+            (SMALL, 256, 7.0, ""),
         ]
 
     def test_what_fails_is_marked_and_the_next_one_tried(self):
-        def call(config):
-            if config == SMALL:
-                raise RuntimeError("out of resources\nand more")
-            return torch.ones(3)
-
-        failed, good = self.run(call, [SMALL, LARGE])
+        gpu = FakeGpu(results={SMALL: RuntimeError("out of resources\nand more")})
+        failed, good = self.run(gpu, [SMALL, LARGE])
         assert math.isnan(failed.microseconds)
-        assert failed.remark == "RuntimeError: out of resources"
+        assert failed.remark == "RuntimeError: out of resources .. and more"
         assert good.microseconds == 10
 
     @pytest.mark.parametrize("wrong", [1.1, float("nan")])
     def test_a_wrong_result_is_not_timed(self, wrong):
-        def call(config):
-            return (torch.ones(4), torch.full((4,), wrong if config == LARGE else 1.0))
-
-        _, bad = self.run(call, [SMALL, LARGE])
+        results = {LARGE: (torch.ones(4), torch.full((4,), wrong))}
+        results[SMALL] = (torch.ones(4), torch.ones(4))
+        gpu = FakeGpu(results=results)
+        _, bad = self.run(gpu, [SMALL, LARGE])
         assert math.isnan(bad.microseconds)
         assert "differs" in bad.remark
+        assert [config for config, *_ in gpu.timed] == [SMALL]
 
     def test_results_may_differ_by_rounding_and_may_be_absent(self):
-        def call(config):
-            return (torch.full((4,), 1.001 if config == LARGE else 1.0), None, torch.empty(0, 3))
+        results = {c: (torch.full((4,), 1.0), None, torch.empty(0, 3)) for c in (SMALL, LARGE)}
+        results[LARGE] = (torch.full((4,), 1.001), None, torch.empty(0, 3))
+        assert all(one.microseconds == 10 for one in self.run(FakeGpu(results=results), results))
 
-        assert all(one.microseconds == 10 for one in self.run(call, [SMALL, LARGE]))
+    def test_what_was_measured_before_is_not_again_and_still_decides_what_is_right(self, tmp_path):
+        path = tmp_path / "times.csv"
+        self.run(FakeGpu(), [None, SMALL], times_of(path))
+        gpu = FakeGpu(results={LARGE: torch.zeros(3)})
+        measured = self.run(gpu, [None, SMALL, LARGE], times_of(path))
+        assert gpu.timed == []
+        assert [one.microseconds for one in measured[:2]] == [10, 10]
+        assert "differs" in measured[2].remark
+
+    def test_each_time_is_on_the_disk_before_the_next_is_measured(self, tmp_path):
+        path = tmp_path / "times.csv"
+
+        def cost(config, rows):
+            if config == LARGE:
+                assert '""block_m"": 64' in path.read_text(encoding="utf-8")
+                raise KeyboardInterrupt
+            return 3.0
+
+        with pytest.raises(KeyboardInterrupt):
+            self.run(FakeGpu(cost), [SMALL, LARGE], times_of(path))
+        rows = Journal(path, Timing._fields, "a GPU").rows
+        assert [row["microseconds"] for row in rows] == ["3.0"]
+
+    def test_no_time_left(self):
+        gpu = FakeGpu()
+        with pytest.raises(OutOfTime):
+            self.run(gpu, [SMALL], end=-math.inf)
+        assert gpu.timed == []
+
+    def test_a_candidate_that_breaks_the_gpu_is_left_out_by_the_next_process(self, tmp_path):
+        path = tmp_path / "times.csv"
+        with pytest.raises(DeviceLost):
+            self.run(FakeGpu(lost_by=SMALL), [None, SMALL, LARGE], times_of(path))
+        gpu = FakeGpu(lost_by=SMALL)
+        _, bad, good = self.run(gpu, [None, SMALL, LARGE], times_of(path))
+        assert "illegal memory access" in bad.remark
+        assert good.microseconds == 10
+
+    def test_a_candidate_that_killed_the_process_is_left_out_by_the_next(self, tmp_path):
+        path = tmp_path / "times.csv"
+        times_of(path)
+        key = ["gate_up", "bfloat16", json.dumps(SMALL._asdict())]
+        path.with_name("times.csv.running").write_text(json.dumps(key), encoding="utf-8")
+        times, arguments = times_of(path), ("gate_up", "bfloat16", [SMALL, LARGE], math.inf)
+        assert finalists(FakeGpu(), times, *arguments) == [LARGE]
+        assert times.remark("gate_up", "bfloat16", SMALL) == LOST
+
+
+def small_configs(number):
+    return [TileConfig(64, 64, 64, 8, 4, stages) for stages in range(1, number + 1)]
+
+
+class TestFinalists:
+    @staticmethod
+    def run(gpu, candidates, times=None):
+        return finalists(gpu, times or times_of(), "gate_up", "bfloat16", candidates, math.inf)
+
+    def test_are_the_fastest_at_any_of_three_sizes_and_the_library(self):
+        """Of 30, small batches like few stages, large ones many."""
+        configs = small_configs(30)
+
+        def cost(config, rows):
+            stages = 100 if config is None else config.num_stages
+            return 1 + abs(stages - {256: 1, 2048: 15, 32768: 30}[rows])
+
+        gpu = FakeGpu(cost)
+        chosen = self.run(gpu, [None, *configs])
+        stages = [config.num_stages for config in chosen[1:]]
+        assert chosen[0] is None
+        assert {1, 2, 3, 4, 5, 15, 26, 27, 28, 29, 30} <= {*stages}
+        assert len(stages) == 15
+        assert stages == sorted(stages)
+        assert {effort for *_, effort in gpu.timed} == {BRIEF}
+
+    def test_what_spills_or_does_not_compile_is_not_run(self):
+        configs = small_configs(12)
+        gpu = FakeGpu(left_out=dict.fromkeys(configs[3:], "spills: 8 bytes of stack"))
+        assert self.run(gpu, [None, *configs]) == [None, *configs[:3]]
+        assert gpu.compiled == [configs]
+        assert gpu.timed == []  # few enough to be measured in full
+
+    def test_if_all_spill_all_are_tried(self):
+        configs = small_configs(8)
+        gpu = FakeGpu(left_out=dict.fromkeys(configs, "spills: 8 bytes of stack"))
+        self.run(gpu, configs)
+        assert {config for config, *_ in gpu.timed} == {*configs}
+
+    def test_nothing_is_compiled_twice(self, tmp_path):
+        path, configs = tmp_path / "times.csv", small_configs(8)
+        first = self.run(FakeGpu(), configs, times_of(path))
+        gpu = FakeGpu()
+        assert self.run(gpu, configs, times_of(path)) == first
+        assert (gpu.compiled, gpu.timed) == ([], [])
+
+
+class TestSearch:
+    STAGES = ("gate_up", "scale_shift")
+
+    def run(self, gpu, times=None, end=math.inf, dtypes=("bfloat16", "float16")):
+        written = []
+        write = lambda tuned: written.append({s: list(d) for s, d in tuned.items()})  # noqa: E731
+        failed = search(gpu, times or times_of(), self.STAGES, dtypes, end, write)
+        return failed, written
+
+    def test_bfloat16_of_all_stages_comes_first_and_each_result_is_written(self):
+        failed, written = self.run(FakeGpu())
+        assert not failed
+        assert written == [
+            {"gate_up": ["bfloat16"]},
+            {"gate_up": ["bfloat16"], "scale_shift": ["bfloat16"]},
+            {"gate_up": ["bfloat16", "float16"], "scale_shift": ["bfloat16"]},
+            {"gate_up": ["bfloat16", "float16"], "scale_shift": ["bfloat16", "float16"]},
+        ]
+
+    def test_all_stages_of_a_dtype_are_compiled_at_once(self):
+        gpu = FakeGpu()
+        self.run(gpu)
+        number = sum(
+            config is not None
+            for stage in self.STAGES
+            for config in candidate_configs(stage, torch.bfloat16, "sm_90")
+        )
+        assert [len(configs) for configs in gpu.compiled] == [number, len(gpu.compiled[1])]
+        assert len(gpu.compiled[1]) < number
+
+    def test_float16_tries_the_finalists_of_bfloat16(self):
+        gpu = FakeGpu(lambda config, rows: config[0] if config else 1000.0)
+        times = times_of()
+        self.run(gpu, times)
+        of_bfloat16 = finalists(
+            FakeGpu(), times, "gate_up", "bfloat16",
+            candidate_configs("gate_up", torch.bfloat16, "sm_90"), math.inf,
+        )  # fmt: skip
+        of_float16 = finalists(FakeGpu(), times, "gate_up", "float16", of_bfloat16, math.inf)
+        assert {*of_float16} <= {*of_bfloat16}
+        assert len(of_bfloat16) < len(candidate_configs("gate_up", torch.bfloat16, "sm_90")) / 2
+
+    def test_a_search_that_was_stopped_anywhere_continues_to_the_same_end(self, tmp_path):
+        """Stopped after every 40th time: nothing is measured twice, and the choice is the same."""
+
+        def cost(config, rows):
+            return 5.0 + hash((config, rows)) % 1000
+
+        whole = FakeGpu(cost)
+        tuned = []
+        search(whole, times_of(), self.STAGES, ["bfloat16"], math.inf, tuned.append)
+        path, timed, again = tmp_path / "times.csv", [], []
+        for _ in range(100):
+            gpu = FakeGpu(cost)
+
+            def limited(config, rows, gpu=gpu):
+                if len(gpu.timed) > 40:
+                    raise KeyboardInterrupt
+                return cost(config, rows)
+
+            gpu.cost = limited
+            try:
+                search(gpu, times_of(path), self.STAGES, ["bfloat16"], math.inf, again.append)
+            except KeyboardInterrupt:
+                timed += gpu.timed[:-1]
+                continue
+            timed += gpu.timed
+            break
+        assert again[-1] == tuned[-1]
+        assert sorted(map(str, timed)) == sorted(map(str, whole.timed))
+
+    def test_a_stage_of_which_nothing_runs_does_not_stop_the_others(self, capsys):
+        configs = candidate_configs("gate_up", torch.bfloat16, "sm_90")
+        gpu = FakeGpu(results=dict.fromkeys(configs, ValueError("no")))
+        failed, written = self.run(gpu, dtypes=["bfloat16"])
+        assert failed
+        assert written == [{"scale_shift": ["bfloat16"]}]
+        assert "no candidate of gate_up ran: ValueError: no" in capsys.readouterr().out
 
 
 class TestFastest:
@@ -180,6 +431,7 @@ class TestCommand:
         [
             (["--stages", "gate_up,nonsense"], "--stages must be of .* got nonsense"),
             (["--dtypes", "int8"], "--dtypes must be of .* got int8"),
+            (["--seconds", "0"], "--seconds must be above 0, got 0"),
             pytest.param(
                 [],
                 "there is no CUDA device",
@@ -193,6 +445,45 @@ class TestCommand:
         assert stop.value.code == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert re.search(message, error)
+
+    @pytest.fixture
+    def command(self, tmp_path, monkeypatch):
+        """``command(gpu, *arguments)``: the whole command on a fake GPU."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+        def run(gpu, *arguments):
+            gpu.setting = "Fake GPU, torch 1"
+            monkeypatch.setattr(tune, "Gpu", lambda: gpu)
+            files = ["--table", str(tmp_path / "table.json"), "--csv", str(tmp_path / "tune.csv")]
+            return tune.main([*files, "--stages", "scale_shift,gate_up", *arguments])
+
+        return run
+
+    def test_a_run_that_has_no_time_says_so_and_another_ends_it(self, command, tmp_path, capsys):
+        assert command(FakeGpu(), "--seconds", "1e-9") == UNFINISHED
+        assert (tmp_path / "table.json").read_bytes() == TABLE_PATH.read_bytes()
+        assert "run it again" in capsys.readouterr().out
+        assert command(FakeGpu()) == 0
+        entry = json.loads((tmp_path / "table.json").read_text())["sm_90"]
+        assert entry["source"].startswith("measured on Fake GPU, torch 1; stages that")
+        again = FakeGpu()
+        assert command(again) == 0
+        assert (again.timed, again.compiled) == ([], [])
+        assert json.loads((tmp_path / "table.json").read_text())["sm_90"] == entry
+
+    def test_a_lost_gpu_restarts_the_command(self, command, monkeypatch):
+        started = []
+
+        def restart(module, arguments):
+            started.append((module, arguments[-2]))
+            raise SystemExit
+
+        monkeypatch.setattr(tune, "restart", restart)
+        bad = candidate_configs("gate_up", torch.bfloat16, "sm_90")[3]
+        with pytest.raises(SystemExit):
+            command(FakeGpu(lost_by=bad), "--seconds", "100")
+        assert started == [("tokenflex_kernels.tune", "--seconds")]
+        assert command(FakeGpu(lost_by=bad)) == 0
 
     @pytest.mark.gpu
     def test_measures_and_writes_one_stage(self, tmp_path, capsys):

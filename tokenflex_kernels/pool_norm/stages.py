@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from tokenflex_kernels.backend import select_backend
-from tokenflex_kernels.launch import cdiv, launch
+from tokenflex_kernels.launch import cdiv, launch, register_limit
 from tokenflex_kernels.launch_configs import RowConfig, config_for
 from tokenflex_kernels.layout import neighbours
 from tokenflex_kernels.library import define_stage
@@ -260,7 +260,7 @@ def launch_unpool(
         COLUMNS=config.columns,
         CHANNELS=channels,
         num_warps=config.num_warps,
-        maxnreg=_registers(config, width, config.num_warps),
+        **register_limit(_registers(config, width, config.num_warps)),
     )
     return grad_x
 
@@ -291,7 +291,7 @@ def _vector(parameter: torch.Tensor | None) -> torch.Tensor | None:
     return None if parameter is None else neighbours(parameter)
 
 
-def _row_options(config: RowConfig, width: int) -> dict[str, int]:
+def _row_options(config: RowConfig, width: int) -> dict[str, int | None]:
     """Return the options for rows of ``width`` in registers, whose warps grow with the width.
 
     Never so many warps that their registers are more than a multiprocessor has.
@@ -305,7 +305,7 @@ def _row_options(config: RowConfig, width: int) -> dict[str, int]:
         "HEAD": head,
         "TAIL": _power_of_2(max(1, width - head)),
         "num_warps": warps,
-        "maxnreg": _registers(config, width, warps),
+        **register_limit(_registers(config, width, warps)),
     }
 
 

@@ -229,6 +229,11 @@ def _linear_into(
         torch.addmm(bias[:, None] if by_columns else bias, left, right, out=out)
 
 
+def gated_product(gate: torch.Tensor, up: torch.Tensor, product: torch.Tensor) -> None:
+    """Compute silu(gate) * up into ``product``, all contiguous [T, H]."""
+    _multiply(gate, up, product, by_columns=False)
+
+
 def _multiply(
     gate: torch.Tensor, up: torch.Tensor, product: torch.Tensor, *, by_columns: bool
 ) -> None:

@@ -154,8 +154,11 @@ def _gate_up_results(
 def gated_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Return silu(gate) * up, elementwise on contiguous [T, H]: reads two, writes one."""
     rows, hidden = gate.shape
-    config: TileConfig = config_for("pointwise", gate, rows)
     product = torch.empty_like(gate)
+    if _is_native(gate):
+        native.gated_product(gate, up, product)
+        return product
+    config: TileConfig = config_for("pointwise", gate, rows)
     launch(
         _kernels().gated_product_kernel,
         num_tiles(rows, hidden, config),
