@@ -12,6 +12,9 @@ product without ``wgmma`` on sm_90.
 
 AMD's architectures are compiled on request alone (``--architectures gfx942,gfx950``). There,
 registers are vector registers, the stack is scratch memory, and matrix instructions are ``v_mfma``.
+
+For architectures with a reference GPU (``budget.model``), the shipped configs' instructions are
+counted and their times predicted, too, and a stage that is over its budget is a fault.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokenflex_kernels import launch
+from tokenflex_kernels.budget.table import SIDES, verdicts
 from tokenflex_kernels.candidates import candidate_configs
 from tokenflex_kernels.gpus import is_amd, number_of, shared_memory
 from tokenflex_kernels.launch_configs import (
@@ -215,6 +219,27 @@ def compile_all(architecture: str, candidates: bool = False) -> list[Compiled]:
     return compiled
 
 
+class Inspected(NamedTuple):
+    """All that is known of the kernels of one architecture.
+
+    Attributes:
+        predictions: of each stage at a reference shape, a text and whether it is over its budget.
+    """
+
+    compiled: list[Compiled]
+    predictions: list[tuple[str, bool]]
+
+
+def inspect_all(architecture: str, candidates: bool = False) -> Inspected:
+    """Compile everything for ``architecture``, and predict the times of shipped configs.
+
+    Of images pooled to the smallest grid alone: ``python -m tokenflex_kernels.budget`` has all.
+    """
+    compiled = compile_all(architecture, candidates)
+    judged = [] if candidates else verdicts(architecture, SIDES[:1])
+    return Inspected(compiled, [(verdict.describe(), bool(verdict.fault)) for verdict in judged])
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -247,8 +272,11 @@ def main(arguments: list[str] | None = None) -> int:
     with ProcessPoolExecutor(
         options.jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
     ) as pool:
-        compile_each = partial(compile_all, candidates=options.candidates)
-        compiled = list(itertools.chain.from_iterable(pool.map(compile_each, architectures)))
+        inspected = list(
+            pool.map(partial(inspect_all, candidates=options.candidates), architectures)
+        )
+    compiled = [result for one in inspected for result in one.compiled]
+    predictions = [prediction for one in inspected for prediction in one.predictions]
     bad = 0
     for result in compiled:
         wrong = faults(result)
@@ -259,8 +287,15 @@ def main(arguments: list[str] | None = None) -> int:
                 f" {result.registers:3} registers {result.stack:4} stack {result.shared:6} shared "
                 f" {result.instruction:7} {'; '.join(wrong)}".rstrip()
             )
+    over = 0
+    for text, is_over in predictions:
+        over += is_over
+        if is_over or not options.quiet:
+            print(text)
     print(f"{len(compiled)} kernels for {', '.join(architectures)}: {bad} with faults")
-    return 1 if bad else 0
+    if predictions:
+        print(f"{len(predictions)} predictions: {over} over their budget")
+    return 1 if bad or over else 0
 
 
 if __name__ == "__main__":

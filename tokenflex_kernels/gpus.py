@@ -65,6 +65,26 @@ def blocks_at_once(architecture: str, registers: int, warps: int, shared: int) -
     )
 
 
+class Multiprocessor(NamedTuple):
+    """Limits of a multiprocessor, by compute capability (CUDA programming guide and white papers).
+
+    Attributes:
+        threads, blocks: that it holds at once.
+        registers: of 32 bits; a warp takes them in steps of 256.
+        shared: bytes of shared memory, of which each block takes 1 KiB more than it asks for.
+        tensor_flops: dense operations of bfloat16 on its tensor cores in a cycle.
+    """
+
+    threads: int
+    blocks: int
+    registers: int
+    shared: int
+    tensor_flops: int
+
+
+MULTIPROCESSORS = {90: Multiprocessor(2048, 32, 65536, 233472, 4096)}
+
+
 class DataSheet(NamedTuple):
     """The peak rates of a GPU, as its vendor states them.
 

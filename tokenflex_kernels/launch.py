@@ -33,7 +33,13 @@ MAX_BLOCK = 512  # rows of a tile
 
 # Called with the name and Triton's compiled kernel of each kernel compiled for meta tensors.
 on_compile: Callable[[str, Any], None] | None = None
+# Called with the kernel, Triton's compiled kernel, the programs and the run-time arguments of each
+# launch on meta tensors.
+on_launch: Callable[[Any, Any, int, tuple[Any, ...]], None] | None = None
 
+# For kernels that are interpreted, or compiled only: few enough that a program walks over several
+# tiles.
+multiprocessors_without_gpu = 2
 # Whether the compiler takes a limit of registers: NVIDIA's does, AMD's has no such option.
 limits_registers = torch.version.hip is None
 
@@ -93,6 +99,8 @@ def launch(kernel: Any, programs: int, like: torch.Tensor, *args: Any, **options
         compiled = kernel.warmup(*args, grid=(programs,), **options)
         if on_compile is not None:
             on_compile(kernel.__name__, compiled)
+        if on_launch is not None:
+            on_launch(kernel, compiled, programs, args)
         return
     elif kind == "cpu" and is_interpreted(kernel):
         with _disable_current_modes():  # it computes by PyTorch's operations
@@ -197,12 +205,14 @@ def num_programs(tiles: int, config: TileConfig, device: torch.device) -> int:
     return min(tiles, config.programs_per_sm * _multiprocessors(device))
 
 
-@cache
 def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cuda":
-        count: int = torch.cuda.get_device_properties(device).multi_processor_count
-        return count
-    return 2  # interpreted, or compiled only: few enough that a program walks over several tiles
+    return _multiprocessors_of_gpu(device) if device.type == "cuda" else multiprocessors_without_gpu
+
+
+@cache
+def _multiprocessors_of_gpu(device: torch.device) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
 
 
 def pointwise_options(config: TileConfig, *, limit_registers: bool) -> dict[str, Any]:

@@ -389,6 +389,7 @@ class TestUsage:
     def test_a_fault_is_exit_code_1_and_none_is_0(self, capsys, monkeypatch):
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         results = {"sm_80": [compiled(architecture="sm_80", shared=0, instruction="mma")]}
+        predictions = [("in budget", False)]
 
         class InThisProcess:
             def __init__(self, *args, **options):
@@ -401,14 +402,24 @@ class TestUsage:
                 return None
 
             def map(self, function, architectures):
-                return [results[name] for name in architectures]
+                return [aot.Inspected(results[name], predictions) for name in architectures]
 
         monkeypatch.setattr(aot, "ProcessPoolExecutor", InThisProcess)
         assert aot.main(["--architectures", "sm_80"]) == 0
-        assert "1 kernels for sm_80: 0 with faults" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "1 kernels for sm_80: 0 with faults" in printed
+        assert "in budget" in printed
         results["sm_80"].append(compiled(stack=4))
         assert aot.main(["--architectures", "sm_80", "--quiet"]) == 1
         printed = capsys.readouterr().out
         assert "spills: 4 bytes of stack" in printed
         assert "2 kernels for sm_80: 1 with faults" in printed
-        assert len(printed.splitlines()) == 2
+        assert len(printed.splitlines()) == 3
+        results["sm_80"].pop()
+        predictions.append(("slow", True))
+        assert aot.main(["--architectures", "sm_80", "--quiet"]) == 1
+        assert capsys.readouterr().out.splitlines() == [
+            "slow",
+            "1 kernels for sm_80: 0 with faults",
+            "2 predictions: 1 over their budget",
+        ]

@@ -1,0 +1,243 @@
+"""The walk of machine code: control flow, memory, counts, and the clock of a block."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.kernels.budget.code import assemble, launch_of, table, values_after
+from tokenflex_kernels.budget.state import LATENCY, Buffer, Launch
+from tokenflex_kernels.budget.walk import UnknownBranchError, walk
+
+X, Y = Launch.address(0), Launch.address(1)
+# R2:R3 is the argument plus 16 bytes a lane.
+LANE = [
+    "S2R R0, SR_TID.X",
+    "MOV R8, c[0x0][0x210]",
+    "MOV R9, c[0x0][0x214]",
+    "IMAD.WIDE R2, R0, 0x10, R8",
+]
+
+
+def totals_of(*lines, **options):
+    return walk(launch_of(*lines, **options), 0)
+
+
+class TestParsing:
+    def test_an_instruction_has_its_parts(self):
+        (load,) = assemble("@!P3 LDG.E.128.CONSTANT R4, desc[UR6][R2.64+-0x10]")
+        assert (load.name, load.opcode, load.num_bytes, load.pipe) == (
+            "LDG.E.128.CONSTANT", "LDG", 16, "global",
+        )  # fmt: skip
+        assert load.guard is not None
+        assert (load.guard.name, load.guard.inverted) == ("P3", True)
+        (base, _), (offset, _) = load.operands[1].terms
+        assert (base.name, base.wide, offset.number) == ("R2", True, 2**32 - 16)
+
+    @pytest.mark.parametrize(
+        ("line", "pipe"),
+        [
+            ("FFMA R1, R2, R3, R4", "float"),
+            ("IMAD.MOV.U32 R1, RZ, RZ, R4", "imad"),
+            ("LOP3.LUT R1, R2, R3, R4, 0xc0, !PT", "integer"),
+            ("I2FP.F32.S32 R1, R2", "integer"),
+            ("I2F.RP R1, R2", "special"),
+            ("MUFU.EX2 R1, R2", "special"),
+            ("LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64]", "global"),
+            ("LDGDEPBAR", "control"),
+            ("LDSM.16.M88.4 R4, [R1]", "shared"),
+            ("SHFL.BFLY PT, R4, R5, 0x1, 0x1f", "shared"),
+            ("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0", "tensor"),
+            ("UIADD3 UR4, UR4, 0x1, URZ", "uniform"),
+            ("UTMALDG.2D [UR8], [UR4]", "global"),
+            ("BRA 0x10", "control"),
+        ],
+    )
+    def test_each_has_a_pipe(self, line, pipe):
+        assert assemble(line)[0].pipe == pipe
+
+
+class TestControl:
+    def test_a_loop_is_walked_as_often_as_it_runs(self):
+        lines = [
+            "MOV R1, RZ",
+            "IADD3 R1, R1, 0x1, RZ",
+            "ISETP.LT.AND P0, PT, R1, c[0x0][0x210], PT",
+            "@P0 BRA 0x10",
+        ]
+        assert totals_of(*lines, arguments=[7]).issued == 1 + 3 * 7 + 1
+        assert totals_of(*lines, arguments=[7], num_warps=4).issued == 4 * (1 + 3 * 7 + 1)
+
+    def test_warps_part_and_meet_again(self):
+        lines = [
+            "S2R R0, SR_TID.X",
+            "ISETP.GE.AND P0, PT, R0, 0x20, PT",  # all but the first warp
+            "@P0 BRA 0x50",
+            "FADD R1, R1, R1",
+            "FADD R1, R1, R1",
+            "FMUL R1, R1, R1",
+        ]
+        counted = totals_of(*lines, num_warps=4)
+        assert counted.instructions["float"] == 2 + 4
+        assert counted.issued == 4 * 3 + 2 + 4 + 4
+
+    def test_lanes_of_a_warp_part_and_meet_again(self):
+        lines = [
+            "S2R R0, SR_TID.X",
+            "ISETP.NE.AND P0, PT, R0, RZ, PT",  # all but one lane
+            "@P0 BRA 0x40",
+            "FADD R1, R1, R1",
+            "FMUL R1, R1, R1",
+        ]
+        counted = totals_of(*lines, num_warps=2)
+        assert counted.instructions["float"] == 1 + 2
+
+    def test_what_a_guard_stops_still_issues_but_moves_nothing(self):
+        lines = [*LANE, "ISETP.LT.AND P0, PT, R0, 0x8, PT", "@P0 STG.E.128 [R2.64], R4"]
+        counted = totals_of(*lines, arguments=[X], buffers=[Buffer(512)], num_warps=2)
+        assert counted.instructions["global"] == 2
+        assert counted.stored == 8 * 16
+
+    def test_registers_keep_what_other_lanes_wrote(self):
+        values = values_after(
+            "S2R R0, SR_TID.X", "MOV R1, 0x5", "ISETP.LT.AND P0, PT, R0, 0x8, PT", "@P0 MOV R1, R0"
+        )
+        assert values["R1"].tolist() == [*range(8), *[5] * 24]
+
+    def test_a_branch_on_data_is_an_error(self):
+        lines = [*LANE, "LDG.E R4, [R2.64]", "ISETP.GT.AND P0, PT, R4, RZ, PT", "@P0 BRA 0x0"]
+        with pytest.raises(UnknownBranchError, match="depends on data"):
+            totals_of(*lines, arguments=[X], buffers=[Buffer(512)])
+
+    def test_a_branch_on_a_table_is_followed(self):
+        lines = [
+            "MOV R8, c[0x0][0x210]",
+            "MOV R9, c[0x0][0x214]",
+            "LDG.E R4, desc[UR4][R8.64+0x4]",
+            "FADD R1, R1, R1",
+            "IADD3 R4, R4, -0x1, RZ",
+            "ISETP.GT.AND P0, PT, R4, RZ, PT",
+            "@P0 BRA 0x30",
+        ]
+        counted = totals_of(*lines, arguments=[X], buffers=[table([9, 3])])
+        assert counted.instructions["float"] == 3
+        assert counted.loaded == 0  # tables are not data
+
+    def test_no_end_is_an_error(self):
+        with pytest.raises(RuntimeError, match="no end after 50"):
+            walk(launch_of("BRA 0x0"), 0, limit=50)
+
+    def test_the_program_has_its_number(self):
+        launch = launch_of("S2R R0, SR_CTAID.X", "ISETP.EQ.AND P0, PT, R0, 0x2, PT",
+                           "@!P0 EXIT", "FADD R1, R1, R1", programs=3)  # fmt: skip
+        assert [walk(launch, program).instructions["float"] for program in range(3)] == [0, 0, 1]
+
+
+class TestMemory:
+    def test_bytes_and_sectors_of_loads(self):
+        counted = totals_of(*LANE, "LDG.E.128 R4, [R2.64]", arguments=[X], buffers=[Buffer(512)])
+        assert (counted.loaded, counted.sectors) == (512, 16)
+        counted = totals_of(*LANE, "LDG.E R4, [R2.64]", arguments=[X], buffers=[Buffer(512)])
+        assert (counted.loaded, counted.sectors) == (128, 16)
+
+    def test_a_load_across_sectors_touches_both(self):
+        lines = [*LANE, "LDG.E.128 R4, [R2.64+0x8]"]
+        counted = totals_of(*lines, arguments=[X], buffers=[Buffer(520)])
+        assert counted.sectors == 17
+
+    @pytest.mark.parametrize("instruction", ["LDG.E.128 R4, [R2.64]", "STG.E.128 [R2.64], R4"])
+    def test_an_access_beyond_a_buffer_is_an_error(self, instruction):
+        with pytest.raises(RuntimeError, match="bytes 0 to 512 of a buffer of 511"):
+            totals_of(*LANE, instruction, arguments=[X], buffers=[Buffer(511)])
+
+    def test_an_access_of_no_buffer_is_an_error(self):
+        with pytest.raises(RuntimeError, match="outside of all buffers"):
+            totals_of(*LANE, "LDG.E R4, [R2.64]", arguments=[Y], buffers=[Buffer(512)])
+
+    @pytest.mark.parametrize(
+        ("line", "cycles"),
+        [
+            ("LDS R4, [R0.X4]", 1),  # 4 bytes apart: one cycle
+            ("LDS R4, [R0.X8]", 2),  # every other bank
+            ("LDS R4, [R5]", 32),  # one bank
+            ("LDS R4, [UR4]", 1),  # one word for all
+            ("LDS.128 R4, [R0.X16]", 4),
+            ("STS.128 [R0.X16], R4", 4),
+            ("LDSM.16.M88.4 R4, [R0.X16]", 4),  # rows of 16 bytes side by side
+            ("LDSM.16.M88.4 R4, [R5]", 32),  # rows in one group of banks
+        ],
+    )
+    def test_cycles_of_shared_memory(self, line, cycles):
+        setup = ["S2R R0, SR_TID.X", "UMOV UR4, 0x100", "IMAD.SHL.U32 R5, R0, 0x80, RZ"]
+        assert totals_of(*setup, line).shared_cycles == cycles
+
+    def test_a_copy_to_shared_memory_counts_where_its_predicate_holds(self):
+        lines = [
+            *LANE,
+            "ISETP.LT.AND P0, PT, R0, 0x4, PT",
+            "LDGSTS.E.BYPASS.128 [R0], desc[UR4][R2.64], P0",
+        ]
+        counted = totals_of(*lines, arguments=[X], buffers=[Buffer(64)])
+        assert (counted.loaded, counted.sectors) == (64, 2)
+
+
+class TestClock:
+    def test_a_result_is_waited_for(self):
+        chain = totals_of(*LANE, "LDG.E R4, [R2.64]", "FADD R5, R4, R4",
+                          arguments=[X], buffers=[Buffer(512)]).cycles  # fmt: skip
+        free = totals_of(*LANE, "LDG.E R4, [R2.64]", "FADD R5, R7, R7",
+                         arguments=[X], buffers=[Buffer(512)]).cycles  # fmt: skip
+        assert chain - free == pytest.approx(LATENCY["global"], abs=2)
+
+    def test_loads_overlap_until_they_are_used(self):
+        def cycles(loads):
+            lines = [f"LDG.E R{4 + k}, [R2.64]" for k in range(loads)]
+            return totals_of(*LANE, *lines, "FADD R5, R4, R4",
+                             arguments=[X], buffers=[Buffer(512)]).cycles  # fmt: skip
+
+        assert cycles(8) - cycles(1) < 10
+
+    def test_what_a_block_has_loaded_before_is_near(self):
+        lines = [*LANE, "LDG.E R4, [R2.64]", "FADD R5, R4, R4"]
+        options = {"arguments": [X], "buffers": [Buffer(512)]}
+        once = totals_of(*lines, **options).cycles
+        twice = totals_of(*lines, "LDG.E R6, [R2.64]", "FADD R5, R6, R6", **options).cycles
+        assert twice - once == pytest.approx(LATENCY["repeated"], abs=10)
+
+    def test_a_wait_leaves_as_many_groups_as_it_says(self):
+        copy = "LDGSTS.E.BYPASS.128 [R0], desc[UR4][R2.64]"
+        lines = [*LANE, copy, "LDGDEPBAR", "NANOSLEEP 0x1", copy, "LDGDEPBAR"]
+
+        def cycles(pending):
+            wait = f"DEPBAR.LE SB0, {pending:#x}"
+            return totals_of(*lines, wait, arguments=[X], buffers=[Buffer(512)]).cycles
+
+        assert cycles(2) < LATENCY["global"] < cycles(1) < cycles(0)
+
+    def test_products_follow_each_other_on_the_tensor_cores(self):
+        product = "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0"
+        lines = [product, product, "WARPGROUP.DEPBAR.LE gsb0, 0x0"]
+        counted = totals_of(*lines, num_warps=8)
+        flops = 2 * 64 * 128 * 16
+        assert counted.flops == 2 * 2 * flops  # two groups of four warps
+        assert counted.shared_cycles == 2 * 2 * (64 + 128) * 16 * 2 / 128
+        assert counted.cycles == pytest.approx(counted.flops / 4096 + LATENCY["tensor"], abs=6)
+
+    def test_an_operand_in_registers_does_not_load_shared_memory(self):
+        product = "HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR8], R24, gsb0"
+        assert totals_of(product, num_warps=4).shared_cycles == 128 * 16 * 2 / 128
+
+    def test_a_bulk_copy_is_waited_for_at_its_barrier(self):
+        lines = [
+            "UMOV UR8, 0x400",
+            "UMOV UR9, 0x8000",
+            "MOV R5, 0x4000",
+            "S2R R0, SR_TID.X",
+            "ISETP.NE.AND P1, PT, R0, RZ, PT",
+            "@!P1 SYNCS.ARRIVE.TRANS64 RZ, [UR9], R5",
+            "@!P1 UTMALDG.2D [UR8], [UR4]",
+            "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR9], RZ",
+            "@!P0 BRA 0x70",
+        ]
+        counted = totals_of(*lines)
+        assert counted.loaded == 0x4000
+        assert counted.cycles > LATENCY["global"]

@@ -1,0 +1,50 @@
+"""``python -m tokenflex_kernels.budget``: predict the kernels' times without a GPU, and write them.
+
+Prints a line for each launch at the reference shapes. ``--csv`` writes the table of predictions,
+and ``--page`` writes the section of ``docs/kernels.md`` that is made from such a table.
+``--accept`` states what is predicted now, less a margin, as the budgets. Exits with 1 if a stage
+was over its budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tokenflex_kernels.aot import set_target
+from tokenflex_kernels.budget.model import REFERENCE_GPUS
+from tokenflex_kernels.budget.page import read_csv, replace_section, write_csv
+from tokenflex_kernels.budget.table import verdicts, with_budgets, write_budgets
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tokenflex_kernels.budget", description=__doc__)
+    parser.add_argument(
+        "--architecture", default="sm_90", choices=sorted(REFERENCE_GPUS), help="default: sm_90"
+    )
+    parser.add_argument("--csv", type=Path, help="file to write the predictions to")
+    parser.add_argument("--page", type=Path, help="page whose section is written anew; needs --csv")
+    parser.add_argument("--accept", action="store_true", help="write budgets.csv anew")
+    options = parser.parse_args(arguments)
+    if options.page and not options.csv:
+        parser.error("--page shows the table of --csv, which is not given")
+    set_target(options.architecture)
+    judged = verdicts(options.architecture)
+    for verdict in judged:
+        print(verdict.describe(), flush=True)
+    over = [verdict for verdict in judged if verdict.fault]
+    if options.accept:
+        write_budgets(judged)
+        judged = with_budgets(judged)
+    if options.csv:
+        write_csv(options.csv, judged, REFERENCE_GPUS[options.architecture])
+    if options.page:
+        text = options.page.read_text(encoding="utf-8")
+        options.page.write_text(replace_section(text, read_csv(options.csv)), encoding="utf-8")
+    print(f"{len(judged)} predictions: {len(over)} over their budget")
+    return 1 if over else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
