@@ -8,6 +8,7 @@ and has the host's allocator in the place of the GPU's.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
@@ -135,8 +136,11 @@ def _forget() -> None:
     from triton.runtime.jit import JITFunction
 
     backend._choose.cache_clear()
-    for key in launch._binaries:
-        kernel: JITFunction[Any] = key[0]
-        kernel.device_caches.pop(DEVICE, None)
+    # Triton compiles for a device that it knows by what it bound last, for whichever device.
+    modules = [module for name, module in sys.modules.items() if name.endswith(".kernels")]
+    kernels = [value for module in modules for value in vars(module).values()]
+    for kernel in [*kernels, *(key[0] for key in launch._binaries)]:
+        if isinstance(kernel, JITFunction):
+            kernel.device_caches.pop(DEVICE, None)
     launch._binaries.clear()
     forget_records()

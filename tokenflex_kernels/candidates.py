@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from tokenflex_kernels.gpus import is_amd, number_of, shared_memory
+from tokenflex_kernels.gpus import RESERVED_SHARED_MEMORY, is_amd, number_of, shared_memory
 from tokenflex_kernels.launch_configs import STAGES, Config, RowConfig, TileConfig
 
 # Of each stage on rows: rows, columns, unroll, num_warps, max_registers, and channels of a tile.
@@ -16,7 +16,6 @@ ROW_CHOICES: dict[str, tuple[tuple[int, ...], ...]] = {
     "norm_gradient": ((4, 16, 32, 64), (1,), (1, 2), (1, 2), (168,)),
     "scale_shift": ((1, 2, 4, 8), (1,), (1,), (1, 2, 4), (128,)),
 }
-HALF_SHARED = 113_000  # bytes that two blocks of a Hopper multiprocessor have each
 
 
 def candidate_configs(stage: str, dtype: torch.dtype, architecture: str) -> list[Config | None]:
@@ -30,6 +29,8 @@ def candidate_configs(stage: str, dtype: torch.dtype, architecture: str) -> list
         ]
     if dtype == torch.float32:  # IEEE products run on the CUDA cores, where cuBLAS is at home
         return [None]
+    # What two blocks of a multiprocessor have each.
+    half = (shared_memory(architecture) + RESERVED_SHARED_MEMORY) // 2 - RESERVED_SHARED_MEMORY
     newest = not is_amd(architecture) and number_of(architecture) >= 90
     accumulators = 2 if stage == "gate_up" else 1
     configs: list[Config | None] = [None]
@@ -45,9 +46,10 @@ def candidate_configs(stage: str, dtype: torch.dtype, architecture: str) -> list
         if shared <= min(220_000, shared_memory(architecture)) and registers <= 128:
             config = TileConfig(m, n, k, 8, warps, stages, tma)
             if stage == "gate_up" and tma:  # its programs walk over tiles
-                config = config._replace(programs_per_sm=1 if shared > HALF_SHARED else 2)
+                config = config._replace(programs_per_sm=1 if shared > half else 2)
             configs.append(config)
             # Half as many registers may let two blocks share a multiprocessor.
-            if stage == "down_gradient" and registers <= 64 and not is_amd(architecture):
+            is_halved = registers <= 64 and shared <= half and not is_amd(architecture)
+            if stage == "down_gradient" and is_halved:
                 configs.append(config._replace(max_registers=128))
     return configs

@@ -126,7 +126,7 @@ def test_controls_tell_how_far_an_interval_may_be_trusted():
         figures = {"over_ours": low, "over_ours_low": low, "over_ours_high": high, "case": case}
         rows += [timed("index_put", 100, case=case), timed("index_put, again", 101, **figures)]
     line = module.noise(Results(rows)).splitlines()[-1]
-    assert cells_of(line) == ["2", "1 of 2", "3.0%", "5.0%"]
+    assert cells_of(line) == ["packing", "2", "1 of 2", "3.0%", "5.0%"]
     assert module.noise(Results(rows[::2])) == ""
 
 

