@@ -10,6 +10,7 @@ import torch
 
 from tokenflex_kernels.checks import Grid
 from tokenflex_kernels.launch_configs import Config, overriding
+from tokenflex_kernels.pool_norm import native
 from tokenflex_kernels.pool_norm.axis_weights import MODES
 from tokenflex_kernels.pool_norm.native import sum_dtype
 from tokenflex_kernels.pool_norm.plan import grids_of, plan_uniform
@@ -106,7 +107,7 @@ def _row_stages(
     weight, cells = rows(width), rows(plan.num_cells, width)
     inverse_std = rows(plan.num_cells).to(sum_dtype(dtype)).abs()
     patches, grids = plan.num_patches, grids_of(plan)
-    means = rows(plan.num_cells, 2).float()
+    means, _, _ = native.norm_gradient(cells, cells, weight, True, False, False)
     with_norm = cells, cells, inverse_std, means, weight
     without_norm = cells, cells[:0], inverse_std[:0], means[:0], None
 

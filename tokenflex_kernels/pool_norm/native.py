@@ -92,6 +92,26 @@ def pool_norm_backward(
     )
 
 
+def norm_gradient(
+    grad: torch.Tensor,
+    normalised: torch.Tensor,
+    weight: torch.Tensor | None,
+    means: bool,
+    grad_weight: bool,
+    grad_bias: bool,
+) -> Triple:
+    """Compute the sums of ``launch_norm_gradient`` by PyTorch, on any device."""
+    sums = sum_dtype(grad.dtype)
+    grad, normalised = grad.to(sums), normalised.to(sums)
+    empty = grad.new_empty(0)
+    scaled = grad if weight is None else grad * weight.to(sums)
+    return (
+        torch.stack([scaled.mean(1), (scaled * normalised).mean(1)], 1) if means else empty,
+        (grad * normalised).sum(0) if grad_weight else empty,
+        grad.sum(0) if grad_bias else empty,
+    )
+
+
 def scale_shift(
     normalised: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
 ) -> None:

@@ -198,6 +198,8 @@ def launch_norm_gradient(
 
     if not (means or grad_weight or grad_bias):
         return empty(0), empty(0), empty(0)
+    if _is_native(grad):
+        return native.norm_gradient(grad, normalised, weight, means, grad_weight, grad_bias)
     cells, width = grad.shape
     config: RowConfig = config_for("norm_gradient", grad, cells)
     programs = cdiv(cells, config.rows)
@@ -239,6 +241,9 @@ def launch_unpool(
     The arguments are those of ``launch_pool_norm_backward``, and the ``means`` of
     ``launch_norm_gradient`` where there is a norm.
     """
+    if _is_native(grad):
+        batch = grids, patches, mode, dtype, False, False
+        return native.pool_norm_backward(grad, normalised, inverse_std, weight, *batch)[0]
     width = grad.shape[1]
     config: RowConfig = config_for("pool_norm_backward", grad, patches)
     tables = pooling_tables(grids, mode, grad.device)

@@ -197,7 +197,7 @@ class TestGradients:
             (["down_bias"], []),
             (["down_weight", "embedding"], []),
             (["gate_bias"], ["down_gradient"]),
-            (["x"], ["down_gradient", "input_gradient", "pool_norm_backward"]),
+            (["x"], ["down_gradient", "input_gradient", "norm_gradient", "unpool"]),
         ],
     )
     def test_only_what_is_wanted_runs(self, device, stages, wanted, backward):
