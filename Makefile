@@ -2,6 +2,7 @@
 # make test    lint, types, then side by side the CPU tests, the processors beside torchvision, and the kernels
 #              interpreted and compiled, then the paper's claim on models that are trained for it in two
 #              minutes (no GPU needed)
+# make aot     every kernel and shipped configuration compiled, for every dtype; make test: bfloat16 alone
 # make test-ptx        every kernel's PTX, executed on the CPU: results, races, counts (no GPU needed)
 # make test-versions   the quick tests on the oldest and the newest releases that the package admits
 #              (minutes; downloads some GB of CUDA builds of torch, no GPU needed)
@@ -18,7 +19,7 @@ OUT ?= runs/gpu
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-cpu test-kernels test-ptx test-training test-claim test-torchvision \
+.PHONY: demo test test-cpu test-kernels aot test-ptx test-training test-claim test-torchvision \
   test-versions test-oldest test-newest test-dropin-oldest lint setup gpu tune sanitize sanitize-gpu clean
 
 setup: .venv/.ready
@@ -49,6 +50,10 @@ test-training:
 KERNEL_TESTS := $(wildcard tests/kernels/test_kernels*.py tests/kernels/*/test_kernels*.py)
 test-kernels:
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(KERNEL_TESTS)
+	$(BIN)/python -m tokenflex_kernels.aot --quiet --quick
+
+# Beside `make test`, which compiles for bfloat16 alone.
+aot: setup
 	$(BIN)/python -m tokenflex_kernels.aot --quiet
 
 # `make test` executes a choice of these. Minutes for each architecture; a second run takes seconds,
@@ -132,7 +137,7 @@ sanitize: setup
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest \
 	  -m 'not slow and not gpu' tests/kernels/test_extension.py \
 	  $(addsuffix /test_native.py,$(addprefix tests/kernels/,pool_norm swiglu project_tokens)) \
-	  $(addprefix tests/kernels/packing/test_,plan.py packing.py table_gradient.py bins.py tensor_calls.py); \
+	  $(addprefix tests/kernels/packing/test_,plan.py packing.py table_gradient.py bins.py tensor_calls.py huge_pages.py); \
 	status=$$?; $(BIN)/python setup.py build_ext --inplace; exit $$status
 
 # Its tools look at every access of every thread, which takes minutes: each has a time limit.

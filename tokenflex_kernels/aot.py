@@ -181,8 +181,13 @@ def set_target(architecture: str) -> None:
     launch.limits_registers = not is_amd(architecture)
 
 
-def compile_all(architecture: str, candidates: bool = False) -> list[Compiled]:
-    """Compile every kernel, variant, dtype and shipped config (or candidate)."""
+def compile_all(
+    architecture: str, candidates: bool = False, quick: bool = False
+) -> list[Compiled]:
+    """Compile every kernel, variant, dtype and shipped config (or candidate).
+
+    With ``quick``, in bfloat16 alone.
+    """
     set_target(architecture)
     binaries: list[tuple[str, Any]] = []
     launch.on_compile = lambda *binary: binaries.append(binary)
@@ -190,7 +195,7 @@ def compile_all(architecture: str, candidates: bool = False) -> list[Compiled]:
     table = read_table()[architecture]["stages"]
     for stage, (kind, widths) in itertools.product(STAGES, WIDTHS.items()):
         for name, buckets in parse_stage(table, stage).items():
-            if kind and name != "bfloat16":
+            if (kind or quick) and name != "bfloat16":
                 continue
             dtype = DTYPES[name]
             configs = [config for _, config in buckets]
@@ -230,12 +235,12 @@ class Inspected(NamedTuple):
     predictions: list[tuple[str, bool]]
 
 
-def inspect_all(architecture: str, candidates: bool = False) -> Inspected:
+def inspect_all(architecture: str, candidates: bool = False, quick: bool = False) -> Inspected:
     """Compile everything for ``architecture``, and predict the times of shipped configs.
 
     Of images pooled to the smallest grid alone: ``python -m tokenflex_kernels.budget`` has all.
     """
-    compiled = compile_all(architecture, candidates)
+    compiled = compile_all(architecture, candidates, quick)
     judged = [] if candidates else verdicts(architecture, SIDES[:1])
     return Inspected(compiled, [(verdict.describe(), bool(verdict.fault)) for verdict in judged])
 
@@ -259,6 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--candidates", action="store_true", help="compile what tune would try, not what is shipped"
     )
+    parser.add_argument("--quick", action="store_true", help="compile for bfloat16 alone")
     parser.add_argument("--jobs", type=_positive, default=os.cpu_count(), help="processes at once")
     parser.add_argument("--quiet", action="store_true", help="print faults and the summary only")
     options = parser.parse_args(arguments)
@@ -272,9 +278,8 @@ def main(arguments: list[str] | None = None) -> int:
     with ProcessPoolExecutor(
         options.jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
     ) as pool:
-        inspected = list(
-            pool.map(partial(inspect_all, candidates=options.candidates), architectures)
-        )
+        inspect_each = partial(inspect_all, candidates=options.candidates, quick=options.quick)
+        inspected = list(pool.map(inspect_each, architectures))
     compiled = [result for one in inspected for result in one.compiled]
     predictions = [prediction for one in inspected for prediction in one.predictions]
     bad = 0
