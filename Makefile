@@ -135,9 +135,9 @@ sanitize: setup
 	CXXFLAGS="$(SANITIZERS)" TOKENFLEX_CUDA=0 $(BIN)/python setup.py build_ext --inplace
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest \
-	  -m 'not slow and not gpu' tests/kernels/test_extension.py \
+	  -m 'not slow and not gpu' tests/kernels/test_extension.py tests/kernels/test_huge_pages.py \
 	  $(addsuffix /test_native.py,$(addprefix tests/kernels/,pool_norm swiglu project_tokens)) \
-	  $(addprefix tests/kernels/packing/test_,plan.py packing.py table_gradient.py bins.py tensor_calls.py huge_pages.py); \
+	  $(addprefix tests/kernels/packing/test_,plan.py packing.py table_gradient.py bins.py tensor_calls.py); \
 	status=$$?; $(BIN)/python setup.py build_ext --inplace; exit $$status
 
 # Its tools look at every access of every thread, which takes minutes: each has a time limit.

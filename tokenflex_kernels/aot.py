@@ -181,9 +181,7 @@ def set_target(architecture: str) -> None:
     launch.limits_registers = not is_amd(architecture)
 
 
-def compile_all(
-    architecture: str, candidates: bool = False, quick: bool = False
-) -> list[Compiled]:
+def compile_all(architecture: str, candidates: bool = False, quick: bool = False) -> list[Compiled]:
     """Compile every kernel, variant, dtype and shipped config (or candidate).
 
     With ``quick``, in bfloat16 alone.
