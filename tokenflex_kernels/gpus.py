@@ -16,6 +16,9 @@ LOCAL_DATA_SHARE = {"gfx942": 65536, "gfx950": 163840}
 RESERVED_SHARED_MEMORY = 1024  # of each block, by the CUDA driver
 REGISTERS = 65536  # of a multiprocessor, since compute capability 3.0
 MOST_WARPS = {86: 48, 89: 48, 120: 48}  # of a multiprocessor; 64 on the others
+MOST_BLOCKS = 32  # of a multiprocessor; some have fewer, which none of our kernels comes to
+# Dense operations of bfloat16 on the tensor cores of a multiprocessor in a cycle (white paper).
+TENSOR_FLOPS = {90: 4096}
 
 
 def is_amd(architecture: str) -> bool:
@@ -43,6 +46,11 @@ def shared_memory(architecture: str) -> int:
     return SHARED_MEMORY.get(number_of(architecture), min(SHARED_MEMORY.values()))
 
 
+def most_warps(architecture: str) -> int:
+    """Return how many warps a multiprocessor of NVIDIA's holds."""
+    return MOST_WARPS.get(number_of(architecture), 64)
+
+
 def blocks_at_once(architecture: str, registers: int, warps: int, shared: int) -> int:
     """Return how many blocks of a kernel a multiprocessor of NVIDIA's runs at the same time.
 
@@ -53,36 +61,16 @@ def blocks_at_once(architecture: str, registers: int, warps: int, shared: int) -
         shared: Bytes of shared memory of a block.
 
     Returns:
-        The least of the limits by registers, warps and shared memory; 0 if none fits.
+        The least of the limits by registers, warps, shared memory and blocks; 0 if none fits.
     """
     of_a_warp = 32 * (-(-registers // 8) * 8)  # registers are allocated in units of eight a thread
-    most_warps = MOST_WARPS.get(number_of(architecture), 64)
     all_shared = shared_memory(architecture) + RESERVED_SHARED_MEMORY
     return min(
         REGISTERS // (of_a_warp * warps),
-        most_warps // warps,
+        most_warps(architecture) // warps,
         all_shared // (shared + RESERVED_SHARED_MEMORY),
+        MOST_BLOCKS,
     )
-
-
-class Multiprocessor(NamedTuple):
-    """Limits of a multiprocessor, by compute capability (CUDA programming guide and white papers).
-
-    Attributes:
-        threads, blocks: that it holds at once.
-        registers: of 32 bits; a warp takes them in steps of 256.
-        shared: bytes of shared memory, of which each block takes 1 KiB more than it asks for.
-        tensor_flops: dense operations of bfloat16 on its tensor cores in a cycle.
-    """
-
-    threads: int
-    blocks: int
-    registers: int
-    shared: int
-    tensor_flops: int
-
-
-MULTIPROCESSORS = {90: Multiprocessor(2048, 32, 65536, 233472, 4096)}
 
 
 class DataSheet(NamedTuple):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from tokenflex_kernels.budget.state import WARP, Totals
 from tokenflex_kernels.budget.walk import ISSUES, LANES
-from tokenflex_kernels.gpus import MULTIPROCESSORS, Multiprocessor
+from tokenflex_kernels.gpus import blocks_at_once, most_warps
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class ReferenceGpu:
     matmul: float
 
     @property
-    def limits(self) -> Multiprocessor:
-        """The limits of its multiprocessors."""
-        return MULTIPROCESSORS[self.capability]
+    def architecture(self) -> str:
+        """Its architecture, "sm_90" for instance."""
+        return f"sm_{self.capability}"
 
 
 # Copy and product as they were read on such a machine before this project; not measured with it.
@@ -67,15 +67,9 @@ class Resources:
     shared: int
     warps: int
 
-    def blocks(self, limits: Multiprocessor) -> int:
+    def blocks(self, architecture: str) -> int:
         """Return the blocks that a multiprocessor holds at once."""
-        of_a_warp = -(-self.registers * WARP // 256) * 256
-        return min(
-            limits.blocks,
-            limits.threads // (WARP * self.warps),
-            limits.registers // (of_a_warp * self.warps),
-            limits.shared // (self.shared + 1024),
-        )
+        return blocks_at_once(architecture, self.registers, self.warps, self.shared)
 
 
 @dataclass(frozen=True)
@@ -120,7 +114,7 @@ def predict(
         walked: what some of the blocks do; the others are taken to do the same on average.
         unique_bytes: of all arguments, each counted once.
     """
-    blocks = resources.blocks(gpu.limits)
+    blocks = resources.blocks(gpu.architecture)
     if blocks == 0:
         raise ValueError(f"{resources} is more than a multiprocessor of {gpu.name} has")
     busiest = -(-programs // gpu.multiprocessors)  # blocks of the multiprocessor that has most
@@ -137,7 +131,7 @@ def predict(
     times["memory"] = unique_bytes / (1e3 * gpu.copy)
     return Prediction(
         blocks,
-        occupancy=blocks * resources.warps * WARP / gpu.limits.threads,
+        occupancy=blocks * resources.warps / most_warps(gpu.architecture),
         waves=programs / (blocks * gpu.multiprocessors),
         times=times,
     )

@@ -18,7 +18,7 @@ from tokenflex_kernels import launch as launching
 from tokenflex_kernels.budget.model import Resources
 from tokenflex_kernels.budget.sass import Instruction, parse_sass
 from tokenflex_kernels.budget.state import WARP, Buffer, Launch
-from tokenflex_kernels.gpus import MULTIPROCESSORS
+from tokenflex_kernels.gpus import TENSOR_FLOPS
 
 # Where a kernel's arguments begin in bank 0 of its constants, by compute capability.
 FIRST_ARGUMENT = {90: 0x210}
@@ -103,7 +103,7 @@ def _record(
             memory,
             warps,
             programs,
-            MULTIPROCESSORS[capability].tensor_flops,
+            TENSOR_FLOPS[capability],
         ),
         Resources(registers, compiled.metadata.shared, warps),
         unique_bytes,

@@ -33,7 +33,7 @@ def totals(**changes) -> Totals:
     ],
 )
 def test_blocks_of_a_multiprocessor(registers, shared, warps, blocks):
-    assert Resources(registers, shared, warps).blocks(H200.limits) == blocks
+    assert Resources(registers, shared, warps).blocks("sm_90") == blocks
 
 
 SMALL = Resources(64, 0, 8)
