@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
+
 from benchmarks.results import (
     AGAIN,
     KEY,
@@ -17,6 +19,8 @@ from benchmarks.results import (
     Row,
     suite_of,
 )
+
+CONTROLS_COVERED = 0.95  # of all controls of a suite, by the margin
 
 
 class Figure(NamedTuple):
@@ -59,20 +63,21 @@ class Results:
         self.rows = list(rows)
         self.measured = [row for row in self.rows if row["status"] == "ok"]
         self._by_key = {tuple(row[name] for name in KEY): row for row in self.measured}
-        # By suite and threads: how far the interval of a control is from 1, as far as any. No
+        # By suite and threads: how far the intervals of most controls are from 1, at most. No
         # interval shows what differs from start to start, such as where memory lies.
-        self.margins: dict[tuple[str, str], float] = defaultdict(float)
+        misses: dict[tuple[str, str], list[float]] = defaultdict(list)
+        self.margins: dict[tuple[str, str], float] = {}
         for _, control, figure, _ in self.controls():
             low, high = figure.low or figure.value, figure.high or figure.value
-            setting = suite_of(control), control["threads"]
-            self.margins[setting] = max(self.margins[setting], low - 1, 1 / high - 1)
+            misses[suite_of(control), control["threads"]].append(max(0.0, low - 1, 1 / high - 1))
+        for setting, values in misses.items():
+            self.margins[setting] = float(np.quantile(values, CONTROLS_COVERED, method="higher"))
 
     def margin(self, row: Row) -> float:
         """Return the share that widens the intervals of a row: its suite's, or the largest."""
         setting = suite_of(row), row["threads"]
-        if setting in self.margins:
-            return self.margins[setting]
-        return max((m for (_, n), m in self.margins.items() if n == row["threads"]), default=0.0)
+        largest = max((m for (_, n), m in self.margins.items() if n == row["threads"]), default=0.0)
+        return self.margins.get(setting, largest)
 
     def beside(self, row: Row, **changes: str) -> Row | None:
         """Return the measured row that differs from ``row`` in ``changes`` alone."""

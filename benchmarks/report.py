@@ -99,8 +99,8 @@ def noise(results: Results) -> str:
     columns = ("suite", "threads", "intervals without 1", "median distance from 1", "margin")
     return (
         "A control is a variant that takes turns with itself. Comparisons are called within noise "
-        "if their 99 % interval, widened by the margin, has 1: the margin is that of the worst "
-        "control of the suite, or of all suites where it has none.\n\n"
+        "if their 99 % interval, widened by the margin, has 1: the margin is what 95 % of the "
+        "controls of the suite need, or the largest of all suites where it has none.\n\n"
         f"{table(columns, *lines)}"
     )
 

@@ -195,9 +195,14 @@ py::object pack_tensors(py::handle table, py::handle vision, py::handle source, 
   if (table_count < least_table || (expected_vision >= 0 && vision_count != expected_vision)) {
     return py::none();
   }
+  const auto entries = static_cast<const int32_t*>(ints->data);
+  if (table.is_none() && vision_count == 0) {  // zeros alone, which the system need not write
+    check_source(entries, ints->count, table_count, 0);
+    static const Method new_zeros("new_zeros");
+    return new_zeros(like, py::make_tuple(ints->count, first->width));
+  }
   static const Method new_empty("new_empty");
   py::object packed = new_empty(like, py::make_tuple(ints->count, first->width));
-  const auto entries = static_cast<const int32_t*>(ints->data);
   const PackMap map = {table.is_none() ? none : first->const_rows(),
                        vision.is_none() ? none : second->const_rows(),
                        {address(packed), row_bytes},
