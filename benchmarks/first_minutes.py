@@ -77,13 +77,17 @@ class Step:
     tuned: bool = False
 
 
+# The kernels at their real sizes first. What needs more packages is left to `pytest -m gpu`.
+TESTS = ("tests/kernels/test_kernels_on_gpu.py", "tests/kernels", "tests/benchmarks/test_on_gpu.py")
+
+
 def steps(out: Path, budget: float) -> list[Step]:
     """Return the steps for a budget in seconds, in their order."""
     module = ("-m",)
     table = out / TABLE
     pip = ("pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--editable", ".")
     smoke = ("tokenflex_kernels.smoke", "--csv", str(out / "smoke.csv"), "--seconds", "{seconds}")
-    tests = ("pytest", "-v", f"--junitxml={out / 'gpu-tests.xml'}", "-m")
+    tests = ("pytest", "-v", f"--junitxml={out / 'gpu-tests.xml'}", *TESTS, "-m")
     tune = ("tokenflex_kernels.tune", "--table", str(table), "--csv", str(out / "tune.csv"))
     on_gpu = ("--device", "cuda", "--seconds", "{seconds}", "--out")
     benchmarks = ("benchmarks", *on_gpu, str(out), "--resume")

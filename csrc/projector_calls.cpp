@@ -3,6 +3,7 @@
 // ordinary, for the caller to take the general way, which also knows the right error.
 #include "projector_calls.h"
 
+#include <algorithm>
 #include <cstring>
 #include <initializer_list>
 #include <vector>
@@ -166,7 +167,8 @@ py::object pool_norm_gradient_tensors(PyObject* const* arguments) {
   if (weight.data) {
     const auto rows = floats(arguments[1], 2), inverse = floats(arguments[2], 1);
     fits = fits && rows && inverse && rows->is_like(*grad) && rows->is_contiguous() &&
-           rows->rows == grad->rows && rows->width == grad->width && inverse->width == grad->rows;
+           rows->rows == grad->rows && rows->width == grad->width && inverse->width == grad->rows &&
+           inverse->dtype.bits == std::max<int>(32, grad->dtype.bits);
     if (fits) normalised = rows->data, inverse_std = inverse->data;
   }
   if (!fits) return py::none();

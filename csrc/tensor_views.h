@@ -66,6 +66,12 @@ class TensorViews {
 
   // The address of a tensor that was just made, and is about to be written.
   void* address(PyObject* object) const {
+    if (api_ == nullptr) {
+      const pybind11::handle made(object);
+      const auto data = reinterpret_cast<void*>(made.attr("data_ptr")().cast<uintptr_t>());
+      prefer_huge_pages(data, made.attr("nbytes").cast<int64_t>());
+      return data;
+    }
     dlpack::Tensor tensor;
     if (api_->view(object, &tensor) != 0) throw pybind11::error_already_set();
     int64_t bytes = tensor.dtype.bits / 8;

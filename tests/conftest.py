@@ -46,7 +46,10 @@ _TESTS_BY_REQUIREMENT = {
     "pillow": _MODEL_TESTS,
     "scikit-learn": [*_TRAINING_TESTS, "digits", "evaluation", "routing"],
     "accelerate": _TRAINING_TESTS,
-    "pydantic": _TRAINING_TESTS,
+    "pydantic": [
+        *_TRAINING_TESTS,
+        *("data", "digits/test_canvas_size.py", "benchmarks/test_training_pace.py"),
+    ],
     "matplotlib": [
         "experiments",
         "training",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, is_one_count, token_grid
@@ -202,7 +203,7 @@ class TokenAdaptiveProjector(nn.Module):
             type(self) is TokenAdaptiveProjector
             and self.position is None
             and self._compiled_call_impl is None
-            and not _is_hooked(self)
+            and not is_hooked(self)
             and not _has_any_global_hook()
         )
 
@@ -249,7 +250,8 @@ class TokenAdaptiveProjector(nn.Module):
         return (
             type(self.layernorm) is nn.LayerNorm
             and all(type(linear) is nn.Linear for linear in linears)
-            and not any(map(_is_hooked, (self.layernorm, *linears)))
+            and not any(is_traceable_wrapper_subclass(linear.weight) for linear in linears)
+            and not any(map(is_hooked, (self.layernorm, *linears)))
         )
 
     def _project_by_modules(self, rows: torch.Tensor, plan: PoolPlan) -> torch.Tensor:
@@ -267,7 +269,8 @@ class TokenAdaptiveProjector(nn.Module):
         return f"num_tokens={self.num_tokens}, pooling={self.pooling!r}, save={self.save!r}"
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Return True if calling ``module`` does more than its class's forward."""
     return bool(
         "forward" in vars(module)  # replaced on the instance, as accelerate does
         or module._forward_hooks

@@ -69,11 +69,14 @@ def call_key(op: str, tensors: tuple[Any, ...], *others: Any) -> Key | None:
         stream = relaunch.current_stream(index)
     if launch_configs.is_overridden() or torch.is_autocast_enabled(kind):
         return None
+    if like.numel() == 0:  # launches nothing that could be repeated
+        return None
     described = describe(tensors)
     if described is None:
         return None
     precision = dot_precision(torch.float32) if like.dtype is torch.float32 else None
-    return op, described, stream, precision, *others
+    # Results that are the same in every call were made in the mode of the first.
+    return op, described, stream, precision, torch.is_inference_mode_enabled(), *others
 
 
 def describe(tensors: tuple[Any, ...]) -> Any:

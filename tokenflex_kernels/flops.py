@@ -31,6 +31,11 @@ def _project_tokens(x: Shape, *arguments: Any, **_: Any) -> int:
     return 2 * _product(cells, gate_weight) + _product(cells, down_weight)
 
 
+def _project_and_pack(x: Shape, *arguments: Any, **_: Any) -> int:
+    gate_weight, down_weight, cells = arguments[2], arguments[6], arguments[12]
+    return 2 * _product(cells, gate_weight) + _product(cells, down_weight)
+
+
 def _down_gradient(dy: Shape, down_weight: Shape | None, *_: Any, **__: Any) -> int:
     return 0 if down_weight is None else _product(dy[0], down_weight)
 
@@ -48,6 +53,8 @@ def _transposed_product(left: Shape, right: Shape, **_: Any) -> int:
 FORMULAS: dict[str, Callable[..., int]] = {
     "swiglu": _gate_up,
     "project_tokens": _project_tokens,
+    "project_and_pack": _project_and_pack,
+    "packed_down": _linear,
     "gate_up": _gate_up,
     "down_gradient": _down_gradient,
     "input_gradient": _gate_up,

@@ -219,6 +219,20 @@ def test_without_an_address_of_vision_its_rows_are_left_as_they_are(where):
         assert np.array_equal(packed[row], table[entry] if entry >= 0 else before[row])
 
 
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_neighbours_in_the_table_around_vision_rows_are_two_runs(where):
+    source = np.array([0, ~0, 1, 2, ~1, ~2, 0], np.int32)
+    table, packed = Rows.random(3, 48), Rows.random(len(source), 48)
+    before = [packed[row].copy() for row in range(len(source))]
+    job = (*table.place, 0, 0, *packed.place, source.ctypes.data, len(source), 48)
+    if where == "device":
+        extension().pack_rows_by_threads(*job, True)
+    else:
+        extension().pack_rows(*job, 3, 4, False, 1)
+    for row, entry in enumerate(source.tolist()):
+        assert np.array_equal(packed[row], table[entry] if entry >= 0 else before[row])
+
+
 def grid_of(stride, row_bytes, rows, offset=0):
     """(wide, threads_per_row, blocks) for a table at address ``offset``, and no row moved."""
     job = (offset, stride, 0, stride, 0, stride, 0, rows, row_bytes)

@@ -12,7 +12,7 @@ from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.kernels.common import GATED, PARAMETERS, eager_swiglu, gated_of, parameters_of
-from tokenflex_kernels import flops, project_tokens, swiglu
+from tokenflex_kernels import flops, plan_packing, project_and_pack, project_tokens, swiglu
 from tokenflex_kernels.backend import extension
 
 GRIDS = [(5, 4), (3, 4)], [(2, 3), (2, 2)]
@@ -39,7 +39,17 @@ def project_inputs():
     return {"x": torch.randn(PATCHES, WIDTH), **parameters_of(WIDTH, HIDDEN, TEXT)}
 
 
+def pack(**inputs):
+    plan = plan_packing([[1, 9, 2], [9, 3]], [CELLS - 4, 4], 9)
+    return project_and_pack(inputs.pop("x"), *GRIDS, plan=plan, **inputs)
+
+
+def pack_inputs():
+    return {**project_inputs(), "embedding": torch.randn(4, TEXT)}
+
+
 OPS = {
+    "project_and_pack": (pack, pack_inputs, CELLS * (2 * WIDTH + TEXT) * HIDDEN),
     "swiglu": (swiglu, swiglu_inputs, 9 * 2 * WIDTH * HIDDEN),
     "project_tokens": (project, project_inputs, CELLS * (2 * WIDTH + TEXT) * HIDDEN),
     "project_tokens, input": (

@@ -164,7 +164,7 @@ class TestRealSizes:
             launched.clear()
             check_on_gpu(*projection(in_grids, out_grids), inputs, gradient, wanted)
             if stage != "pointwise" and config is not None:
-                assert stage in launched
+                assert any(name.startswith(stage) for name in launched)  # or a pair's
 
 
 class TestRepeatability:

@@ -77,6 +77,16 @@ def test_targets_train_the_same(fused, monkeypatch):
             torch.testing.assert_close(actual[name], gradient, msg=lambda m, name=name: name + m)
 
 
+def test_a_hook_on_the_embedding_counts_in_packed_rows():
+    model, inputs = tiny_model(), packed_inputs(prompts())
+    plain = without_tokens(model, inputs)
+    add_a_hook(model.get_input_embeddings())
+    hooked = without_tokens(model, inputs)
+    assert not torch.allclose(plain, hooked)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, hooked)
+
+
 class Adapted(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) * 1.5

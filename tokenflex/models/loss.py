@@ -177,6 +177,11 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+        if not hasattr(ctx, "gradients"):
+            raise RuntimeError(
+                "the model's loss keeps its gradients for one backward pass, to save memory: call "
+                "the model again instead of going backward twice with retain_graph"
+            )
         gradients = ctx.gradients
         del ctx.gradients  # they are scaled in place
         scaled = (None if g is None else g.mul_(grad) for g in gradients)

@@ -15,6 +15,7 @@ from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.placeholders import ImageTokens, UnprojectedImages, image_of_each
 from tokenflex.models.prefixes import SharedPrefixes
 from tokenflex.positions import shared_image_positions
+from tokenflex.projector import is_hooked
 from tokenflex_kernels import PackPlan, merge_vision, pack_embeddings
 
 
@@ -85,7 +86,11 @@ def _pack(
 ) -> torch.Tensor:
     """Return the embedded row, [total, D]."""
     table: torch.Tensor = embedding.weight
-    is_plain = type(embedding) is nn.Embedding and type(table) in (torch.Tensor, nn.Parameter)
+    is_plain = (
+        type(embedding) is nn.Embedding
+        and type(table) in (torch.Tensor, nn.Parameter)
+        and not is_hooked(embedding)
+    )
     if images is not None:
         _check_counts(plan, images.counts)
     if isinstance(images, UnprojectedImages):
@@ -98,7 +103,7 @@ def _pack(
         vision = images.tokens.to(table.device, table.dtype)
     if is_plain:
         return pack_embeddings(table, vision, plan)
-    # Scaled, adapted or sharded: more than its table.
+    # Scaled, adapted, sharded or hooked: more than its table.
     if plan.image_index is not None:
         vision = vision.index_select(0, plan.vision_tokens())
     return merge_vision(embedding(plan.input_ids), vision, plan.vision_rows)

@@ -26,6 +26,7 @@ from tokenflex_kernels.pool_norm.tables import pooling_tables
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 MAX_WIDTH = 8192  # a program of the Triton kernels holds whole rows in registers
+MAX_FEATURES = 50  # of a row in the registers of a thread, at the limits of registers in the table
 
 
 def beyond_triton(x: torch.Tensor) -> str | None:
@@ -146,6 +147,7 @@ def launch_pool_norm_backward(
             *(grad_weight, grad_bias),
         )
         return results[0].zero_(), results[1].zero_(), results[2].zero_()
+    normalised = normalised.contiguous()  # a hook of saved tensors may have changed strides
     if _is_native(grad):
         return native.pool_norm_backward(
             *(grad, normalised, inverse_std, weight, grids, patches, mode, dtype),
@@ -274,6 +276,7 @@ def launch_scale_shift(
     normalised: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Return normalised * weight + bias, [cells, C]: LayerNorm's result from what it saved."""
+    normalised = normalised.contiguous()  # a hook of saved tensors may have changed strides
     weight, bias = neighbours(weight), _vector(bias)
     rows, width = normalised.shape
     out = torch.empty_like(normalised)
@@ -322,9 +325,11 @@ def _power_of_2(number: int) -> int:
 def _registers(config: RowConfig, width: int, warps: int) -> int:
     """Return the most registers of a thread.
 
-    Widths that are no multiple of 16 are read element by element: they get all registers.
+    Widths that are no multiple of 16 are read element by element: they get all registers, and so do
+    rows of more features a thread than the configs were made for.
     """
-    return config.max_registers if width % 16 == 0 else min(255, 65536 // (32 * warps))
+    is_usual = width % 16 == 0 and width <= MAX_FEATURES * 32 * warps
+    return config.max_registers if is_usual else min(255, 65536 // (32 * warps))
 
 
 pool_norm_forward = define_stage(

@@ -103,6 +103,8 @@ def backward(
         tokens = compiled_extension().scale_shift_tensors(
             kept.normalised, weights.norm_weight, weights.norm_bias, torch.get_num_threads()
         )
+        if tokens is None:  # a hook of saved tensors gave other strides back
+            return None
     if recompute:
         recomputed, gate, up = gate_up_at_once(tokens, *weights.gated_unit, save=through_gate)
         product = None if through_gate else recomputed

@@ -191,6 +191,10 @@ def launch_down_gradient(
         grads [T, 2H], gate's in the first half of each row; product [T, H] and the biases'
         gradients [2H], float32 (float64 where ``dy`` is), of no rows where not wanted.
     """
+    gate, up = (
+        gate.contiguous(),
+        up.contiguous(),
+    )  # a hook of saved tensors may have changed strides
     rows, hidden = gate.shape
     if rows == 0 or _is_native(dy):
         results = _down_gradient_results(gate, product, _sums_shape(gate, bias))

@@ -122,3 +122,22 @@ def test_the_op_passes_opcheck(save):
     options = grids_of(plan), plan.num_cells, "adaptive", 1e-5, save
     arguments = (*(leaf.requires_grad_() for leaf in leaves), *options)
     torch.library.opcheck(fused_project_tokens.overload, arguments)
+
+
+@pytest.mark.parametrize("trained", [["gate_weight", "up_weight"], ["norm_weight", "down_weight"]])
+@pytest.mark.parametrize("save", ["preactivation", "input"])
+def test_saved_rows_may_come_back_with_other_strides(save, trained):
+    """As a hook of saved tensors may give them."""
+    grids = [(5, 3), (4, 4)], [(2, 2), (3, 1)]
+    x, parameters = torch.randn(31, 24), parameters_of(24, 40, 16, torch.float32)
+    leaves = [parameters[name].requires_grad_() for name in trained]
+    out = project_tokens(x, *grids, **parameters, save=save)
+    expected = torch.autograd.grad(out.square().sum(), leaves)
+
+    def transpose(tensor):
+        is_kept = tensor.dim() == 2 and tensor.shape[0] == 7
+        return tensor.t().contiguous().t() if is_kept else tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, transpose):
+        out = project_tokens(x, *grids, **parameters, save=save)
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), leaves), expected)
