@@ -236,10 +236,10 @@ class Inspected(NamedTuple):
 def inspect_all(architecture: str, candidates: bool = False, quick: bool = False) -> Inspected:
     """Compile everything for ``architecture``, and predict the times of shipped configs.
 
-    Of images pooled to the smallest grid alone: ``python -m tokenflex_kernels.budget`` has all.
+    With ``quick``, in bfloat16 and of images pooled to the largest grid alone.
     """
     compiled = compile_all(architecture, candidates, quick)
-    judged = [] if candidates else verdicts(architecture, SIDES[:1])
+    judged = [] if candidates else verdicts(architecture, SIDES[-1:] if quick else SIDES)
     return Inspected(compiled, [(verdict.describe(), bool(verdict.fault)) for verdict in judged])
 
 

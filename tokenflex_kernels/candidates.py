@@ -7,7 +7,16 @@ import itertools
 import torch
 
 from tokenflex_kernels.gpus import RESERVED_SHARED_MEMORY, is_amd, number_of, shared_memory
-from tokenflex_kernels.launch_configs import STAGES, Config, RowConfig, TileConfig
+from tokenflex_kernels.launch_configs import (
+    NAMES,
+    STAGES,
+    Config,
+    RowConfig,
+    TileConfig,
+    nearest,
+    parse_stage,
+    read_table,
+)
 
 # Of each stage on rows: rows, columns, unroll, num_warps, max_registers, and channels of a tile.
 ROW_CHOICES: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -19,7 +28,17 @@ ROW_CHOICES: dict[str, tuple[tuple[int, ...], ...]] = {
 
 
 def candidate_configs(stage: str, dtype: torch.dtype, architecture: str) -> list[Config | None]:
-    """Return the configs to try for a stage; None stands for PyTorch's own product."""
+    """Return the configs to try for a stage, those of the table among them.
+
+    None stands for PyTorch's own product.
+    """
+    table = read_table()
+    stages = table[nearest(architecture, tuple(table))]["stages"]
+    shipped = [config for _, config in parse_stage(stages, stage)[NAMES[dtype]]]
+    return list(dict.fromkeys([*_choices(stage, dtype, architecture), *shipped]))
+
+
+def _choices(stage: str, dtype: torch.dtype, architecture: str) -> list[Config | None]:
     if STAGES[stage] is RowConfig:
         return [RowConfig(*choice) for choice in itertools.product(*ROW_CHOICES[stage])]
     if stage == "pointwise":

@@ -38,8 +38,8 @@ from tokenflex_kernels.launch_configs import (
     read_table,
 )
 
-# A ragged batch: windows that overlap, more cells than patches, one patch.
-FEW = ((5, 7), (4, 3), (1, 1)), ((3, 4), (5, 2), (1, 1))
+# A ragged batch: windows that overlap, more cells than patches, one patch, three cells on a patch.
+FEW = ((5, 7), (4, 3), (1, 1), (1, 2)), ((3, 4), (5, 2), (1, 1), (2, 5))
 # Rows of several tiles, or of a part of the largest.
 MANY = ((9, 10), (7, 5)), ((7, 8), (6, 6))
 REFERENCE_WIDTH = 1152  # whose rows take as many warps as a model's
