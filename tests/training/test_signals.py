@@ -192,9 +192,10 @@ def test_kills_at_random_moments_change_no_number(tmp_path):
 
 @pytest.mark.slow
 def test_of_two_processes_on_one_folder_the_second_is_refused(tmp_path):
-    config = configured(tmp_path, stages=[stage(steps=30)], workers=0)
+    config = configured(tmp_path, stages=[stage(steps=120)], workers=0)
+    # Long enough that a slow start of the second is not after the end of the first.
     processes = [start(config), start(config)]
     ends = sorted(end_of(process) for process in processes)
     assert [code for code, _ in ends] == [0, 2]
     assert f"folder {tmp_path / 'run'} is in use by another process (process " in ends[1][1]
-    assert len(metrics(tmp_path / "run")) == 30
+    assert len(metrics(tmp_path / "run")) == 120
