@@ -174,7 +174,7 @@ class RecordedStage:
 
     @property
     def is_repeatable(self) -> bool:
-        """Whether calls repeat launches; otherwise they run the stage."""
+        """True if calls repeat launches; otherwise they run the stage."""
         return self._repeats is not None
 
     def __call__(self, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -340,7 +340,7 @@ def _without_tensors(launch: Launch, places: dict[int, int], kept: set[int]) -> 
 # ---- All records.
 
 SEEN = object()
-"""What :func:`find_record` returns for the second call of a kind, which may be recorded."""
+"""The answer of :func:`find_record` to the second call of a kind, which may be recorded."""
 
 _records: dict[Key, Any] = {}
 _seen: set[Key] = set()

@@ -27,7 +27,7 @@ SILENCE = 120.0  # seconds without a result after which the compiler is taken fo
 
 
 class Launch(NamedTuple):
-    """What is compiled: a stage with one config, as training calls it or in every variant."""
+    """One compilation: a stage with one config, as training calls it or in every variant."""
 
     stage: str
     dtype: str

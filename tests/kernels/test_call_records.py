@@ -100,7 +100,7 @@ OPS = [
 
 
 def addresses(launches):
-    """What the launches pass: numbers and addresses, in the place of tensors."""
+    """The arguments of the launches: numbers, and addresses in the place of tensors."""
     return [
         (one.programs, one.stream, *(
             value.data_ptr() if isinstance(value, torch.Tensor) else value for value in one.args
@@ -191,7 +191,7 @@ class TestKinds:
     """A call that differs in anything that a launch depends on is another kind."""
 
     def first_calls(self, calls):
-        """How many of these calls have no record, after the first one has one."""
+        """The number of these calls that have no record, after the first one has one."""
         for _ in range(3):
             calls[0]()
         before = len(call_records._records)
@@ -492,3 +492,22 @@ def test_random_calls_are_those_of_triton_alone(launched):
                 theirs, _ = launches_of(launched, lambda x=x, w=weights: swiglu(x, *w))
             for one, other in zip(ours, theirs, strict=True):
                 assert_alike(zip(one, other, strict=True), (x, *weights))
+
+
+@pytest.mark.usefixtures("launched")
+class TestKeys:
+    def test_calls_on_no_rows_are_not_recorded(self):
+        """Each has results of its own, with gradients of its own."""
+        weights = gated_of(WIDTH, HIDDEN)
+        rows = [torch.empty(0, WIDTH, requires_grad=True) for _ in range(4)]
+        results = [swiglu(x, *weights) for x in rows]
+        assert call_key("swiglu", (rows[0], *weights)) is None
+        assert len({id(result) for result in results}) == len(rows)
+        torch.autograd.grad(sum(result.sum() for result in results), rows)
+
+    def test_inference_mode_has_kinds_of_its_own(self):
+        x, weights = torch.randn(4, WIDTH), gated_of(WIDTH, HIDDEN)
+        with torch.no_grad():
+            key = call_key("swiglu", (x, *weights))
+        with torch.inference_mode():
+            assert call_key("swiglu", (x, *weights)) not in (None, key)

@@ -75,7 +75,7 @@ def launched():
 
 
 def binders_key(binder, args, options):
-    """What Triton chooses a binary by."""
+    """The specialisation by which Triton chooses a binary."""
     _, specialisation, options = binder(*args, **options)
     return str(specialisation), str(options)
 

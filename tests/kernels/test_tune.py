@@ -13,12 +13,14 @@ from tokenflex_kernels import tune
 from tokenflex_kernels.gpus import shared_memory
 from tokenflex_kernels.journal import UNFINISHED, Journal
 from tokenflex_kernels.launch_configs import (
+    NAMES,
     PRODUCTS,
     STAGES,
     TABLE_PATH,
     RowConfig,
     TileConfig,
     parse_stage,
+    read_table,
 )
 from tokenflex_kernels.stage_calls import rows_of_stage
 from tokenflex_kernels.tune import (
@@ -55,6 +57,14 @@ class TestCandidates:
         assert (None in configs) == (stage in PRODUCTS)
         for config in configs:
             assert config is None or isinstance(config, STAGES[stage])
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_those_that_are_shipped_are_tried(self, stage, dtype):
+        for architecture in ("sm_80", "sm_90", "gfx942"):
+            buckets = parse_stage(read_table()[architecture]["stages"], stage)[NAMES[dtype]]
+            tried = candidate_configs(stage, dtype, architecture)
+            assert {config for _, config in buckets} <= set(tried)
 
     def test_the_copy_engine_is_for_hopper_and_newer(self):
         def has_tma(architecture):

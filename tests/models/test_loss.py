@@ -112,6 +112,13 @@ def test_without_targets_the_loss_is_zero_and_still_leads_to_every_weight():
         assert torch.equal(one.grad, torch.zeros_like(one))
 
 
+def test_a_second_backward_pass_says_that_the_gradients_are_gone():
+    loss = head_cross_entropy(*arguments())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="call the model again"):
+        loss.backward()
+
+
 def test_shapes_that_do_not_fit_are_refused():
     hidden, weight, bias, targets, target_weights = arguments()
     with pytest.raises(ValueError, match=r"must be \[23\].*got \[22\] and \[23\]"):

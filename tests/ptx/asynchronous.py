@@ -231,7 +231,7 @@ MAX_BOX = 256
 
 @dataclass(frozen=True)
 class TensorMap:
-    """What a tensor-map descriptor holds.
+    """The contents of a tensor-map descriptor.
 
     Attributes:
         address: of the first element, a multiple of 16.

@@ -63,7 +63,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a case came to."""
+    """The results of a case, and its executions."""
 
     results: dict[str, Result]
     executions: list[Execution]

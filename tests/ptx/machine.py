@@ -71,7 +71,7 @@ def class_of(instruction: Instruction) -> str:
 
 @dataclass
 class Execution:
-    """What was observed while programs of one launch ran.
+    """Observations of the programs of one launch.
 
     Attributes:
         kernel: its name.

@@ -249,7 +249,7 @@ def _cell_grad(
     grad, normalised, inverse_std, means, row, grad_stride,
     WEIGHTED: tl.constexpr, NORM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """What each patch gets of the k-th cell that covers it, in one row of cells; 0 where none."""
+    """Each patch's part of the k-th cell that covers it, in one row of cells; 0 where none does."""
     covered = k < covers
     mask = covered[:, None] & inside[None, :]
     j = (first_j + k).to(tl.int64)

@@ -25,7 +25,7 @@ from tokenflex_kernels.project_tokens.op import project_tokens
 
 
 class Graph(Protocol):
-    """What is needed of a captured graph."""
+    """The part of a captured graph that is needed here."""
 
     def replay(self) -> None: ...
 

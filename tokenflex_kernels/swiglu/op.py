@@ -118,10 +118,8 @@ class Swiglu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, *weights: torch.Tensor | None) -> torch.Tensor:
-        needs_x, *needs_weights = ctx.needs_input_grad[:3]
         product, gate, up = gate_up.below(x, *weights, True, True)
-        kept_x = x if any(needs_weights) else None
-        ctx.save_for_backward(kept_x, *(weights[:2] if needs_x else (None, None)), gate, up)
+        _save_for_backward(ctx, x, weights, gate, up)
         return product
 
     @staticmethod
@@ -136,15 +134,26 @@ class Swiglu(torch.autograd.Function):
         )
 
 
+def _save_for_backward(
+    ctx: Any,
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor | None],
+    gate: torch.Tensor,
+    up: torch.Tensor,
+) -> None:
+    """Save what the gradients that are needed are computed from; None in the place of the rest."""
+    needs_x, *needs_weights = ctx.needs_input_grad[:3]
+    kept_x = x if any(needs_weights) else None
+    ctx.save_for_backward(kept_x, *(weights[:2] if needs_x else (None, None)), gate, up)
+
+
 class SwigluOnHost(torch.autograd.Function):
     """Record the eager call that computed the last argument: product, gate and up."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
         x, *weights, (product, gate, up) = arguments
-        needs_x, *needs_weights = ctx.needs_input_grad[:3]
-        kept_x = x if any(needs_weights) else None
-        ctx.save_for_backward(kept_x, *(weights[:2] if needs_x else (None, None)), gate, up)
+        _save_for_backward(ctx, x, weights, gate, up)
         result: torch.Tensor = product
         return result
 
@@ -196,9 +205,7 @@ class SwigluOnDevice(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
         x, *weights, (product, gate, up) = arguments
-        needs_x, *needs_weights = ctx.needs_input_grad[:3]
-        kept_x = x if any(needs_weights) else None
-        ctx.save_for_backward(kept_x, *(weights[:2] if needs_x else (None, None)), gate, up)
+        _save_for_backward(ctx, x, weights, gate, up)
         result: torch.Tensor = product
         return result
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -141,3 +143,21 @@ def test_saved_rows_may_come_back_with_other_strides(save, trained):
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, transpose):
         out = project_tokens(x, *grids, **parameters, save=save)
     torch.testing.assert_close(torch.autograd.grad(out.square().sum(), leaves), expected)
+
+
+WITHOUT_EXCHANGE = """
+import torch
+if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+    del torch.Tensor.__dlpack_c_exchange_api__
+from tests.kernels.common import parameters_of
+from tokenflex_kernels import project_tokens
+parameters = parameters_of(1152, 1024, 16, torch.float32)  # products of more than 4 MB
+x = torch.randn(16, 1152, requires_grad=True)
+parameters["gate_weight"].requires_grad_()
+project_tokens(x, [(4, 4)], [(2, 2)], **parameters).sum().backward()
+assert x.grad.isfinite().all() and parameters["gate_weight"].grad.isfinite().all()
+"""
+
+
+def test_large_products_need_no_exchange_api():
+    subprocess.run([sys.executable, "-c", WITHOUT_EXCHANGE], check=True, timeout=120)
