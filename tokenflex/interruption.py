@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ECHO = 1.0  # seconds; a launcher passes on a signal that its whole group has just received
+_LAUNCHER = "TORCHELASTIC_RUN_ID"  # torchrun sets it for its processes
 
 
 class Interruption:
@@ -18,13 +20,15 @@ class Interruption:
     SIGHUP stays ignored if it already is, as under ``nohup``.
 
     A second signal raises KeyboardInterrupt at once. A signal within a second of the first counts
-    as the same: torchrun passes on to its processes what systemd, Slurm or a terminal has already
-    sent to them.
+    as the same: a launcher passes on to its processes what systemd, Slurm or a terminal has already
+    sent to them. torchrun is known to do so, and may be late on a busy machine: the first
+    repetition counts as the same at any time in a process that it has started.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self._requested_at = 0.0
+        self._expects_repetition = _LAUNCHER in os.environ
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -41,6 +45,9 @@ class Interruption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.requested:
             self.requested = True
+            self._requested_at = time.monotonic()
+        elif self._expects_repetition:
+            self._expects_repetition = False
             self._requested_at = time.monotonic()
         elif time.monotonic() - self._requested_at > ECHO:
             raise KeyboardInterrupt

@@ -79,6 +79,7 @@ def test_a_signal_to_the_group_saves_the_last_whole_step(tmp_path, ranks, number
         os.kill(one, number)
     code, said = end_of(process)
     assert code != 0
+    assert (output / "state.pt").exists(), said
     if ranks == 1:
         assert (code, said.split(";")[0]) == (2, "tokenflex: interrupted")
     assert load_state(output / "state.pt")["step"] == last_step(output)
@@ -87,6 +88,7 @@ def test_a_signal_to_the_group_saves_the_last_whole_step(tmp_path, ranks, number
 
 
 def test_a_second_signal_ends_at_once_unless_it_echoes_the_first(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     now = [10.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with Interruption() as interruption:
@@ -95,6 +97,19 @@ def test_a_second_signal_ends_at_once_unless_it_echoes_the_first(monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         assert interruption.requested
         now[0] += ECHO
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_signal_that_torchrun_passes_on_may_be_late(monkeypatch):
+    now = [10.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with Interruption() as interruption:
+        for _ in ("to all processes", "passed on"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            now[0] += 10 * ECHO
+        assert interruption.requested
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -46,7 +46,8 @@ class TrainingRun:
     or infinite), ``broken_samples.json`` (the samples that were skipped, with the reason),
     ``config.json``, and at the end ``checkpoint/`` (model and processor) and ``report.json``.
 
-    No other run can write into the folder until :meth:`run` has ended.
+    No other run can write into the folder until :meth:`run` has ended. Nor can the processes
+    of the run communicate after it.
 
     Args:
         config: The configuration.
@@ -94,18 +95,29 @@ class TrainingRun:
             RuntimeError: The connection to another process is lost.
         """
         try:
-            if self.setup.finished is not None:
-                return self.setup.finished
-            with self.interruption:
-                for stage_index in range(self._begin(), len(self.config.stages)):
-                    self._run_stage(stage_index)
-                return self._finish()
+            report = self.setup.finished
+            if report is None:
+                with self.interruption:
+                    for stage_index in range(self._begin(), len(self.config.stages)):
+                        self._run_stage(stage_index)
+                    report = self._finish()
         except AgreedStop as stop:
+            self._leave_group()
             raise stop.reason from stop.reason.__cause__
         finally:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
             self.setup.folder.release()
+        self._leave_group()
+        return report
+
+    def _leave_group(self) -> None:
+        """End the communication with the other processes, which all do so at the same place.
+
+        Its threads would otherwise end with the interpreter, in any order, which can abort the
+        process.
+        """
+        self.accelerator.state.destroy_process_group()
 
     def _begin(self) -> int:
         """Restore weights, counts and files of a resumed run; return the index of its stage."""
@@ -167,7 +179,7 @@ class TrainingRun:
                     if step % self.config.save_every == 0 or outcome.interrupted or is_last:
                         self._save_state(optimizer, scheduler)
                     if outcome.interrupted:
-                        raise KeyboardInterrupt
+                        raise AgreedStop(KeyboardInterrupt())
                     self._evaluate_if_due(stage)
                     if is_last:
                         break  # a stage with a budget in tokens has more data
