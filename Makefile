@@ -153,8 +153,8 @@ sanitize: setup
 sanitize-threads: setup
 	$(call sanitized,thread,\
 	  $(shell setarch -R true 2>/dev/null && echo setarch -R) env \
-	  OMP_NUM_THREADS=1 LD_PRELOAD="$(call runtime,tsan)",\
-	  tests/kernels/test_threads.py)
+	  OMP_NUM_THREADS=1 LD_PRELOAD="$(call runtime,tsan)" TSAN_OPTIONS=halt_on_error=1,\
+	  --capture=sys tests/kernels/test_threads.py)
 
 # Its tools look at every access of every thread, which takes minutes: each has a time limit.
 sanitize-gpu:
