@@ -11,16 +11,18 @@
 # make tune    measure kernel configurations on this machine's GPU, write the table into OUT; another
 #              call continues, TUNE_SECONDS=200 limits it
 # make sanitize        the extension under AddressSanitizer and UndefinedBehaviorSanitizer (no GPU needed)
+# make sanitize-threads  its threads under ThreadSanitizer (no GPU needed)
 # make sanitize-gpu    the GPU tests of packing under compute-sanitizer, where that is installed
 # make setup   the virtual environment alone
 
+COMMA := ,
 PYTHON ?= python3
 OUT ?= runs/gpu
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 .PHONY: demo test test-cpu test-kernels aot test-ptx test-training test-claim test-torchvision \
-  test-versions test-oldest test-newest test-dropin-oldest lint setup gpu tune sanitize sanitize-gpu clean
+  test-versions test-oldest test-newest test-dropin-oldest lint setup gpu tune sanitize sanitize-threads sanitize-gpu clean
 
 setup: .venv/.ready
 
@@ -129,16 +131,30 @@ tune:
 	$(PYTHON) -m tokenflex_kernels.tune --table "$(OUT)/launch_configs.json" --csv "$(OUT)/tune.csv" \
 	  $(and $(TUNE_SECONDS),--seconds $(TUNE_SECONDS))
 
-# Builds the C++ half anew, runs the tests of all that it does, and builds it as it was.
-SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
-sanitize: setup
-	CXXFLAGS="$(SANITIZERS)" TOKENFLEX_CUDA=0 $(BIN)/python setup.py build_ext --inplace
-	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest \
-	  -m 'not slow and not gpu' tests/kernels/test_extension.py tests/kernels/test_huge_pages.py \
-	  $(addsuffix /test_native.py,$(addprefix tests/kernels/,pool_norm swiglu project_tokens)) \
-	  $(addprefix tests/kernels/packing/test_,plan.py packing.py table_gradient.py bins.py tensor_calls.py); \
+# $(call sanitized,SANITIZERS,ENVIRONMENT,TESTS) builds the C++ half anew, runs tests on it, and builds it
+# as it was.
+define sanitized
+	CXXFLAGS="-fsanitize=$(1) -fno-omit-frame-pointer" TOKENFLEX_CUDA=0 $(BIN)/python setup.py build_ext --inplace
+	$(2) $(BIN)/python -m pytest -m 'not slow and not gpu' $(3); \
 	status=$$?; $(BIN)/python setup.py build_ext --inplace; exit $$status
+endef
+
+runtime = $$(c++ -print-file-name=lib$(1).so)
+
+sanitize: setup
+	$(call sanitized,address$(COMMA)undefined -fno-sanitize-recover=undefined,\
+	  LD_PRELOAD="$(call runtime,asan) $(call runtime,ubsan)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1,\
+	  $(addprefix tests/kernels/test_,extension.py huge_pages.py threads.py) \
+	  $(addsuffix /test_native.py,$(addprefix tests/kernels/,pool_norm swiglu project_tokens)) \
+	  $(addprefix tests/kernels/packing/test_,plan.py packing.py table_gradient.py bins.py tensor_calls.py))
+
+# ThreadSanitizer needs addresses that are little randomised, which not every Linux has.
+sanitize-threads: setup
+	$(call sanitized,thread,\
+	  $(shell setarch -R true 2>/dev/null && echo setarch -R) env \
+	  OMP_NUM_THREADS=1 LD_PRELOAD="$(call runtime,tsan)" TSAN_OPTIONS=halt_on_error=1,\
+	  --capture=sys tests/kernels/test_threads.py)
 
 # Its tools look at every access of every thread, which takes minutes: each has a time limit.
 sanitize-gpu:

@@ -7,7 +7,7 @@ The same model, weights, pictures and questions go through five training loops o
 * ``tokenflex fixed``: the same at the largest count;
 * ``Trainer padded``: transformers' Trainer with fused AdamW, a question a row, rows padded, at the
   counts of ``tokenflex mixed``;
-* ``Trainer packed``: the same Trainer with our packing collator;
+* ``Trainer packed``: the same Trainer with ``DataCollatorWithPacking``, a record a picture;
 * ``TRL fixed``: TRL's SFTTrainer, a question a row, at the largest count: it passes on none.
 
 Loops take turns, a step each, in one process. A step is the processor seconds from its begin to the
@@ -46,8 +46,7 @@ from benchmarks.results import (
     read_csv,
     write_csv,
 )
-from tokenflex.counts import TokenCounts
-from tokenflex.data.packing import DrawnSample, PackingCollator
+from tokenflex import DataCollatorWithPacking, TokenCounts
 from tokenflex.data.steps import PackedStep
 from tokenflex.digits.canvas import CELL_PIXELS
 from tokenflex.digits.dataset import DigitsDataset
@@ -359,17 +358,27 @@ class Study:
 
     def _train_packed(self, begin_step: Callable[[], None]) -> None:
         model, processor = self._model()
-        pack = PackingCollator(processor, self.draws, share_prefix=True)
-
-        def collate(keys: Sequence[tuple[int, int]]) -> dict[str, Any]:
-            batch = pack([DrawnSample(i, epoch, self.canvases[i]) for epoch, i in keys])
-            targets = len(batch.targets)
-            weights = torch.full((targets,), 1 / targets)
-            return {**batch.model_inputs(), "targets": batch.targets, "target_weights": weights}
-
         options = TrainingArguments(**self._options(self.scale.pictures))
-        trainer = Trainer(model, options, train_dataset=self.keys, data_collator=collate)
+        trainer = Trainer(
+            model,
+            options,
+            train_dataset=[self._record(epoch, index) for epoch, index in self.keys],
+            data_collator=DataCollatorWithPacking(processor, self.draws),
+        )
         self._train(trainer, PACKED, begin_step)
+
+    def _record(self, epoch: int, index: int) -> dict[str, Any]:
+        """Return a picture with its questions as a data set of conversations holds it."""
+        sample = self.canvases[index]
+        return {
+            "epoch": epoch,
+            "index": index,
+            "images": list(sample.images),
+            "messages": [
+                [{"role": turn.role, "content": turn.text} for turn in talk.turns]
+                for talk in sample.conversations
+            ],
+        }
 
     def _train_trl(self, begin_step: Callable[[], None]) -> None:
         from datasets import Dataset

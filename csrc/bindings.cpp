@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "bin_packing.h"
-#include "swiglu.h"
+#include "huge_pages.h"
 #include "merge_source.h"
 #include "mover_grid.h"
 #include "pack_plan.h"
@@ -23,6 +23,7 @@
 #include "row_movers.h"
 #include "row_split.h"
 #include "row_sums.h"
+#include "swiglu.h"
 #include "tensor_calls.h"
 #include "threads.h"
 
@@ -352,6 +353,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("worthwhile_parts", &worthwhile_parts);
   module.def("has_torch_team", &has_torch_team);
   module.def("allow_torch_team", &allow_torch_team);
+  module.def("prefer_huge_pages", [](Address data, int64_t bytes) {  // for tests
+    prefer_huge_pages(at<void>(data), bytes);
+  });
   module.def("pack_rows_by_threads", &pack_rows_by_threads);
   module.def("row_split", &row_split);
   module.def("copy_row_by_lanes", &copy_row_by_lanes);

@@ -10,13 +10,13 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
-import tokenflex
+import tokenflex.projector
 from tests.data.test_packing import SAMPLES, drawn, talk
 from tests.models.test_tiling import tiling_processor
 from tests.models.tiny import IMAGE, picture, tiny_model
 from tokenflex import DataCollatorWithPacking, TokenCounts
 from tokenflex.data.packing import PackingCollator
-from tokenflex.data.samples import Sample
+from tokenflex.data.samples import Conversation, Sample
 from tokenflex.digits.processor import digits_processor
 
 COUNTS = TokenCounts((4, 9, 16), (0.2, 0.3, 0.5), seed=7)
@@ -248,8 +248,45 @@ def test_what_cannot_be_read_is_named(processor, record, message):
 
 
 @pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": ""}, "records.1. must hold at least one token, got text ''"),
+        ({"text": " "}, "records.1. must hold at least one token, got text ' '"),
+        ({"text": "", "images": [picture(1)]}, "records.1.*one placeholder.*1 images, got 0"),
+        ({"input_ids": []}, r"records.1. must hold at least one token, got input_ids \[\]"),
+        ({"input_ids": torch.zeros(1, 0)}, "records.1. must hold at least one token, got inp"),
+        ({"input_ids": [5, 6], "attention_mask": [0, 0]},
+         r"records.1. must hold at least one token.*and attention_mask \[0, 0\]"),
+        ({"prompt": "", "completion": ""}, "records.1..completion must hold text to learn from"),
+        ({"prompt": "odd", "completion": ""}, "records.1..completion must hold text to learn from"),
+        ({"prompt": " ", "completion": " "}, "records.1. must hold.*, got prompt ' ' and compl"),
+        ({"prompt": [], "completion": []}, "records.1.*at least one, got an empty list"),
+        ({"messages": []}, "records.1.*at least one, got an empty list"),
+        ({"messages": [[]]}, "records.1.*at least one, got an empty list"),
+        ({"messages": [messages("odd", "7"), []]}, "records.1.*at least one, got an empty list"),
+        (Sample("a", (), ()), "records.1. must hold at least one conversation, got none"),
+        (Sample("a", (), (Conversation(()),)), "records.1. must hold at least one token, got none"),
+        (Sample("a", (), (talk("odd", "7"), Conversation(()))),
+         "records.1.: conversation 1 must hold at least one token, got none"),
+    ],
+)  # fmt: skip
+def test_a_record_of_nothing_is_named(processor, record, message):
+    collator = DataCollatorWithPacking(processor, 4)
+    with pytest.raises((ValueError, TypeError), match=message):
+        collator([records()[0], record])
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"input_ids": [IMAGE, -5]}, r"records.0..input_ids.1. must be in \[0, .*, got -5"),
+        ({"input_ids": [IMAGE, 2**40]}, r"records.0..input_ids.1. must be in \[0, .*, got 10995"),
+        ({"labels": [-100, -1]}, r"records.0..labels.1. must be in .* or -100, got -1"),
+        ({"labels": [2**40, 5]}, r"records.0..labels.0. must be in .* or -100, got 10995"),
+        ({"attention_mask": [1, 2]}, r"records.0..attention_mask.1. must be in \[0, 1\], got 2"),
+        ({"attention_mask": [-1, 1]}, r"records.0..attention_mask.0. must be in \[0, 1\], got -1"),
+        ({"pixel_values": torch.zeros(1, 3, 4, 0)}, r"at least one pixel, got shape \[1, 3, 4, 0"),
+        ({"pixel_values": torch.zeros(1, 0, 4, 4)}, r"at least one pixel, got shape \[1, 0, 4, 4"),
         ({"input_ids": [[IMAGE, 5], [IMAGE, 6]]}, r"input_ids must be one row.*\[2, 2\].*several"),
         ({"input_ids": [IMAGE, 5.5]}, "input_ids must hold ints, got torch.float32"),
         ({"input_ids": [IMAGE, None]}, "input_ids must be a row of ints, got list"),
@@ -286,6 +323,13 @@ def test_processed_records_are_checked(processor, changes, message):
     assert collator([record])["plan"].lengths == (5,)
     with pytest.raises((ValueError, TypeError), match=message):
         collator([{**record, **changes}])
+
+
+@pytest.mark.parametrize("key", ["text", "prompt", "completion"])
+def test_half_of_a_surrogate_pair_is_named(processor, key):
+    record = {"prompt": "odd", "completion": "7"} if key != "text" else {}
+    with pytest.raises(ValueError, match=f"records.1..{key} holds half of a surrogate pair"):
+        DataCollatorWithPacking(processor, 4)([records()[0], {**record, key: "odd \ud800"}])
 
 
 def test_processed_records_keep_their_pixels(processor):
@@ -486,6 +530,23 @@ def test_the_loss_in_training_is_that_of_all_logits(processor, text):
         assert float(part) == pytest.approx(float(expected.loss) / 4, rel=1e-5)
     model.lm_head = torch.nn.Sequential(model.lm_head)  # as an adapter would wrap it
     assert float(model(**batch).loss) == pytest.approx(float(expected.loss), rel=1e-5)
+
+
+def test_the_projector_writes_into_the_packed_row(processor, monkeypatch):
+    calls = []
+    op = tokenflex.projector.project_and_pack
+
+    def record(*args, **given):
+        calls.append(given)
+        return op(*args, **given)
+
+    monkeypatch.setattr(tokenflex.projector, "project_and_pack", record)
+    model, batch = tiny_model().train(), DataCollatorWithPacking(processor, COUNTS)(records())
+    loss = model(**batch).loss
+    assert len(calls) == 1
+    together = model(**{**batch, "output_image_hidden_states": True}).loss
+    assert len(calls) == 1
+    assert float(loss) == pytest.approx(float(together), rel=1e-6)
 
 
 def test_a_batch_without_targets_has_the_loss_zero(processor):

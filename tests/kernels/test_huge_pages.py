@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,16 +27,21 @@ pytestmark = [
 ]
 
 
-def asks_for_huge_pages(tensor: torch.Tensor) -> bool:
-    """Return whether the memory in the middle of a tensor is marked for huge pages."""
-    address, inside = tensor.data_ptr() + tensor.nbytes // 2, False
+def mapped_areas() -> Iterator[tuple[int, int, bool]]:
+    """Yield begin, end and mark for huge pages of each area of this process's memory."""
+    begin = end = 0
     for line in MAPS.read_text().splitlines():
         if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
             begin, end = (int(bound, 16) for bound in bounds.groups())
-            inside = begin <= address < end
-        elif inside and line.startswith("VmFlags:"):
-            return "hg" in line.split()
-    raise AssertionError("the tensor is in no memory of this process")
+        elif line.startswith("VmFlags:"):
+            yield begin, end, "hg" in line.split()
+
+
+def asks_for_huge_pages(tensor: torch.Tensor) -> bool:
+    """Return whether the memory in the middle of a tensor is marked for huge pages."""
+    address = tensor.data_ptr() + tensor.nbytes // 2
+    (is_marked,) = (marked for begin, end, marked in mapped_areas() if begin <= address < end)
+    return is_marked
 
 
 def test_results_ask_for_huge_pages_and_others_do_not():
@@ -46,6 +54,33 @@ def test_results_ask_for_huge_pages_and_others_do_not():
     }
     for name, result in results.items():
         assert asks_for_huge_pages(result), name
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "pages"),
+    [
+        (0, 3 * HUGE, (0, 3)),
+        (1, 3 * HUGE, (1, 3)),
+        (HUGE - 1, 3 * HUGE, (1, 3)),
+        (HUGE, 3 * HUGE - 1, (1, 2)),
+        (HUGE, 2 * HUGE + 1, (1, 2)),
+        (4096, 2 * HUGE - 4096, None),
+        (HUGE + 1, 2 * HUGE, None),
+        (HUGE, 2 * HUGE - 1, None),
+    ],
+)
+def test_only_whole_pages_of_a_result_are_asked_for(first, last, pages):
+    """What lies beside a result belongs to others."""
+    memory = np.frombuffer(mmap.mmap(-1, 5 * HUGE), np.uint8)
+    start = -(-memory.ctypes.data // HUGE) * HUGE  # with a page before it or behind it
+    extension().prefer_huge_pages(start + first, last - first)
+    ends = memory.ctypes.data, memory.ctypes.data + len(memory)
+    marked = [
+        ((max(begin, ends[0]) - start) / HUGE, (min(end, ends[1]) - start) / HUGE)
+        for begin, end, is_marked in mapped_areas()
+        if is_marked and begin < ends[1] and end > ends[0]
+    ]
+    assert marked == ([] if pages is None else [pages])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import tokenflex.projector
@@ -85,6 +86,29 @@ def test_a_hook_on_the_embedding_counts_in_packed_rows():
     assert not torch.allclose(plain, hooked)
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).logits, hooked)
+
+
+class ScaledTable(torch.Tensor):
+    """A table whose rows are computed as they are looked up, as quantised ones are."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs)
+        return 1.5 * result.as_subclass(torch.Tensor) if func is F.embedding else result
+
+
+def test_a_table_that_computes_its_rows_is_looked_up_for_packed_rows(fused):
+    model, inputs = tiny_model(), packed_inputs(prompts())
+    embedding = model.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda module, inputs, output: output * 1.5)
+    expected = without_tokens(model, inputs)
+    handle.remove()
+    table = embedding.weight.detach().as_subclass(ScaledTable)
+    embedding.weight = nn.Parameter(table, requires_grad=False)
+    fused.clear()
+    assert type(embedding.weight) is ScaledTable
+    torch.testing.assert_close(without_tokens(model, inputs), expected)
+    assert fused == []
 
 
 class Adapted(nn.Linear):

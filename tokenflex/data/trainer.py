@@ -166,6 +166,8 @@ def model_inputs(batch: PackedBatch) -> dict[str, Any]:
         "num_image_tokens": batch.num_image_tokens,
         "grids": batch.grids,
         "pixel_values": batch.pixel_values,
+        # Trainer has no use for them, and without them the projector writes into the packed row.
+        "output_image_hidden_states": False,
     }
     if len(batch.pixel_values):
         # accelerate cuts all tensors of an IterableDataset's batch to the length of its first one.

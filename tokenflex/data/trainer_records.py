@@ -16,6 +16,7 @@ from tokenflex.data.packing import PackingCollator
 from tokenflex.data.records import read_record
 from tokenflex.data.samples import Conversation, Sample
 from tokenflex.data.sequences import IGNORE, TokenSequence
+from tokenflex.files import check_utf8
 from tokenflex.images import load_image
 from tokenflex.models.chat import IMAGE_MARK, image_pattern, read_chat
 from tokenflex.models.conversations import is_same_image
@@ -66,6 +67,27 @@ def read_example(record: Any, place: int, packer: PackingCollator) -> Example:
         TypeError, ValueError: it is of no such form; the message names its place.
     """
     name = f"records[{place}]"
+    example = _read(record, name, packer)
+    if not example.sequences:
+        raise ValueError(f"{name} must hold at least one conversation, got none")
+    for i, sequence in enumerate(example.sequences):
+        if not len(sequence.ids):
+            where = name if len(example.sequences) == 1 else f"{name}: conversation {i}"
+            raise ValueError(f"{where} must hold at least one token, got {_shown(record)}")
+    return example
+
+
+def _shown(record: Any) -> str:
+    """Return what a record without tokens holds in their place, for a message."""
+    keys = [*(key for form in _FORMS.values() for key in form), "attention_mask"]
+    held = {} if isinstance(record, Sample) else {key: record.get(key) for key in keys}
+    return (
+        " and ".join(f"{key} {held[key]!r:.60}" for key in held if held[key] is not None) or "none"
+    )
+
+
+def _read(record: Any, name: str, packer: PackingCollator) -> Example:
+    """Read a record whose name is ``name``, with or without tokens."""
     if isinstance(record, Sample):
         return _encode(record, packer)
     if not isinstance(record, Mapping):
@@ -275,7 +297,9 @@ def _read_texts(
     """Read a prompt with its completion, or a text that is learned whole."""
     processor = packer.processor
     keys = ("text",) if record.get("text") is not None else ("prompt", "completion")
-    texts = [record[key] for key in keys]
+    texts = [check_utf8(record[key], f"{name}.{key}") for key in keys]
+    if keys[-1] == "completion" and not texts[-1]:
+        raise ValueError(f"{name}.completion must hold text to learn from, got ''")
     pattern = image_pattern(processor.image_start, processor.image_token, processor.image_end)
     parts = [
         processor.tokenizer(
@@ -308,9 +332,12 @@ def _read_features(
                 f"{name}.{column} must be as long as input_ids, {len(ids)}, got {len(value)}"
             )
         columns[column] = value
+    _check_bounds(ids, f"{name}.input_ids", other=processor.image_token_id)
+    _check_bounds(columns["labels"], f"{name}.labels", other=IGNORE)
     is_image = ids == processor.image_token_id
     keep = torch.ones_like(is_image)
     if record.get("attention_mask") is not None:
+        _check_bounds(columns["attention_mask"], f"{name}.attention_mask", most=1)
         keep = columns["attention_mask"].bool()
         if bool((is_image & ~keep).any()):
             raise ValueError(f"{name}.attention_mask must not hide placeholders of images")
@@ -382,6 +409,19 @@ def _ints(value: Any, name: str) -> torch.Tensor:
     return row.reshape(-1).to("cpu", torch.int64)
 
 
+def _check_bounds(
+    values: torch.Tensor, name: str, *, most: int = 2**31 - 1, other: int | None = None
+) -> None:
+    """Refuse ints outside of [0, ``most``] that are not ``other``; the message names the first."""
+    outside = (values < 0) | (values > most)
+    if other is not None:
+        outside &= values != other
+    if bool(outside.any()):
+        place = int(outside.nonzero()[0])
+        wanted = f"in [0, {most}]" if other is None else f"in [0, {most}] or {other}"
+        raise ValueError(f"{name}[{place}] must be {wanted}, got {int(values[place])}")
+
+
 def _first_of_runs(
     is_image: torch.Tensor, num_tiles: int, tokens_per_tile: int, name: str
 ) -> torch.Tensor:
@@ -416,6 +456,11 @@ def _pixels_of(record: Mapping[str, Any], name: str) -> torch.Tensor | None:
         raise ValueError(
             f"{name}.pixel_values must be [tiles, channels, height, width] or [tiles, patches, "
             f"width], got shape {list(pixels.shape)}"
+        )
+    if 0 in pixels.shape[1:]:
+        raise ValueError(
+            f"{name}.pixel_values must have tiles of at least one pixel, got shape "
+            f"{list(pixels.shape)}"
         )
     return pixels.detach().cpu().contiguous()
 

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenflex_kernels import merge_vision, pack_embeddings, plan_packing
+from tokenflex_kernels import merge_vision, pack_embeddings, plan_packing, unpack_vision
 from tokenflex_kernels.packing import ops
 
 IMAGE = -200
@@ -139,6 +139,22 @@ def test_a_row_map_that_changes_before_the_backward_pass_is_an_error():
     rows.copy_(torch.arange(VISION))
     with pytest.raises(RuntimeError, match="row map of merge_vision was modified"):
         torch.autograd.grad(out.sum(), embeds)
+
+
+@pytest.mark.parametrize("changed", ["source", "vision_rows"])
+@pytest.mark.parametrize("name", ["pack_embeddings", "unpack_vision"])
+def test_either_map_of_a_plan_that_changes_before_the_backward_pass_is_an_error(name, changed):
+    plan = plan_packing([[1, IMAGE, 2]], [3], IMAGE)
+    if name == "pack_embeddings":
+        leaf = torch.randn(6, 5, requires_grad=True)
+        out = pack_embeddings(leaf, torch.randn(3, 5), plan)
+    else:
+        leaf = torch.randn(5, 5, requires_grad=True)
+        out = unpack_vision(leaf, plan)
+    assert torch.autograd.grad(out.sum(), leaf, retain_graph=True)[0].shape == leaf.shape
+    getattr(plan, changed).add_(0)  # even to the same numbers: versions are what tells
+    with pytest.raises(RuntimeError, match=f"row map of {name} was modified"):
+        torch.autograd.grad(out.sum(), leaf)
 
 
 def test_a_mode_sees_the_ops_of_a_backward_pass():
