@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -504,6 +505,18 @@ class TestKeys:
         assert call_key("swiglu", (rows[0], *weights)) is None
         assert len({id(result) for result in results}) == len(rows)
         torch.autograd.grad(sum(result.sum() for result in results), rows)
+
+    def test_the_precision_of_float32_products_has_kinds_of_its_own(self, monkeypatch):
+        keys = set()
+        for precision in ("ieee", "tf32"):
+            # In the place of PyTorch's own, whose newer and older switches are not to be mixed.
+            settings = SimpleNamespace(fp32_precision=precision)
+            monkeypatch.setattr(torch.backends.cuda, "matmul", settings)
+            keys |= {
+                call_key("swiglu", (rows(dtype=dtype), *gated_of(WIDTH, HIDDEN, dtype)))
+                for dtype in (torch.float32, BFLOAT16)
+            }
+        assert len(keys) == 3  # products of bfloat16 have one precision
 
     def test_inference_mode_has_kinds_of_its_own(self):
         x, weights = torch.randn(4, WIDTH), gated_of(WIDTH, HIDDEN)
