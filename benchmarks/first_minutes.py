@@ -77,8 +77,8 @@ class Step:
     tuned: bool = False
 
 
-# The kernels at their real sizes first. What needs more packages is left to `pytest -m gpu`.
-TESTS = ("tests/kernels/test_kernels_on_gpu.py", "tests/kernels", "tests/benchmarks/test_on_gpu.py")
+# In the order of tests/continued.py. What needs more packages is left to `pytest -m gpu`.
+TESTS = ("tests/kernels", "tests/benchmarks/test_on_gpu.py")
 
 
 def steps(out: Path, budget: float) -> list[Step]:
@@ -87,7 +87,9 @@ def steps(out: Path, budget: float) -> list[Step]:
     table = out / TABLE
     pip = ("pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--editable", ".")
     smoke = ("tokenflex_kernels.smoke", "--csv", str(out / "smoke.csv"), "--seconds", "{seconds}")
-    tests = ("pytest", "-v", f"--junitxml={out / 'gpu-tests.xml'}", *TESTS, "-m")
+    slices = ("tests.continued", "--results", str(out / "gpu-tests.csv"), "--seconds", "{seconds}")
+    report = f"--junitxml={out / 'gpu-tests.xml'}"  # of the last call alone
+    tests = ("pytest", "-v", "-p", *slices, report, *TESTS, "-m")
     tune = ("tokenflex_kernels.tune", "--table", str(table), "--csv", str(out / "tune.csv"))
     on_gpu = ("--device", "cuda", "--seconds", "{seconds}", "--out")
     benchmarks = ("benchmarks", *on_gpu, str(out), "--resume")
@@ -99,12 +101,18 @@ def steps(out: Path, budget: float) -> list[Step]:
     if budget < FULL_SECONDS:
         return [
             *first,
-            Step("quick-tests", (*module, *tests, "gpu and not slow"), share=0.4, limit=150),
+            Step(
+                "quick-tests",
+                (*module, *tests, "gpu and not slow"),
+                share=0.4,
+                limit=150,
+                margin=15,
+            ),
             Step("targets", (*module, *benchmarks, "--targets"), share=1.0, margin=12),
         ]
     return [
         *first,
-        Step("tests", (*module, *tests, "gpu"), share=0.4, limit=150),
+        Step("tests", (*module, *tests, "gpu"), share=0.4, limit=150, margin=15),
         Step("tune", (*module, *tune, "--seconds", "{seconds}"), share=0.4, margin=10),
         Step("benchmarks", module + benchmarks, share=0.8, margin=12, tuned=True),
         Step("training", module + training, share=1.0, limit=75, margin=35, tuned=True),

@@ -20,6 +20,7 @@ import torch
 from tokenflex_kernels import backend, launch, launch_configs, relaunch
 from tokenflex_kernels.call_records import forget_records
 from tokenflex_kernels.pool_norm import op as pool_norm
+from tokenflex_kernels.project_and_pack import op as project_and_pack
 from tokenflex_kernels.project_tokens import op as project_tokens
 from tokenflex_kernels.swiglu import op as swiglu
 
@@ -119,7 +120,7 @@ def stubbed_gpu(note: Note | None = None) -> Iterator[None]:
 def unrecorded() -> Iterator[None]:
     """Record no calls."""
     with ExitStack() as stack:
-        for module in (pool_norm, project_tokens, swiglu):
+        for module in (pool_norm, project_and_pack, project_tokens, swiglu):
             stack.enter_context(mock.patch.object(module, "may_be_recorded", return_value=False))
         yield
 

@@ -83,7 +83,8 @@ def test_steps_run_in_order_for_the_gpu_at_hand(machine):
     pip, smoke, tests, tune, benchmarks, training = machine.calls
     assert {"--no-index", "--no-deps", "--no-build-isolation"} <= set(pip.split())
     assert f"--csv {machine.out}/smoke.csv --seconds" in smoke
-    assert f"--junitxml={machine.out}/gpu-tests.xml tests/kernels/" in tests
+    assert f"-p tests.continued --results {machine.out}/gpu-tests.csv --seconds" in tests
+    assert f"--junitxml={machine.out}/gpu-tests.xml tests/kernels" in tests
     assert tests.endswith(" -m gpu")
     assert f"--table {machine.out}/launch_configs.json --csv {machine.out}/tune.csv" in tune
     assert "-m benchmarks --device cuda --seconds" in benchmarks

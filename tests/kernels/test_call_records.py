@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,15 @@ from benchmarks.stubbed_gpu import by_triton_alone, stubbed_gpu, unrecorded
 from tests.kernels.common import GATED, NORM, PARAMETERS, SAVES, gated_of, parameters_of
 from tests.kernels.conftest import INTERPRETED
 from tests.kernels.test_library import DispatchMode, FunctionMode
-from tokenflex_kernels import call_records, plan_pooling, pool_norm, project_tokens, swiglu
+from tokenflex_kernels import (
+    call_records,
+    plan_packing,
+    plan_pooling,
+    pool_norm,
+    project_and_pack,
+    project_tokens,
+    swiglu,
+)
 from tokenflex_kernels import launch as launching
 from tokenflex_kernels.call_records import RecordedStage, call_key, record_stage
 from tokenflex_kernels.launch_configs import launch_config, overriding
@@ -55,7 +64,7 @@ def stages_run(monkeypatch):
         (swiglu_stages, "launch_gate_up"),
     ):
         stage = getattr(module, name)
-        for user in ("pool_norm", "swiglu", "project_tokens"):
+        for user in ("pool_norm", "swiglu", "project_tokens", "project_and_pack"):
             op = __import__(f"tokenflex_kernels.{user}.op", fromlist=["op"])
             recorded = __import__("tokenflex_kernels.project_tokens.recorded", fromlist=["op"])
             for place in (op, recorded):
@@ -92,10 +101,22 @@ def projector_weights(dtype=BFLOAT16):
     return parameters_of(WIDTH, HIDDEN, TEXT, dtype)
 
 
+def packed_of(dtype=BFLOAT16):
+    return {"embedding": torch.randn(5, TEXT).to(dtype), **projector_weights(dtype)}
+
+
+PLAN = plan_packing([[1, 9, 2], [9, 3]], [4, 2], 9)
+
+
+def pack(x, plan=PLAN, **options):
+    return project_and_pack(x, IN_GRIDS, OUT_GRIDS, plan=plan, **options)
+
+
 OPS = [
     pytest.param(pool, norm_of, id="pool_norm"),
     pytest.param(unit, unit_weights, id="swiglu"),
     pytest.param(project, projector_weights, id="project_tokens"),
+    pytest.param(pack, packed_of, id="project_and_pack"),
 ]
 
 
@@ -174,7 +195,7 @@ class TestLaunches:
             counts.append(len(stages_run))
         # The first call with gradients reaches the stages by their ops.
         assert counts[2:] == [0, 0]
-        assert counts[1] == (2 if op is project else 1)
+        assert counts[1] == (2 if op in (project, pack) else 1)
 
     def test_a_tensor_that_came_twice_may_come_as_two(self, launched):
         same, other = rows(HIDDEN), rows(HIDDEN)
@@ -230,6 +251,21 @@ class TestKinds:
             if name.endswith("bias"):
                 calls.append(partial(project, x, **weights | {name: None}))
         assert self.first_calls(calls) == len(calls) - 1
+
+    def test_of_packing(self, launched):
+        x, tensors = rows(), packed_of()
+        trained = tensors["embedding"].clone().requires_grad_()
+        calls = [
+            partial(pack, x, **tensors),
+            partial(pack, x, **tensors, save="input"),
+            partial(pack, x, **tensors | {"embedding": torch.randn(6, TEXT).to(BFLOAT16)}),
+            partial(pack, x, **tensors | {"embedding": trained}),
+        ]
+        assert self.first_calls(calls) == len(calls) - 1
+        # Another plan is no other kind.
+        assert (
+            self.first_calls([calls[0], partial(calls[0], plan_packing([[9, 9]], [4, 2], 9))]) == 0
+        )
 
     def test_streams(self, launched, monkeypatch):
         x, norm = rows(), norm_of()
@@ -328,6 +364,31 @@ class TestErrors:
                 project(x, **weights, save="all")
             with pytest.raises(ValueError, match="bias needs"):
                 pool(x, bias=x[0])
+
+    def test_plans_that_do_not_go_with_a_recorded_call(self, launched):
+        x, tensors = rows(), packed_of()
+        for _ in range(3):
+            pack(x, **tensors)
+        for plan, match in (
+            (plan_packing([[9]], [4], 9), "plan must have a vision token for each cell"),
+            (plan_packing([[9, 7, 9]], [4, 2], 9), "embedding must have a row for every text"),
+            (plan_packing([[9, 9, 9]], [4, 1, 2], 9), "plan must have a vision token"),
+            (PLAN.to("meta"), "plan must be on the device"),
+            (None, "plan must be a PackPlan"),
+        ):
+            with pytest.raises((TypeError, ValueError), match=match):
+                pack(x, plan, **tensors)
+        for _ in range(3):
+            for embedding in (None, x[0, 0], x):
+                with pytest.raises((TypeError, ValueError), match="embedding must"):
+                    pack(x, **tensors | {"embedding": embedding})
+
+    def test_images_that_are_shown_twice_are_packed_by_two_calls(self, launched):
+        x, tensors = rows(), packed_of()
+        twice = plan_packing([[9, 9, 9]], [4, 2], 9, image_index=[0, 1, 1])
+        for _ in range(3):
+            pack(x, **tensors)
+        assert pack(x, twice, **tensors).shape == (8, TEXT)
 
 
 class TestRecords:
@@ -504,6 +565,18 @@ class TestKeys:
         assert call_key("swiglu", (rows[0], *weights)) is None
         assert len({id(result) for result in results}) == len(rows)
         torch.autograd.grad(sum(result.sum() for result in results), rows)
+
+    def test_the_precision_of_float32_products_has_kinds_of_its_own(self, monkeypatch):
+        keys = set()
+        for precision in ("ieee", "tf32"):
+            # In the place of PyTorch's own, whose newer and older switches are not to be mixed.
+            settings = SimpleNamespace(fp32_precision=precision)
+            monkeypatch.setattr(torch.backends.cuda, "matmul", settings)
+            keys |= {
+                call_key("swiglu", (rows(dtype=dtype), *gated_of(WIDTH, HIDDEN, dtype)))
+                for dtype in (torch.float32, BFLOAT16)
+            }
+        assert len(keys) == 3  # products of bfloat16 have one precision
 
     def test_inference_mode_has_kinds_of_its_own(self):
         x, weights = torch.randn(4, WIDTH), gated_of(WIDTH, HIDDEN)

@@ -21,7 +21,15 @@ from tests.kernels.common import (
     rows_of,
     run,
 )
-from tokenflex_kernels import call_records, pool_norm, project_tokens, swiglu
+from tokenflex_kernels import (
+    call_records,
+    plan_packing,
+    pool_norm,
+    project_and_pack,
+    project_tokens,
+    swiglu,
+)
+from tokenflex_kernels.backend import extension
 from tokenflex_kernels.call_records import forget_records
 
 pytestmark = ON_TRITON
@@ -48,6 +56,22 @@ def unit(x, gate_weight, up_weight, gate_bias=None, up_bias=None, **_):
 
 def project(x, save="preactivation", **parameters):
     return project_tokens(x, FEW_IN_GRIDS, FEW_OUT_GRIDS, **parameters, save=save)
+
+
+# Two images whose rows lie apart, follow one another, and come in the other order.
+PLANS = [
+    plan_packing(prompts, [4, 3], 9, image_index=order)
+    for prompts, order in (
+        ([[1, 9, 2], [9, 3]], None),
+        ([[1, 9, 9]], None),
+        ([[9], [4, 9]], [1, 0]),
+    )
+]
+
+
+def pack(plan, x, **tensors):
+    grids = FEW_IN_GRIDS, FEW_OUT_GRIDS
+    return project_and_pack(x, *grids, plan=plan.to(x.device), **tensors)
 
 
 def inputs_of(device, dtype=torch.float32):
@@ -94,6 +118,21 @@ class TestAgainstFirstCalls:
                     expected = run(op, inputs, gradient, wanted)
                 for name, value in expected.items():
                     assert torch.equal(ours[name], value), (name, wanted)
+
+    @pytest.mark.skipif(extension() is None, reason="needs the extension")
+    @pytest.mark.parametrize(
+        "wanted", [None, ["embedding"], ["x"], ["down_weight", "embedding"], ["down_bias"]]
+    )
+    def test_packing_with_another_plan_in_each_call(self, device, wanted):
+        for call, plan in enumerate(PLANS * 2):
+            inputs = {"embedding": torch.randn(5, TEXT).to(device), **inputs_of(device)}
+            gradient = torch.randn(plan.num_tokens, TEXT).to(device)
+            ours = run(partial(pack, plan), inputs, gradient, wanted)
+            with unrecorded():
+                expected = run(partial(pack, plan), inputs, gradient, wanted)
+            assert recorded() == (call > 0)
+            for name, value in expected.items():
+                assert torch.equal(ours[name], value), (name, call)
 
 
 class TestTensors:

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tokenflex_kernels.launch import launch
+from tokenflex_kernels.launch import launch, pair_source, pair_stride
 
 
 @pytest.fixture
@@ -77,3 +77,12 @@ def test_tf32_is_used_only_if_the_user_allows_it(setting, expected):
     # A process of its own: PyTorch refuses to mix its older and newer switches.
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [expected, "ieee"]
+
+
+@pytest.mark.parametrize("beyond", [False, True])
+def test_a_descriptor_holds_no_pair_that_is_2_to_the_40_bytes_apart(beyond):
+    first, second = torch.zeros(2, 4, 16).unbind()
+    distance = 2**40 if beyond else 2**40 - 16
+    second.data_ptr = lambda: first.data_ptr() + distance
+    assert pair_stride(first, second) == (None if beyond else distance // 4)
+    assert (pair_source(second, first, [2, 4, 16]) is None) == beyond

@@ -19,7 +19,7 @@ from tests.ptx.parse import PtxError
 
 CLASSES = ("global", "shared", "shuffle", "tensor", "special", "control", "other")
 COLUMNS = (
-    *("architecture", "case", "kernel", "programs", "warps", "error_share", "races"),
+    *("architecture", "case", "kernel", "config", "programs", "warps", "error_share", "races"),
     *("bytes_loaded", "bytes_stored"),
     *(f"{name}_instructions" for name in CLASSES),
 )
@@ -36,6 +36,7 @@ def rows_of(case: Case, outcome: Outcome) -> list[dict[str, object]]:
             "architecture": case.architecture,
             "case": case.name,
             "kernel": execution.kernel,
+            "config": execution.config,
             "programs": execution.programs,
             "warps": execution.warps,
             "error_share": f"{worst:.3f}",

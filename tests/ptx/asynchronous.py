@@ -157,6 +157,19 @@ def _barrier_at(block: Block, address: int) -> Barrier:
     return block.barriers[address]
 
 
+def _access_barrier(block: Block, mask: Mask, address: int, writes: bool = False) -> None:
+    """Record that the warps of ``mask`` use a barrier object: they may, all at once.
+
+    To begin or end it is a write to its memory, which another barrier has to order.
+    """
+    warps = np.unique(block.warp_of if mask is None else block.warp_of[mask])
+    places = np.full(len(warps), address)
+    if writes:
+        block.shared.store(places, np.zeros((len(warps), 1), np.uint64), warps)
+    elif address in block.barriers:
+        block.shared.load(places, 8, 1, warps)
+
+
 @decodes("mbarrier.init")
 def _init_barrier(instruction: Instruction, program: Program) -> Step:
     read_address = program.operands.address(instruction.operands[0])
@@ -166,6 +179,7 @@ def _init_barrier(instruction: Instruction, program: Program) -> Step:
         address, count = uniform(mask, read_address(block)), uniform(mask, read_count(block))
         if address % 8 or not 0 <= address <= block.shared.size - 8:
             raise PtxError(f"a barrier object cannot be at {address} of shared memory")
+        _access_barrier(block, mask, address, writes=True)
         block.barriers[address] = Barrier(count, count)
 
     return step
@@ -179,6 +193,7 @@ def _end_barrier(instruction: Instruction, program: Program) -> Step:
         address = uniform(mask, read_address(block))
         if _barrier_at(block, address).copies:
             block.report("a barrier object ends before its loads are waited for")
+        _access_barrier(block, mask, address, writes=True)
         del block.barriers[address]
 
     return step
@@ -196,6 +211,8 @@ def _arrive(instruction: Instruction, program: Program) -> Step:
     def step(block: Block, mask: Mask) -> None:
         threads = np.arange(program.threads) if mask is None else np.nonzero(mask)[0]
         addresses, values = read_address(block), read_last(block)
+        for address in np.unique(addresses[threads]):
+            _access_barrier(block, mask, int(address))
         for thread in threads:
             barrier = _barrier_at(block, int(addresses[thread]))
             if announces:
@@ -216,7 +233,9 @@ def _wait_for_barrier(instruction: Instruction, program: Program) -> Step:
     true = np.ones(program.threads, np.bool_)
 
     def step(block: Block, mask: Mask) -> None:
-        barrier = _barrier_at(block, uniform(mask, read_address(block)))
+        address = uniform(mask, read_address(block))
+        _access_barrier(block, mask, address)
+        barrier = _barrier_at(block, address)
         if barrier.phase % 2 == uniform(mask, read_parity(block)) % 2:
             barrier.finish(block)
         write(block, true, mask)
@@ -375,7 +394,9 @@ def _bulk_copy(instruction: Instruction, program: Program) -> Step:
             else:
                 block.shared.begin_write(tags[:, None], np.full(len(tags), thread // 32))
                 block.execution.bytes_loaded += moved
-                barrier = _barrier_at(block, int(read_barrier(block)[thread]))
+                at = int(read_barrier(block)[thread])
+                _access_barrier(block, block.lanes == thread, at)
+                barrier = _barrier_at(block, at)
                 load = BulkLoad(tensor_map, corner, elements, tags[:, None], tensor_map.box_bytes)
                 barrier.copies.append(load)
 

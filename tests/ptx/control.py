@@ -62,9 +62,18 @@ def _fence(instruction: Instruction, program: Program) -> Step:
     return step
 
 
+@decodes("wgmma.fence")
+def _fence_registers(instruction: Instruction, program: Program) -> Step:
+    def step(block: Block, mask: Mask) -> None:
+        _refuse_disagreement(mask, "reach a fence")
+        block.registers.unfenced.clear()
+
+    return step
+
+
 @decodes(
     *("bar.warp.sync", "fence", "membar", "griddepcontrol", "prefetch", "prefetchu", "nanosleep"),
-    *("wgmma.fence", "setmaxnreg", "pmevent", "discard", "fence.mbarrier_init", "barrier.cluster"),
+    *("setmaxnreg", "pmevent", "discard", "fence.mbarrier_init", "barrier.cluster"),
 )
 def _nothing(instruction: Instruction, program: Program) -> Step:
     return lambda block, mask: None

@@ -237,14 +237,14 @@ def executing(
             text = edit(kernel.__name__, text)
         chosen = None if blocks is None else list(blocks(programs))
         tensors = [value for value in flat if isinstance(value, torch.Tensor)]
-        executions.append(
-            remembered(
-                text,
-                _describe(flat, programs, chosen),
-                [*tensors, *_described(flat), *memory],
-                lambda: _run(text, shared_bytes, flat, programs, chosen, memory),
-            )
+        execution = remembered(
+            text,
+            _describe(flat, programs, chosen),
+            [*tensors, *_described(flat), *memory],
+            lambda: _run(text, shared_bytes, flat, programs, chosen, memory),
         )
+        execution.config = " ".join(f"{name}={value}" for name, value in options.items())
+        executions.append(execution)
 
     with _replaced(run, architecture), _filled():
         yield executions

@@ -78,6 +78,7 @@ class Execution:
         programs: of the launch.
         executed: the programs that ran: all, or those asked for.
         warps: of a program.
+        config: the constants and options that it was compiled with, where stages launched it.
         instructions: warp-instructions of the executed programs together, by class: "global" and
             "shared" memory, "shuffle", "tensor" core, "special" function, "control", "other".
             A PTX instruction counts once for each warp, whether or not its predicate holds.
@@ -93,6 +94,7 @@ class Execution:
     programs: int
     executed: int = 0
     warps: int = 0
+    config: str = ""
     instructions: Counter[str] = field(default_factory=Counter)
     opcodes: Counter[str] = field(default_factory=Counter)
     bytes_loaded: int = 0

@@ -40,12 +40,14 @@ class Registers:
     Attributes:
         values: the bits by name; a register that was never written is absent.
         in_flight: registers that an asynchronous product will write, by name.
+        unfenced: registers that were written since the last wgmma.fence.
     """
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self.values: dict[str, Vector] = {}
         self.in_flight: dict[str, Any] = {}
+        self.unfenced: set[str] = set()
 
     def missing(self, name: str) -> PtxError:
         if name in self.in_flight:
@@ -53,6 +55,7 @@ class Registers:
         return PtxError(f"{name} is read, but was never written")
 
     def write(self, name: str, bits: Vector, mask: Mask) -> None:
+        self.unfenced.add(name)
         if mask is not None:
             old = self.values.get(name)
             if old is None:

@@ -268,6 +268,9 @@ def _multiply_later(instruction: Instruction, program: Program) -> Step:
     def step(block: Block, mask: Mask) -> None:
         if mask is not None:
             raise PtxError("some threads take part in a product and others do not")
+        # The accumulators of a product in flight are ordered, as are those that it left.
+        if not block.registers.unfenced.isdisjoint((*names, *left_names)):
+            block.report("multiplies registers that were written since the last wgmma.fence")
         left_bits = [read(block) for read in left_readers]
         scales, rights = read_scale(block), read_right(block)
         lefts = None if read_left is None else read_left(block)

@@ -26,7 +26,7 @@ WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, \[%r\d+\], "
 DESCRIPTOR = (1 << 62) | (64 << 32)  # a swizzle of 128 bytes, groups of rows of 1024
 PRODUCT_WAIT = r"wgmma\.wait_group\.sync\.aligned "
 
-# The name of a bug, the kernel, what is replaced, by what, and which of the matches: all for None.
+# The name of a bug, the kernel, what is replaced, by what, and which of the matches.
 BUGS = [
     # Barriers. The first of the products' kernels orders nothing: nothing was read before it.
     *(("a dropped barrier", "wgmma", r"bar\.sync\s+0;", "", place) for place in (1, 2, 3, 4)),
@@ -49,6 +49,8 @@ BUGS = [
     ("a weaker last wait for products", "wgmma", f"({PRODUCT_WAIT})0", r"\g<1>1", 0),
     ("no group of products", "wgmma", r"wgmma\.commit_group\.sync\.aligned;", "", 0),
     ("no fence before products", "wgmma", r"fence\.proxy\.async\.shared::cta;", "", 0),
+    ("no fence of registers", "wgmma", r"wgmma\.fence\.sync\.aligned;", "", 0),
+    ("no fence of registers", "tma", r"wgmma\.fence\.sync\.aligned;", "", 0),
     ("no fence before a store", "tma", r"fence\.proxy\.async\.shared::cta;", "", 0),
     ("no wait for a barrier object", "tma", rf"{WAIT}%r\d+", "setp.eq.u32 complete, 0, 0", 0),
     ("a wait for the phase before", "tma", rf"({WAIT})%r\d+", r"\g<1>1", 0),

@@ -239,6 +239,48 @@ def test_operands_that_threads_wrote_need_a_fence():
         assert races == [] if words is None else words in races[0]
 
 
+@pytest.mark.parametrize(
+    ("before", "is_ordered"),
+    [
+        ("wgmma.fence.sync.aligned;", True),
+        ("wgmma.fence.sync.aligned; mov.b32 %unused, 0;", True),
+        ("", False),
+        ("wgmma.fence.sync.aligned; mov.b32 %c3, 0f00000000;", False),
+    ],
+)
+def test_registers_that_threads_wrote_need_a_fence(before, is_ordered):
+    a, b, _ = operands("0, 0")
+    out = torch.zeros(128, 8)
+    arguments = [*(map_of(tensor, (64, 64), 128) for tensor in (a, b)), out]
+    text = product_kernel(64).replace("wgmma.fence.sync.aligned;", before)
+    races = execute(text, arguments, 1, memory=[a, b]).races
+    words = "registers that were written since the last wgmma.fence"
+    assert all(words in race for race in races)
+    assert (races == []) == is_ordered
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"bar.sync 0;": ""}, "reads shared memory that another warp wrote"),
+        ({"ret;": "bar.sync 0; @%one mbarrier.inval.shared.b64 [%bar]; ret;"}, None),
+        ({"ret;": "@%one mbarrier.inval.shared.b64 [%bar]; ret;"}, "that another warp read"),
+        ({"ret;": "bar.sync 0; st.shared.b32 [%bar], 0; ret;"}, None),
+        ({"ret;": "@%one st.shared.b32 [%bar], 0; ret;"}, "that another warp read"),
+    ],
+)
+def test_barriers_order_the_first_and_the_last_use_of_a_barrier_object(changes, words):
+    a, b, _ = operands("0, 0")
+    out = torch.zeros(128, 8)
+    text = product_kernel(64)
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    arguments = [*(map_of(tensor, (64, 64), 128) for tensor in (a, b)), out]
+    races = execute(text, arguments, 1, memory=[a, b]).races
+    assert races == [] if words is None else any(words in race for race in races)
+
+
 def test_many_lanes_of_numpy_agree_with_torch():
     """bfloat16 is rounded as PyTorch rounds it, ties and infinities included."""
     from tests.ptx.operands import round_to_bf16

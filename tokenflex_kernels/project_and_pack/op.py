@@ -18,6 +18,14 @@ from typing import Any
 import torch
 
 from tokenflex_kernels.backend import select_backend
+from tokenflex_kernels.call_records import (
+    SEEN,
+    are_same,
+    call_key,
+    find_record,
+    keep_record,
+    needs_grad,
+)
 from tokenflex_kernels.checks import Grid, autocast_enabled, check_eps, check_like
 from tokenflex_kernels.library import (
     UnpackedContext,
@@ -26,18 +34,26 @@ from tokenflex_kernels.library import (
     differentiable_once,
     is_eager,
     is_ordinary,
+    may_be_recorded,
     record_apply,
 )
 from tokenflex_kernels.packing import ops
 from tokenflex_kernels.packing.embeddings import check_table, pack_embeddings
 from tokenflex_kernels.packing.plan import PackPlan
 from tokenflex_kernels.pool_norm.axis_weights import check_mode
-from tokenflex_kernels.pool_norm.op import beyond_triton, check_plan, host_plan
+from tokenflex_kernels.pool_norm.op import (
+    beyond_triton,
+    check_plan,
+    device_plan,
+    dtypes_of,
+    host_plan,
+)
 from tokenflex_kernels.pool_norm.plan import PoolPlan, grids_of
 from tokenflex_kernels.pool_norm.stages import launch_pool_norm_forward
 from tokenflex_kernels.project_and_pack import native
 from tokenflex_kernels.project_and_pack.stages import launch_packed_down, packed_down
 from tokenflex_kernels.project_tokens import native as native_tokens
+from tokenflex_kernels.project_tokens import recorded
 from tokenflex_kernels.project_tokens.op import (
     SAVE_CHOICES,
     Gradients,
@@ -114,6 +130,10 @@ def project_and_pack(
     )
     if is_ordinary(x):
         packed = _on_host(x, in_grids, out_grids, embedding, plan, weights, mode, eps, save)
+        if packed is not None:
+            return packed
+    if may_be_recorded("project_and_pack", x):
+        packed = _on_device(x, in_grids, out_grids, embedding, plan, weights, mode, eps, save)
         if packed is not None:
             return packed
     pooling = check_plan(x, in_grids, out_grids)
@@ -321,6 +341,90 @@ def _on_host(
         return packed
     out: torch.Tensor = _record_on_host(*leaves, (packed, kept, batch, plan))
     return out
+
+
+class ProjectAndPackOnDevice(torch.autograd.Function):
+    """Record the call that computed the last argument: packed, what is kept, and the batch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        *weights, embedding, (packed, kept, grids, mode, save, plan) = arguments
+        maps = grids, plan.source, plan.vision_rows
+        ctx.save_for_backward(*kept, *weights[:-1], *maps)
+        ctx.batch, ctx.save = (x.shape[0], mode), save
+        ctx.norm_dtypes = dtypes_of(x, *weights[:2])
+        ctx.table_rows, ctx.vision_start = embedding.shape[0], plan.vision_start
+        result: torch.Tensor = packed
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        return *ProjectAndPack.backward(ctx, grad)[:TENSORS], None
+
+
+_record_on_device = record_apply(ProjectAndPackOnDevice)
+
+
+def _on_device(
+    x: torch.Tensor,
+    in_grids: Sequence[Grid] | PoolPlan,
+    out_grids: Sequence[Grid] | None,
+    embedding: torch.Tensor,
+    plan: PackPlan,
+    weights: ProjectorWeights,
+    mode: str,
+    eps: float,
+    save: str,
+) -> torch.Tensor | None:
+    """Return the result of a call of a kind that came before; None for other calls.
+
+    The plan of the packing is no part of a kind: its launches are made anew in every call.
+    """
+    pooling, bounds = device_plan(in_grids, out_grids, mode, eps), _usual_bounds(plan, x)
+    if pooling is None or bounds is None or type(save) is not str:
+        return None
+    leaves = x, *weights, embedding
+    key = call_key("project_and_pack", leaves, pooling, mode, eps, save)
+    call = None if key is None else find_record(key)
+    if key is None or call is None:
+        return None
+    if call is SEEN:
+        check_plan(x, in_grids, out_grids)
+        check_mode(mode)
+        check_eps(eps)
+        check_save(save)
+        if not are_same(check_weights(x, weights), weights) or beyond_triton(x):
+            return None
+        check_table(embedding, plan)
+        _check_packing(x, embedding, plan, pooling, weights)
+        needs = needs_grad(leaves)
+        product, kept, call = recorded.record(x, weights, pooling, mode, eps, save, needs)
+        keep_record(key, call)
+    elif bounds[0] != pooling.num_cells or bounds[1] > embedding.shape[0]:
+        return None  # of another plan than the recorded call's
+    else:
+        product, kept = call(x, weights)
+    with torch.no_grad():
+        down = weights.down_weight, weights.down_bias
+        maps = plan.source, plan.vision_rows, plan.vision_start
+        packed = packed_down.below(product, *down, embedding, *maps)
+    if not call.is_differentiated:
+        return packed
+    batch = pooling.grids, mode, save, plan
+    result: torch.Tensor = _record_on_device(*leaves, (packed, kept, *batch))
+    return result
+
+
+def _usual_bounds(plan: PackPlan, x: torch.Tensor) -> tuple[int, int, int] | None:
+    """Return the bounds of a plan that recorded calls on ``x`` pack by; None for other plans."""
+    if (
+        type(plan) is not PackPlan
+        or not plan.shown_once
+        or plan.source.device != x.device
+        or select_backend("pack_embeddings", x.device) == "reference"
+    ):
+        return None
+    return plan.bounds
 
 
 fused_project_and_pack = define_fused(

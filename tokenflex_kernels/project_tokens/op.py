@@ -12,9 +12,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from tokenflex_kernels.backend import select_backend
-from tokenflex_kernels.call_records import SEEN, are_same, call_key, find_record, keep_record
+from tokenflex_kernels.call_records import (
+    SEEN,
+    are_same,
+    call_key,
+    find_record,
+    keep_record,
+    needs_grad,
+)
 from tokenflex_kernels.checks import (
     Grid,
     check_eps,
@@ -395,15 +403,16 @@ def _on_device(
         check_save(save)
         if not are_same(check_weights(x, weights), weights) or beyond_triton(x):
             return None
-        out, kept, call = recorded.record(x, weights, plan, mode, eps, save)
+        needs = needs_grad((x, *weights))
+        product, kept, call = recorded.record(x, weights, plan, mode, eps, save, needs)
         keep_record(key, call)
     else:
-        out, kept = call(x, weights)
+        product, kept = call(x, weights)
+    with torch._C._AutoDispatchBelowAutograd():
+        out = F.linear(product, weights.down_weight, weights.down_bias)
     if not call.is_differentiated:
-        result: torch.Tensor = out
-        return result
-    batch = plan.grids, mode, save
-    result = _record_on_device(x, *weights, (out, kept, *batch))
+        return out
+    result: torch.Tensor = _record_on_device(x, *weights, (out, kept, plan.grids, mode, save))
     return result
 
 

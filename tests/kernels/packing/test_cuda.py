@@ -41,6 +41,7 @@ def inputs(plan, width=2048, dtype=torch.float32, device="cuda"):
     return table, vision, torch.randn(plan.num_tokens, width, dtype=dtype, device=device)
 
 
+@pytest.mark.first
 @pytest.mark.parametrize(("dtype", "width"), list(itertools.product(DTYPES, (2048, 1155, 2, 1))))
 def test_values_are_those_of_the_cpu(dtype, width):
     """Wide rows and rows of odd widths, forward and backward."""

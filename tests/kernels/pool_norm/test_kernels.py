@@ -67,6 +67,7 @@ def check_batch(
     return check(*ours_and_peer(in_grids, out_grids, **options), inputs, gradient, ulps=ulps)
 
 
+@pytest.mark.first
 class TestAgainstFloat64:
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -44,6 +44,7 @@ CONFIGS = [
 ]
 
 
+@pytest.mark.first
 class TestAgainstFloat64:
     @pytest.mark.parametrize(("save", "config"), [(SAVES[0], FUSED), (SAVES[1], None)])
     def test_forward_and_backward(self, device, products, config, save):
@@ -81,6 +82,7 @@ class TestStage:
         text = F.embedding(source.clamp(min=0), embedding)
         return text.index_copy(0, vision_rows.long(), F.linear(product, weight, bias))
 
+    @pytest.mark.first
     @pytest.mark.parametrize("config", CONFIGS[:3])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_random_shapes_are_as_close_to_float64_as_pytorch(

@@ -128,6 +128,83 @@ def test_other_kinds_of_calls_have_graphs_of_their_own(gpu, weights):
     assert gpu.captures == len(project) == len(calls)
 
 
+def test_the_precision_of_float32_products_has_a_graph_of_its_own(gpu, weights, monkeypatch):
+    project = CapturedProjection()
+    half = {name: value.bfloat16() for name, value in weights.items()}
+    with torch.no_grad():
+        for precision in ("ieee", "tf32", "ieee"):
+            settings = SimpleNamespace(fp32_precision=precision)
+            monkeypatch.setattr(torch.backends.cuda, "matmul", settings)
+            project(patches(), IN_GRIDS, OUT_GRIDS, **weights)
+            project(patches().bfloat16(), IN_GRIDS, OUT_GRIDS, **half)
+    assert gpu.captures == 2 + 1
+
+
+def test_a_backend_has_a_graph_of_its_own(gpu, weights, monkeypatch):
+    project = CapturedProjection()
+    x = patches()
+    with torch.no_grad():
+        for backend in ("reference", "native", "reference"):
+            monkeypatch.setenv("TOKENFLEX_BACKEND", backend)
+            tokens = project(x, IN_GRIDS, OUT_GRIDS, **weights)
+            assert torch.equal(tokens, project_tokens(x, IN_GRIDS, OUT_GRIDS, **weights))
+    assert gpu.captures == 2
+
+
+def test_weights_at_one_address_are_told_apart(gpu, weights):
+    """By strides, shape and dtype: a graph of the one would read the other wrongly."""
+    memory = torch.randn(TEXT, HIDDEN)
+    square = {**weights, "down_weight": torch.randn(HIDDEN, HIDDEN)}
+    calls = [
+        {**weights, "down_weight": memory},
+        {**weights, "down_weight": memory.view(HIDDEN, TEXT).T},
+        {**weights, "down_weight": memory[: TEXT // 2], "down_bias": weights["down_bias"][:8]},
+        {**weights, "down_bias": weights["down_bias"][:1].expand(TEXT)},
+        square,
+        {**square, "down_weight": square["down_weight"].T},
+    ]
+    calls[4]["down_bias"] = calls[5]["down_bias"] = torch.randn(HIDDEN)
+    x = patches()
+    project = CapturedProjection()
+    with torch.no_grad():
+        for _ in range(2):
+            for arguments in calls:
+                tokens = project(x, IN_GRIDS, OUT_GRIDS, **arguments)
+                assert torch.equal(tokens, project_tokens(x, IN_GRIDS, OUT_GRIDS, **arguments))
+        assert gpu.captures == len(project) == len(calls)
+        half = {name: value.view(-1).half() for name, value in weights.items()}
+        others = {
+            name: value.view(torch.bfloat16).view(weights[name].shape)
+            for name, value in half.items()
+        }
+        half = {name: value.view(weights[name].shape) for name, value in half.items()}
+        project(x.half(), IN_GRIDS, OUT_GRIDS, **half)
+        tokens = project(x.bfloat16(), IN_GRIDS, OUT_GRIDS, **others)
+        assert tokens.dtype == torch.bfloat16
+        assert gpu.captures == len(calls) + 2
+
+
+def test_autocast_tells_the_dtypes_of_patches_apart(gpu, weights):
+    project = CapturedProjection()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.bfloat16):
+            x = patches().to(dtype)
+            tokens = project(x, IN_GRIDS, OUT_GRIDS, **weights)
+            assert torch.equal(tokens, project_tokens(x, IN_GRIDS, OUT_GRIDS, **weights))
+    assert gpu.captures == 3
+
+
+@pytest.mark.parametrize("shape", [(1, WIDTH), (15, WIDTH), (16, 1)])
+def test_other_patches_than_those_of_a_graph_are_refused(gpu, weights, shape):
+    """Also those that a copy to the graph's patches would repeat."""
+    project = CapturedProjection()
+    with torch.no_grad():
+        project(patches(), IN_GRIDS, OUT_GRIDS, **weights)
+        with pytest.raises(ValueError, match=r"x must|gate_weight|norm_weight"):
+            project(torch.randn(shape), IN_GRIDS, OUT_GRIDS, **weights)
+    assert gpu.replays == 1
+
+
 def test_a_plan_is_the_kind_of_its_grids(gpu, weights):
     project = CapturedProjection()
     plan = plan_pooling(IN_GRIDS, OUT_GRIDS)

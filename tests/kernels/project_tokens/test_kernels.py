@@ -72,6 +72,7 @@ def gradient_of(device, text=20, dtype=torch.float32, out_grids=FEW_OUT_GRIDS):
     return torch.randn(rows_of(out_grids), text).to(device, dtype)
 
 
+@pytest.mark.first
 class TestAgainstFloat64:
     @pytest.mark.parametrize("save", SAVES)
     @pytest.mark.parametrize("config", CONFIGS[1:])

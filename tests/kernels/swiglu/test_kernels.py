@@ -56,6 +56,7 @@ def check_swiglu(device, inputs, wanted=None):
     check(swiglu, eager_swiglu, draws, gradients, wanted)
 
 
+@pytest.mark.first
 class TestAgainstFloat64:
     @pytest.mark.parametrize("config", CONFIGS)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)

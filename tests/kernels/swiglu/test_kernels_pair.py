@@ -50,6 +50,7 @@ def check_pair(inputs):
     check(swiglu, eager_swiglu, inputs, torch.randn(len(x), len(gate)).to(x))
 
 
+@pytest.mark.first
 class TestAgainstFloat64:
     @pytest.mark.parametrize(
         ("gate_at", "up_at", "dtype"),
