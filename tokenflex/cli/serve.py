@@ -141,7 +141,7 @@ def _serve(options: argparse.Namespace) -> int:
         host, port = bound.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
 
-        def tell() -> None:
+        def tell(_: object) -> None:
             print(f"{names[0]} is served at http://{shown}:{port}/v1", flush=True)
 
         run(server, bound, tell)

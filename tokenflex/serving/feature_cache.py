@@ -132,7 +132,7 @@ def digest(pixels: torch.Tensor, grids: Sequence[Grid] = ()) -> bytes:
     values = pixels.detach().cpu().contiguous()
     header = f"{values.dtype} {tuple(values.shape)} {[tuple(grid) for grid in grids]} "
     hashed = hashlib.sha256(header.encode())
-    hashed.update(values.flatten().view(torch.uint8).numpy())
+    hashed.update(values.flatten().view(torch.uint8).numpy().data)
     return hashed.digest()
 
 

@@ -111,8 +111,7 @@ class ServedModel(ABC):
 
     def __init__(self, model: Any, processor: Any, limits: Limits, cache_bytes: int) -> None:
         self.model, self.processor, self.limits = model, processor, limits
-        # Its values have more than one tensor; all that it needs of them is their size.
-        self.cache: Any = FeatureCache(cache_bytes)
+        self.cache: FeatureCache[EncodedImages] = FeatureCache(cache_bytes)
         self.encoded_images = 0
         text_config = model.config.get_text_config()
         self.positions = getattr(text_config, "max_position_embeddings", None) or 2**31
@@ -323,17 +322,6 @@ def _text_of(part: dict[str, Any]) -> str:
     return text
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """Encoded images with the size that the cache reads."""
-
-    images: EncodedImages
-
-    @property
-    def nbytes(self) -> int:
-        return self.images.features.nbytes
-
-
 class TokenFlexServed(ServedModel):
     """A TokenFLEX checkpoint. Each picture is encoded, and kept, on its own."""
 
@@ -385,18 +373,15 @@ class TokenFlexServed(ServedModel):
             self._check_grids(prompt.tile_counts, prompt.features.grids)
 
     def _encoded(self, prompt: Prompt, data: dict[str, Any]) -> EncodedImages:
-        pixels, grids = data["pixel_values"], data.get("grids")
+        grids = data.get("grids")
 
-        def encode(_: torch.Tensor) -> _Encoded:
+        def encode(pixels: torch.Tensor) -> EncodedImages:
             prompt.encoder_passes += 1
             self.encoded_images += 1
-            return _Encoded(self.model.encode_images(pixels.to(self.model.device), grids))
+            encoded: EncodedImages = self.model.encode_images(pixels.to(self.model.device), grids)
+            return encoded
 
-        key = pixels
-        if grids is not None:  # patches of two blank pictures are alike, and their grids are not
-            key = torch.cat([pixels.flatten(), torch.tensor(grids).flatten().to(pixels)])
-        kept: _Encoded = self.cache.features(key, encode)
-        return kept.images
+        return self.cache.features(data["pixel_values"], encode, grids or ())
 
     def _choose(self, prompt: Prompt, encoded: Sequence[EncodedImages]) -> Iterator[TokenCount]:
         """Return the counts of the images that are to be chosen.
@@ -515,6 +500,7 @@ class ConvertedServed(ServedModel):
             }
             return encode_patches(base, on_device)
 
+        # All inputs tell pictures apart: sizes and masks as well as pixels.
         shapes = torch.tensor([size for tensor in tensors for size in (-1, *tensor.shape)])
         key = torch.cat([tensor.flatten().double() for tensor in [shapes, *tensors]])
         prompt.features = self.cache.features(key, encode)

@@ -400,14 +400,16 @@ def chunk(
 class _Uvicorn(uvicorn.Server):
     """A uvicorn that gives answers in flight some time, and then ends them in order."""
 
-    def __init__(self, config: uvicorn.Config, server: Server, on_ready: Callable[[], None]):
+    def __init__(
+        self, config: uvicorn.Config, server: Server, on_ready: Callable[[uvicorn.Server], None]
+    ) -> None:
         super().__init__(config)
         self._server, self._on_ready = server, on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            self._on_ready()
+            self._on_ready(self)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._server.batcher.finish(self._server.options.grace_seconds)
@@ -438,7 +440,7 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def run(server: Server, bound: socket.socket, on_ready: Callable[[], None] = lambda: None) -> None:
+def run(server: Server, bound: socket.socket, on_ready: Callable[[uvicorn.Server], None]) -> None:
     """Serve until SIGTERM or Ctrl-C.
 
     Answers in flight are finished, for at most ``grace_seconds``. A second Ctrl-C does not wait.
@@ -446,7 +448,8 @@ def run(server: Server, bound: socket.socket, on_ready: Callable[[], None] = lam
     Args:
         server: the application.
         bound: a bound socket, see :func:`bind`. It is closed.
-        on_ready: called once requests are answered.
+        on_ready: called with uvicorn's server once requests are answered; to end it, set its
+            ``should_exit``.
 
     Raises:
         ReportedError: another process listens at the address.
