@@ -43,18 +43,8 @@ from tokenflex_kernels import info
 pytestmark = pytest.mark.usefixtures("own_accelerator_and_threads")
 
 COMMANDS = (
-    *(
-        "info",
-        "train",
-        "evaluate",
-        "harness",
-        "route",
-        "generate",
-        "convert",
-        "ablate",
-        "plot",
-        "serve",
-    ),
+    *("info", "train", "evaluate", "harness", "route", "generate", "convert", "ablate", "plot"),
+    "serve",
 )
 BAR = re.compile(r"\d+%\||\| \d+/\d+ \[")
 
