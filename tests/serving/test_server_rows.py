@@ -115,19 +115,19 @@ def shares(number: int, values: torch.Tensor, **options) -> list[float]:
 
 def test_draws_follow_the_temperature():
     values = scores(0.5, 0.3, 0.2)
-    assert shares(4000, values, temperature=1.0) == pytest.approx([0.5, 0.3, 0.2], abs=0.03)
+    assert shares(1500, values, temperature=1.0) == pytest.approx([0.5, 0.3, 0.2], abs=0.05)
     squared = torch.tensor([0.25, 0.09, 0.04])
     expected = (squared / squared.sum()).tolist()
-    assert shares(4000, values, temperature=0.5) == pytest.approx(expected, abs=0.03)
+    assert shares(1500, values, temperature=0.5) == pytest.approx(expected, abs=0.05)
     assert shares(100, values, temperature=1e-8) == [1, 0, 0]
 
 
 def test_top_p_keeps_the_fewest_tokens_that_reach_it():
     values = scores(0.2, 0.5, 0.3)
-    assert shares(2000, values, temperature=1.0, top_p=0.5) == [0, 1, 0]
-    drawn = shares(4000, values, temperature=1.0, top_p=0.51)
-    assert drawn == pytest.approx([0, 0.625, 0.375], abs=0.03)
-    assert all(shares(2000, values, temperature=1.0, top_p=1.0))
+    assert shares(500, values, temperature=1.0, top_p=0.5) == [0, 1, 0]
+    drawn = shares(1500, values, temperature=1.0, top_p=0.51)
+    assert drawn == pytest.approx([0, 0.625, 0.375], abs=0.05)
+    assert all(shares(500, values, temperature=1.0, top_p=1.0))
 
 
 def test_suppressed_tokens_are_never_drawn():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import warnings
 from pathlib import Path
 
 from tokenflex.cli.common import device, quiet_libraries
@@ -108,6 +109,7 @@ def _serve(options: argparse.Namespace) -> int:
     from tokenflex.serving.chat_request import Limits
     from tokenflex.serving.served import load_served
 
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about the files of strangers
     os.environ["TOKENFLEX_MAX_PIXELS"] = str(options.max_pixels)
     bound = bind(options.host, options.port)  # before the model: a full port is told at once
     limits = Limits(
