@@ -82,6 +82,47 @@ def test_requests_of_different_counts_are_one_generate(served):
     assert [a.usage["encoder_passes"] for a in answers] == [1, 1, 0, 1, 0, 0]
 
 
+def test_new_pictures_of_a_batch_are_encoded_in_one_pass():
+    """Each once, whoever shows it; the answers are those of pictures that are encoded alone."""
+    served = tiny_served()
+    encode, calls = served.model.encode_images, []
+
+    def counted(pixels, grids=None):
+        calls.append(len(pixels))
+        return encode(pixels, grids)
+
+    served.model.encode_images = counted
+    harness = Harness(served)
+    seeds = [(1,), (2,), (1, 3), (2,)]
+    for shown in seeds:
+        harness.submit(chat(*map(image_part, shown), num_image_tokens=9))
+    answers = harness.run()
+    assert calls == [3]
+    assert [a.usage["encoder_passes"] for a in answers] == [1, 1, 1, 0]
+    del served.model.encode_images
+    assert [a.texts[0] for a in answers] == [alone(served, [*shown], 9) for shown in seeds]
+
+
+def test_a_picture_that_cannot_be_encoded_fails_alone(served):
+    """Pictures of a batch are encoded together, and one by one where that fails."""
+    encode = served.model.encode_images
+
+    def failing(pixels, grids=None):
+        if len(pixels) > 1:
+            raise RuntimeError("together")
+        return encode(pixels, grids)
+
+    harness = Harness(served)
+    for seed in (501, 502):
+        harness.submit(chat(image_part(seed), num_image_tokens=4))
+    served.model.encode_images = failing
+    try:
+        answers = harness.run()
+    finally:
+        del served.model.encode_images
+    assert [a.texts[0] for a in answers] == [alone(served, [s], 4) for s in (501, 502)]
+
+
 def test_rows_of_a_batch_have_their_own_lengths_and_draws(served):
     bodies = [
         chat(image_part(1), num_image_tokens=4, max_tokens=2),

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,10 +140,9 @@ class Batcher:
             if not jobs:
                 return
             self._running = jobs
-            try:
-                self._answer([job for job in jobs if self._read(job)])
-            finally:
-                self._running = []
+            self._encode_ahead(jobs)
+            self._answer([job for job in jobs if self._read(job)])
+            self._running = []
             del jobs  # before the next wait: pictures are large
 
     def _take(self) -> list[Job]:
@@ -162,6 +162,13 @@ class Batcher:
                 jobs.append(self._waiting.popleft())
                 rows += jobs[-1].sampling.n
             return jobs
+
+    def _encode_ahead(self, jobs: Sequence[Job]) -> None:
+        wanted = [job.prompt for job in jobs if not job.cancelled.is_set()]
+        # What fails here fails again where a request is read, and is told there.
+        with suppress(Exception):
+            if not self._is_over:
+                self.served.encode_ahead(wanted)
 
     def _read(self, job: Job) -> bool:
         """Read the images of a request; return False if it ends here."""

@@ -41,11 +41,14 @@ from tokenflex.prompts import expand_placeholders, left_padded
 from tokenflex.routing.ladder import trained_counts
 from tokenflex.routing.storage import has_router, load_router
 from tokenflex.serving.chat_request import ChatRequest, Limits, RequestError, Sampling
-from tokenflex.serving.feature_cache import FeatureCache
+from tokenflex.serving.feature_cache import FeatureCache, digest
 from tokenflex.serving.rows import Row, RowMonitor, RowSampler
 
 CHARACTERS_PER_TOKEN = 128
 """Longest text of a token that a prompt may average: more is refused before it is tokenized."""
+
+TILES_AT_ONCE = 32
+"""The most inputs of the encoder in one pass."""
 
 
 @contextmanager
@@ -70,6 +73,7 @@ class Prompt:
         tiles: inputs of the encoder that each image became.
         budget: the most vision tokens of all images together.
         max_tokens: of each answer; None until :meth:`ServedModel.read`.
+        ahead: images that were encoded together with those of other prompts, by their index.
         features: of the images, after :meth:`ServedModel.read`.
         encoder_passes: images that the encoder read for this prompt.
     """
@@ -80,6 +84,7 @@ class Prompt:
     tiles: list[int]
     budget: int | None
     max_tokens: int | None
+    ahead: dict[int, EncodedImages] = field(default_factory=dict)
     features: Any = None
     encoder_passes: int = 0
     token_types: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -93,6 +98,14 @@ class Prompt:
     def tile_counts(self) -> list[TokenCount]:
         """The count of each tile."""
         return [n for n, tiles in zip(self.counts, self.tiles, strict=True) for _ in range(tiles)]
+
+
+class PictureCache(FeatureCache[EncodedImages]):
+    """A feature cache that says what it has."""
+
+    def has(self, key: bytes) -> bool:
+        """Return whether the features of this :func:`digest` are kept."""
+        return key in self._features
 
 
 class ServedModel(ABC):
@@ -111,7 +124,7 @@ class ServedModel(ABC):
 
     def __init__(self, model: Any, processor: Any, limits: Limits, cache_bytes: int) -> None:
         self.model, self.processor, self.limits = model, processor, limits
-        self.cache: FeatureCache[EncodedImages] = FeatureCache(cache_bytes)
+        self.cache = PictureCache(cache_bytes)
         self.encoded_images = 0
         text_config = model.config.get_text_config()
         self.positions = getattr(text_config, "max_position_embeddings", None) or 2**31
@@ -250,6 +263,9 @@ class ServedModel(ABC):
 
     # ---- prompts to answers, in the model's thread
 
+    def encode_ahead(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027
+        """Encode new pictures of several prompts together, where the model can."""
+
     @torch.no_grad()
     def read(self, prompt: Prompt) -> None:
         """Encode the images of a prompt, unless their features are kept, and choose counts.
@@ -359,8 +375,34 @@ class TokenFlexServed(ServedModel):
             raise RequestError("messages must hold a text or an image, got neither", "messages")
         return prompt
 
+    @torch.no_grad()
+    def encode_ahead(self, prompts: Sequence[Prompt]) -> None:
+        new: dict[bytes, tuple[Prompt, int, torch.Tensor]] = {}
+        for prompt in prompts:
+            for i, data in enumerate(prompt.inputs):
+                pixels = data["pixel_values"]
+                if data.get("grids") is None and not self.cache.has(key := digest(pixels)):
+                    new.setdefault(key, (prompt, i, pixels))
+        batch: list[tuple[Prompt, int, torch.Tensor]] = []
+        for picture in [*new.values(), None]:
+            tiles = sum(len(pixels) for *_, pixels in batch)
+            if batch and (picture is None or tiles + len(picture[2]) > TILES_AT_ONCE):
+                self._encode_batch(batch)
+                batch = []
+            if picture is not None:
+                batch.append(picture)
+
+    def _encode_batch(self, batch: Sequence[tuple[Prompt, int, torch.Tensor]]) -> None:
+        if len(batch) < 2:
+            return  # :meth:`read` does it
+        pixels = torch.cat([pixels for *_, pixels in batch])
+        encoded = self.model.encode_images(pixels.to(self.model.device))
+        ends = accumulate(len(pixels) for *_, pixels in batch)
+        for (prompt, i, pixels), end in zip(batch, ends, strict=True):
+            prompt.ahead[i] = encoded.select(range(end - len(pixels), end))
+
     def _read_images(self, prompt: Prompt) -> None:
-        encoded = [self._encoded(prompt, data) for data in prompt.inputs]
+        encoded = [self._encoded(prompt, i) for i in range(len(prompt.inputs))]
         prompt.features = join_encoded(encoded)
         prompt.inputs = None
         if AUTO in prompt.counts:
@@ -372,13 +414,16 @@ class TokenFlexServed(ServedModel):
         else:
             self._check_grids(prompt.tile_counts, prompt.features.grids)
 
-    def _encoded(self, prompt: Prompt, data: dict[str, Any]) -> EncodedImages:
+    def _encoded(self, prompt: Prompt, i: int) -> EncodedImages:
+        data = prompt.inputs[i]
         grids = data.get("grids")
 
         def encode(pixels: torch.Tensor) -> EncodedImages:
             prompt.encoder_passes += 1
             self.encoded_images += 1
-            encoded: EncodedImages = self.model.encode_images(pixels.to(self.model.device), grids)
+            encoded = prompt.ahead.pop(i, None)
+            if encoded is None:
+                encoded = self.model.encode_images(pixels.to(self.model.device), grids)
             return encoded
 
         return self.cache.features(data["pixel_values"], encode, grids or ())
