@@ -38,6 +38,8 @@ from tokenflex.models.loading import load_checkpoint
 from tokenflex.routing.ladder import trained_counts
 
 RESULT = Path("docs/results/serving/server.json")
+PAGE = Path("docs/serving/server.md")
+BEGIN, END = "<!-- table: speed -->\n", "<!-- end of table -->"
 MAX_TOKENS = 4
 AGAIN = 8
 """Pictures of the workload that asks about the same ones again."""
@@ -74,7 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clients", type=int, default=16, help="at a time")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
-    write_json(options.out, measure(**{k: v for k, v in vars(options).items() if k != "out"}))
+    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    result = measure(**settings)
+    write_json(options.out, result)
+    if options.out == RESULT:
+        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+        page = before + BEGIN + table(result) + END + rest.split(END, 1)[1]
+        PAGE.write_text(page, encoding="utf-8")
     print(f"written to {options.out}")
 
 
@@ -194,6 +202,24 @@ def row(name: str, pictures: str, batches: Sequence[Sequence[Question]]) -> dict
         "vision_tokens": sum(q.usage["vision_tokens"] for q in asked),
         "encoder_passes": sum(q.usage["encoder_passes"] for q in asked),
     }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the table of the page about the server."""
+    lines = [
+        "| counts | pictures | requests/s, median (range) of rounds | median ms of a request | "
+        "vision tokens | encoder passes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for figures in result["rows"]:
+        asked = figures["requests"]
+        lines.append(
+            f"| {figures['counts']} | {figures['pictures']} | {figures['requests_per_second']} "
+            f"({figures['slowest_round']} to {figures['fastest_round']}) | "
+            f"{figures['median_milliseconds']} | {figures['vision_tokens']} in {asked} requests | "
+            f"{figures['encoder_passes']} in {asked} requests |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
