@@ -267,11 +267,10 @@ def test_a_client_that_hangs_up_frees_its_place():
             while len(steps) < 3:
                 time.sleep(0.01)
             connection.close()
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 100
             while client.metric("requests_running") and time.monotonic() < deadline:
                 time.sleep(0.05)
-            taken = len(steps)
-            assert taken < 150
+            assert len(steps) < 150
             slow.clear()
             assert client.post(chat(image_part(1))).status == 200
         assert client.metric('requests_total{status="499"}') == 2
@@ -395,6 +394,13 @@ def test_a_mistake_in_an_image_is_named(client, image, words):
     body = chat({"type": "image_url", "image_url": image})
     message = error_of(client, body)["message"]
     assert all(word in message for word in ["messages[0].content[0]", *words]), message
+
+
+def test_a_budget_that_leaves_too_little_is_named_as_it_came(client):
+    body = chat(image_part(1), image_part(2), num_image_tokens=[16, "auto"], budget=18)
+    message = error_of(client, body)["message"]
+    assert "at least 20" in message
+    assert "got 18" in message
 
 
 def test_counts_said_twice_are_refused(client):
@@ -569,6 +575,17 @@ def test_a_body_that_never_ends_times_out():
         assert b" 408 " in connection.recv(2**16).splitlines()[0]
         connection.close()
         assert client.get("/health").status == 200
+
+
+def test_bodies_that_wait_are_bounded_together():
+    """What was read is given back; a body for which there is no room gets 503."""
+    size = len(json.dumps(chat(image_part(1))))
+    with running(tiny_served(), max_bytes=2 * size) as client:
+        for _ in range(4):
+            assert client.post(chat(image_part(1))).status == 200
+    with running(tiny_served(), max_bytes=size // 2) as client:
+        assert client.post(chat(image_part(1))).error["code"] == "overloaded"
+        assert client.post(chat(question="read r1c1")).status == 200
 
 
 def test_a_full_house_answers_503():

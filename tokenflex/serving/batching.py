@@ -148,10 +148,7 @@ class Batcher:
     def _take(self) -> list[Job]:
         """Return the next requests; none at the end."""
         with self._changed:
-            while True:
-                self._waiting = deque(j for j in self._waiting if not j.cancelled.is_set())
-                if self._waiting or self._is_over:
-                    break
+            while not self._waiting and not self._is_over:
                 left = None if self._deadline is None else self._deadline - time.monotonic()
                 self._changed.wait(left)
             jobs: list[Job] = []

@@ -38,7 +38,7 @@ from tokenflex.models.loading import load_checkpoint
 from tokenflex.models.ristretto import MODEL_TYPE as RISTRETTO
 from tokenflex.models.vision import EncodedImages
 from tokenflex.prompts import expand_placeholders, left_padded
-from tokenflex.routing.ladder import trained_counts
+from tokenflex.routing.ladder import known_counts, trained_counts
 from tokenflex.routing.storage import has_router, load_router
 from tokenflex.serving.chat_request import ChatRequest, Limits, RequestError, Sampling
 from tokenflex.serving.feature_cache import FeatureCache, digest
@@ -93,6 +93,12 @@ class Prompt:
     def image_tokens(self) -> list[int]:
         """Vision tokens of each image in all of its tiles, once the counts are chosen."""
         return [tokens_of(n) * tiles for n, tiles in zip(self.counts, self.tiles, strict=True)]
+
+    @property
+    def fixed_tokens(self) -> int:
+        """Vision tokens of the images whose counts need not be chosen."""
+        pairs = zip(self.counts, self.tiles, strict=True)
+        return sum(tokens_of(count) * tiles for count, tiles in pairs if count != AUTO)
 
     @property
     def tile_counts(self) -> list[TokenCount]:
@@ -211,13 +217,12 @@ class ServedModel(ABC):
         return counts
 
     def _check_text(self, request: ChatRequest) -> None:
-        contents = [message["content"] for message in request.messages]
-        texts = [
-            text
-            for content in contents
-            for text in ([content] if isinstance(content, str) else map(_text_of, content))
-        ]
-        characters, most = sum(map(len, texts)), self.max_prompt_tokens * CHARACTERS_PER_TOKEN
+        characters = 0
+        for message in request.messages:
+            content = message["content"]
+            parts = [{"text": content}] if isinstance(content, str) else content
+            characters += sum(len(part.get("text", "")) for part in parts)
+        most = self.max_prompt_tokens * CHARACTERS_PER_TOKEN
         if characters > most:
             raise RequestError(
                 f"messages must be of at most {self.max_prompt_tokens} tokens together, got "
@@ -228,21 +233,17 @@ class ServedModel(ABC):
 
     def _check_vision_tokens(self, request: ChatRequest, prompt: Prompt) -> None:
         """Refuse too many vision tokens of fixed counts, before anything of their size is made."""
-        fixed = [
-            tokens_of(count) * tiles
-            for count, tiles in zip(prompt.counts, prompt.tiles, strict=True)
-            if count != AUTO
-        ]
-        if sum(fixed) > self.max_prompt_tokens:
+        fixed = prompt.fixed_tokens
+        if fixed > self.max_prompt_tokens:
             raise RequestError(
                 f"num_image_tokens must give at most {self.max_prompt_tokens} vision tokens "
-                f"together, got {sum(fixed)}",
+                f"together, got {fixed}",
                 "num_image_tokens",
                 code="context_length_exceeded",
             )
-        if request.budget is not None and sum(fixed) > request.budget:
+        if request.budget is not None and fixed > request.budget:
             raise RequestError(
-                f"budget must be at least {sum(fixed)}, the vision tokens that num_image_tokens "
+                f"budget must be at least {fixed}, the vision tokens that num_image_tokens "
                 f"and detail give to images, got {request.budget}",
                 "budget",
             )
@@ -331,11 +332,6 @@ class ServedModel(ABC):
 
     @abstractmethod
     def _image_arguments(self, prompts: Sequence[Prompt], length: int) -> dict[str, Any]: ...
-
-
-def _text_of(part: dict[str, Any]) -> str:
-    text: str = part.get("text", "")
-    return text
 
 
 class TokenFlexServed(ServedModel):
@@ -438,20 +434,20 @@ class TokenFlexServed(ServedModel):
         places = (ids == image_token_id).nonzero().flatten()
         keep = torch.ones_like(ids, dtype=torch.bool)
         keep[places[~torch.tensor(is_open)]] = False
-        fixed = [
-            tokens_of(count) * tiles
-            for count, tiles in zip(prompt.counts, prompt.tiles, strict=True)
-            if count != AUTO
-        ]
-        budget = None if prompt.budget is None else prompt.budget - sum(fixed)
         tiles = [tiles for tiles, free in zip(prompt.tiles, is_open, strict=True) if free]
         images = [image for image, free in zip(encoded, is_open, strict=True) if free]
-        if budget is not None and budget < 1:
-            raise RequestError(
-                f"budget must leave tokens for {len(images)} more images, got {prompt.budget}, of "
-                f"which other images have {sum(fixed)}",
-                "budget",
-            )
+        budget = None
+        if prompt.budget is not None:
+            with callers_mistake("budget"):
+                each = tokens_of(known_counts(self.model)[0])
+            fewest = prompt.fixed_tokens + sum(tiles) * each
+            if prompt.budget < fewest:
+                raise RequestError(
+                    f"budget must be at least {fewest}, the fewest vision tokens that the images "
+                    f"of the request can have, got {prompt.budget}",
+                    "budget",
+                )
+            budget = prompt.budget - prompt.fixed_tokens
         with callers_mistake("num_image_tokens" if budget is None else "budget"):
             chosen = self.model.choose_counts(
                 ids[keep][None],
