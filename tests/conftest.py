@@ -25,7 +25,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 _MODEL_TESTS = [
     *("data", "digits", "dropin", "evaluation", "experiments", "harnesses", "models"),
-    *("routing", "training"),
+    *("routing", "serving", "training"),
     *("test_answers.py", "test_cli.py", "test_docs.py", "test_examples.py", "test_plots.py"),
 ]
 _TRAINING_TESTS = ["experiments/ablation", "training", "test_cli.py"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, token_grids
 from tokenflex.dropin.families import VISION_ENCODERS, Deepstack, PatchGrids, vision_encoder
+from tokenflex.models.vision import EncodedImages
 from tokenflex_kernels import pool_norm
 
 _ENCODER_OPTIONS = ("output_hidden_states", "output_attentions")
@@ -96,6 +97,49 @@ def _merged(grid: torch.Tensor, merge: int) -> torch.Tensor:
     return cells.transpose(-4, -3).flatten(-3)
 
 
+@dataclass(frozen=True)
+class Patches(EncodedImages):
+    """Encoded images of a converted model, before its projector.
+
+    Attributes:
+        layers: For each language-model layer with features of its own, those features [sum of h*w,
+            D] and their (h, w) per image.
+    """
+
+    layers: tuple[tuple[torch.Tensor, list[Grid]], ...] = ()
+
+    @classmethod
+    def joined(cls, parts: Sequence[Patches]) -> Patches:
+        """Return the images of all parts, one part after another."""
+        layers = [
+            (torch.cat([maps for maps, _ in layer]), [grid for _, grids in layer for grid in grids])
+            for layer in zip(*(part.layers for part in parts), strict=True)
+        ]
+        features = torch.cat([part.features for part in parts])
+        return cls(features, tuple(grid for part in parts for grid in part.grids), tuple(layers))
+
+
+def encode_patches(base: Any, image_inputs: dict[str, Any]) -> Patches:
+    """Run the vision encoder of a converted base model, for any number of counts."""
+    patches = type(base)._tokenflex_family.patch_grids(base, **image_inputs)
+    rows, grids = flat_grids(patches, base.config.tokenflex["patch_merge"])
+    layers = patches.layers if isinstance(patches, Deepstack) else []
+    return Patches(rows, tuple(grids), tuple(flat_grids(maps) for maps in layers))
+
+
+def project_patches(base: Any, patches: Patches, counts: ImageTokenCounts | None) -> ImageOutputs:
+    """Project the images of a converted base model, each to its own count."""
+    family, config = type(base)._tokenflex_family, base.config
+    counts = default_count(config) if counts is None else counts
+    out_grids = token_grids(counts, len(patches), name="num_image_tokens")
+    sizes = [height * width for height, width in out_grids]
+    # Through __call__, and looked up at each call: PEFT and FSDP wrap the module.
+    projector = base.get_submodule(family.projector)
+    tokens = projector(patches.features, out_grids, grids=list(patches.grids))
+    layers = [list(pool_norm(*maps, out_grids).split(sizes)) for maps in patches.layers]
+    return ImageOutputs(pooler_output=list(tokens.split(sizes)), deepstack_features=layers or None)
+
+
 def image_features(
     base: Any,
     image_inputs: dict[str, Any],
@@ -106,23 +150,11 @@ def image_features(
 
     ``options`` may hold ``output_hidden_states`` and ``output_attentions``.
     """
-    family, config = type(base)._tokenflex_family, base.config
     with _recorded_encoder(base, options) as encoder_outputs:
-        patches = family.patch_grids(base, **image_inputs)
-    rows, in_grids = flat_grids(patches, config.tokenflex["patch_merge"])
-    counts = default_count(config) if counts is None else counts
-    out_grids = token_grids(counts, len(in_grids), name="num_image_tokens")
-    sizes = [height * width for height, width in out_grids]
-    # Through __call__, and looked up at each call: PEFT and FSDP wrap the module.
-    tokens = base.get_submodule(family.projector)(rows, out_grids, grids=in_grids)
-    layers = patches.layers if isinstance(patches, Deepstack) else None
-    if layers is not None:
-        layers = [list(pool_norm(*flat_grids(maps), out_grids).split(sizes)) for maps in layers]
-    return ImageOutputs(
-        pooler_output=list(tokens.split(sizes)),
-        deepstack_features=layers,
-        **{name: getattr(encoder_outputs, name, None) for name in _ENCODER_FIELDS},
-    )
+        patches = encode_patches(base, image_inputs)
+    outputs = project_patches(base, patches, counts)
+    fields = {name: getattr(encoder_outputs, name, None) for name in _ENCODER_FIELDS}
+    return ImageOutputs(**{**outputs, **fields})
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""Requests per second of ``tokenflex serve`` at fixed and mixed counts."""

@@ -1,0 +1,81 @@
+"""The pages about serving are true: links, the snippet, the options and the measured table."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.serving.server_tools import running, tiny_served
+from tokenflex.cli.parser import CommandLine
+from tokenflex.cli.serve import add_to
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs/serving"
+PAGE = (FOLDER / "server.md").read_text(encoding="utf-8")
+RESULT = json.loads((ROOT / "docs/results/serving/server.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", ["server.md", "README.md"])
+def test_links_lead_somewhere(name):
+    text = (FOLDER / name).read_text(encoding="utf-8")
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    assert targets
+    assert [t for t in targets if not (FOLDER / t).exists()] == []
+    headings = re.findall(r"^#+ (.+)$", PAGE, flags=re.MULTILINE)
+    anchors = {heading.lower().replace(" ", "-") for heading in headings}
+    assert {*re.findall(r"\]\(#([^)]+)\)", PAGE)} <= anchors
+
+
+def test_the_quick_start_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    served = tiny_served()
+    with running(served) as client:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(snippet.replace("127.0.0.1:8000", f"127.0.0.1:{client.port}"), {})
+    assert "'image_tokens': [9], 'encoder_passes': 1" in printed.getvalue()
+
+
+def test_the_table_of_bounds_holds_the_defaults():
+    line = CommandLine()
+    add_to(line)
+    options = vars(line.parser.parse_args(["serve", "MODEL"]))
+    rows = re.findall(r"^\| `--([a-z-]+)` \| ([^|]+) \|", PAGE, flags=re.MULTILINE)
+    assert len(rows) == 10
+    for name, default in rows:
+        value = options[name.replace("-", "_")]
+        assert default == ("the model's positions" if value is None else str(value))
+    for name in re.findall(r"`--([a-z-]+)`", PAGE):
+        assert name.replace("-", "_") in options
+
+
+def test_the_table_of_speed_is_the_measured_one():
+    from experiments.serving_load.__main__ import BEGIN, END, table
+
+    assert BEGIN + table(RESULT) + END in PAGE
+
+
+def test_what_was_measured_is_whole():
+    """No answer was lost or unlike generate's; pictures that were known cost no encoding."""
+    asked = RESULT["requests_a_round"] * RESULT["rounds"]
+    assert RESULT["answers"] == asked * len(RESULT["rows"])
+    assert RESULT["answers_unlike_generate"] == 0
+    rows = {(row["counts"], row["pictures"]): row for row in RESULT["rows"]}
+    assert {*rows} == {
+        *((name, "new") for name in ("4", "9", "16", "mixed")),
+        ("mixed", "asked again"),
+    }
+    for (name, pictures), row in rows.items():
+        assert row["requests"] == asked
+        if name != "mixed":
+            assert row["vision_tokens"] == int(name) * asked
+        if pictures == "new":
+            assert row["encoder_passes"] == asked
+        else:
+            assert row["encoder_passes"] < asked / 2
