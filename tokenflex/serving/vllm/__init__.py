@@ -1,8 +1,8 @@
 """vLLM serves TokenFLEX checkpoints, with a count of vision tokens per request and per image.
 
 vLLM calls :func:`register` in each of its processes, through the entry point
-``vllm.general_plugins``. It only tells vLLM names; what they stand for is imported when vLLM loads a
-TokenFLEX checkpoint.
+``vllm.general_plugins``. It only tells vLLM names; what they stand for is imported when vLLM loads
+a TokenFLEX checkpoint.
 """
 
 from __future__ import annotations
@@ -61,11 +61,12 @@ def register() -> None:
     """Tell vLLM about TokenFLEX checkpoints. Calling it again changes nothing."""
     try:
         # The Auto classes learn of our model where this package is imported.
-        import tokenflex  # noqa: F401
         from vllm import ModelRegistry
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
         from vllm.renderers.registry import RENDERER_REGISTRY
         from vllm.tokenizers.registry import TokenizerRegistry
+
+        import tokenflex  # noqa: F401
     except ImportError as error:  # other models must be served all the same
         logger.warning("tokenflex cannot be registered with this vLLM: %s", error)
         return

@@ -156,6 +156,8 @@ def _read_weights(checkpoint: str, prefixes: tuple[str, ...]) -> dict[str, torch
     tensors = {}
     for file in weight_files(checkpoint_folder(checkpoint)):
         with safe_open(file, framework="pt") as opened:
-            names = [name for name in opened.keys() if name.startswith(prefixes)]
-            tensors.update({name: opened.get_tensor(name) for name in names})
+            names: list[str] = opened.keys()
+            for name in names:
+                if name.startswith(prefixes):
+                    tensors[name] = opened.get_tensor(name)
     return tensors

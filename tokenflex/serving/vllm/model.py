@@ -1,15 +1,15 @@
 """The model as vLLM runs it: our encoder and projector before vLLM's own language model.
 
 Encoder and projector are the modules of :class:`tokenflex.models.modeling.TokenFlexModel`, so the
-projector's layers stay plain Linears and it runs as one fused op. Every process of a tensor-parallel
-group has them whole.
+projector's layers stay plain Linears and it runs as one fused op. Every process of a
+tensor-parallel group has them whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -51,6 +51,11 @@ class TokenFlexForVLLM(ImageFeatures, nn.Module, SupportsMultiModal, SupportsPP)
         feature_cache: encoder features by the pixels of an image, on the host. A picture that was
             encoded is projected to any other count without another pass of the encoder.
     """
+
+    if TYPE_CHECKING:  # of vLLM's interface
+        configure_mm_token_handling: Any
+        _mark_tower_model: Any
+        _mark_language_model: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()

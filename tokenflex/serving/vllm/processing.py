@@ -271,6 +271,11 @@ class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingIn
                 choices, options.per_image, chooser.known_counts, chooser.has_router
             )
         if AUTO in choices:
+            if options.choice.get("budget") is None and not chooser.has_router:
+                raise ValueError(
+                    "num_image_tokens 'auto' needs a router beside the checkpoint, which has none, "
+                    "or a budget; give a count"
+                )
             if options.choice.get("budget") is not None and set(choices) != {AUTO}:
                 raise ValueError(
                     "budget is for requests whose images all have num_image_tokens 'auto', got "
