@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,11 +13,18 @@ from tokenflex.models.loading import load_checkpoint
 
 pytest.importorskip("vllm", reason="vllm is not installed; make test-vllm installs it")
 
-from vllm.exceptions import VLLMValidationError  # noqa: E402
+from vllm.exceptions import VLLMValidationError
 
 NEW_TOKENS = 6
 A, B, WIDE = picture(1), picture(2), picture(3, (32, 96))
-GREEDY = {"temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True}
+GREEDY = {"temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True, "logprobs": 1}
+
+
+class Answer(NamedTuple):
+    """New tokens, and the log-probability of each."""
+
+    tokens: list[int]
+    logprobs: list[float]
 
 
 class Served:
@@ -42,8 +49,8 @@ class Served:
     def passes(self) -> int:
         return self.vllm_model.feature_cache.passes
 
-    def ask(self, *requests: tuple[str, list[Any], Any], **kwargs: Any) -> list[list[int]]:
-        """Return the new tokens of prompts with images and counts, all in one batch."""
+    def ask(self, *requests: tuple[str, list[Any], Any], **kwargs: Any) -> list[Answer]:
+        """Return the answers to prompts with images and counts, all in one batch."""
         prompts = [
             {
                 "prompt": text,
@@ -52,16 +59,39 @@ class Served:
             }
             for text, images, counts in requests
         ]
-        outputs = self.llm.generate(prompts, self.greedy, use_tqdm=False)
-        return [list(output.outputs[0].token_ids) for output in outputs]
+        return [*map(answer, self.llm.generate(prompts, self.greedy, use_tqdm=False))]
 
-    def expected(self, text: str, images: list[Any], counts: Any, **kwargs: Any) -> list[int]:
+    def expected(self, text: str, images: list[Any], counts: Any, **kwargs: Any) -> Answer:
         """Return what transformers generates."""
-        inputs = self.processor(images=images, text=text, num_image_tokens=counts, **kwargs)
-        output = self.model.generate(
-            **inputs, do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None
+        return self.generated(
+            self.processor(images=images, text=text, num_image_tokens=counts, **kwargs)
         )
-        return output[0, -NEW_TOKENS:].tolist()
+
+    def generated(self, inputs: Any) -> Answer:
+        """Return what transformers generates from a model's inputs."""
+        output = self.model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            eos_token_id=None,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        tokens = output.sequences[0, -NEW_TOKENS:]
+        logprobs = torch.cat(output.scores).log_softmax(-1)
+        return Answer(tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0].tolist())
+
+
+def answer(output: Any) -> Answer:
+    """Return the answer in an output of vLLM."""
+    tokens, steps = list(output.outputs[0].token_ids), output.outputs[0].logprobs
+    return Answer(tokens, [step[token].logprob for token, step in zip(tokens, steps, strict=True)])
+
+
+def check_same(answers: list[Answer], expected: list[Answer]) -> None:
+    assert [given.tokens for given in answers] == [wanted.tokens for wanted in expected]
+    for given, wanted in zip(answers, expected, strict=True):
+        assert given.logprobs == pytest.approx(wanted.logprobs, abs=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +105,9 @@ def served(tmp_path_factory):
 
 def check(served: Served, *requests: tuple[str, list[Any], Any], **kwargs: Any) -> None:
     expected = [served.expected(*request, **kwargs) for request in requests]
-    assert served.ask(*requests, **kwargs) == expected
-    assert len({tuple(tokens) for tokens in expected}) == len(expected)  # no answer for all
+    check_same(served.ask(*requests, **kwargs), expected)
+    # A count that went to another image would be seen.
+    assert len({round(wanted.logprobs[0], 3) for wanted in expected}) == len(expected)
 
 
 def test_mixed_counts_in_one_batch(served):
@@ -107,13 +138,10 @@ def test_tiles_share_their_images_count(served):
 
 def test_prompts_without_images_in_the_same_batch(served):
     tokens = served.processor.tokenizer("odd majority", return_tensors="pt")
-    output = served.model.generate(
-        **tokens, do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None
-    )
     image = {"prompt": "<image> odd", "multi_modal_data": {"image": [B]}}
-    answers = served.llm.generate(["odd majority", image], served.greedy, use_tqdm=False)
-    assert list(answers[0].outputs[0].token_ids) == output[0, -NEW_TOKENS:].tolist()
-    assert list(answers[1].outputs[0].token_ids) == served.expected("<image> odd", [B], 16)
+    outputs = served.llm.generate(["odd majority", image], served.greedy, use_tqdm=False)
+    expected = [served.generated(tokens), served.expected("<image> odd", [B], 16)]
+    check_same([*map(answer, outputs)], expected)
 
 
 def test_another_count_of_a_picture_runs_no_encoder(served):
@@ -122,7 +150,7 @@ def test_another_count_of_a_picture_runs_no_encoder(served):
     requests = [("<image> odd", [new], count) for count in (4, 9, (2, 3))]
     answers = [served.ask(request)[0] for request in requests]
     assert served.passes == before + 1
-    assert answers == [served.expected(*request) for request in requests]
+    check_same(answers, [served.expected(*request) for request in requests])
     served.ask(("<image> odd <image>", [new, new], [16, 25]))
     assert served.passes == before + 1
     served.ask(("<image> odd", [picture(12)], 4))
@@ -158,11 +186,8 @@ def test_automatic_counts_answer_what_the_chosen_counts_answer(served):
         text = f"<image> {question} <image>"
         inputs = served.processor(images=[A, B], text=text, num_image_tokens="auto", max_tiles=1)
         chosen = served.model.choose_counts(**inputs)
-        output = served.model.generate(
-            **chosen, do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None
-        )
-        expected = output[0, -NEW_TOKENS:].tolist()
-        assert served.ask((text, [A, B], "auto"), max_tiles=1) == [expected]
+        answers = served.ask((text, [A, B], "auto"), max_tiles=1)
+        check_same(answers, [served.generated(chosen)])
         prompts.add(tuple(chosen["num_image_tokens"]))
     assert len(prompts) > 1
 
@@ -186,10 +211,11 @@ def test_the_placeholder_is_never_an_answer(served):
     prompt = {"prompt": "<image> odd", "multi_modal_data": {"image": [A]}}
     (output,) = served.llm.generate(prompt, wanted, use_tqdm=False)
     assert placeholder not in output.outputs[0].token_ids
-    anything = SamplingParams(temperature=50.0, max_tokens=64, ignore_eos=True, seed=0)
+    anything = SamplingParams(temperature=2.0, max_tokens=64, ignore_eos=True, seed=0, n=8)
     (output,) = served.llm.generate(prompt, anything, use_tqdm=False)
-    assert placeholder not in output.outputs[0].token_ids
-    assert len(set(output.outputs[0].token_ids)) > 20  # of 72
+    tokens = {token for sample in output.outputs for token in sample.token_ids}
+    assert placeholder not in tokens
+    assert len(tokens) > 36  # of the other 71
 
 
 @pytest.mark.parametrize("count", [5, 0, -4, 100, "many", [4, 9, 16], 2.5, None])
@@ -198,7 +224,7 @@ def test_the_engine_outlives_a_bad_count(served, count):
     if count is not None:  # no count is the default one
         with pytest.raises(VLLMValidationError, match="num_image_tokens"):
             served.ask(("<image> odd", [A], 9), ("<image> odd", [A], count))
-    assert served.ask(("<image> odd", [A], 4), ("<image> odd", [A], 4)) == before * 2
+    check_same(served.ask(("<image> odd", [A], 4), ("<image> odd", [A], 4)), before * 2)
 
 
 def chat(*parts: Any) -> list[dict[str, Any]]:
@@ -236,8 +262,7 @@ def test_conversations_are_written_as_our_processor_writes_them(served):
         mm_processor_kwargs={"num_image_tokens": [4, 9]},
     )
     assert output.prompt == expected
-    answer = list(output.outputs[0].token_ids)
-    assert answer == served.expected(expected, [A, B], [4, 9])
+    check_same([answer(output)], [served.expected(expected, [A, B], [4, 9])])
 
 
 def test_a_placeholder_in_a_text_is_refused(served):

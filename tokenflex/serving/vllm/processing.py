@@ -127,8 +127,16 @@ class TokenFlexProcessingInfo(BaseProcessingInfo):
 
     @cached_property
     def server_options(self) -> RequestOptions:
-        """The options that the server was started with, which a request may replace."""
-        return self._options(self.ctx.get_mm_config().mm_processor_kwargs or {})
+        """The options that the server was started with, which a request may replace.
+
+        Raises:
+            TypeError, ValueError: an option is unknown or not valid, or the count is a list.
+        """
+        options = self._options(self.ctx.get_mm_config().mm_processor_kwargs or {})
+        count = options.num_image_tokens
+        if isinstance(count, list):  # JSON has no tuples
+            count = tuple(count)
+        return replace(options, num_image_tokens=request_counts(count, 1)[0])
 
     def request_options(self, given: Mapping[str, object]) -> RequestOptions:
         """Return the options of a request, merged with the server's.
@@ -137,9 +145,11 @@ class TokenFlexProcessingInfo(BaseProcessingInfo):
             TypeError, ValueError: an option is unknown or not valid, or ``max_tiles`` is above the
                 server's, for which memory was set aside.
         """
-        server = self.ctx.get_mm_config().mm_processor_kwargs or {}
-        options = self._options({**server, **given})
-        limit = self.server_options.max_tiles
+        server = self.server_options
+        options = self._options({**(self.ctx.get_mm_config().mm_processor_kwargs or {}), **given})
+        if given.get("num_image_tokens") is None:
+            options = replace(options, num_image_tokens=server.num_image_tokens)
+        limit = server.max_tiles
         if options.max_tiles > limit:
             raise ValueError(
                 f"max_tiles must be at most {limit}, with which the server was started, got "
