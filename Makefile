@@ -86,7 +86,8 @@ test-claim:
 
 # Beside `make test`, not in it: vLLM wants a transformers of its own, and is large. vLLM finds the
 # entry point of the working tree in its egg-info. The tests run without the libraries for sound and
-# images that vLLM brings, which may be built for another torch.
+# images that vLLM brings, which may be built for another torch. The command `vllm` looks for metadata
+# of "vllm", and its build for CPUs has another name.
 VLLM := .venv-vllm
 test-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python setup.py -q egg_info
@@ -98,6 +99,9 @@ $(VLLM)/.ready: constraints/vllm.txt .venv/.ready
 	$(PYTHON) -m venv $(VLLM)
 	nice $(VLLM)/bin/python -m pip install --requirement $<
 	$(VLLM)/bin/python -m pip uninstall --yes torchaudio torchcodec torchvision
+	mkdir $(VLLM)/vllm-0.dist-info
+	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0+cpu\n' > $(VLLM)/vllm-0.dist-info/METADATA
+	mv $(VLLM)/vllm-0.dist-info $(VLLM)/lib/python3*/site-packages
 	touch $@
 
 # Beside `make test`, not in it: each set has an environment of its own.

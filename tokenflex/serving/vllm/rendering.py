@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from transformers.utils.chat_template_utils import _get_template_variables
 from vllm.renderers.base import DictPrompt
 from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_async
 from vllm.renderers.hf import HfRenderer
@@ -17,11 +18,18 @@ from vllm.renderers.inputs.preprocess import parse_dec_only_prompt
 from vllm.renderers.params import ChatParams
 from vllm.utils.async_utils import make_async
 
+from tokenflex.models.conversations import template_source
 from tokenflex.serving.vllm.processing import load_processor, user_errors
 from tokenflex.serving.vllm.wishes import PER_IMAGE, image_wishes
 
-_NOT_OURS = ("tokenize", "return_dict")
-"""Options of vLLM for its own call of a chat template."""
+_OPTIONS = (
+    "chat_template",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "continue_final_message",
+)
+"""Options of a conversation that any template may use. vLLM adds others, of single models."""
 
 
 class TokenFlexRenderer(HfRenderer):
@@ -51,10 +59,11 @@ class TokenFlexRenderer(HfRenderer):
         return conversation, _prompt(text, images, uuids, wishes)
 
     def _write(self, conversation: Any, params: ChatParams) -> str:
-        options = params.get_apply_chat_template_kwargs()
-        for name in _NOT_OURS:
-            options.pop(name, None)
+        given = params.get_apply_chat_template_kwargs()
         processor = load_processor(str(self.model_config.model), self.model_config.revision)
+        template = template_source(processor.chat_template, given.get("chat_template"))
+        known = {*_OPTIONS, *_get_template_variables(template or "")}
+        options = {name: value for name, value in given.items() if name in known}
         with user_errors("messages"):
             text: str = processor.apply_chat_template(conversation, **options)
             return text
