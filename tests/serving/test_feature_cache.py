@@ -132,6 +132,48 @@ def test_a_failed_pass_is_told_to_all_and_tried_again():
     assert len(cache) == 1
 
 
+def test_images_of_a_batch_are_encoded_together_and_once_each():
+    cache: FeatureCache[torch.Tensor] = FeatureCache(1 << 20)
+    images = [pixels(1, seed=seed) for seed in (1, 2, 1, 3)]
+    calls = []
+
+    def encode(indices: list[int]) -> list[torch.Tensor]:
+        calls.append(indices)
+        return [images[i] * 2 for i in indices]
+
+    cache.features(images[1], double)
+    features = cache.features_of(images, encode)
+    assert calls == [[0, 3]]
+    assert all(torch.equal(one, image * 2) for one, image in zip(features, images, strict=True))
+    assert (cache.passes, cache.hits) == (3, 2)
+    cache.features_of(images, encode)
+    assert len(calls) == 1
+
+
+def test_two_batches_may_wait_for_each_other():
+    """Each encodes its own image before it waits for the other's."""
+    cache: FeatureCache[torch.Tensor] = FeatureCache(1 << 20)
+    first, second = pixels(1, seed=1), pixels(1, seed=2)
+    both_started = threading.Barrier(2, timeout=10)
+
+    def ask(images: list[torch.Tensor]) -> list[torch.Tensor]:
+        def encode(indices: list[int]) -> list[torch.Tensor]:
+            both_started.wait()
+            return [images[i] * 2 for i in indices]
+
+        return cache.features_of(images, encode)
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(ask, [first])
+        while not cache.passes:
+            pass
+        other = pool.submit(ask, [first, second])
+        assert torch.equal(one.result(10)[0], first * 2)
+        features = other.result(10)
+    assert torch.equal(torch.cat(features), torch.cat([first, second]) * 2)
+    assert cache.passes == 2
+
+
 def test_features_of_a_model_serve_every_count():
     model = tiny_model()
     cache: FeatureCache[EncodedImages] = FeatureCache(1 << 20)

@@ -163,6 +163,26 @@ def test_pictures_in_a_batch_are_encoded_once_each(served):
     assert served.passes == before + 1
 
 
+def test_new_pictures_of_a_batch_share_passes_of_the_encoder(served, monkeypatch):
+    tiles = []
+    noting = served.vllm_model.vision_model.register_forward_hook(
+        lambda module, given, output: tiles.append(len(output.last_hidden_state))
+    )
+    try:
+        new = [picture(seed) for seed in range(20, 25)]
+        check(served, *(("<image> odd", [image], 4) for image in new), max_tiles=1)
+        assert tiles == [5]
+        # No more patches than vLLM has set memory aside for: here two tiles of 64.
+        monkeypatch.setattr(served.vllm_model, "_patches_per_pass", 130)
+        new = [picture(seed) for seed in range(25, 28)]
+        wide = picture(28, (32, 96))  # four tiles, which belong together
+        requests = [("<image> odd", [image], 4) for image in (new[0], wide, new[1], new[2])]
+        check(served, *requests)
+        assert sorted(tiles[1:]) == [1, 2, 4]
+    finally:
+        noting.remove()
+
+
 def test_the_projector_is_fused_and_runs_once_for_a_batch(served, monkeypatch):
     from tokenflex import projector
 

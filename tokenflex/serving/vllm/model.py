@@ -8,7 +8,6 @@ tensor-parallel group has them whole.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +25,7 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from tokenflex.counts import Grid, token_grid
+from tokenflex.counts import Grid
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.image_features import ImageFeatures, build_projector
 from tokenflex.models.vision import EncodedImages
@@ -63,7 +62,8 @@ class TokenFlexForVLLM(ImageFeatures, nn.Module, SupportsMultiModal, SupportsPP)
         self.config = config
         self.dtype = vllm_config.model_config.dtype
         self.feature_cache: FeatureCache[EncodedImages] = FeatureCache(feature_cache_bytes())
-        self._known_counts = {token_grid(n) for n in config.trained_num_image_tokens or ()}
+        self._known_counts = set()  # any count is a client's to choose: the log has no warnings
+        self._patches_per_pass = vllm_config.scheduler_config.max_num_batched_tokens
         self.configure_mm_token_handling(config.text_config.vocab_size, [config.image_token_id])
         with self._mark_tower_model(vllm_config, "image"):
             self.vision_model = AutoModel.from_config(config.vision_config, dtype=self.dtype)
@@ -99,28 +99,67 @@ class TokenFlexForVLLM(ImageFeatures, nn.Module, SupportsMultiModal, SupportsPP)
         """
         if pixel_values is None or token_grids is None:
             return []
-        encoded = []
-        for i, pixels in enumerate(pixel_values):
-            grids: list[Grid] = [] if patch_grids is None else _pairs(patch_grids[i])
-            encode = partial(self._encode_image, patch_grids=grids)
-            encoded.append(self.feature_cache.features(pixels, encode, grids))
+        images = list(pixel_values)
+        grids = [[]] * len(images) if patch_grids is None else [*map(_pairs, patch_grids)]
+        encoded = self.feature_cache.features_of(
+            images,
+            lambda missing: self._encode_images(
+                [images[i] for i in missing], [grids[i] for i in missing]
+            ),
+            grids,
+        )
         counts = [
             grid
-            for images, grid in zip(encoded, map(_pair, token_grids), strict=True)
-            for _ in images.grids
+            for image, grid in zip(encoded, map(_pair, token_grids), strict=True)
+            for _ in image.grids
         ]
         device = self.projector.layernorm.weight.device
         features = EncodedImages(
-            torch.cat([images.features for images in encoded]).to(device),
-            tuple(grid for images in encoded for grid in images.grids),
+            torch.cat([image.features for image in encoded]).to(device),
+            tuple(grid for image in encoded for grid in image.grids),
         )
         outputs = self.get_image_features(encoded_images=features, num_image_tokens=counts)
         tiles = iter(outputs.pooler_output)
-        return [torch.cat([next(tiles) for _ in images.grids]) for images in encoded]
+        return [torch.cat([next(tiles) for _ in image.grids]) for image in encoded]
 
-    def _encode_image(self, pixels: torch.Tensor, patch_grids: list[Grid]) -> EncodedImages:
-        pixels = pixels.to(self.projector.layernorm.weight.device)
-        return self.encode_images(pixels, patch_grids or None).to("cpu")
+    def _encode_images(
+        self, images: list[torch.Tensor], patch_grids: list[list[Grid]]
+    ) -> list[EncodedImages]:
+        """Return the features of each image; images of one shape share passes of the encoder.
+
+        vLLM bounds a step by its vision tokens, of which an image may have few. A pass takes no
+        more patches than vLLM's memory profile, whose images have a token per patch.
+        """
+        device = self.projector.layernorm.weight.device
+        encoded: dict[int, EncodedImages] = {}
+        for batch in self._passes(images):
+            grids = [grid for i in batch for grid in patch_grids[i]] or None
+            pixels = torch.cat([images[i] for i in batch]).to(device)
+            features = self.encode_images(pixels, grids).to("cpu")
+            tiles = iter(range(len(features)))
+            for i in batch:
+                # A copy, as a view would keep the whole pass in memory.
+                encoded[i] = features.select([next(tiles) for _ in images[i]])
+        return [encoded[i] for i in range(len(images))]
+
+    def _passes(self, images: list[torch.Tensor]) -> list[list[int]]:
+        """Return the indices of the images of each pass."""
+        passes: dict[torch.Size, list[list[int]]] = {}
+        for i, pixels in enumerate(images):
+            same_shape = passes.setdefault(pixels.shape[1:], [[]])
+            tiles = sum(len(images[j]) for j in same_shape[-1]) + len(pixels)
+            if same_shape[-1] and tiles * self._patches(pixels) > self._patches_per_pass:
+                same_shape.append([])
+            same_shape[-1].append(i)
+        return [batch for batches in passes.values() for batch in batches]
+
+    def _patches(self, pixels: torch.Tensor) -> int:
+        """Return the patches of a tile."""
+        if pixels.ndim == 3:  # patches of images of any shape
+            return pixels.shape[1]
+        patch = self.config.vision_config.patch_size
+        height, width = (patch, patch) if isinstance(patch, int) else patch
+        return (pixels.shape[2] // height) * (pixels.shape[3] // width)
 
     def forward(
         self,

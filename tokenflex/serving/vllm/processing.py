@@ -28,7 +28,7 @@ from vllm.multimodal.processing import (
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from tokenflex.counts import AUTO, Grid, tokens_of
-from tokenflex.models.call_options import sort_options
+from tokenflex.models.call_options import CallOptions, sort_options
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.processing import TokenFlexProcessor
 from tokenflex.models.tiling import num_tiles
@@ -36,7 +36,9 @@ from tokenflex.serving.vllm import feature_cache_bytes
 from tokenflex.serving.vllm.choosing import CountChooser
 from tokenflex.serving.vllm.wishes import PER_IMAGE, image_choices, request_counts
 
-_CHOICE_OPTIONS = ("penalty", "budget")
+_OURS = ("num_image_tokens", PER_IMAGE, "penalty", "budget")
+"""Options of a request that its counts are read from."""
+_MOST_KNOWN_OPTIONS = 64
 
 
 @lru_cache(maxsize=4)
@@ -159,17 +161,29 @@ class TokenFlexProcessingInfo(BaseProcessingInfo):
 
     def _options(self, given: Mapping[str, Any]) -> RequestOptions:
         processor = self.get_hf_processor()
-        ours = {name: given[name] for name in _CHOICE_OPTIONS if given.get(name) is not None}
-        others = {k: v for k, v in given.items() if k not in (*_CHOICE_OPTIONS, PER_IMAGE)}
-        options = sort_options(processor, others)
-        counts = options.num_image_tokens
+        ours = {name: given[name] for name in _OURS if given.get(name) is not None}
+        others = self._sorted_options({k: v for k, v in given.items() if k not in _OURS})
+        counts = ours.pop("num_image_tokens", processor.num_image_tokens)
         return RequestOptions(
-            num_image_tokens=processor.num_image_tokens if counts is None else counts,
-            per_image=cast("Sequence[Any] | None", given.get(PER_IMAGE)),
+            num_image_tokens=counts,
+            per_image=cast("Sequence[Any] | None", ours.pop(PER_IMAGE, None)),
             choice=ours,
-            max_tiles=processor._max_tiles(options.max_tiles),
-            images_kwargs={k: v for k, v in options.images_kwargs.items() if v is not None},
+            max_tiles=processor._max_tiles(others.max_tiles),
+            images_kwargs={k: v for k, v in others.images_kwargs.items() if v is not None},
         )
+
+    def _sorted_options(self, options: Mapping[str, Any]) -> CallOptions:
+        """Return the options of the processor; they are the same for most requests."""
+        key = repr(sorted(options.items()))
+        if key not in self._known_options:
+            if len(self._known_options) == _MOST_KNOWN_OPTIONS:
+                self._known_options.clear()
+            self._known_options[key] = sort_options(self.get_hf_processor(), options)
+        return self._known_options[key]
+
+    @cached_property
+    def _known_options(self) -> dict[str, CallOptions]:
+        return {}
 
 
 class TokenFlexDummyInputs(BaseDummyInputsBuilder[TokenFlexProcessingInfo]):
