@@ -6,6 +6,8 @@
 # make test-ptx        every kernel's PTX, executed on the CPU: results, races, counts (no GPU needed)
 # make test-versions   the quick tests on the oldest and the newest releases that the package admits
 #              (minutes; downloads some GB of CUDA builds of torch, no GPU needed)
+# make test-vllm       the tests of tokenflex.serving.vllm beside a real vLLM, for CPUs
+#              (minutes; downloads 1 GB into an environment of its own, no GPU needed)
 # make gpu     build with CUDA into $(PYTHON), run every kernel, the GPU tests, the tuner and the benchmarks
 #              within BUDGET=540 seconds; another call continues (offline)
 # make tune    measure kernel configurations on this machine's GPU, write the table into OUT; another
@@ -22,7 +24,7 @@ BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 .PHONY: demo test test-cpu test-kernels aot test-ptx test-training test-claim test-torchvision \
-  test-versions test-oldest test-newest test-dropin-oldest lint setup gpu tune sanitize sanitize-threads sanitize-gpu clean
+  test-vllm test-versions test-oldest test-newest test-dropin-oldest lint setup gpu tune sanitize sanitize-threads sanitize-gpu clean
 
 setup: .venv/.ready
 
@@ -83,6 +85,26 @@ $(TORCHVISION)/.ready: .venv/.ready constraints/torchvision.txt
 test-claim:
 	rm -rf runs/test-claim
 	$(BIN)/tokenflex ablate --quick --jobs 1 --output runs/test-claim
+
+# Beside `make test`, not in it: vLLM wants a transformers of its own, and is large. vLLM finds the
+# entry point of the working tree in its egg-info. The tests run without the libraries for sound and
+# images that vLLM brings, which may be built for another torch. The command `vllm` looks for metadata
+# of "vllm", and its build for CPUs has another name.
+VLLM := .venv-vllm
+test-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/python setup.py -q egg_info
+	PYTHONPATH=. VLLM_CPU_KVCACHE_SPACE=1 nice $(VLLM)/bin/python -m pytest --no-header \
+	  tests/serving/test_feature_cache.py $(wildcard tests/serving/test_vllm*.py)
+
+$(VLLM)/.ready: constraints/vllm.txt .venv/.ready
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	nice $(VLLM)/bin/python -m pip install --requirement $<
+	$(VLLM)/bin/python -m pip uninstall --yes torchaudio torchcodec torchvision
+	mkdir $(VLLM)/vllm-0.dist-info
+	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0+cpu\n' > $(VLLM)/vllm-0.dist-info/METADATA
+	mv $(VLLM)/vllm-0.dist-info $(VLLM)/lib/python3*/site-packages
+	touch $@
 
 # Beside `make test`, not in it: each set has an environment of its own.
 VERSIONS := .venv-versions
@@ -167,4 +189,4 @@ sanitize-gpu:
 	exit $$failed
 
 clean:
-	rm -rf .venv $(TORCHVISION) $(VERSIONS) build *.egg-info tokenflex_kernels/*.so
+	rm -rf .venv $(TORCHVISION) $(VERSIONS) $(VLLM) build *.egg-info tokenflex_kernels/*.so

@@ -24,6 +24,19 @@ from tokenflex.projector import TokenAdaptiveProjector
 from tokenflex_kernels import plan_pooling
 
 
+def build_projector(config: TokenFlexConfig) -> TokenAdaptiveProjector:
+    """Return a new projector for a model of this config."""
+    return TokenAdaptiveProjector(
+        config.vision_config.hidden_size,
+        config.text_config.hidden_size,
+        hidden_width=config.projector_hidden_width,
+        num_tokens=config.num_image_tokens,
+        pooling=config.pooling,
+        eps=config.projector_eps,
+        position=config.projector_position,
+    )
+
+
 class ImageFeatures:
     """The image side of :class:`tokenflex.models.modeling.TokenFlexModel`."""
 

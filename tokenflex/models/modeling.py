@@ -43,7 +43,7 @@ from tokenflex.models.auto_map import InstalledClass
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.generation import TokenFlexGeneration, takes_cache
 from tokenflex.models.head import build_head, transform_logits
-from tokenflex.models.image_features import ImageFeatures
+from tokenflex.models.image_features import ImageFeatures, build_projector
 from tokenflex.models.loss import head_cross_entropy, head_distillation
 from tokenflex.models.packed import pack_prompts
 from tokenflex.models.placeholders import (
@@ -54,7 +54,6 @@ from tokenflex.models.placeholders import (
 )
 from tokenflex.models.prefixes import SharedPrefixes
 from tokenflex.models.vision import EncodedImages
-from tokenflex.projector import TokenAdaptiveProjector
 from tokenflex_kernels import PackPlan
 
 
@@ -112,15 +111,7 @@ class TokenFlexModel(ImageFeatures, TokenFlexPreTrainedModel):
         super().__init__(config)
         check_placeholder(config.image_token_id, config.text_config.vocab_size)
         self.vision_model = AutoModel.from_config(config.vision_config)
-        self.projector = TokenAdaptiveProjector(
-            config.vision_config.hidden_size,
-            config.text_config.hidden_size,
-            hidden_width=config.projector_hidden_width,
-            num_tokens=config.num_image_tokens,
-            pooling=config.pooling,
-            eps=config.projector_eps,
-            position=config.projector_position,
-        )
+        self.projector = build_projector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         _check_language_model(self.language_model)
         use_packed_attention(self.language_model)

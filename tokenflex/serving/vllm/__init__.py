@@ -1,0 +1,78 @@
+"""vLLM serves TokenFLEX checkpoints, with a count of vision tokens per request and per image.
+
+vLLM calls :func:`register` in each of its processes, through the entry point
+``vllm.general_plugins``. It only tells vLLM names; what they stand for is imported when vLLM loads
+a TokenFLEX checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+ARCHITECTURE = "TokenFlexForConditionalGeneration"
+MODE = "tokenflex"
+"""The name of our renderer, which writes a conversation as the prompt of our processor does."""
+
+logger = logging.getLogger(__name__)
+
+
+def feature_cache_bytes() -> int:
+    """Return the most bytes of encoder features that each process keeps, from the environment.
+
+    ``TOKENFLEX_FEATURE_CACHE_MB`` holds it in megabytes; 512 by default.
+
+    Raises:
+        ValueError: it is no positive integer.
+    """
+    given = os.environ.get("TOKENFLEX_FEATURE_CACHE_MB", "512")
+    if not given.isdecimal() or not int(given):
+        raise ValueError(
+            f"TOKENFLEX_FEATURE_CACHE_MB must be a positive integer, got {given[:40]!r}"
+        )
+    return int(given) * 10**6
+
+
+class ConfigHook:
+    """What vLLM asks of an architecture as soon as it has read a checkpoint's config."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Refuse what cannot be served, and choose our renderer.
+
+        Raises:
+            ValueError: the model's images do not have one text position per vision token.
+        """
+        positions = model_config.hf_config.image_positions
+        if positions != "sequential":
+            raise ValueError(
+                "image_positions must be 'sequential' to be served by vLLM, whose cache gives "
+                f"every token a position of its own, got {positions!r}"
+            )
+        model_config.tokenizer_mode = MODE
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Leave the rest of vLLM's configuration as it is."""
+
+
+def register() -> None:
+    """Tell vLLM about TokenFLEX checkpoints. Calling it again changes nothing."""
+    try:
+        # The Auto classes learn of our model where this package is imported.
+        from vllm import ModelRegistry
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+        from vllm.renderers.registry import RENDERER_REGISTRY
+        from vllm.tokenizers.registry import TokenizerRegistry
+
+        import tokenflex  # noqa: F401
+    except ImportError as error:  # other models must be served all the same
+        logger.warning("tokenflex cannot be registered with this vLLM: %s", error)
+        return
+    if MODELS_CONFIG_MAP.get(ARCHITECTURE) is ConfigHook:
+        return
+    MODELS_CONFIG_MAP[ARCHITECTURE] = ConfigHook
+    ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:TokenFlexForVLLM")
+    RENDERER_REGISTRY.register(MODE, f"{__name__}.rendering", "TokenFlexRenderer")
+    TokenizerRegistry.register(MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")

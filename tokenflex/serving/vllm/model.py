@@ -1,0 +1,208 @@
+"""The model as vLLM runs it: our encoder and projector before vLLM's own language model.
+
+Encoder and projector are the modules of :class:`tokenflex.models.modeling.TokenFlexModel`, so the
+projector's layers stay plain Linears and it runs as one fused op. Every process of a
+tensor-parallel group has them whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from vllm.config import VllmConfig
+from vllm.model_executor.models.interfaces import SupportsMultiModal, SupportsPP
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    WeightsMapper,
+    init_vllm_registered_model,
+    maybe_prefix,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from tokenflex.counts import Grid
+from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.models.image_features import ImageFeatures, build_projector
+from tokenflex.models.vision import EncodedImages
+from tokenflex.serving.feature_cache import FeatureCache
+from tokenflex.serving.vllm import feature_cache_bytes
+from tokenflex.serving.vllm.processing import (
+    TokenFlexDummyInputs,
+    TokenFlexMultiModalProcessor,
+    TokenFlexProcessingInfo,
+)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    TokenFlexMultiModalProcessor,
+    info=TokenFlexProcessingInfo,
+    dummy_inputs=TokenFlexDummyInputs,
+)
+class TokenFlexForVLLM(ImageFeatures, nn.Module, SupportsMultiModal, SupportsPP):
+    """A TokenFLEX checkpoint in vLLM.
+
+    Attributes:
+        feature_cache: encoder features by the pixels of an image, on the host. A picture that was
+            encoded is projected to any other count without another pass of the encoder.
+    """
+
+    if TYPE_CHECKING:  # of vLLM's interface
+        configure_mm_token_handling: Any
+        _mark_tower_model: Any
+        _mark_language_model: Any
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: TokenFlexConfig = vllm_config.model_config.hf_config
+        self.config = config
+        self.dtype = vllm_config.model_config.dtype
+        self.feature_cache: FeatureCache[EncodedImages] = FeatureCache(feature_cache_bytes())
+        self._known_counts = set()  # any count is a client's to choose: the log has no warnings
+        self._patches_per_pass = vllm_config.scheduler_config.max_num_batched_tokens
+        self.configure_mm_token_handling(config.text_config.vocab_size, [config.image_token_id])
+        with self._mark_tower_model(vllm_config, "image"):
+            self.vision_model = AutoModel.from_config(config.vision_config, dtype=self.dtype)
+            self.projector = build_projector(config)
+        with self._mark_language_model(vllm_config):
+            self.language_model = init_vllm_registered_model(
+                vllm_config=vllm_config,
+                hf_config=config.text_config,
+                prefix=maybe_prefix(prefix, "language_model"),
+            )
+        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        """Return nothing: our renderer writes the placeholder that the checkpoint names."""
+        return None
+
+    def embed_multimodal(
+        self,
+        pixel_values: Sequence[torch.Tensor] | torch.Tensor | None = None,
+        token_grids: Sequence[torch.Tensor] | torch.Tensor | None = None,
+        patch_grids: Sequence[torch.Tensor] | torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> list[torch.Tensor]:
+        """Return the vision tokens of each image, [tiles * h * w, D].
+
+        Args:
+            pixel_values: of each image its tiles [tiles, 3, H, W], on the host.
+            token_grids: of each image the (h, w) of a tile's vision tokens, on the host.
+            patch_grids: of each image the (height, width) in patches of its tiles, on the host,
+                where the pixels do not tell it.
+            **kwargs: not used.
+        """
+        if pixel_values is None or token_grids is None:
+            return []
+        images = list(pixel_values)
+        grids = [[]] * len(images) if patch_grids is None else [*map(_pairs, patch_grids)]
+        encoded = self.feature_cache.features_of(
+            images,
+            lambda missing: self._encode_images(
+                [images[i] for i in missing], [grids[i] for i in missing]
+            ),
+            grids,
+        )
+        counts = [
+            grid
+            for image, grid in zip(encoded, map(_pair, token_grids), strict=True)
+            for _ in image.grids
+        ]
+        device = self.projector.layernorm.weight.device
+        features = EncodedImages(
+            torch.cat([image.features for image in encoded]).to(device),
+            tuple(grid for image in encoded for grid in image.grids),
+        )
+        outputs = self.get_image_features(encoded_images=features, num_image_tokens=counts)
+        tiles = iter(outputs.pooler_output)
+        return [torch.cat([next(tiles) for _ in image.grids]) for image in encoded]
+
+    def _encode_images(
+        self, images: list[torch.Tensor], patch_grids: list[list[Grid]]
+    ) -> list[EncodedImages]:
+        """Return the features of each image; images of one shape share passes of the encoder.
+
+        vLLM bounds a step by its vision tokens, of which an image may have few. A pass takes no
+        more patches than vLLM's memory profile, whose images have a token per patch.
+        """
+        device = self.projector.layernorm.weight.device
+        encoded: dict[int, EncodedImages] = {}
+        for batch in self._passes(images):
+            grids = [grid for i in batch for grid in patch_grids[i]] or None
+            pixels = torch.cat([images[i] for i in batch]).to(device)
+            features = self.encode_images(pixels, grids).to("cpu")
+            tiles = iter(range(len(features)))
+            for i in batch:
+                # A copy, as a view would keep the whole pass in memory.
+                encoded[i] = features.select([next(tiles) for _ in images[i]])
+        return [encoded[i] for i in range(len(images))]
+
+    def _passes(self, images: list[torch.Tensor]) -> list[list[int]]:
+        """Return the indices of the images of each pass."""
+        passes: dict[torch.Size, list[list[int]]] = {}
+        for i, pixels in enumerate(images):
+            same_shape = passes.setdefault(pixels.shape[1:], [[]])
+            tiles = sum(len(images[j]) for j in same_shape[-1]) + len(pixels)
+            if same_shape[-1] and tiles * self._patches(pixels) > self._patches_per_pass:
+                same_shape.append([])
+            same_shape[-1].append(i)
+        return [batch for batches in passes.values() for batch in batches]
+
+    def _patches(self, pixels: torch.Tensor) -> int:
+        """Return the patches of a tile."""
+        if pixels.ndim == 3:  # patches of images of any shape
+            return pixels.shape[1]
+        patch = self.config.vision_config.patch_size
+        height, width = (patch, patch) if isinstance(patch, int) else patch
+        return (pixels.shape[2] // height) * (pixels.shape[3] // width)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> Any:
+        """Return the language model's hidden states, as vLLM's models do."""
+        if intermediate_tensors is not None:
+            inputs_embeds = None
+        return self.language_model(
+            input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds
+        )
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Return the logits, minus infinity for the placeholder, which is never an answer."""
+        logits: torch.Tensor | None = self.language_model.compute_logits(hidden_states)
+        if logits is not None:
+            logits[..., self.config.image_token_id] = -torch.inf
+        return logits
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load the tensors of a checkpoint; return the names of the parameters that were loaded."""
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.config.text_config.model_type]
+        base = getattr(transformers, architecture).base_model_prefix
+        names = WeightsMapper(
+            orig_to_new_prefix={
+                "model.vision_model.": "vision_model.",
+                "model.projector.": "projector.",
+                "model.language_model.": f"language_model.{base}.",
+                "lm_head.": "language_model.lm_head.",
+            }
+        )
+        loaded: set[str] = AutoWeightsLoader(self).load_weights(weights, mapper=names)
+        return loaded
+
+
+def _pair(grid: torch.Tensor) -> Grid:
+    height, width = grid.tolist()
+    return height, width
+
+
+def _pairs(grids: torch.Tensor) -> list[Grid]:
+    return [_pair(grid) for grid in grids]

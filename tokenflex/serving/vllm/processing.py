@@ -1,0 +1,436 @@
+"""vLLM's side of the processor: pictures to the model's inputs, and counts to cache keys.
+
+A request's counts become one grid per image before anything else is done. From then on vLLM's keys
+for an image's inputs and vision tokens are those of the picture and its own grid: images of a
+request do not share a key through the request's list of counts, and requests share what they may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any, cast
+
+import torch
+from transformers import BatchFeature
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.media import MediaWithBytes
+from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
+from vllm.multimodal.processing import (
+    BaseDummyInputsBuilder,
+    BaseMultiModalProcessor,
+    BaseProcessingInfo,
+    PromptReplacement,
+)
+from vllm.multimodal.processing.inputs import ProcessorInputs
+
+from tokenflex.counts import AUTO, Grid, tokens_of
+from tokenflex.models.call_options import CallOptions, sort_options
+from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.models.processing import TokenFlexProcessor
+from tokenflex.models.tiling import num_tiles
+from tokenflex.serving.vllm import feature_cache_bytes
+from tokenflex.serving.vllm.choosing import CountChooser
+from tokenflex.serving.vllm.wishes import PER_IMAGE, image_choices, request_counts
+
+_OURS = ("num_image_tokens", PER_IMAGE, "penalty", "budget")
+"""Options of a request that its counts are read from."""
+_MOST_KNOWN_OPTIONS = 64
+
+
+@lru_cache(maxsize=4)
+def load_processor(checkpoint: str, revision: str | None) -> TokenFlexProcessor:
+    """Return the processor of a checkpoint, loaded once in a process."""
+    processor: TokenFlexProcessor = TokenFlexProcessor.from_pretrained(
+        checkpoint, revision=revision
+    )
+    return processor
+
+
+@lru_cache(maxsize=4)
+def _chooser(checkpoint: str) -> CountChooser:
+    config = TokenFlexConfig.from_pretrained(checkpoint)
+    return CountChooser(checkpoint, config, feature_cache_bytes())
+
+
+@contextmanager
+def user_errors(parameter: str) -> Iterator[None]:
+    """Turn our refusals into errors that vLLM's server answers with status 400."""
+    try:
+        yield
+    except VLLMValidationError:
+        raise
+    except (TypeError, ValueError, FileNotFoundError) as error:
+        raise VLLMValidationError(str(error), parameter=parameter) from error
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """The options of a request, merged with the server's.
+
+    Attributes:
+        num_image_tokens: counts as the caller gave them.
+        per_image: the wishes of single images, None without.
+        choice: ``penalty`` and ``budget``.
+        max_tiles: the most tiles of an image.
+        images_kwargs: for the image processor.
+    """
+
+    num_image_tokens: Any
+    per_image: Sequence[Any] | None
+    choice: dict[str, Any]
+    max_tiles: int
+    images_kwargs: dict[str, Any]
+
+
+class TokenFlexProcessingInfo(BaseProcessingInfo):
+    """What vLLM asks about a checkpoint before it has a request."""
+
+    def get_hf_config(self) -> TokenFlexConfig:
+        return cast(TokenFlexConfig, self.ctx.get_hf_config(TokenFlexConfig))
+
+    def get_hf_processor(self, **kwargs: object) -> TokenFlexProcessor:
+        """Return the checkpoint's processor. Options of a request are given to its methods."""
+        model = self.ctx.model_config
+        return load_processor(str(model.model), model.revision)
+
+    @property
+    def chooser(self) -> CountChooser:
+        """What chooses the counts of "auto"."""
+        return _chooser(str(self.ctx.model_config.model))
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {"image": None}
+
+    def get_mm_max_tokens_per_item(
+        self, seq_len: int, mm_counts: Mapping[str, int]
+    ) -> Mapping[str, int]:
+        """Return the tokens of an image of the most tiles at the largest grid."""
+        processor = self.get_hf_processor()
+        max_tiles = num_tiles((1, self.server_options.max_tiles), processor.use_thumbnail)
+        return {"image": min(max_tiles * tokens_of(self.largest_grid), seq_len)}
+
+    @cached_property
+    def largest_grid(self) -> Grid:
+        """The largest grid of vision tokens of a tile, which is its grid of patches."""
+        config = self.get_hf_config().vision_config
+        patch = config.patch_size
+        patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
+        processor = self.get_hf_processor()
+        most_patches = getattr(processor.image_processor, "max_num_patches", None)
+        if most_patches is not None:  # images of any shape
+            return 1, int(most_patches)
+        size = processor._configured_size({}) or config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height // patch_height, width // patch_width
+
+    @cached_property
+    def server_options(self) -> RequestOptions:
+        """The options that the server was started with, which a request may replace.
+
+        Raises:
+            TypeError, ValueError: an option is unknown or not valid, or the count is a list.
+        """
+        options = self._options(self.ctx.get_mm_config().mm_processor_kwargs or {})
+        count = options.num_image_tokens
+        if isinstance(count, list):  # JSON has no tuples
+            count = tuple(count)
+        return replace(options, num_image_tokens=request_counts(count, 1)[0])
+
+    def request_options(self, given: Mapping[str, object]) -> RequestOptions:
+        """Return the options of a request, merged with the server's.
+
+        Raises:
+            TypeError, ValueError: an option is unknown or not valid, or ``max_tiles`` is above the
+                server's, for which memory was set aside.
+        """
+        server = self.server_options
+        options = self._options({**(self.ctx.get_mm_config().mm_processor_kwargs or {}), **given})
+        if given.get("num_image_tokens") is None:
+            options = replace(options, num_image_tokens=server.num_image_tokens)
+        limit = server.max_tiles
+        if options.max_tiles > limit:
+            raise ValueError(
+                f"max_tiles must be at most {limit}, with which the server was started, got "
+                f"{options.max_tiles}"
+            )
+        return options
+
+    def _options(self, given: Mapping[str, Any]) -> RequestOptions:
+        processor = self.get_hf_processor()
+        ours = {name: given[name] for name in _OURS if given.get(name) is not None}
+        others = self._sorted_options({k: v for k, v in given.items() if k not in _OURS})
+        counts = ours.pop("num_image_tokens", processor.num_image_tokens)
+        return RequestOptions(
+            num_image_tokens=counts,
+            per_image=cast("Sequence[Any] | None", ours.pop(PER_IMAGE, None)),
+            choice=ours,
+            max_tiles=processor._max_tiles(others.max_tiles),
+            images_kwargs={k: v for k, v in others.images_kwargs.items() if v is not None},
+        )
+
+    def _sorted_options(self, options: Mapping[str, Any]) -> CallOptions:
+        """Return the options of the processor; they are the same for most requests."""
+        key = repr(sorted(options.items()))
+        if key not in self._known_options:
+            if len(self._known_options) == _MOST_KNOWN_OPTIONS:
+                self._known_options.clear()
+            self._known_options[key] = sort_options(self.get_hf_processor(), options)
+        return self._known_options[key]
+
+    @cached_property
+    def _known_options(self) -> dict[str, CallOptions]:
+        return {}
+
+
+class TokenFlexDummyInputs(BaseDummyInputsBuilder[TokenFlexProcessingInfo]):
+    """The inputs with which vLLM measures the memory that images take."""
+
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        return self.info.get_hf_processor().image_token * mm_counts.get("image", 0)
+
+    def get_dummy_mm_data(
+        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return pictures that are cut into the most tiles."""
+        config = self.info.get_hf_config().vision_config
+        size = self.info.get_hf_processor()._configured_size({}) or config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        images = self._get_dummy_images(
+            width=width * self.info.server_options.max_tiles,
+            height=height,
+            num_images=mm_counts.get("image", 0),
+            overrides=mm_options.get("image"),
+        )
+        return {"image": images}
+
+
+class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingInfo]):
+    """Pictures to the model's inputs, each with the grid of its vision tokens."""
+
+    def get_dummy_inputs(
+        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]
+    ) -> ProcessorInputs:
+        """Return inputs at the largest count, whatever the default is."""
+        inputs = super().get_dummy_inputs(seq_len, mm_counts, mm_options)
+        return replace(inputs, hf_processor_mm_kwargs={"num_image_tokens": self.info.largest_grid})
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
+        """Process a request as vLLM does, with its counts resolved to a grid per image.
+
+        Raises:
+            VLLMValidationError: counts, images and placeholders do not fit together, or an option
+                is not valid.
+        """
+        images = inputs.mm_data_items.get("image")
+        if images is None or not len(images):
+            return super().apply(inputs, timing_ctx)
+        if not isinstance(images, ImageProcessorItems):
+            raise VLLMValidationError(
+                "image must be a picture: embeddings of images are not supported",
+                parameter="image",
+            )
+        with user_errors("mm_processor_kwargs"):
+            options = self.info.request_options(inputs.hf_processor_mm_kwargs)
+            prompt = self._with_marks(inputs.prompt, len(images))
+            token_grids = self._token_grids(prompt, images, options)
+        resolved = {
+            "token_grids": token_grids,
+            "max_tiles": options.max_tiles,
+            "images_kwargs": options.images_kwargs,
+        }
+        items = MultiModalDataItems({**inputs.mm_data_items, "image": _Pictures(images.data)})
+        return super().apply(
+            replace(inputs, prompt=prompt, mm_data_items=items, hf_processor_mm_kwargs=resolved),
+            timing_ctx,
+        )
+
+    def _with_marks(self, prompt: Sequence[int], images: int) -> list[int]:
+        """Return the prompt with the processor's marks around each placeholder.
+
+        Raises:
+            ValueError: the prompt does not hold one placeholder per image.
+        """
+        processor = self.info.get_hf_processor()
+        image_token_id = self.info.get_hf_config().image_token_id
+        placeholders = sum(token == image_token_id for token in prompt)
+        if placeholders != images:
+            raise ValueError(
+                f"prompt must hold {processor.image_token!r} once per image, got {placeholders} "
+                f"for {images} images"
+            )
+        tokenizer = self.info.get_tokenizer()
+        start, end = (
+            tokenizer.encode(mark, add_special_tokens=False) if mark else []
+            for mark in (processor.image_start, processor.image_end)
+        )
+        marked: list[int] = []
+        rest = list(prompt)
+        while image_token_id in rest:
+            at = rest.index(image_token_id)
+            marked += rest[:at]
+            if start and marked[-len(start) :] != start:
+                marked += start
+            marked.append(image_token_id)
+            rest = rest[at + 1 :]
+            if end and rest[: len(end)] != end:
+                marked += end
+        return marked + rest
+
+    def _token_grids(
+        self, prompt: list[int], images: ImageProcessorItems, options: RequestOptions
+    ) -> list[Grid]:
+        """Return the grid of each image's vision tokens.
+
+        Raises:
+            TypeError, ValueError: a count is not valid, or larger than a tile's grid of patches.
+        """
+        chooser = self.info.chooser
+        choices = request_counts(options.num_image_tokens, len(images))
+        if options.per_image is not None:
+            choices = image_choices(
+                choices, options.per_image, chooser.known_counts, chooser.has_router
+            )
+        if AUTO in choices:
+            if options.choice.get("budget") is None and not chooser.has_router:
+                raise ValueError(
+                    "num_image_tokens 'auto' needs a router beside the checkpoint, which has none, "
+                    "or a budget; give a count"
+                )
+            if options.choice.get("budget") is not None and set(choices) != {AUTO}:
+                raise ValueError(
+                    "budget is for requests whose images all have num_image_tokens 'auto', got "
+                    f"{choices}"
+                )
+            chosen = self._choose(prompt, images, options)
+            choices = [
+                grid if choice == AUTO else choice
+                for choice, grid in zip(choices, chosen, strict=True)
+            ]
+        elif options.choice:
+            raise ValueError(
+                f"{' and '.join(options.choice)} must come with num_image_tokens 'auto', got "
+                f"{options.num_image_tokens!r}"
+            )
+        grids = cast(list[Grid], choices)
+        most = tokens_of(self.info.largest_grid)
+        for i, grid in enumerate(grids):
+            if tokens_of(grid) > most:
+                raise ValueError(
+                    f"num_image_tokens[{i}] must be at most {most}, the patches of a tile, got "
+                    f"{tokens_of(grid)}"
+                )
+        return grids
+
+    def _choose(
+        self, prompt: list[int], images: ImageProcessorItems, options: RequestOptions
+    ) -> list[Grid]:
+        sources = _sources(images)
+        for i, source in enumerate(sources):
+            if source is None:
+                raise ValueError(
+                    f"image[{i}] must be given with num_image_tokens 'auto': its uuid alone does "
+                    "not tell what it shows"
+                )
+        pixels, patch_grids = self._read(sources, options.max_tiles, options.images_kwargs)
+        return self.info.chooser.choose(prompt, pixels, patch_grids, **options.choice)
+
+    def _read(
+        self, sources: Sequence[Any], max_tiles: int, images_kwargs: Mapping[str, Any]
+    ) -> tuple[list[torch.Tensor], list[list[Grid] | None]]:
+        """Return of each image its tiles [tiles, 3, H, W] and, where needed, their patch grids."""
+        pixels, patch_grids = [], []
+        for source in sources:  # pictures of several sizes do not fit into one tensor
+            data, _ = self.info.get_hf_processor().process_images(
+                [source], max_tiles=max_tiles, **images_kwargs
+            )
+            pixels.append(data["pixel_values"])
+            patch_grids.append(data.get("grids"))
+        return pixels, patch_grids
+
+    def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
+        """Return vLLM's key of each picture, and its own grid."""
+        options = dict(inputs.hf_processor_mm_kwargs)
+        token_grids = cast("list[Grid]", options.pop("token_grids"))
+        hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=options))
+        return {
+            **hashes,
+            "image": [
+                f"{key}-{height}x{width}"
+                for key, (height, width) in zip(hashes["image"], token_grids, strict=True)
+            ],
+        }
+
+    def _get_cache_missing_processor_kwargs(
+        self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, Sequence[bool]]
+    ) -> Mapping[str, object]:
+        """Return the options with the grids of those images that must be processed."""
+        options = inputs.hf_processor_mm_kwargs
+        token_grids = cast("list[Grid]", options["token_grids"])
+        cached = mm_is_cached["image"]
+        missing = [grid for grid, known in zip(token_grids, cached, strict=True) if not known]
+        return {**options, "token_grids": missing}
+
+    def _get_hf_mm_inputs(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        """Give pictures as the bytes that came, so that they are read as in training."""
+        inputs = super()._get_hf_mm_inputs(mm_items, hf_kwargs)
+        if "images" in inputs.hf_data:
+            inputs.hf_data["images"] = _sources(mm_items["image"])
+        return inputs
+
+    def _call_hf_processor(
+        self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
+    ) -> BatchFeature:
+        options = cast("dict[str, Any]", hf_kwargs)
+        with user_errors("image"):
+            pixels, patch_grids = self._read(
+                cast("list[Any]", hf_data["images"]),
+                options["max_tiles"],
+                options["images_kwargs"],
+            )
+        dtype = self.info.ctx.model_config.dtype
+        data = {
+            "pixel_values": [tiles.to(dtype) for tiles in pixels],
+            "token_grids": torch.tensor(options["token_grids"]),
+        }
+        if None not in patch_grids:
+            data["patch_grids"] = [torch.tensor(grids) for grids in patch_grids]
+        return BatchFeature(data)
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        # The model looks pictures up by their pixels, and moves to the device what it encodes.
+        return {
+            name: MultiModalFieldConfig.batched("image", keep_on_cpu=True) for name in hf_inputs
+        }
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
+    ) -> Sequence[PromptReplacement]:
+        image_token_id = self.info.get_hf_config().image_token_id
+
+        def vision_tokens(image: int) -> list[int]:
+            item = out_mm_kwargs["image"][image].get_data()
+            height, width = item["token_grids"].tolist()
+            return [image_token_id] * (len(item["pixel_values"]) * height * width)
+
+        return [PromptReplacement("image", target=[image_token_id], replacement=vision_tokens)]
+
+
+class _Pictures(ImageProcessorItems):
+    """Pictures that keep the bytes they came as; vLLM's drop them where they look a cache up."""
+
+    def _unwrap(self, item: Any) -> Any:
+        return item
+
+
+def _sources(images: ImageProcessorItems) -> list[Any]:
+    """Return the pictures as they came: bytes where vLLM kept them."""
+    return [
+        image.original_bytes if isinstance(image, MediaWithBytes) else image
+        for image in images.data
+    ]
