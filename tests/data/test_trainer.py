@@ -325,6 +325,49 @@ def test_processed_records_are_checked(processor, changes, message):
         collator([{**record, **changes}])
 
 
+ODD_VALUES = [
+    *(None, True, False, 0, -1, 7, 2**40, 10**30, 0.5, float("nan"), "", " ", "odd", "<image>"),
+    *("auto", "\ud800", b"", b"odd", [], [[]], [[], []], {}, [None], [0], [-1], [5], [IMAGE]),
+    *([5, "a"], [0.5], ["odd"], [{}], [{"role": "user"}], [{"content": ""}], {"bytes": None}),
+    *([{"role": "assistant", "content": "7"}], [{"role": "user", "content": []}], (), (4, 4)),
+    *(np.array([]), np.array(5), np.array([5]), np.zeros((0, 2)), np.array(["odd"]), np.float32(1)),
+    *(torch.zeros(0), torch.tensor(5), torch.tensor([5, IMAGE]), torch.zeros(1, 3, 4, 4)),
+    *(
+        torch.zeros(0, 3, 4, 4),
+        torch.ones(1, 3, 4, 4).to(torch.complex64),
+        [picture(1)],
+        picture(1),
+    ),
+]
+WHOLE = {
+    "messages": {"id": "a", "index": 0, "epoch": 0, "images": [picture(1)],
+                 "messages": messages("<image> odd", "7")},
+    "prompt": {"image": picture(1), "prompt": "<image> odd", "completion": " 7<eos>"},
+    "turns": {"prompt": messages("odd"), "completion": [messages("odd", "7")[1]]},
+    "text": {"text": "odd 7<eos>", "kind": "odd"},
+    "input_ids": {"input_ids": [IMAGE, 5, 6], "labels": [-100, 5, 6], "attention_mask": [1, 1, 1],
+                  "num_image_tokens": "auto", "tiles_per_image": [1], "image_index": [0],
+                  "grids": [(1, 1)], "pixel_values": torch.zeros(1, 3, 4, 4)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", WHOLE)
+def test_odd_values_of_any_field_are_read_or_named(processor, form):
+    collator, refused = DataCollatorWithPacking(processor, COUNTS), 0
+    assert collator([WHOLE[form]])["plan"].num_tokens > 0
+    for key in [*WHOLE[form], "images", "pixel_values", "num_image_tokens"]:
+        for value in ODD_VALUES:
+            try:
+                batch = collator([{"text": "odd"}, {**WHOLE[form], key: value}])
+            except (ValueError, TypeError, OSError) as error:
+                refused += 1
+                if "records" not in str(error):
+                    raise AssertionError(f"{key} of {value!r:.60} is not named") from error
+            else:
+                assert min(batch["plan"].lengths) > 0, (key, value)
+    assert refused > 0
+
+
 @pytest.mark.parametrize("key", ["text", "prompt", "completion"])
 def test_half_of_a_surrogate_pair_is_named(processor, key):
     record = {"prompt": "odd", "completion": "7"} if key != "text" else {}

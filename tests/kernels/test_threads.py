@@ -146,7 +146,7 @@ import torch
 from tests.kernels.test_threads import calls, extension
 
 assert extension().has_torch_team()
-work = calls(torch.float32)
+work = {name: calls(torch.float32)[name] for name in ("pool_norm adaptive", "swiglu", "pack")}
 expected = {name: call() for name, call in work.items()}
 with patch("torch.get_num_threads", lambda: 4):
     for name, call in work.items():
@@ -155,11 +155,16 @@ with patch("torch.get_num_threads", lambda: 4):
 
 
 @pytest.mark.skipif(WATCHED, reason="ThreadSanitizer knows nothing of PyTorch's threads")
-@pytest.mark.parametrize("limit", [1, 2, 3])
-def test_a_team_of_fewer_threads_than_parts_does_them_all_once(limit):
-    """Gradients of biases are added to: a part that is done twice shows in them."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": str(limit)}
-    environment |= {"TOKENFLEX_BACKEND": "native", "TRITON_INTERPRET": "0"}
+def test_a_team_of_fewer_threads_than_parts_does_each_part_once():
+    """A part that is done twice shows in the gradients of biases, which are added to."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "OMP_THREAD_LIMIT": "3",  # of the four that are asked for
+        "OMP_WAIT_POLICY": "passive",  # or threads spin on cores that others need
+        "TOKENFLEX_BACKEND": "native",
+        "TRITON_INTERPRET": "0",
+    }
     subprocess.run([sys.executable, "-c", FEWER_THREADS], env=environment, check=True, timeout=120)
 
 

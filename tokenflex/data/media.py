@@ -49,7 +49,7 @@ _NUMBERS = (bool, int, float, decimal.Decimal, datetime.date, datetime.time, dat
 
 def is_empty(value: Any) -> bool:
     """Return True for an empty field; tables fill missing fields with such values."""
-    return value is None or value in ("", b"") or (isinstance(value, (list, dict)) and not value)
+    return value is None or (isinstance(value, (str, bytes, list, dict)) and not value)
 
 
 def unread_key(fields: Mapping[str, Any], read: Collection[str] = ()) -> str | None:

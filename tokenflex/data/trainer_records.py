@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tokenflex.counts import AUTO, Grid, TokenCount, token_grids
-from tokenflex.data.media import PICTURE_KEYS
+from tokenflex.data.media import PICTURE_KEYS, is_empty
 from tokenflex.data.packing import PackingCollator
 from tokenflex.data.records import read_record
 from tokenflex.data.samples import Conversation, Sample
@@ -155,7 +155,7 @@ def _whole_number(value: Any, name: str) -> int | None:
 
 
 def _id_of(record: Mapping[str, Any], name: str) -> str:
-    return name if record.get("id") in (None, "") else str(record["id"])
+    return name if is_empty(record.get("id")) else str(record["id"])
 
 
 def _images_beside(record: Mapping[str, Any], name: str) -> list[Any]:

@@ -145,6 +145,7 @@ def test_a_row_map_that_changes_before_the_backward_pass_is_an_error():
 @pytest.mark.parametrize("name", ["pack_embeddings", "unpack_vision"])
 def test_either_map_of_a_plan_that_changes_before_the_backward_pass_is_an_error(name, changed):
     plan = plan_packing([[1, IMAGE, 2]], [3], IMAGE)
+    getattr(plan, changed).add_(0)  # before the call, a change is none
     if name == "pack_embeddings":
         leaf = torch.randn(6, 5, requires_grad=True)
         out = pack_embeddings(leaf, torch.randn(3, 5), plan)
@@ -152,7 +153,7 @@ def test_either_map_of_a_plan_that_changes_before_the_backward_pass_is_an_error(
         leaf = torch.randn(5, 5, requires_grad=True)
         out = unpack_vision(leaf, plan)
     assert torch.autograd.grad(out.sum(), leaf, retain_graph=True)[0].shape == leaf.shape
-    getattr(plan, changed).add_(0)  # even to the same numbers: versions are what tells
+    getattr(plan, changed).add_(0)  # to the same numbers: versions are what tells
     with pytest.raises(RuntimeError, match=f"row map of {name} was modified"):
         torch.autograd.grad(out.sum(), leaf)
 
