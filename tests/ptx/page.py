@@ -25,18 +25,21 @@ PREDICTIONS = (
     ("gate_up", "bias product", "1.20 to 1.35 x", True),
     ("down_gradient", "product bias", "1.35 to 1.50 x", True),
 )
-OPTIONS = ("UNROLL", "num_warps", "num_stages", "maxnreg")
+OPTIONS = {
+    "UNROLL": "unrolled by",
+    "num_warps": "warps",
+    "num_stages": "stages",
+    "maxnreg": "registers",
+}
 
 
 def short_config(config: str) -> str:
     """Return the launch configuration among the constants and options of a launch, in short."""
     values = dict(part.split("=", 1) for part in config.split())
     sizes = "x".join(values[name] for name in TILES if name in values)
-    words = {"num_warps": "warps", "num_stages": "stages", "maxnreg": "registers"}
-    words["UNROLL"] = "unrolled by"
     parts = [
-        f"{words.get(name, name)} {values[name]}"
-        for name in OPTIONS
+        f"{word} {values[name]}"
+        for name, word in OPTIONS.items()
         if values.get(name, "None") != "None"
     ]
     descriptors = ["descriptors"] if values.get("TMA") == "True" else []

@@ -30,7 +30,7 @@ def test_the_files_have_every_case_without_a_fault():
     [
         (
             "NORM=True UNROLL=2 WIDTH=64 num_warps=4 maxnreg=128",
-            "unrolled by 2, warps 4, maxnreg 128",
+            "unrolled by 2, warps 4, registers 128",
         ),
         (
             "BLOCK_M=64 BLOCK_N=128 GROUP_M=8 TMA=True num_warps=4 num_stages=3 maxnreg=None",
