@@ -59,11 +59,13 @@ test-kernels:
 # Beside `make test`, which compiles for bfloat16 alone.
 aot: setup
 	$(BIN)/python -m tokenflex_kernels.aot --quiet
+	$(BIN)/python -m tokenflex_kernels.aot --quiet --architectures gfx942,gfx950
 
 # `make test` executes a choice of these. Minutes for each architecture; a second run takes seconds,
 # see tests/ptx/results.py.
 PTX_ARCHITECTURES ?= sm_90 sm_80
 test-ptx: setup $(addprefix test-ptx-,$(PTX_ARCHITECTURES))
+	$(BIN)/python -m tests.ptx.page
 test-ptx-%:
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ptx --architectures $* --out docs/results/ptx/$*.csv
 

@@ -9,6 +9,12 @@
 An execution has the results of the GPU's instructions, the races and unordered accesses that no
 result shows, and counts of instructions and bytes. It has no notion of time.
 
+Threads of a block run in step, and wait for an mbarrier once it can end. So these are not seen: the
+order of accesses within a warp, a barrier object that the copy engine uses before a fence, and what
+only other interleavings of warps would show. A ``wgmma`` is refused if a thread wrote one of its
+registers after the last ``wgmma.fence``; that an accumulator comes from a product of another shape
+is not looked at.
+
 ``parse`` reads PTX; ``machine`` runs a block; ``operands`` and ``arithmetic`` hold what a thread
 computes with; ``memory`` checks every access; ``accesses``, ``asynchronous`` and ``tensor_cores``
 are the instructions that move data; ``launching`` joins it to the stages.

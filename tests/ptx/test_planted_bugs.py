@@ -27,8 +27,7 @@ DESCRIPTOR = (1 << 62) | (64 << 32)  # a swizzle of 128 bytes, groups of rows of
 PRODUCT_WAIT = r"wgmma\.wait_group\.sync\.aligned "
 
 # The name of a bug, the kernel, what is replaced, by what, and which of the matches.
-BUGS = [
-    # Barriers. The first of the products' kernels orders nothing: nothing was read before it.
+BARRIERS = [  # the first of the products' kernels orders nothing: nothing was read before it
     *(("a dropped barrier", "wgmma", r"bar\.sync\s+0;", "", place) for place in (1, 2, 3, 4)),
     *(("a dropped barrier", "mma", r"bar\.sync\s+0;", "", place) for place in (1, 2, 3, 4)),
     *(("a dropped barrier", "rows", r"bar\.sync\s+0;", "", place) for place in range(5)),
@@ -40,7 +39,8 @@ BUGS = [
         "a dropped barrier before the copy engine reads",
         *("tma", r"(fence\.proxy\.async\.shared::cta;.*?)bar\.sync\s+0;", r"\1", 0),
     ),
-    # Waits.
+]  # fmt: skip
+WAITS = [
     ("a weaker wait for copies", "wgmma", r"cp\.async\.wait_group\s+2", "cp.async.wait_group 3", 0),
     ("a weaker wait for copies", "mma", r"cp\.async\.wait_group\s+2", "cp.async.wait_group 3", 0),
     ("no wait for copies", "wgmma", r"cp\.async\.wait_group\s+2;", "", 0),
@@ -58,7 +58,8 @@ BUGS = [
     ("more arrivals are awaited", "tma", r"(mbarrier\.init.*?), 1;", r"\1, 2;", 0),
     ("no wait for a store", "tma", r"cp\.async\.bulk\.wait_group\.read\s+0;", "", 0),
     ("no group of stores", "tma", r"cp\.async\.bulk\.commit_group;", "", 0),
-    # Addresses.
+]  # fmt: skip
+ADDRESSES = [
     ("a copy from elsewhere", "wgmma", rf"({COPY}0 \], \[ %rd\d+ \+ )0", r"\g<1>16", 0),
     ("a copy to elsewhere", "wgmma", f"({COPY})0", r"\g<1>16", 0),
     ("a copy to elsewhere", "mma", f"({COPY})0", r"\g<1>64", 0),
@@ -70,7 +71,8 @@ BUGS = [
     ("a shared load from elsewhere", "rows", r"\[global_smem\]", "[global_smem+4]", 0),
     ("coordinates in the other order", "tma", r"\{(%r\d+), (%r\d+)\}", r"{\2, \1}", 2),
     ("the other tensor map", "tma", r"\[%rd2, ", "[%rd1, ", 0),
-    # Operands.
+]  # fmt: skip
+OPERANDS = [
     ("operands in the other order", "wgmma", r"\}, (%rd\d+), (%rd\d+),", r"}, \2, \1,", 0),
     ("a transposed operand", "wgmma", r", 1, 1, 0, 0;", ", 1, 1, 0, 1;", 0),
     ("a negated operand", "wgmma", r", 1, 1, 0, 0;", ", 1, -1, 0, 0;", 0),
@@ -83,7 +85,8 @@ BUGS = [
     ),
     ("another partner of an exchange", "rows", r"(shfl\.sync\.bfly.*), 16, 31", r"\1, 8, 31", 0),
     ("an approximation of another function", "rows", r"rsqrt\.approx\.ftz", "rcp.approx.ftz", 0),
-    # Predicates and bounds.
+]  # fmt: skip
+BOUNDS = [
     ("a reversed predicate", "wgmma", r"@(%p\d+) st\.global", r"@!\1 st.global", 0),
     ("a lost predicate of a store", "wgmma", r"@%p\d+ st\.global", "st.global", 3),
     ("a lost predicate of a shared store", "rows", r"@%p\d+ st\.shared", "st.shared", 1),
@@ -97,11 +100,21 @@ BUGS = [
         *("wgmma", r"setp\.lt(\.s32\s+%p\d+, [^;]*;\s+@%p\d+ bra)", r"setp.gt\1", 0),
     ),
     ("another number of stages", "wgmma", r"(setp\.gt\.s32\s+%p\d+, %r\d+, )2;", r"\g<1>1;", 0),
-    # Control flow.
+]  # fmt: skip
+CONTROL = [
     ("a branch of some threads", "wgmma", r"@%p\d+ bra", "setp.lt.u32 %p1, %r1, 40; @%p1 bra", 0),
     ("a barrier of some threads", "rows", r"bar\.sync", "@%p5 bar.sync", 0),
     ("a value that is never written", "rows", r"shfl(\.\S+\s+%r\d+), %r\d+", r"shfl\1, %r998", 0),
 ]  # fmt: skip
+BUGS = {
+    "barriers": BARRIERS,
+    "waits and fences": WAITS,
+    "addresses": ADDRESSES,
+    "operands": OPERANDS,
+    "predicates and bounds": BOUNDS,
+    "control flow": CONTROL,
+}
+ALL = [bug for bugs in BUGS.values() for bug in bugs]
 
 
 def _described(tensor: torch.Tensor) -> TensorDescriptor:
@@ -161,8 +174,8 @@ def test_there_is_nothing_to_be_found_without_a_bug(name):
 
 @pytest.mark.parametrize(
     ("name", "kernel", "pattern", "replacement", "place"),
-    BUGS,
-    ids=[f"{bug[1]}-{bug[0].replace(' ', '-')}-{bug[4]}" for bug in BUGS],
+    ALL,
+    ids=[f"{bug[1]}-{bug[0].replace(' ', '-')}-{bug[4]}" for bug in ALL],
 )
 def test_a_bug_is_found(name, kernel, pattern, replacement, place):
     text = compiled(kernel)[0]
