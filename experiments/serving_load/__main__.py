@@ -104,11 +104,13 @@ def measure(checkpoint: Path, requests: int, clients: int, rounds: int) -> dict[
             batch = questions(few, requests, counts)
             asked.setdefault(("mixed", "asked again"), []).append(batch)
             run(port, batch, clients)
+    surroundings, threads = environment("cpu"), torch.get_num_threads()
+    torch.set_num_threads(1)  # the comparison is not timed
     total = [q for batches in asked.values() for batch in batches for q in batch]
     different = sum(q.answer != alone(model, processor, q) for q in total)
     return {
-        "environment": environment("cpu"),
-        "threads": torch.get_num_threads(),
+        "environment": surroundings,
+        "threads": threads,
         "clients": clients,
         "requests_a_round": requests,
         "rounds": rounds,
