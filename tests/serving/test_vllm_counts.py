@@ -132,12 +132,14 @@ def test_choices_are_those_of_the_whole_model(checkpoint):
         pixels = data["pixel_values"].split(tiles)
         text = " ".join(processor.tokenizer.convert_ids_to_tokens(ids))
         inputs = processor.encode_text(text, tiles, num_image_tokens="auto")
-        expected = model.choose_counts(**inputs, pixel_values=data["pixel_values"])
-        first = [expected["num_image_tokens"][tile] for tile in (0, tiles[0])]
-        chosen = chooser.choose(ids, pixels, [None, None])
-        assert chosen == [token_grid(count) for count in first]
-        seen.update(chosen)
-    assert len(seen) > 1  # the router does choose
+        inputs["pixel_values"] = data["pixel_values"]
+        for budget in (None, 30):
+            expected = model.choose_counts(**inputs, budget=budget)["num_image_tokens"]
+            chosen = chooser.choose(ids, pixels, [None, None], budget=budget)
+            assert chosen == [token_grid(expected[tile]) for tile in (0, tiles[0])]
+            seen.add(tuple(chosen))
+    assert any(first != second for first, second in seen)
+    assert len({first for first, _ in seen}) > 1  # the router does choose
 
 
 def test_a_second_question_about_a_picture_runs_no_encoder(checkpoint):
