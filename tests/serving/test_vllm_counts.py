@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -88,13 +90,20 @@ def test_a_bad_wish_is_refused_by_its_place(image, words):
 
 
 def test_an_image_without_a_wish_takes_the_requests_choice():
-    wishes = ["low", None, "high", (2, 3), "auto"]
-    choices = image_choices([(5, 5)] * 5, wishes, COUNTS, chooses=True)
-    assert choices == [(2, 2), (5, 5), (4, 4), (2, 3), "auto"]
+    wishes = ["low", None, "high", (2, 3), [1, 4], "auto"]
+    choices = image_choices([(5, 5)] * 6, wishes, COUNTS, chooses=True)
+    assert choices == [(2, 2), (5, 5), (4, 4), (2, 3), (1, 4), "auto"]
 
 
-def test_auto_detail_is_the_requests_choice_where_nothing_chooses():
-    assert image_choices([(5, 5)], ["auto"], (), chooses=False) == [(5, 5)]
+@pytest.mark.parametrize(("chooses", "expected"), [(True, "auto"), (False, (5, 5))])
+def test_auto_detail_is_the_requests_choice_where_nothing_chooses(chooses, expected):
+    wishes = image_wishes([{"role": "user", "content": [image_part(detail="auto")]}])
+    assert image_choices([(5, 5)], wishes, (), chooses=chooses) == [expected]
+
+
+def test_an_automatic_count_that_an_image_names_is_never_replaced():
+    wishes = image_wishes([{"role": "user", "content": [image_part(num_image_tokens="auto")]}])
+    assert image_choices([(5, 5)], wishes, (), chooses=False) == ["auto"]
 
 
 def test_details_need_counts_that_the_model_knows():
@@ -123,12 +132,14 @@ def test_choices_are_those_of_the_whole_model(checkpoint):
         pixels = data["pixel_values"].split(tiles)
         text = " ".join(processor.tokenizer.convert_ids_to_tokens(ids))
         inputs = processor.encode_text(text, tiles, num_image_tokens="auto")
-        expected = model.choose_counts(**inputs, pixel_values=data["pixel_values"])
-        first = [expected["num_image_tokens"][tile] for tile in (0, tiles[0])]
-        chosen = chooser.choose(ids, pixels, [None, None])
-        assert chosen == [token_grid(count) for count in first]
-        seen.update(chosen)
-    assert len(seen) > 1  # the router does choose
+        inputs["pixel_values"] = data["pixel_values"]
+        for budget in (None, 30):
+            expected = model.choose_counts(**inputs, budget=budget)["num_image_tokens"]
+            chosen = chooser.choose(ids, pixels, [None, None], budget=budget)
+            assert chosen == [token_grid(expected[tile]) for tile in (0, tiles[0])]
+            seen.add(tuple(chosen))
+    assert any(first != second for first, second in seen)
+    assert len({first for first, _ in seen}) > 1  # the router does choose
 
 
 def test_a_second_question_about_a_picture_runs_no_encoder(checkpoint):
@@ -199,3 +210,19 @@ def test_the_plugin_is_light_and_harmless_without_vllm():
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "[]"
     assert "cannot be registered" in run.stderr
+
+
+def test_the_figures_of_the_page_are_those_of_the_measurement():
+    docs = Path(__file__).parents[2] / "docs"
+    report = json.loads((docs / "results/serving/vllm.json").read_text(encoding="utf-8"))
+    page = (docs / "serving/vllm.md").read_text(encoding="utf-8")
+    for row in report["rows"]:
+        cells = (
+            row["counts"],
+            f"{row['requests_per_second']} ({row['fastest_round']})",
+            row["cpu_ms_per_request"],
+            row["vision_tokens_per_request"],
+            row["encoder_passes_per_request"],
+        )
+        assert f"| {' | '.join(map(str, cells))} |" in page
+    assert f"load average of {report['load']}" in page

@@ -58,15 +58,15 @@ class ConfigHook:
 
 
 def register() -> None:
-    """Tell vLLM about TokenFLEX checkpoints. Calling it again changes nothing."""
+    """Tell vLLM about TokenFLEX checkpoints. Calling it again changes nothing.
+
+    transformers' Auto classes know our model as soon as this package is imported.
+    """
     try:
-        # The Auto classes learn of our model where this package is imported.
         from vllm import ModelRegistry
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
         from vllm.renderers.registry import RENDERER_REGISTRY
         from vllm.tokenizers.registry import TokenizerRegistry
-
-        import tokenflex  # noqa: F401
     except ImportError as error:  # other models must be served all the same
         logger.warning("tokenflex cannot be registered with this vLLM: %s", error)
         return

@@ -12,6 +12,8 @@ Choice = Grid | Literal["auto"]
 """The grid of an image's vision tokens, or "auto" where it is to be chosen."""
 DETAILS = ("low", "high", "auto")
 """OpenAI's words for the resolution of an image."""
+DEFAULT = "default"
+"""The wish of ``detail: auto``: the router's choice, or the request's without a router."""
 PER_IMAGE = "num_image_tokens_per_image"
 """The key under which counts of single images reach the processor beside the request's."""
 
@@ -68,7 +70,7 @@ def image_wish(part: Mapping[str, Any], name: str) -> Any:
             f"{name}.detail must be one of {', '.join(DETAILS)}, got {excerpt(detail)}"
         )
     if count is None:
-        return detail
+        return DEFAULT if detail == AUTO else detail
     if detail not in (None, AUTO):
         raise ValueError(
             f"{name} must have one of detail and num_image_tokens, got {detail!r} and "
@@ -102,7 +104,7 @@ def image_choices(
         request: the choices of the request.
         wishes: those of single images, see :func:`image_wish`; None if there are none.
         known: the counts that the model knows, rising; "low" is the first and "high" the last.
-        chooses: whether "auto" can be chosen; else the word stands for the request's choice.
+        chooses: whether a router can choose.
 
     Raises:
         TypeError, ValueError: there is another number of wishes, or one is not valid.
@@ -123,7 +125,9 @@ def image_choices(
                     f"trained_num_image_tokens, got {wish!r}"
                 )
             choices.append(token_grid(known[0 if wish == "low" else -1]))
-        elif wish is None or (wish == AUTO and not chooses):
+        elif wish == DEFAULT:
+            choices.append(AUTO if chooses else choice)
+        elif wish is None:
             choices.append(choice)
         else:
             wish = tuple(wish) if isinstance(wish, list) else wish
