@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -96,6 +96,58 @@ def _merged(grid: torch.Tensor, merge: int) -> torch.Tensor:
     return cells.transpose(-4, -3).flatten(-3)
 
 
+@dataclass(frozen=True)
+class Patches:
+    """Patch features of images, before the projector of a converted model.
+
+    Attributes:
+        rows: [sum of H*W, C], image after image.
+        grids: The (H, W) of each.
+        layers: For each language-model layer with features of its own, their rows [sum of h*w, D]
+            and grids.
+    """
+
+    rows: torch.Tensor
+    grids: list[Grid]
+    layers: list[tuple[torch.Tensor, list[Grid]]] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the features."""
+        return self.rows.nbytes + sum(rows.nbytes for rows, _ in self.layers)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Patches]) -> Patches:
+        """Return the images of all parts, one part after another."""
+        layers = [
+            (torch.cat([rows for rows, _ in layer]), [grid for _, grids in layer for grid in grids])
+            for layer in zip(*(part.layers for part in parts), strict=True)
+        ]
+        rows = torch.cat([part.rows for part in parts])
+        return cls(rows, [grid for part in parts for grid in part.grids], layers)
+
+
+def encode_patches(base: Any, image_inputs: dict[str, Any]) -> Patches:
+    """Run the vision encoder of a converted base model, for any number of counts."""
+    patches = type(base)._tokenflex_family.patch_grids(base, **image_inputs)
+    rows, grids = flat_grids(patches, base.config.tokenflex["patch_merge"])
+    layers = patches.layers if isinstance(patches, Deepstack) else []
+    return Patches(rows, grids, [flat_grids(maps) for maps in layers])
+
+
+def project_patches(base: Any, patches: Patches, counts: ImageTokenCounts | None) -> ImageOutputs:
+    """Project the images of a converted base model, each to its own count."""
+    family, config = type(base)._tokenflex_family, base.config
+    counts = default_count(config) if counts is None else counts
+    out_grids = token_grids(counts, len(patches.grids), name="num_image_tokens")
+    sizes = [height * width for height, width in out_grids]
+    # Through __call__, and looked up at each call: PEFT and FSDP wrap the module.
+    projector = base.get_submodule(family.projector)
+    tokens = projector(patches.rows, out_grids, grids=patches.grids)
+    layers = [list(pool_norm(*maps, out_grids).split(sizes)) for maps in patches.layers]
+    return ImageOutputs(pooler_output=list(tokens.split(sizes)), deepstack_features=layers or None)
+
+
 def image_features(
     base: Any,
     image_inputs: dict[str, Any],
@@ -106,23 +158,11 @@ def image_features(
 
     ``options`` may hold ``output_hidden_states`` and ``output_attentions``.
     """
-    family, config = type(base)._tokenflex_family, base.config
     with _recorded_encoder(base, options) as encoder_outputs:
-        patches = family.patch_grids(base, **image_inputs)
-    rows, in_grids = flat_grids(patches, config.tokenflex["patch_merge"])
-    counts = default_count(config) if counts is None else counts
-    out_grids = token_grids(counts, len(in_grids), name="num_image_tokens")
-    sizes = [height * width for height, width in out_grids]
-    # Through __call__, and looked up at each call: PEFT and FSDP wrap the module.
-    tokens = base.get_submodule(family.projector)(rows, out_grids, grids=in_grids)
-    layers = patches.layers if isinstance(patches, Deepstack) else None
-    if layers is not None:
-        layers = [list(pool_norm(*flat_grids(maps), out_grids).split(sizes)) for maps in layers]
-    return ImageOutputs(
-        pooler_output=list(tokens.split(sizes)),
-        deepstack_features=layers,
-        **{name: getattr(encoder_outputs, name, None) for name in _ENCODER_FIELDS},
-    )
+        patches = encode_patches(base, image_inputs)
+    outputs = project_patches(base, patches, counts)
+    fields = {name: getattr(encoder_outputs, name, None) for name in _ENCODER_FIELDS}
+    return ImageOutputs(**{**outputs, **fields})
 
 
 @contextmanager
