@@ -7,7 +7,7 @@ import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, token_grids
 from tokenflex.dropin.families import VISION_ENCODERS, Deepstack, PatchGrids, vision_encoder
+from tokenflex.models.vision import EncodedImages
 from tokenflex_kernels import pool_norm
 
 _ENCODER_OPTIONS = ("output_hidden_states", "output_attentions")
@@ -97,34 +98,25 @@ def _merged(grid: torch.Tensor, merge: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Patches:
-    """Patch features of images, before the projector of a converted model.
+class Patches(EncodedImages):
+    """Encoded images of a converted model, before its projector.
 
     Attributes:
-        rows: [sum of H*W, C], image after image.
-        grids: The (H, W) of each.
-        layers: For each language-model layer with features of its own, their rows [sum of h*w, D]
-            and grids.
+        layers: For each language-model layer with features of its own, those features [sum of h*w,
+            D] and their (h, w) per image.
     """
 
-    rows: torch.Tensor
-    grids: list[Grid]
-    layers: list[tuple[torch.Tensor, list[Grid]]] = field(default_factory=list)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the features."""
-        return self.rows.nbytes + sum(rows.nbytes for rows, _ in self.layers)
+    layers: tuple[tuple[torch.Tensor, list[Grid]], ...] = ()
 
     @classmethod
     def joined(cls, parts: Sequence[Patches]) -> Patches:
         """Return the images of all parts, one part after another."""
         layers = [
-            (torch.cat([rows for rows, _ in layer]), [grid for _, grids in layer for grid in grids])
+            (torch.cat([maps for maps, _ in layer]), [grid for _, grids in layer for grid in grids])
             for layer in zip(*(part.layers for part in parts), strict=True)
         ]
-        rows = torch.cat([part.rows for part in parts])
-        return cls(rows, [grid for part in parts for grid in part.grids], layers)
+        features = torch.cat([part.features for part in parts])
+        return cls(features, tuple(grid for part in parts for grid in part.grids), tuple(layers))
 
 
 def encode_patches(base: Any, image_inputs: dict[str, Any]) -> Patches:
@@ -132,18 +124,18 @@ def encode_patches(base: Any, image_inputs: dict[str, Any]) -> Patches:
     patches = type(base)._tokenflex_family.patch_grids(base, **image_inputs)
     rows, grids = flat_grids(patches, base.config.tokenflex["patch_merge"])
     layers = patches.layers if isinstance(patches, Deepstack) else []
-    return Patches(rows, grids, [flat_grids(maps) for maps in layers])
+    return Patches(rows, tuple(grids), tuple(flat_grids(maps) for maps in layers))
 
 
 def project_patches(base: Any, patches: Patches, counts: ImageTokenCounts | None) -> ImageOutputs:
     """Project the images of a converted base model, each to its own count."""
     family, config = type(base)._tokenflex_family, base.config
     counts = default_count(config) if counts is None else counts
-    out_grids = token_grids(counts, len(patches.grids), name="num_image_tokens")
+    out_grids = token_grids(counts, len(patches), name="num_image_tokens")
     sizes = [height * width for height, width in out_grids]
     # Through __call__, and looked up at each call: PEFT and FSDP wrap the module.
     projector = base.get_submodule(family.projector)
-    tokens = projector(patches.rows, out_grids, grids=patches.grids)
+    tokens = projector(patches.features, out_grids, grids=list(patches.grids))
     layers = [list(pool_norm(*maps, out_grids).split(sizes)) for maps in patches.layers]
     return ImageOutputs(pooler_output=list(tokens.split(sizes)), deepstack_features=layers or None)
 
