@@ -85,6 +85,20 @@ def test_times_are_those_of_a_call_at_this_count_alone(monkeypatch):
         assert answer.seconds >= answer.first_token_seconds + 0.15
 
 
+def test_the_choice_of_a_count_is_part_of_its_time(monkeypatch):
+    model, processor = tiny_model(), digits_processor()
+    attach_router(model, FixedRouter([0, 0.9, 0.6]))
+    choose = model.choose_counts
+
+    def slow_choice(**inputs):
+        time.sleep(0.15)
+        return choose(**inputs)
+
+    monkeypatch.setattr(model, "choose_counts", slow_choice)
+    (auto,) = ask_at_counts(model, processor, picture(1), "odd", ("auto",), max_new_tokens=1)
+    assert auto.seconds >= auto.first_token_seconds >= auto.encoder_seconds + 0.15
+
+
 def test_counts_that_were_never_trained_are_marked():
     ask = digits_processor(), picture(1), "odd", (4, (2, 3), 9)
     trained = tiny_model(trained_num_image_tokens=[4, [2, 3]])

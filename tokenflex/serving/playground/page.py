@@ -18,7 +18,7 @@ STYLE = """
 .gradio-container { max-width: 1280px !important; margin: auto; }
 .message { padding: 12px 16px; border-radius: 8px; border: 1px solid #d62728;
   background: #fdecec; color: #8c1a1a; font-weight: 600; }
-#picture img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
+#picture img { width: 100%; height: 100%; object-fit: contain; }
 #windows .grid-wrap { height: auto; min-height: 0; max-height: none; padding: 0; }
 #windows .grid-container { height: auto; }
 #windows .gallery-item { border: 1px solid var(--border-color-primary); }
