@@ -8,6 +8,8 @@
 #              (minutes; downloads some GB of CUDA builds of torch, no GPU needed)
 # make test-vllm       the tests of tokenflex.serving.vllm beside a real vLLM, for CPUs
 #              (minutes; downloads 1 GB into an environment of its own, no GPU needed)
+# make test-play       the playground's page, with gradio in a headless Chromium (Debian's chromium; downloads
+#              0.2 GB, no GPU needed)
 # make gpu     build with CUDA into $(PYTHON), run every kernel, the GPU tests, the tuner and the benchmarks
 #              within BUDGET=540 seconds; another call continues (offline)
 # make tune    measure kernel configurations on this machine's GPU, write the table into OUT; another
@@ -24,7 +26,8 @@ BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 .PHONY: demo test test-cpu test-kernels aot test-ptx test-training test-claim test-torchvision \
-  test-vllm test-versions test-oldest test-newest test-dropin-oldest lint setup gpu tune sanitize sanitize-threads sanitize-gpu clean
+  test-vllm test-versions test-oldest test-newest test-dropin-oldest test-play lint setup gpu tune \
+  sanitize sanitize-threads sanitize-gpu clean
 
 setup: .venv/.ready
 
@@ -81,6 +84,16 @@ test-torchvision: $(TORCHVISION)/.ready
 $(TORCHVISION)/.ready: .venv/.ready constraints/torchvision.txt
 	rm -rf $(TORCHVISION)
 	$(BIN)/python -m pip install --no-deps --target $(TORCHVISION) --requirement constraints/torchvision.txt
+	touch $@
+
+# Beside `make test`: in a folder of its own, as gradio wants an older Pillow.
+PLAY := .venv-play
+test-play: $(PLAY)/.ready
+	PYTHONPATH=$(PLAY) $(BIN)/python -m pytest tests/serving/test_playground*.py
+
+$(PLAY)/.ready: .venv/.ready constraints/play.txt
+	rm -rf $(PLAY)
+	$(BIN)/python -m pip install --target $(PLAY) --constraint constraints/play.txt 'gradio>=6,<7' playwright
 	touch $@
 
 # On one core: the other one is busy with tests.
@@ -191,4 +204,4 @@ sanitize-gpu:
 	exit $$failed
 
 clean:
-	rm -rf .venv $(TORCHVISION) $(VERSIONS) $(VLLM) build *.egg-info tokenflex_kernels/*.so
+	rm -rf .venv $(TORCHVISION) $(VERSIONS) $(VLLM) $(PLAY) build *.egg-info tokenflex_kernels/*.so

@@ -45,6 +45,7 @@ pytestmark = pytest.mark.usefixtures("own_accelerator_and_threads")
 COMMANDS = (
     *("info", "train", "evaluate", "harness", "route", "generate", "convert", "ablate", "plot"),
     "serve",
+    "play",
 )
 BAR = re.compile(r"\d+%\||\| \d+/\d+ \[")
 

@@ -115,7 +115,7 @@ def answer_at_counts(
     for count in counts:
         given = AUTO if isinstance(count, str) else count
         inputs = {**read(prompts, tiles, num_image_tokens=given), "encoded_images": encoded}
-        clock = _FirstTokenClock()
+        clock = FirstTokenClock()
         auto = inputs.get("num_image_tokens") == AUTO
         if auto and confidence is not None:
             cascade = generate_with_escalation(
@@ -151,7 +151,7 @@ def _largest_count(
     return find_policy(policy).largest(model, budget)
 
 
-class _FirstTokenClock(BaseStreamer):
+class FirstTokenClock(BaseStreamer):
     """The time to the first token, from a streamer.
 
     ``generate`` passes it the prompt, then every token once it is on the host. Of several calls the

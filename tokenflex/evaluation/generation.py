@@ -26,6 +26,30 @@ def answer_length(tokens: torch.Tensor, ends: int | Sequence[int] | None) -> int
     return int(stops[0]) + 1 if len(stops) else len(tokens)
 
 
+def answers_with_certainty(
+    output: Any, prompt_length: int, ends: int | Sequence[int] | None
+) -> list[tuple[torch.Tensor, float]]:
+    """Return each row's new tokens, and the probability of the least certain one.
+
+    Args:
+        output: Of ``generate`` with ``return_dict_in_generate`` and ``output_logits``. The
+            probabilities are those of the logits before any logits processor.
+        prompt_length: Length of the prompts in ``output.sequences``.
+        ends: Tokens that end an answer, the last of its tokens.
+
+    Returns:
+        For each row int64 [tokens], and a number from 0 to 1.
+    """
+    new = output.sequences[:, prompt_length:]
+    logits = torch.stack(output.logits, dim=1).float()  # [B, new, V]
+    certain = logits.softmax(-1).gather(2, new[..., None].to(logits.device)).squeeze(2).cpu()
+    answers = []
+    for row, tokens in enumerate(new.cpu()):
+        length = answer_length(tokens, ends)
+        answers.append((new[row, :length], float(certain[row, :length].min())))
+    return answers
+
+
 def special_tokens(model: Any, tokenizer: Any) -> dict[str, Any]:
     """Return ``eos_token_id`` and ``pad_token_id`` for ``generate``."""
     ends, pad = model.generation_config.eos_token_id, tokenizer.pad_token_id

@@ -161,6 +161,16 @@ class ImagePreparation(ProcessorMixin):
         counts = self.num_image_tokens if counts is None else counts
         return token_grids(counts, images, name="num_image_tokens")
 
+    def tile_grid(self, image_size: Grid, max_tiles: int | None = None) -> Grid:
+        """Return the (rows, columns) of tiles that an image of (height, width) pixels is cut into.
+
+        Args:
+            image_size: (height, width) in pixels.
+            max_tiles: as the processor is called with it.
+        """
+        limit = self._max_tiles(max_tiles)
+        return (1, 1) if limit == 1 else self._tile_grid(image_size, limit, self._tile_size({}))
+
     def _max_tiles(self, max_tiles: int | None) -> int:
         # A call may go below the processor's own minimum.
         return self.max_tiles if max_tiles is None else check_tile_limits(1, max_tiles)[1]

@@ -15,7 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from tokenflex.counts import AUTO, TokenCount, token_grid
-from tokenflex.evaluation.generation import answer_length
+from tokenflex.evaluation.generation import answers_with_certainty
 from tokenflex.models.auto_counts import CHOICE_INPUTS
 from tokenflex.models.loading import check_length
 from tokenflex.routing.choice import read_inputs
@@ -137,12 +137,5 @@ def _answers(
 ) -> list[tuple[torch.Tensor, float]]:
     """Return each row's new tokens and the probability of the least certain one."""
     output = model.generate(**inputs, **options)
-    new = output.sequences[:, inputs["input_ids"].shape[1] :]
-    logits = torch.stack(output.logits, dim=1).float()  # before any logits processor, [B, new, V]
-    certain = logits.softmax(-1).gather(2, new[..., None].to(logits.device)).squeeze(2).cpu()
     ends = options.get("eos_token_id", model.generation_config.eos_token_id)
-    answers = []
-    for row, tokens in enumerate(new.cpu()):
-        length = answer_length(tokens, ends)
-        answers.append((new[row, :length], float(certain[row, :length].min())))
-    return answers
+    return answers_with_certainty(output, inputs["input_ids"].shape[1], ends)
