@@ -10,16 +10,17 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
-from tokenflex.counts import Grid, ImageTokenCounts, token_grids
+from tokenflex.counts import Grid, ImageTokenCounts, token_grid, token_grids
 from tokenflex.models.auto_counts import refuse_auto
 from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.models.exporting import UniformTokens, traces_one_count
 from tokenflex.models.placeholders import (
     ImageTokens,
     UnprojectedImages,
     check_device,
     in_order,
 )
-from tokenflex.models.vision import EncodedImages, encode
+from tokenflex.models.vision import EncodedImages, encode, encode_tiles, takes_patches
 from tokenflex.projector import TokenAdaptiveProjector
 from tokenflex_kernels import plan_pooling
 
@@ -78,7 +79,9 @@ class ImageFeatures:
         Returns:
             ``last_hidden_state``, patch features [sum of H*W, C], and ``pooler_output``, a list
             with [count, D] vision tokens for each tile, or for each entry of ``image_index``; on
-            request ``hidden_states`` and ``attentions`` of the encoder.
+            request ``hidden_states`` and ``attentions`` of the encoder. While ``torch.export``
+            traces a call with pixels and one count, ``pooler_output`` is a tensor
+            [tiles, count, D], so that the number of tiles may be dynamic.
 
         Raises:
             ValueError: counts and tiles do not fit together.
@@ -90,6 +93,13 @@ class ImageFeatures:
         if (pixel_values is None) == (encoded_images is None):
             raise ValueError("give exactly one of pixel_values and encoded_images")
         outputs = None
+        if pixel_values is not None and traces_one_count(num_image_tokens, image_index):
+            images, outputs = self._trace_one_count(pixel_values, num_image_tokens, grids, **kwargs)
+            return BaseModelOutputWithPooling(
+                pooler_output=images.per_tile,
+                hidden_states=getattr(outputs, "hidden_states", None),
+                attentions=getattr(outputs, "attentions", None),
+            )
         if encoded_images is None:
             assert pixel_values is not None
             encoded_images, outputs = self._encode(pixel_values, grids, **kwargs)
@@ -118,11 +128,14 @@ class ImageFeatures:
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
         image_index: Sequence[int] | None,
         project: bool,
-    ) -> ImageTokens | UnprojectedImages | None:
+    ) -> ImageTokens | UniformTokens | UnprojectedImages | None:
         """Return the vision tokens of a call's images as they are shown, None without images.
 
         With ``project=False`` they may be left to be computed as they are packed.
         """
+        if pixel_values is not None and traces_one_count(num_image_tokens, image_index):
+            if encoded_images is None and mm_encoder_outputs is None:
+                return self._trace_one_count(pixel_values, num_image_tokens, grids)[0]
         images = self._images(
             pixel_values, num_image_tokens, grids, encoded_images, mm_encoder_outputs
         )
@@ -167,6 +180,30 @@ class ImageFeatures:
         if pixel_values.is_floating_point():
             pixel_values = pixel_values.to(self.dtype)
         return encode(self.vision_model, self.config.vision_config, pixel_values, grids, **options)
+
+    def _trace_one_count(
+        self,
+        pixel_values: torch.Tensor,
+        num_image_tokens: ImageTokenCounts | None,
+        grids: Grid | Sequence[Grid] | None,
+        **options: Any,
+    ) -> tuple[UniformTokens, Any]:
+        """Return the vision tokens of tiles of one grid and one count, and the encoder's output."""
+        refuse_auto(num_image_tokens)
+        if takes_patches(self.vision_model):
+            raise ValueError(
+                f"torch.export needs an encoder that takes pixels: {type(self.vision_model).__name__} "
+                "takes patches, and their shapes as values"
+            )
+        pixel_values = pixel_values.to(self.dtype)
+        per_tile = None if grids is None else [token_grid(grids, name="grids")]
+        features, grid, outputs = encode_tiles(
+            self.vision_model, self.config.vision_config, pixel_values, per_tile, options
+        )
+        dtype = next(self.projector.parameters()).dtype
+        if dtype != torch.float32:
+            features = features.to(dtype)
+        return UniformTokens(self.projector(features, num_image_tokens, grid)), outputs
 
     def _unprojected(
         self, encoded_images: EncodedImages, num_image_tokens: ImageTokenCounts | None

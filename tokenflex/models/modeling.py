@@ -41,6 +41,7 @@ from tokenflex.counts import Grid, ImageTokenCounts, token_grid
 from tokenflex.models.attention import PACKED_ATTENTION
 from tokenflex.models.auto_map import InstalledClass
 from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.models.exporting import UniformTokens
 from tokenflex.models.generation import TokenFlexGeneration, takes_cache
 from tokenflex.models.head import build_head, transform_logits
 from tokenflex.models.image_features import ImageFeatures
@@ -189,9 +190,11 @@ class TokenFlexModel(ImageFeatures, TokenFlexPreTrainedModel):
                 raise ValueError("shared_prefixes are those of a plan: give the plan with them")
             assert not isinstance(images, UnprojectedImages)
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-            inputs = merge_prompt(
-                self.get_input_embeddings(), self.config, images, **prompt, seen=seen
-            )
+            embedding = self.get_input_embeddings()
+            if isinstance(images, UniformTokens):
+                inputs = images.merge(embedding, self.config, **prompt, seen=seen)
+            else:
+                inputs = merge_prompt(embedding, self.config, images, **prompt, seen=seen)
             inputs["past_key_values"] = past_key_values
         else:
             del prompt["position_ids"]
@@ -212,7 +215,7 @@ class TokenFlexModel(ImageFeatures, TokenFlexPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=images.tokens
-            if isinstance(images, ImageTokens) and output_image_hidden_states
+            if isinstance(images, (ImageTokens, UniformTokens)) and output_image_hidden_states
             else None,
         )
 
