@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokenflex.counts import is_one_count
 from tokenflex.models.configuration import TokenFlexConfig
 
 
@@ -22,10 +23,9 @@ def traces_one_count(num_image_tokens: Any, image_index: Any) -> bool:
     With a list of counts, or images that are shown several times, the number of tiles is a constant
     of the graph, and the call is traced as it runs.
     """
-    if not torch.compiler.is_exporting():
+    if not torch.compiler.is_exporting() or image_index is not None:
         return False
-    is_list = isinstance(num_image_tokens, (list, torch.Tensor))
-    return not is_list and image_index is None
+    return num_image_tokens is None or is_one_count(num_image_tokens)
 
 
 @dataclass(frozen=True)

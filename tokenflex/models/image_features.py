@@ -189,7 +189,6 @@ class ImageFeatures:
         **options: Any,
     ) -> tuple[UniformTokens, Any]:
         """Return the vision tokens of tiles of one grid and one count, and the encoder's output."""
-        refuse_auto(num_image_tokens)
         if takes_patches(self.vision_model):
             raise ValueError(
                 f"torch.export needs an encoder that takes pixels: {type(self.vision_model).__name__} "

@@ -54,6 +54,7 @@ from tokenflex.models.placeholders import (
     merge_prompt,
 )
 from tokenflex.models.prefixes import SharedPrefixes
+from tokenflex.models.prompt_embeddings import batch_of_prompts, without_padding
 from tokenflex.models.vision import EncodedImages
 from tokenflex.projector import TokenAdaptiveProjector
 from tokenflex_kernels import PackPlan
@@ -315,6 +316,64 @@ class TokenFlexForConditionalGeneration(
     ) -> EncodedImages:
         """See :meth:`TokenFlexModel.encode_images`."""
         return self.model.encode_images(pixel_values, grids)
+
+    @torch.no_grad()
+    def merged_embeddings(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        num_image_tokens: ImageTokenCounts | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        grids: Grid | Sequence[Grid] | None = None,
+        encoded_images: EncodedImages | None = None,
+        image_index: Sequence[int] | None = None,
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Return the embeddings of prompts with their vision tokens in place.
+
+        They are all that the language model needs: a server of the plain language model, written by
+        ``tokenflex export --to language-model``, answers from them (``prompt_embeds``) as this
+        model does. The arguments are those of :meth:`forward`.
+
+        Args:
+            input_ids: int64 [L], a prompt, or [B, L], a batch.
+            attention_mask: of the same shape, 0 on padding.
+
+        Returns:
+            [L, D] for a prompt; for a batch a list with one [L_i, D] per prompt, without its
+            padding. Without gradients, in the dtype of the embedding.
+
+        Raises:
+            ValueError: placeholders, counts and tiles do not fit together, or all tokens of an
+                image share a position, which a plain language model does not give them.
+
+        Example:
+            >>> inputs = processor(images=[a, b], text=prompts, num_image_tokens=[64, 256])
+            >>> first, second = model.merged_embeddings(**inputs)
+        """
+        if self.config.image_positions != "sequential":
+            raise ValueError(
+                "merged_embeddings needs a model with image_positions='sequential', got "
+                f"{self.config.image_positions!r}: a plain language model numbers the positions of "
+                "embeddings one by one"
+            )
+        ids, mask = batch_of_prompts(input_ids, attention_mask)
+        images = self.model._image_tokens(
+            *(pixel_values, num_image_tokens, grids, encoded_images, None, image_index),
+            project=True,
+        )
+        embeds: torch.Tensor = merge_prompt(
+            self.get_input_embeddings(),
+            self.config,
+            images,
+            input_ids=ids,
+            inputs_embeds=None,
+            attention_mask=mask,
+            position_ids=None,
+            seen=0,
+        )["inputs_embeds"]
+        prompts = without_padding(embeds, mask)
+        return prompts if input_ids.ndim == 2 else prompts[0]
 
     @can_return_tuple
     @takes_cache
