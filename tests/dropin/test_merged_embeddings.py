@@ -71,5 +71,5 @@ def test_one_prompt_has_one_tensor():
 def test_placeholders_that_do_not_fit_are_refused():
     model, inputs = converted("llava"), batch("llava", PROMPTS[:1])
     inputs["num_image_tokens"] = [16]
-    with pytest.raises(ValueError, match="9 image placeholders.*16"):
+    with pytest.raises(ValueError, match=r"9 image placeholders.*16"):
         model.merged_embeddings(**inputs)

@@ -94,9 +94,9 @@ class ImageFeatures:
             raise ValueError("give exactly one of pixel_values and encoded_images")
         outputs = None
         if pixel_values is not None and traces_one_count(num_image_tokens, image_index):
-            images, outputs = self._trace_one_count(pixel_values, num_image_tokens, grids, **kwargs)
+            traced, outputs = self._trace_one_count(pixel_values, num_image_tokens, grids, **kwargs)
             return BaseModelOutputWithPooling(
-                pooler_output=images.per_tile,
+                pooler_output=traced.per_tile,
                 hidden_states=getattr(outputs, "hidden_states", None),
                 attentions=getattr(outputs, "attentions", None),
             )
@@ -128,14 +128,11 @@ class ImageFeatures:
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
         image_index: Sequence[int] | None,
         project: bool,
-    ) -> ImageTokens | UniformTokens | UnprojectedImages | None:
+    ) -> ImageTokens | UnprojectedImages | None:
         """Return the vision tokens of a call's images as they are shown, None without images.
 
         With ``project=False`` they may be left to be computed as they are packed.
         """
-        if pixel_values is not None and traces_one_count(num_image_tokens, image_index):
-            if encoded_images is None and mm_encoder_outputs is None:
-                return self._trace_one_count(pixel_values, num_image_tokens, grids)[0]
         images = self._images(
             pixel_values, num_image_tokens, grids, encoded_images, mm_encoder_outputs
         )
@@ -190,9 +187,10 @@ class ImageFeatures:
     ) -> tuple[UniformTokens, Any]:
         """Return the vision tokens of tiles of one grid and one count, and the encoder's output."""
         if takes_patches(self.vision_model):
+            name = type(self.vision_model).__name__
             raise ValueError(
-                f"torch.export needs an encoder that takes pixels: {type(self.vision_model).__name__} "
-                "takes patches, and their shapes as values"
+                f"torch.export needs an encoder that takes pixels, got {name}, which takes patches "
+                "and their shapes as values"
             )
         pixel_values = pixel_values.to(self.dtype)
         per_tile = None if grids is None else [token_grid(grids, name="grids")]

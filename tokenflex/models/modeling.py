@@ -41,7 +41,7 @@ from tokenflex.counts import Grid, ImageTokenCounts, token_grid
 from tokenflex.models.attention import PACKED_ATTENTION
 from tokenflex.models.auto_map import InstalledClass
 from tokenflex.models.configuration import TokenFlexConfig
-from tokenflex.models.exporting import UniformTokens
+from tokenflex.models.exporting import UniformTokens, traces_one_count
 from tokenflex.models.generation import TokenFlexGeneration, takes_cache
 from tokenflex.models.head import build_head, transform_logits
 from tokenflex.models.image_features import ImageFeatures
@@ -175,11 +175,21 @@ class TokenFlexModel(ImageFeatures, TokenFlexPreTrainedModel):
         check_placeholder(self.config.image_token_id, self.config.text_config.vocab_size)
         if plan is not None and image_index is not None:
             raise ValueError("image_index is part of the plan: give it to plan_packing")
-        images = self._image_tokens(
-            *(pixel_values, num_image_tokens, grids, encoded_images, mm_encoder_outputs),
-            image_index,
-            project=plan is None or output_image_hidden_states,
-        )
+        images: ImageTokens | UniformTokens | UnprojectedImages | None
+        others = (encoded_images, mm_encoder_outputs, plan)
+        if (
+            torch.compiler.is_exporting()
+            and pixel_values is not None
+            and all(other is None for other in others)
+            and traces_one_count(num_image_tokens, image_index)
+        ):
+            images, _ = self._trace_one_count(pixel_values, num_image_tokens, grids)
+        else:
+            images = self._image_tokens(
+                *(pixel_values, num_image_tokens, grids, encoded_images, mm_encoder_outputs),
+                image_index,
+                project=plan is None or output_image_hidden_states,
+            )
         prompt = {
             "input_ids": input_ids,
             "inputs_embeds": inputs_embeds,
@@ -198,6 +208,7 @@ class TokenFlexModel(ImageFeatures, TokenFlexPreTrainedModel):
                 inputs = merge_prompt(embedding, self.config, images, **prompt, seen=seen)
             inputs["past_key_values"] = past_key_values
         else:
+            assert not isinstance(images, UniformTokens)
             del prompt["position_ids"]
             for name, value in {**prompt, "past_key_values": past_key_values}.items():
                 if value is not None:
@@ -362,6 +373,7 @@ class TokenFlexForConditionalGeneration(
             *(pixel_values, num_image_tokens, grids, encoded_images, None, image_index),
             project=True,
         )
+        assert not isinstance(images, UnprojectedImages)
         embeds: torch.Tensor = merge_prompt(
             self.get_input_embeddings(),
             self.config,

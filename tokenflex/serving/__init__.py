@@ -1,0 +1,1 @@
+"""Serving: vLLM, an OpenAI-compatible server, export and a playground."""
