@@ -6,6 +6,7 @@
 # make test-ptx        every kernel's PTX, executed on the CPU: results, races, counts (no GPU needed)
 # make test-versions   the quick tests on the oldest and the newest releases that the package admits
 #              (minutes; downloads some GB of CUDA builds of torch, no GPU needed)
+# make test-openvino   the tests of exported graphs in OpenVINO, which they install (no GPU needed)
 # make gpu     build with CUDA into $(PYTHON), run every kernel, the GPU tests, the tuner and the benchmarks
 #              within BUDGET=540 seconds; another call continues (offline)
 # make tune    measure kernel configurations on this machine's GPU, write the table into OUT; another
@@ -20,7 +21,7 @@ BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 .PHONY: demo test test-cpu test-kernels aot test-ptx test-training test-claim test-torchvision \
-  test-versions test-oldest test-newest test-dropin-oldest lint setup gpu tune sanitize sanitize-gpu clean
+  test-openvino test-versions test-oldest test-newest test-dropin-oldest lint setup gpu tune sanitize sanitize-gpu clean
 
 setup: .venv/.ready
 
@@ -75,6 +76,16 @@ test-torchvision: $(TORCHVISION)/.ready
 $(TORCHVISION)/.ready: .venv/.ready constraints/torchvision.txt
 	rm -rf $(TORCHVISION)
 	$(BIN)/python -m pip install --no-deps --target $(TORCHVISION) --requirement constraints/torchvision.txt
+	touch $@
+
+# Beside `make test`, not in it: installed in a folder of its own.
+OPENVINO := .venv-openvino
+test-openvino: $(OPENVINO)/.ready
+	PYTHONPATH=$(OPENVINO) nice $(BIN)/python -m pytest -k openvino tests/serving/test_export.py
+
+$(OPENVINO)/.ready: .venv/.ready constraints/openvino.txt
+	rm -rf $(OPENVINO)
+	$(BIN)/python -m pip install --no-deps --target $(OPENVINO) --requirement constraints/openvino.txt
 	touch $@
 
 # On one core: the other one is busy with tests.
@@ -151,4 +162,4 @@ sanitize-gpu:
 	exit $$failed
 
 clean:
-	rm -rf .venv $(TORCHVISION) $(VERSIONS) build *.egg-info tokenflex_kernels/*.so
+	rm -rf .venv $(TORCHVISION) $(OPENVINO) $(VERSIONS) build *.egg-info tokenflex_kernels/*.so

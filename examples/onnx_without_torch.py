@@ -1,25 +1,25 @@
-"""Answer with ONNX Runtime alone, after `tokenflex export CHECKPOINT --to onnx --output FOLDER`:
-
-python examples/onnx_without_torch.py FOLDER examples/digits.png 9 'read r2c3'
-"""
+"""Answer without PyTorch: onnx_without_torch.py EXPORTED_FOLDER digits.png 9 'read r2c3'."""
 
 import json
 import sys
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 from onnxruntime import InferenceSession
 from PIL import Image, ImageOps
 
 folder, picture, count, prompt = sys.argv[1:]
-manifest = json.load(open(f"{folder}/manifest.json"))
-# The demo's tokens are words. Others: tokenizers.Tokenizer.from_file(...).encode(prompt).ids
-vocabulary = json.load(open(f"{folder}/tokenizer.json"))["model"]["vocab"]
+manifest = json.loads(Path(folder, "manifest.json").read_text())
 graphs, images, tokens = manifest["graphs"], manifest["preprocess"], manifest["tokens"]
+# The demo's tokens are words. Others: tokenizers.Tokenizer.from_file(...).encode(prompt).ids
+vocabulary = json.loads(Path(folder, "tokenizer.json").read_text())["model"]["vocab"]
+words, session = {token: word for word, token in vocabulary.items()}, cache(InferenceSession)
 
 
 def run(graph: dict, *inputs: np.ndarray) -> list[np.ndarray]:
-    session = InferenceSession(f"{folder}/{graph['file']}")
-    return session.run([*graph["outputs"]], dict(zip(graph["inputs"], inputs, strict=True)))
+    feeds = dict(zip(graph["inputs"], inputs, strict=True))
+    return session(f"{folder}/{graph['file']}").run([*graph["outputs"]], feeds)
 
 
 picture = ImageOps.exif_transpose(Image.open(picture)).convert("RGB")
@@ -37,4 +37,4 @@ while seen < 64 and ids[0, -1] not in tokens["eos"]:
     logits, *past = run(graphs["language"], embeds, mask, positions, *past)
     logits[..., tokens["image"]] = -np.inf  # a placeholder is no answer
     seen, ids = seen + ids.size, logits[:, -1:].argmax(-1)
-    print(*(word for word, token in vocabulary.items() if token == ids[0, 0]))
+    print(words[ids[0, 0]] if ids[0, 0] not in tokens["eos"] else "", flush=True)

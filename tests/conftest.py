@@ -25,7 +25,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 _MODEL_TESTS = [
     *("data", "digits", "dropin", "evaluation", "experiments", "harnesses", "models"),
-    *("routing", "training"),
+    *("routing", "serving", "training"),
     *("test_answers.py", "test_cli.py", "test_docs.py", "test_examples.py", "test_plots.py"),
 ]
 _TRAINING_TESTS = ["experiments/ablation", "training", "test_cli.py"]
@@ -42,7 +42,7 @@ _TESTS_BY_REQUIREMENT = {
     ],
     "triton": ["ptx"],
     "transformers": _MODEL_TESTS,
-    "transformers>=5.18": ["dropin", "test_docs.py", "test_examples.py"],
+    "transformers>=5.18": ["dropin", "serving", "test_docs.py", "test_examples.py"],
     "pillow": _MODEL_TESTS,
     "scikit-learn": [*_TRAINING_TESTS, "digits", "evaluation", "routing"],
     "accelerate": _TRAINING_TESTS,

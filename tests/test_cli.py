@@ -44,6 +44,7 @@ pytestmark = pytest.mark.usefixtures("own_accelerator_and_threads")
 
 COMMANDS = (
     *("info", "train", "evaluate", "harness", "route", "generate", "convert", "ablate", "plot"),
+    "export",
 )
 BAR = re.compile(r"\d+%\||\| \d+/\d+ \[")
 

@@ -52,8 +52,8 @@ def preprocessing(processor: Any, size: Grid) -> dict[str, Any]:
     normalizes = bool(getattr(images, "do_normalize", True))
     rescales = bool(getattr(images, "do_rescale", True))
     resample = getattr(images, "resample", None)
-    if resample is not None:
-        resample = PILImageResampling(int(resample)).name.lower()
+    if isinstance(resample, int):  # a name, or Pillow's number
+        resample = PILImageResampling(resample).name.lower()
     return {
         "size": list(size),
         "resize": {name: value for name, value in resize.items() if value is not None},
