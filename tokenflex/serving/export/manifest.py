@@ -52,14 +52,14 @@ def preprocessing(processor: Any, size: Grid) -> dict[str, Any]:
     normalizes = bool(getattr(images, "do_normalize", True))
     rescales = bool(getattr(images, "do_rescale", True))
     resample = getattr(images, "resample", None)
+    if isinstance(resample, int):  # Pillow's number, in place of a name
+        resample = PILImageResampling(resample).name.lower()
     if isinstance(resample, int):  # a name, or Pillow's number
         resample = PILImageResampling(resample).name.lower()
     return {
         "size": list(size),
         "resize": {name: value for name, value in resize.items() if value is not None},
-        "resample": PILImageResampling(int(resample)).name.lower()
-        if resample is not None
-        else None,
+        "resample": resample,
         "center_crop": dict(images.crop_size) if crops else None,
         "rescale": float(images.rescale_factor) if rescales else 1.0,
         "mean": [float(x) for x in images.image_mean] if normalizes else [0.0] * 3,

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from tokenflex.counts import Grid, TokenCount, token_grid
 from tokenflex.dropin.families import family_of
-from tokenflex.dropin.features import flat_grids
+from tokenflex.dropin.features import merge_patches
 from tokenflex.dropin.variants import is_converted
 from tokenflex.models.vision import encode_tiles, takes_patches
 
@@ -86,10 +86,9 @@ class ConvertedEncoder(nn.Module):
         patches = self.family.patch_grids(self.base, pixel_values=pixel_values)
         if not isinstance(patches, torch.Tensor):
             raise ValueError("its patch grids differ from image to image")
-        rows, grids = flat_grids(patches, self.merge)
-        self.grid: Grid = grids[0]
-        height, width = self.grid
-        return rows.view(-1, height * width, rows.shape[1])
+        patches = merge_patches(patches, self.merge)
+        self.grid: Grid = patches.shape[1], patches.shape[2]
+        return patches.flatten(1, 2)
 
 
 class Projector(nn.Module):
@@ -155,15 +154,15 @@ def vision_parts(model: Any, size: Grid, counts: Sequence[TokenCount]) -> list[P
 
 
 def _first_features(model: Any, encoder: nn.Module, size: Grid) -> torch.Tensor:
-    """Return the features of a blank tile, or say why the encoder cannot be a graph."""
+    """Return the features of two blank tiles, or say why the encoder cannot be a graph."""
     reason = ""
     if not is_converted(model) and takes_patches(model.model.vision_model):
         reason = "it takes patches, and their number per side as values (NaFlex)"
     try:
         if not reason:
-            features: torch.Tensor = encoder(torch.zeros(1, 3, *size))
+            features: torch.Tensor = encoder(torch.zeros(2, 3, *size))
             return features
-    except (TypeError, ValueError) as error:  # of an adapter that needs other inputs
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:  # it needs other inputs
         reason = str(error).partition("\n")[0]
     raise ValueError(
         f"the vision encoder of {model.config.model_type} cannot be a graph of pixels of one size: "
