@@ -12,9 +12,9 @@ from PIL import Image, ImageOps
 folder, picture, count, prompt = sys.argv[1:]
 manifest = json.loads(Path(folder, "manifest.json").read_text())
 graphs, images, tokens = manifest["graphs"], manifest["preprocess"], manifest["tokens"]
-# The demo's tokens are words. Others: tokenizers.Tokenizer.from_file(...).encode(prompt).ids
-vocabulary = json.loads(Path(folder, "tokenizer.json").read_text())["model"]["vocab"]
-words, session = {token: word for word, token in vocabulary.items()}, cache(InferenceSession)
+vocabulary = json.loads(Path(folder, "tokenizer.json").read_text())["model"]["vocab"]  # words
+words = {token: word for word, token in vocabulary.items() if token not in tokens["eos"]}
+session = cache(InferenceSession)
 
 
 def run(graph: dict, *inputs: np.ndarray) -> list[np.ndarray]:
@@ -37,4 +37,4 @@ while seen < 64 and ids[0, -1] not in tokens["eos"]:
     logits, *past = run(graphs["language"], embeds, mask, positions, *past)
     logits[..., tokens["image"]] = -np.inf  # a placeholder is no answer
     seen, ids = seen + ids.size, logits[:, -1:].argmax(-1)
-    print(words[ids[0, 0]] if ids[0, 0] not in tokens["eos"] else "", flush=True)
+    print(words.get(ids[0, 0], ""))

@@ -108,5 +108,6 @@ def test_the_example_gives_the_models_answers(checkpoint, address, tmp_path):
         output = model.generate(**inputs, do_sample=False, max_new_tokens=16)
         new = output[0, inputs["input_ids"].shape[1] :]
         expected = processor.tokenizer.decode(new, skip_special_tokens=True)
-        assert answers[str(count)].split() == expected.split()
+        # vLLM puts no spaces between the words of this tokenizer.
+        assert answers[str(count)].replace(" ", "") == expected.replace(" ", "")
     assert len(set(answers.values())) > 1  # counts matter to this model

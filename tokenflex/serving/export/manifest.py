@@ -28,8 +28,8 @@ def tile_size(model: Any, processor: Any) -> Grid:
     vision_config = model.config.vision_config
     if getattr(vision_config, "image_size", None) is None:
         raise ValueError(
-            f"the vision encoder of {model.config.model_type} has no image_size, and cannot be a "
-            "graph of pixels of one size"
+            f"the vision encoder of {model.config.model_type} cannot be a graph of pixels of one "
+            "size: its config has no image_size"
         )
     if is_converted(model):
         size_of_config = vision_config.image_size
