@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tokenflex.counts import TokenCount, token_grid
 from tokenflex.errors import ReportedError
-from tokenflex.files import new_folder, write_json
+from tokenflex.files import new_folder, read_json, write_json
 from tokenflex.serving.export.language_model import plain_language_model
 from tokenflex.serving.export.loading import load_model
 from tokenflex.serving.export.manifest import (
@@ -81,7 +81,7 @@ def _write_language_model(
 ) -> None:
     language_model = plain_language_model(model)
     language_model.save_pretrained(folder)
-    processor.tokenizer.save_pretrained(folder)
+    _save_tokenizer(processor, folder)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=language_model.dtype).eval()
     ids = torch.randint(
         loaded.config.vocab_size, (3, 6), generator=torch.Generator().manual_seed(0)
@@ -128,7 +128,16 @@ def _write_graphs(
         report(f"no language model: {no_language}")
     manifest = {**describe_graphs(target, graphs), **describe_model(model, processor, size)}
     write_json(folder / MANIFEST, {**manifest, "no_language": no_language or None})
+    _save_tokenizer(processor, folder)
+
+
+def _save_tokenizer(processor: Any, folder: Path) -> None:
+    """Save the tokenizer, without the name of a processor that is not in the folder."""
     processor.tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = read_json(path)
+    config.pop("processor_class", None)
+    write_json(path, config)
 
 
 def distinct(counts: Sequence[TokenCount]) -> list[TokenCount]:
