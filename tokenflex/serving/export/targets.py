@@ -78,6 +78,7 @@ class Onnx:
 
         options = SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = torch.get_num_threads()
         session = InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
         def run(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -138,8 +139,11 @@ class OpenVino:
         import openvino
         import torch
 
-        precision = {"INFERENCE_PRECISION_HINT": "f32"}  # else bfloat16 on processors that have it
-        compiled = openvino.compile_model(path, "CPU", precision)
+        options = {
+            "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 on processors that have it
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        compiled = openvino.compile_model(path, "CPU", options)
 
         def run(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
             arrays = [tensor.numpy() for tensor in inputs]
