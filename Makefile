@@ -10,6 +10,7 @@
 #              (minutes; downloads 1 GB into an environment of its own, no GPU needed)
 # make test-play       the playground's page, with gradio in a headless Chromium (Debian's chromium; downloads
 #              0.2 GB, no GPU needed)
+# make test-openvino   the tests of exported graphs in OpenVINO, which they install (no GPU needed)
 # make gpu     build with CUDA into $(PYTHON), run every kernel, the GPU tests, the tuner and the benchmarks
 #              within BUDGET=540 seconds; another call continues (offline)
 # make tune    measure kernel configurations on this machine's GPU, write the table into OUT; another
@@ -26,7 +27,8 @@ BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 .PHONY: demo test test-cpu test-kernels aot test-ptx test-training test-claim test-torchvision \
-  test-vllm test-versions test-oldest test-newest test-dropin-oldest test-play lint setup gpu tune \
+  test-vllm test-versions test-oldest test-newest test-dropin-oldest test-play test-openvino lint \
+  setup gpu tune sanitize sanitize-gpu clean
   sanitize sanitize-threads sanitize-gpu clean
 
 setup: .venv/.ready
@@ -94,6 +96,16 @@ test-play: $(PLAY)/.ready
 $(PLAY)/.ready: .venv/.ready constraints/play.txt
 	rm -rf $(PLAY)
 	$(BIN)/python -m pip install --target $(PLAY) --constraint constraints/play.txt 'gradio>=6,<7' playwright
+	touch $@
+
+# Beside `make test`, not in it: installed in a folder of its own.
+OPENVINO := .venv-openvino
+test-openvino: $(OPENVINO)/.ready
+	PYTHONPATH=$(OPENVINO) nice $(BIN)/python -m pytest -k openvino tests/serving/test_export.py
+
+$(OPENVINO)/.ready: .venv/.ready constraints/openvino.txt
+	rm -rf $(OPENVINO)
+	$(BIN)/python -m pip install --no-deps --target $(OPENVINO) --requirement constraints/openvino.txt
 	touch $@
 
 # On one core: the other one is busy with tests.
@@ -204,4 +216,4 @@ sanitize-gpu:
 	exit $$failed
 
 clean:
-	rm -rf .venv $(TORCHVISION) $(VERSIONS) $(VLLM) $(PLAY) build *.egg-info tokenflex_kernels/*.so
+	rm -rf .venv $(TORCHVISION) $(VERSIONS) $(VLLM) $(PLAY) $(OPENVINO) build *.egg-info tokenflex_kernels/*.so

@@ -46,6 +46,7 @@ COMMANDS = (
     *("info", "train", "evaluate", "harness", "route", "generate", "convert", "ablate", "plot"),
     "serve",
     "play",
+    "export",
 )
 BAR = re.compile(r"\d+%\||\| \d+/\d+ \[")
 

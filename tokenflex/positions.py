@@ -27,6 +27,12 @@ def cell_positions(plan: PoolPlan, dtype: torch.dtype, device: torch.device) -> 
     pooled patches, and hold its position and its size. Means of Fourier features over a region are
     those of Mip-NeRF (Barron et al., 2021).
     """
+    if torch.compiler.is_exporting():  # as constants and plain ops, which other runtimes know
+        images = [
+            _grid_positions.__wrapped__(height, width, dtype, device).expand(number, -1, -1)
+            for number, _, _, height, width in plan.runs
+        ]
+        return torch.cat([image.flatten(0, 1) for image in images])
     positions: torch.Tensor = _cell_positions(grids_of(plan), plan.num_cells, dtype, device)
     return positions
 

@@ -292,7 +292,7 @@ def _patch_grids(
                 f"features of shape {tuple(features.shape)}"
             )
         try:
-            return len(features), token_grid(patches, name="grids")
+            return features.shape[0], token_grid(patches, name="grids")
         except ValueError:
             raise ValueError(
                 f"grids must be given when an image's {patches} patches are no square grid"
@@ -309,7 +309,7 @@ def _patch_grids(
                 f"grids={grid} holds {size} patches an image, but the {patches} rows of features "
                 "are no multiple of that"
             )
-        return len(features) if batched else patches // size, grid
+        return features.shape[0] if batched else patches // size, grid
     per_image = check_grids("grids", grids)
     sizes = [height * width for height, width in per_image]
     if not batched and patches != sum(sizes):

@@ -320,8 +320,10 @@ def choose_backend(op: str, x: torch.Tensor, *, beyond_triton: str | None = None
     """Return the implementation of ``op`` for these rows, see :func:`select_backend`.
 
     On host memory "auto" leaves ``torch.func`` and forward mode to the reference, which has all
-    derivatives.
+    derivatives. What ``torch.export`` traces is the reference too: other runtimes know its ops.
     """
+    if torch.compiler.is_exporting() and requested_backend() == "auto":
+        return "reference"
     backend = select_backend(op, x.device, beyond_triton=beyond_triton)
     if backend == "native" and is_differentiated_by_levels() and requested_backend() == "auto":
         return "reference"

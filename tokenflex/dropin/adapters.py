@@ -67,7 +67,7 @@ def _anyres_tiles(processor: Any, image_inputs: Any, index: int) -> int:
 def _anyres(
     base: Any,
     pixel_values: torch.Tensor,
-    image_sizes: Any,
+    image_sizes: Any = None,
     batch_num_images: Any = None,
     **options: Any,
 ) -> Any:
@@ -109,7 +109,13 @@ _BIDIRECTIONAL = (
 )
 
 
-@register_family("gemma3", "paligemma", merge=torch.cat, no_packing=_BIDIRECTIONAL)
+@register_family(
+    "gemma3",
+    "paligemma",
+    merge=torch.cat,
+    no_packing=_BIDIRECTIONAL,
+    no_prompt_embeds="its attention is bidirectional within a prompt's image or prefix",
+)
 @register_family("cohere2_vision", merge=torch.cat, patch_merge="downsample_factor")
 @register_family("janus", "deepseek_vl", projector="aligner", merge=torch.cat)
 def _last_hidden_state(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids:
@@ -246,6 +252,7 @@ _register_qwen = partial(
     stand_in=_unmerged,
     patch_merge="vision_config.spatial_merge_size",
     stock_tokens=_merged_tokens,
+    no_prompt_embeds="its positions of image tokens have three axes (M-RoPE)",
 )
 
 

@@ -63,6 +63,8 @@ class Family:
         flat_images: Whether the processor takes the images of several prompts as one flat list,
             with one image per prompt.
         no_packing: Reason why samples cannot be packed into one row; empty if they can.
+        no_prompt_embeds: Reason why its language model needs more of a prompt than embeddings;
+            empty if it does not.
     """
 
     model_type: str
@@ -77,6 +79,7 @@ class Family:
     tiles: Callable[[Any, Any, int], int] | None = None
     flat_images: bool = False
     no_packing: str = ""
+    no_prompt_embeds: str = ""
 
     def stock_patch_merge(self, config: Any) -> int:
         """Return m, where the stock projector concatenates m x m patches."""
@@ -121,7 +124,7 @@ def register_family(*model_types: str, **options: Any) -> Callable[[Adapter], Ad
         model_types: ``config.model_type`` of the models. A registered one is replaced.
         **options: Attributes of :class:`tokenflex.dropin.families.Family`: ``projector``,
             ``stock_projector``, ``stand_in``, ``merge``, ``vision_width``, ``patch_merge``,
-            ``stock_tokens``, ``tiles``, ``flat_images`` and ``no_packing``.
+            ``stock_tokens``, ``tiles``, ``flat_images``, ``no_packing`` and ``no_prompt_embeds``.
 
     Raises:
         TypeError: There is no model type, one is not a string, or an option is unknown.

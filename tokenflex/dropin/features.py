@@ -76,16 +76,16 @@ def flat_grids(patches: PatchGrids | Deepstack, merge: int = 1) -> tuple[torch.T
     if isinstance(patches, Deepstack):
         patches = patches.grids
     if isinstance(patches, torch.Tensor):
-        patches = _merged(patches, merge)
+        patches = merge_patches(patches, merge)
         images, height, width, channels = patches.shape
         return patches.reshape(-1, channels), [(height, width)] * images
-    grids = [_merged(grid, merge) for grid in patches]
+    grids = [merge_patches(grid, merge) for grid in patches]
     rows = torch.cat([grid.flatten(0, 1) for grid in grids])
     return rows, [(grid.shape[0], grid.shape[1]) for grid in grids]
 
 
-def _merged(grid: torch.Tensor, merge: int) -> torch.Tensor:
-    """[.., H, W, C] -> [.., H / m, W / m, m * m * C]."""
+def merge_patches(grid: torch.Tensor, merge: int) -> torch.Tensor:
+    """Concatenate m x m patches to one: [.., H, W, C] -> [.., H / m, W / m, m * m * C]."""
     if merge == 1:
         return grid
     height, width = grid.shape[-3:-1]

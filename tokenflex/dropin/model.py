@@ -37,6 +37,7 @@ from tokenflex.dropin.features import (
     tokens_per_image,
     with_tokens,
 )
+from tokenflex.dropin.language import merged_embeddings
 from tokenflex.dropin.mrope import RopePositions, set_rope_positions
 from tokenflex.dropin.packing import check_packing
 from tokenflex.dropin.variants import Variant, change_class, restore_class
@@ -165,6 +166,26 @@ class ConvertedModel(Variant):
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         others = {k: v for k, v in model_kwargs.items() if k != "num_image_tokens"}
         super()._validate_model_kwargs(others)
+
+    @torch.no_grad()
+    def merged_embeddings(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        num_image_tokens: ImageTokenCounts | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Return the embeddings of prompts with their vision tokens in place, without gradients.
+
+        See :meth:`tokenflex.TokenFlexForConditionalGeneration.merged_embeddings`. Other inputs are
+        those that the family's processor returns.
+
+        Raises:
+            ValueError: The language side is no plain language model; the message has the reason.
+        """
+        inputs["pixel_values"] = pixel_values
+        return merged_embeddings(self, input_ids, num_image_tokens, attention_mask, inputs)
 
     def _expand_multimodal_outputs(
         self: Any,

@@ -6,8 +6,6 @@ Tensors are copied from file to file, one file at a time, unchanged; no model is
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tokenflex.files import checkpoint_folder, excerpt, read_json, settle_folder, sync_folder
+from tokenflex.files import checkpoint_folder, excerpt, new_folder, read_json
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.generation import never_generate
 from tokenflex.models.loading import read_config
@@ -69,18 +67,11 @@ def convert(source: str | Path, target: str | Path, *, system_message: str | Non
         raise ValueError(
             "system_message is for a source in the released layout, got one for a TokenFLEX source"
         )
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with new_folder(target) as folder:
         if model_type == RISTRETTO:
-            _write_tokenflex(source, temporary, system_message)
+            _write_tokenflex(source, folder, system_message)
         else:
-            _write_ristretto(source, temporary)
-        settle_folder(temporary)
-        temporary.rename(target)
-        sync_folder(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            _write_ristretto(source, folder)
     return TokenFlexConfig.model_type if model_type == RISTRETTO else RISTRETTO
 
 

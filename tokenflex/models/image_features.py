@@ -10,16 +10,17 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
-from tokenflex.counts import Grid, ImageTokenCounts, token_grids
+from tokenflex.counts import Grid, ImageTokenCounts, token_grid, token_grids
 from tokenflex.models.auto_counts import refuse_auto
 from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.models.exporting import UniformTokens, traces_one_count
 from tokenflex.models.placeholders import (
     ImageTokens,
     UnprojectedImages,
     check_device,
     in_order,
 )
-from tokenflex.models.vision import EncodedImages, encode
+from tokenflex.models.vision import EncodedImages, encode, encode_tiles, takes_patches
 from tokenflex.projector import TokenAdaptiveProjector
 from tokenflex_kernels import plan_pooling
 
@@ -91,7 +92,9 @@ class ImageFeatures:
         Returns:
             ``last_hidden_state``, patch features [sum of H*W, C], and ``pooler_output``, a list
             with [count, D] vision tokens for each tile, or for each entry of ``image_index``; on
-            request ``hidden_states`` and ``attentions`` of the encoder.
+            request ``hidden_states`` and ``attentions`` of the encoder. While ``torch.export``
+            traces a call with pixels and one count, ``pooler_output`` is a tensor
+            [tiles, count, D], so that the number of tiles may be dynamic.
 
         Raises:
             ValueError: counts and tiles do not fit together.
@@ -103,6 +106,13 @@ class ImageFeatures:
         if (pixel_values is None) == (encoded_images is None):
             raise ValueError("give exactly one of pixel_values and encoded_images")
         outputs = None
+        if pixel_values is not None and traces_one_count(num_image_tokens, image_index):
+            traced, outputs = self._trace_one_count(pixel_values, num_image_tokens, grids, **kwargs)
+            return BaseModelOutputWithPooling(
+                pooler_output=traced.per_tile,
+                hidden_states=getattr(outputs, "hidden_states", None),
+                attentions=getattr(outputs, "attentions", None),
+            )
         if encoded_images is None:
             assert pixel_values is not None
             encoded_images, outputs = self._encode(pixel_values, grids, **kwargs)
@@ -180,6 +190,30 @@ class ImageFeatures:
         if pixel_values.is_floating_point():
             pixel_values = pixel_values.to(self.dtype)
         return encode(self.vision_model, self.config.vision_config, pixel_values, grids, **options)
+
+    def _trace_one_count(
+        self,
+        pixel_values: torch.Tensor,
+        num_image_tokens: ImageTokenCounts | None,
+        grids: Grid | Sequence[Grid] | None,
+        **options: Any,
+    ) -> tuple[UniformTokens, Any]:
+        """Return the vision tokens of tiles of one grid and one count, and the encoder's output."""
+        if takes_patches(self.vision_model):
+            name = type(self.vision_model).__name__
+            raise ValueError(
+                f"torch.export needs an encoder that takes pixels, got {name}, which takes patches "
+                "and their shapes as values"
+            )
+        pixel_values = pixel_values.to(self.dtype)
+        per_tile = None if grids is None else [token_grid(grids, name="grids")]
+        features, grid, outputs = encode_tiles(
+            self.vision_model, self.config.vision_config, pixel_values, per_tile, options
+        )
+        dtype = next(self.projector.parameters()).dtype
+        if dtype != torch.float32:
+            features = features.to(dtype)
+        return UniformTokens(self.projector(features, num_image_tokens, grid)), outputs
 
     def _unprojected(
         self, encoded_images: EncodedImages, num_image_tokens: ImageTokenCounts | None

@@ -41,6 +41,7 @@ from tokenflex.counts import Grid, ImageTokenCounts, token_grid
 from tokenflex.models.attention import PACKED_ATTENTION
 from tokenflex.models.auto_map import InstalledClass
 from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.models.exporting import UniformTokens, traces_one_count
 from tokenflex.models.generation import TokenFlexGeneration, takes_cache
 from tokenflex.models.head import build_head, transform_logits
 from tokenflex.models.image_features import ImageFeatures, build_projector
@@ -53,6 +54,7 @@ from tokenflex.models.placeholders import (
     merge_prompt,
 )
 from tokenflex.models.prefixes import SharedPrefixes
+from tokenflex.models.prompt_embeddings import batch_of_prompts, without_padding
 from tokenflex.models.vision import EncodedImages
 from tokenflex_kernels import PackPlan
 
@@ -164,11 +166,21 @@ class TokenFlexModel(ImageFeatures, TokenFlexPreTrainedModel):
         check_placeholder(self.config.image_token_id, self.config.text_config.vocab_size)
         if plan is not None and image_index is not None:
             raise ValueError("image_index is part of the plan: give it to plan_packing")
-        images = self._image_tokens(
-            *(pixel_values, num_image_tokens, grids, encoded_images, mm_encoder_outputs),
-            image_index,
-            project=plan is None or output_image_hidden_states,
-        )
+        images: ImageTokens | UniformTokens | UnprojectedImages | None
+        others = (encoded_images, mm_encoder_outputs, plan)
+        if (
+            torch.compiler.is_exporting()
+            and pixel_values is not None
+            and all(other is None for other in others)
+            and traces_one_count(num_image_tokens, image_index)
+        ):
+            images, _ = self._trace_one_count(pixel_values, num_image_tokens, grids)
+        else:
+            images = self._image_tokens(
+                *(pixel_values, num_image_tokens, grids, encoded_images, mm_encoder_outputs),
+                image_index,
+                project=plan is None or output_image_hidden_states,
+            )
         prompt = {
             "input_ids": input_ids,
             "inputs_embeds": inputs_embeds,
@@ -180,11 +192,14 @@ class TokenFlexModel(ImageFeatures, TokenFlexPreTrainedModel):
                 raise ValueError("shared_prefixes are those of a plan: give the plan with them")
             assert not isinstance(images, UnprojectedImages)
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-            inputs = merge_prompt(
-                self.get_input_embeddings(), self.config, images, **prompt, seen=seen
-            )
+            embedding = self.get_input_embeddings()
+            if isinstance(images, UniformTokens):
+                inputs = images.merge(embedding, self.config, **prompt, seen=seen)
+            else:
+                inputs = merge_prompt(embedding, self.config, images, **prompt, seen=seen)
             inputs["past_key_values"] = past_key_values
         else:
+            assert not isinstance(images, UniformTokens)
             del prompt["position_ids"]
             for name, value in {**prompt, "past_key_values": past_key_values}.items():
                 if value is not None:
@@ -203,7 +218,7 @@ class TokenFlexModel(ImageFeatures, TokenFlexPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=images.tokens
-            if isinstance(images, ImageTokens) and output_image_hidden_states
+            if isinstance(images, (ImageTokens, UniformTokens)) and output_image_hidden_states
             else None,
         )
 
@@ -303,6 +318,65 @@ class TokenFlexForConditionalGeneration(
     ) -> EncodedImages:
         """See :meth:`TokenFlexModel.encode_images`."""
         return self.model.encode_images(pixel_values, grids)
+
+    @torch.no_grad()
+    def merged_embeddings(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        num_image_tokens: ImageTokenCounts | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        grids: Grid | Sequence[Grid] | None = None,
+        encoded_images: EncodedImages | None = None,
+        image_index: Sequence[int] | None = None,
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Return the embeddings of prompts with their vision tokens in place.
+
+        They are all that the language model needs: a server of the plain language model, written by
+        ``tokenflex export --to language-model``, answers from them (``prompt_embeds``) as this
+        model does. The arguments are those of :meth:`forward`.
+
+        Args:
+            input_ids: int64 [L], a prompt, or [B, L], a batch.
+            attention_mask: of the same shape, 0 on padding.
+
+        Returns:
+            [L, D] for a prompt; for a batch a list with one [L_i, D] per prompt, without its
+            padding. Without gradients, in the dtype of the embedding.
+
+        Raises:
+            ValueError: placeholders, counts and tiles do not fit together, or all tokens of an
+                image share a position, which a plain language model does not give them.
+
+        Example:
+            >>> inputs = processor(images=[a, b], text=prompts, num_image_tokens=[64, 256])
+            >>> first, second = model.merged_embeddings(**inputs)
+        """
+        if self.config.image_positions != "sequential":
+            raise ValueError(
+                "merged_embeddings needs a model with image_positions='sequential', got "
+                f"{self.config.image_positions!r}: a plain language model numbers the positions of "
+                "embeddings one by one"
+            )
+        ids, mask = batch_of_prompts(input_ids, attention_mask)
+        images = self.model._image_tokens(
+            *(pixel_values, num_image_tokens, grids, encoded_images, None, image_index),
+            project=True,
+        )
+        assert not isinstance(images, UnprojectedImages)
+        embeds: torch.Tensor = merge_prompt(
+            self.get_input_embeddings(),
+            self.config,
+            images,
+            input_ids=ids,
+            inputs_embeds=None,
+            attention_mask=mask,
+            position_ids=None,
+            seen=0,
+        )["inputs_embeds"]
+        prompts = without_padding(embeds, mask)
+        return prompts if input_ids.ndim == 2 else prompts[0]
 
     @can_return_tuple
     @takes_cache

@@ -123,7 +123,8 @@ def merge_prompt(
         check_device(name, input_ids, embedding)
         inputs_embeds = embedding(input_ids)
     assert inputs_embeds is not None
-    if images is not None or not seen:
+    # A graph that torch.export traces without images cannot read the prompt.
+    if images is not None or not (seen or torch.compiler.is_exporting()):
         if input_ids is not None:
             is_placeholder = input_ids == config.image_token_id
         else:

@@ -117,6 +117,35 @@ def _encode_pixels(
     grids: list[Grid] | None,
     options: dict[str, Any],
 ) -> tuple[EncodedImages, Any]:
+    features, grid, outputs = encode_tiles(vision_model, config, pixel_values, grids, options)
+    return EncodedImages(features.flatten(0, 1), (grid,) * len(pixel_values)), outputs
+
+
+def encode_tiles(
+    vision_model: PreTrainedModel,
+    config: PretrainedConfig,
+    pixel_values: torch.Tensor,
+    grids: Sequence[Grid] | None,
+    options: dict[str, Any],
+) -> tuple[torch.Tensor, Grid, Any]:
+    """Return the patch features of tiles of one shape, their patch grid, and the whole output.
+
+    No list here has an entry per tile, unless the caller gives ``grids``: ``torch.export`` traces
+    this for any number of tiles.
+
+    Args:
+        vision_model: a transformers vision encoder that takes pixels.
+        config: its config.
+        pixel_values: float [tiles, 3, height, width].
+        grids: the (height, width) of each tile in patches, checked; or None.
+        options: further arguments of the encoder.
+
+    Returns:
+        Features [tiles, H*W, C], (H, W), and the encoder's output.
+
+    Raises:
+        ValueError: pixels, grids and encoder do not fit together.
+    """
     channels = getattr(config, "num_channels", 3)
     if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
         raise ValueError(
@@ -155,14 +184,13 @@ def _encode_pixels(
         ) from error
     features = outputs.last_hidden_state
     patches = grid[0] * grid[1]
-    if features.ndim != 3 or len(features) != images or features.shape[1] < patches:
+    if features.ndim != 3 or features.shape[0] != images or features.shape[1] < patches:
         raise ValueError(
             f"{encoder} must give last_hidden_state [{images}, at least {patches}, C] for patches "
             f"of {patch_height} x {patch_width}, got shape {tuple(features.shape)}"
         )
     # Class and register tokens, where an encoder has them, come before the patches.
-    features = features[:, features.shape[1] - patches :]
-    return EncodedImages(features.flatten(0, 1), (grid,) * images), outputs
+    return features[:, features.shape[1] - patches :], grid, outputs
 
 
 def _encode_patches(

@@ -101,8 +101,23 @@ def _pool_alike(
     if averages and x.device.type == "cpu" and width > 0 and out_h * out_w > 1:
         images = x.reshape(-1, in_h, in_w, width).permute(0, 3, 1, 2)
         return F.adaptive_avg_pool2d(images, out_grid).permute(0, 2, 3, 1).reshape(-1, width)
+    if torch.compiler.is_exporting():
+        rows, columns = (_axis_matrix(x, *axis, mode) for axis in ((in_h, out_h), (in_w, out_w)))
+        bands = rows @ x.reshape(-1, in_h, in_w * width)
+        return (columns @ bands.reshape(-1, in_w, width)).reshape(-1, width)
     bands = pool_axis(x.reshape(-1, in_h, in_w * width), out_h, mode)
     return pool_axis(bands.reshape(-1, in_w, width), out_w, mode).reshape(-1, width)
+
+
+def _axis_matrix(x: torch.Tensor, size: int, cells: int, mode: str) -> torch.Tensor:
+    """Return the weights of an axis as a matrix [cells, size], for graphs without our op.
+
+    A NaN then spreads along the axis: a product has it times zero.
+    """
+    axis = axis_map(size, cells, mode)
+    matrix = np.zeros((cells, size))
+    matrix[axis.entries()] = axis.averages()
+    return torch.tensor(matrix.tolist(), dtype=x.dtype, device=x.device)
 
 
 # ---- One axis of any map, as an op: a compiler need not know its tables.

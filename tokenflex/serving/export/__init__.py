@@ -1,0 +1,1 @@
+"""Export: a model as graphs for other runtimes, or its language model alone."""

@@ -1,0 +1,37 @@
+"""The model to export, from a folder of any kind that holds one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenflex.dropin.replace import from_pretrained
+from tokenflex.files import checkpoint_folder, excerpt, read_json
+from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.models.loading import load_checkpoint
+from tokenflex.models.ristretto import MODEL_TYPE as RISTRETTO
+
+
+def load_model(path: str | Path) -> tuple[Any, Any]:
+    """Load a TokenFLEX checkpoint, a released Ristretto, or a saved conversion of a stock model.
+
+    Returns:
+        (model, processor), the model in evaluation mode.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files does not exist.
+        ValueError: the folder holds another model, or a broken one.
+    """
+    folder = checkpoint_folder(path)
+    values = read_json(folder / "config.json", "checkpoint file")
+    model_type = values.get("model_type") if isinstance(values, dict) else None
+    if model_type in (TokenFlexConfig.model_type, RISTRETTO):
+        return load_checkpoint(folder)
+    if isinstance(values, dict) and isinstance(values.get("tokenflex"), dict):
+        model, processor = from_pretrained(folder)
+        return model.eval(), processor
+    raise ValueError(
+        f"{folder} must hold a TokenFLEX checkpoint or a converted model, got model_type "
+        f"{excerpt(model_type)} with its stock projector: convert it first, with "
+        "tokenflex.from_pretrained(...) and save_pretrained"
+    )
