@@ -27,9 +27,8 @@ BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 .PHONY: demo test test-cpu test-kernels aot test-ptx test-training test-claim test-torchvision \
-  test-vllm test-versions test-oldest test-newest test-dropin-oldest test-play test-openvino lint \
-  setup gpu tune sanitize sanitize-gpu clean
-  sanitize sanitize-threads sanitize-gpu clean
+  test-vllm test-play test-openvino test-versions test-oldest test-newest test-dropin-oldest lint setup \
+  gpu tune sanitize sanitize-threads sanitize-gpu clean
 
 setup: .venv/.ready
 
