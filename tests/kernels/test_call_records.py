@@ -396,7 +396,12 @@ class TestErrors:
         twice = plan_packing([[9, 9, 9]], [4, 2], 9, image_index=[0, 1, 1])
         for _ in range(3):
             pack(x, **tensors)
-        assert pack(x, twice, **tensors).shape == (8, TEXT)
+        tensors["embedding"].requires_grad_()
+        for _ in range(3):
+            pack(x, **tensors)
+        packed = pack(x, twice, **tensors)
+        assert packed.shape == (8, TEXT)
+        assert type(packed.grad_fn).__name__ != "ProjectAndPackOnDeviceBackward"
 
 
 class TestRecords:
