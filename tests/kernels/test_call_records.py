@@ -184,6 +184,14 @@ class TestLaunches:
             assert (kept is None) == (other is None)
             assert kept is None or kept.shape == other.shape
 
+    def test_a_table_that_alone_requires_grad(self, launched):
+        tensors = packed_of()
+        table = tensors["embedding"].requires_grad_()
+        for _ in range(3):
+            packed = pack(rows(), **tensors)
+            (grad,) = torch.autograd.grad(packed, table, torch.ones_like(packed))
+            assert grad[:, 0].tolist() == [0, 1, 1, 1, 0]  # the plan has the ids 1, 2 and 3
+
     @pytest.mark.parametrize(("op", "weights"), OPS)
     @pytest.mark.parametrize("grad", [False, True])
     def test_the_third_call_runs_no_stage(self, launched, stages_run, op, weights, grad):
@@ -388,7 +396,12 @@ class TestErrors:
         twice = plan_packing([[9, 9, 9]], [4, 2], 9, image_index=[0, 1, 1])
         for _ in range(3):
             pack(x, **tensors)
-        assert pack(x, twice, **tensors).shape == (8, TEXT)
+        tensors["embedding"].requires_grad_()
+        for _ in range(3):
+            pack(x, **tensors)
+        packed = pack(x, twice, **tensors)
+        assert packed.shape == (8, TEXT)
+        assert type(packed.grad_fn).__name__ != "ProjectAndPackOnDeviceBackward"
 
 
 class TestRecords:

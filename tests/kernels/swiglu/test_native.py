@@ -67,7 +67,10 @@ class TestAgainstFloat64:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_forward_and_backward(self, shape, dtype):
-        draws = max(2, 1000 // (shape[0] * shape[2]))  # of few numbers, several
+        tokens, width, hidden = shape
+        draws = max(
+            2, 1000 // (tokens * hidden), 300 // (width * hidden)
+        )  # of few numbers, several
         check_swiglu([inputs_of(*shape, dtype) for _ in range(draws)])
 
     @pytest.mark.parametrize("seed", range(8))
