@@ -221,7 +221,7 @@ def table(result: dict[str, Any]) -> str:
     machine = result["environment"]
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores, at a load of {machine['load']}; "
-        f"{result['threads']} thread(s) for the server's arithmetic; {result['clients']} clients; "
+        f"threads of the server's arithmetic: {result['threads']}; {result['clients']} clients; "
         f"{result['rounds']} rounds of {result['requests_a_round']} requests. "
         f"{result['answers_unlike_generate']} of {result['answers']} answers differ from those of "
         "`model.generate` alone.",
