@@ -33,8 +33,8 @@ class FeatureCache(Generic[Features]):
             returned and not kept. A tensor that is a view counts with all that it views.
 
     Attributes:
-        passes: calls of the encoder so far.
-        hits: calls of :meth:`features` that ran no encoder so far.
+        passes: images that were encoded so far.
+        hits: images that were not, as they were kept or being encoded.
 
     Raises:
         TypeError: ``max_bytes`` is not an int.
@@ -77,34 +77,63 @@ class FeatureCache(Generic[Features]):
         Returns:
             What ``encode`` returned: a tensor or :class:`~tokenflex.models.vision.EncodedImages`.
         """
-        key = digest(pixels, grids)
+        return self.features_of([pixels], lambda _: [encode(pixels)], [grids])[0]
+
+    def features_of(
+        self,
+        images: Sequence[torch.Tensor],
+        encode: Callable[[list[int]], list[Features]],
+        grids: Sequence[Sequence[Grid]] | None = None,
+    ) -> list[Features]:
+        """Return the features of several images, encoding together those that are not kept.
+
+        Args:
+            images: the pixels of each, as :meth:`features` takes them.
+            encode: called at most once, with the indices of images to encode, each another
+                picture; returns the features of each.
+            grids: of each image, as :meth:`features` takes them.
+        """
+        per_image = [()] * len(images) if grids is None else grids
+        keys = [digest(pixels, own) for pixels, own in zip(images, per_image, strict=True)]
+        mine: dict[bytes, int] = {}
+        found: dict[bytes, Features | Future[Features]] = {}
         with self._lock:
-            kept = self._features.get(key)
-            running = self._running.get(key)
-            if kept is not None:
-                self.hits += 1
-                self._features.move_to_end(key)
-                return kept
-            if running is None:
-                self.passes += 1
-                mine: Future[Features] = Future()
-                self._running[key] = mine
-            else:
-                self.hits += 1
-        if running is not None:
-            return running.result()
+            for i, key in enumerate(keys):
+                if key in self._features:
+                    self._features.move_to_end(key)
+                    found[key] = self._features[key]
+                elif key not in self._running:
+                    mine[key] = i
+                    self._running[key] = Future()
+                if key not in found:
+                    found[key] = self._running[key]
+            self.passes += len(mine)
+            self.hits += len(keys) - len(mine)
+        if mine:
+            self._encode(mine, encode)
+        return [
+            value.result() if isinstance(value, Future) else value
+            for value in (found[key] for key in keys)
+        ]
+
+    def _encode(
+        self, missing: dict[bytes, int], encode: Callable[[list[int]], list[Features]]
+    ) -> None:
+        """Encode what this thread has announced, and tell those who wait for it."""
         try:
-            features = encode(pixels)
+            encoded = encode([*missing.values()])
         except BaseException as error:
             with self._lock:
-                del self._running[key]
-            mine.set_exception(error)
+                futures = [self._running.pop(key) for key in missing]
+            for future in futures:
+                future.set_exception(error)
             raise
         with self._lock:
-            self._keep(key, features)
-            del self._running[key]
-        mine.set_result(features)
-        return features
+            futures = [self._running.pop(key) for key in missing]
+            for key, features in zip(missing, encoded, strict=True):
+                self._keep(key, features)
+        for future, features in zip(futures, encoded, strict=True):
+            future.set_result(features)
 
     def _keep(self, key: bytes, features: Features) -> None:
         size = _bytes_held(features)
