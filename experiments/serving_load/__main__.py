@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=64, help="of a workload in a round")
     parser.add_argument("--clients", type=int, default=16, help="at a time")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2, help="of the server's arithmetic")
     options = parser.parse_args(arguments)
     settings = {name: value for name, value in vars(options).items() if name != "out"}
     result = measure(**settings)
@@ -86,25 +87,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"written to {options.out}")
 
 
-def measure(checkpoint: Path, requests: int, clients: int, rounds: int) -> dict[str, Any]:
+def measure(
+    checkpoint: Path, requests: int, clients: int, rounds: int, threads: int
+) -> dict[str, Any]:
     """Return the machine, the settings and one row per workload."""
     model, processor = load_checkpoint(checkpoint)
     counts = [tokens_of(count) for count in trained_counts(model)]
     workloads = {str(count): [count] for count in counts} | {"mixed": counts}
     pictures = iter(DigitsDataset("test", size=10**6, questions=1))
     asked: dict[tuple[str, str], list[list[Question]]] = {}
-    with serving(checkpoint) as port:
-        run(port, questions(pictures, requests, counts), clients)  # a warm-up
+    with serving(checkpoint, threads) as server:
+        run(server, questions(pictures, requests, counts), clients)  # a warm-up
         for _ in range(rounds):
             for name, of in workloads.items():
                 batch = questions(pictures, requests, of)
                 asked.setdefault((name, "new"), []).append(batch)
-                run(port, batch, clients)
+                run(server, batch, clients)
             few = itertools.cycle(list(itertools.islice(pictures, AGAIN)))
             batch = questions(few, requests, counts)
             asked.setdefault(("mixed", "asked again"), []).append(batch)
-            run(port, batch, clients)
-    surroundings, threads = environment("cpu"), torch.get_num_threads()
+            run(server, batch, clients)
+    surroundings = environment("cpu")
     torch.set_num_threads(1)  # the comparison is not timed
     total = [q for batches in asked.values() for batch in batches for q in batch]
     different = sum(q.answer != alone(model, processor, q) for q in total)
@@ -130,22 +133,28 @@ def questions(pictures: Iterator[Any], number: int, counts: Sequence[int]) -> li
 
 
 @contextmanager
-def serving(checkpoint: Path) -> Iterator[int]:
-    """Yield the port of a server process."""
+def serving(checkpoint: Path, threads: int) -> Iterator[tuple[int, int]]:
+    """Yield the port and the process id of a server."""
     command = [sys.executable, "-m", "tokenflex", "serve", str(checkpoint), "--port", "0"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
-    ) as process:
+    variables = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
-            yield int(line.rsplit(":", 1)[1].split("/")[0])
+            yield int(line.rsplit(":", 1)[1].split("/")[0]), process.pid
         finally:
             process.terminate()
 
 
-def run(port: int, batch: Sequence[Question], clients: int) -> float:
-    """Ask all questions, ``clients`` at a time; return the seconds."""
+def cpu_seconds(process: int) -> float:
+    """Return the CPU time of a process so far, as Linux tells it."""
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def run(server: tuple[int, int], batch: Sequence[Question], clients: int) -> None:
+    """Ask all questions, ``clients`` at a time."""
+    port, process = server
 
     def ask(question: Question) -> None:
         started = time.perf_counter()
@@ -163,13 +172,13 @@ def run(port: int, batch: Sequence[Question], clients: int) -> float:
         ends.append(time.perf_counter())
 
     ends: list[float] = []
-    begin = time.perf_counter()
+    begin, cpu_before = time.perf_counter(), cpu_seconds(process)
     with ThreadPoolExecutor(clients) as pool:
         list(pool.map(ask, batch))
     seconds = max(ends) - begin
     for question in batch:
         question.usage["round_seconds"] = seconds
-    return seconds
+        question.usage["cpu_seconds"] = (cpu_seconds(process) - cpu_before) / len(batch)
 
 
 def alone(model: Any, processor: Any, question: Question) -> str:
@@ -200,6 +209,7 @@ def row(name: str, pictures: str, batches: Sequence[Sequence[Question]]) -> dict
         "requests_per_second": round(median(rates), 1),
         "slowest_round": round(min(rates), 1),
         "fastest_round": round(max(rates), 1),
+        "cpu_milliseconds": round(1000 * median(b[0].usage["cpu_seconds"] for b in batches)),
         "median_milliseconds": round(1000 * median(q.seconds for q in asked)),
         "vision_tokens": sum(q.usage["vision_tokens"] for q in asked),
         "encoder_passes": sum(q.usage["encoder_passes"] for q in asked),
@@ -208,19 +218,30 @@ def row(name: str, pictures: str, batches: Sequence[Sequence[Question]]) -> dict
 
 def table(result: dict[str, Any]) -> str:
     """Return the table of the page about the server."""
+    machine = result["environment"]
     lines = [
-        "| counts | pictures | requests/s, median (range) of rounds | median ms of a request | "
-        "vision tokens | encoder passes |",
-        "|---|---|---|---|---|---|",
+        f"{machine['cpu']}, {machine['cores']} cores, at a load of {machine['load']}; "
+        f"threads of the server's arithmetic: {result['threads']}; {result['clients']} clients; "
+        f"{result['rounds']} rounds of {result['requests_a_round']} requests. "
+        f"{result['answers_unlike_generate']} of {result['answers']} answers differ from those of "
+        "`model.generate` alone.",
+        "",
+        "| counts | pictures | requests/s, median (range) of rounds | ms of a request | "
+        "CPU ms of the server | vision tokens | encoder passes |",
+        "|---|---|---|---|---|---|---|",
     ]
     for figures in result["rows"]:
-        asked = figures["requests"]
-        lines.append(
-            f"| {figures['counts']} | {figures['pictures']} | {figures['requests_per_second']} "
-            f"({figures['slowest_round']} to {figures['fastest_round']}) | "
-            f"{figures['median_milliseconds']} | {figures['vision_tokens']} in {asked} requests | "
-            f"{figures['encoder_passes']} in {asked} requests |"
-        )
+        rates = [figures[f"{name}_round"] for name in ("slowest", "fastest")]
+        cells = [
+            figures["counts"],
+            figures["pictures"],
+            f"{figures['requests_per_second']} ({rates[0]} to {rates[1]})",
+            figures["median_milliseconds"],
+            figures["cpu_milliseconds"],
+            f"{figures['vision_tokens']} in {figures['requests']} requests",
+            f"{figures['encoder_passes']} in {figures['requests']} requests",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 

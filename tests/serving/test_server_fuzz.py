@@ -16,7 +16,7 @@ from tests.serving.server_tools import bytes_url, chat, data_url, image_part, ru
 from tests.serving.test_server import noise_file
 from tokenflex.serving.chat_request import Limits, RequestError, Sampling, parse_request
 
-BODIES = 400
+BODIES = 250
 ODD: list[Any] = [
     *(None, True, False, 0, 1, -1, 4, 9, 2**31, 2**63, 10**40, 0.5, 4.0, -0.0, 1e308),
     *(
@@ -150,7 +150,7 @@ def test_damaged_pictures_are_answered_or_refused(client, caplog, kind):
     rng = random.Random(kind)
     whole = data_url(picture(1), kind)
     content = bytearray(base64.b64decode(whole.partition(",")[2]))
-    for _ in range(25):
+    for _ in range(15):
         damaged = bytearray(content)
         for _ in range(rng.randrange(1, 8)):
             damaged[rng.randrange(len(damaged))] = rng.randrange(256)
@@ -165,7 +165,7 @@ def test_anything_parses_or_is_refused():
     rng = random.Random(2)
     bodies = seeds_of_bodies()
     refused = 0
-    for _ in range(4000):
+    for _ in range(2000):
         content = json.dumps(mutated(rng.choice(bodies), rng)).encode("utf-8", "surrogatepass")
         try:
             request = parse_request(content, Limits(), Sampling())
@@ -176,4 +176,4 @@ def test_anything_parses_or_is_refused():
             assert request.messages
             assert 1 <= request.sampling.n <= 8
             assert 0 <= request.sampling.temperature <= 2
-    assert 1000 < refused < 3900
+    assert 500 < refused < 1950

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from tokenflex.counts import AUTO, TokenCount, token_grid
-from tokenflex.files import check_utf8, excerpt, parse_json
+from tokenflex.files import check_utf8, excerpt, parse_json, printable
 
 Wish: TypeAlias = "TokenCount | Literal['auto', 'low', 'high', 'default']"
 """What a request says about an image: a count, a policy, the fewest or most, or nothing."""
@@ -218,7 +218,7 @@ def _check_fields(body: Mapping[str, Any]) -> None:
 def _unknown(name: str, owner: str, known: set[str], place: str = "") -> RequestError:
     nearest = difflib.get_close_matches(name[:80], sorted(known), n=1)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
-    shown = f"{place}{excerpt(name)[1:-1]}"
+    shown = f"{place}{printable(name, 80)}"
     return RequestError(f"{shown} is no argument of {owner}{hint}", shown, code="unknown_parameter")
 
 

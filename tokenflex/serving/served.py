@@ -56,7 +56,7 @@ def callers_mistake(param: str | None) -> Iterator[None]:
     """Turn an error of the package about its arguments into a :class:`RequestError`."""
     try:
         yield
-    except (ValueError, TypeError, OSError, TemplateError) as error:
+    except (ValueError, TypeError, LookupError, OSError, TemplateError) as error:
         message = " ".join(str(error).split())[:1000]
         raise RequestError(message or type(error).__name__, param) from error
 
