@@ -31,11 +31,8 @@ from tokenflex.models.image_features import ImageFeatures, build_projector
 from tokenflex.models.vision import EncodedImages
 from tokenflex.serving.feature_cache import FeatureCache
 from tokenflex.serving.vllm import feature_cache_bytes
-from tokenflex.serving.vllm.processing import (
-    TokenFlexDummyInputs,
-    TokenFlexMultiModalProcessor,
-    TokenFlexProcessingInfo,
-)
+from tokenflex.serving.vllm.info import TokenFlexDummyInputs, TokenFlexProcessingInfo
+from tokenflex.serving.vllm.processing import TokenFlexMultiModalProcessor
 
 
 @MULTIMODAL_REGISTRY.register_processor(

@@ -19,7 +19,7 @@ from vllm.renderers.params import ChatParams
 from vllm.utils.async_utils import make_async
 
 from tokenflex.models.conversations import template_source
-from tokenflex.serving.vllm.processing import load_processor, user_errors
+from tokenflex.serving.vllm.info import load_processor, user_errors
 from tokenflex.serving.vllm.wishes import PER_IMAGE, image_wishes
 
 _OPTIONS = (

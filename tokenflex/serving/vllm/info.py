@@ -1,0 +1,192 @@
+"""What vLLM asks about a checkpoint before it has a request, and the options of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any, cast
+
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseProcessingInfo
+
+from tokenflex.counts import Grid, tokens_of
+from tokenflex.models.call_options import CallOptions, sort_options
+from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.models.processing import TokenFlexProcessor
+from tokenflex.models.tiling import num_tiles
+from tokenflex.serving.vllm import feature_cache_bytes
+from tokenflex.serving.vllm.choosing import CountChooser
+from tokenflex.serving.vllm.wishes import PER_IMAGE, request_counts
+
+_OURS = ("num_image_tokens", PER_IMAGE, "penalty", "budget")
+"""Options of a request that its counts are read from."""
+_MOST_KNOWN_OPTIONS = 64
+
+
+@lru_cache(maxsize=4)
+def load_processor(checkpoint: str, revision: str | None) -> TokenFlexProcessor:
+    """Return the processor of a checkpoint, loaded once in a process."""
+    processor: TokenFlexProcessor = TokenFlexProcessor.from_pretrained(
+        checkpoint, revision=revision
+    )
+    return processor
+
+
+@lru_cache(maxsize=4)
+def _chooser(checkpoint: str) -> CountChooser:
+    config = TokenFlexConfig.from_pretrained(checkpoint)
+    return CountChooser(checkpoint, config, feature_cache_bytes())
+
+
+@contextmanager
+def user_errors(parameter: str) -> Iterator[None]:
+    """Turn our refusals into errors that vLLM's server answers with status 400."""
+    try:
+        yield
+    except VLLMValidationError:
+        raise
+    except (TypeError, ValueError, FileNotFoundError) as error:
+        raise VLLMValidationError(str(error), parameter=parameter) from error
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """The options of a request, merged with the server's.
+
+    Attributes:
+        num_image_tokens: counts as the caller gave them.
+        per_image: the wishes of single images, None without.
+        choice: ``penalty`` and ``budget``.
+        max_tiles: the most tiles of an image.
+        images_kwargs: for the image processor.
+    """
+
+    num_image_tokens: Any
+    per_image: Sequence[Any] | None
+    choice: dict[str, Any]
+    max_tiles: int
+    images_kwargs: dict[str, Any]
+
+
+class TokenFlexProcessingInfo(BaseProcessingInfo):
+    """What vLLM asks about a checkpoint before it has a request."""
+
+    def get_hf_config(self) -> TokenFlexConfig:
+        return cast(TokenFlexConfig, self.ctx.get_hf_config(TokenFlexConfig))
+
+    def get_hf_processor(self, **kwargs: object) -> TokenFlexProcessor:
+        """Return the checkpoint's processor. Options of a request are given to its methods."""
+        model = self.ctx.model_config
+        return load_processor(str(model.model), model.revision)
+
+    @property
+    def chooser(self) -> CountChooser:
+        """What chooses the counts of "auto"."""
+        return _chooser(str(self.ctx.model_config.model))
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {"image": None}
+
+    def get_mm_max_tokens_per_item(
+        self, seq_len: int, mm_counts: Mapping[str, int]
+    ) -> Mapping[str, int]:
+        """Return the tokens of an image of the most tiles at the largest grid."""
+        processor = self.get_hf_processor()
+        max_tiles = num_tiles((1, self.server_options.max_tiles), processor.use_thumbnail)
+        return {"image": min(max_tiles * tokens_of(self.largest_grid), seq_len)}
+
+    @cached_property
+    def largest_grid(self) -> Grid:
+        """The largest grid of vision tokens of a tile, which is its grid of patches."""
+        config = self.get_hf_config().vision_config
+        patch = config.patch_size
+        patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
+        processor = self.get_hf_processor()
+        most_patches = getattr(processor.image_processor, "max_num_patches", None)
+        if most_patches is not None:  # images of any shape
+            return 1, int(most_patches)
+        size = processor._configured_size({}) or config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height // patch_height, width // patch_width
+
+    @cached_property
+    def server_options(self) -> RequestOptions:
+        """The options that the server was started with, which a request may replace.
+
+        Raises:
+            TypeError, ValueError: an option is unknown or not valid, or the count is a list.
+        """
+        options = self._options(self.ctx.get_mm_config().mm_processor_kwargs or {})
+        count = options.num_image_tokens
+        if isinstance(count, list):  # JSON has no tuples
+            count = tuple(count)
+        return replace(options, num_image_tokens=request_counts(count, 1)[0])
+
+    def request_options(self, given: Mapping[str, object]) -> RequestOptions:
+        """Return the options of a request, merged with the server's.
+
+        Raises:
+            TypeError, ValueError: an option is unknown or not valid, or ``max_tiles`` is above the
+                server's, for which memory was set aside.
+        """
+        server = self.server_options
+        options = self._options({**(self.ctx.get_mm_config().mm_processor_kwargs or {}), **given})
+        if given.get("num_image_tokens") is None:
+            options = replace(options, num_image_tokens=server.num_image_tokens)
+        limit = server.max_tiles
+        if options.max_tiles > limit:
+            raise ValueError(
+                f"max_tiles must be at most {limit}, with which the server was started, got "
+                f"{options.max_tiles}"
+            )
+        return options
+
+    def _options(self, given: Mapping[str, Any]) -> RequestOptions:
+        processor = self.get_hf_processor()
+        ours = {name: given[name] for name in _OURS if given.get(name) is not None}
+        others = self._sorted_options({k: v for k, v in given.items() if k not in _OURS})
+        counts = ours.pop("num_image_tokens", processor.num_image_tokens)
+        return RequestOptions(
+            num_image_tokens=counts,
+            per_image=cast("Sequence[Any] | None", ours.pop(PER_IMAGE, None)),
+            choice=ours,
+            max_tiles=processor._max_tiles(others.max_tiles),
+            images_kwargs={k: v for k, v in others.images_kwargs.items() if v is not None},
+        )
+
+    def _sorted_options(self, options: Mapping[str, Any]) -> CallOptions:
+        """Return the options of the processor; they are the same for most requests."""
+        key = repr(sorted(options.items()))
+        if key not in self._known_options:
+            if len(self._known_options) == _MOST_KNOWN_OPTIONS:
+                self._known_options.clear()
+            self._known_options[key] = sort_options(self.get_hf_processor(), options)
+        return self._known_options[key]
+
+    @cached_property
+    def _known_options(self) -> dict[str, CallOptions]:
+        return {}
+
+
+class TokenFlexDummyInputs(BaseDummyInputsBuilder[TokenFlexProcessingInfo]):
+    """The inputs with which vLLM measures the memory that images take."""
+
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        return self.info.get_hf_processor().image_token * mm_counts.get("image", 0)
+
+    def get_dummy_mm_data(
+        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return pictures that are cut into the most tiles."""
+        config = self.info.get_hf_config().vision_config
+        size = self.info.get_hf_processor()._configured_size({}) or config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        images = self._get_dummy_images(
+            width=width * self.info.server_options.max_tiles,
+            height=height,
+            num_images=mm_counts.get("image", 0),
+            overrides=mm_options.get("image"),
+        )
+        return {"image": images}
