@@ -23,8 +23,9 @@ from tokenflex.dropin.families import vision_encoder
 from tokenflex.dropin.replace import replace_projector
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.routing.storage import attach_router
+from tokenflex.serving.loading import load_model
 from tokenflex.serving.playground.asking import ask_at_counts
-from tokenflex.serving.playground.loading import draw_accuracy, find_report, load_model
+from tokenflex.serving.playground.reports import draw_accuracy, find_report
 from tokenflex.serving.playground.subjects import seen_picture, subject_of
 from tokenflex.training.checkpoint import save_model
 

@@ -28,8 +28,8 @@ from tests.serving.test_playground_command import free_port
 from tests.serving.test_playground_replies import EPS, bomb
 from tokenflex.digits.processor import digits_processor
 from tokenflex.dropin.replace import replace_projector
+from tokenflex.serving.loading import load_model
 from tokenflex.serving.playground.asking import ask_at_counts
-from tokenflex.serving.playground.loading import load_model
 from tokenflex.training.checkpoint import save_model
 
 pytest.importorskip("gradio", reason="the page needs gradio: make test-play")

@@ -145,6 +145,10 @@ class FeatureCache(Generic[Features]):
             _, oldest = self._features.popitem(last=False)
             self._bytes -= _bytes_held(oldest)
 
+    def __contains__(self, key: bytes) -> bool:
+        """Return whether the features of this :func:`digest` are kept."""
+        return key in self._features
+
     def __len__(self) -> int:
         """Return the number of pictures whose features are kept."""
         return len(self._features)

@@ -29,19 +29,17 @@ from tokenflex.dropin.features import (
     image_input_names,
     project_patches,
 )
-from tokenflex.dropin.replace import from_pretrained
 from tokenflex.evaluation.generation import special_tokens
-from tokenflex.files import checkpoint_folder, excerpt, read_json
+from tokenflex.files import checkpoint_folder
 from tokenflex.images import load_image
-from tokenflex.models.configuration import TokenFlexConfig
-from tokenflex.models.loading import load_checkpoint
-from tokenflex.models.ristretto import MODEL_TYPE as RISTRETTO
+from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.vision import EncodedImages
 from tokenflex.prompts import expand_placeholders, left_padded
 from tokenflex.routing.ladder import known_counts, trained_counts
 from tokenflex.routing.storage import has_router, load_router
 from tokenflex.serving.chat_request import ChatRequest, Limits, RequestError, Sampling
 from tokenflex.serving.feature_cache import FeatureCache, digest
+from tokenflex.serving.loading import load_model
 from tokenflex.serving.rows import Row, RowMonitor, RowSampler
 
 CHARACTERS_PER_TOKEN = 128
@@ -106,14 +104,6 @@ class Prompt:
         return [n for n, tiles in zip(self.counts, self.tiles, strict=True) for _ in range(tiles)]
 
 
-class PictureCache(FeatureCache[EncodedImages]):
-    """A feature cache that says what it has."""
-
-    def has(self, key: bytes) -> bool:
-        """Return whether the features of this :func:`digest` are kept."""
-        return key in self._features
-
-
 class ServedModel(ABC):
     """A model, its processor and its feature cache.
 
@@ -130,7 +120,7 @@ class ServedModel(ABC):
 
     def __init__(self, model: Any, processor: Any, limits: Limits, cache_bytes: int) -> None:
         self.model, self.processor, self.limits = model, processor, limits
-        self.cache = PictureCache(cache_bytes)
+        self.cache: FeatureCache[EncodedImages] = FeatureCache(cache_bytes)
         self.encoded_images = 0
         text_config = model.config.get_text_config()
         self.positions = getattr(text_config, "max_position_embeddings", None) or 2**31
@@ -377,7 +367,7 @@ class TokenFlexServed(ServedModel):
         for prompt in prompts:
             for i, data in enumerate(prompt.inputs):
                 pixels = data["pixel_values"]
-                if data.get("grids") is None and not self.cache.has(key := digest(pixels)):
+                if data.get("grids") is None and (key := digest(pixels)) not in self.cache:
                     new.setdefault(key, (prompt, i, pixels))
         batch: list[tuple[Prompt, int, torch.Tensor]] = []
         for picture in [*new.values(), None]:
@@ -603,22 +593,12 @@ def load_served(
         FileNotFoundError: The folder or one of its files does not exist.
         ValueError: The folder holds no model that can be served; the message says why.
     """
-    folder = checkpoint_folder(path)
-    values = read_json(folder / "config.json", "checkpoint file")
-    kind = values.get("model_type") if isinstance(values, dict) else None
-    served: type[ServedModel]
-    if kind in (TokenFlexConfig.model_type, RISTRETTO):
-        (model, processor), served = load_checkpoint(folder), TokenFlexServed
+    model, processor = load_model(path)
+    served: type[ServedModel] = ConvertedServed
+    if isinstance(model, TokenFlexForConditionalGeneration):
+        served = TokenFlexServed
         if has_router(model):
-            load_router(folder)  # a broken one is told before the first request
-    elif isinstance(values, dict) and isinstance(values.get("tokenflex"), dict):
-        (model, processor), served = from_pretrained(folder), ConvertedServed
-    else:
-        raise ValueError(
-            f"{folder} must hold a TokenFLEX checkpoint or a converted model, got model_type "
-            f"{excerpt(kind)} with its stock projector: convert it with "
-            "tokenflex.from_pretrained(...) and save_pretrained first"
-        )
+            load_router(checkpoint_folder(path))  # a broken one is told before the first request
     if counts is not None:
         model.config.trained_num_image_tokens = list(counts)
     model.to(device).eval()

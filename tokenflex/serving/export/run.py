@@ -14,7 +14,6 @@ from tokenflex.counts import TokenCount, token_grid
 from tokenflex.errors import ReportedError
 from tokenflex.files import new_folder, read_json, write_json
 from tokenflex.serving.export.language_model import plain_language_model
-from tokenflex.serving.export.loading import load_model
 from tokenflex.serving.export.manifest import (
     MANIFEST,
     describe_graphs,
@@ -25,6 +24,7 @@ from tokenflex.serving.export.manifest import (
 from tokenflex.serving.export.parts import Part, language_parts, vision_parts
 from tokenflex.serving.export.targets import LANGUAGE_MODEL, TARGETS
 from tokenflex.serving.export.tracing import BATCHES, largest_error, trace
+from tokenflex.serving.loading import load_model
 
 TOLERANCE = 1e-4
 """Largest difference to the model, relative to the largest value (or to 1 if that is smaller)."""
