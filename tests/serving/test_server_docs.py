@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.serving.pages import TABLES, with_table
 from tests.serving.server_tools import running, tiny_served
 from tokenflex.cli.parser import CommandLine
 from tokenflex.cli.serve import add_to
@@ -20,7 +21,7 @@ PAGE = (FOLDER / "server.md").read_text(encoding="utf-8")
 RESULT = json.loads((ROOT / "docs/results/serving/server.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", ["server.md", "README.md"])
+@pytest.mark.parametrize("name", ["server.md", "README.md", "vllm.md"])
 def test_links_lead_somewhere(name):
     text = (FOLDER / name).read_text(encoding="utf-8")
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", text)
@@ -55,10 +56,10 @@ def test_the_table_of_bounds_holds_the_defaults():
         assert name.replace("-", "_") in options
 
 
-def test_the_table_of_speed_is_the_measured_one():
-    from experiments.serving_load.__main__ import BEGIN, END, table
-
-    assert BEGIN + table(RESULT) + END in PAGE
+@pytest.mark.parametrize("name", TABLES)
+def test_measured_tables_are_those_of_the_results(name):
+    page = (FOLDER / name).read_text(encoding="utf-8")
+    assert with_table(page, TABLES[name]()) == page
 
 
 def test_what_was_measured_is_whole():

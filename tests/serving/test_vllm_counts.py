@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -210,19 +208,3 @@ def test_the_plugin_is_light_and_harmless_without_vllm():
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "[]"
     assert "cannot be registered" in run.stderr
-
-
-def test_the_figures_of_the_page_are_those_of_the_measurement():
-    docs = Path(__file__).parents[2] / "docs"
-    report = json.loads((docs / "results/serving/vllm.json").read_text(encoding="utf-8"))
-    page = (docs / "serving/vllm.md").read_text(encoding="utf-8")
-    for row in report["rows"]:
-        cells = (
-            row["counts"],
-            f"{row['requests_per_second']} ({row['fastest_round']})",
-            row["cpu_ms_per_request"],
-            row["vision_tokens_per_request"],
-            row["encoder_passes_per_request"],
-        )
-        assert f"| {' | '.join(map(str, cells))} |" in page
-    assert f"load average of {report['load']}" in page

@@ -1,4 +1,4 @@
-"""``python -m experiments.speed.vllm_requests CHECKPOINT``: requests per second of vLLM, by count.
+"""``python -m experiments.serving.vllm CHECKPOINT``: requests per second of vLLM, by count.
 
 Each setting asks about pictures that were not seen before, one request each: all at one count, or
 at the counts in turn (mixed). The last asks about the pictures of the mixed requests once more, at
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from experiments.serving.pages import RESULTS, write_pages
 from tokenflex.files import write_json
 
 COUNTS = (4, 9, 16)
@@ -32,7 +33,7 @@ SETTINGS = {str(count): (count,) for count in COUNTS} | {
 }
 QUESTION = "<image> read r2c3 "
 NEW_TOKENS = 2
-OUTPUT = Path("docs/results/serving/vllm.json")
+OUTPUT = RESULTS / "vllm.json"
 
 
 def start(checkpoint: str, threads: int) -> Any:
@@ -125,6 +126,8 @@ def main() -> None:
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.output, report)
+    if options.output == OUTPUT:
+        write_pages()
     for row in rows:
         print(*(f"{name} {value}" for name, value in row.items()), sep=", ")
 

@@ -1,4 +1,4 @@
-"""``python -m experiments.serving_load CHECKPOINT``: requests per second of ``tokenflex serve``.
+"""``python -m experiments.serving.server CHECKPOINT``: requests per second of ``tokenflex serve``.
 
 The server is a process of its own, its clients are threads of this one. Workloads take turns, so
 that a slow minute of the machine meets all of them. A model of the digits answers questions about
@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from benchmarks.results import environment
+from experiments.serving.pages import RESULTS, write_pages
 from tokenflex.counts import tokens_of
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.evaluation.generation import special_tokens
@@ -37,9 +38,7 @@ from tokenflex.files import write_json
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.routing.ladder import trained_counts
 
-RESULT = Path("docs/results/serving/server.json")
-PAGE = Path("docs/serving/server.md")
-BEGIN, END = "<!-- table: speed -->\n", "<!-- end of table -->"
+RESULT = RESULTS / "server.json"
 MAX_TOKENS = 4
 AGAIN = 8
 """Pictures of the workload that asks about the same ones again."""
@@ -69,7 +68,7 @@ class Question:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and write the result."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.serving_load")
+    parser = argparse.ArgumentParser(prog="python -m experiments.serving.server")
     parser.add_argument("checkpoint", type=Path, help="of a model of the digits")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--requests", type=int, default=64, help="of a workload in a round")
@@ -81,9 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = measure(**settings)
     write_json(options.out, result)
     if options.out == RESULT:
-        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-        page = before + BEGIN + table(result) + END + rest.split(END, 1)[1]
-        PAGE.write_text(page, encoding="utf-8")
+        write_pages()
     print(f"written to {options.out}")
 
 
@@ -214,35 +211,6 @@ def row(name: str, pictures: str, batches: Sequence[Sequence[Question]]) -> dict
         "vision_tokens": sum(q.usage["vision_tokens"] for q in asked),
         "encoder_passes": sum(q.usage["encoder_passes"] for q in asked),
     }
-
-
-def table(result: dict[str, Any]) -> str:
-    """Return the table of the page about the server."""
-    machine = result["environment"]
-    lines = [
-        f"{machine['cpu']}, {machine['cores']} cores, at a load of {machine['load']}; "
-        f"threads of the server's arithmetic: {result['threads']}; {result['clients']} clients; "
-        f"{result['rounds']} rounds of {result['requests_a_round']} requests. "
-        f"{result['answers_unlike_generate']} of {result['answers']} answers differ from those of "
-        "`model.generate` alone.",
-        "",
-        "| counts | pictures | requests/s, median (range) of rounds | ms of a request | "
-        "CPU ms of the server | vision tokens | encoder passes |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for figures in result["rows"]:
-        rates = [figures[f"{name}_round"] for name in ("slowest", "fastest")]
-        cells = [
-            figures["counts"],
-            figures["pictures"],
-            f"{figures['requests_per_second']} ({rates[0]} to {rates[1]})",
-            figures["median_milliseconds"],
-            figures["cpu_milliseconds"],
-            f"{figures['vision_tokens']} in {figures['requests']} requests",
-            f"{figures['encoder_passes']} in {figures['requests']} requests",
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,1 +1,0 @@
-"""Requests per second of ``tokenflex serve`` at fixed and mixed counts."""
