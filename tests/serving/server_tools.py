@@ -20,9 +20,9 @@ pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 from tests.models.tiny import picture, tiny_config
 from tokenflex import TokenFlexForConditionalGeneration
 from tokenflex.digits.processor import digits_processor
-from tokenflex.serving.chat_request import Limits
-from tokenflex.serving.served import ServedModel, TokenFlexServed
-from tokenflex.serving.server import Options, Server, bind, run
+from tokenflex.serving.server.app import Options, Server, bind, run
+from tokenflex.serving.server.chat_request import Limits
+from tokenflex.serving.server.served import ServedModel, TokenFlexServed
 
 COUNTS = (4, 9, 16)
 QUESTION = "read r2c3"

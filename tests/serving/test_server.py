@@ -32,7 +32,7 @@ from tests.serving.server_tools import (
 )
 from tokenflex.routing.router import Router
 from tokenflex.routing.storage import attach_router
-from tokenflex.serving.chat_request import Limits
+from tokenflex.serving.server.chat_request import Limits
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ from tests.serving.server_tools import (
     streamed_text,
     tiny_served,
 )
-from tokenflex.serving.batching import Answers, Batcher, Job
-from tokenflex.serving.chat_request import Limits, RequestError, parse_request
-from tokenflex.serving.metrics import Metrics
+from tokenflex.serving.server.batching import Answers, Batcher, Job
+from tokenflex.serving.server.chat_request import Limits, RequestError, parse_request
+from tokenflex.serving.server.metrics import Metrics
 
 
 class Harness:

@@ -11,8 +11,8 @@ from tests.dropin.tiny import stock_model
 from tests.serving.server_tools import chat, data_url, image_part, running
 from tests.serving.test_server_batching import Harness
 from tokenflex import from_pretrained, replace_projector
-from tokenflex.serving.chat_request import Limits, RequestError, parse_request
-from tokenflex.serving.served import ConvertedServed, load_served
+from tokenflex.serving.server.chat_request import Limits, RequestError, parse_request
+from tokenflex.serving.server.served import ConvertedServed, load_served
 
 QUESTION = "what is"
 WITHOUT_CHATS = {"got_ocr2"}  # transformers' chats give its processor images that it refuses

@@ -14,7 +14,7 @@ import pytest
 from tests.models.tiny import picture
 from tests.serving.server_tools import bytes_url, chat, data_url, image_part, running, tiny_served
 from tests.serving.test_server import noise_file
-from tokenflex.serving.chat_request import Limits, RequestError, Sampling, parse_request
+from tokenflex.serving.server.chat_request import Limits, RequestError, Sampling, parse_request
 
 BODIES = 250
 ODD: list[Any] = [

@@ -16,7 +16,7 @@ import pytest
 from tests.serving.server_tools import Client, alone, chat, image_part, pieces, tiny_served
 from tests.serving.test_server import raw_request
 from tokenflex.cli import main
-from tokenflex.serving.server import bind
+from tokenflex.serving.server.app import bind
 
 ROOT = Path(__file__).parents[2]
 
@@ -143,7 +143,7 @@ def test_what_is_wrong_is_one_line(capsys, tmp_path, monkeypatch, arguments, wor
 @pytest.mark.usefixtures("environment")
 def test_a_missing_extra_is_named(checkpoint, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "starlette", None)
-    monkeypatch.delitem(sys.modules, "tokenflex.serving.server", raising=False)
+    monkeypatch.delitem(sys.modules, "tokenflex.serving.server.app", raising=False)
     for name in [name for name in sys.modules if name.startswith("starlette.")]:
         monkeypatch.delitem(sys.modules, name)
     code, lines = run_command(capsys, checkpoint)

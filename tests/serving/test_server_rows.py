@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.serving.server_tools import tiny_served
-from tokenflex.serving.rows import Row, RowMonitor, RowSampler, draw
+from tokenflex.serving.server.rows import Row, RowMonitor, RowSampler, draw
 
 END = 99
 

@@ -103,11 +103,11 @@ def _port(text: str) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from tokenflex.serving.server import Options, Server, bind, run
+    from tokenflex.serving.server.app import Options, Server, bind, run
 
     quiet_libraries()
-    from tokenflex.serving.chat_request import Limits
-    from tokenflex.serving.served import load_served
+    from tokenflex.serving.server.chat_request import Limits
+    from tokenflex.serving.server.served import load_served
 
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about the files of strangers
     os.environ["TOKENFLEX_MAX_PIXELS"] = str(options.max_pixels)

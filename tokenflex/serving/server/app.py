@@ -30,10 +30,10 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from tokenflex.errors import ReportedError
-from tokenflex.serving.batching import Answers, Batcher, Event, Job, Piece
-from tokenflex.serving.chat_request import ChatRequest, RequestError, parse_request
-from tokenflex.serving.metrics import CONTENT_TYPE, Metrics
-from tokenflex.serving.served import ServedModel
+from tokenflex.serving.server.batching import Answers, Batcher, Event, Job, Piece
+from tokenflex.serving.server.chat_request import ChatRequest, RequestError, parse_request
+from tokenflex.serving.server.metrics import CONTENT_TYPE, Metrics
+from tokenflex.serving.server.served import ServedModel
 
 _LOGGER = logging.getLogger(__name__)
 HUNG_UP = 499

@@ -16,10 +16,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokenflex.serving.chat_request import RequestError, Sampling
-from tokenflex.serving.metrics import Metrics
-from tokenflex.serving.rows import Row, RowMonitor
-from tokenflex.serving.served import Prompt, ServedModel
+from tokenflex.serving.server.chat_request import RequestError, Sampling
+from tokenflex.serving.server.metrics import Metrics
+from tokenflex.serving.server.rows import Row, RowMonitor
+from tokenflex.serving.server.served import Prompt, ServedModel
 
 _LOGGER = logging.getLogger(__name__)
 

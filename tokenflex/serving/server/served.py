@@ -37,10 +37,10 @@ from tokenflex.models.vision import EncodedImages
 from tokenflex.prompts import expand_placeholders, left_padded
 from tokenflex.routing.ladder import known_counts, trained_counts
 from tokenflex.routing.storage import has_router, load_router
-from tokenflex.serving.chat_request import ChatRequest, Limits, RequestError, Sampling
 from tokenflex.serving.feature_cache import FeatureCache, digest
 from tokenflex.serving.loading import load_model
-from tokenflex.serving.rows import Row, RowMonitor, RowSampler
+from tokenflex.serving.server.chat_request import ChatRequest, Limits, RequestError, Sampling
+from tokenflex.serving.server.rows import Row, RowMonitor, RowSampler
 
 CHARACTERS_PER_TOKEN = 128
 """Longest text of a token that a prompt may average: more is refused before it is tokenized."""
