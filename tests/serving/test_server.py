@@ -8,6 +8,8 @@ import struct
 import threading
 import time
 import zlib
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 
 import numpy as np
@@ -30,6 +32,7 @@ from tests.serving.server_tools import (
     streamed_text,
     tiny_served,
 )
+from tokenflex import images
 from tokenflex.routing.router import Router
 from tokenflex.routing.storage import attach_router
 from tokenflex.serving.server.chat_request import Limits
@@ -469,6 +472,45 @@ def test_a_file_that_is_no_picture_is_refused(client, content, words, monkeypatc
     error = error_of(client, chat(image_part(bytes_url(content))))
     assert words in error["message"]
     assert error["param"] == "messages[0].content[0].image_url.url"
+
+
+class Site(BaseHTTPRequestHandler):
+    """A picture; with more bytes behind it than a picture may have; and byte by byte, for ever."""
+
+    def do_GET(self):
+        content = noise_file()
+        self.send_response(200)
+        self.end_headers()
+        with suppress(OSError):
+            self.wfile.write(content if self.path != "/drip" else b"")
+            self.wfile.write(bytes(20_000) if self.path == "/large" else b"")
+            while self.path == "/drip":
+                self.wfile.write(b"x")
+                time.sleep(0.02)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_pictures_are_fetched_within_the_bounds(served, monkeypatch):
+    monkeypatch.setattr(images, "DOWNLOAD_SECONDS", 2.0)
+    site = ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    threading.Thread(target=site.serve_forever, daemon=True).start()
+    limits = Limits(allow_urls=True, max_image_bytes=20_000)
+    assert len(noise_file()) < 20_000
+    try:
+        with running(tiny_served(limits)) as client:
+
+            def ask(path: str):
+                url = f"http://127.0.0.1:{site.server_port}/{path}"
+                return chat(image_part(url), num_image_tokens=9)
+
+            assert client.post(ask("picture")).text == alone(served, [1], 9)
+            assert "more than 20000 bytes" in error_of(client, ask("large"))["message"]
+            assert "longer than 2 seconds" in error_of(client, ask("drip"))["message"]
+    finally:
+        site.shutdown()
+        site.server_close()
 
 
 def test_pictures_are_read_as_everywhere_else(client, served):
