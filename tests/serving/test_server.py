@@ -35,6 +35,7 @@ from tests.serving.server_tools import (
 from tokenflex import images
 from tokenflex.routing.router import Router
 from tokenflex.routing.storage import attach_router
+from tokenflex.serving.server import app
 from tokenflex.serving.server.chat_request import Limits
 
 
@@ -236,13 +237,16 @@ def test_a_mistake_in_a_stream_is_still_a_400(client):
     assert "8 x 8" in answer.error["message"]
 
 
-def raw_request(client: Client, body: dict) -> socket.socket:
+def raw_request(client: Client, body: dict, pause: float = 0.0) -> socket.socket:
+    """A connection that has sent a request, with a pause between head and body."""
     content = json.dumps(body).encode()
     connection = socket.create_connection(("127.0.0.1", client.port), timeout=30)
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
     )
-    connection.sendall(head.encode() + content)
+    connection.sendall(head.encode())
+    time.sleep(pause)
+    connection.sendall(content)
     return connection
 
 
@@ -628,6 +632,62 @@ def test_bodies_that_wait_are_bounded_together():
     with running(tiny_served(), max_bytes=size // 2) as client:
         assert client.post(chat(image_part(1))).error["code"] == "overloaded"
         assert client.post(chat(question="read r1c1")).status == 200
+
+
+def closed_after(connection: socket.socket) -> float:
+    start = time.monotonic()
+    with suppress(ConnectionResetError):
+        while connection.recv(2**12):
+            pass
+    return time.monotonic() - start
+
+
+def test_a_head_that_never_ends_times_out(served, monkeypatch):
+    """Of the first request of a connection and of the next; an answer may take longer."""
+    monkeypatch.setattr(app, "HEAD_SECONDS", 0.5)
+    half, whole = b"GET /health HTTP/1.1\r\nHost: x\r\n", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    with running(tiny_served(), body_seconds=5.0) as client:
+        for content in (b"", half, whole + half):
+            connection = socket.create_connection(("127.0.0.1", client.port), timeout=30)
+            connection.sendall(content)
+            assert closed_after(connection) < 3  # before uvicorn ends an idle connection
+            connection.close()
+        slow = raw_request(client, chat(image_part(1)), pause=1.0)
+        assert b" 200 " in slow.recv(2**12).splitlines()[0]
+        slow.close()
+
+
+def test_connections_beyond_the_bound_are_closed(monkeypatch):
+    assert 64 <= app.most_connections() <= 2**31
+    monkeypatch.setattr(app.Connection, "most", 3)
+    with running(tiny_served()) as client:
+        address = ("127.0.0.1", client.port)
+        kept = [socket.create_connection(address, timeout=30) for _ in range(3)]
+        time.sleep(0.2)
+        assert closed_after(socket.create_connection(address, timeout=10)) < 5
+        kept.pop().close()
+        time.sleep(0.2)
+        assert client.get("/health").status == 200
+        for connection in kept:
+            connection.close()
+
+
+def test_a_client_that_hangs_up_while_its_picture_is_read_is_gone(monkeypatch):
+    slow = tiny_served()
+    release = threading.Event()
+    monkeypatch.setattr(slow, "prepare", lambda chat: release.wait(60))
+    with running(slow) as client:
+        connection = raw_request(client, chat(image_part(1)))
+        deadline = time.monotonic() + 10
+        while client.metric("requests_in_house") < 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        connection.close()
+        while client.metric("requests_in_house") and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert client.metric("requests_in_house") == 0
+        assert client.server._bytes == 0
+        assert client.metric('requests_total{status="499"}') == 1
+        release.set()
 
 
 def test_a_full_house_answers_503():
