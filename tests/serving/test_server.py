@@ -35,7 +35,7 @@ from tests.serving.server_tools import (
 from tokenflex import images
 from tokenflex.routing.router import Router
 from tokenflex.routing.storage import attach_router
-from tokenflex.serving.server import app
+from tokenflex.serving.server import app, chat_request
 from tokenflex.serving.server.chat_request import Limits
 
 
@@ -549,6 +549,19 @@ def test_pictures_are_read_as_everywhere_else(client, served):
 def test_a_body_that_is_no_json_object_is_refused(client, content):
     message = error_of(client, content)["message"]
     assert "body" in message
+
+
+def test_a_body_of_endless_values_is_refused_before_it_is_parsed(client, monkeypatch):
+    def parse(content: bytes, name: str):
+        raise AssertionError("parsed")
+
+    whole = json.dumps(chat(image_part(1), image_part(2)))
+    assert sum(whole.count(mark) for mark in "{[,") < 50
+    monkeypatch.setattr(chat_request, "parse_json", parse)
+    for values in ("{}," * 100_001, "[" * 200_001, '"",' * 200_001, '{"":' * 200_001):
+        error = error_of(client, f'{{"messages": [{values}'.encode())
+        assert error["code"] == "too_many_values"
+        assert "at most 200000" in error["message"]
 
 
 def test_unknown_models_paths_and_methods(client):
