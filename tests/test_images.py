@@ -7,13 +7,13 @@ import os
 import random
 import struct
 import threading
+import time
 import zlib
 from contextlib import suppress
 from functools import partial
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -319,14 +319,99 @@ def test_a_url_that_cannot_be_read_is_named_without_its_query(url, monkeypatch):
         load_image(url("a.png"))
 
 
-def test_no_more_of_a_url_is_read_than_the_bound(monkeypatch):
-    response = MagicMock()
-    response.__enter__.return_value.read.side_effect = lambda length: bytes(length)
-    monkeypatch.setattr(images, "urlopen", lambda *arguments, **options: response)
-    monkeypatch.setattr(images, "MAX_DOWNLOAD", 20)
-    with pytest.raises(ValueError, match="more than 20 bytes"):
-        load_image("http://127.0.0.1/a.png")
-    response.__enter__.return_value.read.assert_called_once_with(21)
+def test_no_more_of_a_url_is_read_than_the_bound(url):
+    size = len(encoded(Image.fromarray(noise())))
+    assert np.array_equal(pixels(url("a.png"), max_download=size), noise())
+    with pytest.raises(ValueError, match=f"more than {size - 1} bytes"):
+        load_image(url("a.png"), max_download=size - 1)
+
+
+class Slow(BaseHTTPRequestHandler):
+    """An answer that never ends, or one without end before its first byte."""
+
+    def do_GET(self):
+        with suppress(OSError):
+            if self.path == "/moved":
+                self.send_response(302)
+                self.send_header("Location", "/body")
+            elif self.path == "/away":
+                self.send_response(302)
+                self.send_header("Location", "file:///etc/hostname")
+            if self.path == "/body":
+                self.send_response(200)
+            if self.path == "/head":
+                self.wfile.write(b"HTTP/1.0 200 OK\r\nX: ")
+            else:
+                self.end_headers()
+            while self.path in ("/body", "/head"):
+                self.wfile.write(b"x")
+                time.sleep(0.02)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.mark.parametrize("path", ["body", "head", "moved"])
+def test_a_server_that_drips_is_left(path, monkeypatch):
+    monkeypatch.setattr(images, "DOWNLOAD_SECONDS", 0.3)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    start = time.monotonic()
+    with pytest.raises(OSError, match=r"cannot be read: it takes longer than 0\.3 seconds"):
+        load_image(f"http://127.0.0.1:{server.server_port}/{path}")
+    assert time.monotonic() - start < 5
+    with pytest.raises(OSError, match="file:"):
+        load_image(f"http://127.0.0.1:{server.server_port}/away")
+    server.shutdown()
+    server.server_close()
+
+
+def jpeg_of_scans(number, metadata=b"", behind=b""):
+    """A gray progressive JPEG of 64 x 64: one scan of its means, and empty ones of the rest."""
+
+    def segment(marker, content):
+        return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+    table = bytes([1, 1, *[0] * 14, 0xE0, 0])
+    head = b"\xff\xd8" + segment(0xE3, metadata) + segment(0xDB, b"\0" + b"\1" * 64)
+    head += segment(0xC2, struct.pack(">BHHB", 8, 64, 64, 1) + bytes([1, 0x11, 0]))
+    head += segment(0xC4, bytes([0, 1, *[0] * 16])) + segment(0xC4, b"\x10" + table)
+    first = segment(0xDA, bytes([1, 1, 0, 0, 0, 0])) + bytes(8)
+    others = segment(0xDA, bytes([1, 1, 0, 1, 63, 0])) + b"\x00\xff\0"
+    return head + first + others * (number - 1) + b"\xff\xd9" + behind
+
+
+def test_a_jpeg_of_endless_scans_is_refused(tmp_path):
+    assert pixels(jpeg_of_scans(100)).shape == (64, 64, 3)
+    bomb = jpeg_of_scans(101)
+    (tmp_path / "bomb.jpg").write_bytes(bomb)
+    for source in (bomb, str(tmp_path / "bomb.jpg"), Image.open(BytesIO(bomb))):
+        with pytest.raises(ValueError, match="more than 100 scans"):
+            load_image(source)
+    marker = b"\xff\xda" * 1000
+    assert pixels(jpeg_of_scans(3, metadata=marker, behind=marker)).shape == (64, 64, 3)
+
+
+def png_of_chunks(number):
+    head, body = encoded(Image.fromarray(noise()))[:33], encoded(Image.fromarray(noise()))[33:]
+    empty = struct.pack(">I", 0) + b"prVt" + struct.pack(">I", zlib.crc32(b"prVt"))
+    return head + empty * number + body
+
+
+def test_a_file_of_endless_pieces_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(images, "MAX_READS", 1000)
+    assert np.array_equal(pixels(png_of_chunks(100)), noise())
+    (tmp_path / "bomb.png").write_bytes(png_of_chunks(1000))
+    for source in (png_of_chunks(1000), tmp_path / "bomb.png"):
+        with pytest.raises(ValueError, match="more than 1000 pieces"):
+            load_image(source)
+
+
+def test_a_plain_picture_of_endless_comments_is_refused():
+    head = b"P2 4 4 255\n"
+    assert pixels(head + b"# a comment\n" * 900 + b"7 " * 16).shape == (4, 4, 3)
+    with pytest.raises(ValueError, match="more than 1000 comments"):
+        load_image(head + b"#\n" * 1001 + b"7 " * 16)
 
 
 PAYLOAD = base64.b64encode(noise(40, 40).tobytes()).decode()

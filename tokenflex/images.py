@@ -12,6 +12,8 @@ a model sees the same pixels in use as in training:
 
 Files may come from strangers. Only the raster formats in :data:`FORMATS` are decoded, never one for
 which Pillow starts another program (EPS), and no picture of more than :func:`max_pixels` pixels.
+Nor is one that a small file makes slow: of more than :data:`MAX_SCANS` scans, in more than
+:data:`MAX_READS` pieces, or with more than :data:`MAX_COMMENTS` comments.
 """
 
 from __future__ import annotations
@@ -20,14 +22,26 @@ import base64
 import binascii
 import os
 import re
+import socket
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
-from urllib.request import Request, urlopen
+from urllib.request import (
+    HTTPDefaultErrorHandler,
+    HTTPErrorProcessor,
+    HTTPHandler,
+    HTTPRedirectHandler,
+    HTTPSHandler,
+    OpenerDirector,
+    ProxyHandler,
+    Request,
+    UnknownHandler,
+)
 
 import numpy as np
 import torch
@@ -42,8 +56,20 @@ MAX_PIXELS = 89_478_485
 MAX_DOWNLOAD = 256 * 2**20
 """Largest content that is read from a URL, in bytes."""
 
-DOWNLOAD_SECONDS = 10.0
-"""Time that a server has to answer."""
+CONNECT_SECONDS = 10.0
+"""Time that a server has for its next sign of life."""
+
+DOWNLOAD_SECONDS = 30.0
+"""Time that a server has for all of its answer."""
+
+MAX_SCANS = 100
+"""Most scans of a JPEG. Each costs a pass over the picture; progressive files have about 10."""
+
+MAX_READS = 1_000_000
+"""Most times that a decoder asks for more of a file: Pillow takes some formats apart in Python."""
+
+MAX_COMMENTS = 1000
+"""Most comments of a plain PPM, each of which makes Pillow copy what follows."""
 
 Source: TypeAlias = "Image.Image | np.ndarray | torch.Tensor | bytes | str | os.PathLike[str]"
 """Any form of a picture: see :func:`load_image`."""
@@ -61,6 +87,11 @@ _TURNS = {
 
 _GRAY_STEPS = {"L;2": 85, "L;4": 17}
 """Pillow's name of a depth of gray -> step from one value to the next in 8-bit levels."""
+
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
+"""A JPEG's marker that has a length, or ends the picture."""
+
+_SCAN, _END = 0xDA, 0xD9
 
 OVERSHOOT = 1.5
 """Largest value of floats that are taken for 0..1, which a resize that sharpens may exceed."""
@@ -82,17 +113,19 @@ def max_pixels() -> int:
     return int(text)
 
 
-def load_image(source: Source, name: str = "image") -> Image.Image:
+def load_image(source: Source, name: str = "image", max_download: int | None = None) -> Image.Image:
     """Turn anything that holds a picture into upright RGB pixels.
 
     Args:
         source: A PIL image; an array or tensor as :func:`channels_last` takes it; the bytes of an
             image file, or an open one; a path; an http(s) URL; a data URL; or base64 text.
         name: Name of the picture in error messages.
+        max_download: Largest content that is read from a URL, in bytes; :data:`MAX_DOWNLOAD` if
+            None.
 
     Raises:
         FileNotFoundError: No file exists at the path.
-        OSError: The URL cannot be read.
+        OSError: The URL cannot be read within :data:`DOWNLOAD_SECONDS`.
         TypeError: ``source`` is of another type.
         ValueError: The picture is not of a known format, is cut off, or has too many pixels. The
             message does not quote the source.
@@ -103,7 +136,7 @@ def load_image(source: Source, name: str = "image") -> Image.Image:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return open_image(BytesIO(source), name)
     if isinstance(source, str):
-        return _from_text(source, name)
+        return _from_text(source, name, max_download)
     if isinstance(source, os.PathLike):
         return open_image(Path(source))
     if hasattr(source, "read"):
@@ -205,9 +238,29 @@ def _opened(file: Path | BinaryIO, name: str | None) -> Iterator[Image.Image]:
     limit = max_pixels()
     if Image.MAX_IMAGE_PIXELS is not None and limit > max(MAX_PIXELS, Image.MAX_IMAGE_PIXELS):
         Image.MAX_IMAGE_PIXELS = limit  # Pillow's own bound would refuse what ours was raised for
-    with _readable(name or "image"), Image.open(file, formats=_formats()) as image:
+    with (
+        _readable(name or "image"),
+        file.open("rb") if isinstance(file, Path) else nullcontext(file) as content,
+        Image.open(_Pieces(content), formats=_formats()) as image,
+    ):
         _check_pixels(image)
         yield image
+
+
+class _Pieces:
+    """An open file that is read in at most :data:`MAX_READS` pieces."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._left = file, MAX_READS
+
+    def read(self, size: int = -1) -> bytes:
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError(f"its format cuts it into more than {MAX_READS} pieces")
+        return self._file.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 @cache
@@ -223,6 +276,38 @@ def _check_pixels(image: Image.Image) -> None:
             f"it has {image.width} x {image.height} pixels, more than the {limit} that "
             "TOKENFLEX_MAX_PIXELS allows"
         )
+
+
+def _check_passes(image: Image.Image) -> None:
+    """Refuse a file whose decoding takes far longer than its pixels and bytes tell."""
+    file = getattr(image, "fp", None)
+    if file is None or image.format not in ("JPEG", "MPO", "PPM"):
+        return
+    position = file.tell()
+    file.seek(0)
+    content = file.read()
+    file.seek(position)
+    if image.format == "PPM":
+        if content[:2] in (b"P1", b"P2", b"P3") and content.count(b"#") > MAX_COMMENTS:
+            raise ValueError(f"it has more than {MAX_COMMENTS} comments")
+    elif content.count(b"\xff\xda") > MAX_SCANS and _jpeg_scans(content) > MAX_SCANS:
+        raise ValueError(f"it has more than {MAX_SCANS} scans, each a pass over the picture")
+
+
+def _jpeg_scans(content: bytes) -> int:
+    """Return the number of a JPEG's scans, counted up to one more than :data:`MAX_SCANS`.
+
+    The bytes of its marker also occur by chance in metadata, and behind the picture in the video
+    that some cameras append.
+    """
+    scans, position = 0, 2
+    while scans <= MAX_SCANS and (found := _MARKER.search(content, position)):
+        marker, position = content[found.start() + 1], found.end()
+        if marker == _END:
+            break
+        scans += marker == _SCAN
+        position += int.from_bytes(content[position : position + 2], "big")
+    return scans
 
 
 def _has_late_metadata(image: Image.Image) -> bool:
@@ -248,9 +333,10 @@ def _has_late_metadata(image: Image.Image) -> bool:
 # ---------------------------------------------------------------------- texts
 
 
-def _from_text(source: str, name: str) -> Image.Image:
+def _from_text(source: str, name: str, max_download: int | None) -> Image.Image:
     if source.startswith(("http://", "https://")):
-        return open_image(BytesIO(_download(source, name)), name)
+        limit = MAX_DOWNLOAD if max_download is None else max_download
+        return open_image(BytesIO(_download(source, name, limit)), name)
     if source.startswith("data:"):
         head, comma, payload = source.partition(",")
         if not comma or not head.endswith(";base64"):
@@ -290,19 +376,78 @@ def _from_base64(text: str, name: str) -> bytes:
         raise ValueError(f"{name} is not base64: {error}") from None
 
 
-def _download(url: str, name: str) -> bytes:
-    """Read at most :data:`MAX_DOWNLOAD` bytes from a URL."""
+def _download(url: str, name: str, limit: int) -> bytes:
+    """Read at most ``limit`` bytes from a URL, within :data:`DOWNLOAD_SECONDS`."""
     shown = url.split("?")[0][:200]  # a query may hold a secret
     request = Request(url, headers={"User-Agent": "tokenflex"})
     try:
-        with urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
-            content = response.read(MAX_DOWNLOAD + 1)
+        with _deadline() as opener, opener.open(request, timeout=CONNECT_SECONDS) as response:
+            content: bytes = response.read(limit + 1)
     except (OSError, ValueError, HTTPException) as error:
         reason = str(error)[:200].replace(url, shown)
         raise OSError(f"{name}: {shown} cannot be read: {reason}") from None
-    if len(content) > MAX_DOWNLOAD:
-        raise ValueError(f"{name}: {shown} sends more than {MAX_DOWNLOAD} bytes")
+    if len(content) > limit:
+        raise ValueError(f"{name}: {shown} sends more than {limit} bytes")
     return content
+
+
+@contextmanager
+def _deadline() -> Iterator[OpenerDirector]:
+    """Give an opener of http(s) URLs whose connections end after :data:`DOWNLOAD_SECONDS`.
+
+    The timeout of a socket is for each piece of an answer, so that a server could send it byte by
+    byte, its head and its TLS included, for ever.
+
+    Raises:
+        TimeoutError: The time is over.
+    """
+    connections: list[socket.socket] = []
+    is_over = threading.Event()
+
+    def end() -> None:
+        is_over.set()
+        for connection in [*connections]:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    class Connection(HTTPConnection):
+        def connect(self) -> None:
+            super().connect()
+            connections.append(self.sock.dup())  # TLS takes the socket itself
+            if is_over.is_set():
+                end()
+
+    class SecureConnection(HTTPSConnection, Connection):
+        pass
+
+    class Handler(HTTPHandler):
+        def http_open(self, request: Request) -> Any:
+            return self.do_open(Connection, request)
+
+    class SecureHandler(HTTPSHandler):
+        def https_open(self, request: Request) -> Any:
+            return self.do_open(SecureConnection, request)
+
+    opener = OpenerDirector()
+    for handler in (
+        *(ProxyHandler(), UnknownHandler(), Handler(), SecureHandler()),
+        *(HTTPDefaultErrorHandler(), HTTPRedirectHandler(), HTTPErrorProcessor()),
+    ):
+        opener.add_handler(handler)
+    timer = threading.Timer(DOWNLOAD_SECONDS, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield opener
+    except (OSError, ValueError, HTTPException):
+        if not is_over.is_set():
+            raise
+    finally:
+        timer.cancel()
+        for connection in connections:
+            connection.close()
+    if is_over.is_set():
+        raise TimeoutError(f"it takes longer than {DOWNLOAD_SECONDS:g} seconds")
 
 
 # ---------------------------------------------------------------------- pixels
@@ -311,6 +456,8 @@ def _download(url: str, name: str) -> bytes:
 def _decode(image: Image.Image) -> Image.Image:
     """Convert to upright, opaque, 8-bit RGB; return the image itself if it is so already."""
     _check_pixels(image)  # one that a caller opened may not be decoded yet
+    if getattr(image, "tile", None):
+        _check_passes(image)
     _scale_transparency(image)
     image.load()
     if image.mode.startswith(("I", "F")):

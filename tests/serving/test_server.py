@@ -8,6 +8,8 @@ import struct
 import threading
 import time
 import zlib
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 
 import numpy as np
@@ -30,8 +32,10 @@ from tests.serving.server_tools import (
     streamed_text,
     tiny_served,
 )
+from tokenflex import images
 from tokenflex.routing.router import Router
 from tokenflex.routing.storage import attach_router
+from tokenflex.serving.server import app, chat_request
 from tokenflex.serving.server.chat_request import Limits
 
 
@@ -233,13 +237,16 @@ def test_a_mistake_in_a_stream_is_still_a_400(client):
     assert "8 x 8" in answer.error["message"]
 
 
-def raw_request(client: Client, body: dict) -> socket.socket:
+def raw_request(client: Client, body: dict, pause: float = 0.0) -> socket.socket:
+    """A connection that has sent a request, with a pause between head and body."""
     content = json.dumps(body).encode()
     connection = socket.create_connection(("127.0.0.1", client.port), timeout=30)
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
     )
-    connection.sendall(head.encode() + content)
+    connection.sendall(head.encode())
+    time.sleep(pause)
+    connection.sendall(content)
     return connection
 
 
@@ -471,6 +478,45 @@ def test_a_file_that_is_no_picture_is_refused(client, content, words, monkeypatc
     assert error["param"] == "messages[0].content[0].image_url.url"
 
 
+class Site(BaseHTTPRequestHandler):
+    """A picture; with more bytes behind it than a picture may have; and byte by byte, for ever."""
+
+    def do_GET(self):
+        content = noise_file()
+        self.send_response(200)
+        self.end_headers()
+        with suppress(OSError):
+            self.wfile.write(content if self.path != "/drip" else b"")
+            self.wfile.write(bytes(20_000) if self.path == "/large" else b"")
+            while self.path == "/drip":
+                self.wfile.write(b"x")
+                time.sleep(0.02)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_pictures_are_fetched_within_the_bounds(served, monkeypatch):
+    monkeypatch.setattr(images, "DOWNLOAD_SECONDS", 2.0)
+    site = ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    threading.Thread(target=site.serve_forever, daemon=True).start()
+    limits = Limits(allow_urls=True, max_image_bytes=20_000)
+    assert len(noise_file()) < 20_000
+    try:
+        with running(tiny_served(limits)) as client:
+
+            def ask(path: str):
+                url = f"http://127.0.0.1:{site.server_port}/{path}"
+                return chat(image_part(url), num_image_tokens=9)
+
+            assert client.post(ask("picture")).text == alone(served, [1], 9)
+            assert "more than 20000 bytes" in error_of(client, ask("large"))["message"]
+            assert "longer than 2 seconds" in error_of(client, ask("drip"))["message"]
+    finally:
+        site.shutdown()
+        site.server_close()
+
+
 def test_pictures_are_read_as_everywhere_else(client, served):
     """Upright, and transparent pixels on white: the same answer as for the picture so read."""
     turned = BytesIO()
@@ -503,6 +549,19 @@ def test_pictures_are_read_as_everywhere_else(client, served):
 def test_a_body_that_is_no_json_object_is_refused(client, content):
     message = error_of(client, content)["message"]
     assert "body" in message
+
+
+def test_a_body_of_endless_values_is_refused_before_it_is_parsed(client, monkeypatch):
+    def parse(content: bytes, name: str):
+        raise AssertionError("parsed")
+
+    whole = json.dumps(chat(image_part(1), image_part(2)))
+    assert sum(whole.count(mark) for mark in "{[,") < 50
+    monkeypatch.setattr(chat_request, "parse_json", parse)
+    for values in ("{}," * 100_001, "[" * 200_001, '"",' * 200_001, '{"":' * 200_001):
+        error = error_of(client, f'{{"messages": [{values}'.encode())
+        assert error["code"] == "too_many_values"
+        assert "at most 200000" in error["message"]
 
 
 def test_unknown_models_paths_and_methods(client):
@@ -586,6 +645,62 @@ def test_bodies_that_wait_are_bounded_together():
     with running(tiny_served(), max_bytes=size // 2) as client:
         assert client.post(chat(image_part(1))).error["code"] == "overloaded"
         assert client.post(chat(question="read r1c1")).status == 200
+
+
+def closed_after(connection: socket.socket) -> float:
+    start = time.monotonic()
+    with suppress(ConnectionResetError):
+        while connection.recv(2**12):
+            pass
+    return time.monotonic() - start
+
+
+def test_a_head_that_never_ends_times_out(served, monkeypatch):
+    """Of the first request of a connection and of the next; an answer may take longer."""
+    monkeypatch.setattr(app, "HEAD_SECONDS", 0.5)
+    half, whole = b"GET /health HTTP/1.1\r\nHost: x\r\n", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    with running(tiny_served(), body_seconds=5.0) as client:
+        for content in (b"", half, whole + half):
+            connection = socket.create_connection(("127.0.0.1", client.port), timeout=30)
+            connection.sendall(content)
+            assert closed_after(connection) < 3  # before uvicorn ends an idle connection
+            connection.close()
+        slow = raw_request(client, chat(image_part(1)), pause=1.0)
+        assert b" 200 " in slow.recv(2**12).splitlines()[0]
+        slow.close()
+
+
+def test_connections_beyond_the_bound_are_closed(monkeypatch):
+    assert 64 <= app.most_connections() <= 2**31
+    monkeypatch.setattr(app.Connection, "most", 3)
+    with running(tiny_served()) as client:
+        address = ("127.0.0.1", client.port)
+        kept = [socket.create_connection(address, timeout=30) for _ in range(3)]
+        time.sleep(0.2)
+        assert closed_after(socket.create_connection(address, timeout=10)) < 5
+        kept.pop().close()
+        time.sleep(0.2)
+        assert client.get("/health").status == 200
+        for connection in kept:
+            connection.close()
+
+
+def test_a_client_that_hangs_up_while_its_picture_is_read_is_gone(monkeypatch):
+    slow = tiny_served()
+    release = threading.Event()
+    monkeypatch.setattr(slow, "prepare", lambda chat: release.wait(60))
+    with running(slow) as client:
+        connection = raw_request(client, chat(image_part(1)))
+        deadline = time.monotonic() + 10
+        while client.metric("requests_in_house") < 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        connection.close()
+        while client.metric("requests_in_house") and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert client.metric("requests_in_house") == 0
+        assert client.server._bytes == 0
+        assert client.metric('requests_total{status="499"}') == 1
+        release.set()
 
 
 def test_a_full_house_answers_503():

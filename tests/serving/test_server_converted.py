@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from PIL import Image
 
 from tests.dropin.processors import NEED_TORCHVISION, PROCESSORS, picture, stock_processor
 from tests.dropin.tiny import stock_model
@@ -64,6 +66,19 @@ def test_a_mixed_batch_answers_as_generate_does(name):
         cells = [n if isinstance(n, int) else n[0] * n[1] for n in counts]
         tokens = answer.usage["image_tokens"]
         assert [t % n for t, n in zip(tokens, cells, strict=True)] == [0] * len(cells)
+
+
+def test_pictures_of_one_color_and_two_shapes_are_told_apart():
+    """Their patches are the same numbers: what is kept of one must not answer for the other."""
+    served = converted("qwen2_vl")
+    harness = Harness(served)
+    for size in ((64, 16), (16, 64), (64, 16)):
+        url = data_url(Image.new("RGB", size, "gray"))
+        harness.submit(chat(image_part(url), question=QUESTION, num_image_tokens=1))
+    waiting = [job.prompt.inputs for job in harness.batcher._waiting]
+    assert torch.equal(waiting[0]["pixel_values"], waiting[1]["pixel_values"])
+    assert not torch.equal(waiting[0]["image_grid_thw"], waiting[1]["image_grid_thw"])
+    assert [answer.usage["encoder_passes"] for answer in harness.run()] == [1, 1, 0]
 
 
 def test_a_saved_conversion_is_served(tmp_path):

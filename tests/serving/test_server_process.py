@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,9 +32,11 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @contextmanager
-def process(*arguments: object):
+def process(*arguments: object, before: str = ""):
+    """Run the command, after some Python."""
+    program = f"{before}\nfrom tokenflex.cli import main\nraise SystemExit(main())"
     started = subprocess.Popen(
-        [sys.executable, "-m", "tokenflex", "serve", *map(str, arguments), "--port", "0"],
+        [sys.executable, "-c", program, "serve", *map(str, arguments), "--port", "0"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -84,6 +87,39 @@ def test_a_server_answers_and_ends_in_order(checkpoint):
         assert started.stderr.read() == ""
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", client.port), timeout=1)
+
+
+SLOW_PICTURES = """
+import time
+from tokenflex.serving.server import served
+
+def load_image(*arguments, **options):
+    time.sleep(300)
+
+served.load_image = load_image
+"""
+
+
+def test_a_shutdown_does_not_wait_for_bodies_and_pictures(checkpoint):
+    """Both are refused in OpenAI's form, and a reader that is busy keeps no process alive."""
+    with process(checkpoint, "--grace-seconds", "0", before=SLOW_PICTURES) as (started, client):
+        connections = [
+            raw_request(client, chat(image_part(1), stream=stream)) for stream in (True, False)
+        ]
+        half = socket.create_connection(("127.0.0.1", client.port), timeout=30)
+        half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+        deadline = time.monotonic() + 30
+        while client.metric("requests_in_house") < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        start = time.monotonic()
+        started.send_signal(signal.SIGTERM)
+        for connection in (*connections, half):
+            head, _, body = read_to_end(connection).partition(b"\r\n\r\n")
+            assert b" 503 " in head.splitlines()[0]
+            assert json.loads(body)["error"]["code"] == "shutting_down"
+        assert started.wait(60) == 0
+        assert time.monotonic() - start < 15
+        assert started.stderr.read() == ""
 
 
 def run_command(capsys, *arguments: object) -> tuple[int, list[str]]:

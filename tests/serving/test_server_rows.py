@@ -130,6 +130,14 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it():
     assert all(shares(500, values, temperature=1.0, top_p=1.0))
 
 
+@pytest.mark.parametrize("tiny", [1e-40, 1e-300, 5e-324])
+def test_numbers_below_those_of_float32_are_the_limit(tiny):
+    values = scores(0.2, 0.5, 0.3)
+    assert shares(50, values, temperature=tiny) == [0, 1, 0]
+    assert shares(50, values, temperature=2.0, top_p=tiny) == [0, 1, 0]
+    assert shares(50, values, temperature=tiny, top_p=tiny) == [0, 1, 0]
+
+
 def test_suppressed_tokens_are_never_drawn():
     values = torch.tensor([0.0, -torch.inf, 0.0])
     assert shares(500, values, temperature=2.0)[1] == 0

@@ -6,10 +6,15 @@ import argparse
 import os
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenflex.cli.common import device, quiet_libraries
 from tokenflex.cli.options import counts_or_grids, non_negative, positive
 from tokenflex.cli.parser import CommandLine
+
+if TYPE_CHECKING:
+    from tokenflex.serving.server.app import Options
+    from tokenflex.serving.server.chat_request import Limits
 
 MEGABYTE = 2**20
 
@@ -102,17 +107,11 @@ def _port(text: str) -> int:
     return port
 
 
-def _serve(options: argparse.Namespace) -> int:
-    from tokenflex.serving.server.app import Options, Server, bind, run
-
-    quiet_libraries()
+def limits_of(options: argparse.Namespace) -> Limits:
+    """Return the bounds of requests that the command line asks for."""
     from tokenflex.serving.server.chat_request import Limits
-    from tokenflex.serving.server.served import load_served
 
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # about the files of strangers
-    os.environ["TOKENFLEX_MAX_PIXELS"] = str(options.max_pixels)
-    bound = bind(options.host, options.port)  # before the model: a full port is told at once
-    limits = Limits(
+    return Limits(
         max_body_bytes=options.max_body_mb * MEGABYTE,
         max_image_bytes=options.max_image_mb * MEGABYTE,
         max_images=options.max_images,
@@ -121,30 +120,45 @@ def _serve(options: argparse.Namespace) -> int:
         max_n=min(options.max_answers, options.max_batch),
         allow_urls=options.allow_urls,
     )
+
+
+def settings_of(options: argparse.Namespace) -> Options:
+    """Return the settings of the server that the command line asks for."""
+    from tokenflex.serving.server.app import Options
+
+    given = str(options.model)
+    names = [options.name] if options.name else [given, Path(given).resolve().name]
+    return Options(
+        names=tuple(dict.fromkeys(names)),
+        max_rows=options.max_batch,
+        max_requests=options.max_queue,
+        grace_seconds=options.grace_seconds,
+    )
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from tokenflex.serving.server.app import Server, bind, run
+
+    quiet_libraries()
+    from tokenflex.serving.server.served import load_served
+
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about the files of strangers
+    os.environ["TOKENFLEX_MAX_PIXELS"] = str(options.max_pixels)
+    bound = bind(options.host, options.port)  # before the model: a full port is told at once
     try:
         served = load_served(
             options.model,
             device=options.device or device(),
-            limits=limits,
+            limits=limits_of(options),
             cache_bytes=options.cache_mb * MEGABYTE,
             counts=options.counts,
         )
-        given = str(options.model)
-        names = [options.name] if options.name else [given, Path(given).resolve().name]
-        server = Server(
-            served,
-            Options(
-                names=tuple(dict.fromkeys(names)),
-                max_rows=options.max_batch,
-                max_requests=options.max_queue,
-                grace_seconds=options.grace_seconds,
-            ),
-        )
+        server = Server(served, settings_of(options))
         host, port = bound.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
 
         def tell(_: object) -> None:
-            print(f"{names[0]} is served at http://{shown}:{port}/v1", flush=True)
+            print(f"{server.options.names[0]} is served at http://{shown}:{port}/v1", flush=True)
 
         run(server, bound, tell)
     finally:

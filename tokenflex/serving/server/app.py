@@ -16,10 +16,9 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import uvicorn
 from starlette.applications import Starlette
@@ -28,16 +27,36 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tokenflex.errors import ReportedError
-from tokenflex.serving.server.batching import Answers, Batcher, Event, Job, Piece
+from tokenflex.serving.server.batching import (
+    Answers,
+    Batcher,
+    Event,
+    Job,
+    Piece,
+    shutting_down,
+)
 from tokenflex.serving.server.chat_request import ChatRequest, RequestError, parse_request
 from tokenflex.serving.server.metrics import CONTENT_TYPE, Metrics
+from tokenflex.serving.server.readers import Readers
 from tokenflex.serving.server.served import ServedModel
 
 _LOGGER = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
 HUNG_UP = 499
 """Status of requests whose client hung up, as nginx writes it; nobody receives it."""
+
+HEAD_SECONDS = 20.0
+"""Time for the head of a request to arrive; a connection that does not send it is closed."""
+
+BACKLOG = 128
+"""Connections that are accepted at a stroke."""
+
+LAST_SECONDS = 2.0
+"""Time after the grace for the model's last step; what is unanswered then is refused."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +99,8 @@ class Server:
         self.served, self.options = served, options
         self.metrics = Metrics()
         self.batcher = Batcher(served, self.metrics, options.max_rows)
-        self._pool = ThreadPoolExecutor(options.threads, thread_name_prefix="tokenflex-reader")
+        self._pool = Readers(options.threads)
+        self._over: asyncio.Future[None] | None = None
         self._in_house = 0
         self._bytes = 0
         self._started = int(time.time())
@@ -96,10 +116,43 @@ class Server:
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        self._over = asyncio.get_running_loop().create_future()
         self.batcher.start()
         yield
         self.batcher.stop()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown()
+
+    def finish(self) -> None:
+        """End all requests within the grace; what is not answered by then is refused."""
+        seconds = self.options.grace_seconds
+        self.batcher.finish(seconds)
+
+        def end(over: asyncio.Future[None]) -> None:
+            if not over.done():
+                over.set_result(None)
+
+        if self._over is not None:
+            asyncio.get_running_loop().call_later(seconds + LAST_SECONDS, end, self._over)
+
+    async def _wait(self, work: Awaitable[_T], hung_up: asyncio.Future[None] | None = None) -> _T:
+        """Return the result of some work, unless nobody waits for it or the server ends.
+
+        Raises:
+            ClientDisconnect: the client hung up before it.
+            RequestError: the server has ended before it.
+        """
+        task = asyncio.ensure_future(work)
+        pending: set[asyncio.Future[Any]] = {task}
+        pending.update(end for end in (hung_up, self._over) if end is not None)
+        try:
+            await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            if hung_up is not None and hung_up.done():
+                raise ClientDisconnect
+            if not task.done():
+                raise shutting_down()
+            return task.result()
+        finally:
+            task.cancel()
 
     # ---- small endpoints
 
@@ -174,43 +227,47 @@ class Server:
         status = 500
         self._in_house += 1
         job: Job | None = None
+        hung_up: asyncio.Future[None] | None = None
+        content = bytearray()
         try:
             if self._in_house > self.options.max_requests:
                 raise overloaded(f"{self.options.max_requests} requests")
-            chat, job, events = await self._receive(request, arrived)
+            await self._wait(self._read_body(request, content))
+            hung_up = asyncio.ensure_future(_hung_up(request.receive))
+            loop = asyncio.get_running_loop()
+            read = loop.run_in_executor(self._pool, self._prepare, content, loop, arrived)
+            chat, new_job, events = await self._wait(read, hung_up)
+            job = new_job
+            self._forget(content)
             self.batcher.submit(job)
-            status = await self._send_events(request, send, chat, events)
+            status = await self._send_events(request, send, chat, events, hung_up)
         except RequestError as error:
             status = error.status
             headers = {"retry-after": "1"} if status == 503 else {}
             await JSONResponse(error.body(), status, headers)(request.scope, request.receive, send)
         except ClientDisconnect:
             status = HUNG_UP
+        except asyncio.CancelledError:  # by uvicorn, at the end: the client takes no answer
+            status = shutting_down().status
         except Exception as error:  # an answer of one line, and no traceback for strangers to fill
             kind = type(error).__name__
             _LOGGER.error("a request failed: %s: %s", kind, " ".join(str(error).split())[:500])
             fault = RequestError(f"the server failed ({kind})", status=500, code="internal_error")
             await JSONResponse(fault.body(), 500)(request.scope, request.receive, send)
         finally:
+            self._forget(content)
+            if hung_up is not None:
+                hung_up.cancel()
             if job is not None:
                 job.cancelled.set()  # has an effect only where nobody waits any more
             self._in_house -= 1
             self.metrics.add(f'requests_total{{status="{status}"}}')
             self.metrics.observe(self.metrics.request_seconds, time.perf_counter() - arrived)
 
-    async def _receive(
-        self, request: Request, arrived: float
-    ) -> tuple[ChatRequest, Job, asyncio.Queue[Event]]:
-        """Read a request, and make it ready for the model."""
-        content = bytearray()
-        try:
-            await self._read_body(request, content)
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(
-                self._pool, self._prepare, bytes(content), loop, arrived
-            )
-        finally:
-            self._bytes -= len(content)
+    def _forget(self, content: bytearray) -> None:
+        """Give back the room of a body."""
+        self._bytes -= len(content)
+        content.clear()
 
     async def _read_body(self, request: Request, content: bytearray) -> None:
         """Append the body to ``content``, or drop it where it is too large.
@@ -237,8 +294,7 @@ class Server:
                 elif self._bytes > self.options.max_bytes:
                     refusal = overloaded(f"{self.options.max_bytes} bytes of requests")
                 if refusal is not None:
-                    self._bytes -= len(content)
-                    content.clear()
+                    self._forget(content)
 
         try:
             await asyncio.wait_for(read(), self.options.body_seconds)
@@ -251,9 +307,10 @@ class Server:
             raise refusal
 
     def _prepare(
-        self, content: bytes, loop: asyncio.AbstractEventLoop, arrived: float
+        self, content: bytearray, loop: asyncio.AbstractEventLoop, arrived: float
     ) -> tuple[ChatRequest, Job, asyncio.Queue[Event]]:
-        chat = parse_request(content, self.served.limits, self.served.defaults)
+        # Not copied before: of a client that hung up, what waits for this thread is empty.
+        chat = parse_request(bytes(content), self.served.limits, self.served.defaults)
         self._check_model(chat.model)
         prompt = self.served.prepare(chat)
         events: asyncio.Queue[Event] = asyncio.Queue()
@@ -265,26 +322,27 @@ class Server:
         return chat, Job(prompt, chat.sampling, tell, chat.stream, arrived), events
 
     async def _send_events(
-        self, request: Request, send: Send, chat: ChatRequest, events: asyncio.Queue[Event]
+        self,
+        request: Request,
+        send: Send,
+        chat: ChatRequest,
+        events: asyncio.Queue[Event],
+        hung_up: asyncio.Future[None],
     ) -> int:
         """Send the answer of a request; return the status."""
-        hung_up = asyncio.ensure_future(_hung_up(request.receive))
-        try:
-            first = await _next(events, hung_up)
-            if isinstance(first, RequestError):
-                raise first
-            head = {
-                "id": f"chatcmpl-{uuid.uuid4().hex}",
-                "created": int(time.time()),
-                "model": chat.model or self.options.names[0],
-            }
-            if isinstance(first, Answers) and not chat.stream:
-                response = JSONResponse(completion(head, first))
-                await response(request.scope, request.receive, send)
-                return 200
-            return await self._stream(send, chat, head, first, events, hung_up)
-        finally:
-            hung_up.cancel()
+        first = await self._wait(events.get(), hung_up)
+        if isinstance(first, RequestError):
+            raise first
+        head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": chat.model or self.options.names[0],
+        }
+        if isinstance(first, Answers) and not chat.stream:
+            response = JSONResponse(completion(head, first))
+            await response(request.scope, request.receive, send)
+            return 200
+        return await self._stream(send, chat, head, first, events, hung_up)
 
     async def _stream(
         self,
@@ -309,7 +367,10 @@ class Server:
         )
         while isinstance(event, Piece):
             await emit(chunk(head, event.index, {"content": event.text}))
-            event = await _next(events, hung_up)
+            try:
+                event = await self._wait(events.get(), hung_up)
+            except RequestError as error:
+                event = error
         if isinstance(event, Answers):
             ends = [chunk(head, i, {}, reason) for i, reason in enumerate(event.reasons)]
             if chat.include_usage:
@@ -339,23 +400,6 @@ async def _hung_up(receive: Receive) -> None:
     """Return when the client hangs up."""
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _next(events: asyncio.Queue[Event], hung_up: asyncio.Future[None]) -> Event:
-    """Return the next event.
-
-    Raises:
-        ClientDisconnect: the client hung up before it.
-    """
-    event = asyncio.ensure_future(events.get())
-    try:
-        pending: set[asyncio.Future[Any]] = {event, hung_up}
-        await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-        if hung_up.done():
-            raise ClientDisconnect
-        return event.result()
-    finally:
-        event.cancel()
 
 
 def too_large(limit: int) -> RequestError:
@@ -397,6 +441,63 @@ def chunk(
 # ---------------------------------------------------------------------- the process
 
 
+def most_connections() -> int:
+    """Return the most connections that leave the process files of its own to open.
+
+    Where they run out, asyncio tries to accept again and again.
+    """
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 2**31
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if files == resource.RLIM_INFINITY:
+        return 2**31
+    return max(files - 2 * BACKLOG, files // 4)
+
+
+class Connection(H11Protocol):
+    """A connection whose heads of requests must arrive in time, one of a bounded number.
+
+    uvicorn bounds neither.
+    """
+
+    most = most_connections()
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first request."""
+        super().connection_made(transport)
+        if len(self.connections) > self.most:
+            transport.abort()
+        else:
+            self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Wait for the rest of a head, once it has begun."""
+        super().data_received(data)
+        self._await_head()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next head, of which a part may be here."""
+        super().on_response_complete()
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no longer."""
+        super().connection_lost(exc)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _await_head(self) -> None:
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if is_answering and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        elif not is_answering and self._timer is None:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+
 class _Uvicorn(uvicorn.Server):
     """A uvicorn that gives answers in flight some time, and then ends them in order."""
 
@@ -412,7 +513,7 @@ class _Uvicorn(uvicorn.Server):
             self._on_ready(self)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._server.batcher.finish(self._server.options.grace_seconds)
+        self._server.finish()
         await super().shutdown(sockets)
 
 
@@ -455,7 +556,7 @@ def run(server: Server, bound: socket.socket, on_ready: Callable[[uvicorn.Server
         ReportedError: another process listens at the address.
     """
     try:
-        bound.listen(2048)
+        bound.listen(BACKLOG)
     except OSError as error:
         name = bound.getsockname()
         raise ReportedError(
@@ -463,6 +564,9 @@ def run(server: Server, bound: socket.socket, on_ready: Callable[[uvicorn.Server
         ) from None
     config = uvicorn.Config(
         server.app,
+        http=Connection,
+        ws="none",
+        backlog=BACKLOG,
         log_level="warning",
         access_log=False,
         lifespan="on",

@@ -85,6 +85,8 @@ class Limits:
 
     Attributes:
         max_body_bytes: of the JSON.
+        max_values: ``{``, ``[`` and ``,`` of the JSON together, which bounds the objects that
+            parsing makes. Data URLs have one.
         max_image_bytes: of a picture's file.
         max_images: pictures of a request.
         max_messages: messages of a request, and parts of a message.
@@ -98,6 +100,7 @@ class Limits:
     """
 
     max_body_bytes: int = 64 * 2**20
+    max_values: int = 200_000
     max_image_bytes: int = 20 * 2**20
     max_images: int = 16
     max_messages: int = 1000
@@ -181,6 +184,12 @@ def parse_request(content: bytes, limits: Limits, defaults: Sampling) -> ChatReq
     Raises:
         RequestError: the body is not valid.
     """
+    values = sum(content.count(mark) for mark in (b"{", b"[", b","))
+    if values > limits.max_values:
+        raise RequestError(
+            f"the body must have at most {limits.max_values} of {{, [ and , together, got {values}",
+            code="too_many_values",
+        )
     try:
         body = parse_json(content, "the body")
     except ValueError as error:

@@ -144,11 +144,14 @@ class RowSampler(LogitsProcessor):
 def draw(scores: torch.Tensor, row: Row) -> int:
     """Draw a token from the scores [vocabulary] of a row, on the host, by its own generator."""
     scores = scores.float().cpu()
-    # The highest score is 0: a tiny temperature must not make infinities.
-    probabilities = ((scores - scores.max()) / row.temperature).softmax(-1)
+    # The highest score is 0, and a temperature that float32 holds keeps it so: 0 / 0 is no number.
+    temperature = max(row.temperature, torch.finfo(scores.dtype).tiny)
+    probabilities = ((scores - scores.max()) / temperature).softmax(-1)
     ordered, tokens = probabilities.sort(descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
-    ordered[before >= row.top_p] = 0.0
+    is_outside = before >= row.top_p
+    is_outside[0] = False  # the likeliest token stays, also where float32 takes top_p for 0
+    ordered[is_outside] = 0.0
     return int(tokens[torch.multinomial(ordered, 1, generator=row.generator)])
 
 

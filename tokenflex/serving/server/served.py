@@ -250,7 +250,7 @@ class ServedModel(ABC):
 
     def _read_picture(self, url: str, name: str) -> Image.Image:
         with callers_mistake(f"{name}.url"):
-            return load_image(url, f"{name}.url")
+            return load_image(url, f"{name}.url", max_download=self.limits.max_image_bytes)
 
     # ---- prompts to answers, in the model's thread
 
