@@ -209,7 +209,8 @@ def test_automatic_counts_are_served(server):
     [
         (5, "num_image_tokens must be a perfect square"),
         (0, "num_image_tokens must be at least 1, got 0"),
-        (100, "num_image_tokens[0] must be at most 64, the patches of a tile, got 100"),
+        (100, "num_image_tokens[0] must be at most the 8 x 8 patches of a tile, in height and"),
+        ([1, 64], "in height and in width, got 1 x 64 = 64"),
         ("many", "num_image_tokens must be a count or 'auto', got 'many'"),
         ([4, 9, 16], "got 3 entries for 1 images"),
         ({"low": 4}, "num_image_tokens must be an int"),

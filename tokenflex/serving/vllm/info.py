@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, cast
 
+import torch
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseProcessingInfo
 
@@ -100,16 +101,40 @@ class TokenFlexProcessingInfo(BaseProcessingInfo):
     @cached_property
     def largest_grid(self) -> Grid:
         """The largest grid of vision tokens of a tile, which is its grid of patches."""
-        config = self.get_hf_config().vision_config
-        patch = config.patch_size
-        patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
-        processor = self.get_hf_processor()
-        most_patches = getattr(processor.image_processor, "max_num_patches", None)
-        if most_patches is not None:  # images of any shape
-            return 1, int(most_patches)
-        size = processor._configured_size({}) or config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return height // patch_height, width // patch_width
+        if self.most_patches is not None:
+            return 1, self.most_patches
+        height, width = self.tile_size
+        return height // self.patch_size[0], width // self.patch_size[1]
+
+    @cached_property
+    def patch_size(self) -> Grid:
+        """The (height, width) of a patch in pixels."""
+        patch = self.get_hf_config().vision_config.patch_size
+        return (patch, patch) if isinstance(patch, int) else tuple(patch)
+
+    @cached_property
+    def most_patches(self) -> int | None:
+        """The most patches of an image, where images may have any shape; else None."""
+        return getattr(self.get_hf_processor().image_processor, "max_num_patches", None)
+
+    @property
+    def tile_size(self) -> Grid:
+        """The (height, width) of a tile in pixels, where all have the same."""
+        size = self.get_hf_processor()._configured_size({})
+        size = size or self.get_hf_config().vision_config.image_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    def patch_grids(self, pixels: torch.Tensor, grids: Sequence[Grid] | None) -> Sequence[Grid]:
+        """Return the (height, width) in patches of each tile of an image.
+
+        Args:
+            pixels: [tiles, 3, H, W]; of any kind where ``grids`` are given.
+            grids: those that the image processor named, None where the pixels tell them.
+        """
+        if grids is not None:
+            return grids
+        height, width = pixels.shape[2] // self.patch_size[0], pixels.shape[3] // self.patch_size[1]
+        return [(height, width)] * len(pixels)
 
     @cached_property
     def server_options(self) -> RequestOptions:
@@ -180,13 +205,17 @@ class TokenFlexDummyInputs(BaseDummyInputsBuilder[TokenFlexProcessingInfo]):
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Return pictures that are cut into the most tiles."""
-        config = self.info.get_hf_config().vision_config
-        size = self.info.get_hf_processor()._configured_size({}) or config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
+        number = mm_counts.get("image", 0)
+        if self.info.most_patches is not None:  # a row of patches
+            height, width = self.info.patch_size
+            width *= self.info.most_patches
+            images = self._get_dummy_images(width=width, height=height, num_images=number)
+            return {"image": images}
+        height, width = self.info.tile_size
         images = self._get_dummy_images(
             width=width * self.info.server_options.max_tiles,
             height=height,
-            num_images=mm_counts.get("image", 0),
+            num_images=number,
             overrides=mm_options.get("image"),
         )
         return {"image": images}

@@ -22,7 +22,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from tokenflex.counts import AUTO, Grid, tokens_of
 from tokenflex.serving.vllm.info import RequestOptions, TokenFlexProcessingInfo, user_errors
-from tokenflex.serving.vllm.wishes import image_choices, request_counts
+from tokenflex.serving.vllm.wishes import Choice, image_choices, request_counts
 
 
 class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingInfo]):
@@ -103,7 +103,7 @@ class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingIn
         """Return the grid of each image's vision tokens.
 
         Raises:
-            TypeError, ValueError: a count is not valid, or larger than a tile's grid of patches.
+            TypeError, ValueError: a count is not valid, or beyond a tile's grid of patches.
         """
         chooser = self.info.chooser
         choices = request_counts(options.num_image_tokens, len(images))
@@ -111,6 +111,7 @@ class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingIn
             choices = image_choices(
                 choices, options.per_image, chooser.known_counts, chooser.has_router
             )
+        self._check_largest(choices)
         if AUTO in choices:
             if options.choice.get("budget") is None and not chooser.has_router:
                 raise ValueError(
@@ -122,7 +123,7 @@ class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingIn
                     "budget is for requests whose images all have num_image_tokens 'auto', got "
                     f"{choices}"
                 )
-            chosen = self._choose(prompt, images, options)
+            chosen = self._choose(prompt, images, options, choices)
             choices = [
                 grid if choice == AUTO else choice
                 for choice, grid in zip(choices, chosen, strict=True)
@@ -132,18 +133,39 @@ class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingIn
                 f"{' and '.join(options.choice)} must come with num_image_tokens 'auto', got "
                 f"{options.num_image_tokens!r}"
             )
-        grids = cast(list[Grid], choices)
-        most = tokens_of(self.info.largest_grid)
-        for i, grid in enumerate(grids):
-            if tokens_of(grid) > most:
+        self._check_largest(choices)  # chosen counts too
+        return cast("list[Grid]", choices)
+
+    def _check_largest(self, choices: Sequence[Choice]) -> None:
+        """Refuse grids larger than those that memory was set aside for, whatever the pictures."""
+        for i, choice in enumerate(choices):
+            if choice == AUTO:
+                continue
+            if self.info.most_patches is None:
+                _check_grid(f"num_image_tokens[{i}]", choice, self.info.largest_grid)
+            elif tokens_of(choice) > self.info.most_patches:
                 raise ValueError(
-                    f"num_image_tokens[{i}] must be at most {most}, the patches of a tile, got "
-                    f"{tokens_of(grid)}"
+                    f"num_image_tokens[{i}] must be at most {self.info.most_patches}, the most "
+                    f"patches of an image, got {_written(choice)}"
                 )
-        return grids
+
+    def _check_grids(
+        self,
+        choices: Sequence[Choice],
+        pixels: Sequence[torch.Tensor],
+        patch_grids: Sequence[list[Grid] | None],
+    ) -> None:
+        """Refuse grids beyond the patches of the pictures that they are for."""
+        for choice, *image in zip(choices, pixels, patch_grids, strict=True):
+            for grid in () if choice == AUTO else self.info.patch_grids(*image):
+                _check_grid("num_image_tokens", choice, grid)
 
     def _choose(
-        self, prompt: list[int], images: ImageProcessorItems, options: RequestOptions
+        self,
+        prompt: list[int],
+        images: ImageProcessorItems,
+        options: RequestOptions,
+        choices: Sequence[Choice],
     ) -> list[Grid]:
         sources = _sources(images)
         for i, source in enumerate(sources):
@@ -153,6 +175,7 @@ class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingIn
                     "not tell what it shows"
                 )
         pixels, patch_grids = self._read(sources, options.max_tiles, options.images_kwargs)
+        self._check_grids(choices, pixels, patch_grids)
         return self.info.chooser.choose(prompt, pixels, patch_grids, **options.choice)
 
     def _read(
@@ -208,6 +231,8 @@ class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingIn
                 options["max_tiles"],
                 options["images_kwargs"],
             )
+        with user_errors("mm_processor_kwargs"):
+            self._check_grids(options["token_grids"], pixels, patch_grids)
         dtype = self.info.ctx.model_config.dtype
         data = {
             "pixel_values": [tiles.to(dtype) for tiles in pixels],
@@ -243,6 +268,18 @@ class _Pictures(ImageProcessorItems):
 
     def _unwrap(self, item: Any) -> Any:
         return item
+
+
+def _written(grid: Grid) -> str:
+    return f"{grid[0]} x {grid[1]} = {tokens_of(grid)}"
+
+
+def _check_grid(name: str, grid: Grid, patches: Grid) -> None:
+    if grid[0] > patches[0] or grid[1] > patches[1]:
+        raise ValueError(
+            f"{name} must be at most the {patches[0]} x {patches[1]} patches "
+            f"of a tile, in height and in width, got {_written(grid)}"
+        )
 
 
 def _sources(images: ImageProcessorItems) -> list[Any]:
