@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.models.tiny import picture
+from tests.models.tiny import IMAGE, picture
 from tests.serving.checkpoints import save_checkpoint
 from tokenflex.models.loading import load_checkpoint
 
@@ -51,9 +51,15 @@ class Server:
 
     def post(self, messages: Any, **options: Any) -> tuple[int, dict[str, Any]]:
         """Return the status and the body of a chat completion."""
+        return self._post("/v1/chat/completions", messages=messages, **options)
+
+    def complete(self, prompt: Any) -> tuple[int, dict[str, Any]]:
+        """Return the status and the body of a completion of a text, or of token ids."""
+        return self._post("/v1/completions", prompt=prompt)
+
+    def _post(self, path: str, **options: Any) -> tuple[int, dict[str, Any]]:
         body = {
             "model": self.name,
-            "messages": messages,
             "temperature": 0,
             "max_tokens": NEW_TOKENS,
             "ignore_eos": True,
@@ -61,7 +67,7 @@ class Server:
             **options,
         }
         request = urllib.request.Request(
-            f"{self.address}/v1/chat/completions",
+            f"{self.address}{path}",
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
@@ -238,6 +244,15 @@ def test_a_bad_message_is_status_400(server, parts, words):
     assert status == 400
     assert words in body["error"]["message"]
     assert server.get("/health") == 200
+
+
+@pytest.mark.parametrize("prompt", ["<image> odd", [IMAGE, 20], ["odd", "odd <image>"]])
+def test_a_placeholder_in_a_completion_is_status_400(server, prompt):
+    status, body = server.complete(prompt)
+    assert status == 400
+    assert "'<image>' once per image, got 1 for 0 images" in body["error"]["message"]
+    status, body = server.complete("odd")
+    assert status == 200, body
 
 
 def test_requests_of_mixed_counts_are_answered_side_by_side(server):

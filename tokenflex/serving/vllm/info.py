@@ -82,6 +82,21 @@ class TokenFlexProcessingInfo(BaseProcessingInfo):
         model = self.ctx.model_config
         return load_processor(str(model.model), model.revision)
 
+    def check_placeholders(self, prompt: Sequence[int], images: int) -> None:
+        """Check that a prompt's token ids hold one placeholder per image.
+
+        Raises:
+            VLLMValidationError: they hold another number.
+        """
+        image_token_id = self.get_hf_config().image_token_id
+        placeholders = sum(token == image_token_id for token in prompt)
+        if placeholders != images:
+            raise VLLMValidationError(
+                f"prompt must hold {self.get_hf_processor().image_token!r} once per image, got "
+                f"{placeholders} for {images} images",
+                parameter="prompt",
+            )
+
     @property
     def chooser(self) -> CountChooser:
         """What chooses the counts of "auto"."""

@@ -44,6 +44,7 @@ class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingIn
         """
         images = inputs.mm_data_items.get("image")
         if images is None or not len(images):
+            self.info.check_placeholders(inputs.prompt, 0)
             return super().apply(inputs, timing_ctx)
         if not isinstance(images, ImageProcessorItems):
             raise VLLMValidationError(
@@ -69,16 +70,11 @@ class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingIn
         """Return the prompt with the processor's marks around each placeholder.
 
         Raises:
-            ValueError: the prompt does not hold one placeholder per image.
+            VLLMValidationError: the prompt does not hold one placeholder per image.
         """
         processor = self.info.get_hf_processor()
         image_token_id = self.info.get_hf_config().image_token_id
-        placeholders = sum(token == image_token_id for token in prompt)
-        if placeholders != images:
-            raise ValueError(
-                f"prompt must hold {processor.image_token!r} once per image, got {placeholders} "
-                f"for {images} images"
-            )
+        self.info.check_placeholders(prompt, images)
         tokenizer = self.info.get_tokenizer()
         start, end = (
             tokenizer.encode(mark, add_special_tokens=False) if mark else []
@@ -139,7 +135,7 @@ class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingIn
     def _check_largest(self, choices: Sequence[Choice]) -> None:
         """Refuse grids larger than those that memory was set aside for, whatever the pictures."""
         for i, choice in enumerate(choices):
-            if choice == AUTO:
+            if isinstance(choice, str):  # to be chosen
                 continue
             if self.info.most_patches is None:
                 _check_grid(f"num_image_tokens[{i}]", choice, self.info.largest_grid)
@@ -157,7 +153,9 @@ class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingIn
     ) -> None:
         """Refuse grids beyond the patches of the pictures that they are for."""
         for choice, *image in zip(choices, pixels, patch_grids, strict=True):
-            for grid in () if choice == AUTO else self.info.patch_grids(*image):
+            if isinstance(choice, str):
+                continue
+            for grid in self.info.patch_grids(*image):
                 _check_grid("num_image_tokens", choice, grid)
 
     def _choose(
