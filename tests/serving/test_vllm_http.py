@@ -210,6 +210,17 @@ def test_automatic_counts_are_served(server):
     assert server.ask(A, " where 3", counts="auto") == expected
 
 
+def test_a_budget_is_shared_by_images_without_a_count(server):
+    parts = (image_part(A, detail="low"), " odd ", B)
+    status, body = server.post(conversation(*parts), mm_processor_kwargs={"budget": 13})
+    assert status == 200, body
+    answers = [server.expected(A, " odd ", B, counts=[4, count]) for count in (4, 9)]
+    assert body["choices"][0]["token_ids"] in answers
+    status, body = server.post(conversation(*parts), mm_processor_kwargs={"budget": 7})
+    assert status == 400
+    assert "budget must be at least 8" in body["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("counts", "words"),
     [

@@ -138,6 +138,61 @@ def test_a_budget_bounds_an_automatic_choice(served):
     assert sum(runs(result)) <= 14
 
 
+def test_images_without_a_count_share_what_a_budget_leaves(served, folder):
+    model, ours = load_checkpoint(folder)
+    text, images = "<image> odd <image>", [A, B]
+
+    def sizes(**kwargs):
+        return runs(process(served, text, images, max_tiles=1, **kwargs))
+
+    inputs = ours(images=images, text=text, num_image_tokens="auto", max_tiles=1)
+    shared = model.choose_counts(**inputs, budget=13)["num_image_tokens"]
+    assert sizes(budget=13) == sizes(num_image_tokens="auto", budget=13) == shared
+    inputs = ours(images=[B], text="odd <image>", num_image_tokens="auto", max_tiles=1)
+    (rest,) = model.choose_counts(**inputs, budget=9)["num_image_tokens"]
+    assert rest < 16  # the budget binds
+    assert sizes(num_image_tokens=[4, "auto"], budget=13) == [4, rest]
+    assert sizes(budget=13, **{PER_IMAGE: ["low", None]}) == [4, rest]
+    assert sizes(num_image_tokens=[(1, 3), 16], budget=19) == [3, 16]
+    with pytest.raises(VLLMValidationError, match=r"budget must be at least 20, .* got 19"):
+        sizes(num_image_tokens=[16, "auto"], budget=19)
+
+
+def test_a_budget_counts_every_tile_of_a_fixed_image(served):
+    images = [picture(1, (32, 96)), A]  # four tiles with the thumbnail, and one
+    result = process(served, "<image> <image>", images, num_image_tokens=[9, "auto"], budget=40)
+    assert runs(result) == [36, 4]
+    with pytest.raises(VLLMValidationError, match=r"budget must be at least 40, .* got 39"):
+        process(served, "<image> <image>", images, num_image_tokens=[9, "auto"], budget=39)
+    with pytest.raises(VLLMValidationError, match=r"budget must be at least 45, .* got 44"):
+        process(served, "<image> <image>", images, num_image_tokens=9, budget=44)
+
+
+def test_a_budget_that_fixed_counts_keep_runs_no_encoder(served, monkeypatch):
+    monkeypatch.setattr(type(served.info.chooser), "_loaded", None)
+    assert runs(process(served, "<image>", [A], num_image_tokens=4, budget=4)) == [4]
+
+
+def test_a_servers_count_is_not_an_images_own(folder):
+    processor, _ = processor_of(folder, num_image_tokens=16, max_tiles=1)
+    assert sum(runs(process(processor, "<image><image>", [A, B], budget=13))) <= 13
+    assert runs(process(processor, "<image>", [A])) == [16]
+
+
+def test_a_server_may_have_a_budget(folder):
+    processor, _ = processor_of(folder, budget=13, max_tiles=1)
+    assert sum(runs(process(processor, "<image><image>", [A, B]))) <= 13
+    assert runs(process(processor, "<image>", [A], num_image_tokens=4)) == [4]
+    assert runs(processor.get_dummy_mm_inputs({"image": 1})) == [64]
+
+
+def test_a_budget_needs_counts_to_choose_from(tmp_path):
+    processor, _ = processor_of(save_checkpoint(tmp_path / "model", router=False))
+    with pytest.raises(VLLMValidationError, match="budget needs counts to choose from"):
+        process(processor, "<image>", [A], budget=30)
+    assert runs(process(processor, "<image>", [A], num_image_tokens=9, budget=30)) == [9]
+
+
 def test_what_is_in_vllms_cache_is_not_processed_again(folder, monkeypatch):
     processor, config = processor_of(folder)
     cache = MultiModalProcessorOnlyCache(config)
@@ -226,7 +281,15 @@ def test_the_servers_options_are_defaults_of_its_requests(folder):
         ("<image>", {"max_tiles": 0}, "max_tiles must be at least 1, got 0"),
         ("<image>", {"num_image_tokens": "auto", "penalty": -1}, "penalty must be finite and"),
         ("<image>", {"num_image_tokens": "auto", "budget": 3}, "budget must be at least"),
-        ("<image>", {"num_image_tokens": 4, "budget": 30}, "budget must come with .* 'auto'"),
+        (
+            "<image>",
+            {"num_image_tokens": 16, "budget": 15},
+            "budget must be at least 16, .* 15",
+        ),
+        ("<image>", {"num_image_tokens": 4, "penalty": 0.1}, "penalty must come with .* 'auto'"),
+        ("<image>", {"budget": 0}, "budget must be at least 1, got 0"),
+        ("<image>", {"num_image_tokens": 4, "budget": "many"}, "budget must be an int, got 'many'"),
+        ("<image>", {"num_image_tokens": 4, "budget": True}, "budget must be an int, got True"),
         ("odd", {}, "<image>' once per image, got 0 for 1 images"),
         ("<image> <image>", {}, "<image>' once per image, got 2 for 1 images"),
     ],

@@ -12,7 +12,7 @@ import torch
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseProcessingInfo
 
-from tokenflex.counts import Grid, tokens_of
+from tokenflex.counts import AUTO, Grid, tokens_of
 from tokenflex.models.call_options import CallOptions, sort_options
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.processing import TokenFlexProcessor
@@ -174,7 +174,9 @@ class TokenFlexProcessingInfo(BaseProcessingInfo):
         server = self.server_options
         options = self._options({**(self.ctx.get_mm_config().mm_processor_kwargs or {}), **given})
         if given.get("num_image_tokens") is None:
-            options = replace(options, num_image_tokens=server.num_image_tokens)
+            shared = given.get("budget") is not None
+            counts = AUTO if shared else server.num_image_tokens
+            options = replace(options, num_image_tokens=counts)
         limit = server.max_tiles
         if options.max_tiles > limit:
             raise ValueError(
@@ -187,7 +189,8 @@ class TokenFlexProcessingInfo(BaseProcessingInfo):
         processor = self.get_hf_processor()
         ours = {name: given[name] for name in _OURS if given.get(name) is not None}
         others = self._sorted_options({k: v for k, v in given.items() if k not in _OURS})
-        counts = ours.pop("num_image_tokens", processor.num_image_tokens)
+        shared = ours.get("budget") is not None
+        counts = ours.pop("num_image_tokens", AUTO if shared else processor.num_image_tokens)
         return RequestOptions(
             num_image_tokens=counts,
             per_image=cast("Sequence[Any] | None", ours.pop(PER_IMAGE, None)),

@@ -23,6 +23,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from tokenflex.counts import AUTO, Grid, tokens_of
 from tokenflex.serving.vllm.info import RequestOptions, TokenFlexProcessingInfo, user_errors
 from tokenflex.serving.vllm.wishes import Choice, image_choices, request_counts
+from tokenflex_kernels.checks import check_count
 
 
 class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingInfo]):
@@ -33,7 +34,8 @@ class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingIn
     ) -> ProcessorInputs:
         """Return inputs at the largest count, whatever the default is."""
         inputs = super().get_dummy_inputs(seq_len, mm_counts, mm_options)
-        return replace(inputs, hf_processor_mm_kwargs={"num_image_tokens": self.info.largest_grid})
+        largest = {"num_image_tokens": self.info.largest_grid, "penalty": None, "budget": None}
+        return replace(inputs, hf_processor_mm_kwargs=largest)
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         """Process a request as vLLM does, with its counts resolved to a grid per image.
@@ -108,29 +110,23 @@ class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingIn
                 choices, options.per_image, chooser.known_counts, chooser.has_router
             )
         self._check_largest(choices)
-        if AUTO in choices:
-            if options.choice.get("budget") is None and not chooser.has_router:
-                raise ValueError(
-                    "num_image_tokens 'auto' needs a router beside the checkpoint, which has none, "
-                    "or a budget; give a count"
-                )
-            if options.choice.get("budget") is not None and set(choices) != {AUTO}:
-                raise ValueError(
-                    "budget is for requests whose images all have num_image_tokens 'auto', got "
-                    f"{choices}"
-                )
-            chosen = self._choose(prompt, images, options, choices)
-            choices = [
-                grid if choice == AUTO else choice
-                for choice, grid in zip(choices, chosen, strict=True)
-            ]
-        elif options.choice:
+        budget = options.choice.get("budget")
+        if budget is not None:
+            check_count("budget", budget)
+        elif AUTO in choices and not chooser.has_router:
             raise ValueError(
-                f"{' and '.join(options.choice)} must come with num_image_tokens 'auto', got "
-                f"{options.num_image_tokens!r}"
+                "num_image_tokens 'auto' needs a router beside the checkpoint, which has none, "
+                "or a budget; give a count"
             )
-        self._check_largest(choices)  # chosen counts too
-        return cast("list[Grid]", choices)
+        if AUTO not in choices and "penalty" in options.choice:
+            raise ValueError(
+                f"penalty must come with num_image_tokens 'auto', got {options.num_image_tokens!r}"
+            )
+        if AUTO not in choices and budget is None:
+            return cast("list[Grid]", choices)
+        chosen = self._choose(prompt, images, options, choices)
+        self._check_largest(chosen)
+        return chosen
 
     def _check_largest(self, choices: Sequence[Choice]) -> None:
         """Refuse grids larger than those that memory was set aside for, whatever the pictures."""
@@ -169,12 +165,12 @@ class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingIn
         for i, source in enumerate(sources):
             if source is None:
                 raise ValueError(
-                    f"image[{i}] must be given with num_image_tokens 'auto': its uuid alone does "
-                    "not tell what it shows"
+                    f"image[{i}] must be given with num_image_tokens 'auto' or a budget: its uuid "
+                    "alone does not tell what it shows"
                 )
         pixels, patch_grids = self._read(sources, options.max_tiles, options.images_kwargs)
         self._check_grids(choices, pixels, patch_grids)
-        return self.info.chooser.choose(prompt, pixels, patch_grids, **options.choice)
+        return self.info.chooser.choose(prompt, pixels, patch_grids, choices, **options.choice)
 
     def _read(
         self, sources: Sequence[Any], max_tiles: int, images_kwargs: Mapping[str, Any]
