@@ -168,6 +168,13 @@ def test_images_of_a_request_have_counts_of_their_own(server):
     assert answers[0] != answers[1]
 
 
+def test_a_count_at_the_top_of_a_request_is_not_seen(server):
+    """As the page says; a vLLM that shows it to us should have it honoured."""
+    status, body = server.post(conversation(A, " odd"), num_image_tokens=4)
+    assert status == 200, body
+    assert body["choices"][0]["token_ids"] == server.ask(A, " odd", counts=16)
+
+
 def test_openais_detail_is_the_smallest_or_largest_count(server):
     for detail, count in (("low", 4), ("high", 16)):
         assert server.ask(image_part(A, detail=detail), " odd") == server.expected(
