@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from tokenflex.serving.export.targets import TARGETS
 from tokenflex.serving.export.tracing import _of_real_tokens, largest_error
 
 ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples/onnx_without_torch.py"
 COUNTS = {"4": 4, "2x3": (2, 3)}
 NEW_TOKENS = 4
 
@@ -196,13 +198,9 @@ def test_graphs_hold_no_ops_of_ours(exported):
         assert not [node for node in program.graph.nodes if "tokenflex" in str(node.target)]
 
 
-def test_the_example_needs_no_torch(exported, checkpoint, tmp_path):
-    """In a process in which torch and our packages cannot be imported."""
-    if exported.target != "onnx":
-        pytest.skip("the example runs ONNX files")
-    script = ROOT / "examples/onnx_without_torch.py"
-    assert len(script.read_text().splitlines()) <= 40
-    picture(3).save(tmp_path / "picture.png")
+def run_example(folder: Path, image: Path, count: str) -> subprocess.CompletedProcess[str]:
+    """Run the example in a process in which torch and our packages cannot be imported."""
+    picture(3).save(image)
     blocked = """
 import runpy, sys
 for name in ("torch", "transformers", "tokenflex", "tokenflex_kernels", "onnx"):
@@ -210,20 +208,42 @@ for name in ("torch", "transformers", "tokenflex", "tokenflex_kernels", "onnx"):
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-    words = [str(exported.folder), str(tmp_path / "picture.png"), "2x3", "read r2c3"]
-    result = subprocess.run(
-        [sys.executable, "-c", blocked, str(script), *words],
+    return subprocess.run(
+        [sys.executable, "-c", blocked, str(EXAMPLE), str(folder), str(image), count, "read r2c3"],
         capture_output=True,
         text=True,
         timeout=100,
         check=False,
     )
+
+
+def test_the_example_needs_no_torch(exported, checkpoint, tmp_path):
+    if exported.target != "onnx":
+        pytest.skip("the example runs ONNX files")
+    assert len(EXAMPLE.read_text().splitlines()) <= 40
+    result = run_example(exported.folder, tmp_path / "picture.png", "2x3")
     assert result.returncode == 0, result.stderr
     model, processor = load_checkpoint(checkpoint)
     inputs = processor(images=picture(3), text="<image> read r2c3", num_image_tokens=(2, 3))
     expected = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
     answer = processor.tokenizer.convert_ids_to_tokens(expected[0, -NEW_TOKENS:])
     assert result.stdout.split()[:NEW_TOKENS] == answer
+
+    ends = tmp_path / "ends"  # the same graphs, where the model's last new word is the end
+    shutil.copytree(exported.folder, ends)
+    tokens = {**exported.manifest["tokens"], "eos": [int(expected[0, -1])]}
+    (ends / "manifest.json").write_text(json.dumps({**exported.manifest, "tokens": tokens}))
+    before = answer[: answer.index(answer[-1])]
+    result = run_example(ends, tmp_path / "picture.png", "2x3")
+    assert result.stdout == "".join(f"{word}\n" for word in before)
+
+
+def test_the_example_names_the_exported_counts(exported, tmp_path):
+    if exported.target != "onnx":
+        pytest.skip("the example runs ONNX files")
+    result = run_example(exported.folder, tmp_path / "picture.png", "25")
+    assert result.returncode == 1
+    assert result.stderr == "exported counts are 4, 2x3, got 25\n"
 
 
 # ---- the language model alone

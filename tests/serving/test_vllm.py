@@ -290,6 +290,17 @@ def test_a_placeholder_in_a_text_is_refused(served):
         served.llm.chat(chat(A, " <image> odd"), served.greedy, use_tqdm=False)
 
 
+@pytest.mark.parametrize("images", [{}, {"multi_modal_data": {"image": []}}])
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_a_placeholder_without_an_image_is_refused(served, images, as_ids):
+    ids = served.processor.tokenizer("odd <image> majority").input_ids
+    given = {"prompt_token_ids": ids} if as_ids else {"prompt": "odd <image> majority"}
+    with pytest.raises(VLLMValidationError, match="'<image>' once per image, got 1 for 0 images"):
+        served.llm.generate({**given, **images}, served.greedy, use_tqdm=False)
+    (output,) = served.llm.generate("odd majority", served.greedy, use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == NEW_TOKENS
+
+
 def test_weights_are_all_loaded(served):
     theirs = dict(served.vllm_model.named_parameters())
     for name, ours in served.model.model.projector.named_parameters():

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.models.tiny import picture
+from tests.models.tiny import IMAGE, picture
 from tests.serving.checkpoints import save_checkpoint
 from tokenflex.models.loading import load_checkpoint
 
@@ -51,9 +51,15 @@ class Server:
 
     def post(self, messages: Any, **options: Any) -> tuple[int, dict[str, Any]]:
         """Return the status and the body of a chat completion."""
+        return self._post("/v1/chat/completions", messages=messages, **options)
+
+    def complete(self, prompt: Any) -> tuple[int, dict[str, Any]]:
+        """Return the status and the body of a completion of a text, or of token ids."""
+        return self._post("/v1/completions", prompt=prompt)
+
+    def _post(self, path: str, **options: Any) -> tuple[int, dict[str, Any]]:
         body = {
             "model": self.name,
-            "messages": messages,
             "temperature": 0,
             "max_tokens": NEW_TOKENS,
             "ignore_eos": True,
@@ -61,7 +67,7 @@ class Server:
             **options,
         }
         request = urllib.request.Request(
-            f"{self.address}/v1/chat/completions",
+            f"{self.address}{path}",
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
@@ -162,6 +168,13 @@ def test_images_of_a_request_have_counts_of_their_own(server):
     assert answers[0] != answers[1]
 
 
+def test_a_count_at_the_top_of_a_request_is_not_seen(server):
+    """As the page says; a vLLM that shows it to us should have it honoured."""
+    status, body = server.post(conversation(A, " odd"), num_image_tokens=4)
+    assert status == 200, body
+    assert body["choices"][0]["token_ids"] == server.ask(A, " odd", counts=16)
+
+
 def test_openais_detail_is_the_smallest_or_largest_count(server):
     for detail, count in (("low", 4), ("high", 16)):
         assert server.ask(image_part(A, detail=detail), " odd") == server.expected(
@@ -204,12 +217,24 @@ def test_automatic_counts_are_served(server):
     assert server.ask(A, " where 3", counts="auto") == expected
 
 
+def test_a_budget_is_shared_by_images_without_a_count(server):
+    parts = (image_part(A, detail="low"), " odd ", B)
+    status, body = server.post(conversation(*parts), mm_processor_kwargs={"budget": 13})
+    assert status == 200, body
+    answers = [server.expected(A, " odd ", B, counts=[4, count]) for count in (4, 9)]
+    assert body["choices"][0]["token_ids"] in answers
+    status, body = server.post(conversation(*parts), mm_processor_kwargs={"budget": 7})
+    assert status == 400
+    assert "budget must be at least 8" in body["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("counts", "words"),
     [
         (5, "num_image_tokens must be a perfect square"),
         (0, "num_image_tokens must be at least 1, got 0"),
-        (100, "num_image_tokens[0] must be at most 64, the patches of a tile, got 100"),
+        (100, "num_image_tokens[0] must be at most the 8 x 8 patches of a tile, in height and"),
+        ([1, 64], "in height and in width, got 1 x 64 = 64"),
         ("many", "num_image_tokens must be a count or 'auto', got 'many'"),
         ([4, 9, 16], "got 3 entries for 1 images"),
         ({"low": 4}, "num_image_tokens must be an int"),
@@ -237,6 +262,15 @@ def test_a_bad_message_is_status_400(server, parts, words):
     assert status == 400
     assert words in body["error"]["message"]
     assert server.get("/health") == 200
+
+
+@pytest.mark.parametrize("prompt", ["<image> odd", [IMAGE, 20], ["odd", "odd <image>"]])
+def test_a_placeholder_in_a_completion_is_status_400(server, prompt):
+    status, body = server.complete(prompt)
+    assert status == 400
+    assert "'<image>' once per image, got 1 for 0 images" in body["error"]["message"]
+    status, body = server.complete("odd")
+    assert status == 200, body
 
 
 def test_requests_of_mixed_counts_are_answered_side_by_side(server):

@@ -23,6 +23,7 @@ from vllm.multimodal.cache import MultiModalProcessorOnlyCache  # noqa: E402
 from vllm.multimodal.media.image import ImageMediaIO  # noqa: E402
 
 from tokenflex.serving.vllm import register  # noqa: E402
+from tokenflex.serving.vllm.wishes import PER_IMAGE  # noqa: E402
 
 A, B = picture(1), picture(2)
 
@@ -137,6 +138,61 @@ def test_a_budget_bounds_an_automatic_choice(served):
     assert sum(runs(result)) <= 14
 
 
+def test_images_without_a_count_share_what_a_budget_leaves(served, folder):
+    model, ours = load_checkpoint(folder)
+    text, images = "<image> odd <image>", [A, B]
+
+    def sizes(**kwargs):
+        return runs(process(served, text, images, max_tiles=1, **kwargs))
+
+    inputs = ours(images=images, text=text, num_image_tokens="auto", max_tiles=1)
+    shared = model.choose_counts(**inputs, budget=13)["num_image_tokens"]
+    assert sizes(budget=13) == sizes(num_image_tokens="auto", budget=13) == shared
+    inputs = ours(images=[B], text="odd <image>", num_image_tokens="auto", max_tiles=1)
+    (rest,) = model.choose_counts(**inputs, budget=9)["num_image_tokens"]
+    assert rest < 16  # the budget binds
+    assert sizes(num_image_tokens=[4, "auto"], budget=13) == [4, rest]
+    assert sizes(budget=13, **{PER_IMAGE: ["low", None]}) == [4, rest]
+    assert sizes(num_image_tokens=[(1, 3), 16], budget=19) == [3, 16]
+    with pytest.raises(VLLMValidationError, match=r"budget must be at least 20, .* got 19"):
+        sizes(num_image_tokens=[16, "auto"], budget=19)
+
+
+def test_a_budget_counts_every_tile_of_a_fixed_image(served):
+    images = [picture(1, (32, 96)), A]  # four tiles with the thumbnail, and one
+    result = process(served, "<image> <image>", images, num_image_tokens=[9, "auto"], budget=40)
+    assert runs(result) == [36, 4]
+    with pytest.raises(VLLMValidationError, match=r"budget must be at least 40, .* got 39"):
+        process(served, "<image> <image>", images, num_image_tokens=[9, "auto"], budget=39)
+    with pytest.raises(VLLMValidationError, match=r"budget must be at least 45, .* got 44"):
+        process(served, "<image> <image>", images, num_image_tokens=9, budget=44)
+
+
+def test_a_budget_that_fixed_counts_keep_runs_no_encoder(served, monkeypatch):
+    monkeypatch.setattr(type(served.info.chooser), "_loaded", None)
+    assert runs(process(served, "<image>", [A], num_image_tokens=4, budget=4)) == [4]
+
+
+def test_a_servers_count_is_not_an_images_own(folder):
+    processor, _ = processor_of(folder, num_image_tokens=16, max_tiles=1)
+    assert sum(runs(process(processor, "<image><image>", [A, B], budget=13))) <= 13
+    assert runs(process(processor, "<image>", [A])) == [16]
+
+
+def test_a_server_may_have_a_budget(folder):
+    processor, _ = processor_of(folder, budget=13, max_tiles=1)
+    assert sum(runs(process(processor, "<image><image>", [A, B]))) <= 13
+    assert runs(process(processor, "<image>", [A], num_image_tokens=4)) == [4]
+    assert runs(processor.get_dummy_mm_inputs({"image": 1})) == [64]
+
+
+def test_a_budget_needs_counts_to_choose_from(tmp_path):
+    processor, _ = processor_of(save_checkpoint(tmp_path / "model", router=False))
+    with pytest.raises(VLLMValidationError, match="budget needs counts to choose from"):
+        process(processor, "<image>", [A], budget=30)
+    assert runs(process(processor, "<image>", [A], num_image_tokens=9, budget=30)) == [9]
+
+
 def test_what_is_in_vllms_cache_is_not_processed_again(folder, monkeypatch):
     processor, config = processor_of(folder)
     cache = MultiModalProcessorOnlyCache(config)
@@ -214,13 +270,26 @@ def test_the_servers_options_are_defaults_of_its_requests(folder):
     [
         ("<image>", {"num_image_tokens": 5}, "must be a perfect square .* got 5"),
         ("<image>", {"num_image_tokens": -4}, "must be at least 1, got -4"),
-        ("<image>", {"num_image_tokens": 81}, "at most 64, the patches of a tile, got 81"),
+        ("<image>", {"num_image_tokens": 81}, "at most the 8 x 8 patches .* got 9 x 9 = 81"),
+        ("<image>", {"num_image_tokens": [1, 64]}, "8 x 8 patches .* got 1 x 64 = 64"),
+        ("<image>", {"num_image_tokens": [64, 1]}, "8 x 8 patches .* got 64 x 1 = 64"),
+        ("<image>", {"num_image_tokens": [4, 16]}, "8 x 8 patches .* got 4 x 16 = 64"),
+        ("<image>", {"num_image_tokens": [9, 1], "max_tiles": 6}, "8 x 8 .* got 9 x 1 = 9"),
+        ("<image>", {PER_IMAGE: [[1, 9]]}, "8 x 8 patches .* got 1 x 9 = 9"),
         ("<image>", {"num_image_tokens": [4, 9, 4]}, "got 3 entries for 1 images"),
         ("<image>", {"num_image_token": 4}, "did you mean num_image_tokens"),
         ("<image>", {"max_tiles": 0}, "max_tiles must be at least 1, got 0"),
         ("<image>", {"num_image_tokens": "auto", "penalty": -1}, "penalty must be finite and"),
         ("<image>", {"num_image_tokens": "auto", "budget": 3}, "budget must be at least"),
-        ("<image>", {"num_image_tokens": 4, "budget": 30}, "budget must come with .* 'auto'"),
+        (
+            "<image>",
+            {"num_image_tokens": 16, "budget": 15},
+            "budget must be at least 16, .* 15",
+        ),
+        ("<image>", {"num_image_tokens": 4, "penalty": 0.1}, "penalty must come with .* 'auto'"),
+        ("<image>", {"budget": 0}, "budget must be at least 1, got 0"),
+        ("<image>", {"num_image_tokens": 4, "budget": "many"}, "budget must be an int, got 'many'"),
+        ("<image>", {"num_image_tokens": 4, "budget": True}, "budget must be an int, got True"),
         ("odd", {}, "<image>' once per image, got 0 for 1 images"),
         ("<image> <image>", {}, "<image>' once per image, got 2 for 1 images"),
     ],
@@ -245,20 +314,65 @@ def test_a_truncated_picture_is_an_error_of_the_caller(served):
         process(served, "<image>", [replace(fetched, original_bytes=data.getvalue()[:200])])
 
 
-def test_pictures_of_any_shape_come_with_their_patch_grids(tmp_path):
+def test_a_grid_beyond_the_patches_is_refused_before_pictures_are_read(served, monkeypatch):
+    ours = served.info.get_hf_processor()
+    monkeypatch.setattr(type(ours), "process_images", None)  # a call would be a TypeError of it
+    for images, counts in (([A], [1, 9]), ([A, B], ["auto", [9, 1]])):
+        with pytest.raises(VLLMValidationError, match="the 8 x 8 patches of a tile"):
+            process(served, "<image>" * len(images), images, num_image_tokens=counts)
+
+
+@pytest.mark.parametrize("counts", [[8, 8], [1, 8], [8, 1], 64])
+def test_a_grid_may_have_a_token_per_patch(served, counts):
+    (grid,) = grids(process(served, "<image>", [A], num_image_tokens=counts, max_tiles=1))
+    assert grid == ([8, 8] if counts == 64 else counts)
+
+
+def save_any_shape(folder, **options):
+    """Save a model whose pictures keep their shape, in at most 64 patches."""
     from transformers import Siglip2ImageProcessorPil
 
     from tokenflex import TokenFlexProcessor
 
-    folder = save_checkpoint(tmp_path / "model", vision="siglip2", router=False)
+    save_checkpoint(folder, vision="siglip2", **options)
     _, ours = load_checkpoint(folder)
-    ours = TokenFlexProcessor(
-        Siglip2ImageProcessorPil(patch_size=4, max_num_patches=64),
-        ours.tokenizer,
-        num_image_tokens=4,
-    )
+    image_processor = Siglip2ImageProcessorPil(patch_size=4, max_num_patches=64)
+    ours = TokenFlexProcessor(image_processor, ours.tokenizer, num_image_tokens=4)
     ours.save_pretrained(folder)
-    processor, _ = processor_of(folder)
+    return ours
+
+
+def test_grids_are_at_most_the_patches_of_a_picture_of_any_shape(tmp_path, monkeypatch):
+    ours = save_any_shape(tmp_path / "model")
+    processor, _ = processor_of(tmp_path / "model")
+    wide, square = picture(1, (16, 64)), picture(2, (32, 32))
+    (height, width), other = ours.process_images([wide, square])[0]["grids"]
+    assert height < 8 < width
+    assert other == (8, 8)
+    most = process(processor, "<image>", [wide], num_image_tokens=(height, width))
+    assert grids(most) == [[height, width]]
+    words = f"at most the {height} x {width} patches of a tile"
+    with pytest.raises(VLLMValidationError, match=words + r".*got 8 x 8 = 64"):
+        process(processor, "<image>", [wide], num_image_tokens=64)
+    with pytest.raises(VLLMValidationError, match=r"the 8 x 8 patches .* got 1 x 9"):
+        process(processor, "<image><image>", [wide, square], num_image_tokens=[(1, 9), (1, 9)])
+    with pytest.raises(VLLMValidationError, match="at most 64, the most patches of an image"):
+        process(processor, "<image>", [wide], num_image_tokens=81)
+    # A bad grid is told before another picture's count is chosen.
+    monkeypatch.setattr(type(processor.info.chooser), "choose", None)
+    with pytest.raises(VLLMValidationError, match=words):
+        process(processor, "<image><image>", [square, wide], num_image_tokens=["auto", 64])
+
+
+def test_memory_is_reserved_for_the_most_patches_of_a_picture_of_any_shape(tmp_path):
+    save_any_shape(tmp_path / "model", router=False)
+    processor, _ = processor_of(tmp_path / "model")
+    assert runs(processor.get_dummy_mm_inputs({"image": 2})) == [64] * 2
+
+
+def test_pictures_of_any_shape_come_with_their_patch_grids(tmp_path):
+    ours = save_any_shape(tmp_path / "model", router=False)
+    processor, _ = processor_of(tmp_path / "model")
     images = [picture(1, (16, 64)), picture(2, (64, 16))]
     result = process(processor, "<image> <image>", images, num_image_tokens=[(1, 3), 4])
     expected = ours(images=images, text="<image> <image>", num_image_tokens=[(1, 3), 4])

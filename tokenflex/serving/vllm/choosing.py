@@ -14,13 +14,14 @@ from itertools import accumulate
 from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
+from typing import cast
 
 import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel
 
-from tokenflex.counts import AUTO, Grid, TokenCount, token_grid
+from tokenflex.counts import AUTO, Grid, TokenCount, token_grid, tokens_of
 from tokenflex.files import checkpoint_folder
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.image_features import ImageFeatures
@@ -30,6 +31,7 @@ from tokenflex.routing.choice import choose_counts
 from tokenflex.routing.ladder import trained_counts
 from tokenflex.routing.storage import has_router, load_router
 from tokenflex.serving.feature_cache import FeatureCache
+from tokenflex.serving.vllm.wishes import Choice
 
 _ENCODER = "model.vision_model."
 _LANGUAGE_MODEL = "model.language_model."
@@ -70,17 +72,21 @@ class CountChooser:
         input_ids: Sequence[int],
         pixels: Sequence[torch.Tensor],
         patch_grids: Sequence[Sequence[Grid] | None],
+        choices: Sequence[Choice] | None = None,
         *,
         penalty: float | None = None,
         budget: int | None = None,
     ) -> list[Grid]:
         """Return the grid of each image of a prompt.
 
+        Images of fixed grids are left out of the prompt, and taken off the budget.
+
         Args:
             input_ids: the prompt's tokens, one placeholder per image.
             pixels: of each image [tiles, 3, H, W].
             patch_grids: of each image the (height, width) in patches of its tiles, None where the
                 pixels tell it.
+            choices: of each image its grid, or "auto" where that is to be chosen; None if all are.
             penalty: see :func:`tokenflex.routing.choice.choose_counts`.
             budget: the most vision tokens of the prompt.
 
@@ -88,6 +94,51 @@ class CountChooser:
             FileNotFoundError: there is neither a router nor a budget.
             TypeError, ValueError: ``penalty`` or ``budget`` is not valid.
         """
+        choices = [AUTO] * len(pixels) if choices is None else choices
+        if budget is not None:
+            budget = self._left(budget, choices, [len(tiles) for tiles in pixels])
+        fixed = [choice != AUTO for choice in choices]
+        if all(fixed):
+            return [*cast("Sequence[Grid]", choices)]
+        chosen = iter(
+            self._choose(
+                _without(fixed, input_ids, self.config.image_token_id),
+                [tiles for tiles, is_fixed in zip(pixels, fixed, strict=True) if not is_fixed],
+                [grids for grids, is_fixed in zip(patch_grids, fixed, strict=True) if not is_fixed],
+                penalty,
+                budget,
+            )
+        )
+        return [next(chosen) if isinstance(choice, str) else choice for choice in choices]
+
+    def _left(self, budget: int, choices: Sequence[Choice], tiles: Sequence[int]) -> int:
+        """Return what images of fixed grids leave of a budget for the others."""
+        pairs = [*zip(choices, tiles, strict=True)]
+        fixed = sum(tokens_of(choice) * n for choice, n in pairs if not isinstance(choice, str))
+        fewest = fixed
+        if AUTO in choices:
+            if not self.known_counts:
+                raise ValueError(
+                    "budget needs counts to choose from, which this model has neither in a router "
+                    "nor in its config's trained_num_image_tokens: give num_image_tokens"
+                )
+            each = tokens_of(self.known_counts[0])
+            fewest += sum(each * n for choice, n in pairs if choice == AUTO)
+        if budget < fewest:
+            raise ValueError(
+                f"budget must be at least {fewest}, the fewest vision tokens that the images of "
+                f"the request can have, got {budget}"
+            )
+        return budget - fixed
+
+    def _choose(
+        self,
+        input_ids: Sequence[int],
+        pixels: Sequence[torch.Tensor],
+        patch_grids: Sequence[Sequence[Grid] | None],
+        penalty: float | None,
+        budget: int | None,
+    ) -> list[Grid]:
         model = self._loaded()
         encoded = [
             self.features.features(images, partial(model.encode, patch_grids=grids), grids or ())
@@ -113,6 +164,12 @@ class CountChooser:
             if self._model is None:
                 self._model = _Chooser(self.checkpoint, self.config)
             return self._model
+
+
+def _without(images: Sequence[bool], input_ids: Sequence[int], image_token_id: int) -> list[int]:
+    """Return a prompt without the placeholders of some of its images."""
+    left_out = iter(images)
+    return [token for token in input_ids if token != image_token_id or not next(left_out)]
 
 
 class _Chooser(ImageFeatures, nn.Module):

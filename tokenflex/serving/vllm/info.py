@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, cast
 
+import torch
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseProcessingInfo
 
-from tokenflex.counts import Grid, tokens_of
+from tokenflex.counts import AUTO, Grid, tokens_of
 from tokenflex.models.call_options import CallOptions, sort_options
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.processing import TokenFlexProcessor
@@ -81,6 +82,21 @@ class TokenFlexProcessingInfo(BaseProcessingInfo):
         model = self.ctx.model_config
         return load_processor(str(model.model), model.revision)
 
+    def check_placeholders(self, prompt: Sequence[int], images: int) -> None:
+        """Check that a prompt's token ids hold one placeholder per image.
+
+        Raises:
+            VLLMValidationError: they hold another number.
+        """
+        image_token_id = self.get_hf_config().image_token_id
+        placeholders = sum(token == image_token_id for token in prompt)
+        if placeholders != images:
+            raise VLLMValidationError(
+                f"prompt must hold {self.get_hf_processor().image_token!r} once per image, got "
+                f"{placeholders} for {images} images",
+                parameter="prompt",
+            )
+
     @property
     def chooser(self) -> CountChooser:
         """What chooses the counts of "auto"."""
@@ -100,16 +116,40 @@ class TokenFlexProcessingInfo(BaseProcessingInfo):
     @cached_property
     def largest_grid(self) -> Grid:
         """The largest grid of vision tokens of a tile, which is its grid of patches."""
-        config = self.get_hf_config().vision_config
-        patch = config.patch_size
-        patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
-        processor = self.get_hf_processor()
-        most_patches = getattr(processor.image_processor, "max_num_patches", None)
-        if most_patches is not None:  # images of any shape
-            return 1, int(most_patches)
-        size = processor._configured_size({}) or config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return height // patch_height, width // patch_width
+        if self.most_patches is not None:
+            return 1, self.most_patches
+        height, width = self.tile_size
+        return height // self.patch_size[0], width // self.patch_size[1]
+
+    @cached_property
+    def patch_size(self) -> Grid:
+        """The (height, width) of a patch in pixels."""
+        patch = self.get_hf_config().vision_config.patch_size
+        return (patch, patch) if isinstance(patch, int) else tuple(patch)
+
+    @cached_property
+    def most_patches(self) -> int | None:
+        """The most patches of an image, where images may have any shape; else None."""
+        return getattr(self.get_hf_processor().image_processor, "max_num_patches", None)
+
+    @property
+    def tile_size(self) -> Grid:
+        """The (height, width) of a tile in pixels, where all have the same."""
+        size = self.get_hf_processor()._configured_size({})
+        size = size or self.get_hf_config().vision_config.image_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    def patch_grids(self, pixels: torch.Tensor, grids: Sequence[Grid] | None) -> Sequence[Grid]:
+        """Return the (height, width) in patches of each tile of an image.
+
+        Args:
+            pixels: [tiles, 3, H, W]; of any kind where ``grids`` are given.
+            grids: those that the image processor named, None where the pixels tell them.
+        """
+        if grids is not None:
+            return grids
+        height, width = pixels.shape[2] // self.patch_size[0], pixels.shape[3] // self.patch_size[1]
+        return [(height, width)] * len(pixels)
 
     @cached_property
     def server_options(self) -> RequestOptions:
@@ -134,7 +174,9 @@ class TokenFlexProcessingInfo(BaseProcessingInfo):
         server = self.server_options
         options = self._options({**(self.ctx.get_mm_config().mm_processor_kwargs or {}), **given})
         if given.get("num_image_tokens") is None:
-            options = replace(options, num_image_tokens=server.num_image_tokens)
+            shared = given.get("budget") is not None
+            counts = AUTO if shared else server.num_image_tokens
+            options = replace(options, num_image_tokens=counts)
         limit = server.max_tiles
         if options.max_tiles > limit:
             raise ValueError(
@@ -147,7 +189,8 @@ class TokenFlexProcessingInfo(BaseProcessingInfo):
         processor = self.get_hf_processor()
         ours = {name: given[name] for name in _OURS if given.get(name) is not None}
         others = self._sorted_options({k: v for k, v in given.items() if k not in _OURS})
-        counts = ours.pop("num_image_tokens", processor.num_image_tokens)
+        shared = ours.get("budget") is not None
+        counts = ours.pop("num_image_tokens", AUTO if shared else processor.num_image_tokens)
         return RequestOptions(
             num_image_tokens=counts,
             per_image=cast("Sequence[Any] | None", ours.pop(PER_IMAGE, None)),
@@ -180,13 +223,17 @@ class TokenFlexDummyInputs(BaseDummyInputsBuilder[TokenFlexProcessingInfo]):
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Return pictures that are cut into the most tiles."""
-        config = self.info.get_hf_config().vision_config
-        size = self.info.get_hf_processor()._configured_size({}) or config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
+        number = mm_counts.get("image", 0)
+        if self.info.most_patches is not None:  # a row of patches
+            height, width = self.info.patch_size
+            width *= self.info.most_patches
+            images = self._get_dummy_images(width=width, height=height, num_images=number)
+            return {"image": images}
+        height, width = self.info.tile_size
         images = self._get_dummy_images(
             width=width * self.info.server_options.max_tiles,
             height=height,
-            num_images=mm_counts.get("image", 0),
+            num_images=number,
             overrides=mm_options.get("image"),
         )
         return {"image": images}

@@ -22,7 +22,8 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from tokenflex.counts import AUTO, Grid, tokens_of
 from tokenflex.serving.vllm.info import RequestOptions, TokenFlexProcessingInfo, user_errors
-from tokenflex.serving.vllm.wishes import image_choices, request_counts
+from tokenflex.serving.vllm.wishes import Choice, image_choices, request_counts
+from tokenflex_kernels.checks import check_count
 
 
 class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingInfo]):
@@ -33,7 +34,8 @@ class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingIn
     ) -> ProcessorInputs:
         """Return inputs at the largest count, whatever the default is."""
         inputs = super().get_dummy_inputs(seq_len, mm_counts, mm_options)
-        return replace(inputs, hf_processor_mm_kwargs={"num_image_tokens": self.info.largest_grid})
+        largest = {"num_image_tokens": self.info.largest_grid, "penalty": None, "budget": None}
+        return replace(inputs, hf_processor_mm_kwargs=largest)
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         """Process a request as vLLM does, with its counts resolved to a grid per image.
@@ -44,6 +46,7 @@ class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingIn
         """
         images = inputs.mm_data_items.get("image")
         if images is None or not len(images):
+            self.info.check_placeholders(inputs.prompt, 0)
             return super().apply(inputs, timing_ctx)
         if not isinstance(images, ImageProcessorItems):
             raise VLLMValidationError(
@@ -69,16 +72,11 @@ class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingIn
         """Return the prompt with the processor's marks around each placeholder.
 
         Raises:
-            ValueError: the prompt does not hold one placeholder per image.
+            VLLMValidationError: the prompt does not hold one placeholder per image.
         """
         processor = self.info.get_hf_processor()
         image_token_id = self.info.get_hf_config().image_token_id
-        placeholders = sum(token == image_token_id for token in prompt)
-        if placeholders != images:
-            raise ValueError(
-                f"prompt must hold {processor.image_token!r} once per image, got {placeholders} "
-                f"for {images} images"
-            )
+        self.info.check_placeholders(prompt, images)
         tokenizer = self.info.get_tokenizer()
         start, end = (
             tokenizer.encode(mark, add_special_tokens=False) if mark else []
@@ -103,7 +101,7 @@ class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingIn
         """Return the grid of each image's vision tokens.
 
         Raises:
-            TypeError, ValueError: a count is not valid, or larger than a tile's grid of patches.
+            TypeError, ValueError: a count is not valid, or beyond a tile's grid of patches.
         """
         chooser = self.info.chooser
         choices = request_counts(options.num_image_tokens, len(images))
@@ -111,49 +109,68 @@ class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingIn
             choices = image_choices(
                 choices, options.per_image, chooser.known_counts, chooser.has_router
             )
-        if AUTO in choices:
-            if options.choice.get("budget") is None and not chooser.has_router:
-                raise ValueError(
-                    "num_image_tokens 'auto' needs a router beside the checkpoint, which has none, "
-                    "or a budget; give a count"
-                )
-            if options.choice.get("budget") is not None and set(choices) != {AUTO}:
-                raise ValueError(
-                    "budget is for requests whose images all have num_image_tokens 'auto', got "
-                    f"{choices}"
-                )
-            chosen = self._choose(prompt, images, options)
-            choices = [
-                grid if choice == AUTO else choice
-                for choice, grid in zip(choices, chosen, strict=True)
-            ]
-        elif options.choice:
+        self._check_largest(choices)
+        budget = options.choice.get("budget")
+        if budget is not None:
+            check_count("budget", budget)
+        elif AUTO in choices and not chooser.has_router:
             raise ValueError(
-                f"{' and '.join(options.choice)} must come with num_image_tokens 'auto', got "
-                f"{options.num_image_tokens!r}"
+                "num_image_tokens 'auto' needs a router beside the checkpoint, which has none, "
+                "or a budget; give a count"
             )
-        grids = cast(list[Grid], choices)
-        most = tokens_of(self.info.largest_grid)
-        for i, grid in enumerate(grids):
-            if tokens_of(grid) > most:
+        if AUTO not in choices and "penalty" in options.choice:
+            raise ValueError(
+                f"penalty must come with num_image_tokens 'auto', got {options.num_image_tokens!r}"
+            )
+        if AUTO not in choices and budget is None:
+            return cast("list[Grid]", choices)
+        chosen = self._choose(prompt, images, options, choices)
+        self._check_largest(chosen)
+        return chosen
+
+    def _check_largest(self, choices: Sequence[Choice]) -> None:
+        """Refuse grids larger than those that memory was set aside for, whatever the pictures."""
+        for i, choice in enumerate(choices):
+            if isinstance(choice, str):  # to be chosen
+                continue
+            if self.info.most_patches is None:
+                _check_grid(f"num_image_tokens[{i}]", choice, self.info.largest_grid)
+            elif tokens_of(choice) > self.info.most_patches:
                 raise ValueError(
-                    f"num_image_tokens[{i}] must be at most {most}, the patches of a tile, got "
-                    f"{tokens_of(grid)}"
+                    f"num_image_tokens[{i}] must be at most {self.info.most_patches}, the most "
+                    f"patches of an image, got {_written(choice)}"
                 )
-        return grids
+
+    def _check_grids(
+        self,
+        choices: Sequence[Choice],
+        pixels: Sequence[torch.Tensor],
+        patch_grids: Sequence[list[Grid] | None],
+    ) -> None:
+        """Refuse grids beyond the patches of the pictures that they are for."""
+        for choice, *image in zip(choices, pixels, patch_grids, strict=True):
+            if isinstance(choice, str):
+                continue
+            for grid in self.info.patch_grids(*image):
+                _check_grid("num_image_tokens", choice, grid)
 
     def _choose(
-        self, prompt: list[int], images: ImageProcessorItems, options: RequestOptions
+        self,
+        prompt: list[int],
+        images: ImageProcessorItems,
+        options: RequestOptions,
+        choices: Sequence[Choice],
     ) -> list[Grid]:
         sources = _sources(images)
         for i, source in enumerate(sources):
             if source is None:
                 raise ValueError(
-                    f"image[{i}] must be given with num_image_tokens 'auto': its uuid alone does "
-                    "not tell what it shows"
+                    f"image[{i}] must be given with num_image_tokens 'auto' or a budget: its uuid "
+                    "alone does not tell what it shows"
                 )
         pixels, patch_grids = self._read(sources, options.max_tiles, options.images_kwargs)
-        return self.info.chooser.choose(prompt, pixels, patch_grids, **options.choice)
+        self._check_grids(choices, pixels, patch_grids)
+        return self.info.chooser.choose(prompt, pixels, patch_grids, choices, **options.choice)
 
     def _read(
         self, sources: Sequence[Any], max_tiles: int, images_kwargs: Mapping[str, Any]
@@ -208,6 +225,8 @@ class TokenFlexMultiModalProcessor(BaseMultiModalProcessor[TokenFlexProcessingIn
                 options["max_tiles"],
                 options["images_kwargs"],
             )
+        with user_errors("mm_processor_kwargs"):
+            self._check_grids(options["token_grids"], pixels, patch_grids)
         dtype = self.info.ctx.model_config.dtype
         data = {
             "pixel_values": [tiles.to(dtype) for tiles in pixels],
@@ -243,6 +262,18 @@ class _Pictures(ImageProcessorItems):
 
     def _unwrap(self, item: Any) -> Any:
         return item
+
+
+def _written(grid: Grid) -> str:
+    return f"{grid[0]} x {grid[1]} = {tokens_of(grid)}"
+
+
+def _check_grid(name: str, grid: Grid, patches: Grid) -> None:
+    if grid[0] > patches[0] or grid[1] > patches[1]:
+        raise ValueError(
+            f"{name} must be at most the {patches[0]} x {patches[1]} patches "
+            f"of a tile, in height and in width, got {_written(grid)}"
+        )
 
 
 def _sources(images: ImageProcessorItems) -> list[Any]:

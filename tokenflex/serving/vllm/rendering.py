@@ -2,15 +2,17 @@
 
 vLLM's own renderer hands a template for plain language models strings with all images first. Ours
 lets :meth:`TokenFlexProcessor.apply_chat_template` write the prompt. It also sees what each image
-asks for, which vLLM drops: ``detail`` and ``num_image_tokens`` of an ``image_url``.
+asks for, which vLLM drops: ``detail`` and ``num_image_tokens`` of an ``image_url``; and prompts
+without images, which vLLM gives to no processor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from transformers.utils.chat_template_utils import _get_template_variables
+from vllm.inputs import TokensPrompt
 from vllm.renderers.base import DictPrompt
 from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_async
 from vllm.renderers.hf import HfRenderer
@@ -19,7 +21,7 @@ from vllm.renderers.params import ChatParams
 from vllm.utils.async_utils import make_async
 
 from tokenflex.models.conversations import template_source
-from tokenflex.serving.vllm.info import load_processor, user_errors
+from tokenflex.serving.vllm.info import TokenFlexProcessingInfo, load_processor, user_errors
 from tokenflex.serving.vllm.wishes import PER_IMAGE, image_wishes
 
 _OPTIONS = (
@@ -67,6 +69,20 @@ class TokenFlexRenderer(HfRenderer):
         with user_errors("messages"):
             text: str = processor.apply_chat_template(conversation, **options)
             return text
+
+    def _process_tokens(self, prompt: TokensPrompt, **options: Any) -> Any:
+        self._check_without_images(prompt)
+        return super()._process_tokens(prompt, **options)
+
+    async def _process_tokens_async(self, prompt: TokensPrompt, **options: Any) -> Any:
+        self._check_without_images(prompt)
+        return await super()._process_tokens_async(prompt, **options)
+
+    def _check_without_images(self, prompt: TokensPrompt) -> None:
+        """Refuse placeholders without images; where there are images our processor counts them."""
+        if not prompt.get("multi_modal_data"):
+            info = cast(TokenFlexProcessingInfo, self.get_mm_processor().info)
+            info.check_placeholders(prompt["prompt_token_ids"], 0)
 
     def _apply_prompt_extras(
         self, prompts: Sequence[Any], prompt_extras: dict[str, Any] | None
