@@ -158,7 +158,7 @@ def test_images_without_a_count_share_what_a_budget_leaves(served, folder):
         sizes(num_image_tokens=[16, "auto"], budget=19)
 
 
-def test_a_budget_counts_every_tile_of_a_fixed_image(served):
+def test_a_budget_counts_every_tile(served):
     images = [picture(1, (32, 96)), A]  # four tiles with the thumbnail, and one
     result = process(served, "<image> <image>", images, num_image_tokens=[9, "auto"], budget=40)
     assert runs(result) == [36, 4]
@@ -166,6 +166,8 @@ def test_a_budget_counts_every_tile_of_a_fixed_image(served):
         process(served, "<image> <image>", images, num_image_tokens=[9, "auto"], budget=39)
     with pytest.raises(VLLMValidationError, match=r"budget must be at least 45, .* got 44"):
         process(served, "<image> <image>", images, num_image_tokens=9, budget=44)
+    with pytest.raises(VLLMValidationError, match=r"budget must be at least 25, .* got 24"):
+        process(served, "<image> <image>", images, num_image_tokens=["auto", 9], budget=24)
 
 
 def test_a_budget_that_fixed_counts_keep_runs_no_encoder(served, monkeypatch):
