@@ -388,8 +388,8 @@ def test_a_jpeg_of_endless_scans_is_refused(tmp_path):
     for source in (bomb, str(tmp_path / "bomb.jpg"), Image.open(BytesIO(bomb))):
         with pytest.raises(ValueError, match="more than 100 scans"):
             load_image(source)
-    marker = b"\xff\xda" * 1000
-    assert pixels(jpeg_of_scans(3, metadata=marker, behind=marker)).shape == (64, 64, 3)
+    scans = b"\xff\xda\0\2" * 1000
+    assert pixels(jpeg_of_scans(3, metadata=scans, behind=b"\0\0" + scans)).shape == (64, 64, 3)
 
 
 def png_of_chunks(number):
@@ -405,6 +405,14 @@ def test_a_file_of_endless_pieces_is_refused(monkeypatch, tmp_path):
     for source in (png_of_chunks(1000), tmp_path / "bomb.png"):
         with pytest.raises(ValueError, match="more than 1000 pieces"):
             load_image(source)
+
+
+def test_a_tiff_of_endless_strips_is_refused(monkeypatch):
+    content = encoded(Image.fromarray(noise(8, 9)), "TIFF", tiffinfo={278: 1})  # a row each
+    assert np.array_equal(pixels(content), noise(8, 9))
+    monkeypatch.setattr(images, "MAX_STRIPS", 7)
+    with pytest.raises(ValueError, match="8 strips or tiles, more than 7"):
+        load_image(content)
 
 
 def test_a_plain_picture_of_endless_comments_is_refused():

@@ -13,7 +13,8 @@ a model sees the same pixels in use as in training:
 Files may come from strangers. Only the raster formats in :data:`FORMATS` are decoded, never one for
 which Pillow starts another program (EPS), and no picture of more than :func:`max_pixels` pixels.
 Nor is one that a small file makes slow: of more than :data:`MAX_SCANS` scans, in more than
-:data:`MAX_READS` pieces, or with more than :data:`MAX_COMMENTS` comments.
+:data:`MAX_READS` pieces or :data:`MAX_STRIPS` strips, or with more than :data:`MAX_COMMENTS`
+comments.
 """
 
 from __future__ import annotations
@@ -67,6 +68,9 @@ MAX_SCANS = 100
 
 MAX_READS = 1_000_000
 """Most times that a decoder asks for more of a file: Pillow takes some formats apart in Python."""
+
+MAX_STRIPS = 100_000
+"""Most strips or tiles of a TIFF: files in use have at most one per row."""
 
 MAX_COMMENTS = 1000
 """Most comments of a plain PPM, each of which makes Pillow copy what follows."""
@@ -280,6 +284,9 @@ def _check_pixels(image: Image.Image) -> None:
 
 def _check_passes(image: Image.Image) -> None:
     """Refuse a file whose decoding takes far longer than its pixels and bytes tell."""
+    strips = len(getattr(image, "tile", ()))
+    if strips > MAX_STRIPS:
+        raise ValueError(f"it has {strips} strips or tiles, more than {MAX_STRIPS}")
     file = getattr(image, "fp", None)
     if file is None or image.format not in ("JPEG", "MPO", "PPM"):
         return
