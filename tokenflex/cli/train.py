@@ -76,6 +76,8 @@ def _train(options: argparse.Namespace) -> int:
         if run.accelerator.num_processes > 1 and is_lost_connection(error):
             raise OtherProcessError(f"another process of the run is gone: {error}") from error
         raise
+    finally:
+        run.leave_group()
     if not run.is_main:
         return 0
     from tokenflex.training.curves import plot_curves

@@ -46,8 +46,7 @@ class TrainingRun:
     or infinite), ``broken_samples.json`` (the samples that were skipped, with the reason),
     ``config.json``, and at the end ``checkpoint/`` (model and processor) and ``report.json``.
 
-    No other run can write into the folder until :meth:`run` has ended. Nor can the processes
-    of the run communicate after it.
+    No other run can write into the folder until :meth:`run` has ended.
 
     Args:
         config: The configuration.
@@ -77,6 +76,8 @@ class TrainingRun:
         """Counts of the encoder's warm-up, if there is one, and of each stage that has begun."""
         self.saved_step = 0
         """The step of the current stage at which the last state was saved."""
+        self.ended_together = False
+        """True once :meth:`run` has ended at the same place in all processes."""
 
     def run(self) -> dict[str, Any]:
         """Train every stage, save the model, evaluate it.
@@ -102,22 +103,23 @@ class TrainingRun:
                         self._run_stage(stage_index)
                     report = self._finish()
         except AgreedStop as stop:
-            self._leave_group()
+            self.ended_together = True
             raise stop.reason from stop.reason.__cause__
         finally:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
             self.setup.folder.release()
-        self._leave_group()
+        self.ended_together = True
         return report
 
-    def _leave_group(self) -> None:
-        """End the communication with the other processes, which all do so at the same place.
+    def leave_group(self) -> None:
+        """End the communication with the other processes, if all have ended :meth:`run` alike.
 
-        Its threads would otherwise end with the interpreter, in any order, which can abort the
-        process.
+        A process that is about to end calls this. The threads of its group would otherwise end with
+        the interpreter, in any order, which can abort it.
         """
-        self.accelerator.state.destroy_process_group()
+        if self.ended_together:
+            self.accelerator.state.destroy_process_group()
 
     def _begin(self) -> int:
         """Restore weights, counts and files of a resumed run; return the index of its stage."""
