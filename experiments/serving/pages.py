@@ -27,7 +27,7 @@ ENGINES = {
     ),
     "`transformers serve` 5.23": ("in `chat_template_kwargs`", "no", "no", "no", "no"),
 }
-"""What each way to serve can do: a count per request, per image, auto, budget, shared encoder."""
+"""Abilities of each way to serve: a count per request, per image, auto, budget, shared encoder."""
 
 
 def load(name: str) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def test_results_ask_for_huge_pages_and_others_do_not():
     ],
 )
 def test_only_whole_pages_of_a_result_are_asked_for(first, last, pages):
-    """What lies beside a result belongs to others."""
+    """Memory beside a result belongs to others."""
     memory = np.frombuffer(mmap.mmap(-1, 5 * HUGE), np.uint8)
     start = -(-memory.ctypes.data // HUGE) * HUGE  # with a page before it or behind it
     extension().prefer_huge_pages(start + first, last - first)

@@ -1,4 +1,4 @@
-"""What holds for every kernel and every launch, read from their sources and arguments."""
+"""Rules for every kernel and every launch, read from their sources and arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each token sees: windows as the projector pools them, and where they are drawn."""
+"""Windows of the tokens, as the projector pools them, and the places where they are drawn."""
 
 from __future__ import annotations
 

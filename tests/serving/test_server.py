@@ -637,7 +637,7 @@ def test_a_body_that_never_ends_times_out():
 
 
 def test_bodies_that_wait_are_bounded_together():
-    """What was read is given back; a body for which there is no room gets 503."""
+    """Bytes that were read are given back; a body for which there is no room gets 503."""
     size = len(json.dumps(chat(image_part(1))))
     with running(tiny_served(), max_bytes=2 * size) as client:
         for _ in range(4):

@@ -1,4 +1,4 @@
-"""What a request to vLLM asks for, and the counts that are chosen before vLLM sees it."""
+"""Counts that a request to vLLM asks for, and those that are chosen before vLLM sees it."""
 
 from __future__ import annotations
 

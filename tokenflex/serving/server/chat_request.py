@@ -16,7 +16,7 @@ from tokenflex.counts import AUTO, TokenCount, token_grid
 from tokenflex.files import check_utf8, excerpt, parse_json, printable
 
 Wish: TypeAlias = "TokenCount | Literal['auto', 'low', 'high', 'default']"
-"""What a request says about an image: a count, a policy, the fewest or most, or nothing."""
+"""The request's word about an image: a count, a policy, the fewest or most, or nothing."""
 
 LARGEST_COUNT = 2**20
 _DETAILS = ("low", "high", "auto")

@@ -35,7 +35,7 @@ def feature_cache_bytes() -> int:
 
 
 class ConfigHook:
-    """What vLLM asks of an architecture as soon as it has read a checkpoint's config."""
+    """Hooks that vLLM calls as soon as it has read a checkpoint's config."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:

@@ -173,7 +173,7 @@ def _without(images: Sequence[bool], input_ids: Sequence[int], image_token_id: i
 
 
 class _Chooser(ImageFeatures, nn.Module):
-    """What :func:`choose_counts` uses of a model: its encoder, its embedding table, its config."""
+    """The parts of a model that :func:`choose_counts` uses: encoder, embedding table, config."""
 
     def __init__(self, checkpoint: str, config: TokenFlexConfig) -> None:
         super().__init__()

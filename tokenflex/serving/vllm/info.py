@@ -1,4 +1,4 @@
-"""What vLLM asks about a checkpoint before it has a request, and the options of one."""
+"""Answers to vLLM about a checkpoint, before there is a request, and the options of a request."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class RequestOptions:
 
 
 class TokenFlexProcessingInfo(BaseProcessingInfo):
-    """What vLLM asks about a checkpoint before it has a request."""
+    """Answers to vLLM about a checkpoint, before there is a request."""
 
     def get_hf_config(self) -> TokenFlexConfig:
         return cast(TokenFlexConfig, self.ctx.get_hf_config(TokenFlexConfig))
@@ -99,7 +99,7 @@ class TokenFlexProcessingInfo(BaseProcessingInfo):
 
     @property
     def chooser(self) -> CountChooser:
-        """What chooses the counts of "auto"."""
+        """The chooser of "auto" counts."""
         return _chooser(str(self.ctx.model_config.model))
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
