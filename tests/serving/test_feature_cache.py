@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.models.tiny import pixels, tiny_model
+from tokenflex.dropin.features import Patches
 from tokenflex.models.vision import EncodedImages
 from tokenflex.serving.feature_cache import FeatureCache, digest
 
@@ -182,6 +183,15 @@ def test_features_of_a_model_serve_every_count():
         output = model.get_image_features(encoded_images=encoded, num_image_tokens=count)
         assert [len(tokens) for tokens in output.pooler_output] == [count] * 2
     assert (cache.passes, cache.hits, len(cache)) == (1, 2, 1)
+
+
+def test_features_of_layers_count():
+    layers = ((torch.zeros(4, 6), [(2, 2)]),)
+    patches = Patches(torch.zeros(4, 5), ((2, 2),), layers)
+    for room in (0, 1):
+        cache: FeatureCache[EncodedImages] = FeatureCache(4 * (4 * 5 + 4 * 6) - 1 + room)
+        cache.features(pixels(1), lambda _: patches)
+        assert len(cache) == room
 
 
 def test_a_cleared_cache_encodes_again():

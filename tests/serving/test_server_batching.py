@@ -9,20 +9,26 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
+import torch
+from transformers import Siglip2ImageProcessorPil
 
+from tests.models.tiny import IMAGE, picture, vision_config
 from tests.serving.server_tools import (
     COUNTS,
     alone,
     chat,
+    data_url,
     image_part,
     pieces,
     running,
     streamed_text,
     tiny_served,
 )
+from tokenflex import TokenFlexConfig, TokenFlexForConditionalGeneration, TokenFlexProcessor
 from tokenflex.serving.server.batching import Answers, Batcher, Job
 from tokenflex.serving.server.chat_request import Limits, RequestError, parse_request
 from tokenflex.serving.server.metrics import Metrics
+from tokenflex.serving.server.served import TokenFlexServed
 
 
 class Harness:
@@ -101,6 +107,43 @@ def test_new_pictures_of_a_batch_are_encoded_in_one_pass():
     assert [a.usage["encoder_passes"] for a in answers] == [1, 1, 1, 0]
     del served.model.encode_images
     assert [a.texts[0] for a in answers] == [alone(served, [*shown], 9) for shown in seeds]
+
+
+def test_pictures_of_any_shape_share_a_pass(served):
+    """Patches of pictures of other shapes (NaFlex), each with its own grid."""
+    text = served.model.config.text_config
+    config = TokenFlexConfig(vision_config("siglip2"), text, image_token_id=IMAGE)
+    processor = TokenFlexProcessor(
+        Siglip2ImageProcessorPil(patch_size=4, max_num_patches=64),
+        served.processor.tokenizer,
+        chat_template=served.processor.chat_template,
+        num_image_tokens=4,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        model = TokenFlexForConditionalGeneration(config).eval()
+    any_shape = TokenFlexServed(model, processor, Limits(), 2**24)
+    encode, calls = model.encode_images, []
+
+    def counted(pixels, grids=None):
+        calls.append(len(pixels))
+        return encode(pixels, grids)
+
+    model.encode_images = counted
+
+    def answers(*shapes):
+        harness = Harness(any_shape)
+        for shape in shapes:
+            shown = image_part(data_url(picture(1, shape)))
+            harness.submit(chat(shown, num_image_tokens=[2, 3]))
+        return [answer.texts for answer in harness.run()]
+
+    wide, square, tall = (16, 64), (32, 32), (64, 16)
+    together = answers(wide, square) + answers(square, tall)
+    assert calls == [2, 1]  # the square is known by then
+    any_shape.cache.clear()
+    assert together == [*answers(wide), *answers(square) * 2, *answers(tall)]
+    assert calls == [2, 1, 1, 1, 1]
 
 
 def test_a_picture_that_cannot_be_encoded_fails_alone(served):

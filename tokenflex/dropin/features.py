@@ -109,14 +109,19 @@ class Patches(EncodedImages):
     layers: tuple[tuple[torch.Tensor, list[Grid]], ...] = ()
 
     @classmethod
-    def joined(cls, parts: Sequence[Patches]) -> Patches:
+    def joined(cls, parts: Sequence[Patches]) -> Patches:  # type: ignore[override]
         """Return the images of all parts, one part after another."""
         layers = [
             (torch.cat([maps for maps, _ in layer]), [grid for _, grids in layer for grid in grids])
             for layer in zip(*(part.layers for part in parts), strict=True)
         ]
-        features = torch.cat([part.features for part in parts])
-        return cls(features, tuple(grid for part in parts for grid in part.grids), tuple(layers))
+        images = EncodedImages.joined(parts)
+        return cls(images.features, images.grids, tuple(layers))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the features hold, those of layers included."""
+        return super().nbytes + sum(maps.untyped_storage().nbytes() for maps, _ in self.layers)
 
 
 def encode_patches(base: Any, image_inputs: dict[str, Any]) -> Patches:

@@ -44,6 +44,17 @@ class EncodedImages:
     def __len__(self) -> int:
         return len(self.grids)
 
+    @classmethod
+    def joined(cls, parts: Sequence[EncodedImages]) -> EncodedImages:
+        """Return the images of all parts, one part after another."""
+        features = torch.cat([part.features for part in parts])
+        return cls(features, tuple(grid for part in parts for grid in part.grids))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the features hold; of a view, all that it views."""
+        return self.features.untyped_storage().nbytes()
+
     def to(self, *args: Any, **kwargs: Any) -> EncodedImages:
         """Return a copy with its features moved as ``torch.Tensor.to`` does."""
         return EncodedImages(self.features.to(*args, **kwargs), self.grids)

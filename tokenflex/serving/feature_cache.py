@@ -145,10 +145,6 @@ class FeatureCache(Generic[Features]):
             _, oldest = self._features.popitem(last=False)
             self._bytes -= _bytes_held(oldest)
 
-    def __contains__(self, key: bytes) -> bool:
-        """Return whether the features of this :func:`digest` are kept."""
-        return key in self._features
-
     def __len__(self) -> int:
         """Return the number of pictures whose features are kept."""
         return len(self._features)
@@ -170,5 +166,6 @@ def digest(pixels: torch.Tensor, grids: Sequence[Grid] = ()) -> bytes:
 
 
 def _bytes_held(features: torch.Tensor | EncodedImages) -> int:
-    values = features.features if isinstance(features, EncodedImages) else features
-    return values.untyped_storage().nbytes()
+    if isinstance(features, EncodedImages):
+        return features.nbytes
+    return features.untyped_storage().nbytes()

@@ -37,8 +37,9 @@ from tokenflex.models.vision import EncodedImages
 from tokenflex.prompts import expand_placeholders, left_padded
 from tokenflex.routing.ladder import known_counts, trained_counts
 from tokenflex.routing.storage import has_router, load_router
-from tokenflex.serving.feature_cache import FeatureCache, digest
+from tokenflex.serving.feature_cache import FeatureCache
 from tokenflex.serving.loading import load_model
+from tokenflex.serving.passes import encode_in_passes
 from tokenflex.serving.server.chat_request import ChatRequest, Limits, RequestError, Sampling
 from tokenflex.serving.server.rows import Row, RowMonitor, RowSampler
 
@@ -71,7 +72,7 @@ class Prompt:
         tiles: inputs of the encoder that each image became.
         budget: the most vision tokens of all images together.
         max_tokens: of each answer; None until :meth:`ServedModel.read`.
-        ahead: images that were encoded together with those of other prompts, by their index.
+        encoded: features of each image, where images are encoded one by one.
         features: of the images, after :meth:`ServedModel.read`.
         encoder_passes: images that the encoder read for this prompt.
     """
@@ -82,7 +83,7 @@ class Prompt:
     tiles: list[int]
     budget: int | None
     max_tokens: int | None
-    ahead: dict[int, EncodedImages] = field(default_factory=dict)
+    encoded: list[EncodedImages] = field(default_factory=list)
     features: Any = None
     encoder_passes: int = 0
     token_types: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -363,34 +364,34 @@ class TokenFlexServed(ServedModel):
 
     @torch.no_grad()
     def encode_ahead(self, prompts: Sequence[Prompt]) -> None:
-        new: dict[bytes, tuple[Prompt, int, torch.Tensor]] = {}
-        for prompt in prompts:
-            for i, data in enumerate(prompt.inputs):
-                pixels = data["pixel_values"]
-                if data.get("grids") is None and (key := digest(pixels)) not in self.cache:
-                    new.setdefault(key, (prompt, i, pixels))
-        batch: list[tuple[Prompt, int, torch.Tensor]] = []
-        for picture in [*new.values(), None]:
-            tiles = sum(len(pixels) for *_, pixels in batch)
-            if batch and (picture is None or tiles + len(picture[2]) > TILES_AT_ONCE):
-                self._encode_batch(batch)
-                batch = []
-            if picture is not None:
-                batch.append(picture)
+        owners = [prompt for prompt in prompts for _ in prompt.inputs]
+        inputs = [data for prompt in prompts for data in prompt.inputs]
+        pixels = [data["pixel_values"] for data in inputs]
+        grids = [data.get("grids") or () for data in inputs]
 
-    def _encode_batch(self, batch: Sequence[tuple[Prompt, int, torch.Tensor]]) -> None:
-        if len(batch) < 2:
-            return  # :meth:`read` does it
-        pixels = torch.cat([pixels for *_, pixels in batch])
-        encoded = self.model.encode_images(pixels.to(self.model.device))
-        ends = accumulate(len(pixels) for *_, pixels in batch)
-        for (prompt, i, pixels), end in zip(batch, ends, strict=True):
-            prompt.ahead[i] = encoded.select(range(end - len(pixels), end))
+        def encode(missing: list[int]) -> list[EncodedImages]:
+            encoded = encode_in_passes(
+                [pixels[i] for i in missing],
+                lambda tiles, batch: self.model.encode_images(
+                    tiles.to(self.model.device),
+                    [grid for j in batch for grid in grids[missing[j]]] or None,
+                ),
+                lambda _: TILES_AT_ONCE,
+            )
+            for i in missing:
+                owners[i].encoder_passes += 1
+            self.encoded_images += len(missing)
+            return encoded
+
+        features = self.cache.features_of(pixels, encode, grids)
+        for prompt, image in zip(owners, features, strict=True):
+            prompt.encoded.append(image)
 
     def _read_images(self, prompt: Prompt) -> None:
-        encoded = [self._encoded(prompt, i) for i in range(len(prompt.inputs))]
-        prompt.features = join_encoded(encoded)
-        prompt.inputs = None
+        if not prompt.encoded:
+            self.encode_ahead([prompt])
+        encoded, prompt.encoded, prompt.inputs = prompt.encoded, [], None
+        prompt.features = EncodedImages.joined(encoded)
         if AUTO in prompt.counts:
             chosen = self._choose(prompt, encoded)
             prompt.counts = [next(chosen) if n == AUTO else n for n in prompt.counts]
@@ -399,20 +400,6 @@ class TokenFlexServed(ServedModel):
             prompt.ids = expand_placeholders(prompt.ids, prompt.image_tokens, image_token_id)
         else:
             self._check_grids(prompt.tile_counts, prompt.features.grids)
-
-    def _encoded(self, prompt: Prompt, i: int) -> EncodedImages:
-        data = prompt.inputs[i]
-        grids = data.get("grids")
-
-        def encode(pixels: torch.Tensor) -> EncodedImages:
-            prompt.encoder_passes += 1
-            self.encoded_images += 1
-            encoded = prompt.ahead.pop(i, None)
-            if encoded is None:
-                encoded = self.model.encode_images(pixels.to(self.model.device), grids)
-            return encoded
-
-        return self.cache.features(data["pixel_values"], encode, grids or ())
 
     def _choose(self, prompt: Prompt, encoded: Sequence[EncodedImages]) -> Iterator[TokenCount]:
         """Return the counts of the images that are to be chosen.
@@ -443,7 +430,7 @@ class TokenFlexServed(ServedModel):
                 ids[keep][None],
                 num_image_tokens=AUTO,
                 budget=budget,
-                encoded_images=join_encoded(images),
+                encoded_images=EncodedImages.joined(images),
                 tiles_per_image=tiles,
             )
         first_tiles = accumulate(tiles[:-1], initial=0)
@@ -454,13 +441,7 @@ class TokenFlexServed(ServedModel):
         if not images:
             return {}
         counts = [count for prompt in prompts for count in prompt.tile_counts]
-        return {"encoded_images": join_encoded(images), "num_image_tokens": counts}
-
-
-def join_encoded(parts: Sequence[EncodedImages]) -> EncodedImages:
-    """Return the images of all parts, one part after another."""
-    features = torch.cat([part.features for part in parts])
-    return EncodedImages(features, tuple(grid for part in parts for grid in part.grids))
+        return {"encoded_images": EncodedImages.joined(images), "num_image_tokens": counts}
 
 
 class ConvertedServed(ServedModel):

@@ -150,10 +150,7 @@ class CountChooser:
             num_image_tokens=AUTO,
             penalty=penalty,
             budget=budget,
-            encoded_images=EncodedImages(
-                torch.cat([images.features for images in encoded]),
-                tuple(grid for images in encoded for grid in images.grids),
-            ),
+            encoded_images=EncodedImages.joined(encoded),
             tiles_per_image=[len(images) for images in encoded],
         )
         first_tiles = accumulate([len(images) for images in encoded[:-1]], initial=0)

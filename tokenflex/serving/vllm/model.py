@@ -30,6 +30,7 @@ from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.image_features import ImageFeatures, build_projector
 from tokenflex.models.vision import EncodedImages
 from tokenflex.serving.feature_cache import FeatureCache
+from tokenflex.serving.passes import encode_in_passes
 from tokenflex.serving.vllm import feature_cache_bytes
 from tokenflex.serving.vllm.info import TokenFlexDummyInputs, TokenFlexProcessingInfo
 from tokenflex.serving.vllm.processing import TokenFlexMultiModalProcessor
@@ -111,10 +112,7 @@ class TokenFlexForVLLM(ImageFeatures, nn.Module, SupportsMultiModal, SupportsPP)
             for _ in image.grids
         ]
         device = self.projector.layernorm.weight.device
-        features = EncodedImages(
-            torch.cat([image.features for image in encoded]).to(device),
-            tuple(grid for image in encoded for grid in image.grids),
-        )
+        features = EncodedImages.joined(encoded).to(device)
         outputs = self.get_image_features(encoded_images=features, num_image_tokens=counts)
         tiles = iter(outputs.pooler_output)
         return [torch.cat([next(tiles) for _ in image.grids]) for image in encoded]
@@ -128,27 +126,14 @@ class TokenFlexForVLLM(ImageFeatures, nn.Module, SupportsMultiModal, SupportsPP)
         more patches than vLLM's memory profile, whose images have a token per patch.
         """
         device = self.projector.layernorm.weight.device
-        encoded: dict[int, EncodedImages] = {}
-        for batch in self._passes(images):
-            grids = [grid for i in batch for grid in patch_grids[i]] or None
-            pixels = torch.cat([images[i] for i in batch]).to(device)
-            features = self.encode_images(pixels, grids).to("cpu")
-            tiles = iter(range(len(features)))
-            for i in batch:
-                # A copy, as a view would keep the whole pass in memory.
-                encoded[i] = features.select([next(tiles) for _ in images[i]])
-        return [encoded[i] for i in range(len(images))]
 
-    def _passes(self, images: list[torch.Tensor]) -> list[list[int]]:
-        """Return the indices of the images of each pass."""
-        passes: dict[torch.Size, list[list[int]]] = {}
-        for i, pixels in enumerate(images):
-            same_shape = passes.setdefault(pixels.shape[1:], [[]])
-            tiles = sum(len(images[j]) for j in same_shape[-1]) + len(pixels)
-            if same_shape[-1] and tiles * self._patches(pixels) > self._patches_per_pass:
-                same_shape.append([])
-            same_shape[-1].append(i)
-        return [batch for batches in passes.values() for batch in batches]
+        def encode(pixels: torch.Tensor, batch: list[int]) -> EncodedImages:
+            grids = [grid for i in batch for grid in patch_grids[i]] or None
+            return self.encode_images(pixels.to(device), grids).to("cpu")
+
+        return encode_in_passes(
+            images, encode, lambda pixels: self._patches_per_pass // self._patches(pixels)
+        )
 
     def _patches(self, pixels: torch.Tensor) -> int:
         """Return the patches of a tile."""
