@@ -71,7 +71,7 @@ GOOD: list[Any] = [
     },
 ]
 FUZZED = settings(
-    max_examples=2_000,
+    max_examples=300,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
     derandomize=True,

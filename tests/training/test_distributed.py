@@ -9,12 +9,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from tests.forked import Command
 from tests.training.runs import (
     ROOT,
     evaluations,
@@ -235,7 +237,7 @@ def test_an_error_on_one_rank_ends_the_other(session):
 # ---- processes that are ended from outside
 
 
-def wait_for_step(processes: list[subprocess.Popen], output: Path, step: int) -> None:
+def wait_for_step(processes: Sequence[Command | subprocess.Popen], output: Path, step: int) -> None:
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and all(one.poll() is None for one in processes):
         path = output / "metrics.jsonl"
@@ -281,18 +283,12 @@ def test_a_rank_that_is_killed_ends_the_other_with_an_error(tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": port}
+    world |= {"MASTER_ADDR": "127.0.0.1"}
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tokenflex.cli", "train", str(config)],
-            env={
-                **ENVIRONMENT,
-                **world,
-                "MASTER_ADDR": "127.0.0.1",
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-            },
-            stderr=subprocess.PIPE,
-            text=True,
+        Command(
+            *("train", config),
+            folder=tmp_path,
+            environment={**world, "RANK": rank, "LOCAL_RANK": rank},
         )
         for rank in "01"
     ]

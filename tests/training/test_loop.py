@@ -9,8 +9,6 @@ import re
 import resource
 import signal
 import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,8 +18,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.forked import Command
 from tests.training.runs import (
-    ROOT,
     evaluations,
     metrics,
     own_data,
@@ -262,7 +260,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_two(config: Path) -> list[subprocess.Popen]:
+def start_two(config: Path) -> list[Command]:
     """Two processes on this machine that train together."""
     world = {
         "WORLD_SIZE": "2",
@@ -674,20 +672,12 @@ def test_reduced_precision_trains(finished, tmp_path, precision):
 # ---- processes
 
 
-def start(config: Path, environment: dict[str, str] | None = None) -> subprocess.Popen:
-    """`tokenflex train` as a user runs it, in a process group of its own, as in a terminal."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "tokenflex.cli", "train", str(config)],
-        cwd=config.parent,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def start(config: Path, environment: dict[str, str] | None = None) -> Command:
+    """`tokenflex train` in a process group of its own, as in a terminal."""
+    return Command("train", config, folder=config.parent, environment=environment)
 
 
-def signal_after(process: subprocess.Popen, output: Path, place: tuple[int, int], sign: int) -> str:
+def signal_after(process: Command, output: Path, place: tuple[int, int], sign: int) -> str:
     """Send ``sign`` once ``place`` (stage, step) is logged and a state is there; returns stderr."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and process.poll() is None:
@@ -736,7 +726,7 @@ class Stopped(NamedTuple):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory) -> dict[str, Stopped]:
-    """Three runs of the same, stopped from outside; side by side, as starting takes longest."""
+    """Three runs of the same, stopped from outside, side by side."""
 
     def stop(name: str, workers: int, place: tuple[int, int], sign: int) -> Stopped:
         config = configured(tmp_path_factory.mktemp(name), workers=workers, **LONGER)
