@@ -54,7 +54,7 @@ class Command:
         before: Callable[[], None] | None = None,
     ) -> None:
         self.stdout, self.stderr = files = [
-            tempfile.NamedTemporaryFile("r+")  # noqa: SIM115: it is removed with this object
+            tempfile.NamedTemporaryFile("r+")  # noqa: SIM115  # removed together with this object
             for _ in range(2)
         ]
         paths = [file.name for file in files]
