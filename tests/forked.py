@@ -115,6 +115,7 @@ def _run(
     from tokenflex.cli import main
 
     os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # workers start as in any process
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     os.chdir(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,6 +34,23 @@ def start(config: Path, *options: str, ranks: int = 1) -> Process:
         text=True,
         start_new_session=True,
     )
+
+
+def start_two(config: Path) -> list[Command]:
+    """Two ranks that train together without torchrun, which would end one when the other ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": port}
+    world |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+    return [
+        Command(
+            *("train", config),
+            folder=config.parent,
+            environment={**world, "RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]
 
 
 def steps_logged(output: Path) -> int:

@@ -8,7 +8,6 @@ import os
 import re
 import resource
 import signal
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.forked import Command
+from tests.training.processes import start, start_two
 from tests.training.runs import (
     evaluations,
     metrics,
@@ -252,24 +252,6 @@ def test_clipping_measures_the_gradients_of_this_step_only(tmp_path, monkeypatch
         patch.setattr(torch.optim.AdamW, "step", recording)
         training.run()
     assert holders == {n for n in training.model.state_dict() if n.startswith("model.projector.")}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start_two(config: Path) -> list[Command]:
-    """Two processes on this machine that train together."""
-    world = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "ACCELERATE_USE_CPU": "true",
-    }
-    return [start(config, {**world, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
 
 
 @pytest.mark.slow
@@ -670,11 +652,6 @@ def test_reduced_precision_trains(finished, tmp_path, precision):
 
 
 # ---- processes
-
-
-def start(config: Path, environment: dict[str, str] | None = None) -> Command:
-    """`tokenflex train` in a process group of its own, as in a terminal."""
-    return Command("train", config, folder=config.parent, environment=environment)
 
 
 def signal_after(process: Command, output: Path, place: tuple[int, int], sign: int) -> str:
