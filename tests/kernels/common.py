@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.selection import ALL
 from tokenflex_kernels.pool_norm.axis_weights import MODES as MODES
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -46,12 +47,13 @@ SPREADS = [
 def sampled(number, *axes):
     """Return combinations of a value of each axis for ``parametrize``; of one axis, its values.
 
-    They are all on a GPU. Triton interprets a kernel in the time of a thousand launches, so there
-    are ``number`` of them then; a value of the first axis meets others of the rest at each turn.
+    They are all on a GPU and in ``make test-release``. Triton interprets a kernel in the time of
+    a thousand launches, so there are ``number`` of them then; a value of the first axis meets
+    others of the rest at each turn.
     """
     if len(axes) == 1:
-        return [*axes[0]][: number if INTERPRETED else None]
-    if not INTERPRETED:
+        return [*axes[0]][: None if ALL or not INTERPRETED else number]
+    if ALL or not INTERPRETED:
         return [*product(*axes)]
     turns = [divmod(i, len(axes[0])) for i in range(number)]
     return [

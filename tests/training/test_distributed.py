@@ -284,6 +284,7 @@ LONG = {
 }
 
 
+@pytest.mark.release
 def test_sigterm_to_torchrun_saves_and_ends_all(tmp_path):
     config = write_config(tmp_path / "run.yaml", tiny_values(tmp_path / "run", **LONG, **SHARDED))
     launcher = torchrun("tokenflex.cli", "train", config)

@@ -67,7 +67,7 @@ def train(config: Path) -> None:
     [
         (1, signal.SIGTERM, {}),
         (1, signal.SIGINT, {"evaluation": EVALUATED}),
-        (2, signal.SIGTERM, {"workers": 1}),
+        (2, signal.SIGTERM, {"workers": 1, "sharding": "full"}),
     ],
 )
 def test_a_signal_to_the_group_saves_the_last_whole_step(tmp_path, ranks, number, changes):
