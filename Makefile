@@ -47,9 +47,9 @@ demo: setup
 	@echo 'Ask the model something:'
 	@echo "  $(BIN)/tokenflex generate --model runs/demo/checkpoint --image examples/digits.png --prompt 'read r2c3' --tokens 4,9,16"
 
-# Parts that one core each works on, the longest first, so that both are busy until the end.
+# Three parts at a time, the longest first: while one waits for processes or sockets, two cores have work.
 test: setup
-	$(MAKE) -j2 $(and $(filter output-sync,$(.FEATURES)),--output-sync=line) \
+	$(MAKE) -j3 $(and $(filter output-sync,$(.FEATURES)),--output-sync=line) \
 	  test-cpu test-folder-training test-folder-dropin test-kernels test-claim test-folder-models \
 	  test-folder-kernels test-folder-serving lint test-torchvision test-aot
 
