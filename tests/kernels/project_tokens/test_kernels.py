@@ -105,7 +105,7 @@ class TestAgainstFloat64:
             [(draw.randint(1, 5), draw.randint(1, 5)) for _ in range(images)]
             for images in [draw.randint(1, 3)] * 2
         ]
-        width, hidden, text = (draw.randint(2, 40) for _ in range(3))
+        width, hidden, text = (draw.randint(2, 70) for _ in range(3))
         missing = [name for name in BIASES if draw.random() < 0.3]
         ours, peer = ours_and_peer(
             *grids, mode=draw.choice(MODES), save=draw.choice(SAVES), eps=0.1
