@@ -1,7 +1,9 @@
 # make demo    train, evaluate and plot a tiny model in minutes          (no GPU needed)
-# make test    lint, types, then side by side the CPU tests, the processors beside torchvision, and the kernels
-#              interpreted and compiled, then the paper's claim on models that are trained for it in two
-#              minutes (no GPU needed)
+# make test    side by side on two cores: lint, types, the CPU tests, the processors beside torchvision, the
+#              kernels interpreted and compiled, and the paper's claim on models that are trained for it in
+#              two minutes (no GPU needed)
+# make test-release    the same with all tests: those marked `release`, every combination of the interpreted
+#              kernels' cases, more random records (see tests/selection.py; no GPU needed)
 # make aot     every kernel and shipped configuration compiled, for every dtype; make test: bfloat16 alone
 # make test-ptx        every kernel's PTX, executed on the CPU: results, races, counts (no GPU needed)
 # make test-versions   the quick tests on the oldest and the newest releases that the package admits
@@ -26,7 +28,7 @@ OUT ?= runs/gpu
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-cpu test-kernels aot test-ptx test-training test-claim test-torchvision \
+.PHONY: demo test test-release test-cpu test-kernels test-aot aot test-ptx test-claim test-torchvision \
   test-vllm test-play test-openvino test-versions test-oldest test-newest test-dropin-oldest lint setup \
   gpu tune sanitize sanitize-threads sanitize-gpu clean
 
@@ -45,19 +47,28 @@ demo: setup
 	@echo 'Ask the model something:'
 	@echo "  $(BIN)/tokenflex generate --model runs/demo/checkpoint --image examples/digits.png --prompt 'read r2c3' --tokens 4,9,16"
 
-test: setup lint
-	$(MAKE) -j2 $(and $(filter output-sync,$(.FEATURES)),--output-sync=line) test-cpu test-kernels test-training test-claim test-torchvision
+# Three parts at a time, the longest first: while one waits for processes or sockets, two cores have work.
+test: setup
+	$(MAKE) -j3 $(and $(filter output-sync,$(.FEATURES)),--output-sync=line) \
+	  test-cpu test-folder-training test-folder-dropin test-kernels test-claim test-folder-models \
+	  test-folder-kernels test-folder-serving lint test-torchvision test-aot
+
+test-release:
+	TOKENFLEX_TESTS=all $(MAKE) test
+
+# The folders of tests that are parts of their own; test-cpu runs all others.
+FOLDERS := dropin kernels models serving training
+test-folder-%:
+	$(BIN)/python -m pytest tests/$*
 
 test-cpu:
-	$(BIN)/python -m pytest --ignore tests/training
-
-# By themselves, so that both cores have about as much to do.
-test-training:
-	$(BIN)/python -m pytest tests/training
+	$(BIN)/python -m pytest $(addprefix --ignore tests/,$(FOLDERS))
 
 KERNEL_TESTS := $(wildcard tests/kernels/test_kernels*.py tests/kernels/*/test_kernels*.py)
 test-kernels:
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(KERNEL_TESTS)
+
+test-aot:
 	$(BIN)/python -m tokenflex_kernels.aot --quiet --quick
 
 # Beside `make test`, which compiles for bfloat16 alone.
@@ -79,8 +90,10 @@ test-ptx-%:
 TORCHVISION := .venv-torchvision
 test-torchvision: $(TORCHVISION)/.ready
 	PYTHONPATH=$(TORCHVISION) $(BIN)/python -m pytest -m 'not slow and not gpu' \
-	  $(addprefix tests/models/test_,processing.py tiling.py ristretto.py vision.py) tests/data \
-	  $(addprefix tests/dropin/test_,processor.py families.py fitting.py replace.py)
+	  -k 'not dropin or processor or collator' \
+	  $(addprefix tests/models/test_,processing.py tiling.py ristretto.py vision.py) \
+	  $(addprefix tests/data/test_,packing.py pictures.py steps.py) tests/dropin \
+	  tests/evaluation/test_runner.py::test_a_report_says_what_resized_the_images
 
 $(TORCHVISION)/.ready: .venv/.ready constraints/torchvision.txt
 	rm -rf $(TORCHVISION)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+from tests.selection import ALL
 from tests.torchvision_ops import make_torchvision_importable
 
 make_torchvision_importable()
@@ -97,7 +98,11 @@ def pytest_report_header() -> str | None:
     return f"not installed: {', '.join(_MISSING)}; left out: {', '.join(collect_ignore)}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not ALL:
+        left_out = [item for item in items if "release" in item.keywords]
+        items[:] = [item for item in items if "release" not in item.keywords]
+        config.hook.pytest_deselected(items=left_out)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and there is none here")

@@ -1173,8 +1173,7 @@ def test_python_runs_it_as_a_module(capsys, monkeypatch, tmp_path, module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["tokenflex", "tokenflex.cli"])
-@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize(("module", "debug"), [("tokenflex", False), ("tokenflex.cli", True)])
 def test_as_a_process(tmp_path, module, debug):
     result = subprocess.run(
         [sys.executable, "-m", module, "plot", str(tmp_path), *["--debug"] * debug],

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from tests.selection import ALL
 from tokenflex.data.huggingface import HuggingFaceDataset
 from tokenflex.data.image_paths import ImageFolder
 from tokenflex.data.media import MEDIA_KEYS, PICTURE_KEYS
@@ -71,7 +72,7 @@ GOOD: list[Any] = [
     },
 ]
 FUZZED = settings(
-    max_examples=2_000,
+    max_examples=2_000 if ALL else 300,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
     derandomize=True,

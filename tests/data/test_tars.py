@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.test_webdataset import MESSAGES, encoded, tar
+from tests.selection import ALL
 from tokenflex.data.tars import MAX_HEADER_BYTES, MAX_HEADERS, Member, members
 from tokenflex.data.webdataset import WebDataset
 
@@ -145,7 +146,7 @@ def test_names_of_any_bytes_are_shown_on_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_a_flipped_byte_is_another_tar_or_a_value_error(tmp_path):
-    """2,000 tars with up to four bytes of a header changed, checksums right in half of them."""
+    """Tars with up to four bytes of a header changed, checksums right in half of them."""
     good = tar(
         tmp_path / "good.tar",
         {"0.json": MESSAGES, "0.png": encoded(1), "f/" * 80 + "1.json": MESSAGES},
@@ -156,7 +157,7 @@ def test_a_flipped_byte_is_another_tar_or_a_value_error(tmp_path):
     outcomes = {"read": 0, "refused": 0}
     longest = 0
     tracemalloc.start()
-    for number in range(2_000):
+    for number in range(2_000 if ALL else 500):
         content = bytearray(good)
         head = draw.choice(heads)
         for _ in range(draw.randint(1, 4)):
@@ -180,6 +181,6 @@ def test_a_flipped_byte_is_another_tar_or_a_value_error(tmp_path):
                 longest = max(longest, len(str(error)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert min(outcomes.values()) > 100, outcomes
+    assert min(outcomes.values()) > 25, outcomes
     assert peak < 2**23
     assert longest < 1000

@@ -734,7 +734,7 @@ def test_columns_that_trainer_takes_away_are_missed(processor, tmp_path):
     train(tmp_path, collator, samples, remove_unused_columns=True)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_compiled_training_has_the_same_loss(processor, tmp_path):
     collator = DataCollatorWithPacking(processor, COUNTS)
     expected, _ = train(tmp_path, collator)

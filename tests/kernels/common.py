@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+import os
+from itertools import accumulate, product
 from math import ceil
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.selection import ALL
 from tokenflex_kernels.pool_norm.axis_weights import MODES as MODES
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Of every file of kernel tests.
 ON_TRITON = pytest.mark.usefixtures("device", "kernel_environment")
 SAVES = ("preactivation", "input")
@@ -39,6 +42,24 @@ SPREADS = [
     pytest.param(lambda vector: torch.stack([vector, vector + 1], 1)[:, 0], id="column"),
     pytest.param(lambda vector: vector[:1].expand(len(vector)), id="expanded"),
 ]
+
+
+def sampled(number, *axes):
+    """Return combinations of a value of each axis for ``parametrize``; of one axis, its values.
+
+    They are all on a GPU and in ``make test-release``. Triton interprets a kernel in the time of
+    a thousand launches, so there are ``number`` of them then; a value of the first axis meets
+    others of the rest at each turn.
+    """
+    if len(axes) == 1:
+        return [*axes[0]][: None if ALL or not INTERPRETED else number]
+    if ALL or not INTERPRETED:
+        return [*product(*axes)]
+    turns = [divmod(i, len(axes[0])) for i in range(number)]
+    return [
+        tuple(axis[(step + place * turn) % len(axis)] for place, axis in enumerate(axes))
+        for turn, step in turns
+    ]
 
 
 def rows_of(grids) -> int:

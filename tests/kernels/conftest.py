@@ -7,7 +7,6 @@ interpreter; Triton reads the variable as it is imported, so it cannot be set in
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,12 +15,11 @@ import pytest
 import torch
 
 from benchmarks.stubbed_gpu import unrecorded
+from tests.kernels.common import INTERPRETED
 from tokenflex_kernels import backend, launch, launch_configs
 from tokenflex_kernels.pool_norm import stages as pool_norm_stages
 from tokenflex_kernels.project_and_pack import stages as project_and_pack_stages
 from tokenflex_kernels.swiglu import stages as swiglu_stages
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED:
     DEVICES = [pytest.param("cpu", id="interpreter")]

@@ -1,6 +1,6 @@
-"""Called by each process of ``torchrun -m tests.models.parallel FOLDER``: one model, two devices.
+"""Called by each process of ``torchrun -m tests.models.parallel FOLDER...``: models on two devices.
 
-It loads the model in FOLDER sharded over the processes, calls it in every way that
+It loads the model in each FOLDER sharded over the processes, calls it in every way that
 :func:`results` names, and saves what came of it as ``FOLDER/RANK.pt``.
 """
 
@@ -41,12 +41,12 @@ def results(model: Any) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    model = TokenFlexForConditionalGeneration.from_pretrained(folder, tp_plan="auto").eval()
-    saved = results(model)
-    saved["rows of q_proj here"] = torch.tensor(
-        len(model.model.language_model.layers[0].self_attn.q_proj.weight.to_local())
-    )
-    torch.save(saved, folder / f"{dist.get_rank()}.pt")
+    for folder in map(Path, sys.argv[1:]):
+        model = TokenFlexForConditionalGeneration.from_pretrained(folder, tp_plan="auto").eval()
+        saved = results(model)
+        saved["rows of q_proj here"] = torch.tensor(
+            len(model.model.language_model.layers[0].self_attn.q_proj.weight.to_local())
+        )
+        torch.save(saved, folder / f"{dist.get_rank()}.pt")
     dist.destroy_process_group()
     os._exit(0)  # see tests/kernels/project_tokens/test_kernels_sharded.py

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import transformers
@@ -54,7 +55,7 @@ def modules_cache(tmp_path, monkeypatch) -> Path:
     return cache
 
 
-def python(code: str) -> str:
+def python(code: str, **environment: str) -> str:
     """The output of a process of its own."""
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", code],
@@ -62,59 +63,86 @@ def python(code: str) -> str:
         text=True,
         stdin=subprocess.DEVNULL,
         cwd=Path(tokenflex.__file__).parents[1],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "warning"},
+        env={
+            **os.environ,
+            **{"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "warning"},
+            **environment,
+        },
         check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def load_each(folder: Path, before: str = "", **options: bool) -> dict[str, str]:
-    """Load by each Auto class in one process: the class that came, or the error."""
-    lines = python(
-        f"""
-{before}
-import transformers
-for name in {list(KNOWN)!r}:
-    try:
-        loaded = getattr(transformers, name).from_pretrained({str(folder)!r}, **{options})
-        print("LOADED", name, type(loaded).__module__, type(loaded).__name__)
-    except Exception as error:
-        print("LOADED", name, type(error).__name__, str(error).replace("\\n", " "))
+LOAD_EACH = f"""
+def load_each(mark, folder, **options):
+    import transformers
+    for name in {list(KNOWN)!r}:
+        try:
+            loaded = getattr(transformers, name).from_pretrained(folder, **options)
+            print(mark, name, type(loaded).__module__, type(loaded).__name__)
+        except Exception as error:
+            print(mark, name, type(error).__name__, str(error).replace("\\n", " "))
 """
-    ).splitlines()
-    loaded = [line[line.index("LOADED") :].split(" ", 3) for line in lines if "LOADED" in line]
-    return {name: f"{where} {what}" for _, name, where, what in loaded}
 
 
-def test_a_process_that_does_not_know_us_is_told_so(folder, modules_cache):
-    for name, outcome in load_each(folder).items():
-        assert outcome.startswith("ValueError"), name
-        assert "trust_remote_code=True" in outcome
-        assert str(folder) in outcome
-    assert not modules_cache.exists()
+def loaded_by(output: str, mark: str) -> dict[str, str]:
+    """By Auto class: the class that came, or the error."""
+    lines = [line[line.index(mark) :].split(" ", 3) for line in output.splitlines() if mark in line]
+    assert len(lines) == len(KNOWN)
+    return {name: f"{where} {what}" for _, name, where, what in lines}
 
 
-def test_a_process_that_trusts_the_checkpoint_gets_our_classes(folder, modules_cache):
-    loaded = load_each(folder, trust_remote_code=True)
-    assert {name: outcome.split()[1] for name, outcome in loaded.items()} == KNOWN
-    assert all(outcome.startswith("tokenflex.models.") for outcome in loaded.values())
-    assert list(modules_cache.rglob(STUB))
+class Stranger(NamedTuple):
+    """The output of a process that did not import us, and the folder that it saved to."""
+
+    output: str
+    again: Path
+    modules_cache: Path
 
 
-def test_what_was_loaded_so_is_saved_as_any_other(folder, tmp_path):
-    again = tmp_path / "again"
-    python(
+@pytest.fixture(scope="module")
+def stranger(folder, tmp_path_factory) -> Stranger:
+    """One process: it loads by each class, then again trusting the checkpoint, and saves."""
+    place = tmp_path_factory.mktemp("stranger")
+    again, cache = place / "again", place / "modules"
+    output = python(
         f"""
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
+{LOAD_EACH}
+import os
+load_each("UNKNOWN", {str(folder)!r})
+print("CODE", os.path.exists({str(cache)!r}))
 options = {{"trust_remote_code": True}}
+load_each("TRUSTED", {str(folder)!r}, **options)
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
 for auto in (AutoConfig, AutoModelForImageTextToText, AutoProcessor):
     auto.from_pretrained({str(folder)!r}, **options).save_pretrained({str(again)!r})
 ask = pipeline("image-text-to-text", {str(folder)!r}, **options)
 assert type(ask.model).__name__ == "TokenFlexForConditionalGeneration"
 assert type(ask.processor).__name__ == "TokenFlexProcessor"
-"""
+""",
+        HF_MODULES_CACHE=str(cache),
     )
+    return Stranger(output, again, cache)
+
+
+def test_a_process_that_does_not_know_us_is_told_so(folder, stranger):
+    for name, outcome in loaded_by(stranger.output, "UNKNOWN").items():
+        assert outcome.startswith("ValueError"), name
+        assert "trust_remote_code=True" in outcome
+        assert str(folder) in outcome
+    assert "CODE False" in stranger.output
+
+
+def test_a_process_that_trusts_the_checkpoint_gets_our_classes(stranger):
+    loaded = loaded_by(stranger.output, "TRUSTED")
+    assert {name: outcome.split()[1] for name, outcome in loaded.items()} == KNOWN
+    assert all(outcome.startswith("tokenflex.models.") for outcome in loaded.values())
+    assert list(stranger.modules_cache.rglob(STUB))
+
+
+def test_what_was_loaded_so_is_saved_as_any_other(folder, stranger):
+    again = stranger.again
     assert {file.name for file in again.iterdir()} == {file.name for file in folder.iterdir()}
     for name in ("config.json", "processor_config.json"):
         maps = [json.loads((place / name).read_text())["auto_map"] for place in (folder, again)]
@@ -122,12 +150,24 @@ assert type(ask.processor).__name__ == "TokenFlexProcessor"
     assert (again / STUB).read_text() == (folder / STUB).read_text()
 
 
+# Some libraries hold the package that transformers replaced by a second one.
+NAMES_LOAD_NOTHING = """
+import sys
+import transformers
+import tokenflex
+held = transformers
+assert "torch" not in sys.modules
+from transformers import LlamaForCausalLM
+for package in (held, transformers, sys.modules["transformers"]):
+    assert package.TokenFlexForConditionalGeneration.__module__ == "tokenflex.models.modeling"
+assert LlamaForCausalLM.__name__ == "LlamaForCausalLM"
+"""
+
+
 @pytest.mark.parametrize(
     ("before", "options"),
-    [
-        ("import tokenflex", {}),
-        ("import transformers, tokenflex", {"trust_remote_code": True}),
-    ],
+    [("import tokenflex", {}), (NAMES_LOAD_NOTHING, {"trust_remote_code": True})],
+    ids=["alone", "after transformers, whose names load nothing before they are used"],
 )
 def test_a_process_that_knows_us_runs_no_code_of_the_checkpoint(
     folder, tmp_path, before, options, modules_cache
@@ -135,7 +175,8 @@ def test_a_process_that_knows_us_runs_no_code_of_the_checkpoint(
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     (broken / STUB).write_text("raise RuntimeError('code of the checkpoint was run')")
-    loaded = load_each(broken, before, **options)
+    output = python(f"{before}\n{LOAD_EACH}\nload_each('LOADED', {str(broken)!r}, **{options})")
+    loaded = loaded_by(output, "LOADED")
     assert {name: outcome.split()[1] for name, outcome in loaded.items()} == KNOWN
     assert not modules_cache.exists()
 
@@ -228,20 +269,3 @@ def test_the_pipeline_of_any_modality_answers(folder):
     options = {"max_new_tokens": 3, "return_full_text": False}
     answer, expected = (one(text=chat, **options)[0]["generated_text"] for one in (ask, same))
     assert answer == expected
-
-
-def test_names_on_the_package_load_nothing_before_they_are_used():
-    """Some libraries hold the package that transformers replaced by a second one."""
-    python(
-        """
-import sys
-import transformers
-import tokenflex
-held = transformers
-assert "torch" not in sys.modules
-from transformers import LlamaForCausalLM
-for package in (held, transformers, sys.modules["transformers"]):
-    assert package.TokenFlexForConditionalGeneration.__module__ == "tokenflex.models.modeling"
-assert LlamaForCausalLM.__name__ == "LlamaForCausalLM"
-"""
-    )

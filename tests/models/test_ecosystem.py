@@ -111,17 +111,26 @@ def test_device_map_moves_weights_and_changes_nothing(shards, tmp_path, devices)
     assert torch.equal(loaded.generate(**inputs, **GENERATION), expected)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("text", ["qwen2", "llama"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_tensor_parallel_processes_compute_what_one_does(tmp_path, text, tied):
-    config = tiny_config(text)
-    config.text_config.tie_word_embeddings = config.tie_word_embeddings = tied
-    model = TokenFlexForConditionalGeneration(config)
-    model.save_pretrained(tmp_path)
+VARIANTS = [(text, tied) for text in ("qwen2", "llama") for tied in (True, False)]
+
+
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory) -> dict[tuple[str, bool], tuple[dict, list[dict]]]:
+    """The results of each variant in this process, and those of two that share it.
+
+    Starting two takes longer than all that they do.
+    """
+    folders, expected = {}, {}
+    for text, tied in VARIANTS:
+        config = tiny_config(text)
+        config.text_config.tie_word_embeddings = config.tie_word_embeddings = tied
+        model = TokenFlexForConditionalGeneration(config)
+        folders[text, tied] = tmp_path_factory.mktemp(text)
+        model.save_pretrained(folders[text, tied])
+        expected[text, tied] = results(model.eval())
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     done = subprocess.run(
-        [sys.executable, *launcher, "tests.models.parallel", str(tmp_path)],
+        [sys.executable, *launcher, "tests.models.parallel", *map(str, folders.values())],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -129,9 +138,17 @@ def test_tensor_parallel_processes_compute_what_one_does(tmp_path, text, tied):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    expected = results(model.eval())
-    for rank in range(2):
-        actual = torch.load(tmp_path / f"{rank}.pt")
+    return {
+        variant: (expected[variant], [torch.load(folder / f"{rank}.pt") for rank in range(2)])
+        for variant, folder in folders.items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("text", "tied"), VARIANTS)
+def test_tensor_parallel_processes_compute_what_one_does(parallel, text, tied):
+    expected, ranks = parallel[text, tied]
+    for actual in ranks:
         assert actual.pop("rows of q_proj here") == 16
         assert actual.keys() == expected.keys()
         for name, value in expected.items():

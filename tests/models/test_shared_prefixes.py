@@ -151,7 +151,7 @@ def test_gradient_checkpointing_does_not_change_gradients():
     assert_same_gradients(checkpointed, plain)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_compiled_model_gives_the_same_logits_and_gradients():
     forest = trees()
     plain, model = tiny_model().train(), tiny_model().train()

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.forked import Command
 from tests.serving.server_tools import Client, alone, chat, image_part, pieces, tiny_served
 from tests.serving.test_server import raw_request
 from tokenflex.cli import main
+from tokenflex.serving.server import served
 from tokenflex.serving.server.app import bind
 
 ROOT = Path(__file__).parents[2]
@@ -32,18 +33,11 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @contextmanager
-def process(*arguments: object, before: str = ""):
-    """Run the command, after some Python."""
-    program = f"{before}\nfrom tokenflex.cli import main\nraise SystemExit(main())"
-    started = subprocess.Popen(
-        [sys.executable, "-c", program, "serve", *map(str, arguments), "--port", "0"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def process(*arguments: object, before: Callable[[], None] | None = None):
+    """Run the command, after a function."""
+    started = Command("serve", *arguments, "--port", 0, folder=ROOT, before=before)
     try:
-        line = started.stdout.readline()
+        line = started.first_line(timeout=120)
         assert line.startswith(f"{arguments[0]} is served at http://127.0.0.1:"), (
             line,
             started.poll() is not None and started.stderr.read(),
@@ -51,9 +45,8 @@ def process(*arguments: object, before: str = ""):
         port = int(line.rsplit(":", 1)[1].removesuffix("/v1\n"))
         yield started, Client(None, port)
     finally:
-        if started.poll() is None:
-            started.kill()
-            started.wait()
+        started.kill()
+        started.wait(60)
 
 
 def read_to_end(connection: socket.socket) -> bytes:
@@ -89,20 +82,13 @@ def test_a_server_answers_and_ends_in_order(checkpoint):
             socket.create_connection(("127.0.0.1", client.port), timeout=1)
 
 
-SLOW_PICTURES = """
-import time
-from tokenflex.serving.server import served
-
-def load_image(*arguments, **options):
-    time.sleep(300)
-
-served.load_image = load_image
-"""
+def slow_pictures() -> None:
+    served.load_image = lambda *arguments, **options: time.sleep(300)
 
 
 def test_a_shutdown_does_not_wait_for_bodies_and_pictures(checkpoint):
     """Both are refused in OpenAI's form, and a reader that is busy keeps no process alive."""
-    with process(checkpoint, "--grace-seconds", "0", before=SLOW_PICTURES) as (started, client):
+    with process(checkpoint, "--grace-seconds", "0", before=slow_pictures) as (started, client):
         connections = [
             raw_request(client, chat(image_part(1), stream=stream)) for stream in (True, False)
         ]

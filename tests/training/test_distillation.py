@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 
@@ -12,15 +11,14 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 
 from tests.models.tiny import tiny_model
-from tests.training.runs import metrics, own_data, stage, tiny_values, write_config
-from tests.training.test_distributed import PATIENCE, torchrun
+from tests.training.runs import metrics, own_data, stage, tiny_values
 from tokenflex import TokenCounts
 from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
 from tokenflex.data.steps import StepPacker
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor
 from tokenflex.models.loading import load_checkpoint
-from tokenflex.training.config import StageConfig, TrainConfig, load_config
+from tokenflex.training.config import StageConfig, TrainConfig
 from tokenflex.training.engine import target_weights
 from tokenflex.training.flops import forward_flops, teacher_flops, tile_cost, training_flops
 from tokenflex.training.loop import TrainingRun
@@ -305,45 +303,3 @@ def test_a_teachers_arithmetic_is_counted(tmp_path):
         line = meter.rates([meter.shared(step)])
         rates.append(line["tflops_per_second"] * seconds * 1e12)
     assert rates[1] - rates[0] == pytest.approx(added, rel=0.01)
-
-
-# ---- two processes
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
-    """Whole and sharded, with bins of text alone, a broken picture and more bins than one."""
-    data = own_data(tmp_path, 12, broken=(4,), text_only=(1, 5, 8, 9, 10))
-    options = {"steps": 3, "batch_size": 7, "max_tokens": 20, "warmup_steps": 0}
-    stages = [
-        stage(learning_rate={"projector": 0.002}, **options, distillation=2.0),
-        stage(**options, distillation=0.5),
-    ]
-    runs = {
-        "alone": {},
-        "replicated": {},
-        "sharded": {"sharding": "full"},
-        "recomputed": {"sharding": "full", "gradient_checkpointing": True},
-        "bfloat16": {"sharding": "full", "precision": "bf16"},
-    }
-    common = {"data": data, "stages": stages, "evaluation": None, "encoder_warm_up": None}
-    paths = {
-        name: write_config(tmp_path / f"{name}.yaml", tiny_values(tmp_path / name, **common, **one))
-        for name, one in runs.items()
-    }
-    train(load_config(paths["alone"]))
-    together = [[str(path), None] for name, path in paths.items() if name != "alone"]
-    (tmp_path / "runs.json").write_text(json.dumps(together))
-    process = torchrun("tests.training.ranks", tmp_path / "runs.json")
-    _, errors = process.communicate(timeout=PATIENCE)
-    expected = metrics(tmp_path / "alone")
-    assert any(line["distillation_loss"] > 1e-4 for line in expected)
-    for name in list(runs)[1:]:
-        results = [json.loads((tmp_path / f"{name}.{rank}.json").read_text()) for rank in (0, 1)]
-        assert results == [None, None], errors
-        close = {"rel": 0.02, "abs": 1e-4} if name == "bfloat16" else {"abs": 1e-5}
-        for ours, line in zip(metrics(tmp_path / name), expected, strict=True):
-            assert ours["loss"] == pytest.approx(line["loss"], **close), name
-            if name != "bfloat16":
-                for key in ("distillation_loss", "gradient_norm"):
-                    assert ours[key] == pytest.approx(line[key], abs=1e-4), (name, key)

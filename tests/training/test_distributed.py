@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from tests.training.processes import Process, start_two
 from tests.training.runs import (
     ROOT,
     evaluations,
@@ -87,6 +88,12 @@ class Session:
         "full disk": SHARDED,
         "error": SHARDED,
     }
+    DISTILLED = {
+        "distilled, replicated": {},
+        "distilled, sharded": SHARDED,
+        "distilled, recomputed": {**SHARDED, "gradient_checkpointing": True},
+        "distilled, bfloat16": {**SHARDED, "precision": "bf16"},
+    }
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -111,12 +118,20 @@ class Session:
         }
         for name, changes in {"alone": {}, "evaluated": SHARDED}.items():
             self.configure(name, **{**changes, "evaluation": evaluation})
-        TrainingRun(load_config(self.config("alone"))).run()
-        AcceleratorState._reset_state(reset_partial_state=True)
+        options = {"steps": 3, **bounds}
+        distilling = [
+            stage(learning_rate={"projector": 0.002}, **options, distillation=2.0),
+            stage(**options, distillation=0.5),
+        ]
+        for name, changes in {"distilled, alone": {}, **self.DISTILLED}.items():
+            self.configure(name, **{**changes, "stages": distilling})
+        for name in ("alone", "distilled, alone"):
+            TrainingRun(load_config(self.config(name))).run()
+            AcceleratorState._reset_state(reset_partial_state=True)
         stop_alone(self.config("one to two"), 6)
         replicated = self.configure("continued", where="sharded to replicated")
         runs = [
-            *([self.config(name), None] for name in list(self.RUNS)[:5]),
+            *([self.config(name), None] for name in (*list(self.RUNS)[:5], *self.DISTILLED)),
             [self.config("two to two"), "signal"],
             [self.config("two to two"), None],
             [self.config("two to one"), "signal"],
@@ -217,6 +232,21 @@ def test_bfloat16_is_near(session):
     assert {one.dtype for one in session.weights("bfloat16").values()} == {torch.float32}
 
 
+def test_two_processes_distil_as_one(session):
+    """Whole and sharded, with bins of text alone, a broken picture and more bins than one."""
+    expected = metrics(session.output("distilled, alone"))
+    assert any(line["distillation_loss"] > 1e-4 for line in expected)
+    for name in session.DISTILLED:
+        assert [session.result(name, rank) for rank in (0, 1)] == [None, None], session.errors
+        is_narrow = "bfloat16" in name
+        close = {"rel": 0.02, "abs": 1e-4} if is_narrow else {"abs": 1e-5}
+        for ours, line in zip(metrics(session.output(name)), expected, strict=True):
+            assert ours["loss"] == pytest.approx(line["loss"], **close), name
+            if not is_narrow:
+                for key in ("distillation_loss", "gradient_norm"):
+                    assert ours[key] == pytest.approx(line[key], abs=1e-4), (name, key)
+
+
 def test_a_full_disk_on_the_first_rank_stops_both_with_its_error(session):
     for rank in (0, 1):
         assert session.result("full disk", rank) == ["OSError", "the disk is full"]
@@ -235,7 +265,7 @@ def test_an_error_on_one_rank_ends_the_other(session):
 # ---- processes that are ended from outside
 
 
-def wait_for_step(processes: list[subprocess.Popen], output: Path, step: int) -> None:
+def wait_for_step(processes: Sequence[Process], output: Path, step: int) -> None:
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and all(one.poll() is None for one in processes):
         path = output / "metrics.jsonl"
@@ -254,6 +284,7 @@ LONG = {
 }
 
 
+@pytest.mark.release
 def test_sigterm_to_torchrun_saves_and_ends_all(tmp_path):
     config = write_config(tmp_path / "run.yaml", tiny_values(tmp_path / "run", **LONG, **SHARDED))
     launcher = torchrun("tokenflex.cli", "train", config)
@@ -277,25 +308,7 @@ def test_sigterm_to_torchrun_saves_and_ends_all(tmp_path):
 def test_a_rank_that_is_killed_ends_the_other_with_an_error(tmp_path):
     """Without torchrun, which would end the others by itself."""
     config = write_config(tmp_path / "run.yaml", tiny_values(tmp_path / "run", **LONG))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tokenflex.cli", "train", str(config)],
-            env={
-                **ENVIRONMENT,
-                **world,
-                "MASTER_ADDR": "127.0.0.1",
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-            },
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
+    ranks = start_two(config)
     try:
         wait_for_step(ranks, tmp_path / "run", 3)
         ranks[1].kill()

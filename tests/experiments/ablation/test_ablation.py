@@ -1,4 +1,4 @@
-"""Whole ablations of a tiny model, by the command's own way: processes that train."""
+"""Whole ablations of a tiny model; one is killed whose jobs are processes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
 from transformers import AutoConfig
 
 from experiments.ablation import run, scales
+from experiments.ablation.jobs import CONFIG, Job
 from experiments.ablation.results import spread_of
 from experiments.ablation.run import ablate
 from tests.experiments.ablation.tiny import TINY, TINY_LARGE, canned_report
@@ -33,11 +36,24 @@ ablate(TINY, Path(sys.argv[1]), at_once=2, show_bar=False)
 """
 
 
+def run_jobs_here(jobs: Sequence[Job], output: Path, **_: object) -> None:
+    """``run_jobs`` in this process, which has imported everything: a process a job takes longer."""
+    for job in jobs:
+        if not job.is_done(output):
+            job.write_config(output)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(output)
+                assert main(["train", f"{job.name}/{CONFIG}"]) == 0
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """An ablation that nobody disturbed."""
     output = tmp_path_factory.mktemp("whole")
-    ablate(TINY, output, at_once=2, show_bar=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "run_jobs", run_jobs_here)
+        ablate(TINY, output, show_bar=False)
     return output
 
 
@@ -114,6 +130,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
 
 def test_larger_canvases_train_and_are_asked(tmp_path, monkeypatch):
     """The scale for a GPU, on a model of a few weights: 64 px, counts 16, 36 and 64."""
+    monkeypatch.setattr(run, "run_jobs", run_jobs_here)
     monkeypatch.setitem(scales.SCALES, "large", TINY_LARGE)
     assert main(["ablate", "--scale", "large", "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())

@@ -216,7 +216,9 @@ def test_compiles_whole_and_at_most_twice_over_twenty_lengths(function, device):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("function", [everything, pack_sparse])
+@pytest.mark.parametrize(
+    "function", [everything, pytest.param(pack_sparse, marks=pytest.mark.release)]
+)
 # Its cache on disk does not know when the ops of a cached graph have changed.
 @torch._inductor.config.patch(force_disable_caches=True)
 def test_inductor_gives_the_same_forward_and_backward(function, device):

@@ -15,6 +15,7 @@ from tests.kernels.common import (
     FEW_IN_GRIDS,
     FEW_OUT_GRIDS,
     IN_GRIDS,
+    INTERPRETED,
     MODES,
     ON_TRITON,
     OUT_GRIDS,
@@ -24,6 +25,7 @@ from tests.kernels.common import (
     eager_pool_norm,
     rows_of,
     run,
+    sampled,
     wide,
     windows_of,
 )
@@ -32,6 +34,7 @@ from tokenflex_kernels.launch_configs import INTERPRETER, launch_config
 
 pytestmark = ON_TRITON
 
+NORMS = [(), ("weight",), ("weight", "bias")]
 SUBSETS = [flags for flags in product([False, True], repeat=3) if any(flags)]
 
 
@@ -69,14 +72,11 @@ def check_batch(
 
 @pytest.mark.first
 class TestAgainstFloat64:
-    @pytest.mark.parametrize("mode", MODES)
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("parameters", [(), ("weight",), ("weight", "bias")], ids="+".join)
+    @pytest.mark.parametrize(("parameters", "mode", "dtype"), sampled(6, NORMS, MODES, DTYPES))
     def test_mixed_batch(self, device, dtype, mode, parameters):
         check_batch(device, IN_GRIDS, OUT_GRIDS, 96, dtype, parameters, ulps=1, mode=mode)
 
-    @pytest.mark.parametrize("mode", MODES)
-    @pytest.mark.parametrize("width", [1, 2, 7, 33])
+    @pytest.mark.parametrize(("width", "mode"), sampled(4, [1, 2, 7, 33], MODES))
     def test_odd_widths(self, device, width, mode):
         # Two features alone leave a LayerNorm of signs: eps keeps its gradient from vanishing.
         check_batch(device, IN_GRIDS, OUT_GRIDS, width, torch.float32, mode=mode, eps=0.1)
@@ -104,17 +104,18 @@ class TestAgainstFloat64:
     def test_one_image(self, device, in_grid, out_grid, mode):
         check_batch(device, [in_grid], [out_grid], 7, torch.float32, mode=mode)
 
-    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("mode", sampled(1, MODES))
     def test_released_grids_in_one_batch(self, device, mode):
         # One axis at a time has the windows of 27 -> 8, 12 and 16 at a fraction of the cells.
         in_grids = [(27, 3), (3, 27), (27, 2), (2, 27), (27, 1)]
         out_grids = [(8, 1), (1, 12), (16, 1), (1, 16), (12, 1)]
         check_batch(device, in_grids, out_grids, 5, torch.float32, mode=mode)
 
+    @pytest.mark.skipif(INTERPRETED, reason="its windows are those of the batch above")
     def test_a_whole_released_image(self, device):
         check_batch(device, [(27, 27)], [(8, 8)], 3, torch.float32, eps=0.1)
 
-    @pytest.mark.parametrize("seed", range(10))
+    @pytest.mark.parametrize("seed", sampled(5, range(10)))
     def test_random_ragged_batches(self, device, seed):
         draw = random.Random(seed)
         grids = [
@@ -126,9 +127,10 @@ class TestAgainstFloat64:
         width, dtype = draw.randint(3, 40), draw.choice(DTYPES)
         check_batch(device, *grids, width, dtype, parameters, **options)
 
-    @pytest.mark.parametrize("mode", MODES)
     # Rows, cells, patches, channels and unrolled steps of a program.
-    @pytest.mark.parametrize("config", [(1, 1, 1, 4, 1), (2, 2, 4, 1, 4), (9, 9, 16, 8, 3)])
+    @pytest.mark.parametrize(
+        ("config", "mode"), sampled(3, [(9, 9, 16, 8, 3), (1, 1, 1, 4, 1), (2, 2, 4, 1, 4)], MODES)
+    )
     def test_any_config_gives_the_same(self, device, use_config, mode, config):
         grids = [(5, 7), (4, 3)], [(2, 3), (2, 4)]
         x = torch.randn(47, 6, device=device, requires_grad=True)
@@ -203,14 +205,16 @@ class TestNumerics:
         assert torch.equal(out[1:3], torch.zeros(2, 4, device=device))
 
     @pytest.mark.filterwarnings("ignore:invalid value")
-    @pytest.mark.parametrize("mode", MODES)
-    @pytest.mark.parametrize("has_norm", [False, True])
     @pytest.mark.parametrize(
-        ("in_grid", "out_grid"), [((5, 4), (2, 3)), ((2, 3), (3, 5)), ((4, 4), (1, 1))]
+        ("grids", "has_norm", "mode"),
+        sampled(
+            4, [((5, 4), (2, 3)), ((4, 4), (1, 1)), ((2, 3), (3, 3))], [True, False], MODES[::-1]
+        ),
     )
     def test_a_bad_patch_or_gradient_spoils_what_shares_its_window(
-        self, device, in_grid, out_grid, has_norm, mode
+        self, device, grids, has_norm, mode
     ):
+        in_grid, out_grid = grids
         windows = windows_of(in_grid, out_grid, mode).to(device)
         cells, patches = windows.shape
         norm = {"weight": torch.ones(3, device=device)} if has_norm else {}
@@ -268,18 +272,17 @@ class TestDtypes:
 
 
 LAYOUTS = [
-    pytest.param(lambda x: torch.cat([x, x + 1], 1)[:, : x.shape[1]], id="left-part-of-rows"),
-    pytest.param(lambda x: torch.cat([x + 1, x], 1)[:, x.shape[1] :], id="right-part-of-rows"),
-    pytest.param(lambda x: x.repeat_interleave(2, 0)[::2], id="every-other-row"),
-    pytest.param(lambda x: x.T.contiguous().T, id="transposed"),
-    pytest.param(lambda x: x.repeat_interleave(2, 1)[:, ::2], id="every-other-column"),
-    pytest.param(lambda x: F.pad(x.flatten(), (1, 0))[1:].view_as(x), id="unaligned"),
+    lambda x: torch.cat([x, x + 1], 1)[:, : x.shape[1]],  # left part of rows
+    lambda x: torch.cat([x + 1, x], 1)[:, x.shape[1] :],  # right part of rows
+    lambda x: x.repeat_interleave(2, 0)[::2],  # every other row
+    lambda x: x.T.contiguous().T,  # transposed
+    lambda x: x.repeat_interleave(2, 1)[:, ::2],  # every other column
+    lambda x: F.pad(x.flatten(), (1, 0))[1:].view_as(x),  # unaligned
 ]
 
 
 class TestLayouts:
-    @pytest.mark.parametrize("lay_out", LAYOUTS)
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize(("lay_out", "dtype"), sampled(6, LAYOUTS, DTYPES[::2]))
     def test_any_memory_layout_of_rows_and_gradient(self, device, lay_out, dtype):
         x = torch.randn(rows_of(FEW_IN_GRIDS), 10).to(device, dtype)
         gradient = torch.randn(rows_of(FEW_OUT_GRIDS), 10).to(device, dtype)
@@ -306,7 +309,7 @@ class TestLayouts:
         gradient = torch.randn(rows_of(FEW_OUT_GRIDS), 10, device=device)
         check(*ours_and_peer(FEW_IN_GRIDS, FEW_OUT_GRIDS), inputs, gradient)
 
-    @pytest.mark.parametrize("lay_out", [*LAYOUTS, pytest.param(None, id="expanded")])
+    @pytest.mark.parametrize("lay_out", [*LAYOUTS, None])
     def test_any_memory_layout_of_the_gradient_without_that_of_rows(self, device, lay_out):
         gradient = torch.randn(rows_of(FEW_OUT_GRIDS), 10, device=device)
         laid_out = lay_out(gradient) if lay_out else gradient[:1].expand_as(gradient)

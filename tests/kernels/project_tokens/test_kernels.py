@@ -29,6 +29,7 @@ from tests.kernels.common import (
     parameters_of,
     rows_of,
     run,
+    sampled,
     together,
     wide,
     windows_of,
@@ -42,10 +43,10 @@ NAMES = ("x", *PARAMETERS)
 BIASES = tuple(name for name in PARAMETERS if name.endswith("bias"))
 FUSED = launch_config("gate_up", 1, torch.float32, INTERPRETER)  # tiles of 32 x 32 x 32
 CONFIGS = [
-    pytest.param(FUSED, id="fused"),
-    pytest.param(FUSED._replace(block_m=16, block_n=64, group_m=3), id="wide-tiles"),
-    pytest.param(FUSED._replace(tma=True), id="tma"),
-    pytest.param(None, id="library"),
+    FUSED,
+    FUSED._replace(block_m=16, block_n=64, group_m=3),
+    FUSED._replace(tma=True),
+    None,  # PyTorch's products
 ]
 
 
@@ -74,32 +75,29 @@ def gradient_of(device, text=20, dtype=torch.float32, out_grids=FEW_OUT_GRIDS):
 
 @pytest.mark.first
 class TestAgainstFloat64:
-    @pytest.mark.parametrize("save", SAVES)
-    @pytest.mark.parametrize("config", CONFIGS[1:])
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(("config", "save", "dtype"), sampled(6, CONFIGS[1:], SAVES, DTYPES))
     def test_forward_and_backward(self, device, products, config, dtype, save):
         products(config)
         inputs = inputs_of(device, 32, 96, 48, dtype, in_grids=IN_GRIDS)
         gradient = gradient_of(device, 48, dtype, OUT_GRIDS)
         check(*ours_and_peer(IN_GRIDS, OUT_GRIDS, save=save), inputs, gradient)
 
-    @pytest.mark.parametrize("save", SAVES)
-    @pytest.mark.parametrize("config", CONFIGS[::3])
-    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize(("config", "save", "mode"), sampled(4, CONFIGS[::3], SAVES, MODES))
     def test_odd_widths(self, device, products, config, mode, save):
         products(config)
         inputs = inputs_of(device, 33, 71, 19)
         check(*ours_and_peer(mode=mode, eps=0.1, save=save), inputs, gradient_of(device, 19))
 
-    @pytest.mark.parametrize("save", SAVES)
-    @pytest.mark.parametrize("config", CONFIGS[::3])
-    @pytest.mark.parametrize("missing", [*((name,) for name in BIASES), BIASES], ids="+".join)
+    @pytest.mark.parametrize(
+        ("missing", "config", "save"),
+        sampled(10, [*((name,) for name in BIASES), BIASES], CONFIGS[::3], SAVES),
+    )
     def test_each_bias_is_optional(self, device, products, config, missing, save):
         products(config)
         inputs = inputs_of(device, missing=missing)
         check(*ours_and_peer(save=save), inputs, gradient_of(device))
 
-    @pytest.mark.parametrize("seed", range(6))
+    @pytest.mark.parametrize("seed", sampled(3, range(6)))
     def test_random_shapes(self, device, products, seed):
         draw = random.Random(seed)
         products(draw.choice([FUSED, None]))
@@ -160,9 +158,10 @@ class TestAgainstFloat64:
 
 class TestNumerics:
     @pytest.mark.filterwarnings("ignore:invalid value")
-    @pytest.mark.parametrize("save", SAVES)
-    @pytest.mark.parametrize("config", CONFIGS[::3])
-    @pytest.mark.parametrize("widths", [(33, 71, 19), (16, 32, 16)], ids=str)
+    @pytest.mark.parametrize(
+        ("widths", "config", "save"),
+        sampled(4, [(33, 71, 19), (16, 32, 16)], CONFIGS[::3], SAVES),
+    )
     def test_a_bad_patch_or_gradient_spoils_what_shares_its_window(
         self, device, products, widths, config, save
     ):
@@ -200,8 +199,7 @@ class TestDtypes:
         assert results["out"].dtype == results["x"].dtype == dtype
         assert all(results[name].dtype == torch.float32 for name in PARAMETERS)
 
-    @pytest.mark.parametrize("save", SAVES)
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(("dtype", "save"), sampled(3, DTYPES, SAVES))
     def test_autocast_gives_the_dtypes_and_values_of_linears(self, device, dtype, save):
         ours, peer = ours_and_peer(save=save)
         draws = []
@@ -220,16 +218,15 @@ class TestDtypes:
         assert_as_close_as_eager(*map(together, zip(*draws, strict=True)))
 
 
+LAYOUTS = [
+    lambda t: torch.cat([t + 1, t], -1)[..., t.shape[-1] :],  # part of wider rows
+    lambda t: t.T.contiguous().T,
+    lambda t: F.pad(t.flatten(), (1, 0))[1:].view_as(t),  # unaligned
+]
+
+
 class TestLayouts:
-    @pytest.mark.parametrize("config", CONFIGS)
-    @pytest.mark.parametrize(
-        "lay_out",
-        [
-            pytest.param(lambda t: torch.cat([t + 1, t], -1)[..., t.shape[-1] :], id="part"),
-            pytest.param(lambda t: t.T.contiguous().T, id="transposed"),
-            pytest.param(lambda t: F.pad(t.flatten(), (1, 0))[1:].view_as(t), id="unaligned"),
-        ],
-    )
+    @pytest.mark.parametrize(("config", "lay_out"), sampled(8, CONFIGS, LAYOUTS))
     def test_any_memory_layout_gives_the_same(self, device, products, config, lay_out):
         products(config)
         inputs, gradient = inputs_of(device, 32, 64, 32), gradient_of(device, 32)
@@ -239,8 +236,7 @@ class TestLayouts:
         for name, result in run(op, laid_out, lay_out(gradient)).items():
             torch.testing.assert_close(result, expected[name], msg=lambda m, name=name: name + m)
 
-    @pytest.mark.parametrize("config", CONFIGS)
-    @pytest.mark.parametrize("save", SAVES)
+    @pytest.mark.parametrize(("config", "save"), sampled(4, CONFIGS, SAVES))
     def test_expanded_gradient_equals_a_dense_one(self, device, products, config, save):
         products(config)
         inputs = inputs_of(device, 32, 64, 32)
@@ -305,8 +301,7 @@ def subsets():
 
 
 class TestGradients:
-    @pytest.mark.parametrize("save", SAVES)
-    @pytest.mark.parametrize("wanted", subsets(), ids="+".join)
+    @pytest.mark.parametrize(("wanted", "save"), sampled(len(subsets()), subsets(), SAVES))
     def test_any_subset_of_inputs(self, device, products, wanted, save):
         # Fused and library products by turns: a seed of its own for each subset would hide order.
         products(FUSED if len("".join(wanted)) % 2 else None)
@@ -390,8 +385,7 @@ class TestGradients:
         options = dict(stages)["down_gradient"]
         assert (options["product"], options["bias"]) == (product, bias)
 
-    @pytest.mark.parametrize("save", SAVES)
-    @pytest.mark.parametrize("config", CONFIGS)
+    @pytest.mark.parametrize(("config", "save"), sampled(4, CONFIGS, SAVES))
     def test_nothing_is_written_in_place_and_retain_graph_gives_the_same_again(
         self, device, products, config, save
     ):
@@ -488,10 +482,17 @@ class TestWhatTrainingKeeps:
         assert out.requires_grad
         return sum(storage.nbytes() for storage in storages.values())
 
-    @pytest.mark.parametrize(("save", "share"), [("preactivation", 0.55), ("input", 0.15)])
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    @pytest.mark.parametrize("config", CONFIGS[::3])
-    def test_share_of_eager(self, device, products, config, dtype, save, share):
+    @pytest.mark.parametrize(
+        ("bound", "dtype", "config"),
+        sampled(
+            4,
+            [("preactivation", 0.55), ("input", 0.15)],
+            [torch.bfloat16, torch.float16],
+            CONFIGS[::3],
+        ),
+    )
+    def test_share_of_eager(self, device, products, config, dtype, bound):
+        save, share = bound
         products(config)
         ours, peer = ours_and_peer(*self.GRIDS, save=save)
         assert 0 < self.kept(device, ours, dtype) <= share * self.kept(device, peer, dtype)

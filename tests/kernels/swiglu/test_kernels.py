@@ -23,6 +23,7 @@ from tests.kernels.common import (
     eager_swiglu,
     gated_of,
     run,
+    sampled,
     wide,
 )
 from tokenflex_kernels import swiglu
@@ -35,9 +36,9 @@ NAMES = ("x", *GATED)
 FUSED = launch_config("gate_up", 1, torch.float32, INTERPRETER)  # tiles of 32 x 32 x 32
 DESCRIPTORS = FUSED._replace(tma=True)
 CONFIGS = [
-    pytest.param(FUSED, id="fused"),
-    pytest.param(FUSED._replace(block_m=16, block_n=64, group_m=3), id="wide-tiles"),
-    pytest.param(None, id="library"),
+    FUSED,
+    FUSED._replace(block_m=16, block_n=64, group_m=3),
+    None,  # PyTorch's products
 ]
 
 
@@ -58,12 +59,12 @@ def check_swiglu(device, inputs, wanted=None):
 
 @pytest.mark.first
 class TestAgainstFloat64:
-    @pytest.mark.parametrize("config", CONFIGS)
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize(
-        ("tokens", "width", "hidden"), [(1, 7, 9), (7, 33, 70), (40, 96, 33), (65, 64, 64)]
+        ("shape", "config", "dtype"),
+        sampled(12, [(1, 7, 9), (7, 33, 70), (40, 96, 33), (65, 64, 64)], CONFIGS, DTYPES),
     )
-    def test_forward_and_backward(self, device, products, config, dtype, tokens, width, hidden):
+    def test_forward_and_backward(self, device, products, config, dtype, shape):
+        tokens, width, hidden = shape
         products(config)
         draws = max(1, 80 // (tokens * width))  # of few numbers, several
         check_swiglu(
@@ -76,8 +77,7 @@ class TestAgainstFloat64:
         products(config)
         check_swiglu(device, inputs_of(device, missing=missing))
 
-    @pytest.mark.parametrize("config", CONFIGS[::2])
-    @pytest.mark.parametrize("seed", range(6))
+    @pytest.mark.parametrize(("seed", "config"), sampled(4, range(6), CONFIGS[::2]))
     def test_random_shapes(self, device, products, config, seed):
         products(config)
         draw = random.Random(seed)
@@ -154,18 +154,19 @@ class TestDtypes:
 
 
 LAYOUTS = [
-    pytest.param(lambda t: torch.cat([t, t + 1], -1)[..., : t.shape[-1]], id="left-part-of-rows"),
-    pytest.param(lambda t: torch.cat([t + 1, t], -1)[..., t.shape[-1] :], id="right-part-of-rows"),
-    pytest.param(lambda t: t.repeat_interleave(2, -1)[..., ::2], id="every-other-column"),
-    pytest.param(lambda t: t.T.contiguous().T, id="transposed"),
-    pytest.param(lambda t: F.pad(t.flatten(), (1, 0))[1:].view_as(t), id="unaligned"),
+    lambda t: torch.cat([t, t + 1], -1)[..., : t.shape[-1]],  # left part of rows
+    lambda t: torch.cat([t + 1, t], -1)[..., t.shape[-1] :],  # right part of rows
+    lambda t: t.repeat_interleave(2, -1)[..., ::2],  # every other column
+    lambda t: t.T.contiguous().T,  # transposed
+    lambda t: F.pad(t.flatten(), (1, 0))[1:].view_as(t),  # unaligned
 ]
 
 
 class TestLayouts:
-    @pytest.mark.parametrize("lay_out", LAYOUTS)
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("config", [*CONFIGS[::2], pytest.param(DESCRIPTORS, id="tma")])
+    @pytest.mark.parametrize(
+        ("lay_out", "config", "dtype"),
+        sampled(15, LAYOUTS, [*CONFIGS[::2], DESCRIPTORS], DTYPES[::2]),
+    )
     def test_any_memory_layout_gives_the_same(self, device, products, lay_out, dtype, config):
         products(config)
         inputs = inputs_of(device, 8, 32, 64, dtype)
