@@ -45,6 +45,7 @@ from tokenflex.dropin.features import (
 from tokenflex.dropin.language import merged_embeddings
 from tokenflex.dropin.mrope import RopePositions, set_rope_positions
 from tokenflex.dropin.packing import check_packing
+from tokenflex.dropin.saved import mark_config
 from tokenflex.dropin.variants import Variant, change_class, restore_class
 from tokenflex.models.auto_counts import ChoosesCounts, asks_for_choice
 from tokenflex.models.generation import cache_of, repeated_images
@@ -421,6 +422,7 @@ def install(model: Any, projector: nn.Module, *, keep_stock: bool) -> None:
     ``keep_stock`` keeps the stock projector outside the module tree, to restore or imitate it.
     """
     base, family = model.base_model, family_of(model.config)
+    mark_config(model.config)
     stock = base.get_submodule(family.stock_projector)
     if family.stand_in is not None:
         base.set_submodule(family.stock_projector, family.stand_in(base))
@@ -449,8 +451,8 @@ def uninstall(model: Any) -> None:
         if hook is _before_forward:
             del base._forward_pre_hooks[key]
             base._forward_pre_hooks_with_kwargs.pop(key, None)
-    restore_class(base)
-    restore_class(model)
+    for changed in (base, model, model.config):
+        restore_class(changed)
     delattr(model, _STOCK_PROJECTOR)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from PIL import Image
 
+from tokenflex.checkpoints import load_model
 from tokenflex.counts import AUTO, Grid, parse_count, token_grid, tokens_of_images
 from tokenflex.evaluation.counts import label_of, selector_of
 from tokenflex.evaluation.generation import generate_answers
 from tokenflex.images import load_image
 from tokenflex.models.chat import IMAGE_MARK, read_chat, without_placeholders
-from tokenflex.models.loading import load_checkpoint
 from tokenflex.models.vision import on_device
 from tokenflex.prompts import expand_placeholders, tokens_of_runs
 from tokenflex.routing.policies import policy_names
@@ -43,7 +43,7 @@ class Assistant:
     """A loaded checkpoint that answers every question at one count.
 
     Args:
-        checkpoint: Folder of a TokenFLEX (or released Ristretto) checkpoint.
+        checkpoint: Folder of a TokenFLEX checkpoint, a released Ristretto or a conversion.
         tokens: Vision tokens of each tile: ``64``, ``"12x16"`` or ``"auto"``.
         max_tiles: Most tiles of an image; the processor's default if None.
         device: A GPU by default, if there is one.
@@ -66,7 +66,7 @@ class Assistant:
         parsed = tokens if tokens in policy_names() else parse_count(tokens, name="tokens")
         self.count = resolve_count(parsed, checkpoint)
         self.max_tiles = max_tiles
-        self.model, self.processor = load_checkpoint(checkpoint)
+        self.model, self.processor = load_model(checkpoint)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model.to(device)
