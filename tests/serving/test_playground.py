@@ -258,7 +258,7 @@ def test_checkpoints_and_conversions_are_loaded_and_stock_models_refused(tmp_pat
     assert subject_of(model, processor).offered_counts == [1, 4]
 
     stock_model("llava").save_pretrained(tmp_path / "stock")
-    with pytest.raises(ValueError, match=r"got model_type 'llava' with its stock projector"):
+    with pytest.raises(ValueError, match=r"holds a stock llava: convert it first"):
         load_model(tmp_path / "stock")
     with pytest.raises(FileNotFoundError, match=r"checkpoint folder .* does not exist"):
         load_model(tmp_path / "none")

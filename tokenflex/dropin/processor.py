@@ -526,9 +526,7 @@ def _check_entries(call: _Call, images: int) -> None:
 
 def _grids_of_call(state: _State, counts: Any, images: Any) -> Grid | list[Grid] | None:
     """Return the grid of all images of a call, or of each; None where they are chosen later."""
-    if isinstance(counts, str):
-        if counts != AUTO:
-            raise ValueError(f"num_image_tokens must be counts or 'auto', got {counts!r}")
+    if isinstance(counts, str) and counts == AUTO:
         return None
     if counts is None and isinstance(state.counts, CountStream):
         # One draw per prompt, for all of its images; per image where they come as one list.

@@ -222,7 +222,7 @@ def from_pretrained(
             f"init is for stock weights, but {name_or_path} holds a token-adaptive projector; got "
             f"init={init!r}"
         )
-    model = load_conversion(name_or_path, config, num_image_tokens=num_image_tokens, **kwargs)
+    model, _ = load_conversion(name_or_path, config, num_image_tokens=num_image_tokens, **kwargs)
     convert_processor(processor, config, default_count(config))
     return model, processor
 
@@ -239,8 +239,11 @@ def load_conversion(
     *,
     num_image_tokens: TokenCount | None = None,
     **kwargs: Any,
-) -> Any:
+) -> tuple[Any, dict[str, Any]]:
     """Load the model of a saved conversion; the arguments are those of :func:`from_pretrained`.
+
+    Returns:
+        The model, and transformers' loading information.
 
     Raises:
         ValueError: The config or the weights of the conversion are incomplete.
@@ -258,7 +261,7 @@ def load_conversion(
         name_or_path, config=config, output_loading_info=True, **kwargs
     )
     refuse_faults(name_or_path, loading)
-    return model
+    return model, loading
 
 
 Conversion.load, Conversion.class_of = staticmethod(load_conversion), staticmethod(conversion_class)

@@ -91,8 +91,8 @@ class Conversion(InstalledClass):
     """The name of converted models in transformers' registries; loading gives the model.
 
     Attributes:
-        load: ``load(path, config, **options)`` returns the model of a folder. Both are set by
-            :mod:`tokenflex.dropin.replace`.
+        load: ``load(path, config, **options)`` returns the model of a folder, and loading
+            information. Both are set by :mod:`tokenflex.dropin.replace`.
         class_of: ``class_of(config)`` returns the class of a converted model.
     """
 
@@ -103,7 +103,9 @@ class Conversion(InstalledClass):
     @classmethod
     def from_pretrained(cls, name_or_path: Any, *_: Any, **kwargs: Any) -> Any:
         """Load as :func:`tokenflex.from_pretrained` does, without the processor."""
-        return cls.load(name_or_path, kwargs.pop("config"), **kwargs)
+        with_info = kwargs.pop("output_loading_info", False)
+        model, loading = cls.load(name_or_path, kwargs.pop("config"), **kwargs)
+        return (model, loading) if with_info else model
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
