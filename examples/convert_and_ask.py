@@ -3,8 +3,8 @@
     python examples/convert_and_ask.py
     python examples/convert_and_ask.py --model models/llava --images photos --tokens 256
 
-Without --model a tiny LLaVA with random weights is saved and converted; its answers are meaningless.
-The commands are printed before they run, as you would type them.
+Without --model a tiny LLaVA with random weights is saved and converted; its answers are
+meaningless. The commands are printed before they run, as you would type them.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder of pictures, with --model")
     parser.add_argument("--tokens", type=int, default=64, help="default count, the largest asked")
     parser.add_argument(
-        "--out", type=Path, help="folder of the conversion; default: a temporary one"
+        "--out", type=Path, help="folder of the conversion; by default a temporary one"
     )
     options = parser.parse_args()
     if (options.model is None) != (options.images is None):
