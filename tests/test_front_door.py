@@ -11,6 +11,7 @@ from PIL import Image
 
 from examples.tiny_llava import COLOURS, tiny_llava
 from tests.test_cli import command  # noqa: F401  # a fixture
+from tests.training.runs import tiny_values, write_config
 from tokenflex import from_pretrained
 from tokenflex.answers import answer_at_counts
 from tokenflex.checkpoints import load_model
@@ -244,3 +245,12 @@ def test_a_harness_gets_the_answers_of_generate(converted, pictures):
         new = new[0, inputs["input_ids"].shape[1] :]
         assert reply.text == processor.decode(new, skip_special_tokens=True).strip()
         assert reply.prompt_tokens == inputs["input_ids"].shape[1]
+
+
+def test_training_of_a_conversion_is_refused_with_the_way_that_works(command, converted, tmp_path):  # noqa: F811
+    values = tiny_values(tmp_path / "run")
+    values["model"]["start"] = str(converted)
+    code, _, errors = command("train", write_config(tmp_path / "c.yaml", values))
+    assert code == 2
+    assert "is a converted stock model" in errors[-1]
+    assert "Trainer and tokenflex.dropin.ImageTextCollator" in errors[-1]

@@ -42,6 +42,7 @@ from tokenflex.dropin.inputs import (
 )
 from tokenflex.dropin.sampling import CountStream
 from tokenflex.dropin.variants import Variant, change_class, restore_class
+from tokenflex.files import excerpt
 from tokenflex.models.call_options import known_options
 from tokenflex.models.conversations import (
     check_tokenized,
@@ -243,7 +244,8 @@ class ConvertedProcessor(Variant):
             for name in [*options]
             if name in of_images or name == "images_kwargs"
         }
-        data, tiles = {}, []
+        data: dict[str, Any] = {}
+        tiles: list[int] = []
         if images is not None:
             data, tiles = self.process_images(images, **for_images)
         inputs = self.encode_text(text, tiles, num_image_tokens=counts, **options)
@@ -321,13 +323,12 @@ class ConvertedProcessor(Variant):
             ValueError: Texts, images and counts do not fit together.
         """
         check_option_names(self, options, inspect.signature(super().__call__).parameters)
-        tiles = list(tiles_per_image)
-        for image, number in enumerate(tiles):
-            if not isinstance(number, ImageTiles):
-                raise TypeError(
-                    f"tiles_per_image must be what process_images returned, got a plain "
-                    f"{type(number).__name__} for image {image}"
-                )
+        tiles = [number for number in tiles_per_image if isinstance(number, ImageTiles)]
+        if len(tiles) < len(tiles_per_image):
+            raise TypeError(
+                "tiles_per_image must be what process_images returned, got plain numbers: "
+                f"{excerpt([*tiles_per_image])}"
+            )
         prompts, shown = read_prompts(text, self.image_prompt, len(tiles))
         order = [*range(len(tiles))] if shown is None else shown
         call = _Call(_grids_of_call(self._tokenflex, num_image_tokens, tiles), tiles)

@@ -34,7 +34,7 @@ class Variant(_Stock):
 @functools.cache
 def variant_of(stock: Any, family: Family, mixins: tuple[type, ...]) -> Any:
     """Return a subclass of ``stock`` with the methods of ``mixins``, subclasses of Variant."""
-    name = "".join(mixin._tokenflex_prefix for mixin in mixins) + stock.__name__
+    name = "".join(getattr(mixin, "_tokenflex_prefix", "") for mixin in mixins) + stock.__name__
     body = {
         "__module__": stock.__module__,
         "__qualname__": name,

@@ -98,7 +98,8 @@ def images_per_row(
         ValueError: The images of a row and its placeholders do not fit together.
     """
     ends = [*accumulate(map(runs_of, tiles))]
-    per_row, placeholders, images = [], 0, 0
+    per_row: list[int] = []
+    placeholders = images = 0
     for row in rows:
         placeholders += int((row == image_token_id).sum())
         last = images
