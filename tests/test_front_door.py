@@ -249,6 +249,7 @@ def test_a_harness_gets_the_answers_of_generate(converted, pictures):
 
 def test_training_of_a_conversion_is_refused_with_the_way_that_works(command, converted, tmp_path):  # noqa: F811
     values = tiny_values(tmp_path / "run")
+    values.pop("encoder_warm_up", None)
     values["model"]["start"] = str(converted)
     code, _, errors = command("train", write_config(tmp_path / "c.yaml", values))
     assert code == 2
