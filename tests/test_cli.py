@@ -839,7 +839,8 @@ def test_missing_checkpoint_folder(command, tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("config.json", b'{"model_type": "llava"}', ["config.json", "'llava'", "'tokenflex'"]),
+        ("config.json", b'{"model_type": "llava"}', ["stock llava", "tokenflex convert"]),
+        ("config.json", b'{"model_type": "bert"}', ["TokenFLEX", "tokenflex convert", "'bert'"]),
         ("config.json", b"[1]", ["config.json", "None"]),
         ("config.json", b"{", ["config.json", "JSON"]),
         ("config.json", b'{"model_type": "tokenflex"}', ["config.json", "vision_config"]),

@@ -89,11 +89,13 @@ def test_python_of_the_drop_in_page_runs_in_order(stock_llava):
     names = {**stock_llava, "data": Samples("llava", 8)}
     names["prompts"] = ["<image> is this <image>", "what is <image>"]
     snippets = snippets_of(DROPIN)
-    assert len(snippets) == 3  # the last one is TRL's, slow to import
-    for snippet in snippets[:2]:
+    assert len(snippets) == 4  # the last one is TRL's, slow to import
+    for snippet in snippets[:3]:
         quick = snippet.replace("max_steps=100", "max_steps=1, report_to=[], use_cpu=True")
         exec(compile(quick, "docs/dropin.md", "exec"), names)
-    assert [*names["inputs"]["num_image_tokens"]] == [64, 256, 144]
+        if snippet is snippets[0]:
+            assert [*names["inputs"]["num_image_tokens"]] == [64, 256, 144]
+    assert names["answer"].shape[1] == names["inputs"]["input_ids"].shape[1] + 8
     assert names["out"].shape[1] == names["logits"].shape[1] + 64
     assert names["model"].training
 
@@ -120,7 +122,7 @@ def test_trl_of_the_drop_in_page_runs(stock_llava, tmp_path):
         ),
     }
     names["model"], names["processor"] = tokenflex.from_pretrained("path/to/a/model")
-    exec(compile(snippets_of(DROPIN)[2], "docs/dropin.md", "exec"), names)
+    exec(compile(snippets_of(DROPIN)[3], "docs/dropin.md", "exec"), names)
     names["trainer"].train()
     assert names["trainer"].state.global_step == 1
 

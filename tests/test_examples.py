@@ -45,6 +45,17 @@ def test_every_count(run):
     assert lines[3] == "| digits | vision tokens | 4 | 6 |"
 
 
+def test_convert_and_ask_by_commands_as_by_python(run, tmp_path):
+    out = run("convert_and_ask.py", "--out", tmp_path / "converted")
+    table, python = out.split("total_s", 1)[1].splitlines()[1:4], out.splitlines()[-4:]
+    assert [int(line.split()[0]) for line in table] == [4, 16, 64]
+    assert [line.split(maxsplit=3)[3:] for line in table] == [
+        line.split(maxsplit=1)[1:] for line in python[:3]
+    ]
+    assert python[3].split()[0] == "auto"
+    assert (tmp_path / "converted" / "config.json").exists()
+
+
 def test_train_with_trainer(run, tmp_path):
     out = run("train_with_trainer.py", "--steps", 8, "--out", tmp_path)
     before, after = re.findall(r"(\d\.\d{3}) (?:before|after)", out)

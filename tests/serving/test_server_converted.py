@@ -108,7 +108,6 @@ def test_a_saved_conversion_is_served(tmp_path):
     ("body", "words"),
     [
         (chat(part(1), num_image_tokens="auto"), "router"),
-        (chat(part(1), budget=9), "budget is not supported"),
         (chat(part(1), budget=9, num_image_tokens=16), "at least 16"),
         (chat(part(1, detail="high")), "--counts"),
     ],
@@ -118,6 +117,23 @@ def test_what_needs_our_own_model_is_refused(body, words):
     request = parse_request(json.dumps(body).encode(), served.limits, served.defaults)
     with pytest.raises(RequestError, match=words):
         served.prepare(request)
+
+
+@pytest.mark.parametrize("name", ["llava", "idefics3", "qwen3_vl", "gemma3"])
+def test_a_budget_is_spread_as_generate_spreads_it(name):
+    served = converted(name)
+    _, (tiles, other) = served.processor.process_images([[picture(1), picture(3)]])
+    assert tiles == other == (5 if name == "idefics3" else 1)  # the same for both pictures
+    harness = Harness(served)
+    harness.submit(chat(part(1), part(3), question=QUESTION, budget=12 * tiles))
+    fixed = part(1, num_image_tokens=4)
+    harness.submit(chat(fixed, part(3), question=QUESTION, budget=13 * tiles))
+    both, one = harness.run()
+    chosen = [tokens // tiles for tokens in both.usage["image_tokens"]]
+    assert sorted(chosen) == [1, 9]
+    assert both.texts[0] == alone(served, [1, 3], chosen)
+    assert one.usage["image_tokens"] == [4 * tiles, 9 * tiles]
+    assert one.texts[0] == alone(served, [1, 3], [4, 9])
 
 
 def test_a_budget_bounds_fixed_counts_of_a_converted_model():

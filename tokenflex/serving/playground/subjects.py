@@ -19,6 +19,7 @@ from transformers.image_transforms import to_channel_dimension_format
 from tokenflex.counts import AUTO, Grid, TokenCount, token_grid
 from tokenflex.models.chat import parts_of
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
+from tokenflex.models.vision import on_device
 from tokenflex.routing.ladder import known_counts
 from tokenflex.routing.storage import has_router
 
@@ -148,30 +149,30 @@ class TokenFlexSubject:
         """Run the encoder on the outputs of :meth:`prepare`."""
         data, tiles, grid = prepared
         pixels = data["pixel_values"]
-        encoded = self.model.encode_images(pixels.to(self.model.device), data.get("grids"))
+        encoded = self.model.encode_images(**on_device(data, self.model.device))
         image_processor = self.processor.image_processor
         if tiles == 1 and getattr(image_processor, "do_center_crop", False):
             picture = seen_picture(pixels[0], image_processor)  # its edges are cut off
         panels = [Panel(picture, grid, encoded.grids[0])]
         if tiles > grid[0] * grid[1]:
             panels.append(Panel(picture, (1, 1), encoded.grids[-1]))  # the thumbnail
-        return _TokenFlexPicture(self, encoded, tiles, panels)
+        return _Picture(self, encoded, tiles, panels)
 
 
 @dataclass(frozen=True)
-class _TokenFlexPicture:
-    subject: TokenFlexSubject
+class _Picture:
+    subject: TokenFlexSubject | ConvertedSubject
     encoded: Any
     tiles: int
     panels: list[Panel]
 
     def read(self, question: str, count: TokenCount | str) -> dict[str, Any]:
         model, processor = self.subject.model, self.subject.processor
-        # As in training: the chat template writes all special tokens.
+        prompt = prompt_of(processor, question)
         inputs = processor.encode_text(
-            [[prompt_of(processor, question)]],
+            [[prompt]],
             [self.tiles],
-            add_special_tokens=False,
+            add_special_tokens=processor.adds_special_tokens(prompt),
             num_image_tokens=count,
         )
         return dict(inputs.to(model.device))
@@ -189,82 +190,37 @@ class _TokenFlexPicture:
 class ConvertedSubject:
     """A converted stock model. Each input of its encoder is a panel, drawn from its pixels."""
 
-    has_auto = False
-
     def __init__(self, model: Any, processor: Any) -> None:
-        from tokenflex.dropin.features import default_count
-
         self.model, self.processor = model, processor
         self.trained_counts: list[TokenCount] = []  # a conversion does not record them
-        height, width = token_grid(default_count(model.config))
-        divisors = [d for d in (1, 2, 3) if not height % d and not width % d]
-        self.offered_counts = by_size([(height // d, width // d) for d in divisors])
+        self.has_auto = has_router(model)
+        routed = known_counts(model) if self.has_auto else ()
+        self.offered_counts = by_size([*model.fitted_num_image_tokens, *routed])
         self.pooling: str = model.config.tokenflex["pooling"]
 
     def prepare(self, picture: Image.Image, max_tiles: int | None) -> Any:
-        """Return the outputs of the processor for the picture alone, at the default count."""
+        """Return the outputs of the processor for the picture, and its tiles."""
         if max_tiles is not None:
             raise ValueError(
                 f"max_tiles is for TokenFLEX models, got {max_tiles} for a converted "
                 f"{self.model.config.model_type}"
             )
-        return self.read(picture, "", None)
-
-    def read(self, picture: Image.Image, question: str, count: TokenCount | None) -> Any:
-        """Return the processor's outputs for one prompt."""
-        prompt = prompt_of(self.processor, question)
-        inputs = self.processor(
-            images=[picture], text=[prompt], num_image_tokens=count, return_tensors="pt"
-        )
-        return inputs.to(self.model.device)
+        data, (tiles,) = self.processor.process_images([picture])
+        return data, tiles
 
     def encode(self, picture: Image.Image, prepared: Any) -> EncodedPicture:
         """Run the encoder on the outputs of :meth:`prepare`."""
-        from tokenflex.dropin.features import encode_patches, image_input_names
-
-        base = self.model.base_model
-        names = image_input_names(type(base)._tokenflex_stock_class)
-        patches = encode_patches(base, {name: prepared[name] for name in names if name in prepared})
-        pixels = prepared["pixel_values"]
-        tiles = pixels.flatten(0, -4) if pixels.ndim > 3 else []
-        if len(tiles) == len(patches.grids) and len({*patches.grids}) == 1:
-            processor = self.processor.image_processor
-            seen = [seen_picture(tile, processor) for tile in tiles]
+        data, tiles = prepared
+        encoded = self.model.encode_images(**on_device(data, self.model.device))
+        pixels = data["pixel_values"]
+        shown = pixels.flatten(0, -4) if pixels.ndim > 3 else []
+        whole = [(1, 1)] * len(encoded)
+        if len(shown) == len(encoded) and len({*encoded.grids}) == 1:
+            seen = [seen_picture(tile, self.processor.image_processor) for tile in shown]
         else:  # patches in a row, or padded pixels: the whole picture, resized
-            seen = [picture] * len(patches.grids)
-        panels = [
-            Panel(*pair) for pair in zip(seen, [(1, 1)] * len(seen), patches.grids, strict=True)
-        ]
-        return _ConvertedPicture(self, picture, patches, panels)
-
-
-@dataclass(frozen=True)
-class _ConvertedPicture:
-    subject: ConvertedSubject
-    picture: Image.Image
-    patches: Any
-    panels: list[Panel]
-
-    @property
-    def tiles(self) -> int:
-        return len(self.patches.grids)
-
-    def read(self, question: str, count: TokenCount | str) -> dict[str, Any]:
-        if isinstance(count, str):
-            raise ValueError(
-                f"counts must be numbers or grids for a converted model, got {count!r}: it has no "
-                "router"
-            )
-        inputs = dict(self.subject.read(self.picture, question, count))
-        inputs.pop("pixel_values")
-        return inputs
-
-    def with_picture(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        from tokenflex.dropin.features import project_patches
-
-        base = self.subject.model.base_model
-        outputs = project_patches(base, self.patches, inputs["num_image_tokens"])
-        return {**inputs, "mm_encoder_outputs": {"image": outputs}}
+            seen = [picture] * len(encoded)
+        panels = [Panel(*pair) for pair in zip(seen, whole, encoded.grids, strict=True)]
+        return _Picture(self, encoded, tiles, panels)
 
 
 def seen_picture(pixels: torch.Tensor, image_processor: Any) -> Image.Image:

@@ -22,23 +22,17 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from tokenflex.checkpoints import load_model
 from tokenflex.counts import AUTO, Grid, TokenCount, token_grid, tokens_of
-from tokenflex.dropin.features import (
-    Patches,
-    encode_patches,
-    image_input_names,
-    project_patches,
-)
 from tokenflex.evaluation.generation import special_tokens
 from tokenflex.files import checkpoint_folder
 from tokenflex.images import load_image
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
-from tokenflex.models.vision import EncodedImages
-from tokenflex.prompts import expand_placeholders, left_padded
+from tokenflex.models.vision import EncodedImages, on_device
+from tokenflex.prompts import expand_placeholders, left_padded, runs_of, tokens_of_runs
 from tokenflex.routing.ladder import known_counts, trained_counts
 from tokenflex.routing.storage import has_router, load_router
 from tokenflex.serving.feature_cache import FeatureCache
-from tokenflex.serving.loading import load_model
 from tokenflex.serving.passes import encode_in_passes
 from tokenflex.serving.server.chat_request import ChatRequest, Limits, RequestError, Sampling
 from tokenflex.serving.server.rows import Row, RowMonitor, RowSampler
@@ -86,7 +80,6 @@ class Prompt:
     encoded: list[EncodedImages] = field(default_factory=list)
     features: Any = None
     encoder_passes: int = 0
-    token_types: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def image_tokens(self) -> list[int]:
@@ -150,20 +143,41 @@ class ServedModel(ABC):
             RequestError: a picture cannot be read, or messages and model do not fit together.
         """
 
+    def _new_prompt(self, request: ChatRequest, inputs: Any, tiles: list[int]) -> Prompt:
+        """Return the prompt of a request, whose text is still to be read."""
+        counts = self.counts_of(request)
+        self._check_text(request)
+        limit = request.sampling.max_tokens
+        prompt = Prompt(torch.empty(0), inputs, counts, tiles, request.budget, limit)
+        self._check_vision_tokens(request, prompt)
+        return prompt
+
+    def _read_text(self, request: ChatRequest, prompt: Prompt) -> None:
+        """Tokenize the messages of a request."""
+        # Placeholders are repeated at once only where all counts are known.
+        known = AUTO if AUTO in prompt.counts else prompt.counts
+        with self._text_lock, callers_mistake("messages"):
+            text = self.processor.apply_chat_template(request.messages, add_generation_prompt=True)
+            encoded = self.processor.encode_text(
+                [text],
+                prompt.tiles,
+                num_image_tokens=known or None,
+                add_special_tokens=self.processor.adds_special_tokens(text),
+            )
+        prompt.ids = encoded["input_ids"][0].long()
+        if not len(prompt.ids):
+            raise RequestError("messages must hold a text or an image, got neither", "messages")
+
     @property
-    @abstractmethod
     def default_count(self) -> TokenCount:
         """The count of images where neither a request nor a router names one."""
+        count: TokenCount = self.processor.num_image_tokens
+        return count
 
     @property
-    @abstractmethod
     def chooses(self) -> bool:
         """True if a router can choose counts."""
-
-    @property
-    def spreads_budgets(self) -> bool:
-        """True if a budget can be spread over images."""
-        return hasattr(self.model, "choose_counts")
+        return has_router(self.model)
 
     def trained_counts(self) -> tuple[TokenCount, ...] | None:
         """Return the counts of the model's training, rising; None where its config has none."""
@@ -199,12 +213,6 @@ class ServedModel(ABC):
                 counts.append(AUTO)
             else:
                 counts.append(self.default_count if wish == "default" else cast(TokenCount, wish))
-        if request.budget is not None and AUTO in counts and not self.spreads_budgets:
-            raise RequestError(
-                "budget is not supported by this model: give num_image_tokens, got "
-                f"{request.budget}",
-                "budget",
-            )
         return counts
 
     def _check_text(self, request: ChatRequest) -> None:
@@ -282,7 +290,61 @@ class ServedModel(ABC):
             prompt.max_tokens = min(self.limits.max_tokens, left)
 
     @abstractmethod
-    def _read_images(self, prompt: Prompt) -> None: ...
+    def _encode_images(self, prompt: Prompt) -> list[EncodedImages]:
+        """Return the features of each image of a prompt, kept ones or new ones."""
+
+    def _read_images(self, prompt: Prompt) -> None:
+        encoded = self._encode_images(prompt)
+        prompt.inputs = None
+        prompt.features = type(encoded[0]).joined(encoded)
+        if AUTO in prompt.counts:
+            chosen = self._choose(prompt, encoded)
+            prompt.counts = [next(chosen) if n == AUTO else n for n in prompt.counts]
+            self._check_grids(prompt.tile_counts, prompt.features.grids)
+            runs = tokens_of_runs(prompt.tiles, prompt.image_tokens)
+            prompt.ids = expand_placeholders(prompt.ids, runs, self.model.config.image_token_id)
+        else:
+            self._check_grids(prompt.tile_counts, prompt.features.grids)
+
+    def _choose(self, prompt: Prompt, encoded: Sequence[EncodedImages]) -> Iterator[TokenCount]:
+        """Return the counts of the images that are to be chosen.
+
+        Images of fixed counts are left out of the prompt, and taken off the budget.
+        """
+        is_open = [count == AUTO for count in prompt.counts]
+        ids, image_token_id = prompt.ids, self.model.config.image_token_id
+        places = (ids == image_token_id).nonzero().flatten()
+        keep = torch.ones_like(ids, dtype=torch.bool)
+        of_runs = [
+            free
+            for free, tiles in zip(is_open, prompt.tiles, strict=True)
+            for _ in range(runs_of(tiles))
+        ]
+        keep[places[~torch.tensor(of_runs)]] = False
+        tiles = [tiles for tiles, free in zip(prompt.tiles, is_open, strict=True) if free]
+        images = [image for image, free in zip(encoded, is_open, strict=True) if free]
+        budget = None
+        if prompt.budget is not None:
+            with callers_mistake("budget"):
+                each = tokens_of(known_counts(self.model)[0])
+            fewest = prompt.fixed_tokens + sum(tiles) * each
+            if prompt.budget < fewest:
+                raise RequestError(
+                    f"budget must be at least {fewest}, the fewest vision tokens that the images "
+                    f"of the request can have, got {prompt.budget}",
+                    "budget",
+                )
+            budget = prompt.budget - prompt.fixed_tokens
+        with callers_mistake("num_image_tokens" if budget is None else "budget"):
+            chosen = self.model.choose_counts(
+                ids[keep][None],
+                num_image_tokens=AUTO,
+                budget=budget,
+                encoded_images=type(images[0]).joined(images),
+                tiles_per_image=tiles,
+            )
+        first_tiles = accumulate(tiles[:-1], initial=0)
+        return iter([chosen["num_image_tokens"][tile] for tile in first_tiles])
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of tokens, without special ones. For the model's thread alone."""
@@ -311,7 +373,7 @@ class ServedModel(ABC):
         self.model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            **self._image_arguments(prompts, ids.shape[1]),
+            **self._image_arguments(prompts),
             **self.special_tokens,
             do_sample=False,
             num_beams=1,
@@ -321,25 +383,18 @@ class ServedModel(ABC):
             stopping_criteria=StoppingCriteriaList([monitor]),
         )
 
-    @abstractmethod
-    def _image_arguments(self, prompts: Sequence[Prompt], length: int) -> dict[str, Any]: ...
+    def _image_arguments(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        images = [prompt.features for prompt in prompts if prompt.tiles]
+        if not images:
+            return {}
+        counts = [count for prompt in prompts for count in prompt.tile_counts]
+        return {"encoded_images": type(images[0]).joined(images), "num_image_tokens": counts}
 
 
 class TokenFlexServed(ServedModel):
     """A TokenFLEX checkpoint. Each picture is encoded, and kept, on its own."""
 
-    @property
-    def default_count(self) -> TokenCount:
-        count: TokenCount = self.processor.num_image_tokens
-        return count
-
-    @property
-    def chooses(self) -> bool:
-        return has_router(self.model)
-
     def prepare(self, request: ChatRequest) -> Prompt:
-        counts = self.counts_of(request)
-        self._check_text(request)
         pixels, tiles = [], []
         for image in request.images:  # one at a time, as a picture is larger than its pixels here
             picture = self._read_picture(image.url, image.name)
@@ -347,19 +402,8 @@ class TokenFlexServed(ServedModel):
                 data, (number,) = self.processor.process_images([picture])
             pixels.append(data)
             tiles.append(number)
-        options = request.sampling
-        prompt = Prompt(torch.empty(0), pixels, counts, tiles, request.budget, options.max_tokens)
-        self._check_vision_tokens(request, prompt)
-        # Placeholders are repeated at once only where all counts are known.
-        known = AUTO if AUTO in counts else counts
-        with self._text_lock, callers_mistake("messages"):
-            text = self.processor.apply_chat_template(request.messages, add_generation_prompt=True)
-            encoded = self.processor.encode_text(
-                [text], tiles, num_image_tokens=known, add_special_tokens=False
-            )
-        prompt.ids = encoded["input_ids"][0].long()
-        if not len(prompt.ids):
-            raise RequestError("messages must hold a text or an image, got neither", "messages")
+        prompt = self._new_prompt(request, pixels, tiles)
+        self._read_text(request, prompt)
         return prompt
 
     @torch.no_grad()
@@ -387,169 +431,42 @@ class TokenFlexServed(ServedModel):
         for prompt, image in zip(owners, features, strict=True):
             prompt.encoded.append(image)
 
-    def _read_images(self, prompt: Prompt) -> None:
+    def _encode_images(self, prompt: Prompt) -> list[EncodedImages]:
         if not prompt.encoded:
             self.encode_ahead([prompt])
-        encoded, prompt.encoded, prompt.inputs = prompt.encoded, [], None
-        prompt.features = EncodedImages.joined(encoded)
-        if AUTO in prompt.counts:
-            chosen = self._choose(prompt, encoded)
-            prompt.counts = [next(chosen) if n == AUTO else n for n in prompt.counts]
-            self._check_grids(prompt.tile_counts, prompt.features.grids)
-            image_token_id = self.model.config.image_token_id
-            prompt.ids = expand_placeholders(prompt.ids, prompt.image_tokens, image_token_id)
-        else:
-            self._check_grids(prompt.tile_counts, prompt.features.grids)
-
-    def _choose(self, prompt: Prompt, encoded: Sequence[EncodedImages]) -> Iterator[TokenCount]:
-        """Return the counts of the images that are to be chosen.
-
-        Images of fixed counts are left out of the prompt, and taken off the budget.
-        """
-        is_open = [count == AUTO for count in prompt.counts]
-        ids, image_token_id = prompt.ids, self.model.config.image_token_id
-        places = (ids == image_token_id).nonzero().flatten()
-        keep = torch.ones_like(ids, dtype=torch.bool)
-        keep[places[~torch.tensor(is_open)]] = False
-        tiles = [tiles for tiles, free in zip(prompt.tiles, is_open, strict=True) if free]
-        images = [image for image, free in zip(encoded, is_open, strict=True) if free]
-        budget = None
-        if prompt.budget is not None:
-            with callers_mistake("budget"):
-                each = tokens_of(known_counts(self.model)[0])
-            fewest = prompt.fixed_tokens + sum(tiles) * each
-            if prompt.budget < fewest:
-                raise RequestError(
-                    f"budget must be at least {fewest}, the fewest vision tokens that the images "
-                    f"of the request can have, got {prompt.budget}",
-                    "budget",
-                )
-            budget = prompt.budget - prompt.fixed_tokens
-        with callers_mistake("num_image_tokens" if budget is None else "budget"):
-            chosen = self.model.choose_counts(
-                ids[keep][None],
-                num_image_tokens=AUTO,
-                budget=budget,
-                encoded_images=EncodedImages.joined(images),
-                tiles_per_image=tiles,
-            )
-        first_tiles = accumulate(tiles[:-1], initial=0)
-        return iter([chosen["num_image_tokens"][tile] for tile in first_tiles])
-
-    def _image_arguments(self, prompts: Sequence[Prompt], length: int) -> dict[str, Any]:
-        images = [prompt.features for prompt in prompts if prompt.tiles]
-        if not images:
-            return {}
-        counts = [count for prompt in prompts for count in prompt.tile_counts]
-        return {"encoded_images": EncodedImages.joined(images), "num_image_tokens": counts}
+        encoded, prompt.encoded = prompt.encoded, []
+        return encoded
 
 
 class ConvertedServed(ServedModel):
     """A stock model with a token-adaptive projector. A request's pictures are encoded together."""
 
-    @property
-    def default_count(self) -> TokenCount:
-        count: TokenCount = self.processor.image_token_counts
-        return count
-
-    @property
-    def chooses(self) -> bool:
-        return False
-
     def prepare(self, request: ChatRequest) -> Prompt:
-        counts = self.counts_of(request)
-        self._check_text(request)
-        number = len(request.images)
-        prompt = Prompt(
-            torch.empty(0), {}, counts, [1] * number, request.budget, request.sampling.max_tokens
-        )
-        self._check_vision_tokens(request, prompt)
-        pictures = iter([self._read_picture(image.url, image.name) for image in request.images])
-        messages = [_with_pictures(message, pictures) for message in request.messages]
-        with self._text_lock, callers_mistake("messages"):
-            inputs = dict(
-                self.processor.apply_chat_template(
-                    messages,
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=True,
-                    return_tensors="pt",
-                    **(
-                        {"num_image_tokens": counts, "return_text_replacement_offsets": True}
-                        if number
-                        else {}
-                    ),
-                )
-            )
-        prompt.ids = inputs.pop("input_ids")[0]
-        prompt.token_types = {
-            name: inputs.pop(name)[0]
-            for name in ("mm_token_type_ids", "token_type_ids")
-            if name in inputs
-        }
-        (replaced,) = inputs.pop("text_replacement_offsets", [[]])
-        texts = [offsets["replacement"] for offsets in replaced]
-        placeholder = self.processor._tokenflex.image_token
-        prompt.tiles = [
-            text.count(placeholder) // tokens_of(cast(TokenCount, count))
-            for text, count in zip(texts, counts, strict=True)
-        ]
-        self._check_vision_tokens(request, prompt)
-        names = image_input_names(type(self.model.base_model)._tokenflex_stock_class)
-        prompt.inputs = {name: inputs[name] for name in names if name in inputs}
+        prompt = self._new_prompt(request, {}, [1] * len(request.images))
+        pictures = [self._read_picture(image.url, image.name) for image in request.images]
+        if pictures:
+            with self._text_lock, callers_mistake("messages"):
+                prompt.inputs, prompt.tiles = self.processor.process_images([pictures])
+            self._check_vision_tokens(request, prompt)
+        self._read_text(request, prompt)
         return prompt
 
-    def _read_images(self, prompt: Prompt) -> None:
-        base, inputs = self.model.base_model, prompt.inputs
-        tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+    def _encode_images(self, prompt: Prompt) -> list[EncodedImages]:
+        inputs = on_device(prompt.inputs, self.model.device)
+        tensors = [value for value in prompt.inputs.values() if isinstance(value, torch.Tensor)]
 
-        def encode(_: torch.Tensor) -> Patches:
+        def encode(_: torch.Tensor) -> EncodedImages:
             prompt.encoder_passes = len(prompt.tiles)
             self.encoded_images += len(prompt.tiles)
-            on_device = {
-                name: value.to(base.device) if isinstance(value, torch.Tensor) else value
-                for name, value in inputs.items()
-            }
-            return encode_patches(base, on_device)
+            images: EncodedImages = self.model.encode_images(**inputs)
+            return images
 
         # All inputs tell pictures apart: sizes and masks as well as pixels.
         shapes = torch.tensor([size for tensor in tensors for size in (-1, *tensor.shape)])
         key = torch.cat([tensor.flatten().double() for tensor in [shapes, *tensors]])
-        prompt.features = self.cache.features(key, encode)
-        self._check_grids(prompt.tile_counts, prompt.features.grids)
-        grids = inputs.get("image_grid_thw")
-        prompt.inputs = {} if grids is None else {"image_grid_thw": grids}
-
-    def _image_arguments(self, prompts: Sequence[Prompt], length: int) -> dict[str, Any]:
-        arguments: dict[str, Any] = {}
-        device = self.model.device
-        for name in {name for prompt in prompts for name in prompt.token_types}:
-            types = torch.zeros(len(prompts), length, dtype=torch.int64)
-            for row, prompt in zip(types, prompts, strict=True):
-                row[length - len(prompt.ids) :] = prompt.token_types[name]
-            arguments[name] = types.to(device)
-        shown = [prompt for prompt in prompts if prompt.tiles]
-        if not shown:
-            return arguments
-        patches = Patches.joined([prompt.features for prompt in shown])
-        counts = [count for prompt in shown for count in prompt.tile_counts]
-        images = project_patches(self.model.base_model, patches, counts)
-        arguments |= {"mm_encoder_outputs": {"image": images}, "num_image_tokens": counts}
-        if "image_grid_thw" in shown[0].inputs:
-            grids = torch.cat([prompt.inputs["image_grid_thw"] for prompt in shown])
-            arguments["image_grid_thw"] = grids.to(device)
-        return arguments
-
-
-def _with_pictures(message: dict[str, Any], pictures: Iterator[Image.Image]) -> dict[str, Any]:
-    content = message["content"]
-    if isinstance(content, str):
-        return message
-    parts = [
-        {"type": "image", "image": next(pictures)} if part["type"] == "image" else part
-        for part in content
-    ]
-    return {**message, "content": parts}
+        features = self.cache.features(key, encode)
+        rest = iter(range(len(features)))
+        return [features.select([next(rest) for _ in range(tiles)]) for tiles in prompt.tiles]
 
 
 def load_served(
@@ -578,8 +495,8 @@ def load_served(
     served: type[ServedModel] = ConvertedServed
     if isinstance(model, TokenFlexForConditionalGeneration):
         served = TokenFlexServed
-        if has_router(model):
-            load_router(checkpoint_folder(path))  # a broken one is told before the first request
+    if has_router(model):
+        load_router(checkpoint_folder(path))  # a broken one is told before the first request
     if counts is not None:
         model.config.trained_num_image_tokens = list(counts)
     model.to(device).eval()
