@@ -13,6 +13,7 @@ import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,13 @@ BATCH = 128
 
 @torch.no_grad()
 def accuracy(
-    logits: Callable[[Sequence[Any]], torch.Tensor], asked: Sequence[Any], vocabulary: dict[str, int]
+    logits: Callable[[Sequence[Any]], torch.Tensor],
+    asked: Sequence[Any],
+    vocabulary: dict[str, int],
 ) -> dict[str, float]:
     """Return the share of right answers of each kind of question, and of all."""
-    right, total = Counter(), Counter()
+    right: Counter[str] = Counter()
+    total: Counter[str] = Counter()
     for start in range(0, len(asked), BATCH):
         batch = asked[start : start + BATCH]
         guesses = logits(batch).argmax(-1).tolist()
@@ -53,7 +57,7 @@ def accuracy(
     return {name: right[name] / total[name] for name in sorted(total)}
 
 
-def converted_logits(model: Any, processor: Any, asked: Sequence[Any], count: int) -> torch.Tensor:
+def converted_logits(model: Any, processor: Any, count: int, asked: Sequence[Any]) -> torch.Tensor:
     """Return the logits [B, vocabulary] of a converted model after each question."""
     samples = [question(picture, prompt) for picture, _, prompt, _ in asked]
     inputs = encode_samples(
@@ -83,23 +87,16 @@ def main() -> None:
         )
     seconds = {"stock": time.perf_counter() - started}
     test = questions("test", options.canvases)
-    results: dict[str, dict[int, dict[str, float]]] = {
-        "stock, picture resized": {
-            side * side: accuracy(
-                lambda asked, side=side: stock_logits(model, processor, asked, side),
-                test,
-                vocabulary,
-            )
-            for side in reversed(SIDES)
-        }
+    results: dict[str, dict[int, dict[str, float]]] = {}
+    results["stock, picture resized"] = {
+        side * side: accuracy(partial(stock_logits, model, processor, side), test, vocabulary)
+        for side in reversed(SIDES)
     }
 
     def measure(name: str, converted: Any, converted_processor: Any) -> None:
         results[name] = {
             count: accuracy(
-                lambda asked, n=count: converted_logits(converted, converted_processor, asked, n),
-                test,
-                vocabulary,
+                partial(converted_logits, converted, converted_processor, count), test, vocabulary
             )
             for count in COUNTS
         }

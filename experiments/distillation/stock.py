@@ -100,13 +100,14 @@ def resized(pixel_values: torch.Tensor, side: int) -> torch.Tensor:
     return F.interpolate(pixel_values, size, mode="bilinear", antialias=True, align_corners=False)
 
 
-def stock_logits(model: Any, processor: Any, asked: Sequence[Any], side: int) -> torch.Tensor:
+def stock_logits(model: Any, processor: Any, side: int, asked: Sequence[Any]) -> torch.Tensor:
     """Return the logits [B, vocabulary] after each question, its picture resized.
 
     ``asked`` holds (picture, kind, prompt, answer). Pictures that follow each other and are the
     same object are encoded once.
     """
-    pictures, indices = [], []
+    pictures: list[Any] = []
+    indices = []
     for picture, *_ in asked:
         if not pictures or pictures[-1] is not picture:
             pictures.append(picture)
@@ -175,7 +176,7 @@ def train_stock(
         targets = torch.tensor([vocabulary[answer] for *_, answer in asked])
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = learning_rate * min(1, (step + 1) / 50) * cosine
-        F.cross_entropy(stock_logits(model, processor, asked, side), targets).backward()
+        F.cross_entropy(stock_logits(model, processor, side, asked), targets).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

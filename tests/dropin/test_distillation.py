@@ -7,7 +7,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tests.dropin.processors import picture, stock_processor
-from tests.dropin.table import PIXELS
 from tests.dropin.test_fitting import CLASSES, pictures_of, questions
 from tests.dropin.test_model import projector_of
 from tests.dropin.tiny import stock_model
@@ -138,13 +137,15 @@ def test_divergence_is_that_of_the_likeliest_tokens_and_all_others():
         groups = torch.cat([kept, 1 - kept.sum(1, keepdim=True)], 1)
         expected = torch.cat([expected, 1 - expected.sum(1, keepdim=True)], 1)
         by_hand = (expected * (expected / groups).log()).sum(1)
-        torch.testing.assert_close(divergence[3 * row :][:3].double(), by_hand, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(
+            divergence[3 * row :][:3].double(), by_hand, atol=1e-5, rtol=1e-3
+        )
     assert len(answers[0].likeliest[0]) < logits.shape[-1]
 
 
 @pytest.mark.slow
 def test_distilled_model_answers_as_the_stock_model_at_every_count():
-    """A model that has learned to tell eight kinds of pictures, and a projector of random weights."""
+    """After a model has learned to tell eight kinds of pictures, with a random projector."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, processor = stock_model("llava-siglip").train(), stock_processor("llava-siglip")
@@ -218,9 +219,7 @@ def test_weights_of_less_than_32_bits_are_trained_in_float32():
     model, processor = converted("llava")
     model.bfloat16()
     before = projector_of(model).down.weight.detach().clone()
-    distill(
-        model, processor, samples_of(4), counts=COUNTS, learning_rate=1e-2, **FEW
-    )
+    distill(model, processor, samples_of(4), counts=COUNTS, learning_rate=1e-2, **FEW)
     weight = projector_of(model).down.weight
     assert weight.dtype == torch.bfloat16
     assert not torch.equal(weight, before)
@@ -256,9 +255,9 @@ def test_counts_around_a_default_have_the_paper_s_odds():
 def test_failure_leaves_the_conversion_as_it_was():
     model, processor = converted("llava")
     samples = samples_of(4)
-    del samples[2]["messages"][0]["content"][0]["image"]
+    samples[2]["messages"][0]["content"][0]["image"] = torch.zeros(2)
     before = projector_of(model).down.weight.detach().clone()
-    with pytest.raises(Exception):  # noqa: B017  # transformers' own kind
+    with pytest.raises(ValueError, match="image"):
         distill(model, processor, samples, counts=COUNTS, **FEW)
     assert is_converted(model)
     assert processor.image_token_counts == 16
@@ -286,6 +285,3 @@ def test_wrong_arguments_are_named(change, error):
 def test_loaded_conversion_has_no_stock_model_to_learn_from():
     with pytest.raises(ValueError, match="converted in place"):
         distill(stock_model("llava"), stock_processor("llava"), samples_of(2))
-
-
-assert PIXELS == 64

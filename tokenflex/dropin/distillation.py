@@ -126,10 +126,9 @@ def distill(
     counts = counts_around(default_count(inner.config)) if counts is None else counts
     if not isinstance(counts, TokenCounts):
         raise TypeError(f"counts must be a TokenCounts, got {counts!r}")
-    for name, number in [
-        *(("steps", steps), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens))
-    ]:
-        check_count(name, number)
+    check_count("steps", steps)
+    check_count("batch_size", batch_size)
+    check_count("max_new_tokens", max_new_tokens)
     if not 0 < learning_rate < float("inf"):
         raise ValueError(f"learning_rate must be positive and finite, got {learning_rate}")
     samples = list(samples)
@@ -146,8 +145,9 @@ def distill(
         split = len(samples) - held_out
         student = _Student(model, processor, samples, answers)
         before = student.agreements(range(split, len(samples)), counts.counts, batch_size)
+        schedule = _Schedule(counts, steps, batch_size, learning_rate, seed)
         with _trained(model, inner) as parameters:
-            _train(student, parameters, split, counts, steps, batch_size, learning_rate, seed, on_progress)
+            _train(student, parameters, split, schedule, on_progress)
         after = student.agreements(range(split, len(samples)), counts.counts, batch_size)
     finally:
         for module, training in modes.items():
@@ -203,7 +203,8 @@ def stock_answers(
     projector = model.base_model.get_submodule(family.projector)
     reference = next(projector.parameters())
     # The kept projector missed all changes of device and dtype.
-    stock_projector_of(model).to(reference.device, reference.dtype)
+    stock: Any = stock_projector_of(model)
+    stock.to(reference.device, reference.dtype)
     answers: list[StockAnswer] = []
     with as_stock(model), _stock_processor(model, processor):
         for start in range(0, len(samples), batch_size):
@@ -480,39 +481,56 @@ def _trained(model: Any, inner: Any) -> Iterator[list[nn.Parameter]]:
             p.requires_grad_(requires_grad)
 
 
+@dataclass(frozen=True)
+class _Schedule:
+    """The arguments of :func:`distill` of the same names."""
+
+    counts: TokenCounts
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+
+    def batches(self, num_samples: int) -> Iterator[tuple[list[int], list[TokenCount]]]:
+        """Yield the samples of each step and their counts; each epoch has an order of its own."""
+        generator = torch.Generator().manual_seed(self.seed)
+        order: list[int] = []
+        epoch = -1
+        for _ in range(self.steps):
+            samples: list[int] = []
+            drawn: list[TokenCount] = []
+            while len(samples) < min(self.batch_size, num_samples):
+                if not order:
+                    order = torch.randperm(num_samples, generator=generator).tolist()
+                    epoch += 1
+                samples.append(order.pop())
+                drawn.append(self.counts.draw(samples[-1], epoch))
+            yield samples, drawn
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        warm_up = max(1, round(_WARM_UP_SHARE * self.steps))
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / self.steps)
+        return self.learning_rate * min(1, (step + 1) / warm_up) * cosine
+
+
 def _train(
     student: _Student,
     parameters: list[nn.Parameter],
     num_samples: int,
-    counts: TokenCounts,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
+    schedule: _Schedule,
     on_progress: Callable[[str, int, int], object],
 ) -> None:
-    """Train on the first ``num_samples`` samples, whose order is drawn anew in each epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
+    """Train on the first ``num_samples`` samples."""
+    optimizer = torch.optim.AdamW(parameters, schedule.learning_rate, weight_decay=0.0)
     device, dtype = student.inner.device, student.inner.dtype
     mixed = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    order: list[int] = []
-    epoch = -1
-    warm_up = max(1, round(_WARM_UP_SHARE * steps))
-    for step in range(steps):
-        batch = []
-        while len(batch) < min(batch_size, num_samples):
-            if not order:
-                order = torch.randperm(num_samples, generator=generator).tolist()
-                epoch += 1
-            batch.append((order.pop(), epoch))
-        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        optimizer.param_groups[0]["lr"] = learning_rate * min(1, (step + 1) / warm_up) * cosine
-        drawn = [counts.draw(i, of_epoch) for i, of_epoch in batch]
+    for step, (samples, drawn) in enumerate(schedule.batches(num_samples)):
+        optimizer.param_groups[0]["lr"] = schedule.rate(step)
         with mixed:
-            divergence, _ = student.divergence([i for i, _ in batch], drawn)
+            divergence, _ = student.divergence(samples, drawn)
         divergence.mean().backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        on_progress("steps", step + 1, steps)
+        on_progress("steps", step + 1, schedule.steps)

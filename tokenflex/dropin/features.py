@@ -119,7 +119,7 @@ class Patches(EncodedImages):
         return cls(images.features, images.grids, tuple(layers))
 
     def to(self, *args: Any, **kwargs: Any) -> Patches:
-        """Return a copy with its features, those of layers too, moved as ``torch.Tensor.to`` does."""
+        """Return a copy with all its features moved as ``torch.Tensor.to`` does."""
         layers = tuple((maps.to(*args, **kwargs), grids) for maps, grids in self.layers)
         return Patches(self.features.to(*args, **kwargs), self.grids, layers)
 
