@@ -46,6 +46,7 @@ ROOMS = (
     "answers",
     "training",
     "dropin",
+    "checkpoints",
     "serving",
     "harnesses",
     "cli",

@@ -14,6 +14,8 @@ from tokenflex.counts import AUTO, ImageTokenCounts, TokenCount, token_grids, to
 from tokenflex.evaluation.generation import special_tokens
 from tokenflex.models.chat import without_placeholders
 from tokenflex.models.loading import check_length
+from tokenflex.models.vision import on_device
+from tokenflex.prompts import left_padded
 from tokenflex.routing.cascade import generate_with_escalation
 from tokenflex.routing.ladder import trained_counts
 from tokenflex.routing.policies import find_policy
@@ -59,7 +61,8 @@ def answer_at_counts(
     alone. A first call, of the text alone, is not timed.
 
     Args:
-        model: a :class:`tokenflex.TokenFlexForConditionalGeneration` in evaluation mode.
+        model: a :class:`tokenflex.TokenFlexForConditionalGeneration`, or a converted stock model,
+            in evaluation mode.
         processor: its processor.
         images: PIL images, arrays or tensors.
         prompts: texts with one placeholder per image each, about the same images.
@@ -86,12 +89,9 @@ def answer_at_counts(
     options = special_tokens(model, tokenizer)
     greedy = {"do_sample": False, "num_beams": 1}  # beams cannot be timed token by token
 
-    def read(texts: Sequence[str], tiles: Sequence[int], **count: Any) -> Any:
-        # As in training: the chat template writes all special tokens.
-        inputs = processor.encode_text([texts], tiles, add_special_tokens=False, **count)
-        return inputs.to(model.device)
-
-    data, tiles = ({}, []) if not images else processor.process_images(images, max_tiles=max_tiles)
+    data, tiles = {}, []
+    if images:
+        data, tiles = processor.process_images([list(images)], max_tiles=max_tiles)
     for count in counts if tiles else ():  # before the work, not after it
         most, bound = count, None
         if isinstance(count, str):
@@ -100,21 +100,28 @@ def answer_at_counts(
         tokens = sum(tokens_of_images(tiles, grids))
         check_length(model.config, tokens if bound is None else min(tokens, bound))
     texts = [without_placeholders(prompt, [processor.image_token]) for prompt in prompts]
-    warm_up = read(texts, [])
-    if warm_up["input_ids"].numel():
+    lengths = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ids, mask = left_padded([torch.tensor(row).long() for row in lengths], options["pad_token_id"])
+    if ids.numel():
+        warm_up = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
         model.generate(**warm_up, **greedy, **options, max_new_tokens=1)
     encoded, encoding_seconds = None, 0.0
     if tiles:
         started = time.perf_counter()
         with torch.no_grad():
-            encoded = model.encode_images(data["pixel_values"].to(model.device), data.get("grids"))
+            encoded = model.encode_images(**on_device(data, model.device))
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         encoding_seconds = time.perf_counter() - started
     options["max_new_tokens"] = max_new_tokens
     for count in counts:
-        given = AUTO if isinstance(count, str) else count
-        inputs = {**read(prompts, tiles, num_image_tokens=given), "encoded_images": encoded}
+        read = processor.encode_text(
+            [prompts],
+            tiles,
+            num_image_tokens=AUTO if isinstance(count, str) else count,
+            add_special_tokens=processor.adds_special_tokens(prompts[0]),
+        ).to(model.device)
+        inputs = {**read, "encoded_images": encoded}
         clock = FirstTokenClock()
         auto = inputs.get("num_image_tokens") == AUTO
         if auto and confidence is not None:
@@ -129,7 +136,7 @@ def answer_at_counts(
                 inputs = model.choose_counts(**inputs, penalty=penalty, budget=budget)
             output = model.generate(**inputs, **greedy, **options, streamer=clock)
             new = output[:, inputs["input_ids"].shape[1] :]
-            vision_tokens = (inputs["input_ids"] == processor.image_token_id).sum(-1).tolist()
+            vision_tokens = (inputs["input_ids"] == model.config.image_token_id).sum(-1).tolist()
             read_tokens = vision_tokens
         seconds = clock.seconds()
         for row, text in enumerate(tokenizer.batch_decode(new, skip_special_tokens=True)):

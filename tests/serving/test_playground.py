@@ -18,12 +18,12 @@ from tests.models.test_modeling import CallCounter
 from tests.models.test_tiling import tiling_processor
 from tests.models.tiny import picture, tiny_model
 from tests.routing.planted import FixedRouter
+from tokenflex.checkpoints import load_model
 from tokenflex.digits.processor import digits_processor
 from tokenflex.dropin.families import vision_encoder
 from tokenflex.dropin.replace import replace_projector
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.routing.storage import attach_router
-from tokenflex.serving.loading import load_model
 from tokenflex.serving.playground.asking import ask_at_counts
 from tokenflex.serving.playground.reports import draw_accuracy, find_report
 from tokenflex.serving.playground.subjects import seen_picture, subject_of

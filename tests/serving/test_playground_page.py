@@ -26,9 +26,9 @@ from tests.dropin.tiny import stock_model
 from tests.models.tiny import tiny_model
 from tests.serving.test_playground_command import free_port
 from tests.serving.test_playground_replies import EPS, bomb
+from tokenflex.checkpoints import load_model
 from tokenflex.digits.processor import digits_processor
 from tokenflex.dropin.replace import replace_projector
-from tokenflex.serving.loading import load_model
 from tokenflex.serving.playground.asking import ask_at_counts
 from tokenflex.training.checkpoint import save_model
 

@@ -101,12 +101,13 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _evaluate_into(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from tokenflex.checkpoints import load_model
     from tokenflex.counts import tokens_of
     from tokenflex.data.faults import BrokenSample, broken_records, check_broken, warn_of_broken
     from tokenflex.evaluation import evaluate
     from tokenflex.evaluation.report import format_table, write_report
     from tokenflex.evaluation.scoring import SCORES
-    from tokenflex.models.loading import check_length, load_checkpoint
+    from tokenflex.models.loading import check_length
     from tokenflex.routing.selector import resolve_count
     from tokenflex.training.build import build_dataset
 
@@ -121,7 +122,7 @@ def _evaluate_into(options: argparse.Namespace) -> int:
     if len(known := broken_records(dataset)) > options.max_broken_samples:
         warn_of_broken(known)
     check_broken(known, options.max_broken_samples)
-    model, processor = load_checkpoint(folder)
+    model, processor = load_model(folder)
     for count in options.counts:
         if not isinstance(count, str):
             check_length(model.config, tokens_of(count))

@@ -60,12 +60,12 @@ def _generate(options: argparse.Namespace) -> int:
     from jinja2 import TemplateError
 
     from tokenflex.answers import answer_at_counts
+    from tokenflex.checkpoints import load_model
     from tokenflex.images import open_image
     from tokenflex.models.chat import parts_of
-    from tokenflex.models.loading import load_checkpoint
 
     images = [open_image(path) for path in options.image]
-    model, processor = load_checkpoint(options.model)
+    model, processor = load_model(options.model)
     model.to(device())
     counts = options.tokens or [processor.num_image_tokens]
     chooses = any(isinstance(count, str) for count in counts)

@@ -44,7 +44,7 @@ def _play(options: argparse.Namespace) -> int:
     import gradio  # noqa: F401  # likewise
 
     quiet_libraries()
-    from tokenflex.serving.loading import load_model
+    from tokenflex.checkpoints import load_model
     from tokenflex.serving.playground.page import build_page, launch_page
     from tokenflex.serving.playground.replies import Playground
     from tokenflex.serving.playground.reports import draw_accuracy

@@ -70,7 +70,8 @@ def _route_into(options: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from tokenflex.models.loading import check_length, load_checkpoint
+    from tokenflex.checkpoints import load_model
+    from tokenflex.models.loading import check_length
     from tokenflex.routing.grading import grade
     from tokenflex.routing.router import check_counts
     from tokenflex.routing.storage import save_router
@@ -86,7 +87,7 @@ def _route_into(options: argparse.Namespace) -> int:
     measured = options.measure_on or ("digits" if options.data == "digits" else None)
     trained_on = _dataset(options.data, "validation", options)
     others = _dataset(measured, "test", options) if measured and study else None
-    model, processor = load_checkpoint(options.model)
+    model, processor = load_model(options.model)
     check_length(model.config, max(counts))
     model.to(device())
     samples = len(trained_on) + (0 if others is None else len(others))

@@ -14,8 +14,17 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, token_grids
+from tokenflex.counts import (
+    Grid,
+    ImageTokenCounts,
+    TokenCount,
+    is_one_count,
+    token_grid,
+    token_grids,
+)
 from tokenflex.dropin.families import VISION_ENCODERS, Deepstack, PatchGrids, vision_encoder
+from tokenflex.models.auto_counts import refuse_auto
+from tokenflex.models.placeholders import in_order
 from tokenflex.models.vision import EncodedImages
 from tokenflex_kernels import pool_norm
 
@@ -66,6 +75,17 @@ def default_count(config: Any) -> TokenCount:
     """Return the count that a converted model uses where a call gives none."""
     count = config.tokenflex["num_image_tokens"]
     return tuple(count) if isinstance(count, list) else count  # JSON has no tuples
+
+
+def fitted_counts(count: TokenCount) -> list[TokenCount]:
+    """Return a count, a quarter and a ninth of it, as far as its sides divide; rising.
+
+    A projector is fitted at these by default.
+    """
+    height, width = token_grid(count)
+    divisors = [d for d in (3, 2, 1) if not height % d and not width % d]
+    grids = [(height // d, width // d) for d in divisors]
+    return [h * w if h == w else (h, w) for h, w in grids]
 
 
 def flat_grids(patches: PatchGrids | Deepstack, merge: int = 1) -> tuple[torch.Tensor, list[Grid]]:
@@ -128,6 +148,21 @@ class Patches(EncodedImages):
         """Bytes that the features hold, those of layers included."""
         return super().nbytes + sum(maps.untyped_storage().nbytes() for maps, _ in self.layers)
 
+    def to(self, *args: Any, **kwargs: Any) -> Patches:
+        """Return a copy with all features moved as ``torch.Tensor.to`` does."""
+        layers = tuple((maps.to(*args, **kwargs), grids) for maps, grids in self.layers)
+        return Patches(self.features.to(*args, **kwargs), self.grids, layers)
+
+    def select(self, images: Sequence[int]) -> Patches:
+        """Return the images at these indices, in this order; an index may be repeated."""
+        chosen = super().select(images)
+        layers = (EncodedImages(maps, tuple(grids)).select(images) for maps, grids in self.layers)
+        return Patches(
+            chosen.features,
+            chosen.grids,
+            tuple((layer.features, [*layer.grids]) for layer in layers),
+        )
+
 
 def encode_patches(base: Any, image_inputs: dict[str, Any]) -> Patches:
     """Run the vision encoder of a converted base model, for any number of counts."""
@@ -139,6 +174,7 @@ def encode_patches(base: Any, image_inputs: dict[str, Any]) -> Patches:
 
 def project_patches(base: Any, patches: Patches, counts: ImageTokenCounts | None) -> ImageOutputs:
     """Project the images of a converted base model, each to its own count."""
+    refuse_auto(counts)
     family, config = type(base)._tokenflex_family, base.config
     counts = default_count(config) if counts is None else counts
     out_grids = token_grids(counts, len(patches), name="num_image_tokens")
@@ -148,6 +184,37 @@ def project_patches(base: Any, patches: Patches, counts: ImageTokenCounts | None
     tokens = projector(patches.features, out_grids, grids=list(patches.grids))
     layers = [list(pool_norm(*maps, out_grids).split(sizes)) for maps in patches.layers]
     return ImageOutputs(pooler_output=list(tokens.split(sizes)), deepstack_features=layers or None)
+
+
+def project_shown(
+    base: Any,
+    patches: Patches,
+    counts: ImageTokenCounts | None,
+    image_index: Sequence[int] | torch.Tensor | None,
+) -> tuple[ImageOutputs, ImageTokenCounts | None]:
+    """Project images, and bring them and their counts into the order in which prompts show them.
+
+    Args:
+        base: A converted base model.
+        patches: The images.
+        counts: One count for all images, or one per image.
+        image_index: The image that each run of placeholders shows; None for each once, in order.
+
+    Returns:
+        The outputs, and one count for all or for each image shown.
+    """
+    outputs = project_patches(base, patches, counts)
+    if image_index is None:
+        return outputs, counts
+    layers = outputs.deepstack_features
+    shown = ImageOutputs(
+        pooler_output=in_order(outputs.pooler_output, image_index),
+        deepstack_features=layers and [in_order(layer, image_index) for layer in layers],
+    )
+    if counts is None or is_one_count(counts):
+        return shown, counts
+    grids = token_grids(counts, len(patches), name="num_image_tokens")
+    return shown, in_order(grids, image_index)
 
 
 def image_features(

@@ -22,7 +22,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokenflex.counts import Grid, TokenCount, token_grid
-from tokenflex.dropin.features import default_count, flat_grids, image_input_names
+from tokenflex.dropin.features import (
+    default_count,
+    fitted_counts,
+    flat_grids,
+    image_input_names,
+)
 from tokenflex.dropin.model import as_stock, stock_projector_of
 from tokenflex.dropin.variants import is_converted, unwrapped
 from tokenflex_kernels import pool_norm
@@ -93,11 +98,8 @@ def fit_projector(
     stock.to(reference.device, reference.dtype)
     inputs = _image_inputs(base, images, processor, reference.device)
     if counts is None:
-        height, width = token_grid(default_count(config))
-        divisors = [d for d in (1, 2, 3) if not height % d and not width % d]
-        grids = [(height // d, width // d) for d in divisors]
-    else:
-        grids = [token_grid(count) for count in counts]
+        counts = fitted_counts(default_count(config))[::-1]
+    grids = [token_grid(count) for count in counts]
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -26,28 +26,38 @@ from torch import nn
 from transformers.generation import utils as generation_utils
 from transformers.utils.generic import can_return_tuple
 
-from tokenflex.counts import ImageTokenCounts
+import tokenflex.routing.choice  # noqa: F401  # sets the hook that chooses counts
+from tokenflex.counts import Grid, ImageTokenCounts, TokenCount
 from tokenflex.dropin.families import family_of
 from tokenflex.dropin.features import (
     CheckedOutputs,
     ImageOutputs,
+    Patches,
     default_count,
+    encode_patches,
+    fitted_counts,
     image_features,
     image_input_names,
+    project_shown,
     tokens_per_image,
     with_tokens,
 )
 from tokenflex.dropin.language import merged_embeddings
 from tokenflex.dropin.mrope import RopePositions, set_rope_positions
 from tokenflex.dropin.packing import check_packing
+from tokenflex.dropin.saved import mark_config
 from tokenflex.dropin.variants import Variant, change_class, restore_class
+from tokenflex.models.auto_counts import ChoosesCounts, asks_for_choice
 from tokenflex.models.generation import cache_of, repeated_images
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
-from tokenflex.models.placeholders import placeholder_rows
+from tokenflex.models.placeholders import check_device, placeholder_rows
 from tokenflex.models.prefill import new_prompt_ids
 from tokenflex.projector import TokenAdaptiveProjector
 
 _STOCK_PROJECTOR = "_tokenflex_stock_projector"  # holds a tuple, so that it is no submodule
+_TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
+_PREFIX_TYPES = ("paligemma",)
+"""Families whose token types tell a prompt (0) from what is learned (1), not images from text."""
 
 
 # ---- the base model
@@ -123,16 +133,35 @@ def _before_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Encode the images of a base model's forward, and check its arguments."""
     family = type(base)._tokenflex_family
     counts = kwargs.pop("num_image_tokens", None)
+    encoded_images = kwargs.pop("encoded_images", None)
+    image_index = kwargs.pop("image_index", None)
     if args:
         positional = list(inspect.signature(type(base).forward).parameters)[1:]
         kwargs = {**dict(zip(positional, args, strict=False)), **kwargs}
     check_packing(family, kwargs)
     encoded = dict(kwargs.get("mm_encoder_outputs") or {})
     images = encoded.get("image")
-    if images is None and kwargs.get("pixel_values") is not None:
-        names = image_input_names(type(base)._tokenflex_stock_class)
+    names = image_input_names(type(base)._tokenflex_stock_class)
+    if image_index is not None and encoded_images is None and kwargs.get("pixel_values") is None:
+        raise ValueError("image_index tells where images are shown: give the images with it")
+    if encoded_images is not None:
+        if images is not None or kwargs.get("pixel_values") is not None:
+            raise ValueError(
+                "give the images as one of pixel_values, encoded_images and mm_encoder_outputs"
+            )
+        images, counts = project_shown(base, encoded_images, counts, image_index)
+        _add_what_tells_images(base, kwargs.get("input_ids"), images, kwargs)
+    elif images is None and kwargs.get("pixel_values") is not None:
         image_inputs = {name: kwargs[name] for name in names if name in kwargs}
-        images = base.get_image_features(**image_inputs, num_image_tokens=counts, return_dict=True)
+        if image_index is not None:
+            patches = encode_patches(base, image_inputs)
+            images, counts = project_shown(base, patches, counts, image_index)
+            kwargs.pop("image_grid_thw", None)  # of each image once
+            _add_what_tells_images(base, kwargs.get("input_ids"), images, kwargs)
+        else:
+            images = base.get_image_features(
+                **image_inputs, num_image_tokens=counts, return_dict=True
+            )
         kwargs["pixel_values"] = None
     if images is None:
         return (), kwargs
@@ -148,6 +177,28 @@ def _before_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return (), kwargs
 
 
+def _add_what_tells_images(
+    base: Any, input_ids: torch.Tensor | None, images: ImageOutputs, kwargs: dict[str, Any]
+) -> None:
+    """Add what a family's own processor gives with images, and its model reads beside features.
+
+    That is which tokens are an image's, and for positions with three axes that there are images.
+    """
+    if input_ids is None:
+        return
+    stock = type(base)._tokenflex_stock_class
+    taken = inspect.signature(stock.forward).parameters
+    is_image = (input_ids == base.config.image_token_id).to(torch.int64)
+    if type(base)._tokenflex_family.model_type in _PREFIX_TYPES:
+        is_image = torch.zeros_like(is_image)
+    for name in _TOKEN_TYPES:
+        if name in taken and kwargs.get(name) is None:
+            kwargs[name] = is_image
+    if "image_grid_thw" in taken and kwargs.get("image_grid_thw") is None:
+        # Only their number is read: RopePositions has the sizes from the counts.
+        kwargs["image_grid_thw"] = input_ids.new_ones(len(images.pooler_output), 3)
+
+
 def _check_counts(model: Any, input_ids: torch.Tensor, tokens: Sequence[torch.Tensor]) -> None:
     """Refuse vision tokens that do not fit the placeholders, image by image."""
     placeholder_rows(input_ids == model.config.image_token_id, [len(image) for image in tokens])
@@ -156,12 +207,125 @@ def _check_counts(model: Any, input_ids: torch.Tensor, tokens: Sequence[torch.Te
 # ---- the whole model
 
 
-class ConvertedModel(Variant):
+class ConvertedModel(ChoosesCounts, Variant):
     """Changes of a whole model's class, for ``generate`` and ``from_pretrained``."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         install(self, new_projector(config), keep_stock=False)
+
+    @property
+    def projector(self: Any) -> TokenAdaptiveProjector:
+        """The projector."""
+        projector: TokenAdaptiveProjector = self.base_model.get_submodule(
+            self._tokenflex_family.projector
+        )
+        return projector
+
+    @property
+    def fitted_num_image_tokens(self: Any) -> list[TokenCount]:
+        """The counts that the projector is fitted at by default, rising."""
+        return fitted_counts(default_count(self.config))
+
+    def encode_images(
+        self: Any,
+        pixel_values: torch.Tensor,
+        grids: Grid | Sequence[Grid] | None = None,
+        **image_inputs: Any,
+    ) -> Patches:
+        """Run the vision encoder, once for any number of counts.
+
+        See :meth:`tokenflex.TokenFlexForConditionalGeneration.encode_images`.
+
+        Args:
+            pixel_values: As the family's processor returns them.
+            grids: For TokenFLEX models; None.
+            **image_inputs: What else its ``process_images`` returns, by name.
+
+        Raises:
+            TypeError: The family takes no input of a name; the message lists those that it takes.
+            ValueError: ``grids`` are given, or inputs do not fit together.
+        """
+        base, family = self.base_model, self._tokenflex_family
+        names = image_input_names(type(base)._tokenflex_stock_class)
+        if grids is not None:
+            raise ValueError(
+                f"grids are for TokenFLEX models: {family.model_type} takes {', '.join(names)}"
+            )
+        for name in image_inputs:
+            if name not in names:
+                raise TypeError(
+                    f"{name} is no image input of {family.model_type}, which takes "
+                    f"{', '.join(names)}"
+                )
+        if not len(pixel_values):
+            width = self.config.tokenflex["vision_width"]
+            return Patches(pixel_values.new_zeros(0, width), ())
+        check_device("pixel_values", pixel_values, base)
+        return encode_patches(base, {"pixel_values": pixel_values, **image_inputs})
+
+    def choose_counts(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        """Return inputs of ``generate`` with every image's count chosen.
+
+        The arguments are those of :func:`tokenflex.routing.choice.choose_counts`, and the family's
+        further image inputs.
+        """
+        return super().choose_counts(input_ids, **self.ready_for_choice(kwargs))
+
+    def ready_for_choice(self: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return arguments with images encoded, without what depends on the length of prompts."""
+        names = image_input_names(type(self.base_model)._tokenflex_stock_class)
+        images = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        left = {k: v for k, v in kwargs.items() if k not in {*names, *_TOKEN_TYPES}}
+        if "pixel_values" in images:
+            if left.get("encoded_images") is not None:
+                raise ValueError("give the images as one of pixel_values and encoded_images")
+            with torch.no_grad():
+                left["encoded_images"] = self.encode_images(**images)
+        return left
+
+    def prefix_types(self, is_learned: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return inputs that tell prompts from answers, for models that read both ways in prompts.
+
+        Args:
+            is_learned: bool [B, L], True at the tokens of answers.
+        """
+        if self._tokenflex_family.model_type in _PREFIX_TYPES:
+            return {"token_type_ids": is_learned.to(torch.int64)}
+        return {}
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Generate as the stock model does, with what a TokenFLEX model takes.
+
+        That is ``num_image_tokens``, "auto" with ``budget`` or ``penalty`` among them,
+        ``encoded_images`` in place of pixels, and ``image_index``; see
+        :meth:`tokenflex.TokenFlexForConditionalGeneration.generate`.
+        """
+        if asks_for_choice(kwargs):
+            return self._generate_with_choice(*args, **self.ready_for_choice(kwargs))
+        encoded = kwargs.pop("encoded_images", None)
+        image_index = kwargs.pop("image_index", None)
+        if encoded is None and image_index is None:
+            return super().generate(*args, **kwargs)
+        names = image_input_names(type(self.base_model)._tokenflex_stock_class)
+        given = {name: kwargs.pop(name) for name in names if kwargs.get(name) is not None}
+        if "pixel_values" in given or kwargs.get("mm_encoder_outputs") is not None:
+            if encoded is not None or "pixel_values" not in given:
+                raise ValueError(
+                    "give the images as one of pixel_values, encoded_images and mm_encoder_outputs"
+                )
+        elif encoded is None:
+            raise ValueError("image_index tells where images are shown: give the images with it")
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        with torch.no_grad():
+            if encoded is None:
+                encoded = self.encode_images(**given)
+            images, counts = project_shown(
+                self.base_model, encoded, kwargs.pop("num_image_tokens", None), image_index
+            )
+        kwargs |= {"mm_encoder_outputs": {"image": images}, "num_image_tokens": counts}
+        _add_what_tells_images(self.base_model, ids, images, kwargs)
+        return super().generate(*args, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         others = {k: v for k, v in model_kwargs.items() if k != "num_image_tokens"}
@@ -258,6 +422,7 @@ def install(model: Any, projector: nn.Module, *, keep_stock: bool) -> None:
     ``keep_stock`` keeps the stock projector outside the module tree, to restore or imitate it.
     """
     base, family = model.base_model, family_of(model.config)
+    mark_config(model.config)
     stock = base.get_submodule(family.stock_projector)
     if family.stand_in is not None:
         base.set_submodule(family.stock_projector, family.stand_in(base))
@@ -286,8 +451,8 @@ def uninstall(model: Any) -> None:
         if hook is _before_forward:
             del base._forward_pre_hooks[key]
             base._forward_pre_hooks_with_kwargs.pop(key, None)
-    restore_class(base)
-    restore_class(model)
+    for changed in (base, model, model.config):
+        restore_class(changed)
     delattr(model, _STOCK_PROJECTOR)
 
 

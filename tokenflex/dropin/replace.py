@@ -20,6 +20,7 @@ from tokenflex.dropin.model import (
     uninstall,
 )
 from tokenflex.dropin.processor import check_default_count, convert_processor, restore_processor
+from tokenflex.dropin.saved import Conversion, stock_config_class
 from tokenflex.dropin.variants import is_converted, unwrapped, variant_of
 from tokenflex.models.loading import refuse_faults
 from tokenflex_kernels.checks import check_count
@@ -208,7 +209,7 @@ def from_pretrained(
     config = kwargs.pop("config", None)
     if config is None:
         config = AutoConfig.from_pretrained(name_or_path, **location)
-    family = family_of(config)
+    family_of(config)  # refused before anything is loaded
     if processor is None:
         processor = AutoProcessor.from_pretrained(name_or_path, **location)
     if getattr(config, "tokenflex", None) is None:
@@ -221,6 +222,29 @@ def from_pretrained(
             f"init is for stock weights, but {name_or_path} holds a token-adaptive projector; got "
             f"init={init!r}"
         )
+    model = load_conversion(name_or_path, config, num_image_tokens=num_image_tokens, **kwargs)
+    convert_processor(processor, config, default_count(config))
+    return model, processor
+
+
+def conversion_class(config: Any) -> Any:
+    """Return the class of the converted models of a config."""
+    stock_class = AutoModelForImageTextToText._model_mapping[stock_config_class(config)]
+    return variant_of(stock_class, family_of(config), (ConvertedModel,))
+
+
+def load_conversion(
+    name_or_path: str | Path,
+    config: Any,
+    *,
+    num_image_tokens: TokenCount | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Load the model of a saved conversion; the arguments are those of :func:`from_pretrained`.
+
+    Raises:
+        ValueError: The config or the weights of the conversion are incomplete.
+    """
     missing = sorted(_OPTIONS - set(config.tokenflex))
     if missing:
         raise ValueError(
@@ -230,11 +254,11 @@ def from_pretrained(
     if num_image_tokens is not None:
         check_default_count(num_image_tokens, name="num_image_tokens")
         config.tokenflex["num_image_tokens"] = num_image_tokens
-    stock_class = AutoModelForImageTextToText._model_mapping[type(config)]
-    model_class = variant_of(stock_class, family, (ConvertedModel,))
-    model, loading = model_class.from_pretrained(
+    model, loading = conversion_class(config).from_pretrained(
         name_or_path, config=config, output_loading_info=True, **kwargs
     )
     refuse_faults(name_or_path, loading)
-    convert_processor(processor, config, default_count(config))
-    return model, processor
+    return model
+
+
+Conversion.load, Conversion.class_of = staticmethod(load_conversion), staticmethod(conversion_class)

@@ -2,7 +2,8 @@
 
 transformers reads names: it writes the class's to ``config.json``, and converts the keys of a
 checkpoint only for classes of its own modules. A variant therefore has the name and the module of
-its stock class. Copies and pickles create it again from that class.
+its stock class; only that of a config has another name, which no registry of transformers knows as
+the stock one. Copies and pickles create a variant again from its stock class.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ class Variant(_Stock):
     """Base of the mixins that change a stock class; their ``super()`` is the stock class."""
 
     _tokenflex_method = ""  # the mixin is only for stock classes with this method
+    _tokenflex_prefix = ""  # of the name of the variant
     _tokenflex_family: Family
     _tokenflex_stock_class: Any
     _tokenflex_mixins: tuple[type, ...]
@@ -32,15 +34,16 @@ class Variant(_Stock):
 @functools.cache
 def variant_of(stock: Any, family: Family, mixins: tuple[type, ...]) -> Any:
     """Return a subclass of ``stock`` with the methods of ``mixins``, subclasses of Variant."""
+    name = "".join(mixin._tokenflex_prefix for mixin in mixins) + stock.__name__
     body = {
         "__module__": stock.__module__,
-        "__qualname__": stock.__qualname__,
+        "__qualname__": name,
         "__doc__": stock.__doc__,
         "_tokenflex_family": family,
         "_tokenflex_stock_class": stock,
         "_tokenflex_mixins": mixins,
     }
-    return type(stock.__name__, (*mixins, stock), body)
+    return type(name, (*mixins, stock), body)
 
 
 def change_class(instance: Any, family: Family, *mixins: type[Variant]) -> None:

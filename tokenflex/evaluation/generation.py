@@ -1,4 +1,4 @@
-"""Greedy answers for a batch of prompts whose images are vision tokens already."""
+"""Greedy answers for a batch of prompts whose images are encoded already."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenflex.prompts import left_padded
 
@@ -63,27 +62,23 @@ def generate_answers(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[torch.Tensor],
-    vision_tokens: Sequence[Sequence[torch.Tensor]],
     **options: Any,
 ) -> list[GeneratedAnswer]:
     """Return the answer to each prompt, from one left-padded batch.
 
     Args:
-        model: A :class:`tokenflex.TokenFlexForConditionalGeneration` in evaluation mode.
+        model: A :class:`tokenflex.TokenFlexForConditionalGeneration` or a converted stock model, in
+            evaluation mode.
         tokenizer: Its processor's tokenizer.
         prompts: int64 [length] each, see :func:`tokenflex.prompts.expand_placeholders`.
-        vision_tokens: The [count, D] vision tokens of each prompt's tiles.
-        **options: Options of ``generate``; the default is greedy search.
+        **options: The prompts' ``encoded_images`` with their ``num_image_tokens`` (and
+            ``image_index``), and options of ``generate``; the default is greedy search.
     """
     tokens = special_tokens(model, tokenizer)
     ids, mask = left_padded(prompts, tokens["pad_token_id"])
-    tiles = [tile for images in vision_tokens for tile in images]
     output = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
-        mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=tiles)}
-        if tiles
-        else None,
         **{"do_sample": False, "num_beams": 1, **tokens, **options},
     )
     answers = output[:, ids.shape[1] :].cpu()

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from tokenflex.counts import Grid, tokens_of_images
-from tokenflex.data.encoding import ConversationEncoder
 from tokenflex.data.faults import (
     NO_SAMPLE_TO_BLAME,
     BrokenSample,
@@ -22,7 +21,9 @@ from tokenflex.data.faults import (
 from tokenflex.data.order import load_in_order
 from tokenflex.data.samples import Conversation, Sample, SampleDataset
 from tokenflex.data.sequences import IGNORE, TokenSequence
+from tokenflex.evaluation.encoding import QuestionEncoder
 from tokenflex.models.vision import EncodedImages
+from tokenflex.prompts import tokens_of_runs
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class PreparedSample:
         """Indices of the sample's tiles within the batch."""
         return range(self.first_tile, self.first_tile + sum(self.tiles))
 
-    def prompt_ids(self, encode: ConversationEncoder, conversation: Conversation) -> torch.Tensor:
-        """Return the prompt of the last answer, with a placeholder per image: int64 [length].
+    def prompt_ids(self, encode: QuestionEncoder, conversation: Conversation) -> torch.Tensor:
+        """Return the prompt of the last answer, with its placeholders not repeated, int64 [length].
 
         Raises:
             ValueError: The conversation has no answer, or shows images after it.
@@ -60,21 +61,19 @@ class PreparedSample:
             raise ValueError(f"sample {self.id}: a conversation holds no answer to compare with")
         question = Conversation(turns[: answers[-1]], conversation.kind)
         try:
-            prompt = encode.prompt(question, len(self.tiles))
-            ids = encode.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            encode.check_placeholders(ids, len(self.tiles))
+            ids = encode.prompt_ids(question, self.tiles)
         except ValueError as error:
             raise ValueError(f"sample {self.id}: {error}") from error
-        return torch.tensor(ids, dtype=torch.int64)
+        return ids
 
-    def encoded(self, encode: ConversationEncoder, conversation: Conversation) -> TokenSequence:
+    def encoded(self, encode: QuestionEncoder, conversation: Conversation) -> TokenSequence:
         """Return the conversation with its answers as in training.
 
         Raises:
             ValueError: It cannot be encoded, or has no answer.
         """
         try:
-            (encoded,) = encode([conversation], len(self.tiles))
+            encoded = encode.sequence(conversation, self.tiles)
         except ValueError as error:
             raise ValueError(f"sample {self.id}: {error}") from error
         if not (encoded.labels[1:] != IGNORE).any():  # a first token is not predicted
@@ -87,16 +86,14 @@ class Batch:
     """Inputs of the encoder and the questions about them.
 
     Attributes:
-        pixel_values: [tiles, ...], as the processor returns them.
-        grids: Patch grids of the tiles where the encoder needs them.
+        image_inputs: Inputs of the encoder by name, as the processor returns them.
         samples: The samples that could be read.
         broken: The samples that are left out.
         questions: Questions of each sample that can be asked; no entry for other samples.
         num_samples: Samples of the data set that the batch covers, broken ones included.
     """
 
-    pixel_values: torch.Tensor
-    grids: list[Grid] | None
+    image_inputs: dict[str, Any]
     samples: list[PreparedSample]
     broken: list[BrokenSample]
     questions: list[list[Question]] = field(default_factory=list)
@@ -145,10 +142,10 @@ class ReadBatch:
     def _processed(
         self, samples: Sequence[tuple[int, Sample]], broken: list[BrokenSample], num_samples: int
     ) -> Batch:
-        images = [image for _, sample in samples for image in sample.images]
+        images = [list(sample.images) for _, sample in samples]
         data: dict[str, Any] = {"pixel_values": torch.zeros(0, 3, 1, 1)}
         tiles: list[int] = []
-        if images:
+        if any(images):
             data, tiles = self.processor.process_images(images, max_tiles=self.max_tiles)
         remaining, first = iter(tiles), 0
         prepared = []
@@ -158,16 +155,14 @@ class ReadBatch:
                 PreparedSample(index, sample.id, of_sample, first, sample.conversations)
             )
             first += sum(of_sample)
-        return Batch(
-            data["pixel_values"], data.get("grids"), prepared, broken, num_samples=num_samples
-        )
+        return Batch(data, prepared, broken, num_samples=num_samples)
 
 
 def read_questions(
     model: Any,
     processor: Any,
     dataset: SampleDataset,
-    to_question: Callable[[ConversationEncoder, PreparedSample, Conversation], Question],
+    to_question: Callable[[QuestionEncoder, PreparedSample, Conversation], Question],
     broken: list[BrokenSample],
     *,
     batch_size: int,
@@ -178,7 +173,8 @@ def read_questions(
     """Read a data set in batches, with the model in evaluation mode until the iterator is closed.
 
     Args:
-        model: A :class:`tokenflex.TokenFlexForConditionalGeneration`; its mode is restored.
+        model: A :class:`tokenflex.TokenFlexForConditionalGeneration` or a converted stock model;
+            its mode is restored.
         processor: Its processor.
         dataset: The samples.
         to_question: Makes the question of a conversation; a sample is left out if it raises.
@@ -196,7 +192,7 @@ def read_questions(
     if not len(dataset):
         raise ValueError("dataset must hold at least one sample, got none")
     check_broken(broken_records(dataset), max_broken_samples)
-    encode = ConversationEncoder(processor.tokenizer, processor.image_prompt, processor.image_token)
+    encode = QuestionEncoder(processor)
     keys = [(0, index) for index in range(len(dataset))]
     batches = load_in_order(
         ReadBatch(dataset, processor, max_tiles),
@@ -267,6 +263,11 @@ class Question:
         """Vision tokens of each image, all its tiles together."""
         return tokens_of_images(self.sample.tiles, self.grids)
 
+    @property
+    def tokens_per_run(self) -> list[int]:
+        """Vision tokens of each run of placeholders."""
+        return tokens_of_runs(self.sample.tiles, self.tokens_per_image)
+
 
 @dataclass(frozen=True)
 class QuestionImages:
@@ -281,6 +282,19 @@ class QuestionImages:
     encoded: EncodedImages
     grids: list[Grid]
     tiles: list[range]
+
+    def of(self, questions: range) -> dict[str, Any]:
+        """Return the images of some questions, as a model's inputs by name; each tile once."""
+        shown = [tile for question in questions for tile in self.tiles[question]]
+        if not shown:
+            return {}
+        used = sorted({*shown})
+        place = {tile: i for i, tile in enumerate(used)}
+        return {
+            "encoded_images": self.encoded.select(used),
+            "num_image_tokens": [self.grids[tile] for tile in used],
+            "image_index": [place[tile] for tile in shown],
+        }
 
 
 def images_of(encoded: EncodedImages, questions: Sequence[Question]) -> QuestionImages:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from tokenflex.counts import token_grid
-from tokenflex.data.encoding import ConversationEncoder
 from tokenflex.data.faults import MAX_BROKEN_SAMPLES, BrokenSample
 from tokenflex.data.samples import Conversation, SampleDataset
 from tokenflex.evaluation.counts import AskedCount, labels_of, selector_of
+from tokenflex.evaluation.encoding import QuestionEncoder
 from tokenflex.evaluation.grading import grade_forced, grade_generated
 from tokenflex.evaluation.questions import (
     PreparedSample,
@@ -26,7 +26,7 @@ from tokenflex.evaluation.questions import (
 )
 from tokenflex.evaluation.scoring import FORCED, SCORES
 from tokenflex.evaluation.statistics import Verdict, accuracy_of, group_by_kind, vision_tokens_of
-from tokenflex.models.vision import EncodedImages
+from tokenflex.models.vision import EncodedImages, on_device
 
 
 @torch.no_grad()
@@ -55,7 +55,8 @@ def evaluate(
     that name in :mod:`tokenflex.evaluation.scoring`.
 
     Args:
-        model: A :class:`tokenflex.TokenFlexForConditionalGeneration`; its mode is restored.
+        model: A :class:`tokenflex.TokenFlexForConditionalGeneration` or a converted stock model;
+            its mode is restored.
         processor: Its processor.
         dataset: The questions with their answers.
         counts: Counts per tile: perfect squares, (height, width) grids, or objects that choose per
@@ -96,13 +97,14 @@ def evaluate(
     chooses = any(selector_of(count) is not None for count in counts)
 
     def to_question(
-        encode: ConversationEncoder, sample: PreparedSample, conversation: Conversation
+        encode: QuestionEncoder, sample: PreparedSample, conversation: Conversation
     ) -> Question:
         if score != FORCED:
             ids = sample.prompt_ids(encode, conversation)
             return Question(sample, conversation, prompt_ids=ids)
         encoded = sample.encoded(encode, conversation)
-        text = text_before_answers(encoded, processor.image_token_id) if chooses else None
+        image_token_id = model.config.image_token_id
+        text = text_before_answers(encoded, image_token_id) if chooses else None
         return Question(sample, conversation, prompt_ids=text, encoded=encoded)
 
     verdicts: dict[str, list[Verdict]] = defaultdict(list)
@@ -127,8 +129,7 @@ def evaluate(
                     on_batch()
                 continue
             started = time.perf_counter()
-            pixels = batch.pixel_values.to(model.device, non_blocking=True)
-            encoded = model.encode_images(pixels, batch.grids)
+            encoded = model.encode_images(**on_device(batch.image_inputs, model.device))
             encoding_seconds += _seconds_since(started, model.device)
             for label, count in zip(labels, counts, strict=True):
                 started = time.perf_counter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from tokenflex.counts import Grid, parse_count, token_grid, tokens_of_images
+from tokenflex.checkpoints import load_model
+from tokenflex.counts import AUTO, Grid, parse_count, token_grid, tokens_of_images
 from tokenflex.evaluation.counts import label_of, selector_of
 from tokenflex.evaluation.generation import generate_answers
 from tokenflex.images import load_image
 from tokenflex.models.chat import IMAGE_MARK, read_chat, without_placeholders
-from tokenflex.models.loading import load_checkpoint
-from tokenflex.prompts import expand_placeholders
+from tokenflex.models.vision import on_device
+from tokenflex.prompts import expand_placeholders, tokens_of_runs
 from tokenflex.routing.policies import policy_names
 from tokenflex.routing.selector import resolve_count
 
@@ -42,7 +43,7 @@ class Assistant:
     """A loaded checkpoint that answers every question at one count.
 
     Args:
-        checkpoint: Folder of a TokenFLEX (or released Ristretto) checkpoint.
+        checkpoint: Folder of a TokenFLEX checkpoint, a released Ristretto or a conversion.
         tokens: Vision tokens of each tile: ``64``, ``"12x16"`` or ``"auto"``.
         max_tiles: Most tiles of an image; the processor's default if None.
         device: A GPU by default, if there is one.
@@ -65,7 +66,7 @@ class Assistant:
         parsed = tokens if tokens in policy_names() else parse_count(tokens, name="tokens")
         self.count = resolve_count(parsed, checkpoint)
         self.max_tiles = max_tiles
-        self.model, self.processor = load_checkpoint(checkpoint)
+        self.model, self.processor = load_model(checkpoint)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model.to(device)
@@ -94,35 +95,46 @@ class Assistant:
         chats = [
             self._read(messages, f"conversations[{i}]") for i, messages in enumerate(conversations)
         ]
-        images = [image for _, images in chats for image in images]
+        images = [images for _, images in chats]
         encoded: Any = None
-        if images:
-            data, tiles = self.processor.process_images(images, max_tiles=self.max_tiles)
-            pixels = data["pixel_values"].to(self.model.device)
-            encoded = self.model.encode_images(pixels, data.get("grids"))
-            remaining_tiles = iter(tiles)
-        image_token_id, tokenizer = self.processor.image_token_id, self.processor.tokenizer
+        remaining_tiles: Iterator[int] = iter(())
+        if any(images):
+            data, all_tiles = self.processor.process_images(images, max_tiles=self.max_tiles)
+            encoded = self.model.encode_images(**on_device(data, self.model.device))
+            remaining_tiles = iter(all_tiles)
         prompts, costs = [], []
         tile_grids: list[Grid] = []
         for messages, chat_images in chats:
             text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-            prompt = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
             tiles = [next(remaining_tiles) for _ in chat_images]
+            prompt = self._encode(text, tiles)
             grids = self._grids(encoded, len(tile_grids), tiles, prompt)
             tokens = tokens_of_images(tiles, grids)
             tile_grids += [grid for n, grid in zip(tiles, grids, strict=True) for _ in range(n)]
-            prompts.append(expand_placeholders(prompt.long(), tokens, image_token_id))
+            runs = tokens_of_runs(tiles, tokens)
+            prompts.append(expand_placeholders(prompt, runs, self.model.config.image_token_id))
             costs.append(sum(tokens))
-        vision = []
-        if images:
-            vision = self.model.get_image_features(
-                num_image_tokens=tile_grids, encoded_images=encoded
-            ).pooler_output
-        answers = generate_answers(self.model, tokenizer, prompts, [vision], **options)
+        inputs = {}
+        if tile_grids:
+            inputs = {"encoded_images": encoded, "num_image_tokens": tile_grids}
+        answers = generate_answers(
+            self.model, self.processor.tokenizer, prompts, **inputs, **options
+        )
         return [
             Reply(answer.text, len(prompt), cost, answer.tokens)
             for answer, prompt, cost in zip(answers, prompts, costs, strict=True)
         ]
+
+    def _encode(self, text: str, tiles: Sequence[int]) -> torch.Tensor:
+        """Return the tokens of a prompt, with one placeholder per image or run, int64 [length]."""
+        encoded = self.processor.encode_text(
+            [text],
+            tiles,
+            num_image_tokens=AUTO if tiles else None,
+            add_special_tokens=self.processor.adds_special_tokens(text),
+        )
+        ids: torch.Tensor = encoded["input_ids"][0].long()
+        return ids
 
     def _grids(
         self, encoded: Any, first_tile: int, tiles: Sequence[int], prompt: torch.Tensor

@@ -36,6 +36,10 @@ class ChoosesCounts:
 
     count_chooser: ClassVar[Callable[..., dict[str, Any]] | None] = None
 
+    def ready_for_choice(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return arguments of ``generate`` without what depends on the length of prompts."""
+        return inputs
+
     def choose_counts(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
         """Return inputs of ``generate`` with every image's count chosen.
 

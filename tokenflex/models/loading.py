@@ -80,13 +80,13 @@ def refuse_faults(
             )
 
 
-def check_length(config: TokenFlexConfig, vision_tokens: int) -> None:
+def check_length(config: Any, vision_tokens: int) -> None:
     """Refuse a prompt whose images alone exceed the positions of the language model.
 
     Raises:
         ValueError: ``vision_tokens`` exceeds the language model's positions.
     """
-    positions = getattr(config.text_config, "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and vision_tokens > positions:
         raise ValueError(
             f"vision tokens of a prompt must not exceed the language model's {positions} "

@@ -56,6 +56,7 @@ from tokenflex.models.placeholders import (
 from tokenflex.models.prefixes import SharedPrefixes
 from tokenflex.models.prompt_embeddings import batch_of_prompts, without_padding
 from tokenflex.models.vision import EncodedImages
+from tokenflex.projector import TokenAdaptiveProjector
 from tokenflex_kernels import PackPlan
 
 
@@ -302,6 +303,11 @@ class TokenFlexForConditionalGeneration(
     def takes_shared_prefixes(self) -> bool:
         """True if sequences of a plan may share prefixes, which only our attention supports."""
         return self.model.language_model.config._attn_implementation == PACKED_ATTENTION
+
+    @property
+    def projector(self) -> TokenAdaptiveProjector:
+        """The projector."""
+        return self.model.projector
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

@@ -143,6 +143,13 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
         """The text that stands for an image in a prompt; ``image_token`` alone is taken too."""
         return f"{self.image_start}{self.image_token}{self.image_end}"
 
+    def adds_special_tokens(self, prompt: str) -> bool:
+        """Return whether the tokenizer adds special tokens to the text of a conversation.
+
+        It does not: as in training, the chat template writes all of them.
+        """
+        return False
+
     @property
     def model_input_names(self) -> list[str]:
         """Names of what a call returns for images and text."""

@@ -7,7 +7,7 @@ tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,14 @@ class EncodedImages:
         chosen = [parts[image] for image in images]
         features = torch.cat(chosen) if chosen else self.features[:0]
         return EncodedImages(features, tuple(self.grids[image] for image in images))
+
+
+def on_device(image_inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return what ``process_images`` of a processor gave, with its tensors on a device."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in image_inputs.items()
+    }
 
 
 def takes_patches(vision_model: PreTrainedModel) -> bool:

@@ -94,6 +94,7 @@ def generate_with_escalation(
     sizes = [height * width for height, width in map(token_grid, ladder)]
     if not sizes or sizes != sorted(set(sizes)):
         raise ValueError(f"counts must rise from the first to the last, got {list(ladder)}")
+    kwargs = model.ready_for_choice(kwargs)
     inputs = {name: kwargs.pop(name) for name in CHOICE_INPUTS if name in kwargs}
     prompts, encoded = read_inputs(model, input_ids, **inputs)
     rows = range(len(prompts.rows))

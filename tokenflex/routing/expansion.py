@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tokenflex.counts import TokenCount, join_calls, tokens_of
-from tokenflex.prompts import expand_placeholders, left_padded
+from tokenflex.prompts import expand_placeholders, left_padded, runs_of, tokens_of_runs
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Prompts:
     """A batch of prompts without padding, to be expanded at the chosen counts.
 
     Attributes:
-        rows: int64 [length] each, on the host, one placeholder per image.
+        rows: int64 [length] each, on the host, one placeholder per image, or per run of an
+            image's placeholders.
         tiles: Number of tiles of each image, in order of appearance over all rows.
         image_token_id: The placeholder.
         pad_token_id: The token of padding.
@@ -34,7 +35,7 @@ class Prompts:
     @property
     def images_per_row(self) -> list[int]:
         """Number of images of each row."""
-        return [int((row == self.image_token_id).sum()) for row in self.rows]
+        return images_per_row(self.rows, self.tiles, self.image_token_id)
 
     def questions(self) -> list[torch.Tensor]:
         """Return each row's text tokens."""
@@ -67,12 +68,12 @@ class Prompts:
         """
         pairs = [*zip(counts, self.tiles, strict=True)]
         sizes = [tokens_of(count) * tiles for count, tiles in pairs]
-        rows = [
-            expand_placeholders(
-                ids, [sizes[image] for image in self.images_of(row)], self.image_token_id
-            )
-            for row, ids in enumerate(self.rows)
-        ]
+        rows = []
+        for row, ids in enumerate(self.rows):
+            images = self.images_of(row)
+            tiles_of_row = [self.tiles[image] for image in images]
+            runs = tokens_of_runs(tiles_of_row, [sizes[image] for image in images])
+            rows.append(expand_placeholders(ids, runs, self.image_token_id))
         ids, mask = left_padded(rows, self.pad_token_id)
         inputs: dict[str, Any] = {
             "input_ids": ids.to(self.device),
@@ -81,6 +82,37 @@ class Prompts:
         if self.tiles:
             inputs["num_image_tokens"] = [count for count, tiles in pairs for _ in range(tiles)]
         return inputs
+
+
+def images_per_row(
+    rows: Sequence[torch.Tensor], tiles: Sequence[int], image_token_id: int
+) -> list[int]:
+    """Return the number of images of each row.
+
+    Args:
+        rows: int64 [length] each.
+        tiles: Number of tiles of each image, which knows its runs of placeholders.
+        image_token_id: The placeholder.
+
+    Raises:
+        ValueError: The images of a row and its placeholders do not fit together.
+    """
+    ends = [*accumulate(map(runs_of, tiles))]
+    per_row, placeholders, images = [], 0, 0
+    for row in rows:
+        placeholders += int((row == image_token_id).sum())
+        last = images
+        while last < len(ends) and ends[last] <= placeholders:
+            last += 1
+        if (ends[last - 1] if last else 0) != placeholders:
+            raise ValueError(
+                f"input_ids must hold one placeholder per run of an image's placeholders, got "
+                f"{placeholders} up to row {len(per_row)} for images of "
+                f"{[*map(runs_of, tiles)]} runs"
+            )
+        per_row.append(last - images)
+        images = last
+    return per_row
 
 
 def read_prompts(
@@ -94,7 +126,7 @@ def read_prompts(
     """Return the prompts of a padded batch.
 
     Args:
-        input_ids: int64 [B, L], one placeholder per image.
+        input_ids: int64 [B, L], one placeholder per image, or per run of an image's placeholders.
         attention_mask: [B, L], 0 on padding; None without padding.
         image_token_id: The placeholder.
         pad_token_id: The token of padding; None if the tokenizer has none.
@@ -113,7 +145,7 @@ def read_prompts(
         tiles = [1] * sum(per_row)
     else:
         tiles = list(join_calls(tiles_per_image, sum(per_row)))
-    if len(tiles) != sum(per_row) or sum(tiles) != num_tiles:
+    if sum(map(runs_of, tiles)) != sum(per_row) or sum(tiles) != num_tiles:
         raise ValueError(
             "input_ids must hold one placeholder per image where counts are to be chosen: got "
             f"{sum(per_row)} placeholders (per row {per_row}) for {len(tiles)} images of {tiles} "

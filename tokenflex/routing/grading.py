@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from tokenflex.counts import token_grid
-from tokenflex.data.encoding import ConversationEncoder
 from tokenflex.data.faults import MAX_BROKEN_SAMPLES, warn_of_broken
 from tokenflex.data.samples import Conversation, SampleDataset
+from tokenflex.evaluation.encoding import QuestionEncoder
 from tokenflex.evaluation.grading import grade_forced
 from tokenflex.evaluation.questions import (
     PreparedSample,
@@ -24,6 +24,7 @@ from tokenflex.evaluation.questions import (
     read_questions,
     text_before_answers,
 )
+from tokenflex.models.vision import on_device
 from tokenflex.routing.features import image_statistics, question_embeddings
 from tokenflex.routing.router import Router, best, check_counts, utilities
 
@@ -104,7 +105,8 @@ def grade(
     """Grade every question at every count, as evaluation does, with one pass of the encoder.
 
     Args:
-        model: A :class:`tokenflex.TokenFlexForConditionalGeneration`; its mode is restored.
+        model: A :class:`tokenflex.TokenFlexForConditionalGeneration` or a converted stock model;
+            its mode is restored.
         processor: Its processor.
         dataset: The questions with their answers.
         counts: Two or more perfect squares.
@@ -120,12 +122,13 @@ def grade(
         ValueError: There are fewer than two counts, or the data set is empty.
     """
     counts = check_counts(counts)
+    image_token_id = model.config.image_token_id
 
     def to_question(
-        encode: ConversationEncoder, sample: PreparedSample, conversation: Conversation
+        encode: QuestionEncoder, sample: PreparedSample, conversation: Conversation
     ) -> Question:
         encoded = sample.encoded(encode, conversation)
-        text = text_before_answers(encoded, processor.image_token_id)
+        text = text_before_answers(encoded, image_token_id)
         return Question(sample, conversation, prompt_ids=text, encoded=encoded)
 
     right, confidence, images, embeddings = [], [], [], []
@@ -147,7 +150,7 @@ def grade(
         for batch in batches:
             warn_of_broken(batch.broken)
             if batch.questions:
-                encoded = model.encode_images(batch.pixel_values.to(model.device), batch.grids)
+                encoded = model.encode_images(**on_device(batch.image_inputs, model.device))
                 indices_of = {}
                 for sample in batch.samples:
                     indices_of[sample.index] = range(num_images, num_images + len(sample.tiles))
@@ -171,7 +174,7 @@ def grade(
                 tiles_per_image = [n for sample in batch.samples for n in sample.tiles]
                 images.append(image_statistics(encoded, tiles_per_image))
                 ids = [question.prompt_ids for question in asked]
-                words = [text[text != processor.image_token_id] for text in ids if text is not None]
+                words = [text[text != image_token_id] for text in ids if text is not None]
                 embeddings.append(question_embeddings(model.get_input_embeddings(), words))
             on_samples(batch.num_samples)
     pair_images, pair_questions = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)

@@ -11,10 +11,13 @@ from tokenflex.routing.storage import has_router, router_of
 def trained_counts(model: Any) -> tuple[TokenCount, ...]:
     """Return the counts the model was trained with; of equally large ones the first.
 
+    A converted stock model whose config does not name them has those that it is fitted at.
+
     Raises:
         ValueError: The model's config does not name them.
     """
-    counts = model.config.trained_num_image_tokens
+    counts = getattr(model.config, "trained_num_image_tokens", None)
+    counts = counts or getattr(model, "fitted_num_image_tokens", None)
     if not counts:
         raise ValueError(
             "config.trained_num_image_tokens must name the counts to choose from where there is "

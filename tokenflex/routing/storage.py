@@ -141,7 +141,7 @@ def attach_router(model: Any, router: Router) -> None:
         ValueError: The router was made for features or embeddings of another width.
     """
     for name, width in (
-        ("vision_width", model.config.vision_config.hidden_size),
+        ("vision_width", model.projector.vision_width),
         ("text_width", model.get_input_embeddings().weight.shape[1]),
     ):
         if getattr(router, name) != width:

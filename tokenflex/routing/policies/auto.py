@@ -59,7 +59,7 @@ def choose(
         chances = _chances(model, prompts, encoded)
         worth = utilities(chances, router_of(model).counts, 0.0 if penalty is None else penalty)
     else:
-        worth = detail_kept(encoded, prompts.tiles, grids, model.config.pooling)
+        worth = detail_kept(encoded, prompts.tiles, grids, model.projector.pooling)
     chosen: list[TokenCount] = []
     for row in range(len(prompts.rows)):
         images = prompts.images_of(row)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from tokenflex.checkpoints import load_model
 from tokenflex.counts import TokenCount, token_grid
 from tokenflex.errors import ReportedError
 from tokenflex.files import new_folder, read_json, write_json
@@ -24,7 +25,6 @@ from tokenflex.serving.export.manifest import (
 from tokenflex.serving.export.parts import Part, language_parts, vision_parts
 from tokenflex.serving.export.targets import LANGUAGE_MODEL, TARGETS
 from tokenflex.serving.export.tracing import BATCHES, largest_error, trace
-from tokenflex.serving.loading import load_model
 
 TOLERANCE = 1e-4
 """Largest difference to the model, relative to the largest value (or to 1 if that is smaller)."""

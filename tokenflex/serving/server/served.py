@@ -22,6 +22,7 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from tokenflex.checkpoints import load_model
 from tokenflex.counts import AUTO, Grid, TokenCount, token_grid, tokens_of
 from tokenflex.dropin.features import (
     Patches,
@@ -38,7 +39,6 @@ from tokenflex.prompts import expand_placeholders, left_padded
 from tokenflex.routing.ladder import known_counts, trained_counts
 from tokenflex.routing.storage import has_router, load_router
 from tokenflex.serving.feature_cache import FeatureCache
-from tokenflex.serving.loading import load_model
 from tokenflex.serving.passes import encode_in_passes
 from tokenflex.serving.server.chat_request import ChatRequest, Limits, RequestError, Sampling
 from tokenflex.serving.server.rows import Row, RowMonitor, RowSampler

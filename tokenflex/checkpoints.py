@@ -1,0 +1,72 @@
+"""The model of a command, from a folder of any kind that holds one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenflex.dropin.families import supported_families
+from tokenflex.dropin.replace import from_pretrained
+from tokenflex.files import checkpoint_folder, excerpt, read_json
+from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.models.loading import load_checkpoint
+from tokenflex.models.ristretto import MODEL_TYPE as RISTRETTO
+
+
+def is_conversion(folder: Path) -> bool:
+    """Return whether a folder holds a saved conversion of a stock model.
+
+    Raises:
+        FileNotFoundError: It has no config.json.
+        ValueError: Its config.json is broken.
+    """
+    values = read_json(folder / "config.json", "checkpoint file")
+    return (
+        isinstance(values, dict)
+        and values.get("model_type") != TokenFlexConfig.model_type
+        and isinstance(values.get("tokenflex"), dict)
+    )
+
+
+def load_model(path: str | Path) -> tuple[Any, Any]:
+    """Load a TokenFLEX checkpoint, a released Ristretto, or a saved conversion of a stock model.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        (model, processor), the model in evaluation mode.
+
+    Raises:
+        FileNotFoundError: The folder or one of its files does not exist.
+        ValueError: The folder holds another model, or a broken one.
+    """
+    folder = checkpoint_folder(path)
+    if is_conversion(folder):
+        return _load_conversion(folder)
+    values = read_json(folder / "config.json", "checkpoint file")
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind in supported_families():
+        raise ValueError(
+            f"{folder} holds a stock {kind}: convert it first, with `tokenflex convert {folder} "
+            "OUT --images FOLDER`"
+        )
+    if isinstance(values, dict) and kind not in (TokenFlexConfig.model_type, RISTRETTO):
+        raise ValueError(
+            f"{folder} must hold a TokenFLEX checkpoint, a released Ristretto or a conversion made "
+            f"by `tokenflex convert`, got model_type {excerpt(kind)}"
+        )
+    return load_checkpoint(folder)
+
+
+def _load_conversion(folder: Path) -> tuple[Any, Any]:
+    for file in sorted(folder.glob("*.json")):
+        read_json(file, "checkpoint file")  # transformers ignores a broken optional file
+    try:
+        model, processor = from_pretrained(folder)
+    except Exception as error:  # weights, tokenizers and templates raise their own kinds
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"conversion {folder} cannot be loaded: {type(error).__name__}: {reason}"
+        ) from error
+    return model.eval(), processor

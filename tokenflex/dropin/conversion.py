@@ -1,0 +1,78 @@
+"""A stock model's folder becomes the folder of a conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from tokenflex.counts import TokenCount
+from tokenflex.dropin.families import family_of
+from tokenflex.dropin.fitting import FitReport, fit_projector
+from tokenflex.dropin.processor import check_default_count
+from tokenflex.dropin.replace import replace_projector
+from tokenflex.files import new_folder
+
+
+def convert_stock(
+    source: str | Path,
+    target: str | Path,
+    *,
+    num_image_tokens: TokenCount = 256,
+    images: Sequence[Any] = (),
+    patch_merge: int | None = None,
+    device: str = "cpu",
+    progress: Callable[[str], object] = lambda step: None,
+) -> FitReport | None:
+    """Load a stock model, give it a token-adaptive projector, and save it with its processor.
+
+    Args:
+        source: Folder or name of the stock model.
+        target: Folder to write. It appears whole or not at all.
+        num_image_tokens: Vision tokens per image where a call gives no count.
+        images: Pictures to fit the new projector on; with none its weights are random.
+        patch_merge: See :func:`tokenflex.replace_projector`.
+        device: Where the vision encoder runs over the pictures.
+        progress: Called with the name of each step before it.
+
+    Returns:
+        The errors before and after fitting; None without images.
+
+    Raises:
+        FileExistsError: The target exists.
+        ValueError: The source is no stock model of a supported family, or cannot be loaded.
+    """
+    target = Path(target)
+    if target.exists():
+        raise FileExistsError(f"target folder {target} exists; name one that does not")
+    check_default_count(num_image_tokens, name="num_image_tokens")
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except Exception as error:  # transformers checks fields with exceptions of its own
+        raise ValueError(f"config of {source} cannot be loaded: {_line(error)}") from error
+    family = family_of(config)
+    progress(f"loading the {family.model_type} of {source}")
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+        model = AutoModelForImageTextToText.from_pretrained(source, config=config, dtype="auto")
+    except Exception as error:  # tokenizers and weights raise their own kinds
+        raise ValueError(f"{source} cannot be loaded: {_line(error)}") from error
+    model.to(device).eval()
+    replace_projector(
+        model, processor, num_image_tokens=num_image_tokens, patch_merge=patch_merge, init="random"
+    )
+    report = None
+    if images:
+        progress(f"fitting the new projector on {len(images)} pictures")
+        report = fit_projector(model, list(images), processor)
+    progress(f"saving {target}")
+    with new_folder(target) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    return report
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
