@@ -138,11 +138,6 @@ class Patches(EncodedImages):
         images = EncodedImages.joined(parts)
         return cls(images.features, images.grids, tuple(layers))
 
-    def to(self, *args: Any, **kwargs: Any) -> Patches:
-        """Return a copy with all its features moved as ``torch.Tensor.to`` does."""
-        layers = tuple((maps.to(*args, **kwargs), grids) for maps, grids in self.layers)
-        return Patches(self.features.to(*args, **kwargs), self.grids, layers)
-
     @property
     def nbytes(self) -> int:
         """Bytes that the features hold, those of layers included."""
