@@ -152,6 +152,8 @@ def distill(
     finally:
         for module, training in modes.items():
             module.training = training
+    drawn = [count for count, odds in zip(counts.counts, counts.weights, strict=True) if odds]
+    inner.config.trained_num_image_tokens = sorted(drawn, key=tokens_of)
     tokens = sum(len(answer) for answer in answers)
     return DistillationReport(before, after, split, held_out, tokens)
 

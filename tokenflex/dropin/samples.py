@@ -1,11 +1,45 @@
-"""Samples of a trainer, through a family's processor."""
+"""Samples of a trainer or a data set, through a family's processor."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tokenflex.data.samples import Conversation, Sample
+from tokenflex.models.chat import IMAGE_MARK, parts_of
+
 IMAGE = "image"
+
+
+def prompts_of(sample: Sample) -> list[dict[str, Any]]:
+    """Return a dict with ``messages`` for each answer of a sample: the conversation up to it.
+
+    Conversations without images before an answer give no prompt for it.
+    """
+    prompts = []
+    for conversation in sample.conversations:
+        messages = _messages(conversation, sample.images)
+        for i, message in enumerate(messages):
+            prompt = {"messages": messages[:i]}
+            if message["role"] == "assistant" and images_of_sample(prompt):
+                prompts.append(prompt)
+    return prompts
+
+
+def _messages(conversation: Conversation, images: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return a conversation with its images inside, before its first question if it marks none."""
+    rest = iter(images)
+    are_marked = any(IMAGE_MARK in turn.text for turn in conversation.turns)
+    messages = []
+    for turn in conversation.turns:
+        content: list[dict[str, Any]] = [
+            {**part, IMAGE: next(rest)} if part["type"] == IMAGE else part
+            for part in parts_of(turn.text)
+        ]
+        if turn.role == "user" and not are_marked:
+            content = [*({"type": IMAGE, IMAGE: image} for image in rest), *content]
+        messages.append({"role": turn.role, "content": content})
+    return messages
 
 
 def images_of_sample(sample: Mapping[str, Any]) -> int:
