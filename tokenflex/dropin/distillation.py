@@ -92,7 +92,8 @@ def distill(
     Of a PEFT model everything that PEFT trains is trained, adapters too; ``modules_to_save`` must
     hold the projector (:func:`tokenflex.dropin.projector_name`). Of other models only the projector
     is trained. One sample of eight, 256 at most, is held out for the report. Parameters of less
-    than 32 bits are trained in float32 and rounded at the end.
+    than 32 bits are trained in float32 and rounded at the end. The counts are kept in
+    ``config.trained_num_image_tokens``.
 
     Args:
         model: Converted by :func:`tokenflex.replace_projector`, which kept the stock projector.
