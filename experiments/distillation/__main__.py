@@ -169,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--warm-up", type=int, default=300, help="steps of the encoder's warm-up")
     parser.add_argument("--stock-steps", type=int, default=1500, help="steps of the stock model")
-    parser.add_argument("--prompts", type=int, default=8000, help="prompts to distil on")
+    parser.add_argument("--prompts", type=int, default=4000, help="prompts to distil on")
     parser.add_argument("--steps", type=int, default=1000, help="steps of the distillation")
     parser.add_argument("--canvases", type=int, default=512, help="test pictures, 8 questions each")
     return parser
