@@ -255,3 +255,60 @@ def test_training_of_a_conversion_is_refused_with_the_way_that_works(command, co
     assert code == 2
     assert "is a converted stock model" in errors[-1]
     assert "Trainer and tokenflex.dropin.ImageTextCollator" in errors[-1]
+
+
+@pytest.mark.parametrize("adapters", [[], ["--lora", "2"]])
+def test_convert_learns_the_stock_model_s_answers(
+    command,  # noqa: F811
+    stock,
+    pictures,
+    data,
+    tmp_path,
+    adapters,
+):
+    target = tmp_path / "distilled"
+    arguments = [
+        "convert",
+        stock,
+        target,
+        "--images",
+        pictures,
+        "--tokens",
+        "64",
+        "--distill",
+        data,
+    ]
+    arguments += ["--counts", "4,16", "--steps", "3", "--batch-size", "2", "--max-new-tokens", "2"]
+    code, out, err = command(*arguments, *adapters)
+    assert code == 0, err
+    assert re.search(r"agreement with the stock model on \d+ questions", out)
+    assert re.search(r"^ +4 +[\d.]+% -> +[\d.]+% ", out, re.MULTILINE)
+    model, _ = load_model(target)
+    assert model.config.trained_num_image_tokens == [4, 16]
+    untrained, _ = from_pretrained(stock, num_image_tokens=64)
+    query = "model.language_model.layers.0.self_attn.q_proj.weight"
+    same = (model.state_dict()[query] == untrained.state_dict()[query]).all()
+    assert bool(same) == (not adapters)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "3"], "--steps is for --distill"),
+        (["--distill", "nowhere.json"], "nowhere.json"),
+        (["--distill", "digits", "--counts", "7"], "perfect square"),
+        (["--distill", "digits", "--image-folder", "x"], "--image-folder does not fit"),
+    ],
+)
+def test_wrong_options_of_a_distillation_are_one_line(
+    command,  # noqa: F811
+    stock,
+    pictures,
+    tmp_path,
+    arguments,
+    message,
+):
+    code, _, err = command("convert", stock, tmp_path / "out", "--images", pictures, *arguments)
+    assert code == 2
+    assert message in "".join(err)
+    assert not (tmp_path / "out").exists()

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenflex.cli.common import device, quiet_libraries
-from tokenflex.cli.options import positive
+from tokenflex.cli.common import data_config, device, quiet_libraries
+from tokenflex.cli.options import counts_or_grids, positive
 from tokenflex.cli.parser import CommandLine
 
-_OF_STOCK = ("images", "tokens", "init", "patch_merge", "max_images")
+_OF_DISTILLATION = (
+    *("format", "image_folder", "counts", "max_prompts", "steps", "batch_size"),
+    *("learning_rate", "max_new_tokens", "lora"),
+)
+_OF_STOCK = ("images", "tokens", "init", "patch_merge", "max_images", "distill", *_OF_DISTILLATION)
 DEFAULT_TOKENS = "256"
 MAX_IMAGES = 64
+MAX_PROMPTS = 2000
+LORA_TARGETS = r"(?!.*(vision|visual|image)).*\.(q|k|v|o|gate|up|down)_proj"
 FAR_OFF = 0.5
 """Relative error on unseen pictures from which a user is told so."""
 
@@ -58,8 +65,44 @@ def add_to(commands: CommandLine) -> None:
         type=positive,
         help=f"pictures to fit on, the first by name (default {MAX_IMAGES})",
     )
+    stock.add_argument(
+        "--distill",
+        metavar="DATA",
+        help="then train the projector, at counts drawn for each sample, to give the stock model's "
+        "own answers to the questions of this data, in any format that evaluate takes",
+    )
+    _add_distillation(convert.add_argument_group("only with --distill"))
     convert.add_argument(
         "--system-message", help="first message of conversations, only from Ristretto"
+    )
+
+
+def _add_distillation(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--format", help="format of the data; detected by default")
+    group.add_argument(
+        "--image-folder", type=Path, help="folder that the data's image paths are relative to"
+    )
+    group.add_argument(
+        "--counts",
+        type=counts_or_grids,
+        help="counts to draw from, with equal odds, for example 64,144,256 (default: --tokens, "
+        "9/16 and 1/4 of it, at odds 5:3:2)",
+    )
+    group.add_argument(
+        "--max-prompts", type=positive, help=f"most questions to learn from ({MAX_PROMPTS})"
+    )
+    group.add_argument("--steps", type=positive, help="optimiser steps (1000)")
+    group.add_argument("--batch-size", type=positive, help="questions a step (8)")
+    group.add_argument("--learning-rate", type=float, help="highest learning rate (0.001)")
+    group.add_argument(
+        "--max-new-tokens", type=positive, help="longest answer of the stock model (64)"
+    )
+    group.add_argument(
+        "--lora",
+        type=positive,
+        metavar="RANK",
+        help="also train low-rank adapters of the language model, which are merged into its "
+        "weights at the end (needs peft)",
     )
 
 
@@ -104,6 +147,11 @@ def _convert_stock(options: argparse.Namespace) -> int:
             "--images must name a folder of pictures to fit the new projector on (or give --init "
             "random and train it)"
         )
+    if options.distill is None:
+        for name in _OF_DISTILLATION:
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} is for --distill, which is not given")
+    train = None if options.distill is None else _distillation(options)
     pictures = []
     if options.images is not None:
         files = picture_files(options.images)[: options.max_images or MAX_IMAGES]
@@ -115,14 +163,111 @@ def _convert_stock(options: argparse.Namespace) -> int:
         images=pictures,
         patch_merge=options.patch_merge,
         device=device(),
+        train=train,
         progress=_tell,
     )
-    if report is None:
+    if report is None and train is None:
         print("the new projector has random weights: train it before you ask the model anything")
-    else:
+    elif report is not None:
         print(in_words(report))
     print(f"{options.target} holds the model and its processor: every command takes it")
     return 0
+
+
+def _distillation(options: argparse.Namespace) -> Callable[[Any, Any], Any]:
+    """Read the data, and return what :func:`convert_stock` calls to train a conversion."""
+    from tokenflex.counts import TokenCounts
+    from tokenflex.training.build import build_dataset
+
+    if options.lora is not None:
+        try:
+            import peft  # noqa: F401
+        except ImportError as error:
+            raise ValueError("--lora needs peft: pip install peft") from error
+    given = {"image_folder": options.image_folder}
+    dataset = build_dataset(data_config(options.distill, given, name=options.format))
+    samples = _prompts(dataset, options.max_prompts or MAX_PROMPTS)
+    counts = options.counts and TokenCounts(tuple(options.counts), (1.0,) * len(options.counts))
+    given = {
+        name: getattr(options, name)
+        for name in ("steps", "batch_size", "learning_rate", "max_new_tokens")
+        if getattr(options, name) is not None
+    }
+
+    def train(model: Any, processor: Any) -> Any:
+        from tqdm import tqdm
+
+        from tokenflex.dropin import distill
+
+        _tell(f"answering {len(samples)} questions with the stock model, and learning its answers")
+        trained = model if options.lora is None else _with_adapters(model, options.lora)
+        with tqdm(dynamic_ncols=True) as bar:
+
+            def on_progress(work: str, done: int, total: int) -> None:
+                if bar.desc != work:
+                    bar.reset(total)
+                    bar.set_description_str(work)
+                    bar.desc = work
+                bar.update(done - bar.n)
+
+            report = distill(
+                trained, processor, samples, counts=counts, on_progress=on_progress, **given
+            )
+        print(agreement_table(report))
+        return model if options.lora is None else trained.merge_and_unload()
+
+    return train
+
+
+def _prompts(dataset: Any, most: int) -> list[dict[str, Any]]:
+    """Return the first questions with images of a data set."""
+    from tokenflex.data.samples import size_of
+    from tokenflex.dropin.samples import prompts_of
+
+    size = size_of(dataset)
+    prompts: list[dict[str, Any]] = []
+    for index in range(most if size is None else size):
+        prompts += prompts_of(dataset[index])
+        if len(prompts) >= most:
+            break
+    if len(prompts) < 2:
+        raise ValueError(
+            f"--distill needs data with at least 2 questions about images, got {len(prompts)}"
+        )
+    return prompts[:most]
+
+
+def _with_adapters(model: Any, rank: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    from tokenflex.dropin import projector_name
+
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=LORA_TARGETS,
+        modules_to_save=[projector_name(model)],
+    )
+    return get_peft_model(model, lora)
+
+
+def agreement_table(report: Any) -> str:
+    """Return what a :class:`tokenflex.dropin.DistillationReport` says, a line for each count."""
+    lines = [
+        f"agreement with the stock model on {report.held_out} questions that were not trained on "
+        f"({report.trained_on} were):",
+        f"{'tokens':>8}  {'same answers':>22}  {'same words':>22}  {'KL of a word, nats':>22}",
+    ]
+    for count, after in report.after.items():
+        before = report.before[count]
+        columns = [
+            f"{before.answers:>10.1%} -> {after.answers:>8.1%}",
+            f"{before.tokens:>10.1%} -> {after.tokens:>8.1%}",
+            f"{before.divergence:>10.3f} -> {after.divergence:>8.3f}",
+        ]
+        name = "x".join(map(str, count)) if isinstance(count, tuple) else str(count)
+        lines.append("  ".join([f"{name:>8}", *columns]))
+    return "\n".join(lines)
 
 
 def picture_files(path: Path) -> list[Path]:

@@ -9,6 +9,7 @@ require("transformers", "5.18", "tokenflex.dropin")
 
 import tokenflex.dropin.adapters  # registers the built-in families
 from tokenflex.dropin.collation import ImageTextCollator, MaskImageLabels
+from tokenflex.dropin.distillation import Agreement, DistillationReport, distill
 from tokenflex.dropin.families import (
     Deepstack,
     chosen_layers,
@@ -27,11 +28,14 @@ from tokenflex.dropin.replace import (
 )
 
 __all__ = [
+    "Agreement",
     "Deepstack",
+    "DistillationReport",
     "FitReport",
     "ImageTextCollator",
     "MaskImageLabels",
     "chosen_layers",
+    "distill",
     "fit_projector",
     "from_pretrained",
     "pack_inputs",

@@ -24,6 +24,7 @@ def convert_stock(
     images: Sequence[Any] = (),
     patch_merge: int | None = None,
     device: str = "cpu",
+    train: Callable[[Any, Any], Any] | None = None,
     progress: Callable[[str], object] = lambda step: None,
 ) -> FitReport | None:
     """Load a stock model, give it a token-adaptive projector, and save it with its processor.
@@ -35,6 +36,8 @@ def convert_stock(
         images: Pictures to fit the new projector on; with none its weights are random.
         patch_merge: See :func:`tokenflex.replace_projector`.
         device: Where the vision encoder runs over the pictures.
+        train: Called with the converted model and its processor before they are saved; returns the
+            model to save.
         progress: Called with the name of each step before it.
 
     Returns:
@@ -67,6 +70,8 @@ def convert_stock(
     if images:
         progress(f"fitting the new projector on {len(images)} pictures")
         report = fit_projector(model, list(images), processor)
+    if train is not None:
+        model = train(model, processor)
     progress(f"saving {target}")
     with new_folder(target) as folder:
         model.save_pretrained(folder)

@@ -1,0 +1,287 @@
+"""A projector learns the stock model's own answers, at drawn counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from tests.dropin.processors import picture, stock_processor
+from tests.dropin.test_fitting import CLASSES, pictures_of, questions
+from tests.dropin.test_model import projector_of
+from tests.dropin.tiny import stock_model
+from tokenflex import TokenCounts, replace_projector
+from tokenflex.dropin import distill, distillation, projector_name
+from tokenflex.dropin.distillation import counts_around, stock_answers
+from tokenflex.dropin.features import ImageOutputs
+from tokenflex.dropin.model import as_stock
+from tokenflex.dropin.samples import encode_samples
+from tokenflex.dropin.variants import is_converted, unwrapped
+
+# Their stock tokens are no square of an image's tiles: rows end in tokens of their own.
+NO_SQUARES = {"llava_next", "llava_onevision"}
+# The processor of the tests does not fit the stock model's number of tokens.
+NO_STOCK_PROMPTS = {"got_ocr2"}
+FEW = {"steps": 2, "batch_size": 2, "max_new_tokens": 3}
+COUNTS = TokenCounts((4, 16), (1, 1))
+
+
+def sample(seed: int, text: str = "what is this") -> dict:
+    content = [{"type": "image", "image": picture(seed)}, {"type": "text", "text": text}]
+    return {"messages": [{"role": "user", "content": content}]}
+
+
+@pytest.fixture
+def answering_name(processor_name) -> str:
+    """Return a family whose stock model answers through the processor of the tests."""
+    if processor_name in NO_STOCK_PROMPTS:
+        pytest.skip("the processor of the tests does not fit the stock model")
+    return processor_name
+
+
+def samples_of(number: int) -> list[dict]:
+    return [sample(seed) for seed in range(number)]
+
+
+def converted(name: str, *, eos: int | None = None):
+    model, processor = stock_model(name), stock_processor(name)
+    model.generation_config.eos_token_id = eos
+    model.generation_config.pad_token_id = 0
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        replace_projector(model, processor, num_image_tokens=16)
+    return model, processor
+
+
+def answers_of(model, processor, samples):
+    return stock_answers(model, processor, samples, 2, 3, lambda *_: None)
+
+
+def test_kept_answers_are_those_of_the_stock_model(answering_name):
+    model, processor = stock_model(answering_name), stock_processor(answering_name)
+    samples = samples_of(3)
+    chat = {"chat_options": {"add_generation_prompt": True}}
+    expected = []
+    for one in samples:
+        inputs = encode_samples(processor, [one], **chat)
+        options = {"output_logits": True, "return_dict_in_generate": True}
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=3, **options)
+        new = output.sequences[0, inputs["input_ids"].shape[1] :]
+        expected.append((new, torch.stack(output.logits, 1)[0].log_softmax(-1)))
+    model, processor = converted(answering_name)
+    for answer, (ids, log_probs) in zip(
+        answers_of(model, processor, samples), expected, strict=True
+    ):
+        assert answer.ids.tolist() == ids.tolist()
+        kept = log_probs.gather(1, answer.likeliest)
+        torch.testing.assert_close(answer.log_probs, kept, atol=1e-4, rtol=1e-4)
+    assert is_converted(model)
+    inputs = encode_samples(processor, [samples[0]], num_image_tokens=4)
+    assert set(inputs["num_image_tokens"]) == {4}
+
+
+def test_stock_tokens_diverge_from_no_answer(answering_name, monkeypatch):
+    """The prompts, positions and steps that are compared are those of the stock model's answers."""
+    if answering_name in NO_SQUARES:
+        pytest.skip("its stock tokens are no square")
+    model, processor = converted(answering_name)
+    base, samples = model.base_model, samples_of(3)
+    answers = answers_of(model, processor, samples)
+    # Of different lengths, so that both sides are padded.
+    answers[1] = distillation.StockAnswer(
+        *(getattr(answers[1], name)[:2] for name in ("ids", "likeliest", "log_probs"))
+    )
+    student = distillation._Student(model, processor, samples, answers)
+    stock = {}
+    for i in range(3):
+        inputs = encode_samples(processor, samples[i : i + 1], num_image_tokens=16)
+        images = {name: inputs[name] for name in student._image_names if name in inputs}
+        with as_stock(model), torch.no_grad():
+            outputs = base.get_image_features(**images, return_dict=True)
+        features = outputs.pooler_output
+        rows = [row.reshape(-1, row.shape[-1]) for row in features]
+        layers = getattr(outputs, "deepstack_features", None)
+        stock[i] = torch.cat(rows), layers, len(inputs["num_image_tokens"])
+    tokens, _, tiles = stock[0]
+    side = round((len(tokens) / tiles) ** 0.5)
+    assert side * side * tiles == len(tokens)
+
+    def stock_tokens(_base, _patches, counts):
+        parts = [part for i in (0, 1, 2) for part in stock[i][0].chunk(stock[i][2])]
+        layers = stock[0][1] and [
+            [maps for i in (0, 1, 2) for maps in stock[i][1][layer]]
+            for layer in range(len(stock[0][1]))
+        ]
+        return ImageOutputs(pooler_output=parts, deepstack_features=layers)
+
+    monkeypatch.setattr(distillation, "project_patches", stock_tokens)
+    with torch.no_grad():
+        divergence, is_likeliest = student.divergence([0, 1, 2], [side * side] * 3)
+    assert divergence.shape == (8,)
+    assert float(divergence.abs().max()) < 1e-4
+    assert bool(is_likeliest.all())
+
+
+def test_divergence_is_that_of_the_likeliest_tokens_and_all_others():
+    model, processor = converted("llava")
+    samples = samples_of(2)
+    answers = answers_of(model, processor, samples)
+    student = distillation._Student(model, processor, samples, answers)
+    with torch.no_grad():
+        divergence, _ = student.divergence([0, 1], [16, 4])
+        logits = student._logits([0, 1], [16, 4])
+    for row, answer in enumerate(answers):
+        given = logits[row, :3].double().softmax(-1)
+        expected = answer.log_probs.double().exp()
+        kept = given.gather(1, answer.likeliest)
+        groups = torch.cat([kept, 1 - kept.sum(1, keepdim=True)], 1)
+        expected = torch.cat([expected, 1 - expected.sum(1, keepdim=True)], 1)
+        by_hand = (expected * (expected / groups).log()).sum(1)
+        torch.testing.assert_close(
+            divergence[3 * row :][:3].double(), by_hand, atol=1e-5, rtol=1e-3
+        )
+    assert len(answers[0].likeliest[0]) < logits.shape[-1]
+
+
+@pytest.mark.slow
+def test_distilled_model_answers_as_the_stock_model_at_every_count():
+    """After a model has learned to tell eight kinds of pictures, with a random projector."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, processor = stock_model("llava-siglip").train(), stock_processor("llava-siglip")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        for step in range(80):
+            model(**questions(16, 64, step)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.eval()
+        replace_projector(model, processor, num_image_tokens=64)
+        images = (pictures_of(torch.arange(48) % CLASSES, seed=7) / 8 + 0.5).clamp(0, 1)
+        processor.image_processor.image_std = [1 / 8] * 3  # so that they are normalised as above
+        samples = [
+            {"text": "<s> <image> </s> what", "images": [image], "id": i}
+            for i, image in enumerate(images)
+        ]
+        report = distill(
+            model,
+            processor,
+            samples,
+            counts=TokenCounts((4, 16, 64), (1, 1, 1)),
+            steps=60,
+            batch_size=8,
+            learning_rate=3e-3,
+            max_new_tokens=1,
+        )
+    for count in (4, 16, 64):
+        before, after = report.before[count], report.after[count]
+        assert after.divergence < 0.3 * before.divergence, count
+    assert (report.trained_on, report.held_out, report.answer_tokens) == (42, 6, 48)
+
+
+def test_only_the_projector_changes():
+    model, processor = converted("llava")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.get_input_embeddings().requires_grad_(False)
+    model.train()
+    distill(model, processor, samples_of(4), counts=COUNTS, **FEW)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if "multi_modal_projector" in name}
+    assert model.training
+    assert [p.requires_grad for p in model.get_input_embeddings().parameters()] == [False]
+    assert all(p.requires_grad for p in projector_of(model).parameters())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_adapters_of_peft_learn_too():
+    model, processor = converted("llava")
+    lora = LoraConfig(
+        r=2,
+        target_modules=r".*language_model.*\.(q|v)_proj",
+        modules_to_save=[projector_name(model)],
+        init_lora_weights=True,
+    )
+    wrapped = get_peft_model(model, lora)
+    before = {name: p.detach().clone() for name, p in wrapped.named_parameters()}
+    distill(wrapped, processor, samples_of(4), counts=COUNTS, **FEW)
+    changed = {n for n, p in wrapped.named_parameters() if not torch.equal(p, before[n])}
+    assert any("lora_B" in name for name in changed)
+    assert any("modules_to_save" in name for name in changed)
+    assert not any("base_layer" in name or "vision_tower" in name for name in changed)
+    assert is_converted(unwrapped(wrapped))
+    alone = get_peft_model(
+        converted("llava")[0], LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj")
+    )
+    with pytest.raises(ValueError, match="modules_to_save"):
+        distill(alone, processor, samples_of(4), counts=COUNTS, **FEW)
+
+
+def test_weights_of_less_than_32_bits_are_trained_in_float32():
+    model, processor = converted("llava")
+    model.bfloat16()
+    before = projector_of(model).down.weight.detach().clone()
+    distill(model, processor, samples_of(4), counts=COUNTS, learning_rate=1e-2, **FEW)
+    weight = projector_of(model).down.weight
+    assert weight.dtype == torch.bfloat16
+    assert not torch.equal(weight, before)
+
+
+def test_features_that_are_not_kept_give_the_same_projector(monkeypatch):
+    weights = []
+    for kept in (2**31, 0):
+        monkeypatch.setattr(distillation, "CACHED_BYTES", kept)
+        model, processor = converted("llava")
+        distill(model, processor, samples_of(4), counts=COUNTS, **FEW)
+        weights.append(projector_of(model).down.weight)
+    assert torch.equal(*weights)
+
+
+def test_answers_end_with_the_model_s_end():
+    model, processor = converted("llava")
+    (answer, *_) = answers_of(model, processor, samples_of(2))
+    end = int(answer.ids[1])
+    model.generation_config.eos_token_id = [2, end]
+    first = answer.ids.tolist().index(end)
+    (shorter, *_) = answers_of(model, processor, samples_of(2))
+    assert shorter.ids.tolist() == answer.ids[: first + 1].tolist()
+    assert len(shorter.likeliest) == first + 1
+
+
+def test_counts_around_a_default_have_the_paper_s_odds():
+    assert counts_around(256) == TokenCounts((64, 144, 256), (2.0, 3.0, 5.0))
+    assert counts_around((4, 8)).counts == ((2, 4), (3, 6), (4, 8))
+    assert counts_around(9) == TokenCounts((9,), (5.0,))
+
+
+def test_failure_leaves_the_conversion_as_it_was():
+    model, processor = converted("llava")
+    samples = samples_of(4)
+    samples[2]["messages"][0]["content"][0]["image"] = torch.zeros(2)
+    before = projector_of(model).down.weight.detach().clone()
+    with pytest.raises(ValueError, match="image"):
+        distill(model, processor, samples, counts=COUNTS, **FEW)
+    assert is_converted(model)
+    assert processor.image_token_counts == 16
+    assert torch.equal(projector_of(model).down.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"samples": []}, "samples must be at least 2"),
+        ({"samples": [sample(0), {"messages": [{"role": "user", "content": "no"}]}]}, "sample 1"),
+        ({"counts": 16}, "counts must be a TokenCounts"),
+        ({"steps": 0}, "steps"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens"),
+    ],
+)
+def test_wrong_arguments_are_named(change, error):
+    model, processor = converted("llava")
+    arguments = {"samples": samples_of(2), "counts": COUNTS, **FEW, **change}
+    with pytest.raises((TypeError, ValueError), match=error):
+        distill(model, processor, **arguments)
+
+
+def test_loaded_conversion_has_no_stock_model_to_learn_from():
+    with pytest.raises(ValueError, match="converted in place"):
+        distill(stock_model("llava"), stock_processor("llava"), samples_of(2))
