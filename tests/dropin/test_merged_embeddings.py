@@ -8,12 +8,14 @@ import pytest
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from tests.dropin.configs import MROPE
 from tests.dropin.tiny import MODELS, PROMPTS, batch, stock_model
 from tokenflex import replace_projector
 
 REFUSED = {
-    **dict.fromkeys(("gemma3", "paligemma"), "bidirectional"),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "M-RoPE"),
+    **dict.fromkeys(("gemma3", "paligemma", "shieldgemma2"), "bidirectional"),
+    **dict.fromkeys(MROPE, "M-RoPE"),
+    "gemma4": "token ids",
 }
 
 

@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from tests.dropin.configs import MROPE
 from tests.dropin.table import IMAGE, START, image_inputs
 from tests.dropin.tiny import PROMPTS, Prompt, batch, stock_model
 from tokenflex import TokenAdaptiveProjector, replace_projector
@@ -89,13 +90,12 @@ def test_text_alone(name):
 
 
 def test_precomputed_tokens_in_the_stock_model_give_the_same_logits(name):
-    """Oracle: only the image features, and Qwen's positions, change."""
+    """Oracle: only the image features, and M-RoPE positions, change."""
     if name == "smolvlm" and transformers.__version__.startswith("5.20."):
         pytest.skip("that stock model takes only counts that its patch size divides")
     model, stock = converted(name), stock_model(name)
     inputs = batch(name, PROMPTS)
-    names = ("pixel_values", "num_image_tokens", "image_sizes", "spatial_shapes")
-    names = (*names, "pixel_attention_mask", "image_grid_thw")
+    names = (*inspect.signature(stock.base_model.get_image_features).parameters, "num_image_tokens")
     images = {key: inputs[key] for key in names if key in inputs}
     with torch.no_grad():
         encoded = model.base_model.get_image_features(**images)
@@ -104,7 +104,7 @@ def test_precomputed_tokens_in_the_stock_model_give_the_same_logits(name):
     if hasattr(encoded, "deepstack_features"):
         given["deepstack_features"] = encoded.deepstack_features
     text = {key: value for key, value in inputs.items() if key not in images}
-    if name.startswith("qwen"):
+    if name in MROPE:
         merge = model.config.vision_config.spatial_merge_size
         sides = [int(count**0.5) * merge for count in inputs["num_image_tokens"]]
         text["image_grid_thw"] = torch.tensor([[1, side, side] for side in sides])
@@ -126,7 +126,7 @@ def test_a_prompt_in_chunks_is_answered_as_a_whole_one(name, chunk):
     options |= {"return_dict_in_generate": True, "output_logits": True}
     whole = model.generate(**inputs, **options)
     in_chunks = model.generate(**inputs, **options, prefill_chunk_size=chunk)
-    bidirectional = model.config.model_type in ("gemma3", "paligemma")
+    bidirectional = model.config.model_type in ("gemma3", "paligemma", "shieldgemma2")
     if chunk == 1000 or not bidirectional:  # where a chunk ends, the first tokens see no later ones
         assert torch.equal(in_chunks.sequences, whole.sequences)
         for actual, expected in zip(in_chunks.logits, whole.logits, strict=True):
@@ -235,15 +235,15 @@ def test_copies_and_pickles_are_converted_models(name, duplicate):
     assert not torch.equal(logits(twin, inputs), logits(model, inputs))
 
 
-# ---- Qwen's positions
+# ---- M-RoPE positions
 
 
-@pytest.mark.parametrize("qwen", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", MROPE)
 @pytest.mark.parametrize("counts", [[9, 25, 16], [(2, 5), (3, 3), (6, 1)]], ids=["n", "h x w"])
-def test_positions_are_those_of_an_image_of_that_many_cells(qwen, counts):
-    model, stock = converted(qwen), stock_model(qwen)
+def test_positions_are_those_of_an_image_of_that_many_cells(name, counts):
+    model, stock = converted(name), stock_model(name)
     prompts = [PROMPTS[0]._replace(counts=counts[:1]), PROMPTS[1]._replace(counts=counts[1:])]
-    inputs = batch(qwen, prompts)
+    inputs = batch(name, prompts)
     names = ("input_ids", "mm_token_type_ids", "attention_mask")
     text = {key: inputs[key] for key in names}
     merge = model.config.vision_config.spatial_merge_size
@@ -265,10 +265,10 @@ def test_positions_are_those_of_an_image_of_that_many_cells(qwen, counts):
         assert torch.equal(positions[-3:], expected)
 
 
-@pytest.mark.parametrize("qwen", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_positions_without_counts_are_read_off_the_placeholders(qwen):
-    model = converted(qwen)
-    inputs = batch(qwen, PROMPTS)
+@pytest.mark.parametrize("name", MROPE)
+def test_positions_without_counts_are_read_off_the_placeholders(name):
+    model = converted(name)
+    inputs = batch(name, PROMPTS)
     names = ("input_ids", "mm_token_type_ids", "attention_mask", "image_grid_thw")
     text = {key: inputs[key] for key in names}
     with_counts = model.model.get_rope_index(**text, num_image_tokens=[9, 25, 16])

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.dropin.configs import MROPE
 from tests.dropin.table import IMAGE, START, model_type
 from tests.dropin.test_model import TOLERANCE, converted, logits
 from tests.dropin.tiny import MODELS, PROMPTS, Prompt, batch, stock_model
@@ -14,7 +15,19 @@ from tokenflex.dropin import pack_inputs
 from tokenflex.dropin.families import family_of
 
 SAMPLES = [*PROMPTS, Prompt([5, 6, 7], [], []), Prompt([8, START, IMAGE, 9], [4], [7])]
-REFUSED = ["gemma3", "lfm2_vl", "paligemma"]
+REFUSED = [
+    "gemma3",
+    "gemma4",
+    "lfm2_vl",
+    "lfm3_vl",
+    "minicpm_ocr",
+    "minicpmv4_6",
+    "minicpmv4_7",
+    "paligemma",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "shieldgemma2",
+]
 
 
 @pytest.fixture(params=[name for name in MODELS if model_type(name) not in REFUSED])
@@ -82,7 +95,7 @@ def test_positions_alone_keep_samples_apart_without_a_cache(name):
     assert float((logits(model, alone) - logits(model, packed)).abs().max()) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", [name for name in MROPE if name not in REFUSED])
 def test_frames_alone_do_not_keep_samples_apart(family):
     model = converted(family)
     packed = pack_inputs(model, batch(family, SAMPLES))

@@ -8,15 +8,9 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from tests.dropin.table import (
-    CONFIGS,
-    END,
-    IMAGE,
-    PAD,
-    START,
-    image_inputs,
-    tiles_per_image,
-)
+from tests.dropin.configs import CONFIGS, MROPE
+from tests.dropin.configs.common import END, IMAGE, PAD, START
+from tests.dropin.table import image_inputs, tiles_per_image
 
 MODELS = sorted(CONFIGS)
 
@@ -61,9 +55,9 @@ def batch(name: str, prompts: Sequence[Prompt], *, labels: bool = False) -> dict
         inputs["num_image_tokens"] = [
             count for prompt in prompts for count in prompt.counts for _ in range(tiles)
         ]
-    if name.startswith("qwen"):
+    if name in MROPE:
         inputs["mm_token_type_ids"] = (ids == IMAGE).long()
-    if name == "gemma3":
+    if name in ("gemma3", "shieldgemma2"):
         inputs["token_type_ids"] = (ids == IMAGE).long()
     if name == "paligemma":
         inputs["token_type_ids"] = torch.zeros_like(ids)  # all of a prompt is its prefix
