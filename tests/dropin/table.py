@@ -75,7 +75,7 @@ def image_inputs(name: str, images: Sequence[int]) -> dict[str, Any]:
 
 
 ANYRES = ("llava_next", "llava_next_video", "llava_onevision")
-MINICPM = ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr")
+MINICPM = ("minicpmv4_6", "minicpm_ocr")
 PIXTRALS = ("llava-pixtral", "mistral3", "mistral3-mistral4", "lighton_ocr")
 
 # The pixels of a patch, where these are not of two frames.

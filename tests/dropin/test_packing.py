@@ -22,7 +22,6 @@ REFUSED = [
     "lfm3_vl",
     "minicpm_ocr",
     "minicpmv4_6",
-    "minicpmv4_7",
     "paligemma",
     "qwen3_5",
     "qwen3_5_moe",

@@ -88,7 +88,6 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **IDS,
     ),
     "minicpmv4_6": lambda: transformers.MiniCPMV4_6Config(**minicpm()),
-    "minicpmv4_7": lambda: transformers.MiniCPMV4_7Config(**minicpm()),
     "minicpm_ocr": lambda: transformers.MiniCPMOcrConfig(**minicpm()),
     "gemma4": lambda: transformers.Gemma4Config(
         vision_config={

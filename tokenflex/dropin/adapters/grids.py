@@ -64,6 +64,10 @@ def _merged_tokens(base: Any, pixel_values: Any, image_grid_thw: Any, **_: Any) 
     ).pooler_output
 
 
+def _identity(base: Any) -> nn.Identity:
+    return nn.Identity()
+
+
 _MROPE = "its positions of image tokens have three axes (M-RoPE)"
 _RECURRENT = "its linear attention carries its state across the boundaries of samples"
 
@@ -103,7 +107,7 @@ def _qwen(
     "glmga",
     "glm4v_moe",
     "glm_ocr",
-    stand_in=lambda base: nn.Identity(),
+    stand_in=_identity,
     vision_width="out_hidden_size",
     patch_merge=1,
 )
@@ -201,11 +205,16 @@ def _video_llama_3(
     return split_grids(outputs.last_hidden_state, grids)
 
 
+def _width_of_adapter(config: Any) -> int:
+    width: int = config.projector_hidden_size
+    return width
+
+
 # Of its projector, the MLP stays before the patch grids and the norm without weights is left out.
 @register_family(
     "muse_glimmer",
     projector="vision_projection",
-    vision_width=lambda config: config.projector_hidden_size,
+    vision_width=_width_of_adapter,
 )
 def _muse(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any

@@ -76,13 +76,16 @@ def _lfm2_vl(
 
 
 
+def _tokens_of_images(base: Any, **inputs: Any) -> torch.Tensor:
+    return torch.cat(base.get_image_features(**inputs).pooler_output)
+
+
 @register_family(
     "minicpmv4_6",
-    "minicpmv4_7",
     "minicpm_ocr",
     projector="merger",
     patch_merge="merge_kernel_size",
-    stock_tokens=lambda base, **inputs: torch.cat(base.get_image_features(**inputs).pooler_output),
+    stock_tokens=_tokens_of_images,
 )
 def _minicpm(
     base: Any,

@@ -143,11 +143,20 @@ def _feature_maps(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids
     return features.permute(0, 2, 3, 1)  # from [images, C, H, W]
 
 
+def _width_in_timm(config: Any) -> int:
+    width: int = config.vision_config.model_args["embed_dim"]
+    return width
+
+
+def _stacked_tiles(processor: Any, image_inputs: Any, index: int) -> int:
+    return len(image_inputs["pixel_values"][index])
+
+
 @register_family(
     "perception_lm",
     merge=torch.cat,
-    vision_width=lambda config: config.vision_config.model_args["embed_dim"],
-    tiles=lambda processor, image_inputs, index: len(image_inputs["pixel_values"][index]),
+    vision_width=_width_in_timm,
+    tiles=_stacked_tiles,
 )
 def _perception_lm(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids:
     features = base.vision_tower(pixel_values.flatten(0, 1).to(base.dtype)).last_hidden_state
