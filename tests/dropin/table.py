@@ -21,7 +21,7 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
-from tests.dropin.configs import GRIDS, model_type
+from tests.dropin.configs import CONFIGS, GRIDS, model_type
 from tests.dropin.configs.common import (  # noqa: F401  # the other files import them from here
     END,
     IMAGE,
@@ -51,7 +51,7 @@ def image_inputs(name: str, images: Sequence[int]) -> dict[str, Any]:
         return grid_inputs(name, images, [(side, side)] * number)
     if name in MINICPM:
         return minicpm_inputs(images, [(side, side)] * number)
-    if model_type(name) in ("idefics2", "idefics3", "smolvlm", "perception_lm"):
+    if name in ("idefics3", "smolvlm", "perception_lm"):
         return {"pixel_values": stacked(3, PIXELS, PIXELS)[:, None]}
     if name in ANYRES:
         # One tile and the whole image: the smallest grid is one tile.
@@ -175,22 +175,40 @@ def _without_torchvision() -> Iterator[None]:
         yield
 
 
+class _NoSound(_NoVideos):
+    """Stand-in for a feature extractor."""
+
+
+def _with_stand_in(cls: Any, *parts: Any, **options: Any) -> Any:
+    with _without_torchvision():
+        return cls(*parts, **options)
+
+
 def _with_video_stand_in(name: str, cls: str, *parts: Any, **options: Any) -> Any:
     module = importlib.import_module(f"transformers.models.{name}.processing_{name}")
     with _without_torchvision():
         return getattr(module, cls)(*parts, _NoVideos(), **options)
 
 
-def _qwen(name: str, cls: str) -> Any:
-    tags = ["<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
-    return _with_video_stand_in(
-        name,
-        cls,
-        transformers.Qwen2VLImageProcessor(
-            patch_size=PATCH, merge_size=2, min_pixels=32 * 32, max_pixels=PIXELS * PIXELS
-        ),
-        tokenizer("<|image_pad|>", tags),
+def _qwen_images() -> Any:
+    return transformers.Qwen2VLImageProcessor(
+        patch_size=PATCH, merge_size=2, min_pixels=32 * 32, max_pixels=PIXELS * PIXELS
     )
+
+
+_QWEN_WORDS = ("<|image_pad|>", ["<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
+_GLM_WORDS = ("<|image|>", ["<|video|>", "<|begin_of_video|>", "<|end_of_video|>"])
+
+
+def _qwen(name: str, cls: str) -> Any:
+    return _with_video_stand_in(name, cls, _qwen_images(), tokenizer(*_QWEN_WORDS))
+
+
+def _patches(name: str, frames: int = 1) -> Any:
+    """The family's own image processor, where it cuts images into patches as Qwen's."""
+    cls = getattr(transformers, f"{name}ImageProcessor")
+    pixels = {"shortest_edge": 32 * 32, "longest_edge": frames * PIXELS * PIXELS}
+    return cls(patch_size=PATCH, size=pixels)
 
 
 def _paligemma_images() -> Any:
@@ -320,6 +338,93 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     ),
 }
 
+BUILDERS |= {
+    "fast_vlm": lambda: transformers.LlavaProcessor(
+        transformers.CLIPImageProcessor(size=_EDGE, crop_size=_SQUARE),
+        tokenizer("<image>", [], image_token="<image>"),
+        patch_size=PATCH,
+        vision_feature_select_strategy="full",
+    ),
+    "llava_next_video": lambda: _with_stand_in(
+        transformers.LlavaNextVideoProcessor,
+        _NoVideos(),
+        transformers.LlavaNextImageProcessor(
+            size=_EDGE, crop_size=_SQUARE, image_grid_pinpoints=PINPOINTS
+        ),
+        tokenizer("<image>", ["<video>"]),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ),
+    "qianfan_ocr": lambda: transformers.QianfanOCRProcessor(
+        transformers.GotOcr2ImageProcessor(
+            size=_SQUARE, crop_to_patches=True, min_patches=1, max_patches=4
+        ),
+        tokenizer(
+            "<IMG_CONTEXT>",
+            ["<image>", "<img>", "</img>"],
+            start_image_token="<img>",
+            end_image_token="</img>",
+            context_image_token="<IMG_CONTEXT>",
+        ),
+        image_seq_length=16,
+    ),
+    "glm4v": lambda: _with_video_stand_in(
+        "glm4v", "Glm4vProcessor", _patches("Glm4v", frames=2), tokenizer(*_GLM_WORDS)
+    ),
+    "glm46v": lambda: _with_video_stand_in(
+        "glm46v", "Glm46VProcessor", _patches("Glm46V", frames=2), tokenizer(*_GLM_WORDS)
+    ),
+    "exaone4_5": lambda: _qwen("exaone4_5", "Exaone4_5_Processor"),
+    "hyperclovax_vision_v2": lambda: _qwen(
+        "hyperclovax_vision_v2", "HyperCLOVAXVisionV2Processor"
+    ),
+    "lfm3_vl": lambda: _qwen("lfm3_vl", "Lfm3VlProcessor"),
+    "video_llama_3": lambda: _with_video_stand_in(
+        "video_llama_3", "VideoLlama3Processor", _patches("VideoLlama3"), tokenizer(*_QWEN_WORDS)
+    ),
+    "cohere_compass": lambda: _with_video_stand_in(
+        "cohere_compass",
+        "CohereCompassProcessor",
+        _patches("CohereCompass"),
+        tokenizer("<|IMAGE_PAD|>", ["<|VIDEO_PAD|>", "<|VISION_START|>", "<|VISION_END|>"]),
+    ),
+    "paddleocr_vl": lambda: transformers.PaddleOCRVLProcessor(
+        _patches("PaddleOCRVL"), tokenizer("<image>", [], image_token="<image>")
+    ),
+    "ernie4_5_vl_moe": lambda: _with_video_stand_in(
+        "ernie4_5_vl_moe",
+        "Ernie4_5_VLMoeProcessor",
+        _patches("Ernie4_5_VLMoe"),
+        tokenizer(
+            "<image>",
+            ["<video>", "<is>", "<ie>", "<vs>", "<ve>"],
+            image_token="<image>",
+            video_token="<video>",
+            image_start_token="<is>",
+            image_end_token="<ie>",
+            video_start_token="<vs>",
+            video_end_token="<ve>",
+        ),
+    ),
+    "gemma4": lambda: _with_stand_in(
+        transformers.Gemma4Processor,
+        _NoSound(),
+        transformers.Gemma4ImageProcessor(
+            patch_size=PATCH, pooling_kernel_size=2, max_soft_tokens=70
+        ),
+        tokenizer(
+            "<image>",
+            ["<|video|>", "<boi>", "<eoi>", "<audio>"],
+            image_token="<image>",
+            boi_token="<boi>",
+            eoi_token="<eoi>",
+            audio_token="<audio>",
+        ),
+        _NoVideos(),
+    ),
+}
+
 # Families whose images transformers 5.23 processes with torchvision alone.
 WITH_TORCHVISION: dict[str, Callable[[], Any]] = {
     "mistral3": lambda: transformers.PixtralProcessor(
@@ -366,6 +471,7 @@ WITH_TORCHVISION: dict[str, Callable[[], Any]] = {
     ),
 }
 BUILDERS |= WITH_TORCHVISION
+BUILDERS = {name: builder for name, builder in BUILDERS.items() if name in CONFIGS}
 
 # The text for an image in a prompt, unless it is "<image>".
 IMAGE_TEXTS = {
@@ -380,4 +486,11 @@ IMAGE_TEXTS = {
     "qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    **dict.fromkeys(
+        ("exaone4_5", "hyperclovax_vision_v2", "lfm3_vl", "video_llama_3"),
+        "<|vision_start|><|image_pad|><|vision_end|>",
+    ),
+    **dict.fromkeys(("glm4v", "glm46v"), "<|image|>"),
+    "cohere_compass": "<|VISION_START|><|IMAGE_PAD|><|VISION_END|>",
+    "ernie4_5_vl_moe": "<is><image><ie>",
 }

@@ -23,7 +23,6 @@ from tests.dropin.table import (
     grid_inputs,
     image_inputs,
     minicpm_inputs,
-    model_type,
     pixels,
     places,
 )
@@ -57,11 +56,6 @@ def inputs_of(name: str) -> dict:
         mask = torch.zeros(2, PIXELS, PIXELS, dtype=torch.bool)
         mask[0, : 4 * PATCH], mask[1, : 6 * PATCH, : 2 * PATCH] = True, True
         return {"pixel_values": pixels(2, 3, PIXELS, PIXELS), "pixel_mask": mask}
-    if name == "idefics2":
-        mask = torch.zeros(2, 1, PIXELS, PIXELS, dtype=torch.bool)
-        mask[0, 0, : 4 * PATCH], mask[1, 0, : 6 * PATCH, : 2 * PATCH] = True, True
-        values = pixels(2, 1, 3, PIXELS, PIXELS)
-        return {"pixel_values": values, "pixel_attention_mask": mask}
     if name == "perception_lm":
         return {"pixel_values": pixels(1, 3, 3, PIXELS, PIXELS)}  # three tiles of an image
     if name == "lfm2_vl":
@@ -78,7 +72,7 @@ def inputs_of(name: str) -> dict:
         values = pixels(2, 3, 3, PIXELS, PIXELS)
         values[1, 2] = 0
         return {"pixel_values": values, "image_sizes": sizes}
-    if model_type(name) in ("idefics3", "smolvlm"):
+    if name in ("idefics3", "smolvlm"):
         mask = torch.ones(2, 2, PIXELS, PIXELS, dtype=torch.bool)
         mask[0, 1, 40:] = False  # the lower part of a tile is padding
         values = pixels(2, 2, 3, PIXELS, PIXELS)
@@ -104,7 +98,7 @@ def given_to_stock_projector(name: str, inputs: dict, **config) -> torch.Tensor:
         caught = [features.permute(0, 2, 3, 1) for features in caught]
     if name in ("internvl", "qianfan_ocr"):  # its patches stand side by side already
         caught = [unshuffled(cells) for cells in caught]
-    if name in ("aria", "idefics2"):  # with the padding of images
+    if name == "aria":  # with the padding of images
         (features,), sizes = caught, (WIDE, TALL)
         maps = features.unflatten(1, (PIXELS // PATCH, PIXELS // PATCH))
         caught = [
@@ -146,7 +140,7 @@ def test_patch_grids_are_what_the_stock_projector_is_given(name):
         assert grids == [(2, 4), (4, 2)]
     elif name in MERGED_BEFORE:
         assert grids == [(2, 4), (3, 1)]
-    elif name in (*GRIDS, *PIXTRALS, "aria", "idefics2", "lfm2_vl"):
+    elif name in (*GRIDS, *PIXTRALS, "aria", "lfm2_vl"):
         assert grids == [WIDE, TALL]
     if name == "lfm2_vl" and version.parse(transformers.__version__) >= version.parse("5.24"):
         pytest.skip("since transformers 5.24 its projector is given blocks of all images as one")

@@ -57,7 +57,9 @@ def batch(name: str, prompts: Sequence[Prompt], *, labels: bool = False) -> dict
         ]
     if name in MROPE:
         inputs["mm_token_type_ids"] = (ids == IMAGE).long()
-    if name in ("gemma3", "shieldgemma2"):
+    if name == "ernie4_5_vl_moe":
+        inputs["moe_mm_token_type_ids"] = ((ids >= IMAGE) & (ids <= END)).long()
+    if name == "gemma3":
         inputs["token_type_ids"] = (ids == IMAGE).long()
     if name == "paligemma":
         inputs["token_type_ids"] = torch.zeros_like(ids)  # all of a prompt is its prefix

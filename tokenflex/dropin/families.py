@@ -180,6 +180,8 @@ def family_of(config: Any) -> Family:
 # ---- building blocks of adapters
 
 
+RECURRENT = "its linear attention carries its state across the boundaries of samples"
+
 # One per model.
 VISION_ENCODERS = ("vision_tower", "vision_model", "vision_encoder", "visual", "image_tower")
 

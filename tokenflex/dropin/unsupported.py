@@ -36,6 +36,7 @@ _REASONS: dict[str, str] = {
         "there is no one projector to replace"
     ),
     "idefics": _CROSS_ATTENTION,
+    "idefics2": "its processor writes its fixed number of placeholders by itself",
     "inkling_mm_model": _NO_ENCODER,
     "instructblip": _QUERIES,
     "instructblipvideo": _QUERIES,
@@ -54,6 +55,9 @@ _REASONS: dict[str, str] = {
     "pi0": "it controls robots: it has no text generation",
     "pix2struct": _ENCODER_DECODER,
     "pp_formulanet": _ENCODER_DECODER,
+    "shieldgemma2": (
+        "its weights are of a classifier, which AutoModelForImageTextToText does not load"
+    ),
     "t5gemma2": "it is an encoder-decoder, whose encoder reads the image beside the text",
     "udop": "it is an encoder-decoder, whose encoder joins patches with the words on them",
     "vision-encoder-decoder": _ENCODER_DECODER,

@@ -41,4 +41,3 @@ CONFIGS = {
 }
 MROPE = [name for name in MROPE if name in CONFIGS]
 GRIDS = [name for name in grids.CONFIGS if name in CONFIGS]  # with image_grid_thw
-PADDED = ["aria", "idefics2", "idefics3", "smolvlm"]  # with a mask of pixels

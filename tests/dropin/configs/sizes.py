@@ -122,17 +122,4 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         projector_patch_to_query_dict={64: 16},
         image_token_index=IMAGE,
     ),
-    "idefics2": lambda: transformers.Idefics2Config(
-        vision_config={**SMALL, **IMAGE_SIZE},
-        text_config=text("mistral", head_dim=8),
-        perceiver_config={
-            "hidden_size": TEXT_WIDTH,
-            "resampler_n_latents": 4,
-            "resampler_depth": 1,
-            "resampler_n_heads": 2,
-            "resampler_head_dim": 8,
-            "num_key_value_heads": 2,
-        },
-        **IDS,
-    ),
 }

@@ -168,14 +168,6 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         downsample_ratio=0.5,
         **IDS,
     ),
-    "shieldgemma2": lambda: transformers.ShieldGemma2Config(
-        vision_config=siglip(),
-        text_config=gemma("gemma3_text", sliding_window=16),
-        mm_tokens_per_image=16,
-        boi_token_index=START,
-        eoi_token_index=END,
-        image_token_index=IMAGE,
-    ),
     "pp_chart2table": lambda: transformers.PPChart2TableConfig(
         vision_config={"model_type": "pp_chart2table_vision", **SAM},
         text_config=text("qwen2"),

@@ -10,6 +10,7 @@ from torch import nn
 
 from tokenflex.counts import Grid
 from tokenflex.dropin.families import (
+    RECURRENT,
     Deepstack,
     PatchGrids,
     register_family,
@@ -69,7 +70,6 @@ def _identity(base: Any) -> nn.Identity:
 
 
 _MROPE = "its positions of image tokens have three axes (M-RoPE)"
-_RECURRENT = "its linear attention carries its state across the boundaries of samples"
 
 _register_merger = partial(
     register_family,
@@ -84,7 +84,7 @@ _register_merger = partial(
 @_register_merger("qwen2_vl", vision_width="embed_dim")
 @_register_merger("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "cohere_compass", "cosmos3_omni")
 @_register_merger("exaone4_5", no_prompt_embeds="")
-@_register_merger("qwen3_5", "qwen3_5_moe", no_packing=_RECURRENT)
+@_register_merger("qwen3_5", "qwen3_5_moe", no_packing=RECURRENT)
 @_register_merger("dots3_note", stock_projector="vision_tower.merger", no_prompt_embeds="")
 def _qwen(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any

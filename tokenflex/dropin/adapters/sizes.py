@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tokenflex.dropin.families import (
+    RECURRENT,
     PatchGrids,
     chosen_layers,
     feature_layers,
@@ -85,6 +86,7 @@ def _tokens_of_images(base: Any, **inputs: Any) -> torch.Tensor:
     "minicpm_ocr",
     projector="merger",
     patch_merge="merge_kernel_size",
+    no_packing=RECURRENT,
     stock_tokens=_tokens_of_images,
 )
 def _minicpm(
@@ -135,10 +137,16 @@ def _without_padding(features: torch.Tensor, seen: torch.Tensor) -> list[torch.T
     return [image[:height, :width] for image, (height, width) in zip(maps, sizes, strict=True)]
 
 
-_QUERIES = "its tokens are learned queries, which have no place in the image"
+def _crops(processor: Any, image_inputs: Any, index: int) -> int:
+    return int(image_inputs["num_crops"])
 
 
-@register_family("aria", merge=torch.cat, no_fit=_QUERIES)
+@register_family(
+    "aria",
+    merge=torch.cat,
+    tiles=_crops,
+    no_fit="its tokens are learned queries, which have no place in the image",
+)
 def _aria(
     base: Any,
     pixel_values: torch.Tensor,
@@ -154,19 +162,3 @@ def _aria(
         pixel_values.to(base.dtype), patch_attention_mask=seen, output_hidden_states=True
     )
     return _without_padding(outputs.hidden_states[layer], seen)
-
-
-@register_family("idefics2", projector="connector", no_fit=_QUERIES)
-def _idefics2(
-    base: Any, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor | None = None, **_: Any
-) -> PatchGrids:
-    images = pixel_values.flatten(0, 1)
-    real = (images != 0).flatten(1).any(1)  # prompts with fewer images are padded with zeros
-    images = images[real]
-    if pixel_attention_mask is None:
-        mask = torch.ones_like(images[:, 0])
-    else:
-        mask = pixel_attention_mask.flatten(0, 1)[real]
-    seen = seen_patches(mask, base.config.vision_config.patch_size).all(-1)
-    outputs = base.vision_model(images.to(base.dtype), patch_attention_mask=seen)
-    return _without_padding(outputs.last_hidden_state, seen)

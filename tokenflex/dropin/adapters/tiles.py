@@ -116,7 +116,6 @@ _BIDIRECTIONAL = (
 
 @register_family(
     "gemma3",
-    "shieldgemma2",
     "paligemma",
     merge=torch.cat,
     no_packing=_BIDIRECTIONAL,
