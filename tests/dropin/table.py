@@ -76,7 +76,7 @@ def image_inputs(name: str, images: Sequence[int]) -> dict[str, Any]:
 
 ANYRES = ("llava_next", "llava_next_video", "llava_onevision")
 MINICPM = ("minicpmv4_6", "minicpm_ocr")
-PIXTRALS = ("llava-pixtral", "mistral3", "mistral3-mistral4", "lighton_ocr")
+PIXTRALS = ("llava-pixtral", "mistral3", "mistral3-mistral4", "mistral_large4", "lighton_ocr")
 
 # The pixels of a patch, where these are not of two frames.
 _PATCHES = {
@@ -415,11 +415,13 @@ BUILDERS |= {
         ),
         tokenizer(
             "<image>",
-            ["<|video|>", "<boi>", "<eoi>", "<audio>"],
+            ["<|video|>", "<boi>", "<eoi>", "<audio>", "<boa>", "<eoa>"],
             image_token="<image>",
             boi_token="<boi>",
             eoi_token="<eoi>",
             audio_token="<audio>",
+            boa_token="<boa>",
+            eoa_token="<eoa>",
         ),
         _NoVideos(),
     ),

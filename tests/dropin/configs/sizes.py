@@ -80,6 +80,20 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         vision_feature_layer=-1,
         **IDS,
     ),
+    "mistral_large4": lambda: transformers.MistralLarge4Config(
+        vision_config=PIXTRAL,
+        text_config=text(
+            "mistral_large4_text",
+            **MLA,
+            **SHARED_MOE,
+            head_dim=4,
+            index_n_heads=2,
+            index_head_dim=8,
+        ),
+        spatial_merge_size=2,
+        vision_feature_layer=-1,
+        image_token_index=IMAGE,
+    ),
     "lighton_ocr": lambda: transformers.LightOnOcrConfig(
         vision_config=PIXTRAL,
         text_config=text("qwen3", head_dim=8),
@@ -97,7 +111,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
             "head_dim": 12,
             "patch_size": PATCH,
             "pooling_kernel_size": 2,
-            "position_embedding_size": 16,
+            "position_embedding_size": 64,
         },
         text_config=gemma(
             "gemma4_text",
