@@ -21,282 +21,19 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
-IMAGE, VIDEO, PAD = 50, 51, 0
-START, END = 52, 53  # around an image
-PIXELS, PATCH = 64, 8  # 8 x 8 patches
-VISION_WIDTH, TEXT_WIDTH, VOCABULARY = 24, 32, 100
-
-_LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4}
-_IMAGE_SIZE = {"image_size": PIXELS, "patch_size": PATCH}
-_SMALL = {"hidden_size": VISION_WIDTH, "intermediate_size": 48, **_LAYERS}
-_IDS = {"image_token_id": IMAGE}
-_QWEN_IDS = {
-    **_IDS,
-    "video_token_id": VIDEO,
-    "vision_start_token_id": START,
-    "vision_end_token_id": END,
-}
-_PIXTRAL = {
-    "model_type": "pixtral",
-    **_SMALL,
-    "num_attention_heads": 2,
-    "head_dim": 12,
-    **_IMAGE_SIZE,
-}
-
-
-def _text(model_type: str, **changes: Any) -> dict[str, Any]:
-    return {
-        "model_type": model_type,
-        "vocab_size": VOCABULARY,
-        "hidden_size": TEXT_WIDTH,
-        "intermediate_size": 64,
-        **_LAYERS,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-        "initializer_range": 0.15,  # large enough that a wrong image could not hide
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": PAD,
-        **changes,
-    }
-
-
-def _siglip(**changes: Any) -> dict[str, Any]:
-    return {
-        "model_type": "siglip_vision_model",
-        **_SMALL,
-        **_IMAGE_SIZE,
-        "vision_use_head": False,
-        **changes,
-    }
-
-
-def _clip() -> dict[str, Any]:
-    return {"model_type": "clip_vision_model", **_SMALL, **_IMAGE_SIZE, "projection_dim": 16}
-
-
-def _gemma(model_type: str, **changes: Any) -> dict[str, Any]:
-    text = _text(model_type, head_dim=8, **changes)
-    return {k: v for k, v in text.items() if k != "bos_token_id"}
-
-
-def _mrope(section: list[int], **changes: Any) -> dict[str, Any]:
-    text = _text("", **changes)
-    text.pop("model_type")
-    rope = {"rope_type": "default", "mrope_section": section, "rope_theta": 1e4}
-    return {**text, "rope_parameters": rope}
-
-
-def _cohere() -> dict[str, Any]:
-    return _text("cohere2", sliding_window=16)
-
-
-def _qwen_vision(**changes: Any) -> dict[str, Any]:
-    return {
-        "depth": 2,
-        "num_heads": 2,
-        "patch_size": PATCH,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        **changes,
-    }
-
-
-_PINPOINTS = [[64, 64], [64, 128], [128, 64], [128, 128]]
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "llava": lambda: transformers.LlavaConfig(
-        vision_config=_clip(),
-        text_config=_text("llama"),
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        **_IDS,
-    ),
-    "llava-siglip": lambda: transformers.LlavaConfig(
-        vision_config=_siglip(),
-        text_config=_text("qwen2"),
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        **_IDS,
-    ),
-    "llava-pixtral": lambda: transformers.LlavaConfig(
-        vision_config=_PIXTRAL,
-        text_config=_text("llama"),
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        **_IDS,
-    ),
-    "llava_next": lambda: transformers.LlavaNextConfig(
-        vision_config=_clip(),
-        text_config=_text("llama"),
-        vision_feature_layer=-2,
-        image_grid_pinpoints=_PINPOINTS,
-        **_IDS,
-    ),
-    "llava_onevision": lambda: transformers.LlavaOnevisionConfig(
-        vision_config=_siglip(),
-        text_config=_text("qwen2"),
-        vision_feature_layer=-1,
-        image_grid_pinpoints=_PINPOINTS,
-        video_token_id=VIDEO,
-        **_IDS,
-    ),
-    "vipllava": lambda: transformers.VipLlavaConfig(
-        vision_config=_clip(), text_config=_text("llama"), vision_feature_layers=[-1, -2], **_IDS
-    ),
-    "internvl": lambda: transformers.InternVLConfig(
-        vision_config={**_SMALL, "image_size": [PIXELS] * 2, "patch_size": [PATCH] * 2},
-        text_config=_text("qwen2"),
-        image_seq_length=16,
-        downsample_ratio=0.5,
-        **_IDS,
-    ),
-    "gemma3": lambda: transformers.Gemma3Config(
-        vision_config=_siglip(),
-        text_config=_gemma("gemma3_text", sliding_window=16),
-        mm_tokens_per_image=16,
-        boi_token_index=START,
-        eoi_token_index=END,
-        **_IDS,
-    ),
-    "paligemma": lambda: transformers.PaliGemmaConfig(
-        vision_config=_siglip(projection_dim=TEXT_WIDTH),
-        text_config=_gemma("gemma", num_key_value_heads=1),
-        projection_dim=TEXT_WIDTH,
-        image_token_index=IMAGE,
-    ),
-    "idefics3": lambda: transformers.Idefics3Config(
-        vision_config={**_SMALL, **_IMAGE_SIZE},
-        text_config=_text("llama"),
-        scale_factor=2,
-        pad_token_id=PAD,
-        **_IDS,
-    ),
-    "smolvlm": lambda: transformers.SmolVLMConfig(
-        vision_config={**_SMALL, **_IMAGE_SIZE},
-        text_config=_text("llama"),
-        scale_factor=2,
-        pad_token_id=PAD,
-        **_IDS,
-    ),
-    "mistral3": lambda: transformers.Mistral3Config(
-        vision_config=_PIXTRAL,
-        text_config=_text("mistral", head_dim=8),
-        spatial_merge_size=2,
-        vision_feature_layer=-1,
-        **_IDS,
-    ),
-    "qwen2_vl": lambda: transformers.Qwen2VLConfig(
-        vision_config=_qwen_vision(embed_dim=VISION_WIDTH, hidden_size=TEXT_WIDTH, mlp_ratio=2),
-        text_config=_mrope([1, 1, 2]),
-        **_QWEN_IDS,
-    ),
-    "qwen2_5_vl": lambda: transformers.Qwen2_5_VLConfig(
-        vision_config=_qwen_vision(
-            hidden_size=VISION_WIDTH,
-            intermediate_size=48,
-            out_hidden_size=TEXT_WIDTH,
-            window_size=32,
-            fullatt_block_indexes=[1],
-        ),
-        text_config=_mrope([1, 1, 2]),
-        **_QWEN_IDS,
-    ),
-    "qwen3_vl": lambda: transformers.Qwen3VLConfig(
-        vision_config=_qwen_vision(
-            depth=3,
-            hidden_size=VISION_WIDTH,
-            intermediate_size=48,
-            out_hidden_size=TEXT_WIDTH,
-            num_position_embeddings=64,
-            deepstack_visual_indexes=[0, 1],
-        ),
-        text_config=_mrope([2, 1, 1], head_dim=8),
-        **_QWEN_IDS,
-    ),
-    "aya_vision": lambda: transformers.AyaVisionConfig(
-        vision_config=_siglip(),
-        text_config=_cohere(),
-        downsample_factor=2,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        image_token_index=IMAGE,
-    ),
-    "cohere2_vision": lambda: transformers.Cohere2VisionConfig(
-        vision_config=_siglip(),
-        text_config=_cohere(),
-        downsample_factor=2,
-        alignment_intermediate_size=64,
-        **_IDS,
-    ),
-    "lfm2_vl": lambda: transformers.Lfm2VlConfig(
-        vision_config={
-            "model_type": "siglip2_vision_model",
-            **_SMALL,
-            "num_patches": 64,
-            "patch_size": PATCH,
-            "vision_use_head": False,
-        },
-        text_config=_text(
-            "lfm2",
-            layer_types=["full_attention", "conv"],
-            block_multiple_of=8,
-            conv_L_cache=3,
-        ),
-        downsample_factor=2,
-        projector_hidden_size=32,
-        **_IDS,
-    ),
-    "janus": lambda: transformers.JanusConfig(
-        vision_config={
-            "model_type": "janus_vision_model",
-            "hidden_size": VISION_WIDTH,
-            **_LAYERS,
-            **_IMAGE_SIZE,
-            "mlp_ratio": 2,
-            "projection_dim": TEXT_WIDTH,
-        },
-        text_config=_text("llama"),
-        vq_config={
-            "embed_dim": 8,
-            "num_embeddings": 32,
-            "latent_channels": 8,
-            "base_channels": 32,
-            "channel_multiplier": [1, 1],
-            "num_res_blocks": 1,
-            "projection_dim": 32,
-            "num_patches": 8,
-            "image_token_embed_dim": 32,
-            "num_hidden_layers": 2,
-        },
-        **_IDS,
-    ),
-    "deepseek_vl": lambda: transformers.DeepseekVLConfig(
-        vision_config=_siglip(), text_config=_text("llama"), **_IDS
-    ),
-    "got_ocr2": lambda: transformers.GotOcr2Config(
-        vision_config={
-            "hidden_size": VISION_WIDTH,
-            "output_channels": 16,
-            "initializer_range": 0.15,  # 1e-10 otherwise
-            **_LAYERS,
-            **_IMAGE_SIZE,
-            "mlp_dim": 48,
-            "window_size": 4,
-            "global_attn_indexes": [1],
-        },
-        text_config=_text("qwen2"),
-        image_seq_length=4,
-        **_IDS,
-    ),
-}
-
+from tests.dropin.configs import CONFIGS, GRIDS, model_type
+from tests.dropin.configs.common import (  # noqa: F401  # the other files import them from here
+    END,
+    IMAGE,
+    PATCH,
+    PINPOINTS,
+    PIXELS,
+    START,
+    VISION_WIDTH,
+    VOCABULARY,
+)
 
 # ---- image inputs of the models
-
-
-def model_type(name: str) -> str:
-    return name.split("-")[0]
 
 
 def pixels(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -305,40 +42,85 @@ def pixels(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def image_inputs(name: str, images: Sequence[int]) -> dict[str, Any]:
     """Return the outputs of the family's image processor for square images; an int seeds each."""
-    number = len(images)
+    number, side = len(images), PIXELS // PATCH
 
     def stacked(*shape: int) -> torch.Tensor:
         return torch.stack([pixels(*shape, seed=seed) for seed in images])
 
-    if model_type(name) in ("idefics3", "smolvlm"):
+    if name in GRIDS:
+        return grid_inputs(name, images, [(side, side)] * number)
+    if name in MINICPM:
+        return minicpm_inputs(images, [(side, side)] * number)
+    if name in ("idefics3", "smolvlm", "perception_lm"):
         return {"pixel_values": stacked(3, PIXELS, PIXELS)[:, None]}
-    if name == "llava_next":
+    if name in ANYRES:
         # One tile and the whole image: the smallest grid is one tile.
         sizes = torch.tensor([[PIXELS, PIXELS]] * number)
         return {"pixel_values": stacked(2, 3, PIXELS, PIXELS), "image_sizes": sizes}
-    if name == "llava_onevision":
-        sizes = torch.tensor([[PIXELS, PIXELS]] * number)
-        return {"pixel_values": stacked(2, 3, PIXELS, PIXELS), "image_sizes": sizes}
-    if name in ("mistral3", "llava-pixtral"):
+    if name in PIXTRALS:
         sizes = torch.tensor([[PIXELS, PIXELS]] * number)
         return {"pixel_values": stacked(3, PIXELS, PIXELS), "image_sizes": sizes}
-    if name.startswith("qwen"):
-        patches = stacked((PIXELS // PATCH) ** 2, 3 * 2 * PATCH * PATCH).flatten(0, 1)
-        grid = torch.tensor([[1, PIXELS // PATCH, PIXELS // PATCH]] * number)
-        return {"pixel_values": patches, "image_grid_thw": grid}
     if name == "lfm2_vl":
-        side = PIXELS // PATCH
         return {
             "pixel_values": stacked(side * side, 3 * PATCH * PATCH),
             "spatial_shapes": torch.tensor([[side, side]] * number),
             "pixel_attention_mask": torch.ones(number, side * side, dtype=torch.long),
         }
+    if name == "gemma4":
+        return {
+            "pixel_values": stacked(side * side, 3 * PATCH * PATCH),
+            "image_position_ids": places(side, side).repeat(number, 1, 1),
+        }
     return {"pixel_values": stacked(3, PIXELS, PIXELS)}
+
+
+ANYRES = ("llava_next", "llava_next_video", "llava_onevision")
+MINICPM = ("minicpmv4_6", "minicpm_ocr")
+PIXTRALS = ("llava-pixtral", "mistral3", "mistral3-mistral4", "mistral_large4", "lighton_ocr")
+
+# The pixels of a patch, where these are not of two frames.
+_PATCHES = {
+    **dict.fromkeys(
+        ("cosmos3_edge", "dots3_note", "ernie4_5_vl_moe", "video_llama_3"), (3 * PATCH * PATCH,)
+    ),
+    **dict.fromkeys(("kimi_k25", "paddleocr_vl"), (3, PATCH, PATCH)),
+}
+
+
+def grid_inputs(
+    name: str, images: Sequence[int], grids: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
+    """Return the patches of images of (height, width) patches each; an int seeds each."""
+    shape = _PATCHES.get(name, (3 * 2 * PATCH * PATCH,))
+    patches = [pixels(h * w, *shape, seed=seed) for seed, (h, w) in zip(images, grids, strict=True)]
+    inputs = {
+        "pixel_values": torch.cat(patches),
+        "image_grid_thw": torch.tensor([[1, *grid] for grid in grids]),
+    }
+    if name == "video_llama_3":
+        inputs["image_merge_sizes"] = torch.ones(len(grids), dtype=torch.long)
+    return inputs
+
+
+def minicpm_inputs(images: Sequence[int], grids: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Return images as one row of patches."""
+    patches = [
+        pixels(3, PATCH, h * w * PATCH, seed=seed)
+        for seed, (h, w) in zip(images, grids, strict=True)
+    ]
+    sizes = torch.tensor(grids, dtype=torch.int32)
+    return {"pixel_values": torch.cat(patches, dim=-1)[None], "target_sizes": sizes}
+
+
+def places(height: int, width: int) -> torch.Tensor:
+    """Return the (column, row) of each patch: int64 [height * width, 2]."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([columns, rows], dim=-1).flatten(0, 1)
 
 
 def tiles_per_image(name: str) -> int:
     """Vision-encoder inputs that ``image_inputs`` makes of an image."""
-    return 2 if name in ("llava_next", "llava_onevision") else 1
+    return 2 if name in ANYRES else 1
 
 
 # ---- processors
@@ -393,22 +175,40 @@ def _without_torchvision() -> Iterator[None]:
         yield
 
 
+class _NoSound(_NoVideos):
+    """Stand-in for a feature extractor."""
+
+
+def _with_stand_in(cls: Any, *parts: Any, **options: Any) -> Any:
+    with _without_torchvision():
+        return cls(*parts, **options)
+
+
 def _with_video_stand_in(name: str, cls: str, *parts: Any, **options: Any) -> Any:
     module = importlib.import_module(f"transformers.models.{name}.processing_{name}")
     with _without_torchvision():
         return getattr(module, cls)(*parts, _NoVideos(), **options)
 
 
-def _qwen(name: str, cls: str) -> Any:
-    tags = ["<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
-    return _with_video_stand_in(
-        name,
-        cls,
-        transformers.Qwen2VLImageProcessor(
-            patch_size=PATCH, merge_size=2, min_pixels=32 * 32, max_pixels=PIXELS * PIXELS
-        ),
-        tokenizer("<|image_pad|>", tags),
+def _qwen_images() -> Any:
+    return transformers.Qwen2VLImageProcessor(
+        patch_size=PATCH, merge_size=2, min_pixels=32 * 32, max_pixels=PIXELS * PIXELS
     )
+
+
+_QWEN_WORDS = ("<|image_pad|>", ["<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
+_GLM_WORDS = ("<|image|>", ["<|video|>", "<|begin_of_video|>", "<|end_of_video|>"])
+
+
+def _qwen(name: str, cls: str) -> Any:
+    return _with_video_stand_in(name, cls, _qwen_images(), tokenizer(*_QWEN_WORDS))
+
+
+def _patches(name: str, frames: int = 1) -> Any:
+    """The family's own image processor, where it cuts images into patches as Qwen's."""
+    cls = getattr(transformers, f"{name}ImageProcessor")
+    pixels = {"shortest_edge": 32 * 32, "longest_edge": frames * PIXELS * PIXELS}
+    return cls(patch_size=PATCH, size=pixels)
 
 
 def _paligemma_images() -> Any:
@@ -440,7 +240,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     ),
     "llava_next": lambda: transformers.LlavaNextProcessor(
         transformers.LlavaNextImageProcessor(
-            size=_EDGE, crop_size=_SQUARE, image_grid_pinpoints=_PINPOINTS
+            size=_EDGE, crop_size=_SQUARE, image_grid_pinpoints=PINPOINTS
         ),
         tokenizer("<image>", [], image_token="<image>"),
         patch_size=PATCH,
@@ -450,7 +250,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "llava_onevision": lambda: _with_video_stand_in(
         "llava_onevision",
         "LlavaOnevisionProcessor",
-        transformers.LlavaOnevisionImageProcessor(size=_SQUARE, image_grid_pinpoints=_PINPOINTS),
+        transformers.LlavaOnevisionImageProcessor(size=_SQUARE, image_grid_pinpoints=PINPOINTS),
         tokenizer("<image>", ["<video>"]),
         num_image_tokens=64,
         vision_feature_select_strategy="full",
@@ -538,6 +338,95 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     ),
 }
 
+BUILDERS |= {
+    "fast_vlm": lambda: transformers.LlavaProcessor(
+        transformers.CLIPImageProcessor(size=_EDGE, crop_size=_SQUARE),
+        tokenizer("<image>", [], image_token="<image>"),
+        patch_size=PATCH,
+        vision_feature_select_strategy="full",
+    ),
+    "llava_next_video": lambda: _with_stand_in(
+        transformers.LlavaNextVideoProcessor,
+        _NoVideos(),
+        transformers.LlavaNextImageProcessor(
+            size=_EDGE, crop_size=_SQUARE, image_grid_pinpoints=PINPOINTS
+        ),
+        tokenizer("<image>", ["<video>"]),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ),
+    "qianfan_ocr": lambda: transformers.QianfanOCRProcessor(
+        transformers.GotOcr2ImageProcessor(
+            size=_SQUARE, crop_to_patches=True, min_patches=1, max_patches=4
+        ),
+        tokenizer(
+            "<IMG_CONTEXT>",
+            ["<image>", "<img>", "</img>"],
+            start_image_token="<img>",
+            end_image_token="</img>",
+            context_image_token="<IMG_CONTEXT>",
+        ),
+        image_seq_length=16,
+    ),
+    "glm4v": lambda: _with_video_stand_in(
+        "glm4v", "Glm4vProcessor", _patches("Glm4v", frames=2), tokenizer(*_GLM_WORDS)
+    ),
+    "glm46v": lambda: _with_video_stand_in(
+        "glm46v", "Glm46VProcessor", _patches("Glm46V", frames=2), tokenizer(*_GLM_WORDS)
+    ),
+    "exaone4_5": lambda: _qwen("exaone4_5", "Exaone4_5_Processor"),
+    "hyperclovax_vision_v2": lambda: _qwen(
+        "hyperclovax_vision_v2", "HyperCLOVAXVisionV2Processor"
+    ),
+    "lfm3_vl": lambda: _qwen("lfm3_vl", "Lfm3VlProcessor"),
+    "video_llama_3": lambda: _with_video_stand_in(
+        "video_llama_3", "VideoLlama3Processor", _patches("VideoLlama3"), tokenizer(*_QWEN_WORDS)
+    ),
+    "cohere_compass": lambda: _with_video_stand_in(
+        "cohere_compass",
+        "CohereCompassProcessor",
+        _patches("CohereCompass"),
+        tokenizer("<|IMAGE_PAD|>", ["<|VIDEO_PAD|>", "<|VISION_START|>", "<|VISION_END|>"]),
+    ),
+    "paddleocr_vl": lambda: transformers.PaddleOCRVLProcessor(
+        _patches("PaddleOCRVL"), tokenizer("<image>", [], image_token="<image>")
+    ),
+    "ernie4_5_vl_moe": lambda: _with_video_stand_in(
+        "ernie4_5_vl_moe",
+        "Ernie4_5_VLMoeProcessor",
+        _patches("Ernie4_5_VLMoe"),
+        tokenizer(
+            "<image>",
+            ["<video>", "<is>", "<ie>", "<vs>", "<ve>"],
+            image_token="<image>",
+            video_token="<video>",
+            image_start_token="<is>",
+            image_end_token="<ie>",
+            video_start_token="<vs>",
+            video_end_token="<ve>",
+        ),
+    ),
+    "gemma4": lambda: _with_stand_in(
+        transformers.Gemma4Processor,
+        _NoSound(),
+        transformers.Gemma4ImageProcessor(
+            patch_size=PATCH, pooling_kernel_size=2, max_soft_tokens=70
+        ),
+        tokenizer(
+            "<image>",
+            ["<|video|>", "<boi>", "<eoi>", "<audio>", "<boa>", "<eoa>"],
+            image_token="<image>",
+            boi_token="<boi>",
+            eoi_token="<eoi>",
+            audio_token="<audio>",
+            boa_token="<boa>",
+            eoa_token="<eoa>",
+        ),
+        _NoVideos(),
+    ),
+}
+
 # Families whose images transformers 5.23 processes with torchvision alone.
 WITH_TORCHVISION: dict[str, Callable[[], Any]] = {
     "mistral3": lambda: transformers.PixtralProcessor(
@@ -584,6 +473,7 @@ WITH_TORCHVISION: dict[str, Callable[[], Any]] = {
     ),
 }
 BUILDERS |= WITH_TORCHVISION
+BUILDERS = {name: builder for name, builder in BUILDERS.items() if name in CONFIGS}
 
 # The text for an image in a prompt, unless it is "<image>".
 IMAGE_TEXTS = {
@@ -598,4 +488,11 @@ IMAGE_TEXTS = {
     "qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    **dict.fromkeys(
+        ("exaone4_5", "hyperclovax_vision_v2", "lfm3_vl", "video_llama_3"),
+        "<|vision_start|><|image_pad|><|vision_end|>",
+    ),
+    **dict.fromkeys(("glm4v", "glm46v"), "<|image|>"),
+    "cohere_compass": "<|VISION_START|><|IMAGE_PAD|><|VISION_END|>",
+    "ernie4_5_vl_moe": "<is><image><ie>",
 }

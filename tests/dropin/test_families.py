@@ -12,7 +12,8 @@ from tests.dropin.table import IMAGE, model_type, tokenizer
 from tests.dropin.test_model import logits
 from tests.dropin.tiny import MODELS, PROMPTS, batch, stock_model
 from tokenflex import register_family, replace_projector
-from tokenflex.dropin import adapters, families, square_grids, supported_families
+from tokenflex.dropin import families, square_grids, supported_families
+from tokenflex.dropin.adapters import grids, sizes, tiles
 from tokenflex.dropin.features import flat_grids
 from tokenflex.dropin.processor import convert_processor
 
@@ -58,7 +59,7 @@ def test_cells_of_qwen_become_rows_of_patches():
         patch.unflatten(0, (-1, 2)).unflatten(2, (-1, 2)).transpose(1, 2).flatten(2).flatten(0, 1)
         for patch in patches
     ]
-    raster = adapters._raster(torch.cat(cells), [(2, 3), (1, 2)], 2)
+    raster = grids._raster(torch.cat(cells), [(2, 3), (1, 2)], 2)
     for actual, expected in zip(raster, patches, strict=True):
         assert torch.equal(actual, expected)
 
@@ -156,14 +157,14 @@ def test_a_run_for_each_tile():
     ids=["without tags", "with tags"],
 )
 def test_tiles_of_one_run_share_it(registry, layout, expected):
-    register_family("llava", tiles=lambda processor, inputs, index: 3)(adapters._llava)
+    register_family("llava", tiles=lambda processor, inputs, index: 3)(tiles._llava)
     ids, counts = call(tagged(layout, "llava"), 4)
     assert ids == [*expected, "what"]
     assert counts == [4, 4, 4]
 
 
 def test_tiles_that_do_not_fit_the_runs_are_refused(registry):
-    register_family("llava", tiles=lambda processor, inputs, index: 3)(adapters._llava)
+    register_family("llava", tiles=lambda processor, inputs, index: 3)(tiles._llava)
     with pytest.raises(ValueError, match="image 0 has 3 tiles, but 2 runs"):
         call(tagged("<image><tile><image>", "llava"), 4)
     with pytest.raises(ValueError, match="0 runs"):
@@ -178,7 +179,7 @@ def test_tiles_of_lfm2_count_the_thumbnail():
         image_processor = Images()
 
     inputs = {"image_rows": [1, 2], "image_cols": [1, 3]}
-    assert adapters._naflex_tiles(Processor, inputs, 0) == 1
-    assert adapters._naflex_tiles(Processor, inputs, 1) == 7
+    assert sizes._naflex_tiles(Processor, inputs, 0) == 1
+    assert sizes._naflex_tiles(Processor, inputs, 1) == 7
     Images.use_thumbnail = False
-    assert adapters._naflex_tiles(Processor, inputs, 1) == 6
+    assert sizes._naflex_tiles(Processor, inputs, 1) == 6

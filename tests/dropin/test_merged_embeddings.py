@@ -8,12 +8,15 @@ import pytest
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from tests.dropin.configs import MROPE, model_type
 from tests.dropin.tiny import MODELS, PROMPTS, batch, stock_model
 from tokenflex import replace_projector
 
 REFUSED = {
     **dict.fromkeys(("gemma3", "paligemma"), "bidirectional"),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "M-RoPE"),
+    **dict.fromkeys(MROPE, "M-RoPE"),
+    "gemma4": "token ids",
+    **dict.fromkeys(("mistral3-mistral4", "muse_glimmer"), "no causal language model"),
 }
 
 
@@ -56,7 +59,7 @@ def test_the_plain_language_model_answers_as_the_converted_one(name):
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_a_language_side_that_is_no_plain_language_model_is_refused(name):
-    with pytest.raises(ValueError, match=f"language model of {name} cannot.*{REFUSED[name]}"):
+    with pytest.raises(ValueError, match=f"language model of {model_type(name)} cannot.*{REFUSED[name]}"):
         converted(name).merged_embeddings(**batch(name, PROMPTS))
 
 

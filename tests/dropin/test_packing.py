@@ -6,15 +6,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.dropin.configs import MROPE
 from tests.dropin.table import IMAGE, START, model_type
-from tests.dropin.test_model import TOLERANCE, converted, logits
+from tests.dropin.test_model import TOLERANCE, converted, logits, shared
 from tests.dropin.tiny import MODELS, PROMPTS, Prompt, batch, stock_model
 from tokenflex.dropin import model as converted_classes
 from tokenflex.dropin import pack_inputs
 from tokenflex.dropin.families import family_of
 
 SAMPLES = [*PROMPTS, Prompt([5, 6, 7], [], []), Prompt([8, START, IMAGE, 9], [4], [7])]
-REFUSED = ["gemma3", "lfm2_vl", "paligemma"]
+REFUSED = [
+    "gemma3",
+    "gemma4",
+    "lfm2_vl",
+    "lfm3_vl",
+    "minicpm_ocr",
+    "minicpmv4_6",
+    "paligemma",
+    "qwen3_5",
+    "qwen3_5_moe",
+]
 
 
 @pytest.fixture(params=[name for name in MODELS if model_type(name) not in REFUSED])
@@ -27,7 +38,7 @@ def lengths_of(packed) -> list[int]:
 
 
 def test_packed_logits_are_those_of_each_sample_alone(name):
-    model = converted(name)
+    model = shared(name)
     packed = pack_inputs(model, batch(name, SAMPLES))
     assert packed["input_ids"].shape == (1, sum(lengths_of(packed)))
     together = logits(model, packed)[0].split(lengths_of(packed))
@@ -54,7 +65,7 @@ def without_boundaries(packed) -> dict:
 
 def test_the_comparison_would_see_a_leak(name, monkeypatch):
     """Control: with a cache and without our check, transformers joins the samples."""
-    model = converted(name)
+    model = shared(name)
     packed = pack_inputs(model, batch(name, SAMPLES))
     monkeypatch.setattr(converted_classes, "check_packing", lambda family, kwargs: None)
     together = logits(model, without_boundaries(packed))[0].split(lengths_of(packed))
@@ -62,29 +73,27 @@ def test_the_comparison_would_see_a_leak(name, monkeypatch):
     assert float((together[1] - alone).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("change", [{"use_cache": True}, {"use_cache": None}, {"mask": 1}])
-@pytest.mark.parametrize("boundaries", [True, False], ids=["boundaries", "positions alone"])
-def test_a_packed_row_that_would_leak_is_refused(name, boundaries, change):
-    model = converted(name)
+def test_a_packed_row_that_would_leak_is_refused(name):
+    model = shared(name)
     packed = pack_inputs(model, batch(name, SAMPLES))
-    if not boundaries:
-        packed = {**without_boundaries(packed), "use_cache": False}
-    if "mask" in change:
-        change = {"attention_mask": torch.ones_like(packed["input_ids"])}
-    with pytest.raises(ValueError, match="see each other"):
-        model(**packed | change)
+    mask = {"attention_mask": torch.ones_like(packed["input_ids"])}
+    positions_alone = {**without_boundaries(packed), "use_cache": False}
+    for row in (packed, positions_alone):
+        for change in ({"use_cache": True}, {"use_cache": None}, mask):
+            with pytest.raises(ValueError, match="see each other"):
+                model(**row | change)
 
 
 def test_positions_alone_keep_samples_apart_without_a_cache(name):
-    model = converted(name)
+    model = shared(name)
     packed = pack_inputs(model, batch(name, SAMPLES))
     alone = {**without_boundaries(packed), "use_cache": False}
     assert float((logits(model, alone) - logits(model, packed)).abs().max()) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", [name for name in MROPE if name not in REFUSED])
 def test_frames_alone_do_not_keep_samples_apart(family):
-    model = converted(family)
+    model = shared(family)
     packed = pack_inputs(model, batch(family, SAMPLES))
     packed["position_ids"] = packed["position_ids"][1:]
     with pytest.raises(ValueError, match=r"see each other; got shape \(3, 1, "):
@@ -111,7 +120,7 @@ def test_padded_rows_with_positions_are_not_packed():
 
 
 def test_loss_is_the_mean_over_the_samples_targets(name):
-    model = converted(name)
+    model = shared(name)
     packed = pack_inputs(model, batch(name, SAMPLES, labels=True))
     total, targets = 0.0, 0
     for sample in SAMPLES:
@@ -140,7 +149,7 @@ def test_padding_side_does_not_matter():
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_families_that_cannot_be_packed_say_why(family):
-    model = converted(family)
+    model = shared(family)
     reason = family_of(model.config).no_packing
     assert len(reason) > 20
     with pytest.raises(ValueError, match=f"{family} cannot be packed: {reason[:20]}"):

@@ -12,26 +12,52 @@ import torch
 import transformers
 from packaging import version
 
-from tests.dropin.table import PATCH, PIXELS, VISION_WIDTH, image_inputs, model_type, pixels
+from tests.dropin.configs import GRIDS
+from tests.dropin.table import (
+    ANYRES,
+    MINICPM,
+    PATCH,
+    PIXELS,
+    PIXTRALS,
+    VISION_WIDTH,
+    grid_inputs,
+    image_inputs,
+    minicpm_inputs,
+    pixels,
+    places,
+)
 from tests.dropin.test_model import converted
 from tests.dropin.tiny import stock_model
 from tokenflex.dropin.families import family_of
 from tokenflex.dropin.features import flat_grids
 
 WIDE, TALL = (4, 8), (6, 2)  # patches
+# Families whose encoder ends with cells of 2 x 2 patches.
+MERGED_BEFORE = (
+    *("gemma4", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga"),
+    *("hyperclovax_vision_v2", "muse_glimmer"),
+)
 
 
 def inputs_of(name: str) -> dict:
     """Image inputs of unequal shapes and several tiles, where the family knows such."""
-    if name in ("mistral3", "llava-pixtral"):
+    if name in PIXTRALS:
         sizes = torch.tensor([[side * PATCH for side in grid] for grid in (WIDE, TALL)])
         return {"pixel_values": pixels(2, 3, PIXELS, PIXELS), "image_sizes": sizes}
-    if name.startswith("qwen"):
-        grid = torch.tensor([[1, *WIDE], [1, *TALL]])
-        return {
-            "pixel_values": pixels(4 * 8 + 6 * 2, 3 * 2 * PATCH * PATCH),
-            "image_grid_thw": grid,
-        }
+    if name in GRIDS:
+        return grid_inputs(name, [1, 2], [WIDE, TALL])
+    if name in MINICPM:
+        return minicpm_inputs([1, 2], [(4, 8), (8, 4)])
+    if name == "gemma4":
+        positions = torch.full((2, 32, 2), -1)
+        positions[0], positions[1, :12] = places(*WIDE), places(*TALL)
+        return {"pixel_values": pixels(2, 32, 3 * PATCH * PATCH), "image_position_ids": positions}
+    if name == "aria":
+        mask = torch.zeros(2, PIXELS, PIXELS, dtype=torch.bool)
+        mask[0, : 4 * PATCH], mask[1, : 6 * PATCH, : 2 * PATCH] = True, True
+        return {"pixel_values": pixels(2, 3, PIXELS, PIXELS), "pixel_mask": mask}
+    if name == "perception_lm":
+        return {"pixel_values": pixels(1, 3, 3, PIXELS, PIXELS)}  # three tiles of an image
     if name == "lfm2_vl":
         mask = torch.zeros(2, 32, dtype=torch.long)
         mask[0], mask[1, :12] = 1, 1
@@ -40,13 +66,13 @@ def inputs_of(name: str) -> dict:
             "spatial_shapes": torch.tensor([WIDE, TALL]),
             "pixel_attention_mask": mask,
         }
-    if name in ("llava_next", "llava_onevision"):
+    if name in ANYRES:
         # a grid of 1 x 2 tiles and the whole image; and one of 1 x 1, filled up with a tile
         sizes = torch.tensor([[60, 130], [64, 64]])
         values = pixels(2, 3, 3, PIXELS, PIXELS)
         values[1, 2] = 0
         return {"pixel_values": values, "image_sizes": sizes}
-    if model_type(name) in ("idefics3", "smolvlm"):
+    if name in ("idefics3", "smolvlm"):
         mask = torch.ones(2, 2, PIXELS, PIXELS, dtype=torch.bool)
         mask[0, 1, 40:] = False  # the lower part of a tile is padding
         values = pixels(2, 2, 3, PIXELS, PIXELS)
@@ -68,10 +94,17 @@ def given_to_stock_projector(name: str, inputs: dict, **config) -> torch.Tensor:
     )
     with torch.no_grad():
         base.get_image_features(**inputs)
-    if name == "got_ocr2":
+    if name in ("got_ocr2", "pp_chart2table"):
         caught = [features.permute(0, 2, 3, 1) for features in caught]
-    if name == "internvl":  # its patches stand side by side already
+    if name in ("internvl", "qianfan_ocr"):  # its patches stand side by side already
         caught = [unshuffled(cells) for cells in caught]
+    if name == "aria":  # with the padding of images
+        (features,), sizes = caught, (WIDE, TALL)
+        maps = features.unflatten(1, (PIXELS // PATCH, PIXELS // PATCH))
+        caught = [
+            image[:height, :width] for image, (height, width) in zip(maps, sizes, strict=True)
+        ]
+        caught = [image.flatten(0, 1) for image in caught]
     return torch.cat([features.flatten(0, -2) for features in caught])
 
 
@@ -87,7 +120,7 @@ def unshuffled(cells: torch.Tensor) -> torch.Tensor:
 
 
 def cells_in_raster_order(rows: torch.Tensor, grids: list) -> torch.Tensor:
-    """Qwen's rows, 2 x 2 patches of a cell after one another -> patches row by row."""
+    """2 x 2 patches of a cell after one another -> patches row by row."""
     rows, images = iter(rows), []
     for height, width in grids:
         image = torch.empty(height, width, VISION_WIDTH)
@@ -103,22 +136,23 @@ def cells_in_raster_order(rows: torch.Tensor, grids: list) -> torch.Tensor:
 def test_patch_grids_are_what_the_stock_projector_is_given(name):
     model, inputs = converted(name), inputs_of(name)
     rows, grids = flat_grids(family_of(model.config).patch_grids(model.base_model, **inputs))
-    if any(key in inputs for key in ("image_grid_thw", "spatial_shapes")) or name in (
-        "mistral3",
-        "llava-pixtral",
-    ):
+    if name in MINICPM:
+        assert grids == [(2, 4), (4, 2)]
+    elif name in MERGED_BEFORE:
+        assert grids == [(2, 4), (3, 1)]
+    elif name in (*GRIDS, *PIXTRALS, "aria", "lfm2_vl"):
         assert grids == [WIDE, TALL]
     if name == "lfm2_vl" and version.parse(transformers.__version__) >= version.parse("5.24"):
         pytest.skip("since transformers 5.24 its projector is given blocks of all images as one")
     stock = given_to_stock_projector(name, inputs)
-    if name == "qwen2_5_vl":  # its tower goes by windows, and puts cells in order afterwards
+    if name in ("qwen2_5_vl", "exaone4_5"):  # by windows, and cells in order afterwards
         windows = pytest.importorskip("transformers.vision_utils")
         vision = model.config.vision_config
         order, _ = windows.get_vision_window_index(
             inputs["image_grid_thw"], vision.spatial_merge_size, vision.window_size, PATCH
         )
         stock = stock.unflatten(0, (-1, 4))[torch.argsort(order)].flatten(0, 1)
-    if name.startswith("qwen"):
+    if name in GRIDS and name not in (*MERGED_BEFORE, "paddleocr_vl", "video_llama_3"):
         stock = cells_in_raster_order(stock, grids)
     assert rows.shape == stock.shape
     assert torch.allclose(rows, stock, atol=1e-6)

@@ -226,6 +226,8 @@ def with_lora(model):
         r=4,
         lora_alpha=8,
         target_modules=["q_proj", "v_proj"],
+        # PEFT knows no adapter for the clipped layers of Gemma 4's encoder.
+        exclude_modules=".*vision_tower.*" if model.config.model_type == "gemma4" else None,
         modules_to_save=[projector_name(model)],
         init_lora_weights=False,
     )

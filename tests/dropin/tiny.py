@@ -8,15 +8,9 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from tests.dropin.table import (
-    CONFIGS,
-    END,
-    IMAGE,
-    PAD,
-    START,
-    image_inputs,
-    tiles_per_image,
-)
+from tests.dropin.configs import CONFIGS, MROPE
+from tests.dropin.configs.common import END, IMAGE, PAD, START
+from tests.dropin.table import image_inputs, tiles_per_image
 
 MODELS = sorted(CONFIGS)
 
@@ -61,8 +55,10 @@ def batch(name: str, prompts: Sequence[Prompt], *, labels: bool = False) -> dict
         inputs["num_image_tokens"] = [
             count for prompt in prompts for count in prompt.counts for _ in range(tiles)
         ]
-    if name.startswith("qwen"):
+    if name in MROPE:
         inputs["mm_token_type_ids"] = (ids == IMAGE).long()
+    if name == "ernie4_5_vl_moe":
+        inputs["moe_mm_token_type_ids"] = ((ids >= IMAGE) & (ids <= END)).long()
     if name == "gemma3":
         inputs["token_type_ids"] = (ids == IMAGE).long()
     if name == "paligemma":

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tokenflex.counts import token_grid
+from tokenflex.dropin.unsupported import reason
 
 # [images, H, W, C], or one [H, W, C] per image where sizes differ.
 PatchGrids: TypeAlias = "torch.Tensor | list[torch.Tensor]"
@@ -51,9 +52,10 @@ class Family:
             where the new projector goes elsewhere (a projector inside the vision encoder).
         merge: Converts the list of one [N, D] per image to the ``pooler_output`` that the base
             model's forward expects: ``list``, or ``torch.cat`` for a flat tensor.
-        vision_width: Field of ``vision_config`` that holds C, the width of a patch.
+        vision_width: Field of ``vision_config`` that holds C, the width of a patch; or a function
+            of the config that returns C.
         patch_merge: m, where the stock projector concatenates m x m patches before it projects
-            them: a number, or the field of the config that holds m or 1/m.
+            them: a number, or the field of the config that holds m, (m, m) or 1/m.
         stock_tokens: Called with the base model and the image inputs; returns the stock
             projector's tokens, flat [sum of tokens, D] in row-major order. By default the output of
             the stock projector is recorded, so this is needed only where that has another order.
@@ -65,6 +67,7 @@ class Family:
         no_packing: Reason why samples cannot be packed into one row; empty if they can.
         no_prompt_embeds: Reason why its language model needs more of a prompt than embeddings;
             empty if it does not.
+        no_fit: Reason why a new projector cannot imitate the stock one; empty if it can.
     """
 
     model_type: str
@@ -73,13 +76,14 @@ class Family:
     stock_projector: str = "multi_modal_projector"
     stand_in: Callable[[nn.Module], nn.Module] | None = None
     merge: Callable[[list[torch.Tensor]], Any] = list
-    vision_width: str = "hidden_size"
+    vision_width: str | Callable[[Any], int] = "hidden_size"
     patch_merge: str | int = 1
     stock_tokens: Callable[..., torch.Tensor] | None = None
     tiles: Callable[[Any, Any, int], int] | None = None
     flat_images: bool = False
     no_packing: str = ""
     no_prompt_embeds: str = ""
+    no_fit: str = ""
 
     def stock_patch_merge(self, config: Any) -> int:
         """Return m, where the stock projector concatenates m x m patches."""
@@ -88,10 +92,14 @@ class Family:
         value = config
         for name in self.patch_merge.split("."):
             value = getattr(value, name)
+        if isinstance(value, (list, tuple)):
+            return int(value[0])
         return value if isinstance(value, int) else round(1 / value)  # a ratio: 0.5 is 2 x 2
 
     def width(self, config: Any) -> int:
         """Return C, the width of a patch: that of the encoder, times the concatenated layers."""
+        if not isinstance(self.vision_width, str):
+            return self.vision_width(config)
         layers = feature_layers(config)
         concatenated = len(layers) if isinstance(layers, (list, tuple)) else 1
         return getattr(config.vision_config, self.vision_width) * concatenated
@@ -124,7 +132,8 @@ def register_family(*model_types: str, **options: Any) -> Callable[[Adapter], Ad
         model_types: ``config.model_type`` of the models. A registered one is replaced.
         **options: Attributes of :class:`tokenflex.dropin.families.Family`: ``projector``,
             ``stock_projector``, ``stand_in``, ``merge``, ``vision_width``, ``patch_merge``,
-            ``stock_tokens``, ``tiles``, ``flat_images``, ``no_packing`` and ``no_prompt_embeds``.
+            ``stock_tokens``, ``tiles``, ``flat_images``, ``no_packing``, ``no_prompt_embeds`` and
+            ``no_fit``.
 
     Raises:
         TypeError: There is no model type, one is not a string, or an option is unknown.
@@ -161,8 +170,9 @@ def family_of(config: Any) -> Family:
     model_type = getattr(config, "model_type", None)
     if model_type not in _FAMILIES:
         raise ValueError(
-            f"model must be of a supported family, got model_type {model_type!r}; supported are "
-            f"{', '.join(supported_families())} (register_family adds one)"
+            f"model must be of a supported family, got model_type {model_type!r} "
+            f"({reason(str(model_type))}); supported are {', '.join(supported_families())} "
+            "(register_family adds one)"
         )
     return _FAMILIES[model_type]
 
@@ -170,7 +180,10 @@ def family_of(config: Any) -> Family:
 # ---- building blocks of adapters
 
 
-VISION_ENCODERS = ("vision_tower", "vision_model", "vision_encoder", "visual")  # one per model
+RECURRENT = "its linear attention carries its state across the boundaries of samples"
+
+# One per model.
+VISION_ENCODERS = ("vision_tower", "vision_model", "vision_encoder", "visual", "image_tower")
 
 
 def vision_encoder(base: Any) -> Any:

@@ -82,7 +82,8 @@ def fit_projector(
         The errors before and after.
 
     Raises:
-        ValueError: The model was not converted in place, or there are no images.
+        ValueError: The model was not converted in place, its family has no tokens to imitate, or
+            there are no images.
     """
     model = unwrapped(model)
     stock = stock_projector_of(model) if is_converted(model) else None
@@ -93,6 +94,11 @@ def fit_projector(
         )
     base, config = model.base_model, model.config
     family = type(base)._tokenflex_family
+    if family.no_fit:
+        raise ValueError(
+            f"a projector cannot imitate that of {family.model_type}: {family.no_fit}; use "
+            "init='random'"
+        )
     projector: Any = base.get_submodule(family.projector)
     reference = next(projector.parameters())
     stock.to(reference.device, reference.dtype)

@@ -1,0 +1,224 @@
+"""Families whose processor gives the patches of each image as (frames, height, width)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokenflex.counts import Grid
+from tokenflex.dropin.families import (
+    RECURRENT,
+    Deepstack,
+    PatchGrids,
+    register_family,
+    split_grids,
+    vision_encoder,
+)
+
+
+def _cells(image_grid_thw: torch.Tensor, merge: int) -> list[Grid]:
+    """Return (height, width) of each image, in cells of ``merge`` x ``merge`` patches."""
+    cells = []
+    for frames, height, width in image_grid_thw.tolist():
+        if frames != 1:
+            raise ValueError(f"image_grid_thw must hold images of one frame, got {frames} frames")
+        cells.append((height // merge, width // merge))
+    return cells
+
+
+def _raster(cells: torch.Tensor, grids: list[Grid], merge: int) -> list[torch.Tensor]:
+    """Reorder [cells, merge**2 * C] to one [H, W, C] per image.
+
+    Cells are in row-major order, and so are the patches within each. ``grids`` counts cells.
+    """
+    return [
+        image.unflatten(2, (merge, merge, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        for image in split_grids(cells, grids)
+    ]
+
+
+# ---- a projector inside the vision encoder
+
+
+class Unmerged(nn.Module):
+    """Stand-in for Qwen's PatchMerger that only concatenates the patches of a merged cell."""
+
+    def __init__(self, merge_size: int) -> None:
+        super().__init__()
+        self.merge_size = merge_size
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """[sum of H*W, C] -> [sum of H*W / merge_size**2, merge_size**2 * C]."""
+        return patches.reshape(-1, self.merge_size**2 * patches.shape[-1])
+
+
+def _unmerged(base: Any) -> Unmerged:
+    return Unmerged(vision_encoder(base).spatial_merge_size)
+
+
+def _merged_tokens(base: Any, pixel_values: Any, image_grid_thw: Any, **_: Any) -> torch.Tensor:
+    return vision_encoder(base)(
+        pixel_values.to(base.dtype), grid_thw=image_grid_thw
+    ).pooler_output
+
+
+def _identity(base: Any) -> nn.Identity:
+    return nn.Identity()
+
+
+_MROPE = "its positions of image tokens have three axes (M-RoPE)"
+
+_register_merger = partial(
+    register_family,
+    stock_projector="visual.merger",
+    stand_in=_unmerged,
+    patch_merge="vision_config.spatial_merge_size",
+    stock_tokens=_merged_tokens,
+    no_prompt_embeds=_MROPE,
+)
+
+
+@_register_merger("qwen2_vl", vision_width="embed_dim")
+@_register_merger("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "cohere_compass", "cosmos3_omni")
+@_register_merger("exaone4_5", no_prompt_embeds="")
+@_register_merger("qwen3_5", "qwen3_5_moe", no_packing=RECURRENT)
+@_register_merger("dots3_note", stock_projector="vision_tower.merger", no_prompt_embeds="")
+def _qwen(
+    base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
+) -> PatchGrids | Deepstack:
+    encoder = vision_encoder(base)
+    outputs = encoder(pixel_values.to(base.dtype), grid_thw=image_grid_thw)
+    merge = encoder.spatial_merge_size
+    cells = _cells(image_grid_thw, merge)
+    patches = _raster(outputs.pooler_output, cells, merge)
+    layers = getattr(outputs, "deepstack_features", None)
+    if layers is None:
+        return patches
+    return Deepstack(patches, [split_grids(layer, cells) for layer in layers])
+
+
+# GLM's encoder ends with a convolution, which stays: one patch per merged cell.
+@_register_merger(
+    "glm4v",
+    "glm46v",
+    "glmga",
+    "glm4v_moe",
+    "glm_ocr",
+    stand_in=_identity,
+    vision_width="out_hidden_size",
+    patch_merge=1,
+)
+def _glm(
+    base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
+) -> PatchGrids:
+    cells = base.visual(pixel_values.to(base.dtype), grid_thw=image_grid_thw).pooler_output
+    return split_grids(cells, _cells(image_grid_thw, base.visual.spatial_merge_size))
+
+
+# ---- a projector beside the vision encoder
+
+
+@register_family(
+    "lfm3_vl",
+    patch_merge="vision_config.spatial_merge_size",
+    no_packing="its short convolutions run across the boundaries of samples",
+)
+@register_family("minimax_m3_vl", patch_merge="vision_config.spatial_merge_size")
+@register_family(
+    "ernie4_5_vl_moe",
+    projector="resampler_model",
+    patch_merge="vision_config.spatial_merge_size",
+    no_prompt_embeds=_MROPE,
+)
+@register_family(
+    "cosmos3_edge",
+    projector="projector",
+    patch_merge="vision_config.spatial_merge_size",
+    no_prompt_embeds=_MROPE,
+)
+def _blocks(
+    base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
+) -> PatchGrids:
+    outputs = vision_encoder(base)(pixel_values.to(base.dtype), grid_thw=image_grid_thw)
+    merge = base.config.vision_config.spatial_merge_size
+    patches = outputs.last_hidden_state.flatten(0, -2)  # those of a cell after one another
+    cells = patches.reshape(-1, merge**2 * patches.shape[-1])
+    return _raster(cells, _cells(image_grid_thw, merge), merge)
+
+
+@register_family("kimi_k25", projector="mm_projector", patch_merge="vision_config.merge_kernel_size")
+def _kimi(
+    base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
+) -> PatchGrids:
+    encoder = base.vision_tower
+    cells = encoder(pixel_values.to(base.dtype), grid_thw=image_grid_thw).pooler_output
+    merge = encoder.merge_kernel_size[0]
+    return _raster(cells.flatten(1), _cells(image_grid_thw, merge), merge)
+
+
+@register_family(
+    "paddleocr_vl",
+    projector="projector",
+    patch_merge="vision_config.spatial_merge_size",
+    no_prompt_embeds=_MROPE,
+)
+def _paddleocr(
+    base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
+) -> PatchGrids:
+    outputs = base.visual(
+        pixel_values=pixel_values.to(base.dtype).unsqueeze(0), grid_thw=image_grid_thw
+    )
+    return split_grids(outputs.last_hidden_state.flatten(0, -2), _cells(image_grid_thw, 1))
+
+
+# A linear projector of the cells that Qwen2.5's encoder has merged.
+@register_family("hyperclovax_vision_v2", projector="projector", vision_width="out_hidden_size")
+def _hyperclovax(
+    base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
+) -> PatchGrids:
+    encoder = base.vision_model
+    cells = encoder(pixel_values.to(base.dtype), grid_thw=image_grid_thw).pooler_output
+    return split_grids(cells, _cells(image_grid_thw, encoder.spatial_merge_size))
+
+
+@register_family("video_llama_3", projector="projector")
+def _video_llama_3(
+    base: Any,
+    pixel_values: torch.Tensor,
+    image_grid_thw: torch.Tensor,
+    image_merge_sizes: torch.Tensor,
+    **_: Any,
+) -> PatchGrids:
+    outputs = base.vision_model(
+        pixel_values=pixel_values.to(base.dtype),
+        grid_thw=image_grid_thw,
+        merge_sizes=image_merge_sizes,
+    )
+    grids = [
+        grid
+        for image, merge in zip(image_grid_thw.split(1), image_merge_sizes.tolist(), strict=True)
+        for grid in _cells(image, merge)
+    ]
+    return split_grids(outputs.last_hidden_state, grids)
+
+
+def _width_of_adapter(config: Any) -> int:
+    width: int = config.projector_hidden_size
+    return width
+
+
+# Of its projector, the MLP stays before the patch grids and the norm without weights is left out.
+@register_family(
+    "muse_glimmer",
+    projector="vision_projection",
+    vision_width=_width_of_adapter,
+)
+def _muse(
+    base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
+) -> PatchGrids:
+    outputs = base.vision_tower(pixel_values=pixel_values.to(base.dtype), grid_thw=image_grid_thw)
+    cells = base.vision_adapter(outputs.last_hidden_state)
+    return split_grids(cells, _cells(image_grid_thw, base.config.vision_config.merge_size))

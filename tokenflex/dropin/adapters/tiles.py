@@ -1,0 +1,186 @@
+"""Families whose encoder takes images or tiles of one size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from tokenflex.dropin.adapters.sizes import pixtral, seen_patches
+from tokenflex.dropin.families import (
+    PatchGrids,
+    chosen_layers,
+    feature_layers,
+    register_family,
+    square_grids,
+    vision_encoder,
+)
+
+
+def _blocks_of_one_row(tokens: list[torch.Tensor]) -> torch.Tensor:
+    # Video-LLaVA, and Idefics3 in transformers 5.18, index vision tokens by (block, row): blocks of
+    # one row fit any count.
+    return torch.cat(tokens).unsqueeze(1)
+
+
+@register_family("llava")
+@register_family("vipllava", merge=torch.cat)
+@register_family("video_llava", merge=_blocks_of_one_row)
+@register_family("aya_vision", merge=torch.cat, patch_merge="downsample_factor")
+def _llava(
+    base: Any,
+    pixel_values: torch.Tensor,
+    vision_feature_layer: Any = None,
+    vision_feature_select_strategy: str | None = None,
+    image_sizes: Any = None,
+    **_: Any,
+) -> Any:
+    if image_sizes is not None:
+        return pixtral(base, pixel_values, image_sizes, vision_feature_layer)
+    layers = feature_layers(base.config) if vision_feature_layer is None else vision_feature_layer
+    strategy = vision_feature_select_strategy or getattr(
+        base.config, "vision_feature_select_strategy", "default"
+    )
+    outputs = vision_encoder(base)(pixel_values.to(base.dtype), output_hidden_states=True)
+    return square_grids(chosen_layers(outputs, layers, drop_class_token=strategy == "default"))
+
+
+def _are_tiled(images_per_prompt: Any, number: int) -> list[bool]:
+    """Tell for each image whether it is cut into tiles: only alone in its prompt, or by default."""
+    if images_per_prompt is None:
+        return [True] * number
+    per_prompt = torch.as_tensor(images_per_prompt).tolist()
+    return [count == 1 for count in per_prompt for _ in range(count)]
+
+
+def _anyres_tiles(processor: Any, image_inputs: Any, index: int) -> int:
+    sizes = image_inputs["image_sizes"]
+    if not _are_tiled(image_inputs.get("batch_num_images"), len(sizes))[index]:
+        return 1
+    images = processor.image_processor
+    edge = images.size["shortest_edge" if "shortest_edge" in images.size else "height"]
+    size = torch.as_tensor(sizes[index]).tolist()
+    return image_size_to_num_patches(size, images.image_grid_pinpoints, edge)
+
+
+@register_family("llava_next", "llava_next_video", "llava_onevision", tiles=_anyres_tiles)
+def _anyres(
+    base: Any,
+    pixel_values: torch.Tensor,
+    image_sizes: Any = None,
+    batch_num_images: Any = None,
+    **options: Any,
+) -> Any:
+    if pixel_values.ndim == 5:  # [images, most tiles, 3, h, w], with padding for missing tiles
+        pinpoints = base.config.image_grid_pinpoints
+        edge = base.config.vision_config.image_size
+        tiled = _are_tiled(batch_num_images, len(image_sizes))
+        counts = [
+            image_size_to_num_patches(size, pinpoints, edge) if is_tiled else 1
+            for size, is_tiled in zip(image_sizes, tiled, strict=True)
+        ]
+        pixel_values = torch.cat(
+            [image[:count] for image, count in zip(pixel_values, counts, strict=True)]
+        )
+    return _llava(base, pixel_values, **options)
+
+
+def _tiles_of_one_run(processor: Any, image_inputs: Any, index: int) -> int:
+    return int(image_inputs["num_patches"][index])
+
+
+@register_family(
+    "internvl",
+    "qianfan_ocr",
+    merge=torch.cat,
+    patch_merge="downsample_ratio",
+    tiles=_tiles_of_one_run,
+)
+def _internvl(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids:
+    layer = base.config.vision_feature_layer
+    outputs = base.vision_tower(
+        pixel_values=pixel_values.to(base.dtype), output_hidden_states=layer != -1
+    )
+    # -1 is the last hidden state, after the encoder's final norm.
+    features = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
+    first = 1 if base.config.vision_feature_select_strategy == "default" else 0
+    return square_grids(features[:, first:])
+
+
+_BIDIRECTIONAL = (
+    "its attention is bidirectional within a prompt's image or prefix, and finds those by "
+    "positions that packing does not keep apart"
+)
+
+
+@register_family(
+    "gemma3",
+    "paligemma",
+    merge=torch.cat,
+    no_packing=_BIDIRECTIONAL,
+    no_prompt_embeds="its attention is bidirectional within a prompt's image or prefix",
+)
+@register_family("cohere2_vision", merge=torch.cat, patch_merge="downsample_factor")
+@register_family("janus", "deepseek_vl", projector="aligner", merge=torch.cat)
+def _last_hidden_state(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids:
+    return square_grids(vision_encoder(base)(pixel_values.to(base.dtype)).last_hidden_state)
+
+
+@register_family(
+    "got_ocr2",
+    "pp_chart2table",
+    merge=torch.cat,
+    vision_width="output_channels",
+    patch_merge=4,  # two convolutions of stride 2
+    tiles=_tiles_of_one_run,
+    flat_images=True,
+)
+@register_family("fast_vlm", merge=torch.cat)
+def _feature_maps(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids:
+    features = base.vision_tower(pixel_values.to(base.dtype)).last_hidden_state
+    return features.permute(0, 2, 3, 1)  # from [images, C, H, W]
+
+
+def _width_in_timm(config: Any) -> int:
+    width: int = config.vision_config.model_args["embed_dim"]
+    return width
+
+
+def _stacked_tiles(processor: Any, image_inputs: Any, index: int) -> int:
+    return len(image_inputs["pixel_values"][index])
+
+
+@register_family(
+    "perception_lm",
+    merge=torch.cat,
+    vision_width=_width_in_timm,
+    tiles=_stacked_tiles,
+)
+def _perception_lm(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids:
+    features = base.vision_tower(pixel_values.flatten(0, 1).to(base.dtype)).last_hidden_state
+    return square_grids(features[:, 1:] if base.config.vision_use_cls_token else features)
+
+
+@register_family(
+    "idefics3",
+    "smolvlm",
+    projector="connector",
+    merge=_blocks_of_one_row,
+    patch_merge="scale_factor",
+)
+def _idefics3(
+    base: Any, pixel_values: torch.Tensor, pixel_attention_mask: Any = None, **_: Any
+) -> PatchGrids:
+    tiles = pixel_values.flatten(0, 1)
+    real = (tiles != 0).flatten(1).any(1)  # prompts with fewer tiles are padded with zeros
+    options = {}
+    if pixel_attention_mask is not None:
+        seen = seen_patches(
+            pixel_attention_mask.flatten(0, 1)[real], base.config.vision_config.patch_size
+        )
+        options["patch_attention_mask"] = seen.any(-1)
+    features = base.vision_model(pixel_values=tiles[real].to(base.dtype), **options)
+    return square_grids(features.last_hidden_state)
+
+
