@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from tests.dropin.processors import picture, stock_processor
 from tests.dropin.table import IMAGE
-from tests.packing.cases import model_of
+from tests.packing.cases import PROMPTS, model_of, padded
 from tokenflex import packing
 from tokenflex.dropin import ImageTextCollator
 
@@ -65,7 +65,7 @@ def test_a_step_of_trainer(kind, tmp_path):
         model = model_of("qwen2_vl", kind)
         before = {k: v.clone() for k, v in model.state_dict().items()}
         collator = packing.join_outputs
-        samples = [sample for sample in _outputs(model, kind)]
+        samples = _outputs(model, kind)
         if packed:
             packing.enable(model)
             collator = packing.PackingCollator(model, collator)
@@ -86,8 +86,6 @@ def test_a_step_of_trainer(kind, tmp_path):
 
 
 def _outputs(model, kind) -> list[dict]:
-    from tests.packing.cases import PROMPTS, padded
-
     prompts = [*PROMPTS, PROMPTS[0]._replace(images=[5])]
     return [padded("qwen2_vl", kind, model, [prompt]) for prompt in prompts]
 

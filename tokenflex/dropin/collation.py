@@ -84,7 +84,7 @@ class ImageTextCollator:
             images = [len(of_sample) for of_sample in pictures]
             family = getattr(self.processor, "_tokenflex_family", None)
             is_flat = family is not None and family.flat_images
-            if is_flat and {*images} != {1}:
+            if family is not None and is_flat and {*images} != {1}:
                 raise ValueError(
                     f"samples of {family.model_type} must have one image each, got {images}"
                 )

@@ -119,8 +119,9 @@ def check_packing(family: Family | None, kwargs: dict[str, Any]) -> None:
     """
     positions: Any = kwargs.get("position_ids")
     mask: Any = kwargs.get("attention_mask")
+    boundaries: Any = kwargs.get("cu_seq_lens_q")
     start_again = _start_again(positions, mask, kwargs)
-    if kwargs.get("cu_seq_lens_q") is None and not start_again:
+    if boundaries is None and not start_again:
         return
     if family is not None:
         _check_family(family)
@@ -130,10 +131,10 @@ def check_packing(family: Family | None, kwargs: dict[str, Any]) -> None:
             f"other; got use_cache={kwargs.get('use_cache')} and attention_mask "
             f"{'None' if mask is None else 'given'}"
         )
-    if positions is None:
+    if positions is None or (not start_again and len(boundaries) > 2):
         raise ValueError(
             "packed rows need position_ids that start again with each sample, or samples would see "
-            "each other; got None"
+            f"each other; got {'None' if positions is None else 'positions that increase'}"
         )
     if start_again and _lack_text(positions):
         raise ValueError(

@@ -175,9 +175,10 @@ def _before_language_model(
 
 def _window(config: Any) -> float:
     """Return the rows that a layer sees at most."""
-    window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
     if "chunked_attention" in (kinds or ()):
-        return float(config.attention_chunk_size)
-    is_used = window is not None and (kinds is None or "sliding_attention" in kinds)
-    return float(window) if is_used else float("inf")
+        window = config.attention_chunk_size
+    elif kinds is not None and "sliding_attention" not in kinds:
+        window = None
+    return float("inf") if window is None else float(window)

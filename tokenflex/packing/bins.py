@@ -78,7 +78,7 @@ class PackedDataset(Dataset[dict[str, Any]]):
     Give it to a trainer with ``per_device_train_batch_size=1`` and a
     :class:`tokenflex.packing.PackingCollator`. Rows have nearly equal costs, tokens plus vision
     work, so that the processes of a step wait for each other as little as possible. The samples of
-    a row are the same in every epoch; the trainer shuffles rows.
+    a row are the same in every epoch; the trainer shuffles rows. TRL takes :meth:`to_datasets`.
 
     Args:
         dataset: Map-style, of samples.
@@ -122,5 +122,19 @@ class PackedDataset(Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return the samples of a row; TRL knows data with images by the key ``images``."""
-        return {SAMPLES: [self.dataset[member] for member in self.rows[index]], "images": []}
+        """Return the samples of a row, under one key."""
+        return {SAMPLES: [self.dataset[member] for member in self.rows[index]]}
+
+    def to_datasets(self) -> Any:
+        """Return the rows as a ``datasets.Dataset``, which TRL insists on.
+
+        Samples are read when a row is, and nothing is copied.
+        """
+        from datasets import Dataset as TableDataset
+
+        def read(batch: Mapping[str, list[int]]) -> dict[str, list[Any]]:
+            rows = [self[index][SAMPLES] for index in batch["row"]]
+            # TRL knows data with images by the key.
+            return {SAMPLES: rows, "images": [[] for _ in rows]}
+
+        return TableDataset.from_dict({"row": [*range(len(self))]}).with_transform(read)

@@ -27,8 +27,8 @@ class PackingCollator:
 
     It wraps the collator that a trainer would have used: any that takes samples and returns a
     padded batch with ``input_ids``, ``attention_mask``, ``labels`` and the inputs of images. That
-    one decides what is learned. The batch holds arguments of the model, as
-    :func:`tokenflex.packing.pack_inputs` describes them. Train with ``remove_unused_columns=False``.
+    one decides what is learned. The batch holds arguments of the model, those that
+    :func:`tokenflex.packing.pack_inputs` returns. Train with ``remove_unused_columns=False``.
 
     Args:
         model: The model to train, prepared by :func:`tokenflex.packing.enable`; a converted one
