@@ -7,9 +7,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForImageTextToText
 
 from tests.dropin.table import CONFIGS
 from tests.dropin.tiny import stock_model
+from tests.models.tiny import tiny_model
 from tests.packing.cases import PROMPTS, logits_and_gradients, model_of, padded
 from tokenflex import packing, replace_projector
 from tokenflex.dropin import families
@@ -36,7 +38,7 @@ def attention_of(model) -> str:
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "cohere2_vision"])
 def test_another_sample_in_the_row_changes_nothing(name):
     model, packed = prepared(name)
-    first = packed["max_length_q"] * 0 + int(packed["cu_seq_lens_q"][1])
+    first = int(packed["cu_seq_lens_q"][1])
     changed = {**packed, "input_ids": packed["input_ids"].clone()}
     changed["input_ids"][0, 0] = 17
     one, other = logits(model, packed), logits(model, changed)
@@ -127,12 +129,9 @@ def test_samples_longer_than_a_sliding_window(name):
     if name == "cohere2_vision":
         config.text_config.layer_types = ["sliding_attention", "full_attention"]
     torch.manual_seed(0)
-    from transformers import AutoModelForImageTextToText
-
     model = AutoModelForImageTextToText.from_config(config).eval()
     packing.enable(model)
-    inputs = padded(name, "stock", model)
-    report = packing.verify(model, inputs)
+    report = packing.verify(model, padded(name, "stock", model))
     assert report.gradient_cosine > 0.99999
 
 
@@ -201,6 +200,8 @@ def test_models_that_cannot_be_packed_say_why():
     assert packing.why_not(model) == ""
     model.config.is_encoder_decoder = True
     assert "encoder-decoder" in packing.why_not(model)
+    with pytest.raises(ValueError, match="tokenflex cannot be packed: it is tokenflex's own"):
+        packing.enable(tiny_model())
 
 
 def test_unknown_types_are_compared(monkeypatch):

@@ -25,6 +25,7 @@ from tokenflex.dropin.packing import BOUNDARIES, ENABLED, check_packing
 from tokenflex.dropin.variants import is_converted, unwrapped
 from tokenflex.models.attention import PACKED_ATTENTION
 from tokenflex.models.attention_blocks import AttentionBlocks
+from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.packing.verification import verify
 
 _SEPARABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -101,6 +102,8 @@ def why_not(model: Any) -> str:
     config = whole.config
     if config.model_type in supported_families() and family_of(config).no_packing:
         return family_of(config).no_packing
+    if config.model_type == TokenFlexConfig.model_type:
+        return "it is tokenflex's own, which tokenflex.DataCollatorWithPacking packs"
     if config.is_encoder_decoder:
         return "it is an encoder-decoder, whose samples are rows of the encoder"
     decoder = whole.base_model.get_decoder()

@@ -45,8 +45,8 @@ class PackingCollator:
         ValueError: The model is not prepared, or cannot be packed.
 
     Example:
-        >>> tokenflex.packing.enable(model)
-        >>> collator = tokenflex.packing.PackingCollator(model, processor)
+        >>> packing.enable(model)
+        >>> collator = packing.PackingCollator(model, processor)
         >>> args = TrainingArguments("runs", remove_unused_columns=False)
         >>> Trainer(model, args, train_dataset=dataset, data_collator=collator).train()
     """
