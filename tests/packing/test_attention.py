@@ -136,12 +136,13 @@ def test_samples_longer_than_a_sliding_window(name):
 
 
 def test_the_vision_encoder_does_not_see_the_boundaries_of_text():
-    """Qwen passes them on; its flash attention would get them twice."""
+    """Its flash attention has its own, and would get them twice."""
     model, packed = prepared("qwen2_5_vl")
-    seen = []
+    visual, seen = model.base_model.visual, []
     hook = lambda module, args, kwargs: seen.append({*kwargs})  # noqa: E731
-    model.base_model.visual.register_forward_pre_hook(hook, with_kwargs=True)
-    logits(model, packed)
+    visual.blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
+    boundaries = {name: packed[name] for name in BOUNDARIES}
+    visual(packed["pixel_values"], grid_thw=packed["image_grid_thw"], **boundaries)
     assert len(seen) == 1
     assert not seen[0] & {*BOUNDARIES}
 

@@ -6,8 +6,8 @@ entries, and by ``cu_seq_lens_*`` under flash attention. :func:`enable` adds thr
 * one before the base model refuses rows whose samples would see each other;
 * one before the language model lets the attention of tokenflex.models, which attends sample by
   sample and needs no mask of T x T, take the place of "sdpa" for packed rows;
-* one before the vision encoder takes away the boundaries of the text. Qwen-like models pass them
-  on to its attention.
+* one before the vision encoder takes away the boundaries of the text. Before transformers 5.23
+  Qwen-like models pass them on to its attention.
 
 They are hooks, not a ``forward``, because accelerate and TRL replace ``forward`` on instances.
 """
@@ -117,7 +117,7 @@ def why_not(model: Any) -> str:
         return "its attention is bidirectional"
     if getattr(text, "cross_attention_layers", None):
         return "it reads images by cross attention, whose mask is one of rows"
-    attention = text._attn_implementation
+    attention = str(text._attn_implementation)
     if attention not in _MASKED and "flash" not in attention:
         return (
             f"transformers makes no mask for its attention implementation {attention!r}: set "
