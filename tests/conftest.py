@@ -43,7 +43,7 @@ _TESTS_BY_REQUIREMENT = {
     ],
     "triton": ["ptx"],
     "transformers": _MODEL_TESTS,
-    "transformers>=5.18": ["dropin", "serving", "test_docs.py", "test_examples.py"],
+    "transformers>=5.18": ["dropin", "packing", "serving", "test_docs.py", "test_examples.py"],
     "pillow": _MODEL_TESTS,
     "scikit-learn": [*_TRAINING_TESTS, "digits", "evaluation", "routing", "serving"],
     "accelerate": _TRAINING_TESTS,

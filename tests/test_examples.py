@@ -63,6 +63,16 @@ def test_train_with_trainer(run, tmp_path):
     assert (tmp_path / "config.json").exists()
 
 
+@pytest.mark.parametrize("trainer", ["transformers", pytest.param("trl", marks=pytest.mark.slow)])
+def test_pack_stock_model(run, trainer):
+    if trainer == "trl":
+        pytest.importorskip("trl")
+    out = run("pack_stock_model.py", "--trainer", trainer, "--steps", 6)
+    assert re.search(r"160 samples in \d+ rows", out)
+    first, last = re.findall(r"(\d\.\d{3}) at", out)
+    assert float(last) < float(first)
+
+
 def test_add_family(run):
     out = run("add_family.py")
     assert "logits (2, 21, 64)" in out

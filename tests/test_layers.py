@@ -46,6 +46,7 @@ ROOMS = (
     "answers",
     "training",
     "dropin",
+    "packing",
     "checkpoints",
     "serving",
     "harnesses",

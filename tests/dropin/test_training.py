@@ -140,7 +140,7 @@ def test_what_the_collator_refuses():
     two = {"text": "<imgpad> <imgpad>", "images": [picture(1), picture(2)]}
     with pytest.raises(ValueError, match=r"got_ocr2 must have one image each, got \[2\]"):
         ImageTextCollator(got_ocr2, COUNTS)([two])
-    with pytest.raises(ValueError, match="replace_projector"):
+    with pytest.raises(ValueError, match="image_token_id must be given for a stock processor"):
         ImageTextCollator(stock_processor("llava"))
     _, processor = pair("llava")
     with pytest.raises(ValueError, match="'messages'"):

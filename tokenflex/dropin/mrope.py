@@ -59,17 +59,19 @@ def set_rope_positions(base: Any, kwargs: dict[str, Any], counts: Any) -> None:
 
 
 def rope_positions(base: Any, inputs: dict[str, Any], mask: torch.Tensor) -> torch.Tensor:
-    """Return the positions [3, B, L] of the processor's outputs for a padded batch."""
-    types = inputs.get("mm_token_type_ids")
-    if types is None:
-        types = (inputs["input_ids"] == base.config.image_token_id).long()
-    positions, _ = base.get_rope_index(
-        inputs["input_ids"],
-        mm_token_type_ids=types,
-        image_grid_thw=inputs.get("image_grid_thw"),
-        num_image_tokens=inputs.get("num_image_tokens"),
-        attention_mask=mask,
-    )
+    """Return the positions [3, B, L] of the processor's outputs for a padded batch.
+
+    ``base`` is a base model, converted or stock.
+    """
+    converted = isinstance(base, Variant)
+    stock = type(base)._tokenflex_stock_class if converted else type(base)
+    names = [*inspect.signature(stock.get_rope_index).parameters]
+    names += ["num_image_tokens"] if converted else []
+    arguments = {name: inputs[name] for name in names if inputs.get(name) is not None}
+    if "mm_token_type_ids" not in arguments:
+        is_image = inputs["input_ids"] == base.config.image_token_id
+        arguments["mm_token_type_ids"] = is_image.long()
+    positions: torch.Tensor = base.get_rope_index(**arguments | {"attention_mask": mask})[0]
     return positions
 
 

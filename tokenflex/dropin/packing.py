@@ -2,7 +2,8 @@
 
 transformers keeps packed samples apart by their positions, which start again with each, but only
 where there is neither an attention mask nor a cache. Otherwise samples attend to each other without
-an error. :func:`pack_inputs` returns neither, and a converted model refuses a packed row with one.
+an error. :func:`pack_inputs` returns neither, and a converted model refuses a packed row with one;
+so does a stock model that :func:`tokenflex.packing.enable` has prepared.
 """
 
 from __future__ import annotations
@@ -16,18 +17,24 @@ from tokenflex.dropin.mrope import rope_positions
 from tokenflex.dropin.variants import is_converted, unwrapped
 from tokenflex.models.generation import cache_of
 
-_PER_TOKEN = ("input_ids", "labels", "mm_token_type_ids")
+ENABLED = "_tokenflex_packing"
+"""Attribute of a base model that :func:`tokenflex.packing.enable` has prepared."""
+
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""The arguments of transformers' flash attention that say where samples start."""
+
+_PER_TOKEN = ("input_ids", "labels", "mm_token_type_ids", "token_type_ids")
 
 
 def pack_inputs(model: Any, inputs: Any) -> dict[str, Any]:
     """Pack a padded batch into one row.
 
     Args:
-        model: A converted model, with or without PEFT. It computes the positions of Qwen-like
-            models.
+        model: A converted model, or a stock one after :func:`tokenflex.packing.enable`, with or
+            without PEFT. It computes the positions of Qwen-like models.
         inputs: Outputs of the processor, padded on either side: ``input_ids`` and
-            ``attention_mask`` [B, L], image inputs, ``num_image_tokens`` and, optionally,
-            ``labels``.
+            ``attention_mask`` [B, L], image inputs, ``num_image_tokens`` of a converted processor
+            and, optionally, ``labels``.
 
     Returns:
         Keyword arguments of the model: ``input_ids`` (and ``labels``, -100 at the first row of each
@@ -36,14 +43,34 @@ def pack_inputs(model: Any, inputs: Any) -> dict[str, Any]:
         ``use_cache=False``, and the image inputs unchanged.
 
     Raises:
-        ValueError: The model is not converted, its family cannot be packed (with the reason), or
-            ``inputs`` is not a padded batch.
+        ValueError: The model is stock and not prepared, its family cannot be packed (with the
+            reason), or ``inputs`` is not a padded batch.
     """
-    model = unwrapped(model)
-    if not is_converted(model):
-        raise ValueError("model must have a token-adaptive projector: call replace_projector first")
-    base = model.base_model
-    _check_family(type(base)._tokenflex_family)
+    return pack_padded(packable_base(model), inputs)
+
+
+def packable_base(model: Any) -> Any:
+    """Return the base model of a model whose rows may be packed.
+
+    Raises:
+        ValueError: The model is stock and not prepared, or its family cannot be packed.
+    """
+    base = unwrapped(model).base_model
+    if is_converted(base):
+        _check_family(type(base)._tokenflex_family)
+    elif not hasattr(base, ENABLED):
+        raise ValueError(
+            "model must be prepared for packed rows, or its samples would see each other: call "
+            "tokenflex.packing.enable(model) first"
+        )
+    return base
+
+
+def pack_padded(base: Any, inputs: Any) -> dict[str, Any]:
+    """Do what :func:`pack_inputs` does, with a base model that has been checked.
+
+    Of the base model only its class and its config are used, and none of its weights.
+    """
     packed = dict(inputs)
     mask, ids = packed.pop("attention_mask", None), packed.get("input_ids")
     if not isinstance(ids, torch.Tensor) or mask is None or mask.shape != ids.shape:
@@ -71,29 +98,43 @@ def pack_inputs(model: Any, inputs: Any) -> dict[str, Any]:
         firsts = [start for start, length in zip(starts.tolist(), lengths, strict=False) if length]
         packed["labels"][0, firsts] = -100
     boundaries = starts.to(torch.int32).to(ids.device)
+    longest = max(lengths, default=0)
     return packed | {
         "position_ids": positions,
-        "cu_seq_lens_q": boundaries,
-        "cu_seq_lens_k": boundaries,
-        "max_length_q": max(lengths, default=0),
-        "max_length_k": max(lengths, default=0),
+        **dict(zip(BOUNDARIES, (boundaries, boundaries, longest, longest), strict=True)),
         "use_cache": False,
     }
 
 
-def check_packing(family: Family, kwargs: dict[str, Any]) -> None:
-    """Refuse the arguments of a forward whose packed samples would attend to each other."""
+def check_packing(family: Family | None, kwargs: dict[str, Any]) -> None:
+    """Refuse the arguments of a forward whose packed samples would attend to each other.
+
+    Args:
+        family: Of the model; None if it is known that its samples can be packed.
+        kwargs: The arguments by name. Those of rows with one sample each are not looked at.
+
+    Raises:
+        ValueError: The family cannot be packed; or a packed row comes with a cache or a mask, or
+            without positions of its text.
+    """
     positions: Any = kwargs.get("position_ids")
     mask: Any = kwargs.get("attention_mask")
+    boundaries: Any = kwargs.get("cu_seq_lens_q")
     start_again = _start_again(positions, mask, kwargs)
-    if kwargs.get("cu_seq_lens_q") is None and not start_again:
+    if boundaries is None and not start_again:
         return
-    _check_family(family)
+    if family is not None:
+        _check_family(family)
     if kwargs.get("use_cache") is not False or mask is not None:
         raise ValueError(
             "packed rows need use_cache=False and no attention_mask, or samples would see each "
             f"other; got use_cache={kwargs.get('use_cache')} and attention_mask "
             f"{'None' if mask is None else 'given'}"
+        )
+    if positions is None or (not start_again and len(boundaries) > 2):
+        raise ValueError(
+            "packed rows need position_ids that start again with each sample, or samples would see "
+            f"each other; got {'None' if positions is None else 'positions that increase'}"
         )
     if start_again and _lack_text(positions):
         raise ValueError(

@@ -1,0 +1,168 @@
+"""Collators pack what other collators pad; rows of a data set have nearly equal costs."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+from tests.dropin.processors import picture, stock_processor
+from tests.dropin.table import IMAGE
+from tests.dropin.test_training import Samples
+from tests.dropin.tiny import stock_model
+from tests.packing.cases import PROMPTS, model_of, padded
+from tokenflex import packing
+from tokenflex.dropin import ImageTextCollator
+
+GENERATION = (
+    "{% for m in messages %}{{ m['role'] }} {% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<image> {% elif m['role'] == 'assistant' %}"
+    "{% generation %}{{ c['text'] }}{% endgeneration %} {% else %}{{ c['text'] }} {% endif %}"
+    "{% endfor %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def llava():
+    model = stock_model("llava")
+    packing.enable(model)
+    return model
+
+
+def test_a_row_of_samples_with_images(llava):
+    processor = stock_processor("llava")
+    samples = [Samples("llava", 3)[i] for i in range(3)]
+    collate = packing.PackingCollator(llava, processor)
+    row = collate(samples)
+    expected = ImageTextCollator(processor, image_token_id=IMAGE)(samples)
+    assert row["input_ids"].shape[1] == int(expected["attention_mask"].sum())
+    assert torch.equal(row["pixel_values"], expected["pixel_values"])
+    starts = row["cu_seq_lens_q"][:-1].long()
+    assert row["position_ids"][0, starts].tolist() == [0, 0, 0]
+    hidden = row["input_ids"] == IMAGE
+    hidden[0, starts] = True
+    assert bool((row["labels"][hidden] == -100).all())
+    assert torch.equal(row["labels"][~hidden], row["input_ids"][~hidden])
+    assert len(next(iter(row.values()))) == max(
+        len(v) for v in row.values() if isinstance(v, torch.Tensor)
+    )
+
+
+def test_the_collator_holds_no_weights():
+    model = model_of("qwen2_vl", "stock")
+    packing.enable(model)
+    collate = packing.PackingCollator(model, packing.join_outputs)
+    assert not list(collate._base.parameters())
+    again = pickle.loads(pickle.dumps(collate))
+    samples = [padded("qwen2_vl", "stock", model, [prompt]) for prompt in PROMPTS]
+    assert torch.equal(again(samples)["position_ids"], collate(samples)["position_ids"])
+
+
+def test_images_may_stand_beside_messages(llava):
+    collate = packing.PackingCollator(llava, stock_processor("llava"))
+    (inside,) = [Samples("llava", 1)[0]]
+    content = inside["messages"][0]["content"]
+    images = [content[0]["image"]]
+    open_part = [{"type": "image"}, content[1]]
+    user = {**inside["messages"][0], "content": open_part}
+    marked = {"images": images, "messages": [user, inside["messages"][1]]}
+    plain = {
+        "images": images,
+        "messages": [
+            {"role": "user", "content": "what is this"},
+            {"role": "assistant", "content": "a cat"},
+        ],
+    }
+    rows = [collate([sample]) for sample in (inside, marked, plain)]
+    for row in rows[1:]:
+        assert torch.equal(row["input_ids"], rows[0]["input_ids"])
+        assert torch.equal(row["pixel_values"], rows[0]["pixel_values"])
+    with pytest.raises(ValueError, match="one image for each of the 1 places"):
+        collate([{**marked, "images": images * 2}])
+
+
+def test_only_the_assistant_is_learned(llava):
+    processor = stock_processor("llava")
+    processor.chat_template = GENERATION
+    collator = ImageTextCollator(processor, image_token_id=IMAGE, assistant_only=True)
+    row = packing.PackingCollator(llava, collator)([Samples("llava", 2)[i] for i in range(2)])
+    learned = row["input_ids"][row["labels"] != -100]
+    assert processor.tokenizer.decode(learned).split() == ["a", "cat"] * 2
+
+
+def test_labels_of_placeholders_are_kept_on_request(llava):
+    def learn_all(samples):
+        inputs = packing.join_outputs(samples)
+        return {**inputs, "labels": inputs["input_ids"].clone()}
+
+    samples = [padded("llava", "stock", llava, [prompt]) for prompt in PROMPTS]
+    kept = packing.PackingCollator(llava, learn_all, keep_placeholder_labels=True)(samples)
+    masked = packing.PackingCollator(llava, learn_all)(samples)
+    is_image = kept["input_ids"] == IMAGE
+    assert bool((kept["labels"][is_image] == IMAGE).all())
+    assert bool((masked["labels"][is_image] == -100).all())
+    assert torch.equal(kept["labels"][~is_image], masked["labels"][~is_image])
+
+
+@pytest.mark.parametrize("name", ["llava", "idefics3", "llava_next", "qwen2_5_vl"])
+def test_ready_outputs_are_joined_as_the_processor_would(name):
+    model = model_of(name, "stock")
+    expected = padded(name, "stock", model)
+    samples = [padded(name, "stock", model, [prompt]) for prompt in PROMPTS]
+    joined = packing.join_outputs(samples)
+    assert {*joined} == {*expected}
+    for key, value in expected.items():
+        assert torch.equal(joined[key], value), key
+
+
+def test_tiles_of_samples_are_padded():
+    one, two = torch.ones(1, 2, 3, 4, 4), torch.ones(1, 5, 3, 4, 4)
+    ids = torch.tensor([[1, 2]])
+    joined = packing.join_outputs(
+        [{"input_ids": ids, "pixel_values": tiles} for tiles in (one, two)]
+    )
+    assert joined["pixel_values"].shape == (2, 5, 3, 4, 4)
+    assert joined["pixel_values"].sum(dim=(1, 2, 3, 4)).tolist() == [96, 240]
+    with pytest.raises(ValueError, match="must all have input_ids"):
+        packing.join_outputs([{"text": "a"}])
+
+
+def test_what_the_collator_refuses(llava):
+    with pytest.raises(ValueError, match=r"tokenflex.packing.enable\(model\) first"):
+        packing.PackingCollator(stock_model("llava"), packing.join_outputs)
+    with pytest.raises(TypeError, match="collator must be a collator or a processor, got str"):
+        packing.PackingCollator(llava, "trl")
+    with pytest.raises(ValueError, match="at least one sample"):
+        packing.PackingCollator(llava, packing.join_outputs)([])
+    with pytest.raises(ValueError, match="processor must be converted for counts"):
+        ImageTextCollator(stock_processor("llava"), 16)
+
+
+# ---- rows of a data set
+
+
+def test_rows_have_nearly_equal_costs_and_every_sample_once(llava):
+    samples = [{"text": "a " * (1 + i % 7), "images": [picture(i)] * (i % 3)} for i in range(40)]
+    samples = [{**s, "text": "<image> " * len(s["images"]) + s["text"]} for s in samples]
+    collator = ImageTextCollator(stock_processor("llava"), image_token_id=IMAGE)
+    sizes = packing.measure(samples, collator)
+    batch = collator(samples)
+    assert sizes.tokens == batch["attention_mask"].sum(1).tolist()
+    assert sizes.vision == [16 * len(sample["images"]) for sample in samples]
+    rows = packing.PackedDataset(samples, sizes, max_tokens=400, vision_cost=0.5, multiple_of=2)
+    assert len(rows) % 2 == 0
+    assert sorted(index for members in rows.rows for index in members) == [*range(40)]
+    costs = [sum(sizes.tokens[i] + 0.5 * sizes.vision[i] for i in members) for members in rows.rows]
+    assert max(costs) < 1.1 * sum(costs) / len(costs)
+    row = packing.PackingCollator(llava, collator)([rows[0]])
+    assert row["input_ids"].shape[1] == sum(sizes.tokens[i] for i in rows.rows[0]) <= 400
+    with pytest.raises(ValueError, match="data set's 40 samples, got 1"):
+        packing.PackedDataset(samples, packing.SampleSizes([1], [1]), max_tokens=400)
+
+
+def test_cost_of_vision_work_is_the_ratio_of_parameters(llava):
+    base = llava.base_model
+    tower = sum(p.numel() for p in base.vision_tower.parameters())
+    text = sum(p.numel() for p in base.language_model.parameters())
+    assert packing.vision_cost(llava) == pytest.approx(tower / text)
