@@ -47,7 +47,8 @@ def add_to(commands: CommandLine) -> None:
     generate.add_argument(
         "--tokens",
         type=counts_grids_or_auto,
-        help="per image or frame: counts, grids of height x width, or auto, for example 64,144,12x16,auto",
+        help="per image or frame: counts, grids of height x width, or auto, for example "
+        "64,144,12x16,auto",
     )
     choice = generate.add_mutually_exclusive_group()
     choice.add_argument(
