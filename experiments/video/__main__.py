@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenflex.digits.moving import FRAMES, QUESTIONS, MovingDataset
 from tokenflex.evaluation import evaluate
-from tokenflex.files import write_json, write_text
+from tokenflex.files import write_atomically, write_json
 from tokenflex.models.loading import load_checkpoint
 
 SHOWN = (1, 2, 4, 8, 16)
@@ -60,11 +60,11 @@ def page_of(report: dict[str, Any]) -> str:
     lines = [
         "# A total of vision tokens, split over the frames of a clip",
         "",
-        f"Clips of {report['frames_per_clip']} frames from scans that training never saw (split `test`): "
-        f"{report['clips']} clips, {questions} questions, one of each kind a clip. Accuracy is in "
-        "percent; the column `all` is the mean over the kinds, with a standard error of at most "
-        f"{100 * error:.1f} points. One model was trained on all of these counts, with 1, 4, 8 and 16 "
-        "frames a clip; it never saw clips of 2 frames.",
+        f"Clips of {report['frames_per_clip']} frames from scans that training never saw (split "
+        f"`test`): {report['clips']} clips, {questions} questions, one of each kind a clip. "
+        "Accuracy is in percent; the column `all` is the mean over the kinds, with a standard "
+        f"error of at most {100 * error:.1f} points. One model was trained on all of these counts, "
+        "with 1, 4, 8 and 16 frames a clip; it never saw clips of 2 frames.",
         "",
         "A yellow digit moves over resting ones and turns into others: where it starts and ends, "
         "which digit it is first and last, and how many different digits it was.",
@@ -92,8 +92,11 @@ def main() -> None:
     report = measure(model.eval(), processor, options.clips)
     options.output.mkdir(parents=True, exist_ok=True)
     write_json(options.output / "report.json", report)
-    write_text(options.output / "README.md", page_of(report))
-    print(page_of(report))
+    page = page_of(report)
+    write_atomically(
+        options.output / "README.md", lambda path: path.write_text(page, encoding="utf-8")
+    )
+    print(page)
 
 
 if __name__ == "__main__":

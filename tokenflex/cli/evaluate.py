@@ -31,8 +31,8 @@ def add_to(commands: CommandLine) -> None:
     evaluate.add_argument(
         "--data",
         required=True,
-        help="'digits', 'moving', a file of messages or LLaVA records (JSONL or a JSON list), or the folder "
-        "of a Hugging Face data set",
+        help="'digits', 'moving', a file of messages or LLaVA records (JSONL or a JSON list), or "
+        "the folder of a Hugging Face data set",
     )
     evaluate.add_argument("--format", help="format of the data (default: detected)")
     evaluate.add_argument(
