@@ -216,6 +216,28 @@ def is_frames(source: Any) -> bool:
     )
 
 
+def is_animated(source: Any) -> bool:
+    """Return whether ``source``, a path or the bytes of a file, is a GIF or WebP of several frames.
+
+    A damaged file is not.
+    """
+    if isinstance(source, (bytes, bytearray)):
+        content: BinaryIO = BytesIO(source)
+    elif isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
+        content = open(source, "rb")  # noqa: SIM115
+    else:
+        return False
+    with content:
+        head = content.read(12)
+        content.seek(0)
+        try:
+            if head[:6] in (b"GIF87a", b"GIF89a"):
+                return len(_scan_gif(content)[0]) > 1
+            return head[:4] == b"RIFF" and head[8:] == b"WEBP" and len(_scan_webp(content)[0]) > 1
+        except ValueError:
+            return False
+
+
 def frame_files(folder: Path, name: str | None = None) -> list[Path]:
     """Return the pictures in a folder in the natural order of their names, 2 before 10.
 
