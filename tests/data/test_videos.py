@@ -206,12 +206,12 @@ def test_a_packed_video_has_the_loss_of_the_prompt_with_its_frames(folder):
     for record in records:
         batch = DataCollatorWithPacking(processor, 9)([record])
         assert batch["num_image_tokens"] == [9, 9, 9]
-        losses.append(model(**batch).loss)
+        losses.append(model(**batch).loss.item())
     assert max(losses) - min(losses) < 1e-6
     inputs = processor(text="<video> odd 3<eos>", videos=[clip], num_image_tokens=9)
     labels = torch.full_like(inputs["input_ids"], -100)
     labels[:, -2:] = inputs["input_ids"][:, -2:]
-    assert float(model(**inputs, labels=labels).loss) == pytest.approx(float(losses[0]), abs=1e-5)
+    assert model(**inputs, labels=labels).loss.item() == pytest.approx(losses[0], abs=1e-5)
 
 
 @pytest.mark.parametrize(
