@@ -113,7 +113,7 @@ def ask_at_counts(
         sampling = FrameSampling(processor.max_frames, processor.fps)
         image = load_video(picture, "picture", sampling).frames
     else:
-        image = load_image(picture, "picture")
+        image = load_image(picture, "picture")  # type: ignore[arg-type]
     prepared = subject.prepare(image, max_tiles)
     started = time.perf_counter()
     encoded = subject.encode(image, prepared)
