@@ -28,6 +28,7 @@ _MODEL_TESTS = [
     *("data", "digits", "dropin", "evaluation", "experiments", "harnesses", "models"),
     *("routing", "serving", "training"),
     *("test_answers.py", "test_cli.py", "test_docs.py", "test_examples.py", "test_plots.py"),
+    "test_videos.py",
 ]
 _TRAINING_TESTS = ["experiments/ablation", "training", "test_cli.py"]
 _TESTS_BY_REQUIREMENT = {
@@ -45,11 +46,19 @@ _TESTS_BY_REQUIREMENT = {
     "transformers": _MODEL_TESTS,
     "transformers>=5.18": ["dropin", "packing", "serving", "test_docs.py", "test_examples.py"],
     "pillow": _MODEL_TESTS,
-    "scikit-learn": [*_TRAINING_TESTS, "digits", "evaluation", "routing", "serving"],
+    "scikit-learn": [
+        *(*_TRAINING_TESTS, "experiments/test_video.py"),
+        *("digits", "evaluation", "routing", "serving"),
+    ],
     "accelerate": _TRAINING_TESTS,
     "pydantic": [
         *_TRAINING_TESTS,
-        *("data", "digits/test_canvas_size.py", "benchmarks/test_training_pace.py"),
+        *(
+            "data",
+            "digits/test_canvas_size.py",
+            "digits/test_moving.py",
+            "benchmarks/test_training_pace.py",
+        ),
     ],
     "matplotlib": [
         "experiments",

@@ -276,6 +276,37 @@ def test_generate_shows_images_where_the_prompt_says(command, checkpoint, image)
     assert "got 2 (per prompt [2]) for 1 images" in errors[-1]
 
 
+def test_generate_answers_about_a_video(command, checkpoint, image, tmp_path):
+    """Its frames are images, where the prompt says or before it."""
+    frames = []
+    for i in range(5):
+        frames.append(tmp_path / f"{i}.png")
+        Image.new("RGB", (32, 32), (40 * i, 0, 0)).save(frames[-1])
+    first, *rest = [Image.open(path) for path in frames]
+    first.save(tmp_path / "a.webp", save_all=True, append_images=rest, lossless=True)
+    base = ("generate", "--model", checkpoint, "--max-new-tokens", 3, "--tokens", "4,9")
+    video = (*base, "--video", tmp_path / "a.webp", "--frames", 3)
+    chosen = [word for i in (0, 2, 4) for word in ("--image", frames[i])]
+    _, out, errors = command(*video, "--prompt", "odd")
+    assert errors == []
+    shown = answers(out)
+    assert shown == answers(command(*base, *chosen, "--prompt", "odd")[1])
+    assert [*shown] == [12, 27]
+    _, out, _ = command(*video, "--image", image, "--prompt", "odd <video> and <image>")
+    marked = ("--image", image, "--prompt", "odd <image><image><image> and <image>")
+    assert answers(out) == answers(command(*base, *chosen, *marked)[1])
+    assert [*answers(out)] == [16, 36]
+    for wrong, words in (
+        (("--frames", 3, "--prompt", "odd"), "--frames is for --video"),
+        (("--video", tmp_path / "none.gif", "--prompt", "odd"), "does not exist"),
+        (("--video", frames[0], "--prompt", "odd"), "neither a GIF"),
+        (("--video", tmp_path / "a.webp", "--prompt", "<video><video>"), "for 1 videos"),
+    ):
+        code, _, errors = command(*base, *wrong)
+        assert code == 2
+        assert words in errors[0]
+
+
 def test_generate_takes_grids_of_unequal_sides(command, checkpoint, image):
     base = ("generate", "--model", checkpoint, "--image", image, "--prompt", "odd")
     code, out, _ = command(*base, "--tokens", "4,2x3,1x5", "--max-new-tokens", 1)

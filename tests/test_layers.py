@@ -32,6 +32,7 @@ ROOMS = (
     "files",
     "images",
     "counts",
+    "videos",
     "prompts",
     "positions",
     "plot_labels",

@@ -14,6 +14,8 @@ from tokenflex.counts import AUTO, ImageTokenCounts, TokenCount, token_grids, to
 from tokenflex.evaluation.generation import special_tokens
 from tokenflex.models.chat import without_placeholders
 from tokenflex.models.loading import check_length
+from tokenflex.models.prompt_texts import read_prompts
+from tokenflex.models.video_inputs import image_limits, in_order
 from tokenflex.models.vision import on_device
 from tokenflex.prompts import left_padded
 from tokenflex.routing.cascade import generate_with_escalation
@@ -48,6 +50,7 @@ def answer_at_counts(
     prompts: Sequence[str],
     counts: Sequence[ImageTokenCounts | str],
     *,
+    videos: Sequence[Sequence[Any]] = (),
     max_new_tokens: int = 64,
     max_tiles: int | None = None,
     penalty: float | None = None,
@@ -65,10 +68,12 @@ def answer_at_counts(
             in evaluation mode.
         processor: its processor.
         images: PIL images, arrays or tensors.
-        prompts: texts with one placeholder per image each, about the same images.
+        prompts: texts with one placeholder per image each, about the same images, and one
+            ``<video>`` per video.
         counts: what the processor takes as ``num_image_tokens``, or a policy of
             :mod:`tokenflex.routing.policies`; all prompts are answered at each. With a policy the
             time to the first token includes the choice.
+        videos: the frames of each video, each an image with a count.
         max_new_tokens: the most tokens of an answer.
         max_tiles: as the processor takes it.
         penalty: for "auto", see :func:`tokenflex.routing.choice.choose_counts`.
@@ -89,9 +94,16 @@ def answer_at_counts(
     options = special_tokens(model, tokenizer)
     greedy = {"do_sample": False, "num_beams": 1}  # beams cannot be timed token by token
 
+    limits: Any = max_tiles
+    if videos:
+        frames = [len(video) for video in videos]
+        kinds = read_prompts([prompts], processor.image_token, len(images), frames=frames).kinds
+        images, shown = in_order(kinds, images, videos)
+        limits = image_limits(shown, max_tiles)
+        prompts = [processor.show_frames(prompt, frames) for prompt in prompts]
     data, tiles = {}, []
     if images:
-        data, tiles = processor.process_images([list(images)], max_tiles=max_tiles)
+        data, tiles = processor.process_images([list(images)], max_tiles=limits)
     for count in counts if tiles else ():  # before the work, not after it
         most, bound = count, None
         if isinstance(count, str):

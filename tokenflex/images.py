@@ -135,8 +135,8 @@ def load_image(source: Source, name: str = "image", max_download: int | None = N
             message does not quote the source.
     """
     if isinstance(source, (Image.Image, np.ndarray, torch.Tensor)):
-        with _readable(name):
-            return _decode(source) if isinstance(source, Image.Image) else _from_array(source)
+        with readable(name):
+            return upright_rgb(source) if isinstance(source, Image.Image) else _from_array(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return open_image(BytesIO(source), name)
     if isinstance(source, str):
@@ -194,8 +194,8 @@ def open_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
         FileNotFoundError: No file exists at the path.
         ValueError: The picture is not of a known format, is cut off, or has too many pixels.
     """
-    with _opened(file, name) as image:
-        return _decode(image)
+    with opened_image(file, name) as image:
+        return upright_rgb(image)
 
 
 def image_size(file: Path | BinaryIO, name: str | None = None) -> tuple[int, int]:
@@ -203,7 +203,7 @@ def image_size(file: Path | BinaryIO, name: str | None = None) -> tuple[int, int
 
     The arguments and errors are those of :func:`open_image`.
     """
-    with _opened(file, name) as image:
+    with opened_image(file, name) as image:
         if image.format == "PNG" and _has_late_metadata(image):
             image.load()  # the orientation may stand behind the pixels
         width, height = image.size
@@ -215,7 +215,7 @@ def image_size(file: Path | BinaryIO, name: str | None = None) -> tuple[int, int
 
 
 @contextmanager
-def _readable(name: str) -> Iterator[None]:
+def readable(name: str) -> Iterator[None]:
     """Turn any error of a decoder into a ValueError that names the picture."""
     try:
         yield
@@ -230,7 +230,7 @@ def _readable(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(file: Path | BinaryIO, name: str | None) -> Iterator[Image.Image]:
+def opened_image(file: Path | BinaryIO, name: str | None) -> Iterator[Image.Image]:
     """Open a picture and read only its head."""
     if isinstance(file, Path):
         path = str(file)
@@ -243,7 +243,7 @@ def _opened(file: Path | BinaryIO, name: str | None) -> Iterator[Image.Image]:
     if Image.MAX_IMAGE_PIXELS is not None and limit > max(MAX_PIXELS, Image.MAX_IMAGE_PIXELS):
         Image.MAX_IMAGE_PIXELS = limit  # Pillow's own bound would refuse what ours was raised for
     with (
-        _readable(name or "image"),
+        readable(name or "image"),
         file.open("rb") if isinstance(file, Path) else nullcontext(file) as content,
         Image.open(_Pieces(content), formats=_formats()) as image,
     ):
@@ -341,26 +341,46 @@ def _has_late_metadata(image: Image.Image) -> bool:
 
 
 def _from_text(source: str, name: str, max_download: int | None) -> Image.Image:
+    content = find_content(source, name, max_download)
+    return open_image(content) if isinstance(content, Path) else open_image(content, name)
+
+
+def find_content(
+    source: str, name: str, max_download: int | None = None, kind: str = "image"
+) -> Path | BytesIO:
+    """Return the file that a text names, or the content that it links or holds.
+
+    Args:
+        source: An http(s) URL, a data URL in base64, the path of a file, or base64 text.
+        name: Name of the picture or video in error messages.
+        max_download: Largest content that is read from a URL, in bytes; :data:`MAX_DOWNLOAD` if
+            None.
+        kind: "image" or "video", for error messages.
+
+    Raises:
+        FileNotFoundError: The text looks like a path, and no file exists there.
+        OSError: The URL cannot be read within :data:`DOWNLOAD_SECONDS`.
+        ValueError: The text is none of these, or the content is too large.
+    """
     if source.startswith(("http://", "https://")):
         limit = MAX_DOWNLOAD if max_download is None else max_download
-        return open_image(BytesIO(_download(source, name, limit)), name)
+        return BytesIO(_download(source, name, limit))
     if source.startswith("data:"):
         head, comma, payload = source.partition(",")
         if not comma or not head.endswith(";base64"):
             raise ValueError(f"{name} must be a data URL in base64, got one without ';base64,'")
-        return open_image(BytesIO(_from_base64(payload, name)), name)
+        return BytesIO(_from_base64(payload, name))
     if _is_file(Path(source)):
-        return open_image(Path(source))
+        return Path(source)
     try:
-        content = _from_base64(source, name)
+        return BytesIO(_from_base64(source, name))
     except ValueError:
         if _is_path(source):
-            raise FileNotFoundError(f"image file {source} does not exist") from None
+            raise FileNotFoundError(f"{kind} file {source} does not exist") from None
         raise ValueError(
             f"{name} must be an existing file, a URL or base64 text, got a text of {len(source)} "
             "characters"
         ) from None
-    return open_image(BytesIO(content), name)
 
 
 def _is_file(path: Path) -> bool:
@@ -460,7 +480,7 @@ def _deadline() -> Iterator[OpenerDirector]:
 # ---------------------------------------------------------------------- pixels
 
 
-def _decode(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
     """Convert to upright, opaque, 8-bit RGB; return the image itself if it is so already."""
     _check_pixels(image)  # one that a caller opened may not be decoded yet
     if getattr(image, "tile", None):
@@ -514,7 +534,7 @@ def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
     levels = _gray_levels(channels_last(array))
     if levels.ndim == 3 and levels.shape[-1] == 1:
         levels = levels[..., 0]
-    return _decode(Image.fromarray(np.ascontiguousarray(levels)))
+    return upright_rgb(Image.fromarray(np.ascontiguousarray(levels)))
 
 
 def _gray_levels(values: np.ndarray) -> np.ndarray:

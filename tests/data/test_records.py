@@ -70,15 +70,21 @@ BROKEN: dict[str, Any] = {
     "a placeholder in a question": asked("<IMG_CONTEXT> what is it?"),
     "a placeholder in an answer": asked("what?", "a <|image_pad|>"),
     "a mark in a text without images": asked("<image> what is it?"),
-    "a video": GOOD | {"video": "a.mp4"},
-    "videos": LLAVA | {"videos": ["a.mp4"]},
+    "a video under another name": GOOD | {"video_file": "a.mp4"},
+    "videos under another name": LLAVA | {"video_urls": ["a.mp4"]},
+    "a video that is a link": GOOD | {"video": "https://host/a.mp4"},
+    "videos that are no list": GOOD | {"videos": "a.mp4"},
+    "a mark without a video": asked("<video> what is it?"),
+    "more marks than videos": asked("<video><video> what?") | {"video": "a.gif"},
+    "a mark with a number": asked("<video:3> what?") | {"video": "a.gif"},
     "a sound": GOOD | {"audio": {"path": "a.wav"}},
     "an image under another name": GOOD | {"img": "a.png"},
     "a picture under any name": GOOD | {"thing": "pictures/a.JPG"},
     "pictures under any name": GOOD | {"things": [{"path": "a", "bytes": None}]},
     "an image key of another case": GOOD | {"Image": "a.png"},
     "an image in a message": {"messages": [USER | {"images": ["a.png"]}, ASSISTANT]},
-    "a video in a part": asked([{"type": "video", "video": "a.mp4"}]),
+    "a part without its video": asked([{"type": "video"}]),
+    "a part with the frames of a video": asked([{"type": "video", "frames": ["a.png"]}]),
     "messages that are an object": {"messages": USER},
     "messages that are a string": {"messages": "hello"},
     "conversations that are a string": {"conversations": "hello"},
@@ -155,7 +161,7 @@ BROKEN_IMAGES: dict[str, Any] = {
     "a sound in a text beside images": asked(
         [{"type": "text", "text": "What?", "audio": "a.wav"}], images=["a.png"]
     ),
-    "a video beside images": GOOD | {"images": ["a.png"], "video": "a.mp4"},
+    "a video beside images": GOOD | {"images": ["a.png"], "video_file": "a.mp4"},
     "two keys that differ": GOOD | {"image": "a.png", "images": ["b.png"]},
     "parts and images that differ": asked([{"type": "image", "image": "a.png"}], images=["b.png"]),
     "one part of two with its image": asked(
@@ -564,7 +570,7 @@ def test_broken_rows_of_a_table_are_named(tmp_path):
     assert len(dataset[0].images) == 1
     for index in range(1, len(rows)):
         for read in (dataset.outline, dataset.__getitem__):
-            with pytest.raises(ValueError, match=rf"rows\[{index}\]"):
+            with pytest.raises((ValueError, FileNotFoundError), match=rf"rows\[{index}\]"):
                 read(index)
 
 

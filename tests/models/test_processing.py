@@ -332,7 +332,8 @@ def test_what_servers_ask_for(processor):
         ({"text_pair": "odd"}, ValueError, "text_pair cannot be given"),
         ({"text_kwargs": {"text_pair": "odd"}}, ValueError, "text_pair cannot be given"),
         ({"return_overflowing_tokens": True}, ValueError, "return_overflowing_tokens cannot"),
-        ({"videos": [1]}, ValueError, "frames of a video as images"),
+        ({"videos": [1]}, TypeError, r"videos\[0\] must be a video.*got int"),
+        ({"budget": 16}, ValueError, "budget is for videos"),
         ({"data_format": "channels_last"}, ValueError, "data_format must be 'channels_first'"),
         ({"input_data_format": "rows"}, ValueError, "input_data_format.*'rows'"),
         (
@@ -620,9 +621,9 @@ def test_conversations_of_a_batch(processor):
     assert beside.tolist() == batch["input_ids"][:1].tolist()
 
 
-@pytest.mark.parametrize("part", [{"type": "video"}, "words", {}])
+@pytest.mark.parametrize("part", [{"type": "audio"}, "words", {}])
 def test_parts_that_are_neither_text_nor_image(processor, part):
-    with pytest.raises(ValueError, match="content must have parts of type text and image"):
+    with pytest.raises(ValueError, match="content must have parts of type text, image and video"):
         processor.apply_chat_template(chat(part))
 
 

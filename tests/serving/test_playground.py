@@ -65,6 +65,31 @@ def test_answers_are_those_of_separate_calls_and_the_encoder_runs_once():
     assert [answer.name for answer in answers] == ["4", "2 x 3", "16"]
 
 
+def test_a_clip_is_asked_as_its_frames(tmp_path):
+    model, processor = tiny_model(), digits_processor()
+    frames = [Image.new("RGB", (32, 32), (40 * i, 0, 0)) for i in range(4)]
+    path = tmp_path / "a.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
+    inputs = processor(text="<video>odd ", videos=path, num_image_tokens=9)
+    expected = model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
+    for clip in (path, path.read_bytes(), frames):
+        (answer,) = ask_at_counts(model, processor, clip, "odd", (9,), max_new_tokens=4)
+        text = processor.tokenizer.decode(expected, skip_special_tokens=True)
+        assert answer.text == text.strip()
+        assert (answer.tiles, answer.vision_tokens) == (4, 36)
+        assert [panel.tiles for panel in answer.panels] == [(1, 1)] * 4
+        seen = [panel.picture.tobytes() for panel in answer.panels]
+        assert seen == [frame.tobytes() for frame in frames]
+    attach_router(model, FixedRouter([0, 0.9, 0.6]))
+    with pytest.raises(ValueError, match="must be numbers or grids for a clip, got 'auto'"):
+        list(ask_at_counts(model, processor, path, "odd", ("auto",)))
+    # Of a still file in the same format nothing changes.
+    frames[3].save(path)
+    (still,) = ask_at_counts(model, processor, path, "odd", (9,), max_new_tokens=4)
+    (picture_,) = ask_at_counts(model, processor, frames[3], "odd", (9,), max_new_tokens=4)
+    assert (still.text, still.vision_tokens) == (picture_.text, 9)
+
+
 def test_times_are_those_of_a_call_at_this_count_alone(monkeypatch):
     model, processor = tiny_model(), digits_processor()
     monkeypatch.setattr(model.generation_config, "eos_token_id", -1)  # never: four tokens

@@ -31,8 +31,8 @@ def add_to(commands: CommandLine) -> None:
     evaluate.add_argument(
         "--data",
         required=True,
-        help="'digits', a file of messages or LLaVA records (JSONL or a JSON list), or the folder "
-        "of a Hugging Face data set",
+        help="'digits', 'moving', a file of messages or LLaVA records (JSONL or a JSON list), or "
+        "the folder of a Hugging Face data set",
     )
     evaluate.add_argument("--format", help="format of the data (default: detected)")
     evaluate.add_argument(
@@ -55,6 +55,10 @@ def add_to(commands: CommandLine) -> None:
     )
     evaluate.add_argument("--split", help="of digits or a Hugging Face data set (test)")
     evaluate.add_argument("--image-folder", type=Path, help="folder of relative image paths")
+    evaluate.add_argument(
+        "--max-frames", type=positive, help="the most frames of a video that are shown (32)"
+    )
+    evaluate.add_argument("--fps", type=float, help="frames per second of a video (default: all)")
     evaluate.add_argument("--allow-outside", action="store_true", help=ALLOW_OUTSIDE)
     evaluate.add_argument(
         "--max-broken-samples",
@@ -63,7 +67,9 @@ def add_to(commands: CommandLine) -> None:
         help="largest number of unreadable samples, which are left out and named (100)",
     )
     evaluate.add_argument(
-        "--size", type=positive, help="number of canvases, with --data digits (1024)"
+        "--size",
+        type=positive,
+        help="number of canvases or clips, with --data digits or moving (1024)",
     )
     evaluate.add_argument(
         "--batch-size", type=positive, default=64, help="samples per forward pass (64)"
@@ -117,7 +123,8 @@ def _evaluate_into(options: argparse.Namespace) -> int:
     if options.penalty is not None and not any(isinstance(n, str) for n in options.counts):
         raise ValueError(f"--penalty is for the count auto, got it with {options.counts}")
     counts = [resolve_count(count, folder, options.penalty) for count in options.counts]
-    given = {key: getattr(options, key) for key in (*_DEFAULTS, "image_folder", "allow_outside")}
+    keys = (*_DEFAULTS, "image_folder", "allow_outside", "max_frames", "fps")
+    given = {key: getattr(options, key) for key in keys}
     dataset = build_dataset(data_config(options.data, given, _DEFAULTS, options.format))
     if len(known := broken_records(dataset)) > options.max_broken_samples:
         warn_of_broken(known)

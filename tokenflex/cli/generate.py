@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from tokenflex.cli.common import device, quiet_libraries
 from tokenflex.cli.options import counts_grids_or_auto, positive, probability
@@ -22,6 +23,21 @@ def add_to(commands: CommandLine) -> None:
     generate.add_argument("--model", type=Path, required=True, help="checkpoint folder")
     generate.add_argument("--image", type=Path, action="append", default=[], help="may be repeated")
     generate.add_argument(
+        "--video",
+        type=Path,
+        action="append",
+        default=[],
+        help="a GIF, a WebP, a folder of frames or a video file; may be repeated. It stands where "
+        "a prompt has <video>, or before it; each frame is an image with a count",
+    )
+    generate.add_argument(
+        "--frames",
+        type=positive,
+        help="the most frames of a video, evenly from its first to its last (default: the "
+        "processor's)",
+    )
+    generate.add_argument("--fps", type=float, help="frames per second of a video (default: all)")
+    generate.add_argument(
         "--prompt",
         required=True,
         action="append",
@@ -31,7 +47,8 @@ def add_to(commands: CommandLine) -> None:
     generate.add_argument(
         "--tokens",
         type=counts_grids_or_auto,
-        help="per image: counts, grids of height x width, or auto, for example 64,144,12x16,auto",
+        help="per image or frame: counts, grids of height x width, or auto, for example "
+        "64,144,12x16,auto",
     )
     choice = generate.add_mutually_exclusive_group()
     choice.add_argument(
@@ -42,7 +59,7 @@ def add_to(commands: CommandLine) -> None:
     choice.add_argument(
         "--budget",
         type=positive,
-        help="with auto: vision tokens for all images together at most; needs no router",
+        help="with auto: vision tokens for all images and frames together at most; needs no router",
     )
     choice.add_argument(
         "--confidence",
@@ -62,22 +79,23 @@ def _generate(options: argparse.Namespace) -> int:
     from tokenflex.answers import answer_at_counts
     from tokenflex.checkpoints import load_model
     from tokenflex.images import open_image
-    from tokenflex.models.chat import parts_of
 
+    for name in ("frames", "fps"):
+        if not options.video and getattr(options, name) is not None:
+            raise ValueError(f"--{name} is for --video, got it without one")
     images = [open_image(path) for path in options.image]
     model, processor = load_model(options.model)
+    videos = _read_videos(options, processor)
     model.to(device())
     counts = options.tokens or [processor.num_image_tokens]
     chooses = any(isinstance(count, str) for count in counts)
     for name in ("penalty", "budget", "confidence"):
         if not chooses and getattr(options, name) is not None:
             raise ValueError(f"--{name} is for --tokens auto, got it with --tokens {counts}")
-    conversations = []
-    for prompt in options.prompt:
-        image, content = {"type": "image"}, parts_of(prompt)
-        if image not in content:
-            content = [image] * len(images) + content if images else prompt
-        conversations.append([{"role": "user", "content": content}])
+    conversations = [
+        [{"role": "user", "content": _parts(prompt, len(images), len(videos))}]
+        for prompt in options.prompt
+    ]
     try:
         prompts = processor.apply_chat_template(conversations, add_generation_prompt=True)
     except TemplateError as error:
@@ -88,6 +106,7 @@ def _generate(options: argparse.Namespace) -> int:
         images,
         prompts,
         counts,
+        videos=videos,
         max_new_tokens=options.max_new_tokens,
         max_tiles=options.max_tiles,
         penalty=options.penalty,
@@ -107,3 +126,29 @@ def _generate(options: argparse.Namespace) -> int:
         columns += [f"{answer.first_token_seconds:>7.3f}", f"{answer.seconds:>7.3f}"]
         print("  ".join([*columns, answer.text]), flush=True)
     return 0
+
+
+def _read_videos(options: argparse.Namespace, processor: Any) -> list[list[Any]]:
+    """Return the frames of each video."""
+    from tokenflex.videos import FrameSampling, load_video
+
+    if not options.video:
+        return []
+    if not hasattr(processor, "show_frames"):
+        raise ValueError("--video needs a TokenFLEX checkpoint; give a video's frames by --image")
+    sampling = FrameSampling(
+        processor.max_frames if options.frames is None else options.frames,
+        processor.fps if options.fps is None else options.fps,
+    )
+    return [load_video(path, sampling=sampling).frames for path in options.video]
+
+
+def _parts(prompt: str, num_images: int, num_videos: int) -> Any:
+    """Return the content of a message: images and videos at their marks, or before the prompt."""
+    from tokenflex.models.chat import parts_of
+
+    content = parts_of(prompt, with_videos=num_videos > 0)
+    for kind, number in (("video", num_videos), ("image", num_images)):
+        if {"type": kind} not in content:
+            content = [{"type": kind}] * number + content
+    return content if num_images or num_videos or {"type": "image"} in content else prompt

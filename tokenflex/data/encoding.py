@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
-from tokenflex.data.samples import Conversation
+from tokenflex.data.samples import Conversation, split_marks
 from tokenflex.data.sequences import IGNORE, TokenSequence
-from tokenflex.models.chat import IMAGE_MARK, Chat, image_pattern, parts_of, render
+from tokenflex.models.chat import IMAGE_MARK, Chat, image_pattern, render
 
 CACHED_CONVERSATIONS = 4096
 
@@ -77,7 +77,7 @@ class ConversationEncoder:
 
     def prompt(self, conversation: Conversation, num_images: int) -> str:
         """Return the text that the assistant's next turn continues."""
-        return self._render(self._messages(conversation, num_images), ask=True)
+        return self._render(*self._messages(conversation, num_images), ask=True)
 
     def _encode(
         self, conversations: Sequence[Conversation], num_images: int
@@ -104,15 +104,15 @@ class ConversationEncoder:
 
     def _segments(self, conversation: Conversation, num_images: int) -> Iterator[tuple[str, bool]]:
         """Yield the rendered text in pieces, each with whether it is learned."""
-        messages = self._messages(conversation, num_images)
+        messages, frames = self._messages(conversation, num_images)
         earlier = ""
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             if not i:
                 raise ValueError("a conversation must begin with a question, got an answer")
-            asked = self._render(messages[:i], ask=True)
-            answered = self._render(messages[: i + 1], ask=False)
+            asked = self._render(messages[:i], frames, ask=True)
+            answered = self._render(messages[: i + 1], frames, ask=False)
             if not asked.startswith(earlier) or not answered.startswith(asked):
                 raise ValueError(
                     "chat_template must build a conversation turn by turn, but it rewrites "
@@ -122,8 +122,14 @@ class ConversationEncoder:
             yield answered[len(asked) :], True
             earlier = answered
 
-    def _messages(self, conversation: Conversation, num_images: int) -> list[dict[str, Any]]:
-        """Return the turns as a chat template takes them, in parts if they have images."""
+    def _messages(
+        self, conversation: Conversation, num_images: int
+    ) -> tuple[list[dict[str, Any]], list[int]]:
+        """Return the turns as a chat template takes them, in parts if they have images.
+
+        A video is a part of type image, too. The second list has the frames of each, and 1 for an
+        image.
+        """
         for turn in conversation.turns:
             if self.image_token != IMAGE_MARK and self.image_token in turn.text:
                 raise ValueError(
@@ -132,24 +138,26 @@ class ConversationEncoder:
                 )
         texts = [turn.text for turn in conversation.turns]
         roles = [turn.role for turn in conversation.turns]
-        if num_images and not any(IMAGE_MARK in text for text in texts):
+        split = [split_marks(text) for text in texts]
+        if num_images and not any(frames for _, frames in split):
             if "user" not in roles:
                 raise ValueError(f"{num_images} images need a user turn to stand in, got none")
             first = roles.index("user")
-            texts[first] = IMAGE_MARK * num_images + texts[first]
-        return [
-            {"role": role, "content": parts_of(text) if IMAGE_MARK in text else text}
-            for role, text in zip(roles, texts, strict=True)
+            split[first] = ([""] * num_images + split[first][0], [None] * num_images)
+        messages = [
+            {"role": role, "content": _parts(pieces) if len(pieces) > 1 else pieces[0]}
+            for role, (pieces, _) in zip(roles, split, strict=True)
         ]
+        return messages, [n or 1 for _, frames in split for n in frames]
 
-    def _render(self, messages: list[dict[str, Any]], *, ask: bool) -> str:
+    def _render(self, messages: list[dict[str, Any]], frames: Sequence[int], *, ask: bool) -> str:
         contents = [message["content"] for message in messages]
-        num_images = sum(
+        num_parts = sum(
             content.count({"type": "image"}) for content in contents if isinstance(content, list)
         )
         try:
             text, _ = render(
-                Chat(messages, parts_without_image=["image"] * num_images),
+                Chat(messages, parts_without_image=["image"] * num_parts),
                 self.tokenizer.get_chat_template(),
                 placeholder=self.image_token,
                 image_prompt=self.image_prompt,
@@ -158,5 +166,15 @@ class ConversationEncoder:
             )
         except TemplateError as error:
             raise ValueError(f"chat_template cannot be rendered: {error}") from error
-        # Some templates write no marks.
-        return self._image_pattern.sub(lambda _: self.image_prompt, text)
+        # Some templates write no marks, and all write a video as one image.
+        left = iter(frames)
+        return self._image_pattern.sub(lambda _: self.image_prompt * next(left), text)
+
+
+def _parts(texts: Sequence[str]) -> list[dict[str, str]]:
+    """Return the content of a message with an image between each two texts."""
+    parts: list[dict[str, str]] = []
+    for i, text in enumerate(texts):
+        parts += [{"type": "image"}] * (i > 0)
+        parts += [{"type": "text", "text": text}] * bool(text)
+    return parts

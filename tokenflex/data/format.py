@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from tokenflex.data.samples import SampleDataset
+from tokenflex.videos import SHOWN_FRAMES, FrameSampling
 
 _ENDINGS = "arrow parquet json jsonl csv tsv txt xml tar zip gz bz2 xz zst"
 _ROW_FILES = frozenset(f".{ending}" for ending in _ENDINGS.split())
@@ -50,6 +51,20 @@ class FormatOptions(BaseModel):
     def contradictions(self) -> Iterator[str]:
         """Yield what is wrong with values that are each allowed by themselves."""
         yield from ()
+
+
+class VideoOptions(FormatOptions):
+    """Keys of a format whose records may hold videos."""
+
+    max_frames: int = Field(default=SHOWN_FRAMES, ge=1)
+    """Most frames of a video that are shown, evenly from the first to the last."""
+    fps: float | None = Field(default=None, gt=0)
+    """Frames per second of a video that are shown; None for all, up to ``max_frames``."""
+
+    @property
+    def sampling(self) -> FrameSampling:
+        """The rule that chooses the frames of a video."""
+        return FrameSampling(self.max_frames, self.fps)
 
 
 @dataclass(frozen=True)

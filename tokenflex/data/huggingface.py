@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tokenflex.data.image_paths import ImageFolder, check_paths
-from tokenflex.data.media import PICTURE_KEYS
-from tokenflex.data.records import Record, RecordDataset, images_of, read_record
+from tokenflex.data.media import PICTURE_KEYS, VIDEO_KEYS
+from tokenflex.data.records import Record, RecordDataset, images_of, read_record, videos_of
 from tokenflex.files import excerpt, printable
+from tokenflex.videos import EACH_FRAME, FrameSampling
 
 TEXT_COLUMNS = ("messages", "conversations")
 
@@ -20,20 +21,29 @@ class HuggingFaceDataset(RecordDataset):
 
     The first pair is TRL's, the second LLaVA's. The images column (also ``image_path`` or
     ``image_paths``) holds the library's ``Image`` feature, or paths. Rows are read and checked when
-    a sample is read.
+    a sample is read. A column ``videos`` or ``video`` holds the ``Video`` feature, or paths.
 
     Args:
         path: A folder that ``save_to_disk`` wrote, or what ``load_dataset`` takes.
         split: The split.
         allow_outside: Read images that are stored as a path outside of the data set's folder (of
             one from the hub: outside of the libraries' caches). Otherwise such a row is broken.
+        sampling: Chooses the frames of videos.
 
     Raises:
         ValueError: The data set cannot be loaded, is empty, or has other columns.
     """
 
-    def __init__(self, path: str, split: str = "train", *, allow_outside: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        split: str = "train",
+        *,
+        allow_outside: bool = False,
+        sampling: FrameSampling = EACH_FRAME,
+    ) -> None:
         self.path = path
+        self.sampling = sampling
         self._folders = image_folders(path, allow_outside)
         self._rows = load_rows(path, split)
 
@@ -49,11 +59,14 @@ class HuggingFaceDataset(RecordDataset):
 
     def _record(self, index: int) -> Record:
         row, where = self._row(index), self.where(index)
-        images = images_of(row, where)
-        if None in images:  # in a list; a single image that is null is no image
-            raise ValueError(f"{where}: images must hold no null, got one at {images.index(None)}")
-        texts = {key: value for key, value in row.items() if key not in PICTURE_KEYS}
-        return read_record(texts, where, stored=images)
+        images, videos = images_of(row, where, takes_videos=True), videos_of(row, where)
+        for kind, stored in (("images", images), ("videos", videos)):
+            if None in stored:  # in a list; a single image that is null is no image
+                raise ValueError(
+                    f"{where}: {kind} must hold no null, got one at {stored.index(None)}"
+                )
+        texts = {k: value for k, value in row.items() if k not in (*PICTURE_KEYS, *VIDEO_KEYS)}
+        return read_record(texts, where, stored=images, stored_videos=videos)
 
     def _image_files(
         self, images: Sequence[Any], where: str
@@ -72,6 +85,12 @@ class HuggingFaceDataset(RecordDataset):
         if path is None:
             raise ValueError(f"{where}: an image has neither bytes nor a path")
         check_paths([path], where)
+        return self._inside(path, where)
+
+    def _check_frame(self, path: Path, where: str) -> None:
+        self._inside(str(path.absolute()), where)
+
+    def _inside(self, path: str, where: str) -> Path:
         for folder in self._folders[:-1]:
             try:
                 return folder.file(path, where)
@@ -102,21 +121,26 @@ def load_rows(path: str, split: str, *, streaming: bool = False) -> Any:
         raise ValueError(f"data set {path} cannot be loaded, split {split!r}: {reason}") from error
     columns = rows.column_names or []
     pictures = [name for name in PICTURE_KEYS if name in columns]
-    if not pictures or not set(TEXT_COLUMNS) & set(columns):
+    videos = [name for name in VIDEO_KEYS if name in columns]
+    if not (pictures or videos) or not set(TEXT_COLUMNS) & set(columns):
         raise ValueError(
             f"data set {path} must have columns images and messages, or image and conversations, "
             f"got {', '.join(columns) or 'none'}"
         )
-    undecoded = datasets.Image(decode=False)  # an outline reads only the head of an image
     lists = (list, datasets.List, datasets.LargeList)
     try:
-        for name in pictures:
+        for name in (*pictures, *videos):
+            # An outline reads only the head of an image.
+            media = datasets.Image if name in pictures else datasets.Video
+            undecoded = media(decode=False)
             feature = (rows.features or {}).get(name)
             is_list = name.endswith("s") if feature is None else isinstance(feature, lists)
             rows = rows.cast_column(name, datasets.List(undecoded) if is_list else undecoded)
     except Exception as error:  # Arrow has exceptions of its own, too
         reason = printable(str(error), 200)
-        raise ValueError(f"data set {path}: column {name} must hold images: {reason}") from error
+        raise ValueError(
+            f"data set {path}: column {name} must hold images or videos: {reason}"
+        ) from error
     return rows
 
 

@@ -14,28 +14,30 @@ MAX_PATH_LENGTH = 4096
 MAX_NAME_BYTES = 255
 """Bytes of each file's or folder's name in a path, as file systems have it."""
 
+_WITH_ARTICLE = {"image": "an image", "video": "a video"}
 
-def check_paths(paths: Sequence[Any], where: str) -> None:
-    """Check that the images of a record are given as paths of files.
+
+def check_paths(paths: Sequence[Any], where: str, kind: str = "image") -> None:
+    """Check that the images, or the videos, of a record are given as paths of files.
 
     Raises:
-        ValueError: An image is given otherwise. The message begins with ``where``.
+        ValueError: One is given otherwise. The message begins with ``where``.
     """
     for path in paths:
         is_path = isinstance(path, str) and 0 < len(path) <= MAX_PATH_LENGTH and "\0" not in path
         if not is_path:
-            raise ValueError(f"{where}: images must be paths, got {excerpt(path)}")
+            raise ValueError(f"{where}: {kind}s must be paths, got {excerpt(path)}")
         if "://" in path[:32] or path.lstrip()[:5].lower() == "data:":
             raise ValueError(
-                f"{where}: images must be files, which are not fetched, got {excerpt(path, 40)}"
+                f"{where}: {kind}s must be files, which are not fetched, got {excerpt(path, 40)}"
             )
         longest = max(len(name.encode("utf-8", "surrogatepass")) for name in path.split("/"))
         if longest > MAX_NAME_BYTES:
             raise ValueError(
-                f"{where}: names in an image's path must have at most {MAX_NAME_BYTES} bytes, got "
-                f"one of {longest:,}"
+                f"{where}: names in {_WITH_ARTICLE[kind]}'s path must have at most "
+                f"{MAX_NAME_BYTES} bytes, got one of {longest:,}"
             )
-        check_utf8(path, f"{where}: the path of an image")
+        check_utf8(path, f"{where}: the path of {_WITH_ARTICLE[kind]}")
 
 
 class ImageFolder:

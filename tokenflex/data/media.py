@@ -13,6 +13,9 @@ from tokenflex.files import describe_payload
 PICTURE_KEYS = ("images", "image", "image_paths", "image_path")
 """Keys of a record's images. The plural ones hold a list, the others a list or one image."""
 
+VIDEO_KEYS = ("videos", "video", "video_paths", "video_path")
+"""Keys of a record's videos, as :data:`PICTURE_KEYS` of its images."""
+
 MEDIA_KEYS = {
     f"{name}{ending}"
     for name in ("audio", "frame", "img", "media", "photo", "picture", "video")

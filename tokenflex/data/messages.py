@@ -11,12 +11,19 @@ from typing import Any
 from pydantic import Field
 
 from tokenflex.data.faults import BrokenSample
-from tokenflex.data.format import DataFormat, FormatOptions
+from tokenflex.data.format import DataFormat, VideoOptions
 from tokenflex.data.image_paths import ImageFolder
 from tokenflex.data.json_records import NoListError, first_byte, list_elements, parsed_lines
-from tokenflex.data.records import MAX_RECORD_BYTES, Record, RecordDataset, read_record
+from tokenflex.data.records import (
+    MAX_RECORD_BYTES,
+    Record,
+    RecordDataset,
+    StoredVideo,
+    read_record,
+)
 from tokenflex.files import describe_payload, parse_json
 from tokenflex.images import open_image as open_image  # users import it from this module too
+from tokenflex.videos import EACH_FRAME, FrameSampling
 
 _NAMED_IN_ERRORS = 3
 
@@ -30,6 +37,9 @@ class MessagesDataset(RecordDataset):
     ``{"type": "image"}`` and ``{"type": "text", "text": ...}`` parts. A single image may also be
     given as ``image``. ``id`` and ``kind`` (a label to group accuracies by) are optional.
 
+    A video stands at ``<video>`` and is a path under ``video`` or ``videos``, or a part
+    ``{"type": "video"}``: of a GIF, a WebP, a folder of frames or a video file.
+
     In LLaVA's layout a record is ``{"image": "a.png", "conversations": [{"from": "human", "value":
     "<image>What is it?"}, {"from": "gpt", "value": "A cat."}]}``.
 
@@ -42,6 +52,7 @@ class MessagesDataset(RecordDataset):
         image_folder: Folder that image paths are relative to. The file's own folder if None.
         allow_outside: Read images whose path leaves that folder, by ``..``, from the root of the
             file system, or by a symbolic link. Otherwise such a record is broken.
+        sampling: Chooses the frames of videos.
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -55,8 +66,10 @@ class MessagesDataset(RecordDataset):
         image_folder: str | Path | None = None,
         *,
         allow_outside: bool = False,
+        sampling: FrameSampling = EACH_FRAME,
     ) -> None:
         self.path = Path(path)
+        self.sampling = sampling
         if not self.path.is_file():
             raise FileNotFoundError(f"data file {path} does not exist")
         self._folder = ImageFolder(
@@ -98,8 +111,8 @@ class MessagesDataset(RecordDataset):
             if isinstance(value, ValueError):
                 raise value
             record = read_record(value, where)
-            for path in record[1]:
-                self._folder.check(path, where)
+            for item in record[1]:
+                self._folder.check(item.source if isinstance(item, StoredVideo) else item, where)
         except ValueError as error:
             return str(error)
         return record
@@ -131,11 +144,14 @@ class MessagesDataset(RecordDataset):
             file = self._folder.file(path, where)
             yield file, f"{where}: image file {describe_payload(path) or file}"
 
+    def _check_frame(self, path: Path, where: str) -> None:
+        self._folder.file(str(path.absolute()), where)
+
 
 # ---------------------------------------------------------------------- the formats
 
 
-class MessagesOptions(FormatOptions):
+class MessagesOptions(VideoOptions):
     """Keys of ``name: messages`` and ``name: llava``."""
 
     image_folder: Path | None = None
@@ -167,7 +183,12 @@ def layout_of(path: Path) -> str | None:
 
 def _open(options: MessagesOptions) -> MessagesDataset:
     assert options.path is not None  # checked by DataConfig
-    return MessagesDataset(options.path, options.image_folder, allow_outside=options.allow_outside)
+    return MessagesDataset(
+        options.path,
+        options.image_folder,
+        allow_outside=options.allow_outside,
+        sampling=options.sampling,
+    )
 
 
 _MESSAGES = DataFormat(

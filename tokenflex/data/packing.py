@@ -137,7 +137,8 @@ class PackingCollator:
         data: dict[str, Any] = {"pixel_values": torch.zeros(0, 3, 1, 1)}
         tiles: list[int] = []
         if images := [image for item in fitted for image in item.sample.images[: len(item.tiles)]]:
-            data, tiles = self.processor.process_images(images)
+            limits = [n for item in fitted for n in item.sample.max_tiles[: len(item.tiles)]]
+            data, tiles = self.processor.process_images(images, limits)
         return self.pack(fitted, data, tiles)
 
     def pack(
@@ -184,7 +185,7 @@ class PackingCollator:
             ValueError: it cannot be encoded, or a conversation has nothing left to learn.
         """
         sample = drawn.sample
-        tiles = self.processor.image_tokens(list(sample.image_sizes), 1)
+        tiles = self.processor.image_tokens(list(sample.image_sizes), 1, sample.max_tiles)
         try:
             return self.fit_sequences(drawn, self.encode(sample.conversations, len(tiles)), tiles)
         except ValueError as error:

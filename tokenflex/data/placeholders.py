@@ -1,7 +1,7 @@
 """Placeholders of pictures, videos and sounds in the prompts of known processors.
 
 Training would see them as text if a record held them. Only ``<image>`` stands for a picture in a
-record.
+record, and ``<video>`` for a video in one that has videos.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _WORDS = """
 PLACEHOLDERS = tuple(_WORDS.split())
 """Placeholders and marks of the processors of ``transformers`` and of other models."""
 
-_NUMBERED = r"<\|?(?:image|img|video|audio)[ _-]?\d+\|?>"  # one word for each picture
+_NUMBERED = r"<\|?(?:image|img|video|audio)[ _:-]?\d+\|?>"  # one word for each picture
 _PATTERN = re.compile("|".join([*map(re.escape, PLACEHOLDERS), _NUMBERED]))
 
 

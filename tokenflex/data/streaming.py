@@ -15,9 +15,10 @@ from typing import Any
 
 from pydantic import Field
 
-from tokenflex.data.format import DataFormat, FormatOptions
+from tokenflex.data.format import DataFormat, VideoOptions
 from tokenflex.data.huggingface import HuggingFaceDataset, image_folders, load_rows
 from tokenflex.data.samples import DataExhaustedError, StreamError
+from tokenflex.videos import EACH_FRAME, FrameSampling
 
 ROWS_READ = 16  # at a time
 ROWS_KEPT = 1024  # initially; each step reads its rows twice, for the outline and the pixels
@@ -35,7 +36,7 @@ class StreamingDataset(HuggingFaceDataset):
         split: The split.
         shuffle_buffer: Rows among which the next one is drawn.
         epochs: Passes until the data is exhausted; None for no bound.
-        allow_outside: As for :class:`tokenflex.data.huggingface.HuggingFaceDataset`.
+        allow_outside, sampling: As for :class:`tokenflex.data.huggingface.HuggingFaceDataset`.
 
     Raises:
         ValueError: The data set cannot be loaded, has other columns, or is empty.
@@ -49,8 +50,10 @@ class StreamingDataset(HuggingFaceDataset):
         shuffle_buffer: int,
         epochs: int | None = None,
         allow_outside: bool = False,
+        sampling: FrameSampling = EACH_FRAME,
     ) -> None:
         self.path = path
+        self.sampling = sampling
         self.epochs = epochs
         self.shuffle_buffer = shuffle_buffer
         self._folders = image_folders(path, allow_outside)
@@ -150,7 +153,7 @@ class StreamingDataset(HuggingFaceDataset):
         self._start(position // self._length)
 
 
-class HuggingFaceOptions(FormatOptions):
+class HuggingFaceOptions(VideoOptions):
     """Keys of ``name: huggingface``."""
 
     split: str = "train"
@@ -170,14 +173,16 @@ class HuggingFaceOptions(FormatOptions):
 
 def _open(options: HuggingFaceOptions) -> HuggingFaceDataset | StreamingDataset:
     path, split, outside = str(options.path), options.split, options.allow_outside
+    sampling = options.sampling
     if not options.streaming:
-        return HuggingFaceDataset(path, split, allow_outside=outside)
+        return HuggingFaceDataset(path, split, allow_outside=outside, sampling=sampling)
     return StreamingDataset(
         path,
         split,
         shuffle_buffer=options.shuffle_buffer,
         epochs=options.epochs,
         allow_outside=outside,
+        sampling=sampling,
     )
 
 

@@ -11,15 +11,16 @@ import numpy as np
 import torch
 
 from tokenflex.counts import AUTO, Grid, TokenCount, token_grids
-from tokenflex.data.media import PICTURE_KEYS, is_empty
+from tokenflex.data.media import PICTURE_KEYS, VIDEO_KEYS, is_empty
 from tokenflex.data.packing import PackingCollator
-from tokenflex.data.records import read_record
-from tokenflex.data.samples import Conversation, Sample
+from tokenflex.data.records import StoredVideo, read_record
+from tokenflex.data.samples import Conversation, Sample, count_images
 from tokenflex.data.sequences import IGNORE, TokenSequence
 from tokenflex.files import check_utf8
 from tokenflex.images import load_image
-from tokenflex.models.chat import IMAGE_MARK, image_pattern, read_chat
+from tokenflex.models.chat import Chat, image_pattern, read_chat
 from tokenflex.models.conversations import is_same_image
+from tokenflex.videos import FrameSampling, is_frames, load_video
 from tokenflex_kernels.checks import check_grids
 
 _FORMS = {
@@ -29,7 +30,8 @@ _FORMS = {
     "input_ids": ("input_ids",),
 }
 """The forms of a record, each with the keys that it is known by."""
-_OWN_KEYS = (*PICTURE_KEYS, "messages", "prompt", "completion", "text", "index", "epoch")
+_FIELDS = ("messages", "prompt", "completion", "text", "index", "epoch")
+_OWN_KEYS = (*PICTURE_KEYS, *VIDEO_KEYS, *_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,12 @@ def _read(record: Any, name: str, packer: PackingCollator) -> Example:
     form = _form_of(record, name)
     index, epoch = (_whole_number(record.get(key), f"{name}.{key}") for key in ("index", "epoch"))
     key = None if index is None else (epoch or 0, index)
-    beside = _images_beside(record, name)
+    beside = _media_beside(record, PICTURE_KEYS, name, "images")
+    videos = _media_beside(record, VIDEO_KEYS, name, "videos")
     if form == "input_ids":
-        if beside:
-            raise ValueError(f"{name} must hold input_ids or images, got both")
+        if beside or videos:
+            kind = "images" if beside else "videos"
+            raise ValueError(f"{name} must hold input_ids or {kind}, got both")
         return _read_features(record, name, key, packer.processor)
     if record.get("num_image_tokens") is not None:
         raise ValueError(
@@ -107,12 +111,15 @@ def _read(record: Any, name: str, packer: PackingCollator) -> Example:
         )
     messages, asked = _messages_of(record, name, form)
     if messages is None:
+        if videos:
+            raise ValueError(f"{name} must hold messages beside videos, got {form} of plain texts")
         sample = Sample(_id_of(record, name), _open(beside, name), (Conversation(()),))
         return _read_texts(record, name, sample, key, packer)
-    images, conversations = _read_conversations(
-        record, messages, beside, name, packer.processor.image_token
+    media, conversations = _read_conversations(
+        record, messages, beside, videos, name, packer.processor.image_token
     )
-    sample = Sample(_id_of(record, name), _open(images, name), tuple(conversations))
+    images, conversations = _show(media, conversations, name, packer.processor)
+    sample = Sample(_id_of(record, name), images, tuple(conversations))
     if asked and all(turn.role != "assistant" for turn in conversations[0].turns[asked:]):
         raise ValueError(f"{name}.completion must hold an assistant turn to learn from, got none")
     return _encode(sample, packer, key, asked)
@@ -158,19 +165,41 @@ def _id_of(record: Mapping[str, Any], name: str) -> str:
     return name if is_empty(record.get("id")) else str(record["id"])
 
 
-def _images_beside(record: Mapping[str, Any], name: str) -> list[Any]:
-    """Return the images that a record holds beside its texts, under one of the keys of images."""
+def _media_beside(
+    record: Mapping[str, Any], keys: Sequence[str], name: str, kind: str
+) -> list[Any]:
+    """Return the images or videos that a record holds beside its texts, under one of their keys."""
     found: dict[str, list[Any]] = {}
-    for key in PICTURE_KEYS:
+    for key in keys:
         value = record.get(key)
-        if value is None:
+        if value is None or (kind == "videos" and isinstance(value, (bool, int, float))):
             continue
-        images = list(value) if isinstance(value, (list, tuple)) else [value]
-        if images:
-            found[key] = [_stored(image) for image in images]
+        is_list = isinstance(value, (list, tuple)) and not (kind == "videos" and is_frames(value))
+        media = list(value) if is_list else [value]
+        if media:
+            found[key] = [_stored(item) for item in media]
     if len(found) > 1:
-        raise ValueError(f"{name} must hold its images under one key, got {' and '.join(found)}")
+        raise ValueError(f"{name} must hold its {kind} under one key, got {' and '.join(found)}")
     return next(iter(found.values()), [])
+
+
+def _show(
+    media: Sequence[Any], conversations: list[Conversation], name: str, processor: Any
+) -> tuple[tuple[Any, ...], list[Conversation]]:
+    """Return images and the frames of videos, and conversations that tell the frames' number."""
+    images: list[Any] = []
+    frames: list[int] = []
+    sampling = FrameSampling(processor.max_frames, processor.fps)
+    for item in media:
+        if isinstance(item, StoredVideo):
+            clip = load_video(item.source, f"{name}.videos[{len(frames)}]", sampling).frames
+            images += clip
+            frames.append(len(clip))
+        else:
+            images.append(item)
+    if frames:
+        conversations = [conversation.show_frames(frames) for conversation in conversations]
+    return _open(images, name), conversations
 
 
 def _open(images: Sequence[Any], name: str) -> tuple[Any, ...]:
@@ -228,13 +257,13 @@ def _without_answers(
 ) -> TokenSequence:
     """Return a conversation without what is learned among its first ``asked`` turns."""
     turns, num_images = conversation.turns[:asked], sequence.images.stop
-    is_marked = any(IMAGE_MARK in turn.text for turn in conversation.turns)
+    is_marked = any(count_images(turn.text) for turn in conversation.turns)
     answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
     if not answers:
         return sequence
     turns = turns[: answers[-1] + 1]
     if is_marked:  # images that are shown later do not stand in these turns
-        num_images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
+        num_images = sum(count_images(turn.text) for turn in turns)
     (earlier,) = packer.encode([Conversation(turns)], num_images)
     labels = sequence.labels.copy()  # the encoder keeps its own
     labels[: len(earlier.ids)] = IGNORE
@@ -250,34 +279,67 @@ def _read_conversations(
     record: Mapping[str, Any],
     messages: Sequence[Any],
     beside: Sequence[Any],
+    videos: Sequence[Any],
     name: str,
     image_token: str,
 ) -> tuple[list[Any], list[Conversation]]:
-    """Return the images of a record and its conversations."""
+    """Return the images and videos of a record in their order, and its conversations."""
     nested = bool(messages) and isinstance(messages[0], (list, tuple, np.ndarray))
     others = {key: record[key] for key in record if key not in _OWN_KEYS}
     for key, value in others.items():  # columns of a data set that is formatted as arrays
         if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) and value.ndim == 0:
             others[key] = value.item()
-    conversations = []
-    inside: list[list[Any]] = []
+    conversations: list[Conversation] = []
+    inside: list[tuple[list[Any], list[Any]]] = []
+    orders: list[list[Any]] = []
     for i, talk in enumerate(messages if nested else [messages]):
         talk_name = f"{name}.messages[{i}]" if nested else f"{name}.messages"
         if isinstance(talk, np.ndarray):
             talk = talk.tolist()
         if not isinstance(talk, (list, tuple)):
             raise TypeError(f"{talk_name} must be a list as others are, got {type(talk).__name__}")
-        chat = read_chat(talk, talk_name, [image_token])
-        inside.append([_stored(image.source) for image in chat.images])
-        if len(inside[-1]) != len(inside[0]) or not all(map(is_same_image, inside[-1], inside[0])):
-            raise ValueError(f"{talk_name} must show the same images as {name}.messages[0]")
-        if inside[-1] and beside:
-            raise ValueError(f"{talk_name} holds images, and others stand beside it: give one")
-        _, _, conversation = read_record(
-            {**others, "messages": chat.messages}, name, stored=beside or inside[-1]
+        chat = read_chat(talk, talk_name, [image_token], takes_videos=True)
+        of_talk = (
+            [_stored(image.source) for image in chat.images],
+            [_stored(video.source) for video in chat.videos],
         )
+        inside.append(of_talk)
+        for kind, own, shown, given in zip(
+            ("images", "videos"), of_talk, inside[0], (beside, videos), strict=True
+        ):
+            if len(own) != len(shown) or not all(map(is_same_image, own, shown)):
+                raise ValueError(f"{talk_name} must show the same {kind} as {name}.messages[0]")
+            if own and given:
+                raise ValueError(f"{talk_name} holds {kind}, and others stand beside it: give one")
+        _, media, conversation = read_record(
+            {**others, "messages": _typed(chat)},
+            name,
+            stored=beside or of_talk[0],
+            stored_videos=videos or of_talk[1],
+        )
+        orders.append([type(item) is StoredVideo for item in media])
+        if orders[-1] != orders[0]:
+            raise ValueError(
+                f"{talk_name} must show images and videos in the order of {name}.messages[0]"
+            )
         conversations.append(conversation)
-    return list(beside) or inside[0], conversations
+    return media, conversations
+
+
+def _typed(chat: Chat) -> list[dict[str, Any]]:
+    """Return the messages of a chat with parts of type video where it has videos."""
+    kinds = iter(chat.kinds)
+    return [
+        {
+            **message,
+            "content": [
+                {"type": next(kinds)} if part["type"] == "image" else part for part in content
+            ],
+        }
+        if isinstance(content := message.get("content"), list)
+        else message
+        for message in chat.messages
+    ]
 
 
 def _stored(image: Any) -> Any:

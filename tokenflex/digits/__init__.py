@@ -1,1 +1,1 @@
-"""Built-in sample data: questions about handwritten digits on a canvas, coarse to fine."""
+"""Built-in sample data: questions about handwritten digits, on a canvas and in moving clips."""

@@ -35,7 +35,11 @@ _ASK_FILLED_SHARE = 0.85  # of "read" and "colour" questions
 
 
 @cache
-def _scans() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def scans() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return all scans, float64 [scans, 8, 8] of 0 to 1, and the digit of each.
+
+    Those of a split lie next to each other, see :data:`SPLITS`.
+    """
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -98,23 +102,39 @@ def fewest_and_most(side: int) -> tuple[int, int]:
 
 def draw_canvas(rng: np.random.Generator, split: str, side: int = CELLS) -> Canvas:
     """Draw a random canvas of ``side`` x ``side`` cells with scans of a split in SPLITS."""
-    scans, labels = _scans()
+    _, labels = scans()
     cells = side * side
     fewest, most = fewest_and_most(side)
     filled = rng.permutation(cells)[: rng.integers(fewest, most + 1)]
     chosen = rng.integers(*SPLITS[split], size=len(filled))
 
     ink = np.concatenate([[YELLOW], _draw_colours(rng, len(filled) - 1)])
-    digits = np.full(cells, BLANK)
-    colours = np.full(cells, BLANK)
-    digits[filled], colours[filled] = labels[chosen], ink
+    digits, shown, colours = (np.full(cells, BLANK) for _ in range(3))
+    digits[filled], shown[filled], colours[filled] = labels[chosen], chosen, ink
+    return Canvas(draw_cells(rng, shown, colours), digits, colours)
 
-    tiles = np.zeros((cells, CELL_PIXELS, CELL_PIXELS, 3))
-    tiles[filled] = scans[chosen][..., None] * _INK[ink][:, None, None, :]
+
+def draw_cells(
+    rng: np.random.Generator, shown: NDArray[np.int64], colours: NDArray[np.int64]
+) -> NDArray[np.uint8]:
+    """Draw a canvas, with noise.
+
+    Args:
+        rng: Draws the noise.
+        shown: int [cells^2], the index in :func:`scans` of each cell's scan, or BLANK.
+        colours: int [cells^2], the colour of each cell's scan in COLOURS, or BLANK.
+
+    Returns:
+        uint8 [side, side, 3], 8 pixels a cell.
+    """
+    side = isqrt(len(shown))
+    filled = np.flatnonzero(shown != BLANK)
+    tiles = np.zeros((len(shown), CELL_PIXELS, CELL_PIXELS, 3))
+    tiles[filled] = scans()[0][shown[filled]][..., None] * _INK[colours[filled]][:, None, None, :]
     rows = tiles.reshape(side, side, CELL_PIXELS, CELL_PIXELS, 3).swapaxes(1, 2)
     image = rows.reshape(side * CELL_PIXELS, side * CELL_PIXELS, 3)
     noisy = image + _NOISE * rng.standard_normal(image.shape)
-    return Canvas((noisy.clip(0, 1) * 255).round().astype(np.uint8), digits, colours)
+    return (noisy.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def _draw_colours(rng: np.random.Generator, number: int) -> NDArray[np.int64]:

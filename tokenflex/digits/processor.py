@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -29,15 +31,32 @@ CHAT_TEMPLATE = (
 
 def digits_vocabulary(cells: int = CELLS) -> dict[str, int]:
     """Return the token id of each word."""
-    words = [*SPECIAL_TOKENS, *map(str, range(10)), *COLOURS, "blank", *QUADRANTS, *QUESTIONS]
+    words = [*map(str, range(10)), *COLOURS, "blank", *QUADRANTS, *QUESTIONS]
     words += [cell_name(cell, cells) for cell in range(cells * cells)]
     words += map(str, range(10, fewest_and_most(cells)[1] + 1))
-    return {word: token_id for token_id, word in enumerate(words)}
+    return _vocabulary(words)
+
+
+def _vocabulary(words: Sequence[str]) -> dict[str, int]:
+    return {word: token_id for token_id, word in enumerate([*SPECIAL_TOKENS, *words])}
 
 
 def digits_processor(num_image_tokens: TokenCount = 16, cells: int = CELLS) -> TokenFlexProcessor:
     """Build a processor for canvases of ``cells`` per side, without any saved file."""
-    model = WordLevel(digits_vocabulary(cells), unk_token="<unk>")
+    return _processor(digits_vocabulary(cells), cells * CELL_PIXELS, num_image_tokens)
+
+
+def word_processor(
+    words: Sequence[str], image_size: int, num_image_tokens: TokenCount
+) -> TokenFlexProcessor:
+    """Build a processor whose tokens are the words, for images of ``image_size`` pixels a side."""
+    return _processor(_vocabulary(words), image_size, num_image_tokens)
+
+
+def _processor(
+    vocabulary: dict[str, int], image_size: int, num_image_tokens: TokenCount
+) -> TokenFlexProcessor:
+    model = WordLevel(vocabulary, unk_token="<unk>")
     backend = Tokenizer(model)
     backend.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -49,7 +68,7 @@ def digits_processor(num_image_tokens: TokenCount = 16, cells: int = CELLS) -> T
         chat_template=CHAT_TEMPLATE,
     )
     image_processor = SiglipImageProcessorPil(
-        size={"height": cells * CELL_PIXELS, "width": cells * CELL_PIXELS},
+        size={"height": image_size, "width": image_size},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )

@@ -252,7 +252,10 @@ class ConvertedProcessor(Variant):
         return BatchFeature({**inputs, **data})
 
     def process_images(
-        self, images: Sequence[Any], max_tiles: int | None = None, **options: Any
+        self,
+        images: Sequence[Any],
+        max_tiles: int | Sequence[int | None] | None = None,
+        **options: Any,
     ) -> tuple[dict[str, Any], list[int]]:
         """Return the image inputs of the model, and the number of tiles of each image.
 
@@ -261,7 +264,7 @@ class ConvertedProcessor(Variant):
 
         Args:
             images: Images, or a list per prompt.
-            max_tiles: For TokenFLEX models; None.
+            max_tiles: For TokenFLEX models; None, for all images or each.
             **options: For the image processor; ``return_tensors`` is "pt" by default.
 
         Returns:
@@ -272,7 +275,8 @@ class ConvertedProcessor(Variant):
             ValueError: ``max_tiles`` is given, or images cannot be processed.
         """
         family = self._tokenflex_family
-        if max_tiles is not None:
+        limits = max_tiles if isinstance(max_tiles, Sequence) else [max_tiles]
+        if any(limit is not None for limit in limits):
             raise ValueError(
                 f"max_tiles is for TokenFLEX models, got {max_tiles} for a converted "
                 f"{family.model_type}: its image processor has options of its own"

@@ -146,7 +146,12 @@ class ReadBatch:
         data: dict[str, Any] = {"pixel_values": torch.zeros(0, 3, 1, 1)}
         tiles: list[int] = []
         if any(images):
-            data, tiles = self.processor.process_images(images, max_tiles=self.max_tiles)
+            limits = [
+                self.max_tiles if limit is None else limit
+                for _, sample in samples
+                for limit in sample.max_tiles
+            ]
+            data, tiles = self.processor.process_images(images, max_tiles=limits)
         remaining, first = iter(tiles), 0
         prepared = []
         for index, sample in samples:

@@ -17,7 +17,8 @@ from transformers.utils import TensorType
 
 from tokenflex.counts import ImageTokenCounts
 
-_OWN = ("num_image_tokens", "max_tiles")
+_OF_VIDEOS = ("max_frames", "fps", "budget")
+_OWN = ("num_image_tokens", "max_tiles", *_OF_VIDEOS)
 _FLAGS = ("return_mm_token_type_ids", "return_text_replacement_offsets")
 _PARTS = {
     "text_kwargs": ("tokenizer", TextKwargs),
@@ -30,7 +31,6 @@ _GROUPS = (*_PARTS, "common_kwargs")
 _INTERNAL = {"padding_strategy", "truncation_strategy", "image_like_kwargs"}
 """Arguments of a part's methods that it computes itself."""
 _REFUSED = {
-    "videos": "give the frames of a video as images",
     "audio": "the model reads text and images",
     "text_pair": "a prompt is one text",
     "text_target": "a prompt is one text",
@@ -57,6 +57,7 @@ def known_options(processor: Any) -> dict[str, set[str]]:
             names.update(_arguments(getattr(type(part), method, None)))
         groups[group] = names - _INTERNAL
     groups["text_kwargs"].update(("split_special_tokens", *_FLAGS))
+    groups["videos_kwargs"].update(_OF_VIDEOS)
     return groups
 
 
@@ -121,6 +122,9 @@ class CallOptions:
     Attributes:
         num_image_tokens: None for the processor's own.
         max_tiles: None for the processor's own.
+        max_frames: None for the processor's own.
+        fps: None for the processor's own.
+        budget: vision tokens of each video; None for the counts of ``num_image_tokens``.
         images_kwargs: for the image processor.
         text_kwargs: for the tokenizer.
         return_tensors: "pt", "np" or None.
@@ -130,6 +134,9 @@ class CallOptions:
 
     num_image_tokens: ImageTokenCounts | Literal["auto"] | None
     max_tiles: int | None
+    max_frames: int | None
+    fps: float | None
+    budget: int | None
     images_kwargs: dict[str, Any]
     text_kwargs: dict[str, Any]
     return_tensors: str | None
@@ -155,6 +162,9 @@ def sort_options(processor: Any, options: Mapping[str, Any]) -> CallOptions:
         for name, value in options.items()
         if name not in _OWN and name not in _REFUSED and not (name in _GROUPS and value is None)
     }
+    if "videos_kwargs" in rest:
+        group = rest["videos_kwargs"].items()
+        rest["videos_kwargs"] = {name: value for name, value in group if name not in _OF_VIDEOS}
     # transformers merges the tokenizer's options that TextKwargs names, and no others.
     unnamed = known["text_kwargs"] - TextKwargs.__annotations__.keys()
     others = {name: rest.pop(name) for name in unnamed & rest.keys()}
@@ -178,6 +188,7 @@ def sort_options(processor: Any, options: Mapping[str, Any]) -> CallOptions:
     return CallOptions(
         num_image_tokens=options.get("num_image_tokens"),
         max_tiles=options.get("max_tiles"),
+        **_options_of_videos(options),
         images_kwargs=images,
         text_kwargs={
             "padding": True,
@@ -188,6 +199,29 @@ def sort_options(processor: Any, options: Mapping[str, Any]) -> CallOptions:
         return_tensors=_check_format(formats[0] if formats else "pt"),
         **flags,
     )
+
+
+def _options_of_videos(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return our options of videos, each given by name or in ``videos_kwargs``."""
+    group = options.get("videos_kwargs") or {}
+    for name in _OF_VIDEOS:
+        if options.get(name) is not None and group.get(name) is not None:
+            raise ValueError(f"{name} must be given once, got it in videos_kwargs as well")
+    return {
+        name: group.get(name) if options.get(name) is None else options[name] for name in _OF_VIDEOS
+    }
+
+
+def check_sampling_names(options: Mapping[str, Any]) -> None:
+    """Refuse transformers' options of sampling in a call with videos, where they would do nothing.
+
+    Raises:
+        ValueError: one is given.
+    """
+    for given in (options, options.get("videos_kwargs") or {}):
+        for name in ("num_frames", "do_sample_frames", "video_metadata"):
+            if given.get(name) is not None:
+                raise ValueError(f"{name} cannot be given: max_frames and fps choose the frames")
 
 
 def _spread_common(options: Mapping[str, Any]) -> dict[str, Any]:

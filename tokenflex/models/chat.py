@@ -17,11 +17,14 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tokenflex.models.image_inputs import NamedImage
+from tokenflex.models.video_inputs import VIDEO_MARK, NamedVideo
 
 IMAGE_MARK = "<image>"
 """The mark of an image in texts, whatever the tokenizer's own placeholder is."""
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 """Keys of an image part, of which one holds the image."""
+VIDEO_KEYS = ("video", "url", "path", "base64", "video_url")
+"""Keys of a video part, of which one holds the video."""
 
 _PARTS_AS_TEXT = re.compile(r"""['"]type['"]\s*:\s*['"](?:text|image)['"]""")
 
@@ -44,17 +47,25 @@ class Chat:
         images: the images that its parts hold, in order of appearance.
         parts_without_image: the names of image parts that hold no image.
         written: the number of placeholders that its contents spell out.
+        videos: the videos that its parts hold, in order of appearance. In ``messages`` their parts
+            are of type image.
+        parts_without_video: the names of video parts that hold no video.
+        kinds: "image" or "video" for each such part, in order of appearance.
     """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     images: list[NamedImage] = field(default_factory=list)
     parts_without_image: list[str] = field(default_factory=list)
     written: int = 0
+    videos: list[NamedVideo] = field(default_factory=list)
+    parts_without_video: list[str] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
 
     @property
     def num_placeholders(self) -> int:
         """The number of placeholders that the rendered conversation must hold."""
-        return len(self.images) + len(self.parts_without_image) + self.written
+        parts = len(self.images) + len(self.parts_without_image)
+        return parts + len(self.videos) + len(self.parts_without_video) + self.written
 
 
 def is_batch(conversation: Any) -> bool:
@@ -74,21 +85,31 @@ def is_batch(conversation: Any) -> bool:
     return isinstance(conversation[0], (list, tuple))
 
 
-def parts_of(text: str) -> list[dict[str, str]]:
-    """Split a text into parts: an image for each :data:`IMAGE_MARK`, and the text between them."""
+def parts_of(text: str, with_videos: bool = False) -> list[dict[str, str]]:
+    """Split a text into parts: an image for each :data:`IMAGE_MARK`, and the text between them.
+
+    ``with_videos`` each :data:`tokenflex.models.video_inputs.VIDEO_MARK` is a video.
+    """
+    marks = f"({IMAGE_MARK}|{VIDEO_MARK})" if with_videos else f"({IMAGE_MARK})"
+    kinds = {IMAGE_MARK: "image", VIDEO_MARK: "video"}
     parts: list[dict[str, str]] = []
-    for i, piece in enumerate(text.split(IMAGE_MARK)):
-        if i:
-            parts.append({"type": "image"})
-        if piece:
+    for i, piece in enumerate(re.split(marks, text)):
+        if i % 2:
+            parts.append({"type": kinds[piece]})
+        elif piece:
             parts.append({"type": "text", "text": piece})
     return parts
 
 
 def read_chat(
-    conversation: Any, name: str, placeholders: Sequence[str], foreign: Sequence[str] = ()
+    conversation: Any,
+    name: str,
+    placeholders: Sequence[str],
+    foreign: Sequence[str] = (),
+    *,
+    takes_videos: bool = False,
 ) -> Chat:
-    """Check a conversation's messages and take the images out of them.
+    """Check a conversation's messages and take the images and videos out of them.
 
     A placeholder in a text would stand for an image that does not exist, or move others. It is
     refused, except the processor's own in a conversation whose contents are strings: these mark the
@@ -99,6 +120,8 @@ def read_chat(
         name: its name in errors.
         placeholders: texts that stand for an image in the processor's prompts.
         foreign: texts that users may write in their place; refused everywhere.
+        takes_videos: parts of type video are taken too; a text beside them must not hold
+            :data:`tokenflex.models.video_inputs.VIDEO_MARK`.
 
     Raises:
         TypeError: a message is no dict, or a content or text is of a wrong type.
@@ -117,7 +140,9 @@ def read_chat(
             texts.append((content, content_name))
         elif isinstance(content, (list, tuple)):
             shown["content"] = [
-                _read_part(part, f"{content_name}[{j}]", chat, [*placeholders, *foreign])
+                _read_part(
+                    part, f"{content_name}[{j}]", chat, [*placeholders, *foreign], takes_videos
+                )
                 for j, part in enumerate(content)
             ]
         elif content is not None:
@@ -125,14 +150,24 @@ def read_chat(
                 f"{content_name} must be a string or a list of parts, got {type(content).__name__}"
             )
         chat.messages.append(shown)
-    refused = [*placeholders, *foreign] if chat.num_placeholders else foreign
+    refused = [*placeholders, *foreign] if chat.num_placeholders else [*foreign]
+    if "video" in chat.kinds:
+        refused.append(VIDEO_MARK)
+        texts += [
+            (text, f"{name}[{i}].content")
+            for i, message in enumerate(chat.messages)
+            if not isinstance(message.get("content"), str)
+            for text in _texts_of(message)
+        ]
     for content, content_name in texts:
         _check_text(content, content_name, refused)
     chat.written = sum(content.count(word) for content, _ in texts for word in placeholders)
     return chat
 
 
-def _read_part(part: Any, name: str, chat: Chat, placeholders: Sequence[str]) -> dict[str, str]:
+def _read_part(
+    part: Any, name: str, chat: Chat, placeholders: Sequence[str], takes_videos: bool
+) -> dict[str, str]:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text":
         text = part.get("text")
@@ -140,31 +175,59 @@ def _read_part(part: Any, name: str, chat: Chat, placeholders: Sequence[str]) ->
             raise TypeError(f"{name}.text must be a string, got {type(text).__name__}")
         _check_text(text, name, placeholders)
         return {"type": "text", "text": text}
+    if takes_videos and kind in ("video", "video_url"):
+        _read_video(part, name, chat)
+        return {"type": "image"}  # the template writes one image, in whose place the frames stand
     if kind not in ("image", "image_url"):
         got = type(part).__name__ if not isinstance(part, Mapping) else f"type {str(kind)[:40]!r}"
+        known = "text, image and video" if takes_videos else "text and image"
         hint = "; give the frames of a video as images" if kind == "video" else ""
-        raise ValueError(f"{name}: content must have parts of type text and image, got {got}{hint}")
-    given = [key for key in IMAGE_KEYS if part.get(key) is not None]
-    if len(given) > 1:
-        raise ValueError(f"{name} must hold one image, got {' and '.join(given)}")
-    if not given:
+        raise ValueError(f"{name}: content must have parts of type {known}, got {got}{hint}")
+    chat.kinds.append("image")
+    source = _source_of(part, name, "image", IMAGE_KEYS)
+    if source is None:
         chat.parts_without_image.append(name)
-        return {"type": "image"}
+    else:
+        chat.images.append(NamedImage(source, name))
+    return {"type": "image"}
+
+
+def _read_video(part: Mapping[str, Any], name: str, chat: Chat) -> None:
+    for option in ("max_frames", "num_frames", "nframes", "fps"):
+        if part.get(option) is not None:
+            raise ValueError(
+                f"{name}.{option} belongs to the call, as max_frames or fps, not to a video's part"
+            )
+    chat.kinds.append("video")
+    source = _source_of(part, name, "video", VIDEO_KEYS)
+    if source is None:
+        chat.parts_without_video.append(name)
+    else:
+        chat.videos.append(NamedVideo(source, name))
+
+
+def _source_of(part: Mapping[str, Any], name: str, kind: str, keys: Sequence[str]) -> Any:
+    """Return what an image or video part holds; None if it holds none."""
+    given = [key for key in keys if part.get(key) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{name} must hold one {kind}, got {' and '.join(given)}")
+    if not given:
+        return None
     source = part[given[0]]
-    if given[0] == "image_url" and isinstance(source, Mapping):
+    if given[0] == f"{kind}_url" and isinstance(source, Mapping):
         source = source.get("url")
         if not isinstance(source, str):
-            raise ValueError(f"{name}.image_url must hold a url, got {type(source).__name__}")
-    chat.images.append(NamedImage(source, name))
-    return {"type": "image"}
+            raise ValueError(f"{name}.{kind}_url must hold a url, got {type(source).__name__}")
+    return source
 
 
 def _check_text(text: str, name: str, placeholders: Sequence[str]) -> None:
     for placeholder in placeholders:
         if placeholder in text:
+            kind, article = ("video", "a") if placeholder == VIDEO_MARK else ("image", "an")
             raise ValueError(
-                f"{name} holds {placeholder!r} in its text, which stands for an image: give images "
-                'as parts of type "image"'
+                f"{name} holds {placeholder!r} in its text, which stands for {article} {kind}: "
+                f'give {kind}s as parts of type "{kind}"'
             )
 
 
@@ -174,6 +237,30 @@ def without_placeholders(text: str, placeholders: Sequence[str]) -> str:
         for placeholder in placeholders:
             text = text.replace(placeholder, "")
     return text
+
+
+def mark_videos(rendered: Rendered, kinds: Sequence[str], pattern: re.Pattern[str]) -> Rendered:
+    """Return a rendered conversation with :data:`VIDEO_MARK` in place of each video's placeholder.
+
+    Args:
+        rendered: the text with a placeholder for each image and video, and spans in it.
+        kinds: "image" or "video" for each placeholder.
+        pattern: matches a placeholder, see :func:`image_pattern`.
+    """
+    text, spans = rendered
+    if "video" not in kinds:
+        return rendered
+    replaced: list[dict[str, Any]] = [
+        {"span": match.span(), "replacement": VIDEO_MARK}
+        for match, kind in zip(pattern.finditer(text), kinds, strict=True)
+        if kind == "video"
+    ]
+    moved = [(_moved(start, replaced), _moved(end, replaced)) for start, end in spans]
+    remaining = iter(kinds)
+    marked = pattern.sub(
+        lambda match: VIDEO_MARK if next(remaining) == "video" else match.group(), text
+    )
+    return marked, moved
 
 
 def image_pattern(image_start: str, placeholder: str, image_end: str) -> re.Pattern[str]:

@@ -18,7 +18,9 @@ from tokenflex.models.chat import (
     IMAGE_MARK,
     Chat,
     assistant_masks,
+    image_pattern,
     is_batch,
+    mark_videos,
     read_chat,
     render,
 )
@@ -61,13 +63,15 @@ class ConversationProcessor(ProcessorMixin):
         ``{"type": "image", "image": ...}`` parts (or ``url``, ``path``, ``base64``; OpenAI's
         ``image_url`` parts too). A template that iterates parts writes the images itself. Others
         get a string with :attr:`image_prompt` in place of images, so that the template of any
-        language model serves.
+        language model serves. A video, ``{"type": "video", "video": ...}`` (or ``url``, ``path``,
+        ``base64``), is to the template one image, in whose place the text has ``<video>``.
 
         Conversations in an inner list share their images, as prompts do: each shows the same ones,
         the same objects or paths, or only the first one holds them.
 
         A placeholder in the text of a part is refused. In a conversation whose contents are strings
-        it marks an image that is given beside it, as ``images`` in ``processor_kwargs``.
+        it marks an image that is given beside it, as ``images`` in ``processor_kwargs``; likewise
+        ``<video>`` and ``videos``.
 
         Args:
             conversation: a list of messages, a list of those, or a list of lists of those.
@@ -104,7 +108,8 @@ class ConversationProcessor(ProcessorMixin):
                 f"chat_template must be given: the processor has no default one, only {names}"
             )
         variables, options = split_chat_options(template, kwargs, processor_kwargs)
-        check_names(self, options, more=[*_get_template_variables(template), "images"])
+        more = [*_get_template_variables(template), "images", "videos"]
+        check_names(self, options, more=more)
         check_tokenized(options, tokenize)
         if return_assistant_tokens_mask:
             self._check_assistant_mask(template, tokenize and return_dict)
@@ -117,9 +122,11 @@ class ConversationProcessor(ProcessorMixin):
         chats, texts, spans = [], [], []
         groups = named_groups(conversation)
         named = [*chain(*groups)] if groups else named_conversations(conversation)
+        start, _, end = self.image_prompt.partition(self.image_token)
+        pattern = image_pattern(start, self.image_token, end)
         for messages, name in named:
-            chat = read_chat(messages, name, [self.image_token], foreign)
-            text, answer_spans = render(
+            chat = read_chat(messages, name, [self.image_token], foreign, takes_videos=True)
+            rendered = render(
                 chat,
                 template,
                 placeholder=self.image_token,
@@ -131,6 +138,7 @@ class ConversationProcessor(ProcessorMixin):
                 continue_final_message=continue_final_message,
                 return_assistant_tokens_mask=return_assistant_tokens_mask,
             )
+            text, answer_spans = mark_videos(rendered, chat.kinds, pattern)
             chats.append(chat)
             texts.append(text)
             spans.append(answer_spans)
@@ -142,6 +150,7 @@ class ConversationProcessor(ProcessorMixin):
         if not tokenize:
             return prompts if is_batch(conversation) else texts[0]
         options["images"] = images_of_chats(chats, options.get("images"))
+        options["videos"] = videos_of_chats(chats, options.get("videos"))
         if return_tensors != "auto":
             options["return_tensors"] = return_tensors
         if "add_special_tokens" not in (options.get("text_kwargs") or {}):
@@ -256,11 +265,13 @@ def shared_chats(chats: Sequence[Chat], group_sizes: Sequence[int]) -> list[Chat
     for i, size in enumerate(group_sizes):
         leader, *others = islice(remaining, size)
         for j, chat in enumerate(others, 1):
-            same = len(chat.images) == len(leader.images) and all(
+            of_leader: list[Any] = [*leader.images, *leader.videos]
+            of_chat: list[Any] = [*chat.images, *chat.videos]
+            same = len(of_chat) == len(of_leader) and all(
                 is_same_image(image.source, shown.source)
-                for image, shown in zip(chat.images, leader.images, strict=True)
+                for image, shown in zip(of_chat, of_leader, strict=True)
             )
-            if chat.images and not same:
+            if of_chat and not same:
                 raise ValueError(
                     f"conversation[{i}][{j}] must show the images of conversation[{i}][0], the "
                     "same objects or paths, got others"
@@ -279,18 +290,30 @@ def images_of_chats(chats: Sequence[Chat], beside: Any) -> Any:
     Raises:
         ValueError: an image part has no image, or images are given both ways.
     """
-    inside = [chat.images for chat in chats]
-    names = [image.name for images in inside for image in images]
+    missing = [name for chat in chats for name in chat.parts_without_image]
+    return _sources([chat.images for chat in chats], missing, beside, "image")
+
+
+def videos_of_chats(chats: Sequence[Chat], beside: Any) -> Any:
+    """Return the videos of conversations, as :func:`images_of_chats` their images."""
+    missing = [name for chat in chats for name in chat.parts_without_video]
+    return _sources([chat.videos for chat in chats], missing, beside, "video")
+
+
+def _sources(
+    inside: Sequence[Sequence[Any]], missing: Sequence[str], beside: Any, kind: str
+) -> Any:
+    names = [source.name for of_chat in inside for source in of_chat]
     if beside is None:
-        missing = [name for chat in chats for name in chat.parts_without_image]
         if missing:
+            article = "an" if kind == "image" else "a"
             raise ValueError(
-                f"{missing[0]} is an image part without an image: it needs one of image, url, path "
-                "and base64"
+                f"{missing[0]} is {article} {kind} part without {article} {kind}: it needs one of "
+                f"{kind}, url, path and base64"
             )
         return inside if names else None
     if names:
         raise ValueError(
-            f"images must be given in the messages or beside them, got both: {names[0]} holds one"
+            f"{kind}s must be given in the messages or beside them, got both: {names[0]} holds one"
         )
     return beside

@@ -29,31 +29,38 @@ class ImagePreparation(ProcessorMixin):
         patch_size: int | None
 
     def process_images(
-        self, images: Sequence[Any], max_tiles: int | None = None, **options: Any
+        self,
+        images: Sequence[Any],
+        max_tiles: int | Sequence[int | None] | None = None,
+        **options: Any,
     ) -> tuple[dict[str, Any], list[int]]:
         """Return the encoder's inputs, and the number of tiles that each image became.
 
         Args:
             images: as :func:`tokenflex.images.load_image` takes them.
-            max_tiles: in place of the processor's own.
+            max_tiles: in place of the processor's own; a list has one for each image, None for the
+                processor's own.
             **options: for the image processor; ``return_tensors`` is "pt" by default.
 
         Returns:
             A dict with ``pixel_values`` and, where the encoder needs it, ``grids``; and a list
             with the tiles of each image.
         """
-        limit = self._max_tiles(max_tiles)
         data_format = options.pop("data_format", None)
         if data_format not in (None, "channels_first"):
             raise ValueError(
                 f"data_format must be 'channels_first', as encoders take it, got {data_format!r}"
             )
         named, _ = name_images(list(images))
+        limits = self._tile_limits(max_tiles, len(named))
         inputs = read_images(named, self.image_processor, options)
         options.pop("input_data_format", None)
         tiles = [1] * len(inputs)
-        if limit > 1:
-            cut = [self._cut(image, limit, options) for image in inputs]
+        if any(limit > 1 for limit in limits):
+            cut = [
+                self._cut(image, limit, options)
+                for image, limit in zip(inputs, limits, strict=True)
+            ]
             tiles = [len(tiles_of_image) for tiles_of_image in cut]
             inputs = [tile for tiles_of_image in cut for tile in tiles_of_image]
             if any(isinstance(tile, np.ndarray) for tile in inputs):
@@ -118,7 +125,7 @@ class ImagePreparation(ProcessorMixin):
         self,
         images: Sequence[Any],
         num_image_tokens: ImageTokenCounts | None = None,
-        max_tiles: int | None = None,
+        max_tiles: int | Sequence[int | None] | None = None,
         **options: Any,
     ) -> list[int]:
         """Return the number of vision tokens of each image, all its tiles together.
@@ -126,7 +133,7 @@ class ImagePreparation(ProcessorMixin):
         Args:
             images: images, or their (height, width) in pixels.
             num_image_tokens: as the processor is called with it.
-            max_tiles: as the processor is called with it.
+            max_tiles: as :meth:`process_images` takes it.
             **options: for the image processor, for example ``size``.
         """
         grids = self._count_grids(num_image_tokens, len(images))
@@ -175,20 +182,41 @@ class ImagePreparation(ProcessorMixin):
         # A call may go below the processor's own minimum.
         return self.max_tiles if max_tiles is None else check_tile_limits(1, max_tiles)[1]
 
-    def _num_tiles(
-        self, images: Sequence[Any], max_tiles: int | None, options: Mapping[str, Any]
+    def _tile_limits(
+        self, max_tiles: int | Sequence[int | None] | None, num_images: int
     ) -> list[int]:
-        limit = self._max_tiles(max_tiles)
-        if limit == 1:
+        """Return the most tiles of each image.
+
+        Raises:
+            TypeError, ValueError: a limit is none, or a list has not one for each image.
+        """
+        if max_tiles is None or not isinstance(max_tiles, (list, tuple)):
+            return [self._max_tiles(max_tiles)] * num_images  # type: ignore[arg-type]
+        if len(max_tiles) != num_images:
+            raise ValueError(
+                f"max_tiles must have one entry for each of {num_images} images, got "
+                f"{len(max_tiles)}"
+            )
+        return [self._max_tiles(limit) for limit in max_tiles]
+
+    def _num_tiles(
+        self,
+        images: Sequence[Any],
+        max_tiles: int | Sequence[int | None] | None,
+        options: Mapping[str, Any],
+    ) -> list[int]:
+        if all(limit == 1 for limit in limits):
             return [1] * len(images)
         tile_size = self._tile_size(options)
-        sizes = [
-            image if isinstance(image, (tuple, list)) else load_image(image, name).size[::-1]
-            for image, name in ((image, f"images[{i}]") for i, image in enumerate(images))
-        ]
-        return [
-            num_tiles(self._tile_grid(size, limit, tile_size), self.use_thumbnail) for size in sizes
-        ]
+        tiles = []
+        for i, (image, limit) in enumerate(zip(images, limits, strict=True)):
+            if limit == 1:
+                tiles.append(1)
+                continue
+            is_size = isinstance(image, (tuple, list))
+            size = image if is_size else load_image(image, f"images[{i}]").size[::-1]
+            tiles.append(num_tiles(self._tile_grid(size, limit, tile_size), self.use_thumbnail))
+        return tiles
 
     def _tile_grid(self, size: Sequence[int], max_tiles: int, tile_size: Grid) -> Grid:
         height, width = size

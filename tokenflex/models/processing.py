@@ -1,12 +1,16 @@
 """Images and prompts to model inputs.
 
 A prompt holds ``image_token`` once per image. The processor repeats it once per vision token of the
-image, and passes the same counts to the model as ``num_image_tokens``.
+image, and passes the same counts to the model as ``num_image_tokens``. A video is several images,
+its frames, which stand where a prompt holds ``<video>``.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,14 +20,23 @@ from transformers import AutoProcessor, BatchFeature
 from tokenflex.counts import AUTO, Grid, TokenCount, token_grid, tokens_of
 from tokenflex.files import excerpt
 from tokenflex.models.auto_map import SavedWithStub
-from tokenflex.models.call_options import CallOptions, sort_options
+from tokenflex.models.call_options import CallOptions, check_sampling_names, sort_options
 from tokenflex.models.chat import image_pattern
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.conversations import ConversationProcessor
-from tokenflex.models.image_inputs import name_images
+from tokenflex.models.image_inputs import NamedImage, name_images
 from tokenflex.models.image_preparation import ImagePreparation
-from tokenflex.models.prompt_texts import read_prompts, tiles_of_images
+from tokenflex.models.prompt_texts import Prompts, read_prompts, tiles_of_images
 from tokenflex.models.tiling import check_tile_limits
+from tokenflex.models.video_inputs import (
+    VIDEO_MARK,
+    NamedVideo,
+    counts_of_images,
+    image_limits,
+    in_order,
+    name_videos,
+)
+from tokenflex.videos import SHOWN_FRAMES, FrameSampling
 from tokenflex_kernels.checks import check_count
 
 
@@ -45,6 +58,8 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
         min_tiles: the fewest tiles that an image is cut into.
         use_thumbnail: add the whole image as one more tile, where there are several.
         patch_size: the encoder's, in pixels; needed where tiles are not square.
+        max_frames: the most frames of a video, see :class:`tokenflex.videos.FrameSampling`.
+        fps: frames per second of a video; None for all, up to ``max_frames``.
         chat_template: Jinja template of :meth:`apply_chat_template`; the tokenizer's if None.
 
     Raises:
@@ -74,6 +89,8 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
         min_tiles: int = 1,
         use_thumbnail: bool = False,
         patch_size: int | None = None,
+        max_frames: int = SHOWN_FRAMES,
+        fps: float | None = None,
         chat_template: str | dict[str, str] | None = None,
     ) -> None:
         if tokenizer is None or image_processor is None:
@@ -91,6 +108,8 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
         self.min_tiles, self.max_tiles = check_tile_limits(min_tiles, max_tiles)
         self.use_thumbnail = bool(use_thumbnail)
         self.patch_size = None if patch_size is None else check_count("patch_size", patch_size)
+        sampling = FrameSampling(max_frames, fps)
+        self.max_frames, self.fps = sampling.max_frames, sampling.fps
         if "padding_side" not in tokenizer.init_kwargs:
             tokenizer.padding_side = "left"
         template = chat_template or getattr(tokenizer, "chat_template", None)
@@ -162,6 +181,7 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
         self,
         images: Any = None,
         text: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+        videos: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Return model inputs for a batch of prompts.
@@ -173,14 +193,23 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
             text: a prompt or a list of prompts, each with one ``image_token`` per image. Prompts in
                 an inner list share their images, which are processed and encoded once:
                 ``images=[a, b], text=[[q1, q2], [q3]]`` are three prompts, two of them about a.
-            **kwargs: ``num_image_tokens``, ``max_tiles``, and all options that transformers'
-                processors take, by name or in ``text_kwargs``, ``images_kwargs`` and
-                ``common_kwargs``:
+                With videos, ``<video>`` stands in a prompt once per video.
+            videos: a video, a list of them, or a list per prompt, in order of appearance. A video
+                is whatever :func:`tokenflex.videos.load_video` takes, for example the path of a
+                GIF or of a folder of frames; in a list that is not per prompt, frames are pictures
+                in memory.
+            **kwargs: ``num_image_tokens``, ``max_tiles``, ``max_frames``, ``fps``, ``budget``, and
+                all options that transformers' processors take, by name or in ``text_kwargs``,
+                ``images_kwargs``, ``videos_kwargs`` and ``common_kwargs``:
 
-                - ``num_image_tokens``: an int (a perfect square) or (h, w) for all images, or a
-                  list with one per image, for each of the image's tiles. With "auto", one
-                  placeholder stands for each image, and ``generate`` chooses the counts.
-                - ``max_tiles``: in place of the processor's own.
+                - ``num_image_tokens``: an int (a perfect square) or (h, w) for all images and
+                  frames, or a list with one per image, for each of the image's tiles. With videos
+                  a list has one entry per image and frame, or one per image and video, where a
+                  video's is a count or a list of its frames'. With "auto", one placeholder stands
+                  for each image and frame, and ``generate`` chooses the counts.
+                - ``budget``: vision tokens of each video, spread evenly over its frames: the more
+                  frames, the fewer tokens each. ``num_image_tokens`` is then the images'.
+                - ``max_tiles``, ``max_frames``, ``fps``: in place of the processor's own.
                 - options of the image processor, for example ``size`` or ``do_rescale``. With
                   ``do_rescale=False`` arrays and tensors of floats reach it as they are.
                 - options of the tokenizer, for example ``truncation`` and ``max_length``.
@@ -201,6 +230,7 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
             that each run of placeholders shows.
 
         Raises:
+            ImportError: a video file is given, and no decoder is installed.
             TypeError: ``text`` is not made of strings, or an argument is unknown.
             ValueError: images, placeholders and counts do not fit together, an argument is not
                 valid, or truncation cut an image's tokens.
@@ -208,22 +238,75 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
         options = sort_options(self, kwargs)
         self._max_tiles(options.max_tiles)
         named, per_prompt = ([], None) if images is None else name_images(images)
-        if text is None and not named:
+        named_videos, videos_per_prompt = ([], None) if videos is None else name_videos(videos)
+        if text is None and not (named or named_videos):
             raise ValueError("text must be a prompt or a list of prompts, got None")
-        prompts, shown = read_prompts(text, self.image_token, len(named), per_prompt)
+        if videos is not None:
+            check_sampling_names(kwargs)
+        clips = self._read_clips(named_videos, options)
+        prompts = read_prompts(
+            text,
+            self.image_token,
+            len(named),
+            per_prompt,
+            None if videos is None else [len(clip) for clip in clips],
+            videos_per_prompt,
+        )
+        max_tiles: Any = options.max_tiles
+        if videos is not None:
+            named, frames = in_order(prompts.kinds, named, clips)
+            max_tiles = image_limits(frames, max_tiles)
+            options = replace(
+                options,
+                num_image_tokens=counts_of_images(
+                    options.num_image_tokens, frames, options.budget, self.num_image_tokens
+                ),
+            )
         grids = self._chosen_grids(options, len(named))
         data: dict[str, Any] = {}
         tiles: list[int] = []
         if named:
             data, tiles = self.process_images(
-                named,
-                options.max_tiles,
-                return_tensors=options.return_tensors,
-                **options.images_kwargs,
+                named, max_tiles, return_tensors=options.return_tensors, **options.images_kwargs
             )
-        data |= _counts_of_tiles(grids, tiles, shown)
-        encoded = self._encode(prompts, data, tiles, shown, options) if prompts else {}
-        return BatchFeature({**encoded, **data})
+        data |= _counts_of_tiles(grids, tiles, prompts.image_index)
+        if not prompts.texts:
+            return BatchFeature(data)
+        return BatchFeature({**self._encode(prompts, data, tiles, options), **data})
+
+    def _read_clips(
+        self, videos: Sequence[NamedVideo], options: CallOptions
+    ) -> list[list[NamedImage]]:
+        """Read the frames of each video."""
+        if not videos and options.budget is not None:
+            raise ValueError(
+                f"budget is for videos, of which there are none, got {options.budget}; generate "
+                "takes one for images, with num_image_tokens='auto'"
+            )
+        sampling = FrameSampling(
+            self.max_frames if options.max_frames is None else options.max_frames,
+            self.fps if options.fps is None else options.fps,
+        )
+        return [video.frames(sampling) for video in videos]
+
+    def show_frames(self, text: str, frames: Sequence[int]) -> str:
+        """Return a prompt with an image prompt for each frame in place of each ``<video>``.
+
+        Args:
+            text: the prompt.
+            frames: the number of frames of each video in it.
+
+        Raises:
+            ValueError: the prompt holds ``<video>`` more or less often than there are videos.
+        """
+        pieces = text.split(VIDEO_MARK)
+        if len(pieces) != len(frames) + 1:
+            raise ValueError(
+                f"text must hold {VIDEO_MARK} once per video, got it {len(pieces) - 1} times for "
+                f"{len(frames)} videos"
+            )
+        shown = [self.image_prompt * number for number in frames]
+        return "".join([pieces[0], *(a + b for a, b in zip(shown, pieces[1:], strict=True))])
 
     def encode_text(
         self,
@@ -248,13 +331,18 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
             TypeError, ValueError: as for a call.
         """
         options = sort_options(self, kwargs)
-        unused = [*options.images_kwargs, *["max_tiles"] * (options.max_tiles is not None)]
+        given = ("max_tiles", "max_frames", "fps", "budget")
+        unused = [
+            *options.images_kwargs,
+            *(name for name in given if getattr(options, name) is not None),
+        ]
         if unused:
             raise ValueError(f"{unused[0]} is for images, which are processed already")
         tiles = list(tiles_per_image)
-        prompts, shown = read_prompts(text, self.image_token, len(tiles))
-        data = _counts_of_tiles(self._chosen_grids(options, len(tiles)), tiles, shown)
-        return BatchFeature({**self._encode(prompts, data, tiles, shown, options), **data})
+        prompts = read_prompts(text, self.image_token, len(tiles))
+        grids = self._chosen_grids(options, len(tiles))
+        data = _counts_of_tiles(grids, tiles, prompts.image_index)
+        return BatchFeature({**self._encode(prompts, data, tiles, options), **data})
 
     def _chosen_grids(self, options: CallOptions, images: int) -> list[Grid] | None:
         """Return the token grid of each image, None where they are chosen later."""
@@ -267,33 +355,33 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
 
     def _encode(
         self,
-        prompts: list[str],
+        prompts: Prompts,
         data: dict[str, Any],
         tiles: list[int],
-        shown: list[int] | None,
         options: CallOptions,
     ) -> dict[str, Any]:
         """Put the text of each image in the place of its placeholder, and tokenize."""
         inputs = {**data, "tiles_per_image": tiles}
         image_texts = [self.replace_image_token(inputs, i) for i in range(len(tiles))]
-        if shown is not None:
-            image_texts = [image_texts[image] for image in shown]
+        if prompts.image_index is not None:
+            image_texts = [image_texts[image] for image in prompts.image_index]
         replacements = iter(image_texts)
-        expanded = [self._expand(prompt, replacements) for prompt in prompts]
+        frames = iter(prompts.frames) if prompts.frames else None
+        expanded = [self._expand(prompt, replacements, frames) for prompt in prompts.texts]
         encoded = dict(
             self.tokenizer(
-                [text for text, _ in expanded],
+                [text for text, _, _ in expanded],
                 return_tensors=options.return_tensors,
                 **options.text_kwargs,
             )
         )
-        images_per_row = [len(offsets) for _, offsets in expanded]
+        images_per_row = [images for _, images, _ in expanded]
         tokens = [text.count(self.image_token) for text in image_texts]
         self._check_nothing_cut(encoded["input_ids"], images_per_row, tokens)
         if options.return_mm_token_type_ids:
             encoded["mm_token_type_ids"] = self._token_types(encoded["input_ids"])
         if options.return_text_replacement_offsets:
-            encoded["text_replacement_offsets"] = [offsets for _, offsets in expanded]
+            encoded["text_replacement_offsets"] = [offsets for _, _, offsets in expanded]
         return encoded
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
@@ -314,27 +402,43 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
             tokens = sum(map(tokens_of, counts[first : first + tiles[image_idx]]))
         return f"{self.image_start}{self.image_token * tokens}{self.image_end}"
 
-    def _expand(self, prompt: str, replacements: Iterator[str]) -> tuple[str, list[dict[str, Any]]]:
-        """Return the prompt with its placeholders replaced, and where each stood and stands."""
+    def _expand(
+        self, prompt: str, replacements: Iterator[str], frames: Iterator[int] | None
+    ) -> tuple[str, int, list[dict[str, Any]]]:
+        """Return the prompt with its placeholders replaced, and where each stood and stands.
+
+        Args:
+            prompt: the prompt.
+            replacements: the text of each image or frame in order.
+            frames: the number of frames of each video in order; None where its mark is text.
+
+        Returns:
+            The text, its number of images and frames, and an entry per image and video.
+        """
         pattern = image_pattern(self.image_start, self.image_token, self.image_end)
+        if frames is not None:
+            pattern = re.compile(f"{pattern.pattern}|{re.escape(VIDEO_MARK)}")
         pieces: list[str] = []
         offsets: list[dict[str, Any]] = []
-        last = length = 0
+        last = length = images = 0
         for match in pattern.finditer(prompt):
-            replacement = next(replacements)
+            is_video = frames is not None and match.group() == VIDEO_MARK
+            shown = next(frames) if is_video else 1  # type: ignore[arg-type]
+            images += shown
+            replacement = "".join(islice(replacements, shown))
             start = length + match.start() - last
             pieces += [prompt[last : match.start()], replacement]
             last, length = match.end(), start + len(replacement)
             offsets.append(
                 {
-                    "type": "image",
+                    "type": "video" if is_video else "image",
                     "span": match.span(),
                     "new_span": (start, length),
                     "text": match.group(),
                     "replacement": replacement,
                 }
             )
-        return "".join([*pieces, prompt[last:]]), offsets
+        return "".join([*pieces, prompt[last:]]), images, offsets
 
     def _token_types(self, input_ids: Any) -> Any:
         """Return 1 for placeholders and 0 for others, in the form of ``input_ids``."""

@@ -1,16 +1,45 @@
-"""The prompts of a processor's call, and the images that they show."""
+"""The prompts of a processor's call, and the images and videos that they show."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from itertools import accumulate
+from dataclasses import dataclass, field
+from itertools import accumulate, islice
 from typing import Any
+
+from tokenflex.models.video_inputs import VIDEO_MARK
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a call.
+
+    Attributes:
+        texts: the prompts.
+        image_index: for prompts that share images the image that each placeholder shows, frames
+            included; None where none are shared.
+        kinds: "image" or "video" for each image and video in order of appearance; shared ones
+            count once.
+        frames: the frames of each video that a mark shows, in the order of the texts; shared ones
+            count as often as they are shown.
+    """
+
+    texts: list[str] = field(default_factory=list)
+    image_index: list[int] | None = None
+    kinds: list[str] = field(default_factory=list)
+    frames: list[int] = field(default_factory=list)
 
 
 def read_prompts(
-    text: Any, image_token: str, num_images: int, per_group: Sequence[int] | None = None
-) -> tuple[list[str], list[int] | None]:
-    """Check the prompts of a call and return them as one list.
+    text: Any,
+    image_token: str,
+    num_images: int,
+    per_group: Sequence[int] | None = None,
+    frames: Sequence[int] | None = None,
+    videos_per_group: Sequence[int] | None = None,
+) -> Prompts:
+    """Check the prompts of a call.
 
     Args:
         text: None, a prompt, a list of prompts, or a list of lists: prompts in an inner list share
@@ -18,16 +47,16 @@ def read_prompts(
         image_token: stands in a prompt once for each of its images.
         num_images: images of the call; shared ones count once.
         per_group: images of each prompt or inner list, where they are given so.
-
-    Returns:
-        The prompts; and for inner lists the image that each placeholder shows, else None.
+        frames: frames of each video, for which :data:`VIDEO_MARK` stands in a prompt. Without
+            videos, None, the mark is text.
+        videos_per_group: videos of each prompt or inner list, where they are given so.
 
     Raises:
         TypeError: a prompt is no string.
-        ValueError: there are none, or placeholders and images do not fit together.
+        ValueError: there are none, or placeholders, images and videos do not fit together.
     """
     if text is None:
-        return [], None
+        return Prompts(kinds=["image"] * num_images + ["video"] * len(frames or ()))
     if not isinstance(text, (str, list, tuple)):
         raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}")
     entries = [text] if isinstance(text, str) else list(text)
@@ -35,8 +64,11 @@ def read_prompts(
         raise ValueError("text must hold at least one prompt, got an empty list")
     are_shared = any(isinstance(entry, (list, tuple)) for entry in entries)
     prompts: list[str] = []
-    placeholders: list[int] = []
+    groups: list[list[str]] = []  # kinds of each
     image_index: list[int] = []
+    first = 0
+    frames_left = iter(frames or ())
+    shown_frames: list[int] = []
     for i, entry in enumerate(entries):
         name = f"text[{i}]"
         if are_shared and not isinstance(entry, (list, tuple)):
@@ -48,29 +80,55 @@ def read_prompts(
             if not isinstance(prompt, str):
                 prompt_name = f"{name}[{j}]" if are_shared else name
                 raise TypeError(f"{prompt_name} must be a string, got {type(prompt).__name__}")
-        counts = [prompt.count(image_token) for prompt in group]
-        if len({*counts}) > 1:
+        kinds = [_kinds(prompt, image_token, frames is not None) for prompt in group]
+        if any(of_prompt != kinds[0] for of_prompt in kinds):
+            marks = image_token if frames is None else f"{image_token} or {VIDEO_MARK}"
             raise ValueError(
-                f"{name}: prompts that share their images must each hold one {image_token} per "
-                f"image, got {counts}"
+                f"{name}: prompts that share their images must each hold one {marks} per "
+                f"image, got {[len(of_prompt) for of_prompt in kinds]}"
             )
-        first = sum(placeholders)
-        image_index += [*range(first, first + counts[0])] * len(group)
-        placeholders.append(counts[0])
+        of_videos = [*islice(frames_left, kinds[0].count("video"))]
+        shown_frames += of_videos * len(group)
+        images = kinds[0].count("image") + sum(of_videos)
+        image_index += [*range(first, first + images)] * len(group)
+        first += images
+        groups.append(kinds[0])
         prompts += group
-    if per_group is not None and [*per_group] != placeholders:
+    _check_number("image", image_token, groups, num_images, per_group)
+    if frames is not None:
+        _check_number("video", VIDEO_MARK, groups, len(frames), videos_per_group)
+    shown = [kind for kinds in groups for kind in kinds]
+    return Prompts(prompts, image_index if are_shared else None, shown, shown_frames)
+
+
+def _kinds(prompt: str, image_token: str, has_videos: bool) -> list[str]:
+    if not has_videos:
+        return ["image"] * prompt.count(image_token)
+    marks = re.findall(f"{re.escape(image_token)}|{re.escape(VIDEO_MARK)}", prompt)
+    return ["image" if mark == image_token else "video" for mark in marks]
+
+
+def _check_number(
+    kind: str,
+    mark: str,
+    groups: Sequence[Sequence[str]],
+    total: int,
+    per_group: Sequence[int] | None,
+) -> None:
+    """Compare the marks of one kind with what is given for them."""
+    held = [kinds.count(kind) for kinds in groups]
+    if per_group is not None and [*per_group] != held:
         # Equal totals would show a prompt the image of another.
         raise ValueError(
-            f"text: the number of {image_token} tokens in the prompts should be the same "
-            f"as the number of images of each, got {placeholders} for {per_group} images"
+            f"text: the number of {mark} tokens in the prompts should be the same "
+            f"as the number of {kind}s of each, got {held} for {per_group} {kind}s"
         )
-    if sum(placeholders) != num_images:
+    if sum(held) != total:
         raise ValueError(
-            f"text: the number of {image_token} tokens in the prompts should be the same "
-            f"as the number of images, got {sum(placeholders)} (per prompt {placeholders}) for "
-            f"{num_images} images"
+            f"text: the number of {mark} tokens in the prompts should be the same "
+            f"as the number of {kind}s, got {sum(held)} (per prompt {held}) for "
+            f"{total} {kind}s"
         )
-    return prompts, image_index if are_shared else None
 
 
 def tiles_of_images(images: Sequence[int], tiles_per_image: Sequence[int]) -> list[int]:

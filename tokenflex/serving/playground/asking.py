@@ -14,7 +14,8 @@ from tokenflex.counts import AUTO, TokenCount, token_grid, tokens_of
 from tokenflex.evaluation.generation import answers_with_certainty, special_tokens
 from tokenflex.images import Source, load_image
 from tokenflex.models.loading import check_length
-from tokenflex.serving.playground.subjects import Panel, subject_of
+from tokenflex.serving.playground.subjects import Panel, Shown, subject_of
+from tokenflex.videos import FrameSampling, is_animated, is_frames, load_video
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def count_name(count: TokenCount) -> str:
 def ask_at_counts(
     model: Any,
     processor: Any,
-    picture: Source | None,
+    picture: Source | Sequence[Source] | None,
     question: str,
     counts: Sequence[TokenCount | str],
     *,
@@ -83,7 +84,8 @@ def ask_at_counts(
         model: A TokenFLEX model, or a stock model with a token-adaptive projector, in evaluation
             mode.
         processor: Its processor.
-        picture: As :func:`tokenflex.images.load_image` takes it.
+        picture: As :func:`tokenflex.images.load_image` takes it. For a TokenFLEX model an animated
+            GIF or WebP, or a list of frames, is a clip: a count is that of each frame.
         question: The text of the user's turn.
         counts: Perfect squares, (h, w) grids, or "auto" for a TokenFLEX model with a router. A
             count is that of each tile of the picture.
@@ -106,7 +108,12 @@ def ask_at_counts(
         if count != AUTO:
             token_grid(count, name="counts")
     subject = subject_of(model, processor)
-    image = load_image(picture, "picture")
+    image: Shown
+    if subject.takes_clips and (is_frames(picture) or is_animated(picture)):
+        sampling = FrameSampling(processor.max_frames, processor.fps)
+        image = load_video(picture, "picture", sampling).frames
+    else:
+        image = load_image(picture, "picture")  # type: ignore[arg-type]
     prepared = subject.prepare(image, max_tiles)
     started = time.perf_counter()
     encoded = subject.encode(image, prepared)

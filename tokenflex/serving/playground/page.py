@@ -77,13 +77,15 @@ def build_page(playground: Playground, name: str, accuracy: Path | None) -> Any:
     with gradio.Blocks(
         title=f"TokenFLEX: {name}", analytics_enabled=False, delete_cache=(HOUR, HOUR)
     ) as page:
-        gradio.Markdown(f"# TokenFLEX playground\n`{name}`, one picture, any number of tokens")
+        gradio.Markdown(
+            f"# TokenFLEX playground\n`{name}`, one picture or clip, any number of tokens"
+        )
         with gradio.Row():
             with gradio.Column(scale=2, min_width=320):
                 picture = gradio.Image(
                     type="filepath",
                     image_mode=None,
-                    label="Picture",
+                    label="Picture, or a clip as GIF or WebP",
                     sources=["upload", "clipboard"],
                     height=300,
                     elem_id="picture",
@@ -94,7 +96,7 @@ def build_page(playground: Playground, name: str, accuracy: Path | None) -> Any:
                 ticked = gradio.CheckboxGroup(
                     playground.choices,
                     value=playground.ticked,
-                    label="Vision tokens per picture or tile",
+                    label="Vision tokens per picture, tile or frame",
                     elem_id="counts",
                 )
                 side = gradio.Slider(

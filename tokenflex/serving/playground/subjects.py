@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.vision import on_device
 from tokenflex.routing.ladder import known_counts
 from tokenflex.routing.storage import has_router
+
+Shown: TypeAlias = "Image.Image | list[Image.Image]"
+"""A picture, or the frames of a clip."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +69,20 @@ class Subject(Protocol):
         offered_counts: Counts that suit the model: those of its training and its router, or its
             default and those that a conversion is fitted at.
         has_auto: Whether a router chooses counts.
+        takes_clips: Whether the frames of a clip may stand in the place of a picture.
         pooling: The projector's pooling, "adaptive" or "resize".
     """
 
     trained_counts: list[TokenCount]
     offered_counts: list[TokenCount]
     has_auto: bool
+    takes_clips: bool
     pooling: str
 
-    def prepare(self, picture: Image.Image, max_tiles: int | None) -> Any:
+    def prepare(self, picture: Shown, max_tiles: int | None) -> Any:
         """Return the encoder's inputs."""
 
-    def encode(self, picture: Image.Image, prepared: Any) -> EncodedPicture:
+    def encode(self, picture: Shown, prepared: Any) -> EncodedPicture:
         """Run the encoder."""
 
 
@@ -106,27 +111,38 @@ def by_size(counts: Sequence[TokenCount]) -> list[TokenCount]:
     return [height * width if height == width else (height, width) for height, width in ordered]
 
 
-def prompt_of(processor: Any, question: str) -> str:
-    """Return the prompt of a question about one picture, in the processor's chat template.
+def prompt_of(processor: Any, question: str, frames: int | None = None) -> str:
+    """Return the prompt of a question about one picture or clip, in the processor's chat template.
 
-    The picture stands before the question, or where the question names it (``<image>``).
+    It stands before the question, or where the question names it (``<image>``, ``<video>``).
+
+    Args:
+        processor: The processor.
+        question: The question.
+        frames: Frames of the clip; None for a picture.
     """
-    image, content = {"type": "image"}, parts_of(question)
-    if image not in content:
-        content = [image, *content]
+    shown = {"type": "image" if frames is None else "video"}
+    content = parts_of(question, with_videos=frames is not None)
+    if shown not in content:
+        content = [shown, *content]
     messages = [{"role": "user", "content": content}]
     try:
         prompt: str = processor.apply_chat_template(messages, add_generation_prompt=True)
     except TemplateError as error:
         raise ValueError(f"chat_template cannot be rendered: {error}") from error
-    return prompt
+    return prompt if frames is None else processor.show_frames(prompt, [frames])
 
 
 # ---- TokenFLEX models
 
 
 class TokenFlexSubject:
-    """A TokenFLEX model. A picture cut into tiles is one panel, and its thumbnail another."""
+    """A TokenFLEX model. A picture cut into tiles is one panel, and its thumbnail another.
+
+    Each frame of a clip is a panel.
+    """
+
+    takes_clips = True
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
@@ -139,39 +155,59 @@ class TokenFlexSubject:
             self.offered_counts = [processor.num_image_tokens]
         self.pooling: str = config.pooling
 
-    def prepare(self, picture: Image.Image, max_tiles: int | None) -> Any:
-        """Return the outputs of the image processor, and (rows, columns) of tiles."""
-        data, (tiles,) = self.processor.process_images([picture], max_tiles=max_tiles)
+    def prepare(self, picture: Shown, max_tiles: int | None) -> Any:
+        """Return the outputs of the image processor, tiles of each image, (rows, columns) of them.
+
+        The frames of a clip are one tile each.
+        """
+        if isinstance(picture, list):
+            data, tiles = self.processor.process_images(picture, max_tiles=1)
+            return data, tiles, (1, 1)
+        data, tiles = self.processor.process_images([picture], max_tiles=max_tiles)
         grid = self.processor.tile_grid((picture.height, picture.width), max_tiles)
         return data, tiles, grid
 
-    def encode(self, picture: Image.Image, prepared: Any) -> EncodedPicture:
+    def encode(self, picture: Shown, prepared: Any) -> EncodedPicture:
         """Run the encoder on the outputs of :meth:`prepare`."""
         data, tiles, grid = prepared
         pixels = data["pixel_values"]
         encoded = self.model.encode_images(**on_device(data, self.model.device))
         image_processor = self.processor.image_processor
-        if tiles == 1 and getattr(image_processor, "do_center_crop", False):
-            picture = seen_picture(pixels[0], image_processor)  # its edges are cut off
-        panels = [Panel(picture, grid, encoded.grids[0])]
-        if tiles > grid[0] * grid[1]:
-            panels.append(Panel(picture, (1, 1), encoded.grids[-1]))  # the thumbnail
-        return _Picture(self, encoded, tiles, panels)
+        is_cropped = getattr(image_processor, "do_center_crop", False)
+        is_clip = isinstance(picture, list)
+        pictures = picture if isinstance(picture, list) else [picture]
+        if is_cropped and len(tiles) == sum(tiles):  # its edges are cut off
+            pictures = [seen_picture(tile, image_processor) for tile in pixels]
+        panels = [
+            Panel(*panel)
+            for panel in zip(pictures, [grid] * len(pictures), encoded.grids, strict=False)
+        ]
+        if sum(tiles) > len(tiles) * grid[0] * grid[1]:
+            panels.append(Panel(pictures[0], (1, 1), encoded.grids[-1]))  # the thumbnail
+        return _Picture(self, encoded, tiles, panels, is_clip)
 
 
 @dataclass(frozen=True)
 class _Picture:
     subject: TokenFlexSubject | ConvertedSubject
     encoded: Any
-    tiles: int
+    tiles_per_image: list[int]
     panels: list[Panel]
+    is_clip: bool
+
+    @property
+    def tiles(self) -> int:
+        return sum(self.tiles_per_image)
 
     def read(self, question: str, count: TokenCount | str) -> dict[str, Any]:
         model, processor = self.subject.model, self.subject.processor
-        prompt = prompt_of(processor, question)
+        if self.is_clip and isinstance(count, str):
+            raise ValueError(f"counts must be numbers or grids for a clip, got {count!r}")
+        frames = len(self.tiles_per_image) if self.is_clip else None
+        prompt = prompt_of(processor, question, frames)
         inputs = processor.encode_text(
             [[prompt]],
-            [self.tiles],
+            self.tiles_per_image,
             add_special_tokens=processor.adds_special_tokens(prompt),
             num_image_tokens=count,
         )
@@ -190,6 +226,8 @@ class _Picture:
 class ConvertedSubject:
     """A converted stock model. Each input of its encoder is a panel, drawn from its pixels."""
 
+    takes_clips = False
+
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
         self.trained_counts: list[TokenCount] = []  # a conversion does not record them
@@ -198,17 +236,16 @@ class ConvertedSubject:
         self.offered_counts = by_size([*model.fitted_num_image_tokens, *routed])
         self.pooling: str = model.config.tokenflex["pooling"]
 
-    def prepare(self, picture: Image.Image, max_tiles: int | None) -> Any:
+    def prepare(self, picture: Any, max_tiles: int | None) -> Any:
         """Return the outputs of the processor for the picture, and its tiles."""
         if max_tiles is not None:
             raise ValueError(
                 f"max_tiles is for TokenFLEX models, got {max_tiles} for a converted "
                 f"{self.model.config.model_type}"
             )
-        data, (tiles,) = self.processor.process_images([picture])
-        return data, tiles
+        return self.processor.process_images([picture])
 
-    def encode(self, picture: Image.Image, prepared: Any) -> EncodedPicture:
+    def encode(self, picture: Any, prepared: Any) -> EncodedPicture:
         """Run the encoder on the outputs of :meth:`prepare`."""
         data, tiles = prepared
         encoded = self.model.encode_images(**on_device(data, self.model.device))
@@ -220,7 +257,7 @@ class ConvertedSubject:
         else:  # patches in a row, or padded pixels: the whole picture, resized
             seen = [picture] * len(encoded)
         panels = [Panel(*pair) for pair in zip(seen, whole, encoded.grids, strict=True)]
-        return _Picture(self, encoded, tiles, panels)
+        return _Picture(self, encoded, tiles, panels, is_clip=False)
 
 
 def seen_picture(pixels: torch.Tensor, image_processor: Any) -> Image.Image:

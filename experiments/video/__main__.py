@@ -1,0 +1,103 @@
+"""``python -m experiments.video CHECKPOINT OUTPUT``: accuracy against frames and tokens a frame.
+
+A model that ``tokenflex train experiments/video/moving.yaml`` made answers questions about clips of
+a moving digit, of scans that it never saw, at every split of a total of vision tokens into frames
+and tokens per frame. OUTPUT gets ``report.json`` and a page that is written from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from tokenflex.digits.moving import FRAMES, QUESTIONS, MovingDataset
+from tokenflex.evaluation import evaluate
+from tokenflex.files import write_atomically, write_json
+from tokenflex.models.loading import load_checkpoint
+
+SHOWN = (1, 2, 4, 8, 16)
+COUNTS = (1, 4, 16)
+
+
+def measure(model: Any, processor: Any, clips: int) -> dict[str, Any]:
+    """Return the accuracy of every split, by kind of question.
+
+    Args:
+        model: The trained model.
+        processor: Its processor.
+        clips: Clips of the split "test", each with one question of each kind.
+    """
+    splits = []
+    for frames in SHOWN:
+        dataset = MovingDataset("test", size=clips, frames=frames)
+        report = evaluate(model, processor, dataset, list(COUNTS), batch_size=32)
+        splits += [
+            {
+                "frames": frames,
+                "tokens_per_frame": count,
+                "total": frames * count,
+                "accuracy": report["accuracy"][f"{count}"],
+                "standard_error": report["standard_error"][f"{count}"],
+                "accuracy_by_kind": {
+                    kind: row[f"{count}"] for kind, row in report["accuracy_by_kind"].items()
+                },
+            }
+            for count in COUNTS
+        ]
+    return {
+        "clips": clips,
+        "frames_per_clip": FRAMES,
+        "questions": report["questions"],
+        "splits": splits,
+    }
+
+
+def page_of(report: dict[str, Any]) -> str:
+    """Return the Markdown page of a report."""
+    questions = sum(report["questions"].values())
+    error = max(split["standard_error"] for split in report["splits"])
+    lines = [
+        "# A total of vision tokens, split over the frames of a clip",
+        "",
+        f"Clips of {report['frames_per_clip']} frames from scans that training never saw (split "
+        f"`test`): {report['clips']} clips, {questions} questions, one of each kind a clip. "
+        "Accuracy is in percent; the column `all` is the mean over the kinds, with a standard "
+        f"error of at most {100 * error:.1f} points. One model was trained on all of these counts, "
+        "with 1, 4, 8 and 16 frames a clip; it never saw clips of 2 frames.",
+        "",
+        "A yellow digit moves over resting ones and turns into others: where it starts and ends, "
+        "which digit it is first and last, and how many different digits it was.",
+        "",
+        "| total | frames x tokens each | " + " | ".join([*QUESTIONS, "all"]) + " |",
+        "|---" * (len(QUESTIONS) + 3) + "|",
+    ]
+    for split in sorted(report["splits"], key=lambda split: (split["total"], split["frames"])):
+        by_kind = [split["accuracy_by_kind"][kind] for kind in QUESTIONS]
+        cells = [f"{100 * value:.1f}" for value in (*by_kind, split["accuracy"])]
+        shown = f"{split['frames']} x {split['tokens_per_frame']}"
+        lines.append(f"| {split['total']} | {shown} | " + " | ".join(cells) + " |")
+    lines += ["", "Guessing gives 25 (where), 10 (which) and 25 (how many) percent.", ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure a checkpoint and write the report and its page."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.video", description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--clips", type=int, default=1024, help="clips of the test split (1024)")
+    options = parser.parse_args()
+    model, processor = load_checkpoint(options.checkpoint)
+    report = measure(model.eval(), processor, options.clips)
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_json(options.output / "report.json", report)
+    page = page_of(report)
+    write_atomically(
+        options.output / "README.md", lambda path: path.write_text(page, encoding="utf-8")
+    )
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
