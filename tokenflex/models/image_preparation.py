@@ -205,6 +205,7 @@ class ImagePreparation(ProcessorMixin):
         max_tiles: int | Sequence[int | None] | None,
         options: Mapping[str, Any],
     ) -> list[int]:
+        limits = self._tile_limits(max_tiles, len(images))
         if all(limit == 1 for limit in limits):
             return [1] * len(images)
         tile_size = self._tile_size(options)
