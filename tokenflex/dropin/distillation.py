@@ -34,7 +34,6 @@ from tokenflex.dropin.variants import is_converted, unwrapped
 from tokenflex_kernels.checks import check_count
 
 KEPT_TOKENS = 64  # likeliest tokens of a step; all others together are one more
-_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 CACHED_BYTES = 2**31  # patch features that are kept; samples beyond are encoded again
 _HELD_OUT_SHARE, _MOST_HELD_OUT = 8, 256
 _WARM_UP_SHARE = 0.1
@@ -389,7 +388,7 @@ class _Student:
             num_image_tokens=default_count(self.inner.config),
         )
         prompt = _Prompt(
-            text={name: inputs[name][0] for name in _TEXT_INPUTS if name in inputs},
+            text={name: inputs[name][0] for name in inputs if _is_per_token(name)},
             positions={name: inputs[name] for name in self._position_names() if name in inputs},
             tiles=len(inputs["num_image_tokens"]),
             patches=self._encoded(inputs),
@@ -418,6 +417,10 @@ class _Student:
         return 0 if pad is None else pad
 
 
+def _is_per_token(name: str) -> bool:
+    return name in ("input_ids", "attention_mask") or name.endswith("token_type_ids")
+
+
 def _log_of_rest(log_probs: torch.Tensor) -> torch.Tensor:
     """Return the logarithm of 1 minus the sum of probabilities: [A, K] -> [A]."""
     rest = 1 - log_probs.exp().sum(1)
@@ -441,13 +444,15 @@ def _padded(
     prompt = max(len(text["input_ids"]) for text in texts)
     longest = max(map(len, answers))
     fill = {"input_ids": pad_id}
-    of_answer = {"attention_mask": 1, "token_type_ids": int(is_suffix), "mm_token_type_ids": 0}
+    of_answer = {"attention_mask": 1, "token_type_ids": int(is_suffix)}
     padded = {}
     for name in texts[0]:
         rows = torch.full((len(texts), prompt + longest), fill.get(name, 0))
         for row, text, answer in zip(rows, texts, answers, strict=True):
             row[prompt - len(text[name]) : prompt] = text[name]
-            row[prompt : prompt + len(answer)] = of_answer.get(name, answer)
+            row[prompt : prompt + len(answer)] = (
+                answer if name == "input_ids" else of_answer.get(name, 0)
+            )
         padded[name] = rows
     return padded
 

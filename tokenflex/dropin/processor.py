@@ -55,7 +55,7 @@ from tokenflex.prompts import ImageTiles, runs_of
 
 _TEXT_OPTIONS = {"text_kwargs", *TextKwargs.__annotations__}  # without effect on vision tokens
 _TEXT_OUTPUTS = {
-    *("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"),
+    *("input_ids", "attention_mask"),
     *("special_tokens_mask", "offset_mapping", "length", "overflowing_tokens", "labels"),
     *("text_replacement_offsets", "num_image_tokens"),
 }
@@ -297,7 +297,7 @@ class ConvertedProcessor(Variant):
         call = _Call(None)
         with _running(call):
             outputs = stock(text=text, padding=True, **arguments)
-        data = {name: value for name, value in outputs.items() if name not in _TEXT_OUTPUTS}
+        data = {name: value for name, value in outputs.items() if not _is_of_text(name)}
         return data, [*call.tiles]
 
     def encode_text(
@@ -333,7 +333,8 @@ class ConvertedProcessor(Variant):
                 "tiles_per_image must be what process_images returned, got plain numbers: "
                 f"{excerpt([*tiles_per_image])}"
             )
-        prompts, shown = read_prompts(text, self.image_prompt, len(tiles))
+        read = read_prompts(text, self.image_prompt, len(tiles))
+        prompts, shown = read.texts, read.image_index
         order = [*range(len(tiles))] if shown is None else shown
         call = _Call(_grids_of_call(self._tokenflex, num_image_tokens, tiles), tiles)
         _check_entries(call, len(tiles))
@@ -567,3 +568,8 @@ def _check_all_there(inputs: BatchFeature, placeholder: int) -> None:
     kept = _placeholders(inputs["input_ids"], placeholder)
     if kept != expected:
         raise ValueError(f"truncation must not cut vision tokens: {kept} of {expected} are left")
+
+
+def _is_of_text(name: str) -> bool:
+    """Return whether an output of a stock processor describes the prompts, not the images."""
+    return name in _TEXT_OUTPUTS or name.endswith("token_type_ids")
