@@ -18,10 +18,8 @@ from tokenflex.dropin.model import as_stock
 from tokenflex.dropin.samples import encode_samples
 from tokenflex.dropin.variants import is_converted, unwrapped
 
-# Their stock tokens are no square of an image's tiles: rows end in tokens of their own.
-NO_SQUARES = {"llava_next", "llava_onevision"}
-# The processor of the tests does not fit the stock model's number of tokens.
-NO_STOCK_PROMPTS = {"got_ocr2"}
+# One of each kind: layers of features, M-RoPE, token types of an image and of a suffix, tiles.
+NAMES = ("gemma3", "idefics3", "internvl", "llava", "paligemma", "qwen2_vl", "qwen3_vl")
 FEW = {"steps": 2, "batch_size": 2, "max_new_tokens": 3}
 COUNTS = TokenCounts((4, 16), (1, 1))
 
@@ -29,14 +27,6 @@ COUNTS = TokenCounts((4, 16), (1, 1))
 def sample(seed: int, text: str = "what is this") -> dict:
     content = [{"type": "image", "image": picture(seed)}, {"type": "text", "text": text}]
     return {"messages": [{"role": "user", "content": content}]}
-
-
-@pytest.fixture
-def answering_name(processor_name) -> str:
-    """Return a family whose stock model answers through the processor of the tests."""
-    if processor_name in NO_STOCK_PROMPTS:
-        pytest.skip("the processor of the tests does not fit the stock model")
-    return processor_name
 
 
 def samples_of(number: int) -> list[dict]:
@@ -57,8 +47,9 @@ def answers_of(model, processor, samples):
     return stock_answers(model, processor, samples, 2, 3, lambda *_: None)
 
 
-def test_kept_answers_are_those_of_the_stock_model(answering_name):
-    model, processor = stock_model(answering_name), stock_processor(answering_name)
+@pytest.mark.parametrize("name", NAMES)
+def test_kept_answers_are_those_of_the_stock_model(name):
+    model, processor = stock_model(name), stock_processor(name)
     samples = samples_of(3)
     chat = {"chat_options": {"add_generation_prompt": True}}
     expected = []
@@ -68,7 +59,7 @@ def test_kept_answers_are_those_of_the_stock_model(answering_name):
         output = model.generate(**inputs, do_sample=False, max_new_tokens=3, **options)
         new = output.sequences[0, inputs["input_ids"].shape[1] :]
         expected.append((new, torch.stack(output.logits, 1)[0].log_softmax(-1)))
-    model, processor = converted(answering_name)
+    model, processor = converted(name)
     for answer, (ids, log_probs) in zip(
         answers_of(model, processor, samples), expected, strict=True
     ):
@@ -80,11 +71,10 @@ def test_kept_answers_are_those_of_the_stock_model(answering_name):
     assert set(inputs["num_image_tokens"]) == {4}
 
 
-def test_stock_tokens_diverge_from_no_answer(answering_name, monkeypatch):
+@pytest.mark.parametrize("name", NAMES)
+def test_stock_tokens_diverge_from_no_answer(name, monkeypatch):
     """The prompts, positions and steps that are compared are those of the stock model's answers."""
-    if answering_name in NO_SQUARES:
-        pytest.skip("its stock tokens are no square")
-    model, processor = converted(answering_name)
+    model, processor = converted(name)
     base, samples = model.base_model, samples_of(3)
     answers = answers_of(model, processor, samples)
     # Of different lengths, so that both sides are padded.

@@ -353,7 +353,7 @@ class ConvertedProcessor(Variant):
         stock = super().__call__
         with _running(call):
             outputs = dict(stock(text=prompts, **arguments))
-        inputs = {name: value for name, value in outputs.items() if name in _TEXT_OUTPUTS}
+        inputs = {name: value for name, value in outputs.items() if _is_of_text(name)}
         if not tiles:
             return BatchFeature(inputs)
         kept = _placeholders(inputs["input_ids"], image_token_id(self))

@@ -60,9 +60,7 @@ def _unmerged(base: Any) -> Unmerged:
 
 
 def _merged_tokens(base: Any, pixel_values: Any, image_grid_thw: Any, **_: Any) -> torch.Tensor:
-    return vision_encoder(base)(
-        pixel_values.to(base.dtype), grid_thw=image_grid_thw
-    ).pooler_output
+    return vision_encoder(base)(pixel_values.to(base.dtype), grid_thw=image_grid_thw).pooler_output
 
 
 def _identity(base: Any) -> nn.Identity:
@@ -149,7 +147,9 @@ def _blocks(
     return _raster(cells, _cells(image_grid_thw, merge), merge)
 
 
-@register_family("kimi_k25", projector="mm_projector", patch_merge="vision_config.merge_kernel_size")
+@register_family(
+    "kimi_k25", projector="mm_projector", patch_merge="vision_config.merge_kernel_size"
+)
 def _kimi(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
 ) -> PatchGrids:

@@ -182,5 +182,3 @@ def _idefics3(
         options["patch_attention_mask"] = seen.any(-1)
     features = base.vision_model(pixel_values=tiles[real].to(base.dtype), **options)
     return square_grids(features.last_hidden_state)
-
-
