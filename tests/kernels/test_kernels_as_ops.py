@@ -18,6 +18,7 @@ from tests.kernels.common import (
     gated_of,
     parameters_of,
     run,
+    sampled,
 )
 from tokenflex_kernels import plan_pooling, pool_norm, project_tokens, swiglu
 from tokenflex_kernels.backend import select_backend
@@ -46,9 +47,10 @@ def rows(device):
 class TestOpcheck:
     """Schema, fake, autograd registration and AOT dispatch, as PyTorch checks them."""
 
-    @pytest.mark.parametrize("requires_grad", [False, True])
-    @pytest.mark.parametrize("parameters", [0, 1, 2])
-    @pytest.mark.parametrize("mode", ["adaptive", "resize"])
+    @pytest.mark.parametrize(
+        ("parameters", "requires_grad", "mode"),
+        sampled(6, [0, 1, 2], [False, True], ["adaptive", "resize"]),
+    )
     def test_pool_norm(self, rows, requires_grad, parameters, mode):
         norm = [rows(WIDTH, requires_grad=requires_grad) for _ in range(parameters)]
         norm += [None] * (2 - parameters)
@@ -83,16 +85,23 @@ class TestOpcheck:
         arguments = (x, *parameters.values(), *POOLED, "adaptive", 1e-5, "preactivation")
         torch.library.opcheck(OPS.project_tokens.default, arguments)
 
-    @pytest.mark.parametrize("save", [False, True])
-    @pytest.mark.parametrize("parameters", [0, 1, 2])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("parameters", "save", "dtype"),
+        sampled(6, [0, 1, 2], [False, True], [torch.float32, torch.bfloat16]),
+    )
     def test_pool_norm_forward(self, rows, save, parameters, dtype):
         norm = [rows(WIDTH) for _ in range(parameters)] + [None] * (2 - parameters)
         arguments = (rows(PATCHES, WIDTH), *norm, *POOLED, "adaptive", 1e-5, dtype, save)
         torch.library.opcheck(OPS.pool_norm_forward.default, arguments)
 
-    @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+    @pytest.mark.parametrize(
+        ("dtype", "wanted"),
+        sampled(
+            6,
+            [None, torch.float32, torch.bfloat16],
+            [(True, True), (True, False), (False, True)],
+        ),
+    )
     def test_pool_norm_backward(self, rows, dtype, wanted):
         saved = rows(CELLS, WIDTH), rows(CELLS, WIDTH), rows(CELLS).abs(), rows(WIDTH)
         torch.library.opcheck(
