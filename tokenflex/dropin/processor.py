@@ -331,7 +331,9 @@ class ConvertedProcessor(Variant):
             )
         prompts, shown = read_prompts(text, self.image_prompt, len(tiles))
         order = [*range(len(tiles))] if shown is None else shown
-        call = _Call(_grids_of_call(self._tokenflex, num_image_tokens, tiles), tiles)
+        per_prompt = [prompt.count(self.image_prompt) for prompt in prompts]
+        drawn_together: Any = tiles if shown is not None else _nested(tiles, per_prompt)
+        call = _Call(_grids_of_call(self._tokenflex, num_image_tokens, drawn_together), tiles)
         _check_entries(call, len(tiles))
         call.replayed = [self._text_of(call, image) for image in order]
         call.replayed_tiles = [int(tiles[image]) for image in order]
@@ -341,7 +343,6 @@ class ConvertedProcessor(Variant):
         arguments = {"padding": True, "padding_side": side, "return_tensors": "pt", **options}
         if tiles:
             blank = Image.new("RGB", (8, 8))
-            per_prompt = [prompt.count(self.image_prompt) for prompt in prompts]
             pictures = [blank] * len(order)
             flat = self._tokenflex_family.flat_images
             arguments["images"] = pictures if flat else _nested(pictures, per_prompt)
