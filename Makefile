@@ -80,7 +80,7 @@ TORCHVISION := .venv-torchvision
 test-torchvision: $(TORCHVISION)/.ready
 	PYTHONPATH=$(TORCHVISION) $(BIN)/python -m pytest -m 'not slow and not gpu' \
 	  $(addprefix tests/models/test_,processing.py tiling.py ristretto.py vision.py) tests/data \
-	  $(addprefix tests/dropin/test_,processor.py families.py fitting.py replace.py)
+	  $(addprefix tests/dropin/test_,front.py processor.py families.py fitting.py replace.py)
 
 $(TORCHVISION)/.ready: .venv/.ready constraints/torchvision.txt
 	rm -rf $(TORCHVISION)
