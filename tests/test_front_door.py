@@ -191,6 +191,17 @@ def test_counts_are_chosen_without_a_router(converted, pictures, options):
         assert answer.read_vision_tokens in (32, 32 + 128)
 
 
+def test_prompts_are_answered_as_alone_whatever_side_the_tokenizer_pads(converted, pictures):
+    model, processor = load_model(converted)
+    processor.tokenizer.init_kwargs["padding_side"] = processor.tokenizer.padding_side = "right"
+    images = [Image.open(pictures / "0.png")]
+    prompts = ["<image> which colour is this where", "<image> left"]
+    together = [*answer_at_counts(model, processor, images, prompts, [4], max_new_tokens=4)]
+    for prompt, answer in zip(prompts, together, strict=True):
+        (alone,) = answer_at_counts(model, processor, images, [prompt], [4], max_new_tokens=4)
+        assert answer.text == alone.text
+
+
 def test_evaluate_and_route_and_what_they_write(command, converted, data, tmp_path):  # noqa: F811
     code, out, errors = command(
         *("evaluate", converted, "--data", data, "--counts", "4,16"),

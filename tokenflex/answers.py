@@ -131,6 +131,7 @@ def answer_at_counts(
             [prompts],
             tiles,
             num_image_tokens=AUTO if isinstance(count, str) else count,
+            padding_side="left",  # some tokenizers are saved for training
             add_special_tokens=processor.adds_special_tokens(prompts[0]),
         ).to(model.device)
         inputs = {**read, "encoded_images": encoded}

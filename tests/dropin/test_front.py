@@ -6,13 +6,19 @@ and ``generate``, which callers use without knowing the kind of model.
 
 from __future__ import annotations
 
+import json
+from itertools import groupby
+
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from tests.dropin.processors import image_text, picture, stock_processor
 from tests.dropin.test_model import TOLERANCE, logits
 from tests.dropin.tiny import stock_model
-from tokenflex import replace_projector
+from tokenflex import TokenCounts, replace_projector
+from tokenflex.data.samples import Conversation, Turn
+from tokenflex.evaluation.encoding import QuestionEncoder
 from tokenflex.models.vision import on_device
 
 GREEDY = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
@@ -119,3 +125,73 @@ def test_prompts_that_share_their_images_answer_as_each_alone(name):
         assert torch.equal(together[row], new)
         difference = all_logits[row, -alone["input_ids"].shape[1] :] - logits(model, alone)[0]
         assert float(difference.abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("start", ["", "<s>"])
+def test_a_rendered_chat_has_the_special_tokens_of_the_stock_processor(start):
+    processor = stock_processor("llava")
+    tokenizer = processor.tokenizer
+    bos = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = bos
+    processor.chat_template = f"{start} {processor.chat_template}"[not start :]
+    replace_projector(stock_model("llava"), processor, num_image_tokens=4)
+    parts = [{"type": "image", "image": picture(1)}, {"type": "text", "text": "what is"}]
+    chat = [{"role": "user", "content": parts}]
+    expected = processor.apply_chat_template(
+        chat, tokenize=True, return_dict=True, return_tensors="pt"
+    )["input_ids"]
+    assert int((expected == tokenizer.bos_token_id).sum()) == 1
+    prompt = processor.apply_chat_template(chat)
+    _, tiles = processor.process_images([picture(1)])
+    adds = processor.adds_special_tokens(prompt)
+    read = processor.encode_text(prompt, tiles, add_special_tokens=adds)["input_ids"]
+    assert torch.equal(read, expected)
+    ids = QuestionEncoder(processor).prompt_ids(
+        Conversation((Turn("user", "what is"),), "kind"), tiles
+    )
+    assert ids.tolist() == [i for i, _ in groupby(expected[0].tolist())]
+
+
+def test_draws_of_a_processor_are_one_for_each_prompt():
+    processor = stock_processor("llava")
+    replace_projector(stock_model("llava"), processor, num_image_tokens=4)
+    processor.num_image_tokens = TokenCounts((4, 9, 16), (1, 1, 1))
+    assert processor.image_token_counts == processor.num_image_tokens
+    _, tiles = processor.process_images([picture(seed) for seed in range(40)])
+    inputs = processor.encode_text(["<image> a <image>"] * 20, tiles)
+    drawn = inputs["num_image_tokens"]
+    assert drawn[::2] == drawn[1::2]
+    assert {*drawn} == {4, 9, 16}
+
+
+def test_a_stock_processor_with_a_number_of_that_name_keeps_it(tmp_path):
+    processor = stock_processor("janus")
+    replace_projector(stock_model("janus"), processor, num_image_tokens=4)
+    assert processor.num_image_tokens == 4
+    assert processor(images=picture(1), text="<image_placeholder>")["num_image_tokens"] == [4]
+    processor.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "processor_config.json").read_text())["num_image_tokens"] == 64
+
+
+def test_what_does_not_fit_together_is_refused():
+    model, processor = pair("llava")
+    data, tiles = processor.process_images([picture(1)])
+    encoded = model.encode_images(**data)
+    inputs = processor.encode_text("what <image>", tiles, num_image_tokens=4)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="give the images as one of pixel_values"):
+            call(**inputs, **data, encoded_images=encoded)
+        with pytest.raises(ValueError, match="give the images with it"):
+            call(**inputs, image_index=[0])
+    with pytest.raises(ValueError, match="must name each of the 1 images"):
+        model(**inputs, encoded_images=encoded, image_index=[1])
+    with pytest.raises(TypeError, match="image_sises is no image input of llava, which takes"):
+        model.encode_images(data["pixel_values"], image_sises=[(1, 2)])
+    with pytest.raises(ValueError, match="grids are for TokenFLEX models"):
+        model.encode_images(data["pixel_values"], (8, 8))
+    with pytest.raises(ValueError, match="'auto' is for generate"):
+        model(**processor(images=picture(1), text="<image>", num_image_tokens="auto", **BATCH))
+    with pytest.raises(TypeError, match="what process_images returned"):
+        processor.encode_text("what <image>", [1], num_image_tokens=4)
+    with pytest.raises(ValueError, match="max_tiles is for TokenFLEX models, got 2"):
+        processor.process_images([picture(1)], max_tiles=2)

@@ -26,8 +26,16 @@ def add_to(commands: CommandLine) -> None:
         "tokenflex evaluate runs/demo/checkpoint --data digits --counts 4,9,2x6,16",
         extra="train",
     )
-    evaluate.add_argument("model", type=Path, nargs="?", metavar="MODEL", help="checkpoint folder")
-    evaluate.add_argument("--model", type=Path, dest="model_option", help="checkpoint folder")
+    evaluate.add_argument(
+        "model",
+        type=Path,
+        nargs="?",
+        metavar="MODEL",
+        help="folder of a checkpoint or a conversion",
+    )
+    evaluate.add_argument(
+        "--model", type=Path, dest="model_option", help="folder of a checkpoint or a conversion"
+    )
     evaluate.add_argument(
         "--data",
         required=True,

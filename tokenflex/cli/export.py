@@ -21,7 +21,9 @@ def add_to(commands: CommandLine) -> None:
         "tokenflex export runs/demo/checkpoint --to onnx --counts 4,9,16 --output runs/demo/onnx",
         extra="export",
     )
-    export.add_argument("model", type=Path, metavar="MODEL", help="checkpoint folder")
+    export.add_argument(
+        "model", type=Path, metavar="MODEL", help="folder of a checkpoint or a conversion"
+    )
     export.add_argument(
         "--to",
         required=True,

@@ -20,7 +20,9 @@ def add_to(commands: CommandLine) -> None:
         "tokenflex generate --model runs/demo/checkpoint --image examples/digits.png "
         "--prompt 'read r1c1' --tokens 4,9,16",
     )
-    generate.add_argument("--model", type=Path, required=True, help="checkpoint folder")
+    generate.add_argument(
+        "--model", type=Path, required=True, help="folder of a checkpoint or a conversion"
+    )
     generate.add_argument("--image", type=Path, action="append", default=[], help="may be repeated")
     generate.add_argument(
         "--video",

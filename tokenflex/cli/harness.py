@@ -25,7 +25,9 @@ def add_to(commands: CommandLine) -> None:
         "--output runs/mmstar",
     )
     harness.add_argument("harness", metavar="HARNESS", help="lmms-eval or vlmevalkit")
-    harness.add_argument("model", type=Path, metavar="MODEL", help="checkpoint folder")
+    harness.add_argument(
+        "model", type=Path, metavar="MODEL", help="folder of a checkpoint or a conversion"
+    )
     harness.add_argument("--benchmarks", required=True, help="the harness's names, with commas")
     harness.add_argument(
         "--counts", type=comma_separated, required=True, help="for example 64,144,12x16,auto"

@@ -24,7 +24,7 @@ def add_to(commands: CommandLine) -> None:
         extra="demo",
     )
     play.add_argument(
-        "model", type=Path, metavar="MODEL", help="folder of a checkpoint or a converted model"
+        "model", type=Path, metavar="MODEL", help="folder of a checkpoint or a conversion"
     )
     play.add_argument("--port", type=_port, default=7860, help="port of the page (%(default)s)")
     play.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")

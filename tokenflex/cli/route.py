@@ -29,7 +29,9 @@ def add_to(commands: CommandLine) -> None:
         "tokenflex route --model runs/demo/checkpoint --data digits --counts 4,9,16",
         extra="train",
     )
-    route.add_argument("--model", type=Path, required=True, help="checkpoint folder")
+    route.add_argument(
+        "--model", type=Path, required=True, help="folder of a checkpoint or a conversion"
+    )
     route.add_argument(
         "--data",
         required=True,

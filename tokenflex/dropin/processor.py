@@ -9,28 +9,30 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData, TextKwargs
 from transformers.utils.chat_template_utils import _get_template_variables
 
 from tokenflex.counts import (
-    AUTO,
     Grid,
     ImageTokenCounts,
     TokenCount,
     TokenCounts,
-    is_one_count,
     token_grid,
     token_grids,
-    tokens_of,
+)
+from tokenflex.dropin.calls import (
+    CALL,
+    Call,
+    ProcessorState,
+    check_all_there,
+    check_entries,
+    grids_of_call,
+    image_token_id,
+    running,
 )
 from tokenflex.dropin.families import family_of
 from tokenflex.dropin.inputs import (
@@ -40,67 +42,17 @@ from tokenflex.dropin.inputs import (
     read_conversation,
     without_layout,
 )
+from tokenflex.dropin.prepared import PreparedImages
 from tokenflex.dropin.sampling import CountStream
 from tokenflex.dropin.variants import Variant, change_class, restore_class
-from tokenflex.files import excerpt
-from tokenflex.models.call_options import known_options
 from tokenflex.models.conversations import (
     check_tokenized,
     split_chat_options,
     template_source,
 )
-from tokenflex.models.image_inputs import name_images
-from tokenflex.models.prompt_texts import read_prompts, tiles_of_images
-from tokenflex.prompts import ImageTiles, runs_of
+from tokenflex.prompts import ImageTiles
 
 _TEXT_OPTIONS = {"text_kwargs", *TextKwargs.__annotations__}  # without effect on vision tokens
-_TEXT_OUTPUTS = {
-    *("input_ids", "attention_mask"),
-    *("special_tokens_mask", "offset_mapping", "length", "overflowing_tokens", "labels"),
-    *("text_replacement_offsets", "num_image_tokens"),
-}
-"""Outputs of a processor that are not of its images."""
-
-
-@dataclass
-class _State:
-    """State of a converted processor: its placeholder, and the counts of calls without counts."""
-
-    image_token: str
-    counts: TokenCount | CountStream
-
-
-@dataclass
-class _Call:
-    """A running call.
-
-    Attributes:
-        grids: The grid of all images or of each; None for one placeholder per run.
-        tiles: Of each image that has been replaced by its text so far.
-        replayed: The texts of images that were processed before, as the prompts show them.
-        replayed_tiles: Their numbers of tiles.
-    """
-
-    grids: Grid | list[Grid] | None
-    tiles: list[ImageTiles] = field(default_factory=list)
-    replayed: list[str] | None = None
-    replayed_tiles: list[int] = field(default_factory=list)
-
-    def grid(self, image: int) -> Grid:
-        assert self.grids is not None
-        return self.grids[image] if isinstance(self.grids, list) else self.grids
-
-    def tile_counts(self) -> list[TokenCount]:
-        """Return the count of each tile."""
-        return [
-            _as_count(self.grid(image))
-            for image, tiles in enumerate(self.tiles)
-            for _ in range(tiles)
-        ]
-
-
-# Of this thread or task alone: one processor may serve several at a time.
-_CALL: ContextVar[_Call | None] = ContextVar("_CALL", default=None)
 
 
 def convert_processor(processor: Any, config: Any, num_image_tokens: TokenCount) -> None:
@@ -119,7 +71,7 @@ def convert_processor(processor: Any, config: Any, num_image_tokens: TokenCount)
         )
     if not isinstance(processor, Variant):
         change_class(processor, family_of(config), ConvertedProcessor, _TokenNumbers)
-    processor._tokenflex = _State(token, num_image_tokens)
+    processor._tokenflex = ProcessorState(token, num_image_tokens)
 
 
 def restore_processor(processor: Any) -> None:
@@ -138,10 +90,8 @@ def check_default_count(count: Any, *, name: str) -> None:
     token_grid(count, name=name)
 
 
-class ConvertedProcessor(Variant):
+class ConvertedProcessor(PreparedImages):
     """Changes of a processor's class, whose calls then take ``num_image_tokens``."""
-
-    _tokenflex: _State
 
     @property
     def image_token_counts(self) -> TokenCount | TokenCounts:
@@ -163,7 +113,7 @@ class ConvertedProcessor(Variant):
 
         Some stock processors have a number by this name, which their own code still sees.
         """
-        if _CALL.get() is not None and "num_image_tokens" in self.__dict__:
+        if CALL.get() is not None and "num_image_tokens" in self.__dict__:
             stock: TokenCount = self.__dict__["num_image_tokens"]
             return stock
         return self.image_token_counts
@@ -171,21 +121,6 @@ class ConvertedProcessor(Variant):
     @num_image_tokens.setter
     def num_image_tokens(self, counts: TokenCount | TokenCounts) -> None:
         self.image_token_counts = counts
-
-    @property
-    def image_prompt(self) -> str:
-        """The text that stands for an image in a prompt."""
-        text: str | None = getattr(self, "image_token", None)
-        return text or self._tokenflex.image_token
-
-    def adds_special_tokens(self, prompt: str) -> bool:
-        """Return whether the tokenizer adds special tokens to the text of a conversation.
-
-        It does, as in ``apply_chat_template`` of transformers, unless the chat template has written
-        the first one.
-        """
-        first = self.tokenizer.bos_token
-        return first is None or not prompt.startswith(first)
 
     def __call__(
         self, *args: Any, num_image_tokens: ImageTokenCounts | str | None = None, **kwargs: Any
@@ -217,174 +152,14 @@ class ConvertedProcessor(Variant):
                 "token-adaptive projector: its pages share one run of placeholders; give one image "
                 "per prompt"
             )
-        call = _Call(_grids_of_call(self._tokenflex, num_image_tokens, images))
-        with _running(call):
+        call = Call(grids_of_call(self._tokenflex, num_image_tokens, images))
+        with running(call):
             inputs = stock(**arguments)
-        _check_entries(call, len(call.tiles))
+        check_entries(call, len(call.tiles))
         if call.tiles:
             inputs |= self._counts_of(call)
-            _check_all_there(inputs, image_token_id(self))
+            check_all_there(inputs, image_token_id(self))
         return inputs
-
-    def _counts_of(self, call: _Call) -> dict[str, Any]:
-        """Return the model's inputs that tell the count of each tile."""
-        if call.grids is None:
-            return {"num_image_tokens": AUTO, "tiles_per_image": call.tiles}
-        # Host ints from here to the kernels: a tensor would be read back from the device.
-        return {"num_image_tokens": call.tile_counts()}
-
-    def _shared(self, counts: Any, arguments: dict[str, Any]) -> BatchFeature:
-        """Return the inputs of prompts in inner lists, whose images are processed once."""
-        images, text = arguments.pop("images", None), arguments.pop("text")
-        groups = known_options(self)
-        of_images = groups["images_kwargs"] - groups["text_kwargs"]
-        options = {name: value for name, value in arguments.items() if value is not None}
-        for_images = {
-            name: options.pop(name)
-            for name in [*options]
-            if name in of_images or name == "images_kwargs"
-        }
-        data: dict[str, Any] = {}
-        tiles: list[int] = []
-        if images is not None:
-            data, tiles = self.process_images(images, **for_images)
-        inputs = self.encode_text(text, tiles, num_image_tokens=counts, **options)
-        return BatchFeature({**inputs, **data})
-
-    def process_images(
-        self,
-        images: Sequence[Any],
-        max_tiles: int | Sequence[int | None] | None = None,
-        **options: Any,
-    ) -> tuple[dict[str, Any], list[int]]:
-        """Return the image inputs of the model, and the number of tiles of each image.
-
-        See :meth:`tokenflex.TokenFlexProcessor.process_images`. Families may treat images that
-        share a prompt otherwise than one alone: give these in inner lists.
-
-        Args:
-            images: Images, or a list per prompt.
-            max_tiles: For TokenFLEX models; None, for all images or each.
-            **options: For the image processor; ``return_tensors`` is "pt" by default.
-
-        Returns:
-            A dict for :meth:`ConvertedModel.encode_images`; and for each image its tiles, which
-            also hold its text for :meth:`encode_text`.
-
-        Raises:
-            ValueError: ``max_tiles`` is given, or images cannot be processed.
-        """
-        family = self._tokenflex_family
-        limits = max_tiles if isinstance(max_tiles, Sequence) else [max_tiles]
-        if any(limit is not None for limit in limits):
-            raise ValueError(
-                f"max_tiles is for TokenFLEX models, got {max_tiles} for a converted "
-                f"{family.model_type}: its image processor has options of its own"
-            )
-        named, per_prompt = name_images(list(images))
-        if not named:
-            return {}, []
-        if family.flat_images or per_prompt is None:
-            per_prompt = [1] * len(named)
-        rest = iter(named)
-        groups: Any = [[next(rest) for _ in range(number)] for number in per_prompt if number]
-        text = [self.image_prompt * len(group) for group in groups]
-        stock = super().__call__
-        arguments = without_layout({"return_tensors": "pt", **options})
-        read = images_of_call(self, [image for group in groups for image in group], options)
-        pictures = _nested(read, [1] * len(read) if family.flat_images else [*map(len, groups)])
-        arguments["images"] = read if family.flat_images else pictures
-        call = _Call(None)
-        with _running(call):
-            outputs = stock(text=text, padding=True, **arguments)
-        data = {name: value for name, value in outputs.items() if not _is_of_text(name)}
-        return data, [*call.tiles]
-
-    def encode_text(
-        self,
-        text: str | Sequence[str] | Sequence[Sequence[str]],
-        tiles_per_image: Sequence[int],
-        *,
-        num_image_tokens: ImageTokenCounts | str | None = None,
-        **options: Any,
-    ) -> BatchFeature:
-        """Return model inputs for prompts about images that are processed already.
-
-        See :meth:`tokenflex.TokenFlexProcessor.encode_text`.
-
-        Args:
-            text: As for a call.
-            tiles_per_image: The tiles of each image, as :meth:`process_images` returns them.
-            num_image_tokens: As for a call.
-            **options: For the tokenizer. By default the batch is padded to its longest prompt, on
-                the left unless the tokenizer was saved with a side, and tensors are returned.
-
-        Returns:
-            What a call returns, without image inputs.
-
-        Raises:
-            TypeError: ``tiles_per_image`` are plain ints, which do not tell the images' texts.
-            ValueError: Texts, images and counts do not fit together.
-        """
-        check_option_names(self, options, inspect.signature(super().__call__).parameters)
-        tiles = [number for number in tiles_per_image if isinstance(number, ImageTiles)]
-        if len(tiles) < len(tiles_per_image):
-            raise TypeError(
-                "tiles_per_image must be what process_images returned, got plain numbers: "
-                f"{excerpt([*tiles_per_image])}"
-            )
-        read = read_prompts(text, self.image_prompt, len(tiles))
-        prompts, shown = read.texts, read.image_index
-        order = [*range(len(tiles))] if shown is None else shown
-        call = _Call(_grids_of_call(self._tokenflex, num_image_tokens, tiles), tiles)
-        _check_entries(call, len(tiles))
-        call.replayed = [self._text_of(call, image) for image in order]
-        call.replayed_tiles = [int(tiles[image]) for image in order]
-        side = self.tokenizer.padding_side
-        if "padding_side" not in self.tokenizer.init_kwargs:
-            side = "left"
-        arguments = {"padding": True, "padding_side": side, "return_tensors": "pt", **options}
-        if tiles:
-            blank = Image.new("RGB", (8, 8))
-            per_prompt = [prompt.count(self.image_prompt) for prompt in prompts]
-            pictures = [blank] * len(order)
-            flat = self._tokenflex_family.flat_images
-            arguments["images"] = pictures if flat else _nested(pictures, per_prompt)
-        stock = super().__call__
-        with _running(call):
-            outputs = dict(stock(text=prompts, **arguments))
-        inputs = {name: value for name, value in outputs.items() if _is_of_text(name)}
-        if not tiles:
-            return BatchFeature(inputs)
-        kept = _placeholders(inputs["input_ids"], image_token_id(self))
-        expected = sum(text.count(self._tokenflex.image_token) for text in call.replayed)
-        if kept != expected:
-            raise ValueError(
-                f"truncation must not cut vision tokens: {kept} of {expected} are left"
-            )
-        inputs |= self._counts_of(call)
-        if shown is not None:
-            inputs["image_index"] = tiles_of_images(shown, tiles)
-            if call.grids is None:
-                inputs["tiles_per_image"] = [tiles[image] for image in shown]
-        return BatchFeature(inputs)
-
-    def _text_of(self, call: _Call, image: int) -> str:
-        """Return the text of an image at the call's count."""
-        tiles, token = call.tiles[image], self._tokenflex.image_token
-        if call.grids is None:
-            return tiles.text
-        height, width = call.grid(image)
-        return tiles.text.replace(token, token * (height * width * (tiles // tiles.runs)))
-
-    def _process_images(self, images: Any, *args: Any, **kwargs: Any) -> Any:
-        """Process the images of the running call, unless they were processed before it."""
-        call = _CALL.get()
-        if call is None or call.replayed is None:
-            return super()._process_images(images, *args, **kwargs)
-        # Some families cut the pixels of all images by their numbers of patches.
-        tiles = call.replayed_tiles
-        return {"pixel_values": torch.zeros(sum(tiles), 1), "num_patches": tiles}, call.replayed
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the prompt of a conversation, or model inputs with ``tokenize=True``.
@@ -432,7 +207,7 @@ class ConvertedProcessor(Variant):
                 f"image {image_idx} has {tiles} tiles, but {runs} runs of placeholders in "
                 f"{stock_text!r}"
             )
-        call = _CALL.get()
+        call = CALL.get()
         if call is None:
             raise ValueError("replace_image_token is part of a call of the processor")
         if isinstance(call.grids, list) and image_idx >= len(call.grids):
@@ -464,7 +239,7 @@ class _TokenNumbers(Variant):
         arguments = arguments_by_name(stock, (image_sizes, *args), options)
         if arguments.get("video_sizes") is not None:
             raise self._tokenflex_family.videos_refused()
-        with _running(_Call(None)):
+        with running(Call(None)):
             data: MultiModalData = stock(**arguments)
         if image_sizes is None:
             return data
@@ -484,12 +259,6 @@ class _TokenNumbers(Variant):
         return data
 
 
-def image_token_id(processor: Any) -> int:
-    """Return the id of a converted processor's placeholder."""
-    token: int = processor.tokenizer.convert_tokens_to_ids(processor._tokenflex.image_token)
-    return token
-
-
 def _tokens_of_blank(
     processor: Any, size: tuple[int, int], grid: Grid, options: dict[str, Any]
 ) -> int:
@@ -501,75 +270,3 @@ def _tokens_of_blank(
     blank = Image.new("RGB", (width, height))
     inputs = processor(images=blank, text=text, num_image_tokens=grid, **options)
     return len(inputs["num_image_tokens"]) * grid[0] * grid[1]
-
-
-def _as_count(grid: Grid) -> TokenCount:
-    height, width = grid
-    return height * width if height == width else grid
-
-
-def _nested(images: Sequence[Any], per_prompt: Sequence[int]) -> list[list[Any]]:
-    """Return images as a list per prompt."""
-    rest = iter(images)
-    return [[next(rest) for _ in range(number)] for number in per_prompt]
-
-
-@contextmanager
-def _running(call: _Call) -> Iterator[None]:
-    """Make a call the running one within a ``with`` block."""
-    outer = _CALL.set(call)
-    try:
-        yield
-    finally:
-        _CALL.reset(outer)
-
-
-def _check_entries(call: _Call, images: int) -> None:
-    if isinstance(call.grids, list) and len(call.grids) != images:
-        raise ValueError(
-            f"num_image_tokens must have one entry per image: got {len(call.grids)} entries "
-            f"for {images} images"
-        )
-
-
-def _grids_of_call(state: _State, counts: Any, images: Any) -> Grid | list[Grid] | None:
-    """Return the grid of all images of a call, or of each; None where they are chosen later."""
-    if isinstance(counts, str) and counts == AUTO:
-        return None
-    if counts is None and isinstance(state.counts, CountStream):
-        # One draw per prompt, for all of its images; per image where they come as one list.
-        prompts = (
-            images if isinstance(images, (list, tuple)) else [] if images is None else [images]
-        )
-        sizes = [len(prompt) if isinstance(prompt, (list, tuple)) else 1 for prompt in prompts]
-        return [grid for size in sizes for grid in [token_grid(state.counts.next())] * size]
-    counts = state.counts if counts is None else counts
-    if is_one_count(counts):
-        return token_grid(counts, name="num_image_tokens")
-    has_length = getattr(counts, "ndim", 1) and hasattr(counts, "__len__")  # not a 0-d array
-    return token_grids(counts, len(counts) if has_length else 0, name="num_image_tokens")
-
-
-def _placeholders(ids: Any, placeholder: int) -> int:
-    """Return the number of placeholders among ids, a tensor or lists."""
-    if isinstance(ids, torch.Tensor):
-        return int((ids == placeholder).sum())
-    return sum(list(row).count(placeholder) for row in ids)
-
-
-def _check_all_there(inputs: BatchFeature, placeholder: int) -> None:
-    if "input_ids" not in inputs:
-        return
-    counts = inputs["num_image_tokens"]
-    if counts == AUTO:
-        expected = sum(map(runs_of, inputs["tiles_per_image"]))
-    else:
-        expected = sum(map(tokens_of, counts))
-    kept = _placeholders(inputs["input_ids"], placeholder)
-    if kept != expected:
-        raise ValueError(f"truncation must not cut vision tokens: {kept} of {expected} are left")
-
-
-def _is_of_text(name: str) -> bool:
-    """Return whether an output of a stock processor describes the prompts, not the images."""
-    return name in _TEXT_OUTPUTS or name.endswith("token_type_ids")
