@@ -16,7 +16,7 @@ from tokenflex.dropin.mrope import rope_positions
 from tokenflex.dropin.variants import is_converted, unwrapped
 from tokenflex.models.generation import cache_of
 
-_PER_TOKEN = ("input_ids", "labels", "mm_token_type_ids")
+_PER_TOKEN = ("input_ids", "labels", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 
 def pack_inputs(model: Any, inputs: Any) -> dict[str, Any]:

@@ -75,8 +75,6 @@ def _lfm2_vl(
     ]
 
 
-
-
 def _tokens_of_images(base: Any, **inputs: Any) -> torch.Tensor:
     return torch.cat(base.get_image_features(**inputs).pooler_output)
 
@@ -154,7 +152,9 @@ def _aria(
     vision_feature_layer: int | None = None,
     **_: Any,
 ) -> PatchGrids:
-    layer = base.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+    layer = (
+        base.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+    )
     if pixel_mask is None:
         pixel_mask = torch.ones_like(pixel_values[:, 0])
     seen = seen_patches(pixel_mask, base.config.vision_config.patch_size).any(-1)
