@@ -12,42 +12,29 @@ from types import SimpleNamespace
 
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from tests.dropin.configs import CONFIGS, model_type
+from tests.dropin.configs import model_type
 from tests.dropin.processors import NEED_TORCHVISION, PROCESSORS
+from tests.dropin.report import with_tables
 from tokenflex.dropin import supported_families
 from tokenflex.dropin.families import family_of
 from tokenflex.dropin.unsupported import reason
 
 PAGE = Path(__file__).parents[2] / "docs/families.md"
 
-_HEAD = """# All image-text types of transformers
-
-Every model type that `AutoModelForImageTextToText` of transformers {version} knows: {supported} are supported by
-[`replace_projector`](dropin.md), {unsupported} are not, for the reason given. `python -m tests.dropin.all_types` writes this page.
-
-Supported means: a tiny model of the type passes the tests of [the table of families](dropin.md#supported-families). Each image of
-a batch is as if alone at its own count, in logits, greedy search and beams; all weights of the projector get gradients; the stock
-model gives the same logits for precomputed tokens; saving, loading, restoring and LoRA work. *Processor* tells whether the type's own
-processor is part of the tests: not where its image processor cannot be built from a few lines. *Refused* is what raises an error, with
-its reason.
-
-| model type | supported | processor | refused |
-|---|---|---|---|
-"""
-
 
 def page() -> str:
-    """Return the page for the installed transformers."""
+    """Return the page with the table of the installed transformers."""
     types = sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
     supported = [name for name in types if name in supported_families()]
-    rows = [_row_of(name) if name in supported else _reason_row(name) for name in types]
-    head = _HEAD.format(
-        version=transformers.__version__,
-        supported=len(supported),
-        unsupported=len(types) - len(supported),
+    numbers = (
+        f"transformers {transformers.__version__}: {len(types)} types, {len(supported)} supported."
     )
-    return head + "\n".join(rows) + "\n"
+    table = ["| model type | supported | processor | refused |", "|---|---|---|---|"]
+    table += [_row_of(name) if name in supported else _reason_row(name) for name in types]
+    text = PAGE.read_text(encoding="utf-8")
+    return with_tables(text, {"types": "\n".join([numbers, "", *table])})
 
 
 def _row_of(name: str) -> str:
@@ -66,10 +53,20 @@ def _reason_row(name: str) -> str:
 
 
 def _processor(name: str) -> str:
-    names = [config for config in CONFIGS if model_type(config) == name and config in PROCESSORS]
-    if not names:
-        return "no"
-    return "beside torchvision" if set(names) <= {*NEED_TORCHVISION} else "yes"
+    if name in _TESTED:
+        names = {config for config in PROCESSORS if model_type(config) == name}
+        return "beside torchvision" if names <= {*NEED_TORCHVISION} else "its own"
+    same = [tested for tested in _TESTED if _class(tested) == _class(name)]
+    return f"as {same[0]}" if same and _class(name) else "not tested"
+
+
+def _class(name: str) -> str | None:
+    """Return the name of the processor's class of a model type."""
+    names = PROCESSOR_MAPPING_NAMES.get(name)
+    return names if names is None or isinstance(names, str) else names[0]
+
+
+_TESTED = sorted({model_type(name) for name in PROCESSORS})
 
 
 if __name__ == "__main__":

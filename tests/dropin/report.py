@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-from tests.dropin.processors import NEED_TORCHVISION
+from tests.dropin.processors import NEED_TORCHVISION, PROCESSORS
 from tests.dropin.tiny import MODELS
 
 ROOT = Path(__file__).parents[2]
@@ -78,8 +78,10 @@ class Outcomes:
 
     def _cell(self, name: str, column: str) -> str:
         outcomes = [o for test in COLUMNS[column] for o in self.results.get((test, name), [])]
+        if column == "processor" and name not in PROCESSORS:
+            return "not tested"
         if not outcomes:  # the test leaves out the families that refuse
-            return "refused" if column == "packing" and self._ran(column) else "not run"
+            return "refused" if column in ("packing", "fit") and self._ran(column) else "not run"
         if "failed" in outcomes:
             return "no"
         if "skipped" in outcomes:

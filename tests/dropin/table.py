@@ -21,7 +21,7 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
-from tests.dropin.configs import CONFIGS, GRIDS, model_type
+from tests.dropin.configs import CONFIGS, GRIDS
 from tests.dropin.configs.common import (  # noqa: F401  # the other files import them from here
     END,
     IMAGE,
@@ -376,9 +376,7 @@ BUILDERS |= {
         "glm46v", "Glm46VProcessor", _patches("Glm46V", frames=2), tokenizer(*_GLM_WORDS)
     ),
     "exaone4_5": lambda: _qwen("exaone4_5", "Exaone4_5_Processor"),
-    "hyperclovax_vision_v2": lambda: _qwen(
-        "hyperclovax_vision_v2", "HyperCLOVAXVisionV2Processor"
-    ),
+    "hyperclovax_vision_v2": lambda: _qwen("hyperclovax_vision_v2", "HyperCLOVAXVisionV2Processor"),
     "lfm3_vl": lambda: _qwen("lfm3_vl", "Lfm3VlProcessor"),
     "video_llama_3": lambda: _with_video_stand_in(
         "video_llama_3", "VideoLlama3Processor", _patches("VideoLlama3"), tokenizer(*_QWEN_WORDS)

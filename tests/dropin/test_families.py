@@ -7,8 +7,9 @@ import torch
 from transformers import SiglipImageProcessor
 from transformers.processing_utils import ProcessorMixin
 
+from tests.dropin.configs import model_type
 from tests.dropin.processors import picture
-from tests.dropin.table import IMAGE, model_type, tokenizer
+from tests.dropin.table import IMAGE, tokenizer
 from tests.dropin.test_model import logits
 from tests.dropin.tiny import MODELS, PROMPTS, batch, stock_model
 from tokenflex import register_family, replace_projector

@@ -16,7 +16,11 @@ REFUSED = {
     **dict.fromkeys(("gemma3", "paligemma"), "bidirectional"),
     **dict.fromkeys(MROPE, "M-RoPE"),
     "gemma4": "token ids",
-    **dict.fromkeys(("mistral3-mistral4", "muse_glimmer"), "no causal language model"),
+    "ovis2": "embedded by a table",
+    **dict.fromkeys(
+        ("glm5_next", "mistral3-mistral4", "mistral_large4", "muse_glimmer", "muse_spark"),
+        "no causal language model",
+    ),
 }
 
 
@@ -59,7 +63,9 @@ def test_the_plain_language_model_answers_as_the_converted_one(name):
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_a_language_side_that_is_no_plain_language_model_is_refused(name):
-    with pytest.raises(ValueError, match=f"language model of {model_type(name)} cannot.*{REFUSED[name]}"):
+    with pytest.raises(
+        ValueError, match=f"language model of {model_type(name)} cannot.*{REFUSED[name]}"
+    ):
         converted(name).merged_embeddings(**batch(name, PROMPTS))
 
 

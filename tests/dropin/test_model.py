@@ -117,11 +117,12 @@ def test_precomputed_tokens_in_the_stock_model_give_the_same_logits(name):
     given = BaseModelOutputWithPooling(pooler_output=family.merge(encoded.pooler_output))
     if hasattr(encoded, "deepstack_features"):
         given["deepstack_features"] = encoded.deepstack_features
+    if family.more_outputs is not None:
+        for field, value in family.more_outputs(model.base_model).items():
+            setattr(given, field, value)
     text = {key: value for key, value in inputs.items() if key not in images}
     if name in MROPE:
-        merge = model.config.vision_config.spatial_merge_size
-        sides = [int(count**0.5) * merge for count in inputs["num_image_tokens"]]
-        text["image_grid_thw"] = torch.tensor([[1, side, side] for side in sides])
+        text |= native_grids(model, inputs["num_image_tokens"])
     expected = logits(stock, {**text, "mm_encoder_outputs": {"image": given}})
     assert float((logits(model, inputs) - expected).abs().max()) < TOLERANCE
 
@@ -238,7 +239,7 @@ def test_default_count(name):
 
 def test_copies_and_pickles_are_converted_models(name):
     inputs = batch(name, PROMPTS)
-    twin = copy.deepcopy(pickle.loads(pickle.dumps(shared(name))))
+    twin = copy.deepcopy(pickle.loads(pickle.dumps(converted(name))))
     expected = logits(shared(name), inputs)
     assert torch.equal(logits(twin, inputs), expected)
     with torch.no_grad():
@@ -250,6 +251,14 @@ def test_copies_and_pickles_are_converted_models(name):
 # ---- M-RoPE positions
 
 
+def native_grids(model, counts) -> dict:
+    """Return the grids of images with as many cells, as the stock model takes them."""
+    cells = [(int(c**0.5),) * 2 if isinstance(c, int) else c for c in counts]
+    merge = model.config.vision_config.spatial_merge_size
+    grids = [[1, height * merge, width * merge] for height, width in cells]
+    return {"image_grid_thw": torch.tensor(grids)}
+
+
 @pytest.mark.parametrize("name", MROPE)
 @pytest.mark.parametrize("counts", [[9, 25, 16], [(2, 5), (3, 3), (6, 1)]], ids=["n", "h x w"])
 def test_positions_are_those_of_an_image_of_that_many_cells(name, counts):
@@ -258,12 +267,10 @@ def test_positions_are_those_of_an_image_of_that_many_cells(name, counts):
     inputs = batch(name, prompts)
     names = ("input_ids", "mm_token_type_ids", "attention_mask")
     text = {key: inputs[key] for key in names}
-    merge = model.config.vision_config.spatial_merge_size
-    cells = [(int(c**0.5),) * 2 if isinstance(c, int) else c for c in counts]
-    native = torch.tensor([[1, height * merge, width * merge] for height, width in cells])
-    expected, deltas = stock.model.get_rope_index(**text, image_grid_thw=native)
+    native = native_grids(model, counts)
+    expected, deltas = stock.model.get_rope_index(**text, **native)
     actual, actual_deltas = model.model.get_rope_index(
-        **text, image_grid_thw=inputs["image_grid_thw"], num_image_tokens=counts
+        **text, **{key: inputs[key] for key in native}, num_image_tokens=counts
     )
     assert torch.equal(actual, expected)
     assert torch.equal(actual_deltas, deltas)
@@ -283,8 +290,8 @@ def test_positions_are_those_of_an_image_of_that_many_cells(name, counts):
 def test_positions_without_counts_are_read_off_the_placeholders(name):
     model = shared(name)
     inputs = batch(name, PROMPTS)
-    names = ("input_ids", "mm_token_type_ids", "attention_mask", "image_grid_thw")
-    text = {key: inputs[key] for key in names}
+    names = ("input_ids", "mm_token_type_ids", "attention_mask")
+    text = {key: inputs[key] for key in (*names, *native_grids(model, [9]))}
     with_counts = model.model.get_rope_index(**text, num_image_tokens=[9, 25, 16])
     assert torch.equal(model.model.get_rope_index(**text)[0], with_counts[0])
     with pytest.raises(ValueError, match="9 placeholders for image 0"):
@@ -310,7 +317,7 @@ def test_a_second_turn_continues_the_first(name):
         **options,
     )
     images = {k: v for k, v in first.items() if k not in ("input_ids", "attention_mask")}
-    for key in ("mm_token_type_ids", "token_type_ids"):
+    for key in ("mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids"):
         if key in images:
             images[key] = torch.nn.functional.pad(
                 images[key], (0, ids.shape[1] - images[key].shape[1])
@@ -375,7 +382,11 @@ def test_the_callers_arguments_stay_as_they_are(name):
             **images, num_image_tokens=inputs["num_image_tokens"]
         )
     kept, tokens, holder = dict(inputs), list(encoded.pooler_output), {"image": encoded}
-    text = {k: v for k, v in inputs.items() if k not in images or k == "image_grid_thw"}
+    text = {
+        k: v
+        for k, v in inputs.items()
+        if k not in images or k in ("image_grid_thw", "target_sizes")
+    }
     assert torch.equal(logits(model, {**text, "mm_encoder_outputs": holder}), logits(model, inputs))
     assert holder["image"] is encoded
     assert all(a is b for a, b in zip(encoded.pooler_output, tokens, strict=True))

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.dropin.configs import MROPE
-from tests.dropin.table import IMAGE, START, model_type
+from tests.dropin.configs import MROPE, model_type
+from tests.dropin.table import IMAGE, START
 from tests.dropin.test_model import TOLERANCE, converted, logits, shared
 from tests.dropin.tiny import MODELS, PROMPTS, Prompt, batch, stock_model
 from tokenflex.dropin import model as converted_classes
@@ -18,6 +18,7 @@ SAMPLES = [*PROMPTS, Prompt([5, 6, 7], [], []), Prompt([8, START, IMAGE, 9], [4]
 REFUSED = [
     "gemma3",
     "gemma4",
+    "glm5_next",
     "lfm2_vl",
     "lfm3_vl",
     "minicpm_ocr",

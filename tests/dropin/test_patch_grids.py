@@ -35,7 +35,7 @@ WIDE, TALL = (4, 8), (6, 2)  # patches
 # Families whose encoder ends with cells of 2 x 2 patches.
 MERGED_BEFORE = (
     *("gemma4", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga"),
-    *("hyperclovax_vision_v2", "muse_glimmer"),
+    *("glm5_next", "hyperclovax_vision_v2", "muse_glimmer", "muse_spark"),
 )
 
 
@@ -98,6 +98,8 @@ def given_to_stock_projector(name: str, inputs: dict, **config) -> torch.Tensor:
         caught = [features.permute(0, 2, 3, 1) for features in caught]
     if name in ("internvl", "qianfan_ocr"):  # its patches stand side by side already
         caught = [unshuffled(cells) for cells in caught]
+    if name == "ovis2":  # the rows of its table are weighed by a head of the encoder
+        caught = [base.vision_tower(inputs["pixel_values"]).last_hidden_state.detach()]
     if name == "aria":  # with the padding of images
         (features,), sizes = caught, (WIDE, TALL)
         maps = features.unflatten(1, (PIXELS // PATCH, PIXELS // PATCH))

@@ -7,9 +7,10 @@ import re
 import pytest
 
 from tests.dropin import report
-from tests.dropin.processors import NEED_TORCHVISION
+from tests.dropin.configs import model_type
+from tests.dropin.processors import NEED_TORCHVISION, PROCESSORS
 from tests.dropin.report import COLUMNS, PAGE, RECORD, Outcomes
-from tests.dropin.table import model_type
+from tests.dropin.test_fitting import NOT_FITTED
 from tests.dropin.test_packing import REFUSED
 from tests.dropin.tiny import MODELS
 from tokenflex.dropin import supported_families
@@ -49,8 +50,12 @@ def test_every_family_is_in_the_table():
 def test_reported_cells_are_true():
     for name, cells in FAMILIES.items():
         assert (cells["packing"] == "refused") == (model_type(name) in REFUSED)
-        assert cells["processor"] == ("beside torchvision" if name in NEED_TORCHVISION else "yes")
-        others = {cells[column] for column in cells if column not in ("packing", "processor")}
+        assert (cells["fit"] == "refused") == (name in NOT_FITTED)
+        with_own = "beside torchvision" if name in NEED_TORCHVISION else "yes"
+        assert cells["processor"] == (with_own if name in PROCESSORS else "not tested")
+        others = {
+            cells[column] for column in cells if column not in ("fit", "packing", "processor")
+        }
         assert others == {"yes"}, name
 
 

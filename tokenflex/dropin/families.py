@@ -62,6 +62,8 @@ class Family:
         tiles: Called with the processor, the output of its image processor and the index of an
             image; returns how many inputs of the vision encoder the image becomes. Needed only
             where several tiles share one run of placeholders; the default is one tile per run.
+        more_outputs: Called with the base model; returns further fields that its forward reads from
+            the outputs of ``get_image_features``.
         flat_images: Whether the processor takes the images of several prompts as one flat list,
             with one image per prompt.
         no_packing: Reason why samples cannot be packed into one row; empty if they can.
@@ -80,6 +82,7 @@ class Family:
     patch_merge: str | int = 1
     stock_tokens: Callable[..., torch.Tensor] | None = None
     tiles: Callable[[Any, Any, int], int] | None = None
+    more_outputs: Callable[[Any], dict[str, Any]] | None = None
     flat_images: bool = False
     no_packing: str = ""
     no_prompt_embeds: str = ""
@@ -132,8 +135,8 @@ def register_family(*model_types: str, **options: Any) -> Callable[[Adapter], Ad
         model_types: ``config.model_type`` of the models. A registered one is replaced.
         **options: Attributes of :class:`tokenflex.dropin.families.Family`: ``projector``,
             ``stock_projector``, ``stand_in``, ``merge``, ``vision_width``, ``patch_merge``,
-            ``stock_tokens``, ``tiles``, ``flat_images``, ``no_packing``, ``no_prompt_embeds`` and
-            ``no_fit``.
+            ``stock_tokens``, ``tiles``, ``more_outputs``, ``flat_images``, ``no_packing``,
+            ``no_prompt_embeds`` and ``no_fit``.
 
     Raises:
         TypeError: There is no model type, one is not a string, or an option is unknown.
@@ -180,6 +183,7 @@ def family_of(config: Any) -> Family:
 # ---- building blocks of adapters
 
 
+MROPE = "its positions of image tokens have three axes (M-RoPE)"
 RECURRENT = "its linear attention carries its state across the boundaries of samples"
 
 # One per model.

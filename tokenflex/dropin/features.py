@@ -42,9 +42,11 @@ class ImageOutputs(BaseModelOutputWithPooling):
         hidden_states: Likewise, where the stock model returns them.
         attentions: Likewise.
         deepstack_features: Feature maps for the first layers of the language model, or None.
+        visual_indicator_features: Embeddings of Ovis2's tokens around images, or None.
     """
 
     deepstack_features: Any = None
+    visual_indicator_features: Any = None
 
 
 @dataclass

@@ -172,6 +172,9 @@ def _before_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             _check_counts(base, kwargs["input_ids"], tokens)
         # A new object: the caller or beam search may use the given one again.
         images = with_tokens(images, family.merge(tokens))
+        more = {} if family.more_outputs is None else family.more_outputs(base)
+        for name, value in more.items():
+            images[name] = value
     set_rope_positions(base, kwargs, counts)
     kwargs["mm_encoder_outputs"] = {**encoded, "image": images}
     return (), kwargs

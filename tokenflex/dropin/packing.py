@@ -23,7 +23,9 @@ ENABLED = "_tokenflex_packing"
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """The arguments of transformers' flash attention that say where samples start."""
 
-_PER_TOKEN = ("input_ids", "labels", "mm_token_type_ids", "token_type_ids")
+_PER_TOKEN = (
+    *("input_ids", "labels", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"),
+)
 
 
 def pack_inputs(model: Any, inputs: Any) -> dict[str, Any]:

@@ -51,8 +51,10 @@ class PreparedImages(Variant):
     @property
     def image_prompt(self) -> str:
         """The text that stands for an image in a prompt."""
-        text: str | None = getattr(self, "image_token", None)
-        return text or self._tokenflex.image_token
+        names = ("image_placeholder_token", "image_token")
+        texts = [getattr(self, name, None) for name in names]
+        text: str = next(filter(None, texts), self._tokenflex.image_token)
+        return text
 
     def adds_special_tokens(self, prompt: str) -> bool:
         """Return whether the tokenizer adds special tokens to the text of a conversation.

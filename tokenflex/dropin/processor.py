@@ -264,9 +264,7 @@ def _tokens_of_blank(
 ) -> int:
     # Families cut images by rules of their own, so a blank image goes through the processor.
     height, width = size
-    names = ("image_placeholder_token", "image_token")
-    texts = [getattr(processor, name, None) for name in names]
-    text = next(filter(None, texts), processor._tokenflex.image_token)
+    text = processor.image_prompt
     blank = Image.new("RGB", (width, height))
     inputs = processor(images=blank, text=text, num_image_tokens=grid, **options)
     return len(inputs["num_image_tokens"]) * grid[0] * grid[1]

@@ -84,9 +84,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "qwen3_5_moe": lambda: transformers.Qwen3_5MoeConfig(
         vision_config=positions_vision(),
-        text_config=mrope(
-            [2, 1, 1], **LINEAR_ATTENTION, **MOE, shared_expert_intermediate_size=16
-        ),
+        text_config=mrope([2, 1, 1], **LINEAR_ATTENTION, **MOE, shared_expert_intermediate_size=16),
         **QWEN_IDS,
     ),
     "exaone4_5": lambda: transformers.Exaone4_5_Config(
@@ -274,5 +272,55 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         video_token_id=VIDEO,
         out_hidden_size=4 * VISION_WIDTH,
         projector_hidden_size=48,
+    ),
+    "muse_spark": lambda: transformers.MuseSparkConfig(
+        vision_config={
+            **SMALL,
+            "num_attention_heads": 2,
+            "patch_size": PATCH,
+            "pos_emb_height": 8,
+            "pos_emb_width": 8,
+            "max_position_embeddings": 64,
+            "layer_types": ["window_attention", "full_attention"],
+        },
+        text_config=text(
+            "muse_spark_text",
+            head_dim=8,
+            sliding_window=16,
+            layer_types=["sliding_attention", "full_attention"],
+            qk_scale_factor=1.0,
+            output_multiplier=1.0,
+            moe_intermediate_size=16,
+            moe_hidden_size=16,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+        ),
+        audio_config={
+            "patch_sizes": (4, 2),
+            "hidden_sizes": (8, 16),
+            "depths": (1, 1),
+            "num_hidden_layers": 2,
+            "out_hidden_size": TEXT_WIDTH,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=END + 1,
+        out_hidden_size=4 * VISION_WIDTH,
+        projector_hidden_size=48,
+    ),
+    "glm5_next": lambda: transformers.Glm5NextConfig(
+        vision_config={**glm_vision(), "projection_intermediate_size": 48},
+        text_config=text(
+            "glm5_next_text",
+            **{**MLA, "qk_rope_head_dim": 0, "qk_nope_head_dim": 8},
+            **SHARED_MOE,
+            index_n_heads=2,
+            index_head_dim=8,
+            linear_head_dim=8,
+            linear_num_heads=2,
+            layer_types=["linear_attention", "indexed_attention"],
+            hc_mult=2,
+        ),
+        **GLM_IDS,
     ),
 }

@@ -19,13 +19,11 @@ from tests.dropin.configs.common import (
     SHARED_MOE,
     SMALL,
     START,
-    TEXT_WIDTH,
     VIDEO,
     VOCABULARY,
     gemma,
     text,
 )
-
 
 
 def minicpm() -> dict[str, Any]:

@@ -23,6 +23,7 @@ from tests.dropin.configs.common import (
     TEXT_WIDTH,
     VIDEO,
     VISION_WIDTH,
+    VOCABULARY,
     clip,
     cohere,
     gemma,
@@ -166,6 +167,15 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         text_config=text("qwen3", head_dim=8),
         image_seq_length=16,
         downsample_ratio=0.5,
+        **IDS,
+    ),
+    "ovis2": lambda: transformers.Ovis2Config(
+        vision_config={**SMALL, **IMAGE_SIZE, "vocab_size": 40, "hidden_stride": 2},
+        text_config=text("qwen2"),
+        visual_indicator_token_ids=[START, END, END + 1, END + 2, END + 3],
+        vocab_size=VOCABULARY,
+        hidden_size=TEXT_WIDTH,
+        tie_word_embeddings=False,
         **IDS,
     ),
     "pp_chart2table": lambda: transformers.PPChart2TableConfig(

@@ -10,6 +10,7 @@ from torch import nn
 
 from tokenflex.counts import Grid
 from tokenflex.dropin.families import (
+    MROPE,
     RECURRENT,
     Deepstack,
     PatchGrids,
@@ -67,15 +68,13 @@ def _identity(base: Any) -> nn.Identity:
     return nn.Identity()
 
 
-_MROPE = "its positions of image tokens have three axes (M-RoPE)"
-
 _register_merger = partial(
     register_family,
     stock_projector="visual.merger",
     stand_in=_unmerged,
     patch_merge="vision_config.spatial_merge_size",
     stock_tokens=_merged_tokens,
-    no_prompt_embeds=_MROPE,
+    no_prompt_embeds=MROPE,
 )
 
 
@@ -109,6 +108,14 @@ def _qwen(
     vision_width="out_hidden_size",
     patch_merge=1,
 )
+@_register_merger(
+    "glm5_next",
+    stand_in=_identity,
+    vision_width="out_hidden_size",
+    patch_merge=1,
+    no_packing=RECURRENT,
+    no_prompt_embeds="",
+)
 def _glm(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
 ) -> PatchGrids:
@@ -129,13 +136,13 @@ def _glm(
     "ernie4_5_vl_moe",
     projector="resampler_model",
     patch_merge="vision_config.spatial_merge_size",
-    no_prompt_embeds=_MROPE,
+    no_prompt_embeds=MROPE,
 )
 @register_family(
     "cosmos3_edge",
     projector="projector",
     patch_merge="vision_config.spatial_merge_size",
-    no_prompt_embeds=_MROPE,
+    no_prompt_embeds=MROPE,
 )
 def _blocks(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
@@ -163,7 +170,7 @@ def _kimi(
     "paddleocr_vl",
     projector="projector",
     patch_merge="vision_config.spatial_merge_size",
-    no_prompt_embeds=_MROPE,
+    no_prompt_embeds=MROPE,
 )
 def _paddleocr(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
@@ -213,6 +220,7 @@ def _width_of_adapter(config: Any) -> int:
 # Of its projector, the MLP stays before the patch grids and the norm without weights is left out.
 @register_family(
     "muse_glimmer",
+    "muse_spark",
     projector="vision_projection",
     vision_width=_width_of_adapter,
 )

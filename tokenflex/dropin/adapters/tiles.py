@@ -142,6 +142,37 @@ def _feature_maps(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids
     return features.permute(0, 2, 3, 1)  # from [images, C, H, W]
 
 
+def _indicators(base: Any) -> dict[str, Any]:
+    """Return the embeddings of the tokens around images, which come from a table of the encoder."""
+    number, last = base.vision_tower.num_visual_indicator_tokens, base.visual_vocab_size
+    ids = torch.arange(last - number, last, device=base.visual_embeddings_table.weight.device)
+    return {"visual_indicator_features": base.visual_embeddings_table(ids)}
+
+
+def _tokens_of_table(base: Any, **inputs: Any) -> torch.Tensor:
+    tokens: torch.Tensor = base.get_image_features(**inputs).pooler_output
+    return tokens.flatten(0, -2)
+
+
+def _width_of_cells(config: Any) -> int:
+    width: int = config.vision_config.hidden_size * config.vision_config.hidden_stride**2
+    return width
+
+
+# The stock projector is a soft choice of rows of a table, which stays for the tokens around images.
+@register_family(
+    "ovis2",
+    stock_projector="visual_embeddings_table",
+    merge=_blocks_of_one_row,
+    vision_width=_width_of_cells,
+    stock_tokens=_tokens_of_table,
+    more_outputs=_indicators,
+    no_prompt_embeds="the tokens around its images are embedded by a table of the encoder",
+)
+def _ovis2(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids:
+    return square_grids(base.vision_tower(pixel_values.to(base.dtype)).last_hidden_state)
+
+
 def _width_in_timm(config: Any) -> int:
     width: int = config.vision_config.model_args["embed_dim"]
     return width
