@@ -286,6 +286,13 @@ def test_a_chat_takes_videos_from_files_and_beside_it(processor, tmp_path):
 
 
 def test_masks_of_answers_are_right_behind_videos(processor):
+    """The mark of a video is shorter than an image's text in the place of which it stands."""
+    processor = TokenFlexProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        image_start="read read read ",
+        image_end=" majority",
+    )
     template = (
         "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}"
         "{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }} {% endif %}{% endfor %}"

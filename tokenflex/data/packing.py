@@ -138,7 +138,7 @@ class PackingCollator:
         tiles: list[int] = []
         if images := [image for item in fitted for image in item.sample.images[: len(item.tiles)]]:
             limits = [n for item in fitted for n in item.sample.max_tiles[: len(item.tiles)]]
-            data, tiles = self.processor.process_images(images, limits)
+            data, tiles = self.processor.process_images(images, max_tiles=limits)
         return self.pack(fitted, data, tiles)
 
     def pack(
