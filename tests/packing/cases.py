@@ -12,6 +12,7 @@ from tests.dropin.table import CONFIGS, END, IMAGE, START, image_inputs, tiles_p
 from tests.dropin.tiny import Prompt, batch, stock_model
 from tokenflex import replace_projector
 from tokenflex.dropin.families import family_of
+from tokenflex.dropin.inputs import is_token_type
 
 NAMES = sorted(CONFIGS)
 REFUSED = [name for name in NAMES if family_of(CONFIGS[name]()).no_packing]
@@ -67,8 +68,10 @@ def _stock_batch(name: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 def _right_padded(inputs: dict[str, Any]) -> dict[str, Any]:
     order = inputs["attention_mask"].argsort(dim=1, descending=True, stable=True)
-    columns = ("input_ids", "attention_mask", "labels", "mm_token_type_ids", "token_type_ids")
-    return {k: v.gather(1, order) if k in columns else v for k, v in inputs.items()}
+    columns = ("input_ids", "attention_mask", "labels")
+    return {
+        k: v.gather(1, order) if k in columns or is_token_type(k) else v for k, v in inputs.items()
+    }
 
 
 def logits_and_gradients(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, float, Any]:

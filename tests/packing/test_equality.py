@@ -18,7 +18,7 @@ from tests.packing.cases import (
 from tokenflex import packing
 from tokenflex.models.attention import PACKED_ATTENTION
 
-VISION = ("vision_tower", "vision_model", "vision_encoder", "visual")
+VISION = ("vision_tower", "image_tower", "vision_model", "vision_encoder", "visual")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -27,6 +27,7 @@ from tokenflex.dropin.features import (
     image_input_names,
     project_patches,
 )
+from tokenflex.dropin.inputs import is_token_type
 from tokenflex.dropin.model import as_stock, stock_projector_of
 from tokenflex.dropin.processor import convert_processor, restore_processor
 from tokenflex.dropin.samples import encode_samples, images_of_sample
@@ -418,7 +419,7 @@ class _Student:
 
 
 def _is_per_token(name: str) -> bool:
-    return name in ("input_ids", "attention_mask") or name.endswith("token_type_ids")
+    return name in ("input_ids", "attention_mask") or is_token_type(name)
 
 
 def _log_of_rest(log_probs: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,14 @@ _FURTHER_OPTIONS = {
 }
 
 
+def is_token_type(name: str) -> bool:
+    """Return whether a model's input of this name tells the kind of each token.
+
+    Families call it ``token_type_ids``, ``mm_token_type_ids`` or ``moe_mm_token_type_ids``.
+    """
+    return name.endswith("token_type_ids")
+
+
 def check_option_names(processor: Any, options: dict[str, Any], more: Iterable[str] = ()) -> None:
     """Refuse options that neither the stock processor nor a part of it takes, nor ``more`` names.
 

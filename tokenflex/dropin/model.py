@@ -42,6 +42,7 @@ from tokenflex.dropin.features import (
     tokens_per_image,
     with_tokens,
 )
+from tokenflex.dropin.inputs import is_token_type
 from tokenflex.dropin.language import merged_embeddings
 from tokenflex.dropin.mrope import RopePositions, set_rope_positions
 from tokenflex.dropin.packing import check_packing
@@ -55,7 +56,6 @@ from tokenflex.models.prefill import new_prompt_ids
 from tokenflex.projector import TokenAdaptiveProjector
 
 _STOCK_PROJECTOR = "_tokenflex_stock_projector"  # holds a tuple, so that it is no submodule
-_TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 _PREFIX_TYPES = ("paligemma",)
 """Families whose token types tell a prompt (0) from what is learned (1), not images from text."""
 
@@ -194,9 +194,13 @@ def _add_what_tells_images(
     is_image = (input_ids == base.config.image_token_id).to(torch.int64)
     if type(base)._tokenflex_family.model_type in _PREFIX_TYPES:
         is_image = torch.zeros_like(is_image)
-    for name in _TOKEN_TYPES:
-        if name in taken and kwargs.get(name) is None:
+    for name in filter(is_token_type, taken):
+        if kwargs.get(name) is None:
             kwargs[name] = is_image
+    if "moe_mm_token_type_ids" in taken:  # experts for images also read the tokens around them
+        names = ("image_start_token_id", "image_end_token_id")
+        around = input_ids.new_tensor([getattr(base.config, name) for name in names])
+        kwargs["moe_mm_token_type_ids"] = is_image | torch.isin(input_ids, around).long()
     if "image_grid_thw" in taken and kwargs.get("image_grid_thw") is None:
         # Only their number is read: RopePositions has the sizes from the counts.
         kwargs["image_grid_thw"] = input_ids.new_ones(len(images.pooler_output), 3)
@@ -279,7 +283,7 @@ class ConvertedModel(ChoosesCounts, Variant):
         """Return arguments with images encoded, without what depends on the length of prompts."""
         names = image_input_names(type(self.base_model)._tokenflex_stock_class)
         images = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        left = {k: v for k, v in kwargs.items() if k not in {*names, *_TOKEN_TYPES}}
+        left = {k: v for k, v in kwargs.items() if k not in names and not is_token_type(k)}
         if "pixel_values" in images:
             if left.get("encoded_images") is not None:
                 raise ValueError("give the images as one of pixel_values and encoded_images")

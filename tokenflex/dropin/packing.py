@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tokenflex.dropin.families import Family
+from tokenflex.dropin.inputs import is_token_type
 from tokenflex.dropin.mrope import rope_positions
 from tokenflex.dropin.variants import is_converted, unwrapped
 from tokenflex.models.generation import cache_of
@@ -22,10 +23,6 @@ ENABLED = "_tokenflex_packing"
 
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """The arguments of transformers' flash attention that say where samples start."""
-
-_PER_TOKEN = (
-    *("input_ids", "labels", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"),
-)
 
 
 def pack_inputs(model: Any, inputs: Any) -> dict[str, Any]:
@@ -92,8 +89,9 @@ def pack_padded(base: Any, inputs: Any) -> dict[str, Any]:
         # Text positions come first: they tell where samples start.
         rope = rope_positions(base, packed, mask)
         positions = torch.cat([positions[None], rope[:, seen][:, None]])
-    for name in _PER_TOKEN:
-        if packed.get(name) is not None:
+    for name in [*packed]:
+        per_token = name in ("input_ids", "labels") or is_token_type(name)
+        if per_token and packed[name] is not None:
             packed[name] = packed[name][seen][None]
     if packed.get("labels") is not None:
         # The last row of a sample must not predict the first one of the next.

@@ -27,7 +27,12 @@ from tokenflex.dropin.calls import (
     placeholders_in,
     running,
 )
-from tokenflex.dropin.inputs import check_option_names, images_of_call, without_layout
+from tokenflex.dropin.inputs import (
+    check_option_names,
+    images_of_call,
+    is_token_type,
+    without_layout,
+)
 from tokenflex.dropin.variants import Variant
 from tokenflex.files import excerpt
 from tokenflex.models.call_options import known_options
@@ -229,4 +234,4 @@ class PreparedImages(Variant):
 
 def _is_of_text(name: str) -> bool:
     """Return whether an output of a stock processor describes the prompts, not the images."""
-    return name in _TEXT_OUTPUTS or name.endswith("token_type_ids")
+    return name in _TEXT_OUTPUTS or is_token_type(name)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from tokenflex.dropin.collation import IGNORE, ImageTextCollator
+from tokenflex.dropin.inputs import is_token_type
 from tokenflex.dropin.packing import pack_padded, packable_base
 
 SAMPLES = "samples"
@@ -19,7 +20,9 @@ SAMPLES = "samples"
 _PADDING = {"attention_mask": 0, "labels": IGNORE}
 """Values that pad the columns of a sample's text; others are padded with 0."""
 
-_TEXT = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids")
+
+def _is_of_text(name: str) -> bool:
+    return name in ("input_ids", "attention_mask", "labels") or is_token_type(name)
 
 
 class PackingCollator:
@@ -120,10 +123,10 @@ def join_outputs(samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor
                 for row in rows
             ]
         )
-        for name in _TEXT
+        for name in rows[0]
         if all(name in row for row in rows)
     }
-    others = dict.fromkeys(name for sample in samples for name in sample if name not in _TEXT)
+    others = dict.fromkeys(name for sample in samples for name in sample if not _is_of_text(name))
     for name in others:
         values = [sample[name] for sample in samples if sample.get(name) is not None]
         if all(isinstance(value, torch.Tensor) for value in values):
@@ -135,9 +138,9 @@ def join_outputs(samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor
 
 def _text_columns(sample: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     columns = {
-        name: torch.as_tensor(sample[name]).reshape(-1)
-        for name in _TEXT
-        if sample.get(name) is not None
+        name: torch.as_tensor(value).reshape(-1)
+        for name, value in sample.items()
+        if _is_of_text(name) and value is not None
     }
     ids = columns["input_ids"]
     columns.setdefault("attention_mask", torch.ones_like(ids))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tokenflex.dropin.families import (
+    INDEXED,
     RECURRENT,
     PatchGrids,
     chosen_layers,
@@ -16,7 +17,8 @@ from tokenflex.dropin.families import (
 )
 
 
-@register_family("mistral3", "mistral_large4", patch_merge="spatial_merge_size")
+@register_family("mistral3", patch_merge="spatial_merge_size")
+@register_family("mistral_large4", patch_merge="spatial_merge_size", no_packing=INDEXED)
 def pixtral(
     base: Any,
     pixel_values: torch.Tensor,
