@@ -184,7 +184,6 @@ def family_of(config: Any) -> Family:
 
 
 MROPE = "its positions of image tokens have three axes (M-RoPE)"
-INDEXED = "its indexed attention chooses keys across the boundaries of samples"
 RECURRENT = "its linear attention carries its state across the boundaries of samples"
 
 # One per model.

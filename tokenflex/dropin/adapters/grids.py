@@ -10,7 +10,6 @@ from torch import nn
 
 from tokenflex.counts import Grid
 from tokenflex.dropin.families import (
-    INDEXED,
     MROPE,
     RECURRENT,
     Deepstack,
@@ -83,12 +82,7 @@ _register_merger = partial(
 @_register_merger("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "cohere_compass", "cosmos3_omni")
 @_register_merger("exaone4_5", no_prompt_embeds="")
 @_register_merger("qwen3_5", "qwen3_5_moe", no_packing=RECURRENT)
-@_register_merger(
-    "dots3_note",
-    stock_projector="vision_tower.merger",
-    no_packing=INDEXED,
-    no_prompt_embeds="",
-)
+@_register_merger("dots3_note", stock_projector="vision_tower.merger", no_prompt_embeds="")
 def _qwen(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
 ) -> PatchGrids | Deepstack:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from tokenflex.dropin.families import (
-    INDEXED,
     RECURRENT,
     PatchGrids,
     chosen_layers,
@@ -17,8 +16,7 @@ from tokenflex.dropin.families import (
 )
 
 
-@register_family("mistral3", patch_merge="spatial_merge_size")
-@register_family("mistral_large4", patch_merge="spatial_merge_size", no_packing=INDEXED)
+@register_family("mistral3", "mistral_large4", patch_merge="spatial_merge_size")
 def pixtral(
     base: Any,
     pixel_values: torch.Tensor,
