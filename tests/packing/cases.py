@@ -12,7 +12,7 @@ from tests.dropin.table import CONFIGS, END, IMAGE, START, image_inputs, tiles_p
 from tests.dropin.tiny import Prompt, batch, stock_model
 from tokenflex import replace_projector
 from tokenflex.dropin.families import family_of
-from tokenflex.dropin.inputs import is_token_type
+from tokenflex.dropin.packing import is_per_token
 
 NAMES = sorted(CONFIGS)
 REFUSED = [name for name in NAMES if family_of(CONFIGS[name]()).no_packing]
@@ -68,10 +68,8 @@ def _stock_batch(name: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 def _right_padded(inputs: dict[str, Any]) -> dict[str, Any]:
     order = inputs["attention_mask"].argsort(dim=1, descending=True, stable=True)
-    columns = ("input_ids", "attention_mask", "labels")
-    return {
-        k: v.gather(1, order) if k in columns or is_token_type(k) else v for k, v in inputs.items()
-    }
+    columns = [name for name in inputs if is_per_token(name)]
+    return {k: v.gather(1, order) if k in columns else v for k, v in inputs.items()}
 
 
 def logits_and_gradients(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, float, Any]:

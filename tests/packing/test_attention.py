@@ -191,6 +191,10 @@ def test_models_that_cannot_be_packed_say_why():
     text = model.base_model.get_decoder().config
     text.layer_types = ["full_attention", "linear_attention"]
     assert "linear_attention run across" in packing.why_not(model)
+    text.layer_types = ["full_attention", "indexed_attention"]
+    assert packing.why_not(model) == ""
+    with pytest.raises(ValueError, match=r"batch must be given .* its layers choose keys"):
+        packing.enable(model)
     text.layer_types = None
     text.is_causal = False
     assert packing.why_not(model) == "its attention is bidirectional"

@@ -27,8 +27,8 @@ from tokenflex.dropin.features import (
     image_input_names,
     project_patches,
 )
-from tokenflex.dropin.inputs import is_token_type
 from tokenflex.dropin.model import as_stock, stock_projector_of
+from tokenflex.dropin.packing import is_per_token
 from tokenflex.dropin.processor import convert_processor, restore_processor
 from tokenflex.dropin.samples import encode_samples, images_of_sample
 from tokenflex.dropin.variants import is_converted, unwrapped
@@ -389,7 +389,7 @@ class _Student:
             num_image_tokens=default_count(self.inner.config),
         )
         prompt = _Prompt(
-            text={name: inputs[name][0] for name in inputs if _is_per_token(name)},
+            text={name: inputs[name][0] for name in inputs if is_per_token(name)},
             positions={name: inputs[name] for name in self._position_names() if name in inputs},
             tiles=len(inputs["num_image_tokens"]),
             patches=self._encoded(inputs),
@@ -416,10 +416,6 @@ class _Student:
     def _pad_id(self) -> int:
         pad = self.processor.tokenizer.pad_token_id
         return 0 if pad is None else pad
-
-
-def _is_per_token(name: str) -> bool:
-    return name in ("input_ids", "attention_mask") or is_token_type(name)
 
 
 def _log_of_rest(log_probs: torch.Tensor) -> torch.Tensor:

@@ -89,10 +89,9 @@ def pack_padded(base: Any, inputs: Any) -> dict[str, Any]:
         # Text positions come first: they tell where samples start.
         rope = rope_positions(base, packed, mask)
         positions = torch.cat([positions[None], rope[:, seen][:, None]])
-    for name in [*packed]:
-        per_token = name in ("input_ids", "labels") or is_token_type(name)
-        if per_token and packed[name] is not None:
-            packed[name] = packed[name][seen][None]
+    for name, value in packed.items():
+        if is_per_token(name) and value is not None:
+            packed[name] = value[seen][None]
     if packed.get("labels") is not None:
         # The last row of a sample must not predict the first one of the next.
         firsts = [start for start, length in zip(starts.tolist(), lengths, strict=False) if length]
@@ -104,6 +103,11 @@ def pack_padded(base: Any, inputs: Any) -> dict[str, Any]:
         **dict(zip(BOUNDARIES, (boundaries, boundaries, longest, longest), strict=True)),
         "use_cache": False,
     }
+
+
+def is_per_token(name: str) -> bool:
+    """Return whether an input of this name has an entry for each token, token types of any kind."""
+    return name in ("input_ids", "attention_mask", "labels") or is_token_type(name)
 
 
 def check_packing(family: Family | None, kwargs: dict[str, Any]) -> None:

@@ -28,8 +28,11 @@ from tokenflex.models.attention_blocks import AttentionBlocks
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.packing.verification import verify
 
-_SEPARABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-"""Kinds of layers whose samples transformers' masks, flash attention and ours keep apart."""
+_OUR_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers that need no more than which tokens belong to a sample."""
+
+_MASKED_LAYERS = {"indexed_attention"}
+"""Kinds that choose the keys of a query by themselves, under transformers' mask."""
 
 _MASKED = ("sdpa", "eager", "flex_attention", PACKED_ATTENTION)
 """Implementations for which transformers makes the mask of a packed row from its positions."""
@@ -47,7 +50,8 @@ def enable(model: Any, batch: Any = None) -> None:
         model: A vision-language model of transformers, stock or converted, with or without PEFT.
         batch: A padded batch of two samples or more with ``labels``, to compare packed and
             unpacked rows by :func:`tokenflex.packing.verify`. It is required for a ``model_type``
-            that is none of :func:`tokenflex.dropin.supported_families`.
+            that is none of :func:`tokenflex.dropin.supported_families`, and for layers that choose
+            keys by an index.
 
     Raises:
         ValueError: The model cannot keep packed samples apart, with the reason; or packed and
@@ -58,12 +62,14 @@ def enable(model: Any, batch: Any = None) -> None:
     if reason:
         raise ValueError(f"{whole.config.model_type} cannot be packed: {reason}")
     model_type = whole.config.model_type
-    if batch is None and not is_converted(whole) and model_type not in supported_families():
+    base = whole.base_model
+    is_known = is_converted(whole) or model_type in supported_families()
+    if batch is None and (not is_known or _kinds(base) & _MASKED_LAYERS):
+        why = "its layers choose keys" if is_known else "it is not among tokenflex's families"
         raise ValueError(
             f"batch must be given for a model of type {model_type!r}: whether its samples can be "
-            "packed is known only by comparison, for it is not among tokenflex's families"
+            f"packed is known only by comparison, for {why}"
         )
-    base = whole.base_model
     if hasattr(base, ENABLED):
         disable(model)
     _install(base)
@@ -108,7 +114,7 @@ def why_not(model: Any) -> str:
         return "it is an encoder-decoder, whose samples are rows of the encoder"
     decoder = whole.base_model.get_decoder()
     text = decoder.config
-    crossing = sorted({*(getattr(text, "layer_types", None) or ())} - _SEPARABLE_LAYERS)
+    crossing = sorted(_kinds(whole.base_model) - _OUR_LAYERS - _MASKED_LAYERS)
     if crossing:
         return f"its layers of type {', '.join(crossing)} run across the boundaries of samples"
     if any(getattr(type(part), "_is_stateful", False) for part in (whole, decoder)):
@@ -126,11 +132,17 @@ def why_not(model: Any) -> str:
     return ""
 
 
+def _kinds(base: Any) -> set[str]:
+    """Return the kinds of layers of a base model's language model; none where all are alike."""
+    return {*(getattr(base.get_decoder().config, "layer_types", None) or ())}
+
+
 def _install(base: Any) -> None:
     decoder = base.get_decoder()
     before = decoder.config._attn_implementation
     # Ours has no dropout.
-    if before == "sdpa" and not getattr(decoder.config, "attention_dropout", 0):
+    takes_ours = _kinds(base) <= _OUR_LAYERS and not getattr(decoder.config, "attention_dropout", 0)
+    if before == "sdpa" and takes_ours:
         decoder.set_attn_implementation(PACKED_ATTENTION)
     setattr(base, ENABLED, before)
     for module, hook in _hooks(base):

@@ -11,18 +11,13 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from tokenflex.dropin.collation import IGNORE, ImageTextCollator
-from tokenflex.dropin.inputs import is_token_type
-from tokenflex.dropin.packing import pack_padded, packable_base
+from tokenflex.dropin.packing import is_per_token, pack_padded, packable_base
 
 SAMPLES = "samples"
 """The key of a row's samples in an item of :class:`tokenflex.packing.PackedDataset`."""
 
 _PADDING = {"attention_mask": 0, "labels": IGNORE}
 """Values that pad the columns of a sample's text; others are padded with 0."""
-
-
-def _is_of_text(name: str) -> bool:
-    return name in ("input_ids", "attention_mask", "labels") or is_token_type(name)
 
 
 class PackingCollator:
@@ -117,16 +112,11 @@ def join_outputs(samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor
     rows = [_text_columns(sample) for sample in samples]
     length = max(len(row["input_ids"]) for row in rows)
     joined: dict[str, Any] = {
-        name: torch.stack(
-            [
-                F.pad(row[name], (0, length - len(row[name])), value=_PADDING.get(name, 0))
-                for row in rows
-            ]
-        )
+        name: torch.stack([_padded(row[name], length, _PADDING.get(name, 0)) for row in rows])
         for name in rows[0]
         if all(name in row for row in rows)
     }
-    others = dict.fromkeys(name for sample in samples for name in sample if not _is_of_text(name))
+    others = dict.fromkeys(n for sample in samples for n in sample if not is_per_token(n))
     for name in others:
         values = [sample[name] for sample in samples if sample.get(name) is not None]
         if all(isinstance(value, torch.Tensor) for value in values):
@@ -136,11 +126,15 @@ def join_outputs(samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor
     return joined
 
 
+def _padded(column: torch.Tensor, length: int, value: int) -> torch.Tensor:
+    return F.pad(column, (0, length - len(column)), value=value)
+
+
 def _text_columns(sample: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     columns = {
-        name: torch.as_tensor(value).reshape(-1)
-        for name, value in sample.items()
-        if _is_of_text(name) and value is not None
+        name: torch.as_tensor(sample[name]).reshape(-1)
+        for name in sample
+        if is_per_token(name) and sample[name] is not None
     }
     ids = columns["input_ids"]
     columns.setdefault("attention_mask", torch.ones_like(ids))
