@@ -12,7 +12,7 @@ from tokenflex.cli.parser import CommandLine
 
 _OF_STOCK = ("images", "tokens", "init", "patch_merge", "max_images")
 DEFAULT_TOKENS = "256"
-MAX_IMAGES = 64
+MAX_IMAGES = 32
 FAR_OFF = 0.5
 """Relative error on unseen pictures from which a user is told so."""
 
@@ -56,7 +56,7 @@ def add_to(commands: CommandLine) -> None:
     stock.add_argument(
         "--max-images",
         type=positive,
-        help=f"pictures to fit on, the first by name (default {MAX_IMAGES})",
+        help=f"pictures to fit on, the first by name (default {MAX_IMAGES}); memory grows with them",
     )
     convert.add_argument(
         "--system-message", help="first message of conversations, only from Ristretto"
