@@ -56,7 +56,7 @@ def add_to(commands: CommandLine) -> None:
     stock.add_argument(
         "--max-images",
         type=positive,
-        help=f"pictures to fit on, the first by name (default {MAX_IMAGES}); memory grows with them",
+        help=f"pictures to fit on, the first by name (default {MAX_IMAGES}); each needs memory",
     )
     convert.add_argument(
         "--system-message", help="first message of conversations, only from Ristretto"
