@@ -44,8 +44,8 @@ _TESTS_BY_REQUIREMENT = {
     "triton": ["ptx"],
     "transformers": _MODEL_TESTS,
     "transformers>=5.18": [
-        *("dropin", "serving", "evaluation/test_converted.py", "harnesses"),
-        *("test_docs.py", "test_examples.py", "test_front_door.py", "test_cli.py"),
+        *("dropin", "serving", "evaluation/test_converted.py"),
+        *("test_docs.py", "test_examples.py", "test_front_door.py"),
     ],
     "pillow": _MODEL_TESTS,
     "scikit-learn": [*_TRAINING_TESTS, "digits", "evaluation", "routing", "serving"],
