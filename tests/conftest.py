@@ -29,8 +29,9 @@ _MODEL_TESTS = [
     *("routing", "serving", "training"),
     *("test_answers.py", "test_cli.py", "test_docs.py", "test_examples.py", "test_plots.py"),
     "test_videos.py",
+    "test_front_door.py",
 ]
-_TRAINING_TESTS = ["experiments/ablation", "training", "test_cli.py"]
+_TRAINING_TESTS = ["experiments/ablation", "training", "test_cli.py", "test_front_door.py"]
 _TESTS_BY_REQUIREMENT = {
     "hypothesis": [
         "kernels/packing/test_bins.py",
@@ -44,7 +45,10 @@ _TESTS_BY_REQUIREMENT = {
     ],
     "triton": ["ptx"],
     "transformers": _MODEL_TESTS,
-    "transformers>=5.18": ["dropin", "packing", "serving", "test_docs.py", "test_examples.py"],
+    "transformers>=5.18": [
+        *("dropin", "packing", "serving", "evaluation/test_converted.py"),
+        *("test_docs.py", "test_examples.py", "test_front_door.py"),
+    ],
     "pillow": _MODEL_TESTS,
     "scikit-learn": [
         *(*_TRAINING_TESTS, "experiments/test_video.py"),
@@ -68,6 +72,7 @@ _TESTS_BY_REQUIREMENT = {
         "routing/test_route.py",
         "serving/test_playground.py",
         "test_cli.py",
+        "test_front_door.py",
         "test_plots.py",
     ],
     "datasets": ["models/test_ecosystem.py", "data/test_huggingface.py"],

@@ -1,12 +1,13 @@
-"""The model of a command, from a folder of any kind that holds one."""
+"""The model of a command, from a folder of any kind that holds one.
+
+Converted models need a newer transformers than our own, so their room is imported for them alone.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from tokenflex.dropin.families import supported_families
-from tokenflex.dropin.replace import from_pretrained
 from tokenflex.files import checkpoint_folder, excerpt, read_json
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.loading import load_checkpoint
@@ -46,12 +47,14 @@ def load_model(path: str | Path) -> tuple[Any, Any]:
         return _load_conversion(folder)
     values = read_json(folder / "config.json", "checkpoint file")
     kind = values.get("model_type") if isinstance(values, dict) else None
-    if kind in supported_families():
-        raise ValueError(
-            f"{folder} holds a stock {kind}: convert it first, with `tokenflex convert {folder} "
-            "OUT --images FOLDER`"
-        )
     if isinstance(values, dict) and kind not in (TokenFlexConfig.model_type, RISTRETTO):
+        from tokenflex.dropin.families import supported_families
+
+        if kind in supported_families():
+            raise ValueError(
+                f"{folder} holds a stock {kind}: convert it first, with `tokenflex convert "
+                f"{folder} OUT --images FOLDER`"
+            )
         raise ValueError(
             f"{folder} must hold a TokenFLEX checkpoint, a released Ristretto or a conversion made "
             f"by `tokenflex convert`, got model_type {excerpt(kind)}"
@@ -60,6 +63,8 @@ def load_model(path: str | Path) -> tuple[Any, Any]:
 
 
 def _load_conversion(folder: Path) -> tuple[Any, Any]:
+    from tokenflex.dropin.replace import from_pretrained
+
     for file in sorted(folder.glob("*.json")):
         read_json(file, "checkpoint file")  # transformers ignores a broken optional file
     try:

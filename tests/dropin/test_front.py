@@ -195,3 +195,20 @@ def test_what_does_not_fit_together_is_refused():
         processor.encode_text("what <image>", [1], num_image_tokens=4)
     with pytest.raises(ValueError, match="max_tiles is for TokenFLEX models, got 2"):
         processor.process_images([picture(1)], max_tiles=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"get_text_with_replacements": lambda *_, **__: {}["rows"]}, "KeyError: 'rows'"),
+        ({"_process_images": lambda *_, **__: ({}, ["<image>"])}, "in a way of its own"),
+    ],
+)
+def test_a_processor_that_needs_images_and_prompts_together_says_so(monkeypatch, changes, words):
+    _, processor = pair("llava")
+    _, tiles = processor.process_images([picture(1)])
+    for method, replacement in changes.items():
+        monkeypatch.setattr(type(processor), method, replacement)
+    with pytest.raises(ValueError, match="cannot be processed apart from their prompts") as error:
+        processor.encode_text("what <image>", tiles, num_image_tokens=4)
+    assert words in str(error.value)

@@ -17,7 +17,7 @@ _OF_DISTILLATION = (
 )
 _OF_STOCK = ("images", "tokens", "init", "patch_merge", "max_images", "distill", *_OF_DISTILLATION)
 DEFAULT_TOKENS = "256"
-MAX_IMAGES = 64
+MAX_IMAGES = 32
 MAX_PROMPTS = 2000
 LORA_TARGETS = r"(?!.*(vision|visual|image)).*\.(q|k|v|o|gate|up|down)_proj"
 FAR_OFF = 0.5
@@ -63,7 +63,7 @@ def add_to(commands: CommandLine) -> None:
     stock.add_argument(
         "--max-images",
         type=positive,
-        help=f"pictures to fit on, the first by name (default {MAX_IMAGES})",
+        help=f"pictures to fit on, the first by name (default {MAX_IMAGES}); each needs memory",
     )
     stock.add_argument(
         "--distill",

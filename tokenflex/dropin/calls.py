@@ -41,12 +41,14 @@ class Call:
         tiles: Of each image that has been replaced by its text so far.
         replayed: The texts of images that were processed before, as the prompts show them.
         replayed_tiles: Their numbers of tiles.
+        was_replayed: Whether the stock processor has taken them.
     """
 
     grids: Grid | list[Grid] | None
     tiles: list[ImageTiles] = field(default_factory=list)
     replayed: list[str] | None = None
     replayed_tiles: list[int] = field(default_factory=list)
+    was_replayed: bool = False
 
     def grid(self, image: int) -> Grid:
         """Return the grid of an image, where grids are known."""

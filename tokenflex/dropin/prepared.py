@@ -168,7 +168,8 @@ class PreparedImages(Variant):
 
         Raises:
             TypeError: ``tiles_per_image`` are plain ints, which do not tell the images' texts.
-            ValueError: Texts, images and counts do not fit together.
+            ValueError: Texts, images and counts do not fit together, or the family's processor
+                needs images and prompts together.
         """
         check_option_names(self, options, inspect.signature(super().__call__).parameters)
         tiles = [number for number in tiles_per_image if isinstance(number, ImageTiles)]
@@ -196,8 +197,15 @@ class PreparedImages(Variant):
             flat = self._tokenflex_family.flat_images
             arguments["images"] = pictures if flat else nested(pictures, per_prompt)
         stock = super().__call__
-        with running(call):
-            outputs = dict(stock(text=prompts, **arguments))
+        try:
+            with running(call):
+                outputs = dict(stock(text=prompts, **arguments))
+        except (AttributeError, IndexError, KeyError) as error:
+            if not call.was_replayed:
+                raise
+            raise self._not_apart(f"{type(error).__name__}: {error}") from error
+        if tiles and not call.was_replayed:
+            raise self._not_apart("its processor writes the texts of images in a way of its own")
         inputs = {name: value for name, value in outputs.items() if _is_of_text(name)}
         if not tiles:
             return BatchFeature(inputs)
@@ -214,6 +222,12 @@ class PreparedImages(Variant):
                 inputs["tiles_per_image"] = [tiles[image] for image in shown]
         return BatchFeature(inputs)
 
+    def _not_apart(self, reason: str) -> ValueError:
+        return ValueError(
+            f"images of {self._tokenflex_family.model_type} cannot be processed apart from their "
+            f"prompts ({reason}): call the processor for each count"
+        )
+
     def _text_of(self, call: Call, image: int) -> str:
         """Return the text of an image at the call's count."""
         tiles, token = call.tiles[image], self._tokenflex.image_token
@@ -227,6 +241,7 @@ class PreparedImages(Variant):
         call = CALL.get()
         if call is None or call.replayed is None:
             return super()._process_images(images, *args, **kwargs)
+        call.was_replayed = True
         # Some families cut the pixels of all images by their numbers of patches.
         tiles = call.replayed_tiles
         return {"pixel_values": torch.zeros(sum(tiles), 1), "num_patches": tiles}, call.replayed
