@@ -7,11 +7,11 @@ import torch
 from transformers import SiglipImageProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from tests.dropin.configs import model_type
+from tests.dropin.configs import ALL, model_type
 from tests.dropin.processors import picture
 from tests.dropin.table import IMAGE, tokenizer
 from tests.dropin.test_model import logits
-from tests.dropin.tiny import MODELS, PROMPTS, batch, stock_model
+from tests.dropin.tiny import PROMPTS, batch, stock_model
 from tokenflex import register_family, replace_projector
 from tokenflex.dropin import families, square_grids, supported_families
 from tokenflex.dropin.adapters import grids, sizes, tiles
@@ -74,7 +74,7 @@ def test_grid_that_is_not_square_is_refused():
 
 
 def test_every_registered_family_has_a_tiny_model():
-    assert set(supported_families()) == {model_type(name) for name in MODELS}
+    assert set(supported_families()) == {model_type(name) for name in ALL}
 
 
 @pytest.mark.parametrize("model_types", [(), (3,), ("a", None)])

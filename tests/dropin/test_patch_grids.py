@@ -12,7 +12,7 @@ import torch
 import transformers
 from packaging import version
 
-from tests.dropin.configs import GRIDS
+from tests.dropin.configs import CONFIGS, GRIDS
 from tests.dropin.table import (
     ANYRES,
     MINICPM,
@@ -172,10 +172,14 @@ def test_an_earlier_layer_is_the_one_of_the_stock_model(family):
     assert not torch.allclose(rows, last, atol=1e-5)
 
 
+DEEPSTACK = ("qwen3_vl", "qwen3_vl_moe", "cohere_compass", "cosmos3_omni")
+
+
 @torch.no_grad()
-def test_deepstack_maps_are_pooled_to_each_token_grid():
-    model, inputs = converted("qwen3_vl"), inputs_of("qwen3_vl")
-    stock = stock_model("qwen3_vl").base_model.get_image_features(**inputs).deepstack_features
+@pytest.mark.parametrize("family", [name for name in DEEPSTACK if name in CONFIGS])
+def test_deepstack_maps_are_pooled_to_each_token_grid(family):
+    model, inputs = converted(family), inputs_of(family)
+    stock = stock_model(family).base_model.get_image_features(**inputs).deepstack_features
     counts = [(2, 3), (1, 1)]
     pooled = model.base_model.get_image_features(**inputs, num_image_tokens=counts)
     assert len(pooled.deepstack_features) == len(stock) == 2
@@ -186,3 +190,12 @@ def test_deepstack_maps_are_pooled_to_each_token_grid():
             means = torch.nn.functional.adaptive_avg_pool2d(grids, grid)
             assert float(means.abs().max()) > 0.01
             assert torch.allclose(tokens, means.flatten(1).T, atol=1e-5)
+
+
+@torch.no_grad()
+def test_tokens_around_images_of_ovis2_are_the_stock_ones():
+    model, inputs = converted("ovis2"), image_inputs("ovis2", [1])
+    stock = stock_model("ovis2").base_model.get_image_features(**inputs)
+    more = family_of(model.config).more_outputs(model.base_model)
+    assert more.keys() == {"visual_indicator_features"}
+    assert torch.equal(more["visual_indicator_features"], stock.visual_indicator_features)

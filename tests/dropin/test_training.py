@@ -254,7 +254,7 @@ def test_peft_trains_and_saves_its_copy_of_the_projector(name, tmp_path):
     loaded = peft.PeftModel.from_pretrained(converted(name), tmp_path).eval()
     inputs = batch(name, PROMPTS)
     expected = logits(model, inputs)
-    assert torch.equal(logits(loaded, inputs), expected)
+    assert float((logits(loaded, inputs) - expected).abs().max()) < 1e-5
     options = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(**inputs, **options), loaded.generate(**inputs, **options))
     merged = loaded.merge_and_unload()

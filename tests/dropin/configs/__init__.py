@@ -6,7 +6,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from tests.dropin.configs import grids, sizes, tiles
 
-_ALL = {**tiles.CONFIGS, **sizes.CONFIGS, **grids.CONFIGS}
+ALL = {**tiles.CONFIGS, **sizes.CONFIGS, **grids.CONFIGS}
 
 
 def model_type(name: str) -> str:
@@ -36,7 +36,7 @@ MROPE = [
 # Those that the installed transformers has.
 CONFIGS = {
     name: config
-    for name, config in _ALL.items()
+    for name, config in ALL.items()
     if model_type(name) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 }
 MROPE = [name for name in MROPE if name in CONFIGS]
