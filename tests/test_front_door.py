@@ -117,7 +117,7 @@ def mistakes(stock: Path, converted: Path, folder: Path) -> dict[str, tuple[list
         "unsupported": ([bert, out, "--images", torn / "a.png"], "a.png"),
         "a family": (
             [bert, out, "--init", "random"],
-            "model_type 'bert'; supported are aya_vision",
+            "model_type 'bert' (it is no image-text type of the installed transformers)",
         ),
         "exists": ([stock, empty, "--init", "random"], "empty exists"),
         "converted": ([converted, out, "--init", "random"], "is a conversion already"),

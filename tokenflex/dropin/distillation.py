@@ -359,7 +359,9 @@ class _Student:
         per_tile = [count for prompt, count in pairs for _ in range(prompt.tiles)]
         texts = [prompt.at(count, self.inner.config) for prompt, count in pairs]
         answers = [self.answers[i].ids for i in samples]
-        inputs = _padded(texts, answers, self._pad_id(), self._family.model_type == "paligemma")
+        inputs = _padded(texts, answers, self._pad_id())
+        is_answer = torch.arange(inputs["input_ids"].shape[1]) >= _longest(texts)
+        inputs |= self.inner.prefix_types(is_answer.expand_as(inputs["input_ids"]))
         for name in prompts[0].positions:
             inputs[name] = torch.cat([prompt.positions[name] for prompt in prompts])
         longest = max(map(len, answers))
@@ -389,7 +391,9 @@ class _Student:
             num_image_tokens=default_count(self.inner.config),
         )
         prompt = _Prompt(
-            text={name: inputs[name][0] for name in inputs if is_per_token(name)},
+            text={
+                name: inputs[name][0] for name in inputs if is_per_token(name) and name != "labels"
+            },
             positions={name: inputs[name] for name in self._position_names() if name in inputs},
             tiles=len(inputs["num_image_tokens"]),
             patches=self._encoded(inputs),
@@ -428,28 +432,28 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
+def _longest(texts: Sequence[Mapping[str, Any]]) -> int:
+    return max(len(text["input_ids"]) for text in texts)
+
+
 def _padded(
     texts: Sequence[Mapping[str, Any]],
     answers: Sequence[torch.Tensor],
     pad_id: int,
-    is_suffix: bool,
 ) -> dict[str, torch.Tensor]:
-    """Return prompts, padded on the left, and their answers, padded on the right: [B, P + A].
-
-    ``is_suffix`` gives the tokens of answers the token type 1 (PaliGemma's suffix), not 0.
-    """
-    prompt = max(len(text["input_ids"]) for text in texts)
+    """Return prompts, padded on the left, and their answers, padded on the right: [B, P + A]."""
+    prompt = _longest(texts)
     longest = max(map(len, answers))
     fill = {"input_ids": pad_id}
-    of_answer = {"attention_mask": 1, "token_type_ids": int(is_suffix)}
     padded = {}
     for name in texts[0]:
         rows = torch.full((len(texts), prompt + longest), fill.get(name, 0))
         for row, text, answer in zip(rows, texts, answers, strict=True):
             row[prompt - len(text[name]) : prompt] = text[name]
-            row[prompt : prompt + len(answer)] = (
-                answer if name == "input_ids" else of_answer.get(name, 0)
-            )
+            if name == "input_ids":
+                row[prompt : prompt + len(answer)] = answer
+            elif name == "attention_mask":
+                row[prompt : prompt + len(answer)] = 1
         padded[name] = rows
     return padded
 

@@ -6,7 +6,10 @@ model and the table of docs/families.md have their words from here.
 
 from __future__ import annotations
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
 NOT_TRIED = "not tried yet"
+NO_IMAGE_TEXT = "it is no image-text type of the installed transformers"
 
 _ENCODER_DECODER = (
     "it is an encoder-decoder: its decoder attends to the image, and the prompt has no placeholders"
@@ -77,4 +80,6 @@ _REASONS: dict[str, str] = {
 
 def reason(model_type: str) -> str:
     """Return why a model type without a family is not supported: a fact, or :data:`NOT_TRIED`."""
+    if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return NO_IMAGE_TEXT
     return _REASONS.get(model_type, NOT_TRIED)
