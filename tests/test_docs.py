@@ -89,9 +89,12 @@ def test_python_of_the_drop_in_page_runs_in_order(stock_llava):
     names = {**stock_llava, "data": Samples("llava", 8)}
     names["prompts"] = ["<image> is this <image>", "what is <image>"]
     snippets = snippets_of(DROPIN)
-    assert len(snippets) == 4  # the last one is TRL's, slow to import
-    for snippet in snippets[:3]:
+    assert len(snippets) == 5  # the last one is TRL's, slow to import
+    question = [{"type": "image", "image": names["a"]}, {"type": "text", "text": "what is this"}]
+    names["samples"] = [{"messages": [{"role": "user", "content": question}]}] * 2
+    for snippet in snippets[:4]:
         quick = snippet.replace("max_steps=100", "max_steps=1, report_to=[], use_cpu=True")
+        quick = quick.replace("steps=1000", "steps=1, max_new_tokens=2")
         exec(compile(quick, "docs/dropin.md", "exec"), names)
         if snippet is snippets[0]:
             assert [*names["inputs"]["num_image_tokens"]] == [64, 256, 144]
@@ -122,7 +125,7 @@ def test_trl_of_the_drop_in_page_runs(stock_llava, tmp_path):
         ),
     }
     names["model"], names["processor"] = tokenflex.from_pretrained("path/to/a/model")
-    exec(compile(snippets_of(DROPIN)[3], "docs/dropin.md", "exec"), names)
+    exec(compile(snippets_of(DROPIN)[4], "docs/dropin.md", "exec"), names)
     names["trainer"].train()
     assert names["trainer"].state.global_step == 1
 
