@@ -133,6 +133,18 @@ def test_divergence_is_that_of_the_likeliest_tokens_and_all_others():
     assert len(answers[0].likeliest[0]) < logits.shape[-1]
 
 
+def test_tokens_that_cannot_be_do_not_matter():
+    model, processor = converted("llava")
+    hook = model.lm_head.register_forward_hook(
+        lambda module, args, logits: logits.index_fill(-1, torch.arange(60, 100), float("-inf"))
+    )
+    samples = samples_of(3)
+    report = distill(model, processor, samples, counts=COUNTS, **FEW)
+    hook.remove()
+    assert all(agreement.divergence < float("inf") for agreement in report.after.values())
+    assert bool(projector_of(model).down.weight.isfinite().all())
+
+
 @pytest.mark.slow
 def test_distilled_model_answers_as_the_stock_model_at_every_count():
     """After a model has learned to tell eight kinds of pictures, with a random projector."""

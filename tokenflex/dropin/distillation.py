@@ -324,7 +324,9 @@ class _Student:
             for name in ("ids", "likeliest", "log_probs")
         )
         given = log_probs.gather(1, likeliest)
-        kl = (expected.exp() * (expected - given)).sum(1)
+        # Models give tokens that do not exist a probability of 0, whose product would be NaN.
+        possible = expected.isfinite()
+        kl = torch.where(possible, expected.exp() * (expected - given), 0.0).sum(1)
         if likeliest.shape[1] < log_probs.shape[1]:  # all other tokens are one class
             rest, given_rest = (_log_of_rest(kept) for kept in (expected, given))
             kl = kl + rest.exp() * (rest - given_rest)
