@@ -225,6 +225,18 @@ def test_unknown_types_are_compared(monkeypatch):
     assert attention_of(gemma) == "sdpa"
 
 
+def test_a_comparison_that_fails_leaves_the_model_as_it_was():
+    model = stock_model("llava")
+    inputs = padded("llava", "stock", model)
+    hook = lambda *_: (_ for _ in ()).throw(RuntimeError("of the model's own"))  # noqa: E731
+    handle = model.base_model.language_model.register_forward_hook(hook)
+    with pytest.raises(RuntimeError, match="of the model's own"):
+        packing.enable(model, inputs)
+    handle.remove()
+    assert not packing.is_enabled(model)
+    assert attention_of(model) == "sdpa"
+
+
 # ---- the comparison sees faults
 
 

@@ -76,7 +76,7 @@ def enable(model: Any, batch: Any = None) -> None:
     if batch is not None:
         try:
             verify(model, batch)
-        except ValueError:
+        except Exception:  # packed rows may also fail in a model's own code
             disable(model)
             raise
 
@@ -110,7 +110,7 @@ def why_not(model: Any) -> str:
         return family_of(config).no_packing
     if config.model_type == TokenFlexConfig.model_type:
         return "it is tokenflex's own, which tokenflex.DataCollatorWithPacking packs"
-    if config.is_encoder_decoder:
+    if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder, whose samples are rows of the encoder"
     decoder = whole.base_model.get_decoder()
     text = decoder.config
