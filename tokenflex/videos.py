@@ -200,9 +200,7 @@ def frame_sizes(
 
 
 def is_frames(source: Any) -> bool:
-    """Return whether ``source`` is a clip given by its frames: an array of four dimensions, or a
-    list of pictures in memory.
-    """
+    """Return whether ``source`` is a list of pictures in memory, or an array of four dimensions."""
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return source.ndim == 4
     return (

@@ -77,7 +77,17 @@ def page_of(report: dict[str, Any]) -> str:
         cells = [f"{100 * value:.1f}" for value in (*by_kind, split["accuracy"])]
         shown = f"{split['frames']} x {split['tokens_per_frame']}"
         lines.append(f"| {split['total']} | {shown} | " + " | ".join(cells) + " |")
-    lines += ["", "Guessing gives 25 (where), 10 (which) and 25 (how many) percent.", ""]
+    lines += [
+        "",
+        "Guessing gives 25 (where), 10 (which) and 25 (how many) percent.",
+        "",
+        "```",
+        "tokenflex train experiments/video/moving.yaml",
+        "python -m experiments.video runs/video/checkpoint docs/results/video"
+        f" --clips {report['clips']}",
+        "```",
+        "",
+    ]
     return "\n".join(lines)
 
 
