@@ -445,7 +445,7 @@ def test_an_existing_output_is_never_touched(refused, checkpoint, tmp_path, targ
 def test_a_stock_model_is_refused(refused, tmp_path):
     stock_model("llava").save_pretrained(tmp_path / "llava")
     line = refused(tmp_path / "llava", "--to", "pt2", "--output", tmp_path / "out")
-    assert "model_type 'llava' with its stock projector: convert it first" in line
+    assert "holds a stock llava: convert it first" in line
 
 
 def test_no_model_is_refused(refused, tmp_path):
