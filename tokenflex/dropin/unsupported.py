@@ -74,6 +74,9 @@ _REASONS: dict[str, str] = {
     ),
     "t5gemma2": "it is an encoder-decoder, whose encoder reads the image beside the text",
     "udop": "it is an encoder-decoder, whose encoder joins patches with the words on them",
+    "unlimited_ocr": (
+        "its image tokens hold learned ones at the ends of rows and between an image's two views"
+    ),
     "vision-encoder-decoder": _ENCODER_DECODER,
 }
 
