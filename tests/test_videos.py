@@ -207,10 +207,14 @@ def test_a_hostile_clip_is_refused_in_no_time(content, words):
         assert "clips[3] cannot be read" in str(error.value)
 
 
-def test_few_frames_of_a_large_clip_are_read():
+def test_few_frames_of_a_large_clip_are_read(monkeypatch):
     """The bound is on the frames that are chosen, not on all that the file holds."""
-    frames = load_video(many_frames(40, (3_400, 3_400)), sampling=FrameSampling(2)).frames
-    assert [picture.size for picture in frames] == [(3_400, 3_400)] * 2
+    monkeypatch.setenv("TOKENFLEX_MAX_PIXELS", "10000")
+    content = many_frames(40, (100, 100))
+    frames = load_video(content, sampling=FrameSampling(4)).frames
+    assert [picture.size for picture in frames] == [(100, 100)] * 4
+    with pytest.raises(ValueError, match="take fewer of them by max_frames or fps"):
+        load_video(content, sampling=FrameSampling(5))
 
 
 def test_what_is_no_clip(tmp_path, folder):
