@@ -17,6 +17,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from tests.dropin.configs import model_type
 from tests.dropin.processors import NEED_TORCHVISION, PROCESSORS
 from tests.dropin.report import with_tables
+from tokenflex import TokenFlexConfig
 from tokenflex.dropin import supported_families
 from tokenflex.dropin.families import family_of
 from tokenflex.dropin.unsupported import reason
@@ -24,9 +25,14 @@ from tokenflex.dropin.unsupported import reason
 PAGE = Path(__file__).parents[2] / "docs/families.md"
 
 
+def image_text_types() -> list[str]:
+    """Return the model types of the installed transformers, without our own."""
+    return sorted({*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES} - {TokenFlexConfig.model_type})
+
+
 def page() -> str:
     """Return the page with the table of the installed transformers."""
-    types = sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    types = image_text_types()
     supported = [name for name in types if name in supported_families()]
     numbers = (
         f"transformers {transformers.__version__}: {len(types)} types, {len(supported)} supported."

@@ -10,12 +10,12 @@ import pytest
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from tests.dropin.all_types import PAGE, page
+from tests.dropin.all_types import PAGE, image_text_types, page
 from tokenflex.dropin import supported_families
 from tokenflex.dropin.families import family_of
 from tokenflex.dropin.unsupported import _REASONS, NOT_TRIED, reason
 
-TYPES = sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+TYPES = image_text_types()
 UNSUPPORTED = [name for name in TYPES if name not in supported_families()]
 
 
