@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    LlavaForConditionalGeneration,
+)
 
 import tokenflex
 from tests.dropin.processors import stock_processor
@@ -93,14 +97,25 @@ def test_auto_classes_load_a_conversion_as_tokenflex_does(name, tmp_path):
     assert {*new.state_dict()} == {*model.state_dict()}
 
 
+def test_the_stock_class_reads_the_stock_values_and_says_that_the_projector_is_new(saved):
+    """Not the defaults of its config, which may be those of a model of many gigabytes."""
+    model, folder = saved
+    loaded, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert [p.shape for p in loaded.lm_head.parameters()] == [
+        p.shape for p in model.lm_head.parameters()
+    ]
+    assert loaded.config.text_config.num_hidden_layers == model.config.text_config.num_hidden_layers
+    assert {key.split(".")[-2] for key in info["missing_keys"]} == {"linear_1", "linear_2"}
+
+
 def test_conversions_of_earlier_versions_load(saved, tmp_path):
     model, folder = saved
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     values = json.loads((tmp_path / "config.json").read_text())
     assert values.pop("auto_map")
-    values["model_type"] = values["tokenflex"].pop("model_type")
-    values["architectures"] = values["tokenflex"].pop("architectures")
+    values["model_type"] = values["tokenflex"].pop("stock_model_type")
+    values["architectures"] = values["tokenflex"].pop("stock_architectures")
     (tmp_path / "config.json").write_text(json.dumps(values))
     (tmp_path / STUB).unlink()
     loaded, processor = from_pretrained(tmp_path)
@@ -127,7 +142,7 @@ def test_a_config_survives_copies_and_is_a_stock_one_after_restoring(saved, tmp_
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "no_such"}, "must name the stock model_type in tokenflex, got 'no_such'"),
+        ({"stock_model_type": "no_such"}, "have a stock_model_type in tokenflex, got 'no_such'"),
         ({"patch_merge": None}, "patch_merge is missing"),
     ],
 )

@@ -34,6 +34,8 @@ _AUTO_CLASSES = {
     "AutoModelForImageTextToText": "Conversion",
     "AutoModelForMultimodalLM": "Conversion",
 }
+# Not "model_type": a stock config class would take the dict that has it for its own values.
+_STOCK_KEYS = {"stock_model_type": "model_type", "stock_architectures": "architectures"}
 
 
 class ConvertedConfig(Variant):
@@ -46,7 +48,7 @@ class ConvertedConfig(Variant):
         super().to_json_file(json_file_path, *args, **kwargs)
         path = Path(json_file_path)
         values = read_json(path)
-        stock = {"model_type": values["model_type"], "architectures": values.get("architectures")}
+        stock = {key: values.get(name) for key, name in _STOCK_KEYS.items()}
         module = STUB.removesuffix(".py")
         values |= {
             "model_type": MODEL_TYPE,
@@ -71,17 +73,16 @@ class ConversionConfig(InstalledClass, PretrainedConfig):
             ValueError: The values are not those of a conversion of a supported family.
         """
         options = config_dict.get("tokenflex")
-        model_type = options.get("model_type") if isinstance(options, dict) else None
+        model_type = options.get("stock_model_type") if isinstance(options, dict) else None
         if model_type not in CONFIG_MAPPING:
             raise ValueError(
-                "config of a conversion must name the stock model_type in tokenflex, got "
+                "config of a conversion must have a stock_model_type in tokenflex, got "
                 f"{excerpt(model_type)}"
             )
         assert isinstance(options, dict)
-        of_file = ("model_type", "architectures")
         values = {key: value for key, value in config_dict.items() if key != "auto_map"}
-        values |= {key: options.get(key) for key in of_file}
-        values["tokenflex"] = {k: v for k, v in options.items() if k not in of_file}
+        values |= {name: options.get(key) for key, name in _STOCK_KEYS.items()}
+        values["tokenflex"] = {k: v for k, v in options.items() if k not in _STOCK_KEYS}
         loaded = CONFIG_MAPPING[model_type].from_dict(values, **kwargs)
         mark_config(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
