@@ -105,7 +105,7 @@ def test_the_stock_class_reads_the_stock_values_and_says_that_the_projector_is_n
         p.shape for p in model.lm_head.parameters()
     ]
     assert loaded.config.text_config.num_hidden_layers == model.config.text_config.num_hidden_layers
-    assert {key.split(".")[-2] for key in info["missing_keys"]} == {"linear_1", "linear_2"}
+    assert {"linear_1", "linear_2"} <= {key.split(".")[-2] for key in info["missing_keys"]}
 
 
 def test_conversions_of_earlier_versions_load(saved, tmp_path):

@@ -387,6 +387,7 @@ def test_the_encoder_and_projectors_of_each_family(name):
 @pytest.fixture
 def refused(capsys, tmp_path):
     def run(*words: object) -> str:
+        capsys.readouterr()  # what wrote the model
         try:
             code = main(["export", *map(str, words)])
         except SystemExit as stop:
