@@ -1,7 +1,8 @@
-"""The table of families for the tests: a tiny config, image inputs and a processor for each.
+"""The table of families for the tests: image inputs, and a processor where one can be built.
 
-A family needs an entry in ``CONFIGS`` and one in ``BUILDERS``; further entries where it differs
-from the others. Names may add a vision tower to a model type: "llava-pixtral" is a llava.
+A family needs an entry in ``CONFIGS`` of :mod:`tests.dropin.configs`, and one in ``BUILDERS`` if no
+other family has its processor; further entries where it differs from the others. Names may add a
+vision tower or a language model to a model type: "llava-pixtral" is a llava.
 
 Token ids have no meaning. Processors have a tokenizer of a hundred words; no file is read. Where
 transformers builds a processor only with torchvision, for videos, a stand-in replaces the video

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tests.dropin.configs import MROPE
 from tests.dropin.table import IMAGE, START, image_inputs
-from tests.dropin.tiny import PROMPTS, Prompt, batch, stock_model
+from tests.dropin.tiny import KINDS, PROMPTS, Prompt, batch, stock_model
 from tokenflex import TokenAdaptiveProjector, replace_projector
 from tokenflex.dropin.families import family_of
 
@@ -198,6 +198,7 @@ def test_outputs_of_the_vision_encoder_are_the_stock_ones(name, options):
                 assert all(map(torch.equal, state, stock_state)), field
 
 
+@pytest.mark.parametrize("name", KINDS)
 def test_outputs_come_as_a_tuple_where_that_is_asked_for(name, monkeypatch):
     model, inputs = shared(name), batch(name, PROMPTS)
     names = inspect.signature(model.base_model.get_image_features).parameters
@@ -237,6 +238,7 @@ def test_default_count(name):
     assert model.generate(**inputs, **options).shape == (1, inputs["input_ids"].shape[1] + 2)
 
 
+@pytest.mark.parametrize("name", KINDS)
 def test_copies_and_pickles_are_converted_models(name):
     inputs = batch(name, PROMPTS)
     twin = copy.deepcopy(pickle.loads(pickle.dumps(converted(name))))
@@ -355,6 +357,7 @@ def test_threads_may_share_a_model():
         assert all(map(torch.equal, outputs.pooler_output, alone.pooler_output))
 
 
+@pytest.mark.parametrize("name", KINDS)
 def test_hooks_of_accelerate_before_and_after_converting(name):
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
@@ -373,6 +376,7 @@ def test_hooks_of_accelerate_before_and_after_converting(name):
     assert torch.equal(logits(hooked(converted(name)), inputs), expected)
 
 
+@pytest.mark.parametrize("name", KINDS)
 def test_the_callers_arguments_stay_as_they_are(name):
     model = shared(name)
     inputs = batch(name, PROMPTS)

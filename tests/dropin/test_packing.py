@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tests.dropin.configs import MROPE, model_type
 from tests.dropin.table import IMAGE, START
 from tests.dropin.test_model import TOLERANCE, converted, logits, shared
-from tests.dropin.tiny import MODELS, PROMPTS, Prompt, batch, stock_model
+from tests.dropin.tiny import KINDS, MODELS, PROMPTS, Prompt, batch, stock_model
 from tokenflex.dropin import model as converted_classes
 from tokenflex.dropin import pack_inputs
 from tokenflex.dropin.families import family_of
@@ -74,6 +74,7 @@ def test_the_comparison_would_see_a_leak(name, monkeypatch):
     assert float((together[1] - alone).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("name", [name for name in KINDS if model_type(name) not in REFUSED])
 def test_a_packed_row_that_would_leak_is_refused(name):
     model = shared(name)
     packed = pack_inputs(model, batch(name, SAMPLES))
@@ -85,6 +86,7 @@ def test_a_packed_row_that_would_leak_is_refused(name):
                 model(**row | change)
 
 
+@pytest.mark.parametrize("name", [name for name in KINDS if model_type(name) not in REFUSED])
 def test_positions_alone_keep_samples_apart_without_a_cache(name):
     model = shared(name)
     packed = pack_inputs(model, batch(name, SAMPLES))

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 import tokenflex
 from tests.dropin.processors import picture, stock_processor
 from tests.dropin.test_model import converted, logits, projector_of
-from tests.dropin.tiny import PROMPTS, Prompt, batch, stock_model
+from tests.dropin.tiny import KINDS, PROMPTS, Prompt, batch, stock_model
 from tokenflex import replace_projector, restore_projector
 from tokenflex.dropin import supported_families
 from tokenflex.dropin.families import family_of
@@ -70,6 +70,7 @@ def test_restored_model_is_the_stock_one(name):
     assert torch.equal(logits(again, inputs), logits(converted(name), inputs))
 
 
+@pytest.mark.parametrize("name", KINDS)
 def test_restored_projector_follows_the_model(name):
     model = converted(name).to(torch.bfloat16).train()
     restore_projector(model)
@@ -78,6 +79,7 @@ def test_restored_projector_follows_the_model(name):
     assert stock.training
 
 
+@pytest.mark.parametrize("name", KINDS)
 def test_projector_has_the_dtype_of_the_one_it_replaces(name):
     model = stock_model(name).to(torch.bfloat16)
     replace_projector(model, num_image_tokens=16)

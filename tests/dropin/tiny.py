@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 
-from tests.dropin.configs import CONFIGS, MROPE
+from tests.dropin.configs import CONFIGS, MROPE, model_type
 from tests.dropin.configs.common import END, IMAGE, PAD, START
 from tests.dropin.table import image_inputs, tiles_per_image
+from tokenflex.dropin.families import family_of
 
 MODELS = sorted(CONFIGS)
+
+
+def _kinds() -> list[str]:
+    """Return a model for each adapter, for tests of what is the same in all families."""
+    first: dict[Any, str] = {}
+    for name in ("llava", *MODELS):
+        family = family_of(SimpleNamespace(model_type=model_type(name)))
+        first.setdefault(family.patch_grids, name)
+    return sorted(first.values())
+
+
+KINDS = _kinds()
 
 
 def stock_model(name: str, seed: int = 0) -> Any:
