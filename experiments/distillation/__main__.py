@@ -1,6 +1,6 @@
 """``python -m experiments.distillation``: what distillation gains over resizing the picture.
 
-A tiny stock LLaVA is trained on the digits task, at the whole picture (64 tokens) and at smaller
+A tiny stock LLaVA is trained on the digits task, at the whole picture (16 tokens) and at smaller
 ones. Its projector is then replaced by one that takes any count: fitted, and distilled towards the
 stock model's own answers about pictures of the training split, with and without LoRA on the
 language model. All are asked the same questions of the test split.
@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("docs/results/distillation/report.json"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--warm-up", type=int, default=300, help="steps of the encoder's warm-up")
-    parser.add_argument("--stock-steps", type=int, default=1500, help="steps of the stock model")
+    parser.add_argument("--stock-steps", type=int, default=2000, help="steps of the stock model")
     parser.add_argument("--prompts", type=int, default=4000, help="prompts to distil on")
     parser.add_argument("--steps", type=int, default=1000, help="steps of the distillation")
     parser.add_argument("--canvases", type=int, default=512, help="test pictures, 8 questions each")

@@ -19,8 +19,8 @@ from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.encoder import warm_up_encoder
 from tokenflex.digits.processor import digits_processor
 
-PIXELS, PATCH, WIDTH = CELLS * CELL_PIXELS, 4, 64
-SIDES = (8, 4, 3, 2)  # of the grid of tokens, from the whole picture down
+PIXELS, PATCH, WIDTH = CELLS * CELL_PIXELS, CELL_PIXELS, 64
+SIDES = (4, 3, 2)  # of the grid of tokens, from the whole picture down
 _TEMPLATE = (
     "{% for m in messages %}{% for c in m['content'] %}"
     "{{ '<image>' if c['type'] == 'image' else c['text'] }} {% endfor %}{% endfor %}"
