@@ -12,13 +12,15 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
 )
+
+# Before transformers 5.18 the package's own name of it needs torchvision, the class does not.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tokenflex.counts import TokenCount, token_grid
 from tokenflex.data.mixture import Mixture, order_of
