@@ -36,6 +36,12 @@ def test_figures_in_the_readme_are_those_of_the_report() -> None:
     assert table == {count: f"{value:.3f}" for count, value in report["accuracy"].items()}
 
 
+def test_supported_types_in_the_readme_are_those_of_the_table() -> None:
+    page = (ROOT / "docs/families.md").read_text(encoding="utf-8")
+    types, supported = re.search(r": (\d+) types, (\d+) supported", page).groups()
+    assert f"[{supported} of transformers' {types} image-text types]" in README
+
+
 @pytest.mark.parametrize(
     ("page", "target"),
     [

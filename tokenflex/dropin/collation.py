@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenflex.counts import TokenCount, TokenCounts
 from tokenflex.dropin.processor import image_token_id
+from tokenflex.dropin.samples import encode_samples, images_of_sample
 from tokenflex.dropin.sampling import CountStream
 
 IGNORE = -100
@@ -68,38 +69,14 @@ class ImageTextCollator:
             ValueError: Samples are of both kinds or of none, or have a number of images that the
                 family's processor does not take.
         """
-        if all("messages" in sample for sample in samples):
-            conversations = [_with_images(sample) for sample in samples]
-            images = [_count_images(conversation) for conversation in conversations]
-            batch = self.processor.apply_chat_template(
-                conversations,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs=self._options(samples, images),
-                **({"return_assistant_tokens_mask": True} if self.assistant_only else {}),
-            )
-        elif all("text" in sample for sample in samples):
-            pictures = [list(sample.get("images") or []) for sample in samples]
-            images = [len(of_sample) for of_sample in pictures]
-            family = getattr(self.processor, "_tokenflex_family", None)
-            is_flat = family is not None and family.flat_images
-            if family is not None and is_flat and {*images} != {1}:
-                raise ValueError(
-                    f"samples of {family.model_type} must have one image each, got {images}"
-                )
-            flat = [picture for of_sample in pictures for picture in of_sample]
-            batch = self.processor(
-                images=(flat if is_flat else pictures) if flat else None,
-                text=[sample["text"] for sample in samples],
-                return_tensors="pt",
-                **self._options(samples, images),
-            )
-        else:
-            raise ValueError(
-                "samples must all have 'messages', or all have 'text', got keys "
-                f"{[sorted(sample) for sample in samples]}"
-            )
+        images = [images_of_sample(sample) for sample in samples]
+        batch = encode_samples(
+            self.processor,
+            samples,
+            family=getattr(self.processor, "_tokenflex_family", None),
+            chat_options={"return_assistant_tokens_mask": True} if self.assistant_only else {},
+            **self._options(samples, images),
+        )
         batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE)
         if self.assistant_only:
             is_learned = batch.pop("assistant_masks", None)
@@ -151,64 +128,3 @@ def mask_image_labels(batch: Any, processor: Any) -> Any:
 def _without_labels_of(batch: Any, token_id: int) -> Any:
     batch["labels"] = batch["labels"].masked_fill(batch["input_ids"] == token_id, IGNORE)
     return batch
-
-
-def _with_images(sample: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return a sample's conversation with the images beside it in their places.
-
-    Those are the parts of type "image" without an image; where there are none, the images stand
-    before the first user's text, as TRL puts them.
-    """
-    messages = list(sample["messages"])
-    beside = list(sample.get("images") or [])
-    if not beside:
-        return messages
-    places = sum(
-        _is_image(part) and not _is_filled(part)
-        for message in messages
-        for part in _parts(message.get("content"))
-    )
-    if not places:
-        first = next((i for i, m in enumerate(messages) if m.get("role") == "user"), None)
-        if first is None:
-            raise ValueError(
-                "messages with images must have a message of the role 'user', got roles "
-                f"{[message.get('role') for message in messages]}"
-            )
-        content = [*({"type": "image"} for _ in beside), *_parts(messages[first].get("content"))]
-        messages[first] = {**messages[first], "content": content}
-        places = len(beside)
-    if places != len(beside):
-        raise ValueError(
-            f"images must hold one image for each of the {places} places in messages, got "
-            f"{len(beside)}"
-        )
-    rest = iter(beside)
-    return [
-        {
-            **message,
-            "content": [
-                {**part, "image": next(rest)} if _is_image(part) and not _is_filled(part) else part
-                for part in _parts(message.get("content"))
-            ],
-        }
-        for message in messages
-    ]
-
-
-def _parts(content: Any) -> list[Any]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content or [])
-
-
-def _is_image(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "image"
-
-
-def _is_filled(part: Mapping[str, Any]) -> bool:
-    return any(part.get(name) is not None for name in ("image", "url", "path", "base64"))
-
-
-def _count_images(conversation: Sequence[Mapping[str, Any]]) -> int:
-    contents = [message.get("content") for message in conversation]
-    parts = [part for parts in contents if isinstance(parts, (list, tuple)) for part in parts]
-    return sum(_is_image(part) for part in parts)

@@ -214,7 +214,7 @@ def stock_answers(
             inputs = encode_samples(
                 processor,
                 samples[start : start + batch_size],
-                flat_images=family.flat_images,
+                family=family,
                 chat_options={"add_generation_prompt": True},
                 padding=True,
                 padding_side="left",
@@ -388,7 +388,7 @@ class _Student:
         inputs = encode_samples(
             self.processor,
             [self.samples[sample]],
-            flat_images=self._family.flat_images,
+            family=self._family,
             chat_options={"add_generation_prompt": True},
             num_image_tokens=default_count(self.inner.config),
         )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenflex.data.samples import Conversation, Sample
+from tokenflex.dropin.families import Family
 from tokenflex.models.chat import IMAGE_MARK, parts_of
 
 IMAGE = "image"
@@ -46,16 +47,15 @@ def images_of_sample(sample: Mapping[str, Any]) -> int:
     """Return the number of images of a sample with ``messages``, or with ``text``."""
     if "messages" not in sample:
         return len(list(sample.get("images") or []))
-    contents = [message.get("content") for message in sample["messages"]]
-    parts = [part for parts in contents if isinstance(parts, (list, tuple)) for part in parts]
-    return sum(isinstance(part, Mapping) and part.get("type") == IMAGE for part in parts)
+    contents = [message.get("content") for message in with_images(sample)]
+    return sum(_is_image(part) for content in contents for part in _parts(content))
 
 
 def encode_samples(
     processor: Any,
     samples: Sequence[Mapping[str, Any]],
     *,
-    flat_images: bool = False,
+    family: Family | None = None,
     chat_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Any:
@@ -64,18 +64,19 @@ def encode_samples(
     Args:
         processor: The processor.
         samples: Dicts with ``messages``, a conversation as ``apply_chat_template`` takes it, images
-            inside; or with ``text`` and ``images``, a prompt with placeholders and its images.
-        flat_images: Whether the processor takes the images of several prompts as one flat list.
+            inside or beside it as ``images``; or with ``text`` and ``images``, a prompt with
+            placeholders and its images.
+        family: The processor's family, if known: some take images in a way of their own.
         chat_options: Options of ``apply_chat_template``, for samples with messages.
         **options: Options of the processor.
 
     Raises:
         ValueError: Samples are of both kinds or of none, or have a number of images that the
-            processor does not take.
+            family's processor does not take.
     """
     if all("messages" in sample for sample in samples):
         return processor.apply_chat_template(
-            [sample["messages"] for sample in samples],
+            [with_images(sample) for sample in samples],
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
@@ -88,13 +89,77 @@ def encode_samples(
             f"{[sorted(sample) for sample in samples]}"
         )
     pictures = [list(sample.get("images") or []) for sample in samples]
-    numbers = [len(of_sample) for of_sample in pictures]
-    if flat_images and {*numbers} != {1}:
-        raise ValueError(f"samples of this family must have one image each, got {numbers}")
+    is_flat = family is not None and family.flat_images
+    if family is not None and is_flat and {*map(len, pictures)} != {1}:
+        raise ValueError(
+            f"samples of {family.model_type} must have one image each, got "
+            f"{[len(of_sample) for of_sample in pictures]}"
+        )
     flat = [picture for of_sample in pictures for picture in of_sample]
     return processor(
-        images=(flat if flat_images else pictures) if flat else None,
+        images=(flat if is_flat else pictures) if flat else None,
         text=[sample["text"] for sample in samples],
         return_tensors="pt",
         **options,
     )
+
+
+def with_images(sample: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return a sample's conversation with the images beside it in their places.
+
+    Those are the parts of type "image" without an image; where there are none, the images stand
+    before the first user's text, as TRL puts them.
+    """
+    messages = list(sample["messages"])
+    beside = list(sample.get("images") or [])
+    if not beside:
+        return messages
+    places = sum(
+        _is_image(part) and not _is_filled(part)
+        for message in messages
+        for part in _parts(message.get("content"))
+    )
+    if not places:
+        first = next((i for i, m in enumerate(messages) if m.get("role") == "user"), None)
+        if first is None:
+            raise ValueError(
+                "messages with images must have a message of the role 'user', got roles "
+                f"{[message.get('role') for message in messages]}"
+            )
+        content = [*({"type": "image"} for _ in beside), *_parts(messages[first].get("content"))]
+        messages[first] = {**messages[first], "content": content}
+        places = len(beside)
+    if places != len(beside):
+        raise ValueError(
+            f"images must hold one image for each of the {places} places in messages, got "
+            f"{len(beside)}"
+        )
+    rest = iter(beside)
+    return [
+        {
+            **message,
+            "content": [
+                {**part, "image": next(rest)} if _is_image(part) and not _is_filled(part) else part
+                for part in _parts(message.get("content"))
+            ],
+        }
+        for message in messages
+    ]
+
+
+def _parts(content: Any) -> list[Any]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content or [])
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "image"
+
+
+def _is_filled(part: Mapping[str, Any]) -> bool:
+    return any(part.get(name) is not None for name in ("image", "url", "path", "base64"))
+
+
+def _count_images(conversation: Sequence[Mapping[str, Any]]) -> int:
+    contents = [message.get("content") for message in conversation]
+    parts = [part for parts in contents if isinstance(parts, (list, tuple)) for part in parts]
+    return sum(_is_image(part) for part in parts)
