@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from tests.dropin.all_types import PAGE, image_text_types, page
 from tokenflex.dropin import supported_families
 from tokenflex.dropin.families import family_of
-from tokenflex.dropin.unsupported import _REASONS, NOT_TRIED, reason
+from tokenflex.dropin.unsupported import _REASONS, NO_IMAGE_TEXT, NOT_TRIED, reason
 
 TYPES = image_text_types()
 UNSUPPORTED = [name for name in TYPES if name not in supported_families()]
@@ -44,7 +44,8 @@ def test_the_error_says_what_the_page_says(name):
 
 def test_reasons_are_of_unsupported_types():
     assert not {*_REASONS} & {*supported_families()}
-    assert reason("a type of next year") == NOT_TRIED
+    assert reason("bert") == NO_IMAGE_TEXT
+    assert {reason(name) for name in UNSUPPORTED if name not in _REASONS} <= {NOT_TRIED}
     if transformers.__version__ == written_for():
         assert {*_REASONS} <= {*TYPES}
 

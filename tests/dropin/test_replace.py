@@ -108,7 +108,7 @@ def test_saved_conversion_loads_exactly(name, tmp_path):
     loaded.save_pretrained(tmp_path / "again")
     assert keys_on_disk(tmp_path / "again") == before
     written = json.loads((tmp_path / "config.json").read_text())
-    assert written["tokenflex"]["architectures"] == [type(model).__name__]
+    assert written["tokenflex"]["stock_architectures"] == [type(model).__name__]
     assert written["tokenflex"]["num_image_tokens"] == 16
 
 
