@@ -129,6 +129,14 @@ def test_workers_see_one_stream(path, workers):
     assert [name for step in found for name in step] == names
 
 
+def test_passes_that_workers_begin_at_the_same_time_have_orders_of_their_own(path):
+    """Another worker's epoch, set before this one's first row is read, is not this one's."""
+    dataset = stream(path)
+    alone = [table.to_pydict() for table in dataset._tables(1)]
+    first, _ = dataset._tables(1), dataset._tables(2)
+    assert [table.to_pydict() for table in first] == alone
+
+
 def test_a_forked_process_walks_anew(path, monkeypatch):
     """It shares its files' positions with the process it comes from."""
     dataset, starts = stream(path), []

@@ -68,10 +68,7 @@ class StreamingDataset(HuggingFaceDataset):
 
     def shuffle(self, seed: int) -> None:
         """Take the order of ``seed``; another seed gives another order."""
-        # One shard at a time: several would be read by threads, which do not survive a fork.
-        self._shuffled = self._rows.shuffle(
-            seed=seed, buffer_size=self.shuffle_buffer, max_buffer_input_shards=1
-        )
+        self._seed = seed
         self._stop()
 
     def __len__(self) -> int:
@@ -122,9 +119,15 @@ class StreamingDataset(HuggingFaceDataset):
 
     def _tables(self, epoch: int) -> Iterator[Any]:
         """Return the Arrow tables of a pass."""
-        self._shuffled.set_epoch(epoch)
+        # A new object for each pass: the library keeps the epoch in memory that an object shares
+        # with all forked workers, and reads it when the first row is asked for.
+        # One shard at a time: several would be read by threads, which do not survive a fork.
+        shuffled = self._rows.shuffle(
+            seed=self._seed, buffer_size=self.shuffle_buffer, max_buffer_input_shards=1
+        )
+        shuffled.set_epoch(epoch)
         # Not `iter(rows)`, which in a loader's worker would give only a share of the rows.
-        return self._shuffled.iter(batch_size=ROWS_READ)
+        return shuffled.iter(batch_size=ROWS_READ)
 
     def _advance(self, position: int) -> None:
         """Read the next rows, or begin the pass that holds ``position``."""
