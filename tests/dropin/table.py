@@ -491,7 +491,9 @@ IMAGE_TEXTS = {
         ("exaone4_5", "hyperclovax_vision_v2", "lfm3_vl", "video_llama_3"),
         "<|vision_start|><|image_pad|><|vision_end|>",
     ),
-    **dict.fromkeys(("glm4v", "glm46v"), "<|image|>"),
+    # Their positions tell images apart by what stands between them.
+    **dict.fromkeys(("glm4v", "glm46v"), "this <|image|>"),
+    "paddleocr_vl": "this <image>",
     "cohere_compass": "<|VISION_START|><|IMAGE_PAD|><|VISION_END|>",
     "ernie4_5_vl_moe": "<is><image><ie>",
 }

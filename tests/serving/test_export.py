@@ -362,7 +362,15 @@ def test_the_language_model_of_a_converted_model_never_answers_with_the_placehol
     assert language_model.generation_config.suppress_tokens == [50]
 
 
-NO_GRAPH = ("idefics3", "lfm2_vl", "llava-pixtral", "mistral3", "smolvlm")
+NO_GRAPH = {
+    *("aria", "cohere_compass", "cosmos3_edge", "cosmos3_omni", "dots3_note", "ernie4_5_vl_moe"),
+    *("exaone4_5", "gemma4", "glm46v", "glm4v", "glm4v_moe", "glm5_next", "glm_ocr", "glmga"),
+    *("hyperclovax_vision_v2", "idefics3", "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr"),
+    *("llava-pixtral", "minicpm_ocr", "minicpmv4_6", "minimax_m3_vl", "mistral3", "muse_glimmer"),
+    *("mistral3-mistral4", "mistral_large4", "muse_spark", "paddleocr_vl", "smolvlm"),
+    *("perception_lm", "video_llama_3"),
+}
+"""Their encoders take images of any size, or several inputs."""
 
 
 @pytest.mark.parametrize("name", MODELS)

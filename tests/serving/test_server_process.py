@@ -142,7 +142,7 @@ def test_a_full_port_is_one_line(checkpoint, capsys):
         (["nowhere"], "folder nowhere does not exist"),
         ([".", "--host", "256.1.1.1"], "--host 256.1.1.1 cannot be used"),
         (["."], "config.json does not exist"),
-        (["stock"], "stock projector"),
+        (["stock"], "holds a stock llava: convert it first"),
         (["broken"], "not JSON"),
         ([".", "--port", "70000"], "at most 65535"),
         ([".", "--counts", "5"], "perfect square"),

@@ -195,6 +195,9 @@ class _Chooser(ImageFeatures, nn.Module):
             {key.removeprefix(_ENCODER): value for key, value in weights.items()}
         )
         self.embedding = nn.Embedding.from_pretrained(table)
+        # What choices ask of a projector, whose weights they do not need.
+        width = config.vision_config.hidden_size
+        self.projector = SimpleNamespace(vision_width=width, pooling=config.pooling)
         self.requires_grad_(False)
 
     def get_input_embeddings(self) -> nn.Embedding:
