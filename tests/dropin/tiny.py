@@ -17,16 +17,16 @@ from tokenflex.dropin.families import family_of
 MODELS = sorted(CONFIGS)
 
 
-def _kinds() -> list[str]:
-    """Return a model for each adapter, for tests of what is the same in all families."""
+def one_of_each_kind(names: Sequence[str]) -> list[str]:
+    """Return the first name for each adapter, for tests of what is the same in all families."""
     first: dict[Any, str] = {}
-    for name in ("llava", *MODELS):
+    for name in names:
         family = family_of(SimpleNamespace(model_type=model_type(name)))
         first.setdefault(family.patch_grids, name)
     return sorted(first.values())
 
 
-KINDS = _kinds()
+KINDS = one_of_each_kind(["llava", *MODELS])
 
 
 def stock_model(name: str, seed: int = 0) -> Any:

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, SiglipVisionConfig
 
 from tests.dropin.processors import stock_processor
-from tests.dropin.tiny import MODELS, stock_model
+from tests.dropin.tiny import KINDS, stock_model
 from tests.models.tiny import IMAGE, picture, pixels, tiny_model
 from tokenflex import TokenFlexConfig, TokenFlexForConditionalGeneration, replace_projector
 from tokenflex.cli import main
@@ -373,7 +373,7 @@ NO_GRAPH = {
 """Their encoders take images of any size, or several inputs."""
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS)
 def test_the_encoder_and_projectors_of_each_family(name):
     """Those of the page's list are refused; the others give the converted model's tokens."""
     model = replace_projector(stock_model(name), num_image_tokens=16).requires_grad_(False)

@@ -13,7 +13,7 @@ from transformers.utils import is_torchvision_available
 
 from tests.dropin.processors import NEED_TORCHVISION, PROCESSORS, stock_processor
 from tests.dropin.processors import picture as stock_picture
-from tests.dropin.tiny import stock_model
+from tests.dropin.tiny import one_of_each_kind, stock_model
 from tests.models.test_modeling import CallCounter
 from tests.models.test_tiling import tiling_processor
 from tests.models.tiny import picture, tiny_model
@@ -202,7 +202,7 @@ def test_a_model_without_a_token_adaptive_projector_is_refused():
 # ---- converted stock models
 
 
-@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("name", one_of_each_kind(["llava", *PROCESSORS]))
 def test_a_converted_model_answers_what_separate_calls_do_and_encodes_once(name):
     if name in NEED_TORCHVISION and not is_torchvision_available():
         pytest.skip("transformers has its image processor only with torchvision")

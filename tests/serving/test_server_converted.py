@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tests.dropin.processors import NEED_TORCHVISION, PROCESSORS, picture, stock_processor
-from tests.dropin.tiny import stock_model
+from tests.dropin.tiny import one_of_each_kind, stock_model
 from tests.serving.server_tools import chat, data_url, image_part, running
 from tests.serving.test_server_batching import Harness
 from tokenflex import from_pretrained, replace_projector
@@ -18,7 +18,9 @@ from tokenflex.serving.server.served import ConvertedServed, load_served
 
 QUESTION = "what is"
 WITHOUT_CHATS = {"got_ocr2"}  # transformers' chats give its processor images that it refuses
-SERVED = [n for n in PROCESSORS if n not in {*NEED_TORCHVISION, *WITHOUT_CHATS}]
+SERVED = one_of_each_kind(
+    [n for n in ("llava", *PROCESSORS) if n not in {*NEED_TORCHVISION, *WITHOUT_CHATS}]
+)
 
 
 def converted(name: str) -> ConvertedServed:
