@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
 from tests.dropin.processors import picture, stock_processor
 from tests.dropin.test_fitting import CLASSES, pictures_of, questions
@@ -195,14 +194,15 @@ def test_only_the_projector_changes():
 
 
 def test_adapters_of_peft_learn_too():
+    peft = pytest.importorskip("peft")
     model, processor = converted("llava")
-    lora = LoraConfig(
+    lora = peft.LoraConfig(
         r=2,
         target_modules=r".*language_model.*\.(q|v)_proj",
         modules_to_save=[projector_name(model)],
         init_lora_weights=True,
     )
-    wrapped = get_peft_model(model, lora)
+    wrapped = peft.get_peft_model(model, lora)
     before = {name: p.detach().clone() for name, p in wrapped.named_parameters()}
     distill(wrapped, processor, samples_of(4), counts=COUNTS, **FEW)
     changed = {n for n, p in wrapped.named_parameters() if not torch.equal(p, before[n])}
@@ -210,8 +210,8 @@ def test_adapters_of_peft_learn_too():
     assert any("modules_to_save" in name for name in changed)
     assert not any("base_layer" in name or "vision_tower" in name for name in changed)
     assert is_converted(unwrapped(wrapped))
-    alone = get_peft_model(
-        converted("llava")[0], LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj")
+    alone = peft.get_peft_model(
+        converted("llava")[0], peft.LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj")
     )
     with pytest.raises(ValueError, match="modules_to_save"):
         distill(alone, processor, samples_of(4), counts=COUNTS, **FEW)
