@@ -10,11 +10,12 @@ from tests.dropin.test_fitting import CLASSES, pictures_of, questions
 from tests.dropin.test_model import projector_of
 from tests.dropin.tiny import stock_model
 from tokenflex import TokenCounts, replace_projector
+from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.dropin import distill, distillation, projector_name
 from tokenflex.dropin.distillation import counts_around, stock_answers
 from tokenflex.dropin.features import ImageOutputs
 from tokenflex.dropin.model import as_stock
-from tokenflex.dropin.samples import encode_samples
+from tokenflex.dropin.samples import PromptsOf, encode_samples
 from tokenflex.dropin.variants import is_converted, unwrapped
 
 # One of each kind: layers of features, M-RoPE, token types of an image and of a suffix, tiles.
@@ -237,6 +238,94 @@ def test_features_that_are_not_kept_give_the_same_projector(monkeypatch):
     assert torch.equal(*weights)
 
 
+def test_a_last_answer_is_left_out_of_the_prompt():
+    model, processor = converted("llava")
+    samples = samples_of(3)
+    answered = [
+        {"messages": [*s["messages"], {"role": "assistant", "content": "a cat"}]} for s in samples
+    ]
+    plain, left_out = (answers_of(model, processor, some) for some in (samples, answered))
+    assert [a.ids.tolist() for a in plain] == [a.ids.tolist() for a in left_out]
+
+
+def test_the_search_is_greedy_whatever_the_model_s_own_options_are():
+    model, processor = converted("llava")
+    expected = [a.ids.tolist() for a in answers_of(model, processor, samples_of(2))]
+    model.generation_config.update(
+        do_sample=True, num_beams=3, num_return_sequences=2, repetition_penalty=9.0, max_length=2
+    )
+    assert [a.ids.tolist() for a in answers_of(model, processor, samples_of(2))] == expected
+
+
+def test_a_schedule_draws_anew_in_each_epoch_and_repeats_by_its_seed():
+    counts = TokenCounts((4, 16), (1, 1))
+    schedule = distillation._Schedule(counts, 12, 3, 2e-3, seed=1)
+    steps = [*schedule.batches(9)]
+    for epoch in range(4):
+        of_epoch = steps[3 * epoch : 3 * epoch + 3]
+        assert sorted(i for samples, _ in of_epoch for i in samples) == [*range(9)]
+    drawn = [dict(zip(s, c, strict=True)) for s, c in steps]
+    by_epoch = [{**drawn[3 * e], **drawn[3 * e + 1], **drawn[3 * e + 2]} for e in range(4)]
+    assert any(by_epoch[0] != other for other in by_epoch[1:])
+    assert steps == [*schedule.batches(9)]
+    assert steps != [*distillation._Schedule(counts, 12, 3, 2e-3, seed=2).batches(9)]
+    rates = [schedule.rate(step) for step in range(12)]
+    assert max(rates) == rates[0] == pytest.approx(2e-3)  # a tenth of 12 steps is one
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.05 * rates[0]
+    assert distillation._Schedule(counts, 100, 3, 1.0, 0).rate(0) == pytest.approx(0.1)
+
+
+def test_held_out_samples_are_not_trained_on(monkeypatch):
+    model, processor = converted("llava")
+    seen = set()
+    original = distillation._Student.divergence
+
+    def divergence(self, samples, counts):
+        if torch.is_grad_enabled():
+            seen.update(samples)
+        return original(self, samples, counts)
+
+    monkeypatch.setattr(distillation._Student, "divergence", divergence)
+    report = distill(model, processor, samples_of(9), counts=COUNTS, **{**FEW, "steps": 8})
+    assert (report.trained_on, report.held_out) == (8, 1)
+    assert seen == {*range(8)}
+
+
+def test_prompts_of_a_data_set_are_read_one_by_one():
+    class Data:
+        read: list[int] = []
+
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> Sample:
+            self.read.append(index)
+            return self._sample(index, picture(index))
+
+        def outline(self, index: int) -> Sample:
+            return self._sample(index, (8, 8))
+
+        @staticmethod
+        def _sample(index: int, image) -> Sample:
+            turns = [Turn("user", "what"), Turn("assistant", "a"), Turn("user", "and")]
+            marked = [Turn("user", "see <video:1> this"), Turn("assistant", "b")]
+            talks = (Conversation((*turns, Turn("assistant", "c"))), Conversation((*marked,)))
+            return Sample(str(index), (image,), talks)
+
+    prompts = PromptsOf(Data(), 7)
+    assert (len(prompts), Data.read) == (7, [])
+    kinds = [[part["type"] for part in m["content"]] for m in prompts[1]["messages"]]
+    assert kinds == [["image", "text"], ["text"], ["text"]]
+    assert [part.get("text") for part in prompts[2]["messages"][0]["content"]] == [
+        "see ",
+        None,
+        " this",
+    ]
+    assert Data.read == [0, 0]
+    assert len(prompts[-2:]) == 2
+
+
 def test_answers_end_with_the_model_s_end():
     model, processor = converted("llava")
     (answer, *_) = answers_of(model, processor, samples_of(2))
@@ -270,6 +359,7 @@ def test_failure_leaves_the_conversion_as_it_was():
     ("change", "error"),
     [
         ({"samples": []}, "samples must be at least 2"),
+        ({"samples": ["one", "two"]}, r"samples\[0\] must be a dict"),
         ({"samples": [sample(0), {"messages": [{"role": "user", "content": "no"}]}]}, "sample 1"),
         ({"counts": 16}, "counts must be a TokenCounts"),
         ({"steps": 0}, "steps"),

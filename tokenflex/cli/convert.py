@@ -177,6 +177,7 @@ def _convert_stock(options: argparse.Namespace) -> int:
 def _distillation(options: argparse.Namespace) -> Callable[[Any, Any], Any]:
     """Read the data, and return what :func:`convert_stock` calls to train a conversion."""
     from tokenflex.counts import TokenCounts
+    from tokenflex.dropin.samples import PromptsOf
     from tokenflex.training.build import build_dataset
 
     if options.lora is not None:
@@ -186,7 +187,11 @@ def _distillation(options: argparse.Namespace) -> Callable[[Any, Any], Any]:
             raise ValueError("--lora needs peft: pip install peft") from error
     given = {"image_folder": options.image_folder}
     dataset = build_dataset(data_config(options.distill, given, name=options.format))
-    samples = _prompts(dataset, options.max_prompts or MAX_PROMPTS)
+    samples = PromptsOf(dataset, options.max_prompts or MAX_PROMPTS)
+    if len(samples) < 2:
+        raise ValueError(
+            f"--distill needs data with at least 2 questions about images, got {len(samples)}"
+        )
     counts = options.counts and TokenCounts(tuple(options.counts), (1.0,) * len(options.counts))
     given = {
         name: getattr(options, name)
@@ -217,24 +222,6 @@ def _distillation(options: argparse.Namespace) -> Callable[[Any, Any], Any]:
         return model if options.lora is None else trained.merge_and_unload()
 
     return train
-
-
-def _prompts(dataset: Any, most: int) -> list[dict[str, Any]]:
-    """Return the first questions with images of a data set."""
-    from tokenflex.data.samples import size_of
-    from tokenflex.dropin.samples import prompts_of
-
-    size = size_of(dataset)
-    prompts: list[dict[str, Any]] = []
-    for index in range(most if size is None else size):
-        prompts += prompts_of(dataset[index])
-        if len(prompts) >= most:
-            break
-    if len(prompts) < 2:
-        raise ValueError(
-            f"--distill needs data with at least 2 questions about images, got {len(prompts)}"
-        )
-    return prompts[:most]
 
 
 def _with_adapters(model: Any, rank: int) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from tokenflex.counts import TokenCount, TokenCounts, token_grid, tokens_of
 from tokenflex.dropin.features import (
@@ -98,9 +99,10 @@ def distill(
     Args:
         model: Converted by :func:`tokenflex.replace_projector`, which kept the stock projector.
         processor: Its converted processor.
-        samples: Dicts with ``messages``, a conversation that ends with a question, images inside;
-            or with ``text`` and ``images``, a prompt with placeholders and its images. At least
-            two, each with an image.
+        samples: Dicts with ``messages``, a conversation, images inside or beside it, of which a
+            last answer is left out; or with ``text`` and ``images``, a prompt with placeholders and
+            its images. At least two, each with an image. They are read one by one, the stock
+            model's answers first.
         counts: Counts to draw for each sample at each step; by default the model's default count, 9
             sixteenths and a quarter of it at odds 5:3:2, as in the paper, as far as sides divide.
         steps: Optimiser steps, with a linear warm-up over a tenth of them and a cosine to zero.
@@ -114,15 +116,26 @@ def distill(
         The agreement with the stock model at each count, before and after.
 
     Raises:
-        TypeError: ``counts`` is no TokenCounts.
-        ValueError: The model was not converted in place, samples are too few or without images, a
-            PEFT model does not train the projector, or a number is out of its range.
+        TypeError: ``counts`` is no TokenCounts, or a sample is no dict.
+        ValueError: The model was not converted in place or the processor not at all, samples are
+            too few or without images, a PEFT model does not train the projector, or a number is out
+            of its range.
     """
     inner = unwrapped(model)
     if not is_converted(inner) or stock_projector_of(inner) is None:
         raise ValueError(
             "model must be converted in place by replace_projector: the stock projector, whose "
             "answers are to be learned, is not there"
+        )
+    if not hasattr(processor, "_tokenflex"):
+        raise ValueError(
+            "processor must be converted: give it to replace_projector with the model, got a stock "
+            f"{type(processor).__name__}"
+        )
+    if model is not inner and not _trains_projector(inner):
+        raise ValueError(
+            "a PEFT model must train the projector: give modules_to_save=[projector_name(model)] "
+            "to its configuration"
         )
     counts = counts_around(default_count(inner.config)) if counts is None else counts
     if not isinstance(counts, TokenCounts):
@@ -132,12 +145,8 @@ def distill(
     check_count("max_new_tokens", max_new_tokens)
     if not 0 < learning_rate < float("inf"):
         raise ValueError(f"learning_rate must be positive and finite, got {learning_rate}")
-    samples = list(samples)
     if len(samples) < 2:
         raise ValueError(f"samples must be at least 2, one of them held out, got {len(samples)}")
-    for i, sample in enumerate(samples):
-        if not images_of_sample(sample):
-            raise ValueError(f"samples must have an image each, but sample {i} has none")
     modes = {module: module.training for module in inner.modules()}
     model.eval()
     try:
@@ -209,24 +218,19 @@ def stock_answers(
     stock: Any = stock_projector_of(model)
     stock.to(reference.device, reference.dtype)
     answers: list[StockAnswer] = []
-    with as_stock(model), _stock_processor(model, processor):
+    with as_stock(model), _stock_processor(model, processor), _greedy(model, max_new_tokens):
         for start in range(0, len(samples), batch_size):
+            stop = min(start + batch_size, len(samples))
             inputs = encode_samples(
                 processor,
-                samples[start : start + batch_size],
+                [_question(samples, i) for i in range(start, stop)],
                 family=family,
                 chat_options={"add_generation_prompt": True},
                 padding=True,
                 padding_side="left",
             )
-            output = model.generate(
-                **inputs.to(device),
-                do_sample=False,
-                num_beams=1,
-                max_new_tokens=max_new_tokens,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
+            # Not every stock model casts its pixels.
+            output = model.generate(**inputs.to(device, model.dtype))
             new = output.sequences[:, inputs["input_ids"].shape[1] :].cpu()
             log_probs = torch.stack(output.logits, 1).float().log_softmax(-1)
             kept = log_probs.topk(min(KEPT_TOKENS, log_probs.shape[-1]))
@@ -242,6 +246,41 @@ def stock_answers(
                 )
             on_progress("answers", len(answers), len(samples))
     return answers
+
+
+def _question(samples: Sequence[Mapping[str, Any]], index: int) -> Mapping[str, Any]:
+    """Return a sample without a last answer."""
+    sample = samples[index]
+    if not isinstance(sample, Mapping):
+        raise TypeError(f"samples[{index}] must be a dict, got {type(sample).__name__}")
+    if "messages" in sample:
+        messages = list(sample["messages"])
+        while messages and messages[-1].get("role") == "assistant":
+            messages.pop()
+        sample = {**sample, "messages": messages}
+    if not images_of_sample(sample):
+        raise ValueError(f"samples must have an image each, but sample {index} has none")
+    return sample
+
+
+@contextmanager
+def _greedy(model: Any, max_new_tokens: int) -> Iterator[None]:
+    """Make ``generate`` a plain greedy search that never gives an image's placeholder."""
+    own = model.generation_config
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+    # In place of the model's own: transformers takes from those what a call leaves open.
+    model.generation_config = GenerationConfig(
+        **{name: getattr(own, name) for name in tokens},
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        suppress_tokens=[model.config.image_token_id],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _end_tokens(model: Any) -> torch.Tensor:
@@ -387,7 +426,7 @@ class _Student:
             return self._prompts[sample]
         inputs = encode_samples(
             self.processor,
-            [self.samples[sample]],
+            [_question(self.samples, sample)],
             family=self._family,
             chat_options={"add_generation_prompt": True},
             num_image_tokens=default_count(self.inner.config),
@@ -463,6 +502,11 @@ def _padded(
 # ---- training
 
 
+def _trains_projector(inner: Any) -> bool:
+    projector = inner.base_model.get_submodule(type(inner.base_model)._tokenflex_family.projector)
+    return any(p.requires_grad for p in projector.parameters())
+
+
 @contextmanager
 def _trained(model: Any, inner: Any) -> Iterator[list[nn.Parameter]]:
     """Yield the parameters to train, in float32; others get no gradients within the block."""
@@ -471,11 +515,6 @@ def _trained(model: Any, inner: Any) -> Iterator[list[nn.Parameter]]:
         chosen = list(projector.parameters())
     else:  # adapters are a part of the model's own parameters
         chosen = [p for p in inner.parameters() if p.requires_grad]
-        if not any(p.requires_grad for p in projector.parameters()):
-            raise ValueError(
-                "a PEFT model must train the projector: give modules_to_save="
-                "[projector_name(model)] to its configuration"
-            )
     wanted = {p: p.requires_grad for p in inner.parameters()}
     dtypes = {p: p.dtype for p in chosen}
     inner.requires_grad_(False)

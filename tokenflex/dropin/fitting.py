@@ -145,6 +145,13 @@ def _stock_tokens(
     """Return the stock projector's tokens, flat [sum of h*w, D], and the (h, w) of each image."""
     family = type(model.base_model)._tokenflex_family
     recorded: list[torch.Tensor] = []
+    # Not every stock model casts its pixels.
+    inputs = {
+        name: value.to(model.dtype)
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
+        for name, value in inputs.items()
+    }
     with as_stock(model) as base:
         if family.stock_tokens is not None:
             recorded.append(family.stock_tokens(base, **inputs))

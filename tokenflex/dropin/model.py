@@ -283,7 +283,9 @@ class ConvertedModel(ChoosesCounts, Variant):
         """Return arguments with images encoded, without what depends on the length of prompts."""
         names = image_input_names(type(self.base_model)._tokenflex_stock_class)
         images = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        left = {k: v for k, v in kwargs.items() if k not in names and not is_token_type(k)}
+        # Labels, which PaliGemma's processor writes, are of no use to generate.
+        others = {*names, "labels"}
+        left = {k: v for k, v in kwargs.items() if k not in others and not is_token_type(k)}
         if "pixel_values" in images:
             if left.get("encoded_images") is not None:
                 raise ValueError("give the images as one of pixel_values and encoded_images")

@@ -161,6 +161,8 @@ def restore_projector(model: Any, processor: Any = None) -> Any:
     stock.to(reference.device, reference.dtype).train(inner.training)
     uninstall(inner)
     del inner.config.tokenflex
+    if hasattr(inner.config, "trained_num_image_tokens"):  # of the projector that is gone
+        del inner.config.trained_num_image_tokens
     if processor is not None:
         restore_processor(processor)
     return model

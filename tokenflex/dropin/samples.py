@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tokenflex.data.samples import Conversation, Sample
+from tokenflex.data.samples import (
+    Conversation,
+    Sample,
+    SampleDataset,
+    count_images,
+    size_of,
+    split_marks,
+)
 from tokenflex.dropin.families import Family
-from tokenflex.models.chat import IMAGE_MARK, parts_of
 
 IMAGE = "image"
 
@@ -27,20 +33,58 @@ def prompts_of(sample: Sample) -> list[dict[str, Any]]:
     return prompts
 
 
+class PromptsOf(Sequence[dict[str, Any]]):
+    """The first prompts of a data set, whose images are read when a prompt is.
+
+    Args:
+        dataset: The samples.
+        most: The most prompts.
+    """
+
+    def __init__(self, dataset: SampleDataset, most: int) -> None:
+        self._dataset = dataset
+        outline = getattr(dataset, "outline", dataset.__getitem__)
+        size = size_of(dataset)
+        self._places: list[tuple[int, int]] = []  # the index of the sample, and the prompt's in it
+        for index in range(most if size is None else size):
+            number = len(prompts_of(outline(index)))
+            self._places += [(index, i) for i in range(number)]
+            if len(self._places) >= most:
+                break
+        del self._places[most:]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        index, number = self._places[place]
+        return prompts_of(self._dataset[index])[number]
+
+
 def _messages(conversation: Conversation, images: Sequence[Any]) -> list[dict[str, Any]]:
     """Return a conversation with its images inside, before its first question if it marks none."""
     rest = iter(images)
-    are_marked = any(IMAGE_MARK in turn.text for turn in conversation.turns)
+    are_marked = any(count_images(turn.text) for turn in conversation.turns)
     messages = []
     for turn in conversation.turns:
-        content: list[dict[str, Any]] = [
-            {**part, IMAGE: next(rest)} if part["type"] == IMAGE else part
-            for part in parts_of(turn.text)
-        ]
+        content = _content(turn.text, rest)
         if turn.role == "user" and not are_marked:
             content = [*({"type": IMAGE, IMAGE: image} for image in rest), *content]
         messages.append({"role": turn.role, "content": content})
     return messages
+
+
+def _content(text: str, images: Iterator[Any]) -> list[dict[str, Any]]:
+    """Split a text at its marks; the frames of a video are images, one after another."""
+    texts, frames = split_marks(text)
+    content: list[dict[str, Any]] = []
+    for piece, number in zip(texts, [0, *(1 if n is None else n for n in frames)], strict=True):
+        content += [{"type": IMAGE, IMAGE: next(images)} for _ in range(number)]
+        if piece:
+            content.append({"type": "text", "text": piece})
+    return content
 
 
 def images_of_sample(sample: Mapping[str, Any]) -> int:
@@ -75,6 +119,11 @@ def encode_samples(
             family's processor does not take.
     """
     if all("messages" in sample for sample in samples):
+        if family is not None and family.flat_images:
+            raise ValueError(
+                f"samples of {family.model_type} must have 'text' and one image in 'images': in "
+                "chats, transformers gives its processor images in a form that it refuses"
+            )
         return processor.apply_chat_template(
             [with_images(sample) for sample in samples],
             tokenize=True,

@@ -13,7 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PretrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+)
 
 from tokenflex.dropin.families import family_of
 from tokenflex.dropin.variants import Variant, change_class
@@ -124,7 +130,8 @@ def mark_config(config: Any) -> None:
     family = family_of(config)
     change_class(config, family, ConvertedConfig)
     # The registry of transformers refuses a class whose config is another.
-    AutoModelForImageTextToText._model_mapping.register(type(config), Conversion, exist_ok=True)
+    for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto_class._model_mapping.register(type(config), Conversion, exist_ok=True)
 
 
 def stock_config_class(config: Any) -> Any:

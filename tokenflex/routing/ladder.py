@@ -25,7 +25,8 @@ def trained_counts(model: Any) -> tuple[TokenCount, ...]:
         )
     by_size: dict[int, TokenCount] = {}
     for count in counts:
-        by_size.setdefault(tokens_of(count), count)
+        grid = tuple(count) if isinstance(count, list) else count  # JSON has no tuples
+        by_size.setdefault(tokens_of(count), grid)
     return tuple(by_size[size] for size in sorted(by_size))
 
 

@@ -230,7 +230,8 @@ class ConvertedSubject:
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
-        self.trained_counts: list[TokenCount] = []  # a conversion does not record them
+        trained = getattr(model.config, "trained_num_image_tokens", None)
+        self.trained_counts = by_size(trained or ())
         self.has_auto = has_router(model)
         routed = known_counts(model) if self.has_auto else ()
         self.offered_counts = by_size([*model.fitted_num_image_tokens, *routed])

@@ -14,7 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -197,7 +197,7 @@ class _Chooser(ImageFeatures, nn.Module):
         self.embedding = nn.Embedding.from_pretrained(table)
         # What choices ask of a projector, whose weights they do not need.
         width = config.vision_config.hidden_size
-        self.projector = SimpleNamespace(vision_width=width, pooling=config.pooling)
+        self.projector: Any = SimpleNamespace(vision_width=width, pooling=config.pooling)
         self.requires_grad_(False)
 
     def get_input_embeddings(self) -> nn.Embedding:
