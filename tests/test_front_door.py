@@ -16,6 +16,7 @@ from tokenflex import from_pretrained
 from tokenflex.answers import answer_at_counts
 from tokenflex.checkpoints import load_model
 from tokenflex.data.samples import Conversation, Sample, Turn
+from tokenflex.dropin import Agreement, DistillationReport
 from tokenflex.evaluation import evaluate
 from tokenflex.harnesses.assistant import Assistant
 from tokenflex.routing.selector import resolve_count
@@ -300,6 +301,26 @@ def test_convert_learns_the_stock_model_s_answers(
     query = "model.language_model.layers.0.self_attn.q_proj.weight"
     same = (model.state_dict()[query] == untrained.state_dict()[query]).all()
     assert bool(same) == (not adapters)
+
+
+def test_options_of_a_distillation_reach_it(command, stock, pictures, data, tmp_path, monkeypatch):  # noqa: F811
+    given = {}
+
+    def distill(model, processor, samples, **options):
+        given.update(options, samples=len(samples))
+        agreement = Agreement(0.5, 0.5, 0.5)
+        return DistillationReport({(4, 8): agreement}, {(4, 8): agreement}, 3, 1, 9)
+
+    monkeypatch.setattr("tokenflex.dropin.distill", distill)
+    arguments = ["convert", stock, tmp_path / "out", "--images", pictures, "--tokens", "4x8"]
+    arguments += ["--distill", data, "--max-prompts", "4", "--steps", "7", "--batch-size", "3"]
+    arguments += ["--learning-rate", "0.25", "--max-new-tokens", "5"]
+    code, out, _ = command(*arguments)
+    assert code == 0
+    given.pop("on_progress")
+    numbers = {"steps": 7, "batch_size": 3, "learning_rate": 0.25, "max_new_tokens": 5}
+    assert given == {"samples": 4, "counts": None, **numbers}
+    assert "4x8" in out
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,19 @@ import pytest
 import torch
 
 from tests.dropin.processors import picture, stock_processor
+from tests.dropin.table import image_inputs
 from tests.dropin.test_fitting import CLASSES, pictures_of, questions
 from tests.dropin.test_model import projector_of
 from tests.dropin.tiny import stock_model
-from tokenflex import TokenCounts, replace_projector
+from tokenflex import TokenCounts, from_pretrained, replace_projector, restore_projector
 from tokenflex.data.samples import Conversation, Sample, Turn
-from tokenflex.dropin import distill, distillation, projector_name
+from tokenflex.dropin import distill, distillation, fit_projector, projector_name
 from tokenflex.dropin.distillation import counts_around, stock_answers
 from tokenflex.dropin.features import ImageOutputs
 from tokenflex.dropin.model import as_stock
 from tokenflex.dropin.samples import PromptsOf, encode_samples
 from tokenflex.dropin.variants import is_converted, unwrapped
+from tokenflex.routing.ladder import trained_counts
 
 # One of each kind: layers of features, M-RoPE, token types of an image and of a suffix, tiles.
 NAMES = ("gemma3", "idefics3", "internvl", "llava", "paligemma", "qwen2_vl", "qwen3_vl")
@@ -341,6 +343,25 @@ def test_counts_around_a_default_have_the_paper_s_odds():
     assert counts_around(256) == TokenCounts((64, 144, 256), (2.0, 3.0, 5.0))
     assert counts_around((4, 8)).counts == ((2, 4), (3, 6), (4, 8))
     assert counts_around(9) == TokenCounts((9,), (5.0,))
+
+
+def test_counts_go_with_the_projector_and_come_back_as_they_were(tmp_path):
+    model, processor = converted("llava")
+    counts = TokenCounts((4, (2, 8)), (1, 1))
+    distill(model, processor, samples_of(3), counts=counts, **FEW)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert trained_counts(from_pretrained(tmp_path)[0]) == (4, (2, 8))
+    restore_projector(model, processor)
+    assert not hasattr(model.config, "trained_num_image_tokens")
+
+
+@pytest.mark.parametrize("name", ["got_ocr2", "fast_vlm", "lfm3_vl"])
+def test_stock_models_of_half_precision_that_do_not_cast_are_fitted(name):
+    model = stock_model(name).bfloat16()
+    replace_projector(model, num_image_tokens=16)
+    report = fit_projector(model, image_inputs(name, range(4)), counts=[16])
+    assert report.after < 1
 
 
 def test_failure_leaves_the_conversion_as_it_was():

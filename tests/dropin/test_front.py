@@ -88,6 +88,7 @@ def test_auto_spreads_a_budget_and_answers_as_at_the_chosen_counts(name):
     budget = max(4 * sum(group) + 12 * min(group) for group in of_groups)  # one more at 16
     output = model.generate(**auto, budget=budget, return_dict_in_generate=True, **GREEDY)
     chosen = output.num_image_tokens
+    assert model.choose_counts(**auto, budget=budget)["num_image_tokens"] == chosen
     of_tiles = iter(chosen)
     per_image = [[next(of_tiles) for _ in range(number)] for number in tiles]
     assert all(len({*counts}) == 1 and counts[0] in (4, 16) for counts in per_image)

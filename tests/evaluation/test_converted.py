@@ -47,7 +47,9 @@ def asked_alone(processor, sample: Sample, conversation: Conversation, **options
     )
 
 
-@pytest.mark.parametrize("name", ["llava", "idefics3", "aya_vision", "qwen3_vl", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["llava", "idefics3", "aya_vision", "qwen3_vl", "gemma3", "qianfan_ocr"]
+)
 def test_forced_answers_have_the_probabilities_of_each_call_alone(name):
     processor = stock_processor(name)
     model = replace_projector(stock_model(name), processor, num_image_tokens=16)

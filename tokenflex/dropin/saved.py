@@ -129,6 +129,8 @@ def mark_config(config: Any) -> None:
         return
     family = family_of(config)
     change_class(config, family, ConvertedConfig)
+    # Before transformers 5.23 the registry leaves out classes that say to be of its own modules.
+    type(config).__module__ = __name__
     # The registry of transformers refuses a class whose config is another.
     for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
         auto_class._model_mapping.register(type(config), Conversion, exist_ok=True)

@@ -34,9 +34,11 @@ class QuestionEncoder(ConversationEncoder):
         if not getattr(tokenizer, "chat_template", None):
             tokenizer = copy.copy(tokenizer)
             tokenizer.chat_template = processor.chat_template
-        super().__init__(tokenizer, processor.image_prompt, processor.image_token)
+        # A prompt may hold another text than the placeholder, which the image's text replaces.
+        prompt, token = processor.image_prompt, processor.image_token
+        super().__init__(tokenizer, prompt, token if token in prompt else prompt)
         self._adds_special_tokens = processor.adds_special_tokens
-        self._image_mark = re.compile(re.escape(processor.image_token))
+        self._image_mark = re.compile(re.escape(self.image_token))
 
     def prompt_ids(self, conversation: Conversation, tiles: Sequence[int]) -> torch.Tensor:
         """Return the tokens that the assistant's next turn continues, int64 [length].
