@@ -244,23 +244,23 @@ def test_tested_language_models_are_those_of_the_table():
         assert types == PACKED_TEXT_TYPES
 
 
-def with_gpt_oss(kind: str):
-    """Return a llava whose language model makes its mask without the positions."""
+def with_language_model(text_type: str, kind: str = "stock", **options):
+    """Return a llava with a language model of another type."""
     config = CONFIGS["llava"]()
     text = config.text_config
-    config.text_config = CONFIG_MAPPING["gpt_oss"](
+    config.text_config = CONFIG_MAPPING[text_type](
         hidden_size=text.hidden_size,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        num_local_experts=2,
         num_experts_per_tok=1,
         vocab_size=text.vocab_size,
         max_position_embeddings=512,
         pad_token_id=0,
         initializer_range=0.1,
+        **options,
     )
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config)
@@ -271,7 +271,8 @@ def with_gpt_oss(kind: str):
 
 @pytest.mark.parametrize("kind", ["stock", "converted"])
 def test_a_known_wrapper_of_another_language_model_is_compared(kind):
-    model = with_gpt_oss(kind)
+    """gpt_oss makes its mask without the positions."""
+    model = with_language_model("gpt_oss", kind, num_local_experts=2)
     inputs = padded("llava", kind, model)
     assert packing.why_not(model) == ""
     with pytest.raises(ValueError, match=r"batch must be given .* language model 'gpt_oss' is not"):
@@ -279,6 +280,16 @@ def test_a_known_wrapper_of_another_language_model_is_compared(kind):
     with pytest.raises(ValueError, match="packed rows of this model are not what"):
         packing.enable(model, inputs)
     assert not packing.is_enabled(model)
+
+
+def test_a_comparison_of_short_samples_sees_the_mask_of_long_ones():
+    """afmoe makes its mask without the positions, and only long samples would need it."""
+    experts = {"num_experts": 2, "moe_intermediate_size": 16, "num_dense_layers": 1}
+    model = with_language_model("afmoe", sliding_window=32, **experts)
+    prompts = [Prompt([*range(3, 15)], [], []), PROMPTS[2]]
+    inputs = padded("llava", "stock", model, prompts)
+    with pytest.raises(ValueError, match="packed rows of this model are not what"):
+        packing.enable(model, inputs)
 
 
 def test_converted_models_of_another_language_model_are_refused_until_compared(monkeypatch):

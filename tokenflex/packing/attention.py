@@ -146,8 +146,13 @@ def _kinds(base: Any) -> set[str]:
 def _install(base: Any) -> None:
     decoder = base.get_decoder()
     before = decoder.config._attn_implementation
-    # Ours has no dropout.
-    takes_ours = _kinds(base) <= _OUR_LAYERS and not getattr(decoder.config, "attention_dropout", 0)
+    # Ours has no dropout. Samples longer than a window need transformers' mask, so that a
+    # comparison must see it, however short its samples are.
+    takes_ours = (
+        _kinds(base) <= _OUR_LAYERS
+        and not getattr(decoder.config, "attention_dropout", 0)
+        and (has_tested_text(base) or _window(decoder.config) == float("inf"))
+    )
     if before == "sdpa" and takes_ours:
         decoder.set_attn_implementation(PACKED_ATTENTION)
     setattr(base, ENABLED, before)
