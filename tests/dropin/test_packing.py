@@ -68,7 +68,7 @@ def test_the_comparison_would_see_a_leak(name, monkeypatch):
     """Control: with a cache and without our check, transformers joins the samples."""
     model = shared(name)
     packed = pack_inputs(model, batch(name, SAMPLES))
-    monkeypatch.setattr(converted_classes, "check_packing", lambda family, kwargs: None)
+    monkeypatch.setattr(converted_classes, "check_packing", lambda base, kwargs: None)
     together = logits(model, without_boundaries(packed))[0].split(lengths_of(packed))
     alone = logits(model, batch(name, [SAMPLES[1]]))[0]
     assert float((together[1] - alone).abs().max()) > 1e-3

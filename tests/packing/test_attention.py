@@ -7,14 +7,16 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
+from tests.dropin.configs import ALL
 from tests.dropin.table import CONFIGS
-from tests.dropin.tiny import stock_model
+from tests.dropin.tiny import Prompt, stock_model
 from tests.models.tiny import tiny_model
-from tests.packing.cases import PROMPTS, logits_and_gradients, model_of, padded
+from tests.packing.cases import PACKED, PROMPTS, logits_and_gradients, model_of, padded
 from tokenflex import packing, replace_projector
 from tokenflex.dropin import families
+from tokenflex.dropin.packing import PACKED_TEXT_TYPES
 from tokenflex.models.attention import PACKED_ATTENTION
 
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -131,8 +133,18 @@ def test_samples_longer_than_a_sliding_window(name):
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config).eval()
     packing.enable(model)
-    report = packing.verify(model, padded(name, "stock", model))
-    assert report.gradient_cosine > 0.99999
+    little_longer = [Prompt([*range(3, 15)], [], []), PROMPTS[2]]
+    for prompts in (PROMPTS, little_longer):
+        report = packing.verify(model, padded(name, "stock", model, prompts))
+        assert report.gradient_cosine > 0.99999
+
+
+def test_attention_with_dropout_stays():
+    """Ours has none."""
+    model = stock_model("llava")
+    model.base_model.get_decoder().config.attention_dropout = 0.1
+    packing.enable(model)
+    assert attention_of(model) == "sdpa"
 
 
 def test_the_vision_encoder_does_not_see_the_boundaries_of_text():
@@ -223,6 +235,81 @@ def test_unknown_types_are_compared(monkeypatch):
         packing.enable(gemma, padded("gemma3", "stock", gemma))
     assert not packing.is_enabled(gemma)
     assert attention_of(gemma) == "sdpa"
+
+
+def test_tested_language_models_are_those_of_the_table():
+    types = {CONFIGS[name]().get_text_config(decoder=True).model_type for name in PACKED}
+    assert types <= PACKED_TEXT_TYPES
+    if len(CONFIGS) == len(ALL):  # older transformers has fewer families
+        assert types == PACKED_TEXT_TYPES
+
+
+def with_language_model(text_type: str, kind: str = "stock", **options):
+    """Return a llava with a language model of another type."""
+    config = CONFIGS["llava"]()
+    text = config.text_config
+    config.text_config = CONFIG_MAPPING[text_type](
+        hidden_size=text.hidden_size,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts_per_tok=1,
+        vocab_size=text.vocab_size,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        initializer_range=0.1,
+        **options,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config)
+    if kind == "converted":
+        replace_projector(model, num_image_tokens=16)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["stock", "converted"])
+def test_a_known_wrapper_of_another_language_model_is_compared(kind):
+    """gpt_oss makes its mask without the positions."""
+    model = with_language_model("gpt_oss", kind, num_local_experts=2)
+    inputs = padded("llava", kind, model)
+    assert packing.why_not(model) == ""
+    with pytest.raises(ValueError, match=r"batch must be given .* language model 'gpt_oss' is not"):
+        packing.enable(model)
+    with pytest.raises(ValueError, match="packed rows of this model are not what"):
+        packing.enable(model, inputs)
+    assert not packing.is_enabled(model)
+
+
+def test_a_comparison_of_short_samples_sees_the_mask_of_long_ones():
+    """afmoe makes its mask without the positions, and only long samples would need it."""
+    experts = {"num_experts": 2, "moe_intermediate_size": 16, "num_dense_layers": 1}
+    model = with_language_model("afmoe", sliding_window=32, **experts)
+    prompts = [Prompt([*range(3, 15)], [], []), PROMPTS[2]]
+    inputs = padded("llava", "stock", model, prompts)
+    with pytest.raises(ValueError, match="packed rows of this model are not what"):
+        packing.enable(model, inputs)
+
+
+def test_converted_models_of_another_language_model_are_refused_until_compared(monkeypatch):
+    model = model_of("llava", "converted")
+    inputs = padded("llava", "converted", model)
+    packed = packing.pack_inputs(model, inputs)
+    expected = logits(model, packed)
+    monkeypatch.setattr("tokenflex.dropin.packing.PACKED_TEXT_TYPES", frozenset())
+    refused = r"'llama' is not among those tested: call tokenflex\.packing\.enable"
+    with pytest.raises(ValueError, match=refused):
+        packing.pack_inputs(model, inputs)
+    with pytest.raises(ValueError, match=refused):
+        packing.PackingCollator(model, packing.join_outputs)
+    with pytest.raises(ValueError, match=refused):
+        model(**packed)
+    logits(model, inputs)  # a padded batch is not looked at
+    packing.enable(model, inputs)
+    packing.PackingCollator(model, packing.join_outputs)
+    again = packing.pack_inputs(model, inputs)
+    assert torch.allclose(logits(model, again), expected, atol=1e-5)
 
 
 def test_a_comparison_that_fails_leaves_the_model_as_it_was():

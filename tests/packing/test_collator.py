@@ -105,6 +105,16 @@ def test_labels_of_placeholders_are_kept_on_request(llava):
     assert torch.equal(kept["labels"][~is_image], masked["labels"][~is_image])
 
 
+def test_labels_of_video_placeholders_are_hidden(llava, monkeypatch):
+    monkeypatch.setattr(llava.config, "video_token_id", 14, raising=False)
+    samples = [padded("llava", "stock", llava, [PROMPTS[2]]) for _ in range(2)]
+    row = packing.PackingCollator(llava, packing.join_outputs)(samples)
+    is_video = row["input_ids"] == 14
+    assert int(is_video.sum()) == 2
+    assert bool((row["labels"][is_video] == -100).all())
+    assert int((row["labels"] != -100).sum()) == row["labels"].numel() - 2 - 2  # and the first ones
+
+
 @pytest.mark.parametrize("name", ["llava", "idefics3", "llava_next", "qwen2_5_vl"])
 def test_ready_outputs_are_joined_as_the_processor_would(name):
     model = model_of(name, "stock")
@@ -159,6 +169,36 @@ def test_rows_have_nearly_equal_costs_and_every_sample_once(llava):
     assert row["input_ids"].shape[1] == sum(sizes.tokens[i] for i in rows.rows[0]) <= 400
     with pytest.raises(ValueError, match="data set's 40 samples, got 1"):
         packing.PackedDataset(samples, packing.SampleSizes([1], [1]), max_tokens=400)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_vision_work_of_an_image(name):
+    """Qwen-like processors write the pixels of an image twice, as two frames."""
+    processor = stock_processor(name)
+    collator = ImageTextCollator(processor, image_token_id=IMAGE)
+    said = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "a cat"}]
+    sizes = packing.measure([{"messages": said, "images": [picture(1, 64, 64)]}], collator)
+    assert sizes.vision == [16]
+
+
+def _sizes(number: int) -> packing.SampleSizes:
+    return packing.SampleSizes([3] * number, [1 + i % 4 for i in range(number)])
+
+
+def test_vision_work_of_a_row_is_bounded():
+    sizes = _sizes(12)
+    rows = packing.PackedDataset([*range(12)], sizes, max_tokens=100, max_vision=8).rows
+    assert max(sum(sizes.vision[i] for i in members) for members in rows) <= 8
+    assert len(packing.PackedDataset([*range(12)], sizes, max_tokens=100)) == 1
+
+
+def test_rows_as_a_dataset_of_tables():
+    pytest.importorskip("datasets")
+    rows = packing.PackedDataset([{"a": i} for i in range(7)], _sizes(7), max_tokens=9)
+    table = rows.to_datasets()
+    assert len(table) == len(rows) > 1
+    assert [table[i]["samples"] for i in range(len(rows))] == [row["samples"] for row in rows]
+    assert table[1:3]["samples"] == [rows[1]["samples"], rows[2]["samples"]]
 
 
 def test_cost_of_vision_work_is_the_ratio_of_parameters(llava):

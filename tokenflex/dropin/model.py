@@ -138,7 +138,7 @@ def _before_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     if args:
         positional = list(inspect.signature(type(base).forward).parameters)[1:]
         kwargs = {**dict(zip(positional, args, strict=False)), **kwargs}
-    check_packing(family, kwargs)
+    check_packing(base, kwargs)
     encoded = dict(kwargs.get("mm_encoder_outputs") or {})
     images = encoded.get("image")
     names = image_input_names(type(base)._tokenflex_stock_class)

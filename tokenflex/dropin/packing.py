@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from tokenflex.dropin.families import Family
 from tokenflex.dropin.inputs import is_token_type
 from tokenflex.dropin.mrope import rope_positions
 from tokenflex.dropin.variants import is_converted, unwrapped
@@ -23,6 +22,42 @@ ENABLED = "_tokenflex_packing"
 
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """The arguments of transformers' flash attention that say where samples start."""
+
+PACKED_TEXT_TYPES = frozenset(
+    {
+        "aria_text",
+        "cohere2",
+        "cohere_compass_text",
+        "cosmos3_edge_text",
+        "deepseek_v3",
+        "dots3_note_text",
+        "ernie4_5_vl_moe_text",
+        "exaone4",
+        "glm4v_moe_text",
+        "glm4v_text",
+        "glm_ocr_text",
+        "hyperclovax",
+        "llama",
+        "minimax_m3_vl_text",
+        "mistral",
+        "mistral4",
+        "mistral_large4_text",
+        "muse_glimmer_text",
+        "muse_spark_text",
+        "paddleocr_vl_text",
+        "qwen2",
+        "qwen2_5_vl_text",
+        "qwen2_vl_text",
+        "qwen3",
+        "qwen3_vl_moe_text",
+        "qwen3_vl_text",
+    }
+)
+"""The language models, by ``model_type``, whose packed rows are tested.
+
+A wrapper such as LLaVA takes any language model, and some, such as gpt_oss, make their mask without
+the positions: samples see each other without an error.
+"""
 
 
 def pack_inputs(model: Any, inputs: Any) -> dict[str, Any]:
@@ -43,7 +78,8 @@ def pack_inputs(model: Any, inputs: Any) -> dict[str, Any]:
 
     Raises:
         ValueError: The model is stock and not prepared, its family cannot be packed (with the
-            reason), or ``inputs`` is not a padded batch.
+            reason), its language model is not tested and was not compared by
+            :func:`tokenflex.packing.enable`, or ``inputs`` is not a padded batch.
     """
     return pack_padded(packable_base(model), inputs)
 
@@ -52,11 +88,12 @@ def packable_base(model: Any) -> Any:
     """Return the base model of a model whose rows may be packed.
 
     Raises:
-        ValueError: The model is stock and not prepared, or its family cannot be packed.
+        ValueError: The model is stock and not prepared, its family cannot be packed, or its
+            language model is neither tested nor compared.
     """
     base = unwrapped(model).base_model
     if is_converted(base):
-        _check_family(type(base)._tokenflex_family)
+        _check_converted(base)
     elif not hasattr(base, ENABLED):
         raise ValueError(
             "model must be prepared for packed rows, or its samples would see each other: call "
@@ -110,16 +147,21 @@ def is_per_token(name: str) -> bool:
     return name in ("input_ids", "attention_mask", "labels") or is_token_type(name)
 
 
-def check_packing(family: Family | None, kwargs: dict[str, Any]) -> None:
+def has_tested_text(base: Any) -> bool:
+    """Return whether a base model's language model is one of :data:`PACKED_TEXT_TYPES`."""
+    return base.get_decoder().config.model_type in PACKED_TEXT_TYPES
+
+
+def check_packing(converted: Any, kwargs: dict[str, Any]) -> None:
     """Refuse the arguments of a forward whose packed samples would attend to each other.
 
     Args:
-        family: Of the model; None if it is known that its samples can be packed.
+        converted: The converted base model; None if it is known that its samples can be packed.
         kwargs: The arguments by name. Those of rows with one sample each are not looked at.
 
     Raises:
-        ValueError: The family cannot be packed; or a packed row comes with a cache or a mask, or
-            without positions of its text.
+        ValueError: The family cannot be packed; its language model is neither tested nor compared;
+            or a packed row comes with a cache or a mask, or without positions of its text.
     """
     positions: Any = kwargs.get("position_ids")
     mask: Any = kwargs.get("attention_mask")
@@ -127,8 +169,8 @@ def check_packing(family: Family | None, kwargs: dict[str, Any]) -> None:
     start_again = _start_again(positions, mask, kwargs)
     if boundaries is None and not start_again:
         return
-    if family is not None:
-        _check_family(family)
+    if converted is not None:
+        _check_converted(converted)
     if kwargs.get("use_cache") is not False or mask is not None:
         raise ValueError(
             "packed rows need use_cache=False and no attention_mask, or samples would see each "
@@ -147,9 +189,16 @@ def check_packing(family: Family | None, kwargs: dict[str, Any]) -> None:
         )
 
 
-def _check_family(family: Family) -> None:
+def _check_converted(base: Any) -> None:
+    family = type(base)._tokenflex_family
     if family.no_packing:
         raise ValueError(f"{family.model_type} cannot be packed: {family.no_packing}")
+    if not hasattr(base, ENABLED) and not has_tested_text(base):
+        raise ValueError(
+            "model must be compared before its rows are packed, for its language model "
+            f"{base.get_decoder().config.model_type!r} is not among those tested: call "
+            "tokenflex.packing.enable(model, batch) with a padded batch first"
+        )
 
 
 def _lack_text(positions: torch.Tensor) -> bool:

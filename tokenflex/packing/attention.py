@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from tokenflex.dropin.families import family_of, supported_families, vision_encoder
-from tokenflex.dropin.packing import BOUNDARIES, ENABLED, check_packing
+from tokenflex.dropin.packing import BOUNDARIES, ENABLED, check_packing, has_tested_text
 from tokenflex.dropin.variants import is_converted, unwrapped
 from tokenflex.models.attention import PACKED_ATTENTION
 from tokenflex.models.attention_blocks import AttentionBlocks
@@ -50,8 +50,8 @@ def enable(model: Any, batch: Any = None) -> None:
         model: A vision-language model of transformers, stock or converted, with or without PEFT.
         batch: A padded batch of two samples or more with ``labels``, to compare packed and
             unpacked rows by :func:`tokenflex.packing.verify`. It is required for a ``model_type``
-            that is none of :func:`tokenflex.dropin.supported_families`, and for layers that choose
-            keys by an index.
+            that is none of :func:`tokenflex.dropin.supported_families`, for a language model that
+            none of them has in the tests, and for layers that choose keys by an index.
 
     Raises:
         ValueError: The model cannot keep packed samples apart, with the reason; or packed and
@@ -63,12 +63,18 @@ def enable(model: Any, batch: Any = None) -> None:
         raise ValueError(f"{whole.config.model_type} cannot be packed: {reason}")
     model_type = whole.config.model_type
     base = whole.base_model
-    is_known = is_converted(whole) or model_type in supported_families()
-    if batch is None and (not is_known or _kinds(base) & _MASKED_LAYERS):
-        why = "its layers choose keys" if is_known else "it is not among tokenflex's families"
+    unknown = ""
+    if not is_converted(whole) and model_type not in supported_families():
+        unknown = "it is not among tokenflex's families"
+    elif not has_tested_text(base):
+        text_type = base.get_decoder().config.model_type
+        unknown = f"its language model {text_type!r} is not among those tested"
+    elif _kinds(base) & _MASKED_LAYERS:
+        unknown = "its layers choose keys"
+    if batch is None and unknown:
         raise ValueError(
             f"batch must be given for a model of type {model_type!r}: whether its samples can be "
-            f"packed is known only by comparison, for {why}"
+            f"packed is known only by comparison, for {unknown}"
         )
     if hasattr(base, ENABLED):
         disable(model)
@@ -140,8 +146,13 @@ def _kinds(base: Any) -> set[str]:
 def _install(base: Any) -> None:
     decoder = base.get_decoder()
     before = decoder.config._attn_implementation
-    # Ours has no dropout.
-    takes_ours = _kinds(base) <= _OUR_LAYERS and not getattr(decoder.config, "attention_dropout", 0)
+    # Ours has no dropout. Samples longer than a window need transformers' mask, so that a
+    # comparison must see it, however short its samples are.
+    takes_ours = (
+        _kinds(base) <= _OUR_LAYERS
+        and not getattr(decoder.config, "attention_dropout", 0)
+        and (has_tested_text(base) or _window(decoder.config) == float("inf"))
+    )
     if before == "sdpa" and takes_ours:
         decoder.set_attn_implementation(PACKED_ATTENTION)
     setattr(base, ENABLED, before)

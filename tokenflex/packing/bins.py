@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ class SampleSizes:
 
     Attributes:
         tokens: Rows of the language model for each sample, image tokens included.
-        vision: Vision work of each sample: its pixels, in units of 16 x 16.
+        vision: Vision work of each sample: its pixels, in units of 16 x 16. Two frames that share
+            patches count once, for the encoder sees one patch.
     """
 
     tokens: list[int]
@@ -45,12 +47,21 @@ def measure(dataset: Sequence[Any], collator: Callable[[Any], Any]) -> SampleSiz
         batch = collator([dict(sample) if isinstance(sample, Mapping) else sample])
         tokens.append(int(batch["attention_mask"].sum()))
         values = sum(
-            value.numel()
+            value.numel() // _frames_of_patches(value)
             for name, value in batch.items()
             if name.startswith("pixel_values") and isinstance(value, torch.Tensor)
         )
         vision.append(-(-values // _PIXEL_VALUES))
     return SampleSizes(tokens, vision)
+
+
+def _frames_of_patches(values: torch.Tensor) -> int:
+    """Return the frames that each patch of a flat list [patches, 3 * frames * side * side] holds.
+
+    Qwen-like processors write an image twice, as two frames. Twice a square is never a square.
+    """
+    area = values.shape[-1] // 3
+    return 2 if values.ndim == 2 and area % 2 == 0 and isqrt(area // 2) ** 2 == area // 2 else 1
 
 
 def vision_cost(model: Any) -> float:

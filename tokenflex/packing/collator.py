@@ -30,8 +30,8 @@ class PackingCollator:
 
     Args:
         model: The model to train, prepared by :func:`tokenflex.packing.enable`; a converted one
-            need not be. None of its weights are kept, so workers of a data loader may hold the
-            collator.
+            need not be, if its language model is among those tested. None of its weights are kept,
+            so workers of a data loader may hold the collator.
         collator: Makes a padded batch; a processor, which stands for
             :class:`tokenflex.dropin.ImageTextCollator` with it; or :func:`join_outputs` for samples
             that are outputs of a processor.
@@ -40,7 +40,7 @@ class PackingCollator:
             placeholder, and a loss on it weighs samples by their images.
 
     Raises:
-        ValueError: The model is not prepared, or cannot be packed.
+        ValueError: The model is not prepared, or cannot be packed, or must be compared first.
 
     Example:
         >>> packing.enable(model)
