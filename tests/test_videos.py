@@ -219,6 +219,15 @@ def test_a_hostile_clip_is_refused_in_no_time(content, words):
         assert "clips[3] cannot be read" in str(error.value)
 
 
+def test_a_short_text_may_hold_a_clip():
+    webp = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(webp, "WEBP", lossless=True)
+    for content, frames in ((many_frames(2), 2), (webp.getvalue(), 1)):
+        text = base64.b64encode(content).decode()
+        assert len(text) < 100
+        assert len(load_video(text).frames) == frames
+
+
 def test_few_frames_of_a_large_clip_are_read(monkeypatch):
     """The bound is on the frames that are chosen, not on all that the file holds."""
     monkeypatch.setenv("TOKENFLEX_MAX_PIXELS", "10000")

@@ -107,7 +107,8 @@ def page_of(report: dict[str, Any]) -> str:
         lines += [
             "",
             f"Measured at commit `{report['commit']}`; trained with seed {training['seed']} for "
-            f"{training['total_steps']} steps, after {training['encoder_warm_up_steps']} of the encoder's warm-up.",
+            f"{training['total_steps']} steps, after {training['encoder_warm_up_steps']} of the "
+            "encoder's warm-up.",
         ]
     lines += [
         "",
