@@ -307,6 +307,34 @@ def test_generate_answers_about_a_video(command, checkpoint, image, tmp_path):
         assert words in errors[0]
 
 
+def test_frames_are_those_of_the_checkpoint_or_the_option(command, checkpoint, tmp_path):
+    frames = [Image.new("RGB", (32, 32), (40 * i, 0, 0)) for i in range(6)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, copy)
+    saved = json.loads((copy / "processor_config.json").read_text())
+    base = ("generate", "--model", copy, "--max-new-tokens", 1, "--tokens", 1, "--prompt", "odd")
+    for keys, words, shown in (
+        ({}, (), 6),
+        ({"fps": 5}, (), 3),
+        ({"max_frames": 2}, (), 2),
+        ({"fps": 5, "max_frames": 2}, ("--fps", 10, "--frames", 4), 4),
+    ):
+        (copy / "processor_config.json").write_text(json.dumps({**saved, **keys}))
+        _, out, errors = command(*base, "--video", tmp_path / "a.gif", *words)
+        assert [*answers(out)] == [shown], errors
+
+    turns = [{"role": "user", "content": "<video> odd"}, {"role": "assistant", "content": "3"}]
+    (tmp_path / "data.jsonl").write_text(json.dumps({"video": "a.gif", "messages": turns}))
+    evaluate = ("evaluate", checkpoint, "--data", tmp_path / "data.jsonl", "--counts", 4)
+    for words, shown in (((), 6), (("--max-frames", 2), 2), (("--fps", 5), 3)):
+        report = tmp_path / "report.json"
+        code, _, errors = command(*evaluate, *words, "--output", report)
+        assert code == 0, errors
+        tokens = json.loads(report.read_text())["vision_tokens_per_question"]
+        assert tokens == {"4": 4.0 * shown}
+
+
 def test_generate_takes_grids_of_unequal_sides(command, checkpoint, image):
     base = ("generate", "--model", checkpoint, "--image", image, "--prompt", "odd")
     code, out, _ = command(*base, "--tokens", "4,2x3,1x5", "--max-new-tokens", 1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import re
 import time
 from pathlib import Path
 
@@ -63,6 +65,7 @@ def test_a_clip_is_the_same_from_every_source(tmp_path, folder, kind):
     sampling = FrameSampling(max_frames=5)
     sources = [path, str(path), content, io.BytesIO(content), folder, str(folder), frames, array]
     sources += [torch.from_numpy(array), torch.from_numpy(array).permute(0, 3, 1, 2)]
+    sources.insert(0, base64.b64encode(content).decode())
     timed = []
     for source in sources:
         clip = load_video(source, sampling=sampling)
@@ -72,7 +75,7 @@ def test_a_clip_is_the_same_from_every_source(tmp_path, folder, kind):
         if clip.times is not None:
             assert clip.times == pytest.approx([0, 0.3, 0.6, 0.8, 1.1])
         timed.append(clip.times is not None)
-    assert timed == [True] * 4 + [False] * 6
+    assert timed == [True] * 5 + [False] * 6
 
 
 def test_frames_per_second_follow_the_durations_of_a_gif():
@@ -85,6 +88,15 @@ def test_frames_per_second_follow_the_durations_of_a_gif():
     assert levels(load_video(content, sampling=FrameSampling(fps=0.001)).frames) == [0]
     thinned = load_video(content, sampling=FrameSampling(max_frames=2, fps=1))
     assert levels(thinned.frames) == [0, 3]
+
+
+def test_a_frame_without_a_delay_does_not_take_that_of_the_one_before():
+    content = animation(3, duration=[1000, 400, 300])
+    controls = [match.start() for match in re.finditer(rb"!\xf9\x04", content)]
+    assert len(controls) == 3
+    content = content[: controls[1]] + content[controls[1] + 8 :]  # the second frame's alone
+    times = load_video(content).times
+    assert times == pytest.approx([0, 1, 1.1])
 
 
 @pytest.mark.parametrize("rate", [10, 24, 29.97, 30])
@@ -207,6 +219,15 @@ def test_a_hostile_clip_is_refused_in_no_time(content, words):
         assert "clips[3] cannot be read" in str(error.value)
 
 
+def test_a_short_text_may_hold_a_clip():
+    webp = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(webp, "WEBP", lossless=True)
+    for content, frames in ((many_frames(2), 2), (webp.getvalue(), 1)):
+        text = base64.b64encode(content).decode()
+        assert len(text) < 100
+        assert len(load_video(text).frames) == frames
+
+
 def test_few_frames_of_a_large_clip_are_read(monkeypatch):
     """The bound is on the frames that are chosen, not on all that the file holds."""
     monkeypatch.setenv("TOKENFLEX_MAX_PIXELS", "10000")
@@ -224,6 +245,11 @@ def test_what_is_no_clip(tmp_path, folder):
         load_video(empty)
     with pytest.raises(FileNotFoundError, match=r"video none\.gif does not exist|none\.gif"):
         load_video("none.gif")
+    for name in ("clip", "frames12", "data/train/videos/clip00001/frames00"):  # valid base64
+        with pytest.raises(FileNotFoundError, match=f"video file {name} does not exist"):
+            load_video(name)
+    with pytest.raises(ValueError, match="got an empty text"):
+        load_video("")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_video(tmp_path / "none.gif")
     with pytest.raises(ValueError, match="it has no frames"):

@@ -25,7 +25,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
@@ -78,6 +78,7 @@ MAX_COMMENTS = 1000
 Source: TypeAlias = "Image.Image | np.ndarray | torch.Tensor | bytes | str | os.PathLike[str]"
 """Any form of a picture: see :func:`load_image`."""
 
+_PATH_CHARACTERS = 256  # of a text that may be a path; a longer one holds content
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -346,7 +347,11 @@ def _from_text(source: str, name: str, max_download: int | None) -> Image.Image:
 
 
 def find_content(
-    source: str, name: str, max_download: int | None = None, kind: str = "image"
+    source: str,
+    name: str,
+    max_download: int | None = None,
+    kind: str = "image",
+    is_content: Callable[[bytes], bool] = lambda content: True,
 ) -> Path | BytesIO:
     """Return the file that a text names, or the content that it links or holds.
 
@@ -356,12 +361,18 @@ def find_content(
         max_download: Largest content that is read from a URL, in bytes; :data:`MAX_DOWNLOAD` if
             None.
         kind: "image" or "video", for error messages.
+        is_content: Return whether what a short base64 text holds may be a picture or video. If not,
+            the text is the path of something that does not exist.
 
     Raises:
         FileNotFoundError: The text looks like a path, and no file exists there.
         OSError: The URL cannot be read within :data:`DOWNLOAD_SECONDS`.
-        ValueError: The text is none of these, or the content is too large.
+        ValueError: The text is none of these, or empty, or the content is too large.
     """
+    if not source:
+        raise ValueError(
+            f"{name} must be an existing file, a URL or base64 text, got an empty text"
+        )
     if source.startswith(("http://", "https://")):
         limit = MAX_DOWNLOAD if max_download is None else max_download
         return BytesIO(_download(source, name, limit))
@@ -373,7 +384,10 @@ def find_content(
     if _is_file(Path(source)):
         return Path(source)
     try:
-        return BytesIO(_from_base64(source, name))
+        content = _from_base64(source, name)
+        if len(source) > _PATH_CHARACTERS or is_content(content):
+            return BytesIO(content)
+        raise FileNotFoundError(f"{kind} file {source} does not exist")
     except ValueError:
         if _is_path(source):
             raise FileNotFoundError(f"{kind} file {source} does not exist") from None
@@ -393,7 +407,7 @@ def _is_file(path: Path) -> bool:
 def _is_path(text: str) -> bool:
     """Return whether a text that names no file looks like a path, not like damaged base64."""
     is_base64 = re.fullmatch(r"[\w+/-]*=*", text, re.ASCII) and len(text) > 32
-    return len(text) <= 256 and text.isprintable() and not is_base64
+    return len(text) <= _PATH_CHARACTERS and text.isprintable() and not is_base64
 
 
 def _from_base64(text: str, name: str) -> bytes:

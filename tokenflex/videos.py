@@ -229,9 +229,9 @@ def is_animated(source: Any) -> bool:
         head = content.read(12)
         content.seek(0)
         try:
-            if head[:6] in (b"GIF87a", b"GIF89a"):
+            if _is_gif(head):
                 return len(_scan_gif(content)[0]) > 1
-            return head[:4] == b"RIFF" and head[8:] == b"WEBP" and len(_scan_webp(content)[0]) > 1
+            return _is_webp(head) and len(_scan_webp(content)[0]) > 1
         except ValueError:
             return False
 
@@ -290,7 +290,7 @@ class _Reader(Protocol):
 def _open(source: Any, name: str | None, check_frame: Callable[[Path], object]) -> _Reader:
     shown = name or "video"
     if isinstance(source, str) and not _is_folder(source):
-        found = find_content(source, shown, kind="video")
+        found = find_content(source, shown, kind="video", is_content=_is_clip)
         return _of_file(found, f"video {found}" if isinstance(found, Path) else shown)
     if isinstance(source, str):
         source, name = Path(source), None
@@ -324,9 +324,26 @@ def _open(source: Any, name: str | None, check_frame: Callable[[Path], object]) 
 
 def _is_folder(path: str) -> bool:
     try:
-        return Path(path).is_dir()
+        return bool(path) and Path(path).is_dir()  # an empty path is that of the current folder
     except (OSError, ValueError):  # too long for a path, or with a null byte
         return False
+
+
+def _is_clip(content: bytes) -> bool:
+    """Return whether a file begins as a GIF, a WebP or a known video file does."""
+    return _is_gif(content) or _is_webp(content) or _is_video_file(content)
+
+
+def _is_gif(head: bytes) -> bool:
+    return head[:6] in (b"GIF87a", b"GIF89a")
+
+
+def _is_webp(head: bytes) -> bool:
+    return head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+
+
+def _is_video_file(head: bytes) -> bool:
+    return any(signature.match(head) for signature in _SIGNATURES)
 
 
 def _of_file(file: Path | BinaryIO, name: str) -> _Reader:
@@ -335,11 +352,11 @@ def _of_file(file: Path | BinaryIO, name: str) -> _Reader:
         head = content.read(192)
         content.seek(0)
         with readable(name):
-            if head[:6] in (b"GIF87a", b"GIF89a"):
+            if _is_gif(head):
                 return _Animation(file, name, *_scan_gif(content))
-            if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+            if _is_webp(head):
                 return _Animation(file, name, *_scan_webp(content))
-            if not any(signature.match(head) for signature in _SIGNATURES):
+            if not _is_video_file(head):
                 raise ValueError(
                     "it is neither a GIF, a WebP, nor a video file of a known kind (MP4, "
                     "QuickTime, Matroska, WebM, AVI, Ogg, FLV, MPEG, WMV)"

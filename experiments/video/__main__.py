@@ -11,9 +11,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results import environment
 from tokenflex.digits.moving import FRAMES, QUESTIONS, MovingDataset
 from tokenflex.evaluation import evaluate
-from tokenflex.files import write_atomically, write_json
+from tokenflex.files import read_json, write_atomically, write_json
 from tokenflex.models.loading import load_checkpoint
 
 SHOWN = (1, 2, 4, 8, 16)
@@ -27,6 +28,8 @@ def measure(model: Any, processor: Any, clips: int) -> dict[str, Any]:
         model: The trained model.
         processor: Its processor.
         clips: Clips of the split "test", each with one question of each kind.
+
+    The report also names the commit of the code that measured, "-dirty" if files were changed.
     """
     splits = []
     for frames in SHOWN:
@@ -46,11 +49,33 @@ def measure(model: Any, processor: Any, clips: int) -> dict[str, Any]:
             for count in COUNTS
         ]
     return {
+        "commit": environment("cpu")["commit"],
         "clips": clips,
         "frames_per_clip": FRAMES,
         "questions": report["questions"],
         "splits": splits,
     }
+
+
+def training_of(checkpoint: Path) -> dict[str, Any]:
+    """Return the seed and the steps of the run whose folder holds the checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError: The folder has no ``config.json`` of a run.
+    """
+    path = checkpoint.resolve().parent / "config.json"
+    config = read_json(path, "configuration of the training run")
+    try:
+        warm_up = config["encoder_warm_up"]
+        steps = {stage["name"]: stage["steps"] for stage in config["stages"]}
+        return {
+            "seed": config["seed"],
+            "encoder_warm_up_steps": warm_up["steps"] if warm_up else 0,
+            "steps": steps,
+            "total_steps": sum(steps.values()),
+        }
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} must be the configuration of a training run: {error}") from error
 
 
 def page_of(report: dict[str, Any]) -> str:
@@ -77,6 +102,14 @@ def page_of(report: dict[str, Any]) -> str:
         cells = [f"{100 * value:.1f}" for value in (*by_kind, split["accuracy"])]
         shown = f"{split['frames']} x {split['tokens_per_frame']}"
         lines.append(f"| {split['total']} | {shown} | " + " | ".join(cells) + " |")
+    if "training" in report:  # reports of earlier versions do not say
+        training = report["training"]
+        lines += [
+            "",
+            f"Measured at commit `{report['commit']}`; trained with seed {training['seed']} for "
+            f"{training['total_steps']} steps, after {training['encoder_warm_up_steps']} of the "
+            "encoder's warm-up.",
+        ]
     lines += [
         "",
         "Guessing gives 25 (where), 10 (which) and 25 (how many) percent.",
@@ -98,8 +131,9 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--clips", type=int, default=1024, help="clips of the test split (1024)")
     options = parser.parse_args()
+    training = training_of(options.checkpoint)  # before the work
     model, processor = load_checkpoint(options.checkpoint)
-    report = measure(model.eval(), processor, options.clips)
+    report = {**measure(model.eval(), processor, options.clips), "training": training}
     options.output.mkdir(parents=True, exist_ok=True)
     write_json(options.output / "report.json", report)
     page = page_of(report)

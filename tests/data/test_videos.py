@@ -149,6 +149,8 @@ def test_videos_outside_of_the_folder_are_broken(folder, tmp_path_factory):
             with pytest.raises((ValueError, FileNotFoundError), match=words) as error:
                 read(index)
             assert f"data.jsonl:{index + 1}" in str(error.value)
+    assert "video" in dataset.broken[0].reason
+    assert "image" not in dataset.broken[0].reason
     permitted = lines(folder, *records[:3], allow_outside=True)
     assert [len(sample.images) for sample in permitted] == [3, 1, 1]
 
@@ -220,6 +222,7 @@ def test_a_packed_video_has_the_loss_of_the_prompt_with_its_frames(folder):
         ({"videos": [[picture(0)]], "text": "<video> odd"}, "must hold messages beside videos"),
         ({"videos": [[picture(0)]], "input_ids": [3]}, "input_ids or videos, got both"),
         ({"videos": ["none.gif"], **asked("<video> odd")}, "none.gif"),
+        ({"videos": [""], **asked("<video> odd")}, "got an empty text"),
         (
             {"videos": [[picture(0)]], **asked([{"type": "video", "video": "x"}])},
             "holds videos, and others stand beside it",
@@ -233,17 +236,8 @@ def test_records_of_trainer_that_do_not_fit(record, words):
         collator([record])
 
 
-def test_columns_of_a_table(folder, tmp_path):
+def save_table(rows, path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    content = (folder / "a.gif").read_bytes()
-    rows = [
-        {"videos": [{"bytes": content, "path": None}], **asked("<video> odd")},
-        {"videos": [{"bytes": None, "path": "a.gif"}], **asked("<video> odd")},
-        {"videos": [], **asked("odd")},
-    ]
-    for row in rows:
-        for message in row["messages"]:
-            message.setdefault("content", "")
     features = datasets.Features(
         {
             "videos": datasets.List(
@@ -254,7 +248,20 @@ def test_columns_of_a_table(folder, tmp_path):
             ),
         }
     )
-    datasets.Dataset.from_list(rows, features=features).save_to_disk(folder / "rows")
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(path)
+
+
+def test_columns_of_a_table(folder, tmp_path):
+    content = (folder / "a.gif").read_bytes()
+    rows = [
+        {"videos": [{"bytes": content, "path": None}], **asked("<video> odd")},
+        {"videos": [{"bytes": None, "path": "a.gif"}], **asked("<video> odd")},
+        {"videos": [], **asked("odd")},
+    ]
+    for row in rows:
+        for message in row["messages"]:
+            message.setdefault("content", "")
+    save_table(rows, folder / "rows")
     (folder / "rows" / "a.gif").write_bytes(content)
     data_format = FORMATS["huggingface"]
     dataset = data_format.open(data_format.options(path=folder / "rows", max_frames=5))
@@ -265,6 +272,41 @@ def test_columns_of_a_table(folder, tmp_path):
         data_format.options(path=folder / "rows", max_frames=2, streaming=True)
     )
     assert sorted(len(stream[i].images) for i in range(3)) == [0, 2, 2]
+
+
+def test_frames_of_a_table_that_link_out_of_its_folder_are_broken(folder, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside")
+    picture(1).save(outside / "0.png")
+    rows = [
+        {"videos": [{"bytes": None, "path": name}], **asked("<video> odd")}
+        for name in ("frames", "linked", "a_link.gif")
+    ]
+    path = folder / "rows"
+    save_table(rows, path)
+    (folder / "frames").rename(path / "frames")
+    (path / "linked").mkdir()
+    (path / "linked" / "0.png").symlink_to(outside / "0.png")
+    (path / "a_link.gif").symlink_to(folder / "a.gif")
+    data_format = FORMATS["huggingface"]
+    dataset = data_format.open(data_format.options(path=path))
+    for read in (dataset.__getitem__, dataset.outline):
+        with pytest.raises(ValueError, match=r"image .*linked.* is outside of the data's folder"):
+            read(1)
+        with pytest.raises(ValueError, match=r"video 'a_link\.gif' is outside"):
+            read(2)
+    assert len(dataset[0].images) == 3
+    permitted = data_format.open(data_format.options(path=path, allow_outside=True))
+    assert [len(permitted[i].images) for i in range(3)] == [3, 1, 10]
+
+
+def test_records_of_a_trainer_show_the_frames_of_the_processor(folder):
+    parts = digits_processor(4)
+    record = {"videos": [str(folder / "a.gif")], **asked("<video> odd")}
+    shown = []
+    for options in ({}, {"max_frames": 3}, {"fps": 5}, {"max_frames": 2, "fps": 5}):
+        processor = TokenFlexProcessor(parts.image_processor, parts.tokenizer, **options)
+        shown.append(len(DataCollatorWithPacking(processor, 4)([record])["num_image_tokens"]))
+    assert shown == [10, 3, 5, 2]  # of one second
 
 
 @pytest.mark.parametrize("score", ["forced", "exact"])

@@ -203,6 +203,35 @@ def test_without_videos_the_mark_is_text(processor):
     assert words == ["<unk>", "<image>"]
 
 
+def test_the_mark_is_text_in_a_prompt_of_a_batch_without_videos(processor):
+    words = {"type": "text", "text": "what is <video> here"}
+    mine, others = chat(VIDEO, TEXT), [chat(words), chat(IMAGE, words)]
+    options = {"tokenize": True, "return_dict": True, "num_image_tokens": 4}
+    inputs = processor.apply_chat_template([mine, *others], **options)
+    alone = [processor.apply_chat_template(messages, **options) for messages in (mine, *others)]
+    for ids, mask, expected in zip(
+        inputs["input_ids"], inputs["attention_mask"], alone, strict=True
+    ):
+        assert ids[mask.bool()].tolist() == expected["input_ids"][0].tolist()
+    assert inputs["num_image_tokens"] == [4] * 4
+    with pytest.raises(ValueError, match=r"got \[1, 2\] for \[1, 1\] videos"):
+        processor(text=["<video>", "<video><video>"], videos=[[CLIP], [CLIP]])
+
+
+def test_an_empty_path_is_no_clip(processor, tmp_path, monkeypatch):
+    """The path of the current folder is empty, too."""
+    A.save(tmp_path / "0.png")
+    monkeypatch.chdir(tmp_path)
+    words = "must be an existing file, a URL or base64 text, got an empty text"
+    with pytest.raises(ValueError, match=words):
+        processor(text="<video> odd", videos=[""])
+    with pytest.raises(ValueError, match=words):
+        processor.apply_chat_template(
+            chat({"type": "video", "video": ""}, TEXT), tokenize=True, return_dict=True
+        )
+    assert processor(text="<video>", videos=["."], num_image_tokens=4)["num_image_tokens"] == [4]
+
+
 def test_counts_of_frames_are_chosen_by_a_budget_of_generate(processor, model):
     inputs = processor(text="<video> odd", videos=[CLIP], num_image_tokens="auto")
     assert inputs["tiles_per_image"] == [1, 1, 1]

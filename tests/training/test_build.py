@@ -23,6 +23,7 @@ from tokenflex.cli import main
 from tokenflex.digits.processor import digits_processor
 from tokenflex.training.build import build_model, build_processor, empty_model
 from tokenflex.training.config import ModelConfig
+from tokenflex.training.data_config import DataConfig
 
 VISION = {
     "hidden_size": 32,
@@ -181,3 +182,24 @@ def test_digits_are_not_cut() -> None:
         ModelConfig.model_validate(
             {"vision": part, "text": part, "processor": "digits", "max_tiles": 2}
         )
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ([{}], (32, None)),
+        ([{"max_frames": 4}], (4, None)),
+        ([{"fps": 2}], (32, 2.0)),
+        ([{"max_frames": 4, "fps": 2}, {"max_frames": 8, "fps": 2}], (8, 2.0)),
+        ([{"max_frames": 8, "fps": 1}, {"max_frames": 4, "fps": 2}], (8, 1.0)),
+        ([{}, {"max_frames": 4, "fps": 2}], (4, 2.0)),  # the first one holds pictures
+    ],
+)
+@pytest.mark.parametrize("are_parts", [False, True])
+def test_a_trained_processor_shows_the_frames_of_its_data(parts, data, expected, are_parts):
+    sets = [{"name": "messages", "path": f"{i}.jsonl", **keys} for i, keys in enumerate(data)]
+    if are_parts:
+        sets = [{"name": "mixture", "parts": sets}]
+    configs = [DataConfig.model_validate(values) for values in sets]
+    processor = build_processor(config_of(parts), configs)
+    assert (processor.max_frames, processor.fps) == expected

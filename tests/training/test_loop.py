@@ -525,6 +525,19 @@ def test_more_broken_samples_than_allowed_stop_the_run(tmp_path):
     assert len(json.loads((tmp_path / "run" / "broken_samples.json").read_text())) == 2
 
 
+def test_a_checkpoint_shows_the_frames_that_training_showed(tmp_path, monkeypatch):
+    """A run that was stopped, too."""
+    data = {**own_data(tmp_path, 12, ()), "max_frames": 4, "fps": 2}
+    stages = [stage(steps=3)]
+    config = configured(
+        tmp_path, data=data, stages=stages, save_every=1, encoder_warm_up=None, evaluation=None
+    )
+    train_until(monkeypatch, config, 2)
+    train(config)
+    saved = json.loads((tmp_path / "run" / "checkpoint" / "processor_config.json").read_text())
+    assert (saved["max_frames"], saved["fps"]) == (4, 2.0)
+
+
 def test_broken_samples_are_remembered_by_a_resumed_run(tmp_path, monkeypatch):
     config = on_own_data(tmp_path, (2, 7), save_every=1)
     train_until(monkeypatch, config, 5)

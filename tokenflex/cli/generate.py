@@ -38,7 +38,9 @@ def add_to(commands: CommandLine) -> None:
         help="the most frames of a video, evenly from its first to its last (default: the "
         "processor's)",
     )
-    generate.add_argument("--fps", type=float, help="frames per second of a video (default: all)")
+    generate.add_argument(
+        "--fps", type=float, help="frames per second of a video (default: the processor's)"
+    )
     generate.add_argument(
         "--prompt",
         required=True,

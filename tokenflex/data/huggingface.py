@@ -7,9 +7,16 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tokenflex.data.image_paths import ImageFolder, check_paths
+from tokenflex.data.image_paths import WITH_ARTICLE, ImageFolder, check_paths
 from tokenflex.data.media import PICTURE_KEYS, VIDEO_KEYS
-from tokenflex.data.records import Record, RecordDataset, images_of, read_record, videos_of
+from tokenflex.data.records import (
+    Record,
+    RecordDataset,
+    images_of,
+    read_record,
+    source_of,
+    videos_of,
+)
 from tokenflex.files import excerpt, printable
 from tokenflex.videos import EACH_FRAME, FrameSampling
 
@@ -68,35 +75,37 @@ class HuggingFaceDataset(RecordDataset):
         texts = {k: value for k, value in row.items() if k not in (*PICTURE_KEYS, *VIDEO_KEYS)}
         return read_record(texts, where, stored=images, stored_videos=videos)
 
-    def _image_files(
-        self, images: Sequence[Any], where: str
+    def _media_files(
+        self, media: Sequence[Any], where: str
     ) -> Iterator[tuple[Path | BinaryIO, str]]:
-        for image in images:
-            yield self._image_file(image, where), f"{where}: an image"
+        for item in media:
+            source, kind = source_of(item)
+            name = WITH_ARTICLE[kind]
+            yield self._media_file(source, where, kind, name), f"{where}: {name}"
 
-    def _image_file(self, image: Any, where: str) -> Path | BinaryIO:
-        if not isinstance(image, dict):
-            raise ValueError(f"{where}: an image must have bytes or a path, got {excerpt(image)}")
-        content, path = image.get("bytes"), image.get("path")
+    def _media_file(self, source: Any, where: str, kind: str, name: str) -> Path | BinaryIO:
+        if not isinstance(source, dict):
+            raise ValueError(f"{where}: {name} must have bytes or a path, got {excerpt(source)}")
+        content, path = source.get("bytes"), source.get("path")
         if isinstance(content, bytes):
             return BytesIO(content)
         if content is not None:
-            raise ValueError(f"{where}: an image's bytes must be bytes, got {excerpt(content)}")
+            raise ValueError(f"{where}: {name}'s bytes must be bytes, got {excerpt(content)}")
         if path is None:
-            raise ValueError(f"{where}: an image has neither bytes nor a path")
-        check_paths([path], where)
-        return self._inside(path, where)
+            raise ValueError(f"{where}: {name} has neither bytes nor a path")
+        check_paths([path], where, kind)
+        return self._inside(path, where, kind)
 
     def _check_frame(self, path: Path, where: str) -> None:
         self._inside(str(path.absolute()), where)
 
-    def _inside(self, path: str, where: str) -> Path:
+    def _inside(self, path: str, where: str, kind: str = "image") -> Path:
         for folder in self._folders[:-1]:
             try:
-                return folder.file(path, where)
+                return folder.file(path, where, kind)
             except ValueError:
                 continue
-        return self._folders[-1].file(path, where)
+        return self._folders[-1].file(path, where, kind)
 
 
 def load_rows(path: str, split: str, *, streaming: bool = False) -> Any:

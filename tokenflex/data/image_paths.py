@@ -14,7 +14,8 @@ MAX_PATH_LENGTH = 4096
 MAX_NAME_BYTES = 255
 """Bytes of each file's or folder's name in a path, as file systems have it."""
 
-_WITH_ARTICLE = {"image": "an image", "video": "a video"}
+WITH_ARTICLE = {"image": "an image", "video": "a video"}
+"""Names of an image and a video in error messages."""
 
 
 def check_paths(paths: Sequence[Any], where: str, kind: str = "image") -> None:
@@ -34,10 +35,10 @@ def check_paths(paths: Sequence[Any], where: str, kind: str = "image") -> None:
         longest = max(len(name.encode("utf-8", "surrogatepass")) for name in path.split("/"))
         if longest > MAX_NAME_BYTES:
             raise ValueError(
-                f"{where}: names in {_WITH_ARTICLE[kind]}'s path must have at most "
+                f"{where}: names in {WITH_ARTICLE[kind]}'s path must have at most "
                 f"{MAX_NAME_BYTES} bytes, got one of {longest:,}"
             )
-        check_utf8(path, f"{where}: the path of {_WITH_ARTICLE[kind]}")
+        check_utf8(path, f"{where}: the path of {WITH_ARTICLE[kind]}")
 
 
 class ImageFolder:
@@ -53,17 +54,17 @@ class ImageFolder:
         self.allow_outside = allow_outside
         self._real = self.path.resolve()
 
-    def check(self, path: str, where: str) -> None:
+    def check(self, path: str, where: str, kind: str = "image") -> None:
         """Check a path by its text, and on the disk only where the text seems to leave the folder.
 
         Raises:
             ValueError: The path leaves the folder. The message begins with ``where``.
         """
         if path.startswith("/") or ".." in path:
-            self.file(path, where)
+            self.file(path, where, kind)
 
-    def file(self, path: str, where: str) -> Path:
-        """Return the file at ``path``.
+    def file(self, path: str, where: str, kind: str = "image") -> Path:
+        """Return the file at ``path``, of an image or a video.
 
         Raises:
             ValueError: The file is outside of the folder, also by a symbolic link.
@@ -72,17 +73,17 @@ class ImageFolder:
         length = len(os.fsencode(file))
         if length >= MAX_PATH_LENGTH:
             raise ValueError(
-                f"{where}: the path of an image must have fewer than {MAX_PATH_LENGTH} bytes with "
-                f"its folder, got {length:,}"
+                f"{where}: the path of {WITH_ARTICLE[kind]} must have fewer than "
+                f"{MAX_PATH_LENGTH} bytes with its folder, got {length:,}"
             )
         try:
             inside = self.allow_outside or file.resolve().is_relative_to(self._real)
         except (OSError, RuntimeError) as error:  # links in a circle, or too long
             reason = getattr(error, "strerror", None) or "its links go in a circle"
-            raise ValueError(f"{where}: image {excerpt(path)} cannot be found: {reason}") from None
+            raise ValueError(f"{where}: {kind} {excerpt(path)} cannot be found: {reason}") from None
         if not inside:
             raise ValueError(
-                f"{where}: image {excerpt(path)} is outside of the data's folder {self.path}; "
+                f"{where}: {kind} {excerpt(path)} is outside of the data's folder {self.path}; "
                 "allow_outside permits that"
             )
         return file

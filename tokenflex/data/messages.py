@@ -18,8 +18,8 @@ from tokenflex.data.records import (
     MAX_RECORD_BYTES,
     Record,
     RecordDataset,
-    StoredVideo,
     read_record,
+    source_of,
 )
 from tokenflex.files import describe_payload, parse_json
 from tokenflex.images import open_image as open_image  # users import it from this module too
@@ -112,7 +112,8 @@ class MessagesDataset(RecordDataset):
                 raise value
             record = read_record(value, where)
             for item in record[1]:
-                self._folder.check(item.source if isinstance(item, StoredVideo) else item, where)
+                path, kind = source_of(item)
+                self._folder.check(path, where, kind)
         except ValueError as error:
             return str(error)
         return record
@@ -139,10 +140,11 @@ class MessagesDataset(RecordDataset):
             raise ValueError(record)
         return record
 
-    def _image_files(self, images: Sequence[Any], where: str) -> Iterator[tuple[Path, str]]:
-        for path in images:
-            file = self._folder.file(path, where)
-            yield file, f"{where}: image file {describe_payload(path) or file}"
+    def _media_files(self, media: Sequence[Any], where: str) -> Iterator[tuple[Path, str]]:
+        for item in media:
+            path, kind = source_of(item)
+            file = self._folder.file(path, where, kind)
+            yield file, f"{where}: {kind} file {describe_payload(path) or file}"
 
     def _check_frame(self, path: Path, where: str) -> None:
         self._folder.file(str(path.absolute()), where)

@@ -83,10 +83,9 @@ class RecordDataset:
     ) -> Sample:
         name, media, conversation = self._record(index)
         where = self.where(index)
-        stored = [item.source if isinstance(item, StoredVideo) else item for item in media]
         images: list[Any] = []
         frames: list[int] = []
-        for item, (file, file_name) in zip(media, self._image_files(stored, where), strict=True):
+        for item, (file, file_name) in zip(media, self._media_files(media, where), strict=True):
             if not isinstance(item, StoredVideo):
                 images.append(read_image(file, file_name))
                 continue
@@ -114,8 +113,8 @@ class RecordDataset:
         """
         raise NotImplementedError
 
-    def _image_files(
-        self, images: Sequence[Any], where: str
+    def _media_files(
+        self, media: Sequence[Any], where: str
     ) -> Iterator[tuple[Path | BinaryIO, str]]:
         """Yield the file of each image or video of a record, and its name for error messages."""
         raise NotImplementedError
@@ -126,6 +125,11 @@ class RecordDataset:
         Raises:
             ValueError: It must not be read. The message begins with ``where``.
         """
+
+
+def source_of(item: Any) -> tuple[Any, str]:
+    """Return an image or video of a :data:`Record` as it is stored, and "image" or "video"."""
+    return (item.source, "video") if isinstance(item, StoredVideo) else (item, "image")
 
 
 def _shown(source: Any, file: Any) -> str:

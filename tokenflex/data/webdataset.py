@@ -114,8 +114,8 @@ class WebDataset(RecordDataset):
             value = parse_json(file.read(size), f"{where}: the record")
         return read_record(value, where, stored=[(shard, *member) for member in images])
 
-    def _image_files(self, images: Sequence[Any], where: str) -> Iterator[tuple[BinaryIO, str]]:
-        for shard, offset, size in images:
+    def _media_files(self, media: Sequence[Any], where: str) -> Iterator[tuple[BinaryIO, str]]:
+        for shard, offset, size in media:
             with shard.open("rb") as file:
                 yield io.BufferedReader(_Member(file, offset, size)), f"{where}: an image"
 

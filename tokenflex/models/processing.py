@@ -193,7 +193,8 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
             text: a prompt or a list of prompts, each with one ``image_token`` per image. Prompts in
                 an inner list share their images, which are processed and encoded once:
                 ``images=[a, b], text=[[q1, q2], [q3]]`` are three prompts, two of them about a.
-                With videos, ``<video>`` stands in a prompt once per video.
+                With videos, ``<video>`` stands in a prompt once per video; where they come as a
+                list per prompt, it is text in a prompt whose list is empty.
             videos: a video, a list of them, or a list per prompt, in order of appearance. A video
                 is whatever :func:`tokenflex.videos.load_video` takes, for example the path of a
                 GIF or of a folder of frames; in a list that is not per prompt, frames are pictures
@@ -366,8 +367,10 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
         if prompts.image_index is not None:
             image_texts = [image_texts[image] for image in prompts.image_index]
         replacements = iter(image_texts)
-        frames = iter(prompts.frames) if prompts.frames else None
-        expanded = [self._expand(prompt, replacements, frames) for prompt in prompts.texts]
+        expanded = [
+            self._expand(prompt, replacements, frames)
+            for prompt, frames in zip(prompts.texts, prompts.frames, strict=True)
+        ]
         encoded = dict(
             self.tokenizer(
                 [text for text, _, _ in expanded],
@@ -403,27 +406,28 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
         return f"{self.image_start}{self.image_token * tokens}{self.image_end}"
 
     def _expand(
-        self, prompt: str, replacements: Iterator[str], frames: Iterator[int] | None
+        self, prompt: str, replacements: Iterator[str], frames: Sequence[int]
     ) -> tuple[str, int, list[dict[str, Any]]]:
         """Return the prompt with its placeholders replaced, and where each stood and stands.
 
         Args:
             prompt: the prompt.
             replacements: the text of each image or frame in order.
-            frames: the number of frames of each video in order; None where its mark is text.
+            frames: the number of frames of each video in order. Without videos the mark is text.
 
         Returns:
             The text, its number of images and frames, and an entry per image and video.
         """
         pattern = image_pattern(self.image_start, self.image_token, self.image_end)
-        if frames is not None:
+        if frames:
             pattern = re.compile(f"{pattern.pattern}|{re.escape(VIDEO_MARK)}")
+        remaining = iter(frames)
         pieces: list[str] = []
         offsets: list[dict[str, Any]] = []
         last = length = images = 0
         for match in pattern.finditer(prompt):
-            is_video = frames is not None and match.group() == VIDEO_MARK
-            shown = next(frames) if is_video else 1  # type: ignore[arg-type]
+            is_video = bool(frames) and match.group() == VIDEO_MARK
+            shown = next(remaining) if is_video else 1
             images += shown
             replacement = "".join(islice(replacements, shown))
             start = length + match.start() - last

@@ -21,14 +21,14 @@ class Prompts:
             included; None where none are shared.
         kinds: "image" or "video" for each image and video in order of appearance; shared ones
             count once.
-        frames: the frames of each video that a mark shows, in the order of the texts; shared ones
-            count as often as they are shown.
+        frames: the frames of the videos of each text, in the order of their marks. In a text
+            without videos the mark is text.
     """
 
     texts: list[str] = field(default_factory=list)
     image_index: list[int] | None = None
     kinds: list[str] = field(default_factory=list)
-    frames: list[int] = field(default_factory=list)
+    frames: list[list[int]] = field(default_factory=list)
 
 
 def read_prompts(
@@ -49,7 +49,8 @@ def read_prompts(
         per_group: images of each prompt or inner list, where they are given so.
         frames: frames of each video, for which :data:`VIDEO_MARK` stands in a prompt. Without
             videos, None, the mark is text.
-        videos_per_group: videos of each prompt or inner list, where they are given so.
+        videos_per_group: videos of each prompt or inner list, where they are given so. In one
+            without videos the mark is text.
 
     Raises:
         TypeError: a prompt is no string.
@@ -68,7 +69,7 @@ def read_prompts(
     image_index: list[int] = []
     first = 0
     frames_left = iter(frames or ())
-    shown_frames: list[int] = []
+    shown_frames: list[list[int]] = []
     for i, entry in enumerate(entries):
         name = f"text[{i}]"
         if are_shared and not isinstance(entry, (list, tuple)):
@@ -80,15 +81,18 @@ def read_prompts(
             if not isinstance(prompt, str):
                 prompt_name = f"{name}[{j}]" if are_shared else name
                 raise TypeError(f"{prompt_name} must be a string, got {type(prompt).__name__}")
-        kinds = [_kinds(prompt, image_token, frames is not None) for prompt in group]
+        has_videos = frames is not None
+        if videos_per_group is not None and i < len(videos_per_group):
+            has_videos = videos_per_group[i] > 0
+        kinds = [_kinds(prompt, image_token, has_videos) for prompt in group]
         if any(of_prompt != kinds[0] for of_prompt in kinds):
-            marks = image_token if frames is None else f"{image_token} or {VIDEO_MARK}"
+            marks = f"{image_token} or {VIDEO_MARK}" if has_videos else image_token
             raise ValueError(
                 f"{name}: prompts that share their images must each hold one {marks} per "
                 f"image, got {[len(of_prompt) for of_prompt in kinds]}"
             )
         of_videos = [*islice(frames_left, kinds[0].count("video"))]
-        shown_frames += of_videos * len(group)
+        shown_frames += [of_videos] * len(group)
         images = kinds[0].count("image") + sum(of_videos)
         image_index += [*range(first, first + images)] * len(group)
         first += images

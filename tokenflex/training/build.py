@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
@@ -34,9 +34,12 @@ from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.processing import TokenFlexProcessor
 from tokenflex.training.config import ModelConfig, PartConfig, TrainConfig
 from tokenflex.training.data_config import DataConfig
+from tokenflex.videos import EACH_FRAME, FrameSampling
 
 # What the model's architecture consists of beside its encoder and its language model.
 _ARCHITECTURE = ("pooling", "projector_hidden_width", "projector_position", "image_positions")
+
+_FRAME_KEYS = ("max_frames", "fps")
 
 
 def build_dataset(config: DataConfig) -> SampleDataset:
@@ -97,8 +100,35 @@ def check_dropout(model: Any, config: TrainConfig) -> None:
                 )
 
 
-def build_processor(config: ModelConfig) -> TokenFlexProcessor:
-    """Return the processor, with ``image_token`` known to its tokenizer."""
+def build_processor(config: ModelConfig, data: Iterable[DataConfig] = ()) -> TokenFlexProcessor:
+    """Return the processor, with ``image_token`` known to its tokenizer.
+
+    It shows the frames of a video that training on ``data`` shows, see :func:`frames_of`.
+    """
+    processor = _new_processor(config)
+    sampling = frames_of(data)
+    processor.max_frames, processor.fps = sampling.max_frames, sampling.fps
+    return processor
+
+
+def frames_of(data: Iterable[DataConfig]) -> FrameSampling:
+    """Return one rule for the frames of all videos in some data.
+
+    It has the largest ``max_frames`` and the first ``fps`` of the data sets that state one of these
+    keys. Data without videos states neither. If none does, the rule is the default.
+    """
+    rules = [
+        FrameSampling(part.max_frames, part.fps)
+        for config in data
+        for part in config.parts or (config,)
+        if not part.model_fields_set.isdisjoint(_FRAME_KEYS)
+    ]
+    if not rules:
+        return EACH_FRAME
+    return FrameSampling(max(rule.max_frames for rule in rules), rules[0].fps)
+
+
+def _new_processor(config: ModelConfig) -> TokenFlexProcessor:
     if config.processor is not None:
         image_size = _vision_config(config.vision).image_size
         return FRESH_PARTS[config.processor].processor(config.num_image_tokens, image_size)

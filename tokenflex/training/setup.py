@@ -130,7 +130,7 @@ class Setup:
 
     def _build_model(self) -> None:
         config = self.config
-        self.processor = build_processor(config.model)
+        self.processor = build_processor(config.model, config.stage_data)
         drawn = {count for stage in config.stages for count in stage.drawn_counts}
         self.model = build_model(config.model, self.processor, drawn)
         check_dropout(self.model, config)
