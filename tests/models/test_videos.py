@@ -214,8 +214,11 @@ def test_the_mark_is_text_in_a_prompt_of_a_batch_without_videos(processor):
     ):
         assert ids[mask.bool()].tolist() == expected["input_ids"][0].tolist()
     assert inputs["num_image_tokens"] == [4] * 4
-    with pytest.raises(ValueError, match=r"got \[1, 2\] for \[1, 1\] videos"):
-        processor(text=["<video>", "<video><video>"], videos=[[CLIP], [CLIP]])
+    processor(text=["<video>", "<video>"], videos=[[CLIP], None])
+    # An empty list says that there are none, and a forgotten video is no text.
+    for videos in ([[CLIP], []], [[CLIP], [CLIP]]):
+        with pytest.raises(ValueError, match=r"got \[1, 2\] for \[1, [01]\] videos"):
+            processor(text=["<video>", "<video><video>"], videos=videos)
 
 
 def test_an_empty_path_is_no_clip(processor, tmp_path, monkeypatch):

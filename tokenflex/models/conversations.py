@@ -295,15 +295,18 @@ def images_of_chats(chats: Sequence[Chat], beside: Any) -> Any:
 
 
 def videos_of_chats(chats: Sequence[Chat], beside: Any) -> Any:
-    """Return the videos of conversations, as :func:`images_of_chats` their images."""
+    """Return the videos of conversations, as :func:`images_of_chats` their images.
+
+    A conversation without videos has None, so that their mark is text in what its user wrote.
+    """
     missing = [name for chat in chats for name in chat.parts_without_video]
-    return _sources([chat.videos for chat in chats], missing, beside, "video")
+    return _sources([chat.videos or None for chat in chats], missing, beside, "video")
 
 
 def _sources(
-    inside: Sequence[Sequence[Any]], missing: Sequence[str], beside: Any, kind: str
+    inside: Sequence[Sequence[Any] | None], missing: Sequence[str], beside: Any, kind: str
 ) -> Any:
-    names = [source.name for of_chat in inside for source in of_chat]
+    names = [source.name for of_chat in inside for source in of_chat or ()]
     if beside is None:
         if missing:
             article = "an" if kind == "image" else "a"

@@ -193,9 +193,9 @@ class TokenFlexProcessor(SavedWithStub, ConversationProcessor, ImagePreparation)
             text: a prompt or a list of prompts, each with one ``image_token`` per image. Prompts in
                 an inner list share their images, which are processed and encoded once:
                 ``images=[a, b], text=[[q1, q2], [q3]]`` are three prompts, two of them about a.
-                With videos, ``<video>`` stands in a prompt once per video; where they come as a
-                list per prompt, it is text in a prompt whose list is empty.
-            videos: a video, a list of them, or a list per prompt, in order of appearance. A video
+                With videos, ``<video>`` stands in a prompt once per video.
+            videos: a video, a list of them, or a list per prompt, in order of appearance; None in
+                place of a prompt's list makes ``<video>`` text, as it is without videos. A video
                 is whatever :func:`tokenflex.videos.load_video` takes, for example the path of a
                 GIF or of a folder of frames; in a list that is not per prompt, frames are pictures
                 in memory.

@@ -37,7 +37,7 @@ def read_prompts(
     num_images: int,
     per_group: Sequence[int] | None = None,
     frames: Sequence[int] | None = None,
-    videos_per_group: Sequence[int] | None = None,
+    videos_per_group: Sequence[int | None] | None = None,
 ) -> Prompts:
     """Check the prompts of a call.
 
@@ -49,8 +49,8 @@ def read_prompts(
         per_group: images of each prompt or inner list, where they are given so.
         frames: frames of each video, for which :data:`VIDEO_MARK` stands in a prompt. Without
             videos, None, the mark is text.
-        videos_per_group: videos of each prompt or inner list, where they are given so. In one
-            without videos the mark is text.
+        videos_per_group: videos of each prompt or inner list, where they are given so. None for
+            one in which the mark is text.
 
     Raises:
         TypeError: a prompt is no string.
@@ -83,7 +83,7 @@ def read_prompts(
                 raise TypeError(f"{prompt_name} must be a string, got {type(prompt).__name__}")
         has_videos = frames is not None
         if videos_per_group is not None and i < len(videos_per_group):
-            has_videos = videos_per_group[i] > 0
+            has_videos = videos_per_group[i] is not None
         kinds = [_kinds(prompt, image_token, has_videos) for prompt in group]
         if any(of_prompt != kinds[0] for of_prompt in kinds):
             marks = f"{image_token} or {VIDEO_MARK}" if has_videos else image_token
@@ -100,7 +100,8 @@ def read_prompts(
         prompts += group
     _check_number("image", image_token, groups, num_images, per_group)
     if frames is not None:
-        _check_number("video", VIDEO_MARK, groups, len(frames), videos_per_group)
+        given = None if videos_per_group is None else [number or 0 for number in videos_per_group]
+        _check_number("video", VIDEO_MARK, groups, len(frames), given)
     shown = [kind for kinds in groups for kind in kinds]
     return Prompts(prompts, image_index if are_shared else None, shown, shown_frames)
 

@@ -43,17 +43,20 @@ class NamedVideo:
         return [NamedImage(frame, f"{self.name} frame {i}") for i, frame in enumerate(frames)]
 
 
-def name_videos(videos: Any, name: str = "videos") -> tuple[list[NamedVideo], list[int] | None]:
+def name_videos(
+    videos: Any, name: str = "videos"
+) -> tuple[list[NamedVideo], list[int | None] | None]:
     """Bring the videos of a call into one list, in order of appearance.
 
     Args:
-        videos: a video, a list of videos, or a list of those per prompt. A list of pictures in
-            memory is one video; an array or tensor of five dimensions is a list of videos.
+        videos: a video, a list of videos, or a list of those per prompt, None for a prompt in which
+            the mark is text. A list of pictures in memory is one video; an array or tensor of five
+            dimensions is a list of videos.
         name: their name in errors.
 
     Returns:
         The videos; and the number of each prompt's videos where they come as a list per prompt,
-        else None.
+        else None. A prompt without a list has None in place of the number.
 
     Raises:
         TypeError: an entry is no video.
@@ -63,8 +66,12 @@ def name_videos(videos: Any, name: str = "videos") -> tuple[list[NamedVideo], li
     entries = _entries(videos, name)
     if all(map(_is_video, entries)):
         return [_named(video, f"{name}[{i}]") for i, video in enumerate(entries)], None
-    flat, per_prompt = [], []
+    flat: list[NamedVideo] = []
+    per_prompt: list[int | None] = []
     for i, entry in enumerate(entries):
+        if entry is None:
+            per_prompt.append(None)
+            continue
         group = [entry] if _is_video(entry) else _entries(entry, f"{name}[{i}]")
         for j, video in enumerate(group):
             if not _is_video(video):
