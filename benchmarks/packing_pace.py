@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from benchmarks.report import table
-from benchmarks.results import RESULTS, NewRow, Row, environment, machine_name, read_csv, write_csv
+from benchmarks.results import RESULTS, NewRow, Row, replace_rows
 from benchmarks.training_pace import LOSS_LIMIT, Begins, Turn, alternate
 from tokenflex import packing
 
@@ -260,18 +260,6 @@ def format_table(rows: Sequence[Row]) -> str:
     return table(("samples", "way", "padding", "samples a second", "over padded"), *lines)
 
 
-def publish(rows: Sequence[NewRow], folder: Path) -> list[Row]:
-    """Write rows into the machine's CSV, in place of those of the same cases."""
-    shared = environment("cpu")
-    path = folder / f"{machine_name(shared)}.csv"
-    measured = {row["case"] for row in rows}
-    earlier = read_csv(path) if path.exists() else []
-    kept = [row for row in earlier if row["case"] not in measured]
-    write_csv(path, [*kept, *({**row, **shared} for row in rows)], {})
-    print(f"{len(rows)} rows in {path}")
-    return read_csv(path)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.packing_pace", description=__doc__)
     parser.add_argument("--case", choices=CASES, help="default: all")
@@ -281,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     published: list[Row] = []
     for name in [options.case] if options.case else CASES:
-        published = publish(measure(name, options.rounds), options.out)
+        published = replace_rows(measure(name, options.rounds), options.out, ("case",))
     print(format_table(published))
     return 0
 

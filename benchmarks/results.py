@@ -198,6 +198,18 @@ def read_csv(path: Path, columns: Sequence[str] = ()) -> list[Row]:
     return rows
 
 
+def replace_rows(rows: Sequence[NewRow], folder: Path, keys: Sequence[str]) -> list[Row]:
+    """Write rows of the CPU into the machine's CSV, in place of those with the same ``keys``."""
+    shared = environment("cpu")
+    path = folder / f"{machine_name(shared)}.csv"
+    measured = {tuple(str(row[key]) for key in keys) for row in rows}
+    earlier = read_csv(path) if path.exists() else []
+    kept = [row for row in earlier if tuple(row[key] for key in keys) not in measured]
+    write_csv(path, [*kept, *({**row, **shared} for row in rows)], {})
+    print(f"{len(rows)} rows in {path}")
+    return read_csv(path)
+
+
 def add_shares(rows: Sequence[NewRow], shared: Mapping[str, object]) -> None:
     """Fill in the shares of the measured ceilings, and of the rates in the data sheet.
 

@@ -41,10 +41,7 @@ from benchmarks.results import (
     ROOT,
     NewRow,
     Row,
-    environment,
-    machine_name,
-    read_csv,
-    write_csv,
+    replace_rows,
 )
 from tokenflex import DataCollatorWithPacking, TokenCounts
 from tokenflex.data.steps import PackedStep
@@ -496,18 +493,6 @@ def format_table(rows: Sequence[Row]) -> str:
     return table(header, *lines)
 
 
-def publish(rows: Sequence[NewRow], folder: Path) -> list[Row]:
-    """Write rows into the machine's CSV, in place of those of the same models and questions."""
-    shared = environment("cpu")
-    path = folder / f"{machine_name(shared)}.csv"
-    measured = {(row["model"], str(row["questions"])) for row in rows}
-    earlier = read_csv(path) if path.exists() else []
-    kept = [row for row in earlier if (row["model"], row["questions"]) not in measured]
-    write_csv(path, [*kept, *({**row, **shared} for row in rows)], {})
-    print(f"{len(rows)} rows in {path}")
-    return read_csv(path)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_pace", description=__doc__)
     parser.add_argument("--model", choices=SCALES, help="default: both")
@@ -522,7 +507,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in [options.model] if options.model else SCALES:
         for questions in [options.questions] if options.questions else (1, 8):
             rows = measure(name, SCALES[name], questions, options.rounds)
-            published = publish(rows, options.out)
+            published = replace_rows(rows, options.out, ("model", "questions"))
     print(format_table(published))
     return 0
 

@@ -17,12 +17,16 @@ def require(package: str, oldest: str, needed_by: str = "tokenflex") -> None:
     Raises:
         ImportError: the installed release is older.
     """
+    if is_older(package, oldest):
+        raise ImportError(f"{needed_by} needs {package} >= {oldest}, found {version(package)}")
+
+
+def is_older(package: str, release: str) -> bool:
+    """Return whether the installed release of a package is older; False if it is missing."""
     try:
-        installed = version(package)
+        return _numbers(version(package)) < _numbers(release)
     except PackageNotFoundError:
-        return
-    if _numbers(installed) < _numbers(oldest):
-        raise ImportError(f"{needed_by} needs {package} >= {oldest}, found {installed}")
+        return False
 
 
 def _numbers(release: str) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import training_pace
-from benchmarks.results import RESULTS, ROOT, read_csv
+from benchmarks.results import RESULTS, ROOT, read_csv, replace_rows
 from benchmarks.training_pace import (
     FIXED,
     LOSS_LIMIT,
@@ -23,7 +23,6 @@ from benchmarks.training_pace import (
     format_table,
     interval,
     measure,
-    publish,
 )
 
 
@@ -85,9 +84,10 @@ def row(**values: object) -> dict:
 
 
 def test_measured_rows_replace_those_of_the_same_model_and_questions(tmp_path):
-    publish([row(model="tiny", questions=1, ratio=1.0)], tmp_path)
-    publish([row(model="tiny", questions=8, ratio=2.0)], tmp_path)
-    published = publish([row(model="tiny", questions=1, ratio=3.0)], tmp_path)
+    keys = ("model", "questions")
+    replace_rows([row(model="tiny", questions=1, ratio=1.0)], tmp_path, keys)
+    replace_rows([row(model="tiny", questions=8, ratio=2.0)], tmp_path, keys)
+    published = replace_rows([row(model="tiny", questions=1, ratio=3.0)], tmp_path, keys)
     assert [line["ratio"] for line in published] == ["2.0", "3.0"]
 
 

@@ -1,4 +1,4 @@
-"""What a TokenFLEX model takes, a converted one takes too: encoded once, counts chosen, one batch.
+"""Conventions that converted models share with ours: encoded once, counts chosen, one batch.
 
 Every family with a processor runs through ``process_images``, ``encode_images``, ``encode_text``
 and ``generate``, which callers use without knowing the kind of model.

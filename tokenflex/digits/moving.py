@@ -32,7 +32,7 @@ MOST_DIGITS = 4
 """Most digits that the moving one becomes in a clip."""
 
 QUESTIONS = ("start", "end", "first", "last", "many")
-"""Where it starts and ends, which digit it is first and last, and how many digits it becomes."""
+"""Kinds of questions: first and last quadrant, first and last digit, and how many it becomes."""
 
 _RESTING = (1, 3)  # fewest and most resting digits
 

@@ -18,6 +18,12 @@ from tokenflex.dropin.families import (
     split_grids,
     vision_encoder,
 )
+from tokenflex_kernels.versions import is_older
+
+# With 5.18 the samples of MiniMax M3 see each other, and Cosmos takes no positions of text.
+_PACKED_FROM_5_23 = (
+    "its packed rows need transformers 5.23 or newer" if is_older("transformers", "5.23") else ""
+)
 
 
 def _cells(image_grid_thw: torch.Tensor, merge: int) -> list[Grid]:
@@ -131,7 +137,11 @@ def _glm(
     patch_merge="vision_config.spatial_merge_size",
     no_packing="its short convolutions run across the boundaries of samples",
 )
-@register_family("minimax_m3_vl", patch_merge="vision_config.spatial_merge_size")
+@register_family(
+    "minimax_m3_vl",
+    patch_merge="vision_config.spatial_merge_size",
+    no_packing=_PACKED_FROM_5_23,
+)
 @register_family(
     "ernie4_5_vl_moe",
     projector="resampler_model",
@@ -142,6 +152,7 @@ def _glm(
     "cosmos3_edge",
     projector="projector",
     patch_merge="vision_config.spatial_merge_size",
+    no_packing=_PACKED_FROM_5_23,
     no_prompt_embeds=MROPE,
 )
 def _blocks(
