@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from tokenflex import __version__
+from tokenflex.version import __version__
 
 USER_ERROR = 2
 

@@ -21,6 +21,13 @@ def add_to(commands: CommandLine) -> None:
         extra="train",
     )
     train.add_argument("config", type=Path, help="YAML file, see configs/")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace a value of the file, such as stages.0.steps=10; may be given several times",
+    )
     train.add_argument("--output", type=Path, help="folder to write to, in place of the config's")
     train.add_argument(
         "--fresh", action="store_true", help="begin anew even if there is a state or a finished run"
@@ -43,7 +50,7 @@ def add_to(commands: CommandLine) -> None:
 def _train(options: argparse.Namespace) -> int:
     from tokenflex.training.config import load_config
 
-    config = load_config(options.config)
+    config = load_config(options.config, options.set)
     if options.output is not None:
         config = config.model_copy(update={"output": options.output})
     options.running_output = config.output
