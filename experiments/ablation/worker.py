@@ -36,8 +36,9 @@ def ask_again(path: Path, canvases: int) -> None:
     from tokenflex.training.config import load_config
 
     config = load_config(path)
-    dataset = build_dataset(config.data)
-    dataset.size = min(dataset.size, canvases)  # canvases do not depend on their number
+    # A canvas does not depend on their number.
+    size = min(config.data.size, canvases)
+    dataset = build_dataset(config.data.model_copy(update={"size": size}))
     model, processor = load_model(config.output / "checkpoint")
     assert config.evaluation is not None
     report = evaluate(
