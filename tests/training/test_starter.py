@@ -49,8 +49,18 @@ def test_what_is_written_trains_as_it_is(parts, data, tmp_path, monkeypatch, cap
     assert "# 3 samples" in text
     assert "the encoder has 4 x 4 patches" in text
     assert "tokenflex train train.yaml" in said
-    assert main(["train", "train.yaml"]) == 0
-    assert (tmp_path / "runs/train/checkpoint/model.safetensors").is_file()
+    asked = {"name": "messages", "path": data / "own.jsonl", "image_folder": data / "images"}
+    changes = [f"evaluation.data.{key}={value}" for key, value in asked.items()]
+    changes.append("evaluation.counts=[4, 9]")
+    options = [word for change in changes for word in ("--set", change)]
+    assert main(["train", "train.yaml", *options]) == 0
+    checkpoint = tmp_path / "runs/train/checkpoint"
+    assert (checkpoint / "model.safetensors").is_file()
+    card = (checkpoint / "README.md").read_text(encoding="utf-8")
+    assert "# train\n" in card
+    assert "| vision tokens | 4 | 9 |" in card
+    assert "from `siglip`" in card
+    assert (checkpoint / "accuracy.png").is_file()
 
 
 def test_a_file_that_exists_stays(parts, data, tmp_path, monkeypatch, capsys):

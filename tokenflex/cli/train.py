@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from tokenflex.cli.common import quiet_libraries
 from tokenflex.cli.options import positive
@@ -95,6 +96,27 @@ def _train(options: argparse.Namespace) -> int:
         from tokenflex.plots import plot_accuracy
 
         plot_accuracy(report, config.output / "accuracy.png")
+        _write_card(config, report)
         print(format_table(report))
     print(f"{report['seconds']:.0f} s of training; everything is in {config.output}")
     return 0
+
+
+def _write_card(config: Any, report: dict[str, Any]) -> None:
+    """Show the accuracies of a finished run in the card of its checkpoint."""
+    from transformers import AutoConfig
+
+    from tokenflex.models.cards import PICTURE, write_card
+    from tokenflex.plots import plot_accuracy
+    from tokenflex.training.output import CHECKPOINT
+
+    folder = config.output / CHECKPOINT
+    plot_accuracy(report, folder / PICTURE)
+    sources = {
+        "vision encoder": config.model.vision.path,
+        "language model": config.model.text.path,
+    }
+    name = f"{config.output.name}"
+    write_card(
+        folder, AutoConfig.from_pretrained(folder), report=report, sources=sources, name=name
+    )
