@@ -47,6 +47,7 @@ COMMANDS = (
     "serve",
     "play",
     "export",
+    "init",
 )
 BAR = re.compile(r"\d+%\||\| \d+/\d+ \[")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,3 +100,26 @@ def test_finetune_lora_of_a_conversion_is_refused(run, tmp_path, capsys):
         run("finetune_lora.py", "--model", tmp_path)
     assert stopped.value.code == 2
     assert "must be stock weights" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_accelerator_and_threads")
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch, capsys):
+    """Its cells in order, with a few steps of training and the output in another folder."""
+    notebook = json.loads((EXAMPLES / "quick_start.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] for cell in notebook["cells"] if cell["cell_type"] == "code")
+    code = "\n".join(cells)
+    brief = {
+        "STEPS = 400": "STEPS = 51",
+        '"--fresh", *': '"--fresh", "--set", "encoder_warm_up.steps=5", *',
+        "runs/notebook": str(tmp_path / "run"),
+    }
+    for shown, tested in brief.items():
+        assert shown in code
+        code = code.replace(shown, tested)
+    monkeypatch.chdir(EXAMPLES.parent)
+    names: dict[str, Any] = {}
+    exec(compile(code, "quick_start.ipynb", "exec"), names)
+    assert [*names["answers"]] == [4, 9, 16]
+    assert "mixed -> (77, 96)" in capsys.readouterr().out

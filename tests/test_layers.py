@@ -26,6 +26,7 @@ PACKAGES = {
 """Each package and the packages it may import. ``tests`` may import all of them."""
 
 ROOMS = (
+    "version",
     "errors",
     "interruption",
     "locks",

@@ -25,6 +25,10 @@ def test_there_are_snippets() -> None:
     assert len(SNIPPETS) >= 2
 
 
+def test_the_readme_is_one_page() -> None:
+    assert len(README.splitlines()) <= 120
+
+
 def test_figures_in_the_readme_are_those_of_the_report() -> None:
     report = json.loads((ROOT / "docs/results/demo/report.json").read_text(encoding="utf-8"))
 

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tokenflex._auto_classes import register_with_transformers
+from tokenflex.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from tokenflex.counts import TokenCounts as TokenCounts
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from tokenflex.models.processing import TokenFlexProcessor as TokenFlexProcessor
     from tokenflex.models.ristretto import load_ristretto as load_ristretto
     from tokenflex.projector import TokenAdaptiveProjector as TokenAdaptiveProjector
-
-__version__ = "0.1.0"
 
 # name -> (module that defines it, extra that installs the module's imports; "" is the core)
 _LAZY = {

@@ -40,7 +40,8 @@ def add_to(commands: CommandLine) -> None:
         "--suite",
         default="paper",
         help="paper: fixed and stochastic counts (the default); gap: one model beside "
-        "specialists; unseen: accuracy at counts that were not trained",
+        "specialists; unseen: accuracy at counts that were not trained; limited: one model beside "
+        "specialists by size of the training data and steps, into runs/ablate-limited",
     )
     ablate.add_argument("--seeds", type=positive, help="number of seeds; small 3, large 1, quick 1")
     ablate.add_argument("--output", type=Path, help="folder (default: runs/ablate, -large, -quick)")
@@ -56,6 +57,8 @@ def _ablate(options: argparse.Namespace) -> int:
     from experiments.ablation.scales import SCALES
     from experiments.ablation.tables import accuracy_table
 
+    if options.suite == "limited" and options.scale == "small":
+        options.scale = "limited"
     if options.output is None:
         suffix = "" if options.scale == "small" else f"-{options.scale}"
         options.output = Path(f"runs/ablate{suffix}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tokenflex.training.strict import parse_yaml
 
 CONFIG = "config.yaml"
 REPORT = "report.json"
+TRAINED = "trained.json"
 _REPORT_KEYS = {"accuracy", "accuracy_by_kind", "standard_error", "questions", "stages"}
 
 
@@ -30,6 +31,7 @@ class Job:
         config: Configuration. Its paths are relative to the ablation's folder.
         steps: Training steps.
         needs: Name of the job whose checkpoint it starts from.
+        asked_again: Number of its training canvases that the model is asked about as well.
     """
 
     name: str
@@ -38,10 +40,11 @@ class Job:
     config: dict[str, Any]
     steps: int
     needs: str | None = None
+    asked_again: int = 0
 
     def is_done(self, output: Path) -> bool:
-        """Return whether the report exists, which a run writes last."""
-        return (output / self.name / REPORT).is_file()
+        """Return whether the last file of the run exists."""
+        return (output / self.name / (TRAINED if self.asked_again else REPORT)).is_file()
 
     def report(self, output: Path) -> dict[str, Any]:
         """Read the run's report.
@@ -49,16 +52,17 @@ class Job:
         Raises:
             ValueError: The file is not JSON, or not a run's report.
         """
-        path = output / self.name / REPORT
-        again = "delete its folder and run again"
-        try:
-            report = read_json(path, "report file")
-        except ValueError as error:
-            raise ValueError(f"{error}; {again}") from error
-        missing = sorted(_REPORT_KEYS - {*report} if isinstance(report, dict) else _REPORT_KEYS)
-        if missing:
-            raise ValueError(f"report file {path} lacks {', '.join(missing)}; {again}")
-        return report
+        return _read_report(output / self.name / REPORT, _REPORT_KEYS)
+
+    def trained_accuracy(self, output: Path) -> dict[str, float] | None:
+        """Read the accuracy on training canvases by count; None if the run was not asked.
+
+        Raises:
+            ValueError: The file is not JSON, or not such a report.
+        """
+        if not self.asked_again:
+            return None
+        return _read_report(output / self.name / TRAINED, {"accuracy"})["accuracy"]
 
     def write_config(self, output: Path) -> None:
         """Write the configuration into the job's folder, unless it is there already.
@@ -84,6 +88,18 @@ class Job:
         write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def _read_report(path: Path, keys: Set[str]) -> dict[str, Any]:
+    again = "delete its folder and run again"
+    try:
+        report = read_json(path, "report file")
+    except ValueError as error:
+        raise ValueError(f"{error}; {again}") from error
+    missing = sorted(keys - {*report} if isinstance(report, dict) else keys)
+    if missing:
+        raise ValueError(f"report file {path} lacks {', '.join(missing)}; {again}")
+    return report
+
+
 def _compared(config: Any) -> Any:
     """Return a configuration without the keys about the use of the machine."""
     if not isinstance(config, dict):
@@ -92,11 +108,25 @@ def _compared(config: Any) -> Any:
 
 
 def plan_jobs(
-    scale: Scale, regimes: Iterable[Regime], seeds: Sequence[int], *, on_gpu: bool, workers: int = 0
+    scale: Scale,
+    regimes: Iterable[Regime],
+    seeds: Sequence[int],
+    *,
+    on_gpu: bool,
+    workers: int = 0,
+    asked_again: int = 0,
 ) -> list[Job]:
     """Return the runs of each seed: the starts, and the regimes that continue from them.
 
     Regimes of one seed and start have the same checkpoint and the same order of data.
+
+    Args:
+        scale: Task, model and budget.
+        regimes: The regimes.
+        seeds: The seeds.
+        on_gpu: Train on a GPU.
+        workers: Processes that prepare the batches of a run.
+        asked_again: Training canvases that the model of each regime is asked about as well.
     """
     jobs: dict[str, Job] = {}
     regimes = list(regimes)
@@ -108,7 +138,10 @@ def plan_jobs(
             name = f"seed{seed}/{regime.name}"
             stage = scale.stage(regime.name, **{"steps": scale.steps, **regime.stage})
             config = _config(scale, name, seed, model, stage, on_gpu, workers)
-            jobs[name] = Job(name, regime.name, seed, config, stage["steps"], start.name)
+            config["data"].update(_size_of(regime.start))
+            jobs[name] = Job(
+                name, regime.name, seed, config, stage["steps"], start.name, asked_again
+            )
     return [*jobs.values()]
 
 
@@ -118,12 +151,17 @@ def _start_job(scale: Scale, start: Start, seed: int, on_gpu: bool, workers: int
     # Starts may be fewer than cores, so another process draws their canvases.
     workers = max(workers, 1)
     config = _config(scale, name, seed, {**scale.model(), **start.model}, stage, on_gpu, workers)
+    config["data"].update(_size_of(start))
     config["encoder_warm_up"] = {
         "steps": scale.warm_up_steps,
         "batch_size": scale.warm_up_batch,
         "learning_rate": 0.003,
     }
     return Job(name, start.name, seed, config, stage["steps"])
+
+
+def _size_of(start: Start) -> dict[str, int]:
+    return {} if start.canvases is None else {"size": start.canvases}
 
 
 def _config(

@@ -19,6 +19,39 @@ SIZES = ("small", "middle", "large")
 
 
 @dataclass(frozen=True)
+class Budget:
+    """Data and steps of a comparison on limited data.
+
+    Attributes:
+        canvases: Canvases of the training data, seen again and again; None for fresh ones.
+        factor: Steps, as a multiple of the scale's.
+    """
+
+    canvases: int | None
+    factor: int
+
+    @property
+    def name(self) -> str:
+        """Suffix of the regimes' names."""
+        return f"{self.canvases or 'fresh'}-x{self.factor}"
+
+    @property
+    def data(self) -> str:
+        """Name of the data in titles."""
+        return "fresh canvases" if self.canvases is None else f"{self.canvases:,} canvases"
+
+    @property
+    def title(self) -> str:
+        """Suffix of the regimes' titles."""
+        return f"{self.data}, {self.factor} x the steps"
+
+
+BUDGETS = tuple(
+    Budget(canvases, factor) for factor in (1, 4) for canvases in (300, 1200, 5000, None)
+)
+
+
+@dataclass(frozen=True)
 class Start:
     """Training before the regimes of a seed: the encoder's warm-up, then an alignment.
 
@@ -28,12 +61,15 @@ class Start:
         stage: Keys of the alignment (:class:`tokenflex.training.config.StageConfig`).
         model: Keys of the model (:class:`tokenflex.training.config.ModelConfig`) that differ from
             the scale's.
+        canvases: Canvases of the training data, of the alignment and of all regimes that start
+            here; None for the data set's own number, more than any regime sees.
     """
 
     name: str
     title: str
     stage: Mapping[str, Any]
     model: Mapping[str, Any] = field(default_factory=dict)
+    canvases: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +115,8 @@ def regimes(scale: Scale) -> dict[str, Regime]:
     of_paper = _of_paper(scale)
     any_count = _any_count(scale, of_paper["stochastic"])
     closing = _closing_the_gap(scale, {**of_paper, **any_count})
-    return {**of_paper, **any_count, **closing}
+    known = {**of_paper, **any_count, **closing}
+    return {**known, **_on_limited_data(scale, known)}
 
 
 def _of_paper(scale: Scale) -> dict[str, Regime]:
@@ -152,6 +189,22 @@ def _closing_the_gap(scale: Scale, known: Mapping[str, Regime]) -> dict[str, Reg
         start = _start_at(count, f"-{size}")
         closing.append(specialist.but("own-start", f"aligned at {count}", start=start))
     return _by_name(*closing)
+
+
+def _on_limited_data(scale: Scale, known: Mapping[str, Regime]) -> dict[str, Regime]:
+    """Return one model and three specialists, with positions and without, for each budget."""
+    limited = []
+    for budget in BUDGETS:
+        start = replace(_start_at(scale.counts[-1]), canvases=budget.canvases)
+        if budget.canvases is not None:
+            title = f"{start.title}, {budget.data}"
+            start = replace(start, name=f"{start.name}-{budget.canvases}", title=title)
+        stage = {"steps": round(budget.factor * scale.steps)}
+        for positions in ("", "-positions"):
+            general = "positions" if positions else "stochastic"
+            for name in (general, *(f"fixed-{size}{positions}" for size in SIZES)):
+                limited.append(known[name].but(budget.name, budget.title, start=start, stage=stage))
+    return _by_name(*limited)
 
 
 def _at(count: int) -> dict[str, Any]:

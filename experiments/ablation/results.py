@@ -31,8 +31,9 @@ def collect(
     Returns:
         ``regimes``: rows by name, the starts first. A row has ``title``, ``is_start``, ``accuracy``
         (count -> :func:`spread_of` over seeds), ``accuracy_by_kind`` (kind -> count -> the same),
-        ``steps``, ``views`` (images shown), ``vision_tokens`` (a teacher's included) and
-        ``seconds`` of its own training, over seeds. Besides, ``scale``, ``counts``, ``unseen``,
+        ``trained_accuracy`` (on training canvases, if the runs were asked about them), ``steps``,
+        ``views`` (images shown), ``vision_tokens`` (a teacher's included) and ``seconds`` of its
+        own training, over seeds. Besides, ``scale``, ``counts``, ``unseen``,
         ``seeds``, ``questions`` (number by kind), ``samples``, ``standard_error`` (the largest of
         any model at any count, from the questions alone) and ``machine``.
     """
@@ -43,7 +44,7 @@ def collect(
         row.name: {
             "title": row.title,
             "is_start": isinstance(row, Start),
-            **_row([job for job in jobs if job.regime == row.name], reports),
+            **_row([job for job in jobs if job.regime == row.name], reports, output),
         }
         for row in compared
     }
@@ -65,7 +66,7 @@ def collect(
     }
 
 
-def _row(jobs: Sequence[Job], reports: Mapping[str, Any]) -> dict[str, Any]:
+def _row(jobs: Sequence[Job], reports: Mapping[str, Any], output: Path) -> dict[str, Any]:
     of_jobs = [reports[job.name] for job in jobs]
     # The last stage belongs to the regime; a start also has the encoder's warm-up before it.
     stages = [report["stages"][-1] for report in of_jobs]
@@ -74,8 +75,11 @@ def _row(jobs: Sequence[Job], reports: Mapping[str, Any]) -> dict[str, Any]:
         views * (stage["tokens_per_image"] + _teacher_tokens(job))
         for views, stage, job in zip(shown, stages, jobs, strict=True)
     ]
+    asked_again = [job.trained_accuracy(output) for job in jobs]
+    again = [accuracy for accuracy in asked_again if accuracy is not None]
     return {
         "accuracy": _over_seeds([report["accuracy"] for report in of_jobs]),
+        **({"trained_accuracy": _over_seeds(again)} if again else {}),
         "accuracy_by_kind": {
             kind: _over_seeds([report["accuracy_by_kind"][kind] for report in of_jobs])
             for kind in of_jobs[0]["accuracy_by_kind"]
@@ -97,9 +101,12 @@ def _teacher_tokens(job: Job) -> int:
     return max(map(tokens_of, stage["counts"])) if stage.get("distillation") else 0
 
 
-def difference(report: Mapping[str, Any], first: str, second: str, count: str) -> dict[str, Any]:
-    """Return the accuracy of ``first`` minus that of ``second`` at ``count``, paired by seed."""
-    values, others = (
-        report["regimes"][name]["accuracy"][count]["values"] for name in (first, second)
-    )
+def difference(
+    report: Mapping[str, Any], first: str, second: str, count: str, of: str = "accuracy"
+) -> dict[str, Any]:
+    """Return the accuracy of ``first`` minus that of ``second`` at ``count``, paired by seed.
+
+    ``of`` is "accuracy", or "trained_accuracy" for that on training canvases.
+    """
+    values, others = (report["regimes"][name][of][count]["values"] for name in (first, second))
     return spread_of([a - b for a, b in zip(values, others, strict=True)])

@@ -11,6 +11,7 @@ import torch
 from experiments.ablation.figures import write_figures
 from experiments.ablation.gap import format_gap, write_gap_figure
 from experiments.ablation.jobs import plan_jobs
+from experiments.ablation.limited import format_limited, write_limited_figure
 from experiments.ablation.report import format_report
 from experiments.ablation.results import collect
 from experiments.ablation.runner import run_jobs
@@ -18,6 +19,9 @@ from experiments.ablation.scales import Scale
 from experiments.ablation.suites import regimes_of
 from experiments.ablation.unseen import format_unseen
 from tokenflex.files import write_atomically, write_json
+
+ASKED_AGAIN = 300
+"""Training canvases that the models of the suite "limited" are asked about: its smallest data."""
 
 
 def ablate(
@@ -33,8 +37,9 @@ def ablate(
 
     Besides a folder for each run, the suite "paper" writes ``report.md``, ``report.json``,
     ``figure1.png``, ``figure3.png`` and ``odds.png``; "gap" writes ``gap.md``, ``gap.json`` and
-    ``gap.png``; "unseen" writes ``unseen.md`` and ``unseen.json``. Runs that are done are not
-    repeated: an interrupted ablation continues, more seeds are added, and suites share runs.
+    ``gap.png``, and "limited" likewise; "unseen" writes ``unseen.md`` and ``unseen.json``. Runs
+    that are done are not repeated: an interrupted ablation continues, more seeds are added, and
+    suites share runs, but for "limited", whose folder is its own.
 
     Args:
         scale: Task, model and budget.
@@ -62,7 +67,12 @@ def ablate(
     # On a GPU, canvases are drawn by the free cores; on a CPU, all cores train.
     workers = max(cores // at_once - 1, 0) if on_gpu else 0
     jobs = plan_jobs(
-        scale, chosen, range(seeds or scale.seeds), on_gpu=on_gpu, workers=min(workers, 16)
+        scale,
+        chosen,
+        range(seeds or scale.seeds),
+        on_gpu=on_gpu,
+        workers=min(workers, 16),
+        asked_again=ASKED_AGAIN if suite == "limited" else 0,
     )
     run_jobs(jobs, output, at_once=at_once, on_gpu=on_gpu, show_bar=show_bar)
     machine = f"{at_once} run{'s' * (at_once > 1)} at once on " + (
@@ -72,6 +82,9 @@ def ablate(
     if suite == "gap":
         write_gap_figure(report, output / "gap.png")
         name, page = "gap", format_gap(report)
+    elif suite == "limited":
+        write_limited_figure(report, output / "limited.png")
+        name, page = "limited", format_limited(report)
     elif suite == "unseen":
         name, page = "unseen", format_unseen(report)
     else:

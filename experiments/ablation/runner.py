@@ -84,7 +84,8 @@ class _Running:
 
 def command_of(job: Job) -> list[str]:
     """Return the command of a job's process, which runs in the ablation's folder."""
-    return [sys.executable, "-m", "experiments.ablation.worker", f"{job.name}/{CONFIG}"]
+    command = [sys.executable, "-m", "experiments.ablation.worker", f"{job.name}/{CONFIG}"]
+    return [*command, "--asked-again", str(job.asked_again)] if job.asked_again else command
 
 
 def run_jobs(

@@ -125,6 +125,9 @@ SMALL = Scale(
     evaluated=1024,
 )
 
+# For the suite `limited`, whose many runs are evaluated at the trained counts alone.
+LIMITED = replace(SMALL, name="limited", unseen=(), steps=400, evaluated=512)
+
 # For CI: one seed, and as few steps as the checks need.
 QUICK = replace(
     SMALL,
@@ -160,4 +163,4 @@ LARGE = Scale(
     seeds=1,
 )
 
-SCALES = {scale.name: scale for scale in (SMALL, LARGE, QUICK)}
+SCALES = {scale.name: scale for scale in (SMALL, LARGE, LIMITED, QUICK)}

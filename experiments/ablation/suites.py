@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from experiments.ablation.regimes import LONGER, SIZES, Regime, regimes
+from experiments.ablation.regimes import BUDGETS, LONGER, SIZES, Regime, regimes
 from experiments.ablation.scales import Scale
 
 SPECIALISTS = tuple(f"fixed-{size}" for size in SIZES)
@@ -70,6 +70,10 @@ SUITES: dict[str, tuple[str, ...]] = {
         dict.fromkeys(name for lever in LEVERS for name in (lever.general, *lever.specialists))
     ),
     "unseen": UNSEEN,
+    # Steps of one budget after those of another, so that an unfinished ablation has whole ones.
+    "limited": tuple(
+        f"{name}-{budget.name}" for budget in BUDGETS for name in (*MAIN, *_POSITIONED, "positions")
+    ),
 }
 """Names of each suite's regimes, in the order of the runs."""
 

@@ -9,58 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    AutoModelForCausalLM,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    GenerationConfig,
-    Qwen2Config,
-    SiglipConfig,
-    SiglipModel,
-)
+from transformers import AutoModelForCausalLM, CLIPVisionModel, GenerationConfig, SiglipModel
 
 from tokenflex.cli import main
 from tokenflex.digits.processor import digits_processor
 from tokenflex.training.build import build_model, build_processor, empty_model
 from tokenflex.training.config import ModelConfig
 from tokenflex.training.data_config import DataConfig
-
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders as transformers writes them: `siglip`, `clip` (with a class token) and `text`."""
-    torch.manual_seed(0)
-    root = tmp_path_factory.mktemp("parts")
-    processor = digits_processor()
-    text = {**VISION, "vocab_size": 64, "max_position_embeddings": 8}
-    SiglipModel(SiglipConfig(text_config=text, vision_config=VISION)).save_pretrained(
-        root / "siglip"
-    )
-    CLIPVisionModel(CLIPVisionConfig(**VISION)).save_pretrained(root / "clip")
-    for name in ("siglip", "clip"):
-        processor.image_processor.save_pretrained(root / name)
-    language_model = AutoModelForCausalLM.from_config(
-        Qwen2Config(
-            vocab_size=len(processor.tokenizer),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    )
-    language_model.to(torch.bfloat16).save_pretrained(root / "text")
-    processor.tokenizer.save_pretrained(root / "text")
-    return root
 
 
 def config_of(parts: Path, vision: str = "siglip", **options: object) -> ModelConfig:

@@ -270,6 +270,45 @@ def test_all_mistakes_are_named_in_one_line(tmp_path):
     assert "more" not in message.rsplit("; ", 1)[-1]
 
 
+def test_single_values_are_replaced_from_outside(tmp_path):
+    path = write_config(tmp_path / "run.yaml", demo_values())
+    changes = [
+        *("seed=3", "stages.0.steps=70", "stages.0.counts=[9, [2, 3]]", "stages.0.weights=[1, 1]"),
+        *("evaluation.data.size=5", "stages.1.learning_rate.text=1.0e-4", "precision='no'"),
+    ]
+    config = load_config(path, changes)
+    assert (config.seed, config.stages[0].steps) == (3, 70)
+    assert config.stages[0].counts == (9, (2, 3))
+    assert config.evaluation.data.size == 5
+    assert config.stages[1].learning_rate["text"] == 1e-4
+    values = demo_values()
+    del values["evaluation"]
+    path = write_config(tmp_path / "other.yaml", values)
+    changes = ["evaluation.data.name=digits", "evaluation.counts=[4]"]
+    assert load_config(path, changes).evaluation.counts == (4,)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("seed", "--set must be KEY=VALUE, such as stages.0.steps=10, got 'seed'"),
+        ("=3", "--set must be KEY=VALUE"),
+        ("stages..steps=3", "--set must be KEY=VALUE"),
+        ("stages.2.steps=3", "--set stages.2 must name one of 2 entries, 0 to 1, got '2'"),
+        ("stages.first.steps=3", "0 to 1, got 'first'"),
+        ("seed.more=3", "--set seed.more leads through 0, which has no keys"),
+        ("seed=[1", "the value of --set seed is not YAML"),
+        ("seed=many", "seed: "),
+        ("sede=1", "sede is no known key (got 1"),
+    ],
+)
+def test_a_value_from_outside_that_cannot_be_set(tmp_path, change, expected):
+    path = write_config(tmp_path / "run.yaml", demo_values())
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        load_config(path, [change])
+    assert expected in str(error.value)
+
+
 def test_a_long_value_is_cut_off(tmp_path):
     assert len(error_of(tmp_path, changed("seed", "x" * 10_000))) < 400
 

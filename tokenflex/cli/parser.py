@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from tokenflex.version import __version__
+
 USER_ERROR = 2
 
 
@@ -50,6 +52,7 @@ class CommandLine:
             prog="tokenflex",
             description="Vision-language models whose vision-token count is chosen per image.",
         )
+        self.parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
         self._commands = self.parser.add_subparsers(
             dest="command", required=True, metavar="COMMAND"
         )

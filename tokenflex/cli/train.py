@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from tokenflex.cli.common import quiet_libraries
 from tokenflex.cli.options import positive
@@ -21,6 +22,13 @@ def add_to(commands: CommandLine) -> None:
         extra="train",
     )
     train.add_argument("config", type=Path, help="YAML file, see configs/")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace a value of the file, such as stages.0.steps=10; may be given several times",
+    )
     train.add_argument("--output", type=Path, help="folder to write to, in place of the config's")
     train.add_argument(
         "--fresh", action="store_true", help="begin anew even if there is a state or a finished run"
@@ -43,7 +51,7 @@ def add_to(commands: CommandLine) -> None:
 def _train(options: argparse.Namespace) -> int:
     from tokenflex.training.config import load_config
 
-    config = load_config(options.config)
+    config = load_config(options.config, options.set)
     if options.output is not None:
         config = config.model_copy(update={"output": options.output})
     options.running_output = config.output
@@ -88,6 +96,27 @@ def _train(options: argparse.Namespace) -> int:
         from tokenflex.plots import plot_accuracy
 
         plot_accuracy(report, config.output / "accuracy.png")
+        _write_card(config, report)
         print(format_table(report))
     print(f"{report['seconds']:.0f} s of training; everything is in {config.output}")
     return 0
+
+
+def _write_card(config: Any, report: dict[str, Any]) -> None:
+    """Show the accuracies of a finished run in the card of its checkpoint."""
+    from transformers import AutoConfig
+
+    from tokenflex.models.cards import PICTURE, write_card
+    from tokenflex.plots import plot_accuracy
+    from tokenflex.training.output import CHECKPOINT
+
+    folder = config.output / CHECKPOINT
+    plot_accuracy(report, folder / PICTURE)
+    sources = {
+        "vision encoder": config.model.vision.path,
+        "language model": config.model.text.path,
+    }
+    name = f"{config.output.name}"
+    write_card(
+        folder, AutoConfig.from_pretrained(folder), report=report, sources=sources, name=name
+    )

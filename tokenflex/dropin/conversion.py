@@ -14,6 +14,7 @@ from tokenflex.dropin.fitting import FitReport, fit_projector
 from tokenflex.dropin.processor import check_default_count
 from tokenflex.dropin.replace import replace_projector
 from tokenflex.files import new_folder
+from tokenflex.models.cards import write_card
 
 
 def convert_stock(
@@ -76,6 +77,12 @@ def convert_stock(
     with new_folder(target) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        write_card(
+            folder,
+            model.config,
+            sources={"stock model": str(source)},
+            name=target.name,
+        )
     return report
 
 

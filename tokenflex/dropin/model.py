@@ -49,6 +49,7 @@ from tokenflex.dropin.packing import check_packing
 from tokenflex.dropin.saved import mark_config
 from tokenflex.dropin.variants import Variant, change_class, restore_class
 from tokenflex.models.auto_counts import ChoosesCounts, asks_for_choice
+from tokenflex.models.cards import SavedWithCard
 from tokenflex.models.generation import cache_of, repeated_images
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.placeholders import check_device, placeholder_rows
@@ -214,7 +215,7 @@ def _check_counts(model: Any, input_ids: torch.Tensor, tokens: Sequence[torch.Te
 # ---- the whole model
 
 
-class ConvertedModel(ChoosesCounts, Variant):
+class ConvertedModel(ChoosesCounts, SavedWithCard, Variant):
     """Changes of a whole model's class, for ``generate`` and ``from_pretrained``."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:

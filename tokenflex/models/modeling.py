@@ -40,6 +40,7 @@ from transformers.utils.generic import can_return_tuple
 from tokenflex.counts import Grid, ImageTokenCounts, token_grid
 from tokenflex.models.attention import PACKED_ATTENTION
 from tokenflex.models.auto_map import InstalledClass
+from tokenflex.models.cards import SavedWithCard
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.exporting import UniformTokens, traces_one_count
 from tokenflex.models.generation import TokenFlexGeneration, takes_cache
@@ -60,7 +61,7 @@ from tokenflex.projector import TokenAdaptiveProjector
 from tokenflex_kernels import PackPlan
 
 
-class TokenFlexPreTrainedModel(InstalledClass, PreTrainedModel):
+class TokenFlexPreTrainedModel(SavedWithCard, InstalledClass, PreTrainedModel):
     """The properties of both models that transformers reads."""
 
     config_class = TokenFlexConfig

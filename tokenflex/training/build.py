@@ -134,10 +134,10 @@ def _new_processor(config: ModelConfig) -> TokenFlexProcessor:
         return FRESH_PARTS[config.processor].processor(config.num_image_tokens, image_size)
     assert config.vision.path is not None  # checked by ModelConfig, as is the other
     assert config.text.path is not None
-    tokenizer = _pretrained(AutoTokenizer, config.text.path)
+    tokenizer = pretrained(AutoTokenizer, config.text.path)
     tokenizer.add_special_tokens({"additional_special_tokens": [config.image_token]})
     return TokenFlexProcessor(
-        _pretrained(AutoImageProcessor, config.vision.path),
+        pretrained(AutoImageProcessor, config.vision.path),
         tokenizer,
         num_image_tokens=config.num_image_tokens,
         image_token=config.image_token,
@@ -274,9 +274,9 @@ def _build_vision(part: PartConfig) -> tuple[PreTrainedModel, PretrainedConfig]:
         config = _fresh_config(part)
         with _architecture_named("vision"):
             return AutoModel.from_config(config), config
-    config = _saved_vision_config(part.path)
+    config = saved_vision_config(part.path)
     _check_architecture(part, config)
-    return _pretrained(AutoModel, part.path, config=config, dtype=torch.float32), config
+    return pretrained(AutoModel, part.path, config=config, dtype=torch.float32), config
 
 
 def _build_language_model(part: PartConfig) -> PreTrainedModel:
@@ -284,8 +284,8 @@ def _build_language_model(part: PartConfig) -> PreTrainedModel:
         config = _fresh_config(part)
         with _architecture_named("text"):
             return AutoModelForCausalLM.from_config(config)
-    _check_architecture(part, _pretrained(AutoConfig, part.path))
-    return _pretrained(AutoModelForCausalLM, part.path, dtype=torch.float32)
+    _check_architecture(part, pretrained(AutoConfig, part.path))
+    return pretrained(AutoModelForCausalLM, part.path, dtype=torch.float32)
 
 
 @contextmanager
@@ -304,15 +304,16 @@ def _architecture_named(parts: str) -> Iterator[None]:
 
 
 def _vision_config(part: PartConfig) -> PretrainedConfig:
-    return _saved_vision_config(part.path) if part.config is None else _fresh_config(part)
+    return saved_vision_config(part.path) if part.config is None else _fresh_config(part)
 
 
 def _text_config(part: PartConfig) -> PretrainedConfig:
-    return _pretrained(AutoConfig, part.path) if part.config is None else _fresh_config(part)
+    return pretrained(AutoConfig, part.path) if part.config is None else _fresh_config(part)
 
 
-def _saved_vision_config(path: str | None) -> PretrainedConfig:
-    config = _pretrained(AutoConfig, path)
+def saved_vision_config(path: str | None) -> PretrainedConfig:
+    """Return the config of a saved encoder, also of one within an image-text pair."""
+    config = pretrained(AutoConfig, path)
     # A checkpoint of an image-text pair (SigLIP, CLIP) holds the encoder's config inside its own.
     return getattr(config, "vision_config", config)
 
@@ -328,7 +329,7 @@ def _check_architecture(part: PartConfig, config: PretrainedConfig) -> None:
             )
 
 
-def _pretrained(auto_class: Any, path: str | None, **options: Any) -> Any:
+def pretrained(auto_class: Any, path: str | None, **options: Any) -> Any:
     """Call ``auto_class.from_pretrained``, with an error that names the path."""
     try:
         return auto_class.from_pretrained(path, **options)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from tokenflex.files import read_json, settle_folder, sync_folder
+from tokenflex.models.cards import keep_edited_card, write_card
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.routing import storage as router
 
@@ -64,6 +65,8 @@ def save_model(
         # A copy: transformers removes what it has written from the dict.
         model.save_pretrained(temporary, state_dict=None if weights is None else {**weights})
         processor.save_pretrained(temporary)
+        write_card(temporary, model.config, name=directory.parent.name)
+        keep_edited_card(directory, temporary)
         settle_folder(temporary)
         files = [path for path in sorted(temporary.iterdir()) if path.is_file()]
         written = {path.name: path.stat().st_size for path in files}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -423,6 +423,6 @@ class TrainConfig(Strict):
         return trackers
 
 
-def load_config(path: str | Path) -> TrainConfig:
-    """Read and check a YAML configuration; raises what :func:`read_yaml` does."""
-    return read_yaml(path, TrainConfig)
+def load_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
+    """Read and check a YAML configuration; takes and raises what :func:`read_yaml` does."""
+    return read_yaml(path, TrainConfig, changes)

@@ -132,8 +132,61 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
     return size
 
 
-def read_yaml(path: str | Path, model: type[M]) -> M:
+def set_key(values: Any, change: str) -> None:
+    """Set one key of parsed YAML in place, such as ``stages.0.steps=10``.
+
+    Args:
+        values: Mappings and lists.
+        change: Keys and indices, separated by dots, then "=" and a value in YAML. Mappings on the
+            way are created; an index must exist.
+
+    Raises:
+        ValueError: ``change`` has another form, or leads through a value without keys.
+    """
+    where, equals, text = change.partition("=")
+    parts = where.split(".")
+    if not equals or not all(parts):
+        raise ValueError(f"--set must be KEY=VALUE, such as stages.0.steps=10, got {change!r}")
+    value = parse_yaml(text.encode(), f"the value of --set {where}")
+    *way, last = parts
+    for depth, part in enumerate(way, 1):
+        child = _entry(values, part, ".".join(parts[:depth]))
+        if child is None:
+            child = {}
+            _put(values, part, child, ".".join(parts[:depth]))
+        values = child
+    _put(values, last, value, where)
+
+
+def _entry(values: Any, part: str, where: str) -> Any:
+    if isinstance(values, list):
+        return values[_index(values, part, where)]
+    if not isinstance(values, dict):
+        raise ValueError(f"--set {where} leads through {excerpt(values)}, which has no keys")
+    return values.get(part)
+
+
+def _put(values: Any, part: str, value: Any, where: str) -> None:
+    _entry(values, part, where)
+    values[_index(values, part, where) if isinstance(values, list) else part] = value
+
+
+def _index(values: list[Any], part: str, where: str) -> int:
+    if not (part.isdecimal() and int(part) < len(values)):
+        raise ValueError(
+            f"--set {where} must name one of {len(values)} entries, 0 to {len(values) - 1}, got "
+            f"{part!r}"
+        )
+    return int(part)
+
+
+def read_yaml(path: str | Path, model: type[M], changes: Sequence[str] = ()) -> M:
     """Return a ``model`` with the values of a YAML file.
+
+    Args:
+        path: The file.
+        model: Keys, types and bounds.
+        changes: Values that replace those of the file, see :func:`set_key`.
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -146,6 +199,8 @@ def read_yaml(path: str | Path, model: type[M]) -> M:
     values = parse_yaml(path.read_bytes(), f"config file {path}")
     if not isinstance(values, dict):
         raise ValueError(f"config file {path} must hold keys and values, got {excerpt(values)}")
+    for change in changes:
+        set_key(values, change)
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -17,9 +17,10 @@ from accelerate.state import AcceleratorState
 from transformers import AutoConfig
 
 from experiments.ablation import run, scales
-from experiments.ablation.jobs import CONFIG, Job
+from experiments.ablation.jobs import CONFIG, TRAINED, Job
 from experiments.ablation.results import spread_of
 from experiments.ablation.run import ablate
+from experiments.ablation.worker import ask_again
 from tests.experiments.ablation.tiny import TINY, TINY_LARGE, canned_report
 from tokenflex.cli import main
 from tokenflex.training.metrics import TIMING_KEYS
@@ -90,6 +91,22 @@ def test_every_model_knows_the_counts_it_was_trained_with(whole):
     for name, counts in (("fixed-large", [16]), ("all-counts", [4, 9, 16])):
         config = AutoConfig.from_pretrained(whole / f"seed0/{name}/checkpoint")
         assert config.trained_num_image_tokens == counts
+
+
+def test_a_trained_model_is_asked_about_its_own_canvases(whole, monkeypatch):
+    """They are the training data's, not the test split's, and as many as wanted."""
+    monkeypatch.chdir(whole)
+    config = Path("seed0/fixed-large") / CONFIG
+    asked = []
+
+    def evaluate(model, processor, dataset, counts, **options):
+        asked.append((dataset.split, len(dataset), list(counts)))
+        return {"accuracy": {"4": 0.5}}
+
+    monkeypatch.setattr("tokenflex.evaluation.evaluate", evaluate)
+    ask_again(config, 2)
+    assert asked == [("train", 2, [4, 9, 16, 1, (2, 3)])]
+    assert json.loads((config.parent / TRAINED).read_text()) == {"accuracy": {"4": 0.5}}
 
 
 def test_killed_and_started_again_it_gives_the_same_report(whole, tmp_path):

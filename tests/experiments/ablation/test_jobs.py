@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from experiments.ablation.jobs import Job, plan_jobs
-from experiments.ablation.regimes import PAPER_ODDS, other_grids, regimes
+from experiments.ablation.regimes import BUDGETS, PAPER_ODDS, other_grids, regimes
 from experiments.ablation.results import collect
-from experiments.ablation.scales import LARGE, QUICK, SCALES, SMALL
+from experiments.ablation.scales import LARGE, LIMITED, QUICK, SCALES, SMALL
 from experiments.ablation.suites import LEVERS, SUITES, regimes_of
 from tests.experiments.ablation.tiny import TINY
 from tokenflex.cli import main
@@ -116,13 +116,38 @@ def test_suites_share_the_runs_they_have_in_common():
     for suite in SUITES:
         for job in plan_jobs(SMALL, regimes_of(suite, SMALL), [0, 1], on_gpu=False):
             assert known.setdefault(job.name, job) == job
-    assert len(known) == 2 * (4 + len({name for names in SUITES.values() for name in names}))
+    names = {name for names in SUITES.values() for name in names}
+    starts = {regimes(SMALL)[name].start.name for name in names}
+    assert len(known) == 2 * (len(starts) + len(names))
 
 
-@pytest.mark.parametrize("suite", ["gap", "unseen"])
+@pytest.mark.parametrize("suite", ["gap", "unseen", "limited"])
 def test_every_run_of_the_other_suites_is_a_valid_configuration(suite):
     for job in plan_jobs(SMALL, regimes_of(suite, SMALL), [0], on_gpu=False):
         config_of(job)
+
+
+def test_runs_on_limited_data_share_their_canvases_with_their_start_and_their_specialists():
+    """A difference within a row of the table is of the counts alone."""
+    jobs = plan_jobs(LIMITED, regimes_of("limited", LIMITED), [0], on_gpu=False, asked_again=7)
+    by_name = {job.name: job for job in jobs}
+    regimes_of_suite = [job for job in jobs if job.needs]
+    assert len(regimes_of_suite) == len(BUDGETS) * 8
+    for job in regimes_of_suite:
+        assert job.config["data"] == by_name[job.needs].config["data"]
+        assert job.asked_again == 7
+        assert by_name[job.needs].asked_again == 0
+    for budget in BUDGETS:
+        of_budget = [job for job in regimes_of_suite if job.name.endswith(f"-{budget.name}")]
+        assert {job.config["data"].get("size") for job in of_budget} == {budget.canvases}
+        assert {job.steps for job in of_budget} == {budget.factor * LIMITED.steps}
+        assert len({job.needs for job in of_budget}) == 1
+        assert [job.config["stages"][0]["counts"] for job in of_budget] == 2 * [
+            *([4], [9], [16]),
+            [4, 9, 16],
+        ]
+    fresh = LIMITED.batch_size * max(job.steps for job in jobs)
+    assert fresh < 100_000  # canvases of the data set: a run on fresh ones sees none twice
 
 
 def test_a_longer_run_sees_the_vision_tokens_of_three_specialists():
@@ -142,7 +167,8 @@ def test_every_lever_compares_with_its_own_count():
 
 def test_an_unknown_suite_is_refused(capsys):
     assert main(["ablate", "--suite", "paperr"]) == 2
-    assert "suite must be one of paper, gap, unseen, got 'paperr'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "suite must be one of paper, gap, unseen, limited, got 'paperr'" in said
     assert main(["ablate", "--quick", "--suite", "gap"]) == 2
     assert "--quick is of the suite paper" in capsys.readouterr().err
 
@@ -178,6 +204,11 @@ def test_a_report_that_is_cut_off_is_named(tmp_path):
     (tmp_path / job.name / "report.json").write_text('{"accu')
     with pytest.raises(ValueError, match=r"seed0/start/report\.json is not JSON"):
         job.report(tmp_path)
+    again = replace(job, asked_again=2)
+    (tmp_path / job.name / "trained.json").write_text('{"questions": {}}')
+    with pytest.raises(ValueError, match=r"seed0/start/trained\.json lacks accuracy; delete"):
+        again.trained_accuracy(tmp_path)
+    assert job.trained_accuracy(tmp_path) is None
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"accuracy": {}}'])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -11,6 +12,7 @@ from PIL import Image
 from experiments.ablation.checks import quick_checks
 from experiments.ablation.figures import write_figures
 from experiments.ablation.gap import format_gap, gains, write_gap_figure
+from experiments.ablation.limited import format_limited, write_limited_figure
 from experiments.ablation.report import format_report
 from experiments.ablation.results import difference, spread_of
 from experiments.ablation.suites import LEVERS, SUITES
@@ -127,6 +129,52 @@ def test_the_gap_has_its_figure(tmp_path):
     write_gap_figure(report, tmp_path / "gap.png")
     assert len(Image.open(tmp_path / "gap.png").convert("L").getcolors(256)) > 20
     assert {len(gains(report, lever)) for lever in LEVERS} == {2, 3}
+
+
+def limited_report() -> dict[str, Any]:
+    """One model that is behind on unseen canvases, but for 1,200 canvases seen often."""
+    report = canned_report(names=("start", *SUITES["limited"]))
+    ahead = report["regimes"]["positions-1200-x4"]
+    ahead["accuracy"]["9"] = spread_of([0.95, 0.96, 0.97])
+    ahead["trained_accuracy"]["9"] = spread_of([0.96, 0.97, 0.98])
+    return report
+
+
+def test_limited_data_is_compared_budget_by_budget():
+    page = format_limited(limited_report())
+    table = section(page, "One model minus the specialist, with positions")
+    rows = [line for line in table.splitlines() if line.startswith("| 1,200")]
+    assert [row.split(" | ")[3:] for row in rows] == [
+        ["-5.0 ± 0.0", "-3.0 ± 0.0", "+0.5 ± 0.0 |"],
+        ["-5.0 ± 0.0", "+2.0 ± 0.0", "+0.5 ± 0.0 |"],
+    ]
+    assert (
+        "- 1,200 canvases, 1,000 steps: ahead at 9 (+2.0), 16 (+0.5); behind at 4 (-5.0)." in page
+    )
+    assert "| 1,200 | 1,000 | 15 |" in table
+    assert "| fresh | 1,000 | 1 |" in table
+
+
+def test_regularisation_is_told_from_the_training_canvases():
+    page = section(format_limited(limited_report()), "Is it regularisation?")
+    assert "| 1,200 | 1,000 | +5.0 ± 0.0 | +5.0 ± 0.0 | +3.7 ± 0.0 | +5.0 ± 0.0 |" in page
+    assert (
+        "with positions: the one model's difference is the smaller one on 1 of 8 budgets. It is "
+        "ahead on unseen canvases in 9 of 24 comparisons, in 1 of them although it is not ahead"
+    ) in page
+
+
+def test_the_verdict_on_limited_data_calls_level_what_the_seeds_leave_open():
+    report = limited_report()
+    report["regimes"]["stochastic-300-x1"]["accuracy"]["4"] = spread_of([0.85, 0.87, 0.85])
+    assert "- 300 canvases, 1,000 steps: ahead at 16 (+0.5); level at 4 (-0.3)" in format_limited(
+        report
+    )
+
+
+def test_limited_data_has_its_figure(tmp_path):
+    write_limited_figure(limited_report(), tmp_path / "limited.png")
+    assert len(Image.open(tmp_path / "limited.png").convert("L").getcolors(256)) > 20
 
 
 def test_odds_and_ways_to_mix_have_their_tables():

@@ -66,6 +66,9 @@ def canned_report(*, seeds: int = 3, names: tuple[str, ...] = tuple(CURVES)) -> 
     """As ``report.json`` of a whole ablation; seeds differ by a point from each other."""
     titles = {name: one.title for name, one in regimes(SMALL).items()}
     curves = {**OTHERS, **CURVES}
+    for name in SUITES["limited"]:
+        general = name.startswith(("stochastic", "positions"))
+        curves[name] = CURVES["stochastic"] if general else (0.85, 0.93, 0.99, 0.5, 0.5)
 
     def row(name: str, shift: float = 0.0) -> dict[str, Any]:
         return {
@@ -89,6 +92,7 @@ def canned_report(*, seeds: int = 3, names: tuple[str, ...] = tuple(CURVES)) -> 
                 "title": titles.get(name, "the start"),
                 "is_start": name == "start",
                 "accuracy": row(name),
+                **({"trained_accuracy": row(name, 0.05)} if name in SUITES["limited"] else {}),
                 "accuracy_by_kind": {
                     "colour": row(name),
                     "odd": row(name, 0.005),

@@ -1,0 +1,145 @@
+"""A training configuration to start from, for parts and data that a user has."""
+
+from __future__ import annotations
+
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoTokenizer
+
+from tokenflex.files import excerpt
+from tokenflex.training.build import build_dataset, pretrained, saved_vision_config
+from tokenflex.training.config import TrainConfig
+from tokenflex.training.data_config import DataConfig
+from tokenflex.training.strict import parse_yaml
+
+PAPER_SIDE = 16
+"""Side of the paper's largest grid of vision tokens."""
+KNOWN_PLACEHOLDERS = ("<image>", "<|image_pad|>", "<IMG_CONTEXT>", "<image_soft_token>")
+MOST_SAMPLES_A_STEP = 32
+
+_TEMPLATE = """\
+# Written by `tokenflex init`. Every key: tokenflex/training/config.py; how stages, counts and
+# packing work: docs/training.md. Replace single values on the command line with --set KEY=VALUE.
+output: {output}
+precision: {precision}  # "no" is float32; bf16 on a GPU
+
+model:
+  vision: {{path: {vision}}}
+  text: {{path: {text}}}
+  image_token: {image_token}  # {image_token_comment}
+  num_image_tokens: {largest}  # default of a request; the encoder has {patches} patches an image
+  max_tiles: 1  # more cut large images into tiles, each with the count of its sample
+
+data: {data}  # {samples} samples
+
+stages:
+  # The new projector learns to speak to the language model; both parts stay as they are.
+  - name: alignment
+    steps: {align_steps}  # about {align_passes} of the data
+    batch_size: {batch_size}  # samples a step, over all processes: as many as memory allows
+    learning_rate: {{projector: 0.001}}
+    counts: {counts}  # vision tokens of an image, drawn for each sample
+    weights: [0.2, 0.3, 0.5]  # with these odds, the paper's
+    max_tokens: 8192  # rows of one forward pass; fewer take less memory
+    loss: square  # every answer counts, long ones not more; token: every token counts the same
+    warmup_share: 0.03
+  # Projector and language model learn the task. Add `vision: 0.000002` to train the encoder too.
+  - name: instruction tuning
+    steps: {tune_steps}  # about {tune_passes} of the data
+    batch_size: {batch_size}
+    learning_rate: {{projector: 0.00002, text: 0.00002}}
+    counts: {counts}
+    weights: [0.2, 0.3, 0.5]
+    max_tokens: 8192
+    loss: square
+    warmup_share: 0.03
+
+# Accuracy at each count after training; on data that was not trained on, if you have some:
+# evaluation:
+#   data: {{name: messages, path: held-out.jsonl}}
+#   counts: {counts}
+"""
+
+
+def starting_config(vision: str, text: str, data: DataConfig, output: Path) -> str:
+    """Return a commented YAML configuration, which :func:`load_config` takes.
+
+    The counts are the paper's 64, 144 and 256 where the encoder's grid has 16 x 16 patches or
+    more, and 1/4, 9/16 and all of its patches where it has fewer. Both stages pass through the
+    data once.
+
+    Args:
+        vision: Folder or hub name of the vision encoder.
+        text: Folder or hub name of the language model.
+        data: The training data.
+        output: Folder of the run.
+
+    Raises:
+        ValueError: A part cannot be loaded, its grid has fewer than 3 x 3 patches, or the data has
+            no sample that can be read.
+    """
+    patches = _patch_grid(saved_vision_config(vision))
+    counts = _counts_for(min(*patches) if patches else PAPER_SIDE, vision)
+    tokenizer = pretrained(AutoTokenizer, text)
+    known = [word for word in KNOWN_PLACEHOLDERS if word in tokenizer.get_vocab()]
+    samples = len(build_dataset(data))
+    batch_size = min(MOST_SAMPLES_A_STEP, samples)
+    steps = ceil(samples / batch_size)
+    passes = "one pass" if samples % batch_size == 0 else "a little more than one pass"
+    filled = _TEMPLATE.format(
+        output=_flow(str(output)),
+        precision="bf16" if torch.cuda.is_available() else '"no"',
+        vision=_flow(vision),
+        text=_flow(text),
+        image_token=_flow(known[0] if known else "<image>"),
+        image_token_comment=(
+            "a token of the language model" if known else "a new token; marks an image in texts"
+        ),
+        largest=counts[-1],
+        patches=" x ".join(map(str, patches)) if patches else "any number of",
+        data=_flow(_given_keys(data)),
+        samples=f"{samples:,}",
+        align_steps=steps,
+        tune_steps=steps,
+        align_passes=passes,
+        tune_passes=passes,
+        batch_size=batch_size,
+        counts=_flow([*counts]),
+    )
+    TrainConfig.model_validate(parse_yaml(filled.encode(), "the configuration"))
+    return filled
+
+
+def _given_keys(data: DataConfig) -> dict[str, Any]:
+    keys = data.model_dump(mode="json", include=data.model_fields_set, exclude_none=True)
+    return {key: value for key, value in keys.items() if value not in (False, [])}
+
+
+def _flow(value: Any) -> str:
+    """Format a value as YAML on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _patch_grid(config: Any) -> tuple[int, int] | None:
+    """Return the encoder's patches per side; None if its images have no fixed size."""
+    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if isinstance(size, int) and isinstance(patch, int) and patch > 0:
+        return size // patch, size // patch
+    return None
+
+
+def _counts_for(side: int, vision: str) -> list[int]:
+    """Return three counts that a square grid of patches with this side can be pooled to."""
+    largest = min(PAPER_SIDE, side)
+    sides = sorted({max(1, largest // 2), max(1, 3 * largest // 4), largest})
+    if len(sides) < 3:
+        raise ValueError(
+            f"--vision {excerpt(vision)} must have at least 3 x 3 patches an image for three "
+            f"counts, got {side} x {side}"
+        )
+    return [side * side for side in sides]
