@@ -24,7 +24,7 @@ from tokenflex.models.loading import is_conversion
 from tokenflex.packing import enable, vision_cost, why_not
 from tokenflex.packing.collator import without_weights
 from tokenflex.training.config import ConvertedModelConfig, StageConfig, TrainConfig
-from tokenflex.training.converted_data import ConvertedCollator
+from tokenflex.training.converted_data import ConvertedCollator, check_conversations
 from tokenflex.training.flops import Flops
 from tokenflex.training.kinds import ModelKind, check_positions, drawn_counts
 from tokenflex.training.layers import Parts
@@ -111,6 +111,7 @@ class ConvertedKind(ModelKind):
         except Exception as error:  # weights, tokenizers and templates raise their own kinds
             raise _not_loaded(folder, error) from error
         check_positions(config, model)
+        check_conversations(processor)
         counts = sorted(drawn_counts(config), key=token_grid)
         model.config.trained_num_image_tokens = counts
         return cls(config, model.eval(), processor)

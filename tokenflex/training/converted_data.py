@@ -19,13 +19,13 @@ from PIL import Image
 from tokenflex.counts import TokenCount, TokenCounts, tokens_of
 from tokenflex.data.packing import DrawnSample, PackingCollator
 from tokenflex.data.rows import PackedRow
-from tokenflex.data.samples import Sample
+from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.data.sequences import IGNORE, TokenSequence
 from tokenflex.dropin.model import token_types
 from tokenflex.dropin.packing import pack_padded
 from tokenflex.dropin.processor import image_token_id
 from tokenflex.evaluation.encoding import QuestionEncoder
-from tokenflex.prompts import runs_of
+from tokenflex.prompts import expand_placeholders, runs_of
 
 _SIZES_KEPT = 4096
 _BLANK_SIDE = 32
@@ -262,6 +262,37 @@ class ConvertedCollator(PackingCollator):
             count = min(self.counts.counts, key=tokens_of)
             self._blank = {**data, "num_image_tokens": [count] * sum(map(int, tiles))}
         return self._blank
+
+
+def check_conversations(processor: Any) -> None:
+    """Compare an encoded conversation with what the processor makes of the same text.
+
+    Raises:
+        ValueError: There is no chat template, or the processor writes more than the template into
+            prompts, as PaliGemma's, so that training would learn other prompts than users give.
+    """
+    _, tiles = processor.process_images([[Image.new("RGB", (_BLANK_SIDE, _BLANK_SIDE))]])
+    talk = Conversation((Turn("user", "what is this"), Turn("assistant", "a cat")))
+    ids = QuestionEncoder(processor).sequence(talk, tiles).ids
+    contents = (
+        [{"type": "image"}, {"type": "text", "text": talk.turns[0].text}],
+        [{"type": "text", "text": talk.turns[1].text}],
+    )
+    messages = [
+        {"role": turn.role, "content": content}
+        for turn, content in zip(talk.turns, contents, strict=True)
+    ]
+    text = processor.apply_chat_template(messages)
+    adds = processor.adds_special_tokens(text)
+    expected = processor.encode_text(text, tiles, num_image_tokens=1, add_special_tokens=adds)
+    runs = [number // runs_of(number) for number in tiles for _ in range(runs_of(number))]
+    ids = expand_placeholders(torch.from_numpy(ids), runs, image_token_id(processor))
+    if not torch.equal(ids, expected["input_ids"].flatten()):
+        model_type = type(processor)._tokenflex_family.model_type
+        raise ValueError(
+            f"conversations of {model_type} are not what its chat template writes, but have more "
+            "tokens of the processor's own: fine-tune it with transformers' Trainer"
+        )
 
 
 def _refuse_frames(sample: Sample) -> None:
