@@ -129,7 +129,8 @@ class ConvertedCollator(PackingCollator):
         Raises:
             ValueError: The processor or the chat template does not take the sample.
         """
-        tiles = self._tiles_of(sample)
+        _refuse_frames(sample)
+        tiles = self._tiles_of(sample.image_sizes)
         runs = [number // runs_of(number) for number in tiles for _ in range(runs_of(number))]
         sequences = [self._questions.sequence(talk, tiles) for talk in sample.conversations]
         if not any(sequence.num_targets for sequence in sequences):
@@ -137,12 +138,37 @@ class ConvertedCollator(PackingCollator):
         images = slice(0, len(runs))
         return [replace(sequence, images=images) for sequence in sequences], runs
 
-    def _tiles_of(self, sample: Sample) -> list[Any]:
+    def fit(self, drawn: DrawnSample) -> DrawnSample:
+        """Return the sample with its count, and what of it is learned then.
+
+        Raises:
+            ValueError: It cannot be encoded, a conversation has nothing left to learn, or images
+                that ``max_length`` cuts off change the tiles of those before them.
+        """
+        fitted = super().fit(drawn)
+        sizes = drawn.sample.image_sizes
+        kept = sizes[: self._images_shown(fitted)]
+        before, after = self._tiles_of(sizes), self._tiles_of(kept)
+        if [*map(_key_of, before[: len(kept)])] != [*map(_key_of, after)]:
+            raise ValueError(
+                f"sample {drawn.sample.id}: max_length of {self.max_length} leaves {len(kept)} of "
+                f"its {len(sizes)} images, which its processor cuts into other tiles then"
+            )
+        return fitted
+
+    def _images_shown(self, fitted: DrawnSample) -> int:
+        """Return the number of images that the conversations of a fitted sample show."""
+        left, images = len(fitted.tiles), 0
+        for number in self._tiles_of(fitted.sample.image_sizes):
+            if left <= 0:
+                break
+            left, images = left - runs_of(number), images + 1
+        return images
+
+    def _tiles_of(self, sizes: tuple[tuple[int, int], ...]) -> list[Any]:
         """Return the tiles of each image of a sample, by a blank image of each one's size."""
-        sizes = sample.image_sizes
         if not sizes:
             return []
-        _refuse_frames(sample)
         if sizes not in self._tiles:
             if len(self._tiles) >= _SIZES_KEPT:
                 self._tiles.clear()
@@ -159,9 +185,7 @@ class ConvertedCollator(PackingCollator):
         fitted = [item if item.sequences is not None else self.fit(item) for item in drawn]
         data: dict[str, Any] = {}
         tiles: list[Any] = []
-        # All images of a sample, also those that only a cut-off question shows: a processor may cut
-        # an image otherwise where others are missing.
-        images = [[*item.sample.images] if item.tiles else [] for item in fitted]
+        images = [[*item.sample.images[: self._images_shown(item)]] for item in fitted]
         if any(images):
             data, tiles = self.processor.process_images(images)
         rows: list[tuple[np.ndarray, np.ndarray]] = []
@@ -173,7 +197,7 @@ class ConvertedCollator(PackingCollator):
             assert item.count is not None
             assert item.sequences is not None
             read = [next(rest) for _ in of_sample]
-            planned = self._tiles_of(item.sample) if of_sample else []
+            planned = self._tiles_of(item.sample.image_sizes[: len(read)])
             if [*map(int, read)] != [*map(int, planned)]:
                 raise ValueError(
                     f"sample {item.sample.id}: its images were planned as {planned} tiles, by "
@@ -228,7 +252,7 @@ class ConvertedCollator(PackingCollator):
         blank = None
         if shown:
             inputs |= {**data, "num_image_tokens": counts}
-            if shown != [*range(len(counts))]:  # several times, or not at all
+            if shown != [*range(len(counts))]:  # an image in several conversations
                 inputs["image_index"] = shown
         else:
             blank = self._blank_image()
@@ -293,6 +317,10 @@ def check_conversations(processor: Any) -> None:
             f"conversations of {model_type} are not what its chat template writes, but have more "
             "tokens of the processor's own: fine-tune it with transformers' Trainer"
         )
+
+
+def _key_of(tiles: int) -> tuple[int, str, int]:
+    return int(tiles), getattr(tiles, "text", ""), runs_of(tiles)
 
 
 def _refuse_frames(sample: Sample) -> None:
