@@ -48,6 +48,7 @@ _TESTS_BY_REQUIREMENT = {
     "transformers>=5.18": [
         *("dropin", "packing", "serving", "evaluation/test_converted.py"),
         *("test_docs.py", "test_examples.py", "test_front_door.py"),
+        "training/test_conversions.py",
     ],
     "pillow": _MODEL_TESTS,
     "scikit-learn": [

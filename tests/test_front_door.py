@@ -11,7 +11,7 @@ from PIL import Image
 
 from examples.tiny_llava import COLOURS, tiny_llava
 from tests.test_cli import command  # noqa: F401  # a fixture
-from tests.training.runs import tiny_values, write_config
+from tests.training.runs import write_config
 from tokenflex import from_pretrained
 from tokenflex.answers import answer_at_counts
 from tokenflex.checkpoints import load_model
@@ -259,14 +259,31 @@ def test_a_harness_gets_the_answers_of_generate(converted, pictures):
         assert reply.prompt_tokens == inputs["input_ids"].shape[1]
 
 
-def test_training_of_a_conversion_is_refused_with_the_way_that_works(command, converted, tmp_path):  # noqa: F811
-    values = tiny_values(tmp_path / "run")
-    values.pop("encoder_warm_up", None)
-    values["model"]["start"] = str(converted)
-    code, _, errors = command("train", write_config(tmp_path / "c.yaml", values))
-    assert code == 2
-    assert "is a converted stock model" in errors[-1]
-    assert "Trainer and tokenflex.dropin.ImageTextCollator" in errors[-1]
+def test_train_writes_a_conversion(command, converted, data, tmp_path):  # noqa: F811
+    values = {
+        "output": str(tmp_path / "run"),
+        "model": {"start": str(converted)},
+        "data": {"name": "messages", "path": str(data)},
+        "stages": [
+            {
+                "name": "projector",
+                "steps": 2,
+                "batch_size": 3,
+                "learning_rate": {"projector": 0.001},
+                "counts": [4, 16],
+                "weights": [1, 1],
+            }
+        ],
+        "workers": 0,
+    }
+    config = write_config(tmp_path / "c.yaml", values)
+    code, out, _ = command("train", config, "--dry-run")
+    assert code == 0
+    assert "projector" in out
+    assert command("train", config)[0] == 0
+    model, processor = load_model(tmp_path / "run" / "checkpoint")
+    assert model.config.trained_num_image_tokens == [4, 16]
+    assert processor.num_image_tokens == 64
 
 
 @pytest.mark.parametrize("adapters", [[], ["--lora", "2"]])

@@ -10,23 +10,8 @@ from typing import Any
 
 from tokenflex.files import checkpoint_folder, excerpt, read_json
 from tokenflex.models.configuration import TokenFlexConfig
-from tokenflex.models.loading import load_checkpoint
+from tokenflex.models.loading import is_conversion, load_checkpoint
 from tokenflex.models.ristretto import MODEL_TYPE as RISTRETTO
-
-
-def is_conversion(folder: Path) -> bool:
-    """Return whether a folder holds a saved conversion of a stock model.
-
-    Raises:
-        FileNotFoundError: It has no config.json.
-        ValueError: Its config.json is broken.
-    """
-    values = read_json(folder / "config.json", "checkpoint file")
-    return (
-        isinstance(values, dict)
-        and values.get("model_type") != TokenFlexConfig.model_type
-        and isinstance(values.get("tokenflex"), dict)
-    )
 
 
 def load_model(path: str | Path) -> tuple[Any, Any]:

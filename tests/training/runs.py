@@ -9,8 +9,12 @@ from typing import Any
 
 import yaml
 
+from tokenflex.data.packing import PackingCollator
 from tokenflex.digits.dataset import DigitsDataset
+from tokenflex.training.build import build_processor
+from tokenflex.training.config import SampleConfig, TrainConfig
 from tokenflex.training.metrics import TIMING_KEYS
+from tokenflex.training.plan import ONE_COUNT, measure_samples
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "demo.yaml"
@@ -64,6 +68,12 @@ def tiny_values(output: Path, **changes: Any) -> dict[str, Any]:
         },
     }
     return {**values, **changes}
+
+
+def mean_sample(config: TrainConfig, *, share_prefix: bool) -> SampleConfig:
+    """The mean sample of a run's data for our own model."""
+    collator = PackingCollator(build_processor(config.model), ONE_COUNT, share_prefix=share_prefix)
+    return measure_samples(config, config.data, collator)
 
 
 def write_config(path: Path, values: Any) -> Path:

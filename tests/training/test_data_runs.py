@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 
 from tests.training.runs import (
     evaluations,
+    mean_sample,
     metrics,
     own_data,
     stage,
@@ -29,7 +30,7 @@ from tokenflex.training.config import TrainConfig, load_config
 from tokenflex.training.evaluations import merged
 from tokenflex.training.faults import BrokenSamplesError
 from tokenflex.training.loop import TrainingRun
-from tokenflex.training.plan import measure_samples, plan_run
+from tokenflex.training.plan import plan_run
 
 TURNS = [{"role": "user", "content": "odd"}, {"role": "assistant", "content": "3"}]
 
@@ -349,7 +350,7 @@ def test_a_dry_run_measures_a_stream_and_one_that_is_short(tmp_path):
     data = stream(tmp_path / "data")
     for epochs in (None, 1):
         config = load_config(configured(tmp_path / "run", {**data, "epochs": epochs}))
-        sample = measure_samples(config, config.data, share_prefix=True)
+        sample = mean_sample(config, share_prefix=True)
         assert (sample.tiles, sample.text_tokens) == (1, 3)  # "odd 3 <eos>"
 
 

@@ -154,7 +154,7 @@ def samples_of(batch: PackedBatch, counts: list[int]) -> PackedBatch:
 def step_by_hand(training: TrainingRun, distillation: float) -> tuple[float, float, float]:
     """(loss, distillation loss, gradient norm) of the first step, from plain forward passes."""
     model, settings = training.model, training.config.stages[0]
-    build_optimizer(model, settings)
+    build_optimizer(training.setup.kind, settings)
     bins = next(load_steps(training.setup, 0, [])).bins
     assert len(bins) > 1
     losses = divergences = total = 0.0

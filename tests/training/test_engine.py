@@ -12,7 +12,6 @@ from tokenflex.data.packing import PackedBatch
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.training import layers
 from tokenflex.training.config import TrainConfig
-from tokenflex.training.engine import with_blank_tile
 from tokenflex.training.layers import adapted_layers, layers_of
 from tokenflex.training.loop import TrainingRun
 from tokenflex.training.stages import build_optimizer, load_steps
@@ -81,7 +80,7 @@ def test_layers_that_gradients_go_through_run_twice(tmp_path, learning, passes):
 def kept_bytes(training: TrainingRun) -> int:
     """Return the bytes that autograd keeps between forward and backward, without weights."""
     config = training.config
-    build_optimizer(training.model, config.stages[0])
+    build_optimizer(training.setup.kind, config.stages[0])
     (batch,) = next(load_steps(training.setup, 0, [])).bins
     own = {one.untyped_storage().data_ptr() for one in training.model.parameters()}
     kept = {}
@@ -93,7 +92,7 @@ def kept_bytes(training: TrainingRun) -> int:
         return tensor
 
     with (
-        adapted_layers(training.model, config, config.stages[0].learning),
+        adapted_layers(training.setup.kind.parts, config, config.stages[0].learning),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         training.model(
@@ -129,7 +128,7 @@ def test_hidden_states_of_the_encoder_are_contiguous_in_a_stage(tmp_path):
     pixels = torch.randn(2, 3, 32, 32)
     expected = model.encode_images(pixels).features
     states.clear()
-    with adapted_layers(model, config, config.stages[0].learning):
+    with adapted_layers(training.setup.kind.parts, config, config.stages[0].learning):
         features = model.encode_images(pixels).features
     assert states
     assert all(state.is_contiguous() for state in states)
@@ -209,7 +208,7 @@ def test_a_blank_tile_changes_no_number(vision):
         targets=plan.input_ids[1:],
     )
     logits = model(**empty.model_inputs()).logits
-    batch = with_blank_tile(empty, model, 4)
+    batch = empty.with_every_gradient(model, 4)
     assert len(batch.pixel_values) == 1
     with_tile = model(**batch.model_inputs()).logits
     assert torch.equal(with_tile, logits)

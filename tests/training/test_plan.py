@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.training.runs import metrics, own_data, stage, tiny_values, write_config
+from tests.training.runs import mean_sample, metrics, own_data, stage, tiny_values, write_config
 from tests.training.test_build import config_of
 from tests.training.test_build import parts as parts  # the fixture
 from tests.training.test_engine import kept_bytes
@@ -14,7 +14,7 @@ from tokenflex.cli import main
 from tokenflex.training.build import build_model, build_processor
 from tokenflex.training.config import TrainConfig, load_config
 from tokenflex.training.loop import TrainingRun
-from tokenflex.training.plan import format_plan, measure_samples, plan_run
+from tokenflex.training.plan import format_plan, plan_run
 from tokenflex.training.stages import build_optimizer
 
 SAMPLE = {"text_tokens": 40, "answer_tokens": 20, "tiles": 2}
@@ -63,7 +63,7 @@ def test_trained_parameters_are_those_that_learn(tmp_path, learning):
     config = tiny(tmp_path, stages=[stage(learning_rate=learning)])
     (plan,) = plan_run(config)
     training = TrainingRun(config)
-    groups = build_optimizer(training.model, config.stages[0]).param_groups
+    groups = build_optimizer(training.setup.kind, config.stages[0]).param_groups
     learned = sum(one.numel() for group in groups for one in group["params"])
     assert sum(plan.trained_parameters.values()) == learned
     weights = sum(one.numel() for one in training.model.parameters())
@@ -114,7 +114,7 @@ def test_what_is_saved_is_against_the_largest_count(tmp_path):
 
 def test_the_mean_sample_is_measured_on_the_data(tmp_path):
     config = tiny(tmp_path)
-    sample = measure_samples(config, config.data, share_prefix=False)
+    sample = mean_sample(config, share_prefix=False)
     assert (sample.tiles, sample.shown_tiles) == (1, 2)  # one picture under two questions
     assert sample.answer_tokens == 4  # a word and an end, twice
     assert 2 * (1 + 2) <= sample.text_tokens <= 2 * (2 + 2)
@@ -122,8 +122,8 @@ def test_the_mean_sample_is_measured_on_the_data(tmp_path):
 
 def test_the_mean_sample_counts_what_is_shared_once(tmp_path):
     config = tiny(tmp_path)
-    apart = measure_samples(config, config.data, share_prefix=False)
-    together = measure_samples(config, config.data, share_prefix=True)
+    apart = mean_sample(config, share_prefix=False)
+    together = mean_sample(config, share_prefix=True)
     assert (together.tiles, together.shown_tiles) == (1, 1)
     assert together.answer_tokens == apart.answer_tokens
     # Questions of one kind have their first word in common, and shared rows are counted once.
@@ -193,13 +193,13 @@ def test_the_demo_has_a_plan():
 def test_a_sample_that_cannot_be_read_is_left_out_of_the_mean(tmp_path):
     data = own_data(tmp_path, 12, broken=())
     config = tiny(tmp_path, data=data, encoder_warm_up=None, evaluation=None)
-    whole = measure_samples(config, config.data, share_prefix=True)
+    whole = mean_sample(config, share_prefix=True)
     (tmp_path / "3.png").unlink()
-    assert measure_samples(config, config.data, share_prefix=True) == whole
+    assert mean_sample(config, share_prefix=True) == whole
     for index in range(12):
         (tmp_path / f"{index}.png").unlink(missing_ok=True)
     with pytest.raises(ValueError, match=r"none of the first 12 samples can be read.*\.png"):
-        measure_samples(config, config.data, share_prefix=True)
+        mean_sample(config, share_prefix=True)
 
 
 def test_more_processes_than_samples_a_step_are_refused(tmp_path):

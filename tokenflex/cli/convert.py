@@ -108,9 +108,9 @@ def _add_distillation(group: argparse._ArgumentGroup) -> None:
 
 def _convert(options: argparse.Namespace) -> int:
     quiet_libraries()
-    from tokenflex.checkpoints import is_conversion
     from tokenflex.files import checkpoint_folder, read_json
     from tokenflex.models.configuration import TokenFlexConfig
+    from tokenflex.models.loading import is_conversion
     from tokenflex.models.ristretto import MODEL_TYPE as RISTRETTO
 
     source = checkpoint_folder(options.source)

@@ -14,6 +14,7 @@ from tokenflex.data.encoding import ConversationEncoder
 from tokenflex.data.rows import PackedRow, plan_row
 from tokenflex.data.samples import Sample
 from tokenflex.data.sequences import TokenSequence, prefix_and_branches, truncate
+from tokenflex.models.vision import blank_tile
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,28 @@ class PackedBatch(PackedRow):
     sample_ids: list[str] = field(default_factory=list)
     teacher: PackedRow | None = None
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of the language model that the forward pass computes."""
+        return self.plan.num_tokens
+
     def model_inputs(self) -> dict[str, Any]:
         """Return the model's keyword arguments; logits come out at the target rows only."""
         images = {"pixel_values": self.pixel_values, "grids": self.grids}
         return {**super().model_inputs(), **images}
+
+    def with_every_gradient(self, model: Any, count: TokenCount) -> PackedBatch:
+        """Return a batch whose loss has a gradient, maybe zero, in all that images pass.
+
+        One without tiles gets a blank one of ``count`` vision tokens, which no row shows. With it a
+        bin of text alone has a gradient where text does not learn, and processes that gather shards
+        together run the same modules.
+        """
+        if len(self.pixel_values):
+            return self
+        pixels, grids = blank_tile(model.model.vision_model, model.config.vision_config)
+        pixels = pixels.to(self.plan.input_ids.device)
+        return replace(self.with_unseen_tile(count), pixel_values=pixels, grids=grids)
 
     def without_targets(self) -> PackedBatch:
         """Return the same forward pass with nothing to learn."""
@@ -123,6 +142,7 @@ class PackingCollator:
         self.share_prefix = share_prefix
         self.max_length = max_length
         self.teacher_count = teacher_count
+        self.image_token_id: int = processor.image_token_id
         self.encode = ConversationEncoder(
             processor.tokenizer, processor.image_prompt, processor.image_token
         )
@@ -175,7 +195,7 @@ class PackingCollator:
             for number in islice(tiles_left, len(item.tiles)):
                 num_image_tokens += [item.count] * number
                 tokens_per_image.append(item.tokens_per_tile * number)
-        row = plan_row(samples, tokens_per_image, self.processor.image_token_id)
+        row = plan_row(samples, tokens_per_image, self.image_token_id)
         return replace(row, num_image_tokens=num_image_tokens)
 
     def fit(self, drawn: DrawnSample) -> DrawnSample:
@@ -185,11 +205,18 @@ class PackingCollator:
             ValueError: it cannot be encoded, or a conversation has nothing left to learn.
         """
         sample = drawn.sample
-        tiles = self.processor.image_tokens(list(sample.image_sizes), 1, sample.max_tiles)
         try:
-            return self.fit_sequences(drawn, self.encode(sample.conversations, len(tiles)), tiles)
+            return self.fit_sequences(drawn, *self.encoded(sample))
         except ValueError as error:
             raise ValueError(f"sample {sample.id}: {error}") from error
+
+    def encoded(self, sample: Sample) -> tuple[list[TokenSequence], list[int]]:
+        """Return a sample's conversations, and the tiles that each of its placeholders stands for.
+
+        Pictures are not needed: an outline is enough.
+        """
+        tiles = self.processor.image_tokens(list(sample.image_sizes), 1, sample.max_tiles)
+        return self.encode(sample.conversations, len(tiles)), tiles
 
     def fit_sequences(
         self, drawn: DrawnSample, sequences: Sequence[TokenSequence], tiles: Sequence[int]
@@ -198,7 +225,7 @@ class PackingCollator:
         count = drawn.count
         if count is None:
             count = self.counts.draw(drawn.index, drawn.epoch)
-        image_token_id = self.processor.image_token_id
+        image_token_id = self.image_token_id
         sequences = list(sequences)
         if self.max_length is not None:
             longest = tokens_of(count if self.teacher_count is None else self.teacher_count)

@@ -12,11 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from operator import mul
-from typing import Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
 
 from tokenflex.counts import TokenCount, TokenCounts, tokens_of
 from tokenflex.data.faults import NO_SAMPLE_TO_BLAME, BrokenSample, leaving_out
-from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
+from tokenflex.data.packing import DrawnSample, PackingCollator
+from tokenflex.data.rows import PackedRow
 from tokenflex.data.samples import Sample, SampleDataset
 from tokenflex_kernels import balance_bins
 
@@ -26,6 +29,40 @@ Key = tuple[int, int]  # (epoch, sample index)
 
 Draw: TypeAlias = Literal["sample", "step", "all"]
 """A count for each sample; one for all samples of a step; or every sample at all counts."""
+
+
+class Bin(Protocol):
+    """One forward pass of a step, for a model of any kind.
+
+    Attributes:
+        targets: int64 [targets]; answer tokens.
+        answers: for each conversation its ``kind`` and how many targets are its.
+        sample_ids: for messages.
+        teacher: the row of a teacher; None where there is no teacher.
+        num_rows: rows of the language model that it computes, padding included.
+    """
+
+    @property
+    def targets(self) -> torch.Tensor: ...
+    @property
+    def answers(self) -> list[tuple[str, int]]: ...
+    @property
+    def sample_ids(self) -> list[str]: ...
+    @property
+    def teacher(self) -> PackedRow | None: ...
+    @property
+    def num_rows(self) -> int: ...
+    def to(self, device: torch.device | str) -> Bin:
+        """Return the bin with its tensors on ``device``."""
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Return keyword arguments of the model, without targets and their weights."""
+
+    def without_targets(self) -> Bin:
+        """Return the same forward pass with nothing to learn."""
+
+    def with_every_gradient(self, model: Any, count: TokenCount) -> Bin:
+        """Return a bin whose loss has a gradient, maybe zero, in all that images pass."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +83,7 @@ class PackedStep:
             0 where there is none.
     """
 
-    bins: list[PackedBatch]
+    bins: list[Bin]
     samples: int
     tokens: int
     tiles: int
@@ -62,7 +99,7 @@ class PackedStep:
     @property
     def rows(self) -> int:
         """Rows that this rank's forward passes compute, padding and stand-ins included."""
-        return sum(batch.plan.num_tokens for batch in self.bins)
+        return sum(batch.num_rows for batch in self.bins)
 
 
 class StepPacker:
@@ -129,7 +166,7 @@ class StepPacker:
             exchange=True,
         )
         costs = [sum(tokens[i] + self.tile_cost * tiles[i] for i in members) for members in bins]
-        packed: list[PackedBatch] = []
+        packed: list[Bin] = []
         rank_tokens = 0
         rank_bins = [*_bins_of(self.rank, len(bins), self.num_ranks)]
         for number in rank_bins:
@@ -177,7 +214,7 @@ class StepPacker:
 
     def _pack(
         self, planned: Sequence[DrawnSample], broken: list[BrokenSample]
-    ) -> tuple[PackedBatch | None, list[DrawnSample]]:
+    ) -> tuple[Bin | None, list[DrawnSample]]:
         """Pack a bin: the batch and the samples in it, None where none of them can be read."""
         members = []
         for sample in planned:
@@ -201,7 +238,7 @@ class StepPacker:
             self.collator([member])
         return len(broken) == before
 
-    def _any_batch(self, planned: list[DrawnSample]) -> PackedBatch | None:
+    def _any_batch(self, planned: list[DrawnSample]) -> Bin | None:
         """Pack the first sample of the step that can be read, whichever rank it is of."""
         for sample in planned:
             batch, _ = self._pack([sample], [])

@@ -190,21 +190,40 @@ def _add_what_tells_images(
     """
     if input_ids is None:
         return
-    stock = type(base)._tokenflex_stock_class
-    taken = inspect.signature(stock.forward).parameters
-    is_image = (input_ids == base.config.image_token_id).to(torch.int64)
-    if type(base)._tokenflex_family.model_type in _PREFIX_TYPES:
-        is_image = torch.zeros_like(is_image)
-    for name in filter(is_token_type, taken):
+    for name, types in token_types(base, input_ids).items():
         if kwargs.get(name) is None:
-            kwargs[name] = is_image
-    if "moe_mm_token_type_ids" in taken:  # experts for images also read the tokens around them
-        names = ("image_start_token_id", "image_end_token_id")
-        around = input_ids.new_tensor([getattr(base.config, name) for name in names])
-        kwargs["moe_mm_token_type_ids"] = is_image | torch.isin(input_ids, around).long()
+            kwargs[name] = types
+    taken = inspect.signature(type(base)._tokenflex_stock_class.forward).parameters
     if "image_grid_thw" in taken and kwargs.get("image_grid_thw") is None:
         # Only their number is read: RopePositions has the sizes from the counts.
         kwargs["image_grid_thw"] = input_ids.new_ones(len(images.pooler_output), 3)
+
+
+def token_types(
+    base: Any, input_ids: torch.Tensor, is_learned: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """Return the token types that the forward of a converted base model reads, by name.
+
+    Args:
+        base: The base model; only its class and config are used.
+        input_ids: int64 [B, L], placeholders repeated.
+        is_learned: bool [B, L], True at the tokens of answers, for families that read both ways in
+            prompts; None for prompts alone.
+
+    Returns:
+        int64 [B, L] each: 1 at an image's tokens, or at answers for those families.
+    """
+    taken = inspect.signature(type(base)._tokenflex_stock_class.forward).parameters
+    is_image = (input_ids == base.config.image_token_id).to(torch.int64)
+    types = is_image
+    if type(base)._tokenflex_family.model_type in _PREFIX_TYPES:
+        types = torch.zeros_like(is_image) if is_learned is None else is_learned.to(torch.int64)
+    named = dict.fromkeys(filter(is_token_type, taken), types)
+    if "moe_mm_token_type_ids" in taken:  # experts for images also read the tokens around them
+        names = ("image_start_token_id", "image_end_token_id")
+        around = input_ids.new_tensor([getattr(base.config, name) for name in names])
+        named["moe_mm_token_type_ids"] = is_image | torch.isin(input_ids, around).long()
+    return named
 
 
 def _check_counts(model: Any, input_ids: torch.Tensor, tokens: Sequence[torch.Tensor]) -> None:

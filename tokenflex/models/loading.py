@@ -17,6 +17,21 @@ from tokenflex.models.weights import read_config_values, smaller_tensors, weight
 NEW_WITH_POSITION = ("model.projector.position.weight",)
 
 
+def is_conversion(folder: Path) -> bool:
+    """Return whether a folder holds a saved conversion of a stock model.
+
+    Raises:
+        FileNotFoundError: It has no config.json.
+        ValueError: Its config.json is broken.
+    """
+    values = read_json(folder / "config.json", "checkpoint file")
+    return (
+        isinstance(values, dict)
+        and values.get("model_type") != TokenFlexConfig.model_type
+        and isinstance(values.get("tokenflex"), dict)
+    )
+
+
 def load_checkpoint(
     path: str | Path, **changes: Any
 ) -> tuple[TokenFlexForConditionalGeneration, TokenFlexProcessor]:

@@ -65,7 +65,7 @@ class PackingCollator:
             )
         self.collator = collator
         self.keep_placeholder_labels = keep_placeholder_labels
-        self._base = _without_weights(base)
+        self._base = without_weights(base)
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         """Return the model's arguments for one row.
@@ -152,7 +152,7 @@ def _stacked(values: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(padded)
 
 
-def _without_weights(base: Any) -> Any:
+def without_weights(base: Any) -> Any:
     """Return a base model without modules, for what its class and config alone decide."""
     shell = object.__new__(type(base))
     nn.Module.__init__(shell)

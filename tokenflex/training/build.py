@@ -26,7 +26,7 @@ from tokenflex.counts import TokenCount, token_grid
 from tokenflex.data.mixture import Mixture, order_of
 from tokenflex.data.order import Order
 from tokenflex.data.samples import SampleDataset
-from tokenflex.files import excerpt, read_json
+from tokenflex.files import excerpt
 from tokenflex.formats import FRESH_PARTS
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.loading import load_checkpoint, read_config
@@ -214,13 +214,6 @@ def _started_model(
     Positions may be switched on, as their term begins at zero.
     """
     assert config.start is not None
-    values = read_json(config.start / "config.json", "checkpoint file")
-    if isinstance(values, dict) and isinstance(values.get("tokenflex"), dict):
-        raise ValueError(
-            f"model.start {str(config.start)!r} is a converted stock model, whose forward takes no "
-            "packed rows of this training: fine-tune it with transformers' Trainer and "
-            "tokenflex.dropin.ImageTextCollator, see docs/dropin.md"
-        )
     saved = read_config(config.start / "config.json")
     positions = {}
     if saved.projector_position is None:

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from tokenflex.files import read_json, settle_folder, sync_folder
 from tokenflex.models.cards import keep_edited_card, write_card
 from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex.models.loading import is_conversion
 from tokenflex.routing import storage as router
 
 Sizes: TypeAlias = "Mapping[str, int]"
@@ -22,7 +23,7 @@ _CHECKPOINT_NAMES = re.compile(
     r"(adapter_|generation_|processor_|preprocessor_|video_preprocessor_|tokenizer_)?config\.json"
     r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|vocab\.json"
-    r"|vocab\.txt|merges\.txt|spiece\.model|chat_template\.(jinja|json)"
+    r"|vocab\.txt|merges\.txt|spiece\.model|chat_template\.(jinja|json)|tokenflex_conversion\.py"
 )
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -102,12 +103,14 @@ def check_checkpoint_folder(directory: Path) -> None:
 
 
 def is_checkpoint(directory: Path) -> bool:
-    """Return whether a folder's ``config.json`` is that of a TokenFLEX model."""
+    """Return whether a folder's ``config.json`` is of a TokenFLEX model, or of a conversion."""
     try:
         config = read_json(directory / "config.json")
+        converted = is_conversion(directory)
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and config.get("model_type") == TokenFlexConfig.model_type
+    is_ours = isinstance(config, dict) and config.get("model_type") == TokenFlexConfig.model_type
+    return is_ours or converted
 
 
 def restore_folder(previous: Path, directory: Path, written: Sizes | None = None) -> None:

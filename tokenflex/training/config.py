@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, field_validator
 
 from tokenflex.counts import TokenCount, TokenCounts, token_grid, tokens_of
 from tokenflex.data.steps import Draw
 from tokenflex.formats import FRESH_PARTS
+from tokenflex.models.loading import is_conversion
 from tokenflex.positions import check_image_positions
 from tokenflex.training.data_config import DataConfig
 from tokenflex.training.strict import Float, Int, Strict, read_yaml, reason_of
@@ -89,6 +90,11 @@ class ModelConfig(Strict):
             partial(check_image_positions, self.image_positions, self.projector_position),
         )
         yield from filter(None, map(reason_of, checks))
+        if self.start is not None and _is_saved_conversion(self.start):
+            yield (
+                "vision and text must not be given with start of a converted stock model, got both "
+                f"and start={str(self.start)!r}"
+            )
         if self.processor is None and (self.vision.path is None or self.text.path is None):
             names = " or ".join(map(repr, FRESH_PARTS))
             yield (
@@ -104,6 +110,49 @@ class ModelConfig(Strict):
             )
         if self.use_thumbnail and self.max_tiles == 1:
             yield "use_thumbnail needs max_tiles above 1, got max_tiles=1"
+
+
+class ConvertedModelConfig(Strict):
+    """A converted stock model that is trained, and its processor: a ``start`` and no parts."""
+
+    start: Path
+    """Conversion that ``tokenflex convert`` wrote."""
+    num_image_tokens: TokenCount | None = None
+    """Vision tokens per tile by default, a perfect square or a [height, width] pair; None for the
+    conversion's own."""
+
+    def contradictions(self) -> Iterator[str]:
+        if self.num_image_tokens is not None:
+            check = partial(token_grid, self.num_image_tokens, name="num_image_tokens")
+            yield from filter(None, [reason_of(check)])
+        if _is_saved_conversion(self.start) is False:
+            yield (
+                "start without vision and text must be a conversion made by `tokenflex convert`, "
+                f"got {str(self.start)!r}"
+            )
+
+
+def _is_saved_conversion(folder: Path) -> bool | None:
+    """Return whether a folder holds a conversion; None if it cannot be read."""
+    try:
+        return is_conversion(folder)
+    except (OSError, ValueError):
+        return None
+
+
+def _kind_of_model(values: Any) -> str:
+    """Return the tag of the configuration of a model, given as a mapping or as an object."""
+    if isinstance(values, dict):
+        is_converted = "start" in values and values.keys().isdisjoint(("vision", "text"))
+    else:
+        is_converted = isinstance(values, ConvertedModelConfig)
+    return "[converted]" if is_converted else "[own]"
+
+
+AnyModelConfig = Annotated[
+    Annotated[ModelConfig, Tag("[own]")] | Annotated[ConvertedModelConfig, Tag("[converted]")],
+    Discriminator(_kind_of_model),
+]
 
 
 class EncoderWarmUpConfig(Strict):
@@ -325,8 +374,9 @@ class TrainConfig(Strict):
 
     output: Path = free()
     """Folder of the run, relative to the working directory. *Free.*"""
-    model: ModelConfig
-    """The model and its processor."""
+    model: AnyModelConfig
+    """The model and its processor. One with ``start`` and neither ``vision`` nor ``text`` is a
+    converted stock model, see :class:`ConvertedModelConfig`."""
     data: WholeData
     """Training data of all stages that have none of their own."""
     stages: tuple[StageConfig, ...] = Field(min_length=1)
@@ -385,7 +435,10 @@ class TrainConfig(Strict):
         return self.model_dump_json(exclude=free_keys)
 
     def contradictions(self) -> Iterator[str]:
-        yield from self._pictures_that_do_not_fit()
+        if isinstance(self.model, ConvertedModelConfig):
+            yield from self._refused_for_conversions()
+            return
+        yield from self._pictures_that_do_not_fit(self.model)
         if self.encoder_warm_up is not None and self.model.start is not None:
             yield (
                 "encoder_warm_up must not be given with model.start, whose encoder is trained, "
@@ -395,9 +448,31 @@ class TrainConfig(Strict):
             names = " or ".join(FRESH_PARTS)
             yield f"encoder_warm_up needs model.processor: {names}, got None"
 
-    def _pictures_that_do_not_fit(self) -> Iterator[str]:
+    def _refused_for_conversions(self) -> Iterator[str]:
+        """Name what a converted stock model cannot be trained with."""
+        of_conversion = f"for the conversion {str(self.model.start)!r}"
+        if self.encoder_warm_up is not None:
+            yield f"encoder_warm_up must not be given {of_conversion}, whose encoder is trained"
+        if self.sharding != "none":
+            yield (
+                f"sharding must be none {of_conversion}: where stock models can be cut is known of "
+                f"ours only, got {self.sharding!r}"
+            )
+        if self.compile:
+            yield (
+                f"compile must be false {of_conversion}: not all stock layers compile, got "
+                f"{self.compile}"
+            )
+        for stage in self.stages:
+            if stage.distillation:
+                yield (
+                    f"distillation of stage {stage.name!r} must be 0 {of_conversion}: `tokenflex "
+                    f"convert --distill` learns its stock model's answers, got {stage.distillation}"
+                )
+
+    def _pictures_that_do_not_fit(self, model: ModelConfig) -> Iterator[str]:
         """Compare the pictures of a format with the image size of the encoder it brings."""
-        name, vision = self.model.processor, self.model.vision.config
+        name, vision = model.processor, model.vision.config
         if name not in FRESH_PARTS or vision is None:
             return
         used = [*self.stage_data, *([] if self.evaluation is None else [self.evaluation.data])]

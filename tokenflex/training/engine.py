@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +12,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch.distributed.tensor import DTensor
 
-from tokenflex.counts import TokenCount, tokens_of
-from tokenflex.data.packing import PackedBatch
-from tokenflex.data.steps import PackedStep
-from tokenflex.models.vision import blank_tile
+from tokenflex.counts import tokens_of
+from tokenflex.data.steps import Bin, PackedStep
 from tokenflex.training.agreement import AgreedStop, other_process_stopped, share
 from tokenflex.training.config import StageConfig, TrainConfig
 from tokenflex.training.sharding import is_sharded, refresh_shards
@@ -118,8 +116,7 @@ def optimize(
         # Shards exchange gradients after every bin: whole gradients would undo their saving.
         with nullcontext() if is_last or is_sharded(model) else accelerator.no_sync(model):
             batch = batch.to(device)
-            if not len(batch.pixel_values):
-                batch = with_blank_tile(batch, accelerator.unwrap_model(model), count)
+            batch = batch.with_every_gradient(accelerator.unwrap_model(model), count)
             with accelerator.autocast():
                 inputs = batch.model_inputs()
                 if batch.teacher is not None:
@@ -160,18 +157,7 @@ def stop_without_data(
     return AgreedStop(KeyboardInterrupt() if interruptions else error)
 
 
-def with_blank_tile(batch: PackedBatch, model: Any, count: TokenCount) -> PackedBatch:
-    """Return a ``batch`` without tiles with a blank one of ``count`` vision tokens.
-
-    No row shows the tile. With it a bin of text alone has a gradient, zero, where text does not
-    learn, and processes that gather shards together run the same modules.
-    """
-    pixels, grids = blank_tile(model.model.vision_model, model.config.vision_config)
-    pixels = pixels.to(batch.plan.input_ids.device)
-    return replace(batch.with_unseen_tile(count), pixel_values=pixels, grids=grids)
-
-
-def target_weights(batch: PackedBatch, loss: str) -> torch.Tensor:
+def target_weights(batch: Bin, loss: str) -> torch.Tensor:
     """Return the weight of each answer token of ``batch``, float32 [targets].
 
     "square" is one over the square root of the answer's length, as the released model was trained:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,21 @@ BACKEND = "inductor"
 """Backend of ``torch.compile``."""
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a model whose layers are recomputed or compiled, and its projector.
+
+    Attributes:
+        vision: The vision encoder.
+        projector: The token-adaptive projector.
+        text: The language model.
+    """
+
+    vision: nn.Module
+    projector: Any
+    text: nn.Module
+
+
 def layers_of(module: nn.Module) -> list[nn.Module]:
     """Return the layers of an encoder or a language model, in order."""
     return [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
@@ -37,18 +53,17 @@ def sharded_units(model: Any) -> list[nn.Module]:
 
 
 @contextmanager
-def adapted_layers(model: Any, config: TrainConfig, learning: Collection[str]) -> Iterator[None]:
-    """Run the layers of ``model`` as ``config`` says, inside a ``with`` block.
+def adapted_layers(parts: Parts, config: TrainConfig, learning: Collection[str]) -> Iterator[None]:
+    """Run the layers of a model's ``parts`` as ``config`` says, inside a ``with`` block.
 
     With ``gradient_checkpointing`` a layer that gradients pass (``learning`` names what learns)
     keeps only its input, and so does the projector between its norm and its last product. With
     ``compile`` each layer is compiled by itself for any number of rows: layers of one kind share
     the code, and new lengths of packed rows need no new code.
     """
-    inner = model.model
-    text, vision = layers_of(inner.language_model), layers_of(inner.vision_model)
+    text, vision = layers_of(parts.text), layers_of(parts.vision)
     recomputed = text + vision * ("vision" in learning) if config.gradient_checkpointing else []
-    saved = inner.projector.save
+    saved = parts.projector.save
     try:
         for layer in text + vision:
             forward = layer.forward
@@ -62,12 +77,12 @@ def adapted_layers(model: Any, config: TrainConfig, learning: Collection[str]) -
                 forward = partial(_from_contiguous, forward)
             layer.forward = forward
         if config.gradient_checkpointing:
-            inner.projector.save = "input"
+            parts.projector.save = "input"
         yield
     finally:
         for layer in text + vision:
             vars(layer).pop("forward", None)
-        inner.projector.save = saved
+        parts.projector.save = saved
 
 
 def _from_contiguous(forward: Any, /, *args: Any, **kwargs: Any) -> Any:

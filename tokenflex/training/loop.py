@@ -128,6 +128,9 @@ class TrainingRun:
             self.records, self.broken.reasons = state["records"], state["broken"]
             if self.is_main:  # the other processes get the weights before the first step
                 self.model.load_state_dict(state["model"])
+        if self.is_main:
+            for note in self.setup.kind.notes():
+                tqdm.write(note)
         self.broken.add_known(self.setup.datasets.values(), writes=self.is_main)
         if self.is_main and state is None:
             self.setup.folder.begin_records()
@@ -148,21 +151,21 @@ class TrainingRun:
         if not is_resumed:
             self.records.append(StageRecord.begin(stage.name).counts)
         record = StageRecord(self.records[-1])
-        optimizer = build_optimizer(self.model, stage)
+        optimizer = build_optimizer(self.setup.kind, stage)
         scheduler = build_scheduler(optimizer, stage, record)
         if self.resumed is not None:
             restore_state(self.resumed, self.accelerator, self.model, optimizer, scheduler)
             self.resumed = None
         self.saved_step = record.counts["steps"]
         meter = build_meter(self.setup, stage, record)
-        model, optimizer = prepare(self.accelerator, self.model, optimizer)
+        model, optimizer = prepare(self.accelerator, self.setup.kind.step_module, optimizer)
         if is_resumed and not interrupted_anywhere(self.accelerator, self.interruption):
             self._evaluate_if_due(stage, only_missing=True)
         unit = "step" if stage.tokens is None else "token"
         bar: tqdm = progress_bar(
             stage.name, stage.budget, done=record.done(stage), unit=unit, shown=self.is_main
         )
-        layers = adapted_layers(self.model, self.config, stage.learning)
+        layers = adapted_layers(self.setup.kind.parts, self.config, stage.learning)
         with layers, bar, closing(load_steps(self.setup, stage_index, self._stages())) as data:
             try:
                 for packed in meter.waiting(data):

@@ -76,7 +76,13 @@ METRICS = (
     Metric("vision_tokens_per_second", "line", "tokens/s", "`vision_tokens` of all processes"),
     Metric("tiles_per_second", "line", "tiles/s", "`tiles` of all processes", _number(" tiles/s")),
     Metric("samples_per_second", "line", "samples/s", "`samples` of all processes"),
-    Metric("tflops_per_second", "line", "10^12/s", "model arithmetic", _number("FLOP/s", 1e12)),
+    Metric(
+        "tflops_per_second",
+        "line",
+        "10^12/s",
+        "model arithmetic; null if unknown",
+        _number("FLOP/s", 1e12),
+    ),
     Metric(
         "mfu",
         "line",
@@ -140,8 +146,9 @@ def tokens_per_image(records: Sequence[dict[str, Any]]) -> float | None:
 
 def bar_text(line: dict[str, Any]) -> str:
     """Return what the progress bar shows of a line; operations a second only without MFU."""
-    hidden = "mfu" if line["mfu"] is None else "tflops_per_second"
-    texts = [m.bar(line[m.key]) for m in METRICS if m.bar is not None and m.key != hidden]
+    hidden = {"tflops_per_second"} if line["mfu"] is not None else {"mfu"}
+    hidden |= {name for name in ("tflops_per_second",) if line[name] is None}
+    texts = [m.bar(line[m.key]) for m in METRICS if m.bar is not None and m.key not in hidden]
     return ", ".join(filter(None, texts))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -23,23 +23,23 @@ from tokenflex.data.faults import (
 from tokenflex.data.packing import DrawnSample, PackingCollator
 from tokenflex.data.samples import DataExhaustedError, size_of
 from tokenflex.data.steps import outline_of
-from tokenflex.models.loading import check_length
 from tokenflex.models.loss import CHUNK_LOGITS
 from tokenflex.training.build import (
     build_dataset,
     build_order,
-    build_processor,
     check_processes,
     check_supply,
-    empty_model,
-    modules_of,
 )
 from tokenflex.training.config import SampleConfig, StageConfig, TrainConfig
 from tokenflex.training.data_config import DataConfig
-from tokenflex.training.flops import Flops, teacher_flops, tile_cost, training_flops
+from tokenflex.training.flops import Flops
+from tokenflex.training.kinds import ModelKind, empty_kind
 from tokenflex.training.layers import layers_of, sharded_units
 
 MEASURED_SAMPLES = 64
+ONE_COUNT = TokenCounts((1,), (1.0,))
+"""Counts to measure samples at: a vision token for each tile."""
+
 _FLOAT32 = 4  # bytes of weights, gradients and both of Adam's moments
 
 
@@ -54,13 +54,15 @@ class StagePlan:
         steps_are_expected: The stage has a budget in tokens, so both are expected numbers.
         tokens: Expected rows of the language model, text and vision.
         vision_tokens: Expected rows that are vision.
-        flops: Expected floating-point operations, forward and backward.
+        flops: Expected floating-point operations, forward and backward; None for a converted stock
+            model, whose family's operations are not known.
         flops_saved: Share of them that the drawn counts save against the largest one. Negative
             where a teacher's pass costs more than they save.
         tile_cost: Cost of encoding a tile, in rows of the language model.
         state_bytes: Weights, gradients and optimiser state of one process. With shards its share of
             them, and the weights that are gathered at once.
-        activation_bytes: Estimate for one forward and backward pass.
+        activation_bytes: Estimate for one forward and backward pass; None where ``flops`` is.
+        notes: Sentences about the model that is planned for.
     """
 
     name: str
@@ -70,11 +72,12 @@ class StagePlan:
     samples: int
     tokens: float
     vision_tokens: float
-    flops: float
-    flops_saved: float
+    flops: float | None
+    flops_saved: float | None
     tile_cost: float
     state_bytes: int
-    activation_bytes: float
+    activation_bytes: float | None
+    notes: tuple[str, ...] = ()
 
 
 def plan_run(config: TrainConfig, processes: int = 1) -> list[StagePlan]:
@@ -88,36 +91,34 @@ def plan_run(config: TrainConfig, processes: int = 1) -> list[StagePlan]:
         FileNotFoundError: A required file does not exist.
     """
     check_processes(config, processes)
-    model = empty_model(config.model)
-    counts = [tokens_of(count) for stage in config.stages for count in stage.counts]
-    check_length(model.config, max(counts))
-    shares = model.takes_shared_prefixes
+    kind = empty_kind(config)
     samples = {
-        data: config.sample or measure_samples(config, data, share_prefix=shares)
+        data: config.sample or measure_samples(config, data, kind.collator(ONE_COUNT))
         for data in config.stage_data
     }
     return [
-        _plan_stage(stage, model, samples[config.data_of(stage)], config, processes)
+        _plan_stage(stage, kind, samples[config.data_of(stage)], config, processes)
         for stage in config.stages
     ]
 
 
-def measure_samples(config: TrainConfig, data: DataConfig, *, share_prefix: bool) -> SampleConfig:
+def measure_samples(
+    config: TrainConfig, data: DataConfig, collator: PackingCollator
+) -> SampleConfig:
     """Return the mean of the first training samples, from texts and image sizes alone.
 
-    With ``share_prefix`` what a sample's conversations have in common counts once, as it is packed.
-    Broken records of a file are named in warnings.
+    What a sample's conversations have in common counts as often as ``collator`` shows it. Broken
+    records of a file are named in warnings.
 
     Raises:
         BrokenSamplesError: More records of a file are broken than ``max_broken_samples``.
         ValueError: No sample can be read.
     """
-    dataset, processor = build_dataset(data), build_processor(config.model)
+    dataset = build_dataset(data)
     known = broken_records(dataset)
     warn_of_broken(known)
     check_broken(known, config.max_broken_samples)
     order = build_order(data, dataset, config.seed)
-    collator = PackingCollator(processor, TokenCounts((1,), (1.0,)), share_prefix=share_prefix)
     check_supply(config, {data: order})
     size = size_of(dataset)
     num_read = MEASURED_SAMPLES if size is None else min(size, MEASURED_SAMPLES)
@@ -150,21 +151,19 @@ def measure_samples(config: TrainConfig, data: DataConfig, *, share_prefix: bool
 
 
 def _plan_stage(
-    stage: StageConfig, model: Any, sample: SampleConfig, config: TrainConfig, processes: int
+    stage: StageConfig,
+    kind: ModelKind,
+    sample: SampleConfig,
+    config: TrainConfig,
+    processes: int,
 ) -> StagePlan:
-    flops = training_flops(model, stage.learning)
     expected = TokenCounts(stage.counts, stage.weights).expected
     tokens = sample.text_tokens + sample.shown * expected
     # A stage with a budget in tokens ends with the step that reaches it.
     steps = stage.steps or math.ceil(stage.budget / (stage.batch_size * tokens))
     samples = steps * stage.batch_size
-    cost = samples * _sample_flops(flops, sample, expected)
-    largest = samples * _sample_flops(flops, sample, max(map(tokens_of, stage.counts)))
-    teacher = 0 if stage.teacher_count is None else tokens_of(stage.teacher_count)
-    if teacher:
-        cost += samples * _sample_flops(teacher_flops(model), sample, teacher)
-    trained = {name: _parameters(modules_of(model)[name]) for name in stage.learning}
-    return StagePlan(
+    trained = {name: _parameters(kind.modules[name]) for name in stage.learning}
+    plan = StagePlan(
         name=stage.name,
         trained_parameters=trained,
         steps=steps,
@@ -172,11 +171,26 @@ def _plan_stage(
         samples=samples,
         tokens=samples * tokens,
         vision_tokens=samples * sample.shown * expected,
+        flops=None,
+        flops_saved=None,
+        tile_cost=kind.tile_cost(stage),
+        state_bytes=_state_bytes(kind.model, sum(trained.values()), config, processes),
+        activation_bytes=None,
+        notes=tuple(kind.notes()),
+    )
+    flops = kind.training_flops(stage)
+    if flops is None:
+        return plan
+    cost = samples * _sample_flops(flops, sample, expected)
+    largest = samples * _sample_flops(flops, sample, max(map(tokens_of, stage.counts)))
+    teacher = kind.teacher_flops(stage)
+    if teacher is not None and stage.teacher_count is not None:
+        cost += samples * _sample_flops(teacher, sample, tokens_of(stage.teacher_count))
+    return replace(
+        plan,
         flops=cost,
         flops_saved=1 - cost / largest,
-        tile_cost=tile_cost(model, stage.learning, teacher),
-        state_bytes=_state_bytes(model, sum(trained.values()), config, processes),
-        activation_bytes=_activation_bytes(stage, model, sample, tokens, config),
+        activation_bytes=_activation_bytes(stage, kind.model, sample, tokens, config),
     )
 
 
@@ -266,9 +280,9 @@ def format_plan(plans: Collection[StagePlan]) -> str:
                 f"{_short(sum(trained.values()))} {'+'.join(trained)}",
                 "~" * plan.steps_are_expected + str(plan.steps),
                 *map(_short, (plan.samples, plan.tokens, plan.vision_tokens)),
-                f"{plan.flops:.2e}",
-                f"{plan.flops_saved:.1%}",
-                f"{plan.state_bytes / 2**30:.1f} + {plan.activation_bytes / 2**30:.1f}",
+                _or_unknown(plan.flops, ".2e"),
+                _or_unknown(plan.flops_saved, ".1%"),
+                f"{plan.state_bytes / 2**30:.1f} + {_gib(plan.activation_bytes)}",
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -279,14 +293,26 @@ def format_plan(plans: Collection[StagePlan]) -> str:
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(aligned).rstrip())
-    total = sum(plan.flops for plan in plans)
+    known = [plan.flops for plan in plans if plan.flops is not None]
+    total = f"{sum(known):.2e} floating-point operations in all"
+    if not known:
+        total = "?: not known for a converted stock model, whose layers are its family's"
     lines += [
         "",
-        f"{total:.2e} floating-point operations in all",
+        *dict.fromkeys(note for plan in plans for note in plan.notes),
+        total,
         "trained: parameters and modules. saved: of the arithmetic, against the largest count.",
         "GiB of one process: weights, gradients, optimiser + activations (estimated).",
     ]
     return "\n".join(lines)
+
+
+def _or_unknown(number: float | None, form: str) -> str:
+    return "?" if number is None else format(number, form)
+
+
+def _gib(size: float | None) -> str:
+    return _or_unknown(None if size is None else size / 2**30, ".1f")
 
 
 def _short(number: float) -> str:

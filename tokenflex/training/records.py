@@ -53,6 +53,7 @@ class StageRecord:
 class Meter:
     """Times the steps of a stage and turns them into rates over the steps since the last rates.
 
+    ``flops`` is None where the operations of the model are not known, as ``mfu`` is then.
     The clock runs while a step waits for data and computes, not while the run saves, evaluates or
     draws bars. Each step is counted in ``record`` as well. ``peak`` is that of all processes'
     devices in operations a second, None if unknown; ``clock`` returns seconds.
@@ -61,7 +62,7 @@ class Meter:
     def __init__(
         self,
         record: StageRecord,
-        flops: Flops,
+        flops: Flops | None,
         *,
         teacher_flops: Flops | None = None,
         peak: float | None,
@@ -118,8 +119,10 @@ class Meter:
         steps, seconds = self._steps, self._waited + self._computed
         waited = min(sum(waits) / len(waits), seconds)
         window = self._window
-        flops = self._flops.total(**{name: window[name] for name in _COSTS})
-        if self._teacher_flops is not None:
+        flops = None
+        if self._flops is not None:
+            flops = self._flops.total(**{name: window[name] for name in _COSTS})
+        if flops is not None and self._teacher_flops is not None:
             teacher = {name: window[f"teacher_{name}"] for name in ("tokens", "vision_tokens")}
             flops += self._teacher_flops.total(
                 tiles=window["tiles"], targets=window["targets"], **teacher
@@ -134,8 +137,8 @@ class Meter:
                 f"{name}_per_second": window[name] / seconds
                 for name in ("tokens", "vision_tokens", "tiles", "samples")
             },
-            "tflops_per_second": flops / seconds / 1e12,
-            "mfu": None if self._peak is None else flops / seconds / self._peak,
+            "tflops_per_second": None if flops is None else flops / seconds / 1e12,
+            "mfu": None if flops is None or not self._peak else flops / seconds / self._peak,
             "peak_memory_gib": max(memories) or None,
         }
 

@@ -8,25 +8,21 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 
-from tokenflex.counts import tokens_of
 from tokenflex.formats import FRESH_PARTS
 from tokenflex.interruption import Interruption
-from tokenflex.models.loading import check_length
 from tokenflex.training.agreement import from_main
 from tokenflex.training.build import (
     build_dataset,
-    build_model,
     build_order,
-    build_processor,
-    check_dropout,
     check_processes,
     check_supply,
 )
-from tokenflex.training.config import EncoderWarmUpConfig, TrainConfig
+from tokenflex.training.config import EncoderWarmUpConfig, ModelConfig, TrainConfig
 from tokenflex.training.data_digests import check_unchanged, digests_of
 from tokenflex.training.engine import build_accelerator
 from tokenflex.training.evaluations import Evaluator
 from tokenflex.training.faults import BrokenSamples
+from tokenflex.training.kinds import load_kind
 from tokenflex.training.output import (
     BROKEN_SAMPLES,
     EVALUATIONS,
@@ -55,6 +51,7 @@ class Setup:
             tensors.
         datasets: The data sets of the stages, by their configurations.
         orders: The order of samples in each data set.
+        kind: The model and its processor, as the loop sees them.
         is_sharded: The processes are to hold shards of the model.
         evaluator: Evaluates the model; None if the configuration has no evaluation.
 
@@ -130,16 +127,11 @@ class Setup:
 
     def _build_model(self) -> None:
         config = self.config
-        self.processor = build_processor(config.model, config.stage_data)
-        drawn = {count for stage in config.stages for count in stage.drawn_counts}
-        self.model = build_model(config.model, self.processor, drawn)
-        check_dropout(self.model, config)
-        counts = [count for stage in config.stages for count in stage.counts]
-        counts += () if config.evaluation is None else config.evaluation.counts
-        check_length(self.model.config, max(map(tokens_of, counts)))
+        self.kind = load_kind(config)
+        self.model, self.processor = self.kind.model, self.kind.processor
         self.is_sharded = config.sharding == "full" and self.accelerator.num_processes > 1
         if not self.is_sharded:  # else it goes to the device in shards
-            self.model = self.model.to(self.accelerator.device)
+            self.model.to(self.accelerator.device)
 
     def _take_folder(self, fresh: bool) -> None:
         is_resumed = self.resumed is not None
@@ -162,8 +154,10 @@ class Setup:
 
 def warm_up(setup: Setup, settings: EncoderWarmUpConfig) -> dict[str, Any]:
     """Warm the vision encoder up, in place of pretrained weights; return the counts of it."""
-    assert setup.config.model.processor is not None  # checked by TrainConfig
-    fresh_parts = FRESH_PARTS[setup.config.model.processor]
+    model = setup.config.model
+    assert isinstance(model, ModelConfig)  # checked by TrainConfig, as is the next
+    assert model.processor is not None
+    fresh_parts = FRESH_PARTS[model.processor]
     record, began = StageRecord.begin("encoder warm-up"), time.perf_counter()
     with progress_bar("encoder warm-up", settings.steps, shown=setup.is_main) as bar:
 

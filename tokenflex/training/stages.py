@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from tokenflex.counts import TokenCounts, tokens_of
+from tokenflex.counts import TokenCounts
 from tokenflex.data.order import StepSampler, load_in_order
-from tokenflex.data.packing import PackingCollator
 from tokenflex.data.steps import PackedStep, StepPacker
-from tokenflex.training.build import modules_of
 from tokenflex.training.config import StageConfig
-from tokenflex.training.flops import peak_flops, teacher_flops, tile_cost, training_flops
+from tokenflex.training.flops import peak_flops
+from tokenflex.training.kinds import ModelKind
 from tokenflex.training.records import Meter, StageRecord
 from tokenflex.training.setup import Setup
 
@@ -22,15 +21,16 @@ FUSED_DEVICES = ("cpu", "cuda")
 """Devices on which AdamW updates all weights in one call. A state keeps how its run updates."""
 
 
-def build_optimizer(model: Any, stage: StageConfig) -> torch.optim.Optimizer:
+def build_optimizer(kind: ModelKind, stage: StageConfig) -> torch.optim.Optimizer:
     """Freeze all modules but those that learn in ``stage``; return an optimiser of the others."""
+    model = kind.model
     model.requires_grad_(False)
     model.eval()  # a frozen module answers as it does when the model is used
     groups = []
     for name, rate in stage.learning_rate.items():
         if not rate:
             continue
-        modules = modules_of(model)[name]
+        modules = kind.modules[name]
         for module in modules:
             module.train()
         # The head may share its weight with the embedding: each tensor once.
@@ -83,15 +83,15 @@ def learning_rate_factor(stage: StageConfig, steps: int, tokens: int) -> float:
 
 def build_meter(setup: Setup, stage: StageConfig, record: StageRecord) -> Meter:
     """Return the meter of a stage, which counts in ``record``."""
-    config, model, accelerator = setup.config, setup.model, setup.accelerator
+    config, accelerator = setup.config, setup.accelerator
     device = accelerator.device
     peak = None if config.peak_tflops is None else 1e12 * config.peak_tflops
     if peak is None and device.type == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(device), config.precision)
     return Meter(
         record,
-        training_flops(model, stage.learning),
-        teacher_flops=teacher_flops(model) if stage.distillation else None,
+        setup.kind.training_flops(stage),
+        teacher_flops=setup.kind.teacher_flops(stage),
         peak=None if peak is None else peak * accelerator.num_processes,
         device=device,
     )
@@ -105,7 +105,7 @@ def load_steps(
     Each step is a pure function of the configuration and of its place in the run. ``records`` are
     the counts of the stages that have begun, this one among them if it has.
     """
-    config, model = setup.config, setup.model
+    config = setup.config
     stage = config.stages[stage_index]
     data = config.data_of(stage)
     # A stage continues where an earlier one on the same data has stopped.
@@ -124,22 +124,17 @@ def load_steps(
         steps=max(0, math.ceil(stage.budget - done)),
         batch_size=stage.samples_read,
     )
-    teacher = stage.teacher_count
-    collator = PackingCollator(
-        setup.processor,
-        TokenCounts(stage.counts, stage.weights, seed=config.seed),
-        share_prefix=model.takes_shared_prefixes,
-        max_length=stage.max_length,
-        teacher_count=teacher,
-    )
-    teacher_tokens = 0 if teacher is None else tokens_of(teacher)
     packer = StepPacker(
         setup.datasets[data],
-        collator,
+        setup.kind.collator(
+            TokenCounts(stage.counts, stage.weights, seed=config.seed),
+            max_length=stage.max_length,
+            teacher_count=stage.teacher_count,
+        ),
         draw=stage.draw,
         max_tokens=stage.max_tokens,
         max_tiles=stage.max_tiles,
-        tile_cost=tile_cost(model, stage.learning, teacher_tokens),
+        tile_cost=setup.kind.tile_cost(stage),
         rank=setup.accelerator.process_index,
         num_ranks=setup.accelerator.num_processes,
     )

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from tokenflex.errors import REASON_LENGTH
 from tokenflex.files import excerpt, printable
@@ -228,7 +235,7 @@ def _messages(
     problem: Any, model: type[BaseModel], described: set[type[BaseModel]]
 ) -> Iterator[str]:
     """Yield messages; the known keys of models in ``described`` have been named before."""
-    key = ".".join(str(part) for part in problem["loc"] if part != "[key]") or "the file"
+    key = ".".join(str(part) for part in problem["loc"] if not _is_mark(part)) or "the file"
     key, given = printable(key, KEY_LENGTH), excerpt(problem["input"])
     if problem["type"] == "extra_forbidden":
         owner = _model_at(problem["loc"], model)
@@ -247,11 +254,20 @@ def _messages(
         yield f"{key}: {problem['msg']} (got {given})"
 
 
+def _is_mark(part: int | str) -> bool:
+    """Return whether a part of a location is no key: pydantic's "[key]", or the tag of a union."""
+    return isinstance(part, str) and part.startswith("[") and part.endswith("]")
+
+
 def _model_at(location: tuple[int | str, ...], model: Any) -> type[BaseModel]:
     """Return the model that a key belongs to."""
+    candidates: Sequence[Any] = ()
     for part in location[:-1]:
-        if isinstance(part, str):
+        if _is_mark(part):
+            model = next(get_args(c)[0] for c in candidates if Tag(str(part)) in get_args(c))
+        elif isinstance(part, str):
             annotation = model.model_fields[part].annotation
-            candidates = [annotation, *getattr(annotation, "__args__", ())]
-            model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+            candidates = [annotation, *get_args(annotation)]
+            of_models = (c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+            model = next(of_models, None)
     return cast("type[BaseModel]", model)
