@@ -96,27 +96,25 @@ def _train(options: argparse.Namespace) -> int:
         from tokenflex.plots import plot_accuracy
 
         plot_accuracy(report, config.output / "accuracy.png")
-        _write_card(config, report)
+        _write_card(run, report)
         print(format_table(report))
     print(f"{report['seconds']:.0f} s of training; everything is in {config.output}")
     return 0
 
 
-def _write_card(config: Any, report: dict[str, Any]) -> None:
+def _write_card(run: Any, report: dict[str, Any]) -> None:
     """Show the accuracies of a finished run in the card of its checkpoint."""
-    from transformers import AutoConfig
-
     from tokenflex.models.cards import PICTURE, write_card
     from tokenflex.plots import plot_accuracy
+    from tokenflex.training.config import ConvertedModelConfig
     from tokenflex.training.output import CHECKPOINT
 
-    folder = config.output / CHECKPOINT
+    folder, model = run.config.output / CHECKPOINT, run.config.model
+    if isinstance(model, ConvertedModelConfig):
+        sources = {"conversion": str(model.start)}
+    else:
+        sources = {"vision encoder": model.vision.path, "language model": model.text.path}
     plot_accuracy(report, folder / PICTURE)
-    sources = {
-        "vision encoder": config.model.vision.path,
-        "language model": config.model.text.path,
-    }
-    name = f"{config.output.name}"
     write_card(
-        folder, AutoConfig.from_pretrained(folder), report=report, sources=sources, name=name
+        folder, run.setup.model.config, report=report, sources=sources, name=run.config.output.name
     )
