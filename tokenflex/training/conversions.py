@@ -26,8 +26,8 @@ from tokenflex.packing.collator import without_weights
 from tokenflex.training.config import ConvertedModelConfig, StageConfig, TrainConfig
 from tokenflex.training.converted_data import ConvertedCollator, check_conversations
 from tokenflex.training.flops import Flops
-from tokenflex.training.kinds import ModelKind, check_positions, drawn_counts
 from tokenflex.training.layers import Parts
+from tokenflex.training.model_kind import ModelKind, check_positions, drawn_counts
 
 _PIXELS = 16 * 16  # of a unit of vision work
 

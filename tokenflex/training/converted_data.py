@@ -310,8 +310,8 @@ def check_conversations(processor: Any) -> None:
     adds = processor.adds_special_tokens(text)
     expected = processor.encode_text(text, tiles, num_image_tokens=1, add_special_tokens=adds)
     runs = [number // runs_of(number) for number in tiles for _ in range(runs_of(number))]
-    ids = expand_placeholders(torch.from_numpy(ids), runs, image_token_id(processor))
-    if not torch.equal(ids, expected["input_ids"].flatten()):
+    expanded = expand_placeholders(torch.from_numpy(ids), runs, image_token_id(processor))
+    if not torch.equal(expanded, expected["input_ids"].flatten()):
         model_type = type(processor)._tokenflex_family.model_type
         raise ValueError(
             f"conversations of {model_type} are not what its chat template writes, but have more "

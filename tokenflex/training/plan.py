@@ -33,8 +33,9 @@ from tokenflex.training.build import (
 from tokenflex.training.config import SampleConfig, StageConfig, TrainConfig
 from tokenflex.training.data_config import DataConfig
 from tokenflex.training.flops import Flops
-from tokenflex.training.kinds import ModelKind, empty_kind
+from tokenflex.training.kinds import empty_kind
 from tokenflex.training.layers import layers_of, sharded_units
+from tokenflex.training.model_kind import ModelKind
 
 MEASURED_SAMPLES = 64
 ONE_COUNT = TokenCounts((1,), (1.0,))

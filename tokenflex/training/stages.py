@@ -13,7 +13,7 @@ from tokenflex.data.order import StepSampler, load_in_order
 from tokenflex.data.steps import PackedStep, StepPacker
 from tokenflex.training.config import StageConfig
 from tokenflex.training.flops import peak_flops
-from tokenflex.training.kinds import ModelKind
+from tokenflex.training.model_kind import ModelKind
 from tokenflex.training.records import Meter, StageRecord
 from tokenflex.training.setup import Setup
 
