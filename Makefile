@@ -102,7 +102,7 @@ $(TORCHVISION)/.ready: .venv/.ready constraints/torchvision.txt
 	touch $@
 
 # The site's tools read the sources and import nothing: they need no other environment. The variable
-# silences a notice about a release that does not exist yet.
+# silences a notice that Material is maintained until May 2027, which would be printed in every run.
 DOCS := .venv-docs
 docs: $(DOCS)/.ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build

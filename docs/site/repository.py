@@ -75,19 +75,20 @@ def rewritten(text: str, path: str) -> str:
 
 
 def linked_files(roots: list[str]) -> set[str]:
-    """Return ``roots`` and all files and folders of the repository that links lead to."""
+    """Return ``roots`` and all that links lead to: files, and folders that have no README."""
     known: set[str] = set()
     waiting = [*roots]
     while waiting:
         path = waiting.pop()
         if path in known or not (ROOT / path).exists():  # MkDocs names what does not exist
             continue
+        if (ROOT / path / "README.md").is_file():
+            waiting.append(f"{path}/README.md")
+            continue
         known.add(path)
         if path.endswith(".md"):
             text = (ROOT / path).read_text(encoding="utf-8")
             waiting += [resolve(path, target) for target in links(text)]
-        elif (ROOT / path / "README.md").is_file():
-            waiting.append(f"{path}/README.md")
     return known
 
 
@@ -96,12 +97,10 @@ def shown(path: str) -> str:
     file = ROOT / path
     head = f"---\nsearch: {{exclude: true}}\n---\n\n# `{path}`\n\n"
     if file.is_dir():
-        names = sorted(entry.name for entry in file.iterdir() if not entry.name.startswith("_"))
-        return (
-            head
-            + "Files of this folder of the repository:\n\n"
-            + "".join(f"- `{name}`\n" for name in names)
-        )
+        names = sorted(entry.name for entry in file.iterdir())
+        kept = (name for name in names if name != "__pycache__" and not name.startswith("."))
+        listing = "".join(f"- `{name}`\n" for name in kept)
+        return f"{head}Files of this folder of the repository:\n\n{listing}"
     text = file.read_text(encoding="utf-8").rstrip()
     return f"{head}``````{LANGUAGES.get(file.suffix, 'text')}\n{text}\n``````\n"
 
@@ -114,7 +113,7 @@ def on_files(files: Any, config: Any) -> Any:
     roots += [path_of(page) for page in _pages_in(config.nav)]
     for path in sorted(linked_files(roots)):
         file, uri = ROOT / path, page_of(path)
-        if files.get_file_from_path(uri) is not None or (file / "README.md").is_file():
+        if files.get_file_from_path(uri) is not None:
             continue
         if file.is_dir() or not path.endswith((".md", *AS_THEY_ARE)):
             files.append(File.generated(config, uri, content=shown(path)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,7 +73,7 @@ def test_links_to_headings_name_headings():
 
 
 def test_no_page_of_the_site_stands_for_two_files():
-    pages = [HOOK.page_of(path) for path in LINKED if not (ROOT / path / "README.md").is_file()]
+    pages = [*map(HOOK.page_of, LINKED)]
     assert len(pages) == len({*pages})
 
 
@@ -112,7 +113,7 @@ def test_links_lead_to_pages_of_the_site(path, link, rewritten):
 
 
 def test_links_in_code_stay_as_they_are():
-    code = "```python\nx = a[0](README.md)\n```\n"
+    code = "```python\nx = a[0](../configs/demo.yaml)\n```\n"
     assert HOOK.rewritten(code, "docs/training.md") == code
     assert [*HOOK.links(code)] == []
 
@@ -120,8 +121,10 @@ def test_links_in_code_stay_as_they_are():
 def test_sources_are_shown_whole_and_folders_list_their_files():
     shown = HOOK.shown("configs/demo.yaml")
     assert "``````yaml\n" + read("configs/demo.yaml").rstrip() in shown
-    assert "- `test_server.py`" in HOOK.shown("tests/serving")
-    assert "__pycache__" not in HOOK.shown("tests/serving")
+    listing = HOOK.shown("tests/docs")  # has been imported, so that it has a cache
+    assert "- `__init__.py`" in listing
+    assert "- `test_site.py`" in listing
+    assert "__pycache__" not in listing
 
 
 def test_the_readme_and_linked_files_are_added_to_the_site(monkeypatch):
@@ -139,7 +142,7 @@ def test_the_readme_and_linked_files_are_added_to_the_site(monkeypatch):
 
     module = SimpleNamespace(File=SimpleNamespace(generated=generated))
     for name in ("mkdocs", "mkdocs.structure", "mkdocs.structure.files"):
-        monkeypatch.setitem(__import__("sys").modules, name, module)
+        monkeypatch.setitem(sys.modules, name, module)
     own = Files(SimpleNamespace(src_uri=path.removeprefix("docs/")) for path in OWN_PAGES)
     files = HOOK.on_files(own, SimpleNamespace(nav=CONFIG["nav"]))
     added = {file.src_uri: file for file in files[len(OWN_PAGES) :]}
@@ -155,3 +158,37 @@ def test_the_site_takes_no_address_that_is_not_there():
     assert not {"site_url", "repo_url", "edit_uri"} & CONFIG.keys()
     assert CONFIG["strict"] is True
     assert {*CONFIG["validation"].values()} == {"warn"}
+
+
+def test_links_to_a_folder_lead_to_its_readme():
+    linked = HOOK.linked_files(["experiments/speed"])
+    assert "experiments/speed/README.md" in linked
+    assert "experiments/speed" not in linked
+    assert HOOK.linked_files(["experiments/ablation"]) == {"experiments/ablation"}
+
+
+@pytest.mark.parametrize(
+    ("docstring", "known", "shown"),
+    [
+        (
+            "See :func:`plan_pooling`.",
+            {"plan_pooling": "package.plan_pooling"},
+            'See <autoref optional identifier="package.plan_pooling"><code>plan_pooling</code>'
+            "</autoref>.",
+        ),
+        (
+            "A :class:`~tokenflex.counts.TokenCounts`",
+            {},
+            'A <autoref optional identifier="tokenflex.counts.TokenCounts"><code>TokenCounts</code>'
+            "</autoref>",
+        ),
+        ("``x`` and `y`: plain", {}, "``x`` and `y`: plain"),
+    ],
+)
+def test_roles_of_docstrings_become_links(monkeypatch, docstring, known, shown):
+    griffe = SimpleNamespace(Extension=object, Object=object)
+    monkeypatch.setitem(sys.modules, "griffe", griffe)
+    roles = runpy.run_path(str(DOCS / "site/roles.py"))["Roles"]()
+    thing = SimpleNamespace(docstring=SimpleNamespace(value=docstring), resolve=known.__getitem__)
+    roles.on_object(obj=thing)
+    assert thing.docstring.value == shown
