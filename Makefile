@@ -1,7 +1,7 @@
 # make demo    train, evaluate and plot a tiny model in minutes          (no GPU needed)
 # make test    side by side on two cores: lint, types, the CPU tests, the processors beside torchvision, the
-#              kernels interpreted and compiled, and the paper's claim on models that are trained for it in
-#              two minutes (no GPU needed)
+#              kernels interpreted and compiled, the documentation, and the paper's claim on models that are
+#              trained for it in two minutes (no GPU needed)
 # make test-release    the same with all tests: those marked `release`, every combination of the interpreted
 #              kernels' cases, more random records (see tests/selection.py; no GPU needed)
 # make aot     every kernel and shipped configuration compiled, for every dtype; make test: bfloat16 alone
@@ -12,6 +12,7 @@
 #              (minutes; downloads 1 GB into an environment of its own, no GPU needed)
 # make test-play       the playground's page, with gradio in a headless Chromium (Debian's chromium; downloads
 #              0.2 GB, no GPU needed)
+# make docs    the documentation's site, into build/site; a warning is an error (no GPU needed)
 # make test-openvino   the tests of exported graphs in OpenVINO, which they install (no GPU needed)
 # make gpu     build with CUDA into $(PYTHON), run every kernel, the GPU tests, the tuner and the benchmarks
 #              within BUDGET=540 seconds; another call continues (offline)
@@ -29,7 +30,7 @@ BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 .PHONY: demo test test-release test-cpu test-kernels test-aot aot test-ptx test-claim test-torchvision \
-  test-vllm test-play test-openvino test-versions test-oldest test-newest test-dropin-oldest lint setup \
+  test-vllm test-play test-openvino test-versions test-oldest test-newest test-dropin-oldest lint setup docs \
   gpu tune sanitize sanitize-threads sanitize-gpu clean
 
 setup: .venv/.ready
@@ -51,7 +52,7 @@ demo: setup
 test: setup
 	$(MAKE) -j3 $(and $(filter output-sync,$(.FEATURES)),--output-sync=line) \
 	  test-cpu test-folder-training test-folder-dropin test-kernels test-claim test-folder-models \
-	  test-folder-kernels test-folder-serving lint test-torchvision test-aot
+	  test-folder-kernels test-folder-serving lint test-torchvision test-aot docs
 
 test-release:
 	TOKENFLEX_TESTS=all $(MAKE) test
@@ -98,6 +99,18 @@ test-torchvision: $(TORCHVISION)/.ready
 $(TORCHVISION)/.ready: .venv/.ready constraints/torchvision.txt
 	rm -rf $(TORCHVISION)
 	$(BIN)/python -m pip install --no-deps --target $(TORCHVISION) --requirement constraints/torchvision.txt
+	touch $@
+
+# The site's tools read the sources and import nothing: they need no other environment. The variable
+# silences a notice that Material is maintained until May 2027, which would be printed in every run.
+DOCS := .venv-docs
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+
+$(DOCS)/.ready: constraints/docs.txt
+	rm -rf $(DOCS)
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --requirement $<
 	touch $@
 
 # Beside `make test`: in a folder of its own, as gradio wants an older Pillow.
@@ -228,4 +241,4 @@ sanitize-gpu:
 	exit $$failed
 
 clean:
-	rm -rf .venv $(TORCHVISION) $(VERSIONS) $(VLLM) $(PLAY) $(OPENVINO) build *.egg-info tokenflex_kernels/*.so
+	rm -rf .venv $(TORCHVISION) $(VERSIONS) $(VLLM) $(PLAY) $(OPENVINO) $(DOCS) build *.egg-info tokenflex_kernels/*.so

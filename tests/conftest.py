@@ -25,7 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 _MODEL_TESTS = [
-    *("data", "digits", "dropin", "evaluation", "experiments", "harnesses", "models"),
+    *("data", "digits", "docs", "dropin", "evaluation", "experiments", "harnesses", "models"),
     *("routing", "serving", "training"),
     *("test_answers.py", "test_cli.py", "test_docs.py", "test_examples.py", "test_plots.py"),
     "test_videos.py",
@@ -46,7 +46,7 @@ _TESTS_BY_REQUIREMENT = {
     "triton": ["ptx"],
     "transformers": _MODEL_TESTS,
     "transformers>=5.18": [
-        *("dropin", "packing", "serving", "evaluation/test_converted.py"),
+        *("docs", "dropin", "packing", "serving", "evaluation/test_converted.py"),
         *("test_docs.py", "test_examples.py", "test_front_door.py"),
         "training/test_conversions.py",
     ],
@@ -62,6 +62,7 @@ _TESTS_BY_REQUIREMENT = {
             "data",
             "digits/test_canvas_size.py",
             "digits/test_moving.py",
+            "docs",
             "benchmarks/test_training_pace.py",
         ),
     ],
