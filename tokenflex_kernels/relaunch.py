@@ -186,6 +186,24 @@ def binary_of(
     return Binary(compiled, compiled.run, compiled.function, compiled.packed_metadata, constants)
 
 
+def are_unobserved(kernels: list[Any]) -> bool:
+    """Return whether launches of these are ordinary, see :func:`is_ordinary`, and without hooks."""
+    for kernel in kernels:
+        if not is_ordinary(kernel):
+            return False
+    runtime = _knobs().runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return not (getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def launcher_arguments(
+    binary: Binary, programs: int, stream: int
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return what ``binary.run`` gets before and after a kernel's arguments, without hooks."""
+    head = programs, 1, 1, stream, binary.function, binary.packed_metadata, None, None, None
+    return head, binary.constants
+
+
 def run(binary: Binary, programs: int, stream: int, args: tuple[Any, ...] | list[Any]) -> None:
     """Launch ``binary`` on the current device.
 

@@ -30,6 +30,7 @@ from tokenflex_kernels import launch as launching
 from tokenflex_kernels.call_records import RecordedStage, call_key, record_stage
 from tokenflex_kernels.launch_configs import launch_config, overriding
 from tokenflex_kernels.pool_norm import stages as pool_norm_stages
+from tokenflex_kernels.relaunch import Binary
 from tokenflex_kernels.swiglu import stages as swiglu_stages
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="needs Triton's binder, not its interpreter")
@@ -415,7 +416,7 @@ class TestRecords:
         return run
 
     def launch(self, *args):
-        return launching.Launch(None, 1, args, {}, object())
+        return launching.Launch(None, 1, args, {}, Binary(None, print, 0, (), ()))
 
     def record(self, stage, tables=()):
         return record_stage(stage, (torch.zeros(4),), (), tables)[1]
@@ -475,14 +476,12 @@ class TestRecords:
         for _ in range(3):
             unit(x, **weights)
         assert len(stages_run) == 2
-        new_empty = torch.Tensor.new_empty
 
-        def shifted(self, *shape, **options):
-            size = shape[0] if len(shape) == 1 else shape
-            flat = new_empty(self, (size[0] * size[1] + 8,), **options)
+        def shifted(self, size, strides, **options):
+            flat = self.new_empty(size[0] * size[1] + 8, **options)
             return flat[1 : 1 + size[0] * size[1]].view(size)
 
-        monkeypatch.setattr(torch.Tensor, "new_empty", shifted)
+        monkeypatch.setattr(torch.Tensor, "new_empty_strided", shifted)
         unit(x, **weights)
         assert len(stages_run) == 3
 
