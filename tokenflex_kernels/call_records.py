@@ -60,8 +60,7 @@ def call_key(op: str, tensors: tuple[Any, ...], *others: Any) -> Key | None:
         others: all else that the call depends on, hashable.
     """
     like = tensors[0]
-    kind = relaunch.device_type(like)
-    stream = 0
+    kind, stream = relaunch.device_type(like), 0
     if kind == "cuda":
         index = like.device.index
         if index != relaunch.current_device() or relaunch.is_capturing():
@@ -69,10 +68,9 @@ def call_key(op: str, tensors: tuple[Any, ...], *others: Any) -> Key | None:
         stream = relaunch.current_stream(index)
     if launch_configs.is_overridden() or torch.is_autocast_enabled(kind):
         return None
-    if like.numel() == 0:  # launches nothing that could be repeated
-        return None
-    described = describe(tensors)
-    if described is None:
+    compiled = extension()
+    described = _described(tensors) if compiled is None else compiled.tensor_key(*tensors)
+    if described is None or like.numel() == 0:  # no rows launch nothing that could be repeated
         return None
     precision = dot_precision(torch.float32) if like.dtype is torch.float32 else None
     # Results that are the same in every call were made in the mode of the first.
@@ -230,10 +228,11 @@ class RecordedLaunches:
             self._repeat_compiled = compiled.repeat_launches
 
     def __call__(self, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...] | None:
-        if self._compiled is not None and relaunch.are_unobserved(self._kernels):
-            compiled: tuple[torch.Tensor, ...] | None
-            compiled = self._repeat_compiled(self._compiled, *tensors)
-            return compiled
+        if not self._is_interpreted and not relaunch.is_ordinary(*self._kernels):
+            return None
+        if self._compiled is not None and not relaunch.has_launch_hooks():
+            made: tuple[torch.Tensor, ...] | None = self._repeat_compiled(self._compiled, *tensors)
+            return made
         like: Any = tensors[0]
         results: list[Any] = [
             like.new_empty_strided(result[0], result[1], dtype=result[2])
@@ -260,9 +259,7 @@ class RecordedLaunches:
             else result
             for result in self.results
         ]
-        return compiled.prepare_launches(
-            self.rows.num_tensors, self.rows.offset, results, launches
-        )
+        return compiled.prepare_launches(self.rows.num_tensors, self.rows.offset, results, launches)
 
     def _repeat(self, tensors: Tensors) -> bool:
         """Repeat the launches on tensors and results; return whether that was possible."""
@@ -278,8 +275,6 @@ class RecordedLaunches:
         for address in addresses[self.rows.num_tensors :]:
             if address & 15:
                 return False
-        if not all(map(relaunch.is_ordinary, self._kernels)):
-            return False
         for repeat in self.repeats:
             binary: Any = repeat.binary
             args = _with_tensors(repeat, addresses, tensors)
@@ -294,15 +289,15 @@ def chain_launches(
 
     Args:
         stages: each with the places of its tensors: those of the call, followed by the results of
-            the stages before. The first one's rows are the call's.
+            the stages before. The first one's rows are the call's; those of the others are results,
+            which are aligned, as a repeatable stage must have made them.
         num_tensors: of the call.
     """
     repeats: list[_Repeat] = []
     results: list[Any] = []
     for stage, places in stages:
         launches = stage.launches
-        # Results are aligned, so rows that are one must have been.
-        if launches is None or (places[0] >= num_tensors and launches.rows.offset != 0):
+        if launches is None:
             return None
         made = range(num_tensors + len(results), num_tensors + len(results) + len(launches.results))
         moved = [*places, *made]
@@ -377,8 +372,11 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.has_computed |= func.overloadpacket not in self.HARMLESS
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        # Inference mode shows conversions that have nothing to convert, as of the grids to numbers.
+        is_given = len(args) > 0 and result is args[0] and not func._schema.is_mutable
+        self.has_computed |= not is_given and func.overloadpacket not in self.HARMLESS
+        return result
 
 
 def _repeats(

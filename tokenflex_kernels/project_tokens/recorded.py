@@ -16,8 +16,8 @@ from tokenflex_kernels.swiglu.stages import launch_gate_up
 
 Kept = tuple[torch.Tensor | None, ...]
 
-# The tensors of both stages, as places among x and the weights up to up_bias, followed by the results
-# of the first stage.
+# The tensors of both stages, as places among x and the weights up to up_bias, followed by the
+# results of the first stage.
 _NUM_TENSORS = 7
 _POOLING, _GATED_UNIT = (0, 1, 2), (_NUM_TENSORS, 3, 5, 4, 6)
 
@@ -47,6 +47,8 @@ class RecordedProduct:
         if self._launches is not None:
             results = self._launches(x, *weights[:6])
             if results is not None:
+                if not self.is_differentiated:
+                    return results[3], ()
                 return self.results(results[:3], results[3:])
         norm_weight, norm_bias, gate, gate_bias, up, up_bias, _, _ = weights
         rows = self._pooling(x, norm_weight, norm_bias)
