@@ -122,15 +122,16 @@ def plot_baselines(report: dict[str, Any], path: Path) -> None:
         f"difficult: right at {full}, wrong when resized",
     )
     figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+    colours = dict(zip(baselines["accuracy"], KINDS, strict=False)) | {model: BLUE}
     for axes, title, shares in zip(panels, titles, (every, difficult), strict=True):
-        axes.set_title(title, loc="left", fontsize=11, pad=12)
+        axes.set_title(title, loc="left", fontsize=11, pad=18)
         axes.set_xlabel("vision tokens per image")
         finish(axes)
         shown = [label for label in (*labels, full) if label in shares["accuracy"][model]]
         squares = [tokens[label] for label in shown if label.isdecimal()]
         _set_tokens_axis(axes, squares, [tokens[label] for label in shown])
-        others = [method for method in shares["accuracy"] if method != model]
-        for method, colour in [*zip(others, KINDS, strict=False), (model, BLUE)]:
+        # The model is drawn over the others.
+        for method in sorted(shares["accuracy"], key=lambda method: method == model):
             row = {k: v for k, v in shares["accuracy"][method].items() if v is not None}
             order = sorted(row, key=tokens.__getitem__)
             errors = shares["standard_error"][method]
@@ -143,7 +144,7 @@ def plot_baselines(report: dict[str, Any], path: Path) -> None:
                     [min(bar, 1 - row[label]) for bar, label in zip(bars, order, strict=True)],
                 ],
                 label=f"{method} (costs {full})" if method in costly else method,
-                color=colour,
+                color=colours[method],
                 linestyle="--" if method in costly else "-",
                 marker="o",
                 linewidth=2.5 if method == model else 1.2,
@@ -154,7 +155,7 @@ def plot_baselines(report: dict[str, Any], path: Path) -> None:
     for label in labels:
         number = difficult["questions"][label]
         panels[1].annotate(
-            f"{number} questions",
+            f"{number} question{'s' * (number != 1)}",
             (tokens[label], 1.0),
             ha="center",
             va="bottom",

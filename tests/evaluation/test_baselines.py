@@ -221,11 +221,17 @@ class TestReport:
         difficult = report["difficult"]
         assert difficult["questions"] == difficult["samples"] == {"4": 2}
         assert difficult["questions_by_kind"] == {"4": {"a": 1, "b": 1}}
-        assert difficult["accuracy"] == {
-            OURS: {"4": 0.5}, "resized": {"4": 0.0}, "enlarged": {"4": 0.0}, "random": {"4": 0.5}
-        }  # fmt: skip
+        assert difficult["accuracy"] == {OURS: {"4": 0.5}, "random": {"4": 0.5}}
         assert difficult["accuracy_by_kind"]["random"] == {"a": {"4": 0.0}, "b": {"4": 1.0}}
-        assert difficult["standard_error"]["random"] == {"4": 0.0}  # one question a kind
+        assert difficult["standard_error"]["random"] == {"4": 0.5}
+
+    def test_difficult_questions_count_alike_whatever_their_kind(self):
+        kinds = "aaab"
+        of_model = {"4": verdicts("---+", kinds), "16": verdicts("++++", kinds)}
+        methods = {"resized": {"4": verdicts("----", kinds)}}
+        report = baseline_report("16", of_model, methods, {})
+        assert report["difficult"]["accuracy"][OURS] == {"4": 0.25}
+        assert report["difficult"]["accuracy_by_kind"][OURS] == {"a": {"4": 0.0}, "b": {"4": 1.0}}
 
     def test_no_question_is_difficult(self):
         of_model = {"4": verdicts("++--"), "16": verdicts("++--")}
@@ -265,7 +271,8 @@ def test_an_ideal_model_is_ahead_where_resizing_fails(monkeypatch):
     difficult = report["baselines"]["difficult"]
     assert difficult["questions"] == {"4": report["questions"]["read"]}
     assert difficult["questions_by_kind"] == {"4": {"read": report["questions"]["read"]}}
-    assert difficult["accuracy"] == {OURS: {"4": 1.0}, **{method: {"4": 0.0} for method in METHODS}}
+    others = {method: {"4": 0.0} for method in METHODS if method not in RESIZING}
+    assert difficult["accuracy"] == {OURS: {"4": 1.0}, **others}
 
 
 @pytest.mark.parametrize("score", ["forced", "exact"])

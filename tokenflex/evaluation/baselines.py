@@ -330,8 +330,9 @@ def baseline_report(
         ``full``; by method and count ``accuracy``, ``standard_error`` and
         ``vision_tokens_per_image``; ``accuracy_by_kind`` by method, kind and count; ``left_out``;
         and ``difficult``: by count ``questions``, ``samples`` and ``questions_by_kind``, and by
-        method, the model included, and count ``accuracy`` and ``standard_error`` (None without
-        questions) and ``accuracy_by_kind``.
+        method and count ``accuracy`` (of all questions alike, whatever their kind) and
+        ``standard_error``, None without questions, and ``accuracy_by_kind``. The methods are the
+        model and those that keep or average tokens.
     """
     # A method may have failed after batches without images.
     of_methods = {
@@ -340,7 +341,8 @@ def baseline_report(
         if method not in left_out
     }
     labels = [label for label in of_model if any(label in rows for rows in of_methods.values())]
-    methods: dict[str, Mapping[str, Sequence[Verdict]]] = {OURS: of_model, **of_methods}
+    # No resized picture answers a difficult question, by definition.
+    others = {method: rows for method, rows in of_methods.items() if method not in RESIZING}
     difficult = {
         label: difficult_questions(
             of_model[full],
@@ -370,7 +372,7 @@ def baseline_report(
                 label: {kind: len(rows) for kind, rows in of_label.items()}
                 for label, of_label in groups.items()
             },
-            **_shares(methods, labels, difficult),
+            **_shares({OURS: of_model, **others}, labels, difficult),
         },
     }
 
@@ -410,7 +412,9 @@ def _shares(
             rows = of_labels[label]
             if subsets is not None:
                 rows = [rows[i] for i in subsets[label]]
-            accuracy = accuracy_of(rows) if rows else None
+            # A kind may have hardly any question in a subset, and must not count for more.
+            counted = rows if subsets is None else [replace(row, kind="") for row in rows]
+            accuracy = accuracy_of(counted) if rows else None
             shares["accuracy"][method][label] = accuracy and accuracy.value
             shares["standard_error"][method][label] = accuracy and accuracy.standard_error
             for kind, of_kind in group_by_kind(rows).items():

@@ -73,6 +73,8 @@ def write_report(output: Path, report: dict[str, Any], title: str) -> None:
     plot_accuracy(report, output / "accuracy.png")
     if "baselines" in report:
         plot_baselines(report, output / "baselines.png")
+    else:  # that of a report before
+        (output / "baselines.png").unlink(missing_ok=True)
     page = format_markdown(report, title)
     write_atomically(output / "report.md", lambda path: path.write_text(page, encoding="utf-8"))
     write_json(output / "report.json", report)
@@ -156,7 +158,7 @@ def _baseline_page(report: dict[str, Any]) -> list[str]:
         f"The sides of `resized` pictures are shorter as those of the tokens' grid are; "
         f"`enlarged` ones have as little detail and cost {full} tokens; `strided` and `random` "
         f"keep some of the {full} tokens, and `pooled` averages them. No question is difficult "
-        "where resizing cannot run.",
+        "where resizing cannot run; those that are count alike, whatever their kind.",
         "",
         "![Accuracy of the baselines](baselines.png)",
         "",
