@@ -28,6 +28,8 @@ ARCHITECTURE = 90
 DEVICE = 1000  # Triton keeps binaries by device: these must not be taken for real ones
 STREAM = 7
 
+OPS = (pool_norm, project_and_pack, project_tokens, swiglu)
+
 
 class Launched(NamedTuple):
     """One launch, as Triton's launcher gets it."""
@@ -36,6 +38,11 @@ class Launched(NamedTuple):
     programs: int
     stream: int
     args: tuple[Any, ...]
+
+
+def _on_no_host(x: object) -> bool:
+    """Stand for ``library.is_ordinary``, which a mock of its own would take longer than."""
+    return False
 
 
 Note = Callable[[Launched], object]
@@ -106,6 +113,8 @@ def stubbed_gpu(note: Note | None = None) -> Iterator[None]:
     with ExitStack() as stack:
         for module, name, stub in stubs:
             stack.enter_context(mock.patch.object(module, name, stub))
+        for module in OPS:
+            stack.enter_context(mock.patch.object(module, "is_ordinary", _on_no_host))
         stack.enter_context(mock.patch("triton.compiler.compile", _compiler(note)))
         driver.set_active(_Driver())
         _forget()
@@ -120,7 +129,7 @@ def stubbed_gpu(note: Note | None = None) -> Iterator[None]:
 def unrecorded() -> Iterator[None]:
     """Record no calls."""
     with ExitStack() as stack:
-        for module in (pool_norm, project_and_pack, project_tokens, swiglu):
+        for module in OPS:
             stack.enter_context(mock.patch.object(module, "may_be_recorded", return_value=False))
         yield
 

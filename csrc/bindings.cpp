@@ -14,6 +14,7 @@
 
 #include "bin_packing.h"
 #include "huge_pages.h"
+#include "launch_calls.h"
 #include "merge_source.h"
 #include "mover_grid.h"
 #include "pack_plan.h"
@@ -362,6 +363,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("pack_rows", &pack_rows);
 
   define_tensor_calls(module);
+  define_launch_calls(module);
   define_projector_calls(module);
 
   module.attr("sum_tile") = kTile;

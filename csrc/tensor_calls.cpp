@@ -5,6 +5,7 @@
 // but ordinary, for the caller to take the general way, which also knows the right error.
 #include "tensor_calls.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <initializer_list>
 #include <optional>
@@ -366,10 +367,13 @@ PyObject* call_merge_gradients(PyObject*, PyObject* const* arguments, Py_ssize_t
   });
 }
 
-template <class Number>
-void append(std::string& bytes, Number number) {
-  bytes.append(reinterpret_cast<const char*>(&number), sizeof number);
-}
+// The part of a tensor's description before its shape and strides; without padding, so that equal ones
+// are equal bytes.
+struct Described {
+  int32_t ndim, device_type, device;
+  uint8_t code, bits, offset, is_differentiated;
+};
+static_assert(sizeof(Described) == 16);
 
 // (*tensors) -> all that an eager call on them depends on but their numbers, as bytes: dtype, device,
 // shape and strides of each, its address modulo 16, and whether the call is differentiated by it. None
@@ -380,27 +384,33 @@ PyObject* call_tensor_key(PyObject*, PyObject* const* arguments, Py_ssize_t coun
     const bool may_record = modes().is_grad_enabled();
     std::string key;
     key.reserve(size_t(count) * 64);
+    const auto append = [&](const void* bytes, size_t size) {
+      key.append(static_cast<const char*>(bytes), size);
+    };
     for (Py_ssize_t i = 0; i < count; ++i) {
+      Described described = {-1, 0, 0, 0, 0, 0, 0};
       if (arguments[i] == Py_None) {
-        append(key, int32_t(-1));
+        append(&described, sizeof described);
         continue;
       }
       const auto tensor = tensor_views().plain(arguments[i]);
       if (!tensor || tensor_views().is_negated(arguments[i])) return py::none();
-      append(key, tensor->ndim);
-      append(key, tensor->dtype.code);
-      append(key, tensor->dtype.bits);
-      append(key, tensor->device.type);
-      append(key, tensor->device.id);
-      append(key, uint8_t(reinterpret_cast<uintptr_t>(tensor->data) % 16));
-      append(key, may_record && Modes::requires_grad(arguments[i]));
-      bool is_empty = false;
-      for (int32_t axis = 0; axis < tensor->ndim; ++axis) {
-        is_empty |= tensor->shape[axis] == 0;
-        append(key, tensor->shape[axis]);
-        append(key, tensor->strides[axis]);
+      const auto offset = uint8_t(reinterpret_cast<uintptr_t>(tensor->data) % 16);
+      described = {tensor->ndim,
+                   tensor->device.type,
+                   tensor->device.id,
+                   tensor->dtype.code,
+                   tensor->dtype.bits,
+                   offset,
+                   may_record && Modes::requires_grad(arguments[i])};
+      append(&described, sizeof described);
+      const size_t axes = size_t(tensor->ndim);
+      append(tensor->shape, axes * sizeof(int64_t));
+      append(tensor->strides, axes * sizeof(int64_t));
+      if (tensor->data == nullptr) {  // zeros without memory, unless there are no elements
+        const int64_t* const shape = tensor->shape;
+        if (std::find(shape, shape + axes, 0) == shape + axes) return py::none();
       }
-      if (tensor->data == nullptr && !is_empty) return py::none();  // zeros without memory
     }
     return py::bytes(key);
   });

@@ -587,6 +587,34 @@ def test_evaluate_prints_and_writes_the_report(command, checkpoint, tmp_path, by
     assert temporary_files(folder) == []
 
 
+def test_evaluate_of_baselines(command, checkpoint, tmp_path):
+    """Their figure goes with the report that has them, and ``plot`` draws it again."""
+    folder = tmp_path / "report"
+    base = ("evaluate", checkpoint, "--data", "digits", "--size", 2, "--counts", "4,16")
+    code, out, errors = command(*base, "--baselines", "--output", folder)
+    assert (code, errors) == (0, [])
+    report = json.loads((folder / "report.json").read_text())
+    page = (folder / "report.md").read_text()
+    for method, row in report["baselines"]["accuracy"].items():
+        assert re.search(rf"^{method}\s+{row['4']:.3f}$", out, re.MULTILINE)
+        assert f"| {method} | {row['4']:.3f} |" in page
+    assert "difficult questions: right at 16 tokens" in out
+    assert "(baselines.png)" in page
+    (folder / "baselines.png").unlink()
+    assert command("plot", folder)[0] == 0
+    assert (folder / "baselines.png").is_file()
+    assert command(*base, "--output", folder)[0] == 0
+    assert not (folder / "baselines.png").exists()
+    assert "(baselines.png)" not in (folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize("counts", ["4", "4,2x2"])
+def test_baselines_need_a_smaller_count_before_the_work(command, checkpoint, monkeypatch, counts):
+    monkeypatch.setattr(TokenFlexForConditionalGeneration, "from_pretrained", None)
+    base = ("evaluate", checkpoint, "--data", "digits", "--size", 2, "--counts", counts)
+    assert_one_line(command(*base, "--baselines"), "larger one", *counts.split(","))
+
+
 def test_evaluate_writes_the_report_alone_to_a_json_file(command, checkpoint, tmp_path):
     path = tmp_path / "new" / "report.json"
     base = ("evaluate", checkpoint, "--data", "digits", "--size", 1, "--counts", 4)

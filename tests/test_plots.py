@@ -11,7 +11,7 @@ from matplotlib.text import Text
 
 from tokenflex import plots
 from tokenflex.plot_labels import spread
-from tokenflex.plots import plot_accuracy
+from tokenflex.plots import plot_accuracy, plot_baselines
 
 KINDS = ("colour", "count", "majority", "odd", "read", "where")
 
@@ -186,3 +186,65 @@ def test_heights_are_moved_apart_as_little_as_it_takes():
     assert spread([1.0, 1.0, 0.5], 0.1) == pytest.approx([1.0, 0.9, 0.5])
     assert spread([0.0, 0.0], 0.1) == pytest.approx([0.1, 0.0])
     assert spread([0.5] * 5, 0.9) == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
+
+
+# ---- Baselines.
+
+
+def with_baselines(report: dict, **left_out: str) -> dict:
+    """A report in which no question is difficult at the least count."""
+    squares = sorted(report["accuracy"], key=report["vision_tokens_per_image"].__getitem__)
+    *below, full = squares
+    methods = {
+        name: dict.fromkeys(below, share)
+        for name, share in (("resized", 0.5), ("enlarged", 0.9), ("random", 0.2))
+        if name not in left_out
+    }
+    tokens = report["vision_tokens_per_image"]
+    costs = {name: {c: tokens[c] for c in below} for name in methods}
+    costs["enlarged"] = dict.fromkeys(below, tokens[full])
+    shares: dict = dict.fromkeys(below, 0.4) | {below[0]: None}
+    return report | {
+        "baselines": {
+            "full": full,
+            "accuracy": methods,
+            "standard_error": {name: dict.fromkeys(below, 0.01) for name in methods},
+            "vision_tokens_per_image": costs,
+            "left_out": left_out,
+            "difficult": {
+                "questions": {label: i for i, label in enumerate(below)},
+                "accuracy": {"model": shares, "random": shares},
+                "standard_error": {"model": shares, "random": dict.fromkeys(below)},
+            },
+        }
+    }
+
+
+@pytest.mark.parametrize("left_out", [{}, {"resized": "a reason"}])
+def test_baselines_are_drawn_beside_the_model(tmp_path, monkeypatch, left_out):
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_baselines(with_baselines(SQUARES, **left_out), tmp_path / "baselines.png")
+        (figure,) = drawn
+        figure.draw_without_rendering()
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == [
+        *(["resized"] if not left_out else []),
+        "enlarged (costs 16)",
+        "random",
+        "model",
+    ]
+    every, difficult = figure.axes
+    lines = {tuple(line.get_xdata()) for line in every.lines if len(line.get_xdata()) > 1}
+    assert lines == {(4.0, 9.0, 16.0), (4.0, 9.0)}  # the model also at the full count
+    assert {tuple(line.get_ydata()) for line in difficult.lines} == {(0.4,)}
+    texts = [text.get_text() for text in difficult.texts]
+    assert texts == ["0 questions", "1 question"]
+
+
+def test_a_report_without_baselines_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="report must hold baselines, got None"):
+        plot_baselines(SQUARES, tmp_path / "baselines.png")

@@ -91,6 +91,84 @@ def plot_accuracy(report: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
+def plot_baselines(report: dict[str, Any], path: Path) -> None:
+    """Draw the accuracy of baselines beside the model's, on all and on difficult questions.
+
+    Args:
+        report: As :func:`tokenflex.evaluation.evaluate` returns it with baselines.
+        path: The PNG file, written atomically.
+
+    Raises:
+        ValueError: ``report`` holds no baselines.
+    """
+    accuracy, _, tokens = _checked(report)
+    baselines = report.get("baselines")
+    if not isinstance(baselines, dict):
+        raise ValueError(f"report must hold baselines, got {excerpt(baselines)}")
+    difficult, full = baselines["difficult"], baselines["full"]
+    labels = [*difficult["questions"]]
+    model = next(iter(difficult["accuracy"]))
+    costs = baselines["vision_tokens_per_image"]
+    costly = {m for m, row in costs.items() if row and min(row.values()) >= tokens[full]}
+    every = {
+        "accuracy": {model: {k: accuracy[k] for k in (*labels, full)}, **baselines["accuracy"]},
+        "standard_error": {
+            model: report.get("standard_error", {}),
+            **baselines["standard_error"],
+        },
+    }
+    titles = (
+        "all questions (bars: 95 % interval)",
+        f"difficult: right at {full}, wrong when resized",
+    )
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+    colours = dict(zip(baselines["accuracy"], KINDS, strict=False)) | {model: BLUE}
+    for axes, title, shares in zip(panels, titles, (every, difficult), strict=True):
+        axes.set_title(title, loc="left", fontsize=11, pad=18)
+        axes.set_xlabel("vision tokens per image")
+        finish(axes)
+        shown = [label for label in (*labels, full) if label in shares["accuracy"][model]]
+        squares = [tokens[label] for label in shown if label.isdecimal()]
+        _set_tokens_axis(axes, squares, [tokens[label] for label in shown])
+        # The model is drawn over the others.
+        for method in sorted(shares["accuracy"], key=lambda method: method == model):
+            row = {k: v for k, v in shares["accuracy"][method].items() if v is not None}
+            order = sorted(row, key=tokens.__getitem__)
+            errors = shares["standard_error"][method]
+            bars = [1.96 * (errors.get(label) or 0.0) for label in order]
+            axes.errorbar(
+                [tokens[label] for label in order],
+                [row[label] for label in order],
+                [
+                    [min(bar, row[label]) for bar, label in zip(bars, order, strict=True)],
+                    [min(bar, 1 - row[label]) for bar, label in zip(bars, order, strict=True)],
+                ],
+                label=f"{method} (costs {full})" if method in costly else method,
+                color=colours[method],
+                linestyle="--" if method in costly else "-",
+                marker="o",
+                linewidth=2.5 if method == model else 1.2,
+                markersize=6 if method == model else 4,
+                elinewidth=0.8,
+                clip_on=False,
+            )
+    for label in labels:
+        number = difficult["questions"][label]
+        panels[1].annotate(
+            f"{number} question{'s' * (number != 1)}",
+            (tokens[label], 1.0),
+            ha="center",
+            va="bottom",
+            fontsize=8.5,
+            annotation_clip=False,
+        )
+    panels[0].set_ylim(0, 1)
+    panels[0].set_ylabel("accuracy")
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    save_figure(figure, path)
+
+
 def _set_tokens_axis(axes: Axes, squares: Sequence[float], tokens: Sequence[float]) -> None:
     """Leave room around all points, and set a tick at each square count that has room for it."""
     first, last = min(tokens), max(tokens)

@@ -60,8 +60,7 @@ def call_key(op: str, tensors: tuple[Any, ...], *others: Any) -> Key | None:
         others: all else that the call depends on, hashable.
     """
     like = tensors[0]
-    kind = relaunch.device_type(like)
-    stream = 0
+    kind, stream = relaunch.device_type(like), 0
     if kind == "cuda":
         index = like.device.index
         if index != relaunch.current_device() or relaunch.is_capturing():
@@ -69,10 +68,9 @@ def call_key(op: str, tensors: tuple[Any, ...], *others: Any) -> Key | None:
         stream = relaunch.current_stream(index)
     if launch_configs.is_overridden() or torch.is_autocast_enabled(kind):
         return None
-    if like.numel() == 0:  # launches nothing that could be repeated
-        return None
-    described = describe(tensors)
-    if described is None:
+    compiled = extension()
+    described = _described(tensors) if compiled is None else compiled.tensor_key(*tensors)
+    if described is None or like.numel() == 0:  # no rows launch nothing that could be repeated
         return None
     precision = dot_precision(torch.float32) if like.dtype is torch.float32 else None
     # Results that are the same in every call were made in the mode of the first.
@@ -159,63 +157,159 @@ class RecordedStage:
         results: tuple[torch.Tensor, ...],
         repeats: list[_Repeat] | None,
         tables: Tensors,
-        offset: int,
+        tensors: Tensors,
     ) -> None:
         self._stage, self._others = stage, others
-        self._repeats = repeats
-        self._is_interpreted = any(repeat.binary is None for repeat in repeats or ())
-        # Nothing is written to a tensor of no elements: all calls may share it.
-        self._results = [
-            (tuple(result.shape), result.dtype) if result.numel() > 0 else result
-            for result in results
-        ]
         self._tables = tables  # kept as long as their addresses
-        self._offset = offset  # of the rows' address from a multiple of 16
+        self.launches = None
+        if repeats is not None:
+            like: Any = tensors[0]
+            on_gpu = relaunch.device_type(like) == "cuda"
+            stream = relaunch.current_stream(like.device.index) if on_gpu else 0
+            # Nothing is written to a tensor of no elements: all calls may share it.
+            made: list[Any] = [
+                (tuple(result.shape), result.stride(), result.dtype)
+                if result.numel() > 0
+                else result
+                for result in results
+            ]
+            rows = _Rows(len(tensors), like.dtype, like.data_ptr() & 15, stream)
+            self.launches = RecordedLaunches(repeats, made, rows)
 
     @property
     def is_repeatable(self) -> bool:
         """True if calls repeat launches; otherwise they run the stage."""
-        return self._repeats is not None
+        return self.launches is not None
 
     def __call__(self, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        if self._repeats is None:
-            return self._run_stage(tensors)
-        like: Any = tensors[0]
-        results: list[Any] = [
-            like.new_empty(result[0], dtype=result[1]) if type(result) is tuple else result
-            for result in self._results
-        ]
-        if not self._repeat(self._repeats, like, [*tensors, *results], len(tensors)):
-            return self._run_stage(tensors)
-        return tuple(results)
+        results = None if self.launches is None else self.launches(*tensors)
+        return self._run_stage(tensors) if results is None else results
 
     def _run_stage(self, tensors: Tensors) -> tuple[torch.Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             return self._stage(*tensors, *self._others)
 
-    def _repeat(self, repeats: list[_Repeat], like: Any, tensors: Tensors, inputs: int) -> bool:
+
+class _Rows(NamedTuple):
+    """The part of a kind of calls that their launches depend on beside the arguments.
+
+    Attributes:
+        num_tensors: of a call, the rows first.
+        dtype, offset: of the rows, and of their address from a multiple of 16.
+        stream: that the launches go to.
+    """
+
+    num_tensors: int
+    dtype: torch.dtype
+    offset: int
+    stream: int
+
+
+class RecordedLaunches:
+    """The launches of one stage or of several, for calls of one kind.
+
+    Called with their tensors, it allocates the results, launches, and returns the results. It
+    returns None, and has launched nothing, where launches must be left to the stages.
+
+    Args:
+        repeats: the launches, whose places count the call's tensors, and its results after them.
+        results: shape, strides and dtype of each, or a tensor that all calls share.
+        rows: of the calls.
+    """
+
+    def __init__(self, repeats: list[_Repeat], results: list[Any], rows: _Rows) -> None:
+        self.repeats, self.results, self.rows = repeats, results, rows
+        self._kernels = list({repeat.kernel: None for repeat in repeats})
+        self._is_interpreted = any(repeat.binary is None for repeat in repeats)
+        self._compiled: Any = None
+        compiled = extension()
+        if compiled is not None and not self._is_interpreted and not self._has_descriptors():
+            self._compiled = self._prepare(compiled)
+            self._repeat_compiled = compiled.repeat_launches
+
+    def __call__(self, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...] | None:
+        if not self._is_interpreted and not relaunch.is_ordinary(*self._kernels):
+            return None
+        if self._compiled is not None and not relaunch.has_launch_hooks():
+            made: tuple[torch.Tensor, ...] | None = self._repeat_compiled(self._compiled, *tensors)
+            return made
+        like: Any = tensors[0]
+        results: list[Any] = [
+            like.new_empty_strided(result[0], result[1], dtype=result[2])
+            if type(result) is tuple
+            else result
+            for result in self.results
+        ]
+        return tuple(results) if self._repeat([*tensors, *results]) else None
+
+    def _has_descriptors(self) -> bool:
+        return any(fields is not None for repeat in self.repeats for _, _, fields in repeat.places)
+
+    def _prepare(self, compiled: Any) -> Any:
+        """Return the launches as the extension repeats them."""
+        launches = []
+        for repeat in self.repeats:
+            binary: Any = repeat.binary
+            head, tail = relaunch.launcher_arguments(binary, repeat.programs, self.rows.stream)
+            places = [(len(head) + position, place) for position, place, _ in repeat.places]
+            launches.append((binary.run, (*head, *repeat.args, *tail), places))
+        results = [
+            (*result[:2], None if result[2] == self.rows.dtype else result[2])
+            if type(result) is tuple
+            else result
+            for result in self.results
+        ]
+        return compiled.prepare_launches(self.rows.num_tensors, self.rows.offset, results, launches)
+
+    def _repeat(self, tensors: Tensors) -> bool:
         """Repeat the launches on tensors and results; return whether that was possible."""
         if self._is_interpreted:
-            for repeat in repeats:
+            for repeat in self.repeats:
                 args = _with_tensors(repeat, tensors, tensors)
                 interpret(repeat.kernel, repeat.programs, tuple(args), repeat.options)
             return True
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         # An allocator may align results less than PyTorch's; rows may be the result of a stage.
-        if addresses[0] & 15 != self._offset:
+        if addresses[0] & 15 != self.rows.offset:
             return False
-        for address in addresses[inputs:]:
+        for address in addresses[self.rows.num_tensors :]:
             if address & 15:
                 return False
-        for repeat in repeats:
-            if not relaunch.is_ordinary(repeat.kernel):
-                return False
-        stream = relaunch.current_stream(like.device.index)
-        for repeat in repeats:
+        for repeat in self.repeats:
             binary: Any = repeat.binary
             args = _with_tensors(repeat, addresses, tensors)
-            relaunch.run(binary, repeat.programs, stream, args)
+            relaunch.run(binary, repeat.programs, self.rows.stream, args)
         return True
+
+
+def chain_launches(
+    stages: Sequence[tuple[RecordedStage, Sequence[int]]], num_tensors: int
+) -> RecordedLaunches | None:
+    """Return the launches of stages in turn, or None where one of them is not repeatable.
+
+    Args:
+        stages: each with the places of its tensors: those of the call, followed by the results of
+            the stages before. The first one's rows are the call's; those of the others are results,
+            which are aligned, as a repeatable stage must have made them.
+        num_tensors: of the call.
+    """
+    repeats: list[_Repeat] = []
+    results: list[Any] = []
+    for stage, places in stages:
+        launches = stage.launches
+        if launches is None:
+            return None
+        made = range(num_tensors + len(results), num_tensors + len(results) + len(launches.results))
+        moved = [*places, *made]
+        repeats += [
+            repeat._replace(
+                places=tuple((at, moved[place], fields) for at, place, fields in repeat.places)
+            )
+            for repeat in launches.repeats
+        ]
+        results += launches.results
+    first: Any = stages[0][0].launches
+    return RecordedLaunches(repeats, results, first.rows._replace(num_tensors=num_tensors))
 
 
 def _with_tensors(repeat: _Repeat, values: Sequence[Any], tensors: Tensors) -> list[Any]:
@@ -254,8 +348,7 @@ def record_stage(
     repeats = None
     if small and not watch.has_computed:
         repeats = _repeats(launches, arguments, results, tables)
-    offset = tensors[0].data_ptr() & 15
-    return results, RecordedStage(stage, others, results, repeats, tables, offset)
+    return results, RecordedStage(stage, others, results, repeats, tables, tensors)
 
 
 class _Watch(TorchDispatchMode):
@@ -279,8 +372,11 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.has_computed |= func.overloadpacket not in self.HARMLESS
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        # Inference mode shows conversions that have nothing to convert, as of the grids to numbers.
+        is_given = len(args) > 0 and result is args[0] and not func._schema.is_mutable
+        self.has_computed |= not is_given and func.overloadpacket not in self.HARMLESS
+        return result
 
 
 def _repeats(

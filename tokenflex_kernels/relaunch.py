@@ -22,11 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
+_hooks_before_launches = attrgetter("pre_run_hooks")
 
 Key = tuple[Any, ...]
 
@@ -40,8 +42,9 @@ def device_type(like: torch.Tensor) -> str:
 
 
 def current_device() -> int:
-    """Return the index of the current CUDA device."""
-    return torch.cuda.current_device()
+    """Return the index of the current CUDA device, for callers that have a tensor on one."""
+    device: int = torch._C._cuda_getDevice()  # torch.cuda's function looks for a device first
+    return device
 
 
 def current_stream(index: int) -> int:
@@ -88,20 +91,29 @@ def _knobs() -> Any:
     return knobs if fits and torch.version.hip is None else None
 
 
-def is_ordinary(kernel: Any) -> bool:
-    """Return whether nobody but Triton's launcher has business with launches of ``kernel`` now.
+def is_ordinary(*kernels: Any) -> bool:
+    """Return whether nobody but Triton's launcher has business with launches of ``kernels`` now.
 
     Debugging and instrumentation compile other binaries, and hooks before a launch get its
     arguments. Hooks around launches, as of profilers, are called by :func:`run`.
     """
     knobs = _knobs()
-    return (
-        knobs is not None
-        and not knobs.runtime.debug
-        and not knobs.compilation.instrumentation_mode
-        and getattr(knobs.runtime, "add_stages_inspection_hook", None) is None
-        and not kernel.pre_run_hooks
-    )
+    if (
+        knobs is None
+        or knobs.runtime.debug
+        or knobs.compilation.instrumentation_mode
+        or getattr(knobs.runtime, "add_stages_inspection_hook", None) is not None
+    ):
+        return False
+    return not any(map(_hooks_before_launches, kernels))
+
+
+def has_launch_hooks() -> bool:
+    """Return whether hooks around launches are to be called, as of profilers."""
+    runtime = _knobs().runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    # Chains of hooks are there even if they are empty.
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 @cache
@@ -186,6 +198,14 @@ def binary_of(
     return Binary(compiled, compiled.run, compiled.function, compiled.packed_metadata, constants)
 
 
+def launcher_arguments(
+    binary: Binary, programs: int, stream: int
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return what ``binary.run`` gets before and after a kernel's arguments, without hooks."""
+    head = programs, 1, 1, stream, binary.function, binary.packed_metadata, None, None, None
+    return head, binary.constants
+
+
 def run(binary: Binary, programs: int, stream: int, args: tuple[Any, ...] | list[Any]) -> None:
     """Launch ``binary`` on the current device.
 
@@ -196,13 +216,9 @@ def run(binary: Binary, programs: int, stream: int, args: tuple[Any, ...] | list
         args: the kernel's run-time arguments; addresses may stand for tensors, which spares the
             launcher a call of the driver for each.
     """
-    runtime = _knobs().runtime
-    enter, leave, metadata = runtime.launch_enter_hook, runtime.launch_exit_hook, None
-    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
-        metadata = binary.compiled.launch_metadata((programs,), stream, *args, *binary.constants)
-    else:  # empty chains of hooks, which the launcher would call
-        enter = leave = None
-    binary.run(
-        *(programs, 1, 1, stream, binary.function, binary.packed_metadata),
-        *(metadata, enter, leave, *args, *binary.constants),
-    )
+    head, tail = launcher_arguments(binary, programs, stream)
+    if has_launch_hooks():
+        runtime = _knobs().runtime
+        metadata = binary.compiled.launch_metadata((programs,), stream, *args, *tail)
+        head = *head[:-3], metadata, runtime.launch_enter_hook, runtime.launch_exit_hook
+    binary.run(*head, *args, *tail)

@@ -18,6 +18,7 @@ from tokenflex.digits.canvas import CELL_PIXELS, CELLS
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.encoder import warm_up_encoder
 from tokenflex.digits.processor import digits_processor
+from tokenflex.evaluation.baselines import resize
 
 PIXELS, PATCH, WIDTH = CELLS * CELL_PIXELS, CELL_PIXELS, 64
 SIDES = (4, 3, 2)  # of the grid of tokens, from the whole picture down
@@ -96,8 +97,7 @@ def resized(pixel_values: torch.Tensor, side: int) -> torch.Tensor:
     """Resize pictures so that the encoder makes side x side patches of each."""
     if side * PATCH == pixel_values.shape[-1]:
         return pixel_values
-    size = (side * PATCH, side * PATCH)
-    return F.interpolate(pixel_values, size, mode="bilinear", antialias=True, align_corners=False)
+    return resize(pixel_values, (side * PATCH, side * PATCH))
 
 
 def stock_logits(model: Any, processor: Any, side: int, asked: Sequence[Any]) -> torch.Tensor:

@@ -27,9 +27,11 @@ from tokenflex_kernels import (
     swiglu,
 )
 from tokenflex_kernels import launch as launching
+from tokenflex_kernels.backend import extension
 from tokenflex_kernels.call_records import RecordedStage, call_key, record_stage
 from tokenflex_kernels.launch_configs import launch_config, overriding
 from tokenflex_kernels.pool_norm import stages as pool_norm_stages
+from tokenflex_kernels.relaunch import Binary
 from tokenflex_kernels.swiglu import stages as swiglu_stages
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="needs Triton's binder, not its interpreter")
@@ -204,6 +206,56 @@ class TestLaunches:
         # The first call with gradients reaches the stages by their ops.
         assert counts[2:] == [0, 0]
         assert counts[1] == (2 if op in (project, pack) else 1)
+
+    @pytest.mark.parametrize(("op", "weights"), OPS)
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_inference_is_recorded(self, launched, stages_run, op, weights, mode):
+        tensors = {name: torch.nn.Parameter(tensor) for name, tensor in weights().items()}
+        with mode():
+            for _ in range(3):
+                del stages_run[:]
+                out = op(rows(), **tensors)
+        assert stages_run == []
+        assert out.is_inference() == (mode is torch.inference_mode)
+
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_without_the_extension(self, launched, stages_run, monkeypatch, grad):
+        monkeypatch.setattr(call_records, "extension", lambda: None)
+        tensors = {name: value.requires_grad_(grad) for name, value in projector_weights().items()}
+        for _ in range(3):
+            del stages_run[:]
+            x = rows()
+            ours, _ = launches_of(launched, partial(project, x, **tensors))
+        assert stages_run == []
+        with by_triton_alone():
+            theirs, _ = launches_of(launched, partial(project, x, **tensors))
+        for one, other in zip(ours, theirs, strict=True):
+            assert_alike(zip(one, other, strict=True), (x, *tensors.values()))
+
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_the_rows_of_one_launch_are_the_input_of_the_next(self, launched, grad):
+        tensors = {name: value.requires_grad_(grad) for name, value in projector_weights().items()}
+        for _ in range(3):
+            del launched[:]
+            project(rows(), **tensors)
+        pooling, gated_unit = launched
+        assert pooling.args[3] == gated_unit.args[0] != 0
+
+    def test_both_stages_of_a_projection_are_one_call_of_the_extension(self, launched, monkeypatch):
+        if extension() is None:
+            pytest.skip("needs the extension")
+        calls = []
+        repeat = extension().repeat_launches
+
+        def counted(*arguments):
+            calls.append(len(arguments))
+            return repeat(*arguments)
+
+        monkeypatch.setattr(extension(), "repeat_launches", counted)
+        for _ in range(4):
+            out = project(rows(), **projector_weights())
+        assert calls == [8, 8]  # the launches, x, and the weights but those of the down projection
+        assert out.shape == (CELLS, TEXT)
 
     def test_a_tensor_that_came_twice_may_come_as_two(self, launched):
         same, other = rows(HIDDEN), rows(HIDDEN)
@@ -415,7 +467,7 @@ class TestRecords:
         return run
 
     def launch(self, *args):
-        return launching.Launch(None, 1, args, {}, object())
+        return launching.Launch(None, 1, args, {}, Binary(None, print, 0, (), ()))
 
     def record(self, stage, tables=()):
         return record_stage(stage, (torch.zeros(4),), (), tables)[1]
@@ -443,6 +495,7 @@ class TestRecords:
             lambda x: x.new_zeros(3),
             lambda x: x + 1,
             lambda x: x.clone(),
+            lambda x: x.new_empty(3).zero_(),
             lambda x: x.new_empty(4, 2).T,
         ],
     )
@@ -475,16 +528,36 @@ class TestRecords:
         for _ in range(3):
             unit(x, **weights)
         assert len(stages_run) == 2
-        new_empty = torch.Tensor.new_empty
 
-        def shifted(self, *shape, **options):
-            size = shape[0] if len(shape) == 1 else shape
-            flat = new_empty(self, (size[0] * size[1] + 8,), **options)
+        def shifted(self, size, strides, **options):
+            flat = self.new_empty(size[0] * size[1] + 8, **options)
             return flat[1 : 1 + size[0] * size[1]].view(size)
 
-        monkeypatch.setattr(torch.Tensor, "new_empty", shifted)
+        monkeypatch.setattr(torch.Tensor, "new_empty_strided", shifted)
         unit(x, **weights)
         assert len(stages_run) == 3
+
+    def test_results_of_a_projection_at_other_alignments_run_the_stages(
+        self, launched, stages_run, monkeypatch
+    ):
+        x, weights = rows(), projector_weights()
+        for _ in range(3):
+            project(x, **weights)
+        before = len(stages_run)
+        del launched[:]
+        new_empty_strided = torch.Tensor.new_empty_strided
+        monkeypatch.setattr(
+            torch.Tensor,
+            "new_empty_strided",
+            lambda self, size, strides, **options: (
+                new_empty_strided(self, (size[0] + 1, *size[1:]), strides, **options)
+                .flatten()[1 : 1 + size[0] * strides[0]]
+                .view(size)
+            ),
+        )
+        project(x, **weights)
+        assert len(stages_run) == before + 2
+        assert len(launched) == 2
 
     def test_rows_at_another_alignment_run_the_stage(self, launched):
         """They may be the result of a stage before, of which the kind of a call knows nothing."""
@@ -505,6 +578,51 @@ class TestRecords:
         monkeypatch.setattr(knobs.runtime, "debug", True)
         unit(x, **weights)
         assert len(stages_run) == 3
+
+    @pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+    def test_hooks_around_launches_see_those_of_a_recorded_projection(
+        self, launched, stages_run, monkeypatch, name
+    ):
+        from triton import knobs
+
+        x, weights = rows(), projector_weights()
+        for _ in range(3):
+            project(x, **weights)
+        seen, before = [], len(stages_run)
+        monkeypatch.setattr(knobs.runtime, name, seen.append)
+        project(x, **weights)
+        assert [metadata.get()["name"] for metadata in seen] == [
+            "pool_norm_forward_kernel",
+            "gate_up_kernel",
+        ]
+        assert len(stages_run) == before
+
+    def test_the_extension_refuses_other_launches(self):
+        if extension() is None:
+            pytest.skip("needs the extension")
+        x = torch.zeros(4, 4)
+        prepare, repeat = extension().prepare_launches, extension().repeat_launches
+        calls = []
+        result = (4, 4), (4, 1), None
+        launches = [(lambda *args: calls.append(args), (7, None, None), [(1, 0), (2, 1)])]
+        prepared = prepare(1, 0, [result], launches)
+        (out,) = repeat(prepared, x)
+        assert calls == [(7, x.data_ptr(), out.data_ptr())]
+        assert repeat(prepared, x.flatten()[1:]) is None  # another alignment
+        assert repeat(prepared, x.to("meta")) is None
+        for arguments in ((), (prepared,), (prepared, x, x), (x, x)):
+            with pytest.raises(ValueError, match=r"(?i)expected|number of tensors|capsule"):
+                repeat(*arguments)
+        for places in ([(3, 0)], [(0, 2)], [(-1, 0)]):
+            with pytest.raises(ValueError, match=r"place|negative"):
+                prepare(1, 0, [result], [(print, (7, None, None), places)])
+        assert len(calls) == 1
+
+        def fail(*_):
+            raise RuntimeError("no such kernel")
+
+        with pytest.raises(RuntimeError, match="no such kernel"):
+            repeat(prepare(1, 0, [result], [(fail, (), [])]), x)
 
     def test_records_are_bounded(self, launched, monkeypatch):
         monkeypatch.setattr(call_records, "MAX_RECORDS", 3)

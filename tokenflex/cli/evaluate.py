@@ -61,6 +61,12 @@ def add_to(commands: CommandLine) -> None:
         help="forced: the exact answer, without generating it (default); exact: the generated "
         "answer up to case and punctuation; choice: its option letter; contains: the answer in it",
     )
+    evaluate.add_argument(
+        "--baselines",
+        action="store_true",
+        help="also show smaller pictures, and strided, random and averaged tokens of the largest "
+        "count, at every smaller one",
+    )
     evaluate.add_argument("--split", help="of digits or a Hugging Face data set (test)")
     evaluate.add_argument("--image-folder", type=Path, help="folder of relative image paths")
     evaluate.add_argument(
@@ -88,7 +94,9 @@ def add_to(commands: CommandLine) -> None:
         "--max-new-tokens", type=positive, default=64, help="length of an answer (64)"
     )
     evaluate.add_argument(
-        "--output", type=Path, help="folder for report.json, report.md and accuracy.png"
+        "--output",
+        type=Path,
+        help="folder for report.json, report.md and accuracy.png (and baselines.png)",
     )
 
 
@@ -119,6 +127,7 @@ def _evaluate_into(options: argparse.Namespace) -> int:
     from tokenflex.counts import tokens_of
     from tokenflex.data.faults import BrokenSample, broken_records, check_broken, warn_of_broken
     from tokenflex.evaluation import evaluate
+    from tokenflex.evaluation.baselines import METHODS, baseline_counts
     from tokenflex.evaluation.report import format_table, write_report
     from tokenflex.evaluation.scoring import SCORES
     from tokenflex.models.loading import check_length
@@ -131,6 +140,9 @@ def _evaluate_into(options: argparse.Namespace) -> int:
     if options.penalty is not None and not any(isinstance(n, str) for n in options.counts):
         raise ValueError(f"--penalty is for the count auto, got it with {options.counts}")
     counts = [resolve_count(count, folder, options.penalty) for count in options.counts]
+    runs = len(counts)
+    if options.baselines:
+        runs += len(METHODS) * len(baseline_counts(counts)[0])
     keys = (*_DEFAULTS, "image_folder", "allow_outside", "max_frames", "fps")
     given = {key: getattr(options, key) for key in keys}
     dataset = build_dataset(data_config(options.data, given, _DEFAULTS, options.format))
@@ -142,7 +154,7 @@ def _evaluate_into(options: argparse.Namespace) -> int:
         if not isinstance(count, str):
             check_length(model.config, tokens_of(count))
     model.to(device())
-    batches = -(len(dataset) // -options.batch_size) * len(counts)
+    batches = -(len(dataset) // -options.batch_size) * runs
     with tqdm(total=batches, desc="evaluation", unit="batch", dynamic_ncols=True) as bar:
         report = evaluate(
             model,
@@ -155,6 +167,7 @@ def _evaluate_into(options: argparse.Namespace) -> int:
             max_tiles=options.max_tiles,
             max_new_tokens=options.max_new_tokens,
             max_broken_samples=options.max_broken_samples,
+            baselines=options.baselines,
             on_batch=bar.update,
         )
     warn_of_broken([BrokenSample(**sample) for sample in report.get("broken_samples", [])])

@@ -22,7 +22,7 @@ def add_to(commands: CommandLine) -> None:
 
 def _plot(options: argparse.Namespace) -> int:
     from tokenflex.files import read_json
-    from tokenflex.plots import plot_accuracy
+    from tokenflex.plots import plot_accuracy, plot_baselines
     from tokenflex.training.curves import plot_curves
 
     path = options.run_folder / "report.json"
@@ -35,4 +35,7 @@ def _plot(options: argparse.Namespace) -> int:
     report = read_json(path, "report file")
     plot_accuracy(report, options.run_folder / "accuracy.png")
     print(options.run_folder / "accuracy.png")
+    if "baselines" in report:
+        plot_baselines(report, options.run_folder / "baselines.png")
+        print(options.run_folder / "baselines.png")
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tokenflex.evaluation.baselines import OURS
 from tokenflex.evaluation.scoring import FORCED
 from tokenflex.files import check_replaceable, write_atomically, write_json
 
@@ -20,6 +21,8 @@ def format_table(report: dict[str, Any]) -> str:
     lines += [_row(name, cells) for name, cells in _rows(report, labels)]
     if "questions" in report:
         lines.append(_questions(report))
+    for name, cells in _baseline_rows(report):
+        lines.append(_row(name, cells) if cells else f"\n{name}")
     return "\n".join(lines)
 
 
@@ -35,6 +38,8 @@ def format_markdown(report: dict[str, Any], title: str) -> str:
     else:
         lines.append(f"Answers are generated greedily and compared by the rule {report['score']}.")
     lines += ["", "![Accuracy against vision tokens per image](accuracy.png)", ""]
+    if "baselines" in report:
+        lines += _baseline_page(report)
     return "\n".join(lines)
 
 
@@ -47,25 +52,29 @@ def check_output(output: Path) -> None:
     if output.suffix == ".json":
         check_replaceable(output, _KEYS)
     else:
-        others = (output / "report.md", output / "accuracy.png")
+        others = (output / "report.md", output / "accuracy.png", output / "baselines.png")
         check_replaceable(output / "report.json", _KEYS, others)
 
 
 def write_report(output: Path, report: dict[str, Any], title: str) -> None:
     """Write a ``.json`` file, or ``report.json``, ``report.md`` and ``accuracy.png`` in a folder.
 
-    Each file is written atomically.
+    Baselines have a plot of their own, ``baselines.png``. Each file is written atomically.
 
     Raises:
         OSError: The files cannot be written, or would replace a file of something else.
     """
-    from tokenflex.plots import plot_accuracy
+    from tokenflex.plots import plot_accuracy, plot_baselines
 
     check_output(output)
     if output.suffix == ".json":
         write_json(output, report)
         return
     plot_accuracy(report, output / "accuracy.png")
+    if "baselines" in report:
+        plot_baselines(report, output / "baselines.png")
+    else:  # that of a report before
+        (output / "baselines.png").unlink(missing_ok=True)
     page = format_markdown(report, title)
     write_atomically(output / "report.md", lambda path: path.write_text(page, encoding="utf-8"))
     write_json(output / "report.json", report)
@@ -95,6 +104,65 @@ def _rows(report: dict[str, Any], labels: list[str]) -> list[tuple[str, list[str
             values = [report[key][label] for label in labels]
             rows.append((name, ["-" if value is None else form.format(value) for value in values]))
     return rows
+
+
+def _baseline_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """Return the rows of the baselines' tables; a row without cells is the title of the next."""
+    baselines = report.get("baselines")
+    if baselines is None:
+        return []
+    difficult = baselines["difficult"]
+    labels = list(difficult["questions"])
+    rows: list[tuple[str, list[str]]] = []
+    if labels:
+        rows += [("baselines, without training", []), ("vision tokens", labels)]
+        rows += [(OURS, [f"{report['accuracy'][label]:.3f}" for label in labels])]
+        rows += _shares(baselines, labels)
+        rows += [(_title_of_difficult(baselines), []), ("vision tokens", labels)]
+        rows += [("questions", [f"{difficult['questions'][label]}" for label in labels])]
+        rows += _shares(difficult, labels)
+    rows += [(f"left out: {name}: {why}", []) for name, why in baselines["left_out"].items()]
+    return rows
+
+
+def _shares(shares: dict[str, Any], labels: list[str]) -> list[tuple[str, list[str]]]:
+    """Return a row of accuracies and one of their standard errors for each method."""
+    rows = []
+    for method, accuracy in shares["accuracy"].items():
+        errors = shares["standard_error"][method]
+        for name, row in ((method, accuracy), ("  standard error", errors)):
+            values = [row.get(label) for label in labels]
+            rows.append((name, ["-" if value is None else f"{value:.3f}" for value in values]))
+    return rows
+
+
+def _title_of_difficult(baselines: dict[str, Any]) -> str:
+    full = baselines["full"]
+    return f"difficult questions: right at {full} tokens, wrong in every resized picture"
+
+
+def _baseline_page(report: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, cells in _baseline_rows(report):
+        if not cells:
+            lines += ["", f"{name[0].upper()}{name[1:]}", ""]
+        else:
+            lines.append(f"| {name.strip()} | {' | '.join(cells)} |")
+            if name == "vision tokens":
+                lines.append("|---" * (len(cells) + 1) + "|")
+    full = report["baselines"]["full"]
+    return [
+        "## Baselines",
+        *lines,
+        "",
+        f"The sides of `resized` pictures are shorter as those of the tokens' grid are; "
+        f"`enlarged` ones have as little detail and cost {full} tokens; `strided` and `random` "
+        f"keep some of the {full} tokens, and `pooled` averages them. No question is difficult "
+        "where resizing cannot run; those that are count alike, whatever their kind.",
+        "",
+        "![Accuracy of the baselines](baselines.png)",
+        "",
+    ]
 
 
 def _row(name: str, cells: list[str]) -> str:

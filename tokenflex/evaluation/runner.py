@@ -14,7 +14,8 @@ import torch
 from tokenflex.counts import token_grid
 from tokenflex.data.faults import MAX_BROKEN_SAMPLES, BrokenSample
 from tokenflex.data.samples import Conversation, SampleDataset
-from tokenflex.evaluation.counts import AskedCount, labels_of, selector_of
+from tokenflex.evaluation.baselines import Baselines, baseline_counts, baseline_report
+from tokenflex.evaluation.counts import AskedCount, label_of, labels_of, selector_of
 from tokenflex.evaluation.encoding import QuestionEncoder
 from tokenflex.evaluation.grading import grade_forced, grade_generated
 from tokenflex.evaluation.questions import (
@@ -42,6 +43,7 @@ def evaluate(
     max_tiles: int | None = None,
     max_new_tokens: int = 64,
     max_broken_samples: int | None = MAX_BROKEN_SAMPLES,
+    baselines: bool = False,
     on_batch: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Compute the share of conversations answered right at each count.
@@ -69,7 +71,8 @@ def evaluate(
         max_new_tokens: Largest length of a generated answer.
         max_broken_samples: Largest number of samples left out because they cannot be read or
             encoded; None for no bound.
-        on_batch: Called after each count of each batch.
+        baselines: Whether to evaluate :mod:`tokenflex.evaluation.baselines` too.
+        on_batch: Called after each count of each batch, of baselines too.
 
     Returns:
         A report that JSON can hold. By count, with the labels of
@@ -82,19 +85,21 @@ def evaluate(
         ``accuracy_by_kind`` and ``standard_error_by_kind``. Besides, ``score``, ``questions``
         (number by kind), ``samples``, ``encoding_seconds``, ``image_backend`` ("pil" or
         "torchvision", which resized the images) and, if samples were left out, ``broken_samples``
-        (index and reason of each).
+        (index and reason of each); with baselines ``baselines``, see
+        :func:`tokenflex.evaluation.baselines.baseline_report`.
 
     Raises:
         TypeError: A count is neither a count nor a selector.
         BrokenSamplesError: More samples than allowed are broken, or all of them; the message names
             one.
-        ValueError: Counts are missing or repeated, the score is unknown, the data set is empty, or
-            an answer does not suit the score.
+        ValueError: Counts are missing or repeated, the score is unknown, the data set is empty,
+            an answer does not suit the score, or there is no count for baselines.
     """
     labels = labels_of(counts)
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
     chooses = any(selector_of(count) is not None for count in counts)
+    fewer = Baselines(model, *baseline_counts(counts)) if baselines else None
 
     def to_question(
         encode: QuestionEncoder, sample: PreparedSample, conversation: Conversation
@@ -107,7 +112,33 @@ def evaluate(
         text = text_before_answers(encoded, image_token_id) if chooses else None
         return Question(sample, conversation, prompt_ids=text, encoded=encoded)
 
+    def verdicts_of(encoded: EncodedImages, questions: Sequence[Question]) -> list[Verdict]:
+        images = images_of(encoded, questions)
+        if score == FORCED:
+            right = grade_forced(model, processor, questions, images).right.tolist()
+        else:
+            right = grade_generated(
+                model,
+                processor,
+                questions,
+                images,
+                score,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+            )
+        return [
+            Verdict(
+                sample=asked.sample.index,
+                kind=asked.conversation.kind,
+                right=is_right,
+                images=len(asked.sample.tiles),
+                vision_tokens=sum(asked.tokens_per_image),
+            )
+            for asked, is_right in zip(questions, right, strict=True)
+        ]
+
     verdicts: dict[str, list[Verdict]] = defaultdict(list)
+    of_baselines: dict[str, dict[str, list[Verdict]]] = {}
     seconds = dict.fromkeys(labels, 0.0)
     encoding_seconds = 0.0
     broken: list[BrokenSample] = []
@@ -125,41 +156,38 @@ def evaluate(
     with closing(batches):
         for batch in batches:
             if not batch.questions:
-                for _ in counts:
+                for _ in range(len(counts) + len(fewer or ())):
                     on_batch()
                 continue
             started = time.perf_counter()
-            encoded = model.encode_images(**on_device(batch.image_inputs, model.device))
+            image_inputs = on_device(batch.image_inputs, model.device)
+            encoded = model.encode_images(**image_inputs)
             encoding_seconds += _seconds_since(started, model.device)
             for label, count in zip(labels, counts, strict=True):
                 started = time.perf_counter()
                 questions = _at_count(model, encoded, batch.questions, count)
-                images = images_of(encoded, questions)
-                if score == FORCED:
-                    right = grade_forced(model, processor, questions, images).right.tolist()
-                else:
-                    right = grade_generated(
-                        model,
-                        processor,
-                        questions,
-                        images,
-                        score,
-                        batch_size=batch_size,
-                        max_new_tokens=max_new_tokens,
-                    )
-                verdicts[label] += [
-                    Verdict(
-                        sample=asked.sample.index,
-                        kind=asked.conversation.kind,
-                        right=is_right,
-                        images=len(asked.sample.tiles),
-                        vision_tokens=sum(asked.tokens_per_image),
-                    )
-                    for asked, is_right in zip(questions, right, strict=True)
-                ]
+                verdicts[label] += verdicts_of(encoded, questions)
                 seconds[label] += _seconds_since(started, model.device)
                 on_batch()
+            if fewer is None:
+                continue
+            tiles = [
+                (sample.index, tile)
+                for sample in batch.samples
+                for tile in range(len(sample.tile_range))
+            ]
+            for method, count, shown in fewer.runs(image_inputs, encoded, tiles):
+                if shown is not None:
+                    questions = _at_count(model, shown.encoded, batch.questions, shown.grid)
+                    of_labels = of_baselines.setdefault(method, {})
+                    with shown.context:
+                        graded = verdicts_of(shown.encoded, questions)
+                    of_labels.setdefault(label_of(count), []).extend(graded)
+                on_batch()
     report = _report(score, verdicts, seconds, encoding_seconds)
+    if fewer is not None:
+        full = label_of(fewer.full)
+        report["baselines"] = baseline_report(full, verdicts, of_baselines, fewer.left_out)
     # The filters of PIL and torchvision differ by a grey level in places, so answers may differ.
     report["image_backend"] = getattr(processor.image_processor, "backend", None)
     return report | ({"broken_samples": [asdict(sample) for sample in broken]} if broken else {})

@@ -408,10 +408,10 @@ def _on_device(
         keep_record(key, call)
     else:
         product, kept = call(x, weights)
+    if not call.is_differentiated:
+        return F.linear(product, weights.down_weight, weights.down_bias)
     with torch._C._AutoDispatchBelowAutograd():
         out = F.linear(product, weights.down_weight, weights.down_bias)
-    if not call.is_differentiated:
-        return out
     result: torch.Tensor = _record_on_device(x, *weights, (out, kept, plan.grids, mode, save))
     return result
 

@@ -1,19 +1,25 @@
 """The projector on a GPU, as eager calls of a kind that came before compute it.
 
-Its first two stages are recorded (``call_records``). The down projection is left to the op.
+Its first two stages are recorded (``call_records``) and repeated as one where both can be. The down
+projection is left to the op.
 """
 
 from __future__ import annotations
 
 import torch
 
-from tokenflex_kernels.call_records import RecordedStage, record_stage
+from tokenflex_kernels.call_records import RecordedStage, chain_launches, record_stage
 from tokenflex_kernels.pool_norm.op import record_pooling
 from tokenflex_kernels.pool_norm.plan import PoolPlan
 from tokenflex_kernels.project_tokens.weights import ProjectorWeights
 from tokenflex_kernels.swiglu.stages import launch_gate_up
 
 Kept = tuple[torch.Tensor | None, ...]
+
+# The tensors of both stages, as places among x and the weights up to up_bias, followed by the
+# results of the first stage.
+_NUM_TENSORS = 7
+_POOLING, _GATED_UNIT = (0, 1, 2), (_NUM_TENSORS, 3, 5, 4, 6)
 
 
 class RecordedProduct:
@@ -33,9 +39,17 @@ class RecordedProduct:
         self._pooling, self._gated_unit = pooling, gated_unit
         self.is_differentiated = is_differentiated
         self._keeps_product = keeps_product
+        stages = (pooling, _POOLING), (gated_unit, _GATED_UNIT)
+        self._launches = chain_launches(stages, _NUM_TENSORS)
 
     def __call__(self, x: torch.Tensor, weights: ProjectorWeights) -> tuple[torch.Tensor, Kept]:
         """Return the product, [T, H]; and normalised, inverse_std, gate, up and product to keep."""
+        if self._launches is not None:
+            results = self._launches(x, *weights[:6])
+            if results is not None:
+                if not self.is_differentiated:
+                    return results[3], ()
+                return self.results(results[:3], results[3:])
         norm_weight, norm_bias, gate, gate_bias, up, up_bias, _, _ = weights
         rows = self._pooling(x, norm_weight, norm_bias)
         return self.results(rows, self._gated_unit(rows[0], gate, up, gate_bias, up_bias))
