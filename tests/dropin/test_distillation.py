@@ -294,6 +294,26 @@ def test_held_out_samples_are_not_trained_on(monkeypatch):
     assert seen == {*range(8)}
 
 
+def test_gradients_are_clipped_to_a_norm_of_1(monkeypatch):
+    model, processor = converted("llava")
+    original, step = distillation._Student.divergence, torch.optim.AdamW.step
+    norms = []
+
+    def divergence(self, samples, counts):
+        kl, is_likeliest = original(self, samples, counts)
+        return 1e4 * kl, is_likeliest
+
+    def recorded(self, *args, **kwargs):
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        norms.append(float(torch.stack([p.grad.norm() for p in parameters]).norm()))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(distillation._Student, "divergence", divergence)
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    distill(model, processor, samples_of(4), counts=COUNTS, **FEW)
+    assert norms == pytest.approx([1.0] * FEW["steps"], abs=1e-3)
+
+
 def test_prompts_of_a_data_set_are_read_one_by_one():
     class Data:
         read: list[int] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tokenflex.cli.common import data_config, device, quiet_libraries
+from tokenflex.cli.common import data_config, device, quiet_libraries, saved_frame_sampling
 from tokenflex.cli.options import (
     ALLOW_OUTSIDE,
     counts_grids_or_auto,
@@ -64,9 +64,13 @@ def add_to(commands: CommandLine) -> None:
     evaluate.add_argument("--split", help="of digits or a Hugging Face data set (test)")
     evaluate.add_argument("--image-folder", type=Path, help="folder of relative image paths")
     evaluate.add_argument(
-        "--max-frames", type=positive, help="the most frames of a video that are shown (32)"
+        "--max-frames",
+        type=positive,
+        help="the most frames of a video that are shown (default: the processor's)",
     )
-    evaluate.add_argument("--fps", type=float, help="frames per second of a video (default: all)")
+    evaluate.add_argument(
+        "--fps", type=float, help="frames per second of a video (default: the processor's)"
+    )
     evaluate.add_argument("--allow-outside", action="store_true", help=ALLOW_OUTSIDE)
     evaluate.add_argument(
         "--max-broken-samples",
@@ -133,7 +137,8 @@ def _evaluate_into(options: argparse.Namespace) -> int:
     counts = [resolve_count(count, folder, options.penalty) for count in options.counts]
     keys = (*_DEFAULTS, "image_folder", "allow_outside", "max_frames", "fps")
     given = {key: getattr(options, key) for key in keys}
-    dataset = build_dataset(data_config(options.data, given, _DEFAULTS, options.format))
+    defaults = {**_DEFAULTS, **saved_frame_sampling(folder)}
+    dataset = build_dataset(data_config(options.data, given, defaults, options.format))
     if len(known := broken_records(dataset)) > options.max_broken_samples:
         warn_of_broken(known)
     check_broken(known, options.max_broken_samples)
