@@ -108,9 +108,7 @@ def test_convert_fits_on_the_first_pictures_and_merges_patches_as_told(
 
     monkeypatch.setattr("tokenflex.dropin.conversion.fit_projector", fit_projector)
     options = ("--tokens", "16", "--max-images", "2", "--patch-merge", "2")
-    code, out, errors = command(
-        "convert", stock, tmp_path / "out", "--images", pictures, *options
-    )
+    code, out, errors = command("convert", stock, tmp_path / "out", "--images", pictures, *options)
     assert (code, errors) == (0, [])
     assert "fitting the new projector on 2 pictures" in out
     first = [Image.open(pictures / f"{i}.png").tobytes() for i in (0, 1)]
