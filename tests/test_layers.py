@@ -30,6 +30,7 @@ ROOMS = (
     "interruption",
     "locks",
     "files",
+    "hub",
     "images",
     "counts",
     "videos",

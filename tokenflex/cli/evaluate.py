@@ -31,11 +31,9 @@ def add_to(commands: CommandLine) -> None:
         type=Path,
         nargs="?",
         metavar="MODEL",
-        help="folder of a checkpoint or a conversion",
+        help="a checkpoint or a conversion: a folder, or org/name on the Hugging Face Hub",
     )
-    evaluate.add_argument(
-        "--model", type=Path, dest="model_option", help="folder of a checkpoint or a conversion"
-    )
+    evaluate.add_argument("--model", type=Path, dest="model_option", help="as MODEL")
     evaluate.add_argument(
         "--data",
         required=True,
@@ -125,15 +123,17 @@ def _evaluate_into(options: argparse.Namespace) -> int:
     from tokenflex.evaluation import evaluate
     from tokenflex.evaluation.report import format_table, write_report
     from tokenflex.evaluation.scoring import SCORES
+    from tokenflex.hub import local_checkpoint
     from tokenflex.models.loading import check_length
     from tokenflex.routing.selector import resolve_count
     from tokenflex.training.build import build_dataset
 
     if options.score not in SCORES:
         raise ValueError(f"--score must be one of {', '.join(SCORES)}, got {options.score!r}")
-    folder = _checkpoint_of(options)
+    checkpoint = _checkpoint_of(options)
     if options.penalty is not None and not any(isinstance(n, str) for n in options.counts):
         raise ValueError(f"--penalty is for the count auto, got it with {options.counts}")
+    folder = local_checkpoint(checkpoint)
     counts = [resolve_count(count, folder, options.penalty) for count in options.counts]
     keys = (*_DEFAULTS, "image_folder", "allow_outside", "max_frames", "fps")
     given = {key: getattr(options, key) for key in keys}
@@ -164,7 +164,7 @@ def _evaluate_into(options: argparse.Namespace) -> int:
         )
     warn_of_broken([BrokenSample(**sample) for sample in report.get("broken_samples", [])])
     print(format_table(report))
-    title = f"{folder.resolve().name} on {Path(options.data).name}"
+    title = f"{checkpoint.absolute().name} on {Path(options.data).name}"
     if options.penalty is not None:
         report["penalty"] = options.penalty
         title += f", auto at a penalty of {options.penalty:g}"
@@ -176,5 +176,5 @@ def _evaluate_into(options: argparse.Namespace) -> int:
 def _checkpoint_of(options: argparse.Namespace) -> Path:
     if (options.model is None) == (options.model_option is None):
         given = "none" if options.model is None else "both"
-        raise ValueError(f"give one checkpoint folder, as MODEL or with --model, got {given}")
+        raise ValueError(f"give one checkpoint, as MODEL or with --model, got {given}")
     return options.model or options.model_option

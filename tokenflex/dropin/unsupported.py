@@ -36,8 +36,8 @@ _REASONS: dict[str, str] = {
     "fuyu": _NO_ENCODER,
     "gemma4_unified": _NO_ENCODER,
     "gemma3n": (
-        "it was not tried: its vision encoder is a MobileNet of the library timm, without which the "
-        "tests run"
+        "it was not tried: its vision encoder is a MobileNet of the library timm, without which "
+        "the tests run"
     ),
     "git": "its image features stand before every prompt, which has no placeholders",
     "granite4_vision": (
