@@ -50,8 +50,16 @@ def image_inputs(name: str, images: Sequence[int]) -> dict[str, Any]:
 
     if name in GRIDS:
         return grid_inputs(name, images, [(side, side)] * number)
+    if name == "inkling2":
+        return cell_inputs(images, [(side // 2, side // 2)] * number)
     if name in MINICPM:
         return minicpm_inputs(images, [(side, side)] * number)
+    if name == "granite_docling":
+        mask = torch.ones(number, 1, dtype=torch.bool)
+        return {
+            "pixel_values": stacked(3, PIXELS, PIXELS)[:, None],
+            "pixel_attention_mask": mask,
+        }
     if name in ("idefics3", "smolvlm", "perception_lm"):
         return {"pixel_values": stacked(3, PIXELS, PIXELS)[:, None]}
     if name in ANYRES:
@@ -101,6 +109,20 @@ def grid_inputs(
     if name == "video_llama_3":
         inputs["image_merge_sizes"] = torch.ones(len(grids), dtype=torch.long)
     return inputs
+
+
+def cell_inputs(images: Sequence[int], cells: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Return images as cells of 2 x 2 patches, (height, width) of them each."""
+    side = 2 * PATCH
+    return {
+        "pixel_values": torch.cat(
+            [
+                pixels(h * w, side, side, 3, seed=seed)
+                for seed, (h, w) in zip(images, cells, strict=True)
+            ]
+        ),
+        "image_grid_thw": torch.tensor([[1, *grid] for grid in cells]),
+    }
 
 
 def minicpm_inputs(images: Sequence[int], grids: Sequence[tuple[int, int]]) -> dict[str, Any]:
