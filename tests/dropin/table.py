@@ -153,6 +153,7 @@ _EDGE = {"shortest_edge": PIXELS}
 _IDEFICS_TAGS = ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>"] + [
     f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)
 ]
+_MORE_ROWS = [f"<row_{row}_col_{column}>" for row, column in ((1, 3), (3, 1), (1, 4), (4, 1))]
 _AYA_TAGS = ["<video>", "<image>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>"] + [
     f"TILE{tile}" for tile in ("", "_GLOBAL", "_1", "_2", "_3", "_4")
 ]
@@ -313,6 +314,11 @@ BUILDERS: dict[str, Callable[[], Any]] = {
             size={"longest_edge": 2 * PIXELS}, max_image_size={"longest_edge": PIXELS}
         ),
         tokenizer("<image>", _IDEFICS_TAGS),
+        image_seq_len=16,
+    ),
+    "granite_docling": lambda: transformers.GraniteDoclingProcessor(
+        transformers.GraniteDoclingImageProcessor(size=_SQUARE, max_patches=4),
+        tokenizer("<image>", [*_IDEFICS_TAGS, *_MORE_ROWS], image_token="<image>"),
         image_seq_len=16,
     ),
     "smolvlm": lambda: _with_video_stand_in(
