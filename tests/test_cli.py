@@ -334,6 +334,21 @@ def test_frames_are_those_of_the_checkpoint_or_the_option(command, checkpoint, t
         assert code == 0, errors
         tokens = json.loads(report.read_text())["vision_tokens_per_question"]
         assert tokens == {"4": 4.0 * shown}
+    evaluate = ("evaluate", copy, "--data", tmp_path / "data.jsonl", "--counts", 4)
+    for keys, words, shown in (
+        ({"fps": 5}, (), 3),
+        ({"max_frames": 2}, (), 2),
+        ({"fps": 5, "max_frames": 2}, ("--fps", 10, "--max-frames", 4), 4),
+    ):
+        (copy / "processor_config.json").write_text(json.dumps({**saved, **keys}))
+        code, _, errors = command(*evaluate, *words, "--output", report)
+        assert code == 0, errors
+        tokens = json.loads(report.read_text())["vision_tokens_per_question"]
+        assert tokens == {"4": 4.0 * shown}
+    (copy / "processor_config.json").write_text(json.dumps({**saved, "fps": "many"}))
+    code, _, errors = command(*evaluate)
+    assert code == 2
+    assert "processor_config.json must hold a rule for frames: fps must be a number" in errors[0]
 
 
 def test_generate_takes_grids_of_unequal_sides(command, checkpoint, image):

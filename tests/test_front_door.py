@@ -94,6 +94,35 @@ def test_convert_says_in_words_how_near_the_projector_is(command, stock, picture
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_convert_fits_on_the_first_pictures_and_merges_patches_as_told(
+    command,  # noqa: F811
+    stock,
+    pictures,
+    tmp_path,
+    monkeypatch,
+):
+    fitted = []
+
+    def fit_projector(model, images, processor):
+        fitted.extend(images)
+
+    monkeypatch.setattr("tokenflex.dropin.conversion.fit_projector", fit_projector)
+    options = ("--tokens", "16", "--max-images", "2", "--patch-merge", "2")
+    code, out, errors = command("convert", stock, tmp_path / "out", "--images", pictures, *options)
+    assert (code, errors) == (0, [])
+    assert "fitting the new projector on 2 pictures" in out
+    first = [Image.open(pictures / f"{i}.png").tobytes() for i in (0, 1)]
+    assert [picture.convert("RGB").tobytes() for picture in fitted] == first
+    model, _ = from_pretrained(tmp_path / "out")
+    assert model.config.tokenflex["patch_merge"] == 2
+    projector = model.base_model.multi_modal_projector
+    assert projector.vision_width == 4 * model.config.vision_config.hidden_size
+    for option in ("--max-images", "--patch-merge"):
+        code, _, errors = command("convert", stock, tmp_path / "no", option, "0")
+        assert code == 2
+        assert f"{option}: expected at least 1, got 0" in errors[-1]
+
+
 def test_convert_without_pictures_only_where_it_is_asked_for(command, stock, tmp_path):  # noqa: F811
     code, out, _ = command("convert", stock, tmp_path / "out", "--init", "random")
     assert code == 0

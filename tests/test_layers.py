@@ -31,6 +31,7 @@ ROOMS = (
     "interruption",
     "locks",
     "files",
+    "hub",
     "images",
     "counts",
     "videos",

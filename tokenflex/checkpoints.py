@@ -1,4 +1,4 @@
-"""The model of a command, from a folder of any kind that holds one.
+"""The model of a command, from a folder of any kind that holds one, or from the Hugging Face Hub.
 
 Converted models need a newer transformers than our own, so their room is imported for them alone.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tokenflex.files import checkpoint_folder, excerpt, read_json
+from tokenflex.files import excerpt, read_json
+from tokenflex.hub import checkpoint_config, local_checkpoint
 from tokenflex.models.configuration import TokenFlexConfig
-from tokenflex.models.loading import is_conversion, load_checkpoint
+from tokenflex.models.loading import is_conversion_config, load_checkpoint
 from tokenflex.models.ristretto import MODEL_TYPE as RISTRETTO
 
 
@@ -18,33 +19,32 @@ def load_model(path: str | Path) -> tuple[Any, Any]:
     """Load a TokenFLEX checkpoint, a released Ristretto, or a saved conversion of a stock model.
 
     Args:
-        path: The folder.
+        path: The folder, or ``org/name`` on the Hugging Face Hub.
 
     Returns:
         (model, processor), the model in evaluation mode.
 
     Raises:
-        FileNotFoundError: The folder or one of its files does not exist.
+        FileNotFoundError: The folder or one of its files does not exist, or the Hub has none.
         ValueError: The folder holds another model, or a broken one.
     """
-    folder = checkpoint_folder(path)
-    if is_conversion(folder):
-        return _load_conversion(folder)
-    values = read_json(folder / "config.json", "checkpoint file")
+    values = checkpoint_config(path)
+    if is_conversion_config(values):
+        return _load_conversion(local_checkpoint(path))
     kind = values.get("model_type") if isinstance(values, dict) else None
     if isinstance(values, dict) and kind not in (TokenFlexConfig.model_type, RISTRETTO):
         from tokenflex.dropin.families import supported_families
 
         if kind in supported_families():
             raise ValueError(
-                f"{folder} holds a stock {kind}: convert it first, with `tokenflex convert "
-                f"{folder} OUT --images FOLDER`"
+                f"{path} holds a stock {kind}: convert it first, with `tokenflex convert "
+                f"{path} OUT --images FOLDER`"
             )
         raise ValueError(
-            f"{folder} must hold a TokenFLEX checkpoint, a released Ristretto or a conversion made "
+            f"{path} must hold a TokenFLEX checkpoint, a released Ristretto or a conversion made "
             f"by `tokenflex convert`, got model_type {excerpt(kind)}"
         )
-    return load_checkpoint(folder)
+    return load_checkpoint(local_checkpoint(path))
 
 
 def _load_conversion(folder: Path) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -67,11 +68,15 @@ def converted_logits(model: Any, processor: Any, count: int, asked: Sequence[Any
     return logits
 
 
+def standard_error(share: float, number: int) -> float:
+    """Return the standard error of a share of ``number`` independent questions."""
+    return math.sqrt(share * (1 - share) / number)
+
+
 def main() -> None:
     """Train, convert, distil, measure, and write the report."""
     options = _parser().parse_args()
     torch.set_num_threads(1)
-    started = time.perf_counter()
     model, processor = new_model_and_processor(options.seed)
     vocabulary = processor.tokenizer.get_vocab()
     with tqdm(total=options.warm_up + options.stock_steps, desc="stock model") as bar:
@@ -85,7 +90,7 @@ def main() -> None:
             seed=options.seed,
             on_step=bar.update,
         )
-    seconds = {"stock": time.perf_counter() - started}
+    seconds = {}
     test = questions("test", options.canvases)
     results: dict[str, dict[int, dict[str, float]]] = {}
     results["stock, picture resized"] = {
@@ -122,7 +127,7 @@ def main() -> None:
                 modules_to_save=[projector_name(student)],
             )
             trained = get_peft_model(student, lora)
-        started = time.perf_counter()
+        started = time.process_time()
         with tqdm(desc=name) as bar:
 
             def on_progress(work: str, done: int, total: int, bar: Any = bar) -> None:
@@ -141,7 +146,7 @@ def main() -> None:
                 seed=options.seed,
                 on_progress=on_progress,
             )
-        seconds[name] = time.perf_counter() - started
+        seconds[name] = time.process_time() - started
         agreements[name] = {
             count: {"before": vars(report.before[count]), "after": vars(report.after[count])}
             for count in COUNTS
@@ -153,14 +158,18 @@ def main() -> None:
             "options": {k: v for k, v in vars(options).items() if k != "out"},
             "questions": len(test),
             "accuracy": results,
+            "standard_error": {
+                name: {count: standard_error(row[count]["all"], len(test)) for count in row}
+                for name, row in results.items()
+            },
             "agreement": agreements,
-            "seconds": {name: round(value, 1) for name, value in seconds.items()},
+            "cpu_seconds": {name: round(value, 1) for name, value in seconds.items()},
         },
     )
     print(f"{'':24}" + "".join(f"{count:>8}" for count in COUNTS))
     for name, row in results.items():
         print(f"{name:24}" + "".join(f"{row[count]['all']:8.3f}" for count in COUNTS))
-    print({name: round(value, 1) for name, value in seconds.items()}, "seconds")
+    print({name: round(value, 1) for name, value in seconds.items()}, "CPU seconds")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -50,8 +50,16 @@ def image_inputs(name: str, images: Sequence[int]) -> dict[str, Any]:
 
     if name in GRIDS:
         return grid_inputs(name, images, [(side, side)] * number)
+    if name == "inkling2":
+        return cell_inputs(images, [(side // 2, side // 2)] * number)
     if name in MINICPM:
         return minicpm_inputs(images, [(side, side)] * number)
+    if name == "granite_docling":
+        mask = torch.ones(number, 1, dtype=torch.bool)
+        return {
+            "pixel_values": stacked(3, PIXELS, PIXELS)[:, None],
+            "pixel_attention_mask": mask,
+        }
     if name in ("idefics3", "smolvlm", "perception_lm"):
         return {"pixel_values": stacked(3, PIXELS, PIXELS)[:, None]}
     if name in ANYRES:
@@ -103,6 +111,20 @@ def grid_inputs(
     return inputs
 
 
+def cell_inputs(images: Sequence[int], cells: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Return images as cells of 2 x 2 patches, (height, width) of them each."""
+    side = 2 * PATCH
+    return {
+        "pixel_values": torch.cat(
+            [
+                pixels(h * w, side, side, 3, seed=seed)
+                for seed, (h, w) in zip(images, cells, strict=True)
+            ]
+        ),
+        "image_grid_thw": torch.tensor([[1, *grid] for grid in cells]),
+    }
+
+
 def minicpm_inputs(images: Sequence[int], grids: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """Return images as one row of patches."""
     patches = [
@@ -131,6 +153,7 @@ _EDGE = {"shortest_edge": PIXELS}
 _IDEFICS_TAGS = ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>"] + [
     f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)
 ]
+_MORE_ROWS = [f"<row_{row}_col_{column}>" for row, column in ((1, 3), (3, 1), (1, 4), (4, 1))]
 _AYA_TAGS = ["<video>", "<image>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>"] + [
     f"TILE{tile}" for tile in ("", "_GLOBAL", "_1", "_2", "_3", "_4")
 ]
@@ -291,6 +314,11 @@ BUILDERS: dict[str, Callable[[], Any]] = {
             size={"longest_edge": 2 * PIXELS}, max_image_size={"longest_edge": PIXELS}
         ),
         tokenizer("<image>", _IDEFICS_TAGS),
+        image_seq_len=16,
+    ),
+    "granite_docling": lambda: transformers.GraniteDoclingProcessor(
+        transformers.GraniteDoclingImageProcessor(size=_SQUARE, max_patches=4),
+        tokenizer("<image>", [*_IDEFICS_TAGS, *_MORE_ROWS], image_token="<image>"),
         image_seq_len=16,
     ),
     "smolvlm": lambda: _with_video_stand_in(

@@ -278,6 +278,46 @@ def test_a_schedule_draws_anew_in_each_epoch_and_repeats_by_its_seed():
     assert distillation._Schedule(counts, 100, 3, 1.0, 0).rate(0) == pytest.approx(0.1)
 
 
+def gradient_of(balance, divergence, lengths, counts) -> list[float]:
+    leaf = torch.tensor(divergence, requires_grad=True)
+    balance.loss(leaf, lengths, counts).backward()
+    return leaf.grad.tolist()
+
+
+def test_each_count_s_divergence_is_relative_to_its_own_size():
+    balance = distillation._Balance()
+    # 2 tokens of an answer at 4, 1 at 16, 1 at 4; the mean at 4 is 6.
+    gradient = gradient_of(balance, [3.0, 6.0, 0.05, 9.0], [2, 1, 1], [4, 16, 4])
+    expected = [1 / 6, 1 / 6, 1 / 0.05, 1 / 6]
+    assert gradient == pytest.approx([g / 4 for g in expected], rel=0.03)
+    # The size at 4 moves by a twentieth of the way to 26, and that at 16 stays.
+    gradient = gradient_of(balance, [26.0], [1], [4])
+    assert gradient == pytest.approx([1 / 7], rel=0.01)
+    gradient = gradient_of(balance, [0.05], [1], [16])
+    assert gradient == pytest.approx([1 / 0.051])
+
+
+def test_a_negligible_divergence_has_no_larger_weight():
+    gradient = gradient_of(distillation._Balance(), [0.0, 1e-6], [1, 1], [4, 16])
+    assert gradient == pytest.approx([500.0, 500.0], rel=0.01)
+
+
+def test_training_balances_the_counts(monkeypatch):
+    model, processor = converted("llava")
+    given = []
+    original = distillation._Balance.loss
+
+    def loss(self, divergence, lengths, counts):
+        given.append((id(self), len(divergence), lengths, counts))
+        return original(self, divergence, lengths, counts)
+
+    monkeypatch.setattr(distillation._Balance, "loss", loss)
+    distill(model, processor, samples_of(5), counts=COUNTS, **FEW)
+    assert len({balance for balance, *_ in given}) == 1
+    assert [number for _, number, *_ in given] == [6, 6]
+    assert all(lengths == [3, 3] and {*counts} <= {4, 16} for *_, lengths, counts in given)
+
+
 def test_held_out_samples_are_not_trained_on(monkeypatch):
     model, processor = converted("llava")
     seen = set()
@@ -292,6 +332,25 @@ def test_held_out_samples_are_not_trained_on(monkeypatch):
     report = distill(model, processor, samples_of(9), counts=COUNTS, **{**FEW, "steps": 8})
     assert (report.trained_on, report.held_out) == (8, 1)
     assert seen == {*range(8)}
+
+
+def test_gradients_are_clipped_to_a_norm_of_1(monkeypatch):
+    model, processor = converted("llava")
+    original, step = distillation._Balance.loss, torch.optim.AdamW.step
+    norms = []
+
+    def loss(self, *args):
+        return 1e4 * original(self, *args)
+
+    def recorded(self, *args, **kwargs):
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        norms.append(float(torch.stack([p.grad.norm() for p in parameters]).norm()))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(distillation._Balance, "loss", loss)
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    distill(model, processor, samples_of(4), counts=COUNTS, **FEW)
+    assert norms == pytest.approx([1.0] * FEW["steps"], abs=1e-3)
 
 
 def test_prompts_of_a_data_set_are_read_one_by_one():

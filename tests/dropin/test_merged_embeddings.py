@@ -16,9 +16,13 @@ REFUSED = {
     **dict.fromkeys(("gemma3", "paligemma"), "bidirectional"),
     **dict.fromkeys(MROPE, "M-RoPE"),
     "gemma4": "token ids",
+    "granite_docling": "earlier layers of the encoder",
     "ovis2": "embedded by a table",
     **dict.fromkeys(
-        ("glm5_next", "mistral3-mistral4", "mistral_large4", "muse_glimmer", "muse_spark"),
+        (
+            *("glm5_next", "mistral3-mistral4", "mistral_large4", "muse_glimmer", "muse_spark"),
+            "step3p7",
+        ),
         "no causal language model",
     ),
 }

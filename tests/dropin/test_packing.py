@@ -20,6 +20,7 @@ REFUSED = [
     "gemma3",
     "gemma4",
     "glm5_next",
+    "inkling2",
     "lfm2_vl",
     "lfm3_vl",
     "minicpm_ocr",
@@ -27,6 +28,7 @@ REFUSED = [
     "paligemma",
     "qwen3_5",
     "qwen3_5_moe",
+    "qwen4_exp",
     *(["cosmos3_edge", "minimax_m3_vl"] if is_older("transformers", "5.23") else []),
 ]
 

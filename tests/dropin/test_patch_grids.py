@@ -20,6 +20,7 @@ from tests.dropin.table import (
     PIXELS,
     PIXTRALS,
     VISION_WIDTH,
+    cell_inputs,
     grid_inputs,
     image_inputs,
     minicpm_inputs,
@@ -46,8 +47,19 @@ def inputs_of(name: str) -> dict:
         return {"pixel_values": pixels(2, 3, PIXELS, PIXELS), "image_sizes": sizes}
     if name in GRIDS:
         return grid_inputs(name, [1, 2], [WIDE, TALL])
+    if name == "inkling2":
+        return cell_inputs([1, 2], [(2, 4), (3, 1)])
     if name in MINICPM:
         return minicpm_inputs([1, 2], [(4, 8), (8, 4)])
+    if name == "granite_docling":  # two tiles of the first image, padding in the second
+        mask = torch.tensor([[True, True], [True, False]])
+        return {"pixel_values": pixels(2, 2, 3, PIXELS, PIXELS), "pixel_attention_mask": mask}
+    if name == "step3p7":  # two tiles of the first image, which are smaller than the whole of it
+        return {
+            "pixel_values": pixels(2, 3, PIXELS, PIXELS),
+            "pixel_values_local": pixels(2, 3, PIXELS // 2, PIXELS // 2, seed=1),
+            "num_local_patches": [2, 0],
+        }
     if name == "gemma4":
         positions = torch.full((2, 32, 2), -1)
         positions[0], positions[1, :12] = places(*WIDE), places(*TALL)
@@ -142,8 +154,10 @@ def test_patch_grids_are_what_the_stock_projector_is_given(name):
         assert grids == [(2, 4), (4, 2)]
     elif name in MERGED_BEFORE:
         assert grids == [(2, 4), (3, 1)]
-    elif name in (*GRIDS, *PIXTRALS, "aria", "lfm2_vl"):
+    elif name in (*GRIDS, *PIXTRALS, "aria", "lfm2_vl", "inkling2"):
         assert grids == [WIDE, TALL]
+    elif name == "step3p7":
+        assert grids == [(2, 2), (2, 2), (4, 4), (4, 4)]
     if name == "lfm2_vl" and version.parse(transformers.__version__) >= version.parse("5.24"):
         pytest.skip("since transformers 5.24 its projector is given blocks of all images as one")
     stock = given_to_stock_projector(name, inputs)
@@ -154,7 +168,16 @@ def test_patch_grids_are_what_the_stock_projector_is_given(name):
             inputs["image_grid_thw"], vision.spatial_merge_size, vision.window_size, PATCH
         )
         stock = stock.unflatten(0, (-1, 4))[torch.argsort(order)].flatten(0, 1)
-    if name in GRIDS and name not in (*MERGED_BEFORE, "paddleocr_vl", "video_llama_3"):
+    if name == "step3p7":  # the images go first through its projector
+        first, second, *tiles = stock.split([16, 16, 4, 4])
+        stock = torch.cat([*tiles, first, second])
+    if name == "inkling2":
+        stock = stock.unflatten(-1, (4, -1)).flatten(0, 1)
+    if name in (*GRIDS, "inkling2") and name not in (
+        *MERGED_BEFORE,
+        "paddleocr_vl",
+        "video_llama_3",
+    ):
         stock = cells_in_raster_order(stock, grids)
     assert rows.shape == stock.shape
     assert torch.allclose(rows, stock, atol=1e-6)
@@ -199,3 +222,21 @@ def test_tokens_around_images_of_ovis2_are_the_stock_ones():
     more = family_of(model.config).more_outputs(model.base_model)
     assert more.keys() == {"visual_indicator_features"}
     assert torch.equal(more["visual_indicator_features"], stock.visual_indicator_features)
+
+
+@torch.no_grad()
+def test_granite_docling_keeps_its_maps_of_earlier_layers():
+    model, inputs = converted("granite_docling"), inputs_of("granite_docling")
+    (stock,) = stock_model("granite_docling").base_model.get_image_features(**inputs)[
+        "deepstack_features"
+    ]
+    counts = [(2, 3), (1, 1), (4, 4)]
+    (pooled,) = model.base_model.get_image_features(
+        **inputs, num_image_tokens=counts
+    ).deepstack_features
+    for tokens, tile, grid in zip(pooled, torch.cat(stock).split(16), counts, strict=True):
+        maps = tile.unflatten(0, (4, 4)).permute(2, 0, 1)
+        means = torch.nn.functional.adaptive_avg_pool2d(maps, grid)
+        torch.testing.assert_close(tokens, means.flatten(1).T, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="tile_fine_mask must be None"):
+        model.base_model.get_image_features(**inputs, tile_fine_mask=torch.ones(2).bool())

@@ -12,14 +12,18 @@ from itertools import groupby
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers import pipeline
 
+from tests.dropin.configs import CONFIGS
 from tests.dropin.processors import image_text, picture, stock_processor
 from tests.dropin.table import IMAGE
 from tests.dropin.test_model import TOLERANCE, logits
 from tests.dropin.tiny import stock_model
 from tokenflex import TokenCounts, replace_projector, restore_projector
+from tokenflex.dropin.families import family_of
+from tokenflex.dropin.features import flat_grids
 from tokenflex.dropin.inputs import check_option_names
 from tokenflex.images import load_image
 
@@ -468,3 +472,37 @@ def test_processor_without_the_placeholder_is_refused():
 def test_something_else_than_a_processor_is_refused():
     with pytest.raises(TypeError, match="CLIPImageProcessor"):
         replace_projector(stock_model("llava"), stock_processor("llava").image_processor)
+
+
+def test_internvl_of_its_own_geometry_has_256_or_64_tokens_of_each_tile():
+    """448 x 448 pixels a tile, patches of 14, 2 x 2 of them a token: InternVL's published sizes."""
+    side = {"height": 448, "width": 448}
+    processor = stock_processor("internvl")
+    processor.image_seq_length = 256
+    processor.image_processor.size = processor.image_processor.size.__class__(**side)
+    config = CONFIGS["internvl"]()
+    config.image_seq_length = 256
+    config.vision_config.image_size, config.vision_config.patch_size = [448] * 2, [14] * 2
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.InternVLForConditionalGeneration(config).eval()
+    image, text = picture(1, 448, 896), f"{image_text('internvl')} what"
+    stock = call(processor, [[image]], [text])
+    assert int((stock["input_ids"] == IMAGE).sum()) == 3 * 256  # two tiles and a thumbnail
+    pixels, internvl = stock["pixel_values"], family_of(model.config)
+    replace_projector(model, processor, images=[image, picture(2, 896, 448)])
+    assert model.fitted_num_image_tokens == [64, 256]
+    with torch.no_grad():
+        cells, grids = flat_grids(internvl.patch_grids(model.base_model, pixels), merge=2)
+        assert grids == [(16, 16)] * 3
+        pooled = cells.unflatten(0, (3, 8, 2, 8, 2)).mean((2, 4)).flatten(0, 2)
+        for count, rows in ((256, cells), (64, pooled)):
+            inputs = call(processor, [[image]], [text], num_image_tokens=count)
+            if count == 256:
+                assert torch.equal(inputs["input_ids"], stock["input_ids"])
+            assert inputs["num_image_tokens"] == [count] * 3
+            assert int((inputs["input_ids"] == IMAGE).sum()) == 3 * count
+            tokens = model.get_image_features(pixels, num_image_tokens=count).pooler_output
+            projector = model.base_model.multi_modal_projector
+            expected = projector(rows, 1, grids=[(1, 1)] * len(rows)).squeeze(1)
+            torch.testing.assert_close(torch.cat(tokens), expected, atol=1e-4, rtol=1e-4)

@@ -368,7 +368,7 @@ NO_GRAPH = {
     *("hyperclovax_vision_v2", "idefics3", "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr"),
     *("llava-pixtral", "minicpm_ocr", "minicpmv4_6", "minimax_m3_vl", "mistral3", "muse_glimmer"),
     *("mistral3-mistral4", "mistral_large4", "muse_spark", "paddleocr_vl", "smolvlm"),
-    *("perception_lm", "video_llama_3"),
+    *("granite_docling", "inkling2", "perception_lm", "video_llama_3"),
 }
 """Their encoders take images of any size, or several inputs."""
 

@@ -29,6 +29,29 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
+def saved_frame_sampling(checkpoint: Path) -> dict[str, Any]:
+    """Return ``max_frames`` and ``fps`` of a checkpoint's processor, as far as it has values.
+
+    They are read from its file, so that faults of the data are told before the model is loaded.
+
+    Raises:
+        ValueError: The file is broken, or a value is not allowed.
+    """
+    from tokenflex.files import read_json
+    from tokenflex.videos import FrameSampling
+
+    file = checkpoint / "processor_config.json"
+    values = read_json(file) if file.is_file() else None
+    if not isinstance(values, dict):
+        return {}
+    rule = {key: values[key] for key in ("max_frames", "fps") if values.get(key) is not None}
+    try:
+        FrameSampling(**rule)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint file {file} must hold a rule for frames: {error}") from None
+    return rule
+
+
 def data_config(
     data: str,
     given: Mapping[str, Any],

@@ -34,7 +34,11 @@ def add_to(commands: CommandLine) -> None:
         "the reverse",
         "tokenflex convert models/llava models/llava-tokenflex --images photos",
     )
-    convert.add_argument("source", type=Path, help="folder of the stock model or the checkpoint")
+    convert.add_argument(
+        "source",
+        type=Path,
+        help="the stock model or the checkpoint: a folder, or org/name on the Hugging Face Hub",
+    )
     convert.add_argument("target", type=Path, help="folder to write, which must not exist")
     stock = convert.add_argument_group("only for a stock model")
     stock.add_argument(
@@ -108,17 +112,17 @@ def _add_distillation(group: argparse._ArgumentGroup) -> None:
 
 def _convert(options: argparse.Namespace) -> int:
     quiet_libraries()
-    from tokenflex.files import checkpoint_folder, read_json
+    from tokenflex.hub import checkpoint_config, local_checkpoint
     from tokenflex.models.configuration import TokenFlexConfig
-    from tokenflex.models.loading import is_conversion
+    from tokenflex.models.loading import is_conversion_config
     from tokenflex.models.ristretto import MODEL_TYPE as RISTRETTO
 
-    source = checkpoint_folder(options.source)
+    source = options.source
     if options.target.exists():
         raise FileExistsError(f"target folder {options.target} exists; name one that does not")
-    if is_conversion(source):
+    values = checkpoint_config(source)
+    if is_conversion_config(values):
         raise ValueError(f"{source} is a conversion already: all commands take it as it is")
-    values = read_json(source / "config.json", "checkpoint file")
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind not in (RISTRETTO, TokenFlexConfig.model_type):
         return _convert_stock(options)
@@ -127,7 +131,9 @@ def _convert(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is for a stock model, got a {kind}")
     from tokenflex.models.conversion import convert
 
-    layout = convert(source, options.target, system_message=options.system_message)
+    layout = convert(
+        local_checkpoint(source), options.target, system_message=options.system_message
+    )
     print(f"{options.target} holds the checkpoint in the layout of {layout}")
     return 0
 

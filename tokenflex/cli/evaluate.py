@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tokenflex.cli.common import data_config, device, quiet_libraries
+from tokenflex.cli.common import data_config, device, quiet_libraries, saved_frame_sampling
 from tokenflex.cli.options import (
     ALLOW_OUTSIDE,
     counts_grids_or_auto,
@@ -31,11 +31,9 @@ def add_to(commands: CommandLine) -> None:
         type=Path,
         nargs="?",
         metavar="MODEL",
-        help="folder of a checkpoint or a conversion",
+        help="a checkpoint or a conversion: a folder, or org/name on the Hugging Face Hub",
     )
-    evaluate.add_argument(
-        "--model", type=Path, dest="model_option", help="folder of a checkpoint or a conversion"
-    )
+    evaluate.add_argument("--model", type=Path, dest="model_option", help="as MODEL")
     evaluate.add_argument(
         "--data",
         required=True,
@@ -70,9 +68,13 @@ def add_to(commands: CommandLine) -> None:
     evaluate.add_argument("--split", help="of digits or a Hugging Face data set (test)")
     evaluate.add_argument("--image-folder", type=Path, help="folder of relative image paths")
     evaluate.add_argument(
-        "--max-frames", type=positive, help="the most frames of a video that are shown (32)"
+        "--max-frames",
+        type=positive,
+        help="the most frames of a video that are shown (default: the processor's)",
     )
-    evaluate.add_argument("--fps", type=float, help="frames per second of a video (default: all)")
+    evaluate.add_argument(
+        "--fps", type=float, help="frames per second of a video (default: the processor's)"
+    )
     evaluate.add_argument("--allow-outside", action="store_true", help=ALLOW_OUTSIDE)
     evaluate.add_argument(
         "--max-broken-samples",
@@ -130,22 +132,25 @@ def _evaluate_into(options: argparse.Namespace) -> int:
     from tokenflex.evaluation.baselines import METHODS, baseline_counts
     from tokenflex.evaluation.report import format_table, write_report
     from tokenflex.evaluation.scoring import SCORES
+    from tokenflex.hub import local_checkpoint
     from tokenflex.models.loading import check_length
     from tokenflex.routing.selector import resolve_count
     from tokenflex.training.build import build_dataset
 
     if options.score not in SCORES:
         raise ValueError(f"--score must be one of {', '.join(SCORES)}, got {options.score!r}")
-    folder = _checkpoint_of(options)
+    checkpoint = _checkpoint_of(options)
     if options.penalty is not None and not any(isinstance(n, str) for n in options.counts):
         raise ValueError(f"--penalty is for the count auto, got it with {options.counts}")
+    folder = local_checkpoint(checkpoint)
     counts = [resolve_count(count, folder, options.penalty) for count in options.counts]
     runs = len(counts)
     if options.baselines:
         runs += len(METHODS) * len(baseline_counts(counts)[0])
     keys = (*_DEFAULTS, "image_folder", "allow_outside", "max_frames", "fps")
     given = {key: getattr(options, key) for key in keys}
-    dataset = build_dataset(data_config(options.data, given, _DEFAULTS, options.format))
+    defaults = {**_DEFAULTS, **saved_frame_sampling(folder)}
+    dataset = build_dataset(data_config(options.data, given, defaults, options.format))
     if len(known := broken_records(dataset)) > options.max_broken_samples:
         warn_of_broken(known)
     check_broken(known, options.max_broken_samples)
@@ -172,7 +177,7 @@ def _evaluate_into(options: argparse.Namespace) -> int:
         )
     warn_of_broken([BrokenSample(**sample) for sample in report.get("broken_samples", [])])
     print(format_table(report))
-    title = f"{folder.resolve().name} on {Path(options.data).name}"
+    title = f"{checkpoint.absolute().name} on {Path(options.data).name}"
     if options.penalty is not None:
         report["penalty"] = options.penalty
         title += f", auto at a penalty of {options.penalty:g}"
@@ -184,5 +189,5 @@ def _evaluate_into(options: argparse.Namespace) -> int:
 def _checkpoint_of(options: argparse.Namespace) -> Path:
     if (options.model is None) == (options.model_option is None):
         given = "none" if options.model is None else "both"
-        raise ValueError(f"give one checkpoint folder, as MODEL or with --model, got {given}")
+        raise ValueError(f"give one checkpoint, as MODEL or with --model, got {given}")
     return options.model or options.model_option

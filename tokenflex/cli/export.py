@@ -22,7 +22,10 @@ def add_to(commands: CommandLine) -> None:
         extra="export",
     )
     export.add_argument(
-        "model", type=Path, metavar="MODEL", help="folder of a checkpoint or a conversion"
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="a checkpoint or a conversion: a folder, or org/name on the Hugging Face Hub",
     )
     export.add_argument(
         "--to",

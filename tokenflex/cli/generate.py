@@ -21,7 +21,10 @@ def add_to(commands: CommandLine) -> None:
         "--prompt 'read r1c1' --tokens 4,9,16",
     )
     generate.add_argument(
-        "--model", type=Path, required=True, help="folder of a checkpoint or a conversion"
+        "--model",
+        type=Path,
+        required=True,
+        help="a checkpoint or a conversion: a folder, or org/name on the Hugging Face Hub",
     )
     generate.add_argument("--image", type=Path, action="append", default=[], help="may be repeated")
     generate.add_argument(

@@ -26,7 +26,10 @@ def add_to(commands: CommandLine) -> None:
     )
     harness.add_argument("harness", metavar="HARNESS", help="lmms-eval or vlmevalkit")
     harness.add_argument(
-        "model", type=Path, metavar="MODEL", help="folder of a checkpoint or a conversion"
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="a checkpoint or a conversion: a folder, or org/name on the Hugging Face Hub",
     )
     harness.add_argument("--benchmarks", required=True, help="the harness's names, with commas")
     harness.add_argument(
@@ -105,8 +108,8 @@ def _run(options: argparse.Namespace) -> CountTable:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse options that the named harness would not use."""
-    from tokenflex.files import checkpoint_folder
     from tokenflex.harnesses.driver import HARNESSES
+    from tokenflex.hub import local_checkpoint
 
     if options.harness not in HARNESSES:
         raise ValueError(f"HARNESS must be one of {', '.join(HARNESSES)}, got {options.harness!r}")
@@ -121,4 +124,4 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("batch_size", "limit", "include_path"):
         if not is_lmms_eval and getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} is for lmms-eval, not for vlmevalkit")
-    checkpoint_folder(options.model)
+    local_checkpoint(options.model)

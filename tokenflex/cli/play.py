@@ -24,7 +24,10 @@ def add_to(commands: CommandLine) -> None:
         extra="demo",
     )
     play.add_argument(
-        "model", type=Path, metavar="MODEL", help="folder of a checkpoint or a conversion"
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="a checkpoint or a conversion: a folder, or org/name on the Hugging Face Hub",
     )
     play.add_argument("--port", type=_port, default=7860, help="port of the page (%(default)s)")
     play.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
@@ -45,11 +48,13 @@ def _play(options: argparse.Namespace) -> int:
 
     quiet_libraries()
     from tokenflex.checkpoints import load_model
+    from tokenflex.hub import local_checkpoint
     from tokenflex.serving.playground.page import build_page, launch_page
     from tokenflex.serving.playground.replies import Playground
     from tokenflex.serving.playground.reports import draw_accuracy
 
-    model, processor = load_model(options.model)
+    checkpoint = local_checkpoint(options.model)
+    model, processor = load_model(checkpoint)
     playground = Playground(
         model.to(device()),
         processor,
@@ -57,7 +62,7 @@ def _play(options: argparse.Namespace) -> int:
         max_tiles=options.max_tiles,
     )
     with TemporaryDirectory() as folder:
-        accuracy = draw_accuracy(options.model, Path(folder))
+        accuracy = draw_accuracy(checkpoint, Path(folder))
         page = build_page(playground, str(options.model), accuracy)
         address = launch_page(page, options.host, options.port)
         print(f"playground of {options.model}: {address} (Ctrl-C ends it)", flush=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenflex.cli.common import data_config, device, quiet_libraries
+from tokenflex.cli.common import data_config, device, quiet_libraries, saved_frame_sampling
 from tokenflex.cli.options import ALLOW_OUTSIDE, counts_or_grids, positive
 from tokenflex.cli.parser import CommandLine
 
@@ -127,4 +127,4 @@ def _dataset(data: str, digits_split: str, options: argparse.Namespace) -> Any:
         given = {"split": digits_split, "size": options.size}
     else:
         given = {"image_folder": options.image_folder, "allow_outside": options.allow_outside}
-    return build_dataset(data_config(data, given))
+    return build_dataset(data_config(data, given, saved_frame_sampling(options.model)))

@@ -30,7 +30,10 @@ def add_to(commands: CommandLine) -> None:
         extra="serve",
     )
     serve.add_argument(
-        "model", type=Path, metavar="MODEL", help="folder of a checkpoint or a conversion"
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="a checkpoint or a conversion: a folder, or org/name on the Hugging Face Hub",
     )
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
     serve.add_argument("--port", type=_port, default=8000, help="0 for any free one (%(default)s)")

@@ -31,7 +31,8 @@ def convert_stock(
     """Load a stock model, give it a token-adaptive projector, and save it with its processor.
 
     Args:
-        source: Folder or name of the stock model.
+        source: Folder of the stock model, or its ``org/name`` on the Hugging Face Hub. Code of a
+            repository is never run.
         target: Folder to write. It appears whole or not at all.
         num_image_tokens: Vision tokens per image where a call gives no count.
         images: Pictures to fit the new projector on; with none its weights are random.
@@ -53,14 +54,16 @@ def convert_stock(
         raise FileExistsError(f"target folder {target} exists; name one that does not")
     check_default_count(num_image_tokens, name="num_image_tokens")
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers checks fields with exceptions of its own
         raise ValueError(f"config of {source} cannot be loaded: {_line(error)}") from error
     family = family_of(config)
     progress(f"loading the {family.model_type} of {source}")
     try:
-        processor = AutoProcessor.from_pretrained(source)
-        model = AutoModelForImageTextToText.from_pretrained(source, config=config, dtype="auto")
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, config=config, dtype="auto", trust_remote_code=False
+        )
     except Exception as error:  # tokenizers and weights raise their own kinds
         raise ValueError(f"{source} cannot be loaded: {_line(error)}") from error
     model.to(device).eval()

@@ -3,8 +3,13 @@
 A conversion in place keeps the stock projector. With it the model first answers all prompts, and
 the likeliest tokens of each step of its answers are kept. Then the new projector is trained, at a
 count drawn for each sample, so that the model gives each step of the same answer the same
-distribution: the loss is KL(stock || converted), as in Hinton, Vinyals & Dean, 2015
-(arXiv 1503.02531), at temperature 1. The vision encoder does not change, so it runs once a sample.
+distribution: KL(stock || converted), as in Hinton, Vinyals & Dean, 2015 (arXiv 1503.02531), at
+temperature 1. The vision encoder does not change, so it runs once a sample.
+
+At few tokens much of the divergence cannot be helped, while at the stock model's own count it is
+almost 0. The plain mean over samples would trade the latter for the former. So each count's
+divergence is divided by its own size (:class:`_Balance`), and a change that halves one and doubles
+another gains nothing.
 """
 
 from __future__ import annotations
@@ -39,6 +44,8 @@ KEPT_TOKENS = 64  # likeliest tokens of a step; all others together are one more
 CACHED_BYTES = 2**31  # patch features that are kept; samples beyond are encoded again
 _HELD_OUT_SHARE, _MOST_HELD_OUT = 8, 256
 _WARM_UP_SHARE = 0.1
+_MEMORY = 20  # steps over which the size of a count's divergence is averaged
+_NEGLIGIBLE = 1e-3  # nats, a divergence that need not become smaller
 
 
 @dataclass(frozen=True)
@@ -564,6 +571,39 @@ class _Schedule:
         return self.learning_rate * min(1, (step + 1) / warm_up) * cosine
 
 
+class _Balance:
+    """The loss of a step, in which the divergence of each count is relative to its own size.
+
+    Its gradient is that of the sum of the logarithms of the counts' divergences, in proportion to
+    how often they are drawn; sizes are running means over :data:`_MEMORY` steps.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: dict[TokenCount, float] = {}
+
+    def loss(
+        self, divergence: torch.Tensor, lengths: Sequence[int], counts: Sequence[TokenCount]
+    ) -> torch.Tensor:
+        """Return the loss of a batch.
+
+        Args:
+            divergence: float32 [tokens of all answers].
+            lengths: Tokens of each answer.
+            counts: Count of each sample.
+        """
+        parts: dict[TokenCount, list[torch.Tensor]] = {}
+        for part, count in zip(divergence.split([*lengths]), counts, strict=True):
+            parts.setdefault(count, []).append(part)
+        losses = []
+        for count, answers in parts.items():
+            of_count = torch.cat(answers)
+            mean = float(of_count.detach().mean())
+            size = self._sizes.get(count, mean)
+            self._sizes[count] = size = size + (mean - size) / _MEMORY
+            losses.append(of_count.sum() / (size + _NEGLIGIBLE))
+        return torch.stack(losses).sum() / len(divergence)
+
+
 def _train(
     student: _Student,
     parameters: list[nn.Parameter],
@@ -575,11 +615,13 @@ def _train(
     optimizer = torch.optim.AdamW(parameters, schedule.learning_rate, weight_decay=0.0)
     device, dtype = student.inner.device, student.inner.dtype
     mixed = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    balance = _Balance()
     for step, (samples, drawn) in enumerate(schedule.batches(num_samples)):
         optimizer.param_groups[0]["lr"] = schedule.rate(step)
         with mixed:
             divergence, _ = student.divergence(samples, drawn)
-        divergence.mean().backward()
+        lengths = [len(student.answers[i]) for i in samples]
+        balance.loss(divergence, lengths, drawn).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -43,10 +43,12 @@ class ImageOutputs(BaseModelOutputWithPooling):
         attentions: Likewise.
         deepstack_features: Feature maps for the first layers of the language model, or None.
         visual_indicator_features: Embeddings of Ovis2's tokens around images, or None.
+        router_logits: None: Granite Docling's choice between two counts is not made.
     """
 
     deepstack_features: Any = None
     visual_indicator_features: Any = None
+    router_logits: Any = None
 
 
 @dataclass

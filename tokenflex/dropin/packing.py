@@ -36,6 +36,7 @@ PACKED_TEXT_TYPES = frozenset(
         "glm4v_moe_text",
         "glm4v_text",
         "glm_ocr_text",
+        "granite_docling_text",
         "hyperclovax",
         "llama",
         "minimax_m3_vl_text",
@@ -51,6 +52,7 @@ PACKED_TEXT_TYPES = frozenset(
         "qwen3",
         "qwen3_vl_moe_text",
         "qwen3_vl_text",
+        "step3p5",
     }
 )
 """The language models, by ``model_type``, whose packed rows are tested.

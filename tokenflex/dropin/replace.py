@@ -22,7 +22,9 @@ from tokenflex.dropin.model import (
 from tokenflex.dropin.processor import check_default_count, convert_processor, restore_processor
 from tokenflex.dropin.saved import Conversion, stock_config_class
 from tokenflex.dropin.variants import is_converted, unwrapped, variant_of
+from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.loading import refuse_faults
+from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex_kernels.checks import check_count
 from tokenflex_kernels.pool_norm.axis_weights import check_mode
 
@@ -32,7 +34,10 @@ _OPTIONS = frozenset(
     ["hidden_width", "num_image_tokens", "patch_merge", "pooling", "text_width", "vision_width"]
 )
 # Arguments of from_pretrained that locate a checkpoint: for its config and processor, too.
-_LOCATION = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+_LOCATION = (
+    *("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"),
+    "trust_remote_code",
+)
 
 
 def replace_projector(
@@ -190,16 +195,18 @@ def from_pretrained(
     """Load a vision-language model with a token-adaptive projector, and its processor.
 
     Args:
-        name_or_path: Stock weights of a supported family, which get a new projector, or a
-            conversion that was saved with ``save_pretrained``.
+        name_or_path: Stock weights of a supported family, which get a new projector; a conversion
+            that was saved with ``save_pretrained``; or a TokenFLEX checkpoint. A folder, or
+            ``org/name`` on the Hugging Face Hub.
         num_image_tokens: Vision tokens per image where a call gives no count; by default the saved
             count, or 256.
-        init: Initialisation of a new projector, see :func:`replace_projector`. Refused for a
-            conversion.
-        images: Pictures for a new projector, see :func:`replace_projector`. Not used for a
-            conversion.
+        init: Initialisation of a new projector, see :func:`replace_projector`. Refused where there
+            is one already.
+        images: Pictures for a new projector, see :func:`replace_projector`. Not used where there is
+            one already.
         processor: Replaces the processor in ``name_or_path``.
         **kwargs: For ``AutoModelForImageTextToText.from_pretrained``, for example ``dtype``.
+            Code of a repository is run only with ``trust_remote_code=True``.
 
     Returns:
         (model, processor).
@@ -207,14 +214,17 @@ def from_pretrained(
     Raises:
         ValueError: The family is not supported, or the weights of a conversion are incomplete.
     """
+    kwargs.setdefault("trust_remote_code", False)  # None asks at the terminal
     location = {name: kwargs[name] for name in _LOCATION if name in kwargs}
     config = kwargs.pop("config", None)
     if config is None:
         config = AutoConfig.from_pretrained(name_or_path, **location)
-    family_of(config)  # refused before anything is loaded
+    is_own = isinstance(config, TokenFlexConfig)
+    if not is_own:
+        family_of(config)  # refused before anything is loaded
     if processor is None:
         processor = AutoProcessor.from_pretrained(name_or_path, **location)
-    if getattr(config, "tokenflex", None) is None:
+    if not is_own and getattr(config, "tokenflex", None) is None:
         model = AutoModelForImageTextToText.from_pretrained(name_or_path, config=config, **kwargs)
         count = 256 if num_image_tokens is None else num_image_tokens
         replace_projector(model, processor, num_image_tokens=count, init=init, images=images)
@@ -224,6 +234,15 @@ def from_pretrained(
             f"init is for stock weights, but {name_or_path} holds a token-adaptive projector; got "
             f"init={init!r}"
         )
+    if is_own:
+        if num_image_tokens is not None:
+            check_default_count(num_image_tokens, name="num_image_tokens")
+            config.num_image_tokens = processor.num_image_tokens = num_image_tokens
+        model, loading = TokenFlexForConditionalGeneration.from_pretrained(
+            name_or_path, config=config, output_loading_info=True, **kwargs
+        )
+        refuse_faults(name_or_path, loading)
+        return model, processor
     model, _ = load_conversion(name_or_path, config, num_image_tokens=num_image_tokens, **kwargs)
     convert_processor(processor, config, default_count(config))
     return model, processor

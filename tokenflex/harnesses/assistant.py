@@ -14,6 +14,7 @@ from tokenflex.checkpoints import load_model
 from tokenflex.counts import AUTO, Grid, parse_count, token_grid, tokens_of_images
 from tokenflex.evaluation.counts import label_of, selector_of
 from tokenflex.evaluation.generation import generate_answers
+from tokenflex.hub import local_checkpoint
 from tokenflex.images import load_image
 from tokenflex.models.chat import IMAGE_MARK, read_chat, without_placeholders
 from tokenflex.models.vision import on_device
@@ -43,7 +44,8 @@ class Assistant:
     """A loaded checkpoint that answers every question at one count.
 
     Args:
-        checkpoint: Folder of a TokenFLEX checkpoint, a released Ristretto or a conversion.
+        checkpoint: Folder of a TokenFLEX checkpoint, a released Ristretto or a conversion, or its
+            ``org/name`` on the Hugging Face Hub.
         tokens: Vision tokens of each tile: ``64``, ``"12x16"`` or ``"auto"``.
         max_tiles: Most tiles of an image; the processor's default if None.
         device: A GPU by default, if there is one.
@@ -64,6 +66,7 @@ class Assistant:
         if tokens is None:
             raise ValueError("tokens must name a count such as 64, 12x16 or auto, got None")
         parsed = tokens if tokens in policy_names() else parse_count(tokens, name="tokens")
+        checkpoint = local_checkpoint(checkpoint)
         self.count = resolve_count(parsed, checkpoint)
         self.max_tiles = max_tiles
         self.model, self.processor = load_model(checkpoint)

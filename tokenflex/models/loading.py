@@ -24,7 +24,11 @@ def is_conversion(folder: Path) -> bool:
         FileNotFoundError: It has no config.json.
         ValueError: Its config.json is broken.
     """
-    values = read_json(folder / "config.json", "checkpoint file")
+    return is_conversion_config(read_json(folder / "config.json", "checkpoint file"))
+
+
+def is_conversion_config(values: Any) -> bool:
+    """Return whether the content of a ``config.json`` is that of a saved conversion."""
     return (
         isinstance(values, dict)
         and values.get("model_type") != TokenFlexConfig.model_type

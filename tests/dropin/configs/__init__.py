@@ -31,6 +31,7 @@ MROPE = [
     "qwen3_5_moe",
     "qwen3_vl",
     "qwen3_vl_moe",
+    "qwen4_exp",
 ]
 
 # Those that the installed transformers has.

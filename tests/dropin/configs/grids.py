@@ -87,6 +87,27 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         text_config=mrope([2, 1, 1], **LINEAR_ATTENTION, **MOE, shared_expert_intermediate_size=16),
         **QWEN_IDS,
     ),
+    "qwen4_exp": lambda: transformers.Qwen4ExpConfig(
+        vision_config=positions_vision(),
+        text_config=mrope(
+            [2, 1, 1],
+            **{**LINEAR_ATTENTION, "layer_types": ["linear_attention", "indexed_attention"]},
+            **MOE,
+            shared_expert_intermediate_size=16,
+            hc_count=2,
+            hc_lowrank=8,
+            ple_layer_ids=[1],
+            heads_per_ngram=2,
+            ngram_vocab_size_base=50,
+            split_ngram_parts=1,
+            indexer_n_heads=2,
+            indexer_kv_heads=1,
+            indexer_head_dim=8,
+            indexer_budget=16,
+            indexer_compress_ratio=4,
+        ),
+        **QWEN_IDS,
+    ),
     "exaone4_5": lambda: transformers.Exaone4_5_Config(
         vision_config=qwen_vision(
             hidden_size=VISION_WIDTH,

@@ -19,6 +19,7 @@ from tests.dropin.configs.common import (
     SHARED_MOE,
     SMALL,
     START,
+    TEXT_WIDTH,
     VIDEO,
     VOCABULARY,
     gemma,
@@ -39,6 +40,34 @@ def minicpm() -> dict[str, Any]:
 
 
 CONFIGS: dict[str, Callable[[], Any]] = {
+    "inkling2": lambda: transformers.Inkling2Config(
+        vision_config={
+            **SMALL,
+            "num_attention_heads": 2,
+            "patch_size": PATCH,
+            "posemb_grid_size": 8,
+            "projection_hidden_dim": 48,
+            "text_hidden_size": TEXT_WIDTH,
+        },
+        text_config=text(
+            "inkling2_text",
+            unpadded_vocab_size=VOCABULARY,
+            head_dim=8,
+            swa_num_attention_heads=4,
+            swa_num_key_value_heads=2,
+            swa_head_dim=8,
+            sliding_window_size=16,
+            d_rel=4,
+            rel_extent=64,
+            layer_types=["hybrid_sliding", "hybrid"],
+            conv_kernel_size=3,
+            moe_intermediate_size=16,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_layers_per_attn_res_block=1,
+        ),
+        **IDS,
+    ),
     "llava-pixtral": lambda: transformers.LlavaConfig(
         vision_config=PIXTRAL,
         text_config=text("llama"),

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tokenflex.counts import Grid
+from tokenflex.dropin.adapters.sizes import tokens_of_images
 from tokenflex.dropin.families import (
     MROPE,
     RECURRENT,
@@ -87,7 +88,7 @@ _register_merger = partial(
 @_register_merger("qwen2_vl", vision_width="embed_dim")
 @_register_merger("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "cohere_compass", "cosmos3_omni")
 @_register_merger("exaone4_5", no_prompt_embeds="")
-@_register_merger("qwen3_5", "qwen3_5_moe", no_packing=RECURRENT)
+@_register_merger("qwen3_5", "qwen3_5_moe", "qwen4_exp", no_packing=RECURRENT)
 @_register_merger("dots3_note", stock_projector="vision_tower.merger", no_prompt_embeds="")
 def _qwen(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
@@ -101,6 +102,23 @@ def _qwen(
     if layers is None:
         return patches
     return Deepstack(patches, [split_grids(layer, cells) for layer in layers])
+
+
+# Its grids count merged cells, and its merger is given them concatenated.
+@_register_merger(
+    "inkling2",
+    stock_projector="vision_tower.merger",
+    stand_in=_identity,
+    stock_tokens=tokens_of_images,
+    no_packing="its short convolutions run across the boundaries of samples",
+    no_prompt_embeds="",
+)
+def _inkling2(
+    base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
+) -> PatchGrids:
+    cells = base.vision_tower(pixel_values.to(base.dtype), image_grid_thw).pooler_output
+    merge = base.config.vision_config.spatial_merge_size
+    return _raster(cells, _cells(image_grid_thw, 1), merge)
 
 
 # GLM's encoder ends with a convolution, which stays: one patch per merged cell.

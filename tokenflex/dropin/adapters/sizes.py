@@ -75,7 +75,8 @@ def _lfm2_vl(
     ]
 
 
-def _tokens_of_images(base: Any, **inputs: Any) -> torch.Tensor:
+def tokens_of_images(base: Any, **inputs: Any) -> torch.Tensor:
+    """Return the vision tokens of a stock base model, flat."""
     return torch.cat(base.get_image_features(**inputs).pooler_output)
 
 
@@ -85,7 +86,7 @@ def _tokens_of_images(base: Any, **inputs: Any) -> torch.Tensor:
     projector="merger",
     patch_merge="merge_kernel_size",
     no_packing=RECURRENT,
-    stock_tokens=_tokens_of_images,
+    stock_tokens=tokens_of_images,
 )
 def _minicpm(
     base: Any,

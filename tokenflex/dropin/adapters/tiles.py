@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from tokenflex.dropin.adapters.sizes import pixtral, seen_patches
+from tokenflex.dropin.adapters.sizes import pixtral, seen_patches, tokens_of_images
 from tokenflex.dropin.families import (
+    Deepstack,
     PatchGrids,
     chosen_layers,
     feature_layers,
@@ -16,6 +19,7 @@ from tokenflex.dropin.families import (
     square_grids,
     vision_encoder,
 )
+from tokenflex.dropin.features import merge_patches
 
 
 def _blocks_of_one_row(tokens: list[torch.Tensor]) -> torch.Tensor:
@@ -142,6 +146,35 @@ def _feature_maps(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids
     return features.permute(0, 2, 3, 1)  # from [images, C, H, W]
 
 
+def _width_of_downsampled(config: Any) -> int:
+    width: int = 4 * config.vision_config.hidden_size  # two convolutions double it
+    return width
+
+
+@register_family("step3p7", vision_width=_width_of_downsampled, stock_tokens=tokens_of_images)
+def _step3p7(
+    base: Any,
+    pixel_values: torch.Tensor,
+    pixel_values_local: torch.Tensor | None = None,
+    num_local_patches: Any = None,
+    **_: Any,
+) -> PatchGrids:
+    def grids(pixels: torch.Tensor) -> torch.Tensor:
+        return square_grids(base.vision_model(pixels.to(base.dtype)).last_hidden_state)
+
+    images = grids(pixel_values)
+    if pixel_values_local is None:
+        return images
+    tiles = iter(grids(pixel_values_local))
+    numbers = torch.as_tensor(num_local_patches).tolist()
+    # The tiles of an image stand before the whole of it, which has another size.
+    return [
+        view
+        for image, number in zip(images, numbers, strict=True)
+        for view in (*islice(tiles, number), image)
+    ]
+
+
 def _indicators(base: Any) -> dict[str, Any]:
     """Return the embeddings of the tokens around images, which come from a table of the encoder."""
     number, last = base.vision_tower.num_visual_indicator_tokens, base.visual_vocab_size
@@ -191,6 +224,61 @@ def _stacked_tiles(processor: Any, image_inputs: Any, index: int) -> int:
 def _perception_lm(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids:
     features = base.vision_tower(pixel_values.flatten(0, 1).to(base.dtype)).last_hidden_state
     return square_grids(features[:, 1:] if base.config.vision_use_cls_token else features)
+
+
+class DeepstackMergers(nn.Module):
+    """Stand-in for Granite Docling's connector: its coarse path's mergers of earlier layers."""
+
+    def __init__(self, connector: Any) -> None:
+        super().__init__()
+        self.scale_factor = connector.coarse.scale_factor
+        self.coarse = nn.Module()  # under their stock names
+        self.coarse.deepstack_mergers = connector.coarse.deepstack_mergers
+
+    def forward(
+        self, patches: torch.Tensor, earlier: list[torch.Tensor], fine: bool = False
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the patches as they are, and a map [tiles, h, w, D] of each earlier layer."""
+        maps = [
+            merger(merge_patches(square_grids(layer), self.scale_factor))
+            for merger, layer in zip(self.coarse.deepstack_mergers, earlier, strict=True)
+        ]
+        return patches, maps
+
+
+def _mergers(base: Any) -> DeepstackMergers:
+    return DeepstackMergers(base.vision_model.connector)
+
+
+def _no_router(base: Any) -> dict[str, Any]:
+    return {"router_logits": None}
+
+
+# Its projector takes the place of both paths: the count is an argument, not a choice of two.
+@register_family(
+    "granite_docling",
+    stock_projector="vision_model.connector",
+    stand_in=_mergers,
+    patch_merge="vision_config.scale_factor",
+    stock_tokens=tokens_of_images,
+    more_outputs=_no_router,
+    no_prompt_embeds="its language model takes features of earlier layers of the encoder, too",
+)
+def _granite_docling(
+    base: Any,
+    pixel_values: torch.Tensor,
+    pixel_attention_mask: torch.Tensor,
+    tile_fine_mask: Any = None,
+    **_: Any,
+) -> Deepstack:
+    if tile_fine_mask is not None:
+        raise ValueError(
+            "tile_fine_mask must be None: num_image_tokens takes the place of the fine route"
+        )
+    outputs = base.vision_model(pixel_values[pixel_attention_mask.bool()].to(base.dtype))
+    return Deepstack(
+        square_grids(outputs.pooler_output), [[*maps] for maps in outputs.deepstack_features]
+    )
 
 
 @register_family(

@@ -25,7 +25,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from tokenflex.checkpoints import load_model
 from tokenflex.counts import AUTO, Grid, TokenCount, token_grid, tokens_of
 from tokenflex.evaluation.generation import special_tokens
-from tokenflex.files import checkpoint_folder
+from tokenflex.hub import local_checkpoint
 from tokenflex.images import load_image
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.models.vision import EncodedImages, on_device
@@ -480,7 +480,7 @@ def load_served(
     """Load a TokenFLEX checkpoint, a released Ristretto, or a saved conversion of a stock model.
 
     Args:
-        path: The folder.
+        path: The folder, or ``org/name`` on the Hugging Face Hub.
         device: Where the model runs.
         limits: Bounds of requests.
         cache_bytes: The most bytes of encoder features to keep.
@@ -491,12 +491,13 @@ def load_served(
         FileNotFoundError: The folder or one of its files does not exist.
         ValueError: The folder holds no model that can be served; the message says why.
     """
-    model, processor = load_model(path)
+    checkpoint = local_checkpoint(path)
+    model, processor = load_model(checkpoint)
     served: type[ServedModel] = ConvertedServed
     if isinstance(model, TokenFlexForConditionalGeneration):
         served = TokenFlexServed
     if has_router(model):
-        load_router(checkpoint_folder(path))  # a broken one is told before the first request
+        load_router(checkpoint)  # a broken one is told before the first request
     if counts is not None:
         model.config.trained_num_image_tokens = list(counts)
     model.to(device).eval()
