@@ -236,9 +236,7 @@ def _width_of_adapter(config: Any) -> int:
 
 
 # Of its projector, the MLP stays before the patch grids and the norm without weights is left out.
-@register_family(
-    "muse_glimmer", projector="vision_projection", vision_width=_width_of_adapter
-)
+@register_family("muse_glimmer", projector="vision_projection", vision_width=_width_of_adapter)
 @register_family(
     "muse_spark",
     projector="vision_projection",
