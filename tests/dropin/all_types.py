@@ -51,7 +51,8 @@ def _row_of(name: str) -> str:
         "`merged_embeddings`": family.no_prompt_embeds,
     }
     told = [f"{what}: {why}" for what, why in refused.items() if why]
-    return f"| {name} | yes | {_processor(name)} | {'; '.join(told)} |"
+    since = f", from transformers {family.transformers} on" if family.transformers else ""
+    return f"| {name} | yes{since} | {_processor(name)} | {'; '.join(told)} |"
 
 
 def _reason_row(name: str) -> str:

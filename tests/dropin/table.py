@@ -33,6 +33,7 @@ from tests.dropin.configs.common import (  # noqa: F401  # the other files impor
     VISION_WIDTH,
     VOCABULARY,
 )
+from tokenflex_kernels.versions import is_older
 
 # ---- image inputs of the models
 
@@ -454,7 +455,7 @@ BUILDERS |= {
     ),
 }
 
-# Families whose images transformers 5.23 processes with torchvision alone.
+# Families that transformers 5.23 has a processor of images for with torchvision alone.
 WITH_TORCHVISION: dict[str, Callable[[], Any]] = {
     "mistral3": lambda: transformers.PixtralProcessor(
         transformers.PixtralImageProcessor(
@@ -499,6 +500,8 @@ WITH_TORCHVISION: dict[str, Callable[[], Any]] = {
         ),
     ),
 }
+if is_older("transformers", "5.21"):  # importing the module of its processor needs torchvision
+    WITH_TORCHVISION["gemma4"] = BUILDERS["gemma4"]
 BUILDERS |= WITH_TORCHVISION
 BUILDERS = {name: builder for name, builder in BUILDERS.items() if name in CONFIGS}
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import SiglipImageProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.processing_utils import ProcessorMixin
 
-from tests.dropin.configs import ALL, model_type
+from tests.dropin.configs import ALL, CONFIGS, model_type
 from tests.dropin.processors import picture
 from tests.dropin.table import IMAGE, tokenizer
 from tests.dropin.test_model import logits
-from tests.dropin.tiny import PROMPTS, batch, stock_model
+from tests.dropin.tiny import PROMPTS, Prompt, batch, stock_model
 from tokenflex import register_family, replace_projector
 from tokenflex.dropin import families, square_grids, supported_families
 from tokenflex.dropin.adapters import grids, sizes, tiles
+from tokenflex.dropin.families import family_of
 from tokenflex.dropin.features import flat_grids
 from tokenflex.dropin.processor import convert_processor
+from tokenflex_kernels import versions
 
 
 @pytest.fixture
@@ -75,6 +81,36 @@ def test_grid_that_is_not_square_is_refused():
 
 def test_every_registered_family_has_a_tiny_model():
     assert set(supported_families()) == {model_type(name) for name in ALL}
+
+
+NEWER = sorted(name for name, family in families._FAMILIES.items() if family.transformers)
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_a_family_names_the_release_of_transformers_that_it_needs(name, monkeypatch):
+    config, oldest = SimpleNamespace(model_type=name), families._FAMILIES[name].transformers
+    monkeypatch.setattr(versions, "version", lambda package: "5.18.0")
+    match = f"{name} in tokenflex.dropin needs transformers >= {oldest}, found 5.18.0"
+    with pytest.raises(ImportError, match=match):
+        family_of(config)
+    monkeypatch.setattr(versions, "version", lambda package: f"{oldest}.0")
+    assert family_of(config).model_type == name
+
+
+def test_families_that_need_no_newer_transformers_are_known_to_the_installed_one():
+    names = {model_type(name) for name in CONFIGS}
+    assert names <= {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    assert {*supported_families()} - names <= {*NEWER}
+
+
+def test_a_model_of_too_old_a_transformers_stays_as_it_is(registry):
+    model = stock_model("llava")
+    stock_class = type(model)
+    families._FAMILIES["llava"] = replace(family_of(model.config), transformers="1000.0")
+    with pytest.raises(ImportError, match=r"llava in tokenflex.dropin needs transformers >= 1000"):
+        replace_projector(model, num_image_tokens=16)
+    assert type(model) is stock_class
+    assert logits(model, batch("llava", [Prompt([3, 4, 5], [], [])])).shape[0] == 1
 
 
 @pytest.mark.parametrize("model_types", [(), (3,), ("a", None)])

@@ -29,7 +29,7 @@ REFUSED = [
     "qwen3_5",
     "qwen3_5_moe",
     "qwen4_exp",
-    *(["cosmos3_edge", "minimax_m3_vl"] if is_older("transformers", "5.23") else []),
+    *(["cosmos3_edge"] if is_older("transformers", "5.23") else []),
 ]
 
 

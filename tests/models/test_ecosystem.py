@@ -211,11 +211,11 @@ def test_pipeline_answers_as_generate_does(shards, count):
             "content": [{"type": "image", "image": image}, {"type": "text", "text": " odd"}],
         }
     ]
-    from_chat = ask(chat, generate_kwargs=GENERATION, return_full_text=False, **options)
+    from_chat = ask(chat, generate_kwargs={**GENERATION}, return_full_text=False, **options)
     from_text = ask(
         images=image,
         text="<image> odd",
-        generate_kwargs=GENERATION,
+        generate_kwargs={**GENERATION},
         return_full_text=False,
         **options,
     )

@@ -53,7 +53,7 @@ def exported_logits(model: Any, count: Any = 4) -> Any:
     return export(Logits(model, count), tuple(batch(2).values()), dynamic_shapes=shapes)
 
 
-@pytest.mark.parametrize(("kind", "count"), zip(KINDS, [9, (2, 3), 1], strict=True))
+@pytest.mark.parametrize(("kind", "count"), list(zip(KINDS, [9, (2, 3), 1], strict=True)))
 def test_image_features_are_exported_for_any_number_of_tiles(kind, count):
     model = tiny_model(**KINDS[kind])
     program = export(Features(model, count), (pixels(2),), dynamic_shapes=({0: Dim("tiles")},))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -36,7 +37,8 @@ from tokenflex.counts import token_grid
 from tokenflex.models.modeling import TokenFlexModel
 from tokenflex_kernels import plan_packing
 
-GENERATION = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": PAD}
+# Read-only: the pipelines of transformers before 5.20 write into the options that they are given.
+GENERATION = MappingProxyType({"max_new_tokens": 4, "do_sample": False, "pad_token_id": PAD})
 SEARCHES = {
     "greedy": {},
     "beams": {"num_beams": 3},

@@ -16,6 +16,7 @@ from torch import nn
 
 from tokenflex.counts import token_grid
 from tokenflex.dropin.unsupported import reason
+from tokenflex_kernels.versions import require
 
 # [images, H, W, C], or one [H, W, C] per image where sizes differ.
 PatchGrids: TypeAlias = "torch.Tensor | list[torch.Tensor]"
@@ -70,6 +71,8 @@ class Family:
         no_prompt_embeds: Reason why its language model needs more of a prompt than embeddings;
             empty if it does not.
         no_fit: Reason why a new projector cannot imitate the stock one; empty if it can.
+        transformers: The oldest release of transformers whose models of this type can be converted,
+            for example "5.21"; empty if all can that :mod:`tokenflex.dropin` admits.
     """
 
     model_type: str
@@ -87,6 +90,7 @@ class Family:
     no_packing: str = ""
     no_prompt_embeds: str = ""
     no_fit: str = ""
+    transformers: str = ""
 
     def stock_patch_merge(self, config: Any) -> int:
         """Return m, where the stock projector concatenates m x m patches."""
@@ -136,7 +140,7 @@ def register_family(*model_types: str, **options: Any) -> Callable[[Adapter], Ad
         **options: Attributes of :class:`tokenflex.dropin.families.Family`: ``projector``,
             ``stock_projector``, ``stand_in``, ``merge``, ``vision_width``, ``patch_merge``,
             ``stock_tokens``, ``tiles``, ``more_outputs``, ``flat_images``, ``no_packing``,
-            ``no_prompt_embeds`` and ``no_fit``.
+            ``no_prompt_embeds``, ``no_fit`` and ``transformers``.
 
     Raises:
         TypeError: There is no model type, one is not a string, or an option is unknown.
@@ -169,6 +173,7 @@ def family_of(config: Any) -> Family:
 
     Raises:
         ValueError: Its ``model_type`` is not supported; the message lists those that are.
+        ImportError: The installed transformers is older than the family needs.
     """
     model_type = getattr(config, "model_type", None)
     if model_type not in _FAMILIES:
@@ -177,7 +182,10 @@ def family_of(config: Any) -> Family:
             f"({reason(str(model_type))}); supported are {', '.join(supported_families())} "
             "(register_family adds one)"
         )
-    return _FAMILIES[model_type]
+    family = _FAMILIES[model_type]
+    if family.transformers:
+        require("transformers", family.transformers, f"{model_type} in tokenflex.dropin")
+    return family
 
 
 # ---- building blocks of adapters

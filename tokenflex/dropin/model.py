@@ -237,6 +237,13 @@ def _check_counts(model: Any, input_ids: torch.Tensor, tokens: Sequence[torch.Te
 class ConvertedModel(ChoosesCounts, SavedWithCard, Variant):
     """Changes of a whole model's class, for ``generate`` and ``from_pretrained``."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Before transformers 5.21 some models with images say that they read text alone. Their
+        # generate then reads the images with each prompt, and does not repeat them for beams.
+        if "image" not in cls.input_modalities:
+            cls.input_modalities = ("image", "text")
+
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         install(self, new_projector(config), keep_stock=False)
@@ -355,6 +362,11 @@ class ConvertedModel(ChoosesCounts, SavedWithCard, Variant):
         kwargs |= {"mm_encoder_outputs": {"image": images}, "num_image_tokens": counts}
         _add_what_tells_images(self.base_model, ids, images, kwargs)
         return super().generate(*args, **kwargs)
+
+    def _supports_mm_encoder_outputs(self) -> bool:
+        # The base model does, also where the signature of the whole one names no such argument, as
+        # PaddleOCR's before transformers 5.21.
+        return True
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         others = {k: v for k, v in model_kwargs.items() if k != "num_image_tokens"}

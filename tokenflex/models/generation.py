@@ -220,6 +220,15 @@ class TokenFlexGeneration(ChoosesCounts, ChunkedPrefill, GenerationMixin):
         outputs[_DRAFT] = _vision_tokens(draft.get_image_features(**images, return_dict=True))
         return outputs
 
+    def _get_candidate_generator(self, **kwargs: Any) -> Any:
+        """Return what proposes tokens; a draft that is no TokenFLEX model is given no images."""
+        draft = kwargs.get("assistant_model")
+        if draft is not None and not isinstance(draft, TokenFlexGeneration):
+            inputs = kwargs["model_kwargs"]
+            # transformers 5.17 refuses them for a language model, later releases ignore them.
+            kwargs["model_kwargs"] = {k: v for k, v in inputs.items() if k != "mm_encoder_outputs"}
+        return super()._get_candidate_generator(**kwargs)
+
     def _maybe_initialize_input_ids_for_generation(
         self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]
     ) -> torch.Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
+import tokenflex.dropin  # noqa: F401  # registers the families
 from tests.dropin.configs import grids, sizes, tiles
+from tokenflex.dropin import families
+from tokenflex_kernels.versions import is_older
 
 ALL = {**tiles.CONFIGS, **sizes.CONFIGS, **grids.CONFIGS}
 
@@ -34,11 +35,12 @@ MROPE = [
     "qwen4_exp",
 ]
 
-# Those that the installed transformers has.
-CONFIGS = {
-    name: config
-    for name, config in ALL.items()
-    if model_type(name) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-}
+
+def is_too_old(name: str) -> bool:
+    """Return whether a family needs a newer transformers than the installed one."""
+    return is_older("transformers", families._FAMILIES[model_type(name)].transformers or "0")
+
+
+CONFIGS = {name: config for name, config in ALL.items() if not is_too_old(name)}
 MROPE = [name for name in MROPE if name in CONFIGS]
 GRIDS = [name for name in grids.CONFIGS if name in CONFIGS]  # with image_grid_thw

@@ -21,7 +21,7 @@ from tokenflex.dropin.families import (
 )
 from tokenflex_kernels.versions import is_older
 
-# With 5.18 the samples of MiniMax M3 see each other, and Cosmos takes no positions of text.
+# Before 5.23 Cosmos takes no positions of text.
 _PACKED_FROM_5_23 = (
     "its packed rows need transformers 5.23 or newer" if is_older("transformers", "5.23") else ""
 )
@@ -89,7 +89,12 @@ _register_merger = partial(
 @_register_merger("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "cohere_compass", "cosmos3_omni")
 @_register_merger("exaone4_5", no_prompt_embeds="")
 @_register_merger("qwen3_5", "qwen3_5_moe", "qwen4_exp", no_packing=RECURRENT)
-@_register_merger("dots3_note", stock_projector="vision_tower.merger", no_prompt_embeds="")
+@_register_merger(
+    "dots3_note",
+    stock_projector="vision_tower.merger",
+    no_prompt_embeds="",
+    transformers="5.23",
+)
 def _qwen(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
 ) -> PatchGrids | Deepstack:
@@ -154,11 +159,13 @@ def _glm(
     "lfm3_vl",
     patch_merge="vision_config.spatial_merge_size",
     no_packing="its short convolutions run across the boundaries of samples",
+    transformers="5.23",
 )
+# Before 5.23 its tokens attend to padding, and the samples of a packed row to each other.
 @register_family(
     "minimax_m3_vl",
     patch_merge="vision_config.spatial_merge_size",
-    no_packing=_PACKED_FROM_5_23,
+    transformers="5.23",
 )
 @register_family(
     "ernie4_5_vl_moe",
@@ -247,11 +254,12 @@ def _width_of_adapter(config: Any) -> int:
 
 
 # Of its projector, the MLP stays before the patch grids and the norm without weights is left out.
+@register_family("muse_glimmer", projector="vision_projection", vision_width=_width_of_adapter)
 @register_family(
-    "muse_glimmer",
     "muse_spark",
     projector="vision_projection",
     vision_width=_width_of_adapter,
+    transformers="5.20",
 )
 def _muse(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from tokenflex.dropin.families import (
 )
 
 
-@register_family("mistral3", "mistral_large4", patch_merge="spatial_merge_size")
+@register_family("mistral3", patch_merge="spatial_merge_size")
+@register_family("mistral_large4", patch_merge="spatial_merge_size", transformers="5.22")
 def pixtral(
     base: Any,
     pixel_values: torch.Tensor,
@@ -80,14 +82,17 @@ def tokens_of_images(base: Any, **inputs: Any) -> torch.Tensor:
     return torch.cat(base.get_image_features(**inputs).pooler_output)
 
 
-@register_family(
-    "minicpmv4_6",
-    "minicpm_ocr",
+_register_minicpm = partial(
+    register_family,
     projector="merger",
     patch_merge="merge_kernel_size",
     no_packing=RECURRENT,
     stock_tokens=tokens_of_images,
 )
+
+
+@_register_minicpm("minicpmv4_6")
+@_register_minicpm("minicpm_ocr", transformers="5.21")
 def _minicpm(
     base: Any,
     pixel_values: torch.Tensor,

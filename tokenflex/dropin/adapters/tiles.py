@@ -30,7 +30,8 @@ def _blocks_of_one_row(tokens: list[torch.Tensor]) -> torch.Tensor:
 
 @register_family("llava")
 @register_family("vipllava", merge=torch.cat)
-@register_family("video_llava", merge=_blocks_of_one_row)
+# Before 5.21 it takes images by another name than all others.
+@register_family("video_llava", merge=_blocks_of_one_row, transformers="5.21")
 @register_family("aya_vision", merge=torch.cat, patch_merge="downsample_factor")
 def _llava(
     base: Any,
@@ -215,8 +216,10 @@ def _stacked_tiles(processor: Any, image_inputs: Any, index: int) -> int:
     return len(image_inputs["pixel_values"][index])
 
 
+# Before 5.20 its encoder is one of timm, with which it was not tested.
 @register_family(
     "perception_lm",
+    transformers="5.20",
     merge=torch.cat,
     vision_width=_width_in_timm,
     tiles=_stacked_tiles,
