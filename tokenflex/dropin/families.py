@@ -21,6 +21,10 @@ from tokenflex.dropin.unsupported import reason
 PatchGrids: TypeAlias = "torch.Tensor | list[torch.Tensor]"
 
 
+NO_STOCK_VIDEOS = "its stock processor takes none"
+NO_VIDEOS_YET = "not built yet"
+
+
 @dataclass(frozen=True)
 class Deepstack:
     """Patch grids, and further feature maps for the first layers of the language model.
@@ -33,6 +37,20 @@ class Deepstack:
 
     grids: PatchGrids
     layers: list[list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The frames of clips, before the projector.
+
+    Attributes:
+        grids: The patch grids of the frames, one clip after another.
+        frames: The number of frames of each clip. Where the encoder joins two pictures to one patch
+            in time, these are one frame.
+    """
+
+    grids: PatchGrids | Deepstack
+    frames: list[int]
 
 
 Adapter: TypeAlias = "Callable[..., PatchGrids | Deepstack]"
@@ -70,6 +88,15 @@ class Family:
         no_prompt_embeds: Reason why its language model needs more of a prompt than embeddings;
             empty if it does not.
         no_fit: Reason why a new projector cannot imitate the stock one; empty if it can.
+        videos: Called as the decorated function, with the inputs of ``get_video_features``; returns
+            the frames. Where the encoder takes all clips as one [clips, frames, 3, H, W], it is
+            given a list of [frames, 3, H, W]. None if the family takes no videos.
+        merge_clips: Converts the list of one [N, D] per clip as ``merge`` does that of images.
+        clip_end: Called with the base model; returns learned tokens [M, D] after each clip.
+        clip_end_tokens: M.
+        frames_are_images: The processor puts frames among the images, and the model sees nothing
+            else.
+        no_videos: Reason why it takes no videos, without ``videos`` and ``frames_are_images``.
     """
 
     model_type: str
@@ -87,6 +114,17 @@ class Family:
     no_packing: str = ""
     no_prompt_embeds: str = ""
     no_fit: str = ""
+    videos: Callable[..., Clips] | None = None
+    merge_clips: Callable[[list[torch.Tensor]], Any] = list
+    clip_end: Callable[[Any], torch.Tensor] | None = None
+    clip_end_tokens: int = 0
+    frames_are_images: bool = False
+    no_videos: str = NO_STOCK_VIDEOS
+
+    @property
+    def takes_videos(self) -> bool:
+        """Whether a conversion takes videos."""
+        return self.videos is not None or self.frames_are_images
 
     def stock_patch_merge(self, config: Any) -> int:
         """Return m, where the stock projector concatenates m x m patches."""
@@ -110,8 +148,8 @@ class Family:
     def videos_refused(self) -> NotImplementedError:
         """Return the error for a call with videos."""
         return NotImplementedError(
-            f"{self.model_type} with a token-adaptive projector takes images only so far; give the "
-            "frames of a video as images"
+            f"{self.model_type} with a token-adaptive projector takes no videos: {self.no_videos}; "
+            "give the frames of a video as images"
         )
 
 
@@ -136,7 +174,8 @@ def register_family(*model_types: str, **options: Any) -> Callable[[Adapter], Ad
         **options: Attributes of :class:`tokenflex.dropin.families.Family`: ``projector``,
             ``stock_projector``, ``stand_in``, ``merge``, ``vision_width``, ``patch_merge``,
             ``stock_tokens``, ``tiles``, ``more_outputs``, ``flat_images``, ``no_packing``,
-            ``no_prompt_embeds`` and ``no_fit``.
+            ``no_prompt_embeds``, ``no_fit``, ``videos``, ``merge_clips``, ``clip_end``,
+            ``clip_end_tokens``, ``frames_are_images`` and ``no_videos``.
 
     Raises:
         TypeError: There is no model type, one is not a string, or an option is unknown.

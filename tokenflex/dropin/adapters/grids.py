@@ -12,6 +12,7 @@ from tokenflex.counts import Grid
 from tokenflex.dropin.families import (
     MROPE,
     RECURRENT,
+    Clips,
     Deepstack,
     PatchGrids,
     register_family,
@@ -26,14 +27,13 @@ _PACKED_FROM_5_23 = (
 )
 
 
-def _cells(image_grid_thw: torch.Tensor, merge: int) -> list[Grid]:
-    """Return (height, width) of each image, in cells of ``merge`` x ``merge`` patches."""
-    cells = []
-    for frames, height, width in image_grid_thw.tolist():
-        if frames != 1:
-            raise ValueError(f"image_grid_thw must hold images of one frame, got {frames} frames")
-        cells.append((height // merge, width // merge))
-    return cells
+def _cells(grid_thw: torch.Tensor, merge: int) -> list[Grid]:
+    """Return (height, width) of each image or frame, in cells of ``merge`` x ``merge`` patches."""
+    return [
+        (height // merge, width // merge)
+        for frames, height, width in grid_thw.tolist()
+        for _ in range(frames)
+    ]
 
 
 def _raster(cells: torch.Tensor, grids: list[Grid], merge: int) -> list[torch.Tensor]:
@@ -70,6 +70,15 @@ def _merged_tokens(base: Any, pixel_values: Any, image_grid_thw: Any, **_: Any) 
     return vision_encoder(base)(pixel_values.to(base.dtype), grid_thw=image_grid_thw).pooler_output
 
 
+def _clips_as_images(
+    base: Any, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor, **_: Any
+) -> Clips:
+    """Return the frames of clips, which the encoder takes as it takes images."""
+    patch_grids = type(base)._tokenflex_family.patch_grids
+    grids = patch_grids(base, pixel_values=pixel_values_videos, image_grid_thw=video_grid_thw)
+    return Clips(grids, video_grid_thw[:, 0].tolist())
+
+
 def _identity(base: Any) -> nn.Identity:
     return nn.Identity()
 
@@ -84,8 +93,9 @@ _register_merger = partial(
 )
 
 
-@_register_merger("qwen2_vl", vision_width="embed_dim")
-@_register_merger("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "cohere_compass", "cosmos3_omni")
+@_register_merger("qwen2_vl", vision_width="embed_dim", videos=_clips_as_images)
+@_register_merger("qwen2_5_vl", videos=_clips_as_images)
+@_register_merger("qwen3_vl", "qwen3_vl_moe", "cohere_compass", "cosmos3_omni")
 @_register_merger("exaone4_5", no_prompt_embeds="")
 @_register_merger("qwen3_5", "qwen3_5_moe", no_packing=RECURRENT)
 @_register_merger("dots3_note", stock_projector="vision_tower.merger", no_prompt_embeds="")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +11,8 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from tokenflex.dropin.adapters.sizes import pixtral, seen_patches
 from tokenflex.dropin.families import (
+    NO_VIDEOS_YET,
+    Clips,
     PatchGrids,
     chosen_layers,
     feature_layers,
@@ -64,7 +68,27 @@ def _anyres_tiles(processor: Any, image_inputs: Any, index: int) -> int:
     return image_size_to_num_patches(size, images.image_grid_pinpoints, edge)
 
 
-@register_family("llava_next", "llava_next_video", "llava_onevision", tiles=_anyres_tiles)
+def _frames(base: Any, pixel_values_videos: Sequence[torch.Tensor], **options: Any) -> Clips:
+    """Return the frames of clips, each of which the encoder takes as an image."""
+    grids = _llava(base, torch.cat(list(pixel_values_videos)), **options)
+    return Clips(grids, [len(clip) for clip in pixel_values_videos])
+
+
+def _newline(base: Any) -> torch.Tensor:
+    newline: torch.Tensor = base.image_newline[None]
+    return newline
+
+
+@register_family("llava_next", tiles=_anyres_tiles)
+@register_family("llava_next_video", tiles=_anyres_tiles, no_videos=NO_VIDEOS_YET)
+@register_family(
+    "llava_onevision",
+    tiles=_anyres_tiles,
+    videos=_frames,
+    merge_clips=_blocks_of_one_row,
+    clip_end=_newline,
+    clip_end_tokens=1,
+)
 def _anyres(
     base: Any,
     pixel_values: torch.Tensor,
@@ -90,13 +114,13 @@ def _tiles_of_one_run(processor: Any, image_inputs: Any, index: int) -> int:
     return int(image_inputs["num_patches"][index])
 
 
-@register_family(
-    "internvl",
-    "qianfan_ocr",
-    merge=torch.cat,
-    patch_merge="downsample_ratio",
-    tiles=_tiles_of_one_run,
+_register_internvl = partial(
+    register_family, merge=torch.cat, patch_merge="downsample_ratio", tiles=_tiles_of_one_run
 )
+
+
+@_register_internvl("internvl", frames_are_images=True)
+@_register_internvl("qianfan_ocr")
 def _internvl(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids:
     layer = base.config.vision_feature_layer
     outputs = base.vision_tower(
