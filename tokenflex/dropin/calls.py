@@ -76,12 +76,19 @@ def image_token_id(processor: Any) -> int:
     return token
 
 
-def video_token_id(processor: Any) -> int | None:
-    """Return the id of a converted processor's placeholder of frames; None if frames are images."""
-    if processor._tokenflex_family.videos is None:
-        return None
-    token: int = processor.tokenizer.convert_tokens_to_ids(processor.video_prompt)
+def frame_token(processor: Any) -> str:
+    """Return a converted processor's placeholder of frames, of a family that takes videos."""
+    family = processor._tokenflex_family
+    has_own = family.videos is not None and not family.frames_share_placeholder
+    token: str = processor.video_prompt if has_own else processor._tokenflex.image_token
     return token
+
+
+def placeholder_ids(processor: Any) -> list[int]:
+    """Return the ids of a converted processor's placeholders."""
+    tokens = [processor._tokenflex.image_token]
+    tokens += [frame_token(processor)] if processor._tokenflex_family.takes_videos else []
+    return [processor.tokenizer.convert_tokens_to_ids(token) for token in dict.fromkeys(tokens)]
 
 
 def as_count(grid: Grid) -> TokenCount:

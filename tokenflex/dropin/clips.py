@@ -130,8 +130,10 @@ def _kinds(processor: Any, prompt: str) -> list[str]:
 def stock_videos(processor: Any, clips: Sequence[Clip]) -> dict[str, Any]:
     """Return the stock processor's arguments for clips whose frames are chosen."""
     most = max(len(clip.frames) for clip in clips)
-    # Without patch grids, the video processor stacks the clips.
-    is_stacked = "video_grid_thw" not in processor.video_processor.model_input_names
+    # Without patch grids, the video processor stacks the clips, and only some pad them.
+    video_processor = processor.video_processor
+    is_stacked = "video_grid_thw" not in video_processor.model_input_names
+    is_stacked &= not getattr(video_processor, "do_pad", None)
     pictures = []
     for clip in clips:
         frames = torch.from_numpy(np.stack([np.asarray(frame) for frame in clip.frames]))

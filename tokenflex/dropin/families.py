@@ -91,11 +91,13 @@ class Family:
         videos: Called as the decorated function, with the inputs of ``get_video_features``; returns
             the frames. Where the encoder takes all clips as one [clips, frames, 3, H, W], it is
             given a list of [frames, 3, H, W]. None if the family takes no videos.
-        merge_clips: Converts the list of one [N, D] per clip as ``merge`` does that of images.
+        merge_frames: Converts the list of one [N, D] per frame as ``merge`` does that of images.
         clip_end: Called with the base model; returns learned tokens [M, D] after each clip.
         clip_end_tokens: M.
         frames_are_images: The processor puts frames among the images, and the model sees nothing
             else.
+        frames_share_placeholder: Frames have the placeholder of images.
+        no_mixture: Reason why a call takes images or videos alone; empty if it takes both.
         no_videos: Reason why it takes no videos, without ``videos`` and ``frames_are_images``.
     """
 
@@ -115,10 +117,12 @@ class Family:
     no_prompt_embeds: str = ""
     no_fit: str = ""
     videos: Callable[..., Clips] | None = None
-    merge_clips: Callable[[list[torch.Tensor]], Any] = list
+    merge_frames: Callable[[list[torch.Tensor]], Any] = list
     clip_end: Callable[[Any], torch.Tensor] | None = None
     clip_end_tokens: int = 0
     frames_are_images: bool = False
+    frames_share_placeholder: bool = False
+    no_mixture: str = ""
     no_videos: str = NO_STOCK_VIDEOS
 
     @property
@@ -174,8 +178,9 @@ def register_family(*model_types: str, **options: Any) -> Callable[[Adapter], Ad
         **options: Attributes of :class:`tokenflex.dropin.families.Family`: ``projector``,
             ``stock_projector``, ``stand_in``, ``merge``, ``vision_width``, ``patch_merge``,
             ``stock_tokens``, ``tiles``, ``more_outputs``, ``flat_images``, ``no_packing``,
-            ``no_prompt_embeds``, ``no_fit``, ``videos``, ``merge_clips``, ``clip_end``,
-            ``clip_end_tokens``, ``frames_are_images`` and ``no_videos``.
+            ``no_prompt_embeds``, ``no_fit``, ``videos``, ``merge_frames``, ``clip_end``,
+            ``clip_end_tokens``, ``frames_are_images``, ``frames_share_placeholder``, ``no_mixture``
+            and ``no_videos``.
 
     Raises:
         TypeError: There is no model type, one is not a string, or an option is unknown.

@@ -102,7 +102,7 @@ def _with_video_counts(stock: Any) -> Any:
     def get_video_features(
         self: Any, *args: Any, num_video_tokens: VideoTokenCounts | None = None, **kwargs: Any
     ) -> ImageOutputs:
-        """Return the vision tokens of each clip, with ``num_video_tokens`` for its frames."""
+        """Return the vision tokens of each frame, at ``num_video_tokens``."""
         if self._tokenflex_family.videos is None:
             raise self._tokenflex_family.videos_refused()
         return video_features(self, _inputs(names, args, kwargs), num_video_tokens, kwargs)
@@ -219,7 +219,7 @@ def _ready_to_scatter(base: Any, input_ids: Any, kind: str, outputs: Any) -> Any
     if input_ids is not None and not isinstance(outputs, CheckedOutputs):
         _check_counts(base, kind, input_ids, tokens)
     family = type(base)._tokenflex_family
-    merge = family.merge if kind == "image" else family.merge_clips
+    merge = family.merge if kind == "image" else family.merge_frames
     # A new object: the caller or beam search may use the given one again.
     ready = with_tokens(outputs, merge(tokens))
     if kind == "image" and family.more_outputs is not None:
@@ -258,12 +258,14 @@ def _check_counts(
     model: Any, kind: str, input_ids: torch.Tensor, tokens: Sequence[torch.Tensor]
 ) -> None:
     """Refuse vision tokens that do not fit the placeholders, image by image."""
-    is_placeholder = input_ids == _placeholder_id(model.config, kind)
+    is_placeholder = input_ids == _placeholder_id(model, kind)
     placeholder_rows(is_placeholder, [len(image) for image in tokens])
 
 
-def _placeholder_id(config: Any, kind: str) -> int:
-    token_id: int = getattr(config, f"{kind}_token_id")
+def _placeholder_id(model: Any, kind: str) -> int:
+    """Return the id of the placeholder of a model, or base model, for "image" or "video"."""
+    of_frames = kind == "video" and not model._tokenflex_family.frames_share_placeholder
+    token_id: int = model.config.video_token_id if of_frames else model.config.image_token_id
     return token_id
 
 
@@ -437,7 +439,7 @@ class ConvertedModel(ChoosesCounts, Variant):
         others = {kind: mm_encoder_output[kind] for kind in mm_encoder_output if kind not in kinds}
         expanded = super()._expand_multimodal_outputs(input_ids, others, expand_size, inputs_embeds)
         for kind in kinds:
-            is_placeholder = input_ids == _placeholder_id(self.config, kind)
+            is_placeholder = input_ids == _placeholder_id(self, kind)
             expanded[kind] = _repeated(mm_encoder_output[kind], is_placeholder, expand_size)
         return expanded
 
@@ -450,8 +452,11 @@ class ConvertedModel(ChoosesCounts, Variant):
     ) -> Any:
         """Check the counts of each image before the prompt is cut into chunks."""
         outputs, cache = model_kwargs.get("mm_encoder_outputs") or {}, cache_of(model_kwargs)
-        per_kind = {kind: tokens_per_image(outputs.get(kind)) for kind in ("image", "video")}
-        per_kind = {kind: tokens for kind, tokens in per_kind.items() if tokens is not None}
+        per_kind = {
+            kind: tokens
+            for kind, encoded in outputs.items()
+            if (tokens := tokens_per_image(encoded)) is not None
+        }
         chunk_size = generation_config.prefill_chunk_size
         is_cut = is_first_iteration and chunk_size is not None and cache is not None
         if is_cut and per_kind and input_ids.numel():
@@ -459,6 +464,12 @@ class ConvertedModel(ChoosesCounts, Variant):
                 raise ValueError(
                     "prefill_chunk_size must be None for prompts with images before transformers "
                     f"5.23, which leaves the images out, got {chunk_size}"
+                )
+            if "video" in per_kind and self._tokenflex_family.frames_share_placeholder:
+                raise ValueError(
+                    "prefill_chunk_size must be None for videos of "
+                    f"{self._tokenflex_family.model_type}, which transformers leaves out of the "
+                    f"chunks, got {chunk_size}"
                 )
             mask, seen = model_kwargs.get("attention_mask"), cache.get_seq_length()
             new_ids = new_prompt_ids(input_ids, mask, generation_config, seen)

@@ -40,19 +40,19 @@ class RopePositions(Variant):
         """Return what the stock method does, for the vision tokens in place of the patches."""
         default, merge = default_count(self.config), self.config.vision_config.spatial_merge_size
         video_grid_thw = kwargs.get("video_grid_thw")
-        has_images = image_grid_thw is not None and len(image_grid_thw)
-        has_videos = video_grid_thw is not None and len(video_grid_thw)
         runs = []
-        if has_images or has_videos:
+        if (image_grid_thw is not None and len(image_grid_thw)) or (
+            video_grid_thw is not None and len(video_grid_thw)
+        ):
             runs = _vision_runs(mm_token_type_ids, kwargs.get("attention_mask"))
         clips: list[list[Grid]] = []  # the frames of each run
-        if has_images:
+        if image_grid_thw is not None and len(image_grid_thw):
             lengths = [length for kind, length in runs if kind == _IMAGE]
             grids = _grids_of_runs(lengths, num_image_tokens, default)
             image_grid_thw = image_grid_thw.new_tensor(
                 [[1, height * merge, width * merge] for height, width in grids]
             )
-        if has_videos:
+        if video_grid_thw is not None and len(video_grid_thw):
             lengths = [length for kind, length in runs if kind == _VIDEO]
             frames = video_grid_thw[:, 0].tolist()
             clips = _clips_of_runs(lengths, frame_grids(num_video_tokens, frames, default))

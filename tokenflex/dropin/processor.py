@@ -31,10 +31,10 @@ from tokenflex.dropin.calls import (
     check_all_there,
     check_clips_there,
     check_entries,
+    frame_token,
     grids_of_call,
     image_token_id,
     running,
-    video_token_id,
 )
 from tokenflex.dropin.clips import (
     CallVideos,
@@ -161,8 +161,13 @@ class ConvertedProcessor(PreparedImages):
         arguments = arguments_by_name(stock, args, kwargs)
         images, text = arguments.get("images"), arguments.get("text")
         has_videos = arguments.get("videos") is not None
-        if has_videos and not self._tokenflex_family.takes_videos:
-            raise self._tokenflex_family.videos_refused()
+        family = self._tokenflex_family
+        if has_videos and not family.takes_videos:
+            raise family.videos_refused()
+        if has_videos and images is not None and family.no_mixture:
+            raise ValueError(
+                f"images must be None beside videos of {family.model_type}: {family.no_mixture}"
+            )
         sampling, budget = take_video_options(arguments, has_videos)
         if isinstance(text, (list, tuple)) and any(isinstance(t, (list, tuple)) for t in text):
             if has_videos:
@@ -177,7 +182,7 @@ class ConvertedProcessor(PreparedImages):
             read = arguments["images"] = images_of_call(self, images, kwargs)
         if kwargs.get("multi_page") or (kwargs.get("images_kwargs") or {}).get("multi_page"):
             raise ValueError(
-                f"multi_page is not for a {self._tokenflex_family.model_type} with a "
+                f"multi_page is not for a {family.model_type} with a "
                 "token-adaptive projector: its pages share one run of placeholders; give one image "
                 "per prompt"
             )
@@ -206,12 +211,14 @@ class ConvertedProcessor(PreparedImages):
         """Return the model's inputs that tell the count of each tile and frame."""
         family = self._tokenflex_family
         if family.videos is not None:
-            check_clips_there(inputs, video_token_id(self), call.clips, family.clip_end_tokens)
+            token: int = self.tokenizer.convert_tokens_to_ids(frame_token(self))
+            check_clips_there(inputs, token, call.clips, family.clip_end_tokens)
             counts = {"num_video_tokens": counts_of_clips(call)}
             return counts | (self._counts_of(call) if call.tiles else {})
         in_order, kept = tiles_in_order(call, videos)
         data: dict[str, Any] = {"num_image_tokens": in_order}
-        if kept is not None:
+        # Pixels [clips, frames, ..] are padded with zeros, which the model leaves out.
+        if kept is not None and inputs["pixel_values"][0].ndim == 3:
             data["pixel_values"] = inputs["pixel_values"][kept]
         return data
 
@@ -253,14 +260,15 @@ class ConvertedProcessor(PreparedImages):
         if call is None:
             raise ValueError("replace_video_token is part of a call of the processor")
         grids = call.clips[video_idx]
-        pixels = video_inputs["pixel_values_videos"]
-        if "video_grid_thw" not in video_inputs:  # without the padding of a shorter clip
-            clip = pixels[video_idx][: len(grids)]
+        if "pixel_values" in video_inputs:  # without the padding of a shorter clip
+            clips = video_inputs["pixel_values"][video_idx][None, : len(grids)]
+            video_inputs = {**video_inputs, "pixel_values": clips}
+        elif "video_grid_thw" not in video_inputs:
+            clip = video_inputs["pixel_values_videos"][video_idx][: len(grids)]
             video_inputs = {**video_inputs, "pixel_values_videos": {video_idx: clip}}
         text: str = super().replace_video_token(video_inputs, video_idx, **kwargs)
-        family = self._tokenflex_family
-        token = self._tokenflex.image_token if family.videos is None else self.video_prompt
-        return text_of_clip(text, token, grids, family.clip_end_tokens)
+        end_tokens = self._tokenflex_family.clip_end_tokens
+        return text_of_clip(text, frame_token(self), grids, end_tokens)
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         """Return the text of one image, at the count that the running call has for it."""

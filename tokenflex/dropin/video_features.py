@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import torch
@@ -60,9 +61,10 @@ def frame_grids(counts: Any, frames: list[int], default: TokenCount) -> list[lis
 def video_features(
     base: Any, video_inputs: dict[str, Any], counts: Any, options: dict[str, bool]
 ) -> ImageOutputs:
-    """Encode the video inputs of a converted base model to vision tokens, one [N, D] per clip.
+    """Encode the video inputs of a converted base model to vision tokens, one [N, D] per frame.
 
-    ``options`` may hold ``output_hidden_states`` and ``output_attentions``.
+    Learned tokens after a clip are with those of its last frame. ``options`` may hold
+    ``output_hidden_states`` and ``output_attentions``.
     """
     family = type(base)._tokenflex_family
     lengths = _lengths(counts)
@@ -81,13 +83,12 @@ def video_features(
         patches, frames = _encode_clips(base, video_inputs)
     grids = frame_grids(counts, frames, default_count(base.config))
     outputs = project_patches(base, patches, [grid for clip in grids for grid in clip])
-    end = None if family.clip_end is None else family.clip_end(base)
-    layers = outputs.deepstack_features
-    joined = ImageOutputs(
-        pooler_output=_joined(outputs.pooler_output, frames, end),
-        deepstack_features=layers and [_joined(layer, frames) for layer in layers],
-    )
-    return ImageOutputs(**{**joined, **encoder_fields(encoder_outputs)})
+    tokens = list(outputs.pooler_output)
+    if family.clip_end is not None:
+        for last in accumulate(frames):
+            tokens[last - 1] = torch.cat([tokens[last - 1], family.clip_end(base)])
+    outputs.pooler_output = tokens
+    return ImageOutputs(**{**outputs, **encoder_fields(encoder_outputs)})
 
 
 def _lengths(counts: Any) -> list[int] | None:
@@ -105,14 +106,3 @@ def _encode_clips(base: Any, video_inputs: dict[str, Any]) -> tuple[Patches, lis
     layers = clips.grids.layers if isinstance(clips.grids, Deepstack) else []
     patches = Patches(rows, tuple(grids), tuple(flat_grids(maps) for maps in layers))
     return patches, clips.frames
-
-
-def _joined(
-    tokens: list[torch.Tensor], frames: list[int], end: torch.Tensor | None = None
-) -> list[torch.Tensor]:
-    """Join the tokens of each clip's frames, and put ``end`` after them."""
-    rest = iter(tokens)
-    return [
-        torch.cat([*(next(rest) for _ in range(number)), *([] if end is None else [end])])
-        for number in frames
-    ]

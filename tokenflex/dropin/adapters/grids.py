@@ -11,6 +11,7 @@ from torch import nn
 from tokenflex.counts import Grid
 from tokenflex.dropin.families import (
     MROPE,
+    NO_VIDEOS_YET,
     RECURRENT,
     Clips,
     Deepstack,
@@ -90,15 +91,21 @@ _register_merger = partial(
     patch_merge="vision_config.spatial_merge_size",
     stock_tokens=_merged_tokens,
     no_prompt_embeds=MROPE,
+    videos=_clips_as_images,
 )
 
 
-@_register_merger("qwen2_vl", vision_width="embed_dim", videos=_clips_as_images)
-@_register_merger("qwen2_5_vl", videos=_clips_as_images)
-@_register_merger("qwen3_vl", "qwen3_vl_moe", "cohere_compass", "cosmos3_omni")
+@_register_merger("qwen2_vl", vision_width="embed_dim")
+@_register_merger("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "cohere_compass", "cosmos3_omni")
 @_register_merger("exaone4_5", no_prompt_embeds="")
 @_register_merger("qwen3_5", "qwen3_5_moe", no_packing=RECURRENT)
-@_register_merger("dots3_note", stock_projector="vision_tower.merger", no_prompt_embeds="")
+@_register_merger(
+    "dots3_note",
+    stock_projector="vision_tower.merger",
+    no_prompt_embeds="",
+    videos=None,
+    no_videos=NO_VIDEOS_YET,
+)
 def _qwen(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
 ) -> PatchGrids | Deepstack:
@@ -113,24 +120,37 @@ def _qwen(
     return Deepstack(patches, [split_grids(layer, cells) for layer in layers])
 
 
-# GLM's encoder ends with a convolution, which stays: one patch per merged cell.
-@_register_merger(
-    "glm4v",
-    "glm46v",
-    "glmga",
-    "glm4v_moe",
-    "glm_ocr",
+def _glm_clips(
+    base: Any, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor, **_: Any
+) -> Clips:
+    """Return the frames of clips, each of which the encoder takes as an image."""
+    frames = video_grid_thw[:, 0]
+    grids = video_grid_thw.repeat_interleave(frames, dim=0)
+    grids[:, 0] = 1
+    return Clips(_glm(base, pixel_values_videos, grids), frames.tolist())
+
+
+_register_glm = partial(
+    _register_merger,
     stand_in=_identity,
     vision_width="out_hidden_size",
     patch_merge=1,
+    videos=_glm_clips,
+    frames_share_placeholder=True,
+    no_mixture="its model tells frames from images by nothing but their order",
 )
-@_register_merger(
+
+
+# GLM's encoder ends with a convolution, which stays: one patch per merged cell.
+@_register_glm("glm4v", "glm46v", "glmga", "glm4v_moe", "glm_ocr")
+@_register_glm(
     "glm5_next",
-    stand_in=_identity,
-    vision_width="out_hidden_size",
-    patch_merge=1,
     no_packing=RECURRENT,
     no_prompt_embeds="",
+    videos=None,
+    frames_share_placeholder=False,
+    no_mixture="",
+    no_videos=NO_VIDEOS_YET,
 )
 def _glm(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
@@ -144,22 +164,26 @@ def _glm(
 
 @register_family(
     "lfm3_vl",
+    videos=_clips_as_images,
     patch_merge="vision_config.spatial_merge_size",
     no_packing="its short convolutions run across the boundaries of samples",
 )
 @register_family(
     "minimax_m3_vl",
+    no_videos=NO_VIDEOS_YET,
     patch_merge="vision_config.spatial_merge_size",
     no_packing=_PACKED_FROM_5_23,
 )
 @register_family(
     "ernie4_5_vl_moe",
+    no_videos="its projector joins frames in time",
     projector="resampler_model",
     patch_merge="vision_config.spatial_merge_size",
     no_prompt_embeds=MROPE,
 )
 @register_family(
     "cosmos3_edge",
+    no_videos=NO_VIDEOS_YET,
     projector="projector",
     patch_merge="vision_config.spatial_merge_size",
     no_packing=_PACKED_FROM_5_23,
@@ -176,7 +200,10 @@ def _blocks(
 
 
 @register_family(
-    "kimi_k25", projector="mm_projector", patch_merge="vision_config.merge_kernel_size"
+    "kimi_k25",
+    projector="mm_projector",
+    patch_merge="vision_config.merge_kernel_size",
+    no_videos=NO_VIDEOS_YET,
 )
 def _kimi(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
@@ -203,7 +230,12 @@ def _paddleocr(
 
 
 # A linear projector of the cells that Qwen2.5's encoder has merged.
-@register_family("hyperclovax_vision_v2", projector="projector", vision_width="out_hidden_size")
+@register_family(
+    "hyperclovax_vision_v2",
+    projector="projector",
+    vision_width="out_hidden_size",
+    videos=_clips_as_images,
+)
 def _hyperclovax(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
 ) -> PatchGrids:
@@ -212,7 +244,11 @@ def _hyperclovax(
     return split_grids(cells, _cells(image_grid_thw, encoder.spatial_merge_size))
 
 
-@register_family("video_llama_3", projector="projector")
+@register_family(
+    "video_llama_3",
+    projector="projector",
+    no_videos="its processor leaves out the tokens of patches that do not change",
+)
 def _video_llama_3(
     base: Any,
     pixel_values: torch.Tensor,
@@ -244,6 +280,7 @@ def _width_of_adapter(config: Any) -> int:
     "muse_spark",
     projector="vision_projection",
     vision_width=_width_of_adapter,
+    no_videos=NO_VIDEOS_YET,
 )
 def _muse(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any

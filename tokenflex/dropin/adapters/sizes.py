@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tokenflex.dropin.families import (
+    NO_VIDEOS_YET,
     RECURRENT,
     PatchGrids,
     chosen_layers,
@@ -86,6 +87,7 @@ def _tokens_of_images(base: Any, **inputs: Any) -> torch.Tensor:
     patch_merge="merge_kernel_size",
     no_packing=RECURRENT,
     stock_tokens=_tokens_of_images,
+    no_videos=NO_VIDEOS_YET,
 )
 def _minicpm(
     base: Any,
@@ -108,6 +110,7 @@ def _minicpm(
     projector="embed_vision",
     no_packing="its attention may be bidirectional within an image",
     no_prompt_embeds="its layers read the token ids, too",
+    no_videos=NO_VIDEOS_YET,
 )
 def _gemma4(
     base: Any, pixel_values: torch.Tensor, image_position_ids: torch.Tensor, **_: Any

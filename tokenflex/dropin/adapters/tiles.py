@@ -28,9 +28,28 @@ def _blocks_of_one_row(tokens: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(tokens).unsqueeze(1)
 
 
+def _frames_of_video_tower(
+    base: Any,
+    pixel_values_videos: Sequence[torch.Tensor],
+    vision_feature_layer: Any = None,
+    **_: Any,
+) -> Clips:
+    """Return the frames of clips without the class tokens, which have no place in the frame."""
+    layers = feature_layers(base.config) if vision_feature_layer is None else vision_feature_layer
+    pixels = torch.cat(list(pixel_values_videos)).to(base.dtype)
+    outputs = base.video_tower(pixels, output_hidden_states=True)
+    grids = square_grids(chosen_layers(outputs, layers, drop_class_token=True))
+    return Clips(grids, [len(clip) for clip in pixel_values_videos])
+
+
 @register_family("llava")
 @register_family("vipllava", merge=torch.cat)
-@register_family("video_llava", merge=_blocks_of_one_row)
+@register_family(
+    "video_llava",
+    merge=_blocks_of_one_row,
+    videos=_frames_of_video_tower,
+    merge_frames=_blocks_of_one_row,
+)
 @register_family("aya_vision", merge=torch.cat, patch_merge="downsample_factor")
 def _llava(
     base: Any,
@@ -80,12 +99,12 @@ def _newline(base: Any) -> torch.Tensor:
 
 
 @register_family("llava_next", tiles=_anyres_tiles)
-@register_family("llava_next_video", tiles=_anyres_tiles, no_videos=NO_VIDEOS_YET)
+@register_family("llava_next_video", tiles=_anyres_tiles, videos=_frames)
 @register_family(
     "llava_onevision",
     tiles=_anyres_tiles,
     videos=_frames,
-    merge_clips=_blocks_of_one_row,
+    merge_frames=_blocks_of_one_row,
     clip_end=_newline,
     clip_end_tokens=1,
 )
@@ -211,18 +230,26 @@ def _stacked_tiles(processor: Any, image_inputs: Any, index: int) -> int:
     merge=torch.cat,
     vision_width=_width_in_timm,
     tiles=_stacked_tiles,
+    no_videos=NO_VIDEOS_YET,
 )
 def _perception_lm(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids:
     features = base.vision_tower(pixel_values.flatten(0, 1).to(base.dtype)).last_hidden_state
     return square_grids(features[:, 1:] if base.config.vision_use_cls_token else features)
 
 
-@register_family(
-    "idefics3",
-    "smolvlm",
+_register_idefics = partial(
+    register_family,
     projector="connector",
     merge=_blocks_of_one_row,
     patch_merge="scale_factor",
+)
+
+
+@_register_idefics("idefics3")
+@_register_idefics(
+    "smolvlm",
+    frames_are_images=True,
+    no_mixture="its stock processor returns the pixels of one of them",
 )
 def _idefics3(
     base: Any, pixel_values: torch.Tensor, pixel_attention_mask: Any = None, **_: Any
