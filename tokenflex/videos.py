@@ -139,10 +139,16 @@ class Clip:
     Attributes:
         frames: Upright RGB pictures, one or more.
         times: The second at which each starts; None if the clip has no times.
+        indices: Their indices among all frames of the clip.
+        num_frames: All frames of the clip.
+        duration: Its seconds; None if it has no times.
     """
 
     frames: list[Image.Image]
-    times: list[float] | None = None
+    times: list[float] | None
+    indices: list[int]
+    num_frames: int
+    duration: float | None
 
 
 def load_video(
@@ -178,8 +184,9 @@ def load_video(
     frames = reader.read(chosen)
     ends = reader.ends
     if ends is None:
-        return Clip(frames)
-    return Clip(frames, [0.0 if index == 0 else ends[index - 1] for index in chosen])
+        return Clip(frames, None, chosen, reader.num_frames, None)
+    times = [0.0 if index == 0 else ends[index - 1] for index in chosen]
+    return Clip(frames, times, chosen, reader.num_frames, ends[-1])
 
 
 def frame_sizes(

@@ -19,7 +19,7 @@ from tests.dropin.processors import NEED_TORCHVISION, PROCESSORS
 from tests.dropin.report import with_tables
 from tokenflex import TokenFlexConfig
 from tokenflex.dropin import supported_families
-from tokenflex.dropin.families import family_of
+from tokenflex.dropin.families import NO_STOCK_VIDEOS, NO_VIDEOS_YET, Family, family_of
 from tokenflex.dropin.unsupported import reason
 
 PAGE = Path(__file__).parents[2] / "docs/families.md"
@@ -37,7 +37,7 @@ def page() -> str:
     numbers = (
         f"transformers {transformers.__version__}: {len(types)} types, {len(supported)} supported."
     )
-    table = ["| model type | supported | processor | refused |", "|---|---|---|---|"]
+    table = ["| model type | supported | processor | videos | refused |", "|---|---|---|---|---|"]
     table += [_row_of(name) if name in supported else _reason_row(name) for name in types]
     text = PAGE.read_text(encoding="utf-8")
     return with_tables(text, {"types": "\n".join([numbers, "", *table])})
@@ -52,11 +52,20 @@ def _row_of(name: str) -> str:
     }
     told = [f"{what}: {why}" for what, why in refused.items() if why]
     since = f", from transformers {family.transformers} on" if family.transformers else ""
-    return f"| {name} | yes{since} | {_processor(name)} | {'; '.join(told)} |"
+    return f"| {name} | yes{since} | {_processor(name)} | {_videos(family)} | {'; '.join(told)} |"
 
 
 def _reason_row(name: str) -> str:
-    return f"| {name} | no | | {reason(name)} |"
+    return f"| {name} | no | | | {reason(name)} |"
+
+
+def _videos(family: Family) -> str:
+    if family.takes_videos:
+        alone = f", without images beside them: {family.no_mixture}"
+        return f"yes{alone if family.no_mixture else ''}"
+    if family.no_videos == NO_STOCK_VIDEOS:
+        return "stock takes none"
+    return "not yet" if family.no_videos == NO_VIDEOS_YET else f"not yet: {family.no_videos}"
 
 
 def _processor(name: str) -> str:

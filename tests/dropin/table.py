@@ -195,7 +195,7 @@ def _without_torchvision() -> Iterator[None]:
 
     with (
         mock.patch.object(ProcessorMixin, "check_argument_for_proper_class"),
-        mock.patch.object(processing_smolvlm, "num2words", object),
+        mock.patch.object(processing_smolvlm, "num2words", str),
     ):
         yield
 
@@ -381,6 +381,15 @@ BUILDERS |= {
         transformers.LlavaNextImageProcessor(
             size=_EDGE, crop_size=_SQUARE, image_grid_pinpoints=PINPOINTS
         ),
+        tokenizer("<image>", ["<video>"]),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ),
+    "video_llava": lambda: _with_stand_in(
+        transformers.VideoLlavaProcessor,
+        transformers.CLIPImageProcessor(size=_EDGE, crop_size=_SQUARE),
+        _NoVideos(),
         tokenizer("<image>", ["<video>"]),
         patch_size=PATCH,
         vision_feature_select_strategy="default",

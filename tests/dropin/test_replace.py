@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -14,7 +15,7 @@ from tests.dropin.processors import picture, stock_processor
 from tests.dropin.test_model import converted, logits, projector_of
 from tests.dropin.tiny import KINDS, PROMPTS, Prompt, batch, stock_model
 from tokenflex import replace_projector, restore_projector
-from tokenflex.dropin import supported_families
+from tokenflex.dropin import families, supported_families
 from tokenflex.dropin.families import family_of
 from tokenflex.dropin.model import stock_projector_of
 
@@ -270,7 +271,9 @@ def test_conversion_with_options_missing_is_refused(tmp_path):
         tokenflex.from_pretrained(tmp_path, processor=stock_processor("llava"))
 
 
-def test_videos_are_refused():
+def test_videos_of_a_family_without_them_are_refused(monkeypatch):
+    family = dataclasses.replace(families._FAMILIES["llava_onevision"], videos=None)
+    monkeypatch.setitem(families._FAMILIES, "llava_onevision", family)
     model = converted("llava_onevision")
     inputs = {"input_ids": torch.tensor([[3, 51, 4]])}
     with pytest.raises(NotImplementedError, match="frames"):

@@ -42,6 +42,7 @@ class Call:
         replayed: The texts of images that were processed before, as the prompts show them.
         replayed_tiles: Their numbers of tiles.
         was_replayed: Whether the stock processor has taken them.
+        clips: The grids of each clip's frames.
     """
 
     grids: Grid | list[Grid] | None
@@ -49,6 +50,7 @@ class Call:
     replayed: list[str] | None = None
     replayed_tiles: list[int] = field(default_factory=list)
     was_replayed: bool = False
+    clips: list[list[Grid]] = field(default_factory=list)
 
     def grid(self, image: int) -> Grid:
         """Return the grid of an image, where grids are known."""
@@ -72,6 +74,21 @@ def image_token_id(processor: Any) -> int:
     """Return the id of a converted processor's placeholder."""
     token: int = processor.tokenizer.convert_tokens_to_ids(processor._tokenflex.image_token)
     return token
+
+
+def frame_token(processor: Any) -> str:
+    """Return a converted processor's placeholder of frames, of a family that takes videos."""
+    family = processor._tokenflex_family
+    has_own = family.videos is not None and not family.frames_share_placeholder
+    token: str = processor.video_prompt if has_own else processor._tokenflex.image_token
+    return token
+
+
+def placeholder_ids(processor: Any) -> list[int]:
+    """Return the ids of a converted processor's placeholders."""
+    tokens = [processor._tokenflex.image_token]
+    tokens += [frame_token(processor)] if processor._tokenflex_family.takes_videos else []
+    return [processor.tokenizer.convert_tokens_to_ids(token) for token in dict.fromkeys(tokens)]
 
 
 def as_count(grid: Grid) -> TokenCount:
@@ -130,6 +147,15 @@ def placeholders_in(ids: Any, placeholder: int) -> int:
     return sum(list(row).count(placeholder) for row in ids)
 
 
+def check_clips_there(
+    inputs: BatchFeature, placeholder: int, clips: Sequence[Sequence[Grid]], end_tokens: int
+) -> None:
+    """Refuse outputs of a processor whose truncation cut the placeholders of clips."""
+    if "input_ids" in inputs:
+        sizes = [sum(height * width for height, width in clip) + end_tokens for clip in clips]
+        _check_kept(placeholders_in(inputs["input_ids"], placeholder), sum(sizes))
+
+
 def check_all_there(inputs: BatchFeature, placeholder: int) -> None:
     """Refuse outputs of a processor whose truncation cut placeholders."""
     if "input_ids" not in inputs:
@@ -139,6 +165,9 @@ def check_all_there(inputs: BatchFeature, placeholder: int) -> None:
         expected = sum(map(runs_of, inputs["tiles_per_image"]))
     else:
         expected = sum(map(tokens_of, counts))
-    kept = placeholders_in(inputs["input_ids"], placeholder)
+    _check_kept(placeholders_in(inputs["input_ids"], placeholder), expected)
+
+
+def _check_kept(kept: int, expected: int) -> None:
     if kept != expected:
         raise ValueError(f"truncation must not cut vision tokens: {kept} of {expected} are left")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokenflex.counts import TokenCount, TokenCounts
-from tokenflex.dropin.processor import image_token_id
+from tokenflex.dropin.calls import placeholder_ids
 from tokenflex.dropin.samples import encode_samples, images_of_sample
 from tokenflex.dropin.sampling import CountStream
 
@@ -44,11 +44,13 @@ class ImageTextCollator:
     counts: TokenCounts | TokenCount | None = None
     assistant_only: bool = False
     image_token_id: int | None = None
+    _placeholders: list[int] = field(default_factory=list, init=False, repr=False)
     _stream: CountStream | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if hasattr(self.processor, "image_token_counts"):
-            self.image_token_id = image_token_id(self.processor)
+            self._placeholders = placeholder_ids(self.processor)
+            self.image_token_id = self._placeholders[0]
         elif self.counts is not None:
             raise ValueError(
                 "processor must be converted for counts: give it to replace_projector with the "
@@ -59,6 +61,8 @@ class ImageTextCollator:
                 "image_token_id must be given for a stock processor, or placeholders would be "
                 "learned: model.config.image_token_id"
             )
+        else:
+            self._placeholders = [self.image_token_id]
         if isinstance(self.counts, TokenCounts):
             self._stream = CountStream(self.counts)
 
@@ -83,8 +87,7 @@ class ImageTextCollator:
             if is_learned is None:
                 raise ValueError("samples must have 'messages' for assistant_only=True, got 'text'")
             batch["labels"].masked_fill_(is_learned == 0, IGNORE)
-        assert self.image_token_id is not None
-        return _without_labels_of(batch, self.image_token_id)
+        return _without_labels_of(batch, self._placeholders)
 
     def _options(self, samples: Sequence[Mapping[str, Any]], images: list[int]) -> dict[str, Any]:
         counts: Any = self.counts
@@ -122,9 +125,10 @@ def mask_image_labels(batch: Any, processor: Any) -> Any:
     Nothing predicts the id of a placeholder, whose embedding is a vision token, and a loss on it
     would weigh samples by their counts.
     """
-    return _without_labels_of(batch, image_token_id(processor))
+    return _without_labels_of(batch, placeholder_ids(processor))
 
 
-def _without_labels_of(batch: Any, token_id: int) -> Any:
-    batch["labels"] = batch["labels"].masked_fill(batch["input_ids"] == token_id, IGNORE)
+def _without_labels_of(batch: Any, placeholders: Sequence[int]) -> Any:
+    for token_id in placeholders:
+        batch["labels"] = batch["labels"].masked_fill(batch["input_ids"] == token_id, IGNORE)
     return batch

@@ -22,6 +22,10 @@ from tokenflex_kernels.versions import require
 PatchGrids: TypeAlias = "torch.Tensor | list[torch.Tensor]"
 
 
+NO_STOCK_VIDEOS = "its stock processor takes none"
+NO_VIDEOS_YET = "not built yet"
+
+
 @dataclass(frozen=True)
 class Deepstack:
     """Patch grids, and further feature maps for the first layers of the language model.
@@ -34,6 +38,20 @@ class Deepstack:
 
     grids: PatchGrids
     layers: list[list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The frames of clips, before the projector.
+
+    Attributes:
+        grids: The patch grids of the frames, one clip after another.
+        frames: The number of frames of each clip. Where the encoder joins two pictures to one patch
+            in time, these are one frame.
+    """
+
+    grids: PatchGrids | Deepstack
+    frames: list[int]
 
 
 Adapter: TypeAlias = "Callable[..., PatchGrids | Deepstack]"
@@ -73,6 +91,17 @@ class Family:
         no_fit: Reason why a new projector cannot imitate the stock one; empty if it can.
         transformers: The oldest release of transformers whose models of this type can be converted,
             for example "5.21"; empty if all can that :mod:`tokenflex.dropin` admits.
+        videos: Called as the decorated function, with the inputs of ``get_video_features``; returns
+            the frames. Where the encoder takes all clips as one [clips, frames, 3, H, W], it is
+            given a list of [frames, 3, H, W]. None if the family takes no videos.
+        merge_frames: Converts the list of one [N, D] per frame as ``merge`` does that of images.
+        clip_end: Called with the base model; returns learned tokens [M, D] after each clip.
+        clip_end_tokens: M.
+        frames_are_images: The processor puts frames among the images, and the model sees nothing
+            else.
+        frames_share_placeholder: Frames have the placeholder of images.
+        no_mixture: Reason why a call takes images or videos alone; empty if it takes both.
+        no_videos: Reason why it takes no videos, without ``videos`` and ``frames_are_images``.
     """
 
     model_type: str
@@ -91,6 +120,19 @@ class Family:
     no_prompt_embeds: str = ""
     no_fit: str = ""
     transformers: str = ""
+    videos: Callable[..., Clips] | None = None
+    merge_frames: Callable[[list[torch.Tensor]], Any] = list
+    clip_end: Callable[[Any], torch.Tensor] | None = None
+    clip_end_tokens: int = 0
+    frames_are_images: bool = False
+    frames_share_placeholder: bool = False
+    no_mixture: str = ""
+    no_videos: str = NO_STOCK_VIDEOS
+
+    @property
+    def takes_videos(self) -> bool:
+        """Whether a conversion takes videos."""
+        return self.videos is not None or self.frames_are_images
 
     def stock_patch_merge(self, config: Any) -> int:
         """Return m, where the stock projector concatenates m x m patches."""
@@ -114,8 +156,8 @@ class Family:
     def videos_refused(self) -> NotImplementedError:
         """Return the error for a call with videos."""
         return NotImplementedError(
-            f"{self.model_type} with a token-adaptive projector takes images only so far; give the "
-            "frames of a video as images"
+            f"{self.model_type} with a token-adaptive projector takes no videos: {self.no_videos}; "
+            "give the frames of a video as images"
         )
 
 
@@ -140,7 +182,9 @@ def register_family(*model_types: str, **options: Any) -> Callable[[Adapter], Ad
         **options: Attributes of :class:`tokenflex.dropin.families.Family`: ``projector``,
             ``stock_projector``, ``stand_in``, ``merge``, ``vision_width``, ``patch_merge``,
             ``stock_tokens``, ``tiles``, ``more_outputs``, ``flat_images``, ``no_packing``,
-            ``no_prompt_embeds``, ``no_fit`` and ``transformers``.
+            ``no_prompt_embeds``, ``no_fit``, ``videos``, ``merge_frames``, ``clip_end``,
+            ``clip_end_tokens``, ``frames_are_images``, ``frames_share_placeholder``,
+            ``no_mixture``, ``no_videos`` and ``transformers``.
 
     Raises:
         TypeError: There is no model type, one is not a string, or an option is unknown.

@@ -226,15 +226,19 @@ def image_features(
 
     ``options`` may hold ``output_hidden_states`` and ``output_attentions``.
     """
-    with _recorded_encoder(base, options) as encoder_outputs:
+    with recorded_encoder(base, options) as encoder_outputs:
         patches = encode_patches(base, image_inputs)
     outputs = project_patches(base, patches, counts)
-    fields = {name: getattr(encoder_outputs, name, None) for name in _ENCODER_FIELDS}
-    return ImageOutputs(**{**outputs, **fields})
+    return ImageOutputs(**{**outputs, **encoder_fields(encoder_outputs)})
+
+
+def encoder_fields(encoder_outputs: SimpleNamespace) -> dict[str, Any]:
+    """Return what a vision encoder returned, as fields of :class:`ImageOutputs`."""
+    return {name: getattr(encoder_outputs, name, None) for name in _ENCODER_FIELDS}
 
 
 @contextmanager
-def _recorded_encoder(base: Any, options: dict[str, bool]) -> Iterator[SimpleNamespace]:
+def recorded_encoder(base: Any, options: dict[str, bool]) -> Iterator[SimpleNamespace]:
     """Give the vision encoder more options, and yield a namespace that gets its outputs.
 
     Calls from other threads are not affected: one model may serve several at a time.

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 from tokenflex.models.call_options import check_known, known_options
 from tokenflex.models.chat import IMAGE_MARK, Chat, is_batch, read_chat
-from tokenflex.models.conversations import images_of_chats, named_conversations
+from tokenflex.models.conversations import (
+    images_of_chats,
+    named_conversations,
+    videos_of_chats,
+)
 from tokenflex.models.image_inputs import name_images, read_images
+from tokenflex.models.video_inputs import name_videos
 
 _FURTHER_OPTIONS = {
     *("common_kwargs", "return_metadata", "sanitize_control_tokens", "num_image_tokens"),
@@ -58,33 +64,62 @@ def arguments_by_name(
 def read_conversation(
     processor: Any, conversation: Any, options: dict[str, Any], tokenize: bool
 ) -> Any:
-    """Check a conversation, or a batch of them, and read its images if it will be tokenized."""
+    """Check a conversation, or a batch of them, and read its images if it will be tokenized.
+
+    Videos stay as they are given; those that ``options`` hold are taken out and put into the parts.
+    """
+    takes_videos = processor._tokenflex_family.takes_videos
     # The texts that stand for an image in the prompts of a family.
     names = ("image_token", "boi_token")
     tokens = [processor._tokenflex.image_token, *(getattr(processor, n, None) for n in names)]
     placeholders = [token for token in dict.fromkeys(tokens) if token]
     foreign = [] if IMAGE_MARK in placeholders else [IMAGE_MARK]
+    foreign += [processor.video_prompt] if takes_videos else []
+    named = named_conversations(conversation)
+    chats = [
+        read_chat(messages, name, placeholders, foreign, takes_videos=takes_videos)
+        for messages, name in named
+    ]
+    if tokenize:
+        _add_videos(chats, options)
     conversations = []
-    for messages, name in named_conversations(conversation):
-        chat = read_chat(messages, name, placeholders, foreign)
+    for chat in chats:
         if tokenize and chat.images:
             images_of_chats([chat], options.get("images"))
-            conversations.append(_with_images(processor, chat, options))
-        else:
-            conversations.append(chat.messages)
+            chat.images[:] = images_of_call(processor, chat.images, options)
+        conversations.append(_with_sources(chat, tokenize))
     return conversations if is_batch(conversation) else conversations[0]
 
 
-def _with_images(processor: Any, chat: Chat, options: dict[str, Any]) -> list[dict[str, Any]]:
-    images = iter(images_of_call(processor, chat.images, options))
+def _add_videos(chats: list[Chat], options: dict[str, Any]) -> None:
+    """Add videos that are given beside conversations to those whose parts hold none."""
+    beside = options.pop("videos", None)
+    videos_of_chats(chats, beside)
+    if beside is not None:
+        videos = iter(name_videos(beside)[0])
+        for chat in chats:
+            chat.videos += islice(videos, len(chat.parts_without_video))
+    if any("video" in chat.kinds for chat in chats):
+        # Without these, transformers would choose frames again.
+        for name in ("fps", "num_frames", "do_sample_frames"):
+            options.setdefault(name, None)
+
+
+def _with_sources(chat: Chat, tokenize: bool) -> list[dict[str, Any]]:
+    """Return the messages with what their parts show, if they will be tokenized."""
+    kinds = iter(chat.kinds)
+    images, videos = iter(chat.images), iter(chat.videos)
     messages = []
     for message in chat.messages:
         content = message.get("content")
         if isinstance(content, list):
-            parts = [
-                {**part, "image": next(images)} if part["type"] == "image" else part
-                for part in content
-            ]
+            parts = []
+            for part in content:
+                if part["type"] == "image":
+                    kind = next(kinds)
+                    source = next(images if kind == "image" else videos, None)
+                    part = {"type": kind} | ({kind: source} if tokenize and source else {})
+                parts.append(part)
             message = {**message, "content": parts}
         messages.append(message)
     return messages

@@ -50,9 +50,15 @@ def merged_embeddings(
         inputs: Other inputs; those that its ``get_image_features`` takes are used.
 
     Raises:
-        ValueError: As :func:`check_plain_language_model`; or placeholders and counts do not fit.
+        ValueError: As :func:`check_plain_language_model`; placeholders and counts do not fit; or
+            there are videos.
     """
     check_plain_language_model(model)
+    if inputs.get("pixel_values_videos") is not None:
+        raise ValueError(
+            "pixel_values_videos must be None: embeddings are of prompts with images; give a "
+            "video's frames as images"
+        )
     base = model.base_model
     ids, mask = batch_of_prompts(input_ids, attention_mask)
     names = image_input_names(type(base)._tokenflex_stock_class)

@@ -11,13 +11,14 @@ calls it once before the prompt. A conversion changes three things:
   accelerate and TRL replace ``forward`` on instances.
 * The whole model's class becomes a subclass that accepts ``num_image_tokens`` in ``generate`` and
   builds the projector when a conversion is loaded.
+
+Videos go the same way, through ``get_video_features`` and ``num_video_tokens``.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +49,11 @@ from tokenflex.dropin.mrope import RopePositions, set_rope_positions
 from tokenflex.dropin.packing import check_packing
 from tokenflex.dropin.saved import mark_config
 from tokenflex.dropin.variants import Variant, change_class, restore_class
+from tokenflex.dropin.video_features import (
+    VideoTokenCounts,
+    video_features,
+    video_input_names,
+)
 from tokenflex.models.auto_counts import ChoosesCounts, asks_for_choice
 from tokenflex.models.cards import SavedWithCard
 from tokenflex.models.generation import cache_of, repeated_images
@@ -70,13 +76,12 @@ class ConvertedBase(Variant):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         stock = cls._tokenflex_stock_class
-        # generate passes on only the arguments that a signature names, so each class has its own.
-        cls.get_image_features = _with_counts(stock)
+        cls.get_image_features = _with_image_counts(stock)
         if hasattr(stock, "get_video_features"):
-            cls.get_video_features = _without_videos(stock)
+            cls.get_video_features = _with_video_counts(stock)
 
 
-def _with_counts(stock: Any) -> Any:
+def _with_image_counts(stock: Any) -> Any:
     """Return the method of a converted base model in place of its ``get_image_features``."""
     names = image_input_names(stock)
 
@@ -85,26 +90,45 @@ def _with_counts(stock: Any) -> Any:
         self: Any, *args: Any, num_image_tokens: ImageTokenCounts | None = None, **kwargs: Any
     ) -> ImageOutputs:
         """Return the vision tokens of each image, at ``num_image_tokens``."""
-        image_inputs = dict(zip(names, args, strict=False))
-        image_inputs |= {name: value for name, value in kwargs.items() if name in names}
-        return image_features(self, image_inputs, num_image_tokens, kwargs)
+        return image_features(self, _inputs(names, args, kwargs), num_image_tokens, kwargs)
 
-    signature = inspect.signature(stock.get_image_features)
+    return _with_signature(get_image_features, stock.get_image_features, "num_image_tokens")
+
+
+def _with_video_counts(stock: Any) -> Any:
+    """Return the method of a converted base model in place of its ``get_video_features``."""
+    names = video_input_names(stock)
+
+    @can_return_tuple
+    def get_video_features(
+        self: Any, *args: Any, num_video_tokens: VideoTokenCounts | None = None, **kwargs: Any
+    ) -> ImageOutputs:
+        """Return the vision tokens of each frame, at ``num_video_tokens``."""
+        if self._tokenflex_family.videos is None:
+            raise self._tokenflex_family.videos_refused()
+        return video_features(self, _inputs(names, args, kwargs), num_video_tokens, kwargs)
+
+    return _with_signature(get_video_features, stock.get_video_features, "num_video_tokens")
+
+
+def _inputs(names: list[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    given = dict(zip(names, args, strict=False))
+    return given | {name: value for name, value in kwargs.items() if name in names}
+
+
+def _with_signature(method: Any, stock: Callable[..., Any], counts: str) -> Any:
+    """Return ``method`` with the signature of the stock one and the argument ``counts``.
+
+    generate passes on only the arguments that a signature names.
+    """
+    signature = inspect.signature(stock)
     parameters = [
         *(p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD),
-        inspect.Parameter("num_image_tokens", inspect.Parameter.KEYWORD_ONLY, default=None),
+        inspect.Parameter(counts, inspect.Parameter.KEYWORD_ONLY, default=None),
         inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
     ]
-    get_image_features.__signature__ = signature.replace(parameters=parameters)
-    return get_image_features
-
-
-def _without_videos(stock: Any) -> Any:
-    @functools.wraps(stock.get_video_features)
-    def get_video_features(self: Any, *args: Any, **kwargs: Any) -> None:
-        raise self._tokenflex_family.videos_refused()
-
-    return get_video_features
+    method.__signature__ = signature.replace(parameters=parameters)
+    return method
 
 
 class _ScatteredTokens(Variant):
@@ -131,9 +155,9 @@ class _ScatteredTokens(Variant):
 
 
 def _before_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Encode the images of a base model's forward, and check its arguments."""
-    family = type(base)._tokenflex_family
+    """Encode the images and videos of a base model's forward, and check its arguments."""
     counts = kwargs.pop("num_image_tokens", None)
+    video_counts = kwargs.pop("num_video_tokens", None)
     encoded_images = kwargs.pop("encoded_images", None)
     image_index = kwargs.pop("image_index", None)
     if args:
@@ -164,21 +188,45 @@ def _before_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
                 **image_inputs, num_image_tokens=counts, return_dict=True
             )
         kwargs["pixel_values"] = None
-    if images is None:
+    videos = _encoded_videos(base, kwargs, encoded.get("video"), video_counts)
+    if images is None and videos is None:
         return (), kwargs
-    tokens = tokens_per_image(images)
-    if tokens is not None:
-        # The chunks that transformers cuts a prompt into take no account of images.
-        if kwargs.get("input_ids") is not None and not isinstance(images, CheckedOutputs):
-            _check_counts(base, kwargs["input_ids"], tokens)
-        # A new object: the caller or beam search may use the given one again.
-        images = with_tokens(images, family.merge(tokens))
-        more = {} if family.more_outputs is None else family.more_outputs(base)
-        for name, value in more.items():
-            images[name] = value
-    set_rope_positions(base, kwargs, counts)
-    kwargs["mm_encoder_outputs"] = {**encoded, "image": images}
+    for kind, outputs in (("image", images), ("video", videos)):
+        if outputs is not None:
+            encoded[kind] = _ready_to_scatter(base, kwargs.get("input_ids"), kind, outputs)
+    set_rope_positions(base, kwargs, {"num_image_tokens": counts, "num_video_tokens": video_counts})
+    kwargs["mm_encoder_outputs"] = encoded
     return (), kwargs
+
+
+def _encoded_videos(base: Any, kwargs: dict[str, Any], videos: Any, counts: Any) -> Any:
+    """Return the outputs for the videos of a forward, whose pixels are taken out of ``kwargs``."""
+    if videos is not None or kwargs.get("pixel_values_videos") is None:
+        return videos
+    family, stock = type(base)._tokenflex_family, type(base)._tokenflex_stock_class
+    if family.videos is None:
+        raise family.videos_refused()
+    inputs = {name: kwargs[name] for name in video_input_names(stock) if name in kwargs}
+    kwargs["pixel_values_videos"] = None
+    return base.get_video_features(**inputs, num_video_tokens=counts, return_dict=True)
+
+
+def _ready_to_scatter(base: Any, input_ids: Any, kind: str, outputs: Any) -> Any:
+    """Check the outputs for images or videos, and bring them into the form of the stock model."""
+    tokens = tokens_per_image(outputs)
+    if tokens is None:
+        return outputs
+    # The chunks that transformers cuts a prompt into take no account of images.
+    if input_ids is not None and not isinstance(outputs, CheckedOutputs):
+        _check_counts(base, kind, input_ids, tokens)
+    family = type(base)._tokenflex_family
+    merge = family.merge if kind == "image" else family.merge_frames
+    # A new object: the caller or beam search may use the given one again.
+    ready = with_tokens(outputs, merge(tokens))
+    if kind == "image" and family.more_outputs is not None:
+        for name, value in family.more_outputs(base).items():
+            ready[name] = value
+    return ready
 
 
 def _add_what_tells_images(
@@ -226,9 +274,19 @@ def token_types(
     return named
 
 
-def _check_counts(model: Any, input_ids: torch.Tensor, tokens: Sequence[torch.Tensor]) -> None:
+def _check_counts(
+    model: Any, kind: str, input_ids: torch.Tensor, tokens: Sequence[torch.Tensor]
+) -> None:
     """Refuse vision tokens that do not fit the placeholders, image by image."""
-    placeholder_rows(input_ids == model.config.image_token_id, [len(image) for image in tokens])
+    is_placeholder = input_ids == _placeholder_id(model, kind)
+    placeholder_rows(is_placeholder, [len(image) for image in tokens])
+
+
+def _placeholder_id(model: Any, kind: str) -> int:
+    """Return the id of the placeholder of a model, or base model, for "image" or "video"."""
+    of_frames = kind == "video" and not model._tokenflex_family.frames_share_placeholder
+    token_id: int = model.config.video_token_id if of_frames else model.config.image_token_id
+    return token_id
 
 
 # ---- the whole model
@@ -308,6 +366,11 @@ class ConvertedModel(ChoosesCounts, SavedWithCard, Variant):
 
     def ready_for_choice(self: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return arguments with images encoded, without what depends on the length of prompts."""
+        if kwargs.get("pixel_values_videos") is not None:
+            raise ValueError(
+                "num_image_tokens must be counts beside videos: 'auto' is for images alone; give a "
+                "video's frames as images, or its counts or budget to the processor"
+            )
         names = image_input_names(type(self.base_model)._tokenflex_stock_class)
         images = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         # Labels, which PaliGemma's processor writes, are of no use to generate.
@@ -369,7 +432,8 @@ class ConvertedModel(ChoosesCounts, SavedWithCard, Variant):
         return True
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        others = {k: v for k, v in model_kwargs.items() if k != "num_image_tokens"}
+        counts = ("num_image_tokens", "num_video_tokens")
+        others = {k: v for k, v in model_kwargs.items() if k not in counts}
         super()._validate_model_kwargs(others)
 
     @torch.no_grad()
@@ -399,18 +463,17 @@ class ConvertedModel(ChoosesCounts, SavedWithCard, Variant):
         expand_size: int = 1,
         inputs_embeds: torch.Tensor | None = None,
     ) -> dict[str, Any]:
-        images = mm_encoder_output.get("image")
-        tokens = tokens_per_image(images)
-        if tokens is None or input_ids is None or not input_ids.numel():
+        kinds = [k for k, v in mm_encoder_output.items() if tokens_per_image(v) is not None]
+        if not kinds or input_ids is None or not input_ids.numel():
             return super()._expand_multimodal_outputs(
                 input_ids, mm_encoder_output, expand_size, inputs_embeds
             )
-        sizes = [len(image) for image in tokens]
-        order = repeated_images(input_ids == self.config.image_token_id, sizes, expand_size)
-        repeated = with_tokens(images, [tokens[image] for image in order])
-        if (layers := repeated.deepstack_features) is not None:
-            repeated.deepstack_features = [[layer[image] for image in order] for layer in layers]
-        return {**mm_encoder_output, "image": repeated}
+        others = {kind: mm_encoder_output[kind] for kind in mm_encoder_output if kind not in kinds}
+        expanded = super()._expand_multimodal_outputs(input_ids, others, expand_size, inputs_embeds)
+        for kind in kinds:
+            is_placeholder = input_ids == _placeholder_id(self, kind)
+            expanded[kind] = _repeated(mm_encoder_output[kind], is_placeholder, expand_size)
+        return expanded
 
     def _prefill(
         self: Any,
@@ -421,25 +484,47 @@ class ConvertedModel(ChoosesCounts, SavedWithCard, Variant):
     ) -> Any:
         """Check the counts of each image before the prompt is cut into chunks."""
         outputs, cache = model_kwargs.get("mm_encoder_outputs") or {}, cache_of(model_kwargs)
-        tokens = tokens_per_image(outputs.get("image"))
+        per_kind = {
+            kind: tokens
+            for kind, encoded in outputs.items()
+            if (tokens := tokens_per_image(encoded)) is not None
+        }
         chunk_size = generation_config.prefill_chunk_size
         is_cut = is_first_iteration and chunk_size is not None and cache is not None
-        if is_cut and tokens is not None and input_ids.numel():
+        if is_cut and per_kind and input_ids.numel():
             if not hasattr(generation_utils, "_slice_mm_encoder_output"):
                 raise ValueError(
                     "prefill_chunk_size must be None for prompts with images before transformers "
                     f"5.23, which leaves the images out, got {chunk_size}"
                 )
+            if "video" in per_kind and self._tokenflex_family.frames_share_placeholder:
+                raise ValueError(
+                    "prefill_chunk_size must be None for videos of "
+                    f"{self._tokenflex_family.model_type}, which transformers leaves out of the "
+                    f"chunks, got {chunk_size}"
+                )
             mask, seen = model_kwargs.get("attention_mask"), cache.get_seq_length()
             new_ids = new_prompt_ids(input_ids, mask, generation_config, seen)
-            _check_counts(self, new_ids, tokens)
-            checked = with_tokens(outputs["image"], tokens, CheckedOutputs)
-            model_kwargs["mm_encoder_outputs"] = {**outputs, "image": checked}
+            checked = {}
+            for kind, tokens in per_kind.items():
+                _check_counts(self, kind, new_ids, tokens)
+                checked[kind] = with_tokens(outputs[kind], tokens, CheckedOutputs)
+            model_kwargs["mm_encoder_outputs"] = {**outputs, **checked}
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
     def _get_name(self) -> str:
         # Trainer's label smoothing shifts the labels only for classes that it knows by name.
         return TokenFlexForConditionalGeneration.__name__
+
+
+def _repeated(outputs: Any, is_placeholder: torch.Tensor, times: int) -> ImageOutputs:
+    """Return the outputs of a batch each of whose prompts becomes several sequences."""
+    tokens = list(outputs.pooler_output)
+    order = repeated_images(is_placeholder, [len(image) for image in tokens], times)
+    repeated = with_tokens(outputs, [tokens[image] for image in order])
+    if (layers := repeated.deepstack_features) is not None:
+        repeated.deepstack_features = [[layer[image] for image in order] for layer in layers]
+    return repeated
 
 
 # ---- installation

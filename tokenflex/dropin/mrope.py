@@ -1,8 +1,14 @@
-"""M-RoPE positions of Qwen-like models: those of an image with as many cells as vision tokens."""
+"""M-RoPE positions of Qwen-like models: those of an image with as many cells as vision tokens.
+
+A clip has the positions of a stock clip with as many cells in each frame. Where its frames have
+different counts, each frame starts at the same height and width, at its own time.
+"""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -10,7 +16,11 @@ import torch
 from tokenflex.counts import Grid, ImageTokenCounts, TokenCount, token_grid, token_grids
 from tokenflex.dropin.features import default_count
 from tokenflex.dropin.variants import Variant
+from tokenflex.dropin.video_features import VideoTokenCounts, frame_grids
 from tokenflex.models.generation import cache_of
+
+# The frames of each run of vision tokens in the running call, None for an image.
+_RUNS: ContextVar[Iterator[list[Grid] | None] | None] = ContextVar("_RUNS", default=None)
 
 
 class RopePositions(Variant):
@@ -24,23 +34,72 @@ class RopePositions(Variant):
         mm_token_type_ids: Any = None,
         image_grid_thw: torch.Tensor | None = None,
         num_image_tokens: ImageTokenCounts | None = None,
+        num_video_tokens: VideoTokenCounts | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return what the stock method does, for the vision tokens in place of the patches."""
+        default, merge = default_count(self.config), self.config.vision_config.spatial_merge_size
+        video_grid_thw = kwargs.get("video_grid_thw")
+        runs = []
+        if (image_grid_thw is not None and len(image_grid_thw)) or (
+            video_grid_thw is not None and len(video_grid_thw)
+        ):
+            runs = _vision_runs(mm_token_type_ids, kwargs.get("attention_mask"))
+        clips: list[list[Grid]] = []  # the frames of each run
         if image_grid_thw is not None and len(image_grid_thw):
-            runs = _image_runs(mm_token_type_ids, kwargs.get("attention_mask"))
-            grids = _grids_of_runs(runs, num_image_tokens, default_count(self.config))
-            merge = self.config.vision_config.spatial_merge_size
+            lengths = [length for kind, length in runs if kind == _IMAGE]
+            grids = _grids_of_runs(lengths, num_image_tokens, default)
             image_grid_thw = image_grid_thw.new_tensor(
                 [[1, height * merge, width * merge] for height, width in grids]
             )
-        return super().get_rope_index(
-            input_ids, mm_token_type_ids=mm_token_type_ids, image_grid_thw=image_grid_thw, **kwargs
-        )
+        if video_grid_thw is not None and len(video_grid_thw):
+            lengths = [length for kind, length in runs if kind == _VIDEO]
+            frames = video_grid_thw[:, 0].tolist()
+            clips = _clips_of_runs(lengths, frame_grids(num_video_tokens, frames, default))
+            kwargs["video_grid_thw"] = video_grid_thw.new_tensor(
+                [
+                    [len(clip), *(max(side) * merge for side in zip(*clip, strict=True))]
+                    for clip in clips
+                ]
+            )
+        rest = iter(clips)
+        running = _RUNS.set(iter([next(rest) if kind == _VIDEO else None for kind, _ in runs]))
+        try:
+            return super().get_rope_index(
+                input_ids,
+                mm_token_type_ids=mm_token_type_ids,
+                image_grid_thw=image_grid_thw,
+                **kwargs,
+            )
+        finally:
+            _RUNS.reset(running)
+
+    def get_vision_position_ids(
+        self, start_position: int, grid_thw: Any, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Return the positions of one run of vision tokens, whose frames may differ in size."""
+        stock = super().get_vision_position_ids
+        runs = _RUNS.get()
+        frames = None if runs is None else next(runs)
+        if frames is None or len({*frames}) == 1:
+            positions: torch.Tensor = stock(start_position, grid_thw, *args, **kwargs)
+            return positions
+        options = inspect.signature(stock).bind(start_position, grid_thw, *args, **kwargs).arguments
+        merge, interval = options.get("spatial_merge_size", 1), options.get("time_interval", 1.0)
+        of_frames = []
+        for time, (height, width) in enumerate(frames):
+            grid = grid_thw.new_tensor([1, height * merge, width * merge])
+            of_frame = stock(**{**options, "grid_thw": grid})
+            of_frame[0] += int(time * interval)
+            of_frames.append(of_frame)
+        return torch.cat(of_frames, dim=1)
 
 
-def set_rope_positions(base: Any, kwargs: dict[str, Any], counts: Any) -> None:
-    """Add positions to the arguments of a forward, which would derive them from the patches."""
+def set_rope_positions(base: Any, kwargs: dict[str, Any], counts: dict[str, Any]) -> None:
+    """Add positions to the arguments of a forward, which would derive them from the patches.
+
+    ``counts`` are ``num_image_tokens`` and ``num_video_tokens``, by name.
+    """
     cache = cache_of(kwargs)
     if (
         not hasattr(base, "get_rope_index")
@@ -53,9 +112,7 @@ def set_rope_positions(base: Any, kwargs: dict[str, Any], counts: Any) -> None:
     stock = type(base)._tokenflex_stock_class
     names = inspect.signature(stock.get_rope_index).parameters
     inputs = {name: kwargs[name] for name in names if name in kwargs}
-    kwargs["position_ids"], base.rope_deltas = base.get_rope_index(
-        **inputs, num_image_tokens=counts
-    )
+    kwargs["position_ids"], base.rope_deltas = base.get_rope_index(**inputs, **counts)
 
 
 def rope_positions(base: Any, inputs: dict[str, Any], mask: torch.Tensor) -> torch.Tensor:
@@ -66,7 +123,7 @@ def rope_positions(base: Any, inputs: dict[str, Any], mask: torch.Tensor) -> tor
     converted = isinstance(base, Variant)
     stock = type(base)._tokenflex_stock_class if converted else type(base)
     names = [*inspect.signature(stock.get_rope_index).parameters]
-    names += ["num_image_tokens"] if converted else []
+    names += ["num_image_tokens", "num_video_tokens"] if converted else []
     arguments = {name: inputs[name] for name in names if inputs.get(name) is not None}
     if "mm_token_type_ids" not in arguments:
         is_image = inputs["input_ids"] == base.config.image_token_id
@@ -75,14 +132,37 @@ def rope_positions(base: Any, inputs: dict[str, Any], mask: torch.Tensor) -> tor
     return positions
 
 
-def _image_runs(mm_token_type_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[int]:
-    """Return the length of each run of image tokens, whose token type is 1."""
-    runs: list[int] = []
+_IMAGE, _VIDEO = 1, 2
+"""Token types of images and videos."""
+
+
+def _vision_runs(
+    mm_token_type_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> list[tuple[int, int]]:
+    """Return the token type and the length of each run of image or video tokens."""
+    runs: list[tuple[int, int]] = []
     for i, row in enumerate(mm_token_type_ids):
         seen = row if attention_mask is None else row[attention_mask[i].bool()]
         types, lengths = seen.unique_consecutive(return_counts=True)
-        runs += lengths[types == 1].tolist()
+        pairs = zip(types.tolist(), lengths.tolist(), strict=True)
+        runs += [(kind, length) for kind, length in pairs if kind in (_IMAGE, _VIDEO)]
     return runs
+
+
+def _clips_of_runs(runs: list[int], clips: list[list[Grid]]) -> list[list[Grid]]:
+    """Return the frames of each run of video tokens, which holds a whole clip, or one frame of it.
+
+    Raises:
+        ValueError: The runs fit neither.
+    """
+    frames = [[grid] for clip in clips for grid in clip]
+    for candidate in (clips, frames):
+        if [sum(height * width for height, width in run) for run in candidate] == runs:
+            return candidate
+    raise ValueError(
+        f"input_ids hold runs of {runs} video placeholders, but num_video_tokens gives the clips "
+        f"{[[height * width for height, width in clip] for clip in clips]} vision tokens"
+    )
 
 
 def _grids_of_runs(runs: list[int], counts: Any, default: TokenCount) -> list[Grid]:

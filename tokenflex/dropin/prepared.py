@@ -39,6 +39,7 @@ from tokenflex.models.call_options import known_options
 from tokenflex.models.image_inputs import name_images
 from tokenflex.models.prompt_texts import read_prompts, tiles_of_images
 from tokenflex.prompts import ImageTiles
+from tokenflex.videos import SHOWN_FRAMES
 
 _TEXT_OUTPUTS = {
     *("input_ids", "attention_mask"),
@@ -60,6 +61,22 @@ class PreparedImages(Variant):
         texts = [getattr(self, name, None) for name in names]
         text: str = next(filter(None, texts), self._tokenflex.image_token)
         return text
+
+    @property
+    def video_prompt(self) -> str:
+        """The text that stands for a video in a prompt, of families that take videos."""
+        text: str = self.video_token
+        return text
+
+    @property
+    def max_frames(self) -> int:
+        """The most frames of a video that a call shows where it states none."""
+        return SHOWN_FRAMES
+
+    @property
+    def fps(self) -> None:
+        """Frames per second of a video where a call states none: all, up to ``max_frames``."""
+        return None
 
     def adds_special_tokens(self, prompt: str) -> bool:
         """Return whether the tokenizer adds special tokens to the text of a conversation.

@@ -29,10 +29,23 @@ from tokenflex.dropin.calls import (
     Call,
     ProcessorState,
     check_all_there,
+    check_clips_there,
     check_entries,
+    frame_token,
     grids_of_call,
     image_token_id,
     running,
+)
+from tokenflex.dropin.clips import (
+    CallVideos,
+    call_with_videos,
+    counts_of_clips,
+    frames_of,
+    read_videos,
+    stock_videos,
+    take_video_options,
+    text_of_clip,
+    tiles_in_order,
 )
 from tokenflex.dropin.families import family_of
 from tokenflex.dropin.inputs import (
@@ -132,34 +145,82 @@ class ConvertedProcessor(PreparedImages):
                 as for :class:`tokenflex.TokenFlexProcessor`.
             num_image_tokens: One count for all images, or one per image; or "auto": then
                 placeholders are not repeated, ``generate`` chooses the counts, and
-                ``tiles_per_image`` is returned.
-            **kwargs: As the stock processor takes them.
+                ``tiles_per_image`` is returned. With videos, as for
+                :class:`tokenflex.TokenFlexProcessor`.
+            **kwargs: As the stock processor takes them, and ``max_frames``, ``fps`` and ``budget``
+                of videos, which may have any form that :class:`tokenflex.TokenFlexProcessor` takes.
+
+        Returns:
+            What the stock processor returns, with ``num_image_tokens``, the count of each tile, and
+            ``num_video_tokens``, a list of its frames' counts for each video. Where two pictures
+            are one patch in time, they are one frame. Where a family's frames are images to its
+            model, ``num_image_tokens`` holds their counts among those of tiles.
         """
         stock = super().__call__
         check_option_names(self, kwargs, inspect.signature(stock).parameters)
         arguments = arguments_by_name(stock, args, kwargs)
         images, text = arguments.get("images"), arguments.get("text")
-        if arguments.get("videos") is not None:
-            raise self._tokenflex_family.videos_refused()
+        has_videos = arguments.get("videos") is not None
+        family = self._tokenflex_family
+        if has_videos and not family.takes_videos:
+            raise family.videos_refused()
+        if has_videos and images is not None and family.no_mixture:
+            raise ValueError(
+                f"images must be None beside videos of {family.model_type}: {family.no_mixture}"
+            )
+        sampling, budget = take_video_options(arguments, has_videos)
         if isinstance(text, (list, tuple)) and any(isinstance(t, (list, tuple)) for t in text):
+            if has_videos:
+                raise ValueError(
+                    "text must be a prompt or a list of prompts beside videos, got inner lists, "
+                    "whose prompts share images alone"
+                )
             return self._shared(num_image_tokens, arguments)
+        read = None
         if images is not None:
             arguments = without_layout(arguments)
-            arguments["images"] = images_of_call(self, images, kwargs)
+            read = arguments["images"] = images_of_call(self, images, kwargs)
         if kwargs.get("multi_page") or (kwargs.get("images_kwargs") or {}).get("multi_page"):
             raise ValueError(
-                f"multi_page is not for a {self._tokenflex_family.model_type} with a "
+                f"multi_page is not for a {family.model_type} with a "
                 "token-adaptive projector: its pages share one run of placeholders; give one image "
                 "per prompt"
             )
-        call = Call(grids_of_call(self._tokenflex, num_image_tokens, images))
+        videos = None
+        if has_videos:
+            videos = read_videos(self, arguments["videos"], text, read, sampling)
+            arguments |= stock_videos(self, videos.clips)
+            call = call_with_videos(self._tokenflex, num_image_tokens, videos, budget)
+        else:
+            call = Call(grids_of_call(self._tokenflex, num_image_tokens, images))
         with running(call):
             inputs = stock(**arguments)
-        check_entries(call, len(call.tiles))
-        if call.tiles:
+        if videos is None:
+            check_entries(call, len(call.tiles))
+        if videos is not None:
+            inputs |= self._counts_with_videos(call, videos, inputs)
+        elif call.tiles:
             inputs |= self._counts_of(call)
+        if "num_image_tokens" in inputs:
             check_all_there(inputs, image_token_id(self))
         return inputs
+
+    def _counts_with_videos(
+        self, call: Call, videos: CallVideos, inputs: BatchFeature
+    ) -> dict[str, Any]:
+        """Return the model's inputs that tell the count of each tile and frame."""
+        family = self._tokenflex_family
+        if family.videos is not None:
+            token: int = self.tokenizer.convert_tokens_to_ids(frame_token(self))
+            check_clips_there(inputs, token, call.clips, family.clip_end_tokens)
+            counts = {"num_video_tokens": counts_of_clips(call)}
+            return counts | (self._counts_of(call) if call.tiles else {})
+        in_order, kept = tiles_in_order(call, videos)
+        data: dict[str, Any] = {"num_image_tokens": in_order}
+        # Pixels [clips, frames, ..] are padded with zeros, which the model leaves out.
+        if kept is not None and inputs["pixel_values"][0].ndim == 3:
+            data["pixel_values"] = inputs["pixel_values"][kept]
+        return data
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the prompt of a conversation, or model inputs with ``tokenize=True``.
@@ -192,6 +253,22 @@ class ConvertedProcessor(PreparedImages):
         if options:
             arguments["processor_kwargs"] = options
         return stock(**arguments, **variables, **unused)
+
+    def replace_video_token(self, video_inputs: Any, video_idx: int, **kwargs: Any) -> str:
+        """Return the text of one video, at the counts that the running call has for its frames."""
+        call = CALL.get()
+        if call is None:
+            raise ValueError("replace_video_token is part of a call of the processor")
+        grids = call.clips[video_idx]
+        if "pixel_values" in video_inputs:  # without the padding of a shorter clip
+            clips = video_inputs["pixel_values"][video_idx][None, : len(grids)]
+            video_inputs = {**video_inputs, "pixel_values": clips}
+        elif "video_grid_thw" not in video_inputs:
+            clip = video_inputs["pixel_values_videos"][video_idx][: len(grids)]
+            video_inputs = {**video_inputs, "pixel_values_videos": {video_idx: clip}}
+        text: str = super().replace_video_token(video_inputs, video_idx, **kwargs)
+        end_tokens = self._tokenflex_family.clip_end_tokens
+        return text_of_clip(text, frame_token(self), grids, end_tokens)
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         """Return the text of one image, at the count that the running call has for it."""
@@ -227,21 +304,25 @@ class _TokenNumbers(Variant):
     def _get_num_multimodal_tokens(
         self: Any,
         image_sizes: Any = None,
-        *args: Any,
+        video_sizes: Any = None,
+        *,
         num_image_tokens: ImageTokenCounts | None = None,
         **kwargs: Any,
     ) -> MultiModalData:
-        """Return the vision tokens of each image in all of its tiles, without tags around them."""
+        """Return the vision tokens of each image and video, without tags around them.
+
+        Those of an image are of all of its tiles. ``video_sizes`` are (pictures, height, width),
+        and ``num_image_tokens`` is then one count for all images and frames.
+        """
         stock = super()._get_num_multimodal_tokens
         check_option_names(self, kwargs, inspect.signature(stock).parameters)
         # Before transformers 5.23 the stock method makes its options the defaults of later calls.
         options = {name: value for name, value in kwargs.items() if name not in _TEXT_OPTIONS}
-        arguments = arguments_by_name(stock, (image_sizes, *args), options)
-        if arguments.get("video_sizes") is not None:
+        if video_sizes is not None and not self._tokenflex_family.takes_videos:
             raise self._tokenflex_family.videos_refused()
         with running(Call(None)):
-            data: MultiModalData = stock(**arguments)
-        if image_sizes is None:
+            data: MultiModalData = stock(image_sizes, **options)
+        if image_sizes is None and video_sizes is None:
             return data
         counts = self._tokenflex.counts if num_image_tokens is None else num_image_tokens
         if isinstance(counts, CountStream):
@@ -249,6 +330,13 @@ class _TokenNumbers(Variant):
                 "num_image_tokens must be given: this processor draws a count for each prompt, so "
                 "the number of tokens cannot be known before"
             )
+        if video_sizes is not None:
+            height, width = token_grid(counts, name="num_image_tokens")
+            end_tokens = self._tokenflex_family.clip_end_tokens
+            frames = [frames_of(self, pictures) for pictures, _, _ in video_sizes]
+            data.num_video_tokens = [number * height * width + end_tokens for number in frames]
+        if image_sizes is None:
+            return data
         sizes = [(int(height), int(width)) for height, width in image_sizes]
         grids = token_grids(counts, len(sizes), name="num_image_tokens")
         tokens = {

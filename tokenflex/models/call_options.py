@@ -188,7 +188,7 @@ def sort_options(processor: Any, options: Mapping[str, Any]) -> CallOptions:
     return CallOptions(
         num_image_tokens=options.get("num_image_tokens"),
         max_tiles=options.get("max_tiles"),
-        **_options_of_videos(options),
+        **options_of_videos(options),
         images_kwargs=images,
         text_kwargs={
             "padding": True,
@@ -201,7 +201,7 @@ def sort_options(processor: Any, options: Mapping[str, Any]) -> CallOptions:
     )
 
 
-def _options_of_videos(options: Mapping[str, Any]) -> dict[str, Any]:
+def options_of_videos(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return our options of videos, each given by name or in ``videos_kwargs``."""
     group = options.get("videos_kwargs") or {}
     for name in _OF_VIDEOS:

@@ -120,7 +120,12 @@ def image_limits(frames: Sequence[int | None], max_tiles: int | None) -> list[in
 
 
 def counts_of_images(
-    counts: Any, frames: Sequence[int | None], budget: int | None, default: TokenCount
+    counts: Any,
+    frames: Sequence[int | None],
+    budget: int | None,
+    default: TokenCount,
+    *,
+    name: str = "num_image_tokens",
 ) -> Any:
     """Return the counts of a call with clips as one per image or frame, or one for all.
 
@@ -131,6 +136,7 @@ def counts_of_images(
         frames: for each image None, and for each clip its number of frames.
         budget: vision tokens of each clip, see :func:`spread_evenly`; None for no budget.
         default: the count of images without one, beside clips with a budget.
+        name: the name of ``counts`` in errors.
 
     Raises:
         TypeError: ``budget`` is no int, or a count is neither an int nor a pair.
@@ -150,7 +156,7 @@ def counts_of_images(
         return entries
     if len(entries) != len(frames):
         raise ValueError(
-            f"num_image_tokens must have one entry per image or frame, {total}, or one per image "
+            f"{name} must have one entry per image or frame, {total}, or one per image "
             f"or video, {len(frames)}, got {len(entries)} entries for {_described(frames)}"
         )
     flat: list[Any] = []
@@ -160,7 +166,7 @@ def counts_of_images(
         elif isinstance(entry, list):
             if len(entry) != number:
                 raise ValueError(
-                    f"num_image_tokens[{i}] must have one count per frame, got {len(entry)} for "
+                    f"{name}[{i}] must have one count per frame, got {len(entry)} for "
                     f"the {number} frames of a video"
                 )
             flat += entry

@@ -12,7 +12,9 @@ from tokenflex.counts import Grid
 from tokenflex.dropin.adapters.sizes import tokens_of_images
 from tokenflex.dropin.families import (
     MROPE,
+    NO_VIDEOS_YET,
     RECURRENT,
+    Clips,
     Deepstack,
     PatchGrids,
     register_family,
@@ -27,14 +29,13 @@ _PACKED_FROM_5_23 = (
 )
 
 
-def _cells(image_grid_thw: torch.Tensor, merge: int) -> list[Grid]:
-    """Return (height, width) of each image, in cells of ``merge`` x ``merge`` patches."""
-    cells = []
-    for frames, height, width in image_grid_thw.tolist():
-        if frames != 1:
-            raise ValueError(f"image_grid_thw must hold images of one frame, got {frames} frames")
-        cells.append((height // merge, width // merge))
-    return cells
+def _cells(grid_thw: torch.Tensor, merge: int) -> list[Grid]:
+    """Return (height, width) of each image or frame, in cells of ``merge`` x ``merge`` patches."""
+    return [
+        (height // merge, width // merge)
+        for frames, height, width in grid_thw.tolist()
+        for _ in range(frames)
+    ]
 
 
 def _raster(cells: torch.Tensor, grids: list[Grid], merge: int) -> list[torch.Tensor]:
@@ -71,6 +72,15 @@ def _merged_tokens(base: Any, pixel_values: Any, image_grid_thw: Any, **_: Any) 
     return vision_encoder(base)(pixel_values.to(base.dtype), grid_thw=image_grid_thw).pooler_output
 
 
+def _clips_as_images(
+    base: Any, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor, **_: Any
+) -> Clips:
+    """Return the frames of clips, which the encoder takes as it takes images."""
+    patch_grids = type(base)._tokenflex_family.patch_grids
+    grids = patch_grids(base, pixel_values=pixel_values_videos, image_grid_thw=video_grid_thw)
+    return Clips(grids, video_grid_thw[:, 0].tolist())
+
+
 def _identity(base: Any) -> nn.Identity:
     return nn.Identity()
 
@@ -82,6 +92,7 @@ _register_merger = partial(
     patch_merge="vision_config.spatial_merge_size",
     stock_tokens=_merged_tokens,
     no_prompt_embeds=MROPE,
+    videos=_clips_as_images,
 )
 
 
@@ -94,6 +105,8 @@ _register_merger = partial(
     stock_projector="vision_tower.merger",
     no_prompt_embeds="",
     transformers="5.23",
+    videos=None,
+    no_videos=NO_VIDEOS_YET,
 )
 def _qwen(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
@@ -117,6 +130,8 @@ def _qwen(
     stock_tokens=tokens_of_images,
     no_packing="its short convolutions run across the boundaries of samples",
     no_prompt_embeds="",
+    videos=None,
+    no_videos=NO_VIDEOS_YET,
 )
 def _inkling2(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
@@ -126,24 +141,37 @@ def _inkling2(
     return _raster(cells, _cells(image_grid_thw, 1), merge)
 
 
-# GLM's encoder ends with a convolution, which stays: one patch per merged cell.
-@_register_merger(
-    "glm4v",
-    "glm46v",
-    "glmga",
-    "glm4v_moe",
-    "glm_ocr",
+def _glm_clips(
+    base: Any, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor, **_: Any
+) -> Clips:
+    """Return the frames of clips, each of which the encoder takes as an image."""
+    frames = video_grid_thw[:, 0]
+    grids = video_grid_thw.repeat_interleave(frames, dim=0)
+    grids[:, 0] = 1
+    return Clips(_glm(base, pixel_values_videos, grids), frames.tolist())
+
+
+_register_glm = partial(
+    _register_merger,
     stand_in=_identity,
     vision_width="out_hidden_size",
     patch_merge=1,
+    videos=_glm_clips,
+    frames_share_placeholder=True,
+    no_mixture="its model tells frames from images by nothing but their order",
 )
-@_register_merger(
+
+
+# GLM's encoder ends with a convolution, which stays: one patch per merged cell.
+@_register_glm("glm4v", "glm46v", "glmga", "glm4v_moe", "glm_ocr")
+@_register_glm(
     "glm5_next",
-    stand_in=_identity,
-    vision_width="out_hidden_size",
-    patch_merge=1,
     no_packing=RECURRENT,
     no_prompt_embeds="",
+    videos=None,
+    frames_share_placeholder=False,
+    no_mixture="",
+    no_videos=NO_VIDEOS_YET,
 )
 def _glm(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
@@ -157,6 +185,7 @@ def _glm(
 
 @register_family(
     "lfm3_vl",
+    videos=_clips_as_images,
     patch_merge="vision_config.spatial_merge_size",
     no_packing="its short convolutions run across the boundaries of samples",
     transformers="5.23",
@@ -164,17 +193,20 @@ def _glm(
 # Before 5.23 its tokens attend to padding, and the samples of a packed row to each other.
 @register_family(
     "minimax_m3_vl",
+    no_videos=NO_VIDEOS_YET,
     patch_merge="vision_config.spatial_merge_size",
     transformers="5.23",
 )
 @register_family(
     "ernie4_5_vl_moe",
+    no_videos="its projector joins frames in time",
     projector="resampler_model",
     patch_merge="vision_config.spatial_merge_size",
     no_prompt_embeds=MROPE,
 )
 @register_family(
     "cosmos3_edge",
+    no_videos=NO_VIDEOS_YET,
     projector="projector",
     patch_merge="vision_config.spatial_merge_size",
     no_packing=_PACKED_FROM_5_23,
@@ -191,7 +223,10 @@ def _blocks(
 
 
 @register_family(
-    "kimi_k25", projector="mm_projector", patch_merge="vision_config.merge_kernel_size"
+    "kimi_k25",
+    projector="mm_projector",
+    patch_merge="vision_config.merge_kernel_size",
+    no_videos=NO_VIDEOS_YET,
 )
 def _kimi(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
@@ -218,7 +253,12 @@ def _paddleocr(
 
 
 # A linear projector of the cells that Qwen2.5's encoder has merged.
-@register_family("hyperclovax_vision_v2", projector="projector", vision_width="out_hidden_size")
+@register_family(
+    "hyperclovax_vision_v2",
+    projector="projector",
+    vision_width="out_hidden_size",
+    videos=_clips_as_images,
+)
 def _hyperclovax(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
 ) -> PatchGrids:
@@ -227,7 +267,11 @@ def _hyperclovax(
     return split_grids(cells, _cells(image_grid_thw, encoder.spatial_merge_size))
 
 
-@register_family("video_llama_3", projector="projector")
+@register_family(
+    "video_llama_3",
+    projector="projector",
+    no_videos="its processor leaves out the tokens of patches that do not change",
+)
 def _video_llama_3(
     base: Any,
     pixel_values: torch.Tensor,
@@ -260,6 +304,7 @@ def _width_of_adapter(config: Any) -> int:
     projector="vision_projection",
     vision_width=_width_of_adapter,
     transformers="5.20",
+    no_videos=NO_VIDEOS_YET,
 )
 def _muse(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -11,6 +13,8 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from tokenflex.dropin.adapters.sizes import pixtral, seen_patches, tokens_of_images
 from tokenflex.dropin.families import (
+    NO_VIDEOS_YET,
+    Clips,
     Deepstack,
     PatchGrids,
     chosen_layers,
@@ -28,10 +32,30 @@ def _blocks_of_one_row(tokens: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(tokens).unsqueeze(1)
 
 
+def _frames_of_video_tower(
+    base: Any,
+    pixel_values_videos: Sequence[torch.Tensor],
+    vision_feature_layer: Any = None,
+    **_: Any,
+) -> Clips:
+    """Return the frames of clips without the class tokens, which have no place in the frame."""
+    layers = feature_layers(base.config) if vision_feature_layer is None else vision_feature_layer
+    pixels = torch.cat(list(pixel_values_videos)).to(base.dtype)
+    outputs = base.video_tower(pixels, output_hidden_states=True)
+    grids = square_grids(chosen_layers(outputs, layers, drop_class_token=True))
+    return Clips(grids, [len(clip) for clip in pixel_values_videos])
+
+
 @register_family("llava")
 @register_family("vipllava", merge=torch.cat)
 # Before 5.21 it takes images by another name than all others.
-@register_family("video_llava", merge=_blocks_of_one_row, transformers="5.21")
+@register_family(
+    "video_llava",
+    merge=_blocks_of_one_row,
+    videos=_frames_of_video_tower,
+    merge_frames=_blocks_of_one_row,
+    transformers="5.21",
+)
 @register_family("aya_vision", merge=torch.cat, patch_merge="downsample_factor")
 def _llava(
     base: Any,
@@ -69,7 +93,27 @@ def _anyres_tiles(processor: Any, image_inputs: Any, index: int) -> int:
     return image_size_to_num_patches(size, images.image_grid_pinpoints, edge)
 
 
-@register_family("llava_next", "llava_next_video", "llava_onevision", tiles=_anyres_tiles)
+def _frames(base: Any, pixel_values_videos: Sequence[torch.Tensor], **options: Any) -> Clips:
+    """Return the frames of clips, each of which the encoder takes as an image."""
+    grids = _llava(base, torch.cat(list(pixel_values_videos)), **options)
+    return Clips(grids, [len(clip) for clip in pixel_values_videos])
+
+
+def _newline(base: Any) -> torch.Tensor:
+    newline: torch.Tensor = base.image_newline[None]
+    return newline
+
+
+@register_family("llava_next", tiles=_anyres_tiles)
+@register_family("llava_next_video", tiles=_anyres_tiles, videos=_frames)
+@register_family(
+    "llava_onevision",
+    tiles=_anyres_tiles,
+    videos=_frames,
+    merge_frames=_blocks_of_one_row,
+    clip_end=_newline,
+    clip_end_tokens=1,
+)
 def _anyres(
     base: Any,
     pixel_values: torch.Tensor,
@@ -95,13 +139,13 @@ def _tiles_of_one_run(processor: Any, image_inputs: Any, index: int) -> int:
     return int(image_inputs["num_patches"][index])
 
 
-@register_family(
-    "internvl",
-    "qianfan_ocr",
-    merge=torch.cat,
-    patch_merge="downsample_ratio",
-    tiles=_tiles_of_one_run,
+_register_internvl = partial(
+    register_family, merge=torch.cat, patch_merge="downsample_ratio", tiles=_tiles_of_one_run
 )
+
+
+@_register_internvl("internvl", frames_are_images=True)
+@_register_internvl("qianfan_ocr")
 def _internvl(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids:
     layer = base.config.vision_feature_layer
     outputs = base.vision_tower(
@@ -223,6 +267,7 @@ def _stacked_tiles(processor: Any, image_inputs: Any, index: int) -> int:
     merge=torch.cat,
     vision_width=_width_in_timm,
     tiles=_stacked_tiles,
+    no_videos=NO_VIDEOS_YET,
 )
 def _perception_lm(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids:
     features = base.vision_tower(pixel_values.flatten(0, 1).to(base.dtype)).last_hidden_state
@@ -242,9 +287,10 @@ class DeepstackMergers(nn.Module):
         self, patches: torch.Tensor, earlier: list[torch.Tensor], fine: bool = False
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return the patches as they are, and a map [tiles, h, w, D] of each earlier layer."""
+        mergers: Any = self.coarse.deepstack_mergers
         maps = [
             merger(merge_patches(square_grids(layer), self.scale_factor))
-            for merger, layer in zip(self.coarse.deepstack_mergers, earlier, strict=True)
+            for merger, layer in zip(mergers, earlier, strict=True)
         ]
         return patches, maps
 
@@ -284,12 +330,19 @@ def _granite_docling(
     )
 
 
-@register_family(
-    "idefics3",
-    "smolvlm",
+_register_idefics = partial(
+    register_family,
     projector="connector",
     merge=_blocks_of_one_row,
     patch_merge="scale_factor",
+)
+
+
+@_register_idefics("idefics3")
+@_register_idefics(
+    "smolvlm",
+    frames_are_images=True,
+    no_mixture="its stock processor returns the pixels of one of them",
 )
 def _idefics3(
     base: Any, pixel_values: torch.Tensor, pixel_attention_mask: Any = None, **_: Any
