@@ -41,6 +41,7 @@ ROOMS = (
     "models",
     "data",
     "digits",
+    "reading",
     "formats",
     "evaluation",
     "routing",

@@ -1,0 +1,310 @@
+"""Pages as pictures: text by Pillow, tables and charts by matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from tokenflex.reading.content import TEXT_LAYOUTS, Chart, Page, Table, TextPage
+from tokenflex.reading.fonts import font_of, font_path
+
+PAGE_PIXELS = 96
+"""Height and width of a page. A wide one is broader, a tall one is two of them."""
+PAGE_SIZES = {
+    "page": (PAGE_PIXELS, PAGE_PIXELS),
+    "wide": (PAGE_PIXELS, 136),  # less than 1.5 x: a single tile, in which text is narrower
+    "tall": (2 * PAGE_PIXELS, PAGE_PIXELS),
+}
+"""(height, width) of pages in pixels by layout; tables and charts are as "page"."""
+
+HEADLINE, BODY, FOOTNOTE = (15, 18), (9, 11), (7, 8)
+"""Smallest and largest size of type in pixels."""
+
+_MARGIN = 3
+_LARGEST_CHART = 10  # top of the vertical axis
+_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#444444")
+
+
+@dataclass(frozen=True)
+class Box:
+    """A word, number, letter, bar or point of a picture, and where it is.
+
+    Attributes:
+        text: The text; the value of a bar or point.
+        edges: (left, top, right, bottom) in pixels.
+        role: "headline", "line", "note" (the word before the footnote's number), "footnote",
+            "cell", "letter", "bar" or "point".
+        line: Index of the line or the table's row; -1 elsewhere.
+        column: Index of the word in its line, of the table's column, or of the bar; -1 elsewhere.
+        size: Size of type in pixels; 0 of bars and points.
+    """
+
+    text: str
+    edges: tuple[float, float, float, float]
+    role: str
+    line: int = -1
+    column: int = -1
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture of a page.
+
+    Attributes:
+        image: The picture, RGB.
+        boxes: What it shows.
+        font: Name of its font.
+    """
+
+    image: Image.Image
+    boxes: tuple[Box, ...]
+    font: str
+
+
+def size_of_page(page: Page) -> tuple[int, int]:
+    """Return the (height, width) of a page's picture in pixels."""
+    return PAGE_SIZES[page.layout if isinstance(page, TextPage) else "page"]
+
+
+def draw(rng: np.random.Generator, page: Page, fonts: Sequence[str]) -> Drawing:
+    """Draw a page in one of the fonts, chosen at random, as are sizes, places and shades."""
+    font = fonts[rng.integers(len(fonts))]
+    if isinstance(page, TextPage):
+        image, boxes = _draw_text(rng, page, font)
+    elif isinstance(page, Table):
+        image, boxes = _draw_table(rng, page, font)
+    else:
+        image, boxes = _draw_chart(rng, page, font)
+    return Drawing(image, tuple(boxes), font)
+
+
+# ---- text
+
+
+def _draw_text(
+    rng: np.random.Generator, page: TextPage, font: str
+) -> tuple[Image.Image, list[Box]]:
+    height, width = PAGE_SIZES[page.layout]
+    paper, ink = int(rng.integers(225, 256)), int(rng.integers(0, 70))
+    image = Image.new("L", (width, height), paper)
+    pen = _Pen(image, font, ink, width - 2 * _MARGIN)
+    large, body, small = (
+        int(rng.integers(least, most + 1)) for least, most in (HEADLINE, BODY, FOOTNOTE)
+    )
+    top = _MARGIN + int(rng.integers(3))
+    if page.headline is not None:
+        pen.write(((page.headline,),), top, large, "headline", int(rng.integers(20)))
+        top += large + 3
+    foot = height - small - 4
+    is_tall = page.layout == "tall"
+    below = PAGE_PIXELS + _MARGIN + int(rng.integers(12)) if is_tall else top
+    bottom = foot if page.footnote is not None else height - _MARGIN
+    body = pen.fitting(body, page.lines)
+    upper, lower = page.lines[: page.upper], page.lines[page.upper :]
+    body, leading = _fitting_height(
+        body, [(len(upper), (PAGE_PIXELS if is_tall else bottom) - top), (len(lower), bottom - below)]
+    )
+    pen.write(upper, top, body, "line", int(rng.integers(3)), leading)
+    pen.write(lower, below, body, "line", int(rng.integers(3)), leading, page.upper)
+    if page.footnote is not None:
+        pen.write((("note", page.footnote),), foot, small, "footnote", int(rng.integers(30)))
+    return image.convert("RGB"), pen.boxes
+
+
+def _fitting_height(size: int, blocks: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return the size of type and the distance between lines at which all blocks fit.
+
+    Args:
+        size: The preferred size in pixels.
+        blocks: The number of lines and the height in pixels of each block.
+    """
+    room = min(height / lines for lines, height in blocks if lines)
+    return min(size, int(room) - 2), min(size + 3, int(room))
+
+
+class _Pen:
+    """Writes lines of words on an image, and notes where each word is."""
+
+    def __init__(self, image: Image.Image, font: str, ink: int, room: int) -> None:
+        self._draw = ImageDraw.Draw(image)
+        self._font, self._ink, self._room = font, ink, room
+        self.boxes: list[Box] = []
+
+    def fitting(self, size: int, lines: Sequence[Sequence[str]]) -> int:
+        """Return the size, or the largest one below it at which all lines fit the width."""
+        while size > FOOTNOTE[1] and max(self._width(line, size) for line in lines) > self._room:
+            size -= 1
+        return size
+
+    def _width(self, line: Sequence[str], size: int) -> float:
+        font = font_of(self._font, size)
+        return sum(map(font.getlength, line)) + (len(line) - 1) * _space(size)
+
+    def write(
+        self,
+        lines: Sequence[Sequence[str]],
+        top: int,
+        size: int,
+        role: str,
+        indent: int,
+        leading: int = 0,
+        first: int = 0,
+    ) -> None:
+        """Write lines below each other.
+
+        Args:
+            lines: The words of each line.
+            top: Top of the first line in pixels.
+            size: Size of type in pixels.
+            role: Role of the words' boxes.
+            indent: Pixels before each line, as far as they fit.
+            leading: Pixels from one line to the next.
+            first: Index of the first line.
+        """
+        font = font_of(self._font, size)
+        for index, line in enumerate(lines):
+            left = _MARGIN + min(indent, max(0.0, self._room - self._width(line, size)))
+            for column, word in enumerate(line):
+                # From the baseline, so that words of a line stand on it.
+                origin = (left, top + index * leading + round(0.8 * size))
+                self._draw.text(origin, word, fill=self._ink, font=font, anchor="ls")
+                edges = font.getbbox(word, anchor="ls")
+                x, y = origin
+                box = (edges[0] + x, edges[1] + y, edges[2] + x, edges[3] + y)
+                if role == "line":
+                    self.boxes.append(Box(word, box, role, first + index, column, size))
+                else:
+                    is_note = word == "note"
+                    self.boxes.append(Box(word, box, "note" if is_note else role, size=size))
+                left += font.getlength(word) + _space(size)
+
+
+def _space(size: int) -> int:
+    return max(3, round(0.4 * size))
+
+
+# ---- tables and charts
+
+
+class _Figure:
+    """A matplotlib figure of a page's size without a window. Figures are drawn on many times."""
+
+    def __init__(self, axes: tuple[float, float, float, float]) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        # At 72 dots per inch a point is a pixel.
+        inches = PAGE_PIXELS / 72
+        self.figure = Figure(figsize=(inches, inches), dpi=72)
+        self.canvas = FigureCanvasAgg(self.figure)
+        self.axes = self.figure.add_axes(axes)
+
+    def picture(self, paper: int) -> Image.Image:
+        self.figure.patch.set_facecolor((paper / 255,) * 3)
+        self.canvas.draw()
+        return Image.fromarray(np.asarray(self.canvas.buffer_rgba())[..., :3].copy())
+
+    def edges(self, artist: Any) -> tuple[float, float, float, float]:
+        """Return where an artist was drawn: (left, top, right, bottom) in pixels."""
+        box = artist.get_window_extent(self.canvas.get_renderer())
+        return box.x0, PAGE_PIXELS - box.y1, box.x1, PAGE_PIXELS - box.y0
+
+
+@lru_cache(maxsize=256)
+def _table_figure(font: str, rows: int, columns: int) -> tuple[_Figure, Any]:
+    from matplotlib.font_manager import FontProperties
+
+    figure = _Figure((0.05, 0.05, 0.9, 0.9))
+    figure.axes.set_axis_off()
+    table = figure.axes.table([[""] * columns] * rows, cellLoc="center", bbox=[0, 0, 1, 1])
+    table.auto_set_font_size(False)
+    for cell in table.get_celld().values():
+        cell.set_text_props(fontproperties=FontProperties(fname=font_path(font)))
+    return figure, table
+
+
+def _draw_table(rng: np.random.Generator, table: Table, font: str) -> tuple[Image.Image, list[Box]]:
+    rows, columns = len(table.rows), len(table.rows[0])
+    figure, drawn = _table_figure(font, rows, columns)
+    size, paper = int(rng.integers(9, 14)), int(rng.integers(225, 256))
+    shades = [paper / 255, min(paper, int(rng.integers(200, 256))) / 255]
+    for (row, column), cell in drawn.get_celld().items():
+        cell.get_text().set_text(table.rows[row][column])
+        cell.set_fontsize(size)
+        cell.set_facecolor((shades[row % 2],) * 3)
+        cell.set_linewidth(0.7)
+    image = figure.picture(paper)
+    boxes = [
+        Box(
+            table.rows[row][column],
+            figure.edges(cell.get_text()),
+            "cell",
+            row,
+            column,
+            size,
+        )
+        for (row, column), cell in sorted(drawn.get_celld().items())
+    ]
+    return image, boxes
+
+
+@lru_cache(maxsize=256)
+def _chart_figure(font: str, style: str, number: int) -> tuple[_Figure, Any]:
+    from matplotlib.font_manager import FontProperties
+
+    figure = _Figure((0.13, 0.15, 0.83, 0.81))
+    axes = figure.axes
+    axes.set_xlim(-0.6, number - 0.4)
+    axes.set_ylim(0, _LARGEST_CHART)
+    axes.set_xticks(range(number), [""] * number)
+    axes.set_yticks((0, 3, 6, 9))
+    axes.tick_params(length=2, pad=1.5, width=0.6, labelsize=8)
+    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+        label.set_fontproperties(FontProperties(fname=font_path(font), size=8))
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", linewidth=0.5, color="0.75")
+    if style == "bar":
+        return figure, axes.bar(range(number), [1] * number, width=0.7).patches
+    return figure, axes.plot(range(number), [1] * number, "o-", markersize=5, linewidth=1)[0]
+
+
+def _draw_chart(rng: np.random.Generator, chart: Chart, font: str) -> tuple[Image.Image, list[Box]]:
+    number = len(chart.letters)
+    figure, drawn = _chart_figure(font, chart.style, number)
+    paper, colour = int(rng.integers(225, 256)), _COLOURS[rng.integers(len(_COLOURS))]
+    axes = figure.axes
+    axes.set_facecolor((paper / 255,) * 3)
+    has_grid = bool(rng.integers(2))
+    for tick in axes.yaxis.get_major_ticks():
+        tick.gridline.set_visible(has_grid)
+    axes.set_xticklabels(chart.letters)
+    if chart.style == "bar":
+        for bar, value in zip(drawn, chart.values, strict=True):
+            bar.set_height(value)
+            bar.set_facecolor(colour)
+    else:
+        drawn.set_ydata(chart.values)
+        drawn.set_color(colour)
+    image = figure.picture(paper)
+    boxes = []
+    for column, (letter, value) in enumerate(zip(chart.letters, chart.values, strict=True)):
+        label = axes.get_xticklabels()[column]
+        boxes.append(Box(letter, figure.edges(label), "letter", column=column, size=8))
+        if chart.style == "bar":
+            edges, role = figure.edges(drawn[column]), "bar"
+        else:
+            x, y = axes.transData.transform((column, value))
+            edges, role = (x - 3, PAGE_PIXELS - y - 3, x + 3, PAGE_PIXELS - y + 3), "point"
+        boxes.append(Box(str(value), tuple(map(float, edges)), role, column=column))
+    return image, boxes
+
+
+assert {*PAGE_SIZES} == {*TEXT_LAYOUTS}
