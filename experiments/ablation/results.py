@@ -32,7 +32,7 @@ def collect(
         ``regimes``: rows by name, the starts first. A row has ``title``, ``is_start``, ``accuracy``
         (count -> :func:`spread_of` over seeds), ``accuracy_by_kind`` (kind -> count -> the same),
         ``steps``, ``views`` (images shown), ``vision_tokens`` (a teacher's included) and
-        ``seconds`` of its own training, over seeds. Besides, ``scale``, ``counts``, ``unseen``,
+        ``seconds`` of its own training, over seeds. Besides, ``scale``, ``task``, ``counts``, ``unseen``,
         ``seeds``, ``questions`` (number by kind), ``samples``, ``standard_error`` (the largest of
         any model at any count, from the questions alone) and ``machine``.
     """
@@ -50,6 +50,7 @@ def collect(
     first = next(iter(reports.values()))
     return {
         "scale": scale.name,
+        "task": scale.task,
         "counts": [str(count) for count in scale.counts],
         "unseen": [label_of(count) for count in scale.unseen],
         "seeds": sorted({job.seed for job in jobs}),

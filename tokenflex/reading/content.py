@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 WORDS = (
-    *("sun", "moon", "tree", "bird", "fish", "ship", "lamp", "door"),
-    *("rain", "milk", "corn", "salt", "ring", "coat", "desk", "hill"),
+    *("sun", "moon", "tree", "bird", "fish", "lamp"),
+    *("door", "rain", "milk", "coat", "desk", "hill"),
 )
-NUMBERS = tuple(map(str, range(10, 40)))
+NUMBERS = tuple(map(str, range(10, 30)))
 """Numbers in lines, tables and footnotes."""
 LETTERS = tuple("ABCDEF")
 """Letters below the bars and points of charts."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,19 @@ PAGE_PIXELS = 96
 """Height and width of a page. A wide one is broader, a tall one is two of them."""
 PAGE_SIZES = {
     "page": (PAGE_PIXELS, PAGE_PIXELS),
-    "wide": (PAGE_PIXELS, 136),  # less than 1.5 x: a single tile, in which text is narrower
+    "wide": (PAGE_PIXELS, 128),  # less than 1.5 x: a single tile, in which text is narrower
     "tall": (2 * PAGE_PIXELS, PAGE_PIXELS),
 }
 """(height, width) of pages in pixels by layout; tables and charts are as "page"."""
 
-HEADLINE, BODY, FOOTNOTE = (15, 18), (9, 11), (7, 8)
-"""Smallest and largest size of type in pixels."""
+HEADLINE, BODY, FOOTNOTE = (16,), (9, 11), (8,)
+"""Sizes of type in pixels."""
 
-_MARGIN = 3
+_ROW = 12  # pixels of a line, as of the encoder's patches in configs/reading.yaml
+_BASELINE = 9  # of a line, from its top
+_MARGIN = 2  # left of a line; words begin at this and a multiple of a step
+_STEP = {"page": 6, "tall": 6, "wide": 8}  # 8 pixels of a wide page are shown as 6
+_SPACE = 3  # least pixels between words
 _LARGEST_CHART = 10  # top of the vertical axis
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#444444")
 
@@ -77,10 +82,14 @@ def draw(rng: np.random.Generator, page: Page, fonts: Sequence[str]) -> Drawing:
     font = fonts[rng.integers(len(fonts))]
     if isinstance(page, TextPage):
         image, boxes = _draw_text(rng, page, font)
-    elif isinstance(page, Table):
-        image, boxes = _draw_table(rng, page, font)
     else:
-        image, boxes = _draw_chart(rng, page, font)
+        from matplotlib import style
+
+        with style.context("default"):  # whatever the settings of the user
+            if isinstance(page, Table):
+                image, boxes = _draw_table(rng, page, font)
+            else:
+                image, boxes = _draw_chart(rng, page, font)
     return Drawing(image, tuple(boxes), font)
 
 
@@ -93,100 +102,76 @@ def _draw_text(
     height, width = PAGE_SIZES[page.layout]
     paper, ink = int(rng.integers(225, 256)), int(rng.integers(0, 70))
     image = Image.new("L", (width, height), paper)
-    pen = _Pen(image, font, ink, width - 2 * _MARGIN)
+    pen = _Pen(image, font, ink, _STEP[page.layout])
     large, body, small = (
-        int(rng.integers(least, most + 1)) for least, most in (HEADLINE, BODY, FOOTNOTE)
+        sizes[rng.integers(len(sizes))] for sizes in (HEADLINE, BODY, FOOTNOTE)
     )
-    top = _MARGIN + int(rng.integers(3))
+    row = int(rng.integers(2))
     if page.headline is not None:
-        pen.write(((page.headline,),), top, large, "headline", int(rng.integers(20)))
-        top += large + 3
-    foot = height - small - 4
-    is_tall = page.layout == "tall"
-    below = PAGE_PIXELS + _MARGIN + int(rng.integers(12)) if is_tall else top
-    bottom = foot if page.footnote is not None else height - _MARGIN
+        pen.write((page.headline,), 2 * _ROW - 6, large, "headline", int(rng.integers(5)))
+        row = 2
     body = pen.fitting(body, page.lines)
-    upper, lower = page.lines[: page.upper], page.lines[page.upper :]
-    body, leading = _fitting_height(
-        body, [(len(upper), (PAGE_PIXELS if is_tall else bottom) - top), (len(lower), bottom - below)]
-    )
-    pen.write(upper, top, body, "line", int(rng.integers(3)), leading)
-    pen.write(lower, below, body, "line", int(rng.integers(3)), leading, page.upper)
+    indent = int(rng.integers(2))
+    for index, line in enumerate(page.lines):
+        if page.layout == "tall" and index == page.upper:
+            row = PAGE_PIXELS // _ROW + int(rng.integers(1, 3))
+        pen.write(line, row * _ROW + _BASELINE, body, "line", indent, index)
+        row += 1
     if page.footnote is not None:
-        pen.write((("note", page.footnote),), foot, small, "footnote", int(rng.integers(30)))
+        baseline = height - _ROW + _BASELINE
+        pen.write(("note", page.footnote), baseline, small, "footnote", int(rng.integers(5)))
     return image.convert("RGB"), pen.boxes
-
-
-def _fitting_height(size: int, blocks: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Return the size of type and the distance between lines at which all blocks fit.
-
-    Args:
-        size: The preferred size in pixels.
-        blocks: The number of lines and the height in pixels of each block.
-    """
-    room = min(height / lines for lines, height in blocks if lines)
-    return min(size, int(room) - 2), min(size + 3, int(room))
 
 
 class _Pen:
     """Writes lines of words on an image, and notes where each word is."""
 
-    def __init__(self, image: Image.Image, font: str, ink: int, room: int) -> None:
+    def __init__(self, image: Image.Image, font: str, ink: int, step: int) -> None:
         self._draw = ImageDraw.Draw(image)
-        self._font, self._ink, self._room = font, ink, room
+        self._font, self._ink, self._step = font, ink, step
+        self._room = image.width - _MARGIN
         self.boxes: list[Box] = []
 
     def fitting(self, size: int, lines: Sequence[Sequence[str]]) -> int:
-        """Return the size, or the largest one below it at which all lines fit the width."""
-        while size > FOOTNOTE[1] and max(self._width(line, size) for line in lines) > self._room:
-            size -= 1
-        return size
+        """Return the size, or the smallest one of lines if they are too wide at this size."""
+        fits = max(self._width(line, size) for line in lines) <= self._room
+        return size if fits else BODY[0]
 
-    def _width(self, line: Sequence[str], size: int) -> float:
-        font = font_of(self._font, size)
-        return sum(map(font.getlength, line)) + (len(line) - 1) * _space(size)
+    def _width(self, line: Sequence[str], size: int) -> int:
+        """Return the pixels from the beginning of a line to the end of its last word."""
+        before = sum(self._advance(word, size) for word in line[:-1])
+        return before + ceil(font_of(self._font, size).getlength(line[-1]))
+
+    def _advance(self, word: str, size: int) -> int:
+        """Return the pixels from the beginning of a word to that of the next one."""
+        length = font_of(self._font, size).getlength(word)
+        return self._step * ceil((length + _SPACE) / self._step)
 
     def write(
-        self,
-        lines: Sequence[Sequence[str]],
-        top: int,
-        size: int,
-        role: str,
-        indent: int,
-        leading: int = 0,
-        first: int = 0,
+        self, line: Sequence[str], baseline: int, size: int, role: str, indent: int, index: int = -1
     ) -> None:
-        """Write lines below each other.
+        """Write a line of words.
 
         Args:
-            lines: The words of each line.
-            top: Top of the first line in pixels.
+            line: The words.
+            baseline: Where they stand, in pixels from the top.
             size: Size of type in pixels.
             role: Role of the words' boxes.
-            indent: Pixels before each line, as far as they fit.
-            leading: Pixels from one line to the next.
-            first: Index of the first line.
+            indent: Steps before the line, as far as they fit.
+            index: Index of the line in the page; -1 for headline and footnote.
         """
         font = font_of(self._font, size)
-        for index, line in enumerate(lines):
-            left = _MARGIN + min(indent, max(0.0, self._room - self._width(line, size)))
-            for column, word in enumerate(line):
-                # From the baseline, so that words of a line stand on it.
-                origin = (left, top + index * leading + round(0.8 * size))
-                self._draw.text(origin, word, fill=self._ink, font=font, anchor="ls")
-                edges = font.getbbox(word, anchor="ls")
-                x, y = origin
-                box = (edges[0] + x, edges[1] + y, edges[2] + x, edges[3] + y)
-                if role == "line":
-                    self.boxes.append(Box(word, box, role, first + index, column, size))
-                else:
-                    is_note = word == "note"
-                    self.boxes.append(Box(word, box, "note" if is_note else role, size=size))
-                left += font.getlength(word) + _space(size)
-
-
-def _space(size: int) -> int:
-    return max(3, round(0.4 * size))
+        steps = max(0, self._room - self._width(line, size)) // self._step
+        left = _MARGIN + self._step * min(indent, steps)
+        for column, word in enumerate(line):
+            # "ls": left, on the baseline.
+            self._draw.text((left, baseline), word, fill=self._ink, font=font, anchor="ls")
+            x0, y0, x1, y1 = font.getbbox(word, anchor="ls")
+            edges = (left + x0, baseline + y0, left + x1, baseline + y1)
+            own_role = "note" if word == "note" else role
+            place = (index, column) if role == "line" else (-1, -1)
+            self.boxes.append(Box(word, edges, own_role, *place, size))
+            left += self._advance(word, size)
 
 
 # ---- tables and charts
