@@ -49,7 +49,9 @@ def add_to(commands: CommandLine) -> None:
         "specialists; unseen: accuracy at counts that were not trained",
     )
     ablate.add_argument("--seeds", type=positive, help="number of seeds; small 3, large 1, quick 1")
-    ablate.add_argument("--output", type=Path, help="folder (default: runs/ablate, -large, -quick, -reading)")
+    ablate.add_argument(
+        "--output", type=Path, help="folder (default: runs/ablate, -large, -quick, -reading)"
+    )
     ablate.add_argument(
         "--jobs", type=positive, help="parallel runs (default: one per core, one on a GPU)"
     )

@@ -51,7 +51,7 @@ def rows_of(boxes: list[Box]) -> list[list[Box]]:
 
 
 def read_off(prompt: str, drawing: Drawing) -> str:
-    """The answer to a question by the places of boxes and their texts, as a reader would find it."""
+    """The answer to a question, found by the places and texts of boxes alone."""
     kind, _, argument = prompt.partition(" ")
     boxes = list(drawing.boxes)
     body = rows_of([box for box in boxes if box.role in ("line", "cell")])
@@ -62,7 +62,7 @@ def read_off(prompt: str, drawing: Drawing) -> str:
         return body[row - 1][column - 1].text
     if kind == "headline":
         top = min(boxes, key=lambda box: box.edges[1])
-        return top.text if top.size > BODY[1] else "none"
+        return top.text if top.size == HEADLINE[0] else "none"
     if kind == "footnote":
         last = rows_of(boxes)[-1]
         return last[-1].text if last[0].text == "note" else "none"
@@ -177,9 +177,9 @@ def test_sizes_go_from_headline_to_footnote():
         for box in drawing.boxes:
             sizes[box.role, box.size] += 1
         assert bool(page.headline) == any(box.role == "headline" for box in drawing.boxes)
-    assert {s for role, s in sizes if role == "headline"} == {*range(HEADLINE[0], HEADLINE[1] + 1)}
-    assert {s for role, s in sizes if role == "footnote"} == {*range(FOOTNOTE[0], FOOTNOTE[1] + 1)}
-    assert FOOTNOTE[1] <= min(s for role, s in sizes if role == "line")
+    for role, expected in (("headline", HEADLINE), ("line", BODY), ("footnote", FOOTNOTE)):
+        assert {size for of_role, size in sizes if of_role == role} == {*expected}
+    assert max(FOOTNOTE) < min(BODY) <= max(BODY) < min(HEADLINE)
 
 
 def test_a_font_and_a_size_change_the_picture():
@@ -229,7 +229,8 @@ def test_splits_share_no_page(layout):
         split: {
             page
             for index in range(120)
-            for page in ReadingDataset(split, size=120, layouts=[layout], seed=index % 2).pages(index)
+            for dataset in [ReadingDataset(split, size=120, layouts=[layout], seed=index % 2)]
+            for page in dataset.pages(index)
         }
         for split in SPLITS
     }

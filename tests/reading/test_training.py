@@ -24,6 +24,7 @@ from tokenflex.training.build import build_model, build_processor
 from tokenflex.training.config import TrainConfig, load_config
 from tokenflex.training.data_config import DataConfig
 
+SIDE = 8  # patches of a page
 CONFIG = Path(__file__).parents[2] / "configs" / "reading.yaml"
 
 
@@ -144,7 +145,7 @@ def test_labels_of_patches_are_those_of_the_text_at_their_centres(layout):
         rng = np.random.default_rng((5, index))
         page = draw_page(rng, layout, "train")
         drawing = draw(rng, page, ["DejaVuSans"])
-        labels = patch_labels(drawing, 12).reshape(12, 12, len(CLASSES))
+        labels = patch_labels(drawing, SIDE).reshape(SIDE, SIDE, len(CLASSES))
         assert labels.min() == 0
         assert (labels < np.array([*CLASSES.values()])).all()
         width, height = drawing.image.size
@@ -154,7 +155,11 @@ def test_labels_of_patches_are_those_of_the_text_at_their_centres(layout):
                 continue
             x, y = (box.edges[0] + box.edges[2]) / 2, (box.edges[1] + box.edges[3]) / 2
             label = dict(
-                zip(names, labels[int(y * 12 / height), int(x * 12 / width)].tolist(), strict=True)
+                zip(
+                    names,
+                    labels[int(y * SIDE / height), int(x * SIDE / width)].tolist(),
+                    strict=True,
+                )
             )
             if box.role == "letter":
                 assert label["value"] == page.values[page.letters.index(box.text)]
@@ -165,7 +170,7 @@ def test_labels_of_patches_are_those_of_the_text_at_their_centres(layout):
                 assert texts.setdefault(box.text, label["text"]) == label["text"] > 0
         assert len({*texts.values()}) == len(texts)
         if isinstance(page, TextPage) and page.footnote is None:
-            assert not labels[11].any()
+            assert not labels[SIDE - 1].any()
 
 
 def test_a_run_trains_with_tiles_grids_and_pairs_and_is_evaluated(tmp_path, capsys):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ def warm_up_encoder(
         ]
         images = [Image.fromarray(canvas.pixels) for canvas in canvases]
         pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        return _cell_loss(classify(pixels, lambda patches: _mean_of_cells(patches, cells)), canvases)
+        return _cell_loss(classify(pixels, partial(_mean_of_cells, cells=cells)), canvases)
 
     train_encoder(
         vision_model,

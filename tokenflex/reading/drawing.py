@@ -103,9 +103,7 @@ def _draw_text(
     paper, ink = int(rng.integers(225, 256)), int(rng.integers(0, 70))
     image = Image.new("L", (width, height), paper)
     pen = _Pen(image, font, ink, _STEP[page.layout])
-    large, body, small = (
-        sizes[rng.integers(len(sizes))] for sizes in (HEADLINE, BODY, FOOTNOTE)
-    )
+    large, body, small = (sizes[rng.integers(len(sizes))] for sizes in (HEADLINE, BODY, FOOTNOTE))
     row = int(rng.integers(2))
     if page.headline is not None:
         pen.write((page.headline,), 2 * _ROW - 6, large, "headline", int(rng.integers(5)))

@@ -48,7 +48,7 @@ _LAYOUTS = ("page", "wide", "table", "chart")  # whose picture is one tile
 _FIGURES = 400  # different tables of a warm-up, and as many charts
 _LONGEST_WAVE = 30.0  # of position embeddings, over 2 pi patches
 _BLANK_WEIGHT = 0.2
-_LEAST_SHARE = 0.2  # of a patch that a text must cover
+_LEAST_SHARE = 0.25  # of a patch that a text must cover, or of the text if it is smaller
 
 
 def warm_up_encoder(
@@ -156,13 +156,13 @@ def patch_labels(drawing: Drawing, side: int) -> NDArray[np.int64]:
 
 
 def _covered(box: Box, drawing: Drawing, side: int) -> NDArray[np.float64]:
-    """Return the share of each patch that a box covers, [patches]."""
+    """Return the share of each patch that a box covers, or of the box if it is smaller."""
     width, height = drawing.image.size
     left, top, right, bottom = np.array(box.edges) * side / np.array([width, height] * 2)
     first = np.arange(side)
     along_x = (np.minimum(right, first + 1) - np.maximum(left, first)).clip(0)
     along_y = (np.minimum(bottom, first + 1) - np.maximum(top, first)).clip(0)
-    return np.outer(along_y, along_x).ravel()
+    return np.outer(along_y, along_x).ravel() / min(1.0, (right - left) * (bottom - top))
 
 
 def _classes(box: Box, boxes: Sequence[Box]) -> tuple[int, ...]:

@@ -51,6 +51,4 @@ def check_fonts(names: Sequence[str]) -> None:
 @cache
 def font_of(name: str, size: int) -> ImageFont.FreeTypeFont:
     """Return a font at ``size`` pixels. Letters are laid out one after another, without Raqm."""
-    return ImageFont.truetype(
-        str(font_path(name)), size, layout_engine=ImageFont.Layout.BASIC
-    )
+    return ImageFont.truetype(str(font_path(name)), size, layout_engine=ImageFont.Layout.BASIC)

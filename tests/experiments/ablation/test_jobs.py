@@ -150,8 +150,11 @@ def test_an_unknown_suite_is_refused(capsys):
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=lambda scale: scale.name)
 def test_every_scale_has_a_valid_configuration(scale):
-    words = digits_vocabulary(scale.cells) if scale.task == "digits" else [*SPECIAL_TOKENS, *all_words()]
-    assert len(words) <= scale.vocabulary
+    words = {
+        "digits": digits_vocabulary(scale.cells),
+        "reading": [*SPECIAL_TOKENS, *all_words()],
+    }
+    assert len(words[scale.task]) <= scale.vocabulary
     assert scale.batch_size % 3 == 0
     for job in jobs_of(scale, seeds=(0,)):
         config_of(job)
