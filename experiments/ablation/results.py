@@ -33,8 +33,8 @@ def collect(
         (count -> :func:`spread_of` over seeds), ``accuracy_by_kind`` (kind -> count -> the same),
         ``steps``, ``views`` (images shown), ``vision_tokens`` (a teacher's included) and
         ``seconds`` of its own training, over seeds. Besides, ``scale``, ``task``, ``counts``,
-        ``unseen``, ``seeds``, ``questions`` (number by kind), ``samples``, ``standard_error`` (the largest of
-        any model at any count, from the questions alone) and ``machine``.
+        ``unseen``, ``seeds``, ``questions`` (number by kind), ``samples``, ``standard_error`` (the
+        largest of any model at any count, from the questions alone) and ``machine``.
     """
     reports = {job.name: job.report(output) for job in jobs}
     starts = {regime.start.name: regime.start for regime in regimes}
