@@ -197,8 +197,23 @@ def test_a_run_trains_with_tiles_grids_and_pairs_and_is_evaluated(tmp_path, caps
     printed = capsys.readouterr().out
     assert "8" in printed.split()  # two tiles of four tokens
     assert "18" in printed.split()
-    assert main(["evaluate", checkpoint, "--data", "reading", "--split", "tset", *counts]) == 2
-    assert "split must be one of 'train', 'validation', 'test'" in capsys.readouterr().err
+    command = ["evaluate", checkpoint, *counts, "--size", "3"]
+    tall = [*command, "--data", "reading", "--layouts", "tall"]
+    per_question = {}
+    for most in ("1", "2"):
+        assert main([*tall, "--max-tiles", most]) == 0
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert all(kind.startswith("tall ") for kind in report["questions"])
+        per_question[most] = report["vision_tokens_per_question"]
+    assert per_question == {"1": {"4": 4, "2x3": 6}, "2": {"4": 8, "2x3": 12}}
+    capsys.readouterr()
+    for wrong, expected in (
+        (["--data", "reading", "--split", "tset"], "split must be one of 'train', 'validation'"),
+        (["--data", "reading", "--layouts", "poster"], "layouts must be one or more of page, wide"),
+        (["--data", "digits", "--layouts", "tall"], "--layouts does not fit data of format digits"),
+    ):
+        assert main([*command, *wrong]) == 2
+        assert expected in capsys.readouterr().err
 
 
 def test_the_warm_up_teaches_the_encoder(tmp_path):

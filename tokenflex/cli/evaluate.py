@@ -39,8 +39,8 @@ def add_to(commands: CommandLine) -> None:
     evaluate.add_argument(
         "--data",
         required=True,
-        help="'digits', 'moving', a file of messages or LLaVA records (JSONL or a JSON list), or "
-        "the folder of a Hugging Face data set",
+        help="'digits', 'moving', 'reading', a file of messages or LLaVA records (JSONL or a JSON "
+        "list), or the folder of a Hugging Face data set",
     )
     evaluate.add_argument("--format", help="format of the data (default: detected)")
     evaluate.add_argument(
@@ -61,7 +61,14 @@ def add_to(commands: CommandLine) -> None:
         help="forced: the exact answer, without generating it (default); exact: the generated "
         "answer up to case and punctuation; choice: its option letter; contains: the answer in it",
     )
-    evaluate.add_argument("--split", help="of digits or a Hugging Face data set (test)")
+    evaluate.add_argument(
+        "--split", help="of digits, moving, reading or a Hugging Face data set (test)"
+    )
+    evaluate.add_argument(
+        "--layouts",
+        type=lambda text: tuple(text.split(",")),
+        help="layouts of --data reading, such as wide,tall (default: all)",
+    )
     evaluate.add_argument("--image-folder", type=Path, help="folder of relative image paths")
     evaluate.add_argument(
         "--max-frames", type=positive, help="the most frames of a video that are shown (32)"
@@ -77,7 +84,7 @@ def add_to(commands: CommandLine) -> None:
     evaluate.add_argument(
         "--size",
         type=positive,
-        help="number of canvases or clips, with --data digits or moving (1024)",
+        help="number of canvases, clips or pages, with --data digits, moving or reading (1024)",
     )
     evaluate.add_argument(
         "--batch-size", type=positive, default=64, help="samples per forward pass (64)"
@@ -131,7 +138,7 @@ def _evaluate_into(options: argparse.Namespace) -> int:
     if options.penalty is not None and not any(isinstance(n, str) for n in options.counts):
         raise ValueError(f"--penalty is for the count auto, got it with {options.counts}")
     counts = [resolve_count(count, folder, options.penalty) for count in options.counts]
-    keys = (*_DEFAULTS, "image_folder", "allow_outside", "max_frames", "fps")
+    keys = (*_DEFAULTS, "layouts", "image_folder", "allow_outside", "max_frames", "fps")
     given = {key: getattr(options, key) for key in keys}
     dataset = build_dataset(data_config(options.data, given, _DEFAULTS, options.format))
     if len(known := broken_records(dataset)) > options.max_broken_samples:
