@@ -223,6 +223,17 @@ def test_a_sample_depends_on_seed_split_and_index_alone(layout):
         assert [i.tobytes() for i in other.images] != [i.tobytes() for i in first.images]
 
 
+def test_the_standard_pages_and_questions_have_not_changed():
+    """Published numbers were measured on these; what pixels they get is the libraries' part."""
+    whole = hashlib.sha256()
+    for split in SPLITS:
+        dataset = ReadingDataset(split, size=40)
+        for index in range(40):
+            sample = dataset.outline(index)
+            whole.update(repr((sample.id, sample.image_sizes, sample.conversations)).encode())
+    assert whole.hexdigest() == "d8ce2567762a1facd11280455cdb63261e4c3019f03e1258161132aad0d1f78e"
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_splits_share_no_page(layout):
     pages = {
@@ -258,17 +269,19 @@ def test_numbers_and_words_are_as_likely_in_every_place():
     assert 0.15 < sum(firsts[n] for n in NUMBERS) / 400 < 0.35
 
 
-def test_matplotlib_settings_of_the_user_change_nothing(monkeypatch):
-    """Figures are made once a process, so another process reads them: here, another font."""
+def test_matplotlib_settings_of_the_user_change_nothing():
+    """Figures are kept by a process, so the first one draws them under other settings."""
     import matplotlib
 
+    from tokenflex.reading import drawing
+
+    drawing._table_figure.cache_clear()
+    drawing._chart_figure.cache_clear()
     plain = ReadingDataset(size=4, layouts=["chart", "table"], fonts=["DejaVuSans-Oblique"])
     with matplotlib.rc_context(
         {"font.size": 20, "axes.linewidth": 4, "xtick.labelsize": 20, "savefig.dpi": 10}
     ):
         styled = [plain[i].images[0].tobytes() for i in range(4)]
-    from tokenflex.reading import drawing
-
     drawing._table_figure.cache_clear()
     drawing._chart_figure.cache_clear()
     assert styled == [plain[i].images[0].tobytes() for i in range(4)]

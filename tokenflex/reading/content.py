@@ -34,9 +34,10 @@ SPLITS = {"train": range(8), "validation": range(8, 9), "test": range(9, 10)}
 
 MOST_LINES = {"page": 5, "wide": 3, "tall": 7}
 MOST_WORDS = {"page": 3, "wide": 4, "tall": 3}
-UPPER_LINES = 4
-"""Most lines in the upper half of a tall page; :data:`ASKED_LINES` of them are asked about."""
+HALF_LINES = 4
+"""Most lines in a half of a tall page."""
 ASKED_LINES = 2
+"""Lines of a tall page whose words are asked, from the first: all of them in its upper half."""
 MOST_ROWS, MOST_COLUMNS = 4, 3
 FEWEST_BARS, MOST_BARS = 3, 5
 _NUMBER_SHARE = 0.25
@@ -87,8 +88,8 @@ class TextPage:
             return f"{prefix}headline", "headline", self.headline or "none"
         if kind == "footnote":
             return f"{prefix}footnote", "footnote", self.footnote or "none"
-        word, present = _draw_present(rng, self.words)
-        return f"{prefix}present", f"present {word}", "yes" if present else "no"
+        name, present = _draw_present(rng, self.words)
+        return f"{prefix}present", f"present {name}", "yes" if present else "no"
 
 
 @dataclass(frozen=True)
@@ -190,10 +191,10 @@ def all_words() -> list[str]:
         *(word_name(i, j) for i in range(max(MOST_LINES.values())) for j in range(4)),
         *(cell_name(i, j) for i in range(MOST_ROWS) for j in range(MOST_COLUMNS)),
     ]
-    kinds = ("word", "lines", "headline", "footnote", "present")
-    kinds = (*kinds, "rows", "cell", "highest", "value", "page")
+    of_text = ("word", "lines", "headline", "footnote", "present")
+    of_figures = ("rows", "cell", "highest", "value", "page")
     answers = ("none", "yes", "no", "first", "second")
-    return [*WORDS, *VALUES, *NUMBERS, *LETTERS, *kinds, *answers, *places]
+    return [*WORDS, *VALUES, *NUMBERS, *LETTERS, *of_text, *of_figures, *answers, *places]
 
 
 def _draw_content(rng: np.random.Generator, layout: str) -> Page:
@@ -219,8 +220,9 @@ def _draw_content(rng: np.random.Generator, layout: str) -> Page:
     headline = WORDS[rng.integers(len(WORDS))] if rng.random() < _PRESENT else None
     footnote = NUMBERS[rng.integers(len(NUMBERS))] if rng.random() < _PRESENT else None
     upper = number
-    if layout == "tall":  # three lines at most fit below, beside the footnote
-        upper = int(rng.integers(max(ASKED_LINES, number - 4), min(UPPER_LINES, number - 1) + 1))
+    if layout == "tall":
+        least, most = max(ASKED_LINES, number - HALF_LINES), min(HALF_LINES, number - 1)
+        upper = int(rng.integers(least, most + 1))
     return TextPage(layout, headline, lines, footnote, upper)
 
 

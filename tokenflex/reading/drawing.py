@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tokenflex.reading.content import TEXT_LAYOUTS, Chart, Page, Table, TextPage
+from tokenflex.reading.content import Chart, Page, Table, TextPage
 from tokenflex.reading.fonts import font_of, font_path
 
 PAGE_PIXELS = 96
@@ -79,7 +79,7 @@ def size_of_page(page: Page) -> tuple[int, int]:
 
 def draw(rng: np.random.Generator, page: Page, fonts: Sequence[str]) -> Drawing:
     """Draw a page in one of the fonts, chosen at random, as are sizes, places and shades."""
-    font = fonts[rng.integers(len(fonts))]
+    font = fonts[int(rng.integers(len(fonts)))]
     if isinstance(page, TextPage):
         image, boxes = _draw_text(rng, page, font)
     else:
@@ -196,16 +196,18 @@ class _Figure:
     def edges(self, artist: Any) -> tuple[float, float, float, float]:
         """Return where an artist was drawn: (left, top, right, bottom) in pixels."""
         box = artist.get_window_extent(self.canvas.get_renderer())
-        return box.x0, PAGE_PIXELS - box.y1, box.x1, PAGE_PIXELS - box.y0
+        left, bottom, right, top = map(float, box.extents)
+        return left, PAGE_PIXELS - top, right, PAGE_PIXELS - bottom
 
 
 @lru_cache(maxsize=256)
 def _table_figure(font: str, rows: int, columns: int) -> tuple[_Figure, Any]:
     from matplotlib.font_manager import FontProperties
+    from matplotlib.transforms import Bbox
 
     figure = _Figure((0.05, 0.05, 0.9, 0.9))
     figure.axes.set_axis_off()
-    table = figure.axes.table([[""] * columns] * rows, cellLoc="center", bbox=[0, 0, 1, 1])
+    table = figure.axes.table([[""] * columns] * rows, cellLoc="center", bbox=Bbox.unit())
     table.auto_set_font_size(False)
     for cell in table.get_celld().values():
         cell.set_text_props(fontproperties=FontProperties(fname=font_path(font)))
@@ -284,10 +286,7 @@ def _draw_chart(rng: np.random.Generator, chart: Chart, font: str) -> tuple[Imag
         if chart.style == "bar":
             edges, role = figure.edges(drawn[column]), "bar"
         else:
-            x, y = axes.transData.transform((column, value))
+            x, y = map(float, axes.transData.transform((column, value)))
             edges, role = (x - 3, PAGE_PIXELS - y - 3, x + 3, PAGE_PIXELS - y + 3), "point"
-        boxes.append(Box(str(value), tuple(map(float, edges)), role, column=column))
+        boxes.append(Box(str(value), edges, role, column=column))
     return image, boxes
-
-
-assert {*PAGE_SIZES} == {*TEXT_LAYOUTS}

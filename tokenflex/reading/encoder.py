@@ -20,6 +20,8 @@ from tokenflex.models.processing import TokenFlexProcessor
 from tokenflex.reading.content import (
     LAYOUT_ODDS,
     LETTERS,
+    MOST_COLUMNS,
+    MOST_ROWS,
     NUMBERS,
     TEXT_LAYOUTS,
     VALUES,
@@ -34,6 +36,14 @@ _TEXTS = {text: 1 + i for i, text in enumerate((*WORDS, *NUMBERS, *LETTERS, "not
 _LINES, _COLUMNS = 5, 5
 _ROLES = ("headline", "line", "note", "footnote", "cell", "letter", "bar", "point")
 _CHARACTERS = {c: 1 + i for i, c in enumerate(sorted(set("".join(_TEXTS))))}
+_PLACES = {
+    (role, line, column): 1 + i
+    for i, (role, line, column) in enumerate(
+        [("headline", -1, -1), ("footnote", -1, -1)]
+        + [("line", line, column) for line in range(_LINES) for column in range(_COLUMNS)]
+        + [("cell", row, column) for row in range(MOST_ROWS) for column in range(MOST_COLUMNS)]
+    )
+}
 # Classes of each question about a patch. Class 0 is "none".
 CLASSES = {
     "text": 1 + len(_TEXTS),
@@ -42,6 +52,7 @@ CLASSES = {
     "line": 1 + _LINES,
     "column": 1 + _COLUMNS,
     "role": 1 + len(_ROLES),
+    "place": 1 + len(_PLACES),
     "value": 1 + len(VALUES),
 }
 _LAYOUTS = ("page", "wide", "table", "chart")  # whose picture is one tile
@@ -61,9 +72,10 @@ def warm_up_encoder(
     seed: int,
     on_step: Callable[[float], object] = lambda loss: None,
 ) -> None:
-    """Train ``vision_model`` in place to tell the text, line, column and role of each patch.
+    """Train ``vision_model`` in place to tell the text and the place of each patch.
 
-    A patch of a bar or point learns its value, and so does one of the letter below it.
+    A patch of a bar or point learns its value, and so does one of the letter below it. Pages are
+    those of the standard task, in its fonts.
 
     Args:
         vision_model: Returns ``last_hidden_state`` [B, patches, C] of a square grid of patches.
@@ -108,8 +120,8 @@ def warm_up_encoder(
 def _set_positions(vision_model: PreTrainedModel, side: int) -> None:
     """Let a table of position embeddings begin with sines and cosines of row and column.
 
-    From random ones an encoder has to learn for each patch alone which others are its neighbours,
-    and does not learn to read in a few hundred steps.
+    From random ones an encoder has to learn for each patch by itself which others are its
+    neighbours. With waves it tells lines and columns in fewer steps.
     """
     table = getattr(getattr(vision_model, "embeddings", None), "position_embedding", None)
     if not isinstance(table, torch.nn.Embedding) or table.num_embeddings != side * side:
@@ -146,7 +158,7 @@ def patch_labels(drawing: Drawing, side: int) -> NDArray[np.int64]:
         side: Patches along a side.
 
     Returns:
-        int64 [side^2, 7] in the order of :data:`CLASSES`, 0 for none. A patch has the classes
+        int64 [side^2, 8] in the order of :data:`CLASSES`, 0 for none. A patch has the classes
         of the text that covers most of it.
     """
     covers = np.stack([_covered(box, drawing, side) for box in drawing.boxes])  # [boxes, patches]
@@ -166,7 +178,10 @@ def _covered(box: Box, drawing: Drawing, side: int) -> NDArray[np.float64]:
 
 
 def _classes(box: Box, boxes: Sequence[Box]) -> tuple[int, ...]:
-    place = box.line + 1, box.column + 1, 1 + _ROLES.index(box.role)
+    place = (
+        *(box.line + 1, box.column + 1, 1 + _ROLES.index(box.role)),
+        _PLACES.get((box.role, box.line, box.column), 0),
+    )
     if box.role in ("bar", "point"):
         return 0, 0, 0, *place, int(box.text)
     value = 0
