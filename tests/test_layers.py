@@ -43,6 +43,7 @@ ROOMS = (
     "models",
     "data",
     "digits",
+    "reading",
     "formats",
     "evaluation",
     "routing",

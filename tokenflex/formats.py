@@ -8,13 +8,14 @@ from pkgutil import iter_modules
 
 import tokenflex.data
 import tokenflex.digits
+import tokenflex.reading
 from tokenflex.data.format import DataFormat, FreshParts
 from tokenflex.data.json_records import first_byte
 
 
 def _find_formats() -> dict[str, DataFormat]:
     formats: dict[str, DataFormat] = {}
-    for package in (tokenflex.digits, tokenflex.data):
+    for package in (tokenflex.digits, tokenflex.reading, tokenflex.data):
         for module in iter_modules(package.__path__, f"{package.__name__}."):
             for data_format in getattr(import_module(module.name), "FORMATS", ()):
                 formats[data_format.name] = data_format

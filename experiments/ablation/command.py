@@ -37,6 +37,12 @@ def add_to(commands: CommandLine) -> None:
         help="one seed of two regimes; exit code 1 if a check of their accuracies fails",
     )
     ablate.add_argument(
+        "--task",
+        choices=("digits", "reading"),
+        default="digits",
+        help="digits (the default) or reading: pages, tables and charts, counts 16, 36, 64",
+    )
+    ablate.add_argument(
         "--suite",
         default="paper",
         help="paper: fixed and stochastic counts (the default); gap: one model beside "
@@ -44,10 +50,15 @@ def add_to(commands: CommandLine) -> None:
         "specialists by size of the training data and steps, into runs/ablate-limited",
     )
     ablate.add_argument("--seeds", type=positive, help="number of seeds; small 3, large 1, quick 1")
-    ablate.add_argument("--output", type=Path, help="folder (default: runs/ablate, -large, -quick)")
+    ablate.add_argument(
+        "--output", type=Path, help="folder (default: runs/ablate, -large, -quick, -reading)"
+    )
     ablate.add_argument(
         "--jobs", type=positive, help="parallel runs (default: one per core, one on a GPU)"
     )
+
+
+_SCALE_OPTIONS = {"large": "scale large", "quick": "quick"}
 
 
 def _ablate(options: argparse.Namespace) -> int:
@@ -57,7 +68,13 @@ def _ablate(options: argparse.Namespace) -> int:
     from experiments.ablation.scales import SCALES
     from experiments.ablation.tables import accuracy_table
 
-    if options.suite == "limited" and options.scale == "small":
+    if options.task == "reading":
+        if options.scale != "small":
+            raise ValueError(
+                f"--task reading has one scale, got it with --{_SCALE_OPTIONS[options.scale]}"
+            )
+        options.scale = "reading"
+    elif options.suite == "limited" and options.scale == "small":
         options.scale = "limited"
     if options.output is None:
         suffix = "" if options.scale == "small" else f"-{options.scale}"

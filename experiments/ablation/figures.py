@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments.ablation import paper
 from experiments.ablation.suites import MAIN, ODDS
+from experiments.ablation.tables import task_of
 from tokenflex.plots import finish, plt, save_figure
 
 COLOURS = {
@@ -46,7 +47,8 @@ def _figure1(report: Mapping[str, Any], names: Sequence[str]) -> Any:
         _curve(ours, row["accuracy"], _squares(report), ADDED, label=label, linestyle="--")
     seeds = len(report["seeds"])
     bars = ", bars: standard deviation" if seeds > 1 else ""
-    ours.set_title(f"digits task, {seeds} seed{'s' * (seeds > 1)}{bars}", loc="left", fontsize=10)
+    title = f"{task_of(report)} task, {seeds} seed{'s' * (seeds > 1)}{bars}"
+    ours.set_title(title, loc="left", fontsize=10)
     ours.set_ylabel("accuracy, %")
     theirs.set_title("the paper's claim (second-hand), 8 benchmarks", loc="left", fontsize=10)
     _finish(ours, _squares(report), report["counts"])

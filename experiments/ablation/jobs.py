@@ -155,7 +155,7 @@ def _start_job(scale: Scale, start: Start, seed: int, on_gpu: bool, workers: int
     config["encoder_warm_up"] = {
         "steps": scale.warm_up_steps,
         "batch_size": scale.warm_up_batch,
-        "learning_rate": 0.003,
+        "learning_rate": scale.warm_up_learning_rate,
     }
     return Job(name, start.name, seed, config, stage["steps"])
 
@@ -173,7 +173,6 @@ def _config(
     on_gpu: bool,
     workers: int,
 ) -> dict[str, Any]:
-    canvases = {"name": "digits", "cells": scale.cells}
     return {
         "output": name,
         "seed": seed,
@@ -181,10 +180,10 @@ def _config(
         **({} if on_gpu else {"threads": 1}),
         "precision": scale.precision if on_gpu else "no",
         "model": model,
-        "data": {**canvases, "split": "train"},
+        "data": {**scale.data, "split": "train"},
         "stages": [stage],
         "evaluation": {
-            "data": {**canvases, "split": "test", "size": scale.evaluated},
+            "data": {**scale.data, "split": "test", "size": scale.evaluated},
             "counts": scale.asked,
             "batch_size": 256,
         },

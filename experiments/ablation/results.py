@@ -33,9 +33,9 @@ def collect(
         (count -> :func:`spread_of` over seeds), ``accuracy_by_kind`` (kind -> count -> the same),
         ``trained_accuracy`` (on training canvases, if the runs were asked about them), ``steps``,
         ``views`` (images shown), ``vision_tokens`` (a teacher's included) and ``seconds`` of its
-        own training, over seeds. Besides, ``scale``, ``counts``, ``unseen``,
-        ``seeds``, ``questions`` (number by kind), ``samples``, ``standard_error`` (the largest of
-        any model at any count, from the questions alone) and ``machine``.
+        own training, over seeds. Besides, ``scale``, ``task``, ``counts``, ``unseen``, ``seeds``,
+        ``questions`` (number by kind), ``samples``, ``standard_error`` (the largest of any model at
+        any count, from the questions alone) and ``machine``.
     """
     reports = {job.name: job.report(output) for job in jobs}
     starts = {regime.start.name: regime.start for regime in regimes}
@@ -51,6 +51,7 @@ def collect(
     first = next(iter(reports.values()))
     return {
         "scale": scale.name,
+        "task": scale.task,
         "counts": [str(count) for count in scale.counts],
         "unseen": [label_of(count) for count in scale.unseen],
         "seeds": sorted({job.seed for job in jobs}),

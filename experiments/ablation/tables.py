@@ -50,13 +50,22 @@ def starts_of(report: Mapping[str, Any]) -> list[str]:
     return [name for name, row in report["regimes"].items() if row["is_start"]]
 
 
+def task_of(report: Mapping[str, Any]) -> str:
+    """Return the name of the task; reports of earlier versions, all of digits, do not say."""
+    return report.get("task", "digits")
+
+
 def asked_and_seeds(report: Mapping[str, Any]) -> str:
     """Describe the questions, the seeds and the standard error in words."""
     seeds, kinds = report["seeds"], report["questions"]
+    shown, samples = {
+        "digits": ("canvases of scans", "canvases"),
+        "reading": ("pages", "samples"),
+    }[task_of(report)]
     spread = "mean ± sample standard deviation over them" if len(seeds) > 1 else "no spread"
     return (
-        "Digits task, canvases of scans that training never saw (split `test`): "
-        f"{report['samples']} canvases, {sum(kinds.values())} questions. Accuracy is in percent, "
+        f"{task_of(report).capitalize()} task, {shown} that training never saw (split `test`): "
+        f"{report['samples']} {samples}, {sum(kinds.values())} questions. Accuracy is in percent, "
         f"the mean over the {len(kinds)} kinds of question. {len(seeds)} "
         f"seed{'s' * (len(seeds) > 1)} ({spread}). The questions alone leave a standard error of "
         f"at most {100 * report['standard_error']:.2f} points for one model."

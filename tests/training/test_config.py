@@ -79,7 +79,8 @@ def test_keys_of_data_name_the_formats_that_take_them():
     assert fields["image_folder"].description.endswith("For messages, llava.")
     assert fields["allow_outside"].description.count("For messages, llava, huggingface.") == 1
     assert (
-        "For digits, moving. Split of the data set. For huggingface." in fields["split"].description
+        "For digits, moving, reading. Split of the data set. For huggingface."
+        in fields["split"].description
     )
 
 
@@ -173,11 +174,11 @@ def test_an_unknown_key_is_named_with_its_value_and_those_that_are_known(tmp_pat
         ("data.name", "webdataset", "path must be given"),
         ("data.streaming", True, "name: huggingface only, got name='digits' and streaming=True"),
         ("data.shuffle_buffer", 5, "name: huggingface only"),
-        ("data", {"name": "messages", "path": "x", "questions": 3}, "name: digits only"),
+        ("data", {"name": "messages", "path": "x", "questions": 3}, "name: digits, reading only"),
         (
             "data",
             {"name": "messages", "path": "x", "split": "x"},
-            "name: digits, moving, huggingface only",
+            "name: digits, moving, reading, huggingface only",
         ),
         ("data", {"name": "huggingface", "path": "x", "shuffle_buffer": 5}, "needs streaming"),
         ("model.image_token", "<pad>", "which has its own, got '<pad>'"),
@@ -213,7 +214,7 @@ def test_an_unknown_key_is_named_with_its_value_and_those_that_are_known(tmp_pat
         ("model.pooling", "max", "'adaptive'"),
         ("model.num_image_tokens", 15, "nearest squares are 9 and 16"),
         ("model.projector_hidden_width", 0, "greater than or equal to 1"),
-        ("model.processor", None, "processor must be 'digits' or 'moving' unless"),
+        ("model.processor", None, "processor must be 'digits' or "),
         ("model.vision", {}, "a path, a config or both, got neither"),
         ("sample", {"text_tokens": 5, "answer_tokens": 6, "tiles": 1}, "must not exceed"),
         ("encoder_warm_up.learning_rate", 0, "greater than 0"),

@@ -37,8 +37,8 @@ def add_to(commands: CommandLine) -> None:
     evaluate.add_argument(
         "--data",
         required=True,
-        help="'digits', 'moving', a file of messages or LLaVA records (JSONL or a JSON list), or "
-        "the folder of a Hugging Face data set",
+        help="'digits', 'moving', 'reading', a file of messages or LLaVA records (JSONL or a JSON "
+        "list), or the folder of a Hugging Face data set",
     )
     evaluate.add_argument("--format", help="format of the data (default: detected)")
     evaluate.add_argument(
@@ -65,7 +65,14 @@ def add_to(commands: CommandLine) -> None:
         help="also show smaller pictures, and strided, random and averaged tokens of the largest "
         "count, at every smaller one",
     )
-    evaluate.add_argument("--split", help="of digits or a Hugging Face data set (test)")
+    evaluate.add_argument(
+        "--split", help="of digits, moving, reading or a Hugging Face data set (test)"
+    )
+    evaluate.add_argument(
+        "--layouts",
+        type=lambda text: tuple(text.split(",")),
+        help="layouts of --data reading, such as wide,tall (default: all)",
+    )
     evaluate.add_argument("--image-folder", type=Path, help="folder of relative image paths")
     evaluate.add_argument(
         "--max-frames",
@@ -85,7 +92,7 @@ def add_to(commands: CommandLine) -> None:
     evaluate.add_argument(
         "--size",
         type=positive,
-        help="number of canvases or clips, with --data digits or moving (1024)",
+        help="number of canvases, clips or pages, with --data digits, moving or reading (1024)",
     )
     evaluate.add_argument(
         "--batch-size", type=positive, default=64, help="samples per forward pass (64)"
@@ -147,7 +154,7 @@ def _evaluate_into(options: argparse.Namespace) -> int:
     runs = len(counts)
     if options.baselines:
         runs += len(METHODS) * len(baseline_counts(counts)[0])
-    keys = (*_DEFAULTS, "image_folder", "allow_outside", "max_frames", "fps")
+    keys = (*_DEFAULTS, "layouts", "image_folder", "allow_outside", "max_frames", "fps")
     given = {key: getattr(options, key) for key in keys}
     defaults = {**_DEFAULTS, **saved_frame_sampling(folder)}
     dataset = build_dataset(data_config(options.data, given, defaults, options.format))

@@ -77,11 +77,13 @@ class FreshParts:
             like :func:`tokenflex.digits.encoder.warm_up_encoder`.
         image_problem: Say why pictures of these options do not fit an ``image_size``; None if they
             do.
+        takes_tiles: Pictures may be larger than ``image_size``, and cut into tiles.
     """
 
     processor: Callable[..., Any]
     warm_up: Callable[..., None]
     image_problem: Callable[[Any, Any], str | None]
+    takes_tiles: bool = False
 
 
 @dataclass(frozen=True)

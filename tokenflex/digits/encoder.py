@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from tokenflex.digits.canvas import BLANK, CELL_PIXELS, COLOURS, Canvas, draw_ca
 from tokenflex.models.processing import TokenFlexProcessor
 
 NUM_DIGITS = 10
+
+Classifier = Callable[..., torch.Tensor]
 
 
 def warm_up_encoder(
@@ -45,27 +48,71 @@ def warm_up_encoder(
         on_step: Called with each step's loss.
     """
     cells = processor.image_processor.size["height"] // CELL_PIXELS
-    device = next(vision_model.parameters()).device
-    width = vision_model.config.hidden_size
-    generator = torch.Generator().manual_seed(seed)
-    head = nn.Linear(width, NUM_DIGITS + 1 + len(COLOURS) + 1)
-    nn.init.normal_(head.weight, std=width**-0.5, generator=generator)
-    nn.init.zeros_(head.bias)
-    head.to(device)
-    parameters = [*vision_model.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
-    vision_model.train()
-    for step in range(steps):
-        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        optimizer.param_groups[0]["lr"] = learning_rate * min(1, (step + 1) / 50) * cosine
+
+    def loss_of(step: int, classify: Classifier) -> torch.Tensor:
         canvases = [
             draw_canvas(np.random.default_rng((seed, step, i)), "train", cells)
             for i in range(batch_size)
         ]
         images = [Image.fromarray(canvas.pixels) for canvas in canvases]
         pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        return _cell_loss(classify(pixels, partial(_mean_of_cells, cells=cells)), canvases)
+
+    train_encoder(
+        vision_model,
+        NUM_DIGITS + 1 + len(COLOURS) + 1,
+        loss_of,
+        steps=steps,
+        learning_rate=learning_rate,
+        seed=seed,
+        on_step=on_step,
+    )
+
+
+def train_encoder(
+    vision_model: PreTrainedModel,
+    classes: int,
+    loss_of: Callable[[int, Classifier], torch.Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    on_step: Callable[[float], object],
+) -> None:
+    """Train an encoder in place with a linear classifier, which is thrown away.
+
+    Args:
+        vision_model: The encoder.
+        classes: Outputs of the classifier.
+        loss_of: Returns the loss of a step, from its index and a function of pixels [B, 3, H, W]
+            and of the pooling between the encoder's patches [B, patches, C] and the classifier,
+            which returns the classifier's outputs.
+        steps: Optimiser steps, with a linear warm-up and a cosine to zero.
+        learning_rate: The highest learning rate.
+        seed: Seed of the classifier.
+        on_step: Called with each step's loss.
+    """
+    device = next(vision_model.parameters()).device
+    width = vision_model.config.hidden_size
+    generator = torch.Generator().manual_seed(seed)
+    head = nn.Linear(width, classes)
+    nn.init.normal_(head.weight, std=width**-0.5, generator=generator)
+    nn.init.zeros_(head.bias)
+    head.to(device)
+
+    def classify(
+        pixels: torch.Tensor, pool: Callable[[torch.Tensor], torch.Tensor] = lambda patches: patches
+    ) -> torch.Tensor:
         features = vision_model(pixel_values=pixels.to(device)).last_hidden_state
-        loss = _cell_loss(head(_mean_of_cells(features, cells)), canvases)
+        return head(pool(features))
+
+    parameters = [*vision_model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    vision_model.train()
+    for step in range(steps):
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = learning_rate * min(1, (step + 1) / 50) * cosine
+        loss = loss_of(step, classify)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -131,7 +131,9 @@ def frames_of(data: Iterable[DataConfig]) -> FrameSampling:
 def _new_processor(config: ModelConfig) -> TokenFlexProcessor:
     if config.processor is not None:
         image_size = _vision_config(config.vision).image_size
-        return FRESH_PARTS[config.processor].processor(config.num_image_tokens, image_size)
+        processor = FRESH_PARTS[config.processor].processor(config.num_image_tokens, image_size)
+        processor.max_tiles, processor.use_thumbnail = config.max_tiles, config.use_thumbnail
+        return processor
     assert config.vision.path is not None  # checked by ModelConfig, as is the other
     assert config.text.path is not None
     tokenizer = pretrained(AutoTokenizer, config.text.path)

@@ -101,7 +101,7 @@ class ModelConfig(Strict):
                 f"processor must be {names} unless vision and text both have a path, got "
                 f"processor={self.processor!r}"
             )
-        if self.processor is not None and self.max_tiles > 1:
+        if self.max_tiles > 1 and self.processor and not FRESH_PARTS[self.processor].takes_tiles:
             yield (f"max_tiles must be 1 with processor {self.processor!r}, got {self.max_tiles}")
         if self.processor is not None and self.image_token != "<image>":
             yield (

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +164,30 @@ def test_a_quick_ablation_that_shows_nothing_fails(tmp_path, monkeypatch, capsys
     assert main(["ablate", "--quick", "--output", str(tmp_path)]) == 1
     said = capsys.readouterr()
     assert "FAILED: accuracy at 4, stochastic minus fixed 16 must exceed 0.15" in said.err
+
+
+def test_the_reading_task_trains_and_is_asked(tmp_path, monkeypatch):
+    """A model of a few weights on pages of one and two tiles; the report names the task."""
+    monkeypatch.setattr(run, "run_jobs", run_jobs_here)
+    tiny = replace(
+        scales.READING,
+        warm_up_steps=2,
+        warm_up_batch=2,
+        start_steps=2,
+        steps=2,
+        batch_size=3,
+        evaluated=4,
+        unseen=((4, 8),),
+        seeds=1,
+        regimes=("stochastic",),
+    )
+    monkeypatch.setitem(scales.SCALES, "reading", tiny)
+    assert main(["ablate", "--task", "reading", "--output", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["task"], report["counts"], report["unseen"]) == (
+        "reading",
+        ["16", "36", "64"],
+        ["4x8"],
+    )
+    assert {"word", "tall word", "pair page"} & {*report["questions"]}
+    assert "Reading task, pages that training never saw" in (tmp_path / "report.md").read_text()

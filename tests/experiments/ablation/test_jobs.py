@@ -15,7 +15,8 @@ from experiments.ablation.suites import LEVERS, SUITES, regimes_of
 from tests.experiments.ablation.tiny import TINY
 from tokenflex.cli import main
 from tokenflex.counts import token_grid
-from tokenflex.digits.processor import digits_vocabulary
+from tokenflex.digits.processor import SPECIAL_TOKENS, digits_vocabulary
+from tokenflex.reading.content import all_words
 from tokenflex.training.config import TrainConfig
 
 
@@ -175,7 +176,11 @@ def test_an_unknown_suite_is_refused(capsys):
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=lambda scale: scale.name)
 def test_every_scale_has_a_valid_configuration(scale):
-    assert len(digits_vocabulary(scale.cells)) <= scale.vocabulary
+    words = {
+        "digits": digits_vocabulary(scale.cells),
+        "reading": [*SPECIAL_TOKENS, *all_words()],
+    }
+    assert len(words[scale.task]) <= scale.vocabulary
     assert scale.batch_size % 3 == 0
     for job in jobs_of(scale, seeds=(0,)):
         config_of(job)
@@ -245,3 +250,16 @@ def test_what_a_teacher_sees_counts(tmp_path):
         rows = collect(SMALL, [regimes(SMALL)[name]], jobs, tmp_path, "")["regimes"]
         cost[name] = rows[name]["vision_tokens"]["mean"] / (SMALL.steps * SMALL.batch_size)
     assert cost == {"positions": 11.5, "positions-distilled": 11.5 + 16}
+
+
+def test_the_reading_task_has_its_own_data_and_processor(capsys):
+    reading = SCALES["reading"]
+    for suite in SUITES:
+        for job in plan_jobs(reading, regimes_of(suite, reading), [0], on_gpu=False):
+            config = config_of(job)
+            assert config.model.processor == config.data.name == "reading"
+            assert config.evaluation is not None
+            assert config.evaluation.data.name == "reading"
+            assert config.model.max_tiles == 2
+    assert main(["ablate", "--task", "reading", "--quick"]) == 2
+    assert "--task reading has one scale, got it with --quick" in capsys.readouterr().err

@@ -1,0 +1,182 @@
+"""``python -m experiments.reading RUN OUTPUT``: what a model of ``configs/reading.yaml`` can read.
+
+RUN is the folder of ``tokenflex train configs/reading.yaml``. Its model answers questions about
+pages that training never saw, at every count, and those about tall pages also as one tile. OUTPUT
+gets ``report.json``, ``accuracy.png`` and a page that is written from the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import environment
+from tokenflex.evaluation import evaluate
+from tokenflex.files import read_json, write_atomically, write_json
+from tokenflex.models.loading import load_checkpoint
+from tokenflex.plots import plot_accuracy
+from tokenflex.reading.dataset import ReadingDataset
+
+COUNTS = (16, (4, 8), (8, 4), 36, 64)
+GUESSES = 4000  # training samples whose most frequent answers are the guesses
+
+
+def guessing(samples: int) -> dict[str, float]:
+    """Return how often the most frequent answer in training is right in the split "test", by kind.
+
+    Args:
+        samples: Samples of the split "test".
+    """
+    frequent: dict[str, Counter[str]] = defaultdict(Counter)
+    train = ReadingDataset("train", size=GUESSES)
+    for index in range(GUESSES):
+        for talk in train.outline(index).conversations:
+            frequent[talk.kind][talk.turns[1].text] += 1
+    guesses = {kind: answers.most_common(1)[0][0] for kind, answers in frequent.items()}
+    right: dict[str, list[bool]] = defaultdict(list)
+    test = ReadingDataset("test", size=samples)
+    for index in range(samples):
+        for talk in test.outline(index).conversations:
+            right[talk.kind].append(talk.turns[1].text == guesses[talk.kind])
+    return {kind: sum(values) / len(values) for kind, values in right.items()}
+
+
+def measure(model: Any, processor: Any, samples: int) -> dict[str, Any]:
+    """Return the report of an evaluation, with the accuracy of guessing and of uncut tall pages.
+
+    Args:
+        model: The trained model.
+        processor: Its processor.
+        samples: Samples of the split "test", each with eight questions.
+    """
+    report = evaluate(
+        model, processor, ReadingDataset("test", size=samples), list(COUNTS), batch_size=32
+    )
+    tall = ReadingDataset("test", size=max(1, samples // 8), layouts=["tall"])
+    by_tiles = {
+        f"{tiles}": evaluate(model, processor, tall, list(COUNTS), batch_size=32, max_tiles=tiles)[
+            "accuracy_by_kind"
+        ]
+        for tiles in (1, 2)
+    }
+    return {
+        **report,
+        "guessing": guessing(samples),
+        "tall_samples": len(tall),
+        "tall_by_tiles": by_tiles,
+        "commit": environment("cpu")["commit"],
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+    }
+
+
+def page_of(report: dict[str, Any]) -> str:
+    """Return the Markdown page of a report."""
+    labels = list(report["accuracy"])
+    questions = report["questions"]
+    lines = [
+        "# Reading: pages, tables and charts that training never saw",
+        "",
+        f"Accuracy in percent by kind of question and vision tokens a tile: {report['samples']} "
+        f"samples of the split `test`, {sum(questions.values())} questions. *Guessing* always "
+        "gives the most frequent answer of training. `tall` pages are two tiles, `wide` ones are "
+        "squeezed into one, and `pair page` is about two pages.",
+        "",
+        f"| kind | questions | guessing | {' | '.join(labels)} |",
+        "|---" * (len(labels) + 3) + "|",
+    ]
+    for kind, row in sorted(report["accuracy_by_kind"].items()):
+        cells = [f"{100 * row[label]:.1f}" for label in labels]
+        guess = f"{100 * report['guessing'][kind]:.1f}"
+        lines.append(f"| {kind} | {questions[kind]} | {guess} | {' | '.join(cells)} |")
+    mean = sum(report["guessing"].values()) / len(report["guessing"])
+    cells = [f"{100 * report['accuracy'][label]:.1f}" for label in labels]
+    lines.append(f"| mean of kinds | | {100 * mean:.1f} | {' | '.join(cells)} |")
+    error = 100 * max(report["standard_error"].values())
+    lines += [
+        "",
+        f"The standard error of the means is at most {error:.1f} points: of the questions, not of "
+        "repeated training, as this is one seed.",
+        "",
+        f"Tall pages as two tiles, and shrunk into one ({report['tall_samples']} samples): the "
+        "model was trained with two.",
+        "",
+        f"| kind | tiles | {' | '.join(labels)} |",
+        "|---" * (len(labels) + 2) + "|",
+    ]
+    for kind in sorted(report["tall_by_tiles"]["2"]):
+        for tiles in ("2", "1"):
+            row = report["tall_by_tiles"][tiles][kind]
+            cells = [f"{100 * row[label]:.1f}" for label in labels]
+            lines.append(f"| {kind} | {tiles} | {' | '.join(cells)} |")
+    if "training" in report:
+        training = report["training"]
+        steps = ", ".join(f"{number} of {name!r}" for name, number in training["steps"].items())
+        lines += [
+            "",
+            f"Trained with seed {training['seed']} for {training['warm_up_steps']} steps of the "
+            f"encoder's warm-up, {steps}, in {training['seconds']:.0f} s by the clock"
+            f"{training['note']}.",
+        ]
+    lines += [
+        "",
+        f"Measured at commit `{report['commit']}`.",
+        "",
+        "```",
+        "tokenflex train configs/reading.yaml",
+        "python -m experiments.reading runs/reading docs/results/reading"
+        f" --samples {report['samples']}",
+        "```",
+        "",
+        "![Accuracy against vision tokens](accuracy.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def training_of(run: Path, note: str) -> dict[str, Any]:
+    """Return the seed, the steps and the seconds of a run.
+
+    Raises:
+        FileNotFoundError, ValueError: The folder holds no finished run.
+    """
+    config = read_json(run / "config.json", "configuration of the training run")
+    report = read_json(run / "report.json", "report of the training run")
+    try:
+        return {
+            "seed": config["seed"],
+            "warm_up_steps": config["encoder_warm_up"]["steps"],
+            "steps": {stage["name"]: stage["steps"] for stage in config["stages"]},
+            "seconds": report["seconds"],
+            "note": f", {note}" if note else "",
+        }
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{run} must be the folder of a finished run: {error}") from error
+
+
+def main() -> None:
+    """Measure the checkpoint of a run and write the report, its picture and its page."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.reading", description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--samples", type=int, default=768, help="samples of the test split (768)")
+    parser.add_argument("--note", default="", help="a remark on the run's seconds")
+    options = parser.parse_args()
+    training = training_of(options.run, options.note)  # before the work
+    model, processor = load_checkpoint(options.run / "checkpoint")
+    report = {**measure(model.eval(), processor, options.samples), "training": training}
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_json(options.output / "report.json", report)
+    plot_accuracy(report, options.output / "accuracy.png")
+    page = page_of(report)
+    write_atomically(
+        options.output / "README.md", lambda path: path.write_text(page, encoding="utf-8")
+    )
+    print(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""Pages: answers are true of what was drawn, splits share no page, pictures are as configured."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFont
+
+from tokenflex.data.steps import outline_of
+from tokenflex.reading.content import (
+    ASKED_LINES,
+    LAYOUTS,
+    NUMBERS,
+    SPLITS,
+    WORDS,
+    Chart,
+    TextPage,
+    draw_page,
+    split_of,
+)
+from tokenflex.reading.dataset import ReadingDataset
+from tokenflex.reading.drawing import BODY, FOOTNOTE, HEADLINE, PAGE_PIXELS, Box, Drawing, draw
+from tokenflex.reading.fonts import FONTS, font_of, font_path
+
+SINGLE = tuple(layout for layout in LAYOUTS if layout != "pair")
+
+
+def drawn(layout: str, number: int = 12, fonts: tuple[str, ...] = FONTS) -> list:
+    """(page, drawing, its random generator) of some pages."""
+    pages = []
+    for index in range(number):
+        rng = np.random.default_rng((7, index))
+        page = draw_page(rng, layout, "train")
+        pages.append((page, draw(rng, page, fonts), rng))
+    return pages
+
+
+def rows_of(boxes: list[Box]) -> list[list[Box]]:
+    """Boxes row by row, by their places alone: those that overlap vertically are in one row."""
+    rows: list[list[Box]] = []
+    for box in sorted(boxes, key=lambda box: box.edges[1] + box.edges[3]):
+        middle = (box.edges[1] + box.edges[3]) / 2
+        if rows and min(b.edges[1] for b in rows[-1]) < middle < max(b.edges[3] for b in rows[-1]):
+            rows[-1].append(box)
+        else:
+            rows.append([box])
+    return [sorted(row, key=lambda box: box.edges[0]) for row in rows]
+
+
+def read_off(prompt: str, drawing: Drawing) -> str:
+    """The answer to a question, found by the places and texts of boxes alone."""
+    kind, _, argument = prompt.partition(" ")
+    boxes = list(drawing.boxes)
+    body = rows_of([box for box in boxes if box.role in ("line", "cell")])
+    if kind in ("lines", "rows"):
+        return str(len(body))
+    if kind in ("word", "cell"):
+        row, column = int(argument[1]), int(argument[3])
+        return body[row - 1][column - 1].text
+    if kind == "headline":
+        top = min(boxes, key=lambda box: box.edges[1])
+        return top.text if top.size == HEADLINE[0] else "none"
+    if kind == "footnote":
+        last = rows_of(boxes)[-1]
+        return last[-1].text if last[0].text == "note" else "none"
+    if kind == "present":
+        return "yes" if argument in {box.text for box in boxes} else "no"
+    # The value of a bar or point is where its top or middle is on the axis from 0 to 10.
+    letters = [box for box in boxes if box.role == "letter"]
+    marks = [box for box in boxes if box.role in ("bar", "point")]
+
+    def height(letter: Box) -> float:
+        middle = (letter.edges[0] + letter.edges[2]) / 2
+        mark = min(marks, key=lambda box: abs((box.edges[0] + box.edges[2]) / 2 - middle))
+        bar = mark.role == "bar"
+        top = mark.edges[1] if bar else (mark.edges[1] + mark.edges[3]) / 2
+        return PAGE_PIXELS - top
+
+    if kind == "highest":
+        return max(letters, key=height).text
+    axis = (0.15 * PAGE_PIXELS, 0.96 * PAGE_PIXELS)
+    asked = next(box for box in letters if box.text == argument)
+    return str(round(10 * (height(asked) - axis[0]) / (axis[1] - axis[0])))
+
+
+@pytest.mark.parametrize("layout", SINGLE)
+def test_answers_are_true_of_what_was_drawn(layout):
+    seen = Counter()
+    for page, drawing, rng in drawn(layout):
+        for _ in range(10):
+            kind, prompt, answer = page.draw_question(rng)
+            assert answer == read_off(prompt, drawing), (page, prompt)
+            seen[kind.split()[-1]] += 1
+    expected = {"table": {"cell", "rows"}, "chart": {"value", "highest"}}
+    assert set(seen) == expected.get(layout, {"word", "lines", "headline", "footnote", "present"})
+
+
+def test_of_a_pair_only_one_page_has_the_word():
+    dataset = ReadingDataset(layouts=["pair"], size=12)
+    answers = Counter()
+    for index in range(12):
+        first, second = dataset.pages(index)
+        sample = dataset[index]
+        assert len(sample.images) == 2
+        assert sample.images[0].tobytes() != sample.images[1].tobytes()
+        for talk in sample.conversations:
+            kind, word = talk.turns[0].text.split()
+            has = [word in str(page) for page in (first, second)]
+            assert kind == "page"
+            assert has == [talk.turns[1].text == "first", talk.turns[1].text == "second"]
+            answers[talk.turns[1].text] += 1
+    assert min(answers["first"], answers["second"]) > 20
+
+
+@pytest.mark.parametrize("layout", ["page", "wide", "tall"])
+def test_ink_is_where_the_boxes_are_and_nowhere_else(layout):
+    for _, drawing, _ in drawn(layout):
+        grey = np.asarray(drawing.image.convert("L")).astype(int)
+        ink = grey < grey.max() - 60
+        inside = np.zeros_like(ink)
+        for box in drawing.boxes:
+            left, top, right, bottom = box.edges
+            assert left >= 0
+            assert top >= 0
+            assert right <= grey.shape[1]
+            assert bottom <= grey.shape[0]
+            rows = slice(int(top), int(np.ceil(bottom)))
+            columns = slice(int(left), int(np.ceil(right)))
+            assert not inside[rows, columns].any(), "boxes overlap"
+            assert ink[rows, columns].any()
+            inside[rows, columns] = True
+        assert not (ink & ~inside).any()
+
+
+def test_pixels_show_the_words_of_the_boxes():
+    """Each word looks most like itself among all words in its own font and size."""
+    for page, drawing, _ in drawn("page", 6):
+        for box in drawing.boxes:
+            if box.text not in WORDS:
+                continue
+            left, top, right, bottom = map(round, box.edges)
+            shown = 255 - np.asarray(drawing.image.convert("L").crop((left, top, right, bottom)))
+            shown = shown.astype(float) - shown.min()
+            font = font_of(drawing.font, box.size)
+
+            def picture(word: str, shape=shown.shape, font: ImageFont.FreeTypeFont = font):
+                mask = np.array(font.getmask(word, anchor="ls"), float)
+                mask = mask.reshape(font.getmask(word, anchor="ls").size[::-1])
+                whole = np.zeros(shape)
+                rows, columns = min(shape[0], mask.shape[0]), min(shape[1], mask.shape[1])
+                whole[:rows, :columns] = mask[:rows, :columns]
+                return whole
+
+            def likeness(word: str, shown=shown, picture=picture) -> float:
+                other = picture(word)
+                return (shown * other).sum() / np.linalg.norm(other) / np.linalg.norm(shown)
+
+            assert max(WORDS, key=likeness) == box.text, page
+
+
+def test_a_tall_page_has_no_line_across_its_tiles():
+    for page, drawing, _ in drawn("tall", 30):
+        assert drawing.image.size == (PAGE_PIXELS, 2 * PAGE_PIXELS)
+        for box in drawing.boxes:
+            assert (box.edges[1] < PAGE_PIXELS) == (box.edges[3] <= PAGE_PIXELS)
+            if box.role == "line":
+                assert (box.edges[3] <= PAGE_PIXELS) == (box.line < page.upper)
+        assert ASKED_LINES <= page.upper < len(page.lines)
+
+
+def test_sizes_go_from_headline_to_footnote():
+    sizes = Counter()
+    for page, drawing, _ in drawn("page", 40):
+        for box in drawing.boxes:
+            sizes[box.role, box.size] += 1
+        assert bool(page.headline) == any(box.role == "headline" for box in drawing.boxes)
+    for role, expected in (("headline", HEADLINE), ("line", BODY), ("footnote", FOOTNOTE)):
+        assert {size for of_role, size in sizes if of_role == role} == {*expected}
+    assert max(FOOTNOTE) < min(BODY) <= max(BODY) < min(HEADLINE)
+
+
+def test_a_font_and_a_size_change_the_picture():
+    pictures = {
+        hashlib.sha256(dataset[0].images[0].tobytes()).hexdigest()
+        for dataset in (ReadingDataset(layouts=["page"], size=1, fonts=[font]) for font in FONTS)
+    }
+    assert len(pictures) == len(FONTS)
+    assert font_of(FONTS[0], 16).getlength("lamp") > 1.5 * font_of(FONTS[0], 8).getlength("lamp")
+
+
+def test_fonts_are_those_that_matplotlib_ships_or_files(tmp_path):
+    import matplotlib
+
+    for font in FONTS:
+        assert font_path(font).is_relative_to(matplotlib.get_data_path())
+    own = tmp_path / "own.ttf"
+    own.write_bytes(font_path("DejaVuSerif").read_bytes())
+    named, copied = (
+        ReadingDataset(size=3, fonts=[font])[2].images[0] for font in ("DejaVuSerif", str(own))
+    )
+    assert named.tobytes() == copied.tobytes()
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    for wrong in ("Helvetica", str(tmp_path / "none.ttf"), str(tmp_path / "broken.ttf")):
+        with pytest.raises(ValueError, match=r"fonts must be .*, got '.*"):
+            ReadingDataset(fonts=[wrong])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sample_depends_on_seed_split_and_index_alone(layout):
+    dataset = ReadingDataset(size=9, layouts=[layout])
+    first = dataset[3]
+    for index in (8, 0, 5):  # figures are drawn on again
+        dataset[index]
+    again = ReadingDataset(size=9, layouts=[layout])[3]
+    assert [i.tobytes() for i in again.images] == [i.tobytes() for i in first.images]
+    assert again.conversations == first.conversations
+    outline = outline_of(dataset, 3)
+    assert (outline.image_sizes, outline.conversations) == (first.image_sizes, first.conversations)
+    for other in (dataset[4], ReadingDataset(size=9, layouts=[layout], seed=1)[3]):
+        assert [i.tobytes() for i in other.images] != [i.tobytes() for i in first.images]
+
+
+def test_the_standard_pages_and_questions_have_not_changed():
+    """Published numbers were measured on these; what pixels they get is the libraries' part."""
+    whole = hashlib.sha256()
+    for split in SPLITS:
+        dataset = ReadingDataset(split, size=40)
+        for index in range(40):
+            sample = dataset.outline(index)
+            whole.update(repr((sample.id, sample.image_sizes, sample.conversations)).encode())
+    assert whole.hexdigest() == "d8ce2567762a1facd11280455cdb63261e4c3019f03e1258161132aad0d1f78e"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_splits_share_no_page(layout):
+    pages = {
+        split: {
+            page
+            for index in range(120)
+            for dataset in [ReadingDataset(split, size=120, layouts=[layout], seed=index % 2)]
+            for page in dataset.pages(index)
+        }
+        for split in SPLITS
+    }
+    for split, of_split in pages.items():
+        assert {split_of(page) for page in of_split} == {split}
+    assert len(set().union(*pages.values())) == sum(map(len, pages.values()))
+
+
+def test_the_split_of_a_page_follows_from_its_content_alone():
+    page = TextPage("page", "sun", (("moon", "12"),), None, 1)
+    assert split_of(page) == split_of(TextPage("page", "sun", (("moon", "12"),), None, 1))
+    shares = Counter(
+        split_of(Chart("bar", ("A", "B"), (i, j))) for i in range(40) for j in range(40)
+    )
+    assert 0.7 < shares["train"] / 1600 < 0.9
+    assert min(shares["validation"], shares["test"]) > 80
+
+
+def test_numbers_and_words_are_as_likely_in_every_place():
+    firsts = Counter()
+    for index in range(400):
+        page = draw_page(np.random.default_rng(index), "page", "train")
+        firsts[page.lines[0][0]] += 1
+    assert set(WORDS) <= set(firsts) <= {*WORDS, *NUMBERS}
+    assert 0.15 < sum(firsts[n] for n in NUMBERS) / 400 < 0.35
+
+
+def test_matplotlib_settings_of_the_user_change_nothing():
+    """Figures are kept by a process, so the first one draws them under other settings."""
+    import matplotlib
+
+    from tokenflex.reading import drawing
+
+    drawing._table_figure.cache_clear()
+    drawing._chart_figure.cache_clear()
+    plain = ReadingDataset(size=4, layouts=["chart", "table"], fonts=["DejaVuSans-Oblique"])
+    with matplotlib.rc_context(
+        {"font.size": 20, "axes.linewidth": 4, "xtick.labelsize": 20, "savefig.dpi": 10}
+    ):
+        styled = [plain[i].images[0].tobytes() for i in range(4)]
+    drawing._table_figure.cache_clear()
+    drawing._chart_figure.cache_clear()
+    assert styled == [plain[i].images[0].tobytes() for i in range(4)]
+
+
+def test_images_are_rgb():
+    for layout in LAYOUTS:
+        for image in ReadingDataset(size=1, layouts=[layout])[0].images:
+            assert isinstance(image, Image.Image)
+            assert image.mode == "RGB"
