@@ -40,6 +40,7 @@ MORE_NAMES = {
 SECTIONS = {
     "TrainConfig": "The run",
     "ModelConfig": "`model`",
+    "ConvertedModelConfig": "`model` of a conversion",
     "PartConfig": "`model.vision` and `model.text`",
     "DataConfig": "`data`",
     "StageConfig": "`stages`",
@@ -174,8 +175,8 @@ def _kind(field: Mapping[str, Any]) -> str:
         name = field["$ref"].rpartition("/")[2]
         heading = SECTIONS[name].replace("`", "")
         return f"keys of [{heading}](#{_slug(heading)})"
-    if "anyOf" in field:
-        return " or ".join(_kind(choice) for choice in field["anyOf"])
+    if choices := field.get("anyOf") or field.get("oneOf"):
+        return " or ".join(map(_kind, choices))
     if "const" in field or "enum" in field:
         choices = [f'`"{choice}"`' for choice in field.get("enum", [field.get("const")])]
         return " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
