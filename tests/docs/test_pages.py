@@ -223,6 +223,8 @@ def test_yaml_on_pages_is_of_a_configuration():
             if isinstance(values, list):
                 for stage in values:
                     StageConfig.model_validate(stage)
+            elif {"model", "data", "stages"} <= values.keys():
+                TrainConfig.model_validate(values)
             else:
                 model = demo["model"] | values.pop("model", {})
                 TrainConfig.model_validate(demo | {"model": model} | values)
