@@ -26,6 +26,7 @@ from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.data.steps import StepPacker
 from tokenflex.dropin import ImageTextCollator
 from tokenflex.dropin.samples import _messages
+from tokenflex.training.checkpoint import check_checkpoint_folder
 from tokenflex.training.config import TrainConfig, load_config
 from tokenflex.training.conversions import ConvertedKind
 from tokenflex.training.converted_data import check_conversations
@@ -342,6 +343,7 @@ def finished(converted, tmp_path_factory) -> Path:
 
 def test_a_run_writes_a_conversion_that_every_command_takes(finished, converted, capsys):
     checkpoint = finished / "checkpoint"
+    check_checkpoint_folder(checkpoint)  # which a run with --fresh replaces
     before, after = (json.loads((f / "config.json").read_text()) for f in (converted, checkpoint))
     assert after.pop("trained_num_image_tokens") == [4, 9, 16]
     for part in ("vision_config", "text_config"):
@@ -488,7 +490,7 @@ def test_the_plan_says_what_is_known(converted, tmp_path):
     assert second.tile_cost > 0
     text = format_plan([first, replace(second, notes=("rows are padded",))])
     assert "rows are padded" in text
-    assert "not known for a converted stock model" in text
+    assert "operations of converted stock models are not known" in text
 
 
 def test_rows_that_would_mix_are_padded_and_the_plan_says_why():

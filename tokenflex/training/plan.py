@@ -297,7 +297,7 @@ def format_plan(plans: Collection[StagePlan]) -> str:
     known = [plan.flops for plan in plans if plan.flops is not None]
     total = f"{sum(known):.2e} floating-point operations in all"
     if not known:
-        total = "?: not known for a converted stock model, whose layers are its family's"
+        total = "?: the operations of converted stock models are not known"
     lines += [
         "",
         *dict.fromkeys(note for plan in plans for note in plan.notes),
