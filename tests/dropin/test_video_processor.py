@@ -28,10 +28,12 @@ from tests.dropin.processors import image_text, picture
 from tests.dropin.test_model import CUTS_IMAGES, TOLERANCE, logits, projector_of
 from tests.dropin.tiny import stock_model
 from tokenflex import TokenCounts, from_pretrained, replace_projector
-from tokenflex.dropin import pack_inputs
+from tokenflex.answers import answer_at_counts
+from tokenflex.dropin import ImageTextCollator, pack_inputs
 from tokenflex.dropin.families import family_of
 from tokenflex.dropin.features import flat_grids
 from tokenflex.dropin.mrope import rope_positions
+from tokenflex.models.video_inputs import NamedVideo
 from tokenflex.videos import FrameSampling, load_video
 
 KINDS = ("glm4v", "internvl", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm")
@@ -402,6 +404,57 @@ def test_what_does_not_fit_is_refused(options, words):
     given["text"] = json.loads(json.dumps(given["text"]).replace("V", video_text("qwen2_vl")))
     with pytest.raises((ValueError, TypeError, OSError), match=words):
         processor(**given)
+
+
+def test_a_collator_draws_a_count_for_what_a_sample_shows():
+    model, processor = shared("qwen2_5_vl")
+    counts = TokenCounts((4, 9, 25), (1, 1, 1), seed=3)
+    video = {"type": "video"}
+    content = [{"type": "image"}, video, {"type": "text", "text": "what"}, video]
+    messages = [{"role": "user", "content": content}]
+    sample = {"messages": messages, "images": [picture(1)], "videos": [clip(1, 4), clip(2, 8)]}
+    samples = [{**sample, "index": i} for i in range(4)]
+    batch = ImageTextCollator(processor, counts, max_frames=4)(samples)
+    drawn = [counts.draw(i, 0) for i in range(4)]
+    assert batch["num_image_tokens"] == drawn
+    assert batch["num_video_tokens"] == [[n, n] for n in drawn for _ in range(2)]
+    assert not torch.isin(batch["labels"], torch.tensor(processor.placeholder_ids)).any()
+    assert torch.isfinite(model(**batch).loss)
+    text = "what V is V".replace("V", video_text("qwen2_5_vl"))
+    of_text = [{"text": text, "videos": sample["videos"], "index": 0}]
+    batch = ImageTextCollator(processor, counts, budget=20)(of_text)
+    assert batch["num_video_tokens"] == [[9, 9], [4, 4, 4, 4]]
+
+
+def test_a_collator_puts_videos_before_the_first_question_where_none_are_marked():
+    _, processor = shared("qwen2_5_vl")
+    messages = [{"role": "user", "content": "what"}]
+    batch = ImageTextCollator(processor, 4)([{"messages": messages, "videos": [clip(1, 2)]}])
+    marked = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what"}]}]
+    other = ImageTextCollator(processor, 4)([{"messages": marked, "videos": [clip(1, 2)]}])
+    assert torch.equal(batch["input_ids"], other["input_ids"])
+    with pytest.raises(ValueError, match="one video for each of the 1 places"):
+        ImageTextCollator(processor, 4)([{"messages": marked, "videos": [clip(1, 2)] * 2}])
+
+
+def test_answers_about_a_video_at_several_counts():
+    model, processor = shared("llava_onevision")
+    prompts = ["<video> what <image>", "what <image> <video>"]
+    read = NamedVideo(load_video(gif(clip(1, 4), 250), sampling=FrameSampling(2)), "video")
+    answers = [
+        *answer_at_counts(
+            model, processor, [picture(1)], prompts, [4, 9], videos=[read], max_new_tokens=3
+        )
+    ]
+    assert [answer.vision_tokens for answer in answers] == [
+        2 * n + 1 + tiles * n for n in (4, 9) for tiles in (2, 2)
+    ]
+    inputs = processor(
+        text=prompts, images=[[picture(1)]] * 2, videos=[[read]] * 2, num_image_tokens=9, **BATCH
+    )
+    output = model.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    new = processor.tokenizer.batch_decode(output[:, -3:], skip_special_tokens=True)
+    assert [answer.text for answer in answers[2:]] == [text.strip() for text in new]
 
 
 def test_embeddings_of_prompts_with_videos_are_refused():
