@@ -23,7 +23,7 @@ from tests.dropin.clips import (
     video_text,
 )
 from tests.dropin.configs import MROPE
-from tests.dropin.configs.common import VISION_WIDTH
+from tests.dropin.configs.common import VIDEO, VISION_WIDTH
 from tests.dropin.processors import image_text, picture
 from tests.dropin.test_model import CUTS_IMAGES, TOLERANCE, logits, projector_of
 from tests.dropin.tiny import stock_model
@@ -163,16 +163,19 @@ def test_at_the_native_count_a_model_reads_what_the_stock_one_does(name):
     metadata = VideoMetadata(
         total_num_frames=9, fps=4.0, duration=2.25, frames_indices=[*shown.indices]
     )
+    options = {"return_text_replacement_offsets": True, "return_tensors": "pt"}
     expected = processor_with_videos(name)(
         text=text,
         videos=[array.permute(0, 3, 1, 2)],
         video_metadata=[metadata],
         do_sample_frames=False,
-        return_tensors="pt",
+        **options,
     )
     actual = processor(
-        text=text, videos=[content], max_frames=4, num_image_tokens=NATIVE, return_tensors="pt"
+        text=text, videos=[content], max_frames=4, num_image_tokens=NATIVE, **options
     )
+    written = actual.pop("text_replacement_offsets")  # the tokenizer knows no times
+    assert written == expected.pop("text_replacement_offsets")
     assert {*actual} - {*expected} == {COUNTS.get(name, "num_video_tokens")}
     for key in expected:
         assert torch.equal(torch.as_tensor(actual[key]), torch.as_tensor(expected[key])), key
@@ -364,6 +367,38 @@ def test_times_of_a_gif_with_uneven_frames_reach_the_family():
         text=video_text("qwen2_5_vl"), videos=[gif(clip(1, 4), [100, 300, 100, 500])]
     )
     assert inputs["second_per_grid_ts"] == [pytest.approx(0.5)]
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_frame_has_the_position_of_its_time_whatever_the_counts_of_others(name):
+    model, _ = shared(name)
+
+    def positions(counts):
+        grids = [(n, n) for n in counts]
+        ids = torch.tensor([[3, *[VIDEO] * sum(n * n for n in counts), 4]])
+        found, _ = model.model.get_rope_index(
+            ids,
+            mm_token_type_ids=(ids == VIDEO).long() * 2,
+            video_grid_thw=torch.tensor([[len(counts), 8, 8]]),
+            num_video_tokens=[grids],
+            **({"second_per_grid_ts": [0.8]} if name == "qwen2_5_vl" else {}),
+        )
+        return found[:, 0, 1:-1].split([n * n for n in counts], dim=1), found[:, 0, -1]
+
+    of_mixed, after = positions([2, 4, 1, 3])
+    for i, side in enumerate([2, 4, 1, 3]):
+        assert torch.equal(of_mixed[i], positions([side] * 4)[0][i])
+    assert torch.equal(after, positions([4] * 4)[1])
+
+
+def test_the_learned_token_of_a_clip_is_its_last_one():
+    model, processor = shared("llava_onevision")
+    inputs = processor(text="<video> <video>", videos=[clip(1, 3), clip(2, 2)], **BATCH)
+    names = ("pixel_values_videos", "num_video_tokens")
+    outputs = model.model.get_video_features(**{name: inputs[name] for name in names})
+    assert [*map(len, outputs.pooler_output)] == [16, 16, 17, 16, 17]
+    for frame in (2, 4):
+        assert torch.equal(outputs.pooler_output[frame][-1], model.model.image_newline)
 
 
 def test_numbers_of_tokens_of_videos_and_images():
