@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import tokenflex
+from tests.dropin.clips import clip, processor_with_videos
 from tests.dropin.processors import stock_processor
 from tests.dropin.test_training import Samples
 from tests.dropin.tiny import stock_model
@@ -89,7 +90,7 @@ def test_python_of_the_drop_in_page_runs_in_order(stock_llava):
     names = {**stock_llava, "data": Samples("llava", 8)}
     names["prompts"] = ["<image> is this <image>", "what is <image>"]
     snippets = snippets_of(DROPIN)
-    assert len(snippets) == 5  # the last one is TRL's, slow to import
+    assert len(snippets) == 6  # the fifth is TRL's, slow to import, and the last one of videos
     question = [{"type": "image", "image": names["a"]}, {"type": "text", "text": "what is this"}]
     names["samples"] = [{"messages": [{"role": "user", "content": question}]}] * 2
     for snippet in snippets[:4]:
@@ -101,6 +102,17 @@ def test_python_of_the_drop_in_page_runs_in_order(stock_llava):
     assert names["answer"].shape[1] == names["inputs"]["input_ids"].shape[1] + 8
     assert names["out"].shape[1] == names["logits"].shape[1] + 64
     assert names["model"].training
+
+
+def test_videos_of_the_drop_in_page_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, *others = clip(1, 9)
+    first.save("clip.gif", save_all=True, append_images=others, duration=100)
+    processor = processor_with_videos("qwen2_5_vl")
+    model = tokenflex.replace_projector(stock_model("qwen2_5_vl"), processor, num_image_tokens=64)
+    names = {"model": model, "processor": processor}
+    exec(compile(snippets_of(DROPIN)[5], "docs/dropin.md", "exec"), names)
+    assert names["answer"].shape[1] > 256
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def answer_at_counts(
     prompts: Sequence[str],
     counts: Sequence[ImageTokenCounts | str],
     *,
-    videos: Sequence[Sequence[Any]] = (),
+    videos: Sequence[Any] = (),
     max_new_tokens: int = 64,
     max_tiles: int | None = None,
     penalty: float | None = None,
@@ -73,7 +73,8 @@ def answer_at_counts(
         counts: what the processor takes as ``num_image_tokens``, or a policy of
             :mod:`tokenflex.routing.policies`; all prompts are answered at each. With a policy the
             time to the first token includes the choice.
-        videos: the frames of each video, each an image with a count.
+        videos: the frames of each video, each an image with a count. Of a converted model, videos
+            as its processor takes them, which are encoded at each count.
         max_new_tokens: the most tokens of an answer.
         max_tiles: as the processor takes it.
         penalty: for "auto", see :func:`tokenflex.routing.choice.choose_counts`.
@@ -92,9 +93,13 @@ def answer_at_counts(
         )
     tokenizer = processor.tokenizer
     options = special_tokens(model, tokenizer)
-    greedy = {"do_sample": False, "num_beams": 1}  # beams cannot be timed token by token
 
     limits: Any = max_tiles
+    if videos and not hasattr(processor, "show_frames"):
+        yield from _answers_about_videos(
+            model, processor, images, prompts, counts, videos, max_new_tokens, max_tiles
+        )
+        return
     if videos:
         frames = [len(video) for video in videos]
         kinds = read_prompts([prompts], processor.image_token, len(images), frames=frames).kinds
@@ -111,12 +116,7 @@ def answer_at_counts(
         grids = token_grids(most, len(tiles), name="num_image_tokens")
         tokens = sum(tokens_of_images(tiles, grids))
         check_length(model.config, tokens if bound is None else min(tokens, bound))
-    texts = [without_placeholders(prompt, [processor.image_token]) for prompt in prompts]
-    lengths = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    ids, mask = left_padded([torch.tensor(row).long() for row in lengths], options["pad_token_id"])
-    if ids.numel():
-        warm_up = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-        model.generate(**warm_up, **greedy, **options, max_new_tokens=1)
+    _warm_up(model, tokenizer, [without_placeholders(p, [processor.image_token]) for p in prompts])
     encoded, encoding_seconds = None, 0.0
     if tiles:
         started = time.perf_counter()
@@ -147,7 +147,7 @@ def answer_at_counts(
             if auto:
                 inputs["num_image_tokens"] = count
                 inputs = model.choose_counts(**inputs, penalty=penalty, budget=budget)
-            output = model.generate(**inputs, **greedy, **options, streamer=clock)
+            output = model.generate(**inputs, **_GREEDY, **options, streamer=clock)
             new = output[:, inputs["input_ids"].shape[1] :]
             vision_tokens = (inputs["input_ids"] == model.config.image_token_id).sum(-1).tolist()
             read_tokens = vision_tokens
@@ -160,6 +160,62 @@ def answer_at_counts(
                 seconds=encoding_seconds + seconds,
                 text=text.strip(),
             )
+
+
+_GREEDY = {"do_sample": False, "num_beams": 1}  # beams cannot be timed token by token
+
+
+def _warm_up(model: Any, tokenizer: Any, texts: Sequence[str]) -> None:
+    """Answer texts alone once, so that what happens in a first call is not timed."""
+    options = special_tokens(model, tokenizer)
+    lengths = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ids, mask = left_padded([torch.tensor(row).long() for row in lengths], options["pad_token_id"])
+    if ids.numel():
+        warm_up = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+        model.generate(**warm_up, **_GREEDY, **options, max_new_tokens=1)
+
+
+def _answers_about_videos(
+    model: Any,
+    processor: Any,
+    images: Sequence[Any],
+    prompts: Sequence[str],
+    counts: Sequence[Any],
+    videos: Sequence[Any],
+    max_new_tokens: int,
+    max_tiles: int | None,
+) -> Iterator[Answer]:
+    """Yield the answers of a converted model, whose processor takes videos with their prompts."""
+    if max_tiles is not None:
+        raise ValueError(f"max_tiles is for TokenFLEX models, got {max_tiles}")
+    tokenizer = processor.tokenizer
+    marks = [processor.image_token, processor.video_prompt]
+    _warm_up(model, tokenizer, [without_placeholders(prompt, marks) for prompt in prompts])
+    for count in counts:
+        inputs = processor(
+            text=list(prompts),
+            images=[list(images)] * len(prompts) if images else None,
+            videos=[list(videos)] * len(prompts),
+            num_image_tokens=count,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            add_special_tokens=processor.adds_special_tokens(prompts[0]),
+        ).to(model.device)
+        ids, clock = inputs["input_ids"], FirstTokenClock()
+        output = model.generate(
+            **inputs,
+            **_GREEDY,
+            **special_tokens(model, tokenizer),
+            max_new_tokens=max_new_tokens,
+            streamer=clock,
+        )
+        seconds = clock.seconds()
+        is_placeholder = torch.isin(ids, ids.new_tensor(processor.placeholder_ids))
+        vision_tokens = is_placeholder.sum(-1).tolist()
+        new = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        for number, text in zip(vision_tokens, new, strict=True):
+            yield Answer(number, number, clock.first_token_seconds, seconds, text.strip())
 
 
 def _largest_count(

@@ -23,15 +23,17 @@ from tests.dropin.clips import (
     video_text,
 )
 from tests.dropin.configs import MROPE
-from tests.dropin.configs.common import VISION_WIDTH
+from tests.dropin.configs.common import VIDEO, VISION_WIDTH
 from tests.dropin.processors import image_text, picture
 from tests.dropin.test_model import CUTS_IMAGES, TOLERANCE, logits, projector_of
 from tests.dropin.tiny import stock_model
 from tokenflex import TokenCounts, from_pretrained, replace_projector
-from tokenflex.dropin import pack_inputs
+from tokenflex.answers import answer_at_counts
+from tokenflex.dropin import ImageTextCollator, pack_inputs
 from tokenflex.dropin.families import family_of
 from tokenflex.dropin.features import flat_grids
 from tokenflex.dropin.mrope import rope_positions
+from tokenflex.models.video_inputs import NamedVideo
 from tokenflex.videos import FrameSampling, load_video
 
 KINDS = ("glm4v", "internvl", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm")
@@ -161,16 +163,19 @@ def test_at_the_native_count_a_model_reads_what_the_stock_one_does(name):
     metadata = VideoMetadata(
         total_num_frames=9, fps=4.0, duration=2.25, frames_indices=[*shown.indices]
     )
+    options = {"return_text_replacement_offsets": True, "return_tensors": "pt"}
     expected = processor_with_videos(name)(
         text=text,
         videos=[array.permute(0, 3, 1, 2)],
         video_metadata=[metadata],
         do_sample_frames=False,
-        return_tensors="pt",
+        **options,
     )
     actual = processor(
-        text=text, videos=[content], max_frames=4, num_image_tokens=NATIVE, return_tensors="pt"
+        text=text, videos=[content], max_frames=4, num_image_tokens=NATIVE, **options
     )
+    written = actual.pop("text_replacement_offsets")  # the tokenizer knows no times
+    assert written == expected.pop("text_replacement_offsets")
     assert {*actual} - {*expected} == {COUNTS.get(name, "num_video_tokens")}
     for key in expected:
         assert torch.equal(torch.as_tensor(actual[key]), torch.as_tensor(expected[key])), key
@@ -364,6 +369,38 @@ def test_times_of_a_gif_with_uneven_frames_reach_the_family():
     assert inputs["second_per_grid_ts"] == [pytest.approx(0.5)]
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_frame_has_the_position_of_its_time_whatever_the_counts_of_others(name):
+    model, _ = shared(name)
+
+    def positions(counts):
+        grids = [(n, n) for n in counts]
+        ids = torch.tensor([[3, *[VIDEO] * sum(n * n for n in counts), 4]])
+        found, _ = model.model.get_rope_index(
+            ids,
+            mm_token_type_ids=(ids == VIDEO).long() * 2,
+            video_grid_thw=torch.tensor([[len(counts), 8, 8]]),
+            num_video_tokens=[grids],
+            **({"second_per_grid_ts": [0.8]} if name == "qwen2_5_vl" else {}),
+        )
+        return found[:, 0, 1:-1].split([n * n for n in counts], dim=1), found[:, 0, -1]
+
+    of_mixed, after = positions([2, 4, 1, 3])
+    for i, side in enumerate([2, 4, 1, 3]):
+        assert torch.equal(of_mixed[i], positions([side] * 4)[0][i])
+    assert torch.equal(after, positions([4] * 4)[1])
+
+
+def test_the_learned_token_of_a_clip_is_its_last_one():
+    model, processor = shared("llava_onevision")
+    inputs = processor(text="<video> <video>", videos=[clip(1, 3), clip(2, 2)], **BATCH)
+    names = ("pixel_values_videos", "num_video_tokens")
+    outputs = model.model.get_video_features(**{name: inputs[name] for name in names})
+    assert [*map(len, outputs.pooler_output)] == [16, 16, 17, 16, 17]
+    for frame in (2, 4):
+        assert torch.equal(outputs.pooler_output[frame][-1], model.model.image_newline)
+
+
 def test_numbers_of_tokens_of_videos_and_images():
     _, processor = shared("llava_onevision")
     numbers = processor._get_num_multimodal_tokens
@@ -402,6 +439,57 @@ def test_what_does_not_fit_is_refused(options, words):
     given["text"] = json.loads(json.dumps(given["text"]).replace("V", video_text("qwen2_vl")))
     with pytest.raises((ValueError, TypeError, OSError), match=words):
         processor(**given)
+
+
+def test_a_collator_draws_a_count_for_what_a_sample_shows():
+    model, processor = shared("qwen2_5_vl")
+    counts = TokenCounts((4, 9, 25), (1, 1, 1), seed=3)
+    video = {"type": "video"}
+    content = [{"type": "image"}, video, {"type": "text", "text": "what"}, video]
+    messages = [{"role": "user", "content": content}]
+    sample = {"messages": messages, "images": [picture(1)], "videos": [clip(1, 4), clip(2, 8)]}
+    samples = [{**sample, "index": i} for i in range(4)]
+    batch = ImageTextCollator(processor, counts, max_frames=4)(samples)
+    drawn = [counts.draw(i, 0) for i in range(4)]
+    assert batch["num_image_tokens"] == drawn
+    assert batch["num_video_tokens"] == [[n, n] for n in drawn for _ in range(2)]
+    assert not torch.isin(batch["labels"], torch.tensor(processor.placeholder_ids)).any()
+    assert torch.isfinite(model(**batch).loss)
+    text = "what V is V".replace("V", video_text("qwen2_5_vl"))
+    of_text = [{"text": text, "videos": sample["videos"], "index": 0}]
+    batch = ImageTextCollator(processor, counts, budget=20)(of_text)
+    assert batch["num_video_tokens"] == [[9, 9], [4, 4, 4, 4]]
+
+
+def test_a_collator_puts_videos_before_the_first_question_where_none_are_marked():
+    _, processor = shared("qwen2_5_vl")
+    messages = [{"role": "user", "content": "what"}]
+    batch = ImageTextCollator(processor, 4)([{"messages": messages, "videos": [clip(1, 2)]}])
+    marked = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what"}]}]
+    other = ImageTextCollator(processor, 4)([{"messages": marked, "videos": [clip(1, 2)]}])
+    assert torch.equal(batch["input_ids"], other["input_ids"])
+    with pytest.raises(ValueError, match="one video for each of the 1 places"):
+        ImageTextCollator(processor, 4)([{"messages": marked, "videos": [clip(1, 2)] * 2}])
+
+
+def test_answers_about_a_video_at_several_counts():
+    model, processor = shared("llava_onevision")
+    prompts = ["<video> what <image>", "what <image> <video>"]
+    read = NamedVideo(load_video(gif(clip(1, 4), 250), sampling=FrameSampling(2)), "video")
+    answers = [
+        *answer_at_counts(
+            model, processor, [picture(1)], prompts, [4, 9], videos=[read], max_new_tokens=3
+        )
+    ]
+    assert [answer.vision_tokens for answer in answers] == [
+        2 * n + 1 + tiles * n for n in (4, 9) for tiles in (2, 2)
+    ]
+    inputs = processor(
+        text=prompts, images=[[picture(1)]] * 2, videos=[[read]] * 2, num_image_tokens=9, **BATCH
+    )
+    output = model.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    new = processor.tokenizer.batch_decode(output[:, -3:], skip_special_tokens=True)
+    assert [answer.text for answer in answers[2:]] == [text.strip() for text in new]
 
 
 def test_embeddings_of_prompts_with_videos_are_refused():

@@ -33,7 +33,7 @@ def add_to(commands: CommandLine) -> None:
         action="append",
         default=[],
         help="a GIF, a WebP, a folder of frames or a video file; may be repeated. It stands where "
-        "a prompt has <video>, or before it; each frame is an image with a count",
+        "a prompt has <video>, or before it; each frame has a count",
     )
     generate.add_argument(
         "--frames",
@@ -135,19 +135,29 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _read_videos(options: argparse.Namespace, processor: Any) -> list[list[Any]]:
-    """Return the frames of each video."""
+def _read_videos(options: argparse.Namespace, processor: Any) -> list[Any]:
+    """Return the frames of each video; for a converted model also their times."""
+    from tokenflex.models.video_inputs import NamedVideo
     from tokenflex.videos import FrameSampling, load_video
 
     if not options.video:
         return []
-    if not hasattr(processor, "show_frames"):
-        raise ValueError("--video needs a TokenFLEX checkpoint; give a video's frames by --image")
+    takes_frames = hasattr(processor, "show_frames")
+    if not takes_frames:
+        try:
+            processor.check_takes_videos()
+        except NotImplementedError as error:
+            raise ValueError(f"--video cannot be given: {error}") from None
     sampling = FrameSampling(
         processor.max_frames if options.frames is None else options.frames,
         processor.fps if options.fps is None else options.fps,
     )
-    return [load_video(path, sampling=sampling).frames for path in options.video]
+    clips = [load_video(path, sampling=sampling) for path in options.video]
+    if takes_frames:
+        return [clip.frames for clip in clips]
+    return [
+        NamedVideo(clip, f"video {path}") for clip, path in zip(clips, options.video, strict=True)
+    ]
 
 
 def _parts(prompt: str, num_images: int, num_videos: int) -> Any:

@@ -92,7 +92,12 @@ def read_videos(
             frames of a clip differ in size, or the prompts hold other numbers of videos.
     """
     named, per_prompt = name_videos(videos)
-    clips = [load_video(video.source, video.name, sampling) for video in named]
+    clips = [
+        video.source
+        if isinstance(video.source, Clip)  # read before, for several calls
+        else load_video(video.source, video.name, sampling)
+        for video in named
+    ]
     for video, clip in zip(named, clips, strict=True):
         if len(sizes := {frame.size for frame in clip.frames}) > 1:
             shown = ", ".join(f"{width} x {height}" for width, height in sorted(sizes)[:3])

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenflex.counts import TokenCount, TokenCounts
 from tokenflex.dropin.calls import placeholder_ids
-from tokenflex.dropin.samples import encode_samples, images_of_sample
+from tokenflex.dropin.samples import encode_samples, images_of_sample, videos_of_sample
 from tokenflex.dropin.sampling import CountStream
 
 IGNORE = -100
@@ -20,7 +20,8 @@ class ImageTextCollator:
 
     A sample is a dict with ``messages``, a conversation as ``apply_chat_template`` takes it, images
     inside or beside it as ``images``; or with ``text`` and ``images``, a prompt with placeholders
-    and a list of its images. Train with ``remove_unused_columns=False``.
+    and a list of its images. Likewise ``videos``, for families that take them. Train with
+    ``remove_unused_columns=False``.
 
     A batch holds the outputs of the processor, right-padded, and ``labels``: ``input_ids`` with
     -100 on padding and image placeholders.
@@ -28,13 +29,18 @@ class ImageTextCollator:
     Args:
         processor: A converted processor, or a stock one.
         counts: One count for all images; or a :class:`tokenflex.TokenCounts`, which draws a count
-            for each sample, shared by all of its images. A sample with an "index" gets the draw for
-            it and its "epoch" (0 by default), which is the same for any worker, rank and resumed
-            run; others get one draw after another. The default leaves the counts to the processor.
+            for each sample, shared by all of its images and frames. A sample with an "index" gets
+            the draw for it and its "epoch" (0 by default), which is the same for any worker, rank
+            and resumed run; others get one draw after another. The default leaves the counts to the
+            processor.
         assistant_only: Learn only what the chat template marks by ``{% generation %}``. For samples
             with ``messages``.
         image_token_id: ``model.config.image_token_id``, the placeholder of a stock processor's
             model. A converted processor knows it.
+        max_frames: Most frames of a video; the processor's 32 if None.
+        fps: Frames per second of a video; all up to ``max_frames`` if None.
+        budget: Vision tokens of each video, spread over its frames; ``counts`` are then those of
+            images.
 
     Raises:
         ValueError: A stock processor has ``counts``, or no ``image_token_id``.
@@ -44,6 +50,9 @@ class ImageTextCollator:
     counts: TokenCounts | TokenCount | None = None
     assistant_only: bool = False
     image_token_id: int | None = None
+    max_frames: int | None = None
+    fps: float | None = None
+    budget: int | None = None
     _placeholders: list[int] = field(default_factory=list, init=False, repr=False)
     _stream: CountStream | None = field(default=None, init=False, repr=False)
 
@@ -73,13 +82,12 @@ class ImageTextCollator:
             ValueError: Samples are of both kinds or of none, or have a number of images that the
                 family's processor does not take.
         """
-        images = [images_of_sample(sample) for sample in samples]
         batch = encode_samples(
             self.processor,
             samples,
             family=getattr(self.processor, "_tokenflex_family", None),
             chat_options={"return_assistant_tokens_mask": True} if self.assistant_only else {},
-            **self._options(samples, images),
+            **self._options(samples),
         )
         batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE)
         if self.assistant_only:
@@ -89,17 +97,24 @@ class ImageTextCollator:
             batch["labels"].masked_fill_(is_learned == 0, IGNORE)
         return _without_labels_of(batch, self._placeholders)
 
-    def _options(self, samples: Sequence[Mapping[str, Any]], images: list[int]) -> dict[str, Any]:
+    def _options(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        options: dict[str, Any] = {"padding": True, "padding_side": "right"}
+        videos = [videos_of_sample(sample) for sample in samples]
+        if any(videos):
+            given = {"max_frames": self.max_frames, "fps": self.fps, "budget": self.budget}
+            options |= {name: value for name, value in given.items() if value is not None}
+        if not hasattr(self.processor, "image_token_counts"):
+            return options
         counts: Any = self.counts
         if self._stream is not None:
+            with_frames = self.budget is None
             counts = [
                 count
-                for sample, number in zip(samples, images, strict=True)
-                for count in [self._stream.draw(sample)] * number
+                for sample, of_sample in zip(samples, videos, strict=True)
+                for count in [self._stream.draw(sample)]
+                * (images_of_sample(sample) + of_sample * with_frames)
             ]
-        options = {"padding": True, "padding_side": "right"}
-        is_converted = hasattr(self.processor, "image_token_counts")
-        return {**options, "num_image_tokens": counts} if is_converted else options
+        return {**options, "num_image_tokens": counts}
 
 
 @dataclass

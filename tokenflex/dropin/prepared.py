@@ -24,6 +24,7 @@ from tokenflex.dropin.calls import (
     grids_of_call,
     image_token_id,
     nested,
+    placeholder_ids,
     placeholders_in,
     running,
 )
@@ -67,6 +68,20 @@ class PreparedImages(Variant):
         """The text that stands for a video in a prompt, of families that take videos."""
         text: str = self.video_token
         return text
+
+    def check_takes_videos(self) -> None:
+        """Refuse videos of a family that takes none.
+
+        Raises:
+            NotImplementedError: With the reason.
+        """
+        if not self._tokenflex_family.takes_videos:
+            raise self._tokenflex_family.videos_refused()
+
+    @property
+    def placeholder_ids(self) -> list[int]:
+        """The ids of the placeholders of images and frames."""
+        return placeholder_ids(self)
 
     @property
     def max_frames(self) -> int:

@@ -162,8 +162,8 @@ class ConvertedProcessor(PreparedImages):
         images, text = arguments.get("images"), arguments.get("text")
         has_videos = arguments.get("videos") is not None
         family = self._tokenflex_family
-        if has_videos and not family.takes_videos:
-            raise family.videos_refused()
+        if has_videos:
+            self.check_takes_videos()
         if has_videos and images is not None and family.no_mixture:
             raise ValueError(
                 f"images must be None beside videos of {family.model_type}: {family.no_mixture}"
@@ -318,8 +318,8 @@ class _TokenNumbers(Variant):
         check_option_names(self, kwargs, inspect.signature(stock).parameters)
         # Before transformers 5.23 the stock method makes its options the defaults of later calls.
         options = {name: value for name, value in kwargs.items() if name not in _TEXT_OPTIONS}
-        if video_sizes is not None and not self._tokenflex_family.takes_videos:
-            raise self._tokenflex_family.videos_refused()
+        if video_sizes is not None:
+            self.check_takes_videos()
         with running(Call(None)):
             data: MultiModalData = stock(image_sizes, **options)
         if image_sizes is None and video_sizes is None:

@@ -89,10 +89,19 @@ def _content(text: str, images: Iterator[Any]) -> list[dict[str, Any]]:
 
 def images_of_sample(sample: Mapping[str, Any]) -> int:
     """Return the number of images of a sample with ``messages``, or with ``text``."""
+    return _number_of(IMAGE, sample)
+
+
+def videos_of_sample(sample: Mapping[str, Any]) -> int:
+    """Return the number of videos of a sample with ``messages``, or with ``text``."""
+    return _number_of("video", sample)
+
+
+def _number_of(kind: str, sample: Mapping[str, Any]) -> int:
     if "messages" not in sample:
-        return len(list(sample.get("images") or []))
+        return len(list(sample.get(f"{kind}s") or []))
     contents = [message.get("content") for message in with_images(sample)]
-    return sum(_is_image(part) for content in contents for part in _parts(content))
+    return sum(_is_of(kind, part) for content in contents for part in _parts(content))
 
 
 def encode_samples(
@@ -109,7 +118,7 @@ def encode_samples(
         processor: The processor.
         samples: Dicts with ``messages``, a conversation as ``apply_chat_template`` takes it, images
             inside or beside it as ``images``; or with ``text`` and ``images``, a prompt with
-            placeholders and its images.
+            placeholders and its images. Likewise ``videos``.
         family: The processor's family, if known: some take images in a way of their own.
         chat_options: Options of ``apply_chat_template``, for samples with messages.
         **options: Options of the processor.
@@ -144,6 +153,9 @@ def encode_samples(
             f"samples of {family.model_type} must have one image each, got "
             f"{[len(of_sample) for of_sample in pictures]}"
         )
+    videos = [list(sample.get("videos") or []) for sample in samples]
+    if any(videos):
+        options["videos"] = videos
     flat = [picture for of_sample in pictures for picture in of_sample]
     return processor(
         images=(flat if is_flat else pictures) if flat else None,
@@ -154,17 +166,24 @@ def encode_samples(
 
 
 def with_images(sample: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return a sample's conversation with the images beside it in their places.
+    """Return a sample's conversation with the images and videos beside it in their places.
 
     Those are the parts of type "image" without an image; where there are none, the images stand
-    before the first user's text, as TRL puts them.
+    before the first user's text, as TRL puts them. Likewise videos.
     """
     messages = list(sample["messages"])
-    beside = list(sample.get("images") or [])
+    for kind in ("video", IMAGE):
+        messages = _with_media(messages, kind, list(sample.get(f"{kind}s") or []))
+    return messages
+
+
+def _with_media(
+    messages: list[Mapping[str, Any]], kind: str, beside: list[Any]
+) -> list[Mapping[str, Any]]:
     if not beside:
         return messages
     places = sum(
-        _is_image(part) and not _is_filled(part)
+        _is_of(kind, part) and not _is_filled(kind, part)
         for message in messages
         for part in _parts(message.get("content"))
     )
@@ -172,15 +191,15 @@ def with_images(sample: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         first = next((i for i, m in enumerate(messages) if m.get("role") == "user"), None)
         if first is None:
             raise ValueError(
-                "messages with images must have a message of the role 'user', got roles "
+                f"messages with {kind}s must have a message of the role 'user', got roles "
                 f"{[message.get('role') for message in messages]}"
             )
-        content = [*({"type": "image"} for _ in beside), *_parts(messages[first].get("content"))]
+        content = [*({"type": kind} for _ in beside), *_parts(messages[first].get("content"))]
         messages[first] = {**messages[first], "content": content}
         places = len(beside)
     if places != len(beside):
         raise ValueError(
-            f"images must hold one image for each of the {places} places in messages, got "
+            f"{kind}s must hold one {kind} for each of the {places} places in messages, got "
             f"{len(beside)}"
         )
     rest = iter(beside)
@@ -188,7 +207,9 @@ def with_images(sample: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         {
             **message,
             "content": [
-                {**part, "image": next(rest)} if _is_image(part) and not _is_filled(part) else part
+                {**part, kind: next(rest)}
+                if _is_of(kind, part) and not _is_filled(kind, part)
+                else part
                 for part in _parts(message.get("content"))
             ],
         }
@@ -200,15 +221,15 @@ def _parts(content: Any) -> list[Any]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else list(content or [])
 
 
-def _is_image(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "image"
+def _is_of(kind: str, part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == kind
 
 
-def _is_filled(part: Mapping[str, Any]) -> bool:
-    return any(part.get(name) is not None for name in ("image", "url", "path", "base64"))
+def _is_filled(kind: str, part: Mapping[str, Any]) -> bool:
+    return any(part.get(name) is not None for name in (kind, "url", "path", "base64"))
 
 
 def _count_images(conversation: Sequence[Mapping[str, Any]]) -> int:
     contents = [message.get("content") for message in conversation]
     parts = [part for parts in contents if isinstance(parts, (list, tuple)) for part in parts]
-    return sum(_is_image(part) for part in parts)
+    return sum(_is_of(IMAGE, part) for part in parts)
