@@ -95,6 +95,11 @@ class TestDetail:
         assert shown.shape == (64, 64)
         assert torch.linalg.matrix_rank(shown, rtol=1e-5) == size[0] * size[1]
 
+    def test_what_is_finer_than_the_small_picture_is_averaged_away(self):
+        fine = torch.tensor([0.0, 1, 1, 0, 0, 1, 1, 0]).expand(1, 3, 8, 8)  # stripes
+        shown = resize(fine, (2, 2))
+        assert torch.allclose(shown, torch.full_like(shown, 0.5), atol=0.1)
+
     def test_a_constant_picture_stays(self):
         pixels = torch.full((2, 3, 3, 8, 8), 0.7, dtype=torch.bfloat16)  # tiles of images
         for shown in (with_detail_of(pixels, (2, 3)), resize(pixels, (8, 8))):
@@ -211,14 +216,17 @@ class TestReport:
             "resized": {"4": verdicts("+---")},
             "enlarged": {"4": verdicts("+--+")},
             "random": {"4": verdicts("--+-")},
-            "pooled": {"4": verdicts("++", "ab")},  # not of all questions
+            # Left out after batches without images.
+            "pooled": {"4": verdicts("++", "ab")},
+            "strided": {"4": verdicts("++", "ab")},
         }
-        report = baseline_report("16", of_model, of_methods, {"pooled": "a reason"})
+        left_out = {"pooled": "a reason", "strided at 4": "another"}
+        report = baseline_report("16", of_model, of_methods, left_out)
         assert report["accuracy"] == {
             "resized": {"4": 0.25}, "enlarged": {"4": 0.5}, "random": {"4": 0.25}
         }  # fmt: skip
         assert report["accuracy_by_kind"]["random"] == {"a": {"4": 0.0}, "b": {"4": 0.5}}
-        assert report["left_out"] == {"pooled": "a reason"}
+        assert report["left_out"] == left_out
         difficult = report["difficult"]
         assert difficult["questions"] == difficult["samples"] == {"4": 2}
         assert difficult["questions_by_kind"] == {"4": {"a": 1, "b": 1}}

@@ -324,11 +324,12 @@ def baseline_report(
         model and those that keep or average tokens.
     """
     # A method may have failed after batches without images.
-    of_methods = {
+    complete = {
         method: {k: rows for k, rows in of_labels.items() if len(rows) == len(of_model[full])}
         for method, of_labels in of_methods.items()
         if method not in left_out
     }
+    of_methods = {method: of_labels for method, of_labels in complete.items() if of_labels}
     labels = [label for label in of_model if any(label in rows for rows in of_methods.values())]
     # No resized picture answers a difficult question, by definition.
     others = {method: rows for method, rows in of_methods.items() if method not in RESIZING}
