@@ -18,7 +18,7 @@ from tokenflex.digits.canvas import CELL_PIXELS, CELLS
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.encoder import warm_up_encoder
 from tokenflex.digits.processor import digits_processor
-from tokenflex.evaluation.baselines import resize
+from tokenflex.evaluation.pictures import resize
 
 PIXELS, PATCH, WIDTH = CELLS * CELL_PIXELS, CELL_PIXELS, 64
 SIDES = (4, 3, 2)  # of the grid of tokens, from the whole picture down

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import Siglip2ImageProcessor
 
 from tests.dropin.processors import stock_processor
 from tests.dropin.tiny import stock_model
 from tests.evaluation.test_converted import dataset as samples_for_stock_models
-from tests.models.tiny import PIXELS, WIDTH, tiny_model
+from tests.models.tiny import PATCH, PIXELS, WIDTH, tiny_model
 from tokenflex import replace_projector
 from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor
-from tokenflex.evaluation import baselines as baselines_module
 from tokenflex.evaluation import evaluate, runner
 from tokenflex.evaluation.baselines import (
     METHODS,
@@ -28,11 +30,10 @@ from tokenflex.evaluation.baselines import (
     pooled_tokens,
     random_tokens,
     ready_tokens,
-    resize,
     smaller_side,
     strided_tokens,
-    with_detail_of,
 )
+from tokenflex.evaluation.pictures import read_pictures, resize, with_detail_of
 from tokenflex.evaluation.statistics import Verdict
 
 GRIDS = [((4, 4), (2, 2)), ((16, 16), (12, 12)), ((16, 16), (8, 8)), ((5, 7), (2, 3))]
@@ -94,6 +95,11 @@ class TestDetail:
         assert shown.shape == (64, 64)
         assert torch.linalg.matrix_rank(shown, rtol=1e-5) == size[0] * size[1]
 
+    def test_what_is_finer_than_the_small_picture_is_averaged_away(self):
+        fine = torch.tensor([0.0, 1, 1, 0, 0, 1, 1, 0]).expand(1, 3, 8, 8)  # stripes
+        shown = resize(fine, (2, 2))
+        assert torch.allclose(shown, torch.full_like(shown, 0.5), atol=0.1)
+
     def test_a_constant_picture_stays(self):
         pixels = torch.full((2, 3, 3, 8, 8), 0.7, dtype=torch.bfloat16)  # tiles of images
         for shown in (with_detail_of(pixels, (2, 3)), resize(pixels, (8, 8))):
@@ -130,7 +136,7 @@ def shown():
     model.encode_images = noted
     with torch.no_grad():
         encoded = encode(pixels)
-        fewer = Baselines(model, (4, (2, 4), 9), 16)
+        fewer = Baselines(model, None, (4, (2, 4), 9), 16)
         runs = [*fewer.runs({"pixel_values": pixels}, encoded, [(0, 0), (5, 1)])]
         tokens = model.get_image_features(encoded_images=encoded, num_image_tokens=16)
     assert len(runs) == len(fewer)
@@ -210,14 +216,17 @@ class TestReport:
             "resized": {"4": verdicts("+---")},
             "enlarged": {"4": verdicts("+--+")},
             "random": {"4": verdicts("--+-")},
-            "pooled": {"4": verdicts("++", "ab")},  # not of all questions
+            # Left out after batches without images.
+            "pooled": {"4": verdicts("++", "ab")},
+            "strided": {"4": verdicts("++", "ab")},
         }
-        report = baseline_report("16", of_model, of_methods, {"pooled": "a reason"})
+        left_out = {"pooled": "a reason", "strided at 4": "another"}
+        report = baseline_report("16", of_model, of_methods, left_out)
         assert report["accuracy"] == {
             "resized": {"4": 0.25}, "enlarged": {"4": 0.5}, "random": {"4": 0.25}
         }  # fmt: skip
         assert report["accuracy_by_kind"]["random"] == {"a": {"4": 0.0}, "b": {"4": 0.5}}
-        assert report["left_out"] == {"pooled": "a reason"}
+        assert report["left_out"] == left_out
         difficult = report["difficult"]
         assert difficult["questions"] == difficult["samples"] == {"4": 2}
         assert difficult["questions_by_kind"] == {"4": {"a": 1, "b": 1}}
@@ -310,7 +319,12 @@ def test_samples_without_images_take_part():
 
 @pytest.mark.parametrize(
     ("name", "left_out"),
-    [("llava", {"resized"}), ("idefics3", {"resized"}), ("qwen3_vl", RESIZING)],
+    [
+        ("llava", {"resized"}),
+        ("idefics3", {"resized"}),
+        ("paddleocr_vl", RESIZING),
+        ("qwen3_vl", ()),
+    ],
 )
 def test_converted_models_have_the_baselines_that_can_run(name, left_out):
     processor = stock_processor(name)
@@ -326,6 +340,63 @@ def test_converted_models_have_the_baselines_that_can_run(name, left_out):
         assert report["difficult"]["questions"] == {"4": 0, "1x8": 0}
 
 
-def test_encoders_that_take_patches_are_not_resized():
-    assert baselines_module._reason_not_to_resize("enlarged", None, torch.zeros(2, 9, 48))
-    assert baselines_module._reason_not_to_resize("enlarged", None, [torch.zeros(3, 8, 8)])
+class TestPictures:
+    """Patches are put together to the very pictures that were cut, and cut again."""
+
+    def ramps(self, height: int, width: int) -> list[Image.Image]:
+        rows, columns = np.mgrid[:height, :width]
+        return [Image.fromarray(np.stack([rows, columns, rows + columns], -1).astype(np.uint8))]
+
+    def check(self, read, processed, size):
+        (picture,) = read.pictures
+        assert picture.shape[-2:] == size
+        red, green, blue = picture.flatten(0, -4)[0] if picture.ndim == 4 else picture
+        assert (red.diff(dim=0) > 0).all()
+        assert (red.diff(dim=1) == 0).all()
+        assert (green.diff(dim=1) > 0).all()
+        assert (green.diff(dim=0) == 0).all()
+        assert (blue.diff(dim=1) > 0).all()
+        assert (blue.diff(dim=0) > 0).all()
+        again = read.inputs_of(read.pictures)
+        for name, value in processed.items():
+            assert torch.equal(torch.as_tensor(again[name]), torch.as_tensor(value)), name
+
+    @pytest.mark.parametrize("name", ["qwen2_vl", "glm4v"])
+    def test_of_blocks(self, name):
+        image_processor = stock_processor(name).image_processor
+        unit = image_processor.patch_size * image_processor.merge_size
+        size = 3 * unit, 4 * unit
+        processed = image_processor(self.ramps(*size), do_resize=False, return_tensors="pt")
+        read = read_pictures(processed, image_processor, None)
+        assert read.unit == (unit, unit)
+        self.check(read, processed, size)
+
+    def test_of_any_shape(self):
+        image_processor = Siglip2ImageProcessor(patch_size=PATCH, max_num_patches=12)
+        out = image_processor(self.ramps(12, 16), return_tensors="pt")
+        processed = {"pixel_values": out["pixel_values"], "grids": [(3, 4)]}
+        assert out["spatial_shapes"].tolist() == [[3, 4]]
+        self.check(read_pictures(processed, image_processor, (PATCH, PATCH)), processed, (12, 16))
+
+    def test_of_another_order_are_left_out(self):
+        grid = torch.tensor([[1, 4, 4]])
+        for inputs in (
+            {"pixel_values": torch.zeros(2, 9, 48)},
+            {"pixel_values": [torch.zeros(3, 8, 8)]},
+            {"pixel_values": torch.zeros(16, 3, 8, 8), "image_grid_thw": grid},
+        ):
+            assert read_pictures(inputs, None, None) is None
+        frames = {"pixel_values": torch.zeros(32, 384), "image_grid_thw": grid * 2}
+        assert read_pictures(frames, stock_processor("qwen2_vl").image_processor, None) is None
+
+    def test_an_encoder_of_any_shape_has_all_baselines(self):
+        model = tiny_model(vision="siglip2").eval()
+        pixels, grids = torch.randn(2, 48, 3 * PATCH**2), [(6, 8), (4, 4)]
+        inputs = {"pixel_values": pixels, "grids": grids}
+        with torch.no_grad():
+            encoded = model.encode_images(**inputs)
+            fewer = Baselines(model, None, (4,), 16)
+            shown = {m: images for m, _, images in fewer.runs(inputs, encoded, [(0, 0), (0, 1)])}
+        assert fewer.left_out == {}
+        assert shown["resized"].encoded.grids == ((3, 4), (2, 2))
+        assert shown["enlarged"].encoded.grids == tuple(grids)

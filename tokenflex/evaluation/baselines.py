@@ -20,10 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from tokenflex.counts import Grid, TokenCount, token_grid, tokens_of
 from tokenflex.evaluation.counts import AskedCount, label_of, selector_of
+from tokenflex.evaluation.pictures import (
+    read_pictures,
+    resize,
+    with_detail_of,
+)
 from tokenflex.evaluation.statistics import Verdict, accuracy_of, group_by_kind, vision_tokens_of
 from tokenflex.models.vision import EncodedImages
 from tokenflex_kernels import pool_norm
@@ -113,18 +117,6 @@ def smaller_side(side: int, count: int, full: int) -> int:
     return max(1, side * count // full)
 
 
-def resize(pixels: torch.Tensor, size: Grid) -> torch.Tensor:
-    """Resize pictures [.., 3, H, W] to (height, width), without aliasing where they get smaller."""
-    pictures = pixels.flatten(0, -4).float()
-    resized = F.interpolate(pictures, size, mode="bilinear", antialias=True, align_corners=False)
-    return resized.to(pixels.dtype).unflatten(0, pixels.shape[:-3])
-
-
-def with_detail_of(pixels: torch.Tensor, size: Grid) -> torch.Tensor:
-    """Return pictures [.., 3, H, W] with the detail of ``size``: made so small, and large again."""
-    return resize(resize(pixels, size), (pixels.shape[-2], pixels.shape[-1]))
-
-
 # ---- The baselines of one evaluation.
 
 
@@ -166,12 +158,14 @@ class Baselines:
 
     Attributes:
         model: The model.
+        image_processor: Of its processor.
         counts, full: As :func:`baseline_counts` returns them.
         seed: Of ``random``.
         left_out: By method, why it cannot run; by method and count where only some cannot.
     """
 
     model: Any
+    image_processor: Any
     counts: tuple[TokenCount, ...]
     full: TokenCount
     seed: int = 0
@@ -219,15 +213,11 @@ class Baselines:
         if not number:  # a batch without images
             return BaselineImages(tokens, grid, nullcontext())
         if method in RESIZING:
-            pixels = image_inputs["pixel_values"]
-            reason = _reason_not_to_resize(method, self.model, pixels)
-            if reason is None:
-                try:
-                    return self._resized(method, grid, image_inputs)
-                except ValueError as error:
-                    reason = str(error)
-            self.left_out[method] = reason
-            return None
+            try:
+                return self._resized(method, grid, image_inputs)
+            except ValueError as error:
+                self.left_out[method] = str(error)
+                return None
         if method == POOLED:
             fewer = replace_features(
                 tokens, grid, lambda rows: pooled_tokens(rows, number, full, grid)
@@ -250,20 +240,33 @@ class Baselines:
         return BaselineImages(fewer, grid, ready_tokens(self.model))
 
     def _resized(self, method: str, grid: Grid, image_inputs: Mapping[str, Any]) -> BaselineImages:
-        pixels, full = image_inputs["pixel_values"], self.full_grid
+        patch = None
+        if hasattr(self.model, "takes_shared_prefixes"):  # no converted model
+            size = self.model.config.vision_config.patch_size
+            patch = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        read = read_pictures(image_inputs, self.image_processor, patch)
+        if read is None:
+            raise ValueError("the encoder's inputs are patches of an order that is not known")
         if method == ENLARGED:
-            sides = zip(pixels.shape[-2:], grid, full, strict=True)
-            height, width = (smaller_side(*side) for side in sides)
-            inputs = {**image_inputs, "pixel_values": with_detail_of(pixels, (height, width))}
-            return BaselineImages(self.model.encode_images(**inputs), full, nullcontext())
-        patch = patch_size_of(self.model)
-        patches = [
-            side // of_patch for side, of_patch in zip(pixels.shape[-2:], patch, strict=True)
-        ]
-        height, width = map(smaller_side, patches, grid, full)
-        small = resize(pixels, (height * patch[0], width * patch[1]))
-        encoded = self.model.encode_images(small, [(height, width)] * len(small))
-        return BaselineImages(encoded, grid, nullcontext())
+            pictures = [with_detail_of(p, self._smaller(p, grid)) for p in read.pictures]
+        elif read.unit is None:
+            raise ValueError("the converted encoder takes pictures of its own size only")
+        else:
+            pictures = [resize(p, self._smaller(p, grid, read.unit)) for p in read.pictures]
+        encoded = self.model.encode_images(**read.inputs_of(pictures))
+        return BaselineImages(
+            encoded, self.full_grid if method == ENLARGED else grid, nullcontext()
+        )
+
+    def _smaller(self, picture: torch.Tensor, grid: Grid, unit: Grid = (1, 1)) -> Grid:
+        """Return the sides of a picture of as much detail as a grid of tokens has."""
+        height, width = (
+            of_unit * smaller_side(side // of_unit, count, full)
+            for side, of_unit, count, full in zip(
+                picture.shape[-2:], unit, grid, self.full_grid, strict=True
+            )
+        )
+        return height, width
 
     def _at_full_count(self, encoded: EncodedImages) -> EncodedImages:
         """Return images whose features are the vision tokens at the full count."""
@@ -290,20 +293,6 @@ def replace_features(
     if hasattr(encoded, "layers"):
         fields["layers"] = tuple((change(maps), grids) for maps, _ in encoded.layers)
     return replace(encoded, **fields)
-
-
-def patch_size_of(model: Any) -> Grid:
-    """Return the (height, width) in pixels of a patch of the vision encoder."""
-    size = model.config.vision_config.patch_size
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def _reason_not_to_resize(method: str, model: Any, pixels: object) -> str | None:
-    if not isinstance(pixels, torch.Tensor) or pixels.ndim < 4:
-        return "the encoder takes patches that are cut already, and no pictures"
-    if method == RESIZED and not hasattr(model, "takes_shared_prefixes"):
-        return "a converted model prepares its pictures at sizes of its own"
-    return None
 
 
 # ---- The report.
@@ -335,11 +324,12 @@ def baseline_report(
         model and those that keep or average tokens.
     """
     # A method may have failed after batches without images.
-    of_methods = {
+    complete = {
         method: {k: rows for k, rows in of_labels.items() if len(rows) == len(of_model[full])}
         for method, of_labels in of_methods.items()
         if method not in left_out
     }
+    of_methods = {method: of_labels for method, of_labels in complete.items() if of_labels}
     labels = [label for label in of_model if any(label in rows for rows in of_methods.values())]
     # No resized picture answers a difficult question, by definition.
     others = {method: rows for method, rows in of_methods.items() if method not in RESIZING}

@@ -99,7 +99,9 @@ def evaluate(
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
     chooses = any(selector_of(count) is not None for count in counts)
-    fewer = Baselines(model, *baseline_counts(counts)) if baselines else None
+    fewer = None
+    if baselines:
+        fewer = Baselines(model, processor.image_processor, *baseline_counts(counts))
 
     def to_question(
         encode: QuestionEncoder, sample: PreparedSample, conversation: Conversation
