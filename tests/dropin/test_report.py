@@ -14,6 +14,7 @@ from tests.dropin.test_fitting import NOT_FITTED
 from tests.dropin.test_packing import REFUSED
 from tests.dropin.tiny import MODELS
 from tokenflex.dropin import supported_families
+from tokenflex_kernels.versions import is_older
 
 
 def read_families() -> dict[str, dict[str, str]]:
@@ -48,6 +49,9 @@ def test_every_family_is_in_the_table():
 
 
 def test_reported_cells_are_true():
+    (written_for,) = re.findall(r"(?m)^transformers ([\d.]+), torch", RECORD.read_text("utf-8"))
+    if is_older("transformers", written_for):
+        pytest.skip(f"the table is of transformers {written_for}")
     for name, cells in FAMILIES.items():
         assert (cells["packing"] == "refused") == (model_type(name) in REFUSED)
         assert (cells["fit"] == "refused") == (name in NOT_FITTED)
