@@ -22,6 +22,7 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", 
 
 _FENCE = re.compile(r"^( *```.*?^ *```.*?$)", flags=re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(\]\()(?![a-z]+:)([^)#\s]+)(#[^)\s]*)?(\))")
+_DIRECTIVE = re.compile(r"^::: [\w.]+\.(\w+)$", flags=re.MULTILINE)
 
 
 def links(text: str) -> Iterator[str]:
@@ -123,8 +124,19 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Let the links of a page lead to pages of the site."""
-    return rewritten(markdown, path_of(page.file.src_uri))
+    """Let the links of a page lead to pages of the site, and public names be targets of links."""
+    path = path_of(page.file.src_uri)
+    return rewritten(with_public_names(markdown), path)
+
+
+def with_public_names(text: str) -> str:
+    """Return a page with an anchor at each directive of mkdocstrings: the name that users import.
+
+    The directive names the module that defines an object. Its page is headed by the module that
+    users import it from.
+    """
+    module = text.partition("\n")[0].removeprefix("# ")
+    return _DIRECTIVE.sub(rf"[](){{#{module}.\1}}\n\n\g<0>", text)
 
 
 def _pages_in(nav: Any) -> Iterator[str]:

@@ -1,4 +1,8 @@
-"""An extension of Griffe: Sphinx's roles in docstrings become links where the target has a page."""
+"""An extension of Griffe for docstrings in the style of transformers and PyTorch.
+
+Sphinx's roles become links where the target has a page, and ``Example:`` opens a section, as
+``Examples:`` does.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Any
 from griffe import Extension, Object
 
 ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod|obj):`(~?)([\w.]+)`")
+EXAMPLE = re.compile(r"^( *)Example:$", flags=re.MULTILINE)
 
 
 class Roles(Extension):
@@ -16,7 +21,8 @@ class Roles(Extension):
     def on_object(self, *, obj: Object, **_: Any) -> None:
         """Rewrite the docstring of a module, class, function or attribute."""
         if obj.docstring is not None:
-            obj.docstring.value = ROLE.sub(lambda role: _link(role, obj), obj.docstring.value)
+            text = EXAMPLE.sub(r"\1Examples:", obj.docstring.value)
+            obj.docstring.value = ROLE.sub(lambda role: _link(role, obj), text)
 
 
 def _link(role: re.Match[str], obj: Object) -> str:

@@ -143,9 +143,8 @@ def configuration_page() -> str:
         "# Keys of a configuration",
         _WRITTEN,
         "`tokenflex train CONFIG.yaml` reads these keys. A key without a default must be given. "
-        "An unknown key is an error. Where a text says None, YAML has `null`. Keys that are *free* "
-        "may change between two halves of a run. [Training](../training.md) explains how they work "
-        "together.",
+        "An unknown key is an error. Where a text says None, YAML has `null`. "
+        "[Training](../training.md) explains how the keys work together.",
     ]
     for name, heading in SECTIONS.items():
         model = models[name]

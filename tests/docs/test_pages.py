@@ -31,6 +31,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 RUN_ELSEWHERE = {
     "README.md": "tests/test_readme.py",
     "docs/dropin.md": "tests/test_docs.py",
+    "docs/evaluation.md": "tests/harnesses/test_vlmevalkit.py",
     "docs/how-to/own-data.md": "tests/training/test_own_data_page.py",
     "docs/models.md": "tests/test_docs.py",
     "docs/packing.md": "tests/packing/test_docs.py",

@@ -183,12 +183,21 @@ def test_links_to_a_folder_lead_to_its_readme():
             "</autoref>",
         ),
         ("``x`` and `y`: plain", {}, "``x`` and `y`: plain"),
+        ("Sum.\n\nExample:\n    >>> 1", {}, "Sum.\n\nExamples:\n    >>> 1"),
+        ("For Example: see", {}, "For Example: see"),
     ],
 )
-def test_roles_of_docstrings_become_links(monkeypatch, docstring, known, shown):
+def test_docstrings_in_our_style_become_griffe_s(monkeypatch, docstring, known, shown):
     griffe = SimpleNamespace(Extension=object, Object=object)
     monkeypatch.setitem(sys.modules, "griffe", griffe)
     roles = runpy.run_path(str(DOCS / "site/roles.py"))["Roles"]()
     thing = SimpleNamespace(docstring=SimpleNamespace(value=docstring), resolve=known.__getitem__)
     roles.on_object(obj=thing)
     assert thing.docstring.value == shown
+
+
+def test_public_names_are_targets_of_links():
+    page = "# package\n\nText.\n\n::: package.folder.module.name\n"
+    anchored = "# package\n\nText.\n\n[](){#package.name}\n\n::: package.folder.module.name\n"
+    assert HOOK.with_public_names(page) == anchored
+    assert HOOK.with_public_names("# Other\n\n::: \n") == "# Other\n\n::: \n"

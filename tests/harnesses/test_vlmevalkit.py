@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -83,3 +85,11 @@ def test_without_the_toolkit_it_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "tokenflex.harnesses.vlmevalkit", raising=False)
     with pytest.raises(ImportError, match="VLMEvalKit"):
         importlib.import_module("tokenflex.harnesses.vlmevalkit")
+
+
+def test_the_snippet_of_the_page_runs(toolkit, checkpoint, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "CHECKPOINT").symlink_to(checkpoint)
+    exec(compile(snippet, "docs/evaluation.md", "exec"), {})

@@ -26,6 +26,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+import tokenflex
 from tests.models.test_modeling import GENERATION
 from tests.models.tiny import check_same_pixels, picture
 from tokenflex import TokenFlexForConditionalGeneration, load_ristretto
@@ -590,3 +591,16 @@ def test_models_that_the_release_cannot_hold(tmp_path, loaded, changes, words):
     processor.save_pretrained(tmp_path / "ours")
     with pytest.raises(ValueError, match=words):
         convert(tmp_path / "ours", tmp_path / "theirs")
+
+
+def test_the_snippet_of_the_page_runs(release, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs/models.md").read_text(encoding="utf-8")
+    _, section = page.split("## The released model")
+    snippet = section.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/Ristretto-3B").symlink_to(release)
+    names = {"tokenflex": tokenflex, "torch": torch, "picture": picture(1)}
+    exec(compile(snippet, "docs/models.md", "exec"), names)
+    assert {*names["inputs"]["num_image_tokens"]} == {144}
+    assert names["model"].dtype == torch.bfloat16
