@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageFont
 
 from tokenflex.data.steps import outline_of
+from tokenflex.reading import drawing as figures
 from tokenflex.reading.content import (
     ASKED_LINES,
     LAYOUTS,
@@ -36,6 +37,11 @@ def drawn(layout: str, number: int = 12, fonts: tuple[str, ...] = FONTS) -> list
         page = draw_page(rng, layout, "train")
         pages.append((page, draw(rng, page, fonts), rng))
     return pages
+
+
+def forget_figures() -> None:
+    figures._table_figure.cache_clear()
+    figures._chart_figure.cache_clear()
 
 
 def rows_of(boxes: list[Box]) -> list[list[Box]]:
@@ -211,10 +217,7 @@ def test_fonts_are_those_that_matplotlib_ships_or_files(tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_sample_depends_on_seed_split_and_index_alone(layout):
     dataset = ReadingDataset(size=9, layouts=[layout])
-    first = dataset[3]
-    for index in (8, 0, 5):  # figures are drawn on again
-        dataset[index]
-    again = ReadingDataset(size=9, layouts=[layout])[3]
+    first, again = dataset[3], ReadingDataset(size=9, layouts=[layout])[3]
     assert [i.tobytes() for i in again.images] == [i.tobytes() for i in first.images]
     assert again.conversations == first.conversations
     outline = outline_of(dataset, 3)
@@ -232,6 +235,16 @@ def test_the_standard_pages_and_questions_have_not_changed():
             sample = dataset.outline(index)
             whole.update(repr((sample.id, sample.image_sizes, sample.conversations)).encode())
     assert whole.hexdigest() == "d8ce2567762a1facd11280455cdb63261e4c3019f03e1258161132aad0d1f78e"
+
+
+@pytest.mark.parametrize("layout", ["table", "chart"])
+def test_a_figure_that_is_drawn_on_again_keeps_nothing(layout):
+    dataset = ReadingDataset(size=16, layouts=[layout], fonts=["DejaVuSans"])
+    forget_figures()
+    kept = [dataset[i].images[0].tobytes() for i in range(16)]
+    for index, picture in enumerate(kept):
+        forget_figures()
+        assert dataset[index].images[0].tobytes() == picture
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -273,17 +286,13 @@ def test_matplotlib_settings_of_the_user_change_nothing():
     """Figures are kept by a process, so the first one draws them under other settings."""
     import matplotlib
 
-    from tokenflex.reading import drawing
-
-    drawing._table_figure.cache_clear()
-    drawing._chart_figure.cache_clear()
+    forget_figures()
     plain = ReadingDataset(size=4, layouts=["chart", "table"], fonts=["DejaVuSans-Oblique"])
     with matplotlib.rc_context(
         {"font.size": 20, "axes.linewidth": 4, "xtick.labelsize": 20, "savefig.dpi": 10}
     ):
         styled = [plain[i].images[0].tobytes() for i in range(4)]
-    drawing._table_figure.cache_clear()
-    drawing._chart_figure.cache_clear()
+    forget_figures()
     assert styled == [plain[i].images[0].tobytes() for i in range(4)]
 
 
