@@ -307,7 +307,8 @@ def baseline_report(
     """Return accuracies of the baselines, and of all on questions that resizing cannot answer.
 
     Those *difficult* questions are, for each count, the ones that the model answers right at the
-    full count, and that no resized picture which was shown answers (VTC-Bench, arXiv 2510.07143).
+    full count, and that no resized picture which was shown answers (after VTC-Bench, arXiv
+    2510.07143).
 
     Args:
         full: Label of the full count.
