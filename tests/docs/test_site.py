@@ -118,13 +118,17 @@ def test_links_in_code_stay_as_they_are():
     assert [*HOOK.links(code)] == []
 
 
-def test_sources_are_shown_whole_and_folders_list_their_files():
+def test_sources_are_shown_whole():
     shown = HOOK.shown("configs/demo.yaml")
     assert "``````yaml\n" + read("configs/demo.yaml").rstrip() in shown
-    listing = HOOK.shown("tests/docs")  # has been imported, so that it has a cache
-    assert "- `__init__.py`" in listing
-    assert "- `test_site.py`" in listing
-    assert "__pycache__" not in listing
+
+
+def test_folders_list_their_files(tmp_path, monkeypatch):
+    monkeypatch.setitem(HOOK.shown.__globals__, "ROOT", tmp_path)
+    for name in ("folder/__init__.py", "folder/b.py", "folder/__pycache__/b.pyc", "folder/.hidden"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert HOOK.shown("folder").endswith("repository:\n\n- `__init__.py`\n- `b.py`\n")
 
 
 def test_the_readme_and_linked_files_are_added_to_the_site(monkeypatch):
