@@ -48,7 +48,7 @@ from tokenflex.data.steps import PackedStep
 from tokenflex.digits.canvas import CELL_PIXELS
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.training.build import build_model, build_processor
-from tokenflex.training.config import TrainConfig
+from tokenflex.training.config import ModelConfig, TrainConfig
 from tokenflex.training.flops import training_flops
 from tokenflex.training.loop import TrainingRun
 
@@ -288,8 +288,10 @@ class Study:
         return {name: losses[0] for name, losses in (ours | self.losses).items() if losses}
 
     def _model(self) -> tuple[Any, Any]:
-        processor = build_processor(self.config.model)
-        model = build_model(self.config.model, processor, self.scale.counts)
+        parts = self.config.model
+        assert isinstance(parts, ModelConfig)
+        processor = build_processor(parts)
+        model = build_model(parts, processor, self.scale.counts)
         model.load_state_dict(self.weights)
         return model, processor
 
