@@ -288,10 +288,10 @@ class Study:
         return {name: losses[0] for name, losses in (ours | self.losses).items() if losses}
 
     def _model(self) -> tuple[Any, Any]:
-        config = self.config.model
-        assert isinstance(config, ModelConfig)
-        processor = build_processor(config)
-        model = build_model(config, processor, self.scale.counts)
+        parts = self.config.model
+        assert isinstance(parts, ModelConfig)
+        processor = build_processor(parts)
+        model = build_model(parts, processor, self.scale.counts)
         model.load_state_dict(self.weights)
         return model, processor
 

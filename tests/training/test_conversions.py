@@ -498,3 +498,13 @@ def test_rows_that_would_mix_are_padded_and_the_plan_says_why():
     (note,) = ConvertedKind(config_of([stage()]), model, processor).notes()
     assert note.startswith("rows of gemma3 are padded, not packed: ")
     assert "bidirectional" in note
+
+
+def test_rows_of_a_language_model_that_nobody_compared_are_padded(monkeypatch):
+    monkeypatch.setattr("tokenflex.packing.attention.has_tested_text", lambda base: False)
+    model, processor = pair("llava")
+    kind = ConvertedKind(config_of([stage()]), model, processor)
+    assert not kind.packs
+    assert kind.notes()[0].endswith("is known only by comparison")
+    (batch,) = step_of(kind, samples()[:2]).bins
+    assert batch.inputs["input_ids"].shape[0] == batch.inputs["attention_mask"].shape[0] == 2

@@ -98,8 +98,11 @@ class ConvertedKind(ModelKind):
         if not self._padding_reason:
             try:
                 enable(model)
-            except ValueError as error:  # of a language model that nobody has compared
-                self._padding_reason = str(error)
+            except ValueError:
+                self._padding_reason = (
+                    "whether packed samples of its language model see each other is known only by "
+                    "comparison"
+                )
 
     @classmethod
     def load(cls, config: TrainConfig) -> ConvertedKind:
