@@ -79,6 +79,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model, processor = new_model_and_processor(options.seed)
     vocabulary = processor.tokenizer.get_vocab()
+    random_state = torch.get_rng_state()
     with tqdm(total=options.warm_up + options.stock_steps, desc="stock model") as bar:
         train_stock(
             model,
@@ -90,6 +91,7 @@ def main() -> None:
             seed=options.seed,
             on_step=bar.update,
         )
+    torch.set_rng_state(random_state)  # what follows does not depend on how the model was trained
     seconds = {}
     test = questions("test", options.canvases)
     results: dict[str, dict[int, dict[str, float]]] = {}

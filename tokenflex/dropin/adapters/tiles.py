@@ -280,7 +280,7 @@ class DeepstackMergers(nn.Module):
     def __init__(self, connector: Any) -> None:
         super().__init__()
         self.scale_factor = connector.coarse.scale_factor
-        self.coarse = nn.Module()  # under their stock names
+        self.coarse: Any = nn.Module()  # under their stock names
         self.coarse.deepstack_mergers = connector.coarse.deepstack_mergers
 
     def forward(
