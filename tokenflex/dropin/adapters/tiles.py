@@ -24,6 +24,7 @@ from tokenflex.dropin.families import (
     vision_encoder,
 )
 from tokenflex.dropin.features import merge_patches
+from tokenflex_kernels.versions import is_older
 
 
 def _blocks_of_one_row(tokens: list[torch.Tensor]) -> torch.Tensor:
@@ -338,11 +339,16 @@ _register_idefics = partial(
 )
 
 
+# Before 5.23 its processor takes videos in another form.
+_HAS_VIDEOS = not is_older("transformers", "5.23")
+
+
 @_register_idefics("idefics3")
 @_register_idefics(
     "smolvlm",
-    frames_are_images=True,
+    frames_are_images=_HAS_VIDEOS,
     no_mixture="its stock processor returns the pixels of one of them",
+    no_videos="they need transformers 5.23 or newer",
 )
 def _idefics3(
     base: Any, pixel_values: torch.Tensor, pixel_attention_mask: Any = None, **_: Any
