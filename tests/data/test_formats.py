@@ -108,7 +108,7 @@ def test_a_new_format_is_one_file(tmp_path):
     (tmp_path / "captions.py").write_text(NEW_FORMAT)
     (tmp_path / "a.captions").write_text("x y z")
     ran = subprocess.run(
-        [sys.executable, "-c", USE, tmp_path], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", USE, tmp_path], capture_output=True, text=True, timeout=300
     )
     assert ran.returncode == 0, ran.stderr
     expected = [

@@ -18,6 +18,7 @@ from tokenflex import packing, replace_projector
 from tokenflex.dropin import families
 from tokenflex.dropin.packing import PACKED_TEXT_TYPES
 from tokenflex.models.attention import PACKED_ATTENTION
+from tokenflex_kernels.versions import is_older
 
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -230,6 +231,8 @@ def test_unknown_types_are_compared(monkeypatch):
         packing.enable(model)
     packing.enable(model, inputs)
     assert packing.is_enabled(model)
+    if is_older("transformers", "5.23"):
+        return  # transformers 5.18 gives packed rows of Gemma 3 what its samples give alone
     gemma = stock_model("gemma3")
     with pytest.raises(ValueError, match="packed rows of this model are not what"):
         packing.enable(gemma, padded("gemma3", "stock", gemma))

@@ -36,11 +36,12 @@ MROPE = [
 ]
 
 
-def is_too_old(name: str) -> bool:
-    """Return whether a family needs a newer transformers than the installed one."""
-    return is_older("transformers", families._FAMILIES[model_type(name)].transformers or "0")
-
-
-CONFIGS = {name: config for name, config in ALL.items() if not is_too_old(name)}
+# Families that need a newer transformers than the installed one, and which.
+TOO_NEW = {
+    name: oldest
+    for name in ALL
+    if is_older("transformers", oldest := families._FAMILIES[model_type(name)].transformers)
+}
+CONFIGS = {name: config for name, config in ALL.items() if name not in TOO_NEW}
 MROPE = [name for name in MROPE if name in CONFIGS]
 GRIDS = [name for name in grids.CONFIGS if name in CONFIGS]  # with image_grid_thw
