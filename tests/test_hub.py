@@ -6,6 +6,7 @@ No network is used: the cache stands for what was downloaded, and the client is 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,6 +121,7 @@ def test_a_name_that_cannot_be_fetched_is_one_line(command, hub, tmp_path):  # n
             "Hub cannot be reached, and the cache on this machine does not hold it"
         )
     assert not (tmp_path / "out").exists()
+    assert huggingface_hub.logging.get_verbosity() == logging.ERROR  # no line for each retry
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,10 @@ def quiet_libraries() -> None:
     """Silence progress bars and notices of other libraries, and print warnings as one line."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import huggingface_hub
     from transformers.utils import logging
 
+    huggingface_hub.logging.set_verbosity_error()  # it warns of each retry
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
