@@ -575,7 +575,8 @@ class _Balance:
     """The loss of a step, in which the divergence of each count is relative to its own size.
 
     Its gradient is that of the sum of the logarithms of the counts' divergences, in proportion to
-    how often they are drawn; sizes are running means over :data:`_MEMORY` steps.
+    how often they are drawn; sizes are running means over :data:`_MEMORY` steps. The geometric
+    mean of losses that differ in size is that of arXiv 1904.08492.
     """
 
     def __init__(self) -> None:
