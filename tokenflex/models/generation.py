@@ -257,7 +257,7 @@ class TokenFlexGeneration(ChoosesCounts, ChunkedPrefill, GenerationMixin):
             # Only transformers 5.17 has not encoded them by now.
             names = ("pixel_values", "num_image_tokens", "grids", "image_index")
             images = self.get_image_features(
-                **{name: model_kwargs.pop(name, None) for name in names}
+                **{name: model_kwargs.pop(name, None) for name in names}, return_dict=True
             )
             model_kwargs["mm_encoder_outputs"] = {"image": images}
         repeated = None
