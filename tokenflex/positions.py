@@ -13,6 +13,7 @@ import torch
 
 from tokenflex_kernels.library import define
 from tokenflex_kernels.pool_norm.plan import RUN_FIELDS, PoolPlan, grids_of
+from tokenflex_kernels.tracing import is_exporting
 
 IMAGE_POSITIONS = ("sequential", "shared")
 OCTAVES = 4
@@ -27,7 +28,7 @@ def cell_positions(plan: PoolPlan, dtype: torch.dtype, device: torch.device) -> 
     pooled patches, and hold its position and its size. Means of Fourier features over a region are
     those of Mip-NeRF (Barron et al., 2021).
     """
-    if torch.compiler.is_exporting():  # as constants and plain ops, which other runtimes know
+    if is_exporting():  # as constants and plain ops, which other runtimes know
         images = [
             _grid_positions.__wrapped__(height, width, dtype, device).expand(number, -1, -1)
             for number, _, _, height, width in plan.runs

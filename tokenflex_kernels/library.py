@@ -29,6 +29,7 @@ from torch.autograd.function import _SingleLevelFunction, once_differentiable
 
 from tokenflex_kernels.backend import requested_backend, select_backend
 from tokenflex_kernels.flops import tell_counters
+from tokenflex_kernels.tracing import is_exporting
 
 Overload = Callable[..., Any]
 BatchingRule = Callable[..., tuple[Any, Any]]
@@ -322,7 +323,7 @@ def choose_backend(op: str, x: torch.Tensor, *, beyond_triton: str | None = None
     On host memory "auto" leaves ``torch.func`` and forward mode to the reference, which has all
     derivatives. What ``torch.export`` traces is the reference too: other runtimes know its ops.
     """
-    if torch.compiler.is_exporting() and requested_backend() == "auto":
+    if is_exporting() and requested_backend() == "auto":
         return "reference"
     backend = select_backend(op, x.device, beyond_triton=beyond_triton)
     if backend == "native" and is_differentiated_by_levels() and requested_backend() == "auto":

@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from tokenflex_kernels import relaunch
 from tokenflex_kernels.launch import launch, pair_source, pair_stride
 
 
@@ -30,7 +31,7 @@ def launches(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **options: made.append((current[0], grid, args, options))
 
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(relaunch, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", device)
     return Kernel(), made
 

@@ -8,7 +8,6 @@ import pytest
 
 from tests.training.runs import mean_sample, metrics, own_data, stage, tiny_values, write_config
 from tests.training.test_build import config_of
-from tests.training.test_build import parts as parts  # the fixture
 from tests.training.test_engine import kept_bytes
 from tokenflex.cli import main
 from tokenflex.training.build import build_model, build_processor

@@ -15,6 +15,7 @@ from torch import nn
 
 from tokenflex.counts import is_one_count
 from tokenflex.models.configuration import TokenFlexConfig
+from tokenflex_kernels.tracing import is_exporting
 
 
 def traces_one_count(num_image_tokens: Any, image_index: Any) -> bool:
@@ -23,7 +24,7 @@ def traces_one_count(num_image_tokens: Any, image_index: Any) -> bool:
     With a list of counts, or images that are shown several times, the number of tiles is a constant
     of the graph, and the call is traced as it runs.
     """
-    if not torch.compiler.is_exporting() or image_index is not None:
+    if not is_exporting() or image_index is not None:
         return False
     return num_image_tokens is None or is_one_count(num_image_tokens)
 

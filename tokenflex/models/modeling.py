@@ -59,6 +59,7 @@ from tokenflex.models.prompt_embeddings import batch_of_prompts, without_padding
 from tokenflex.models.vision import EncodedImages
 from tokenflex.projector import TokenAdaptiveProjector
 from tokenflex_kernels import PackPlan
+from tokenflex_kernels.tracing import is_exporting
 
 
 class TokenFlexPreTrainedModel(SavedWithCard, InstalledClass, PreTrainedModel):
@@ -171,7 +172,7 @@ class TokenFlexModel(ImageFeatures, TokenFlexPreTrainedModel):
         images: ImageTokens | UniformTokens | UnprojectedImages | None
         others = (encoded_images, mm_encoder_outputs, plan)
         if (
-            torch.compiler.is_exporting()
+            is_exporting()
             and pixel_values is not None
             and all(other is None for other in others)
             and traces_one_count(num_image_tokens, image_index)

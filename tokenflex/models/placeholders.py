@@ -17,6 +17,7 @@ from tokenflex.positions import shared_image_positions
 from tokenflex.projector import TokenAdaptiveProjector
 from tokenflex_kernels import PoolPlan, merge_vision
 from tokenflex_kernels.checks import check_ints
+from tokenflex_kernels.tracing import is_exporting
 
 T = TypeVar("T")
 
@@ -124,7 +125,7 @@ def merge_prompt(
         inputs_embeds = embedding(input_ids)
     assert inputs_embeds is not None
     # A graph that torch.export traces without images cannot read the prompt.
-    if images is not None or not (seen or torch.compiler.is_exporting()):
+    if images is not None or not (seen or is_exporting()):
         if input_ids is not None:
             is_placeholder = input_ids == config.image_token_id
         else:

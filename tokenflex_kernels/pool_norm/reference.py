@@ -31,6 +31,7 @@ from tokenflex_kernels.pool_norm.axis_weights import (
     is_average,
 )
 from tokenflex_kernels.pool_norm.plan import RUN_FIELDS, PoolPlan, Run
+from tokenflex_kernels.tracing import is_exporting
 
 _AS_IS = nullcontext()
 
@@ -101,7 +102,7 @@ def _pool_alike(
     if averages and x.device.type == "cpu" and width > 0 and out_h * out_w > 1:
         images = x.reshape(-1, in_h, in_w, width).permute(0, 3, 1, 2)
         return F.adaptive_avg_pool2d(images, out_grid).permute(0, 2, 3, 1).reshape(-1, width)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         rows, columns = (_axis_matrix(x, *axis, mode) for axis in ((in_h, out_h), (in_w, out_w)))
         bands = rows @ x.reshape(-1, in_h, in_w * width)
         return (columns @ bands.reshape(-1, in_w, width)).reshape(-1, width)
