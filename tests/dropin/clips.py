@@ -52,7 +52,9 @@ VIDEO_PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
 """The class of each family's video processor, and its options."""
 
 PROCESSOR_OF = {
-    **dict.fromkeys(("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "cosmos3_omni"), "qwen3_vl"),
+    **dict.fromkeys(
+        ("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "cosmos3_omni"), "qwen3_vl"
+    ),
     **dict.fromkeys(("glm4v_moe",), "glm4v"),
     **dict.fromkeys(("glm_ocr", "glmga"), "glm46v"),
 }
