@@ -292,7 +292,7 @@ def test_single_values_are_replaced_from_outside(tmp_path):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ("seed", "--set must be KEY=VALUE, such as stages.0.steps=10, got 'seed'"),
+        ("seed", "--set must be KEY=VALUE, such as stages.0.batch_size=8, got 'seed'"),
         ("=3", "--set must be KEY=VALUE"),
         ("stages..steps=3", "--set must be KEY=VALUE"),
         ("stages.2.steps=3", "--set stages.2 must name one of 2 entries, 0 to 1, got '2'"),

@@ -140,7 +140,7 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
 
 
 def set_key(values: Any, change: str) -> None:
-    """Set one key of parsed YAML in place, such as ``stages.0.steps=10``.
+    """Set one key of parsed YAML in place, such as ``stages.0.batch_size=8``.
 
     Args:
         values: Mappings and lists.
@@ -153,7 +153,7 @@ def set_key(values: Any, change: str) -> None:
     where, equals, text = change.partition("=")
     parts = where.split(".")
     if not equals or not all(parts):
-        raise ValueError(f"--set must be KEY=VALUE, such as stages.0.steps=10, got {change!r}")
+        raise ValueError(f"--set must be KEY=VALUE, such as stages.0.batch_size=8, got {excerpt(change)}")
     value = parse_yaml(text.encode(), f"the value of --set {where}")
     *way, last = parts
     for depth, part in enumerate(way, 1):
@@ -208,10 +208,25 @@ def read_yaml(path: str | Path, model: type[M], changes: Sequence[str] = ()) -> 
         raise ValueError(f"config file {path} must hold keys and values, got {excerpt(values)}")
     for change in changes:
         set_key(values, change)
+    return validated(values, model, f"config file {path}")
+
+
+def validated(values: Any, model: type[M], name: str) -> M:
+    """Return a ``model`` with these values.
+
+    Args:
+        values: Mappings and lists, as YAML holds them.
+        model: Keys, types and bounds.
+        name: What holds the values, in errors.
+
+    Raises:
+        ValueError: There is an unknown key or a value that is not allowed. One line names each key
+            with what was given and what was expected.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"config file {path}: {_one_line(error, model)}") from error
+        raise ValueError(f"{name}: {_one_line(error, model)}") from error
 
 
 def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
