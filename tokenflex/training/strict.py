@@ -23,6 +23,7 @@ M = TypeVar("M", bound=BaseModel)
 
 MAX_VALUES = 100_000
 KEY_LENGTH = 100  # characters of a key in an error
+INDEX_LENGTH = 9  # digits of an entry's index; lists are shorter
 MOST_MISTAKES = 1000  # named one by one in an error; a file may have many more
 
 
@@ -153,7 +154,10 @@ def set_key(values: Any, change: str) -> None:
     where, equals, text = change.partition("=")
     parts = where.split(".")
     if not equals or not all(parts):
-        raise ValueError(f"--set must be KEY=VALUE, such as stages.0.batch_size=8, got {excerpt(change)}")
+        raise ValueError(
+            f"--set must be KEY=VALUE, such as stages.0.batch_size=8, got {excerpt(change)}"
+        )
+    where = printable(where, KEY_LENGTH)
     value = parse_yaml(text.encode(), f"the value of --set {where}")
     *way, last = parts
     for depth, part in enumerate(way, 1):
@@ -169,7 +173,10 @@ def _entry(values: Any, part: str, where: str) -> Any:
     if isinstance(values, list):
         return values[_index(values, part, where)]
     if not isinstance(values, dict):
-        raise ValueError(f"--set {where} leads through {excerpt(values)}, which has no keys")
+        raise ValueError(
+            f"--set {printable(where, KEY_LENGTH)} leads through {excerpt(values)}, which has no "
+            "keys"
+        )
     return values.get(part)
 
 
@@ -179,10 +186,11 @@ def _put(values: Any, part: str, value: Any, where: str) -> None:
 
 
 def _index(values: list[Any], part: str, where: str) -> int:
-    if not (part.isdecimal() and int(part) < len(values)):
+    # Python refuses to read numbers of thousands of digits.
+    if not (part.isdecimal() and len(part) <= INDEX_LENGTH and int(part) < len(values)):
         raise ValueError(
-            f"--set {where} must name one of {len(values)} entries, 0 to {len(values) - 1}, got "
-            f"{part!r}"
+            f"--set {printable(where, KEY_LENGTH)} must name one of {len(values)} entries, 0 to "
+            f"{len(values) - 1}, got {excerpt(part)}"
         )
     return int(part)
 
@@ -266,7 +274,17 @@ def _messages(
         for reason in getattr(error, "reasons", [str(error)]):
             yield f"{key}: {printable(reason, REASON_LENGTH)}"
     else:
-        yield f"{key}: {problem['msg']} (got {given})"
+        hint = ""
+        if isinstance(problem["input"], bool) and problem["type"] in (
+            "literal_error",
+            "string_type",
+        ):
+            word = "yes" if problem["input"] else "no"
+            hint = (
+                f'; YAML reads {word} as {str(problem["input"]).lower()}: write "{word}" in '
+                f"quotes, with --set {key}='\"{word}\"'"
+            )
+        yield f"{key}: {problem['msg']} (got {given}{hint})"
 
 
 def _is_mark(part: int | str) -> bool:
