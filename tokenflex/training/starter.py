@@ -27,7 +27,7 @@ from tokenflex.training.build import (
     pretrained,
     saved_vision_config,
 )
-from tokenflex.training.config import TrainConfig
+from tokenflex.training.config import ModelConfig, TrainConfig
 from tokenflex.training.data_config import DataConfig
 from tokenflex.training.strict import parse_yaml, validated
 
@@ -138,6 +138,7 @@ def starting_config(vision: str, text: str, data: DataConfig, output: Path) -> s
     )
     name = "the configuration to write"
     config = validated(parse_yaml(filled.encode(), name), TrainConfig, name)
+    assert isinstance(config.model, ModelConfig)  # as the template has it
     build_processor(config.model, [data])
     return filled
 
