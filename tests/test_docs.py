@@ -63,6 +63,27 @@ def test_figures_of_chosen_counts_are_those_of_the_report():
     assert f"{report['parameters']} parameters" in MODELS
 
 
+def test_figures_of_the_baselines_are_those_of_the_report():
+    report = json.loads((DOCS / "results/baselines/report.json").read_text(encoding="utf-8"))
+    baselines = report["baselines"]
+    difficult = baselines["difficult"]
+    page = (DOCS / "evaluation.md").read_text(encoding="utf-8")
+    table = page.split("| | 4 tokens | 9 tokens | 4, difficult | 9, difficult |\n", 1)[1]
+    rows = {}
+    for line in table.split("\n\n")[0].splitlines()[1:]:
+        name, *shown = (cell.strip() for cell in line.strip("|").split("|"))
+        rows[name.split()[0].strip("`") if name != "the model" else "model"] = shown
+    of_all = {"model": report["accuracy"], **baselines["accuracy"]}
+    assert rows.keys() == of_all.keys()
+    for name, shown in rows.items():
+        of_difficult = difficult["accuracy"].get(name)
+        assert shown == [
+            *(f"{of_all[name][count]:.3f}" for count in ("4", "9")),
+            *(f"{of_difficult[count]:.3f}" if of_difficult else "" for count in ("4", "9")),
+        ]
+    assert f"{difficult['questions']['4']:,} and {difficult['questions']['9']:,} difficult" in page
+
+
 def test_the_router_meets_its_target():
     """Always-largest minus a point at 75 % of its tokens, by kinds, and with questions alike."""
     report = json.loads((DOCS / "results/selection/report.json").read_text(encoding="utf-8"))

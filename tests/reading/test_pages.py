@@ -214,6 +214,25 @@ def test_fonts_are_those_that_matplotlib_ships_or_files(tmp_path):
             ReadingDataset(fonts=[wrong])
 
 
+@pytest.mark.parametrize(
+    ("font", "without"),
+    [
+        ("cmsy10", "fn"),
+        ("cmex10", "A"),
+        ("STIXNonUni", "0123"),
+        ("LastResortHE-Regular", "0123"),
+    ],
+)
+def test_a_font_without_letters_is_refused(font, without):
+    with pytest.raises(ValueError, match=rf"fonts must have glyphs.*'{font}' without .*{without}"):
+        ReadingDataset(fonts=[font])
+
+
+@pytest.mark.parametrize("font", ["cmr10", "cmmi10", "STIXGeneral", "DejaVuSansMono"])
+def test_a_font_with_letters_is_taken(font):
+    assert ReadingDataset(size=3, fonts=[font])[2].images
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_sample_depends_on_seed_split_and_index_alone(layout):
     dataset = ReadingDataset(size=9, layouts=[layout])

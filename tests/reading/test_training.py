@@ -110,6 +110,7 @@ def test_options_of_a_configuration():
         ("questions", 0),
         ("layouts", ("page", "poster")),
         ("layouts", ()),
+        ("layouts", ("page", "page")),
         ("fonts", ("Helvetica",)),
         ("fonts", ()),
         ("cells", 8),

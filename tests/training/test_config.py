@@ -292,7 +292,7 @@ def test_single_values_are_replaced_from_outside(tmp_path):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ("seed", "--set must be KEY=VALUE, such as stages.0.steps=10, got 'seed'"),
+        ("seed", "--set must be KEY=VALUE, such as stages.0.batch_size=8, got 'seed'"),
         ("=3", "--set must be KEY=VALUE"),
         ("stages..steps=3", "--set must be KEY=VALUE"),
         ("stages.2.steps=3", "--set stages.2 must name one of 2 entries, 0 to 1, got '2'"),
@@ -301,6 +301,11 @@ def test_single_values_are_replaced_from_outside(tmp_path):
         ("seed=[1", "the value of --set seed is not YAML"),
         ("seed=many", "seed: "),
         ("sede=1", "sede is no known key (got 1"),
+        ("stages." + "7" * 5000 + ".steps=3", "must name one of 2 entries, 0 to 1, got '777"),
+        ("stages." + "7" * 5000 + "=3", "must name one of 2 entries, 0 to 1, got '777"),
+        ("precision=no", '(got False; YAML reads no as false: write "no" in quotes, with --set '),
+        ("precision=no", "--set precision='\"no\"')"),
+        ("model.image_token=yes", "--set model.image_token='\"yes\"')"),
     ],
 )
 def test_a_value_from_outside_that_cannot_be_set(tmp_path, change, expected):
@@ -308,6 +313,12 @@ def test_a_value_from_outside_that_cannot_be_set(tmp_path, change, expected):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         load_config(path, [change])
     assert expected in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("config", sorted(DEMO.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_change_that_errors_and_docs_name_fits_every_configuration(config):
+    assert load_config(config, ["stages.0.batch_size=8"]).stages[0].batch_size == 8
 
 
 def test_a_long_value_is_cut_off(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,11 @@ def test_a_file_that_exists_stays(parts, data, tmp_path, monkeypatch, capsys):
     [
         ("--vision", "nowhere", "path 'nowhere' cannot be loaded"),
         ("--text", "nowhere", "path 'nowhere' cannot be loaded"),
+        ("--vision", "{text}", "must be a vision encoder, got a model of type 'qwen2'"),
+        ("--vision", "{bare}", "cannot be loaded: Can't load image processor"),
+        ("--text", "{clip}", "must be a language model, got a model of type 'clip_vision_model'"),
+        ("--text", "{silent}", "must have a chat template"),
+        ("--data", "{lost}", "must have samples that can be read, got none among the first 2"),
         ("--data", "nowhere.jsonl", "data file nowhere.jsonl does not exist"),
         ("--data", "digits", "--data must be a path, got the name of a format, 'digits'"),
     ],
@@ -86,6 +92,15 @@ def test_what_cannot_be_read_is_named_and_nothing_is_written(
     parts, data, tmp_path, monkeypatch, capsys, option, value, expected
 ):
     monkeypatch.chdir(tmp_path)
+    made = {name: parts / name for name in ("text", "clip")}
+    made |= {name: tmp_path / name for name in ("bare", "silent", "lost")}
+    shutil.copytree(parts / "clip", made["bare"])
+    (made["bare"] / "preprocessor_config.json").unlink()
+    shutil.copytree(parts / "text", made["silent"], ignore=lambda *_: ["chat_template.jinja"])
+    lines = (data / "own.jsonl").read_text(encoding="utf-8").splitlines()
+    made["lost"] = made["lost"].with_suffix(".jsonl")
+    made["lost"].write_text("\n".join(lines[:2]).replace("png", "gone"), encoding="utf-8")
+    value = value.format_map(made)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     words = arguments(parts, data)
     words[words.index(option) + 1] = value
@@ -107,3 +122,54 @@ def test_counts_fit_the_encoder_s_grid(side, counts):
 def test_a_grid_too_small_for_three_counts_is_named():
     with pytest.raises(ValueError, match=r"'encoder' must have at least 3 x 3 .* got 2 x 2"):
         _counts_for(2, "encoder")
+
+
+def test_paths_with_yaml_s_own_signs_are_written_as_they_are(parts, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"siglip": "a, [b]: {c} # é", "text": "d}, 'e' \"f\" ✓"}
+    for part, name in names.items():
+        shutil.copytree(parts / part, name)
+    output = "run, {g}: [h]"
+    words = ["--vision", names["siglip"], "--text", names["text"], "--output", output]
+    assert main([*arguments(parts, data), *words]) == 0
+    config = load_config("train.yaml")
+    assert config.model.vision.path == names["siglip"]
+    assert config.model.text.path == names["text"]
+    assert config.output == Path(output)
+    assert "é" in Path("train.yaml").read_text(encoding="utf-8")
+
+
+def own_data(folder: Path, images: list[str]) -> list[str]:
+    """Write a sample of each image, and return the options that name the data."""
+    messages = [{"role": "user", "content": "odd"}, {"role": "assistant", "content": "3"}]
+    lines = [json.dumps({"images": [image], "messages": messages}) for image in images]
+    (folder / "own.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return ["--data", str(folder / "own.jsonl"), "--image-folder", str(folder)]
+
+
+@pytest.mark.parametrize(
+    ("samples", "steps", "passes"),
+    [(32, 1, "one pass"), (33, 2, "a little more than one pass"), (64, 2, "one pass")],
+)
+def test_a_stage_passes_through_all_of_the_data(
+    parts, data, tmp_path, monkeypatch, samples, steps, passes
+):
+    monkeypatch.chdir(tmp_path)
+    options = own_data(tmp_path, [str(data / "images/1.png")] * samples)
+    assert main([*arguments(parts, data), *options, "--allow-outside"]) == 0
+    config = load_config("train.yaml")
+    assert [stage.steps for stage in config.stages] == [steps, steps]
+    assert config.stages[0].batch_size == 32
+    assert config.data.allow_outside
+    assert f"# about {passes} of the data" in Path("train.yaml").read_text(encoding="utf-8")
+
+
+def test_samples_that_cannot_be_read_are_not_counted(parts, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(data / "images/1.png", tmp_path)
+    options = own_data(tmp_path, ["1.png", "gone.png"])
+    with (tmp_path / "own.jsonl").open("a", encoding="utf-8") as file:
+        file.write("\nno JSON")
+    assert main([*arguments(parts, data), *options]) == 0
+    assert "# 1 sample; 2 more cannot be read\n" in Path("train.yaml").read_text(encoding="utf-8")
+    assert load_config("train.yaml").stages[0].batch_size == 1

@@ -74,6 +74,7 @@ def data_config(
     """
     from tokenflex.formats import FORMATS, detect_format
     from tokenflex.training.data_config import DataConfig
+    from tokenflex.training.strict import validated
 
     if name is None:
         name = data if data in FORMATS else detect_format(data)
@@ -89,4 +90,4 @@ def data_config(
             values[key] = value
     for problem in data_format.options.model_construct(**values).contradictions():
         raise ValueError(f"--{problem}")
-    return DataConfig(name=name, **values)
+    return validated({"name": name, **values}, DataConfig, "the options of --data")

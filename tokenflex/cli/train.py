@@ -27,7 +27,7 @@ def add_to(commands: CommandLine) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="replace a value of the file, such as stages.0.steps=10; may be given several times",
+        help="replace a value of the file, such as stages.0.batch_size=8; may be repeated",
     )
     train.add_argument("--output", type=Path, help="folder to write to, in place of the config's")
     train.add_argument(

@@ -7,15 +7,18 @@ that somebody has edited is recognised and kept.
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from tokenflex.files import write_atomically
+from tokenflex.files import printable, read_json, write_atomically
 
 CARD = "README.md"
 PICTURE = "accuracy.png"
@@ -23,19 +26,29 @@ _TASK = "image-text-to-text"
 _GENERAL = "This model card has been automatically generated."
 """Part of the card that transformers writes for a repository without one."""
 _DIGEST = re.compile(r"\n<!-- written by tokenflex ([0-9a-f]{16}) -->\n\Z")
+_FOLDER = "path/to/this/folder"
 _OURS = """\
 import tokenflex
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = AutoModelForImageTextToText.from_pretrained("{name}")
-processor = AutoProcessor.from_pretrained("{name}")
-inputs = processor(images=[picture], text="<image>What is this?", num_image_tokens={count})
+model = AutoModelForImageTextToText.from_pretrained({source})
+processor = AutoProcessor.from_pretrained({source})
 """
 _CONVERSION = """\
 import tokenflex
+from PIL import Image
 
-model, processor = tokenflex.from_pretrained("{name}")
+model, processor = tokenflex.from_pretrained({source})
+"""
+_ASK = """\
+picture = Image.open("picture.png").convert("RGB")
+content = [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]
+messages = [{{"role": "user", "content": content}}]
+prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
 inputs = processor(images=[picture], text=prompt, num_image_tokens={count}, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=50)
+print(processor.batch_decode(output, skip_special_tokens=True)[0])
 """
 _CITATION = """\
 @article{tokenflex2025,
@@ -52,13 +65,21 @@ class SavedWithCard:
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, **kwargs: Any
     ) -> None:
-        """Save as transformers does, and write a model card."""
+        """Save as transformers does, and write a model card.
+
+        A card that is known for the same weights and config stays as it is: that of this folder, or
+        that of the local folder which the model was loaded from.
+        """
+        folder = Path(save_directory)
+        known = is_main_process and is_generated(folder / CARD)
+        before = _Saved.of(folder) if known else None
         super().save_pretrained(  # type: ignore[misc]
             save_directory, is_main_process=is_main_process, **kwargs
         )
-        folder = Path(save_directory)
-        if is_main_process and folder.is_dir():
-            write_card(folder, self.config)  # type: ignore[attr-defined]
+        if not is_main_process or not folder.is_dir():
+            return
+        if before is None or before != _Saved.of(folder):
+            _write_or_copy(folder, self.config)  # type: ignore[attr-defined]
 
     def _upload_modified_files(
         self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any
@@ -77,6 +98,7 @@ def write_card(
     report: Mapping[str, Any] | None = None,
     sources: Mapping[str, str | None] | None = None,
     name: str | None = None,
+    repository: str | None = None,
 ) -> bool:
     """Write the card of a saved model, unless its folder has one that somebody else wrote.
 
@@ -88,12 +110,13 @@ def write_card(
         sources: Folders or hub names of the weights that the model began with, by "vision encoder",
             "language model" or "stock model"; None for those that the config names.
         name: Title; None for the folder's name.
+        repository: Name of the model on the hub, which the card loads it by; None for a folder.
 
     Returns:
         True if the card was written.
     """
     path = folder / CARD
-    if path.exists() and not is_generated(path):
+    if os.path.lexists(path) and not is_generated(path):  # also a link that leads nowhere
         return False
     text = card_text(
         config,
@@ -101,17 +124,95 @@ def write_card(
         report=report,
         sources=sources,
         picture=(folder / PICTURE).is_file(),
+        repository=repository,
     )
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return True
 
 
 def share_card(folder: Path, config: Any, repository: str) -> None:
-    """Replace the general card that transformers writes for a new repository by ours."""
+    """Replace the general card that transformers writes for a new repository by ours.
+
+    It is the card of the local folder that the model was loaded from, if the weights are the same.
+    """
     path = folder / CARD
-    if path.is_file() and _GENERAL in path.read_text(encoding="utf-8"):
+    if path.is_file() and _GENERAL in path.read_text(encoding="utf-8", errors="replace"):
         path.unlink()
-        write_card(folder, config, name=repository)
+        _write_or_copy(folder, config, repository)
+
+
+def _write_or_copy(folder: Path, config: Any, repository: str | None = None) -> None:
+    """Write a card, or copy that of the folder which the model was loaded from unchanged."""
+    source = Path(getattr(config, "_name_or_path", "") or folder)
+    card, path = source / CARD, folder / CARD
+    known = source.resolve() != folder.resolve() and card.is_file() and _Saved.of(source)
+    if not known or known != _Saved.of(folder, like=known):
+        write_card(folder, config, name=repository, repository=repository)
+        return
+    if os.path.lexists(path) and not is_generated(path):
+        return
+    if is_generated(card):
+        text = _renamed(card.read_text(encoding="utf-8"), repository or folder.resolve().name)
+        text = text.replace(_literal(_FOLDER), _literal(repository or _FOLDER))
+        text = _signed(text)
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    else:
+        shutil.copyfile(card, path)
+    if (source / PICTURE).is_file():
+        shutil.copyfile(source / PICTURE, folder / PICTURE)
+
+
+def _renamed(text: str, name: str) -> str:
+    """Return a generated card with another title, unsigned."""
+    card = ModelCard(_DIGEST.sub("", text), ignore_metadata_errors=True)
+    card.data["model_name"] = name
+    body = re.sub(
+        r"^# .*$", lambda _: f"# {_title(name)}", card.text.strip("\n"), count=1, flags=re.M
+    )
+    return f"---\n{card.data.to_yaml()}\n---\n\n{body}\n"
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """Config and hashes of the weights in a folder, which tell whether a card still fits it."""
+
+    config: Any
+    sizes: dict[str, int]
+    hashes: dict[str, str]
+
+    @classmethod
+    def of(cls, folder: Path, like: _Saved | None = None) -> _Saved | None:
+        """Read a folder; None if it has no card, or no model.
+
+        Weights are not read if config or sizes differ from those of ``like``.
+        """
+        try:
+            config = _without_notes(read_json(folder / "config.json"))
+        except (OSError, ValueError):
+            return None
+        if like is None and not os.path.lexists(folder / CARD):
+            return None
+        files = sorted(folder.glob("*.safetensors"))
+        sizes = {path.name: path.stat().st_size for path in files}
+        if like is not None and (config, sizes) != (like.config, like.sizes):
+            return cls(config, sizes, {})
+        return cls(config, sizes, {path.name: _hash_of(path) for path in files})
+
+
+def _without_notes(config: Any) -> Any:
+    """Return a config without keys that loading and saving change; the weights tell their types."""
+    if not isinstance(config, dict):
+        return config
+    notes = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+    return {key: _without_notes(value) for key, value in config.items() if key not in notes}
+
+
+def _hash_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def keep_edited_card(earlier: Path, folder: Path) -> None:
@@ -137,6 +238,7 @@ def card_text(
     report: Mapping[str, Any] | None = None,
     sources: Mapping[str, str | None] | None = None,
     picture: bool = False,
+    repository: str | None = None,
 ) -> str:
     """Return the card of a model as Markdown; see :func:`write_card`."""
     accuracy: Mapping[str, float] = (report or {}).get("accuracy", {})
@@ -166,22 +268,37 @@ def card_text(
         kind = f"a converted `{config.model_type}`"
     else:
         count, code, kind = config.num_image_tokens, _OURS, "a TokenFLEX model"
-    code = code.format(name=name, count=count)
+    code = (code + _ASK).format(source=_literal(repository or _FOLDER), count=count)
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {name}",
+        f"# {_title(name)}",
         f"A vision-language model, {kind}, whose number of vision tokens is an argument of each "
         "call: its token-adaptive projector (adaptive average pooling, LayerNorm, SwiGLU) turns "
         "the encoder's patches into as many tokens as wanted.",
         _facts(config, parts, count),
         "## Use",
-        f"With the package `tokenflex` installed (extra `[hf]`):\n\n```python\n{code}```",
+        "With the package `tokenflex` installed (extra `[hf]`), on a picture of yours:\n\n"
+        f"```python\n{code}```",
     ]
     if accuracy and report is not None:
         sections += _accuracy_section(report, picture)
     sections += ["## Licence", _licence(known), "## Citation", f"```bibtex\n{_CITATION}```"]
     text = "\n\n".join(sections) + "\n"
+    return _signed(text)
+
+
+def _signed(text: str) -> str:
     return f"{text}\n<!-- written by tokenflex {_digest(text)} -->\n"
+
+
+def _title(name: str) -> str:
+    """Return a name on one line, without signs of Markdown."""
+    return re.sub(r"([\\`*<>\[\]])", r"\\\1", printable(name, 200))
+
+
+def _literal(text: str) -> str:
+    """Return a text as Python writes it, in double quotes."""
+    return json.dumps(text)
 
 
 def _digest(text: str) -> str:

@@ -34,7 +34,8 @@ class ReadingDataset:
         seed: Another seed gives other samples.
 
     Raises:
-        ValueError: The split, a layout or a font is unknown, or a number is below 1.
+        ValueError: The split, a layout or a font is unknown, a layout is repeated, or a number is
+            below 1.
     """
 
     def __init__(
@@ -104,8 +105,8 @@ class ReadingDataset:
 
 
 def check_layouts(layouts: Sequence[str]) -> None:
-    """Raise ValueError unless there is at least one layout and all are known."""
-    if not layouts or not {*layouts} <= {*LAYOUTS}:
+    """Raise ValueError unless there is at least one layout, all are known and none is repeated."""
+    if not layouts or not {*layouts} <= {*LAYOUTS} or len({*layouts}) < len(layouts):
         raise ValueError(
-            f"layouts must be one or more of {', '.join(LAYOUTS)}, got {list(layouts)}"
+            f"layouts must be one or more of {', '.join(LAYOUTS)}, each once, got {list(layouts)}"
         )

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from transformers import AutoTokenizer
+from pydantic_core import to_jsonable_python
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+)
 
+from tokenflex.data.faults import BrokenSample, broken_records, leaving_out
+from tokenflex.data.samples import SampleDataset, size_of
 from tokenflex.files import excerpt
-from tokenflex.training.build import build_dataset, pretrained, saved_vision_config
-from tokenflex.training.config import TrainConfig
+from tokenflex.training.build import (
+    build_dataset,
+    build_processor,
+    pretrained,
+    saved_vision_config,
+)
+from tokenflex.training.config import ModelConfig, TrainConfig
 from tokenflex.training.data_config import DataConfig
-from tokenflex.training.strict import parse_yaml
+from tokenflex.training.strict import parse_yaml, validated
 
 PAPER_SIDE = 16
 """Side of the paper's largest grid of vision tokens."""
 KNOWN_PLACEHOLDERS = ("<image>", "<|image_pad|>", "<IMG_CONTEXT>", "<image_soft_token>")
 MOST_SAMPLES_A_STEP = 32
+SAMPLES_TRIED = 8
+"""Samples that are read, pictures too, before a configuration is written."""
 
 _TEMPLATE = """\
 # Written by `tokenflex init`. Every key: tokenflex/training/config.py; how stages, counts and
@@ -28,13 +45,13 @@ output: {output}
 precision: {precision}  # "no" is float32; bf16 on a GPU
 
 model:
-  vision: {{path: {vision}}}
-  text: {{path: {text}}}
+  vision: {vision}
+  text: {text}
   image_token: {image_token}  # {image_token_comment}
   num_image_tokens: {largest}  # default of a request; the encoder has {patches} patches an image
   max_tiles: 1  # more cut large images into tiles, each with the count of its sample
 
-data: {data}  # {samples} samples
+data: {data}  # {samples}
 
 stages:
   # The new projector learns to speak to the language model; both parts stay as they are.
@@ -69,8 +86,8 @@ def starting_config(vision: str, text: str, data: DataConfig, output: Path) -> s
     """Return a commented YAML configuration, which :func:`load_config` takes.
 
     The counts are the paper's 64, 144 and 256 where the encoder's grid has 16 x 16 patches or
-    more, and 1/4, 9/16 and all of its patches where it has fewer. Both stages pass through the
-    data once.
+    more. Where it has fewer, they are the squares of half, three quarters and all of a side,
+    rounded down. Both stages pass through the data once.
 
     Args:
         vision: Folder or hub name of the vision encoder.
@@ -79,22 +96,30 @@ def starting_config(vision: str, text: str, data: DataConfig, output: Path) -> s
         output: Folder of the run.
 
     Raises:
-        ValueError: A part cannot be loaded, its grid has fewer than 3 x 3 patches, or the data has
-            no sample that can be read.
+        ValueError: A part cannot be loaded or is of another kind, the language model has no chat
+            template, the encoder's grid has fewer than 3 x 3 patches, or none of the data's first
+            :data:`SAMPLES_TRIED` samples can be read.
     """
+    _check_kinds(vision, text)
     patches = _patch_grid(saved_vision_config(vision))
     counts = _counts_for(min(*patches) if patches else PAPER_SIDE, vision)
     tokenizer = pretrained(AutoTokenizer, text)
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"--text {excerpt(text)} must have a chat template, which writes conversations as the "
+            "model reads them, got none; take the instruction-tuned model, or set chat_template "
+            "of the tokenizer and save it to a folder"
+        )
     known = [word for word in KNOWN_PLACEHOLDERS if word in tokenizer.get_vocab()]
-    samples = len(build_dataset(data))
+    samples, broken = _count_samples(build_dataset(data), str(data.path))
     batch_size = min(MOST_SAMPLES_A_STEP, samples)
     steps = ceil(samples / batch_size)
     passes = "one pass" if samples % batch_size == 0 else "a little more than one pass"
     filled = _TEMPLATE.format(
         output=_flow(str(output)),
         precision="bf16" if torch.cuda.is_available() else '"no"',
-        vision=_flow(vision),
-        text=_flow(text),
+        vision=_flow({"path": vision}),
+        text=_flow({"path": text}),
         image_token=_flow(known[0] if known else "<image>"),
         image_token_comment=(
             "a token of the language model" if known else "a new token; marks an image in texts"
@@ -102,7 +127,8 @@ def starting_config(vision: str, text: str, data: DataConfig, output: Path) -> s
         largest=counts[-1],
         patches=" x ".join(map(str, patches)) if patches else "any number of",
         data=_flow(_given_keys(data)),
-        samples=f"{samples:,}",
+        samples=f"{samples:,} sample{'s' * (samples != 1)}"
+        + (f"; {broken:,} more cannot be read" if broken else ""),
         align_steps=steps,
         tune_steps=steps,
         align_passes=passes,
@@ -110,18 +136,75 @@ def starting_config(vision: str, text: str, data: DataConfig, output: Path) -> s
         batch_size=batch_size,
         counts=_flow([*counts]),
     )
-    TrainConfig.model_validate(parse_yaml(filled.encode(), "the configuration"))
+    name = "the configuration to write"
+    config = validated(parse_yaml(filled.encode(), name), TrainConfig, name)
+    assert isinstance(config.model, ModelConfig)  # as the template has it
+    build_processor(config.model, [data])
     return filled
 
 
+def _check_kinds(vision: str, text: str) -> None:
+    """Raise ValueError unless one is a vision encoder and the other a language model."""
+    config = saved_vision_config(vision)
+    if not _takes_pictures(config):
+        raise ValueError(
+            f"--vision {excerpt(vision)} must be a vision encoder, got a model of type "
+            f"{excerpt(config.model_type)}"
+        )
+    config = pretrained(AutoConfig, text)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"--text {excerpt(text)} must be a language model, got a model of type "
+            f"{excerpt(config.model_type)}"
+        )
+
+
+def _takes_pictures(config: PretrainedConfig) -> bool:
+    classes = MODEL_MAPPING.get(type(config), ())
+    classes = classes if isinstance(classes, tuple) else (classes,)
+    return any(one.main_input_name == "pixel_values" for one in classes)
+
+
+def _count_samples(dataset: SampleDataset, path: str) -> tuple[int, int]:
+    """Return how many samples there are, and how many more are known to be broken.
+
+    Raises:
+        ValueError: The first samples cannot be read, or the data does not know its length.
+    """
+    size = size_of(dataset)
+    if size is None:
+        raise ValueError(f"--data {excerpt(path)} must have a known number of samples")
+    broken: list[BrokenSample] = broken_records(dataset)
+    left_out = {sample.index for sample in broken}
+    tried = [*islice((index for index in range(size) if index not in left_out), SAMPLES_TRIED)]
+    for index in tried:
+        with leaving_out(dataset, index, broken):
+            dataset[index]
+    if len(broken) == len(left_out) + len(tried):
+        reason = f"; the last reason: {broken[-1].reason}" if broken else ""
+        raise ValueError(
+            f"--data {excerpt(path)} must have samples that can be read, got none among the first "
+            f"{len(tried)}{reason}"
+        )
+    return size - len(broken), len(broken)
+
+
 def _given_keys(data: DataConfig) -> dict[str, Any]:
-    keys = data.model_dump(mode="json", include=data.model_fields_set, exclude_none=True)
-    return {key: value for key, value in keys.items() if value not in (False, [])}
+    # No model_dump, which leaves out the keys that change nothing about the samples.
+    given = {key: getattr(data, key) for key in type(data).model_fields}
+    keys = {key: given[key] for key in given if key in data.model_fields_set}
+    return {k: v for k, v in to_jsonable_python(keys).items() if v not in (None, False, [])}
 
 
 def _flow(value: Any) -> str:
     """Format a value as YAML on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False)
+    text = yaml.safe_dump(
+        value,
+        default_flow_style=True,
+        width=float("inf"),
+        sort_keys=False,
+        allow_unicode=True,
+    )
     return text.removesuffix("\n").removesuffix("\n...")
 
 

@@ -23,6 +23,7 @@ M = TypeVar("M", bound=BaseModel)
 
 MAX_VALUES = 100_000
 KEY_LENGTH = 100  # characters of a key in an error
+INDEX_LENGTH = 9  # digits of an entry's index; lists are shorter
 MOST_MISTAKES = 1000  # named one by one in an error; a file may have many more
 
 
@@ -140,7 +141,7 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
 
 
 def set_key(values: Any, change: str) -> None:
-    """Set one key of parsed YAML in place, such as ``stages.0.steps=10``.
+    """Set one key of parsed YAML in place, such as ``stages.0.batch_size=8``.
 
     Args:
         values: Mappings and lists.
@@ -153,7 +154,10 @@ def set_key(values: Any, change: str) -> None:
     where, equals, text = change.partition("=")
     parts = where.split(".")
     if not equals or not all(parts):
-        raise ValueError(f"--set must be KEY=VALUE, such as stages.0.steps=10, got {change!r}")
+        raise ValueError(
+            f"--set must be KEY=VALUE, such as stages.0.batch_size=8, got {excerpt(change)}"
+        )
+    where = printable(where, KEY_LENGTH)
     value = parse_yaml(text.encode(), f"the value of --set {where}")
     *way, last = parts
     for depth, part in enumerate(way, 1):
@@ -169,7 +173,10 @@ def _entry(values: Any, part: str, where: str) -> Any:
     if isinstance(values, list):
         return values[_index(values, part, where)]
     if not isinstance(values, dict):
-        raise ValueError(f"--set {where} leads through {excerpt(values)}, which has no keys")
+        raise ValueError(
+            f"--set {printable(where, KEY_LENGTH)} leads through {excerpt(values)}, which has no "
+            "keys"
+        )
     return values.get(part)
 
 
@@ -179,10 +186,11 @@ def _put(values: Any, part: str, value: Any, where: str) -> None:
 
 
 def _index(values: list[Any], part: str, where: str) -> int:
-    if not (part.isdecimal() and int(part) < len(values)):
+    # Python refuses to read numbers of thousands of digits.
+    if not (part.isdecimal() and len(part) <= INDEX_LENGTH and int(part) < len(values)):
         raise ValueError(
-            f"--set {where} must name one of {len(values)} entries, 0 to {len(values) - 1}, got "
-            f"{part!r}"
+            f"--set {printable(where, KEY_LENGTH)} must name one of {len(values)} entries, 0 to "
+            f"{len(values) - 1}, got {excerpt(part)}"
         )
     return int(part)
 
@@ -208,10 +216,25 @@ def read_yaml(path: str | Path, model: type[M], changes: Sequence[str] = ()) -> 
         raise ValueError(f"config file {path} must hold keys and values, got {excerpt(values)}")
     for change in changes:
         set_key(values, change)
+    return validated(values, model, f"config file {path}")
+
+
+def validated(values: Any, model: type[M], name: str) -> M:
+    """Return a ``model`` with these values.
+
+    Args:
+        values: Mappings and lists, as YAML holds them.
+        model: Keys, types and bounds.
+        name: What holds the values, in errors.
+
+    Raises:
+        ValueError: There is an unknown key or a value that is not allowed. One line names each key
+            with what was given and what was expected.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"config file {path}: {_one_line(error, model)}") from error
+        raise ValueError(f"{name}: {_one_line(error, model)}") from error
 
 
 def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
@@ -251,7 +274,17 @@ def _messages(
         for reason in getattr(error, "reasons", [str(error)]):
             yield f"{key}: {printable(reason, REASON_LENGTH)}"
     else:
-        yield f"{key}: {problem['msg']} (got {given})"
+        hint = ""
+        if isinstance(problem["input"], bool) and problem["type"] in (
+            "literal_error",
+            "string_type",
+        ):
+            word = "yes" if problem["input"] else "no"
+            hint = (
+                f'; YAML reads {word} as {str(problem["input"]).lower()}: write "{word}" in '
+                f"quotes, with --set {key}='\"{word}\"'"
+            )
+        yield f"{key}: {problem['msg']} (got {given}{hint})"
 
 
 def _is_mark(part: int | str) -> bool:

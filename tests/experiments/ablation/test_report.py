@@ -164,6 +164,29 @@ def test_regularisation_is_told_from_the_training_canvases():
     ) in page
 
 
+def test_the_difference_on_training_canvases_has_its_sign_and_its_order():
+    report = canned_report(names=("start", *SUITES["limited"]))
+    for name, shift in (("stochastic", 0.02), ("fixed-small", 0.11)):
+        row = report["regimes"][f"{name}-300-x1"]
+        row["trained_accuracy"] = {
+            count: spread_of([value + shift for value in unseen["values"]])
+            for count, unseen in row["accuracy"].items()
+        }
+    for name in ("positions", *(f"fixed-{size}-positions" for size in ("small", "middle"))):
+        row = report["regimes"][f"{name}-300-x1"]
+        row["trained_accuracy"] = {
+            count: spread_of([value - 0.01 for value in unseen["values"]])
+            for count, unseen in row["accuracy"].items()
+        }
+    page = section(format_limited(report), "Is it regularisation?")
+    # Of the specialists: (11 + 5 + 5) / 3 points; with positions (-1 - 1 + 5) / 3.
+    assert "| 300 | 1,000 | +2.0 ± 0.0 | +7.0 ± 0.0 | -1.0 ± 0.0 | +1.0 ± 0.0 |" in page
+    assert "as in the paper: the one model's difference is the smaller one on 1 of 8 bud" in page
+    report["regimes"]["stochastic-300-x1"]["trained_accuracy"]["4"] = spread_of([1.8, 1.8, 1.8])
+    page = section(format_limited(report), "Is it regularisation?")
+    assert "as in the paper: the one model's difference is the smaller one on 0 of 8 bud" in page
+
+
 def test_the_verdict_on_limited_data_calls_level_what_the_seeds_leave_open():
     report = limited_report()
     report["regimes"]["stochastic-300-x1"]["accuracy"]["4"] = spread_of([0.85, 0.87, 0.85])
