@@ -26,6 +26,7 @@ from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.data.steps import StepPacker
 from tokenflex.dropin import ImageTextCollator
 from tokenflex.dropin.samples import _messages
+from tokenflex.packing import vision_cost
 from tokenflex.training.checkpoint import check_checkpoint_folder
 from tokenflex.training.config import TrainConfig, load_config
 from tokenflex.training.conversions import ConvertedKind
@@ -513,6 +514,26 @@ def test_the_plan_says_what_is_known(converted, tmp_path):
     text = format_plan([first, replace(second, notes=("rows are padded",))])
     assert "rows are padded" in text
     assert "operations of converted stock models are not known" in text
+
+
+@pytest.mark.parametrize(
+    ("learning", "share"),
+    # Forward 1, inputs' gradients 1, weights' gradients 1: of the encoder, over the language model.
+    [
+        ("projector", 1 / 2),
+        ("projector text", 1 / 3),
+        ("vision projector text", 1),
+        ("vision", 3 / 2),
+    ],
+)
+def test_the_cost_of_an_image_is_that_of_the_passes_that_a_stage_needs(learning, share):
+    model, processor = pair("llava")
+    kind = ConvertedKind(
+        config_of([stage(learning_rate=dict.fromkeys(learning.split(), 1e-3))]), model, processor
+    )
+    units = (model.config.vision_config.image_size / 16) ** 2
+    expected = units * vision_cost(model) * share
+    assert kind.tile_cost(kind.config.stages[0]) == pytest.approx(expected)
 
 
 def test_rows_that_would_mix_are_padded_and_the_plan_says_why():
