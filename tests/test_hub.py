@@ -23,6 +23,7 @@ from tokenflex.checkpoints import load_model
 from tokenflex.digits.processor import digits_processor
 from tokenflex.hub import checkpoint_config, is_hub_name, local_checkpoint
 from tokenflex.models.loading import is_conversion_config
+from tokenflex.training.config import load_config
 
 pytestmark = pytest.mark.usefixtures("own_accelerator_and_threads")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -87,6 +88,43 @@ def test_a_conversion_of_the_hub_is_taken_as_a_folder(command, hub, converted, p
     assert (code, "org/converted is a conversion already" in line) == (2, True)
     code, _, (line,) = command("route", "--model", name, "--data", "digits", "--counts", "4,9")
     assert (code, "checkpoint folder org/converted does not exist" in line) == (2, True)
+
+
+def run_file(path: Path, start: str, **changes: object) -> Path:
+    stage = {"name": "all", "steps": 1, "batch_size": 2, "learning_rate": {"projector": 0.001}}
+    values = {
+        "output": str(path.parent / "run"),
+        "model": {"start": start},
+        "data": {"name": "digits", "size": 2, "questions": 1},
+        "stages": [{**stage, "counts": [4], "weights": [1]}],
+        "evaluation": {"data": {"name": "digits", "size": 2}, "counts": [4]},
+        **changes,
+    }
+    path.write_text(json.dumps({**values, "threads": 1, "workers": 0}))
+    return path
+
+
+def test_a_conversion_of_the_hub_is_trained(command, hub, converted, tmp_path, monkeypatch):  # noqa: F811
+    name = hub("org/converted", converted)
+    config = run_file(tmp_path / "run.yaml", name)
+    with monkeypatch.context() as alone:
+        alone.setattr(huggingface_hub, "snapshot_download", None)
+        alone.setattr(huggingface_hub, "hf_hub_download", None)
+        assert str(load_config(config).model.start) == name  # checked without the Hub
+    code, _, errors_ = command("train", config)
+    assert (code, errors_) == (0, [])
+    _, processor = load_model(tmp_path / "run" / "checkpoint")
+    assert processor.num_image_tokens == 64
+    assert name in (tmp_path / "run" / "checkpoint" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["none", "stock"])
+def test_a_run_cannot_start_from_another_name(command, hub, stock, tmp_path, kind):  # noqa: F811
+    name = hub("org/stock", stock) if kind == "stock" else "org/none"
+    code, _, (line,) = command("train", run_file(tmp_path / "run.yaml", name))
+    words = {"none": "is no folder, and cannot be read", "stock": "must be a conversion made by"}
+    assert (code, words[kind] in line, name in line) == (2, True, True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_of_ours_on_the_hub_is_taken_as_a_folder(command, hub, own, tmp_path):  # noqa: F811

@@ -78,7 +78,8 @@ def answer_at_counts(
         max_new_tokens: the most tokens of an answer.
         max_tiles: as the processor takes it.
         penalty: for "auto", see :func:`tokenflex.routing.choice.choose_counts`.
-        budget: for "auto", as ``penalty``.
+        budget: for "auto", as ``penalty``. Of videos of a converted model, the vision tokens of
+            each: ``counts`` are then those of images.
         confidence: for "auto", in place of the two: the threshold of a cascade, see
             :func:`tokenflex.routing.cascade.generate_with_escalation`.
 
@@ -97,7 +98,7 @@ def answer_at_counts(
     limits: Any = max_tiles
     if videos and not hasattr(processor, "show_frames"):
         yield from _answers_about_videos(
-            model, processor, images, prompts, counts, videos, max_new_tokens, max_tiles
+            model, processor, images, prompts, counts, videos, max_new_tokens, max_tiles, budget
         )
         return
     if videos:
@@ -184,6 +185,7 @@ def _answers_about_videos(
     videos: Sequence[Any],
     max_new_tokens: int,
     max_tiles: int | None,
+    budget: int | None,
 ) -> Iterator[Answer]:
     """Yield the answers of a converted model, whose processor takes videos with their prompts."""
     if max_tiles is not None:
@@ -197,6 +199,7 @@ def _answers_about_videos(
             images=[list(images)] * len(prompts) if images else None,
             videos=[list(videos)] * len(prompts),
             num_image_tokens=count,
+            budget=budget,
             padding=True,
             padding_side="left",
             return_tensors="pt",

@@ -128,6 +128,8 @@ class StandIn:
             return {"pixel_values": torch.stack(clips), "pixel_attention_mask": mask, **metadata}
         if not self.cuts_patches:
             return {"pixel_values_videos": torch.stack(clips), **metadata}
+        if any(len(c) < 2 for c in clips):  # as those of Qwen3-VL and GLM
+            raise ValueError("t:1 must be larger than temporal_factor:2")
         clips = [torch.cat([c, c[-1:]]) if len(c) % 2 else c for c in clips]
         grids = [[len(c) // 2, c.shape[2] // PATCH, c.shape[3] // PATCH] for c in clips]
         return {

@@ -6,6 +6,7 @@ import functools
 import inspect
 import io
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from tests.dropin.test_model import CUTS_IMAGES, TOLERANCE, logits, projector_of
 from tests.dropin.tiny import stock_model
 from tokenflex import TokenCounts, from_pretrained, replace_projector
 from tokenflex.answers import answer_at_counts
+from tokenflex.cli import main
 from tokenflex.dropin import ImageTextCollator, pack_inputs
 from tokenflex.dropin.families import family_of
 from tokenflex.dropin.features import flat_grids
@@ -369,6 +371,39 @@ def test_times_of_a_gif_with_uneven_frames_reach_the_family():
     assert inputs["second_per_grid_ts"] == [pytest.approx(0.5)]
 
 
+@pytest.mark.parametrize(
+    ("name", "times"),
+    [("qwen3_vl", [0.5, 6.5]), ("glm4v", [0, 6]), ("glm46v", [0, 6])],  # means, or of the first
+)
+def test_time_stamps_of_a_gif_with_uneven_frames_are_its_own(name, times):
+    _, processor = shared(name)
+    inputs = processor(
+        text=video_text(name),
+        videos=[gif(clip(1, 4), [1000, 5000, 1000, 3000])],
+        num_image_tokens=4,
+        return_text_replacement_offsets=True,
+    )
+    ((offsets,),) = inputs["text_replacement_offsets"]
+    numbers = re.findall(r"\d+(?:\.\d+)?", re.sub(r"<\|[^|]*\|>", " ", str(offsets["replacement"])))
+    assert [float(number) for number in numbers] == times
+
+
+@by_name
+def test_a_clip_of_one_picture_is_one_frame(name):
+    """As one of two equal pictures, where a family joins two."""
+    model, processor = shared(name)
+    text, (one,) = f"what {video_text(name)} is", clip(1, 1)
+    options = {"num_image_tokens": 4, **BATCH}
+    inputs = processor(text=text, videos=[[one]], **options)
+    assert torch.isfinite(logits(model, inputs)).all()
+    first = processor(text=text, videos=[clip(1, 3)], max_frames=1, **options)
+    assert torch.equal(first["input_ids"], inputs["input_ids"])
+    if frames(name, 2) == 1:
+        twice = processor(text=text, videos=[[one, one]], **options)
+        for key in ("pixel_values_videos", "video_grid_thw"):
+            assert torch.equal(inputs[key], twice[key])
+
+
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
 def test_a_frame_has_the_position_of_its_time_whatever_the_counts_of_others(name):
     model, _ = shared(name)
@@ -490,6 +525,36 @@ def test_answers_about_a_video_at_several_counts():
     output = model.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)
     new = processor.tokenizer.batch_decode(output[:, -3:], skip_special_tokens=True)
     assert [answer.text for answer in answers[2:]] == [text.strip() for text in new]
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        (["--budget", "20"], [2 * 9 + 1]),
+        (["--tokens", "4,9"], [2 * 4 + 1, 2 * 9 + 1]),
+        (["--image", "IMAGE", "--tokens", "4,9", "--budget", "20"], [19 + 2 * 4, 19 + 2 * 9]),
+        (["--tokens", "auto", "--budget", "20"], "beside --video give counts, or --budget without"),
+        (["--tokens", "4", "--budget", "20"], "--tokens and --budget cannot both be given"),
+        (["--penalty", "0.1"], "--penalty is for --tokens auto"),
+        (["--budget", "1"], "budget must be at least"),
+    ],
+)
+def test_generate_takes_counts_or_a_budget_for_videos(
+    options, tokens, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("tokenflex.checkpoints.load_model", lambda _: shared("llava_onevision"))
+    (tmp_path / "clip.gif").write_bytes(gif(clip(1, 4), 250))
+    picture(1).save(tmp_path / "image.png")
+    options = [str(tmp_path / "image.png") if word == "IMAGE" else word for word in options]
+    words = ["--model", "m", "--video", str(tmp_path / "clip.gif"), "--frames", "2"]
+    code = main(["generate", *words, "--prompt", "what", "--max-new-tokens", "1", *options])
+    output = capsys.readouterr()
+    if isinstance(tokens, str):
+        assert code == 2
+        assert tokens in output.err
+    else:
+        assert code == 0, output.err
+        assert [int(line.split()[0]) for line in output.out.splitlines()[1:]] == tokens
 
 
 def test_embeddings_of_prompts_with_videos_are_refused():

@@ -10,6 +10,7 @@ from tests.dropin.tiny import stock_model
 from tokenflex import replace_projector
 from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.evaluation import evaluate
+from tokenflex.evaluation.encoding import QuestionEncoder
 from tokenflex.routing.grading import grade
 
 COUNTS = (4, 9)
@@ -68,6 +69,40 @@ def test_forced_answers_have_the_probabilities_of_each_call_alone(name):
             right = chances.argmax(-1) == inputs["input_ids"][0, -learned:]
             assert bool(graded.right[row, column]) == bool(right.all())
             assert int(graded.tiles[row]) * count == sum(inputs["num_image_tokens"])
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "idefics3"])
+def test_frames_of_videos_are_asked_about_as_images(name):
+    """Each has the tags of an image, whose positions are laid out by them; also beside images."""
+    processor = stock_processor(name)
+    model = replace_projector(stock_model(name), processor, num_image_tokens=16)
+    film = tuple(picture(10 + i) for i in range(3))
+    frames = [
+        Sample("alone", film, (talk("<video:3> what is", ANSWERS[0]),)),
+        Sample("mixed", (*film, picture(3)), (talk("a <video:3> is <image>", ANSWERS[2]),)),
+    ]
+    images = [
+        Sample("alone", film, (talk("<image><image><image> what is", ANSWERS[0]),)),
+        Sample(
+            "mixed",
+            (*film, picture(3)),
+            (talk("a <image><image><image> is <image>", ANSWERS[2]),),
+        ),
+    ]
+    of_frames = grade(model, processor, frames, COUNTS, batch_size=2)
+    of_images = grade(model, processor, images, COUNTS, batch_size=1)
+    assert torch.equal(of_frames.tiles, of_images.tiles)
+    torch.testing.assert_close(of_frames.confidence, of_images.confidence, rtol=1e-4, atol=0)
+    talks = [
+        (sample.conversations[0], processor.process_images([[*sample.images]])[1])
+        for sample in (*frames, *images)
+    ]
+    encode = QuestionEncoder(processor)
+    ids = [encode.prompt_ids(conversation, tiles) for conversation, tiles in talks]
+    assert torch.equal(ids[0], ids[2])
+    assert torch.equal(ids[1], ids[3])
+    report = evaluate(model, processor, frames, [4], score="exact", max_new_tokens=2)
+    assert report["samples"] == 2
 
 
 def test_generated_answers_are_compared_with_what_generate_says():

@@ -26,6 +26,7 @@ from tokenflex.data.samples import Conversation, Sample, Turn
 from tokenflex.data.steps import StepPacker
 from tokenflex.dropin import ImageTextCollator
 from tokenflex.dropin.samples import _messages
+from tokenflex.packing import vision_cost
 from tokenflex.training.checkpoint import check_checkpoint_folder
 from tokenflex.training.config import TrainConfig, load_config
 from tokenflex.training.conversions import ConvertedKind
@@ -271,13 +272,35 @@ def test_long_conversations_are_cut_after_an_answer_that_fits(name):
 def test_samples_that_cannot_be_learned_are_left_out_and_named():
     model, processor = pair("llava")
     kind = ConvertedKind(config_of([stage()]), model, processor)
-    frames = Sample("film", (picture(1),) * 2, (talk("<video:2> what", "a"),))
-    data = [samples()[0], frames, Sample("dumb", (picture(1),), (talk("what"),))]
-    packed = step_of(kind, data)
-    reasons = [broken.reason for broken in packed.broken]
-    assert [broken.index for broken in packed.broken] == [1, 2]
-    assert "sample film: a converted model takes images only" in reasons[0]
-    assert "sample dumb: it holds no answer to learn" in reasons[1]
+    packed = step_of(kind, [samples()[0], Sample("dumb", (picture(1),), (talk("what"),))])
+    (broken,) = packed.broken
+    assert broken.index == 1
+    assert "sample dumb: it holds no answer to learn" in broken.reason
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "idefics3"])
+def test_frames_of_a_video_are_learned_as_images(name):
+    model, processor = pair(name)
+    kind = ConvertedKind(config_of([stage()]), model, processor)
+    film = tuple(picture(10 + i) for i in range(3))
+    batches = []
+    for mark in ("<video:3>", "<image><image><image>"):
+        asked = talk(f"<image> {mark} what", "a cat", "is", "this")
+        data = [Sample("film", (picture(1), *film), (asked,)), samples()[0]]
+        packed = step_of(kind, data)
+        assert not packed.broken
+        (batch,) = packed.bins
+        batches.append((packed.tokens, packed.tiles, packed.targets, batch))
+    assert batches[0][:3] == batches[1][:3]
+    (*_, of_frames), (*_, of_images) = batches
+    assert torch.equal(of_frames.targets, of_images.targets)
+    assert torch.equal(of_frames.target_rows, of_images.target_rows)
+    assert {*of_frames.inputs} == {*of_images.inputs}
+    for key, value in of_images.inputs.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(of_frames.inputs[key], value), key
+        else:
+            assert of_frames.inputs[key] == value, key
 
 
 def test_a_processor_that_writes_more_than_its_template_is_refused():
@@ -491,6 +514,26 @@ def test_the_plan_says_what_is_known(converted, tmp_path):
     text = format_plan([first, replace(second, notes=("rows are padded",))])
     assert "rows are padded" in text
     assert "operations of converted stock models are not known" in text
+
+
+@pytest.mark.parametrize(
+    ("learning", "share"),
+    # Forward 1, inputs' gradients 1, weights' gradients 1: of the encoder, over the language model.
+    [
+        ("projector", 1 / 2),
+        ("projector text", 1 / 3),
+        ("vision projector text", 1),
+        ("vision", 3 / 2),
+    ],
+)
+def test_the_cost_of_an_image_is_that_of_the_passes_that_a_stage_needs(learning, share):
+    model, processor = pair("llava")
+    kind = ConvertedKind(
+        config_of([stage(learning_rate=dict.fromkeys(learning.split(), 1e-3))]), model, processor
+    )
+    units = (model.config.vision_config.image_size / 16) ** 2
+    expected = units * vision_cost(model) * share
+    assert kind.tile_cost(kind.config.stages[0]) == pytest.approx(expected)
 
 
 def test_rows_that_would_mix_are_padded_and_the_plan_says_why():

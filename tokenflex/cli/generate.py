@@ -66,7 +66,8 @@ def add_to(commands: CommandLine) -> None:
     choice.add_argument(
         "--budget",
         type=positive,
-        help="with auto: vision tokens for all images and frames together at most; needs no router",
+        help="with auto: vision tokens for all images and frames together at most; needs no router "
+        "(for videos of a conversion, without auto: vision tokens of each video at most)",
     )
     choice.add_argument(
         "--confidence",
@@ -96,7 +97,10 @@ def _generate(options: argparse.Namespace) -> int:
     model.to(device())
     counts = options.tokens or [processor.num_image_tokens]
     chooses = any(isinstance(count, str) for count in counts)
-    for name in ("penalty", "budget", "confidence"):
+    of_clips = bool(videos) and not hasattr(processor, "show_frames")
+    if of_clips:
+        _check_counts_of_clips(options, chooses)
+    for name in ("penalty", "confidence", *([] if of_clips else ["budget"])):
         if not chooses and getattr(options, name) is not None:
             raise ValueError(f"--{name} is for --tokens auto, got it with --tokens {counts}")
     conversations = [
@@ -133,6 +137,20 @@ def _generate(options: argparse.Namespace) -> int:
         columns += [f"{answer.first_token_seconds:>7.3f}", f"{answer.seconds:>7.3f}"]
         print("  ".join([*columns, answer.text]), flush=True)
     return 0
+
+
+def _check_counts_of_clips(options: argparse.Namespace, chooses: bool) -> None:
+    """Check how the tokens of a converted model's videos are given."""
+    if chooses:
+        raise ValueError(
+            "--tokens auto is for images alone with a conversion: beside --video give counts, or "
+            "--budget without --tokens"
+        )
+    if options.budget is not None and options.tokens and not options.image:
+        raise ValueError(
+            "--tokens and --budget cannot both be given for videos alone of a conversion, got "
+            f"--tokens {options.tokens} and --budget {options.budget}"
+        )
 
 
 def _read_videos(options: argparse.Namespace, processor: Any) -> list[Any]:

@@ -27,6 +27,9 @@ class ConversationEncoder:
         ValueError: The tokenizer has no chat template.
     """
 
+    frames_are_parts = False
+    """Whether a chat template sees each frame of a video as an image, or the video as one."""
+
     def __init__(self, tokenizer: Any, image_prompt: str, image_token: str | None = None) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
@@ -127,8 +130,8 @@ class ConversationEncoder:
     ) -> tuple[list[dict[str, Any]], list[int]]:
         """Return the turns as a chat template takes them, in parts if they have images.
 
-        A video is a part of type image, too. The second list has the frames of each, and 1 for an
-        image.
+        A video is a part of type image, too, or each of its frames is. The second list has the
+        number of images that each part stands for.
         """
         for turn in conversation.turns:
             if self.image_token != IMAGE_MARK and self.image_token in turn.text:
@@ -139,6 +142,8 @@ class ConversationEncoder:
         texts = [turn.text for turn in conversation.turns]
         roles = [turn.role for turn in conversation.turns]
         split = [split_marks(text) for text in texts]
+        if self.frames_are_parts:
+            split = [_by_frame(*pieces) for pieces in split]
         if num_images and not any(frames for _, frames in split):
             if "user" not in roles:
                 raise ValueError(f"{num_images} images need a user turn to stand in, got none")
@@ -169,6 +174,16 @@ class ConversationEncoder:
         # Some templates write no marks, and all write a video as one image.
         left = iter(frames)
         return self._image_pattern.sub(lambda _: self.image_prompt * next(left), text)
+
+
+def _by_frame(
+    texts: Sequence[str], frames: Sequence[int | None]
+) -> tuple[list[str], list[int | None]]:
+    """Return what :func:`split_marks` did, with a mark for each frame of a video."""
+    apart = [texts[0]]
+    for number, text in zip(frames, texts[1:], strict=True):
+        apart += [""] * ((number or 1) - 1) + [text]
+    return apart, [None] * (len(apart) - 1)
 
 
 def _parts(texts: Sequence[str]) -> list[dict[str, str]]:

@@ -137,13 +137,15 @@ def stock_videos(processor: Any, clips: Sequence[Clip]) -> dict[str, Any]:
     most = max(len(clip.frames) for clip in clips)
     # Without patch grids, the video processor stacks the clips, and only some pad them.
     video_processor = processor.video_processor
+    # Some families repeat the last picture of a clip with fewer than they join, others refuse it.
+    joined = getattr(video_processor, "temporal_patch_size", None) or 1
     is_stacked = "video_grid_thw" not in video_processor.model_input_names
     is_stacked &= not getattr(video_processor, "do_pad", None)
     pictures = []
     for clip in clips:
         frames = torch.from_numpy(np.stack([np.asarray(frame) for frame in clip.frames]))
-        if is_stacked and len(frames) < most:
-            frames = torch.cat([frames, frames[-1:].expand(most - len(frames), -1, -1, -1)])
+        if (missing := (most if is_stacked else joined) - len(frames)) > 0:
+            frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
         pictures.append(frames.permute(0, 3, 1, 2).contiguous())
     metadata = [_metadata(clip) for clip in clips]
     return {"videos": pictures, "video_metadata": metadata, "do_sample_frames": False}

@@ -21,7 +21,8 @@ class QuestionEncoder(ConversationEncoder):
     """Encode conversations about images whose tiles are known.
 
     The images of a converted stock model have texts of their own (:class:`ImageTiles`), and its
-    tokenizer may add special tokens to a prompt.
+    tokenizer may add special tokens to a prompt. Its chat template sees each frame of a video as an
+    image, with the tags that it writes around one.
 
     Args:
         processor: A :class:`tokenflex.TokenFlexProcessor` or a converted one.
@@ -38,6 +39,7 @@ class QuestionEncoder(ConversationEncoder):
         # A prompt may hold another text than the placeholder, which the image's text replaces.
         prompt, token = processor.image_prompt, processor.image_token
         super().__init__(tokenizer, prompt, token if token in prompt else prompt)
+        self.frames_are_parts = not hasattr(processor, "show_frames")
         self._adds_special_tokens = processor.adds_special_tokens
         self._image_mark = re.compile(re.escape(self.image_token))
 

@@ -146,11 +146,14 @@ class ReadBatch:
         data: dict[str, Any] = {"pixel_values": torch.zeros(0, 3, 1, 1)}
         tiles: list[int] = []
         if any(images):
-            limits = [
-                self.max_tiles if limit is None else limit
-                for _, sample in samples
-                for limit in sample.max_tiles
-            ]
+            limits: Any = self.max_tiles
+            # An image processor of transformers has no limit for each image: frames are as images.
+            if hasattr(self.processor, "show_frames"):
+                limits = [
+                    self.max_tiles if limit is None else limit
+                    for _, sample in samples
+                    for limit in sample.max_tiles
+                ]
             data, tiles = self.processor.process_images(images, max_tiles=limits)
         remaining, first = iter(tiles), 0
         prepared = []

@@ -28,6 +28,7 @@ from tokenflex.data.order import Order
 from tokenflex.data.samples import SampleDataset
 from tokenflex.files import excerpt
 from tokenflex.formats import FRESH_PARTS
+from tokenflex.hub import local_checkpoint
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.loading import load_checkpoint, read_config
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
@@ -216,7 +217,8 @@ def _started_model(
     Positions may be switched on, as their term begins at zero.
     """
     assert config.start is not None
-    saved = read_config(config.start / "config.json")
+    folder = local_checkpoint(config.start)
+    saved = read_config(folder / "config.json")
     positions = {}
     if saved.projector_position is None:
         positions = {
@@ -233,7 +235,7 @@ def _started_model(
                 f"configuration states {expected!r}"
             )
     model, _ = load_checkpoint(
-        config.start,
+        folder,
         num_image_tokens=config.num_image_tokens,
         trained_num_image_tokens=sorted(counts, key=token_grid) or None,
         **positions,

@@ -63,7 +63,8 @@ class ModelConfig(Strict):
     text: PartConfig
     """The language model."""
     start: Path | None = None
-    """TokenFLEX checkpoint to take all weights from. Its parts must be those described here."""
+    """TokenFLEX checkpoint to take all weights from, a folder or ``org/name`` on the Hub. Its parts
+    must be those described here."""
     processor: Literal[(*FRESH_PARTS,)] | None = None  # type: ignore[valid-type]
     """Data format that brings a processor; None for the image processor of ``vision.path`` and the
     tokenizer of ``text.path``."""
@@ -116,7 +117,7 @@ class ConvertedModelConfig(Strict):
     """A converted stock model that is trained, and its processor: a ``start`` and no parts."""
 
     start: Path
-    """Conversion that ``tokenflex convert`` wrote."""
+    """Conversion that ``tokenflex convert`` wrote, a folder or ``org/name`` on the Hub."""
     num_image_tokens: TokenCount | None = None
     """Vision tokens per tile by default, a perfect square or a [height, width] pair; None for the
     conversion's own."""
@@ -133,7 +134,10 @@ class ConvertedModelConfig(Strict):
 
 
 def _is_saved_conversion(folder: Path) -> bool | None:
-    """Return whether a folder holds a conversion; None if it cannot be read."""
+    """Return whether a folder holds a conversion; None if it cannot be read, or is on the Hub.
+
+    A configuration is checked without network: what is fetched is checked when it is loaded.
+    """
     try:
         return is_conversion(folder)
     except (OSError, ValueError):

@@ -19,7 +19,8 @@ from tokenflex.dropin.families import vision_encoder
 from tokenflex.dropin.features import default_count
 from tokenflex.dropin.processor import convert_processor
 from tokenflex.dropin.replace import conversion_class, from_pretrained
-from tokenflex.files import checkpoint_folder, read_json
+from tokenflex.files import read_json
+from tokenflex.hub import local_checkpoint
 from tokenflex.models.loading import is_conversion
 from tokenflex.packing import enable, vision_cost, why_not
 from tokenflex.packing.collator import without_weights
@@ -245,18 +246,18 @@ def _outside_of(module: nn.Module, others: set[nn.Module]) -> Iterator[nn.Module
 
 
 def _folder_of(config: TrainConfig) -> Any:
-    """Return the folder of the conversion.
+    """Return the folder of the conversion; one of the Hub is fetched.
 
     Raises:
-        FileNotFoundError: It does not exist.
+        FileNotFoundError: It does not exist, or cannot be fetched.
         ValueError: It holds something else, or broken files.
     """
     assert isinstance(config.model, ConvertedModelConfig)
-    folder = checkpoint_folder(config.model.start)
+    folder = local_checkpoint(config.model.start)
     if not is_conversion(folder):
         raise ValueError(
             "model.start without vision and text must be a conversion made by `tokenflex convert`, "
-            f"got {str(folder)!r}"
+            f"got {str(config.model.start)!r}"
         )
     for file in sorted(folder.glob("*.json")):
         read_json(file, "checkpoint file")  # transformers ignores a broken optional file

@@ -129,7 +129,6 @@ class ConvertedCollator(PackingCollator):
         Raises:
             ValueError: The processor or the chat template does not take the sample.
         """
-        _refuse_frames(sample)
         tiles = self._tiles_of(sample.image_sizes)
         runs = [number // runs_of(number) for number in tiles for _ in range(runs_of(number))]
         sequences = [self._questions.sequence(talk, tiles) for talk in sample.conversations]
@@ -321,8 +320,3 @@ def check_conversations(processor: Any) -> None:
 
 def _key_of(tiles: int) -> tuple[int, str, int]:
     return int(tiles), getattr(tiles, "text", ""), runs_of(tiles)
-
-
-def _refuse_frames(sample: Sample) -> None:
-    if any(limit is not None for limit in sample.max_tiles):
-        raise ValueError("a converted model takes images only so far: give frames as images")

@@ -131,7 +131,6 @@ def _qwen(
     no_packing="its short convolutions run across the boundaries of samples",
     no_prompt_embeds="",
     videos=None,
-    no_videos=NO_VIDEOS_YET,
 )
 def _inkling2(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any
@@ -193,7 +192,7 @@ def _glm(
 # Before 5.23 its tokens attend to padding, and the samples of a packed row to each other.
 @register_family(
     "minimax_m3_vl",
-    no_videos=NO_VIDEOS_YET,
+    no_videos="its processor cuts a clip into chunks, each with a grid of its own",
     patch_merge="vision_config.spatial_merge_size",
     transformers="5.23",
 )
@@ -226,7 +225,7 @@ def _blocks(
     "kimi_k25",
     projector="mm_projector",
     patch_merge="vision_config.merge_kernel_size",
-    no_videos=NO_VIDEOS_YET,
+    no_videos="its encoder means the frames of a chunk in time",
 )
 def _kimi(
     base: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: Any

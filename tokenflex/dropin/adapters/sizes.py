@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from tokenflex.dropin.families import (
-    NO_VIDEOS_YET,
     RECURRENT,
     PatchGrids,
     chosen_layers,
@@ -89,7 +88,7 @@ _register_minicpm = partial(
     patch_merge="merge_kernel_size",
     no_packing=RECURRENT,
     stock_tokens=tokens_of_images,
-    no_videos=NO_VIDEOS_YET,
+    no_videos="its processor may cut a frame into slices",
 )
 
 
@@ -116,7 +115,7 @@ def _minicpm(
     projector="embed_vision",
     no_packing="its attention may be bidirectional within an image",
     no_prompt_embeds="its layers read the token ids, too",
-    no_videos=NO_VIDEOS_YET,
+    no_videos="its frames are padded patches with positions beside them, not grids",
 )
 def _gemma4(
     base: Any, pixel_values: torch.Tensor, image_position_ids: torch.Tensor, **_: Any

@@ -13,7 +13,6 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from tokenflex.dropin.adapters.sizes import pixtral, seen_patches, tokens_of_images
 from tokenflex.dropin.families import (
-    NO_VIDEOS_YET,
     Clips,
     Deepstack,
     PatchGrids,
@@ -268,7 +267,7 @@ def _stacked_tiles(processor: Any, image_inputs: Any, index: int) -> int:
     merge=torch.cat,
     vision_width=_width_in_timm,
     tiles=_stacked_tiles,
-    no_videos=NO_VIDEOS_YET,
+    no_videos="its model takes them as images, without a `get_video_features` of their own",
 )
 def _perception_lm(base: Any, pixel_values: torch.Tensor, **_: Any) -> PatchGrids:
     features = base.vision_tower(pixel_values.flatten(0, 1).to(base.dtype)).last_hidden_state
