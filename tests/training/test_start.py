@@ -93,7 +93,7 @@ def test_a_start_of_another_architecture_is_refused(start, tmp_path, part, key, 
 
 
 def test_a_start_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere.config\.json does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist"):
         TrainingRun(started(tmp_path, tmp_path / "nowhere"))
 
 

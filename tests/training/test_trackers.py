@@ -192,7 +192,7 @@ def test_without_trackers_there_is_no_folder(tmp_path):
 
 def test_a_missing_package_is_one_line_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: [])
-    monkeypatch.setattr("tokenflex.training.setup.build_model", None)
+    monkeypatch.setattr("tokenflex.training.setup.load_kind", None)
     values = tiny_values(tmp_path / "run", trackers=["tensorboard"])
     path = write_config(tmp_path / "run.yaml", values)
     assert main(["train", str(path)]) == 2
