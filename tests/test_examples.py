@@ -111,8 +111,11 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch
     assert all(cell["outputs"] == [] for cell in notebook["cells"] if cell["cell_type"] == "code")
     code = "\n".join(cells)
     brief = {
-        "STEPS = 400": "STEPS = 51",
-        '"--fresh", *': '"--fresh", "--set", "encoder_warm_up.steps=5", *',
+        "STEPS = 400": "STEPS = 3",
+        "for stage in (0, 1)]": (
+            "for stage in (0, 1)] + [f'stages.{stage}.warmup_steps=1' for stage in (0, 1)]"
+        ),
+        '"evaluation.data.size=128"': '"evaluation.data.size=4", "encoder_warm_up.steps=2"',
         "runs/notebook": str(tmp_path / "run"),
     }
     for shown, tested in brief.items():

@@ -55,6 +55,8 @@ def sampled(number, *axes):
         return [*axes[0]][: None if ALL or not INTERPRETED else number]
     if ALL or not INTERPRETED:
         return [*product(*axes)]
+    # Two thirds of them, but each value of the first axis.
+    number = max(min(number, len(axes[0])), -(-2 * number // 3))
     turns = [divmod(i, len(axes[0])) for i in range(number)]
     return [
         tuple(axis[(step + place * turn) % len(axis)] for place, axis in enumerate(axes))

@@ -434,6 +434,7 @@ def test_a_run_that_was_stopped_continues_to_the_bit(finished, converted, tmp_pa
     assert all(torch.equal(written[name], expected[name]) for name in expected)
 
 
+@pytest.mark.release
 def test_two_processes_learn_what_one_does(finished, converted, tmp_path):
     values = run_values(tmp_path / "run", converted)
     ranks = start_two(write_config(tmp_path / "run.yaml", values))

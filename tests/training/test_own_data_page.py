@@ -7,6 +7,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from tokenflex.cli import main
@@ -14,6 +15,7 @@ from tokenflex.cli import main
 PAGE = (Path(__file__).parents[2] / "docs/how-to/own-data.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.release
 def test_the_page_from_data_to_report(parts, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(parts / "siglip", "models/siglip")

@@ -110,6 +110,7 @@ def test_a_trained_model_is_asked_about_its_own_canvases(whole, monkeypatch):
     assert json.loads((config.parent / TRAINED).read_text()) == {"accuracy": {"4": 0.5}}
 
 
+@pytest.mark.release
 def test_killed_and_started_again_it_gives_the_same_report(whole, tmp_path):
     """Killed while two regimes train: their processes save their states and end by themselves."""
     with subprocess.Popen([sys.executable, "-c", ABLATE, tmp_path]) as ablation:
@@ -146,6 +147,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     )
 
 
+@pytest.mark.release
 def test_larger_canvases_train_and_are_asked(tmp_path, monkeypatch):
     """The scale for a GPU, on a model of a few weights: 64 px, counts 16, 36 and 64."""
     monkeypatch.setattr(run, "run_jobs", run_jobs_here)
@@ -166,6 +168,7 @@ def test_a_quick_ablation_that_shows_nothing_fails(tmp_path, monkeypatch, capsys
     assert "FAILED: accuracy at 4, stochastic minus fixed 16 must exceed 0.15" in said.err
 
 
+@pytest.mark.release
 def test_the_reading_task_trains_and_is_asked(tmp_path, monkeypatch):
     """A model of a few weights on pages of one and two tiles; the report names the task."""
     monkeypatch.setattr(run, "run_jobs", run_jobs_here)
