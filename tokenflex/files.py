@@ -239,7 +239,12 @@ def settle_folder(folder: Path) -> None:
         sync_folder(Path(parent))
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` in UTF-8, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
     text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, text)

@@ -11,7 +11,7 @@ import yaml
 
 from experiments.ablation.regimes import Regime, Start
 from experiments.ablation.scales import Scale
-from tokenflex.files import read_json, write_atomically
+from tokenflex.files import read_json, write_text
 from tokenflex.training.strict import parse_yaml
 
 CONFIG = "config.yaml"
@@ -85,7 +85,7 @@ class Job:
                     "runs; give another --output, or delete that one"
                 )
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(path, text)
 
 
 def _read_report(path: Path, keys: Set[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from experiments.ablation.runner import run_jobs
 from experiments.ablation.scales import Scale
 from experiments.ablation.suites import regimes_of
 from experiments.ablation.unseen import format_unseen
-from tokenflex.files import write_atomically, write_json
+from tokenflex.files import write_json, write_text
 
 ASKED_AGAIN = 300
 """Training canvases that the models of the suite "limited" are asked about: its smallest data."""
@@ -90,6 +90,6 @@ def ablate(
     else:
         write_figures(report, output)
         name, page = "report", format_report(report)
-    write_atomically(output / f"{name}.md", lambda path: path.write_text(page, encoding="utf-8"))
+    write_text(output / f"{name}.md", page)
     write_json(output / f"{name}.json", report)
     return report

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.results import environment
 from tokenflex.evaluation import evaluate
-from tokenflex.files import read_json, write_atomically, write_json
+from tokenflex.files import read_json, write_json, write_text
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.plots import plot_accuracy
 from tokenflex.reading.dataset import ReadingDataset
@@ -172,9 +172,7 @@ def main() -> None:
     write_json(options.output / "report.json", report)
     plot_accuracy(report, options.output / "accuracy.png")
     page = page_of(report)
-    write_atomically(
-        options.output / "README.md", lambda path: path.write_text(page, encoding="utf-8")
-    )
+    write_text(options.output / "README.md", page)
     print(page)
 
 

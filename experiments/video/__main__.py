@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.results import environment
 from tokenflex.digits.moving import FRAMES, QUESTIONS, MovingDataset
 from tokenflex.evaluation import evaluate
-from tokenflex.files import read_json, write_atomically, write_json
+from tokenflex.files import read_json, write_json, write_text
 from tokenflex.models.loading import load_checkpoint
 
 SHOWN = (1, 2, 4, 8, 16)
@@ -137,9 +137,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     write_json(options.output / "report.json", report)
     page = page_of(report)
-    write_atomically(
-        options.output / "README.md", lambda path: path.write_text(page, encoding="utf-8")
-    )
+    write_text(options.output / "README.md", page)
     print(page)
 
 

@@ -57,7 +57,7 @@ def add_to(commands: CommandLine) -> None:
 
 def _harness(options: argparse.Namespace) -> int:
     quiet_libraries()
-    from tokenflex.files import check_replaceable, write_atomically, write_json
+    from tokenflex.files import check_replaceable, write_json, write_text
     from tokenflex.harnesses.driver import HarnessError
 
     _check(options)
@@ -68,9 +68,7 @@ def _harness(options: argparse.Namespace) -> int:
         table = _run(options)
         page = table.markdown()
         print(page, end="")
-        write_atomically(
-            options.output / "table.md", lambda path: path.write_text(page, encoding="utf-8")
-        )
+        write_text(options.output / "table.md", page)
         write_json(options.output / "table.json", table.as_json())
         if table.missing:
             raise HarnessError(

@@ -45,7 +45,7 @@ def _init(options: argparse.Namespace) -> int:
     if options.config.exists():
         raise ValueError(f"--config {options.config} exists; give another file, or delete it")
     quiet_libraries()
-    from tokenflex.files import write_atomically
+    from tokenflex.files import write_text
     from tokenflex.formats import FORMATS
     from tokenflex.training.starter import starting_config
 
@@ -57,7 +57,7 @@ def _init(options: argparse.Namespace) -> int:
     output = options.output or Path("runs") / options.config.stem
     text = starting_config(options.vision, options.text, data, output)
     options.config.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.config, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(options.config, text)
     print(
         f"{options.config} is written; read it, then\n"
         f"  tokenflex train {options.config} --dry-run  # what each stage trains and costs\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +96,18 @@ def _train(options: argparse.Namespace) -> int:
         from tokenflex.evaluation.report import format_table
         from tokenflex.plots import plot_accuracy
 
-        plot_accuracy(report, config.output / "accuracy.png")
-        _write_card(run, report)
+        picture = config.output / "accuracy.png"
+        plot_accuracy(report, picture)
+        _write_card(run, report, picture)
         print(format_table(report))
     print(f"{report['seconds']:.0f} s of training; everything is in {config.output}")
     return 0
 
 
-def _write_card(run: Any, report: dict[str, Any]) -> None:
+def _write_card(run: Any, report: dict[str, Any], picture: Path) -> None:
     """Show the accuracies of a finished run in the card of its checkpoint."""
+    from tokenflex.files import write_atomically
     from tokenflex.models.cards import PICTURE, write_card
-    from tokenflex.plots import plot_accuracy
     from tokenflex.training.config import ConvertedModelConfig
     from tokenflex.training.output import CHECKPOINT
 
@@ -114,7 +116,7 @@ def _write_card(run: Any, report: dict[str, Any]) -> None:
         sources = {"conversion": str(model.start)}
     else:
         sources = {"vision encoder": model.vision.path, "language model": model.text.path}
-    plot_accuracy(report, folder / PICTURE)
+    write_atomically(folder / PICTURE, lambda path: shutil.copyfile(picture, path))
     write_card(
         folder, run.setup.model.config, report=report, sources=sources, name=run.config.output.name
     )

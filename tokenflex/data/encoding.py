@@ -28,7 +28,7 @@ class ConversationEncoder:
     """
 
     frames_are_parts = False
-    """Whether a chat template sees each frame of a video as an image, or the video as one."""
+    """True if a chat template sees each frame of a video as an image, not the video as one."""
 
     def __init__(self, tokenizer: Any, image_prompt: str, image_token: str | None = None) -> None:
         if not getattr(tokenizer, "chat_template", None):

@@ -131,7 +131,7 @@ class Family:
 
     @property
     def takes_videos(self) -> bool:
-        """Whether a conversion takes videos."""
+        """True if a conversion takes videos."""
         return self.videos is not None or self.frames_are_images
 
     def stock_patch_merge(self, config: Any) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenflex.evaluation.baselines import OURS
 from tokenflex.evaluation.scoring import FORCED
-from tokenflex.files import check_replaceable, write_atomically, write_json
+from tokenflex.files import check_replaceable, write_json, write_text
 
 _KEYS = ("accuracy", "questions")
 WIDTH = 16
@@ -76,7 +76,7 @@ def write_report(output: Path, report: dict[str, Any], title: str) -> None:
     else:  # that of a report before
         (output / "baselines.png").unlink(missing_ok=True)
     page = format_markdown(report, title)
-    write_atomically(output / "report.md", lambda path: path.write_text(page, encoding="utf-8"))
+    write_text(output / "report.md", page)
     write_json(output / "report.json", report)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from tokenflex.files import printable, read_json, write_atomically
+from tokenflex.files import printable, read_json, write_text
 
 CARD = "README.md"
 PICTURE = "accuracy.png"
@@ -126,7 +126,7 @@ def write_card(
         picture=(folder / PICTURE).is_file(),
         repository=repository,
     )
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, text)
     return True
 
 
@@ -155,7 +155,7 @@ def _write_or_copy(folder: Path, config: Any, repository: str | None = None) -> 
         text = _renamed(card.read_text(encoding="utf-8"), repository or folder.resolve().name)
         text = text.replace(_literal(_FOLDER), _literal(repository or _FOLDER))
         text = _signed(text)
-        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(path, text)
     else:
         shutil.copyfile(card, path)
     if (source / PICTURE).is_file():

@@ -14,7 +14,7 @@ from tokenflex.reading.content import LETTERS, NUMBERS, VALUES, WORDS
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif")
 """Fonts of the standard task."""
 CHARACTERS = "".join(sorted({*"note", *"".join((*WORDS, *NUMBERS, *LETTERS, *VALUES))}))
-"""What pages are written with."""
+"""Characters of all pages."""
 
 
 @cache

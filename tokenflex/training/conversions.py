@@ -149,7 +149,7 @@ class ConvertedKind(ModelKind):
 
     @property
     def packs(self) -> bool:
-        """Whether batches are rows without padding."""
+        """True if batches are rows without padding."""
         return not self._padding_reason
 
     @property

@@ -1,4 +1,4 @@
-"""What the loop needs to know of a model, whatever its kind."""
+"""The interface between the training loop and a model of any kind."""
 
 from __future__ import annotations
 

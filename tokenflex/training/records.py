@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from tokenflex.data.steps import PackedStep
-from tokenflex.files import parse_json, write_atomically
+from tokenflex.files import parse_json, write_text
 from tokenflex.training.config import StageConfig
 from tokenflex.training.flops import Flops
 from tokenflex.training.metrics import COUNTED, tokens_per_image
@@ -159,7 +159,7 @@ class MetricsFile:
         if self.path.exists():
             kept = [line for line in read_lines(self.path) if _place(line) <= (stage, step)]
             text = "".join(json.dumps(line) + "\n" for line in kept)
-            write_atomically(self.path, lambda path: path.write_text(text, encoding="utf-8"))
+            write_text(self.path, text)
 
     def has(self, stage: int, step: int) -> bool:
         """Return whether the file has a line of this step."""
