@@ -38,8 +38,8 @@ def ablate(
     Besides a folder for each run, the suite "paper" writes ``report.md``, ``report.json``,
     ``claim.png``, ``figure1.png``, ``figure3.png`` and ``odds.png``; "gap" writes ``gap.md``,
     ``gap.json`` and ``gap.png``, and "limited" likewise; "unseen" writes ``unseen.md`` and
-    ``unseen.json``. Runs that are done are not repeated: an interrupted ablation continues, more seeds are added, and
-    suites share runs, but for "limited", whose folder is its own.
+    ``unseen.json``. Runs that are done are not repeated: an interrupted ablation continues, more
+    seeds are added, and suites share runs, but for "limited", whose folder is its own.
 
     Args:
         scale: Task, model and budget.
