@@ -171,11 +171,11 @@ def format_page(reports: Reports, rows: Sequence[Row], picture: str) -> str:
         ),
         "\n".join(f"- {line}" for line in _count_lines(reports, seconds)),
         "## Baselines",
-        "The same for the baselines of `tokenflex evaluate --baselines`, for the shape "
-        f"{PLAIN}. Their accuracies are those of another model ([baselines](../baselines/report.md)"
-        "), whose own tokens are the rows `model`. `resized` pictures are resized from the "
-        "encoder's pixels within the time; the other methods run the encoder and the projector at "
-        "the largest count first.",
+        "The same for the baselines of `tokenflex evaluate --baselines`, on the shape without "
+        "positions. Their accuracies are those of another model, [its report]"
+        "(../baselines/report.md), whose own tokens are the rows `model`. `resized` pictures are "
+        "resized from the encoder's pixels within the time; the other methods run the encoder and "
+        "the projector at the largest count first.",
         markdown_table(_answer_head(seconds, "accuracy"), _baselines(reports, seconds)),
         "\n".join(f"- {line}" for line in _baseline_lines(reports, seconds)),
         "## Training",
@@ -226,8 +226,10 @@ def _count_lines(reports: Reports, seconds: Seconds) -> Iterator[str]:
             low, high = (
                 seconds.answer("answer", shape, MODEL, count, batch) for count in (small, large)
             )
-            costs.append(f"{high / low - 1:+.0%} ({low:.2f} to {high:.2f} ms) {batch} at a time")
-        yield f"{shape}, from {small} to {large} tokens an answer takes {', '.join(costs)}."
+            costs.append(
+                f"{high / low:.2f} times as long ({low:.2f} and {high:.2f} ms) {batch} at a time"
+            )
+        yield f"{shape}: at {large} tokens an answer takes, beside {small}, {', '.join(costs)}."
 
 
 def _baselines(reports: Reports, seconds: Seconds) -> list[list[str]]:
@@ -278,8 +280,8 @@ def _training_lines(reports: Reports, seconds: Seconds) -> Iterator[str]:
         largest = seconds.training(reports, specialists[-1])
         mean, own = _means(reports, general, specialists)
         yield (
-            f"{shape}: one model for all counts takes {one:.0f} s, {one / largest - 1:+.0%} beside "
-            f"the largest specialist's {largest:.0f} s, and answers {mean:.1f} % (the mean over "
+            f"{shape}: one model for all counts takes {one:.0f} s, {one / largest:.2f} times the "
+            f"largest specialist's {largest:.0f} s, and answers {mean:.1f} % (the mean over "
             f"counts); three specialists take {three:.0f} s and answer {own:.1f} %, each at its "
             "own."
         )
@@ -351,7 +353,7 @@ def _draw_answers(axes: Any, reports: Reports, seconds: Seconds, batch: int) -> 
     for method, colour in zip(methods, BASELINE_COLOURS, strict=False):
         style |= {"color": colour, "linestyle": "--"}
         line(PLAIN, method, reports.baselines[method], label=method, **style)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.05 * axes.get_xlim()[1])
 
 
 def _draw_training(axes: Any, reports: Reports, seconds: Seconds) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from experiments.ablation.checks import quick_checks, quick_limited_checks
-from experiments.ablation.figures import write_figures
+from experiments.ablation.checks import LIMITED_GAIN, quick_checks, quick_limited_checks
+from experiments.ablation.figures import draw_gains, write_figures
 from experiments.ablation.gap import format_gap, gains, write_gap_figure
 from experiments.ablation.limited import format_limited, write_limited_figure
 from experiments.ablation.report import format_report
@@ -20,6 +20,7 @@ from experiments.ablation.suites import LEVERS, SUITES
 from experiments.ablation.tables import accuracy_table, below_nearest, nearest_trained
 from experiments.ablation.unseen import format_unseen
 from tests.experiments.ablation.tiny import canned_report
+from tokenflex.plots import plt
 
 
 def section(page: str, title: str) -> str:
@@ -132,6 +133,23 @@ def test_the_gap_has_its_figure(tmp_path):
     assert {len(gains(report, lever)) for lever in LEVERS} == {2, 3}
 
 
+@pytest.mark.parametrize("sideways", [False, True])
+def test_gains_are_drawn_at_their_places_with_their_bars(sideways):
+    rows = [
+        {"4": spread_of([0.01, 0.03]), "9": spread_of([-0.05, -0.05])},
+        {"4": spread_of([0.04])},
+    ]
+    figure, axes = plt.subplots()
+    draw_gains(axes, ["4", "9", "16"], rows, sideways=sideways)
+    lines = [container.lines[0].get_xydata() for container in axes.containers]
+    places, means = (1, 0) if sideways else (0, 1)
+    assert [line[:, means].round(6).tolist() for line in lines] == [[2, 4], [-5], []]
+    assert [line[:, places].round().tolist() for line in lines] == [[0, 1], [0], []]
+    ends = axes.containers[0].lines[2][0].get_segments()
+    assert [round(abs(a - b), 4) for a, b in (end[:, means] for end in ends)] == [2.8284, 0]
+    plt.close(figure)
+
+
 def limited_report() -> dict[str, Any]:
     """One model that is behind on unseen canvases, but for 1,200 canvases seen often."""
     report = canned_report(names=("start", *SUITES["limited"]))
@@ -160,8 +178,12 @@ def test_regularisation_is_told_from_the_training_canvases():
     report = limited_report()
     # At 16 tokens it is ahead on both, at 4 behind on both, but for one that is behind on one.
     report["regimes"]["positions-300-x1"]["trained_accuracy"]["4"] = spread_of([0.91, 0.92, 0.93])
+    # And one that is ahead by less than is shown, which is level.
+    ahead = report["regimes"]["positions-1200-x4"]
+    specialist = report["regimes"]["fixed-middle-positions-1200-x4"]["trained_accuracy"]["9"]
+    ahead["trained_accuracy"]["9"] = spread_of([one + 0.0004 for one in specialist["values"]])
     page = section(format_limited(report), "Is it regularisation?")
-    assert "| 1,200 | 1,000 | +5.0 ± 0.0 | +5.0 ± 0.0 | +3.7 ± 0.0 | +5.0 ± 0.0 |" in page
+    assert "| 1,200 | 1,000 | +5.0 ± 0.0 | +5.0 ± 0.0 | +4.3 ± 0.0 | +5.0 ± 0.0 |" in page
     assert (
         "- with positions: the one model's difference is the smaller one on 1 of 6 budgets. Of 18 "
         "comparisons it is ahead on unseen canvases in 7: in 1 without being ahead on the training "
@@ -219,6 +241,13 @@ def test_quick_checks_on_limited_data_name_what_fails():
     checks = quick_limited_checks(report)
     assert len(checks) == 4
     assert all(check.holds for check in checks)
+    for name, bound in LIMITED_GAIN.items():  # each budget has a bound of its own
+        budget = copy.deepcopy(report)
+        row = budget["regimes"][f"positions-{name}"]["accuracy"]
+        for accuracy, number in ((0.85 + bound + 0.01, 0), (0.85 + bound - 0.01, 1)):
+            row["4"] = spread_of([accuracy])
+            failed = [check for check in quick_limited_checks(budget) if not check.holds]
+            assert len(failed) == number, name
     report["regimes"]["positions-300-x1"]["accuracy"]["4"] = spread_of([0.25])
     failed = [check for check in quick_limited_checks(report) if not check.holds]
     assert [check.claim for check in failed] == [
