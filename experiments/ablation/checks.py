@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from experiments.ablation.limited import budgets_of, gains, pairs_of
+from experiments.ablation.scales import QUICK, QUICK_LIMITED, Scale
+
+LIMITED_KIND = "with positions"
+# Guesses until docs/results/ablate/quick-limited.json has three seeds of `--quick --suite limited`:
+# then 0.1 below the worst seed, as tests/experiments/ablation/test_committed.py wants it.
+LIMITED_GAIN = {"300-x1": -0.2, "fresh-x1": -0.3}
+"""Bounds by budget: the one model's accuracy minus the specialist's, at the smallest count."""
+LIMITED_LEARNED = 0.3
+"""Bound of the one model's accuracy at the smallest count, on each budget."""
 
 
 @dataclass(frozen=True)
@@ -51,3 +62,32 @@ def quick_checks(report: Mapping[str, Any]) -> list[Check]:
         Check(f"stochastic, `read` at {large}", reading(stochastic, large), 0.7),
         Check(f"fixed {large}, `read` at {large}", reading(fixed, large), 0.75),
     ]
+
+
+def quick_limited_checks(report: Mapping[str, Any]) -> list[Check]:
+    """Check that one model learns from little data, no further behind the specialist than known.
+
+    Args:
+        report: Report of :func:`experiments.ablation.results.collect` of ``QUICK_LIMITED``.
+    """
+    checks, small = [], report["counts"][0]
+    for budget in budgets_of(report):
+        gain = gains(report, LIMITED_KIND, budget)[small]["mean"]
+        one, _ = pairs_of(report, LIMITED_KIND, budget)[small]
+        learned = report["regimes"][one]["accuracy"][small]["mean"]
+        checks += [
+            Check(
+                f"accuracy at {small} on {budget.data}, one model minus the specialist",
+                gain,
+                LIMITED_GAIN[budget.name],
+            ),
+            Check(f"the one model at {small} on {budget.data}", learned, LIMITED_LEARNED),
+        ]
+    return checks
+
+
+QUICK_CHECKS: dict[str, tuple[Scale, Callable[[Mapping[str, Any]], list[Check]]]] = {
+    "paper": (QUICK, quick_checks),
+    "limited": (QUICK_LIMITED, quick_limited_checks),
+}
+"""Scale and checks of the suites that have a quick form."""

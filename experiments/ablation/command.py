@@ -34,7 +34,8 @@ def add_to(commands: CommandLine) -> None:
         action="store_const",
         dest="scale",
         const="quick",
-        help="one seed of two regimes; exit code 1 if a check of their accuracies fails",
+        help="one seed of a few regimes of the suite paper or limited; exit code 1 if a check of "
+        "their accuracies fails",
     )
     ablate.add_argument(
         "--task",
@@ -63,7 +64,7 @@ _SCALE_OPTIONS = {"large": "scale large", "quick": "quick"}
 
 def _ablate(options: argparse.Namespace) -> int:
     quiet_libraries()
-    from experiments.ablation.checks import quick_checks
+    from experiments.ablation.checks import QUICK_CHECKS
     from experiments.ablation.run import ablate
     from experiments.ablation.scales import SCALES
     from experiments.ablation.tables import accuracy_table
@@ -79,11 +80,19 @@ def _ablate(options: argparse.Namespace) -> int:
     if options.output is None:
         suffix = "" if options.scale == "small" else f"-{options.scale}"
         options.output = Path(f"runs/ablate{suffix}")
-    if options.scale == "quick" and options.suite != "paper":
-        raise ValueError(f"--quick is of the suite paper, got it with --suite {options.suite}")
+    checks = None
+    if options.scale == "quick":
+        if options.suite not in QUICK_CHECKS:
+            raise ValueError(
+                f"--quick is of the suites {' and '.join(QUICK_CHECKS)}, got it with --suite "
+                f"{options.suite}"
+            )
+        scale, checks = QUICK_CHECKS[options.suite]
+    else:
+        scale = SCALES[options.scale]
     options.resumable = options.output
     report = ablate(
-        SCALES[options.scale],
+        scale,
         options.output,
         suite=options.suite,
         seeds=options.seeds,
@@ -93,8 +102,7 @@ def _ablate(options: argparse.Namespace) -> int:
     page = "report.md" if options.suite == "paper" else f"{options.suite}.md"
     print(f"\nthe whole report is {options.output / page}")
     failed = False
-    if options.scale == "quick":
-        for check in quick_checks(report):
-            print(check, file=sys.stdout if check.holds else sys.stderr)
-            failed = failed or not check.holds
+    for check in checks(report) if checks else ():
+        print(check, file=sys.stdout if check.holds else sys.stderr)
+        failed = failed or not check.holds
     return 1 if failed else 0

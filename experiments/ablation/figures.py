@@ -18,40 +18,93 @@ COLOURS = {
     "stochastic": "#1f4e79",
     "odds-1-1-1": "#3f8fa8",
     "odds-5-3-2": "#7a6bb0",
+    "positions": "#1f4e79",
     "positions-spread": "#1f4e79",
 }
-ADDED = "positions-spread"
-"""A regime beyond the paper, drawn beside its regimes at counts that were never trained."""
+COUNT_COLOURS = ("#e07b39", "#4c9f70", "#b5495b")
+"""Colours of the small, middle and large count."""
+POSITIONS, ADDED = "positions", "positions-spread"
+"""Regimes beyond the paper: drawn beside its regimes at the trained counts, and at all counts."""
 
 
 def write_figures(report: Mapping[str, Any], folder: Path) -> None:
-    """Write ``figure1.png``, ``figure3.png`` and, if odds were compared, ``odds.png``."""
+    """Write the figures of ``report.md``.
+
+    They are ``claim.png``, ``figure1.png``, ``figure3.png`` and, if odds were compared,
+    ``odds.png``.
+    """
     main = [name for name in MAIN if name in report["regimes"]]
     odds = [name for name in ODDS if name in report["regimes"]]
-    save_figure(_figure1(report, main), folder / "figure1.png")
+    for name, counts, added in (
+        ("claim", report["counts"], POSITIONS),
+        ("figure1", _squares(report), ADDED),
+    ):
+        save_figure(_beside_the_paper(report, main, counts, added), folder / f"{name}.png")
     save_figure(_by_kind(report, main), folder / "figure3.png")
     if len(odds) > 1:
         save_figure(_by_kind(report, odds), folder / "odds.png")
 
 
-def _figure1(report: Mapping[str, Any], names: Sequence[str]) -> Any:
+def draw_gains(
+    axes: Any,
+    counts: Sequence[str],
+    gains: Sequence[Mapping[str, Mapping[str, Any]]],
+    *,
+    sideways: bool = False,
+) -> None:
+    """Draw gains in points with their standard deviations over seeds, a colour for each count.
+
+    Args:
+        axes: The axes.
+        counts: The small, middle and large count.
+        gains: By count, what :func:`experiments.ablation.results.difference` returns; a count may
+            be missing. The first is drawn at 0, the next at 1.
+        sideways: Draw gains along the x axis, without lines between them.
+    """
+    shift, style = (0.2, "o") if sideways else (0.08, "o-")
+    for i, (count, colour) in enumerate(zip(counts, COUNT_COLOURS, strict=True)):
+        drawn = {at: row[count] for at, row in enumerate(gains) if count in row}
+        places = [at + shift * (i - 1) for at in drawn]
+        means = [100 * gain["mean"] for gain in drawn.values()]
+        bars = [100 * (gain["spread"] or 0.0) for gain in drawn.values()]
+        axes.errorbar(
+            *((means, places) if sideways else (places, means)),
+            **{"xerr" if sideways else "yerr": bars},
+            fmt=style,
+            color=colour,
+            elinewidth=1,
+            label=f"at {count} tokens",
+        )
+
+
+def _beside_the_paper(
+    report: Mapping[str, Any], names: Sequence[str], counts: Sequence[str], added: str
+) -> Any:
+    """Draw regimes at ``counts`` beside the paper's figures.
+
+    Args:
+        report: The report.
+        names: The regimes that the paper has too.
+        counts: The counts of our panel. The trained ones are marked if there are others.
+        added: A regime beyond the paper, drawn dashed if the report has it.
+    """
     figure, (ours, theirs) = plt.subplots(1, 2, figsize=(9.5, 4.2), layout="constrained")
     for name in names:
         row = report["regimes"][name]
-        _curve(ours, row["accuracy"], _squares(report), name, label=row["title"])
+        _curve(ours, row["accuracy"], counts, name, label=row["title"])
         trained = paper.TRAINED_WITH[name]
         theirs.plot(paper.COUNTS, trained, color=COLOURS[name], marker="o", linewidth=_width(name))
-    if ADDED in report["regimes"]:
-        row = report["regimes"][ADDED]
+    if added in report["regimes"]:
+        row = report["regimes"][added]
         label = f"{row['title']} (ours)"
-        _curve(ours, row["accuracy"], _squares(report), ADDED, label=label, linestyle="--")
+        _curve(ours, row["accuracy"], counts, added, label=label, linestyle="--")
     seeds = len(report["seeds"])
     bars = ", bars: standard deviation" if seeds > 1 else ""
-    title = f"{task_of(report)} task, {seeds} seed{'s' * (seeds > 1)}{bars}"
+    title = f"ours: {task_of(report)}, {seeds} seed{'s' * (seeds > 1)}{bars}"
     ours.set_title(title, loc="left", fontsize=10)
     ours.set_ylabel("accuracy, %")
     theirs.set_title("the paper's claim (second-hand), 8 benchmarks", loc="left", fontsize=10)
-    _finish(ours, _squares(report), report["counts"])
+    _finish(ours, counts, report["counts"] if counts != report["counts"] else [])
     _finish(theirs, [str(count) for count in paper.COUNTS], [])
     _legend(figure, ours)
     return figure
@@ -97,6 +150,7 @@ def _curve(
         linewidth=_width(name),
         linestyle=linestyle,
         elinewidth=1,
+        capsize=2.5,
         label=label,
     )
 

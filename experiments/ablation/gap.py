@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments.ablation import paper
+from experiments.ablation.figures import draw_gains
 from experiments.ablation.results import difference
 from experiments.ablation.suites import LEVERS, Lever
 from experiments.ablation.tables import asked_and_seeds, markdown_table, points
 from tokenflex.plots import finish, plt, save_figure
-
-COLOURS = ("#e07b39", "#4c9f70", "#b5495b")
-"""Colours of the small, middle and large count."""
 
 
 def gains(report: Mapping[str, Any], lever: Lever) -> dict[str, dict[str, Any]]:
@@ -60,20 +58,9 @@ def format_gap(report: Mapping[str, Any]) -> str:
 
 def write_gap_figure(report: Mapping[str, Any], path: Path) -> None:
     """Draw the differences of every lever, with their standard deviations over seeds."""
-    counts = report["counts"]
     figure, axes = plt.subplots(figsize=(9.0, 0.55 * len(LEVERS) + 1.2), layout="constrained")
-    for i, (count, colour) in enumerate(zip(counts, COLOURS, strict=True)):
-        by_row = {row: gains(report, lever).get(count) for row, lever in enumerate(LEVERS)}
-        rows = {row: gain for row, gain in by_row.items() if gain is not None}
-        axes.errorbar(
-            [100 * gain["mean"] for gain in rows.values()],
-            [row + 0.2 * (i - 1) for row in rows],
-            xerr=[100 * (gain["spread"] or 0.0) for gain in rows.values()],
-            fmt="o",
-            color=colour,
-            elinewidth=1,
-            label=f"at {count} tokens",
-        )
+    by_lever = [gains(report, lever) for lever in LEVERS]
+    draw_gains(axes, report["counts"], by_lever, sideways=True)
     axes.axvline(0, color="#777777", linewidth=1)
     axes.set_yticks(range(len(LEVERS)), [lever.title for lever in LEVERS])
     axes.invert_yaxis()

@@ -17,6 +17,7 @@ from tokenflex.training.strict import parse_yaml
 CONFIG = "config.yaml"
 REPORT = "report.json"
 TRAINED = "trained.json"
+LOG = "train.log"
 _REPORT_KEYS = {"accuracy", "accuracy_by_kind", "standard_error", "questions", "stages"}
 
 
@@ -138,7 +139,7 @@ def plan_jobs(
             name = f"seed{seed}/{regime.name}"
             stage = scale.stage(regime.name, **{"steps": scale.steps, **regime.stage})
             config = _config(scale, name, seed, model, stage, on_gpu, workers)
-            config["data"].update(_size_of(regime.start))
+            config["data"].update(_size_of(regime.canvases or regime.start.canvases))
             jobs[name] = Job(
                 name, regime.name, seed, config, stage["steps"], start.name, asked_again
             )
@@ -151,7 +152,7 @@ def _start_job(scale: Scale, start: Start, seed: int, on_gpu: bool, workers: int
     # Starts may be fewer than cores, so another process draws their canvases.
     workers = max(workers, 1)
     config = _config(scale, name, seed, {**scale.model(), **start.model}, stage, on_gpu, workers)
-    config["data"].update(_size_of(start))
+    config["data"].update(_size_of(start.canvases))
     config["encoder_warm_up"] = {
         "steps": scale.warm_up_steps,
         "batch_size": scale.warm_up_batch,
@@ -160,8 +161,8 @@ def _start_job(scale: Scale, start: Start, seed: int, on_gpu: bool, workers: int
     return Job(name, start.name, seed, config, stage["steps"])
 
 
-def _size_of(start: Start) -> dict[str, int]:
-    return {} if start.canvases is None else {"size": start.canvases}
+def _size_of(canvases: int | None) -> dict[str, int]:
+    return {} if canvases is None else {"size": canvases}
 
 
 def _config(

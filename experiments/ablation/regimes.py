@@ -83,6 +83,7 @@ class Regime:
         stage: Keys of the stage (:class:`tokenflex.training.config.StageConfig`).
         model: Keys of the model (:class:`tokenflex.training.config.ModelConfig`) that differ from
             the start's.
+        canvases: Canvases of the training data; None for as many as the start has.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Regime:
     start: Start
     stage: Mapping[str, Any]
     model: Mapping[str, Any] = field(default_factory=dict)
+    canvases: int | None = None
 
     def but(
         self,
@@ -99,6 +101,7 @@ class Regime:
         start: Start | None = None,
         stage: Mapping[str, Any] | None = None,
         model: Mapping[str, Any] | None = None,
+        canvases: int | None = None,
     ) -> Regime:
         """Return the regime with changes, whose name and title are added to its own."""
         return Regime(
@@ -107,6 +110,7 @@ class Regime:
             start or self.start,
             {**self.stage, **(stage or {})},
             {**self.model, **(model or {})},
+            canvases or self.canvases,
         )
 
 
@@ -195,15 +199,19 @@ def _on_limited_data(scale: Scale, known: Mapping[str, Regime]) -> dict[str, Reg
     """Return one model and three specialists, with positions and without, for each budget."""
     limited = []
     for budget in BUDGETS:
-        start = replace(_start_at(scale.counts[-1]), canvases=budget.canvases)
-        if budget.canvases is not None:
+        start = _start_at(scale.counts[-1])
+        if budget.canvases is not None and not scale.shared_start:
+            start = replace(start, canvases=budget.canvases)
             title = f"{start.title}, {budget.data}"
             start = replace(start, name=f"{start.name}-{budget.canvases}", title=title)
         stage = {"steps": round(budget.factor * scale.steps)}
         for positions in ("", "-positions"):
             general = "positions" if positions else "stochastic"
             for name in (general, *(f"fixed-{size}{positions}" for size in SIZES)):
-                limited.append(known[name].but(budget.name, budget.title, start=start, stage=stage))
+                regime = known[name].but(
+                    budget.name, budget.title, start=start, stage=stage, canvases=budget.canvases
+                )
+                limited.append(regime)
     return _by_name(*limited)
 
 

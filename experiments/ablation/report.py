@@ -173,6 +173,8 @@ def _figures(odds: Sequence[str]) -> list[str]:
         "## Figures",
         "After the paper's Figure 1: accuracy against tokens, ours and the paper's.",
         "![Accuracy against vision tokens](figure1.png)",
+        "The same at the trained counts alone.",
+        "![Accuracy at the trained counts](claim.png)",
         "After the paper's Figure 3, with kinds of question in place of benchmarks: the same "
         "models, at every square count that was asked.",
         "![The same by kind of question](figure3.png)",

@@ -36,10 +36,10 @@ def ablate(
     """Train every regime of a suite on every seed, and write the results into ``output``.
 
     Besides a folder for each run, the suite "paper" writes ``report.md``, ``report.json``,
-    ``figure1.png``, ``figure3.png`` and ``odds.png``; "gap" writes ``gap.md``, ``gap.json`` and
-    ``gap.png``, and "limited" likewise; "unseen" writes ``unseen.md`` and ``unseen.json``. Runs
-    that are done are not repeated: an interrupted ablation continues, more seeds are added, and
-    suites share runs, but for "limited", whose folder is its own.
+    ``claim.png``, ``figure1.png``, ``figure3.png`` and ``odds.png``; "gap" writes ``gap.md``,
+    ``gap.json`` and ``gap.png``, and "limited" likewise; "unseen" writes ``unseen.md`` and
+    ``unseen.json``. Runs that are done are not repeated: an interrupted ablation continues, more
+    seeds are added, and suites share runs, but for "limited", whose folder is its own.
 
     Args:
         scale: Task, model and budget.

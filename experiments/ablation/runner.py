@@ -13,12 +13,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.ablation.jobs import CONFIG, REPORT, Job
+from experiments.ablation.jobs import CONFIG, LOG, REPORT, Job
 from tokenflex.errors import ReportedError
 from tokenflex.files import parse_json
 from tokenflex.interruption import Interruption
 
-LOG = "train.log"
 LOCK = ".lock"
 REPOSITORY = Path(__file__).parents[2]
 LOOK_EVERY = 0.2
@@ -26,6 +25,9 @@ LOOK_EVERY = 0.2
 LOCK_PATIENCE = 30.0
 """Seconds that jobs of a killed ablation have to save their states."""
 LAST_LINES = 15
+JOBS_A_PROCESS = 8
+"""Jobs that a process runs in turn if one runs at a time: its imports take as long as a short job.
+"""
 
 
 class JobFailedError(ReportedError):
@@ -33,11 +35,10 @@ class JobFailedError(ReportedError):
 
 
 class _Running:
-    """A job's process. It ends when its input closes, and so when this process ends."""
+    """The process of jobs in turn. It ends when its input closes, and so when this process ends."""
 
-    def __init__(self, job: Job, output: Path, lock: int, *, on_gpu: bool) -> None:
-        self.job = job
-        self.log = output / job.name / LOG
+    def __init__(self, jobs: Sequence[Job], output: Path, lock: int, *, on_gpu: bool) -> None:
+        self.jobs = jobs
         paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
         environment = {
             **os.environ,
@@ -45,9 +46,9 @@ class _Running:
             "TQDM_DISABLE": "1",
             **({} if on_gpu else {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}),
         }
-        with self.log.open("ab") as log:
+        with _log_of(jobs[0], output).open("ab") as log:
             self.process = subprocess.Popen(
-                command_of(job),
+                command_of(jobs),
                 cwd=output,
                 env=environment,
                 stdin=subprocess.PIPE,
@@ -56,6 +57,10 @@ class _Running:
                 start_new_session=True,  # Ctrl-C reaches this process, which stops the jobs
                 pass_fds=(lock,),
             )
+
+    def job(self, output: Path) -> Job | None:
+        """Return the first job that is not done."""
+        return next((job for job in self.jobs if not job.is_done(output)), None)
 
     def stop(self) -> None:
         """Ask the process to save its state and end."""
@@ -72,20 +77,29 @@ class _Running:
         if code is None:
             return False
         self.stop()
-        if not self.job.is_done(output):
-            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-            end = "\n".join(lines[-LAST_LINES:])
+        failed = self.job(output)
+        if failed is not None:
+            log = _log_of(failed, output)
+            text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+            end = "\n".join(text.splitlines()[-LAST_LINES:])
             raise JobFailedError(
-                f"job {self.job.name} ended with exit status {code} and without a report; the end "
-                f"of {self.log}:\n{end}"
+                f"job {failed.name} ended with exit status {code} and without a report; the end "
+                f"of {log}:\n{end}"
             )
         return True
 
 
-def command_of(job: Job) -> list[str]:
-    """Return the command of a job's process, which runs in the ablation's folder."""
-    command = [sys.executable, "-m", "experiments.ablation.worker", f"{job.name}/{CONFIG}"]
-    return [*command, "--asked-again", str(job.asked_again)] if job.asked_again else command
+def command_of(jobs: Sequence[Job]) -> list[str]:
+    """Return the command of the process of jobs, which runs in the ablation's folder.
+
+    Each job's configuration is followed by the number of training canvases that it is asked about.
+    """
+    command = [sys.executable, "-m", "experiments.ablation.worker"]
+    return [*command, *(f"{job.name}/{CONFIG}:{job.asked_again}" for job in jobs)]
+
+
+def _log_of(job: Job, output: Path) -> Path:
+    return output / job.name / LOG
 
 
 def run_jobs(
@@ -124,13 +138,14 @@ def run_jobs(
             try:
                 while waiting or running:
                     interruption.check()
-                    ready = [job for job in waiting if _is_ready(job, output)]
-                    for job in ready[: at_once - len(running)]:
-                        waiting.remove(job)
-                        running.append(_Running(job, output, lock, on_gpu=on_gpu))
+                    for _ in range(at_once - len(running)):
+                        turn = _next_jobs(waiting, output, JOBS_A_PROCESS if at_once == 1 else 1)
+                        if turn:
+                            waiting = [job for job in waiting if job not in turn]
+                            running.append(_Running(turn, output, lock, on_gpu=on_gpu))
                     _show(bar, jobs, running, output)
                     time.sleep(LOOK_EVERY)
-                    running = [job for job in running if not job.has_ended(output)]
+                    running = [process for process in running if not process.has_ended(output)]
                 _show(bar, jobs, running, output)
             finally:
                 for process in running:
@@ -139,8 +154,16 @@ def run_jobs(
                     process.process.wait()
 
 
-def _is_ready(job: Job, output: Path) -> bool:
-    return job.needs is None or (output / job.needs / REPORT).is_file()
+def _next_jobs(waiting: Sequence[Job], output: Path, number: int) -> list[Job]:
+    """Return jobs that can run in turn, each after the one that it needs."""
+    turn: list[Job] = []
+    for job in waiting:
+        needed = job.needs is None or (output / job.needs / REPORT).is_file()
+        if needed or job.needs in {earlier.name for earlier in turn}:
+            turn.append(job)
+        if len(turn) == number:
+            break
+    return turn
 
 
 @contextmanager
@@ -164,7 +187,8 @@ def _locked(output: Path) -> Iterator[int]:
 def _show(bar: tqdm, jobs: Sequence[Job], running: Sequence[_Running], output: Path) -> None:
     """Show the steps of all jobs; steps before a continuation do not count for the rate."""
     done = [job for job in jobs if job.is_done(output)]
-    names = [process.job.name for process in running if process.job not in done]
+    at_work = [process.job(output) for process in running]
+    names = [job.name for job in at_work if job is not None]
     steps_of = {name: steps_done(output / name) for name in names}
     steps = sum(job.steps for job in done) + sum(steps_of.values())
     if not bar.n and steps:

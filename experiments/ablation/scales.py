@@ -29,7 +29,10 @@ class Scale:
         evaluated: Canvases of the test split that are evaluated, with eight questions each.
         precision: Precision of training on a GPU; a CPU trains in float32.
         seeds: Default number of seeds.
-        regimes: Trained regimes of the suite `paper`; all if empty.
+        regimes: Trained regimes of the suite `suite`; all if empty.
+        suite: The suite of which `regimes` are a part.
+        shared_start: Whether regimes on limited data continue from the start on fresh canvases, in
+            place of one on their own.
         task: Name of the data and of the processor: "digits" or "reading".
         patch_size: Pixels of the encoder's patches.
         max_tiles: Most tiles of a picture.
@@ -55,6 +58,8 @@ class Scale:
     precision: str = "no"
     seeds: int = 3
     regimes: tuple[str, ...] = ()
+    suite: str = "paper"
+    shared_start: bool = False
     task: str = "digits"
     patch_size: int = 4
     max_tiles: int = 1
@@ -155,6 +160,20 @@ QUICK = replace(
     regimes=("fixed-large", "stochastic"),
 )
 
+# The same for the suite `limited`, at the smallest count, from the start of `quick` in the same
+# folder: a start on the limited canvases themselves would double the time.
+QUICK_LIMITED = replace(
+    QUICK,
+    name="quick-limited",
+    regimes=tuple(
+        f"{name}-{data}-x1"
+        for data in ("300", "fresh")
+        for name in ("fixed-small-positions", "positions")
+    ),
+    suite="limited",
+    shared_start=True,
+)
+
 # For a GPU; not measured yet.
 LARGE = Scale(
     name="large",
@@ -194,4 +213,4 @@ READING = replace(
     learning_rate=1e-3,
 )
 
-SCALES = {scale.name: scale for scale in (SMALL, LARGE, LIMITED, QUICK, READING)}
+SCALES = {scale.name: scale for scale in (SMALL, LARGE, LIMITED, QUICK, QUICK_LIMITED, READING)}

@@ -87,5 +87,5 @@ def regimes_of(suite: str, scale: Scale) -> list[Regime]:
     if suite not in SUITES:
         raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {suite!r}")
     known = regimes(scale)
-    names = (scale.regimes if suite == "paper" else ()) or SUITES[suite]
+    names = (scale.regimes if suite == scale.suite else ()) or SUITES[suite]
     return [known[name] for name in names]

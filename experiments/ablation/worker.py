@@ -1,6 +1,7 @@
-"""Process of one job: ``tokenflex train``, which ends together with its parent.
+"""Process of jobs in turn: ``tokenflex train`` for each, which ends together with its parent.
 
-With ``--asked-again N`` the trained model is also asked about ``N`` canvases of its training data.
+An argument is ``CONFIG:N``: after its training the model is asked about ``N`` canvases of its
+training data. What a job prints goes into the log beside its configuration.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.ablation.jobs import LOG, TRAINED
 from tokenflex.cli import main
 
 
@@ -28,7 +31,6 @@ def ask_again(path: Path, canvases: int) -> None:
         path: Configuration of the run, which is done.
         canvases: The most canvases that are asked about, the first of the data.
     """
-    from experiments.ablation.jobs import TRAINED
     from tokenflex.checkpoints import load_model
     from tokenflex.evaluation import evaluate
     from tokenflex.files import write_json
@@ -51,13 +53,30 @@ def ask_again(path: Path, canvases: int) -> None:
     write_json(path.parent / TRAINED, report)
 
 
+def log_into(path: Path) -> None:
+    """Let this process print into a file, behind what is there."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with path.open("ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+
+
+def run_in_turn(jobs: Sequence[str]) -> int:
+    """Run jobs until one fails; return its exit status, or 0."""
+    for job in jobs:
+        path, _, asked_again = job.rpartition(":")
+        config = Path(path)
+        log_into(config.parent / LOG)
+        if code := main(["train", path]):
+            return code
+        if int(asked_again):
+            ask_again(config, int(asked_again))
+    return 0
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--asked-again", type=int, default=0)
-    options = parser.parse_args()
+    parser.add_argument("jobs", nargs="+", metavar="CONFIG:N")
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    code = main(["train", str(options.config)])
-    if code == 0 and options.asked_again:
-        ask_again(options.config, options.asked_again)
-    sys.exit(code)
+    sys.exit(run_in_turn(parser.parse_args().jobs))

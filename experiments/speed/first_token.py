@@ -8,7 +8,6 @@ Counts take turns; the CSV has the best and the median of all rounds.
 from __future__ import annotations
 
 import sys
-import timeit
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,12 +15,11 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.utils.benchmark
 
 from benchmarks.harness import DTYPES, SEED
 from benchmarks.prompts import IMAGE
 from benchmarks.results import NewRow, Row
-from experiments.speed.models import fields, parse_options, publish, random_model
+from experiments.speed.models import fields, parse_options, publish, random_model, take_turns
 
 TEXT_TOKENS = 32
 COUNTS = (16, 64, 144, 256, 400, 576)
@@ -44,7 +42,7 @@ def measure(model: Any, counts: Sequence[int], rounds: int) -> list[NewRow]:
     text = torch.randint(2, vocabulary, (TEXT_TOKENS,), generator=generator)
     with torch.no_grad():
         encoded = model.encode_images(pixels)
-    clocks = {}
+    calls = {}
     for count in counts:
         ids = torch.cat([torch.full((count,), IMAGE), text])[None].to(device)
         prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -53,10 +51,10 @@ def measure(model: Any, counts: Sequence[int], rounds: int) -> list[NewRow]:
             (FROM_PIXELS, {"pixel_values": pixels}),
             (ENCODED, {"encoded_images": encoded}),
         ):
-            call = partial(first_token, do_sample=False, **image)
-            clocks[count, way] = timeit.Timer(call, timer=torch.utils.benchmark.timer)
-    turns = [{key: clock.timeit(1) for key, clock in clocks.items()} for _ in range(rounds + 1)]
-    seconds = {key: [turn[key] for turn in turns[1:]] for key in clocks}  # the first warms up
+            calls[count, way] = partial(first_token, do_sample=False, **image)
+    seconds = {
+        key: [turn.seconds for turn in turns] for key, turns in take_turns(calls, rounds).items()
+    }
     return [
         {
             "vision_tokens": count,

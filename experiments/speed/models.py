@@ -1,16 +1,18 @@
-"""Models of random weights, their training steps, and the options and CSV of a study."""
+"""Models of random weights, their training steps, and the clocks, options and CSV of a study."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torch.utils.benchmark
 
 from benchmarks.harness import SEED
 from benchmarks.prompts import IMAGE
@@ -134,6 +136,29 @@ class Step:
         loss = self.loss()
         loss.backward()
         return loss.detach()
+
+
+Key = TypeVar("Key")
+
+
+class Taken(NamedTuple):
+    """Seconds of a call: by the clock on the wall, and of this process's processors."""
+
+    seconds: float
+    processor_seconds: float
+
+
+def take_turns(calls: Mapping[Key, Callable[[], object]], rounds: int) -> dict[Key, list[Taken]]:
+    """Return what each call takes in each round. The calls take turns; a first round warms up."""
+
+    def timed(call: Callable[[], object]) -> Taken:
+        began, processor_began = torch.utils.benchmark.timer(), time.process_time()
+        call()
+        processor_seconds = time.process_time() - processor_began
+        return Taken(torch.utils.benchmark.timer() - began, processor_seconds)
+
+    turns = [{key: timed(call) for key, call in calls.items()} for _ in range(rounds + 1)]
+    return {key: [turn[key] for turn in turns[1:]] for key in calls}
 
 
 def parse_options(

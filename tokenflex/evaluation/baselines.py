@@ -193,12 +193,12 @@ class Baselines:
             encoded: What the model's encoder made of them.
             tiles: The sample of each tile and its number there, by which ``random`` chooses.
         """
-        tokens = self._at_full_count(encoded) if len(encoded) else encoded
+        tokens = self.at_full_count(encoded) if len(encoded) else encoded
         for method in METHODS:
             for count in self.counts:
-                yield method, count, self._images(method, count, image_inputs, tokens, tiles)
+                yield method, count, self.images(method, count, image_inputs, tokens, tiles)
 
-    def _images(
+    def images(
         self,
         method: str,
         count: TokenCount,
@@ -206,6 +206,14 @@ class Baselines:
         tokens: EncodedImages,
         tiles: Sequence[tuple[int, int]],
     ) -> BaselineImages | None:
+        """Return the images of a batch as a method shows them; None where it cannot run.
+
+        Args:
+            method: One of ``METHODS``.
+            count: A count below the full one.
+            image_inputs, tiles: As in :meth:`runs`.
+            tokens: What :meth:`at_full_count` returns.
+        """
         name = f"{method} at {label_of(count)}"
         if method in self.left_out or name in self.left_out:
             return None
@@ -214,7 +222,7 @@ class Baselines:
             return BaselineImages(tokens, grid, nullcontext())
         if method in RESIZING:
             try:
-                return self._resized(method, grid, image_inputs)
+                return self.resized(method, grid, image_inputs)
             except ValueError as error:
                 self.left_out[method] = str(error)
                 return None
@@ -239,7 +247,12 @@ class Baselines:
             fewer = replace_features(tokens, grid, lambda rows: rows.index_select(0, index))
         return BaselineImages(fewer, grid, ready_tokens(self.model))
 
-    def _resized(self, method: str, grid: Grid, image_inputs: Mapping[str, Any]) -> BaselineImages:
+    def resized(self, method: str, grid: Grid, image_inputs: Mapping[str, Any]) -> BaselineImages:
+        """Return pictures with the detail of a grid of tokens: ``resized`` or ``enlarged`` ones.
+
+        Raises:
+            ValueError: The encoder's inputs cannot be resized.
+        """
         patch = None
         if hasattr(self.model, "takes_shared_prefixes"):  # no converted model
             size = self.model.config.vision_config.patch_size
@@ -268,7 +281,7 @@ class Baselines:
         )
         return height, width
 
-    def _at_full_count(self, encoded: EncodedImages) -> EncodedImages:
+    def at_full_count(self, encoded: EncodedImages) -> EncodedImages:
         """Return images whose features are the vision tokens at the full count."""
         projector, grid = self.model.projector, self.full_grid
         grids = [grid] * len(encoded)

@@ -10,7 +10,7 @@ import pytest
 from experiments.ablation.jobs import Job, plan_jobs
 from experiments.ablation.regimes import BUDGETS, PAPER_ODDS, other_grids, regimes
 from experiments.ablation.results import collect
-from experiments.ablation.scales import LARGE, LIMITED, QUICK, SCALES, SMALL
+from experiments.ablation.scales import LARGE, LIMITED, QUICK, QUICK_LIMITED, SCALES, SMALL
 from experiments.ablation.suites import LEVERS, SUITES, regimes_of
 from tests.experiments.ablation.tiny import TINY
 from tokenflex.cli import main
@@ -151,6 +151,20 @@ def test_runs_on_limited_data_share_their_canvases_with_their_start_and_their_sp
     assert fresh < 100_000  # canvases of the data set: a run on fresh ones sees none twice
 
 
+def test_the_quick_form_on_limited_data_goes_on_from_the_start_of_the_other():
+    """In one folder the start is trained once; data of two sizes, at the smallest count."""
+    start, *_ = jobs_of(QUICK, seeds=(0,))
+    same, *rest = plan_jobs(QUICK_LIMITED, regimes_of("limited", QUICK_LIMITED), [0], on_gpu=False)
+    assert (same.name, same.config) == (start.name, start.config)
+    assert {job.needs for job in rest} == {start.name}
+    assert [
+        (job.config["data"].get("size"), job.config["stages"][0]["counts"]) for job in rest
+    ] == [
+        *((300, [4]), (300, [4, 9, 16])),
+        *((None, [4]), (None, [4, 9, 16])),
+    ]
+
+
 def test_a_longer_run_sees_the_vision_tokens_of_three_specialists():
     longer = regimes(SMALL)["positions-longer"]
     mean = sum(n * odds for n, odds in zip((4, 9, 16), PAPER_ODDS, strict=True))
@@ -171,7 +185,7 @@ def test_an_unknown_suite_is_refused(capsys):
     said = capsys.readouterr().err
     assert "suite must be one of paper, gap, unseen, limited, got 'paperr'" in said
     assert main(["ablate", "--quick", "--suite", "gap"]) == 2
-    assert "--quick is of the suite paper" in capsys.readouterr().err
+    assert "--quick is of the suites paper and limited, got it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=lambda scale: scale.name)
@@ -182,7 +196,7 @@ def test_every_scale_has_a_valid_configuration(scale):
     }
     assert len(words[scale.task]) <= scale.vocabulary
     assert scale.batch_size % 3 == 0
-    for job in jobs_of(scale, seeds=(0,)):
+    for job in plan_jobs(scale, regimes_of(scale.suite, scale), [0], on_gpu=False):
         config_of(job)
 
 

@@ -16,31 +16,38 @@ from experiments.ablation import runner
 from experiments.ablation.jobs import Job
 from experiments.ablation.runner import JobFailedError, run_jobs, steps_done
 
-# Says when it ran, and leaves what a training run leaves; "stop" in its name: waits to be stopped.
-JOB = """
+# Say when they ran, and leave what training runs leave; "stop" in a name: waits to be stopped.
+JOBS = """
 import os, sys, time
-name = sys.argv[1]
-with open("journal", "a") as journal:
-    journal.write(f"{name} begins\\n")
-if "fail" in name:
-    print("warming up")
-    sys.exit("tokenflex: no such file")
-if "stop" in name:
-    os.read(0, 1)
+
+def write(line):
     with open("journal", "a") as journal:
-        journal.write(f"{name} saves\\n")
-    sys.exit(2)
-time.sleep(0.1)
-with open(f"{name}/report.json", "w") as report:
-    report.write("{}")
-with open("journal", "a") as journal:
-    journal.write(f"{name} ends\\n")
+        journal.write(f"{line}\\n")
+
+write(f"process of {' '.join(sys.argv[1:])}")
+for name in sys.argv[1:]:
+    write(f"{name} begins")
+    if "fail" in name:
+        print("warming up")
+        sys.exit("tokenflex: no such file")
+    if "stop" in name:
+        os.read(0, 1)
+        write(f"{name} saves")
+        sys.exit(2)
+    time.sleep(0.1)
+    with open(f"{name}/report.json", "w") as report:
+        report.write("{}")
+    write(f"{name} ends")
 """
 
 
 @pytest.fixture(autouse=True)
 def _short_jobs(monkeypatch):
-    monkeypatch.setattr(runner, "command_of", lambda job: [sys.executable, "-c", JOB, job.name])
+    monkeypatch.setattr(
+        runner,
+        "command_of",
+        lambda jobs: [sys.executable, "-c", JOBS, *(job.name for job in jobs)],
+    )
     monkeypatch.setattr(runner, "LOOK_EVERY", 0.01)
 
 
@@ -67,9 +74,26 @@ def test_so_many_run_at_once(tmp_path):
     lines = run([job(name) for name in "abcdef"], tmp_path, at_once=2)
     running = most = 0
     for line in lines:
-        running += 1 if line.endswith("begins") else -1
+        running += line.endswith("begins") - line.endswith("ends")
         most = max(most, running)
     assert most == 2
+
+
+def test_one_at_a_time_run_in_turn_in_a_process(tmp_path, monkeypatch):
+    """Each after the one that it needs; no process has more than so many."""
+    monkeypatch.setattr(runner, "JOBS_A_PROCESS", 3)
+    jobs = [job("b", needs="a"), job("a"), job("c"), job("d", needs="a"), job("e")]
+    lines = run(jobs, tmp_path)
+    assert [line for line in lines if line.startswith("process")] == [
+        "process of a c d",
+        "process of b e",
+    ]
+
+
+def test_the_job_that_failed_is_named_among_those_of_its_process(tmp_path):
+    with pytest.raises(JobFailedError, match=r"job fail ended with exit status 1.*fail.train\.log"):
+        run([job("a"), job("fail"), job("later")], tmp_path)
+    assert journal(tmp_path)[-2:] == ["a ends", "fail begins"]
 
 
 def test_what_is_done_is_not_done_again(tmp_path):
