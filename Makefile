@@ -220,7 +220,7 @@ sanitize: setup
 	$(call sanitized,address$(COMMA)undefined -fno-sanitize-recover=undefined,\
 	  LD_PRELOAD="$(call runtime,asan) $(call runtime,ubsan)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1,\
-	  $(addprefix tests/kernels/test_,extension.py huge_pages.py threads.py) \
+	  $(addprefix tests/kernels/test_,call_records.py extension.py huge_pages.py threads.py) \
 	  $(addsuffix /test_native.py,$(addprefix tests/kernels/,pool_norm swiglu project_tokens)) \
 	  $(addprefix tests/kernels/packing/test_,plan.py packing.py table_gradient.py bins.py tensor_calls.py))
 

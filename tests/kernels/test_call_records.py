@@ -624,6 +624,22 @@ class TestRecords:
         with pytest.raises(RuntimeError, match="no such kernel"):
             repeat(prepare(1, 0, [result], [(fail, (), [])]), x)
 
+    def test_launches_may_be_forgotten_while_they_are_repeated(self):
+        """As by another thread; `make sanitize` sees what is read after it is freed."""
+        if extension() is None:
+            pytest.skip("needs the extension")
+        x, calls = torch.zeros(4, 4), []
+        kept = []
+
+        def launch(*arguments):
+            kept.clear()
+            calls.append(arguments)
+
+        launches = [(launch, (k, None, None), [(1, 0), (2, 1)]) for k in range(3)]
+        kept.append(extension().prepare_launches(1, 0, [((4, 4), (4, 1), None)], launches))
+        (out,) = extension().repeat_launches(kept[0], x)
+        assert calls == [(k, x.data_ptr(), out.data_ptr()) for k in range(3)]
+
     def test_records_are_bounded(self, launched, monkeypatch):
         monkeypatch.setattr(call_records, "MAX_RECORDS", 3)
         monkeypatch.setattr(call_records, "MAX_SEEN", 5)

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -137,6 +138,37 @@ def test_callers_at_the_same_time_do_not_disturb_each_other():
     assert len(results) == 3
     for result in results:
         assert all(all(map(torch.equal, result[name], expected[name])) for name in NAMES)
+
+
+def test_callers_repeat_recorded_launches_at_the_same_time():
+    """They share a record; each gets results of its own, and launches on its own tensors."""
+    launched: list[tuple[int, ...]] = []
+    given: list[tuple[torch.Tensor, torch.Tensor]] = []  # keeps them, and so their addresses
+    start = threading.Barrier(3)
+
+    def launch(*arguments: int) -> None:
+        time.sleep(0)  # another caller's turn
+        launched.append(arguments)
+
+    prepared = extension().prepare_launches(
+        1, 0, [((4, 4), (4, 1), None)], [(launch, (7, None, None), [(1, 0), (2, 1)])] * 2
+    )
+
+    def run() -> None:
+        x = torch.zeros(4, 4)
+        start.wait()
+        for _ in range(50):
+            (out,) = extension().repeat_launches(prepared, x)
+            given.append((x, out))
+
+    callers = [threading.Thread(target=run) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    expected = [(7, x.data_ptr(), out.data_ptr()) for x, out in given] * 2
+    assert len(given) == len({out for *_, out in expected}) == 150
+    assert sorted(launched) == sorted(expected)
 
 
 FEWER_THREADS = """

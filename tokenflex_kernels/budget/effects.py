@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tokenflex_kernels.budget.integers import UNKNOWN, Lanes, Value
+from tokenflex_kernels.budget.integers import UNKNOWN, Lanes, Value, from_bits, known_bits
 from tokenflex_kernels.budget.sass import Instruction, Operand, vector
 from tokenflex_kernels.budget.state import (
     LATENCY,
@@ -268,28 +268,26 @@ def _pack_predicates(
     state: State, i: Instruction, lanes: Lanes, start: float, group: Group
 ) -> Effect:
     """P2R: predicates become the bits of a register."""
-    destination, _, base, mask = i.operands[:4]
-    value = state.read(base)
+    destination, _, base, chosen = i.operands[:4]
+    mask, bits = known_bits(state.read(base))
     for k in range(7):
-        if mask.number >> k & 1 and value is not None:
-            bit = state.values.get(f"P{k}")
-            if bit is None:
-                value = None
-            else:
-                value = np.where(bit < 0, UNKNOWN, value & ~(1 << k) | bit << k)
-    return {destination.name: value}, LATENCY["integer"]
+        if chosen.number >> k & 1:
+            known, value = known_bits(state.values.get(f"P{k}"))
+            mask = mask & ~(1 << k) | (known & 1) << k
+            bits = bits & ~(1 << k) | (value & 1) << k
+    return {destination.name: from_bits(mask, bits)}, LATENCY["integer"]
 
 
 def _unpack_predicates(
     state: State, i: Instruction, lanes: Lanes, start: float, group: Group
 ) -> Effect:
     """R2P: the bits of a register, or of one of its bytes, become predicates."""
-    value, mask = state.read(i.operands[1]), i.operands[2].number
+    mask, bits = known_bits(state.read(i.operands[1]))
     shift = next((8 * int(m[1]) for m in i.modifiers if re.match(r"B\d$", m)), 0)
     return {
-        f"P{k}": None if value is None else np.where(value < 0, UNKNOWN, value >> shift + k & 1)
+        f"P{k}": state.full(0) + np.where(mask >> shift + k & 1, bits >> shift + k & 1, UNKNOWN)
         for k in range(7)
-        if mask >> k & 1
+        if i.operands[2].number >> k & 1
     }, LATENCY["integer"]
 
 

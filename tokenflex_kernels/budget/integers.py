@@ -1,8 +1,9 @@
 """Integer and predicate instructions of SASS on the lanes of a block.
 
 Values are int64 arrays with a 32-bit pattern for each lane, as a number from 0 to 2^32 - 1, or
-``UNKNOWN``. None stands for a value that is unknown in all lanes: it depends on data. Predicates
-are 0, 1 or ``UNKNOWN``.
+negative: ``UNKNOWN``, or a pattern of which only some bits are known, see :func:`known_bits`. None
+stands for a value that is unknown in all lanes: it depends on data. Predicates are 0, 1 or
+negative.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ Read = Callable[..., Value]
 
 UNKNOWN = -1
 MASK = 0xFFFFFFFF
+_KNOWN_APART = 0x7FFFFFFF  # bits that can be known while others are not: all but the sign
 
 
 def known(*values: Value) -> Lanes | None:
@@ -31,6 +33,33 @@ def known(*values: Value) -> Lanes | None:
             return None
         lanes = value >= 0 if lanes is None else lanes & (value >= 0)
     return lanes
+
+
+def known_bits(value: Value) -> tuple[Lanes, Lanes]:
+    """Return a mask of the bits that are known, and these bits; the others are 0.
+
+    ptxas keeps predicates that it has no room for as bits of one register. Some of them may depend
+    on data, and the rest of the register was perhaps never written, so single bits must be known.
+    """
+    if value is None:
+        return np.zeros((), np.int64), np.zeros((), np.int64)
+    packed = ~value  # of a pattern with unknown bits: the mask in the high word, then the bits
+    unknown = value < 0
+    return np.where(unknown, packed >> 32, MASK), np.where(unknown, packed & MASK, value)
+
+
+def from_bits(mask: Lanes, bits: Lanes) -> Value:
+    """Return the value of which the bits in ``mask`` are known; None if none is, in any lane."""
+    if not mask.any():
+        return None
+    apart = mask & _KNOWN_APART
+    return np.where(mask == MASK, bits, ~(apart << 32 | bits & apart))
+
+
+def either(first: Value, second: Value) -> Value:
+    """Return what is known of a value that is one of two: the bits that both have."""
+    (mask, bits), (other_mask, other_bits) = known_bits(first), known_bits(second)
+    return from_bits(mask & other_mask & ~(bits ^ other_bits), bits)
 
 
 def signed(value: Lanes) -> Lanes:
@@ -189,21 +218,20 @@ def _logic(i: Instruction, read: Read, lanes: int) -> dict[str, Value]:
     destination, a, b, c, table = operands[:5]
     if destination.kind != "register":
         raise ValueError(f"no register to write in {i}")
-    lut = table.number
-
-    def looked_up(a: Lanes, b: Lanes, c: Lanes) -> Lanes:
-        result = np.zeros(lanes, np.int64)
-        for term in range(8):
-            if lut >> term & 1:
-                bits = (a if term & 4 else ~a) & (b if term & 2 else ~b) & (c if term & 1 else ~c)
-                result |= bits & MASK
-        return result
-
-    result = _apply(looked_up, read(a), read(b), read(c))
-    results = {destination.name: result}
-    for predicate in predicates:
-        results[predicate.name] = _apply(lambda r: (r != 0).astype(np.int64), result)
-    return results
+    inputs = [known_bits(read(operand)) for operand in (a, b, c)]
+    can_be_one = [bits | ~mask for mask, bits in inputs]
+    can_be_zero = [~(bits & mask) for mask, bits in inputs]
+    # Whether some entry of the table that fits what is known has a result of 0, and of 1.
+    reachable = [np.zeros(lanes, np.int64), np.zeros(lanes, np.int64)]
+    for term in range(8):
+        bits_of_term = [(can_be_one if term >> 2 - k & 1 else can_be_zero)[k] for k in range(3)]
+        fits = reduce(np.bitwise_and, bits_of_term) & MASK
+        reachable[table.number >> term & 1] |= fits
+    known_mask = reachable[0] ^ reachable[1]
+    ones = reachable[1] & known_mask
+    results = {destination.name: from_bits(known_mask, ones)}
+    not_zero = np.where(ones != 0, 1, np.where(known_mask == MASK, 0, UNKNOWN))
+    return {**results, **dict.fromkeys((predicate.name for predicate in predicates), not_zero)}
 
 
 def _predicate_logic(i: Instruction, read: Read, lanes: int) -> dict[str, Value]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tokenflex_kernels.budget.integers import MASK, UNKNOWN, Lanes, Value, pair
+from tokenflex_kernels.budget.integers import MASK, UNKNOWN, Lanes, Value, either, pair
 from tokenflex_kernels.budget.sass import Instruction, Operand, next_register
 
 WARP = 32
@@ -190,12 +190,13 @@ class State:
         return np.where(value < 0, UNKNOWN, changed)
 
     def write(self, name: str, value: Value, lanes: Lanes, guard: Value = None) -> None:
-        """Write a register or predicate in ``lanes``; unknown where the guard is."""
+        """Write a register or predicate in ``lanes``; where the guard is unknown, it may stay."""
         before = self.values.get(name)
         if value is None and before is None:
             return
-        if guard is not None:
-            value = np.where(guard < 0, UNKNOWN, self._or_unknown(value))
+        if guard is not None and (guard[lanes] < 0).any():
+            unsure = self._or_unknown(either(before, value))
+            value = np.where(guard < 0, unsure, self._or_unknown(value))
         if not lanes.all():
             value = np.where(lanes, self._or_unknown(value), self._or_unknown(before))
         self.values[name] = value
@@ -206,19 +207,24 @@ class State:
     # ---- Memory.
 
     def sum_of(self, address: Operand) -> Value:
-        """Return the sum of an address's terms in 64 bits; None if unknown."""
-        total = self.full(0)
+        """Return the sum of an address's terms in 64 bits, or UNKNOWN; None for all lanes."""
+        total, unsure = self.full(0), np.zeros(self.num_lanes, bool)
         for term, factor in address.terms:
             value = self.read(term)
             if term.kind == "number":
                 value = self.full(term.number - (term.number >> 31 << 32))
             elif term.wide and term.name and value is not None:
                 high = self.read(term, high=True)
-                value = None if high is None else pair(value, high).astype(np.int64)
+                if high is None:
+                    return None
+                unsure |= (value < 0) | (high < 0)
+                value = pair(value, high).astype(np.int64)
             if value is None:
                 return None
+            if term.kind == "register":
+                unsure |= value < 0
             total = total + value * factor
-        return total
+        return np.where(unsure, UNKNOWN, total)
 
     def access(
         self, instruction: Instruction, address: Operand, lanes: Lanes
@@ -230,7 +236,7 @@ class State:
         """
         num_bytes = instruction.num_bytes
         place = self.sum_of(address)
-        if place is None:
+        if place is None or (place[lanes] < 0).any():
             return None, self.lane * num_bytes
         number = int(place[lanes][0] >> _BUFFER_BITS) - 1
         if not 0 <= number < len(self.launch.buffers):

@@ -26,7 +26,7 @@ ISSUES = 4  # warp-instructions that a multiprocessor issues in a cycle, whateve
 
 
 class UnknownBranchError(RuntimeError):
-    """A branch depends on data, or its target does."""
+    """Depends on data: a branch, its target, or whether global memory is accessed."""
 
 
 def walk(launch: Launch, program: int, limit: int = 2_000_000) -> Totals:
@@ -83,6 +83,8 @@ def _step(state: State, group: Group, index: dict[int, int]) -> Group | None:
     lanes = group.lanes
     if guard is not None:
         lanes = lanes & (guard != 0)
+        if pipe == "global" and (guard[lanes] < 0).any():
+            raise UnknownBranchError(f"an access depends on data: {instruction}")
         if not lanes.any():
             return None
     latency: float = LATENCY.get(pipe, 0)

@@ -208,3 +208,66 @@ def test_what_depends_on_data_is_unknown():
     assert results.get("R5") is None
     results = registers_of("MOV R4, 0x1", "FADD R4, R0, R1", arguments=(1, 2))
     assert results["R4"] is None
+
+
+# R20 is written by nothing before, and P6 depends on data.
+DATA = ["FADD R9, R0, R1", "FSETP.GT.AND P6, PT, R9, RZ, PT"]
+
+
+@pytest.mark.parametrize(("a", "b"), [(1, 2), (2, 1)])
+def test_predicates_are_known_one_by_one_when_a_register_holds_them(a, b):
+    lines = [
+        *DATA,
+        "ISETP.GE.AND P1, PT, R0, R1, PT",
+        "LOP3.LUT R20, R20, 0xfffffffb, RZ, 0xc0, !PT",
+        "@P1 LOP3.LUT R20, R20, 0x4, RZ, 0xfc, !PT",
+        "LOP3.LUT R20, R20, 0xfffffffd, RZ, 0xc0, !PT",
+        "@P6 LOP3.LUT R20, R20, 0x2, RZ, 0xfc, !PT",
+        "MOV R21, R20",
+        "LOP3.LUT P2, RZ, R20, 0x4, RZ, 0xc0, !PT",
+        "LOP3.LUT P3, RZ, R20, 0x2, RZ, 0xc0, !PT",
+        "LOP3.LUT P4, RZ, R20, 0x1, RZ, 0xc0, !PT",
+        "R2P PR, R20, 0x26",  # the bits of P1, P2 and P5
+    ]
+    results = registers_of(*lines[:-1], arguments=(a, b))
+    assert results["P2"] == (a >= b)
+    assert results["P3"] < 0
+    assert results["P4"] < 0
+    unpacked = registers_of(*lines, arguments=(a, b))
+    assert unpacked["P2"] == (a >= b)
+    assert unpacked["P1"] < 0
+    assert unpacked["P5"] < 0
+
+
+def test_predicates_that_are_packed_at_once_are_known_one_by_one():
+    lines = [*DATA, "ISETP.LT.AND P1, PT, R0, R1, PT", "ISETP.GE.AND P2, PT, R0, R1, PT"]
+    results = registers_of(*lines, "P2R R4, PR, R20, 0x46", "R2P PR, R4, 0x7f", arguments=(1, 2))
+    assert [results[f"P{k}"] for k in (1, 2)] == [1, 0]
+    assert all(results[f"P{k}"] < 0 for k in (0, 3, 4, 5, 6))
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("LOP3.LUT R4, R20, RZ, RZ, 0xc0, !PT", 0),  # and
+        ("LOP3.LUT R4, R20, 0xffffffff, RZ, 0xfc, !PT", MASK),  # or
+        ("LOP3.LUT R4, R20, R0, R0, 0xca, !PT", 5),  # one of two words that are the same
+        ("@P6 MOV R4, 0x7", 7),
+    ],
+)
+def test_bits_are_known_that_do_not_depend_on_unknown_ones(line, expected):
+    assert registers_of(*DATA, "MOV R4, 0x7", line, arguments=(5, 6))["R4"] == expected
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "LOP3.LUT R4, R20, R20, RZ, 0xc0, !PT",
+        "LOP3.LUT R4, R0, R20, R0, 0xca, !PT",
+        "LOP3.LUT R4, R20, 0x7fffffff, RZ, 0xfc, !PT",
+        "@P6 MOV R4, 0x6",
+    ],
+)
+def test_a_word_with_an_unknown_bit_is_unknown(line):
+    result = registers_of(*DATA, "MOV R4, 0x7", line, arguments=(5, 6))["R4"]
+    assert result is None or result < 0

@@ -108,6 +108,17 @@ class TestControl:
         with pytest.raises(UnknownBranchError, match="depends on data"):
             totals_of(*lines, arguments=[X], buffers=[Buffer(512)])
 
+    @pytest.mark.parametrize("access", ["STG.E [R2.64], R4", "LDG.E R5, [R2.64]"])
+    @pytest.mark.parametrize("compared", ["R4", "R0"])
+    def test_an_access_that_depends_on_data_is_an_error(self, access, compared):
+        lines = [*LANE, "FADD R4, R4, R4", f"ISETP.GT.AND P0, PT, {compared}, RZ, PT"]
+        launch = launch_of(*lines, f"@P0 {access}", arguments=[X], buffers=[Buffer(512)])
+        if compared == "R0":
+            walk(launch, 0)
+            return
+        with pytest.raises(UnknownBranchError, match=r"access depends on data.*guard.*P0"):
+            walk(launch, 0)
+
     def test_a_branch_on_a_table_is_followed(self):
         lines = [
             "MOV R8, c[0x0][0x210]",
@@ -148,6 +159,26 @@ class TestMemory:
     def test_an_access_beyond_a_buffer_is_an_error(self, instruction):
         with pytest.raises(RuntimeError, match="bytes 0 to 512 of a buffer of 511"):
             totals_of(*LANE, instruction, arguments=[X], buffers=[Buffer(511)])
+
+    def test_guards_that_a_register_holds_stop_an_access(self):
+        """ptxas of Triton 3.8 keeps them as bits of a register that nothing has written before."""
+        lines = [
+            *LANE,
+            "ISETP.GE.AND P0, PT, R0, 0x8, PT",
+            "LOP3.LUT R20, R20, 0xfffffffd, RZ, 0xc0, !PT",
+            "@P0 LOP3.LUT R20, R20, 0x2, RZ, 0xfc, !PT",
+            "LOP3.LUT P4, RZ, R20, 0x2, RZ, 0xc0, !PT",
+            "@!P4 STG.E.128 [R2.64], R4",
+        ]
+        assert totals_of(*lines, arguments=[X], buffers=[Buffer(128)]).stored == 128
+
+    @pytest.mark.parametrize("lane", [0, 7])
+    def test_an_address_that_some_lanes_do_not_know_is_unknown(self, lane):
+        """It is taken for one of data: no bounds are known, and none are checked."""
+        lines = [*LANE, f"ISETP.EQ.AND P0, PT, R0, {lane:#x}, PT", "@P0 FADD R2, R2, R2",
+                 "LDG.E.128 R4, [R2.64]"]  # fmt: skip
+        counted = totals_of(*lines, arguments=[X], buffers=[Buffer(16)])
+        assert (counted.loaded, counted.sectors) == (512, 16)
 
     def test_an_access_of_no_buffer_is_an_error(self):
         with pytest.raises(RuntimeError, match="outside of all buffers"):
