@@ -66,7 +66,8 @@ def progress_bar(
     """
     from tqdm import tqdm
 
-    columns = os.environ.get("COLUMNS", "")
+    given = os.environ.get("COLUMNS", "")
+    columns = int(given) - 1 if given.isdecimal() and int(given) > 1 else None
     return tqdm(
         total=total,
         initial=done,
@@ -76,8 +77,8 @@ def progress_bar(
         disable=not (shown and can_draw()),
         leave=leave,
         delay=delay,
-        ncols=int(columns) - 1 if columns.isdecimal() and int(columns) > 1 else None,
-        dynamic_ncols=True,
+        ncols=columns,
+        dynamic_ncols=columns is None,  # it would override ncols
         bar_format=bar_format,
     )
 
