@@ -21,9 +21,9 @@ _WORD = re.compile(r"\[?--?[\w-]+ (?:'[^']*'|[^-\s|\]]\S*)|'[^']*'|\S+")
 class HelpText(argparse.HelpFormatter):
     """Help texts in the width of the terminal; an example continues after a backslash."""
 
-    def _format_usage(self, *arguments: Any) -> str:
+    def _format_usage(self, *arguments: Any, **named: Any) -> str:
         # argparse indents the options by the command's name, whatever room that leaves.
-        usage = super()._format_usage(*arguments)
+        usage = super()._format_usage(*arguments, **named)
         plain = _COLOUR.sub("", usage)
         if max(map(len, plain.splitlines())) <= self._width:
             return usage
