@@ -97,7 +97,7 @@ def test_help_has_an_example_that_is_a_command(command, name, tmp_path, monkeypa
         raise ValueError("an ablation takes minutes")
 
     monkeypatch.setattr("experiments.ablation.run.ablate", needs_no_files)
-    words = re.findall(r"'[^']*'|\S+", example)[1:]
+    words = re.findall(r"'[^']*'|[^\s\\]+", example)[1:]
     _, _, errors = command(*(word.strip("'") for word in words))
     assert all("usage:" not in line for line in errors)
 

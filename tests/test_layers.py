@@ -28,6 +28,7 @@ PACKAGES = {
 ROOMS = (
     "version",
     "errors",
+    "terminal",
     "interruption",
     "locks",
     "files",

@@ -11,6 +11,7 @@ import yaml
 
 import tokenflex
 from tokenflex.cli import main
+from tokenflex.cli.extras import PACKAGES
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,6 +30,49 @@ def test_citation_and_changelog_are_of_this_version():
     latest = re.search(r"^## .*$", changelog, flags=re.MULTILINE)
     assert latest is not None
     assert tokenflex.__version__ in latest.group()
+
+
+IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
+
+
+def test_hints_know_the_packages_of_every_extra():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    listed = {}
+    for name, body in re.findall(r"^(\w+) = \[(.*?)\]$", section, re.MULTILINE | re.DOTALL):
+        packages = re.findall(r'"([\w-]+)[>\]]', body)
+        listed[name] = tuple(IMPORTED_AS.get(p, p.replace("-", "_")) for p in packages)
+        assert ("tokenflex[hf]" in body) == (name not in ("hf", "bench", "dev"))
+    listed.pop("dev")
+    assert listed == PACKAGES
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "hint"),
+    [
+        ("generate", "transformers.models", "'tokenflex[hf]'"),
+        ("evaluate", "PIL", "'tokenflex[train]'"),  # that of the command, which includes hf
+        ("evaluate", "matplotlib", "'tokenflex[train]'"),
+        ("play", "matplotlib", "'tokenflex[demo]'"),
+        ("convert", "pydantic", "'tokenflex[train]'"),  # not hf, the command's
+        ("generate", "av", "'tokenflex[video]'"),
+        ("serve", "uvicorn", "'tokenflex[serve]'"),
+        ("export", "openvino", "'tokenflex[export]'"),
+        ("generate", "sentencepiece", "sentencepiece"),  # of no extra
+    ],
+)
+def test_a_missing_package_is_one_line_with_the_command_to_install_it(
+    capsys, monkeypatch, command, module, hint
+):
+    def lacks(options):
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr(f"tokenflex.cli.{command}._{command}", lacks)
+    needed = {"generate": ["--model", "m", "--prompt", "p"], "convert": ["m", "o"]}
+    needed["evaluate"] = ["m", "--data", "digits", "--counts", "4"]
+    needed["export"] = ["m", "--to", "onnx", "--output", "o"]
+    assert main([command, *needed.get(command, ["m"])]) == 2
+    assert capsys.readouterr().err == f"tokenflex: {command} needs {module}; pip install {hint}\n"
 
 
 def test_the_source_distribution_holds_every_folder():

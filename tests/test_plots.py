@@ -248,3 +248,21 @@ def test_baselines_are_drawn_beside_the_model(tmp_path, monkeypatch, left_out):
 def test_a_report_without_baselines_is_refused(tmp_path):
     with pytest.raises(ValueError, match="report must hold baselines, got None"):
         plot_baselines(SQUARES, tmp_path / "baselines.png")
+
+
+def test_lines_show_every_accuracy_with_its_interval(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    lines = {"fitted": [(9, 0.5, 0.01), (4, 0.02, 0.05)], "distilled": [(16, 1.0, 0.1)]}
+    plots.plot_lines(lines, tmp_path / "a.png", logarithmic=True)
+    [axes] = figures[0].axes
+    drawn = {bars.get_label(): bars for bars in axes.containers}
+    assert [*drawn] == ["fitted", "distilled"]
+    assert drawn["fitted"][0].get_xydata().tolist() == [[4, 0.02], [9, 0.5]]
+    ends = [bar.get_segments() for bars in drawn.values() for bar in bars[2]]
+    heights = [end[1] for bar in ends for segment in bar for end in segment]
+    assert heights == pytest.approx([0, 0.118, 0.4804, 0.5196, 0.804, 1])  # none below 0, above 1
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4", "9", "16"]
+    plots.plt.close(figures[0])
+    with pytest.raises(ValueError, match="at least one point"):
+        plots.plot_lines({"fitted": []}, tmp_path / "a.png")

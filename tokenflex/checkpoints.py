@@ -13,6 +13,7 @@ from tokenflex.hub import checkpoint_config, local_checkpoint
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.loading import is_conversion_config, load_checkpoint
 from tokenflex.models.ristretto import MODEL_TYPE as RISTRETTO
+from tokenflex.terminal import working
 
 
 def load_model(path: str | Path) -> tuple[Any, Any]:
@@ -30,7 +31,9 @@ def load_model(path: str | Path) -> tuple[Any, Any]:
     """
     values = checkpoint_config(path)
     if is_conversion_config(values):
-        return _load_conversion(local_checkpoint(path))
+        folder = local_checkpoint(path)
+        with working(f"loading {path}"):
+            return _load_conversion(folder)
     kind = values.get("model_type") if isinstance(values, dict) else None
     if isinstance(values, dict) and kind not in (TokenFlexConfig.model_type, RISTRETTO):
         from tokenflex.dropin.families import supported_families
@@ -44,7 +47,9 @@ def load_model(path: str | Path) -> tuple[Any, Any]:
             f"{path} must hold a TokenFLEX checkpoint, a released Ristretto or a conversion made "
             f"by `tokenflex convert`, got model_type {excerpt(kind)}"
         )
-    return load_checkpoint(local_checkpoint(path))
+    folder = local_checkpoint(path)
+    with working(f"loading {path}"):
+        return load_checkpoint(folder)
 
 
 def _load_conversion(folder: Path) -> tuple[Any, Any]:

@@ -169,6 +169,59 @@ def plot_baselines(report: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
+def plot_lines(
+    lines: Mapping[str, Sequence[tuple[float, float, float]]],
+    path: Path,
+    *,
+    label: str = "vision tokens per image",
+    logarithmic: bool = False,
+) -> None:
+    """Draw accuracies against vision tokens, a line of points for each name.
+
+    Args:
+        lines: Name -> points of (vision tokens, accuracy, its standard error).
+        path: The PNG file, written atomically.
+        label: Label of the axis of tokens.
+        logarithmic: Draw the tokens on a logarithmic axis.
+
+    Raises:
+        ValueError: There are no points.
+    """
+    tokens = sorted({point[0] for points in lines.values() for point in points})
+    if not tokens:
+        raise ValueError(f"lines must hold at least one point, got {excerpt(lines)}")
+    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    colours = (BLUE, *KINDS)
+    for i, (name, points) in enumerate(lines.items()):
+        rising = sorted(points)
+        bars = [1.96 * error for _, _, error in rising]
+        axes.errorbar(
+            [point[0] for point in rising],
+            [point[1] for point in rising],
+            [
+                [min(bar, share) for bar, (_, share, _) in zip(bars, rising, strict=True)],
+                [min(bar, 1 - share) for bar, (_, share, _) in zip(bars, rising, strict=True)],
+            ],
+            label=name,
+            color=colours[i % len(colours)],
+            marker="o",
+            markersize=5,
+            elinewidth=1,
+            clip_on=False,
+        )
+    if logarithmic:
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(tokens, [f"{number:g}" for number in tokens])
+    axes.minorticks_off()
+    axes.set_ylim(0, 1)
+    axes.set_xlabel(label)
+    has_bars = any(error for points in lines.values() for _, _, error in points)
+    axes.set_ylabel("accuracy" + " (bars: 95 % interval)" * has_bars)
+    finish(axes)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    save_figure(figure, path)
+
+
 def _set_tokens_axis(axes: Axes, squares: Sequence[float], tokens: Sequence[float]) -> None:
     """Leave room around all points, and set a tick at each square count that has room for it."""
     first, last = min(tokens), max(tokens)

@@ -55,6 +55,13 @@ def extension() -> ModuleType | None:
         if error.name != "tokenflex_kernels._C":
             raise
         return None
+    except ImportError as error:
+        raise ImportError(
+            f"the compiled extension of tokenflex cannot be loaded here: {error}; build it for "
+            "this machine: pip install --force-reinstall --no-deps --no-binary tokenflex tokenflex",
+            name=error.name,
+            path=error.path,
+        ) from error
 
 
 def compiled_extension() -> ModuleType:

@@ -10,13 +10,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import Any
 
 from experiments.ablation.jobs import CONFIG, LOG, REPORT, Job
 from tokenflex.errors import ReportedError
 from tokenflex.files import parse_json
 from tokenflex.interruption import Interruption
+from tokenflex.terminal import progress_bar
 
 LOCK = ".lock"
 REPOSITORY = Path(__file__).parents[2]
@@ -126,14 +126,7 @@ def run_jobs(
             job.write_config(output)
         waiting = [job for job in jobs if not job.is_done(output)]
         running: list[_Running] = []
-        bar = tqdm(
-            total=sum(job.steps for job in jobs),
-            unit="step",
-            desc="ablation",
-            disable=not show_bar,
-            dynamic_ncols=True,
-            mininterval=1,
-        )
+        bar = progress_bar("ablation", sum(job.steps for job in jobs), shown=show_bar)
         with bar, Interruption() as interruption:
             try:
                 while waiting or running:
@@ -184,7 +177,7 @@ def _locked(output: Path) -> Iterator[int]:
         yield lock.fileno()
 
 
-def _show(bar: tqdm, jobs: Sequence[Job], running: Sequence[_Running], output: Path) -> None:
+def _show(bar: Any, jobs: Sequence[Job], running: Sequence[_Running], output: Path) -> None:
     """Show the steps of all jobs; steps before a continuation do not count for the rate."""
     done = [job for job in jobs if job.is_done(output)]
     at_work = [process.job(output) for process in running]

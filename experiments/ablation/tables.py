@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
+from tokenflex.terminal import text_table
+
 
 def points(spread: Mapping[str, Any], *, signed: bool = False) -> str:
     """Format mean and standard deviation (if any) in percentage points."""
@@ -34,15 +36,7 @@ def accuracy_table(report: Mapping[str, Any]) -> str:
         ["trained with, asked at", *counts],
         *accuracy_rows(report, [*report["regimes"]], counts),
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(counts) + 1)]
-    lines = (
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-    return "\n".join(lines)
+    return text_table(rows)
 
 
 def starts_of(report: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,8 @@
 A tiny stock LLaVA is trained on the digits task, at the whole picture (16 tokens) and at smaller
 ones. Its projector is then replaced by one that takes any count: fitted, and distilled towards the
 stock model's own answers about pictures of the training split, with and without LoRA on the
-language model. All are asked the same questions of the test split.
+language model. All are asked the same questions of the test split. A picture of the accuracies is
+written beside the report.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tqdm import tqdm
 
 from experiments.distillation.stock import (
     SIDES,
@@ -34,6 +34,8 @@ from tokenflex import TokenCounts, replace_projector
 from tokenflex.dropin import distill, projector_name
 from tokenflex.dropin.samples import encode_samples
 from tokenflex.files import write_json
+from tokenflex.plots import plot_lines
+from tokenflex.terminal import progress_bar, progress_of_parts, show_work, watched
 
 COUNTS = tuple(side * side for side in reversed(SIDES))
 BATCH = 128
@@ -48,7 +50,8 @@ def accuracy(
     """Return the share of right answers of each kind of question, and of all."""
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
-    for start in range(0, len(asked), BATCH):
+    starts = range(0, len(asked), BATCH)
+    for start in watched(starts, "asking", len(starts), unit="batch"):
         batch = asked[start : start + BATCH]
         guesses = logits(batch).argmax(-1).tolist()
         for guess, (_, kind, _, answer) in zip(guesses, batch, strict=True):
@@ -73,14 +76,27 @@ def standard_error(share: float, number: int) -> float:
     return math.sqrt(share * (1 - share) / number)
 
 
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Draw the accuracy of each model against the vision tokens of a picture, as a PNG."""
+    lines = {
+        name: [
+            (int(count), shares["all"], report["standard_error"][name][count])
+            for count, shares in row.items()
+        ]
+        for name, row in report["accuracy"].items()
+    }
+    plot_lines(lines, path)
+
+
 def main() -> None:
     """Train, convert, distil, measure, and write the report."""
     options = _parser().parse_args()
+    show_work()
     torch.set_num_threads(1)
     model, processor = new_model_and_processor(options.seed)
     vocabulary = processor.tokenizer.get_vocab()
     random_state = torch.get_rng_state()
-    with tqdm(total=options.warm_up + options.stock_steps, desc="stock model") as bar:
+    with progress_bar("stock model", options.warm_up + options.stock_steps) as bar:
         train_stock(
             model,
             processor,
@@ -130,12 +146,7 @@ def main() -> None:
             )
             trained = get_peft_model(student, lora)
         started = time.process_time()
-        with tqdm(desc=name) as bar:
-
-            def on_progress(work: str, done: int, total: int, bar: Any = bar) -> None:
-                bar.total, bar.n = total, done
-                bar.set_postfix_str(work)
-
+        with progress_of_parts("") as on_progress:
             report = distill(
                 trained,
                 student_processor,
@@ -154,20 +165,19 @@ def main() -> None:
             for count in COUNTS
         }
         measure(name, trained, student_processor)
-    write_json(
-        options.out,
-        {
-            "options": {k: v for k, v in vars(options).items() if k != "out"},
-            "questions": len(test),
-            "accuracy": results,
-            "standard_error": {
-                name: {count: standard_error(row[count]["all"], len(test)) for count in row}
-                for name, row in results.items()
-            },
-            "agreement": agreements,
-            "cpu_seconds": {name: round(value, 1) for name, value in seconds.items()},
+    report: dict[str, Any] = {
+        "options": {k: v for k, v in vars(options).items() if k != "out"},
+        "questions": len(test),
+        "accuracy": results,
+        "standard_error": {
+            name: {count: standard_error(row[count]["all"], len(test)) for count in row}
+            for name, row in results.items()
         },
-    )
+        "agreement": agreements,
+        "cpu_seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }
+    write_json(options.out, report)
+    draw(report, options.out.with_suffix(".png"))
     print(f"{'':24}" + "".join(f"{count:>8}" for count in COUNTS))
     for name, row in results.items():
         print(f"{name:24}" + "".join(f"{row[count]['all']:8.3f}" for count in COUNTS))

@@ -20,8 +20,10 @@ from tokenflex.files import read_json, write_json, write_text
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.plots import plot_accuracy
 from tokenflex.reading.dataset import ReadingDataset
+from tokenflex.terminal import show_work, watched, work_bar
 
 COUNTS = (16, (4, 8), (8, 4), 36, 64)
+BATCH = 32
 GUESSES = 4000  # training samples whose most frequent answers are the guesses
 
 
@@ -33,7 +35,7 @@ def guessing(samples: int) -> dict[str, float]:
     """
     frequent: dict[str, Counter[str]] = defaultdict(Counter)
     train = ReadingDataset("train", size=GUESSES)
-    for index in range(GUESSES):
+    for index in watched(range(GUESSES), "guessing", GUESSES, unit="sample"):
         for talk in train.outline(index).conversations:
             frequent[talk.kind][talk.turns[1].text] += 1
     guesses = {kind: answers.most_common(1)[0][0] for kind, answers in frequent.items()}
@@ -53,16 +55,19 @@ def measure(model: Any, processor: Any, samples: int) -> dict[str, Any]:
         processor: Its processor.
         samples: Samples of the split "test", each with eight questions.
     """
-    report = evaluate(
-        model, processor, ReadingDataset("test", size=samples), list(COUNTS), batch_size=32
-    )
     tall = ReadingDataset("test", size=max(1, samples // 8), layouts=["tall"])
-    by_tiles = {
-        f"{tiles}": evaluate(model, processor, tall, list(COUNTS), batch_size=32, max_tiles=tiles)[
-            "accuracy_by_kind"
-        ]
-        for tiles in (1, 2)
-    }
+    batches = -(samples // -BATCH) + 2 * -(len(tall) // -BATCH)
+    with work_bar("evaluation", batches * len(COUNTS), unit="batch", delay=0) as bar:
+        options: dict[str, Any] = {"batch_size": BATCH, "on_batch": bar.update}
+        report = evaluate(
+            model, processor, ReadingDataset("test", size=samples), list(COUNTS), **options
+        )
+        by_tiles = {
+            f"{tiles}": evaluate(model, processor, tall, list(COUNTS), max_tiles=tiles, **options)[
+                "accuracy_by_kind"
+            ]
+            for tiles in (1, 2)
+        }
     return {
         **report,
         "guessing": guessing(samples),
@@ -166,6 +171,7 @@ def main() -> None:
     parser.add_argument("--note", default="", help="a remark on the run's seconds")
     options = parser.parse_args()
     training = training_of(options.run, options.note)  # before the work
+    show_work()
     model, processor = load_checkpoint(options.run / "checkpoint")
     report = {**measure(model.eval(), processor, options.samples), "training": training}
     options.output.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import torch
 from tokenflex.routing.budget import spread
 from tokenflex.routing.grading import Choice, Grades, mean_chances, routed, score
 from tokenflex.routing.router import Router, best
+from tokenflex.terminal import text_table
 
 PENALTIES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
@@ -143,13 +144,18 @@ def escalated(grades: Grades, threshold: float) -> Choice:
 
 def format_curve(points: Sequence[CurvePoint]) -> str:
     """Format the points as a text table."""
-    rows = [f"{'selector':<10}{'setting':<10}{'accuracy':>9}{'tokens':>8}{'prefill':>9}"]
+    rows = [["selector", "setting", "accuracy", "tokens", "prefill"]]
     rows += [
-        f"{point.selector:<10}{point.setting:<10}{point.accuracy:>9.3f}{point.tokens:>8.2f}"
-        f"{point.prefill_tokens:>9.2f}"
+        [
+            point.selector,
+            point.setting,
+            f"{point.accuracy:.3f}",
+            f"{point.tokens:.2f}",
+            f"{point.prefill_tokens:.2f}",
+        ]
         for point in points
     ]
-    return "\n".join(rows)
+    return text_table(rows, left=2)
 
 
 def as_rows(points: Sequence[CurvePoint]) -> list[dict[str, Any]]:

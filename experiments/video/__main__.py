@@ -2,7 +2,7 @@
 
 A model that ``tokenflex train experiments/video/moving.yaml`` made answers questions about clips of
 a moving digit, of scans that it never saw, at every split of a total of vision tokens into frames
-and tokens per frame. OUTPUT gets ``report.json`` and a page that is written from it.
+and tokens per frame. OUTPUT gets ``report.json``, and a page and a picture that are made from it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from tokenflex.digits.moving import FRAMES, QUESTIONS, MovingDataset
 from tokenflex.evaluation import evaluate
 from tokenflex.files import read_json, write_json, write_text
 from tokenflex.models.loading import load_checkpoint
+from tokenflex.plots import plot_lines
+from tokenflex.terminal import show_work, work_bar
 
 SHOWN = (1, 2, 4, 8, 16)
 COUNTS = (1, 4, 16)
+BATCH = 32
 
 
 def measure(model: Any, processor: Any, clips: int) -> dict[str, Any]:
@@ -32,9 +35,13 @@ def measure(model: Any, processor: Any, clips: int) -> dict[str, Any]:
     The report also names the commit of the code that measured, "-dirty" if files were changed.
     """
     splits = []
+    batches = -(clips // -BATCH) * len(COUNTS) * len(SHOWN)
+    bar = work_bar("evaluation", batches, unit="batch", delay=0)
     for frames in SHOWN:
         dataset = MovingDataset("test", size=clips, frames=frames)
-        report = evaluate(model, processor, dataset, list(COUNTS), batch_size=32)
+        report = evaluate(
+            model, processor, dataset, list(COUNTS), batch_size=BATCH, on_batch=bar.update
+        )
         splits += [
             {
                 "frames": frames,
@@ -48,6 +55,7 @@ def measure(model: Any, processor: Any, clips: int) -> dict[str, Any]:
             }
             for count in COUNTS
         ]
+    bar.close()
     return {
         "commit": environment("cpu")["commit"],
         "clips": clips,
@@ -55,6 +63,19 @@ def measure(model: Any, processor: Any, clips: int) -> dict[str, Any]:
         "questions": report["questions"],
         "splits": splits,
     }
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Draw the accuracy of every split against its total of vision tokens, as a PNG."""
+    lines = {
+        f"{'1 frame' if frames == 1 else f'{frames} frames'} a clip": [
+            (split["total"], split["accuracy"], split["standard_error"])
+            for split in report["splits"]
+            if split["frames"] == frames
+        ]
+        for frames in SHOWN
+    }
+    plot_lines(lines, path, label="vision tokens of a clip", logarithmic=True)
 
 
 def training_of(checkpoint: Path) -> dict[str, Any]:
@@ -120,22 +141,26 @@ def page_of(report: dict[str, Any]) -> str:
         f" --clips {report['clips']}",
         "```",
         "",
+        "![Accuracy against vision tokens of a clip](accuracy.png)",
+        "",
     ]
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Measure a checkpoint and write the report and its page."""
+    """Measure a checkpoint and write the report, its picture and its page."""
     parser = argparse.ArgumentParser(prog="python -m experiments.video", description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--clips", type=int, default=1024, help="clips of the test split (1024)")
     options = parser.parse_args()
     training = training_of(options.checkpoint)  # before the work
+    show_work()
     model, processor = load_checkpoint(options.checkpoint)
     report = {**measure(model.eval(), processor, options.clips), "training": training}
     options.output.mkdir(parents=True, exist_ok=True)
     write_json(options.output / "report.json", report)
+    draw(report, options.output / "accuracy.png")
     page = page_of(report)
     write_text(options.output / "README.md", page)
     print(page)

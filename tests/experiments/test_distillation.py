@@ -48,6 +48,7 @@ def test_the_study_writes_its_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["distillation", "--out", str(tmp_path / "r.json"), *words])
     study.main()
     report = json.loads((tmp_path / "r.json").read_text("utf-8"))
+    assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
     assert [*report["accuracy"]] == [
         "stock, picture resized",
         "fitted",

@@ -204,6 +204,7 @@ def test_the_command_writes_the_table(checkpoint, tmp_path, capsys, monkeypatch)
     assert "| mmstar | acc | 0.04 ± 0.01 | 0.16 ± 0.01 |" in page
     assert page in capsys.readouterr().out
     assert len(json.loads((tmp_path / "out" / "table.json").read_text())) == 4
+    assert (tmp_path / "out" / "table.png").read_bytes()[:4] == b"\x89PNG"
     # A failed benchmark is an error, after the rest is written.
     assert main([*base, str(tmp_path / "more"), "--benchmarks", "failing,mmstar"]) == 2
     assert "failing - 4" in capsys.readouterr().err

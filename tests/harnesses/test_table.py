@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from tokenflex.harnesses.table import Score, lmms_eval_scores, merge, vlmevalkit_scores
+import pytest
+
+from tokenflex.harnesses.table import (
+    CountTable,
+    Score,
+    lmms_eval_scores,
+    merge,
+    vlmevalkit_scores,
+)
 
 
 def test_lmms_evals_metrics_with_their_standard_errors():
@@ -101,3 +109,41 @@ def test_vlmevalkits_files_go_to_the_benchmark_they_are_of(tmp_path):
         },
         "OCRBench": {"Final Score": Score(800), "Final Score Norm": Score(80)},
     }
+
+
+def test_the_picture_has_a_panel_for_each_benchmark(tmp_path, monkeypatch):
+    from tokenflex.harnesses import figure as module
+
+    drawn = []
+    monkeypatch.setattr(module, "save_figure", lambda figure, path: drawn.append(figure))
+    rows = {
+        ("gqa", "exact"): {"4": Score(0.5), "auto": Score(0.7)},
+        ("mme", "cognition"): {"4": Score(300.0, 2.0)},
+        ("mme", "per$ception"): {"4": Score(1400.0), "auto": Score(1500.0)},
+        ("failed", "-"): {},
+    }
+    table = CountTable(["4", "9", "auto"], rows)
+    module.plot_table(table, tmp_path / "table.png")
+    panels = {axes.get_title("left"): axes for axes in drawn[0].axes}
+    assert [*panels] == ["gqa", "mme"]
+    lines = {bars.get_label(): bars[0] for axes in panels.values() for bars in axes.containers}
+    assert [*lines] == ["exact", "cognition", "per$ception"]
+    assert lines["exact"].get_xydata().tolist() == [[0, 0.5], [2, 0.7]]  # 9 is missing
+    assert [tick.get_text() for tick in panels["mme"].get_xticklabels()] == table.counts
+    module.plt.close(drawn[0])
+    with pytest.raises(ValueError, match="at least one score"):
+        module.plot_table(CountTable(["4"], {("failed", "-"): {}}), tmp_path / "table.png")
+
+
+def test_a_terminal_gets_a_folded_table_and_a_pipe_markdown(monkeypatch):
+    table = CountTable(["4", "9"], {("gqa", "exact"): {"4": Score(0.5)}})
+    assert table.text() + "\n" == table.markdown()
+    monkeypatch.setattr("tokenflex.harnesses.table.width_of", lambda stream: 30)
+    monkeypatch.setattr("tokenflex.terminal.width_of", lambda stream: 30)
+    assert table.text().splitlines() == [
+        "benchmark  metric    4",
+        "gqa        exact   0.5",
+        "",
+        "benchmark  metric        9",
+        "gqa        exact   missing",
+    ]

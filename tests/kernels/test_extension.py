@@ -50,6 +50,15 @@ def test_extension_says_what_it_was_built_for():
         assert callable(compiled.pack_rows_cuda)
 
 
+def test_an_extension_that_cannot_be_loaded_says_how_to_build_it(monkeypatch):
+    def load(name):
+        raise ImportError("libc.so.6: version `GLIBC_2.34' not found", name=name, path="_C.so")
+
+    monkeypatch.setattr("tokenflex_kernels.backend.importlib.import_module", load)
+    with pytest.raises(ImportError, match=r"GLIBC_2.34.* pip install .*--no-binary tokenflex"):
+        extension.__wrapped__()
+
+
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads ELF symbols")
 def test_extension_exports_its_entry_point_only():

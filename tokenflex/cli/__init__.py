@@ -20,6 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+from tokenflex.cli.extras import install_hint
 from tokenflex.cli.parser import USER_ERROR, CommandLine
 
 REPOSITORY = Path(__file__).parents[2]
@@ -53,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if options.debug or _is_ours(error):
             raise
-        extra = options.extra
-        return _fail(f"{options.command} needs {error.name}; pip install 'tokenflex[{extra}]'")
+        hint = install_hint(error.name or "", options.extra)
+        return _fail(f"{options.command} needs {error.name}; {hint}")
     except Exception as error:
         reason = _what_to_mend(error)
         if options.debug or reason is None:  # a fault of the program: traceback, exit code 1

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenflex.terminal import show_work
+
 if TYPE_CHECKING:
     from tokenflex.training.data_config import DataConfig
 
@@ -20,9 +22,10 @@ def device() -> str:
 
 
 def quiet_libraries() -> None:
-    """Silence progress bars and notices of other libraries, and print warnings as one line."""
+    """Show progress, without bars and notices of other libraries; print warnings as one line."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    show_work()
     import huggingface_hub
     from transformers.utils import logging
 

@@ -206,21 +206,12 @@ def _distillation(options: argparse.Namespace) -> Callable[[Any, Any], Any]:
     }
 
     def train(model: Any, processor: Any) -> Any:
-        from tqdm import tqdm
-
         from tokenflex.dropin import distill
+        from tokenflex.terminal import progress_of_parts
 
         _tell(f"answering {len(samples)} questions with the stock model, and learning its answers")
         trained = model if options.lora is None else _with_adapters(model, options.lora)
-        with tqdm(dynamic_ncols=True) as bar:
-
-            def on_progress(work: str, done: int, total: int) -> None:
-                if bar.desc != work:
-                    bar.reset(total)
-                    bar.set_description_str(work)
-                    bar.desc = work
-                bar.update(done - bar.n)
-
+        with progress_of_parts("") as on_progress:
             report = distill(
                 trained, processor, samples, counts=counts, on_progress=on_progress, **given
             )
@@ -246,21 +237,24 @@ def _with_adapters(model: Any, rank: int) -> Any:
 
 def agreement_table(report: Any) -> str:
     """Return what a :class:`tokenflex.dropin.DistillationReport` says, a line for each count."""
-    lines = [
-        f"agreement with the stock model on {report.held_out} questions that were not trained on "
-        f"({report.trained_on} were):",
-        f"{'tokens':>8}  {'same answers':>22}  {'same words':>22}  {'KL of a word, nats':>22}",
-    ]
+    from tokenflex.terminal import text_table
+
+    rows = [["tokens", "same answers", "same words", "KL of a word, nats"]]
     for count, after in report.after.items():
         before = report.before[count]
-        columns = [
-            f"{before.answers:>10.1%} -> {after.answers:>8.1%}",
-            f"{before.tokens:>10.1%} -> {after.tokens:>8.1%}",
-            f"{before.divergence:>10.3f} -> {after.divergence:>8.3f}",
-        ]
         name = "x".join(map(str, count)) if isinstance(count, tuple) else str(count)
-        lines.append("  ".join([f"{name:>8}", *columns]))
-    return "\n".join(lines)
+        rows.append(
+            [
+                name,
+                f"{before.answers:>10.1%} -> {after.answers:>8.1%}",
+                f"{before.tokens:>10.1%} -> {after.tokens:>8.1%}",
+                f"{before.divergence:>10.3f} -> {after.divergence:>8.3f}",
+            ]
+        )
+    return (
+        f"agreement with the stock model on {report.held_out} questions that were not trained on "
+        f"({report.trained_on} were):\n{text_table(rows, left=0, widths=(8, 22, 22, 22))}"
+    )
 
 
 def picture_files(path: Path) -> list[Path]:
@@ -299,4 +293,6 @@ def in_words(report: Any) -> str:
 
 
 def _tell(step: str) -> None:
-    print(f"{step} ...", flush=True)
+    from tokenflex.terminal import say
+
+    say(f"{step} ...")

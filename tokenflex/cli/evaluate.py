@@ -87,6 +87,7 @@ def add_to(commands: CommandLine) -> None:
         "--max-broken-samples",
         type=non_negative,
         default=100,
+        metavar="NUMBER",
         help="largest number of unreadable samples, which are left out and named (100)",
     )
     evaluate.add_argument(
@@ -130,8 +131,6 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _evaluate_into(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from tokenflex.checkpoints import load_model
     from tokenflex.counts import tokens_of
     from tokenflex.data.faults import BrokenSample, broken_records, check_broken, warn_of_broken
@@ -142,6 +141,7 @@ def _evaluate_into(options: argparse.Namespace) -> int:
     from tokenflex.hub import local_checkpoint
     from tokenflex.models.loading import check_length
     from tokenflex.routing.selector import resolve_count
+    from tokenflex.terminal import progress_bar
     from tokenflex.training.build import build_dataset
 
     if options.score not in SCORES:
@@ -167,7 +167,7 @@ def _evaluate_into(options: argparse.Namespace) -> int:
             check_length(model.config, tokens_of(count))
     model.to(device())
     batches = -(len(dataset) // -options.batch_size) * runs
-    with tqdm(total=batches, desc="evaluation", unit="batch", dynamic_ncols=True) as bar:
+    with progress_bar("evaluation", batches, unit="batch") as bar:
         report = evaluate(
             model,
             processor,

@@ -31,6 +31,7 @@ def add_to(commands: CommandLine) -> None:
         "--to",
         required=True,
         choices=[*TARGETS, LANGUAGE_MODEL],
+        metavar="TARGET",
         help="onnx, pt2 (torch.export) and openvino: graphs of the encoder, a projector for each "
         "count, the embedding and the language model. language-model: a checkpoint of "
         "transformers, for servers that take prompt_embeds",
@@ -47,7 +48,8 @@ def add_to(commands: CommandLine) -> None:
 def _export(options: argparse.Namespace) -> int:
     quiet_libraries()
     from tokenflex.serving.export.run import export
+    from tokenflex.terminal import say
 
-    export(options.model, options.output, options.to, options.counts)
+    export(options.model, options.output, options.to, options.counts, report=say)
     print(f"{options.output} holds the export")
     return 0

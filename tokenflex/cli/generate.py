@@ -87,6 +87,7 @@ def _generate(options: argparse.Namespace) -> int:
     from tokenflex.answers import answer_at_counts
     from tokenflex.checkpoints import load_model
     from tokenflex.images import open_image
+    from tokenflex.terminal import say, watched
 
     for name in ("frames", "fps"):
         if not options.video and getattr(options, name) is not None:
@@ -127,15 +128,16 @@ def _generate(options: argparse.Namespace) -> int:
     # The table has one column more for a cascade, whose discarded answers read images too, and one
     # for the number of the prompt.
     all_tries, several = options.confidence is not None, len(prompts) > 1
-    for i, answer in enumerate(answers):
+    number = len(counts) * len(prompts)
+    for i, answer in enumerate(watched(answers, "answering", number, unit="answer", delay=0)):
         if i == 0:  # after the first answer, so that an error prints no table
             names = [*["prompt"] * several, "tokens", *["all"] * all_tries, "first_s", "total_s"]
-            print("  ".join([*(f"{name:>7}" for name in names), "answer"]))
+            say("  ".join([*(f"{name:>7}" for name in names), "answer"]))
         numbers = [*[i % len(prompts) + 1] * several, answer.vision_tokens]
         numbers += [answer.read_vision_tokens] * all_tries
         columns = [f"{number:>7}" for number in numbers]
         columns += [f"{answer.first_token_seconds:>7.3f}", f"{answer.seconds:>7.3f}"]
-        print("  ".join([*columns, answer.text]), flush=True)
+        say("  ".join([*columns, answer.text]))
     return 0
 
 

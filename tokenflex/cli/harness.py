@@ -35,7 +35,9 @@ def add_to(commands: CommandLine) -> None:
     harness.add_argument(
         "--counts", type=comma_separated, required=True, help="for example 64,144,12x16,auto"
     )
-    harness.add_argument("--output", type=Path, required=True, help="folder for table.md and .json")
+    harness.add_argument(
+        "--output", type=Path, required=True, help="folder for table.md, .json and .png"
+    )
     harness.add_argument("--max-tiles", type=positive, help="most tiles of an image")
     lmms_eval = harness.add_argument_group("only for lmms-eval")
     lmms_eval.add_argument("--batch-size", type=positive, help="questions per batch; default 1")
@@ -62,14 +64,15 @@ def _harness(options: argparse.Namespace) -> int:
 
     _check(options)
     keys = ("benchmark", "metric", "count", "value")
-    check_replaceable(options.output / "table.json", keys, [options.output / "table.md"])
+    others = [options.output / "table.md", options.output / "table.png"]
+    check_replaceable(options.output / "table.json", keys, others)
     options.output.mkdir(parents=True, exist_ok=True)
     try:
         table = _run(options)
-        page = table.markdown()
-        print(page, end="")
-        write_text(options.output / "table.md", page)
+        print(table.text())
+        write_text(options.output / "table.md", table.markdown())
         write_json(options.output / "table.json", table.as_json())
+        _draw(table, options.output / "table.png")
         if table.missing:
             raise HarnessError(
                 f"{len(table.missing)} scores are missing, the first of "
@@ -81,6 +84,23 @@ def _harness(options: argparse.Namespace) -> int:
         print(f"tokenflex: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _draw(table: CountTable, path: Path) -> None:
+    """Draw the table if it has scores; without matplotlib say what the picture needs."""
+    if not any(table.rows.values()):
+        path.unlink(missing_ok=True)  # that of a table before
+        return
+    try:
+        from tokenflex.harnesses.figure import plot_table
+    except ModuleNotFoundError as error:
+        print(
+            f"warning: no picture is drawn, which needs {error.name}; pip install "
+            "'tokenflex[train]'",
+            file=sys.stderr,
+        )
+    else:
+        plot_table(table, path)
 
 
 def _run(options: argparse.Namespace) -> CountTable:

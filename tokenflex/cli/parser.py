@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -10,6 +11,39 @@ from typing import Any, NoReturn
 from tokenflex.version import __version__
 
 USER_ERROR = 2
+
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # Python colours help texts from 3.14 on
+_WORD = re.compile(r"\[?--?[\w-]+ (?:'[^']*'|[^-\s|\]]\S*)|'[^']*'|\S+")
+"""An option with its value, or another word."""
+
+
+class HelpText(argparse.HelpFormatter):
+    """Help texts in the width of the terminal; an example continues after a backslash."""
+
+    def _format_usage(self, *arguments: Any, **named: Any) -> str:
+        # argparse indents the options by the command's name, whatever room that leaves.
+        usage = super()._format_usage(*arguments, **named)
+        plain = _COLOUR.sub("", usage)
+        if max(map(len, plain.splitlines())) <= self._width:
+            return usage
+        return _wrapped(plain, self._width, indent=7) + "\n\n"
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        title, newline, command = text.partition("\n")
+        if not newline:
+            return super()._fill_text(text, width, indent)
+        return f"{title}\n  " + _wrapped(command, width - 2, indent=6, mark=" \\")
+
+
+def _wrapped(text: str, width: int, *, indent: int, mark: str = "") -> str:
+    """Break a command line between its options, with ``mark`` before each break."""
+    lines = [""]
+    for word in _WORD.findall(text):
+        if lines[-1] and len(lines[-1]) + 1 + len(word) + len(mark) > width:
+            lines.append(" " * indent)
+        lines[-1] += f" {word}" if lines[-1].strip() else word
+    return f"{mark}\n".join(lines)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -88,7 +122,7 @@ class CommandLine:
             help=summary,
             description=summary,
             epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=HelpText,
         )
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.set_defaults(run=run, extra=extra)

@@ -70,14 +70,13 @@ def _route(options: argparse.Namespace) -> int:
 def _route_into(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from tqdm import tqdm
-
     from tokenflex.checkpoints import load_model
     from tokenflex.models.loading import check_length
     from tokenflex.routing.grading import grade
     from tokenflex.routing.router import check_counts
     from tokenflex.routing.storage import save_router
     from tokenflex.routing.training import train_router
+    from tokenflex.terminal import progress_bar
 
     counts = check_counts(options.counts)
     if options.data == "digits" and (options.image_folder or options.allow_outside):
@@ -93,7 +92,7 @@ def _route_into(options: argparse.Namespace) -> int:
     check_length(model.config, max(counts))
     model.to(device())
     samples = len(trained_on) + (0 if others is None else len(others))
-    with tqdm(total=samples, desc="grading", unit="sample", dynamic_ncols=True) as bar:
+    with progress_bar("grading", samples, unit="sample") as bar:
         batches = {"batch_size": options.batch_size, "on_samples": bar.update}
         router, report = train_router(
             model, processor, trained_on, counts, max_drop=options.max_drop, **batches

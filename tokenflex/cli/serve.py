@@ -69,6 +69,7 @@ def add_to(commands: CommandLine) -> None:
     serve.add_argument(
         "--max-prompt-tokens",
         type=positive,
+        metavar="TOKENS",
         help="text and vision tokens of a prompt (the model's positions)",
     )
     serve.add_argument(

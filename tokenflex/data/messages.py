@@ -23,6 +23,7 @@ from tokenflex.data.records import (
 )
 from tokenflex.files import describe_payload, parse_json
 from tokenflex.images import open_image as open_image  # users import it from this module too
+from tokenflex.terminal import watched
 from tokenflex.videos import EACH_FRAME, FrameSampling
 
 _NAMED_IN_ERRORS = 3
@@ -96,15 +97,18 @@ class MessagesDataset(RecordDataset):
                 try:
                     return [
                         self._checked(value, f"{name}[{i}]")
-                        for i, value in enumerate(list_elements(text, name))
+                        for i, value in enumerate(self._watched(list_elements(text, name)))
                     ]
                 except NoListError:
                     pass  # lines, of which the first is a list
             records = []
-            for number, value in parsed_lines(file, name):
+            for number, value in self._watched(parsed_lines(file, name)):
                 self._lines.append(number)
                 records.append(self._checked(value, f"{name}:{number}"))
             return records
+
+    def _watched(self, values: Iterator[Any]) -> Iterator[Any]:
+        return watched(values, f"reading {self.path.name}", unit="record")
 
     def _checked(self, value: Any, where: str) -> Record | str:
         try:

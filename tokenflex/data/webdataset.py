@@ -21,6 +21,7 @@ from tokenflex.data.media import FILE_ENDINGS
 from tokenflex.data.records import MAX_RECORD_BYTES, Record, RecordDataset, read_record
 from tokenflex.data.tars import members
 from tokenflex.files import parse_json, printable
+from tokenflex.terminal import watched
 
 _IMAGES = (
     "apng avif avifs bmp dib gif j2c j2k jfif jp2 jpc jpe jpeg jpf jpg jpx pbm pfm pgm png pnm ppm "
@@ -66,7 +67,8 @@ class WebDataset(RecordDataset):
 
     def __init__(self, path: str | Path) -> None:
         self.shards = shards_of(path)
-        indexes = [_index_of(shard) for shard in self.shards]
+        shards = watched(self.shards, "indexing tars", len(self.shards), unit="tar")
+        indexes = [_index_of(shard) for shard in shards]
         self._keys = [key for index in indexes for key in index.keys]
         if not self._keys:
             raise ValueError(f"data set {path} holds no samples in {len(self.shards)} tars")

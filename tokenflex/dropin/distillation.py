@@ -117,7 +117,8 @@ def distill(
         learning_rate: The highest learning rate, of AdamW.
         max_new_tokens: The longest answer of the stock model.
         seed: Seed of the order of samples.
-        on_progress: Called with "answers" or "steps", the number done, and their total.
+        on_progress: Called with "answers", "agreement" (before and after training) or "steps", the
+            number done, and their total.
 
     Returns:
         The agreement with the stock model at each count, before and after.
@@ -161,11 +162,12 @@ def distill(
         held_out = min(max(1, len(samples) // _HELD_OUT_SHARE), _MOST_HELD_OUT)
         split = len(samples) - held_out
         student = _Student(model, processor, samples, answers)
-        before = student.agreements(range(split, len(samples)), counts.counts, batch_size)
+        held = range(split, len(samples))
+        before = student.agreements(held, counts.counts, batch_size, on_progress)
         schedule = _Schedule(counts, steps, batch_size, learning_rate, seed)
         with _trained(model, inner) as parameters:
             _train(student, parameters, split, schedule, on_progress)
-        after = student.agreements(range(split, len(samples)), counts.counts, batch_size)
+        after = student.agreements(held, counts.counts, batch_size, on_progress)
     finally:
         for module, training in modes.items():
             module.training = training
@@ -380,17 +382,23 @@ class _Student:
 
     @torch.no_grad()
     def agreements(
-        self, samples: Sequence[int], counts: Sequence[TokenCount], batch_size: int
+        self,
+        samples: Sequence[int],
+        counts: Sequence[TokenCount],
+        batch_size: int,
+        on_progress: Callable[[str, int, int], object],
     ) -> dict[TokenCount, Agreement]:
         """Return the agreement with the stock model on some samples, at each count."""
         report = {}
-        for count in counts:
+        for i, count in enumerate(counts):
             kl, right = [], []
             for start in range(0, len(samples), batch_size):
                 batch = samples[start : start + batch_size]
                 divergence, equal = self.divergence(batch, [count] * len(batch))
                 kl.append(divergence)
-                right += equal.split([len(self.answers[i]) for i in batch])
+                right += equal.split([len(self.answers[sample]) for sample in batch])
+                done = i * len(samples) + start + len(batch)
+                on_progress("agreement", done, len(counts) * len(samples))
             whole = [bool(answer.all()) for answer in right]
             report[count] = Agreement(
                 divergence=float(torch.cat(kl).mean()),

@@ -30,11 +30,14 @@ from tokenflex.dropin.features import (
 )
 from tokenflex.dropin.model import as_stock, stock_projector_of
 from tokenflex.dropin.variants import is_converted, unwrapped
+from tokenflex.terminal import work_bar
 from tokenflex_kernels import pool_norm
 from tokenflex_kernels.swiglu.reference import activation
 
 _RIDGES = (1e-8, 1e-6, 1e-4, 1e-2, 1.0)
 _DEFAULT_RIDGE = 1e-4
+_PARTS = 5
+"""Parts of the work: encoding, the stock tokens, hidden units, the ridge and the solution."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,13 @@ def fit_projector(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), work_bar("fitting", _PARTS, unit="part", delay=0) as bar:
             patches = family.patch_grids(base, **inputs)
+            bar.update()
             target = _stock_tokens(model, inputs, flat_grids(patches)[1])
+            bar.update()
             rows = flat_grids(patches, config.tokenflex["patch_merge"])
-            return _fit(projector, rows, target, grids)
+            return _fit(projector, rows, target, grids, bar)
     finally:
         for module, training in modes.items():
             module.training = training
@@ -181,8 +186,12 @@ def _fit(
     patches: tuple[torch.Tensor, list[Grid]],
     target: tuple[torch.Tensor, list[Grid]],
     counts: list[Grid],
+    bar: Any,
 ) -> FitReport:
-    """Fit ``projector`` to map flat patches to flat tokens, each with the grids of its images."""
+    """Fit ``projector`` to map flat patches to flat tokens, each with the grids of its images.
+
+    ``bar`` advances by the last three of :data:`_PARTS`.
+    """
     images = len(patches[1])
     x, y = (
         torch.cat(
@@ -200,6 +209,7 @@ def _fit(
     before = _relative_error(_outputs(projector, x), y)
     _set_hidden_units(projector, x, y)
     hidden = _hidden(projector, x)
+    bar.update()
     held_out, ridge = None, _DEFAULT_RIDGE
     if images > 1:
         fitted = image_of_row < images - max(1, images // 4)
@@ -207,10 +217,12 @@ def _fit(
         others = _with_ones(hidden[~fitted])
         errors = {r: _relative_error(others @ solve(r), y[~fitted]) for r in _RIDGES}
         ridge, held_out = min(errors.items(), key=lambda item: item[1])
+    bar.update()
     solution = _ridge_solver(hidden, y)(ridge)
     projector.down.weight.copy_(solution[:-1].T)
     projector.down.bias.copy_(solution[-1])
     after = _relative_error(_outputs(projector, x), y)
+    bar.update()
     return FitReport(before, after, held_out, len(y))
 
 

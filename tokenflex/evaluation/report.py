@@ -8,22 +8,30 @@ from typing import Any
 from tokenflex.evaluation.baselines import OURS
 from tokenflex.evaluation.scoring import FORCED
 from tokenflex.files import check_replaceable, write_json, write_text
+from tokenflex.terminal import text_table
 
 _KEYS = ("accuracy", "questions")
-WIDTH = 16
-"""Characters of the names before a row's numbers."""
+NAME_WIDTH, CELL_WIDTH = 16, 6
+"""Least characters of a row's name and of its numbers."""
 
 
 def format_table(report: dict[str, Any]) -> str:
     """Format a report, of an evaluation or a training run, for the terminal."""
     labels = list(report["accuracy"])
-    lines = [_row("vision tokens", labels)]
-    lines += [_row(name, cells) for name, cells in _rows(report, labels)]
+    parts = [_table([("vision tokens", labels), *_rows(report, labels)])]
     if "questions" in report:
-        lines.append(_questions(report))
-    for name, cells in _baseline_rows(report):
-        lines.append(_row(name, cells) if cells else f"\n{name}")
-    return "\n".join(lines)
+        parts.append(_questions(report))
+    rows: list[tuple[str, list[str]]] = []
+    for name, cells in [*_baseline_rows(report), ("", [])]:
+        if cells:
+            rows.append((name, cells))
+            continue
+        if rows:
+            parts.append(_table(rows))
+        if name:
+            parts.append(f"\n{name}")
+        rows = []
+    return "\n".join(parts)
 
 
 def format_markdown(report: dict[str, Any], title: str) -> str:
@@ -165,8 +173,9 @@ def _baseline_page(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _row(name: str, cells: list[str]) -> str:
-    return f"{name:<{WIDTH}}" + "".join(f"{cell:>8}" for cell in cells)
+def _table(rows: list[tuple[str, list[str]]]) -> str:
+    widths = [NAME_WIDTH, *[CELL_WIDTH] * len(rows[0][1])]
+    return text_table([[name, *cells] for name, cells in rows], widths=widths)
 
 
 def _questions(report: dict[str, Any]) -> str:

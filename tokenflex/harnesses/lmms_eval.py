@@ -17,9 +17,9 @@ except ModuleNotFoundError as error:
         f"tokenflex.harnesses.lmms_eval needs {error.name}: pip install lmms-eval"
     ) from error
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from tokenflex.harnesses.assistant import Assistant
+from tokenflex.terminal import progress_bar
 
 MAX_NEW_TOKENS = 1024  # for tasks that give no limit
 MAX_ROUNDS = 64  # for tasks that never end
@@ -72,7 +72,7 @@ class TokenFlex(lmms):
         it to an empty line, which would cut answers into paragraphs.
         """
         results: list[Any] = []
-        bar = tqdm(total=len(requests), disable=self.rank != 0, desc="Model Responding")
+        bar = progress_bar("answering", len(requests), unit="question", shown=self.rank == 0)
         for batch in self._batches(requests):
             conversations = []
             for request in batch:

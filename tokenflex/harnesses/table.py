@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenflex.files import read_json
+from tokenflex.terminal import text_table, width_of
 
 MISSING = "missing"
 
@@ -59,6 +61,17 @@ class CountTable:
             cells = [str(scores.get(count, MISSING)) for count in self.counts]
             lines.append(f"| {' | '.join([*row, *cells])} |")
         return "\n".join(lines) + "\n"
+
+    def text(self) -> str:
+        """Return the table for a terminal, where it is folded; else as Markdown."""
+        if width_of(sys.stdout) is None:
+            return self.markdown().rstrip("\n")
+        head = ["benchmark", "metric", *self.counts]
+        rows = [
+            [*row, *(str(scores.get(count, MISSING)) for count in self.counts)]
+            for row, scores in self.rows.items()
+        ]
+        return text_table([head, *rows], left=2)
 
     def as_json(self) -> list[dict[str, Any]]:
         """Return one record per score, with None for missing scores."""

@@ -19,6 +19,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from tokenflex.files import printable, read_json, write_text
+from tokenflex.terminal import work_bar
 
 CARD = "README.md"
 PICTURE = "accuracy.png"
@@ -209,9 +210,11 @@ def _without_notes(config: Any) -> Any:
 
 def _hash_of(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    bar = work_bar(f"hashing {path.name}", path.stat().st_size, unit="B")
+    with bar, path.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)
+            bar.update(len(block))
     return digest.hexdigest()
 
 

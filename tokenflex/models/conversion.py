@@ -35,6 +35,7 @@ from tokenflex.models.weights import (
     weight_files,
     widest_dtype,
 )
+from tokenflex.terminal import watched
 
 
 def convert(source: str | Path, target: str | Path, *, system_message: str | None = None) -> str:
@@ -118,7 +119,8 @@ def _write_weights(
     dtypes, size = set(), 0
     weight_map: dict[str, str] = {}
     files = weight_files(source)
-    for number, file in enumerate(files, start=1):
+    shown = watched(files, "copying weights", len(files), unit="file")
+    for number, file in enumerate(shown, start=1):
         renamed: dict[str, Any] = {}
         for name, tensor in tensors(file):
             new = rename(name)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from tokenflex.data.samples import SampleDataset
 from tokenflex.routing.grading import Grades, grade, routed, score
 from tokenflex.routing.router import Router
+from tokenflex.terminal import watched
 
 STEPS = 1000
 BATCH = 512
@@ -183,7 +184,7 @@ def _fit(router: Router, fitted: Grades, tested: Grades, generator: torch.Genera
         torch.nn.init.zeros_(linear.bias)
     optimizer = torch.optim.AdamW(router.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     kept, kept_loss, kept_step = router.state_dict(), float("inf"), 0
-    for step in range(1, STEPS + 1):
+    for step in watched(range(1, STEPS + 1), "fitting", STEPS, unit="step"):
         drawn = torch.randint(len(images), (BATCH,), generator=generator)
         loss = _loss(router, images[drawn], questions[drawn], right[drawn], weights[drawn])
         optimizer.zero_grad(set_to_none=True)

@@ -22,6 +22,7 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from tokenflex.terminal import watched
 from tokenflex.training.data_config import DataConfig
 
 SAMPLED = 4 << 20  # bytes above which there is a digest of blocks
@@ -43,11 +44,11 @@ def digests_of(configs: Iterable[DataConfig]) -> Digests:
     """
     digests: Digests = {}
     budget = ALL_WHOLE
-    for config in configs:
-        for path, is_read_whole in _files_of(config):
-            digest = _digest_of(path, whole=is_read_whole, most=min(WHOLE, budget))
-            budget -= digest[0] if len(digest) == 3 else 0
-            digests[str(path)] = digest
+    files = [file for config in configs for file in _files_of(config)]
+    for path, is_read_whole in watched(files, "hashing the data", len(files), unit="file"):
+        digest = _digest_of(path, whole=is_read_whole, most=min(WHOLE, budget))
+        budget -= digest[0] if len(digest) == 3 else 0
+        digests[str(path)] = digest
     return digests
 
 

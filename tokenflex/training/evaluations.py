@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tqdm import tqdm
 
 from tokenflex.data.faults import (
     BrokenSample,
@@ -23,9 +22,9 @@ from tokenflex.data.samples import Sample, SampleDataset
 from tokenflex.evaluation import evaluate
 from tokenflex.interruption import Interruption
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
+from tokenflex.terminal import progress_bar
 from tokenflex.training.agreement import AgreedStop, from_main, interrupted_anywhere, share
 from tokenflex.training.config import EvaluationConfig
-from tokenflex.training.records import progress_bar
 from tokenflex.training.sharding import is_sharded, model_weights
 
 _STAND_IN = "stand-in"  # kind of the questions of a sample that belongs to another process
@@ -186,7 +185,7 @@ class Evaluator:
     ) -> dict[str, Any]:
         batches = -(len(data) // -self.settings.batch_size) * len(self.settings.counts)
         shown = self.accelerator.is_main_process
-        bar: tqdm
+        bar: Any
         with progress_bar("evaluation", batches, unit="batch", leave=False, shown=shown) as bar:
 
             def on_batch() -> None:

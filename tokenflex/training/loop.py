@@ -11,10 +11,10 @@ from contextlib import closing
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from tokenflex.data.steps import PackedStep
 from tokenflex.files import write_json
+from tokenflex.terminal import progress_bar, say, working
 from tokenflex.training.agreement import AgreedStop, from_main, interrupted_anywhere
 from tokenflex.training.checkpoint import Sizes, save_model
 from tokenflex.training.config import StageConfig, TrainConfig
@@ -27,7 +27,6 @@ from tokenflex.training.records import (
     Meter,
     StageRecord,
     position_of,
-    progress_bar,
     training_report,
 )
 from tokenflex.training.setup import Setup, warm_up
@@ -130,7 +129,7 @@ class TrainingRun:
                 self.model.load_state_dict(state["model"])
         if self.is_main:
             for note in self.setup.kind.notes():
-                tqdm.write(note)
+                say(note)
         self.broken.add_known(self.setup.datasets.values(), writes=self.is_main)
         if self.is_main and state is None:
             self.setup.folder.begin_records()
@@ -162,7 +161,7 @@ class TrainingRun:
         if is_resumed and not interrupted_anywhere(self.accelerator, self.interruption):
             self._evaluate_if_due(stage, only_missing=True)
         unit = "step" if stage.tokens is None else "token"
-        bar: tqdm = progress_bar(
+        bar: Any = progress_bar(
             stage.name, stage.budget, done=record.done(stage), unit=unit, shown=self.is_main
         )
         layers = adapted_layers(self.setup.kind.parts, self.config, stage.learning)
@@ -218,7 +217,7 @@ class TrainingRun:
         packed: PackedStep,
         scheduler: Any,
         meter: Meter,
-        bar: tqdm,
+        bar: Any,
     ) -> None:
         shared = torch.tensor([meter.shared(packed)], device=self.accelerator.device)
         rates = meter.rates(self.accelerator.gather(shared).tolist())
@@ -263,7 +262,7 @@ class TrainingRun:
             lines.append({**position, **values, "seconds": round(time.perf_counter() - began, 3)})
             self._track("evaluation", {**position, "accuracy": report["accuracy"]})
             shown = "  ".join(f"{n}: {share:.3f}" for n, share in report["accuracy"].items())
-            tqdm.write(f"{stage.name}, step {position['step']}: accuracy at {shown}")
+            say(f"{stage.name}, step {position['step']}: accuracy at {shown}")
 
     def _save_state(self, optimizer: Any, scheduler: Any) -> None:
         """Save the state of the last step, if that has not been done; all have a part of it."""
@@ -292,7 +291,10 @@ class TrainingRun:
         written: Sizes = {}
         if self.is_main:
             replaced = folder.checkpoint_files
-            written = save_model(checkpoint, self.model, self.processor, weights, replaced=replaced)
+            with working(f"saving {checkpoint}"):
+                written = save_model(
+                    checkpoint, self.model, self.processor, weights, replaced=replaced
+                )
         if self.evaluator is not None:
             report = {**self.evaluator.run_last(self.model, weights), **report}
         if self.is_main:

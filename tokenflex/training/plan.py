@@ -24,6 +24,7 @@ from tokenflex.data.packing import DrawnSample, PackingCollator
 from tokenflex.data.samples import DataExhaustedError, size_of
 from tokenflex.data.steps import outline_of
 from tokenflex.models.loss import CHUNK_LOGITS
+from tokenflex.terminal import text_table, watched
 from tokenflex.training.build import (
     build_dataset,
     build_order,
@@ -125,7 +126,7 @@ def measure_samples(
     num_read = MEASURED_SAMPLES if size is None else min(size, MEASURED_SAMPLES)
     samples: list[DrawnSample] = []
     broken: list[BrokenSample] = []
-    for position in range(num_read):
+    for position in watched(range(num_read), "measuring samples", num_read, unit="sample"):
         try:
             index = order[position][1]
             with leaving_out(dataset, index, broken):  # as training does
@@ -286,14 +287,7 @@ def format_plan(plans: Collection[StagePlan]) -> str:
                 f"{plan.state_bytes / 2**30:.1f} + {_gib(plan.activation_bytes)}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        aligned = [
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(aligned).rstrip())
+    lines = [text_table(rows, left=2)]
     known = [plan.flops for plan in plans if plan.flops is not None]
     total = f"{sum(known):.2e} floating-point operations in all"
     if not known:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from tokenflex.data.steps import PackedStep
 from tokenflex.files import parse_json, write_text
@@ -182,31 +181,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _place(line: dict[str, Any]) -> tuple[Any, Any]:
     return line.get("stage"), line.get("step")
-
-
-def progress_bar(
-    name: str,
-    total: float,
-    *,
-    done: int = 0,
-    unit: str = "step",
-    shown: bool = True,
-    leave: bool = True,
-) -> tqdm:
-    """Return a progress bar over ``total`` of ``unit``, of which ``done`` are done.
-
-    Without ``leave`` it vanishes at the end.
-    """
-    return tqdm(
-        total=total,
-        initial=done,
-        desc=name,
-        unit=unit,
-        unit_scale=unit == "token",
-        disable=not shown,
-        leave=leave,
-        dynamic_ncols=True,
-    )
 
 
 def position_of(stages: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from accelerate.utils import set_seed
 
 from tokenflex.formats import FRESH_PARTS
 from tokenflex.interruption import Interruption
+from tokenflex.terminal import progress_bar, working
 from tokenflex.training.agreement import from_main
 from tokenflex.training.build import (
     build_dataset,
@@ -30,7 +31,7 @@ from tokenflex.training.output import (
     RunFolder,
     finished_report,
 )
-from tokenflex.training.records import MetricsFile, StageRecord, progress_bar
+from tokenflex.training.records import MetricsFile, StageRecord
 from tokenflex.training.states import RunStates, shared_part
 from tokenflex.training.trackers import check_installed
 
@@ -127,7 +128,8 @@ class Setup:
 
     def _build_model(self) -> None:
         config = self.config
-        self.kind = load_kind(config)
+        with working("loading the model"):
+            self.kind = load_kind(config)
         self.model, self.processor = self.kind.model, self.kind.processor
         self.is_sharded = config.sharding == "full" and self.accelerator.num_processes > 1
         if not self.is_sharded:  # else it goes to the device in shards

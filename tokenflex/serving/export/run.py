@@ -25,6 +25,7 @@ from tokenflex.serving.export.manifest import (
 from tokenflex.serving.export.parts import Part, language_parts, vision_parts
 from tokenflex.serving.export.targets import LANGUAGE_MODEL, TARGETS
 from tokenflex.serving.export.tracing import BATCHES, largest_error, trace
+from tokenflex.terminal import watched, working
 
 TOLERANCE = 1e-4
 """Largest difference to the model, relative to the largest value (or to 1 if that is smaller)."""
@@ -80,9 +81,11 @@ def _write_language_model(
     model: Any, processor: Any, folder: Path, tolerance: float, report: Report
 ) -> None:
     language_model = plain_language_model(model)
-    language_model.save_pretrained(folder)
+    with working("writing the language model"):
+        language_model.save_pretrained(folder)
     _save_tokenizer(processor, folder)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=language_model.dtype).eval()
+    with working("comparing it with the model"):
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=language_model.dtype).eval()
     ids = torch.randint(
         loaded.config.vocab_size, (3, 6), generator=torch.Generator().manual_seed(0)
     )
@@ -116,7 +119,7 @@ def _write_graphs(
     except ValueError as refusal:
         no_language = str(refusal)
     graphs: dict[str, tuple[Part, dict[str, Any]]] = {}
-    for part in parts:
+    for part in watched(parts, "exporting", len(parts), unit="graph", delay=0):
         path = folder / f"{part.name}{runtime.suffix}"
         runtime.save(trace(part), part, path)
         error, scale = largest_error(part, runtime.load(path, part))
