@@ -20,6 +20,7 @@ from tokenflex.training.build import (
     check_dropout,
     empty_model,
     modules_of,
+    patch_grid,
 )
 from tokenflex.training.config import ConvertedModelConfig, StageConfig, TrainConfig
 from tokenflex.training.flops import Flops, teacher_flops, tile_cost, training_flops
@@ -101,6 +102,11 @@ class OwnModel(ModelKind):
     def modules(self) -> dict[str, list[nn.Module]]:
         """The modules that the names of a stage's ``learning_rate`` stand for."""
         return modules_of(self.model)
+
+    @property
+    def patch_grid(self) -> tuple[int, int] | None:
+        """Rows and columns of patches of a tile; None if the encoder's pictures have no size."""
+        return patch_grid(self.model.config.vision_config)
 
     def collator(
         self,

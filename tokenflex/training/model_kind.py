@@ -54,6 +54,11 @@ class ModelKind(ABC):
         module: nn.Module = self.model
         return module
 
+    @property
+    def patch_grid(self) -> tuple[int, int] | None:
+        """Rows and columns of patches of a tile; None if they differ or are not known."""
+        return None
+
     @abstractmethod
     def collator(
         self,
