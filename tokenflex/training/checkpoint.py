@@ -58,16 +58,30 @@ def save_model(
         FileExistsError: The folder holds something else.
     """
     check_checkpoint_folder(directory)
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    previous = directory.with_name(f".{directory.name}.{os.getpid()}.old")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+
+    def write(temporary: Path) -> None:
         # A copy: transformers removes what it has written from the dict.
         model.save_pretrained(temporary, state_dict=None if weights is None else {**weights})
         processor.save_pretrained(temporary)
         write_card(temporary, model.config, name=directory.parent.name)
         keep_edited_card(directory, temporary)
+
+    return replace_folder(directory, write, replaced=replaced)
+
+
+def replace_folder(
+    directory: Path, write: Callable[[Path], object], *, replaced: Sizes | None = None
+) -> Sizes:
+    """Replace a folder by what ``write`` writes into a new one, whole or not at all.
+
+    ``replaced`` and the result are those of :func:`save_model`.
+    """
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    previous = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        write(temporary)
         settle_folder(temporary)
         files = [path for path in sorted(temporary.iterdir()) if path.is_file()]
         written = {path.name: path.stat().st_size for path in files}

@@ -170,6 +170,34 @@ class EncoderWarmUpConfig(Strict):
     """Learning rate of AdamW."""
 
 
+class PeftConfig(Strict):
+    """LoRA adapters, by the library PEFT (``pip install peft``): small matrices that learn beside
+    weights that do not. Keys are named as in PEFT's ``LoraConfig``.
+
+    A stage that gives a learning rate to a module named here trains its adapters; other modules,
+    such as the projector, are trained whole.
+    """
+
+    modules: tuple[Literal["vision", "text"], ...] = ("text",)
+    """Modules whose linear layers get adapters."""
+    r: Int = Field(default=16, ge=1)
+    """Rank of an adapter."""
+    lora_alpha: Float | None = Field(default=None, gt=0, lt=float("inf"))
+    """Scale of an adapter's output, which is multiplied by ``lora_alpha`` / ``r``; None for 2 x
+    ``r``."""
+    lora_dropout: Float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before an adapter."""
+    target_modules: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Linear layers that get adapters, by the ends of their names; None for all of them but the
+    output layer."""
+    modules_to_save: tuple[str, ...] = ()
+    """Layers that are trained whole beside the adapters, by the ends of their names."""
+
+    def contradictions(self) -> Iterator[str]:
+        if not self.modules or len({*self.modules}) < len(self.modules):
+            yield f"modules must name vision, text or both, each once, got {[*self.modules]}"
+
+
 class StageConfig(Strict):
     """One stage of training: which modules learn, how long, on what, at which token counts."""
 
@@ -385,6 +413,8 @@ class TrainConfig(Strict):
     """Training data of all stages that have none of their own."""
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     """The stages, in order."""
+    peft: PeftConfig | None = None
+    """LoRA adapters in place of training a module whole; None for none."""
     encoder_warm_up: EncoderWarmUpConfig | None = None
     """Warm-up of the encoder before the first stage; None for none."""
     evaluation: EvaluationConfig | None = free(default=None)
@@ -436,9 +466,13 @@ class TrainConfig(Strict):
         free_keys = {
             key for key, field in type(self).model_fields.items() if field.json_schema_extra == FREE
         }
+        if self.peft is None:
+            free_keys.add("peft")  # runs of versions without the key continue
         return self.model_dump_json(exclude=free_keys)
 
     def contradictions(self) -> Iterator[str]:
+        if self.peft is not None:
+            yield from self._refused_for_adapters(self.peft)
         if isinstance(self.model, ConvertedModelConfig):
             yield from self._refused_for_conversions()
             return
@@ -451,6 +485,24 @@ class TrainConfig(Strict):
         if self.encoder_warm_up is not None and self.model.processor is None:
             names = " or ".join(FRESH_PARTS)
             yield f"encoder_warm_up needs model.processor: {names}, got None"
+
+    def _refused_for_adapters(self, peft: PeftConfig) -> Iterator[str]:
+        """Name what adapters cannot be trained with."""
+        if self.sharding != "none":
+            yield f"sharding must be none with peft, whose layers it cannot cut, got {self.sharding!r}"
+        if self.compile:
+            yield f"compile must be false with peft, got {self.compile}"
+        if self.encoder_warm_up is not None and "vision" in peft.modules:
+            yield (
+                "encoder_warm_up must not be given with peft of vision: adapters are for an encoder "
+                "that has learned"
+            )
+        for name in peft.modules:
+            if not any(name in stage.learning for stage in self.stages):
+                yield (
+                    f"peft of {name} needs a stage with a learning_rate for {name}, and there is "
+                    "none"
+                )
 
     def _refused_for_conversions(self) -> Iterator[str]:
         """Name what a converted stock model cannot be trained with."""

@@ -15,14 +15,15 @@ from tqdm import tqdm
 
 from tokenflex.data.steps import PackedStep
 from tokenflex.files import write_json
+from tokenflex.training.adapters import Adapters
 from tokenflex.training.agreement import AgreedStop, from_main, interrupted_anywhere
-from tokenflex.training.checkpoint import Sizes, save_model
+from tokenflex.training.checkpoint import replace_folder, save_model
 from tokenflex.training.config import StageConfig, TrainConfig
 from tokenflex.training.engine import StepOutcome, optimize, prepare, stop_without_data
 from tokenflex.training.faults import check_finite
 from tokenflex.training.layers import adapted_layers
 from tokenflex.training.metrics import bar_text, metrics_line
-from tokenflex.training.output import CHECKPOINT, NON_FINITE, REPORT
+from tokenflex.training.output import ADAPTER, CHECKPOINT, NON_FINITE, REPORT
 from tokenflex.training.records import (
     Meter,
     StageRecord,
@@ -44,7 +45,8 @@ class TrainingRun:
     line for every evaluation during training), ``trackers/``, ``state.pt`` and the states before it
     (while the run is not finished), ``non_finite.json`` (the samples of a step whose loss was NaN
     or infinite), ``broken_samples.json`` (the samples that were skipped, with the reason),
-    ``config.json``, and at the end ``checkpoint/`` (model and processor) and ``report.json``.
+    ``config.json``, and at the end ``checkpoint/`` (model and processor), ``adapter/`` (with
+    ``peft``, as PEFT saves it) and ``report.json``.
 
     No other run can write into the folder until :meth:`run` has ended.
 
@@ -289,10 +291,13 @@ class TrainingRun:
         report = training = training_report(self.records)
         weights, folder = model_weights(self.model), self.setup.folder
         checkpoint, report_path = (self.config.output / name for name in (CHECKPOINT, REPORT))
-        written: Sizes = {}
+        if self.setup.kind.adapters is not None:
+            weights = self._merge_adapters(weights, self.setup.kind.adapters)
         if self.is_main:
-            replaced = folder.checkpoint_files
-            written = save_model(checkpoint, self.model, self.processor, weights, replaced=replaced)
+            replaced = folder.saved_files.get(CHECKPOINT)
+            folder.saved_files[CHECKPOINT] = save_model(
+                checkpoint, self.model, self.processor, weights, replaced=replaced
+            )
         if self.evaluator is not None:
             report = {**self.evaluator.run_last(self.model, weights), **report}
         if self.is_main:
@@ -301,6 +306,24 @@ class TrainingRun:
             else:
                 report_path.unlink(missing_ok=True)  # of an earlier checkpoint
             folder.sync()
-            folder.finish(self.config.fingerprint(), training, written)
+            folder.finish(self.config.fingerprint(), training)
             self.setup.states.remove()
         return report
+
+    def _merge_adapters(self, weights: dict[str, Any], adapters: Adapters) -> dict[str, Any]:
+        """Save the adapters, then make them a part of the model's weights; return these.
+
+        Every process must call it: each merges its own copy of the model.
+        """
+        folder, others = self.setup.folder, self.setup.kind.trained_whole()
+
+        def save() -> None:
+            path = self.config.output / ADAPTER
+            folder.saved_files[ADAPTER] = replace_folder(
+                path, lambda temporary: adapters.save(temporary, others, weights)
+            )
+
+        from_main(save, self.is_main)
+        adapters.merge()
+        self.setup.kind.adapters = None
+        return model_weights(self.model)

@@ -212,7 +212,7 @@ def _plan_stage(
     # A stage with a budget in tokens ends with the step that reaches it.
     steps = stage.steps or math.ceil(stage.budget / (stage.batch_size * tokens))
     samples = steps * stage.batch_size
-    trained = {name: _parameters(kind.modules[name]) for name in stage.learning}
+    trained = {name: sum(w.numel() for w in kind.learned(name)) for name in stage.learning}
     plan = StagePlan(
         name=stage.name,
         trained_parameters=trained,
@@ -241,7 +241,7 @@ def _plan_stage(
         plan,
         flops=cost,
         flops_saved=1 - cost / largest,
-        activation_bytes=_activation_bytes(stage, kind.model, sample, tokens, config),
+        activation_bytes=_activation_bytes(stage, kind, sample, tokens, config),
     )
 
 
@@ -275,7 +275,7 @@ def _width(config: TrainConfig) -> int:
 
 
 def _activation_bytes(
-    stage: StageConfig, model: Any, sample: SampleConfig, tokens: float, config: TrainConfig
+    stage: StageConfig, kind: ModelKind, sample: SampleConfig, tokens: float, config: TrainConfig
 ) -> float:
     """Estimate what the backward pass reads: inputs and outputs of linear layers with a gradient.
 
@@ -286,22 +286,24 @@ def _activation_bytes(
     tiles = stage.batch_size * sample.tiles
     bin_rows = min(rows, stage.max_tokens or rows)
     bin_tiles = min(tiles, stage.max_tiles or tiles, tiles * bin_rows / rows)
+    model, learned = kind.model, kind.learned_by(stage)
     vision, inner = model.config.vision_config, model.model
-    parts = [(inner.language_model, bin_rows, "text" in stage.learning)]
+    parts = [(inner.language_model, bin_rows)]
     if "vision" in stage.learning:
         patches = (vision.image_size // vision.patch_size) ** 2
-        parts.append((inner.vision_model, bin_tiles * patches, True))
+        parts.append((inner.vision_model, bin_tiles * patches))
     kept = at_work = 0.0
-    for part, part_rows, learns in parts:
+    for part, part_rows in parts:
         layers = layers_of(part)
         if config.gradient_checkpointing:
             kept += part_rows * part.config.hidden_size * len(layers)
-            at_work = max(at_work, part_rows * _linear_widths(layers[0], learns))
+            at_work = max(at_work, part_rows * _linear_widths(layers[0], learned))
         else:
-            kept += part_rows * _linear_widths(part, learns)
+            kept += part_rows * _linear_widths(part, learned)
     if {"vision", "projector"} & set(stage.learning):
         expected = TokenCounts(stage.counts, stage.weights).expected
-        projected = bin_tiles * expected * _linear_widths(inner.projector, True)
+        weights = {*inner.projector.parameters()}
+        projected = bin_tiles * expected * _linear_widths(inner.projector, weights)
         if config.gradient_checkpointing:
             at_work = max(at_work, projected)
         else:
@@ -312,10 +314,12 @@ def _activation_bytes(
     return (kept + at_work) * _width(config) + logits
 
 
-def _linear_widths(module: nn.Module, learns: bool) -> int:
+def _linear_widths(module: nn.Module, learned: Collection[nn.Parameter]) -> int:
     """Return the elements a row that linear layers keep; frozen ones do not need their inputs."""
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-    return sum(learns * layer.in_features + layer.out_features for layer in layers)
+    return sum(
+        (layer.weight in learned) * layer.in_features + layer.out_features for layer in layers
+    )
 
 
 def format_plan(plans: Collection[StagePlan]) -> str:

@@ -10,6 +10,7 @@ from accelerate.utils import set_seed
 
 from tokenflex.formats import FRESH_PARTS
 from tokenflex.interruption import Interruption
+from tokenflex.training.adapters import check_adapter_folder, check_peft
 from tokenflex.training.agreement import from_main
 from tokenflex.training.build import (
     build_dataset,
@@ -24,6 +25,7 @@ from tokenflex.training.evaluations import Evaluator
 from tokenflex.training.faults import BrokenSamples
 from tokenflex.training.kinds import load_kind
 from tokenflex.training.output import (
+    ADAPTER,
     BROKEN_SAMPLES,
     EVALUATIONS,
     METRICS,
@@ -76,6 +78,9 @@ class Setup:
         self.is_main = self.accelerator.is_main_process
         from_main(self.folder.claim, self.is_main)
         try:
+            if config.peft is not None:
+                check_peft("peft in the configuration")
+                from_main(lambda: check_adapter_folder(config.output / ADAPTER), self.is_main)
             self.finished = (
                 None if fresh else from_main(lambda: finished_report(config), self.is_main)
             )
