@@ -181,7 +181,11 @@ class Adapters:
         vars(self.model).pop("peft_config", None)
 
     def save(
-        self, folder: Path, others: Sequence[nn.Module], weights: Mapping[str, torch.Tensor]
+        self,
+        folder: Path,
+        others: Sequence[nn.Module],
+        weights: Mapping[str, torch.Tensor],
+        base: str | None = None,
     ) -> None:
         """Save the adapters as PEFT does, with all else that was learned as ``modules_to_save``.
 
@@ -190,6 +194,7 @@ class Adapters:
 
         Args:
             folder: A folder that exists.
+        base: Name of the model that training began with, if it has one.
             others: Modules without adapters that were trained.
             weights: All weights of the model, by name.
         """
@@ -207,6 +212,7 @@ class Adapters:
         save_file(saved, folder / FILES[1], metadata={"format": "pt"})
         config = self.config
         config.modules_to_save, config.inference_mode = whole or None, True
+        config.base_model_name_or_path = base
         config.save_pretrained(str(folder))
 
 

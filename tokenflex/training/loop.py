@@ -318,9 +318,11 @@ class TrainingRun:
         folder, others = self.setup.folder, self.setup.kind.trained_whole()
 
         def save() -> None:
-            path = self.config.output / ADAPTER
+            start = self.config.model.start
+            base = None if start is None else str(start)
             folder.saved_files[ADAPTER] = replace_folder(
-                path, lambda temporary: adapters.save(temporary, others, weights)
+                self.config.output / ADAPTER,
+                lambda temporary: adapters.save(temporary, others, weights, base),
             )
 
         from_main(save, self.is_main)
