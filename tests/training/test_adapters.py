@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from experiments.distillation.stock import new_model_and_processor
 from tests.training.processes import end_of, start_two
-from tests.training.runs import metrics, stage, tiny_values, write_config
+from tests.training.runs import evaluations, metrics, stage, tiny_values, write_config
 from tokenflex import replace_projector
 from tokenflex.checkpoints import load_model
 from tokenflex.cli import main
@@ -135,13 +135,20 @@ def test_a_run_that_died_continues_to_the_byte(finished, tmp_path, steps):
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path):
-    changes = {"peft": {**PEFT, "lora_dropout": 0}}  # masks differ between processes
+    changes: dict[str, Any] = {"peft": {**PEFT, "lora_dropout": 0}}  # masks differ
+    data = {"name": "digits", "split": "test", "size": 7, "questions": 2}
+    changes["evaluation"] = {"data": data, "counts": [4], "every": 2, "keep_best": "loss"}
     TrainingRun(config_of(tmp_path / "one", **changes)).run()
     values = values_of(tmp_path / "two", **changes)
     ranks = start_two(write_config(tmp_path / "two.yaml", values))
     assert [end_of(rank)[0] for rank in ranks] == [0, 0]
     losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    lines = [evaluations(tmp_path / name) for name in ("one", "two")]
+    for alone, together in zip(*lines, strict=True):
+        assert together["loss"]["4"] == pytest.approx(alone["loss"]["4"], rel=1e-4)
+    best = [json.loads((tmp_path / n / "best" / "best.json").read_text()) for n in ("one", "two")]
+    assert best[0]["best"]["global_step"] == best[1]["best"]["global_step"]
     adapters = [weights_of(tmp_path / name / "adapter", "adapter_model") for name in ("one", "two")]
     for name, weight in adapters[0].items():
         torch.testing.assert_close(adapters[1][name], weight, rtol=0, atol=2e-3)
@@ -199,6 +206,19 @@ def test_the_plan_counts_what_learns_and_what_it_costs(tmp_path):
     forward_and_back = 2 / 3
     assert forward_and_back < plan.flops / whole.flops < 1
     assert plan.tile_cost > whole.tile_cost
+
+
+def test_the_best_model_has_its_adapters_merged(tmp_path):
+    """At the last step it is the final checkpoint, to the bit; training does not notice."""
+    data = {"name": "digits", "split": "test", "size": 4, "questions": 2}
+    evaluation = {"data": data, "counts": [4], "at_stage_end": True, "keep_best": "loss"}
+    stages = [stage(steps=3, learning_rate=BOTH)]
+    TrainingRun(config_of(tmp_path / "run", stages=stages, evaluation=evaluation)).run()
+    best, last = (weights_of(tmp_path / "run" / name) for name in ("best", "checkpoint"))
+    assert_same(best, last)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    TrainingRun(config_of(tmp_path / "without", stages=stages)).run()
+    assert_same(weights_of(tmp_path / "without" / "checkpoint"), last)
 
 
 def test_an_adapter_goes_with_the_run_that_made_it(finished, tmp_path):

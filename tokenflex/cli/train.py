@@ -100,6 +100,11 @@ def _train(options: argparse.Namespace) -> int:
         plot_accuracy(report, picture)
         _write_card(run, report, picture)
         print(format_table(report))
+    if "best" in report:
+        from tokenflex.training.best import in_words
+        from tokenflex.training.output import BEST
+
+        print(f"{config.output / BEST}: {in_words(report['best'])}")
     print(f"{report['seconds']:.0f} s of training; everything is in {config.output}")
     return 0
 

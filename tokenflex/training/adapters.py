@@ -121,8 +121,8 @@ class Adapters:
         targets = [name for name, layer in layers.items() if layer not in learned_whole]
         if not targets:
             raise ValueError(
-                f"peft must find a linear layer in {' or '.join(settings.modules)} to adapt, beside "
-                f"modules_to_save {[*settings.modules_to_save]}, and there is none"
+                f"peft must find a linear layer in {' or '.join(settings.modules)} to adapt, "
+                f"beside modules_to_save {[*settings.modules_to_save]}, and there is none"
             )
         self.config = lora_config(
             targets,

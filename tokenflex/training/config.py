@@ -380,6 +380,10 @@ class EvaluationConfig(Strict):
     """Steps of a stage between two evaluations during training; None for no such evaluations."""
     at_stage_end: bool = False
     """Evaluate after the last step of every stage as well."""
+    keep_best: Literal["accuracy", "loss"] | None = None
+    """Keep a copy of the model, in ``best``, as it was at the best evaluation during training: of
+    the highest accuracy or the lowest loss of an answer token, the mean over ``counts``. None for
+    no copy. "loss" takes another pass through the samples at each count."""
     samples: Int = Field(default=256, ge=1)
     """Samples of an evaluation during training, the first of the data. After training all of the
     data is evaluated."""
@@ -390,6 +394,11 @@ class EvaluationConfig(Strict):
             yield "data of an evaluation must not be streaming, got streaming=True"
         if any(part.epochs is not None for part in parts):
             yield "data of an evaluation is asked once: give it no epochs"
+        if self.keep_best and self.every is None and not self.at_stage_end:
+            yield (
+                f"keep_best needs evaluations during training: give every or at_stage_end, got "
+                f"keep_best={self.keep_best!r} alone"
+            )
         if not self.counts:
             yield f"counts must name at least one count, got {self.counts}"
         checks = (partial(token_grid, count, name="counts") for count in self.counts)
@@ -471,6 +480,12 @@ class TrainConfig(Strict):
         return self.model_dump_json(exclude=free_keys)
 
     def contradictions(self) -> Iterator[str]:
+        keeps_by_loss = self.evaluation is not None and self.evaluation.keep_best == "loss"
+        if self.sharding != "none" and keeps_by_loss:
+            yield (
+                "keep_best of evaluation must be accuracy with sharding: full, whose model is put "
+                "together to be evaluated, got 'loss'"
+            )
         if self.peft is not None:
             yield from self._refused_for_adapters(self.peft)
         if isinstance(self.model, ConvertedModelConfig):
@@ -489,13 +504,13 @@ class TrainConfig(Strict):
     def _refused_for_adapters(self, peft: PeftConfig) -> Iterator[str]:
         """Name what adapters cannot be trained with."""
         if self.sharding != "none":
-            yield f"sharding must be none with peft, whose layers it cannot cut, got {self.sharding!r}"
+            yield f"sharding must be none with peft, got {self.sharding!r}"
         if self.compile:
             yield f"compile must be false with peft, got {self.compile}"
         if self.encoder_warm_up is not None and "vision" in peft.modules:
             yield (
-                "encoder_warm_up must not be given with peft of vision: adapters are for an encoder "
-                "that has learned"
+                "encoder_warm_up must not be given with peft of vision: adapters are for an "
+                "encoder that has learned"
             )
         for name in peft.modules:
             if not any(name in stage.learning for stage in self.stages):

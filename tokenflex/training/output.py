@@ -32,7 +32,8 @@ from tokenflex.training.trackers import remove_event_files
 
 CHECKPOINT = "checkpoint"
 ADAPTER = "adapter"
-FOLDERS = (CHECKPOINT, ADAPTER)
+BEST = "best"
+FOLDERS = (CHECKPOINT, ADAPTER, BEST)
 """Folders that a run replaces as a whole."""
 CONFIG = "config.json"
 STATE = "state.pt"
@@ -45,7 +46,8 @@ BROKEN_SAMPLES = "broken_samples.json"
 # Files that a run replaces in one step, under its lock. Temporary ones are of dead processes.
 _REPLACED = (CONFIG, STATE, METRICS, EVALUATIONS, REPORT, NON_FINITE, BROKEN_SAMPLES)
 _LEFTOVER = re.compile(
-    rf"\.(?:{'|'.join(map(re.escape, _REPLACED))}|(?P<folder>{'|'.join(FOLDERS)}))\.\d+\.(?P<kind>tmp|old)"
+    rf"\.(?:{'|'.join(map(re.escape, _REPLACED))}|(?P<folder>{'|'.join(FOLDERS)}))\.\d+"
+    r"\.(?P<kind>tmp|old)"
 )
 # What an ablation puts into a run's folder before the run begins.
 _BEFORE_A_RUN = {"config.yaml", "train.log"}
@@ -162,6 +164,10 @@ class RunFolder:
             self._remove_saved(name)
         if fresh:
             remove_states(self.path / STATE, keep=self._keep_states)
+
+    def note_saved(self, fingerprint: str) -> None:
+        """Note what :attr:`saved_files` says, in a run that is not finished."""
+        self._note(fingerprint, finished=False)
 
     def _remove_saved(self, name: str) -> None:
         """Remove the files that an earlier run saved in a folder, and the folder if it is empty."""

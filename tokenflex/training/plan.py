@@ -31,7 +31,7 @@ from tokenflex.training.build import (
     check_processes,
     check_supply,
 )
-from tokenflex.training.config import SampleConfig, StageConfig, TrainConfig
+from tokenflex.training.config import EvaluationConfig, SampleConfig, StageConfig, TrainConfig
 from tokenflex.training.data_config import DataConfig
 from tokenflex.training.flops import Flops
 from tokenflex.training.kinds import empty_kind
@@ -105,7 +105,7 @@ def plan_run(config: TrainConfig, processes: int = 1) -> list[StagePlan]:
         data: measure_samples(config, data, kind.collator(ONE_COUNT), dataset)
         for data, dataset in opened.items()
     }
-    plans = []
+    plans: list[StagePlan] = []
     for stage in config.stages:
         data = config.data_of(stage)
         plan = _plan_stage(stage, kind, config.sample or samples[data], config, processes)
@@ -113,7 +113,33 @@ def plan_run(config: TrainConfig, processes: int = 1) -> list[StagePlan]:
             read = plan.steps * stage.samples_read
             plan = replace(plan, passes=passes_over(data, opened[data], read))
         plans.append(plan)
+    if config.evaluation is not None:
+        note = _evaluation_note(config.evaluation, plans, 4 * _parameters([kind.model]))
+        plans = [replace(plan, notes=(*plan.notes, *note)) for plan in plans]
     return plans
+
+
+def _evaluation_note(
+    settings: EvaluationConfig, plans: Collection[StagePlan], model_bytes: int
+) -> Iterator[str]:
+    """Yield what evaluations during training cost, if there are any."""
+    number = 0
+    for plan in plans:
+        number += plan.steps // settings.every if settings.every else 0
+        is_due = settings.every is not None and plan.steps % settings.every == 0
+        number += settings.at_stage_end and not is_due
+    if not number:
+        return
+    passes = len(settings.counts) * (2 if settings.keep_best == "loss" else 1)
+    yield (
+        f"evaluations during training: {number}, each {passes} passes over "
+        f"{settings.samples} samples at most, which is in none of the numbers above"
+    )
+    if settings.keep_best:
+        yield (
+            f"keep_best by {settings.keep_best}: a copy of the model, {model_bytes / 2**30:.1f} "
+            f"GiB on the disk, written at most {number} times"
+        )
 
 
 def passes_over(data: DataConfig, dataset: Any, samples: int) -> tuple[float | None, ...]:
@@ -325,8 +351,10 @@ def _linear_widths(module: nn.Module, learned: Collection[nn.Parameter]) -> int:
 def format_plan(plans: Collection[StagePlan]) -> str:
     """Return the plan as a table and its totals, for a terminal."""
     rows: list[tuple[str, ...]] = [
-        ("stage", "trained", "steps", "samples", "epochs", "tokens", "vision", "FLOP", "saved")
-        + ("GiB",)
+        (
+            *("stage", "trained", "steps", "samples", "epochs"),
+            *("tokens", "vision", "FLOP", "saved", "GiB"),
+        )
     ]
     for plan in plans:
         trained = plan.trained_parameters

@@ -18,6 +18,7 @@ from tokenflex.training.build import (
     check_processes,
     check_supply,
 )
+from tokenflex.training.checkpoint import check_checkpoint_folder
 from tokenflex.training.config import EncoderWarmUpConfig, ModelConfig, TrainConfig
 from tokenflex.training.data_digests import check_unchanged, digests_of
 from tokenflex.training.engine import build_accelerator
@@ -26,6 +27,7 @@ from tokenflex.training.faults import BrokenSamples
 from tokenflex.training.kinds import load_kind
 from tokenflex.training.output import (
     ADAPTER,
+    BEST,
     BROKEN_SAMPLES,
     EVALUATIONS,
     METRICS,
@@ -81,6 +83,8 @@ class Setup:
             if config.peft is not None:
                 check_peft("peft in the configuration")
                 from_main(lambda: check_adapter_folder(config.output / ADAPTER), self.is_main)
+            if config.evaluation is not None and config.evaluation.keep_best:
+                from_main(lambda: check_checkpoint_folder(config.output / BEST), self.is_main)
             self.finished = (
                 None if fresh else from_main(lambda: finished_report(config), self.is_main)
             )
@@ -149,7 +153,7 @@ class Setup:
         return Evaluator(
             self.config.evaluation,
             self.questions,
-            self.processor,
+            self.kind,
             self.accelerator,
             self.interruption,
             workers=self.config.workers,
