@@ -23,11 +23,11 @@ from tokenflex.training.plan import format_plan, plan_run
 DATA = {"name": "digits", "split": "test", "size": 8, "questions": 2}
 EVALUATION = {"data": DATA, "counts": [4, 9], "batch_size": 4, "every": 2, "samples": 5}
 SAMPLE = {"text_tokens": 40, "answer_tokens": 20, "tiles": 2}
-ACCURACIES = {2: 0.2, 4: 0.75, 6: 0.5}  # by global step; the best one is in the first stage
+ACCURACIES = {2: 0.2, 4: 0.75, 7: 0.5}  # by global step; the best one is in the first stage
 
 
 def config_of(folder, **changes: Any) -> TrainConfig:
-    stages = [stage(name="first", steps=4), stage(name="second", steps=3)]
+    stages = [stage(name="first", steps=5), stage(name="second", steps=3)]
     evaluation = {**EVALUATION, "keep_best": "accuracy"}
     values = {"encoder_warm_up": None, "stages": stages, "evaluation": evaluation}
     return TrainConfig.model_validate(tiny_values(folder, **{**values, **changes}))
@@ -70,7 +70,7 @@ def test_the_model_of_the_best_evaluation_is_kept_and_named(tmp_path, monkeypatc
 
 
 # Death comes after the evaluation of a step: in the file, but before the next state.
-@pytest.mark.parametrize(("save_every", "death"), [(3, 4), (4, 4), (3, 6)])
+@pytest.mark.parametrize(("save_every", "death"), [(3, 4), (4, 4), (3, 7)])
 def test_a_run_that_died_has_the_same_best(tmp_path, monkeypatch, save_every, death):
     config = config_of(tmp_path / "run", save_every=save_every)
     training = TrainingRun(config)
@@ -127,7 +127,7 @@ def expected_loss(model: Any, processor: Any, count: int) -> float:
             inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
             inputs.pop("attention_mask", None)
             with torch.inference_mode():
-                logits = model(**inputs, num_image_tokens=count).logits[0, -ids.shape[1] - 1 : -1]
+                logits = model(**inputs).logits[0, -ids.shape[1] - 1 : -1]
             losses.append(F.cross_entropy(logits, ids[0], reduction="none"))
     return float(torch.cat(losses).mean())
 
@@ -195,8 +195,8 @@ def test_what_a_run_that_continues_knows_of_its_best(tmp_path, place, changes, c
 def test_what_it_costs_is_in_the_plan(tmp_path):
     evaluation = {**EVALUATION, "keep_best": "loss", "at_stage_end": True}
     plan = format_plan(plan_run(config_of(tmp_path, evaluation=evaluation, sample=SAMPLE)))
-    assert "evaluations during training: 4, each 4 passes over 5 samples" in plan  # 2, 4; 2, 3
-    assert "keep_best by loss: a copy of the model, 0.0 GiB on the disk, written at most 4" in plan
+    assert "evaluations during training: 5, each 4 passes over 5 samples" in plan  # 2, 4, 5; 2, 3
+    assert "keep_best by loss: a copy of the model, 0.0 GiB on the disk, written at most 5" in plan
     without = {**EVALUATION, "every": None}
     plan = format_plan(plan_run(config_of(tmp_path, evaluation=without, sample=SAMPLE)))
     assert "evaluations during" not in plan

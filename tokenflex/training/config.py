@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,12 +14,16 @@ from tokenflex.data.steps import Draw
 from tokenflex.formats import FRESH_PARTS
 from tokenflex.models.loading import is_conversion
 from tokenflex.positions import check_image_positions
-from tokenflex.training.data_config import DataConfig
-from tokenflex.training.strict import Float, Int, Strict, read_yaml, reason_of
+from tokenflex.training.data_config import DATA, DataConfig, is_absent
+from tokenflex.training.strict import Float, Int, Strict, read_yaml, reason_of, validated
 from tokenflex.training.trackers import check_names
 from tokenflex_kernels.pool_norm.axis_weights import MODES
 
 MAX_INT32 = 2**31 - 1
+
+# Kinds of files that a configuration names, beside data: parts of a model, and whole models.
+PARTS = "parts"
+STARTS = "starts"
 
 
 # Marks a key that may change between two halves of a run.
@@ -53,6 +57,12 @@ class PartConfig(Strict):
     def contradictions(self) -> Iterator[str]:
         if self.path is None and self.config is None:
             yield "give a path, a config or both, got neither"
+
+    def absent_files(self, needed: Collection[str]) -> Iterator[str]:
+        # A dry run takes the architecture from ``config``.
+        if PARTS in needed and (self.config is None or STARTS in needed):
+            if self.path is not None and is_absent(self.path):
+                yield f"path {self.path!r} does not exist"
 
 
 class ModelConfig(Strict):
@@ -113,6 +123,11 @@ class ModelConfig(Strict):
             yield "use_thumbnail needs max_tiles above 1, got max_tiles=1"
 
 
+    def absent_files(self, needed: Collection[str]) -> Iterator[str]:
+        if STARTS in needed and self.start is not None and is_absent(self.start):
+            yield f"start: checkpoint folder {self.start} does not exist"
+
+
 class ConvertedModelConfig(Strict):
     """A converted stock model that is trained, and its processor: a ``start`` and no parts."""
 
@@ -131,6 +146,11 @@ class ConvertedModelConfig(Strict):
                 "start without vision and text must be a conversion made by `tokenflex convert`, "
                 f"got {str(self.start)!r}"
             )
+
+
+    def absent_files(self, needed: Collection[str]) -> Iterator[str]:
+        if needed and is_absent(self.start):
+            yield f"start: checkpoint folder {self.start} does not exist"
 
 
 def _is_saved_conversion(folder: Path) -> bool | None:
@@ -569,6 +589,32 @@ class TrainConfig(Strict):
         return trackers
 
 
-def load_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
-    """Read and check a YAML configuration; takes and raises what :func:`read_yaml` does."""
-    return read_yaml(path, TrainConfig, changes)
+def load_config(
+    path: str | Path, changes: Sequence[str] = (), *, plans: bool = False
+) -> TrainConfig:
+    """Read and check a YAML configuration; takes and raises what :func:`read_yaml` does.
+
+    Where something is wrong, files that do not exist are named as well: those of a run, or with
+    ``plans`` those of a dry run. By themselves they are the task of :func:`check_files`.
+    """
+    return read_yaml(
+        path, TrainConfig, changes, needed=lambda values: _needed(values.get("sample"), plans=plans)
+    )
+
+
+def check_files(config: TrainConfig, *, plans: bool = False) -> None:
+    """Raise ValueError that names all files which a run needs and which do not exist.
+
+    Args:
+        config: The configuration of the run.
+        plans: The run is only planned, which needs fewer of them.
+    """
+    needed = _needed(config.sample, plans=plans)
+    validated(config.model_dump(exclude_unset=True), TrainConfig, "configuration", needed=needed)
+
+
+def _needed(sample: Any, *, plans: bool) -> set[str]:
+    """Return the kinds of files that a run needs, or that a dry run with such a sample needs."""
+    if not plans:
+        return {DATA, PARTS, STARTS}
+    return {PARTS} if sample else {DATA, PARTS}
