@@ -44,6 +44,7 @@ SECTIONS = {
     "PartConfig": "`model.vision` and `model.text`",
     "DataConfig": "`data`",
     "StageConfig": "`stages`",
+    "PeftConfig": "`peft`",
     "EncoderWarmUpConfig": "`encoder_warm_up`",
     "EvaluationConfig": "`evaluation`",
     "SampleConfig": "`sample`",

@@ -13,10 +13,11 @@ import yaml
 from pydantic import ValidationError
 
 from tests.training.runs import DEMO, demo_values, stage, tiny_values, write_config
+from tokenflex.cli import main
 from tokenflex.formats import FORMATS
 from tokenflex.training import config
 from tokenflex.training.config import TrainConfig, load_config
-from tokenflex.training.data_config import DataConfig
+from tokenflex.training.data_config import DataConfig, is_absent
 from tokenflex.training.strict import parse_yaml
 
 REMOVED = object()
@@ -64,7 +65,7 @@ def test_the_demo_loads_with_its_values():
     "part",
     [
         *(config.PartConfig, config.ModelConfig, config.EncoderWarmUpConfig, config.StageConfig),
-        *(config.SampleConfig, config.EvaluationConfig, config.TrainConfig),
+        *(config.SampleConfig, config.EvaluationConfig, config.TrainConfig, config.PeftConfig),
         DataConfig,
         *dict.fromkeys(known.options for known in FORMATS.values()),
     ],
@@ -88,7 +89,7 @@ def test_keys_that_may_change_between_two_halves_of_a_run_say_so():
     fields = TrainConfig.model_fields
     said = {key for key, field in fields.items() if "*Free.*" in field.description}
     kept = json.loads(load_config(DEMO).fingerprint()).keys()
-    assert kept == fields.keys() - said
+    assert {*kept, "peft"} == fields.keys() - said  # see fingerprint
     assert {"output", "workers", "evaluation", "sharding", "compile"} <= said
 
 
@@ -523,3 +524,84 @@ def test_references_that_stay_small_are_read(tmp_path):
         "c": {"b": [1]},
         "d": {"b": [1]},
     }
+
+
+# ---- everything at once
+
+
+def faulty(folder: Path) -> dict[str, Any]:
+    """A configuration with faults of every kind, in several places."""
+    stages = [
+        stage(colour=1, counts=[4, 9], weights=[1, 2, 3]),
+        stage(batch_size="many", betas=[2, 0.5]),
+        stage(data={"name": "messages", "path": str(folder / "none.jsonl"), "colour": 1}),
+    ]
+    values = tiny_values(folder / "run", stages=stages, log_evry=3, seed="a")
+    values["model"]["start"] = str(folder / "no" / "start")
+    values["evaluation"] |= {"counts": [5], "keep_best": "loss", "samples": 0}
+    values["evaluation"]["data"] = {"name": "webdataset", "path": str(folder / "tars")}
+    return values
+
+
+def test_all_faults_of_all_places_are_in_one_message(tmp_path):
+    message = error_of(tmp_path, faulty(tmp_path))
+    for fault in (
+        "log_evry is no known key",
+        "seed: Input should be a valid integer",
+        "stages.0.colour is no known key",
+        "stages.0: counts and weights must have the same length",
+        "stages.1.batch_size: Input should be a valid integer",
+        "stages.1: betas must be in [0, 1)",
+        "stages.2.data.colour is no known key",
+        f"stages.2.data: data file {tmp_path / 'none.jsonl'} does not exist",
+        f"model: start: checkpoint folder {tmp_path / 'no' / 'start'} does not exist",
+        "evaluation.samples: Input should be greater than or equal to 1",
+        "evaluation: keep_best needs evaluations during training",
+        "evaluation: counts must be",
+        f"evaluation.data: data file {tmp_path / 'tars'} does not exist",
+    ):
+        assert fault in message
+    assert message.count("betas") == message.count("log_evry") == 1
+
+
+def test_what_follows_from_another_fault_is_not_reported(tmp_path):
+    values = tiny_values(tmp_path, stages=[stage(steps="ten", counts=[4, "nine", 16])])
+    message = error_of(tmp_path, values)
+    assert "stages.0.steps: Input should be" in message
+    assert "stages.0.counts.1" in message
+    for follows in ("exactly one of steps", "same length", "warmup_steps"):
+        assert follows not in message
+
+
+def test_files_that_do_not_exist_are_named_together_where_they_are_read(tmp_path, capsys):
+    values = tiny_values(tmp_path / "run", encoder_warm_up=None)
+    values["data"] = {"name": "messages", "path": str(tmp_path / "none.jsonl")}
+    values["evaluation"]["data"] = {"name": "llava", "path": str(tmp_path / "none.json")}
+    values["model"]["start"] = str(tmp_path / "no" / "start")
+    path = write_config(tmp_path / "run.yaml", values)
+    load_config(path)  # what it says is right
+    assert main(["train", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert all(name in error for name in ("none.jsonl", "none.json does", "no/start"))
+    assert main(["train", str(path), "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert "none.jsonl does not exist" in error and "none.json does not exist" in error
+    assert "no/start" not in error  # a plan reads no weights
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "absent"),
+    [
+        ("gpt2", False),
+        ("org/name", False),
+        ("./model", True),
+        ("../model", True),
+        ("/no/model", True),
+        ("models/a/b", True),
+        ("tests/nothing", True),  # in a folder that exists
+        ("tests", False),
+    ],
+)
+def test_names_of_a_hub_are_not_taken_for_absent_files(path, absent):
+    assert is_absent(path) is absent

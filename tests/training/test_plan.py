@@ -150,6 +150,45 @@ def test_a_plan_without_data_or_a_mean_sample_is_one_line(tmp_path, capsys):
     assert "none.jsonl does not exist" in capsys.readouterr().err
 
 
+def test_the_plan_says_how_often_it_passes_over_the_data(tmp_path, capsys):
+    half = own_data(tmp_path, 6, broken=())
+    values = tiny_values(tmp_path / "run", evaluation=None, encoder_warm_up=None)
+    parts = [{**half, "weight": 3}, {"name": "digits", "split": "train", "size": 20}]
+    values["stages"] = [
+        stage(steps=40, batch_size=3),  # of 20 canvases
+        stage(steps=4, batch_size=6, draw="all", weights=[1, 1, 1]),  # each at three counts
+        stage(steps=8, batch_size=4, data={"name": "mixture", "parts": parts}),
+    ]
+    config = write_config(tmp_path / "run.yaml", values)
+    assert main(["train", str(config), "--dry-run"]) == 0
+    header, *rows = [line.split() for line in capsys.readouterr().out.splitlines()[:4]]
+    assert header[4] == "epochs"
+    assert [row[5] for row in rows] == ["6", "0.4", "4/0.4"]  # after the word for "trained"
+
+
+def test_epochs_of_a_budget_in_tokens_are_expected_and_those_of_no_data_unknown(tmp_path):
+    stages = [stage(tokens=6000, batch_size=8)]
+    del stages[0]["steps"]
+    (plan,) = plan_run(tiny(tmp_path, stages=stages, evaluation=None))
+    assert plan.passes == (plan.steps * 8 / 20,)
+    assert f"~{plan.passes[0]:.3g}" in format_plan([plan])
+    (plan,) = plan_run(tiny(tmp_path, stages=stages, evaluation=None, sample=SAMPLE))
+    assert plan.passes == ()
+    assert format_plan([plan]).splitlines()[1].split()[5] == "?"
+
+
+def test_counts_beyond_the_encoders_grid_are_warned_of(tmp_path):
+    fits = [[8, 8], [1, 8], 16]
+    (plan,) = plan_run(tiny(tmp_path, stages=[stage(counts=fits)]))
+    assert plan.warnings == ()
+    beyond = [[1, 9], 81, 4]
+    (plan,) = plan_run(tiny(tmp_path, stages=[stage(counts=beyond)]))
+    wide, large = plan.warnings
+    assert "draws 1 x 9 = 9 tokens, but the encoder has 8 x 8 = 64 patches" in wide
+    assert "9 x 9 = 81 tokens" in large
+    assert wide in format_plan([plan])
+
+
 def test_pretrained_parts_are_planned_from_their_configurations_alone(parts, tmp_path):
     model = config_of(parts).model_dump(exclude_none=True)
     values = {**tiny_values(tmp_path / "run", sample=SAMPLE), "model": model}

@@ -19,7 +19,6 @@ _OF_STOCK = ("images", "tokens", "init", "patch_merge", "max_images", "distill",
 DEFAULT_TOKENS = "256"
 MAX_IMAGES = 32
 MAX_PROMPTS = 2000
-LORA_TARGETS = r"(?!.*(vision|visual|image)).*\.(q|k|v|o|gate|up|down)_proj"
 FAR_OFF = 0.5
 """Relative error on unseen pictures from which a user is told so."""
 
@@ -184,13 +183,11 @@ def _distillation(options: argparse.Namespace) -> Callable[[Any, Any], Any]:
     """Read the data, and return what :func:`convert_stock` calls to train a conversion."""
     from tokenflex.counts import TokenCounts
     from tokenflex.dropin.samples import PromptsOf
+    from tokenflex.training.adapters import check_peft
     from tokenflex.training.build import build_dataset
 
     if options.lora is not None:
-        try:
-            import peft  # noqa: F401
-        except ImportError as error:
-            raise ValueError("--lora needs peft: pip install peft") from error
+        check_peft("--lora")
     given = {"image_folder": options.image_folder}
     dataset = build_dataset(data_config(options.distill, given, name=options.format))
     samples = PromptsOf(dataset, options.max_prompts or MAX_PROMPTS)
@@ -222,17 +219,17 @@ def _distillation(options: argparse.Namespace) -> Callable[[Any, Any], Any]:
 
 
 def _with_adapters(model: Any, rank: int) -> Any:
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     from tokenflex.dropin import projector_name
+    from tokenflex.training.adapters import linear_layers, lora_config
 
-    lora = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules=LORA_TARGETS,
-        modules_to_save=[projector_name(model)],
+    layers = linear_layers(
+        model, [model.base_model.get_decoder()], head=model.get_output_embeddings()
     )
-    return get_peft_model(model, lora)
+    return get_peft_model(
+        model, lora_config([*layers], r=rank, modules_to_save=[projector_name(model)])
+    )
 
 
 def agreement_table(report: Any) -> str:

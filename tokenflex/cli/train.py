@@ -50,14 +50,15 @@ def add_to(commands: CommandLine) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from tokenflex.training.config import load_config
+    from tokenflex.training.config import check_files, load_config
 
-    config = load_config(options.config, options.set)
+    config = load_config(options.config, options.set, plans=options.dry_run)
     if options.output is not None:
         config = config.model_copy(update={"output": options.output})
     options.running_output = config.output
     quiet_libraries()
     if options.dry_run:
+        check_files(config, plans=True)
         from tokenflex.training.plan import format_plan, plan_run
 
         print(format_plan(plan_run(config, options.processes)))
@@ -75,6 +76,7 @@ def _train(options: argparse.Namespace) -> int:
                 f"Its model is in {checkpoint}"
             )
         return 0
+    check_files(config)
     from tokenflex.training.agreement import OtherProcessError, is_lost_connection
     from tokenflex.training.loop import TrainingRun
 
@@ -100,6 +102,11 @@ def _train(options: argparse.Namespace) -> int:
         plot_accuracy(report, picture)
         _write_card(run, report, picture)
         print(format_table(report))
+    if "best" in report:
+        from tokenflex.training.best import in_words
+        from tokenflex.training.output import BEST
+
+        print(f"{config.output / BEST}: {in_words(report['best'])}")
     print(f"{report['seconds']:.0f} s of training; everything is in {config.output}")
     return 0
 

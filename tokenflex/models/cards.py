@@ -100,6 +100,7 @@ def write_card(
     sources: Mapping[str, str | None] | None = None,
     name: str | None = None,
     repository: str | None = None,
+    moment: str | None = None,
 ) -> bool:
     """Write the card of a saved model, unless its folder has one that somebody else wrote.
 
@@ -112,6 +113,7 @@ def write_card(
             "language model" or "stock model"; None for those that the config names.
         name: Title; None for the folder's name.
         repository: Name of the model on the hub, which the card loads it by; None for a folder.
+        moment: Sentence that says when in a run the weights were so; None for its end.
 
     Returns:
         True if the card was written.
@@ -126,6 +128,7 @@ def write_card(
         sources=sources,
         picture=(folder / PICTURE).is_file(),
         repository=repository,
+        moment=moment,
     )
     write_text(path, text)
     return True
@@ -242,6 +245,7 @@ def card_text(
     sources: Mapping[str, str | None] | None = None,
     picture: bool = False,
     repository: str | None = None,
+    moment: str | None = None,
 ) -> str:
     """Return the card of a model as Markdown; see :func:`write_card`."""
     accuracy: Mapping[str, float] = (report or {}).get("accuracy", {})
@@ -278,6 +282,7 @@ def card_text(
         f"A vision-language model, {kind}, whose number of vision tokens is an argument of each "
         "call: its token-adaptive projector (adaptive average pooling, LayerNorm, SwiGLU) turns "
         "the encoder's patches into as many tokens as wanted.",
+        *([moment] if moment else []),
         _facts(config, parts, count),
         "## Use",
         "With the package `tokenflex` installed (extra `[hf]`), on a picture of yours:\n\n"

@@ -315,6 +315,17 @@ def saved_vision_config(path: str | None) -> PretrainedConfig:
     return getattr(config, "vision_config", config)
 
 
+def patch_grid(config: Any) -> tuple[int, int] | None:
+    """Return rows and columns of an encoder's patches; None if its images have no fixed size."""
+    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    sides = size if isinstance(size, (list, tuple)) else (size, size)
+    if not isinstance(patch, int) or patch < 1 or len(sides) != 2:
+        return None
+    if not all(isinstance(side, int) for side in sides):
+        return None
+    return sides[0] // patch, sides[1] // patch
+
+
 def _check_architecture(part: PartConfig, config: PretrainedConfig) -> None:
     """Raise ValueError for a pretrained part that is not as the configuration describes it."""
     for key, expected in (part.config or {}).items():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tokenflex.files import read_json, settle_folder, sync_folder
+from tokenflex.files import read_json, settle_folder, sync_folder, write_json
 from tokenflex.models.cards import keep_edited_card, write_card
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.loading import is_conversion
@@ -25,6 +25,8 @@ _CHECKPOINT_NAMES = re.compile(
     r"|tokenizer\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|vocab\.json"
     r"|vocab\.txt|merges\.txt|spiece\.model|chat_template\.(jinja|json)|tokenflex_conversion\.py"
 )
+RECORD = "best.json"
+"""Says, in the folder of a run's best model, which evaluation it was the best of."""
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -38,6 +40,8 @@ def save_model(
     weights: dict[str, Any] | None = None,
     *,
     replaced: Sizes | None = None,
+    moment: str | None = None,
+    record: Any = None,
 ) -> Sizes:
     """Save model and processor as transformers does; the folder appears whole or not at all.
 
@@ -50,6 +54,8 @@ def save_model(
         processor: Its processor.
         weights: The weights of a model that itself holds only shards.
         replaced: What the save of the earlier checkpoint returned, if known.
+        moment: Sentence of the card that says when in a run the weights were so.
+        record: Value of JSON to save beside the model as :data:`RECORD`; None for none.
 
     Returns:
         The names and sizes of the files that were written.
@@ -58,16 +64,32 @@ def save_model(
         FileExistsError: The folder holds something else.
     """
     check_checkpoint_folder(directory)
+
+    def write(temporary: Path) -> None:
+        # A copy: transformers removes what it has written from the dict.
+        model.save_pretrained(temporary, state_dict=None if weights is None else {**weights})
+        processor.save_pretrained(temporary)
+        write_card(temporary, model.config, name=directory.parent.name, moment=moment)
+        if record is not None:
+            write_json(temporary / RECORD, record)
+        keep_edited_card(directory, temporary)
+
+    return replace_folder(directory, write, replaced=replaced)
+
+
+def replace_folder(
+    directory: Path, write: Callable[[Path], object], *, replaced: Sizes | None = None
+) -> Sizes:
+    """Replace a folder by what ``write`` writes into a new one, whole or not at all.
+
+    ``replaced`` and the result are those of :func:`save_model`.
+    """
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     previous = directory.with_name(f".{directory.name}.{os.getpid()}.old")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        # A copy: transformers removes what it has written from the dict.
-        model.save_pretrained(temporary, state_dict=None if weights is None else {**weights})
-        processor.save_pretrained(temporary)
-        write_card(temporary, model.config, name=directory.parent.name)
-        keep_edited_card(directory, temporary)
+        write(temporary)
         settle_folder(temporary)
         files = [path for path in sorted(temporary.iterdir()) if path.is_file()]
         written = {path.name: path.stat().st_size for path in files}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,12 +14,16 @@ from tokenflex.data.steps import Draw
 from tokenflex.formats import FRESH_PARTS
 from tokenflex.models.loading import is_conversion
 from tokenflex.positions import check_image_positions
-from tokenflex.training.data_config import DataConfig
-from tokenflex.training.strict import Float, Int, Strict, read_yaml, reason_of
+from tokenflex.training.data_config import DATA, DataConfig, is_absent
+from tokenflex.training.strict import Float, Int, Strict, read_yaml, reason_of, validated
 from tokenflex.training.trackers import check_names
 from tokenflex_kernels.pool_norm.axis_weights import MODES
 
 MAX_INT32 = 2**31 - 1
+
+# Kinds of files that a configuration names, beside data: parts of a model, and whole models.
+PARTS = "parts"
+STARTS = "starts"
 
 
 # Marks a key that may change between two halves of a run.
@@ -53,6 +57,12 @@ class PartConfig(Strict):
     def contradictions(self) -> Iterator[str]:
         if self.path is None and self.config is None:
             yield "give a path, a config or both, got neither"
+
+    def absent_files(self, needed: Collection[str]) -> Iterator[str]:
+        # A dry run takes the architecture from ``config``.
+        if PARTS in needed and (self.config is None or STARTS in needed):
+            if self.path is not None and is_absent(self.path):
+                yield f"path {self.path!r} does not exist"
 
 
 class ModelConfig(Strict):
@@ -113,6 +123,11 @@ class ModelConfig(Strict):
             yield "use_thumbnail needs max_tiles above 1, got max_tiles=1"
 
 
+    def absent_files(self, needed: Collection[str]) -> Iterator[str]:
+        if STARTS in needed and self.start is not None and is_absent(self.start):
+            yield f"start: checkpoint folder {self.start} does not exist"
+
+
 class ConvertedModelConfig(Strict):
     """A converted stock model that is trained, and its processor: a ``start`` and no parts."""
 
@@ -131,6 +146,11 @@ class ConvertedModelConfig(Strict):
                 "start without vision and text must be a conversion made by `tokenflex convert`, "
                 f"got {str(self.start)!r}"
             )
+
+
+    def absent_files(self, needed: Collection[str]) -> Iterator[str]:
+        if needed and is_absent(self.start):
+            yield f"start: checkpoint folder {self.start} does not exist"
 
 
 def _is_saved_conversion(folder: Path) -> bool | None:
@@ -168,6 +188,34 @@ class EncoderWarmUpConfig(Strict):
     """Images a step."""
     learning_rate: Float = Field(default=3e-3, gt=0)
     """Learning rate of AdamW."""
+
+
+class PeftConfig(Strict):
+    """LoRA adapters, by the library PEFT (``pip install peft``): small matrices that learn beside
+    weights that do not. Keys are named as in PEFT's ``LoraConfig``.
+
+    A stage that gives a learning rate to a module named here trains its adapters; other modules,
+    such as the projector, are trained whole.
+    """
+
+    modules: tuple[Literal["vision", "text"], ...] = ("text",)
+    """Modules whose linear layers get adapters."""
+    r: Int = Field(default=16, ge=1)
+    """Rank of an adapter."""
+    lora_alpha: Float | None = Field(default=None, gt=0, lt=float("inf"))
+    """Scale of an adapter's output, which is multiplied by ``lora_alpha`` / ``r``; None for 2 x
+    ``r``."""
+    lora_dropout: Float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before an adapter."""
+    target_modules: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Linear layers that get adapters, by the ends of their names; None for all of them but the
+    output layer."""
+    modules_to_save: tuple[str, ...] = ()
+    """Layers that are trained whole beside the adapters, by the ends of their names."""
+
+    def contradictions(self) -> Iterator[str]:
+        if not self.modules or len({*self.modules}) < len(self.modules):
+            yield f"modules must name vision, text or both, each once, got {[*self.modules]}"
 
 
 class StageConfig(Strict):
@@ -352,6 +400,10 @@ class EvaluationConfig(Strict):
     """Steps of a stage between two evaluations during training; None for no such evaluations."""
     at_stage_end: bool = False
     """Evaluate after the last step of every stage as well."""
+    keep_best: Literal["accuracy", "loss"] | None = None
+    """Keep a copy of the model, in ``best``, as it was at the best evaluation during training: of
+    the highest accuracy or the lowest loss of an answer token, the mean over ``counts``. None for
+    no copy. "loss" takes another pass through the samples at each count."""
     samples: Int = Field(default=256, ge=1)
     """Samples of an evaluation during training, the first of the data. After training all of the
     data is evaluated."""
@@ -362,6 +414,11 @@ class EvaluationConfig(Strict):
             yield "data of an evaluation must not be streaming, got streaming=True"
         if any(part.epochs is not None for part in parts):
             yield "data of an evaluation is asked once: give it no epochs"
+        if self.keep_best and self.every is None and not self.at_stage_end:
+            yield (
+                f"keep_best needs evaluations during training: give every or at_stage_end, got "
+                f"keep_best={self.keep_best!r} alone"
+            )
         if not self.counts:
             yield f"counts must name at least one count, got {self.counts}"
         checks = (partial(token_grid, count, name="counts") for count in self.counts)
@@ -385,6 +442,8 @@ class TrainConfig(Strict):
     """Training data of all stages that have none of their own."""
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     """The stages, in order."""
+    peft: PeftConfig | None = None
+    """LoRA adapters in place of training a module whole; None for none."""
     encoder_warm_up: EncoderWarmUpConfig | None = None
     """Warm-up of the encoder before the first stage; None for none."""
     evaluation: EvaluationConfig | None = free(default=None)
@@ -436,9 +495,19 @@ class TrainConfig(Strict):
         free_keys = {
             key for key, field in type(self).model_fields.items() if field.json_schema_extra == FREE
         }
+        if self.peft is None:
+            free_keys.add("peft")  # runs of versions without the key continue
         return self.model_dump_json(exclude=free_keys)
 
     def contradictions(self) -> Iterator[str]:
+        keeps_by_loss = self.evaluation is not None and self.evaluation.keep_best == "loss"
+        if self.sharding != "none" and keeps_by_loss:
+            yield (
+                "keep_best of evaluation must be accuracy with sharding: full, whose model is put "
+                "together to be evaluated, got 'loss'"
+            )
+        if self.peft is not None:
+            yield from self._refused_for_adapters(self.peft)
         if isinstance(self.model, ConvertedModelConfig):
             yield from self._refused_for_conversions()
             return
@@ -451,6 +520,24 @@ class TrainConfig(Strict):
         if self.encoder_warm_up is not None and self.model.processor is None:
             names = " or ".join(FRESH_PARTS)
             yield f"encoder_warm_up needs model.processor: {names}, got None"
+
+    def _refused_for_adapters(self, peft: PeftConfig) -> Iterator[str]:
+        """Name what adapters cannot be trained with."""
+        if self.sharding != "none":
+            yield f"sharding must be none with peft, got {self.sharding!r}"
+        if self.compile:
+            yield f"compile must be false with peft, got {self.compile}"
+        if self.encoder_warm_up is not None and "vision" in peft.modules:
+            yield (
+                "encoder_warm_up must not be given with peft of vision: adapters are for an "
+                "encoder that has learned"
+            )
+        for name in peft.modules:
+            if not any(name in stage.learning for stage in self.stages):
+                yield (
+                    f"peft of {name} needs a stage with a learning_rate for {name}, and there is "
+                    "none"
+                )
 
     def _refused_for_conversions(self) -> Iterator[str]:
         """Name what a converted stock model cannot be trained with."""
@@ -502,6 +589,32 @@ class TrainConfig(Strict):
         return trackers
 
 
-def load_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
-    """Read and check a YAML configuration; takes and raises what :func:`read_yaml` does."""
-    return read_yaml(path, TrainConfig, changes)
+def load_config(
+    path: str | Path, changes: Sequence[str] = (), *, plans: bool = False
+) -> TrainConfig:
+    """Read and check a YAML configuration; takes and raises what :func:`read_yaml` does.
+
+    Where something is wrong, files that do not exist are named as well: those of a run, or with
+    ``plans`` those of a dry run. By themselves they are the task of :func:`check_files`.
+    """
+    return read_yaml(
+        path, TrainConfig, changes, needed=lambda values: _needed(values.get("sample"), plans=plans)
+    )
+
+
+def check_files(config: TrainConfig, *, plans: bool = False) -> None:
+    """Raise ValueError that names all files which a run needs and which do not exist.
+
+    Args:
+        config: The configuration of the run.
+        plans: The run is only planned, which needs fewer of them.
+    """
+    needed = _needed(config.sample, plans=plans)
+    validated(config.model_dump(exclude_unset=True), TrainConfig, "configuration", needed=needed)
+
+
+def _needed(sample: Any, *, plans: bool) -> set[str]:
+    """Return the kinds of files that a run needs, or that a dry run with such a sample needs."""
+    if not plans:
+        return {DATA, PARTS, STARTS}
+    return {PARTS} if sample else {DATA, PARTS}

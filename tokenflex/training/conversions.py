@@ -174,6 +174,12 @@ class ConvertedKind(ModelKind):
             "text": text,
         }
 
+    @property
+    def head(self) -> nn.Module | None:
+        """The output layer of the language model."""
+        head: nn.Module | None = self.model.get_output_embeddings()
+        return head
+
     @cached_property
     def step_module(self) -> nn.Module:
         """The model with its loss."""
@@ -212,8 +218,10 @@ class ConvertedKind(ModelKind):
         if vision_encoder(self.model.base_model) is None:
             return 0.0
         learns = {name: float(name in stage.learning) for name in ("vision", "projector", "text")}
-        through_vision = 1 + 2 * learns["vision"]
-        through_text = 1 + max(learns.values()) + learns["text"]
+        # Of weights with adapters no gradient is computed, and that of the adapters costs little.
+        whole = {**learns, **dict.fromkeys(self.adapters.modules if self.adapters else (), 0.0)}
+        through_vision = 1 + learns["vision"] + whole["vision"]
+        through_text = 1 + max(learns.values()) + whole["text"]
         units = _usual_side(self.model.config.vision_config) ** 2 / _PIXELS
         return units * vision_cost(self.model) * through_vision / through_text
 

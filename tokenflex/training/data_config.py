@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,9 +10,14 @@ from pydantic import Field, create_model
 
 from tokenflex.data.format import DataFormat
 from tokenflex.formats import FORMATS
+from tokenflex.hub import is_hub_name
 from tokenflex.training.strict import Float, Int, Strict
 
 MIXTURE = "mixture"
+DATA = "data"
+"""The kind of files that data is read from, see :meth:`Strict.absent_files`."""
+
+_PATTERN = frozenset("*?[]{}")
 
 
 def _format_keys() -> dict[str, Any]:
@@ -97,3 +102,23 @@ class DataConfig(_FormatKeys):
             )
         if not is_mixture:
             yield from self.format.options_of(self).contradictions()
+
+    def absent_files(self, needed: Collection[str]) -> Iterator[str]:
+        if DATA not in needed or self.path is None:
+            return
+        if self.format.reads_whole_files:
+            is_lacking = not self.path.exists()
+        else:  # maybe a pattern, or a name on a hub
+            is_lacking = _PATTERN.isdisjoint(str(self.path)) and is_absent(self.path)
+        if is_lacking:
+            yield f"data file {self.path} does not exist"
+
+
+def is_absent(path: str | Path) -> bool:
+    """Return whether a path cannot be meant for a name on a hub, and nothing exists at it."""
+    path = Path(path)
+    if path.exists():
+        return False
+    if path.is_absolute() or path.parts[:1] in ((".",), ("..",), ("~",)) or len(path.parts) > 2:
+        return True
+    return len(path.parts) == 2 and not is_hub_name(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from tokenflex.counts import TokenCounts
 from tokenflex.data.faults import (
     BrokenSample,
     BrokenSamplesError,
@@ -19,12 +20,20 @@ from tokenflex.data.faults import (
     where_of,
 )
 from tokenflex.data.samples import Sample, SampleDataset
+from tokenflex.data.steps import PackedStep, StepPacker
 from tokenflex.evaluation import evaluate
+from tokenflex.evaluation.counts import label_of
 from tokenflex.interruption import Interruption
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.terminal import progress_bar
 from tokenflex.training.agreement import AgreedStop, from_main, interrupted_anywhere, share
+<<<<<<< HEAD
 from tokenflex.training.config import EvaluationConfig
+=======
+from tokenflex.training.config import EvaluationConfig, StageConfig
+from tokenflex.training.model_kind import ModelKind
+from tokenflex.training.records import progress_bar
+>>>>>>> own
 from tokenflex.training.sharding import is_sharded, model_weights
 
 _STAND_IN = "stand-in"  # kind of the questions of a sample that belongs to another process
@@ -75,7 +84,7 @@ class Evaluator:
         self,
         settings: EvaluationConfig,
         dataset: SampleDataset,
-        processor: Any,
+        kind: ModelKind,
         accelerator: Accelerator,
         interruption: Interruption,
         *,
@@ -85,7 +94,8 @@ class Evaluator:
         check_broken(broken_records(dataset), max_broken_samples)
         self.settings = settings
         self.dataset = dataset
-        self.processor = processor
+        self.kind = kind
+        self.processor = kind.processor
         self.accelerator = accelerator
         self.interruption = interruption
         self.workers = workers
@@ -111,8 +121,32 @@ class Evaluator:
             if report is None:
                 raise AgreedStop(KeyboardInterrupt())
             return report
-        try:
+        with self._told_together():
             return self._together(model, samples)
+
+    def loss(self, model: Any, stage: StageConfig, report: dict[str, Any]) -> dict[str, float]:
+        """Return the mean cross entropy of an answer token in nats, by count, on every process.
+
+        Samples are those of an evaluation during training, without the broken ones of its
+        ``report``. They are encoded and packed as in ``stage``, as many at a time.
+
+        Raises:
+            AgreedStop: A signal came, or a process cannot read its data.
+        """
+        with self._told_together():
+            return self._loss(
+                model, stage, {sample["index"] for sample in report.get("broken_samples", [])}
+            )
+
+    @contextmanager
+    def _told_together(self) -> Iterator[None]:
+        """Tell the other processes of an error, at what is their next check.
+
+        Raises:
+            AgreedStop: There was one.
+        """
+        try:
+            yield
         except AgreedStop:
             raise
         except Exception as error:
@@ -158,12 +192,7 @@ class Evaluator:
         Every process takes part in the same exchanges and gets the same result, or the same error.
         """
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
-        data = Share(self.dataset, samples, rank=rank, num_ranks=num_ranks)
-
-        def check() -> None:
-            if interrupted_anywhere(self.accelerator, self.interruption):
-                raise AgreedStop(KeyboardInterrupt())
-
+        data, check = Share(self.dataset, samples, rank=rank, num_ranks=num_ranks), self._check
         with _undisturbed(model):
             if num_ranks == 1:
                 return self._evaluate(model, data, self.max_broken_samples, check)
@@ -179,6 +208,50 @@ class Evaluator:
         broken = [BrokenSample(**sample) for sample in report.get("broken_samples", [])]
         check_broken(broken, self.max_broken_samples)
         return report
+
+    def _check(self) -> None:
+        if interrupted_anywhere(self.accelerator, self.interruption):
+            raise AgreedStop(KeyboardInterrupt())
+
+    def _loss(self, model: Any, stage: StageConfig, broken: Collection[int]) -> dict[str, float]:
+        rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
+        size, at_a_time = min(self.settings.samples, len(self.dataset)), stage.samples_read
+        indices = [index for index in range(rank, size, num_ranks) if index not in broken]
+        counts = self.settings.counts
+        totals = torch.zeros(len(counts), 2, dtype=torch.float64)
+        with _undisturbed(model), torch.no_grad():
+            model.eval()
+            for total, count in zip(totals, counts, strict=True):
+                packer = StepPacker(
+                    self.dataset,
+                    self.kind.collator(TokenCounts((count,), (1.0,)), max_length=stage.max_length),
+                    max_tokens=stage.max_tokens,
+                    max_tiles=stage.max_tiles,
+                )
+                # As many checks on every process, and one that tells of an error in the last batch.
+                for batch in range(-(-size // (at_a_time * num_ranks)) + 1):
+                    self._check()
+                    members = indices[batch * at_a_time : (batch + 1) * at_a_time]
+                    if members:
+                        total += self._loss_of(packer([(0, index) for index in members]))
+        sums = self.accelerator.reduce(totals.to(self.accelerator.device), "sum").tolist()
+        return {
+            label_of(count): loss / targets
+            for count, (loss, targets) in zip(counts, sums, strict=True)
+        }
+
+    def _loss_of(self, packed: PackedStep) -> torch.Tensor:
+        """Return the sum of the losses of a step's targets, and their number."""
+        total, device = torch.zeros(2, dtype=torch.float64), self.accelerator.device
+        for batch in packed.bins:
+            batch = batch.to(device)
+            weights = torch.ones(len(batch.targets), device=device)
+            with self.accelerator.autocast():
+                outputs = self.kind.step_module(
+                    **batch.model_inputs(), targets=batch.targets, target_weights=weights
+                )
+            total += torch.tensor([float(outputs.loss), float(len(batch.targets))])
+        return total
 
     def _evaluate(
         self, model: Any, data: Share, max_broken: int | None, check: Callable[[], object]

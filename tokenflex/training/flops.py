@@ -41,7 +41,9 @@ class Flops:
         )
 
 
-def training_flops(model: Any, learning: Collection[str]) -> Flops:
+def training_flops(
+    model: Any, learning: Collection[str], learned: Collection[nn.Parameter] | None = None
+) -> Flops:
     """Return the operations of a forward and backward pass.
 
     The gradient of a module's inputs costs as much as its forward pass, and so does that of its
@@ -50,17 +52,27 @@ def training_flops(model: Any, learning: Collection[str]) -> Flops:
     Args:
         model: A :class:`tokenflex.TokenFlexForConditionalGeneration`, also on the meta device.
         learning: Those of "vision", "projector" and "text" that learn.
+        learned: Weights that learn, where adapters learn in their place; None for all of a module.
     """
     vision, projector = (float(name in learning) for name in ("vision", "projector"))
     text = float("text" in learning)
-    forward = forward_flops(model)
-    through_text = 1 + max(vision, projector, text) + text
+    forward, inner = forward_flops(model), model.model
+    to_text = 1 + max(vision, projector, text)
+    tile_weights = vision * _learned_share(inner.vision_model, learned)
     return Flops(
-        tile=forward.tile * (1 + 2 * vision),
+        tile=forward.tile * (1 + vision + tile_weights),
         vision_token=forward.vision_token * (1 + max(vision, projector) + projector),
-        token=forward.token * through_text,
-        target=forward.target * through_text,
+        token=forward.token * (to_text + text * _learned_share(inner.language_model, learned)),
+        target=forward.target * (to_text + text * _learned_share(model.lm_head, learned)),
     )
+
+
+def _learned_share(module: nn.Module, learned: Collection[nn.Parameter] | None) -> float:
+    """Return the share of a module's linear weights that are among those that learn."""
+    layers = [layer.weight for layer in module.modules() if isinstance(layer, nn.Linear)]
+    if learned is None or not layers:
+        return 1.0
+    return sum(w.numel() for w in layers if w in learned) / sum(w.numel() for w in layers)
 
 
 def teacher_flops(model: Any) -> Flops:
@@ -68,7 +80,12 @@ def teacher_flops(model: Any) -> Flops:
     return replace(forward_flops(model), tile=0.0)
 
 
-def tile_cost(model: Any, learning: Collection[str], teacher_vision_tokens: int = 0) -> float:
+def tile_cost(
+    model: Any,
+    learning: Collection[str],
+    teacher_vision_tokens: int = 0,
+    learned: Collection[nn.Parameter] | None = None,
+) -> float:
     """Return the cost of a tile in rows of the language model, with its rows in a teacher's pass.
 
     Rows of text in the teacher's pass are left out: every sample has about as many.
@@ -77,8 +94,9 @@ def tile_cost(model: Any, learning: Collection[str], teacher_vision_tokens: int 
         model: As for :func:`training_flops`.
         learning: As for :func:`training_flops`.
         teacher_vision_tokens: Vision tokens of a tile in the teacher's pass; 0 without a teacher.
+        learned: As for :func:`training_flops`.
     """
-    training, teacher = training_flops(model, learning), teacher_flops(model)
+    training, teacher = training_flops(model, learning, learned), teacher_flops(model)
     seen = teacher_vision_tokens * (teacher.vision_token + teacher.token)
     return training.tile_cost + seen / training.token
 

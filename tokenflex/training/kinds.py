@@ -20,6 +20,7 @@ from tokenflex.training.build import (
     check_dropout,
     empty_model,
     modules_of,
+    patch_grid,
 )
 from tokenflex.training.config import ConvertedModelConfig, StageConfig, TrainConfig
 from tokenflex.training.flops import Flops, teacher_flops, tile_cost, training_flops
@@ -34,7 +35,9 @@ def load_kind(config: TrainConfig) -> ModelKind:
         FileNotFoundError: ``model.start`` does not exist.
         ValueError: A part cannot be loaded, or is not as the configuration says.
     """
-    return _kind_of(config).load(config)
+    kind: ModelKind = _kind_of(config).load(config)
+    kind.add_adapters()
+    return kind
 
 
 def empty_kind(config: TrainConfig) -> ModelKind:
@@ -44,7 +47,9 @@ def empty_kind(config: TrainConfig) -> ModelKind:
         FileNotFoundError: ``model.start`` of a conversion does not exist.
         ValueError: A part is not as the configuration says.
     """
-    return _kind_of(config).empty(config)
+    kind: ModelKind = _kind_of(config).empty(config)
+    kind.add_adapters()
+    return kind
 
 
 def _kind_of(config: TrainConfig) -> Any:
@@ -102,6 +107,17 @@ class OwnModel(ModelKind):
         """The modules that the names of a stage's ``learning_rate`` stand for."""
         return modules_of(self.model)
 
+    @property
+    def head(self) -> nn.Module:
+        """The output layer of the language model."""
+        head: nn.Module = self.model.lm_head
+        return head
+
+    @property
+    def patch_grid(self) -> tuple[int, int] | None:
+        """Rows and columns of patches of a tile; None if the encoder's pictures have no size."""
+        return patch_grid(self.model.config.vision_config)
+
     def collator(
         self,
         counts: TokenCounts,
@@ -120,7 +136,7 @@ class OwnModel(ModelKind):
 
     def training_flops(self, stage: StageConfig) -> Flops:
         """Return the operations of a forward and backward pass."""
-        return training_flops(self.model, stage.learning)
+        return training_flops(self.model, stage.learning, self.learned_by(stage))
 
     def teacher_flops(self, stage: StageConfig) -> Flops | None:
         """Return the operations of a teacher's pass; None without a teacher."""
@@ -129,4 +145,5 @@ class OwnModel(ModelKind):
     def tile_cost(self, stage: StageConfig) -> float:
         """Return the cost of encoding a tile, in rows of the language model."""
         teacher = stage.teacher_count
-        return tile_cost(self.model, stage.learning, 0 if teacher is None else tokens_of(teacher))
+        seen = 0 if teacher is None else tokens_of(teacher)
+        return tile_cost(self.model, stage.learning, seen, self.learned_by(stage))

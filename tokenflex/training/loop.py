@@ -14,15 +14,20 @@ import torch
 
 from tokenflex.data.steps import PackedStep
 from tokenflex.files import write_json
+<<<<<<< HEAD
 from tokenflex.terminal import progress_bar, say, working
+=======
+from tokenflex.training.adapters import Adapters
+>>>>>>> own
 from tokenflex.training.agreement import AgreedStop, from_main, interrupted_anywhere
-from tokenflex.training.checkpoint import Sizes, save_model
-from tokenflex.training.config import StageConfig, TrainConfig
+from tokenflex.training.best import best_record, compared, in_words, is_better, read_best
+from tokenflex.training.checkpoint import replace_folder, save_model
+from tokenflex.training.config import EvaluationConfig, StageConfig, TrainConfig
 from tokenflex.training.engine import StepOutcome, optimize, prepare, stop_without_data
 from tokenflex.training.faults import check_finite
 from tokenflex.training.layers import adapted_layers
 from tokenflex.training.metrics import bar_text, metrics_line
-from tokenflex.training.output import CHECKPOINT, NON_FINITE, REPORT
+from tokenflex.training.output import ADAPTER, BEST, CHECKPOINT, NON_FINITE, REPORT
 from tokenflex.training.records import (
     Meter,
     StageRecord,
@@ -43,7 +48,9 @@ class TrainingRun:
     line for every evaluation during training), ``trackers/``, ``state.pt`` and the states before it
     (while the run is not finished), ``non_finite.json`` (the samples of a step whose loss was NaN
     or infinite), ``broken_samples.json`` (the samples that were skipped, with the reason),
-    ``config.json``, and at the end ``checkpoint/`` (model and processor) and ``report.json``.
+    ``config.json``, and at the end ``checkpoint/`` (model and processor), ``adapter/`` (with
+    ``peft``, as PEFT saves it) and ``report.json``. With ``keep_best`` it holds ``best/``, a
+    checkpoint as well, from the first evaluation on.
 
     No other run can write into the folder until :meth:`run` has ended.
 
@@ -73,6 +80,8 @@ class TrainingRun:
         """The state to continue from, until it is restored: it is large."""
         self.records: list[dict[str, Any]] = []
         """Counts of the encoder's warm-up, if there is one, and of each stage that has begun."""
+        self.best: dict[str, Any] | None = None
+        """The best evaluation so far, with ``keep_best``."""
         self.saved_step = 0
         """The step of the current stage at which the last state was saved."""
         self.ended_together = False
@@ -125,6 +134,10 @@ class TrainingRun:
         state = self.resumed
         if state is not None:
             self.records, self.broken.reasons = state["records"], state["broken"]
+            if self.config.evaluation is not None:
+                settings, place = self.config.evaluation, (state["stage"], state["step"])
+                path = self.config.output / BEST
+                self.best = from_main(lambda: read_best(path, settings, place), self.is_main)
             if self.is_main:  # the other processes get the weights before the first step
                 self.model.load_state_dict(state["model"])
         if self.is_main:
@@ -255,14 +268,45 @@ class TrainingRun:
         ):
             return
         began = time.perf_counter()
-        report = self.evaluator.run(self.model, self.evaluator.settings.samples)
+        settings = self.evaluator.settings
+        report = self.evaluator.run(self.model, settings.samples)
+        if settings.keep_best == "loss":
+            report["loss"] = self.evaluator.loss(self.model, stage, report)
+        # Before the line that says it is done: a run that dies in between does both again.
+        self._keep_if_best(settings, position, report)
         if self.is_main:
-            kept = ("accuracy", "accuracy_by_kind", "questions", "broken_samples")
+            kept = ("accuracy", "loss", "accuracy_by_kind", "questions", "broken_samples")
             values = {key: report[key] for key in kept if key in report}
             lines.append({**position, **values, "seconds": round(time.perf_counter() - began, 3)})
-            self._track("evaluation", {**position, "accuracy": report["accuracy"]})
+            tracked = {key: report[key] for key in ("accuracy", "loss") if key in report}
+            self._track("evaluation", {**position, **tracked})
             shown = "  ".join(f"{n}: {share:.3f}" for n, share in report["accuracy"].items())
             say(f"{stage.name}, step {position['step']}: accuracy at {shown}")
+
+    def _keep_if_best(
+        self, settings: EvaluationConfig, position: dict[str, Any], report: dict[str, Any]
+    ) -> None:
+        """Save the model in ``best`` if its evaluation is the best so far."""
+        if not is_better(settings, report, self.best):
+            return
+        self.best = best = best_record(settings, position, report)
+        weights, folder = model_weights(self.model), self.setup.folder
+        if self.setup.kind.adapters is not None and weights:
+            weights = self.setup.kind.adapters.merged(weights)
+
+        def save() -> None:
+            folder.saved_files[BEST] = save_model(
+                self.config.output / BEST,
+                self.model,
+                self.processor,
+                weights,
+                replaced=folder.saved_files.get(BEST),
+                moment=in_words(best),
+                record={"best": best, "evaluation": compared(settings)},
+            )
+            folder.note_saved(self.config.fingerprint())
+
+        from_main(save, self.is_main)
 
     def _save_state(self, optimizer: Any, scheduler: Any) -> None:
         """Save the state of the last step, if that has not been done; all have a part of it."""
@@ -286,15 +330,25 @@ class TrainingRun:
     def _finish(self) -> dict[str, Any]:
         """Save the model, evaluate it, and note that the run is finished."""
         report = training = training_report(self.records)
+        if self.best is not None:
+            training["best"] = self.best
         weights, folder = model_weights(self.model), self.setup.folder
         checkpoint, report_path = (self.config.output / name for name in (CHECKPOINT, REPORT))
-        written: Sizes = {}
+        if self.setup.kind.adapters is not None:
+            weights = self._merge_adapters(weights, self.setup.kind.adapters)
         if self.is_main:
+<<<<<<< HEAD
             replaced = folder.checkpoint_files
             with working(f"saving {checkpoint}"):
                 written = save_model(
                     checkpoint, self.model, self.processor, weights, replaced=replaced
                 )
+=======
+            replaced = folder.saved_files.get(CHECKPOINT)
+            folder.saved_files[CHECKPOINT] = save_model(
+                checkpoint, self.model, self.processor, weights, replaced=replaced
+            )
+>>>>>>> own
         if self.evaluator is not None:
             report = {**self.evaluator.run_last(self.model, weights), **report}
         if self.is_main:
@@ -303,6 +357,26 @@ class TrainingRun:
             else:
                 report_path.unlink(missing_ok=True)  # of an earlier checkpoint
             folder.sync()
-            folder.finish(self.config.fingerprint(), training, written)
+            folder.finish(self.config.fingerprint(), training)
             self.setup.states.remove()
         return report
+
+    def _merge_adapters(self, weights: dict[str, Any], adapters: Adapters) -> dict[str, Any]:
+        """Save the adapters, then make them a part of the model's weights; return these.
+
+        Every process must call it: each merges its own copy of the model.
+        """
+        folder, others = self.setup.folder, self.setup.kind.trained_whole()
+
+        def save() -> None:
+            start = self.config.model.start
+            base = None if start is None else str(start)
+            folder.saved_files[ADAPTER] = replace_folder(
+                self.config.output / ADAPTER,
+                lambda temporary: adapters.save(temporary, others, weights, base),
+            )
+
+        from_main(save, self.is_main)
+        adapters.merge()
+        self.setup.kind.adapters = None
+        return model_weights(self.model)

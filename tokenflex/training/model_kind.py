@@ -10,6 +10,7 @@ from torch import nn
 from tokenflex.counts import TokenCount, TokenCounts, tokens_of
 from tokenflex.data.packing import PackingCollator
 from tokenflex.models.loading import check_length
+from tokenflex.training.adapters import Adapters
 from tokenflex.training.config import StageConfig, TrainConfig
 from tokenflex.training.flops import Flops
 from tokenflex.training.layers import Parts
@@ -24,10 +25,12 @@ class ModelKind(ABC):
     Attributes:
         config: The configuration of the run.
         model: The model.
+        adapters: Its adapters, once :meth:`add_adapters` has put them into it.
     """
 
     config: TrainConfig
     model: Any
+    adapters: Adapters | None = None
 
     @property
     @abstractmethod
@@ -45,6 +48,42 @@ class ModelKind(ABC):
         """The modules that the names of a stage's ``learning_rate`` stand for."""
 
     @property
+    @abstractmethod
+    def head(self) -> nn.Module | None:
+        """The output layer of the language model."""
+
+    def add_adapters(self) -> None:
+        """Put the adapters of ``config.peft`` into the model, if there are any.
+
+        Raises:
+            ValueError: PEFT is not installed, or a layer that is named does not exist.
+        """
+        if self.config.peft is not None:
+            self.adapters = Adapters(self.model, self.config.peft, self.modules, self.head)
+
+    def learned(self, name: str) -> list[nn.Parameter]:
+        """Return the weights that learn in a stage with a learning rate for a module.
+
+        Each is returned once, in the order of the model: the head may share its weight with the
+        embedding.
+        """
+        weights = {weight for module in self.modules[name] for weight in module.parameters()}
+        if self.adapters is not None and name in self.adapters.modules:
+            weights &= self.adapters.learned
+        return [weight for weight in self.model.parameters() if weight in weights]
+
+    def learned_by(self, stage: StageConfig) -> set[nn.Parameter]:
+        """Return all weights that learn in a stage."""
+        return {weight for name in stage.learning for weight in self.learned(name)}
+
+    def trained_whole(self) -> list[nn.Module]:
+        """Return the modules without adapters that learn in a stage."""
+        adapted = () if self.adapters is None else self.adapters.modules
+        learning = {name for stage in self.config.stages for name in stage.learning}
+        names = [name for name in self.modules if name in learning - {*adapted}]
+        return [module for name in names for module in self.modules[name]]
+
+    @property
     def step_module(self) -> nn.Module:
         """The module that a step calls.
 
@@ -53,6 +92,11 @@ class ModelKind(ABC):
         """
         module: nn.Module = self.model
         return module
+
+    @property
+    def patch_grid(self) -> tuple[int, int] | None:
+        """Rows and columns of patches of a tile; None if they differ or are not known."""
+        return None
 
     @abstractmethod
     def collator(

@@ -31,6 +31,10 @@ from tokenflex.training.trackers import FOLDER as TRACKERS
 from tokenflex.training.trackers import remove_event_files
 
 CHECKPOINT = "checkpoint"
+ADAPTER = "adapter"
+BEST = "best"
+FOLDERS = (CHECKPOINT, ADAPTER, BEST)
+"""Folders that a run replaces as a whole."""
 CONFIG = "config.json"
 STATE = "state.pt"
 METRICS = "metrics.jsonl"
@@ -42,13 +46,14 @@ BROKEN_SAMPLES = "broken_samples.json"
 # Files that a run replaces in one step, under its lock. Temporary ones are of dead processes.
 _REPLACED = (CONFIG, STATE, METRICS, EVALUATIONS, REPORT, NON_FINITE, BROKEN_SAMPLES)
 _LEFTOVER = re.compile(
-    rf"\.(?:{'|'.join(map(re.escape, _REPLACED))}|(?P<folder>{CHECKPOINT}))\.\d+\.(?P<kind>tmp|old)"
+    rf"\.(?:{'|'.join(map(re.escape, _REPLACED))}|(?P<folder>{'|'.join(FOLDERS)}))\.\d+"
+    r"\.(?P<kind>tmp|old)"
 )
 # What an ablation puts into a run's folder before the run begins.
 _BEFORE_A_RUN = {"config.yaml", "train.log"}
 _KEYS_OF_A_RUN = {"model", "data", "stages", "seed"}
 # Key of config.json beside those of the configuration: whether the run is finished, its report on
-# training, and the files of its checkpoint. Runs of earlier versions have no such key.
+# training, and the files of its folders by name. Runs of earlier versions have no such key.
 _PROGRESS = "run"
 
 
@@ -57,8 +62,8 @@ class RunFolder:
 
     def __init__(self, path: Path, *, keep_states: int = 1) -> None:
         self.path = path
-        self.checkpoint_files: dict[str, int] = {}
-        """Names and sizes of the files that the save of the present checkpoint wrote."""
+        self.saved_files: dict[str, Sizes] = {}
+        """Of each folder in :data:`FOLDERS` the names and sizes of the files that were saved."""
         self._keep_states = keep_states
         self._lock = FolderLock(path)
 
@@ -148,26 +153,43 @@ class RunFolder:
         it begins ``fresh``, are removed.
         """
         _, progress = _read_config(self.path)
-        self.checkpoint_files = _sizes_in(progress)
+        self.saved_files = {name: _sizes_in(progress, name) for name in FOLDERS}
         self._note(fingerprint, finished=False)  # before anything of a finished run is removed
         self._remove_leftovers()
         (self.path / NON_FINITE).unlink(missing_ok=True)
         if resumed:
             return
         (self.path / BROKEN_SAMPLES).unlink(missing_ok=True)
+        for name in FOLDERS[1:]:
+            self._remove_saved(name)
         if fresh:
             remove_states(self.path / STATE, keep=self._keep_states)
 
-    def finish(self, fingerprint: str, training: dict[str, Any], written: Sizes) -> None:
+    def note_saved(self, fingerprint: str) -> None:
+        """Note what :attr:`saved_files` says, in a run that is not finished."""
+        self._note(fingerprint, finished=False)
+
+    def _remove_saved(self, name: str) -> None:
+        """Remove the files that an earlier run saved in a folder, and the folder if it is empty."""
+        folder = self.path / name
+        if folder.is_symlink() or not folder.is_dir():
+            return
+        for file, size in self.saved_files.pop(name, {}).items():
+            path = folder / file
+            if path.is_file() and not path.is_symlink() and path.stat().st_size == size:
+                path.unlink()
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+    def finish(self, fingerprint: str, training: dict[str, Any]) -> None:
         """Note that the run is finished. Everything it saved must be on the disk.
 
-        ``training`` is the report on training, ``written`` the result of :func:`save_model`.
+        ``training`` is the report on training; :attr:`saved_files` says what was saved.
         """
-        self.checkpoint_files = {**written}
         self._note(fingerprint, finished=True, training=training)
 
     def _note(self, fingerprint: str, **progress: Any) -> None:
-        progress["checkpoint"] = self.checkpoint_files
+        progress |= {name: {**files} for name, files in self.saved_files.items() if files}
         write_json(self.path / CONFIG, {**json.loads(fingerprint), _PROGRESS: progress})
 
     def begin_records(self) -> None:
@@ -191,7 +213,8 @@ class RunFolder:
                 continue
             if leftover["kind"] == "old":
                 if leftover["folder"] and path.is_dir():
-                    restore_folder(path, self.path / CHECKPOINT, self.checkpoint_files)
+                    folder = leftover["folder"]
+                    restore_folder(path, self.path / folder, self.saved_files.get(folder))
             elif path.is_dir() and leftover["folder"]:
                 shutil.rmtree(path)
             elif path.is_file() and not leftover["folder"]:
@@ -220,11 +243,15 @@ def _read_config(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | 
     return config, progress if isinstance(progress, dict) else None
 
 
-def _sizes_in(progress: dict[str, Any] | None) -> dict[str, int]:
-    sizes = {} if progress is None else progress.get("checkpoint")
+def _sizes_in(progress: dict[str, Any] | None, folder: str) -> dict[str, int]:
+    sizes = {} if progress is None else progress.get(folder)
     if not isinstance(sizes, dict):
         return {}
-    return {name: size for name, size in sizes.items() if isinstance(size, int)}
+    return {
+        name: size
+        for name, size in sizes.items()
+        if isinstance(size, int) and name == Path(name).name
+    }
 
 
 def finished_report(config: TrainConfig) -> dict[str, Any] | None:

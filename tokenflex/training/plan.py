@@ -6,13 +6,13 @@ The model is built on the meta device, from configurations alone: no weights are
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from tokenflex.counts import TokenCounts, tokens_of
+from tokenflex.counts import Grid, TokenCounts, token_grid, tokens_of
 from tokenflex.data.faults import (
     BrokenSample,
     broken_records,
@@ -20,8 +20,9 @@ from tokenflex.data.faults import (
     leaving_out,
     warn_of_broken,
 )
+from tokenflex.data.mixture import Mixture
 from tokenflex.data.packing import DrawnSample, PackingCollator
-from tokenflex.data.samples import DataExhaustedError, size_of
+from tokenflex.data.samples import DataExhaustedError, SampleDataset, size_of
 from tokenflex.data.steps import outline_of
 from tokenflex.models.loss import CHUNK_LOGITS
 from tokenflex.terminal import text_table, watched
@@ -31,7 +32,7 @@ from tokenflex.training.build import (
     check_processes,
     check_supply,
 )
-from tokenflex.training.config import SampleConfig, StageConfig, TrainConfig
+from tokenflex.training.config import EvaluationConfig, SampleConfig, StageConfig, TrainConfig
 from tokenflex.training.data_config import DataConfig
 from tokenflex.training.flops import Flops
 from tokenflex.training.kinds import empty_kind
@@ -54,6 +55,8 @@ class StagePlan:
         trained_parameters: Module -> parameters that learn, without frozen modules.
         steps, samples: Optimiser steps, and samples in all of them.
         steps_are_expected: The stage has a budget in tokens, so both are expected numbers.
+        passes: Passes over the data, one number for each part of a mixture; None for a part whose
+            size is not known, and empty where the data was not opened.
         tokens: Expected rows of the language model, text and vision.
         vision_tokens: Expected rows that are vision.
         flops: Expected floating-point operations, forward and backward; None for a converted stock
@@ -65,6 +68,7 @@ class StagePlan:
             them, and the weights that are gathered at once.
         activation_bytes: Estimate for one forward and backward pass; None where ``flops`` is.
         notes: Sentences about the model that is planned for.
+        warnings: Sentences about what the stage should rather not do.
     """
 
     name: str
@@ -79,7 +83,9 @@ class StagePlan:
     tile_cost: float
     state_bytes: int
     activation_bytes: float | None
+    passes: tuple[float | None, ...] = ()
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def plan_run(config: TrainConfig, processes: int = 1) -> list[StagePlan]:
@@ -94,29 +100,98 @@ def plan_run(config: TrainConfig, processes: int = 1) -> list[StagePlan]:
     """
     check_processes(config, processes)
     kind = empty_kind(config)
+    # A machine that plans with a mean sample need not have the data.
+    opened = {} if config.sample else {data: build_dataset(data) for data in config.stage_data}
     samples = {
-        data: config.sample or measure_samples(config, data, kind.collator(ONE_COUNT))
-        for data in config.stage_data
+        data: measure_samples(config, data, kind.collator(ONE_COUNT), dataset)
+        for data, dataset in opened.items()
     }
-    return [
-        _plan_stage(stage, kind, samples[config.data_of(stage)], config, processes)
-        for stage in config.stages
-    ]
+    plans: list[StagePlan] = []
+    for stage in config.stages:
+        data = config.data_of(stage)
+        plan = _plan_stage(stage, kind, config.sample or samples[data], config, processes)
+        if data in opened:
+            read = plan.steps * stage.samples_read
+            plan = replace(plan, passes=passes_over(data, opened[data], read))
+        plans.append(plan)
+    if config.evaluation is not None:
+        note = _evaluation_note(config.evaluation, plans, 4 * _parameters([kind.model]))
+        plans = [replace(plan, notes=(*plan.notes, *note)) for plan in plans]
+    return plans
+
+
+def _evaluation_note(
+    settings: EvaluationConfig, plans: Collection[StagePlan], model_bytes: int
+) -> Iterator[str]:
+    """Yield what evaluations during training cost, if there are any."""
+    number = 0
+    for plan in plans:
+        number += plan.steps // settings.every if settings.every else 0
+        is_due = settings.every is not None and plan.steps % settings.every == 0
+        number += settings.at_stage_end and not is_due
+    if not number:
+        return
+    passes = len(settings.counts) * (2 if settings.keep_best == "loss" else 1)
+    yield (
+        f"evaluations during training: {number}, each {passes} passes over "
+        f"{settings.samples} samples at most, which is in none of the numbers above"
+    )
+    if settings.keep_best:
+        yield (
+            f"keep_best by {settings.keep_best}: a copy of the model, {model_bytes / 2**30:.1f} "
+            f"GiB on the disk, written at most {number} times"
+        )
+
+
+def passes_over(data: DataConfig, dataset: Any, samples: int) -> tuple[float | None, ...]:
+    """Return how often ``samples`` pass over a data set, or over each part of a mixture.
+
+    The size of a stream is not known: its number is None.
+    """
+    if not isinstance(dataset, Mixture):
+        size = size_of(dataset)
+        return (None if size is None else samples / size,)
+    weights = [part.weight for part in data.parts]
+    sizes = map(size_of, dataset.parts)
+    return tuple(
+        None if size is None else samples * weight / sum(weights) / size
+        for weight, size in zip(weights, sizes, strict=True)
+    )
+
+
+def warnings_of(stage: StageConfig, grid: Grid | None) -> Iterator[str]:
+    """Yield a sentence for each count that asks for more tokens than the encoder has patches.
+
+    Args:
+        stage: The stage.
+        grid: Rows and columns of patches of a tile; None if they are not known.
+    """
+    for count in () if grid is None else stage.drawn_counts:
+        rows, columns = token_grid(count)
+        if rows > grid[0] or columns > grid[1]:
+            yield (
+                f"warning: stage {stage.name!r} draws {rows} x {columns} = {tokens_of(count)} "
+                f"tokens, but the encoder has {grid[0]} x {grid[1]} = {grid[0] * grid[1]} patches "
+                "a tile: pooling then enlarges the grid, which repeats what it holds"
+            )
 
 
 def measure_samples(
-    config: TrainConfig, data: DataConfig, collator: PackingCollator
+    config: TrainConfig,
+    data: DataConfig,
+    collator: PackingCollator,
+    dataset: SampleDataset | None = None,
 ) -> SampleConfig:
     """Return the mean of the first training samples, from texts and image sizes alone.
 
     What a sample's conversations have in common counts as often as ``collator`` shows it. Broken
-    records of a file are named in warnings.
+    records of a file are named in warnings. ``dataset`` is the data if it is open already.
 
     Raises:
         BrokenSamplesError: More records of a file are broken than ``max_broken_samples``.
         ValueError: No sample can be read.
     """
-    dataset = build_dataset(data)
+    dataset = build_dataset(data) if dataset is None else dataset
     known = broken_records(dataset)
     warn_of_broken(known)
     check_broken(known, config.max_broken_samples)
@@ -164,7 +239,7 @@ def _plan_stage(
     # A stage with a budget in tokens ends with the step that reaches it.
     steps = stage.steps or math.ceil(stage.budget / (stage.batch_size * tokens))
     samples = steps * stage.batch_size
-    trained = {name: _parameters(kind.modules[name]) for name in stage.learning}
+    trained = {name: sum(w.numel() for w in kind.learned(name)) for name in stage.learning}
     plan = StagePlan(
         name=stage.name,
         trained_parameters=trained,
@@ -179,6 +254,7 @@ def _plan_stage(
         state_bytes=_state_bytes(kind.model, sum(trained.values()), config, processes),
         activation_bytes=None,
         notes=tuple(kind.notes()),
+        warnings=tuple(warnings_of(stage, kind.patch_grid)),
     )
     flops = kind.training_flops(stage)
     if flops is None:
@@ -192,7 +268,7 @@ def _plan_stage(
         plan,
         flops=cost,
         flops_saved=1 - cost / largest,
-        activation_bytes=_activation_bytes(stage, kind.model, sample, tokens, config),
+        activation_bytes=_activation_bytes(stage, kind, sample, tokens, config),
     )
 
 
@@ -226,7 +302,7 @@ def _width(config: TrainConfig) -> int:
 
 
 def _activation_bytes(
-    stage: StageConfig, model: Any, sample: SampleConfig, tokens: float, config: TrainConfig
+    stage: StageConfig, kind: ModelKind, sample: SampleConfig, tokens: float, config: TrainConfig
 ) -> float:
     """Estimate what the backward pass reads: inputs and outputs of linear layers with a gradient.
 
@@ -237,22 +313,24 @@ def _activation_bytes(
     tiles = stage.batch_size * sample.tiles
     bin_rows = min(rows, stage.max_tokens or rows)
     bin_tiles = min(tiles, stage.max_tiles or tiles, tiles * bin_rows / rows)
+    model, learned = kind.model, kind.learned_by(stage)
     vision, inner = model.config.vision_config, model.model
-    parts = [(inner.language_model, bin_rows, "text" in stage.learning)]
+    parts = [(inner.language_model, bin_rows)]
     if "vision" in stage.learning:
         patches = (vision.image_size // vision.patch_size) ** 2
-        parts.append((inner.vision_model, bin_tiles * patches, True))
+        parts.append((inner.vision_model, bin_tiles * patches))
     kept = at_work = 0.0
-    for part, part_rows, learns in parts:
+    for part, part_rows in parts:
         layers = layers_of(part)
         if config.gradient_checkpointing:
             kept += part_rows * part.config.hidden_size * len(layers)
-            at_work = max(at_work, part_rows * _linear_widths(layers[0], learns))
+            at_work = max(at_work, part_rows * _linear_widths(layers[0], learned))
         else:
-            kept += part_rows * _linear_widths(part, learns)
+            kept += part_rows * _linear_widths(part, learned)
     if {"vision", "projector"} & set(stage.learning):
         expected = TokenCounts(stage.counts, stage.weights).expected
-        projected = bin_tiles * expected * _linear_widths(inner.projector, True)
+        weights = {*inner.projector.parameters()}
+        projected = bin_tiles * expected * _linear_widths(inner.projector, weights)
         if config.gradient_checkpointing:
             at_work = max(at_work, projected)
         else:
@@ -263,16 +341,21 @@ def _activation_bytes(
     return (kept + at_work) * _width(config) + logits
 
 
-def _linear_widths(module: nn.Module, learns: bool) -> int:
+def _linear_widths(module: nn.Module, learned: Collection[nn.Parameter]) -> int:
     """Return the elements a row that linear layers keep; frozen ones do not need their inputs."""
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-    return sum(learns * layer.in_features + layer.out_features for layer in layers)
+    return sum(
+        (layer.weight in learned) * layer.in_features + layer.out_features for layer in layers
+    )
 
 
 def format_plan(plans: Collection[StagePlan]) -> str:
     """Return the plan as a table and its totals, for a terminal."""
     rows: list[tuple[str, ...]] = [
-        ("stage", "trained", "steps", "samples", "tokens", "vision", "FLOP", "saved", "GiB")
+        (
+            *("stage", "trained", "steps", "samples", "epochs"),
+            *("tokens", "vision", "FLOP", "saved", "GiB"),
+        )
     ]
     for plan in plans:
         trained = plan.trained_parameters
@@ -281,7 +364,9 @@ def format_plan(plans: Collection[StagePlan]) -> str:
                 plan.name,
                 f"{_short(sum(trained.values()))} {'+'.join(trained)}",
                 "~" * plan.steps_are_expected + str(plan.steps),
-                *map(_short, (plan.samples, plan.tokens, plan.vision_tokens)),
+                _short(plan.samples),
+                _epochs(plan),
+                *map(_short, (plan.tokens, plan.vision_tokens)),
                 _or_unknown(plan.flops, ".2e"),
                 _or_unknown(plan.flops_saved, ".1%"),
                 f"{plan.state_bytes / 2**30:.1f} + {_gib(plan.activation_bytes)}",
@@ -295,11 +380,19 @@ def format_plan(plans: Collection[StagePlan]) -> str:
     lines += [
         "",
         *dict.fromkeys(note for plan in plans for note in plan.notes),
+        *(warning for plan in plans for warning in plan.warnings),
         total,
+        "epochs: passes over the data, of a mixture over each part; ? where its size is not known.",
         "trained: parameters and modules. saved: of the arithmetic, against the largest count.",
         "GiB of one process: weights, gradients, optimiser + activations (estimated).",
     ]
     return "\n".join(lines)
+
+
+def _epochs(plan: StagePlan) -> str:
+    """Return the passes over the data, those over the parts of a mixture between "/"."""
+    passes = ["?" if number is None else f"{number:.3g}" for number in plan.passes or [None]]
+    return "~" * (plan.steps_are_expected and passes != ["?"]) + "/".join(passes)
 
 
 def _or_unknown(number: float | None, form: str) -> str:

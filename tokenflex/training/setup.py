@@ -11,6 +11,7 @@ from accelerate.utils import set_seed
 from tokenflex.formats import FRESH_PARTS
 from tokenflex.interruption import Interruption
 from tokenflex.terminal import progress_bar, working
+from tokenflex.training.adapters import check_adapter_folder, check_peft
 from tokenflex.training.agreement import from_main
 from tokenflex.training.build import (
     build_dataset,
@@ -18,6 +19,7 @@ from tokenflex.training.build import (
     check_processes,
     check_supply,
 )
+from tokenflex.training.checkpoint import check_checkpoint_folder
 from tokenflex.training.config import EncoderWarmUpConfig, ModelConfig, TrainConfig
 from tokenflex.training.data_digests import check_unchanged, digests_of
 from tokenflex.training.engine import build_accelerator
@@ -25,6 +27,8 @@ from tokenflex.training.evaluations import Evaluator
 from tokenflex.training.faults import BrokenSamples
 from tokenflex.training.kinds import load_kind
 from tokenflex.training.output import (
+    ADAPTER,
+    BEST,
     BROKEN_SAMPLES,
     EVALUATIONS,
     METRICS,
@@ -77,6 +81,11 @@ class Setup:
         self.is_main = self.accelerator.is_main_process
         from_main(self.folder.claim, self.is_main)
         try:
+            if config.peft is not None:
+                check_peft("peft in the configuration")
+                from_main(lambda: check_adapter_folder(config.output / ADAPTER), self.is_main)
+            if config.evaluation is not None and config.evaluation.keep_best:
+                from_main(lambda: check_checkpoint_folder(config.output / BEST), self.is_main)
             self.finished = (
                 None if fresh else from_main(lambda: finished_report(config), self.is_main)
             )
@@ -146,7 +155,7 @@ class Setup:
         return Evaluator(
             self.config.evaluation,
             self.questions,
-            self.processor,
+            self.kind,
             self.accelerator,
             self.interruption,
             workers=self.config.workers,

@@ -33,9 +33,7 @@ def build_optimizer(kind: ModelKind, stage: StageConfig) -> torch.optim.Optimize
         modules = kind.modules[name]
         for module in modules:
             module.train()
-        # The head may share its weight with the embedding: each tensor once.
-        parameters = {parameter for module in modules for parameter in module.parameters()}
-        ordered = [parameter for parameter in model.parameters() if parameter in parameters]
+        ordered = kind.learned(name)
         for parameter in ordered:
             parameter.requires_grad_(True)
         groups.append({"params": ordered, "lr": rate})

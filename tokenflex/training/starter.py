@@ -24,6 +24,7 @@ from tokenflex.files import excerpt
 from tokenflex.training.build import (
     build_dataset,
     build_processor,
+    patch_grid,
     pretrained,
     saved_vision_config,
 )
@@ -101,7 +102,7 @@ def starting_config(vision: str, text: str, data: DataConfig, output: Path) -> s
             :data:`SAMPLES_TRIED` samples can be read.
     """
     _check_kinds(vision, text)
-    patches = _patch_grid(saved_vision_config(vision))
+    patches = patch_grid(saved_vision_config(vision))
     counts = _counts_for(min(*patches) if patches else PAPER_SIDE, vision)
     tokenizer = pretrained(AutoTokenizer, text)
     if not getattr(tokenizer, "chat_template", None):
@@ -206,14 +207,6 @@ def _flow(value: Any) -> str:
         allow_unicode=True,
     )
     return text.removesuffix("\n").removesuffix("\n...")
-
-
-def _patch_grid(config: Any) -> tuple[int, int] | None:
-    """Return the encoder's patches per side; None if its images have no fixed size."""
-    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-    if isinstance(size, int) and isinstance(patch, int) and patch > 0:
-        return size // patch, size // patch
-    return None
 
 
 def _counts_for(side: int, vision: str) -> list[int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast, get_args
 
@@ -12,7 +13,9 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Tag,
+    TypeAdapter,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 
@@ -48,12 +51,67 @@ class Strict(BaseModel):
         """Yield all that is wrong with values that are each allowed by themselves."""
         yield from ()
 
-    @model_validator(mode="after")
-    def _has_no_contradictions(self) -> Strict:
-        reasons = [*self.contradictions()]
+    def absent_files(self, needed: Collection[str]) -> Iterator[str]:
+        """Yield what is named and does not exist; ``needed`` has the kinds that a command reads."""
+        yield from ()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _report_all(cls, values: Any, handler: Any, info: ValidationInfo) -> Any:
+        """Raise all that is wrong at once: with wrong values also contradictions of the others."""
+        needed = info.context or ()
+        try:
+            part = handler(values)
+        except ValidationError as error:
+            reasons = _reasons_beside(error, cls, values, needed)
+            if not reasons:
+                raise
+            problems: list[Any] = [*error.errors(include_url=False)]
+            problems.append(_problem(ContradictionsError(reasons), values))
+            raise ValidationError.from_exception_data(cls.__name__, problems) from error
+        reasons = [*part.contradictions(), *part.absent_files(needed)]
         if reasons:
             raise ContradictionsError(reasons)
-        return self
+        return part
+
+
+def _problem(error: ValueError, values: Any) -> dict[str, Any]:
+    return {"type": "value_error", "loc": (), "input": values, "ctx": {"error": error}}
+
+
+def _reasons_beside(
+    error: ValidationError, model: type[Strict], values: Any, needed: Collection[str]
+) -> list[str]:
+    """Return what contradicts among the values of a model that are not named in an error.
+
+    A reason that mentions a key which is wrong or missing itself follows from that.
+    """
+    if not isinstance(values, dict):
+        return []
+    unknown = {str(problem["loc"][0]) for problem in error.errors() if problem["loc"]}
+    known = {}
+    for name, field in model.model_fields.items():
+        if name in values and name not in unknown:
+            try:
+                known[name] = TypeAdapter(field.rebuild_annotation()).validate_python(values[name])
+            except ValidationError:
+                unknown.add(name)
+    part, reasons = model.model_construct(**known), []
+    for check in (part.contradictions(), part.absent_files(needed)):
+        try:
+            reasons += [*_until_unknown(check)]
+        except (ArithmeticError, TypeError, ValueError):
+            continue  # a default in the place of a wrong value
+    mentioned = re.compile(rf"\b({'|'.join(map(re.escape, unknown))})\b")
+    return [reason for reason in reasons if not mentioned.search(reason)]
+
+
+def _until_unknown(reasons: Iterator[str]) -> Iterator[str]:
+    """Yield reasons up to the first check that needs a value which is not there."""
+    try:
+        yield from reasons
+    except AttributeError:
+        return
 
 
 def reason_of(check: Callable[[], object]) -> str | None:
@@ -195,13 +253,21 @@ def _index(values: list[Any], part: str, where: str) -> int:
     return int(part)
 
 
-def read_yaml(path: str | Path, model: type[M], changes: Sequence[str] = ()) -> M:
+def read_yaml(
+    path: str | Path,
+    model: type[M],
+    changes: Sequence[str] = (),
+    *,
+    needed: Callable[[Any], Collection[str]] | None = None,
+) -> M:
     """Return a ``model`` with the values of a YAML file.
 
     Args:
         path: The file.
         model: Keys, types and bounds.
         changes: Values that replace those of the file, see :func:`set_key`.
+        needed: Returns for the values of a file that is wrong which kinds of files, if absent, are
+            to be named as well; see :func:`validated`.
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -216,23 +282,30 @@ def read_yaml(path: str | Path, model: type[M], changes: Sequence[str] = ()) -> 
         raise ValueError(f"config file {path} must hold keys and values, got {excerpt(values)}")
     for change in changes:
         set_key(values, change)
-    return validated(values, model, f"config file {path}")
+    name = f"config file {path}"
+    try:
+        return validated(values, model, name)
+    except ValueError:
+        if needed is not None:
+            validated(values, model, name, needed=needed(values))
+        raise
 
 
-def validated(values: Any, model: type[M], name: str) -> M:
+def validated(values: Any, model: type[M], name: str, *, needed: Collection[str] = ()) -> M:
     """Return a ``model`` with these values.
 
     Args:
         values: Mappings and lists, as YAML holds them.
         model: Keys, types and bounds.
         name: What holds the values, in errors.
+        needed: Kinds of files that must exist, as :meth:`Strict.absent_files` takes them.
 
     Raises:
         ValueError: There is an unknown key or a value that is not allowed. One line names each key
             with what was given and what was expected.
     """
     try:
-        return model.model_validate(values)
+        return model.model_validate(values, context=needed)
     except ValidationError as error:
         raise ValueError(f"{name}: {_one_line(error, model)}") from error
 
