@@ -13,6 +13,8 @@ PAPER_ODDS = (0.2, 0.3, 0.5)
 POSITIONS = {"projector_position": "normalized", "image_positions": "shared"}
 SPREAD = 0.3
 """Share of the images at grids that are not evaluated."""
+FEWEST_SHARE = 0.1
+"""Share of the images at fewer tokens than the small count, where a regime is about them."""
 LONGER = 2.5
 """Factor of the steps with which one model sees the vision tokens of three specialists."""
 SIZES = ("small", "middle", "large")
@@ -119,7 +121,8 @@ def regimes(scale: Scale) -> dict[str, Regime]:
     of_paper = _of_paper(scale)
     any_count = _any_count(scale, of_paper["stochastic"])
     closing = _closing_the_gap(scale, {**of_paper, **any_count})
-    known = {**of_paper, **any_count, **closing}
+    fewest = _at_the_fewest(scale, any_count)
+    known = {**of_paper, **any_count, **closing, **fewest}
     return {**known, **_on_limited_data(scale, known)}
 
 
@@ -170,13 +173,42 @@ def _any_count(scale: Scale, stochastic: Regime) -> dict[str, Regime]:
     )
 
 
+def _at_the_fewest(scale: Scale, any_count: Mapping[str, Regime]) -> dict[str, Regime]:
+    """Return the specialists for fewer tokens than the small count, and one model near them."""
+    fewest, spread = fewest_count(scale.counts[0]), any_count["positions-spread"]
+    start = _start_at(scale.counts[-1])
+    specialist = Regime("fixed-fewest", f"fixed {fewest}", start, _at(fewest)).but(
+        "positions", "positions", model=POSITIONS
+    )
+    counts, weights = spread.stage["counts"], spread.stage["weights"]
+    with_fewest = {
+        "counts": [*counts, fewest],
+        "weights": [*((1 - FEWEST_SHARE) * weight for weight in weights), FEWEST_SHARE],
+    }
+    narrowest = [[*grid] for grid in other_grids(scale.counts)[:2]]
+    narrow = {
+        "weights": [
+            (1 - FEWEST_SHARE) * weight + FEWEST_SHARE / 2 * (count in narrowest)
+            for count, weight in zip(counts, weights, strict=True)
+        ]
+    }
+    height, width = narrowest[0]
+    share = f"{FEWEST_SHARE:.0%}".replace("%", " %")
+    return _by_name(
+        specialist,
+        specialist.but("longer", f"{LONGER:g} x the steps", stage=_longer(scale)),
+        spread.but("fewest", f"{fewest} at {share}", stage=with_fewest),
+        spread.but("narrow", f"{share} more at {height} x {width} and its turn", stage=narrow),
+    )
+
+
 def _closing_the_gap(scale: Scale, known: Mapping[str, Regime]) -> dict[str, Regime]:
     """Return the regimes of :data:`experiments.ablation.suites.LEVERS` and their specialists."""
     positions = known["positions"]
     specialists = [
         known[f"fixed-{size}"].but("positions", "positions", model=POSITIONS) for size in SIZES
     ]
-    longer = {"steps": round(LONGER * scale.steps)}
+    longer = _longer(scale)
     wide = replace(scale, width=2 * scale.width, initializer_range=scale.initializer_range / 2**0.5)
     base = _start_at(scale.counts[-1])
     wide_start = Start(
@@ -215,6 +247,10 @@ def _on_limited_data(scale: Scale, known: Mapping[str, Regime]) -> dict[str, Reg
     return _by_name(*limited)
 
 
+def _longer(scale: Scale) -> dict[str, Any]:
+    return {"steps": round(LONGER * scale.steps)}
+
+
 def _at(count: int) -> dict[str, Any]:
     return {"counts": [count], "weights": [1.0]}
 
@@ -225,6 +261,11 @@ def _start_at(count: int, suffix: str = "") -> Start:
 
 def _by_name(*regimes: Regime) -> dict[str, Regime]:
     return {regime.name: regime for regime in regimes}
+
+
+def fewest_count(small: int) -> int:
+    """Return a quarter of the small count, which no regime for other counts trains."""
+    return small // 4
 
 
 def other_grids(counts: tuple[int, int, int]) -> list[tuple[int, int]]:

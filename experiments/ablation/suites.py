@@ -21,6 +21,14 @@ UNSEEN = (
     "stochastic-projector-spread",
     *ANY_COUNT,
 )
+FEWEST = (
+    "fixed-fewest-positions",
+    "fixed-fewest-positions-longer",
+    "positions-spread",
+    "positions-spread-narrow",
+    "positions-spread-fewest",
+)
+"""Regimes that are compared at fewer tokens than the small count, the specialists first."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "gap": tuple(
         dict.fromkeys(name for lever in LEVERS for name in (lever.general, *lever.specialists))
     ),
-    "unseen": UNSEEN,
+    "unseen": tuple(dict.fromkeys((*UNSEEN, f"{SPECIALISTS[0]}-positions", *FEWEST))),
     # Steps of one budget after those of another, so that an unfinished ablation has whole ones.
     "limited": tuple(
         f"{name}-{budget.name}" for budget in BUDGETS for name in (*MAIN, *_POSITIONED, "positions")

@@ -8,7 +8,14 @@ from dataclasses import replace
 import pytest
 
 from experiments.ablation.jobs import Job, plan_jobs
-from experiments.ablation.regimes import BUDGETS, PAPER_ODDS, other_grids, regimes
+from experiments.ablation.regimes import (
+    BUDGETS,
+    FEWEST_SHARE,
+    PAPER_ODDS,
+    fewest_count,
+    other_grids,
+    regimes,
+)
 from experiments.ablation.results import collect
 from experiments.ablation.scales import LARGE, LIMITED, QUICK, QUICK_LIMITED, SCALES, SMALL
 from experiments.ablation.suites import LEVERS, SUITES, regimes_of
@@ -58,10 +65,12 @@ def test_every_regime_of_a_seed_starts_from_the_same_checkpoint():
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=lambda scale: scale.name)
 def test_no_regime_trains_at_a_count_that_is_asked_as_unseen(scale):
+    """But for the regimes that are about the fewest tokens, which say so."""
     unseen = {token_grid(count) for count in scale.unseen}
     for one in regimes(scale).values():
         trained = [tuple(n) if isinstance(n, list) else n for n in one.stage["counts"]]
-        assert not unseen & {token_grid(count) for count in trained}, one.name
+        own = {token_grid(fewest_count(scale.counts[0]))} if "fewest" in one.name else set()
+        assert unseen & {token_grid(count) for count in trained} == unseen & own, one.name
     assert other_grids((4, 9, 16)) == [
         *((1, 2), (2, 1), (2, 5), (5, 2)),
         *((3, 5), (5, 3), (4, 5), (5, 4)),
@@ -92,6 +101,34 @@ def test_regimes_are_those_of_the_paper():
     assert odds == {"stochastic": [0.2, 0.3, 0.5], "odds-5-3-2": [0.5, 0.3, 0.2]}
     assert known["per-step"].stage["draw"] == "step"
     assert known["all-counts"].stage["draw"] == "all"
+
+
+def test_regimes_near_the_fewest_tokens_differ_from_their_model_in_the_counts_alone():
+    known = regimes(SMALL)
+    spread = known["positions-spread"]
+    shares = {
+        name: {str(n): share for n, share in zip(*stage_of.values(), strict=True)}
+        for name in ("positions-spread", "positions-spread-fewest", "positions-spread-narrow")
+        for stage_of in [known[name].stage]
+    }
+    before = shares.pop("positions-spread")
+    for name, odds in shares.items():
+        assert sum(odds.values()) == pytest.approx(1)
+        more = {"1": 0.1} if name.endswith("fewest") else dict.fromkeys(("[1, 2]", "[2, 1]"), 0.05)
+        expected = {n: 0.9 * before.get(n, 0) + more.get(n, 0) for n in {**before, **more}}
+        assert odds == pytest.approx(expected)
+        assert replace(known[name], name="", title="", stage={}) == replace(
+            spread, name="", title="", stage={}
+        )
+    assert FEWEST_SHARE == 0.1
+    specialist = known["fixed-fewest-positions"]
+    assert (specialist.stage, specialist.model) == (
+        {"counts": [1], "weights": [1.0]},
+        known["fixed-small-positions"].model,
+    )
+    assert specialist.start == known["fixed-small-positions"].start
+    longer = known["fixed-fewest-positions-longer"]
+    assert longer.stage["steps"] == known["fixed-small-positions-longer"].stage["steps"]
 
 
 def test_a_regime_of_another_start_waits_for_it():

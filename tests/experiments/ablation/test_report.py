@@ -113,6 +113,51 @@ def test_the_page_of_unseen_counts_has_each_part_alone():
     assert "| trained with | 25 (to 16) | 2x3 (to 4) |" in others
 
 
+def report_at_one(**accuracies: float) -> dict[str, Any]:
+    """Report of the suite `unseen` that was also asked at 1 token, 50 % where nothing is said."""
+    report = canned_report(names=("start", *SUITES["unseen"]))
+    report["unseen"].append("1")
+    for name, row in report["regimes"].items():
+        value = accuracies.get(name.replace("-", "_"), 0.5)
+        for index, accuracy in enumerate((row["accuracy"], *row["accuracy_by_kind"].values())):
+            accuracy["1"] = spread_of([value - 0.1 * index + 0.02 * seed for seed in range(3)])
+    return report
+
+
+def test_fewer_tokens_are_compared_with_a_specialist_of_theirs_and_one_of_the_small_count():
+    page = format_unseen(report_at_one(fixed_fewest_positions_longer=0.7))
+    part = section(page, "Fewer tokens than the small count: 1")
+    assert "| trained with | asked at | mean | colour | odd | read |" in part
+    # The specialist for 4 has 86, 87 and 88 %, and that for 1 70, 72 and 74 %: -16, -15, -14.
+    assert cells(part, "fixed 4, positions") == [
+        *("4", "87.0 ± 1.0"),
+        *("87.0 ± 1.0", "87.5 ± 1.0", "67.0 ± 1.0"),
+    ]
+    assert cells(part, "fixed 1, positions, 2.5 x the steps") == [
+        *("1", "72.0 ± 2.0"),
+        *("62.0 ± 2.0", "52.0 ± 2.0", "42.0 ± 2.0"),
+    ]
+    assert (
+        "- fixed 1, positions, 2.5 x the steps: -15.0 ± 1.0 points beside fixed 4, positions, "
+        "paired by seed." in part
+    )
+    assert "2.5 x the steps) stays 15.0 points below: at this size and budget 1 is out of" in part
+    of_one = [line for line in part.splitlines() if line.startswith("| 2:3:5, positions, other g")]
+    assert [line.split(" | ")[1] for line in of_one] == ["4", "1", "1", "1"]
+
+
+def test_the_page_says_so_where_a_specialist_for_fewer_tokens_is_near():
+    part = format_unseen(report_at_one(fixed_fewest_positions=0.84))
+    assert "The best specialist (fixed 1, positions) is within 5 points: one model could" in part
+
+
+def test_a_report_without_such_specialists_has_no_such_section():
+    report = report_at_one()
+    del report["regimes"]["fixed-fewest-positions"]
+    assert "Fewer tokens" not in format_unseen(report)
+    assert "Fewer tokens" not in format_unseen(canned_report(names=("start", *SUITES["unseen"])))
+
+
 def test_each_lever_is_measured_against_its_own_specialists():
     report = canned_report(names=("start", *SUITES["gap"]))
     report["regimes"]["fixed-small-positions-wide"]["accuracy"]["4"] = spread_of([0.65, 0.66, 0.7])
