@@ -231,6 +231,16 @@ def test_tables_and_charts_stand_on_the_grid_or_anywhere(layout, role, most):
             assert 0 <= top < bottom <= PAGE_PIXELS
 
 
+@pytest.mark.parametrize("layout", ["table", "chart"])
+def test_placement_changes_pictures_and_no_question(layout):
+    grid, free = (
+        ReadingDataset(size=8, layouts=[layout], placement=placement) for placement in PLACEMENTS
+    )
+    for index in range(8):
+        assert free[index].conversations == grid[index].conversations
+        assert free[index].images[0].tobytes() != grid[index].images[0].tobytes()
+
+
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_rules_of_a_table_cross_no_number(placement):
     for page, drawing, _ in drawn("table", 60, placement=placement):

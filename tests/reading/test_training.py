@@ -98,7 +98,13 @@ def test_tiles_of_a_layout(tmp_path, layout, tiles):
 
 def test_options_of_a_configuration():
     options = DataConfig(
-        name="reading", split="test", size=7, questions=2, layouts=("tall",), fonts=("DejaVuSans",), placement="free"
+        name="reading",
+        split="test",
+        size=7,
+        questions=2,
+        layouts=("tall",),
+        fonts=("DejaVuSans",),
+        placement="free",
     )
     dataset = FORMATS["reading"].open(FORMATS["reading"].options_of(options))
     sample = dataset[6]

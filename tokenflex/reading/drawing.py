@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from tokenflex.reading.content import Chart, Page, Table, TextPage
-from tokenflex.reading.fonts import font_of, font_path
+from tokenflex.reading.fonts import font_of
 
 PAGE_PIXELS = 96
 """Height and width of a page. A wide one is broader, a tall one is two of them."""
@@ -41,6 +41,7 @@ _MARGIN = 2  # left of a line; words begin at this and a multiple of a step
 _STEP = {"page": 6, "tall": 6, "wide": 8}  # 8 pixels of a wide page are shown as 6
 _SPACE = 3  # least pixels between words
 _CELL_HEIGHT, _CELL_WIDTHS = 2 * _ROW, (30, 42)  # of tables on the grid
+_FREE_CELL_PIXELS, _FREE_TABLE = (16, 24), 88  # least (height, width) of cells, most of tables
 _AXIS_LEFT = _ROW - 1  # of charts; its labels are to the left
 _TICKS, _TICK_SIZE = (0, 3, 6, 9), 8
 _BAR = 10  # pixels of a bar's width, on the grid
@@ -228,12 +229,15 @@ def _draw_table(rng: np.random.Generator, table: Table, pen: _Pen, placement: st
         widths = [width for width in _CELL_WIDTHS if width * columns <= PAGE_PIXELS]
         height, width = _CELL_HEIGHT, widths[rng.integers(len(widths))]
         top = _ROW * int(rng.integers((PAGE_PIXELS - height * rows) // _ROW + 1))
-        left = _STEP["page"] * int(rng.integers((PAGE_PIXELS - width * columns) // 6 + 1))
+        step = _STEP["page"]
+        left = step * int(rng.integers((PAGE_PIXELS - width * columns) // step + 1))
         sizes, anchor = BODY, "ls"
         # A number begins and stands where a word of a line can.
-        inner = (_MARGIN + 6 * ((width - 18) // 12), _ROW + _BASELINE)
+        inner = (_MARGIN + step * ((width - 18) // 12), _ROW + _BASELINE)
     else:
-        height, width = int(rng.integers(16, 88 // rows + 1)), int(rng.integers(24, 88 // columns + 1))
+        least_height, least_width = _FREE_CELL_PIXELS
+        height = int(rng.integers(least_height, _FREE_TABLE // rows + 1))
+        width = int(rng.integers(least_width, _FREE_TABLE // columns + 1))
         top = int(rng.integers(PAGE_PIXELS - height * rows))
         left = int(rng.integers(PAGE_PIXELS - width * columns))
         sizes, anchor, inner = FREE_CELL, "mm", (width // 2, height // 2 + 1)
