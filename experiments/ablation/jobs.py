@@ -148,7 +148,7 @@ def plan_jobs(
 
 def _start_job(scale: Scale, start: Start, seed: int, on_gpu: bool, workers: int) -> Job:
     name = f"seed{seed}/{start.name}"
-    stage = scale.stage("alignment", scale.start_steps, **start.stage)
+    stage = scale.alignment(**start.stage)
     # Starts may be fewer than cores, so another process draws their canvases.
     workers = max(workers, 1)
     config = _config(scale, name, seed, {**scale.model(), **start.model}, stage, on_gpu, workers)
@@ -181,7 +181,7 @@ def _config(
         **({} if on_gpu else {"threads": 1}),
         "precision": scale.precision if on_gpu else "no",
         "model": model,
-        "data": {**scale.data, "split": "train"},
+        "data": scale.training_data,
         "stages": [stage],
         "evaluation": {
             "data": {**scale.data, "split": "test", "size": scale.evaluated},

@@ -1,8 +1,9 @@
 """``python -m experiments.reading RUN OUTPUT``: what a model of ``configs/reading.yaml`` can read.
 
 RUN is the folder of ``tokenflex train configs/reading.yaml``. Its model answers questions about
-pages that training never saw, at every count, and those about tall pages also as one tile. OUTPUT
-gets ``report.json``, ``accuracy.png`` and a page that is written from the report.
+pages that training never saw, at every count; those about tall pages also as one tile, and those
+about tables and charts also with these at any pixel. OUTPUT gets ``report.json``, ``accuracy.png``
+and a page that is written from the report.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tokenflex.files import read_json, write_json, write_text
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.plots import plot_accuracy
 from tokenflex.reading.dataset import ReadingDataset
+from tokenflex.reading.drawing import PLACEMENTS
 from tokenflex.terminal import show_work, watched, work_bar
 
 COUNTS = (16, (4, 8), (8, 4), 36, 64)
@@ -48,7 +50,9 @@ def guessing(samples: int) -> dict[str, float]:
 
 
 def measure(model: Any, processor: Any, samples: int) -> dict[str, Any]:
-    """Return the report of an evaluation, with the accuracy of guessing and of uncut tall pages.
+    """Return the report of an evaluation, and of harder forms of the pages.
+
+    These are tall pages as one tile, and tables and charts at any pixel.
 
     Args:
         model: The trained model.
@@ -56,23 +60,37 @@ def measure(model: Any, processor: Any, samples: int) -> dict[str, Any]:
         samples: Samples of the split "test", each with eight questions.
     """
     tall = ReadingDataset("test", size=max(1, samples // 8), layouts=["tall"])
-    batches = -(samples // -BATCH) + 2 * -(len(tall) // -BATCH)
-    with work_bar("evaluation", batches * len(COUNTS), unit="batch", delay=0) as bar:
-        options: dict[str, Any] = {"batch_size": BATCH, "on_batch": bar.update}
-        report = evaluate(
-            model, processor, ReadingDataset("test", size=samples), list(COUNTS), **options
+    placed = [
+        ReadingDataset(
+            "test", size=max(1, samples // 4), layouts=["table", "chart"], placement=placement
         )
-        by_tiles = {
-            f"{tiles}": evaluate(model, processor, tall, list(COUNTS), max_tiles=tiles, **options)[
-                "accuracy_by_kind"
-            ]
-            for tiles in (1, 2)
-        }
+        for placement in PLACEMENTS
+    ]
+    sizes = [samples, len(tall), len(tall), *map(len, placed)]
+    batches = len(COUNTS) * sum(-(size // -BATCH) for size in sizes)
+    with work_bar("evaluation", batches, unit="batch", delay=0) as bar:
+
+        def ask(dataset: ReadingDataset, **options: Any) -> dict[str, Any]:
+            return evaluate(
+                model,
+                processor,
+                dataset,
+                list(COUNTS),
+                batch_size=BATCH,
+                on_batch=bar.update,
+                **options,
+            )
+
+        report = ask(ReadingDataset("test", size=samples))
+        by_tiles = {f"{n}": ask(tall, max_tiles=n)["accuracy_by_kind"] for n in (1, 2)}
+        by_placement = {data.placement: ask(data)["accuracy_by_kind"] for data in placed}
     return {
         **report,
         "guessing": guessing(samples),
         "tall_samples": len(tall),
         "tall_by_tiles": by_tiles,
+        "figure_samples": len(placed[0]),
+        "figures_by_placement": by_placement,
         "commit": environment("cpu")["commit"],
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
     }
@@ -117,6 +135,19 @@ def page_of(report: dict[str, Any]) -> str:
             row = report["tall_by_tiles"][tiles][kind]
             cells = [f"{100 * row[label]:.1f}" for label in labels]
             lines.append(f"| {kind} | {tiles} | {' | '.join(cells)} |")
+    if "figures_by_placement" in report:
+        lines += [
+            "",
+            "Tables and charts at any pixel, and in type of 9 to 13 pixels "
+            f"({report['figure_samples']} samples): the model was trained with those on the grid.",
+            "",
+            f"| kind | placement | {' | '.join(labels)} |",
+            "|---" * (len(labels) + 2) + "|",
+        ]
+        for kind in sorted(report["figures_by_placement"]["grid"]):
+            for placement, rows in report["figures_by_placement"].items():
+                cells = [f"{100 * rows[kind][label]:.1f}" for label in labels]
+                lines.append(f"| {kind} | {placement} | {' | '.join(cells)} |")
     if "training" in report:
         training = report["training"]
         steps = ", ".join(f"{number} of {name!r}" for name, number in training["steps"].items())

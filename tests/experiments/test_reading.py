@@ -10,6 +10,7 @@ import torch
 
 from experiments.reading.__main__ import COUNTS, guessing, measure, page_of, training_of
 from tests.reading.test_training import tiny_values
+from tokenflex.reading.drawing import PLACEMENTS
 from tokenflex.training.build import build_model, build_processor
 from tokenflex.training.config import TrainConfig
 
@@ -40,7 +41,10 @@ def test_every_kind_is_measured_at_every_count_and_tall_pages_as_one_tile(tmp_pa
     assert [*report["accuracy"]] == [*map(str, labels)]
     assert set(report["guessing"]) == set(report["accuracy_by_kind"])
     assert {kind.split()[0] for kind in report["tall_by_tiles"]["1"]} == {"tall"}
+    for placement in PLACEMENTS:
+        assert {*report["figures_by_placement"][placement]} == {"cell", "rows", "value", "highest"}
     page = page_of(report)
+    assert all(f"\n| cell | {placement} | " in page for placement in PLACEMENTS)
     for kind in report["questions"]:
         assert f"\n| {kind} | " in page
     assert "commit `0a1b2c3`" in page

@@ -10,7 +10,6 @@ import pytest
 from PIL import Image, ImageFont
 
 from tokenflex.data.steps import outline_of
-from tokenflex.reading import drawing as figures
 from tokenflex.reading.content import (
     ASKED_LINES,
     LAYOUTS,
@@ -23,25 +22,34 @@ from tokenflex.reading.content import (
     split_of,
 )
 from tokenflex.reading.dataset import ReadingDataset
-from tokenflex.reading.drawing import BODY, FOOTNOTE, HEADLINE, PAGE_PIXELS, Box, Drawing, draw
+from tokenflex.reading.drawing import (
+    AXIS_UNIT,
+    AXIS_ZERO,
+    BODY,
+    FOOTNOTE,
+    FREE_CELL,
+    HEADLINE,
+    PAGE_PIXELS,
+    PLACEMENTS,
+    Box,
+    Drawing,
+    draw,
+)
 from tokenflex.reading.fonts import FONTS, font_of, font_path
 
 SINGLE = tuple(layout for layout in LAYOUTS if layout != "pair")
 
 
-def drawn(layout: str, number: int = 12, fonts: tuple[str, ...] = FONTS) -> list:
+def drawn(
+    layout: str, number: int = 12, fonts: tuple[str, ...] = FONTS, placement: str = "grid"
+) -> list:
     """(page, drawing, its random generator) of some pages."""
     pages = []
     for index in range(number):
         rng = np.random.default_rng((7, index))
         page = draw_page(rng, layout, "train")
-        pages.append((page, draw(rng, page, fonts), rng))
+        pages.append((page, draw(rng, page, fonts, placement), rng))
     return pages
-
-
-def forget_figures() -> None:
-    figures._table_figure.cache_clear()
-    figures._chart_figure.cache_clear()
 
 
 def rows_of(boxes: list[Box]) -> list[list[Box]]:
@@ -74,7 +82,7 @@ def read_off(prompt: str, drawing: Drawing) -> str:
         return last[-1].text if last[0].text == "note" else "none"
     if kind == "present":
         return "yes" if argument in {box.text for box in boxes} else "no"
-    # The value of a bar or point is where its top or middle is on the axis from 0 to 10.
+    # The value of a bar or point is where its top or middle is on the axis.
     letters = [box for box in boxes if box.role == "letter"]
     marks = [box for box in boxes if box.role in ("bar", "point")]
 
@@ -83,19 +91,21 @@ def read_off(prompt: str, drawing: Drawing) -> str:
         mark = min(marks, key=lambda box: abs((box.edges[0] + box.edges[2]) / 2 - middle))
         bar = mark.role == "bar"
         top = mark.edges[1] if bar else (mark.edges[1] + mark.edges[3]) / 2
-        return PAGE_PIXELS - top
+        return (AXIS_ZERO - top) / AXIS_UNIT
 
     if kind == "highest":
         return max(letters, key=height).text
-    axis = (0.15 * PAGE_PIXELS, 0.96 * PAGE_PIXELS)
     asked = next(box for box in letters if box.text == argument)
-    return str(round(10 * (height(asked) - axis[0]) / (axis[1] - axis[0])))
+    return str(round(height(asked)))
 
 
-@pytest.mark.parametrize("layout", SINGLE)
-def test_answers_are_true_of_what_was_drawn(layout):
+@pytest.mark.parametrize(
+    ("layout", "placement"),
+    [*((layout, "grid") for layout in SINGLE), ("table", "free"), ("chart", "free")],
+)
+def test_answers_are_true_of_what_was_drawn(layout, placement):
     seen = Counter()
-    for page, drawing, rng in drawn(layout):
+    for page, drawing, rng in drawn(layout, placement=placement):
         for _ in range(10):
             kind, prompt, answer = page.draw_question(rng)
             assert answer == read_off(prompt, drawing), (page, prompt)
@@ -188,6 +198,82 @@ def test_sizes_go_from_headline_to_footnote():
     assert max(FOOTNOTE) < min(BODY) <= max(BODY) < min(HEADLINE)
 
 
+def phases(boxes: list[Box], role: str) -> set[tuple[float, float]]:
+    """Where the middles of boxes lie in patches of 12 pixels."""
+    found = [box.edges for box in boxes if box.role == role]
+    return {((x0 + x1) / 2 % 12, (y0 + y1) / 2 % 12) for x0, y0, x1, y1 in found}
+
+
+@pytest.mark.parametrize(
+    ("layout", "role", "most"),
+    [
+        ("table", "cell", 12),  # a start at 0 or 6, two sizes, and digits of unlike width
+        ("chart", "letter", 6),
+        ("chart", "point", 3),  # heights are multiples of 8 pixels
+    ],
+)
+def test_tables_and_charts_stand_on_the_grid_or_anywhere(layout, role, most):
+    boxes = {
+        placement: [
+            box
+            for _, drawing, _ in drawn(layout, 60, ("DejaVuSans",), placement)
+            for box in drawing.boxes
+        ]
+        for placement in PLACEMENTS
+    }
+    assert len(phases(boxes["grid"], role)) <= most
+    assert len(phases(boxes["free"], role)) > 2 * most
+    for placement, sizes in (("grid", BODY), ("free", FREE_CELL)):
+        assert {box.size for box in boxes[placement] if box.role == "cell"} <= {*sizes}
+        for box in boxes[placement]:
+            left, top, right, bottom = box.edges
+            assert 0 <= left < right <= PAGE_PIXELS
+            assert 0 <= top < bottom <= PAGE_PIXELS
+
+
+@pytest.mark.parametrize("layout", ["table", "chart"])
+def test_placement_changes_pictures_and_no_question(layout):
+    grid, free = (
+        ReadingDataset(size=8, layouts=[layout], placement=placement) for placement in PLACEMENTS
+    )
+    for index in range(8):
+        assert free[index].conversations == grid[index].conversations
+        assert free[index].images[0].tobytes() != grid[index].images[0].tobytes()
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_rules_of_a_table_cross_no_number(placement):
+    for page, drawing, _ in drawn("table", 60, placement=placement):
+        grey = np.asarray(drawing.image.convert("L")).astype(int)
+        rule = grey < grey.max() - 100
+        across = np.flatnonzero(rule.mean(axis=1) > 0.45)
+        down = np.flatnonzero(rule[across[0] : across[-1]].all(axis=0))
+        assert len(across) == len(page.rows) + 1
+        assert len(down) == len(page.rows[0]) + 1
+        for box in drawing.boxes:
+            left, top, right, bottom = box.edges
+            assert across[box.line] < top < bottom <= across[box.line + 1], page
+            assert down[box.column] < left < right <= down[box.column + 1], page
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_colour_reaches_from_the_axis_to_a_bars_value_and_marks_each_point(placement):
+    for page, drawing, _ in drawn("chart", 40, placement=placement):
+        colours = np.asarray(drawing.image).astype(int)
+        for box in drawing.boxes:
+            if box.role not in ("bar", "point"):
+                continue
+            middle = int((box.edges[0] + box.edges[2]) / 2)
+            top = AXIS_ZERO - AXIS_UNIT * page.values[box.column]
+            column = colours[:, middle]
+            assert abs(column[top] - colours[0, -1]).max() > 60
+            if box.role == "bar":
+                assert (column[top:AXIS_ZERO] == column[top]).all()
+                assert abs(column[top - 1] - column[top]).max() > 20
+            else:
+                assert (box.edges[1] + box.edges[3]) / 2 == top
+
+
 def test_a_font_and_a_size_change_the_picture():
     pictures = {
         hashlib.sha256(dataset[0].images[0].tobytes()).hexdigest()
@@ -256,16 +342,6 @@ def test_the_standard_pages_and_questions_have_not_changed():
     assert whole.hexdigest() == "d8ce2567762a1facd11280455cdb63261e4c3019f03e1258161132aad0d1f78e"
 
 
-@pytest.mark.parametrize("layout", ["table", "chart"])
-def test_a_figure_that_is_drawn_on_again_keeps_nothing(layout):
-    dataset = ReadingDataset(size=16, layouts=[layout], fonts=["DejaVuSans"])
-    forget_figures()
-    kept = [dataset[i].images[0].tobytes() for i in range(16)]
-    for index, picture in enumerate(kept):
-        forget_figures()
-        assert dataset[index].images[0].tobytes() == picture
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_splits_share_no_page(layout):
     pages = {
@@ -299,20 +375,6 @@ def test_numbers_and_words_are_as_likely_in_every_place():
         firsts[page.lines[0][0]] += 1
     assert set(WORDS) <= set(firsts) <= {*WORDS, *NUMBERS}
     assert 0.15 < sum(firsts[n] for n in NUMBERS) / 400 < 0.35
-
-
-def test_matplotlib_settings_of_the_user_change_nothing():
-    """Figures are kept by a process, so the first one draws them under other settings."""
-    import matplotlib
-
-    forget_figures()
-    plain = ReadingDataset(size=4, layouts=["chart", "table"], fonts=["DejaVuSans-Oblique"])
-    with matplotlib.rc_context(
-        {"font.size": 20, "axes.linewidth": 4, "xtick.labelsize": 20, "savefig.dpi": 10}
-    ):
-        styled = [plain[i].images[0].tobytes() for i in range(4)]
-    forget_figures()
-    assert styled == [plain[i].images[0].tobytes() for i in range(4)]
 
 
 def test_images_are_rgb():

@@ -63,7 +63,7 @@ def test_the_shipped_configuration_is_valid_and_uses_what_the_task_offers():
     assert {16, 36, 64} < counts
     assert any(isinstance(count, tuple) for count in counts)  # grids
     assert config.model.max_tiles == 2
-    assert config.data.layouts == LAYOUTS
+    assert {layout for part in config.data.parts for layout in part.layouts} == {*LAYOUTS}
     assert config.model.text.config["vocab_size"] >= len(reading_processor().tokenizer)
 
 
@@ -98,7 +98,13 @@ def test_tiles_of_a_layout(tmp_path, layout, tiles):
 
 def test_options_of_a_configuration():
     options = DataConfig(
-        name="reading", split="test", size=7, questions=2, layouts=("tall",), fonts=("DejaVuSans",)
+        name="reading",
+        split="test",
+        size=7,
+        questions=2,
+        layouts=("tall",),
+        fonts=("DejaVuSans",),
+        placement="free",
     )
     dataset = FORMATS["reading"].open(FORMATS["reading"].options_of(options))
     sample = dataset[6]
@@ -113,6 +119,7 @@ def test_options_of_a_configuration():
         ("layouts", ("page", "page")),
         ("fonts", ("Helvetica",)),
         ("fonts", ()),
+        ("placement", "anywhere"),
         ("cells", 8),
     ):
         with pytest.raises(ValueError, match=key):

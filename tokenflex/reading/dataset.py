@@ -18,7 +18,7 @@ from tokenflex.reading.content import (
     draw_pair,
     draw_pair_question,
 )
-from tokenflex.reading.drawing import draw, size_of_page
+from tokenflex.reading.drawing import PLACEMENTS, draw, size_of_page
 from tokenflex.reading.fonts import FONTS, check_fonts
 
 
@@ -31,11 +31,13 @@ class ReadingDataset:
         questions: Questions per sample.
         layouts: Layouts of the samples, of :data:`tokenflex.reading.content.LAYOUT_ODDS`.
         fonts: Fonts as :func:`tokenflex.reading.fonts.font_path` takes them.
+        placement: Where tables and charts stand: "grid", as lines do, or "free", at any pixel and
+            in more sizes of type, which is harder.
         seed: Another seed gives other samples.
 
     Raises:
-        ValueError: The split, a layout or a font is unknown, a layout is repeated, or a number is
-            below 1.
+        ValueError: The split, a layout, a font or the placement is unknown, a layout is repeated,
+            or a number is below 1.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class ReadingDataset:
         questions: int = 8,
         layouts: Sequence[str] = LAYOUTS,
         fonts: Sequence[str] = FONTS,
+        placement: str = "grid",
         seed: int = 0,
     ) -> None:
         if split not in SPLITS:
@@ -56,6 +59,9 @@ class ReadingDataset:
             )
         check_layouts(layouts)
         check_fonts(fonts)
+        if placement not in PLACEMENTS:
+            raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, got {placement!r}")
+        self.placement = placement
         self.split, self.size, self.questions, self.seed = split, size, questions, seed
         self.layouts, self.fonts = tuple(layouts), tuple(fonts)
 
@@ -64,7 +70,7 @@ class ReadingDataset:
 
     def __getitem__(self, index: int) -> Sample:
         rng, pages, conversations = self._draw(index)
-        images = tuple(draw(rng, page, self.fonts).image for page in pages)
+        images = tuple(draw(rng, page, self.fonts, self.placement).image for page in pages)
         return Sample(self._name(index), images, conversations)
 
     def outline(self, index: int) -> Sample:

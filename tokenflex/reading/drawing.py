@@ -1,18 +1,21 @@
-"""Pages as pictures: text by Pillow, tables and charts by matplotlib."""
+"""Pages as pictures: text, tables and charts, drawn by Pillow in real fonts.
+
+Words, numbers and letters stand on a grid of 12 pixels down and 6 across. Encoders with patches of
+12 pixels see each glyph in few phases, and learn to read in minutes. Tables and charts can also be
+drawn at any pixel, see :data:`PLACEMENTS`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import ceil
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from tokenflex.reading.content import Chart, Page, Table, TextPage
-from tokenflex.reading.fonts import font_of, font_path
+from tokenflex.reading.fonts import font_of
 
 PAGE_PIXELS = 96
 """Height and width of a page. A wide one is broader, a tall one is two of them."""
@@ -23,15 +26,27 @@ PAGE_SIZES = {
 }
 """(height, width) of pages in pixels by layout; tables and charts are as "page"."""
 
-HEADLINE, BODY, FOOTNOTE = (16,), (9, 11), (8,)
-"""Sizes of type in pixels."""
+PLACEMENTS = ("grid", "free")
+"""Where tables and charts stand: on the grid of the lines of text in the type of lines, or at any
+pixel, in type of 9 to 13 pixels in tables."""
+
+HEADLINE, BODY, FOOTNOTE, FREE_CELL = (16,), (9, 11), (8,), tuple(range(9, 14))
+"""Sizes of type in pixels. Cells of tables are in BODY on the grid, else in FREE_CELL."""
+AXIS_ZERO, AXIS_UNIT = 82, 8
+"""Pixels from the top of a chart to its value 0, and of a unit."""
 
 _ROW = 12  # pixels of a line, as of the encoder's patches in configs/reading.yaml
 _BASELINE = 9  # of a line, from its top
 _MARGIN = 2  # left of a line; words begin at this and a multiple of a step
 _STEP = {"page": 6, "tall": 6, "wide": 8}  # 8 pixels of a wide page are shown as 6
 _SPACE = 3  # least pixels between words
-_LARGEST_CHART = 10  # top of the vertical axis
+_CELL_HEIGHT, _CELL_WIDTHS = 2 * _ROW, (30, 42)  # of tables on the grid
+_FREE_CELL_PIXELS, _FREE_TABLE = (16, 24), 88  # least (height, width) of cells, most of tables
+_AXIS_LEFT = _ROW - 1  # of charts; its labels are to the left
+_TICKS, _TICK_SIZE = (0, 3, 6, 9), 8
+_BAR = 10  # pixels of a bar's width, on the grid
+_POINT = 2.5  # radius in pixels
+_SMOOTH = 4  # subpixels along a side of the pixels of lines and points
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#444444")
 
 
@@ -77,32 +92,36 @@ def size_of_page(page: Page) -> tuple[int, int]:
     return PAGE_SIZES[page.layout if isinstance(page, TextPage) else "page"]
 
 
-def draw(rng: np.random.Generator, page: Page, fonts: Sequence[str]) -> Drawing:
-    """Draw a page in one of the fonts, chosen at random, as are sizes, places and shades."""
-    font = fonts[int(rng.integers(len(fonts)))]
-    if isinstance(page, TextPage):
-        image, boxes = _draw_text(rng, page, font)
-    else:
-        from matplotlib import style
+def draw(
+    rng: np.random.Generator, page: Page, fonts: Sequence[str], placement: str = "grid"
+) -> Drawing:
+    """Draw a page in one of the fonts, chosen at random, as are sizes, places and shades.
 
-        with style.context("default"):  # whatever the settings of the user
-            if isinstance(page, Table):
-                image, boxes = _draw_table(rng, page, font)
-            else:
-                image, boxes = _draw_chart(rng, page, font)
-    return Drawing(image, tuple(boxes), font)
+    Args:
+        rng: Source of randomness.
+        page: What stands on the page.
+        fonts: Fonts as :func:`tokenflex.reading.fonts.font_path` takes them.
+        placement: One of :data:`PLACEMENTS`, for tables and charts.
+    """
+    font = fonts[int(rng.integers(len(fonts)))]
+    paper, ink = int(rng.integers(225, 256)), int(rng.integers(0, 70))
+    height, width = size_of_page(page)
+    if isinstance(page, TextPage):
+        pen = _Pen(Image.new("L", (width, height), paper), font, ink, _STEP[page.layout])
+        _draw_text(rng, page, pen)
+        return Drawing(pen.image.convert("RGB"), tuple(pen.boxes), font)
+    pen = _Pen(Image.new("RGB", (width, height), (paper,) * 3), font, (ink,) * 3)
+    if isinstance(page, Table):
+        _draw_table(rng, page, pen, placement)
+    else:
+        _draw_chart(rng, page, pen, placement)
+    return Drawing(pen.image, tuple(pen.boxes), font)
 
 
 # ---- text
 
 
-def _draw_text(
-    rng: np.random.Generator, page: TextPage, font: str
-) -> tuple[Image.Image, list[Box]]:
-    height, width = PAGE_SIZES[page.layout]
-    paper, ink = int(rng.integers(225, 256)), int(rng.integers(0, 70))
-    image = Image.new("L", (width, height), paper)
-    pen = _Pen(image, font, ink, _STEP[page.layout])
+def _draw_text(rng: np.random.Generator, page: TextPage, pen: _Pen) -> None:
     large, body, small = (sizes[rng.integers(len(sizes))] for sizes in (HEADLINE, BODY, FOOTNOTE))
     row = int(rng.integers(2))
     if page.headline is not None:
@@ -116,19 +135,53 @@ def _draw_text(
         pen.write(line, row * _ROW + _BASELINE, body, "line", indent, index)
         row += 1
     if page.footnote is not None:
-        baseline = height - _ROW + _BASELINE
+        baseline = pen.image.height - _ROW + _BASELINE
         pen.write(("note", page.footnote), baseline, small, "footnote", int(rng.integers(5)))
-    return image.convert("RGB"), pen.boxes
 
 
 class _Pen:
-    """Writes lines of words on an image, and notes where each word is."""
+    """Writes words on an image, and notes where each of them is.
 
-    def __init__(self, image: Image.Image, font: str, ink: int, step: int) -> None:
-        self._draw = ImageDraw.Draw(image)
-        self._font, self._ink, self._step = font, ink, step
+    Args:
+        image: The image.
+        font: Name of the font.
+        ink: Colour of the words, of the image's mode.
+        step: Pixels of which the places of a line's words are multiples.
+    """
+
+    def __init__(
+        self, image: Image.Image, font: str, ink: int | tuple[int, ...], step: int = 1
+    ) -> None:
+        self.image, self.lines, self.ink = image, ImageDraw.Draw(image), ink
+        self._font, self._step = font, step
         self._room = image.width - _MARGIN
         self.boxes: list[Box] = []
+
+    def put(
+        self,
+        word: str,
+        at: tuple[float, float],
+        size: int,
+        anchor: str = "ls",
+        role: str = "",
+        place: tuple[int, int] = (-1, -1),
+    ) -> None:
+        """Write a word.
+
+        Args:
+            word: The word.
+            at: (x, y) of the anchor in pixels.
+            size: Size of type in pixels.
+            anchor: Anchor as of Pillow: "ls" is left, on the baseline.
+            role: Role of the word's box; without one, no box is noted.
+            place: (line, column) of the box.
+        """
+        font = font_of(self._font, size)
+        self.lines.text(at, word, fill=self.ink, font=font, anchor=anchor)
+        if role:
+            x0, y0, x1, y1 = font.getbbox(word, anchor=anchor)
+            edges = (at[0] + x0, at[1] + y0, at[0] + x1, at[1] + y1)
+            self.boxes.append(Box(word, edges, role, *place, size))
 
     def fitting(self, size: int, lines: Sequence[Sequence[str]]) -> int:
         """Return the size, or the smallest one of lines if they are too wide at this size."""
@@ -158,135 +211,102 @@ class _Pen:
             indent: Steps before the line, as far as they fit.
             index: Index of the line in the page; -1 for headline and footnote.
         """
-        font = font_of(self._font, size)
         steps = max(0, self._room - self._width(line, size)) // self._step
         left = _MARGIN + self._step * min(indent, steps)
         for column, word in enumerate(line):
-            # "ls": left, on the baseline.
-            self._draw.text((left, baseline), word, fill=self._ink, font=font, anchor="ls")
-            x0, y0, x1, y1 = font.getbbox(word, anchor="ls")
-            edges = (left + x0, baseline + y0, left + x1, baseline + y1)
             own_role = "note" if word == "note" else role
             place = (index, column) if role == "line" else (-1, -1)
-            self.boxes.append(Box(word, edges, own_role, *place, size))
+            self.put(word, (left, baseline), size, "ls", own_role, place)
             left += self._advance(word, size)
 
 
 # ---- tables and charts
 
 
-class _Figure:
-    """A matplotlib figure of a page's size without a window. Figures are drawn on many times."""
-
-    def __init__(self, axes: tuple[float, float, float, float]) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        # At 72 dots per inch a point is a pixel.
-        inches = PAGE_PIXELS / 72
-        self.figure = Figure(figsize=(inches, inches), dpi=72)
-        self.canvas = FigureCanvasAgg(self.figure)
-        self.axes = self.figure.add_axes(axes)
-
-    def picture(self, paper: int) -> Image.Image:
-        self.figure.patch.set_facecolor((paper / 255,) * 3)
-        self.canvas.draw()
-        return Image.fromarray(np.asarray(self.canvas.buffer_rgba())[..., :3].copy())
-
-    def edges(self, artist: Any) -> tuple[float, float, float, float]:
-        """Return where an artist was drawn: (left, top, right, bottom) in pixels."""
-        box = artist.get_window_extent(self.canvas.get_renderer())
-        left, bottom, right, top = map(float, box.extents)
-        return left, PAGE_PIXELS - top, right, PAGE_PIXELS - bottom
-
-
-@lru_cache(maxsize=256)
-def _table_figure(font: str, rows: int, columns: int) -> tuple[_Figure, Any]:
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.transforms import Bbox
-
-    figure = _Figure((0.05, 0.05, 0.9, 0.9))
-    figure.axes.set_axis_off()
-    table = figure.axes.table([[""] * columns] * rows, cellLoc="center", bbox=Bbox.unit())
-    table.auto_set_font_size(False)
-    for cell in table.get_celld().values():
-        cell.set_text_props(fontproperties=FontProperties(fname=font_path(font)))
-    return figure, table
-
-
-def _draw_table(rng: np.random.Generator, table: Table, font: str) -> tuple[Image.Image, list[Box]]:
+def _draw_table(rng: np.random.Generator, table: Table, pen: _Pen, placement: str) -> None:
     rows, columns = len(table.rows), len(table.rows[0])
-    figure, drawn = _table_figure(font, rows, columns)
-    size, paper = int(rng.integers(9, 14)), int(rng.integers(225, 256))
-    shades = [paper / 255, min(paper, int(rng.integers(200, 256))) / 255]
-    for (row, column), cell in drawn.get_celld().items():
-        cell.get_text().set_text(table.rows[row][column])
-        cell.set_fontsize(size)
-        cell.set_facecolor((shades[row % 2],) * 3)
-        cell.set_linewidth(0.7)
-    image = figure.picture(paper)
-    boxes = [
-        Box(
-            table.rows[row][column],
-            figure.edges(cell.get_text()),
-            "cell",
-            row,
-            column,
-            size,
-        )
-        for (row, column), cell in sorted(drawn.get_celld().items())
-    ]
-    return image, boxes
-
-
-@lru_cache(maxsize=256)
-def _chart_figure(font: str, style: str, number: int) -> tuple[_Figure, Any]:
-    from matplotlib.font_manager import FontProperties
-
-    figure = _Figure((0.13, 0.15, 0.83, 0.81))
-    axes = figure.axes
-    axes.set_xlim(-0.6, number - 0.4)
-    axes.set_ylim(0, _LARGEST_CHART)
-    axes.set_xticks(range(number), [""] * number)
-    axes.set_yticks((0, 3, 6, 9))
-    axes.tick_params(length=2, pad=1.5, width=0.6, labelsize=8)
-    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
-        label.set_fontproperties(FontProperties(fname=font_path(font), size=8))
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.set_axisbelow(True)
-    axes.grid(axis="y", linewidth=0.5, color="0.75")
-    if style == "bar":
-        return figure, axes.bar(range(number), [1] * number, width=0.7).patches
-    return figure, axes.plot(range(number), [1] * number, "o-", markersize=5, linewidth=1)[0]
-
-
-def _draw_chart(rng: np.random.Generator, chart: Chart, font: str) -> tuple[Image.Image, list[Box]]:
-    number = len(chart.letters)
-    figure, drawn = _chart_figure(font, chart.style, number)
-    paper, colour = int(rng.integers(225, 256)), _COLOURS[rng.integers(len(_COLOURS))]
-    axes = figure.axes
-    axes.set_facecolor((paper / 255,) * 3)
-    has_grid = bool(rng.integers(2))
-    for tick in axes.yaxis.get_major_ticks():
-        tick.gridline.set_visible(has_grid)
-    axes.set_xticklabels(chart.letters)
-    if chart.style == "bar":
-        for bar, value in zip(drawn, chart.values, strict=True):
-            bar.set_height(value)
-            bar.set_facecolor(colour)
+    if placement == "grid":
+        widths = [width for width in _CELL_WIDTHS if width * columns <= PAGE_PIXELS]
+        height, width = _CELL_HEIGHT, widths[rng.integers(len(widths))]
+        top = _ROW * int(rng.integers((PAGE_PIXELS - height * rows) // _ROW + 1))
+        step = _STEP["page"]
+        left = step * int(rng.integers((PAGE_PIXELS - width * columns) // step + 1))
+        sizes, anchor = BODY, "ls"
+        # A number begins and stands where a word of a line can.
+        inner = (_MARGIN + step * ((width - 18) // 12), _ROW + _BASELINE)
     else:
-        drawn.set_ydata(chart.values)
-        drawn.set_color(colour)
-    image = figure.picture(paper)
-    boxes = []
+        least_height, least_width = _FREE_CELL_PIXELS
+        height = int(rng.integers(least_height, _FREE_TABLE // rows + 1))
+        width = int(rng.integers(least_width, _FREE_TABLE // columns + 1))
+        top = int(rng.integers(PAGE_PIXELS - height * rows))
+        left = int(rng.integers(PAGE_PIXELS - width * columns))
+        sizes, anchor, inner = FREE_CELL, "mm", (width // 2, height // 2 + 1)
+    size, paper = sizes[rng.integers(len(sizes))], pen.image.getpixel((0, 0))
+    assert isinstance(paper, tuple)
+    shade = min(paper[0], int(rng.integers(200, 256)))
+    right, bottom = left + width * columns, top + height * rows
+    for row in range(1, rows, 2):
+        edges = (left, top + row * height, right - 1, top + (row + 1) * height - 1)
+        pen.lines.rectangle(edges, fill=(shade,) * 3)
+    for row in range(rows + 1):
+        y = min(top + row * height, PAGE_PIXELS - 1)
+        pen.lines.line((left, y, right, y), fill=pen.ink)
+    for column in range(columns + 1):
+        x = min(left + column * width, PAGE_PIXELS - 1)
+        pen.lines.line((x, top, x, bottom), fill=pen.ink)
+    for row, numbers in enumerate(table.rows):
+        for column, number in enumerate(numbers):
+            at = (left + column * width + inner[0], top + row * height + inner[1])
+            pen.put(number, at, size, anchor, "cell", (row, column))
+
+
+def _draw_chart(rng: np.random.Generator, chart: Chart, pen: _Pen, placement: str) -> None:
+    number = len(chart.letters)
+    if placement == "grid":  # each bar or point, and its letter, in the middle of a patch
+        last = PAGE_PIXELS // _ROW - 1
+        step = int(rng.integers(1, (last - 1) // (number - 1) + 1)) if number < 5 else 1
+        first = int(rng.integers(1, last - step * (number - 1) + 1))
+        middles = [_ROW * (first + step * i) + _ROW // 2 for i in range(number)]
+        half = _BAR // 2
+    else:
+        room = PAGE_PIXELS - _ROW
+        middles = [_ROW + round(room * (i + 0.5) / number) for i in range(number)]
+        half = round(0.35 * room / number)
+    colour = _COLOURS[rng.integers(len(_COLOURS))]
+    heights = [AXIS_ZERO - AXIS_UNIT * value for value in chart.values]
+    has_grid = bool(rng.integers(2))
+    for tick in _TICKS:
+        y = AXIS_ZERO - AXIS_UNIT * tick
+        if has_grid and tick:
+            pen.lines.line((_AXIS_LEFT, y, PAGE_PIXELS, y), fill=(190,) * 3)
+        pen.lines.line((_AXIS_LEFT - 2, y, _AXIS_LEFT, y), fill=pen.ink)
+        pen.put(str(tick), (_AXIS_LEFT - 3, y), _TICK_SIZE, "rm")
+    marks = list(zip(middles, heights, strict=True))
+    if chart.style == "bar":
+        shapes = [(x - half, y, x + half - 1, AXIS_ZERO) for x, y in marks]
+        for shape in shapes:
+            pen.lines.rectangle(shape, fill=colour)
+        role = "bar"
+    else:
+        shapes = _draw_points(pen.image, marks, colour)
+        role = "point"
+    pen.lines.line((_AXIS_LEFT, AXIS_ZERO, PAGE_PIXELS, AXIS_ZERO), fill=pen.ink)
+    pen.lines.line((_AXIS_LEFT, 0, _AXIS_LEFT, AXIS_ZERO), fill=pen.ink)
     for column, (letter, value) in enumerate(zip(chart.letters, chart.values, strict=True)):
-        label = axes.get_xticklabels()[column]
-        boxes.append(Box(letter, figure.edges(label), "letter", column=column, size=8))
-        if chart.style == "bar":
-            edges, role = figure.edges(drawn[column]), "bar"
-        else:
-            x, y = map(float, axes.transData.transform((column, value)))
-            edges, role = (x - 3, PAGE_PIXELS - y - 3, x + 3, PAGE_PIXELS - y + 3), "point"
-        boxes.append(Box(str(value), edges, role, column=column))
-    return image, boxes
+        at = (middles[column], PAGE_PIXELS - _ROW + _BASELINE)
+        pen.put(letter, at, _TICK_SIZE, "ms", "letter", (-1, column))
+        pen.boxes.append(Box(str(value), shapes[column], role, column=column))
+
+
+def _draw_points(
+    image: Image.Image, points: Sequence[tuple[int, int]], colour: str
+) -> list[tuple[float, float, float, float]]:
+    """Draw points and the lines between them, smoothly; return the points' edges."""
+    mask = Image.new("L", (image.width * _SMOOTH, image.height * _SMOOTH))
+    pen = ImageDraw.Draw(mask)
+    shapes = [(x - _POINT, y - _POINT, x + _POINT, y + _POINT) for x, y in points]
+    pen.line([(x * _SMOOTH, y * _SMOOTH) for x, y in points], fill=255, width=_SMOOTH)
+    for shape in shapes:
+        pen.ellipse([edge * _SMOOTH for edge in shape], fill=255)
+    image.paste(colour, mask=mask.reduce(_SMOOTH))
+    return shapes

@@ -7,7 +7,6 @@ page.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,12 +17,10 @@ from transformers import PreTrainedModel
 from tokenflex.digits.encoder import Classifier, train_encoder
 from tokenflex.models.processing import TokenFlexProcessor
 from tokenflex.reading.content import (
-    LAYOUT_ODDS,
     LETTERS,
     MOST_COLUMNS,
     MOST_ROWS,
     NUMBERS,
-    TEXT_LAYOUTS,
     VALUES,
     WORDS,
     choose,
@@ -55,8 +52,8 @@ CLASSES = {
     "place": 1 + len(_PLACES),
     "value": 1 + len(VALUES),
 }
-_LAYOUTS = ("page", "wide", "table", "chart")  # whose picture is one tile
-_FIGURES = 400  # different tables of a warm-up, and as many charts
+# Of pages whose picture is one tile. A table or chart has fewer texts than a page.
+_ODDS = {"page": 0.45, "wide": 0.13, "table": 0.2, "chart": 0.22}
 _LONGEST_WAVE = 30.0  # of position embeddings, over 2 pi patches
 _BLANK_WEIGHT = 0.2
 _LEAST_SHARE = 0.25  # of a patch that a text must cover, or of the text if it is smaller
@@ -137,17 +134,7 @@ def _set_positions(vision_model: PreTrainedModel, side: int) -> None:
 
 def _drawing(seed: int, step: int, index: int) -> Drawing:
     rng = np.random.default_rng((3, seed, step, index))
-    layout = choose(rng, {layout: LAYOUT_ODDS[layout] for layout in _LAYOUTS})
-    if layout in TEXT_LAYOUTS:
-        return draw(rng, draw_page(rng, layout, "train"), FONTS)
-    return _figure(layout, seed, int(rng.integers(_FIGURES)))
-
-
-@lru_cache(maxsize=2 * _FIGURES)
-def _figure(layout: str, seed: int, number: int) -> Drawing:
-    """Return one of the tables or charts, which take ten times as long to draw as text."""
-    rng = np.random.default_rng((4, seed, number))
-    return draw(rng, draw_page(rng, layout, "train"), FONTS)
+    return draw(rng, draw_page(rng, choose(rng, _ODDS), "train"), FONTS)
 
 
 def patch_labels(drawing: Drawing, side: int) -> NDArray[np.int64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -32,6 +32,9 @@ class ReadingOptions(FormatOptions):
     fonts: tuple[str, ...] = FONTS
     """Fonts: names of those that matplotlib ships, or paths of font files."""
 
+    placement: Literal["grid", "free"] = "grid"
+    """Where tables and charts stand: "grid", as lines of text do, or "free", at any pixel."""
+
     def contradictions(self) -> Iterator[str]:
         if self.split not in SPLITS:
             known = ", ".join(map(repr, SPLITS))
@@ -50,6 +53,7 @@ def _open(options: ReadingOptions) -> ReadingDataset:
         questions=options.questions,
         layouts=options.layouts,
         fonts=options.fonts,
+        placement=options.placement,
     )
 
 

@@ -27,13 +27,8 @@ from tokenflex.interruption import Interruption
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
 from tokenflex.terminal import progress_bar
 from tokenflex.training.agreement import AgreedStop, from_main, interrupted_anywhere, share
-<<<<<<< HEAD
-from tokenflex.training.config import EvaluationConfig
-=======
 from tokenflex.training.config import EvaluationConfig, StageConfig
 from tokenflex.training.model_kind import ModelKind
-from tokenflex.training.records import progress_bar
->>>>>>> own
 from tokenflex.training.sharding import is_sharded, model_weights
 
 _STAND_IN = "stand-in"  # kind of the questions of a sample that belongs to another process

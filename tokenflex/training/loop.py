@@ -14,11 +14,8 @@ import torch
 
 from tokenflex.data.steps import PackedStep
 from tokenflex.files import write_json
-<<<<<<< HEAD
 from tokenflex.terminal import progress_bar, say, working
-=======
 from tokenflex.training.adapters import Adapters
->>>>>>> own
 from tokenflex.training.agreement import AgreedStop, from_main, interrupted_anywhere
 from tokenflex.training.best import best_record, compared, in_words, is_better, read_best
 from tokenflex.training.checkpoint import replace_folder, save_model
@@ -337,18 +334,11 @@ class TrainingRun:
         if self.setup.kind.adapters is not None:
             weights = self._merge_adapters(weights, self.setup.kind.adapters)
         if self.is_main:
-<<<<<<< HEAD
-            replaced = folder.checkpoint_files
+            replaced = folder.saved_files.get(CHECKPOINT)
             with working(f"saving {checkpoint}"):
-                written = save_model(
+                folder.saved_files[CHECKPOINT] = save_model(
                     checkpoint, self.model, self.processor, weights, replaced=replaced
                 )
-=======
-            replaced = folder.saved_files.get(CHECKPOINT)
-            folder.saved_files[CHECKPOINT] = save_model(
-                checkpoint, self.model, self.processor, weights, replaced=replaced
-            )
->>>>>>> own
         if self.evaluator is not None:
             report = {**self.evaluator.run_last(self.model, weights), **report}
         if self.is_main:

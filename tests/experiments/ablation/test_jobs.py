@@ -312,5 +312,9 @@ def test_the_reading_task_has_its_own_data_and_processor(capsys):
             assert config.evaluation is not None
             assert config.evaluation.data.name == "reading"
             assert config.model.max_tiles == 2
+            assert (config.data.questions, config.evaluation.data.questions) == (20, 8)
+            rates = config.stages[0].learning_rate
+            assert rates.get("vision") == (None if job.needs is None else 2e-4)
+            assert rates["text"] == rates["projector"] == 2e-3
     assert main(["ablate", "--task", "reading", "--quick"]) == 2
     assert "--task reading has one scale, got it with --quick" in capsys.readouterr().err
