@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, 
 from tokenflex.counts import TokenCount, TokenCounts, token_grid, tokens_of
 from tokenflex.data.steps import Draw
 from tokenflex.formats import FRESH_PARTS
+from tokenflex.hub import is_hub_name
 from tokenflex.models.loading import is_conversion
 from tokenflex.positions import check_image_positions
 from tokenflex.training.data_config import DATA, DataConfig, is_absent
@@ -124,7 +125,7 @@ class ModelConfig(Strict):
 
 
     def absent_files(self, needed: Collection[str]) -> Iterator[str]:
-        if STARTS in needed and self.start is not None and is_absent(self.start):
+        if STARTS in needed and self.start is not None and _is_absent_start(self.start):
             yield f"start: checkpoint folder {self.start} does not exist"
 
 
@@ -149,8 +150,12 @@ class ConvertedModelConfig(Strict):
 
 
     def absent_files(self, needed: Collection[str]) -> Iterator[str]:
-        if needed and is_absent(self.start):
+        if needed and _is_absent_start(self.start):
             yield f"start: checkpoint folder {self.start} does not exist"
+
+
+def _is_absent_start(folder: Path) -> bool:
+    return not folder.exists() and not is_hub_name(folder)
 
 
 def _is_saved_conversion(folder: Path) -> bool | None:
