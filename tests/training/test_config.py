@@ -585,7 +585,8 @@ def test_files_that_do_not_exist_are_named_together_where_they_are_read(tmp_path
     assert all(name in error for name in ("none.jsonl", "none.json does", "no/start"))
     assert main(["train", str(path), "--dry-run"]) == 2
     error = capsys.readouterr().err
-    assert "none.jsonl does not exist" in error and "none.json does not exist" in error
+    assert "none.jsonl does not exist" in error
+    assert "none.json does not exist" in error
     assert "no/start" not in error  # a plan reads no weights
     assert not (tmp_path / "run").exists()
 

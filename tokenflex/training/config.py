@@ -61,9 +61,9 @@ class PartConfig(Strict):
 
     def absent_files(self, needed: Collection[str]) -> Iterator[str]:
         # A dry run takes the architecture from ``config``.
-        if PARTS in needed and (self.config is None or STARTS in needed):
-            if self.path is not None and is_absent(self.path):
-                yield f"path {self.path!r} does not exist"
+        is_read = PARTS in needed and (self.config is None or STARTS in needed)
+        if is_read and self.path is not None and is_absent(self.path):
+            yield f"path {self.path!r} does not exist"
 
 
 class ModelConfig(Strict):
