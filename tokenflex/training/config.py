@@ -123,7 +123,6 @@ class ModelConfig(Strict):
         if self.use_thumbnail and self.max_tiles == 1:
             yield "use_thumbnail needs max_tiles above 1, got max_tiles=1"
 
-
     def absent_files(self, needed: Collection[str]) -> Iterator[str]:
         if STARTS in needed and self.start is not None and _is_absent_start(self.start):
             yield f"start: checkpoint folder {self.start} does not exist"
@@ -147,7 +146,6 @@ class ConvertedModelConfig(Strict):
                 "start without vision and text must be a conversion made by `tokenflex convert`, "
                 f"got {str(self.start)!r}"
             )
-
 
     def absent_files(self, needed: Collection[str]) -> Iterator[str]:
         if needed and _is_absent_start(self.start):
