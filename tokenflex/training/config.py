@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, 
 from tokenflex.counts import TokenCount, TokenCounts, token_grid, tokens_of
 from tokenflex.data.steps import Draw
 from tokenflex.formats import FRESH_PARTS
+from tokenflex.hub import is_hub_name
 from tokenflex.models.loading import is_conversion
 from tokenflex.positions import check_image_positions
 from tokenflex.training.data_config import DATA, DataConfig, is_absent
@@ -60,9 +61,9 @@ class PartConfig(Strict):
 
     def absent_files(self, needed: Collection[str]) -> Iterator[str]:
         # A dry run takes the architecture from ``config``.
-        if PARTS in needed and (self.config is None or STARTS in needed):
-            if self.path is not None and is_absent(self.path):
-                yield f"path {self.path!r} does not exist"
+        is_read = PARTS in needed and (self.config is None or STARTS in needed)
+        if is_read and self.path is not None and is_absent(self.path):
+            yield f"path {self.path!r} does not exist"
 
 
 class ModelConfig(Strict):
@@ -122,9 +123,8 @@ class ModelConfig(Strict):
         if self.use_thumbnail and self.max_tiles == 1:
             yield "use_thumbnail needs max_tiles above 1, got max_tiles=1"
 
-
     def absent_files(self, needed: Collection[str]) -> Iterator[str]:
-        if STARTS in needed and self.start is not None and is_absent(self.start):
+        if STARTS in needed and self.start is not None and _is_absent_start(self.start):
             yield f"start: checkpoint folder {self.start} does not exist"
 
 
@@ -147,10 +147,13 @@ class ConvertedModelConfig(Strict):
                 f"got {str(self.start)!r}"
             )
 
-
     def absent_files(self, needed: Collection[str]) -> Iterator[str]:
-        if needed and is_absent(self.start):
+        if needed and _is_absent_start(self.start):
             yield f"start: checkpoint folder {self.start} does not exist"
+
+
+def _is_absent_start(folder: Path) -> bool:
+    return not folder.exists() and not is_hub_name(folder)
 
 
 def _is_saved_conversion(folder: Path) -> bool | None:

@@ -116,9 +116,8 @@ class DataConfig(_FormatKeys):
 
 def is_absent(path: str | Path) -> bool:
     """Return whether a path cannot be meant for a name on a hub, and nothing exists at it."""
-    path = Path(path)
-    if path.exists():
+    if Path(path).exists():
         return False
-    if path.is_absolute() or path.parts[:1] in ((".",), ("..",), ("~",)) or len(path.parts) > 2:
+    if str(path).startswith(("/", "./", "../", "~")) or len(Path(path).parts) > 2:
         return True
-    return len(path.parts) == 2 and not is_hub_name(path)
+    return len(Path(path).parts) == 2 and not is_hub_name(path)

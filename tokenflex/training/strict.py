@@ -374,6 +374,8 @@ def _model_at(location: tuple[int | str, ...], model: Any) -> type[BaseModel]:
         elif isinstance(part, str):
             annotation = model.model_fields[part].annotation
             candidates = [annotation, *get_args(annotation)]
+            # Of what has a check of its own (Annotated) the model itself, unless a tag follows.
+            candidates += [get_args(c)[0] for c in candidates if hasattr(c, "__metadata__")]
             of_models = (c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
             model = next(of_models, None)
     return cast("type[BaseModel]", model)
