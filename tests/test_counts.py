@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from argparse import ArgumentTypeError
 from collections import Counter
 from fractions import Fraction
 from itertools import pairwise
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from tokenflex import TokenCounts
+from tokenflex.cli.options import counts_or_grids
 from tokenflex.counts import is_one_count, join_calls, token_grid, token_grids, tokens_of
 
 
@@ -326,3 +328,9 @@ def test_what_cannot_be_joined_is_refused():
         token_grids([[4, 9]], 3)
     assert join_calls([4, [9]], 2) == [4, [9]]
     assert join_calls("auto", 2) == "auto"
+
+
+def test_a_wrong_count_of_an_option_names_its_list_where_there_is_one():
+    for text, end in (("7", "squares are 4 and 9"), ("4,7", "squares are 4 and 9 in '4,7'")):
+        with pytest.raises(ArgumentTypeError, match=f"{end}$"):
+            counts_or_grids(text)

@@ -13,6 +13,8 @@ import pytest
 
 from tests.dropin.tiny import stock_model
 from tokenflex import replace_projector
+from tokenflex.cli import main
+from tokenflex.training.config import load_config
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -45,6 +47,19 @@ def test_every_count(run):
     assert lines[0] == "| benchmark | metric | 4 | 2x3 |"
     assert lines[2].startswith("| digits | exact_match | ")
     assert lines[3] == "| digits | vision tokens | 4 | 6 |"
+
+
+def test_tiny_parts_are_what_init_takes(run, tmp_path, monkeypatch, capsys):
+    out = run("tiny_parts.py", tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    (words,) = re.findall("tokenflex (init .*)", out)
+    assert main(words.split()) == 0
+    config = load_config("train.yaml")
+    assert config.stages[0].counts == (16, 36, 64)
+    assert len(Path("held_out.jsonl").read_text().splitlines()) == 20
+    assert "One pass through 100 samples is 4 steps a stage" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run("tiny_parts.py", tmp_path / "here")
 
 
 def test_convert_and_ask_by_commands_as_by_python(run, tmp_path):

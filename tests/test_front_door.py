@@ -15,8 +15,10 @@ from tests.training.runs import write_config
 from tokenflex import from_pretrained
 from tokenflex.answers import answer_at_counts
 from tokenflex.checkpoints import load_model
+from tokenflex.cli.convert import counts_in_words
 from tokenflex.data.samples import Conversation, Sample, Turn
-from tokenflex.dropin import Agreement, DistillationReport
+from tokenflex.dropin import Agreement, DistillationReport, FitReport
+from tokenflex.dropin.conversion import convert_stock
 from tokenflex.evaluation import evaluate
 from tokenflex.harnesses.assistant import Assistant
 from tokenflex.routing.selector import resolve_count
@@ -88,10 +90,31 @@ def test_convert_says_in_words_how_near_the_projector_is(command, stock, picture
     after, before = map(float, re.findall(r"by (\S+)% .*; (\S+)% before", out)[0])
     assert after < before / 2
     assert "on pictures that it was not fitted on, they differ by" in out
+    assert out.splitlines()[-2].endswith("no count: 16 (the stock model's: 64)")
     model, processor = from_pretrained(tmp_path / "out")
     assert processor.num_image_tokens == (4, 4)
     assert model.fitted_num_image_tokens == [4, 16]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_default_count_beyond_the_positions_is_refused_before_anything_is_loaded(stock, tmp_path):
+    with pytest.raises(ValueError, match=r"must not exceed the language model's 2048 .* got 10000"):
+        convert_stock(stock, tmp_path / "out", num_image_tokens=10000, progress=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (64, ["64 (the stock model's: 16)"]),
+        ((9, 9), ["81 (the stock model's: 16)", "more than the 8 x 10 patches", "--tokens 64,"]),
+    ],
+)
+def test_a_default_count_beyond_the_patches_is_told(count, said):
+    report = FitReport(1.0, 0.1, None, 7, patch_grid=(8, 10), stock_grid=(4, 4))
+    lines = counts_in_words(report, count).splitlines()
+    assert len(lines) == min(2, len(said))
+    for words in said:
+        assert words in "\n".join(lines)
 
 
 def test_convert_fits_on_the_first_pictures_and_merges_patches_as_told(

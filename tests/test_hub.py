@@ -232,3 +232,15 @@ def test_code_of_a_repository_is_not_run(command, hub, stock, tmp_path, by):  # 
         line = str(error.value)
     assert "contains custom code" in line
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("config", [None, {"output": "runs/train"}])
+def test_the_folder_of_a_run_names_its_checkpoint(tmp_path, config):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint/config.json").write_text("{}")
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"folder of a run; its model is in .*checkpoint$"):
+        checkpoint_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    assert checkpoint_config(tmp_path) == {"model_type": "qwen2"}

@@ -26,6 +26,17 @@ def is_hub_name(name_or_path: str | Path) -> bool:
     return _NAME.fullmatch(str(name_or_path)) is not None and not path.parent.exists()
 
 
+def refuse_missing_folder(name_or_path: str | Path | None) -> None:
+    """Raise FileNotFoundError for a path that does not exist, where it cannot be a name of the Hub.
+
+    A name without a slash may be one: the Hub's oldest repositories have no organisation.
+    """
+    if name_or_path is None or Path(name_or_path).exists() or is_hub_name(name_or_path):
+        return
+    if len(Path(name_or_path).parts) > 1:
+        raise FileNotFoundError(f"folder {name_or_path} does not exist")
+
+
 def local_checkpoint(name_or_path: str | Path) -> Path:
     """Return the folder of a checkpoint; one of the Hub is fetched.
 
@@ -47,10 +58,16 @@ def checkpoint_config(name_or_path: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: As :func:`local_checkpoint`, or the checkpoint has no such file.
-        ValueError: The file is no JSON.
+        ValueError: The file is no JSON, or the folder is that of a run, which holds a checkpoint.
     """
     if not is_hub_name(name_or_path):
-        return read_json(checkpoint_folder(name_or_path) / "config.json", "checkpoint file")
+        folder = checkpoint_folder(name_or_path)
+        file, inner = folder / "config.json", folder / "checkpoint"
+        is_run = (inner / "config.json").is_file()
+        values = None if is_run and not file.exists() else read_json(file, "checkpoint file")
+        if is_run and not (isinstance(values, dict) and "model_type" in values):
+            raise ValueError(f"{folder} is the folder of a run; its model is in {inner}")
+        return values
     from huggingface_hub import hf_hub_download
 
     return read_json(Path(_fetched(hf_hub_download, name_or_path, filename="config.json")))

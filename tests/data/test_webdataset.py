@@ -179,7 +179,7 @@ def test_a_compressed_tar_is_refused(tmp_path):
         ({"a.json": b"{nothing"}, "the record is not JSON in UTF-8"),
         ({"a.json": b'{"messages": "\xff"}'}, "the record is not JSON in UTF-8"),
         ({"a.json": b"[1]"}, "expected a JSON object, got list"),
-        ({"a.json": {"caption": "a cat"}}, "conversations must be a list of turns"),
+        ({"a.json": {"caption": "a cat"}}, "a record must have messages, .* keys caption"),
         ({"a.json": LLAVA}, "the record names 1 images, 0 are stored with it"),
         ({"a.png": b"", "a.json": MESSAGES}, "an image cannot be read"),
         ({"a.png": b"hello", "a.json": MESSAGES}, "an image cannot be read"),

@@ -252,6 +252,22 @@ def test_parts_of_models_are_refused(part):
         replace_projector(getattr(stock_model("llava"), part))
 
 
+def test_random_weights_are_told_unless_they_are_meant(tmp_path, caplog):
+    stock_model("llava").save_pretrained(tmp_path)
+    for options, told in (({}, True), ({"init": "random"}, False)):
+        caplog.clear()
+        tokenflex.from_pretrained(tmp_path, processor=stock_processor("llava"), **options)
+        assert ("has random weights: give images=pictures" in caplog.text) is told
+
+
+def test_a_folder_in_place_of_a_model_or_of_pictures(tmp_path):
+    with pytest.raises(FileNotFoundError, match="lava does not exist"):
+        tokenflex.from_pretrained(tmp_path / "lava")
+    processor = stock_processor("llava")
+    with pytest.raises(ValueError, match=r"images must be pictures .*, got the folder"):
+        replace_projector(stock_model("llava"), processor, init="fit", images=str(tmp_path))
+
+
 def test_conversions_have_no_use_for_a_start(tmp_path):
     model = converted("llava")
     model.save_pretrained(tmp_path)

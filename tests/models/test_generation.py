@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from tests.models.tiny import (
     vision_config,
 )
 from tokenflex import TokenFlexConfig, TokenFlexForConditionalGeneration
-from tokenflex.models.generation import repeated_images
+from tokenflex.models.generation import cache_name, repeated_images
 from tokenflex_kernels import plan_packing
 
 LOGITS = {"return_dict_in_generate": True, "output_logits": True}
@@ -155,6 +156,27 @@ def test_a_conversation_goes_on_from_its_cache(positions, chunks):
         **options,
     )
     assert_same(second, expected)
+
+
+class NewNames(torch.nn.Module):
+    def forward(self, inputs_embeds, cache=None, **kwargs):
+        raise NotImplementedError
+
+
+class OldNames(torch.nn.Module):
+    def forward(self, inputs_embeds, past_key_values=None, **kwargs):
+        raise NotImplementedError
+
+
+def test_a_cache_has_the_name_of_the_language_model_s_forward():
+    assert cache_name(NewNames()) == "cache"
+    assert cache_name(OldNames()) == "past_key_values"
+
+
+def test_generating_warns_of_nothing_deprecated():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        tiny_model().generate(**two_images(), **GENERATION)
 
 
 # ---- a draft

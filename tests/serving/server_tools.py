@@ -20,7 +20,8 @@ pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 from tests.models.tiny import picture, tiny_config
 from tokenflex import TokenFlexForConditionalGeneration
 from tokenflex.digits.processor import digits_processor
-from tokenflex.serving.server.app import Options, Server, bind, run
+from tokenflex.serving.server.address import bind
+from tokenflex.serving.server.app import Options, Server, run
 from tokenflex.serving.server.chat_request import Limits
 from tokenflex.serving.server.served import ServedModel, TokenFlexServed
 

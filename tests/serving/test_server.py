@@ -314,6 +314,7 @@ def error_of(client: Client, body) -> dict:
         ({"num_image_tokens": {"a": 1}}, ["num_image_tokens", "an object with keys a"]),
         ({"num_image_tokens": [4, 4, 4]}, ["num_image_tokens", "3 entries", "1 images"]),
         ({"num_image_token": 4}, ["num_image_token ", "did you mean num_image_tokens"]),
+        ({"num_tokens": 4}, ["num_tokens ", "did you mean max_tokens or num_image_tokens?"]),
         ({"budget": 3}, ["budget", "at least 4", "got 3"]),
         ({"budget": 0}, ["budget", "got 0"]),
         ({"budget": "8"}, ["budget", "'8'"]),

@@ -6,7 +6,10 @@ import contextlib
 import io
 import json
 import re
+import sys
+import urllib.request
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -34,13 +37,38 @@ def test_links_lead_somewhere(name):
 
 def test_the_quick_start_runs(monkeypatch):
     monkeypatch.chdir(ROOT)
-    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    monkeypatch.setitem(sys.modules, "openai", openai_stand_in())
+    snippets = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     served = tiny_served()
     with running(served) as client:
-        printed = io.StringIO()
+        printed, names = io.StringIO(), {}
         with contextlib.redirect_stdout(printed):
-            exec(snippet.replace("127.0.0.1:8000", f"127.0.0.1:{client.port}"), {})
-    assert "'image_tokens': [9], 'encoder_passes': 1" in printed.getvalue()
+            for snippet in snippets:
+                exec(snippet.replace("127.0.0.1:8000", f"127.0.0.1:{client.port}"), names)
+    with_urllib, with_openai = printed.getvalue().splitlines()
+    assert "'image_tokens': [9], 'encoder_passes': 1" in with_urllib
+    assert "image_tokens=[9], encoder_passes=0" in with_openai
+
+
+def openai_stand_in() -> ModuleType:
+    """Return a module openai, which is not installed: its calls on the page, over HTTP as well."""
+
+    def fetch(address: str, body: dict | None = None) -> SimpleNamespace:
+        data = None if body is None else json.dumps(body).encode()
+        with urllib.request.urlopen(address, data) as answer:
+            return json.load(answer, object_hook=lambda values: SimpleNamespace(**values))
+
+    def client(base_url: str, api_key: str) -> SimpleNamespace:
+        def create(extra_body: dict, **fields: object) -> SimpleNamespace:
+            return fetch(f"{base_url}/chat/completions", fields | extra_body)
+
+        models = SimpleNamespace(list=lambda: fetch(f"{base_url}/models"))
+        completions = SimpleNamespace(create=create)
+        return SimpleNamespace(models=models, chat=SimpleNamespace(completions=completions))
+
+    module = ModuleType("openai")
+    module.OpenAI = client
+    return module
 
 
 def test_the_table_of_bounds_holds_the_defaults():

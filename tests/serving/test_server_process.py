@@ -18,7 +18,7 @@ from tests.serving.server_tools import Client, alone, chat, image_part, pieces, 
 from tests.serving.test_server import raw_request
 from tokenflex.cli import main
 from tokenflex.serving.server import served
-from tokenflex.serving.server.app import bind
+from tokenflex.serving.server.address import bind
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,7 +123,8 @@ def environment(monkeypatch):
 
 
 @pytest.mark.usefixtures("environment")
-def test_a_full_port_is_one_line(checkpoint, capsys):
+def test_a_full_port_is_one_line_before_anything_is_imported(checkpoint, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenflex.serving.server.app", None)  # cannot be imported
     taken = bind("127.0.0.1", 0)
     taken.listen()
     port = taken.getsockname()[1]

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tokenflex.cli import main
+from tokenflex.training import starter
 from tokenflex.training.config import load_config
 from tokenflex.training.starter import _counts_for
 
@@ -78,7 +79,8 @@ def test_a_file_that_exists_stays(parts, data, tmp_path, monkeypatch, capsys):
     ("option", "value", "expected"),
     [
         ("--vision", "nowhere", "path 'nowhere' cannot be loaded"),
-        ("--text", "nowhere", "path 'nowhere' cannot be loaded"),
+        ("--text", "nowhere", "path 'nowhere' cannot be loaded: no such folder exists, and as a"),
+        ("--text", "{misspelt}", "txet does not exist\n"),
         ("--vision", "{text}", "must be a vision encoder, got a model of type 'qwen2'"),
         ("--vision", "{bare}", "cannot be loaded: Can't load image processor"),
         ("--text", "{clip}", "must be a language model, got a model of type 'clip_vision_model'"),
@@ -98,6 +100,7 @@ def test_what_cannot_be_read_is_named_and_nothing_is_written(
     (made["bare"] / "preprocessor_config.json").unlink()
     shutil.copytree(parts / "text", made["silent"], ignore=lambda *_: ["chat_template.jinja"])
     lines = (data / "own.jsonl").read_text(encoding="utf-8").splitlines()
+    made["misspelt"] = parts / "txet"
     made["lost"] = made["lost"].with_suffix(".jsonl")
     made["lost"].write_text("\n".join(lines[:2]).replace("png", "gone"), encoding="utf-8")
     value = value.format_map(made)
@@ -149,7 +152,7 @@ def own_data(folder: Path, images: list[str]) -> list[str]:
 
 @pytest.mark.parametrize(
     ("samples", "steps", "passes"),
-    [(32, 1, "one pass"), (33, 2, "a little more than one pass"), (64, 2, "one pass")],
+    [(32, 1, "one pass"), (33, 2, "1.94 passes"), (64, 2, "one pass")],
 )
 def test_a_stage_passes_through_all_of_the_data(
     parts, data, tmp_path, monkeypatch, samples, steps, passes
@@ -161,10 +164,10 @@ def test_a_stage_passes_through_all_of_the_data(
     assert [stage.steps for stage in config.stages] == [steps, steps]
     assert config.stages[0].batch_size == 32
     assert config.data.allow_outside
-    assert f"# about {passes} of the data" in Path("train.yaml").read_text(encoding="utf-8")
+    assert f"# {passes} through the data; few" in Path("train.yaml").read_text(encoding="utf-8")
 
 
-def test_samples_that_cannot_be_read_are_not_counted(parts, data, tmp_path, monkeypatch):
+def test_samples_that_cannot_be_read_are_not_counted(parts, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copy(data / "images/1.png", tmp_path)
     options = own_data(tmp_path, ["1.png", "gone.png"])
@@ -173,3 +176,19 @@ def test_samples_that_cannot_be_read_are_not_counted(parts, data, tmp_path, monk
     assert main([*arguments(parts, data), *options]) == 0
     assert "# 1 sample; 2 more cannot be read\n" in Path("train.yaml").read_text(encoding="utf-8")
     assert load_config("train.yaml").stages[0].batch_size == 1
+    said = capsys.readouterr().out
+    assert "2 samples cannot be read; the first: " in said
+    assert "own.jsonl:3 is not JSON" in said
+    assert "One pass through 1 sample is 1 step a stage, few for a projector" in said
+
+
+def test_few_steps_are_named(parts, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(starter, "MOST_SAMPLES_A_STEP", 1)
+    for few, expected in ((3, False), (4, True)):
+        monkeypatch.setattr(starter, "FEW_STEPS", few)
+        Path("train.yaml").unlink(missing_ok=True)
+        assert main(arguments(parts, data)) == 0
+        said = capsys.readouterr().out
+        assert ("One pass through 3 samples is 3 steps a stage" in said) is expected
+        assert ("; few:" in Path("train.yaml").read_text(encoding="utf-8")) is expected

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenflex.cli.common import data_config, device, quiet_libraries
 from tokenflex.cli.options import counts_or_grids, positive
 from tokenflex.cli.parser import CommandLine
+
+if TYPE_CHECKING:
+    from tokenflex.counts import TokenCount
 
 _OF_DISTILLATION = (
     *("format", "image_folder", "counts", "max_prompts", "steps", "batch_size"),
@@ -161,10 +165,11 @@ def _convert_stock(options: argparse.Namespace) -> int:
     if options.images is not None:
         files = picture_files(options.images)[: options.max_images or MAX_IMAGES]
         pictures = [open_image(file) for file in files]
+    count = parse_count(options.tokens or DEFAULT_TOKENS, name="--tokens")
     report = convert_stock(
         options.source,
         options.target,
-        num_image_tokens=parse_count(options.tokens or DEFAULT_TOKENS, name="--tokens"),
+        num_image_tokens=count,
         images=pictures,
         patch_merge=options.patch_merge,
         device=device(),
@@ -175,6 +180,7 @@ def _convert_stock(options: argparse.Namespace) -> int:
         print("the new projector has random weights: train it before you ask the model anything")
     elif report is not None:
         print(in_words(report))
+        print(counts_in_words(report, count))
     print(f"{options.target} holds the model and its processor: every command takes it")
     return 0
 
@@ -287,6 +293,23 @@ def in_words(report: Any) -> str:
     else:
         lines.append("give two pictures or more to know the error on pictures it has not seen")
     return "\n".join(lines)
+
+
+def counts_in_words(report: Any, count: TokenCount) -> str:
+    """Return how a default count compares with the stock model's tokens and the patches."""
+    from tokenflex.counts import tokens_of
+
+    asked, stock, patches = tokens_of(count), prod(report.stock_grid), prod(report.patch_grid)
+    line = (
+        f"vision tokens of an image, if a call gives no count: {asked} (the stock model's: {stock})"
+    )
+    if asked <= patches:
+        return line
+    height, width = report.patch_grid
+    return (
+        f"{line}\nthat is more than the {height} x {width} patches of the encoder, which are "
+        f"repeated: convert with --tokens {min(report.patch_grid) ** 2}, or give fewer in each call"
+    )
 
 
 def _tell(step: str) -> None:

@@ -55,12 +55,25 @@ def _init(options: argparse.Namespace) -> int:
     given = {"image_folder": options.image_folder, "allow_outside": options.allow_outside}
     data = data_config(options.data, given, name=options.format)
     output = options.output or Path("runs") / options.config.stem
-    text = starting_config(options.vision, options.text, data, output)
+    start = starting_config(options.vision, options.text, data, output)
     options.config.parent.mkdir(parents=True, exist_ok=True)
-    write_text(options.config, text)
+    write_text(options.config, start.text)
+    if start.broken:
+        number = _number(len(start.broken), "sample")
+        print(f"{number} cannot be read; the first: {start.broken[0].reason}")
     print(
         f"{options.config} is written; read it, then\n"
         f"  tokenflex train {options.config} --dry-run  # what each stage trains and costs\n"
         f"  tokenflex train {options.config}    # into {output}; continues when stopped"
     )
+    if start.has_few_steps:
+        print(
+            f"One pass through {_number(start.samples, 'sample')} is "
+            f"{_number(start.steps, 'step')} a stage, few for a projector that begins with random "
+            "weights; for more:\n  --set stages.0.steps=500 --set stages.1.steps=500"
+        )
     return 0
+
+
+def _number(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"

@@ -15,7 +15,8 @@ def counts_or_grids(text: str, *words: str) -> list[Any]:
     try:
         return [part if part in words else parse_count(part) for part in text.split(",")]
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error} in {text!r}") from None
+        place = f" in {text!r}" if "," in text else ""
+        raise argparse.ArgumentTypeError(f"{error}{place}") from None
 
 
 def counts_grids_or_auto(text: str) -> list[Any]:

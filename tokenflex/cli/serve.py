@@ -141,15 +141,17 @@ def settings_of(options: argparse.Namespace) -> Options:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from tokenflex.serving.server.app import Server, bind, run
+    from tokenflex.serving.server.address import bind
 
-    quiet_libraries()
-    from tokenflex.serving.server.served import load_served
-
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # about the files of strangers
-    os.environ["TOKENFLEX_MAX_PIXELS"] = str(options.max_pixels)
-    bound = bind(options.host, options.port)  # before the model: a full port is told at once
+    bound = bind(options.host, options.port)  # first: a full port is told at once
     try:
+        from tokenflex.serving.server.app import Server, run
+
+        quiet_libraries()
+        from tokenflex.serving.server.served import load_served
+
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # about the files of strangers
+        os.environ["TOKENFLEX_MAX_PIXELS"] = str(options.max_pixels)
         served = load_served(
             options.model,
             device=options.device or device(),

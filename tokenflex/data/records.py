@@ -321,6 +321,11 @@ def _read_turns(record: dict[str, Any], key: str, where: str, parts: _Parts) -> 
     """Read the turns under ``key``; images that their parts name are added to ``parts``."""
     turns = record.get(key)
     if not isinstance(turns, list) or not turns:
+        if turns is None:
+            raise ValueError(
+                f"{where}: a record must have messages, a list of turns with a role and content "
+                f"(or LLaVA's conversations), got {excerpt(record)}"
+            )
         wanted = "messages must be a list with at least one"
         if key == "conversations":
             wanted = "conversations must be a list of turns where there are no messages"

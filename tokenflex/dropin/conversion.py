@@ -8,13 +8,14 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from tokenflex.counts import TokenCount
+from tokenflex.counts import TokenCount, tokens_of
 from tokenflex.dropin.families import family_of
 from tokenflex.dropin.fitting import FitReport, fit_projector
 from tokenflex.dropin.processor import check_default_count
 from tokenflex.dropin.replace import replace_projector
 from tokenflex.files import new_folder
 from tokenflex.models.cards import write_card
+from tokenflex.models.loading import check_length
 
 
 def convert_stock(
@@ -58,6 +59,7 @@ def convert_stock(
     except Exception as error:  # transformers checks fields with exceptions of its own
         raise ValueError(f"config of {source} cannot be loaded: {_line(error)}") from error
     family = family_of(config)
+    check_length(config, tokens_of(num_image_tokens))
     progress(f"loading the {family.model_type} of {source}")
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)

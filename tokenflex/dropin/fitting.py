@@ -14,7 +14,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isqrt
+from math import isqrt, prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,12 +53,16 @@ class FitReport:
         held_out: Error on the last quarter of the images, of a projector fitted on the others; None
             for fewer than two images.
         tokens: Number of vision tokens that were fitted.
+        patch_grid: Largest grid (height, width) that the new projector pools, of all images.
+        stock_grid: Largest grid of the stock projector's tokens.
     """
 
     before: float
     after: float
     held_out: float | None
     tokens: int
+    patch_grid: Grid
+    stock_grid: Grid
 
 
 def fit_projector(
@@ -129,6 +134,11 @@ def _image_inputs(base: Any, images: Any, processor: Any, device: Any) -> dict[s
     if not isinstance(images, Mapping):
         if processor is None:
             raise ValueError("pictures need a processor; give one, or image inputs as a dict")
+        if isinstance(images, (str, Path)) and Path(images).is_dir():
+            raise ValueError(
+                f"images must be pictures or image inputs, got the folder {images}: open its "
+                "files, or use `tokenflex convert STOCK OUT --images FOLDER`"
+            )
         pictures = list(images) if isinstance(images, (list, tuple)) else [images]
         if not pictures:
             raise ValueError("images must hold at least one picture, got none")
@@ -223,7 +233,8 @@ def _fit(
     projector.down.bias.copy_(solution[-1])
     after = _relative_error(_outputs(projector, x), y)
     bar.update()
-    return FitReport(before, after, held_out, len(y))
+    patch_grid, stock_grid = (max(grids, key=prod) for _, grids in (patches, target))
+    return FitReport(before, after, held_out, len(y), patch_grid, stock_grid)
 
 
 def _set_hidden_units(projector: Any, x: torch.Tensor, y: torch.Tensor) -> None:

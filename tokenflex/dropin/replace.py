@@ -22,6 +22,7 @@ from tokenflex.dropin.model import (
 from tokenflex.dropin.processor import check_default_count, convert_processor, restore_processor
 from tokenflex.dropin.saved import Conversion, stock_config_class
 from tokenflex.dropin.variants import is_converted, unwrapped, variant_of
+from tokenflex.hub import refuse_missing_folder
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.loading import refuse_faults
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
@@ -212,9 +213,11 @@ def from_pretrained(
         (model, processor).
 
     Raises:
+        FileNotFoundError: The folder does not exist.
         ValueError: The family is not supported, or the weights of a conversion are incomplete.
     """
     kwargs.setdefault("trust_remote_code", False)  # None asks at the terminal
+    refuse_missing_folder(name_or_path)
     location = {name: kwargs[name] for name in _LOCATION if name in kwargs}
     config = kwargs.pop("config", None)
     if config is None:
@@ -228,6 +231,12 @@ def from_pretrained(
         model = AutoModelForImageTextToText.from_pretrained(name_or_path, config=config, **kwargs)
         count = 256 if num_image_tokens is None else num_image_tokens
         replace_projector(model, processor, num_image_tokens=count, init=init, images=images)
+        if init is None and images is None:
+            _LOGGER.warning(
+                "The new projector of %s has random weights: give images=pictures to fit it to the "
+                "stock one, or train it (init='random' says that you mean to)",
+                name_or_path,
+            )
         return model, processor
     if init is not None:
         raise ValueError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
@@ -37,6 +38,15 @@ def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward(self, *args, **kwargs)
 
     return forward_with_cache
+
+
+def cache_name(language_model: Any) -> str:
+    """Return the argument of a language model's forward that takes its cache.
+
+    It is "cache" since transformers 5.24, which warns of the older "past_key_values".
+    """
+    parameters = inspect.signature(type(language_model).forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Any:

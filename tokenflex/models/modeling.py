@@ -43,7 +43,7 @@ from tokenflex.models.auto_map import InstalledClass
 from tokenflex.models.cards import SavedWithCard
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.exporting import UniformTokens, traces_one_count
-from tokenflex.models.generation import TokenFlexGeneration, takes_cache
+from tokenflex.models.generation import TokenFlexGeneration, cache_name, takes_cache
 from tokenflex.models.head import build_head, transform_logits
 from tokenflex.models.image_features import ImageFeatures, build_projector
 from tokenflex.models.loss import head_cross_entropy, head_distillation
@@ -119,6 +119,7 @@ class TokenFlexModel(ImageFeatures, TokenFlexPreTrainedModel):
         self.projector = build_projector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         _check_language_model(self.language_model)
+        self._cache_name = cache_name(self.language_model)
         use_packed_attention(self.language_model)
         self._known_counts = {token_grid(n) for n in config.trained_num_image_tokens or ()}
         self.post_init()
@@ -200,7 +201,7 @@ class TokenFlexModel(ImageFeatures, TokenFlexPreTrainedModel):
                 inputs = images.merge(embedding, self.config, **prompt, seen=seen)
             else:
                 inputs = merge_prompt(embedding, self.config, images, **prompt, seen=seen)
-            inputs["past_key_values"] = past_key_values
+            inputs[self._cache_name] = past_key_values
         else:
             assert not isinstance(images, UniformTokens)
             del prompt["position_ids"]

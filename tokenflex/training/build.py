@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from tokenflex.data.order import Order
 from tokenflex.data.samples import SampleDataset
 from tokenflex.files import excerpt
 from tokenflex.formats import FRESH_PARTS
-from tokenflex.hub import local_checkpoint
+from tokenflex.hub import local_checkpoint, refuse_missing_folder
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.loading import load_checkpoint, read_config
 from tokenflex.models.modeling import TokenFlexForConditionalGeneration
@@ -338,11 +339,20 @@ def _check_architecture(part: PartConfig, config: PretrainedConfig) -> None:
 
 
 def pretrained(auto_class: Any, path: str | None, **options: Any) -> Any:
-    """Call ``auto_class.from_pretrained``, with an error that names the path."""
+    """Call ``auto_class.from_pretrained``, with an error that names the path.
+
+    As for checkpoints, a path in a folder that exists is never looked for on the Hub.
+    """
+    try:
+        refuse_missing_folder(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"path {path!r} cannot be loaded: {error}") from None
     try:
         return auto_class.from_pretrained(path, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"path {path!r} cannot be loaded: {error}") from error
+        is_name = path is not None and not Path(path).exists()
+        reason = "no such folder exists, and as a name on the Hub: " if is_name else ""
+        raise ValueError(f"path {path!r} cannot be loaded: {reason}{error}") from error
 
 
 # Keys that models read although their configs do not declare them before transformers 5.23.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -36,12 +36,15 @@ PAPER_SIDE = 16
 """Side of the paper's largest grid of vision tokens."""
 KNOWN_PLACEHOLDERS = ("<image>", "<|image_pad|>", "<IMG_CONTEXT>", "<image_soft_token>")
 MOST_SAMPLES_A_STEP = 32
+FEW_STEPS = 100
+"""A stage of fewer steps is named: a projector with random weights learns little in it."""
 SAMPLES_TRIED = 8
 """Samples that are read, pictures too, before a configuration is written."""
 
 _TEMPLATE = """\
-# Written by `tokenflex init`. Every key: tokenflex/training/config.py; how stages, counts and
-# packing work: docs/training.md. Replace single values on the command line with --set KEY=VALUE.
+# Written by `tokenflex init`. Every key: docs/reference/configuration.md; how stages, counts and
+# packing work: docs/training.md. Replace single values on the command line with --set KEY=VALUE,
+# for example --set stages.0.steps=500.
 output: {output}
 precision: {precision}  # "no" is float32; bf16 on a GPU
 
@@ -57,7 +60,7 @@ data: {data}  # {samples}
 stages:
   # The new projector learns to speak to the language model; both parts stay as they are.
   - name: alignment
-    steps: {align_steps}  # about {align_passes} of the data
+    steps: {steps}  # {passes} through the data{few}
     batch_size: {batch_size}  # samples a step, over all processes: as many as memory allows
     learning_rate: {{projector: 0.001}}
     counts: {counts}  # vision tokens of an image, drawn for each sample
@@ -67,7 +70,7 @@ stages:
     warmup_share: 0.03
   # Projector and language model learn the task. Add `vision: 0.000002` to train the encoder too.
   - name: instruction tuning
-    steps: {tune_steps}  # about {tune_passes} of the data
+    steps: {steps}  # {passes} through the data{few}
     batch_size: {batch_size}
     learning_rate: {{projector: 0.00002, text: 0.00002}}
     counts: {counts}
@@ -78,13 +81,34 @@ stages:
 
 # Accuracy at each count after training; on data that was not trained on, if you have some:
 # evaluation:
-#   data: {{name: messages, path: held-out.jsonl}}
+#   data: {{name: messages, path: held_out.jsonl}}
 #   counts: {counts}
 """
 
 
-def starting_config(vision: str, text: str, data: DataConfig, output: Path) -> str:
-    """Return a commented YAML configuration, which :func:`load_config` takes.
+class StartingConfig(NamedTuple):
+    """A commented YAML configuration, and what a user should know of its data.
+
+    Attributes:
+        text: The configuration, which :func:`load_config` takes.
+        samples: Samples of the data, without those that are known to be broken.
+        broken: Samples that cannot be read, of all records and the first pictures.
+        steps: Steps of each stage.
+    """
+
+    text: str
+    samples: int
+    broken: list[BrokenSample]
+    steps: int
+
+    @property
+    def has_few_steps(self) -> bool:
+        """Whether one pass is too short for a projector that begins with random weights."""
+        return self.steps < FEW_STEPS
+
+
+def starting_config(vision: str, text: str, data: DataConfig, output: Path) -> StartingConfig:
+    """Return a configuration to start from.
 
     The counts are the paper's 64, 144 and 256 where the encoder's grid has 16 x 16 patches or
     more. Where it has fewer, they are the squares of half, three quarters and all of a side,
@@ -115,7 +139,7 @@ def starting_config(vision: str, text: str, data: DataConfig, output: Path) -> s
     samples, broken = _count_samples(build_dataset(data), str(data.path))
     batch_size = min(MOST_SAMPLES_A_STEP, samples)
     steps = ceil(samples / batch_size)
-    passes = "one pass" if samples % batch_size == 0 else "a little more than one pass"
+    passes = steps * batch_size / samples
     filled = _TEMPLATE.format(
         output=_flow(str(output)),
         precision="bf16" if torch.cuda.is_available() else '"no"',
@@ -129,11 +153,10 @@ def starting_config(vision: str, text: str, data: DataConfig, output: Path) -> s
         patches=" x ".join(map(str, patches)) if patches else "any number of",
         data=_flow(_given_keys(data)),
         samples=f"{samples:,} sample{'s' * (samples != 1)}"
-        + (f"; {broken:,} more cannot be read" if broken else ""),
-        align_steps=steps,
-        tune_steps=steps,
-        align_passes=passes,
-        tune_passes=passes,
+        + (f"; {len(broken):,} more cannot be read" if broken else ""),
+        steps=steps,
+        passes="one pass" if passes == 1 else f"{passes:.2f} passes",
+        few="; few: a small data set takes many" if steps < FEW_STEPS else "",
         batch_size=batch_size,
         counts=_flow([*counts]),
     )
@@ -141,7 +164,7 @@ def starting_config(vision: str, text: str, data: DataConfig, output: Path) -> s
     config = validated(parse_yaml(filled.encode(), name), TrainConfig, name)
     assert isinstance(config.model, ModelConfig)  # as the template has it
     build_processor(config.model, [data])
-    return filled
+    return StartingConfig(filled, samples, broken, steps)
 
 
 def _check_kinds(vision: str, text: str) -> None:
@@ -166,8 +189,8 @@ def _takes_pictures(config: PretrainedConfig) -> bool:
     return any(one.main_input_name == "pixel_values" for one in classes)
 
 
-def _count_samples(dataset: SampleDataset, path: str) -> tuple[int, int]:
-    """Return how many samples there are, and how many more are known to be broken.
+def _count_samples(dataset: SampleDataset, path: str) -> tuple[int, list[BrokenSample]]:
+    """Return how many samples there are, and those beside them that are known to be broken.
 
     Raises:
         ValueError: The first samples cannot be read, or the data does not know its length.
@@ -187,7 +210,7 @@ def _count_samples(dataset: SampleDataset, path: str) -> tuple[int, int]:
             f"--data {excerpt(path)} must have samples that can be read, got none among the first "
             f"{len(tried)}{reason}"
         )
-    return size - len(broken), len(broken)
+    return size - len(broken), broken
 
 
 def _given_keys(data: DataConfig) -> dict[str, Any]:

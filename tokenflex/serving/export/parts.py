@@ -20,6 +20,7 @@ from tokenflex.counts import Grid, TokenCount, token_grid
 from tokenflex.dropin.families import family_of
 from tokenflex.dropin.features import merge_patches
 from tokenflex.dropin.variants import is_converted
+from tokenflex.models.generation import cache_name
 from tokenflex.models.vision import encode_tiles, takes_patches
 
 Shape = tuple["int | str", ...]
@@ -203,6 +204,7 @@ class Language(nn.Module):
     def __init__(self, language_model: Any) -> None:
         super().__init__()
         self.language_model = language_model
+        self.cache_name = cache_name(language_model)
 
     def forward(
         self,
@@ -216,8 +218,8 @@ class Language(nn.Module):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=_cache_of(past),
             use_cache=True,
+            **{self.cache_name: _cache_of(past)},
         )
         layers = outputs.past_key_values.layers
         return outputs.logits, *(
@@ -304,7 +306,7 @@ def language_parts(language_model: Any) -> list[Part]:
 def _cache_shapes(language_model: Any, embeds: torch.Tensor) -> list[tuple[int, int]]:
     """Return (heads, width) of the key and of the value of each layer."""
     cache = DynamicCache(config=language_model.config)
-    language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+    language_model(inputs_embeds=embeds, use_cache=True, **{cache_name(language_model): cache})
     shapes = []
     for layer in cache.layers:
         if not isinstance(layer, DynamicLayer):

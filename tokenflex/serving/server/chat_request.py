@@ -225,8 +225,8 @@ def _check_fields(body: Mapping[str, Any]) -> None:
 
 
 def _unknown(name: str, owner: str, known: set[str], place: str = "") -> RequestError:
-    nearest = difflib.get_close_matches(name[:80], sorted(known), n=1)
-    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    nearest = difflib.get_close_matches(name[:80], sorted(known), n=2)
+    hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
     shown = f"{place}{printable(name, 80)}"
     return RequestError(f"{shown} is no argument of {owner}{hint}", shown, code="unknown_parameter")
 
@@ -455,7 +455,8 @@ def _check_url(url: str, name: str, limits: Limits) -> None:
         if not limits.allow_urls and url.startswith(("http://", "https://")):
             hint = " (this server was started without --allow-urls)"
         raise RequestError(
-            f"{name} must be a data URL{others}, got {excerpt(url)}{hint}",
+            f"{name} must be a data URL, as data:image/png;base64,...{others}, got "
+            f"{excerpt(url)}{hint}",
             name,
             code="invalid_image_url",
         )
