@@ -27,7 +27,8 @@ from experiments.routing.pages import page_of
 from experiments.routing.reliability import of_answers, of_router
 from experiments.routing.study import HELD_OUT, LIMIT, MAX_DROP, GradedCheckpoint, study
 from tokenflex.cli.options import counts_or_grids, positive
-from tokenflex.counts import TokenCount, token_grid
+from tokenflex.cli.route import has_splits
+from tokenflex.counts import TokenCount, token_grid, tokens_of
 from tokenflex.files import write_json, write_text
 from tokenflex.formats import FORMATS
 from tokenflex.models.loading import check_length, load_checkpoint
@@ -37,7 +38,7 @@ from tokenflex.routing.training import fit_router
 from tokenflex.training.build import build_dataset
 from tokenflex.training.data_config import DataConfig
 
-TASKS = tuple(name for name, known in FORMATS.items() if {"split", "size"} <= {*known.keys})
+TASKS = tuple(filter(has_splits, FORMATS))
 """Built-in data with splits."""
 
 
@@ -46,7 +47,7 @@ def graded(
 ) -> tuple[GradedCheckpoint, tuple[TokenCount, ...]]:
     """Return a checkpoint's grades and the counts among ``counts`` that it was trained with."""
     model, processor = load_checkpoint(folder)
-    check_length(model.config, counts[-1])
+    check_length(model.config, tokens_of(counts[-1]))
     parts = []
     for split in ("validation", "test"):
         dataset = build_dataset(DataConfig(name=task, split=split, size=size))

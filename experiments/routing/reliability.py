@@ -116,3 +116,13 @@ def summary(router: Router, grades: Grades) -> dict[str, Any]:
         "stated": STATED,
         "at_least": {when: at_least(found) for when, found in answers["cascade"].items()},
     }
+
+
+def format_calibration(summary: dict[str, Any]) -> str:
+    """Format the calibration errors as a text table, in points."""
+    rows = [f"{'calibration error':<24}{'before':>8}{'after':>8}"]
+    for part, name in (("router", "p(right)"), ("answers", "confidence")):
+        for label, errors in summary[part].items():
+            cells = "".join(f"{100 * errors[when]:>8.1f}" for when in ("before", "after"))
+            rows.append(f"{f'{name}, {label}':<24}{cells}")
+    return "\n".join(rows)
