@@ -19,7 +19,7 @@ from tokenflex.models.video_inputs import image_limits, in_order
 from tokenflex.models.vision import on_device
 from tokenflex.prompts import left_padded
 from tokenflex.routing.cascade import generate_with_escalation
-from tokenflex.routing.ladder import trained_counts
+from tokenflex.routing.ladder import known_counts
 from tokenflex.routing.policies import find_policy
 
 
@@ -226,7 +226,7 @@ def _largest_count(
 ) -> TokenCount:
     """Return the largest count that a policy or a cascade may choose."""
     if confidence is not None:
-        return trained_counts(model)[-1]
+        return known_counts(model)[-1]
     return find_policy(policy).largest(model, budget)
 
 

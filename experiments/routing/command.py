@@ -1,4 +1,4 @@
-"""Study of the router of ``tokenflex route``: the curve of all selectors."""
+"""Study of the router of ``tokenflex route``: the curve of all selectors, and the calibration."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ def add_to(commands: CommandLine) -> None:
 def _study(grades: Grades, router: Router) -> tuple[dict[str, Any], Callable[[Path], str]]:
     from experiments.routing.curve import as_rows, format_curve, selection_curve
     from experiments.routing.figures import plot_selection
+    from experiments.routing.reliability import format_calibration, summary
     from tokenflex.routing.storage import CURVE
 
     points = selection_curve(grades, router)
+    calibration = summary(router, grades)
 
     def draw(folder: Path) -> str:
         plot_selection(points, folder / CURVE)
-        return format_curve(points)
+        return f"{format_curve(points)}\n{format_calibration(calibration)}"
 
-    return {"curve": as_rows(points)}, draw
+    return {"curve": as_rows(points), "calibration": calibration}, draw

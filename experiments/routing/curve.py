@@ -13,8 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from tokenflex.evaluation.counts import label_of
 from tokenflex.routing.budget import spread
+from tokenflex.routing.calibration import calibrated
 from tokenflex.routing.grading import Choice, Grades, mean_chances, routed, score
 from tokenflex.routing.router import Router, best
 from tokenflex.terminal import text_table
@@ -61,7 +64,8 @@ def selection_curve(
 
     ``always`` uses one count. ``router`` is evaluated at each penalty and, with the setting "own",
     at its own one. ``budget`` is evaluated at each of :func:`budgets_between`, see
-    :func:`budgeted`, and ``cascade`` at each threshold. ``random`` is the expectation of a fair
+    :func:`budgeted`, and ``cascade`` at each threshold, of calibrated confidence if the router
+    brings curves. ``random`` is the expectation of a fair
     coin between two counts. ``oracle`` takes the smallest count that is answered right, or the
     smallest of all.
 
@@ -75,18 +79,18 @@ def selection_curve(
         ValueError: The router's counts differ from those of the grades.
     """
     always = [
-        _point(grades, "always", str(count), np.full(len(grades), i))
+        _point(grades, "always", label_of(count), np.full(len(grades), i))
         for i, count in enumerate(grades.counts)
     ]
     points = [*always]
     if router is not None:
         for name, penalty in [("own", router.penalty), *((f"{p:g}", p) for p in penalties)]:
             points.append(_point(grades, "router", name, routed(router, grades, penalty)))
-        for tokens_per_image in budgets_between(grades.counts):
+        for tokens_per_image in budgets_between(grades.sizes):
             choice = budgeted(router, grades, tokens_per_image)
             points.append(_point(grades, "budget", f"{tokens_per_image}", choice))
     for threshold in thresholds:
-        choice = escalated(grades, threshold)
+        choice = escalated(confidence_of(grades, router), threshold)
         points.append(_point(grades, "cascade", f"{threshold:g}", choice, retries=True))
     points += [_coin(first, second) for first, second in combinations(always, 2)]
     points.append(_point(grades, "oracle", "", best(grades.right.double().numpy())))
@@ -121,7 +125,7 @@ def budgeted(router: Router, grades: Grades, tokens_per_image: int) -> Choice:
         prompt = order[first : first + PROMPT_QUESTIONS]
         choice[prompt] = spread(
             worth[prompt].tolist(),
-            [[count * tiles[question] for count in grades.counts] for question in prompt],
+            [[size * tiles[question] for size in grades.sizes] for question in prompt],
             tokens_per_image * sum(tiles[question] for question in prompt),
             name=f"prompt {first // PROMPT_QUESTIONS}",
         )
@@ -135,11 +139,34 @@ def budgets_between(counts: Sequence[int]) -> list[int]:
     return sorted({tokens for tokens in evenly if smallest < tokens < largest})
 
 
-def escalated(grades: Grades, threshold: float) -> Choice:
-    """Return the cascade's choice: the first count with enough confidence, or the largest."""
-    sure = grades.confidence.double().numpy() >= threshold
+def escalated(confidence: NDArray[np.float64], threshold: float) -> Choice:
+    """Return the cascade's choice: the first count with enough confidence, or the largest.
+
+    Args:
+        confidence: [questions, counts].
+        threshold: Least confidence that is enough.
+    """
+    sure = confidence >= threshold
     sure[:, -1] = True
     return sure.argmax(1)
+
+
+def confidence_of(grades: Grades, router: Router | None) -> NDArray[np.float64]:
+    """Return the confidence of the model's answers, [questions, counts].
+
+    It is calibrated by the router's curves, if the router brings some.
+    """
+    confidence = grades.confidence.double().numpy()
+    if router is None or router.confidence_calibration is None:
+        return confidence
+    return calibrated(confidence, router.confidence_calibration)
+
+
+def prefill_tokens(grades: Grades, choice: Choice, weights: torch.Tensor | None = None) -> float:
+    """Return the vision tokens per question of all tries of a cascade that ends at ``choice``."""
+    weights = grades.weights() if weights is None else weights
+    tried = torch.tensor(grades.sizes).cumsum(0)[torch.from_numpy(choice)] * grades.tiles
+    return float((weights * tried).sum())
 
 
 def format_curve(points: Sequence[CurvePoint]) -> str:
@@ -167,10 +194,7 @@ def _point(
     grades: Grades, selector: str, setting: str, choice: Choice, *, retries: bool = False
 ) -> CurvePoint:
     accuracy, tokens = score(grades, choice)
-    prefill = tokens
-    if retries:
-        tried = torch.tensor(grades.counts).cumsum(0)[torch.from_numpy(choice)] * grades.tiles
-        prefill = float((grades.weights() * tried).sum())
+    prefill = prefill_tokens(grades, choice) if retries else tokens
     equal = torch.full((len(grades),), 1 / len(grades), dtype=torch.float64)
     return CurvePoint(selector, setting, accuracy, tokens, prefill, *score(grades, choice, equal))
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from experiments.routing.curve import PROMPT_QUESTIONS, CurvePoint
+from experiments.routing.reliability import Predictions
 from tokenflex.plots import BLUE, GREY, KINDS, finish, plt, save_figure
 
 
@@ -61,4 +62,43 @@ def plot_selection(points: Sequence[CurvePoint], path: Path) -> None:
     axes.set_ylabel("accuracy")
     finish(axes)
     axes.legend(loc="lower right", fontsize=8.5, frameon=False)
+    save_figure(figure, path)
+
+
+def plot_reliability(
+    panels: Mapping[str, Mapping[str, Mapping[str, Predictions]]], path: Path
+) -> None:
+    """Draw the share of right answers against the probability that was given them.
+
+    Args:
+        panels: For each row of the figure, its name and the predictions by count, "before"
+            calibration and "after". All rows have the same counts.
+        path: The PNG file, written atomically.
+    """
+    counts = [*next(iter(panels.values()))]
+    size = (2.3 * len(counts) + 0.4, 2.5 * len(panels) + 0.4)
+    figure, grid = plt.subplots(
+        len(panels),
+        len(counts),
+        figsize=size,
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+    )
+    for row, (name, by_count) in zip(grid, panels.items(), strict=True):
+        for axes, count in zip(row, counts, strict=True):
+            axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
+            for (when, found), colour in zip(
+                by_count[count].items(), (KINDS[0], BLUE), strict=True
+            ):
+                points = [(mean, right) for answers, mean, right in found.bins() if answers]
+                label = f"{when}, ECE {100 * found.error():.1f}"
+                axes.plot(*zip(*points, strict=True), "o-", ms=3, color=colour, label=label)
+            axes.set_title(f"{name}, {count}", fontsize=9, loc="left")
+            finish(axes)
+            axes.legend(fontsize=7, frameon=False, loc="upper left")
+        row[0].set_ylabel("share right")
+    for axes in grid[-1]:
+        axes.set_xlabel("probability")
     save_figure(figure, path)

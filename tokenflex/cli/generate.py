@@ -72,9 +72,10 @@ def add_to(commands: CommandLine) -> None:
     choice.add_argument(
         "--confidence",
         type=probability,
-        help="with auto: answer with few tokens, and again with more while the least certain token "
-        "of the answer has a probability below this, for example 0.9; needs no router. The table "
-        "then also shows the vision tokens of all tries",
+        help="with auto: answer with few tokens, and again with more while the confidence in the "
+        "answer is below this, for example 0.9: the probability that it is right, by the router's "
+        "calibration, or without a router that of its least certain token. The table then also "
+        "shows the vision tokens of all tries",
     )
     generate.add_argument("--max-tiles", type=positive, help="the most tiles of an image")
     generate.add_argument("--max-new-tokens", type=positive, default=64, help="longest answer")

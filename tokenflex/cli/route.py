@@ -35,15 +35,19 @@ def add_to(commands: CommandLine) -> None:
     route.add_argument(
         "--data",
         required=True,
-        help="'digits' (validation split), or data as of evaluate that the model has not seen",
+        help="a built-in task such as digits (its validation split), or data as of evaluate that "
+        "the model has not seen",
     )
     route.add_argument(
-        "--counts", type=counts_or_grids, required=True, help="for example 64,144,256"
+        "--counts",
+        type=counts_or_grids,
+        required=True,
+        help="of different numbers of tokens, for example 64,144,256 or 16,8x4,64",
     )
     route.add_argument(
         "--measure-on",
-        help="'digits' (test split), or other data; needs a clone of the repository (default: "
-        "digits for digits)",
+        help="a built-in task (its test split), or other data; needs a clone of the repository "
+        "(default: that of --data, if it is a built-in task)",
     )
     route.add_argument(
         "--max-drop",
@@ -53,7 +57,9 @@ def add_to(commands: CommandLine) -> None:
     )
     route.add_argument("--image-folder", type=Path, help="folder of relative image paths")
     route.add_argument("--allow-outside", action="store_true", help=ALLOW_OUTSIDE)
-    route.add_argument("--size", type=positive, default=1024, help="canvases of digits (1024)")
+    route.add_argument(
+        "--size", type=positive, default=1024, help="samples of a built-in task (1024)"
+    )
     route.add_argument("--batch-size", type=positive, default=64, help="samples per pass (64)")
 
 
@@ -71,6 +77,8 @@ def _route_into(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from tokenflex.checkpoints import load_model
+    from tokenflex.counts import tokens_of
+    from tokenflex.evaluation.counts import labels_of
     from tokenflex.models.loading import check_length
     from tokenflex.routing.grading import grade
     from tokenflex.routing.router import check_counts
@@ -79,17 +87,17 @@ def _route_into(options: argparse.Namespace) -> int:
     from tokenflex.terminal import progress_bar
 
     counts = check_counts(options.counts)
-    if options.data == "digits" and (options.image_folder or options.allow_outside):
-        raise ValueError("--image-folder and --allow-outside do not fit --data digits")
+    if has_splits(options.data) and (options.image_folder or options.allow_outside):
+        raise ValueError(f"--image-folder and --allow-outside do not fit --data {options.data}")
     if options.measure_on and study is None:
         raise ValueError(
             "--measure-on needs a clone of the repository, which has the study of the router"
         )
-    measured = options.measure_on or ("digits" if options.data == "digits" else None)
+    measured = options.measure_on or (options.data if has_splits(options.data) else None)
     trained_on = _dataset(options.data, "validation", options)
     others = _dataset(measured, "test", options) if measured and study else None
     model, processor = load_model(options.model)
-    check_length(model.config, max(counts))
+    check_length(model.config, tokens_of(counts[-1]))
     model.to(device())
     samples = len(trained_on) + (0 if others is None else len(others))
     with progress_bar("grading", samples, unit="sample") as bar:
@@ -98,7 +106,7 @@ def _route_into(options: argparse.Namespace) -> int:
             model, processor, trained_on, counts, max_drop=options.max_drop, **batches
         )
         grades = None if others is None else grade(model, processor, others, counts, **batches)
-    summary: dict[str, Any] = {"counts": list(router.counts), **asdict(report)}
+    summary: dict[str, Any] = {"counts": labels_of(router.counts), **asdict(report)}
     draw = None
     if grades is not None and study is not None:
         entries, draw = study(grades, router)
@@ -118,12 +126,19 @@ def _route_into(options: argparse.Namespace) -> int:
     return 0
 
 
-def _dataset(data: str, digits_split: str, options: argparse.Namespace) -> Any:
-    """Open 'digits' in a split and size, or data at a path."""
+def has_splits(data: str) -> bool:
+    """Return whether ``data`` names a built-in task, which has splits of any size."""
+    from tokenflex.formats import FORMATS
+
+    return data in FORMATS and {"split", "size"} <= {*FORMATS[data].keys}
+
+
+def _dataset(data: str, split: str, options: argparse.Namespace) -> Any:
+    """Open a built-in task in a split and size, or data at a path."""
     from tokenflex.training.build import build_dataset
 
-    if data == "digits":
-        given = {"split": digits_split, "size": options.size}
+    if has_splits(data):
+        given = {"split": split, "size": options.size}
     else:
         given = {"image_folder": options.image_folder, "allow_outside": options.allow_outside}
     return build_dataset(data_config(data, given, saved_frame_sampling(options.model)))

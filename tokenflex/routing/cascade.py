@@ -11,15 +11,18 @@ from dataclasses import dataclass
 from math import isnan
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from tokenflex.counts import AUTO, TokenCount, token_grid
+from tokenflex.counts import AUTO, Grid, TokenCount, token_grid
 from tokenflex.evaluation.generation import answers_with_certainty
 from tokenflex.models.auto_counts import CHOICE_INPUTS
 from tokenflex.models.loading import check_length
+from tokenflex.routing.calibration import Curve, calibrated
 from tokenflex.routing.choice import read_inputs
-from tokenflex.routing.ladder import trained_counts
+from tokenflex.routing.ladder import known_counts
+from tokenflex.routing.storage import has_router, router_of
 
 # Confidence is read from the logits of greedy search.
 _GREEDY = {
@@ -37,9 +40,11 @@ class EscalatedAnswers:
     Attributes:
         new_tokens: int64 [B, longest answer], without the prompts, padded at the end.
         counts: Count of the final answer; None for a row without images.
-        confidences: Probability of the least certain token of the final answer.
+        confidences: Confidence in the final answer: the probability of its least certain token,
+            or with ``calibrated`` the probability that it is right.
         vision_tokens: Vision tokens of the final answer's prompt.
         prefill_tokens: Vision tokens of all tries of the row.
+        calibrated: Whether the router's curves made the confidences probabilities.
     """
 
     new_tokens: torch.Tensor
@@ -47,6 +52,7 @@ class EscalatedAnswers:
     confidences: list[float]
     vision_tokens: list[int]
     prefill_tokens: list[int]
+    calibrated: bool
 
 
 @torch.no_grad()
@@ -63,13 +69,18 @@ def generate_with_escalation(
 
     At a threshold of 0 all answers come from the smallest count, above 1 from the largest.
 
+    Confidence is the probability of the answer's least certain token, which is seldom how often
+    such answers are right. A router that was trained on the same counts brings curves that make it
+    so, see :mod:`tokenflex.routing.calibration`; without one it is used as it is.
+
     Args:
         model: A :class:`tokenflex.TokenFlexForConditionalGeneration` in evaluation mode.
         input_ids: int64 [B, L], one placeholder per image, as the processor returns them for
             ``num_image_tokens="auto"``. The same holds for ``attention_mask``, ``pixel_values``,
             ``grids`` and ``tiles_per_image`` (or ``encoded_images`` in place of pixels).
-        threshold: An answer whose least certain token has a lower probability is tried again.
-        counts: Counts to try, rising; those the model was trained with if None.
+        threshold: An answer of a lower confidence is tried again.
+        counts: Counts to try, rising; if None the router's, or without a router those the model
+            was trained with. Confidence is calibrated if the router has them all.
         num_image_tokens: "auto".
         **kwargs: Options of ``generate``, for example ``max_new_tokens``; the search is greedy.
 
@@ -90,7 +101,7 @@ def generate_with_escalation(
             )
     if not isinstance(num_image_tokens, str) or num_image_tokens != AUTO:
         raise ValueError(f"num_image_tokens must be 'auto', got {num_image_tokens!r}")
-    ladder = trained_counts(model) if counts is None else tuple(counts)
+    ladder = known_counts(model) if counts is None else tuple(counts)
     sizes = [height * width for height, width in map(token_grid, ladder)]
     if not sizes or sizes != sorted(set(sizes)):
         raise ValueError(f"counts must rise from the first to the last, got {list(ladder)}")
@@ -105,6 +116,7 @@ def generate_with_escalation(
             check_length(model.config, sizes[-1] * num_tiles[row])
         except ValueError as error:
             raise ValueError(f"counts {list(ladder)} at row {row}: {error}") from error
+    curves = _curves(model, ladder)
     answers: list[torch.Tensor] = [input_ids[0, :0]] * len(rows)
     chosen: list[TokenCount | None] = [None] * len(rows)
     confidences = [0.0] * len(rows)
@@ -116,6 +128,10 @@ def generate_with_escalation(
         if tiles and encoded is not None:
             batch["encoded_images"] = encoded.select(tiles)
         for row, (tokens, confidence) in zip(unsure, _answers(model, batch, kwargs), strict=True):
+            if curves is not None:
+                confidence = float(
+                    calibrated(np.array([confidence]), [curves[token_grid(count)]])[0]
+                )
             answers[row], confidences[row] = tokens, confidence
             if images[row]:
                 chosen[row] = count
@@ -130,7 +146,17 @@ def generate_with_escalation(
         confidences=confidences,
         vision_tokens=vision_tokens,
         prefill_tokens=prefill_tokens,
+        calibrated=curves is not None,
     )
+
+
+def _curves(model: Any, ladder: Sequence[TokenCount]) -> dict[Grid, Curve] | None:
+    """Return the curve of each grid, or None unless the model's router has all of the counts."""
+    router = router_of(model) if has_router(model) else None
+    if router is None or router.confidence_calibration is None:
+        return None
+    curves = dict(zip(map(token_grid, router.counts), router.confidence_calibration, strict=True))
+    return curves if all(token_grid(count) in curves for count in ladder) else None
 
 
 def _answers(

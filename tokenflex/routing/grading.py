@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokenflex.counts import token_grid
+from tokenflex.counts import TokenCount, token_grid, tokens_of
 from tokenflex.data.faults import MAX_BROKEN_SAMPLES, warn_of_broken
 from tokenflex.data.samples import Conversation, SampleDataset
 from tokenflex.evaluation.encoding import QuestionEncoder
@@ -40,7 +40,7 @@ class Grades:
     images.
 
     Attributes:
-        counts: K counts, rising.
+        counts: K counts, from the fewest tokens to the most.
         right: bool [questions, K], answered right with all images at that count.
         confidence: float32 [questions, K], see
             :class:`tokenflex.evaluation.grading.ForcedGrades`.
@@ -53,7 +53,7 @@ class Grades:
         pair_questions: int64 [pairs].
     """
 
-    counts: tuple[int, ...]
+    counts: tuple[TokenCount, ...]
     right: torch.Tensor
     confidence: torch.Tensor
     tiles: torch.Tensor
@@ -66,6 +66,11 @@ class Grades:
 
     def __len__(self) -> int:
         return len(self.kinds)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each count."""
+        return [tokens_of(count) for count in self.counts]
 
     def weights(self) -> torch.Tensor:
         """Return the weight of each question, float64 [questions]; kinds have equal weights."""
@@ -96,7 +101,7 @@ def grade(
     model: Any,
     processor: Any,
     dataset: SampleDataset,
-    counts: Sequence[int],
+    counts: Sequence[TokenCount],
     *,
     batch_size: int = 64,
     max_broken_samples: int | None = MAX_BROKEN_SAMPLES,
@@ -109,17 +114,18 @@ def grade(
             its mode is restored.
         processor: Its processor.
         dataset: The questions with their answers.
-        counts: Two or more perfect squares.
+        counts: Two or more perfect squares or grids, of different numbers of tokens.
         batch_size: Samples of a pass.
         max_broken_samples: Largest number of samples left out, with a warning, because they cannot
             be read or encoded; None for no bound.
         on_samples: Called with the number of samples after each pass.
 
     Raises:
-        TypeError: A count is not an int.
+        TypeError: A count is neither an int nor a pair of ints.
         BrokenSamplesError: More samples than allowed are broken, or all of them; the message names
             one.
-        ValueError: There are fewer than two counts, or the data set is empty.
+        ValueError: There are fewer than two counts, two have equally many tokens, or the data set
+            is empty.
     """
     counts = check_counts(counts)
     image_token_id = model.config.image_token_id
@@ -238,5 +244,5 @@ def score(
     weights = grades.weights() if weights is None else weights
     index = torch.from_numpy(choice)
     right = grades.right.gather(1, index[:, None]).squeeze(1)
-    tokens = torch.tensor(grades.counts)[index] * grades.tiles
+    tokens = torch.tensor(grades.sizes)[index] * grades.tiles
     return float((weights * right).sum()), float((weights * tokens).sum())

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from tokenflex.counts import token_grid
+from tokenflex.counts import TokenCount, token_grid, tokens_of
+from tokenflex.routing.calibration import calibrated, check_curves
 from tokenflex_kernels.checks import check_count
 
 
@@ -24,16 +25,20 @@ class Router(nn.Module):
     host in float32.
 
     Args:
-        counts: Counts to choose from, perfect squares.
+        counts: Counts to choose from, perfect squares or (height, width) grids.
         vision_width: C, the width of the encoder's features.
         text_width: D, the width of the language model's input embeddings.
         hidden_width: Width of the hidden layer.
         penalty: Default penalty, see :func:`utilities`.
+        calibration: Curves of :meth:`probabilities`, one per count, see
+            :mod:`tokenflex.routing.calibration`; None leaves them as fitted.
+        confidence_calibration: The same for the confidence of the model's answers, which the
+            cascade compares with its threshold.
 
     Raises:
-        TypeError: A count or a width is not an int, or the penalty is not a number.
-        ValueError: There are fewer than two counts, a count is repeated, or a number is out of its
-            range.
+        TypeError: A count or a width is not an int, or the penalty or a curve is not of numbers.
+        ValueError: There are fewer than two counts, two have equally many tokens, or a number is
+            out of its range.
     """
 
     image_mean: torch.Tensor
@@ -43,12 +48,14 @@ class Router(nn.Module):
 
     def __init__(
         self,
-        counts: Sequence[int],
+        counts: Sequence[TokenCount],
         vision_width: int,
         text_width: int,
         *,
         hidden_width: int = 16,
         penalty: float = 0.0,
+        calibration: Sequence[Sequence[float]] | None = None,
+        confidence_calibration: Sequence[Sequence[float]] | None = None,
     ) -> None:
         super().__init__()
         self.counts = check_counts(counts)
@@ -56,6 +63,10 @@ class Router(nn.Module):
         self.text_width = check_count("text_width", text_width)
         self.hidden_width = check_count("hidden_width", hidden_width)
         self.penalty = check_penalty(penalty)
+        self.calibration = check_curves("calibration", calibration, len(self.counts))
+        self.confidence_calibration = check_curves(
+            "confidence_calibration", confidence_calibration, len(self.counts)
+        )
         for name, width in (("image", 2 * vision_width), ("question", text_width)):
             self.register_buffer(f"{name}_mean", torch.zeros(width))
             self.register_buffer(f"{name}_std", torch.ones(width))
@@ -78,13 +89,14 @@ class Router(nn.Module):
     @torch.no_grad()
     def probabilities(self, images: torch.Tensor, questions: torch.Tensor) -> NDArray[np.float64]:
         """Return the probability of a right answer, [pairs, counts], see :meth:`forward`."""
-        return self(images, questions).double().sigmoid().numpy()
+        chances = self(images, questions).double().sigmoid().numpy()
+        return chances if self.calibration is None else calibrated(chances, self.calibration)
 
 
 def utilities(
-    probabilities: NDArray[np.float64], counts: Sequence[int], penalty: float
+    probabilities: NDArray[np.float64], counts: Sequence[TokenCount], penalty: float
 ) -> NDArray[np.float64]:
-    """Return p(right at n) - penalty * n / largest count.
+    """Return p(right at n) - penalty * n / largest count, with n the tokens of a count.
 
     ``penalty`` is the share of right answers given up to save all tokens of the largest count. At
     0.1, tokens must bring ten points of accuracy per hundred per cent; at 0 they are free.
@@ -93,7 +105,8 @@ def utilities(
         TypeError: ``penalty`` is not a number.
         ValueError: ``penalty`` is negative or not finite.
     """
-    share = np.asarray(counts, dtype=np.float64) / max(counts)
+    sizes = np.array([tokens_of(count) for count in counts], dtype=np.float64)
+    share = sizes / sizes.max()
     return probabilities - check_penalty(penalty) * share
 
 
@@ -102,19 +115,24 @@ def best(utility: NDArray[np.float64]) -> NDArray[np.int64]:
     return utility.argmax(-1)
 
 
-def check_counts(counts: Sequence[int]) -> tuple[int, ...]:
-    """Return the counts in rising order.
+def check_counts(counts: Sequence[TokenCount]) -> tuple[TokenCount, ...]:
+    """Return the counts, from the fewest tokens to the most.
 
     Raises:
-        TypeError: A count is not an int.
-        ValueError: There are fewer than two counts, or one is repeated or no perfect square.
+        TypeError: A count is neither an int nor a pair of ints.
+        ValueError: There are fewer than two counts, two have equally many tokens, or one is no
+            perfect square and no grid.
     """
+    by_size: dict[int, TokenCount] = {}
     for i, count in enumerate(counts):
-        check_count(f"counts[{i}]", count)
-        token_grid(count, name=f"counts[{i}]")
-    if len(counts) < 2 or len(set(counts)) != len(counts):
-        raise ValueError(f"counts must be two or more different ones, got {list(counts)}")
-    return tuple(sorted(counts))
+        height, width = token_grid(count, name=f"counts[{i}]")
+        is_pair = isinstance(count, Sequence)  # a list, where it comes from JSON
+        by_size[height * width] = (height, width) if is_pair else height * width
+    if len(counts) < 2 or len(by_size) != len(counts):
+        raise ValueError(
+            f"counts must be two or more of different numbers of tokens, got {list(counts)}"
+        )
+    return tuple(by_size[size] for size in sorted(by_size))
 
 
 def check_penalty(penalty: Any) -> float:

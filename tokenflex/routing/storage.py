@@ -28,7 +28,10 @@ FOLDER = "router"
 WEIGHTS = "router.safetensors"
 REPORT = "report.json"
 CURVE = "curve.png"
-_SETTINGS = ("counts", "vision_width", "text_width", "hidden_width", "penalty")
+_SETTINGS = (
+    *("counts", "vision_width", "text_width", "hidden_width", "penalty"),
+    *("calibration", "confidence_calibration"),
+)
 _ATTRIBUTE = "_token_router"
 # Errors of foreign settings and tensors; OverflowError where a claimed size exceeds any integer.
 _NOT_WHOLE = (

@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
+from tokenflex.counts import TokenCount
 from tokenflex.data.samples import SampleDataset
+from tokenflex.routing.calibration import Curve, fit_curve
 from tokenflex.routing.grading import Grades, grade, routed, score
 from tokenflex.routing.router import Router
 from tokenflex.terminal import watched
@@ -64,7 +67,7 @@ def train_router(
     model: Any,
     processor: Any,
     dataset: SampleDataset,
-    counts: Sequence[int],
+    counts: Sequence[TokenCount],
     *,
     max_drop: float = 0.01,
     held_out: float = 0.2,
@@ -81,7 +84,7 @@ def train_router(
         model: A :class:`tokenflex.TokenFlexForConditionalGeneration`; it stays unchanged.
         processor: Its processor.
         dataset: The questions with their answers.
-        counts: Two or more perfect squares to choose from.
+        counts: Two or more perfect squares or grids to choose from.
         max_drop: Share of right answers that the router's default penalty may cost.
         held_out: Share of the samples that the router is not fitted on.
         hidden_width: Hidden width of the router.
@@ -90,7 +93,7 @@ def train_router(
         on_samples: Called with the number of samples after each pass.
 
     Raises:
-        TypeError: A count is not an int.
+        TypeError: A count is neither an int nor a pair of ints.
         ValueError: There are fewer than two counts or two samples with images, or a number is out
             of its range.
     """
@@ -116,10 +119,14 @@ def fit_router(
     seed: int = 0,
     grading_seconds: float = 0.0,
 ) -> tuple[Router, RouterReport]:
-    """Fit a router to grades; the arguments are those of :func:`train_router`."""
+    """Fit a router to grades, and calibrate its probabilities and the answers' confidence.
+
+    The curves of its probabilities are fitted on the held-out part, as is its penalty. The
+    arguments are those of :func:`train_router`.
+    """
     _check_shares(held_out, max_drop)
     started = time.perf_counter()
-    fitted, tested = _split(grades, held_out, seed)
+    fitted, tested = split_samples(grades, held_out, seed)
     router = Router(
         grades.counts,
         grades.images.shape[1] // 2,
@@ -127,6 +134,11 @@ def fit_router(
         hidden_width=hidden_width,
     )
     steps = _fit(router, fitted, tested, torch.Generator().manual_seed(seed))
+    right = tested.right[tested.pair_questions].numpy()
+    images, questions, *_ = _pairs(tested)
+    router.calibration = _curves(router.probabilities(images, questions), right)
+    # The model saw none of these questions, so all of them tell how sure it may be.
+    router.confidence_calibration = _curves(grades.confidence.numpy(), grades.right.numpy())
     largest_accuracy, largest_tokens = score(tested, np.full(len(tested), len(grades.counts) - 1))
     scores = {penalty: score(tested, routed(router, tested, penalty)) for penalty in PENALTIES}
     allowed = [p for p, (value, _) in scores.items() if value >= largest_accuracy - max_drop]
@@ -154,8 +166,11 @@ def _check_shares(held_out: float, max_drop: float) -> None:
         raise ValueError(f"max_drop must be at least 0 and below 1, got {max_drop}")
 
 
-def _split(grades: Grades, held_out: float, seed: int) -> tuple[Grades, Grades]:
-    """Split by samples, so that questions about one image are never in both parts."""
+def split_samples(grades: Grades, held_out: float, seed: int) -> tuple[Grades, Grades]:
+    """Return the part that a router is fitted on, and the held-out part.
+
+    The split is by samples, so that questions about one image are never in both parts.
+    """
     with_images = grades.samples[grades.tiles > 0].unique()
     if len(with_images) < 2:
         raise ValueError(
@@ -201,6 +216,13 @@ def _fit(router: Router, fitted: Grades, tested: Grades, generator: torch.Genera
     router.load_state_dict(kept)
     router.eval()
     return kept_step
+
+
+def _curves(chances: NDArray[Any], right: NDArray[Any]) -> tuple[Curve, ...]:
+    """Fit a curve at each count, from [answers, counts]."""
+    return tuple(
+        fit_curve(of_count, hits) for of_count, hits in zip(chances.T, right.T, strict=True)
+    )
 
 
 def _pairs(grades: Grades) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -193,7 +193,7 @@ def test_a_cascade_at_its_ends_is_one_count(grades):
         assert cascade[threshold].accuracy == pytest.approx(always[count].accuracy)
         assert cascade[threshold].tokens == pytest.approx(always[count].tokens)
     assert cascade["1.01"].prefill_tokens == pytest.approx(29 * 1.25)
-    assert escalated(grades, 1.01).tolist() == [2] * 4
+    assert escalated(grades.confidence.double().numpy(), 1.01).tolist() == [2] * 4
 
 
 def test_no_selector_beats_the_oracle_and_tokens_fall_with_the_penalty():
