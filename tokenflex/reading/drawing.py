@@ -225,6 +225,7 @@ class _Pen:
 
 def _draw_table(rng: np.random.Generator, table: Table, pen: _Pen, placement: str) -> None:
     rows, columns = len(table.rows), len(table.rows[0])
+    sizes: tuple[int, ...]
     if placement == "grid":
         widths = [width for width in _CELL_WIDTHS if width * columns <= PAGE_PIXELS]
         height, width = _CELL_HEIGHT, widths[rng.integers(len(widths))]
@@ -281,6 +282,7 @@ def _draw_chart(rng: np.random.Generator, chart: Chart, pen: _Pen, placement: st
             pen.lines.line((_AXIS_LEFT, y, PAGE_PIXELS, y), fill=(190,) * 3)
         pen.lines.line((_AXIS_LEFT - 2, y, _AXIS_LEFT, y), fill=pen.ink)
         pen.put(str(tick), (_AXIS_LEFT - 3, y), _TICK_SIZE, "rm")
+    shapes: list[tuple[float, float, float, float]]
     marks = list(zip(middles, heights, strict=True))
     if chart.style == "bar":
         shapes = [(x - half, y, x + half - 1, AXIS_ZERO) for x, y in marks]
