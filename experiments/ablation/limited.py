@@ -102,8 +102,8 @@ def format_limited(report: Mapping[str, Any]) -> str:
         ),
         *(part for kind in kinds for part in _regularisation(report, kind)),
         "## Runs that did not learn",
-        "Each is more than 15 points behind its like of the other kind, with the same seed and "
-        "data, and so are the gains above that it is part of.",
+        f"Each is more than {100 * FAILED:.0f} points behind its like of the other kind, with the "
+        "same seed and data. A gain above that compares with one says little about counts.",
         "\n".join(f"- {line}" for line in _failures(report)) or "None.",
         "## Accuracies",
     ]
