@@ -82,9 +82,10 @@ def format_limited(report: Mapping[str, Any]) -> str:
         "## Is it regularisation?",
         "Accuracy on canvases of the training data minus accuracy on unseen ones, in points: "
         "the mean over the counts, specialists at their own. A regulariser makes this difference "
-        "smaller; so does every change by which a model learns less. Hence the list below it, of "
-        "the canvases that are seen again: only a model that knows its training canvases no better "
-        "and unseen ones better shows regularisation.",
+        "smaller; so does every change by which a model learns less. Hence the tables below it, of "
+        "the budgets whose canvases are seen again: ahead on unseen canvases and not ahead on "
+        "training ones is regularisation, behind on both is less learning. Level is within half a "
+        "point.",
         markdown_table(
             ["canvases", "steps", *(f"{kind}, {who}" for kind in kinds for who in WHO)],
             [
@@ -99,7 +100,11 @@ def format_limited(report: Mapping[str, Any]) -> str:
                 for budget in budgets
             ],
         ),
-        "\n".join(f"- {_regularisation(report, kind)}" for kind in kinds),
+        *(part for kind in kinds for part in _regularisation(report, kind)),
+        "## Runs that did not learn",
+        f"Each is more than {100 * FAILED:.0f} points behind its like of the other kind, with the "
+        "same seed and data. A gain above that compares with one says little about counts.",
+        "\n".join(f"- {line}" for line in _failures(report)) or "None.",
         "## Accuracies",
     ]
     for kind in kinds:
@@ -131,16 +136,27 @@ def write_limited_figure(report: Mapping[str, Any], path: Path) -> None:
             budgets = [budget for budget in budgets_of(report) if budget.factor == factor]
             draw_gains(axes, report["counts"], [gains(report, kind, budget) for budget in budgets])
             axes.axhline(0, color="#777777", linewidth=1)
-            axes.set_xticks(range(len(budgets)), [budget.data for budget in budgets])
+            names = [budget.data.removesuffix(" canvases") for budget in budgets]
+            axes.set_xticks(range(len(budgets)), names)
             steps = _shape(report, budgets[0])["steps"]
             axes.set_title(f"{kind}, {steps:,} steps", loc="left", fontsize=10)
             finish(axes)
         axes_of_kind[0].set_ylabel("one model minus specialist, points")
-    grid[0][0].legend(frameon=False)
+    for axes in grid[-1]:
+        axes.set_xlabel("canvases of the training data")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     save_figure(figure, path)
 
 
 WHO = ("one", "specialists")
+PLACES = ("ahead", "level", "behind")
+LEVEL = 0.005
+"""Largest accuracy that is no difference: about a standard error of the questions."""
+SHOWN = 0.0005
+"""Largest accuracy that is shown as 0."""
+FAILED = 0.15
+"""Accuracy by which a run is behind its like that has learned."""
 
 
 def _shape(report: Mapping[str, Any], budget: Budget) -> Mapping[str, Any]:
@@ -151,7 +167,7 @@ def _shape(report: Mapping[str, Any], budget: Budget) -> Mapping[str, Any]:
 
 def _budget_cells(report: Mapping[str, Any], budget: Budget) -> list[str]:
     row = _shape(report, budget)
-    views = "1" if budget.canvases is None else f"{row['views'] / budget.canvases:.0f}"
+    views = "1" if budget.canvases is None else f"{row['views'] / budget.canvases:.2g}"
     return [budget.data.removesuffix(" canvases"), f"{row['steps']:,}", views]
 
 
@@ -193,12 +209,12 @@ def _generalisation_gap(
 def _verdicts(report: Mapping[str, Any], kind: str) -> Iterator[str]:
     """Say for each budget at which counts the one model is ahead, level or behind.
 
-    Level: the mean over seeds is no further from 0 than its standard error. One seed has none.
+    Level: the mean over seeds is no further from 0 than its standard error, or is shown as 0.
     """
     for budget in budgets_of(report):
         words: dict[str, list[str]] = {"ahead": [], "level": [], "behind": []}
         for count, gain in gains(report, kind, budget).items():
-            error = (gain["spread"] or 0.0) / len(gain["values"]) ** 0.5
+            error = max((gain["spread"] or 0.0) / len(gain["values"]) ** 0.5, SHOWN)
             word = "level" if abs(gain["mean"]) <= error else "behind"
             word = "ahead" if gain["mean"] > error else word
             words[word].append(f"{count} ({100 * gain['mean']:+.1f})")
@@ -207,27 +223,46 @@ def _verdicts(report: Mapping[str, Any], kind: str) -> Iterator[str]:
         yield f"{budget.data}, {steps:,} steps: {said}."
 
 
-def _is_ahead(gain: Mapping[str, Any]) -> bool:
-    """Return whether a gain is positive as it is shown: models that know all are level."""
-    return 100 * gain["mean"] >= 0.05
+def _place(gain: Mapping[str, Any]) -> str:
+    """Return whether a gain is "ahead", "behind", or "level": within half a point, as by chance."""
+    if abs(gain["mean"]) <= LEVEL:
+        return "level"
+    return "ahead" if gain["mean"] > 0 else "behind"
 
 
-def _regularisation(report: Mapping[str, Any], kind: str) -> str:
-    """Say how often the one model is ahead on unseen canvases, and on its training canvases."""
+def _regularisation(report: Mapping[str, Any], kind: str) -> list[str]:
+    """Return the number of comparisons by the one model's place on unseen and trained canvases."""
+    number: Counter[tuple[str, str]] = Counter()
     again = [budget for budget in budgets_of(report) if budget.canvases is not None]
-    number: Counter[tuple[bool, bool]] = Counter()
-    smaller = 0
     for budget in again:
         trained = gains(report, kind, budget, "trained_accuracy")
         for count, gain in gains(report, kind, budget).items():
-            number[_is_ahead(gain), _is_ahead(trained[count])] += 1
+            number[_place(gain), _place(trained[count])] += 1
+    smaller = 0
+    for budget in again:
         one, specialists = (_generalisation_gap(report, kind, budget, who)["mean"] for who in WHO)
         smaller += one < specialists
-    return (
-        f"{kind}: the one model's difference is the smaller one on {smaller} of {len(again)} "
-        f"budgets. Of {number.total()} comparisons it is ahead on unseen canvases in "
-        f"{number[True, False] + number[True, True]}: in {number[True, False]} without being ahead "
-        f"on the training canvases (regularisation), in {number[True, True]} ahead there as well "
-        f"(it has learned more). It is behind on both in {number[False, False]} (it has learned "
-        f"less), and behind on unseen ones alone in {number[False, True]}."
-    )
+    rows = [[place, *(str(number[place, other]) for other in PLACES)] for place in PLACES]
+    return [
+        f"{kind.capitalize()}: the one model's difference is the smaller one on {smaller} of "
+        f"{len(again)} budgets. Of {number.total()} comparisons it is:",
+        markdown_table(["on unseen canvases", *(f"{p} on training ones" for p in PLACES)], rows),
+    ]
+
+
+def _failures(report: Mapping[str, Any]) -> Iterator[str]:
+    """Name runs that are far behind their like of the other kind: they did not learn."""
+    first, second = KINDS
+    for budget in budgets_of(report):
+        pairs = [pairs_of(report, kind, budget) for kind in (first, second)]
+        for count in [count for count in pairs[0] if count in pairs[1]]:
+            for names in zip(pairs[0][count], pairs[1][count], strict=True):
+                both = [report["regimes"][name]["accuracy"][count]["values"] for name in names]
+                for seed, values in zip(report["seeds"], zip(*both, strict=True), strict=True):
+                    worse = min(range(2), key=values.__getitem__)
+                    if values[1 - worse] - values[worse] > FAILED:
+                        title = report["regimes"][names[worse]]["title"]
+                        yield (
+                            f"{title}, seed {seed}: {100 * values[worse]:.1f} at {count} tokens, "
+                            f"{(first, second)[1 - worse]} {100 * values[1 - worse]:.1f}."
+                        )

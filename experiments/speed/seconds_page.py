@@ -342,7 +342,7 @@ def _draw_answers(axes: Any, reports: Reports, seconds: Seconds, batch: int) -> 
 
     for shape, general, specialists in reports.shapes():
         accuracies = {c: reports.regimes[general]["accuracy"][c] for c in reports.counts}
-        style = {"color": COLOURS[shape], "marker": "o"}
+        style: dict[str, Any] = {"color": COLOURS[shape], "marker": "o"}
         line(shape, MODEL, accuracies, label=f"one model, {shape}", linestyle="-", **style)
         own = reports.at_own(specialists)
         style |= {"markerfacecolor": "white", "linestyle": "none"}
