@@ -147,7 +147,7 @@ def main() -> None:
             trained = get_peft_model(student, lora)
         started = time.process_time()
         with progress_of_parts("") as on_progress:
-            report = distill(
+            agreement = distill(
                 trained,
                 student_processor,
                 learned,
@@ -161,7 +161,7 @@ def main() -> None:
             )
         seconds[name] = time.process_time() - started
         agreements[name] = {
-            count: {"before": vars(report.before[count]), "after": vars(report.after[count])}
+            count: {"before": vars(agreement.before[count]), "after": vars(agreement.after[count])}
             for count in COUNTS
         }
         measure(name, trained, student_processor)

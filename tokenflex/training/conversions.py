@@ -219,7 +219,8 @@ class ConvertedKind(ModelKind):
             return 0.0
         learns = {name: float(name in stage.learning) for name in ("vision", "projector", "text")}
         # Of weights with adapters no gradient is computed, and that of the adapters costs little.
-        whole = {**learns, **dict.fromkeys(self.adapters.modules if self.adapters else (), 0.0)}
+        adapted = self.adapters.modules if self.adapters else ()
+        whole = {name: 0.0 if name in adapted else share for name, share in learns.items()}
         through_vision = 1 + learns["vision"] + whole["vision"]
         through_text = 1 + max(learns.values()) + whole["text"]
         units = _usual_side(self.model.config.vision_config) ** 2 / _PIXELS

@@ -275,7 +275,9 @@ class TrainingRun:
             kept = ("accuracy", "loss", "accuracy_by_kind", "questions", "broken_samples")
             values = {key: report[key] for key in kept if key in report}
             lines.append({**position, **values, "seconds": round(time.perf_counter() - began, 3)})
-            tracked = {key: report[key] for key in ("accuracy", "loss") if key in report}
+            tracked: dict[str, Any] = {
+                key: report[key] for key in ("accuracy", "loss") if key in report
+            }
             self._track("evaluation", {**position, **tracked})
             shown = "  ".join(f"{n}: {share:.3f}" for n, share in report["accuracy"].items())
             say(f"{stage.name}, step {position['step']}: accuracy at {shown}")

@@ -166,7 +166,9 @@ def warnings_of(stage: StageConfig, grid: Grid | None) -> Iterator[str]:
         stage: The stage.
         grid: Rows and columns of patches of a tile; None if they are not known.
     """
-    for count in () if grid is None else stage.drawn_counts:
+    if grid is None:
+        return
+    for count in stage.drawn_counts:
         rows, columns = token_grid(count)
         if rows > grid[0] or columns > grid[1]:
             yield (
