@@ -238,19 +238,20 @@ def main(arguments: list[str] | None = None) -> int:
         if getattr(options, name) < 1:
             raise SystemExit(f"--{name} must be at least 1, got {getattr(options, name)}")
     torch.set_num_threads(1)
-    reports = Reports.read(options.reports, options.baselines, options.budget)
-    picture = partial(draw, reports)
-    if options.page:
-        path = options.out / f"{machine_name(environment('cpu'))}.csv"
-        rows = read_csv(path)
-        picture(rows, path.with_suffix(".png"))
-    else:
-        measured = measure_answers(SMALL, options.rounds)
-        measured += measure_training(SMALL, reports.regimes, options.steps)
-        rows = publish(measured, "cpu", options.out, picture)
-        path = options.out / f"{machine_name(rows[0])}.csv"
-    page = options.out / "report.md"
-    write_text(page, format_page(reports, rows, path.with_suffix(".png").name))
+    path = options.out / f"{machine_name(environment('cpu'))}.csv"
+    try:
+        reports = Reports.read(options.reports, options.baselines, options.budget)
+        if options.page:
+            rows = read_csv(path)
+            draw(reports, rows, path.with_suffix(".png"))
+        else:
+            measured = measure_answers(SMALL, options.rounds)
+            measured += measure_training(SMALL, reports.regimes, options.steps)
+            rows = publish(measured, "cpu", options.out, partial(draw, reports))
+        page = options.out / "report.md"
+        write_text(page, format_page(reports, rows, path.with_suffix(".png").name))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"experiments.speed.seconds: {error}") from error
     print(f"the page is {page}")
     return 0
 

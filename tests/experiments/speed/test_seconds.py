@@ -208,9 +208,13 @@ def test_the_page_is_written_again_beside_other_reports(tmp_path, rows, capsys):
     assert f"({picture.name})" in (out / "report.md").read_text()
 
 
-def test_numbers_must_be_positive():
+def test_bad_options_are_named_before_anything_is_measured(tmp_path):
     with pytest.raises(SystemExit, match="--steps must be at least 1, got 0"):
         seconds.main(["--steps", "0"])
+    with pytest.raises(SystemExit, match=r"seconds: .*missing\.json"):
+        seconds.main(["--reports", str(tmp_path / "missing.json")])
+    with pytest.raises(SystemExit, match=r"seconds: .*\.csv"):
+        seconds.main(["--page", "--out", str(tmp_path)])
 
 
 def test_the_committed_page_is_written_from_its_figures():
