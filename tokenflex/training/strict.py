@@ -91,9 +91,10 @@ def _reasons_beside(
     unknown = {str(problem["loc"][0]) for problem in error.errors() if problem["loc"]}
     known = {}
     for name, field in model.model_fields.items():
-        if name in values and name not in unknown:
+        if name in values:
             try:
                 known[name] = TypeAdapter(field.rebuild_annotation()).validate_python(values[name])
+                unknown.discard(name)  # it only names a file that does not exist
             except ValidationError:
                 unknown.add(name)
     part, reasons = model.model_construct(**known), []
@@ -102,6 +103,8 @@ def _reasons_beside(
             reasons += [*_until_unknown(check)]
         except (ArithmeticError, TypeError, ValueError):
             continue  # a default in the place of a wrong value
+    if not unknown:
+        return reasons
     mentioned = re.compile(rf"\b({'|'.join(map(re.escape, unknown))})\b")
     return [reason for reason in reasons if not mentioned.search(reason)]
 
