@@ -451,10 +451,10 @@ STRANGE_YAML = {
 def test_yaml_that_would_exhaust_the_machine_is_one_short_error(tmp_path, text):
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    started = time.perf_counter()
+    started = time.process_time()  # not of the clock: other processes may have the machine
     with pytest.raises(ValueError, match=r"run\.yaml (is not YAML|nests)") as error:
         load_config(path)
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
     assert len(str(error.value)) < len(str(path)) + 600
 
 
