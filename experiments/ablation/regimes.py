@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isqrt
 from typing import Any
@@ -13,8 +13,8 @@ PAPER_ODDS = (0.2, 0.3, 0.5)
 POSITIONS = {"projector_position": "normalized", "image_positions": "shared"}
 SPREAD = 0.3
 """Share of the images at grids that are not evaluated."""
-FEWEST_SHARE = 0.1
-"""Share of the images at fewer tokens than the small count, where a regime is about them."""
+EXTRA_SHARE = 0.1
+"""Share of the images at the grids that are added to "other grids"."""
 LONGER = 2.5
 """Factor of the steps with which one model sees the vision tokens of three specialists."""
 SIZES = ("small", "middle", "large")
@@ -164,13 +164,29 @@ def _any_count(scale: Scale, stochastic: Regime) -> dict[str, Regime]:
     # Shared text positions need the projector's, or an image's tokens could not be told apart.
     plain = replace(stochastic, title="2:3:5")
     projector = plain.but("projector", "positions at the projector alone", model=at_projector)
+    every_part = positions.but("spread", "other grids", stage=spread)
     return _by_name(
         positions,
-        positions.but("spread", "other grids", stage=spread),
+        every_part,
+        *_up_to_the_patches(scale, every_part),
         plain.but("spread", "other grids alone", stage=spread),
         projector,
         projector.but("spread", "other grids", stage=spread),
     )
+
+
+def _up_to_the_patches(scale: Scale, spread: Regime) -> list[Regime]:
+    """Return the regime whose other grids reach the encoder's; none if the large count does.
+
+    A token of a finer grid is pooled from fewer patches than any that was trained.
+    """
+    side = scale.patches_per_side
+    if isqrt(scale.counts[-1]) >= side:
+        return []
+    middle = (isqrt(scale.counts[-1]) + side) // 2
+    finer = [[middle, side], [side, middle]]
+    title = f"{100 * EXTRA_SHARE:g} % at {_named(finer)}"
+    return [spread.but("finer", title, stage=_with_more(spread, finer))]
 
 
 def _at_the_fewest(scale: Scale, any_count: Mapping[str, Regime]) -> dict[str, Regime]:
@@ -180,26 +196,36 @@ def _at_the_fewest(scale: Scale, any_count: Mapping[str, Regime]) -> dict[str, R
     specialist = Regime("fixed-fewest", f"fixed {fewest}", start, _at(fewest)).but(
         "positions", "positions", model=POSITIONS
     )
-    counts, weights = spread.stage["counts"], spread.stage["weights"]
-    with_fewest = {
-        "counts": [*counts, fewest],
-        "weights": [*((1 - FEWEST_SHARE) * weight for weight in weights), FEWEST_SHARE],
-    }
     narrowest = [[*grid] for grid in other_grids(scale.counts)[:2]]
-    narrow = {
-        "weights": [
-            (1 - FEWEST_SHARE) * weight + FEWEST_SHARE / 2 * (count in narrowest)
-            for count, weight in zip(counts, weights, strict=True)
-        ]
-    }
-    height, width = narrowest[0]
-    share = f"{FEWEST_SHARE:.0%}".replace("%", " %")
+    share = f"{100 * EXTRA_SHARE:g} %"
     return _by_name(
         specialist,
         specialist.but("longer", f"{LONGER:g} x the steps", stage=_longer(scale)),
-        spread.but("fewest", f"{fewest} at {share}", stage=with_fewest),
-        spread.but("narrow", f"{share} more at {height} x {width} and its turn", stage=narrow),
+        spread.but("fewest", f"{share} at {fewest}", stage=_with_more(spread, [fewest])),
+        spread.but(
+            "narrow",
+            f"{share} more at {_named(narrowest)}",
+            stage=_with_more(spread, narrowest),
+        ),
     )
+
+
+def _named(grids: Sequence[Sequence[int]]) -> str:
+    """Return "1 x 2, 2 x 1" for two grids."""
+    return ", ".join(f"{height} x {width}" for height, width in grids)
+
+
+def _with_more(regime: Regime, grids: Sequence[int | Sequence[int]]) -> dict[str, Any]:
+    """Return counts and weights of ``regime`` with ``EXTRA_SHARE`` of the images at ``grids``."""
+    counts, weights = regime.stage["counts"], regime.stage["weights"]
+    share_of = {
+        str(count): (1 - EXTRA_SHARE) * weight
+        for count, weight in zip(counts, weights, strict=True)
+    }
+    for grid in grids:
+        share_of[str(grid)] = share_of.get(str(grid), 0) + EXTRA_SHARE / len(grids)
+    every = [*counts, *(grid for grid in grids if grid not in counts)]
+    return {"counts": every, "weights": [share_of[str(count)] for count in every]}
 
 
 def _closing_the_gap(scale: Scale, known: Mapping[str, Regime]) -> dict[str, Regime]:

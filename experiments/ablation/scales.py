@@ -77,6 +77,11 @@ class Scale:
         return [*self.counts, *unseen]
 
     @property
+    def patches_per_side(self) -> int:
+        """Number of the encoder's patches along a side of a picture."""
+        return self.cells * CELL_PIXELS // self.patch_size
+
+    @property
     def data(self) -> dict[str, Any]:
         """The keys of the configuration's ``data`` but its split."""
         return {"name": self.task, **({"cells": self.cells} if self.task == "digits" else {})}
@@ -149,7 +154,7 @@ SMALL = Scale(
     name="small",
     cells=4,
     counts=(4, 9, 16),
-    unseen=(1, 25, 36, (2, 3), (3, 2), (3, 4), (4, 3), (2, 4)),
+    unseen=(1, 25, 36, 64, (2, 3), (3, 2), (3, 4), (4, 3), (2, 4)),
     width=64,
     layers=2,
     heads=4,

@@ -21,6 +21,8 @@ UNSEEN = (
     "stochastic-projector-spread",
     *ANY_COUNT,
 )
+FINER = "positions-spread-finer"
+"""Regime of the suite ``unseen``, at scales whose counts do not reach the encoder's grid."""
 FEWEST = (
     "fixed-fewest-positions",
     "fixed-fewest-positions-longer",
@@ -77,7 +79,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "gap": tuple(
         dict.fromkeys(name for lever in LEVERS for name in (lever.general, *lever.specialists))
     ),
-    "unseen": tuple(dict.fromkeys((*UNSEEN, f"{SPECIALISTS[0]}-positions", *FEWEST))),
+    "unseen": tuple(dict.fromkeys((*UNSEEN, FINER, f"{SPECIALISTS[0]}-positions", *FEWEST))),
     # Steps of one budget after those of another, so that an unfinished ablation has whole ones.
     "limited": tuple(
         f"{name}-{budget.name}" for budget in BUDGETS for name in (*MAIN, *_POSITIONED, "positions")
@@ -96,4 +98,4 @@ def regimes_of(suite: str, scale: Scale) -> list[Regime]:
         raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {suite!r}")
     known = regimes(scale)
     names = (scale.regimes if suite == scale.suite else ()) or SUITES[suite]
-    return [known[name] for name in names]
+    return [known[name] for name in names if name != FINER or name in known]

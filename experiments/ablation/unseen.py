@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.ablation.regimes import fewest_count
 from experiments.ablation.results import spread_of
-from experiments.ablation.suites import FEWEST, SPECIALISTS, UNSEEN
+from experiments.ablation.suites import FEWEST, FINER, SPECIALISTS, UNSEEN
 from experiments.ablation.tables import (
     accuracy_rows,
     asked_and_seeds,
@@ -26,6 +26,7 @@ _BOUND = 0.05
 def format_unseen(report: Mapping[str, Any]) -> str:
     """Format the page of a report of :func:`experiments.ablation.results.collect`."""
     counts, unseen = report["counts"], report["unseen"]
+    names = [name for name in (*UNSEEN, FINER) if name in report["regimes"]]
     head = ["trained with", *(f"at {count}" for count in counts)]
     beside = [
         "trained with",
@@ -36,7 +37,7 @@ def format_unseen(report: Mapping[str, Any]) -> str:
             report["regimes"][name]["title"],
             *(f"{100 * gain:+.1f}" for gain in below_nearest(report, name).values()),
         ]
-        for name in UNSEEN
+        for name in names
     ]
     sections = [
         f"# Counts that were never trained, scale {report['scale']}",
@@ -46,15 +47,15 @@ def format_unseen(report: Mapping[str, Any]) -> str:
         "position for all tokens of an image (`image_positions: shared`, which needs the first); "
         "other grids are 30 % of the images on grids that nobody is asked at.",
         "## At the counts that were trained",
-        markdown_table(head, accuracy_rows(report, UNSEEN, counts)),
+        markdown_table(head, accuracy_rows(report, names, counts)),
         "## At others",
         markdown_table(
             ["trained with", *(f"at {count}" for count in unseen)],
-            accuracy_rows(report, UNSEEN, unseen),
+            accuracy_rows(report, names, unseen),
         ),
         "Beside the trained count that has the most like tokens, in points (means over seeds):",
         markdown_table(beside, differences),
-        "\n".join(f"- {nearest_sentence(report, name)}" for name in UNSEEN),
+        "\n".join(f"- {nearest_sentence(report, name)}" for name in names),
         *_at_the_fewest(report),
     ]
     return "\n\n".join(sections) + "\n"

@@ -10,7 +10,7 @@ import pytest
 from experiments.ablation.jobs import Job, plan_jobs
 from experiments.ablation.regimes import (
     BUDGETS,
-    FEWEST_SHARE,
+    EXTRA_SHARE,
     PAPER_ODDS,
     fewest_count,
     other_grids,
@@ -120,7 +120,7 @@ def test_regimes_near_the_fewest_tokens_differ_from_their_model_in_the_counts_al
         assert replace(known[name], name="", title="", stage={}) == replace(
             spread, name="", title="", stage={}
         )
-    assert FEWEST_SHARE == 0.1
+    assert EXTRA_SHARE == 0.1
     specialist = known["fixed-fewest-positions"]
     assert (specialist.stage, specialist.model) == (
         {"counts": [1], "weights": [1.0]},
@@ -129,6 +129,21 @@ def test_regimes_near_the_fewest_tokens_differ_from_their_model_in_the_counts_al
     assert specialist.start == known["fixed-small-positions"].start
     longer = known["fixed-fewest-positions-longer"]
     assert longer.stage["steps"] == known["fixed-small-positions-longer"].stage["steps"]
+
+
+def test_other_grids_reach_the_encoders_where_the_large_count_does_not():
+    """SMALL has 8 x 8 patches, LARGE 16 x 16; READING trains all of its 8 x 8."""
+    for scale, finer in ((SMALL, ([6, 8], [8, 6])), (LARGE, ([12, 16], [16, 12]))):
+        known = regimes(scale)
+        spread = known["positions-spread"]
+        regime = known["positions-spread-finer"]
+        assert regime.stage["counts"] == [*spread.stage["counts"], *finer]
+        assert regime.stage["weights"][-2:] == [0.05, 0.05]
+        assert sum(regime.stage["weights"]) == pytest.approx(1)
+        assert regime in regimes_of("unseen", scale)
+    reading = SCALES["reading"]
+    assert "positions-spread-finer" not in regimes(reading)
+    assert len(regimes_of("unseen", reading)) == len(regimes_of("unseen", SMALL)) - 1
 
 
 def test_a_regime_of_another_start_waits_for_it():
