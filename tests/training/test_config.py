@@ -561,7 +561,7 @@ def test_all_faults_of_all_places_are_in_one_message(tmp_path):
         f"evaluation.data: data file {tmp_path / 'tars'} does not exist",
     ):
         assert fault in message
-    assert message.count("betas") == message.count("log_evry") == 1
+    assert message.count("betas must be") == message.count("log_evry is no known key") == 1
 
 
 def test_what_follows_from_another_fault_is_not_reported(tmp_path):
