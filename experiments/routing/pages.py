@@ -19,7 +19,7 @@ def page_of(report: dict[str, Any]) -> str:
         "",
         f"**{verdict(trained)}**",
         "",
-        f"{len(checkpoints)} checkpoints ({', '.join(checkpoints)}), {report['seeds']} router "
+        f"Checkpoints: {', '.join(checkpoints)}, {report['seeds']} router "
         f"seeds each. Routers, settings and calibration come from {report['questions']['fitted']} "
         f"questions of the split `validation`; the figures are of {report['questions']['test']} of "
         "`test`. *Drop* is the accuracy below always using the largest count, in points, *tokens* "
