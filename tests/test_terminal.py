@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+import select
 from collections.abc import Iterator
 
 import pytest
@@ -223,7 +224,10 @@ def test_a_command_under_a_terminal(checkpoint, monkeypatch, columns):  # noqa: 
         with contextlib.redirect_stderr(stream), contextlib.redirect_stdout(out):
             assert main([*command, "1,4,9,16,1x2,2x2"]) == 0
         stream.flush()
-        drawn = os.read(ours, 65536).decode()
+        read = b""
+        while select.select([ours], [], [], 0.1)[0]:  # a terminal gives pieces
+            read += os.read(ours, 65536)
+        drawn = read.decode()
     os.close(ours)
     assert "evaluation: 100%" in drawn
     assert "loading" in drawn

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 WORK_SHOWN_AFTER = 1.0
 """Seconds that work inside of the library takes before its bar appears."""
+_COLUMNS, _LINES = 80, 24
+"""Size of a terminal that does not say its own."""
 _GAP = 2
 """Blanks between the columns of a table."""
 
@@ -66,8 +68,11 @@ def progress_bar(
     """
     from tqdm import tqdm
 
+    has_size = _has_size(sys.stderr)
     given = os.environ.get("COLUMNS", "")
-    columns = int(given) - 1 if given.isdecimal() and int(given) > 1 else None
+    columns = None if has_size else _COLUMNS - 1
+    if given.isdecimal() and int(given) > 1:
+        columns = int(given) - 1
     return tqdm(
         total=total,
         initial=done,
@@ -78,9 +83,18 @@ def progress_bar(
         leave=leave,
         delay=delay,
         ncols=columns,
+        nrows=None if has_size else _LINES,
         dynamic_ncols=columns is None,  # it would override ncols
         bar_format=bar_format,
     )
+
+
+def _has_size(stream: TextIO) -> bool:
+    """Return whether a terminal knows its size; tqdm draws nothing on one that says 0 x 0."""
+    try:
+        return min(os.get_terminal_size(stream.fileno())) > 0
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def work_bar(
