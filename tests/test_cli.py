@@ -34,7 +34,7 @@ from tokenflex.evaluation import evaluate
 from tokenflex.locks import FolderInUseError, locked
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.routing import training as router_training
-from tokenflex.routing.storage import load_router
+from tokenflex.routing.storage import load_router, save_router
 from tokenflex.training.checkpoint import save_model
 from tokenflex.training.faults import NonFiniteLossError
 from tokenflex.training.states import STATE_KEYS
@@ -427,7 +427,7 @@ def routed(command, tmp_path, few_steps) -> Path:
 def test_route_leaves_a_router_a_report_and_a_plot_beside_the_weights(routed):
     report = json.loads((routed / "router" / "report.json").read_text())
     assert load_router(routed).counts == (4, 9, 16)
-    assert report["counts"] == [4, 9, 16]
+    assert report["counts"] == ["4", "9", "16"]
     assert report["questions"] + report["held_out_questions"] == 48
     assert report["penalty"] == load_router(routed).penalty
     out = (routed.parent / "out.txt").read_text()
@@ -498,6 +498,9 @@ def test_a_budget_is_what_a_prompt_may_be_long(command, image, tmp_path):
 
 
 def test_evaluate_takes_the_penalty_of_auto(command, routed, tmp_path):
+    router = load_router(routed)
+    router.calibration = ((0.0, -3.0), (0.0, 0.0), (0.0, 3.0))  # the largest is the surest
+    save_router(router, routed, {})
     base = ("evaluate", routed, "--data", "digits", "--size", 2, "--counts", "auto,4")
     tokens = {}
     for penalty in (0, 100):
@@ -508,7 +511,7 @@ def test_evaluate_takes_the_penalty_of_auto(command, routed, tmp_path):
         title = (tmp_path / "out" / "report.md").read_text().splitlines()[0]
         assert title == f"# c on digits, auto at a penalty of {penalty}"
         tokens[penalty] = report["vision_tokens_per_question"]["auto"]
-    assert tokens[100] == 4 < tokens[0]
+    assert tokens == {0: 16, 100: 4}
 
 
 @pytest.mark.usefixtures("few_steps")

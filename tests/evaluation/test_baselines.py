@@ -263,13 +263,13 @@ def test_an_ideal_model_is_ahead_where_resizing_fails(monkeypatch):
 
     blurred = [False]
 
-    images = Baselines._images
+    images = Baselines.images
 
     def noted(self, method, *arguments):
         blurred.append(method == "enlarged")
         return images(self, method, *arguments)
 
-    monkeypatch.setattr(Baselines, "_images", noted)
+    monkeypatch.setattr(Baselines, "images", noted)
     monkeypatch.setattr(runner, "grade_forced", graded)
     dataset = DigitsDataset("test", size=6, questions=4)
     # One batch: the model's own counts come first.

@@ -194,9 +194,9 @@ class Adapters:
 
         Args:
             folder: A folder that exists.
-        base: Name of the model that training began with, if it has one.
             others: Modules without adapters that were trained.
             weights: All weights of the model, by name.
+            base: Name of the model that training began with, if it has one.
         """
         names = {module: name for name, module in self.model.named_modules()}
         whole = sorted({*self._whole, *(names[module] for module in others)})
