@@ -18,8 +18,6 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from benchmarks.results import environment
 from experiments.routing.curve import as_rows, selection_curve
 from experiments.routing.figures import plot_reliability, plot_selection
@@ -35,6 +33,7 @@ from tokenflex.models.loading import check_length, load_checkpoint
 from tokenflex.routing.grading import grade
 from tokenflex.routing.router import check_counts
 from tokenflex.routing.training import fit_router
+from tokenflex.terminal import progress_bar
 from tokenflex.training.build import build_dataset
 from tokenflex.training.data_config import DataConfig
 
@@ -51,7 +50,7 @@ def graded(
     parts = []
     for split in ("validation", "test"):
         dataset = build_dataset(DataConfig(name=task, split=split, size=size))
-        with tqdm(total=size, desc=f"{name}, {split}", unit="sample", dynamic_ncols=True) as bar:
+        with progress_bar(f"{name}, {split}", size, unit="sample") as bar:
             parts.append(
                 grade(
                     model.eval(),

@@ -317,6 +317,34 @@ def test_a_value_from_outside_that_cannot_be_set(tmp_path, change, expected):
     assert len(str(error.value)) < 1000
 
 
+def test_all_changes_that_cannot_be_set_are_one_message_with_the_other_faults(tmp_path):
+    path = write_config(tmp_path / "run.yaml", demo_values())
+    changes = ["stages.0.steps=abc", "stages.7.steps=1", "seed", "foo=1"]
+    with pytest.raises(ValueError, match=r"stages\.7 must name one of 2 entries") as error:
+        load_config(path, changes)
+    for fault in ("stages.0.steps: ", "got 'seed'", "foo is no known key"):
+        assert fault in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("peft", {"modules": "text", "r": 4}, "peft.modules: Input should be a list, such as"),
+        ("stages", [], "stages: List should have at least 1 item"),
+    ],
+)
+def test_types_are_those_of_yaml(tmp_path, key, value, expected):
+    assert expected in error_of(tmp_path, changed(key, value))
+
+
+def test_a_word_that_is_not_allowed_either_is_no_hint(tmp_path):
+    values = demo_values()
+    values["evaluation"]["keep_best"] = True
+    message = error_of(tmp_path, values)
+    assert "Input should be 'accuracy' or 'loss'" in message
+    assert "in quotes" not in message
+
+
 @pytest.mark.parametrize("config", sorted(DEMO.parent.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_change_that_errors_and_docs_name_fits_every_configuration(config):
     assert load_config(config, ["stages.0.batch_size=8"]).stages[0].batch_size == 8
@@ -561,7 +589,13 @@ def test_all_faults_of_all_places_are_in_one_message(tmp_path):
         f"evaluation.data: data file {tmp_path / 'tars'} does not exist",
     ):
         assert fault in message
-    assert message.count("betas must be") == message.count("log_evry is no known key") == 1
+    for once in (
+        "betas must be",
+        "log_evry is no known key",
+        "tars does",
+        "data.colour is no known",
+    ):
+        assert message.count(once) == 1
 
 
 def test_what_follows_from_another_fault_is_not_reported(tmp_path):

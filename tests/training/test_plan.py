@@ -177,6 +177,15 @@ def test_epochs_of_a_budget_in_tokens_are_expected_and_those_of_no_data_unknown(
     assert format_plan([plan]).splitlines()[1].split()[5] == "?"
 
 
+def test_evaluated_counts_beyond_the_encoders_grid_are_warned_of(tmp_path):
+    evaluation = {"data": {"name": "digits"}, "counts": [16, 100]}
+    stages = [stage(counts=[16], weights=[1]), stage(counts=[4], weights=[1])]
+    first, last = plan_run(tiny(tmp_path, stages=stages, evaluation=evaluation))
+    assert first.warnings == ()
+    (warning,) = last.warnings
+    assert "the evaluation asks for 10 x 10 = 100 tokens, but the encoder has 8 x 8" in warning
+
+
 def test_counts_beyond_the_encoders_grid_are_warned_of(tmp_path):
     fits = [[8, 8], [1, 8], 16]
     (plan,) = plan_run(tiny(tmp_path, stages=[stage(counts=fits)]))

@@ -63,7 +63,7 @@ def _train(options: argparse.Namespace) -> int:
 
         print(format_plan(plan_run(config, options.processes)))
         return 0
-    from tokenflex.training.output import CHECKPOINT, finished_report
+    from tokenflex.training.output import BEST, CHECKPOINT, finished_report
 
     finished = None if options.fresh else finished_report(config)
     if finished is not None:
@@ -71,6 +71,12 @@ def _train(options: argparse.Namespace) -> int:
             checkpoint, left = config.output / CHECKPOINT, "nothing to do"
             if config.evaluation is not None and "accuracy" not in finished:
                 left = f"`tokenflex evaluate {checkpoint} ...` evaluates it"
+            elif (
+                config.evaluation is not None
+                and config.evaluation.keep_best is not None
+                and not (config.output / BEST).is_dir()
+            ):
+                left = "it kept no best model, which takes a new training"
             print(
                 f"{config.output} holds this run, finished: {left}; --fresh trains anew. "
                 f"Its model is in {checkpoint}"

@@ -6,13 +6,13 @@ The model is built on the meta device, from configurations alone: no weights are
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from tokenflex.counts import Grid, TokenCounts, token_grid, tokens_of
+from tokenflex.counts import Grid, TokenCount, TokenCounts, token_grid, tokens_of
 from tokenflex.data.faults import (
     BrokenSample,
     broken_records,
@@ -117,6 +117,8 @@ def plan_run(config: TrainConfig, processes: int = 1) -> list[StagePlan]:
     if config.evaluation is not None:
         note = _evaluation_note(config.evaluation, plans, 4 * _parameters([kind.model]))
         plans = [replace(plan, notes=(*plan.notes, *note)) for plan in plans]
+        asked = warnings_of("the evaluation asks for", config.evaluation.counts, kind.patch_grid)
+        plans[-1] = replace(plans[-1], warnings=(*plans[-1].warnings, *asked))
     return plans
 
 
@@ -159,20 +161,21 @@ def passes_over(data: DataConfig, dataset: Any, samples: int) -> tuple[float | N
     )
 
 
-def warnings_of(stage: StageConfig, grid: Grid | None) -> Iterator[str]:
+def warnings_of(what: str, counts: Iterable[TokenCount], grid: Grid | None) -> Iterator[str]:
     """Yield a sentence for each count that asks for more tokens than the encoder has patches.
 
     Args:
-        stage: The stage.
+        what: What asks for them, with its verb.
+        counts: Vision tokens per tile.
         grid: Rows and columns of patches of a tile; None if they are not known.
     """
     if grid is None:
         return
-    for count in stage.drawn_counts:
+    for count in counts:
         rows, columns = token_grid(count)
         if rows > grid[0] or columns > grid[1]:
             yield (
-                f"warning: stage {stage.name!r} draws {rows} x {columns} = {tokens_of(count)} "
+                f"warning: {what} {rows} x {columns} = {tokens_of(count)} "
                 f"tokens, but the encoder has {grid[0]} x {grid[1]} = {grid[0] * grid[1]} patches "
                 "a tile: pooling then enlarges the grid, which repeats what it holds"
             )
@@ -256,7 +259,9 @@ def _plan_stage(
         state_bytes=_state_bytes(kind.model, sum(trained.values()), config, processes),
         activation_bytes=None,
         notes=tuple(kind.notes()),
-        warnings=tuple(warnings_of(stage, kind.patch_grid)),
+        warnings=tuple(
+            warnings_of(f"stage {stage.name!r} draws", stage.drawn_counts, kind.patch_grid)
+        ),
     )
     flops = kind.training_flops(stage)
     if flops is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast, get_args
 
@@ -283,9 +284,15 @@ def read_yaml(
     values = parse_yaml(path.read_bytes(), f"config file {path}")
     if not isinstance(values, dict):
         raise ValueError(f"config file {path} must hold keys and values, got {excerpt(values)}")
-    for change in changes:
-        set_key(values, change)
+    tried = [reason_of(partial(set_key, values, change)) for change in changes]
+    faults = [reason for reason in tried if reason is not None]
     name = f"config file {path}"
+    if faults:
+        try:
+            validated(values, model, name)
+        except ValueError as error:
+            faults.append(str(error))
+        raise ValueError("; ".join(faults))
     try:
         return validated(values, model, name)
     except ValueError:
@@ -314,7 +321,8 @@ def validated(values: Any, model: type[M], name: str, *, needed: Collection[str]
 
 
 def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
-    problems = error.errors()
+    # pydantic calls the validator of a model that holds its own kind twice.
+    problems = [*{(p["loc"], p["type"], p["msg"]): p for p in error.errors()}.values()]
     nested = {
         problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))
     }
@@ -351,16 +359,21 @@ def _messages(
             yield f"{key}: {printable(reason, REASON_LENGTH)}"
     else:
         hint = ""
-        if isinstance(problem["input"], bool) and problem["type"] in (
-            "literal_error",
-            "string_type",
-        ):
-            word = "yes" if problem["input"] else "no"
+        word = "yes" if problem["input"] is True else "no"
+        is_word = problem["type"] == "string_type" or (
+            problem["type"] == "literal_error" and f"'{word}'" in problem["ctx"]["expected"]
+        )
+        if isinstance(problem["input"], bool) and is_word:
             hint = (
                 f'; YAML reads {word} as {str(problem["input"]).lower()}: write "{word}" in '
                 f"quotes, with --set {key}='\"{word}\"'"
             )
-        yield f"{key}: {problem['msg']} (got {given}{hint})"
+        expected = problem["msg"]
+        if problem["type"] == "tuple_type":
+            expected = "Input should be a list, such as [1, 2]"
+        elif problem["type"] in ("too_short", "too_long"):
+            expected = expected.replace("Tuple", "List", 1)
+        yield f"{key}: {expected} (got {given}{hint})"
 
 
 def _is_mark(part: int | str) -> bool:

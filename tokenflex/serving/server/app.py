@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
 import socket
 import threading
@@ -544,6 +545,7 @@ def run(server: Server, bound: socket.socket, on_ready: Callable[[uvicorn.Server
         ws="none",
         backlog=BACKLOG,
         log_level="warning",
+        use_colors=False if os.environ.get("NO_COLOR") else None,
         access_log=False,
         lifespan="on",
         timeout_graceful_shutdown=int(server.options.grace_seconds) + 5,
