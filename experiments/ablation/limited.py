@@ -62,6 +62,7 @@ def format_limited(report: Mapping[str, Any]) -> str:
         "was trained on the same canvases. Specialists are three models, each trained and asked "
         "at its own count. The encoder's warm-up, which stands in for pretrained weights, "
         "sees canvases of its own.",
+        "*Ahead* and *behind* are means over seeds further from 0 than their standard error.",
     ]
     for kind in kinds:
         rows = [

@@ -6,6 +6,7 @@ the prompt at the larger count.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan
@@ -152,7 +153,11 @@ def generate_with_escalation(
 
 def _curves(model: Any, ladder: Sequence[TokenCount]) -> dict[Grid, Curve] | None:
     """Return the curve of each grid, or None unless the model's router has all of the counts."""
-    router = router_of(model) if has_router(model) else None
+    try:
+        router = router_of(model) if has_router(model) else None
+    except ValueError as error:  # with counts of its own, a cascade needs no router
+        warnings.warn(f"confidence is not calibrated: {error}", stacklevel=3)
+        router = None
     if router is None or router.confidence_calibration is None:
         return None
     curves = dict(zip(map(token_grid, router.counts), router.confidence_calibration, strict=True))
