@@ -11,6 +11,8 @@ import pytest
 
 from experiments.ablation.checks import quick_checks, quick_limited_checks
 from experiments.ablation.gap import format_gap, gains
+from experiments.ablation.limited import KINDS, budgets_of, format_limited
+from experiments.ablation.limited import gains as limited_gains
 from experiments.ablation.report import format_report
 from experiments.ablation.results import difference
 from experiments.ablation.suites import LEVERS, UNSEEN
@@ -20,7 +22,12 @@ from experiments.ablation.unseen import format_unseen
 DOCS = Path(__file__).parents[3] / "docs"
 FOLDER = DOCS / "results/ablate"
 QUICK = {"quick": quick_checks, "quick-limited": quick_limited_checks}
-FORMATS = {"report": format_report, "gap": format_gap, "unseen": format_unseen}
+FORMATS = {
+    "report": format_report,
+    "gap": format_gap,
+    "unseen": format_unseen,
+    "limited": format_limited,
+}
 
 
 def report_of(name: str) -> dict[str, Any]:
@@ -73,6 +80,23 @@ def test_the_page_quotes_every_lever_and_the_readme_one():
     assert f"or {first}, {second} and {third} with [two settings]" in readme
 
 
+def test_the_page_and_the_readme_quote_limited_data():
+    report = report_of("limited")
+    page = (DOCS / "ablation.md").read_text(encoding="utf-8").replace("**", "")
+    longest = [budget for budget in budgets_of(report) if budget.factor == 4]
+    for kind in KINDS:
+        for budget in longest:
+            found = limited_gains(report, kind, budget).values()
+            shown = " | ".join(points(gain, signed=True) for gain in found)
+            assert f"| {kind}, {budget.data} | {shown} |" in page
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    (known,) = (budget for budget in longest if budget.canvases == 1200)
+    ahead = [
+        f"{100 * g['mean']:.1f}" for g in limited_gains(report, "with positions", known).values()
+    ]
+    assert f"it is behind, by {ahead[0]} and {ahead[1]} at 4 and 9" in " ".join(readme.split())
+
+
 def test_the_page_quotes_what_mends_unseen_counts():
     """Of each model: at how many counts it is near enough, and its worst but for a single token."""
     report = report_of("unseen")
@@ -87,7 +111,7 @@ def test_the_page_quotes_what_mends_unseen_counts():
     assert said == found
 
 
-@pytest.mark.parametrize("name", [name for name in QUICK if (FOLDER / f"{name}.json").exists()])
+@pytest.mark.parametrize("name", QUICK)
 def test_the_bounds_of_the_quick_ones_are_well_below_three_seeds(name):
     report = report_of(name)
     assert report["seeds"] == [0, 1, 2]
