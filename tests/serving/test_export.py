@@ -22,6 +22,7 @@ from tests.dropin.tiny import KINDS, stock_model
 from tests.models.tiny import IMAGE, picture, pixels, tiny_model
 from tokenflex import TokenFlexConfig, TokenFlexForConditionalGeneration, replace_projector
 from tokenflex.cli import main
+from tokenflex.cli.extras import PACKAGES
 from tokenflex.digits.processor import digits_processor
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.serving.export import run as export_run
@@ -438,6 +439,7 @@ def test_an_unknown_target_is_refused(refused, checkpoint, tmp_path):
 
 def test_a_missing_package_is_named_with_its_extra(refused, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(TARGETS["onnx"], "packages", ("no_such_package",))
+    monkeypatch.setitem(PACKAGES, "export", ("no_such_package",))
     line = refused(checkpoint, "--to", "onnx", "--output", tmp_path / "out")
     assert line == "tokenflex: export needs no_such_package; pip install 'tokenflex[export]'"
 
