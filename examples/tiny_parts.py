@@ -1,4 +1,4 @@
-"""What docs/how-to/own-data.md takes as given, where nothing can be downloaded.
+"""The data and models that docs/how-to/own-data.md begins with, made without a download.
 
     python examples/tiny_parts.py here
 

@@ -26,14 +26,20 @@ def is_hub_name(name_or_path: str | Path) -> bool:
     return _NAME.fullmatch(str(name_or_path)) is not None and not path.parent.exists()
 
 
-def refuse_missing_folder(name_or_path: str | Path | None) -> None:
-    """Raise FileNotFoundError for a path that does not exist, where it cannot be a name of the Hub.
+def is_absent(path: str | Path) -> bool:
+    """Return whether nothing exists at a path that cannot be meant for a name of the Hub.
 
     A name without a slash may be one: the Hub's oldest repositories have no organisation.
     """
-    if name_or_path is None or Path(name_or_path).exists() or is_hub_name(name_or_path):
-        return
-    if len(Path(name_or_path).parts) > 1:
+    if Path(path).exists():
+        return False
+    is_said = str(path).startswith(("/", "./", "../", "~"))
+    return is_said or (len(Path(path).parts) > 1 and not is_hub_name(path))
+
+
+def refuse_missing_folder(name_or_path: str | Path | None) -> None:
+    """Raise FileNotFoundError for a folder that :func:`is_absent`; None is not looked at."""
+    if name_or_path is not None and is_absent(name_or_path):
         raise FileNotFoundError(f"folder {name_or_path} does not exist")
 
 

@@ -1,4 +1,4 @@
-"""How often answers are right that were said to be right with some probability."""
+"""Shares of answers that are right, beside the probability that was stated of them."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ def test_sizes_go_from_headline_to_footnote():
 
 
 def phases(boxes: list[Box], role: str) -> set[tuple[float, float]]:
-    """Where the middles of boxes lie in patches of 12 pixels."""
+    """Return the middles of boxes within patches of 12 pixels."""
     found = [box.edges for box in boxes if box.role == role]
     return {((x0 + x1) / 2 % 12, (y0 + y1) / 2 % 12) for x0, y0, x1, y1 in found}
 

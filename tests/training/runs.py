@@ -7,12 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+from accelerate.state import AcceleratorState
 
 from tokenflex.data.packing import PackingCollator
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.training.build import build_processor
 from tokenflex.training.config import SampleConfig, TrainConfig
+from tokenflex.training.loop import TrainingRun
 from tokenflex.training.metrics import TIMING_KEYS
 from tokenflex.training.plan import ONE_COUNT, measure_samples
 
@@ -95,6 +98,27 @@ def evaluations(output: Path) -> list[dict[str, Any]]:
 def untimed(path: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMING_KEYS} for line in lines]
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing in the sources catches it, so nothing is saved."""
+
+
+def run_until_killed(config: TrainConfig, steps: int) -> None:
+    """Train ``steps`` steps in this process, and die in the next one."""
+    training, left = TrainingRun(config), [steps]
+    step = training._step
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return step(*args, **kwargs)
+
+    training._step = dying
+    with pytest.raises(Killed):
+        training.run()
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def temporary_files(output: Path) -> list[str]:

@@ -15,7 +15,14 @@ from safetensors.torch import load_file
 
 from experiments.distillation.stock import new_model_and_processor
 from tests.training.processes import end_of, start_two
-from tests.training.runs import evaluations, metrics, stage, tiny_values, write_config
+from tests.training.runs import (
+    evaluations,
+    metrics,
+    run_until_killed,
+    stage,
+    tiny_values,
+    write_config,
+)
 from tokenflex import replace_projector
 from tokenflex.checkpoints import load_model
 from tokenflex.cli import main
@@ -113,19 +120,7 @@ def test_the_checkpoint_loads_as_any_other_and_peft_loads_the_adapter(finished):
 @pytest.mark.parametrize("steps", [2, 6])
 def test_a_run_that_died_continues_to_the_byte(finished, tmp_path, steps):
     config = config_of(tmp_path / "run")
-    training, left = TrainingRun(config), [steps]
-    step = training._step
-
-    def dying(*args: Any, **kwargs: Any) -> Any:
-        left[0] -= 1
-        if left[0] < 0:
-            raise SystemExit  # as if it were killed: nothing is saved
-        return step(*args, **kwargs)
-
-    training._step = dying
-    with pytest.raises(SystemExit):
-        training.run()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    run_until_killed(config, steps)
     torch.manual_seed(steps)  # what another process would have
     TrainingRun(config).run()
     assert metrics(tmp_path / "run") == metrics(finished)

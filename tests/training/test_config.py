@@ -15,9 +15,10 @@ from pydantic import ValidationError
 from tests.training.runs import DEMO, demo_values, stage, tiny_values, write_config
 from tokenflex.cli import main
 from tokenflex.formats import FORMATS
+from tokenflex.hub import is_absent
 from tokenflex.training import config
 from tokenflex.training.config import TrainConfig, load_config
-from tokenflex.training.data_config import DataConfig, is_absent
+from tokenflex.training.data_config import DataConfig
 from tokenflex.training.strict import parse_yaml
 
 REMOVED = object()

@@ -18,7 +18,7 @@ from experiments.distillation.stock import new_model_and_processor
 from tests.dropin.processors import image_text, picture, stock_processor
 from tests.dropin.tiny import stock_model
 from tests.training.processes import end_of, start_two
-from tests.training.runs import metrics, own_data, untimed, write_config
+from tests.training.runs import metrics, own_data, run_until_killed, untimed, write_config
 from tokenflex import TokenCounts, replace_projector
 from tokenflex.checkpoints import load_model
 from tokenflex.cli import main
@@ -414,19 +414,7 @@ def test_a_stage_changes_what_learns_and_nothing_else(converted, tmp_path):
 def test_a_run_that_was_stopped_continues_to_the_bit(finished, converted, tmp_path, monkeypatch):
     values = run_values(tmp_path / "run", converted)
     config = load_config(write_config(tmp_path / "run.yaml", values))
-    training, steps = TrainingRun(config), [0]
-    step = training._step
-
-    def stopped(*args, **kwargs):
-        steps[0] += 1
-        if steps[0] == 6:
-            raise SystemExit  # as if it were killed: nothing is saved
-        return step(*args, **kwargs)
-
-    training._step = stopped
-    with pytest.raises(SystemExit):
-        training.run()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    run_until_killed(config, 5)
     TrainingRun(config).run()
     assert metrics(tmp_path / "run") == metrics(finished)
     written = weights_of(tmp_path / "run" / "checkpoint")

@@ -13,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from tests.training.runs import (
+    Killed,
     evaluations,
     mean_sample,
     metrics,
@@ -89,10 +90,6 @@ def configured(output: Path, data: dict, **changes) -> Path:
 
 def train(config: Path) -> None:
     TrainingRun(load_config(config)).run()
-
-
-class Killed(BaseException):
-    """Nothing in the sources catches it."""
 
 
 def train_until(monkeypatch, config: Path, steps: int) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 
 from tests.models.tiny import tiny_model
-from tests.training.runs import metrics, own_data, stage, tiny_values
+from tests.training.runs import metrics, own_data, run_until_killed, stage, tiny_values
 from tokenflex import TokenCounts
 from tokenflex.data.packing import DrawnSample, PackedBatch, PackingCollator
 from tokenflex.data.steps import StepPacker
@@ -215,26 +215,11 @@ STAGES = [
 ]
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_a_run_that_died_or_recomputes_has_the_same_numbers(tmp_path):
     train(configured(tmp_path, "whole", stages=STAGES))
     train(configured(tmp_path, "recomputed", stages=STAGES, gradient_checkpointing=True))
     AcceleratorState._reset_state(reset_partial_state=True)
-    training = TrainingRun(configured(tmp_path, "stopped", stages=STAGES, save_every=1))
-    step, left = training._step, [4]
-
-    def dying(*args, **kwargs):
-        left[0] -= 1
-        if left[0] < 0:
-            raise Killed
-        return step(*args, **kwargs)
-
-    training._step = dying
-    with pytest.raises(Killed):
-        training.run()
+    run_until_killed(configured(tmp_path, "stopped", stages=STAGES, save_every=1), 4)
     train(configured(tmp_path, "stopped", stages=STAGES, save_every=1))
     expected = metrics(tmp_path / "whole")
     assert len(expected) == 5

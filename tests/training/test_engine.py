@@ -7,7 +7,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from tests.models.tiny import tiny_model
-from tests.training.runs import metrics, own_data, stage, tiny_values
+from tests.training.runs import metrics, own_data, run_until_killed, stage, tiny_values
 from tokenflex.data.packing import PackedBatch
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.training import layers
@@ -148,10 +148,6 @@ def _compiled_fast(monkeypatch):
     torch._dynamo.reset()
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("_compiled_fast")
 def test_compiled_layers_give_the_same_run_and_continue_exactly(tmp_path):
@@ -168,19 +164,7 @@ def test_compiled_layers_give_the_same_run_and_continue_exactly(tmp_path):
     assert 0 < graphs <= 12
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    training = TrainingRun(configured(tmp_path, "stopped", **both))
-    step, count = training._step, [0]
-
-    def dying(*args, **kwargs):
-        count[0] += 1
-        if count[0] == 4:
-            raise Killed
-        return step(*args, **kwargs)
-
-    training._step = dying
-    with pytest.raises(Killed):
-        training.run()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    run_until_killed(configured(tmp_path, "stopped", **both), 3)
     TrainingRun(configured(tmp_path, "stopped", **both)).run()
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from tests.forked import Command
 from tests.training.processes import start, start_two
 from tests.training.runs import (
+    Killed,
     evaluations,
     metrics,
     own_data,
@@ -294,10 +295,6 @@ def test_sigterm_to_one_of_two_ranks_stops_both_and_they_continue_as_one(tmp_pat
 
 
 # ---- stopping and continuing
-
-
-class Killed(BaseException):
-    """Nothing in the sources catches it."""
 
 
 def train_until(monkeypatch, config: Path, steps: int, **options) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenflex.cli.common import quiet_libraries
+from tokenflex.cli.extras import install_hint
 from tokenflex.cli.options import comma_separated, positive
 from tokenflex.cli.parser import CommandLine
 
@@ -95,8 +96,8 @@ def _draw(table: CountTable, path: Path) -> None:
         from tokenflex.harnesses.figure import plot_table
     except ModuleNotFoundError as error:
         print(
-            f"warning: no picture is drawn, which needs {error.name}; pip install "
-            "'tokenflex[train]'",
+            f"warning: no picture is drawn, which needs {error.name}; "
+            f"{install_hint(error.name or '', 'train')}",
             file=sys.stderr,
         )
     else:

@@ -27,7 +27,7 @@ PAGE_SIZES = {
 """(height, width) of pages in pixels by layout; tables and charts are as "page"."""
 
 PLACEMENTS = ("grid", "free")
-"""Where tables and charts stand: on the grid of the lines of text in the type of lines, or at any
+"""Places of tables and charts: on the grid of the lines of text in the type of lines, or at any
 pixel, in type of 9 to 13 pixels in tables."""
 
 HEADLINE, BODY, FOOTNOTE, FREE_CELL = (16,), (9, 11), (8,), tuple(range(9, 14))

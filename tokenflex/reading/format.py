@@ -33,7 +33,7 @@ class ReadingOptions(FormatOptions):
     """Fonts: names of those that matplotlib ships, or paths of font files."""
 
     placement: Literal["grid", "free"] = "grid"
-    """Where tables and charts stand: "grid", as lines of text do, or "free", at any pixel."""
+    """Place of tables and charts: "grid", as lines of text, or "free", at any pixel."""
 
     def contradictions(self) -> Iterator[str]:
         if self.split not in SPLITS:

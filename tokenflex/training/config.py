@@ -12,10 +12,10 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, 
 from tokenflex.counts import TokenCount, TokenCounts, token_grid, tokens_of
 from tokenflex.data.steps import Draw
 from tokenflex.formats import FRESH_PARTS
-from tokenflex.hub import is_hub_name
+from tokenflex.hub import is_absent, is_hub_name
 from tokenflex.models.loading import is_conversion
 from tokenflex.positions import check_image_positions
-from tokenflex.training.data_config import DATA, DataConfig, is_absent
+from tokenflex.training.data_config import DATA, DataConfig
 from tokenflex.training.strict import Float, Int, Strict, read_yaml, reason_of, validated
 from tokenflex.training.trackers import check_names
 from tokenflex_kernels.pool_norm.axis_weights import MODES

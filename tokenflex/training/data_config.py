@@ -10,7 +10,7 @@ from pydantic import Field, create_model
 
 from tokenflex.data.format import DataFormat
 from tokenflex.formats import FORMATS
-from tokenflex.hub import is_hub_name
+from tokenflex.hub import is_absent
 from tokenflex.training.strict import Float, Int, Strict
 
 MIXTURE = "mixture"
@@ -112,12 +112,3 @@ class DataConfig(_FormatKeys):
             is_lacking = _PATTERN.isdisjoint(str(self.path)) and is_absent(self.path)
         if is_lacking:
             yield f"data file {self.path} does not exist"
-
-
-def is_absent(path: str | Path) -> bool:
-    """Return whether a path cannot be meant for a name on a hub, and nothing exists at it."""
-    if Path(path).exists():
-        return False
-    if str(path).startswith(("/", "./", "../", "~")) or len(Path(path).parts) > 2:
-        return True
-    return len(Path(path).parts) == 2 and not is_hub_name(path)

@@ -103,7 +103,7 @@ class StartingConfig(NamedTuple):
 
     @property
     def has_few_steps(self) -> bool:
-        """Whether one pass is too short for a projector that begins with random weights."""
+        """True if one pass is too short for a projector that begins with random weights."""
         return self.steps < FEW_STEPS
 
 
