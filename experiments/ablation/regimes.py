@@ -198,16 +198,29 @@ def _at_the_fewest(scale: Scale, any_count: Mapping[str, Regime]) -> dict[str, R
     )
     narrowest = [[*grid] for grid in other_grids(scale.counts)[:2]]
     share = f"{100 * EXTRA_SHARE:g} %"
+    near = spread.but("fewest", f"{share} at {fewest}", stage=_with_more(spread, [fewest]))
     return _by_name(
         specialist,
         specialist.but("longer", f"{LONGER:g} x the steps", stage=_longer(scale)),
-        spread.but("fewest", f"{share} at {fewest}", stage=_with_more(spread, [fewest])),
+        specialist.but("ready", "started from all counts", start=_ready_start(scale, any_count)),
+        near,
+        near.but("longer", f"{LONGER:g} x the steps", stage=_longer(scale)),
         spread.but(
             "narrow",
             f"{share} more at {_named(narrowest)}",
             stage=_with_more(spread, narrowest),
         ),
     )
+
+
+def _ready_start(scale: Scale, any_count: Mapping[str, Regime]) -> Start:
+    """Return a start that can read already: longer training, at all counts and with positions.
+
+    A specialist that begins with a single token learns to count and hardly to read.
+    """
+    positions = any_count["positions"]
+    stage = {**positions.stage, "steps": scale.start_steps + 2 * scale.steps}
+    return Start("start-ready", f"the start: {positions.title}", stage, POSITIONS)
 
 
 def _named(grids: Sequence[Sequence[int]]) -> str:

@@ -144,7 +144,7 @@ class Scale:
 
     def alignment(self, **changes: Any) -> dict[str, Any]:
         """Return the stage before all regimes."""
-        stage = self.stage("alignment", self.start_steps, **changes)
+        stage = self.stage("alignment", **{"steps": self.start_steps, **changes})
         if self.encoder_learning_rate is not None:
             del stage["learning_rate"]["vision"]
         return stage

@@ -26,9 +26,11 @@ FINER = "positions-spread-finer"
 FEWEST = (
     "fixed-fewest-positions",
     "fixed-fewest-positions-longer",
+    "fixed-fewest-positions-ready",
     "positions-spread",
     "positions-spread-narrow",
     "positions-spread-fewest",
+    "positions-spread-fewest-longer",
 )
 """Regimes that are compared at fewer tokens than the small count, the specialists first."""
 

@@ -129,6 +129,19 @@ def test_regimes_near_the_fewest_tokens_differ_from_their_model_in_the_counts_al
     assert specialist.start == known["fixed-small-positions"].start
     longer = known["fixed-fewest-positions-longer"]
     assert longer.stage["steps"] == known["fixed-small-positions-longer"].stage["steps"]
+    near = known["positions-spread-fewest-longer"]
+    assert near.stage == {**known["positions-spread-fewest"].stage, "steps": longer.stage["steps"]}
+
+
+def test_a_specialist_for_the_fewest_tokens_also_starts_from_a_model_that_reads():
+    known = regimes(SMALL)
+    ready, plain = (known[f"fixed-fewest-positions{suffix}"] for suffix in ("-ready", ""))
+    assert (ready.stage, ready.model) == (plain.stage, plain.model)
+    start, *_ = jobs = plan_jobs(SMALL, [ready], [0], on_gpu=False)
+    assert jobs[-1].needs == start.name
+    stage = config_of(start).stages[0]
+    assert (stage.counts, stage.steps) == (SMALL.counts, SMALL.start_steps + 2 * SMALL.steps)
+    assert start.config["model"]["image_positions"] == "shared"
 
 
 def test_other_grids_reach_the_encoders_where_the_large_count_does_not():

@@ -143,7 +143,7 @@ def test_fewer_tokens_are_compared_with_a_specialist_of_theirs_and_one_of_the_sm
     )
     assert "2.5 x the steps) stays 15.0 points below: at this size and budget 1 is out of" in part
     of_one = [line for line in part.splitlines() if line.startswith("| 2:3:5, positions, other g")]
-    assert [line.split(" | ")[1] for line in of_one] == ["4", "1", "1", "1"]
+    assert [line.split(" | ")[1] for line in of_one] == ["4", "1", "1", "1", "1"]
 
 
 def test_the_page_says_so_where_a_specialist_for_fewer_tokens_is_near():
