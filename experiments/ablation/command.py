@@ -47,8 +47,9 @@ def add_to(commands: CommandLine) -> None:
         "--suite",
         default="paper",
         help="paper: fixed and stochastic counts (the default); gap: one model beside "
-        "specialists; unseen: accuracy at counts that were not trained; limited: one model beside "
-        "specialists by size of the training data and steps, into runs/ablate-limited",
+        "specialists; unseen: accuracy at counts that were not trained; extremes: the same, far "
+        "from those, into runs/ablate-extremes; limited: one model beside specialists by size of "
+        "the training data and steps, into runs/ablate-limited",
     )
     ablate.add_argument("--seeds", type=positive, help="number of seeds; small 3, large 1, quick 1")
     ablate.add_argument(
@@ -75,8 +76,8 @@ def _ablate(options: argparse.Namespace) -> int:
                 f"--task reading has one scale, got it with --{_SCALE_OPTIONS[options.scale]}"
             )
         options.scale = "reading"
-    elif options.suite == "limited" and options.scale == "small":
-        options.scale = "limited"
+    elif options.suite in ("extremes", "limited") and options.scale == "small":
+        options.scale = options.suite
     if options.output is None:
         suffix = "" if options.scale == "small" else f"-{options.scale}"
         options.output = Path(f"runs/ablate{suffix}")

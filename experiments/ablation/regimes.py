@@ -201,7 +201,6 @@ def _at_the_fewest(scale: Scale, any_count: Mapping[str, Regime]) -> dict[str, R
     near = spread.but("fewest", f"{share} at {fewest}", stage=_with_more(spread, [fewest]))
     return _by_name(
         specialist,
-        specialist.but("longer", f"{LONGER:g} x the steps", stage=_longer(scale)),
         specialist.but("ready", "started from all counts", start=_ready_start(scale, any_count)),
         near,
         near.but("longer", f"{LONGER:g} x the steps", stage=_longer(scale)),

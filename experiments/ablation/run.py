@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from experiments.ablation.extremes import format_extremes
 from experiments.ablation.figures import write_figures
 from experiments.ablation.gap import format_gap, write_gap_figure
 from experiments.ablation.jobs import plan_jobs
@@ -38,8 +39,9 @@ def ablate(
     Besides a folder for each run, the suite "paper" writes ``report.md``, ``report.json``,
     ``claim.png``, ``figure1.png``, ``figure3.png`` and ``odds.png``; "gap" writes ``gap.md``,
     ``gap.json`` and ``gap.png``, and "limited" likewise; "unseen" writes ``unseen.md`` and
-    ``unseen.json``. Runs that are done are not repeated: an interrupted ablation continues, more
-    seeds are added, and suites share runs, but for "limited", whose folder is its own.
+    ``unseen.json``, and "extremes" likewise. Runs that are done are not repeated: an interrupted
+    ablation continues, more seeds are added, and suites share runs, but for "limited" and
+    "extremes", whose folders are their own.
 
     Args:
         scale: Task, model and budget.
@@ -87,6 +89,8 @@ def ablate(
         name, page = "limited", format_limited(report)
     elif suite == "unseen":
         name, page = "unseen", format_unseen(report)
+    elif suite == "extremes":
+        name, page = "extremes", format_extremes(report)
     else:
         write_figures(report, output)
         name, page = "report", format_report(report)

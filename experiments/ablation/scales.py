@@ -154,7 +154,7 @@ SMALL = Scale(
     name="small",
     cells=4,
     counts=(4, 9, 16),
-    unseen=(1, 25, 36, 64, (2, 3), (3, 2), (3, 4), (4, 3), (2, 4)),
+    unseen=(1, 25, 36, (2, 3), (3, 2), (3, 4), (4, 3), (2, 4)),
     width=64,
     layers=2,
     heads=4,
@@ -171,6 +171,9 @@ SMALL = Scale(
 
 # For the suite `limited`, whose many runs are evaluated at the trained counts alone.
 LIMITED = replace(SMALL, name="limited", unseen=(), steps=400, evaluated=512)
+
+# For the suite `extremes`: one token, and up to a token for each patch.
+EXTREMES = replace(SMALL, name="extremes", unseen=(1, 36, 64))
 
 # For CI: one seed, and as few steps as the checks need.
 QUICK = replace(
@@ -244,4 +247,6 @@ READING = replace(
     questions=20,
 )
 
-SCALES = {scale.name: scale for scale in (SMALL, LARGE, LIMITED, QUICK, QUICK_LIMITED, READING)}
+SCALES = {
+    scale.name: scale for scale in (SMALL, LARGE, LIMITED, EXTREMES, QUICK, QUICK_LIMITED, READING)
+}

@@ -21,18 +21,18 @@ UNSEEN = (
     "stochastic-projector-spread",
     *ANY_COUNT,
 )
+SMALL_SPECIALIST = f"{SPECIALISTS[0]}-positions"
+FEWEST_SPECIALISTS = ("fixed-fewest-positions", "fixed-fewest-positions-ready")
 FINER = "positions-spread-finer"
-"""Regime of the suite ``unseen``, at scales whose counts do not reach the encoder's grid."""
-FEWEST = (
-    "fixed-fewest-positions",
-    "fixed-fewest-positions-longer",
-    "fixed-fewest-positions-ready",
+"""Regime of the suite ``extremes``, at scales whose counts do not reach the encoder's grid."""
+EXTREMES = (
     "positions-spread",
+    FINER,
     "positions-spread-narrow",
     "positions-spread-fewest",
     "positions-spread-fewest-longer",
 )
-"""Regimes that are compared at fewer tokens than the small count, the specialists first."""
+"""Regimes of one model for every count, the far ones too."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ SUITES: dict[str, tuple[str, ...]] = {
     "gap": tuple(
         dict.fromkeys(name for lever in LEVERS for name in (lever.general, *lever.specialists))
     ),
-    "unseen": tuple(dict.fromkeys((*UNSEEN, FINER, f"{SPECIALISTS[0]}-positions", *FEWEST))),
+    "unseen": UNSEEN,
+    "extremes": (SMALL_SPECIALIST, *FEWEST_SPECIALISTS, *EXTREMES),
     # Steps of one budget after those of another, so that an unfinished ablation has whole ones.
     "limited": tuple(
         f"{name}-{budget.name}" for budget in BUDGETS for name in (*MAIN, *_POSITIONED, "positions")

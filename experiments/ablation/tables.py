@@ -81,6 +81,19 @@ def below_nearest(report: Mapping[str, Any], name: str) -> dict[str, float]:
     }
 
 
+def beside_nearest(report: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Format a table of :func:`below_nearest` in points."""
+    head = [f"{count} (to {nearest_trained(report, count)})" for count in report["unseen"]]
+    rows = [
+        [
+            report["regimes"][name]["title"],
+            *(f"{100 * gain:+.1f}" for gain in below_nearest(report, name).values()),
+        ]
+        for name in names
+    ]
+    return markdown_table(["trained with", *head], rows)
+
+
 def nearest_sentence(report: Mapping[str, Any], name: str, bound: float = 0.05) -> str:
     """Say at which unseen counts a regime is within ``bound`` of the nearest trained one."""
     below = below_nearest(report, name)
