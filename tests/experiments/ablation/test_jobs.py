@@ -127,10 +127,8 @@ def test_regimes_near_the_fewest_tokens_differ_from_their_model_in_the_counts_al
         known["fixed-small-positions"].model,
     )
     assert specialist.start == known["fixed-small-positions"].start
-    longer = known["fixed-fewest-positions-longer"]
-    assert longer.stage["steps"] == known["fixed-small-positions-longer"].stage["steps"]
-    near = known["positions-spread-fewest-longer"]
-    assert near.stage == {**known["positions-spread-fewest"].stage, "steps": longer.stage["steps"]}
+    near, longer = (known[f"positions-spread-fewest{suffix}"] for suffix in ("", "-longer"))
+    assert longer.stage == {**near.stage, "steps": known["positions-longer"].stage["steps"]}
 
 
 def test_a_specialist_for_the_fewest_tokens_also_starts_from_a_model_that_reads():
@@ -153,10 +151,10 @@ def test_other_grids_reach_the_encoders_where_the_large_count_does_not():
         assert regime.stage["counts"] == [*spread.stage["counts"], *finer]
         assert regime.stage["weights"][-2:] == [0.05, 0.05]
         assert sum(regime.stage["weights"]) == pytest.approx(1)
-        assert regime in regimes_of("unseen", scale)
+        assert regime in regimes_of("extremes", scale)
     reading = SCALES["reading"]
     assert "positions-spread-finer" not in regimes(reading)
-    assert len(regimes_of("unseen", reading)) == len(regimes_of("unseen", SMALL)) - 1
+    assert len(regimes_of("extremes", reading)) == len(regimes_of("extremes", SMALL)) - 1
 
 
 def test_a_regime_of_another_start_waits_for_it():
@@ -187,7 +185,7 @@ def test_suites_share_the_runs_they_have_in_common():
     assert len(known) == 2 * (len(starts) + len(names))
 
 
-@pytest.mark.parametrize("suite", ["gap", "unseen", "limited"])
+@pytest.mark.parametrize("suite", ["gap", "unseen", "extremes", "limited"])
 def test_every_run_of_the_other_suites_is_a_valid_configuration(suite):
     for job in plan_jobs(SMALL, regimes_of(suite, SMALL), [0], on_gpu=False):
         config_of(job)
@@ -248,7 +246,7 @@ def test_every_lever_compares_with_its_own_count():
 def test_an_unknown_suite_is_refused(capsys):
     assert main(["ablate", "--suite", "paperr"]) == 2
     said = capsys.readouterr().err
-    assert "suite must be one of paper, gap, unseen, limited, got 'paperr'" in said
+    assert "suite must be one of paper, gap, unseen, extremes, limited, got 'paperr'" in said
     assert main(["ablate", "--quick", "--suite", "gap"]) == 2
     assert "--quick is of the suites paper and limited, got it" in capsys.readouterr().err
 

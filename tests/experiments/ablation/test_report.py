@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from experiments.ablation.checks import LIMITED_GAIN, quick_checks, quick_limited_checks
+from experiments.ablation.extremes import format_extremes
 from experiments.ablation.figures import draw_gains, write_figures
 from experiments.ablation.gap import format_gap, gains, write_gap_figure
 from experiments.ablation.limited import format_limited, write_limited_figure
@@ -113,19 +114,34 @@ def test_the_page_of_unseen_counts_has_each_part_alone():
     assert "| trained with | 25 (to 16) | 2x3 (to 4) |" in others
 
 
-def report_at_one(**accuracies: float) -> dict[str, Any]:
-    """Report of the suite `unseen` that was also asked at 1 token, 50 % where nothing is said."""
-    report = canned_report(names=("start", *SUITES["unseen"]))
-    report["unseen"].append("1")
+def report_far_out(**accuracies: float) -> dict[str, Any]:
+    """Report of the suite `extremes`: at 1 and 64 tokens 50 % where nothing is said."""
+    report = canned_report(names=("start", *SUITES["extremes"]))
+    report["unseen"] = ["1", "64"]
     for name, row in report["regimes"].items():
         value = accuracies.get(name.replace("-", "_"), 0.5)
         for index, accuracy in enumerate((row["accuracy"], *row["accuracy_by_kind"].values())):
-            accuracy["1"] = spread_of([value - 0.1 * index + 0.02 * seed for seed in range(3)])
+            for count in report["unseen"]:
+                seeds = [value - 0.1 * index + 0.02 * seed for seed in range(3)]
+                accuracy[count] = spread_of(seeds)
     return report
 
 
-def test_fewer_tokens_are_compared_with_a_specialist_of_theirs_and_one_of_the_small_count():
-    page = format_unseen(report_at_one(fixed_fewest_positions_longer=0.7))
+def test_models_for_every_count_are_compared_far_from_their_counts():
+    page = format_extremes(report_far_out(positions_spread_finer=0.96))
+    finer = "2:3:5, positions, other grids, 10 % at 6 x 8, 8 x 6"
+    head = page.split("\n## ")[0]
+    accuracies, differences = head.split("Beside the trained count")
+    assert "| trained with | at 4 | at 9 | at 16 | at 1 | at 64 |" in head
+    assert cells(accuracies, finer)[-1] == "98.0 ± 2.0"
+    assert cells(differences, finer)[-1] == "+7.0"  # to 90, 91 and 92 %
+    assert "| trained with | 1 (to 4) | 64 (to 16) |" in head
+    assert f"- {finer}: at 2 of 2 within 5 points" in head
+    assert "or at grids that reach the encoder's" in head
+
+
+def test_fewer_tokens_are_compared_with_specialists_of_theirs_and_one_of_the_small_count():
+    page = format_extremes(report_far_out(fixed_fewest_positions_ready=0.7))
     part = section(page, "Fewer tokens than the small count: 1")
     assert "| trained with | asked at | mean | colour | odd | read |" in part
     # The specialist for 4 has 86, 87 and 88 %, and that for 1 70, 72 and 74 %: -16, -15, -14.
@@ -133,29 +149,28 @@ def test_fewer_tokens_are_compared_with_a_specialist_of_theirs_and_one_of_the_sm
         *("4", "87.0 ± 1.0"),
         *("87.0 ± 1.0", "87.5 ± 1.0", "67.0 ± 1.0"),
     ]
-    assert cells(part, "fixed 1, positions, 2.5 x the steps") == [
+    ready = "fixed 1, positions, started from all counts"
+    assert cells(part, ready) == [
         *("1", "72.0 ± 2.0"),
         *("62.0 ± 2.0", "52.0 ± 2.0", "42.0 ± 2.0"),
     ]
-    assert (
-        "- fixed 1, positions, 2.5 x the steps: -15.0 ± 1.0 points beside fixed 4, positions, "
-        "paired by seed." in part
-    )
-    assert "2.5 x the steps) stays 15.0 points below: at this size and budget 1 is out of" in part
+    assert f"- {ready}: -15.0 ± 1.0 points beside fixed 4, positions, paired by seed." in part
+    assert f"({ready}) stays 15.0 points below: at this size and budget 1 does not reach" in part
     of_one = [line for line in part.splitlines() if line.startswith("| 2:3:5, positions, other g")]
     assert [line.split(" | ")[1] for line in of_one] == ["4", "1", "1", "1", "1"]
 
 
-def test_the_page_says_so_where_a_specialist_for_fewer_tokens_is_near():
-    part = format_unseen(report_at_one(fixed_fewest_positions=0.84))
-    assert "The best specialist (fixed 1, positions) is within 5 points: one model could" in part
+def test_the_page_says_how_near_specialists_and_models_for_every_count_come():
+    report = report_far_out(fixed_fewest_positions=0.84, positions_spread_fewest=0.8)
+    part = format_extremes(report)
+    assert "The best specialist (fixed 1, positions) is within 5 points. The best of the" in part
+    assert "(2:3:5, positions, other grids, 10 % at 1): -4.0 ± 0.0 beside it." in part
 
 
-def test_a_report_without_such_specialists_has_no_such_section():
-    report = report_at_one()
-    del report["regimes"]["fixed-fewest-positions"]
-    assert "Fewer tokens" not in format_unseen(report)
-    assert "Fewer tokens" not in format_unseen(canned_report(names=("start", *SUITES["unseen"])))
+def test_a_report_that_was_not_asked_at_fewer_tokens_has_no_such_section():
+    report = report_far_out()
+    report["unseen"].remove("1")
+    assert "Fewer tokens" not in format_extremes(report)
 
 
 def test_each_lever_is_measured_against_its_own_specialists():

@@ -57,7 +57,9 @@ CURVES = {
     "positions-spread": (0.84, 0.9, 0.96, 0.95, 0.75),
 }
 OTHERS = {
-    **dict.fromkeys((*SUITES["gap"], *SUITES["unseen"]), (0.7, 0.8, 0.9, 0.5, 0.5)),
+    **dict.fromkeys(
+        (*SUITES["gap"], *SUITES["unseen"], *SUITES["extremes"]), (0.7, 0.8, 0.9, 0.5, 0.5)
+    ),
     **{name: (0.86, 0.92, 0.99, 0.5, 0.5) for name in SUITES["gap"] if "fixed" in name},
 }
 
