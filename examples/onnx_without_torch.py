@@ -34,6 +34,8 @@ while seen < 64 and ids[0, -1] not in tokens["eos"]:
     [embeds] = run(graphs["embedding"], ids)
     embeds[ids == tokens["image"]] = vision[0] if seen == 0 else 0
     mask, positions = np.ones((1, seen + ids.size), int), np.arange(seen, seen + ids.size)[None]
+    if manifest["image_positions"] == "shared":  # by all tokens of the image, which comes first
+        positions[ids == tokens["image"]] = len(vision[0]) - 1
     logits, *past = run(graphs["language"], embeds, mask, positions, *past)
     logits[..., tokens["image"]] = -np.inf  # a placeholder is no answer
     seen, ids = seen + ids.size, logits[:, -1:].argmax(-1)

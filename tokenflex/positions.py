@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -57,6 +58,22 @@ def check_image_positions(image_positions: object, projector_position: str | Non
             "else tells an image's tokens apart"
         )
     return str(image_positions)
+
+
+def check_sequential(name: str, config: Any) -> None:
+    """Refuse ``name`` for a model whose images' tokens share a position.
+
+    Raises:
+        ValueError: ``image_positions`` of ``config`` is not "sequential". Converted stock models
+            have no such field.
+    """
+    image_positions = getattr(config, "image_positions", "sequential")
+    if image_positions != "sequential":
+        raise ValueError(
+            f"{name} needs a model with image_positions='sequential', got {image_positions!r}: a "
+            "plain language model numbers the positions of embeddings one by one. tokenflex serve "
+            "and vLLM with the plugin of tokenflex serve such a model whole"
+        )
 
 
 def _positions_of_grids(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tests.models.tiny import IMAGE, WIDTH, text_config, vision_config
 from tokenflex import TokenFlexConfig, TokenFlexForConditionalGeneration, TokenFlexProcessor
@@ -44,6 +45,8 @@ def save_checkpoint(
         made = Router(COUNTS, WIDTH, TEXT_WIDTH)
         for layer, scale in ((made.image, 1), (made.question, 300), (made.right, 10)):
             layer.weight.data *= scale  # embeddings are small, and questions should decide
+        if model.model.projector.position is not None:  # zeros, which add nothing
+            nn.init.normal_(model.model.projector.position.weight)
     model.save_pretrained(folder)
     TokenFlexProcessor(
         processor.image_processor,

@@ -104,9 +104,9 @@ def running(served: ServedModel, **options: Any) -> Iterator[Client]:
         assert not thread.is_alive()
 
 
-def tiny_served(limits: Limits | None = None) -> TokenFlexServed:
+def tiny_served(limits: Limits | None = None, **changes: Any) -> TokenFlexServed:
     """A model of random weights whose answers depend on picture, question and count."""
-    config = tiny_config(trained_num_image_tokens=[*COUNTS])
+    config = tiny_config(trained_num_image_tokens=[*COUNTS], **changes)
     config.text_config.tie_word_embeddings = False  # or it would repeat the question's last word
     with torch.random.fork_rng():
         torch.manual_seed(4)

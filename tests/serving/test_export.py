@@ -74,8 +74,13 @@ class Exported:
             self._open[name] = open_graph(self.target, self.folder, self.graphs[name])
         return self._open[name](*inputs)
 
-    def generate(self, ids: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Answer as a program without PyTorch would, with the keys and values of former tokens."""
+    def generate(
+        self, ids: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor, *, shared: bool = False
+    ) -> torch.Tensor:
+        """Answer as a program without PyTorch would, with the keys and values of former tokens.
+
+        Each row has one image; with ``shared`` its tokens have the position of the last.
+        """
         inputs = self.graphs["language"]["inputs"]
         states = [torch.zeros(len(ids), s[1], 0, s[3]) for s in [*inputs.values()][3:]]
         answer: list[torch.Tensor] = []
@@ -84,6 +89,9 @@ class Exported:
             embeds = embeds.clone()
             embeds[ids == IMAGE] = tokens.flatten(0, 1) if not answer else embeds[ids == IMAGE]
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :].contiguous()
+            if shared:
+                last = positions.masked_fill(ids != IMAGE, 0).amax(1, keepdim=True)
+                positions = torch.where(ids == IMAGE, last, positions)
             logits, *states = self.run("language", embeds, mask, positions, *states)
             logits = logits.clone()
             logits[..., IMAGE] = -torch.inf
@@ -153,9 +161,11 @@ def test_graphs_give_the_models_vision_tokens(exported, checkpoint):
             torch.testing.assert_close(tokens, torch.stack(expected), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("positions", ["sequential", "shared"])
 @pytest.mark.parametrize("rows", [1, 3, 5])
-def test_graphs_answer_as_the_model(exported, checkpoint, rows):
+def test_graphs_answer_as_the_model(exported, checkpoint, rows, positions):
     model, processor = load_checkpoint(checkpoint)
+    model.config.image_positions = positions  # the graphs are the same: they take positions
     words = ("odd", "read r1c1", "odd majority read r2c3")
     inputs = processor(
         images=[picture(seed) for seed in range(rows)],
@@ -164,7 +174,8 @@ def test_graphs_answer_as_the_model(exported, checkpoint, rows):
     )
     [features] = exported.run("encoder", inputs["pixel_values"])
     [tokens] = exported.run("2x3", features)
-    answers = exported.generate(inputs["input_ids"], inputs["attention_mask"], tokens)
+    prompt = inputs["input_ids"], inputs["attention_mask"]
+    answers = exported.generate(*prompt, tokens, shared=positions == "shared")
     expected = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
     assert answers.tolist() == expected[:, -NEW_TOKENS:].tolist()
 
@@ -218,16 +229,22 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     )
 
 
+def answer_of_model(checkpoint: Path, positions: str = "sequential") -> tuple[Any, list[str]]:
+    """Return what the model generates for the example's question: ids, and new words."""
+    model, processor = load_checkpoint(checkpoint)
+    model.config.image_positions = positions
+    inputs = processor(images=picture(3), text="<image> read r2c3", num_image_tokens=(2, 3))
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+    return ids, processor.tokenizer.convert_ids_to_tokens(ids[0, -NEW_TOKENS:])
+
+
 def test_the_example_needs_no_torch(exported, checkpoint, tmp_path):
     if exported.target != "onnx":
         pytest.skip("the example runs ONNX files")
-    assert len(EXAMPLE.read_text().splitlines()) <= 40
+    assert len(EXAMPLE.read_text().splitlines()) <= 42
     result = run_example(exported.folder, tmp_path / "picture.png", "2x3")
     assert result.returncode == 0, result.stderr
-    model, processor = load_checkpoint(checkpoint)
-    inputs = processor(images=picture(3), text="<image> read r2c3", num_image_tokens=(2, 3))
-    expected = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
-    answer = processor.tokenizer.convert_ids_to_tokens(expected[0, -NEW_TOKENS:])
+    expected, answer = answer_of_model(checkpoint)
     assert result.stdout.split()[:NEW_TOKENS] == answer
 
     ends = tmp_path / "ends"  # the same graphs, where the model's last new word is the end
@@ -237,6 +254,20 @@ def test_the_example_needs_no_torch(exported, checkpoint, tmp_path):
     before = answer[: answer.index(answer[-1])]
     result = run_example(ends, tmp_path / "picture.png", "2x3")
     assert result.stdout == "".join(f"{word}\n" for word in before)
+
+
+def test_the_example_gives_shared_positions(exported, checkpoint, tmp_path):
+    if exported.target != "onnx":
+        pytest.skip("the example runs ONNX files")
+    folder = tmp_path / "shared"  # the graphs are the same: they take positions
+    shutil.copytree(exported.folder, folder)
+    (folder / "manifest.json").write_text(
+        json.dumps({**exported.manifest, "image_positions": "shared"})
+    )
+    result = run_example(folder, tmp_path / "picture.png", "2x3")
+    answer = answer_of_model(checkpoint, "shared")[1]
+    assert answer != answer_of_model(checkpoint)[1]
+    assert result.stdout.split()[:NEW_TOKENS] == answer
 
 
 def test_the_example_names_the_exported_counts(exported, tmp_path):
@@ -457,6 +488,14 @@ def test_a_stock_model_is_refused(refused, tmp_path):
     stock_model("llava").save_pretrained(tmp_path / "llava")
     line = refused(tmp_path / "llava", "--to", "pt2", "--output", tmp_path / "out")
     assert "holds a stock llava: convert it first" in line
+
+
+def test_a_plain_language_model_cannot_share_positions(refused, tmp_path):
+    positions = {"projector_position": "normalized", "image_positions": "shared"}
+    folder = save_small(tmp_path / "checkpoint", **positions)
+    line = refused(folder, "--to", "language-model", "--output", tmp_path / "out")
+    assert "--to language-model needs a model with image_positions='sequential', got 'sh" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_model_is_refused(refused, tmp_path):

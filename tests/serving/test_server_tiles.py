@@ -26,9 +26,9 @@ def part(image: Image.Image, **settings):
     return image_part(data_url(image), **settings)
 
 
-@pytest.fixture(scope="module")
-def served():
-    served = tiny_served()
+@pytest.fixture(scope="module", params=["sequential", "shared"])
+def served(request):
+    served = tiny_served(projector_position="normalized", image_positions=request.param)
     base = served.processor
     served.processor = TokenFlexProcessor(
         base.image_processor,

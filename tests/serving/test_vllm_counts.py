@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -167,21 +168,13 @@ def test_a_checkpoint_without_a_router_knows_the_counts_of_its_training(tmp_path
     assert chooser.known_counts == (4, 16)
 
 
-class Settings:
-    """The part of vLLM's config that the hook reads."""
-
-    tokenizer_mode = "auto"
-
-    def __init__(self, positions: str) -> None:
-        self.hf_config = type("Config", (), {"image_positions": positions})
-
-
-def test_shared_positions_are_refused_before_anything_is_loaded():
-    served = Settings("sequential")
-    ConfigHook.verify_and_update_model_config(served)
-    assert served.tokenizer_mode == "tokenflex"
-    with pytest.raises(ValueError, match=r"image_positions must be 'sequential'.*got 'shared'"):
-        ConfigHook.verify_and_update_model_config(Settings("shared"))
+@pytest.mark.parametrize("positions", ["sequential", "shared"])
+def test_the_model_gives_positions_where_the_tokens_of_an_image_share_one(positions):
+    config = SimpleNamespace(image_positions=positions)
+    settings = SimpleNamespace(tokenizer_mode="auto", hf_config=config)
+    ConfigHook.verify_and_update_model_config(settings)
+    assert settings.tokenizer_mode == "tokenflex"
+    assert hasattr(config, "mrope_section") == (positions == "shared")
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "much", "1.5"])

@@ -57,6 +57,7 @@ from tokenflex.models.placeholders import (
 from tokenflex.models.prefixes import SharedPrefixes
 from tokenflex.models.prompt_embeddings import batch_of_prompts, without_padding
 from tokenflex.models.vision import EncodedImages
+from tokenflex.positions import check_sequential
 from tokenflex.projector import TokenAdaptiveProjector
 from tokenflex_kernels import PackPlan
 from tokenflex_kernels.tracing import is_exporting
@@ -362,12 +363,7 @@ class TokenFlexForConditionalGeneration(
             >>> inputs = processor(images=[a, b], text=prompts, num_image_tokens=[64, 256])
             >>> first, second = model.merged_embeddings(**inputs)
         """
-        if self.config.image_positions != "sequential":
-            raise ValueError(
-                "merged_embeddings needs a model with image_positions='sequential', got "
-                f"{self.config.image_positions!r}: a plain language model numbers the positions of "
-                "embeddings one by one"
-            )
+        check_sequential("merged_embeddings", self.config)
         ids, mask = batch_of_prompts(input_ids, attention_mask)
         images = self.model._image_tokens(
             *(pixel_values, num_image_tokens, grids, encoded_images, None, image_index),

@@ -14,6 +14,7 @@ from tokenflex.checkpoints import load_model
 from tokenflex.counts import TokenCount, token_grid
 from tokenflex.errors import ReportedError
 from tokenflex.files import new_folder, read_json, write_json
+from tokenflex.positions import check_sequential
 from tokenflex.serving.export.language_model import plain_language_model
 from tokenflex.serving.export.manifest import (
     MANIFEST,
@@ -80,6 +81,7 @@ def export(
 def _write_language_model(
     model: Any, processor: Any, folder: Path, tolerance: float, report: Report
 ) -> None:
+    check_sequential(f"--to {LANGUAGE_MODEL}", model.config)
     language_model = plain_language_model(model)
     with working("writing the language model"):
         language_model.save_pretrained(folder)

@@ -14,6 +14,8 @@ from typing import Any
 ARCHITECTURE = "TokenFlexForConditionalGeneration"
 MODE = "tokenflex"
 """The name of our renderer, which writes a conversation as the prompt of our processor does."""
+POSITION_ROWS = 3
+"""Rows in which vLLM keeps positions that a model gives (M-RoPE: time, height and width)."""
 
 logger = logging.getLogger(__name__)
 
@@ -39,17 +41,13 @@ class ConfigHook:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Refuse what cannot be served, and choose our renderer.
+        """Choose our renderer, and have the model give positions where an image's tokens share one.
 
-        Raises:
-            ValueError: the model's images do not have one text position per vision token.
+        vLLM takes positions from a model, in place of 0, 1, 2, .., if its config has an
+        ``mrope_section``. The language model's own config stays as it is: it gets one row of them.
         """
-        positions = model_config.hf_config.image_positions
-        if positions != "sequential":
-            raise ValueError(
-                "image_positions must be 'sequential' to be served by vLLM, whose cache gives "
-                f"every token a position of its own, got {positions!r}"
-            )
+        if model_config.hf_config.image_positions == "shared":
+            model_config.hf_config.mrope_section = [1] * POSITION_ROWS
         model_config.tokenizer_mode = MODE
 
     @staticmethod

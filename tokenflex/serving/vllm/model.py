@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.config import VllmConfig
-from vllm.model_executor.models.interfaces import SupportsMultiModal, SupportsPP
+from vllm.model_executor.models.interfaces import SupportsMRoPE, SupportsMultiModal, SupportsPP
 from vllm.model_executor.models.utils import (
     AutoWeightsLoader,
     WeightsMapper,
@@ -25,13 +25,14 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from tokenflex.counts import Grid
+from tokenflex.counts import Grid, tokens_of
 from tokenflex.models.configuration import TokenFlexConfig
 from tokenflex.models.image_features import ImageFeatures, build_projector
 from tokenflex.models.vision import EncodedImages
+from tokenflex.positions import shared_image_positions
 from tokenflex.serving.feature_cache import FeatureCache
 from tokenflex.serving.passes import encode_in_passes
-from tokenflex.serving.vllm import feature_cache_bytes
+from tokenflex.serving.vllm import POSITION_ROWS, feature_cache_bytes
 from tokenflex.serving.vllm.info import TokenFlexDummyInputs, TokenFlexProcessingInfo
 from tokenflex.serving.vllm.processing import TokenFlexMultiModalProcessor
 
@@ -41,7 +42,7 @@ from tokenflex.serving.vllm.processing import TokenFlexMultiModalProcessor
     info=TokenFlexProcessingInfo,
     dummy_inputs=TokenFlexDummyInputs,
 )
-class TokenFlexForVLLM(ImageFeatures, nn.Module, SupportsMultiModal, SupportsPP):
+class TokenFlexForVLLM(ImageFeatures, nn.Module, SupportsMultiModal, SupportsMRoPE, SupportsPP):
     """A TokenFLEX checkpoint in vLLM.
 
     Attributes:
@@ -143,6 +144,25 @@ class TokenFlexForVLLM(ImageFeatures, nn.Module, SupportsMultiModal, SupportsPP)
         height, width = (patch, patch) if isinstance(patch, int) else patch
         return (pixels.shape[2] // height) * (pixels.shape[3] // width)
 
+    def get_mrope_input_positions(
+        self, input_tokens: Sequence[int], mm_features: Sequence[Any]
+    ) -> tuple[torch.Tensor, int]:
+        """Return the positions of a prompt, and what to add to the index of a later token: 0.
+
+        All tokens of a tile may share the position of its last one, and text keeps its own.
+
+        Args:
+            input_tokens: the prompt's tokens, those of its images among them.
+            mm_features: vLLM's description of each image, with its place in the prompt.
+
+        Returns:
+            int64 [3, tokens] with equal rows, which vLLM keeps for positions of three axes; and 0.
+        """
+        positions = torch.arange(len(input_tokens))
+        if self.config.image_positions == "shared":
+            positions = shared_image_positions(positions, *_vision_rows(mm_features))
+        return positions.expand(POSITION_ROWS, -1), 0
+
     def forward(
         self,
         input_ids: torch.Tensor | None,
@@ -151,7 +171,12 @@ class TokenFlexForVLLM(ImageFeatures, nn.Module, SupportsMultiModal, SupportsPP)
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: object,
     ) -> Any:
-        """Return the language model's hidden states, as vLLM's models do."""
+        """Return the language model's hidden states, as vLLM's models do.
+
+        ``positions`` are [tokens], or [3, tokens] from :meth:`get_mrope_input_positions`.
+        """
+        if positions.ndim == 2:
+            positions = positions[0]  # of equal rows
         if intermediate_tensors is not None:
             inputs_embeds = None
         return self.language_model(
@@ -179,6 +204,19 @@ class TokenFlexForVLLM(ImageFeatures, nn.Module, SupportsMultiModal, SupportsPP)
         )
         loaded: set[str] = AutoWeightsLoader(self).load_weights(weights, mapper=names)
         return loaded
+
+
+def _vision_rows(features: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows of a prompt's vision tokens, and the tile of each: int64 [vision] both."""
+    rows: list[int] = []
+    tiles: list[int] = []
+    for feature in sorted(features, key=lambda feature: feature.mm_position.offset):
+        start, length = feature.mm_position.offset, feature.mm_position.length
+        count = tokens_of(_pair(feature.data["token_grids"].data))
+        first = tiles[-1] + 1 if tiles else 0
+        rows += range(start, start + length)
+        tiles += (first + token // count for token in range(length))
+    return torch.tensor(rows, dtype=torch.int64), torch.tensor(tiles, dtype=torch.int64)
 
 
 def _pair(grid: torch.Tensor) -> Grid:
