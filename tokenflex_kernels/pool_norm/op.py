@@ -320,7 +320,7 @@ def _on_device(
         keep_record(key, (stage, is_differentiated))
     else:
         stage, is_differentiated = call
-        results = stage(x, weight, bias)
+        results = stage.repeat((x, weight, bias))
     if not is_differentiated:
         out: torch.Tensor = results[0]
         return out

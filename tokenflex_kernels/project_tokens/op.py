@@ -121,8 +121,14 @@ def project_tokens(
         ValueError: shapes, devices, grids, ``mode`` or ``save`` do not fit together.
     """
     weights = ProjectorWeights(
-        *(norm_weight, norm_bias, gate_weight, gate_bias),
-        *(up_weight, up_bias, down_weight, down_bias),
+        norm_weight,
+        norm_bias,
+        gate_weight,
+        gate_bias,
+        up_weight,
+        up_bias,
+        down_weight,
+        down_bias,
     )
     if is_ordinary(x):
         out = _on_host(x, in_grids, out_grids, weights, mode, eps, save)
@@ -392,7 +398,8 @@ def _on_device(
     plan = device_plan(in_grids, out_grids, mode, eps)
     if plan is None or type(save) is not str:
         return None
-    key = call_key("project_tokens", (x, *weights), plan, mode, eps, save)
+    tensors = x, *weights
+    key = call_key("project_tokens", tensors, plan, mode, eps, save)
     call = None if key is None else find_record(key)
     if key is None or call is None:
         return None
@@ -403,16 +410,16 @@ def _on_device(
         check_save(save)
         if not are_same(check_weights(x, weights), weights) or beyond_triton(x):
             return None
-        needs = needs_grad((x, *weights))
+        needs = needs_grad(tensors)
         product, kept, call = recorded.record(x, weights, plan, mode, eps, save, needs)
         keep_record(key, call)
     else:
-        product, kept = call(x, weights)
+        product, kept = call.repeat(tensors)
     if not call.is_differentiated:
         return F.linear(product, weights.down_weight, weights.down_bias)
     with torch._C._AutoDispatchBelowAutograd():
         out = F.linear(product, weights.down_weight, weights.down_bias)
-    result: torch.Tensor = _record_on_device(x, *weights, (out, kept, plan.grids, mode, save))
+    result: torch.Tensor = _record_on_device(*tensors, (out, kept, plan.grids, mode, save))
     return result
 
 
