@@ -66,7 +66,7 @@ def call_key(op: str, tensors: tuple[Any, ...], *others: Any) -> Key | None:
         if index != relaunch.current_device() or relaunch.is_capturing():
             return None
         stream = relaunch.current_stream(index)
-    # Of any device: to ask for one takes ten times as long.
+    # Of any device: the question about one takes twice as long.
     if launch_configs.is_overridden() or torch._C._is_any_autocast_enabled():
         return None
     compiled = extension()
