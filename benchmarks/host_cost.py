@@ -7,6 +7,7 @@ measured on a stub too, by Triton's path up to its launcher: see ``stubbed_gpu``
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -56,8 +57,9 @@ def op_calls(
     patches, norm, weight = tensor(16, WIDTH), tensor(WIDTH), tensor(WIDTH, WIDTH)
     table, vision, packed = tensor(5, WIDTH), tensor(2, WIDTH), tensor(4, WIDTH)
     grids = ([(4, 4)], [(2, 2)])
+    # Interned, as names in the source of a caller are: others are compared letter by letter.
     parameters: dict[str, Any] = {
-        f"{part}_{kind}": weight if kind == "weight" and part != "norm" else norm
+        sys.intern(f"{part}_{kind}"): weight if kind == "weight" and part != "norm" else norm
         for part in ("norm", "gate", "up", "down")
         for kind in ("weight", "bias")
     }

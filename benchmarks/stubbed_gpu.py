@@ -99,13 +99,13 @@ def stubbed_gpu(note: Note | None = None) -> Iterator[None]:
     def has_triton(implementation: str, device_type: str) -> bool:
         return implementation == "triton" or runs_on(implementation, device_type)
 
-    def as_cuda(like: torch.Tensor) -> str:
-        return "cuda" if like.device.type == "cpu" else like.device.type
+    def is_on_gpu(tensor: torch.Tensor) -> bool:
+        return tensor.is_cpu or tensor.is_cuda
 
     stubs: list[tuple[Any, str, Any]] = [
         (backend, "_runs_on", has_triton),
         (launch_configs, "architecture", lambda device: f"sm_{ARCHITECTURE}"),
-        (relaunch, "device_type", as_cuda),
+        (relaunch, "is_on_gpu", is_on_gpu),
         (relaunch, "current_device", lambda: None),  # the index of a device that is the host's
         (relaunch, "current_stream", lambda index: STREAM),
         (relaunch, "is_capturing", lambda: False),

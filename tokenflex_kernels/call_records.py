@@ -60,13 +60,14 @@ def call_key(op: str, tensors: tuple[Any, ...], *others: Any) -> Key | None:
         others: all else that the call depends on, hashable.
     """
     like = tensors[0]
-    kind, stream = relaunch.device_type(like), 0
-    if kind == "cuda":
+    stream = 0
+    if relaunch.is_on_gpu(like):
         index = like.device.index
         if index != relaunch.current_device() or relaunch.is_capturing():
             return None
         stream = relaunch.current_stream(index)
-    if launch_configs.is_overridden() or torch.is_autocast_enabled(kind):
+    # Of any device: the question about one takes twice as long.
+    if launch_configs.is_overridden() or torch._C._is_any_autocast_enabled():
         return None
     compiled = extension()
     described = _described(tensors) if compiled is None else compiled.tensor_key(*tensors)
@@ -148,7 +149,7 @@ class _Repeat(NamedTuple):
 
 
 class RecordedStage:
-    """A stage for calls of one kind: called with their tensors, it returns the stage's results."""
+    """A stage for calls of one kind."""
 
     def __init__(
         self,
@@ -164,7 +165,7 @@ class RecordedStage:
         self.launches = None
         if repeats is not None:
             like: Any = tensors[0]
-            on_gpu = relaunch.device_type(like) == "cuda"
+            on_gpu = relaunch.is_on_gpu(like)
             stream = relaunch.current_stream(like.device.index) if on_gpu else 0
             # Nothing is written to a tensor of no elements: all calls may share it.
             made: list[Any] = [
@@ -181,8 +182,9 @@ class RecordedStage:
         """True if calls repeat launches; otherwise they run the stage."""
         return self.launches is not None
 
-    def __call__(self, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        results = None if self.launches is None else self.launches(*tensors)
+    def repeat(self, tensors: Tensors) -> tuple[torch.Tensor, ...]:
+        """Return the stage's results for a call's tensors."""
+        results = None if self.launches is None else self.launches.repeat(tensors)
         return self._run_stage(tensors) if results is None else results
 
     def _run_stage(self, tensors: Tensors) -> tuple[torch.Tensor, ...]:
@@ -208,9 +210,6 @@ class _Rows(NamedTuple):
 class RecordedLaunches:
     """The launches of one stage or of several, for calls of one kind.
 
-    Called with their tensors, it allocates the results, launches, and returns the results. It
-    returns None, and has launched nothing, where launches must be left to the stages.
-
     Args:
         repeats: the launches, whose places count the call's tensors, and its results after them.
         results: shape, strides and dtype of each, or a tensor that all calls share.
@@ -227,8 +226,12 @@ class RecordedLaunches:
             self._compiled = self._prepare(compiled)
             self._repeat_compiled = compiled.repeat_launches
 
-    def __call__(self, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...] | None:
-        if not self._is_interpreted and not relaunch.is_ordinary(*self._kernels):
+    def repeat(self, tensors: Tensors) -> tuple[torch.Tensor, ...] | None:
+        """Allocate the results for a call's tensors, launch, and return the results.
+
+        Returns None, and has launched nothing, where launches must be left to the stages.
+        """
+        if not self._is_interpreted and not relaunch.is_ordinary(self._kernels):
             return None
         if self._compiled is not None and not relaunch.has_launch_hooks():
             made: tuple[torch.Tensor, ...] | None = self._repeat_compiled(self._compiled, *tensors)
@@ -240,7 +243,7 @@ class RecordedLaunches:
             else result
             for result in self.results
         ]
-        return tuple(results) if self._repeat([*tensors, *results]) else None
+        return tuple(results) if self._launch([*tensors, *results]) else None
 
     def _has_descriptors(self) -> bool:
         return any(fields is not None for repeat in self.repeats for _, _, fields in repeat.places)
@@ -261,8 +264,8 @@ class RecordedLaunches:
         ]
         return compiled.prepare_launches(self.rows.num_tensors, self.rows.offset, results, launches)
 
-    def _repeat(self, tensors: Tensors) -> bool:
-        """Repeat the launches on tensors and results; return whether that was possible."""
+    def _launch(self, tensors: Tensors) -> bool:
+        """Launch on tensors and results; return whether that was possible."""
         if self._is_interpreted:
             for repeat in self.repeats:
                 args = _with_tensors(repeat, tensors, tensors)

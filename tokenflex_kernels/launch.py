@@ -87,28 +87,27 @@ def launch(kernel: Any, programs: int, like: torch.Tensor, *args: Any, **options
     if programs == 0:
         return
     binary = None
-    kind = relaunch.device_type(like)
-    if kind == "cuda":
+    if relaunch.is_on_gpu(like):
         index = like.device.index
         if index == relaunch.current_device():
             binary = _launch_on_gpu(kernel, programs, index, args, options)
         else:
             with torch.cuda.device(like.device):
                 binary = _launch_on_gpu(kernel, programs, index, args, options)
-    elif kind == "meta":
+    elif like.is_meta:
         compiled = kernel.warmup(*args, grid=(programs,), **options)
         if on_compile is not None:
             on_compile(kernel.__name__, compiled)
         if on_launch is not None:
             on_launch(kernel, compiled, programs, args)
         return
-    elif kind == "cpu" and is_interpreted(kernel):
+    elif like.is_cpu and is_interpreted(kernel):
         with _disable_current_modes():  # it computes by PyTorch's operations
             interpret(kernel, programs, args, options)
     else:
         raise ValueError(
             "Triton kernels run on CUDA tensors, or on CPU tensors if TRITON_INTERPRET=1 was set "
-            f"before Triton was imported; got {kind} tensors"
+            f"before Triton was imported; got {like.device.type} tensors"
         )
     if _observer.launches is not None:
         _observer.launches.append(Launch(kernel, programs, args, options, binary))
@@ -122,7 +121,7 @@ def _launch_on_gpu(
 ) -> Binary | None:
     """Launch on the current device; return the binary, or None if the launch is left to Triton."""
     key = binary_key(kernel, index, args, options)
-    if key is None or not relaunch.is_ordinary(kernel):
+    if key is None or not relaunch.is_ordinary((kernel,)):
         kernel[(programs,)](*args, **options)
         return None
     binary = _binaries.get(key)

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -153,6 +154,24 @@ def test_a_step_that_hangs_is_interrupted_and_killed_with_what_it_started(machin
     time.sleep(0.2)
     state = Path(f"/proc/{pid.read_text(encoding='utf-8').strip()}/stat")
     assert not state.exists() or " Z " in state.read_text(encoding="utf-8")
+
+
+def test_a_call_that_is_ended_kills_its_step_and_the_next_one_continues(machine):
+    pid = machine.folder / "pid"
+    machine.does("tokenflex_kernels.smoke", f"echo $$ > {pid}.new; mv {pid}.new {pid}; sleep 60")
+    command = [sys.executable, "-m", "benchmarks.first_minutes", "--python", str(machine.python)]
+    call = subprocess.Popen([*command, "--out", str(machine.out)], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not pid.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    call.terminate()
+    assert call.wait(60) == 128 + signal.SIGTERM
+    state = Path(f"/proc/{pid.read_text(encoding='utf-8').strip()}/stat")
+    assert not state.exists() or " Z " in state.read_text(encoding="utf-8")
+    assert machine.summary == {"build": "ok"}
+    machine.does("tokenflex_kernels.smoke", "exit 0")
+    assert machine.run() == 0
+    assert machine.modules == FULL[1:]
 
 
 class TestAnotherCall:

@@ -36,8 +36,9 @@ def launches(monkeypatch):
     return Kernel(), made
 
 
-def on_device(index):
-    return SimpleNamespace(device=SimpleNamespace(type="cuda", index=index))
+def on_device(index, kind="cuda"):
+    kinds = {f"is_{name}": name == kind for name in ("cuda", "cpu", "meta")}
+    return SimpleNamespace(device=SimpleNamespace(type=kind, index=index), **kinds)
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -56,9 +57,8 @@ def test_no_programs_are_no_launch(launches):
 
 def test_another_kind_of_device_is_refused(launches):
     kernel, _ = launches
-    like = SimpleNamespace(device=SimpleNamespace(type="xpu", index=0))
     with pytest.raises(ValueError, match=r"CUDA tensors.*got xpu tensors"):
-        launch(kernel, 1, like)
+        launch(kernel, 1, on_device(0, "xpu"))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from tokenflex_kernels.budget.state import (
     LATENCY,
     SHARED_BYTES,
     WARP,
+    DependsOnDataError,
     Group,
     State,
     bank_cycles,
@@ -63,10 +64,9 @@ def _copy_to_shared(
     state: State, i: Instruction, lanes: Lanes, start: float, group: Group
 ) -> Effect:
     """LDGSTS: shared memory gets global memory, or zeros where the last predicate says so."""
-    condition = state.read(i.operands[-1]) if i.operands[-1].kind == "predicate" else None
     state.shared_cycles += i.num_bytes * int(lanes.sum()) / SHARED_BYTES
-    if condition is not None:
-        lanes = lanes & (condition != 0)
+    if i.operands[-1].kind == "predicate":
+        lanes = state.lanes_where(state.read(i.operands[-1]), lanes, i)
     if lanes.any():
         _, offsets = state.access(i, i.operands[1], lanes)
         state.count_load(offsets, i.num_bytes, lanes)
@@ -126,11 +126,12 @@ def _barrier_in_memory(
         return dict.fromkeys(done, state.full(1)), LATENCY["shared"]
     if "ARRIVE" in i.modifiers and i.operands[-1].kind == "register":
         expected = state.read(i.operands[-1])
-        if expected is not None:
-            num_bytes = int(expected[lanes].sum())
-            state.loaded += num_bytes
-            state.sectors += num_bytes // 32
-            state.shared_cycles += num_bytes / SHARED_BYTES
+        if expected is None or (expected[lanes] < 0).any():
+            raise DependsOnDataError(f"the bytes of a copy depend on data: {i}")
+        num_bytes = int(expected[lanes].sum())
+        state.loaded += num_bytes
+        state.sectors += num_bytes // 32
+        state.shared_cycles += num_bytes / SHARED_BYTES
     return {}, LATENCY["shared"]
 
 

@@ -33,6 +33,10 @@ LATENCY = {
 _BUFFER_BITS = 40  # each buffer starts at a multiple of 2^40
 
 
+class DependsOnDataError(RuntimeError):
+    """A branch, its target, or the use of memory or a tensor core depends on data."""
+
+
 @dataclass(frozen=True)
 class Buffer:
     """Memory that an argument points to.
@@ -203,6 +207,16 @@ class State:
 
     def _or_unknown(self, value: Value) -> Lanes:
         return self.full(UNKNOWN) if value is None else value
+
+    def lanes_where(self, condition: Value, lanes: Lanes, instruction: Instruction) -> Lanes:
+        """Return those of the lanes where a predicate holds that says what is counted.
+
+        Raises:
+            DependsOnDataError: it depends on data in one of them.
+        """
+        if condition is None or (condition[lanes] < 0).any():
+            raise DependsOnDataError(f"an access depends on data: {instruction}")
+        return lanes & (condition != 0)
 
     # ---- Memory.
 

@@ -2,8 +2,9 @@
 
 No data are computed. Control flow and addresses depend on integers only: on the block's number, on
 sizes, and on the tables that the launch passes. They are computed exactly, all else is unknown, and
-a branch on something unknown is an error. So the counts do not depend on data, and no GPU is
-needed.
+a branch on something unknown is an error. So is an instruction on memory or tensor cores that an
+unknown predicate switches on or off: counting it would be a guess. So the counts do not depend on
+data, and no GPU is needed.
 
 The block also gets a clock, as if it were alone on its multiprocessor: instructions issue in order,
 all warps in step, and wait for the results that they read. Latencies are assumptions
@@ -17,16 +18,22 @@ import numpy as np
 from tokenflex_kernels.budget.effects import EFFECTS
 from tokenflex_kernels.budget.integers import UNKNOWN, Lanes, Value, compute
 from tokenflex_kernels.budget.sass import Instruction, Operand
-from tokenflex_kernels.budget.state import LATENCY, WARP, Group, Launch, State, Totals
+from tokenflex_kernels.budget.state import (
+    LATENCY,
+    WARP,
+    DependsOnDataError,
+    Group,
+    Launch,
+    State,
+    Totals,
+)
 
 # Lanes of a multiprocessor that execute in one cycle, by pipe: throughput of arithmetic
 # instructions, CUDA programming guide.
 LANES = {"float": 128, "imad": 64, "integer": 64, "special": 16, "global": 32, "shared": 32}
+# Pipes whose instructions move bytes or take time by the lanes that execute them.
+COUNTED = ("global", "shared", "tensor")
 ISSUES = 4  # warp-instructions that a multiprocessor issues in a cycle, whatever their pipe
-
-
-class UnknownBranchError(RuntimeError):
-    """Depends on data: a branch, its target, or whether global memory is accessed."""
 
 
 def walk(launch: Launch, program: int, limit: int = 2_000_000) -> Totals:
@@ -37,7 +44,7 @@ def walk(launch: Launch, program: int, limit: int = 2_000_000) -> Totals:
         limit: steps after which a loop is taken for endless.
 
     Raises:
-        UnknownBranchError: control flow depends on data.
+        DependsOnDataError: control flow, or what is counted, depends on data.
         RuntimeError: an access is outside of its buffer, or there is no end.
     """
     state = State(launch, program)
@@ -82,9 +89,10 @@ def _step(state: State, group: Group, index: dict[int, int]) -> Group | None:
     group.pc += 1
     lanes = group.lanes
     if guard is not None:
-        lanes = lanes & (guard != 0)
-        if pipe == "global" and (guard[lanes] < 0).any():
-            raise UnknownBranchError(f"an access depends on data: {instruction}")
+        if pipe in COUNTED:
+            lanes = state.lanes_where(guard, lanes, instruction)
+        else:
+            lanes = lanes & (guard != 0)
         if not lanes.any():
             return None
     latency: float = LATENCY.get(pipe, 0)
@@ -118,7 +126,7 @@ def _jump(
     if "DIV" in instruction.modifiers:  # taken by warps whose lanes are parted
         condition = state.full(0)
     if (condition[group.lanes] < 0).any():
-        raise UnknownBranchError(f"a branch depends on data: {instruction}")
+        raise DependsOnDataError(f"a branch depends on data: {instruction}")
     jumping = group.lanes & (condition > 0)
     group.pc += 1
     if not jumping.any():
@@ -143,5 +151,5 @@ def _target(state: State, instruction: Instruction, group: Group, index: dict[in
         value = state.read(instruction.operands[0])
         addresses = [] if value is None else [int(value[group.lanes][0])]
     if len(addresses) != 1 or addresses[0] not in index:
-        raise UnknownBranchError(f"the target of a jump is unknown: {instruction}")
+        raise DependsOnDataError(f"the target of a jump is unknown: {instruction}")
     return index[addresses[0]]

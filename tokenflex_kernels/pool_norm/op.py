@@ -44,7 +44,7 @@ from tokenflex_kernels.library import (
 )
 from tokenflex_kernels.pool_norm import native, reference
 from tokenflex_kernels.pool_norm.axis_weights import MODES, check_mode
-from tokenflex_kernels.pool_norm.plan import PoolPlan, grids_of, plan_pooling
+from tokenflex_kernels.pool_norm.plan import PoolPlan, grids_of, plan_eagerly, plan_pooling
 from tokenflex_kernels.pool_norm.stages import (
     beyond_triton,
     launch_pool_norm_forward,
@@ -320,7 +320,7 @@ def _on_device(
         keep_record(key, (stage, is_differentiated))
     else:
         stage, is_differentiated = call
-        results = stage(x, weight, bias)
+        results = stage.repeat((x, weight, bias))
     if not is_differentiated:
         out: torch.Tensor = results[0]
         return out
@@ -353,7 +353,7 @@ def device_plan(
         return None
     if type(in_grids) is PoolPlan:
         return in_grids if out_grids is None else None
-    return None if out_grids is None else plan_pooling(in_grids, out_grids)  # type: ignore[arg-type]
+    return None if out_grids is None else plan_eagerly(in_grids, out_grids)  # type: ignore[arg-type]
 
 
 def host_plan(
@@ -365,7 +365,7 @@ def host_plan(
     if type(in_grids) is PoolPlan:
         plan = in_grids if out_grids is None else None
     else:
-        plan = None if out_grids is None else plan_pooling(in_grids, out_grids)  # type: ignore[arg-type]
+        plan = None if out_grids is None else plan_eagerly(in_grids, out_grids)  # type: ignore[arg-type]
     return plan, None if plan is None else native.host_tables(plan, mode)
 
 

@@ -63,7 +63,14 @@ def plan_pooling(in_grids: Sequence[Grid], out_grids: Sequence[Grid]) -> PoolPla
         >>> plan.num_patches, plan.num_cells
         (1458, 320)
     """
-    if not _is_traced():
+    if torch.compiler.is_compiling():
+        return _plan_of_lists(in_grids, out_grids)
+    return plan_eagerly(in_grids, out_grids)
+
+
+def plan_eagerly(in_grids: Sequence[Grid], out_grids: Sequence[Grid]) -> PoolPlan:
+    """Return what :func:`plan_pooling` does, for callers that no compiler traces."""
+    if torch._C._len_torch_dispatch_stack() == 0:
         try:
             if len(in_grids) <= LARGE_BATCH:
                 lists: Any = in_grids, out_grids

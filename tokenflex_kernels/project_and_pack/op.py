@@ -383,7 +383,8 @@ def _on_device(
     pooling, bounds = device_plan(in_grids, out_grids, mode, eps), _usual_bounds(plan, x)
     if pooling is None or bounds is None or type(save) is not str:
         return None
-    leaves = x, *weights, embedding
+    tensors = x, *weights
+    leaves = *tensors, embedding
     key = call_key("project_and_pack", leaves, pooling, mode, eps, save)
     call = None if key is None else find_record(key)
     if key is None or call is None:
@@ -403,7 +404,7 @@ def _on_device(
     elif bounds[0] != pooling.num_cells or bounds[1] > embedding.shape[0]:
         return None  # of another plan than the recorded call's
     else:
-        product, kept = call(x, weights)
+        product, kept = call.repeat(tensors)
     with torch.no_grad():
         down = weights.down_weight, weights.down_bias
         maps = plan.source, plan.vision_rows, plan.vision_start

@@ -76,7 +76,7 @@ class CapturedProjection:
         return (
             not torch.compiler.is_compiling()
             and not torch.is_grad_enabled()
-            and relaunch.device_type(x) == "cuda"
+            and relaunch.is_on_gpu(x)
         )
 
     def __call__(
@@ -93,7 +93,7 @@ class CapturedProjection:
                 derivative would be recorded.
         """
         check_tensor("x", x, ndim=2)
-        if relaunch.device_type(x) != "cuda":
+        if not relaunch.is_on_gpu(x):
             raise ValueError(
                 f"x must be on a CUDA device to be projected by a CUDA graph, got {x.device}"
             )

@@ -120,18 +120,17 @@ def project_tokens(
         TypeError: an argument is not a tensor or of a dtype that does not go with ``x``.
         ValueError: shapes, devices, grids, ``mode`` or ``save`` do not fit together.
     """
-    weights = ProjectorWeights(
-        *(norm_weight, norm_bias, gate_weight, gate_bias),
-        *(up_weight, up_bias, down_weight, down_bias),
-    )
+    tensors = (x, norm_weight, norm_bias, gate_weight, gate_bias,
+               up_weight, up_bias, down_weight, down_bias)  # fmt: skip
     if is_ordinary(x):
-        out = _on_host(x, in_grids, out_grids, weights, mode, eps, save)
+        out = _on_host(x, in_grids, out_grids, ProjectorWeights(*tensors[1:]), mode, eps, save)
         if out is not None:
             return out
     if may_be_recorded("project_tokens", x):
-        out = _on_device(x, in_grids, out_grids, weights, mode, eps, save)
+        out = _on_device(tensors, in_grids, out_grids, mode, eps, save)
         if out is not None:
             return out
+    weights = ProjectorWeights(*tensors[1:])
     plan = check_plan(x, in_grids, out_grids)
     mode, eps, save = check_mode(mode), check_eps(eps), check_save(save)
     weights = check_weights(x, weights)
@@ -380,39 +379,43 @@ _record_on_device = record_apply(ProjectTokensOnDevice)
 
 
 def _on_device(
-    x: torch.Tensor,
+    tensors: tuple[Any, ...],
     in_grids: Sequence[Grid] | PoolPlan,
     out_grids: Sequence[Grid] | None,
-    weights: ProjectorWeights,
     mode: str,
     eps: float,
     save: str,
 ) -> torch.Tensor | None:
-    """Return the result of a call of a kind that came before; None for other calls."""
+    """Return the result of a call of a kind that came before; None for other calls.
+
+    ``tensors`` are x and the weights.
+    """
     plan = device_plan(in_grids, out_grids, mode, eps)
     if plan is None or type(save) is not str:
         return None
-    key = call_key("project_tokens", (x, *weights), plan, mode, eps, save)
+    key = call_key("project_tokens", tensors, plan, mode, eps, save)
     call = None if key is None else find_record(key)
     if key is None or call is None:
         return None
     if call is SEEN:
+        x, weights = tensors[0], ProjectorWeights(*tensors[1:])
         check_plan(x, in_grids, out_grids)
         check_mode(mode)
         check_eps(eps)
         check_save(save)
         if not are_same(check_weights(x, weights), weights) or beyond_triton(x):
             return None
-        needs = needs_grad((x, *weights))
+        needs = needs_grad(tensors)
         product, kept, call = recorded.record(x, weights, plan, mode, eps, save, needs)
         keep_record(key, call)
     else:
-        product, kept = call(x, weights)
+        product, kept = call.repeat(tensors)
+    down_weight, down_bias = tensors[7:]
     if not call.is_differentiated:
-        return F.linear(product, weights.down_weight, weights.down_bias)
+        return F.linear(product, down_weight, down_bias)
     with torch._C._AutoDispatchBelowAutograd():
-        out = F.linear(product, weights.down_weight, weights.down_bias)
-    result: torch.Tensor = _record_on_device(x, *weights, (out, kept, plan.grids, mode, save))
+        out = F.linear(product, down_weight, down_bias)
+    result: torch.Tensor = _record_on_device(*tensors, (out, kept, plan.grids, mode, save))
     return result
 
 

@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import torch
 
-from tokenflex_kernels.call_records import RecordedStage, chain_launches, record_stage
+from tokenflex_kernels.call_records import (
+    RecordedStage,
+    Tensors,
+    chain_launches,
+    record_stage,
+)
 from tokenflex_kernels.pool_norm.op import record_pooling
 from tokenflex_kernels.pool_norm.plan import PoolPlan
 from tokenflex_kernels.project_tokens.weights import ProjectorWeights
@@ -16,9 +21,9 @@ from tokenflex_kernels.swiglu.stages import launch_gate_up
 
 Kept = tuple[torch.Tensor | None, ...]
 
-# The tensors of both stages, as places among x and the weights up to up_bias, followed by the
-# results of the first stage.
-_NUM_TENSORS = 7
+# The tensors of both stages, as places among x and the weights, followed by the results of the
+# first stage.
+_NUM_TENSORS = 9
 _POOLING, _GATED_UNIT = (0, 1, 2), (_NUM_TENSORS, 3, 5, 4, 6)
 
 
@@ -42,17 +47,21 @@ class RecordedProduct:
         stages = (pooling, _POOLING), (gated_unit, _GATED_UNIT)
         self._launches = chain_launches(stages, _NUM_TENSORS)
 
-    def __call__(self, x: torch.Tensor, weights: ProjectorWeights) -> tuple[torch.Tensor, Kept]:
-        """Return the product, [T, H]; and normalised, inverse_std, gate, up and product to keep."""
+    def repeat(self, tensors: Tensors) -> tuple[torch.Tensor, Kept]:
+        """Return the product, [T, H]; and normalised, inverse_std, gate, up and product to keep.
+
+        ``tensors`` are x and the weights.
+        """
         if self._launches is not None:
-            results = self._launches(x, *weights[:6])
+            results = self._launches.repeat(tensors)
             if results is not None:
                 if not self.is_differentiated:
                     return results[3], ()
                 return self.results(results[:3], results[3:])
-        norm_weight, norm_bias, gate, gate_bias, up, up_bias, _, _ = weights
-        rows = self._pooling(x, norm_weight, norm_bias)
-        return self.results(rows, self._gated_unit(rows[0], gate, up, gate_bias, up_bias))
+        gate, gate_bias, up, up_bias = tensors[3:7]
+        rows = self._pooling.repeat(tensors[:3])
+        products = self._gated_unit.repeat((rows[0], gate, up, gate_bias, up_bias))
+        return self.results(rows, products)
 
     def results(
         self, rows: tuple[torch.Tensor, ...], products: tuple[torch.Tensor, ...]

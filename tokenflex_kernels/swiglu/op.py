@@ -239,7 +239,7 @@ def _on_device(
         keep_record(key, (stage, is_differentiated))
     else:
         stage, is_differentiated = call
-        results = stage(*tensors)
+        results = stage.repeat(tensors)
     if not is_differentiated:
         out: torch.Tensor = results[0]
         return out

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.kernels.budget.code import assemble, launch_of, table, values_after
-from tokenflex_kernels.budget.state import LATENCY, Buffer, Launch
-from tokenflex_kernels.budget.walk import UnknownBranchError, walk
+from tokenflex_kernels.budget.state import LATENCY, Buffer, DependsOnDataError, Launch
+from tokenflex_kernels.budget.walk import walk
 
 X, Y = Launch.address(0), Launch.address(1)
 # R2:R3 is the argument plus 16 bytes a lane.
@@ -105,19 +105,48 @@ class TestControl:
 
     def test_a_branch_on_data_is_an_error(self):
         lines = [*LANE, "LDG.E R4, [R2.64]", "ISETP.GT.AND P0, PT, R4, RZ, PT", "@P0 BRA 0x0"]
-        with pytest.raises(UnknownBranchError, match="depends on data"):
+        with pytest.raises(DependsOnDataError, match="depends on data"):
             totals_of(*lines, arguments=[X], buffers=[Buffer(512)])
 
-    @pytest.mark.parametrize("access", ["STG.E [R2.64], R4", "LDG.E R5, [R2.64]"])
-    @pytest.mark.parametrize("compared", ["R4", "R0"])
+    @pytest.mark.parametrize(
+        "access",
+        [
+            "@P0 STG.E [R2.64], R4",
+            "@P0 LDG.E R5, [R2.64]",
+            "@P0 LDGSTS.E.BYPASS.128 [R0], desc[UR4][R2.64]",
+            "LDGSTS.E.BYPASS.128 [R0], desc[UR4][R2.64], P0",
+            "LDGSTS.E.BYPASS.128 [R0], desc[UR4][R2.64], !P0",
+            "@P0 STS [R0.X4], R5",
+            "@P0 HMMA.16816.F32.BF16 R8, R12, R16, R8",
+        ],
+    )
+    @pytest.mark.parametrize("compared", ["R4", "R5", "R0"])
     def test_an_access_that_depends_on_data_is_an_error(self, access, compared):
-        lines = [*LANE, "FADD R4, R4, R4", f"ISETP.GT.AND P0, PT, {compared}, RZ, PT"]
-        launch = launch_of(*lines, f"@P0 {access}", arguments=[X], buffers=[Buffer(512)])
+        """On data in all lanes (R4), in one of them (R5), and in none (R0)."""
+        lines = [
+            *LANE,
+            "FADD R4, R4, R4",
+            "ISETP.EQ.AND P1, PT, R0, 0x7, PT",
+            "MOV R5, 0x1",
+            "@P1 FADD R5, R4, R4",
+            f"ISETP.GT.AND P0, PT, {compared}, RZ, PT",
+        ]
+        launch = launch_of(*lines, access, arguments=[X], buffers=[Buffer(512)])
         if compared == "R0":
             walk(launch, 0)
             return
-        with pytest.raises(UnknownBranchError, match=r"access depends on data.*guard.*P0"):
+        with pytest.raises(DependsOnDataError, match=r"access depends on data.*P0"):
             walk(launch, 0)
+
+    def test_a_bulk_copy_of_a_size_that_depends_on_data_is_an_error(self):
+        expect = "SYNCS.ARRIVE.TRANS64 RZ, [UR4], R4"
+        assert totals_of("MOV R4, 0x40", expect).loaded == 32 * 64
+        for lines in (
+            ["FADD R4, R5, R5"],
+            [*LANE, "MOV R4, 0x40", "ISETP.EQ.AND P0, PT, R0, 0x7, PT", "@P0 FADD R4, R5, R5"],
+        ):
+            with pytest.raises(DependsOnDataError, match="bytes of a copy depend on data"):
+                totals_of(*lines, expect)
 
     def test_a_branch_on_a_table_is_followed(self):
         lines = [

@@ -49,7 +49,7 @@ def gpu(monkeypatch):
         return Graph(), result
 
     monkeypatch.setattr(captured, "capture_graph", capture)
-    monkeypatch.setattr(relaunch, "device_type", lambda like: "cuda")
+    monkeypatch.setattr(relaunch, "is_on_gpu", lambda tensor: True)
     monkeypatch.setattr(relaunch, "is_capturing", lambda: state.is_capturing)
     monkeypatch.setattr(relaunch, "current_stream", lambda index: state.stream.cuda_stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: state.stream)
