@@ -85,7 +85,7 @@ def test_figures_of_the_baselines_are_those_of_the_report():
 
 
 def test_the_router_meets_its_target():
-    """Always-largest minus a point at 60 % of its tokens, by kinds; at 75 % with questions alike."""
+    """Always-largest minus a point at 60 % of its tokens, by kinds; at 75 % by questions."""
     report = json.loads((DOCS / "results/selection/report.json").read_text(encoding="utf-8"))
     measured = {(point["selector"], point["setting"]): point for point in report["curve"]}
     largest, own = measured["always", "16"], measured["router", "own"]
