@@ -71,7 +71,7 @@ class Scale:
         pictures: Pictures a step.
         learning_rate: Of all modules.
         sizes: Fields of the configurations of encoder and language model; empty for those of
-            ``configs/demo.yaml``.
+            ``configs/demo.yaml``. The model has no positions of its own, as other loops know none.
     """
 
     cells: int
@@ -84,6 +84,7 @@ class Scale:
         """Return the configuration's ``model``."""
         demo = yaml.safe_load((ROOT / "configs/demo.yaml").read_text(encoding="utf-8"))
         model: dict[str, Any] = demo["model"] | {"num_image_tokens": self.counts[-1]}
+        model |= {"projector_position": None, "image_positions": "sequential"}
         if self.sizes:
             width, heads = self.sizes["hidden_size"], self.sizes["num_attention_heads"]
             model["projector_hidden_width"] = 2 * width

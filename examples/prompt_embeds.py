@@ -1,15 +1,17 @@
 """Pictures for any server of a plain language model: embeddings of the prompt in place of text.
 
-    tokenflex export runs/demo/checkpoint --to language-model --output runs/demo/language-model
+    tokenflex train configs/demo.yaml --set model.image_positions=sequential --output runs/text
+    tokenflex export runs/text/checkpoint --to language-model --output runs/text/language
 
-in this process, with transformers:
+(a server numbers tokens one by one, so those of an image may not share a position); in this
+process, with transformers:
 
-    python examples/prompt_embeds.py runs/demo/checkpoint runs/demo/language-model
+    python examples/prompt_embeds.py runs/text/checkpoint runs/text/language
 
 or by a server, here vLLM's:
 
-    vllm serve runs/demo/language-model --enable-prompt-embeds --dtype float32
-    python examples/prompt_embeds.py runs/demo/checkpoint --url http://localhost:8000
+    vllm serve runs/text/language --enable-prompt-embeds --dtype float32
+    python examples/prompt_embeds.py runs/text/checkpoint --url http://localhost:8000
 
 The encoder runs once, in this process, for all counts.
 """

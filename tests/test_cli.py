@@ -21,6 +21,7 @@ from tokenizers.processors import TemplateProcessing
 
 from experiments.ablation.runner import JobFailedError
 from tests.models.tiny import picture, tiny_model
+from tests.routing.planted import mark_some_right
 from tests.training.runs import ROOT, metrics, temporary_files, tiny_values, write_config
 from tokenflex import TokenFlexForConditionalGeneration, TokenFlexProcessor
 from tokenflex.cli import main
@@ -407,8 +408,9 @@ def test_generate_asks_with_the_tokens_that_training_saw(command, tmp_path, imag
 
 @pytest.fixture
 def few_steps(monkeypatch) -> None:
-    """Routers of these tests need not be good."""
+    """Routers of these tests need not be good, and random models answer nothing right."""
     monkeypatch.setattr(router_training, "STEPS", 100)
+    mark_some_right(monkeypatch)
 
 
 @pytest.fixture
@@ -526,6 +528,7 @@ def test_route_on_own_data_measures_what_is_held_out(command, checkpoint, image,
         }
         for i in range(5)
     ]
+    rows.append({"messages": rows[0]["messages"]})
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
     folder = tmp_path / "copy"
@@ -534,6 +537,7 @@ def test_route_on_own_data_measures_what_is_held_out(command, checkpoint, image,
     code, out, errors = command(*base)
     assert (code, errors) == (0, [])
     assert "held out, auto costs" in out
+    assert "questions without an image, left out because no count applies to them: 1\n" in out
     assert "curve" not in json.loads((folder / "router" / "report.json").read_text())
     code, out, _ = command(*base, "--measure-on", data)
     assert (code, "oracle" in out) == (0, True)
@@ -559,6 +563,7 @@ def test_route_on_own_data_measures_what_is_held_out(command, checkpoint, image,
         (("route", "--data", "digits", "--counts", "4"), "counts must be two or more"),
         (("route", "--data", "digits", "--counts", "4,16", "--max-drop", 2), "max_drop must be"),
         (("route", "--data", "none.jsonl", "--counts", "4,16"), "none.jsonl does not exist"),
+        (("route", "--data", "reading", "--counts", "4,16"), "0 at 4, 0 at 16 of 16 right: are"),
     ],
 )
 def test_mistakes_with_auto_are_one_line(command, checkpoint, image, arguments, message):

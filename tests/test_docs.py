@@ -85,13 +85,13 @@ def test_figures_of_the_baselines_are_those_of_the_report():
 
 
 def test_the_router_meets_its_target():
-    """Always-largest minus a point at 75 % of its tokens, by kinds, and with questions alike."""
+    """Always-largest minus a point at 60 % of its tokens, by kinds; at 75 % by questions."""
     report = json.loads((DOCS / "results/selection/report.json").read_text(encoding="utf-8"))
     measured = {(point["selector"], point["setting"]): point for point in report["curve"]}
     largest, own = measured["always", "16"], measured["router", "own"]
     thrifty = measured["router", "0.1"]
     assert own["accuracy"] > largest["accuracy"] - 0.01
-    assert own["tokens"] < 0.75 * largest["tokens"]
+    assert own["tokens"] < 0.6 * largest["tokens"]
     assert thrifty["accuracy_unweighted"] > largest["accuracy_unweighted"] - 0.01
     assert thrifty["tokens_unweighted"] < 0.75 * largest["tokens_unweighted"]
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from examples.tiny_llava import COLOURS, tiny_llava
+from tests.routing.planted import mark_some_right
 from tests.test_cli import command  # noqa: F401  # a fixture
 from tests.training.runs import write_config
 from tokenflex import from_pretrained
@@ -255,7 +256,14 @@ def test_prompts_are_answered_as_alone_whatever_side_the_tokenizer_pads(converte
         assert answer.text == alone.text
 
 
-def test_evaluate_and_route_and_what_they_write(command, converted, data, tmp_path):  # noqa: F811
+def test_evaluate_and_route_and_what_they_write(
+    command,  # noqa: F811
+    converted,
+    data,
+    tmp_path,
+    monkeypatch,
+):
+    mark_some_right(monkeypatch)
     code, out, errors = command(
         *("evaluate", converted, "--data", data, "--counts", "4,16"),
         *("--output", tmp_path / "report.json"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.ablation import paper
 from experiments.ablation.figures import draw_gains
-from experiments.ablation.results import difference
+from experiments.ablation.results import PLACES_EXPLAINED, difference, places_of
 from experiments.ablation.suites import LEVERS, Lever
 from experiments.ablation.tables import asked_and_seeds, markdown_table, points
 from tokenflex.plots import finish, plt, save_figure
@@ -44,7 +44,8 @@ def format_gap(report: Mapping[str, Any]) -> str:
         f"{', '.join(paper.gains())} points in its table (second-hand). Here, the one model minus "
         "the specialist, paired by seed, in points:",
         markdown_table([*head, "vision tokens, one : specialists"], differences),
-        _verdict(by_lever),
+        PLACES_EXPLAINED,
+        "\n".join(f"- {title}: {places_of(gain)}." for title, gain in by_lever.items()),
         "![One model minus the specialist](gap.png)",
         "## Accuracies",
         markdown_table([*head[:1], "", *head[1:]], accuracies),
@@ -68,23 +69,6 @@ def write_gap_figure(report: Mapping[str, Any], path: Path) -> None:
     finish(axes, grid="x")
     axes.legend(frameon=False, loc="upper right")
     save_figure(figure, path)
-
-
-def _verdict(by_lever: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Say at which counts the one model is ahead, and how far it is behind at most."""
-    lines = []
-    for title, gain in by_lever.items():
-        means = {count: 100 * spread["mean"] for count, spread in gain.items()}
-        ahead = [f"{count} ({mean:+.1f})" for count, mean in means.items() if mean > 0]
-        worst = min(means, key=means.__getitem__)
-        line = f"- {title}: "
-        if means[worst] > 0:
-            line += "ahead at every count that was compared"
-        else:
-            line += f"behind by at most {-means[worst]:.1f}, at {worst}"
-            line += f"; ahead at {', '.join(ahead)}" if ahead else "; ahead at none"
-        lines.append(line + ".")
-    return "\n".join(lines)
 
 
 def _filled(cells: Sequence[str], counts: Sequence[str]) -> list[str]:

@@ -9,7 +9,15 @@ from typing import Any
 
 from experiments.ablation.figures import draw_gains
 from experiments.ablation.regimes import BUDGETS, Budget
-from experiments.ablation.results import difference, spread_of
+from experiments.ablation.results import (
+    PLACES,
+    PLACES_EXPLAINED,
+    difference,
+    half_width,
+    place,
+    places_of,
+    spread_of,
+)
 from experiments.ablation.suites import SPECIALISTS
 from experiments.ablation.tables import asked_and_seeds, markdown_table, points
 from tokenflex.plots import finish, plt, save_figure
@@ -62,7 +70,7 @@ def format_limited(report: Mapping[str, Any]) -> str:
         "was trained on the same canvases. Specialists are three models, each trained and asked "
         "at its own count. The encoder's warm-up, which stands in for pretrained weights, "
         "sees canvases of its own.",
-        "*Ahead* and *behind* are means over seeds further from 0 than their standard error.",
+        PLACES_EXPLAINED,
     ]
     for kind in kinds:
         rows = [
@@ -85,18 +93,18 @@ def format_limited(report: Mapping[str, Any]) -> str:
         "the mean over the counts, specialists at their own. A regulariser makes this difference "
         "smaller; so does every change by which a model learns less. Hence the tables below it, of "
         "the budgets whose canvases are seen again: ahead on unseen canvases and not ahead on "
-        "training ones is regularisation, behind on both is less learning. Level is within half a "
-        "point.",
+        "training ones is regularisation, behind on both is less learning. *Smaller by* is that of "
+        "the specialists minus that of the one model, paired by seed, with its 95 % confidence "
+        "interval.",
         markdown_table(
-            ["canvases", "steps", *(f"{kind}, {who}" for kind in kinds for who in WHO)],
+            [
+                *("canvases", "steps"),
+                *(f"{kind}, {what}" for kind in kinds for what in (*WHO, "smaller by")),
+            ],
             [
                 [
                     *_budget_cells(report, budget)[:2],
-                    *(
-                        points(_generalisation_gap(report, kind, budget, who), signed=True)
-                        for kind in kinds
-                        for who in WHO
-                    ),
+                    *(cell for kind in kinds for cell in _gap_cells(report, kind, budget)),
                 ]
                 for budget in budgets
             ],
@@ -151,11 +159,6 @@ def write_limited_figure(report: Mapping[str, Any], path: Path) -> None:
 
 
 WHO = ("one", "specialists")
-PLACES = ("ahead", "level", "behind")
-LEVEL = 0.005
-"""Largest accuracy that is no difference: about a standard error of the questions."""
-SHOWN = 0.0005
-"""Largest accuracy that is shown as 0."""
 FAILED = 0.15
 """Accuracy by which a run is behind its like that has learned."""
 
@@ -207,28 +210,29 @@ def _generalisation_gap(
     return spread_of([sum(values) / len(values) for values in zip(*by_count, strict=True)])
 
 
+def _smaller_by(report: Mapping[str, Any], kind: str, budget: Budget) -> dict[str, Any]:
+    """Return the specialists' :func:`_generalisation_gap` minus the one model's, by seed."""
+    one, specialists = (_generalisation_gap(report, kind, budget, who)["values"] for who in WHO)
+    return spread_of([b - a for a, b in zip(one, specialists, strict=True)])
+
+
+def _gap_cells(report: Mapping[str, Any], kind: str, budget: Budget) -> Iterator[str]:
+    for who in WHO:
+        yield points(_generalisation_gap(report, kind, budget, who), signed=True)
+    smaller = _smaller_by(report, kind, budget)
+    half = half_width(smaller)
+    interval = ""
+    if half is not None:
+        low, high = (100 * (smaller["mean"] + sign * half) for sign in (-1, 1))
+        interval = f" ({low:+.1f} to {high:+.1f})"
+    yield f"{100 * smaller['mean']:+.1f}{interval}"
+
+
 def _verdicts(report: Mapping[str, Any], kind: str) -> Iterator[str]:
-    """Say for each budget at which counts the one model is ahead, level or behind.
-
-    Level: the mean over seeds is no further from 0 than its standard error, or is shown as 0.
-    """
+    """Say for each budget at which counts the one model is ahead, undecided or behind."""
     for budget in budgets_of(report):
-        words: dict[str, list[str]] = {"ahead": [], "level": [], "behind": []}
-        for count, gain in gains(report, kind, budget).items():
-            error = max((gain["spread"] or 0.0) / len(gain["values"]) ** 0.5, SHOWN)
-            word = "level" if abs(gain["mean"]) <= error else "behind"
-            word = "ahead" if gain["mean"] > error else word
-            words[word].append(f"{count} ({100 * gain['mean']:+.1f})")
         steps = _shape(report, budget)["steps"]
-        said = "; ".join(f"{word} at {', '.join(at)}" for word, at in words.items() if at)
-        yield f"{budget.data}, {steps:,} steps: {said}."
-
-
-def _place(gain: Mapping[str, Any]) -> str:
-    """Return whether a gain is "ahead", "behind", or "level": within half a point, as by chance."""
-    if abs(gain["mean"]) <= LEVEL:
-        return "level"
-    return "ahead" if gain["mean"] > 0 else "behind"
+        yield f"{budget.data}, {steps:,} steps: {places_of(gains(report, kind, budget))}."
 
 
 def _regularisation(report: Mapping[str, Any], kind: str) -> list[str]:
@@ -238,15 +242,13 @@ def _regularisation(report: Mapping[str, Any], kind: str) -> list[str]:
     for budget in again:
         trained = gains(report, kind, budget, "trained_accuracy")
         for count, gain in gains(report, kind, budget).items():
-            number[_place(gain), _place(trained[count])] += 1
-    smaller = 0
-    for budget in again:
-        one, specialists = (_generalisation_gap(report, kind, budget, who)["mean"] for who in WHO)
-        smaller += one < specialists
-    rows = [[place, *(str(number[place, other]) for other in PLACES)] for place in PLACES]
+            number[place(gain), place(trained[count])] += 1
+    smaller = Counter(place(_smaller_by(report, kind, budget)) for budget in again)
+    rows = [[word, *(str(number[word, other]) for other in PLACES)] for word in PLACES]
     return [
-        f"{kind.capitalize()}: the one model's difference is the smaller one on {smaller} of "
-        f"{len(again)} budgets. Of {number.total()} comparisons it is:",
+        f"{kind.capitalize()}: the one model's difference is the smaller one on {smaller['ahead']} "
+        f"of {len(again)} budgets, the larger one on {smaller['behind']}, and undecided on "
+        f"{smaller['undecided']}. Of {number.total()} comparisons it is:",
         markdown_table(["on unseen canvases", *(f"{p} on training ones" for p in PLACES)], rows),
     ]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.ablation import paper
-from experiments.ablation.results import difference
+from experiments.ablation.results import PLACES_EXPLAINED, difference, place, places_of
 from experiments.ablation.suites import ANY_COUNT, MAIN, MIXING, ODDS, SPECIALISTS
 from experiments.ablation.tables import (
     accuracy_rows,
@@ -66,8 +66,8 @@ def _claims(report: Mapping[str, Any], main: Sequence[str]) -> str:
     """Compare both halves of the paper's claim with the results."""
     counts = report["counts"]
     rows = []
-    at_own: list[tuple[float, str]] = []  # gains of the stochastic model, in points
-    at_other: list[tuple[float, str]] = []
+    at_own: dict[str, dict[str, Any]] = {}  # gains of the stochastic model
+    at_other: list[float] = []
     for own_index, name in enumerate(SPECIALISTS):
         if name not in main:
             continue
@@ -76,7 +76,10 @@ def _claims(report: Mapping[str, Any], main: Sequence[str]) -> str:
             gain = difference(report, "stochastic", name, count)
             cell = points(gain, signed=True)
             cells.append(f"**{cell}**" if i == own_index else cell)
-            (at_own if i == own_index else at_other).append((100 * gain["mean"], count))
+            if i == own_index:
+                at_own[count] = gain
+            else:
+                at_other.append(100 * gain["mean"])
         rows.append([report["regimes"][name]["title"], *cells])
     head = ["compared with", *(f"at {count}" for count in counts)]
     return (
@@ -86,11 +89,9 @@ def _claims(report: Mapping[str, Any], main: Sequence[str]) -> str:
     )
 
 
-def _verdict(at_own: Sequence[tuple[float, str]], at_other: Sequence[tuple[float, str]]) -> str:
+def _verdict(at_own: Mapping[str, Mapping[str, Any]], at_other: Sequence[float]) -> str:
     """Say whether fixed models are behind at other counts, and ahead at their own."""
-    least_gain, most_gain = min(at_other)[0], max(at_other)[0]
-    ahead = ", ".join(f"{count} ({gain:+.1f})" for gain, count in at_own if gain > 0)
-    behind = ", ".join(f"{count} ({gain:+.1f})" for gain, count in at_own if gain <= 0)
+    least_gain, most_gain = min(at_other), max(at_other)
     if least_gain > 0:
         first = (
             f"Off their own count, fixed models are at least {least_gain:.1f} and at most "
@@ -101,14 +102,15 @@ def _verdict(at_own: Sequence[tuple[float, str]], at_other: Sequence[tuple[float
             "Off its own count, a fixed model is not always below the stochastic one: the "
             f"difference goes from {least_gain:+.1f} to {most_gain:+.1f} points."
         )
-    second = "On a fixed model's own count (bold) the stochastic one is "
-    if not behind:
-        second += f"ahead at {ahead}, as in the paper."
+    second = f"On a fixed model's own count (bold) the stochastic one is {places_of(at_own)}"
+    if all(place(gain) == "ahead" for gain in at_own.values()):
+        second += ", as in the paper."
+    elif all(place(gain) != "ahead" for gain in at_own.values()):
+        second += "; the paper has it ahead."
     else:
-        rest = f" and ahead at {ahead}." if ahead else "; the paper has it ahead."
-        second += f"behind at {behind}{rest}"
+        second += "."
     return (
-        f"{first} {second} "
+        f"{first} {second} {PLACES_EXPLAINED} "
         f"In the paper's table (second-hand) it is ahead by {', '.join(paper.gains())} points at "
         f"{', '.join(map(str, paper.COUNTS))} tokens; its abstract says 1.6, 1.0 and 0.4 %."
     )

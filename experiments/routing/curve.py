@@ -132,10 +132,10 @@ def budgeted(router: Router, grades: Grades, tokens_per_image: int) -> Choice:
     return choice
 
 
-def budgets_between(counts: Sequence[int]) -> list[int]:
-    """Return at most ``BUDGETS`` token counts, evenly spaced between the smallest and largest."""
+def budgets_between(counts: Sequence[int], number: int = BUDGETS) -> list[int]:
+    """Return at most ``number`` token counts, evenly spaced between the smallest and largest."""
     smallest, largest = min(counts), max(counts)
-    evenly = np.linspace(smallest, largest, BUDGETS + 2)[1:-1].round().astype(int).tolist()
+    evenly = np.linspace(smallest, largest, number + 2)[1:-1].round().astype(int).tolist()
     return sorted({tokens for tokens in evenly if smallest < tokens < largest})
 
 

@@ -25,7 +25,9 @@ def page_of(report: dict[str, Any]) -> str:
         "`test`. *Drop* is the accuracy below always using the largest count, in points, *tokens* "
         "the share of its vision tokens, and *all tries* counts the discarded answers of a cascade "
         "too. After ±: standard deviation over router seeds / over checkpoints. *Hindsight* is the "
-        "share that the best setting on the test split would take for the same drop. The target is "
+        "share that the best setting on the test split would take for the same drop. A setting is "
+        "the cheapest of `validation` that costs at most a point, a standard error of the cost "
+        "included, because the cheapest of many costs more on other questions. The target is "
         "*met* where every checkpoint meets it by its mean over router seeds. A cascade has no "
         "seeds, and its threshold is chosen on the questions that its curves were fitted on.",
     ]

@@ -71,10 +71,15 @@ def of_answers(router: Router, grades: Grades) -> dict[str, dict[str, Prediction
     """Return the confidence of the model's answers by count, "before" and "after".
 
     The entry "cascade" has the final answers of cascades at a confidence of 0.9: before, the first
-    answers whose least certain token is that likely, and after, with calibration.
+    answers whose least certain token is that likely, and after, with calibration. Questions without
+    images are left out, because no count applies to them.
     """
-    right = grades.right.numpy()
-    values = {"before": grades.confidence.double().numpy(), "after": confidence_of(grades, router)}
+    asked = grades.tiles.numpy() > 0
+    right = grades.right.numpy()[asked]
+    values = {
+        "before": grades.confidence.double().numpy()[asked],
+        "after": confidence_of(grades, router)[asked],
+    }
     predictions = {
         label_of(count): {
             when: Predictions(confidences[:, i], right[:, i])
@@ -82,7 +87,7 @@ def of_answers(router: Router, grades: Grades) -> dict[str, dict[str, Prediction
         }
         for i, count in enumerate(grades.counts)
     }
-    rows = np.arange(len(grades))
+    rows = np.arange(len(right))
     final = {when: escalated(confidences, STATED) for when, confidences in values.items()}
     predictions["cascade"] = {
         when: Predictions(values[when][rows, choice], right[rows, choice])

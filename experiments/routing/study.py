@@ -1,8 +1,9 @@
 """The rules that choose counts, each at a setting of held-out data, measured on test data.
 
 A rule is the router with a penalty, a budget spread by the router, or the cascade with a threshold.
-Its setting is the cheapest that costs at most ``max_drop`` of the largest count's accuracy on data
-that neither the model nor the router's weights were fitted on. Test data decides nothing.
+Its setting is the cheapest that costs at most ``max_drop`` of the largest count's accuracy, a
+standard error included, on data that neither the model nor the router's weights were fitted on.
+Test data decides nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ from tokenflex.counts import TokenCount
 from tokenflex.evaluation.counts import label_of
 from tokenflex.routing.grading import Choice, Grades, routed, score
 from tokenflex.routing.router import Router
-from tokenflex.routing.training import PENALTIES, fit_router, split_samples
+from tokenflex.routing.training import (
+    MARGIN,
+    PENALTIES,
+    costs_at_most,
+    fit_router,
+    split_samples,
+)
 
 MAX_DROP = 0.01
 """Accuracy that a rule may cost: one point."""
@@ -35,6 +42,8 @@ LIMIT = 0.6
 """Share of the largest count's tokens that a rule may take."""
 HELD_OUT = 0.2
 THRESHOLDS = tuple((1 / (1 + np.exp(-np.linspace(-2, 9, 34)))).round(5).tolist())
+BUDGETS = 23
+"""Budgets that a setting is chosen from: all whole numbers between 4 and 16, or 24 steps."""
 WEIGHTINGS = ("kinds", "questions")
 """Equal weights of all kinds of questions, or of all questions."""
 FIGURES = ("drop", "share", "tries_share")
@@ -122,7 +131,7 @@ def _always(grades: Grades) -> dict[str, dict[str, float]]:
 def _rows(
     router: Router, held_out: Grades, checkpoint: GradedCheckpoint, *, max_drop: float
 ) -> Iterator[Row]:
-    budgets = budgets_between(held_out.sizes)
+    budgets = budgets_between(held_out.sizes, BUDGETS)
     rules: list[tuple[str, Grades, Sequence[float], Callable[[Grades, Any], Choice]]] = [
         ("router", held_out, PENALTIES, lambda grades, p: routed(router, grades, p)),
         ("budget", held_out, budgets, lambda g, n: budgeted(router, g, n)),
@@ -137,7 +146,7 @@ def _rows(
             weights = _weights(checkpoint.test, weighting)
             setting = cheapest(chosen_on, choices, _weights(chosen_on, weighting), max_drop)
             row = measured(checkpoint.test, on_test[setting], weights, rule in CASCADES)
-            best = cheapest(checkpoint.test, on_test, weights, max_drop)
+            best = cheapest(checkpoint.test, on_test, weights, max_drop, margin=0)
             hindsight = measured(checkpoint.test, on_test[best], weights, rule in CASCADES)
             yield {
                 "rule": rule,
@@ -153,29 +162,37 @@ def _cascade(router: Router | None) -> Callable[[Grades, float], Choice]:
 
 
 def cheapest(
-    grades: Grades, choices: Mapping[float, Choice], weights: torch.Tensor, max_drop: float
+    grades: Grades,
+    choices: Mapping[float, Choice],
+    weights: torch.Tensor | None,
+    max_drop: float,
+    margin: float = MARGIN,
 ) -> float:
     """Return the setting with the fewest tokens that costs at most ``max_drop`` of accuracy.
 
-    If all settings cost more, it is the one that costs least.
+    ``margin`` standard errors are part of the cost. If all settings cost more, it is the one that
+    is right most often.
     """
-    largest, _ = score(grades, _largest(grades), weights)
     scores = {setting: score(grades, choice, weights) for setting, choice in choices.items()}
-    allowed = [s for s, (accuracy, _) in scores.items() if accuracy >= largest - max_drop - 1e-9]
+    allowed = [
+        setting
+        for setting, choice in choices.items()
+        if costs_at_most(max_drop, grades, choice, weights, margin)
+    ]
     if not allowed:
         return max(scores, key=lambda s: (scores[s][0], -scores[s][1]))
     return min(allowed, key=lambda s: (scores[s][1], -scores[s][0]))
 
 
 def measured(
-    grades: Grades, choice: Choice, weights: torch.Tensor, retries: bool
+    grades: Grades, choice: Choice, weights: torch.Tensor | None, retries: bool
 ) -> dict[str, float]:
     """Return accuracy and tokens of a choice beside those of the largest count.
 
     Args:
         grades: The questions.
         choice: The choice for each.
-        weights: float64, the weight of each question, adding up to 1.
+        weights: float64, the weight of each question, adding up to 1; None for kinds alike.
         retries: Smaller counts were tried before, as in a cascade.
 
     Returns:
@@ -241,9 +258,9 @@ def _mean_spread(groups: Sequence[Sequence[float]]) -> float | None:
     return mean(spreads) if spreads else None
 
 
-def _weights(grades: Grades, weighting: str) -> torch.Tensor:
+def _weights(grades: Grades, weighting: str) -> torch.Tensor | None:
     if weighting == "kinds":
-        return grades.weights()
+        return None
     return torch.full((len(grades),), 1 / len(grades), dtype=torch.float64)
 
 

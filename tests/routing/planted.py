@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from tests.models.tiny import WIDTH
+from tokenflex.routing import training
 from tokenflex.routing.grading import Grades
 from tokenflex.routing.router import Router
 
@@ -37,6 +40,18 @@ def planted_grades(samples: int = 60, seed: int = 0) -> Grades:
         pair_images=owners,
         pair_questions=torch.arange(len(owners)),
     )
+
+
+def mark_some_right(monkeypatch: Any) -> None:
+    """Let training of routers take every third answer of a random model for right."""
+    graded = training.grade
+
+    def grade(*args: Any, **options: Any) -> Grades:
+        grades = graded(*args, **options)
+        grades.right[::3] = True
+        return grades
+
+    monkeypatch.setattr(training, "grade", grade)
 
 
 class FixedRouter(Router):

@@ -14,6 +14,7 @@ from tokenflex.routing import training
 from tokenflex.training.checkpoint import save_model
 
 
+@pytest.mark.filterwarnings("ignore:dataset has few questions:UserWarning")
 def test_the_curve_is_of_the_test_split_and_training_of_validation(
     processor,  # noqa: F811
     half_taught,  # noqa: F811

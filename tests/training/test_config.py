@@ -56,6 +56,10 @@ def test_the_demo_loads_with_its_values():
         config.model.text.config["hidden_size"] == values["model"]["text"]["config"]["hidden_size"]
     )
     assert [stage.steps for stage in config.stages] == [s["steps"] for s in values["stages"]]
+    assert (config.model.projector_position, config.model.image_positions) == (
+        "normalized",
+        "shared",
+    )
     assert config.stages[1].counts == (4, 9, 16)
     assert config.stages[1].weights == (0.2, 0.3, 0.5)
     assert config.evaluation.counts == (4, 9, 16)
@@ -157,7 +161,7 @@ def test_an_unknown_key_is_named_with_its_value_and_those_that_are_known(tmp_pat
         ("stages.1.learning_rate.text", float("inf"), "finite"),
         ("stages.1.learning_rate.text", float("nan"), "finite"),
         ("stages.1.counts", [4, 9], "2 counts and 3 weights"),
-        ("model.image_positions", "shared", "needs projector_position='normalized', got None"),
+        ("model.projector_position", None, "needs projector_position='normalized', got None"),
         ("stages.1.counts", [4, 9, 17], "nearest squares are 16 and 25"),
         ("stages.1.counts", [4, 9, [0, 4]], "counts[2] must have sides of at least 1"),
         ("stages.1.weights", [1, -1, 1], "at least 0"),

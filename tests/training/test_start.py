@@ -17,12 +17,15 @@ from tokenflex.training.loop import TrainingRun
 
 ALL_COUNTS = {"counts": [4, 9, 16], "weights": [1, 1, 1], "draw": "all"}
 
+WITHOUT_POSITIONS = {"projector_position": None, "image_positions": "sequential"}
+
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> Path:
-    """A checkpoint at 16 tokens."""
+    """A checkpoint at 16 tokens, without positions."""
     folder = tmp_path_factory.mktemp("start")
     values = tiny_values(folder / "run", stages=[stage(counts=[16], weights=[1], steps=2)])
+    values["model"] |= WITHOUT_POSITIONS
     TrainingRun(load_config(write_config(folder / "run.yaml", values))).run()
     return folder / "run" / "checkpoint"
 
@@ -30,7 +33,7 @@ def start(tmp_path_factory) -> Path:
 def started(folder: Path, start: Path, **changes) -> TrainConfig:
     values = tiny_values(folder / "run", stages=[stage()])
     values.pop("encoder_warm_up")
-    values["model"]["start"] = str(start)
+    values["model"] |= {**WITHOUT_POSITIONS, "start": str(start)}
     return load_config(write_config(folder / "run.yaml", {**values, **changes}))
 
 

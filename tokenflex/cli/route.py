@@ -83,7 +83,7 @@ def _route_into(options: argparse.Namespace) -> int:
     from tokenflex.routing.grading import grade
     from tokenflex.routing.router import check_counts
     from tokenflex.routing.storage import save_router
-    from tokenflex.routing.training import train_router
+    from tokenflex.routing.training import check_largest_trained, train_router
     from tokenflex.terminal import progress_bar
 
     counts = check_counts(options.counts)
@@ -98,6 +98,7 @@ def _route_into(options: argparse.Namespace) -> int:
     others = _dataset(measured, "test", options) if measured and study else None
     model, processor = load_model(options.model)
     check_length(model.config, tokens_of(counts[-1]))
+    check_largest_trained(model, counts)
     model.to(device())
     samples = len(trained_on) + (0 if others is None else len(others))
     with progress_bar("grading", samples, unit="sample") as bar:
@@ -117,9 +118,14 @@ def _route_into(options: argparse.Namespace) -> int:
     print(
         f"{report.parameters} parameters, {report.grading_seconds:.0f} s of asking and "
         f"{report.fitting_seconds:.0f} s of fitting; held out, auto costs "
-        f"{report.largest_accuracy - report.accuracy:.3f} of accuracy at "
+        f"{report.largest_accuracy - report.accuracy:.3f} ± {report.drop_error:.3f} of accuracy at "
         f"{report.tokens / report.largest_tokens:.0%} of the tokens"
     )
+    if report.text_only_questions:
+        print(
+            "questions without an image, left out because no count applies to them: "
+            f"{report.text_only_questions}"
+        )
     if measured and study is None:
         print("no curve was measured: that needs a clone of the repository")
     print(f"the router is in {folder}")

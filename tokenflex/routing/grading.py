@@ -231,6 +231,35 @@ def routed(router: Router, grades: Grades, penalty: float) -> Choice:
     return best(utilities(mean_chances(router, grades), grades.counts, penalty))
 
 
+def drop_of(
+    grades: Grades, choice: Choice, weights: torch.Tensor | None = None
+) -> tuple[float, float]:
+    """Return the accuracy of the largest count minus that of a choice, and its standard error.
+
+    Both are of the same questions, and the error takes a sample's questions together: those about
+    one image are right or wrong together. It is that of a mean of each kind's mean, by
+    linearisation; with other weights than those of kinds, of the weighted mean.
+
+    Args:
+        grades: K questions of S samples.
+        choice: Choice for each question.
+        weights: float64 [K], adding up to 1; if None, every kind has the same weight.
+    """
+    chosen = grades.right.gather(1, torch.from_numpy(choice)[:, None]).squeeze(1)
+    lost = grades.right[:, -1].double() - chosen.double()
+    kinds = grades.kinds if weights is None else ("",) * len(grades)
+    weights = grades.weights() if weights is None else weights
+    index = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
+    kind_of = torch.tensor([index[kind] for kind in kinds])
+    zeros = torch.zeros(len(index), dtype=torch.float64)
+    means = zeros.index_add(0, kind_of, weights * lost) / zeros.index_add(0, kind_of, weights)
+    samples, sample_of = grades.samples.unique(return_inverse=True)
+    by_sample = torch.zeros(len(samples), dtype=torch.float64)
+    by_sample.index_add_(0, sample_of, weights * (lost - means[kind_of]))
+    variance = float(by_sample.square().sum()) * len(samples) / max(len(samples) - 1, 1)
+    return float((weights * lost).sum()), variance**0.5
+
+
 def score(
     grades: Grades, choice: Choice, weights: torch.Tensor | None = None
 ) -> tuple[float, float]:

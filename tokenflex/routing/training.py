@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from tokenflex.counts import TokenCount
+from tokenflex.counts import TokenCount, token_grid
 from tokenflex.data.samples import SampleDataset
+from tokenflex.evaluation.counts import label_of
 from tokenflex.routing.calibration import Curve, fit_curve
-from tokenflex.routing.grading import Grades, grade, routed, score
-from tokenflex.routing.router import Router
+from tokenflex.routing.grading import Choice, Grades, drop_of, grade, routed, score
+from tokenflex.routing.router import Router, check_counts
 from tokenflex.terminal import watched
 
 STEPS = 1000
@@ -27,6 +29,10 @@ CHECK_EVERY = 50
 """Steps between evaluations on the held-out part."""
 PATIENCE = 12
 """Evaluations without an improvement before training stops."""
+MARGIN = 1.0
+"""Standard errors that are added to a drop: that of a chosen setting is too small by luck."""
+FEW_RIGHT = 0.05
+"""Share of right answers below which a warning asks for other questions."""
 PENALTIES = (0.0, *np.geomspace(0.002, 1.0, 28).round(4).tolist())
 
 
@@ -38,14 +44,17 @@ class RouterReport:
         parameters: Parameters of the router.
         questions: Questions of the training part.
         held_out_questions: Questions that early stopping and the penalty were chosen on.
+        text_only_questions: Questions without an image, left out because no count applies to them.
         grading_seconds: Seconds of encoding and grading at all counts.
         fitting_seconds: Seconds of fitting the router.
         steps: Optimiser steps up to the router that is kept.
         penalty: Default penalty of the router. Of the penalties that cost at most ``max_drop`` of
-            the largest count's accuracy on the held-out part, it is the one with the fewest tokens;
-            0 if all cost more.
+            the largest count's accuracy on the held-out part, a standard error included, it is the
+            one with the fewest tokens; 0 if all cost more.
         accuracy: Held-out accuracy of the router at that penalty.
         tokens: Held-out vision tokens per question of the router at that penalty.
+        drop_error: Standard error of ``largest_accuracy - accuracy``, see
+            :func:`tokenflex.routing.grading.drop_of`.
         largest_accuracy: Held-out accuracy of the largest count.
         largest_tokens: Held-out vision tokens per question of the largest count.
     """
@@ -53,12 +62,14 @@ class RouterReport:
     parameters: int
     questions: int
     held_out_questions: int
+    text_only_questions: int
     grading_seconds: float
     fitting_seconds: float
     steps: int
     penalty: float
     accuracy: float
     tokens: float
+    drop_error: float
     largest_accuracy: float
     largest_tokens: float
 
@@ -94,10 +105,11 @@ def train_router(
 
     Raises:
         TypeError: A count is neither an int nor a pair of ints.
-        ValueError: There are fewer than two counts or two samples with images, or a number is out
-            of its range.
+        ValueError: There are fewer than two counts or two samples with images, the model was not
+            trained at the largest count, no answer is right, or a number is out of its range.
     """
     _check_shares(held_out, max_drop)  # before the work, not after it
+    check_largest_trained(model, counts)
     started = time.perf_counter()
     grades = grade(model, processor, dataset, counts, batch_size=batch_size, on_samples=on_samples)
     return fit_router(
@@ -123,8 +135,14 @@ def fit_router(
 
     The curves of its probabilities are fitted on the held-out part, as is its penalty. The
     arguments are those of :func:`train_router`.
+
+    Raises:
+        ValueError: There are fewer than two samples with images, no answer about an image is right
+            at any count, or a number is out of its range.
     """
     _check_shares(held_out, max_drop)
+    has_images = grades.tiles > 0
+    _check_right(grades.counts, grades.right[has_images])
     started = time.perf_counter()
     fitted, tested = split_samples(grades, held_out, seed)
     router = Router(
@@ -137,26 +155,90 @@ def fit_router(
     right = tested.right[tested.pair_questions].numpy()
     images, questions, *_ = _pairs(tested)
     router.calibration = _curves(router.probabilities(images, questions), right)
-    # The model saw none of these questions, so all of them tell how sure it may be.
-    router.confidence_calibration = _curves(grades.confidence.numpy(), grades.right.numpy())
+    # The model saw none of these questions, so all that have images tell how sure it may be.
+    router.confidence_calibration = _curves(
+        grades.confidence[has_images].numpy(), grades.right[has_images].numpy()
+    )
     largest_accuracy, largest_tokens = score(tested, np.full(len(tested), len(grades.counts) - 1))
-    scores = {penalty: score(tested, routed(router, tested, penalty)) for penalty in PENALTIES}
-    allowed = [p for p, (value, _) in scores.items() if value >= largest_accuracy - max_drop]
-    router.penalty = min(allowed, key=lambda p: (scores[p][1], p), default=0.0)
-    accuracy, tokens = scores[router.penalty]
+    choices = {penalty: routed(router, tested, penalty) for penalty in PENALTIES}
+    allowed = [p for p, choice in choices.items() if costs_at_most(max_drop, tested, choice)]
+    router.penalty = min(allowed, key=lambda p: (score(tested, choices[p])[1], p), default=0.0)
+    accuracy, tokens = score(tested, choices[router.penalty])
     return router, RouterReport(
         parameters=sum(parameter.numel() for parameter in router.parameters()),
         questions=len(fitted),
         held_out_questions=len(tested),
+        text_only_questions=int((~has_images).sum()),
         grading_seconds=grading_seconds,
         fitting_seconds=time.perf_counter() - started,
         steps=steps,
         penalty=router.penalty,
         accuracy=accuracy,
         tokens=tokens,
+        drop_error=drop_of(tested, choices[router.penalty])[1],
         largest_accuracy=largest_accuracy,
         largest_tokens=largest_tokens,
     )
+
+
+def costs_at_most(
+    max_drop: float,
+    grades: Grades,
+    choice: Choice,
+    weights: torch.Tensor | None = None,
+    margin: float = MARGIN,
+) -> bool:
+    """Return whether a choice costs at most ``max_drop``, ``margin`` standard errors included.
+
+    The cheapest of many settings costs more on other questions than on those it was chosen on.
+
+    Args:
+        max_drop: Accuracy below the largest count's that is allowed.
+        grades: Questions that the setting is chosen on.
+        choice: Choice for each question.
+        weights: See :func:`tokenflex.routing.grading.drop_of`.
+        margin: Standard errors; 0 takes the questions for all there are.
+    """
+    drop, error = drop_of(grades, choice, weights)
+    return drop + margin * error <= max_drop + 1e-9
+
+
+def check_largest_trained(model: Any, counts: Sequence[TokenCount]) -> None:
+    """Refuse a largest count that the model was not trained at: a router saves tokens against it.
+
+    Smaller counts may be new to the model. A model whose config names no trained counts passes.
+
+    Raises:
+        TypeError: A count is neither an int nor a pair of ints.
+        ValueError: The model was not trained at the largest count, or the counts leave no choice.
+    """
+    *_, largest = check_counts(counts)
+    trained = getattr(model.config, "trained_num_image_tokens", None)
+    if trained and token_grid(largest) not in {token_grid(count) for count in trained}:
+        raise ValueError(
+            f"counts must have a count that the model was trained at, {list(trained)}, as the "
+            f"largest, because a router is measured by the answers at it, got {list(counts)}"
+        )
+
+
+def _check_right(counts: Sequence[TokenCount], right: torch.Tensor) -> None:
+    """Refuse answers, bool [questions, counts], that are all wrong; warn of few right ones."""
+    if not len(right):
+        return  # split_samples says that there are no images
+    by_count = right.sum(0).tolist()
+    said = ", ".join(f"{n} at {label_of(count)}" for n, count in zip(by_count, counts, strict=True))
+    if not any(by_count):
+        raise ValueError(
+            f"dataset must hold questions that the model answers right at some count, because a "
+            f"router learns from right and wrong answers, got {said} of {len(right)} right: are "
+            "they of the model's task?"
+        )
+    if max(by_count) < FEW_RIGHT * len(right):
+        warnings.warn(
+            f"dataset has few questions that the model answers right, {said} of {len(right)}: the "
+            "router has little to learn from. Are they of the model's task?",
+            stacklevel=3,
+        )
 
 
 def _check_shares(held_out: float, max_drop: float) -> None:

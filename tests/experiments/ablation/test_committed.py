@@ -14,7 +14,7 @@ from experiments.ablation.gap import format_gap, gains
 from experiments.ablation.limited import KINDS, budgets_of, format_limited
 from experiments.ablation.limited import gains as limited_gains
 from experiments.ablation.report import format_report
-from experiments.ablation.results import difference
+from experiments.ablation.results import difference, place
 from experiments.ablation.suites import LEVERS, UNSEEN
 from experiments.ablation.tables import below_nearest, points
 from experiments.ablation.unseen import format_unseen
@@ -28,6 +28,10 @@ FORMATS = {
     "unseen": format_unseen,
     "limited": format_limited,
 }
+
+
+def undecided(gain: dict[str, Any]) -> bool:
+    return place(gain) == "undecided"
 
 
 def report_of(name: str) -> dict[str, Any]:
@@ -52,10 +56,13 @@ def test_the_readme_and_the_page_quote_the_gap():
     gaps = [difference(report, "stochastic", name, count) for name, count in pairs]
     behind = [f"{-100 * gap['mean']:.1f}" for gap in gaps]
     readme = (DOCS.parent / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    readme = " ".join(readme.split())
     assert f"by {behind[0]}, {behind[1]} and {behind[2]} points at 4, 9 and 16" in readme
     spreads = [f"{one} ± {100 * gap['spread']:.1f}" for one, gap in zip(behind, gaps, strict=True)]
     page = (DOCS / "ablation.md").read_text(encoding="utf-8").replace("\n", " ")
     assert f"{spreads[0]}, {spreads[1]} and {spreads[2]} points behind" in page
+    assert [undecided(gap) for gap in gaps] == [False, False, True]
+    assert "(the last is undecided)" in page
 
 
 def test_the_target_of_unseen_counts_is_met():
@@ -77,17 +84,29 @@ def test_the_page_quotes_every_lever_and_the_readme_one():
         means[lever.title] = [f"{abs(100 * gain['mean']):.1f}" for gain in found]
     readme = (DOCS.parent / "README.md").read_text(encoding="utf-8").replace("\n", " ")
     first, second, third = means["positions, for both"]
+    readme = " ".join(readme.split())
     assert f"or {first}, {second} and {third} with [two settings]" in readme
+    plain, positions = (
+        [f"{abs(100 * g['mean']):.1f}" for g in gains(report, lever).values() if undecided(g)]
+        for lever in LEVERS[:2]
+    )
+    open_ones = [*plain, *positions]
+    assert f"leave the {', '.join(open_ones[:-1])} and {open_ones[-1]} undecided" in readme
+
+
+def _marked(gain: dict[str, Any]) -> str:
+    cell = points(gain, signed=True)
+    return f"**{cell}**" if place(gain) == "ahead" else cell
 
 
 def test_the_page_and_the_readme_quote_limited_data():
     report = report_of("limited")
-    page = (DOCS / "ablation.md").read_text(encoding="utf-8").replace("**", "")
+    page = (DOCS / "ablation.md").read_text(encoding="utf-8")
     longest = [budget for budget in budgets_of(report) if budget.factor == 4]
     for kind in KINDS:
         for budget in longest:
             found = limited_gains(report, kind, budget).values()
-            shown = " | ".join(points(gain, signed=True) for gain in found)
+            shown = " | ".join(_marked(gain) for gain in found)
             assert f"| {kind}, {budget.data} | {shown} |" in page
     readme = (DOCS.parent / "README.md").read_text(encoding="utf-8").replace("\n", " ")
     (known,) = (budget for budget in longest if budget.canvases == 1200)
@@ -95,6 +114,15 @@ def test_the_page_and_the_readme_quote_limited_data():
         f"{100 * g['mean']:.1f}" for g in limited_gains(report, "with positions", known).values()
     ]
     assert f"it is behind, by {ahead[0]} and {ahead[1]} at 4 and 9" in " ".join(readme.split())
+    places = {
+        (kind, budget.canvases, budget.factor, count): place(gain)
+        for kind in KINDS
+        for budget in budgets_of(report)
+        for count, gain in limited_gains(report, kind, budget).items()
+    }
+    assert "ahead" not in {word for (kind, *_), word in places.items() if kind == "as in the paper"}
+    ahead = [key[1:] for key, word in places.items() if word == "ahead"]
+    assert [key for key in ahead if key[1] == 1] == [(300, 1, "9")]
 
 
 def test_the_page_quotes_what_mends_unseen_counts():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -15,7 +17,14 @@ from experiments.ablation.figures import draw_gains, write_figures
 from experiments.ablation.gap import format_gap, gains, write_gap_figure
 from experiments.ablation.limited import format_limited, write_limited_figure
 from experiments.ablation.report import format_report
-from experiments.ablation.results import difference, spread_of
+from experiments.ablation.results import (
+    T_QUANTILES,
+    difference,
+    half_width,
+    place,
+    places_of,
+    spread_of,
+)
 from experiments.ablation.scales import QUICK_LIMITED
 from experiments.ablation.suites import LEVERS, SUITES
 from experiments.ablation.tables import accuracy_table, below_nearest, nearest_trained
@@ -67,7 +76,7 @@ def test_differences_are_paired_by_seed():
 def test_the_verdict_names_where_the_stochastic_model_is_behind():
     claims = section(format_report(canned_report()), "The paper's claim, here")
     assert "at least 35.0 and at most 60.0 points below the stochastic one" in claims
-    assert "behind at 4 (-5.0), 9 (-3.0) and ahead at 16 (+0.5)" in claims
+    assert "is ahead at 16 (+0.5); behind at 4 (-5.0), 9 (-3.0). *Ahead*" in claims
 
 
 def test_the_verdict_turns_with_the_numbers():
@@ -77,7 +86,8 @@ def test_the_verdict_turns_with_the_numbers():
             report["regimes"][row]["accuracy"][count] = spread_of([value - 0.3] * 3)
     claims = section(format_report(report), "The paper's claim, here")
     assert "ahead at 4" in claims
-    assert "behind" not in claims
+    assert "behind at" not in claims
+    assert ", as in the paper." in claims
     report["regimes"]["fixed-small"]["accuracy"]["16"] = spread_of([1.2] * 3)
     assert "not always below" in format_report(report)
 
@@ -182,8 +192,9 @@ def test_each_lever_is_measured_against_its_own_specialists():
     assert cells(table, "positions, for both")[:3] == ["-3.0 ± 0.0", "-1.0 ± 0.0", "-2.0 ± 0.0"]
     wide = cells(table, "and twice as wide, for both")
     assert wide == ["+4.0 ± 1.7", "-12.0 ± 0.0", "-", "288k : 576k"]
-    assert "- as in the paper: behind by at most 5.0, at 4; ahead at 16 (+0.5)." in page
-    assert "- and odds 1:1:1: behind by at most 16.0, at 4; ahead at none." in page
+    assert "- as in the paper: ahead at 16 (+0.5); behind at 4 (-5.0), 9 (-3.0)." in page
+    # +4.0 ± 1.7 of three seeds: 4.303 * 1.73 / sqrt(3) is 4.3, so these do not tell.
+    assert "- and twice as wide, for both: undecided at 4 (+4.0); behind at 9 (-12.0)." in page
 
 
 def test_the_gap_has_its_figure(tmp_path):
@@ -237,20 +248,22 @@ def test_limited_data_is_compared_budget_by_budget():
 def test_regularisation_is_told_from_the_training_canvases():
     report = limited_report()
     rows = report["regimes"]
-    # At 16 tokens it is level, at 4 and 9 behind on both, but for 9 tokens of 1,200-x4; and of
+    # At 16 tokens it is ahead, at 4 and 9 behind on both, but for 9 tokens of 1,200-x4; and of
     # 300-x1 behind on unseen canvases alone.
     rows["positions-300-x1"]["trained_accuracy"]["4"] = spread_of([0.91, 0.92, 0.93])
     specialist = rows["fixed-middle-positions-1200-x4"]["trained_accuracy"]["9"]["values"]
-    level = spread_of([value + 0.004 for value in specialist])
-    rows["positions-1200-x4"]["trained_accuracy"]["9"] = level
+    shifts = (-0.003, 0.004, 0.011)  # 0.4 points: no seed more says which way
+    values = [value + shift for value, shift in zip(specialist, shifts, strict=True)]
+    rows["positions-1200-x4"]["trained_accuracy"]["9"] = spread_of(values)
     page = section(format_limited(report), "Is it regularisation?")
-    assert "| 1,200 | 1,000 | +5.0 ± 0.0 | +5.0 ± 0.0 | +4.5 ± 0.0 | +5.0 ± 0.0 |" in page
-    table = page.split("With positions: the one model's difference is the smaller one on 1 of 6 ")[
-        1
-    ]
-    assert table.startswith("budgets. Of 18 comparisons it is:")
-    assert cells(table, "ahead") == ["0", "1", "0"]
-    assert cells(table, "level") == ["0", "6", "0"]
+    # The specialists' 5.0 minus 4.5 is 0.53 ± 0.23 before rounding: 0.53 ± 0.58 with confidence.
+    assert "| +4.5 ± 0.2 | +5.0 ± 0.0 | +0.5 (-0.0 to +1.1) |" in page
+    _, table = page.split("With positions: the one model's difference is the smaller one on 0 of 6")
+    assert table.startswith(
+        " budgets, the larger one on 1, and undecided on 5. Of 18 comparisons it is:"
+    )
+    assert cells(table, "ahead") == ["6", "1", "0"]
+    assert cells(table, "undecided") == ["0", "0", "0"]
     assert cells(table, "behind") == ["1", "0", "10"]
 
 
@@ -283,18 +296,62 @@ def test_the_difference_on_training_canvases_has_its_sign_and_its_order():
         }
     page = section(format_limited(report), "Is it regularisation?")
     # Of the specialists: (11 + 5 + 5) / 3 points; with positions (-1 - 1 + 5) / 3.
-    assert "| 300 | 1,000 | +2.0 ± 0.0 | +7.0 ± 0.0 | -1.0 ± 0.0 | +1.0 ± 0.0 |" in page
+    paper, positions = (
+        f"| {one} ± 0.0 | {specialists} ± 0.0 | {smaller} ({smaller} to {smaller}) |"
+        for one, specialists, smaller in (("+2.0", "+7.0", "+5.0"), ("-1.0", "+1.0", "+2.0"))
+    )
+    assert f"| 300 | 1,000 {paper}{positions[1:]}" in page
     assert "As in the paper: the one model's difference is the smaller one on 1 of 6 bud" in page
     report["regimes"]["stochastic-300-x1"]["trained_accuracy"]["4"] = spread_of([1.8, 1.8, 1.8])
     page = section(format_limited(report), "Is it regularisation?")
     assert "As in the paper: the one model's difference is the smaller one on 0 of 6 bud" in page
 
 
-def test_the_verdict_on_limited_data_calls_level_what_the_seeds_leave_open():
+def test_a_mean_beyond_its_standard_error_is_undecided_within_the_interval():
     report = limited_report()
-    report["regimes"]["stochastic-300-x1"]["accuracy"]["4"] = spread_of([0.85, 0.87, 0.85])
-    assert "- 300 canvases, 1,000 steps: ahead at 16 (+0.5); level at 4 (-0.3)" in format_limited(
+    row = report["regimes"]["stochastic-300-x1"]["accuracy"]
+    # Minus 85, 86 and 87 %: 3, 3 and 1 points, 2.33 ± 1.15, a standard error of 0.67.
+    row["4"] = spread_of([0.88, 0.89, 0.88])
+    assert "300 canvases, 1,000 steps: ahead at 16 (+0.5); undecided at 4 (+2.3)" in format_limited(
         report
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "half"),
+    [
+        ([0.01, 0.02, 0.03], 0.0248),  # t of 2 degrees of freedom is 4.303, sd 0.01
+        ([0.0, 0.1], 0.6353),  # 12.706 * 0.0707 / sqrt(2)
+        ([0.0, 0.02] * 8, 0.0055),  # 2.131 * 0.01033 / 4
+        ([0.0, 0.02] * 200, 0.00102),  # the last of the table, 2.086: wider than 1.966
+    ],
+)
+def test_the_interval_is_students(values, half):
+    assert half_width(spread_of(values)) == pytest.approx(half, rel=0.03)
+
+
+def test_quantiles_are_of_students_t():
+    """P(|t| < q) is 0.95, by the density of t with n degrees of freedom, summed."""
+    for n, quantile in enumerate(T_QUANTILES, 1):
+        steps = np.linspace(0, quantile, 20001)
+        density = math.gamma((n + 1) / 2) / (math.gamma(n / 2) * math.sqrt(n * math.pi))
+        inside = 2 * np.trapezoid(density * (1 + steps**2 / n) ** (-(n + 1) / 2), steps)
+        assert inside == pytest.approx(0.95, abs=1e-4), n
+
+
+def test_places_are_decided_by_the_interval_alone():
+    gains = {
+        "4": spread_of([0.01, 0.02, 0.03]),  # 2.0 ± 2.5
+        "9": spread_of([0.02, 0.03, 0.04]),  # 3.0 ± 2.5
+        "16": spread_of([-0.02, -0.03, -0.04]),
+        "25": spread_of([0.0004] * 3),  # shown as 0
+        "36": spread_of([0.5]),  # one seed
+    }
+    assert [place(gain) for gain in gains.values()] == [
+        *("undecided", "ahead", "behind", "undecided", "undecided")
+    ]
+    assert places_of(gains) == (
+        "ahead at 9 (+3.0); undecided at 4 (+2.0), 25 (+0.0), 36 (+50.0); behind at 16 (-3.0)"
     )
 
 
