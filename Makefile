@@ -30,7 +30,8 @@ BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 .PHONY: demo test test-release test-cpu test-kernels test-aot aot test-ptx test-claim test-torchvision \
-  test-vllm test-play test-openvino test-versions test-oldest test-newest test-dropin-oldest lint setup docs \
+  test-vllm test-play test-openvino test-versions test-oldest test-newest test-dropin-oldest test-newest-triton \
+  lint setup docs \
   gpu tune sanitize sanitize-threads sanitize-gpu clean
 
 setup: .venv/.ready
@@ -163,7 +164,7 @@ $(VLLM)/.ready: constraints/vllm.txt .venv/.ready
 VERSIONS := .venv-versions
 test-versions: setup
 	@failed=0; \
-	for set in oldest dropin-oldest newest; do $(MAKE) test-$$set || failed=1; done; \
+	for set in oldest dropin-oldest newest newest-triton; do $(MAKE) test-$$set || failed=1; done; \
 	exit $$failed
 
 QUICK_TESTS := -m 'not slow and not gpu' --no-header -p no:cacheprovider
@@ -186,6 +187,17 @@ $(VERSIONS)/oldest/.ready $(VERSIONS)/newest/.ready: $(VERSIONS)/%/.ready: const
 $(VERSIONS)/dropin/.ready: constraints/dropin.txt $(VERSIONS)/oldest/.ready
 	rm -rf $(@D)
 	$(VERSIONS)/oldest/bin/python -m pip install --no-deps --target $(@D) --requirement $<
+	touch $@
+
+# The newest Triton, while no torch that goes with it installs here: it compiles, beside constraints.txt.
+test-newest-triton: $(VERSIONS)/triton/.ready
+	PYTHONPATH=$(VERSIONS)/triton nice $(BIN)/python -m tokenflex_kernels.aot --quiet --quick
+	PYTHONPATH=$(VERSIONS)/triton nice $(BIN)/python -m pytest $(QUICK_TESTS) \
+	  $(addprefix tests/kernels/,budget test_aot.py test_launch.py test_relaunch.py) tests/ptx/test_kernels.py
+
+$(VERSIONS)/triton/.ready: constraints/triton.txt .venv/.ready
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --no-deps --target $(@D) --requirement $<
 	touch $@
 
 lint: setup

@@ -31,12 +31,22 @@ def test_a_release_from_the_oldest_on_is_taken(monkeypatch, found):
     versions.require("transformers", "5.17")
 
 
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [("3.7", True), ("3.7.1", True), ("3.7.0+cu130", True), ("3.70", False), ("3.9.0", False)],
+)
+def test_a_release_is_known_by_its_first_numbers(monkeypatch, found, expected):
+    monkeypatch.setattr(versions, "version", lambda package: found)
+    assert versions.is_release("triton", "3.7") == expected
+
+
 def test_a_package_that_is_missing_is_not_too_old(monkeypatch):
     def version(package):
         raise PackageNotFoundError(package)
 
     monkeypatch.setattr(versions, "version", version)
     versions.require("triton", "3.6")
+    assert not versions.is_release("triton", "3.6")
 
 
 @pytest.mark.parametrize(

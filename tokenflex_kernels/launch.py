@@ -14,6 +14,7 @@ Importing this does not import Triton.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -95,7 +96,7 @@ def launch(kernel: Any, programs: int, like: torch.Tensor, *args: Any, **options
             with torch.cuda.device(like.device):
                 binary = _launch_on_gpu(kernel, programs, index, args, options)
     elif like.is_meta:
-        compiled = kernel.warmup(*args, grid=(programs,), **options)
+        compiled = kernel.warmup(*args, grid=(programs,), **compiler_options(options))
         if on_compile is not None:
             on_compile(kernel.__name__, compiled)
         if on_launch is not None:
@@ -122,13 +123,13 @@ def _launch_on_gpu(
     """Launch on the current device; return the binary, or None if the launch is left to Triton."""
     key = binary_key(kernel, index, args, options)
     if key is None or not relaunch.is_ordinary((kernel,)):
-        kernel[(programs,)](*args, **options)
+        kernel[(programs,)](*args, **compiler_options(options))
         return None
     binary = _binaries.get(key)
     if binary is not None:
         relaunch.run(binary, programs, relaunch.current_stream(index), args)
         return binary
-    compiled = kernel[(programs,)](*args, **options)
+    compiled = kernel[(programs,)](*args, **compiler_options(options))
     binary = binary_of(compiled, kernel, args, options)
     if binary is not None:
         _binaries[key] = binary
@@ -187,6 +188,17 @@ def _beyond_storage(descriptor: Any) -> Any | None:
 def register_limit(registers: int | None) -> dict[str, int | None]:
     """Return the option that limits the registers of a thread, where the compiler has one."""
     return {"maxnreg": registers} if limits_registers else {}
+
+
+def compiler_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return a kernel's options with the word that a product and a sum become one instruction.
+
+    That is Triton's default up to 3.9, which warns where nothing is said: from 3.10 on it is not.
+    ``TRITON_DEFAULT_FP_FUSION`` in the environment decides in its place, as ever.
+    """
+    if "TRITON_DEFAULT_FP_FUSION" in os.environ:
+        return options
+    return {"enable_fp_fusion": True, **options}
 
 
 # ---- Matrix products.

@@ -29,6 +29,18 @@ def is_older(package: str, release: str) -> bool:
         return False
 
 
+def is_release(package: str, release: str) -> bool:
+    """Return whether the installed release of a package begins with these numbers: 3.7.1 with 3.7.
+
+    False if the package is missing.
+    """
+    numbers = _numbers(release)
+    try:
+        return _numbers(version(package))[: len(numbers)] == numbers
+    except PackageNotFoundError:
+        return False
+
+
 def _numbers(release: str) -> tuple[int, ...]:
     """Return the leading numbers of a version: (2, 13, 0) of ``2.13.0a1+cpu``."""
     numbers = re.match(r"\d+(?:\.\d+)*", release)

@@ -15,8 +15,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from tokenflex_kernels import aot
-from tokenflex_kernels.aot import Compiled, faults
+from tokenflex_kernels import aot, versions
+from tokenflex_kernels.aot import Compiled, Predicted, faults
+from tokenflex_kernels.budget import table
 
 pytest.importorskip("triton")
 
@@ -386,10 +387,13 @@ class TestUsage:
         assert exited.value.code == 2
         assert "TRITON_INTERPRET" in capsys.readouterr().err
 
-    def test_a_fault_is_exit_code_1_and_none_is_0(self, capsys, monkeypatch):
+    @pytest.fixture
+    def inspected(self, monkeypatch):
+        """What the command finds for sm_80, where nothing is compiled, with Triton 3.7."""
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(versions, "version", lambda package: "3.7.1")
         results = {"sm_80": [compiled(architecture="sm_80", shared=0, instruction="mma")]}
-        predictions = [("in budget", False)]
+        predictions = [Predicted("in budget")]
 
         class InThisProcess:
             def __init__(self, *args, **options):
@@ -405,21 +409,48 @@ class TestUsage:
                 return [aot.Inspected(results[name], predictions) for name in architectures]
 
         monkeypatch.setattr(aot, "ProcessPoolExecutor", InThisProcess)
+        return results["sm_80"], predictions
+
+    def test_a_fault_is_exit_code_1_and_none_is_0(self, capsys, inspected):
+        kernels, predictions = inspected
         assert aot.main(["--architectures", "sm_80"]) == 0
         printed = capsys.readouterr().out
         assert "1 kernels for sm_80: 0 with faults" in printed
         assert "in budget" in printed
-        results["sm_80"].append(compiled(stack=4))
+        kernels.append(compiled(stack=4))
         assert aot.main(["--architectures", "sm_80", "--quiet"]) == 1
         printed = capsys.readouterr().out
         assert "spills: 4 bytes of stack" in printed
         assert "2 kernels for sm_80: 1 with faults" in printed
         assert len(printed.splitlines()) == 3
-        results["sm_80"].pop()
-        predictions.append(("slow", True))
+        kernels.pop()
+        predictions.append(Predicted("slow", is_over=True))
         assert aot.main(["--architectures", "sm_80", "--quiet"]) == 1
         assert capsys.readouterr().out.splitlines() == [
             "slow",
             "1 kernels for sm_80: 0 with faults",
             "2 predictions: 1 over their budget",
         ]
+
+    def test_what_another_compiler_makes_a_little_worse_is_said(
+        self, capsys, inspected, monkeypatch
+    ):
+        kernels, predictions = inspected
+        for module in versions, table:
+            monkeypatch.setattr(module, "version", lambda package: "3.9.0")
+        kernels += [compiled(stack=8), compiled(stack=16)]
+        predictions.append(Predicted("slower", is_over=True, is_little=True))
+        assert aot.main(["--architectures", "sm_80", "--quiet"]) == 0
+        *lines, kernel_count, prediction_count, remark = capsys.readouterr().out.splitlines()
+        assert ("spills: 8" in lines[0], "spills: 16" in lines[1]) == (True, True)
+        assert lines[2:] == ["slower"]
+        assert kernel_count == "3 kernels for sm_80: 0 with faults"
+        assert prediction_count == "2 predictions: 0 over their budget"
+        assert remark.startswith("3 a little worse by Triton 3.9.0 than by 3.7")
+
+    @pytest.mark.parametrize("changes", [{"stack": 24}, {"stack": 8, "wide": False}])
+    def test_a_fault_of_another_compiler_is_one(self, capsys, inspected, monkeypatch, changes):
+        monkeypatch.setattr(versions, "version", lambda package: "3.9.0")
+        inspected[0].append(compiled(**changes))
+        assert aot.main(["--architectures", "sm_80", "--quiet"]) == 1
+        assert "2 kernels for sm_80: 1 with faults" in capsys.readouterr().out

@@ -19,6 +19,7 @@ from tokenflex_kernels.launch import launch, pair_source, pair_stride
 @pytest.fixture
 def launches(monkeypatch):
     """A kernel, and (current device, programs, arguments, options) of each of its launches."""
+    monkeypatch.delenv("TRITON_DEFAULT_FP_FUSION", raising=False)
     current, made = [0], []
 
     @contextmanager
@@ -46,7 +47,23 @@ def test_a_kernel_runs_on_the_device_of_its_tensors(launches, index):
     kernel, made = launches
     launch(kernel, 3, on_device(index), 5, num_warps=4)
     launch(kernel, 2, on_device(0), 6)
-    assert made == [(index, (3,), (5,), {"num_warps": 4}), (0, (2,), (6,), {})]
+    fused = {"enable_fp_fusion": True}
+    assert made == [(index, (3,), (5,), {"num_warps": 4, **fused}), (0, (2,), (6,), fused)]
+
+
+@pytest.mark.parametrize("kind", ["cuda", "meta"])
+def test_the_environment_decides_on_fusing_where_it_says_so(launches, monkeypatch, kind):
+    kernel, made = launches
+    kernel.warmup = lambda *args, grid, **options: made.append((0, grid, args, options))
+    kernel.__name__ = "a_kernel"
+    like = SimpleNamespace(device=SimpleNamespace(type=kind, index=0))
+    launch(kernel, 3, like, 5, num_warps=4)
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    launch(kernel, 3, like, 5, num_warps=4)
+    assert [options for _, _, _, options in made] == [
+        {"num_warps": 4, "enable_fp_fusion": True},
+        {"num_warps": 4},
+    ]
 
 
 def test_no_programs_are_no_launch(launches):

@@ -200,7 +200,7 @@ def compile_kernel(
         :func:`execute`.
     """
     with _compiling_for(architecture):
-        compiled = kernel.warmup(*arguments, grid=(programs,), **options)
+        compiled = kernel.warmup(*arguments, grid=(programs,), **launch.compiler_options(options))
     named = {**dict(zip(kernel.arg_names, arguments, strict=False)), **options}
     return compiled, _flat_arguments(compiled, named)
 

@@ -12,7 +12,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tokenflex_kernels.budget.integers import UNKNOWN, Lanes, Value, from_bits, known_bits
+from tokenflex_kernels.budget.integers import (
+    MASK,
+    UNKNOWN,
+    Lanes,
+    Value,
+    from_bits,
+    known_bits,
+    signed,
+)
 from tokenflex_kernels.budget.sass import Instruction, Operand, vector
 from tokenflex_kernels.budget.state import (
     LATENCY,
@@ -232,6 +240,33 @@ def _to_uniform(state: State, i: Instruction, lanes: Lanes, start: float, group:
     return {destination.name: value}, LATENCY["uniform"]
 
 
+_REDUCTIONS: dict[str, Callable[[Lanes], np.integer]] = {
+    "MAX": np.maximum.reduce,
+    "MIN": np.minimum.reduce,
+    "SUM": np.add.reduce,
+    "OR": np.bitwise_or.reduce,
+    "XOR": np.bitwise_xor.reduce,
+    "AND": np.bitwise_and.reduce,
+}
+
+
+def _reduce(state: State, i: Instruction, lanes: Lanes, start: float, group: Group) -> Effect:
+    """REDUX: one number of the active lanes' for the whole warp; AND where nothing is said."""
+    destination, source = i.operands[:2]
+    value = state.read(source)
+    if value is None:
+        return {destination.name: None}, LATENCY["special"]
+    reduction = _REDUCTIONS[next((name for name in _REDUCTIONS if name in i.modifiers), "AND")]
+    result = state.full(UNKNOWN)
+    for first in range(0, state.num_lanes, WARP):
+        warp = slice(first, first + WARP)
+        numbers = value[warp][lanes[warp]]
+        if len(numbers) and (numbers >= 0).all():
+            numbers = signed(numbers) if "S32" in i.modifiers else numbers
+            result[warp] = int(reduction(numbers)) & MASK
+    return {destination.name: result}, LATENCY["special"]
+
+
 def _first_lanes(lanes: Lanes) -> Lanes:
     """Return the first active lane of each warp."""
     active = lanes.reshape(-1, WARP)
@@ -313,6 +348,7 @@ EFFECTS: dict[str, Callable[[State, Instruction, Lanes, float, Group], Effect]] 
     "S2UR": _system_register,
     "CS2R": _system_register,
     "R2UR": _to_uniform,
+    "REDUX": _reduce,
     "VOTE": _vote,
     "VOTEU": _vote,
     "ELECT": _elect,

@@ -21,7 +21,7 @@ PIPES: dict[str | tuple[str, ...], str] = {
     "IMAD": "imad",
     ("HGMMA", "HMMA", "IMMA", "DMMA"): "tensor",
     ("FADD", "FMUL", "FFMA", "HADD2", "HMUL2", "HFMA2"): "float",
-    ("MUFU", "I2F.", "I2F ", "F2I", "F2F.", "POPC", "FLO", "BREV"): "special",
+    ("MUFU", "I2F.", "I2F ", "F2I", "F2F.", "POPC", "FLO", "BREV", "REDUX"): "special",
     ("LDGSTS", "LDG ", "LDG.", "STG", "ATOM", "RED.", "UTMA"): "global",
     ("LDS", "STS", "LDSM", "STSM", "SHFL", "SYNCS"): "shared",
     ("BRA", "EXIT", "BAR", "BSSY", "BSYNC", "WARPSYNC", "DEPBAR", "LDGDEPBAR", "NOP", "CALL", "RET",

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.kernels.test_aot import ROOT, run_python
+from tokenflex_kernels import versions
 from tokenflex_kernels.budget import __main__ as command
 from tokenflex_kernels.budget import page, table
 from tokenflex_kernels.budget.model import REFERENCE_GPUS
@@ -180,6 +181,28 @@ class TestBudgets:
         assert late.microseconds == 20
         assert "0.450 of the limit of 9.0 us, and 0.5 is stated" in late.fault
 
+    @pytest.mark.parametrize(
+        ("release", "share", "expected"),
+        [
+            ("3.7.1", 0.49, False),
+            ("3.9.0", 0.49, True),
+            ("3.9.0", 0.44, False),
+            ("3.9.0", 0.5, False),
+        ],
+    )
+    def test_a_little_less_by_another_compiler_is_told_apart(
+        self, monkeypatch, release, share, expected
+    ):
+        monkeypatch.setattr(versions, "version", lambda package: release)
+        budget = Budget("gate_up", "product", 1, {8: 0.5}, 0.9, "a reason")
+        verdict = Verdict(Case("gate_up", "product", 1, 8), budget, [row(10.0)], limit=10 * share)
+        assert bool(verdict.fault) == (share < 0.5)
+        assert verdict.is_of_another_compiler == expected
+
+    def test_the_published_counts_are_of_the_compiler_of_the_budgets(self):
+        for line in page.read_csv(PUBLISHED):
+            assert line["triton"].startswith(f"{table.COUNTED_WITH}.")
+
     def test_accepted_budgets_are_the_predictions_less_a_margin(self, tmp_path):
         path = tmp_path / "budgets.csv"
         path.write_bytes(table.BUDGETS.read_bytes())
@@ -209,6 +232,15 @@ class TestCommand:
         printed = capsys.readouterr().out
         assert "a launch  0.990 of its limit, budget 0.97" in printed
         assert "1 predictions: 0 over their budget" in printed
+
+    def test_a_little_over_by_another_compiler_is_said(self, judged, capsys, monkeypatch):
+        for module in versions, table:
+            monkeypatch.setattr(module, "version", lambda package: "3.9.0")
+        judged.append(replace(judged[0], limit=9.6))
+        assert command.main([]) == 0
+        printed = capsys.readouterr().out
+        assert "over its budget: 0.960 of the limit" in printed
+        assert "2 predictions: 0 over their budget\n1 a little worse by Triton 3.9.0" in printed
 
     def test_one_that_is_not_is_exit_code_1(self, judged, capsys):
         judged.append(replace(judged[0], limit=1.0))

@@ -48,6 +48,7 @@ class TestParsing:
             ("SHFL.BFLY PT, R4, R5, 0x1, 0x1f", "shared"),
             ("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0", "tensor"),
             ("UIADD3 UR4, UR4, 0x1, URZ", "uniform"),
+            ("REDUX.MAX.S32 UR28, R10", "special"),
             ("UTMALDG.2D [UR8], [UR4]", "global"),
             ("BRA 0x10", "control"),
         ],
@@ -161,6 +162,54 @@ class TestControl:
         counted = totals_of(*lines, arguments=[X], buffers=[table([9, 3])])
         assert counted.instructions["float"] == 3
         assert counted.loaded == 0  # tables are not data
+
+    def test_a_branch_on_the_largest_number_of_a_warp_is_followed(self):
+        """ptxas of Triton 3.9 reduces a bound of a loop so, which all lanes have."""
+        lines = [
+            "S2R R0, SR_TID.X",
+            "REDUX.MAX.S32 UR4, R0",
+            "FADD R1, R1, R1",
+            "UIADD3 UR4, UR4, -0x8, URZ",
+            "UISETP.GE.AND UP0, UPT, UR4, URZ, UPT",
+            "PLOP3.LUT P4, PT, PT, PT, UP0, 0x80, 0x0",
+            "@P4 BRA 0x20",
+        ]
+        assert totals_of(*lines).instructions["float"] == 4  # 31, 23, 15, 7
+        assert totals_of(*lines, num_warps=2).instructions["float"] == 4 + 8
+
+    @pytest.mark.parametrize(
+        ("reduction", "expected"),
+        [
+            ("REDUX.MAX.S32", 2),
+            ("REDUX.MIN.S32", -5),
+            ("REDUX.MAX", -1),
+            ("REDUX.MIN", 0),
+            ("REDUX.SUM", -12),
+            ("REDUX", 0),
+            ("REDUX.OR", -1),
+            ("REDUX.XOR", -5 ^ -4 ^ -3 ^ -2 ^ -1 ^ 0 ^ 1 ^ 2),
+        ],
+    )
+    def test_numbers_of_the_active_lanes_are_reduced(self, reduction, expected):
+        values = values_after(
+            "S2R R0, SR_TID.X",
+            "IADD3 R1, R0, -0x5, RZ",  # from -5 to 26
+            "ISETP.LT.AND P0, PT, R0, 0x8, PT",
+            f"@P0 {reduction} UR4, R1",
+        )
+        assert values["UR4"][:8].tolist() == [expected % 2**32] * 8
+
+    def test_a_branch_on_what_data_add_to_such_a_number_is_an_error(self):
+        lines = [
+            *LANE,
+            "LDG.E R4, [R2.64]",
+            "REDUX.MAX.S32 UR4, R4",
+            "UISETP.GE.AND UP0, UPT, UR4, URZ, UPT",
+            "PLOP3.LUT P4, PT, PT, PT, UP0, 0x80, 0x0",
+            "@P4 BRA 0x0",
+        ]
+        with pytest.raises(UnknownBranchError, match="depends on data"):
+            totals_of(*lines, arguments=[X], buffers=[Buffer(512)])
 
     def test_no_end_is_an_error(self):
         with pytest.raises(RuntimeError, match="no end after 50"):
