@@ -208,7 +208,7 @@ class TestControl:
             "PLOP3.LUT P4, PT, PT, PT, UP0, 0x80, 0x0",
             "@P4 BRA 0x0",
         ]
-        with pytest.raises(UnknownBranchError, match="depends on data"):
+        with pytest.raises(DependsOnDataError, match="depends on data"):
             totals_of(*lines, arguments=[X], buffers=[Buffer(512)])
 
     def test_no_end_is_an_error(self):
