@@ -23,7 +23,9 @@ Writer = Callable[[Any, Vector, Mask], None]
 
 POISON = 0xFFC0DEAD  # what a thread finds where it never wrote: a NaN in float32
 SHARED_WINDOW = 0  # a generic address of shared memory is the address itself
-PARAMETER_WINDOW = 1 << 62  # addresses of parameters, which only tensor maps have
+# Addresses of parameters, which only tensor maps have: above all of shared memory, and of 32 bits,
+# in which Triton 3.9 keeps them.
+PARAMETER_WINDOW = 1 << 31
 
 _BITS = {"pred": 1, "f16x2": 32, "bf16x2": 32, "tf32": 32}
 

@@ -336,7 +336,10 @@ class TestCopies:
 
 
 def box_kernel(rank: int, load: str, wait: bool = True) -> str:
-    """Load a box, and store it to another place by the copy engine."""
+    """Load a box, and store it to another place by the copy engine.
+
+    The addresses of the maps are taken as Triton 3.8 takes them, and as 3.9 does.
+    """
     parameters = ", ".join(
         [".param .align 64 .b8 from[128]", ".param .align 64 .b8 to[128]"]
         + [f".param .u32 c{i}" for i in range(2 * rank)]
@@ -348,7 +351,8 @@ def box_kernel(rank: int, load: str, wait: bool = True) -> str:
 .shared .align 1024 .b8 memory[65536];
 .visible .entry k({parameters}) .reqntid 32 {{
 {loads}
-mov.u32 %r0, %tid.x; setp.eq.u32 %one, %r0, 0; mov.b64 %from, from; mov.b64 %to, to;
+mov.u32 %r0, %tid.x; setp.eq.u32 %one, %r0, 0;
+mov.b64 %from, from; mov.b32 %low, to; cvt.u64.u32 %wide, %low; cvta.param.u64 %to, %wide;
 mov.u32 %m, memory; add.s32 %bar, %m, 65528;
 @%one mbarrier.init.shared::cta.b64 [%bar], 1;
 bar.sync 0;
