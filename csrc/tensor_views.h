@@ -48,9 +48,13 @@ class TensorViews {
     return tensor;
   }
 
-  // Whether the numbers of a plain tensor are the negative ones of those in memory.
-  bool is_negated(PyObject* object) const {
-    return reinterpret_cast<PyObject*>(Py_TYPE(object)) != parameter_ && is_negative(object);
+  // Whether the numbers of a tensor are the negative ones of those in memory.
+  static bool is_negated(PyObject* object) {
+    static PyObject* const name = PyUnicode_InternFromString("is_neg");
+    PyObject* result = PyObject_CallMethodNoArgs(object, name);
+    if (result == nullptr) throw pybind11::error_already_set();
+    Py_DECREF(result);  // True and False live on
+    return result == Py_True;
   }
 
   // One of floats in host memory, whose memory holds these very numbers.
@@ -81,15 +85,6 @@ class TensorViews {
   }
 
  private:
-  // Whether the memory holds the negative numbers.
-  static bool is_negative(PyObject* object) {
-    static PyObject* const name = PyUnicode_InternFromString("is_neg");
-    PyObject* result = PyObject_CallMethodNoArgs(object, name);
-    if (result == nullptr) throw pybind11::error_already_set();
-    Py_DECREF(result);  // True and False live on
-    return result == Py_True;
-  }
-
   const dlpack::ExchangeApi* api_ = nullptr;
   const PyObject *tensor_, *parameter_;  // torch keeps them
 };

@@ -98,16 +98,15 @@ def _described(tensors: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if tensor is None:
             described.append(None)
             continue
-        if kind is torch.Tensor:
-            if (
-                tensor.is_meta
-                or tensor.is_neg()
-                or tensor._is_zerotensor()
-                or tensor.layout is not torch.strided
-                or is_functorch_wrapped_tensor(tensor)
-            ):
-                return None
-        elif kind is not torch.nn.Parameter:
+        if kind is not torch.Tensor and kind is not torch.nn.Parameter:
+            return None
+        if (
+            tensor.is_meta
+            or tensor.is_neg()
+            or tensor._is_zerotensor()
+            or tensor.layout is not torch.strided
+            or is_functorch_wrapped_tensor(tensor)
+        ):
             return None
         described.append(
             (tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.data_ptr() & 15)

@@ -147,19 +147,17 @@ def is_eager() -> bool:
 
 
 def _are_plain(tensors: Sequence[Any]) -> bool:
-    """Return whether all have memory; takes 0.4 us for each tensor that is no parameter."""
+    """Return whether the memory of all holds their very numbers; 0.4 us for each plain tensor."""
     for tensor in tensors:
+        if tensor is None:
+            continue
         kind = type(tensor)
-        if kind is torch.Tensor:
-            # There may be no memory that holds these very numbers, as after a transform has ended.
-            if (
-                tensor.is_meta
-                or tensor.is_neg()
-                or tensor._is_zerotensor()
-                or is_functorch_wrapped_tensor(tensor)
-            ):
-                return False
-        elif kind is not torch.nn.Parameter and tensor is not None:
+        if kind is not torch.Tensor and kind is not torch.nn.Parameter:
+            return False
+        if tensor.is_neg() or tensor._is_zerotensor():
+            return False
+        # No parameters: on the meta device, or of a transform, which may have ended.
+        if kind is torch.Tensor and (tensor.is_meta or is_functorch_wrapped_tensor(tensor)):
             return False
     return True
 

@@ -27,11 +27,14 @@ KINDS = {
     "with positions": ("positions", tuple(f"{name}-positions" for name in SPECIALISTS)),
 }
 """Names of the one model and of the specialists, without the budget's."""
+CROSSED = "with positions for the one model alone"
+"""A comparison across kinds: where positions harm specialists, those without are the better ones."""
+_PAIRS = {**KINDS, CROSSED: (KINDS["with positions"][0], SPECIALISTS)}
 
 
 def pairs_of(report: Mapping[str, Any], kind: str, budget: Budget) -> dict[str, tuple[str, str]]:
     """Return by count the names of the one model and of the specialist, where both were run."""
-    general, specialists = KINDS[kind]
+    general, specialists = _PAIRS[kind]
     pairs = {
         count: (f"{general}-{budget.name}", f"{name}-{budget.name}")
         for count, name in zip(report["counts"], specialists, strict=True)
@@ -72,7 +75,7 @@ def format_limited(report: Mapping[str, Any]) -> str:
         "sees canvases of its own.",
         PLACES_EXPLAINED,
     ]
-    for kind in kinds:
+    for kind in (*kinds, *([CROSSED] if len(kinds) == len(KINDS) else [])):
         rows = [
             [
                 *_budget_cells(report, budget),

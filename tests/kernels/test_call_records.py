@@ -363,6 +363,7 @@ class TestKinds:
         for other in (
             x.as_subclass(Subclass),
             torch._neg_view(x),
+            torch.nn.Parameter(torch._neg_view(x)),
             x.to_sparse(),
             torch._efficientzerotensor((3, 4)),
             x.to("meta"),

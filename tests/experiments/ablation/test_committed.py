@@ -11,7 +11,7 @@ import pytest
 
 from experiments.ablation.checks import quick_checks, quick_limited_checks
 from experiments.ablation.gap import format_gap, gains
-from experiments.ablation.limited import KINDS, budgets_of, format_limited
+from experiments.ablation.limited import CROSSED, KINDS, budgets_of, format_limited
 from experiments.ablation.limited import gains as limited_gains
 from experiments.ablation.report import format_report
 from experiments.ablation.results import difference, place
@@ -103,7 +103,7 @@ def test_the_page_and_the_readme_quote_limited_data():
     report = report_of("limited")
     page = (DOCS / "ablation.md").read_text(encoding="utf-8")
     longest = [budget for budget in budgets_of(report) if budget.factor == 4]
-    for kind in KINDS:
+    for kind in (*KINDS, CROSSED):
         for budget in longest:
             found = limited_gains(report, kind, budget).values()
             shown = " | ".join(_marked(gain) for gain in found)

@@ -15,7 +15,7 @@ from experiments.ablation.checks import LIMITED_GAIN, quick_checks, quick_limite
 from experiments.ablation.extremes import format_extremes
 from experiments.ablation.figures import draw_gains, write_figures
 from experiments.ablation.gap import format_gap, gains, write_gap_figure
-from experiments.ablation.limited import format_limited, write_limited_figure
+from experiments.ablation.limited import CROSSED, format_limited, write_limited_figure
 from experiments.ablation.report import format_report
 from experiments.ablation.results import (
     T_QUANTILES,
@@ -243,6 +243,18 @@ def test_limited_data_is_compared_budget_by_budget():
     )
     assert "| 1,200 | 1,000 | 15 |" in table
     assert "| fresh | 1,000 | 1 |" in table
+
+
+def test_one_model_with_positions_is_compared_with_specialists_without_them_too():
+    report = limited_report()
+    plain = report["regimes"]["fixed-middle-1200-x4"]["accuracy"]["9"]
+    plain.update(spread_of([0.94, 0.95, 0.96]))
+    table = section(format_limited(report), f"One model minus the specialist, {CROSSED}")
+    rows = [line for line in table.splitlines() if line.startswith("| 1,200")]
+    # 95, 96 and 97 % minus 94, 95 and 96 %, where specialists with positions have 93, 94 and 95 %.
+    assert rows[1].split(" | ")[4] == "+1.0 ± 0.0"
+    of_one_kind = {name: row for name, row in report["regimes"].items() if "positions" not in name}
+    assert CROSSED not in format_limited({**report, "regimes": of_one_kind})
 
 
 def test_regularisation_is_told_from_the_training_canvases():
