@@ -171,11 +171,11 @@ def format_page(reports: Reports, rows: Sequence[Row], picture: str) -> str:
         ),
         "\n".join(f"- {line}" for line in _count_lines(reports, seconds)),
         "## Baselines",
-        "The same for the baselines of `tokenflex evaluate --baselines`, on the shape without "
-        "positions. Their accuracies are those of another model, [its report]"
-        "(../baselines/report.md), whose own tokens are the rows `model`. `resized` pictures are "
-        "resized from the encoder's pixels within the time; the other methods run the encoder and "
-        "the projector at the largest count first.",
+        "The same for the baselines of `tokenflex evaluate --baselines`, timed on the shape "
+        "without positions. Their accuracies are those of the demo's model, which has positions "
+        "([report](../baselines/report.md)); the rows `model` are its own tokens. `resized` "
+        "pictures are resized from the encoder's pixels within the time; the other methods run the "
+        "encoder and the projector at the largest count first.",
         markdown_table(_answer_head(seconds, "accuracy"), _baselines(reports, seconds)),
         "\n".join(f"- {line}" for line in _baseline_lines(reports, seconds)),
         "## Training",
