@@ -28,7 +28,7 @@ KINDS = {
 }
 """Names of the one model and of the specialists, without the budget's."""
 CROSSED = "with positions for the one model alone"
-"""A comparison across kinds: where positions harm specialists, those without are the better ones."""
+"""A comparison across kinds: specialists without positions may be the better ones."""
 _PAIRS = {**KINDS, CROSSED: (KINDS["with positions"][0], SPECIALISTS)}
 
 
