@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from experiments.ablation.checks import quick_checks, quick_limited_checks
+from experiments.ablation.extremes import format_extremes
 from experiments.ablation.gap import format_gap, gains
 from experiments.ablation.limited import CROSSED, KINDS, budgets_of, format_limited
 from experiments.ablation.limited import gains as limited_gains
@@ -26,6 +27,7 @@ FORMATS = {
     "report": format_report,
     "gap": format_gap,
     "unseen": format_unseen,
+    "extremes": format_extremes,
     "limited": format_limited,
 }
 
