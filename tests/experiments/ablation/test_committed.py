@@ -16,7 +16,7 @@ from experiments.ablation.limited import CROSSED, KINDS, budgets_of, format_limi
 from experiments.ablation.limited import gains as limited_gains
 from experiments.ablation.report import format_report
 from experiments.ablation.results import difference, place
-from experiments.ablation.suites import LEVERS, UNSEEN
+from experiments.ablation.suites import EXTREMES, LEVERS, UNSEEN
 from experiments.ablation.tables import below_nearest, points
 from experiments.ablation.unseen import format_unseen
 
@@ -125,6 +125,14 @@ def test_the_page_and_the_readme_quote_limited_data():
     assert "ahead" not in {word for (kind, *_), word in places.items() if kind == "as in the paper"}
     ahead = [key[1:] for key, word in places.items() if word == "ahead"]
     assert [key for key in ahead if key[1] == 1] == [(300, 1, "9")]
+
+
+def test_the_page_quotes_counts_far_from_the_trained_ones():
+    report = report_of("extremes")
+    page = (DOCS / "ablation.md").read_text(encoding="utf-8")
+    for name in EXTREMES:
+        below = below_nearest(report, name).values()
+        assert f" | {' | '.join(f'{100 * gain:+.1f}' for gain in below)} |" in page, name
 
 
 def test_the_page_quotes_what_mends_unseen_counts():
