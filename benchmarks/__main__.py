@@ -47,6 +47,7 @@ from benchmarks.results import (
     write_csv,
 )
 from tokenflex_kernels.journal import UNFINISHED
+from tokenflex_kernels.options import output_folder
 
 READ_COLUMNS = (*COLUMNS, "device", "cpu", "gpu", "threads", "torch", "commit")
 
@@ -217,8 +218,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if available")
     parser.add_argument(
         "--out",
-        type=Path,
-        default=RESULTS,
+        type=output_folder,
+        default=str(RESULTS),
         help=f"folder for CSV, pictures and report, default: {RESULTS.relative_to(ROOT)}",
     )
     parser.add_argument("--seconds", type=float, help="time limit for all suites together")
@@ -260,10 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--threads must be numbers above 0, as 1,2, got {options.threads}")
     pair = zip if options.quick and not (options.dtypes or options.threads) else product
     pieces = pieces_of(names, list(pair(dtypes, threads or THREADS[device])))
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out must be a folder to write to, got {options.out}: {error.strerror}")
+    options.out.mkdir(parents=True, exist_ok=True)
     machine = environment(device)
     name = f"{machine_name(machine)}{'-quick' if options.quick else ''}.csv"
     path, done = options.out / name, None

@@ -182,14 +182,22 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 class Summary:
-    """A row for each step: how it ended last, how long it took, and at which commit and GPU."""
+    """A row for each step: how it ended last, how long it took, and at which commit and GPU.
+
+    Raises:
+        ValueError: the file at ``path`` has other columns.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.rows: dict[str, dict[str, str]] = {}
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
-                self.rows = {row["step"]: row for row in csv.DictReader(file)}
+                reader = csv.DictReader(file)
+                if tuple(reader.fieldnames or COLUMNS) != COLUMNS:
+                    columns = ", ".join(reader.fieldnames or ())
+                    raise ValueError(f"it has the columns {columns}, not {', '.join(COLUMNS)}")
+                self.rows = {row["step"]: row for row in reader}
 
     def is_done(self, step: str, commit: str, gpu: str) -> bool:
         """Return whether a step ended well before."""
@@ -211,15 +219,22 @@ def probe(python: str, environment: Mapping[str, str]) -> dict[str, object]:
     """Return the GPU's name and architecture ("90"), and what the extension was built for.
 
     Raises:
-        RuntimeError: PyTorch or the package cannot be imported.
+        RuntimeError: ``python`` does not start or is none, or PyTorch or the package cannot be
+            imported.
     """
     command = (python, "-c", PROBE)
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        raise RuntimeError(f"it does not start, {error.strerror}") from None
     if done.returncode != 0:
-        raise RuntimeError(done.stderr.strip() or f"{python} ended with {done.returncode}")
-    machine: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+        raise RuntimeError(done.stderr.strip() or f"it ended with {done.returncode}")
+    try:
+        machine: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        raise RuntimeError(f"it is no Python, and printed {done.stdout[:80]!r}") from None
     return machine
 
 
@@ -241,17 +256,24 @@ def main(arguments: list[str] | None = None) -> int:
     out: Path = options.out.resolve()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            parser.error(f"--out must be a folder to write to, got {options.out}: it is read-only")
+        summary, table = Summary(out / SUMMARY), out / TABLE
+    except OSError as error:
+        parser.error(f"--out must be a folder to write to, got {options.out}: {error.strerror}")
+    except ValueError as error:
+        parser.error(f"--out must have no {SUMMARY} of something else: {error}")
+    try:
         machine = probe(options.python, environment)
     except RuntimeError as error:
-        parser.error(f"{options.python} must have PyTorch: {error}")
+        parser.error(f"--python must be one with PyTorch, got {options.python}: {error}")
     gpu, number = str(machine["gpu"]), str(machine["architecture"])
     if not gpu:
         parser.error("there is no CUDA device")
-    out.mkdir(parents=True, exist_ok=True)
     commit = commit_of(ROOT)
     environment |= {"TOKENFLEX_COMMIT": commit, "TOKENFLEX_CUDA_ARCHITECTURES": number}
     environment["TOKENFLEX_CUDA"] = "1"
-    summary, table = Summary(out / SUMMARY), out / TABLE
     failed = False
     for step in steps(out, options.seconds):
         left = end - time.monotonic()

@@ -41,6 +41,7 @@ from benchmarks.report import table
 from benchmarks.results import RESULTS, NewRow, Row, replace_rows
 from benchmarks.training_pace import LOSS_LIMIT, Begins, Turn, alternate
 from tokenflex import packing
+from tokenflex_kernels.options import output_folder, positive
 
 PADDED, BY_LENGTH = "padded", "padded, by length"
 PACKED, ONE_MASK = "packed", "packed, one mask"
@@ -263,8 +264,8 @@ def format_table(rows: Sequence[Row]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.packing_pace", description=__doc__)
     parser.add_argument("--case", choices=CASES, help="default: all")
-    parser.add_argument("--rounds", type=int, default=16)
-    parser.add_argument("--out", type=Path, default=RESULTS / "packing-pace")
+    parser.add_argument("--rounds", type=positive, default=16)
+    parser.add_argument("--out", type=output_folder, default=str(RESULTS / "packing-pace"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     published: list[Row] = []

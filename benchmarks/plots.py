@@ -25,7 +25,8 @@ from matplotlib.ticker import FixedLocator, NullFormatter
 
 from benchmarks.cases import MODES
 from benchmarks.comparisons import Comparison, Results
-from benchmarks.results import COMPILED, EAGER, Row, read_csv
+from benchmarks.results import COLUMNS, COMPILED, EAGER, Row, read_csv
+from tokenflex_kernels.options import output_file
 
 OUR_COLOUR, GREY, LOSS = "#1f4e79", "#b0b0b0", "#c1121f"
 PEER_COLOURS = ("#e07b39", "#4c9f70", "#b5495b", "#7a6bb0", "#c2a03a", "#8c6d5a", "#808080")
@@ -165,14 +166,27 @@ def tidy(axes: Axes, grid: Literal["x", "y", "both"] = "x") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def main() -> None:
+def picture(text: str) -> Path:
+    """Parse the path of a PNG or SVG to write."""
+    path = output_file(text)
+    if path.suffix not in (".png", ".svg"):
+        raise argparse.ArgumentTypeError(f"expected a name that ends in .png or .svg, got {text!r}")
+    return path
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__)
     parser.add_argument("csv", type=Path, nargs="+", help="results of one machine each")
-    parser.add_argument("--out", type=Path, required=True, help="the picture, PNG or SVG")
-    options = parser.parse_args()
-    panels = [panel for path in options.csv for panel in panels_of(read_csv(path))]
+    parser.add_argument("--out", type=picture, required=True, help="the picture, PNG or SVG")
+    options = parser.parse_args(arguments)
+    try:
+        results = [read_csv(path, COLUMNS) for path in options.csv]
+    except (OSError, ValueError) as error:
+        parser.error(f"csv must be results of benchmarks: {error}")
+    panels = [panel for rows in results for panel in panels_of(rows)]
     if (figure := speed_up(panels)) is None:
         parser.error(f"csv must have rows of ours beside a peer's, got none in {options.csv}")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     save(figure, options.out)
 
 

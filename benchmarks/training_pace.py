@@ -51,6 +51,7 @@ from tokenflex.training.build import build_model, build_processor
 from tokenflex.training.config import ModelConfig, TrainConfig
 from tokenflex.training.flops import training_flops
 from tokenflex.training.loop import TrainingRun
+from tokenflex_kernels.options import output_folder, positive
 
 MIXED, FIXED = "tokenflex mixed", "tokenflex fixed"
 PADDED, PACKED, TRL = "Trainer padded", "Trainer packed", "TRL fixed"
@@ -500,8 +501,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_pace", description=__doc__)
     parser.add_argument("--model", choices=SCALES, help="default: both")
     parser.add_argument("--questions", type=int, choices=(1, 8), help="default: both")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--out", type=Path, default=RESULTS / "training-pace")
+    parser.add_argument("--rounds", type=positive, default=30)
+    parser.add_argument("--out", type=output_folder, default=str(RESULTS / "training-pace"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if find_spec("trl") is None:

@@ -50,6 +50,7 @@ from tokenflex_kernels.launch_configs import (
     parse_stage,
     read_table,
 )
+from tokenflex_kernels.options import names_of, positive, refuse_interpreter
 from tokenflex_kernels.stage_calls import ODD, RAGGED, REFERENCE, stage_calls
 from tokenflex_kernels.versions import is_release
 
@@ -264,19 +265,13 @@ def inspect_all(architecture: str, candidates: bool = False, quick: bool = False
     return Inspected(compiled, predictions)
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
-
-
 def main(arguments: list[str] | None = None) -> int:
     known = [name for name in read_table() if name != INTERPRETER]
     nvidia = [name for name in known if not is_amd(name)]
     parser = argparse.ArgumentParser(prog="python -m tokenflex_kernels.aot", description=__doc__)
     parser.add_argument(
         "--architectures",
+        type=names_of(known),
         default=",".join(nvidia),
         help=f"comma-separated, of {', '.join(known)}; default: %(default)s",
     )
@@ -284,14 +279,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--candidates", action="store_true", help="compile what tune would try, not what is shipped"
     )
     parser.add_argument("--quick", action="store_true", help="compile for bfloat16 alone")
-    parser.add_argument("--jobs", type=_positive, default=os.cpu_count(), help="processes at once")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="processes at once")
     parser.add_argument("--quiet", action="store_true", help="print faults and the summary only")
     options = parser.parse_args(arguments)
-    architectures = options.architectures.split(",")
-    if unknown := sorted(set(architectures) - set(known)):
-        parser.error(f"no configs for {', '.join(unknown)}; the table has {', '.join(known)}")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET=1 makes Triton interpret: unset it to compile")
+    refuse_interpreter(parser)
+    architectures: list[str] = options.architectures
 
     # A process for each architecture: see set_target.
     with ProcessPoolExecutor(

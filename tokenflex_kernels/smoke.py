@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby, product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +45,7 @@ from tokenflex_kernels.launch_configs import (
     parse_stage,
     read_table,
 )
+from tokenflex_kernels.options import output_file, time_limit
 from tokenflex_kernels.packing.embeddings import merge_vision, pack_embeddings, unpack_vision
 from tokenflex_kernels.packing.plan import plan_packing
 from tokenflex_kernels.precompile import Launch, build, reason_of
@@ -285,17 +285,18 @@ def run_checks(
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tokenflex_kernels.smoke", description=__doc__)
-    parser.add_argument("--csv", type=Path, help="where results are kept")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="default: no limit")
+    parser.add_argument("--csv", type=output_file, help="where results are kept")
+    parser.add_argument("--seconds", type=time_limit, default=math.inf, help="default: no limit")
     options = parser.parse_args(arguments)
-    if not options.seconds > 0:
-        parser.error(f"--seconds must be above 0, got {options.seconds:g}")
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device to run on")
     start = time.monotonic()
     end = start + options.seconds
     device = torch.device("cuda", torch.cuda.current_device())
-    journal = Journal(options.csv, COLUMNS, setting_of_gpu())
+    try:
+        journal = Journal(options.csv, COLUMNS, setting_of_gpu())
+    except (OSError, ValueError) as error:
+        parser.error(f"--csv must be a file that smoke wrote: {error}")
     launches = shipped_launches(architecture(device))
     if not journal.rows:
         for launch, built in build(architecture(device), launches, seconds=0.7 * options.seconds):

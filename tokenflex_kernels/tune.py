@@ -52,7 +52,9 @@ from tokenflex_kernels.launch_configs import (
     fits_rows,
     nearest,
     parse_stage,
+    read_table,
 )
+from tokenflex_kernels.options import names_of, output_file, time_limit
 from tokenflex_kernels.precompile import Launch, build, reason_of, unfit
 from tokenflex_kernels.stage_calls import rows_of_stage, stage_calls
 
@@ -383,6 +385,23 @@ def write_table(path: Path, name: str, source: str, tuned: Tuned) -> None:
     temporary.replace(path)
 
 
+def check_table(path: Path, name: str) -> None:
+    """Check that :func:`write_table` can put stages of the architecture ``name`` into a table.
+
+    Raises:
+        ValueError: the file is no table, or lacks a stage.
+    """
+    try:
+        table = read_table(path)
+        stages = table[nearest(name, tuple(table))]["stages"]
+        for stage in STAGES:
+            parse_stage(stages, stage)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} has another layout ({type(error).__name__}: {error})") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def _config_text(config: Config | None) -> str:
     return "library" if config is None else json.dumps(config._asdict())
 
@@ -449,36 +468,43 @@ def search(
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tokenflex_kernels.tune", description=__doc__)
-    parser.add_argument("--stages", default=",".join(STAGES), help="of: %(default)s")
-    parser.add_argument("--dtypes", default="bfloat16,float16,float32", help="of: %(default)s")
-    parser.add_argument("--table", type=Path, default=TABLE_PATH, help="table to write into")
-    parser.add_argument("--csv", type=Path, help="where every time is kept")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="default: no limit")
+    parser.add_argument(
+        "--stages", type=names_of(STAGES), default=",".join(STAGES), help="of: %(default)s"
+    )
+    parser.add_argument(
+        "--dtypes",
+        type=names_of(DTYPES),
+        default="bfloat16,float16,float32",
+        help="of: %(default)s",
+    )
+    parser.add_argument(
+        "--table", type=output_file, default=str(TABLE_PATH), help="table to write into"
+    )
+    parser.add_argument("--csv", type=output_file, help="where every time is kept")
+    parser.add_argument("--seconds", type=time_limit, default=math.inf, help="default: no limit")
     options = parser.parse_args(arguments)
-    stages, dtypes = options.stages.split(","), options.dtypes.split(",")
-    for name, given, known in (("--stages", stages, STAGES), ("--dtypes", dtypes, DTYPES)):
-        if unknown := [value for value in given if value not in known]:
-            parser.error(f"{name} must be of {', '.join(known)}, got {', '.join(unknown)}")
-    if not options.seconds > 0:
-        parser.error(f"--seconds must be above 0, got {options.seconds:g}")
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device to measure on")
     end = time.monotonic() + options.seconds
     gpu = Gpu()
     try:
         times = Times(Journal(options.csv, Timing._fields, gpu.setting))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(f"--csv must be a file that tune wrote: {error}")
     if not options.table.exists():
         options.table.parent.mkdir(parents=True, exist_ok=True)
         options.table.write_bytes(TABLE_PATH.read_bytes())
+    try:
+        check_table(options.table, gpu.architecture)
+    except ValueError as error:
+        parser.error(f"--table must be a table of launch configs: {error}")
 
     def write(tuned: Tuned) -> None:
         source = f"measured on {gpu.setting}; stages that tune was not run for are estimates"
         write_table(options.table, gpu.architecture, source, tuned)
 
     try:
-        failed = search(gpu, times, stages, dtypes, end, write)
+        failed = search(gpu, times, options.stages, options.dtypes, end, write)
     except OutOfTime:
         print(f"time ended after {options.seconds:g} s: run it again to measure the rest")
         return UNFINISHED

@@ -175,7 +175,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
     with pytest.raises(SystemExit) as error:
         run_into(tmp_path / "file")
     assert error.value.code == 2
-    assert "--out must be a folder to write to, got" in capsys.readouterr().err
+    assert "--out: expected a folder to write to, got" in capsys.readouterr().err
 
 
 def test_a_part_replaces_its_own_rows_and_keeps_the_others(suites_return, tmp_path):

@@ -224,7 +224,8 @@ def test_benchmarks_and_training_use_the_table_that_was_tuned(machine, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"gpu": ""}, "there is no CUDA device"), (None, "must have PyTorch")]
+    ("changes", "message"),
+    [({"gpu": ""}, "there is no CUDA device"), (None, "must be one with PyTorch")],
 )
 def test_without_a_gpu_nothing_is_built(machine, changes, message, capsys):
     if changes is None:
@@ -235,6 +236,51 @@ def test_without_a_gpu_nothing_is_built(machine, changes, message, capsys):
         machine.run()
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+    assert machine.calls == []
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        (None, "it does not start, No such file or directory"),
+        ("not a program", "it does not start, Exec format error"),
+        ("#!/bin/sh\n", "it is no Python, and printed ''"),
+        ("#!/bin/sh\necho hello\n", "it is no Python, and printed 'hello"),
+        ("#!/bin/sh\nexit 3\n", "it ended with 3"),
+    ],
+)
+def test_a_python_that_is_none_is_refused(machine, script, message, capsys):
+    if script is None:
+        machine.python.unlink()
+    else:
+        machine.python.write_text(script, encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        machine.run()
+    assert stop.value.code == 2
+    expected = f"--python must be one with PyTorch, got {machine.python}: {message}"
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["file", "file/inside"])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_probe(
+    machine, name, monkeypatch, capsys
+):
+    (machine.folder / "file").write_text("taken", encoding="utf-8")
+    machine.out = machine.folder / name
+    monkeypatch.setattr(first_minutes, "probe", lambda *_: pytest.fail("probed"))
+    with pytest.raises(SystemExit) as stop:
+        machine.run()
+    assert stop.value.code == 2
+    assert f"--out must be a folder to write to, got {machine.out}" in capsys.readouterr().err
+
+
+def test_a_summary_of_something_else_is_refused(machine, capsys):
+    machine.out.mkdir()
+    (machine.out / "summary.csv").write_text("op,case\n", encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        machine.run()
+    assert stop.value.code == 2
+    assert "it has the columns op, case, not step, status" in capsys.readouterr().err
     assert machine.calls == []
 
 

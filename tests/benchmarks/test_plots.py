@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
+import pytest
 from matplotlib.colors import same_color
 
 from benchmarks import plots
+from benchmarks.results import ROOT
 from tests.benchmarks.rows import row
 
 
@@ -60,3 +64,21 @@ def test_each_number_of_threads_and_each_machine_has_a_panel():
     gpu = [row("swiglu", "T=8", "tokenflex", 1), row("swiglu", "T=8", "PyTorch eager", 3)]
     titles = [axes.get_title("left").splitlines()[0] for axes in axes_of(*rows, other=gpu)]
     assert titles == ["Some CPU, threads: 1", "Some CPU, threads: 2", "Some GPU"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.csv", "--out", "x.png"], "csv must be results of benchmarks: .*nowhere.csv"),
+        (["README.md", "--out", "x.png"], "csv must be results .* got none called op"),
+        (["x.csv", "--out", "x.pdf"], "--out: expected a name that ends in .png or .svg, got 'x.p"),
+        (["x.csv", "--out", "README.md/x.png"], "--out: expected a file .*README.md is a file"),
+    ],
+)
+def test_misuse_is_one_clear_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(plots, "speed_up", lambda panels: pytest.fail("drew"))
+    with pytest.raises(SystemExit) as stop:
+        plots.main(arguments)
+    assert stop.value.code == 2
+    assert re.search(message, capsys.readouterr().err)

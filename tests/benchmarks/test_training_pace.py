@@ -109,3 +109,18 @@ def test_all_loops_learn_the_same_and_mixed_counts_save_arithmetic(monkeypatch):
     assert rows[0]["ratio"] == 1
     assert 0 < rows[1]["arithmetic_saving"] < 0.2
     assert all(line["cpu_ms"] > 0 for line in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+        (["--out", "/dev/null"], "--out: expected a folder to write to, got '/dev/null'"),
+    ],
+)
+def test_misuse_is_refused_before_anything_is_measured(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(training_pace, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as stop:
+        training_pace.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -371,14 +372,29 @@ def test_assembly_without_its_description_is_an_error():
 
 
 class TestUsage:
-    def test_an_unknown_architecture_is_a_usage_error(self, capsys, monkeypatch):
-        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (
+                ["--architectures", "sm_90,sm_42"],
+                "--architectures: expected names of .*sm_80, sm_90, sm_100, .*got sm_42",
+            ),
+            (["--architectures", ""], "--architectures: expected names of .*got an empty name"),
+            (["--jobs", "x"], "--jobs: expected a whole number, got 'x'"),
+            (["--jobs", "0"], "--jobs: expected at least 1, got 0"),
+        ],
+    )
+    @pytest.mark.usefixtures("inspected")
+    def test_misuse_is_one_clear_line(self, capsys, arguments, message):
         with pytest.raises(SystemExit) as exited:
-            aot.main(["--architectures", "sm_90,sm_42"])
+            aot.main(arguments)
         assert exited.value.code == 2
-        message = capsys.readouterr().err
-        assert "sm_42" in message
-        assert "sm_80, sm_90, sm_100" in message
+        assert re.search(message, capsys.readouterr().err)
+
+    @pytest.mark.usefixtures("inspected")
+    def test_an_architecture_that_is_given_twice_is_compiled_once(self, capsys):
+        assert aot.main(["--architectures", "sm_80,sm_80"]) == 0
+        assert "1 kernels for sm_80: 0 with faults" in capsys.readouterr().out
 
     def test_the_interpreter_is_a_usage_error(self, capsys, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")

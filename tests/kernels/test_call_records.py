@@ -519,10 +519,81 @@ class TestRecords:
             record = self.record(self.stage(described(shape, strides), result=result))
             assert record.is_repeatable == is_repeatable
 
-    def test_large_tables_are_not_kept(self):
-        table = torch.empty(2**18 + 1)
-        record = self.record(self.stage(lambda x, out: (x, out, table)), [table])
-        assert not record.is_repeatable
+    @pytest.mark.parametrize(
+        ("sizes", "is_repeatable"),
+        [([], True), ([4096], True), ([4000, 96], True), ([4097], False), ([4000, 97], False)],
+    )
+    def test_large_tables_are_not_kept(self, monkeypatch, sizes, is_repeatable):
+        """All tables of a batch count together, in bytes."""
+        monkeypatch.setattr(call_records, "MAX_TABLE_BYTES", 16384)
+        tables = [torch.empty(size) for size in sizes]
+        record = self.record(self.stage(lambda x, out: (x, out, *tables)), [*tables, None])
+        assert record.is_repeatable == is_repeatable
+
+    def test_records_together_keep_a_quarter_of_a_gigabyte_of_tables(self):
+        assert call_records.MAX_RECORDS * call_records.MAX_TABLE_BYTES <= 2**28
+
+    def test_the_tables_of_a_large_batch_are_kept(self, launched):
+        """128 images of 35 grids."""
+        out_grids = [(8, 8), (12, 12), (16, 16), *((9, n) for n in range(1, 33))] * 4
+        x = rows(128 * 729)
+        for _ in range(3):
+            pool_norm(x, [(27, 27)] * 128, out_grids[:128])
+        ((record, _),) = call_records._records.values()
+        assert record.is_repeatable
+
+    @pytest.mark.parametrize(("first", "is_repeatable"), [(0, True), (1, False), (4, True)])
+    def test_a_result_at_an_unaligned_address_is_not_repeated(self, first, is_repeatable):
+        """Repeated launches get results of PyTorch's allocator, for which 16 bytes are certain."""
+        result = torch.zeros(8)[first : first + 3]
+        assert (result.data_ptr() % 16 == 0) == is_repeatable
+        record = self.record(self.stage(lambda x, out: (x, out), result=lambda x: result))
+        assert record.is_repeatable == is_repeatable
+
+    @pytest.mark.parametrize(
+        ("operation", "has_computed"),
+        [
+            (lambda x: x.new_empty(3), False),
+            (lambda x: torch.empty_like(x).new_empty_strided((2, 2), (2, 1)), False),
+            (lambda x: x.detach(), False),
+            (lambda x: torch.ops.aten._to_copy(x), True),
+            (lambda x: x.sum(), True),
+            (lambda x: x.zero_(), True),  # the given tensor, but changed
+            (lambda x: torch.add(x, 1, out=torch.empty_like(x)), True),
+            (lambda x: x[1:], True),
+        ],
+    )
+    def test_a_watch_sees_what_computes(self, operation, has_computed):
+        x = torch.zeros(4)
+        with call_records._Watch() as watch:
+            operation(x)
+        assert watch.has_computed == has_computed
+        with call_records._Watch() as watch:
+            operation(x)
+            x.new_empty(3)  # harmless ones later change nothing
+        assert watch.has_computed == has_computed
+
+    def test_conversions_that_convert_nothing_are_no_computation(self):
+        """Inference mode shows them."""
+        with torch.inference_mode():
+            x = torch.zeros(4)
+            with call_records._Watch() as watch:
+                assert x.contiguous() is x
+                assert x.to(torch.float32) is x
+        assert not watch.has_computed
+
+    @pytest.mark.parametrize("computes", [False, True])
+    def test_what_is_computed_beside_the_launches_counts_too(self, computes):
+        """Nothing but the watch sees it: arguments and results are those of a repeatable stage."""
+
+        def run(x):
+            out = x.new_empty(3)
+            if computes:
+                torch.zeros(2).add_(1)
+            launching._observer.launches.append(self.launch(x, out))
+            return (out,)
+
+        assert self.record(run).is_repeatable != computes
 
     def test_results_at_other_alignments_run_the_stage(self, launched, stages_run, monkeypatch):
         x, weights = rows(), unit_weights()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,11 +120,25 @@ class TestPacking:
                 check.error()
 
 
-def test_it_refuses_in_one_line(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seconds", "0"], "--seconds: expected seconds above 0, got 0"),
+        (["--seconds", "soon"], "--seconds: expected a number of seconds, got 'soon'"),
+        (["--csv", "tests"], "--csv: expected a file to write, got the folder 'tests'"),
+        (["--csv", "README.md"], "--csv must be a file that smoke wrote: README.md must have"),
+    ],
+)
+def test_it_refuses_in_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(smoke, "setting_of_gpu", lambda: "a GPU")
+    monkeypatch.setattr(smoke, "architecture", lambda device: pytest.fail("went on"))
     with pytest.raises(SystemExit) as stop:
-        smoke.main(["--seconds", "0"])
+        smoke.main(arguments)
     assert stop.value.code == 2
-    assert "--seconds must be above 0, got 0" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.gpu

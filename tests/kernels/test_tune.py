@@ -439,9 +439,13 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--stages", "gate_up,nonsense"], "--stages must be of .* got nonsense"),
-            (["--dtypes", "int8"], "--dtypes must be of .* got int8"),
-            (["--seconds", "0"], "--seconds must be above 0, got 0"),
+            (["--stages", "gate_up,nonsense"], "--stages: expected names of .* got nonsense"),
+            (["--dtypes", "int8"], "--dtypes: expected names of .* got int8"),
+            (["--seconds", "0"], "--seconds: expected seconds above 0, got 0"),
+            (["--seconds", "nan"], "--seconds: expected seconds above 0, got nan"),
+            (["--stages", ""], "--stages: expected names of .* got an empty name"),
+            (["--csv", "/"], "--csv: expected a file to write, got the folder '/'"),
+            (["--table", "/dev/null/x"], "--table: expected a file .* /dev/null is a file"),
             pytest.param(
                 [],
                 "there is no CUDA device",
@@ -480,6 +484,27 @@ class TestCommand:
         assert command(again) == 0
         assert (again.timed, again.compiled) == ([], [])
         assert json.loads((tmp_path / "table.json").read_text())["sm_90"] == entry
+
+    @pytest.mark.parametrize(
+        "text", ["", "[]", "{}", '{"sm_90": {}}', '{"sm_90": {"source": "", "stages": {}}}', "\xff"]
+    )
+    def test_another_table_is_refused_before_anything_is_measured(
+        self, command, tmp_path, capsys, text
+    ):
+        path, gpu = tmp_path / "table.json", FakeGpu()
+        path.write_bytes(text.encode("latin-1"))
+        with pytest.raises(SystemExit) as stop:
+            command(gpu)
+        assert stop.value.code == 2
+        assert f"--table must be a table of launch configs: {path}" in capsys.readouterr().err
+        assert (gpu.timed, gpu.compiled) == ([], [])
+
+    def test_a_csv_of_another_kind_is_refused(self, command, tmp_path, capsys):
+        (tmp_path / "tune.csv").write_text("a,b\n", encoding="utf-8")
+        with pytest.raises(SystemExit) as stop:
+            command(FakeGpu())
+        assert stop.value.code == 2
+        assert "--csv must be a file that tune wrote" in capsys.readouterr().err
 
     def test_a_lost_gpu_restarts_the_command(self, command, monkeypatch):
         started = []

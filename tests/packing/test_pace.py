@@ -55,3 +55,18 @@ def test_samples_by_length_are_the_same_samples(tmp_path):
     lengths = [len(sample["input_ids"]) for sample in study.grouped]
     counted = lengths[WARM_UP * packing_pace.BATCH :][: packing_pace.BATCH]
     assert max(counted) - min(counted) < max(lengths) - min(lengths)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+        (["--out", "/dev/null"], "--out: expected a folder to write to, got '/dev/null'"),
+    ],
+)
+def test_misuse_is_refused_before_anything_is_measured(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(packing_pace, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as stop:
+        packing_pace.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

@@ -10,12 +10,14 @@ import argparse
 import csv
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 from tests.ptx.cases import Case, Outcome, cases_of
 from tests.ptx.parse import PtxError
+from tokenflex_kernels.gpus import is_amd
+from tokenflex_kernels.launch_configs import INTERPRETER, read_table
+from tokenflex_kernels.options import names_of, output_file, refuse_interpreter
 
 CLASSES = ("global", "shared", "shuffle", "tensor", "special", "control", "other")
 COLUMNS = (
@@ -51,35 +53,47 @@ def rows_of(case: Case, outcome: Outcome) -> list[dict[str, object]]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ptx", description=__doc__)
-    parser.add_argument("--architectures", default="sm_90,sm_80", help="default: %(default)s")
+    known = [name for name in read_table() if name != INTERPRETER and not is_amd(name)]
+    parser.add_argument(
+        "--architectures",
+        type=names_of(known),
+        default="sm_90,sm_80",
+        help=f"comma-separated, of {', '.join(known)}; default: %(default)s",
+    )
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
-    parser.add_argument("--out", type=Path, help="write a CSV file")
+    parser.add_argument("--out", type=output_file, help="write a CSV file")
     options = parser.parse_args(arguments)
+    refuse_interpreter(parser)
+    every = [case for architecture in options.architectures for case in cases_of(architecture)]
+    cases = [case for case in every if options.only in case.name]
+    if not cases:
+        names = sorted({case.name.split("-")[0] for case in every})
+        parser.error(
+            f"--only must be part of a case's name, got {options.only!r}, which none of the "
+            f"{len(every)} has; names begin with {', '.join(names)}"
+        )
     torch.set_num_threads(1)
     rows: list[dict[str, object]] = []
     failed = 0
-    for architecture in options.architectures.split(","):
-        for case in cases_of(architecture):
-            if options.only not in case.name:
-                continue
-            start = time.perf_counter()
-            try:
-                outcome = case.run()
-            except PtxError as error:
-                faults = [str(error)]
-            else:
-                faults = outcome.faults
-                rows += rows_of(case, outcome)
-            failed += bool(faults)
-            seconds = time.perf_counter() - start
-            print(f"{case!s:60} {seconds:6.1f} s  {'; '.join(faults) or 'right'}", flush=True)
+    for case in cases:
+        start = time.perf_counter()
+        try:
+            outcome = case.run()
+        except PtxError as error:
+            faults = [str(error)]
+        else:
+            faults = outcome.faults
+            rows += rows_of(case, outcome)
+        failed += bool(faults)
+        seconds = time.perf_counter() - start
+        print(f"{case!s:60} {seconds:6.1f} s  {'; '.join(faults) or 'right'}", flush=True)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with options.out.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
-    print(f"{failed} cases with faults")
+    print(f"{len(cases)} cases, {failed} with faults")
     return 1 if failed else 0
 
 

@@ -21,6 +21,19 @@ from tokenflex_kernels.budget.table import (
     with_budgets,
     write_budgets,
 )
+from tokenflex_kernels.options import output_file, refuse_interpreter
+
+
+def _page(text: str) -> Path:
+    """Parse the path of a page that has a section of predictions."""
+    path = output_file(text)
+    try:
+        replace_section(path.read_text(encoding="utf-8"), [])
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"expected a page with a section of predictions, got {text!r}: {error}"
+        ) from None
+    return path
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,12 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--architecture", default="sm_90", choices=sorted(REFERENCE_GPUS), help="default: sm_90"
     )
-    parser.add_argument("--csv", type=Path, help="file to write the predictions to")
-    parser.add_argument("--page", type=Path, help="page whose section is written anew; needs --csv")
+    parser.add_argument("--csv", type=output_file, help="file to write the predictions to")
+    parser.add_argument(
+        "--page", type=_page, help="page whose section is written anew; needs --csv"
+    )
     parser.add_argument("--accept", action="store_true", help="write budgets.csv anew")
     options = parser.parse_args(arguments)
     if options.page and not options.csv:
         parser.error("--page shows the table of --csv, which is not given")
+    refuse_interpreter(parser)
     set_target(options.architecture)
     judged = verdicts(options.architecture)
     for verdict in judged:
@@ -44,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         write_budgets(judged)
         judged = with_budgets(judged)
     if options.csv:
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
         write_csv(options.csv, judged, REFERENCE_GPUS[options.architecture])
     if options.page:
         text = options.page.read_text(encoding="utf-8")

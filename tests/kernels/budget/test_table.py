@@ -220,6 +220,7 @@ class TestCommand:
     @pytest.fixture
     def judged(self, monkeypatch):
         """The verdicts that the command gets; one keeps its budget."""
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         monkeypatch.setattr(command, "set_target", lambda architecture: None)
         budget = read_budgets()["scale_shift", "", 128]
         good = Verdict(Case("scale_shift", "", 128, 8), budget, [row(10.0)], limit=9.9)
@@ -254,6 +255,43 @@ class TestCommand:
             command.main(["--page", "docs/kernels.md"])
         assert exited.value.code == 2
         assert "--csv" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--csv", "x.csv", "--page", "README.md"], "--page: expected a page with a section"),
+            (["--csv", "x.csv", "--page", "nowhere.md"], "--page: expected a page with a section"),
+            (["--csv", "docs"], "--csv: expected a file to write, got the folder 'docs'"),
+            (["--csv", "README.md/x.csv"], "--csv: expected a file to write, got 'README.md/x.csv"),
+            (["--architecture", "sm_75"], "--architecture: invalid choice: 'sm_75'"),
+        ],
+    )
+    def test_misuse_is_refused_before_anything_is_compiled(
+        self, arguments, message, capsys, monkeypatch
+    ):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(command, "set_target", lambda architecture: pytest.fail("compiles"))
+        with pytest.raises(SystemExit) as exited:
+            command.main(arguments)
+        assert exited.value.code == 2
+        assert message in capsys.readouterr().err
+
+    @pytest.mark.usefixtures("judged")
+    def test_the_interpreter_is_refused(self, capsys, monkeypatch):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        with pytest.raises(SystemExit) as exited:
+            command.main([])
+        assert exited.value.code == 2
+        assert "TRITON_INTERPRET" in capsys.readouterr().err
+
+    @pytest.mark.usefixtures("judged")
+    def test_the_folder_of_the_table_is_made(self, monkeypatch, tmp_path):
+        written = []
+        monkeypatch.setattr(command, "write_csv", lambda path, *_: written.append(path))
+        path = tmp_path / "new" / "folder" / "kernels.csv"
+        assert command.main(["--csv", str(path)]) == 0
+        assert written == [path]
+        assert path.parent.is_dir()
 
 
 class TestLimits:
