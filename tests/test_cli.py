@@ -536,7 +536,7 @@ def test_route_on_own_data_measures_what_is_held_out(command, checkpoint, image,
     base = ("route", "--model", folder, "--data", data, "--counts", "4,16")
     code, out, errors = command(*base)
     assert (code, errors) == (0, [])
-    assert "held out, auto costs" in out
+    assert "on 1 held-out sample, auto costs" in out
     assert "questions without an image, left out because no count applies to them: 1\n" in out
     assert "curve" not in json.loads((folder / "router" / "report.json").read_text())
     code, out, _ = command(*base, "--measure-on", data)
@@ -1273,6 +1273,26 @@ def test_ablate_refuses_a_folder_of_something_else(command, tmp_path):
     result = command("ablate", "--quick", "--output", tmp_path)
     assert_one_line(result, "holds files of something else and no ablation")
     assert os.listdir(tmp_path) == ["notes.md"]
+
+
+@pytest.mark.parametrize("suite", [(), ("--suite", "extremes")])
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("file", "output must be a folder, but .*/file is a file"),
+        ("file/runs/a", "output must be a folder, but .*/file is a file"),
+        ("link", "output must be a folder, but .*/link links to nothing"),
+    ],
+)
+def test_ablate_refuses_an_output_that_cannot_be_a_folder(
+    command, tmp_path, suite, output, message
+):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    code, _, (line,) = command("ablate", *suite, "--output", tmp_path / output)
+    assert code == 2
+    assert re.search(message, line)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("module", ["tokenflex", "tokenflex.cli"])

@@ -225,6 +225,19 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_folder(folder: Path, name: str = "output") -> None:
+    """Refuse a path that is no folder and cannot become one.
+
+    Raises:
+        ValueError: It or a path above it is a file or a broken link; the message begins with
+            ``name``.
+    """
+    for path in (folder, *folder.parents):
+        if os.path.lexists(path) and not path.is_dir():
+            kind = "is a file" if path.exists() else "links to nothing"
+            raise ValueError(f"{name} must be a folder, but {path} {kind}")
+
+
 def settle_folder(folder: Path) -> None:
     """Put a folder and all that is in it on the disk, with the permissions of the umask."""
     probe = folder / f".{os.getpid()}.tmp"

@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments.ablation.jobs import CONFIG, LOG, REPORT, Job
 from tokenflex.errors import ReportedError
-from tokenflex.files import parse_json
+from tokenflex.files import check_folder, parse_json
 from tokenflex.interruption import Interruption
 from tokenflex.terminal import progress_bar
 
@@ -113,8 +113,9 @@ def run_jobs(
     Raises:
         KeyboardInterrupt: On Ctrl-C or SIGTERM, after every running job has saved its state.
         JobFailedError: A job failed; the others have stopped and saved their states.
-        ValueError: The folder holds another ablation, or one is running in it.
+        ValueError: The folder holds another ablation, or one is running in it, or it is a file.
     """
+    check_folder(output)
     if output.is_dir() and any(output.iterdir()) and not (output / LOCK).exists():
         raise ValueError(
             f"output {output} holds files of something else and no ablation; give an empty folder, "

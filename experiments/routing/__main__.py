@@ -27,7 +27,7 @@ from experiments.routing.study import HELD_OUT, LIMIT, MAX_DROP, GradedCheckpoin
 from tokenflex.cli.options import counts_or_grids, positive
 from tokenflex.cli.route import has_splits
 from tokenflex.counts import TokenCount, token_grid, tokens_of
-from tokenflex.files import write_json, write_text
+from tokenflex.files import check_folder, write_json, write_text
 from tokenflex.formats import FORMATS
 from tokenflex.models.loading import check_length, load_checkpoint
 from tokenflex.routing.grading import grade
@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--note", default="", help="a remark on the machine or the checkpoints")
     options = parser.parse_args()
     try:
+        check_folder(options.output)  # before the work, not after it
         counts = check_counts(options.counts)
         names = [_name_of(folder) for folder in options.checkpoints]
         if len({*names}) < len(names):

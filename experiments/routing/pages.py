@@ -1,13 +1,29 @@
-"""The page of the routing study, written from its report."""
+"""The page of the routing study, written from its report.
+
+``python -m experiments.routing.pages FOLDER ...`` writes the pages of reports anew.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from experiments.routing.study import CASCADES, summarise
+from tokenflex.files import read_json, write_json, write_text
+
 LADDERS = {"trained": "Counts of the training", "unseen": "With counts that were never trained"}
 WEIGHTING = {"kinds": "kinds alike", "questions": "questions alike"}
+NAMES = {"cascade, raw": "raw cascade"}
+RULES = {
+    True: "a standard error of the cost included, because the cheapest of many costs more on other "
+    "questions",
+    False: "without a standard error of the cost: these settings are of an older rule, and the "
+    "cheapest of many costs more on other questions",
+}
+"""Rules that settings were chosen by, with a standard error or without."""
 
 
 def page_of(report: dict[str, Any]) -> str:
@@ -26,14 +42,17 @@ def page_of(report: dict[str, Any]) -> str:
         "the share of its vision tokens, and *all tries* counts the discarded answers of a cascade "
         "too. After ±: standard deviation over router seeds / over checkpoints. *Hindsight* is the "
         "share that the best setting on the test split would take for the same drop. A setting is "
-        "the cheapest of `validation` that costs at most a point, a standard error of the cost "
-        "included, because the cheapest of many costs more on other questions. The target is "
-        "*met* where every checkpoint meets it by its mean over router seeds. A cascade has no "
-        "seeds, and its threshold is chosen on the questions that its curves were fitted on.",
+        f"the cheapest of `validation` that costs at most a point, {RULES[trained['margin'] > 0]}. "
+        "The target is *met* where every checkpoint meets it by its mean over router seeds, with "
+        "the tokens of all tries; *runs* are a checkpoint with a router seed each. A cascade has "
+        "no seeds, and its threshold is chosen on the questions that its curves were fitted on. "
+        "The *raw cascade* has confidences without a curve.",
     ]
     for name, title in LADDERS.items():
         if name in report:
             lines += ["", f"## {title}: {', '.join(report[name]['counts'])}", ""]
+            if name != "trained":
+                lines += [verdict(report[name]), ""]
             lines += [*_ladder(report[name])]
     lines += [
         "",
@@ -58,21 +77,33 @@ def page_of(report: dict[str, Any]) -> str:
 
 
 def verdict(study: dict[str, Any]) -> str:
-    """Return the sentence that says which rules meet the target, from the study's means."""
+    """Return the sentences that say which rules meet the target, from the study's means.
+
+    The tokens of a cascade are those of all tries. Where its last answers alone would meet the
+    target, both figures are given.
+    """
     target = (
         f"always-largest minus {100 * study['max_drop']:g} point at <= "
-        f"{100 * study['limit']:g} % of its tokens"
+        f"{100 * study['limit']:g} % of its tokens, discarded answers included"
     )
     parts = []
     for weighting, name in WEIGHTING.items():
         means = [row for row in study["means"] if row["weighting"] == weighting]
-        met = [row["rule"] for row in means if row["met"]]
-        missed = [row["rule"] for row in means if not row["met"]]
+        if not means:
+            continue
+        met = [_name(row["rule"]) for row in means if row["met"]]
+        missed = [_name(row["rule"]) for row in means if not row["met"]]
         words = [f"met by {', '.join(met)}" if met else "", f"missed by {', '.join(missed)}"]
         parts.append(
             f"{name}: {'; '.join(words if missed and met else [w for w in words if w][:1])}"
         )
-    return f"Target, {target}. {'. '.join(part.capitalize() for part in parts)}."
+        parts += [
+            f"the last answers of the {_name(row['rule'])} alone take {100 * row['share']:.1f} % "
+            f"for {100 * row['drop']:.2f} points, all tries {100 * row['tries_share']:.1f} %"
+            for row in means
+            if row["met_by_last_answers"] and not row["met"]
+        ]
+    return f"Target, {target}. {'. '.join(part[0].upper() + part[1:] for part in parts)}."
 
 
 def _ladder(study: dict[str, Any]) -> Iterable[str]:
@@ -93,25 +124,31 @@ def _ladder(study: dict[str, Any]) -> Iterable[str]:
         largest = max(r["share"] for r in of_rule)
         rows.append(
             [
-                row["rule"],
+                _name(row["rule"]),
                 WEIGHTING[row["weighting"]],
                 _spread(row, "drop", 2),
                 f"{100 * max(r['drop'] for r in of_rule):.2f}",
                 _spread(row, "share", 1),
                 f"{100 * largest:.1f}",
-                _spread(row, "tries_share", 1) if row["rule"].startswith("cascade") else "",
+                _spread(row, "tries_share", 1) if row["rule"] in CASCADES else "",
                 "none" if None in hindsight else f"{100 * mean(hindsight):.1f}",
-                f"{_yes(row['met'])} ({row['checkpoints_met']} of {row['checkpoints']})",
-                _yes(row["met_with_all_tries"]) if row["rule"].startswith("cascade") else "",
+                f"{_yes(row['met'])} ({row['checkpoints_met']} of {row['checkpoints']}; "
+                f"{row['runs_met']} of {row['runs']})",
+                _yes(row["met_by_last_answers"]) if row["rule"] in CASCADES else "",
             ]
         )
     yield from _table(
         [
             *("rule", "weights", "drop", "highest", "tokens, %", "highest"),
-            *("all tries, %", "hindsight, %", "target met (checkpoints)", "with all tries"),
+            *("all tries, %", "hindsight, %", "target met (checkpoints; runs)"),
+            "by last answers",
         ],
         rows,
     )
+
+
+def _name(rule: str) -> str:
+    return NAMES.get(rule, rule)
 
 
 def _yes(holds: bool) -> str:
@@ -143,6 +180,7 @@ def _calibration(study: dict[str, Any]) -> Iterable[str]:
             )
     yield from _table(["", "before", "after"], rows)
     yield ""
+    yield from worsened(measured)
     stated = measured[0]["stated"]
     for when in ("before", "after"):
         sure = [entry["at_least"][when] for entry in measured if entry["at_least"][when]["answers"]]
@@ -158,7 +196,42 @@ def _calibration(study: dict[str, Any]) -> Iterable[str]:
             )
 
 
+def worsened(measured: Sequence[dict[str, Any]]) -> Iterable[str]:
+    """Yield a line for each count whose curve raised the error of some fit, with the worst fit."""
+    for part, name in (("router", "p(right) of the router"), ("answers", "confidence")):
+        for label in measured[0][part]:
+            rises = {
+                (entry["checkpoint"], entry["seed"]): entry[part][label]
+                for entry in measured
+                if entry[part][label]["after"] > entry[part][label]["before"]
+            }
+            if not rises:
+                continue
+            worst = max(rises, key=lambda fit: rises[fit]["after"] - rises[fit]["before"])
+            before, after = (f"{100 * rises[worst][when]:.1f}" for when in ("before", "after"))
+            yield (
+                f"- {name}, {label}: worse after calibration in {len(rises)} of {len(measured)} "
+                f"fits, at most from {before} to {after} ({worst[0]}, seed {worst[1]})."
+            )
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterable[str]:
     yield f"| {' | '.join(header)} |"
     yield "|---" * len(header) + "|"
     yield from (f"| {' | '.join(row)} |" for row in rows)
+
+
+def renew(folder: Path) -> None:
+    """Write the means and the page of a report anew, from the rows that were measured."""
+    report = read_json(folder / "report.json")
+    for name in LADDERS:
+        if name in report:
+            study = report[name]
+            study["means"] = summarise(study["rows"], study["max_drop"], study["limit"])
+    write_json(folder / "report.json", report)
+    write_text(folder / "README.md", page_of(report))
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        renew(Path(argument))

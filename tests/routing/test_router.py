@@ -19,7 +19,7 @@ from tests.routing.planted import COUNTS, mark_some_right, planted_grades
 from tokenflex.digits.dataset import DigitsDataset
 from tokenflex.digits.processor import digits_processor
 from tokenflex.routing import training
-from tokenflex.routing.grading import Grades, drop_of, routed, score
+from tokenflex.routing.grading import FEW_SAMPLES, Grades, drop_of, least_error, routed, score
 from tokenflex.routing.router import Router, best, utilities
 from tokenflex.routing.training import (
     check_largest_trained,
@@ -31,7 +31,7 @@ from tokenflex.routing.training import (
 
 @pytest.fixture(scope="module")
 def fitted():
-    return fit_router(planted_grades(90), max_drop=0.0)
+    return fit_router(planted_grades(255))
 
 
 def test_the_router_learns_which_question_needs_which_count_of_which_image(fitted):
@@ -61,7 +61,7 @@ DROPS = (0.05, 0.1, 0.4)
 
 @pytest.mark.usefixtures("few_steps")
 def test_a_larger_drop_allows_a_larger_penalty():
-    noisy = planted_grades(90)
+    noisy = planted_grades(255)
     flipped = torch.rand(noisy.right.shape, generator=torch.Generator().manual_seed(3)) < 0.2
     noisy.right.logical_xor_(flipped)
     reports = [fit_router(noisy, max_drop=drop)[1] for drop in DROPS]
@@ -160,6 +160,72 @@ def test_a_choice_costs_its_standard_error_too():
     assert not costs_at_most(drop + 0.9 * error, grades, choice)
     assert costs_at_most(drop, grades, choice, margin=0)
     assert costs_at_most(0, grades, np.full(240, 2))  # the largest count costs nothing for certain
+
+
+@pytest.mark.parametrize(
+    ("samples", "observations"), [(1, 1), (FEW_SAMPLES - 1, FEW_SAMPLES - 1), (FEW_SAMPLES, 200)]
+)
+def test_answers_without_a_difference_leave_an_error(samples, observations):
+    """Two more, half a loss and half a gain; below FEW_SAMPLES a sample is one observation."""
+    grades = planted_grades(samples)
+    grades.right[:] = True
+    even = torch.full((len(grades),), 1 / len(grades), dtype=torch.float64)
+    smallest = np.zeros(len(grades), dtype=np.int64)
+    drop, error = drop_of(grades, smallest, even)
+    assert (drop, error) == (0, pytest.approx(1 / (observations + 2)))
+    assert costs_at_most(error, grades, smallest, even)
+    assert not costs_at_most(0.99 * error, grades, smallest, even)
+
+
+def test_a_wrong_answer_more_than_the_largest_counts_of_one_sample_leaves_an_error():
+    """The spread over samples is 0, because there is one."""
+    drop, error = drop_of(planted_grades(1), np.zeros(4, dtype=np.int64))
+    assert (drop, error) == (0.5, pytest.approx(1 / 3))
+
+
+def test_the_least_error_is_of_the_answers_that_a_smaller_count_gives():
+    grades = planted_grades(FEW_SAMPLES)
+    even = torch.full((200,), 1 / 200, dtype=torch.float64)
+    choice = np.full(200, 2)
+    assert least_error(grades, choice, even) == 0
+    choice[:8] = 0  # 1 / 10 of eight answers of 200
+    assert least_error(grades, choice, even) == pytest.approx(8 / 200 / 10)
+    heavy = even / 2
+    heavy[0] += 0.5  # which counts as little more than one answer
+    assert least_error(grades, choice, heavy) == pytest.approx(float(heavy[:8].sum()) / 3, rel=0.03)
+    texts = replace(grades, tiles=torch.cat([torch.zeros(8).long(), grades.tiles[8:]]))
+    assert least_error(texts, choice, even) == 0  # no count applies to a question without images
+
+
+def test_a_spread_above_the_least_error_is_the_error():
+    """So a study of 200 samples and more chooses as it did."""
+    grades, choice = coin_grades(210)
+    weights = grades.weights()
+    _, error = drop_of(grades, choice)
+    assert 0 < least_error(grades, choice, weights) < error
+    doubled = replace(grades, right=grades.right[:, [2, 2, 2]])
+    assert drop_of(doubled, choice)[1] == least_error(grades, choice, weights)
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize(("samples", "held_out"), [(2, 1), (8, 2), (247, 49), (248, 50)])
+def test_few_held_out_samples_are_warned_of_and_claim_no_certainty(samples, held_out):
+    grades = planted_grades(samples)
+    grades.right[:] = True
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        router, report = fit_router(grades)
+    said = [str(w.message) for w in caught if "few samples to hold out" in str(w.message)]
+    assert report.held_out_samples == held_out
+    assert bool(said) is (held_out < FEW_SAMPLES)
+    if said:
+        assert f"hold out, {held_out}, where 50 or more" in said[0]
+        assert "250 samples with images or more" in said[0]
+        assert router.penalty == 0  # nothing was shown to cost a point at most
+        assert report.drop_error > 0.01
+    else:
+        assert report.tokens < report.largest_tokens
+        assert report.drop_error < 0.01
 
 
 # ---- what no router can be made of

@@ -117,7 +117,8 @@ def _route_into(options: argparse.Namespace) -> int:
         print(draw(folder))
     print(
         f"{report.parameters} parameters, {report.grading_seconds:.0f} s of asking and "
-        f"{report.fitting_seconds:.0f} s of fitting; held out, auto costs "
+        f"{report.fitting_seconds:.0f} s of fitting; on {report.held_out_samples} held-out "
+        f"sample{'' if report.held_out_samples == 1 else 's'}, auto costs "
         f"{report.largest_accuracy - report.accuracy:.3f} ± {report.drop_error:.3f} of accuracy at "
         f"{report.tokens / report.largest_tokens:.0%} of the tokens"
     )

@@ -30,6 +30,9 @@ from tokenflex.routing.router import Router, best, check_counts, utilities
 
 Choice = NDArray[np.int64]
 """[questions], the index of each question's count."""
+FEW_SAMPLES = 50
+"""Samples below which a standard error over samples is not to be relied on: between 20 and 50, says
+section VI of Cameron and Miller 2015, A practitioner's guide to cluster-robust inference."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +241,8 @@ def drop_of(
 
     Both are of the same questions, and the error takes a sample's questions together: those about
     one image are right or wrong together. It is that of a mean of each kind's mean, by
-    linearisation; with other weights than those of kinds, of the weighted mean.
+    linearisation; with other weights than those of kinds, of the weighted mean. It is at least
+    :func:`least_error`, because a few answers without a difference do not prove that there is none.
 
     Args:
         grades: K questions of S samples.
@@ -257,7 +261,34 @@ def drop_of(
     by_sample = torch.zeros(len(samples), dtype=torch.float64)
     by_sample.index_add_(0, sample_of, weights * (lost - means[kind_of]))
     variance = float(by_sample.square().sum()) * len(samples) / max(len(samples) - 1, 1)
-    return float((weights * lost).sum()), variance**0.5
+    error = max(variance**0.5, least_error(grades, choice, weights))
+    return float((weights * lost).sum()), error
+
+
+def least_error(grades: Grades, choice: Choice, weights: torch.Tensor) -> float:
+    """Return the standard error that a drop has if no answer differs from the largest count's.
+
+    n answers at smaller counts get two pseudo-observations, of which one is half a loss and half a
+    gain (Agresti and Min 2005, Simple improved confidence intervals for comparing matched
+    proportions), which is an error of 1 / (n + 2). With unequal weights, n is the effective number
+    (Kish 1965). Of fewer than ``FEW_SAMPLES`` samples, too few to tell how alike the answers about
+    one image are, n counts samples in place of questions.
+
+    Args:
+        grades: K questions of S samples.
+        choice: Choice for each question.
+        weights: float64 [K], adding up to 1.
+    """
+    smaller = (torch.from_numpy(choice) < len(grades.counts) - 1) & (grades.tiles > 0)
+    if not bool(smaller.any()):
+        return 0.0
+    samples, sample_of = grades.samples.unique(return_inverse=True)
+    shares = weights * smaller
+    if len(samples) < FEW_SAMPLES:
+        by_sample = torch.zeros(len(samples), dtype=torch.float64)
+        shares = by_sample.index_add_(0, sample_of, shares)
+    total = float(shares.sum())
+    return total / (total**2 / float(shares.square().sum()) + 2)
 
 
 def score(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,7 +18,15 @@ from tokenflex.counts import TokenCount, token_grid
 from tokenflex.data.samples import SampleDataset
 from tokenflex.evaluation.counts import label_of
 from tokenflex.routing.calibration import Curve, fit_curve
-from tokenflex.routing.grading import Choice, Grades, drop_of, grade, routed, score
+from tokenflex.routing.grading import (
+    FEW_SAMPLES,
+    Choice,
+    Grades,
+    drop_of,
+    grade,
+    routed,
+    score,
+)
 from tokenflex.routing.router import Router, check_counts
 from tokenflex.terminal import watched
 
@@ -44,6 +53,7 @@ class RouterReport:
         parameters: Parameters of the router.
         questions: Questions of the training part.
         held_out_questions: Questions that early stopping and the penalty were chosen on.
+        held_out_samples: Samples of these questions.
         text_only_questions: Questions without an image, left out because no count applies to them.
         grading_seconds: Seconds of encoding and grading at all counts.
         fitting_seconds: Seconds of fitting the router.
@@ -62,6 +72,7 @@ class RouterReport:
     parameters: int
     questions: int
     held_out_questions: int
+    held_out_samples: int
     text_only_questions: int
     grading_seconds: float
     fitting_seconds: float
@@ -145,6 +156,8 @@ def fit_router(
     _check_right(grades.counts, grades.right[has_images])
     started = time.perf_counter()
     fitted, tested = split_samples(grades, held_out, seed)
+    held_out_samples = len(tested.samples.unique())
+    _check_held_out(held_out_samples, held_out)
     router = Router(
         grades.counts,
         grades.images.shape[1] // 2,
@@ -168,6 +181,7 @@ def fit_router(
         parameters=sum(parameter.numel() for parameter in router.parameters()),
         questions=len(fitted),
         held_out_questions=len(tested),
+        held_out_samples=held_out_samples,
         text_only_questions=int((~has_images).sum()),
         grading_seconds=grading_seconds,
         fitting_seconds=time.perf_counter() - started,
@@ -237,6 +251,17 @@ def _check_right(counts: Sequence[TokenCount], right: torch.Tensor) -> None:
         warnings.warn(
             f"dataset has few questions that the model answers right, {said} of {len(right)}: the "
             "router has little to learn from. Are they of the model's task?",
+            stacklevel=3,
+        )
+
+
+def _check_held_out(samples: int, held_out: float) -> None:
+    """Warn of held-out samples that are too few to choose a penalty on."""
+    if samples < FEW_SAMPLES:
+        warnings.warn(
+            f"dataset leaves few samples to hold out, {samples}, where {FEW_SAMPLES} or more are "
+            "expected: the router's penalty and curves are little more than chance there. Give "
+            f"{math.ceil(FEW_SAMPLES / held_out)} samples with images or more",
             stacklevel=3,
         )
 

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tokenflex.files import read_json, sync_folder, write_json
+from tokenflex.files import check_folder, read_json, sync_folder, write_json
 from tokenflex.locks import NAME as LOCK
 from tokenflex.locks import FolderLock
 from tokenflex.models.weights import weight_files
@@ -75,8 +75,7 @@ class RunFolder:
             ValueError: It is a file, or holds what no run has written.
             OSError: It cannot be created or written.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"output must be a folder, but {self.path} is a file")
+        check_folder(self.path)
         if self.path.is_dir():
             self._check()  # also before the lock is written into it
         self._lock.acquire()

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from experiments.routing.__main__ import report_of
-from experiments.routing.pages import page_of, verdict
+from experiments.routing.pages import page_of, renew, verdict, worsened
 from experiments.routing.reliability import Predictions, at_least
 from experiments.routing.study import (
+    CASCADES,
+    LIMIT,
+    MAX_DROP,
+    WEIGHTINGS,
     GradedCheckpoint,
     at_counts,
     cheapest,
@@ -20,6 +25,10 @@ from experiments.routing.study import (
     summarise,
 )
 from tests.routing.planted import COUNTS, planted_grades
+from tokenflex.files import read_json, write_json
+from tokenflex.routing.grading import FEW_SAMPLES
+
+RESULTS = Path(__file__).parents[3] / "docs/results/selection"
 
 
 def predictions(said: float, right: float, number: int = 1000) -> Predictions:
@@ -46,17 +55,26 @@ def test_the_verdict_follows_from_the_figures():
     rows = [row("a", 0.004, 0.5, 0.7), row("a", 0.012, 0.6, 0.8), row("b", 0.01, 0.6, 0.6)]
     (figures,) = summarise(rows, 0.01, 0.6)
     assert figures["drop"] == pytest.approx(0.026 / 3)
-    assert (figures["met"], figures["met_with_all_tries"]) == (True, False)
-    assert (figures["checkpoints"], figures["checkpoints_met"]) == (2, 2)
+    assert (figures["met"], figures["met_by_last_answers"]) == (False, True)
+    assert (figures["checkpoints"], figures["checkpoints_met"]) == (2, 1)
+    assert (figures["runs"], figures["runs_met"]) == (3, 1)
     assert figures["of_seeds"]["share"] == pytest.approx(0.1 / 2**0.5)
     assert figures["of_checkpoints"]["drop"] == pytest.approx(0.002 / 2**0.5)
-    (worse,) = summarise([*rows[:2], row("b", 0.011, 0.5, 0.5)], 0.01, 0.6)
+    cheap = [row("a", 0.004, 0.4, 0.5), row("a", 0.012, 0.4, 0.7)]
+    (kept,) = summarise([*cheap, row("b", 0.01, 0.6, 0.6)], 0.01, 0.6)
+    assert (kept["met"], kept["checkpoints_met"], kept["runs_met"]) == (True, 2, 2)
+    (worse,) = summarise([*cheap, row("b", 0.011, 0.5, 0.5)], 0.01, 0.6)
     assert worse["drop"] < 0.01  # one checkpoint does not make up for another
     assert (worse["met"], worse["checkpoints_met"]) == (False, 1)
+    assert not worse["met_by_last_answers"]
     study = {"max_drop": 0.01, "limit": 0.6}
-    assert "Kinds alike: met by cascade." in verdict({**study, "means": [figures]})
-    assert "Kinds alike: missed by cascade." in verdict({**study, "means": [worse]})
-    other = {**figures, "rule": "router"}
+    assert "Kinds alike: met by cascade." in verdict({**study, "means": [kept]})
+    assert verdict({**study, "means": [worse]}).endswith("Kinds alike: missed by cascade.")
+    assert verdict({**study, "means": [figures]}).endswith(
+        "Kinds alike: missed by cascade. The last answers of the cascade alone take 56.7 % for "
+        "0.87 points, all tries 70.0 %."
+    )
+    other = {**kept, "rule": "router"}
     assert "met by router; missed by cascade" in verdict({**study, "means": [other, worse]})
 
 
@@ -64,7 +82,9 @@ def test_the_verdict_follows_from_the_figures():
     ("drop", "share", "met"), [(0.01, 0.6, True), (0.0101, 0.6, False), (0.01, 0.601, False)]
 )
 def test_the_target_has_two_bounds(drop, share, met):
-    assert is_met({"drop": drop, "share": share}, 0.01, 0.6) is met
+    assert is_met({"drop": drop, "share": 0.1, "tries_share": share}, 0.01, 0.6) is met
+    figures = {"drop": drop, "share": share, "tries_share": 0.9}
+    assert is_met(figures, 0.01, 0.6, "share") is met
 
 
 def test_the_cheapest_setting_that_costs_little_is_chosen():
@@ -86,7 +106,7 @@ def test_settings_are_of_validation_and_figures_of_test(monkeypatch):
     """On the test split the largest count is wrong: it decides nothing, and all rules gain."""
     monkeypatch.setattr("tokenflex.routing.training.STEPS", 50)
     monkeypatch.setattr("experiments.routing.study.THRESHOLDS", (0.5, 0.95))
-    fitted = planted_grades(24)
+    fitted = planted_grades(255)
     right = fitted.right.clone()
     right[:, 2] = False
     test = replace(fitted, right=right)
@@ -102,7 +122,75 @@ def test_settings_are_of_validation_and_figures_of_test(monkeypatch):
     rest = {"data": "planted", "note": "", "commit": "c", "machine": "m"}
     page = page_of({**report, **rest})
     assert "## With counts that were never trained: 4, 9, 16" in page
-    assert page.count("| cascade, raw |") == 4
+    assert page.count("| raw cascade |") == 4
+    assert "a standard error of the cost included" in page
+
+
+@pytest.mark.parametrize("fitted_is_easy", [False, True])
+def test_cascades_choose_their_thresholds_without_the_test_split(monkeypatch, fitted_is_easy):
+    """Where all answers are right, the smallest count is enough; else it costs half of them."""
+    monkeypatch.setattr("tokenflex.routing.training.STEPS", 20)
+    monkeypatch.setattr("experiments.routing.study.THRESHOLDS", (0.0, 0.5, 0.95))
+    difficult = planted_grades(FEW_SAMPLES * 5)
+    easy = replace(difficult, right=torch.ones_like(difficult.right))
+    fitted, test = (easy, difficult) if fitted_is_easy else (difficult, easy)
+    rows = report_of([GradedCheckpoint("a", fitted, test)], COUNTS, 1)["trained"]["rows"]
+    cascades = {(r["rule"], r["weighting"]): r for r in rows if r["rule"] in CASCADES}
+    assert {*cascades} == {(rule, weighting) for rule in CASCADES for weighting in WEIGHTINGS}
+    for chosen in cascades.values():
+        assert chosen["setting"] == (0.0 if fitted_is_easy else 0.5)
+        assert chosen["drop"] == pytest.approx(0.5 if fitted_is_easy else 0)
+
+
+def fit(seed: int, before: float, after: float) -> dict:
+    errors = {"4": {"before": before, "after": after}, "9": {"before": 0.02, "after": 0.02}}
+    return {"checkpoint": "a", "seed": seed, "router": errors, "answers": {}}
+
+
+def test_counts_whose_calibration_gets_worse_are_named_with_the_worst_fit():
+    """Their mean may get better all the same."""
+    assert [*worsened([fit(0, 0.05, 0.01), fit(1, 0.002, 0.007), fit(2, 0.003, 0.004)])] == [
+        "- p(right) of the router, 4: worse after calibration in 2 of 3 fits, at most from 0.2 to "
+        "0.7 (a, seed 1)."
+    ]
+
+
+@pytest.mark.parametrize("name", ["digits", "reading"])
+def test_committed_pages_and_means_follow_from_the_rows(tmp_path, name):
+    report = read_json(RESULTS / name / "report.json")
+    for ladder in ("trained", "unseen"):
+        assert (report[ladder]["max_drop"], report[ladder]["limit"]) == (MAX_DROP, LIMIT)
+    write_json(tmp_path / "report.json", report)
+    renew(tmp_path)
+    assert read_json(tmp_path / "report.json") == report
+    page = (RESULTS / name / "README.md").read_text(encoding="utf-8")
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == page
+    assert ("settings are of an older rule" in page) is (name == "reading")
+
+
+def test_the_guide_says_what_the_page_of_digits_says():
+    report = read_json(RESULTS / "digits/report.json")
+    guide = (RESULTS.parents[1] / "models.md").read_text(encoding="utf-8")
+    trained, unseen = (
+        {row["rule"]: row for row in report[ladder]["means"] if row["weighting"] == "kinds"}
+        for ladder in ("trained", "unseen")
+    )
+    assert [rule for rule, row in trained.items() if row["met"]] == ["router"]
+    assert "**the router alone meets it with kinds weighing alike**" in guide
+    assert (unseen["router"]["runs"], unseen["router"]["runs_met"]) == (6, 5)
+    most = {
+        ladder: max(
+            row["share"]
+            for row in report[ladder]["rows"]
+            if (row["rule"], row["weighting"]) == ("router", "kinds")
+        )
+        for ladder in ("trained", "unseen")
+    }
+    assert f"at most {100 * most['trained']:.1f} %" in guide
+    assert f"one seed of six misses the\ntarget at {100 * most['unseen']:.1f} %" in guide
+    tries = [100 * ladder["cascade"]["tries_share"] for ladder in (trained, unseen)]
+    assert f"{tries[0]:.0f} % of the tokens for 0.9 points, discarded answers included" in guide
+    assert f"and {tries[1]:.0f} % with counts that were never trained" in guide
 
 
 def test_grades_at_some_counts_are_those_columns():
