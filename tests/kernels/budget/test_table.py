@@ -176,11 +176,11 @@ def outputs(line) -> int:
 
 
 def test_every_published_launch_stores_its_outputs():
-    """Some blocks are walked, of which none may be at the edge of an image: 1 % is left."""
+    """Up to what the blocks differ that are not walked: the last tiles are not whole."""
     for line in page.read_csv(PUBLISHED):
         stored = int(line["programs"]) * int(line["bytes_stored"])
         assert stored >= 0.99 * outputs(line) > 0, line
-        assert stored <= 1.25 * outputs(line) or line["stage"] == "norm_gradient", line
+        assert stored <= 1.4 * outputs(line) or line["stage"] == "norm_gradient", line
 
 
 def test_the_page_shows_the_published_table():
