@@ -84,8 +84,18 @@ def _copy_to_shared(
 
 def _local(state: State, i: Instruction, lanes: Lanes, start: float, group: Group) -> Effect:
     """LDL, STL: a thread's own words, which the first-level cache holds; no bytes are counted."""
-    is_load = i.opcode == "LDL"
-    return dict.fromkeys(i.data_results) if is_load else {}, LATENCY["repeated"]
+    places = np.unique(state.known_in(state.sum_of(_address_of(i)), lanes, i)[lanes])
+    if len(places) != 1 or i.num_bytes < 4:
+        raise RuntimeError(f"words of a stack that the walk cannot follow: {i}")
+    words = [f"local {places[0] + 4 * k}" for k in range(i.num_bytes // 4)]
+    if i.opcode == "LDL":
+        values = map(state.values.get, words)
+        return dict(zip(i.data_results, values, strict=False)), LATENCY["repeated"]
+    source = i.operands[1].name
+    for k, word in enumerate(words):
+        name = vector(source, k + 1)[-1] if source else ""
+        state.write(word, state.values.get(name) if name else state.full(0), lanes)
+    return NOTHING
 
 
 def _commit_copies(

@@ -25,6 +25,7 @@ FIRST_ARGUMENT = {90: 0x210}
 # The words of the same bank that hold the address of the arguments, which tensor maps are read by.
 ADDRESS_OF_ARGUMENTS = {90: 0x198}
 ARGUMENTS = 1 << 60  # that address, behind all buffers
+STACK_POINTER, STACK = {90: 0x28}, 1 << 24  # the word that holds the end of a thread's stack
 # Words of the same bank: the sides of a block, then those of the grid.
 BLOCK_SIDES, GRID_SIDES = (0x0, 0x4, 0x8), (0xC, 0x10, 0x14)
 _SIZES = {"u8": 1, "u16": 2, "u32": 4, "u64": 8, "f32": 4, "f64": 8, "b8": 1, "b32": 4, "b64": 8}
@@ -106,6 +107,7 @@ def _record(
             {
                 **dict(zip(BLOCK_SIDES, (WARP * warps, 1, 1), strict=True)),
                 **dict(zip(GRID_SIDES, (programs, 1, 1), strict=True)),
+                STACK_POINTER[capability]: STACK,
                 **constants,
             },
             memory,

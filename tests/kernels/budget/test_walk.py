@@ -130,7 +130,7 @@ class TestControl:
             "LDGSTS.E.BYPASS.128 [R0], desc[UR4][R2.64], P0",
             "LDGSTS.E.BYPASS.128 [R0], desc[UR4][R2.64], !P0",
             "@P0 STS [R0.X4], R5",
-            "@P0 STL [R1], R5",
+            "@P0 STL [RZ], R5",
             "@P0 HMMA.16816.F32.BF16 R8, R12, R16, R8",
             "@P0 DEPBAR.LE SB0, 0x0",
             "@P0 BAR.SYNC.DEFER_BLOCKING 0x0",
@@ -153,6 +153,24 @@ class TestControl:
             return
         with pytest.raises(DependsOnDataError, match=r"access depends on data.*P0"):
             walk(launch, 0)
+
+    def test_words_that_spill_keep_their_values(self):
+        """ptxas of Triton 3.9 spills an address of the down gradient."""
+        values = values_after(
+            "S2R R0, SR_TID.X", "MOV R1, 0x1000", "MOV R5, 0x7", "MOV R4, R0",
+            "ISETP.LT.AND P0, PT, R0, 0x8, PT",
+            "STL [R1+-0x4], RZ", "STL.64 [R1+-0x10], R4", "@P0 STL [R1+-0xc], R0",
+            "LDL.64 R6, [R1+-0x10]", "LDL R8, [R1+-0x4]", "LDL R9, [R1+-0x8]",
+        )  # fmt: skip
+        assert values["R6"].tolist() == list(range(32))
+        assert values["R7"].tolist() == [*range(8), *[7] * 24]
+        assert not values["R8"].any()
+        assert values.get("R9") is None
+
+    @pytest.mark.parametrize("line", ["STL [R0], R4", "LDL R4, [R0]", "LDL.U8 R4, [RZ]"])
+    def test_words_of_a_stack_at_different_places_are_an_error(self, line):
+        with pytest.raises(RuntimeError, match="a stack that the walk cannot follow"):
+            totals_of("S2R R0, SR_TID.X", line)
 
     @pytest.mark.parametrize(
         "line",
@@ -371,10 +389,8 @@ class TestMemory:
         totals_of(*lines[:-1], access, **options)
 
     def test_words_that_spill_are_no_traffic_of_global_memory(self):
-        """Their addresses need not be known: nothing that is counted depends on them."""
-        counted = totals_of(
-            "MOV R5, 0x1", "STL [R1+0x8], R5", "LDL R4, [R1+0x8]", "FADD R4, R4, R4"
-        )
+        spilled = ["MOV R1, 0x1000", "STL [R1+-0x8], R5", "LDL R4, [R1+-0x8]"]
+        counted = totals_of(*spilled, "FADD R4, R4, R4")
         assert counted.instructions["global"] == 2
         assert (counted.loaded, counted.stored, counted.sectors) == (0, 0, 0)
         assert counted.cycles > LATENCY["repeated"]
