@@ -46,7 +46,7 @@ def _address_of(instruction: Instruction) -> Operand:
 def _load_global(state: State, i: Instruction, lanes: Lanes, start: float, group: Group) -> Effect:
     results: dict[str, Value] = dict.fromkeys(i.data_results)
     buffer, offsets = state.access(i, _address_of(i), lanes)
-    content = None if buffer is None else buffer.content
+    content = buffer.content
     if content is None:
         sector = id(buffer), int(offsets[lanes][0]) // 32
         latency = LATENCY["repeated" if sector in state.touched else "global"]
@@ -82,6 +82,22 @@ def _copy_to_shared(
     return NOTHING
 
 
+def _local(state: State, i: Instruction, lanes: Lanes, start: float, group: Group) -> Effect:
+    """LDL, STL: a thread's own words, which the first-level cache holds; no bytes are counted."""
+    places = np.unique(state.known_in(state.sum_of(_address_of(i)), lanes, i)[lanes])
+    if len(places) != 1 or i.num_bytes < 4:
+        raise RuntimeError(f"words of a stack that the walk cannot follow: {i}")
+    words = [f"local {places[0] + 4 * k}" for k in range(i.num_bytes // 4)]
+    if i.opcode == "LDL":
+        values = map(state.values.get, words)
+        return dict(zip(i.data_results, values, strict=False)), LATENCY["repeated"]
+    source = i.operands[1].name
+    for k, word in enumerate(words):
+        name = vector(source, k + 1)[-1] if source else ""
+        state.write(word, state.values.get(name) if name else state.full(0), lanes)
+    return NOTHING
+
+
 def _commit_copies(
     state: State, i: Instruction, lanes: Lanes, start: float, group: Group
 ) -> Effect:
@@ -94,12 +110,32 @@ def _await_copies(state: State, i: Instruction, lanes: Lanes, start: float, grou
     return NOTHING
 
 
-def _bulk_copy(state: State, i: Instruction, lanes: Lanes, start: float, group: Group) -> Effect:
+def _bulk_load(state: State, i: Instruction, lanes: Lanes, start: float, group: Group) -> Effect:
     """UTMALDG: the barrier, in the register behind the destination, counts its bytes."""
     _, barrier = vector(_address_of(i).terms[0][0].name, 2)
-    place = state.values.get(barrier)
-    if place is not None:
-        state.arrivals[int(place[lanes][0])] = start + LATENCY["global"]
+    places = state.known_in(state.values.get(barrier), lanes, i)
+    for place in places[_first_lanes(lanes)]:
+        state.arrivals[int(place)] = start + LATENCY["global"]
+    return NOTHING
+
+
+def _bulk_store(state: State, i: Instruction, lanes: Lanes, start: float, group: Group) -> Effect:
+    """UTMASTG: each warp stores the part of a box that lies in the tensor, once."""
+    source, tensor_map = (operand for operand in i.operands if operand.kind == "address")
+    dimensions = next(int(m[0]) for m in i.modifiers if re.fullmatch(r"\dD", m))
+    # Behind the place in shared memory: the first element of the box, the last dimension first.
+    _, *coordinates = vector(source.terms[0][0].name, 1 + dimensions)
+    names = *vector(tensor_map.terms[0][0].name, 2), *reversed(coordinates)
+    low, high, *starts = (state.known_in(state.values.get(name), lanes, i) for name in names)
+    for lane in _first_lanes(lanes):
+        used = state.tensor_map(int(high[lane]) << 32 | int(low[lane]), i)
+        stored = used.bytes_within([int(signed(start[lane])) for start in starts])
+        cycles = stored / SHARED_BYTES
+        state.stored += stored
+        state.shared_cycles += cycles
+        # A wait is for the reading of shared memory, so that it can be written again.
+        read = start + LATENCY["shared"] + cycles
+        state.copies.issued = max(state.copies.issued, read)
     return NOTHING
 
 
@@ -110,10 +146,8 @@ def _shared(state: State, i: Instruction, lanes: Lanes, start: float, group: Gro
     """LDS, STS, LDSM, STSM: count the cycles of the banks that the addresses need."""
     in_matrices = i.opcode in ("LDSM", "STSM")
     num_bytes = 4 * i.num_matrices if in_matrices else i.num_bytes
-    place = state.sum_of(_address_of(i))
-    if place is None or (place[lanes] < 0).any():
-        state.shared_cycles += num_bytes * int(lanes.sum()) / SHARED_BYTES
-    elif in_matrices:
+    place = state.known_in(state.sum_of(_address_of(i)), lanes, i)
+    if in_matrices:
         state.shared_cycles += bank_cycles(place, lanes, 16, 8, 8 * i.num_matrices)
     else:
         together = WARP * 4 // max(4, num_bytes)
@@ -127,9 +161,9 @@ def _barrier_in_memory(
 ) -> Effect:
     """SYNCS: say how many bytes the copy engine will bring, or wait for them."""
     if "TRYWAIT" in i.modifiers:
-        place = state.sum_of(_address_of(i))
-        if place is not None:
-            group.clock = max(group.clock, state.arrivals.get(int(place[lanes][0]), 0.0))
+        places = state.known_in(state.sum_of(_address_of(i)), lanes, i)
+        arrivals = [state.arrivals.get(int(place), 0.0) for place in np.unique(places[lanes])]
+        group.clock = max(group.clock, *arrivals)
         done = [operand.name for operand in i.operands if operand.kind == "predicate"]
         return dict.fromkeys(done, state.full(1)), LATENCY["shared"]
     if "ARRIVE" in i.modifiers and i.operands[-1].kind == "register":
@@ -211,7 +245,8 @@ def _exchange(state: State, i: Instruction, lanes: Lanes, start: float, group: G
         lane = state.lane
         others = {"IDX": by, "BFLY": lane ^ by, "UP": lane - by, "DOWN": lane + by}
         other = next(others[kind] for kind in others if kind in i.modifiers)
-        results[destination.name] = value[lane // WARP * WARP + other % WARP]
+        read = value[lane // WARP * WARP + other % WARP]
+        results[destination.name] = np.where(by < 0, UNKNOWN, read)
     return results, LATENCY["shared"]
 
 
@@ -236,7 +271,7 @@ def _to_uniform(state: State, i: Instruction, lanes: Lanes, start: float, group:
     destination, source = [operand for operand in i.operands if operand.kind == "register"][:2]
     value = state.read(source)
     if value is not None:
-        value = np.repeat(value[_first_lanes(lanes)], WARP)
+        value = np.repeat(value[_first_of_warps(lanes)], WARP)
     return {destination.name: value}, LATENCY["uniform"]
 
 
@@ -267,10 +302,15 @@ def _reduce(state: State, i: Instruction, lanes: Lanes, start: float, group: Gro
     return {destination.name: result}, LATENCY["special"]
 
 
-def _first_lanes(lanes: Lanes) -> Lanes:
-    """Return the first active lane of each warp."""
+def _first_of_warps(lanes: Lanes) -> Lanes:
+    """Return the first active lane of each warp, and of a warp that has none its first lane."""
     active = lanes.reshape(-1, WARP)
     return np.arange(len(active)) * WARP + active.argmax(1)
+
+
+def _first_lanes(lanes: Lanes) -> Lanes:
+    """Return the first active lane of each warp that has one."""
+    return _first_of_warps(lanes)[lanes.reshape(-1, WARP).any(1)]
 
 
 def _vote(state: State, i: Instruction, lanes: Lanes, start: float, group: Group) -> Effect:
@@ -288,7 +328,7 @@ def _vote(state: State, i: Instruction, lanes: Lanes, start: float, group: Group
 
 
 def _elect(state: State, i: Instruction, lanes: Lanes, start: float, group: Group) -> Effect:
-    elected = (state.lane == np.repeat(_first_lanes(lanes), WARP)).astype(np.int64)
+    elected = (state.lane == np.repeat(_first_of_warps(lanes), WARP)).astype(np.int64)
     outs = [operand.name for operand in i.operands[:-1] if operand.kind == "predicate"]
     return dict.fromkeys(outs, elected), LATENCY["uniform"]
 
@@ -296,8 +336,8 @@ def _elect(state: State, i: Instruction, lanes: Lanes, start: float, group: Grou
 def _check_division(
     state: State, i: Instruction, lanes: Lanes, start: float, group: Group
 ) -> Effect:
-    """FCHK: data are taken to need no slow division."""
-    return {i.operands[0].name: state.full(0)}, LATENCY["special"]
+    """FCHK: data say whether a slow division is needed."""
+    return {i.operands[0].name: None}, LATENCY["special"]
 
 
 def _pack_predicates(
@@ -333,7 +373,11 @@ EFFECTS: dict[str, Callable[[State, Instruction, Lanes, float, Group], Effect]] 
     "LDGSTS": _copy_to_shared,
     "LDGDEPBAR": _commit_copies,
     "DEPBAR": _await_copies,
-    "UTMALDG": _bulk_copy,
+    "LDL": _local,
+    "STL": _local,
+    "UTMALDG": _bulk_load,
+    "UTMASTG": _bulk_store,
+    "UTMACMDFLUSH": _commit_copies,
     "LDS": _shared,
     "STS": _shared,
     "LDSM": _shared,

@@ -7,7 +7,7 @@ The time is the largest of these, each as if it were the only limit:
     shared     128 bytes of shared memory a cycle, operands of wgmma included
     tensor     the operations of the tensor cores, at the rate of the library's products
     latency    a block's time alone, for as many rounds of blocks as the multiprocessor must hold
-    L2         the sectors that loads touch, whatever the first-level cache would save
+    L2         the sectors that loads touch, whatever the first-level cache would save; no stores
     memory     the bytes of all arguments, each once, at copy bandwidth
 
 The busiest multiprocessor counts: the tail of the grid is in every line but the last two. Limits

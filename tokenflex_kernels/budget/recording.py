@@ -17,11 +17,15 @@ import torch
 from tokenflex_kernels import launch as launching
 from tokenflex_kernels.budget.model import Resources
 from tokenflex_kernels.budget.sass import Instruction, parse_sass
-from tokenflex_kernels.budget.state import WARP, Buffer, Launch
+from tokenflex_kernels.budget.state import WARP, Buffer, Launch, TensorMap
 from tokenflex_kernels.gpus import TENSOR_FLOPS
 
 # Where a kernel's arguments begin in bank 0 of its constants, by compute capability.
 FIRST_ARGUMENT = {90: 0x210}
+# The words of the same bank that hold the address of the arguments, which tensor maps are read by.
+ADDRESS_OF_ARGUMENTS = {90: 0x198}
+ARGUMENTS = 1 << 60  # that address, behind all buffers
+STACK_POINTER, STACK = {90: 0x28}, 1 << 24  # the word that holds the end of a thread's stack
 # Words of the same bank: the sides of a block, then those of the grid.
 BLOCK_SIDES, GRID_SIDES = (0x0, 0x4, 0x8), (0xC, 0x10, 0x14)
 _SIZES = {"u8": 1, "u16": 2, "u32": 4, "u64": 8, "f32": 4, "f64": 8, "b8": 1, "b32": 4, "b64": 8}
@@ -75,7 +79,9 @@ def _record(
         if signature[name] != "constexpr"
     ]
     memory: list[Buffer] = []
-    values: list[int | None] = []  # of each parameter; None for those that are unknown
+    # Of each parameter; None for those that are unknown.
+    values: list[int | TensorMap | None] = []
+    boxes = iter(compiled.metadata.tensordesc_meta or ())
     unique_bytes = 0
     for argument in given:
         if isinstance(argument, torch.Tensor):
@@ -87,10 +93,13 @@ def _record(
         elif isinstance(argument, float):
             values.append(None)
         else:  # a tensor descriptor: the map itself, then sides and strides
-            values += [None, *argument.shape, *argument.strides]
+            box = next(boxes)
+            tensor_map = TensorMap(argument.shape, box["block_size"], box["elem_size"])
+            values += [tensor_map, *argument.shape, *argument.strides]
             unique_bytes += argument.base.nbytes
     code, registers = _machine_code(compiled.asm["cubin"])
     warps = compiled.metadata.num_warps
+    constants, tensor_maps = _arguments(capability, compiled.asm["ptx"], values)
     return Recorded(
         kernel.__name__,
         Launch(
@@ -98,12 +107,14 @@ def _record(
             {
                 **dict(zip(BLOCK_SIDES, (WARP * warps, 1, 1), strict=True)),
                 **dict(zip(GRID_SIDES, (programs, 1, 1), strict=True)),
-                **_arguments(capability, compiled.asm["ptx"], values),
+                STACK_POINTER[capability]: STACK,
+                **constants,
             },
             memory,
             warps,
             programs,
             TENSOR_FLOPS[capability],
+            tensor_maps,
         ),
         Resources(registers, compiled.metadata.shared, warps),
         unique_bytes,
@@ -119,13 +130,21 @@ def _buffer(tensor: torch.Tensor) -> Buffer:
     return Buffer(num_bytes, behind.view(torch.uint8).numpy())
 
 
-def _arguments(capability: int, ptx: str, values: list[int | None]) -> dict[int, int]:
-    """Return the words of bank 0 that hold the arguments, laid out as the PTX declares them."""
+def _arguments(
+    capability: int, ptx: str, values: list[int | TensorMap | None]
+) -> tuple[dict[int, int], dict[int, TensorMap]]:
+    """Return the words of bank 0 that hold the arguments, laid out as the PTX declares them.
+
+    Returns:
+        The words by offset, and the tensor maps by address.
+    """
     entry = re.search(r"\.entry \w+\((.*?)\)", ptx, re.S)
     if entry is None:
         raise ValueError("the PTX has no entry")
-    constants = {}
-    offset = FIRST_ARGUMENT[capability]
+    pointer = ADDRESS_OF_ARGUMENTS[capability]
+    constants = {pointer: ARGUMENTS & 0xFFFFFFFF, pointer + 4: ARGUMENTS >> 32}
+    tensor_maps = {}
+    first = offset = FIRST_ARGUMENT[capability]
     parameters = re.findall(
         r"\.param(?: \.align (\d+))? \.(\w+)(?: \.ptr[^\w%]*(?:\.\w+ )*(?:\.align \d+ )?)?"
         r"\s*\w+(?:\[(\d+)\])?",
@@ -137,13 +156,15 @@ def _arguments(capability: int, ptx: str, values: list[int | None]) -> dict[int,
         offset = -(-offset // step) * step
         # Those behind the arguments are memory that Triton gives, of which our kernels need none.
         value = values[k] if k < len(values) else 0
-        if value is not None:
+        if isinstance(value, TensorMap):
+            tensor_maps[ARGUMENTS + offset - first] = value
+        elif value is not None:
             for word in range(max(1, size // 4)):
                 constants[offset + 4 * word] = value >> 32 * word & 0xFFFFFFFF
         offset += size
     if len(parameters) < len(values):
         raise ValueError(f"{len(values)} arguments for {len(parameters)} parameters of the PTX")
-    return constants
+    return constants, tensor_maps
 
 
 @lru_cache(maxsize=64)

@@ -16,16 +16,22 @@ _NUMBER = re.compile(r"-?(0x[0-9a-f]+|\d+)$")
 _CONSTANT = re.compile(r"c\[0x0\]\[(.+)\]$")
 
 # The pipe of a multiprocessor that executes an instruction, by the start of its name; the first
-# that fits. What is not listed is executed by the ALU.
+# that fits. What is not listed is executed by the ALU. Names that may touch memory or tensor cores
+# are listed whether our kernels have them or not, so that the walk refuses those it cannot count.
 PIPES: dict[str | tuple[str, ...], str] = {
     "IMAD": "imad",
-    ("HGMMA", "HMMA", "IMMA", "DMMA"): "tensor",
+    ("HMMA", "IMMA", "DMMA", "BMMA", "QMMA", "OMMA", "HGMMA", "IGMMA", "BGMMA", "QGMMA", "UTC"):
+        "tensor",
     ("FADD", "FMUL", "FFMA", "HADD2", "HMUL2", "HFMA2"): "float",
     ("MUFU", "I2F.", "I2F ", "F2I", "F2F.", "POPC", "FLO", "BREV", "REDUX"): "special",
-    ("LDGSTS", "LDG ", "LDG.", "STG", "ATOM", "RED.", "UTMA"): "global",
-    ("LDS", "STS", "LDSM", "STSM", "SHFL", "SYNCS"): "shared",
     ("BRA", "EXIT", "BAR", "BSSY", "BSYNC", "WARPSYNC", "DEPBAR", "LDGDEPBAR", "NOP", "CALL", "RET",
-     "WARPGROUP", "ERRBAR", "MEMBAR", "FENCE", "NANOSLEEP", "ACQBULK", "BREAK", "BMOV"): "control",
+     "WARPGROUP", "ERRBAR", "MEMBAR", "FENCE", "NANOSLEEP", "ACQBULK", "BREAK", "BMOV",
+     "CCTL", "UTMACCTL"): "control",
+    ("LDS", "LDSM", "STS", "STSM", "STAS", "ATOMS", "REDAS", "SHFL", "SYNCS"): "shared",
+    "LDC": "integer",  # constants
+    "ULDC": "uniform",
+    ("LD", "ST", "ATOM", "RED", "SULD", "SUST", "SUATOM", "SURED", "TEX", "TLD", "TXD",
+     "TMML", "ULD", "UST", "UATOM", "URED", "UBLK", "UTMA"): "global",
     ("U", "R2UR", "S2UR", "VOTEU"): "uniform",
 }  # fmt: skip
 
@@ -61,6 +67,10 @@ class Instruction:
     guard: Operand | None
     name: str
     operands: tuple[Operand, ...]
+
+    def __str__(self) -> str:
+        guard = f"@{self.guard.text} " if self.guard else ""
+        return f"{guard}{self.name} {', '.join(o.text for o in self.operands)}".rstrip()
 
     @cached_property
     def opcode(self) -> str:
@@ -112,7 +122,7 @@ class Instruction:
         width = 2 if "64" in self.modifiers else 1
         if self.opcode == "LDSM":
             width = self.num_matrices
-        elif self.opcode in ("LDS", "LDG"):
+        elif self.opcode in ("LDS", "LDG", "LDL"):
             width = max(1, self.num_bytes // 4)
         predicates: list[str] = []
         for operand in self.operands:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +35,7 @@ _BUFFER_BITS = 40  # each buffer starts at a multiple of 2^40
 
 
 class DependsOnDataError(RuntimeError):
-    """A branch, its target, or the use of memory or a tensor core depends on data."""
+    """A branch, its target, an address, or the use of memory or a tensor core depends on data."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,28 @@ class Buffer:
 
 
 @dataclass(frozen=True)
+class TensorMap:
+    """A tensor in memory as the copy engine gets it, by boxes; the last dimension lies together.
+
+    Attributes:
+        shape: of the tensor.
+        box: of what one instruction moves.
+        itemsize: bytes of an element.
+    """
+
+    shape: Sequence[int]
+    box: Sequence[int]
+    itemsize: int
+
+    def bytes_within(self, start: Sequence[int]) -> int:
+        """Return the bytes of the box that starts there, without what is outside of the tensor."""
+        return self.itemsize * prod(
+            max(0, min(first + length, side) - max(first, 0))
+            for first, length, side in zip(start, self.box, self.shape, strict=True)
+        )
+
+
+@dataclass(frozen=True)
 class Launch:
     """One compiled kernel with its arguments.
 
@@ -61,6 +84,7 @@ class Launch:
         num_warps: of a block.
         programs: blocks of the grid.
         tensor_flops: that the tensor cores of a multiprocessor do in a cycle.
+        tensor_maps: among the arguments, by their address.
     """
 
     code: Sequence[Instruction]
@@ -69,6 +93,7 @@ class Launch:
     num_warps: int
     programs: int
     tensor_flops: int
+    tensor_maps: Mapping[int, TensorMap] = field(default_factory=dict)
 
     @staticmethod
     def address(buffer: int) -> int:
@@ -81,7 +106,8 @@ class Totals(NamedTuple):
 
     Attributes:
         instructions: warp-instructions by pipe.
-        loaded, stored: bytes of global memory, without those of tables.
+        loaded, stored: bytes of global memory, without those of tables. A bulk load counts whole
+            boxes, zeros outside of the tensor included; a bulk store what lies in the tensor.
         sectors: pieces of 32 bytes that loads of global memory touch, each warp by itself.
         shared_cycles: for which shared memory is busy, operands of tensor cores included.
         flops: of the tensor cores.
@@ -218,6 +244,16 @@ class State:
             raise DependsOnDataError(f"an access depends on data: {instruction}")
         return lanes & (condition != 0)
 
+    def known_in(self, value: Value, lanes: Lanes, instruction: Instruction) -> Lanes:
+        """Return an address, or a part of one, that is known in the lanes.
+
+        Raises:
+            DependsOnDataError: it depends on data in one of them.
+        """
+        if value is None or (value[lanes] < 0).any():
+            raise DependsOnDataError(f"an address depends on data: {instruction}")
+        return value
+
     # ---- Memory.
 
     def sum_of(self, address: Operand) -> Value:
@@ -242,16 +278,15 @@ class State:
 
     def access(
         self, instruction: Instruction, address: Operand, lanes: Lanes
-    ) -> tuple[Buffer | None, Lanes]:
+    ) -> tuple[Buffer, Lanes]:
         """Return the buffer that the lanes access, and their offsets in it.
 
         Raises:
+            DependsOnDataError: the address depends on data.
             RuntimeError: the access is outside of all buffers, or reaches beyond one.
         """
         num_bytes = instruction.num_bytes
-        place = self.sum_of(address)
-        if place is None or (place[lanes] < 0).any():
-            return None, self.lane * num_bytes
+        place = self.known_in(self.sum_of(address), lanes, instruction)
         number = int(place[lanes][0] >> _BUFFER_BITS) - 1
         if not 0 <= number < len(self.launch.buffers):
             raise RuntimeError(f"{instruction} of program {self.program} is outside of all buffers")
@@ -264,6 +299,18 @@ class State:
                 f" {used.max() + num_bytes} of a buffer of {buffer.num_bytes}"
             )
         return buffer, offsets
+
+    def tensor_map(self, address: int, instruction: Instruction) -> TensorMap:
+        """Return the tensor map at an address.
+
+        Raises:
+            RuntimeError: no argument there is one.
+        """
+        if address not in self.launch.tensor_maps:
+            raise RuntimeError(
+                f"{instruction} of program {self.program} finds no tensor map at {address:#x}"
+            )
+        return self.launch.tensor_maps[address]
 
     def count_load(self, offsets: Lanes, num_bytes: int, lanes: Lanes) -> None:
         """Count the bytes and sectors of a load of data."""

@@ -2,9 +2,10 @@
 
 No data are computed. Control flow and addresses depend on integers only: on the block's number, on
 sizes, and on the tables that the launch passes. They are computed exactly, all else is unknown, and
-a branch on something unknown is an error. So is an instruction on memory or tensor cores that an
-unknown predicate switches on or off: counting it would be a guess. So the counts do not depend on
-data, and no GPU is needed.
+a branch on something unknown is an error. So is an instruction on memory or tensor cores, or one
+that waits, that an unknown predicate switches on or off, or whose address is unknown, or that the
+walk does not know: counting it would be a guess. So the counts do not depend on data, and no GPU is
+needed.
 
 The block also gets a clock, as if it were alone on its multiprocessor: instructions issue in order,
 all warps in step, and wait for the results that they read. Latencies are assumptions
@@ -31,8 +32,9 @@ from tokenflex_kernels.budget.state import (
 # Lanes of a multiprocessor that execute in one cycle, by pipe: throughput of arithmetic
 # instructions, CUDA programming guide.
 LANES = {"float": 128, "imad": 64, "integer": 64, "special": 16, "global": 32, "shared": 32}
-# Pipes whose instructions move bytes or take time by the lanes that execute them.
-COUNTED = ("global", "shared", "tensor")
+# Pipes whose instructions move bytes or compute on tensor cores; and those that count or wait.
+MOVING = ("global", "shared", "tensor")
+COUNTED = (*MOVING, "control")
 ISSUES = 4  # warp-instructions that a multiprocessor issues in a cycle, whatever their pipe
 
 
@@ -45,7 +47,8 @@ def walk(launch: Launch, program: int, limit: int = 2_000_000) -> Totals:
 
     Raises:
         DependsOnDataError: control flow, or what is counted, depends on data.
-        RuntimeError: an access is outside of its buffer, or there is no end.
+        RuntimeError: an access is outside of its buffer, an instruction on memory or tensor cores
+            is none of those that are known, or there is no end.
     """
     state = State(launch, program)
     walk_block(state, limit)
@@ -100,12 +103,20 @@ def _step(state: State, group: Group, index: dict[int, int]) -> Group | None:
     if results is None and instruction.opcode in EFFECTS:
         results, latency = EFFECTS[instruction.opcode](state, instruction, lanes, start, group)
     elif results is None:
+        if pipe in MOVING:
+            raise RuntimeError(f"an instruction that the walk cannot count: {instruction}")
         results = dict.fromkeys(instruction.data_results)
     for name, value in results.items():
         if name:
-            state.write(name, value, lanes, guard)
+            written = _of_whole_warps(lanes) if name.startswith("U") else lanes
+            state.write(name, value, written, guard)
             state.ready[name] = start + latency
     return None
+
+
+def _of_whole_warps(lanes: Lanes) -> Lanes:
+    """Return all lanes of the warps that have an active one: they share uniform registers."""
+    return np.repeat(lanes.reshape(-1, WARP).any(1), WARP)
 
 
 def _condition(state: State, predicate: Operand) -> Lanes:

@@ -21,14 +21,16 @@ def assemble(*lines: str):
     )
 
 
-def launch_of(*lines: str, arguments=(), buffers=(), num_warps=1, programs=1) -> Launch:
+def launch_of(
+    *lines: str, arguments=(), buffers=(), num_warps=1, programs=1, tensor_maps=None
+) -> Launch:
     """Return a launch of the lines and an EXIT; ``arguments`` are 64-bit, one after the other."""
     constants = {}
     for k, value in enumerate(arguments):
         constants[FIRST + 8 * k] = int(value) & 0xFFFFFFFF
         constants[FIRST + 8 * k + 4] = int(value) >> 32 & 0xFFFFFFFF
     code = assemble(*lines, "EXIT")
-    return Launch(code, constants, buffers, num_warps, programs, tensor_flops=4096)
+    return Launch(code, constants, buffers, num_warps, programs, 4096, tensor_maps or {})
 
 
 def values_after(*lines: str, **options):

@@ -58,11 +58,20 @@ for stage, variant, side, number in CASES:
         for recorded in launches
         for walked in [walk_some(recorded.launch, number)]
     ]
+config = launch_config("gate_up", rows_of_stage("gate_up", 9, (8, 8)), torch.bfloat16, "sm_90")
+calls = dict(stage_calls("gate_up", torch.bfloat16, 9, (8, 8), torch.device("meta")))
+with recording(90, GPU.multiprocessors) as launches:
+    calls["bias product save"](config=config)
+by_descriptors = {
+    "config": config, "programs": launches[0].launch.programs,
+    "stored": {k: walk(launches[0].launch, k).stored for k in DESCRIPTOR_PROGRAMS},
+}
 rows = table.predict_case(table.Case("scale_shift", "", 128, 8), "sm_90")
 budget = table.read_budgets()["scale_shift", "", 128]
 verdict = table.Verdict(rows[0].case, budget, rows, rows[0].case.limit(GPU))
 page.write_csv(OUT, [verdict], GPU)
-print(json.dumps({"counted": counted, "triton": triton.__version__}))
+found = {"counted": counted, "by_descriptors": by_descriptors, "triton": triton.__version__}
+print(json.dumps(found))
 """
 # Stages, variants, sides of the grid, and the blocks that are walked: those of a product are alike.
 CASES = [
@@ -72,6 +81,8 @@ CASES = [
     ("gate_up", "bias product save", 8, 1),
     ("down_gradient", "product bias", 8, 1),
 ]
+# Of gate and up for nine images: 5 x 27 tiles, of which the last row has half; 132 blocks.
+DESCRIPTOR_PROGRAMS = (2, 4)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +90,8 @@ def recount(tmp_path_factory):
     """Counts of all blocks of one image's launches, and a table of one line."""
     folder: Path = tmp_path_factory.mktemp("budget")
     out = folder / "counted.csv"
-    code = f"from pathlib import Path\nCASES, OUT = {CASES!r}, Path({str(out)!r})\n" + COUNTING
+    code = f"from pathlib import Path\nCASES, OUT = {CASES!r}, Path({str(out)!r})\n"
+    code += f"DESCRIPTOR_PROGRAMS = {DESCRIPTOR_PROGRAMS!r}\n" + COUNTING
     return {**run_python(folder, code), "line": lambda: page.read_csv(out)[0]}
 
 
@@ -114,6 +126,15 @@ class TestCountsAreRight:
         tiles = 2 * C * (m + 2 * n)
         assert launch["programs"] * tiles <= launch["loaded"] < 1.05 * launch["programs"] * tiles
 
+    def test_gate_up_by_descriptors(self, recount):
+        """Blocks walk every 132nd tile, down the five rows of tiles first."""
+        launch = recount["by_descriptors"]
+        m, n = launch["config"][:2]
+        assert (m, n, launch["programs"]) == (128, 128, 132)
+        whole = 3 * 2 * m * n
+        # Tiles 2 and 134: the third row of the first column, the last row of the last one.
+        assert launch["stored"] == {"2": 1.5 * whole, "4": 0.5 * whole}
+
     def test_down_gradient(self, recount):
         (launch,) = recount["counted"]["down_gradient"]
         assert launch["flops"] == 2 * self.T * H * D
@@ -134,6 +155,32 @@ def test_the_published_counts_are_fresh(recount):
     else:
         expected = pytest.approx(int(published["warp_instructions"]), rel=0.1)
         assert int(line["warp_instructions"]) == expected
+
+
+def outputs(line) -> int:
+    """Return the bytes of all outputs of a published launch, sums of partial sums left out."""
+    images, words = int(line["images"]), set(line["variant"].split())
+    tokens = images * int(line["side"]) ** 2
+    saved, product = "save" in words, "product" in words
+    hidden = 2 * tokens * H
+    return {
+        "pool_norm_forward": 2 * tokens * C * (1 + saved) + 4 * tokens * saved,
+        "pool_norm_backward": 2 * images * 27 * 27 * C,
+        "norm_gradient": 4 * 2 * tokens,
+        "scale_shift": 2 * tokens * C,
+        "gate_up": hidden * (product + 2 * saved),
+        "down_gradient": hidden * (2 + product),
+        "input_gradient": 2 * tokens * C,
+        "pointwise": hidden * (product + 2 * ("gradients" in words)),
+    }[line["stage"]]
+
+
+def test_every_published_launch_stores_its_outputs():
+    """Up to what the blocks differ that are not walked: the last tiles are not whole."""
+    for line in page.read_csv(PUBLISHED):
+        stored = int(line["programs"]) * int(line["bytes_stored"])
+        assert stored >= 0.99 * outputs(line) > 0, line
+        assert stored <= 1.4 * outputs(line) or line["stage"] == "norm_gradient", line
 
 
 def test_the_page_shows_the_published_table():

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from tests.kernels.budget.code import assemble, launch_of, table, values_after
-from tokenflex_kernels.budget.state import LATENCY, Buffer, DependsOnDataError, Launch
+from tokenflex_kernels.budget.state import (
+    LATENCY,
+    Buffer,
+    DependsOnDataError,
+    Launch,
+    TensorMap,
+)
 from tokenflex_kernels.budget.walk import walk
 
 X, Y = Launch.address(0), Launch.address(1)
@@ -50,6 +56,12 @@ class TestParsing:
             ("UIADD3 UR4, UR4, 0x1, URZ", "uniform"),
             ("REDUX.MAX.S32 UR28, R10", "special"),
             ("UTMALDG.2D [UR8], [UR4]", "global"),
+            ("REDG.E.ADD.F32 [R2.64], R4", "global"),
+            ("LD.E R4, [R2.64]", "global"),
+            ("STL [R1], R4", "global"),
+            ("ATOMS.ADD R4, [R2], R5", "shared"),
+            ("LDC R1, c[0x0][0x28]", "integer"),
+            ("ULDC.64 UR4, c[0x0][0x28]", "uniform"),
             ("BRA 0x10", "control"),
         ],
     )
@@ -118,7 +130,10 @@ class TestControl:
             "LDGSTS.E.BYPASS.128 [R0], desc[UR4][R2.64], P0",
             "LDGSTS.E.BYPASS.128 [R0], desc[UR4][R2.64], !P0",
             "@P0 STS [R0.X4], R5",
+            "@P0 STL [RZ], R5",
             "@P0 HMMA.16816.F32.BF16 R8, R12, R16, R8",
+            "@P0 DEPBAR.LE SB0, 0x0",
+            "@P0 BAR.SYNC.DEFER_BLOCKING 0x0",
         ],
     )
     @pytest.mark.parametrize("compared", ["R4", "R5", "R0"])
@@ -138,6 +153,106 @@ class TestControl:
             return
         with pytest.raises(DependsOnDataError, match=r"access depends on data.*P0"):
             walk(launch, 0)
+
+    def test_words_that_spill_keep_their_values(self):
+        """ptxas of Triton 3.9 spills an address of the down gradient."""
+        values = values_after(
+            "S2R R0, SR_TID.X", "MOV R1, 0x1000", "MOV R5, 0x7", "MOV R4, R0",
+            "ISETP.LT.AND P0, PT, R0, 0x8, PT",
+            "STL [R1+-0x4], RZ", "STL.64 [R1+-0x10], R4", "@P0 STL [R1+-0xc], R0",
+            "LDL.64 R6, [R1+-0x10]", "LDL R8, [R1+-0x4]", "LDL R9, [R1+-0x8]",
+        )  # fmt: skip
+        assert values["R6"].tolist() == list(range(32))
+        assert values["R7"].tolist() == [*range(8), *[7] * 24]
+        assert not values["R8"].any()
+        assert values.get("R9") is None
+
+    @pytest.mark.parametrize("line", ["STL [R0], R4", "LDL R4, [R0]", "LDL.U8 R4, [RZ]"])
+    def test_words_of_a_stack_at_different_places_are_an_error(self, line):
+        with pytest.raises(RuntimeError, match="a stack that the walk cannot follow"):
+            totals_of("S2R R0, SR_TID.X", line)
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "LD.E R5, [R2.64]",
+            "ST.E [R2.64], R5",
+            "ATOM.E.ADD R5, [R2.64], R4",
+            "ATOMG.E.ADD R5, [R2.64], R4",
+            "ATOMS.ADD R5, [R0], R4",
+            "RED.E.ADD [R2.64], R4",
+            "REDG.E.ADD.F32.FTZ.RN [R2.64], R4",
+            "LDGMC.E.ADD R5, [R2.64]",
+            "UBLKCP [UR8], [UR4], UR12",
+            "UTMAREDG.2D.ADD [UR8], [UR4]",
+            "UTMAPF.2D [UR8], [UR4]",
+            "IMMA.16832.S8.S8 R8, R12, R16, R8",
+            "QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR8], R24, gsb0",
+        ],
+    )
+    @pytest.mark.parametrize("guard", ["", "@P0 "])
+    def test_memory_and_tensor_cores_that_it_cannot_count_are_an_error(self, line, guard):
+        known = ["ISETP.GE.AND P0, PT, R0, RZ, PT"]
+        options = {"arguments": [X], "buffers": [Buffer(512)]}
+        with pytest.raises(RuntimeError, match=rf"cannot count: {guard}{line.split()[0]}"):
+            totals_of(*LANE, *known, guard + line, **options)
+        if guard:
+            with pytest.raises(DependsOnDataError, match="P0"):
+                totals_of(*LANE, "FSETP.GT.AND P0, PT, R4, R5, PT", guard + line, **options)
+
+    @pytest.mark.parametrize(
+        "lines",
+        [
+            ["@P1 MOV R1, 0x6", "ISETP.EQ.AND P0, PT, R1, 0x6, PT", "@P0 BRA 0xa0"],
+            ["@P1 IADD3 R1, R1, 0x1, RZ", "ISETP.EQ.AND P0, PT, R1, 0x6, PT", "@P0 BRA 0xa0"],
+            ["@P1 ISETP.EQ.AND P0, PT, RZ, RZ, PT", "NOP", "@P0 BRA 0xa0"],
+            ["VOTEU.ANY UP1, P1", "PLOP3.LUT P0, PT, PT, PT, UP1, 0x80, 0x0", "@P0 BRA 0xa0"],
+            ["VOTEU.ALL UP1, P1", "PLOP3.LUT P0, PT, PT, PT, UP1, 0x80, 0x0", "@P0 BRA 0xa0"],
+            ["VOTEU.ANY UR4, UPT, P1", "ISETP.EQ.AND P0, PT, RZ, UR4, PT", "@P0 BRA 0xa0"],
+            ["SHFL.IDX PT, R1, R0, R5, 0x1f", "ISETP.EQ.AND P0, PT, R1, RZ, PT", "@P0 BRA 0xa0"],
+            ["FCHK P0, R4, R4", "NOP", "@P0 BRA 0xa0"],
+        ],
+    )
+    @pytest.mark.parametrize("everywhere", [True, False])
+    def test_a_branch_on_what_data_may_have_changed_is_an_error(self, lines, everywhere):
+        """P1 and R5 depend on data in all lanes, or in the seventh only."""
+        guard = "" if everywhere else "@P2 "
+        before = [
+            "S2R R0, SR_TID.X",
+            "ISETP.EQ.AND P2, PT, R0, 0x7, PT",
+            "ISETP.EQ.AND P1, PT, RZ, RZ, PT",
+            "MOV R5, RZ",
+            f"{guard}FADD R5, R4, R4",
+            f"{guard}FSETP.GT.AND P1, PT, R4, R4, PT",
+            "MOV R1, 0x5",
+        ]
+        with pytest.raises(DependsOnDataError, match="a branch depends on data"):
+            totals_of(*before, *lines)
+
+    def test_lanes_that_take_no_part_in_a_vote_may_depend_on_data(self):
+        lines = [
+            "S2R R0, SR_TID.X",
+            "ISETP.LT.AND P2, PT, R0, 0x8, PT",
+            "FSETP.GT.AND P1, PT, R4, R4, PT",
+            "@P2 ISETP.EQ.AND P1, PT, RZ, RZ, PT",
+            "@!P2 EXIT",
+            "VOTEU.ALL UP1, P1",
+            "PLOP3.LUT P0, PT, PT, PT, UP1, 0x80, 0x0",
+            "@P0 BRA 0x90",
+            "FADD R1, R1, R1",
+        ]
+        assert totals_of(*lines).instructions["float"] == 0
+
+    def test_a_register_that_a_warp_shares_is_written_for_all_its_lanes(self):
+        lines = [
+            "S2R R0, SR_TID.X",
+            "ISETP.EQ.AND P0, PT, R0, 0x27, PT",
+            "MOV R1, 0x100",
+            "@P0 R2UR UR4, R1",
+        ]
+        values = values_after(*lines, num_warps=2)["UR4"]
+        assert (values[:32] < 0).all()
+        assert (values[32:] == 0x100).all()
 
     def test_a_bulk_copy_of_a_size_that_depends_on_data_is_an_error(self):
         expect = "SYNCS.ARRIVE.TRANS64 RZ, [UR4], R4"
@@ -250,13 +365,35 @@ class TestMemory:
         ]
         assert totals_of(*lines, arguments=[X], buffers=[Buffer(128)]).stored == 128
 
-    @pytest.mark.parametrize("lane", [0, 7])
-    def test_an_address_that_some_lanes_do_not_know_is_unknown(self, lane):
-        """It is taken for one of data: no bounds are known, and none are checked."""
-        lines = [*LANE, f"ISETP.EQ.AND P0, PT, R0, {lane:#x}, PT", "@P0 FADD R2, R2, R2",
-                 "LDG.E.128 R4, [R2.64]"]  # fmt: skip
-        counted = totals_of(*lines, arguments=[X], buffers=[Buffer(16)])
-        assert (counted.loaded, counted.sectors) == (512, 16)
+    @pytest.mark.parametrize(
+        "access",
+        [
+            "LDG.E.128 R4, [R2.64]",
+            "STG.E.128 [R2.64], R4",
+            "LDGSTS.E.BYPASS.128 [R0], desc[UR4][R2.64]",
+            "LDS R4, [R2]",
+            "STS.128 [R2], R4",
+            "LDSM.16.M88.4 R4, [R2]",
+            "STSM.16.M88.4 [R2], R4",
+            "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2], RZ",
+        ],
+    )
+    @pytest.mark.parametrize("lane", [0, 7, None])
+    def test_an_address_that_depends_on_data_is_an_error(self, access, lane):
+        """In one lane, or in all."""
+        guard = "" if lane is None else "@P0 "
+        lines = [*LANE, f"ISETP.EQ.AND P0, PT, R0, {lane or 0:#x}, PT", f"{guard}FADD R2, R2, R2"]
+        options = {"arguments": [X], "buffers": [Buffer(1024)]}
+        with pytest.raises(DependsOnDataError, match="an address depends on data"):
+            totals_of(*lines, access, **options)
+        totals_of(*lines[:-1], access, **options)
+
+    def test_words_that_spill_are_no_traffic_of_global_memory(self):
+        spilled = ["MOV R1, 0x1000", "STL [R1+-0x8], R5", "LDL R4, [R1+-0x8]"]
+        counted = totals_of(*spilled, "FADD R4, R4, R4")
+        assert counted.instructions["global"] == 2
+        assert (counted.loaded, counted.stored, counted.sectors) == (0, 0, 0)
+        assert counted.cycles > LATENCY["repeated"]
 
     def test_an_access_of_no_buffer_is_an_error(self):
         with pytest.raises(RuntimeError, match="outside of all buffers"):
@@ -350,3 +487,82 @@ class TestClock:
         counted = totals_of(*lines)
         assert counted.loaded == 0x4000
         assert counted.cycles > LATENCY["global"]
+
+    def test_a_bulk_copy_is_waited_for_at_the_barrier_of_its_warp(self):
+        """Each warp has its own in UR9; the second alone copies, and waits."""
+        lines = [
+            "S2R R0, SR_TID.X",
+            "ISETP.GE.AND P1, PT, R0, 0x20, PT",
+            "R2UR UR8, R0",
+            "R2UR UR9, R0",
+            "@P1 UTMALDG.2D [UR8], [UR4]",
+        ]
+        own = "@P1 SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR9], RZ"
+        other = "@!P1 SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR9], RZ"
+        assert totals_of(*lines, own, num_warps=2).cycles > LATENCY["global"]
+        assert totals_of(*lines, other, num_warps=2).cycles < LATENCY["global"]
+
+    def test_a_bulk_copy_to_a_barrier_that_depends_on_data_is_an_error(self):
+        with pytest.raises(DependsOnDataError, match="an address depends on data: UTMALDG"):
+            totals_of("UMOV UR8, 0x400", "FADD R5, R5, R5", "R2UR UR9, R5",
+                      "UTMALDG.2D [UR8], [UR4]")  # fmt: skip
+
+
+class TestBulkStores:
+    """Of boxes of 16 x 64 elements of 2 bytes, to a tensor of 100 x 96."""
+
+    MAPS = {1 << 60: TensorMap((100, 96), (16, 64), 2)}
+    STORE = "UTMASTG.2D [UR12], [UR8]"
+
+    def counted(self, row, column, *lines, num_warps=1):
+        setup = [
+            "ULDC.64 UR8, c[0x0][0x210]",
+            "UMOV UR12, 0x400",
+            f"UMOV UR13, {column:#x}",
+            f"UMOV UR14, {row:#x}",
+        ]
+        return totals_of(
+            *setup, *lines, arguments=[1 << 60], num_warps=num_warps, tensor_maps=self.MAPS
+        )
+
+    @pytest.mark.parametrize(
+        ("row", "column", "num_bytes"),
+        [
+            (0, 0, 16 * 64 * 2),
+            (96, 0, 4 * 64 * 2),  # at the lower edge
+            (80, 64, 16 * 32 * 2),  # at the right edge
+            (96, 64, 4 * 32 * 2),
+            (-6, -60, 10 * 4 * 2),
+            (100, 0, 0),
+            (0, 96, 0),
+            (-16, 0, 0),
+        ],
+    )
+    def test_the_part_within_the_tensor_is_stored(self, row, column, num_bytes):
+        counted = self.counted(row, column, self.STORE)
+        assert counted.stored == num_bytes
+        assert counted.shared_cycles == num_bytes / 128  # read from there
+        assert (counted.loaded, counted.sectors) == (0, 0)
+
+    def test_each_warp_stores_once(self):
+        chosen = ["S2R R0, SR_TID.X", "ISETP.GE.AND P0, PT, R0, 0x20, PT", "VOTEU.ANY UP0, P0"]
+        assert self.counted(0, 0, self.STORE, num_warps=4).stored == 4 * 2048
+        assert self.counted(0, 0, *chosen, f"@UP0 {self.STORE}", num_warps=4).stored == 3 * 2048
+
+    def test_a_wait_is_for_the_reading_of_shared_memory(self):
+        stored = [self.STORE, "UTMACMDFLUSH"]
+        free = self.counted(0, 0, *stored, "DEPBAR.LE SB0, 0x1").cycles
+        waited = self.counted(0, 0, *stored, "DEPBAR.LE SB0, 0x0").cycles
+        assert waited - free == pytest.approx(LATENCY["shared"] + 2048 / 128, abs=4)
+        nothing = self.counted(100, 0, *stored, "DEPBAR.LE SB0, 0x0").cycles
+        assert waited - nothing == pytest.approx(2048 / 128, abs=4)
+
+    @pytest.mark.parametrize("register", ["UR8", "UR9", "UR13", "UR14"])
+    def test_a_place_that_depends_on_data_is_an_error(self, register):
+        lines = ["FADD R5, R5, R5", f"R2UR {register}, R5", self.STORE]
+        with pytest.raises(DependsOnDataError, match="an address depends on data: UTMASTG"):
+            self.counted(0, 0, *lines)
+
+    def test_a_place_that_is_no_tensor_map_is_an_error(self):
+        with pytest.raises(RuntimeError, match="no tensor map at 0x1000000000000040"):
+            self.counted(0, 0, "UIADD3 UR8, UR8, 0x40, URZ", self.STORE)
