@@ -13,7 +13,6 @@ from experiments.ablation.tables import (
     asked_and_seeds,
     beside_nearest,
     markdown_table,
-    nearest_sentence,
     points,
 )
 
@@ -37,9 +36,7 @@ def format_extremes(report: Mapping[str, Any]) -> str:
             ["trained with", *(f"at {count}" for count in counts)],
             accuracy_rows(report, models, counts),
         ),
-        "Beside the trained count that has the most like tokens, in points (means over seeds):",
-        beside_nearest(report, models),
-        "\n".join(f"- {nearest_sentence(report, name)}" for name in models),
+        *beside_nearest(report, models),
         *_at_the_fewest(report),
     ]
     return "\n\n".join(sections) + "\n"

@@ -81,8 +81,8 @@ def below_nearest(report: Mapping[str, Any], name: str) -> dict[str, float]:
     }
 
 
-def beside_nearest(report: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Format a table of :func:`below_nearest` in points."""
+def beside_nearest(report: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Format :func:`below_nearest` of regimes: a sentence, a table in points, and a list."""
     head = [f"{count} (to {nearest_trained(report, count)})" for count in report["unseen"]]
     rows = [
         [
@@ -91,7 +91,11 @@ def beside_nearest(report: Mapping[str, Any], names: Sequence[str]) -> str:
         ]
         for name in names
     ]
-    return markdown_table(["trained with", *head], rows)
+    return [
+        "Beside the trained count that has the most like tokens, in points (means over seeds):",
+        markdown_table(["trained with", *head], rows),
+        "\n".join(f"- {nearest_sentence(report, name)}" for name in names),
+    ]
 
 
 def nearest_sentence(report: Mapping[str, Any], name: str, bound: float = 0.05) -> str:

@@ -11,7 +11,6 @@ from experiments.ablation.tables import (
     asked_and_seeds,
     beside_nearest,
     markdown_table,
-    nearest_sentence,
 )
 
 
@@ -34,8 +33,6 @@ def format_unseen(report: Mapping[str, Any]) -> str:
             ["trained with", *(f"at {count}" for count in unseen)],
             accuracy_rows(report, names, unseen),
         ),
-        "Beside the trained count that has the most like tokens, in points (means over seeds):",
-        beside_nearest(report, names),
-        "\n".join(f"- {nearest_sentence(report, name)}" for name in names),
+        *beside_nearest(report, names),
     ]
     return "\n\n".join(sections) + "\n"

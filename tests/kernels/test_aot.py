@@ -405,7 +405,7 @@ class TestUsage:
 
     @pytest.fixture
     def inspected(self, monkeypatch):
-        """What the command finds for sm_80, where nothing is compiled, with Triton 3.7."""
+        """Findings of the command for sm_80 with Triton 3.7; nothing is compiled."""
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         monkeypatch.setattr(versions, "version", lambda package: "3.7.1")
         results = {"sm_80": [compiled(architecture="sm_80", shared=0, instruction="mma")]}

@@ -9,13 +9,22 @@ import torch
 
 from tests.models.tiny import picture
 from tests.serving.checkpoints import save_checkpoint
-from tests.serving.vllm_tools import NEW_TOKENS, Served, answer, check, check_same
+from tests.serving.vllm_tools import (
+    NEW_TOKENS,
+    WIDE,
+    A,
+    B,
+    Served,
+    answer,
+    check,
+    check_same,
+    check_text_beside_an_image,
+    check_tiles,
+)
 
 pytest.importorskip("vllm", reason="vllm is not installed; make test-vllm installs it")
 
 from vllm.exceptions import VLLMValidationError
-
-A, B, WIDE = picture(1), picture(2), picture(3, (32, 96))
 
 
 @pytest.fixture(scope="module")
@@ -45,20 +54,11 @@ def test_several_images_with_counts_of_their_own(served):
 
 
 def test_tiles_share_their_images_count(served):
-    check(
-        served,
-        ("<image> odd", [WIDE], 4),
-        ("<image> odd", [WIDE], (1, 3)),
-        ("<image> odd <image>", [WIDE, A], [9, 4]),
-    )
+    check_tiles(served)
 
 
 def test_prompts_without_images_in_the_same_batch(served):
-    tokens = served.processor.tokenizer("odd majority", return_tensors="pt")
-    image = {"prompt": "<image> odd", "multi_modal_data": {"image": [B]}}
-    outputs = served.llm.generate(["odd majority", image], served.greedy, use_tqdm=False)
-    expected = [served.generated(tokens), served.expected("<image> odd", [B], 16)]
-    check_same([*map(answer, outputs)], expected)
+    check_text_beside_an_image(served)
 
 
 def test_another_count_of_a_picture_runs_no_encoder(served):

@@ -10,11 +10,19 @@ import torch
 
 from tests.models.tiny import picture
 from tests.serving.checkpoints import save_checkpoint
-from tests.serving.vllm_tools import Served, answer, check, check_same
+from tests.serving.vllm_tools import (
+    A,
+    B,
+    Served,
+    answer,
+    check,
+    check_same,
+    check_text_beside_an_image,
+    check_tiles,
+)
 
 pytest.importorskip("vllm", reason="vllm is not installed; make test-vllm installs it")
 
-A, B, WIDE = picture(1), picture(2), picture(3, (32, 96))
 SHARED = {"projector_position": "normalized", "image_positions": "shared"}
 BLOCK = 32
 ENGINES = {
@@ -55,20 +63,11 @@ def test_several_images_side_by_side_and_between_text(served):
 
 
 def test_each_tile_of_an_image_has_a_position_of_its_own(served):
-    check(
-        served,
-        ("<image> odd", [WIDE], 4),
-        ("<image> odd", [WIDE], (1, 3)),
-        ("<image> odd <image>", [WIDE, A], [9, 4]),
-    )
+    check_tiles(served)
 
 
 def test_prompts_without_images_in_the_same_batch(served):
-    tokens = served.processor.tokenizer("odd majority", return_tensors="pt")
-    image = {"prompt": "<image> odd", "multi_modal_data": {"image": [B]}}
-    outputs = served.llm.generate(["odd majority", image], served.greedy, use_tqdm=False)
-    expected = [served.generated(tokens), served.expected("<image> odd", [B], 16)]
-    check_same([*map(answer, outputs)], expected)
+    check_text_beside_an_image(served)
 
 
 def test_a_question_about_a_prompt_of_before_reads_its_images_from_the_caches(served):

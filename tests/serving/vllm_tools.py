@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from tests.models.tiny import picture
 from tokenflex.models.loading import load_checkpoint
 
+A, B, WIDE = picture(1), picture(2), picture(3, (32, 96))
 NEW_TOKENS = 6
 GREEDY = {"temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True, "logprobs": 1}
 
@@ -103,3 +105,22 @@ def check(served: Served, *requests: tuple[str, list[Any], Any], **kwargs: Any) 
     check_same(served.ask(*requests, **kwargs), expected)
     # A count that went to another image would be seen.
     assert len({round(wanted.logprobs[0], 3) for wanted in expected}) == len(expected)
+
+
+def check_tiles(served: Served) -> None:
+    """Check answers about pictures of several tiles, which share their picture's count."""
+    check(
+        served,
+        ("<image> odd", [WIDE], 4),
+        ("<image> odd", [WIDE], (1, 3)),
+        ("<image> odd <image>", [WIDE, A], [9, 4]),
+    )
+
+
+def check_text_beside_an_image(served: Served) -> None:
+    """Check the answer to a prompt without images, in one batch with one that has an image."""
+    tokens = served.processor.tokenizer("odd majority", return_tensors="pt")
+    image = {"prompt": "<image> odd", "multi_modal_data": {"image": [B]}}
+    outputs = served.llm.generate(["odd majority", image], served.greedy, use_tqdm=False)
+    expected = [served.generated(tokens), served.expected("<image> odd", [B], 16)]
+    check_same([*map(answer, outputs)], expected)

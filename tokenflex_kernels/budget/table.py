@@ -153,7 +153,7 @@ class Verdict:
 
     @property
     def is_of_another_compiler(self) -> bool:
-        """Whether the fault is little, and of another release of Triton than the budgets."""
+        """True for a small fault under another release of Triton than that of the budgets."""
         missed = bool(self.fault) and not is_release("triton", COUNTED_WITH)
         return missed and self.share >= (1 - MARGIN_OF_OTHERS) * self.least_share
 

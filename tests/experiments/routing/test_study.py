@@ -128,7 +128,7 @@ def test_settings_are_of_validation_and_figures_of_test(monkeypatch):
 
 @pytest.mark.parametrize("fitted_is_easy", [False, True])
 def test_cascades_choose_their_thresholds_without_the_test_split(monkeypatch, fitted_is_easy):
-    """Where all answers are right, the smallest count is enough; else it costs half of them."""
+    """The smallest count is enough where all answers are right; else it costs half of them."""
     monkeypatch.setattr("tokenflex.routing.training.STEPS", 20)
     monkeypatch.setattr("experiments.routing.study.THRESHOLDS", (0.0, 0.5, 0.95))
     difficult = planted_grades(FEW_SAMPLES * 5)
