@@ -56,10 +56,9 @@ def test_the_environment_decides_on_fusing_where_it_says_so(launches, monkeypatc
     kernel, made = launches
     kernel.warmup = lambda *args, grid, **options: made.append((0, grid, args, options))
     kernel.__name__ = "a_kernel"
-    like = SimpleNamespace(device=SimpleNamespace(type=kind, index=0))
-    launch(kernel, 3, like, 5, num_warps=4)
+    launch(kernel, 3, on_device(0, kind), 5, num_warps=4)
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
-    launch(kernel, 3, like, 5, num_warps=4)
+    launch(kernel, 3, on_device(0, kind), 5, num_warps=4)
     assert [options for _, _, _, options in made] == [
         {"num_warps": 4, "enable_fp_fusion": True},
         {"num_warps": 4},
